@@ -1,0 +1,286 @@
+"""The recipe: everything that shapes a pruning run, validated once.
+
+One frozen dataclass serves Python, the TOML file and the command line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from thanos.errors import RecipeError
+from thanos.patterns import Columns, Pattern, Unstructured, parse_pattern
+
+METHODS = ("thanos", "sparsegpt", "wanda", "magnitude")
+
+DEFAULT_SPARSITY = 0.5
+"""The share of weights removed by the unstructured and columns patterns; the setting that the field compares at."""
+
+DEFAULT_DAMPING = 0.01
+"""Added to the Hessian's diagonal as a share of its mean; SparseGPT's value, kept by Thanos (paper, section 5)."""
+
+DEFAULT_BLOCK_SIZE = 128
+DEFAULT_BLOCK_SIZE_NM = 512
+"""Columns per block: the paper's choices for unstructured and for n:m sparsity."""
+
+_LAYER_FIELDS = ("method", "pattern", "sparsity", "outlier_rows", "block_size", "damping")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerRecipe:
+    """What is done to one weight matrix. Build it to have it checked.
+
+    Args:
+        method: one of :data:`METHODS`.
+        pattern: ``unstructured``, ``columns`` or ``N:M`` (at most N non-zeros in M consecutive inputs).
+        sparsity: share of the matrix's entries that become zero, in [0, 1). Follows from the pattern for n:m;
+            None means the default (0.5 for the other two).
+        outlier_rows: share of output rows left dense, in [0, 1).
+        block_size: input columns handled together (Thanos, SparseGPT); None means 128, or 512 for Thanos with n:m.
+        damping: share of the Hessian's mean diagonal added to its diagonal, at least 0.
+
+    Raises:
+        RecipeError: a value is outside its range or contradicts another.
+    """
+
+    method: str = "thanos"
+    pattern: str = "unstructured"
+    sparsity: float | None = None
+    outlier_rows: float = 0.0
+    block_size: int | None = None
+    damping: float = DEFAULT_DAMPING
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise RecipeError(f"method {self.method!r} is unknown; choose one of {', '.join(METHODS)}")
+        pattern = parse_pattern(self.pattern)
+        object.__setattr__(self, "pattern", str(pattern))
+        _check_number("outlier_rows", self.outlier_rows, 0.0, 1.0)
+        _check_number("damping", self.damping, 0.0, None)
+        if self.sparsity is not None:
+            _check_number("sparsity", self.sparsity, 0.0, 1.0)
+        implied = pattern.sparsity
+        if implied is None:
+            self._check_room(DEFAULT_SPARSITY if self.sparsity is None else self.sparsity)
+        elif self.sparsity is not None and abs(self.sparsity - implied) > 1e-9:
+            raise RecipeError(
+                f"sparsity {self.sparsity} contradicts pattern {pattern}, which removes {implied:.4g} of the weights; "
+                "leave sparsity out or choose another pattern"
+            )
+        if self.block_size is not None:
+            if isinstance(self.block_size, bool) or not isinstance(self.block_size, int) or self.block_size < 1:
+                raise RecipeError(f"block_size must be a whole number of columns, at least 1; got {self.block_size!r}")
+            pattern.check_block_size(self.block_size)
+
+    def _check_room(self, sparsity: float) -> None:
+        if self.outlier_rows > 0 and sparsity >= 1 - self.outlier_rows:
+            raise RecipeError(
+                f"sparsity {sparsity} is impossible with outlier_rows {self.outlier_rows}: the rows that may be pruned "
+                f"hold only {1 - self.outlier_rows:.4g} of the weights; lower one of the two"
+            )
+
+    @property
+    def parsed_pattern(self) -> Pattern:
+        """The pattern as an object."""
+        return parse_pattern(self.pattern)
+
+    @property
+    def resolved_sparsity(self) -> float:
+        """The share of removed weights asked for: the pattern's own for n:m (before outlier rows), else the setting."""
+        implied = self.parsed_pattern.sparsity
+        if implied is not None:
+            return implied
+        return DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
+
+    @property
+    def resolved_block_size(self) -> int:
+        """The block size that is used: the setting, or the paper's default for the method and pattern."""
+        if self.block_size is not None:
+            return self.block_size
+        if self.method == "thanos" and not isinstance(self.parsed_pattern, Unstructured | Columns):
+            m = self.parsed_pattern.group
+            return max(m, DEFAULT_BLOCK_SIZE_NM // m * m)
+        m = self.parsed_pattern.group
+        return max(m, DEFAULT_BLOCK_SIZE // m * m)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Override:
+    """Other settings for the layers whose name matches a glob, or ``skip`` to leave them dense.
+
+    Args:
+        match: a glob over full module names such as ``model.layers.*.mlp.down_proj`` or ``*.down_proj``.
+        skip: leave these layers dense.
+        settings: the fields of :class:`LayerRecipe` that differ from the recipe's.
+    """
+
+    match: str
+    skip: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.match, str) or not self.match:
+            raise RecipeError(f"an override needs match, a glob over layer names; got {self.match!r}")
+        if not isinstance(self.skip, bool):
+            raise RecipeError(f"skip in the override of {self.match!r} must be true or false; got {self.skip!r}")
+        unknown = sorted(set(self.settings) - set(_LAYER_FIELDS))
+        if unknown:
+            raise RecipeError(
+                f"the override of {self.match!r} has unknown settings {', '.join(unknown)}; "
+                f"allowed are skip, {', '.join(_LAYER_FIELDS)}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe(LayerRecipe):
+    """Everything that shapes a run: :class:`LayerRecipe` plus calibration, device and which layers.
+
+    Args:
+        calibration: a source of text: ``c4``, ``wikitext2``, ``pydoc``, ``self`` or a local file.
+        samples: number of calibration sequences.
+        sequence_length: tokens per calibration sequence.
+        seed: of the calibration draw.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        dtype: in which the model runs during calibration: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or
+            ``float16``. The checkpoint that is written keeps its own dtype.
+        targets: globs over module names; empty means every linear layer of the decoder blocks.
+        skip: globs over module names that stay dense.
+        overrides: per-layer settings, in order; a later match wins.
+        trust_remote_code: let transformers run Python code that a checkpoint carries.
+
+    Raises:
+        RecipeError: a value is outside its range or contradicts another.
+    """
+
+    calibration: str = "c4"
+    samples: int = 128
+    sequence_length: int = 2048
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+    targets: tuple[str, ...] = ()
+    skip: tuple[str, ...] = ()
+    overrides: tuple[Override, ...] = ()
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        LayerRecipe.__post_init__(self)
+        for name, lowest in (("samples", 1), ("sequence_length", 2), ("seed", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
+                raise RecipeError(f"{name} must be a whole number, at least {lowest}; got {value!r}")
+        if self.dtype not in DTYPES:
+            raise RecipeError(f"dtype {self.dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
+        for name in ("calibration", "device"):
+            if not isinstance(getattr(self, name), str) or not getattr(self, name):
+                raise RecipeError(f"{name} must be a name; got {getattr(self, name)!r}")
+        for name in ("targets", "skip"):
+            value = getattr(self, name)
+            if isinstance(value, str) or not all(isinstance(glob, str) and glob for glob in value):
+                raise RecipeError(f"{name} must be a list of globs over layer names; got {value!r}")
+            object.__setattr__(self, name, tuple(value))
+        object.__setattr__(self, "overrides", tuple(self.overrides))
+        for override in self.overrides:
+            self._merged(override.settings)
+
+    def _merged(self, settings: Mapping[str, Any]) -> LayerRecipe:
+        values = {name: getattr(self, name) for name in _LAYER_FIELDS}
+        if "pattern" in settings and "sparsity" not in settings:
+            changed = str(parse_pattern(settings["pattern"])) != self.pattern
+            if changed and (parse_pattern(settings["pattern"]).sparsity or parse_pattern(self.pattern).sparsity):
+                values["sparsity"] = None  # a sparsity belongs to the pattern it was given for
+        if "pattern" in settings and "block_size" not in settings and parse_pattern(settings["pattern"]).group > 1:
+            values["block_size"] = None
+        values.update(settings)
+        return LayerRecipe(**values)
+
+    def for_layer(self, name: str) -> LayerRecipe | None:
+        """Return what to do to the layer called ``name`` (full module name); None where an override skips it."""
+        settings: dict[str, Any] = {}
+        skip = False
+        for override in self.overrides:
+            if fnmatch.fnmatchcase(name, override.match):
+                skip = override.skip
+                settings.update(override.settings)
+        return None if skip else self._merged(settings)
+
+    def replace(self, **changes: Any) -> Recipe:
+        """Return a copy with the given fields changed, validated again."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values (None, numbers, strings, lists, dicts) under the names of the TOML file."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "overrides"}
+        values["targets"], values["skip"] = list(self.targets), list(self.skip)
+        values["override"] = [
+            {"match": o.match, **({"skip": True} if o.skip else {}), **o.settings} for o in self.overrides
+        ]
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
+        """Build a recipe from plain values, as :meth:`to_dict` gives them; unknown names are refused."""
+        values = {name.replace("-", "_"): value for name, value in values.items()}
+        known = {f.name for f in dataclasses.fields(cls)} - {"overrides"} | {"override"}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise RecipeError(f"unknown settings: {', '.join(unknown)}; allowed are {', '.join(sorted(known))}")
+        overrides = values.pop("override", [])
+        if not isinstance(overrides, list | tuple) or not all(isinstance(o, Mapping) for o in overrides):
+            raise RecipeError("override must be a list of tables ([[override]])")
+        built = []
+        for table in overrides:
+            settings = {name.replace("-", "_"): value for name, value in table.items()}
+            match, skip = settings.pop("match", ""), settings.pop("skip", False)
+            built.append(Override(match=match, skip=skip, settings=settings))
+        for name in ("targets", "skip"):
+            if isinstance(values.get(name), str):
+                raise RecipeError(f"{name} must be a list of globs, for example [{json.dumps(values[name])}]")
+        return cls(**values, overrides=tuple(built))
+
+    @classmethod
+    def from_toml(cls, path: str | Path) -> Recipe:
+        """Read a recipe from a TOML file with the same names as the options."""
+        path = Path(path)
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise RecipeError(f"recipe {path} cannot be read: {error.strerror}") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise RecipeError(f"recipe {path} is not valid TOML: {error}") from error
+        try:
+            return cls.from_dict(values)
+        except RecipeError as error:
+            raise RecipeError(f"recipe {path}: {error}") from error
+
+    def to_toml(self) -> str:
+        """Return the recipe as TOML text that :meth:`from_toml` reads back to an equal recipe."""
+        values = self.to_dict()
+        overrides = values.pop("override")
+        lines = [f"{name} = {_toml(value)}" for name, value in values.items() if value is not None]
+        for table in overrides:
+            lines += ["", "[[override]]"]
+            lines += [f"{name} = {_toml(value)}" for name, value in table.items() if value is not None]
+        return "\n".join(lines) + "\n"
+
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def _toml(value: Any) -> str:
+    # TOML's basic strings, booleans, numbers and arrays of strings are written exactly as JSON writes them,
+    # save for DEL, which JSON leaves bare and TOML forbids.
+    return json.dumps(value, ensure_ascii=True).replace("\x7f", "\\u007f")
+
+
+def _check_number(name: str, value: Any, lowest: float, below: float | None) -> None:
+    ok = isinstance(value, int | float) and not isinstance(value, bool) and value >= lowest
+    if not ok or (below is not None and not value < below) or value == float("inf"):
+        allowed = f"at least {lowest:g}" if below is None else f"at least {lowest:g} and below {below:g}"
+        raise RecipeError(f"{name} must be a number, {allowed}; got {value!r}")
