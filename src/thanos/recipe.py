@@ -205,7 +205,7 @@ class Recipe(LayerRecipe):
         settings: dict[str, Any] = {}
         skip = False
         for override in self.overrides:
-            if fnmatch.fnmatchcase(name, override.match):
+            if matches(name, override.match):
                 skip = override.skip
                 settings.update(override.settings)
         return None if skip else self._merged(settings)
@@ -271,6 +271,11 @@ class Recipe(LayerRecipe):
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def matches(name: str, glob: str) -> bool:
+    """Tell whether a full module name, or its end from a dot on, matches a glob: ``q_proj`` is every q_proj."""
+    return fnmatch.fnmatchcase(name, glob) or fnmatch.fnmatchcase(name, f"*.{glob}")
 
 
 def _toml(value: Any) -> str:
