@@ -1,0 +1,200 @@
+"""Pruning one weight matrix: pure functions of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from thanos.errors import NumericsError, RecipeError
+from thanos.recipe import LayerRecipe
+from thanos.solvers.base import Budget, Problem
+from thanos.solvers.factor import InputStatistics
+from thanos.solvers.scored import magnitude, wanda
+from thanos.solvers.select import smallest_mask
+from thanos.solvers.sparsegpt import sparsegpt
+from thanos.solvers.thanos import thanos
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A pruning method and what it needs."""
+
+    solve: Callable[[Problem], tuple[Tensor, Tensor]]
+    needs_hessian: bool
+    needs_factor: bool
+
+
+METHODS = {
+    "thanos": Method(thanos, True, True),
+    "sparsegpt": Method(sparsegpt, True, True),
+    "wanda": Method(wanda, True, False),
+    "magnitude": Method(magnitude, False, False),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class PrunedWeight:
+    """The result for one weight matrix.
+
+    Attributes:
+        weight: (c, b), same dtype and device as given; removed entries are exact zeros.
+        kept: (c, b) bool, True where the weight stays.
+        outliers: indices of the rows left dense, ascending, (q,).
+        method: the method that ran: the one asked for, or ``magnitude`` where no input was ever seen.
+        error_before_compensation: tr(Δ H Δᵀ) / tr(W H Wᵀ) with Δ the removed entries alone; None without a Hessian.
+        error_after_compensation: the same with Δ the whole change of the weight; None without a Hessian.
+        damping: the damping that was used, as a share of the Hessian's mean diagonal; None where none is used.
+        damping_reason: why it differs from the one asked for; empty if it does not.
+    """
+
+    weight: Tensor
+    kept: Tensor
+    outliers: Tensor
+    method: str
+    error_before_compensation: float | None
+    error_after_compensation: float | None
+    damping: float | None
+    damping_reason: str
+
+    @property
+    def sparsity(self) -> float:
+        """The share of entries removed."""
+        return 1.0 - self.kept.sum().item() / max(1, self.kept.numel())
+
+
+def prune_weight(
+    weight: Tensor,
+    hessian: Tensor | None,
+    *,
+    method: str = "thanos",
+    pattern: str = "unstructured",
+    sparsity: float | None = None,
+    block_size: int | None = None,
+    damping: float = 0.01,
+    outlier_rows: float = 0.0,
+) -> PrunedWeight:
+    """Prune one weight matrix. The inputs are never modified.
+
+    Entries that are zero already stay zero and count towards the sparsity; a weight with more zeros than asked for keeps
+    them all. Computes in float64 if either tensor is float64, else in float32.
+
+    Args:
+        weight: (c, b): c output rows, b input columns; any floating dtype, any strides.
+        hessian: XᵀX of the layer's inputs up to any positive factor, (b, b). Only ``magnitude`` may do without (None);
+            outlier rows are then those of the largest norm, and no error is measured.
+        method: ``thanos``, ``sparsegpt``, ``wanda`` or ``magnitude``.
+        pattern: ``unstructured``, ``columns``, or ``N:M``: at most N non-zeros in every M consecutive inputs.
+        sparsity: share of all c·b entries to remove, in [0, 1); default 0.5; follows from the pattern for n:m.
+        block_size: columns handled together; default 128, or 512 for Thanos with n:m. Need not divide b.
+        damping: share of the Hessian's mean diagonal added to the diagonal, at least 0. Raised tenfold, and reported,
+            while the Hessian is not positive definite.
+        outlier_rows: share of rows left dense, in [0, 1): the ⌈α·c⌉ with the largest output energy (W H Wᵀ)_ii.
+
+    Returns:
+        The pruned weight, the mask and what it cost.
+
+    Raises:
+        RecipeError: an argument is out of range, or the pattern does not fit the weight.
+        NumericsError: the weight or the Hessian holds NaN or infinity.
+    """
+    recipe = LayerRecipe(
+        method=method,
+        pattern=pattern,
+        sparsity=sparsity,
+        outlier_rows=outlier_rows,
+        block_size=block_size,
+        damping=damping,
+    )
+    inputs = None
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise RecipeError(f"weight must be a floating-point matrix; got shape {tuple(weight.shape)}, {weight.dtype}")
+    if hessian is not None:
+        if hessian.shape != (weight.shape[1], weight.shape[1]) or not hessian.is_floating_point():
+            raise RecipeError(
+                f"hessian must be a {weight.shape[1]} × {weight.shape[1]} floating-point matrix for a weight of shape "
+                f"{tuple(weight.shape)}; got shape {tuple(hessian.shape)}, {hessian.dtype}"
+            )
+        double = torch.float64 in (weight.dtype, hessian.dtype)
+        dtype = torch.float64 if double else torch.float32
+        inputs = InputStatistics(hessian.to(weight.device), dtype=dtype)
+    return prune_layer(weight, inputs, recipe)
+
+
+@torch.no_grad()
+def prune_layer(
+    weight: Tensor, inputs: InputStatistics | None, recipe: LayerRecipe, *, name: str = "the weight"
+) -> PrunedWeight:
+    """Prune one weight matrix whose input statistics, and factor, may be shared with other layers.
+
+    See :func:`prune_weight` for the arguments, the result and the errors; ``name`` is used in messages.
+    """
+    method = METHODS[recipe.method]
+    if inputs is None and method.needs_hessian:
+        raise RecipeError(f"method {recipe.method} needs the Hessian of the layer's inputs; got None")
+    budget = Budget.plan(weight.shape[0], weight.shape[1], recipe)
+    dtype = inputs.matrix.dtype if inputs is not None else _compute_dtype(weight)
+    dense = weight.detach().to(dtype)
+    if not bool(torch.isfinite(dense).all()):
+        raise NumericsError(f"{name} holds NaN or infinity; the checkpoint is damaged, or its dtype overflowed")
+    if inputs is not None and inputs.empty and method.needs_hessian:
+        # No input was ever seen, so there is nothing to weigh by: reported through `method`, never silently.
+        recipe, method = replace(_layer_part(recipe), method="magnitude"), METHODS["magnitude"]
+    energy = _energy(dense, inputs)
+    outliers = _outlier_rows(energy.sum(1), budget.outlier_rows)
+    keep_dense = torch.zeros(weight.shape[0], dtype=torch.bool, device=weight.device)
+    keep_dense[outliers] = True
+    factor = inputs.factor(recipe.damping) if inputs is not None and method.needs_factor else None
+    rows = (~keep_dense).nonzero().squeeze(1)
+    part = dense[rows] if outliers.numel() else dense
+    problem = Problem(part, part == 0, inputs, factor, recipe.parsed_pattern, budget, recipe.resolved_block_size)
+    solved, removed = method.solve(problem) if recipe.resolved_sparsity > 0 else (part, problem.zeros)
+    pruned, kept = weight.detach().clone(), torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
+    pruned[rows], kept[rows] = solved.to(weight.dtype), ~removed
+    before, after = _relative_errors(dense, pruned, kept, energy, inputs)
+    if after is not None and not after < float("inf"):
+        raise NumericsError(f"pruning {name} gave NaN or infinity; raise damping (it is {recipe.damping:g})")
+    return PrunedWeight(
+        pruned,
+        kept,
+        outliers,
+        recipe.method,
+        before,
+        after,
+        None if factor is None else factor.damping,
+        "" if factor is None else factor.reason,
+    )
+
+
+def _layer_part(recipe: LayerRecipe) -> LayerRecipe:
+    return LayerRecipe(**{f.name: getattr(recipe, f.name) for f in fields(LayerRecipe)})
+
+
+def _compute_dtype(weight: Tensor) -> torch.dtype:
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def _energy(weight: Tensor, inputs: InputStatistics | None) -> Tensor:
+    """Return (W H) ∘ W, (c, b): its row sums are the rows' output energies (W H Wᵀ)_ii."""
+    return weight.square() if inputs is None or inputs.empty else (weight @ inputs.matrix).mul_(weight)
+
+
+def _outlier_rows(energy: Tensor, count: int) -> Tensor:
+    return smallest_mask(-energy + energy.max(), count).nonzero().squeeze(1) if count else energy.new_empty(0).long()
+
+
+def _relative_errors(
+    dense: Tensor, pruned: Tensor, kept: Tensor, energy: Tensor, inputs: InputStatistics | None
+) -> tuple[float | None, float | None]:
+    if inputs is None:
+        return None, None
+    total = energy.sum(dtype=torch.float64)
+
+    def relative(delta: Tensor) -> float:
+        if inputs.empty or not total > 0:
+            return 0.0
+        return ((delta @ inputs.matrix).mul_(delta).sum(dtype=torch.float64) / total).item()
+
+    return relative(torch.where(kept, 0.0, dense)), relative(pruned.to(dense.dtype) - dense)

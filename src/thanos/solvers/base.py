@@ -1,0 +1,129 @@
+"""What passes between ``prune_weight`` and a method: a problem in, a weight and a mask out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from thanos.errors import RecipeError
+from thanos.patterns import NM, Columns, Pattern
+from thanos.recipe import LayerRecipe
+from thanos.solvers.factor import Factor, InputStatistics
+
+_SLACK = 1e-9
+"""Keeps ⌊0.29 · 100⌋ at 29: a product that misses a whole number by rounding alone counts as that number."""
+
+
+def floor_count(value: float) -> int:
+    """Return ⌊value⌋, forgiving rounding in the product that made it."""
+    return math.floor(value + _SLACK * max(1.0, value))
+
+
+def ceil_count(value: float) -> int:
+    """Return ⌈value⌉, forgiving rounding in the product that made it."""
+    return math.ceil(value - _SLACK * max(1.0, value))
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """How much of one weight matrix is removed, as whole numbers.
+
+    Attributes:
+        outlier_rows: q = ⌈α·c⌉, rows left dense.
+        weights: ⌊p·c·b⌋, entries removed by the unstructured pattern.
+        columns: ⌈p·b / (1 − α)⌉, columns removed by the columns pattern (math of the paper's Algorithm 2).
+    """
+
+    outlier_rows: int
+    weights: int
+    columns: int
+
+    @classmethod
+    def plan(cls, rows: int, columns: int, recipe: LayerRecipe) -> Budget:
+        """Work out the budget of a (rows, columns) weight.
+
+        Raises:
+            RecipeError: the pattern does not fit the width, or the rows that may be pruned hold too little.
+        """
+        pattern, p, alpha = recipe.parsed_pattern, recipe.resolved_sparsity, recipe.outlier_rows
+        pattern.check_width(columns)
+        outliers = ceil_count(alpha * rows)
+        budget = cls(outliers, floor_count(p * rows * columns), ceil_count(p * columns / (1 - alpha)))
+        too_many = (
+            budget.columns >= columns
+            if isinstance(pattern, Columns)
+            else pattern.sparsity is None and budget.weights > (rows - outliers) * columns
+        )
+        if (too_many and p > 0) or (outliers >= rows and p > 0):
+            raise RecipeError(
+                f"sparsity {p:g} with pattern {pattern} and outlier_rows {alpha:g} is impossible for a {rows} × {columns} "
+                f"weight: {outliers} of its {rows} rows stay dense; lower sparsity or outlier_rows, or skip this layer"
+            )
+        return budget
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """The rows of one weight that may be pruned, and what is known about their inputs.
+
+    Attributes:
+        weight: W without its outlier rows, (c, b), float32 or float64. Methods must not modify it.
+        zeros: entries that were zero before and must stay so, (c, b) bool.
+        inputs: the statistics of the layer's inputs; None only for methods that need none.
+        factor: the factorised damped Hessian; None for methods that need none.
+        pattern: which sets of weights may go.
+        budget: how many.
+        block_size: input columns handled together.
+    """
+
+    weight: Tensor
+    zeros: Tensor
+    inputs: InputStatistics | None
+    factor: Factor | None
+    pattern: Pattern
+    budget: Budget
+    block_size: int
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """Yield the column ranges [j1, j2) from left to right; the last may be narrower."""
+        columns = self.weight.shape[1]
+        for start in range(0, columns, self.block_size):
+            yield start, min(start + self.block_size, columns)
+
+    @property
+    def upper(self) -> Tensor:
+        """U of the factor."""
+        assert self.factor is not None
+        return self.factor.upper
+
+    @property
+    def norms(self) -> Tensor:
+        """‖X_j‖₂ up to a common factor, (b,)."""
+        assert self.inputs is not None
+        return self.inputs.norms
+
+    @property
+    def nm(self) -> NM:
+        """The n:m pattern."""
+        assert isinstance(self.pattern, NM)
+        return self.pattern
+
+    def mark_zeros(self, scores: Tensor, start: int = 0) -> Tensor:
+        """Give what was zero from the start a score below all others; ``scores`` covers the columns from ``start``."""
+        return scores.masked_fill_(self.zeros[:, start : start + scores.shape[1]], -1.0)
+
+
+def column_mask(scores: Tensor, count: int, rows: int) -> Tensor:
+    """Remove the ``count`` columns with the smallest scores (b,) from all ``rows`` rows."""
+    from thanos.solvers.select import smallest_mask
+
+    return smallest_mask(scores, count).expand(rows, -1).clone()
+
+
+def without(weight: Tensor, removed: Tensor) -> Tensor:
+    """Return a copy of the weight with the removed entries set to zero."""
+    return torch.where(removed, 0.0, weight)

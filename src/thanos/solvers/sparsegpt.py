@@ -1,0 +1,91 @@
+"""SparseGPT (Frantar and Alistarh, 2023): one column after the other, errors carried to the right.
+
+With H⁻¹ = UᵀU, removing W_ij and compensating in the columns to its right only changes row i by
+
+    W[i, j:] −= (W_ij / U_jj) · U[j, j:],
+
+at the cost W_ij² / U_jj², which is the score. Columns are taken in panels inside blocks inside the matrix, so that most of the
+arithmetic is matrix products; the result is that of the column-by-column recursion up to rounding.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from thanos.patterns import NM, Columns, Unstructured
+from thanos.solvers.base import Problem, column_mask
+from thanos.solvers.select import nm_mask, smallest_mask
+
+_PANEL = 16
+"""Columns whose updates go to one another directly; wider panels do more work column by column."""
+
+
+def sparsegpt(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Prune by the recursion above; the mask of a block is chosen when the block (for n:m: the group) is reached."""
+    weight, upper = problem.weight.clone(), problem.upper
+    removed = problem.zeros.clone()
+    if isinstance(problem.pattern, Columns):
+        scores = _scores(problem, weight, 0).sum(0)
+        removed |= column_mask(scores, problem.budget.columns, weight.shape[0])
+    spent = 0
+    for start, stop in problem.blocks():
+        if isinstance(problem.pattern, Unstructured):
+            count = _block_budget(problem, start, stop, spent)
+            scores = problem.mark_zeros(_scores(problem, weight[:, start:stop], start), start)
+            removed[:, start:stop] |= smallest_mask(scores, count)
+            spent += int(removed[:, start:stop].sum())
+        errors = _eliminate_block(problem, weight[:, start:stop], removed[:, start:stop], start)
+        weight[:, stop:] -= errors @ upper[start:stop, stop:]
+    return weight.masked_fill_(removed, 0.0), removed
+
+
+def _scores(problem: Problem, weight: Tensor, start: int) -> Tensor:
+    """Return W_ij² / U_jj² for columns from ``start`` on; 0 where the input was always zero."""
+    assert problem.inputs is not None
+    columns = slice(start, start + weight.shape[1])
+    scores = (weight / problem.upper.diagonal()[columns]).square_()
+    return scores.masked_fill_(problem.inputs.dead[columns], 0.0)
+
+
+def _block_budget(problem: Problem, start: int, stop: int, spent: int) -> int:
+    """Return how many entries columns [start, stop) give, so that the matrix ends on its budget exactly.
+
+    The running total follows the share of columns passed, except that zeros already there, here and further right,
+    have the first claim.
+    """
+    rows, columns = problem.weight.shape
+    total = max(problem.budget.weights, int(problem.zeros.sum()))
+    here, later = int(problem.zeros[:, start:stop].sum()), int(problem.zeros[:, stop:].sum())
+    target = total * stop // columns - spent
+    # What this block leaves must fit into the columns to its right.
+    target = max(target, total - spent - rows * (columns - stop))
+    return max(min(target, total - spent - later), here)
+
+
+def _eliminate_block(problem: Problem, weight: Tensor, removed: Tensor, offset: int) -> Tensor:
+    """Run the recursion on one block in place; return the errors W_ij / U_jj of what was removed, (c, k).
+
+    ``weight`` and ``removed`` are views of the block's columns; for n:m ``removed`` is filled in on the way.
+    """
+    width = weight.shape[1]
+    upper = problem.upper[offset : offset + width, offset : offset + width]
+    errors = torch.zeros_like(weight)
+    panel = max(problem.pattern.group, _PANEL // problem.pattern.group * problem.pattern.group)
+    for start in range(0, width, panel):
+        stop = min(start + panel, width)
+        for j in range(start, stop):
+            if isinstance(problem.pattern, NM) and j % problem.pattern.m == 0:
+                _choose_group(problem, weight, removed, j, offset)
+            errors[:, j] = torch.where(removed[:, j], weight[:, j] / upper[j, j], 0.0)
+            weight[:, j:stop].addr_(errors[:, j], upper[j, j:stop], alpha=-1)
+        weight[:, stop:] -= errors[:, start:stop] @ upper[start:stop, stop:]
+    return errors
+
+
+def _choose_group(problem: Problem, weight: Tensor, removed: Tensor, j: int, offset: int) -> None:
+    """Decide the n:m group that begins at column ``j`` of the block, on the weights as they are now."""
+    pattern = problem.nm
+    group = slice(j, j + pattern.m)
+    scores = problem.mark_zeros(_scores(problem, weight[:, group], offset + j), offset + j)
+    removed[:, group] |= nm_mask(scores, pattern.n, pattern.m)

@@ -1,0 +1,82 @@
+"""Thanos (arXiv 2504.05346): many weights of a row removed at once, the survivors compensating exactly.
+
+Removing the set P from a row w under ½ δ H δᵀ → min, δ_P = −w_P, gives (the paper's Eq. 10)
+
+    ŵ = w − λ (H⁻¹)_P:,   λ (H⁻¹)_PP = w_P.                                                                   (A)
+
+Column blocks go left to right, H being the trailing matrix H[j1:, j1:]. With H⁻¹ = UᵀU the rows of its inverse that a block
+needs are U_bbᵀ U[j1:j2, j1:], so the systems of all rows are sub-blocks of G = U_bbᵀ U_bb and the update of everything to
+the right is one matrix product. Columns (structured) are (A) with one P for all rows (the paper's Eq. 13, Algorithm 2):
+
+    Ŵ = W − W_:P ((H⁻¹)_PP)⁻¹ (H⁻¹)_P:.                                                                        (B)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from thanos.patterns import Columns, Unstructured
+from thanos.solvers.base import Problem, column_mask
+from thanos.solvers.rows import solve_rows
+from thanos.solvers.select import nm_mask, smallest_mask
+
+
+def thanos(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Prune by Algorithm 1 (unstructured), 8 (n:m) or 2 (columns)."""
+    if isinstance(problem.pattern, Columns):
+        return _columns(problem)
+    weight, upper = problem.weight.clone(), problem.upper
+    removed = problem.zeros.clone()
+    budget = max(problem.budget.weights, int(problem.zeros.sum()))
+    for start, stop in problem.blocks():
+        if isinstance(problem.pattern, Unstructured):
+            # The global residual mask: the smallest scores over everything that is left, of which the block takes its part.
+            scores = problem.mark_zeros(weight[:, start:].abs() * problem.norms[start:], start)
+            chosen = smallest_mask(scores, budget)[:, : stop - start]
+            budget -= int(chosen.sum())
+        else:
+            scores = problem.mark_zeros(weight[:, start:stop].abs() * problem.norms[start:stop], start)
+            chosen = nm_mask(scores, problem.nm.n, problem.nm.m) | problem.zeros[:, start:stop]
+        removed[:, start:stop] = chosen
+        _remove(weight, chosen, upper[start:stop, start:], start)
+    return weight.masked_fill_(removed, 0.0), removed
+
+
+def _remove(weight: Tensor, chosen: Tensor, upper_rows: Tensor, start: int) -> None:
+    """Apply (A) to every row: remove ``chosen`` (c, k) at columns from ``start``; ``upper_rows`` is U[j1:j2, j1:]."""
+    width = chosen.shape[1]
+    diagonal_block = upper_rows[:, :width]
+    multipliers = solve_rows(
+        diagonal_block.T @ diagonal_block, weight[:, start : start + width], chosen, diagonal_block
+    )
+    weight[:, start:] -= multipliers @ (diagonal_block.T @ upper_rows)
+    weight[:, start : start + width].masked_fill_(chosen, 0.0)
+
+
+def _columns(problem: Problem) -> tuple[Tensor, Tensor]:
+    weight, upper = problem.weight, problem.upper
+    scores = weight.square().sum(0) * problem.norms.square()
+    chosen = column_mask(scores, problem.budget.columns, weight.shape[0])
+    removed = chosen | problem.zeros
+    if torch.equal(removed, chosen):
+        index = chosen[0].nonzero().squeeze(1)
+        root = upper[:, index]
+        multipliers = _solve_shared(root, weight[:, index])
+        update = multipliers @ (root.T @ upper)
+    else:  # zeros scattered over columns that stay: every row has its own set
+        update = solve_rows(upper.T @ upper, weight, removed, upper) @ (upper.T @ upper)
+    return (weight - update).masked_fill_(removed, 0.0), removed
+
+
+def _solve_shared(root: Tensor, rhs: Tensor) -> Tensor:
+    """Return rhs (rootᵀ root)⁻¹, falling back to float64 where float32 does not suffice; root (b, s), rhs (c, s)."""
+    if root.shape[1] == 0:
+        return rhs
+    for dtype in dict.fromkeys((root.dtype, torch.float64)):
+        matrix = root.to(dtype)
+        factor, info = torch.linalg.cholesky_ex(matrix.T @ matrix)
+        if info.item() == 0:
+            return torch.cholesky_solve(rhs.to(dtype).T, factor).T.to(rhs.dtype)
+    # Numerically dependent columns: any of the equivalent solutions is a minimiser.
+    return torch.linalg.lstsq((root.T @ root).double(), rhs.double().T, driver="gelsd").solution.T.to(rhs.dtype)
