@@ -1,0 +1,101 @@
+"""Statistics of layer inputs, gathered while a block runs: XᵀX in float32, once for each distinct input.
+
+Layers that are handed the very same tensor (q, k and v; gate and up) share one accumulator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thanos.errors import NumericsError
+from thanos.structure import LinearLayer
+
+
+@dataclass(slots=True)
+class InputGroup:
+    """The layers that read one input, and its statistics.
+
+    Attributes:
+        layers: in the order in which the block calls them.
+        hessian: XᵀX, (b, b) float32, on the device of the inputs.
+        tokens: rows of X so far.
+    """
+
+    layers: list[LinearLayer]
+    hessian: Tensor
+    tokens: int = 0
+    current: Tensor | None = field(default=None, repr=False)
+
+    def add(self, inputs: Tensor) -> None:
+        """Add the tokens of ``inputs`` (..., b)."""
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        add_gram(self.hessian, rows)
+        self.tokens += rows.shape[0]
+
+
+def add_gram(hessian: Tensor, rows: Tensor) -> None:
+    """Add XᵀX to ``hessian`` (b, b) float32 for X = rows (T, b) of any floating dtype, products exact in float32."""
+    if rows.dtype in (torch.bfloat16, torch.float16) and rows.is_cuda:
+        # 16-bit products are exact in float32: the tensor cores add them up there, without a float32 copy of X.
+        hessian += torch.mm(rows.T, rows, out_dtype=torch.float32)
+    else:
+        rows = rows.to(hessian.dtype)
+        hessian.addmm_(rows.T, rows)
+
+
+@contextmanager
+def gather(layers: Sequence[LinearLayer]) -> Iterator[list[InputGroup]]:
+    """While open, accumulate the inputs of ``layers``; the list holds one group per distinct input, in calling order.
+
+    Layers that are never called are in no group.
+    """
+    groups: list[InputGroup] = []
+    group_of: dict[str, InputGroup] = {}
+
+    def hook(layer: LinearLayer) -> Any:
+        def see(_: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
+            inputs = args[0]
+            group = group_of.get(layer.name)
+            if group is None:
+                group = next((g for g in groups if g.current is inputs and g.layers[0].shape[1] == layer.shape[1]), None)
+                if group is None:
+                    size = layer.shape[1]
+                    group = InputGroup([], torch.zeros(size, size, dtype=torch.float32, device=inputs.device))
+                    groups.append(group)
+                group.layers.append(layer)
+                group_of[layer.name] = group
+            if group.layers[0] is layer:
+                group.current = inputs
+                group.add(inputs)
+            elif group.current is not inputs:
+                raise AssertionError(f"{layer.name} shared its input with {group.layers[0].name}, and no longer does")
+
+        return see
+
+    handles = [layer.module.register_forward_pre_hook(hook(layer)) for layer in layers]
+    try:
+        yield groups
+    finally:
+        for handle in handles:
+            handle.remove()
+        for group in groups:
+            group.current = None
+
+
+def check_finite(group: InputGroup) -> None:
+    """Refuse statistics that hold NaN or infinity.
+
+    Raises:
+        NumericsError: names the first layer that reads this input.
+    """
+    if not bool(torch.isfinite(group.hessian.diagonal()).all()):
+        raise NumericsError(
+            f"the inputs of {group.layers[0].name} hold NaN or infinity; the checkpoint is damaged or the activations "
+            "overflow: try --dtype float32 or bfloat16"
+        )

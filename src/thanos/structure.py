@@ -1,0 +1,159 @@
+"""Where a model keeps its decoder blocks and linear layers, found by structure and never by the model's name."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from thanos.errors import ModelError
+from thanos.recipe import Recipe, matches
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+_PATCHING = threading.Lock()
+
+
+@dataclass(frozen=True, slots=True)
+class LinearLayer:
+    """A linear layer of a model.
+
+    Attributes:
+        name: full module name.
+        module: the module.
+        block: index of its decoder block; None outside the blocks.
+        transposed: the weight is stored (inputs, outputs), as GPT-2's ``Conv1D`` does.
+    """
+
+    name: str
+    module: nn.Module
+    block: int | None
+    transposed: bool
+
+    @property
+    def weight_name(self) -> str:
+        """The weight's full parameter name."""
+        return f"{self.name}.weight"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(output rows, input columns), whatever the storage."""
+        rows, columns = self.module.get_parameter("weight").shape
+        return (columns, rows) if self.transposed else (rows, columns)
+
+    def oriented(self, stored: Tensor) -> Tensor:
+        """Turn a stored weight into (outputs, inputs), or back."""
+        return stored.T if self.transposed else stored
+
+
+def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Build the causal LM of a config with every parameter on the meta device and every buffer real.
+
+    Buffers such as rotary frequencies are not in checkpoints, so they must be computed; parameters are read later.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with _parameters_on_meta():
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    original = nn.Module.register_parameter
+
+    def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        original(module, name, parameter)
+        if parameter is not None and parameter.device.type != "meta":
+            # Memory of an uninitialised parameter is never touched, so replacing it here costs nothing.
+            module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+
+    with _PATCHING:
+        nn.Module.register_parameter = register
+        try:
+            yield
+        finally:
+            nn.Module.register_parameter = original
+
+
+def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
+    """Return the name and the modules of the decoder blocks: the module list that holds most linear weights.
+
+    Raises:
+        ModelError: no module list holds linear layers, or the blocks hold mixtures of experts.
+    """
+    best, best_size = None, 0
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module):
+            size = sum(layer.get_parameter("weight").numel() for _, layer in _linear_modules(module))
+            if size > best_size:  # the outermost list comes first, and wins a tie
+                best, best_size = name, size
+    if best is None:
+        raise ModelError(f"{type(model).__name__} has no list of decoder blocks with linear layers; it is not supported")
+    blocks = list(model.get_submodule(best).children())
+    fused = [name for block in blocks for name, parameter in block.named_parameters() if parameter.dim() == 3]
+    if fused or any(isinstance(module, nn.ModuleList) for block in blocks for module in block.modules()):
+        where = f" (3-D parameter {best}.0.{fused[0]})" if fused else ""
+        raise ModelError(f"{type(model).__name__} is a mixture of experts{where}, which is not supported yet")
+    return best, blocks
+
+
+def _linear_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    from transformers.pytorch_utils import Conv1D
+
+    for name, child in module.named_modules(prefix=prefix):
+        if isinstance(child, nn.Linear | Conv1D):
+            yield name, child
+
+
+def linear_layers(model: nn.Module) -> list[LinearLayer]:
+    """Return every linear layer of the model, in the order of its modules.
+
+    Raises:
+        ModelError: see :func:`find_blocks`.
+    """
+    prefix, _ = find_blocks(model)
+    layers = []
+    for name, module in _linear_modules(model):
+        inside = name.startswith(f"{prefix}.")
+        block = int(name[len(prefix) + 1 :].split(".")[0]) if inside else None
+        layers.append(LinearLayer(name, module, block, not isinstance(module, nn.Linear)))
+    return layers
+
+
+def select_layers(layers: list[LinearLayer], recipe: Recipe) -> tuple[list[LinearLayer], dict[str, str]]:
+    """Split linear layers into those that the recipe prunes, and those left dense with the reason.
+
+    Without ``targets`` every linear layer of the blocks is pruned; a layer outside them only if a target names it.
+
+    Raises:
+        ModelError: a target or skip glob matches no linear layer, or nothing is left to prune.
+    """
+    for option, globs in (("targets", recipe.targets), ("skip", recipe.skip)):
+        for glob in globs:
+            if not any(matches(layer.name, glob) for layer in layers):
+                raise ModelError(
+                    f"--{option} {glob!r} matches no linear layer; there are for example "
+                    f"{', '.join(sorted({layer.name.rsplit('.', 1)[-1] for layer in layers}))}"
+                )
+    chosen, dense = [], {}
+    for layer in layers:
+        if recipe.targets and not any(matches(layer.name, glob) for glob in recipe.targets):
+            dense[layer.name] = "not matched by targets"
+        elif not recipe.targets and layer.block is None:
+            dense[layer.name] = "outside the decoder blocks"
+        elif any(matches(layer.name, glob) for glob in recipe.skip):
+            dense[layer.name] = "matched by skip"
+        elif recipe.for_layer(layer.name) is None:
+            dense[layer.name] = "skipped by an override"
+        else:
+            chosen.append(layer)
+    if not chosen:
+        raise ModelError("the recipe leaves no layer to prune; loosen targets, skip or the overrides")
+    return chosen, dense
