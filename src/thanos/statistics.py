@@ -63,7 +63,9 @@ def gather(layers: Sequence[LinearLayer]) -> Iterator[list[InputGroup]]:
             inputs = args[0]
             group = group_of.get(layer.name)
             if group is None:
-                group = next((g for g in groups if g.current is inputs and g.layers[0].shape[1] == layer.shape[1]), None)
+                group = next(
+                    (g for g in groups if g.current is inputs and g.layers[0].shape[1] == layer.shape[1]), None
+                )
                 if group is None:
                     size = layer.shape[1]
                     group = InputGroup([], torch.zeros(size, size, dtype=torch.float32, device=inputs.device))

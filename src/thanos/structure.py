@@ -68,11 +68,11 @@ def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype, *, trust_remote
 def _parameters_on_meta() -> Iterator[None]:
     original = nn.Module.register_parameter
 
-    def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        original(module, name, parameter)
-        if parameter is not None and parameter.device.type != "meta":
+    def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        original(self, name, param)
+        if param is not None and param.device.type != "meta":
             # Memory of an uninitialised parameter is never touched, so replacing it here costs nothing.
-            module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+            self._parameters[name] = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
 
     with _PATCHING:
         nn.Module.register_parameter = register
@@ -95,7 +95,9 @@ def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
             if size > best_size:  # the outermost list comes first, and wins a tie
                 best, best_size = name, size
     if best is None:
-        raise ModelError(f"{type(model).__name__} has no list of decoder blocks with linear layers; it is not supported")
+        raise ModelError(
+            f"{type(model).__name__} has no list of decoder blocks with linear layers; it is not supported"
+        )
     blocks = list(model.get_submodule(best).children())
     fused = [name for block in blocks for name, parameter in block.named_parameters() if parameter.dim() == 3]
     if fused or any(isinstance(module, nn.ModuleList) for block in blocks for module in block.modules()):

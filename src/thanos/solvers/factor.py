@@ -36,6 +36,22 @@ class Factor:
     damping: float
     reason: str
 
+    def condition(self, steps: int = 12) -> float:
+        """Estimate the condition number of the damped Hessian, from below, by power iteration on UᵀU and its inverse."""
+        size = self.upper.shape[0]
+        # A fixed start that is orthogonal to nothing in particular, so that the estimate is reproducible.
+        smallest = largest = torch.cos(torch.arange(1, size + 1, device=self.upper.device, dtype=self.upper.dtype))[
+            :, None
+        ]
+        low = high = 1.0
+        for _ in range(steps):
+            smallest = self.upper.T @ (self.upper @ smallest)
+            largest = torch.linalg.solve_triangular(self.upper.T, largest, upper=False)
+            largest = torch.linalg.solve_triangular(self.upper, largest, upper=True)
+            low, high = smallest.norm().item(), largest.norm().item()
+            smallest, largest = smallest / low, largest / high
+        return low * high
+
 
 class InputStatistics:
     """The Hessian of one distinct layer input, shared by all layers and methods that read it.

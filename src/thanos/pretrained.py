@@ -1,0 +1,300 @@
+"""Finding and loading a pretrained model: a hub name, a local folder, or a GGUF file; safetensors only, never pickles."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from thanos.checkpoint import INDEX_NAME, SINGLE_NAME, SafetensorsCheckpoint
+from thanos.errors import CudaUnavailableError, DataError, ModelError, ResourceError
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*"]
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """Where a model is.
+
+    Attributes:
+        name: as the user gave it.
+        folder: the local folder with config and tokenizer (for a GGUF file, the folder it lies in).
+        gguf: the GGUF file, or None.
+        trust_remote_code: whether code that the checkpoint carries may run.
+    """
+
+    name: str
+    folder: Path
+    gguf: Path | None = None
+    trust_remote_code: bool = False
+
+    def _arguments(self) -> dict[str, Any]:
+        arguments: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
+        if self.gguf is not None:
+            arguments["gguf_file"] = self.gguf.name
+        return arguments
+
+    def config(self) -> PreTrainedConfig:
+        """Return the model's config.
+
+        Raises:
+            ModelError: it cannot be read, or is not that of a causal language model.
+        """
+        from transformers import AutoConfig
+
+        try:
+            return AutoConfig.from_pretrained(self.folder, **self._arguments())
+        except (ValueError, OSError, KeyError) as error:
+            raise ModelError(f"the config of {self.name} cannot be used: {_first_line(error)}") from error
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Return the tokenizer.
+
+        Raises:
+            ModelError: there is none, or it is broken.
+        """
+        from transformers import AutoTokenizer
+
+        if self.gguf is None and not any((self.folder / name).is_file() for name in _TOKENIZER_FILES):
+            raise ModelError(
+                f"{self.name} has no tokenizer ({', '.join(_TOKENIZER_FILES[:3])}, ...); put the tokenizer's files beside "
+                "the weights (tokenizer.save_pretrained)"
+            )
+        try:
+            return AutoTokenizer.from_pretrained(self.folder, **self._arguments())
+        except Exception as error:  # tokenizers raises bare Exception for a broken file
+            raise ModelError(f"the tokenizer of {self.name} cannot be read: {_first_line(error)}") from error
+
+    def generation_config(self) -> GenerationConfig | None:
+        """Return the generation config, derived from the config where there is no file; None for a folder without one."""
+        from transformers import GenerationConfig
+
+        if self.gguf is not None:
+            return GenerationConfig.from_model_config(self.config())
+        if (self.folder / "generation_config.json").is_file():
+            return GenerationConfig.from_pretrained(self.folder)
+        return None
+
+
+def resolve_model(model: str | Path, *, trust_remote_code: bool = False) -> ModelSource:
+    """Find a model and refuse what cannot be pruned, before anything is loaded.
+
+    Args:
+        model: a hub name, a local Hugging Face folder, or a ``.gguf`` file.
+        trust_remote_code: let transformers run Python code that the checkpoint carries.
+
+    Raises:
+        ModelError: nothing is there, or it is not a causal language model in safetensors or GGUF form.
+    """
+    name, path = str(model), Path(model)
+    if path.is_dir():
+        source = ModelSource(name, path, None, trust_remote_code)
+    elif path.is_file():
+        _check_gguf(path)
+        source = ModelSource(name, path.parent, path, trust_remote_code)
+    elif _looks_like_path(name):
+        raise ModelError(f"{name} does not exist; MODEL is a hub name, a local folder or a .gguf file")
+    else:
+        source = ModelSource(name, _download(name), None, trust_remote_code)
+    if source.gguf is None:
+        _check_folder(source)
+    _check_causal(source)
+    return source
+
+
+def load_model(
+    source: ModelSource, *, dtype: str | torch.dtype = "auto", device: torch.device | str = "cpu"
+) -> PreTrainedModel:
+    """Load the whole model, in eval mode and without gradients.
+
+    Args:
+        source: from :func:`resolve_model`.
+        dtype: ``auto`` (the checkpoint's; float32 for a GGUF file), ``float32``, ``bfloat16``, ``float16`` or a dtype.
+        device: where to.
+
+    Raises:
+        ModelError: a file is truncated or corrupt, or does not fit the config.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if isinstance(dtype, str) and dtype != "auto":
+        dtype = getattr(torch, dtype)
+    if source.gguf is not None:
+        _require_gguf_packages()
+        dtype = torch.float32 if dtype == "auto" else dtype
+    else:
+        SafetensorsCheckpoint(source.folder)
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            source.folder, dtype=dtype, use_safetensors=True if source.gguf is None else None, **source._arguments()
+        )
+    except (ValueError, OSError, KeyError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ModelError(f"{source.name} cannot be loaded: {_first_line(error)}") from error
+    if source.gguf is not None and hasattr(model.config, "quantization_config"):
+        # The weights are plain tensors now; a config that says otherwise would make the saved folder unreadable.
+        del model.config.quantization_config
+    return model.to(device).eval().requires_grad_(False)
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Raises:
+        CudaUnavailableError: CUDA was asked for and there is none.
+        ResourceError: the name is none of these, or there is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, index = name.partition(":")
+    if (
+        kind not in ("cpu", "cuda")
+        or (index and not index.isdigit())
+        or (kind == "cpu" and index)
+        or name.endswith(":")
+    ):
+        raise ResourceError(f"device {name!r} is unknown; choose auto, cpu, cuda or cuda:N")
+    if kind == "cuda":
+        if not torch.cuda.is_available():
+            raise CudaUnavailableError(f"device {name} was asked for, but torch sees no CUDA device; use --device cpu")
+        if index and int(index) >= torch.cuda.device_count():
+            raise ResourceError(
+                f"device {name} does not exist; there are cuda:0 to cuda:{torch.cuda.device_count() - 1}"
+            )
+    return torch.device(name)
+
+
+def end_of_text_id(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> int:
+    """Return the token that joins documents: the tokenizer's end of sequence, else the config's.
+
+    Raises:
+        DataError: neither names one.
+    """
+    for candidate in (getattr(tokenizer, "eos_token_id", None), getattr(config, "eos_token_id", None)):
+        if isinstance(candidate, list | tuple) and candidate:
+            candidate = candidate[0]
+        if isinstance(candidate, int):
+            return candidate
+    raise DataError("neither the tokenizer nor the config names an end-of-text token, which joins documents")
+
+
+def context_length(config: PreTrainedConfig) -> int | None:
+    """Return the number of positions that the model knows; None where the config does not say."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    for name in ("max_position_embeddings", "n_positions", "n_ctx"):
+        value = getattr(text, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+def check_token_ids(ids: torch.Tensor, model: PreTrainedModel) -> None:
+    """Refuse token ids that the model does not embed.
+
+    Raises:
+        DataError: the tokenizer and the model do not belong together.
+    """
+    embedded = model.get_input_embeddings().get_parameter("weight").shape[0]
+    if int(ids.max()) >= embedded:
+        raise DataError(f"the tokenizer gives token id {int(ids.max())}, but the model embeds only {embedded}: no pair")
+
+
+def _looks_like_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.endswith(".gguf") or name.count("/") > 1 or os.sep * 2 in name
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+    except HFValidationError as error:
+        raise ModelError(f"{name!r} is no hub name, and no such folder or .gguf file exists") from error
+    except Exception as error:  # the hub client raises its own, requests' and httpx's errors
+        raise ModelError(
+            f"{name} is no local folder or file, and the hub cannot give it ({_first_line(error)}); check the name, or "
+            "download it elsewhere and give the local folder or a .gguf file"
+        ) from error
+
+
+def _check_folder(source: ModelSource) -> None:
+    folder = source.folder
+    if not (folder / "config.json").is_file():
+        ggufs = sorted(folder.glob("*.gguf"))
+        hint = f"; name the file itself, for example {ggufs[0]}" if ggufs else "; it is not a Hugging Face model folder"
+        raise ModelError(f"{source.name} has no config.json{hint}")
+    if not any((folder / name).is_file() for name in (INDEX_NAME, SINGLE_NAME)):
+        if any(file for glob in _PICKLES for file in folder.glob(glob)):
+            raise ModelError(
+                f"{source.name} holds its weights as pickle files, which can run any code when they are read; convert them "
+                "where you trust them: AutoModelForCausalLM.from_pretrained(...).save_pretrained(..., safe_serialization)"
+            )
+        raise ModelError(f"{source.name} has no weights: neither {SINGLE_NAME} nor {INDEX_NAME}")
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("not an object")
+    except ValueError as error:
+        raise ModelError(f"{source.name}/config.json is not valid JSON: {error}") from error
+    if "quantization_config" in config:
+        method = (config["quantization_config"] or {}).get("quant_method", "unknown method")
+        raise ModelError(f"{source.name} is quantised ({method}); give the model before quantisation")
+    if "auto_map" in config and not source.trust_remote_code:
+        raise ModelError(
+            f"{source.name} needs Python code that comes with the checkpoint; read that code, then allow it with "
+            "--trust-remote-code"
+        )
+
+
+def _check_gguf(path: Path) -> None:
+    if path.suffix != ".gguf":
+        raise ModelError(f"{path} is a file, but not a .gguf file; MODEL is a hub name, a local folder or a .gguf file")
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ModelError(f"{path} is not a GGUF file, or is truncated; download it again")
+    _require_gguf_packages()
+    from gguf import GGUFReader
+
+    try:
+        tensors = GGUFReader(path).tensors
+        end = max((int(tensor.data_offset) + int(tensor.n_bytes) for tensor in tensors), default=0)
+    except Exception as error:  # the reader indexes past the end of a truncated file in many ways
+        raise ModelError(f"{path} is truncated or corrupt ({_first_line(error)}); download it again") from error
+    if not tensors or end > path.stat().st_size:
+        raise ModelError(f"{path} is truncated: {path.stat().st_size} bytes, not {end}; download it again")
+
+
+def _require_gguf_packages() -> None:
+    try:
+        import accelerate  # noqa: F401
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise ModelError(f"GGUF files need the package {error.name}: pip install 'thanos-llm[gguf]'") from error
+
+
+def _check_causal(source: ModelSource) -> None:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    config = source.config()
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{source.name} is an encoder-decoder model ({config.model_type}); only causal LMs are supported"
+        )
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not source.trust_remote_code:
+        raise ModelError(f"{source.name} is not a causal language model that transformers knows ({config.model_type})")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,316 @@
+"""The front door: prune a model, from a name to a finished folder."""
+
+from __future__ import annotations
+
+import errno
+import platform
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from thanos import card
+from thanos._version import __version__
+from thanos.calibration import Calibration, build_calibration
+from thanos.checkpoint import LoadedCheckpoint, SafetensorsCheckpoint, match_parameters
+from thanos.engine import Engine
+from thanos.errors import ModelError, RecipeError, ResourceError
+from thanos.events import Event
+from thanos.memory import PhaseMeter
+from thanos.pretrained import (
+    ModelSource,
+    check_token_ids,
+    choose_device,
+    context_length,
+    end_of_text_id,
+    load_model,
+    resolve_model,
+)
+from thanos.recipe import Recipe
+from thanos.report import DenseRecord, PruningReport, compute_totals
+from thanos.shards import CheckpointWriter, prepare_output, publish
+from thanos.solvers.base import Budget
+from thanos.structure import LinearLayer, build_skeleton, find_blocks, linear_layers, select_layers
+from thanos.weights import ModelWeights, persistent_names
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Watcher = Callable[[Event], None]
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_NOT_COPIED = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ckpt")
+"""Weights in any format: the output has its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """A model ready for the engine."""
+
+    source: ModelSource
+    skeleton: PreTrainedModel
+    checkpoint: SafetensorsCheckpoint | LoadedCheckpoint
+    key_of: dict[str, str]
+    layers: list[LinearLayer]
+    dense: dict[str, str]
+    notes: list[str]
+
+
+def prune(
+    model: str | Path,
+    out: str | Path,
+    recipe: Recipe | None = None,
+    *,
+    overwrite: bool = False,
+    on_event: Watcher | None = None,
+) -> PruningReport:
+    """Prune a pretrained causal language model and write it as a plain Hugging Face checkpoint.
+
+    Args:
+        model: a hub name, a local Hugging Face folder, or a ``.gguf`` file.
+        out: the folder to write. It appears when it is complete, never before.
+        recipe: what to do; default :class:`Recipe`, Thanos at 50 % unstructured.
+        overwrite: replace ``out`` if it exists.
+        on_event: called with each :class:`~thanos.events.Event`.
+
+    Returns:
+        The report, equal to ``pruning.json`` in ``out``.
+
+    Raises:
+        UserError: what was asked for cannot be done; nothing was written.
+    """
+    recipe = recipe or Recipe()
+    watch = on_event or (lambda event: None)
+    device = choose_device(recipe.device)
+    meter = PhaseMeter(device)
+    with _resource_errors(recipe):
+        source = resolve_model(model, trust_remote_code=recipe.trust_remote_code)
+        local = source.gguf or source.folder
+        # Refuse a bad output before minutes of work; the folder itself is made only when all else is known to be good.
+        work = prepare_output(Path(out), model_folder=local if local.is_dir() else local.parent, overwrite=overwrite)
+        try:
+            with meter.phase("load"):
+                opened = _open(source, recipe, watch)
+            with meter.phase("calibration"):
+                calibration = _calibrate(opened, recipe, device, watch)
+            report = _run(opened, calibration, recipe, device, meter, work, watch)
+            publish(work, Path(out), overwrite=overwrite)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    return report
+
+
+def _open(source: ModelSource, recipe: Recipe, watch: Watcher) -> _Opened:
+    notes: list[str] = []
+    found = _open_streamed(source, recipe) if source.gguf is None else None
+    if found is None:
+        if source.gguf is None:
+            notes.append(
+                "the checkpoint's tensors are not one to one the model's parameters; transformers loads it whole"
+            )
+        found = _open_whole(source, recipe)
+    for note in notes:
+        watch(Event(kind="note", phase="load", message=note))
+    skeleton, checkpoint, key_of = found
+    chosen, left_dense = select_layers(linear_layers(skeleton), recipe)
+    for layer in chosen:
+        settings = recipe.for_layer(layer.name)
+        assert settings is not None
+        if layer.weight_name not in key_of:
+            raise ModelError(
+                f"{layer.name} shares its weight with the input embedding, which cannot be pruned; skip it"
+            )
+        try:
+            Budget.plan(*layer.shape, settings)
+        except RecipeError as error:
+            raise RecipeError(f"{layer.name}: {error}") from error
+    return _Opened(source, skeleton, checkpoint, key_of, chosen, left_dense, notes)
+
+
+_Found = tuple["PreTrainedModel", SafetensorsCheckpoint | LoadedCheckpoint, dict[str, str]]
+
+
+def _open_streamed(source: ModelSource, recipe: Recipe) -> _Found | None:
+    """Pair a skeleton with the tensors on disk; None where they do not correspond one to one."""
+    config, checkpoint = source.config(), SafetensorsCheckpoint(source.folder)
+    dtype = _dtype(recipe, getattr(config, "dtype", None), checkpoint)
+    skeleton = build_skeleton(config, dtype, trust_remote_code=recipe.trust_remote_code)
+    prefix = getattr(skeleton, "base_model_prefix", "")
+    key_of = match_parameters(set(persistent_names(skeleton)), set(checkpoint.tensors), prefix)
+    return None if key_of is None else (skeleton, checkpoint, key_of)
+
+
+def _open_whole(source: ModelSource, recipe: Recipe) -> _Found:
+    """Let transformers load and convert the whole model, and serve its tensors from memory."""
+    dense = load_model(source, dtype="auto", device=torch.device("cpu"))
+    dtype = _dtype(recipe, dense.dtype, None)
+    skeleton = build_skeleton(dense.config, dtype, trust_remote_code=recipe.trust_remote_code)
+    names, state = persistent_names(skeleton), dense.state_dict()
+    return skeleton, LoadedCheckpoint({name: state[name] for name in names}), {name: name for name in names}
+
+
+def _dtype(recipe: Recipe, stated: Any, checkpoint: SafetensorsCheckpoint | None) -> torch.dtype:
+    """The dtype that the model runs in: the recipe's, else what the config states, else the largest tensor's."""
+    if recipe.dtype != "auto":
+        return _DTYPES[recipe.dtype]
+    if isinstance(stated, str):
+        stated = getattr(torch, stated, None)
+    if isinstance(stated, torch.dtype) and stated.is_floating_point:
+        return stated
+    assert checkpoint is not None
+    return max(checkpoint.tensors.values(), key=lambda info: info.nbytes).dtype
+
+
+def _calibrate(opened: _Opened, recipe: Recipe, device: torch.device, watch: Watcher) -> Calibration:
+    watch(Event(kind="phase", phase="calibration"))
+    source, config = opened.source, opened.skeleton.config
+    tokenizer = source.tokenizer()
+    dense = load_model(source, dtype=recipe.dtype, device=device) if recipe.calibration == "self" else None
+    calibration = build_calibration(
+        recipe.calibration,
+        tokenizer,
+        samples=recipe.samples,
+        sequence_length=recipe.sequence_length,
+        seed=recipe.seed,
+        end_of_text_id=end_of_text_id(tokenizer, config),
+        context_length=context_length(config),
+        model=dense,
+        on_event=watch,
+    )
+    check_token_ids(calibration.ids, opened.skeleton)
+    return calibration
+
+
+def _run(
+    opened: _Opened,
+    calibration: Calibration,
+    recipe: Recipe,
+    device: torch.device,
+    meter: PhaseMeter,
+    work: Path,
+    watch: Watcher,
+) -> PruningReport:
+    writer = CheckpointWriter(opened.checkpoint, work)
+    weights = ModelWeights(opened.skeleton, opened.checkpoint, opened.key_of, device)
+    name, blocks = find_blocks(opened.skeleton)
+    engine = Engine(
+        opened.skeleton,
+        name,
+        blocks,
+        opened.layers,
+        weights,
+        writer,
+        recipe,
+        calibration.ids,
+        device,
+        meter,
+        notes=opened.notes,
+    )
+    for event in engine.run():
+        watch(event)
+    with meter.phase("finish"):
+        watch(Event(kind="phase", phase="finish", blocks=len(blocks)))
+        writer.finish()
+        _copy_companions(opened, work)
+    report = _report(opened, engine, calibration, recipe, device, meter)
+    report.write(work / "pruning.json")
+    (work / "recipe.toml").write_text(recipe.to_toml(), encoding="utf-8")
+    (work / "README.md").write_text(card.model_card(report), encoding="utf-8")
+    return report
+
+
+def _copy_companions(opened: _Opened, work: Path) -> None:
+    """Put config, tokenizer, chat template and generation config beside the weights, unchanged where they are files."""
+    source = opened.source
+    if source.gguf is not None:
+        config = opened.skeleton.config
+        config.architectures = [type(opened.skeleton).__name__]
+        config.save_pretrained(work)
+        source.tokenizer().save_pretrained(work)
+        generation = source.generation_config()
+        if generation is not None:
+            generation.save_pretrained(work)
+        return
+    for path in sorted(source.folder.iterdir()):
+        if path.name in ("README.md", "pruning.json", "recipe.toml") or path.name.startswith("."):
+            continue
+        if path.is_file() and not path.name.endswith(_NOT_COPIED):
+            shutil.copyfile(path, work / path.name)
+        elif path.is_dir() and path.name == "additional_chat_templates":
+            shutil.copytree(path, work / path.name)
+
+
+def _report(
+    opened: _Opened,
+    engine: Engine,
+    calibration: Calibration,
+    recipe: Recipe,
+    device: torch.device,
+    meter: PhaseMeter,
+) -> PruningReport:
+    import safetensors
+    import transformers
+
+    infos = opened.checkpoint.tensors
+    pruned = {opened.key_of[layer.weight_name] for layer in opened.layers}
+    named = {key: parameter for parameter, key in opened.key_of.items()}
+    dense = []
+    for key, info in infos.items():
+        if key not in pruned:
+            parameter = named.get(key, key)
+            reason = opened.dense.get(parameter.removesuffix(".weight"), "not a linear layer's weight")
+            dense.append(DenseRecord(name=parameter, parameters=info.numel, reason=reason))
+    zeros_elsewhere = sum(int((opened.checkpoint.read(key) == 0).sum()) for key in infos if key not in pruned)
+    parameters = sum(info.numel for info in infos.values())
+    phases = meter.records()
+    return PruningReport(
+        thanos_version=__version__,
+        model={
+            "name": opened.source.name,
+            "architecture": type(opened.skeleton).__name__,
+            "parameters": parameters,
+        },
+        recipe=recipe.to_dict(),
+        versions={
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "safetensors": safetensors.__version__,
+            "platform": platform.platform(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        },
+        calibration=calibration.to_dict(),
+        layers=engine.records,
+        dense=dense,
+        totals=compute_totals(engine.records, parameters=parameters, zeros_elsewhere=zeros_elsewhere),
+        phases=phases,
+        seconds=sum(record.seconds for record in phases.values()),
+        host_peak_bytes=max((record.host_peak_bytes or 0 for record in phases.values()), default=0),
+        device_peak_bytes=max((record.device_peak_bytes or 0 for record in phases.values()), default=0) or None,
+        warnings=engine.notes,
+    )
+
+
+@contextmanager
+def _resource_errors(recipe: Recipe) -> Iterator[None]:
+    """Turn exhausted memory and disk into errors that say which setting to lower."""
+    lower = f"lower --samples (now {recipe.samples}) or --sequence-length (now {recipe.sequence_length})"
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ResourceError(f"out of memory on the device: {lower}, or use --device cpu") from error
+    except MemoryError as error:
+        raise ResourceError(f"out of memory on the host: {lower}") from error
+    except RuntimeError as error:
+        if "can't allocate memory" in str(error) or "not enough memory" in str(error):
+            raise ResourceError(f"out of memory on the host: {lower}") from error
+        raise
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise ResourceError("disk full while writing; free some space, or write OUT to another disk") from error
+        raise

@@ -1,0 +1,159 @@
+"""``pruning.json``: what was done to a model, and what it cost. The format is described in docs/formats.md."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+"""Raised when a reader of the old format would misread the new one."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerRecord:
+    """One pruned layer.
+
+    Attributes:
+        name: full module name.
+        block: index of its decoder block; None outside the blocks.
+        shape: (output rows, input columns).
+        dtype: of the stored weight.
+        method: the method that ran.
+        pattern: ``unstructured``, ``columns`` or ``N:M``.
+        sparsity: share of zeros in the weight as written.
+        zeros: their number.
+        outlier_rows: number of rows left dense.
+        error_before_compensation: relative output error if the removed weights were only set to zero:
+            tr(Δ H Δᵀ) / tr(W H Wᵀ), H from the calibration tokens.
+        error_after_compensation: the same for the weight as written.
+        damping: the damping used, as a share of the Hessian's mean diagonal; None where the method uses none.
+        damping_reason: why it is not the recipe's; empty if it is.
+        tokens: calibration tokens that reached the layer.
+        seconds: to solve it.
+        warnings: what a reader should know.
+    """
+
+    name: str
+    block: int | None
+    shape: tuple[int, int]
+    dtype: str
+    method: str
+    pattern: str
+    sparsity: float
+    zeros: int
+    outlier_rows: int
+    error_before_compensation: float | None
+    error_after_compensation: float | None
+    damping: float | None
+    damping_reason: str
+    tokens: int
+    seconds: float
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DenseRecord:
+    """One tensor left as it was: its name, number of parameters, and why."""
+
+    name: str
+    parameters: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PhaseRecord:
+    """Seconds, and peaks of memory in bytes, of one phase; no device peak without a CUDA device."""
+
+    seconds: float
+    host_peak_bytes: int
+    device_peak_bytes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PruningReport:
+    """A whole run; the attributes are the keys of ``pruning.json``."""
+
+    thanos_version: str
+    model: dict[str, Any]
+    recipe: dict[str, Any]
+    versions: dict[str, str]
+    calibration: dict[str, Any]
+    totals: dict[str, Any]
+    layers: list[LayerRecord]
+    dense: list[DenseRecord]
+    phases: dict[str, PhaseRecord]
+    seconds: float
+    host_peak_bytes: int
+    device_peak_bytes: int | None = None
+    warnings: list[str] = field(default_factory=list)
+    schema: int = SCHEMA
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values; numbers that are not finite become None."""
+        values = _plain(dataclasses.asdict(self))
+        return {"schema": values.pop("schema"), **values}
+
+    def to_json(self) -> str:
+        """Return the text of ``pruning.json``."""
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+
+    def write(self, path: Path) -> None:
+        """Write the report as JSON."""
+        path.write_text(self.to_json(), encoding="utf-8")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PruningReport:
+        """Build a report from what :meth:`to_dict` gave.
+
+        Raises:
+            ValueError: the schema is not this version's.
+        """
+        if values.get("schema") != SCHEMA:
+            raise ValueError(f"pruning.json has schema {values.get('schema')!r}; this version reads {SCHEMA}")
+        values = dict(values)
+        values["layers"] = [LayerRecord(**{**layer, "shape": tuple(layer["shape"])}) for layer in values["layers"]]
+        values["dense"] = [DenseRecord(**record) for record in values["dense"]]
+        values["phases"] = {name: PhaseRecord(**record) for name, record in values["phases"].items()}
+        return cls(**values)
+
+
+def compute_totals(layers: Sequence[LayerRecord], *, parameters: int, zeros_elsewhere: int) -> dict[str, Any]:
+    """Sum up the layers.
+
+    Args:
+        layers: the pruned layers.
+        parameters: number of entries of all tensors of the model.
+        zeros_elsewhere: zeros among the tensors that were not pruned.
+    """
+    targeted = sum(layer.shape[0] * layer.shape[1] for layer in layers)
+    zeros = sum(layer.zeros for layer in layers)
+    return {
+        "parameters": parameters,
+        "targeted_parameters": targeted,
+        "zeros_targeted": zeros,
+        "zeros_all": zeros + zeros_elsewhere,
+        "sparsity_targeted": zeros / targeted if targeted else 0.0,
+        "sparsity_all": (zeros + zeros_elsewhere) / parameters if parameters else 0.0,
+        "mean_error_before_compensation": _mean([layer.error_before_compensation for layer in layers]),
+        "mean_error_after_compensation": _mean([layer.error_after_compensation for layer in layers]),
+    }
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
