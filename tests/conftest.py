@@ -1,0 +1,68 @@
+"""The numeric environment of every test, and fixtures that several files share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Set before transformers is imported: no test may reach for a hub.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+from helpers import save_tiny
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        torch.set_num_threads(1)  # the workers share the cores
+
+
+@pytest.fixture(autouse=True)
+def _numerics():
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.manual_seed(0)
+    yield
+    assert torch.get_default_dtype() == torch.float32, "a test left another default dtype behind"
+    assert torch.get_float32_matmul_precision() == "highest", "a test left another matmul precision behind"
+
+
+@pytest.fixture(scope="session")
+def thanos_data() -> Path:
+    """The folder with WikiText-2, the C4 sample and the zero-shot tasks; skips where there is none."""
+    folder = Path(os.environ.get("THANOS_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"THANOS_DATA: {folder} is not there")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo_gguf() -> Path:
+    """The demo model, which ``make test`` fetches; skips where it is absent."""
+    path = Path(os.environ.get("THANOS_DEMO_MODEL", ROOT / ".demo" / "model.gguf"))
+    if not path.is_file():
+        pytest.skip(f"the demo model is not at {path}; `make test` fetches it")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small LLaMA with its tokenizer, saved in float32. Not to be modified."""
+    return save_tiny(tmp_path_factory.mktemp("tiny") / "llama")
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text of which the tiny tokenizer makes a few thousand tokens."""
+    from helpers import prose
+
+    path = tmp_path_factory.mktemp("text") / "prose.txt"
+    path.write_text(prose(6000, seed=1), encoding="utf-8")
+    return path

@@ -1,0 +1,159 @@
+"""Tiny models and text that tests build instead of downloading."""
+
+from __future__ import annotations
+
+import random
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+VOCABULARY = 320
+POSITIONS = 256
+
+_COMMON = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+_LLAMA_LIKE = {
+    **_COMMON,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": POSITIONS,
+    "initializer_range": 0.15,
+}
+_OPT = {
+    **_COMMON,
+    "hidden_size": 32,
+    "ffn_dim": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": POSITIONS,
+    "word_embed_proj_dim": 32,
+    "init_std": 0.15,
+}
+_GPT = {**_COMMON, "initializer_range": 0.15}
+
+_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "opt-125m": ("OPTConfig", _OPT),
+    "opt-350m": ("OPTConfig", {**_OPT, "word_embed_proj_dim": 16, "do_layer_norm_before": False}),
+    "opt-6.7b": ("OPTConfig", {**_OPT, "hidden_size": 48, "ffn_dim": 192, "word_embed_proj_dim": 48}),
+    "llama": ("LlamaConfig", {**_LLAMA_LIKE, "tie_word_embeddings": False}),
+    "llama-3": (
+        "LlamaConfig",
+        {
+            **_LLAMA_LIKE,
+            "num_key_value_heads": 2,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 500000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            },
+        },
+    ),
+    "tinyllama": ("LlamaConfig", {**_LLAMA_LIKE, "num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "mistral": ("MistralConfig", {**_LLAMA_LIKE, "num_key_value_heads": 2, "sliding_window": 24}),
+    "qwen2": ("Qwen2Config", {**_LLAMA_LIKE, "num_key_value_heads": 2}),
+    "qwen3": ("Qwen3Config", {**_LLAMA_LIKE, "num_key_value_heads": 2, "head_dim": 8}),
+    "gemma-2": (
+        "Gemma2Config",
+        {**_LLAMA_LIKE, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 24, "num_hidden_layers": 4},
+    ),
+    "gemma-3": (
+        "Gemma3TextConfig",
+        {
+            **_LLAMA_LIKE,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "sliding_window": 24,
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+    ),
+    "phi-3": ("Phi3Config", {**_LLAMA_LIKE, "num_key_value_heads": 2}),
+    "gpt-neox": (
+        "GPTNeoXConfig",
+        {
+            **_GPT,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "max_position_embeddings": POSITIONS,
+        },
+    ),
+    "gpt-2": ("GPT2Config", {**_GPT, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": POSITIONS}),
+}
+
+ARCHITECTURES = tuple(_CONFIGS)
+"""Every architecture that the project promises to prune."""
+
+WORDS = tuple(f"{a}{b}{c}" for a in "bdfgklm" for b in "aeiou" for c in ("n", "r", "st", "t", "x", "l", "m", "p"))
+
+
+def tiny_config(architecture: str = "llama", **changes: Any) -> Any:
+    """The config of a model with three or four small blocks."""
+    import transformers
+
+    name, values = _CONFIGS[architecture]
+    return getattr(transformers, name)(**{**values, **changes})
+
+
+def tiny_model(
+    architecture: str = "llama", *, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any
+) -> Any:
+    """A model with random weights, the same for the same seed."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(tiny_config(architecture, **changes))
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):  # zeros at first, which would hide a bias that was lost
+                torch.nn.init.normal_(parameter, std=0.05)
+    return model.to(dtype).eval()
+
+
+@cache
+def tiny_tokenizer() -> Any:
+    """One token a word of :data:`WORDS`; begins every text with ``<s>``."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3} | {word: 4 + i for i, word in enumerate(WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
+    )
+    fast.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    return fast
+
+
+def save_tiny(
+    folder: Path, architecture: str = "llama", *, dtype: torch.dtype = torch.float32, **arguments: Any
+) -> Path:
+    """Save a tiny model, its tokenizer and generation config as a Hugging Face folder; return the folder."""
+    save_arguments = {k: arguments.pop(k) for k in ("max_shard_size",) if k in arguments}
+    model = tiny_model(architecture, dtype=dtype, **arguments)
+    model.save_pretrained(folder, **save_arguments)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def prose(words: int, *, seed: int = 0) -> str:
+    """Text of so many words in sentences; words follow one another unevenly, so that there is something to learn."""
+    draw = random.Random(seed)
+    weights = [1 / (rank + 1) for rank in range(len(WORDS))]
+    return " ".join(draw.choices(WORDS, weights, k=words))
+
+
+def windows(samples: int, length: int, *, seed: int = 0) -> torch.Tensor:
+    """Random token ids, (samples, length)."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(4, 4 + len(WORDS), (samples, length), generator=generator)
