@@ -27,7 +27,7 @@ $(DEMO)/model.gguf: $(VENV)/.installed
 	mv $(DEMO)/model.gguf.part $@
 
 demo: $(DEMO)/model.gguf ## Prune a real model to 50 % on the CPU and show what it cost
-	$(BIN)/python -m thanos demo $(DEMO)/model.gguf $(DEMO)/pruned --overwrite
+	$(BIN)/python -m thanos.cli.demo $(DEMO)/model.gguf $(DEMO)/pruned
 
 test: $(DEMO)/model.gguf ## Run the whole test suite
 	$(BIN)/python -m pytest

@@ -1,13 +1,50 @@
 """Prune large language models after training, without retraining, and measure what it cost."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from thanos._version import __version__ as __version__
-from thanos.evaluate import Evaluation as Evaluation
-from thanos.evaluate import evaluate as evaluate
-from thanos.events import Event as Event
-from thanos.pruning import prune as prune
-from thanos.recipe import LayerRecipe as LayerRecipe
-from thanos.recipe import Override as Override
-from thanos.recipe import Recipe as Recipe
-from thanos.report import PruningReport as PruningReport
-from thanos.solvers import PrunedWeight as PrunedWeight
-from thanos.solvers import prune_weight as prune_weight
+
+if TYPE_CHECKING:
+    from thanos.evaluation import Evaluation as Evaluation
+    from thanos.evaluation import evaluate as evaluate
+    from thanos.events import Event as Event
+    from thanos.inspection import Inspection as Inspection
+    from thanos.inspection import inspect_checkpoint as inspect_checkpoint
+    from thanos.pruning import prune as prune
+    from thanos.recipe import LayerRecipe as LayerRecipe
+    from thanos.recipe import Override as Override
+    from thanos.recipe import Recipe as Recipe
+    from thanos.report import PruningReport as PruningReport
+    from thanos.solvers import PrunedWeight as PrunedWeight
+    from thanos.solvers import prune_weight as prune_weight
+
+# Torch takes seconds to import, and `thanos --help` does not need it: each name is imported when it is first used.
+_EXPORTS = {
+    "Evaluation": "evaluation",
+    "Event": "events",
+    "Inspection": "inspection",
+    "LayerRecipe": "recipe",
+    "Override": "recipe",
+    "PrunedWeight": "solvers",
+    "PruningReport": "report",
+    "Recipe": "recipe",
+    "evaluate": "evaluation",
+    "inspect_checkpoint": "inspection",
+    "prune": "pruning",
+    "prune_weight": "solvers",
+}
+
+__all__ = ["__version__", *_EXPORTS]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

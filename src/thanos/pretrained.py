@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +23,7 @@ _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ModelSource:
     """Where a model is.
 
@@ -44,17 +46,26 @@ class ModelSource:
         return arguments
 
     def config(self) -> PreTrainedConfig:
-        """Return the model's config.
+        """Return the model's config, a copy of its own.
 
         Raises:
-            ModelError: it cannot be read, or is not that of a causal language model.
+            ModelError: it cannot be read.
         """
+        return copy.deepcopy(self._config)
+
+    @cached_property
+    def _config(self) -> PreTrainedConfig:
+        """The config, read once: of a GGUF file that takes seconds."""
         from transformers import AutoConfig
 
         try:
             return AutoConfig.from_pretrained(self.folder, **self._arguments())
-        except (ValueError, OSError, KeyError) as error:
-            raise ModelError(f"the config of {self.name} cannot be used: {_first_line(error)}") from error
+        except Exception as error:  # a truncated GGUF file makes its reader index past the end in many ways
+            what = "config" if self.gguf is None else "GGUF file"
+            raise ModelError(
+                f"the {what} of {self.name} cannot be used ({_first_line(error)}); it may be truncated or corrupt: download it "
+                "again"
+            ) from error
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the tokenizer.
@@ -131,11 +142,13 @@ def load_model(
     if source.gguf is not None:
         _require_gguf_packages()
         dtype = torch.float32 if dtype == "auto" else dtype
+        arguments = {"config": source.config()}  # reading it again takes seconds
     else:
         SafetensorsCheckpoint(source.folder)
+        arguments = {"use_safetensors": True}
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
-            source.folder, dtype=dtype, use_safetensors=True if source.gguf is None else None, **source._arguments()
+            source.folder, dtype=dtype, **arguments, **source._arguments()
         )
     except (ValueError, OSError, KeyError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
@@ -264,15 +277,6 @@ def _check_gguf(path: Path) -> None:
         if file.read(4) != b"GGUF":
             raise ModelError(f"{path} is not a GGUF file, or is truncated; download it again")
     _require_gguf_packages()
-    from gguf import GGUFReader
-
-    try:
-        tensors = GGUFReader(path).tensors
-        end = max((int(tensor.data_offset) + int(tensor.n_bytes) for tensor in tensors), default=0)
-    except Exception as error:  # the reader indexes past the end of a truncated file in many ways
-        raise ModelError(f"{path} is truncated or corrupt ({_first_line(error)}); download it again") from error
-    if not tensors or end > path.stat().st_size:
-        raise ModelError(f"{path} is truncated: {path.stat().st_size} bytes, not {end}; download it again")
 
 
 def _require_gguf_packages() -> None:

@@ -9,18 +9,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 
 from thanos import card
 from thanos._version import __version__
 from thanos.calibration import Calibration, build_calibration
-from thanos.checkpoint import LoadedCheckpoint, SafetensorsCheckpoint, match_parameters
 from thanos.engine import Engine
 from thanos.errors import ModelError, RecipeError, ResourceError
 from thanos.events import Event
 from thanos.memory import PhaseMeter
+from thanos.opening import OpenedModel, open_model
 from thanos.pretrained import (
     ModelSource,
     check_token_ids,
@@ -32,33 +31,24 @@ from thanos.pretrained import (
 )
 from thanos.recipe import Recipe
 from thanos.report import DenseRecord, PruningReport, compute_totals
-from thanos.shards import CheckpointWriter, prepare_output, publish
+from thanos.shards import CheckpointWriter, check_output, make_work_folder, publish
 from thanos.solvers.base import Budget
-from thanos.structure import LinearLayer, build_skeleton, find_blocks, linear_layers, select_layers
-from thanos.weights import ModelWeights, persistent_names
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from thanos.structure import LinearLayer, find_blocks, linear_layers, select_layers
+from thanos.weights import ModelWeights
 
 Watcher = Callable[[Event], None]
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _NOT_COPIED = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ckpt")
 """Weights in any format: the output has its own."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Opened:
-    """A model ready for the engine."""
+class _Plan:
+    """An opened model, and what is to be done to it."""
 
-    source: ModelSource
-    skeleton: PreTrainedModel
-    checkpoint: SafetensorsCheckpoint | LoadedCheckpoint
-    key_of: dict[str, str]
+    opened: OpenedModel
     layers: list[LinearLayer]
     dense: dict[str, str]
-    notes: list[str]
 
 
 def prune(
@@ -89,39 +79,32 @@ def prune(
     device = choose_device(recipe.device)
     meter = PhaseMeter(device)
     with _resource_errors(recipe):
-        source = resolve_model(model, trust_remote_code=recipe.trust_remote_code)
-        local = source.gguf or source.folder
-        # Refuse a bad output before minutes of work; the folder itself is made only when all else is known to be good.
-        work = prepare_output(Path(out), model_folder=local if local.is_dir() else local.parent, overwrite=overwrite)
+        # A bad output is refused before minutes of work; the folder is made only when all else is known to be good.
+        check_output(Path(out), model=Path(model) if Path(model).exists() else None, overwrite=overwrite)
+        watch(Event(kind="phase", phase="load"))
+        with meter.phase("load"):
+            source = resolve_model(model, trust_remote_code=recipe.trust_remote_code)
+            plan = _plan(source, recipe, watch)
+        with meter.phase("calibration"):
+            calibration = _calibrate(plan.opened, recipe, device, watch)
+        work = make_work_folder(Path(out))
         try:
-            with meter.phase("load"):
-                opened = _open(source, recipe, watch)
-            with meter.phase("calibration"):
-                calibration = _calibrate(opened, recipe, device, watch)
-            report = _run(opened, calibration, recipe, device, meter, work, watch)
+            report = _run(plan, calibration, recipe, device, meter, work, watch)
             publish(work, Path(out), overwrite=overwrite)
         finally:
             shutil.rmtree(work, ignore_errors=True)
     return report
 
 
-def _open(source: ModelSource, recipe: Recipe, watch: Watcher) -> _Opened:
-    notes: list[str] = []
-    found = _open_streamed(source, recipe) if source.gguf is None else None
-    if found is None:
-        if source.gguf is None:
-            notes.append(
-                "the checkpoint's tensors are not one to one the model's parameters; transformers loads it whole"
-            )
-        found = _open_whole(source, recipe)
-    for note in notes:
+def _plan(source: ModelSource, recipe: Recipe, watch: Watcher) -> _Plan:
+    opened = open_model(source, recipe.dtype)
+    for note in opened.notes:
         watch(Event(kind="note", phase="load", message=note))
-    skeleton, checkpoint, key_of = found
-    chosen, left_dense = select_layers(linear_layers(skeleton), recipe)
+    chosen, left_dense = select_layers(linear_layers(opened.skeleton), recipe)
     for layer in chosen:
         settings = recipe.for_layer(layer.name)
         assert settings is not None
-        if layer.weight_name not in key_of:
+        if layer.weight_name not in opened.key_of:
             raise ModelError(
                 f"{layer.name} shares its weight with the input embedding, which cannot be pruned; skip it"
             )
@@ -129,44 +112,10 @@ def _open(source: ModelSource, recipe: Recipe, watch: Watcher) -> _Opened:
             Budget.plan(*layer.shape, settings)
         except RecipeError as error:
             raise RecipeError(f"{layer.name}: {error}") from error
-    return _Opened(source, skeleton, checkpoint, key_of, chosen, left_dense, notes)
+    return _Plan(opened, chosen, left_dense)
 
 
-_Found = tuple["PreTrainedModel", SafetensorsCheckpoint | LoadedCheckpoint, dict[str, str]]
-
-
-def _open_streamed(source: ModelSource, recipe: Recipe) -> _Found | None:
-    """Pair a skeleton with the tensors on disk; None where they do not correspond one to one."""
-    config, checkpoint = source.config(), SafetensorsCheckpoint(source.folder)
-    dtype = _dtype(recipe, getattr(config, "dtype", None), checkpoint)
-    skeleton = build_skeleton(config, dtype, trust_remote_code=recipe.trust_remote_code)
-    prefix = getattr(skeleton, "base_model_prefix", "")
-    key_of = match_parameters(set(persistent_names(skeleton)), set(checkpoint.tensors), prefix)
-    return None if key_of is None else (skeleton, checkpoint, key_of)
-
-
-def _open_whole(source: ModelSource, recipe: Recipe) -> _Found:
-    """Let transformers load and convert the whole model, and serve its tensors from memory."""
-    dense = load_model(source, dtype="auto", device=torch.device("cpu"))
-    dtype = _dtype(recipe, dense.dtype, None)
-    skeleton = build_skeleton(dense.config, dtype, trust_remote_code=recipe.trust_remote_code)
-    names, state = persistent_names(skeleton), dense.state_dict()
-    return skeleton, LoadedCheckpoint({name: state[name] for name in names}), {name: name for name in names}
-
-
-def _dtype(recipe: Recipe, stated: Any, checkpoint: SafetensorsCheckpoint | None) -> torch.dtype:
-    """The dtype that the model runs in: the recipe's, else what the config states, else the largest tensor's."""
-    if recipe.dtype != "auto":
-        return _DTYPES[recipe.dtype]
-    if isinstance(stated, str):
-        stated = getattr(torch, stated, None)
-    if isinstance(stated, torch.dtype) and stated.is_floating_point:
-        return stated
-    assert checkpoint is not None
-    return max(checkpoint.tensors.values(), key=lambda info: info.nbytes).dtype
-
-
-def _calibrate(opened: _Opened, recipe: Recipe, device: torch.device, watch: Watcher) -> Calibration:
+def _calibrate(opened: OpenedModel, recipe: Recipe, device: torch.device, watch: Watcher) -> Calibration:
     watch(Event(kind="phase", phase="calibration"))
     source, config = opened.source, opened.skeleton.config
     tokenizer = source.tokenizer()
@@ -187,7 +136,7 @@ def _calibrate(opened: _Opened, recipe: Recipe, device: torch.device, watch: Wat
 
 
 def _run(
-    opened: _Opened,
+    plan: _Plan,
     calibration: Calibration,
     recipe: Recipe,
     device: torch.device,
@@ -195,6 +144,7 @@ def _run(
     work: Path,
     watch: Watcher,
 ) -> PruningReport:
+    opened = plan.opened
     writer = CheckpointWriter(opened.checkpoint, work)
     weights = ModelWeights(opened.skeleton, opened.checkpoint, opened.key_of, device)
     name, blocks = find_blocks(opened.skeleton)
@@ -202,14 +152,14 @@ def _run(
         opened.skeleton,
         name,
         blocks,
-        opened.layers,
+        plan.layers,
         weights,
         writer,
         recipe,
         calibration.ids,
         device,
         meter,
-        notes=opened.notes,
+        notes=list(opened.notes),
     )
     for event in engine.run():
         watch(event)
@@ -217,14 +167,14 @@ def _run(
         watch(Event(kind="phase", phase="finish", blocks=len(blocks)))
         writer.finish()
         _copy_companions(opened, work)
-    report = _report(opened, engine, calibration, recipe, device, meter)
+    report = _report(plan, engine, calibration, recipe, device, meter)
     report.write(work / "pruning.json")
     (work / "recipe.toml").write_text(recipe.to_toml(), encoding="utf-8")
     (work / "README.md").write_text(card.model_card(report), encoding="utf-8")
     return report
 
 
-def _copy_companions(opened: _Opened, work: Path) -> None:
+def _copy_companions(opened: OpenedModel, work: Path) -> None:
     """Put config, tokenizer, chat template and generation config beside the weights, unchanged where they are files."""
     source = opened.source
     if source.gguf is not None:
@@ -246,7 +196,7 @@ def _copy_companions(opened: _Opened, work: Path) -> None:
 
 
 def _report(
-    opened: _Opened,
+    plan: _Plan,
     engine: Engine,
     calibration: Calibration,
     recipe: Recipe,
@@ -256,14 +206,15 @@ def _report(
     import safetensors
     import transformers
 
+    opened = plan.opened
     infos = opened.checkpoint.tensors
-    pruned = {opened.key_of[layer.weight_name] for layer in opened.layers}
+    pruned = {opened.key_of[layer.weight_name] for layer in plan.layers}
     named = {key: parameter for parameter, key in opened.key_of.items()}
     dense = []
     for key, info in infos.items():
         if key not in pruned:
             parameter = named.get(key, key)
-            reason = opened.dense.get(parameter.removesuffix(".weight"), "not a linear layer's weight")
+            reason = plan.dense.get(parameter.removesuffix(".weight"), "not a linear layer's weight")
             dense.append(DenseRecord(name=parameter, parameters=info.numel, reason=reason))
     zeros_elsewhere = sum(int((opened.checkpoint.read(key) == 0).sum()) for key in infos if key not in pruned)
     parameters = sum(info.numel for info in infos.values())

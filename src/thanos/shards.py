@@ -108,30 +108,24 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def prepare_output(out: Path, *, model_folder: Path | None, overwrite: bool) -> Path:
-    """Check that ``out`` may be written, and make the hidden sibling in which it grows.
+def check_output(out: Path, *, model: Path | None, overwrite: bool) -> None:
+    """Refuse an output folder that may not be written. Changes nothing.
 
     Args:
         out: the folder to be.
-        model_folder: the input's folder, which must not be touched; None where it is not a local folder.
+        model: the input's folder or file, which must not be touched; None where it is not a local one.
         overwrite: whether an existing checkpoint at ``out`` may be replaced.
 
-    Returns:
-        The new, empty work folder, on the same file system.
-
     Raises:
-        UserError: ``out`` exists and is not empty, is a file, or lies in the model's folder or around it.
-        ResourceError: the folder cannot be made.
+        UserError: ``out`` exists and is not empty, is a file, or is, holds or lies in the model.
     """
     resolved = out.resolve()
-    if model_folder is not None:
-        model = model_folder.resolve()
+    if model is not None:
+        model = model.resolve()
         if resolved == model or model in resolved.parents:
-            raise UserError(
-                f"OUT {out} is the model's own folder, or inside it; choose a folder outside {model_folder}"
-            )
+            raise UserError(f"OUT {out} is the model's own folder, or inside it; choose a folder outside {model}")
         if resolved in model.parents:
-            raise UserError(f"OUT {out} holds the model {model_folder}, which would be lost; choose another folder")
+            raise UserError(f"OUT {out} holds the model {model}, which would be lost; choose another folder")
     if resolved.exists() and not resolved.is_dir():
         raise UserError(f"OUT {out} is a file; give the name of a folder")
     if resolved.is_dir() and any(resolved.iterdir()):
@@ -141,6 +135,15 @@ def prepare_output(out: Path, *, model_folder: Path | None, overwrite: bool) -> 
             raise UserError(
                 f"OUT {out} is no model checkpoint, so --overwrite will not delete it; choose another folder"
             )
+
+
+def make_work_folder(out: Path) -> Path:
+    """Make the hidden sibling in which ``out`` grows: a new, empty folder on the same file system.
+
+    Raises:
+        ResourceError: the folder cannot be made.
+    """
+    resolved = out.resolve()
     work = resolved.parent / f".{resolved.name}.partial"
     try:
         resolved.parent.mkdir(parents=True, exist_ok=True)

@@ -43,6 +43,7 @@ class Evaluation:
         perplexity: exp of the mean loss.
         mean_loss: nats per token.
         dense: the dense model, as the user named it; None without one.
+        dense_perplexity: its perplexity on the same windows; None without one.
         kl_divergence: mean KL(dense ‖ model) in nats per token; None without a dense model.
         top1_agreement: share of positions with the same most probable token; None without a dense model.
         seconds: of scoring, without loading.
@@ -62,6 +63,7 @@ class Evaluation:
     perplexity: float
     mean_loss: float
     dense: str | None
+    dense_perplexity: float | None
     kl_divergence: float | None
     top1_agreement: float | None
     seconds: float
@@ -141,9 +143,10 @@ def evaluate(
         sequence_length=sequence_length,
         windows=windows.shape[0],
         tokens=tokens,
-        perplexity=math.exp(loss) if loss < 700 else math.inf,
+        perplexity=_perplexity(loss),
         mean_loss=loss,
         dense=None if dense is None else str(dense),
+        dense_perplexity=None if dense is None else _perplexity(sums[3] / tokens),
         kl_divergence=None if dense is None else sums[1] / tokens,
         top1_agreement=None if dense is None else sums[2] / tokens,
         seconds=seconds,
@@ -152,6 +155,10 @@ def evaluate(
         device=torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu",
         versions={"thanos": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
     )
+
+
+def _perplexity(mean_loss: float) -> float:
+    return math.exp(mean_loss) if mean_loss < 700 else math.inf
 
 
 def cut_windows(
@@ -184,10 +191,10 @@ def cut_windows(
 @torch.inference_mode()
 def _score(
     model: PreTrainedModel, dense: PreTrainedModel | None, windows: Tensor, tell: Callable[[Event], None]
-) -> tuple[float, float, float]:
-    """Return the sums over all predicted tokens of loss, KL divergence and equal most probable tokens."""
+) -> list[float]:
+    """Return sums over all predicted tokens: loss, KL divergence, equal most probable tokens, the dense model's loss."""
     total, length = windows.shape
-    sums = torch.zeros(3, dtype=torch.float64)
+    sums = torch.zeros(4, dtype=torch.float64)
     for index in range(total):
         ids = windows[index : index + 1].to(model.device)
         logits = model(input_ids=ids, use_cache=False).logits[0]
@@ -204,15 +211,16 @@ def _score(
             raise NumericsError(f"the model gives NaN or infinite logits in window {index}; try --dtype float32")
         done = index + 1
         tell(Event(kind="progress", phase="evaluate", done=done, total=total, tokens=done * (length - 1)))
-    return float(sums[0]), float(sums[1]), float(sums[2])
+    return sums.tolist()
 
 
 def _score_chunk(logits: Tensor, dense: Tensor | None, targets: Tensor) -> Tensor:
     log_p = logits.float().log_softmax(-1)
     loss = F.nll_loss(log_p, targets, reduction="none").double().sum()
     if dense is None:
-        return torch.stack([loss, loss * 0, loss * 0]).cpu()
+        return torch.stack([loss, *torch.zeros_like(loss).expand(3)]).cpu()
     log_q = dense.float().log_softmax(-1)
     divergence = F.kl_div(log_p, log_q, log_target=True, reduction="none").sum(-1).double().sum()
     equal = (log_p.argmax(-1) == log_q.argmax(-1)).double().sum()
-    return torch.stack([loss, divergence, equal]).cpu()
+    dense_loss = F.nll_loss(log_q, targets, reduction="none").double().sum()
+    return torch.stack([loss, divergence, equal, dense_loss]).cpu()
