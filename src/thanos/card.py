@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import PurePath
 from typing import Any
 
@@ -49,13 +50,15 @@ def public_name(name: str) -> str:
     """Return a hub name as it is, and the last part of anything that looks like a local path."""
     path = PurePath(name)
     is_hub = len(path.parts) <= 2 and not path.is_absolute() and not name.startswith(".") and not name.endswith(".gguf")
-    return name if is_hub else path.name
+    if is_hub:
+        return name
+    return path.name if path.name not in ("", "..") else "a local model"
 
 
 def _front_matter(report: PruningReport) -> str:
     name = str(report.model["name"])
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    if "/" in name and public_name(name) == name:
+    if report.model.get("origin") == "hub":
         lines.append(f"base_model: {name}")
     return "\n".join([*lines, "tags:", "- pruned", "- sparse", "- thanos", "---"])
 
@@ -96,7 +99,7 @@ def _recipe_table(report: PruningReport) -> str:
 
 
 def _worst_table(layers: list[LayerRecord]) -> str:
-    known = [layer for layer in layers if layer.error_after_compensation is not None]
+    known = [layer for layer in layers if _is_known(layer.error_after_compensation)]
     worst = sorted(known, key=lambda layer: -(layer.error_after_compensation or 0.0))[:_WORST]
     rows = [(f"`{w.name}`", _percent(w.sparsity), _number(w.error_after_compensation)) for w in worst]
     return _table(("layer", "sparsity", "relative error"), rows)
@@ -118,4 +121,8 @@ def _percent(share: float) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:.5f}"
+    return f"{value:.5f}" if _is_known(value) else "not measured"
+
+
+def _is_known(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)

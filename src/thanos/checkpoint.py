@@ -208,7 +208,7 @@ def _parse_index(path: Path, data: bytes) -> dict[str, str]:
         weight_map = json.loads(data)["weight_map"]
         if not weight_map or not all(isinstance(v, str) and Path(v).name == v for v in weight_map.values()):
             raise ValueError
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{path} is not a valid safetensors index; {_AGAIN}") from error
     return weight_map
 
@@ -227,7 +227,7 @@ def _read_layout(path: Path) -> tuple[ShardLayout, dict[str, TensorInfo]]:
         entries: dict[str, Any] = json.loads(header)
         entries.pop("__metadata__", None)
         infos = {name: _parse_entry(path.name, entry, 8 + length) for name, entry in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{path} has a corrupt header ({error}); {_AGAIN}") from error
     end = 8 + length
     for name, info in sorted(infos.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
@@ -242,8 +242,10 @@ def _read_layout(path: Path) -> tuple[ShardLayout, dict[str, TensorInfo]]:
 def _parse_entry(shard: str, entry: dict[str, Any], base: int) -> TensorInfo:
     if entry["dtype"] not in _DTYPES:
         raise ValueError(f"dtype {entry['dtype']} is not supported")
-    dtype, shape = _DTYPES[entry["dtype"]], tuple(int(size) for size in entry["shape"])
+    dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
     first, last = entry["data_offsets"]
+    if not all(type(number) is int for number in (*shape, first, last)):
+        raise ValueError("sizes and offsets must be whole numbers")
     if min(shape, default=0) < 0 or last - first != math.prod(shape) * dtype.itemsize or first < 0:
         raise ValueError("shape and offsets disagree")
     return TensorInfo(shard, dtype, shape, base + first, last - first)

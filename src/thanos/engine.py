@@ -245,7 +245,10 @@ def _warnings(pruned: PrunedWeight, inputs: InputStatistics, tokens: int, settin
     columns = inputs.matrix.shape[0]
     lines = []
     if pruned.method != settings.method:
-        lines.append(f"no calibration token reached this layer: pruned by {pruned.method}, not {settings.method}")
+        cause = (
+            f"all {tokens} calibration tokens were zero here" if tokens else "no calibration token reached this layer"
+        )
+        lines.append(f"{cause}: pruned by {pruned.method}, not {settings.method}")
     elif 0 < tokens < columns:
         lines.append(
             f"only {tokens} calibration tokens for {columns} input columns: the Hessian is singular but for damping"

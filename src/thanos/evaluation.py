@@ -74,8 +74,8 @@ class Evaluation:
     schema: int = SCHEMA
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, in the order of the attributes, ``schema`` first."""
-        values = asdict(self)
+        """Return plain values, in the order of the attributes, ``schema`` first; infinity becomes None."""
+        values = {name: None if value in (math.inf, -math.inf) else value for name, value in asdict(self).items()}
         return {"schema": values.pop("schema"), **values}
 
 
@@ -127,6 +127,9 @@ def evaluate(
         if dense is not None:
             other = load_model(resolve_model(dense, trust_remote_code=trust_remote_code), dtype=dtype, device=where)
         windows = cut_windows("\n\n".join(rows), tokenizer, network, text, sequence_length, max_windows)
+        if other is not None:
+            _check_window(sequence_length, other)
+            check_token_ids(windows, other)
         began = time.perf_counter()
         sums = _score(network, other, windows, on_event or (lambda event: None))
     except torch.OutOfMemoryError as error:
@@ -174,9 +177,7 @@ def cut_windows(
     Raises:
         DataError: the text is shorter than one window, or the window longer than the model's positions.
     """
-    positions = context_length(model.config)
-    if positions is not None and sequence_length > positions:
-        raise DataError(f"sequence_length {sequence_length} is beyond the model's {positions} positions; lower it")
+    _check_window(sequence_length, model)
     ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
     count = len(ids) // sequence_length
     if count == 0:
@@ -186,6 +187,12 @@ def cut_windows(
     count = min(count, max_windows or count)
     check_token_ids(ids, model)
     return ids[: count * sequence_length].view(count, sequence_length)
+
+
+def _check_window(sequence_length: int, model: PreTrainedModel) -> None:
+    positions = context_length(model.config)
+    if positions is not None and sequence_length > positions:
+        raise DataError(f"sequence_length {sequence_length} is beyond the model's {positions} positions; lower it")
 
 
 @torch.inference_mode()
@@ -207,8 +214,9 @@ def _score(
             last = min(first + _CHUNK, length - 1)
             part = None if reference is None else reference[first:last]
             sums += _score_chunk(logits[first:last], part, ids[0, first + 1 : last + 1])
-        if not math.isfinite(float(sums[0])):
-            raise NumericsError(f"the model gives NaN or infinite logits in window {index}; try --dtype float32")
+        if not bool(torch.isfinite(sums).all()):
+            which = "model" if not math.isfinite(float(sums[0])) else "dense model"
+            raise NumericsError(f"the {which} gives NaN or infinite logits in window {index}; try --dtype float32")
         done = index + 1
         tell(Event(kind="progress", phase="evaluate", done=done, total=total, tokens=done * (length - 1)))
     return sums.tolist()

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from thanos.checkpoint import Checkpoint, LoadedCheckpoint, SafetensorsCheckpoint, match_parameters
-from thanos.pretrained import ModelSource, load_model
+from thanos.errors import ModelError
+from thanos.pretrained import ModelSource, load_model, parse_dtype
 from thanos.structure import build_skeleton
-from thanos.weights import persistent_names
+from thanos.weights import persistent_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 CONVERTED = "the checkpoint's tensors are not one to one the model's parameters; transformers loads it whole"
 
@@ -63,8 +64,48 @@ def _open_streamed(source: ModelSource, dtype: str) -> OpenedModel | None:
     resolved = _resolve_dtype(dtype, getattr(config, "dtype", None), checkpoint)
     skeleton = build_skeleton(config, resolved, trust_remote_code=source.trust_remote_code)
     prefix = getattr(skeleton, "base_model_prefix", "")
-    key_of = match_parameters(set(persistent_names(skeleton)), set(checkpoint.tensors), prefix)
-    return None if key_of is None else OpenedModel(source, skeleton, checkpoint, key_of, [])
+    parameters = persistent_tensors(skeleton)
+    renamed = _rename(skeleton, checkpoint.tensors)
+    for stored_as in (renamed, {key: key for key in checkpoint.tensors}):
+        match = match_parameters(set(parameters), set(stored_as), prefix)
+        if match is not None:
+            key_of = {name: stored_as[key] for name, key in match.items()}
+            _check_tensors(source, parameters, checkpoint, key_of)
+            return OpenedModel(source, skeleton, checkpoint, key_of, [])
+    return None
+
+
+def _rename(skeleton: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
+    """Return model's name → checkpoint's name by transformers' table of pure renamings, such as GPT-NeoX's head."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    renamings = [rule for rule in get_model_conversion_mapping(skeleton) or [] if type(rule) is WeightRenaming]
+    renamed = {}
+    for key in keys:
+        name = key
+        for rule in renamings:
+            name = rule.rename_source_key(name)[0]
+        renamed[name] = key
+    return renamed
+
+
+def _check_tensors(
+    source: ModelSource, parameters: dict[str, Tensor], checkpoint: SafetensorsCheckpoint, key_of: dict[str, str]
+) -> None:
+    """Refuse tensors that are not what the config makes the model expect."""
+    for name, key in key_of.items():
+        info, expected = checkpoint.tensors[key], parameters[name]
+        if info.shape != tuple(expected.shape):
+            raise ModelError(
+                f"{source.name}: {key} has shape {list(info.shape)}, but config.json makes it {list(expected.shape)}; the "
+                "config belongs to another checkpoint"
+            )
+        if expected.is_floating_point() and not (info.dtype.is_floating_point and info.dtype.itemsize > 1):
+            raise ModelError(
+                f"{source.name}: {key} is {str(info.dtype).removeprefix('torch.')}, not a 16- to 64-bit floating-point tensor; "
+                "give the model before quantisation"
+            )
 
 
 def _open_whole(source: ModelSource, dtype: str, notes: list[str]) -> OpenedModel:
@@ -72,7 +113,7 @@ def _open_whole(source: ModelSource, dtype: str, notes: list[str]) -> OpenedMode
     dense = load_model(source, dtype="auto", device=torch.device("cpu"))
     resolved = _resolve_dtype(dtype, dense.dtype, None)
     skeleton = build_skeleton(dense.config, resolved, trust_remote_code=source.trust_remote_code)
-    names, state = persistent_names(skeleton), dense.state_dict()
+    names, state = persistent_tensors(skeleton), dense.state_dict()
     checkpoint = LoadedCheckpoint({name: state[name] for name in names})
     return OpenedModel(source, skeleton, checkpoint, {name: name for name in names}, notes)
 
@@ -80,7 +121,7 @@ def _open_whole(source: ModelSource, dtype: str, notes: list[str]) -> OpenedMode
 def _resolve_dtype(asked: str, stated: Any, checkpoint: SafetensorsCheckpoint | None) -> torch.dtype:
     """The dtype that the model runs in: the one asked for, else what the config states, else the largest tensor's."""
     if asked != "auto":
-        return _DTYPES[asked]
+        return parse_dtype(asked)
     if isinstance(stated, str):
         stated = getattr(torch, stated, None)
     if isinstance(stated, torch.dtype) and stated.is_floating_point:

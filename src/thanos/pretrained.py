@@ -18,6 +18,7 @@ from thanos.errors import CudaUnavailableError, DataError, ModelError, ResourceE
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
@@ -38,6 +39,11 @@ class ModelSource:
     folder: Path
     gguf: Path | None = None
     trust_remote_code: bool = False
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the user named a file or folder rather than a hub name."""
+        return self.gguf is not None or self.folder == Path(self.name)
 
     def _arguments(self) -> dict[str, Any]:
         arguments: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
@@ -138,7 +144,7 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     if isinstance(dtype, str) and dtype != "auto":
-        dtype = getattr(torch, dtype)
+        dtype = parse_dtype(dtype)
     if source.gguf is not None:
         _require_gguf_packages()
         dtype = torch.float32 if dtype == "auto" else dtype
@@ -147,17 +153,42 @@ def load_model(
         SafetensorsCheckpoint(source.folder)
         arguments = {"use_safetensors": True}
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            source.folder, dtype=dtype, **arguments, **source._arguments()
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source.folder, dtype=dtype, output_loading_info=True, **arguments, **source._arguments()
         )
     except (ValueError, OSError, KeyError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise ModelError(f"{source.name} cannot be loaded: {_first_line(error)}") from error
-    if source.gguf is not None and hasattr(model.config, "quantization_config"):
-        # The weights are plain tensors now; a config that says otherwise would make the saved folder unreadable.
-        del model.config.quantization_config
+    model, info = loaded
+    absent = sorted(info["missing_keys"])
+    if absent:  # transformers fills them with random numbers
+        raise ModelError(
+            f"{source.name} lacks {len(absent)} of the model's tensors, {absent[0]} for one; config.json belongs to another "
+            "checkpoint, or the checkpoint is damaged"
+        )
+    if source.gguf is not None:
+        # The weights are plain tensors now; marks that say otherwise would make a saved folder unreadable.
+        for owner, mark in (
+            (model.config, "quantization_config"),
+            (model, "hf_quantizer"),
+            (model, "quantization_method"),
+        ):
+            if hasattr(owner, mark):
+                delattr(owner, mark)
+        model.is_quantized = False
     return model.to(device).eval().requires_grad_(False)
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """Return the dtype called ``float32``, ``bfloat16`` or ``float16``.
+
+    Raises:
+        ModelError: it is none of these.
+    """
+    if name not in _DTYPES:
+        raise ModelError(f"dtype {name!r} is unknown; choose one of auto, {', '.join(_DTYPES)}")
+    return _DTYPES[name]
 
 
 def choose_device(name: str) -> torch.device:
@@ -172,7 +203,7 @@ def choose_device(name: str) -> torch.device:
     kind, _, index = name.partition(":")
     if (
         kind not in ("cpu", "cuda")
-        or (index and not index.isdigit())
+        or (index and not (index.isascii() and index.isdigit()))
         or (kind == "cpu" and index)
         or name.endswith(":")
     ):
@@ -258,10 +289,11 @@ def _check_folder(source: ModelSource) -> None:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise ValueError("not an object")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{source.name}/config.json is not valid JSON: {error}") from error
     if "quantization_config" in config:
-        method = (config["quantization_config"] or {}).get("quant_method", "unknown method")
+        settings = config["quantization_config"]
+        method = settings.get("quant_method", "unknown method") if isinstance(settings, dict) else settings
         raise ModelError(f"{source.name} is quantised ({method}); give the model before quantisation")
     if "auto_map" in config and not source.trust_remote_code:
         raise ModelError(
@@ -288,13 +320,15 @@ def _require_gguf_packages() -> None:
 
 
 def _check_causal(source: ModelSource) -> None:
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
     config = source.config()
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(
             f"{source.name} is an encoder-decoder model ({config.model_type}); only causal LMs are supported"
         )
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
+        raise ModelError(f"{source.name} is a bidirectional model ({config.model_type}), not a causal language model")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not source.trust_remote_code:
         raise ModelError(f"{source.name} is not a causal language model that transformers knows ({config.model_type})")
 

@@ -16,7 +16,7 @@ from thanos import card
 from thanos._version import __version__
 from thanos.calibration import Calibration, build_calibration
 from thanos.engine import Engine
-from thanos.errors import ModelError, RecipeError, ResourceError
+from thanos.errors import ModelError, NumericsError, RecipeError, ResourceError
 from thanos.events import Event
 from thanos.memory import PhaseMeter
 from thanos.opening import OpenedModel, open_model
@@ -31,7 +31,7 @@ from thanos.pretrained import (
 )
 from thanos.recipe import Recipe
 from thanos.report import DenseRecord, PruningReport, compute_totals
-from thanos.shards import CheckpointWriter, check_output, make_work_folder, publish
+from thanos.shards import CheckpointWriter, check_output, publish, work_folder
 from thanos.solvers.base import Budget
 from thanos.structure import LinearLayer, find_blocks, linear_layers, select_layers
 from thanos.weights import ModelWeights
@@ -48,7 +48,8 @@ class _Plan:
 
     opened: OpenedModel
     layers: list[LinearLayer]
-    dense: dict[str, str]
+    dense: list[DenseRecord]
+    zeros_elsewhere: int
 
 
 def prune(
@@ -87,12 +88,9 @@ def prune(
             plan = _plan(source, recipe, watch)
         with meter.phase("calibration"):
             calibration = _calibrate(plan.opened, recipe, device, watch)
-        work = make_work_folder(Path(out))
-        try:
+        with work_folder(Path(out)) as work:
             report = _run(plan, calibration, recipe, device, meter, work, watch)
             publish(work, Path(out), overwrite=overwrite)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
     return report
 
 
@@ -112,7 +110,26 @@ def _plan(source: ModelSource, recipe: Recipe, watch: Watcher) -> _Plan:
             Budget.plan(*layer.shape, settings)
         except RecipeError as error:
             raise RecipeError(f"{layer.name}: {error}") from error
-    return _Plan(opened, chosen, left_dense)
+    return _Plan(opened, chosen, *_survey(opened, chosen, left_dense))
+
+
+def _survey(
+    opened: OpenedModel, layers: list[LinearLayer], left_dense: dict[str, str]
+) -> tuple[list[DenseRecord], int]:
+    """Read every tensor that stays: count its zeros, and refuse NaN and infinity before the work rather than after."""
+    pruned = {opened.key_of[layer.weight_name] for layer in layers}
+    named = {key: parameter for parameter, key in opened.key_of.items()}
+    dense, zeros = [], 0
+    for key, info in opened.checkpoint.tensors.items():
+        if key in pruned:
+            continue
+        name, tensor = named.get(key, key), opened.checkpoint.read(key)
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise NumericsError(f"{name} holds NaN or infinity; the checkpoint is damaged: download or save it again")
+        zeros += int((tensor == 0).sum())
+        reason = left_dense.get(name.removesuffix(".weight"), "not a linear layer's weight")
+        dense.append(DenseRecord(name=name, parameters=info.numel, reason=reason))
+    return dense, zeros
 
 
 def _calibrate(opened: OpenedModel, recipe: Recipe, device: torch.device, watch: Watcher) -> Calibration:
@@ -207,22 +224,13 @@ def _report(
     import transformers
 
     opened = plan.opened
-    infos = opened.checkpoint.tensors
-    pruned = {opened.key_of[layer.weight_name] for layer in plan.layers}
-    named = {key: parameter for parameter, key in opened.key_of.items()}
-    dense = []
-    for key, info in infos.items():
-        if key not in pruned:
-            parameter = named.get(key, key)
-            reason = plan.dense.get(parameter.removesuffix(".weight"), "not a linear layer's weight")
-            dense.append(DenseRecord(name=parameter, parameters=info.numel, reason=reason))
-    zeros_elsewhere = sum(int((opened.checkpoint.read(key) == 0).sum()) for key in infos if key not in pruned)
-    parameters = sum(info.numel for info in infos.values())
+    parameters = sum(info.numel for info in opened.checkpoint.tensors.values())
     phases = meter.records()
     return PruningReport(
         thanos_version=__version__,
         model={
-            "name": opened.source.name,
+            "name": card.public_name(opened.source.name) if opened.source.is_local else opened.source.name,
+            "origin": "local" if opened.source.is_local else "hub",
             "architecture": type(opened.skeleton).__name__,
             "parameters": parameters,
         },
@@ -237,8 +245,8 @@ def _report(
         },
         calibration=calibration.to_dict(),
         layers=engine.records,
-        dense=dense,
-        totals=compute_totals(engine.records, parameters=parameters, zeros_elsewhere=zeros_elsewhere),
+        dense=plan.dense,
+        totals=compute_totals(engine.records, parameters=parameters, zeros_elsewhere=plan.zeros_elsewhere),
         phases=phases,
         seconds=sum(record.seconds for record in phases.values()),
         host_peak_bytes=max((record.host_peak_bytes or 0 for record in phases.values()), default=0),

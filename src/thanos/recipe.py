@@ -182,9 +182,11 @@ class Recipe(LayerRecipe):
                 raise RecipeError(f"{name} must be a name; got {getattr(self, name)!r}")
         for name in ("targets", "skip"):
             value = getattr(self, name)
-            if isinstance(value, str) or not all(isinstance(glob, str) and glob for glob in value):
+            if not isinstance(value, list | tuple) or not all(isinstance(glob, str) and glob for glob in value):
                 raise RecipeError(f"{name} must be a list of globs over layer names; got {value!r}")
             object.__setattr__(self, name, tuple(value))
+        if not isinstance(self.trust_remote_code, bool):
+            raise RecipeError(f"trust_remote_code must be true or false; got {self.trust_remote_code!r}")
         object.__setattr__(self, "overrides", tuple(self.overrides))
         for override in self.overrides:
             self._merged(override.settings)
@@ -226,7 +228,7 @@ class Recipe(LayerRecipe):
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
         """Build a recipe from plain values, as :meth:`to_dict` gives them; unknown names are refused."""
-        values = {name.replace("-", "_"): value for name, value in values.items()}
+        values = _underscored(values)
         known = {f.name for f in dataclasses.fields(cls)} - {"overrides"} | {"override"}
         unknown = sorted(set(values) - known)
         if unknown:
@@ -236,12 +238,12 @@ class Recipe(LayerRecipe):
             raise RecipeError("override must be a list of tables ([[override]])")
         built = []
         for table in overrides:
-            settings = {name.replace("-", "_"): value for name, value in table.items()}
+            settings = _underscored(table)
             match, skip = settings.pop("match", ""), settings.pop("skip", False)
             built.append(Override(match=match, skip=skip, settings=settings))
         for name in ("targets", "skip"):
-            if isinstance(values.get(name), str):
-                raise RecipeError(f"{name} must be a list of globs, for example [{json.dumps(values[name])}]")
+            if not isinstance(values.get(name, []), list | tuple):
+                raise RecipeError(f"{name} must be a list of globs, for example [{json.dumps(str(values[name]))}]")
         return cls(**values, overrides=tuple(built))
 
     @classmethod
@@ -281,7 +283,17 @@ def matches(name: str, glob: str) -> bool:
 def _toml(value: Any) -> str:
     # TOML's basic strings, booleans, numbers and arrays of strings are written exactly as JSON writes them,
     # save for DEL, which JSON leaves bare and TOML forbids.
-    return json.dumps(value, ensure_ascii=True).replace("\x7f", "\\u007f")
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _underscored(values: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        name = name.replace("-", "_")
+        if name in found:
+            raise RecipeError(f"{name} is given twice, once with a hyphen and once with an underscore; leave one out")
+        found[name] = value
+    return found
 
 
 def _check_number(name: str, value: Any, lowest: float, below: float | None) -> None:

@@ -5,8 +5,11 @@ Output shards have the layout of the input's: a tensor's bytes go to its offset 
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -41,10 +44,7 @@ class CheckpointWriter:
             )
         for shard in checkpoint.shards:
             with (folder / shard.name).open("wb") as file:
-                if hasattr(os, "posix_fallocate") and shard.size:
-                    os.posix_fallocate(file.fileno(), 0, shard.size)
-                else:
-                    file.truncate(shard.size)
+                _reserve(file.fileno(), shard.size)
                 file.write(shard.header)
 
     def write(self, name: str, tensor: Tensor) -> None:
@@ -91,6 +91,18 @@ class CheckpointWriter:
                 _write_at(write.fileno(), memoryview(chunk), offset)
                 offset += len(chunk)
         self.written.add(name)
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Give a file its size, with room on the disk where the file system can promise it."""
+    if hasattr(os, "posix_fallocate") and size:
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+    os.ftruncate(descriptor, size)
 
 
 def _write_at(descriptor: int, data: memoryview, offset: int) -> None:
@@ -146,13 +158,29 @@ def make_work_folder(out: Path) -> Path:
     resolved = out.resolve()
     work = resolved.parent / f".{resolved.name}.partial"
     try:
-        resolved.parent.mkdir(parents=True, exist_ok=True)
+        work.parent.mkdir(parents=True, exist_ok=True)
         if work.exists():
             shutil.rmtree(work)
         work.mkdir()
     except OSError as error:
         raise ResourceError(f"cannot write beside OUT {out}: {error.strerror}") from error
     return work
+
+
+@contextmanager
+def work_folder(out: Path) -> Iterator[Path]:
+    """Give a new work folder; at the end remove what is left of it, and of the parents that were made for it."""
+    made = [parent for parent in out.resolve().parents if not parent.exists()]
+    try:
+        work = make_work_folder(out)
+        try:
+            yield work
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    finally:
+        for parent in made:
+            with suppress(OSError):  # it holds the finished output, or something that others put there
+                parent.rmdir()
 
 
 def publish(work: Path, out: Path, *, overwrite: bool) -> None:
@@ -167,11 +195,17 @@ def publish(work: Path, out: Path, *, overwrite: bool) -> None:
     for path in (*work.iterdir(), work):
         sync(path)
     old = out.parent / f".{out.name}.old"
-    if out.is_dir() and any(out.iterdir()):
+    replaces = out.is_dir() and any(out.iterdir())
+    if replaces:
         if not overwrite:
             raise UserError(f"OUT {out.name} came into being during the run; move it away or give --overwrite")
         shutil.rmtree(old, ignore_errors=True)
         out.rename(old)
-    work.rename(out)
+    try:
+        work.rename(out)
+    except BaseException:
+        if replaces:
+            old.rename(out)
+        raise
     sync(out.parent)
     shutil.rmtree(old, ignore_errors=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -106,8 +107,9 @@ def _file_rows(source: str, *, allowed: str) -> list[str]:
         if source.endswith(".txt"):
             return [path.read_text(encoding="utf-8")]
         return list(_json_rows(path))
-    except (OSError, EOFError) as error:
-        raise DataError(f"text file {source} cannot be read: {error}") from error
+    except (OSError, EOFError, zlib.error) as error:
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"text file {source} cannot be read: {line}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"text file {source} is not UTF-8: {error.reason} at byte {error.start}") from error
 
@@ -119,7 +121,7 @@ def _json_rows(path: Path) -> Iterator[str]:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{path}, line {number}: not valid JSON ({error})") from error
             text = row.get("text") if isinstance(row, dict) else None
             if not isinstance(text, str):

@@ -73,9 +73,9 @@ class ModelWeights:
             (module._parameters if is_parameter else module._buffers)[attribute] = tensor  # type: ignore[assignment]
 
 
-def persistent_names(model: nn.Module) -> list[str]:
-    """Return the names that a checkpoint of the model must hold: parameters once each, then persistent buffers."""
-    return [name for name, _ in _named_tensors(model)]
+def persistent_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return what a checkpoint of the model must hold, by name: parameters once each, then persistent buffers."""
+    return dict(_named_tensors(model))
 
 
 def _named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:

@@ -182,7 +182,8 @@ def _energy(weight: Tensor, inputs: InputStatistics | None) -> Tensor:
 
 
 def _outlier_rows(energy: Tensor, count: int) -> Tensor:
-    return smallest_mask(-energy + energy.max(), count).nonzero().squeeze(1) if count else energy.new_empty(0).long()
+    # The complement of the quiet rows, since negated energies would round small ones to ties.
+    return (~smallest_mask(energy.clamp_min(0), energy.numel() - count)).nonzero().squeeze(1)
 
 
 def _relative_errors(
@@ -195,6 +196,7 @@ def _relative_errors(
     def relative(delta: Tensor) -> float:
         if inputs.empty or not total > 0:
             return 0.0
-        return ((delta @ inputs.matrix).mul_(delta).sum(dtype=torch.float64) / total).item()
+        error = ((delta @ inputs.matrix).mul_(delta).sum(dtype=torch.float64) / total).item()
+        return 0.0 if -1e-6 < error < 0 else error  # below zero by rounding alone
 
     return relative(torch.where(kept, 0.0, dense)), relative(pruned.to(dense.dtype) - dense)

@@ -37,7 +37,10 @@ class Factor:
     reason: str
 
     def condition(self, steps: int = 12) -> float:
-        """Estimate the condition number of the damped Hessian, from below, by power iteration on UᵀU and its inverse."""
+        """Estimate the condition number of the damped Hessian by power iteration on UᵀU and its inverse.
+
+        An estimate within a factor of about two, from below but for rounding.
+        """
         size = self.upper.shape[0]
         # A fixed start that is orthogonal to nothing in particular, so that the estimate is reproducible.
         smallest = largest = torch.cos(torch.arange(1, size + 1, device=self.upper.device, dtype=self.upper.dtype))[
@@ -82,9 +85,9 @@ class InputStatistics:
         if (diagonal < 0).any():
             raise NumericsError(f"the Hessian of {name} has a negative diagonal entry; it must be XᵀX of the inputs")
         self.empty = scale == 0.0
-        self.matrix = (hessian.to(torch.float64) if scale and not 1e-30 < scale < 1e30 else hessian).to(dtype)
-        if not self.empty:
-            self.matrix = (hessian / scale).to(dtype)
+        # Dividing by a scale near the ends of float32's range may overflow on the way.
+        wide = hessian.to(torch.float64) if scale and not 1e-30 < scale < 1e30 else hessian
+        self.matrix = (wide / (scale or 1.0)).to(dtype)
         self.norms = (diagonal / (scale or 1.0)).sqrt().to(dtype)
         self.dead = diagonal == 0
         self._factors: dict[float, Factor] = {}

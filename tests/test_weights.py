@@ -1,0 +1,128 @@
+"""Parameters come in by name, in the model's dtype, wherever the model holds them, and go again."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from helpers import ARCHITECTURES, tiny_config, tiny_model, windows
+from thanos.structure import build_skeleton
+from thanos.weights import ModelWeights, persistent_tensors
+
+
+class Source:
+    """Tensors by name, and the names that were asked for."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.tensors, self.read_names = tensors, list[str]()
+
+    def read(self, name: str) -> Tensor:
+        self.read_names.append(name)
+        return self.tensors[name]
+
+
+def weights_of(
+    architecture: str, dtype: torch.dtype = torch.float32
+) -> tuple[nn.Module, ModelWeights, Source, nn.Module]:
+    dense = tiny_model(architecture)
+    skeleton = build_skeleton(tiny_config(architecture), dtype)
+    names = list(persistent_tensors(skeleton))
+    state = dense.state_dict()
+    source = Source({f"file.{name}": state[name] for name in names})
+    key_of = {name: f"file.{name}" for name in names}
+    return skeleton, ModelWeights(skeleton, source, key_of, torch.device("cpu")), source, dense
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@torch.inference_mode()
+def test_a_skeleton_with_all_its_weights_is_the_model(architecture: str) -> None:
+    skeleton, weights, _, dense = weights_of(architecture)
+    weights.load(weights.names)
+    ids = windows(2, 40)
+    assert torch.equal(skeleton(input_ids=ids).logits, dense(input_ids=ids).logits)
+    weights.release(weights.names)
+    assert all(parameter.device.type == "meta" for parameter in skeleton.parameters())
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_names_are_those_that_a_saved_checkpoint_must_hold(architecture: str) -> None:
+    model = tiny_model(architecture)
+    names = list(persistent_tensors(model))
+    assert len(set(names)) == len(names)
+    state = model.state_dict()
+    assert set(names) <= state.keys()
+    # What is left out is a second name of a tensor that is there.
+    there = {state[name].data_ptr() for name in names}
+    assert all(state[name].data_ptr() in there for name in state.keys() - set(names))
+
+
+def test_only_what_is_asked_for_is_read_and_everything_else_stays_away() -> None:
+    skeleton, weights, source, dense = weights_of("llama")
+    wanted = [name for name in weights.names if name.startswith("model.layers.1.")]
+    weights.load(wanted)
+    assert source.read_names == [f"file.{name}" for name in wanted]
+    for name, parameter in skeleton.named_parameters():
+        assert (parameter.device.type == "cpu") is (name in wanted), name
+        if name in wanted:
+            assert torch.equal(parameter, dense.get_parameter(name))
+            assert not parameter.requires_grad
+
+
+def test_a_tied_weight_has_one_name_and_arrives_in_both_places() -> None:
+    skeleton, weights, _, _ = weights_of("tinyllama")
+    names = [name for name in weights.names if "embed_tokens" in name or "lm_head" in name]
+    assert names == ["model.embed_tokens.weight"]
+    weights.load(names)
+    assert skeleton.lm_head.weight is skeleton.model.embed_tokens.weight
+    assert skeleton.lm_head.weight.device.type == "cpu"
+    weights.put(names[0], torch.ones(320, 32))
+    assert skeleton.lm_head.weight is skeleton.model.embed_tokens.weight
+    assert bool((skeleton.lm_head.weight == 1).all())
+    weights.release(names)
+    assert skeleton.lm_head.weight.device.type == skeleton.model.embed_tokens.weight.device.type == "meta"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_model_runs_in_its_dtype_and_the_stored_weight_keeps_its_own(dtype: torch.dtype) -> None:
+    skeleton, weights, _, dense = weights_of("llama", dtype)
+    name = "model.layers.0.mlp.up_proj.weight"
+    weights.load([name])
+    assert skeleton.get_parameter(name).dtype == dtype
+    assert torch.equal(skeleton.get_parameter(name), dense.get_parameter(name).to(dtype))
+    assert torch.equal(weights.stored(name), dense.get_parameter(name))  # float32, not rounded
+    weights.put(name, torch.zeros(64, 32))
+    assert skeleton.get_parameter(name).dtype == dtype
+    assert weights.key(name) == f"file.{name}"
+
+
+class WithBuffer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 2, device="meta")
+        self.register_buffer("scale", torch.full((2,), 5.0))
+        self.register_buffer("cache", torch.zeros(3), persistent=False)
+
+
+def test_persistent_buffers_belong_to_a_checkpoint_and_others_do_not() -> None:
+    model = WithBuffer()
+    assert list(persistent_tensors(model)) == ["linear.weight", "linear.bias", "scale"]
+    source = Source({"scale": torch.tensor([1.0, 2.0])})
+    weights = ModelWeights(model, source, {"scale": "scale"}, torch.device("cpu"))
+    weights.load(["scale"])
+    assert model.scale.tolist() == [1.0, 2.0]
+    assert "scale" in dict(model.named_buffers())
+    assert "scale" not in dict(model.named_parameters())
+
+
+def test_releasing_a_pruned_weight_lets_its_memory_go() -> None:
+    import gc
+    import weakref
+
+    skeleton, weights, _, _ = weights_of("llama")
+    name = "model.layers.0.mlp.up_proj.weight"
+    weights.put(name, torch.ones(64, 32))
+    reference = weakref.ref(skeleton.get_parameter(name))
+    weights.release([name])
+    gc.collect()
+    assert reference() is None
