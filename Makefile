@@ -33,8 +33,8 @@ test: $(DEMO)/model.gguf ## Run the whole test suite
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.installed ## Format check, lint, types
-	$(BIN)/ruff format --check src tests
-	$(BIN)/ruff check src tests
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/pyright
 
 check: lint test ## What CI runs

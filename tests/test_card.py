@@ -28,7 +28,12 @@ def report(layers: list[LayerRecord] | None = None, **changes: Any) -> PruningRe
         ]
     values: dict[str, Any] = {
         "thanos_version": "7.8.9",
-        "model": {"name": "some-org/Some-Model-1B", "architecture": "LlamaForCausalLM", "parameters": 12345, "origin": "hub"},
+        "model": {
+            "name": "some-org/Some-Model-1B",
+            "origin": "hub",
+            "architecture": "LlamaForCausalLM",
+            "parameters": 12345,
+        },
         "recipe": {
             "method": "sparsegpt",
             "pattern": "2:4",

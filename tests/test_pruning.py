@@ -260,7 +260,7 @@ def test_the_report_says_what_ran(plain, tiny_llama: Path, text_file: Path) -> N
 
     _, report = plain
     assert report.thanos_version == thanos.__version__
-    assert report.model["name"] == str(tiny_llama)
+    assert report.model["name"] == tiny_llama.name  # a published report says nothing of this machine
     assert report.model["architecture"] == "LlamaForCausalLM"
     assert report.versions["torch"] == torch.__version__
     assert report.versions["transformers"] == transformers.__version__
