@@ -1,0 +1,1 @@
+"""The study: a grid of pruning runs, one store of their results."""

@@ -1,0 +1,239 @@
+"""``store.jsonl``: one record per cell of a study, appended and never changed. The format is described in docs/formats.md.
+
+A cell may have several records, since a cell that failed is tried again on the next run: the last one counts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from thanos.errors import DataError, ResourceError
+
+SCHEMA = 1
+"""Raised when a reader of the old format would misread the new one."""
+
+STORE_NAME = "store.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CellRecord:
+    """One cell of a study: what was asked for and what came out; the attributes are the keys of a line.
+
+    Attributes:
+        key: hash of ``cell`` and ``asked``, see :func:`cell_key`.
+        status: ``done`` or ``failed``.
+        reason: why it failed, one line; None for ``done``.
+        date: when it ended, ISO 8601 in UTC.
+        commit: of the source tree that ran, with ``+changes`` after it where the tree was not clean; None where unknown.
+        thanos_version: of the package.
+        versions: of Python and the packages that shape the numbers.
+        machine: ``device``, ``platform``, ``cores``, ``memory_bytes``.
+        cell: the coordinates in the grid: ``model``, ``method`` (``dense`` for the model as it is), ``pattern``,
+            ``sparsity``, ``outlier_rows``, ``keep_budget``, ``block_size``, ``damping``, ``calibration``, ``samples``,
+            ``sequence_length``, ``seed``. All but the model and the method are None for the dense model.
+        asked: what else shaped the numbers: ``dtype``, ``evaluation`` (``text``, ``sequence_length``, ``max_windows``,
+            ``compare``: with the dense model) and ``zero_shot`` (``tasks``, ``limit``; None where none was asked for).
+        sources: sha256 of ``model``, ``calibration`` and ``text`` as files; None where there is no file.
+        recipe: the whole recipe, as in pruning.json; None for the dense model.
+        calibration: the windows' fingerprint, as in pruning.json; None for the dense model.
+        effective_sparsity: measured shares of zeros, ``targeted`` (pruned layers) and ``all`` (parameters).
+        evaluation: ``text``, ``text_sha256``, ``sequence_length``, ``windows``, ``tokens``, ``perplexity``, ``mean_loss``,
+            ``kl_divergence``, ``top1_agreement``.
+        zero_shot: ``tasks`` (name → ``acc``, ``acc_stderr``, ``acc_norm``, ``acc_norm_stderr``, ``samples``) and
+            ``average`` (``acc``, ``acc_stderr``); None where none was asked for.
+        layers: the layers, as in pruning.json.
+        phases: seconds and peaks of memory by phase.
+        seconds: of pruning, without evaluation.
+        host_peak_bytes: while pruning.
+        device_peak_bytes: while pruning; None without a CUDA device.
+        schema: version of this format.
+    """
+
+    key: str
+    status: Literal["done", "failed"]
+    reason: str | None
+    date: str
+    commit: str | None
+    thanos_version: str
+    versions: dict[str, str]
+    machine: dict[str, Any]
+    cell: dict[str, Any]
+    asked: dict[str, Any]
+    sources: dict[str, str | None]
+    recipe: dict[str, Any] | None = None
+    calibration: dict[str, Any] | None = None
+    effective_sparsity: dict[str, float] | None = None
+    evaluation: dict[str, Any] | None = None
+    zero_shot: dict[str, Any] | None = None
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    phases: dict[str, dict[str, Any]] = field(default_factory=dict)
+    seconds: float | None = None
+    host_peak_bytes: int | None = None
+    device_peak_bytes: int | None = None
+    schema: int = SCHEMA
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, ``schema`` first; numbers that are not finite become None."""
+        values = _finite(asdict(self))
+        return {"schema": values.pop("schema"), **values}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> CellRecord:
+        """Build a record from what :meth:`to_dict` gave; keys that this version does not know are left out."""
+        known = {f.name for f in fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in known})
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What a store holds.
+
+    Attributes:
+        records: the last record of each cell, in the order in which the cells were first recorded.
+        warnings: what a person should know, such as a torn last line.
+    """
+
+    records: list[CellRecord]
+    warnings: list[str]
+
+    @property
+    def done(self) -> list[CellRecord]:
+        """The cells that have results."""
+        return [record for record in self.records if record.status == "done"]
+
+    @property
+    def failed(self) -> list[CellRecord]:
+        """The cells that failed."""
+        return [record for record in self.records if record.status == "failed"]
+
+
+def cell_key(cell: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+    """Return the sha256 of a cell and of what was asked about it, whatever the order of their names."""
+    text = json.dumps({"cell": cell, "asked": asked}, sort_keys=True, ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_store(folder: str | Path) -> Contents:
+    """Read the store of a study folder. Changes nothing, and may be called while a study runs.
+
+    Args:
+        folder: the study's folder, or the ``store.jsonl`` in it.
+
+    Raises:
+        DataError: there is no store, a newer version wrote it, or a line other than the last is damaged.
+    """
+    path = store_path(folder)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); a study's folder holds {STORE_NAME}") from error
+    lines, torn = _split(data)
+    records: dict[str, CellRecord] = {}
+    for number, line in enumerate(lines, 1):
+        record = _parse(path, number, line)
+        records[record.key] = record
+    warnings = []
+    if torn:
+        warnings.append(
+            f"{path}, line {len(lines) + 1}: the last record is torn ({len(torn)} bytes) and was left out; its cell will run "
+            "again"
+        )
+    return Contents(list(records.values()), warnings)
+
+
+class StoreWriter:
+    """Appends records to the store of a study folder; one writer at a time, which the study's lock sees to.
+
+    Args:
+        folder: the study's folder, which exists. A torn last line is cut off.
+
+    Raises:
+        ResourceError: the file cannot be written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = store_path(folder)
+        try:
+            data = self._path.read_bytes() if self._path.exists() else b""
+            _, torn = _split(data)
+            if torn:
+                os.truncate(self._path, len(data) - len(torn))
+            elif data and not data.endswith(b"\n"):
+                self._append(b"\n")
+        except OSError as error:
+            raise _cannot_write(self._path, error) from error
+
+    def append(self, record: CellRecord) -> None:
+        """Add one record and force it to the disk.
+
+        Raises:
+            ResourceError: the file cannot be written.
+        """
+        text = json.dumps(record.to_dict(), ensure_ascii=False, allow_nan=False)
+        try:
+            self._append(text.encode() + b"\n")
+        except OSError as error:
+            raise _cannot_write(self._path, error) from error
+
+    def _append(self, data: bytes) -> None:
+        with self._path.open("ab") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def store_path(folder: str | Path) -> Path:
+    """Return the path of the store in a study's folder; a path that is the store itself is kept."""
+    path = Path(folder)
+    return path if path.name == STORE_NAME else path / STORE_NAME
+
+
+def _split(data: bytes) -> tuple[list[bytes], bytes]:
+    """Return the complete lines, and the torn one at the end; a whole record that lacks only its line end is complete."""
+    *lines, last = data.split(b"\n")
+    if last:
+        try:
+            whole = isinstance(json.loads(last), dict)
+        except (ValueError, RecursionError):
+            whole = False
+        if whole:
+            return [*lines, last], b""
+    return lines, last
+
+
+def _parse(path: Path, number: int, line: bytes) -> CellRecord:
+    try:
+        values = json.loads(line)
+        schema = values["schema"]
+        if isinstance(schema, int) and schema > SCHEMA:
+            raise DataError(
+                f"{path}, line {number}: a newer version of thanos wrote this record (schema {schema}; this version reads "
+                f"up to {SCHEMA}); upgrade thanos, or choose another study folder"
+            )
+        return CellRecord.from_dict(values)
+    except DataError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(
+            f"{path}, line {number}: not a record of a study ({type(error).__name__}: {error}); the file was damaged: remove "
+            "that line, and its cell will run again"
+        ) from error
+
+
+def _cannot_write(path: Path, error: OSError) -> ResourceError:
+    return ResourceError(f"{path} cannot be written: {error.strerror}")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,132 @@
+"""The store: append-only, whole records only, the last one of a cell counts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from thanos.errors import DataError, ResourceError
+from thanos.study.store import SCHEMA, CellRecord, StoreWriter, cell_key, read_store
+
+CELL = {"model": "m", "method": "wanda", "pattern": "2:4", "sparsity": None, "seed": 0}
+
+
+def record(**changes: Any) -> CellRecord:
+    cell = {**CELL, **changes.pop("cell", {})}
+    asked = {"text": "pydoc"}
+    values: dict[str, Any] = {
+        "key": cell_key(cell, asked), "status": "done", "reason": None, "date": "2026-01-01T00:00:00+00:00",
+        "commit": "abc", "thanos_version": "0", "versions": {"torch": "2"}, "machine": {"device": "cpu", "cores": 2},
+        "cell": cell, "asked": asked, "sources": {"model": None}, "evaluation": {"perplexity": 12.5},
+        "layers": [{"name": "läyer", "error_after_compensation": float("nan")}],
+    }  # fmt: skip
+    return CellRecord(**{**values, **changes})
+
+
+def write(folder: Path, *records: CellRecord) -> Path:
+    writer = StoreWriter(folder)
+    for one in records:
+        writer.append(one)
+    return folder / "store.jsonl"
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    first, second = record(), record(cell={"seed": 1}, status="failed", reason="why")
+    write(tmp_path, first, second)
+    contents = read_store(tmp_path)
+    assert [r.to_dict() for r in contents.records] == [first.to_dict(), second.to_dict()]
+    assert (contents.done, contents.failed) == ([contents.records[0]], [contents.records[1]])
+    assert contents.warnings == []
+    assert read_store(tmp_path / "store.jsonl").records == contents.records
+
+
+def test_a_line_is_strict_json_that_begins_with_the_schema(tmp_path: Path) -> None:
+    path = write(tmp_path, record())
+
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    values = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+    assert next(iter(values.items())) == ("schema", SCHEMA)
+    assert values["layers"] == [{"name": "läyer", "error_after_compensation": None}]
+
+
+def test_pandas_opens_it_in_one_line(tmp_path: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    path = write(tmp_path, record(), record(cell={"seed": 1}))
+    frame = pandas.read_json(path, lines=True)
+    assert list(frame["cell"].str["seed"]) == [0, 1]
+    assert list(frame["evaluation"].str["perplexity"]) == [12.5, 12.5]
+
+
+def test_the_last_record_of_a_cell_counts(tmp_path: Path) -> None:
+    write(tmp_path, record(status="failed", reason="no room"), record(cell={"seed": 1}), record())
+    contents = read_store(tmp_path)
+    assert [(r.cell["seed"], r.status) for r in contents.records] == [(0, "done"), (1, "done")]
+
+
+@pytest.mark.parametrize("cut", [1, 2, 40, 200])
+def test_a_torn_last_line_is_dropped_with_a_warning_and_nothing_else(tmp_path: Path, cut: int) -> None:
+    path = write(tmp_path, record(), record(cell={"seed": 1}))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) - 1 - cut])
+    contents = read_store(tmp_path)
+    assert [r.cell["seed"] for r in contents.records] == [0]
+    (warning,) = contents.warnings
+    assert "line 2" in warning
+    assert path.read_bytes() == whole[: len(whole) - 1 - cut], "reading changes nothing"
+    write(tmp_path, record(cell={"seed": 2}))
+    assert [r.cell["seed"] for r in read_store(tmp_path).records] == [0, 2]
+    assert read_store(tmp_path).warnings == []
+    assert path.read_bytes().startswith(whole.splitlines(keepends=True)[0])
+
+
+def test_a_record_that_lacks_only_its_line_end_is_whole(tmp_path: Path) -> None:
+    path = write(tmp_path, record())
+    path.write_bytes(path.read_bytes()[:-1])
+    assert (len(read_store(tmp_path).records), read_store(tmp_path).warnings) == (1, [])
+    write(tmp_path, record(cell={"seed": 1}))
+    assert [r.cell["seed"] for r in read_store(tmp_path).records] == [0, 1]
+
+
+def test_a_store_of_a_newer_version_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, record())
+    newer = {**record(cell={"seed": 1}).to_dict(), "schema": SCHEMA + 1, "cell": ["all", "different"]}
+    with path.open("a") as file:
+        file.write(json.dumps(newer) + "\n")
+    with pytest.raises(DataError, match=r"line 2.*newer version.*schema 2.*upgrade"):
+        read_store(tmp_path)
+
+
+def test_keys_of_a_later_minor_version_are_left_out(tmp_path: Path) -> None:
+    path = write(tmp_path, record())
+    path.write_text(json.dumps({**record().to_dict(), "mood": "good"}) + "\n")
+    assert read_store(tmp_path).records[0].to_dict() == record().to_dict()
+
+
+@pytest.mark.parametrize("line", [b"{", b"[]", b"{}", b'{"schema": 1}', b"\xff\xfe", b'{"schema": "x"}', b""])
+def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path, line: bytes) -> None:
+    path = write(tmp_path, record())
+    path.write_bytes(path.read_bytes() + line + b"\n" + path.read_bytes())
+    with pytest.raises(DataError, match="line 2: not a record"):
+        read_store(tmp_path)
+
+
+def test_a_missing_store_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"store\.jsonl"):
+        read_store(tmp_path)
+
+
+def test_a_folder_that_is_gone_cannot_be_written(tmp_path: Path) -> None:
+    writer = StoreWriter(tmp_path / "gone")
+    with pytest.raises(ResourceError, match="cannot be written"):
+        writer.append(record())
+
+
+def test_the_key_covers_every_value_and_no_order() -> None:
+    assert cell_key({"a": 1, "b": None}, {"c": "x"}) == cell_key({"b": None, "a": 1}, {"c": "x"})
+    keys = {cell_key({"a": a}, {"c": c}) for a in (0.5, 0.25, None, "0.5") for c in ("x", "y")}
+    assert len(keys) == 8
