@@ -12,6 +12,7 @@ from thanos.errors import NumericsError, RecipeError
 from thanos.recipe import LayerRecipe
 from thanos.solvers.base import Budget, Problem
 from thanos.solvers.factor import InputStatistics
+from thanos.solvers.peers import ALONE, Peers
 from thanos.solvers.scored import magnitude, wanda
 from thanos.solvers.select import smallest_mask
 from thanos.solvers.sparsegpt import sparsegpt
@@ -125,11 +126,17 @@ def prune_weight(
 
 @torch.no_grad()
 def prune_layer(
-    weight: Tensor, inputs: InputStatistics | None, recipe: LayerRecipe, *, name: str = "the weight"
+    weight: Tensor,
+    inputs: InputStatistics | None,
+    recipe: LayerRecipe,
+    *,
+    name: str = "the weight",
+    peers: Peers = ALONE,
 ) -> PrunedWeight:
     """Prune one weight matrix whose input statistics, and factor, may be shared with other layers.
 
-    See :func:`prune_weight` for the arguments, the result and the errors; ``name`` is used in messages.
+    See :func:`prune_weight` for the arguments, the result and the errors; ``name`` is used in messages, ``peers`` are the
+    processes that share the work.
     """
     method = METHODS[recipe.method]
     if inputs is None and method.needs_hessian:
@@ -149,7 +156,7 @@ def prune_layer(
     factor = inputs.factor(recipe.damping) if inputs is not None and method.needs_factor else None
     rows = (~keep_dense).nonzero().squeeze(1)
     part = dense[rows] if outliers.numel() else dense
-    problem = Problem(part, part == 0, inputs, factor, recipe.parsed_pattern, budget, recipe.resolved_block_size)
+    problem = Problem(part, part == 0, inputs, factor, recipe.parsed_pattern, budget, recipe.resolved_block_size, peers)
     solved, removed = method.solve(problem) if recipe.resolved_sparsity > 0 else (part, problem.zeros)
     pruned, kept = weight.detach().clone(), torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
     pruned[rows], kept[rows] = solved.to(weight.dtype), ~removed

@@ -13,6 +13,7 @@ from thanos.errors import RecipeError
 from thanos.patterns import NM, Columns, Pattern
 from thanos.recipe import LayerRecipe
 from thanos.solvers.factor import Factor, InputStatistics
+from thanos.solvers.peers import ALONE, Peers
 
 _SLACK = 1e-9
 """Keeps ⌊0.29 · 100⌋ at 29: a product that misses a whole number by rounding alone counts as that number."""
@@ -78,6 +79,7 @@ class Problem:
         pattern: which sets of weights may go.
         budget: how many.
         block_size: input columns handled together.
+        peers: the processes that hold the other rows; the budget is that of all rows together.
     """
 
     weight: Tensor
@@ -87,6 +89,7 @@ class Problem:
     pattern: Pattern
     budget: Budget
     block_size: int
+    peers: Peers = ALONE
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """Yield the column ranges [j1, j2) from left to right; the last may be narrower."""

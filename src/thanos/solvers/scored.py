@@ -28,8 +28,8 @@ def _prune_by(problem: Problem, scores: Tensor, *, per_row: bool) -> tuple[Tenso
         if not isinstance(pattern, Unstructured):
             removed = nm_mask(scores, pattern.n, pattern.m)
         elif per_row:
-            removed = even_rows_mask(scores, problem.budget.weights)
+            removed = even_rows_mask(scores, problem.budget.weights, problem.peers)
         else:
-            removed = smallest_mask(scores, problem.budget.weights)
+            removed = smallest_mask(scores, problem.budget.weights, problem.peers)
     removed |= problem.zeros
     return without(problem.weight, removed), removed

@@ -2,6 +2,12 @@
 
 Scores are at least 0, or −1 where a weight is already zero and must stay so. Among equal scores the entry with the lower
 flat (row-major) index goes first. Exactly the requested number is selected, never one more or less.
+
+The k-th smallest is found in linear time, without sorting: the bit pattern of a float, read as an integer, orders
+non-negative floats as their values do (and −1 sorts below them), so histograms of a few bits at a time, from the top,
+narrow it down to one pattern. Only integer counts are compared, so rows held by other processes (:mod:`.peers`) join in
+by adding up histograms, and nothing waits for the host. On the CPU, where a histogram is slow and asking costs nothing, a
+sample brackets the k-th value instead, and only what lies within the bracket is searched.
 """
 
 from __future__ import annotations
@@ -9,45 +15,94 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from thanos.solvers.peers import ALONE, Peers
 
-def smallest_mask(scores: Tensor, count: int | Tensor) -> Tensor:
-    """Return a bool mask of the shape of ``scores`` with exactly ``count`` True, at the smallest entries."""
-    count = int(count)
+_DIGIT = 16
+"""Bits resolved by one histogram of the general path: two or four of them for float32 or float64."""
+
+_SAMPLE = 1 << 14
+"""Entries that bracket the k-th value on the CPU: the bracket then holds about one entry in twenty."""
+
+
+def smallest_mask(scores: Tensor, count: int | Tensor, peers: Peers = ALONE) -> Tensor:
+    """Return a bool mask of the shape of ``scores`` with ``count`` True, at the smallest entries.
+
+    Args:
+        scores: any shape, float32 or float64; this process's rows.
+        count: how many, over all processes: a number, or a 0-d integer tensor that is not read by the host; below 0 counts
+            as 0, more than there are as all.
+        peers: the processes that hold the other rows.
+    """
+    if peers.size == 1 and scores.device.type == "cpu":
+        return _smallest_on_cpu(scores, int(count))
+    keys = _ordered_bits(scores)
+    key, missing = kth_key(keys, count, peers)
+    below, equal = keys < key, keys == key
+    rank = equal.view(-1).cumsum(0).view(equal.shape) + peers.before(equal.sum())
+    return below | (equal & (rank <= missing))
+
+
+def _smallest_on_cpu(scores: Tensor, count: int) -> Tensor:
     if count <= 0:
         return torch.zeros_like(scores, dtype=torch.bool)
     if count >= scores.numel():
         return torch.ones_like(scores, dtype=torch.bool)
-    flat = scores.reshape(-1)
-    threshold = _kth_smallest(flat, count)
-    below = flat < threshold
-    equal = flat == threshold
-    missing = count - below.sum()
-    if flat.device.type == "cpu" and int(equal.sum()) == int(missing):
-        return (below | equal).view(scores.shape)
-    # int32 suffices: torch indexes at most 2³¹ entries of a weight matrix here.
-    first = equal.cumsum(0, dtype=torch.int32) <= missing
-    return (below | (equal & first)).view(scores.shape)
+    threshold, equals, missing = kth_on_cpu(scores, count)
+    if equals == missing:
+        return scores <= threshold
+    equal = scores == threshold
+    return (scores < threshold) | (equal & (equal.reshape(-1).cumsum(0).view(scores.shape) <= missing))
 
 
-def _kth_smallest(flat: Tensor, k: int) -> Tensor:
-    """Return the k-th smallest entry (k from 1), as a 0-d tensor."""
-    if flat.dtype != torch.float32 or flat.device.type == "cpu":
-        return torch.kthvalue(flat, k).values
-    # Two rounds of 16 bits over the bit pattern, which orders non-negative floats as the values do; −1 sorts below.
-    keys = (flat + 0.0).view(torch.int32)
-    high = (keys >> 16) + 32768
-    low_count, high_bin = _find_bin(torch.bincount(high, minlength=65536), k)
-    candidates = keys[high == high_bin] & 0xFFFF
-    _, low_bin = _find_bin(torch.bincount(candidates, minlength=65536), k - int(low_count))
-    bits = ((high_bin - 32768) << 16) | low_bin
-    return bits.to(torch.int32).view(torch.float32)
+def kth_on_cpu(scores: Tensor, k: int) -> tuple[float, int, int]:
+    """Return the k-th smallest entry (k from 1), how many entries equal it, and how many of those are among the k."""
+    flat, below = scores.reshape(-1), 0
+    candidates = flat
+    if flat.numel() > 8 * _SAMPLE:
+        # An odd stride, or whole columns of a matrix would be passed over.
+        sample = flat[:: flat.numel() // _SAMPLE | 1].sort().values
+        middle, slack = (k - 1) * len(sample) // flat.numel(), 4 * int(len(sample) ** 0.5)
+        low, high = sample[max(0, middle - slack)], sample[min(len(sample) - 1, middle + slack)]
+        under = int(torch.count_nonzero(flat < low))
+        inside = flat[(flat >= low) & (flat <= high)]
+        if under < k <= under + inside.numel():  # else the sample misled: search everything
+            candidates, below = inside, under
+    value = torch.kthvalue(candidates, k - below).values
+    smaller = below + int(torch.count_nonzero(candidates < value))
+    return value.item(), int(torch.count_nonzero(candidates == value)), k - smaller
 
 
-def _find_bin(histogram: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return how many entries lie below the bin that holds the k-th, and that bin's index."""
-    total = histogram.cumsum(0)
-    index = torch.searchsorted(total, k)
-    return total[index] - histogram[index], index
+def _ordered_bits(scores: Tensor) -> Tensor:
+    # Adding zero makes −0 to 0.
+    return (scores + 0.0).view(torch.int64 if scores.dtype == torch.float64 else torch.int32)
+
+
+def kth_key(keys: Tensor, count: int | Tensor, peers: Peers) -> tuple[Tensor, Tensor]:
+    """Return the bit pattern of the ``count``-th smallest, and how many of the entries that equal it are wanted.
+
+    Both are 0-d; where nothing is wanted the pattern is below all others.
+    """
+    total = peers.sum_(torch.tensor(keys.numel(), device=keys.device))
+    missing = torch.minimum(torch.as_tensor(count, device=keys.device), total).clamp_min(0)
+    nothing = missing == 0
+    missing = missing.clamp_min(1)
+    bits = keys.element_size() * 8
+    flat, prefix = keys.reshape(-1), torch.zeros((), dtype=torch.int64, device=keys.device)
+    ones = torch.ones((), dtype=torch.int64, device=keys.device).expand(flat.numel())
+    for shift in range(bits - _DIGIT, -1, -_DIGIT):
+        high = flat.to(torch.int64) >> shift
+        # The top digit is signed: moved up so that it counts from 0.
+        digit = high + (1 << (_DIGIT - 1)) if shift == bits - _DIGIT else high - (prefix << _DIGIT)
+        inside = (digit >= 0) & (digit < 1 << _DIGIT)
+        bins = torch.where(inside, digit, 1 << _DIGIT)
+        histogram = torch.zeros((1 << _DIGIT) + 1, dtype=torch.int64, device=keys.device).scatter_add_(0, bins, ones)
+        histogram = peers.sum_(histogram)[:-1]
+        below = histogram.cumsum(0)
+        chosen = torch.searchsorted(below, missing)
+        missing = missing - (below[chosen] - histogram[chosen])
+        prefix = chosen - (1 << (_DIGIT - 1)) if shift == bits - _DIGIT else (prefix << _DIGIT) + chosen
+    lowest = torch.iinfo(keys.dtype).min
+    return torch.where(nothing, lowest, prefix).to(keys.dtype), torch.where(nothing, 0, missing)
 
 
 def row_smallest_mask(scores: Tensor, counts: Tensor | int) -> Tensor:
@@ -60,18 +115,19 @@ def row_smallest_mask(scores: Tensor, counts: Tensor | int) -> Tensor:
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, chosen)
 
 
-def even_rows_mask(scores: Tensor, count: int) -> Tensor:
-    """Select ``count`` entries in all, the same number per row up to one.
+def even_rows_mask(scores: Tensor, count: int, peers: Peers = ALONE) -> Tensor:
+    """Select ``count`` entries over the rows of all processes, the same number per row up to one.
 
     Each row gives ⌊count / rows⌋; what is left over comes from the rows whose next score is smallest, so that the
     result does not depend on the order of the rows.
     """
-    rows, columns = scores.shape
-    base, extra = divmod(min(count, scores.numel()), rows)
+    columns = scores.shape[1]
+    rows = int(peers.sum_(torch.tensor(scores.shape[0], device=scores.device))) if peers.size > 1 else scores.shape[0]
+    base, extra = divmod(min(count, rows * columns), rows)
     if extra == 0:
         return row_smallest_mask(scores, base)
-    following = scores.kthvalue(base + 1, dim=1).values if base < columns else scores.new_zeros(rows)
-    return row_smallest_mask(scores, base + smallest_mask(following, extra).to(torch.int64))
+    following = scores.kthvalue(base + 1, dim=1).values
+    return row_smallest_mask(scores, base + smallest_mask(following, extra, peers).to(torch.int64))
 
 
 def nm_mask(scores: Tensor, n: int, m: int) -> Tensor:

@@ -28,13 +28,11 @@ def sparsegpt(problem: Problem) -> tuple[Tensor, Tensor]:
     if isinstance(problem.pattern, Columns):
         scores = _scores(problem, weight, 0).sum(0)
         removed |= column_mask(scores, problem.budget.columns, weight.shape[0])
-    spent = 0
+    counts = _block_budgets(problem) if isinstance(problem.pattern, Unstructured) else {}
     for start, stop in problem.blocks():
-        if isinstance(problem.pattern, Unstructured):
-            count = _block_budget(problem, start, stop, spent)
+        if counts:
             scores = problem.mark_zeros(_scores(problem, weight[:, start:stop], start), start)
-            removed[:, start:stop] |= smallest_mask(scores, count)
-            spent += int(removed[:, start:stop].sum())
+            removed[:, start:stop] = smallest_mask(scores, counts[start], problem.peers)
         errors = _eliminate_block(problem, weight[:, start:stop], removed[:, start:stop], start)
         weight[:, stop:] -= errors @ upper[start:stop, stop:]
     return weight.masked_fill_(removed, 0.0), removed
@@ -48,19 +46,24 @@ def _scores(problem: Problem, weight: Tensor, start: int) -> Tensor:
     return scores.masked_fill_(problem.inputs.dead[columns], 0.0)
 
 
-def _block_budget(problem: Problem, start: int, stop: int, spent: int) -> int:
-    """Return how many entries columns [start, stop) give, so that the matrix ends on its budget exactly.
+def _block_budgets(problem: Problem) -> dict[int, int]:
+    """Return how many entries each block gives, by its first column, so that the matrix ends on its budget exactly.
 
-    The running total follows the share of columns passed, except that zeros already there, here and further right,
-    have the first claim.
+    The running total follows the share of columns passed, except that zeros already there, in the block and further right,
+    have the first claim: a block gives at least its own zeros, which score below everything else.
     """
-    rows, columns = problem.weight.shape
-    total = max(problem.budget.weights, int(problem.zeros.sum()))
-    here, later = int(problem.zeros[:, start:stop].sum()), int(problem.zeros[:, stop:].sum())
-    target = total * stop // columns - spent
-    # What this block leaves must fit into the columns to its right.
-    target = max(target, total - spent - rows * (columns - stop))
-    return max(min(target, total - spent - later), here)
+    columns = problem.weight.shape[1]
+    tally = torch.cat([problem.zeros.sum(0), problem.zeros.new_full((1,), problem.weight.shape[0], dtype=torch.int64)])
+    *zeros, rows = problem.peers.sum_(tally).tolist()
+    total = max(problem.budget.weights, sum(zeros))
+    counts, spent = {}, 0
+    for start, stop in problem.blocks():
+        target = total * stop // columns - spent
+        # What this block leaves must fit into the columns to its right.
+        target = max(target, total - spent - rows * (columns - stop))
+        counts[start] = max(min(target, total - spent - sum(zeros[stop:])), sum(zeros[start:stop]))
+        spent += counts[start]
+    return counts
 
 
 def _eliminate_block(problem: Problem, weight: Tensor, removed: Tensor, offset: int) -> Tensor:

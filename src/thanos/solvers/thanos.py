@@ -28,13 +28,14 @@ def thanos(problem: Problem) -> tuple[Tensor, Tensor]:
         return _columns(problem)
     weight, upper = problem.weight.clone(), problem.upper
     removed = problem.zeros.clone()
-    budget = max(problem.budget.weights, int(problem.zeros.sum()))
+    # A tensor, so that no block waits for the host to learn what the one before it took.
+    budget = problem.peers.sum_(problem.zeros.sum()).clamp_min(problem.budget.weights)
     for start, stop in problem.blocks():
         if isinstance(problem.pattern, Unstructured):
             # The global residual mask: the smallest scores over everything that is left, of which the block takes its part.
             scores = problem.mark_zeros(weight[:, start:].abs() * problem.norms[start:], start)
-            chosen = smallest_mask(scores, budget)[:, : stop - start]
-            budget -= int(chosen.sum())
+            chosen = smallest_mask(scores, budget, problem.peers)[:, : stop - start]
+            budget -= problem.peers.sum_(chosen.sum())
         else:
             scores = problem.mark_zeros(weight[:, start:stop].abs() * problem.norms[start:stop], start)
             chosen = nm_mask(scores, problem.nm.n, problem.nm.m) | problem.zeros[:, start:stop]
