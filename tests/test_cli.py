@@ -24,8 +24,8 @@ PRUNE = ["--samples", "4", "--sequence-length", "32", "--device", "cpu"]
 
 OPTIONS = {
     "prune": {
-        "--method", "--pattern", "--sparsity", "--outlier-rows", "--block-size", "--damping", "--calibration", "--samples",
-        "--sequence-length", "--seed", "--device", "--dtype", "--targets", "--skip", "--recipe", "--overwrite",
+        "--method", "--pattern", "--sparsity", "--outlier-rows", "--keep-budget", "--block-size", "--damping", "--calibration",
+        "--samples", "--sequence-length", "--seed", "--device", "--dtype", "--targets", "--skip", "--recipe", "--overwrite",
         "--trust-remote-code", "--quiet", "--help",
     },
     "eval": {

@@ -27,6 +27,7 @@ def test_the_defaults_are_those_that_are_documented():
         "pattern": "unstructured",
         "sparsity": None,
         "outlier_rows": 0.0,
+        "keep_budget": False,
         "block_size": None,
         "damping": 0.01,
         "calibration": "c4",
@@ -119,6 +120,10 @@ BAD_LAYER_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"pattern": "1:4", "sparsity": 0.25}, r"sparsity 0.25 contradicts pattern 1:4, which removes 0.75"),
     ({"sparsity": 0.9, "outlier_rows": 0.1}, r"sparsity 0.9 is impossible with outlier_rows 0.1.*lower one"),
     ({"sparsity": 0.95, "outlier_rows": 0.1}, r"hold only 0.9 of the weights"),
+    ({"keep_budget": 1}, r"keep_budget must be true or false; got 1"),
+    ({"keep_budget": True, "outlier_rows": 0.1, "pattern": "1:4"}, r"1:4 keeps an odd number.*leave keep_budget out"),
+    ({"keep_budget": True, "outlier_rows": 0.34, "pattern": "2:4"}, r"outlier_rows 0.34.*at most 0.3333; lower"),
+    ({"keep_budget": True, "outlier_rows": 0.15, "pattern": "2:8"}, r"at most 0.1429"),
     ({"outlier_rows": 0.5}, r"sparsity 0.5 is impossible with outlier_rows 0.5"),
     ({"pattern": "columns", "outlier_rows": 0.6}, r"impossible with outlier_rows 0.6"),
 ]
@@ -164,6 +169,8 @@ def test_good_extremes_are_taken():
     Recipe(sparsity=0, outlier_rows=0, damping=0, block_size=1, samples=1, sequence_length=2, seed=2**40)
     Recipe(sparsity=0.999999, damping=10)
     Recipe(sparsity=0.0, outlier_rows=0.999)
+    Recipe(pattern="1:4", keep_budget=True)  # without outlier rows there is nothing to make up for
+    Recipe(pattern="2:4", outlier_rows=1 / 3, keep_budget=True)
     Recipe(pattern="2:4", outlier_rows=0.9)  # the pattern's share is of the rows that are pruned
     assert Recipe(targets=["a", "b"], skip=["c"]).targets == ("a", "b")
 
@@ -289,6 +296,7 @@ def layer_settings(draw: st.DrawFn) -> dict[str, Any]:
         "method": draw(st.sampled_from(METHODS)),
         "pattern": pattern,
         "outlier_rows": draw(SHARES),
+        "keep_budget": draw(st.booleans()) and pattern in ("unstructured", "columns"),
         "damping": draw(st.floats(0, 1e6) | st.integers(0, 3)),
         "block_size": draw(st.none() | st.integers(1, 64).map(lambda number: 8 * number)),
     }

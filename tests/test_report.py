@@ -38,6 +38,7 @@ LAYER = {
     "sparsity",
     "zeros",
     "outlier_rows",
+    "halved_rows",
     "error_before_compensation",
     "error_after_compensation",
     "damping",

@@ -9,7 +9,7 @@ from typing import Any
 from thanos.report import LayerRecord, PruningReport
 
 _WORST = 5
-
+_KEPT = ", the other rows making up for them"
 
 _USE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -84,7 +84,10 @@ def _recipe_table(report: PruningReport) -> str:
     return _table(
         ("setting", "value"),
         [
-            ("outlier rows left dense", _percent(recipe["outlier_rows"])),
+            (
+                "outlier rows left dense",
+                _percent(recipe["outlier_rows"]) + (_KEPT if recipe.get("keep_budget") else ""),
+            ),
             ("damping", f"{recipe['damping']:g}"),
             (
                 "calibration",

@@ -182,6 +182,7 @@ class Engine:
             sparsity=zeros / (rows * columns),
             zeros=zeros,
             outlier_rows=pruned.outliers.numel(),
+            halved_rows=pruned.halved.numel(),
             error_before_compensation=pruned.error_before_compensation,
             error_after_compensation=pruned.error_after_compensation,
             damping=pruned.damping,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from thanos.errors import RecipeError
-from thanos.patterns import Columns, Pattern, Unstructured, parse_pattern
+from thanos.patterns import NM, Columns, Pattern, Unstructured, parse_pattern
 
 METHODS = ("thanos", "sparsegpt", "wanda", "magnitude")
 
@@ -29,7 +29,7 @@ DEFAULT_BLOCK_SIZE = 128
 DEFAULT_BLOCK_SIZE_NM = 512
 """Columns per block: the paper's choices for unstructured and for n:m sparsity."""
 
-_LAYER_FIELDS = ("method", "pattern", "sparsity", "outlier_rows", "block_size", "damping")
+_LAYER_FIELDS = ("method", "pattern", "sparsity", "outlier_rows", "keep_budget", "block_size", "damping")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +42,9 @@ class LayerRecipe:
         sparsity: share of the matrix's entries that become zero, in [0, 1). Follows from the pattern for n:m;
             None means the default (0.5 for the other two).
         outlier_rows: share of output rows left dense, in [0, 1).
+        keep_budget: let the other rows make up for the outlier rows, so that the matrix as a whole has the sparsity it would
+            have without them; see :class:`~thanos.solvers.base.Budget`. For n:m it needs an even n: the rows with the least
+            output energy keep n/2 of m.
         block_size: input columns handled together (Thanos, SparseGPT); None means 128, or 512 for Thanos with n:m.
         damping: share of the Hessian's mean diagonal added to its diagonal, at least 0.
 
@@ -53,6 +56,7 @@ class LayerRecipe:
     pattern: str = "unstructured"
     sparsity: float | None = None
     outlier_rows: float = 0.0
+    keep_budget: bool = False
     block_size: int | None = None
     damping: float = DEFAULT_DAMPING
 
@@ -63,6 +67,10 @@ class LayerRecipe:
         object.__setattr__(self, "pattern", str(pattern))
         _check_number("outlier_rows", self.outlier_rows, 0.0, 1.0)
         _check_number("damping", self.damping, 0.0, None)
+        if not isinstance(self.keep_budget, bool):
+            raise RecipeError(f"keep_budget must be true or false; got {self.keep_budget!r}")
+        if self.keep_budget and isinstance(pattern, NM) and self.outlier_rows > 0:
+            self._check_halves(pattern)
         if self.sparsity is not None:
             _check_number("sparsity", self.sparsity, 0.0, 1.0)
         implied = pattern.sparsity
@@ -83,6 +91,20 @@ class LayerRecipe:
             raise RecipeError(
                 f"sparsity {sparsity} is impossible with outlier_rows {self.outlier_rows}: the rows that may be pruned "
                 f"hold only {1 - self.outlier_rows:.4g} of the weights; lower one of the two"
+            )
+
+    def _check_halves(self, pattern: NM) -> None:
+        if pattern.n % 2:
+            raise RecipeError(
+                f"keep_budget with outlier_rows gives some rows half of the non-zeros, but {pattern} keeps an odd number of "
+                f"{pattern.n}; choose a pattern with an even one, such as 2:4, or leave keep_budget out"
+            )
+        # Every outlier row needs 2(m − n)/n halved rows beside it.
+        most = pattern.n / (2 * pattern.m - pattern.n)
+        if self.outlier_rows > most:
+            raise RecipeError(
+                f"outlier_rows {self.outlier_rows} is too much for keep_budget with pattern {pattern}: the other rows can make "
+                f"up for at most {most:.4g}; lower outlier_rows or leave keep_budget out"
             )
 
     @property

@@ -28,6 +28,7 @@ class LayerRecord:
         sparsity: share of zeros in the weight as written.
         zeros: their number.
         outlier_rows: number of rows left dense.
+        halved_rows: number of rows that keep half of the pattern's non-zeros to make up for them (``keep_budget``).
         error_before_compensation: relative output error if the removed weights were only set to zero:
             tr(Δ H Δᵀ) / tr(W H Wᵀ), H from the calibration tokens.
         error_after_compensation: the same for the weight as written.
@@ -54,6 +55,7 @@ class LayerRecord:
     tokens: int
     seconds: float
     warnings: list[str] = field(default_factory=list)
+    halved_rows: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

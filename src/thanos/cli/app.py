@@ -60,6 +60,10 @@ def prune(
     outlier_rows: Annotated[
         float | None, _option("Share of output rows left dense, 0 to 1 (default 0).", "SHARE")
     ] = None,
+    keep_budget: Annotated[
+        bool,
+        typer.Option("--keep-budget", help="Let the other rows make up for the outlier rows (default: they do not)."),
+    ] = False,
     block_size: Annotated[
         int | None,
         _option("Columns handled together by thanos and sparsegpt (default 128; 512 for thanos with N:M).", "COLUMNS"),
@@ -98,6 +102,7 @@ def prune(
         "pattern": pattern,
         "sparsity": sparsity,
         "outlier_rows": outlier_rows,
+        "keep_budget": keep_budget or None,
         "block_size": block_size,
         "damping": damping,
         "calibration": calibration,

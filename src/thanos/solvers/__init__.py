@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from thanos.errors import NumericsError, RecipeError
+from thanos.patterns import NM, Pattern
 from thanos.recipe import LayerRecipe
 from thanos.solvers.base import Budget, Problem
 from thanos.solvers.factor import InputStatistics
@@ -44,6 +45,7 @@ class PrunedWeight:
         weight: (c, b), same dtype and device as given; removed entries are exact zeros.
         kept: (c, b) bool, True where the weight stays.
         outliers: indices of the rows left dense, ascending, (q,).
+        halved: indices of the rows that keep n/2 of m to make up for them, ascending; empty without ``keep_budget``.
         method: the method that ran: the one asked for, or ``magnitude`` where no input was ever seen.
         error_before_compensation: tr(Δ H Δᵀ) / tr(W H Wᵀ) with Δ the removed entries alone; None without a Hessian.
         error_after_compensation: the same with Δ the whole change of the weight; None without a Hessian.
@@ -54,6 +56,7 @@ class PrunedWeight:
     weight: Tensor
     kept: Tensor
     outliers: Tensor
+    halved: Tensor
     method: str
     error_before_compensation: float | None
     error_after_compensation: float | None
@@ -76,6 +79,7 @@ def prune_weight(
     block_size: int | None = None,
     damping: float = 0.01,
     outlier_rows: float = 0.0,
+    keep_budget: bool = False,
 ) -> PrunedWeight:
     """Prune one weight matrix. The inputs are never modified.
 
@@ -93,6 +97,7 @@ def prune_weight(
         damping: share of the Hessian's mean diagonal added to the diagonal, at least 0. Raised tenfold, and reported,
             while the Hessian is not positive definite.
         outlier_rows: share of rows left dense, in [0, 1): the ⌈α·c⌉ with the largest output energy (W H Wᵀ)_ii.
+        keep_budget: let the other rows make up for the outlier rows, see :class:`~thanos.solvers.base.Budget`.
 
     Returns:
         The pruned weight, the mask and what it cost.
@@ -106,6 +111,7 @@ def prune_weight(
         pattern=pattern,
         sparsity=sparsity,
         outlier_rows=outlier_rows,
+        keep_budget=keep_budget,
         block_size=block_size,
         damping=damping,
     )
@@ -150,16 +156,14 @@ def prune_layer(
         # No input was ever seen, so there is nothing to weigh by: reported through `method`, never silently.
         recipe, method = replace(_layer_part(recipe), method="magnitude"), METHODS["magnitude"]
     energy = _energy(dense, inputs)
-    outliers = _outlier_rows(energy.sum(1), budget.outlier_rows)
-    keep_dense = torch.zeros(weight.shape[0], dtype=torch.bool, device=weight.device)
-    keep_dense[outliers] = True
+    outliers, halved, parts = _parts(energy.sum(1), budget, recipe.parsed_pattern)
     factor = inputs.factor(recipe.damping) if inputs is not None and method.needs_factor else None
-    rows = (~keep_dense).nonzero().squeeze(1)
-    part = dense[rows] if outliers.numel() else dense
-    problem = Problem(part, part == 0, inputs, factor, recipe.parsed_pattern, budget, recipe.resolved_block_size, peers)
-    solved, removed = method.solve(problem) if recipe.resolved_sparsity > 0 else (part, problem.zeros)
     pruned, kept = weight.detach().clone(), torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
-    pruned[rows], kept[rows] = solved.to(weight.dtype), ~removed
+    for rows, pattern in parts:
+        part = dense[rows] if len(rows) < len(dense) else dense
+        problem = Problem(part, part == 0, inputs, factor, pattern, budget, recipe.resolved_block_size, peers)
+        solved, removed = method.solve(problem) if recipe.resolved_sparsity > 0 else (part, problem.zeros)
+        pruned[rows], kept[rows] = solved.to(weight.dtype), ~removed
     before, after = _relative_errors(dense, pruned, kept, energy, inputs)
     if after is not None and not after < float("inf"):
         raise NumericsError(f"pruning {name} gave NaN or infinity; raise damping (it is {recipe.damping:g})")
@@ -167,6 +171,7 @@ def prune_layer(
         pruned,
         kept,
         outliers,
+        halved,
         recipe.method,
         before,
         after,
@@ -188,9 +193,19 @@ def _energy(weight: Tensor, inputs: InputStatistics | None) -> Tensor:
     return weight.square() if inputs is None or inputs.empty else (weight @ inputs.matrix).mul_(weight)
 
 
-def _outlier_rows(energy: Tensor, count: int) -> Tensor:
+def _parts(energy: Tensor, budget: Budget, pattern: Pattern) -> tuple[Tensor, Tensor, list[tuple[Tensor, Pattern]]]:
+    """Split the rows by their output energies (c,): which stay dense, which are halved, and what is solved by which pattern.
+
+    n:m treats every row by itself, so that rows of another n are a problem of their own.
+    """
+    energy = energy.clamp_min(0)
     # The complement of the quiet rows, since negated energies would round small ones to ties.
-    return (~smallest_mask(energy.clamp_min(0), energy.numel() - count)).nonzero().squeeze(1)
+    pruned = smallest_mask(energy, energy.numel() - budget.outlier_rows)
+    halved = smallest_mask(energy, budget.halved_rows)
+    parts: list[tuple[Tensor, Pattern]] = [((pruned & ~halved).nonzero().squeeze(1), pattern)]
+    if budget.halved_rows and isinstance(pattern, NM):
+        parts.append((halved.nonzero().squeeze(1), NM(pattern.n // 2, pattern.m)))
+    return (~pruned).nonzero().squeeze(1), halved.nonzero().squeeze(1), [part for part in parts if len(part[0])]
 
 
 def _relative_errors(
