@@ -21,7 +21,9 @@ import thanos
 from helpers import prose, save_tiny, windows
 from thanos import engine as engine_module
 from thanos import pruning as pruning_module
+from thanos.calibration import build_calibration
 from thanos.errors import DataError, ModelError, NumericsError, RecipeError, ResourceError, UserError
+from thanos.pretrained import resolve_model
 
 SAMPLES, LENGTH = 4, 32
 METHODS = ("thanos", "sparsegpt", "wanda", "magnitude")
@@ -807,3 +809,19 @@ def test_until_the_last_rename_nothing_has_the_name_of_the_output(
     thanos.prune(model, tmp_path / "out", recipe(text_file), on_event=watch)
     assert seen.pop()
     assert not any(seen)
+
+
+def test_windows_made_before_give_the_same_bytes(tiny_llama: Path, text_file: Path, tmp_path: Path, plain) -> None:
+    source = resolve_model(tiny_llama)
+    tokenizer = source.tokenizer()
+    settings = recipe(text_file)
+    made = build_calibration(
+        settings.calibration, tokenizer, samples=SAMPLES, sequence_length=LENGTH, seed=0, end_of_text_id=2
+    )
+    report = thanos.prune(tiny_llama, tmp_path / "out", settings, calibration=made)
+    assert report.calibration == plain[1].calibration
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (plain[0] / "model.safetensors").read_bytes()
+    for change in ({"seed": 1}, {"samples": 3}, {"sequence_length": 16}, {"calibration": "pydoc"}):
+        with pytest.raises(DataError, match="the recipe says"):
+            thanos.prune(tiny_llama, tmp_path / "other", settings.replace(**change), calibration=made)
+    assert not (tmp_path / "other").exists()

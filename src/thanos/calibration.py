@@ -18,6 +18,8 @@ from thanos.text import calibration_documents
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from thanos.recipe import Recipe
+
 Rule = Literal["random-window", "packed", "generated"]
 
 _GENERATION_BATCH = 16
@@ -49,6 +51,20 @@ class Calibration:
         digest = hashlib.sha256(repr(tuple(self.ids.shape)).encode())
         digest.update(self.ids.contiguous().numpy().astype("<i8").tobytes())
         return digest.hexdigest()
+
+    def check_made_by(self, recipe: Recipe) -> None:
+        """Refuse windows other than those that a recipe would make.
+
+        Raises:
+            DataError: source, shape or seed differ.
+        """
+        made = (self.source, *self.ids.shape, self.seed)
+        asked = (recipe.calibration, recipe.samples, recipe.sequence_length, recipe.seed)
+        if made != asked:
+            raise DataError(
+                f"the calibration given is (source, samples, sequence_length, seed) {made}, but the recipe says {asked}; make "
+                "it with the recipe's settings, or leave it out"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Return what the report records."""

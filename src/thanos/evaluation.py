@@ -6,7 +6,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +79,50 @@ class Evaluation:
         return {"schema": values.pop("schema"), **values}
 
 
+@dataclass(kw_only=True, slots=True, eq=False)
+class Reference:
+    """What several models are measured by: the windows of a text, and the dense model to compare with, both made once.
+
+    Args:
+        text: the source of the text, as it is to be reported.
+        windows: (windows, sequence_length) int64, on the CPU; see :func:`cut_windows`.
+        dense: name of the dense model; None without one.
+        model: that model; None without one.
+        keep_bytes: room on the model's device for its logits. They are kept as the model gave them if those of all windows
+            fit, which changes no digit of the result; else they are computed anew for every model that is compared.
+    """
+
+    text: str
+    windows: Tensor
+    dense: str | None = None
+    model: PreTrainedModel | None = None
+    keep_bytes: int = 0
+    _kept: dict[int, Tensor] = field(default_factory=dict, repr=False)
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Refuse windows that a model, or the dense one, cannot take.
+
+        Raises:
+            DataError: the windows are longer than its positions, or hold tokens that it does not embed.
+        """
+        for each in (model, self.model):
+            if each is not None:
+                _check_window(self.windows.shape[1], each)
+                check_token_ids(self.windows, each)
+
+    def logits(self, first: int, ids: Tensor) -> Tensor | None:
+        """Return the dense model's logits of ``ids`` (n, T), the windows from ``first`` on; None without a dense model."""
+        if self.model is None:
+            return None
+        kept = self._kept.get(first)
+        if kept is not None and len(kept) == len(ids):
+            return kept
+        logits = self.model(input_ids=ids, use_cache=False).logits
+        if logits[0].nbytes * len(self.windows) <= self.keep_bytes:
+            self._kept[first] = logits
+        return logits
+
+
 def evaluate(
     model: str | Path,
     *,
@@ -90,6 +134,7 @@ def evaluate(
     dtype: str = "auto",
     on_event: Callable[[Event], None] | None = None,
     trust_remote_code: bool = False,
+    reference: Reference | None = None,
 ) -> Evaluation:
     """Measure perplexity, and with ``dense`` the distance to the dense model.
 
@@ -107,57 +152,67 @@ def evaluate(
         dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``.
         on_event: is told about progress.
         trust_remote_code: let transformers run Python code that a checkpoint carries.
+        reference: windows and dense model in place of ``text``, ``sequence_length``, ``max_windows`` and ``dense``; the
+            windows must come from this model's tokenizer.
 
     Raises:
         UserError: the model, the text or the device cannot be used.
     """
     import transformers
 
-    if sequence_length < 2:
-        raise DataError(f"sequence_length must be at least 2, to predict one token; got {sequence_length}")
-    if max_windows is not None and max_windows < 1:
-        raise DataError(f"max_windows must be at least 1; got {max_windows}")
     where = choose_device(device)
-    rows = evaluation_rows(text)
+    rows = _rows(text, sequence_length, max_windows) if reference is None else []
     source = resolve_model(model, trust_remote_code=trust_remote_code)
-    tokenizer = source.tokenizer()
     try:
-        network = load_model(source, dtype=dtype, device=where)
-        other = None
-        if dense is not None:
-            other = load_model(resolve_model(dense, trust_remote_code=trust_remote_code), dtype=dtype, device=where)
-        windows = cut_windows("\n\n".join(rows), tokenizer, network, text, sequence_length, max_windows)
-        if other is not None:
-            _check_window(sequence_length, other)
-            check_token_ids(windows, other)
+        if reference is None:
+            tokenizer, network = source.tokenizer(), load_model(source, dtype=dtype, device=where)
+            other = None
+            if dense is not None:
+                other = load_model(resolve_model(dense, trust_remote_code=trust_remote_code), dtype=dtype, device=where)
+            windows = cut_windows("\n\n".join(rows), tokenizer, network, text, sequence_length, max_windows)
+            name = None if dense is None else str(dense)
+            reference = Reference(text=text, windows=windows, dense=name, model=other)
+        else:
+            network = load_model(source, dtype=dtype, device=where)
+        reference.check(network)
         began = time.perf_counter()
-        sums = _score(network, other, windows, on_event or (lambda event: None))
+        sums = _score(network, reference, on_event or (lambda event: None))
     except torch.OutOfMemoryError as error:
         raise ResourceError(
             f"out of memory on {where}: lower --sequence-length (now {sequence_length}), or use --device cpu"
         ) from error
     seconds = time.perf_counter() - began
-    tokens = windows.shape[0] * (sequence_length - 1)
+    compared = reference.model is not None
+    count, length = reference.windows.shape
+    tokens = count * (length - 1)
     loss = sums[0] / tokens
     return Evaluation(
         model=str(model),
-        text=text,
-        text_sha256=hashlib.sha256(windows.numpy().astype("<i8").tobytes()).hexdigest(),
-        sequence_length=sequence_length,
-        windows=windows.shape[0],
+        text=reference.text,
+        text_sha256=hashlib.sha256(reference.windows.numpy().astype("<i8").tobytes()).hexdigest(),
+        sequence_length=length,
+        windows=count,
         tokens=tokens,
         perplexity=_perplexity(loss),
         mean_loss=loss,
-        dense=None if dense is None else str(dense),
-        dense_perplexity=None if dense is None else _perplexity(sums[3] / tokens),
-        kl_divergence=None if dense is None else sums[1] / tokens,
-        top1_agreement=None if dense is None else sums[2] / tokens,
+        dense=reference.dense,
+        dense_perplexity=_perplexity(sums[3] / tokens) if compared else None,
+        kl_divergence=sums[1] / tokens if compared else None,
+        top1_agreement=sums[2] / tokens if compared else None,
         seconds=seconds,
         tokens_per_second=tokens / seconds,
         dtype=str(network.dtype).removeprefix("torch."),
         device=torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu",
         versions={"thanos": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
     )
+
+
+def _rows(text: str, sequence_length: int, max_windows: int | None) -> list[str]:
+    if sequence_length < 2:
+        raise DataError(f"sequence_length must be at least 2, to predict one token; got {sequence_length}")
+    if max_windows is not None and max_windows < 1:
+        raise DataError(f"max_windows must be at least 1; got {max_windows}")
+    return evaluation_rows(text)
 
 
 def _perplexity(mean_loss: float) -> float:
@@ -196,23 +251,20 @@ def _check_window(sequence_length: int, model: PreTrainedModel) -> None:
 
 
 @torch.inference_mode()
-def _score(
-    model: PreTrainedModel, dense: PreTrainedModel | None, windows: Tensor, tell: Callable[[Event], None]
-) -> list[float]:
+def _score(model: PreTrainedModel, reference: Reference, tell: Callable[[Event], None]) -> list[float]:
     """Return sums over all predicted tokens: loss, KL divergence, equal most probable tokens, the dense model's loss."""
-    total, length = windows.shape
+    total, length = reference.windows.shape
     sums = torch.zeros(4, dtype=torch.float64)
     for index in range(total):
-        ids = windows[index : index + 1].to(model.device)
+        ids = reference.windows[index : index + 1].to(model.device)
         logits = model(input_ids=ids, use_cache=False).logits[0]
-        reference = None if dense is None else dense(input_ids=ids, use_cache=False).logits[0]
-        if reference is not None and reference.shape != logits.shape:
-            raise DataError(
-                f"the dense model predicts {reference.shape[1]} tokens, the model {logits.shape[1]}: no pair"
-            )
+        both = reference.logits(index, ids)
+        dense = None if both is None else both[0]
+        if dense is not None and dense.shape != logits.shape:
+            raise DataError(f"the dense model predicts {dense.shape[1]} tokens, the model {logits.shape[1]}: no pair")
         for first in range(0, length - 1, _CHUNK):
             last = min(first + _CHUNK, length - 1)
-            part = None if reference is None else reference[first:last]
+            part = None if dense is None else dense[first:last]
             sums += _score_chunk(logits[first:last], part, ids[0, first + 1 : last + 1])
         if not bool(torch.isfinite(sums).all()):
             which = "model" if not math.isfinite(float(sums[0])) else "dense model"

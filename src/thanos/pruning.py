@@ -59,6 +59,7 @@ def prune(
     *,
     overwrite: bool = False,
     on_event: Watcher | None = None,
+    calibration: Calibration | None = None,
 ) -> PruningReport:
     """Prune a pretrained causal language model and write it as a plain Hugging Face checkpoint.
 
@@ -68,6 +69,8 @@ def prune(
         recipe: what to do; default :class:`Recipe`, Thanos at 50 % unstructured.
         overwrite: replace ``out`` if it exists.
         on_event: called with each :class:`~thanos.events.Event`.
+        calibration: windows made before, by :func:`~thanos.calibration.build_calibration` with the recipe's settings and this
+            model's tokenizer; default: made now.
 
     Returns:
         The report, equal to ``pruning.json`` in ``out``.
@@ -87,7 +90,7 @@ def prune(
             source = resolve_model(model, trust_remote_code=recipe.trust_remote_code)
             plan = _plan(source, recipe, watch)
         with meter.phase("calibration"):
-            calibration = _calibrate(plan.opened, recipe, device, watch)
+            calibration = _calibrate(plan.opened, recipe, device, watch, calibration)
         with work_folder(Path(out)) as work:
             report = _run(plan, calibration, recipe, device, meter, work, watch)
             publish(work, Path(out), overwrite=overwrite)
@@ -132,8 +135,14 @@ def _survey(
     return dense, zeros
 
 
-def _calibrate(opened: OpenedModel, recipe: Recipe, device: torch.device, watch: Watcher) -> Calibration:
+def _calibrate(
+    opened: OpenedModel, recipe: Recipe, device: torch.device, watch: Watcher, given: Calibration | None
+) -> Calibration:
     watch(Event(kind="phase", phase="calibration"))
+    if given is not None:
+        given.check_made_by(recipe)
+        check_token_ids(given.ids, opened.skeleton)
+        return given
     source, config = opened.source, opened.skeleton.config
     tokenizer = source.tokenizer()
     dense = load_model(source, dtype=recipe.dtype, device=device) if recipe.calibration == "self" else None
