@@ -90,7 +90,22 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 ARCHITECTURES = tuple(_CONFIGS)
-"""Every architecture that the project promises to prune."""
+"""Every dense architecture that the project promises to prune."""
+
+_MIXTURE = {**_LLAMA_LIKE, "num_hidden_layers": 2, "num_key_value_heads": 2, "num_experts_per_tok": 2}
+
+_MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("MixtralConfig", {**_MIXTURE, "num_local_experts": 4}),
+    "qwen3-moe": ("Qwen3MoeConfig", {**_MIXTURE, "num_experts": 4, "moe_intermediate_size": 24, "head_dim": 8}),
+    "qwen2-moe": (
+        "Qwen2MoeConfig",
+        {**_MIXTURE, "num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40},
+    ),
+    "olmoe": ("OlmoeConfig", {**_MIXTURE, "num_experts": 8}),
+}
+
+MIXTURES = tuple(_MIXTURES)
+"""Mixtures of experts that the project promises to prune."""
 
 WORDS = tuple(f"{a}{b}{c}" for a in "bdfgklm" for b in "aeiou" for c in ("n", "r", "st", "t", "x", "l", "m", "p"))
 
@@ -99,7 +114,7 @@ def tiny_config(architecture: str = "llama", **changes: Any) -> Any:
     """The config of a model with three or four small blocks."""
     import transformers
 
-    name, values = _CONFIGS[architecture]
+    name, values = (_CONFIGS | _MIXTURES)[architecture]
     return getattr(transformers, name)(**{**values, **changes})
 
 
@@ -113,6 +128,8 @@ def tiny_model(
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(tiny_config(architecture, **changes))
         for name, parameter in model.named_parameters():
+            if architecture in _MIXTURES and not parameter.any():  # routers that send every token to the same experts
+                torch.nn.init.normal_(parameter, std=0.15)
             if name.endswith("bias"):  # zeros at first, which would hide a bias that was lost
                 torch.nn.init.normal_(parameter, std=0.05)
     return model.to(dtype).eval()
@@ -139,7 +156,7 @@ def save_tiny(
     folder: Path, architecture: str = "llama", *, dtype: torch.dtype = torch.float32, **arguments: Any
 ) -> Path:
     """Save a tiny model, its tokenizer and generation config as a Hugging Face folder; return the folder."""
-    save_arguments = {k: arguments.pop(k) for k in ("max_shard_size",) if k in arguments}
+    save_arguments = {k: arguments.pop(k) for k in ("max_shard_size", "save_original_format") if k in arguments}
     model = tiny_model(architecture, dtype=dtype, **arguments)
     model.save_pretrained(folder, **save_arguments)
     tiny_tokenizer().save_pretrained(folder)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import thanos
-from helpers import ARCHITECTURES, prose, save_tiny, tiny_tokenizer, windows
+from helpers import ARCHITECTURES, prose, save_tiny, windows
 
 SAMPLES, LENGTH = 4, 32  # windows longer than the sliding window of 24
 
@@ -338,21 +338,3 @@ def test_a_checkpoint_with_integer_weights_is_refused(text_file: Path, tmp_path:
     with pytest.raises(thanos.errors.ModelError, match=r"model\.layers\.1\.mlp\.up_proj.*int8"):
         thanos.prune(folder, tmp_path / "out", recipe(text_file))
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("name", ["MixtralConfig", "Qwen3MoeConfig"])
-def test_mixtures_of_experts_are_refused_with_one_line_and_nothing_written(
-    name: str, text_file: Path, tmp_path: Path
-) -> None:
-    import transformers
-
-    sizes = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": 2}
-    experts = {"num_local_experts": 4} if name == "MixtralConfig" else {"num_experts": 4, "moe_intermediate_size": 16}
-    model = AutoModelForCausalLM.from_config(getattr(transformers, name)(**sizes, **heads, **experts))
-    model.save_pretrained(tmp_path / "moe")
-    tiny_tokenizer().save_pretrained(tmp_path / "moe")
-    with pytest.raises(thanos.errors.UserError, match=r"mixture of experts.*not supported yet") as caught:
-        thanos.prune(tmp_path / "moe", tmp_path / "out", recipe(text_file))
-    assert "\n" not in str(caught.value)
-    assert [path.name for path in tmp_path.iterdir()] == ["moe"]

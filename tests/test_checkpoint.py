@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load, load_file, save_file
+from torch import Tensor
 
 from helpers import save_tiny
 from thanos.checkpoint import (
@@ -25,6 +26,7 @@ from thanos.checkpoint import (
     match_parameters,
 )
 from thanos.errors import ModelError
+from thanos.shards import CheckpointWriter
 
 DTYPES = (
     torch.float64,
@@ -460,3 +462,55 @@ def test_match_parameters_with_an_output_head_outside_the_base_model() -> None:
 )
 def test_match_parameters_gives_up(parameters: set[str], tensors: set[str]) -> None:
     assert match_parameters(parameters, tensors, "model") is None
+
+
+# --- tensors that hold several matrices -----------------------------------------------------------------------------------
+
+
+def fused() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return {
+        "experts.gate_up_proj": torch.randn(3, 10, 4, generator=generator).to(torch.bfloat16),
+        "experts.down_proj": torch.randn(3, 4, 5, generator=generator),
+        "norm": torch.randn(7, generator=generator),
+    }
+
+
+def pieces(kinds: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    return {f"experts.{index}.{kind}": shape for index in range(3) for kind, shape in kinds.items()}
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_a_split_tensor_is_read_and_written_piece_by_piece(loaded: bool, tmp_path: Path) -> None:
+    tensors = fused()
+    save_file(tensors, tmp_path / "model.safetensors")
+    checkpoint = LoadedCheckpoint(tensors) if loaded else SafetensorsCheckpoint(tmp_path)
+    checkpoint.split("experts.gate_up_proj", pieces({"gate": (5, 4), "up": (5, 4)}))
+    checkpoint.split("experts.down_proj", pieces({"down": (4, 5)}))
+    assert checkpoint.tensors.keys() == {"norm", *pieces({"gate": (), "up": (), "down": ()})}
+    for index in range(3):
+        gate, up = tensors["experts.gate_up_proj"][index].split(5)
+        for name, expected in (("gate", gate), ("up", up), ("down", tensors["experts.down_proj"][index])):
+            got = checkpoint.read(f"experts.{index}.{name}")
+            assert got.dtype == expected.dtype
+            assert torch.equal(got, expected), name
+
+    out = tmp_path / "out"
+    out.mkdir()
+    writer = CheckpointWriter(checkpoint, out)
+    writer.write("experts.1.up", torch.zeros(5, 4, dtype=torch.bfloat16))
+    writer.finish()
+    written = load_file(out / "model.safetensors")
+    assert written.keys() == tensors.keys()
+    expected = tensors["experts.gate_up_proj"].clone()
+    expected[1, 5:] = 0
+    assert torch.equal(written["experts.gate_up_proj"], expected)
+    assert all(torch.equal(written[name], tensors[name]) for name in ("experts.down_proj", "norm"))
+
+
+def test_pieces_that_do_not_fill_the_tensor_are_refused(tmp_path: Path) -> None:
+    save_file(fused(), tmp_path / "model.safetensors")
+    checkpoint = SafetensorsCheckpoint(tmp_path)
+    with pytest.raises(ModelError, match=r"experts\.down_proj has shape \[3, 4, 5\].*3 matrices of \[4, 6\]"):
+        checkpoint.split("experts.down_proj", pieces({"down": (4, 6)}))
+    assert "experts.down_proj" in checkpoint.tensors

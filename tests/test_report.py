@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from thanos.report import SCHEMA, DenseRecord, LayerRecord, PhaseRecord, PruningReport, compute_totals
+from thanos.report import SCHEMA, DenseRecord, LayerRecord, PhaseRecord, PruningReport, compute_totals, expert_notes
 
 TOP = {
     "schema",
@@ -216,3 +216,16 @@ def test_totals_of_layers_without_errors() -> None:
     totals = compute_totals(layers, parameters=24, zeros_elsewhere=0)
     assert totals["mean_error_after_compensation"] is None
     assert totals["zeros_targeted"] == totals["zeros_all"] == 12
+
+
+def test_experts_that_saw_little_are_counted_once_each() -> None:
+    kinds = ("gate", "up", "down")
+    experts = {f"{e}.{kind}": e for e in ("mlp.0", "mlp.1", "mlp.2", "mlp.3") for kind in kinds}
+    tokens = {"mlp.0": 6, "mlp.1": 5, "mlp.2": 0, "mlp.3": 1}
+    records = [layer(name, tokens=tokens[expert]) for name, expert in experts.items()]
+    lines = expert_notes(experts, [*records, layer("attention", tokens=2)])  # not an expert: not counted here
+    assert len(lines) == 2
+    assert lines[0].startswith("2 of 4 experts saw fewer calibration tokens than they have input columns")
+    assert lines[1] == "1 of 4 experts saw no calibration token: pruned by magnitude"
+    assert expert_notes(experts, [layer(name, tokens=6) for name in experts]) == []
+    assert expert_notes({}, [layer("attention", tokens=0)]) == []

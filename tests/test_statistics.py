@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from helpers import ARCHITECTURES, tiny_model, windows
 from thanos.errors import NumericsError, UserError
-from thanos.statistics import InputGroup, add_gram, check_finite, gather
+from thanos.statistics import InputGroup, add_gram, check_finite, gather, plan_passes
 from thanos.structure import LinearLayer, linear_layers
 
 
@@ -174,3 +174,31 @@ def test_bad_activations_are_named(bad: float) -> None:
 
 def test_finite_statistics_pass() -> None:
     check_finite(InputGroup([linear("a")], torch.full((4, 4), 3e38)))
+
+
+# --- several passes -----------------------------------------------------------------------------------------------------
+
+
+def expert_layers(experts: int) -> list[LinearLayer]:
+    shapes = {"gate_proj": (10, 30), "up_proj": (10, 30), "down_proj": (30, 10)}
+    return [
+        LinearLayer(f"mlp.experts.{index}.{kind}", nn.Linear(columns, rows), 0, False)
+        for index in range(experts)
+        for kind, (rows, columns) in shapes.items()
+    ]
+
+
+@pytest.mark.parametrize(("per_pass", "expected"), [(0.5, 8), (1, 8), (2, 4), (3, 3), (8, 1), (100, 1)])
+def test_layers_are_divided_so_that_their_hessians_fit(per_pass: float, expected: int) -> None:
+    layers = expert_layers(8)
+    one = 4 * (30**2 + 10**2)  # gate and up share theirs
+    passes = plan_passes(layers, int(per_pass * one))
+    assert [layer for part in passes for layer in part] == layers
+    assert len(passes) == expected
+    for part in passes:
+        assert len(part) % 3 == 0  # what shares an input is not divided
+        assert len(part) // 3 <= max(1, per_pass)
+
+
+def test_no_layers_make_one_empty_pass() -> None:
+    assert plan_passes([], 100) == [[]]

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 import transformers
 from torch import nn
 
-from helpers import ARCHITECTURES, tiny_config, tiny_model
+from helpers import ARCHITECTURES, MIXTURES, tiny_config, tiny_model
 from thanos.errors import ModelError, UserError
 from thanos.recipe import Override, Recipe
 from thanos.structure import LinearLayer, build_skeleton, find_blocks, linear_layers, select_layers
@@ -25,26 +23,6 @@ _EXPECTED: dict[str, tuple[str, set[str]]] = {
     "gpt-2": ("transformer.h", {"c_attn", "c_proj", "c_fc"}),
 }
 _OUTSIDE = {"opt-350m": {"model.decoder.project_in", "model.decoder.project_out", "lm_head"}}
-
-
-def moe_config(name: str, **changes: Any) -> Any:
-    return getattr(transformers, name)(
-        vocab_size=320,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        **changes,
-    )
-
-
-MIXTURES = {
-    "mixtral": moe_config("MixtralConfig", num_local_experts=4, num_experts_per_tok=2),
-    "qwen3-moe": moe_config(
-        "Qwen3MoeConfig", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, head_dim=8
-    ),
-}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -98,22 +76,61 @@ def test_a_model_without_a_list_of_blocks_is_refused() -> None:
         find_blocks(Flat())
 
 
-@pytest.mark.parametrize("name", MIXTURES)
-def test_mixtures_of_experts_are_refused(name: str) -> None:
-    model = build_skeleton(MIXTURES[name], torch.float32)
-    with pytest.raises(ModelError, match=r"mixture of experts.*not supported yet") as caught:
-        linear_layers(model)
-    assert "\n" not in str(caught.value)
-    assert type(model).__name__ in str(caught.value)
+# --- mixtures of experts ------------------------------------------------------------------------------------------------
 
 
-def test_a_list_of_modules_inside_a_block_is_a_mixture_too() -> None:
-    block = nn.Module()
-    block.experts = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+@pytest.mark.parametrize("architecture", MIXTURES)
+def test_every_matrix_of_every_expert_is_a_linear_layer(architecture: str) -> None:
+    config = tiny_config(architecture)
+    skeleton = build_skeleton(config, torch.float32)
+    count = getattr(config, "num_local_experts", None) or config.num_experts
+    inner = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+    for block in range(config.num_hidden_layers):
+        found = {layer.name: layer for layer in linear_layers(skeleton) if layer.block == block and layer.expert}
+        prefix = f"model.layers.{block}.mlp.experts"
+        shapes = {"gate_proj": (inner, 32), "up_proj": (inner, 32), "down_proj": (32, inner)}
+        assert {name: layer.shape for name, layer in found.items()} == {
+            f"{prefix}.{index}.{kind}": shape for index in range(count) for kind, shape in shapes.items()
+        }
+        assert {layer.expert for layer in found.values()} == {f"{prefix}.{index}" for index in range(count)}
+    assert all(parameter.device.type == "meta" for parameter in skeleton.parameters())
+
+
+def test_the_gate_of_a_shared_expert_routes_and_is_never_pruned() -> None:
+    layers = linear_layers(build_skeleton(tiny_config("qwen2-moe"), torch.float32))
+    routers = {layer.name for layer in layers if layer.router}
+    assert routers == {f"model.layers.{block}.mlp.shared_expert_gate" for block in range(2)}
+    chosen, dense = select_layers(layers, Recipe(targets=("*",)))
+    assert not routers & names(chosen)
+    assert {dense[name] for name in routers} == {"routes tokens to experts"}
+    assert "model.layers.0.mlp.shared_expert.gate_proj" in names(chosen)
+    with pytest.raises(ModelError, match="leaves no layer to prune"):
+        select_layers(layers, Recipe(targets=("shared_expert_gate",)))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_experts_in_a_list_of_modules_have_a_linear_router_beside_them(nested: bool) -> None:
+    # As models with code of their own hold them: a list of small networks, and a plain linear layer that scores them.
+    def expert() -> nn.Module:
+        return nn.Sequential(nn.Linear(8, 3), nn.ReLU(), nn.Linear(3, 8))
+
+    def block() -> nn.Module:
+        block = nn.Module()
+        block.attention = nn.Linear(8, 3)  # as many outputs as there are experts, but not beside them
+        block.mlp = nn.Module()
+        block.mlp.experts = nn.ModuleList(expert() for _ in range(3))
+        block.mlp.gate = nn.Sequential(nn.Linear(8, 3)) if nested else nn.Linear(8, 3)
+        block.mlp.shared = nn.Linear(8, 8)
+        return block
+
     model = nn.Module()
-    model.layers = nn.ModuleList([block])
-    with pytest.raises(ModelError, match="mixture of experts"):
-        find_blocks(model)
+    model.layers = nn.ModuleList([block(), block()])
+    layers = {layer.name: layer for layer in linear_layers(model)}
+    assert len(layers) == 2 * (1 + 6 + 1 + 1)
+    gate = "mlp.gate.0" if nested else "mlp.gate"
+    assert {name for name, layer in layers.items() if layer.router} == {f"layers.{i}.{gate}" for i in range(2)}
+    assert layers["layers.1.mlp.experts.2.0"].expert == "layers.1.mlp.experts.2"
+    assert not layers["layers.1.mlp.shared"].expert
 
 
 # --- which layers are pruned --------------------------------------------------------------------------------------------

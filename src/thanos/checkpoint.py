@@ -125,6 +125,14 @@ class SafetensorsCheckpoint:
         info = self.tensors[name]
         return read_tensor(self.folder / info.shard, info)
 
+    def split(self, name: str, pieces: Mapping[str, tuple[int, ...]]) -> None:
+        """Treat one tensor as several: consecutive runs of its entries, given by name and shape. The file stays as it is.
+
+        Raises:
+            ModelError: the pieces do not fill the tensor.
+        """
+        _split_info(self.tensors, name, pieces)
+
 
 class LoadedCheckpoint:
     """The same interface over tensors in memory: a GGUF that was dequantised, or a checkpoint whose keys were converted.
@@ -157,6 +165,12 @@ class LoadedCheckpoint:
         """Return one tensor on the CPU; it shares memory with the model it came from and must not be modified."""
         return self._state[name]
 
+    def split(self, name: str, pieces: Mapping[str, tuple[int, ...]]) -> None:
+        """As :meth:`SafetensorsCheckpoint.split`."""
+        _split_info(self.tensors, name, pieces)
+        parts = self._state.pop(name).reshape(-1).split([math.prod(shape) for shape in pieces.values()])
+        self._state |= {key: part.view(pieces[key]) for key, part in zip(pieces, parts, strict=True)}
+
 
 Checkpoint = SafetensorsCheckpoint | LoadedCheckpoint
 
@@ -180,6 +194,22 @@ def read_tensor(path: Path, info: TensorInfo) -> Tensor:
                 raise ModelError(f"{path} ends in the middle of a tensor; {_AGAIN}")
             done += count
     return buffer.view(info.dtype).reshape(info.shape)
+
+
+def _split_info(tensors: dict[str, TensorInfo], name: str, pieces: Mapping[str, tuple[int, ...]]) -> None:
+    whole = tensors[name]
+    if sum(math.prod(shape) for shape in pieces.values()) != whole.numel:
+        raise ModelError(
+            f"{name} has shape {list(whole.shape)}, but config.json makes it {len(pieces)} matrices of "
+            f"{' and '.join(str(list(shape)) for shape in dict.fromkeys(pieces.values()))}; the config belongs to another "
+            "checkpoint"
+        )
+    del tensors[name]
+    offset = whole.offset
+    for key, shape in pieces.items():
+        nbytes = math.prod(shape) * whole.dtype.itemsize
+        tensors[key] = TensorInfo(whole.shard, whole.dtype, tuple(shape), offset, nbytes)
+        offset += nbytes
 
 
 def match_parameters(parameters: set[str], tensors: set[str], base_model_prefix: str) -> dict[str, str] | None:

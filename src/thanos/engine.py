@@ -17,16 +17,19 @@ from thanos.errors import ModelError
 from thanos.events import Event, Phase
 from thanos.memory import PhaseMeter
 from thanos.recipe import LayerRecipe, Recipe
-from thanos.report import LayerRecord
+from thanos.report import LayerRecord, expert_notes
 from thanos.shards import CheckpointWriter
 from thanos.solvers import PrunedWeight, prune_layer
 from thanos.solvers.factor import InputStatistics
-from thanos.statistics import InputGroup, check_finite, gather
+from thanos.statistics import InputGroup, check_finite, gather, plan_passes
 from thanos.structure import LinearLayer
 from thanos.weights import ModelWeights
 
 _BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
 """Tokens per forward pass: enough to keep the device busy, small against a block's weights."""
+
+_STATISTICS_BYTES = {"cpu": 4 << 30, "cuda": 16 << 30}
+"""Hessians held at once. A block of many experts needs more, and is run once for each part of them instead."""
 
 _ACTIVATION_SHARE = 0.4
 """Share of the device's free memory that the activations between blocks may take; else they stay on the host."""
@@ -70,6 +73,7 @@ class Engine:
     notes: list[str] = field(default_factory=list)
     _calls: BlockCalls = field(init=False)
     _hidden: Tensor = field(init=False)
+    _held: dict[str, Tensor] | None = None  # pruned weights that the block must not have yet
     _began: float = field(default_factory=time.perf_counter)
 
     def run(self) -> Iterator[Event]:
@@ -85,6 +89,7 @@ class Engine:
             for index in range(len(self.blocks)):
                 yield from self._prune_block(index)
             yield from self._prune_tail()
+        self.notes += expert_notes({layer.name: layer.expert for layer in self.layers if layer.expert}, self.records)
 
     # --- phases -----------------------------------------------------------------------------------------------------
 
@@ -111,10 +116,17 @@ class Engine:
         with self.meter.phase("load"):
             self.weights.load(names)
         if layers:
-            yield self._event("phase", "statistics", index)
-            with gather(layers) as groups:
-                yield from self._forward(index, "statistics", keep=False)
-            yield from self._solve(layers, groups, index)
+            passes = plan_passes(layers, _STATISTICS_BYTES.get(self.device.type, 4 << 30))
+            # Every pass must see the block as it was, so what the first ones prune is put in place after the last.
+            self._held = {} if len(passes) > 1 else None
+            for part in passes:
+                yield self._event("phase", "statistics", index)
+                with gather(part) as groups:
+                    yield from self._forward(index, "statistics", keep=False)
+                yield from self._solve(part, groups, index)
+            for name, weight in (self._held or {}).items():
+                self.weights.put(name, weight)
+            self._held = None
         yield self._event("phase", "propagate", index)
         if index + 1 < len(self.blocks) or self._tail_layers():
             yield from self._forward(index, "propagate", keep=True)
@@ -137,6 +149,8 @@ class Engine:
     def _solve(self, layers: list[LinearLayer], groups: list[InputGroup], index: int | None) -> Iterator[Event]:
         seen = {layer.name for group in groups for layer in group.layers}
         groups = groups + [_unseen(layer, self.device) for layer in layers if layer.name not in seen]
+        place = {layer.name: number for number, layer in enumerate(layers)}
+        groups.sort(key=lambda group: min(place[layer.name] for layer in group.layers))
         done = 0
         yield self._event("phase", "solve", index, total=len(layers))
         for group in groups:
@@ -168,8 +182,12 @@ class Engine:
             result = layer.oriented(pruned.weight).contiguous()
         seconds = time.perf_counter() - began
         with self.meter.phase("write"):
-            self.writer.write(self.weights.key(layer.weight_name), result.cpu())
-            self.weights.put(layer.weight_name, result)
+            written = result.cpu()
+            self.writer.write(self.weights.key(layer.weight_name), written)
+            if self._held is None:
+                self.weights.put(layer.weight_name, result)
+            else:
+                self._held[layer.weight_name] = written
         zeros = int((pruned.weight == 0).sum())
         rows, columns = layer.shape
         return LayerRecord(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from thanos.checkpoint import Checkpoint, LoadedCheckpoint, SafetensorsCheckpoint, match_parameters
 from thanos.errors import ModelError
+from thanos.experts import Experts, rename_expert
 from thanos.pretrained import ModelSource, load_model, parse_dtype
 from thanos.structure import build_skeleton
 from thanos.weights import persistent_tensors
@@ -66,28 +67,60 @@ def _open_streamed(source: ModelSource, dtype: str) -> OpenedModel | None:
     prefix = getattr(skeleton, "base_model_prefix", "")
     parameters = persistent_tensors(skeleton)
     renamed = _rename(skeleton, checkpoint.tensors)
+    if renamed is None:
+        return None
+    _split_fused(skeleton, checkpoint, renamed)
     for stored_as in (renamed, {key: key for key in checkpoint.tensors}):
         match = match_parameters(set(parameters), set(stored_as), prefix)
         if match is not None:
             key_of = {name: stored_as[key] for name, key in match.items()}
             _check_tensors(source, parameters, checkpoint, key_of)
             return OpenedModel(source, skeleton, checkpoint, key_of, [])
+    missing = [name for name in parameters if name not in renamed]
+    mixtures = tuple(f"{name}." for name, module in skeleton.named_modules() if isinstance(module, Experts))
+    if missing and all(name.startswith(mixtures) for name in missing):
+        raise ModelError(
+            f"{source.name} has no tensor for {missing[0]}, though config.json asks for it; download or save it again"
+        )
     return None
 
 
-def _rename(skeleton: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
-    """Return model's name → checkpoint's name by transformers' table of pure renamings, such as GPT-NeoX's head."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming
+def _rename(skeleton: PreTrainedModel, keys: Iterable[str]) -> dict[str, str] | None:
+    """Return model's name → checkpoint's name by transformers' tables; None where a tensor needs a conversion.
 
-    renamings = [rule for rule in get_model_conversion_mapping(skeleton) or [] if type(rule) is WeightRenaming]
+    The tables hold pure renamings, such as GPT-NeoX's head, and conversions. Of these the stacking of experts' matrices is
+    understood: it is left out.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+    rules = get_model_conversion_mapping(skeleton) or []
+    renamings = [rule for rule in rules if type(rule) is WeightRenaming]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     renamed = {}
     for key in keys:
-        name = key
+        plain = key
         for rule in renamings:
-            name = rule.rename_source_key(name)[0]
+            plain = rule.rename_source_key(plain)[0]
+        name = rename_expert(plain, converters)
+        if name is None:
+            return None
         renamed[name] = key
     return renamed
+
+
+def _split_fused(skeleton: PreTrainedModel, checkpoint: Checkpoint, renamed: dict[str, str]) -> None:
+    """Cut tensors that hold all experts of a block, as transformers holds them, into the experts' matrices."""
+    prefix = f"{skeleton.base_model_prefix}."
+    for path, experts in skeleton.named_modules():
+        if isinstance(experts, Experts):
+            for fused, pieces in experts.fused.items():
+                for stem in (path, path.removeprefix(prefix), f"{prefix}{path}"):
+                    key = renamed.pop(f"{stem}.{fused}", None)
+                    if key is not None:
+                        named = {f"{stem}.{piece}": shape for piece, shape in pieces.items()}
+                        checkpoint.split(key, named)
+                        renamed |= {name: name for name in named}
 
 
 def _check_tensors(
@@ -113,9 +146,10 @@ def _open_whole(source: ModelSource, dtype: str, notes: list[str]) -> OpenedMode
     dense = load_model(source, dtype="auto", device=torch.device("cpu"))
     resolved = _resolve_dtype(dtype, dense.dtype, None)
     skeleton = build_skeleton(dense.config, resolved, trust_remote_code=source.trust_remote_code)
-    names, state = persistent_tensors(skeleton), dense.state_dict()
-    checkpoint = LoadedCheckpoint({name: state[name] for name in names})
-    return OpenedModel(source, skeleton, checkpoint, {name: name for name in names}, notes)
+    state = dense.state_dict()
+    checkpoint = LoadedCheckpoint({name: state[name] for name in persistent_tensors(dense)})
+    _split_fused(skeleton, checkpoint, {name: name for name in checkpoint.tensors})
+    return OpenedModel(source, skeleton, checkpoint, {name: name for name in persistent_tensors(skeleton)}, notes)
 
 
 def _resolve_dtype(asked: str, stated: Any, checkpoint: SafetensorsCheckpoint | None) -> torch.dtype:

@@ -146,6 +146,28 @@ def compute_totals(layers: Sequence[LayerRecord], *, parameters: int, zeros_else
     }
 
 
+def expert_notes(experts: Mapping[str, str], records: Sequence[LayerRecord]) -> list[str]:
+    """Count the experts of a mixture that saw little.
+
+    Args:
+        experts: layer name → name of the expert that it belongs to.
+        records: of the pruned layers, of these experts and others.
+    """
+    total, few, none = set(experts.values()), set(), set()
+    for record in records:
+        if record.name in experts and record.tokens < record.shape[1]:
+            (few if record.tokens else none).add(experts[record.name])
+    lines = []
+    if few:
+        lines.append(
+            f"{len(few):,} of {len(total):,} experts saw fewer calibration tokens than they have input columns: their Hessians "
+            "are singular but for damping; give more --samples"
+        )
+    if none:
+        lines.append(f"{len(none):,} of {len(total):,} experts saw no calibration token: pruned by magnitude")
+    return lines
+
+
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None

@@ -5,6 +5,7 @@ Layers that are handed the very same tensor (q, k and v; gate and up) share one 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,7 +31,11 @@ class InputGroup:
     layers: list[LinearLayer]
     hessian: Tensor
     tokens: int = 0
-    current: Tensor | None = field(default=None, repr=False)
+    current: weakref.ref[Tensor] | None = field(default=None, repr=False)
+
+    def reads(self, inputs: Tensor) -> bool:
+        """Whether these are the inputs that were added last: the very same tensor."""
+        return self.current is not None and self.current() is inputs
 
     def add(self, inputs: Tensor) -> None:
         """Add the tokens of ``inputs`` (..., b)."""
@@ -49,6 +54,27 @@ def add_gram(hessian: Tensor, rows: Tensor) -> None:
         hessian.addmm_(rows.T, rows)
 
 
+def plan_passes(layers: Sequence[LinearLayer], budget: int) -> list[list[LinearLayer]]:
+    """Divide the layers of a block into runs whose Hessians fit into ``budget`` bytes together.
+
+    What reads one input stays together, since layers of one module are never divided; a single module may exceed the
+    budget. Layers of one module and shape, such as an expert's gate and up, are taken to share their input.
+    """
+    modules: dict[str, list[LinearLayer]] = {}
+    for layer in layers:
+        modules.setdefault(layer.name.rpartition(".")[0], []).append(layer)
+    passes: list[list[LinearLayer]] = [[]]
+    filled = 0
+    for members in modules.values():
+        needed = sum(4 * columns**2 for _, columns in {layer.shape for layer in members})
+        if passes[-1] and filled + needed > budget:
+            passes.append([])
+            filled = 0
+        passes[-1] += members
+        filled += needed
+    return passes
+
+
 @contextmanager
 def gather(layers: Sequence[LinearLayer]) -> Iterator[list[InputGroup]]:
     """While open, accumulate the inputs of ``layers``; the list holds one group per distinct input, in calling order.
@@ -63,9 +89,7 @@ def gather(layers: Sequence[LinearLayer]) -> Iterator[list[InputGroup]]:
             inputs = args[0]
             group = group_of.get(layer.name)
             if group is None:
-                group = next(
-                    (g for g in groups if g.current is inputs and g.layers[0].shape[1] == layer.shape[1]), None
-                )
+                group = next((g for g in groups if g.reads(inputs) and g.layers[0].shape[1] == layer.shape[1]), None)
                 if group is None:
                     size = layer.shape[1]
                     group = InputGroup([], torch.zeros(size, size, dtype=torch.float32, device=inputs.device))
@@ -73,9 +97,9 @@ def gather(layers: Sequence[LinearLayer]) -> Iterator[list[InputGroup]]:
                 group.layers.append(layer)
                 group_of[layer.name] = group
             if group.layers[0] is layer:
-                group.current = inputs
+                group.current = weakref.ref(inputs)
                 group.add(inputs)
-            elif group.current is not inputs:
+            elif not group.reads(inputs):
                 raise AssertionError(f"{layer.name} shared its input with {group.layers[0].name}, and no longer does")
 
         return see

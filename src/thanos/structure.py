@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from thanos.errors import ModelError
+from thanos.experts import mixtures, take_apart
 from thanos.recipe import Recipe, matches
 
 if TYPE_CHECKING:
@@ -29,12 +30,16 @@ class LinearLayer:
         module: the module.
         block: index of its decoder block; None outside the blocks.
         transposed: the weight is stored (inputs, outputs), as GPT-2's ``Conv1D`` does.
+        expert: name of the expert that it belongs to; empty outside mixtures of experts.
+        router: it scores experts, and so stays as it is.
     """
 
     name: str
     module: nn.Module
     block: int | None
     transposed: bool
+    expert: str = ""
+    router: bool = False
 
     @property
     def weight_name(self) -> str:
@@ -55,12 +60,17 @@ class LinearLayer:
 def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """Build the causal LM of a config with every parameter on the meta device and every buffer real.
 
-    Buffers such as rotary frequencies are not in checkpoints, so they must be computed; parameters are read later.
+    Buffers such as rotary frequencies are not in checkpoints, so they must be computed; parameters are read later. Fused
+    mixtures of experts are taken apart into linear layers.
+
+    Raises:
+        ModelError: a mixture of experts has a layout that is not supported.
     """
     from transformers import AutoModelForCausalLM
 
     with _parameters_on_meta():
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    take_apart(model)
     return model.eval().requires_grad_(False)
 
 
@@ -86,7 +96,7 @@ def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
     """Return the name and the modules of the decoder blocks: the module list that holds most linear weights.
 
     Raises:
-        ModelError: no module list holds linear layers, or the blocks hold mixtures of experts.
+        ModelError: no module list holds linear layers.
     """
     best, best_size = None, 0
     for name, module in model.named_modules():
@@ -98,12 +108,7 @@ def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
         raise ModelError(
             f"{type(model).__name__} has no list of decoder blocks with linear layers; it is not supported"
         )
-    blocks = list(model.get_submodule(best).children())
-    fused = [name for block in blocks for name, parameter in block.named_parameters() if parameter.dim() == 3]
-    if fused or any(isinstance(module, nn.ModuleList) for block in blocks for module in block.modules()):
-        where = f" (3-D parameter {best}.0.{fused[0]})" if fused else ""
-        raise ModelError(f"{type(model).__name__} is a mixture of experts{where}, which is not supported yet")
-    return best, blocks
+    return best, list(model.get_submodule(best).children())
 
 
 def _linear_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -121,12 +126,33 @@ def linear_layers(model: nn.Module) -> list[LinearLayer]:
         ModelError: see :func:`find_blocks`.
     """
     prefix, _ = find_blocks(model)
+    experts = {f"{prefix}.{name}": size for name, size in mixtures(model.get_submodule(prefix))}
+    beside: dict[str, set[int]] = {}  # module that holds a mixture → outputs that a router there may have
+    for name, size in experts.items():
+        beside.setdefault(name.rpartition(".")[0], {1}).add(size)
     layers = []
     for name, module in _linear_modules(model):
         inside = name.startswith(f"{prefix}.")
         block = int(name[len(prefix) + 1 :].split(".")[0]) if inside else None
-        layers.append(LinearLayer(name, module, block, not isinstance(module, nn.Linear)))
+        layer = LinearLayer(name, module, block, not isinstance(module, nn.Linear))
+        layers.append(_place(layer, experts.keys(), beside) if inside and experts else layer)
     return layers
+
+
+def _place(layer: LinearLayer, mixtures: Set[str], beside: dict[str, set[int]]) -> LinearLayer:
+    """Say what a layer is to the mixtures of experts among which it stands.
+
+    A router has one output for each expert, or a single one where it weighs an expert that all tokens share, and stands
+    beside the experts: somewhere below the module that holds them.
+    """
+    parts = layer.name.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        name = ".".join(parts[:end])
+        if name in mixtures:
+            return replace(layer, expert=".".join(parts[: end + 1]))
+        if layer.shape[0] in beside.get(name, ()):
+            return replace(layer, router=True)
+    return layer
 
 
 def select_layers(layers: list[LinearLayer], recipe: Recipe) -> tuple[list[LinearLayer], dict[str, str]]:
@@ -146,7 +172,9 @@ def select_layers(layers: list[LinearLayer], recipe: Recipe) -> tuple[list[Linea
                 )
     chosen, dense = [], {}
     for layer in layers:
-        if recipe.targets and not any(matches(layer.name, glob) for glob in recipe.targets):
+        if layer.router:
+            dense[layer.name] = "routes tokens to experts"
+        elif recipe.targets and not any(matches(layer.name, glob) for glob in recipe.targets):
             dense[layer.name] = "not matched by targets"
         elif not recipe.targets and layer.block is None:
             dense[layer.name] = "outside the decoder blocks"

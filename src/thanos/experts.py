@@ -1,0 +1,176 @@
+"""Mixtures of experts taken apart: every expert's matrices as plain linear layers, so that nothing else need know of them.
+
+transformers 5 fuses the experts of a block into 3-D parameters, ``gate_up_proj`` (E, 2I, H) and ``down_proj`` (E, H, I), and
+lets interchangeable functions of one contract run them: up, gate, down, times the router's weight, summed over a token's
+experts. :class:`Experts` is one more function of that contract. Nothing is copied: a fused matrix is a run of rows, so on
+disk and in memory an expert's part is a contiguous piece of it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from thanos.errors import ModelError
+
+PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",)}
+"""Fused parameter → the matrices of one expert, in the order of their rows."""
+
+_CALL = ["hidden_states", "top_k_index", "top_k_weights"]
+
+
+class Expert(nn.Module):
+    """One expert.
+
+    Args:
+        gate: turns the stacked gate and up projections (T, 2I), or the up projection (T, I), into (T, I).
+        shapes: matrix name → (outputs, inputs).
+        dtype: of the parameters, which are on the meta device.
+    """
+
+    def __init__(
+        self, gate: Callable[[Tensor], Tensor], shapes: dict[str, tuple[int, int]], dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self._gate = gate
+        for name, (rows, columns) in shapes.items():
+            setattr(self, name, nn.Linear(columns, rows, bias=False, device="meta", dtype=dtype))
+        self._first = [name for name in shapes if name != "down_proj"]
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map tokens (T, H) to (T, H)."""
+        projected = [self.get_submodule(name)(tokens) for name in self._first]
+        return self.get_submodule("down_proj")(self._gate(torch.cat(projected, -1)))
+
+
+class Experts(nn.Module):
+    """The experts of one block, called as transformers calls its own.
+
+    Args:
+        fused: the module that holds the 3-D parameters on the meta device. It loses them; its activation is used on.
+        name: of the module, for messages.
+
+    Attributes:
+        fused: name of each 3-D parameter → the parameters, relative to this module, that it is made of, in order, and
+            their shapes.
+
+    Raises:
+        ModelError: the layout is not understood.
+    """
+
+    def __init__(self, fused: nn.Module, name: str) -> None:
+        super().__init__()
+        state: Any = fused
+        layout = _layout(fused, name)
+        shapes = {part: shape for parts in layout.values() for part, shape in parts.items()}
+        gate = state._apply_gate if state.has_gate else state.act_fn
+        down = fused.get_parameter("down_proj")
+        for index in range(len(down)):
+            self.add_module(str(index), Expert(gate, shapes, down.dtype))
+        self.fused = {
+            parameter: {f"{index}.{part}.weight": shape for index in range(len(down)) for part, shape in parts.items()}
+            for parameter, parts in layout.items()
+        }
+        for parameter in layout:
+            delattr(fused, parameter)
+
+    def __len__(self) -> int:
+        """Number of experts."""
+        return len(self._modules)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Send each token (T, H) to its experts, top_k_index (T, k), and sum their outputs by top_k_weights (T, k)."""
+        chosen = top_k_index.reshape(-1)
+        order = chosen.argsort(stable=True)
+        picks = order.split(torch.bincount(chosen, minlength=len(self)).tolist())
+        weights = top_k_weights.reshape(-1, 1)
+        output = torch.zeros_like(hidden_states)
+        for expert, picked in zip(self.children(), picks, strict=True):
+            if len(picked):
+                tokens = picked // top_k_index.shape[-1]
+                result = expert(hidden_states[tokens]) * weights[picked]
+                # No token occurs twice in one call, so the sum has a fixed order on every device.
+                output.index_add_(0, tokens, result.to(output.dtype))
+        return output
+
+
+def _layout(fused: nn.Module, name: str) -> dict[str, dict[str, tuple[int, int]]]:
+    """Return the 3-D parameters of a fused mixture, and the shapes of what each holds for one expert."""
+    state: Any = fused
+    parameters = {key: tuple(parameter.shape) for key, parameter in fused.named_parameters()}
+    first = "gate_up_proj" if getattr(state, "has_gate", True) else "up_proj"
+    # transformers describes the layout by these flags, for the functions that it runs experts with.
+    flags = {"is_concatenated": True, "is_transposed": False, "has_bias": False, "has_post_expert_norm": False}
+    if (
+        hasattr(state, "has_gate")
+        and all(getattr(state, flag, value) is value for flag, value in flags.items())
+        and parameters.keys() == {first, "down_proj"}
+        and list(inspect.signature(type(fused).forward).parameters)[1:] == _CALL
+    ):
+        (experts, rows, columns), down = parameters[first], parameters["down_proj"]
+        inner = rows // len(PARTS[first])
+        if down == (experts, columns, inner) and rows == inner * len(PARTS[first]):
+            return {first: dict.fromkeys(PARTS[first], (inner, columns)), "down_proj": {"down_proj": (columns, inner)}}
+    found = ", ".join(f"{key} {list(shape)}" for key, shape in parameters.items())
+    raise ModelError(
+        f"the mixture of experts {name} ({type(fused).__name__}: {found}) has a layout that is not supported; supported are "
+        "gate_up_proj [experts, 2 × inner, hidden] and down_proj [experts, hidden, inner] without biases"
+    )
+
+
+def take_apart(model: nn.Module) -> None:
+    """Replace every fused mixture of a skeleton by :class:`Experts`, in place.
+
+    Raises:
+        ModelError: a 3-D parameter belongs to a mixture whose layout is not understood.
+    """
+    for name, module in list(model.named_modules()):
+        three = any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
+        if three and not isinstance(module, nn.Conv1d):
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, Experts(module, name))
+
+
+def mixtures(blocks: nn.Module) -> Iterator[tuple[str, int]]:
+    """Yield name, relative to ``blocks``, and number of experts of each mixture: ours, and lists of experts in a block."""
+    for name, module in blocks.named_modules():
+        if isinstance(module, Experts) or (name and isinstance(module, nn.ModuleList) and len(module) > 1):
+            yield name, len(module)
+
+
+def rename_expert(key: str, converters: Sequence[Any]) -> str | None:
+    """Translate the name of one expert's matrix in a checkpoint by transformers' table of conversions.
+
+    Understood are stacks of single matrices: [gate, up] → ``gate_up_proj`` and [down] → ``down_proj``.
+
+    Args:
+        key: the name after pure renamings.
+        converters: transformers' ``WeightConverter`` objects.
+
+    Returns:
+        Its name in :class:`Experts`; None where a conversion claims the key that is not understood; the key itself where
+        none does.
+    """
+    for converter in converters:
+        if converter.rename_source_key(key)[1] is None:
+            continue
+        kinds = [
+            (type(operation).__name__, operation.dim) for operation in converter.operations if hasattr(operation, "dim")
+        ]
+        target = converter.target_patterns[0]
+        prefix, _, fused = target.rpartition(".")
+        parts = PARTS.get(fused, ())
+        stacked = [("MergeModulelist", 0), ("Concatenate", 1)][: len(parts)]
+        if len(converter.target_patterns) != 1 or len(kinds) != len(converter.operations) or kinds != stacked:
+            return None
+        for source, part in zip(converter.source_patterns, parts, strict=True):
+            pattern = re.escape(source).replace(r"\*", r"(\d+)").replace(r"\\.", r"\.") + "$"
+            if match := re.search(pattern, key):
+                return f"{key[: match.start()]}{prefix}.{match.group(1)}.{part}.weight"
+        return None
+    return key
