@@ -89,6 +89,24 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt-2": ("GPT2Config", {**_GPT, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": POSITIONS}),
 }
 
+_OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bloom": ("BloomConfig", {**_GPT, "hidden_size": 32, "n_layer": 3, "n_head": 4}),
+    "openai-gpt": ("OpenAIGPTConfig", {**_GPT, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": POSITIONS}),
+    "xglm": (
+        "XGLMConfig",
+        {
+            **_COMMON,
+            "d_model": 32,
+            "ffn_dim": 64,
+            "num_layers": 3,
+            "attention_heads": 4,
+            "max_position_embeddings": POSITIONS,
+            "init_std": 0.15,
+        },
+    ),
+}
+"""Not promised by name; their blocks take arguments of other shapes, or return lists."""
+
 ARCHITECTURES = tuple(_CONFIGS)
 """Every dense architecture that the project promises to prune."""
 
@@ -114,7 +132,7 @@ def tiny_config(architecture: str = "llama", **changes: Any) -> Any:
     """The config of a model with three or four small blocks."""
     import transformers
 
-    name, values = (_CONFIGS | _MIXTURES)[architecture]
+    name, values = (_CONFIGS | _MIXTURES | _OTHERS)[architecture]
     return getattr(transformers, name)(**{**values, **changes})
 
 

@@ -38,8 +38,9 @@ class _Interned:
 class BlockCalls:
     """The arguments of every block, besides its hidden states, for every calibration sequence.
 
-    They are recorded one sequence at a time, so that any batch can be put together afterwards: an argument that is the
-    same for all sequences of the batch is passed once and broadcast, others are concatenated.
+    They are recorded one sequence at a time, so that any batch can be put together afterwards: an argument that differs
+    between sequences, or that grows with the batch (BLOOM's position biases, (heads, 1, T) a sequence), is concatenated;
+    any other is passed once. Which arguments grow is seen from a batch of two.
     """
 
     def __init__(self, blocks: list[nn.Module]) -> None:
@@ -47,16 +48,28 @@ class BlockCalls:
         self._calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []  # [sequence][block]
         self._intern = _Interned()
         self._tuple = False  # whether a block returns (hidden states, ...) instead of the hidden states
+        self._of_two: list[tuple[Any, Any]] = []  # [block], the shapes of its arguments for a batch of two
 
     def record(self, model: nn.Module, ids: Tensor) -> Tensor:
         """Run the model on one sequence, ids (1, T), up to the first block; return that block's input (1, T, d)."""
         try:
-            return self._record(model, ids)
+            hidden = self._record(model, ids)
         except (TypeError, AttributeError, IndexError):
             if self._tuple or self._calls:
                 raise
             self._tuple = True  # the model unpacks what its blocks return
-            return self._record(model, ids)
+            hidden = self._record(model, ids)
+        if not self._of_two:
+            self._of_two = self._shapes_of_two(model, ids)
+        return hidden
+
+    def _shapes_of_two(self, model: nn.Module, ids: Tensor) -> list[tuple[Any, Any]]:
+        pair = BlockCalls(self._blocks)
+        pair._tuple = self._tuple
+        pair._record(model, ids.expand(2, -1))
+        return [
+            (_shapes(args), {name: _shapes(value) for name, value in kwargs.items()}) for args, kwargs in pair._calls[0]
+        ]
 
     def _record(self, model: nn.Module, ids: Tensor) -> Tensor:
         hidden: list[Tensor] = []
@@ -84,10 +97,11 @@ class BlockCalls:
     def run(self, index: int, hidden: Tensor, first: int) -> Tensor:
         """Run block ``index`` on hidden states (B, T, d) of the sequences from ``first`` on; same shape out."""
         batch = [sequence[index] for sequence in self._calls[first : first + hidden.shape[0]]]
-        args = tuple(_join([call[0][i] for call in batch]) for i in range(len(batch[0][0])))
-        kwargs = {name: _join([call[1][name] for call in batch]) for name in batch[0][1]}
+        of_two = self._of_two[index]
+        args = tuple(_join([call[0][i] for call in batch], of_two[0][i]) for i in range(len(batch[0][0])))
+        kwargs = {name: _join([call[1][name] for call in batch], of_two[1][name]) for name in batch[0][1]}
         output = self._blocks[index](hidden, *args, **kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        return output[0] if isinstance(output, tuple | list) else output
 
     def run_tail(self, model: nn.Module, ids: Tensor, hidden: Tensor) -> None:
         """Run what follows the blocks, given the last block's outputs for ids; a hook may end it by :func:`stop`."""
@@ -124,12 +138,22 @@ def _replaced_forwards(blocks: list[nn.Module], make: Callable[[int], Callable[.
             del block.forward
 
 
-def _join(values: list[Any]) -> Any:
+def _shapes(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return [_shapes(item) for item in value]
+    return value.shape if isinstance(value, Tensor) else None
+
+
+def _join(values: list[Any], of_two: Any) -> Any:
+    """Put one argument together for a batch; ``of_two`` is its shape, or those of its parts, for a batch of two."""
     first = values[0]
-    if all(value is first for value in values):
-        return first
     if isinstance(first, Tensor):
-        return torch.cat(values)
+        if not all(value is first for value in values):
+            return torch.cat(values)
+        grows = len(values) > 1 and first.dim() > 0 and of_two[0] == 2 * first.shape[0]
+        if not grows:
+            return first
+        return first.expand(len(values), *first.shape[1:]) if first.shape[0] == 1 else torch.cat(values)
     if isinstance(first, tuple | list):
-        return type(first)(_join(list(items)) for items in zip(*values, strict=True))
+        return type(first)(_join(list(items), part) for *items, part in zip(*values, of_two, strict=True))
     return first
