@@ -143,6 +143,44 @@ def test_a_users_mistake_is_one_line_and_exit_2(
     assert sorted(path.name for path in tiny_llama.iterdir()) == before
 
 
+def test_without_a_command_there_is_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert [name for name in OPTIONS if re.search(rf"^  {name} ", captured.out, re.MULTILINE)] == list(OPTIONS)
+
+
+def test_a_name_that_is_too_long_is_a_users_mistake(
+    tiny_llama: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments in (["prune", "m" * 300, str(tmp_path / "out")], ["prune", str(tiny_llama), "o" * 300]):
+        assert run([*arguments, "--calibration", str(text_file), "--quiet"]) == 2
+        assert "give a shorter name" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux's")
+def test_a_full_disk_is_a_users_mistake(tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["inspect", str(tiny_llama), "--quiet", "--json", "/dev/full"]) == 2
+    error = capsys.readouterr().err
+    assert "free some space" in error
+    assert len(error.splitlines()) == 1
+
+
+def test_a_limit_on_file_sizes_is_a_users_mistake_and_nothing_is_left(
+    tiny_llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    arguments = ["prune", str(tiny_llama), str(out), "--calibration", str(text_file), *PRUNE, "--quiet"]
+    program = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000));"
+        "from thanos.cli import run; sys.exit(run(sys.argv[1:]))"
+    )
+    result = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert "ulimit -f" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_anything_unexpected_is_exit_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("thanos.cli.app.merge_recipe", lambda *_: 1 / 0)
     monkeypatch.delenv("THANOS_DEBUG", raising=False)
@@ -262,6 +300,12 @@ class TestRecipeFile:
         assert merge_recipe(path, {"pattern": "2:4"}) == Recipe(pattern="2:4")
         with pytest.raises(RecipeError, match="contradicts"):
             merge_recipe(path, {"pattern": "2:4", "sparsity": 0.6})
+
+    def test_only_the_flag_lets_code_of_the_checkpoint_run(self, tmp_path: Path) -> None:
+        path = self.write(tmp_path, "trust_remote_code = true\n")
+        with pytest.raises(RecipeError, match="give --trust-remote-code"):
+            merge_recipe(path, {"samples": 7})
+        assert merge_recipe(path, {"trust_remote_code": True}).trust_remote_code
 
     def test_overrides_stay(self, tmp_path: Path) -> None:
         path = self.write(tmp_path, '[[override]]\nmatch = "*.down_proj"\nmethod = "magnitude"\n')

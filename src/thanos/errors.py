@@ -4,6 +4,12 @@ A message says what came, what is allowed, and what to change. The command line 
 :class:`UserError` to exit code 2 and everything else to exit code 1.
 """
 
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class ThanosError(Exception):
     """Base of every exception that this package raises on purpose."""
@@ -35,3 +41,31 @@ class ResourceError(UserError):
 
 class CudaUnavailableError(ResourceError):
     """A CUDA device was asked for and torch sees none."""
+
+
+_REMEDIES = {
+    errno.ENOSPC: "free some space, or write to another disk",
+    errno.EDQUOT: "free some space, or write to another disk",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f), or write to another disk",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.EACCES: "give a place that you may read and write",
+    errno.EPERM: "give a place that you may read and write",
+    errno.EROFS: "write to another disk",
+}
+
+
+@contextmanager
+def system_errors() -> Iterator[None]:
+    """Turn errors of the operating system that a person can mend into errors that say how; others pass.
+
+    Raises:
+        ResourceError: a disk is full or read-only, a file may not be read or written, or a name is too long.
+    """
+    try:
+        yield
+    except OSError as error:
+        remedy = _REMEDIES.get(error.errno or 0)
+        if remedy is None:
+            raise
+        where = "" if error.filename is None else f"{error.filename}: "
+        raise ResourceError(f"{where}{error.strerror}; {remedy}") from error

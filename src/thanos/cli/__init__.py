@@ -22,7 +22,17 @@ def run(arguments: Sequence[str]) -> int:
     from thanos.cli.app import app
 
     # The command raises instead of exiting, so that every outcome is mapped to its code in one place.
-    return guard(lambda: app(list(arguments), prog_name="thanos", standalone_mode=False))
+    return guard(
+        lambda: _mendable(lambda: app(list(arguments) or ["--help"], prog_name="thanos", standalone_mode=False))
+    )
+
+
+def _mendable(action: Callable[[], Any]) -> Any:
+    """Run an action; an error of the operating system that a person can mend becomes a user's mistake."""
+    from thanos.errors import system_errors
+
+    with system_errors():
+        return action()
 
 
 def guard(action: Callable[[], Any]) -> int:

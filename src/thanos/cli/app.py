@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from thanos._version import __version__
+from thanos.errors import RecipeError
 from thanos.recipe import METHODS, Recipe
 
 app = typer.Typer(
@@ -206,6 +207,11 @@ def merge_recipe(path: Path | None, given: dict[str, Any]) -> Recipe:
     if path is None:
         return Recipe(**given)
     base = Recipe.from_toml(path)
+    if base.trust_remote_code and not given.get("trust_remote_code"):
+        raise RecipeError(
+            f"recipe {path} asks to run Python code that comes with the checkpoint, which a file cannot allow; read that code, "
+            "then give --trust-remote-code"
+        )
     changes = dict(given)
     if "pattern" in given and given["pattern"] != base.pattern:
         changes = {"sparsity": None, "block_size": None} | changes
