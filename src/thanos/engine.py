@@ -156,7 +156,7 @@ class Engine:
         for group in groups:
             check_finite(group)
             with self.meter.phase("solve"):
-                inputs = InputStatistics(group.hessian, name=group.layers[0].name)
+                inputs = InputStatistics(group.hessian, name=group.layers[0].name, hand_over=True)
             for layer in group.layers:
                 record = self._prune_layer(layer, inputs, group.tokens)
                 self.records.append(record)

@@ -14,6 +14,7 @@ from thanos.recipe import LayerRecipe
 from thanos.solvers.base import Budget, Problem
 from thanos.solvers.factor import InputStatistics
 from thanos.solvers.peers import ALONE, Peers
+from thanos.solvers.precision import full_float32
 from thanos.solvers.scored import magnitude, wanda
 from thanos.solvers.select import smallest_mask
 from thanos.solvers.sparsegpt import sparsegpt
@@ -144,6 +145,13 @@ def prune_layer(
     See :func:`prune_weight` for the arguments, the result and the errors; ``name`` is used in messages, ``peers`` are the
     processes that share the work.
     """
+    with full_float32():
+        return _prune_layer(weight, inputs, recipe, name, peers)
+
+
+def _prune_layer(
+    weight: Tensor, inputs: InputStatistics | None, recipe: LayerRecipe, name: str, peers: Peers
+) -> PrunedWeight:
     method = METHODS[recipe.method]
     if inputs is None and method.needs_hessian:
         raise RecipeError(f"method {recipe.method} needs the Hessian of the layer's inputs; got None")
@@ -155,16 +163,18 @@ def prune_layer(
     if inputs is not None and inputs.empty and method.needs_hessian:
         # No input was ever seen, so there is nothing to weigh by: reported through `method`, never silently.
         recipe, method = replace(_layer_part(recipe), method="magnitude"), METHODS["magnitude"]
-    energy = _energy(dense, inputs)
-    outliers, halved, parts = _parts(energy.sum(1), budget, recipe.parsed_pattern)
+    energy = _row_energies(dense, inputs)
+    outliers, halved, parts = _parts(energy, budget, recipe.parsed_pattern)
     factor = inputs.factor(recipe.damping) if inputs is not None and method.needs_factor else None
     pruned, kept = weight.detach().clone(), torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
     for rows, pattern in parts:
-        part = dense[rows] if len(rows) < len(dense) else dense
+        every = len(rows) == len(dense)
+        part = dense if every else dense[rows]
         problem = Problem(part, part == 0, inputs, factor, pattern, budget, recipe.resolved_block_size, peers)
         solved, removed = method.solve(problem) if recipe.resolved_sparsity > 0 else (part, problem.zeros)
-        pruned[rows], kept[rows] = solved.to(weight.dtype), ~removed
-    before, after = _relative_errors(dense, pruned, kept, energy, inputs)
+        where = slice(None) if every else rows  # a slice is copied far faster than listed rows
+        pruned[where], kept[where] = solved.to(weight.dtype), ~removed
+    before, after = _relative_errors(dense, pruned, kept, energy, inputs, compensated=method.needs_factor)
     if after is not None and not after < float("inf"):
         raise NumericsError(f"pruning {name} gave NaN or infinity; raise damping (it is {recipe.damping:g})")
     return PrunedWeight(
@@ -188,9 +198,25 @@ def _compute_dtype(weight: Tensor) -> torch.dtype:
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
-def _energy(weight: Tensor, inputs: InputStatistics | None) -> Tensor:
-    """Return (W H) ∘ W, (c, b): its row sums are the rows' output energies (W H Wᵀ)_ii."""
-    return weight.square() if inputs is None or inputs.empty else (weight @ inputs.matrix).mul_(weight)
+_SLAB = 1024
+"""Columns of the Hessian multiplied at once for an energy: wide enough for fast products, little memory beside the weight."""
+
+
+def _row_energies(delta: Tensor, inputs: InputStatistics | None) -> Tensor:
+    """Return the rows' output energies (Δ H Δᵀ)_ii, float64, (c,); without a Hessian their squared norms.
+
+    H is symmetric, so that only its lower triangle of slabs is multiplied, what lies off the diagonal counting twice.
+    """
+    if inputs is None or inputs.empty:
+        return delta.square().sum(1, dtype=torch.float64)
+    energy = torch.zeros(delta.shape[0], dtype=torch.float64, device=delta.device)
+    for start in range(0, delta.shape[1], _SLAB):
+        stop = min(start + _SLAB, delta.shape[1])
+        slab = delta[:, start:stop]
+        image = slab @ inputs.matrix[start:stop, start:stop]
+        image.addmm_(delta[:, stop:], inputs.matrix[stop:, start:stop], alpha=2)
+        energy += image.mul_(slab).sum(1)
+    return energy
 
 
 def _parts(energy: Tensor, budget: Budget, pattern: Pattern) -> tuple[Tensor, Tensor, list[tuple[Tensor, Pattern]]]:
@@ -209,16 +235,19 @@ def _parts(energy: Tensor, budget: Budget, pattern: Pattern) -> tuple[Tensor, Te
 
 
 def _relative_errors(
-    dense: Tensor, pruned: Tensor, kept: Tensor, energy: Tensor, inputs: InputStatistics | None
+    dense: Tensor, pruned: Tensor, kept: Tensor, energy: Tensor, inputs: InputStatistics | None, *, compensated: bool
 ) -> tuple[float | None, float | None]:
+    """Return the errors before and after compensation, both measured on the undamped Hessian and the weight as stored."""
     if inputs is None:
         return None, None
-    total = energy.sum(dtype=torch.float64)
-
-    def relative(delta: Tensor) -> float:
-        if inputs.empty or not total > 0:
-            return 0.0
-        error = ((delta @ inputs.matrix).mul_(delta).sum(dtype=torch.float64) / total).item()
-        return 0.0 if -1e-6 < error < 0 else error  # below zero by rounding alone
-
-    return relative(torch.where(kept, 0.0, dense)), relative(pruned.to(dense.dtype) - dense)
+    deltas = [dense.masked_fill(kept, 0.0)]
+    if compensated:  # else the whole change is what was removed
+        deltas.append(pruned.to(dense.dtype) - dense)
+    total = energy.sum()
+    if inputs.empty:
+        return 0.0, 0.0
+    sums = torch.stack([_row_energies(delta, inputs).sum() for delta in deltas])
+    errors = [
+        0.0 if not total > 0 or -1e-6 < error < 0 else error for error in (sums / total).tolist()
+    ]  # rounding alone
+    return errors[0], errors[-1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -85,7 +86,7 @@ class Budget:
         return budget
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Problem:
     """The rows of one weight that may be pruned, and what is known about their inputs.
 
@@ -127,6 +128,11 @@ class Problem:
         assert self.inputs is not None
         return self.inputs.norms
 
+    @cached_property
+    def some_zeros(self) -> Tensor | None:
+        """``zeros``, or None if there are none: then nobody needs to look."""
+        return self.zeros if bool(self.zeros.any()) else None
+
     @property
     def nm(self) -> NM:
         """The n:m pattern."""
@@ -135,7 +141,8 @@ class Problem:
 
     def mark_zeros(self, scores: Tensor, start: int = 0) -> Tensor:
         """Give what was zero from the start a score below all others; ``scores`` covers the columns from ``start``."""
-        return scores.masked_fill_(self.zeros[:, start : start + scores.shape[1]], -1.0)
+        zeros = self.some_zeros
+        return scores if zeros is None else scores.masked_fill_(zeros[:, start : start + scores.shape[1]], -1.0)
 
 
 def column_mask(scores: Tensor, count: int, rows: int) -> Tensor:

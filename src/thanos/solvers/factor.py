@@ -11,15 +11,26 @@ factorisation and one triangular inverse, and the inverse of H, with its squared
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from thanos.errors import NumericsError
+from thanos.solvers.precision import full_float32
 
 SMALLEST_RAISED_DAMPING = 1e-6
 """Where raising starts when less was asked for: about ten times float32's rounding, as a share of the mean diagonal."""
+
+RESIDUAL = 1e-2
+"""How far U H Uᵀ may be from the identity before the factor is computed again in float64: losses are right to 1 %."""
+
+_PANEL = 512
+"""Rows or columns handled together: wide enough for fast products, and memory that is little beside the matrix."""
+
+_SLAB = 2048
+"""Rows of the triangle multiplied at once: the zeros that are multiplied in vain stay few."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +71,10 @@ class InputStatistics:
     """The Hessian of one distinct layer input, shared by all layers and methods that read it.
 
     Args:
-        hessian: XᵀX up to a positive factor, (b, b), symmetric. Not modified.
+        hessian: XᵀX up to a positive factor, (b, b), symmetric. Not modified, unless handed over.
         dtype: of the computation, float32 or float64.
         name: for messages.
+        hand_over: the caller gives the Hessian away: where its dtype allows, it is scaled in place and becomes ``matrix``.
 
     Attributes:
         matrix: the undamped Hessian divided by its mean diagonal, (b, b), in ``dtype``.
@@ -74,7 +86,14 @@ class InputStatistics:
         NumericsError: the Hessian holds NaN or infinity, or a negative diagonal.
     """
 
-    def __init__(self, hessian: Tensor, *, dtype: torch.dtype = torch.float32, name: str = "the layer") -> None:
+    def __init__(
+        self,
+        hessian: Tensor,
+        *,
+        dtype: torch.dtype = torch.float32,
+        name: str = "the layer",
+        hand_over: bool = False,
+    ) -> None:
         diagonal = hessian.diagonal().to(torch.float64)
         scale = diagonal.mean().item() if diagonal.numel() else 0.0
         if not _is_finite(hessian):
@@ -85,9 +104,7 @@ class InputStatistics:
         if (diagonal < 0).any():
             raise NumericsError(f"the Hessian of {name} has a negative diagonal entry; it must be XᵀX of the inputs")
         self.empty = scale == 0.0
-        # Dividing by a scale near the ends of float32's range may overflow on the way.
-        wide = hessian.to(torch.float64) if scale and not 1e-30 < scale < 1e30 else hessian
-        self.matrix = (wide / (scale or 1.0)).to(dtype)
+        self.matrix = _scaled(hessian, 1.0 if self.empty else scale, dtype, in_place=hand_over)
         self.norms = (diagonal / (scale or 1.0)).sqrt().to(dtype)
         self.dead = diagonal == 0
         self._factors: dict[float, Factor] = {}
@@ -95,7 +112,8 @@ class InputStatistics:
     def factor(self, damping: float) -> Factor:
         """Return the factor for this damping; computed once."""
         if damping not in self._factors:
-            self._factors[damping] = _factorize(self.matrix, self.dead, damping)
+            with full_float32():
+                self._factors[damping] = _factorize(self.matrix, self.dead, damping)
         return self._factors[damping]
 
 
@@ -103,6 +121,20 @@ def factorize(hessian: Tensor, damping: float = 0.01) -> Factor:
     """Damp and factorise XᵀX, (b, b), given up to a positive factor; see :class:`Factor`."""
     dtype = torch.float64 if hessian.dtype == torch.float64 else torch.float32
     return InputStatistics(hessian, dtype=dtype).factor(damping)
+
+
+def _scaled(hessian: Tensor, scale: float, dtype: torch.dtype, *, in_place: bool) -> Tensor:
+    """Return hessian / scale in ``dtype``; ``in_place`` allows to overwrite the argument."""
+    # float64 is divided before it is narrowed, or large entries would overflow; anything else after it is widened.
+    result = hessian if hessian.dtype == torch.float64 else hessian.to(dtype)
+    if result is hessian and not in_place:
+        result = hessian.clone()
+    # A scale near the ends of float32's range has no finite reciprocal: divide by a power of two first, which is exact.
+    half = 2.0 ** (math.frexp(scale)[1] // 2)
+    if not 1e-30 < scale < 1e30:
+        result.div_(half)
+        scale /= half
+    return result.div_(scale).to(dtype)
 
 
 def _is_finite(tensor: Tensor) -> bool:
@@ -114,24 +146,78 @@ def _factorize(matrix: Tensor, dead: Tensor, damping: float) -> Factor:
     asked, tried = damping, []
     while True:
         for dtype in dict.fromkeys((matrix.dtype, torch.float64)):
-            upper = _upper_inverse_factor(matrix.to(dtype), dead, damping)
-            if upper is not None:
+            upper = _upper_inverse_factor(matrix, dead, damping, dtype)
+            if upper is not None and (dtype == torch.float64 or residual(matrix, dead, damping, upper) <= RESIDUAL):
                 reason = "" if not tried else f"not positive definite with damping {', '.join(f'{d:g}' for d in tried)}"
                 return Factor(upper.to(matrix.dtype), damping, reason)
+            del upper  # its memory is needed for the next attempt
         tried.append(damping)
         damping = max(damping * 10, SMALLEST_RAISED_DAMPING)
         if damping > 1e6 * max(asked, 1.0):
             raise NumericsError(f"the Hessian is not positive definite even with damping {damping:g}: it is not XᵀX")
 
 
-def _upper_inverse_factor(matrix: Tensor, dead: Tensor, damping: float) -> Tensor | None:
-    """Return U with (matrix + damping·I)⁻¹ = UᵀU, dead columns having 1 on the diagonal; None if not positive definite."""
-    reversed_ = matrix.flip(0, 1)
-    diagonal = reversed_.diagonal()
-    diagonal.add_(dead.flip(0).to(matrix.dtype)).add_(damping)
-    lower, info = torch.linalg.cholesky_ex(reversed_)
+def _upper_inverse_factor(matrix: Tensor, dead: Tensor, damping: float, dtype: torch.dtype) -> Tensor | None:
+    """Return U with (matrix + damping·I)⁻¹ = UᵀU, dead columns having 1 on the diagonal; None if not positive definite.
+
+    U is computed in the memory of one b × b matrix of ``dtype``, the only one allocated, and is column-major.
+    """
+    size = matrix.shape[0]
+    memory = torch.empty(size, size, dtype=dtype, device=matrix.device)
+    for start in range(0, size, _PANEL):
+        stop = min(start + _PANEL, size)
+        memory[start:stop] = matrix[size - stop : size - start].flip(0, 1)
+    memory.diagonal().add_(dead.flip(0).to(dtype)).add_(damping)
+    lower = memory.mT  # the matrix is symmetric, and column-major is what LAPACK works on in place
+    info = torch.zeros((), dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(lower, out=(lower, info))
     if info.item() != 0:
         return None
-    identity = torch.eye(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
-    upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
-    return upper if _is_finite(upper) else None
+    _invert_lower(lower)
+    _reverse(memory)
+    return lower if _is_finite(lower) else None
+
+
+def _invert_lower(lower: Tensor) -> None:
+    """Invert a lower triangular matrix in place, from its last block of columns to its first.
+
+    With T the part further down and right, inverted already, [[D, 0], [C, T⁻¹]]⁻¹ = [[D⁻¹, 0], [−T C D⁻¹, T]]. T is triangular
+    too, so its rows are taken in slabs that leave out the zeros.
+    """
+    size = lower.shape[0]
+    identity = torch.eye(min(_PANEL, size), dtype=lower.dtype, device=lower.device)
+    for start in reversed(range(0, size, _PANEL)):
+        stop = min(start + _PANEL, size)
+        block = lower[start:stop, start:stop]
+        block.copy_(torch.linalg.solve_triangular(block, identity[: stop - start, : stop - start], upper=False))
+        panel = lower[stop:, start:stop]
+        below = panel @ block
+        for top in range(0, size - stop, _SLAB):
+            end = min(top + _SLAB, size - stop)
+            panel[top:end] = lower[stop + top : stop + end, stop : stop + end] @ below[:end]
+        panel.neg_()
+
+
+def _reverse(memory: Tensor) -> None:
+    """Reverse the order of rows and of columns in place, swapping panels of rows from the ends inwards."""
+    size = memory.shape[0]
+    half = size // 2
+    for start in range(0, half, _PANEL):
+        stop = min(start + _PANEL, half)
+        top, bottom = memory[start:stop], memory[size - stop : size - start]
+        kept = top.flip(0, 1)
+        top.copy_(bottom.flip(0, 1))
+        bottom.copy_(kept)
+    if size % 2:
+        memory[half].copy_(memory[half].flip(0))
+
+
+def residual(matrix: Tensor, dead: Tensor, damping: float, upper: Tensor) -> float:
+    """Return how far U H Uᵀ is from the identity on two fixed vectors, H the damped matrix: ‖U H Uᵀ v − v‖ / ‖v‖ at most."""
+    size = upper.shape[0]
+    angles = torch.arange(1, size + 1, device=upper.device, dtype=torch.float64)
+    # Two waves whose frequencies have nothing to do with the order of the columns, so that the check is reproducible.
+    probes = torch.stack([torch.cos(angles * angles), torch.sin(angles * 1.7)], 1).to(upper.dtype)
+    image = upper.T @ probes
+    image = matrix @ image + image * (dead.to(upper.dtype) + damping)[:, None]
+    return ((upper @ image - probes).norm(dim=0) / probes.norm(dim=0)).max().nan_to_num(nan=float("inf")).item()

@@ -2,23 +2,39 @@
 
 For each row, x_P G_PP = w_P with x zero outside the row's support P. All rows are solved at once by conjugate gradients on
 c × k matrices, the supports as a mask: A(x) = (x G) ∘ M is exactly G_PP on the support, so nothing is gathered and every
-step is one c × k by k × k product. Rows that have not reached the tolerance when the steps run out, as happens with
-nearly singular G, are solved directly in float64. So the result never depends on the iteration having converged.
+step is one c × k by k × k product. G and w are scaled to a unit diagonal first (Jacobi's preconditioner, applied once), so
+that a step needs one inner product for its length and one that serves both the direction and the stopping rule.
+
+The stopping rule has a guarantee: the residual that the recurrence carries along must fall to ``TOLERANCE``, and then the
+true one, w − (x G) ∘ M computed afresh, must be that of a system nearby (``BACKWARD``). Rows that miss either, as happens
+with nearly singular G, are solved directly in float64. So the result never depends on the iteration having converged.
+
+The host asks the device once a block whether all rows are done, when as many steps have run as the block before needed.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from thanos.solvers import kernels
+
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
-"""Relative residual of a row at which it counts as solved: about ten units of rounding."""
+"""Residual of a row's scaled system, relative to its right-hand side, at which it counts as solved: ten units of rounding."""
+
+BACKWARD = {torch.float32: 1e-5, torch.float64: 1e-11}
+"""Bound for the true residual, relative to ‖w‖ + ‖G‖·‖x‖: x then solves a system with G and w changed by that little."""
 
 MAX_STEPS = 60
 """Well-conditioned blocks need 8 to 15 steps; past this the direct solve is the better way."""
 
 _DIRECT_ENTRIES = 1 << 25
 """Entries of the batch of k × k matrices that the direct solve holds at once (256 MiB in float64)."""
+
+_PATIENCE = 2
+"""Steps between one question whether all rows are done and the next, on a device where asking costs a round trip."""
 
 
 def solve_rows(gram: Tensor, rhs: Tensor, mask: Tensor, root: Tensor | None = None) -> Tensor:
@@ -33,41 +49,109 @@ def solve_rows(gram: Tensor, rhs: Tensor, mask: Tensor, root: Tensor | None = No
     Returns:
         The solutions, (c, k), zero outside the mask.
     """
-    rhs = torch.where(mask, rhs, 0.0)
-    solution, residual = _conjugate_gradients(gram, rhs, mask)
-    limit = TOLERANCE[gram.dtype] ** 2 * rhs.square().sum(1)
-    # "not <=" rather than ">" so that a row that turned NaN is solved again too.
-    failed = (~(residual.square().sum(1) <= limit)).nonzero().squeeze(1)
-    if failed.numel():
-        exact = gram.double() if root is None else root.double().T @ root.double()
-        for rows in failed.split(max(1, _DIRECT_ENTRIES // gram.shape[0] ** 2)):
-            solution[rows] = _direct(exact, rhs[rows].double(), mask[rows]).to(gram.dtype)
-    return solution
+    return RowSolver().solve(gram, rhs, mask, root)
 
 
-def _conjugate_gradients(gram: Tensor, rhs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Run Jacobi-preconditioned conjugate gradients on all rows; return the solutions and the last residuals."""
-    scale = gram.diagonal().reciprocal()
-    limit = TOLERANCE[gram.dtype] ** 2 * rhs.square().sum(1)
-    solution = torch.zeros_like(rhs)
-    residual = rhs.clone()
-    direction = residual * scale
-    energy = (residual * direction).sum(1, keepdim=True)
-    # Asking the device whether it is done costs a synchronisation, so a GPU is asked now and then only.
-    every = 1 if rhs.device.type == "cpu" else 4
-    for step in range(MAX_STEPS):
-        image = torch.where(mask, direction @ gram, 0.0)
-        curvature = (direction * image).sum(1, keepdim=True)
-        alpha = torch.where(curvature > 0, energy / curvature, 0.0)
+@dataclass(slots=True)
+class RowSolver:
+    """Solves block after block, remembering how many steps the last one took.
+
+    Attributes:
+        steps: after which the rows are first asked whether they are done.
+        direct: rows that had to be solved directly so far.
+    """
+
+    steps: int = 8
+    direct: int = 0
+
+    def solve(self, gram: Tensor, rhs: Tensor, mask: Tensor, root: Tensor | None = None) -> Tensor:
+        """See :func:`solve_rows`."""
+        scale = gram.diagonal().rsqrt()
+        scaled = gram * scale[:, None] * scale
+        solution, failed = self._iterate(scaled, torch.where(mask, rhs, 0.0).mul_(scale), mask)
+        solution *= scale
+        if failed is not None:
+            self.direct += failed.numel()
+            exact = gram.double() if root is None else root.double().T @ root.double()
+            for rows in failed.split(max(1, _DIRECT_ENTRIES // max(1, gram.shape[0]) ** 2)):
+                solution[rows] = _direct(exact, rhs[rows].double(), mask[rows]).to(gram.dtype)
+        return solution
+
+    def _iterate(self, gram: Tensor, rhs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the solutions of the scaled systems, and the rows that are not solved; None if there are none."""
+        step = _fused_step if kernels.usable(rhs) and rhs.shape[1] <= kernels.WIDEST_STEP else _Step(rhs, mask)
+        solution, residual, direction = torch.zeros_like(rhs), rhs.clone(), rhs.clone()
+        image = torch.empty_like(rhs)
+        start = _squares(rhs)
+        energy, limit = start.clone(), start * TOLERANCE[rhs.dtype] ** 2
+        cpu = rhs.device.type == "cpu"
+        patience = 1 if cpu else _PATIENCE
+        look = min(self.steps - 1 if cpu else self.steps, MAX_STEPS)
+        for count in range(1, MAX_STEPS + 1):
+            torch.mm(direction, gram, out=image)
+            step(direction, image, mask, solution, residual, energy)
+            if count >= look and (count - look) % patience == 0:
+                failed = self._failed(
+                    gram, rhs, mask, solution, energy, limit, start, last=count + patience > MAX_STEPS
+                )
+                if failed is not None:
+                    self.steps = max(2, count)
+                    return solution, failed if failed.numel() else None
+        raise AssertionError("the last step is always looked at")
+
+    def _failed(
+        self,
+        gram: Tensor,
+        rhs: Tensor,
+        mask: Tensor,
+        x: Tensor,
+        energy: Tensor,
+        limit: Tensor,
+        start: Tensor,
+        *,
+        last: bool,
+    ) -> Tensor | None:
+        """Return the rows that are not solved, or None if more steps should be tried first."""
+        # "not <=" rather than ">" so that a row that turned NaN counts as unsolved.
+        waiting = ~(energy <= limit)
+        if rhs.device.type == "cpu" and not last and bool(waiting.any()):
+            return None
+        true = _squares(torch.where(mask, x @ gram, 0.0).sub_(rhs))
+        norm = gram.abs().sum(1).max()  # the ∞-norm, an upper bound of the 2-norm
+        wrong = ~(true <= (BACKWARD[rhs.dtype] * (start.sqrt() + norm * _squares(x).sqrt())) ** 2)
+        counts = torch.stack([waiting.sum(), (waiting | wrong).sum()]).tolist()
+        if counts[1] == 0:
+            return waiting.new_empty(0, dtype=torch.int64)
+        if counts[0] and not last:
+            return None
+        return (waiting | wrong).nonzero().squeeze(1)
+
+
+class _Step:
+    """The twin of :func:`~thanos.solvers.kernels.gradient_step` in plain tensor operations."""
+
+    def __init__(self, like: Tensor, mask: Tensor) -> None:
+        self._scratch, self._support = torch.empty_like(like), mask.to(like.dtype)
+
+    def __call__(
+        self, direction: Tensor, image: Tensor, mask: Tensor, solution: Tensor, residual: Tensor, energy: Tensor
+    ) -> None:
+        image *= self._support
+        curvature = torch.mul(direction, image, out=self._scratch).sum(1)
+        alpha = torch.where(curvature > 0, energy / curvature, 0.0)[:, None]
         solution.addcmul_(alpha, direction)
         residual.addcmul_(alpha, image, value=-1)
-        if step % every == every - 1 and bool((residual.square().sum(1) <= limit).all()):
-            break
-        scaled = residual * scale
-        following = (residual * scaled).sum(1, keepdim=True)
-        direction = scaled.addcmul_(torch.where(energy > 0, following / energy, 0.0), direction)
-        energy = following
-    return solution, residual
+        following = torch.mul(residual, residual, out=self._scratch).sum(1)
+        direction.mul_(torch.where(energy > 0, following / energy, 0.0)[:, None]).add_(residual)
+        energy.copy_(following)
+
+
+def _fused_step(*arguments: Tensor) -> None:
+    kernels.gradient_step(*arguments)
+
+
+def _squares(rows: Tensor) -> Tensor:
+    return torch.linalg.vecdot(rows, rows)
 
 
 def _direct(gram: Tensor, rhs: Tensor, mask: Tensor) -> Tensor:

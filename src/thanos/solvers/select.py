@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from thanos.solvers import kernels
 from thanos.solvers.peers import ALONE, Peers
 
 _DIGIT = 16
@@ -40,6 +41,57 @@ def smallest_mask(scores: Tensor, count: int | Tensor, peers: Peers = ALONE) -> 
     below, equal = keys < key, keys == key
     rank = equal.view(-1).cumsum(0).view(equal.shape) + peers.before(equal.sum())
     return below | (equal & (rank <= missing))
+
+
+class ResidualMask:
+    """Thanos' global residual mask: of everything that is left, the smallest scores, of which each block takes its part.
+
+    Args:
+        norms: ‖X_j‖₂ of all columns, (b,).
+        zeros: entries that score below all others, (c, b) bool; None if there are none.
+        budget: entries to remove, over all processes, 0-d integer tensor on the device; counted down there, not by the host.
+        peers: the processes that hold the other rows.
+    """
+
+    def __init__(self, norms: Tensor, zeros: Tensor | None, budget: Tensor, peers: Peers = ALONE) -> None:
+        self._norms, self._zeros, self._left, self._peers = norms, zeros, budget.clone(), peers
+        self._scratch: Tensor | None = None
+
+    def take(self, weight: Tensor, start: int, stop: int) -> Tensor:
+        """Return which entries of columns [start, stop) of ``weight`` (c, b), as it is now, go; (c, stop − start) bool."""
+        part = self._by_kernels if kernels.usable(weight) else self._by_scores
+        chosen = part(weight[:, start:], start, stop - start)
+        self._left -= self._peers.sum_(chosen.sum())
+        return chosen
+
+    def _by_kernels(self, rest: Tensor, start: int, width: int) -> Tensor:
+        """Three passes over the weight, scoring on the way, and one over the block; the k-th value stays on the device."""
+        norms, zeros = self._norms[start:], None if self._zeros is None else self._zeros[:, start:]
+        histograms = torch.zeros(3, 1 << kernels.BITS, dtype=torch.int32, device=rest.device)
+        for round_ in range(3):
+            kernels.score_histogram(rest, norms, zeros, histograms, self._left, round_)
+            self._peers.sum_(histograms[round_])
+        ties = kernels.tie_counts(rest, norms, zeros, histograms, self._left)
+        before = ties.cumsum(0) - ties + self._peers.before(ties.sum())
+        zeros = None if zeros is None else zeros[:, :width]
+        return kernels.block_mask(rest[:, :width], norms[:width], zeros, histograms, self._left, before)
+
+    def _by_scores(self, rest: Tensor, start: int, width: int) -> Tensor:
+        scores = self._scores(rest, start)
+        if rest.device.type != "cpu" or self._peers.size > 1:
+            return smallest_mask(scores, self._left, self._peers)[:, :width]
+        left, block = int(self._left), scores[:, :width]
+        if not 0 < left < scores.numel():
+            return torch.full(block.shape, left > 0, dtype=torch.bool)
+        threshold, equals, missing = kth_on_cpu(scores, left)
+        return block <= threshold if equals == missing else smallest_mask(scores, left)[:, :width]
+
+    def _scores(self, rest: Tensor, start: int) -> Tensor:
+        if self._scratch is None:
+            self._scratch = torch.empty(rest.numel(), dtype=rest.dtype, device=rest.device)
+        scores = self._scratch[: rest.numel()].view(rest.shape)
+        torch.mul(rest, self._norms[start:], out=scores).abs_()
+        return scores if self._zeros is None else scores.masked_fill_(self._zeros[:, start:], -1.0)
 
 
 def _smallest_on_cpu(scores: Tensor, count: int) -> Tensor:
@@ -130,7 +182,21 @@ def even_rows_mask(scores: Tensor, count: int, peers: Peers = ALONE) -> Tensor:
     return row_smallest_mask(scores, base + smallest_mask(following, extra, peers).to(torch.int64))
 
 
+_RANKED_GROUP = 16
+"""Up to this many entries a group is ranked by comparing all pairs; larger ones are sorted."""
+
+
 def nm_mask(scores: Tensor, n: int, m: int) -> Tensor:
     """Select the m − n smallest scores of every m consecutive entries of a row; (c, b), m divides b."""
     groups = scores.reshape(-1, m)
-    return row_smallest_mask(groups, m - n).view(scores.shape)
+    if m > _RANKED_GROUP:
+        return row_smallest_mask(groups, m - n).view(scores.shape)
+    # An entry's rank is how many others go before it. One line for each place in the group, so that lines are long.
+    lines = groups.T.contiguous()
+    rank = torch.zeros(lines.shape, dtype=torch.uint8, device=lines.device)
+    for i in range(m):
+        for j in range(i + 1, m):
+            after = lines[i] > lines[j]
+            rank[i] += after
+            rank[j] += ~after
+    return (rank < m - n).T.reshape(scores.shape)

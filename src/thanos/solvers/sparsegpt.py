@@ -5,7 +5,8 @@ With H⁻¹ = UᵀU, removing W_ij and compensating in the columns to its right 
     W[i, j:] −= (W_ij / U_jj) · U[j, j:],
 
 at the cost W_ij² / U_jj², which is the score. Columns are taken in panels inside blocks inside the matrix, so that most of the
-arithmetic is matrix products; the result is that of the column-by-column recursion up to rounding.
+arithmetic is matrix products; on a GPU a panel is one kernel, which keeps a tile of rows in registers. The result is that of
+the column-by-column recursion up to rounding.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from thanos.patterns import NM, Columns, Unstructured
+from thanos.solvers import kernels
 from thanos.solvers.base import Problem, column_mask
 from thanos.solvers.select import nm_mask, smallest_mask
 
@@ -23,7 +25,7 @@ _PANEL = 16
 
 def sparsegpt(problem: Problem) -> tuple[Tensor, Tensor]:
     """Prune by the recursion above; the mask of a block is chosen when the block (for n:m: the group) is reached."""
-    weight, upper = problem.weight.clone(), problem.upper
+    weight, upper = problem.weight.clone(memory_format=torch.contiguous_format), problem.upper
     removed = problem.zeros.clone()
     if isinstance(problem.pattern, Columns):
         scores = _scores(problem, weight, 0).sum(0)
@@ -34,7 +36,8 @@ def sparsegpt(problem: Problem) -> tuple[Tensor, Tensor]:
             scores = problem.mark_zeros(_scores(problem, weight[:, start:stop], start), start)
             removed[:, start:stop] = smallest_mask(scores, counts[start], problem.peers)
         errors = _eliminate_block(problem, weight[:, start:stop], removed[:, start:stop], start)
-        weight[:, stop:] -= errors @ upper[start:stop, stop:]
+        if stop < weight.shape[1]:
+            weight[:, stop:].addmm_(errors, upper[start:stop, stop:], alpha=-1)
     return weight.masked_fill_(removed, 0.0), removed
 
 
@@ -71,24 +74,50 @@ def _eliminate_block(problem: Problem, weight: Tensor, removed: Tensor, offset: 
 
     ``weight`` and ``removed`` are views of the block's columns; for n:m ``removed`` is filled in on the way.
     """
-    width = weight.shape[1]
+    width, group = weight.shape[1], problem.pattern.group
     upper = problem.upper[offset : offset + width, offset : offset + width]
-    errors = torch.zeros_like(weight)
-    panel = max(problem.pattern.group, _PANEL // problem.pattern.group * problem.pattern.group)
+    errors = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    fused = kernels.usable(weight) and group <= kernels.WIDEST_PANEL
+    eliminate = _eliminate_panel_fused if fused else _eliminate_panel
+    panel = (kernels.WIDEST_PANEL if fused else max(group, _PANEL)) // group * group
     for start in range(0, width, panel):
         stop = min(start + panel, width)
-        for j in range(start, stop):
-            if isinstance(problem.pattern, NM) and j % problem.pattern.m == 0:
-                _choose_group(problem, weight, removed, j, offset)
-            errors[:, j] = torch.where(removed[:, j], weight[:, j] / upper[j, j], 0.0)
-            weight[:, j:stop].addr_(errors[:, j], upper[j, j:stop], alpha=-1)
-        weight[:, stop:] -= errors[:, start:stop] @ upper[start:stop, stop:]
+        errors[:, start:stop] = eliminate(
+            problem, weight[:, start:stop], removed[:, start:stop], upper[start:stop, start:stop], offset + start
+        )
+        if stop < width:
+            weight[:, stop:].addmm_(errors[:, start:stop], upper[start:stop, stop:], alpha=-1)
     return errors
 
 
-def _choose_group(problem: Problem, weight: Tensor, removed: Tensor, j: int, offset: int) -> None:
-    """Decide the n:m group that begins at column ``j`` of the block, on the weights as they are now."""
-    pattern = problem.nm
-    group = slice(j, j + pattern.m)
-    scores = problem.mark_zeros(_scores(problem, weight[:, group], offset + j), offset + j)
-    removed[:, group] |= nm_mask(scores, pattern.n, pattern.m)
+def _eliminate_panel_fused(problem: Problem, weight: Tensor, removed: Tensor, upper: Tensor, offset: int) -> Tensor:
+    """The same for one panel, every row's recursion within one kernel."""
+    assert problem.inputs is not None
+    errors = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    columns = slice(offset, offset + weight.shape[1])
+    n, m = (problem.pattern.n, problem.pattern.m) if isinstance(problem.pattern, NM) else (0, 0)
+    dead, zeros = problem.inputs.dead[columns], problem.zeros[:, columns]
+    kernels.eliminate(weight, removed, zeros, upper.contiguous(), dead, errors, n, m)
+    return errors
+
+
+def _eliminate_panel(problem: Problem, weight: Tensor, removed: Tensor, upper: Tensor, offset: int) -> Tensor:
+    """The same column by column. Works on the transpose, so that a column is one stretch of memory."""
+    lines, gone = weight.T.contiguous(), removed.T.contiguous()
+    errors = torch.empty_like(lines)
+    reciprocal = upper.diagonal().reciprocal()
+    for j in range(lines.shape[0]):
+        if isinstance(problem.pattern, NM) and j % problem.pattern.m == 0:
+            group = slice(j, j + problem.pattern.m)
+            gone[group] |= _choose_group(problem, lines[group].T, offset + j).T
+        torch.mul(lines[j], gone[j], out=errors[j]).mul_(reciprocal[j])
+        lines[j:].addr_(upper[j, j:], errors[j], alpha=-1)
+    weight.copy_(lines.T)
+    removed.copy_(gone.T)
+    return errors.T
+
+
+def _choose_group(problem: Problem, weight: Tensor, start: int) -> Tensor:
+    """Decide the n:m group that begins at column ``start``, on its weights (c, m) as they are now."""
+    scores = problem.mark_zeros(_scores(problem, weight, start), start)
+    return nm_mask(scores, problem.nm.n, problem.nm.m)

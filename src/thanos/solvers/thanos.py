@@ -18,41 +18,40 @@ from torch import Tensor
 
 from thanos.patterns import Columns, Unstructured
 from thanos.solvers.base import Problem, column_mask
-from thanos.solvers.rows import solve_rows
-from thanos.solvers.select import nm_mask, smallest_mask
+from thanos.solvers.rows import RowSolver, solve_rows
+from thanos.solvers.select import ResidualMask, nm_mask
 
 
 def thanos(problem: Problem) -> tuple[Tensor, Tensor]:
     """Prune by Algorithm 1 (unstructured), 8 (n:m) or 2 (columns)."""
     if isinstance(problem.pattern, Columns):
         return _columns(problem)
-    weight, upper = problem.weight.clone(), problem.upper
-    removed = problem.zeros.clone()
-    # A tensor, so that no block waits for the host to learn what the one before it took.
+    weight, upper = problem.weight.clone(memory_format=torch.contiguous_format), problem.upper
+    removed = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
+    zeros, rows = problem.some_zeros, RowSolver()
+    # Counted down on the device, so that no block waits for the host to learn what the one before it took.
     budget = problem.peers.sum_(problem.zeros.sum()).clamp_min(problem.budget.weights)
+    residual = ResidualMask(problem.norms, zeros, budget, problem.peers)
     for start, stop in problem.blocks():
         if isinstance(problem.pattern, Unstructured):
-            # The global residual mask: the smallest scores over everything that is left, of which the block takes its part.
-            scores = problem.mark_zeros(weight[:, start:].abs() * problem.norms[start:], start)
-            chosen = smallest_mask(scores, budget, problem.peers)[:, : stop - start]
-            budget -= problem.peers.sum_(chosen.sum())
+            chosen = residual.take(weight, start, stop)
         else:
-            scores = problem.mark_zeros(weight[:, start:stop].abs() * problem.norms[start:stop], start)
-            chosen = nm_mask(scores, problem.nm.n, problem.nm.m) | problem.zeros[:, start:stop]
+            scores = problem.mark_zeros(weight[:, start:stop].abs().mul_(problem.norms[start:stop]), start)
+            chosen = nm_mask(scores, problem.nm.n, problem.nm.m)
+            chosen = chosen if zeros is None else chosen | zeros[:, start:stop]
         removed[:, start:stop] = chosen
-        _remove(weight, chosen, upper[start:stop, start:], start)
-    return weight.masked_fill_(removed, 0.0), removed
+        _remove(weight[:, start:], chosen, upper[start:stop, start:], rows)
+    return weight, removed
 
 
-def _remove(weight: Tensor, chosen: Tensor, upper_rows: Tensor, start: int) -> None:
-    """Apply (A) to every row: remove ``chosen`` (c, k) at columns from ``start``; ``upper_rows`` is U[j1:j2, j1:]."""
+def _remove(weight: Tensor, chosen: Tensor, upper_rows: Tensor, rows: RowSolver) -> None:
+    """Apply (A) to every row: remove ``chosen`` (c, k) from W[:, j1:], its first columns; ``upper_rows`` is U[j1:j2, j1:]."""
     width = chosen.shape[1]
-    diagonal_block = upper_rows[:, :width]
-    multipliers = solve_rows(
-        diagonal_block.T @ diagonal_block, weight[:, start : start + width], chosen, diagonal_block
-    )
-    weight[:, start:] -= multipliers @ (diagonal_block.T @ upper_rows)
-    weight[:, start : start + width].masked_fill_(chosen, 0.0)
+    root, block = upper_rows[:, :width], weight[:, :width]
+    inverse_rows = root.T @ upper_rows
+    multipliers = rows.solve(inverse_rows[:, :width], block, chosen, root)
+    weight.addmm_(multipliers, inverse_rows, alpha=-1)
+    block.masked_fill_(chosen, 0.0)
 
 
 def _columns(problem: Problem) -> tuple[Tensor, Tensor]:
