@@ -118,7 +118,6 @@ def test_python_m_thanos_and_the_version_are_quick() -> None:
         (["eval", "{model}", "--text", "self"], "self"),
         (["eval", "{model}", "--text", "{text}", "--sequence-length", "32", "--json", "no/folder/x.json"], "--json"),
         (["inspect", "{model}", "--require", "unstructured"], "N:M or columns"),
-        (["inspect", "{model}", "--require", "2:4"], "no pruned layer"),
     ],
     ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else "",
 )

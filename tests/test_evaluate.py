@@ -422,14 +422,23 @@ def test_missing_model_tokenizer_and_text(tiny_llama: Path, rows: tuple[Path, st
         thanos.evaluate(tiny_llama, text="self", sequence_length=40, device="cpu")
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+    ids=["device", "host", "torch-host"],
+)
 def test_out_of_memory_says_what_to_lower(
-    tiny_llama: Path, rows: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+    error: Exception, tiny_llama: Path, rows: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import thanos.evaluation
     from thanos.errors import ResourceError
 
     def score(*_: Any) -> Any:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     monkeypatch.setattr(thanos.evaluation, "_score", score)
     with pytest.raises(ResourceError, match=r"out of memory .*lower --sequence-length \(now 40\)"):

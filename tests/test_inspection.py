@@ -96,6 +96,24 @@ def test_require_names_every_tensor_that_breaks_the_pattern(model: Path) -> None
     assert [(v.name, v.reason) for v in violations] == [(UP, "1 of 512 groups hold more than 2 non-zeros")]
 
 
+def test_a_layer_that_was_forgotten_breaks_a_required_pattern(model: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for tensor in every_linear(tensors):
+            two_four(tensor)
+        tensors[f"{UP}.weight"].fill_(1.0)
+
+    edit(model, change)
+    found = inspect_checkpoint(model, require="2:4")
+    assert [violation.name for violation in found.violations] == [UP]
+    assert len(found.layers) == 21
+
+
+def test_a_dense_model_breaks_every_required_pattern(model: Path) -> None:
+    for pattern in ("2:4", "columns"):
+        found = inspect_checkpoint(model, require=pattern)
+        assert len(found.violations) == len(found.layers) == 21
+
+
 def test_outlier_rows_break_a_required_pattern(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
     recipe = thanos.Recipe(
         pattern="2:4", outlier_rows=0.1, calibration=str(text_file), samples=2, sequence_length=32, device="cpu"
@@ -146,8 +164,6 @@ def test_json_is_stable(model: Path) -> None:
 def test_what_cannot_be_required(model: Path) -> None:
     with pytest.raises(RecipeError, match="N:M or columns"):
         inspect_checkpoint(model, require="unstructured")
-    with pytest.raises(ModelError, match="no pruned layer"):
-        inspect_checkpoint(model, require="2:4")
     (model / "pruning.json").write_text("{}")
     with pytest.raises(ModelError, match="not a report"):
         inspect_checkpoint(model)

@@ -203,6 +203,12 @@ def test_a_glob_that_matches_nothing_is_named_with_what_there_is(layers: list[Li
     assert "\n" not in message
 
 
+def test_an_override_that_matches_nothing_is_named_too(layers: list[LinearLayer]) -> None:
+    overrides = (Override(match="q_proj"), Override(match="*.mlp.dwon_proj", settings={"method": "wanda"}))
+    with pytest.raises(ModelError, match=r"the override of '\*\.mlp\.dwon_proj' matches no linear layer"):
+        select_layers(layers, Recipe(overrides=overrides))
+
+
 @pytest.mark.parametrize("recipe", [Recipe(skip=("*",)), Recipe(overrides=(Override(match="*", skip=True),))])
 def test_nothing_left_to_prune_is_an_error(layers: list[LinearLayer], recipe: Recipe) -> None:
     with pytest.raises(UserError, match=r"leaves no layer to prune.*loosen targets, skip or the overrides"):

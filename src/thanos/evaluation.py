@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from thanos._version import __version__
 from thanos.errors import DataError, NumericsError, ResourceError
 from thanos.events import Event
+from thanos.memory import is_out_of_memory
 from thanos.pretrained import check_token_ids, choose_device, context_length, load_model, resolve_model
 from thanos.text import evaluation_rows
 
@@ -177,9 +178,12 @@ def evaluate(
         reference.check(network)
         began = time.perf_counter()
         sums = _score(network, reference, on_event or (lambda event: None))
-    except torch.OutOfMemoryError as error:
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        elsewhere = "" if where.type == "cpu" else ", or use --device cpu"
         raise ResourceError(
-            f"out of memory on {where}: lower --sequence-length (now {sequence_length}), or use --device cpu"
+            f"out of memory on {where}: lower --sequence-length (now {sequence_length}){elsewhere}"
         ) from error
     seconds = time.perf_counter() - began
     compared = reference.model is not None

@@ -72,7 +72,7 @@ class Inspection:
         violations: the targeted layers that break it.
         totals: zeros and parameters, over the targeted layers and over everything.
         layers: the targeted layers: those that ``pruning.json`` lists where there is one, else every linear layer of the
-            decoder blocks that holds more than stray zeros.
+            decoder blocks that holds more than stray zeros, or every one at all if a pattern is required.
         dense: everything else, and why it was left.
     """
 
@@ -103,7 +103,8 @@ def inspect_checkpoint(
     Args:
         model: a hub name, a local folder or a ``.gguf`` file.
         require: ``N:M`` or ``columns``; layers that break it are listed. Outlier rows break it too, since whatever needs the
-            pattern needs it in every row.
+            pattern needs it in every row; and so does a layer of the blocks without zeros, unless ``pruning.json`` says why
+            it was left dense.
         on_event: is told about progress.
         trust_remote_code: let transformers run Python code that the checkpoint carries.
 
@@ -128,7 +129,7 @@ def inspect_checkpoint(
         zeros = int((tensor == 0).sum())
         zeros_all += zeros
         name, layer = named.get(key, key), linear.get(key)
-        reason = _reason(name, layer, zeros / max(1, info.numel), known)
+        reason = _reason(name, layer, zeros / max(1, info.numel), known, required=wanted is not None)
         if reason or layer is None:
             dense.append(DenseRecord(name=name, parameters=info.numel, reason=reason))
         else:
@@ -184,15 +185,17 @@ def _read_report(opened: OpenedModel) -> dict[str, str] | None:
         ) from error
 
 
-def _reason(name: str, layer: LinearLayer | None, zeros: float, known: dict[str, str] | None) -> str:
-    """Say why a tensor counts as left dense; empty if it is targeted."""
+def _reason(name: str, layer: LinearLayer | None, zeros: float, known: dict[str, str] | None, *, required: bool) -> str:
+    """Say why a tensor counts as left dense; empty if it is targeted, as all in the blocks are if a pattern is required."""
     if layer is None:
         return "not a linear layer's weight"
     if known is not None and layer.name in known:
         return known[layer.name]
     if layer.block is None:
         return "outside the decoder blocks"
-    return "" if zeros > _STRAY else "no zeros, and no report that says why"
+    if layer.router:
+        return "routes tokens to experts"
+    return "" if required or zeros > _STRAY else "no zeros, and no report that says why"
 
 
 def _inspect_layer(layer: LinearLayer, stored: Tensor, wanted: Pattern | None) -> tuple[LayerInspection, str]:

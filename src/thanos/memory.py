@@ -60,6 +60,13 @@ class PhaseMeter:
         }
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error says that the device's or the host's memory is exhausted."""
+    said = str(error)  # torch has no exception of its own for the host
+    host = any(words in said for words in ("can't allocate memory", "not enough memory", "Cannot allocate memory"))
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (isinstance(error, RuntimeError) and host)
+
+
 def reset_host_peak() -> None:
     """Make the kernel forget the peak of resident memory so far, where it lets us."""
     try:

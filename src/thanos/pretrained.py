@@ -14,6 +14,7 @@ import torch
 
 from thanos.checkpoint import INDEX_NAME, SINGLE_NAME, SafetensorsCheckpoint
 from thanos.errors import CudaUnavailableError, DataError, ModelError, ResourceError
+from thanos.memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -157,7 +158,7 @@ def load_model(
             source.folder, dtype=dtype, output_loading_info=True, **arguments, **source._arguments()
         )
     except (ValueError, OSError, KeyError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if is_out_of_memory(error):
             raise
         raise ModelError(f"{source.name} cannot be loaded: {_first_line(error)}") from error
     model, info = loaded

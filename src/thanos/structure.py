@@ -161,13 +161,14 @@ def select_layers(layers: list[LinearLayer], recipe: Recipe) -> tuple[list[Linea
     Without ``targets`` every linear layer of the blocks is pruned; a layer outside them only if a target names it.
 
     Raises:
-        ModelError: a target or skip glob matches no linear layer, or nothing is left to prune.
+        ModelError: the glob of a target, skip or override matches no linear layer, or nothing is left to prune.
     """
-    for option, globs in (("targets", recipe.targets), ("skip", recipe.skip)):
+    overrides = tuple(override.match for override in recipe.overrides)
+    for option, globs in (("--targets", recipe.targets), ("--skip", recipe.skip), ("the override of", overrides)):
         for glob in globs:
             if not any(matches(layer.name, glob) for layer in layers):
                 raise ModelError(
-                    f"--{option} {glob!r} matches no linear layer; there are for example "
+                    f"{option} {glob!r} matches no linear layer; there are for example "
                     f"{', '.join(sorted({layer.name.rsplit('.', 1)[-1] for layer in layers}))}"
                 )
     chosen, dense = [], {}
