@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import struct
 from collections.abc import Callable
@@ -182,6 +183,35 @@ def test_unaligned_offsets_are_read(tmp_path: Path) -> None:
     header = {"a": entry(0, 1, [1]), "b": entry(1, 9, [2], "F32")}
     raw_file(tmp_path / SINGLE_NAME, header, b"\x07" + struct.pack("<2f", 1.5, -2.0))
     assert SafetensorsCheckpoint(tmp_path).read("b").tolist() == [1.5, -2.0]
+
+
+def test_pieces_are_the_tensors_entries_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = {"a": torch.randn(7, 5), "b": torch.arange(23).to(torch.bfloat16), "none": torch.empty(0, 3)}
+    save_file(tensors, tmp_path / SINGLE_NAME)
+    monkeypatch.setattr("thanos.checkpoint._PIECE", 4)
+    for checkpoint in (SafetensorsCheckpoint(tmp_path), LoadedCheckpoint(tensors)):
+        for name, tensor in tensors.items():
+            pieces = list(checkpoint.pieces(name))
+            assert all(0 < piece.numel() <= 4 for piece in pieces if tensor.numel())
+            assert same(torch.cat([*pieces, tensor.reshape(-1)[:0]]), tensor.reshape(-1))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="/proc")
+def test_reading_a_large_tensor_leaves_nothing_in_memory(tmp_path: Path) -> None:
+    from thanos.memory import host_bytes, host_peak_bytes, reset_host_peak
+
+    size = 256 << 20
+    file = raw_file(tmp_path / SINGLE_NAME, {"w": entry(0, size, [size])}, b"")
+    os.truncate(file, file.stat().st_size + size)
+    checkpoint = SafetensorsCheckpoint(tmp_path)
+    before = host_bytes()
+    reset_host_peak()
+    if host_peak_bytes() > before + size // 8:
+        pytest.skip("the system does not let a process reset its peak")
+    assert all(int(piece.max()) == 0 for piece in checkpoint.pieces("w"))
+    assert host_peak_bytes() < before + size // 2
+    assert int(checkpoint.read("w").max()) == 0
+    assert host_bytes() < before + size // 8
 
 
 def test_a_file_that_shrinks_after_it_was_checked(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from transformers.models.llama import modeling_llama
 
 import thanos
 from helpers import save_tiny, tiny_tokenizer
-from thanos import engine as engine_module
+from thanos import passes
 from thanos.blocks import BlockCalls
 
 SAMPLES, LENGTH = 4, 32
@@ -104,7 +104,7 @@ def test_the_batch_size_changes_nothing_but_rounding(
         return original(self, index, hidden, first)
 
     monkeypatch.setattr(BlockCalls, "run", spy)
-    monkeypatch.setitem(engine_module._BATCH_TOKENS, "cpu", tokens)
+    monkeypatch.setitem(passes.BATCH_TOKENS, "cpu", tokens)
     other = thanos.prune(tiny_llama, tmp_path / "other", recipe(text_file))
     assert max(sizes) == max(1, tokens // LENGTH)
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "other"))

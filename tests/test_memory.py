@@ -167,3 +167,42 @@ def test_device_peaks_are_their_phases_own() -> None:
     records = meter.records()
     assert records["large"].device_peak_bytes == pytest.approx(before + SIZE, abs=4 * MIB)
     assert records["small"].device_peak_bytes == pytest.approx(before + MIB, abs=4 * MIB)
+
+
+def test_free_host_memory_is_the_kernels_figure() -> None:
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(lines["MemAvailable"].split()[0]) * 1024
+    assert 0 < memory.free_host_bytes() <= available * 1.05
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_control_groups_limit_counts(version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    meminfo, cgroup, root = tmp_path / "meminfo", tmp_path / "cgroup", tmp_path / "fs"
+    meminfo.write_text("MemTotal: 900000 kB\nMemAvailable: 800000 kB\n")
+    cgroup.write_text("3:cpuset:/\n4:memory:/job/part\n" if version == 1 else "0::/job/part\n")
+    for name in ("_MEMINFO", "_CGROUP", "_CGROUPS"):
+        path = {"_MEMINFO": meminfo, "_CGROUP": cgroup, "_CGROUPS": root}[name]
+        monkeypatch.setattr(memory, name, path)
+    assert memory.free_host_bytes() == 800_000 * 1024
+    base = root / "memory" if version == 1 else root
+    limit, usage, cache = (
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        if version == 1
+        else ("memory.max", "memory.current", "inactive_file")
+    )
+    for name, allowed in (("job", 500 * MIB), ("job/part", 300 * MIB)):
+        (base / name).mkdir(parents=True)
+        (base / name / limit).write_text(f"{allowed}\n")
+        (base / name / usage).write_text(f"{120 * MIB}\n")
+        (base / name / "memory.stat").write_text(f"anon 5\n{cache} {20 * MIB}\n")
+    assert memory.free_host_bytes() == 200 * MIB
+    if version == 2:
+        (base / "job/part" / limit).write_text("max\n")
+        assert memory.free_host_bytes() == 400 * MIB
+
+
+def test_free_disk_is_that_of_the_nearest_folder(tmp_path: Path) -> None:
+    import shutil
+
+    expected = shutil.disk_usage(tmp_path).free
+    assert memory.free_disk_bytes(tmp_path / "not" / "yet") == pytest.approx(expected, rel=0.05)

@@ -14,6 +14,7 @@ from thanos.report import SCHEMA, DenseRecord, LayerRecord, PhaseRecord, Pruning
 
 TOP = {
     "schema",
+    "execution",
     "thanos_version",
     "model",
     "recipe",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,9 @@ class Source:
     def read(self, name: str) -> Tensor:
         self.read_names.append(name)
         return self.tensors[name]
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        yield from self.read(name).reshape(-1).split(100)
 
 
 def weights_of(
@@ -126,3 +131,67 @@ def test_releasing_a_pruned_weight_lets_its_memory_go() -> None:
     weights.release([name])
     gc.collect()
     assert reference() is None
+
+
+def block_names(weights: ModelWeights, block: int) -> list[str]:
+    return [name for name in weights.names if name.startswith(f"model.layers.{block}.")]
+
+
+def test_prefetched_weights_are_read_once_and_arrive_at_the_load() -> None:
+    skeleton, weights, source, dense = weights_of("llama")
+    names = block_names(weights, 1)
+    weights.prefetch(names)
+    assert all(parameter.device.type == "meta" for parameter in skeleton.parameters())
+    weights.load(names)
+    assert source.read_names == [f"file.{name}" for name in names]
+    for name in names:
+        assert torch.equal(skeleton.get_parameter(name), dense.get_parameter(name))
+    weights.close()
+
+
+def test_a_load_of_other_names_than_the_prefetched_ones_is_right_too() -> None:
+    skeleton, weights, _, dense = weights_of("llama")
+    weights.prefetch(block_names(weights, 1))
+    weights.load(block_names(weights, 2))
+    weights.load(block_names(weights, 1))
+    for name in block_names(weights, 1) + block_names(weights, 2):
+        assert torch.equal(skeleton.get_parameter(name), dense.get_parameter(name))
+    weights.close()
+
+
+def test_an_error_of_the_background_reading_comes_out_at_the_load() -> None:
+    _, weights, source, _ = weights_of("llama")
+    names = block_names(weights, 1)
+    del source.tensors[f"file.{names[3]}"]
+    weights.prefetch(names)
+    with pytest.raises(KeyError, match=r"layers\.1"):
+        weights.load(names)
+    weights.close()
+
+
+def test_no_room_for_the_next_block_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    skeleton, weights, _, dense = weights_of("llama")
+    names = block_names(weights, 1)
+    original = weights._allocate
+
+    def full(names: list[str]) -> dict[str, Tensor]:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(weights, "_allocate", full)
+    weights.prefetch(names)
+    monkeypatch.setattr(weights, "_allocate", original)
+    weights.load(names)
+    assert torch.equal(skeleton.get_parameter(names[0]), dense.get_parameter(names[0]))
+
+
+def test_the_stored_weight_is_read_again_only_where_it_was_rounded_or_replaced() -> None:
+    for dtype, reads in ((torch.float32, 1), (torch.bfloat16, 2)):
+        _, weights, source, dense = weights_of("llama", dtype)
+        name = "model.layers.0.mlp.up_proj.weight"
+        weights.load([name])
+        assert torch.equal(weights.stored(name), dense.get_parameter(name))
+        assert source.read_names.count(f"file.{name}") == reads
+        weights.put(name, torch.zeros(64, 32))
+        assert torch.equal(weights.stored(name), dense.get_parameter(name))
+        weights.release([name])
+        assert torch.equal(weights.stored(name), dense.get_parameter(name))

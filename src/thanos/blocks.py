@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -17,21 +17,31 @@ class _Stop(Exception):  # noqa: N818  it is a signal, not an error
 class _Interned:
     """Keeps one copy of equal tensors: most arguments (positions, masks) are the same for every sequence."""
 
-    _LOOK_BACK = 4
+    _LOOK_BACK = 16
 
     def __init__(self) -> None:
         self._known: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
+        self._seen: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, value: Any) -> Any:
         if isinstance(value, Tensor):
-            known = self._known.setdefault((value.shape, value.dtype), [])
-            for tensor in known[: self._LOOK_BACK]:
-                if tensor is value or torch.equal(tensor, value):
-                    return tensor
-            known.append(value)
-            return value
+            if id(value) not in self._seen:
+                self._seen[id(value)] = value, self._find(value)
+            return self._seen[id(value)][1]
         if isinstance(value, tuple | list):
             return type(value)(self(item) for item in value)
+        return value
+
+    def forget(self) -> None:
+        """Let go of tensors that were not kept; within one sequence a tensor is compared once, not once a block."""
+        self._seen.clear()
+
+    def _find(self, value: Tensor) -> Tensor:
+        known = self._known.setdefault((value.shape, value.dtype), [])
+        for tensor in known[: self._LOOK_BACK]:
+            if torch.equal(tensor, value):
+                return tensor
+        known.append(value)
         return value
 
 
@@ -89,8 +99,11 @@ class BlockCalls:
 
             return forward
 
-        with _replaced_forwards(self._blocks, recorder):
-            _run(model, ids)
+        try:
+            with _replaced_forwards(self._blocks, recorder):
+                _run(model, ids)
+        finally:
+            self._intern.forget()
         self._calls.append(calls)
         return hidden[0]
 
@@ -102,6 +115,11 @@ class BlockCalls:
         kwargs = {name: _join([call[1][name] for call in batch], of_two[1][name]) for name in batch[0][1]}
         output = self._blocks[index](hidden, *args, **kwargs)
         return output[0] if isinstance(output, tuple | list) else output
+
+    def observe(self, index: int, hidden: Tensor, first: int) -> None:
+        """Run block ``index`` like :meth:`run`, for its hooks alone; one of them may end it by :func:`stop`."""
+        with suppress(_Stop):
+            self.run(index, hidden, first)
 
     def run_tail(self, model: nn.Module, ids: Tensor, hidden: Tensor) -> None:
         """Run what follows the blocks, given the last block's outputs for ids; a hook may end it by :func:`stop`."""

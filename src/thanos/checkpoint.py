@@ -1,16 +1,18 @@
 """Reading safetensors checkpoints tensor by tensor, with every file checked before any work begins.
 
 The header (8 bytes of length, then JSON) is parsed here because writing in place needs the offsets, which the safetensors
-library keeps to itself. Tensors are read by plain reads, not by a memory map, so that memory in use is what it seems.
+library keeps to itself. A tensor is handed out as a memory map of its own bytes, which ends when the tensor does: nothing is
+read before it is used, nothing is copied on the way to a device, and no page stays behind.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,9 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_PIECE = 1 << 24
+"""Entries that are looked at, or copied, at once: 32 MiB of bfloat16."""
+
 _MAX_HEADER = 100_000_000  # the format's own limit
 
 
@@ -117,7 +122,7 @@ class SafetensorsCheckpoint:
                 raise ModelError(f"{folder / INDEX_NAME} says that {tensor} is in {name}, but it is not; {_AGAIN}")
 
     def read(self, name: str) -> Tensor:
-        """Return one tensor on the CPU, in memory of its own.
+        """Return one tensor on the CPU, mapped from the file; changing it never changes the file.
 
         Raises:
             ModelError: the file became shorter since it was checked.
@@ -132,6 +137,14 @@ class SafetensorsCheckpoint:
             ModelError: the pieces do not fill the tensor.
         """
         _split_info(self.tensors, name, pieces)
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """Yield one tensor's entries in order, in flat pieces, each mapped alone: what was seen leaves memory."""
+        info = self.tensors[name]
+        for first in range(0, info.numel, _PIECE):
+            count, size = min(_PIECE, info.numel - first), info.dtype.itemsize
+            part = replace(info, shape=(count,), offset=info.offset + first * size, nbytes=count * size)
+            yield read_tensor(self.folder / info.shard, part)
 
 
 class LoadedCheckpoint:
@@ -171,6 +184,10 @@ class LoadedCheckpoint:
         parts = self._state.pop(name).reshape(-1).split([math.prod(shape) for shape in pieces.values()])
         self._state |= {key: part.view(pieces[key]) for key, part in zip(pieces, parts, strict=True)}
 
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """Yield one tensor's entries in order, in flat pieces."""
+        yield from self._state[name].reshape(-1).split(_PIECE)
+
 
 Checkpoint = SafetensorsCheckpoint | LoadedCheckpoint
 
@@ -178,22 +195,24 @@ _AGAIN = "the checkpoint is damaged: download or save it again"
 
 
 def read_tensor(path: Path, info: TensorInfo) -> Tensor:
-    """Read one tensor of a safetensors file into memory of its own.
+    """Map one tensor of a safetensors file into memory, privately; the mapping lives as long as the tensor.
 
     Raises:
         ModelError: the file ends too early.
     """
-    buffer = torch.empty(info.nbytes, dtype=torch.uint8)
-    view = buffer.numpy().data
-    with path.open("rb", buffering=0) as file:
-        file.seek(info.offset)
-        done = 0
-        while done < info.nbytes:
-            count = file.readinto(view[done:])
-            if not count:
-                raise ModelError(f"{path} ends in the middle of a tensor; {_AGAIN}")
-            done += count
-    return buffer.view(info.dtype).reshape(info.shape)
+    if not info.nbytes:
+        return torch.empty(info.shape, dtype=info.dtype)
+    start = info.offset - info.offset % mmap.ALLOCATIONGRANULARITY
+    with path.open("rb") as file:
+        if (
+            os.fstat(file.fileno()).st_size < info.offset + info.nbytes
+        ):  # touching what is beyond would kill the process
+            raise ModelError(f"{path} ends in the middle of a tensor; {_AGAIN}")
+        pages = mmap.mmap(file.fileno(), info.offset - start + info.nbytes, access=mmap.ACCESS_COPY, offset=start)
+    data = torch.frombuffer(pages, dtype=torch.uint8, offset=info.offset - start, count=info.nbytes)
+    if info.offset % info.dtype.itemsize:
+        data = data.clone()  # the format does not promise that a tensor is aligned
+    return data.view(info.dtype).reshape(info.shape)
 
 
 def _split_info(tensors: dict[str, TensorInfo], name: str, pieces: Mapping[str, tuple[int, ...]]) -> None:

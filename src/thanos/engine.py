@@ -6,16 +6,18 @@ The name of a method never occurs here; what is done to a layer is its :class:`~
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from thanos.blocks import BlockCalls, stop
+from thanos.background import Background
+from thanos.blocks import stop
 from thanos.errors import ModelError
 from thanos.events import Event, Phase
 from thanos.memory import PhaseMeter
+from thanos.passes import Passes
 from thanos.recipe import LayerRecipe, Recipe
 from thanos.report import LayerRecord, expert_notes
 from thanos.shards import CheckpointWriter
@@ -25,14 +27,8 @@ from thanos.statistics import InputGroup, check_finite, gather, plan_passes
 from thanos.structure import LinearLayer
 from thanos.weights import ModelWeights
 
-_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
-"""Tokens per forward pass: enough to keep the device busy, small against a block's weights."""
-
 _STATISTICS_BYTES = {"cpu": 4 << 30, "cuda": 16 << 30}
 """Hessians held at once. A block of many experts needs more, and is run once for each part of them instead."""
-
-_ACTIVATION_SHARE = 0.4
-"""Share of the device's free memory that the activations between blocks may take; else they stay on the host."""
 
 _BAD_CONDITION = 1e6
 """Above this, float32 solves keep fewer than one digit in ten of their precision."""
@@ -50,7 +46,7 @@ class Engine:
         weights: the skeleton's parameters.
         writer: takes finished tensors.
         recipe: what to do.
-        ids: calibration token ids, (samples, T) int64, on the CPU.
+        passes: runs blocks over the calibration sequences.
         device: where blocks run and layers are solved.
         meter: seconds and peak memory by phase.
 
@@ -66,14 +62,13 @@ class Engine:
     weights: ModelWeights
     writer: CheckpointWriter
     recipe: Recipe
-    ids: Tensor
+    passes: Passes
     device: torch.device
     meter: PhaseMeter
     records: list[LayerRecord] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    _calls: BlockCalls = field(init=False)
-    _hidden: Tensor = field(init=False)
     _held: dict[str, Tensor] | None = None  # pruned weights that the block must not have yet
+    _writes: Background = field(init=False)
     _began: float = field(default_factory=time.perf_counter)
 
     def run(self) -> Iterator[Event]:
@@ -84,11 +79,16 @@ class Engine:
             ResourceError: memory or disk is exhausted.
             ModelError: a targeted layer outside the blocks cannot be pruned.
         """
-        with torch.inference_mode():
-            yield from self._record_calls()
-            for index in range(len(self.blocks)):
-                yield from self._prune_block(index)
-            yield from self._prune_tail()
+        self._writes = Background("thanos-writer", self.device)
+        try:
+            with torch.inference_mode():
+                yield from self._record_calls()
+                for index in range(len(self.blocks)):
+                    yield from self._prune_block(index)
+                yield from self._prune_tail()
+        finally:
+            for helper in (self._writes, self.weights, self.passes):
+                helper.close()
         self.notes += expert_notes({layer.name: layer.expert for layer in self.layers if layer.expert}, self.records)
 
     # --- phases -----------------------------------------------------------------------------------------------------
@@ -97,54 +97,58 @@ class Engine:
         """Run what comes before the first block, for every sequence; keep that block's inputs and all arguments."""
         yield self._event("phase", "calibration")
         with self.meter.phase("calibration"):
-            outer = self._outer_names()
+            outer = self._outer_names(head=False)
             self.weights.load(outer)
-            self._calls = BlockCalls(self.blocks)
             handles = [layer.module.register_forward_pre_hook(_refuse_early(layer)) for layer in self._tail_layers()]
-            for index in range(len(self.ids)):
-                hidden = self._calls.record(self.model, self.ids[index : index + 1].to(self.device))
-                if index == 0:
-                    self._hidden = self._allocate(hidden)
-                self._hidden[index] = hidden[0]
+            self.passes.record()
             for handle in handles:
                 handle.remove()
             self.weights.release(outer)
 
     def _prune_block(self, index: int) -> Iterator[Event]:
-        names = [name for name in self.weights.names if name.startswith(f"{self.blocks_name}.{index}.")]
+        names = self._block_names(index)
         layers = [layer for layer in self.layers if layer.block == index]
         with self.meter.phase("load"):
             self.weights.load(names)
+        if index + 1 < len(self.blocks):
+            self.weights.prefetch(self._block_names(index + 1))
         if layers:
-            passes = plan_passes(layers, _STATISTICS_BYTES.get(self.device.type, 4 << 30))
+            parts = plan_passes(layers, _STATISTICS_BYTES.get(self.device.type, 4 << 30))
             # Every pass must see the block as it was, so what the first ones prune is put in place after the last.
-            self._held = {} if len(passes) > 1 else None
-            for part in passes:
+            self._held = {} if len(parts) > 1 else None
+            for part in parts:
                 yield self._event("phase", "statistics", index)
-                with gather(part) as groups:
-                    yield from self._forward(index, "statistics", keep=False)
+                with self.meter.phase("statistics"):
+                    groups = yield from self._gather(index, part)
                 yield from self._solve(part, groups, index)
             for name, weight in (self._held or {}).items():
                 self.weights.put(name, weight)
             self._held = None
         yield self._event("phase", "propagate", index)
         if index + 1 < len(self.blocks) or self._tail_layers():
-            yield from self._forward(index, "propagate", keep=True)
+            with self.meter.phase("propagate"):
+                for step in self.passes.propagate(index):
+                    yield (
+                        self._note(step, "propagate")
+                        if isinstance(step, str)
+                        else self._progress("propagate", index, step)
+                    )
         self.weights.release(names)
+        with self.meter.phase("write"):
+            self._writes.flush()
         errors = [r.error_after_compensation for r in self.records if r.error_after_compensation is not None]
         yield self._event("block", "propagate", index, error=sum(errors) / len(errors) if errors else None)
 
-    def _forward(self, index: int, phase: Phase, *, keep: bool) -> Iterator[Event]:
-        """Run block ``index`` on all sequences; with ``keep`` its outputs become the next block's inputs."""
-        samples, length = self.ids.shape
-        size = max(1, _BATCH_TOKENS.get(self.device.type, 4096) // length)
-        for first in range(0, samples, size):
-            with self.meter.phase(phase):
-                output = self._calls.run(index, self._hidden[first : first + size].to(self.device), first)
-                if keep:
-                    self._hidden[first : first + size] = output
-            done = min(first + size, samples)
-            yield self._event("progress", phase, index, done=done, total=samples, tokens=done * length)
+    def _gather(self, index: int, layers: list[LinearLayer]) -> Generator[Event, None, list[InputGroup]]:
+        """Gather the statistics of a block's layers; from the start again, in smaller batches, where memory runs out."""
+        while True:
+            try:
+                with gather(layers) as groups:
+                    for done in self.passes.observe(index, layers):
+                        yield self._progress("statistics", index, done)
+                return groups
+            except torch.OutOfMemoryError as error:
+                yield self._note(self.passes.halve(error), "statistics")
 
     def _solve(self, layers: list[LinearLayer], groups: list[InputGroup], index: int | None) -> Iterator[Event]:
         seen = {layer.name for group in groups for layer in group.layers}
@@ -153,42 +157,46 @@ class Engine:
         groups.sort(key=lambda group: min(place[layer.name] for layer in group.layers))
         done = 0
         yield self._event("phase", "solve", index, total=len(layers))
-        for group in groups:
-            check_finite(group)
+        while groups:
+            group = groups.pop(0)
             with self.meter.phase("solve"):
+                check_finite(group)
                 inputs = InputStatistics(group.hessian, name=group.layers[0].name, hand_over=True)
-            for layer in group.layers:
-                record = self._prune_layer(layer, inputs, group.tokens)
-                self.records.append(record)
-                done += 1
-                yield self._event(
-                    "layer",
-                    "solve",
-                    index,
-                    done=done,
-                    total=len(layers),
-                    layer=layer.name,
-                    error=record.error_after_compensation,
-                )
-        groups.clear()
+                for layer in group.layers:
+                    try:
+                        record = self._prune_layer(layer, inputs, group.tokens)
+                    except torch.OutOfMemoryError:
+                        line = self.passes.spill()
+                        if line is None:
+                            raise
+                        yield self._note(line, "solve")
+                        record = self._prune_layer(layer, inputs, group.tokens)
+                    self.records.append(record)
+                    done += 1
+                    yield self._event(
+                        "layer",
+                        "solve",
+                        index,
+                        done=done,
+                        total=len(layers),
+                        layer=layer.name,
+                        error=record.error_after_compensation,
+                    )
 
     def _prune_layer(self, layer: LinearLayer, inputs: InputStatistics, tokens: int) -> LayerRecord:
         settings = self.recipe.for_layer(layer.name)
         assert settings is not None
         began = time.perf_counter()
-        with self.meter.phase("solve"):
-            stored = self.weights.stored(layer.weight_name)
-            pruned = prune_layer(layer.oriented(stored), inputs, settings, name=layer.name)
-            result = layer.oriented(pruned.weight).contiguous()
+        stored = self.weights.stored(layer.weight_name)
+        pruned = prune_layer(layer.oriented(stored), inputs, settings, name=layer.name)
+        result = layer.oriented(pruned.weight).contiguous()
+        zeros = int((result == 0).sum())  # the device is done when the number is here
         seconds = time.perf_counter() - began
-        with self.meter.phase("write"):
-            written = result.cpu()
-            self.writer.write(self.weights.key(layer.weight_name), written)
-            if self._held is None:
-                self.weights.put(layer.weight_name, result)
-            else:
-                self._held[layer.weight_name] = written
-        zeros = int((pruned.weight == 0).sum())
+        if self._held is None:
+            self.weights.put(layer.weight_name, result)
+        else:
+            self._held[layer.weight_name] = result = result.cpu()
+        self._writes.post(self._write, self.weights.key(layer.weight_name), result)
         rows, columns = layer.shape
         return LayerRecord(
             name=layer.name,
@@ -221,26 +229,38 @@ class Engine:
             yield self._event("phase", "statistics")
             with self.meter.phase("statistics"), gather([layer]) as groups:
                 handle = layer.module.register_forward_pre_hook(lambda *_: stop())
-                for index in range(len(self.ids)):
-                    hidden = self._hidden[index : index + 1].to(self.device)
-                    self._calls.run_tail(self.model, self.ids[index : index + 1].to(self.device), hidden)
+                for done in self.passes.run_tail():
+                    yield self._progress("statistics", None, done)
                 handle.remove()
             yield from self._solve([layer], groups, None)
         self.weights.release(outer)
+        with self.meter.phase("write"):
+            self._writes.flush()
 
     # --- helpers ----------------------------------------------------------------------------------------------------
 
     def _tail_layers(self) -> list[LinearLayer]:
         return [layer for layer in self.layers if layer.block is None]
 
-    def _outer_names(self) -> list[str]:
-        return [name for name in self.weights.names if not name.startswith(f"{self.blocks_name}.")]
+    def _outer_names(self, *, head: bool = True) -> list[str]:
+        """Names outside the blocks; without ``head``, those of an output embedding of its own are left out too."""
+        apart = self.model.get_output_embeddings() if not head and hasattr(self.model, "get_output_embeddings") else None
+        inside = [f"{name}." for name, module in self.model.named_modules() if apart is not None and module is apart]
+        return [name for name in self.weights.names if not name.startswith((f"{self.blocks_name}.", *inside))]
 
-    def _allocate(self, hidden: Tensor) -> Tensor:
-        shape = (len(self.ids), *hidden.shape[1:])
-        needed = hidden.element_size() * hidden[0].numel() * len(self.ids)
-        on_device = self.device.type == "cuda" and needed < _ACTIVATION_SHARE * torch.cuda.mem_get_info(self.device)[0]
-        return torch.empty(shape, dtype=hidden.dtype, device=self.device if on_device else "cpu")
+    def _block_names(self, index: int) -> list[str]:
+        return [name for name in self.weights.names if name.startswith(f"{self.blocks_name}.{index}.")]
+
+    def _write(self, key: str, result: Tensor) -> None:
+        self.writer.write(key, result.cpu())
+
+    def _progress(self, phase: Phase, index: int | None, done: int) -> Event:
+        samples, length = self.passes.shape
+        return self._event("progress", phase, index, done=done, total=samples, tokens=done * length)
+
+    def _note(self, message: str, phase: Phase) -> Event:
+        self.notes.append(message)
+        return self._event("note", phase, message=message)
 
     def _event(self, kind: str, phase: Phase, block: int | None = None, **details: object) -> Event:
         seconds = time.perf_counter() - self._began

@@ -1,8 +1,10 @@
-"""Seconds and peak memory of each phase of a run."""
+"""Seconds and peak memory of each phase of a run, and what memory is free."""
 
 from __future__ import annotations
 
+import os
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -14,6 +16,7 @@ import torch
 from thanos.report import PhaseRecord
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_MEMINFO, _CGROUP, _CGROUPS = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 class PhaseMeter:
@@ -96,4 +99,68 @@ def _status(field: str) -> int | None:
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
+    return None
+
+
+def free_device_bytes(device: torch.device) -> int:
+    """Return the bytes that a CUDA device can still give to this process: unused, or kept by torch for reuse."""
+    reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + reusable
+
+
+def free_host_bytes() -> int:
+    """Return the bytes of host memory that this process can still take: the system's, or its control group's if less."""
+    found = [_meminfo("MemAvailable"), *(_group_free(folder) for folder in _control_groups())]
+    known = [value for value in found if value is not None]
+    if known:
+        return max(0, min(known))
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # macOS: no better figure without another package
+
+
+def free_disk_bytes(folder: Path) -> int:
+    """Return the bytes free for this user on the disk of ``folder``, or of the nearest parent that exists."""
+    folder = folder.resolve()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def _meminfo(field: str) -> int | None:
+    try:
+        for line in _MEMINFO.read_text().splitlines():
+            if line.startswith(f"{field}:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
+
+
+def _control_groups() -> list[Path]:
+    """Return the memory control groups that this process is in, up to the root."""
+    try:
+        lines = _CGROUP.read_text().splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        _, controllers, name = line.split(":", 2)
+        if controllers in ("", "memory"):
+            root = _CGROUPS / controllers
+            folder = root / name.lstrip("/")
+            found += [path for path in (folder, *folder.parents) if path == root or root in path.parents]
+    return found
+
+
+def _group_free(folder: Path) -> int | None:
+    """Return what a control group still allows; its own page cache counts as free, since the kernel drops it first."""
+    for limit, usage in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+        try:
+            allowed = (folder / limit).read_text().strip()
+            if allowed == "max":
+                return None
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            cache = int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
+            return int(allowed) - int((folder / usage).read_text()) + cache
+        except (OSError, ValueError):
+            continue
     return None

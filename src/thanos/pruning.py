@@ -14,12 +14,14 @@ import torch
 
 from thanos import card
 from thanos._version import __version__
+from thanos.activations import check_place
 from thanos.calibration import Calibration, build_calibration
 from thanos.engine import Engine
 from thanos.errors import ModelError, NumericsError, RecipeError, ResourceError
 from thanos.events import Event
 from thanos.memory import PhaseMeter
 from thanos.opening import OpenedModel, open_model
+from thanos.passes import Passes
 from thanos.pretrained import (
     ModelSource,
     check_token_ids,
@@ -58,6 +60,7 @@ def prune(
     recipe: Recipe | None = None,
     *,
     overwrite: bool = False,
+    activations: str = "auto",
     on_event: Watcher | None = None,
     calibration: Calibration | None = None,
 ) -> PruningReport:
@@ -68,6 +71,8 @@ def prune(
         out: the folder to write. It appears when it is complete, never before.
         recipe: what to do; default :class:`Recipe`, Thanos at 50 % unstructured.
         overwrite: replace ``out`` if it exists.
+        activations: where hidden states are kept between blocks: ``device``, ``host``, ``disk``, or ``auto``, the first of them
+            that has room. Changes no result.
         on_event: called with each :class:`~thanos.events.Event`.
         calibration: windows made before, by :func:`~thanos.calibration.build_calibration` with the recipe's settings and this
             model's tokenizer; default: made now.
@@ -80,6 +85,7 @@ def prune(
     """
     recipe = recipe or Recipe()
     watch = on_event or (lambda event: None)
+    check_place(activations)
     device = choose_device(recipe.device)
     meter = PhaseMeter(device)
     with _resource_errors(recipe):
@@ -92,7 +98,7 @@ def prune(
         with meter.phase("calibration"):
             calibration = _calibrate(plan.opened, recipe, device, watch, calibration)
         with work_folder(Path(out)) as work:
-            report = _run(plan, calibration, recipe, device, meter, work, watch)
+            report = _run(plan, calibration, recipe, device, meter, work, activations, watch)
             publish(work, Path(out), overwrite=overwrite)
     return report
 
@@ -126,10 +132,13 @@ def _survey(
     for key, info in opened.checkpoint.tensors.items():
         if key in pruned:
             continue
-        name, tensor = named.get(key, key), opened.checkpoint.read(key)
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise NumericsError(f"{name} holds NaN or infinity; the checkpoint is damaged: download or save it again")
-        zeros += int((tensor == 0).sum())
+        name = named.get(key, key)
+        for part in opened.checkpoint.pieces(key):
+            if part.is_floating_point() and not bool(torch.isfinite(part).all()):
+                raise NumericsError(
+                    f"{name} holds NaN or infinity; the checkpoint is damaged: download or save it again"
+                )
+            zeros += int((part == 0).sum())
         reason = left_dense.get(name.removesuffix(".weight"), "not a linear layer's weight")
         dense.append(DenseRecord(name=name, parameters=info.numel, reason=reason))
     return dense, zeros
@@ -168,6 +177,7 @@ def _run(
     device: torch.device,
     meter: PhaseMeter,
     work: Path,
+    activations: str,
     watch: Watcher,
 ) -> PruningReport:
     opened = plan.opened
@@ -182,7 +192,7 @@ def _run(
         weights,
         writer,
         recipe,
-        calibration.ids,
+        Passes(opened.skeleton, blocks, calibration.ids, device, work, place=activations),
         device,
         meter,
         notes=list(opened.notes),
@@ -261,6 +271,7 @@ def _report(
         host_peak_bytes=max((record.host_peak_bytes or 0 for record in phases.values()), default=0),
         device_peak_bytes=max((record.device_peak_bytes or 0 for record in phases.values()), default=0) or None,
         warnings=engine.notes,
+        execution={"activations": engine.passes.place, "batch": engine.passes.batch},
     )
 
 

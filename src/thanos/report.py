@@ -93,6 +93,7 @@ class PruningReport:
     host_peak_bytes: int
     device_peak_bytes: int | None = None
     warnings: list[str] = field(default_factory=list)
+    execution: dict[str, Any] = field(default_factory=dict)
     schema: int = SCHEMA
 
     def to_dict(self) -> dict[str, Any]:

@@ -44,7 +44,7 @@ class CheckpointWriter:
             )
         for shard in checkpoint.shards:
             with (folder / shard.name).open("wb") as file:
-                _reserve(file.fileno(), shard.size)
+                reserve(file.fileno(), shard.size)
                 file.write(shard.header)
 
     def write(self, name: str, tensor: Tensor) -> None:
@@ -93,7 +93,7 @@ class CheckpointWriter:
         self.written.add(name)
 
 
-def _reserve(descriptor: int, size: int) -> None:
+def reserve(descriptor: int, size: int) -> None:
     """Give a file its size, with room on the disk where the file system can promise it."""
     if hasattr(os, "posix_fallocate") and size:
         try:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+
+from thanos.background import Background
 
 
 class TensorSource(Protocol):
     """Anything that hands out a checkpoint's tensors by name."""
 
     def read(self, name: str) -> Tensor:
-        """Return the tensor on the CPU."""
+        """Return the tensor on the CPU; it may share memory with the source and must not be modified."""
+        ...
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """Yield the tensor's entries in order, in flat pieces that need not be in memory together."""
         ...
 
 
@@ -33,6 +40,9 @@ class ModelWeights:
         self._meta: dict[str, Tensor] = {
             name: tensor for name, tensor in _named_tensors(model) if tensor.device.type == "meta"
         }
+        self._as_stored: dict[str, Tensor] = {}
+        self._reader = Background("thanos-reader", device)
+        self._ahead: tuple[dict[str, Tensor], Future[set[str]]] | None = None
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(device)
@@ -47,24 +57,88 @@ class ModelWeights:
         return self._key_of[parameter]
 
     def stored(self, parameter: str) -> Tensor:
-        """Read one parameter in the dtype in which it is stored, to the device."""
+        """Return one parameter in the dtype in which it is stored, on the device; not to be modified."""
+        if parameter in self._as_stored:  # no rounding on the way in: no need to read it again
+            return self._as_stored[parameter]
         return self._source.read(self._key_of[parameter]).to(self._device)
 
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Begin to read parameters in the background, for the next :meth:`load` of the same names.
+
+        Where the device has no room for them beside the present ones, that load reads them itself.
+        """
+        self._forget_ahead()
+        try:
+            places = self._allocate(names)
+        except torch.OutOfMemoryError:
+            return
+        self._ahead = places, self._reader.submit(self._fill, places)
+
     def load(self, names: Iterable[str]) -> None:
-        """Bring parameters in, in the skeleton's dtype."""
-        for name in names:
-            self.put(name, self._source.read(self._key_of[name]))
+        """Bring parameters in, in the skeleton's dtype; waits for those that are being read already."""
+        names = list(names)
+        if self._ahead is not None and list(self._ahead[0]) == names:
+            (places, future), self._ahead = self._ahead, None
+            exact = future.result()
+        else:
+            self._forget_ahead()
+            places = self._allocate(names)
+            exact = self._fill(places)
+        for name, value in places.items():
+            self._set(name, value)
+            if name in exact:
+                self._as_stored[name] = value
 
     def put(self, name: str, value: Tensor) -> None:
         """Set one parameter, wherever the model holds it."""
         dtype = self._meta[name].dtype if name in self._meta else value.dtype
+        self._as_stored.pop(name, None)
         self._set(name, value.to(self._device, dtype))
 
     def release(self, names: Iterable[str]) -> None:
         """Let parameters go: back to the meta device."""
         for name in names:
+            self._as_stored.pop(name, None)
             if name in self._meta:
                 self._set(name, self._meta[name])
+
+    def close(self) -> None:
+        """End the background reading."""
+        self._forget_ahead()
+        self._reader.close()
+
+    def _allocate(self, names: Iterable[str]) -> dict[str, Tensor]:
+        # By the caller's thread and on its stream, so that a block's memory goes from one block to the next.
+        places = {}
+        for name in names:
+            like = self._meta[name] if name in self._meta else self._current(name)
+            places[name] = torch.empty(like.shape, dtype=like.dtype, device=self._device)
+        return places
+
+    def _fill(self, places: dict[str, Tensor]) -> set[str]:
+        """Read what belongs at each place; return the names of those that have the stored dtype."""
+        exact = set()
+        for name, place in places.items():
+            flat, done, dtype = place.view(-1), 0, place.dtype
+            for piece in self._source.pieces(self._key_of[name]):
+                flat[done : done + len(piece)].copy_(piece)
+                done, dtype = done + len(piece), piece.dtype
+            assert done == flat.numel(), f"{name} has {flat.numel()} entries, and the checkpoint {done}"
+            if dtype == place.dtype:
+                exact.add(name)
+        return exact
+
+    def _forget_ahead(self) -> None:
+        if self._ahead is not None:
+            (_, future), self._ahead = self._ahead, None
+            future.exception()  # its memory is written to until it is done
+
+    def _current(self, name: str) -> Tensor:
+        module, attribute = self._owners[name][0]
+        tensor = module._parameters.get(attribute)
+        tensor = module._buffers[attribute] if tensor is None else tensor
+        assert tensor is not None
+        return tensor
 
     def _set(self, name: str, value: Tensor) -> None:
         is_parameter = any(attribute in module._parameters for module, attribute in self._owners[name])

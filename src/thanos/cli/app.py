@@ -93,6 +93,14 @@ def prune(
             "TOML file with these options by name; flags win, its [[override]] tables stay (default: none).", "FILE"
         ),
     ] = None,
+    activations: Annotated[
+        str,
+        _option(
+            "Where hidden states are kept between blocks: device, host, disk, or auto, the first that has room "
+            "(default auto).",
+            "PLACE",
+        ),
+    ] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists (default: refuse).")] = False,
     trust_remote_code: Trust = False,
     quiet: Quiet = False,
@@ -123,7 +131,7 @@ def prune(
     import thanos
 
     with display.watch(quiet=quiet) as watcher:
-        report = thanos.prune(model, out, chosen, overwrite=overwrite, on_event=watcher)
+        report = thanos.prune(model, out, chosen, overwrite=overwrite, activations=activations, on_event=watcher)
     tables.show_report(report, out)
 
 
