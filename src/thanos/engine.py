@@ -244,12 +244,10 @@ class Engine:
 
     def _outer_names(self, *, head: bool = True) -> list[str]:
         """Names outside the blocks; without ``head``, those of an output embedding of its own are left out too."""
-        apart = self.model.get_output_embeddings() if not head and hasattr(self.model, "get_output_embeddings") else None
-        inside = [f"{name}." for name, module in self.model.named_modules() if apart is not None and module is apart]
+        find = None if head else getattr(self.model, "get_output_embeddings", None)
+        apart = find() if callable(find) else None
+        inside = [f"{name}." for name, module in self.model.named_modules() if module is apart]
         return [name for name in self.weights.names if not name.startswith((f"{self.blocks_name}.", *inside))]
-
-    def _block_names(self, index: int) -> list[str]:
-        return [name for name in self.weights.names if name.startswith(f"{self.blocks_name}.{index}.")]
 
     def _write(self, key: str, result: Tensor) -> None:
         self.writer.write(key, result.cpu())
