@@ -18,10 +18,11 @@ from thanos.errors import ModelError
 from thanos.events import Event, Phase
 from thanos.memory import PhaseMeter
 from thanos.passes import Passes
-from thanos.recipe import LayerRecipe, Recipe
+from thanos.recipe import Recipe
+from thanos.records import layer_record
 from thanos.report import LayerRecord, expert_notes
 from thanos.shards import CheckpointWriter
-from thanos.solvers import PrunedWeight, prune_layer
+from thanos.solvers import prune_layer
 from thanos.solvers.factor import InputStatistics
 from thanos.statistics import InputGroup, check_finite, gather, plan_passes
 from thanos.structure import LinearLayer
@@ -29,9 +30,6 @@ from thanos.weights import ModelWeights
 
 _STATISTICS_BYTES = {"cpu": 4 << 30, "cuda": 16 << 30}
 """Hessians held at once. A block of many experts needs more, and is run once for each part of them instead."""
-
-_BAD_CONDITION = 1e6
-"""Above this, float32 solves keep fewer than one digit in ten of their precision."""
 
 
 @dataclass(slots=True)
@@ -197,26 +195,7 @@ class Engine:
         else:
             self._held[layer.weight_name] = result = result.cpu()
         self._writes.post(self._write, self.weights.key(layer.weight_name), result)
-        rows, columns = layer.shape
-        return LayerRecord(
-            name=layer.name,
-            block=layer.block,
-            shape=(rows, columns),
-            dtype=str(stored.dtype).removeprefix("torch."),
-            method=pruned.method,
-            pattern=settings.pattern,
-            sparsity=zeros / (rows * columns),
-            zeros=zeros,
-            outlier_rows=pruned.outliers.numel(),
-            halved_rows=pruned.halved.numel(),
-            error_before_compensation=pruned.error_before_compensation,
-            error_after_compensation=pruned.error_after_compensation,
-            damping=pruned.damping,
-            damping_reason=pruned.damping_reason,
-            tokens=tokens,
-            seconds=seconds,
-            warnings=_warnings(pruned, inputs, tokens, settings),
-        )
+        return layer_record(layer, pruned, inputs, settings, stored.dtype, zeros, tokens, seconds)
 
     def _prune_tail(self) -> Iterator[Event]:
         """Prune targeted layers that follow the blocks, such as lm_head, each on the inputs that it now gets."""
@@ -241,6 +220,9 @@ class Engine:
 
     def _tail_layers(self) -> list[LinearLayer]:
         return [layer for layer in self.layers if layer.block is None]
+
+    def _block_names(self, index: int) -> list[str]:
+        return [name for name in self.weights.names if name.startswith(f"{self.blocks_name}.{index}.")]
 
     def _outer_names(self, *, head: bool = True) -> list[str]:
         """Names outside the blocks; without ``head``, those of an output embedding of its own are left out too."""
@@ -275,28 +257,3 @@ def _refuse_early(layer: LinearLayer) -> Callable[..., None]:
 def _unseen(layer: LinearLayer, device: torch.device) -> InputGroup:
     columns = layer.shape[1]
     return InputGroup([layer], torch.zeros(columns, columns, device=device))
-
-
-def _warnings(pruned: PrunedWeight, inputs: InputStatistics, tokens: int, settings: LayerRecipe) -> list[str]:
-    """Say what a reader of the report should know about one layer."""
-    columns = inputs.matrix.shape[0]
-    lines = []
-    if pruned.method != settings.method:
-        cause = (
-            f"all {tokens} calibration tokens were zero here" if tokens else "no calibration token reached this layer"
-        )
-        lines.append(f"{cause}: pruned by {pruned.method}, not {settings.method}")
-    elif 0 < tokens < columns:
-        lines.append(
-            f"only {tokens} calibration tokens for {columns} input columns: the Hessian is singular but for damping"
-        )
-    dead = int(inputs.dead.sum())
-    if 0 < dead < columns:
-        lines.append(f"{dead} of {columns} input columns were never excited")
-    if pruned.damping_reason:
-        lines.append(f"damping raised to {pruned.damping:g}: {pruned.damping_reason}")
-    if pruned.damping is not None:
-        condition = inputs.factor(settings.damping).condition()
-        if condition > _BAD_CONDITION:
-            lines.append(f"the damped Hessian is badly conditioned: condition number about {condition:.1e}")
-    return lines

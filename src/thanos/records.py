@@ -1,0 +1,72 @@
+"""From a pruned layer to its record in the report, with what a reader should know about it."""
+
+from __future__ import annotations
+
+import torch
+
+from thanos.recipe import LayerRecipe
+from thanos.report import LayerRecord
+from thanos.solvers import PrunedWeight
+from thanos.solvers.factor import InputStatistics
+from thanos.structure import LinearLayer
+
+_BAD_CONDITION = 1e6
+"""Above this, float32 solves keep fewer than one digit in ten of their precision."""
+
+
+def layer_record(
+    layer: LinearLayer,
+    pruned: PrunedWeight,
+    inputs: InputStatistics,
+    settings: LayerRecipe,
+    stored: torch.dtype,
+    zeros: int,
+    tokens: int,
+    seconds: float,
+) -> LayerRecord:
+    """Return the record of a layer pruned by ``settings`` on ``inputs``, its weight stored as ``stored``."""
+    rows, columns = layer.shape
+    return LayerRecord(
+        name=layer.name,
+        block=layer.block,
+        shape=(rows, columns),
+        dtype=str(stored).removeprefix("torch."),
+        method=pruned.method,
+        pattern=settings.pattern,
+        sparsity=zeros / (rows * columns),
+        zeros=zeros,
+        outlier_rows=pruned.outliers.numel(),
+        halved_rows=pruned.halved.numel(),
+        error_before_compensation=pruned.error_before_compensation,
+        error_after_compensation=pruned.error_after_compensation,
+        damping=pruned.damping,
+        damping_reason=pruned.damping_reason,
+        tokens=tokens,
+        seconds=seconds,
+        warnings=_warnings(pruned, inputs, tokens, settings),
+    )
+
+
+def _warnings(pruned: PrunedWeight, inputs: InputStatistics, tokens: int, settings: LayerRecipe) -> list[str]:
+    """Say what a reader of the report should know about one layer."""
+    columns = inputs.matrix.shape[0]
+    lines = []
+    if pruned.method != settings.method:
+        cause = (
+            f"all {tokens} calibration tokens were zero here" if tokens else "no calibration token reached this layer"
+        )
+        lines.append(f"{cause}: pruned by {pruned.method}, not {settings.method}")
+    elif 0 < tokens < columns:
+        lines.append(
+            f"only {tokens} calibration tokens for {columns} input columns: the Hessian is singular but for damping"
+        )
+    dead = int(inputs.dead.sum())
+    if 0 < dead < columns:
+        lines.append(f"{dead} of {columns} input columns were never excited")
+    if pruned.damping_reason:
+        lines.append(f"damping raised to {pruned.damping:g}: {pruned.damping_reason}")
+    if pruned.damping is not None:
+        condition = inputs.factor(settings.damping).condition()
+        if condition > _BAD_CONDITION:
+            lines.append(f"the damped Hessian is badly conditioned: condition number about {condition:.1e}")
+    return lines
