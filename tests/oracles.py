@@ -220,7 +220,7 @@ def prune(
         hessian,
         damped(hessian, damping),
         pattern,
-        weights_to_remove(sparsity, rows, columns),
+        max(0, weights_to_remove(sparsity, rows, columns) - int((weight[dense_rows] == 0).sum())),
         columns_to_remove(sparsity, columns, outlier_rows),
         block_size,
     )
@@ -332,8 +332,10 @@ def _scored(task: _Task, scores: Tensor, *, per_row: bool) -> tuple[Tensor, Tens
         removed = smallest_of(task.first(scores), task.weights) | task.zeros
     else:
         scores = task.first(scores)
-        each, extra = divmod(task.weights, rows)
-        next_score = [sorted(row)[each] if each < columns else 0.0 for row in scores.tolist()]
-        one_more = set(smallest(next_score, extra))
-        removed = torch.stack([smallest_of(row, each + (i in one_more)) for i, row in enumerate(scores)]) | task.zeros
+        counts = task.zeros.sum(1).tolist()
+        ordered = [sorted(row) for row in scores.tolist()]
+        while sum(counts) < task.weights:  # one more from whichever row has given least, the smallest score first
+            row = min(range(rows), key=lambda i: (counts[i], ordered[i][counts[i]] if counts[i] < columns else 0.0, i))
+            counts[row] += 1
+        removed = torch.stack([smallest_of(row, counts[i]) for i, row in enumerate(scores)]) | task.zeros
     return torch.where(removed, 0.0, task.weight), removed

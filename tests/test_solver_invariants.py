@@ -226,8 +226,7 @@ def test_more_sparsity_is_a_superset(method, first_method, block_size, alpha):
     assert not second.kept[others][~first.kept[others]].any()
     assert torch.equal(second.weight[second.outliers], first.weight[second.outliers])
     assert bool(second.kept[second.outliers].all())
-    if method != "wanda" or first_method == "wanda":  # rows that already hold more than Wanda's share keep it all
-        assert int((~second.kept).sum()) == 280
+    assert int((second.weight == 0).sum()) == 280, "the zeros of outlier rows, and of rows that hold more, count too"
 
 
 @pytest.mark.parametrize("method", oracles.METHODS)
@@ -240,8 +239,7 @@ def test_zeros_crowded_into_one_block_do_not_break_the_count(method):
             result = prune(case.weight, case.hessian, method, "unstructured", sparsity=sparsity, block_size=8)
             assert not result.weight[case.weight == 0].any()
             assert not result.kept[case.weight == 0].any()
-            if method != "wanda":
-                assert int((~result.kept).sum()) == math.floor(sparsity * 400)
+            assert int((~result.kept).sum()) == math.floor(sparsity * 400)
 
 
 @every_cell
@@ -255,7 +253,7 @@ def test_a_weight_with_more_zeros_than_asked_for_keeps_them_all(method, pattern,
     others = [i for i in range(10) if i not in result.outliers.tolist()]
     assert not result.kept[others][mask[others]].any()
     assert torch.equal(result.weight[result.outliers], weight[result.outliers])
-    if pattern == "unstructured" and method != "wanda":
+    if pattern == "unstructured":
         assert_close(result.weight, weight)
 
 
@@ -522,6 +520,21 @@ def test_the_gpu_gives_the_same(method, pattern, alpha):
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.1])
+@pytest.mark.parametrize("method", oracles.METHODS)
+def test_zeros_that_were_there_count_wherever_they_are(method, alpha):
+    case = oracles.layer(20, 40, seed=41)
+    weight = prune(case.weight, case.hessian, "thanos", "unstructured", sparsity=0.5).weight.clone()
+    weight[3] = 0.0  # more than its share of any sparsity
+    again = prune(weight, case.hessian, method, "unstructured", alpha, sparsity=0.7, block_size=8)
+    assert int((again.weight == 0).sum()) == 560
+    assert bool((again.weight[weight == 0] == 0).all())
+    least = prune(weight, case.hessian, method, "unstructured", alpha, sparsity=0.1, block_size=8)
+    assert torch.equal(least.weight == 0, weight == 0), (
+        "more zeros than asked for: all of them stay, and no other comes"
+    )
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

@@ -87,6 +87,15 @@ def test_zeros_that_were_there_match_the_oracle(method, pattern):
     check(case, method=method, pattern=pattern, block_size=8, outlier_rows=0.1)
 
 
+def test_a_row_of_zeros_lets_the_other_rows_of_wanda_give_less():
+    case = oracles.layer(6, 16, seed=17)
+    case.weight[2] = 0.0
+    check(case, method="wanda", pattern="unstructured", sparsity=0.5)
+    kept = prune_weight(case.weight, case.hessian, method="wanda", sparsity=0.5).kept.sum(1)
+    assert kept[2] == 0
+    assert sorted(kept.tolist()) == [0, 9, 9, 10, 10, 10], "48 of 96 stay, shared by five rows"
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     method=st.sampled_from(oracles.METHODS),

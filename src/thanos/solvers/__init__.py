@@ -165,6 +165,8 @@ def _prune_layer(
         recipe, method = replace(_layer_part(recipe), method="magnitude"), METHODS["magnitude"]
     energy = _row_energies(dense, inputs)
     outliers, halved, parts = _parts(energy, budget, recipe.parsed_pattern)
+    # The zeros that outlier rows hold already count too: the other rows give that much less.
+    budget = replace(budget, weights=max(0, budget.weights - int((dense[outliers] == 0).sum())))
     factor = inputs.factor(recipe.damping) if inputs is not None and method.needs_factor else None
     pruned, kept = weight.detach().clone(), torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
     for rows, pattern in parts:

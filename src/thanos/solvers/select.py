@@ -12,6 +12,9 @@ sample brackets the k-th value instead, and only what lies within the bracket is
 
 from __future__ import annotations
 
+import bisect
+import math
+
 import torch
 from torch import Tensor
 
@@ -171,15 +174,27 @@ def even_rows_mask(scores: Tensor, count: int, peers: Peers = ALONE) -> Tensor:
     """Select ``count`` entries over the rows of all processes, the same number per row up to one.
 
     Each row gives ⌊count / rows⌋; what is left over comes from the rows whose next score is smallest, so that the
-    result does not depend on the order of the rows.
+    result does not depend on the order of the rows. A row with more zeros than that gives them all, and the others that
+    much less.
     """
     columns = scores.shape[1]
     rows = int(peers.sum_(torch.tensor(scores.shape[0], device=scores.device))) if peers.size > 1 else scores.shape[0]
-    base, extra = divmod(min(count, rows * columns), rows)
-    if extra == 0:
-        return row_smallest_mask(scores, base)
-    following = scores.kthvalue(base + 1, dim=1).values
-    return row_smallest_mask(scores, base + smallest_mask(following, extra, peers).to(torch.int64))
+    count = min(count, rows * columns)
+    zeros = (scores < 0).sum(1)
+
+    def given(level: int) -> int:
+        return int(peers.sum_(zeros.clamp_min(level).sum()))
+
+    level = count // rows
+    if given(level) > count:  # the highest level that is not too much; below 0 there are too many zeros for any
+        level = bisect.bisect_right(range(level), count, key=given) - 1
+    if level < 0:
+        return scores < 0
+    counts, extra = zeros.clamp_min(level), count - given(level)
+    if extra:
+        following = scores.kthvalue(level + 1, dim=1).values.masked_fill_(zeros > level, math.inf)
+        counts += smallest_mask(following, extra, peers)
+    return row_smallest_mask(scores, counts)
 
 
 _RANKED_GROUP = 16
