@@ -53,6 +53,8 @@ class CellRecord:
         seconds: of pruning, without evaluation.
         host_peak_bytes: while pruning.
         device_peak_bytes: while pruning; None without a CUDA device.
+        formula: of a cell with method ``formula`` alone: ``layer``, ``shape``, ``removed``, ``tokens`` and ``errors``, the
+            relative error by way of compensation (formula.py).
         schema: version of this format.
     """
 
@@ -77,6 +79,7 @@ class CellRecord:
     seconds: float | None = None
     host_peak_bytes: int | None = None
     device_peak_bytes: int | None = None
+    formula: dict[str, Any] | None = None
     schema: int = SCHEMA
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,0 +1,5 @@
+"""The report of a study: tables, figures and one page, all made from its store and nothing else."""
+
+from thanos.study.report.build import Report as Report
+from thanos.study.report.build import build_report as build_report
+from thanos.study.report.build import write_report as write_report

@@ -1,0 +1,126 @@
+"""From a store to the files of its report."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from thanos.errors import DataError, ResourceError
+from thanos.study.report.charts import Figure
+from thanos.study.report.draw import draw
+from thanos.study.report.page import Chapter, all_figures, all_tables, render_page, slug
+from thanos.study.report.rows import Results, models_of
+from thanos.study.report.sections import MODEL_SECTIONS, Section, data, perplexity_table
+from thanos.study.report.tables import WRITERS, Table
+from thanos.study.report.values import Prose, count
+from thanos.study.store import Contents, read_store, store_path
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A whole report, before it is drawn."""
+
+    title: str
+    lead: Prose
+    chapters: tuple[Chapter, ...]
+
+    @property
+    def tables(self) -> list[Table]:
+        """Every table, in reading order."""
+        return all_tables(self.chapters)
+
+    @property
+    def figures(self) -> list[Figure]:
+        """Every figure, in reading order."""
+        return all_figures(self.chapters)
+
+    def table(self, name: str) -> Table | None:
+        """Return a table by name; None if the store has no cells for it."""
+        return next((table for table in self.tables if table.name == name), None)
+
+
+def build_report(contents: Contents) -> Report:
+    """Return the report of what a store holds."""
+    models = models_of(contents.records)
+    studies = [Results(model, contents.done) for model in models]
+    chapters = []
+    for results in studies:
+        sections = [section(results) for section in MODEL_SECTIONS]
+        sections = [s for s in sections if s.tables or s.figures or s.missing]
+        ending = "" if len(models) == 1 else f"_{slug(results.model)}"
+        chapters.append(Chapter(results.model, [_renamed(section, ending) for section in sections]))
+    chapters.append(Chapter("", [perplexity_table(studies), data(contents.done, contents.failed, studies)]))
+    title = f"Pruning {', '.join(models)}" if models else "An empty study"
+    done, failed = len(contents.done), len(contents.failed)
+    lead: Prose = (
+        "A study of ",
+        count(contents.done),
+        f" {'cell' if done == 1 else 'cells'}",
+        *([", ", count(contents.failed), " more failed"] if failed else []),
+        ". Every number on this page is read from its store or derived from it.",
+    )
+    return Report(title, lead, tuple(chapters))
+
+
+def write_report(folder: str | Path, on_file: Callable[[Path, int, int], None] | None = None) -> Report:
+    """Write ``report.html``, ``tables/`` and ``figures/`` beside a study's store; the same store gives the same bytes.
+
+    Args:
+        folder: the study's folder, which holds ``store.jsonl``.
+        on_file: is told of each figure when it is drawn: its path, how many are done, how many there are.
+
+    Raises:
+        DataError: there is no store, or it has no record.
+        ResourceError: matplotlib is not installed, or a file cannot be written.
+    """
+    path = store_path(folder)
+    contents = read_store(path)
+    if not contents.records:
+        raise DataError(f"{path} holds no record; run the study first: thanos study STUDY.toml {path.parent}")
+    report = build_report(contents)
+    try:
+        return _write(report, path.parent, on_file or (lambda path, done, total: None))
+    except OSError as error:
+        raise ResourceError(f"{error.filename or path.parent} cannot be written: {error.strerror}") from error
+
+
+def _write(report: Report, out: Path, tell: Callable[[Path, int, int], None]) -> Report:
+    pictures: dict[str, str] = {}
+    figures = _emptied(out / "figures", {f"{f.name}.{ending}" for f in report.figures for ending in ("svg", "png")})
+    for done, figure in enumerate(report.figures, 1):
+        pictures[figure.name], png = draw(figure)
+        _put(figures / f"{figure.name}.svg", pictures[figure.name].encode())
+        _put(figures / f"{figure.name}.png", png)
+        tell(figures / f"{figure.name}.svg", done, len(report.figures))
+    tables = _emptied(out / "tables", {f"{t.name}.{ending}" for t in report.tables for ending in WRITERS})
+    for table in report.tables:
+        for ending, writer in WRITERS.items():
+            _put(tables / f"{table.name}.{ending}", writer(table).encode())
+    _put(out / "report.html", render_page(report.title, report.lead, report.chapters, pictures).encode())
+    return report
+
+
+def _emptied(folder: Path, keep: set[str]) -> Path:
+    """Make a folder; remove what an earlier report left there and this one does not write."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        if path.suffix in (".svg", ".png", ".csv", ".md", ".tex") and path.name not in keep:
+            path.unlink()
+    return folder
+
+
+def _put(path: Path, content: bytes) -> None:
+    """Write a file at once, so that no reader sees half of it."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_bytes(content)
+    part.replace(path)
+
+
+def _renamed(section: Section, ending: str) -> Section:
+    """Give the files of one of several models names of their own."""
+    if ending:
+        section.tables = [dataclasses.replace(table, name=table.name + ending) for table in section.tables]
+        section.figures = [dataclasses.replace(figure, name=figure.name + ending) for figure in section.figures]
+    return section

@@ -1,0 +1,67 @@
+"""Where labels go so that they cover neither points nor each other."""
+
+from __future__ import annotations
+
+import math
+
+Box = tuple[float, float, float, float]
+"""Left, bottom, right, top."""
+
+HALF_LINE = 5.0
+"""Half the height of a label, and how far from a point's centre its marker is cleared."""
+
+
+def spread_apart(wanted: list[float], gap: float, top: float) -> list[float]:
+    """Return positions near the wanted ones, at least ``gap`` apart, in the same order, the highest at most at ``top``."""
+    order = sorted(range(len(wanted)), key=lambda index: wanted[index])
+    placed = [0.0] * len(wanted)
+    for rank, index in enumerate(order):
+        placed[index] = wanted[index] if rank == 0 else max(wanted[index], placed[order[rank - 1]] + gap)
+    ceiling = top
+    for index in reversed(order):
+        placed[index] = min(placed[index], ceiling)
+        ceiling = placed[index] - gap
+    return placed
+
+
+def place_label(
+    place: tuple[float, float], width: float, taken: list[Box], others: list[tuple[float, float]], bounds: Box
+) -> Box:
+    """Return the box of a label of one point.
+
+    Args:
+        place: of the point.
+        width: of the label.
+        taken: boxes that it must not cover.
+        others: places of the other points; it must be nearer to its own.
+        bounds: what it must stay within.
+    """
+    x, y = place
+    for dx, dy in _offsets(width):
+        box = (x + dx, y + dy - HALF_LINE, x + dx + width, y + dy + HALF_LINE)
+        inside = box[0] >= bounds[0] and box[1] >= bounds[1] and box[2] <= bounds[2] and box[3] <= bounds[3]
+        is_own = all(distance(box, place) < distance(box, other) for other in others)
+        if inside and is_own and not any(_overlap(box, other) for other in taken):
+            return box
+    return (x + 8, y - HALF_LINE, x + 8 + width, y + HALF_LINE)
+
+
+def distance(box: Box, place: tuple[float, float]) -> float:
+    """Return how far a box is from a point; 0 inside."""
+    x, y = place
+    return math.hypot(max(box[0] - x, 0.0, x - box[2]), max(box[1] - y, 0.0, y - box[3]))
+
+
+def _offsets(width: float) -> list[tuple[float, float]]:
+    near = [(8.0, 0.0), (-8 - width, 0.0), (-width / 2, 11.0), (-width / 2, -11.0)]
+    corners = [(6.0, 10.0), (6.0, -10.0), (-6 - width, 10.0), (-6 - width, -10.0)]
+    far = [
+        (x, y)
+        for y in (20.0, -20.0, 30.0, -30.0, 40.0, -40.0)
+        for x in (6.0, -width / 2, -6 - width, 20.0, -20 - width)
+    ]
+    return [*near, *corners, *far]
+
+
+def _overlap(a: Box, b: Box) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]

@@ -1,0 +1,300 @@
+"""What a report compares: the cells of a store grouped into rows that differ in nothing but their seed."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from thanos.errors import RecipeError
+from thanos.patterns import parse_pattern
+from thanos.recipe import METHODS, LayerRecipe
+from thanos.study.report.values import Number, field_of, mean, spread
+from thanos.study.store import CellRecord
+
+GROUP_WIDTH = 0.002
+"""Rows whose measured sparsities differ by more than 0.2 points are never ranked against each other."""
+
+NAMES = {
+    "dense": "Dense",
+    "thanos": "Thanos",
+    "sparsegpt": "SparseGPT",
+    "wanda": "Wanda",
+    "magnitude": "Magnitude",
+}
+
+PATTERNS = ("unstructured", "2:4", "4:8", "columns")
+"""The order in which patterns are shown; others follow by name."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Row:
+    """The cells of one setting; they differ in their seed alone. The attributes are those of a store's ``cell``.
+
+    Attributes:
+        sparsity: asked for; the pattern's own for n:m.
+        alpha: share of outlier rows.
+        records: the cells, by seed.
+    """
+
+    model: str
+    method: str
+    pattern: str
+    sparsity: float
+    alpha: float
+    keep_budget: bool
+    block_size: int | None
+    damping: float | None
+    calibration: str | None
+    samples: int | None
+    sequence_length: int | None
+    records: tuple[CellRecord, ...]
+
+    @property
+    def name(self) -> str:
+        """The method's name."""
+        return NAMES.get(self.method, self.method)
+
+    @property
+    def label(self) -> str:
+        """The method with what is not its default: ``Thanos α = 0.1, kept budget, B = 64``."""
+        parts = [f"α = {self.alpha:g}"] if self.alpha else []
+        parts += ["budget kept"] if self.keep_budget and self.alpha else []
+        parts += [] if self.has_default_block else [f"B = {self.block_size}"]
+        return " ".join([self.name, ", ".join(parts)]).strip()
+
+    @property
+    def pattern_label(self) -> str:
+        """The pattern with the sparsity asked for, where the pattern leaves it open: ``columns 30 %``."""
+        return self.pattern if ":" in self.pattern else f"{self.pattern} {percent(self.sparsity)}"
+
+    @property
+    def setting(self) -> str:
+        """Pattern and label."""
+        return f"{self.pattern_label}, {self.label}"
+
+    @property
+    def has_default_block(self) -> bool:
+        """Whether the block size is what the recipe would choose."""
+        if self.block_size is None:
+            return True
+        try:
+            default = LayerRecipe(method=self.method, pattern=self.pattern).resolved_block_size
+        except RecipeError:  # a method of another version
+            return True
+        return self.block_size == default
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether neither outlier rows nor a block size of its own set it apart."""
+        return self.alpha == 0 and self.has_default_block
+
+    @property
+    def order(self) -> tuple[Any, ...]:
+        """What rows are sorted by."""
+        methods = ("dense", *METHODS)
+        place = methods.index(self.method) if self.method in methods else len(methods)
+        return (
+            *pattern_order(self.pattern),
+            self.sparsity,
+            place,
+            self.method,
+            self.alpha,
+            self.keep_budget,
+            self.block_size or 0,
+        )
+
+    def mean(self, field: str) -> Number | None:
+        """Return the mean of a field over the seeds; None where no cell has it."""
+        return mean(self.records, field)
+
+    def spread(self, field: str) -> Number | None:
+        """Return its spread over the seeds; None for fewer than two."""
+        return spread(self.records, field)
+
+    def value(self, field: str) -> float:
+        """Return the mean's value of a field that every done cell has."""
+        number = self.mean(field)
+        assert number is not None, f"{self.setting} has no {field}"
+        return number.value
+
+
+def percent(share: float) -> str:
+    """Return a share as ``30 %``."""
+    return f"{100 * share:g} %" if round(100 * share, 6) == round(100 * share) else f"{100 * share:.2f} %"
+
+
+def pattern_order(pattern: str) -> tuple[int, str]:
+    """Return what patterns are sorted by."""
+    return (PATTERNS.index(pattern) if pattern in PATTERNS else len(PATTERNS), pattern)
+
+
+class Results:
+    """The cells of one model that can be compared: same evaluation, and rows of the same calibration and damping.
+
+    Args:
+        model: whose.
+        records: the done cells of a store, of any model.
+    """
+
+    def __init__(self, model: str, records: Iterable[CellRecord]) -> None:
+        own = [record for record in records if record.cell["model"] == model]
+        self.model = model
+        self.formulas = [record for record in own if record.formula is not None]
+        own = [record for record in own if record.formula is None]
+        scored = _most_common(_evaluation_of, own)
+        self.other_evaluations = [r for r in own if _evaluation_of(r) not in (scored, None)]
+        own = [r for r in own if _evaluation_of(r) in (scored, None)]
+        self.dense = next((row for row in _rows(own) if row.method == "dense"), None)
+        pruned = [row for row in _rows(own) if row.method != "dense"]
+        self.base = _most_common(_base_of, [r for row in pruned for r in row.records]) or (None, None, None, None)
+        self.rows = [row for row in pruned if self._is_base(row)]
+        self.variations = [row for row in pruned if not self._is_base(row)]
+
+    def _is_base(self, row: Row) -> bool:
+        own = _base_of(row.records[0]) or (row.calibration, row.samples, row.sequence_length, None)
+        return all(value is None or value == wanted for value, wanted in zip(own, self.base, strict=True))
+
+    def find(self, **settings: Any) -> Row | None:
+        """Return the row with these attributes, the others being plain; None if the store has none."""
+        wanted = {"alpha": 0.0, **settings}
+        return next((row for row in self.rows if _matches(row, wanted)), None)
+
+    def select(self, **settings: Any) -> list[Row]:
+        """Return the rows with these attributes, whatever the others."""
+        return [row for row in self.rows if _matches(row, settings, any_block=True)]
+
+    def noise(self, row: Row, field: str = "perplexity") -> Number | None:
+        """Return a row's spread, or the largest of the rows with its method, pattern and sparsity; None if none has one.
+
+        That is how much a number may differ by the draw of calibration text alone.
+        """
+        own = row.spread(field)
+        if own is not None:
+            return own
+        alike = self.select(method=row.method, pattern=row.pattern, sparsity=row.sparsity)
+        spreads = [found for other in alike if (found := other.spread(field)) is not None]
+        return max(spreads, key=lambda number: number.value) if spreads else None
+
+
+def models_of(records: Iterable[CellRecord]) -> list[str]:
+    """Return the models in the order of the store."""
+    return list(dict.fromkeys(record.cell["model"] for record in records))
+
+
+def groups_by_sparsity(rows: Iterable[Row]) -> list[list[Row]]:
+    """Cut rows into groups of measured sparsity no wider than :data:`GROUP_WIDTH`, from the lowest up."""
+    groups: list[list[Row]] = []
+    measured = [row for row in rows if row.mean("sparsity") is not None]
+    for row in sorted(measured, key=lambda row: (row.value("sparsity"), row.order)):
+        if groups and row.value("sparsity") - groups[-1][0].value("sparsity") <= GROUP_WIDTH:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return [sorted(group, key=lambda row: row.order) for group in groups]
+
+
+def comparable(first: Row, second: Row) -> bool:
+    """Tell whether two rows may be ranked: their measured sparsities are within :data:`GROUP_WIDTH`."""
+    return abs(first.value("sparsity") - second.value("sparsity")) <= GROUP_WIDTH
+
+
+def verdict(first: Row, second: Row, field: str = "perplexity") -> str:
+    """Compare two rows by the means of a field: ``better``, ``worse``, or ``tie`` within the larger of their spreads.
+
+    Without any spread (one seed each) the means alone decide. Empty where a row has no such number.
+    """
+    a, b = first.mean(field), second.mean(field)
+    if a is None or b is None:
+        return ""
+    spreads = [number.value for row in (first, second) if (number := row.spread(field)) is not None]
+    if abs(a.value - b.value) <= max(spreads, default=0.0):
+        return "tie"
+    return "better" if (a.value > b.value) == field_of(field).higher else "worse"
+
+
+def ranks(rows: Sequence[Row], field: str = "perplexity") -> list[str]:
+    """Rank comparable rows: 1 + the number of rows that are clearly better; ``=`` after it marks a tie, ``°`` one seed.
+
+    Rows without the field, or without another to compare with, get an empty text.
+    """
+    able = [row for row in rows if row.mean(field) is not None]
+    found = []
+    for row in rows:
+        others = [other for other in able if other is not row and comparable(row, other)]
+        if row not in able or not others:
+            found.append("")
+            continue
+        results = [verdict(row, other, field) for other in others]
+        mark = "=" if "tie" in results else ""
+        found.append(f"{1 + results.count('worse')}{mark}{'' if row.spread(field) else '°'}")
+    return found
+
+
+def _matches(row: Row, wanted: dict[str, Any], *, any_block: bool = False) -> bool:
+    if "block_size" not in wanted and not any_block and not row.has_default_block:
+        return False
+    return all(_equal(getattr(row, name), value) for name, value in wanted.items())
+
+
+def _equal(value: Any, wanted: Any) -> bool:
+    if isinstance(value, float) and isinstance(wanted, int | float):
+        return abs(value - wanted) < 1e-9
+    return value == wanted
+
+
+def row_of(records: Iterable[CellRecord]) -> Row:
+    """Return the row of cells that differ in their seed alone."""
+    ordered = tuple(sorted(records, key=lambda record: record.cell["seed"] or 0))
+    cell = ordered[0].cell
+    return Row(
+        model=cell["model"],
+        method=cell["method"],
+        pattern=cell["pattern"] or "",
+        sparsity=_asked_sparsity(cell),
+        alpha=cell["outlier_rows"] or 0.0,
+        keep_budget=bool(cell["keep_budget"]),
+        block_size=cell["block_size"],
+        damping=cell["damping"],
+        calibration=cell["calibration"],
+        samples=cell["samples"],
+        sequence_length=cell["sequence_length"],
+        records=ordered,
+    )
+
+
+def _rows(records: Iterable[CellRecord]) -> list[Row]:
+    groups: dict[str, list[CellRecord]] = {}
+    for record in records:
+        settings = {name: value for name, value in record.cell.items() if name != "seed"}
+        groups.setdefault(json.dumps(settings, sort_keys=True), []).append(record)
+    return sorted((row_of(cells) for cells in groups.values()), key=lambda row: row.order)
+
+
+def _asked_sparsity(cell: dict[str, Any]) -> float:
+    if cell["sparsity"] is not None:
+        return cell["sparsity"]
+    implied = parse_pattern(cell["pattern"]).sparsity if cell["pattern"] else 0.0
+    return 0.0 if implied is None else implied
+
+
+def _evaluation_of(record: CellRecord) -> tuple[Any, ...] | None:
+    """What perplexities must share to be compared; None for a cell that was not evaluated."""
+    found = record.evaluation
+    return None if found is None else (found["text_sha256"], found["sequence_length"], found["windows"])
+
+
+def _base_of(record: CellRecord) -> tuple[Any, ...] | None:
+    """Calibration and damping; None for a method that does not damp, which goes with any."""
+    cell = record.cell
+    found = (cell["calibration"], cell["samples"], cell["sequence_length"], cell["damping"])
+    return None if cell["damping"] is None else found
+
+
+def _most_common(what: Callable[[CellRecord], Any], records: Iterable[CellRecord]) -> Any:
+    found = Counter(json.dumps(value) for record in records if (value := what(record)) is not None)
+    if not found:
+        return None
+    return tuple(json.loads(max(found, key=lambda text: (found[text], text))))

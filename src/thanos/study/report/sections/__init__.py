@@ -1,0 +1,35 @@
+"""The sections of a report, each a pure function from results to tables, figures and words."""
+
+from thanos.study.report.sections.alpha import alpha
+from thanos.study.report.sections.blocks import blocks
+from thanos.study.report.sections.claims import claims
+from thanos.study.report.sections.common import Section
+from thanos.study.report.sections.cost import cost
+from thanos.study.report.sections.curves import curves
+from thanos.study.report.sections.data import data, variations
+from thanos.study.report.sections.fairness import fairness
+from thanos.study.report.sections.formula import formula
+from thanos.study.report.sections.noise import noise
+from thanos.study.report.sections.outliers import outliers
+from thanos.study.report.sections.paper import perplexity_table, zero_shot_table
+from thanos.study.report.sections.summary import summary
+from thanos.study.report.sections.where import where
+
+MODEL_SECTIONS = (
+    summary,
+    claims,
+    fairness,
+    outliers,
+    alpha,
+    blocks,
+    cost,
+    curves,
+    zero_shot_table,
+    formula,
+    noise,
+    where,
+    variations,
+)
+"""What a report says about each model, in reading order."""
+
+__all__ = ["MODEL_SECTIONS", "Section", "data", "perplexity_table", "variations"]

@@ -1,0 +1,111 @@
+"""What the sections of a report share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from thanos.study.report.charts import Figure
+from thanos.study.report.rows import Results, Row, comparable, pattern_order, verdict
+from thanos.study.report.tables import Table
+from thanos.study.report.values import Number, Prose, count
+
+HEADLINE = ("unstructured", "2:4", "4:8", "columns")
+"""The patterns of the headline table: at 50 % where the pattern leaves it open, columns where the store has most cells."""
+
+SIGNS = {"better": "<", "worse": ">", "tie": "=", "": "–"}
+"""Verdicts on perplexity as a table draws them."""
+
+
+@dataclass(slots=True)
+class Section:
+    """One section of a report.
+
+    Attributes:
+        name: its anchor.
+        title: its heading, a question where it answers one.
+        prose: paragraphs.
+        tables, figures: what it shows.
+        missing: the cells that it would need and the store lacks.
+    """
+
+    name: str
+    title: str
+    prose: list[Prose] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    figures: list[Figure] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+
+def headline_sparsity(results: Results, pattern: str) -> float | None:
+    """Return the sparsity at which the headline shows a pattern; None if the store has no row of it."""
+    rows = [row for row in results.select(pattern=pattern, alpha=0.0) if row.has_default_block]
+    if not rows:
+        return None
+    if pattern != "columns":
+        near = {row.sparsity for row in rows}
+        return min(near, key=lambda sparsity: (abs(sparsity - 0.5), sparsity))
+    cells = {row.sparsity: 0 for row in rows}
+    for row in rows:
+        cells[row.sparsity] += len(row.records)
+    # As many cells at two sparsities: the one nearest to the paper's 30 %.
+    return max(cells, key=lambda sparsity: (cells[sparsity], -abs(sparsity - 0.3)))
+
+
+def headline_rows(results: Results, pattern: str) -> list[Row]:
+    """Return the plain rows of every method at the headline's sparsity of a pattern."""
+    sparsity = headline_sparsity(results, pattern)
+    if sparsity is None:
+        return []
+    return [row for row in results.select(pattern=pattern, sparsity=sparsity, alpha=0.0) if row.has_default_block]
+
+
+def equal_alphas(results: Results, method: str, pattern: str, sparsity: float) -> list[Row]:
+    """Return a method's rows over α, from 0 up, whose measured sparsity equals that of α = 0; one row for each α."""
+    base = results.find(method=method, pattern=pattern, sparsity=sparsity)
+    if base is None:
+        return []
+    rows = [row for row in results.select(method=method, pattern=pattern, sparsity=sparsity) if row.has_default_block]
+    # Where both variants meet the sparsity, as for columns, the one that promises to keep the budget stands for both.
+    found = {row.alpha: row for row in sorted(rows, key=lambda row: row.keep_budget) if comparable(row, base)}
+    return [found[alpha] for alpha in sorted(found)]
+
+
+def patterns_of(rows: Iterable[Row]) -> list[str]:
+    """Return the patterns of rows in the order in which they are shown."""
+    return sorted({row.pattern for row in rows}, key=pattern_order)
+
+
+def best_by(rows: Sequence[Row], fields: Iterable[str]) -> dict[str, list[Row]]:
+    """Return for each field the rows that no other row clearly beats; none if there is but one row."""
+    able = {name: [row for row in rows if row.mean(name) is not None] for name in fields}
+    return {
+        name: [row for row in known if not any(verdict(o, row, name) == "better" for o in known if o is not row)]
+        if len(known) > 1
+        else []
+        for name, known in able.items()
+    }
+
+
+def note(rows: Iterable[Row], *more: str) -> Prose:
+    """Return what stands below a table: how many cells, their measured sparsity, and how to read the marks."""
+    rows = list(rows)
+    records = [record for row in rows for record in row.records]
+    if not records:
+        return more
+    noun = " cell" if len(records) == 1 else " cells"
+    measured = sorted((n for row in rows if (n := row.mean("sparsity")) is not None), key=lambda n: n.value)
+    parts: list[str | Number] = [count(records), noun]
+    if measured and measured[0].text == measured[-1].text:
+        parts += ["; measured sparsity ", measured[0], " %"]
+    elif measured:
+        parts += ["; measured sparsity ", measured[0], " to ", measured[-1], " %"]
+    parts.append(".")
+    return (*parts, *(f" {text}" for text in more))
+
+
+RANK_NOTE = (
+    "Rank: 1 + the number of rows that are better by more than the larger of the two spreads; = marks a tie, ° a row with one "
+    "seed, whose spread is unknown."
+)
+SPREAD_NOTE = "± is the sample standard deviation over calibration seeds."

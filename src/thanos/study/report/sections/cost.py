@@ -1,0 +1,118 @@
+"""Accuracy against cost: who is on the Pareto front, and what a point of perplexity costs."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from thanos.study.report.charts import Chart, Point, Series, pareto
+from thanos.study.report.rows import Results, Row, comparable
+from thanos.study.report.sections.alpha import file_name
+from thanos.study.report.sections.common import HEADLINE, Section, headline_sparsity, note
+from thanos.study.report.tables import Cell, Table, columns, number, text
+from thanos.study.report.values import FIELDS, difference, price
+
+_COSTS = {"seconds": "pruning time (s)", "peak_bytes": "peak memory (GiB)"}
+
+
+def cost(results: Results) -> Section:
+    """Return perplexity against seconds and memory for each headline pattern, and the marginal cost of Thanos."""
+    section = Section("cost", "Accuracy against cost")
+    section.prose.append(
+        (
+            "Rows of one pattern and equal measured sparsity, measured on the same device. Ringed and joined: the Pareto "
+            "front, rows that no other beats in both.",
+        )
+    )
+    device = _usual_device(results)
+    lines: list[tuple[Cell, ...]] = []
+    bands: dict[int, str] = {}
+    used: list[Row] = []
+    for pattern in HEADLINE:
+        rows = [row for row in _rows(results, pattern) if all(r.machine["device"] == device for r in row.records)]
+        if len(rows) < 2:
+            section.missing.append(f"{pattern}: at least two methods at one sparsity on one device")
+            continue
+        label = rows[0].pattern_label
+        fronts = {field: _front(rows, field) for field in _COSTS}
+        section.figures += [_chart(rows, field, fronts[field], pattern, label) for field in _COSTS]
+        bands[len(lines)] = label
+        lines += [_line(rows, row, fronts) for row in rows]
+        used += rows
+    if lines:
+        section.prose.append((f"Device: {device}.",))
+        heads = columns(
+            "<Method|method",
+            "sparsity (%)|sparsity",
+            "perplexity",
+            "pruning (s)|seconds",
+            "peak memory (GiB)|peak_bytes",
+            "<Pareto front|front",
+            "s more than SparseGPT|seconds_difference",
+            "s per point of perplexity|price",
+        )
+        about = note(
+            used, "The last column: seconds more than SparseGPT for each point of perplexity less; – where not less."
+        )
+        section.tables.append(Table("cost", "Cost and marginal cost", heads, tuple(lines), bands, about))
+    return section
+
+
+def _usual_device(results: Results) -> str:
+    counts = Counter(r.machine["device"] for row in results.rows for r in row.records)
+    return max(counts, key=lambda name: (counts[name], name), default="")
+
+
+def _rows(results: Results, pattern: str) -> list[Row]:
+    """Return the rows at the headline's measured sparsity: every method, and Thanos with the paper's α of 0.1."""
+    sparsity = headline_sparsity(results, pattern)
+    if sparsity is None:
+        return []
+    rows = [row for row in results.select(pattern=pattern, sparsity=sparsity) if row.has_default_block]
+    rows = [row for row in rows if row.mean("perplexity") is not None and row.mean("seconds") is not None]
+    plain = [row for row in rows if row.alpha == 0]
+    base = next((row for row in plain if row.method == "thanos"), plain[0] if plain else None)
+    if base is None:
+        return []
+    alike = [row for row in rows if comparable(row, base)]
+    return [row for row in alike if row.alpha == 0 or (row.alpha == 0.1 and row.method == "thanos")]
+
+
+def _front(rows: list[Row], field: str) -> list[Row]:
+    able = [row for row in rows if row.mean(field) is not None]
+    on = pareto([(row.value(field), row.value("perplexity")) for row in able])
+    return [row for row, first in zip(able, on, strict=True) if first]
+
+
+def _chart(rows: list[Row], field: str, front: list[Row], pattern: str, label: str) -> Chart:
+    series = []
+    for row in rows:
+        x, y = row.mean(field), row.mean("perplexity")
+        if x is not None and y is not None:
+            point = Point(x, y, row.spread("perplexity"), row.label.removesuffix(", budget kept"), row in front)
+            series.append(Series(row.label, row.method, (point,)))
+    name = f"cost_{file_name(pattern)}_{'seconds' if field == 'seconds' else 'memory'}"
+    title = f"Perplexity against {_COSTS[field].split(' (')[0]}, {label}"
+    return Chart("scatter", name, title, _COSTS[field], "perplexity", tuple(series), x_scale="auto")
+
+
+def _line(rows: list[Row], row: Row, fronts: dict[str, list[Row]]) -> tuple[Cell, ...]:
+    other = next((o for o in rows if o.method == "sparsegpt" and o.alpha == 0), None)
+    more, per_point = None, None
+    if row.method == "thanos" and other is not None and comparable(row, other):
+        times, quality = [[r.mean(name) for r in (row, other)] for name in ("seconds", "perplexity")]
+        if None not in times and None not in quality:
+            more = difference(times[0], times[1])  # type: ignore[arg-type]
+            per_point = price((times[0], times[1]), (quality[0], quality[1]))  # type: ignore[arg-type]
+    where = " and ".join(
+        FIELDS[name].label.split(" (")[0].replace("pruning", "time") for name in fronts if row in fronts[name]
+    )
+    return (
+        text(row.label),
+        number(row.mean("sparsity")),
+        number(row.mean("perplexity"), row.spread("perplexity")),
+        number(row.mean("seconds"), row.spread("seconds")),
+        number(row.mean("peak_bytes")),
+        text(where.replace("peak memory", "memory")),
+        number(more),
+        number(per_point),
+    )

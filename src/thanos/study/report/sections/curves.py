@@ -1,0 +1,99 @@
+"""Perplexity over sparsity, 10 to 80 %: the paper's Figures 1a and 1b."""
+
+from __future__ import annotations
+
+from thanos.study.report.charts import Chart, Point, Series
+from thanos.study.report.rows import NAMES, Results, Row
+from thanos.study.report.sections.common import SPREAD_NOTE, Section, note
+from thanos.study.report.sections.summary import METHODS
+from thanos.study.report.tables import Cell, Column, Table, number, text
+
+SPARSITIES = tuple(step / 10 for step in range(1, 9))
+
+
+def curves(results: Results) -> Section:
+    """Return a figure and a table of perplexity over sparsity, for unstructured and for columns."""
+    section = Section("sparsity", "Perplexity over sparsity")
+    section.prose.append(
+        ("As in the paper's Figure 1. The points lie at the measured sparsity; lines only join them.",)
+    )
+    for pattern, letter in (("unstructured", "a"), ("columns", "b")):
+        found = lines_of(results, pattern)
+        lacking = _missing(found)
+        if lacking:
+            section.missing.append(f"{pattern}: {lacking}")
+        if any(len(rows) > 1 for rows in found.values()):
+            section.figures.append(_chart(results, found, pattern, letter))
+            section.tables.append(_table(found, pattern, letter))
+    return section
+
+
+def lines_of(results: Results, pattern: str) -> dict[tuple[str, float], list[Row]]:
+    """Return (method, α) → rows by sparsity; one row for each sparsity, and α > 0 only where it has two."""
+    found: dict[tuple[str, float], dict[float, Row]] = {}
+    rows = [
+        row for row in results.select(pattern=pattern) if row.has_default_block and row.mean("perplexity") is not None
+    ]
+    for row in sorted(rows, key=lambda row: row.keep_budget):
+        found.setdefault((row.method, row.alpha), {})[row.sparsity] = row
+    lines = {key: [row for _, row in sorted(by_sparsity.items())] for key, by_sparsity in found.items()}
+    return {
+        key: line
+        for key, line in sorted(lines.items(), key=lambda item: item[1][0].order[3:])
+        if key[1] == 0 or len(line) > 1
+    }
+
+
+def _label(method: str, alpha: float, *, mixed: bool) -> str:
+    name = NAMES.get(method, method)
+    return f"{name} α = {alpha:g}" if alpha or (mixed and method == "thanos") else name
+
+
+def _chart(results: Results, found: dict[tuple[str, float], list[Row]], pattern: str, letter: str) -> Chart:
+    series, mixed = [], any(alpha for _, alpha in found)
+    variants: dict[str, int] = {}
+    for (method, alpha), rows in found.items():
+        points = []
+        for row in rows:
+            x, y = row.mean("sparsity"), row.mean("perplexity")
+            if x is not None and y is not None:
+                points.append(Point(x, y, row.spread("perplexity")))
+        variant = variants[method] = variants.get(method, -1) + 1
+        series.append(Series(_label(method, alpha, mixed=mixed), method, tuple(points), variant))
+    dense = None if results.dense is None else results.dense.mean("perplexity")
+    return Chart(
+        "lines",
+        f"sparsity_{pattern}",
+        f"Perplexity over sparsity, {pattern} (Figure 1{letter})",
+        "measured sparsity of the pruned layers (%)",
+        "perplexity",
+        tuple(series),
+        None if dense is None else ("dense", dense),
+    )
+
+
+def _table(found: dict[tuple[str, float], list[Row]], pattern: str, letter: str) -> Table:
+    mixed = any(alpha for _, alpha in found)
+    heads = [Column("sparsity asked (%)", "sparsity_asked", is_text=False)]
+    heads += [Column(_label(*key, mixed=mixed), f"{key[0]}_alpha_{key[1]:g}" if key[1] else key[0]) for key in found]
+    sparsities = sorted({row.sparsity for rows in found.values() for row in rows})
+    lines: list[tuple[Cell, ...]] = []
+    for sparsity in sparsities:
+        line = [text(f"{100 * sparsity:g}")]
+        for rows in found.values():
+            row = next((row for row in rows if row.sparsity == sparsity), None)
+            line.append(number(None) if row is None else number(row.mean("perplexity"), row.spread("perplexity")))
+        lines.append(tuple(line))
+    used = [row for rows in found.values() for row in rows]
+    title = f"Perplexity over sparsity, {pattern} (Figure 1{letter})"
+    return Table(f"sparsity_{pattern}", title, tuple(heads), tuple(lines), note=note(used, SPREAD_NOTE))
+
+
+def _missing(found: dict[tuple[str, float], list[Row]]) -> str:
+    lacking = []
+    for method in METHODS:
+        have = {round(row.sparsity, 6) for row in found.get((method, 0.0), [])}
+        gaps = [f"{100 * value:g}" for value in SPARSITIES if value not in have]
+        if gaps:
+            lacking.append(f"{NAMES[method]} at {', '.join(gaps)} %")
+    return "; ".join(lacking)

@@ -1,0 +1,135 @@
+"""Who may be compared with whom: rows grouped by the sparsity that was measured, not by the one asked for."""
+
+from __future__ import annotations
+
+from thanos.study.report.rows import GROUP_WIDTH, Results, Row, comparable, groups_by_sparsity, ranks
+from thanos.study.report.sections.common import (
+    RANK_NOTE,
+    SPREAD_NOTE,
+    Section,
+    best_by,
+    equal_alphas,
+    headline_sparsity,
+    note,
+    patterns_of,
+)
+from thanos.study.report.tables import Cell, Table, columns, measures, number, text
+from thanos.study.report.values import difference, setting
+
+_FIELDS = ("perplexity", "kl_divergence", "top1_agreement", "zero_shot")
+_HEADS = (
+    "<Method|method",
+    "<rank",
+    "α|alpha",
+    "<budget|keep_budget",
+    "measured sparsity (%)|sparsity",
+    "perplexity",
+    "KL (nats/token)|kl_divergence",
+    "top-1 (%)|top1_agreement",
+    "zero-shot (%)|zero_shot",
+)
+
+
+def fairness(results: Results) -> Section:
+    """Return the comparisons by measured sparsity, and what is not compared."""
+    section = Section("fairness", "Who is compared with whom")
+    points = f"{100 * GROUP_WIDTH:g} points"
+    section.prose.append(
+        (
+            f"Rows are grouped by measured sparsity of the pruned layers and never ranked across more than {points}: fewer "
+            "zeros make any method look better. Outlier rows (α > 0) left dense lower the sparsity of n:m patterns, so α is "
+            "judged both ways: every method at the lowered sparsity, and α with the budget kept at the full one.",
+        )
+    )
+    groups = groups_by_sparsity(row for row in results.rows if row.has_default_block)
+    with_alpha = [rows for group in groups if len(rows := _both_ways(group)) > 1]
+    if with_alpha:
+        section.tables.append(_table("alpha_both_ways", "α > 0 at equal measured sparsity", with_alpha))
+    else:
+        section.missing.append("rows with α > 0 and others at their measured sparsity (45 % for 2:4 with α = 0.1)")
+    section.missing += _missing(results)
+    apart = _apart(results)
+    if apart is not None:
+        section.tables.append(apart)
+    several = [group for group in groups if len(group) > 1]
+    if several:
+        section.tables.append(_table("sparsity_groups", "All groups of equal measured sparsity", several, folded=True))
+    return section
+
+
+def _both_ways(group: list[Row]) -> list[Row]:
+    """Return the rows of a group with α = 0 or the paper's 0.1, if one of an n:m pattern has α; columns have a section."""
+    rows = [row for row in group if row.pattern != "columns" and row.alpha in (0.0, 0.1)]
+    return rows if any(row.alpha and ":" in row.pattern for row in rows) else []
+
+
+def _table(name: str, title: str, groups: list[list[Row]], *, folded: bool = False) -> Table:
+    lines: list[tuple[Cell, ...]] = []
+    bands: dict[int, str] = {}
+    for group in groups:
+        shares = [row.value("sparsity") for row in group]
+        low, high = f"{100 * min(shares):.1f}", f"{100 * max(shares):.1f}"
+        span = low if low == high else f"{low}–{high}"
+        for pattern in patterns_of(group):
+            rows = [row for row in group if row.pattern == pattern]
+            bands[len(lines)] = f"{span} % measured, {pattern}"
+            best = best_by(rows, _FIELDS)
+            lines += [_line(row, rank, best) for row, rank in zip(rows, ranks(rows), strict=True)]
+    rows = [row for group in groups for row in group]
+    about = note(rows, SPREAD_NOTE, "Ranked within one pattern.", RANK_NOTE)
+    return Table(name, title, columns(*_HEADS), tuple(lines), bands, about, folded)
+
+
+def _line(row: Row, rank: str, best: dict[str, list[Row]]) -> tuple[Cell, ...]:
+    budget = "" if not row.alpha else "kept" if row.keep_budget else "as asked"
+    alpha = number(setting(row.records[0], "alpha"))
+    cells = measures(row, ("sparsity", *_FIELDS), best)
+    return (text(row.name), text(rank), alpha, text(budget), *cells)
+
+
+def _apart(results: Results) -> Table | None:
+    """Return the pairs that a reader may want ranked and that are not: α > 0 against α = 0 of the same request."""
+    lines, used = [], []
+    for row in results.rows:
+        if not row.alpha or not row.has_default_block:
+            continue
+        base = results.find(method=row.method, pattern=row.pattern, sparsity=row.sparsity)
+        if base is None or comparable(row, base):
+            continue
+        own, other = row.mean("sparsity"), base.mean("sparsity")
+        assert own is not None
+        assert other is not None
+        lines.append(
+            (text(row.setting), number(own), text(base.setting), number(other), number(difference(own, other)))
+        )
+        used += [row, base]
+    if not lines:
+        return None
+    heads = columns(
+        "<Row|row",
+        "sparsity (%)|sparsity",
+        "<not ranked against|other",
+        "sparsity (%)|other_sparsity",
+        "points apart|difference",
+    )
+    title = "Not ranked: the same request, another sparsity"
+    return Table("not_ranked", title, heads, tuple(lines), note=note(dict.fromkeys(used)), folded=len(lines) > 8)
+
+
+def _missing(results: Results) -> list[str]:
+    """Name what the comparison of α both ways lacks for the n:m patterns of the store."""
+    found = []
+    for pattern in (p for p in patterns_of(results.rows) if ":" in p):
+        sparsity = headline_sparsity(results, pattern)
+        if sparsity is None:
+            continue
+        if len(equal_alphas(results, "thanos", pattern, sparsity)) < 2:
+            found.append(f"Thanos, {pattern}, α = 0.1, budget kept, beside α = 0")
+        lowered = {row.method for row in results.select(pattern=pattern) if row.alpha and _is_lowered(row)}
+        if "thanos" not in lowered or len(lowered) < 2:
+            found.append(f"all methods, {pattern}, α = 0.1, budget as asked")
+    return found
+
+
+def _is_lowered(row: Row) -> bool:
+    return row.sparsity - row.value("sparsity") > GROUP_WIDTH

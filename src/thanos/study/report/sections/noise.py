@@ -1,0 +1,88 @@
+"""How much of a difference is noise: spread over calibration seeds, and which differences exceed it."""
+
+from __future__ import annotations
+
+from thanos.study.report.rows import Results, Row, comparable, verdict
+from thanos.study.report.sections.common import HEADLINE, SIGNS, Section, headline_rows, note
+from thanos.study.report.tables import Cell, Table, columns, number, text
+from thanos.study.report.values import count, difference
+
+SEEDS = 3
+"""Fewest seeds of a headline row."""
+
+
+def noise(results: Results) -> Section:
+    """Return mean and spread of the headline rows, and every pair's difference beside the larger spread."""
+    section = Section("noise", "What is noise?")
+    section.prose.append(
+        (
+            "Each seed draws other calibration text. A difference no larger than the larger of two spreads (sample standard "
+            "deviations) is a tie and drawn as =.",
+        )
+    )
+    groups = [rows for pattern in HEADLINE if (rows := headline_rows(results, pattern))]
+    few = [row for rows in groups for row in rows if len(row.records) < SEEDS]
+    section.missing += [f"{row.setting}: {SEEDS - len(row.records)} more seeds" for row in few]
+    if not any(row.spread("perplexity") for rows in groups for row in rows):
+        return section
+    section.tables += [_spreads(groups), _pairs(groups)]
+    return section
+
+
+def _spreads(groups: list[list[Row]]) -> Table:
+    fields = ("perplexity", "kl_divergence", "zero_shot", "layer_error")
+    heads = columns(
+        "<Method|method",
+        "seeds",
+        "perplexity, mean|perplexity",
+        "spread|perplexity_spread",
+        "KL, mean (nats/token)|kl_divergence",
+        "spread|kl_divergence_spread",
+        "zero-shot, mean (%)|zero_shot",
+        "spread|zero_shot_spread",
+        "layer error, mean|layer_error",
+        "spread|layer_error_spread",
+    )
+    lines: list[tuple[Cell, ...]] = []
+    bands: dict[int, str] = {}
+    for rows in groups:
+        bands[len(lines)] = rows[0].pattern_label
+        for row in rows:
+            pairs = [number(value) for field in fields for value in (row.mean(field), row.spread(field))]
+            lines.append((text(row.name), number(count(row.records)), *pairs))
+    used = [row for rows in groups for row in rows]
+    return Table("noise", "Mean and spread over seeds", heads, tuple(lines), bands, note(used))
+
+
+def _pairs(groups: list[list[Row]]) -> Table:
+    heads = columns("<Method|first", "<|verdict", "<against|second", "difference", "larger spread|spread")
+    lines: list[tuple[Cell, ...]] = []
+    bands: dict[int, str] = {}
+    for rows in groups:
+        able = [row for row in rows if row.mean("perplexity") is not None]
+        pairs = [
+            (row, other) for place, row in enumerate(able) for other in able[place + 1 :] if comparable(row, other)
+        ]
+        if pairs:
+            bands[len(lines)] = rows[0].pattern_label
+        lines += [_pair(row, other) for row, other in pairs]
+    used = [row for rows in groups for row in rows]
+    about = note(used, "Perplexity; < lower, > higher, = a tie.")
+    return Table(
+        "differences", "Differences between methods, beside the noise", heads, tuple(lines), bands, about, folded=True
+    )
+
+
+def _pair(row: Row, other: Row) -> tuple[Cell, ...]:
+    first, second = row.mean("perplexity"), other.mean("perplexity")
+    assert first is not None
+    assert second is not None
+    spreads = [found for one in (row, other) if (found := one.spread("perplexity")) is not None]
+    larger = max(spreads, key=lambda value: value.value) if spreads else None
+    return (
+        text(row.name),
+        text(SIGNS[verdict(row, other)]),
+        text(other.name),
+        number(difference(first, second)),
+        number(larger),
+    )

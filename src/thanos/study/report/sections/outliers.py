@@ -1,0 +1,61 @@
+"""Outlier rows with the budget kept: what leaving rows dense is worth when the others must make up for it."""
+
+from __future__ import annotations
+
+from thanos.study.report.rows import Results, Row, comparable, verdict
+from thanos.study.report.sections.common import SIGNS, SPREAD_NOTE, Section, note
+from thanos.study.report.tables import Cell, Table, columns, measures, number, text
+from thanos.study.report.values import difference, setting
+
+_HEADS = (
+    "<Pattern|pattern",
+    "<Method|method",
+    "α|alpha",
+    "sparsity (%)|sparsity",
+    "perplexity",
+    "KL (nats/token)|kl_divergence",
+    "perplexity − that of α = 0|difference",
+    "<verdict",
+)
+
+
+def outliers(results: Results) -> Section:
+    """Return the rows with α > 0 that keep the budget, each beside the same without outlier rows."""
+    section = Section("outliers", "Outlier rows with the budget kept")
+    section.prose.append(
+        (
+            "With the budget kept, the other rows are pruned harder until the total is met: unstructured and columns raise "
+            "their sparsity; for n:m, the 2α rows of least output energy keep half the non-zeros (1:4 in a 2:4 model). "
+            "Only rows of equal measured sparsity are compared.",
+        )
+    )
+    rows = [row for row in results.rows if row.alpha and row.keep_budget and row.has_default_block]
+    if not rows:
+        section.missing.append("rows with outlier_rows > 0 and keep_budget = true, beside α = 0")
+        return section
+    lines = [_line(results, row) for row in rows]
+    about = note(
+        rows, SPREAD_NOTE, "< better than α = 0, > worse, = a difference within the larger spread, – not comparable."
+    )
+    section.tables.append(
+        Table("budget_kept", "Outlier rows at the full sparsity", columns(*_HEADS), tuple(lines), note=about)
+    )
+    return section
+
+
+def _line(results: Results, row: Row) -> tuple[Cell, ...]:
+    base = results.find(method=row.method, pattern=row.pattern, sparsity=row.sparsity)
+    change, sign = None, "–"
+    if base is not None and comparable(row, base):
+        own, other = row.mean("perplexity"), base.mean("perplexity")
+        change = None if own is None or other is None else difference(own, other)
+        sign = SIGNS[verdict(row, base)]
+    return (
+        text(row.pattern_label),
+        text(row.name),
+        number(setting(row.records[0], "alpha")),
+        number(row.mean("sparsity")),
+        *measures(row, ("perplexity", "kl_divergence")),
+        number(change),
+        text(sign),
+    )

@@ -1,0 +1,99 @@
+"""Tables 2 and 3 in the paper's layout: perplexity by model, and zero-shot accuracy by task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from thanos.study.report.rows import Results, Row, comparable, ranks
+from thanos.study.report.sections.common import (
+    HEADLINE,
+    RANK_NOTE,
+    SPREAD_NOTE,
+    Section,
+    best_by,
+    headline_sparsity,
+    note,
+)
+from thanos.study.report.tables import Cell, Column, Table, number, text
+
+
+def perplexity_table(studies: Sequence[Results]) -> Section:
+    """Return the paper's Table 2: perplexity, patterns and methods downwards, models across."""
+    section = Section("table2", "Perplexity by model (the paper's Table 2)")
+    rows = {results.model: [row for pattern in HEADLINE for row in _rows(results, pattern)] for results in studies}
+    keys = sorted({_key(row): row.order for own in rows.values() for row in own}.items(), key=lambda item: item[1])
+    if not keys:
+        section.missing.append("the headline cells with an evaluation")
+        return section
+    heads = [Column("Method", "method", is_text=True), *(Column(r.model, r.model) for r in studies)]
+    dense = [None if r.dense is None else r.dense.mean("perplexity") for r in studies]
+    lines: list[tuple[Cell, ...]] = [(text("Dense"), *(number(value) for value in dense))]
+    bands: dict[int, str] = {}
+    for key, _ in keys:
+        line, label = [], ""
+        for results in studies:
+            row = next((row for row in rows[results.model] if _key(row) == key), None)
+            label = row.label if row is not None else label
+            if row is not None and row.pattern_label not in bands.values():
+                bands[len(lines)] = row.pattern_label
+            best = row is not None and row in _best(rows[results.model], row)
+            line.append(
+                number(None) if row is None else number(row.mean("perplexity"), row.spread("perplexity"), best=best)
+            )
+        lines.append((text(label), *line))
+    used = [row for own in rows.values() for row in own]
+    about = note(used, SPREAD_NOTE, "Bold: not beaten within its pattern at equal measured sparsity.")
+    section.tables.append(Table("table2", "Perplexity by model", tuple(heads), tuple(lines), bands, about))
+    return section
+
+
+def zero_shot_table(results: Results) -> Section:
+    """Return the paper's Table 3: zero-shot accuracy, patterns and methods downwards, tasks across."""
+    section = Section("zero_shot", "Zero-shot accuracy by task (the paper's Table 3)")
+    rows = [row for pattern in HEADLINE for row in _rows(results, pattern) if row.mean("zero_shot") is not None]
+    known = [results.dense, *rows] if results.dense is not None and results.dense.mean("zero_shot") else list(rows)
+    if not known:
+        section.missing.append("headline cells with zero-shot tasks")
+        return section
+    tasks = list(
+        dict.fromkeys(task for row in known for r in row.records if r.zero_shot for task in r.zero_shot["tasks"])
+    )
+    fields = [f"task:{task}" for task in tasks] + ["zero_shot", "zero_shot_stderr"]
+    heads = [Column("Method", "method", is_text=True), *(Column(f"{task} (%)", task) for task in tasks)]
+    heads += [
+        Column("average (%)", "average"),
+        Column("standard error (%)", "average_stderr"),
+        Column("rank", "rank", is_text=True),
+    ]
+    lines: list[tuple[Cell, ...]] = []
+    bands: dict[int, str] = {}
+    for row in known:
+        peers = [other for other in rows if other.pattern_label == row.pattern_label]
+        if peers and row.pattern_label not in bands.values():
+            bands[len(lines)] = row.pattern_label
+        rank = ranks(peers, "zero_shot")[peers.index(row)] if row in peers else ""
+        best = best_by(peers, fields[:-1])
+        cells = [number(row.mean(field), best=row in best.get(field, ())) for field in fields]
+        lines.append((text(row.label), *cells, text(rank)))
+    about = note(
+        known, "Means over calibration seeds; the standard error is the evaluation's, over the tasks' items.", RANK_NOTE
+    )
+    section.tables.append(Table("table3", "Zero-shot accuracy by task", tuple(heads), tuple(lines), bands, about))
+    return section
+
+
+def _rows(results: Results, pattern: str) -> list[Row]:
+    """Return the headline's rows with default blocks, and Thanos with α = 0.1 as the paper has it."""
+    sparsity = headline_sparsity(results, pattern)
+    if sparsity is None:
+        return []
+    rows = [row for row in results.select(pattern=pattern, sparsity=sparsity) if row.has_default_block]
+    return [row for row in rows if row.alpha == 0 or (row.alpha == 0.1 and row.method == "thanos")]
+
+
+def _key(row: Row) -> tuple[object, ...]:
+    return (row.method, row.pattern, row.sparsity, row.alpha, row.keep_budget)
+
+
+def _best(rows: list[Row], row: Row) -> list[Row]:
+    return best_by([o for o in rows if o.pattern == row.pattern and comparable(o, row)], ["perplexity"])["perplexity"]

@@ -1,0 +1,116 @@
+"""The headline: every method at 50 %, 2:4, 4:8 and columns, beside the dense model."""
+
+from __future__ import annotations
+
+from thanos.study.report.charts import Chart, Point, Series
+from thanos.study.report.rows import NAMES, Results, Row, ranks
+from thanos.study.report.sections.common import (
+    HEADLINE,
+    RANK_NOTE,
+    SPREAD_NOTE,
+    Section,
+    best_by,
+    headline_rows,
+    note,
+)
+from thanos.study.report.tables import Cell, Table, columns, measures, number, text
+from thanos.study.report.values import Prose, count
+
+_FIELDS = ("perplexity", "kl_divergence", "top1_agreement", "zero_shot", "zero_shot_stderr", "layer_error", "seconds")
+_RANKED = ("perplexity", "kl_divergence", "top1_agreement", "zero_shot", "layer_error")
+
+METHODS = ("thanos", "sparsegpt", "wanda", "magnitude")
+
+
+def summary(results: Results) -> Section:
+    """Return the headline table and figure."""
+    groups = {pattern: headline_rows(results, pattern) for pattern in HEADLINE}
+    section = Section("summary", "Summary")
+    section.missing = _missing(results, groups)
+    rows = [row for group in groups.values() for row in group]
+    if not rows and results.dense is None:
+        return section
+    section.tables.append(_table(results, groups))
+    section.prose.append(_settings(results))
+    chart = _chart(results, groups)
+    if any(series.points for series in chart.series):
+        section.figures.append(chart)
+    return section
+
+
+def _table(results: Results, groups: dict[str, list[Row]]) -> Table:
+    heads = columns(
+        "<Method|method",
+        "<rank",
+        "sparsity (%)|sparsity",
+        "perplexity",
+        "KL (nats/token)|kl_divergence",
+        "top-1 (%)|top1_agreement",
+        "zero-shot (%)|zero_shot",
+        "standard error (%)|zero_shot_stderr",
+        "layer error|layer_error",
+        "pruning (s)|seconds",
+        "seeds",
+    )
+    lines: list[tuple[Cell, ...]] = []
+    bands: dict[int, str] = {}
+    if results.dense is not None:
+        sparsity = number(results.dense.mean("sparsity"))
+        lines.append((text("Dense"), text(""), sparsity, *measures(results.dense, _FIELDS), text("–")))
+    for group in groups.values():
+        if group:
+            bands[len(lines)] = group[0].pattern_label
+        best = best_by(group, _RANKED)
+        for row, rank in zip(group, ranks(group), strict=True):
+            cells = measures(row, _FIELDS, best)
+            sparsity, seeds = number(row.mean("sparsity")), number(count(row.records))
+            lines.append((text(row.name), text(rank), sparsity, *cells, seeds))
+    rows = [row for group in groups.values() for row in group]
+    return Table(
+        "summary",
+        "Methods at the headline settings",
+        heads,
+        tuple(lines),
+        bands,
+        note(rows, SPREAD_NOTE, "Bold: not beaten by more than the spread.", RANK_NOTE),
+    )
+
+
+def _settings(results: Results) -> Prose:
+    calibration, samples, length, damping = results.base
+    first = next((r for row in results.rows for r in row.records if r.evaluation), None)
+    words = [f"Calibration: {samples} × {length} tokens of {calibration}; damping {damping:g}." if calibration else ""]
+    if first is not None and first.evaluation is not None:
+        found = first.evaluation
+        words.append(
+            f" Perplexity: {found['text']}, {found['windows']} windows of {found['sequence_length']} tokens "
+            f"({found['tokens']:,} scored). KL divergence and top-1 agreement compare with the dense model."
+        )
+    return ("".join(words).strip(),)
+
+
+def _chart(results: Results, groups: dict[str, list[Row]]) -> Chart:
+    series = []
+    for group in groups.values():
+        points = []
+        for row in group:
+            y, x = row.mean("perplexity"), row.mean("sparsity")
+            if x is not None and y is not None:
+                points.append(Point(x, y, row.spread("perplexity"), row.name, style=row.method))
+        if points:
+            series.append(Series(group[0].pattern_label, points[0].style, tuple(points)))
+    dense = None if results.dense is None else results.dense.mean("perplexity")
+    reference = None if dense is None else ("dense", dense)
+    return Chart("dots", "summary", "Perplexity by pattern and method", "", "perplexity", tuple(series), reference)
+
+
+def _missing(results: Results, groups: dict[str, list[Row]]) -> list[str]:
+    found = [] if results.dense is not None else ["the dense model"]
+    for pattern, group in groups.items():
+        have = {row.method for row in group}
+        lacking = [NAMES[method] for method in METHODS if method not in have]
+        if lacking:
+            label = group[0].pattern_label if group else f"{pattern}{'' if ':' in pattern else ' 50 %'}"
+            label = label if group or pattern != "columns" else "columns 30 %"
+            found.append(f"{label}: {', '.join(lacking)}")
+    return found

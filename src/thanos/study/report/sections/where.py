@@ -1,0 +1,78 @@
+"""Where it hurts: relative error and sparsity by block and kind of layer, and the worst layers by name."""
+
+from __future__ import annotations
+
+from thanos.study.report.charts import HeatMap
+from thanos.study.report.rows import Results, Row
+from thanos.study.report.sections.alpha import file_name
+from thanos.study.report.sections.common import HEADLINE, Section, headline_rows, note
+from thanos.study.report.tables import Cell, Table, columns, number, text
+from thanos.study.report.values import Number, setting
+from thanos.study.store import CellRecord
+
+WORST = 10
+"""Layers named for each pattern."""
+
+_MAPS = {"error": ("relative error", "Relative error"), "zeros": ("sparsity (%)", "Sparsity")}
+
+
+def where(results: Results) -> Section:
+    """Return heat maps for Thanos at each headline pattern (its first seed), and the worst layers."""
+    section = Section("where", "Where it hurts")
+    rows = [row for pattern in HEADLINE for row in headline_rows(results, pattern) if row.method == "thanos"]
+    rows = [row for row in rows if row.records[0].layers]
+    if not rows:
+        section.missing.append("a headline cell of Thanos")
+        return section
+    section.prose.append(
+        ("Thanos, first seed of each pattern. Relative error is the share of a layer's output energy that changed.",)
+    )
+    lines: list[tuple[Cell, ...]] = []
+    bands: dict[int, str] = {}
+    for row in rows:
+        record = row.records[0]
+        for kind in _MAPS:
+            found = _map(row, record, kind)
+            if found is not None:
+                section.figures.append(found)
+        bands[len(lines)] = row.pattern_label
+        lines += _worst(record)
+    heads = columns("<Layer|layer", "error|error_after", "without compensation|error_before", "sparsity (%)|sparsity")
+    title = f"The {WORST} worst layers of each pattern"
+    section.tables.append(Table("worst_layers", title, heads, tuple(lines), bands, note(rows, "First seed of each.")))
+    return section
+
+
+def _map(row: Row, record: CellRecord, kind: str) -> HeatMap | None:
+    places: dict[tuple[int, str], Number] = {}
+    for layer in record.layers:
+        value = setting(record, f"{kind}:{layer['name']}")
+        place = (layer["block"], layer["name"].rsplit(".", 1)[-1])
+        # Several layers of one kind in a block are experts: the worst stands for them.
+        if (
+            layer["block"] is not None
+            and value is not None
+            and (place not in places or value.value > places[place].value)
+        ):
+            places[place] = value
+    if not places:
+        return None
+    kinds = list(dict.fromkeys(name for _, name in places))
+    blocks = sorted({block for block, _ in places})
+    label, title = _MAPS[kind]
+    return HeatMap(
+        f"where_{file_name(row.pattern)}_{'error' if kind == 'error' else 'sparsity'}",
+        f"{title} by layer, Thanos, {row.pattern_label}",
+        label,
+        tuple(kinds),
+        tuple(str(block) for block in blocks),
+        tuple(tuple(places.get((block, name)) for name in kinds) for block in blocks),
+    )
+
+
+def _worst(record: CellRecord) -> list[tuple[Cell, ...]]:
+    known = [layer for layer in record.layers if layer["error_after_compensation"] is not None]
+    worst = sorted(known, key=lambda layer: -layer["error_after_compensation"])[:WORST]
+    names = [layer["name"] for layer in worst]
+    kinds = ("error", "raw_error", "zeros")
+    return [(text(name), *(number(setting(record, f"{kind}:{name}")) for kind in kinds)) for name in names]

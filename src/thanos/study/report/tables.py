@@ -1,0 +1,206 @@
+"""Tables of a report, and their text as CSV, Markdown and LaTeX. HTML is in page.py."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from thanos.study.report.values import Number, Prose, plain
+
+_WITHOUT_SPREAD = ("zero_shot_stderr", "layer_error", "seconds", "solve_seconds", "sparsity", "peak_bytes")
+"""Shown as means alone, to keep tables narrow; the spread of the layer error is in the table of noise."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One cell of a table: a number with or without its spread, or a text.
+
+    Attributes:
+        text: shown where there is no number.
+        number: from the store.
+        spread: of the number over seeds.
+        best: shown bold.
+        prose: several numbers in a sentence, instead of the above.
+    """
+
+    text: str = ""
+    number: Number | None = None
+    spread: Number | None = None
+    best: bool = False
+    prose: Prose = ()
+
+    @property
+    def shown(self) -> str:
+        """What a reader sees."""
+        if self.prose:
+            return plain(self.prose)
+        if self.number is None:
+            return self.text
+        return self.number.text if self.spread is None else f"{self.number.text} ± {self.spread.text}"
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One column: its heading for people, and its name in the CSV file; numbers stand to the right."""
+
+    head: str
+    name: str
+    is_text: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table.
+
+    Attributes:
+        name: of its files.
+        title: what it shows.
+        columns: from left to right.
+        rows: a cell for each column.
+        bands: row index → the heading above that row.
+        note: how many cells, which sparsity, how to read it.
+        folded: closed in the page until the reader opens it.
+    """
+
+    name: str
+    title: str
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    bands: dict[int, str] = field(default_factory=dict)
+    note: Prose = ()
+    folded: bool = False
+
+
+def text(value: Any) -> Cell:
+    """Return a cell of text."""
+    return Cell(text=str(value))
+
+
+def number(value: Number | None, spread: Number | None = None, *, best: bool = False) -> Cell:
+    """Return a cell of a number, a dash where it is unknown."""
+    return Cell(text="–", number=value, spread=spread, best=best)
+
+
+def columns(*heads: str) -> tuple[Column, ...]:
+    """Return columns from ``head|name`` texts; a leading ``<`` makes a column of text."""
+    found = []
+    for head in heads:
+        shown, _, name = head.removeprefix("<").partition("|")
+        found.append(Column(shown, name or shown.lower().replace(" ", "_"), head.startswith("<")))
+    return tuple(found)
+
+
+def to_csv(table: Table) -> str:
+    """Return a table as CSV: unrounded numbers in the store's units, spreads in columns of their own."""
+    spreads = _columns_with_spreads(table)
+    heads = ["group"] if table.bands else []
+    for index, column in enumerate(table.columns):
+        heads += [column.name, *([f"{column.name}_spread"] if index in spreads else [])]
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(heads)
+    band = ""
+    for index, row in enumerate(table.rows):
+        band = table.bands.get(index, band)
+        line = [band] if table.bands else []
+        for place, cell in enumerate(row):
+            line.append(cell.shown if cell.number is None else repr(cell.number.value))
+            if place in spreads:
+                line.append("" if cell.spread is None else repr(cell.spread.value))
+        writer.writerow(line)
+    return out.getvalue()
+
+
+def to_markdown(table: Table) -> str:
+    """Return a table in GitHub's Markdown, title above and note below."""
+    lines = [[_markdown(column.head) for column in table.columns]]
+    lines += [["---" if column.is_text else "---:" for column in table.columns]]
+    for index, row in enumerate(table.rows):
+        if index in table.bands:
+            lines.append([f"**{_markdown(table.bands[index])}**", *[""] * (len(row) - 1)])
+        lines.append([f"**{_markdown(c.shown)}**" if c.best else _markdown(c.shown) for c in row])
+    body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return (
+        "\n\n".join(part for part in (f"**{_markdown(table.title)}**", body, _markdown(plain(table.note))) if part)
+        + "\n"
+    )
+
+
+def to_latex(table: Table) -> str:
+    """Return a table for LaTeX; it needs the package booktabs."""
+    shape = "".join("l" if column.is_text else "r" for column in table.columns)
+    lines = [
+        r"\begin{table}",
+        r"\centering",
+        rf"\caption{{{_latex(table.title)}. {_latex(plain(table.note))}}}",
+        rf"\label{{tab:{table.name}}}",
+        rf"\begin{{tabular}}{{{shape}}}",
+        r"\toprule",
+        _latex_line(_latex(column.head) for column in table.columns),
+        r"\midrule",
+    ]
+    for index, row in enumerate(table.rows):
+        if index in table.bands:
+            lines += [r"\midrule"] if index else []
+            lines.append(rf"\multicolumn{{{len(row)}}}{{l}}{{\textit{{{_latex(table.bands[index])}}}}} \\")
+        lines.append(_latex_line(rf"\textbf{{{_latex(c.shown)}}}" if c.best else _latex(c.shown) for c in row))
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"]) + "\n"
+
+
+def _columns_with_spreads(table: Table) -> set[int]:
+    return {index for row in table.rows for index, cell in enumerate(row) if cell.spread is not None}
+
+
+def _markdown(value: str) -> str:
+    return value.replace("|", r"\|").replace("\n", " ")
+
+
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "α": r"$\alpha$",
+    "±": r"$\pm$",
+    "−": r"$-$",
+    "×": r"$\times$",
+    "≤": r"$\le$",
+    "°": r"$^\circ$",
+    "–": "--",
+    "…": r"\dots{}",
+    "<": r"$<$",
+    ">": r"$>$",
+}
+
+
+_LATEX |= {"⁰¹²³⁴⁵⁶⁷⁸⁹"[digit]: rf"$^{digit}$" for digit in range(10)} | {"⁻": r"$^-$"}
+
+
+def _latex(value: str) -> str:
+    return "".join(_LATEX.get(letter, letter) for letter in value)
+
+
+def _latex_line(cells: Iterable[str]) -> str:
+    return " & ".join(cells) + r" \\"
+
+
+WRITERS = {"csv": to_csv, "md": to_markdown, "tex": to_latex}
+"""File ending → writer."""
+
+
+def measures(row: Any, fields: Sequence[str], best: dict[str, Any] | None = None) -> list[Cell]:
+    """Return a cell for each field of a row: mean and spread, bold where ``best`` names this row for the field."""
+    found = []
+    for name in fields:
+        spread = None if name in _WITHOUT_SPREAD else row.spread(name)
+        found.append(number(row.mean(name), spread, best=bool(best) and row in best.get(name, ())))
+    return found

@@ -1,0 +1,249 @@
+"""Numbers of a report: each knows the cells of the store that it comes from, and how.
+
+A report prints no other numbers. ``how`` says what was done with one field of the named cells:
+
+- ``value``: the field of the first cell (a setting, or a count of cells for the field ``cells``);
+- ``mean``, ``spread``: over the cells, which differ in their seed; the spread is the sample standard deviation;
+- ``difference``: mean over ``cells`` minus mean over ``minus``;
+- ``gain``: (mean over ``minus`` − mean over ``cells``) / mean over ``minus``;
+- ``price``: seconds that ``cells`` take more than ``minus``, for each point of the field by which they are lower.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from thanos.study.store import CellRecord
+
+KEY_DIGITS = 12
+"""Hexadecimal digits by which a report names a cell: 48 bits, no two cells of one store will share them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """One quantity of a record.
+
+    Attributes:
+        read: a record's value; None where it has none.
+        label: what a table or an axis calls it, with its unit.
+        show: a value in the label's unit as text.
+        scale: from the store's unit to the label's.
+        higher: larger is better.
+    """
+
+    read: Callable[[CellRecord], float | None]
+    label: str
+    show: Callable[[float], str]
+    scale: float = 1.0
+    higher: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Number:
+    """A number and where it comes from; see the module's text for ``how``.
+
+    Attributes:
+        value: unrounded, in the store's unit.
+        field: name of a :func:`field_of`.
+        how: what was done.
+        cells: short keys of the cells.
+        minus: short keys of the cells compared with.
+    """
+
+    value: float
+    field: str
+    how: str
+    cells: tuple[str, ...]
+    minus: tuple[str, ...] = ()
+
+    @property
+    def scaled(self) -> float:
+        """The value in the unit of the field's label."""
+        return self.value * field_of(self.field).scale
+
+    @property
+    def text(self) -> str:
+        """The value as a table shows it, in the unit of the field's label."""
+        if self.how == "gain":
+            return f"{100 * self.value:.1f} %".replace("-", "−")
+        if self.how == "price":
+            return _significant(self.value).replace("-", "−")
+        text = field_of(self.field).show(self.scaled)
+        return f"+{text}" if self.how == "difference" and self.value > 0 else text.replace("-", "−")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        found: dict[str, Any] = {"value": self.value, "field": self.field, "how": self.how, "cells": list(self.cells)}
+        return {**found, "minus": list(self.minus)} if self.minus else found
+
+
+Prose = tuple[str | Number, ...]
+"""A sentence or more: texts and numbers in turn."""
+
+
+def plain(prose: Prose) -> str:
+    """Return the words and the numbers as text."""
+    return "".join(part if isinstance(part, str) else part.text for part in prose)
+
+
+def short(record: CellRecord) -> str:
+    """Return the short key by which a report names a cell."""
+    return record.key[:KEY_DIGITS]
+
+
+def setting(record: CellRecord, field: str) -> Number | None:
+    """Return a field of one cell; None where it has none."""
+    value = field_of(field).read(record)
+    return None if value is None else Number(value, field, "value", (short(record),))
+
+
+def count(records: Sequence[CellRecord]) -> Number:
+    """Return the number of cells."""
+    return Number(len(records), "cells", "value", tuple(short(record) for record in records))
+
+
+def mean(records: Sequence[CellRecord], field: str) -> Number | None:
+    """Return the mean of a field over the cells that have it; None where none has."""
+    values = _values(records, field)
+    return Number(statistics.fmean(values.values()), field, "mean", tuple(values)) if values else None
+
+
+def spread(records: Sequence[CellRecord], field: str) -> Number | None:
+    """Return the sample standard deviation of a field; None for fewer than two cells that have it."""
+    values = _values(records, field)
+    return Number(statistics.stdev(values.values()), field, "spread", tuple(values)) if len(values) > 1 else None
+
+
+def difference(first: Number, second: Number) -> Number:
+    """Return first − second, both means of one field."""
+    assert first.field == second.field
+    return Number(first.value - second.value, first.field, "difference", first.cells, second.cells)
+
+
+def gain(first: Number, second: Number) -> Number:
+    """Return by what share of the second mean the first is lower."""
+    assert first.field == second.field
+    return Number((second.value - first.value) / second.value, first.field, "gain", first.cells, second.cells)
+
+
+def price(seconds: tuple[Number, Number], quality: tuple[Number, Number]) -> Number | None:
+    """Return the seconds that the first of each pair costs more for each point by which its quality is lower (better).
+
+    None where the first is not better.
+    """
+    better = quality[1].value - quality[0].value
+    if better <= 0:
+        return None
+    value = (seconds[0].value - seconds[1].value) / better
+    return Number(value, quality[0].field, "price", quality[0].cells, quality[1].cells)
+
+
+def _values(records: Sequence[CellRecord], field: str) -> dict[str, float]:
+    read = field_of(field).read
+    found = {short(record): read(record) for record in records}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def field_of(name: str) -> Field:
+    """Return a quantity by name.
+
+    Beside :data:`FIELDS` there are ``task:NAME`` and ``task_stderr:NAME`` (accuracy on one zero-shot task), ``error:LAYER``,
+    ``raw_error:LAYER`` and ``zeros:LAYER`` (relative error after and before compensation, and sparsity, of one layer), and
+    ``formula:NAME`` (relative error of one way to compensate removed columns).
+    """
+    kind, _, rest = name.partition(":")
+    if not rest:
+        return FIELDS[name]
+    if kind in ("task", "task_stderr"):
+        key = "acc" if kind == "task" else "acc_stderr"
+        return Field(lambda r: _dig(r.zero_shot, "tasks", rest, key), f"{rest} (%)", _one, 100, higher=True)
+    if kind == "formula":
+        return Field(lambda r: _dig(r.formula, "errors", rest), "relative error", _significant)
+    key = {"error": "error_after_compensation", "raw_error": "error_before_compensation", "zeros": "sparsity"}[kind]
+    if kind == "zeros":
+        return Field(lambda r: _layer(r, rest, key), "sparsity (%)", _two, 100)
+    return Field(lambda r: _layer(r, rest, key), "relative error", _significant)
+
+
+def _layer(record: CellRecord, name: str, key: str) -> float | None:
+    return next((layer[key] for layer in record.layers if layer["name"] == name), None)
+
+
+def _dig(values: Any, *path: str) -> float | None:
+    for name in path:
+        values = values.get(name) if isinstance(values, dict) else None
+    return values
+
+
+def _layer_error(record: CellRecord) -> float | None:
+    errors = [layer["error_after_compensation"] for layer in record.layers]
+    known = [error for error in errors if error is not None]
+    return statistics.fmean(known) if known else None
+
+
+def _peak(record: CellRecord) -> float | None:
+    return record.device_peak_bytes if record.device_peak_bytes is not None else record.host_peak_bytes
+
+
+_SUPERSCRIPTS = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
+
+
+def power_of_ten(exponent: int) -> str:
+    """Return ``10⁷``."""
+    return f"10{str(exponent).translate(_SUPERSCRIPTS)}"
+
+
+def _perplexity(value: float) -> str:
+    if abs(value) >= 1e6:
+        digits, exponent = f"{value:.2e}".split("e")
+        return f"{digits} × {power_of_ten(int(exponent))}"
+    return f"{value:,.2f}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def _one(value: float) -> str:
+    return f"{value:.1f}"
+
+
+def _two(value: float) -> str:
+    return f"{value:.2f}"
+
+
+def _plain(value: float) -> str:
+    return f"{value:g}"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2f}" if abs(value) < 10 else f"{value:,.1f}" if abs(value) < 100 else f"{value:,.0f}"
+
+
+def _significant(value: float) -> str:
+    """Four significant digits, never in powers of ten for what a layer's error or a price can be."""
+    size = abs(value)
+    if size == 0:
+        return "0"
+    if size >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.{3 if size >= 1 else 5 if size >= 0.001 else 7}f}"
+
+
+FIELDS: dict[str, Field] = {
+    "cells": Field(lambda r: 1, "cells", _plain),
+    "perplexity": Field(lambda r: _dig(r.evaluation, "perplexity"), "perplexity", _perplexity),
+    "kl_divergence": Field(lambda r: _dig(r.evaluation, "kl_divergence"), "KL (nats/token)", lambda v: f"{v:.4f}"),
+    "top1_agreement": Field(lambda r: _dig(r.evaluation, "top1_agreement"), "top-1 (%)", _one, 100, higher=True),
+    "zero_shot": Field(lambda r: _dig(r.zero_shot, "average", "acc"), "zero-shot (%)", _one, 100, higher=True),
+    "zero_shot_stderr": Field(lambda r: _dig(r.zero_shot, "average", "acc_stderr"), "standard error (%)", _one, 100),
+    "sparsity": Field(lambda r: _dig(r.effective_sparsity, "targeted"), "measured sparsity (%)", _two, 100),
+    "sparsity_all": Field(lambda r: _dig(r.effective_sparsity, "all"), "of all parameters (%)", _two, 100),
+    "layer_error": Field(_layer_error, "mean layer error", _significant),
+    "seconds": Field(lambda r: r.seconds, "pruning (s)", _seconds),
+    "solve_seconds": Field(lambda r: _dig(r.phases, "solve", "seconds"), "of it solving (s)", _seconds),
+    "peak_bytes": Field(_peak, "peak memory (GiB)", _two, 2**-30),
+    "alpha": Field(lambda r: r.cell["outlier_rows"], "α", _plain),
+    "block_size": Field(lambda r: r.cell["block_size"], "B", _plain),
+    "damping": Field(lambda r: r.cell["damping"], "damping", _plain),
+    "samples": Field(lambda r: r.cell["samples"], "samples", _plain),
+}
