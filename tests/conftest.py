@@ -66,3 +66,20 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "prose.txt"
     path.write_text(prose(6000, seed=1), encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def study_report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a full synthetic study with its report. Not to be modified."""
+    pytest.importorskip("matplotlib", reason="the extra report is not installed")
+    from study_records import cell, failed, formula_record, full_study, write_store
+    from thanos.study.report import write_report
+
+    records = [
+        *full_study(),
+        formula_record(),
+        failed(cell("thanos", "columns", sparsity=0.95), "sparsity 0.95 <is> too much"),
+    ]
+    folder = write_store(tmp_path_factory.mktemp("study") / "full", records)
+    write_report(folder)
+    return folder

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import random
 from collections.abc import Iterable
@@ -15,7 +14,10 @@ from thanos.study.store import CellRecord, Contents, StoreWriter, cell_key
 
 METHODS = ("thanos", "sparsegpt", "wanda", "magnitude")
 TASKS = ("winogrande", "openbookqa", "piqa", "arc_easy", "arc_challenge")
-KINDS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # fmt: skip
+KINDS = (
+    *(f"self_attn.{name}_proj" for name in "qkvo"),
+    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+)
 MODEL = "SmolLM2-135M"
 
 _DENSE = 21.97
@@ -26,7 +28,16 @@ _PATTERN_HARM = {"unstructured": 1.0, "4:8": 1.45, "2:4": 1.95, "columns": 6.0}
 def cell(method: str = "thanos", pattern: str | None = "unstructured", **changes: Any) -> dict[str, Any]:
     """One cell, as the store has it: sparsity null for n:m, block size and damping where the method has them."""
     if method == "dense":
-        names = ("pattern", "sparsity", "outlier_rows", "keep_budget", "block_size", "damping", "calibration", "samples")
+        names = (
+            "pattern",
+            "sparsity",
+            "outlier_rows",
+            "keep_budget",
+            "block_size",
+            "damping",
+            "calibration",
+            "samples",
+        )
         return {"model": MODEL, "method": "dense"} | dict.fromkeys((*names, "sequence_length", "seed")) | changes
     assert pattern is not None
     has_blocks = method in ("thanos", "sparsegpt")
@@ -48,7 +59,12 @@ def cell(method: str = "thanos", pattern: str | None = "unstructured", **changes
 
 
 def record(
-    given: dict[str, Any], *, perplexity: float | None = None, sparsity: float | None = None, blocks: int = 3, **changes: Any
+    given: dict[str, Any],
+    *,
+    perplexity: float | None = None,
+    sparsity: float | None = None,
+    blocks: int = 3,
+    **changes: Any,
 ) -> CellRecord:
     """A finished cell with numbers drawn from its own coordinates; what is given is kept."""
     asked = {"dtype": "float32", "evaluation": {"text": "wikitext2", "sequence_length": 2048, "max_windows": None}}
@@ -78,7 +94,9 @@ def record(
             "perplexity": scored,
             "mean_loss": math.log(scored),
             "kl_divergence": max(0.0, math.log(scored / _DENSE)) * 1.07,
-            "top1_agreement": min(1.0, 1.0 / (1.0 + 0.5 * math.log(scored / _DENSE + 1e-9))) if scored > _DENSE else 1.0,
+            "top1_agreement": min(1.0, 1.0 / (1.0 + 0.5 * math.log(scored / _DENSE + 1e-9)))
+            if scored > _DENSE
+            else 1.0,
         },
         "zero_shot": _zero_shot(scored, draw),
         "layers": [] if given["method"] == "dense" else _layers(given, reached, draw, blocks),
@@ -92,7 +110,14 @@ def record(
 
 def failed(given: dict[str, Any], reason: str) -> CellRecord:
     """A cell that failed."""
-    empty = {"effective_sparsity": None, "evaluation": None, "zero_shot": None, "layers": [], "phases": {}, "seconds": None}
+    empty = {
+        "effective_sparsity": None,
+        "evaluation": None,
+        "zero_shot": None,
+        "layers": [],
+        "phases": {},
+        "seconds": None,
+    }
     return record(given, status="failed", reason=reason, host_peak_bytes=None, device_peak_bytes=None, **empty)
 
 
@@ -101,7 +126,9 @@ def formula_record(layer: str = "model.layers.0.mlp.down_proj") -> CellRecord:
     given = cell("dense", None) | {"method": "formula", "layer": layer}
     errors = {"eq13": 0.09401, "least_squares": 0.09401, "none": 0.27257, "eq72": 2.20354, "algorithm7": 49.17513}
     found = {"layer": layer, "shape": [192, 256], "removed": 64, "tokens": 4096, "damping": 0.01, "errors": errors}
-    return record(given, formula=found, effective_sparsity=None, evaluation=None, zero_shot=None, layers=[], seconds=None)
+    return record(
+        given, formula=found, effective_sparsity=None, evaluation=None, zero_shot=None, layers=[], seconds=None
+    )
 
 
 def full_study(model: str = MODEL, blocks: int = 6) -> list[CellRecord]:

@@ -33,6 +33,7 @@ OPTIONS = {
         "--quiet", "--help",
     },
     "inspect": {"--require", "--json", "--trust-remote-code", "--quiet", "--help"},
+    "report": {"--readme", "--quiet", "--help"},
 }  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Phase = Literal["load", "calibration", "statistics", "solve", "write", "propagate", "evaluate", "finish"]
+Phase = Literal["load", "calibration", "statistics", "solve", "write", "propagate", "evaluate", "finish", "draw"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -204,6 +204,30 @@ def inspect(
         raise typer.Exit(1)
 
 
+@app.command()
+def report(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A study's folder, which holds store.jsonl.")],
+    readme: Annotated[
+        Path | None,
+        _option(
+            "Also write the headline table and figure into this file, between its markers (default: none).", "FILE"
+        ),
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Write the report of the study in OUT: report.html, tables and figures."""
+    from thanos.cli import display, tables
+    from thanos.study.report import update_readme, write_report
+    from thanos.study.store import read_store, store_path
+
+    warnings = read_store(out).warnings
+    with display.watch(quiet=quiet) as watcher:
+        found = write_report(out, on_event=watcher)
+    if readme is not None:
+        update_readme(readme, store_path(out).parent)
+    tables.show_study_report(found, out, warnings, readme)
+
+
 def merge_recipe(path: Path | None, given: dict[str, Any]) -> Recipe:
     """Return the recipe of a file with the given flags in place of its settings.
 

@@ -20,6 +20,7 @@ _LABELS = {
     "propagate": "propagate",
     "evaluate": "evaluate",
     "finish": "finish",
+    "draw": "draw figures",
 }
 
 _WITHIN_BLOCK = {"statistics": (0.0, 0.45), "solve": (0.45, 0.35), "propagate": (0.8, 0.2)}

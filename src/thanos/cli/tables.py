@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from thanos.evaluation import Evaluation
     from thanos.inspection import Inspection
     from thanos.report import PhaseRecord, PruningReport
+    from thanos.study.report import Report
 
 _PLAIN_WIDTH = 140
 """Columns when the output is no terminal: wide enough that nothing is cut."""
@@ -100,6 +101,23 @@ def show_inspection(found: Inspection, json_file: Path | None) -> None:
     _finish(rows, found.to_dict(), json_file)
     for violation in found.violations:
         print(f"{violation.name}: {violation.reason}", file=sys.stderr)
+
+
+def show_study_report(report: Report, out: Path, warnings: Sequence[str], readme: Path | None) -> None:
+    """Print what a report holds, and what its sections lack."""
+    folder = out if out.is_dir() else out.parent
+    rows = [
+        ("page", str(folder / "report.html")),
+        ("tables", f"{len(report.tables)} in {folder / 'tables'}"),
+        ("figures", f"{len(report.figures)} in {folder / 'figures'}"),
+        *([("headline", f"in {readme}")] if readme else []),
+    ]
+    lacking = [section.title for chapter in report.chapters for section in chapter.sections if section.missing]
+    if lacking:
+        rows.append(("sections that lack cells", "; ".join(dict.fromkeys(lacking))))
+    print_table(("", ""), rows)
+    for line in warnings:
+        print(f"warning: {line}", file=sys.stderr)
 
 
 def check_writable(path: Path | None) -> None:

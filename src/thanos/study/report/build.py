@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from thanos.errors import DataError, ResourceError
+from thanos.events import Event
 from thanos.study.report.charts import Figure
 from thanos.study.report.draw import draw
 from thanos.study.report.page import Chapter, all_figures, all_tables, render_page, slug
@@ -64,12 +65,12 @@ def build_report(contents: Contents) -> Report:
     return Report(title, lead, tuple(chapters))
 
 
-def write_report(folder: str | Path, on_file: Callable[[Path, int, int], None] | None = None) -> Report:
+def write_report(folder: str | Path, on_event: Callable[[Event], None] | None = None) -> Report:
     """Write ``report.html``, ``tables/`` and ``figures/`` beside a study's store; the same store gives the same bytes.
 
     Args:
         folder: the study's folder, which holds ``store.jsonl``.
-        on_file: is told of each figure when it is drawn: its path, how many are done, how many there are.
+        on_event: is told about progress.
 
     Raises:
         DataError: there is no store, or it has no record.
@@ -81,19 +82,19 @@ def write_report(folder: str | Path, on_file: Callable[[Path, int, int], None] |
         raise DataError(f"{path} holds no record; run the study first: thanos study STUDY.toml {path.parent}")
     report = build_report(contents)
     try:
-        return _write(report, path.parent, on_file or (lambda path, done, total: None))
+        return _write(report, path.parent, on_event or (lambda event: None))
     except OSError as error:
         raise ResourceError(f"{error.filename or path.parent} cannot be written: {error.strerror}") from error
 
 
-def _write(report: Report, out: Path, tell: Callable[[Path, int, int], None]) -> Report:
+def _write(report: Report, out: Path, tell: Callable[[Event], None]) -> Report:
     pictures: dict[str, str] = {}
     figures = _emptied(out / "figures", {f"{f.name}.{ending}" for f in report.figures for ending in ("svg", "png")})
     for done, figure in enumerate(report.figures, 1):
         pictures[figure.name], png = draw(figure)
         _put(figures / f"{figure.name}.svg", pictures[figure.name].encode())
         _put(figures / f"{figure.name}.png", png)
-        tell(figures / f"{figure.name}.svg", done, len(report.figures))
+        tell(Event(kind="progress", phase="draw", done=done, total=len(report.figures)))
     tables = _emptied(out / "tables", {f"{t.name}.{ending}" for t in report.tables for ending in WRITERS})
     for table in report.tables:
         for ending, writer in WRITERS.items():

@@ -37,13 +37,12 @@ def place_label(
         bounds: what it must stay within.
     """
     x, y = place
-    for dx, dy in _offsets(width):
-        box = (x + dx, y + dy - HALF_LINE, x + dx + width, y + dy + HALF_LINE)
-        inside = box[0] >= bounds[0] and box[1] >= bounds[1] and box[2] <= bounds[2] and box[3] <= bounds[3]
-        is_own = all(distance(box, place) < distance(box, other) for other in others)
-        if inside and is_own and not any(_overlap(box, other) for other in taken):
-            return box
-    return (x + 8, y - HALF_LINE, x + 8 + width, y + HALF_LINE)
+    boxes = [(x + dx, y + dy - HALF_LINE, x + dx + width, y + dy + HALF_LINE) for dx, dy in _offsets(width)]
+    inside = [b for b in boxes if b[0] >= bounds[0] and b[1] >= bounds[1] and b[2] <= bounds[2] and b[3] <= bounds[3]]
+    free = [box for box in inside if not any(_overlap(box, other) for other in taken)]
+    clear = [box for box in free if all(distance(box, place) < distance(box, other) for other in others)]
+    # In a crowd: near another point, then over another label, but never cut off.
+    return next(iter([*clear, *free, *inside, *boxes]))
 
 
 def distance(box: Box, place: tuple[float, float]) -> float:

@@ -1,0 +1,40 @@
+"""What is committed under docs/results/ and shown in README is what the stores say."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT
+from thanos.study.report import build_report, with_results
+from thanos.study.report.readme import result_folders
+from thanos.study.report.tables import WRITERS
+from thanos.study.store import read_store
+
+STORES = sorted((ROOT / "docs" / "results").glob("*/store.jsonl"))
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_readme_shows_what_the_stores_say() -> None:
+    folders = result_folders(README)
+    if not folders:
+        pytest.skip("README shows no results yet")
+    assert all((ROOT / folder / "store.jsonl").is_file() for folder in folders)
+    assert with_results(README, ROOT) == README, "run: thanos report FOLDER --readme README.md"
+
+
+@pytest.mark.skipif(not STORES, reason="no store is committed yet")
+@pytest.mark.parametrize("path", STORES, ids=lambda path: path.parent.name)
+def test_tables_and_figures_are_what_the_store_says(path: Path) -> None:
+    report = build_report(read_store(path))
+    for table in report.tables:
+        for ending, writer in WRITERS.items():
+            assert (path.parent / "tables" / f"{table.name}.{ending}").read_text(encoding="utf-8") == writer(table)
+    for figure in report.figures:
+        root = ET.parse(path.parent / "figures" / f"{figure.name}.svg").getroot()
+        description = root.find(".//{http://purl.org/dc/elements/1.1/}description")
+        assert description is not None
+        assert json.loads(description.text or "") == figure.to_dict(), f"run: thanos report {path.parent}"

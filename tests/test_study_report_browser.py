@@ -1,0 +1,129 @@
+"""The page in Debian's Chromium: wide, on a phone, light and dark."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
+DRIVER = shutil.which("chromedriver")
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+
+if CHROMIUM is None or DRIVER is None:
+    pytest.skip(
+        "no chromium with its driver; on Debian: apt-get install chromium chromium-driver", allow_module_level=True
+    )
+pytest.importorskip("selenium", reason="selenium is not installed")
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    from selenium import webdriver
+    from selenium.webdriver.chrome.options import Options
+    from selenium.webdriver.chrome.service import Service
+
+    options = Options()
+    options.binary_location = str(CHROMIUM)
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(str(DRIVER)))
+    yield driver
+    driver.quit()
+
+
+def show(browser: Any, folder: Path, width: int, theme: str) -> Any:
+    """Open the page anew at a width and in a theme."""
+    metrics = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    feature = {"features": [{"name": "prefers-color-scheme", "value": theme}]}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", feature)
+    browser.get((folder / "report.html").as_uri())
+    return browser
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390, 320])
+def test_the_page_fits_and_only_wide_tables_scroll(browser: Any, study_report: Path, width: int, theme: str) -> None:
+    show(browser, study_report, width, theme)
+    browser.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
+    page, window = browser.execute_script("return [document.documentElement.scrollWidth, window.innerWidth]")
+    assert page <= window
+    outside = browser.execute_script(
+        """return [...document.querySelectorAll('main *')].filter(e => !e.closest('.box') && !e.closest('svg')
+           && e.getBoundingClientRect().right > innerWidth + 0.5).map(e => e.outerHTML.slice(0, 80))"""
+    )
+    assert outside == []
+    boxes = browser.execute_script(
+        "return [...document.querySelectorAll('.box')].map(e => getComputedStyle(e).overflowX)"
+    )
+    assert boxes
+    assert set(boxes) == {"auto"}
+
+
+def test_nothing_is_fetched_and_nothing_complains(browser: Any, study_report: Path) -> None:
+    show(browser, study_report, 1280, "light")
+    assert browser.execute_script("return performance.getEntriesByType('resource').map(e => e.name)") == []
+    assert browser.get_log("browser") == []
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_text_of_page_and_figures_can_be_read_in_both_themes(
+    browser: Any, study_report: Path, width: int, theme: str
+) -> None:
+    show(browser, study_report, width, theme)
+    faint = browser.execute_script(
+        """
+        const light = c => { const [r, g, b] = c.match(/[\\d.]+/g).slice(0, 3).map(v => v / 255)
+            .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4); return 0.2126*r + 0.7152*g + 0.0722*b; };
+        const paper = light(getComputedStyle(document.body).backgroundColor);
+        const contrast = c => { const l = light(c); return (Math.max(l, paper) + .05) / (Math.min(l, paper) + .05); };
+        const words = [...document.querySelectorAll('p, td, th, li, h1, h3')].map(e => getComputedStyle(e).color);
+        const labels = [...document.querySelectorAll('figure svg text')].map(e => getComputedStyle(e).fill);
+        return [...words, ...labels].filter(c => contrast(c) < 4).length + (labels.length < 100 ? 1000 : 0);
+        """
+    )
+    assert faint == 0
+
+
+def test_figures_are_as_wide_as_a_phone_and_their_text_is_legible(browser: Any, study_report: Path) -> None:
+    show(browser, study_report, 390, "light")
+    widths = browser.execute_script(
+        "return [...document.querySelectorAll('figure svg')].map(e => e.getBoundingClientRect().width)"
+    )
+    assert len(widths) > 20
+    assert all(300 < width <= 390 for width in widths)
+    heights = browser.execute_script(
+        "return [...document.querySelectorAll('figure svg text')].map(e => e.getBoundingClientRect().height)"
+    )
+    assert min(heights) >= 8
+
+
+def test_a_reader_finds_every_section_and_number(browser: Any, study_report: Path) -> None:
+    show(browser, study_report, 1280, "light")
+    links = browser.execute_script(
+        """return [...document.querySelectorAll('nav a')]
+           .map(a => document.querySelector(a.getAttribute('href'))?.innerText ?? '')"""
+    )
+    assert len(links) > 10
+    assert all(links)
+    shown = browser.execute_script(
+        "return [...document.querySelectorAll('data')].filter(e => !(Math.abs(Number(e.value)) >= 0)).length"
+    )
+    assert shown == 0

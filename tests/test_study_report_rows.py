@@ -1,0 +1,122 @@
+"""Rows: seeds together, everything else apart; groups by measured sparsity; ranks and ties."""
+
+from __future__ import annotations
+
+import random
+from itertools import combinations, pairwise
+
+import pytest
+
+from study_records import MODEL, cell, full_study, record
+from thanos.study.report.rows import Results, comparable, groups_by_sparsity, models_of, ranks, row_of, verdict
+from thanos.study.store import CellRecord
+
+
+def three(values: tuple[float, ...], method: str = "thanos", **changes: object) -> list[CellRecord]:
+    return [record(cell(method, seed=seed, **changes), perplexity=value) for seed, value in enumerate(values)]
+
+
+def test_rows_differ_in_nothing_but_the_seed() -> None:
+    results = Results(MODEL, full_study(blocks=1))
+    for row in [*results.rows, *results.variations]:
+        settings = [{**one.cell, "seed": None} for one in row.records]
+        assert all(one == settings[0] for one in settings)
+        assert len({one.cell["seed"] for one in row.records}) == len(row.records)
+    keys = [one.key for row in [*results.rows, *results.variations] for one in row.records]
+    assert len(keys) == len(set(keys)) == len(full_study(blocks=1)) - 1  # all but the dense model
+
+
+def test_another_damping_is_a_variation_and_methods_without_damping_are_not() -> None:
+    results = Results(MODEL, [*three((44.0, 45.0, 46.0)), record(cell(damping=0.1)), record(cell("wanda"))])
+    assert [row.damping for row in results.variations] == [0.1]
+    assert {row.method for row in results.rows} == {"thanos", "wanda"}
+
+
+def test_another_evaluation_is_left_out_and_reported() -> None:
+    odd = record(cell("wanda"))
+    assert odd.evaluation is not None
+    odd.evaluation["windows"] = 3
+    results = Results(MODEL, [*three((44.0, 45.0, 46.0)), odd])
+    assert results.other_evaluations == [odd]
+    assert results.select(method="wanda") == []
+
+
+def test_groups_are_no_wider_than_two_tenths_of_a_point() -> None:
+    draw = random.Random(1)
+    rows = [row_of([record(cell(seed=i), sparsity=draw.uniform(0.44, 0.51))]) for i in range(60)]
+    groups = groups_by_sparsity(rows)
+    assert sorted(row.records[0].key for group in groups for row in group) == sorted(r.records[0].key for r in rows)
+    for group in groups:
+        shares = [row.value("sparsity") for row in group]
+        assert max(shares) - min(shares) <= 0.002 + 1e-12
+    assert all(
+        max(r.value("sparsity") for r in low) < min(r.value("sparsity") for r in high) for low, high in pairwise(groups)
+    )
+
+
+def test_rows_of_unequal_sparsity_are_never_ranked_against_each_other() -> None:
+    low, high = row_of([record(cell(seed=0), sparsity=0.4497)]), row_of([record(cell("wanda"), sparsity=0.5)])
+    assert not comparable(low, high)
+    assert ranks([low, high]) == ["", ""]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        ((44.0, 45.0, 46.0), (47.0, 48.0, 49.0), "better"),
+        ((47.0, 48.0, 49.0), (44.0, 45.0, 46.0), "worse"),
+        ((44.0, 45.0, 46.0), (44.9, 45.9, 46.9), "tie"),
+        ((44.9, 45.0, 45.1), (42.0, 45.5, 49.0), "tie"),  # the larger spread counts
+        ((44.0,), (44.01,), "better"),  # no spread known
+        ((44.0,), (44.0,), "tie"),
+    ],
+)
+def test_a_difference_within_the_larger_spread_is_a_tie(
+    first: tuple[float, ...], second: tuple[float, ...], expected: str
+) -> None:
+    assert verdict(row_of(three(first)), row_of(three(second, "sparsegpt"))) == expected
+
+
+def test_ranks_count_what_is_clearly_better_and_mark_ties_and_single_seeds() -> None:
+    rows = [
+        row_of(three((44.0, 45.0, 46.0))),
+        row_of(three((44.5, 45.5, 46.5), "sparsegpt")),
+        row_of(three((60.0,), "wanda")),
+    ]
+    assert ranks(rows) == ["1=", "1=", "3°"]
+
+
+def test_higher_is_better_for_accuracies() -> None:
+    a, b = row_of([record(cell(), perplexity=30.0)]), row_of([record(cell("wanda"), perplexity=80.0)])
+    assert verdict(a, b, "top1_agreement") == "better"
+    assert verdict(b, a, "top1_agreement") == "worse"
+
+
+def test_verdicts_mirror_each_other() -> None:
+    rows = Results(MODEL, full_study(blocks=1)).rows
+    mirror = {"better": "worse", "worse": "better", "tie": "tie", "": ""}
+    for a, b in combinations(rows[:40], 2):
+        assert verdict(a, b) == mirror[verdict(b, a)]
+
+
+def test_noise_is_borrowed_from_the_same_method_and_pattern_alone() -> None:
+    seeds = three((44.0, 45.0, 46.0))
+    results = Results(MODEL, [*seeds, record(cell(block_size=8)), record(cell("sparsegpt"))])
+    lonely = results.find(method="thanos", block_size=8)
+    other = results.find(method="sparsegpt")
+    assert lonely is not None
+    assert other is not None
+    noise = results.noise(lonely)
+    assert noise is not None
+    assert noise.value == pytest.approx(1.0)
+    assert results.noise(other) is None
+
+
+def test_default_block_sizes_are_the_recipes() -> None:
+    results = Results(MODEL, [record(cell()), record(cell(block_size=64)), record(cell("thanos", "2:4"))])
+    assert [(row.block_size, row.has_default_block) for row in results.rows] == [(64, False), (128, True), (512, True)]
+    assert [row.label for row in results.rows] == ["Thanos B = 64", "Thanos", "Thanos"]
+
+
+def test_models_keep_the_order_of_the_store() -> None:
+    assert models_of([record(cell(model="b")), record(cell(model="a")), record(cell(model="b", seed=1))]) == ["b", "a"]

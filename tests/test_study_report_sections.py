@@ -1,0 +1,248 @@
+"""The rules of a report's sections, each on a store made to have one answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from study_records import METHODS, MODEL, cell, formula_record, full_study, record
+from thanos.study.report.rows import Results
+from thanos.study.report.sections import MODEL_SECTIONS, perplexity_table
+from thanos.study.report.sections.alpha import ALPHAS, alpha, recommend
+from thanos.study.report.sections.blocks import SIZES, blocks
+from thanos.study.report.sections.claims import all_claims, claims
+from thanos.study.report.sections.common import equal_alphas, headline_rows, headline_sparsity
+from thanos.study.report.sections.cost import cost
+from thanos.study.report.sections.curves import curves
+from thanos.study.report.sections.fairness import fairness
+from thanos.study.report.sections.formula import formula
+from thanos.study.report.sections.noise import noise
+from thanos.study.report.sections.outliers import outliers
+from thanos.study.report.sections.paper import zero_shot_table
+from thanos.study.report.sections.summary import summary
+from thanos.study.report.sections.where import where
+from thanos.study.report.tables import Table
+from thanos.study.report.values import plain
+from thanos.study.store import CellRecord
+
+
+def seeds(
+    values: Sequence[float], method: str = "thanos", pattern: str = "unstructured", **changes: object
+) -> list[CellRecord]:
+    return [record(cell(method, pattern, seed=s, **changes), perplexity=value) for s, value in enumerate(values)]
+
+
+def column(table: Table, name: str) -> list[str]:
+    place = [c.name for c in table.columns].index(name)
+    return [row[place].shown for row in table.rows]
+
+
+FULL = Results(MODEL, [*full_study(blocks=2), formula_record()])
+
+
+@pytest.mark.parametrize("section", MODEL_SECTIONS, ids=lambda section: section.__name__)
+def test_every_section_speaks_on_a_full_store_and_asks_for_cells_on_an_empty_one(section) -> None:
+    assert section(FULL).tables
+    empty = section(Results(MODEL, []))
+    assert empty.missing or section.__name__ == "variations"
+    assert not empty.figures
+
+
+def test_the_headline_has_the_dense_model_on_top_and_every_method_below_each_pattern() -> None:
+    table = summary(FULL).tables[0]
+    assert column(table, "method") == ["Dense", *["Thanos", "SparseGPT", "Wanda", "Magnitude"] * 4]
+    assert list(table.bands.values()) == ["unstructured 50 %", "2:4", "4:8", "columns 30 %"]
+    assert set(column(table, "seeds")) == {"–", "3"}
+    assert summary(FULL).missing == []
+
+
+def test_the_headline_names_what_it_lacks() -> None:
+    section = summary(Results(MODEL, seeds((44.0,))))
+    assert section.missing[0] == "the dense model"
+    assert "unstructured 50 %: SparseGPT, Wanda, Magnitude" in section.missing
+    assert any(line.startswith("columns") for line in section.missing)
+
+
+def test_the_headline_of_columns_is_where_the_store_has_most() -> None:
+    few = [record(cell(method, "columns", sparsity=0.5)) for method in METHODS[:2]]
+    many = [record(cell(method, "columns", sparsity=0.2)) for method in METHODS]
+    results = Results(MODEL, [*few, *many])
+    assert headline_sparsity(results, "columns") == 0.2
+    assert {row.sparsity for row in headline_rows(results, "columns")} == {0.2}
+
+
+def test_alpha_is_compared_both_ways_and_never_across_sparsities() -> None:
+    section = fairness(FULL)
+    table = next(table for table in section.tables if table.name == "alpha_both_ways")
+    bands = list(table.bands.values())
+    for expected in ("45.0 % measured, 2:4", "50.0 % measured, 2:4", "45.0 % measured, unstructured"):
+        assert expected in bands
+    apart = next(table for table in section.tables if table.name == "not_ranked")
+    assert any(line.startswith("2:4, Thanos α = 0.1") for line in column(apart, "row"))
+    assert all(abs(row[-1].number.value) > 0.002 for row in apart.rows if row[-1].number)
+
+
+def test_outlier_rows_that_keep_the_budget_stand_beside_those_without() -> None:
+    lower = seeds((80.0, 81.0, 82.0), pattern="2:4", outlier_rows=0.1, keep_budget=True)
+    table = outliers(Results(MODEL, [*seeds((90.0, 91.0, 92.0), pattern="2:4"), *lower])).tables[0]
+    assert column(table, "verdict") == ["<"]
+    assert column(table, "difference") == ["−10.00"]
+
+
+def test_the_recommended_alpha_is_the_smallest_within_the_noise_of_the_best() -> None:
+    found = seeds((100.0, 101.0, 102.0), pattern="2:4")
+    for share, value in ((0.02, 95.0), (0.05, 90.6), (0.1, 90.0), (0.2, 94.0)):
+        found += [record(cell("thanos", "2:4", outlier_rows=share, keep_budget=True), perplexity=value)]
+    results = Results(MODEL, found)
+    rows = equal_alphas(results, "thanos", "2:4", 0.5)
+    assert [row.alpha for row in rows] == [0.0, 0.02, 0.05, 0.1, 0.2]
+    chosen, spread = recommend(results, rows)
+    assert spread is not None
+    assert spread.value == pytest.approx(1.0)
+    assert chosen is not None
+    assert chosen.alpha == 0.05
+    section = alpha(results)
+    assert column(section.tables[0], "recommended") == ["", "", "recommended", "", ""]
+    assert any("0.15, 0.3" in line for line in section.missing)
+
+
+def test_alphas_that_lower_the_sparsity_are_not_on_the_curve() -> None:
+    lowered = record(cell("thanos", "2:4", outlier_rows=0.1))
+    assert [
+        row.alpha
+        for row in equal_alphas(Results(MODEL, [*seeds((90.0,), pattern="2:4"), lowered]), "thanos", "2:4", 0.5)
+    ] == [0.0]
+
+
+@pytest.mark.parametrize(
+    ("small", "large", "word"), [(44.0, 46.0, "worth it"), (46.0, 44.0, "not worth it"), (44.0, 44.3, "a tie")]
+)
+def test_block_sizes_are_judged_by_the_largest(small: float, large: float, word: str) -> None:
+    found = seeds((43.5, 44.5, 43.9) if small == 44.0 else (45.5, 46.5, 46.1))
+    found += [record(cell(block_size=8), perplexity=60.0), record(cell(block_size=2048), perplexity=large)]
+    section = blocks(Results(MODEL, found))
+    answer = plain(section.prose[1])
+    assert answer.startswith(f"unstructured 50 %: {word}. B = 128 against 2048")
+    assert column(section.tables[0], "block_size") == ["8", "128", "2048"]
+
+
+def test_block_sizes_of_a_full_study_are_complete() -> None:
+    section = blocks(FULL)
+    assert section.missing == []
+    assert column(section.tables[0], "block_size") == [str(size) for size in SIZES] * 3
+
+
+def test_the_marginal_cost_is_seconds_per_point() -> None:
+    found = [
+        record(cell(), perplexity=44.0, seconds=40.0),
+        record(cell("sparsegpt"), perplexity=48.0, seconds=30.0),
+        record(cell("wanda"), perplexity=60.0, seconds=50.0),
+    ]
+    table = cost(Results(MODEL, found)).tables[0]
+    assert column(table, "price") == ["2.500", "–", "–"]
+    assert column(table, "front")[2] in ("", "memory")  # dearer in seconds and worse: beaten
+
+
+def test_costs_of_different_devices_are_not_compared() -> None:
+    elsewhere = record(cell("sparsegpt"), machine={"device": "cpu"})
+    section = cost(Results(MODEL, [record(cell()), record(cell("wanda")), elsewhere]))
+    assert column(section.tables[0], "method") == ["Thanos", "Wanda"]
+
+
+def test_figure_and_table_over_sparsity_are_one_store() -> None:
+    section = curves(FULL)
+    for figure, table in zip(section.figures, section.tables, strict=True):
+        drawn = sorted(p.y.value for series in figure.series for p in series.points)  # type: ignore[union-attr]
+        listed = sorted(c.number.value for row in table.rows for c in row if c.number is not None)
+        assert drawn == listed
+    assert [figure.name for figure in section.figures] == ["sparsity_unstructured", "sparsity_columns"]
+
+
+def test_zero_shot_tables_have_a_column_for_each_task() -> None:
+    table = zero_shot_table(FULL).tables[0]
+    assert [c.name for c in table.columns][1:6] == ["winogrande", "openbookqa", "piqa", "arc_easy", "arc_challenge"]
+    assert column(table, "method")[0] == "Dense"
+
+
+def test_the_papers_table_has_a_column_for_each_model() -> None:
+    other = Results("other", full_study("other", blocks=1))
+    table = perplexity_table([FULL, other]).tables[0]
+    assert [c.head for c in table.columns] == ["Method", MODEL, "other"]
+    assert all(cell.number is not None for row in table.rows for cell in row[1:])
+
+
+def test_the_formulas_are_listed_as_measured() -> None:
+    table = formula(FULL).tables[0]
+    assert column(table, "error") == ["0.09401", "0.09401", "0.27257", "2.204", "49.175"]
+
+
+def test_fewer_than_three_seeds_are_asked_for() -> None:
+    section = noise(Results(MODEL, [*seeds((44.0, 45.0)), *seeds((50.0, 51.0, 52.0), "wanda")]))
+    assert section.missing == ["unstructured 50 %, Thanos: 3 seeds, not 2"]
+    pairs = next(table for table in section.tables if table.name == "differences")
+    assert column(pairs, "verdict") == ["<"]
+
+
+def test_the_worst_layers_are_the_worst() -> None:
+    section = where(FULL)
+    table = section.tables[0]
+    first = headline_rows(FULL, "unstructured")[0].records[0]
+    errors = sorted((layer["error_after_compensation"] for layer in first.layers), reverse=True)
+    assert [row[1].number.value for row in table.rows[:10] if row[1].number] == errors[:10]
+    maps = [figure for figure in section.figures if figure.name == "where_unstructured_error"]
+    drawn = sorted(n.value for row in maps[0].values for n in row if n)  # type: ignore[union-attr]
+    assert drawn == sorted(errors)
+
+
+def by_claim(found: Sequence[CellRecord], text: str) -> str:
+    return next(c.verdict for c in all_claims(Results(MODEL, found)) if text in c.claim)
+
+
+@pytest.mark.parametrize(
+    ("thanos", "other", "expected"),
+    [
+        ((44.0, 44.5, 45.0), (47.0, 47.5, 48.0), "holds"),
+        ((47.0, 47.5, 48.0), (44.0, 44.5, 45.0), "does not hold"),
+        ((44.0, 45.0, 46.0), (44.5, 45.5, 46.5), "tie"),
+        ((44.0,), (47.0,), "holds°"),
+        ((44.0,), (), "not measured"),
+    ],
+)
+def test_a_claim_holds_or_not_or_ties(thanos: tuple[float, ...], other: tuple[float, ...], expected: str) -> None:
+    assert by_claim([*seeds(thanos), *seeds(other, "sparsegpt")], "lower perplexity than every") == expected
+
+
+def test_the_gap_grows_only_if_it_grows_at_every_step() -> None:
+    def store(*gaps: float) -> list[CellRecord]:
+        found = []
+        for step, gap in enumerate(gaps):
+            found += [record(cell(sparsity=0.5 + step / 10), perplexity=50.0)]
+            found += [record(cell("sparsegpt", sparsity=0.5 + step / 10), perplexity=50.0 + gap)]
+        return found
+
+    assert by_claim(store(1, 2, 3), "gap to SparseGPT grows") == "holds"
+    assert by_claim(store(1, 3, 2), "gap to SparseGPT grows") == "does not hold"
+    assert by_claim(store(1), "gap to SparseGPT grows") == "not measured"
+
+
+def test_claims_about_alpha_compare_at_equal_sparsity_alone() -> None:
+    base = seeds((90.0, 91.0, 92.0), pattern="2:4")
+    lowered = record(cell("thanos", "2:4", outlier_rows=0.1), perplexity=70.0)
+    kept = record(cell("thanos", "2:4", outlier_rows=0.1, keep_budget=True), perplexity=95.0)
+    assert by_claim([*base, lowered], "2:4: lower perplexity with α") == "not measured"
+    assert by_claim([*base, lowered, kept], "2:4: lower perplexity with α") == "does not hold"
+
+
+def test_the_structured_gain_is_a_share_of_perplexity() -> None:
+    found = [*seeds((45.0,)), *seeds((50.0,), "sparsegpt")]  # 10 %
+    found += [*seeds((300.0,), pattern="columns", sparsity=0.3), *seeds((350.0,), "sparsegpt", "columns", sparsity=0.3)]
+    assert by_claim(found, "largest for columns") == "holds"
+    table = claims(Results(MODEL, found)).tables[0]
+    assert "unstructured 50 %: 10.0 %, columns 30 %: 14.3 %" in column(table, "numbers")
+
+
+def test_the_shares_asked_for_are_those_of_the_sensitivity_study() -> None:
+    assert ALPHAS == (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
+    assert (SIZES[0], SIZES[-1]) == (8, 2048)
+    assert alpha(FULL).missing == []
