@@ -40,7 +40,8 @@ def cell(method: str = "thanos", pattern: str | None = "unstructured", **changes
         )
         return {"model": MODEL, "method": "dense"} | dict.fromkeys((*names, "sequence_length", "seed")) | changes
     assert pattern is not None
-    has_blocks = method in ("thanos", "sparsegpt")
+    damps = method in ("thanos", "sparsegpt")
+    has_blocks = damps and pattern != "columns"
     found = {
         "model": MODEL,
         "method": method,
@@ -49,7 +50,7 @@ def cell(method: str = "thanos", pattern: str | None = "unstructured", **changes
         "outlier_rows": 0.0,
         "keep_budget": False,
         "block_size": LayerRecipe(method=method, pattern=pattern).resolved_block_size if has_blocks else None,
-        "damping": 0.01 if has_blocks else None,
+        "damping": 0.01 if damps else None,
         "calibration": "c4-sample.jsonl",
         "samples": 128,
         "sequence_length": 2048,

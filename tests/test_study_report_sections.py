@@ -97,14 +97,32 @@ def test_the_recommended_alpha_is_the_smallest_within_the_noise_of_the_best() ->
     results = Results(MODEL, found)
     rows = equal_alphas(results, "thanos", "2:4", 0.5)
     assert [row.alpha for row in rows] == [0.0, 0.02, 0.05, 0.1, 0.2]
-    chosen, spread = recommend(results, rows)
+    within, spread = recommend(results, rows)
     assert spread is not None
     assert spread.value == pytest.approx(1.0)
-    assert chosen is not None
-    assert chosen.alpha == 0.05
+    assert [row.alpha for row in within] == [0.05, 0.1]
     section = alpha(results)
     assert column(section.tables[0], "recommended") == ["", "", "recommended", "", ""]
     assert any("0.15, 0.3" in line for line in section.missing)
+
+
+def test_one_default_for_all_patterns_must_be_within_the_noise_for_each() -> None:
+    def store(best_for_columns: float) -> Results:
+        found = [
+            *seeds((100.0, 101.0, 102.0), pattern="2:4"),
+            *seeds((70.0, 71.0, 72.0), pattern="columns", sparsity=0.3),
+        ]
+        for share in (0.05, 0.1):
+            kept = {"outlier_rows": share, "keep_budget": True}
+            found.append(record(cell("thanos", "2:4", **kept), perplexity=90.0 if share == 0.05 else 90.5))
+            value = 60.0 if share == best_for_columns else 65.0
+            found.append(record(cell("thanos", "columns", sparsity=0.3, **kept), perplexity=value))
+        return Results(MODEL, found)
+
+    words = plain(alpha(store(0.1)).prose[-1])
+    assert words == "One default for columns 30 % and 2:4: α = 0.1, the smallest within the noise of the best for each."
+    lone = store(0.05)
+    assert "α = 0.05, the smallest" in plain(alpha(lone).prose[-1])
 
 
 def test_alphas_that_lower_the_sparsity_are_not_on_the_curve() -> None:
@@ -116,7 +134,8 @@ def test_alphas_that_lower_the_sparsity_are_not_on_the_curve() -> None:
 
 
 @pytest.mark.parametrize(
-    ("small", "large", "word"), [(44.0, 46.0, "worth it"), (46.0, 44.0, "not worth it"), (44.0, 44.3, "a tie")]
+    ("small", "large", "word"),
+    [(44.0, 46.0, "worth it"), (46.0, 44.0, "not worth it"), (44.0, 44.3, "a tie, which time decides against blocks")],
 )
 def test_block_sizes_are_judged_by_the_largest(small: float, large: float, word: str) -> None:
     found = seeds((43.5, 44.5, 43.9) if small == 44.0 else (45.5, 46.5, 46.1))

@@ -13,10 +13,20 @@ The relative error of each is tr(Δ H Δᵀ) / tr(W H Wᵀ), Δ = Ŵ − W.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor
 
-from thanos.recipe import DEFAULT_DAMPING
+from thanos.errors import ModelError
+from thanos.recipe import DEFAULT_DAMPING, matches
+from thanos.statistics import check_finite, gather
+from thanos.structure import linear_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 FORMULAS = ("eq13", "least_squares", "none", "eq72", "algorithm7")
 """The ways, as the store names them."""
@@ -94,3 +104,56 @@ def _compensated(name: str, W: Tensor, H: Tensor, removed: Tensor, damping: floa
         result -= W[:, P] @ inverse[P][:, P] @ damped[P]
     result[:, P] = 0.0
     return result
+
+
+def measure_layer(
+    model: PreTrainedModel,
+    windows: Tensor,
+    name: str,
+    *,
+    share: float = DEFAULT_SHARE,
+    damping: float = DEFAULT_DAMPING,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Compare the formulas on one layer of a model, on the inputs that the dense model gives it.
+
+    Args:
+        model: in memory, on any device.
+        windows: calibration tokens, (samples, length) int64.
+        name: of the layer, full or its end from a dot on.
+        share: of the columns removed, the cheapest.
+        damping: share of the mean diagonal added to the diagonal.
+        on_progress: is told how many windows were run, of how many.
+
+    Returns:
+        ``layer``, ``shape``, ``removed``, ``tokens``, ``damping`` and ``errors``, as the store holds them.
+
+    Raises:
+        ModelError: the model has no such layer, or several.
+    """
+    layers = linear_layers(model)
+    found = [layer for layer in layers if matches(layer.name, name)]
+    if len(found) != 1:
+        near = difflib.get_close_matches(name, [layer.name for layer in layers], 3, 0.0)
+        which = ", ".join(layer.name for layer in found[:3]) if found else f"the nearest are {', '.join(near)}"
+        raise ModelError(f"formula layer {name!r} matches {len(found)} layers ({which}); name exactly one")
+    layer = found[0]
+    with torch.inference_mode(), gather([layer]) as groups:
+        for index in range(len(windows)):
+            model(input_ids=windows[index : index + 1].to(model.device), use_cache=False)
+            if on_progress is not None:
+                on_progress(index + 1, len(windows))
+    if not groups:
+        raise ModelError(f"formula layer {layer.name} was not reached by any token; name another one")
+    check_finite(groups[0])
+    hessian = groups[0].hessian.double()
+    weight = layer.oriented(model.get_parameter(layer.weight_name).detach()).double()
+    removed = cheapest_columns(weight, hessian, share)
+    return {
+        "layer": layer.name,
+        "shape": list(layer.shape),
+        "removed": removed.numel(),
+        "tokens": groups[0].tokens,
+        "damping": damping,
+        "errors": formula_errors(weight, hessian, removed, damping),
+    }

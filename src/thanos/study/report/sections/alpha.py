@@ -23,6 +23,7 @@ def alpha(results: Results) -> Section:
             "Rule: the recommended α is the smallest whose perplexity is within the noise of the best (the spread over seeds).",
         )
     )
+    within: dict[str, list[Row]] = {}
     for pattern in PATTERNS:
         sparsity = _sparsity(results, pattern)
         rows = [] if sparsity is None else equal_alphas(results, "thanos", pattern, sparsity)
@@ -33,24 +34,39 @@ def alpha(results: Results) -> Section:
             section.missing.append(f"Thanos, {label}, α = {', '.join(lacking)} with the budget kept")
         if sparsity is None or len(rows) < 2:
             continue
-        chosen, noise = recommend(results, rows)
+        within[label], noise = recommend(results, rows)
+        chosen = within[label][0] if within[label] else None
         section.prose.append(_advice(results, label, rows, chosen, noise))
         section.tables.append(_table(label, pattern, rows, chosen))
         section.figures += [
             _chart(results, field, label, pattern, sparsity) for field in ("perplexity", "kl_divergence")
         ]
+    if len(within) > 1:
+        section.prose.append(_common(within))
     return section
 
 
-def recommend(results: Results, rows: list[Row]) -> tuple[Row | None, Number | None]:
-    """Return the row of the smallest α within the noise of the best perplexity, and that noise; None without numbers."""
+def _common(within: dict[str, list[Row]]) -> Prose:
+    """Say which α is within the noise of the best for every pattern: one default for all."""
+    shares = [{round(row.alpha, 6): row for row in rows} for rows in within.values()]
+    common = sorted(set.intersection(*(set(each) for each in shares)))
+    names = " and ".join(within)
+    if not common:
+        return (f"No one α is within the noise of the best for {names}: choose by pattern.",)
+    number = setting(shares[0][common[0]].records[0], "alpha")
+    assert number is not None
+    return (f"One default for {names}: α = ", number, ", the smallest within the noise of the best for each.")
+
+
+def recommend(results: Results, rows: list[Row]) -> tuple[list[Row], Number | None]:
+    """Return the rows within the noise of the best perplexity, by α, and that noise; the first is what is recommended."""
     able = [row for row in rows if row.mean("perplexity") is not None]
     if not able:
-        return None, None
+        return [], None
     best = min(able, key=lambda row: row.value("perplexity"))
     noise = results.noise(best)
     limit = best.value("perplexity") + (0.0 if noise is None else noise.value)
-    return min((row for row in able if row.value("perplexity") <= limit), key=lambda row: row.alpha), noise
+    return sorted((row for row in able if row.value("perplexity") <= limit), key=lambda row: row.alpha), noise
 
 
 def _sparsity(results: Results, pattern: str) -> float | None:

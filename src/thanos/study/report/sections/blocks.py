@@ -69,7 +69,10 @@ def _answer(results: Results, label: str, rows: list[Row]) -> Prose:
     assert b is not None
     change = difference(a, b)
     outside = abs(change.value) > (0.0 if noise is None else noise.value)
-    word = "a tie" if not outside else "worth it" if change.value < 0 else "not worth it"
+    word = "worth it" if change.value < 0 else "not worth it"
+    if not outside:
+        saves = s is not None and t is not None and s.value < t.value
+        word = f"a tie, which time decides {'for' if saves else 'against'} blocks"
     words: list[str | Number | None] = [f"{label}: {word}. B = ", setting(best.records[0], "block_size"), " against "]
     words += [setting(whole.records[0], "block_size"), ": perplexity ", a, " against ", b, " (", change, ")"]
     words += [", pruning ", s, " s against ", t, " s"] if s is not None and t is not None else []
