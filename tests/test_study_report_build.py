@@ -193,6 +193,7 @@ def test_tables_as_files_hold_the_pages_numbers(page: Page, study_report: Path) 
             for text, numbers in row:
                 assert not numbers or text in markdown.replace("**", ""), (name, text)
         assert latex.count("{") == latex.count("}"), name
+        assert latex.isascii(), (name, {letter for letter in latex if not letter.isascii()})
 
 
 def test_every_figure_carries_the_stores_numbers(page: Page, store: Store, study_report: Path) -> None:

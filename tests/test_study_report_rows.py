@@ -8,7 +8,8 @@ from itertools import combinations, pairwise
 import pytest
 
 from study_records import MODEL, cell, full_study, record
-from thanos.study.report.rows import Results, comparable, groups_by_sparsity, models_of, ranks, row_of, verdict
+from thanos.study.report.ranking import comparable, groups_by_sparsity, ranks, verdict
+from thanos.study.report.rows import Results, models_of, row_of
 from thanos.study.store import CellRecord
 
 
@@ -90,6 +91,15 @@ def test_higher_is_better_for_accuracies() -> None:
     a, b = row_of([record(cell(), perplexity=30.0)]), row_of([record(cell("wanda"), perplexity=80.0)])
     assert verdict(a, b, "top1_agreement") == "better"
     assert verdict(b, a, "top1_agreement") == "worse"
+
+
+def test_accuracies_within_their_standard_error_are_ties() -> None:
+    def row(method: str, accuracy: float) -> object:
+        average = {"acc": accuracy, "acc_stderr": 0.006}
+        return row_of([record(cell(method), zero_shot={"tasks": {}, "average": average})])
+
+    assert verdict(row("thanos", 0.450), row("wanda", 0.445), "zero_shot") == "tie"  # type: ignore[arg-type]
+    assert verdict(row("thanos", 0.450), row("wanda", 0.443), "zero_shot") == "better"  # type: ignore[arg-type]
 
 
 def test_verdicts_mirror_each_other() -> None:

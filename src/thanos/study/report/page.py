@@ -53,7 +53,7 @@ def render_page(title: str, lead: Prose, chapters: Sequence[Chapter], pictures: 
             "<body>",
             f"<header><h1>{html.escape(title)}</h1><p>{_prose(lead)}</p>{_contents(chapters, several=several)}</header>",
             f"<main>{body}</main>",
-            "<footer><p>Every number carries its field and the keys of its cells (hover over it, or read the page's "
+            "<footer><p>Every number carries its field and the keys of its cells (in the page's "
             "<code>data</code> elements); figures carry theirs as JSON. The same tables are in <code>tables/</code> as CSV, "
             "Markdown and LaTeX, the figures in <code>figures/</code> as SVG and PNG.</p></footer>",
             f'<script type="application/json" id="figures">{_json(data)}</script>',
@@ -192,7 +192,7 @@ def _json(value: object) -> str:
 
 def slug(text: str) -> str:
     """Return a text as it may stand in a file's name or an anchor."""
-    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.") or "model"
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "model"
 
 
 def all_tables(chapters: Iterable[Chapter]) -> list[Table]:

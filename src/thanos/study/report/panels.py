@@ -66,7 +66,9 @@ def draw_heat_map(canvas: Any, axes: Axes, figure: HeatMap) -> None:
     # A share is drawn from 0 to 100 %, so that the same everywhere looks the same; an error from its least to its largest.
     low, high = (0.0, 100.0) if figure.label.endswith("(%)") else (min(known), max(known))
     high = high if high > low else low + 1e-9
-    mesh = axes.pcolormesh(values, norm=(LogNorm if log else Normalize)(low, high), cmap="viridis", edgecolors="none")
+    mesh = axes.pcolormesh(
+        values, norm=(LogNorm if log else Normalize)(low, high), cmap="viridis", edgecolors="face", linewidth=0.2
+    )
     axes.invert_yaxis()
     kinds = [index + 0.5 for index in range(len(figure.kinds))]
     axes.set_xticks(kinds, list(figure.kinds), rotation=35, ha="right", rotation_mode="anchor")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from thanos.study.report.charts import Chart, Point, Series
-from thanos.study.report.rows import Results, Row, comparable, verdict
+from thanos.study.report.ranking import comparable, verdict
+from thanos.study.report.rows import Results, Row
 from thanos.study.report.sections.alpha import file_name
 from thanos.study.report.sections.common import SIGNS, SPREAD_NOTE, Section, note
 from thanos.study.report.tables import Cell, Table, columns, measures, number, text

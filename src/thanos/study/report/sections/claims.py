@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 
-from thanos.study.report.rows import Results, Row, comparable, verdict
+from thanos.study.report.ranking import comparable, verdict
+from thanos.study.report.rows import Results, Row
 from thanos.study.report.sections.common import HEADLINE, Section, equal_alphas, headline_rows, headline_sparsity
 from thanos.study.report.tables import Cell, Table, columns, text
 from thanos.study.report.values import Number, Prose, difference, gain
@@ -39,7 +40,7 @@ def claims(results: Results) -> Section:
     }
     about = (
         Number(len(cells), "cells", "value", tuple(sorted(cells))),
-        " cells; sparsities are given where they differ.",
+        " cells; only rows within 0.2 points of measured sparsity are compared.",
     )
     heads = columns("<Claim|claim", "<verdict", "<numbers")
     section.tables.append(Table("claims", "Claims for Thanos", heads, tuple(lines), note=about if cells else ()))
@@ -147,7 +148,7 @@ def _against(own: Row, other: Row, field: str = "perplexity") -> Prose:
     for row in (own, other):
         value, spread = row.mean(field), row.spread(field)
         assert value is not None
-        name = row.name if own.method != other.method else f"α = {row.alpha:g}"
+        name = row.name if own.method != other.method else f"α = {row.alpha:g}:"
         parts += [f"{' against ' if parts else ''}{name} ", value]
         parts += [" ± ", spread] if spread is not None else []
         parts += [unit] if unit else []

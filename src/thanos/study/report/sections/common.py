@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from thanos.study.report.charts import Figure
-from thanos.study.report.rows import Results, Row, comparable, pattern_order, verdict
+from thanos.study.report.ranking import comparable, verdict
+from thanos.study.report.rows import Results, Row, pattern_order
 from thanos.study.report.tables import Table
 from thanos.study.report.values import Number, Prose, count
 

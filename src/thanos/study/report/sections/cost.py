@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 
 from thanos.study.report.charts import Chart, Point, Series, pareto
-from thanos.study.report.rows import Results, Row, comparable
+from thanos.study.report.ranking import comparable
+from thanos.study.report.rows import Results, Row
 from thanos.study.report.sections.alpha import file_name
 from thanos.study.report.sections.common import HEADLINE, Section, headline_sparsity, note
 from thanos.study.report.tables import Cell, Table, columns, number, text

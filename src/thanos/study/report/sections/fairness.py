@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from thanos.study.report.rows import GROUP_WIDTH, Results, Row, comparable, groups_by_sparsity, ranks
+from thanos.study.report.ranking import GROUP_WIDTH, comparable, groups_by_sparsity, ranks
+from thanos.study.report.rows import Results, Row
 from thanos.study.report.sections.common import (
     RANK_NOTE,
     SPREAD_NOTE,

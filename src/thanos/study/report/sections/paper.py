@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from thanos.study.report.rows import Results, Row, comparable, ranks
+from thanos.study.report.ranking import comparable, ranks
+from thanos.study.report.rows import Results, Row
 from thanos.study.report.sections.common import (
     HEADLINE,
     RANK_NOTE,
@@ -76,7 +77,9 @@ def zero_shot_table(results: Results) -> Section:
         cells = [number(row.mean(field), best=row in best.get(field, ())) for field in fields]
         lines.append((text(row.label), *cells, text(rank)))
     about = note(
-        known, "Means over calibration seeds; the standard error is the evaluation's, over the tasks' items.", RANK_NOTE
+        known,
+        "Means over calibration seeds; the standard error is the evaluation's, over the tasks' items, and counts as noise too.",
+        RANK_NOTE,
     )
     section.tables.append(Table("table3", "Zero-shot accuracy by task", tuple(heads), tuple(lines), bands, about))
     return section

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from thanos.study.report.charts import Chart, Point, Series
-from thanos.study.report.rows import NAMES, Results, Row, ranks
+from thanos.study.report.ranking import ranks
+from thanos.study.report.rows import NAMES, Results, Row
 from thanos.study.report.sections.common import (
     HEADLINE,
     RANK_NOTE,
