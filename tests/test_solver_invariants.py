@@ -537,6 +537,17 @@ def test_zeros_that_were_there_count_wherever_they_are(method, alpha):
     )
 
 
+@pytest.mark.parametrize("exponent", [-100, -60, 60, 100])
+@every_cell
+def test_weights_of_any_size_are_pruned_alike(method, pattern, alpha, exponent):
+    case = oracles.layer(10, 40, seed=43, dtype=torch.float32)
+    expected = prune(case.weight, case.hessian, method, pattern, alpha, block_size=8)
+    actual = prune(case.weight * 2.0**exponent, case.hessian, method, pattern, alpha, block_size=8)
+    assert torch.equal(actual.kept, expected.kept)
+    assert_close(actual.weight * 2.0**-exponent, expected.weight)
+    assert actual.error_after_compensation == pytest.approx(expected.error_after_compensation, rel=1e-4)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("method", oracles.METHODS)
 def test_numbers_that_are_none_are_refused(method, bad):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
@@ -160,6 +161,8 @@ def _prune_layer(
     dense = weight.detach().to(dtype)
     if not bool(torch.isfinite(dense).all()):
         raise NumericsError(f"{name} holds NaN or infinity; the checkpoint is damaged, or its dtype overflowed")
+    unit = _unit(dense)
+    dense = dense if unit == 1 else dense / unit
     if inputs is not None and inputs.empty and method.needs_hessian:
         # No input was ever seen, so there is nothing to weigh by: reported through `method`, never silently.
         recipe, method = replace(_layer_part(recipe), method="magnitude"), METHODS["magnitude"]
@@ -175,8 +178,9 @@ def _prune_layer(
         problem = Problem(part, part == 0, inputs, factor, pattern, budget, recipe.resolved_block_size, peers)
         solved, removed = method.solve(problem) if recipe.resolved_sparsity > 0 else (part, problem.zeros)
         where = slice(None) if every else rows  # a slice is copied far faster than listed rows
-        pruned[where], kept[where] = solved.to(weight.dtype), ~removed
-    before, after = _relative_errors(dense, pruned, kept, energy, inputs, compensated=method.needs_factor)
+        pruned[where], kept[where] = (solved if unit == 1 else solved * unit).to(weight.dtype), ~removed
+    written = pruned if unit == 1 else pruned.to(dtype) / unit
+    before, after = _relative_errors(dense, written, kept, energy, inputs, compensated=method.needs_factor)
     if after is not None and not after < float("inf"):
         raise NumericsError(f"pruning {name} gave NaN or infinity; raise damping (it is {recipe.damping:g})")
     return PrunedWeight(
@@ -198,6 +202,16 @@ def _layer_part(recipe: LayerRecipe) -> LayerRecipe:
 
 def _compute_dtype(weight: Tensor) -> torch.dtype:
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+_ORDINARY = 2.0**40
+"""Weights up to here, and down to its reciprocal, are squared and added up in float32 without overflow or underflow."""
+
+
+def _unit(dense: Tensor) -> float:
+    """Return the power of two by which weights of extraordinary size are divided while they are pruned; 1 for others."""
+    largest = dense.abs().max().item() if dense.numel() else 0.0
+    return 1.0 if largest == 0 or 1 / _ORDINARY < largest < _ORDINARY else 2.0 ** (math.frexp(largest)[1] - 1)
 
 
 _SLAB = 1024
