@@ -128,6 +128,22 @@ def test_the_seed_decides(long_source: str) -> None:
     assert len({m.sha256 for m in made}) == 3
 
 
+def test_the_seed_decides_where_a_single_document_is_cut(tmp_path: Path) -> None:
+    text = prose(2000, seed=9)
+    source = tmp_path / "one.txt"
+    source.write_text(text)
+    stream = encode(text)
+    made = {seed: build(str(source), samples=5, length=30, seed=seed) for seed in (0, 1, 2)}
+    assert len({m.sha256 for m in made.values()}) == 3
+    for m in made.values():
+        ids = m.ids.flatten().tolist()
+        assert (m.rule, m.documents) == ("packed", 1)
+        assert any(stream[i : i + len(ids)] == ids for i in range(len(stream))), "one piece of the document"
+    assert made[0].ids.flatten().tolist() == stream[:150]
+    with pytest.raises(DataError, match="--samples is 9999"):
+        build(str(source), samples=9999, length=30, seed=1)
+
+
 def test_special_tokens_do_not_enter(long_source: str, short_source: str) -> None:
     assert not (build(long_source, samples=8, length=20).ids < 4).any()
     assert set(build(short_source, samples=3, length=20).ids.flatten().tolist()) & {0, 1, 3} == set()

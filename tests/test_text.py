@@ -229,7 +229,7 @@ def test_data_sets_without_a_network_say_what_to_give(
         (evaluation_rows, "c4", "validation", None, "en/c4-validation.00000-of-00008.json.gz"),
     ],
 )
-def test_the_splits_that_the_field_uses(
+def test_the_splits_and_joining_that_the_field_uses(
     read: Any, source: str, split: str, name: str | None, file: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import datasets
@@ -247,10 +247,14 @@ def test_the_splits_that_the_field_uses(
     assert arguments["split"] == split
     assert arguments.get("name") == name
     assert arguments.get("data_files") == (None if file is None else {split: file})
-    if read is evaluation_rows:
-        assert rows == [f"row {i}" if i % 5 else "" for i in range(1100 if source == "c4" else 3000)]
-    else:
-        assert rows == [f"row {i}" for i in range(3000) if i % 5]
+    loaded = [f"row {i}" if i % 5 else "" for i in range(3000)]
+    expected = {
+        ("wikitext2", "test"): loaded,
+        ("wikitext2", "train"): ["\n\n".join(loaded)],
+        ("c4", "validation"): [" ".join(loaded[:1100])],
+        ("c4", "train"): [row for row in loaded if row],
+    }
+    assert rows == expected[source, split]
 
 
 def test_missing_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

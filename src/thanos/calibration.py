@@ -96,7 +96,8 @@ def build_calibration(
     """Make calibration windows from a source.
 
     Documents are tried in random order; where enough are longer than the window, each gives one random window. Otherwise
-    documents are packed: in their own order for seed 0, in an order drawn from the seed for others.
+    documents are packed: in their own order for seed 0, in an order drawn from the seed for others; a single document is
+    cut from its beginning for seed 0, from a place drawn from the seed for others.
 
     Args:
         source: see :mod:`thanos.text`; ``self`` needs ``model``.
@@ -127,10 +128,15 @@ def build_calibration(
     windows = _random_windows(documents, tokenizer, samples, sequence_length, seed, tell)
     if windows is not None:
         return Calibration(windows, source, "random-window", seed, samples)
-    order = list(range(len(documents)))
+    order, draw, needed = list(range(len(documents))), random.Random(seed), samples * sequence_length
     if seed:
-        random.Random(seed).shuffle(order)
-    ids, used = _pack((documents[i] for i in order), tokenizer, samples * sequence_length, end_of_text_id)
+        draw.shuffle(order)
+    if seed and len(order) == 1:  # nothing to shuffle, so the windows begin anywhere in it
+        ids, used = _tokens(tokenizer, documents[0]), 1
+        begin = draw.randrange(max(1, len(ids) - needed + 1))
+        ids = ids[begin : begin + needed]
+    else:
+        ids, used = _pack((documents[i] for i in order), tokenizer, needed, end_of_text_id)
     _check_length(source, len(ids), samples, sequence_length)
     return Calibration(torch.tensor(ids).view(samples, sequence_length), source, "packed", seed, used)
 

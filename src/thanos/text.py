@@ -22,20 +22,22 @@ _PYDOC_EVALUATION_EVERY = 3
 """Every third distinct topic is for evaluation."""
 
 _C4_EVALUATION_ROWS = 1100
-"""The field evaluates C4 on the first 1100 validation documents (SparseGPT's and Wanda's data loaders)."""
+"""The field evaluates C4 on the first 1100 validation documents, joined by spaces (SparseGPT's and Wanda's data loaders)."""
 
 
 def calibration_documents(source: str) -> list[str]:
     """Return the documents of a source, empty ones left out.
 
     Args:
-        source: ``wikitext2``, ``c4``, ``pydoc`` or a local file. A ``.txt`` file is one document, a row of the others is one.
+        source: ``wikitext2``, ``c4``, ``pydoc`` or a local file. ``wikitext2`` and a ``.txt`` file are one document each; in
+            the others a row is one.
 
     Raises:
         DataError: the source is unknown, missing, unreadable or empty.
     """
     if source == "wikitext2":
-        rows = _hub_rows(source, "Salesforce/wikitext", name="wikitext-2-raw-v1", split="train")
+        # A row is a paragraph or a heading: the field joins them to one text (SparseGPT's data loader).
+        rows = ["\n\n".join(_hub_rows(source, "Salesforce/wikitext", name="wikitext-2-raw-v1", split="train"))]
     elif source == "c4":
         files = {"train": "en/c4-train.00000-of-01024.json.gz"}
         rows = _hub_rows(source, "allenai/c4", data_files=files, split="train")
@@ -61,7 +63,8 @@ def evaluation_rows(source: str) -> list[str]:
         rows = _hub_rows(source, "Salesforce/wikitext", name="wikitext-2-raw-v1", split="test")
     elif source == "c4":
         files = {"validation": "en/c4-validation.00000-of-00008.json.gz"}
-        rows = _hub_rows(source, "allenai/c4", data_files=files, split="validation")[:_C4_EVALUATION_ROWS]
+        # One row, joined by spaces, so that perplexities compare with those of the field's data loaders.
+        rows = [" ".join(_hub_rows(source, "allenai/c4", data_files=files, split="validation")[:_C4_EVALUATION_ROWS])]
     elif source == "pydoc":
         rows = _topics()[::_PYDOC_EVALUATION_EVERY]
     else:
