@@ -26,7 +26,7 @@ OPTIONS = {
     "prune": {
         "--method", "--pattern", "--sparsity", "--outlier-rows", "--keep-budget", "--block-size", "--damping", "--calibration",
         "--samples", "--sequence-length", "--seed", "--device", "--dtype", "--targets", "--skip", "--recipe", "--overwrite",
-        "--activations", "--trust-remote-code", "--quiet", "--help",
+        "--resume", "--activations", "--trust-remote-code", "--quiet", "--help",
     },
     "eval": {
         "--text", "--sequence-length", "--max-windows", "--dense", "--json", "--device", "--dtype", "--trust-remote-code",
@@ -340,18 +340,14 @@ class TestRecipeFile:
 
 class TestPlainLines:
     def test_lines_tell_block_error_and_rest(self) -> None:
-        now = [0.0]
         stream = io.StringIO()
-        show = PlainLines(stream, clock=lambda: now[0])
+        show = PlainLines(stream)
         show(Event(kind="phase", phase="calibration"))
-        now[0] = 30.0
-        show(Event(kind="phase", phase="statistics", block=0, blocks=4))
-        now[0] = 60.0
-        show(Event(kind="block", phase="propagate", block=0, blocks=4, error=0.0125))
-        show(Event(kind="progress", phase="statistics", block=1, blocks=4, done=1, total=9))
-        now[0] = 75.0
-        show(Event(kind="progress", phase="statistics", block=1, blocks=4, done=5, total=9))
-        show(Event(kind="note", phase="load", message="mind the gap"))
+        show(Event(kind="phase", phase="statistics", block=0, blocks=4, seconds=30.0))
+        show(Event(kind="block", phase="propagate", block=0, blocks=4, error=0.0125, seconds=60.0))
+        show(Event(kind="progress", phase="statistics", block=1, blocks=4, done=1, total=9, seconds=60.0))
+        show(Event(kind="progress", phase="statistics", block=1, blocks=4, done=5, total=9, seconds=75.0))
+        show(Event(kind="note", phase="load", message="mind the gap", seconds=75.0))
         lines = stream.getvalue().splitlines()
         assert lines[0] == "[0:00] calibrate"
         assert re.fullmatch(r"\[1:00\] block 1 of 4, mean layer error 0.0125, .* GiB, 1:30 left", lines[1])

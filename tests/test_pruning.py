@@ -20,10 +20,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 import thanos
 from helpers import prose, save_tiny, windows
 from thanos import engine as engine_module
-from thanos import pruning as pruning_module
 from thanos.calibration import build_calibration
 from thanos.errors import DataError, ModelError, NumericsError, RecipeError, ResourceError, UserError
 from thanos.pretrained import resolve_model
+from thanos.work import WorkFolder
 
 SAMPLES, LENGTH = 4, 32
 METHODS = ("thanos", "sparsegpt", "wanda", "magnitude")
@@ -84,7 +84,7 @@ def plain(tiny_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFa
 def test_the_folder_holds_a_checkpoint_a_report_a_recipe_and_a_card(plain, tiny_llama: Path) -> None:
     out, _ = plain
     given = {path.name for path in tiny_llama.iterdir()}
-    assert {path.name for path in out.iterdir()} == given | {"pruning.json", "recipe.toml", "README.md"}
+    assert {path.name for path in out.iterdir()} == given | {"pruning.json", "recipe.toml", "README.md", "events.jsonl"}
     assert {"tokenizer.json", "chat_template.jinja", "generation_config.json"} <= given
     for name in given - {"model.safetensors"}:
         assert (out / name).read_bytes() == (tiny_llama / name).read_bytes(), name
@@ -452,24 +452,29 @@ def test_a_failed_run_leaves_the_old_folder_as_it_was(
     break_solver(monkeypatch, MemoryError())
     with pytest.raises(ResourceError):
         thanos.prune(model, old, recipe(text_file), overwrite=True)
-    assert tree(tmp_path) == before
+    assert besides_work(tmp_path) == before
 
 
-def test_a_failed_last_rename_leaves_the_old_folder_as_it_was(
+def test_a_failed_last_rename_leaves_the_old_folder_as_it_was_and_all_the_work(
     model: Path, old: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = tree(tmp_path)
     rename = Path.rename
 
     def fail(self: Path, target: Path) -> Path:
-        if self.name.endswith(".partial"):
+        if self.parent.name.endswith(".partial") and target == old:
             raise OSError(errno.EIO, "input/output error")
         return rename(self, target)
 
-    monkeypatch.setattr(Path, "rename", fail)
-    with pytest.raises(OSError, match="input/output error"):
-        thanos.prune(model, old, recipe(text_file), overwrite=True)
-    assert tree(tmp_path) == before
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", fail)
+        with pytest.raises(OSError, match="input/output error"):
+            thanos.prune(model, old, recipe(text_file), overwrite=True)
+    assert besides_work(tmp_path) == before
+    break_solver(monkeypatch, AssertionError("solved again"), after=0)
+    thanos.prune(model, old, recipe(text_file), overwrite=True, resume=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
+    assert json.loads((old / "pruning.json").read_text())["recipe"]["method"] == "thanos"
 
 
 def test_a_folder_that_came_into_being_meanwhile_is_not_replaced(model: Path, text_file: Path, tmp_path: Path) -> None:
@@ -481,10 +486,18 @@ def test_a_folder_that_came_into_being_meanwhile_is_not_replaced(model: Path, te
     with pytest.raises(UserError, match="came into being during the run"):
         thanos.prune(model, tmp_path / "out", recipe(text_file), on_event=watch)
     assert tree(tmp_path / "out") == {"other.txt": b"somebody else's"}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.partial", "model", "out"]
+    (tmp_path / "out").rename(tmp_path / "other")
+    thanos.prune(model, tmp_path / "out", recipe(text_file), resume=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "other", "out"]
 
 
 # --- bad input: one line, and nothing written -------------------------------------------------------------------------------
+
+
+def besides_work(folder: Path) -> dict[str, bytes | None]:
+    """What :func:`tree` gives, but for what an interrupted run keeps beside ``out`` for the next."""
+    return {path: data for path, data in tree(folder).items() if ".partial" not in path}
 
 
 def refused(
@@ -740,7 +753,7 @@ def break_solver(monkeypatch: pytest.MonkeyPatch, error: BaseException, after: i
 def test_exhausted_resources_say_what_to_lower(
     error: Exception, facts: tuple[str, ...], model: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    break_solver(monkeypatch, error)
+    break_solver(monkeypatch, error, after=0)
     refused(ResourceError, model, recipe(text_file), *facts)
 
 
@@ -753,24 +766,31 @@ def test_a_disk_without_room_is_noticed_before_the_work(
     refused(ResourceError, model, recipe(text_file), "disk full")
 
 
-@pytest.mark.parametrize(
-    "error", [KeyboardInterrupt(), SystemExit(1), RuntimeError("a bug"), OSError(errno.EIO, "bad")]
-)
-def test_whatever_ends_a_run_leaves_nothing(
+ENDS = [KeyboardInterrupt(), SystemExit(1), RuntimeError("a bug"), OSError(errno.EIO, "bad"), MemoryError()]
+
+
+@pytest.mark.parametrize("error", ENDS)
+def test_whatever_ends_a_run_before_a_block_is_finished_leaves_nothing(
+    error: BaseException, model: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = tree(tmp_path)
+    break_solver(monkeypatch, error, after=3)
+    with pytest.raises(ResourceError if isinstance(error, MemoryError) else type(error)):
+        thanos.prune(model, tmp_path / "new/deep/out", recipe(text_file))
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("error", ENDS)
+def test_whatever_ends_a_run_later_leaves_what_is_finished_and_nothing_else(
     error: BaseException, model: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = tree(tmp_path)
     break_solver(monkeypatch, error)
-    with pytest.raises(type(error)):
+    with pytest.raises(ResourceError if isinstance(error, MemoryError) else type(error)) as caught:
         thanos.prune(model, tmp_path / "out", recipe(text_file))
-    assert tree(tmp_path) == before
-
-
-def test_a_failed_run_leaves_no_parents_of_out(
-    model: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    break_solver(monkeypatch, MemoryError())
-    refused(ResourceError, model, recipe(text_file), out=tmp_path / "new/deep/out")
+    assert caught.value.__notes__ == ["1 of 3 blocks are finished; resume=True goes on with them"]
+    assert besides_work(tmp_path) == before
+    assert (tmp_path / ".out.partial/model").is_dir()
 
 
 @pytest.mark.parametrize("phase", ["load", "calibration", "solve", "finish"])
@@ -783,29 +803,31 @@ def test_a_watcher_that_raises_ends_the_run_cleanly(phase: str, model: Path, tex
 
     with pytest.raises(KeyboardInterrupt):
         thanos.prune(model, tmp_path / "out", recipe(text_file), on_event=watch)
-    assert tree(tmp_path) == before
+    assert (besides_work if phase == "finish" else tree)(tmp_path) == before
 
 
 def test_until_the_last_rename_nothing_has_the_name_of_the_output(
     model: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[bool] = []
-    publish = pruning_module.publish
+    publish = WorkFolder.publish
 
-    def spy(work: Path, out: Path, **how: Any) -> None:
+    def spy(self: WorkFolder, **how: Any) -> None:
+        out = tmp_path / "out"
         seen.append(out.exists())
-        assert {"pruning.json", "recipe.toml", "README.md", "config.json"} <= {path.name for path in work.iterdir()}
-        assert work.name.startswith(".")
-        assert work.parent == out.parent  # a rename within one file system
-        publish(work, out, **how)
+        names = {path.name for path in self.model.iterdir()}
+        assert {"pruning.json", "recipe.toml", "README.md", "config.json", "events.jsonl"} <= names
+        assert self.path.name.startswith(".")
+        assert self.path.parent == out.parent  # a rename within one file system
+        publish(self, **how)
         seen.append(out.exists())
 
     def watch(event: thanos.Event) -> None:
         seen.append((tmp_path / "out").exists())
         if event.kind == "layer":  # nor could what a killed run leaves be loaded
-            assert not (tmp_path / ".out.partial/config.json").exists()
+            assert not (tmp_path / ".out.partial/model/config.json").exists()
 
-    monkeypatch.setattr(pruning_module, "publish", spy)
+    monkeypatch.setattr(WorkFolder, "publish", spy)
     thanos.prune(model, tmp_path / "out", recipe(text_file), on_event=watch)
     assert seen.pop()
     assert not any(seen)

@@ -95,7 +95,7 @@ def _recipe_table(report: PruningReport) -> str:
                 f"seed {recipe['seed']}",
             ),
             ("hash of the calibration tokens", f"`{calibration['sha256']}`"),
-            ("time", f"{report.seconds:.1f} s on {versions['device']}"),
+            ("device", versions["device"]),
             ("versions", ", ".join(f"{key} {versions[key]}" for key in ("torch", "transformers", "python"))),
         ],
     )

@@ -6,7 +6,7 @@ The name of a method never occurs here; what is done to a layer is its :class:`~
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,11 +16,13 @@ from thanos.background import Background
 from thanos.blocks import stop
 from thanos.errors import ModelError
 from thanos.events import Event, Phase
+from thanos.journal import BlockRecord
 from thanos.memory import PhaseMeter
 from thanos.passes import Passes
 from thanos.recipe import Recipe
 from thanos.records import layer_record
 from thanos.report import LayerRecord, expert_notes
+from thanos.resume import Ledger
 from thanos.shards import CheckpointWriter
 from thanos.solvers import prune_layer
 from thanos.solvers.factor import InputStatistics
@@ -43,6 +45,7 @@ class Engine:
         layers: the layers to prune.
         weights: the skeleton's parameters.
         writer: takes finished tensors.
+        ledger: is told of each finished block, and knows those that an interrupted run finished.
         recipe: what to do.
         passes: runs blocks over the calibration sequences.
         device: where blocks run and layers are solved.
@@ -51,6 +54,7 @@ class Engine:
     Attributes:
         records: one per pruned layer, in order.
         notes: warnings about the run as a whole.
+        place: where the activations were kept last.
     """
 
     model: nn.Module
@@ -59,15 +63,18 @@ class Engine:
     layers: list[LinearLayer]
     weights: ModelWeights
     writer: CheckpointWriter
+    ledger: Ledger
     recipe: Recipe
     passes: Passes
     device: torch.device
     meter: PhaseMeter
     records: list[LayerRecord] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    place: str = ""
     _held: dict[str, Tensor] | None = None  # pruned weights that the block must not have yet
     _writes: Background = field(init=False)
-    _began: float = field(default_factory=time.perf_counter)
+    _written: list[str] = field(default_factory=list)  # by the block that is being pruned
+    _started_notes: int = 0
 
     def run(self) -> Iterator[Event]:
         """Do the work; yields events as it goes. Afterwards ``records`` is complete and every tensor is written.
@@ -78,11 +85,14 @@ class Engine:
             ModelError: a targeted layer outside the blocks cannot be pruned.
         """
         self._writes = Background("thanos-writer", self.device)
+        self._started_notes = len(self.notes)
         try:
             with torch.inference_mode():
-                yield from self._record_calls()
+                if self._is_read_after(-1):
+                    yield from self._record_calls()
                 for index in range(len(self.blocks)):
-                    yield from self._prune_block(index)
+                    record = self.ledger.finished.get(index)
+                    yield from self._prune_block(index) if record is None else self._replay_block(index, record)
                 yield from self._prune_tail()
         finally:
             for helper in (self._writes, self.weights, self.passes):
@@ -106,10 +116,7 @@ class Engine:
     def _prune_block(self, index: int) -> Iterator[Event]:
         names = self._block_names(index)
         layers = [layer for layer in self.layers if layer.block == index]
-        with self.meter.phase("load"):
-            self.weights.load(names)
-        if index + 1 < len(self.blocks):
-            self.weights.prefetch(self._block_names(index + 1))
+        self._load(index)
         if layers:
             parts = plan_passes(layers, _STATISTICS_BYTES.get(self.device.type, 4 << 30))
             # Every pass must see the block as it was, so what the first ones prune is put in place after the last.
@@ -125,17 +132,27 @@ class Engine:
         yield self._event("phase", "propagate", index)
         if index + 1 < len(self.blocks) or self._tail_layers():
             with self.meter.phase("propagate"):
-                for step in self.passes.propagate(index):
-                    yield (
-                        self._note(step, "propagate")
-                        if isinstance(step, str)
-                        else self._progress("propagate", index, step)
-                    )
+                yield from self._propagate(index)
         self.weights.release(names)
-        with self.meter.phase("write"):
-            self._writes.flush()
-        errors = [r.error_after_compensation for r in self.records if r.error_after_compensation is not None]
-        yield self._event("block", "propagate", index, error=sum(errors) / len(errors) if errors else None)
+        self._finish(index)
+        yield self._event("block", "propagate", index, error=self._mean_error())
+
+    def _propagate(self, index: int, starts: Sequence[tuple[int, int]] = ()) -> Iterator[Event]:
+        for step in self.passes.propagate(index, starts):
+            note = isinstance(step, str)
+            yield self._note(step, "propagate") if note else self._progress("propagate", index, step)
+
+    def _replay_block(self, index: int, record: BlockRecord) -> Iterator[Event]:
+        """Take over a block that is finished; what it was made of is on the disk, and only its outputs may be missing."""
+        self._take_over(record)
+        if self._is_read_after(index):
+            self._load(index)
+            yield self._event("phase", "propagate", index)
+            with self.meter.phase("propagate"):
+                yield from self._propagate(index, record.starts)
+            self.weights.release(self._block_names(index))
+        self.passes.batch = record.batch  # as it was left then
+        yield self._event("block", "propagate", index, error=self._mean_error(), replayed=True)
 
     def _gather(self, index: int, layers: list[LinearLayer]) -> Generator[Event, None, list[InputGroup]]:
         """Gather the statistics of a block's layers; from the start again, in smaller batches, where memory runs out."""
@@ -194,13 +211,18 @@ class Engine:
             self.weights.put(layer.weight_name, result)
         else:
             self._held[layer.weight_name] = result = result.cpu()
-        self._writes.post(self._write, self.weights.key(layer.weight_name), result)
+        key = self.weights.key(layer.weight_name)
+        self._written.append(key)
+        self._writes.post(self._write, key, result)
         return layer_record(layer, pruned, inputs, settings, stored.dtype, zeros, tokens, seconds)
 
     def _prune_tail(self) -> Iterator[Event]:
         """Prune targeted layers that follow the blocks, such as lm_head, each on the inputs that it now gets."""
-        layers = self._tail_layers()
+        layers, record = self._tail_layers(), self.ledger.finished.get(None)
         if not layers:
+            return
+        if record is not None:
+            self._take_over(record)
             return
         outer = self._outer_names()
         self.weights.load(outer)
@@ -213,10 +235,57 @@ class Engine:
                 handle.remove()
             yield from self._solve([layer], groups, None)
         self.weights.release(outer)
-        with self.meter.phase("write"):
-            self._writes.flush()
+        self._finish(None)
 
     # --- helpers ----------------------------------------------------------------------------------------------------
+
+    def _load(self, index: int) -> None:
+        """Bring a block's weights in, those that are pruned already from the output, and begin to read the next block's."""
+        pruned = self._finished_names(index)
+        with self.meter.phase("load"):
+            self.weights.load([name for name in self._block_names(index) if name not in pruned])
+            for name in pruned:
+                self.weights.put(name, self.writer.read(self.weights.key(name)))
+        if index + 1 < len(self.blocks):
+            ahead = self._finished_names(index + 1)
+            self.weights.prefetch([name for name in self._block_names(index + 1) if name not in ahead])
+
+    def _finished_names(self, index: int) -> list[str]:
+        record = self.ledger.finished.get(index)
+        tensors = record.tensors if record is not None else {}
+        return [name for name in self._block_names(index) if self.weights.key(name) in tensors]
+
+    def _finish(self, block: int | None) -> None:
+        """Let the ledger note a block: what was written, and what the report and the next blocks need to know."""
+        with self.meter.phase("write"):
+            self._writes.flush()
+        self.ledger.record(
+            block,
+            layers=[record for record in self.records if record.block == block],
+            written=self._written,
+            notes=self.notes[self._started_notes :],
+            batch=self.passes.batch,
+            starts=self.passes.starts,
+            place=self.passes.place,
+        )
+        self._written.clear()
+        self.place = self.passes.place
+        self._started_notes = len(self.notes)
+
+    def _take_over(self, record: BlockRecord) -> None:
+        self.records += record.layers
+        self.notes += record.notes
+        self.passes.batch, self.place = record.batch, record.place
+        self._started_notes = len(self.notes)
+
+    def _is_read_after(self, index: int) -> bool:
+        """Tell whether anything is yet to be done on the outputs of block ``index``, or of a later one."""
+        todo = [*range(index + 1, len(self.blocks)), *([None] if self._tail_layers() else [])]
+        return any(block not in self.ledger.finished for block in todo)
+
+    def _mean_error(self) -> float | None:
+        errors = [r.error_after_compensation for r in self.records if r.error_after_compensation is not None]
+        return sum(errors) / len(errors) if errors else None
 
     def _tail_layers(self) -> list[LinearLayer]:
         return [layer for layer in self.layers if layer.block is None]
@@ -243,8 +312,7 @@ class Engine:
         return self._event("note", phase, message=message)
 
     def _event(self, kind: str, phase: Phase, block: int | None = None, **details: object) -> Event:
-        seconds = time.perf_counter() - self._began
-        return Event(kind=kind, phase=phase, seconds=seconds, block=block, blocks=len(self.blocks), **details)  # type: ignore[arg-type]
+        return Event(kind=kind, phase=phase, block=block, blocks=len(self.blocks), **details)  # type: ignore[arg-type]
 
 
 def _refuse_early(layer: LinearLayer) -> Callable[..., None]:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from thanos._version import __version__
 from thanos.errors import DataError, NumericsError, ResourceError
+from thanos.eventlog import EventStream
 from thanos.events import Event
 from thanos.memory import is_out_of_memory
 from thanos.pretrained import check_token_ids, choose_device, context_length, load_model, resolve_model
@@ -161,6 +162,7 @@ def evaluate(
     """
     import transformers
 
+    tell = EventStream(on_event)
     where = choose_device(device)
     rows = _rows(text, sequence_length, max_windows) if reference is None else []
     source = resolve_model(model, trust_remote_code=trust_remote_code)
@@ -177,7 +179,7 @@ def evaluate(
             network = load_model(source, dtype=dtype, device=where)
         reference.check(network)
         began = time.perf_counter()
-        sums = _score(network, reference, on_event or (lambda event: None))
+        sums = _score(network, reference, tell)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from thanos._version import __version__
 from thanos.errors import ModelError, RecipeError
+from thanos.eventlog import EventStream
 from thanos.events import Event
 from thanos.opening import OpenedModel, open_model
 from thanos.patterns import NM, Columns, Pattern, Unstructured, parse_pattern
@@ -113,7 +114,7 @@ def inspect_checkpoint(
         RecipeError: ``require`` is not a pattern that can be checked.
     """
     wanted = None if require is None else _required(require)
-    tell = on_event or (lambda event: None)
+    tell = EventStream(on_event)
     tell(Event(kind="phase", phase="load"))
     opened = open_model(resolve_model(model, trust_remote_code=trust_remote_code))
     known = _read_report(opened)

@@ -7,7 +7,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -52,6 +52,25 @@ class PhaseMeter:
                 self._on_device[name] = max(self._on_device.get(name, 0), peak)
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - began
             self._host[name] = max(self._host.get(name, 0), host_peak_bytes())
+
+    def peaks(self) -> tuple[int, int | None]:
+        """Return the peaks of host and device memory so far, in bytes; no device peak without a CUDA device."""
+        host = max([host_peak_bytes(), *self._host.values()])
+        if self._device.type != "cuda":
+            return host, None
+        return host, max([torch.cuda.max_memory_allocated(self._device), *self._on_device.values()])
+
+    def device_bytes(self) -> int | None:
+        """Return the memory allocated on the device now, in bytes; None without a CUDA device."""
+        return torch.cuda.memory_allocated(self._device) if self._device.type == "cuda" else None
+
+    def add(self, records: Mapping[str, PhaseRecord]) -> None:
+        """Add what an earlier part of the run measured."""
+        for name, record in records.items():
+            self._seconds[name] = self._seconds.get(name, 0.0) + record.seconds
+            self._host[name] = max(self._host.get(name, 0), record.host_peak_bytes)
+            if record.device_peak_bytes is not None:
+                self._on_device[name] = max(self._on_device.get(name, 0), record.device_peak_bytes)
 
     def records(self) -> dict[str, PhaseRecord]:
         """Return what was measured so far, in the order in which the phases were first entered."""

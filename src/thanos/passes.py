@@ -95,23 +95,33 @@ class Passes:
                 batch_ended()
                 yield min(first + size, len(self._ids))
 
-    def propagate(self, index: int) -> Iterator[int | str]:
+    def propagate(self, index: int, starts: Sequence[tuple[int, int]] = ()) -> Iterator[int | str]:
         """Run block ``index``; its outputs become the next block's inputs. Yields the number of sequences done.
 
         Where the device has no room, the failed batch and those after it go in halves, and a line saying so is yielded.
 
+        Args:
+            index: of the block.
+            starts: batch sizes to use, as an earlier pass left them in :attr:`starts`; its outputs come out bit for bit.
+
         Raises:
             ResourceError: not even one sequence fits.
         """
-        first, self.starts = 0, []
+        sizes, first, self.starts = dict(starts), 0, []
         while first < len(self._ids):
-            size = self._batch_size(index)
+            self.batch = sizes.get(first, self.batch)
+            size, end = (
+                self._batch_size(index),
+                min((start for start in sizes if start > first), default=len(self._ids)),
+            )
             self.starts.append((first, size))
             try:
                 for begin, hidden in self._activations.batches(size, first):
                     self._activations.write(begin, self._calls.run(index, hidden, begin))
                     first = min(begin + size, len(self._ids))
                     yield first
+                    if first >= end:
+                        break
             except torch.OutOfMemoryError as error:
                 line = self.halve(error)
                 yield line

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import errno
 import platform
-import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +15,12 @@ from thanos import card
 from thanos._version import __version__
 from thanos.activations import check_place
 from thanos.calibration import Calibration, build_calibration
+from thanos.companions import copy_companions
 from thanos.engine import Engine
-from thanos.errors import ModelError, NumericsError, RecipeError, ResourceError
-from thanos.events import Event
+from thanos.errors import ModelError, NumericsError, RecipeError, ResourceError, UserError, system_errors
+from thanos.eventlog import EventStream
+from thanos.events import LOG_NAME, Event
+from thanos.lock import locked
 from thanos.memory import PhaseMeter
 from thanos.opening import OpenedModel, open_model
 from thanos.passes import Passes
@@ -33,15 +35,17 @@ from thanos.pretrained import (
 )
 from thanos.recipe import Recipe
 from thanos.report import DenseRecord, PruningReport, compute_totals
-from thanos.shards import CheckpointWriter, check_output, publish, work_folder
+from thanos.resume import Ledger, check_same_run, describe_run
+from thanos.shards import CheckpointWriter
 from thanos.solvers.base import Budget
 from thanos.structure import LinearLayer, find_blocks, linear_layers, select_layers
 from thanos.weights import ModelWeights
+from thanos.work import WorkFolder, check_output
 
 Watcher = Callable[[Event], None]
 
-_NOT_COPIED = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ckpt")
-"""Weights in any format: the output has its own."""
+_LOG_BYTES_PER_LAYER = 4096
+"""Room on the disk for the journal, the event log and the report."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,23 +58,42 @@ class _Plan:
     zeros_elsewhere: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What a run was asked for, and what goes with it from its beginning to its end."""
+
+    recipe: Recipe
+    device: torch.device
+    activations: str
+    resume: bool
+    overwrite: bool
+    work: WorkFolder
+    meter: PhaseMeter
+    tell: EventStream
+
+
 def prune(
     model: str | Path,
     out: str | Path,
     recipe: Recipe | None = None,
     *,
     overwrite: bool = False,
+    resume: bool = False,
     activations: str = "auto",
     on_event: Watcher | None = None,
     calibration: Calibration | None = None,
 ) -> PruningReport:
     """Prune a pretrained causal language model and write it as a plain Hugging Face checkpoint.
 
+    Whatever ends a run early, a hidden folder beside ``out`` keeps the blocks that were finished.
+
     Args:
         model: a hub name, a local Hugging Face folder, or a ``.gguf`` file.
         out: the folder to write. It appears when it is complete, never before.
         recipe: what to do; default :class:`Recipe`, Thanos at 50 % unstructured.
-        overwrite: replace ``out`` if it exists.
+        overwrite: replace ``out`` if it exists; without ``resume``, also start an interrupted run over.
+        resume: go on with an interrupted run of the same model and recipe; the result is the same to the byte. Where there
+            is none, start from the beginning.
         activations: where hidden states are kept between blocks: ``device``, ``host``, ``disk``, or ``auto``, the first of them
             that has room. Changes no result.
         on_event: called with each :class:`~thanos.events.Event`.
@@ -82,25 +105,88 @@ def prune(
 
     Raises:
         UserError: what was asked for cannot be done; nothing was written.
+        ResourceError: memory or disk is exhausted, or another run writes ``out``.
     """
-    recipe = recipe or Recipe()
-    watch = on_event or (lambda event: None)
+    recipe, out = recipe or Recipe(), Path(out)
     check_place(activations)
     device = choose_device(recipe.device)
     meter = PhaseMeter(device)
+    tell = EventStream(on_event, meter, keep_log=True)
+    work = WorkFolder(out)
+    job = _Job(recipe, device, activations, resume, overwrite, work, meter, tell)
+    local = Path(model) if Path(model).exists() else None
+
+    def check() -> None:
+        check_output(out, model=local, overwrite=overwrite or (resume and work.published))
+
     with _resource_errors(recipe):
         # A bad output is refused before minutes of work; the folder is made only when all else is known to be good.
-        check_output(Path(out), model=Path(model) if Path(model).exists() else None, overwrite=overwrite)
-        watch(Event(kind="phase", phase="load"))
-        with meter.phase("load"):
-            source = resolve_model(model, trust_remote_code=recipe.trust_remote_code)
-            plan = _plan(source, recipe, watch)
-        with meter.phase("calibration"):
-            calibration = _calibrate(plan.opened, recipe, device, watch, calibration)
-        with work_folder(Path(out)) as work:
-            report = _run(plan, calibration, recipe, device, meter, work, activations, watch)
-            publish(work, Path(out), overwrite=overwrite)
+        check()
+        with locked(out):
+            work.tidy(resume=resume)
+            check()
+            _choose(job)
+            return _prune(model, job, calibration)
+
+
+def _choose(job: _Job) -> None:
+    """Refuse to decide for the user what becomes of an interrupted run."""
+    work = job.work
+    if work.finished and not (job.resume or job.overwrite):
+        raise UserError(
+            f"an interrupted run of OUT {work.out.name} finished {work.finished} of {work.run['blocks']} blocks; --resume "
+            "goes on with it, --overwrite starts over"
+        )
+    if job.resume and not work.finished and not work.published:
+        job.tell(Event(kind="note", phase="load", message="there is nothing to resume: starting from the beginning"))
+
+
+def _prune(model: str | Path, job: _Job, given: Calibration | None) -> PruningReport:
+    recipe, work, tell = job.recipe, job.work, job.tell
+    before = work.run if job.resume else {}
+    tell(Event(kind="phase", phase="load"))
+    with job.meter.phase("load"):
+        source = resolve_model(model, trust_remote_code=recipe.trust_remote_code)
+        run = describe_run(recipe, source, job.device)
+        if before:
+            check_same_run(before, run)
+            if work.published:  # only its clearing up was interrupted
+                work.remove()
+                return PruningReport.read(work.out / "pruning.json")
+        plan = _plan(source, recipe, tell)
+    with job.meter.phase("calibration"):
+        calibration = _calibrate(plan.opened, recipe, job.device, tell, given)
+    run |= {"calibration": calibration.to_dict(), "blocks": len(find_blocks(plan.opened.skeleton)[1])}
+    notes = check_same_run(before, run) if before else []
+    with _kept(work), _resource_errors(recipe):
+        if before:
+            work.take_up({shard.name for shard in plan.opened.checkpoint.shards})
+        else:
+            work.start(run)
+        tell.log_to(work.model / LOG_NAME)
+        for note in notes:
+            tell(Event(kind="note", phase="load", message=note))
+        report = _run(plan, job, calibration, notes)
+        tell.close()
+        work.publish(overwrite=job.overwrite)
     return report
+
+
+@contextmanager
+def _kept(work: WorkFolder) -> Iterator[None]:
+    """Keep the work folder of a run that ends early, if that is of any use."""
+    try:
+        yield
+    except BaseException as error:
+        # NaN would be met again, however often the run is resumed.
+        if isinstance(error, NumericsError) or not work.finished:
+            with suppress(OSError):
+                work.remove()
+        else:
+            error.add_note(
+                f"{work.finished} of {work.run['blocks']} blocks are finished; resume=True goes on with them"
+            )
+        raise
 
 
 def _plan(source: ModelSource, recipe: Recipe, watch: Watcher) -> _Plan:
@@ -170,18 +256,13 @@ def _calibrate(
     return calibration
 
 
-def _run(
-    plan: _Plan,
-    calibration: Calibration,
-    recipe: Recipe,
-    device: torch.device,
-    meter: PhaseMeter,
-    work: Path,
-    activations: str,
-    watch: Watcher,
-) -> PruningReport:
-    opened = plan.opened
-    writer = CheckpointWriter(opened.checkpoint, work)
+def _run(plan: _Plan, job: _Job, calibration: Calibration, notes: list[str]) -> PruningReport:
+    """Fill the work folder's model."""
+    opened, folder, device, meter = plan.opened, job.work.model, job.device, job.meter
+    writer = CheckpointWriter(opened.checkpoint, folder, besides=_LOG_BYTES_PER_LAYER * len(plan.layers))
+    ledger = Ledger(job.work.journal, writer, meter)
+    if job.work.finished:
+        ledger.verify(job.tell)
     weights = ModelWeights(opened.skeleton, opened.checkpoint, opened.key_of, device)
     name, blocks = find_blocks(opened.skeleton)
     engine = Engine(
@@ -191,44 +272,24 @@ def _run(
         plan.layers,
         weights,
         writer,
-        recipe,
-        Passes(opened.skeleton, blocks, calibration.ids, device, work, place=activations),
+        ledger,
+        job.recipe,
+        Passes(opened.skeleton, blocks, calibration.ids, device, job.work.path, place=job.activations),
         device,
         meter,
-        notes=list(opened.notes),
+        notes=[*opened.notes, *notes],
     )
     for event in engine.run():
-        watch(event)
+        job.tell(event)
     with meter.phase("finish"):
-        watch(Event(kind="phase", phase="finish", blocks=len(blocks)))
+        job.tell(Event(kind="phase", phase="finish", blocks=len(blocks)))
         writer.finish()
-        _copy_companions(opened, work)
-    report = _report(plan, engine, calibration, recipe, device, meter)
-    report.write(work / "pruning.json")
-    (work / "recipe.toml").write_text(recipe.to_toml(), encoding="utf-8")
-    (work / "README.md").write_text(card.model_card(report), encoding="utf-8")
+        copy_companions(opened, folder)
+    report = _report(plan, engine, calibration, job.recipe, device, meter)
+    report.write(folder / "pruning.json")
+    (folder / "recipe.toml").write_text(job.recipe.to_toml(), encoding="utf-8")
+    (folder / "README.md").write_text(card.model_card(report), encoding="utf-8")
     return report
-
-
-def _copy_companions(opened: OpenedModel, work: Path) -> None:
-    """Put config, tokenizer, chat template and generation config beside the weights, unchanged where they are files."""
-    source = opened.source
-    if source.gguf is not None:
-        config = opened.skeleton.config
-        config.architectures = [type(opened.skeleton).__name__]
-        config.save_pretrained(work)
-        source.tokenizer().save_pretrained(work)
-        generation = source.generation_config()
-        if generation is not None:
-            generation.save_pretrained(work)
-        return
-    for path in sorted(source.folder.iterdir()):
-        if path.name in ("README.md", "pruning.json", "recipe.toml") or path.name.startswith("."):
-            continue
-        if path.is_file() and not path.name.endswith(_NOT_COPIED):
-            shutil.copyfile(path, work / path.name)
-        elif path.is_dir() and path.name == "additional_chat_templates":
-            shutil.copytree(path, work / path.name)
 
 
 def _report(
@@ -271,7 +332,7 @@ def _report(
         host_peak_bytes=max((record.host_peak_bytes or 0 for record in phases.values()), default=0),
         device_peak_bytes=max((record.device_peak_bytes or 0 for record in phases.values()), default=0) or None,
         warnings=engine.notes,
-        execution={"activations": engine.passes.place, "batch": engine.passes.batch},
+        execution={"activations": engine.place, "batch": engine.passes.batch},
     )
 
 
@@ -292,4 +353,5 @@ def _resource_errors(recipe: Recipe) -> Iterator[None]:
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise ResourceError("disk full while writing; free some space, or write OUT to another disk") from error
-        raise
+        with system_errors():
+            raise

@@ -110,6 +110,11 @@ class PruningReport:
         path.write_text(self.to_json(), encoding="utf-8")
 
     @classmethod
+    def read(cls, path: Path) -> PruningReport:
+        """Read the report that :meth:`write` wrote."""
+        return cls.from_dict(json.loads(path.read_bytes()))
+
+    @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PruningReport:
         """Build a report from what :meth:`to_dict` gave.
 

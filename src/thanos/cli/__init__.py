@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,10 +11,14 @@ from typing import Any
 EXIT_USER = 2
 EXIT_OTHER = 1
 EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the ``thanos`` command and exit: 0 fine, 2 a user's mistake, 130 interrupted, 1 anything else."""
+    """Run the ``thanos`` command and exit.
+
+    0 fine, 2 a user's mistake, 130 interrupted (Ctrl-C), 143 terminated (SIGTERM), 1 anything else.
+    """
     sys.exit(run(sys.argv[1:] if arguments is None else list(arguments)))
 
 
@@ -22,9 +27,9 @@ def run(arguments: Sequence[str]) -> int:
     from thanos.cli.app import app
 
     # The command raises instead of exiting, so that every outcome is mapped to its code in one place.
-    return guard(
-        lambda: _mendable(lambda: app(list(arguments) or ["--help"], prog_name="thanos", standalone_mode=False))
-    )
+    again = shlex.join(["thanos", *(word for word in arguments if word != "--resume"), "--resume"])
+    words = list(arguments) or ["--help"]
+    return guard(lambda: _mendable(lambda: app(words, prog_name="thanos", standalone_mode=False)), again=again)
 
 
 def _mendable(action: Callable[[], Any]) -> Any:
@@ -35,38 +40,48 @@ def _mendable(action: Callable[[], Any]) -> Any:
         return action()
 
 
-def guard(action: Callable[[], Any]) -> int:
-    """Run an action; return the exit code of its outcome. An error is one line on the standard error."""
-    from thanos.errors import UserError
+def guard(action: Callable[[], Any], *, again: str = "") -> int:
+    """Run an action; return the exit code of its outcome. An error is one line on the standard error.
 
-    try:
-        code = action()
-        if code == EXIT_INTERRUPTED:  # the argument parser has already caught it
-            raise KeyboardInterrupt
-        sys.stdout.flush()
-    except UserError as error:
-        return _fail(str(error), EXIT_USER)
-    except KeyboardInterrupt:
-        return _fail("interrupted; nothing was left behind", EXIT_INTERRUPTED)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains once more as it exits
-        return EXIT_OTHER
-    except Exception as error:
-        return _unexpected(error)
+    Args:
+        action: what to do; SIGTERM ends it as Ctrl-C does.
+        again: the command that goes on with it if it ends early and can be resumed.
+    """
+    from thanos.cli.ending import EndedEarly, terminable
+
+    with terminable() as terminated:
+        try:
+            code = action()
+            if code == EXIT_INTERRUPTED:  # the argument parser has already caught it
+                raise KeyboardInterrupt
+            sys.stdout.flush()
+        except EndedEarly as ended:
+            return _outcome(ended.error, ended.hint(again), bool(terminated))
+        except (KeyboardInterrupt, Exception) as error:
+            return _outcome(error, "", bool(terminated))
     return code if isinstance(code, int) else 0
 
 
-def _unexpected(error: Exception) -> int:
+def _outcome(error: BaseException, hint: str, terminated: bool) -> int:
+    """Say in one line what ended an action; return the exit code."""
+    from thanos.errors import UserError
+
+    if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":
+        what, code = ("terminated", EXIT_TERMINATED) if terminated else ("interrupted", EXIT_INTERRUPTED)
+        return _fail(f"{what}{hint}", code)
+    if isinstance(error, UserError):
+        return _fail(f"{error}{hint}", EXIT_USER)
+    if isinstance(error, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains once more as it exits
+        return EXIT_OTHER
     if hasattr(error, "format_message"):  # a mistake in the arguments, found by the argument parser
         from thanos.cli.app import usage_line
 
         return _fail(usage_line(error), EXIT_USER)
-    if type(error).__name__ == "Abort":
-        return _fail("interrupted; nothing was left behind", EXIT_INTERRUPTED)
     if os.environ.get("THANOS_DEBUG"):
         raise error
     line = (str(error).strip().splitlines() or [""])[0]
-    return _fail(f"unexpected {type(error).__name__}: {line} (set THANOS_DEBUG=1 to see where)", EXIT_OTHER)
+    return _fail(f"unexpected {type(error).__name__}: {line} (set THANOS_DEBUG=1 to see where){hint}", EXIT_OTHER)
 
 
 def _fail(message: str, code: int) -> int:

@@ -101,7 +101,14 @@ def prune(
             "PLACE",
         ),
     ] = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists (default: refuse).")] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Replace OUT, and start an interrupted run over (default: refuse to)."),
+    ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with the interrupted run of this command (default: refuse to)."),
+    ] = False,
     trust_remote_code: Trust = False,
     quiet: Quiet = False,
 ) -> None:
@@ -125,13 +132,15 @@ def prune(
         "trust_remote_code": trust_remote_code or None,
     }
     chosen = merge_recipe(recipe, {name: value for name, value in given.items() if value is not None})
-    from thanos.cli import display, tables
+    from thanos.cli import display, ending, tables
 
     display.hush()
     import thanos
 
-    with display.watch(quiet=quiet) as watcher:
-        report = thanos.prune(model, out, chosen, overwrite=overwrite, activations=activations, on_event=watcher)
+    with ending.resumable(out), display.watch(quiet=quiet) as watcher:
+        report = thanos.prune(
+            model, out, chosen, overwrite=overwrite, resume=resume, activations=activations, on_event=watcher
+        )
     tables.show_report(report, out)
 
 

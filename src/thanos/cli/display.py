@@ -1,4 +1,7 @@
-"""Progress for people, drawn from events alone: a live line on a terminal, plain lines elsewhere."""
+"""Progress for people, drawn from events alone: live lines on a terminal, plain lines elsewhere.
+
+What is shown is a function of the events: a log (``events.jsonl``) that is played back gives the same plain lines.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from thanos.events import Event
 _LABELS = {
     "load": "load model",
     "calibration": "calibrate",
+    "verify": "check finished blocks",
     "statistics": "statistics",
     "solve": "solve",
     "write": "write",
@@ -28,6 +32,11 @@ _WITHIN_BLOCK = {"statistics": (0.0, 0.45), "solve": (0.45, 0.35), "propagate": 
 
 _PLAIN_SECONDS = 10.0
 """Least seconds between two plain lines that only tell of progress."""
+
+_RATE_SECONDS = 0.2
+"""Least seconds of a phase from which a rate is worth telling."""
+
+_BAR_CELLS = 24
 
 
 def hush() -> None:
@@ -63,124 +72,165 @@ def watch(*, quiet: bool = False, stream: TextIO | None = None) -> Iterator[Call
         yield PlainLines(target)
 
 
+class Position:
+    """What the events so far say about where a run is.
+
+    Attributes:
+        event: the last event but for notes; None at first.
+        error: mean relative layer error of the finished blocks, or of the last layer before the first is finished.
+        rate: tokens a second of the phase that is running; None where it has none, or has only begun.
+    """
+
+    def __init__(self) -> None:
+        self.event: Event | None = None
+        self.error: float | None = None
+        self.rate: float | None = None
+        self._phase: tuple[int | None, str] | None = None
+        self._phase_began = self._block_began = 0.0
+        self._block: int | None = None
+        self._pruned_seconds, self._pruned = 0.0, 0
+
+    def __call__(self, event: Event) -> None:
+        """Take in one event."""
+        if event.kind == "note":
+            return
+        if event.kind == "phase" or (event.block, event.phase) != self._phase:
+            self._phase, self._phase_began = (event.block, event.phase), event.seconds
+        if event.block != self._block:
+            self._block, self._block_began = event.block, event.seconds
+        if event.kind == "block" and not event.replayed:
+            self._pruned_seconds += event.seconds - self._block_began
+            self._pruned += 1
+        if event.error is not None and (event.kind == "block" or not self._pruned):
+            self.error = event.error
+        spent = event.seconds - self._phase_began
+        self.rate = event.tokens / spent if event.tokens and spent > _RATE_SECONDS else None
+        self.event = event
+
+    def remaining(self, now: float) -> float | None:
+        """Return the seconds left at ``now``: of the blocks, by the mean of those pruned in this run; else of the phase."""
+        event = self.event
+        if event is None or (event.block is not None and not self._pruned):
+            return None
+        if event.block is None:
+            spent = event.seconds - self._phase_began
+            return spent / event.done * (event.total - event.done) if event.done and event.total else None
+        mean = self._pruned_seconds / self._pruned
+        within = 0.0 if event.kind == "block" else max(0.0, mean - (now - self._block_began))
+        return within + mean * (event.blocks - event.block - 1)
+
+    @property
+    def done(self) -> float | None:
+        """The share that is done of all blocks, or of the phase outside of them; None where it is not known."""
+        event = self.event
+        if event is None:
+            return None
+        inside = event.done / event.total if event.total else 0.0
+        if event.block is None:
+            return inside if event.total else None
+        begin, share = _WITHIN_BLOCK.get(event.phase, (0.0, 0.0))
+        return (event.block + (1.0 if event.kind == "block" else begin + share * inside)) / event.blocks
+
+
 class PlainLines:
     """A line when a phase or block ends or a note comes, and now and then in between.
 
     Args:
         stream: where to.
-        clock: seconds, monotone.
     """
 
-    def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
-        self._stream, self._clock = stream, clock
-        self._began = self._last = clock()
-        self._blocks_began: float | None = None
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._position = Position()
+        self._last = 0.0
         self._phase = ""
 
     def __call__(self, event: Event) -> None:
         """Write a line, or not."""
-        now = self._clock()
-        if event.block is not None and self._blocks_began is None:
-            self._blocks_began = now
+        self._position(event)
         if event.kind == "note":
-            self._write(f"note: {event.message}")
+            self._write(event, f"note: {event.message}")
         elif event.kind == "block" and event.block is not None:
-            error = "" if event.error is None else f", mean layer error {event.error:.4g}"
-            self._write(f"block {event.block + 1} of {event.blocks}{error}, {_memory()}{self._remaining(event, now)}")
+            what = ["outputs computed again"] if event.replayed else []
+            what += [] if event.error is None else [f"mean layer error {event.error:.4g}"]
+            left = self._position.remaining(event.seconds)
+            what += [_memory(event), *([f"{_clock(left)} left"] if left else [])]
+            self._write(event, f"block {event.block + 1} of {event.blocks}, {', '.join(what)}")
         elif event.kind == "phase" and event.block is None and event.phase != self._phase:
             self._phase = event.phase
-            self._write(_LABELS[event.phase])
-        elif event.kind == "progress" and now - self._last >= _PLAIN_SECONDS:
+            self._write(event, _LABELS[event.phase])
+        elif event.kind == "progress" and event.seconds - self._last >= _PLAIN_SECONDS:
             where = "" if event.block is None else f"block {event.block + 1} of {event.blocks}, "
-            self._write(f"{where}{_LABELS[event.phase]} {event.done} of {event.total}")
+            rate = "" if self._position.rate is None else f", {self._position.rate:,.0f} tokens/s"
+            self._write(event, f"{where}{_LABELS[event.phase]} {event.done} of {event.total}{rate}")
 
-    def _remaining(self, event: Event, now: float) -> str:
-        assert event.block is not None
-        assert self._blocks_began is not None
-        left = (now - self._blocks_began) / (event.block + 1) * (event.blocks - event.block - 1)
-        return f", {_clock(left)} left" if left else ""
-
-    def _write(self, text: str) -> None:
-        self._last = self._clock()
-        self._stream.write(f"[{_clock(self._last - self._began)}] {text}\n")
+    def _write(self, event: Event, text: str) -> None:
+        self._last = event.seconds
+        self._stream.write(f"[{_clock(event.seconds)}] {text}\n")
         self._stream.flush()
+
+
+def live_lines(position: Position, now: float) -> tuple[str, str]:
+    """Return the two lines of the live display: where the run is, and what it takes.
+
+    Args:
+        position: what the events say.
+        now: seconds since the run began.
+    """
+    event = position.event
+    if event is None:
+        return "starting", ""
+    where = _LABELS[event.phase]
+    if event.block is not None:
+        where = f"block {event.block + 1}/{event.blocks} {where}"
+    layer = event.layer.rsplit(".", 1)[-1]
+    counted = f"{event.done} of {event.total}" if event.total and event.kind != "block" else ""
+    rate = "" if position.rate is None else f"{position.rate:,.0f} tokens/s"
+    error = "" if position.error is None else f"error {position.error:.4g}"
+    head = " · ".join(part for part in (where, layer, counted, rate, error) if part)
+    done = position.done
+    filled = round(_BAR_CELLS * (done or 0.0))
+    bar = f"{'━' * filled}{'╌' * (_BAR_CELLS - filled)}"
+    left = position.remaining(now)
+    times = f"{_clock(now)} elapsed" + ("" if left is None else f", {_clock(left)} left")
+    return head, f"{bar} {times} · {_memory(event)}"
 
 
 @contextmanager
 def _live(stream: TextIO) -> Iterator[Callable[[Event], None]]:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.console import Console, Group
+    from rich.live import Live
+    from rich.text import Text
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.fields[details]}"),
-        TimeElapsedColumn(),
-        TextColumn("<"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(file=stream), transient=True) as progress:
-        yield _LiveLine(progress)
+    position = Position()
+    last = [0.0, time.monotonic()]  # the last event's seconds, and the clock then: it ticks on between events
 
+    def draw() -> Any:
+        lines = live_lines(position, last[0] + time.monotonic() - last[1])
+        return Group(*(Text(line, no_wrap=True, overflow="ellipsis") for line in lines))
 
-class _LiveLine:
-    """One bar: the whole pruning run, or one phase outside of it."""
+    with Live(get_renderable=draw, console=Console(file=stream), refresh_per_second=4, transient=True) as live:
 
-    def __init__(self, progress: Any) -> None:
-        self._progress = progress
-        self._task = progress.add_task("starting", total=None, details="")
-        self._stage = ""
-        self._began = time.monotonic()
-        self._error: float | None = None
+        def show(event: Event) -> None:
+            position(event)
+            last[:] = event.seconds, time.monotonic()
+            if event.kind == "note":
+                live.console.print(f"note: {event.message}", markup=False, highlight=False)
+            elif event.kind == "block":
+                live.refresh()  # however fast they come, each is seen
 
-    def __call__(self, event: Event) -> None:
-        if event.kind == "note":
-            self._progress.console.print(f"note: {event.message}", markup=False, highlight=False)
-            return
-        stage = "blocks" if event.block is not None else event.phase
-        if stage != self._stage:
-            self._enter(stage, event)
-        if event.kind == "phase":
-            self._began = time.monotonic()
-        if event.error is not None:
-            self._error = event.error
-        description, completed, total = self._position(event)
-        self._progress.update(
-            self._task, description=description, completed=completed, total=total, details=self._details(event)
-        )
-
-    def _enter(self, stage: str, event: Event) -> None:
-        self._progress.remove_task(self._task)
-        self._task = self._progress.add_task(_LABELS.get(event.phase, ""), total=None, details="")
-        self._stage, self._began = stage, time.monotonic()
-
-    def _position(self, event: Event) -> tuple[str, float | None, float | None]:
-        if event.block is None:
-            return _LABELS[event.phase], event.done or None, event.total or None
-        begin, share = _WITHIN_BLOCK.get(event.phase, (0.0, 0.0))
-        inside = begin + share * (event.done / event.total if event.total else 0.0)
-        if event.kind == "block":
-            inside = 1.0
-        layer = event.layer.rsplit(".", 1)[-1] if event.layer else ""
-        name = f"block {event.block + 1}/{event.blocks} {_LABELS[event.phase]} {layer}"
-        return f"{name:<32}", event.block + inside, event.blocks
-
-    def _details(self, event: Event) -> str:
-        parts = []
-        spent = time.monotonic() - self._began
-        if event.tokens and spent > 0.2:
-            parts.append(f"{event.tokens / spent:,.0f} tokens/s")
-        elif event.total:
-            parts.append(f"{event.done} of {event.total}")
-        if self._error is not None:
-            parts.append(f"error {self._error:.4g}")
-        return " · ".join([*parts, _memory()])
+        yield show
 
 
-def _memory() -> str:
-    from thanos.memory import host_bytes
+def _memory(event: Event) -> str:
+    host = f"host {_size(event.host_bytes)}, peak {_size(event.host_peak_bytes)}"
+    if event.device_bytes is None or event.device_peak_bytes is None:
+        return host
+    return f"{host}, device {_size(event.device_bytes)}, peak {_size(event.device_peak_bytes)}"
 
-    return f"{host_bytes() / 2**30:.1f} GiB"
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB"
 
 
 def _clock(seconds: float) -> str:

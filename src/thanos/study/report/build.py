@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from thanos.errors import DataError, ResourceError
+from thanos.eventlog import EventStream
 from thanos.events import Event
 from thanos.study.report.charts import Figure
 from thanos.study.report.draw import draw
@@ -82,7 +83,7 @@ def write_report(folder: str | Path, on_event: Callable[[Event], None] | None = 
         raise DataError(f"{path} holds no record; run the study first: thanos study STUDY.toml {path.parent}")
     report = build_report(contents)
     try:
-        return _write(report, path.parent, on_event or (lambda event: None))
+        return _write(report, path.parent, EventStream(on_event))
     except OSError as error:
         raise ResourceError(f"{error.filename or path.parent} cannot be written: {error.strerror}") from error
 
