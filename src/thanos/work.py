@@ -48,7 +48,9 @@ class WorkFolder:
     @property
     def finished(self) -> int:
         """Number of finished blocks that can be taken up again."""
-        return len(current(self.journal.read())) if self.run and self.model.is_dir() else 0
+        if not self.run or not self.model.is_dir():
+            return 0
+        return sum(block is not None for block in current(self.journal.read()))
 
     @property
     def published(self) -> bool:
