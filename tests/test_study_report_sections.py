@@ -191,6 +191,12 @@ def test_the_papers_table_has_a_column_for_each_model() -> None:
     assert all(cell.number is not None for row in table.rows for cell in row[1:])
 
 
+def test_the_papers_table_does_not_hide_a_lower_sparsity() -> None:
+    labels = column(perplexity_table([FULL]).tables[0], "method")
+    assert "Thanos α = 0.1, only 45 % sparse" in labels
+    assert "Thanos α = 0.1, budget kept" in labels
+
+
 def test_the_formulas_are_listed_as_measured() -> None:
     table = formula(FULL).tables[0]
     assert column(table, "error") == ["0.09401", "0.09401", "0.27257", "2.204", "49.175"]

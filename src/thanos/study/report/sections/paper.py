@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from thanos.study.report.ranking import comparable, ranks
-from thanos.study.report.rows import Results, Row
+from thanos.study.report.rows import Results, Row, percent
 from thanos.study.report.sections.common import (
     HEADLINE,
     RANK_NOTE,
@@ -34,7 +34,7 @@ def perplexity_table(studies: Sequence[Results]) -> Section:
         line, label = [], ""
         for results in studies:
             row = next((row for row in rows[results.model] if _key(row) == key), None)
-            label = row.label if row is not None else label
+            label = _label(rows[results.model], row) if row is not None else label
             if row is not None and row.pattern_label not in bands.values():
                 bands[len(lines)] = row.pattern_label
             best = row is not None and row in _best(rows[results.model], row)
@@ -75,7 +75,7 @@ def zero_shot_table(results: Results) -> Section:
         rank = ranks(peers, "zero_shot")[peers.index(row)] if row in peers else ""
         best = best_by(peers, fields[:-1])
         cells = [number(row.mean(field), best=row in best.get(field, ())) for field in fields]
-        lines.append((text(row.label), *cells, text(rank)))
+        lines.append((text(_label(rows, row)), *cells, text(rank)))
     about = note(
         known,
         "Means over calibration seeds; the standard error is the evaluation's, over the tasks' items, and counts as noise too.",
@@ -92,6 +92,14 @@ def _rows(results: Results, pattern: str) -> list[Row]:
         return []
     rows = [row for row in results.select(pattern=pattern, sparsity=sparsity) if row.has_default_block]
     return [row for row in rows if row.alpha == 0 or (row.alpha == 0.1 and row.method == "thanos")]
+
+
+def _label(rows: list[Row], row: Row) -> str:
+    """Return a row's label, with its measured sparsity where that is not the pattern's: the paper's tables hide it."""
+    plain = next((o for o in rows if o.pattern == row.pattern and o.alpha == 0 and o.sparsity == row.sparsity), row)
+    return (
+        row.label if comparable(plain, row) else f"{row.label}, only {percent(round(row.value('sparsity'), 4))} sparse"
+    )
 
 
 def _key(row: Row) -> tuple[object, ...]:
