@@ -93,6 +93,19 @@ def test_higher_is_better_for_accuracies() -> None:
     assert verdict(b, a, "top1_agreement") == "worse"
 
 
+def test_seeds_that_drew_the_same_windows_are_one() -> None:
+    same = [
+        record(cell(seed=seed), perplexity=value, calibration={"sha256": windows})
+        for seed, value, windows in ((0, 44.0, "a"), (1, 44.0, "a"), (2, 47.0, "b"))
+    ]
+    row = row_of(same)
+    spread = row.spread("perplexity")
+    assert spread is not None
+    assert spread.value == pytest.approx(3 / 2**0.5)
+    assert spread.cells == (same[0].key[:12], same[2].key[:12])
+    assert row_of(same[:2]).spread("perplexity") is None
+
+
 def test_accuracies_within_their_standard_error_are_ties() -> None:
     def row(method: str, accuracy: float) -> object:
         average = {"acc": accuracy, "acc_stderr": 0.006}

@@ -204,7 +204,7 @@ def test_the_formulas_are_listed_as_measured() -> None:
 
 def test_fewer_than_three_seeds_are_asked_for() -> None:
     section = noise(Results(MODEL, [*seeds((44.0, 45.0)), *seeds((50.0, 51.0, 52.0), "wanda")]))
-    assert section.missing == ["unstructured 50 %, Thanos: 3 seeds, not 2"]
+    assert section.missing == ["unstructured 50 %, Thanos: 3 seeds with windows of their own, not 2"]
     pairs = next(table for table in section.tables if table.name == "differences")
     assert column(pairs, "verdict") == ["<"]
 

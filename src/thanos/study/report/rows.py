@@ -108,8 +108,17 @@ class Row:
         return mean(self.records, field)
 
     def spread(self, field: str) -> Number | None:
-        """Return its spread over the seeds; None for fewer than two."""
-        return spread(self.records, field)
+        """Return its spread over the seeds; None for fewer than two. Seeds that drew the same windows are one."""
+        return spread(self.draws, field)
+
+    @property
+    def draws(self) -> tuple[CellRecord, ...]:
+        """The cells whose calibration windows differ, the first of each; all of them where the store does not say."""
+        found: dict[str, CellRecord] = {}
+        for record in self.records:
+            windows = (record.calibration or {}).get("sha256") or record.key
+            found.setdefault(windows, record)
+        return tuple(found.values())
 
     def value(self, field: str) -> float:
         """Return the mean's value of a field that every done cell has."""

@@ -22,8 +22,8 @@ def noise(results: Results) -> Section:
         )
     )
     groups = [rows for pattern in HEADLINE if (rows := headline_rows(results, pattern))]
-    few = [row for rows in groups for row in rows if len(row.records) < SEEDS]
-    section.missing += [f"{row.setting}: {SEEDS} seeds, not {len(row.records)}" for row in few]
+    few = [row for rows in groups for row in rows if len(row.draws) < SEEDS]
+    section.missing += [f"{row.setting}: {SEEDS} seeds with windows of their own, not {len(row.draws)}" for row in few]
     if not groups:
         section.missing.append(f"headline rows with {SEEDS} seeds each")
     if not any(row.spread("perplexity") for rows in groups for row in rows):
