@@ -265,7 +265,7 @@ def test_condition_is_estimated_from_below():
     case = oracles.layer(1, 16, tokens=400, seed=10)
     eigenvalues = torch.linalg.eigvalsh(oracles.damped(case.hessian, 0.01))
     true = (eigenvalues[-1] / eigenvalues[0]).item()
-    estimate = factorize(case.hessian, 0.01).condition(steps=60)
+    estimate = InputStatistics(case.hessian, dtype=torch.float64).condition(0.01, steps=60)
     assert 0.9 * true <= estimate <= true * (1 + 1e-6)
 
 

@@ -66,7 +66,7 @@ def _warnings(pruned: PrunedWeight, inputs: InputStatistics, tokens: int, settin
     if pruned.damping_reason:
         lines.append(f"damping raised to {pruned.damping:g}: {pruned.damping_reason}")
     if pruned.damping is not None:
-        condition = inputs.factor(settings.damping).condition()
+        condition = inputs.condition(settings.damping)
         if condition > _BAD_CONDITION:
             lines.append(f"the damped Hessian is badly conditioned: condition number about {condition:.1e}")
     return lines

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from thanos._version import __version__
+from thanos.cli.bench import bench
 from thanos.errors import RecipeError
 from thanos.recipe import METHODS, Recipe
 
@@ -19,6 +20,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(bench)
 
 _MODEL = "A hub name, a local Hugging Face folder, or a .gguf file."
 _SOURCES = "wikitext2, c4 (both from the hub), pydoc, or a local .txt, .jsonl, .jsonl.gz or .parquet file"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from thanos.errors import ResourceError
 
 if TYPE_CHECKING:
+    from thanos.bench.model import ModelTime
     from thanos.evaluation import Evaluation
     from thanos.inspection import Inspection
     from thanos.report import PhaseRecord, PruningReport
@@ -118,6 +119,26 @@ def show_study_report(report: Report, out: Path, warnings: Sequence[str], readme
     print_table(("", ""), rows)
     for line in warnings:
         print(f"warning: {line}", file=sys.stderr)
+
+
+def show_model_time(result: ModelTime) -> None:
+    """Print what ``thanos bench model`` measured."""
+    rows = []
+    for name, phase in result.phases.items():
+        floor = result.floor_seconds.get(name)
+        device = "" if phase.device_peak_bytes is None else f"{phase.device_peak_bytes / 2**30:.2f} GiB"
+        known = () if floor is None else (f"{floor:.2f}", f"{phase.seconds / floor:.1f} ×" if floor else "")
+        cells = (name, f"{phase.seconds:.2f}", *(known or ("", "")), f"{phase.host_peak_bytes / 2**30:.2f} GiB", device)
+        rows.append(cells)
+    floor = sum(result.floor_seconds.values())
+    rows.append(("total", f"{result.seconds:.2f}", f"{floor:.2f}", f"{result.seconds / floor:.1f} ×", "", ""))
+    print_table((f"{result.blocks} blocks", "seconds", "floor", "of floor", "host peak", "device peak"), rows)
+    print_table(("solve", "seconds"), [(kind, f"{seconds:.2f}") for kind, seconds in result.solve_seconds.items()])
+    rates = ", ".join(f"{name} {value:.3g}/s" for name, value in result.rates.to_dict().items())
+    reckoned = "" if result.blocks == result.shape.blocks else f", reckoned from {result.blocks}"
+    print(
+        f"all {result.shape.blocks} blocks{reckoned}: {result.whole_seconds:.1f} s on {result.machine['device']}; {rates}"
+    )
 
 
 def check_writable(path: Path | None) -> None:

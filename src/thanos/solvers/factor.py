@@ -47,25 +47,6 @@ class Factor:
     damping: float
     reason: str
 
-    def condition(self, steps: int = 12) -> float:
-        """Estimate the condition number of the damped Hessian by power iteration on UᵀU and its inverse.
-
-        An estimate within a factor of about two, from below but for rounding.
-        """
-        size = self.upper.shape[0]
-        # A fixed start that is orthogonal to nothing in particular, so that the estimate is reproducible.
-        smallest = largest = torch.cos(torch.arange(1, size + 1, device=self.upper.device, dtype=self.upper.dtype))[
-            :, None
-        ]
-        low = high = 1.0
-        for _ in range(steps):
-            smallest = self.upper.T @ (self.upper @ smallest)
-            largest = torch.linalg.solve_triangular(self.upper.T, largest, upper=False)
-            largest = torch.linalg.solve_triangular(self.upper, largest, upper=True)
-            low, high = smallest.norm().item(), largest.norm().item()
-            smallest, largest = smallest / low, largest / high
-        return low * high
-
 
 class InputStatistics:
     """The Hessian of one distinct layer input, shared by all layers and methods that read it.
@@ -108,6 +89,27 @@ class InputStatistics:
         self.norms = (diagonal / (scale or 1.0)).sqrt().to(dtype)
         self.dead = diagonal == 0
         self._factors: dict[float, Factor] = {}
+        self._conditions: dict[float, float] = {}
+
+    def condition(self, damping: float, steps: int = 12) -> float:
+        """Estimate the condition number of the damped Hessian by power iteration on it and on its inverse UᵀU.
+
+        An estimate within a factor of about two, from below but for rounding; computed once.
+        """
+        if damping not in self._conditions:
+            upper, shift = self.factor(damping).upper, self.dead.to(self.matrix.dtype)[:, None]
+            shift = shift + self.factor(damping).damping
+            # A fixed start that is orthogonal to nothing in particular, so that the estimate is reproducible.
+            order = torch.arange(1, len(upper) + 1, device=upper.device, dtype=upper.dtype)
+            smallest = largest = torch.cos(order)[:, None]
+            low = high = torch.ones((), device=upper.device, dtype=upper.dtype)
+            for _ in range(steps):
+                smallest = upper.T @ (upper @ smallest)
+                largest = self.matrix @ largest + shift * largest
+                low, high = smallest.norm(), largest.norm()
+                smallest, largest = smallest / low, largest / high
+            self._conditions[damping] = (low * high).item()  # the device is asked once
+        return self._conditions[damping]
 
     def factor(self, damping: float) -> Factor:
         """Return the factor for this damping; computed once."""

@@ -1,0 +1,112 @@
+"""What every benchmark needs: the machine, a clock that waits for the device, a layer to solve."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thanos._version import __version__
+from thanos.memory import host_peak_bytes, reset_host_peak
+
+_TOKENS_AT_ONCE = 4096
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Describe what a measurement ran on: hardware, versions, commit, date."""
+    cuda = torch.device(device).type == "cuda"
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else None
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else platform.machine(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": torch.cuda.get_device_properties(device).total_memory if cuda else pages,
+        "platform": platform.platform(),
+        "versions": {"thanos": __version__, "python": platform.python_version(), "torch": torch.__version__},
+        "commit": os.environ.get("THANOS_COMMIT") or _commit(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
+
+
+def _commit() -> str | None:
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "--short=12", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None  # installed without its history
+    return found.stdout.strip()
+
+
+def synchronize(device: str) -> None:
+    """Wait until the device has done what it was given."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def median_seconds(work: Callable[[], Any], *, repeats: int, device: str, warm_up: bool = True) -> float:
+    """Return the median of ``repeats`` synchronised runs, after one that is not counted."""
+    seconds = []
+    for index in range(-1 if warm_up else 0, repeats):
+        synchronize(device)
+        began = time.perf_counter()
+        work()
+        synchronize(device)
+        if index >= 0:
+            seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
+
+
+def peak_bytes(work: Callable[[], Any], device: str) -> int:
+    """Return the peak of device memory while ``work`` runs, beyond what was there before; on the CPU of the whole process."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    reset_host_peak()
+    work()
+    return host_peak_bytes()
+
+
+def synthetic_layer(
+    rows: int, columns: int, *, tokens: int, device: str, seed: int = 0, duplicates: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Return a weight (rows, columns) and XᵀX (columns, columns), float32, in the likeness of a language model's layer.
+
+    Inputs are x = s ∘ (z + A f): z independent normal, f 64 common normal factors mixed by a normal A of half z's variance in
+    all, which correlates the columns, and s log-normal with σ = 1: most columns are alike, a few dozens of times larger.
+    Weights are normal, rows scaled log-normally with σ = 0.3. ``duplicates`` > 0 makes every second column a copy of the one
+    before it, up to that much noise.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device)
+
+    factors = 64
+    mixing, scales = normal(factors, columns) * (0.5 / factors) ** 0.5, torch.exp(normal(columns))
+    hessian = torch.zeros(columns, columns, device=device)
+    for first in range(0, tokens, _TOKENS_AT_ONCE):
+        count = min(_TOKENS_AT_ONCE, tokens - first)
+        inputs = normal(count, columns) + normal(count, factors) @ mixing
+        if duplicates:
+            inputs[:, 1::2] = inputs[:, : columns // 2 * 2 : 2] + duplicates * inputs[:, 1::2]
+        inputs *= scales
+        hessian.addmm_(inputs.T, inputs)
+    return normal(rows, columns) * torch.exp(0.3 * normal(rows, 1)), hessian

@@ -1,0 +1,191 @@
+"""Times a whole model of a given shape through the engine that prunes checkpoints, beside what the device needs at least."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thanos.bench.measure import machine
+from thanos.bench.synthetic import RandomCheckpoint, Shape, random_checkpoint
+from thanos.engine import Engine
+from thanos.events import Event
+from thanos.memory import PhaseMeter
+from thanos.passes import Passes
+from thanos.rates import Rates, measure_rates
+from thanos.recipe import Recipe
+from thanos.report import PhaseRecord
+from thanos.shards import CheckpointWriter
+from thanos.structure import find_blocks, linear_layers, select_layers
+from thanos.weights import ModelWeights
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelTime:
+    """What :func:`time_model` measured; the attributes are the keys of ``--json``.
+
+    Attributes:
+        shape: of the whole model.
+        recipe: what was done.
+        blocks: blocks that were measured.
+        seconds: of the measured run, from the first calibration sequence to the last written tensor.
+        block_seconds: of each block, in order.
+        whole_seconds: of the whole model: measured where all blocks were, else the rest is taken to be like the median block.
+        phases: seconds and peaks of the measured run.
+        solve_seconds: of each linear layer's kind, summed over the blocks.
+        floor_seconds: by phase, for the measured blocks: operations and bytes over ``rates``, nothing overlapping.
+        rates: of this device, in the same run.
+        mean_error: of the layers, relative, after compensation.
+        batch: sequences of a forward pass.
+        activations: where they were kept.
+        written: whether the result was written to a disk.
+        machine: hardware, versions, commit and date.
+        schema: version of this format.
+    """
+
+    shape: Shape
+    recipe: dict[str, Any]
+    blocks: int
+    seconds: float
+    block_seconds: list[float]
+    whole_seconds: float
+    phases: dict[str, PhaseRecord]
+    solve_seconds: dict[str, float]
+    floor_seconds: dict[str, float]
+    rates: Rates
+    mean_error: float | None
+    batch: int | None
+    activations: str
+    written: bool
+    machine: dict[str, Any]
+    schema: int = SCHEMA
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, ``schema`` first."""
+        values = asdict(self)
+        return {"schema": values.pop("schema"), **values}
+
+
+class _Discard:
+    """Takes results as far as the host's memory, and drops them."""
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Drop one tensor."""
+
+
+def time_model(
+    shape: Shape,
+    recipe: Recipe,
+    device: torch.device,
+    *,
+    blocks: int | None = None,
+    out: Path | None = None,
+    activations: str = "auto",
+    on_event: Callable[[Event], None] | None = None,
+) -> ModelTime:
+    """Prune a model of random weights, made up as they are read, and time it.
+
+    Args:
+        shape: of the model.
+        recipe: method, pattern, samples and sequence length.
+        device: where to run.
+        blocks: measure only the first so many; default all.
+        out: a folder for the result, removed afterwards; default: results go no further than host memory.
+        activations: see :func:`thanos.prune`.
+        on_event: is told about progress.
+    """
+    part = replace(shape, blocks=min(blocks or shape.blocks, shape.blocks))
+    skeleton, checkpoint = random_checkpoint(part, recipe.sequence_length, seed=recipe.seed)
+    generator = torch.Generator().manual_seed(recipe.seed)
+    ids = torch.randint(shape.vocabulary, (recipe.samples, recipe.sequence_length), generator=generator)
+    layers, _ = select_layers(linear_layers(skeleton), recipe)
+    name, modules = find_blocks(skeleton)
+    rates = measure_rates(device, torch.bfloat16)
+    meter, ended = PhaseMeter(device), list[float]()
+    for key in checkpoint.tensors:  # made up before the clock runs: a file would be there already
+        checkpoint.read(key)
+    with TemporaryDirectory(dir=out) as scratch:
+        engine = Engine(
+            skeleton,
+            name,
+            modules,
+            layers,
+            ModelWeights(skeleton, checkpoint, {key: key for key in checkpoint.tensors}, device),
+            _writer(checkpoint, Path(scratch), out),
+            recipe,
+            Passes(skeleton, modules, ids, device, Path(scratch), place=activations),
+            device,
+            meter,
+        )
+        for event in engine.run():
+            if event.kind == "block":
+                ended.append(event.seconds)
+            if on_event is not None:
+                on_event(event)
+    phases = meter.records()
+    seconds = sum(phase.seconds for phase in phases.values())
+    before = phases["calibration"].seconds
+    each = [end - begin for begin, end in zip([before, *ended], ended, strict=False)]
+    solve: dict[str, float] = {}
+    for record in engine.records:
+        kind = record.name.rsplit(".", 1)[-1]
+        solve[kind] = solve.get(kind, 0.0) + record.seconds
+    errors = [r.error_after_compensation for r in engine.records if r.error_after_compensation is not None]
+    return ModelTime(
+        shape=shape,
+        recipe=recipe.to_dict(),
+        blocks=part.blocks,
+        seconds=seconds,
+        block_seconds=each,
+        whole_seconds=seconds + (shape.blocks - part.blocks) * statistics.median(each),
+        phases=phases,
+        solve_seconds=solve,
+        floor_seconds=floor_seconds(part, recipe, rates),
+        rates=rates,
+        mean_error=sum(errors) / len(errors) if errors else None,
+        batch=engine.passes.batch,
+        activations=engine.passes.place,
+        written=out is not None,
+        machine=machine(str(device)),
+    )
+
+
+def _writer(checkpoint: RandomCheckpoint, folder: Path, out: Path | None) -> Any:
+    return _Discard() if out is None else CheckpointWriter(checkpoint, folder)
+
+
+def floor_seconds(shape: Shape, recipe: Recipe, rates: Rates) -> dict[str, float]:
+    """Return the least seconds of each phase at the measured rates, for all linear layers of all blocks.
+
+    - load and write: the blocks' bytes between host and device;
+    - statistics: the block's products but the last, whose result nobody needs; causal attention; XᵀX of the four inputs;
+    - solve: for methods with a factor, a Cholesky factor of H⁻¹ per input (⅔ b³) and one product of the weight with a
+      triangular b × b matrix per layer (c b²); for all, three products c × b by b × b for the errors;
+    - propagate: the block's products and attention, except in the last block.
+    """
+    tokens, layers = recipe.samples * recipe.sequence_length, shape.layers
+    weights = sum(rows * columns for rows, columns in layers.values())
+    attention = 2.0 * tokens * recipe.sequence_length * shape.hidden  # QKᵀ and PV, each 2·T·T·d, half of it masked
+    last = shape.intermediate * shape.hidden
+    inputs = (shape.hidden, shape.hidden, shape.hidden, shape.intermediate)
+    gram = sum(2.0 * tokens * columns**2 for columns in inputs)
+    solve = sum(6.0 * rows * columns**2 for rows, columns in layers.values())
+    if recipe.method in ("thanos", "sparsegpt"):
+        solve += sum(2 / 3 * columns**3 for columns in inputs)
+        solve += sum(1.0 * rows * columns**2 for rows, columns in layers.values())
+    forward = (2.0 * tokens * weights + attention) / rates.model_flops
+    return {
+        "load": shape.blocks * 2 * weights / rates.to_device_bytes,
+        "statistics": shape.blocks * (forward - 2.0 * tokens * last / rates.model_flops + gram / rates.gram_flops),
+        "solve": shape.blocks * solve / rates.float32_flops,
+        "propagate": (shape.blocks - 1) * forward,
+        "write": shape.blocks * 2 * weights / rates.to_device_bytes,
+    }

@@ -1,0 +1,184 @@
+"""Models of a given shape with random weights: on disk, or made up while they are read."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thanos.checkpoint import INDEX_NAME, LoadedCheckpoint
+from thanos.errors import RecipeError
+from thanos.structure import build_skeleton
+from thanos.weights import persistent_tensors
+
+_BASE = 4_194_301
+"""Random numbers that all tensors are made from, again and again; prime, so that no two rows of a matrix are alike."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shape:
+    """Sizes of a Llama-style model.
+
+    Attributes:
+        hidden: width of the hidden states.
+        intermediate: width inside the MLP.
+        heads: attention heads.
+        kv_heads: heads of keys and values; divides ``heads``.
+        blocks: decoder blocks.
+        vocabulary: tokens.
+    """
+
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    blocks: int
+    vocabulary: int
+
+    def __post_init__(self) -> None:
+        values = {name: getattr(self, name) for name in self.__slots__}
+        if min(values.values()) < 1 or self.hidden % self.heads or self.heads % self.kv_heads:
+            raise RecipeError(
+                f"heads must divide hidden, kv_heads must divide heads, and all must be at least 1; got {values}"
+            )
+
+    @property
+    def layers(self) -> dict[str, tuple[int, int]]:
+        """(rows, columns) of each linear layer of a block, in calling order."""
+        kv = self.hidden // self.heads * self.kv_heads
+        return {
+            "q_proj": (self.hidden, self.hidden),
+            "k_proj": (kv, self.hidden),
+            "v_proj": (kv, self.hidden),
+            "o_proj": (self.hidden, self.hidden),
+            "gate_proj": (self.intermediate, self.hidden),
+            "up_proj": (self.intermediate, self.hidden),
+            "down_proj": (self.hidden, self.intermediate),
+        }
+
+    def config(self, length: int) -> Any:
+        """Return transformers' config, for sequences of up to ``length`` tokens."""
+        from transformers import LlamaConfig
+
+        config = LlamaConfig(
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            num_hidden_layers=self.blocks,
+            vocab_size=self.vocabulary,
+            max_position_embeddings=max(length, 2048),
+            tie_word_embeddings=False,
+        )
+        config.architectures = ["LlamaForCausalLM"]
+        config.dtype = torch.bfloat16
+        return config
+
+
+SHAPES = {
+    "llama-3-8b": Shape(hidden=4096, intermediate=14336, heads=32, kv_heads=8, blocks=32, vocabulary=128256),
+    "llama-3-70b": Shape(hidden=8192, intermediate=28672, heads=64, kv_heads=8, blocks=80, vocabulary=128256),
+    "llama-3-405b": Shape(hidden=16384, intermediate=53248, heads=128, kv_heads=8, blocks=126, vocabulary=128256),
+    "llama-2-7b": Shape(hidden=4096, intermediate=11008, heads=32, kv_heads=32, blocks=32, vocabulary=32000),
+    "smollm2-135m": Shape(hidden=576, intermediate=1536, heads=9, kv_heads=3, blocks=30, vocabulary=49152),
+}
+
+
+class RandomCheckpoint(LoadedCheckpoint):
+    """A checkpoint whose tensors are made up when they are read: normal weights of variance 1 / columns, norms of ones.
+
+    Args:
+        tensors: name → tensor of the right shape and dtype, on the meta device.
+        seed: of the random numbers.
+        keep: remember tensors by shape, so that reading costs what copying from memory costs; else what making them does.
+        max_shard_bytes: size above which the planned files are split.
+    """
+
+    def __init__(
+        self, tensors: dict[str, Tensor], *, seed: int = 0, keep: bool = True, max_shard_bytes: int = 5 * 10**9
+    ) -> None:
+        super().__init__(tensors, max_shard_bytes)
+        generator = torch.Generator().manual_seed(seed)
+        self._base = torch.randn(_BASE, generator=generator)
+        self._keep = keep
+        self._made: dict[tuple[tuple[int, ...], torch.dtype], Tensor] = {}
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor on the CPU; not to be modified."""
+        info = self.tensors[name]
+        key = info.shape, info.dtype
+        if key not in self._made:
+            if not self._keep:
+                self._made.clear()
+            self._made[key] = self._make(info.shape, info.dtype)
+        return self._made[key]
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """Yield one tensor's entries in order, in flat pieces."""
+        yield from self.read(name).reshape(-1).split(1 << 24)
+
+    def _make(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        made = torch.empty(shape, dtype=dtype)
+        if len(shape) == 1:
+            return made.fill_(1)
+        flat, base = made.view(-1), (self._base / math.sqrt(shape[-1])).to(dtype).roll(sum(shape))
+        for part in flat.split(_BASE):
+            part.copy_(base[: len(part)])
+        return made
+
+
+def random_checkpoint(shape: Shape, length: int, *, seed: int = 0, keep: bool = True) -> tuple[Any, RandomCheckpoint]:
+    """Return a skeleton of the shape in bfloat16, and the tensors that belong to it."""
+    skeleton = build_skeleton(shape.config(length), torch.bfloat16)
+    return skeleton, RandomCheckpoint(dict(persistent_tensors(skeleton)), seed=seed, keep=keep)
+
+
+def write_checkpoint(folder: Path, shape: Shape, *, length: int = 2048, seed: int = 0) -> int:
+    """Write a checkpoint of random weights, one tensor in memory at a time, with a tokenizer of one token a number.
+
+    Returns:
+        Bytes of the weights.
+    """
+    skeleton, checkpoint = random_checkpoint(shape, length, seed=seed, keep=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    skeleton.config.save_pretrained(folder)
+    _write_tokenizer(folder, shape.vocabulary)
+    for shard in checkpoint.shards:
+        names = [name for name, info in checkpoint.tensors.items() if info.shard == shard.name]
+        with (folder / shard.name).open("wb") as file:
+            file.write(shard.header)
+            for name in sorted(names, key=lambda name: checkpoint.tensors[name].offset):
+                file.write(checkpoint.read(name).reshape(-1).view(torch.uint8).numpy().data)
+            file.flush()
+            if hasattr(os, "posix_fadvise"):  # the page cache is no part of what is measured later
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if checkpoint.index is not None:
+        (folder / INDEX_NAME).write_bytes(checkpoint.index)
+    return sum(shard.size for shard in checkpoint.shards)
+
+
+def _write_tokenizer(folder: Path, vocabulary: int) -> None:
+    """A token for every whole number below the vocabulary's size, so that any text of numbers is calibration text."""
+    words = {str(number): number for number in range(vocabulary)}
+    tokenizer = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Whitespace"},
+        "post_processor": None,
+        "decoder": None,
+        "model": {"type": "WordLevel", "vocab": words, "unk_token": "0"},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "1", "unk_token": "0"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")

@@ -1,0 +1,102 @@
+"""``thanos bench model``: a whole model of random weights, by phase, beside the floor."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from thanos.errors import RecipeError
+from thanos.recipe import Recipe
+
+
+def _option(text: str, metavar: str, *names: str) -> Any:
+    return typer.Option(*names, help=text, metavar=metavar, show_default=False)
+
+
+def model(
+    shape: Annotated[
+        str, _option("A known model's sizes, such as llama-3-8b; the next options change them (default).", "NAME")
+    ] = "llama-3-8b",
+    hidden: Annotated[int | None, _option("Width of the hidden states.", "N")] = None,
+    intermediate: Annotated[int | None, _option("Width inside the MLP.", "N")] = None,
+    heads: Annotated[int | None, _option("Attention heads.", "N")] = None,
+    kv_heads: Annotated[int | None, _option("Heads of keys and values.", "N")] = None,
+    vocabulary: Annotated[int | None, _option("Tokens of the vocabulary.", "N")] = None,
+    whole: Annotated[int | None, _option("Blocks of the whole model.", "N", "--model-blocks")] = None,
+    blocks: Annotated[
+        int | None, _option("Measure only the first N blocks, the rest is reckoned (default: all).", "N")
+    ] = None,
+    method: Annotated[str, _option("thanos, sparsegpt, wanda or magnitude (default thanos).", "NAME")] = "thanos",
+    pattern: Annotated[
+        str, _option("unstructured, columns, or N:M (default unstructured).", "PATTERN")
+    ] = "unstructured",
+    sparsity: Annotated[float | None, _option("Share of weights to remove (default 0.5; from N:M).", "SHARE")] = None,
+    block_size: Annotated[int | None, _option("Columns handled together (default: the method's).", "COLUMNS")] = None,
+    samples: Annotated[int, _option("Number of calibration sequences (default 128).", "N")] = 128,
+    sequence_length: Annotated[int, _option("Tokens per sequence (default 2048).", "TOKENS")] = 2048,
+    device: Annotated[
+        str, _option("auto, cpu, cuda or cuda:N (default auto: CUDA where there is any).", "DEVICE")
+    ] = "auto",
+    activations: Annotated[
+        str, _option("Where hidden states are kept: auto, device, host or disk (default auto).", "PLACE")
+    ] = "auto",
+    out: Annotated[
+        Path | None,
+        _option("Write the result in this folder, and remove it (default: it ends in host memory).", "DIR"),
+    ] = None,
+    json_file: Annotated[
+        Path | None, _option("Write the result as JSON, - for the standard output (default: none).", "FILE", "--json")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress (default: show it).")] = False,
+) -> None:
+    """Time pruning a whole model of random weights, by phase, beside the least that this device needs."""
+    from thanos.cli import display, tables
+
+    display.hush()
+    from thanos.bench.model import time_model
+    from thanos.bench.synthetic import SHAPES
+    from thanos.pretrained import choose_device
+
+    if shape not in SHAPES:
+        raise RecipeError(f"--shape must be one of {', '.join(SHAPES)}; got {shape!r}")
+    given = {
+        "hidden": hidden,
+        "intermediate": intermediate,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "vocabulary": vocabulary,
+        "blocks": whole,
+    }
+    sizes = replace(SHAPES[shape], **{name: value for name, value in given.items() if value is not None})
+    recipe = Recipe(
+        method=method,
+        pattern=pattern,
+        sparsity=sparsity,
+        block_size=block_size,
+        samples=samples,
+        sequence_length=sequence_length,
+    )
+    tables.check_writable(json_file)
+    if out is not None and not out.is_dir():
+        raise RecipeError(f"--out {out} is not a folder")
+    with display.watch(quiet=quiet) as watcher:
+        result = time_model(
+            sizes,
+            recipe,
+            choose_device(device),
+            blocks=blocks,
+            out=out,
+            activations=activations,
+            on_event=watcher,
+        )
+    if json_file is not None:
+        text = json.dumps(result.to_dict(), indent=2) + "\n"
+        if str(json_file) == "-":
+            typer.echo(text, nl=False)
+            return
+        json_file.write_text(text, encoding="utf-8")
+    tables.show_model_time(result)
