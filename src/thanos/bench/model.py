@@ -16,11 +16,13 @@ from thanos.bench.measure import machine
 from thanos.bench.synthetic import RandomCheckpoint, Shape, random_checkpoint
 from thanos.engine import Engine
 from thanos.events import Event
+from thanos.journal import BlockRecord, Journal
 from thanos.memory import PhaseMeter
 from thanos.passes import Passes
 from thanos.rates import Rates, measure_rates
 from thanos.recipe import Recipe
 from thanos.report import PhaseRecord
+from thanos.resume import Ledger
 from thanos.shards import CheckpointWriter
 from thanos.structure import find_blocks, linear_layers, select_layers
 from thanos.weights import ModelWeights
@@ -81,6 +83,16 @@ class _Discard:
         """Drop one tensor."""
 
 
+class _Forget:
+    """A ledger of a run that is not to be resumed."""
+
+    def __init__(self) -> None:
+        self.finished: dict[int | None, BlockRecord] = {}
+
+    def record(self, block: int | None, **details: object) -> None:
+        """Forget one block."""
+
+
 def time_model(
     shape: Shape,
     recipe: Recipe,
@@ -119,7 +131,7 @@ def time_model(
             modules,
             layers,
             ModelWeights(skeleton, checkpoint, {key: key for key in checkpoint.tensors}, device),
-            _writer(checkpoint, Path(scratch), out),
+            *_output(checkpoint, Path(scratch), meter, kept=out is not None),
             recipe,
             Passes(skeleton, modules, ids, device, Path(scratch), place=activations),
             device,
@@ -127,7 +139,7 @@ def time_model(
         )
         for event in engine.run():
             if event.kind == "block":
-                ended.append(event.seconds)
+                ended.append(sum(phase.seconds for phase in meter.records().values()))
             if on_event is not None:
                 on_event(event)
     phases = meter.records()
@@ -158,8 +170,12 @@ def time_model(
     )
 
 
-def _writer(checkpoint: RandomCheckpoint, folder: Path, out: Path | None) -> Any:
-    return _Discard() if out is None else CheckpointWriter(checkpoint, folder)
+def _output(checkpoint: RandomCheckpoint, folder: Path, meter: PhaseMeter, *, kept: bool) -> tuple[Any, Any]:
+    """Return writer and ledger: those of a real run, journal and all, or ones that keep nothing."""
+    if not kept:
+        return _Discard(), _Forget()
+    writer = CheckpointWriter(checkpoint, folder)
+    return writer, Ledger(Journal(folder / "journal.jsonl"), writer, meter)
 
 
 def floor_seconds(shape: Shape, recipe: Recipe, rates: Rates) -> dict[str, float]:
