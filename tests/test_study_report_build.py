@@ -7,6 +7,7 @@ import io
 import json
 import re
 import statistics
+import sys
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from pathlib import Path
@@ -289,6 +290,15 @@ def test_the_command_writes_the_report_and_says_where(tmp_path: Path, capsys: py
     assert run(["report", str(folder), "--quiet"]) == 0
     assert (folder / "report.html").is_file()
     assert str(folder / "report.html") in capsys.readouterr().out
+
+
+def test_without_matplotlib_the_line_says_what_to_install(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    folder = write_store(tmp_path / "study", [record(cell()), record(cell("wanda"))])
+    assert run(["report", str(folder), "--quiet"]) == 2
+    assert "thanos-llm[report]" in capsys.readouterr().err
 
 
 def test_a_folder_without_a_store_is_a_users_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -52,7 +52,7 @@ def _spreads(groups: list[list[Row]]) -> Table:
         bands[len(lines)] = rows[0].pattern_label
         for row in rows:
             pairs = [number(value) for field in fields for value in (row.mean(field), row.spread(field))]
-            lines.append((text(row.name), number(count(row.records)), *pairs))
+            lines.append((text(row.name), number(count(row.draws)), *pairs))
     used = [row for rows in groups for row in rows]
     return Table("noise", "Mean and spread over seeds", heads, tuple(lines), bands, note(used))
 

@@ -64,7 +64,7 @@ def _table(results: Results, groups: dict[str, list[Row]]) -> Table:
         best = best_by(group, _RANKED)
         for row, rank in zip(group, ranks(group), strict=True):
             cells = measures(row, _FIELDS, best)
-            sparsity, seeds = number(row.mean("sparsity")), number(count(row.records))
+            sparsity, seeds = number(row.mean("sparsity")), number(count(row.draws))
             lines.append((text(row.name), text(rank), sparsity, *cells, seeds))
     rows = [row for group in groups.values() for row in group]
     return Table(
