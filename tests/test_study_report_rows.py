@@ -33,6 +33,13 @@ def test_another_damping_is_a_variation_and_methods_without_damping_are_not() ->
     assert {row.method for row in results.rows} == {"thanos", "wanda"}
 
 
+def test_methods_without_damping_are_compared_without_those_that_damp() -> None:
+    results = Results(MODEL, [record(cell("wanda")), record(cell("magnitude")), record(cell("wanda", samples=4))])
+    assert results.base == ("c4-sample.jsonl", 128, 2048, None)
+    assert [row.method for row in results.rows] == ["wanda", "magnitude"]
+    assert [row.samples for row in results.variations] == [4]
+
+
 def test_another_evaluation_is_left_out_and_reported() -> None:
     odd = record(cell("wanda"))
     assert odd.evaluation is not None

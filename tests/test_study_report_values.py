@@ -69,6 +69,8 @@ def test_differences_gains_and_prices_follow_their_definitions() -> None:
         ("seconds", 7.126, "7.13"),
         ("seconds", 1234.6, "1,235"),
         ("layer_error", 0.0191234, "0.01912"),
+        ("layer_error", 4.312e-7, "4.31 × 10⁻⁷"),
+        ("layer_error", 0.0031234, "0.003123"),
         ("alpha", 0.1, "0.1"),
     ],
 )

@@ -155,12 +155,15 @@ class Results:
         own = [r for r in own if _evaluation_of(r) in (scored, None)]
         self.dense = next((row for row in _rows(own) if row.method == "dense"), None)
         pruned = [row for row in _rows(own) if row.method != "dense"]
-        self.base = _most_common(_base_of, [r for row in pruned for r in row.records]) or (None, None, None, None)
+        cells = [record for row in pruned for record in row.records]
+        text = _most_common(_calibration_of, cells) or (None, None, None)
+        damping = _most_common(_damping_of, cells) or (None,)
+        self.base = (*text, *damping)
         self.rows = [row for row in pruned if self._is_base(row)]
         self.variations = [row for row in pruned if not self._is_base(row)]
 
     def _is_base(self, row: Row) -> bool:
-        own = _base_of(row.records[0]) or (row.calibration, row.samples, row.sequence_length, None)
+        own = (row.calibration, row.samples, row.sequence_length, row.damping)
         return all(value is None or value == wanted for value, wanted in zip(own, self.base, strict=True))
 
     def find(self, **settings: Any) -> Row | None:
@@ -243,11 +246,13 @@ def _evaluation_of(record: CellRecord) -> tuple[Any, ...] | None:
     return None if found is None else (found["text_sha256"], found["sequence_length"], found["windows"])
 
 
-def _base_of(record: CellRecord) -> tuple[Any, ...] | None:
-    """Calibration and damping; None for a method that does not damp, which goes with any."""
-    cell = record.cell
-    found = (cell["calibration"], cell["samples"], cell["sequence_length"], cell["damping"])
-    return None if cell["damping"] is None else found
+def _calibration_of(record: CellRecord) -> tuple[Any, ...]:
+    return (record.cell["calibration"], record.cell["samples"], record.cell["sequence_length"])
+
+
+def _damping_of(record: CellRecord) -> tuple[Any, ...] | None:
+    """None for a method that does not damp, which goes with any damping."""
+    return None if record.cell["damping"] is None else (record.cell["damping"],)
 
 
 def _most_common(what: Callable[[CellRecord], Any], records: Iterable[CellRecord]) -> Any:

@@ -196,10 +196,14 @@ def power_of_ten(exponent: int) -> str:
     return f"10{str(exponent).translate(_SUPERSCRIPTS)}"
 
 
+def _scientific(value: float) -> str:
+    digits, exponent = f"{value:.2e}".split("e")
+    return f"{digits} × {power_of_ten(int(exponent))}"
+
+
 def _perplexity(value: float) -> str:
     if abs(value) >= 1e6:
-        digits, exponent = f"{value:.2e}".split("e")
-        return f"{digits} × {power_of_ten(int(exponent))}"
+        return _scientific(value)
     return f"{value:,.2f}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
@@ -220,13 +224,15 @@ def _seconds(value: float) -> str:
 
 
 def _significant(value: float) -> str:
-    """Four significant digits, never in powers of ten for what a layer's error or a price can be."""
+    """Return about four significant digits."""
     size = abs(value)
     if size == 0:
         return "0"
+    if size < 1e-4:
+        return _scientific(value)
     if size >= 1000:
         return f"{value:,.0f}"
-    return f"{value:.{3 if size >= 1 else 5 if size >= 0.001 else 7}f}"
+    return f"{value:.{3 if size >= 1 else 5 if size >= 0.01 else 6}f}"
 
 
 FIELDS: dict[str, Field] = {

@@ -132,6 +132,8 @@ def _setting(record: CellRecord) -> str:
     cell = record.cell
     if record.formula is not None:
         return f"{cell['model']}, formulas on {record.formula['layer']}"
+    if cell["method"] == "formula":
+        return f"{cell['model']}, formulas"
     row = row_of([record])
     if row.method == "dense":
         return f"{row.model}, dense"

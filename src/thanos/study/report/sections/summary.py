@@ -80,7 +80,8 @@ def _table(results: Results, groups: dict[str, list[Row]]) -> Table:
 def _settings(results: Results) -> Prose:
     calibration, samples, length, damping = results.base
     first = next((r for row in results.rows for r in row.records if r.evaluation), None)
-    words = [f"Calibration: {samples} × {length} tokens of {calibration}; damping {damping:g}." if calibration else ""]
+    damped = f"; damping {damping:g}" if damping is not None else ""
+    words = [f"Calibration: {samples} × {length} tokens of {calibration}{damped}." if calibration else ""]
     if first is not None and first.evaluation is not None:
         found = first.evaluation
         words.append(
