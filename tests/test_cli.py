@@ -29,9 +29,11 @@ OPTIONS = {
         "--resume", "--activations", "--trust-remote-code", "--quiet", "--help",
     },
     "eval": {
-        "--text", "--sequence-length", "--max-windows", "--dense", "--json", "--device", "--dtype", "--trust-remote-code",
+        "--text", "--sequence-length", "--max-windows", "--dense", "--tasks", "--task-folder",
+        "--limit", "--no-cache", "--json", "--device", "--dtype", "--trust-remote-code",
         "--quiet", "--help",
     },
+    "study": {"--data", "--devices", "--workers", "--list", "--quiet", "--help"},
     "inspect": {"--require", "--json", "--trust-remote-code", "--quiet", "--help"},
     "report": {"--readme", "--quiet", "--help"},
 }  # fmt: skip

@@ -9,6 +9,9 @@ if TYPE_CHECKING:
     from thanos.evaluation import Evaluation as Evaluation
     from thanos.evaluation import evaluate as evaluate
     from thanos.events import Event as Event
+    from thanos.harness import PAPER_TASKS as PAPER_TASKS
+    from thanos.harness import ZeroShot as ZeroShot
+    from thanos.harness import zero_shot as zero_shot
     from thanos.inspection import Inspection as Inspection
     from thanos.inspection import inspect_checkpoint as inspect_checkpoint
     from thanos.pruning import prune as prune
@@ -18,6 +21,8 @@ if TYPE_CHECKING:
     from thanos.report import PruningReport as PruningReport
     from thanos.solvers import PrunedWeight as PrunedWeight
     from thanos.solvers import prune_weight as prune_weight
+    from thanos.study.runner import run_study as run_study
+    from thanos.study.store import read_store as read_store
 
 # Torch takes seconds to import, and `thanos --help` does not need it: each name is imported when it is first used.
 _EXPORTS = {
@@ -26,13 +31,18 @@ _EXPORTS = {
     "Inspection": "inspection",
     "LayerRecipe": "recipe",
     "Override": "recipe",
+    "PAPER_TASKS": "harness",
     "PrunedWeight": "solvers",
     "PruningReport": "report",
     "Recipe": "recipe",
+    "ZeroShot": "harness",
     "evaluate": "evaluation",
     "inspect_checkpoint": "inspection",
     "prune": "pruning",
     "prune_weight": "solvers",
+    "read_store": "study.store",
+    "run_study": "study.runner",
+    "zero_shot": "harness",
 }
 
 __all__ = ["__version__", *_EXPORTS]

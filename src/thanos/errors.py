@@ -23,6 +23,10 @@ class RecipeError(UserError):
     """A recipe (method, pattern, sparsity, ...) is malformed or contradicts itself."""
 
 
+class StudyError(UserError):
+    """A study is malformed; the message names the file, the line and the field."""
+
+
 class ModelError(UserError):
     """A model, tokenizer or checkpoint file is missing, broken or not supported."""
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Phase = Literal[
-    "load", "calibration", "verify", "statistics", "solve", "write", "propagate", "evaluate", "finish", "draw"
-]
+    "load", "calibration", "verify", "statistics", "solve", "write", "propagate", "evaluate", "tasks", "finish", "draw"
+]  # fmt: skip
 
 LOG_NAME = "events.jsonl"
 

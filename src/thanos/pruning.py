@@ -238,10 +238,26 @@ def _calibrate(
         given.check_made_by(recipe)
         check_token_ids(given.ids, opened.skeleton)
         return given
-    source, config = opened.source, opened.skeleton.config
-    tokenizer = source.tokenizer()
+    calibration = make_calibration(opened.source, recipe, device, watch)
+    check_token_ids(calibration.ids, opened.skeleton)
+    return calibration
+
+
+def make_calibration(source: ModelSource, recipe: Recipe, device: torch.device, watch: Watcher) -> Calibration:
+    """Make the calibration windows that a recipe asks for, with a model's own tokenizer.
+
+    Args:
+        source: the model.
+        recipe: source of the text, shape, seed and dtype.
+        device: where the model generates, for calibration ``self``.
+        watch: is told about progress.
+
+    Raises:
+        DataError: see :func:`~thanos.calibration.build_calibration`.
+    """
+    tokenizer, config = source.tokenizer(), source.config()
     dense = load_model(source, dtype=recipe.dtype, device=device) if recipe.calibration == "self" else None
-    calibration = build_calibration(
+    return build_calibration(
         recipe.calibration,
         tokenizer,
         samples=recipe.samples,
@@ -252,8 +268,6 @@ def _calibrate(
         model=dense,
         on_event=watch,
     )
-    check_token_ids(calibration.ids, opened.skeleton)
-    return calibration
 
 
 def _run(plan: _Plan, job: _Job, calibration: Calibration, notes: list[str]) -> PruningReport:

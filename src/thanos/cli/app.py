@@ -8,8 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from thanos._version import __version__
+from thanos.cli import study as study_command
 from thanos.cli.bench import bench
-from thanos.errors import RecipeError
+from thanos.errors import DataError, RecipeError
 from thanos.recipe import METHODS, Recipe
 
 app = typer.Typer(
@@ -149,7 +150,7 @@ def prune(
 @app.command(name="eval")
 def evaluate(
     model: Model,
-    text: Annotated[str, _option(f"{_SOURCES} (default wikitext2).", "SOURCE")] = "wikitext2",
+    text: Annotated[str | None, _option(f"{_SOURCES} (default wikitext2).", "SOURCE")] = None,
     sequence_length: Annotated[int, _option("Tokens per window (default 2048).", "TOKENS")] = 2048,
     max_windows: Annotated[int | None, _option("Score only the first N windows (default: all).", "N")] = None,
     dense: Annotated[
@@ -158,6 +159,21 @@ def evaluate(
             "Compare with this dense model: KL divergence (nats a token) and top-1 agreement (default: none).", "MODEL"
         ),
     ] = None,
+    tasks: Annotated[
+        str | None,
+        _option(
+            "Instead of a text, measure zero-shot accuracy with lm_eval: names of its tasks with commas between, or paper for "
+            "the seven of the paper (default: none).",
+            "NAMES",
+        ),
+    ] = None,
+    task_folder: Annotated[
+        Path | None, _option("Folder with lm_eval task files of your own (default: none).", "DIR")
+    ] = None,
+    limit: Annotated[int | None, _option("Only the first N documents of each task (default: all).", "N")] = None,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Score tasks again that were scored before (default: reuse the scores).")
+    ] = False,
     json_file: Annotated[
         Path | None, _option("Write the result as JSON, - for the standard output (default: none).", "FILE", "--json")
     ] = None,
@@ -166,24 +182,43 @@ def evaluate(
     trust_remote_code: Trust = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure the perplexity of MODEL, and its distance to a dense model."""
+    """Measure the perplexity of MODEL, and its distance to a dense model; or its zero-shot accuracy."""
     from thanos.cli import display, tables
 
     display.hush()
     import thanos
 
     tables.check_writable(json_file)
+    common: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    if tasks is not None:
+        if text is not None or dense is not None:
+            raise DataError(
+                "--tasks measures accuracy instead of perplexity; leave out --text and --dense, or run eval twice"
+            )
+        names = thanos.PAPER_TASKS if tasks in ("paper", "default") else [name.strip() for name in tasks.split(",")]
+        with display.watch(quiet=quiet) as watcher:
+            scores = thanos.zero_shot(
+                model,
+                tasks=names,
+                task_folder=task_folder,
+                limit=limit,
+                cache=not no_cache,
+                on_event=watcher,
+                **common,
+            )
+        tables.show_zero_shot(scores, json_file)
+        return
+    if task_folder is not None or limit is not None or no_cache:
+        raise DataError("--task-folder, --limit and --no-cache belong to --tasks; name the tasks")
     with display.watch(quiet=quiet) as watcher:
         result = thanos.evaluate(
             model,
-            text=text,
+            text=text or "wikitext2",
             sequence_length=sequence_length,
             max_windows=max_windows,
             dense=dense,
-            device=device,
-            dtype=dtype,
             on_event=watcher,
-            trust_remote_code=trust_remote_code,
+            **common,
         )
     tables.show_evaluation(result, json_file)
 
@@ -213,6 +248,9 @@ def inspect(
     tables.show_inspection(found, json_file)
     if found.violations:
         raise typer.Exit(1)
+
+
+app.command(name="study")(study_command.study)
 
 
 @app.command()

@@ -5,6 +5,7 @@ What is shown is a function of the events: a log (``events.jsonl``) that is play
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
@@ -23,6 +24,7 @@ _LABELS = {
     "write": "write",
     "propagate": "propagate",
     "evaluate": "evaluate",
+    "tasks": "score tasks",
     "finish": "finish",
     "draw": "draw figures",
 }
@@ -45,6 +47,7 @@ def hush() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")  # the GGUF reader asks nobody before it draws a bar
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     import transformers
 
     transformers.logging.set_verbosity_error()

@@ -13,6 +13,7 @@ from thanos.errors import ResourceError
 if TYPE_CHECKING:
     from thanos.bench.model import ModelTime
     from thanos.evaluation import Evaluation
+    from thanos.harness import ZeroShot
     from thanos.inspection import Inspection
     from thanos.report import PhaseRecord, PruningReport
     from thanos.study.report import Report
@@ -69,6 +70,19 @@ def show_evaluation(result: Evaluation, json_file: Path | None) -> None:
             ("same most probable token", f"{100 * result.top1_agreement:.2f} %"),
         ]
     _finish(rows, result.to_dict(), json_file)
+
+
+def show_zero_shot(result: ZeroShot, json_file: Path | None) -> None:
+    """Print accuracies with their standard errors, and write them as JSON where asked."""
+    head = ("task", "accuracy", "±", "normalised", "±", "documents")
+    keys = ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")
+    rows = [
+        (name, *(_score(score[key]) for key in keys), f"{score['samples']:,}") for name, score in result.tasks.items()
+    ]
+    rows.append(("average", *(_score(result.average[key]) for key in keys), ""))
+    _write_json(result.to_dict(), json_file)
+    if not _to_stdout(json_file):
+        print_table(head, rows, title=f"{Path(result.model).name}, zero-shot (lm_eval {result.versions['lm_eval']})")
 
 
 def show_inspection(found: Inspection, json_file: Path | None) -> None:
@@ -158,13 +172,23 @@ def _to_stdout(path: Path | None) -> bool:
 
 
 def _finish(rows: Sequence[tuple[str, str]], values: dict[str, Any], json_file: Path | None) -> None:
-    if json_file is not None:
-        text = json.dumps(_finite(values), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-        if _to_stdout(json_file):
-            sys.stdout.write(text)
-            return
+    _write_json(values, json_file)
+    if not _to_stdout(json_file):
+        print_table(("", ""), rows)
+
+
+def _write_json(values: dict[str, Any], json_file: Path | None) -> None:
+    if json_file is None:
+        return
+    text = json.dumps(_finite(values), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    if _to_stdout(json_file):
+        sys.stdout.write(text)
+    else:
         json_file.write_text(text, encoding="utf-8")
-    print_table(("", ""), rows)
+
+
+def _score(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
 
 
 def _finite(value: Any) -> Any:

@@ -1,0 +1,192 @@
+"""``thanos study``: run a grid of cells, and show how far each worker is."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
+
+import typer
+
+if TYPE_CHECKING:
+    from thanos.study.pool import StudyEvent
+    from thanos.study.runner import StudyResult
+
+
+def study(
+    file: Annotated[Path, typer.Argument(metavar="STUDY.toml", help="The study.", show_default=False)],
+    out: Annotated[
+        Path,
+        typer.Argument(
+            metavar="OUT", help="The study's folder; an earlier run of it is gone on with.", show_default=False
+        ),
+    ],
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Where the study's models and texts are looked for first (default: THANOS_DATA, then beside STUDY.toml).",
+            show_default=False,
+        ),
+    ] = None,
+    devices: Annotated[
+        str,
+        typer.Option(
+            metavar="NAMES",
+            help="Devices with commas between, one worker on each, a device perhaps several times (default auto: every CUDA "
+            "device, else cpu).",
+            show_default=False,
+        ),
+    ] = "auto",
+    workers: Annotated[
+        int, typer.Option(metavar="N", help="Workers on each device named (default 1).", show_default=False)
+    ] = 1,
+    list_only: Annotated[bool, typer.Option("--list", help="Show the cells and their state, and run nothing.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress (default: show it).")] = False,
+) -> None:
+    """Run the cells of a study that have no result yet, and add their results to OUT/store.jsonl."""
+    from thanos.cli import display, tables
+
+    display.hush()
+    from thanos.study.runner import list_cells, run_study
+
+    if list_only:
+        found = list_cells(file, out, data=data)
+        rows = [
+            (cell.title(), state, "yes" if cell in found.with_tasks else "") for cell, state in found.states.items()
+        ]
+        tables.print_table(("cell", "state", "tasks"), rows)
+        return
+    with watch(quiet=quiet) as watcher:
+        found = run_study(
+            file,
+            out,
+            data=data,
+            devices=[name.strip() for name in devices.split(",") if name.strip()],
+            workers=workers,
+            on_event=watcher,
+            initialise=display.hush,
+        )
+    _show(found, out)
+
+
+def _show(found: StudyResult, out: Path) -> None:
+    from thanos.cli import tables
+
+    rows = [(name, str(found.count(name))) for name in ("done", "failed", "impossible") if found.count(name)]
+    tables.print_table(
+        ("", ""), [("cells", str(len(found.states))), *rows, ("run now", str(found.ran)), ("written to", str(out))]
+    )
+
+
+@contextmanager
+def watch(*, quiet: bool = False, stream: TextIO | None = None) -> Iterator[Callable[[StudyEvent], None]]:
+    """Give a function that shows a study's events on the standard error, until the block ends."""
+    target = stream or sys.stderr
+    if quiet:
+        yield lambda event: None
+    elif target.isatty():
+        with _live(target) as show:
+            yield show
+    else:
+        yield PlainLines(target)
+
+
+class PlainLines:
+    """A line for each cell that ended, and for each note.
+
+    Args:
+        stream: where to.
+        clock: seconds, monotone.
+    """
+
+    def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
+        self._stream, self._clock = stream, clock
+        self._began = clock()
+
+    def __call__(self, event: StudyEvent) -> None:
+        """Write a line, or not."""
+        if event.message:
+            self._write(f"note: {event.message}")
+        elif event.record is not None:
+            spent = self._clock() - self._began
+            left = spent / event.done * (event.total - event.done)
+            rest = f", {_minutes(left)} left" if event.done < event.total else ""
+            self._write(f"{event.done} of {event.total}: {outcome(event)}{rest}")
+
+    def _write(self, text: str) -> None:
+        self._stream.write(f"[{_minutes(self._clock() - self._began)}] {text}\n")
+        self._stream.flush()
+
+
+def outcome(event: StudyEvent) -> str:
+    """Return what came of a cell, in one line."""
+    assert event.record is not None
+    assert event.cell is not None
+    record, parts = event.record, [event.cell.title()]
+    if record.status == "failed":
+        return f"{parts[0]} failed: {record.reason}"
+    if record.evaluation is not None:
+        perplexity = record.evaluation["perplexity"]
+        parts.append("perplexity infinite" if perplexity is None else f"perplexity {perplexity:.4g}")
+    if record.seconds is not None:
+        parts.append(f"pruned in {record.seconds:.1f} s")
+    return ", ".join(parts)
+
+
+@contextmanager
+def _live(stream: TextIO) -> Iterator[Callable[[StudyEvent], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.fields[details]}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(file=stream), transient=True) as progress:
+        yield _LiveLines(progress)
+
+
+class _LiveLines:
+    """One bar for the study, and one for the cell of each worker."""
+
+    def __init__(self, progress: Any) -> None:
+        self._progress = progress
+        self._study = progress.add_task("study", total=None, details="")
+        self._tasks: dict[int, Any] = {}
+
+    def __call__(self, event: StudyEvent) -> None:
+        if event.message:
+            self._progress.console.print(f"note: {event.message}", markup=False, highlight=False)
+            return
+        counted = {"completed": event.done, "total": event.total, "details": f"{event.done} of {event.total} cells"}
+        self._progress.update(self._study, **counted)
+        if event.record is not None:
+            self._progress.console.print(outcome(event), markup=False, highlight=False)
+            self._progress.remove_task(self._tasks.pop(event.worker))
+        elif event.event is None:
+            title = event.cell.title() if event.cell else ""
+            self._tasks[event.worker] = self._progress.add_task(f"{event.device} {title}", total=None, details="")
+        elif event.worker in self._tasks:
+            self._show(event)
+
+    def _show(self, event: StudyEvent) -> None:
+        told = event.event
+        assert told is not None
+        if told.block is not None and told.blocks:
+            completed, total = told.block + (told.kind == "block"), told.blocks
+            details = f"{told.phase} block {told.block + 1} of {told.blocks}"
+        else:
+            completed, total, details = told.done or None, told.total or None, told.phase
+        self._progress.update(self._tasks[event.worker], completed=completed, total=total, details=details)
+
+
+def _minutes(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,31 @@
+"""Hashes of what a result depends on: files, and a model's weights, config and tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from thanos.pretrained import ModelSource
+
+_SHAPING = ("*.safetensors", "config.json", "tokenizer*", "vocab*", "merges.txt", "*.model", "*.py")
+"""What shapes a model's logits for a text; reports, cards and generation settings do not."""
+
+
+def file_sha256(path: str | Path) -> str:
+    """Return the sha256 of a file's content."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def model_sha256(source: ModelSource) -> str:
+    """Return a hash of a model's weights, config and tokenizer, whatever the folder is called.
+
+    Args:
+        source: from :func:`~thanos.pretrained.resolve_model`.
+    """
+    if source.gguf is not None:
+        return file_sha256(source.gguf)
+    digest = hashlib.sha256()
+    for path in sorted({path for glob in _SHAPING for path in source.folder.glob(glob)}):
+        digest.update(f"{path.name} {file_sha256(path)}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,160 @@
+"""What a study consists of: the cells of its grids, and how each is measured.
+
+A combination that no recipe allows, such as 80 % of the weights with 30 % of the rows left dense, is a cell like any other: it
+fails with its reason, and the rest of the product stands.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import PurePath
+from typing import Any
+
+from thanos.patterns import NM, Columns, parse_pattern
+from thanos.recipe import LayerRecipe, Recipe
+
+DENSE = "dense"
+
+_COMPENSATING = ("thanos", "sparsegpt")
+"""The methods that have a block size and a damping."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cell:
+    """One point of the grid, in a form in which equal runs are equal cells.
+
+    What a method or pattern does not have is None: the block size and damping of Wanda, the sparsity of n:m, everything but
+    the model for ``dense``. See :class:`~thanos.recipe.Recipe` for the rest.
+    """
+
+    model: str
+    method: str
+    pattern: str | None = None
+    sparsity: float | None = None
+    outlier_rows: float | None = None
+    keep_budget: bool | None = None
+    block_size: int | None = None
+    damping: float | None = None
+    calibration: str | None = None
+    samples: int | None = None
+    sequence_length: int | None = None
+    seed: int | None = None
+
+    def recipe(self, **others: Any) -> Recipe:
+        """Return the recipe of the cell, with ``others`` in addition or instead.
+
+        Raises:
+            RecipeError: its values contradict one another.
+        """
+        values = {name: value for name, value in asdict(self).items() if name != "model" and value is not None}
+        return Recipe(**{**values, **others})
+
+    def title(self) -> str:
+        """Return the cell in a few words."""
+        if self.method == DENSE:
+            return f"{public(self.model)} dense"
+        parts = [public(self.model), self.method, self.pattern]
+        parts += [f"{100 * self.sparsity:g} %"] if self.sparsity is not None else []
+        parts += [f"α {self.outlier_rows:g}{' kept' if self.keep_budget else ''}"] if self.outlier_rows else []
+        parts += [f"B {self.block_size}"] if self.block_size is not None else []
+        return " ".join([*map(str, parts), f"seed {self.seed}"])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationPlan:
+    """How every cell is measured: a text, and whether the dense model is compared with (KL divergence, top-1 agreement)."""
+
+    text: str = "wikitext2"
+    sequence_length: int = 2048
+    max_windows: int | None = None
+    compare: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ZeroShotPlan:
+    """Tasks of lm_eval for the cells of the grids that say ``zero_shot = true``, and for their dense models."""
+
+    tasks: tuple[str, ...]
+    task_folder: str | None = None
+    limit: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Study:
+    """A whole study.
+
+    Attributes:
+        models: as the file names them.
+        cells: without repetition, the dense models first, then in the order of the file.
+        zero_shot_cells: those to which the tasks are put.
+        evaluation: how every cell is measured.
+        zero_shot: the tasks; None without any.
+        dtype: in which models run.
+        keep_models: whether the pruned models stay in the study's folder.
+        text: the file, as read.
+    """
+
+    models: tuple[str, ...]
+    cells: tuple[Cell, ...]
+    zero_shot_cells: frozenset[Cell]
+    evaluation: EvaluationPlan
+    zero_shot: ZeroShotPlan | None
+    dtype: str
+    keep_models: bool
+    text: str = field(repr=False)
+
+    def asked(self, cell: Cell) -> dict[str, Any]:
+        """Return what, besides the cell, shapes its record."""
+        evaluation = asdict(self.evaluation) | {"text": public(self.evaluation.text)}
+        zero_shot = None
+        if self.zero_shot is not None and cell in self.zero_shot_cells:
+            zero_shot = {"tasks": list(self.zero_shot.tasks), "limit": self.zero_shot.limit}
+        return {"dtype": self.dtype, "evaluation": evaluation, "zero_shot": zero_shot}
+
+
+def public(name: str) -> str:
+    """Return a name without the folders of this machine: hub names as they are, of a path the last part."""
+    path = PurePath(name)
+    is_path = path.is_absolute() or name.startswith(".") or path.suffix or len(path.parts) > 2
+    return path.name if is_path else name
+
+
+def public_cell(cell: Cell) -> dict[str, Any]:
+    """Return the cell as the store holds it."""
+    values = asdict(cell) | {"model": public(cell.model)}
+    return values | {"calibration": None if cell.calibration is None else public(cell.calibration)}
+
+
+def product(axes: dict[str, tuple[Any, ...]]) -> Iterator[Cell]:
+    """Yield the cells of one grid; the axis that stands first changes last, and axes left out have the recipe's default.
+
+    Args:
+        axes: field of :class:`Cell` → its values; ``model`` and ``method`` among them or not.
+    """
+    defaults = Recipe()
+    values = {f.name: (getattr(defaults, f.name),) for f in fields(Cell) if f.name != "model"} | axes
+    names = [*axes, *(name for name in values if name not in axes)]
+    for point in itertools.product(*(values[name] for name in names)):
+        yield _normal(Cell(**dict(zip(names, point, strict=True))))
+
+
+def _normal(cell: Cell) -> Cell:
+    """Return the cell with None for what its method and pattern do not have, and defaults spelt out."""
+    pattern = parse_pattern(cell.pattern or "")
+    cell = replace(cell, pattern=str(pattern), outlier_rows=float(cell.outlier_rows or 0))
+    if not cell.outlier_rows:
+        cell = replace(cell, keep_budget=False)
+    if isinstance(pattern, NM):
+        cell = replace(cell, sparsity=None)
+    elif cell.sparsity is None:
+        cell = replace(cell, sparsity=LayerRecipe(pattern=str(pattern)).resolved_sparsity)
+    if cell.method not in _COMPENSATING:
+        return replace(cell, block_size=None, damping=None)
+    if isinstance(pattern, Columns):
+        return replace(cell, block_size=None)
+    if cell.block_size is None:
+        block_size = LayerRecipe(method=cell.method, pattern=str(pattern)).resolved_block_size
+        cell = replace(cell, block_size=block_size)
+    return replace(cell, damping=float(cell.damping or 0))

@@ -1,0 +1,218 @@
+"""Reading ``study.toml``; a malformed value is refused with its line and field. The format is described in docs/formats.md."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from thanos.errors import RecipeError, StudyError
+from thanos.recipe import DTYPES, METHODS, LayerRecipe
+from thanos.study.grid import DENSE, Cell, EvaluationPlan, Study, ZeroShotPlan, product, public
+
+
+def read_study(path: str | Path) -> Study:
+    """Read and check a study.
+
+    Raises:
+        StudyError: the file cannot be read, or a value is wrong; the message names the line and the field.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = tomllib.loads(text)
+    except OSError as error:
+        raise StudyError(f"study {path} cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise StudyError(f"study {path} is not valid TOML: {error}") from error
+    return _Reader(path, text).study(values)
+
+
+class _Reader:
+    """Turns plain values into a study, and knows where they stand in the file."""
+
+    def __init__(self, path: Path, text: str) -> None:
+        self._path, self._text = path, text
+
+    def study(self, values: dict[str, Any]) -> Study:
+        top = self._table(values, "", 0, _TOP)
+        if not top.get("models"):
+            raise self._error("", 0, "models", "a study needs at least one model")
+        if "grid" not in values:
+            raise self._error("", 0, "grid", "a study needs at least one [[grid]]")
+        evaluation = EvaluationPlan(**self._table(values.get("evaluation", {}), "evaluation", 0, _EVALUATION))
+        tasks = None
+        if "zero_shot" in values:
+            given = self._table(values["zero_shot"], "zero_shot", 0, _ZERO_SHOT)
+            if not given.get("tasks"):
+                raise self._error("zero_shot", 0, "tasks", "name at least one task")
+            tasks = ZeroShotPlan(**given)
+        cells, with_tasks = self._cells(values["grid"], top["models"], tasks)
+        return Study(
+            models=top["models"],
+            cells=tuple(cells),
+            zero_shot_cells=frozenset(with_tasks),
+            evaluation=evaluation,
+            zero_shot=tasks,
+            dtype=top.get("dtype", "auto"),
+            keep_models=top.get("keep_models", False),
+            text=self._text,
+        )
+
+    def _cells(
+        self, grids: Any, models: tuple[str, ...], tasks: ZeroShotPlan | None
+    ) -> tuple[dict[Cell, None], set[Cell]]:
+        if not isinstance(grids, list):
+            raise self._error("grid", 0, "", "write [[grid]], with two brackets: there may be several")
+        names = [public(model) for model in models]
+        for name in names:
+            if names.count(name) > 1:
+                raise self._error("", 0, "models", f"two models are called {name}; the store could not tell them apart")
+        dense = {model: Cell(model=model, method=DENSE) for model in models}
+        cells: dict[Cell, None] = dict.fromkeys(dense.values())
+        with_tasks: set[Cell] = set()
+        for index, grid in enumerate(grids):
+            axes = self._table(grid, "grid", index, _AXES | {"zero_shot": _flag})
+            zero_shot = axes.pop("zero_shot", False)
+            if zero_shot and tasks is None:
+                raise self._error("grid", index, "zero_shot", "there is no [zero_shot] table that names tasks")
+            for model in axes.get("model", ()):
+                if model not in models:
+                    raise self._error("grid", index, "model", f"{model!r} is not among models: {', '.join(models)}")
+            found = list(product({"model": models} | axes if "model" not in axes else axes))
+            cells.update(dict.fromkeys(found))
+            if zero_shot:
+                with_tasks.update(found, (dense[cell.model] for cell in found))
+        return cells, with_tasks
+
+    def _table(self, values: Any, table: str, index: int, checks: Mapping[str, Callable[[Any], Any]]) -> dict[str, Any]:
+        if not isinstance(values, dict):
+            raise self._error(table, index, "", "must be a table")
+        found = {}
+        for key, value in values.items():
+            name = key.replace("-", "_")
+            if table == "" and name in _TABLES:
+                continue
+            if name not in checks:
+                allowed = ", ".join([*checks, *(_TABLES if table == "" else ())])
+                raise self._error(table, index, key, f"unknown field; allowed are {allowed}")
+            try:
+                found[name] = checks[name](value)
+            except RecipeError as error:
+                raise self._error(table, index, key, str(error)) from error
+        return found
+
+    def _error(self, table: str, index: int, key: str, message: str) -> StudyError:
+        line = _line_of(self._text, table, index, key)
+        where = f"[{table}] {key}".strip() if table else key
+        return StudyError(f"study {self._path}, line {line}, {where}: {message}")
+
+
+def _line_of(text: str, table: str, index: int, key: str) -> int:
+    """Return the line of a key in the ``index``-th table of that name, else of the table's head, else 1."""
+    head, seen, current, found = re.compile(r"\s*\[+\s*([\w-]+)\s*\]+"), -1, "", 1
+    for number, line in enumerate(text.splitlines(), 1):
+        match = head.match(line)
+        if match:
+            current = match[1].replace("-", "_")
+            seen += current == table
+            if current == table and seen == index:
+                found = number
+        inside = current == table and (table == "" or seen == index)
+        if inside and key and re.match(rf"\s*[\"']?{re.escape(key)}[\"']?\s*=", line):
+            return number
+    return found
+
+
+# --- checks of single values ------------------------------------------------------------------------------------------
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise RecipeError(f"must be true or false; got {value!r}")
+    return value
+
+
+def _word(value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise RecipeError(f"must be a name; got {value!r}")
+    return value
+
+
+def _whole(lowest: int) -> Callable[[Any], int]:
+    def check(value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
+            raise RecipeError(f"must be a whole number, at least {lowest}; got {value!r}")
+        return value
+
+    return check
+
+
+def _one_of(*allowed: str) -> Callable[[Any], str]:
+    def check(value: Any) -> str:
+        if value not in allowed:
+            raise RecipeError(f"must be one of {', '.join(allowed)}; got {value!r}")
+        return value
+
+    return check
+
+
+def _layer(name: str) -> Callable[[Any], Any]:
+    """Check a value by the rules of a recipe that has nothing else."""
+
+    def check(value: Any) -> Any:
+        LayerRecipe(**{name: value})
+        return value
+
+    return check
+
+
+def _share(name: str) -> Callable[[Any], float]:
+    def check(value: Any) -> float:
+        LayerRecipe(**{"pattern": "2:4", name: value} if name == "outlier_rows" else {name: value})
+        return float(value)
+
+    return check
+
+
+def _many(check: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, ...]]:
+    """Allow one value or a list of them."""
+
+    def each(value: Any) -> tuple[Any, ...]:
+        values = value if isinstance(value, list) else [value]
+        if not values:
+            raise RecipeError("must not be an empty list")
+        return tuple(check(one) for one in values)
+
+    return each
+
+
+_TABLES = ("evaluation", "zero_shot", "grid")
+_TOP: dict[str, Callable[[Any], Any]] = {
+    "models": _many(_word),
+    "dtype": _one_of(*DTYPES),
+    "keep_models": _flag,
+}
+_EVALUATION: dict[str, Callable[[Any], Any]] = {
+    "text": _word,
+    "sequence_length": _whole(2),
+    "max_windows": _whole(1),
+    "compare": _flag,
+}
+_ZERO_SHOT: dict[str, Callable[[Any], Any]] = {"tasks": _many(_word), "task_folder": _word, "limit": _whole(1)}
+_AXES: dict[str, Callable[[Any], Any]] = {
+    "model": _many(_word),
+    "method": _many(_one_of(*METHODS)),
+    "pattern": _many(_layer("pattern")),
+    "sparsity": _many(_share("sparsity")),
+    "outlier_rows": _many(_share("outlier_rows")),
+    "keep_budget": _many(_flag),
+    "block_size": _many(_whole(1)),
+    "damping": _many(_share("damping")),
+    "calibration": _many(_word),
+    "samples": _many(_whole(1)),
+    "sequence_length": _many(_whole(2)),
+    "seed": _many(_whole(0)),
+}

@@ -1,0 +1,237 @@
+"""Running a study: which cells are still to be run, where their models and texts are, and the one writer of the store."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from thanos.errors import RecipeError, ResourceError, StudyError, UserError
+from thanos.fingerprint import file_sha256, model_sha256
+from thanos.lock import locked
+from thanos.pretrained import ModelSource, choose_device, load_model, resolve_model
+from thanos.study.grid import DENSE, Cell, Study, public_cell
+from thanos.study.pool import Pool, StudyEvent
+from thanos.study.reading import read_study
+from thanos.study.store import STORE_NAME, StoreWriter, cell_key, read_store
+from thanos.study.worker import Places
+from thanos.text import NAMED
+
+STUDY_NAME = "study.toml"
+
+State = Literal["done", "failed", "impossible", "new"]
+
+
+Watcher = Callable[[StudyEvent], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StudyResult:
+    """What a run of a study came to: every cell with its state, those with tasks, and how many cells this run ran."""
+
+    states: dict[Cell, State]
+    with_tasks: frozenset[Cell]
+    ran: int
+
+    def count(self, state: State) -> int:
+        """Return the number of cells in a state."""
+        return sum(each == state for each in self.states.values())
+
+
+def run_study(
+    path: str | Path,
+    out: str | Path,
+    *,
+    data: str | Path | None = None,
+    devices: Sequence[str] = ("auto",),
+    workers: int = 1,
+    on_event: Watcher | None = None,
+    initialise: Callable[[], None] | None = None,
+) -> StudyResult:
+    """Run the cells of a study that have no result yet.
+
+    Args:
+        path: the ``study.toml``.
+        out: the study's folder; made if it does not exist, gone on with if it does.
+        data: folder in which the study's models and texts are looked for before the study's own; default ``THANOS_DATA``.
+        devices: one worker runs on each; a device may be named several times.
+        workers: workers on each of the devices.
+        on_event: called with each :class:`StudyEvent`.
+        initialise: called first in each worker process; must be importable.
+
+    Raises:
+        UserError: the study is malformed, another process runs it, or the store is not this version's.
+    """
+    study, out, tell = read_study(path), Path(out), on_event or (lambda event: None)
+    devices = _spread(devices, workers)
+    with locked(out):
+        _check_folder(out)
+        places = find_places(study, Path(path).parent, out, data)
+        _check_tasks(study, places)
+        (out / "cache").mkdir(parents=True, exist_ok=True)
+        (out / STUDY_NAME).write_text(study.text, encoding="utf-8")
+        shutil.rmtree(places.scratch, ignore_errors=True)
+        states = _states(study, places, tell)
+        writer = StoreWriter(out)
+        todo = [cell for cell, state in states.items() if state in ("new", "failed")]
+        if todo:
+            places = convert(places, {cell.model for cell in todo}, tell)
+            pool = Pool(study, places, devices[: len(todo)], initialise)
+            for done, event in pool.run(todo):
+                if event.record is not None and event.cell is not None:
+                    writer.append(event.record)
+                    states[event.cell] = event.record.status
+                tell(replace(event, done=done, total=len(todo)))
+        shutil.rmtree(places.scratch, ignore_errors=True)
+        return StudyResult(states=states, with_tasks=study.zero_shot_cells, ran=len(todo))
+
+
+def list_cells(path: str | Path, out: str | Path, *, data: str | Path | None = None) -> StudyResult:
+    """Return the state of every cell of a study; runs nothing and writes nothing. Arguments as for :func:`run_study`."""
+    study, out = read_study(path), Path(out)
+    places = find_places(study, Path(path).parent, out, data)
+    states = _states(study, places, lambda event: None)
+    return StudyResult(states=states, with_tasks=study.zero_shot_cells, ran=0)
+
+
+# --- what is to be run ------------------------------------------------------------------------------------------------
+
+
+def _states(study: Study, places: Places, tell: Watcher) -> dict[Cell, State]:
+    """Return the state of each cell by the store; a result whose model or text has changed since does not count."""
+    contents = read_store(places.out) if (places.out / STORE_NAME).exists() else None
+    for warning in contents.warnings if contents else ():
+        tell(StudyEvent(message=warning))
+    known = {record.key: record for record in (contents.records if contents else ())}
+    states: dict[Cell, State] = {}
+    for cell in study.cells:
+        record = known.get(cell_key(public_cell(cell), study.asked(cell)))
+        if record is None or record.sources != places.sources(study, cell):
+            states[cell] = "new"
+        elif record.status == "failed" and record.reason == _impossible(cell):
+            states[cell] = "impossible"  # and recorded as such: trying again is no use
+        else:
+            states[cell] = record.status
+    return states
+
+
+def _impossible(cell: Cell) -> str | None:
+    if cell.method == DENSE:
+        return None
+    try:
+        cell.recipe()
+    except RecipeError as error:
+        return str(error)
+    return None
+
+
+def _spread(devices: Sequence[str], workers: int) -> list[str]:
+    """Return the device of each worker: ``auto`` is every CUDA device, or the CPU."""
+    count = torch.cuda.device_count()
+    all_of_them = [f"cuda:{index}" for index in range(count)] if torch.cuda.is_available() else ["cpu"]
+    found = [each for device in devices for each in (all_of_them if device == "auto" else [device])]
+    if not found or workers < 1:
+        raise ResourceError(
+            f"nothing to run on: {len(found)} devices, {workers} workers each; name at least one of both"
+        )
+    for device in found:
+        choose_device(device)
+    return [device for device in found for _ in range(workers)]
+
+
+def _check_folder(out: Path) -> None:
+    if out.is_file():
+        raise UserError(f"OUT {out} is a file; give the name of a folder")
+    if out.is_dir() and any(out.iterdir()) and not any((out / name).exists() for name in (STUDY_NAME, STORE_NAME)):
+        raise UserError(f"OUT {out} is not empty and no study's folder; choose another one")
+
+
+def _check_tasks(study: Study, places: Places) -> None:
+    if study.zero_shot is not None and study.zero_shot_cells:
+        from thanos.harness import check_tasks
+
+        check_tasks(study.zero_shot.tasks, places.task_folder)
+
+
+# --- where things are -------------------------------------------------------------------------------------------------
+
+
+def find_places(study: Study, beside: Path, out: Path, data: str | Path | None) -> Places:
+    """Find a study's models and texts: in ``data`` (default ``THANOS_DATA``), else beside the study, else by their names.
+
+    Raises:
+        StudyError: the text for evaluation, or the folder of tasks, is not there.
+    """
+    folders = [Path(folder) for folder in (data or os.environ.get("THANOS_DATA"), beside) if folder]
+
+    def find(name: str) -> str:
+        return next((str((each / name).resolve()) for each in folders if (each / name).exists()), name)
+
+    sources = {cell.calibration for cell in study.cells if cell.calibration} | {study.evaluation.text}
+    texts = {name: name if name in NAMED else find(name) for name in sorted(sources)}
+    searched = ", ".join(map(str, folders))
+    text, task_folder = study.evaluation.text, study.zero_shot and study.zero_shot.task_folder
+    if text not in NAMED and not Path(texts[text]).is_file():
+        raise StudyError(f"text {text} of [evaluation] is in none of {searched}; give its folder with --data")
+    if task_folder and not Path(find(task_folder)).is_dir():
+        raise StudyError(f"task_folder {task_folder} of [zero_shot] is in none of {searched}; give it with --data")
+    hashes: dict[str, str | None] = {
+        name: file_sha256(path) if Path(path).is_file() else None for name, path in texts.items()
+    }
+    models, failures = {}, {}
+    for model in study.models:
+        models[model] = find(model)
+        try:
+            hashes[model] = model_sha256(resolve_model(models[model]))
+        except UserError as error:
+            hashes[model], failures[model] = None, str(error)
+    return Places(
+        out=out.resolve(),
+        models=models,
+        texts=texts,
+        task_folder=find(task_folder) if task_folder else None,
+        hashes=hashes,
+        failures=failures,
+        commit=_commit(),
+    )
+
+
+def convert(places: Places, wanted: set[str], tell: Watcher) -> Places:
+    """Write GGUF models once as safetensors folders into the cache, since every opening would convert them again."""
+    models = dict(places.models)
+    for name in sorted(wanted - set(places.failures)):
+        source = resolve_model(models[name])
+        if source.gguf is None:
+            continue
+        folder = places.out / "cache" / "models" / str(places.hashes[name])[:24]
+        if not (folder / "config.json").exists():
+            tell(StudyEvent(message=f"converting {source.gguf.name} to safetensors, once"))
+            _save(source, folder)
+        models[name] = str(folder)
+    return replace(places, models=models)
+
+
+def _save(source: ModelSource, folder: Path) -> None:
+    partial = folder.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    load_model(source).save_pretrained(partial)
+    source.tokenizer().save_pretrained(partial)
+    partial.rename(folder)
+
+
+def _commit() -> str | None:
+    """Return the commit of the source tree that this package lies in, or what ``THANOS_COMMIT`` says."""
+    here = ["git", "-C", str(Path(__file__).parent)]
+    with suppress(OSError, subprocess.SubprocessError):
+        head = subprocess.run([*here, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        status = [*here, "status", "--porcelain", "--untracked-files=no"]
+        changed = subprocess.run(status, capture_output=True, text=True, check=True).stdout.strip()
+        return f"{head}+changes" if changed else head
+    return os.environ.get("THANOS_COMMIT")

@@ -1,0 +1,333 @@
+"""Running cells, one after another, in one process on one device; what several cells need is made once and kept."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import itertools
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from thanos._version import __version__
+from thanos.calibration import Calibration
+from thanos.errors import ModelError, UserError
+from thanos.evaluation import Reference, cut_windows, evaluate
+from thanos.events import Event
+from thanos.inspection import inspect_checkpoint
+from thanos.memory import PhaseMeter
+from thanos.pretrained import choose_device, load_model, resolve_model
+from thanos.pruning import make_calibration, prune
+from thanos.recipe import METHODS, Recipe
+from thanos.report import PhaseRecord
+from thanos.solvers import prune_weight
+from thanos.study.grid import DENSE, Cell, Study, public, public_cell
+from thanos.study.store import CellRecord, cell_key
+from thanos.text import evaluation_rows
+
+_KEEP_SHARE = 0.25
+"""Share of the free memory that the dense model's logits may take: what is left must hold two models and their logits."""
+
+_PACKAGES = ("torch", "transformers", "safetensors", "lm_eval")
+
+Watcher = Callable[[Event], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Places:
+    """Where things are on this machine; none of it enters the store but the hashes.
+
+    Attributes:
+        out: the study's folder.
+        models: name in the study → what to give ``prune``.
+        texts: name in the study → source or path.
+        task_folder: of local tasks; None without one.
+        hashes: name in the study → sha256 of the model or text; None where there is no file.
+        failures: models that cannot be had, and why.
+        commit: of the source tree; None where unknown.
+    """
+
+    out: Path
+    models: dict[str, str]
+    texts: dict[str, str]
+    task_folder: str | None
+    hashes: dict[str, str | None]
+    failures: dict[str, str]
+    commit: str | None
+
+    @property
+    def scratch(self) -> Path:
+        """Where pruned models lie until they are measured."""
+        return self.out / "scratch"
+
+    def sources(self, study: Study, cell: Cell) -> dict[str, str | None]:
+        """Return the hashes of the files that a cell depends on."""
+        return {
+            "model": self.hashes.get(cell.model),
+            "calibration": None if cell.calibration is None else self.hashes.get(cell.calibration),
+            "text": self.hashes.get(study.evaluation.text),
+        }
+
+    def without_paths(self, text: str) -> str:
+        """Return a message in one line, without the folders of this machine."""
+        found = {
+            path for path in [*self.models.values(), *self.texts.values(), self.task_folder or ""] if os.sep in path
+        }
+        folders = {str(Path(path).parent) for path in found} | {str(self.out.resolve()), str(self.out)}
+        for folder in sorted(folders - {"/", "."}, key=len, reverse=True):
+            text = text.replace(f"{folder}{os.sep}", "")
+        return " ".join(text.split())
+
+
+class Session:
+    """Runs the cells of a study on one device.
+
+    Args:
+        study: the study.
+        places: where its models and texts are.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        sharers: workers that share the device's memory, this one included.
+    """
+
+    def __init__(self, study: Study, places: Places, device: str, *, sharers: int = 1) -> None:
+        self._study, self._places = study, places
+        self._device, self._name = choose_device(device), device
+        self._sharers = sharers
+        self._reference: tuple[str, Reference] | None = None
+        self._calibration: dict[str, Calibration] = {}
+        self._warm = False
+
+    def run(self, cell: Cell, tell: Watcher) -> CellRecord:
+        """Run one cell; whatever goes wrong becomes the reason of a failed record."""
+        results: dict[str, Any] = {}
+        try:
+            if cell.model in self._places.failures:
+                raise ModelError(self._places.failures[cell.model])
+            results = self._dense(cell, tell) if cell.method == DENSE else self._pruned(cell, tell)
+        except Exception as error:
+            reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            if isinstance(error, torch.OutOfMemoryError | MemoryError):
+                self._reference = None
+            results = {"status": "failed", "reason": self._places.without_paths(reason)}
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        return make_record(self._study, self._places, cell, self._device, results)
+
+    # --- the two kinds of cells -----------------------------------------------------------------------------------------
+
+    def _dense(self, cell: Cell, tell: Watcher) -> dict[str, Any]:
+        model = self._places.models[cell.model]
+        meter = PhaseMeter(self._device)
+        measured = self._measure(cell, model, meter, tell)
+        totals = inspect_checkpoint(model).totals
+        sparsity = {"targeted": totals["sparsity_targeted"], "all": totals["sparsity_all"]}
+        return {**measured, "effective_sparsity": sparsity, "phases": _phases(meter.records())}
+
+    def _pruned(self, cell: Cell, tell: Watcher) -> dict[str, Any]:
+        self._warm_up(cell)
+        source = self._places.texts.get(cell.calibration or "", cell.calibration)
+        recipe = cell.recipe(calibration=source, device=self._name, dtype=self._study.dtype)
+        key = cell_key(public_cell(cell), self._study.asked(cell))
+        folder = self._places.out / "models" if self._study.keep_models else self._places.scratch
+        model = folder / key[:16]
+        meter = PhaseMeter(self._device)
+        try:
+            report = prune(
+                self._places.models[cell.model],
+                model,
+                recipe,
+                overwrite=True,
+                on_event=tell,
+                calibration=self._windows(cell, recipe, tell),
+            )
+            measured = self._measure(cell, str(model), meter, tell)
+        finally:
+            if not self._study.keep_models:
+                shutil.rmtree(model, ignore_errors=True)
+        written = report.to_dict()
+        name = {"calibration": public(cell.calibration or "")}
+        return {
+            **measured,
+            "recipe": {**written["recipe"], **name},
+            "calibration": {**written["calibration"], "source": name["calibration"]},
+            "effective_sparsity": {
+                "targeted": report.totals["sparsity_targeted"],
+                "all": report.totals["sparsity_all"],
+            },
+            "layers": written["layers"],
+            "phases": {**written["phases"], **_phases(meter.records())},
+            **{key: written[key] for key in ("seconds", "host_peak_bytes", "device_peak_bytes")},
+        }
+
+    def _measure(self, cell: Cell, model: str, meter: PhaseMeter, tell: Watcher) -> dict[str, Any]:
+        asked = self._study.asked(cell)
+        with meter.phase("reference"):
+            reference = self._shared_reference(cell)
+        tell(Event(kind="phase", phase="evaluate"))
+        with meter.phase("evaluate"):
+            found = evaluate(model, device=self._name, dtype=self._study.dtype, reference=reference, on_event=tell)
+        values = found.to_dict()
+        kept = ("text", "text_sha256", "sequence_length", "windows", "tokens", "perplexity", "mean_loss")
+        kept = (*kept, "kl_divergence", "top1_agreement")
+        results: dict[str, Any] = {"evaluation": {name: values[name] for name in kept}, "zero_shot": None}
+        if asked["zero_shot"] is not None:
+            from thanos.harness import zero_shot
+
+            with meter.phase("zero_shot"):
+                scores = zero_shot(
+                    model,
+                    **asked["zero_shot"],
+                    task_folder=self._places.task_folder,
+                    device=self._name,
+                    dtype=self._study.dtype,
+                    on_event=tell,
+                    cache=False,
+                )
+            results["zero_shot"] = {"tasks": scores.to_dict()["tasks"], "average": scores.to_dict()["average"]}
+        return results
+
+    def _warm_up(self, cell: Cell) -> None:
+        """Load libraries and kernels before the first cell whose seconds are recorded, rather than at its expense."""
+        if self._warm:
+            return
+        reference = self._shared_reference(cell)
+        if reference.model is not None:
+            with torch.inference_mode():
+                reference.logits(0, reference.windows[:1].to(self._device))
+        weight = torch.randn(256, 256, generator=torch.Generator().manual_seed(0)).to(self._device)
+        for method, pattern in itertools.product(METHODS, ("unstructured", "2:4", "columns")):
+            prune_weight(weight, weight.T @ weight, method=method, pattern=pattern)
+        self._warm = True
+
+    # --- shared work ----------------------------------------------------------------------------------------------------
+
+    def _shared_reference(self, cell: Cell) -> Reference:
+        """Return the evaluation windows and the dense model of a cell; those of the last model are kept."""
+        if self._reference is not None and self._reference[0] == cell.model:
+            return self._reference[1]
+        self._reference = None
+        plan, source = self._study.evaluation, resolve_model(self._places.models[cell.model])
+        model = load_model(source, dtype=self._study.dtype, device=self._device)
+        rows = evaluation_rows(self._places.texts[plan.text])
+        windows = cut_windows(
+            "\n\n".join(rows), source.tokenizer(), model, plan.text, plan.sequence_length, plan.max_windows
+        )
+        reference = Reference(text=public(plan.text), windows=windows)
+        if plan.compare:
+            room = int(_KEEP_SHARE * _free_bytes(self._device)) // self._sharers
+            reference = replace(reference, dense=public(cell.model), model=model, keep_bytes=room)
+        self._reference = (cell.model, reference)
+        return reference
+
+    def _windows(self, cell: Cell, recipe: Recipe, tell: Watcher) -> Calibration:
+        """Return the calibration windows of a cell, from this process, from the study's cache, or made now."""
+        shaping = {
+            "model": self._places.hashes[cell.model],
+            "calibration": self._places.hashes.get(cell.calibration or "") or cell.calibration,
+            "shape": [cell.samples, cell.sequence_length, cell.seed],
+            "generated_in": self._study.dtype if cell.calibration == "self" else None,
+            "version": __version__,
+        }
+        key = hashlib.sha256(json.dumps(shaping).encode()).hexdigest()
+        if key not in self._calibration:
+            path = self._places.out / "cache" / f"calibration-{key[:24]}.safetensors"
+            made = _read_windows(path, recipe.calibration)
+            if made is None:
+                made = make_calibration(resolve_model(self._places.models[cell.model]), recipe, self._device, tell)
+                _write_windows(path, made)
+            self._calibration[key] = made
+        return self._calibration[key]
+
+
+def make_record(study: Study, places: Places, cell: Cell, device: torch.device, results: dict[str, Any]) -> CellRecord:
+    """Return the record of a cell with these results, fields of :class:`~thanos.study.store.CellRecord`."""
+    values, asked = public_cell(cell), study.asked(cell)
+    return CellRecord(
+        key=cell_key(values, asked),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        commit=places.commit,
+        thanos_version=__version__,
+        versions=_versions(),
+        machine=_machine(device),
+        cell=values,
+        asked=asked,
+        sources=places.sources(study, cell),
+        **{"status": "done", "reason": None, **results},
+    )
+
+
+def _phases(records: dict[str, PhaseRecord]) -> dict[str, dict[str, Any]]:
+    return {name: asdict(record) for name, record in records.items()}
+
+
+def _read_windows(path: Path, source: str) -> Calibration | None:
+    if not path.exists():
+        return None
+    with safe_open(path, "pt") as file:
+        made = file.metadata()
+        return Calibration(file.get_tensor("ids"), source, made["rule"], int(made["seed"]), int(made["documents"]))
+
+
+def _write_windows(path: Path, made: Calibration) -> None:
+    """Put windows into the cache; another worker may do the same at the same time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}")
+    described = {"rule": made.rule, "seed": str(made.seed), "documents": str(made.documents)}
+    save_file({"ids": made.ids.contiguous()}, partial, metadata=described)
+    partial.replace(path)
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with suppress(OSError, ValueError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return 0  # unknown: nothing is kept
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "memory_bytes": memory,
+    }
+
+
+def throttled(tell: Watcher, seconds: float = 0.2) -> Watcher:
+    """Return a watcher that passes on progress at most that often; everything else always."""
+    last = 0.0
+
+    def pass_on(event: Event) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if event.kind in ("note", "block") or now - last >= seconds:
+            last = now
+            tell(event)
+
+    return pass_on
