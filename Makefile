@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO := .demo
 CONSTRAINTS := constraints.txt
 
-.PHONY: help install test lint check demo lock clean
+.PHONY: help install test lint check demo study-demo lock clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -13,7 +13,7 @@ help: ## Show the targets
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -c 'import sys; sys.exit("Thanos needs Python 3.11 or newer, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[gguf,data,report,dev]'
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[gguf,data,report,eval,dev]'
 	touch $@
 
 install: $(VENV)/.installed ## Make .venv with the pinned dependencies
@@ -29,6 +29,10 @@ $(DEMO)/model.gguf: $(VENV)/.installed
 demo: $(DEMO)/model.gguf ## Prune a real model to 50 % on the CPU and show what it cost
 	$(BIN)/python -m thanos.cli.demo $(DEMO)/model.gguf $(DEMO)/pruned
 
+study-demo: $(DEMO)/model.gguf ## Compare 2 methods, 2 patterns and 2 sparsities on the CPU, with a report
+	$(BIN)/python -m thanos study studies/demo.toml $(DEMO)/study --devices cpu
+	$(BIN)/python -m thanos report $(DEMO)/study
+
 test: $(DEMO)/model.gguf ## Run the whole test suite
 	$(BIN)/python -m pytest
 
@@ -41,7 +45,7 @@ check: lint test ## What CI runs
 
 lock: ## Update constraints.txt to the newest versions that pyproject.toml allows
 	$(PYTHON) -m venv $(VENV)-lock
-	$(VENV)-lock/bin/python -m pip install --quiet --upgrade 'torch==2.13.0' -e '.[gguf,data,report,dev]'
+	$(VENV)-lock/bin/python -m pip install --quiet --upgrade 'torch==2.13.0' -e '.[gguf,data,report,eval,dev]'
 	{ echo '# Versions that make installs; update with: make lock'; \
 	  $(VENV)-lock/bin/python -m pip freeze --exclude-editable | sed -E 's/^(torch==[0-9.]+).*/\1/' | grep -viE '^(nvidia|cuda|triton)'; } > $(CONSTRAINTS)
 	rm -r $(VENV)-lock

@@ -240,7 +240,7 @@ class Session:
             "calibration": self._places.hashes.get(cell.calibration or "") or cell.calibration,
             "shape": [cell.samples, cell.sequence_length, cell.seed],
             "generated_in": self._study.dtype if cell.calibration == "self" else None,
-            "version": __version__,
+            "version": [__version__, self._places.commit],
         }
         key = hashlib.sha256(json.dumps(shaping).encode()).hexdigest()
         if key not in self._calibration:
