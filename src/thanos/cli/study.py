@@ -44,7 +44,9 @@ def study(
     workers: Annotated[
         int, typer.Option(metavar="N", help="Workers on each device named (default 1).", show_default=False)
     ] = 1,
-    list_only: Annotated[bool, typer.Option("--list", help="Show the cells and their state, and run nothing.")] = False,
+    list_only: Annotated[
+        bool, typer.Option("--list", help="Show the cells and their state, and run nothing (default: run).")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress (default: show it).")] = False,
 ) -> None:
     """Run the cells of a study that have no result yet, and add their results to OUT/store.jsonl."""
