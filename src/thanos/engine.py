@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from thanos.background import Background
 from thanos.blocks import stop
+from thanos.distributed import SINGLE, SharedLedger, SharedWriter, World
 from thanos.errors import ModelError
 from thanos.events import Event, Phase
 from thanos.journal import BlockRecord
@@ -26,7 +27,7 @@ from thanos.resume import Ledger
 from thanos.shards import CheckpointWriter
 from thanos.solvers import prune_layer
 from thanos.solvers.factor import InputStatistics
-from thanos.statistics import InputGroup, check_finite, gather, plan_passes
+from thanos.statistics import InputGroup, check_finite, empty_group, gather, plan_passes
 from thanos.structure import LinearLayer
 from thanos.weights import ModelWeights
 
@@ -50,6 +51,7 @@ class Engine:
         passes: runs blocks over the calibration sequences.
         device: where blocks run and layers are solved.
         meter: seconds and peak memory by phase.
+        world: the processes that share the work; each has its own sequences.
 
     Attributes:
         records: one per pruned layer, in order.
@@ -62,12 +64,13 @@ class Engine:
     blocks: list[nn.Module]
     layers: list[LinearLayer]
     weights: ModelWeights
-    writer: CheckpointWriter
-    ledger: Ledger
+    writer: CheckpointWriter | SharedWriter
+    ledger: Ledger | SharedLedger
     recipe: Recipe
     passes: Passes
     device: torch.device
     meter: PhaseMeter
+    world: World = SINGLE
     records: list[LayerRecord] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     place: str = ""
@@ -166,8 +169,11 @@ class Engine:
                 yield self._note(self.passes.halve(error), "statistics")
 
     def _solve(self, layers: list[LinearLayer], groups: list[InputGroup], index: int | None) -> Iterator[Event]:
+        if self.world.size > 1:
+            with self.meter.phase("reduce"):
+                groups = self.world.merge(groups, layers, self.device)
         seen = {layer.name for group in groups for layer in group.layers}
-        groups = groups + [_unseen(layer, self.device) for layer in layers if layer.name not in seen]
+        groups = groups + [empty_group([layer], self.device) for layer in layers if layer.name not in seen]
         place = {layer.name: number for number, layer in enumerate(layers)}
         groups.sort(key=lambda group: min(place[layer.name] for layer in group.layers))
         done = 0
@@ -181,7 +187,8 @@ class Engine:
                     try:
                         record = self._prune_layer(layer, inputs, group.tokens)
                     except torch.OutOfMemoryError:
-                        line = self.passes.spill()
+                        # Alone this process cannot try again: the others would be a step ahead.
+                        line = self.passes.spill() if self.world.size == 1 else None
                         if line is None:
                             raise
                         yield self._note(line, "solve")
@@ -203,7 +210,7 @@ class Engine:
         assert settings is not None
         began = time.perf_counter()
         stored = self.weights.stored(layer.weight_name)
-        pruned = prune_layer(layer.oriented(stored), inputs, settings, name=layer.name)
+        pruned = prune_layer(layer.oriented(stored), inputs, settings, name=layer.name, peers=self.world)
         result = layer.oriented(pruned.weight).contiguous()
         zeros = int((result == 0).sum())  # the device is done when the number is here
         seconds = time.perf_counter() - began
@@ -320,8 +327,3 @@ def _refuse_early(layer: LinearLayer) -> Callable[..., None]:
         raise ModelError(f"{layer.name} comes before the decoder blocks; only layers in or after them can be pruned")
 
     return refuse
-
-
-def _unseen(layer: LinearLayer, device: torch.device) -> InputGroup:
-    columns = layer.shape[1]
-    return InputGroup([layer], torch.zeros(columns, columns, device=device))

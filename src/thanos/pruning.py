@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import platform
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,6 +19,7 @@ from thanos._version import __version__
 from thanos.activations import check_place
 from thanos.calibration import Calibration, build_calibration
 from thanos.companions import copy_companions
+from thanos.distributed import SharedLedger, SharedWriter, World, join, my_device
 from thanos.engine import Engine
 from thanos.errors import ModelError, NumericsError, RecipeError, ResourceError, UserError, system_errors
 from thanos.eventlog import EventStream
@@ -70,6 +74,7 @@ class _Job:
     work: WorkFolder
     meter: PhaseMeter
     tell: EventStream
+    world: World
 
 
 def prune(
@@ -109,17 +114,23 @@ def prune(
     """
     recipe, out = recipe or Recipe(), Path(out)
     check_place(activations)
-    device = choose_device(recipe.device)
+    device = my_device(choose_device(recipe.device))
     meter = PhaseMeter(device)
     tell = EventStream(on_event, meter, keep_log=True)
     work = WorkFolder(out)
-    job = _Job(recipe, device, activations, resume, overwrite, work, meter, tell)
     local = Path(model) if Path(model).exists() else None
 
     def check() -> None:
         check_output(out, model=local, overwrite=overwrite or (resume and work.published))
 
-    with _resource_errors(recipe):
+    with _resource_errors(recipe), join(device) as world:
+        if recipe.samples < world.size:
+            raise RecipeError(
+                f"{world.size} processes cannot share {recipe.samples} calibration sequences; raise --samples"
+            )
+        job = _Job(recipe, device, activations, resume, overwrite, work, meter, tell, world)
+        if world.rank > 0:
+            return _assist(model, job)
         # A bad output is refused before minutes of work; the folder is made only when all else is known to be good.
         check()
         with locked(out):
@@ -127,6 +138,45 @@ def prune(
             check()
             _choose(job)
             return _prune(model, job, calibration)
+
+
+def _assist(model: str | Path, job: _Job) -> PruningReport:
+    """Do another process's part: the same blocks and layers, on other sequences and rows; what is written, rank 0 writes."""
+    world, recipe = job.world, job.recipe
+    published: PruningReport | None = world.from_first(_nothing)
+    if published is not None:
+        return published
+    with job.meter.phase("load"):
+        source = resolve_model(model, trust_remote_code=recipe.trust_remote_code)
+        plan = _plan(source, recipe, lambda event: None, survey=False)
+        world.check_equal(_facts(recipe, plan.opened))
+    calibration: Calibration = world.from_first(_nothing)
+    parent = job.work.out.parent
+    folder = parent if parent.is_dir() else Path(tempfile.gettempdir())
+    engine = _engine(plan, job, calibration, folder, SharedWriter(None, world), SharedLedger(None, world), [])
+    for _ in engine.run():
+        pass
+    return world.from_first(_nothing)
+
+
+def _nothing() -> Any:
+    raise AssertionError("only rank 0 makes what it shares")
+
+
+def _facts(recipe: Recipe, opened: OpenedModel) -> dict[str, Any]:
+    """Return what has to be equal in all processes of a run."""
+    import transformers
+
+    tensors = sorted((name, str(info.dtype), info.shape) for name, info in opened.checkpoint.tensors.items())
+    config = {key: value for key, value in opened.skeleton.config.to_dict().items() if key != "_name_or_path"}
+    return {
+        **{f"the recipe's {name}": value for name, value in recipe.to_dict().items()},
+        "the model's config": hashlib.sha256(repr(sorted(config.items())).encode()).hexdigest(),
+        "the list of the model's tensors": hashlib.sha256(repr(tensors).encode()).hexdigest(),
+        "thanos": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
 def _choose(job: _Job) -> None:
@@ -148,14 +198,20 @@ def _prune(model: str | Path, job: _Job, given: Calibration | None) -> PruningRe
     with job.meter.phase("load"):
         source = resolve_model(model, trust_remote_code=recipe.trust_remote_code)
         run = describe_run(recipe, source, job.device)
+        run["machine"]["processes"] = job.world.size
         if before:
             check_same_run(before, run)
-            if work.published:  # only its clearing up was interrupted
-                work.remove()
-                return PruningReport.read(work.out / "pruning.json")
+        # Only its clearing up was interrupted, if it was published.
+        published = PruningReport.read(work.out / "pruning.json") if before and work.published else None
+        job.world.from_first(lambda: published)
+        if published is not None:
+            work.remove()
+            return published
         plan = _plan(source, recipe, tell)
+        job.world.check_equal(_facts(recipe, plan.opened))
     with job.meter.phase("calibration"):
         calibration = _calibrate(plan.opened, recipe, job.device, tell, given)
+        job.world.from_first(lambda: calibration)
     run |= {"calibration": calibration.to_dict(), "blocks": len(find_blocks(plan.opened.skeleton)[1])}
     notes = check_same_run(before, run) if before else []
     with _kept(work), _resource_errors(recipe):
@@ -169,7 +225,7 @@ def _prune(model: str | Path, job: _Job, given: Calibration | None) -> PruningRe
         report = _run(plan, job, calibration, notes)
         tell.close()
         work.publish(overwrite=job.overwrite)
-    return report
+    return job.world.from_first(lambda: report)
 
 
 @contextmanager
@@ -189,7 +245,7 @@ def _kept(work: WorkFolder) -> Iterator[None]:
         raise
 
 
-def _plan(source: ModelSource, recipe: Recipe, watch: Watcher) -> _Plan:
+def _plan(source: ModelSource, recipe: Recipe, watch: Watcher, *, survey: bool = True) -> _Plan:
     opened = open_model(source, recipe.dtype)
     for note in opened.notes:
         watch(Event(kind="note", phase="load", message=note))
@@ -205,7 +261,7 @@ def _plan(source: ModelSource, recipe: Recipe, watch: Watcher) -> _Plan:
             Budget.plan(*layer.shape, settings)
         except RecipeError as error:
             raise RecipeError(f"{layer.name}: {error}") from error
-    return _Plan(opened, chosen, *_survey(opened, chosen, left_dense))
+    return _Plan(opened, chosen, *(_survey(opened, chosen, left_dense) if survey else ([], 0)))
 
 
 def _survey(
@@ -272,38 +328,54 @@ def make_calibration(source: ModelSource, recipe: Recipe, device: torch.device, 
 
 def _run(plan: _Plan, job: _Job, calibration: Calibration, notes: list[str]) -> PruningReport:
     """Fill the work folder's model."""
-    opened, folder, device, meter = plan.opened, job.work.model, job.device, job.meter
+    opened, folder, world, meter = plan.opened, job.work.model, job.world, job.meter
     writer = CheckpointWriter(opened.checkpoint, folder, besides=_LOG_BYTES_PER_LAYER * len(plan.layers))
     ledger = Ledger(job.work.journal, writer, meter)
     if job.work.finished:
         ledger.verify(job.tell)
-    weights = ModelWeights(opened.skeleton, opened.checkpoint, opened.key_of, device)
-    name, blocks = find_blocks(opened.skeleton)
-    engine = Engine(
-        opened.skeleton,
-        name,
-        blocks,
-        plan.layers,
-        weights,
-        writer,
-        ledger,
-        job.recipe,
-        Passes(opened.skeleton, blocks, calibration.ids, device, job.work.path, place=job.activations),
-        device,
-        meter,
-        notes=[*opened.notes, *notes],
-    )
+    shared = SharedWriter(writer, world), SharedLedger(ledger, world)
+    engine = _engine(plan, job, calibration, job.work.path, *shared, notes)
     for event in engine.run():
         job.tell(event)
     with meter.phase("finish"):
-        job.tell(Event(kind="phase", phase="finish", blocks=len(blocks)))
+        job.tell(Event(kind="phase", phase="finish", blocks=len(engine.blocks)))
         writer.finish()
         copy_companions(opened, folder)
-    report = _report(plan, engine, calibration, job.recipe, device, meter)
+    report = _report(plan, engine, calibration, job.recipe, job.device, meter)
     report.write(folder / "pruning.json")
     (folder / "recipe.toml").write_text(job.recipe.to_toml(), encoding="utf-8")
     (folder / "README.md").write_text(card.model_card(report), encoding="utf-8")
     return report
+
+
+def _engine(
+    plan: _Plan,
+    job: _Job,
+    calibration: Calibration,
+    folder: Path,
+    writer: SharedWriter,
+    ledger: SharedLedger,
+    notes: list[str],
+) -> Engine:
+    """Make the engine of this process, which runs blocks on its share of the sequences."""
+    opened, device, share = plan.opened, job.device, job.world.share(len(calibration.ids))
+    name, blocks = find_blocks(opened.skeleton)
+    ids = calibration.ids[share.start : share.stop]
+    return Engine(
+        opened.skeleton,
+        name,
+        blocks,
+        plan.layers,
+        ModelWeights(opened.skeleton, opened.checkpoint, opened.key_of, device),
+        writer,
+        ledger,
+        job.recipe,
+        Passes(opened.skeleton, blocks, ids, device, folder, place=job.activations),
+        device,
+        job.meter,
+        job.world,
+        notes=[*opened.notes, *notes],
+    )
 
 
 def _report(

@@ -44,6 +44,12 @@ class InputGroup:
         self.tokens += rows.shape[0]
 
 
+def empty_group(layers: list[LinearLayer], device: torch.device) -> InputGroup:
+    """Return the statistics of layers that have seen nothing."""
+    size = layers[0].shape[1]
+    return InputGroup(layers, torch.zeros(size, size, dtype=torch.float32, device=device))
+
+
 def add_gram(hessian: Tensor, rows: Tensor) -> None:
     """Add XᵀX to ``hessian`` (b, b) float32 for X = rows (T, b) of any floating dtype, products exact in float32."""
     if rows.dtype in (torch.bfloat16, torch.float16) and rows.is_cuda:
@@ -91,10 +97,10 @@ def gather(layers: Sequence[LinearLayer]) -> Iterator[list[InputGroup]]:
             if group is None:
                 group = next((g for g in groups if g.reads(inputs) and g.layers[0].shape[1] == layer.shape[1]), None)
                 if group is None:
-                    size = layer.shape[1]
-                    group = InputGroup([], torch.zeros(size, size, dtype=torch.float32, device=inputs.device))
+                    group = empty_group([layer], inputs.device)
                     groups.append(group)
-                group.layers.append(layer)
+                else:
+                    group.layers.append(layer)
                 group_of[layer.name] = group
             if group.layers[0] is layer:
                 group.current = weakref.ref(inputs)

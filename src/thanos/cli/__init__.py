@@ -19,15 +19,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     0 fine, 2 a user's mistake, 130 interrupted (Ctrl-C), 143 terminated (SIGTERM), 1 anything else.
     """
-    sys.exit(run(sys.argv[1:] if arguments is None else list(arguments)))
+    from thanos.cli import ranks
+
+    ranks.watch()
+    code = run(sys.argv[1:] if arguments is None else list(arguments))
+    ranks.leave(code)
+    sys.exit(code)
 
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command; return its exit code."""
+    from thanos.cli import ranks
     from thanos.cli.app import app
 
     # The command raises instead of exiting, so that every outcome is mapped to its code in one place.
-    again = shlex.join(["thanos", *(word for word in arguments if word != "--resume"), "--resume"])
+    again = shlex.join([*ranks.program(), *(word for word in arguments if word != "--resume"), "--resume"])
     words = list(arguments) or ["--help"]
     return guard(lambda: _mendable(lambda: app(words, prog_name="thanos", standalone_mode=False)), again=again)
 
@@ -85,5 +91,9 @@ def _outcome(error: BaseException, hint: str, terminated: bool) -> int:
 
 
 def _fail(message: str, code: int) -> int:
+    from thanos.cli.ranks import may_complain
+
+    if not may_complain():
+        return code
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return code

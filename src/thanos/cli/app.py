@@ -135,16 +135,17 @@ def prune(
         "trust_remote_code": trust_remote_code or None,
     }
     chosen = merge_recipe(recipe, {name: value for name, value in given.items() if value is not None})
-    from thanos.cli import display, ending, tables
+    from thanos.cli import display, ending, ranks, tables
 
     display.hush()
     import thanos
 
-    with ending.resumable(out), display.watch(quiet=quiet) as watcher:
+    with ending.resumable(out), display.watch(quiet=quiet or not ranks.is_first()) as watcher:
         report = thanos.prune(
             model, out, chosen, overwrite=overwrite, resume=resume, activations=activations, on_event=watcher
         )
-    tables.show_report(report, out)
+    if ranks.is_first():
+        tables.show_report(report, out)
 
 
 @app.command(name="eval")

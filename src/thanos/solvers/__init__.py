@@ -14,7 +14,7 @@ from thanos.patterns import NM, Pattern
 from thanos.recipe import LayerRecipe
 from thanos.solvers.base import Budget, Problem
 from thanos.solvers.factor import InputStatistics
-from thanos.solvers.peers import ALONE, Peers
+from thanos.solvers.peers import ALONE, Peers, share_of
 from thanos.solvers.precision import full_float32
 from thanos.solvers.scored import magnitude, wanda
 from thanos.solvers.select import smallest_mask
@@ -166,7 +166,8 @@ def _prune_layer(
     if inputs is not None and inputs.empty and method.needs_hessian:
         # No input was ever seen, so there is nothing to weigh by: reported through `method`, never silently.
         recipe, method = replace(_layer_part(recipe), method="magnitude"), METHODS["magnitude"]
-    energy = _row_energies(dense, inputs)
+    mine = slice(*_bounds(len(dense), peers))
+    energy = peers.gather(_row_energies(dense[mine], inputs), len(dense))
     outliers, halved, parts = _parts(energy, budget, recipe.parsed_pattern)
     # The zeros that outlier rows hold already count too: the other rows give that much less.
     budget = replace(budget, weights=max(0, budget.weights - int((dense[outliers] == 0).sum())))
@@ -174,13 +175,23 @@ def _prune_layer(
     pruned, kept = weight.detach().clone(), torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
     for rows, pattern in parts:
         every = len(rows) == len(dense)
-        part = dense if every else dense[rows]
-        problem = Problem(part, part == 0, inputs, factor, pattern, budget, recipe.resolved_block_size, peers)
+        whole = dense if every else dense[rows]
+        part = whole[slice(*_bounds(len(rows), peers))]
+        problem = Problem(part, part == 0, inputs, factor, pattern, budget, recipe.resolved_block_size, peers, whole)
         solved, removed = method.solve(problem) if recipe.resolved_sparsity > 0 else (part, problem.zeros)
         where = slice(None) if every else rows  # a slice is copied far faster than listed rows
-        pruned[where], kept[where] = (solved if unit == 1 else solved * unit).to(weight.dtype), ~removed
-    written = pruned if unit == 1 else pruned.to(dtype) / unit
-    before, after = _relative_errors(dense, written, kept, energy, inputs, compensated=method.needs_factor)
+        mended = solved if unit == 1 else solved * unit
+        pruned[where] = peers.gather(mended.to(weight.dtype), len(rows))
+        kept[where] = peers.gather(~removed, len(rows))
+
+    def change(delta: Tensor) -> Tensor:
+        return peers.gather(_row_energies(delta, inputs), len(dense)).sum()
+
+    changes = [change(dense[mine].masked_fill(kept[mine], 0.0))]
+    if method.needs_factor:
+        written = pruned[mine].to(dtype)
+        changes.append(change((written if unit == 1 else written / unit) - dense[mine]))
+    before, after = _relative_errors(changes, energy.sum(), inputs)
     if after is not None and not after < float("inf"):
         raise NumericsError(f"pruning {name} gave NaN or infinity; raise damping (it is {recipe.damping:g})")
     return PrunedWeight(
@@ -250,20 +261,23 @@ def _parts(energy: Tensor, budget: Budget, pattern: Pattern) -> tuple[Tensor, Te
     return (~pruned).nonzero().squeeze(1), halved.nonzero().squeeze(1), [part for part in parts if len(part[0])]
 
 
+def _bounds(count: int, peers: Peers) -> tuple[int, int]:
+    share = share_of(count, peers.rank, peers.size)
+    return share.start, share.stop
+
+
 def _relative_errors(
-    dense: Tensor, pruned: Tensor, kept: Tensor, energy: Tensor, inputs: InputStatistics | None, *, compensated: bool
+    changes: list[Tensor], total: Tensor, inputs: InputStatistics | None
 ) -> tuple[float | None, float | None]:
-    """Return the errors before and after compensation, both measured on the undamped Hessian and the weight as stored."""
+    """Return the energies of the changes before and after compensation, 0-d, as shares of the whole.
+
+    Both are measured on the undamped Hessian and the weight as stored. Where nothing compensates there is one change.
+    """
     if inputs is None:
         return None, None
-    deltas = [dense.masked_fill(kept, 0.0)]
-    if compensated:  # else the whole change is what was removed
-        deltas.append(pruned.to(dense.dtype) - dense)
-    total = energy.sum()
     if inputs.empty:
         return 0.0, 0.0
-    sums = torch.stack([_row_energies(delta, inputs).sum() for delta in deltas])
     errors = [
-        0.0 if not total > 0 or -1e-6 < error < 0 else error for error in (sums / total).tolist()
+        0.0 if not total > 0 or -1e-6 < error < 0 else error for error in (torch.stack(changes) / total).tolist()
     ]  # rounding alone
     return errors[0], errors[-1]

@@ -99,6 +99,7 @@ class Problem:
         budget: how many.
         block_size: input columns handled together.
         peers: the processes that hold the other rows; the budget is that of all rows together.
+        all_rows: W with their rows too, from which every process chooses the same columns; None if ``weight`` is all.
     """
 
     weight: Tensor
@@ -109,12 +110,18 @@ class Problem:
     budget: Budget
     block_size: int
     peers: Peers = ALONE
+    all_rows: Tensor | None = None
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """Yield the column ranges [j1, j2) from left to right; the last may be narrower."""
         columns = self.weight.shape[1]
         for start in range(0, columns, self.block_size):
             yield start, min(start + self.block_size, columns)
+
+    @property
+    def whole(self) -> Tensor:
+        """The rows of all peers, (c', b)."""
+        return self.weight if self.all_rows is None else self.all_rows
 
     @property
     def upper(self) -> Tensor:

@@ -3,6 +3,10 @@
 Rows of a weight are independent but for one thing: which entries are the k smallest of the whole. That is decided by integer
 counts alone, and integers add up to the same whatever their order; so rows spread over processes get exactly the mask that
 one process would choose. Earlier ranks hold earlier rows.
+
+Everything else about a row is computed from that row alone: products of a matrix's rows with another matrix, which the CPU's
+library was measured to give to the last bit whatever rows stand beside them. So with equal statistics the weights, too, are
+those of one process.
 """
 
 from __future__ import annotations
@@ -33,6 +37,10 @@ class Peers(Protocol):
         """Return the sum of an integer tensor over the processes that hold earlier rows; zeros for rank 0."""
         ...
 
+    def gather(self, rows: Tensor, count: int) -> Tensor:
+        """Return all ``count`` rows of which this process has those of its :func:`share_of`."""
+        ...
+
 
 class Alone:
     """A process that holds all the rows."""
@@ -47,6 +55,23 @@ class Alone:
     def before(self, counts: Tensor) -> Tensor:
         """Return zeros."""
         return counts.new_zeros(counts.shape)
+
+    def gather(self, rows: Tensor, count: int) -> Tensor:
+        """Return ``rows`` as they are."""
+        del count
+        return rows
+
+
+ROW_UNIT = 16
+"""Rows are dealt out in runs of so many: the tiles of which matrix products are made stay whole, and none shrinks to a row or
+two, for which the libraries have other kernels that add up in another order."""
+
+
+def share_of(count: int, rank: int, size: int, unit: int = ROW_UNIT) -> range:
+    """Return which of ``count`` things are process ``rank``'s: contiguous runs of whole units, the last with what is over."""
+    units = max(1, count // unit)
+    stop = count if rank == size - 1 else units * (rank + 1) // size * unit
+    return range(units * rank // size * unit, stop)
 
 
 ALONE = Alone()

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from thanos.solvers import kernels
+from thanos.solvers.peers import ALONE, Peers
 
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
 """Residual of a row's scaled system, relative to its right-hand side, at which it counts as solved: ten units of rounding."""
@@ -37,7 +38,7 @@ _PATIENCE = 2
 """Steps between one question whether all rows are done and the next, on a device where asking costs a round trip."""
 
 
-def solve_rows(gram: Tensor, rhs: Tensor, mask: Tensor, root: Tensor | None = None) -> Tensor:
+def solve_rows(gram: Tensor, rhs: Tensor, mask: Tensor, root: Tensor | None = None, peers: Peers = ALONE) -> Tensor:
     """Solve ``x_P gram_PP = rhs_P`` for every row.
 
     Args:
@@ -45,11 +46,12 @@ def solve_rows(gram: Tensor, rhs: Tensor, mask: Tensor, root: Tensor | None = No
         rhs: right-hand sides, (c, k); entries outside the mask are ignored.
         mask: the supports, (c, k) bool.
         root: optional R, (k, k), with gram = RᵀR; the direct solve then forms gram in float64 from it.
+        peers: see :class:`RowSolver`.
 
     Returns:
         The solutions, (c, k), zero outside the mask.
     """
-    return RowSolver().solve(gram, rhs, mask, root)
+    return RowSolver(peers=peers).solve(gram, rhs, mask, root)
 
 
 @dataclass(slots=True)
@@ -59,10 +61,13 @@ class RowSolver:
     Attributes:
         steps: after which the rows are first asked whether they are done.
         direct: rows that had to be solved directly so far.
+        peers: the processes that solve the other rows. All take as many steps, or a row's last bits would depend on which
+            rows are solved with it.
     """
 
     steps: int = 8
     direct: int = 0
+    peers: Peers = ALONE
 
     def solve(self, gram: Tensor, rhs: Tensor, mask: Tensor, root: Tensor | None = None) -> Tensor:
         """See :func:`solve_rows`."""
@@ -114,12 +119,12 @@ class RowSolver:
         """Return the rows that are not solved, or None if more steps should be tried first."""
         # "not <=" rather than ">" so that a row that turned NaN counts as unsolved.
         waiting = ~(energy <= limit)
-        if rhs.device.type == "cpu" and not last and bool(waiting.any()):
+        if rhs.device.type == "cpu" and not last and bool(self.peers.sum_(waiting.sum())):
             return None
         true = _squares(torch.where(mask, x @ gram, 0.0).sub_(rhs))
         norm = gram.abs().sum(1).max()  # the ∞-norm, an upper bound of the 2-norm
         wrong = ~(true <= (BACKWARD[rhs.dtype] * (start.sqrt() + norm * _squares(x).sqrt())) ** 2)
-        counts = torch.stack([waiting.sum(), (waiting | wrong).sum()]).tolist()
+        counts = self.peers.sum_(torch.stack([waiting.sum(), (waiting | wrong).sum()])).tolist()
         if counts[1] == 0:
             return waiting.new_empty(0, dtype=torch.int64)
         if counts[0] and not last:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
 from thanos.patterns import Columns, Unstructured
@@ -11,20 +14,20 @@ from thanos.solvers.select import even_rows_mask, nm_mask, smallest_mask
 
 def magnitude(problem: Problem) -> tuple[Tensor, Tensor]:
     """Remove the smallest |W| of the layer (Han et al., 2015); columns by their summed |W|."""
-    return _prune_by(problem, problem.weight.abs(), per_row=False)
+    return _prune_by(problem, torch.abs, per_row=False)
 
 
 def wanda(problem: Problem) -> tuple[Tensor, Tensor]:
     """Remove the smallest |W_ij|·‖X_j‖₂ of each output row (Sun et al., 2023); columns by their summed score."""
-    return _prune_by(problem, problem.weight.abs() * problem.norms, per_row=True)
+    return _prune_by(problem, lambda weight: weight.abs() * problem.norms, per_row=True)
 
 
-def _prune_by(problem: Problem, scores: Tensor, *, per_row: bool) -> tuple[Tensor, Tensor]:
+def _prune_by(problem: Problem, score: Callable[[Tensor], Tensor], *, per_row: bool) -> tuple[Tensor, Tensor]:
     pattern = problem.pattern
     if isinstance(pattern, Columns):
-        removed = column_mask(scores.sum(0), problem.budget.columns, scores.shape[0])
+        removed = column_mask(score(problem.whole).sum(0), problem.budget.columns, problem.weight.shape[0])
     else:
-        problem.mark_zeros(scores)
+        scores = problem.mark_zeros(score(problem.weight))
         if not isinstance(pattern, Unstructured):
             removed = nm_mask(scores, pattern.n, pattern.m)
         elif per_row:

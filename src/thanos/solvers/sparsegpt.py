@@ -28,7 +28,7 @@ def sparsegpt(problem: Problem) -> tuple[Tensor, Tensor]:
     weight, upper = problem.weight.clone(memory_format=torch.contiguous_format), problem.upper
     removed = problem.zeros.clone()
     if isinstance(problem.pattern, Columns):
-        scores = _scores(problem, weight, 0).sum(0)
+        scores = _scores(problem, problem.whole, 0).sum(0)
         removed |= column_mask(scores, problem.budget.columns, weight.shape[0])
     counts = _block_budgets(problem) if isinstance(problem.pattern, Unstructured) else {}
     for start, stop in problem.blocks():

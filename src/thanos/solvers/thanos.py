@@ -19,7 +19,7 @@ from torch import Tensor
 from thanos.patterns import Columns, Unstructured
 from thanos.solvers.base import Problem, column_mask
 from thanos.solvers.rows import RowSolver, solve_rows
-from thanos.solvers.select import ResidualMask, nm_mask
+from thanos.solvers.select import ResidualMask, nm_mask, smallest_mask
 
 
 def thanos(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -28,7 +28,7 @@ def thanos(problem: Problem) -> tuple[Tensor, Tensor]:
         return _columns(problem)
     weight, upper = problem.weight.clone(memory_format=torch.contiguous_format), problem.upper
     removed = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
-    zeros, rows = problem.some_zeros, RowSolver()
+    zeros, rows = problem.some_zeros, RowSolver(peers=problem.peers)
     # Counted down on the device, so that no block waits for the host to learn what the one before it took.
     budget = problem.peers.sum_(problem.zeros.sum()).clamp_min(problem.budget.weights)
     residual = ResidualMask(problem.norms, zeros, budget, problem.peers)
@@ -56,16 +56,16 @@ def _remove(weight: Tensor, chosen: Tensor, upper_rows: Tensor, rows: RowSolver)
 
 def _columns(problem: Problem) -> tuple[Tensor, Tensor]:
     weight, upper = problem.weight, problem.upper
-    scores = weight.square().sum(0) * problem.norms.square()
+    scores = problem.whole.square().sum(0) * problem.norms.square()
     chosen = column_mask(scores, problem.budget.columns, weight.shape[0])
     removed = chosen | problem.zeros
-    if torch.equal(removed, chosen):
-        index = chosen[0].nonzero().squeeze(1)
+    if not problem.peers.sum_((removed != chosen).sum()):
+        index = smallest_mask(scores, problem.budget.columns).nonzero().squeeze(1)
         root = upper[:, index]
         multipliers = _solve_shared(root, weight[:, index])
         update = multipliers @ (root.T @ upper)
     else:  # zeros scattered over columns that stay: every row has its own set
-        update = solve_rows(upper.T @ upper, weight, removed, upper) @ (upper.T @ upper)
+        update = solve_rows(upper.T @ upper, weight, removed, upper, problem.peers) @ (upper.T @ upper)
     return (weight - update).masked_fill_(removed, 0.0), removed
 
 
