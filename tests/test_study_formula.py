@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import math
+import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
 from helpers import tiny_model, windows
-from thanos.errors import ModelError
+from thanos.errors import ModelError, StudyError
 from thanos.solvers import prune_weight
 from thanos.study.formula import FORMULAS, cheapest_columns, formula_errors, measure_layer
+from thanos.study.reading import read_study
+from thanos.study.report import build_report
+from thanos.study.report.rows import Results
+from thanos.study.report.sections.formula import formula
+from thanos.study.runner import find_places
+from thanos.study.store import Contents, StoreWriter, read_store
+from thanos.study.worker import Session
 
 
 def problem(rows: int = 24, columns: int = 32, *, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -121,3 +131,90 @@ def test_a_layer_that_is_not_there_or_not_alone_is_refused() -> None:
         measure_layer(model, windows(1, 8), "model.layers.0.mlp.down_project")
     with pytest.raises(ModelError, match="matches 3 layers"):
         measure_layer(model, windows(1, 8), "down_proj")
+
+
+# --- as a cell of a study -----------------------------------------------------------------------------------------------
+
+STUDY = """models = ["tiny"]
+[evaluation]
+text = "prose.txt"
+sequence_length = 64
+max_windows = 2
+[formula]
+layer = "layers.1.mlp.down_proj"
+calibration = "prose.txt"
+samples = 2
+sequence_length = 32
+[[grid]]
+method = "magnitude"
+calibration = "prose.txt"
+samples = 2
+sequence_length = 32
+"""
+
+
+@pytest.fixture
+def data(tiny_llama: Path, text_file: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "data"
+    shutil.copytree(tiny_llama, folder / "tiny")
+    shutil.copyfile(text_file, folder / "prose.txt")
+    return folder
+
+
+def test_a_study_compares_the_formulas_on_the_layer_that_it_names(tmp_path: Path, data: Path) -> None:
+    path = tmp_path / "study.toml"
+    path.write_text(STUDY, encoding="utf-8")
+    study = read_study(path)
+    (tmp_path / "out" / "cache").mkdir(parents=True)
+    session = Session(study, find_places(study, path.parent, tmp_path / "out", data), "cpu")
+    found = session.run(study.cells[-1], lambda event: None)
+    assert (found.status, found.reason) == ("done", None)
+    assert found.formula is not None
+    assert found.formula["layer"] == "model.layers.1.mlp.down_proj"
+    assert found.formula["tokens"] == 64
+    assert found.formula["errors"]["eq13"] == pytest.approx(found.formula["errors"]["least_squares"], rel=1e-6)
+    assert found.asked["formula"] == {"layer": "layers.1.mlp.down_proj", "share": 0.25}
+    StoreWriter(tmp_path / "out").append(found)
+    section = formula(Results("tiny", read_store(tmp_path / "out").done))
+    assert [row[2].number.value for row in section.tables[0].rows if row[2].number] == list(
+        found.formula["errors"].values()
+    )
+
+
+def test_a_layer_that_the_model_lacks_fails_its_cell_alone(tmp_path: Path, data: Path) -> None:
+    path = tmp_path / "study.toml"
+    path.write_text(STUDY.replace("layers.1.mlp.down_proj", "layers.9.mlp.down_proj"), encoding="utf-8")
+    study = read_study(path)
+    (tmp_path / "out" / "cache").mkdir(parents=True)
+    session = Session(study, find_places(study, path.parent, tmp_path / "out", data), "cpu")
+    found = session.run(study.cells[-1], lambda event: None)
+    assert found.status == "failed"
+    assert found.reason is not None
+    assert "matches 0 layers" in found.reason
+    assert build_report(Contents([found], [])).table("failed") is not None
+
+
+def test_the_table_changes_no_other_cell(tmp_path: Path) -> None:
+    path, without = tmp_path / "with.toml", tmp_path / "without.toml"
+    path.write_text(STUDY, encoding="utf-8")
+    without.write_text(re.sub(r"\[formula\].*?(?=\[\[)", "", STUDY, flags=re.DOTALL), encoding="utf-8")
+    first, second = read_study(path), read_study(without)
+    assert first.cells[:-1] == second.cells
+    assert [first.asked(cell) for cell in second.cells] == [second.asked(cell) for cell in second.cells]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('layer = "layers.1.mlp.down_proj"\n', "", r"line 6, \[formula\] layer: name the layer"),
+        ("samples = 2", "samples = 0", r"line 9, \[formula\] samples"),
+        ("[[grid]]", "share = 1.5\n[[grid]]", r"line 11, \[formula\] share: must be a number between 0 and 1"),
+        ("[[grid]]", 'model = "other"\n[[grid]]', r"line 11, \[formula\] model: 'other' is not among models"),
+        ("[[grid]]", 'layr = "x"\n[[grid]]', r"line 11, \[formula\] layr: unknown field"),
+    ],
+)
+def test_a_malformed_table_names_line_and_field(tmp_path: Path, old: str, new: str, message: str) -> None:
+    path = tmp_path / "study.toml"
+    path.write_text(STUDY.replace(old, new, 1), encoding="utf-8")
+    with pytest.raises(StudyError, match=message):
+        read_study(path)

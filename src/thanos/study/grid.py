@@ -14,8 +14,10 @@ from typing import Any
 
 from thanos.patterns import NM, Columns, parse_pattern
 from thanos.recipe import LayerRecipe, Recipe
+from thanos.study.formula import DEFAULT_SHARE
 
 DENSE = "dense"
+FORMULA = "formula"
 
 _COMPENSATING = ("thanos", "sparsegpt")
 """The methods that have a block size and a damping."""
@@ -48,13 +50,14 @@ class Cell:
         Raises:
             RecipeError: its values contradict one another.
         """
-        values = {name: value for name, value in asdict(self).items() if name != "model" and value is not None}
+        left_out = ("model", "method") if self.method == FORMULA else ("model",)
+        values = {name: value for name, value in asdict(self).items() if name not in left_out and value is not None}
         return Recipe(**{**values, **others})
 
     def title(self) -> str:
         """Return the cell in a few words."""
-        if self.method == DENSE:
-            return f"{public(self.model)} dense"
+        if self.method in (DENSE, FORMULA):
+            return f"{public(self.model)} {self.method}"
         parts = [public(self.model), self.method, self.pattern]
         parts += [f"{100 * self.sparsity:g} %"] if self.sparsity is not None else []
         parts += [f"α {self.outlier_rows:g}{' kept' if self.keep_budget else ''}"] if self.outlier_rows else []
@@ -82,6 +85,14 @@ class ZeroShotPlan:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class FormulaPlan:
+    """The layer on which the paper's printings of the structured step are compared, and the share of columns removed."""
+
+    layer: str
+    share: float = DEFAULT_SHARE
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Study:
     """A whole study.
 
@@ -91,6 +102,7 @@ class Study:
         zero_shot_cells: those to which the tasks are put.
         evaluation: how every cell is measured.
         zero_shot: the tasks; None without any.
+        formula: what the cells with method ``formula`` compare; None without any.
         dtype: in which models run.
         keep_models: whether the pruned models stay in the study's folder.
         text: the file, as read.
@@ -101,12 +113,15 @@ class Study:
     zero_shot_cells: frozenset[Cell]
     evaluation: EvaluationPlan
     zero_shot: ZeroShotPlan | None
+    formula: FormulaPlan | None
     dtype: str
     keep_models: bool
     text: str = field(repr=False)
 
     def asked(self, cell: Cell) -> dict[str, Any]:
         """Return what, besides the cell, shapes its record."""
+        if cell.method == FORMULA and self.formula is not None:
+            return {"dtype": self.dtype, "formula": asdict(self.formula)}
         evaluation = asdict(self.evaluation) | {"text": public(self.evaluation.text)}
         zero_shot = None
         if self.zero_shot is not None and cell in self.zero_shot_cells:

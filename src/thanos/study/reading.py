@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from thanos.errors import RecipeError, StudyError
-from thanos.recipe import DTYPES, METHODS, LayerRecipe
-from thanos.study.grid import DENSE, Cell, EvaluationPlan, Study, ZeroShotPlan, product, public
+from thanos.recipe import DTYPES, METHODS, LayerRecipe, Recipe
+from thanos.study.grid import DENSE, FORMULA, Cell, EvaluationPlan, FormulaPlan, Study, ZeroShotPlan, product, public
 
 
 def read_study(path: str | Path) -> Study:
@@ -50,12 +50,14 @@ class _Reader:
                 raise self._error("zero_shot", 0, "tasks", "name at least one task")
             tasks = ZeroShotPlan(**given)
         cells, with_tasks = self._cells(values["grid"], top["models"], tasks)
+        formula = self._formula(values["formula"], cells, top["models"]) if "formula" in values else None
         return Study(
             models=top["models"],
             cells=tuple(cells),
             zero_shot_cells=frozenset(with_tasks),
             evaluation=evaluation,
             zero_shot=tasks,
+            formula=formula,
             dtype=top.get("dtype", "auto"),
             keep_models=top.get("keep_models", False),
             text=self._text,
@@ -86,6 +88,20 @@ class _Reader:
             if zero_shot:
                 with_tasks.update(found, (dense[cell.model] for cell in found))
         return cells, with_tasks
+
+    def _formula(self, values: Any, cells: dict[Cell, None], models: tuple[str, ...]) -> FormulaPlan:
+        """Read the table and add its cell; the calibration is the recipe's where the table says nothing."""
+        given = self._table(values, "formula", 0, _FORMULA)
+        if "layer" not in given:
+            raise self._error("formula", 0, "layer", "name the layer, such as model.layers.0.mlp.down_proj")
+        model = given.pop("model", models[0])
+        if model not in models:
+            raise self._error("formula", 0, "model", f"{model!r} is not among models: {', '.join(models)}")
+        plan = FormulaPlan(**{name: given.pop(name) for name in ("layer", "share") if name in given})
+        names = ("damping", "calibration", "samples", "sequence_length", "seed")
+        defaults = {name: getattr(Recipe(), name) for name in names}
+        cells[Cell(model=model, method=FORMULA, **{**defaults, **given})] = None
+        return plan
 
     def _table(self, values: Any, table: str, index: int, checks: Mapping[str, Callable[[Any], Any]]) -> dict[str, Any]:
         if not isinstance(values, dict):
@@ -189,7 +205,13 @@ def _many(check: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, ...]]:
     return each
 
 
-_TABLES = ("evaluation", "zero_shot", "grid")
+def _inner_share(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+        raise RecipeError(f"must be a number between 0 and 1; got {value!r}")
+    return float(value)
+
+
+_TABLES = ("evaluation", "zero_shot", "formula", "grid")
 _TOP: dict[str, Callable[[Any], Any]] = {
     "models": _many(_word),
     "dtype": _one_of(*DTYPES),
@@ -202,6 +224,16 @@ _EVALUATION: dict[str, Callable[[Any], Any]] = {
     "compare": _flag,
 }
 _ZERO_SHOT: dict[str, Callable[[Any], Any]] = {"tasks": _many(_word), "task_folder": _word, "limit": _whole(1)}
+_FORMULA: dict[str, Callable[[Any], Any]] = {
+    "model": _word,
+    "layer": _word,
+    "share": _inner_share,
+    "damping": _share("damping"),
+    "calibration": _word,
+    "samples": _whole(1),
+    "sequence_length": _whole(2),
+    "seed": _whole(0),
+}
 _AXES: dict[str, Callable[[Any], Any]] = {
     "model": _many(_word),
     "method": _many(_one_of(*METHODS)),

@@ -17,7 +17,7 @@ from thanos.errors import RecipeError, ResourceError, StudyError, UserError
 from thanos.fingerprint import file_sha256, model_sha256
 from thanos.lock import locked
 from thanos.pretrained import ModelSource, choose_device, load_model, resolve_model
-from thanos.study.grid import DENSE, Cell, Study, public_cell
+from thanos.study.grid import DENSE, FORMULA, Cell, Study, public_cell
 from thanos.study.pool import Pool, StudyEvent
 from thanos.study.reading import read_study
 from thanos.study.store import STORE_NAME, StoreWriter, cell_key, read_store
@@ -123,7 +123,7 @@ def _states(study: Study, places: Places, tell: Watcher) -> dict[Cell, State]:
 
 
 def _impossible(cell: Cell) -> str | None:
-    if cell.method == DENSE:
+    if cell.method in (DENSE, FORMULA):
         return None
     try:
         cell.recipe()

@@ -34,7 +34,8 @@ from thanos.pruning import make_calibration, prune
 from thanos.recipe import METHODS, Recipe
 from thanos.report import PhaseRecord
 from thanos.solvers import prune_weight
-from thanos.study.grid import DENSE, Cell, Study, public, public_cell
+from thanos.study.formula import measure_layer
+from thanos.study.grid import DENSE, FORMULA, Cell, Study, public, public_cell
 from thanos.study.store import CellRecord, cell_key
 from thanos.text import evaluation_rows
 
@@ -116,7 +117,8 @@ class Session:
         try:
             if cell.model in self._places.failures:
                 raise ModelError(self._places.failures[cell.model])
-            results = self._dense(cell, tell) if cell.method == DENSE else self._pruned(cell, tell)
+            kinds = {DENSE: self._dense, FORMULA: self._formula}
+            results = kinds.get(cell.method, self._pruned)(cell, tell)
         except Exception as error:
             reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             if isinstance(error, torch.OutOfMemoryError | MemoryError):
@@ -127,7 +129,7 @@ class Session:
             torch.cuda.empty_cache()
         return make_record(self._study, self._places, cell, self._device, results)
 
-    # --- the two kinds of cells -----------------------------------------------------------------------------------------
+    # --- the kinds of cells -----------------------------------------------------------------------------------------
 
     def _dense(self, cell: Cell, tell: Watcher) -> dict[str, Any]:
         model = self._places.models[cell.model]
@@ -172,6 +174,24 @@ class Session:
             "phases": {**written["phases"], **_phases(meter.records())},
             **{key: written[key] for key in ("seconds", "host_peak_bytes", "device_peak_bytes")},
         }
+
+    def _formula(self, cell: Cell, tell: Watcher) -> dict[str, Any]:
+        plan = self._study.formula
+        assert plan is not None
+        source = self._places.texts.get(cell.calibration or "", cell.calibration)
+        windows = self._windows(cell, cell.recipe(calibration=source, device=self._name, dtype=self._study.dtype), tell)
+        opened = resolve_model(self._places.models[cell.model])
+        model = load_model(opened, dtype=self._study.dtype, device=self._device)
+
+        def progress(done: int, total: int) -> None:
+            tell(Event(kind="progress", phase="statistics", done=done, total=total))
+
+        meter = PhaseMeter(self._device)
+        with meter.phase("formula"):
+            found = measure_layer(
+                model, windows.ids, plan.layer, share=plan.share, damping=cell.damping or 0.0, on_progress=progress
+            )
+        return {"formula": found, "phases": _phases(meter.records())}
 
     def _measure(self, cell: Cell, model: str, meter: PhaseMeter, tell: Watcher) -> dict[str, Any]:
         asked = self._study.asked(cell)
