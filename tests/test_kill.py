@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,9 @@ class Runs:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Runs:
     SERVER.set_forkserver_preload(["killed_server"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # Python 3.11's server gets no other
+        forkserver.ensure_running()
     folder = tmp_path_factory.mktemp("kill")
     model = save_tiny(folder / "model", num_hidden_layers=4, max_shard_size="40KB")
     settings = {"calibration": str(text_file), "samples": 4, "sequence_length": 32, "device": "cpu"}
