@@ -162,6 +162,14 @@ def test_nothing_to_resume_starts_from_the_beginning(whole: Any, model: Path, te
     assert contents(tmp_path / "out") == whole
 
 
+def test_a_complete_run_is_not_resumed(model: Path, text_file: Path, tmp_path: Path) -> None:
+    thanos.prune(model, tmp_path / "out", recipe(text_file))
+    before = state(tmp_path)
+    with pytest.raises(UserError, match="complete: there is nothing to resume"):
+        thanos.prune(model, tmp_path / "out", recipe(text_file), resume=True)
+    assert state(tmp_path) == before
+
+
 def test_when_all_blocks_are_finished_nothing_is_computed(
     whole: Any, model: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -121,6 +121,8 @@ def prune(
     local = Path(model) if Path(model).exists() else None
 
     def check() -> None:
+        if resume and not overwrite and work.is_complete:
+            raise UserError(f"OUT {out} is complete: there is nothing to resume; --overwrite starts over")
         check_output(out, model=local, overwrite=overwrite or (resume and work.published))
 
     with _resource_errors(recipe), join(device) as world:

@@ -57,6 +57,11 @@ class WorkFolder:
         """Whether the run became OUT, and ended before it had cleared up."""
         return bool(self.run) and not self.model.exists() and self.out.is_dir()
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether OUT is a finished run's, and nothing is left of one that is not."""
+        return not self.published and not self.finished and (self.out / "pruning.json").is_file()
+
     def start(self, run: dict[str, Any]) -> None:
         """Make the folder anew; what was there is deleted.
 
