@@ -16,7 +16,7 @@ from thanos.memory import free_device_bytes
 from thanos.structure import LinearLayer
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
-"""Most tokens of a forward pass. More do not make the products faster (16 k fill an H200), but take memory; on the CPU they
+"""Most tokens of a forward pass. More take memory, and are expected to gain little; on the CPU they
 leave its caches."""
 
 _BATCH_SHARE = 0.7
