@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from thanos.errors import NumericsError
+from thanos.solvers.precision import full_float32
 from thanos.structure import LinearLayer
 
 
@@ -53,32 +54,12 @@ def empty_group(layers: list[LinearLayer], device: torch.device) -> InputGroup:
 def add_gram(hessian: Tensor, rows: Tensor) -> None:
     """Add XᵀX to ``hessian`` (b, b) float32 for X = rows (T, b) of any floating dtype, products exact in float32."""
     if rows.dtype in (torch.bfloat16, torch.float16) and rows.is_cuda:
-        # 16-bit products are exact in float32: the tensor cores add them up there, without a float32 copy of X.
-        hessian += torch.mm(rows.T, rows, out_dtype=torch.float32)
+        # 16-bit products are exact in float32: the tensor cores add them up there, into the Hessian, without a copy of X.
+        torch.addmm(hessian, rows.T, rows, out_dtype=torch.float32, out=hessian)
     else:
         rows = rows.to(hessian.dtype)
-        hessian.addmm_(rows.T, rows)
-
-
-def plan_passes(layers: Sequence[LinearLayer], budget: int) -> list[list[LinearLayer]]:
-    """Divide the layers of a block into runs whose Hessians fit into ``budget`` bytes together.
-
-    What reads one input stays together, since layers of one module are never divided; a single module may exceed the
-    budget. Layers of one module and shape, such as an expert's gate and up, are taken to share their input.
-    """
-    modules: dict[str, list[LinearLayer]] = {}
-    for layer in layers:
-        modules.setdefault(layer.name.rpartition(".")[0], []).append(layer)
-    passes: list[list[LinearLayer]] = [[]]
-    filled = 0
-    for members in modules.values():
-        needed = sum(4 * columns**2 for _, columns in {layer.shape for layer in members})
-        if passes[-1] and filled + needed > budget:
-            passes.append([])
-            filled = 0
-        passes[-1] += members
-        filled += needed
-    return passes
+        with full_float32():
+            hessian.addmm_(rows.T, rows)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from thanos.cli.bench_layer import layer
 from thanos.cli.bench_model import model
 
 bench = typer.Typer(
@@ -14,9 +15,5 @@ bench = typer.Typer(
 )
 
 
-@bench.callback()
-def _root() -> None:
-    pass
-
-
+bench.command()(layer)
 bench.command()(model)

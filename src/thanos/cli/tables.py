@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from thanos.errors import ResourceError
 
 if TYPE_CHECKING:
+    from thanos.bench.layer import LayerTime
     from thanos.bench.model import ModelTime
     from thanos.evaluation import Evaluation
     from thanos.harness import ZeroShot
@@ -153,6 +154,27 @@ def show_model_time(result: ModelTime) -> None:
     print(
         f"all {result.shape.blocks} blocks{reckoned}: {result.whole_seconds:.1f} s on {result.machine['device']}; {rates}"
     )
+
+
+def show_layer_times(results: Sequence[LayerTime]) -> None:
+    """Print what ``thanos bench layer`` measured."""
+    rows = [
+        (
+            f"{r.rows} × {r.columns}",
+            f"{r.method} (reference)" if r.implementation == "reference" else r.method,
+            r.pattern,
+            str(r.block_size),
+            f"{r.seconds:.4f}",
+            f"{r.seconds / r.floor_seconds:.1f} ×",
+            "" if r.modelled_seconds is None else f"{100 * r.modelled_seconds / r.seconds:.0f} %",
+            f"{r.error:.6f}",
+            f"{100 * r.sparsity:.3f} %",
+            f"{r.peak_bytes / 2**30:.2f} GiB",
+        )
+        for r in results
+    ]
+    head = ("layer", "method", "pattern", "B", "seconds", "of factoring H", "of model", "error", "sparsity", "peak")
+    print_table(head, rows)
 
 
 def check_writable(path: Path | None) -> None:

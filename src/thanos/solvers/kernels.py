@@ -1,11 +1,12 @@
 """Triton kernels for the inner loops that are short of launches rather than of arithmetic.
 
 Each has a twin in plain tensor operations, where it is called and which the tests compare it with; without Triton, or on
-another device, the twin runs. No kernel multiplies matrices, so none can round to TF32.
+another device, the twin runs. The only kernel that multiplies matrices asks for full float32 ("ieee"), never TF32.
 
-    histogram, tie_counts, block_mask   the k-th smallest score |W_ij|·‖X_j‖ and the mask it gives (select.py)
-    gradient_step                       one step of conjugate gradients but for its matrix product (rows.py)
-    eliminate                           SparseGPT's recursion over one panel of columns (sparsegpt.py)
+    score_histogram, tie_counts, block_mask   the k-th smallest score and the mask it gives (select.py)
+    conjugate_gradients                       the rows' whole iteration, a tile of rows at a time (rows.py)
+    gradient_step                             one step of it but for the matrix product, for wider blocks (rows.py)
+    eliminate                                 SparseGPT's recursion over one panel of columns (sparsegpt.py)
 """
 
 # pyright: reportInvalidTypeForm=false
@@ -30,6 +31,9 @@ BITS = 11
 
 _BINS = 1 << BITS
 
+_WINDOW = 256
+"""Bins of the first round around the last threshold's: counting into few bins is several times as fast as into all."""
+
 _ROWS = 32
 """Rows per program where a program walks along rows."""
 
@@ -42,16 +46,20 @@ def usable(tensor: Tensor) -> bool:
 if triton is not None:
 
     @triton.jit
-    def _keys(weight, norms, zeros, rows, columns, row, column, weight_stride, zeros_stride, HAS_ZEROS: tl.constexpr):
-        """Return the ordered bits of |W_ij|·norm_j for a tile, −1's where the weight was zero, and which exist."""
+    def _keys(
+        weight, norms, zeros, rows, columns, row, column, weight_stride, zeros_stride,
+        HAS_NORMS: tl.constexpr, HAS_ZEROS: tl.constexpr,
+    ):  # fmt: skip
+        """Return the ordered bits of a tile's scores, −1's where the weight was zero, and which entries exist."""
         inside = (row < rows)[:, None] & (column < columns)[None, :]
         place = row.to(tl.int64)[:, None] * weight_stride + column[None, :]
-        score = tl.abs(tl.load(weight + place, mask=inside, other=0.0))
-        score = score * tl.load(norms + column, mask=column < columns, other=0.0)[None, :]
+        score = tl.load(weight + place, mask=inside, other=0.0) + 0.0  # −0 becomes 0
+        if HAS_NORMS:
+            score = tl.abs(score) * tl.load(norms + column, mask=column < columns, other=0.0)[None, :]
         key = score.to(tl.int32, bitcast=True)
         if HAS_ZEROS:
             zero = tl.load(zeros + row.to(tl.int64)[:, None] * zeros_stride + column[None, :], mask=inside, other=0)
-            key = tl.where(zero != 0, -1, key)
+            key = tl.where(zero != 0, -1082130432, key)  # the bits of −1.0
         return key, inside
 
     @triton.jit
@@ -67,45 +75,75 @@ if triton is not None:
         return chosen, wanted - below, size
 
     @triton.jit
-    def _threshold(histograms, wanted, BINS: tl.constexpr, ROUNDS: tl.constexpr):
+    def _first(histograms, wanted, base, BINS: tl.constexpr, WINDOW: tl.constexpr):
+        """Find the first digit: from the window's counts if it lies within, else from the full ones in row 3."""
+        found, left, size = _find(histograms, wanted, BINS)
+        # The outermost bins of the window stand for everything below and above it.
+        missed = (found <= base) | (found >= base + WINDOW - 1)
+        if missed:
+            found, left, size = _find(histograms + 3 * BINS, wanted, BINS)
+        return found, left, size, missed
+
+    @triton.jit
+    def _threshold(histograms, wanted, base, BINS: tl.constexpr, WINDOW: tl.constexpr, ROUNDS: tl.constexpr):
         """Return the key's bits found in the first ``ROUNDS`` rounds, how many equals are wanted, and how many there are."""
-        prefix = 0
-        size = wanted
-        for r in tl.static_range(ROUNDS):
-            found, wanted, size = _find(histograms + r * BINS, wanted, BINS)
-            if r == 0:
-                prefix = found - BINS // 2
-            elif r == 1:
-                prefix = prefix * 2048 + found
-            else:
-                prefix = prefix * 1024 + found
+        found, wanted, size, _ = _first(histograms, wanted, base, BINS, WINDOW)
+        prefix = found - BINS // 2
+        if ROUNDS >= 2:
+            found, wanted, size = _find(histograms + BINS, wanted, BINS)
+            prefix = prefix * 2048 + found
+        if ROUNDS >= 3:
+            found, wanted, size = _find(histograms + 2 * BINS, wanted, BINS)
+            prefix = prefix * 1024 + found
         return prefix, wanted, size
 
     @triton.jit
     def _histogram_kernel(
-        weight, norms, zeros, histograms, wanted, rows, columns, weight_stride, zeros_stride,
-        HAS_ZEROS: tl.constexpr, ROUND: tl.constexpr, BINS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+        weight, norms, zeros, histograms, wanted, window, rows, columns, weight_stride, zeros_stride,
+        HAS_NORMS: tl.constexpr, HAS_ZEROS: tl.constexpr, ROUND: tl.constexpr, BINS: tl.constexpr,
+        WINDOW: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
     ):  # fmt: skip
-        # A program takes BR rows and strides along them; programs side by side read neighbouring columns.
+        # A program takes BR rows and strides along them; programs side by side read neighbouring columns. Round 0 counts
+        # the first digit within the window, round 3 all of it, if the window turns out to miss.
         row = tl.program_id(0) * BR + tl.arange(0, BR)
+        base = tl.load(window)
         if ROUND == 0:
-            counts = tl.zeros((BINS,), tl.int32)
+            counts = tl.zeros((WINDOW,), tl.int32)
+            outside = 0
             for start in range(tl.program_id(1) * BC, columns, tl.num_programs(1) * BC):
                 column = start + tl.arange(0, BC)
                 key, inside = _keys(
-                    weight, norms, zeros, rows, columns, row, column, weight_stride, zeros_stride, HAS_ZEROS
+                    weight, norms, zeros, rows, columns, row, column, weight_stride, zeros_stride, HAS_NORMS, HAS_ZEROS
                 )
-                # The last bin holds NaNs only: what lies outside the matrix goes there and is left out below.
-                digit = tl.where(inside, (key >> 21) + BINS // 2, BINS - 1)
-                counts += tl.histogram(tl.reshape(digit, (BR * BC,)), BINS)
-            bins = tl.arange(0, BINS)
-            tl.atomic_add(histograms + bins, counts, mask=(counts > 0) & (bins < BINS - 1))
+                digit = tl.minimum(tl.maximum((key >> 21) + BINS // 2 - base, 0), WINDOW - 1)
+                # What lies outside the matrix goes to the first bin and is taken off again.
+                digit = tl.where(inside, digit, 0)
+                outside += tl.sum((~inside).to(tl.int32))
+                counts += tl.histogram(tl.reshape(digit, (BR * BC,)), WINDOW)
+            bins = tl.arange(0, WINDOW)
+            counts -= tl.where(bins == 0, outside, 0)
+            tl.atomic_add(histograms + base + bins, counts, mask=counts > 0)
+        elif ROUND == 3:
+            _, _, _, missed = _first(histograms, tl.load(wanted), base, BINS, WINDOW)
+            if missed:
+                counts = tl.zeros((BINS,), tl.int32)
+                for start in range(tl.program_id(1) * BC, columns, tl.num_programs(1) * BC):
+                    column = start + tl.arange(0, BC)
+                    key, inside = _keys(
+                        weight, norms, zeros, rows, columns, row, column, weight_stride, zeros_stride, HAS_NORMS,
+                        HAS_ZEROS,
+                    )  # fmt: skip
+                    # The last bin holds NaNs only: what lies outside the matrix goes there and is left out below.
+                    digit = tl.where(inside, (key >> 21) + BINS // 2, BINS - 1)
+                    counts += tl.histogram(tl.reshape(digit, (BR * BC,)), BINS)
+                bins = tl.arange(0, BINS)
+                tl.atomic_add(histograms + 3 * BINS + bins, counts, mask=(counts > 0) & (bins < BINS - 1))
         else:
-            prefix, _, _ = _threshold(histograms, tl.load(wanted), BINS, ROUND)
+            prefix, _, _ = _threshold(histograms, tl.load(wanted), base, BINS, WINDOW, ROUND)
             for start in range(tl.program_id(1) * BC, columns, tl.num_programs(1) * BC):
                 column = start + tl.arange(0, BC)
                 key, inside = _keys(
-                    weight, norms, zeros, rows, columns, row, column, weight_stride, zeros_stride, HAS_ZEROS
+                    weight, norms, zeros, rows, columns, row, column, weight_stride, zeros_stride, HAS_NORMS, HAS_ZEROS
                 )
                 if ROUND == 1:
                     match = inside & ((key >> 21) == prefix)
@@ -117,36 +155,41 @@ if triton is not None:
 
     @triton.jit
     def _tie_counts_kernel(
-        weight, norms, zeros, histograms, wanted, ties, rows, columns, weight_stride, zeros_stride,
-        HAS_ZEROS: tl.constexpr, BINS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+        weight, norms, zeros, histograms, wanted, window, ties, rows, columns, weight_stride, zeros_stride,
+        HAS_NORMS: tl.constexpr, HAS_ZEROS: tl.constexpr, BINS: tl.constexpr, WINDOW: tl.constexpr,
+        BR: tl.constexpr, BC: tl.constexpr,
     ):  # fmt: skip
         # How many entries of each row equal the threshold; only read where not all of them are wanted.
         row = tl.program_id(0) * BR + tl.arange(0, BR)
         count = tl.zeros((BR,), tl.int64)
-        key_wanted, missing, size = _threshold(histograms, tl.load(wanted), BINS, 3)
+        key_wanted, missing, size = _threshold(histograms, tl.load(wanted), tl.load(window), BINS, WINDOW, 3)
         if missing < size:
             for start in range(0, columns, BC):
                 column = start + tl.arange(0, BC)
                 key, inside = _keys(
-                    weight, norms, zeros, rows, columns, row, column, weight_stride, zeros_stride, HAS_ZEROS
+                    weight, norms, zeros, rows, columns, row, column, weight_stride, zeros_stride, HAS_NORMS, HAS_ZEROS
                 )
                 count += tl.sum((inside & (key == key_wanted)).to(tl.int64), 1)
         tl.store(ties + row, count, mask=row < rows)
 
     @triton.jit
     def _block_mask_kernel(
-        weight, norms, zeros, histograms, wanted, ties_before, mask, rows, columns, weight_stride, zeros_stride,
-        HAS_ZEROS: tl.constexpr, BINS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+        weight, norms, zeros, histograms, wanted, window, following, ties_before, mask, rows, columns, weight_stride,
+        zeros_stride, HAS_NORMS: tl.constexpr, HAS_ZEROS: tl.constexpr, BINS: tl.constexpr, WINDOW: tl.constexpr,
+        BR: tl.constexpr, BC: tl.constexpr,
     ):  # fmt: skip
         # ``columns`` is the width of the block, whose columns come first among those that were counted.
         row = tl.program_id(0) * BR + tl.arange(0, BR)
         wanted_count = tl.load(wanted)
-        key_wanted, missing, _ = _threshold(histograms, wanted_count, BINS, 3)
+        key_wanted, missing, _ = _threshold(histograms, wanted_count, tl.load(window), BINS, WINDOW, 3)
+        if tl.program_id(0) == 0:
+            middle = (key_wanted >> 21) + BINS // 2 - WINDOW // 2
+            tl.store(following, tl.minimum(tl.maximum(middle, 0), BINS - WINDOW))
         rank = tl.load(ties_before + row, mask=row < rows, other=0)
         for start in range(0, columns, BC):
             column = start + tl.arange(0, BC)
             key, inside = _keys(
-                weight, norms, zeros, rows, columns, row, column, weight_stride, zeros_stride, HAS_ZEROS
+                weight, norms, zeros, rows, columns, row, column, weight_stride, zeros_stride, HAS_NORMS, HAS_ZEROS
             )
             equal = (inside & (key == key_wanted)).to(tl.int64)
             place = rank[:, None] + tl.cumsum(equal, 1)
@@ -155,6 +198,66 @@ if triton is not None:
             rank += tl.sum(equal, 1)
             spot = row.to(tl.int64)[:, None] * columns + column[None, :]
             tl.store(mask + spot, chosen.to(tl.int8), mask=inside)
+
+    @triton.jit
+    def _product(scratch, gram, row, column, rows, columns, BR: tl.constexpr, K: tl.constexpr, BK: tl.constexpr):
+        """Return scratch (BR rows of K) times gram, in full float32."""
+        result = tl.zeros((BR, K), tl.float32)
+        for k in range(0, columns, BK):
+            inner = k + tl.arange(0, BK)
+            spot = row.to(tl.int64)[:, None] * columns + inner[None, :]
+            left = tl.load(scratch + spot, mask=(row < rows)[:, None] & (inner < columns)[None, :], other=0.0)
+            there = (inner < columns)[:, None] & (column < columns)[None, :]
+            right = tl.load(gram + inner[:, None] * columns + column[None, :], mask=there, other=0.0)
+            result += tl.dot(left, right, input_precision="ieee")
+        return result
+
+    @triton.jit
+    def _conjugate_gradients_kernel(
+        gram, scale, norm, rhs, mask, solution, failed, scratch, rows, columns, rhs_stride, mask_stride,
+        tolerance, backward, steps, BR: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
+    ):  # fmt: skip
+        # The direction goes through memory (in practice the cache) to become an operand of the product again.
+        row = tl.program_id(0) * BR + tl.arange(0, BR)
+        column = tl.arange(0, K)
+        inside = (row < rows)[:, None] & (column < columns)[None, :]
+        wide = row.to(tl.int64)[:, None]
+        place = wide * columns + column[None, :]
+        support = tl.load(mask + wide * mask_stride + column[None, :], mask=inside, other=0) != 0
+        unit = tl.load(scale + column, mask=column < columns, other=0.0)[None, :]
+        w = tl.load(rhs + wide * rhs_stride + column[None, :], mask=inside, other=0.0) * unit
+        w = tl.where(support, w, 0.0)
+        r = w
+        d = w
+        x = tl.zeros((BR, K), tl.float32)
+        energy = tl.sum(w * w, 1)
+        size = energy
+        limit = energy * tolerance * tolerance
+        step = 0
+        going = tl.sum((energy > limit).to(tl.int32), 0)
+        while going > 0:
+            tl.store(scratch + place, d, mask=inside)
+            tl.debug_barrier()
+            image = _product(scratch, gram, row, column, rows, columns, BR, K, BK)
+            tl.debug_barrier()
+            image = tl.where(support, image, 0.0)
+            curvature = tl.sum(d * image, 1)
+            alpha = tl.where(curvature > 0, energy / tl.where(curvature > 0, curvature, 1.0), 0.0)
+            x += alpha[:, None] * d
+            r -= alpha[:, None] * image
+            new = tl.sum(r * r, 1)
+            d = r + tl.where(energy > 0, new / tl.where(energy > 0, energy, 1.0), 0.0)[:, None] * d
+            energy = new
+            step += 1
+            going = tl.where(step < steps, tl.sum((energy > limit).to(tl.int32), 0), 0)
+        tl.store(scratch + place, x, mask=inside)
+        tl.debug_barrier()
+        image = _product(scratch, gram, row, column, rows, columns, BR, K, BK)
+        rest = tl.where(support, image, 0.0) - w
+        bound = backward * (tl.sqrt(size) + tl.load(norm) * tl.sqrt(tl.sum(x * x, 1)))
+        good = (energy <= limit) & (tl.sum(rest * rest, 1) <= bound * bound)  # NaN is not good
+        tl.store(failed + row, (~good).to(tl.int8), mask=row < rows)
+        tl.store(solution + place, x * unit, mask=inside)
 
     @triton.jit
     def _gradient_step_kernel(
@@ -200,8 +303,7 @@ if triton is not None:
             if M > 0:  # noqa: SIM102, known when compiled
                 if j % M == 0:
                     group = (column >= j) & (column < j + M)
-                    score = w / diagonal[None, :]
-                    score = tl.where(alive[None, :], score * score, 0.0)
+                    score = tl.where(alive[None, :], tl.abs(w) / diagonal[None, :], 0.0)
                     score = tl.where(zero != 0, -1.0, score)
                     for i in range(M):
                         this = column[None, :] == j + i
@@ -222,52 +324,95 @@ if triton is not None:
 
 
 def score_histogram(
-    weight: Tensor, norms: Tensor, zeros: Tensor | None, histograms: Tensor, wanted: Tensor, round_: int
+    weight: Tensor,
+    norms: Tensor | None,
+    zeros: Tensor | None,
+    histograms: Tensor,
+    wanted: Tensor,
+    window: Tensor,
+    round_: int,
 ) -> None:
-    """Add the histogram of one digit of the scores |W_ij|·norm_j to ``histograms`` (3, 2048) int32.
+    """Add the counts of one digit of the scores |W_ij|·norm_j to ``histograms`` (4, 2048) int32.
 
     Args:
         weight: (c, k) float32, rows contiguous.
-        norms: (k,).
+        norms: (k,); None if ``weight`` holds scores already.
         zeros: entries whose score is −1, (c, k) bool; None if there are none.
         histograms: of the rounds; the earlier ones are complete.
         wanted: k of the k-th smallest, 0-d int64.
-        round_: 0, 1 or 2.
+        window: where the first digit is looked for first, 0-d int32.
+        round_: 0 (the first digit within the window), 3 (all of it, if that missed), 1 or 2, in this order.
     """
     rows, columns = weight.shape
     tile = 128
     grid = (triton.cdiv(rows, _ROWS), min(8, triton.cdiv(columns, tile)))
     _histogram_kernel[grid](
-        weight, norms, _bytes(zeros, weight), histograms, wanted, rows, columns, weight.stride(0), _stride(zeros),
-        HAS_ZEROS=zeros is not None, ROUND=round_, BINS=_BINS, BR=_ROWS, BC=tile, num_warps=8,
+        weight, _or(norms, weight), _bytes(zeros, weight), histograms, wanted, window, rows, columns,
+        weight.stride(0), _stride(zeros), HAS_NORMS=norms is not None, HAS_ZEROS=zeros is not None, ROUND=round_,
+        BINS=_BINS, WINDOW=_WINDOW, BR=_ROWS, BC=tile, num_warps=8,
     )  # fmt: skip
 
 
-def tie_counts(weight: Tensor, norms: Tensor, zeros: Tensor | None, histograms: Tensor, wanted: Tensor) -> Tensor:
+def tie_counts(
+    weight: Tensor, norms: Tensor | None, zeros: Tensor | None, histograms: Tensor, wanted: Tensor, window: Tensor
+) -> Tensor:
     """Return per row, (c,) int64, how many scores equal the k-th smallest; zeros where all of them are wanted anyway."""
     rows, columns = weight.shape
     ties = torch.empty(rows, dtype=torch.int64, device=weight.device)
     _tie_counts_kernel[(triton.cdiv(rows, 8),)](
-        weight, norms, _bytes(zeros, weight), histograms, wanted, ties, rows, columns, weight.stride(0),
-        _stride(zeros), HAS_ZEROS=zeros is not None, BINS=_BINS, BR=8, BC=256, num_warps=8,
+        weight, _or(norms, weight), _bytes(zeros, weight), histograms, wanted, window, ties, rows, columns,
+        weight.stride(0), _stride(zeros), HAS_NORMS=norms is not None, HAS_ZEROS=zeros is not None,
+        BINS=_BINS, WINDOW=_WINDOW, BR=8, BC=256, num_warps=8,
     )  # fmt: skip
     return ties
 
 
 def block_mask(
-    weight: Tensor, norms: Tensor, zeros: Tensor | None, histograms: Tensor, wanted: Tensor, ties_before: Tensor
+    weight: Tensor,
+    norms: Tensor | None,
+    zeros: Tensor | None,
+    histograms: Tensor,
+    wanted: Tensor,
+    window: Tensor,
+    following: Tensor,
+    ties_before: Tensor,
 ) -> Tensor:
     """Return which entries of the leading columns, (c, k), are among the ``wanted`` smallest.
 
-    ``ties_before`` (c,) int64: entries equal to the threshold in earlier rows.
+    ``ties_before`` (c,) int64: entries equal to the threshold in earlier rows. ``following`` takes the window that the
+    threshold suggests for the next search.
     """
     rows, columns = weight.shape
     mask = torch.empty(rows, columns, dtype=torch.bool, device=weight.device)
     _block_mask_kernel[(triton.cdiv(rows, 8),)](
-        weight, norms, _bytes(zeros, weight), histograms, wanted, ties_before, mask.view(torch.int8), rows, columns,
-        weight.stride(0), _stride(zeros), HAS_ZEROS=zeros is not None, BINS=_BINS, BR=8, BC=128, num_warps=4,
+        weight, _or(norms, weight), _bytes(zeros, weight), histograms, wanted, window, following, ties_before,
+        mask.view(torch.int8), rows, columns, weight.stride(0), _stride(zeros), HAS_NORMS=norms is not None,
+        HAS_ZEROS=zeros is not None, BINS=_BINS, WINDOW=_WINDOW, BR=8, BC=128, num_warps=4,
     )  # fmt: skip
     return mask
+
+
+WIDEST_SYSTEM = 256
+"""Columns that :func:`conjugate_gradients` takes: a tile of rows, four matrices of it, stays in registers."""
+
+
+def conjugate_gradients(
+    gram: Tensor, scale: Tensor, norm: Tensor, rhs: Tensor, mask: Tensor, tolerance: float, backward: float, steps: int
+) -> tuple[Tensor, Tensor]:
+    """Solve the rows' scaled systems to the end; return x ∘ scale (c, k), and which rows are not solved (c,) bool.
+
+    ``gram`` (k, k) is scaled to a unit diagonal and contiguous, ``scale`` (k,) is how, ``norm`` 0-d bounds its norm.
+    """
+    rows, columns = rhs.shape
+    width = max(16, triton.next_power_of_2(columns))
+    solution, scratch = torch.empty(2, rows, columns, device=rhs.device)
+    failed = torch.empty(rows, dtype=torch.bool, device=rhs.device)
+    _conjugate_gradients_kernel[(triton.cdiv(rows, 32),)](
+        gram, scale, norm, rhs, mask.view(torch.int8), solution, failed.view(torch.int8), scratch, rows, columns,
+        rhs.stride(0), mask.stride(0), tolerance, backward, steps,
+        BR=32, K=width, BK=min(32, width), num_warps=4 if width <= 128 else 8,
+    )  # fmt: skip
+    return solution, failed
 
 
 def gradient_step(
@@ -303,6 +448,11 @@ def eliminate(
         weight.stride(0), removed.stride(0), zeros.stride(0), errors.stride(0),
         N=n, M=m, BR=16, BC=triton.next_power_of_2(columns), num_warps=4,
     )  # fmt: skip
+
+
+def _or(tensor: Tensor | None, instead: Tensor) -> Tensor:
+    # Triton wants a pointer though the kernel will not use it.
+    return instead if tensor is None else tensor
 
 
 def _bytes(zeros: Tensor | None, instead: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ The stopping rule has a guarantee: the residual that the recurrence carries alon
 true one, w − (x G) ∘ M computed afresh, must be that of a system nearby (``BACKWARD``). Rows that miss either, as happens
 with nearly singular G, are solved directly in float64. So the result never depends on the iteration having converged.
 
-The host asks the device once a block whether all rows are done, when as many steps have run as the block before needed.
+On a GPU the whole iteration of a block of up to 256 columns is one kernel, in which a tile of rows stops when its rows are
+done; wider blocks take a product and a kernel a step. The host asks once a block whether some row has to be solved directly.
 """
 
 from __future__ import annotations
@@ -73,9 +74,16 @@ class RowSolver:
         """See :func:`solve_rows`."""
         scale = gram.diagonal().rsqrt()
         scaled = gram * scale[:, None] * scale
-        solution, failed = self._iterate(scaled, torch.where(mask, rhs, 0.0).mul_(scale), mask)
-        solution *= scale
-        if failed is not None:
+        if kernels.usable(rhs) and gram.shape[0] <= kernels.WIDEST_SYSTEM:
+            limits = TOLERANCE[rhs.dtype], BACKWARD[rhs.dtype]
+            solution, unsolved = kernels.conjugate_gradients(
+                scaled, scale, _norm(scaled), rhs, mask, *limits, MAX_STEPS
+            )
+            failed = unsolved.nonzero().squeeze(1)
+        else:
+            solution, failed = self._iterate(scaled, torch.where(mask, rhs, 0.0).mul_(scale), mask)
+            solution *= scale
+        if failed is not None and failed.numel():
             self.direct += failed.numel()
             exact = gram.double() if root is None else root.double().T @ root.double()
             for rows in failed.split(max(1, _DIRECT_ENTRIES // max(1, gram.shape[0]) ** 2)):
@@ -122,8 +130,7 @@ class RowSolver:
         if rhs.device.type == "cpu" and not last and bool(self.peers.sum_(waiting.sum())):
             return None
         true = _squares(torch.where(mask, x @ gram, 0.0).sub_(rhs))
-        norm = gram.abs().sum(1).max()  # the ∞-norm, an upper bound of the 2-norm
-        wrong = ~(true <= (BACKWARD[rhs.dtype] * (start.sqrt() + norm * _squares(x).sqrt())) ** 2)
+        wrong = ~(true <= (BACKWARD[rhs.dtype] * (start.sqrt() + _norm(gram) * _squares(x).sqrt())) ** 2)
         counts = self.peers.sum_(torch.stack([waiting.sum(), (waiting | wrong).sum()])).tolist()
         if counts[1] == 0:
             return waiting.new_empty(0, dtype=torch.int64)
@@ -153,6 +160,11 @@ class _Step:
 
 def _fused_step(*arguments: Tensor) -> None:
     kernels.gradient_step(*arguments)
+
+
+def _norm(gram: Tensor) -> Tensor:
+    """Return the ∞-norm, an upper bound of the 2-norm."""
+    return gram.abs().sum(1).max()
 
 
 def _squares(rows: Tensor) -> Tensor:

@@ -39,11 +39,70 @@ def smallest_mask(scores: Tensor, count: int | Tensor, peers: Peers = ALONE) -> 
     """
     if peers.size == 1 and scores.device.type == "cpu":
         return _smallest_on_cpu(scores, int(count))
+    if kernels.usable(scores) and scores.numel():
+        lines = scores.reshape(-1, scores.shape[-1])
+        total = peers.sum_(_count(scores.numel(), scores))
+        return KernelSearch(peers).smallest(lines, None, None, _bounded(count, total)).view(scores.shape)
     keys = _ordered_bits(scores)
     key, missing = kth_key(keys, count, peers)
     below, equal = keys < key, keys == key
     rank = equal.view(-1).cumsum(0).view(equal.shape) + peers.before(equal.sum())
     return below | (equal & (rank <= missing))
+
+
+def _count(number: int | Tensor, like: Tensor) -> Tensor:
+    """Return a whole number as a 0-d tensor beside ``like``, filled there rather than copied from the host."""
+    return number if isinstance(number, Tensor) else torch.full((), number, dtype=torch.int64, device=like.device)
+
+
+def _bounded(count: int | Tensor, total: Tensor) -> Tensor:
+    return torch.minimum(_count(count, total), total).clamp_min(0)
+
+
+class KernelSearch:
+    """Searches by the kernels; remembers where the last k-th value lay, since the next is rarely far from it.
+
+    Four passes over the weight, scoring on the way, and one over the columns that are asked for; the fourth, and the search
+    for ties, return at once where they are not needed. Nothing waits for the host.
+    """
+
+    def __init__(self, peers: Peers = ALONE) -> None:
+        self._peers = peers
+        self._window: Tensor | None = None
+
+    def smallest(
+        self, weight: Tensor, norms: Tensor | None, zeros: Tensor | None, count: Tensor, width: int | None = None
+    ) -> Tensor:
+        """Return which of the first ``width`` columns (default: all) are among the ``count`` smallest of the whole.
+
+        Args:
+            weight: (c, k) float32.
+            norms: scores are |W_ij|·norm_j; None if ``weight`` holds scores.
+            zeros: entries that come first, (c, k) bool; None if there are none.
+            count: 0-d int64, between 0 and the number of entries.
+            width: columns asked for.
+        """
+        if self._window is None:
+            self._window = torch.zeros((), dtype=torch.int32, device=weight.device)
+        histograms = torch.zeros(4, 1 << kernels.BITS, dtype=torch.int32, device=weight.device)
+        for round_ in (0, 3, 1, 2):
+            kernels.score_histogram(weight, norms, zeros, histograms, count, self._window, round_)
+            self._peers.sum_(histograms[round_])
+        ties = kernels.tie_counts(weight, norms, zeros, histograms, count, self._window)
+        before = ties.cumsum(0).sub_(ties)
+        if self._peers.size > 1:
+            before += self._peers.before(ties.sum())
+        window, self._window = self._window, torch.empty_like(self._window)
+        return kernels.block_mask(
+            weight[:, :width],
+            None if norms is None else norms[:width],
+            None if zeros is None else zeros[:, :width],
+            histograms,
+            count,
+            window,
+            self._window,
+            before,
+        )
 
 
 class ResidualMask:
@@ -58,26 +117,19 @@ class ResidualMask:
 
     def __init__(self, norms: Tensor, zeros: Tensor | None, budget: Tensor, peers: Peers = ALONE) -> None:
         self._norms, self._zeros, self._left, self._peers = norms, zeros, budget.clone(), peers
+        self._search = KernelSearch(peers)
         self._scratch: Tensor | None = None
 
     def take(self, weight: Tensor, start: int, stop: int) -> Tensor:
         """Return which entries of columns [start, stop) of ``weight`` (c, b), as it is now, go; (c, stop − start) bool."""
-        part = self._by_kernels if kernels.usable(weight) else self._by_scores
-        chosen = part(weight[:, start:], start, stop - start)
+        if kernels.usable(weight):
+            zeros = None if self._zeros is None else self._zeros[:, start:]
+            rest, norms = weight[:, start:], self._norms[start:]
+            chosen = self._search.smallest(rest, norms, zeros, self._left, stop - start)
+        else:
+            chosen = self._by_scores(weight[:, start:], start, stop - start)
         self._left -= self._peers.sum_(chosen.sum())
         return chosen
-
-    def _by_kernels(self, rest: Tensor, start: int, width: int) -> Tensor:
-        """Three passes over the weight, scoring on the way, and one over the block; the k-th value stays on the device."""
-        norms, zeros = self._norms[start:], None if self._zeros is None else self._zeros[:, start:]
-        histograms = torch.zeros(3, 1 << kernels.BITS, dtype=torch.int32, device=rest.device)
-        for round_ in range(3):
-            kernels.score_histogram(rest, norms, zeros, histograms, self._left, round_)
-            self._peers.sum_(histograms[round_])
-        ties = kernels.tie_counts(rest, norms, zeros, histograms, self._left)
-        before = ties.cumsum(0) - ties + self._peers.before(ties.sum())
-        zeros = None if zeros is None else zeros[:, :width]
-        return kernels.block_mask(rest[:, :width], norms[:width], zeros, histograms, self._left, before)
 
     def _by_scores(self, rest: Tensor, start: int, width: int) -> Tensor:
         scores = self._scores(rest, start)
@@ -137,8 +189,7 @@ def kth_key(keys: Tensor, count: int | Tensor, peers: Peers) -> tuple[Tensor, Te
 
     Both are 0-d; where nothing is wanted the pattern is below all others.
     """
-    total = peers.sum_(torch.tensor(keys.numel(), device=keys.device))
-    missing = torch.minimum(torch.as_tensor(count, device=keys.device), total).clamp_min(0)
+    missing = _bounded(count, peers.sum_(_count(keys.numel(), keys)))
     nothing = missing == 0
     missing = missing.clamp_min(1)
     bits = keys.element_size() * 8

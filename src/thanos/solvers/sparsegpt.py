@@ -4,9 +4,9 @@ With H⁻¹ = UᵀU, removing W_ij and compensating in the columns to its right 
 
     W[i, j:] −= (W_ij / U_jj) · U[j, j:],
 
-at the cost W_ij² / U_jj², which is the score. Columns are taken in panels inside blocks inside the matrix, so that most of the
-arithmetic is matrix products; on a GPU a panel is one kernel, which keeps a tile of rows in registers. The result is that of
-the column-by-column recursion up to rounding.
+at the cost W_ij² / U_jj², by which, or by its root, weights are ranked. Columns are taken in panels inside blocks inside the
+matrix, so that most of the arithmetic is matrix products; on a GPU a panel is one kernel, which keeps a tile of rows in
+registers. The result is that of the column-by-column recursion up to rounding.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from thanos.patterns import NM, Columns, Unstructured
 from thanos.solvers import kernels
 from thanos.solvers.base import Problem, column_mask
-from thanos.solvers.select import nm_mask, smallest_mask
+from thanos.solvers.select import KernelSearch, nm_mask, smallest_mask
 
 _PANEL = 16
 """Columns whose updates go to one another directly; wider panels do more work column by column."""
@@ -28,13 +28,13 @@ def sparsegpt(problem: Problem) -> tuple[Tensor, Tensor]:
     weight, upper = problem.weight.clone(memory_format=torch.contiguous_format), problem.upper
     removed = problem.zeros.clone()
     if isinstance(problem.pattern, Columns):
-        scores = _scores(problem, problem.whole, 0).sum(0)
+        scores = _scores(problem, problem.whole, 0).square_().sum(0)
         removed |= column_mask(scores, problem.budget.columns, weight.shape[0])
     counts = _block_budgets(problem) if isinstance(problem.pattern, Unstructured) else {}
+    search = KernelSearch(problem.peers)
     for start, stop in problem.blocks():
         if counts:
-            scores = problem.mark_zeros(_scores(problem, weight[:, start:stop], start), start)
-            removed[:, start:stop] = smallest_mask(scores, counts[start], problem.peers)
+            removed[:, start:stop] = _block_mask(problem, weight[:, start:stop], start, counts[start], search)
         errors = _eliminate_block(problem, weight[:, start:stop], removed[:, start:stop], start)
         if stop < weight.shape[1]:
             weight[:, stop:].addmm_(errors, upper[start:stop, stop:], alpha=-1)
@@ -42,11 +42,25 @@ def sparsegpt(problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 def _scores(problem: Problem, weight: Tensor, start: int) -> Tensor:
-    """Return W_ij² / U_jj² for columns from ``start`` on; 0 where the input was always zero."""
+    """Return |W_ij| / U_jj for columns from ``start`` on; 0 where the input was always zero."""
+    return (weight * _reciprocals(problem)[start : start + weight.shape[1]]).abs_()
+
+
+def _block_mask(problem: Problem, weight: Tensor, start: int, count: int, search: KernelSearch) -> Tensor:
+    """Return the ``count`` entries of a block, over all processes, that cost least."""
+    if kernels.usable(weight):
+        stop = start + weight.shape[1]
+        zeros = None if problem.some_zeros is None else problem.some_zeros[:, start:stop]
+        wanted = torch.full((), count, dtype=torch.int64, device=weight.device)
+        return search.smallest(weight, _reciprocals(problem)[start:stop], zeros, wanted)
+    scores = problem.mark_zeros(_scores(problem, weight, start), start)
+    return smallest_mask(scores, count, problem.peers)
+
+
+def _reciprocals(problem: Problem) -> Tensor:
+    """Return 1 / U_jj, 0 where the input was always zero: |W_ij| / U_jj ranks as its square does."""
     assert problem.inputs is not None
-    columns = slice(start, start + weight.shape[1])
-    scores = (weight / problem.upper.diagonal()[columns]).square_()
-    return scores.masked_fill_(problem.inputs.dead[columns], 0.0)
+    return problem.upper.diagonal().reciprocal().masked_fill_(problem.inputs.dead, 0.0)
 
 
 def _block_budgets(problem: Problem) -> dict[int, int]:

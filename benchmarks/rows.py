@@ -1,0 +1,188 @@
+"""Ways of solving the rows' small systems, side by side: time and error against float64.
+
+    python benchmarks/rows.py --device cuda --rows 4096 --block-size 128 --json rows.json
+
+The candidates: the masked iteration that the solvers use; batched Cholesky padded to the row that loses most; batched Cholesky
+of rows grouped by how many weights they lose; the whole iteration in one kernel, a tile of rows each (needs Triton). The
+Hessians: many tokens; few tokens; near-duplicate columns with a damping of 1e-6.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thanos.bench.measure import machine, median_seconds, synthetic_layer
+from thanos.solvers.factor import factorize
+from thanos.solvers.precision import full_float32
+from thanos.solvers.rows import MAX_STEPS, RowSolver
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+_GROUP = 256
+"""Rows of a similar number of removed weights that are solved as one batch."""
+
+
+def padded_cholesky(gram: Tensor, rhs: Tensor, mask: Tensor) -> Tensor:
+    """Gather every row's system, padded with the unit matrix to the longest, and factorise them as one batch."""
+    return _cholesky(gram, rhs, mask, torch.arange(rhs.shape[0], device=rhs.device)[None])
+
+
+def grouped_cholesky(gram: Tensor, rhs: Tensor, mask: Tensor) -> Tensor:
+    """The same in groups of rows that lose a similar number, so that little is padded."""
+    order = mask.sum(1).argsort()
+    return _cholesky(gram, rhs, mask, order.split(_GROUP))
+
+
+def _cholesky(gram: Tensor, rhs: Tensor, mask: Tensor, groups: Any) -> Tensor:
+    solution = torch.zeros_like(rhs)
+    for rows in groups:
+        part = mask[rows]
+        longest = int(part.sum(1).max())
+        index = part.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :longest]
+        valid = part.gather(1, index)
+        for some in torch.arange(len(rows), device=rows.device).split(max(1, (1 << 28) // max(1, longest) ** 2)):
+            i, v = index[some], valid[some]
+            systems = gram[i[:, :, None], i[:, None, :]] * (v[:, :, None] & v[:, None, :])
+            systems.diagonal(dim1=1, dim2=2).add_((~v).to(gram.dtype))
+            w = rhs[rows[some]].gather(1, i) * v
+            x = torch.cholesky_solve(w[:, :, None], torch.linalg.cholesky_ex(systems).L).squeeze(2)
+            solution[rows[some]] = torch.zeros_like(rhs[rows[some]]).scatter_(1, i, x * v)
+    return solution
+
+
+if triton is not None:
+
+    @triton.jit
+    def _tile_kernel(
+        gram, rhs, support, solution, scratch, rows, steps, K: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr
+    ):
+        row = tl.program_id(0) * BR + tl.arange(0, BR)
+        column = tl.arange(0, K)
+        inside = (row < rows)[:, None] & (column < K)[None, :]
+        place = row[:, None] * K + column[None, :]
+        keep = tl.load(support + place, mask=inside, other=0.0)
+        r = tl.load(rhs + place, mask=inside, other=0.0) * keep
+        d = r
+        x = tl.zeros((BR, K), tl.float32)
+        energy = tl.sum(r * r, 1)
+        for _ in range(steps):
+            tl.store(scratch + place, d, mask=inside)
+            tl.debug_barrier()
+            image = tl.zeros((BR, K), tl.float32)
+            for k in range(0, K, BK):
+                inner = k + tl.arange(0, BK)
+                piece = tl.load(scratch + row[:, None] * K + inner[None, :], mask=(row < rows)[:, None], other=0.0)
+                block = tl.load(gram + inner[:, None] * K + column[None, :])
+                image += tl.dot(piece, block, input_precision="ieee")
+            tl.debug_barrier()
+            image = image * keep
+            curvature = tl.sum(d * image, 1)
+            alpha = tl.where(curvature > 0, energy / tl.where(curvature > 0, curvature, 1.0), 0.0)
+            x += alpha[:, None] * d
+            r -= alpha[:, None] * image
+            new = tl.sum(r * r, 1)
+            d = r + tl.where(energy > 0, new / tl.where(energy > 0, energy, 1.0), 0.0)[:, None] * d
+            energy = new
+        tl.store(solution + place, x, mask=inside)
+
+
+def tile_kernel(gram: Tensor, rhs: Tensor, mask: Tensor, steps: int) -> Tensor:
+    """Run the whole iteration, a fixed number of steps, within one kernel; nothing is checked."""
+    scale = gram.diagonal().rsqrt()
+    scaled = (gram * scale[:, None] * scale).contiguous()
+    solution, scratch = torch.empty_like(rhs), torch.empty_like(rhs)
+    rows, width = rhs.shape
+    grid = (triton.cdiv(rows, 32),)
+    _tile_kernel[grid](
+        scaled, (rhs * scale).contiguous(), mask.to(rhs.dtype), solution, scratch, rows, steps,
+        K=width, BR=32, BK=32, num_warps=4,
+    )  # fmt: skip
+    return solution * scale
+
+
+def exact(gram: Tensor, rhs: Tensor, mask: Tensor) -> Tensor:
+    """Solve in float64."""
+    return padded_cholesky(gram.double(), rhs.double(), mask)
+
+
+CASES = {
+    "many tokens, damping 0.01": {"tokens": 4, "damping": 0.01, "duplicates": 0.0},
+    "few tokens, damping 0.01": {"tokens": 0.1, "damping": 0.01, "duplicates": 0.0},
+    "few tokens, damping 1e-6": {"tokens": 0.1, "damping": 1e-6, "duplicates": 0.0},
+    "near-duplicates, damping 1e-6": {"tokens": 4, "damping": 1e-6, "duplicates": 1e-3},
+}
+
+
+def measure(rows: int, size: int, device: str, repeats: int) -> list[dict[str, Any]]:
+    """Solve the first block of each kind of layer by every candidate."""
+    results = []
+    for name, case in CASES.items():
+        columns = 4 * size
+        weight, hessian = synthetic_layer(
+            rows, columns, tokens=int(columns * case["tokens"]), device=device, duplicates=case["duplicates"]
+        )
+        root = factorize(hessian, case["damping"]).upper[:size, :size]
+        gram, rhs = root.T @ root, weight[:, :size].contiguous()
+        scores = rhs.abs() * hessian.diagonal()[:size].sqrt()
+        mask = scores < scores.median()
+        reference = exact(root.double().T @ root.double(), rhs, mask)
+        solver = RowSolver()
+        candidates: dict[str, Callable[[], Tensor]] = {
+            "masked iteration": lambda s=solver, g=gram, w=rhs, m=mask, r=root: s.solve(g, w, m, r),
+            "padded Cholesky": lambda g=gram, w=rhs, m=mask: padded_cholesky(g, w, m),
+            "grouped Cholesky": lambda g=gram, w=rhs, m=mask: grouped_cholesky(g, w, m),
+        }
+        solver.solve(gram, rhs, mask, root)
+        steps = min(solver.steps, MAX_STEPS)
+        if triton is not None and device != "cpu" and size <= 128:
+            candidates["one kernel"] = lambda g=gram, w=rhs, m=mask, n=steps: tile_kernel(g, w, m, n)
+        for candidate, solve in candidates.items():
+            error = (solve().double() - reference).norm() / reference.norm()
+            solver.direct = 0
+            seconds = median_seconds(solve, repeats=repeats, device=device)
+            results.append(
+                {
+                    "case": name,
+                    "candidate": candidate,
+                    "rows": rows,
+                    "block_size": size,
+                    "seconds": seconds,
+                    "error": error.item(),
+                    "condition": torch.linalg.cond(gram.double()).item(),
+                    "steps": solver.steps,
+                    "rows_solved_directly": solver.direct // (repeats + 1) if candidate == "masked iteration" else None,
+                }
+            )
+    return results
+
+
+def main() -> None:
+    """Measure, and write what was found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rows", type=int, nargs="+", default=[2048])
+    parser.add_argument("--block-size", type=int, nargs="+", default=[128])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=Path, required=True)
+    arguments = parser.parse_args()
+    results = []
+    with torch.inference_mode(), full_float32():
+        for rows in arguments.rows:
+            for size in arguments.block_size:
+                results += measure(rows, size, arguments.device, arguments.repeats)
+    arguments.json.write_text(json.dumps({"machine": machine(arguments.device), "results": results}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""``thanos bench layer``: seconds a layer for our solvers and for reference implementations, beside error and floor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thanos.bench import costs
+from thanos.bench.measure import machine, median_seconds, peak_bytes, synthetic_layer
+from thanos.bench.references import Solver, load_reference
+from thanos.errors import RecipeError
+from thanos.recipe import LayerRecipe
+from thanos.solvers import prune_weight
+from thanos.solvers.factor import InputStatistics
+from thanos.solvers.precision import full_float32
+
+_RATE_SIZE = {"cpu": 1024, "cuda": 8192}
+"""Width of the square product, and of the copied matrix, that measure a device's rates."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSettings:
+    """What to measure: every method with every pattern and block size, at every shape.
+
+    Attributes:
+        shapes: (rows, columns).
+        methods: names of solvers.
+        patterns: as in a recipe.
+        block_sizes: columns handled together; None for the method's default.
+        tokens: that the Hessian is made from; None for four per column.
+        sparsity: of patterns that do not imply one.
+        damping: as in a recipe.
+        repeats: timed runs, of which the median counts.
+        device: where.
+        peers: reference implementations, name → folder.
+        seed: of the layer.
+    """
+
+    shapes: tuple[tuple[int, int], ...]
+    methods: tuple[str, ...] = ("thanos", "sparsegpt")
+    patterns: tuple[str, ...] = ("unstructured", "2:4")
+    block_sizes: tuple[int | None, ...] = (None,)
+    tokens: int | None = None
+    sparsity: float = 0.5
+    damping: float = 0.01
+    repeats: int = 5
+    device: str = "cpu"
+    peers: Mapping[str, Path] = field(default_factory=dict)
+    seed: int = 0
+
+    def recipes(self) -> Iterator[LayerRecipe]:
+        """Yield one recipe per method, pattern and block size."""
+        for method in self.methods:
+            for pattern in self.patterns:
+                for size in self.block_sizes:
+                    sparsity = None if ":" in pattern else self.sparsity
+                    yield LayerRecipe(
+                        method=method, pattern=pattern, sparsity=sparsity, block_size=size, damping=self.damping
+                    )
+
+
+@dataclass(frozen=True, slots=True)
+class LayerTime:
+    """One measurement.
+
+    Attributes:
+        implementation: ``thanos`` for this package, ``reference`` for a peer's.
+        method: of either.
+        pattern: as in a recipe.
+        rows: of the weight.
+        columns: of the weight.
+        block_size: that was used.
+        seconds: median, of everything from weight and Hessian to pruned weight; ours includes both errors and the mask.
+        floor_seconds: factorising this Hessian, measured in the same run; every compensating method needs it.
+        modelled_seconds: our cost model over the rates measured in the same run; None for references.
+        error: tr(Δ H Δᵀ) / tr(W H Wᵀ), measured in float64.
+        sparsity: share of zeros.
+        peak_bytes: device memory beyond weight and Hessian; on the CPU the process's peak.
+    """
+
+    implementation: str
+    method: str
+    pattern: str
+    rows: int
+    columns: int
+    block_size: int
+    seconds: float
+    floor_seconds: float
+    modelled_seconds: float | None
+    error: float
+    sparsity: float
+    peak_bytes: int
+
+
+def run(settings: LayerSettings) -> Iterator[LayerTime]:
+    """Measure; yields one result after the other.
+
+    Raises:
+        RecipeError: a setting is out of range, or a pattern does not fit a shape.
+        DataError: a peer's folder does not hold it.
+    """
+    if settings.repeats < 1:
+        raise RecipeError(f"--repeats must be at least 1; got {settings.repeats}")
+    recipes = list(settings.recipes())
+    references = {name: load_reference(name, folder) for name, folder in settings.peers.items()}
+    rates = device_rates(settings.device)
+    for rows, columns in settings.shapes:
+        tokens = settings.tokens or 4 * columns
+        weight, hessian = synthetic_layer(rows, columns, tokens=tokens, device=settings.device, seed=settings.seed)
+        case = _Case(weight, hessian, settings, _floor(hessian, settings))
+        for recipe in recipes:
+            parts = costs.solve(recipe.method, recipe.parsed_pattern, rows, columns, recipe.resolved_block_size)
+            modelled = sum(part.seconds(**rates) for part in parts.values())
+            yield case.measure("thanos", recipe, _prune, modelled)
+        for recipe in recipes:
+            if recipe.method in references:
+                yield case.measure("reference", recipe, references[recipe.method], None)
+
+
+def report(settings: LayerSettings, results: list[LayerTime]) -> dict[str, Any]:
+    """Return everything as plain values, for JSON."""
+    return {
+        "schema": 1,
+        "benchmark": "layer",
+        "machine": machine(settings.device),
+        "rates": device_rates(settings.device),
+        "settings": asdict(settings) | {"peers": sorted(settings.peers)},
+        "results": [asdict(result) for result in results],
+    }
+
+
+def device_rates(device: str) -> dict[str, float]:
+    """Measure float32 arithmetic (a square product) and memory traffic (a copy, read and written)."""
+    size = _RATE_SIZE[torch.device(device).type]
+    matrix = torch.randn(size, size, device=device)
+    target = torch.empty_like(matrix)
+    with full_float32():
+        product = median_seconds(lambda: torch.mm(matrix, matrix, out=target), repeats=5, device=device)
+    wide = matrix.repeat(8, 1)
+    into = torch.empty_like(wide)
+    copy = median_seconds(lambda: into.copy_(wide), repeats=5, device=device)
+    return {"flops_per_second": 2.0 * size**3 / product, "bytes_per_second": 2.0 * 4 * wide.numel() / copy}
+
+
+def relative_error(weight: Tensor, pruned: Tensor, hessian: Tensor) -> float:
+    """Return tr(Δ H Δᵀ) / tr(W H Wᵀ), in float64, independently of what a solver says about itself."""
+
+    def energy(matrix: Tensor) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64, device=matrix.device)
+        for rows in matrix.split(1024):
+            wide = rows.double()
+            for columns in range(0, hessian.shape[0], 2048):
+                image = wide @ hessian[:, columns : columns + 2048].double()
+                total += (image * wide[:, columns : columns + 2048]).sum()
+        return total
+
+    return (energy(pruned.to(weight.dtype) - weight) / energy(weight)).item()
+
+
+@dataclass(frozen=True, slots=True)
+class _Case:
+    """One layer, and the time that factorising its Hessian takes."""
+
+    weight: Tensor
+    hessian: Tensor
+    settings: LayerSettings
+    floor: float
+
+    def measure(self, implementation: str, recipe: LayerRecipe, solver: Solver, modelled: float | None) -> LayerTime:
+        def solve() -> Tensor:
+            return solver(self.weight, self.hessian, recipe)
+
+        pruned = solve()  # also the warm-up
+        error = relative_error(self.weight, pruned, self.hessian)
+        sparsity = (pruned == 0).sum().item() / pruned.numel()
+        del pruned
+        device, repeats = self.settings.device, self.settings.repeats
+        return LayerTime(
+            implementation=implementation,
+            method=recipe.method,
+            pattern=recipe.pattern,
+            rows=self.weight.shape[0],
+            columns=self.weight.shape[1],
+            block_size=recipe.resolved_block_size,
+            seconds=median_seconds(solve, repeats=repeats, device=device, warm_up=False),
+            floor_seconds=self.floor,
+            modelled_seconds=modelled,
+            error=error,
+            sparsity=sparsity,
+            peak_bytes=peak_bytes(solve, device),
+        )
+
+
+def _floor(hessian: Tensor, settings: LayerSettings) -> float:
+    def factorise() -> None:
+        InputStatistics(hessian).factor(settings.damping)
+
+    return median_seconds(factorise, repeats=settings.repeats, device=settings.device)
+
+
+def _prune(weight: Tensor, hessian: Tensor, recipe: LayerRecipe) -> Tensor:
+    return prune_weight(
+        weight,
+        hessian,
+        method=recipe.method,
+        pattern=recipe.pattern,
+        sparsity=recipe.sparsity,
+        block_size=recipe.block_size,
+        damping=recipe.damping,
+    ).weight

@@ -1,0 +1,117 @@
+"""Reference implementations to measure beside ours: their solver classes, from a folder the user gives, called unchanged."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import inspect
+import io
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from thanos.errors import DataError, RecipeError
+from thanos.patterns import NM, parse_pattern
+from thanos.recipe import LayerRecipe
+
+Solver = Callable[[Tensor, Tensor, LayerRecipe], Tensor]
+"""(weight, hessian, recipe) → pruned weight."""
+
+CLASSES = {"sparsegpt": "SparseGPT", "thanos": "Thanos"}
+"""The solver's class in each repository, in a file of the lower-case name at its root or under lib/."""
+
+_UNUSED = ("matplotlib", "matplotlib.pyplot", "sklearn", "sklearn.cluster")
+"""Imported by those files and not needed to solve a layer: replaced by empty modules where they are not installed."""
+
+_ROWS_AT_ONCE = 256
+"""Rows that the Thanos repository's own command solves together."""
+
+
+def load_reference(name: str, folder: Path) -> Solver:
+    """Return the solver of a reference repository.
+
+    Raises:
+        RecipeError: the name is unknown.
+        DataError: the folder does not hold that repository.
+    """
+    if name not in CLASSES:
+        raise RecipeError(f"--peer {name}: unknown; choose {' or '.join(CLASSES)}, as in --peer sparsegpt=DIR")
+    file = next((f for f in (folder / f"{name}.py", folder / "lib" / f"{name}.py") if f.is_file()), None)
+    if file is None:
+        raise DataError(f"--peer {name}={folder}: no {name}.py in it or in its lib/; give the repository's folder")
+    solver = getattr(_load(file, folder), CLASSES[name], None)
+    if solver is None:
+        raise DataError(f"--peer {name}: {file} has no class {CLASSES[name]}; is it the reference repository?")
+
+    def prune(weight: Tensor, hessian: Tensor, recipe: LayerRecipe) -> Tensor:
+        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=weight.device)
+        layer.weight.data = weight.clone()
+        with _quiet(weight.device):
+            _run(solver(layer), hessian, recipe)
+        return layer.weight.data
+
+    return prune
+
+
+def _load(file: Path, folder: Path) -> types.ModuleType:
+    spec = importlib.util.spec_from_file_location(f"reference_{file.stem}", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    stand_ins = {name: types.ModuleType(name) for name in _UNUSED if not _installed(name)}
+    if "sklearn.cluster" in stand_ins:
+        vars(stand_ins["sklearn.cluster"])["KMeans"] = None  # the one name taken from it
+    sys.path.insert(0, str(folder.resolve()))  # for the files beside it that it imports
+    try:
+        with mock.patch.dict(sys.modules, stand_ins):
+            spec.loader.exec_module(module)
+    except ImportError as error:
+        raise DataError(f"{file} cannot be imported: {error}") from error
+    finally:
+        sys.path.remove(str(folder.resolve()))
+    return module
+
+
+def _installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _run(solver: Any, hessian: Tensor, recipe: LayerRecipe) -> None:
+    """Hand over the statistics and call the solver's own method, whose arguments are named differently in each."""
+    solver.H, solver.nsamples = hessian.clone(), 1
+    squares = hessian.diagonal().clone()
+    solver.scaler_row, solver.X_squared_sum = squares, squares[:, None]
+    pattern = parse_pattern(recipe.pattern)
+    zeros, group = (pattern.m - pattern.n, pattern.m) if isinstance(pattern, NM) else (0, 0)  # both count zeros
+    method = solver.fasterprune if hasattr(solver, "fasterprune") else solver.snap
+    wanted = {
+        "prunen": zeros,
+        "prunem": group,
+        "prune_n": zeros,
+        "prune_m": group,
+        "blocksize": recipe.resolved_block_size,
+        "percdamp": recipe.damping,
+        "v_blocksize": _ROWS_AT_ONCE,
+        "perc_outliers": 0.0,
+    }
+    accepted = inspect.signature(method).parameters
+    method(recipe.resolved_sparsity, **{name: value for name, value in wanted.items() if name in accepted})
+
+
+@contextlib.contextmanager
+def _quiet(device: torch.device) -> Iterator[None]:
+    """Keep what they print off the terminal; on the CPU make their synchronisation of a GPU do nothing."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        if device.type == "cpu":
+            stack.enter_context(mock.patch.object(torch.cuda, "synchronize"))
+        yield

@@ -1,0 +1,110 @@
+"""``thanos bench layer``: how fast one layer is solved, how exactly, how far from the floor."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from thanos.errors import RecipeError
+
+
+def _option(text: str, metavar: str, *names: str) -> Any:
+    return typer.Option(*names, help=text, metavar=metavar, show_default=False)
+
+
+def layer(
+    shape: Annotated[
+        list[str] | None, _option("Rows x columns of a weight; may be repeated (default: 2048x2048).", "CxB")
+    ] = None,
+    method: Annotated[
+        list[str] | None, _option("A solver; may be repeated (default: thanos and sparsegpt).", "NAME")
+    ] = None,
+    pattern: Annotated[
+        list[str] | None, _option("A pattern; may be repeated (default: unstructured and 2:4).", "PATTERN", "--pattern")
+    ] = None,
+    block_size: Annotated[
+        list[int] | None,
+        _option("Columns handled together; may be repeated (default: the method's own).", "COLUMNS"),
+    ] = None,
+    sparsity: Annotated[
+        float, _option("Share of weights to remove where the pattern does not say (default 0.5).", "SHARE")
+    ] = 0.5,
+    damping: Annotated[
+        float, _option("Added to the Hessian's diagonal, as a share of its mean (default 0.01).", "SHARE")
+    ] = 0.01,
+    tokens: Annotated[
+        int | None, _option("Tokens that the Hessian is made from (default: four per column).", "N")
+    ] = None,
+    repeats: Annotated[int, _option("Timed runs, of which the median counts (default 5).", "N")] = 5,
+    seed: Annotated[int, _option("Seed of the layer (default 0).", "N")] = 0,
+    device: Annotated[
+        str, _option("auto, cpu, cuda or cuda:N (default auto: CUDA where there is any).", "DEVICE", "--device")
+    ] = "auto",
+    peer: Annotated[
+        list[str] | None,
+        _option(
+            "Measure a reference implementation too, sparsegpt=DIR or thanos=DIR, DIR its repository; may be repeated "
+            "(default: none).",
+            "NAME=DIR",
+        ),
+    ] = None,
+    json_file: Annotated[
+        Path | None, _option("Write the result as JSON, - for the standard output (default: none).", "FILE", "--json")
+    ] = None,
+) -> None:
+    """Time the solvers on one layer of random weights and realistic inputs, and show error and floor beside."""
+    shapes = tuple(parse_shape(text) for text in shape or ["2048x2048"])
+    peers = dict(parse_peer(text) for text in peer or [])
+    from thanos.bench.layer import LayerSettings, report, run
+    from thanos.cli import tables
+    from thanos.pretrained import choose_device
+
+    tables.check_writable(json_file)
+    settings = LayerSettings(
+        shapes=shapes,
+        methods=tuple(method or ("thanos", "sparsegpt")),
+        patterns=tuple(pattern or ("unstructured", "2:4")),
+        block_sizes=tuple(block_size or (None,)),
+        tokens=tokens,
+        sparsity=sparsity,
+        damping=damping,
+        repeats=repeats,
+        device=str(choose_device(device)),
+        peers=peers,
+        seed=seed,
+    )
+    results = list(run(settings))
+    if json_file is not None:
+        text = json.dumps(report(settings, results), indent=2) + "\n"
+        if str(json_file) == "-":
+            typer.echo(text, nl=False)
+            return
+        json_file.write_text(text, encoding="utf-8")
+    tables.show_layer_times(results)
+
+
+def parse_shape(text: str) -> tuple[int, int]:
+    """Read ``4096x14336`` as rows and columns.
+
+    Raises:
+        RecipeError: it is anything else.
+    """
+    rows, _, columns = text.lower().replace("×", "x").partition("x")
+    if not (rows.isdecimal() and columns.isdecimal() and int(rows) and int(columns)):
+        raise RecipeError(f"--shape {text!r} must be rows x columns, such as 4096x14336")
+    return int(rows), int(columns)
+
+
+def parse_peer(text: str) -> tuple[str, Path]:
+    """Read ``sparsegpt=DIR``.
+
+    Raises:
+        RecipeError: it is anything else.
+    """
+    name, equals, folder = text.partition("=")
+    if not (name and equals and folder):
+        raise RecipeError(f"--peer {text!r} must be NAME=DIR, such as sparsegpt=../sparsegpt")
+    return name, Path(folder)
