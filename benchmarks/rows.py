@@ -2,8 +2,9 @@
 
     python benchmarks/rows.py --device cuda --rows 4096 --block-size 128 --json rows.json
 
-The candidates: the masked iteration that the solvers use; batched Cholesky padded to the row that loses most; batched Cholesky
-of rows grouped by how many weights they lose; the whole iteration in one kernel, a tile of rows each (needs Triton). The
+The candidates: the masked iteration with a matrix product a step; what the solvers do, which on a GPU is the same iteration in
+one kernel up to 256 columns; batched Cholesky padded to the row that loses most; batched Cholesky of rows grouped by how many
+weights they lose. The
 Hessians: many tokens; few tokens; near-duplicate columns with a damping of 1e-6.
 """
 
@@ -14,20 +15,16 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from thanos.bench.measure import machine, median_seconds, synthetic_layer
+from thanos.solvers import kernels
 from thanos.solvers.factor import factorize
 from thanos.solvers.precision import full_float32
-from thanos.solvers.rows import MAX_STEPS, RowSolver
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
+from thanos.solvers.rows import RowSolver
 
 _GROUP = 256
 """Rows of a similar number of removed weights that are solved as one batch."""
@@ -61,54 +58,10 @@ def _cholesky(gram: Tensor, rhs: Tensor, mask: Tensor, groups: Any) -> Tensor:
     return solution
 
 
-if triton is not None:
-
-    @triton.jit
-    def _tile_kernel(
-        gram, rhs, support, solution, scratch, rows, steps, K: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr
-    ):
-        row = tl.program_id(0) * BR + tl.arange(0, BR)
-        column = tl.arange(0, K)
-        inside = (row < rows)[:, None] & (column < K)[None, :]
-        place = row[:, None] * K + column[None, :]
-        keep = tl.load(support + place, mask=inside, other=0.0)
-        r = tl.load(rhs + place, mask=inside, other=0.0) * keep
-        d = r
-        x = tl.zeros((BR, K), tl.float32)
-        energy = tl.sum(r * r, 1)
-        for _ in range(steps):
-            tl.store(scratch + place, d, mask=inside)
-            tl.debug_barrier()
-            image = tl.zeros((BR, K), tl.float32)
-            for k in range(0, K, BK):
-                inner = k + tl.arange(0, BK)
-                piece = tl.load(scratch + row[:, None] * K + inner[None, :], mask=(row < rows)[:, None], other=0.0)
-                block = tl.load(gram + inner[:, None] * K + column[None, :])
-                image += tl.dot(piece, block, input_precision="ieee")
-            tl.debug_barrier()
-            image = image * keep
-            curvature = tl.sum(d * image, 1)
-            alpha = tl.where(curvature > 0, energy / tl.where(curvature > 0, curvature, 1.0), 0.0)
-            x += alpha[:, None] * d
-            r -= alpha[:, None] * image
-            new = tl.sum(r * r, 1)
-            d = r + tl.where(energy > 0, new / tl.where(energy > 0, energy, 1.0), 0.0)[:, None] * d
-            energy = new
-        tl.store(solution + place, x, mask=inside)
-
-
-def tile_kernel(gram: Tensor, rhs: Tensor, mask: Tensor, steps: int) -> Tensor:
-    """Run the whole iteration, a fixed number of steps, within one kernel; nothing is checked."""
-    scale = gram.diagonal().rsqrt()
-    scaled = (gram * scale[:, None] * scale).contiguous()
-    solution, scratch = torch.empty_like(rhs), torch.empty_like(rhs)
-    rows, width = rhs.shape
-    grid = (triton.cdiv(rows, 32),)
-    _tile_kernel[grid](
-        scaled, (rhs * scale).contiguous(), mask.to(rhs.dtype), solution, scratch, rows, steps,
-        K=width, BR=32, BK=32, num_warps=4,
-    )  # fmt: skip
-    return solution * scale
+def _stepwise(solver: RowSolver, gram: Tensor, rhs: Tensor, mask: Tensor, root: Tensor) -> Tensor:
+    """Run the masked iteration with one matrix product a step at every width."""
+    with mock.patch.object(kernels, "WIDEST_SYSTEM", 0):
+        return solver.solve(gram, rhs, mask, root)
 
 
 def exact(gram: Tensor, rhs: Tensor, mask: Tensor) -> Tensor:
@@ -137,19 +90,16 @@ def measure(rows: int, size: int, device: str, repeats: int) -> list[dict[str, A
         scores = rhs.abs() * hessian.diagonal()[:size].sqrt()
         mask = scores < scores.median()
         reference = exact(root.double().T @ root.double(), rhs, mask)
-        solver = RowSolver()
+        solver, stepwise = RowSolver(), RowSolver()
         candidates: dict[str, Callable[[], Tensor]] = {
-            "masked iteration": lambda s=solver, g=gram, w=rhs, m=mask, r=root: s.solve(g, w, m, r),
+            "a product a step": lambda s=stepwise, g=gram, w=rhs, m=mask, r=root: _stepwise(s, g, w, m, r),
+            "as the solvers do": lambda s=solver, g=gram, w=rhs, m=mask, r=root: s.solve(g, w, m, r),
             "padded Cholesky": lambda g=gram, w=rhs, m=mask: padded_cholesky(g, w, m),
             "grouped Cholesky": lambda g=gram, w=rhs, m=mask: grouped_cholesky(g, w, m),
         }
-        solver.solve(gram, rhs, mask, root)
-        steps = min(solver.steps, MAX_STEPS)
-        if triton is not None and device != "cpu" and size <= 128:
-            candidates["one kernel"] = lambda g=gram, w=rhs, m=mask, n=steps: tile_kernel(g, w, m, n)
         for candidate, solve in candidates.items():
             error = (solve().double() - reference).norm() / reference.norm()
-            solver.direct = 0
+            solver.direct = stepwise.direct = 0
             seconds = median_seconds(solve, repeats=repeats, device=device)
             results.append(
                 {
@@ -160,8 +110,8 @@ def measure(rows: int, size: int, device: str, repeats: int) -> list[dict[str, A
                     "seconds": seconds,
                     "error": error.item(),
                     "condition": torch.linalg.cond(gram.double()).item(),
-                    "steps": solver.steps,
-                    "rows_solved_directly": solver.direct // (repeats + 1) if candidate == "masked iteration" else None,
+                    "steps": stepwise.steps,
+                    "rows_solved_directly": max(solver.direct, stepwise.direct) // (repeats + 1),
                 }
             )
     return results

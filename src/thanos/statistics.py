@@ -62,6 +62,27 @@ def add_gram(hessian: Tensor, rows: Tensor) -> None:
             hessian.addmm_(rows.T, rows)
 
 
+def plan_passes(layers: Sequence[LinearLayer], budget: int) -> list[list[LinearLayer]]:
+    """Divide the layers of a block into runs whose Hessians fit into ``budget`` bytes together.
+
+    What reads one input stays together, since layers of one module are never divided; a single module may exceed the
+    budget. Layers of one module and shape, such as an expert's gate and up, are taken to share their input.
+    """
+    modules: dict[str, list[LinearLayer]] = {}
+    for layer in layers:
+        modules.setdefault(layer.name.rpartition(".")[0], []).append(layer)
+    passes: list[list[LinearLayer]] = [[]]
+    filled = 0
+    for members in modules.values():
+        needed = sum(4 * columns**2 for _, columns in {layer.shape for layer in members})
+        if passes[-1] and filled + needed > budget:
+            passes.append([])
+            filled = 0
+        passes[-1] += members
+        filled += needed
+    return passes
+
+
 @contextmanager
 def gather(layers: Sequence[LinearLayer]) -> Iterator[list[InputGroup]]:
     """While open, accumulate the inputs of ``layers``; the list holds one group per distinct input, in calling order.

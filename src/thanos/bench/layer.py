@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from thanos.bench import costs
-from thanos.bench.measure import machine, median_seconds, peak_bytes, synthetic_layer
+from thanos.bench.measure import machine, median_seconds, synthetic_layer, with_peak
 from thanos.bench.references import Solver, load_reference
 from thanos.errors import RecipeError
 from thanos.recipe import LayerRecipe
@@ -175,7 +175,7 @@ class _Case:
         def solve() -> Tensor:
             return solver(self.weight, self.hessian, recipe)
 
-        pruned = solve()  # also the warm-up
+        pruned, peak = with_peak(solve, self.settings.device)  # also the warm-up
         error = relative_error(self.weight, pruned, self.hessian)
         sparsity = (pruned == 0).sum().item() / pruned.numel()
         del pruned
@@ -192,7 +192,7 @@ class _Case:
             modelled_seconds=modelled,
             error=error,
             sparsity=sparsity,
-            peak_bytes=peak_bytes(solve, device),
+            peak_bytes=peak,
         )
 
 

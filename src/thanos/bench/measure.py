@@ -10,13 +10,15 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from thanos._version import __version__
 from thanos.memory import host_peak_bytes, reset_host_peak
+
+T = TypeVar("T")
 
 _TOKENS_AT_ONCE = 4096
 
@@ -57,31 +59,35 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize(device)
 
 
+_ENOUGH_SECONDS = 5.0
+"""Work that has taken so long is not repeated further: its noise is small beside it."""
+
+
 def median_seconds(work: Callable[[], Any], *, repeats: int, device: str, warm_up: bool = True) -> float:
-    """Return the median of ``repeats`` synchronised runs, after one that is not counted."""
-    seconds = []
-    for index in range(-1 if warm_up else 0, repeats):
+    """Return the median of ``repeats`` synchronised runs, fewer if they take long, after one that is not counted."""
+    if warm_up:
+        work()
+    seconds: list[float] = []
+    while len(seconds) < repeats and sum(seconds) < _ENOUGH_SECONDS:
         synchronize(device)
         began = time.perf_counter()
         work()
         synchronize(device)
-        if index >= 0:
-            seconds.append(time.perf_counter() - began)
+        seconds.append(time.perf_counter() - began)
     return statistics.median(seconds)
 
 
-def peak_bytes(work: Callable[[], Any], device: str) -> int:
-    """Return the peak of device memory while ``work`` runs, beyond what was there before; on the CPU of the whole process."""
+def with_peak(work: Callable[[], T], device: str) -> tuple[T, int]:
+    """Return the result and the peak of device memory beyond what was there before; on the CPU that of the whole process."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-        work()
+        result = work()
         torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
+        return result, torch.cuda.max_memory_allocated(device) - before
     reset_host_peak()
-    work()
-    return host_peak_bytes()
+    return work(), host_peak_bytes()
 
 
 def synthetic_layer(
