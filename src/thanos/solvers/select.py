@@ -205,7 +205,7 @@ def kth_key(keys: Tensor, count: int | Tensor, peers: Peers) -> tuple[Tensor, Te
         histogram = peers.sum_(histogram)[:-1]
         below = histogram.cumsum(0)
         chosen = torch.searchsorted(below, missing)
-        missing = missing - (below[chosen] - histogram[chosen])
+        missing = missing - (below.take(chosen) - histogram.take(chosen))  # indexing would ask the device
         prefix = chosen - (1 << (_DIGIT - 1)) if shift == bits - _DIGIT else (prefix << _DIGIT) + chosen
     lowest = torch.iinfo(keys.dtype).min
     return torch.where(nothing, lowest, prefix).to(keys.dtype), torch.where(nothing, 0, missing)
