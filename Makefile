@@ -41,7 +41,10 @@ lint: $(VENV)/.installed ## Format check, lint, types
 	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/pyright
 
-check: lint test ## What CI runs
+bench-guard: $(VENV)/.installed ## Fail if a solver has become half as slow again, beside a plain baseline in the same run
+	$(BIN)/python benchmarks/guard.py
+
+check: lint test bench-guard ## What CI runs
 
 lock: ## Update constraints.txt to the newest versions that pyproject.toml allows
 	$(PYTHON) -m venv $(VENV)-lock
