@@ -242,7 +242,9 @@ if triton is not None:
             tl.debug_barrier()
             image = tl.where(support, image, 0.0)
             curvature = tl.sum(d * image, 1)
-            alpha = tl.where(curvature > 0, energy / tl.where(curvature > 0, curvature, 1.0), 0.0)
+            # A row that is done stays as it is, so that its result does not depend on the rows beside it.
+            active = (curvature > 0) & (energy > limit)
+            alpha = tl.where(active, energy / tl.where(active, curvature, 1.0), 0.0)
             x += alpha[:, None] * d
             r -= alpha[:, None] * image
             new = tl.sum(r * r, 1)
