@@ -324,9 +324,9 @@ def lines_of(run: subprocess.CompletedProcess[str]) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("size", "dies"), [(2, 1), (4, 0)])
-def test_a_process_that_dies_ends_all_with_one_line(
-    size: int, dies: int, alone: dict[str, tuple[Path, Path, PruningReport]], text: Path, tmp_path: Path
+@pytest.mark.parametrize(("size", "dies", "then"), [(2, 1, 1), (4, 0, 2)])
+def test_a_process_that_dies_ends_all_with_one_line_and_another_number_goes_on(
+    size: int, dies: int, then: int, alone: dict[str, tuple[Path, Path, PruningReport]], text: Path, tmp_path: Path
 ) -> None:
     script = tmp_path / "dies.py"
     script.write_text(_DIES)
@@ -335,7 +335,29 @@ def test_a_process_that_dies_ends_all_with_one_line(
     assert run.returncode != 0
     (line,) = lines_of(run)
     assert "another process" in line or "another of its processes" in line
+    assert "--resume" in line
     assert not out.exists()
+    assert len((tmp_path / ".out.partial/journal.jsonl").read_text().splitlines()) == 1  # the first block is not lost
+
+    dense, one, report = alone["llama"]
+    again = ["prune", dense, out, *flags(text), "--resume"]
+    if then == 1:
+        run = subprocess.run(
+            [sys.executable, "-m", "thanos", *map(str, again)], capture_output=True, text=True, check=False
+        )
+    else:
+        run = torchrun(then, ["-m", "thanos"], again)
+    assert run.returncode == 0, run.stderr
+    found = PruningReport.from_dict(json.loads((out / "pruning.json").read_text()))
+    assert [layer.name for layer in found.layers] == [layer.name for layer in report.layers]
+    assert any(f"processes {size} → {then}" in line for line in found.warnings)
+    expected, written = load_file(one / "model.safetensors"), load_file(out / "model.safetensors")
+    for name, weight in expected.items():
+        assert int(((weight == 0) != (written[name] == 0)).sum()) <= 2, name
+    perplexities = [
+        thanos.evaluate(folder, text=str(text), sequence_length=64, device="cpu").perplexity for folder in (one, out)
+    ]
+    assert perplexities[1] == pytest.approx(perplexities[0], rel=1e-3)
 
 
 @pytest.mark.slow

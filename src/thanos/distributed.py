@@ -279,7 +279,9 @@ class SharedWriter:
 
     def read(self, name: str) -> Tensor:
         """Return a tensor that was written, to every process."""
-        return self._world.from_first(lambda: self._from_disk(name))
+        sent, tensor = self._world.from_first(lambda: (name, self._from_disk(name)))
+        assert sent == name, f"this process reads {name}, rank 0 {sent}"
+        return tensor
 
     def _from_disk(self, name: str) -> Tensor:
         assert self._writer is not None

@@ -73,7 +73,7 @@ def _open_streamed(source: ModelSource, dtype: str) -> OpenedModel | None:
     for stored_as in (renamed, {key: key for key in checkpoint.tensors}):
         match = match_parameters(set(parameters), set(stored_as), prefix)
         if match is not None:
-            key_of = {name: stored_as[key] for name, key in match.items()}
+            key_of = {name: stored_as[match[name]] for name in parameters}  # in the model's order, in every process
             _check_tensors(source, parameters, checkpoint, key_of)
             return OpenedModel(source, skeleton, checkpoint, key_of, [])
     missing = [name for name in parameters if name not in renamed]
