@@ -164,3 +164,13 @@ def test_16_bit_products_need_no_second_matrix():
     torch.cuda.reset_peak_memory_stats()
     add_gram(hessian, rows)
     assert torch.cuda.max_memory_allocated() - before < hessian.numel()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "columns"])
+@pytest.mark.parametrize("method", ["thanos", "sparsegpt", "wanda"])
+def test_a_device_that_is_not_the_current_one_gives_the_same(method, pattern):
+    weight, inputs = torch.randn(64, 256), torch.randn(1024, 256)
+    results = [prune_weight(weight.to(d), (inputs.T @ inputs).to(d), method=method, pattern=pattern) for d in (0, 1)]
+    assert torch.equal(results[0].weight.cpu(), results[1].weight.cpu())
+    assert torch.cuda.current_device() == 0

@@ -234,25 +234,26 @@ def test_a_worker_that_is_killed_costs_one_cell(tmp_path: Path, data: Path) -> N
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_a_killed_study_continues_where_it_stopped(tmp_path: Path, data: Path, how: signal.Signals) -> None:
     out = tmp_path / "out"
-    path = write(tmp_path, GRID + 'method = "magnitude"\nsparsity = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]\n')
+    shares = [each / 20 for each in range(1, 17)]  # enough that some are left when the signal comes
+    path = write(tmp_path, GRID + f'method = "magnitude"\nsparsity = {shares}\n')
     arguments = [sys.executable, "-m", "thanos", "study", str(path), str(out), "--data", str(data), "--devices", "cpu"]
     with subprocess.Popen(arguments, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
         assert process.stderr is not None
         for line in process.stderr:
-            if line.startswith("[") and "3 of 9" in line:
+            if line.startswith("[") and "3 of 17" in line:
                 process.send_signal(how)
                 break
         process.stderr.read()
     assert process.returncode == (130 if how == signal.SIGINT else -9)
     finished = len(read_store(out).done)
-    assert 3 <= finished < 9
+    assert 3 <= finished < 17
     deadline = time.monotonic() + 60
     while any(out.glob("scratch/*")) and time.monotonic() < deadline:
         time.sleep(0.2)  # an orphan ends within moments of its parent
         if how == signal.SIGKILL:
             break
     result, _ = go(path, data, out)
-    assert (result.ran, result.count("done")) == (9 - finished, 9)
+    assert (result.ran, result.count("done")) == (17 - finished, 17)
     assert not (out / "scratch").exists()
 
 

@@ -4,55 +4,52 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from thanos.cli.options import option
 from thanos.errors import RecipeError
-
-
-def _option(text: str, metavar: str, *names: str) -> Any:
-    return typer.Option(*names, help=text, metavar=metavar, show_default=False)
 
 
 def layer(
     shape: Annotated[
-        list[str] | None, _option("Rows x columns of a weight; may be repeated (default: 2048x2048).", "CxB")
+        list[str] | None, option("Rows x columns of a weight; may be repeated (default: 2048x2048).", "CxB")
     ] = None,
     method: Annotated[
-        list[str] | None, _option("A solver; may be repeated (default: thanos and sparsegpt).", "NAME")
+        list[str] | None, option("A solver; may be repeated (default: thanos and sparsegpt).", "NAME")
     ] = None,
     pattern: Annotated[
-        list[str] | None, _option("A pattern; may be repeated (default: unstructured and 2:4).", "PATTERN", "--pattern")
+        list[str] | None, option("A pattern; may be repeated (default: unstructured and 2:4).", "PATTERN", "--pattern")
     ] = None,
     block_size: Annotated[
         list[int] | None,
-        _option("Columns handled together; may be repeated (default: the method's own).", "COLUMNS"),
+        option("Columns handled together; may be repeated (default: the method's own).", "COLUMNS"),
     ] = None,
     sparsity: Annotated[
-        float, _option("Share of weights to remove where the pattern does not say (default 0.5).", "SHARE")
+        float, option("Share of weights to remove where the pattern does not say (default 0.5).", "SHARE")
     ] = 0.5,
     damping: Annotated[
-        float, _option("Added to the Hessian's diagonal, as a share of its mean (default 0.01).", "SHARE")
+        float, option("Added to the Hessian's diagonal, as a share of its mean (default 0.01).", "SHARE")
     ] = 0.01,
     tokens: Annotated[
-        int | None, _option("Tokens that the Hessian is made from (default: four per column).", "N")
+        int | None, option("Tokens that the Hessian is made from (default: four per column).", "N")
     ] = None,
-    repeats: Annotated[int, _option("Timed runs, of which the median counts (default 5).", "N")] = 5,
-    seed: Annotated[int, _option("Seed of the layer (default 0).", "N")] = 0,
+    repeats: Annotated[int, option("Timed runs, of which the median counts (default 5).", "N")] = 5,
+    seed: Annotated[int, option("Seed of the layer (default 0).", "N")] = 0,
     device: Annotated[
-        str, _option("auto, cpu, cuda or cuda:N (default auto: CUDA where there is any).", "DEVICE", "--device")
+        str, option("auto, cpu, cuda or cuda:N (default auto: CUDA where there is any).", "DEVICE", "--device")
     ] = "auto",
     peer: Annotated[
         list[str] | None,
-        _option(
+        option(
             "Measure a reference implementation too, sparsegpt=DIR or thanos=DIR, DIR its repository; may be repeated "
             "(default: none).",
             "NAME=DIR",
         ),
     ] = None,
     json_file: Annotated[
-        Path | None, _option("Write the result as JSON, - for the standard output (default: none).", "FILE", "--json")
+        Path | None, option("Write the result as JSON, - for the standard output (default: none).", "FILE", "--json")
     ] = None,
 ) -> None:
     """Time the solvers on one layer of random weights and realistic inputs, and show error and floor beside."""

@@ -5,51 +5,48 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from thanos.cli.options import option
 from thanos.errors import RecipeError
 from thanos.recipe import Recipe
 
 
-def _option(text: str, metavar: str, *names: str) -> Any:
-    return typer.Option(*names, help=text, metavar=metavar, show_default=False)
-
-
 def model(
     shape: Annotated[
-        str, _option("A known model's sizes, such as llama-3-8b; the next options change them (default).", "NAME")
+        str, option("A known model's sizes, such as llama-3-8b; the next options change them (default).", "NAME")
     ] = "llama-3-8b",
-    hidden: Annotated[int | None, _option("Width of the hidden states.", "N")] = None,
-    intermediate: Annotated[int | None, _option("Width inside the MLP.", "N")] = None,
-    heads: Annotated[int | None, _option("Attention heads.", "N")] = None,
-    kv_heads: Annotated[int | None, _option("Heads of keys and values.", "N")] = None,
-    vocabulary: Annotated[int | None, _option("Tokens of the vocabulary.", "N")] = None,
-    whole: Annotated[int | None, _option("Blocks of the whole model.", "N", "--model-blocks")] = None,
+    hidden: Annotated[int | None, option("Width of the hidden states.", "N")] = None,
+    intermediate: Annotated[int | None, option("Width inside the MLP.", "N")] = None,
+    heads: Annotated[int | None, option("Attention heads.", "N")] = None,
+    kv_heads: Annotated[int | None, option("Heads of keys and values.", "N")] = None,
+    vocabulary: Annotated[int | None, option("Tokens of the vocabulary.", "N")] = None,
+    whole: Annotated[int | None, option("Blocks of the whole model.", "N", "--model-blocks")] = None,
     blocks: Annotated[
-        int | None, _option("Measure only the first N blocks, the rest is reckoned (default: all).", "N")
+        int | None, option("Measure only the first N blocks, the rest is reckoned (default: all).", "N")
     ] = None,
-    method: Annotated[str, _option("thanos, sparsegpt, wanda or magnitude (default thanos).", "NAME")] = "thanos",
+    method: Annotated[str, option("thanos, sparsegpt, wanda or magnitude (default thanos).", "NAME")] = "thanos",
     pattern: Annotated[
-        str, _option("unstructured, columns, or N:M (default unstructured).", "PATTERN")
+        str, option("unstructured, columns, or N:M (default unstructured).", "PATTERN", "--pattern")
     ] = "unstructured",
-    sparsity: Annotated[float | None, _option("Share of weights to remove (default 0.5; from N:M).", "SHARE")] = None,
-    block_size: Annotated[int | None, _option("Columns handled together (default: the method's).", "COLUMNS")] = None,
-    samples: Annotated[int, _option("Number of calibration sequences (default 128).", "N")] = 128,
-    sequence_length: Annotated[int, _option("Tokens per sequence (default 2048).", "TOKENS")] = 2048,
+    sparsity: Annotated[float | None, option("Share of weights to remove (default 0.5; from N:M).", "SHARE")] = None,
+    block_size: Annotated[int | None, option("Columns handled together (default: the method's).", "COLUMNS")] = None,
+    samples: Annotated[int, option("Number of calibration sequences (default 128).", "N")] = 128,
+    sequence_length: Annotated[int, option("Tokens per sequence (default 2048).", "TOKENS")] = 2048,
     device: Annotated[
-        str, _option("auto, cpu, cuda or cuda:N (default auto: CUDA where there is any).", "DEVICE")
+        str, option("auto, cpu, cuda or cuda:N (default auto: CUDA where there is any).", "DEVICE", "--device")
     ] = "auto",
     activations: Annotated[
-        str, _option("Where hidden states are kept: auto, device, host or disk (default auto).", "PLACE")
+        str, option("Where hidden states are kept: auto, device, host or disk (default auto).", "PLACE")
     ] = "auto",
     out: Annotated[
         Path | None,
-        _option("Write the result in this folder, and remove it (default: it ends in host memory).", "DIR"),
+        option("Write the result in this folder, and remove it (default: it ends in host memory).", "DIR"),
     ] = None,
     json_file: Annotated[
-        Path | None, _option("Write the result as JSON, - for the standard output (default: none).", "FILE", "--json")
+        Path | None, option("Write the result as JSON, - for the standard output (default: none).", "FILE", "--json")
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress (default: show it).")] = False,
 ) -> None:

@@ -14,8 +14,10 @@ another device, the twin runs. The only kernel that multiplies matrices asks for
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from importlib import import_module
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +27,9 @@ try:
     tl: Any = import_module("triton.language")
 except ImportError:  # CPU builds of torch come without it
     triton = tl = None
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 BITS = 11
 """A histogram's digit: 32 bits in three rounds (11 + 11 + 10), and bins that fit a block's registers."""
@@ -41,6 +46,17 @@ _ROWS = 32
 def usable(tensor: Tensor) -> bool:
     """Whether the kernels can work on this tensor."""
     return triton is not None and tensor.is_cuda and tensor.dtype == torch.float32
+
+
+def _where_it_lies(launch: Callable[P, T]) -> Callable[P, T]:
+    """Launch on the device of the first argument: Triton launches on the current one, whatever it is handed."""
+
+    @wraps(launch)
+    def there(*args: P.args, **kwargs: P.kwargs) -> T:
+        with torch.cuda.device_of(args[0]):
+            return launch(*args, **kwargs)
+
+    return there
 
 
 if triton is not None:
@@ -325,6 +341,7 @@ if triton is not None:
             tl.store(removed + wide * removed_stride + column[None, :], gone.to(tl.int8), mask=inside)
 
 
+@_where_it_lies
 def score_histogram(
     weight: Tensor,
     norms: Tensor | None,
@@ -355,6 +372,7 @@ def score_histogram(
     )  # fmt: skip
 
 
+@_where_it_lies
 def tie_counts(
     weight: Tensor, norms: Tensor | None, zeros: Tensor | None, histograms: Tensor, wanted: Tensor, window: Tensor
 ) -> Tensor:
@@ -369,6 +387,7 @@ def tie_counts(
     return ties
 
 
+@_where_it_lies
 def block_mask(
     weight: Tensor,
     norms: Tensor | None,
@@ -398,6 +417,7 @@ WIDEST_SYSTEM = 256
 """Columns that :func:`conjugate_gradients` takes: a tile of rows, four matrices of it, stays in registers."""
 
 
+@_where_it_lies
 def conjugate_gradients(
     gram: Tensor, scale: Tensor, norm: Tensor, rhs: Tensor, mask: Tensor, tolerance: float, backward: float, steps: int
 ) -> tuple[Tensor, Tensor]:
@@ -417,6 +437,7 @@ def conjugate_gradients(
     return solution, failed
 
 
+@_where_it_lies
 def gradient_step(
     direction: Tensor, image: Tensor, mask: Tensor, solution: Tensor, residual: Tensor, energy: Tensor
 ) -> None:
@@ -437,6 +458,7 @@ WIDEST_STEP = 8192
 """Columns that :func:`gradient_step` takes."""
 
 
+@_where_it_lies
 def eliminate(
     weight: Tensor, removed: Tensor, zeros: Tensor, upper: Tensor, dead: Tensor, errors: Tensor, n: int, m: int
 ) -> None:
