@@ -26,7 +26,7 @@ OPTIONS = {
     "prune": {
         "--method", "--pattern", "--sparsity", "--outlier-rows", "--keep-budget", "--block-size", "--damping", "--calibration",
         "--samples", "--sequence-length", "--seed", "--device", "--dtype", "--targets", "--skip", "--recipe", "--overwrite",
-        "--resume", "--activations", "--trust-remote-code", "--quiet", "--help",
+        "--resume", "--activations", "--plan", "--json", "--trust-remote-code", "--quiet", "--help",
     },
     "eval": {
         "--text", "--sequence-length", "--max-windows", "--dense", "--tasks", "--task-folder",

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from thanos.harness import zero_shot as zero_shot
     from thanos.inspection import Inspection as Inspection
     from thanos.inspection import inspect_checkpoint as inspect_checkpoint
+    from thanos.planning import Plan as Plan
+    from thanos.planning import plan as plan
     from thanos.pruning import prune as prune
     from thanos.recipe import LayerRecipe as LayerRecipe
     from thanos.recipe import Override as Override
@@ -32,12 +34,14 @@ _EXPORTS = {
     "LayerRecipe": "recipe",
     "Override": "recipe",
     "PAPER_TASKS": "harness",
+    "Plan": "planning",
     "PrunedWeight": "solvers",
     "PruningReport": "report",
     "Recipe": "recipe",
     "ZeroShot": "harness",
     "evaluate": "evaluation",
     "inspect_checkpoint": "inspection",
+    "plan": "planning",
     "prune": "pruning",
     "prune_weight": "solvers",
     "read_store": "study.store",

@@ -113,10 +113,7 @@ def build_calibration(
     Raises:
         DataError: too little text, or a sequence longer than the model's positions.
     """
-    if context_length is not None and sequence_length > context_length:
-        raise DataError(
-            f"sequence_length {sequence_length} is beyond the model's {context_length} positions; lower --sequence-length"
-        )
+    check_positions(sequence_length, context_length)
     tell = on_event or (lambda event: None)
     if source == "self":
         if model is None:
@@ -139,6 +136,18 @@ def build_calibration(
         ids, used = _pack((documents[i] for i in order), tokenizer, needed, end_of_text_id)
     _check_length(source, len(ids), samples, sequence_length)
     return Calibration(torch.tensor(ids).view(samples, sequence_length), source, "packed", seed, used)
+
+
+def check_positions(sequence_length: int, context_length: int | None) -> None:
+    """Refuse windows beyond the positions that a model knows.
+
+    Raises:
+        DataError: they are.
+    """
+    if context_length is not None and sequence_length > context_length:
+        raise DataError(
+            f"sequence_length {sequence_length} is beyond the model's {context_length} positions; lower --sequence-length"
+        )
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

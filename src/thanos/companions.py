@@ -7,6 +7,7 @@ from pathlib import Path
 
 from thanos.events import LOG_NAME
 from thanos.opening import OpenedModel
+from thanos.pretrained import ModelSource
 
 _NOT_COPIED = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ckpt")
 """Weights in any format: the output has its own."""
@@ -26,10 +27,22 @@ def copy_companions(opened: OpenedModel, folder: Path) -> None:
         if generation is not None:
             generation.save_pretrained(folder)
         return
+    for path in companion_files(source):
+        target = folder / path.relative_to(source.folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+
+
+def companion_files(source: ModelSource) -> list[Path]:
+    """Return the files that :func:`copy_companions` copies; none for a GGUF file, whose companions are made."""
+    if source.gguf is not None:
+        return []
+    found = []
     for path in sorted(source.folder.iterdir()):
         if path.name in _OURS or path.name.startswith("."):
             continue
         if path.is_file() and not path.name.endswith(_NOT_COPIED):
-            shutil.copyfile(path, folder / path.name)
+            found.append(path)
         elif path.is_dir() and path.name == "additional_chat_templates":
-            shutil.copytree(path, folder / path.name)
+            found += sorted(file for file in path.rglob("*") if file.is_file())
+    return found

@@ -28,11 +28,16 @@ from thanos.shards import CheckpointWriter
 from thanos.solvers import prune_layer
 from thanos.solvers.factor import InputStatistics
 from thanos.statistics import InputGroup, check_finite, empty_group, gather, plan_passes
-from thanos.structure import LinearLayer
+from thanos.structure import LinearLayer, block_names, outer_names
 from thanos.weights import ModelWeights
 
 _STATISTICS_BYTES = {"cpu": 4 << 30, "cuda": 16 << 30}
 """Hessians held at once. A block of many experts needs more, and is run once for each part of them instead."""
+
+
+def statistics_budget(device: torch.device) -> int:
+    """Return the bytes of Hessians that are held at once."""
+    return _STATISTICS_BYTES.get(device.type, _STATISTICS_BYTES["cpu"])
 
 
 @dataclass(slots=True)
@@ -121,7 +126,7 @@ class Engine:
         layers = [layer for layer in self.layers if layer.block == index]
         self._load(index)
         if layers:
-            parts = plan_passes(layers, _STATISTICS_BYTES.get(self.device.type, 4 << 30))
+            parts = plan_passes(layers, statistics_budget(self.device))
             # Every pass must see the block as it was, so what the first ones prune is put in place after the last.
             self._held = {} if len(parts) > 1 else None
             for part in parts:
@@ -298,14 +303,10 @@ class Engine:
         return [layer for layer in self.layers if layer.block is None]
 
     def _block_names(self, index: int) -> list[str]:
-        return [name for name in self.weights.names if name.startswith(f"{self.blocks_name}.{index}.")]
+        return block_names(self.weights.names, self.blocks_name, index)
 
     def _outer_names(self, *, head: bool = True) -> list[str]:
-        """Names outside the blocks; without ``head``, those of an output embedding of its own are left out too."""
-        find = None if head else getattr(self.model, "get_output_embeddings", None)
-        apart = find() if callable(find) else None
-        inside = [f"{name}." for name, module in self.model.named_modules() if module is apart]
-        return [name for name in self.weights.names if not name.startswith((f"{self.blocks_name}.", *inside))]
+        return outer_names(self.model, self.weights.names, self.blocks_name, head=head)
 
     def _write(self, key: str, result: Tensor) -> None:
         self.writer.write(key, result.cpu())

@@ -69,6 +69,11 @@ class Passes:
         """Where the hidden states are kept."""
         return "" if self._states is None else self._states.place
 
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the hidden states of all sequences."""
+        return 0 if self._states is None else self._states.nbytes
+
     def record(self) -> None:
         """Run what comes before the first block, for every sequence; keep that block's inputs and all arguments."""
         for index in range(len(self._ids)):
@@ -164,6 +169,25 @@ class Passes:
         torch.cuda.empty_cache()
         return f"out of memory on the device: the activations move to the {place}"
 
+    def batches_that_fit(self, index: int) -> int:
+        """Measure what one sequence takes on its way through the block; return how many fit beside the Hessians."""
+        columns = [module.in_features for module in self._blocks[index].modules() if isinstance(module, nn.Linear)]
+        hessians = 4 * (
+            sum(size**2 for size in columns) + max(columns, default=0) ** 2
+        )  # a product, before it is added
+        hidden = self._example(self._activations)
+        torch.cuda.synchronize(self._device)
+        before = torch.cuda.memory_allocated(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
+        try:
+            self._calls.run(index, hidden, 0)
+        except torch.OutOfMemoryError as error:
+            self.batch = 1
+            self.halve(error)
+        torch.cuda.synchronize(self._device)
+        taken = torch.cuda.max_memory_allocated(self._device) - before + 2 * hidden.nbytes
+        return int(_BATCH_SHARE * (free_device_bytes(self._device) - hessians) / taken)
+
     def close(self) -> None:
         """Let the hidden states go."""
         if self._states is not None:
@@ -185,30 +209,15 @@ class Passes:
 
     def _batch_size(self, index: int) -> int:
         if self.batch is None:
-            samples, length = self._ids.shape
-            self.batch = min(samples, max(1, BATCH_TOKENS.get(self._device.type, BATCH_TOKENS["cpu"]) // length))
+            self.batch = most_sequences(*self.shape, self._device)
             if self._device.type == "cuda":
-                self.batch = max(1, min(self.batch, self._batches_that_fit(index)))
+                self.batch = max(1, min(self.batch, self.batches_that_fit(index)))
         return self.batch
 
-    def _batches_that_fit(self, index: int) -> int:
-        """Measure what one sequence takes on its way through the block; return how many fit beside the Hessians."""
-        columns = [module.in_features for module in self._blocks[index].modules() if isinstance(module, nn.Linear)]
-        hessians = 4 * (
-            sum(size**2 for size in columns) + max(columns, default=0) ** 2
-        )  # a product, before it is added
-        hidden = self._example(self._activations)
-        torch.cuda.synchronize(self._device)
-        before = torch.cuda.memory_allocated(self._device)
-        torch.cuda.reset_peak_memory_stats(self._device)
-        try:
-            self._calls.run(index, hidden, 0)
-        except torch.OutOfMemoryError as error:
-            self.batch = 1
-            self.halve(error)
-        torch.cuda.synchronize(self._device)
-        taken = torch.cuda.max_memory_allocated(self._device) - before + 2 * hidden.nbytes
-        return int(_BATCH_SHARE * (free_device_bytes(self._device) - hessians) / taken)
+
+def most_sequences(samples: int, length: int, device: torch.device) -> int:
+    """Return the sequences of a forward pass where memory does not limit them."""
+    return min(samples, max(1, BATCH_TOKENS.get(device.type, BATCH_TOKENS["cpu"]) // length))
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from thanos import card
 from thanos._version import __version__
@@ -48,12 +49,12 @@ from thanos.work import WorkFolder, check_output
 
 Watcher = Callable[[Event], None]
 
-_LOG_BYTES_PER_LAYER = 4096
+LOG_BYTES_PER_LAYER = 4096
 """Room on the disk for the journal, the event log and the report."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Plan:
+class Prepared:
     """An opened model, and what is to be done to it."""
 
     opened: OpenedModel
@@ -125,7 +126,7 @@ def prune(
             raise UserError(f"OUT {out} is complete: there is nothing to resume; --overwrite starts over")
         check_output(out, model=local, overwrite=overwrite or (resume and work.published))
 
-    with _resource_errors(recipe), join(device) as world:
+    with resource_errors(recipe), join(device) as world:
         if recipe.samples < world.size:
             raise RecipeError(
                 f"{world.size} processes cannot share {recipe.samples} calibration sequences; raise --samples"
@@ -150,7 +151,7 @@ def _assist(model: str | Path, job: _Job) -> PruningReport:
         return published
     with job.meter.phase("load"):
         source = resolve_model(model, trust_remote_code=recipe.trust_remote_code)
-        plan = _plan(source, recipe, lambda event: None, survey=False)
+        plan = prepare(source, recipe, lambda event: None, survey=False)
         world.check_equal(_facts(recipe, plan.opened))
     calibration: Calibration = world.from_first(_nothing)
     parent = job.work.out.parent
@@ -181,14 +182,22 @@ def _facts(recipe: Recipe, opened: OpenedModel) -> dict[str, Any]:
     }
 
 
-def _choose(job: _Job) -> None:
-    """Refuse to decide for the user what becomes of an interrupted run."""
-    work = job.work
-    if work.finished and not (job.resume or job.overwrite):
+def check_interrupted(work: WorkFolder, *, resume: bool, overwrite: bool) -> None:
+    """Refuse to decide for the user what becomes of an interrupted run.
+
+    Raises:
+        UserError: there is one, and neither is asked for.
+    """
+    if work.finished and not (resume or overwrite):
         raise UserError(
             f"an interrupted run of OUT {work.out.name} finished {work.finished} of {work.run['blocks']} blocks; --resume "
             "goes on with it, --overwrite starts over"
         )
+
+
+def _choose(job: _Job) -> None:
+    work = job.work
+    check_interrupted(work, resume=job.resume, overwrite=job.overwrite)
     if job.resume and not work.finished and not work.published:
         job.tell(Event(kind="note", phase="load", message="there is nothing to resume: starting from the beginning"))
 
@@ -209,14 +218,14 @@ def _prune(model: str | Path, job: _Job, given: Calibration | None) -> PruningRe
         if published is not None:
             work.remove()
             return published
-        plan = _plan(source, recipe, tell)
+        plan = prepare(source, recipe, tell)
         job.world.check_equal(_facts(recipe, plan.opened))
     with job.meter.phase("calibration"):
-        calibration = _calibrate(plan.opened, recipe, job.device, tell, given)
+        calibration = calibrate(plan.opened, recipe, job.device, tell, given)
         job.world.from_first(lambda: calibration)
     run |= {"calibration": calibration.to_dict(), "blocks": len(find_blocks(plan.opened.skeleton)[1])}
     notes = check_same_run(before, run) if before else []
-    with _kept(work), _resource_errors(recipe):
+    with _kept(work), resource_errors(recipe):
         if before:
             work.take_up({shard.name for shard in plan.opened.checkpoint.shards})
         else:
@@ -247,7 +256,13 @@ def _kept(work: WorkFolder) -> Iterator[None]:
         raise
 
 
-def _plan(source: ModelSource, recipe: Recipe, watch: Watcher, *, survey: bool = True) -> _Plan:
+def prepare(source: ModelSource, recipe: Recipe, watch: Watcher, *, survey: bool = True) -> Prepared:
+    """Open a model and work out what a recipe does to it; ``survey`` also reads every tensor that stays.
+
+    Raises:
+        ModelError, RecipeError: the recipe does not fit the model.
+        NumericsError: a tensor that stays holds NaN or infinity.
+    """
     opened = open_model(source, recipe.dtype)
     for note in opened.notes:
         watch(Event(kind="note", phase="load", message=note))
@@ -263,7 +278,7 @@ def _plan(source: ModelSource, recipe: Recipe, watch: Watcher, *, survey: bool =
             Budget.plan(*layer.shape, settings)
         except RecipeError as error:
             raise RecipeError(f"{layer.name}: {error}") from error
-    return _Plan(opened, chosen, *(_survey(opened, chosen, left_dense) if survey else ([], 0)))
+    return Prepared(opened, chosen, *(_survey(opened, chosen, left_dense) if survey else ([], 0)))
 
 
 def _survey(
@@ -277,20 +292,31 @@ def _survey(
         if key in pruned:
             continue
         name = named.get(key, key)
-        for part in opened.checkpoint.pieces(key):
-            if part.is_floating_point() and not bool(torch.isfinite(part).all()):
-                raise NumericsError(
-                    f"{name} holds NaN or infinity; the checkpoint is damaged: download or save it again"
-                )
-            zeros += int((part == 0).sum())
+        zeros += sum(count_zeros(name, part) for part in opened.checkpoint.pieces(key))
         reason = left_dense.get(name.removesuffix(".weight"), "not a linear layer's weight")
         dense.append(DenseRecord(name=name, parameters=info.numel, reason=reason))
     return dense, zeros
 
 
-def _calibrate(
+def count_zeros(name: str, part: Tensor) -> int:
+    """Return the zeros of a part of a tensor.
+
+    Raises:
+        NumericsError: it holds NaN or infinity.
+    """
+    if part.is_floating_point() and not bool(torch.isfinite(part).all()):
+        raise NumericsError(f"{name} holds NaN or infinity; the checkpoint is damaged: download or save it again")
+    return int((part == 0).sum())
+
+
+def calibrate(
     opened: OpenedModel, recipe: Recipe, device: torch.device, watch: Watcher, given: Calibration | None
 ) -> Calibration:
+    """Make the windows, or check those that are given.
+
+    Raises:
+        DataError: the text does not suffice, or the windows are not the recipe's.
+    """
     watch(Event(kind="phase", phase="calibration"))
     if given is not None:
         given.check_made_by(recipe)
@@ -328,10 +354,10 @@ def make_calibration(source: ModelSource, recipe: Recipe, device: torch.device, 
     )
 
 
-def _run(plan: _Plan, job: _Job, calibration: Calibration, notes: list[str]) -> PruningReport:
+def _run(plan: Prepared, job: _Job, calibration: Calibration, notes: list[str]) -> PruningReport:
     """Fill the work folder's model."""
     opened, folder, world, meter = plan.opened, job.work.model, job.world, job.meter
-    writer = CheckpointWriter(opened.checkpoint, folder, besides=_LOG_BYTES_PER_LAYER * len(plan.layers))
+    writer = CheckpointWriter(opened.checkpoint, folder, besides=LOG_BYTES_PER_LAYER * len(plan.layers))
     ledger = Ledger(job.work.journal, writer, meter)
     if job.work.finished:
         ledger.verify(job.tell)
@@ -351,7 +377,7 @@ def _run(plan: _Plan, job: _Job, calibration: Calibration, notes: list[str]) -> 
 
 
 def _engine(
-    plan: _Plan,
+    plan: Prepared,
     job: _Job,
     calibration: Calibration,
     folder: Path,
@@ -381,7 +407,7 @@ def _engine(
 
 
 def _report(
-    plan: _Plan,
+    plan: Prepared,
     engine: Engine,
     calibration: Calibration,
     recipe: Recipe,
@@ -425,7 +451,7 @@ def _report(
 
 
 @contextmanager
-def _resource_errors(recipe: Recipe) -> Iterator[None]:
+def resource_errors(recipe: Recipe) -> Iterator[None]:
     """Turn exhausted memory and disk into errors that say which setting to lower."""
     lower = f"lower --samples (now {recipe.samples}) or --sequence-length (now {recipe.sequence_length})"
     try:

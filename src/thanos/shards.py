@@ -38,12 +38,9 @@ class CheckpointWriter:
         self.written: set[str] = set()
         self._unsynced = {shard.name for shard in checkpoint.shards}
         needed = besides + sum(max(0, shard.size - _allocated(folder / shard.name)) for shard in checkpoint.shards)
-        free = shutil.disk_usage(folder).free
-        if needed > free:
-            raise ResourceError(
-                f"disk full: the output needs {needed / 1e9:.2f} GB and {folder.parent} has {free / 1e9:.2f} GB free; "
-                "free some space, or write OUT to another disk"
-            )
+        shortage = disk_shortage(needed, shutil.disk_usage(folder).free, folder.parent)
+        if shortage:
+            raise ResourceError(shortage)
         for shard in checkpoint.shards:
             descriptor = os.open(folder / shard.name, os.O_RDWR | os.O_CREAT, 0o644)
             try:
@@ -113,6 +110,16 @@ class CheckpointWriter:
                 _write_at(write.fileno(), memoryview(chunk), offset)
                 offset += len(chunk)
         self.written.add(name)
+
+
+def disk_shortage(needed: int, free: int, folder: Path) -> str:
+    """Return the line that says that a disk has too little room; empty if it has enough."""
+    if needed <= free:
+        return ""
+    return (
+        f"disk full: the output needs {needed / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB free; "
+        "free some space, or write OUT to another disk"
+    )
 
 
 def reserve(descriptor: int, size: int) -> None:

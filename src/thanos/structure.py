@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Set
+from collections.abc import Iterable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -109,6 +109,19 @@ def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
             f"{type(model).__name__} has no list of decoder blocks with linear layers; it is not supported"
         )
     return best, list(model.get_submodule(best).children())
+
+
+def block_names(names: Iterable[str], blocks_name: str, index: int) -> list[str]:
+    """Return the parameters of one block."""
+    return [name for name in names if name.startswith(f"{blocks_name}.{index}.")]
+
+
+def outer_names(model: nn.Module, names: Iterable[str], blocks_name: str, *, head: bool = True) -> list[str]:
+    """Return the parameters outside the blocks; without ``head``, those of an output embedding of its own are left out too."""
+    find = None if head else getattr(model, "get_output_embeddings", None)
+    apart = find() if callable(find) else None
+    inside = [f"{name}." for name, module in model.named_modules() if module is apart]
+    return [name for name in names if not name.startswith((f"{blocks_name}.", *inside))]
 
 
 def _linear_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:

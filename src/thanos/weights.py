@@ -56,6 +56,10 @@ class ModelWeights:
         """Return the source's name of a parameter."""
         return self._key_of[parameter]
 
+    def parameter(self, name: str) -> Tensor:
+        """Return one parameter as the model holds it now: on the meta device where it is not brought in."""
+        return self._current(name)
+
     def stored(self, parameter: str) -> Tensor:
         """Return one parameter in the dtype in which it is stored, on the device; not to be modified."""
         if parameter in self._as_stored:  # no rounding on the way in: no need to read it again

@@ -111,6 +111,14 @@ def prune(
         bool,
         typer.Option("--resume", help="Go on with the interrupted run of this command (default: refuse to)."),
     ] = False,
+    plan: Annotated[
+        bool,
+        typer.Option("--plan", help="Only predict memory, disk and time, and what does not fit (default: prune)."),
+    ] = False,
+    json_file: Annotated[
+        Path | None,
+        option("With --plan, write it as JSON, - for the standard output (default: none).", "FILE", "--json"),
+    ] = None,
     trust_remote_code: Trust = False,
     quiet: Quiet = False,
 ) -> None:
@@ -134,11 +142,19 @@ def prune(
         "trust_remote_code": trust_remote_code or None,
     }
     chosen = merge_recipe(recipe, {name: value for name, value in given.items() if value is not None})
+    if (json_file is not None and not plan) or (plan and resume):
+        raise RecipeError("--json belongs to --plan, and a plan is of a whole run: leave out --resume, or --plan")
     from thanos.cli import display, ending, ranks, tables
 
     display.hush()
     import thanos
 
+    if plan:
+        tables.check_writable(json_file)
+        with display.watch(quiet=quiet) as watcher:
+            found = thanos.plan(model, out, chosen, overwrite=overwrite, activations=activations, on_event=watcher)
+        tables.show_plan(found, json_file)
+        return
     with ending.resumable(out), display.watch(quiet=quiet or not ranks.is_first()) as watcher:
         report = thanos.prune(
             model, out, chosen, overwrite=overwrite, resume=resume, activations=activations, on_event=watcher

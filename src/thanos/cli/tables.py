@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from thanos.evaluation import Evaluation
     from thanos.harness import ZeroShot
     from thanos.inspection import Inspection
+    from thanos.planning import Plan
     from thanos.report import PhaseRecord, PruningReport
     from thanos.study.report import Report
 
@@ -40,6 +41,28 @@ def show_report(report: PruningReport, out: Path) -> None:
     ]
     print_table(("", ""), rows)
     show_warnings(report)
+
+
+def show_plan(plan: Plan, json_file: Path | None) -> None:
+    """Print what a run would take, and on the standard error what of it is not there."""
+    rows = [
+        ("blocks, layers to prune", f"{plan.blocks}, {plan.layers}"),
+        ("hidden states", f"{plan.activations_bytes / 2**30:.2f} GiB, kept on: {plan.activations}"),
+        ("sequences in a batch", str(plan.batch)),
+        *phase_rows(plan.phases),
+        ("total", _cost(plan.seconds, plan.host_peak_bytes, plan.device_peak_bytes)),
+        ("disk", _room(plan.disk_bytes + plan.disk_besides_bytes, plan.disk_free_bytes)),
+        ("host memory beside the process", _room(plan.host_peak_bytes - plan.host_base_bytes, plan.host_free_bytes)),
+    ]
+    if plan.device_peak_bytes is not None and plan.device_free_bytes is not None:
+        rows.append(("device memory", _room(plan.device_peak_bytes, plan.device_free_bytes)))
+    _finish(rows, plan.to_dict(), json_file)
+    for line in plan.does_not_fit:
+        print(f"warning: {line}", file=sys.stderr)
+
+
+def _room(needed: int, free: int) -> str:
+    return f"{needed / 2**30:.2f} GiB of {free / 2**30:.2f} GiB free"
 
 
 def phase_rows(phases: dict[str, PhaseRecord]) -> list[tuple[str, str]]:
