@@ -1,8 +1,11 @@
-"""Hashes of what a result depends on: files, and a model's weights, config and tokenizer."""
+"""Hashes of what a result depends on: files, a model's weights, config and tokenizer, and the source tree."""
 
 from __future__ import annotations
 
 import hashlib
+import os
+import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 from thanos.pretrained import ModelSource
@@ -29,3 +32,19 @@ def model_sha256(source: ModelSource) -> str:
     for path in sorted({path for glob in _SHAPING for path in source.folder.glob(glob)}):
         digest.update(f"{path.name} {file_sha256(path)}\n".encode())
     return digest.hexdigest()
+
+
+def source_commit() -> str | None:
+    """Return the commit of the source tree that this package lies in, ``+changes`` where it was edited; None if unknown.
+
+    ``THANOS_COMMIT`` wins: a copy of a tree may lie in a repository of another history.
+    """
+    if stated := os.environ.get("THANOS_COMMIT"):
+        return stated
+    here = ["git", "-C", str(Path(__file__).parent)]
+    with suppress(OSError, subprocess.SubprocessError):
+        head = subprocess.run([*here, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        status = [*here, "status", "--porcelain", "--untracked-files=no"]
+        changed = subprocess.run(status, capture_output=True, text=True, check=True).stdout.strip()
+        return f"{head}+changes" if changed else head
+    return None

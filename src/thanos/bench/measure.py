@@ -6,16 +6,15 @@ import datetime
 import os
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from thanos._version import __version__
+from thanos.fingerprint import source_commit
 from thanos.memory import host_peak_bytes, reset_host_peak
 
 T = TypeVar("T")
@@ -34,23 +33,9 @@ def machine(device: str) -> dict[str, Any]:
         "memory_bytes": torch.cuda.get_device_properties(device).total_memory if cuda else pages,
         "platform": platform.platform(),
         "versions": {"thanos": __version__, "python": platform.python_version(), "torch": torch.__version__},
-        "commit": os.environ.get("THANOS_COMMIT") or _commit(),
+        "commit": source_commit(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
-
-
-def _commit() -> str | None:
-    try:
-        found = subprocess.run(
-            ["git", "rev-parse", "--short=12", "HEAD"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None  # installed without its history
-    return found.stdout.strip()
 
 
 def synchronize(device: str) -> None:

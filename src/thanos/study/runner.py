@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -14,7 +12,7 @@ from typing import Literal
 import torch
 
 from thanos.errors import RecipeError, ResourceError, StudyError, UserError
-from thanos.fingerprint import file_sha256, model_sha256
+from thanos.fingerprint import file_sha256, model_sha256, source_commit
 from thanos.lock import locked
 from thanos.pretrained import ModelSource, choose_device, load_model, resolve_model
 from thanos.study.grid import DENSE, FORMULA, Cell, Study, public_cell
@@ -199,7 +197,7 @@ def find_places(study: Study, beside: Path, out: Path, data: str | Path | None) 
         task_folder=find(task_folder) if task_folder else None,
         hashes=hashes,
         failures=failures,
-        commit=_commit(),
+        commit=source_commit(),
     )
 
 
@@ -224,14 +222,3 @@ def _save(source: ModelSource, folder: Path) -> None:
     load_model(source).save_pretrained(partial)
     source.tokenizer().save_pretrained(partial)
     partial.rename(folder)
-
-
-def _commit() -> str | None:
-    """Return the commit of the source tree that this package lies in, or what ``THANOS_COMMIT`` says."""
-    here = ["git", "-C", str(Path(__file__).parent)]
-    with suppress(OSError, subprocess.SubprocessError):
-        head = subprocess.run([*here, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        status = [*here, "status", "--porcelain", "--untracked-files=no"]
-        changed = subprocess.run(status, capture_output=True, text=True, check=True).stdout.strip()
-        return f"{head}+changes" if changed else head
-    return os.environ.get("THANOS_COMMIT")
