@@ -225,8 +225,10 @@ def _unit(dense: Tensor) -> float:
     return 1.0 if largest == 0 or 1 / _ORDINARY < largest < _ORDINARY else 2.0 ** (math.frexp(largest)[1] - 1)
 
 
-_SLAB = 1024
-"""Columns of the Hessian multiplied at once for an energy: wide enough for fast products, little memory beside the weight."""
+_SLAB = {"cpu": 512}
+_WIDE_SLAB = 1024
+"""Columns of the Hessian multiplied at once for an energy: as narrow as products are fast, since half of a slab's square is
+multiplied in vain; little memory beside the weight."""
 
 
 def _row_energies(delta: Tensor, inputs: InputStatistics | None) -> Tensor:
@@ -237,8 +239,9 @@ def _row_energies(delta: Tensor, inputs: InputStatistics | None) -> Tensor:
     if inputs is None or inputs.empty:
         return delta.square().sum(1, dtype=torch.float64)
     energy = torch.zeros(delta.shape[0], dtype=torch.float64, device=delta.device)
-    for start in range(0, delta.shape[1], _SLAB):
-        stop = min(start + _SLAB, delta.shape[1])
+    width = _SLAB.get(delta.device.type, _WIDE_SLAB)
+    for start in range(0, delta.shape[1], width):
+        stop = min(start + width, delta.shape[1])
         slab = delta[:, start:stop]
         image = slab @ inputs.matrix[start:stop, start:stop]
         image.addmm_(delta[:, stop:], inputs.matrix[stop:, start:stop], alpha=2)

@@ -27,6 +27,9 @@ _DIGIT = 16
 _SAMPLE = 1 << 14
 """Entries that bracket the k-th value on the CPU: the bracket then holds about one entry in twenty."""
 
+_IN_CACHE = 1 << 17
+"""Entries compared at once on the CPU, so that one comparison after the other finds them in the cache."""
+
 
 def smallest_mask(scores: Tensor, count: int | Tensor, peers: Peers = ALONE) -> Tensor:
     """Return a bool mask of the shape of ``scores`` with ``count`` True, at the smallest entries.
@@ -170,8 +173,12 @@ def kth_on_cpu(scores: Tensor, k: int) -> tuple[float, int, int]:
         sample = flat[:: flat.numel() // _SAMPLE | 1].sort().values
         middle, slack = (k - 1) * len(sample) // flat.numel(), 4 * int(len(sample) ** 0.5)
         low, high = sample[max(0, middle - slack)], sample[min(len(sample) - 1, middle + slack)]
-        under = int(torch.count_nonzero(flat < low))
-        inside = flat[(flat >= low) & (flat <= high)]
+        under, parts = 0, []
+        for some in flat.split(_IN_CACHE):
+            first = some < low
+            under += int(torch.count_nonzero(first))
+            parts.append(some[first.logical_not_().logical_and_(some <= high)])
+        inside = torch.cat(parts)
         if under < k <= under + inside.numel():  # else the sample misled: search everything
             candidates, below = inside, under
     value = torch.kthvalue(candidates, k - below).values
