@@ -17,10 +17,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from thanos.recipe import LayerRecipe
 from thanos.study.report.theme import MUTED, OTHERS, STYLES
 
 Result = dict[str, Any]
 Lines = dict[str, list[tuple[float, float]]]
+
+_REFERENCE: dict[bool, Any] = {True: ":", False: "-."}
+"""Dashes of a reference's lines: unstructured, and n:m."""
 
 
 def load(files: Iterable[Path]) -> tuple[list[Result], str]:
@@ -45,18 +49,15 @@ def label(result: Result) -> str:
     return f"{result['method']} {result['pattern']}{whose}"
 
 
-def usual_block(results: list[Result]) -> dict[str, int]:
-    """Return, for each line, the block size that was measured at most widths; the larger of two alike."""
-    counts: dict[str, list[int]] = defaultdict(list)
-    for result in results:
-        counts[label(result)].append(result["block_size"])
-    return {name: max(sorted(sizes, reverse=True), key=sizes.count) for name, sizes in counts.items()}
+def own_block(result: Result) -> int:
+    """Return the block size that the method takes when none is asked for."""
+    return LayerRecipe(method=result["method"], pattern=result["pattern"]).resolved_block_size
 
 
 def against_width(results: list[Result], value: Callable[[Result], float]) -> Lines:
-    """Return a line for each solver over the widths, at its usual block size; the median where there are several runs."""
-    usual = usual_block(results)
-    return _gather((label(r), r["columns"], value(r)) for r in results if r["block_size"] == usual[label(r)])
+    """Return a line for each solver over the widths, at its own block size; the median where there are several runs."""
+    own = (result for result in results if result["block_size"] == own_block(result))
+    return _gather((f"{label(r)}, B = {r['block_size']}", r["columns"], value(r)) for r in own)
 
 
 def against_block(results: list[Result], value: Callable[[Result], float]) -> Lines:
@@ -84,8 +85,10 @@ def draw(lines: Lines, title: str, x: str, y: str, about: str, *, linear: bool =
     axes = figure.subplots()
     for (name, line), other in zip(sorted(lines.items()), OTHERS * len(lines), strict=False):
         colour, marker = STYLES.get(name.split()[0], other)
-        dash = ":" if "reference" in name else "-" if "unstructured" in name else "--"
-        axes.plot(*zip(*line, strict=True), marker=marker, color=colour, linestyle=dash, label=name)
+        dash = (
+            ("-" if "unstructured" in name else "--") if "reference" not in name else _REFERENCE["unstructured" in name]
+        )
+        axes.plot(*zip(*line, strict=True), marker=marker, color=colour, linestyle=dash, label=name, markersize=4)
     ticks = sorted({point[0] for line in lines.values() for point in line})
     axes.set_xscale("log")
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -96,7 +99,7 @@ def draw(lines: Lines, title: str, x: str, y: str, about: str, *, linear: bool =
     axes.set(xlabel=x, ylabel=y)
     axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
     axes.grid(which="both" if not linear else "major", linewidth=0.3)
-    axes.legend(fontsize=8, frameon=False)
+    axes.legend(fontsize=8, frameon=False, handlelength=4)
     figure.supxlabel(about, fontsize=6, color=MUTED)
     return figure
 
