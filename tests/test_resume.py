@@ -362,6 +362,29 @@ def test_a_flipped_byte_in_a_finished_block_is_found_and_only_that_block_done_ag
     assert contents(tmp_path / "out") == whole
 
 
+def test_bytes_that_the_disk_garbled_unnoticed_are_found_and_done_again(
+    whole: Any, model: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checksum is that of what was to be written, not of what then stood in the file; nothing is read for it."""
+    write, read = CheckpointWriter.write, []
+
+    def garble(self: CheckpointWriter, name: str, tensor: torch.Tensor) -> None:
+        write(self, name, tensor)
+        if name == "model.layers.1.mlp.up_proj.weight":
+            info = self._checkpoint.tensors[name]
+            flip(tmp_path / ".out.partial/model" / info.shard, info.offset + 5)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointWriter, "write", garble)
+        patch.setattr(CheckpointWriter, "read", lambda _, name: read.append(name))
+        interrupted(model, tmp_path / "out", recipe(text_file), after=2)
+    assert read == []
+    solved = spy_on_solver(monkeypatch)
+    thanos.prune(model, tmp_path / "out", recipe(text_file), resume=True)
+    assert blocks_of(solved) == ["1", "3", "lm_head"]
+    assert contents(tmp_path / "out") == whole
+
+
 @pytest.mark.parametrize("kind", ["header", "missing", "short", "long"])
 def test_other_damage_to_a_shard_is_repaired(
     kind: str, whole: Any, left: Path, model: Path, text_file: Path, tmp_path: Path

@@ -161,7 +161,7 @@ class Ledger:
         """Make a block's tensors durable, then note that it is finished."""
         with self._meter.phase("write"):
             self._writer.flush()
-            tensors = {name: self._writer.checksum(name) for name in written}
+            tensors = {name: self._writer.take_checksum(name) for name in written}
         record = BlockRecord(
             block=block,
             layers=list(layers),

@@ -36,6 +36,7 @@ class CheckpointWriter:
     def __init__(self, checkpoint: Checkpoint, folder: Path, *, besides: int = 0) -> None:
         self._checkpoint, self._folder = checkpoint, folder
         self.written: set[str] = set()
+        self._checksums: dict[str, str] = {}
         self._unsynced = {shard.name for shard in checkpoint.shards}
         needed = besides + sum(max(0, shard.size - _allocated(folder / shard.name)) for shard in checkpoint.shards)
         shortage = disk_shortage(needed, shutil.disk_usage(folder).free, folder.parent)
@@ -59,6 +60,7 @@ class CheckpointWriter:
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         with (self._folder / info.shard).open("r+b", buffering=0) as file:
             _write_at(file.fileno(), memoryview(data.numpy().data), info.offset)
+        self._checksums[name] = _checksum(data)
         self._unsynced.add(info.shard)
         self.written.add(name)
 
@@ -69,8 +71,11 @@ class CheckpointWriter:
 
     def checksum(self, name: str) -> str:
         """Return the checksum of a tensor's bytes as they are in the file."""
-        data = self.read(name).reshape(-1).view(torch.uint8)
-        return hashlib.blake2b(data.numpy().data, digest_size=16).hexdigest()
+        return _checksum(self.read(name).reshape(-1).view(torch.uint8))
+
+    def take_checksum(self, name: str) -> str:
+        """Return, once, the checksum of what :meth:`write` was given: nothing is read again for it."""
+        return self._checksums.pop(name)
 
     def accept(self, name: str) -> None:
         """Count a tensor as written that an interrupted run wrote."""
@@ -131,6 +136,10 @@ def reserve(descriptor: int, size: int) -> None:
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
                 raise
+
+
+def _checksum(data: Tensor) -> str:
+    return hashlib.blake2b(data.numpy().data, digest_size=16).hexdigest()
 
 
 def _allocated(path: Path) -> int:
