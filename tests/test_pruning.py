@@ -21,6 +21,7 @@ import thanos
 from helpers import prose, save_tiny, windows
 from thanos import engine as engine_module
 from thanos.calibration import build_calibration
+from thanos.checkpoint import SafetensorsCheckpoint
 from thanos.errors import DataError, ModelError, NumericsError, RecipeError, ResourceError, UserError
 from thanos.pretrained import resolve_model
 from thanos.work import WorkFolder
@@ -764,6 +765,20 @@ def test_a_disk_without_room_is_noticed_before_the_work(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     break_solver(monkeypatch, AssertionError("work began"), after=0)
     refused(ResourceError, model, recipe(text_file), "disk full")
+    # Nor have all tensors been read, or calibration text been made, which takes long for a large model.
+    monkeypatch.setattr(SafetensorsCheckpoint, "pieces", lambda self, name: pytest.fail("tensors were read"))
+    monkeypatch.setattr("thanos.pruning.build_calibration", lambda *_, **__: pytest.fail("text was made"))
+    refused(ResourceError, model, recipe(text_file), "disk full")
+
+
+def test_a_work_folder_that_someone_deletes_during_the_run(model: Path, text_file: Path, tmp_path: Path) -> None:
+    def watch(event: thanos.Event) -> None:
+        if event.kind == "block" and event.block == 0:
+            shutil.rmtree(tmp_path / ".out.partial")
+
+    with pytest.raises(ResourceError, match=r"\.out\.partial was deleted during the run"):
+        thanos.prune(model, tmp_path / "out", recipe(text_file), on_event=watch)
+    assert list(tmp_path.iterdir()) == [model]
 
 
 ENDS = [KeyboardInterrupt(), SystemExit(1), RuntimeError("a bug"), OSError(errno.EIO, "bad"), MemoryError()]

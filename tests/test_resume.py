@@ -286,6 +286,19 @@ def test_another_model_is_refused_naming_the_file(what: str, text_file: Path, tm
     assert expected in refuses(left, model, recipe(text_file), resume=True)
 
 
+def test_a_model_of_many_other_shards_is_refused_in_a_line_of_bounded_length() -> None:
+    before, now = ({"model": {f"{i:03}.safetensors": {"sha256": f"{run}{i}"} for i in range(200)}} for run in "ab")
+    with pytest.raises(
+        UserError, match=r"000\..*; 001\..*; 197 more such differences; 199\.safetensors sha256 a199 → b199;"
+    ):
+        check_same_run(before, now)
+    now["model"] = {
+        name: before["model"][name] if name > "002.safetensors" else now["model"][name] for name in now["model"]
+    }
+    with pytest.raises(UserError, match=r"000\.safetensors .*; 001\.safetensors .*; 002\.safetensors [^;]*; give"):
+        check_same_run(before, now)
+
+
 @pytest.mark.parametrize("package", ["torch", "transformers", "thanos"])
 def test_another_version_is_refused(
     package: str, left: Path, model: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch

@@ -41,7 +41,7 @@ from thanos.pretrained import (
 from thanos.recipe import Recipe
 from thanos.report import DenseRecord, PruningReport, compute_totals
 from thanos.resume import Ledger, check_same_run, describe_run
-from thanos.shards import CheckpointWriter
+from thanos.shards import CheckpointWriter, check_room
 from thanos.solvers.base import Budget
 from thanos.structure import LinearLayer, find_blocks, linear_layers, select_layers
 from thanos.weights import ModelWeights
@@ -218,7 +218,7 @@ def _prune(model: str | Path, job: _Job, given: Calibration | None) -> PruningRe
         if published is not None:
             work.remove()
             return published
-        plan = prepare(source, recipe, tell)
+        plan = prepare(source, recipe, tell, folder=work.model)
         job.world.check_equal(_facts(recipe, plan.opened))
     with job.meter.phase("calibration"):
         calibration = calibrate(plan.opened, recipe, job.device, tell, given)
@@ -245,6 +245,8 @@ def _kept(work: WorkFolder) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
+        if isinstance(error, FileNotFoundError) and not work.path.exists():
+            raise ResourceError(f"{work.path} was deleted during the run, and with it what was finished") from error
         # NaN would be met again, however often the run is resumed.
         if isinstance(error, NumericsError) or not work.finished:
             with suppress(OSError):
@@ -256,12 +258,22 @@ def _kept(work: WorkFolder) -> Iterator[None]:
         raise
 
 
-def prepare(source: ModelSource, recipe: Recipe, watch: Watcher, *, survey: bool = True) -> Prepared:
+def prepare(
+    source: ModelSource, recipe: Recipe, watch: Watcher, *, survey: bool = True, folder: Path | None = None
+) -> Prepared:
     """Open a model and work out what a recipe does to it; ``survey`` also reads every tensor that stays.
+
+    Args:
+        source: the model.
+        recipe: what to do.
+        watch: is told about progress.
+        survey: whether to read them.
+        folder: of the output, whose disk is checked for room before anything is read; None to leave that out.
 
     Raises:
         ModelError, RecipeError: the recipe does not fit the model.
         NumericsError: a tensor that stays holds NaN or infinity.
+        ResourceError: the disk has too little room.
     """
     opened = open_model(source, recipe.dtype)
     for note in opened.notes:
@@ -278,6 +290,8 @@ def prepare(source: ModelSource, recipe: Recipe, watch: Watcher, *, survey: bool
             Budget.plan(*layer.shape, settings)
         except RecipeError as error:
             raise RecipeError(f"{layer.name}: {error}") from error
+    if folder is not None:  # now, not after reading all tensors and making the calibration text, which may take an hour
+        check_room(opened.checkpoint, folder, besides=LOG_BYTES_PER_LAYER * len(chosen))
     return Prepared(opened, chosen, *(_survey(opened, chosen, left_dense) if survey else ([], 0)))
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import shutil
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from thanos.checkpoint import INDEX_NAME, Checkpoint, LoadedCheckpoint, TensorInfo, read_tensor
 from thanos.errors import ResourceError
+from thanos.memory import free_disk_bytes
 
 _CHUNK = 8 << 20
 
@@ -38,10 +38,7 @@ class CheckpointWriter:
         self.written: set[str] = set()
         self._checksums: dict[str, str] = {}
         self._unsynced = {shard.name for shard in checkpoint.shards}
-        needed = besides + sum(max(0, shard.size - _allocated(folder / shard.name)) for shard in checkpoint.shards)
-        shortage = disk_shortage(needed, shutil.disk_usage(folder).free, folder.parent)
-        if shortage:
-            raise ResourceError(shortage)
+        check_room(checkpoint, folder, besides=besides)
         for shard in checkpoint.shards:
             descriptor = os.open(folder / shard.name, os.O_RDWR | os.O_CREAT, 0o644)
             try:
@@ -125,6 +122,23 @@ def disk_shortage(needed: int, free: int, folder: Path) -> str:
         f"disk full: the output needs {needed / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB free; "
         "free some space, or write OUT to another disk"
     )
+
+
+def check_room(checkpoint: Checkpoint, folder: Path, *, besides: int = 0) -> None:
+    """Refuse a disk without room for an output. Changes nothing.
+
+    Args:
+        checkpoint: whose layout the output has.
+        folder: of the output; it need not exist. Shards that it holds already need no more room.
+        besides: bytes that others will write to the same disk.
+
+    Raises:
+        ResourceError: says how much is needed and how much is free.
+    """
+    needed = besides + sum(max(0, shard.size - _allocated(folder / shard.name)) for shard in checkpoint.shards)
+    shortage = disk_shortage(needed, free_disk_bytes(folder), folder.parent)
+    if shortage:
+        raise ResourceError(shortage)
 
 
 def reserve(descriptor: int, size: int) -> None:
