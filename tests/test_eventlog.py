@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 import thanos
-from thanos.cli.display import PlainLines, Position, live_lines
+from thanos.cli.display import PlainLines, Position, live_lines, watch
 from thanos.eventlog import EventStream
 from thanos.events import Event, read_events
 
@@ -86,6 +87,32 @@ def test_the_live_display_tells_everything_that_was_promised() -> None:
         )
     )
     assert live_lines(position, 36.0)[0] == "block 2/4 solve · up_proj · error 0.25"
+
+
+class Terminal(io.StringIO):
+    """What a terminal was sent."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("width", [36, 80, 200])
+def test_on_a_narrow_terminal_no_figure_is_cut_off(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("TERM", "xterm")
+    memory = {"host_bytes": 2 << 30, "host_peak_bytes": 3 << 30, "device_bytes": 5 << 30, "device_peak_bytes": 7 << 30}
+    common = {"block": 1, "blocks": 126, "error": 0.0125, "seconds": 40_000.0, **memory}
+    stream = Terminal()
+    with watch(stream=stream) as show:
+        show(Event(kind="phase", phase="propagate", block=1, blocks=126))
+        show(Event(kind="block", phase="propagate", **common))
+    shown = " ".join(re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue()).split())
+    assert "block 2/126 propagate · error 0.0125" in shown
+    assert re.search(
+        r"11:06:40 elapsed, 1377:46:40 left · host 2.0 GiB, peak 3.0 GiB, device 5.0 GiB, peak 7.0 GiB", shown
+    )
+    assert "…" not in shown
+    assert ("━" in shown or "╌" in shown) == (width >= 200)
 
 
 def test_the_rest_is_reckoned_by_blocks_that_were_pruned_not_by_those_taken_over() -> None:

@@ -38,7 +38,7 @@ _PLAIN_SECONDS = 10.0
 _RATE_SECONDS = 0.2
 """Least seconds of a phase from which a rate is worth telling."""
 
-_BAR_CELLS = 24
+_BAR_CELLS, _LEAST_CELLS = 24, 8
 
 
 def hush() -> None:
@@ -173,12 +173,13 @@ class PlainLines:
         self._stream.flush()
 
 
-def live_lines(position: Position, now: float) -> tuple[str, str]:
+def live_lines(position: Position, now: float, width: int = 120) -> tuple[str, str]:
     """Return the two lines of the live display: where the run is, and what it takes.
 
     Args:
         position: what the events say.
         now: seconds since the run began.
+        width: of the terminal; the bar gives way where the figures need its place.
     """
     event = position.event
     if event is None:
@@ -192,11 +193,14 @@ def live_lines(position: Position, now: float) -> tuple[str, str]:
     error = "" if position.error is None else f"error {position.error:.4g}"
     head = " · ".join(part for part in (where, layer, counted, rate, error) if part)
     done = position.done
-    filled = round(_BAR_CELLS * (done or 0.0))
-    bar = f"{'━' * filled}{'╌' * (_BAR_CELLS - filled)}"
     left = position.remaining(now)
     times = f"{_clock(now)} elapsed" + ("" if left is None else f", {_clock(left)} left")
-    return head, f"{bar} {times} · {_memory(event)}"
+    figures = f"{times} · {_memory(event)}"
+    cells = min(_BAR_CELLS, width - len(figures) - 1)
+    if cells < _LEAST_CELLS:
+        return head, figures
+    filled = round(cells * (done or 0.0))
+    return head, f"{'━' * filled}{'╌' * (cells - filled)} {figures}"
 
 
 @contextmanager
@@ -205,14 +209,14 @@ def _live(stream: TextIO) -> Iterator[Callable[[Event], None]]:
     from rich.live import Live
     from rich.text import Text
 
-    position = Position()
+    position, console = Position(), Console(file=stream)
     last = [0.0, time.monotonic()]  # the last event's seconds, and the clock then: it ticks on between events
 
     def draw() -> Any:
-        lines = live_lines(position, last[0] + time.monotonic() - last[1])
-        return Group(*(Text(line, no_wrap=True, overflow="ellipsis") for line in lines))
+        # On a narrow terminal a line is wrapped: no figure is cut off.
+        return Group(*map(Text, live_lines(position, last[0] + time.monotonic() - last[1], console.width)))
 
-    with Live(get_renderable=draw, console=Console(file=stream), refresh_per_second=4, transient=True) as live:
+    with Live(get_renderable=draw, console=console, refresh_per_second=4, transient=True) as live:
 
         def show(event: Event) -> None:
             position(event)
