@@ -163,8 +163,7 @@ def phase_bytes(job: Job, trial: BlockTrial, batch: int) -> dict[str, int]:
     piece = min(PIECE_BYTES, max((info.nbytes for info in tensors.values()), default=0)) if on_host else 0
     untouched = max((tensors[key].nbytes for key in job.untouched()), default=0)
     written = max((work.rows * work.columns * work.itemsize for part in parts for work in part), default=0)
-    # A tensor that stays is looked through for NaN: a piece of it, its size, and what tells of each entry.
-    survey = int(3.5 * min(PIECE_BYTES, untouched)) if on_host else 0
+    survey = min(PIECE_BYTES, untouched) if on_host else 0  # tensors that stay are looked through for NaN
     return {
         "load": max(survey, two + 2 * piece),
         "calibration": job.outer_bytes(head=False) + piece + working // batch,
