@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO := .demo
 CONSTRAINTS := constraints.txt
 
-.PHONY: help install test lint check demo study-demo lock clean
+.PHONY: help install test lint bench-guard check demo study-demo lock clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
