@@ -16,7 +16,7 @@ from thanos.cli import run
 from thanos.cli.ending import EndedEarly
 
 _SIGNALLED = """
-import os, sys
+import atexit, os, signal
 from thanos import engine
 from thanos.cli import main
 solve = engine.Engine._solve
@@ -27,6 +27,7 @@ def signalled(self, layers, groups, index):
     yield from solve(self, layers, groups, index)
 
 engine.Engine._solve = signalled
+atexit.register(os.kill, os.getpid(), signal.SIGINT)  # an impatient person presses Ctrl-C once more
 main()
 """
 

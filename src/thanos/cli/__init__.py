@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,6 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     ranks.watch()
     code = run(sys.argv[1:] if arguments is None else list(arguments))
+    if code in (EXIT_INTERRUPTED, EXIT_TERMINATED):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is said and done: one more Ctrl-C has nothing left to end
     ranks.leave(code)
     sys.exit(code)
 
