@@ -12,7 +12,7 @@ from torch import Tensor
 
 from thanos.engine import statistics_budget
 from thanos.footprint import PIECE_BYTES, LayerWork, groups, hessian_bytes, largest_sum, solving_bytes
-from thanos.pruning import Prepared
+from thanos.preparing import Prepared
 from thanos.rates import Rates
 from thanos.recipe import Recipe
 from thanos.statistics import plan_passes

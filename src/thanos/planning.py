@@ -25,17 +25,9 @@ from thanos.footprint import PIECE_BYTES, LayerWork
 from thanos.forecast import Job, Pace, inner_name, phase_bytes, phase_seconds
 from thanos.memory import PhaseMeter, free_device_bytes, free_disk_bytes, free_host_bytes, host_bytes
 from thanos.passes import most_sequences
+from thanos.preparing import LOG_BYTES_PER_LAYER, Prepared, Watcher, calibrate, count_zeros, prepare, resource_errors
 from thanos.pretrained import choose_device, context_length, resolve_model
-from thanos.pruning import (
-    LOG_BYTES_PER_LAYER,
-    Prepared,
-    Watcher,
-    calibrate,
-    check_interrupted,
-    count_zeros,
-    prepare,
-    resource_errors,
-)
+from thanos.pruning import check_interrupted
 from thanos.rates import Rates, measure_rates
 from thanos.recipe import Recipe
 from thanos.report import PhaseRecord

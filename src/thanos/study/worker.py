@@ -29,8 +29,9 @@ from thanos.evaluation import Reference, cut_windows, evaluate
 from thanos.events import Event
 from thanos.inspection import inspect_checkpoint
 from thanos.memory import PhaseMeter
+from thanos.preparing import make_calibration
 from thanos.pretrained import choose_device, load_model, resolve_model
-from thanos.pruning import make_calibration, prune
+from thanos.pruning import prune
 from thanos.recipe import METHODS, Recipe
 from thanos.report import PhaseRecord
 from thanos.solvers import prune_weight
