@@ -35,6 +35,7 @@ class EventStream:
         self._watcher, self._meter, self._keeps_log = watcher or (lambda event: None), meter, keep_log
         self._began = time.perf_counter()
         self._descriptor: int | None = None
+        self._peak = 0
         self._waiting: list[str] = [_header()]
 
     def __call__(self, event: Event) -> None:
@@ -68,13 +69,15 @@ class EventStream:
             data = data[os.write(self._descriptor, data) :]
 
     def _memory(self) -> dict[str, int | None]:
-        now, peak = host_bytes(), host_peak_bytes()
+        now = host_bytes()
+        peak, device_peak = (host_peak_bytes(), None) if self._meter is None else self._meter.peaks()
+        # The kernel's two counters are read one after the other and lag a little: a peak is never below what was seen.
+        self._peak = max(self._peak, peak, now)
         if self._meter is None:
-            return {"host_bytes": now, "host_peak_bytes": peak}
-        peak, device_peak = self._meter.peaks()
+            return {"host_bytes": now, "host_peak_bytes": self._peak}
         return {
             "host_bytes": now,
-            "host_peak_bytes": peak,
+            "host_peak_bytes": self._peak,
             "device_bytes": self._meter.device_bytes(),
             "device_peak_bytes": device_peak,
         }
