@@ -10,10 +10,12 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, Protocol, TextIO
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol, TextIO, TypeVar
 
 from thanos.events import Event
+
+E = TypeVar("E")
 
 _LABELS = {
     "load": "load model",
@@ -65,14 +67,27 @@ class Watcher(Protocol):
 @contextmanager
 def watch(*, quiet: bool = False, stream: TextIO | None = None) -> Iterator[Callable[[Event], None]]:
     """Give a function that shows events on the standard error, until the block ends."""
+    with shown(_live, PlainLines, quiet=quiet, stream=stream) as show:
+        yield show
+
+
+@contextmanager
+def shown(
+    live: Callable[[TextIO], AbstractContextManager[Callable[[E], None]]],
+    plain: Callable[[TextIO], Callable[[E], None]],
+    *,
+    quiet: bool,
+    stream: TextIO | None,
+) -> Iterator[Callable[[E], None]]:
+    """Give what suits a stream (default: the standard error): a live display on a terminal, else plain lines; or nothing."""
     target = stream or sys.stderr
     if quiet:
         yield lambda event: None
     elif target.isatty():
-        with _live(target) as show:
+        with live(target) as show:
             yield show
     else:
-        yield PlainLines(target)
+        yield plain(target)
 
 
 class Position:

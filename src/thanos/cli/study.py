@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -87,14 +86,10 @@ def _show(found: StudyResult, out: Path) -> None:
 @contextmanager
 def watch(*, quiet: bool = False, stream: TextIO | None = None) -> Iterator[Callable[[StudyEvent], None]]:
     """Give a function that shows a study's events on the standard error, until the block ends."""
-    target = stream or sys.stderr
-    if quiet:
-        yield lambda event: None
-    elif target.isatty():
-        with _live(target) as show:
-            yield show
-    else:
-        yield PlainLines(target)
+    from thanos.cli import display
+
+    with display.shown(_live, PlainLines, quiet=quiet, stream=stream) as show:
+        yield show
 
 
 class PlainLines:
