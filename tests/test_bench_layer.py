@@ -196,3 +196,14 @@ def test_its_options_are_frozen_and_state_their_defaults(capsys):
 def test_mistakes_end_with_2(arguments, complaint, capsys):
     assert command(["bench", "layer", "--shape", "8x8", "--device", "cpu", *arguments]) == 2
     assert complaint in capsys.readouterr().err
+
+
+def test_libraries_that_a_reference_imports_stay_whole(repository):
+    code = "import json.tool, sys, xml.dom.minidom\n"  # stands for any library that nothing has imported yet
+    (repository / "sparsegpt.py").write_text(code + (repository / "sparsegpt.py").read_text())
+    sys.modules.pop("xml.dom.minidom", None)
+    load_reference("sparsegpt", repository)
+    loaded = sys.modules["xml.dom.minidom"]
+    load_reference("sparsegpt", repository)
+    assert sys.modules["xml.dom.minidom"] is loaded
+    assert "helper_beside_it" not in sys.modules

@@ -27,7 +27,7 @@ CLASSES = {"sparsegpt": "SparseGPT", "thanos": "Thanos"}
 """The solver's class in each repository, in a file of the lower-case name at its root or under lib/."""
 
 _UNUSED = ("matplotlib", "matplotlib.pyplot", "sklearn", "sklearn.cluster")
-"""Imported by those files and not needed to solve a layer: replaced by empty modules where they are not installed."""
+"""Imported by those files and not needed to solve a layer: empty modules stand in for them."""
 
 _ROWS_AT_ONCE = 256
 """Rows that the Thanos repository's own command solves together."""
@@ -64,25 +64,23 @@ def _load(file: Path, folder: Path) -> types.ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    stand_ins = {name: types.ModuleType(name) for name in _UNUSED if not _installed(name)}
+    stand_ins = {name: types.ModuleType(name) for name in _UNUSED if name not in sys.modules}
     if "sklearn.cluster" in stand_ins:
         vars(stand_ins["sklearn.cluster"])["KMeans"] = None  # the one name taken from it
-    sys.path.insert(0, str(folder.resolve()))  # for the files beside it that it imports
+    here, before = folder.resolve(), set(sys.modules)
+    sys.path.insert(0, str(here))  # for the files beside it that it imports
+    sys.modules.update(stand_ins)
     try:
-        with mock.patch.dict(sys.modules, stand_ins):
-            spec.loader.exec_module(module)
+        spec.loader.exec_module(module)
     except ImportError as error:
         raise DataError(f"{file} cannot be imported: {error}") from error
     finally:
-        sys.path.remove(str(folder.resolve()))
+        sys.path.remove(str(here))
+        # Their files and the stand-ins go; libraries that were imported on the way stay, since loading them twice breaks them.
+        for name in set(sys.modules) - before:
+            if name in stand_ins or here in Path(getattr(sys.modules[name], "__file__", None) or "/").parents:
+                del sys.modules[name]
     return module
-
-
-def _installed(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:
-        return False
 
 
 def _run(solver: Any, hessian: Tensor, recipe: LayerRecipe) -> None:
