@@ -18,7 +18,7 @@ from thanos.distributed import SINGLE, SharedLedger, SharedWriter, World
 from thanos.errors import ModelError
 from thanos.events import Event, Phase
 from thanos.journal import BlockRecord
-from thanos.memory import PhaseMeter
+from thanos.memory import PhaseMeter, give_back
 from thanos.passes import Passes
 from thanos.recipe import Recipe
 from thanos.records import layer_record
@@ -142,6 +142,7 @@ class Engine:
             with self.meter.phase("propagate"):
                 yield from self._propagate(index)
         self.weights.release(names)
+        give_back()
         self._finish(index)
         yield self._event("block", "propagate", index, error=self._mean_error())
 
