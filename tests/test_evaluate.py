@@ -134,7 +134,7 @@ def test_perplexity_does_not_depend_on_the_chunk(
     import thanos.evaluation
 
     whole = run(tiny_llama, rows[0], dense=other)
-    monkeypatch.setattr(thanos.evaluation, "_CHUNK", chunk)
+    monkeypatch.setitem(thanos.evaluation._CHUNK, "cpu", chunk)
     parts = run(tiny_llama, rows[0], dense=other)
     assert parts.perplexity == pytest.approx(whole.perplexity, rel=1e-6)
     assert parts.kl_divergence == pytest.approx(whole.kl_divergence, rel=1e-6)
@@ -462,7 +462,7 @@ def test_a_shared_reference_changes_no_digit(
     shared = reference(tiny_llama, text_file, keep_bytes=keep_bytes)
     assert shared.model is not None
     calls = []
-    shared.model.register_forward_hook(lambda *_: calls.append(1))
+    shared.model.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
     for seed in (1, 2):
         other = save_tiny(tmp_path / str(seed), seed=seed)
         got = thanos.evaluate(other, reference=shared, device="cpu").to_dict()
@@ -471,7 +471,67 @@ def test_a_shared_reference_changes_no_digit(
         ).to_dict()
         timed = ("seconds", "tokens_per_second")
         assert {k: v for k, v in got.items() if k not in timed} == {k: v for k, v in expected.items() if k not in timed}
-    assert len(calls) == (5 if keep_bytes else 10), "kept logits are computed once"
+    assert len(calls) == (5 if keep_bytes else 10), "the dense model's blocks run once where their outputs are kept"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_only_the_head_runs_again_where_the_outputs_are_kept(architecture: str) -> None:
+    torch.manual_seed(0)
+    ids = torch.randint(3, VOCABULARY, (4, 24))
+    model = tiny_model(architecture)
+    shared = Reference(text="", windows=ids, dense="", model=model, keep_bytes=1 << 30)
+    linear: list[str] = []
+    for name, module in model.get_decoder().named_modules():
+        if not list(module.children()):
+            module.register_forward_hook(lambda *_, name=name: linear.append(name))
+    with torch.inference_mode():
+        for first in (0, 2):
+            expected = model(input_ids=ids[first : first + 2], use_cache=False).logits
+            assert torch.equal(shared.logits(first, ids[first : first + 2]), expected)
+            linear.clear()
+            assert torch.equal(shared.logits(first, ids[first : first + 2]), expected)
+            assert not linear
+        assert torch.equal(shared.logits(0, ids[:1]), model(input_ids=ids[:1], use_cache=False).logits), "another batch"
+
+
+def test_outputs_that_do_not_fit_are_not_kept(tiny_llama: Path, text_file: Path) -> None:
+    shared = reference(tiny_llama, text_file, keep_bytes=1 << 30)
+    assert shared.model is not None
+    needed = shared.windows.numel() * shared.model.config.hidden_size * 4
+    for room, kept in ((needed, 5), (needed - 1, 0)):
+        shared = reference(tiny_llama, text_file, keep_bytes=room)
+        thanos.evaluate(tiny_llama, reference=shared, device="cpu")
+        assert len(shared._kept) == kept
+
+
+def test_batches_score_what_single_windows_do_and_halve_where_memory_runs_out(
+    tiny_llama: Path, text_file: Path, other: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import thanos.evaluation as evaluation
+
+    shared = reference(tiny_llama, text_file, keep_bytes=1 << 30)
+    single = thanos.evaluate(other, reference=shared, device="cpu").to_dict()
+    sizes, inner = [], evaluation._score_batch
+
+    def short(model: Any, reference: Reference, first: int, ids: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(ids))
+        if len(ids) > 2:
+            raise torch.OutOfMemoryError
+        return inner(model, reference, first, ids)
+
+    monkeypatch.setitem(evaluation._BATCH_TOKENS, "cpu", 4 * 40 + 39)
+    monkeypatch.setattr(evaluation, "free_device_bytes", lambda device: 1 << 30)
+    batched = thanos.evaluate(other, reference=shared, device="cpu").to_dict()
+    monkeypatch.setattr(evaluation, "_score_batch", short)
+    halved = thanos.evaluate(other, reference=shared, device="cpu").to_dict()
+    assert sizes == [4, 2, 2, 1]
+    for name in ("mean_loss", "kl_divergence", "top1_agreement", "dense_perplexity"):
+        assert batched[name] == pytest.approx(single[name], rel=1e-5)
+        assert halved[name] == pytest.approx(single[name], rel=1e-5)
+    monkeypatch.setattr(evaluation, "free_device_bytes", lambda device: 0)
+    sizes.clear()
+    thanos.evaluate(other, reference=shared, device="cpu")
+    assert sizes == [1] * 5, "as much as fits, one window at least"
 
 
 def test_a_reference_without_a_dense_model_measures_perplexity_alone(tiny_llama: Path, text_file: Path) -> None:

@@ -5,20 +5,22 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from thanos._version import __version__
+from thanos.attention import fast_attention
 from thanos.errors import DataError, NumericsError, ResourceError
 from thanos.eventlog import EventStream
 from thanos.events import Event
-from thanos.memory import is_out_of_memory
+from thanos.memory import free_device_bytes, is_out_of_memory
 from thanos.pretrained import check_token_ids, choose_device, context_length, load_model, resolve_model
 from thanos.text import evaluation_rows
 
@@ -27,8 +29,15 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 
-_CHUNK = 256
-"""Positions whose log-probabilities are in float32 at once; 256 × a vocabulary of 256 k is 0.25 GiB."""
+_CHUNK = {"cpu": 256}
+_WIDE_CHUNK = 1024
+"""Positions whose log-probabilities are in float32 at once; 1024 × a vocabulary of 256 k is 1 GiB."""
+
+_BATCH_TOKENS = {"cuda": 16384}
+"""Most tokens of a forward pass; other devices take one window at a time, which fills them."""
+
+_LOGITS_SHARE = 0.25
+"""Share of the device's free memory that the logits of one batch may take, those of the dense model included."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,8 +99,9 @@ class Reference:
         windows: (windows, sequence_length) int64, on the CPU; see :func:`cut_windows`.
         dense: name of the dense model; None without one.
         model: that model; None without one.
-        keep_bytes: room on the model's device for its logits. They are kept as the model gave them if those of all windows
-            fit, which changes no digit of the result; else they are computed anew for every model that is compared.
+        keep_bytes: room on the model's device for what goes into its head, a vector a token. If that of all windows fits, it
+            is kept, and only the head runs again for every model that is compared, which changes no digit of the result;
+            else the whole dense model runs again.
     """
 
     text: str
@@ -99,7 +109,7 @@ class Reference:
     dense: str | None = None
     model: PreTrainedModel | None = None
     keep_bytes: int = 0
-    _kept: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    _kept: dict[tuple[int, int], Any] = field(default_factory=dict, repr=False)
 
     def check(self, model: PreTrainedModel) -> None:
         """Refuse windows that a model, or the dense one, cannot take.
@@ -116,13 +126,37 @@ class Reference:
         """Return the dense model's logits of ``ids`` (n, T), the windows from ``first`` on; None without a dense model."""
         if self.model is None:
             return None
-        kept = self._kept.get(first)
-        if kept is not None and len(kept) == len(ids):
-            return kept
-        logits = self.model(input_ids=ids, use_cache=False).logits
-        if logits[0].nbytes * len(self.windows) <= self.keep_bytes:
-            self._kept[first] = logits
+        decoder, place = self.model.get_decoder(), (first, len(ids))
+        if decoder is self.model:  # its parts have no names by which they could be told apart
+            return _logits(self.model, ids)
+        with _watched(decoder, self._kept.get(place)) as outputs:
+            logits = _logits(self.model, ids)
+        if len(outputs) == 1 and _bytes(outputs[0]) / len(ids) * len(self.windows) <= self.keep_bytes:
+            self._kept[place] = outputs[0]
         return logits
+
+
+@contextmanager
+def _watched(decoder: nn.Module, kept: Any) -> Iterator[list[Any]]:
+    """See what ``decoder`` returns; where ``kept`` is given, let it return that instead of computing."""
+    outputs: list[Any] = []
+    original = decoder.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        outputs.append(original(*args, **kwargs) if kept is None else kept)
+        return outputs[-1]
+
+    decoder.forward = forward
+    try:
+        yield outputs
+    finally:
+        del decoder.forward  # what shadowed the method
+
+
+def _bytes(outputs: Any) -> float:
+    """Return the bytes of a model's outputs, infinite where they are more than one tensor."""
+    tensors = [value for value in outputs.values() if value is not None] if isinstance(outputs, dict) else []
+    return tensors[0].nbytes if len(tensors) == 1 and isinstance(tensors[0], Tensor) else math.inf
 
 
 def evaluate(
@@ -260,33 +294,65 @@ def _check_window(sequence_length: int, model: PreTrainedModel) -> None:
 def _score(model: PreTrainedModel, reference: Reference, tell: Callable[[Event], None]) -> list[float]:
     """Return sums over all predicted tokens: loss, KL divergence, equal most probable tokens, the dense model's loss."""
     total, length = reference.windows.shape
-    sums = torch.zeros(4, dtype=torch.float64)
-    for index in range(total):
-        ids = reference.windows[index : index + 1].to(model.device)
-        logits = model(input_ids=ids, use_cache=False).logits[0]
-        both = reference.logits(index, ids)
-        dense = None if both is None else both[0]
-        if dense is not None and dense.shape != logits.shape:
-            raise DataError(f"the dense model predicts {dense.shape[1]} tokens, the model {logits.shape[1]}: no pair")
-        for first in range(0, length - 1, _CHUNK):
-            last = min(first + _CHUNK, length - 1)
-            part = None if dense is None else dense[first:last]
-            sums += _score_chunk(logits[first:last], part, ids[0, first + 1 : last + 1])
-        if not bool(torch.isfinite(sums).all()):
-            which = "model" if not math.isfinite(float(sums[0])) else "dense model"
-            raise NumericsError(f"the {which} gives NaN or infinite logits in window {index}; try --dtype float32")
-        done = index + 1
+    batch = _batch_size(model, reference)
+    sums, done = torch.zeros(4, dtype=torch.float64), 0
+    while done < total:
+        ids = reference.windows[done : done + batch].to(model.device)
+        try:
+            found = _score_batch(model, reference, done, ids)
+        except torch.OutOfMemoryError:
+            if batch == 1:
+                raise
+            batch //= 2
+            torch.cuda.empty_cache()
+            continue
+        for index, window in enumerate(found, start=done):
+            if not bool(torch.isfinite(window).all()):
+                which = "model" if not math.isfinite(float(window[0])) else "dense model"
+                raise NumericsError(f"the {which} gives NaN or infinite logits in window {index}; try --dtype float32")
+        sums, done = sums + found.sum(0), done + len(ids)
         tell(Event(kind="progress", phase="evaluate", done=done, total=total, tokens=done * (length - 1)))
     return sums.tolist()
+
+
+def _batch_size(model: PreTrainedModel, reference: Reference) -> int:
+    """Return how many windows go through the model at once."""
+    total, length = reference.windows.shape
+    if model.device.type not in _BATCH_TOKENS:
+        return 1
+    vocabulary = model.get_output_embeddings().get_parameter("weight").shape[0]
+    window = length * vocabulary * model.dtype.itemsize * (1 if reference.model is None else 2)
+    room = int(_LOGITS_SHARE * free_device_bytes(model.device)) // window
+    return max(1, min(total, _BATCH_TOKENS[model.device.type] // length, room))
+
+
+def _score_batch(model: PreTrainedModel, reference: Reference, first: int, ids: Tensor) -> Tensor:
+    """Return the sums of each window of ``ids`` (n, T), the windows from ``first`` on; (n, 4) float64 on the CPU."""
+    logits, dense = _logits(model, ids), reference.logits(first, ids)
+    if dense is not None and dense.shape != logits.shape:
+        raise DataError(f"the dense model predicts {dense.shape[-1]} tokens, the model {logits.shape[-1]}: no pair")
+    length, chunk = ids.shape[1], _CHUNK.get(ids.device.type, _WIDE_CHUNK)
+    found = torch.zeros(len(ids), 4, dtype=torch.float64, device=ids.device)
+    for row in range(len(ids)):
+        for start in range(0, length - 1, chunk):
+            stop = min(start + chunk, length - 1)
+            part = None if dense is None else dense[row, start:stop]
+            found[row] += _score_chunk(logits[row, start:stop], part, ids[row, start + 1 : stop + 1])
+    return found.cpu()
+
+
+def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    with fast_attention(ids.device, model.dtype):
+        return model(input_ids=ids, use_cache=False).logits
 
 
 def _score_chunk(logits: Tensor, dense: Tensor | None, targets: Tensor) -> Tensor:
     log_p = logits.float().log_softmax(-1)
     loss = F.nll_loss(log_p, targets, reduction="none").double().sum()
     if dense is None:
-        return torch.stack([loss, *torch.zeros_like(loss).expand(3)]).cpu()
+        return torch.stack([loss, *torch.zeros_like(loss).expand(3)])
     log_q = dense.float().log_softmax(-1)
     divergence = F.kl_div(log_p, log_q, log_target=True, reduction="none").sum(-1).double().sum()
     equal = (log_p.argmax(-1) == log_q.argmax(-1)).double().sum()
     dense_loss = F.nll_loss(log_q, targets, reduction="none").double().sum()
-    return torch.stack([loss, divergence, equal, dense_loss]).cpu()
+    return torch.stack([loss, divergence, equal, dense_loss])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from thanos.activations import Activations, choose_place
+from thanos.attention import fast_attention
 from thanos.blocks import BlockCalls, stop
 from thanos.errors import ResourceError
 from thanos.memory import free_device_bytes
@@ -96,7 +97,8 @@ class Passes:
         size = self._batch_size(index)
         with _stopping_after(layers) as batch_ended:
             for first, hidden in self._activations.batches(size):
-                self._calls.observe(index, hidden, first)
+                with fast_attention(self._device, hidden.dtype):
+                    self._calls.observe(index, hidden, first)
                 batch_ended()
                 yield min(first + size, len(self._ids))
 
@@ -122,7 +124,7 @@ class Passes:
             self.starts.append((first, size))
             try:
                 for begin, hidden in self._activations.batches(size, first):
-                    self._activations.write(begin, self._calls.run(index, hidden, begin))
+                    self._activations.write(begin, self._run(index, hidden, begin))
                     first = min(begin + size, len(self._ids))
                     yield first
                     if first >= end:
@@ -180,7 +182,7 @@ class Passes:
         before = torch.cuda.memory_allocated(self._device)
         torch.cuda.reset_peak_memory_stats(self._device)
         try:
-            self._calls.run(index, hidden, 0)
+            self._run(index, hidden, 0)
         except torch.OutOfMemoryError as error:
             self.batch = 1
             self.halve(error)
@@ -199,6 +201,10 @@ class Passes:
     def _activations(self) -> Activations:
         assert self._states is not None
         return self._states
+
+    def _run(self, index: int, hidden: Tensor, first: int) -> Tensor:
+        with fast_attention(self._device, hidden.dtype):
+            return self._calls.run(index, hidden, first)
 
     def _row(self, index: int) -> Tensor:
         return self._ids[index : index + 1].to(self._device)
