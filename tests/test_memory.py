@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import mmap
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -29,10 +32,18 @@ def can_reset() -> bool:
 needs_reset = pytest.mark.skipif(not can_reset(), reason="the system does not let a process reset its peak")
 
 
+@contextmanager
+def held(size: int) -> Iterator[None]:
+    """Hold so many bytes, every page written to, past the heap: its free chunks might serve, or keep what is freed."""
+    with mmap.mmap(-1, size) as block:
+        np.frombuffer(block, dtype=np.uint8)[::1024] = 1
+        yield
+
+
 def touch(size: int) -> None:
-    """Allocate so many bytes, write to every page, and free them again (large blocks go back to the system at once)."""
-    block = np.empty(size, dtype=np.uint8)
-    block[::1024] = 1
+    """Hold so many bytes, and give them back to the system at once."""
+    with held(size):
+        pass
 
 
 @pytest.fixture
@@ -115,11 +126,8 @@ def test_a_phases_peak_is_the_largest_of_its_visits(meter: PhaseMeter) -> None:
 def test_memory_that_stays_counts_in_later_phases(meter: PhaseMeter) -> None:
     with meter.phase("before"):
         pass
-    block = np.empty(SIZE, dtype=np.uint8)
-    block[::1024] = 1
-    with meter.phase("holding"):
+    with held(SIZE), meter.phase("holding"):
         pass
-    del block
     records = meter.records()
     assert records["holding"].host_peak_bytes > records["before"].host_peak_bytes + 0.9 * SIZE
 
