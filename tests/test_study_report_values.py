@@ -103,5 +103,15 @@ def test_every_field_reads_a_dense_record_or_says_that_it_has_none() -> None:
     assert values["seconds"] is values["alpha"] is values["layer_error"] is None
 
 
+def test_seconds_of_cells_that_shared_their_device_count_for_nothing() -> None:
+    for sharers, known in ((1, True), (3, False)):
+        one = record(cell("thanos"), machine={"device": "NVIDIA H100", "sharers": sharers})
+        assert one.seconds is not None
+        for name in ("seconds", "solve_seconds"):
+            assert (field_of(name).read(one) is not None) == known
+        assert field_of("perplexity").read(one) is not None
+        assert field_of("peak_bytes").read(one) is not None
+
+
 def test_prose_reads_as_a_sentence() -> None:
     assert plain((count(SEEDS), " cells")) == "3 cells"

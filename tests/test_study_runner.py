@@ -174,6 +174,7 @@ def test_a_study_runs_each_cell_once_and_goes_on(tmp_path: Path, data: Path) -> 
     assert {r.reason for r in contents.failed} == {
         r.reason for r in contents.failed if "is impossible with" in (r.reason or "")
     }
+    assert {record.machine["sharers"] for record in contents.done} == {2}
     assert sorted(p.name for p in out.iterdir()) == ["cache", "store.jsonl", "study.toml"]
     assert (out / "study.toml").read_text() == path.read_text()
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")], "the lock is released"

@@ -320,7 +320,12 @@ def _batch_size(model: PreTrainedModel, reference: Reference) -> int:
     total, length = reference.windows.shape
     if model.device.type not in _BATCH_TOKENS:
         return 1
-    window = length * model.config.get_text_config().vocab_size * model.dtype.itemsize * (1 if reference.model is None else 2)
+    window = (
+        length
+        * model.config.get_text_config().vocab_size
+        * model.dtype.itemsize
+        * (1 if reference.model is None else 2)
+    )
     room = int(_LOGITS_SHARE * free_device_bytes(model.device)) // window
     return max(1, min(total, _BATCH_TOKENS[model.device.type] // length, room))
 

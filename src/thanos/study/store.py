@@ -34,7 +34,7 @@ class CellRecord:
         commit: of the source tree that ran, with ``+changes`` after it where the tree was not clean; None where unknown.
         thanos_version: of the package.
         versions: of Python and the packages that shape the numbers.
-        machine: ``device``, ``platform``, ``cores``, ``memory_bytes``.
+        machine: ``device``, ``platform``, ``cores``, ``memory_bytes``, and ``sharers``, the workers that shared the device.
         cell: the coordinates in the grid: ``model``, ``method`` (``dense`` for the model as it is), ``pattern``,
             ``sparsity``, ``outlier_rows``, ``keep_budget``, ``block_size``, ``damping``, ``calibration``, ``samples``,
             ``sequence_length``, ``seed``. All but the model and the method are None for the dense model.

@@ -128,7 +128,7 @@ class Session:
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
-        return make_record(self._study, self._places, cell, self._device, results)
+        return make_record(self._study, self._places, cell, self._device, results, sharers=self._sharers)
 
     # --- the kinds of cells -----------------------------------------------------------------------------------------
 
@@ -274,7 +274,9 @@ class Session:
         return self._calibration[key]
 
 
-def make_record(study: Study, places: Places, cell: Cell, device: torch.device, results: dict[str, Any]) -> CellRecord:
+def make_record(
+    study: Study, places: Places, cell: Cell, device: torch.device, results: dict[str, Any], *, sharers: int = 1
+) -> CellRecord:
     """Return the record of a cell with these results, fields of :class:`~thanos.study.store.CellRecord`."""
     values, asked = public_cell(cell), study.asked(cell)
     return CellRecord(
@@ -283,7 +285,7 @@ def make_record(study: Study, places: Places, cell: Cell, device: torch.device, 
         commit=places.commit,
         thanos_version=__version__,
         versions=_versions(),
-        machine=_machine(device),
+        machine={**_machine(device), "sharers": sharers},
         cell=values,
         asked=asked,
         sources=places.sources(study, cell),

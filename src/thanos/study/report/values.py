@@ -188,6 +188,11 @@ def _peak(record: CellRecord) -> float | None:
     return record.device_peak_bytes if record.device_peak_bytes is not None else record.host_peak_bytes
 
 
+def _alone(read: Callable[[CellRecord], float | None]) -> Callable[[CellRecord], float | None]:
+    """Return a reader of seconds that finds none where other cells ran on the same device: they say nothing of a method."""
+    return lambda record: read(record) if record.machine.get("sharers", 1) == 1 else None
+
+
 _SUPERSCRIPTS = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
 
 
@@ -245,8 +250,8 @@ FIELDS: dict[str, Field] = {
     "sparsity": Field(lambda r: _dig(r.effective_sparsity, "targeted"), "measured sparsity (%)", _two, 100),
     "sparsity_all": Field(lambda r: _dig(r.effective_sparsity, "all"), "of all parameters (%)", _two, 100),
     "layer_error": Field(_layer_error, "mean layer error", _significant),
-    "seconds": Field(lambda r: r.seconds, "pruning (s)", _seconds),
-    "solve_seconds": Field(lambda r: _dig(r.phases, "solve", "seconds"), "of it solving (s)", _seconds),
+    "seconds": Field(_alone(lambda r: r.seconds), "pruning (s)", _seconds),
+    "solve_seconds": Field(_alone(lambda r: _dig(r.phases, "solve", "seconds")), "of it solving (s)", _seconds),
     "peak_bytes": Field(_peak, "peak memory (GiB)", _two, 2**-30),
     "alpha": Field(lambda r: r.cell["outlier_rows"], "α", _plain),
     "block_size": Field(lambda r: r.cell["block_size"], "B", _plain),

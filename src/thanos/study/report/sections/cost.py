@@ -21,7 +21,7 @@ def cost(results: Results) -> Section:
     section.prose.append(
         (
             "Rows of one pattern and equal measured sparsity, measured on the same device. Ringed and joined: the Pareto "
-            "front, rows that no other beats in both.",
+            "front, rows that no other beats in both. Cells that shared their device with others give no seconds.",
         )
     )
     device = _usual_device(results)
