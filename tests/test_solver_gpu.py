@@ -142,8 +142,8 @@ def test_tf32_is_kept_out_though_the_program_asked_for_it(method):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_products_of_activations_are_added_up_in_float32(dtype):
-    rows = torch.randn(3000, 512).to(dtype)
-    hessian = torch.zeros(512, 512, device="cuda")
+    rows = torch.randn(3000, 4500).to(dtype)
+    hessian = torch.zeros(4500, 4500, device="cuda")
     torch.set_float32_matmul_precision("high")
     try:
         for part in rows.cuda().split(700):

@@ -146,13 +146,16 @@ def test_layers_that_stop_sharing_are_a_loud_error_not_a_wrong_sum() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_products_are_exact_in_float32_whatever_the_inputs(dtype: torch.dtype) -> None:
-    rows = (torch.randn(300, 12, generator=torch.Generator().manual_seed(1)) * 200).to(dtype)
-    hessian = torch.zeros(12, 12)
+@pytest.mark.parametrize("width", [12, 600])
+def test_products_are_exact_in_float32_whatever_the_inputs(dtype: torch.dtype, width: int) -> None:
+    rows = (torch.randn(300, width, generator=torch.Generator().manual_seed(1)) * 200).to(dtype)
+    hessian = torch.zeros(width, width)
     for part in rows.split(70):
         add_gram(hessian, part)
     exact = rows.double().T @ rows.double()
     torch.testing.assert_close(hessian.double(), exact, rtol=1e-5, atol=1e-5 * exact.diagonal().max().item())
+    off = torch.ones_like(hessian, dtype=torch.bool).tril(-256)
+    assert torch.equal(hessian[off], hessian.T[off]), "what is not multiplied follows from symmetry"
     assert torch.isfinite(hessian).all()  # 200² · 300 is beyond float16's range
 
 

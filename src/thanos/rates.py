@@ -19,7 +19,7 @@ class Rates:
     Attributes:
         model_flops: operations a second of a product in the model's dtype.
         float32_flops: the same in full float32, in which layers are solved.
-        gram_flops: the same of XᵀX in float32 from the model's dtype.
+        gram_flops: the same of XᵀX in float32 from the model's dtype, counted as 2ab² though about half is multiplied.
         memory_bytes: bytes a second read plus written by a copy on the device.
         to_device_bytes: bytes a second from the host's memory to the device; the host's own copy on the CPU.
     """

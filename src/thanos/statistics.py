@@ -51,15 +51,27 @@ def empty_group(layers: list[LinearLayer], device: torch.device) -> InputGroup:
     return InputGroup(layers, torch.zeros(size, size, dtype=torch.float32, device=device))
 
 
+_PANEL = {"cpu": 256}
+_WIDE_PANEL = 2048
+"""Rows of XᵀX multiplied at once: what lies below them follows from symmetry, so that about half of a wide matrix is
+multiplied; narrower panels would make the products slow."""
+
+
 def add_gram(hessian: Tensor, rows: Tensor) -> None:
-    """Add XᵀX to ``hessian`` (b, b) float32 for X = rows (T, b) of any floating dtype, products exact in float32."""
-    if rows.dtype in (torch.bfloat16, torch.float16) and rows.is_cuda:
-        # 16-bit products are exact in float32: the tensor cores add them up there, into the Hessian, without a copy of X.
-        torch.addmm(hessian, rows.T, rows, out_dtype=torch.float32, out=hessian)
-    else:
-        rows = rows.to(hessian.dtype)
-        with full_float32():
-            hessian.addmm_(rows.T, rows)
+    """Add XᵀX to ``hessian`` (b, b) float32, symmetric, for X = rows (T, b) of any dtype, products exact in float32."""
+    sixteen_bit = rows.dtype in (torch.bfloat16, torch.float16) and rows.is_cuda
+    rows = rows if sixteen_bit else rows.to(hessian.dtype)
+    panel = _PANEL.get(rows.device.type, _WIDE_PANEL)
+    for start in range(0, hessian.shape[0], panel):
+        stop = start + panel
+        place, left, right = hessian[start:stop, start:], rows[:, start:stop].T, rows[:, start:]
+        if sixteen_bit:
+            # 16-bit products are exact in float32: the tensor cores add them up there, into the Hessian, without a copy of X.
+            torch.addmm(place, left, right, out_dtype=torch.float32, out=place)
+        else:
+            with full_float32():
+                place.addmm_(left, right)
+        hessian[stop:, start:stop].copy_(hessian[start:stop, stop:].T)
 
 
 def plan_passes(layers: Sequence[LinearLayer], budget: int) -> list[list[LinearLayer]]:
