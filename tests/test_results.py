@@ -12,9 +12,9 @@ from conftest import ROOT
 from thanos.study.report import build_report, with_results
 from thanos.study.report.readme import result_folders
 from thanos.study.report.tables import WRITERS
-from thanos.study.store import read_store
+from thanos.study.store import read_store, store_path
 
-STORES = sorted((ROOT / "docs" / "results").glob("*/store.jsonl"))
+STORES = sorted((ROOT / "docs" / "results").glob("*/store.jsonl*"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -22,7 +22,7 @@ def test_readme_shows_what_the_stores_say() -> None:
     folders = result_folders(README)
     if not folders:
         pytest.skip("README shows no results yet")
-    assert all((ROOT / folder / "store.jsonl").is_file() for folder in folders)
+    assert all(store_path(ROOT / folder).is_file() for folder in folders)
     assert with_results(README, ROOT) == README, "run: thanos report FOLDER --readme README.md"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,26 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert (contents.done, contents.failed) == ([contents.records[0]], [contents.records[1]])
     assert contents.warnings == []
     assert read_store(tmp_path / "store.jsonl").records == contents.records
+
+
+def test_a_packed_store_is_read_and_unpacked_to_go_on(tmp_path: Path) -> None:
+    first, second = record(), record(cell={"seed": 1})
+    path = write(tmp_path, first)
+    packed = tmp_path / "store.jsonl.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    path.unlink()
+    for place in (tmp_path, packed):
+        assert [r.key for r in read_store(place).records] == [first.key]
+    write(tmp_path, second)
+    assert [r.key for r in read_store(tmp_path).records] == [first.key, second.key]
+    assert [r.key for r in read_store(packed).records] == [first.key], "the packed one is left alone"
+
+
+@pytest.mark.parametrize("content", [b"{}", gzip.compress(b"{}\n" * 99)[:-9]], ids=["not packed", "cut short"])
+def test_a_damaged_packed_store_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "store.jsonl.gz").write_bytes(content)
+    with pytest.raises(DataError, match=r"store\.jsonl\.gz cannot be read"):
+        read_store(tmp_path)
 
 
 def test_a_line_is_strict_json_that_begins_with_the_schema(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from thanos.pretrained import ModelSource, choose_device, load_model, resolve_mo
 from thanos.study.grid import DENSE, FORMULA, Cell, Study, public_cell
 from thanos.study.pool import Pool, StudyEvent
 from thanos.study.reading import read_study
-from thanos.study.store import STORE_NAME, StoreWriter, cell_key, read_store
+from thanos.study.store import StoreWriter, cell_key, read_store, store_path
 from thanos.study.worker import Places
 from thanos.text import NAMED
 
@@ -104,7 +104,7 @@ def list_cells(path: str | Path, out: str | Path, *, data: str | Path | None = N
 
 def _states(study: Study, places: Places, tell: Watcher) -> dict[Cell, State]:
     """Return the state of each cell by the store; a result whose model or text has changed since does not count."""
-    contents = read_store(places.out) if (places.out / STORE_NAME).exists() else None
+    contents = read_store(places.out) if store_path(places.out).exists() else None
     for warning in contents.warnings if contents else ():
         tell(StudyEvent(message=warning))
     known = {record.key: record for record in (contents.records if contents else ())}
@@ -147,7 +147,7 @@ def _spread(devices: Sequence[str], workers: int) -> list[str]:
 def _check_folder(out: Path) -> None:
     if out.is_file():
         raise UserError(f"OUT {out} is a file; give the name of a folder")
-    if out.is_dir() and any(out.iterdir()) and not any((out / name).exists() for name in (STUDY_NAME, STORE_NAME)):
+    if out.is_dir() and any(out.iterdir()) and not ((out / STUDY_NAME).exists() or store_path(out).exists()):
         raise UserError(f"OUT {out} is not empty and no study's folder; choose another one")
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from thanos.errors import DataError
 from thanos.study.report.build import Report, build_report
 from thanos.study.report.tables import Table, to_markdown
-from thanos.study.store import Contents, read_store
+from thanos.study.store import Contents, read_store, store_path
 
 _COLUMNS = ("method", "rank", "sparsity", "perplexity", "kl_divergence", "zero_shot", "seconds")
 _BLOCK = re.compile(r"(<!-- results: (?P<folder>\S+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
@@ -37,8 +37,9 @@ def with_results(text: str, root: Path) -> str:
     """
 
     def block(match: re.Match[str]) -> str:
-        contents = read_store(root / match["folder"])
-        return f"{match[1]}\n{_results(build_report(contents), contents, match['folder'])}\n{match[3]}"
+        path = store_path(root / match["folder"])
+        contents = read_store(path)
+        return f"{match[1]}\n{_results(build_report(contents), contents, match['folder'], path.name)}\n{match[3]}"
 
     return _BLOCK.sub(block, text)
 
@@ -65,7 +66,7 @@ def update_readme(readme: Path, folder: Path) -> None:
     readme.write_text(with_results(text, root), encoding="utf-8")
 
 
-def _results(report: Report, contents: Contents, folder: str) -> str:
+def _results(report: Report, contents: Contents, folder: str, store: str) -> str:
     tables = [table for table in report.tables if table.name.split("_")[0] == "summary"]
     figures = [figure for figure in report.figures if figure.name.split("_")[0] == "summary"]
     parts = [to_markdown(_narrow(table)) for table in tables]
@@ -73,7 +74,7 @@ def _results(report: Report, contents: Contents, folder: str) -> str:
     devices = ", ".join(dict.fromkeys(record.machine["device"] for record in contents.done))
     dates = sorted(record.date[:10] for record in contents.done)
     span = f", {dates[0]} to {dates[-1]}" if dates else ""
-    parts.append(f"{devices}{span}; made by `thanos report {folder} --readme README.md` from `{folder}/store.jsonl`.\n")
+    parts.append(f"{devices}{span}; made by `thanos report {folder} --readme README.md` from `{folder}/{store}`.\n")
     return "\n".join(parts)
 
 
