@@ -158,3 +158,16 @@ def test_without_a_log_nothing_is_kept() -> None:
     stream(Event(kind="phase", phase="load"))
     stream.close()
     assert seen[0].host_bytes > 0
+
+
+def test_memory_is_read_for_each_block_and_else_a_few_times_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 1.0, 1.05, 1.06, 1.17, 1.18])
+    readings = iter([(5, 9), (6, 8), (4, 4)])
+    monkeypatch.setattr("thanos.eventlog.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("thanos.eventlog.host_memory", lambda: next(readings))
+    seen: list[Event] = []
+    stream = EventStream(seen.append)
+    for kind in ("phase", "progress", "block", "layer", "layer"):
+        stream(Event(kind=kind, phase="solve"))
+    assert [event.seconds for event in seen] == [1.0, 1.05, 1.06, 1.17, 1.18]
+    assert [(event.host_bytes, event.host_peak_bytes) for event in seen] == [(5, 9), (5, 9), (6, 9), (4, 9), (4, 9)]

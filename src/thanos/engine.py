@@ -184,9 +184,9 @@ class Engine:
         groups.sort(key=lambda group: min(place[layer.name] for layer in group.layers))
         done = 0
         yield self._event("phase", "solve", index, total=len(layers))
-        while groups:
-            group = groups.pop(0)
-            with self.meter.phase("solve"):
+        with self.meter.phase("solve"):
+            while groups:
+                group = groups.pop(0)
                 check_finite(group)
                 inputs = InputStatistics(group.hessian, name=group.layers[0].name, hand_over=True)
                 for layer in group.layers:

@@ -13,7 +13,10 @@ from pathlib import Path
 from thanos._version import __version__
 from thanos.events import LOG_SCHEMA, Event
 from thanos.journal import trim
-from thanos.memory import PhaseMeter, host_bytes, host_peak_bytes
+from thanos.memory import Memory, PhaseMeter, host_memory
+
+_FRESH = 0.1
+"""Seconds for which a reading of memory serves: asking takes about a millisecond, and a small layer is solved in a few."""
 
 
 class EventStream:
@@ -36,12 +39,16 @@ class EventStream:
         self._began = time.perf_counter()
         self._descriptor: int | None = None
         self._peak = 0
+        self._read: tuple[float, Memory] | None = None
         self._waiting: list[str] = [_header()]
 
     def __call__(self, event: Event) -> None:
         """Stamp one event, write it down and pass it on."""
-        seconds = round(time.perf_counter() - self._began, 6)  # as the log holds them, so that it plays back the same
-        event = dataclasses.replace(event, seconds=seconds, **self._memory())
+        now = time.perf_counter()
+        if self._read is None or event.kind == "block" or now - self._read[0] >= _FRESH:
+            self._read = now, self._memory()
+        seconds = round(now - self._began, 6)  # as the log holds them, so that it plays back the same
+        event = dataclasses.replace(event, seconds=seconds, **self._read[1]._asdict())
         if self._keeps_log:
             self._write(json.dumps(event.to_dict(), ensure_ascii=False))
         self._watcher(event)
@@ -68,19 +75,11 @@ class EventStream:
         while data:
             data = data[os.write(self._descriptor, data) :]
 
-    def _memory(self) -> dict[str, int | None]:
-        now = host_bytes()
-        peak, device_peak = (host_peak_bytes(), None) if self._meter is None else self._meter.peaks()
+    def _memory(self) -> Memory:
+        memory = Memory(*host_memory()) if self._meter is None else self._meter.memory()
         # The kernel's two counters are read one after the other and lag a little: a peak is never below what was seen.
-        self._peak = max(self._peak, peak, now)
-        if self._meter is None:
-            return {"host_bytes": now, "host_peak_bytes": self._peak}
-        return {
-            "host_bytes": now,
-            "host_peak_bytes": self._peak,
-            "device_bytes": self._meter.device_bytes(),
-            "device_peak_bytes": device_peak,
-        }
+        self._peak = max(self._peak, memory.host_peak_bytes, memory.host_bytes)
+        return memory._replace(host_peak_bytes=self._peak)
 
 
 def _header() -> str:

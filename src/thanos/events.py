@@ -39,7 +39,8 @@ class Event:
         error: relative layer error after compensation, for ``layer``; the mean so far, for ``block``.
         replayed: the block was finished by an earlier run; its outputs alone are computed again.
         message: for ``note``.
-        host_bytes: resident memory of the process now.
+        host_bytes: resident memory of the process now; like the three below at most a tenth of a second old, and for ``block``
+            no older than the event.
         host_peak_bytes: its peak so far.
         device_bytes: memory allocated on the CUDA device now; None without one.
         device_peak_bytes: its peak so far.

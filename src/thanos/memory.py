@@ -11,13 +11,25 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from thanos.report import PhaseRecord
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_STATUS_BYTES = 1 << 14
+"""More than the kernel's page on a process ever holds, so that one read gets all of it."""
 _MEMINFO, _CGROUP, _CGROUPS = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+
+
+class Memory(NamedTuple):
+    """Bytes in use by this process now, and its peaks; None for the device without a CUDA device."""
+
+    host_bytes: int
+    host_peak_bytes: int
+    device_bytes: int | None = None
+    device_peak_bytes: int | None = None
 
 
 class PhaseMeter:
@@ -49,21 +61,18 @@ class PhaseMeter:
         finally:
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
-                peak = torch.cuda.max_memory_allocated(self._device)
-                self._on_device[name] = max(self._on_device.get(name, 0), peak)
+                self._on_device[name] = max(self._on_device.get(name, 0), device_memory(self._device)[1])
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - began
             self._host[name] = max(self._host.get(name, 0), host_peak_bytes())
 
-    def peaks(self) -> tuple[int, int | None]:
-        """Return the peaks of host and device memory so far, in bytes; no device peak without a CUDA device."""
-        host = max([host_peak_bytes(), *self._host.values()])
+    def memory(self) -> Memory:
+        """Return host and device memory now, and the peaks so far; nothing of the device unless it is a CUDA device."""
+        host, host_peak = host_memory()
+        host_peak = max([host_peak, *self._host.values()])
         if self._device.type != "cuda":
-            return host, None
-        return host, max([torch.cuda.max_memory_allocated(self._device), *self._on_device.values()])
-
-    def device_bytes(self) -> int | None:
-        """Return the memory allocated on the device now, in bytes; None without a CUDA device."""
-        return torch.cuda.memory_allocated(self._device) if self._device.type == "cuda" else None
+            return Memory(host, host_peak)
+        device, device_peak = device_memory(self._device)
+        return Memory(host, host_peak, device, max([device_peak, *self._on_device.values()]))
 
     def add(self, records: Mapping[str, PhaseRecord]) -> None:
         """Add what an earlier part of the run measured."""
@@ -100,26 +109,42 @@ def reset_host_peak() -> None:
 
 def host_peak_bytes() -> int:
     """Return the peak of this process's resident memory, in bytes."""
-    found = _status("VmHWM")
-    if found is not None:
-        return found
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return host_memory()[1]
 
 
 def host_bytes() -> int:
     """Return this process's resident memory now, in bytes; its peak where the system does not tell."""
-    return _status("VmRSS") or host_peak_bytes()
+    return host_memory()[0]
 
 
-def _status(field: str) -> int | None:
+def host_memory() -> tuple[int, int]:
+    """Return both, :func:`host_bytes` and :func:`host_peak_bytes`, in one reading."""
+    known = _status()
+    peak = known.get(b"VmHWM")
+    if peak is None:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return known.get(b"VmRSS") or peak, peak
+
+
+def _status() -> dict[bytes, int]:
+    """Return what the kernel tells of this process's memory, in bytes by field; empty where it tells nothing."""
     try:
-        for line in _STATUS.read_text().splitlines():
-            if line.startswith(f"{field}:"):
-                return int(line.split()[1]) * 1024
+        descriptor = os.open(_STATUS, os.O_RDONLY | os.O_CLOEXEC)  # by hand: half the calls that a file object makes
     except OSError:
-        pass
-    return None
+        return {}
+    try:
+        lines = os.read(descriptor, _STATUS_BYTES).splitlines()
+    finally:
+        os.close(descriptor)
+    fields = (line.partition(b":") for line in lines if line.startswith(b"Vm"))
+    return {name: int(value.split()[0]) * 1024 for name, _, value in fields}
+
+
+def device_memory(device: torch.device) -> tuple[int, int]:
+    """Return the memory allocated on a CUDA device now, and the peak since that was reset, in bytes."""
+    # Not memory_allocated and max_memory_allocated: each of them flattens and sorts all statistics for the sake of one.
+    counted = torch.cuda.memory_stats_as_nested_dict(device).get("allocated_bytes", {}).get("all", {})
+    return counted.get("current", 0), counted.get("peak", 0)
 
 
 def free_device_bytes(device: torch.device) -> int:
