@@ -218,8 +218,8 @@ class Engine:
         stored = self.weights.stored(layer.weight_name)
         pruned = prune_layer(layer.oriented(stored), inputs, settings, name=layer.name, peers=self.world)
         result = layer.oriented(pruned.weight).contiguous()
-        zeros = int((result == 0).sum())  # the device is done when the number is here
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - began  # the device is done: the record's numbers are here
+        record = layer_record(layer, pruned, inputs, settings, stored.dtype, tokens, seconds)
         if self._held is None:
             self.weights.put(layer.weight_name, result)
         else:
@@ -227,7 +227,7 @@ class Engine:
         key = self.weights.key(layer.weight_name)
         self._written.append(key)
         self._writes.post(self._write, key, result)
-        return layer_record(layer, pruned, inputs, settings, stored.dtype, zeros, tokens, seconds)
+        return record
 
     def _prune_tail(self) -> Iterator[Event]:
         """Prune targeted layers that follow the blocks, such as lm_head, each on the inputs that it now gets."""

@@ -20,7 +20,6 @@ def layer_record(
     inputs: InputStatistics,
     settings: LayerRecipe,
     stored: torch.dtype,
-    zeros: int,
     tokens: int,
     seconds: float,
 ) -> LayerRecord:
@@ -33,8 +32,8 @@ def layer_record(
         dtype=str(stored).removeprefix("torch."),
         method=pruned.method,
         pattern=settings.pattern,
-        sparsity=zeros / (rows * columns),
-        zeros=zeros,
+        sparsity=pruned.zeros / (rows * columns),
+        zeros=pruned.zeros,
         outlier_rows=pruned.outliers.numel(),
         halved_rows=pruned.halved.numel(),
         error_before_compensation=pruned.error_before_compensation,
@@ -60,7 +59,7 @@ def _warnings(pruned: PrunedWeight, inputs: InputStatistics, tokens: int, settin
         lines.append(
             f"only {tokens} calibration tokens for {columns} input columns: the Hessian is singular but for damping"
         )
-    dead = int(inputs.dead.sum())
+    dead = inputs.dead_columns
     if 0 < dead < columns:
         lines.append(f"{dead} of {columns} input columns were never excited")
     if pruned.damping_reason:

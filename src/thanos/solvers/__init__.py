@@ -17,7 +17,6 @@ from thanos.solvers.factor import InputStatistics
 from thanos.solvers.peers import ALONE, Peers, share_of
 from thanos.solvers.precision import full_float32
 from thanos.solvers.scored import magnitude, wanda
-from thanos.solvers.select import smallest_mask
 from thanos.solvers.sparsegpt import sparsegpt
 from thanos.solvers.thanos import thanos
 
@@ -45,6 +44,7 @@ class PrunedWeight:
 
     Attributes:
         weight: (c, b), same dtype and device as given; removed entries are exact zeros.
+        zeros: how many of its entries are zero, removed or by rounding.
         kept: (c, b) bool, True where the weight stays.
         outliers: indices of the rows left dense, ascending, (q,).
         halved: indices of the rows that keep n/2 of m to make up for them, ascending; empty without ``keep_budget``.
@@ -56,6 +56,7 @@ class PrunedWeight:
     """
 
     weight: Tensor
+    zeros: int
     kept: Tensor
     outliers: Tensor
     halved: Tensor
@@ -159,25 +160,31 @@ def _prune_layer(
     budget = Budget.plan(weight.shape[0], weight.shape[1], recipe)
     dtype = inputs.matrix.dtype if inputs is not None else _compute_dtype(weight)
     dense = weight.detach().to(dtype)
-    if not bool(torch.isfinite(dense).all()):
+    largest, zeros = _survey(dense)
+    if not math.isfinite(largest):
         raise NumericsError(f"{name} holds NaN or infinity; the checkpoint is damaged, or its dtype overflowed")
-    unit = _unit(dense)
-    dense = dense if unit == 1 else dense / unit
+    unit = _unit(largest)
+    if unit != 1:
+        dense = dense / unit
+        zeros = _survey(dense)[1]  # small ones may have become zeros
     if inputs is not None and inputs.empty and method.needs_hessian:
         # No input was ever seen, so there is nothing to weigh by: reported through `method`, never silently.
         recipe, method = replace(_layer_part(recipe), method="magnitude"), METHODS["magnitude"]
     mine = slice(*_bounds(len(dense), peers))
     energy = peers.gather(_row_energies(dense[mine], inputs), len(dense))
     outliers, halved, parts = _parts(energy, budget, recipe.parsed_pattern)
-    # The zeros that outlier rows hold already count too: the other rows give that much less.
-    budget = replace(budget, weights=max(0, budget.weights - int((dense[outliers] == 0).sum())))
+    if zeros and len(outliers):
+        # The zeros that outlier rows hold already count too: the other rows give that much less.
+        budget = replace(budget, weights=max(0, budget.weights - int((dense[outliers] == 0).sum())))
     factor = inputs.factor(recipe.damping) if inputs is not None and method.needs_factor else None
     pruned, kept = weight.detach().clone(), torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
     for rows, pattern in parts:
         every = len(rows) == len(dense)
         whole = dense if every else dense[rows]
         part = whole[slice(*_bounds(len(rows), peers))]
-        problem = Problem(part, part == 0, inputs, factor, pattern, budget, recipe.resolved_block_size, peers, whole)
+        problem = Problem(
+            part, part == 0, inputs, factor, pattern, budget, recipe.resolved_block_size, peers, whole, zeros == 0
+        )
         solved, removed = method.solve(problem) if recipe.resolved_sparsity > 0 else (part, problem.zeros)
         where = slice(None) if every else rows  # a slice is copied far faster than listed rows
         mended = solved if unit == 1 else solved * unit
@@ -191,11 +198,12 @@ def _prune_layer(
     if method.needs_factor:
         written = pruned[mine].to(dtype)
         changes.append(change((written if unit == 1 else written / unit) - dense[mine]))
-    before, after = _relative_errors(changes, energy.sum(), inputs)
+    before, after, zeros = _figures(changes, energy.sum(), pruned, inputs)
     if after is not None and not after < float("inf"):
         raise NumericsError(f"pruning {name} gave NaN or infinity; raise damping (it is {recipe.damping:g})")
     return PrunedWeight(
         pruned,
+        zeros,
         kept,
         outliers,
         halved,
@@ -219,9 +227,17 @@ _ORDINARY = 2.0**40
 """Weights up to here, and down to its reciprocal, are squared and added up in float32 without overflow or underflow."""
 
 
-def _unit(dense: Tensor) -> float:
+def _survey(dense: Tensor) -> tuple[float, int]:
+    """Return the largest absolute entry, NaN if any entry is, and how many are zero; the device is asked once."""
+    if not dense.numel():
+        return 0.0, 0
+    facts = *dense.aminmax(), dense.count_nonzero()
+    least, most, others = torch.stack([fact.to(torch.float64) for fact in facts]).tolist()
+    return max(-least, most), dense.numel() - int(others)
+
+
+def _unit(largest: float) -> float:
     """Return the power of two by which weights of extraordinary size are divided while they are pruned; 1 for others."""
-    largest = dense.abs().max().item() if dense.numel() else 0.0
     return 1.0 if largest == 0 or 1 / _ORDINARY < largest < _ORDINARY else 2.0 ** (math.frexp(largest)[1] - 1)
 
 
@@ -254,14 +270,19 @@ def _parts(energy: Tensor, budget: Budget, pattern: Pattern) -> tuple[Tensor, Te
 
     n:m treats every row by itself, so that rows of another n are a problem of their own.
     """
-    energy = energy.clamp_min(0)
-    # The complement of the quiet rows, since negated energies would round small ones to ties.
-    pruned = smallest_mask(energy, energy.numel() - budget.outlier_rows)
-    halved = smallest_mask(energy, budget.halved_rows)
-    parts: list[tuple[Tensor, Pattern]] = [((pruned & ~halved).nonzero().squeeze(1), pattern)]
-    if budget.halved_rows and isinstance(pattern, NM):
-        parts.append((halved.nonzero().squeeze(1), NM(pattern.n // 2, pattern.m)))
-    return (~pruned).nonzero().squeeze(1), halved.nonzero().squeeze(1), [part for part in parts if len(part[0])]
+    count, half = energy.numel(), budget.halved_rows
+    if half or budget.outlier_rows:
+        # Adding zero makes −0 to 0. Among equals the first goes first.
+        order = (energy.clamp_min(0) + 0.0).argsort(stable=True)
+        sizes = [half, count - half - budget.outlier_rows, budget.outlier_rows]
+        halved, others, outliers = (rows.sort().values for rows in order.split(sizes))
+    else:
+        halved = outliers = energy.new_empty(0, dtype=torch.int64)
+        others = torch.arange(count, device=energy.device)
+    parts = [(others, pattern)]
+    if half and isinstance(pattern, NM):
+        parts.append((halved, NM(pattern.n // 2, pattern.m)))
+    return outliers, halved, [part for part in parts if len(part[0])]
 
 
 def _bounds(count: int, peers: Peers) -> tuple[int, int]:
@@ -269,18 +290,20 @@ def _bounds(count: int, peers: Peers) -> tuple[int, int]:
     return share.start, share.stop
 
 
-def _relative_errors(
-    changes: list[Tensor], total: Tensor, inputs: InputStatistics | None
-) -> tuple[float | None, float | None]:
-    """Return the energies of the changes before and after compensation, 0-d, as shares of the whole.
+def _figures(
+    changes: list[Tensor], total: Tensor, pruned: Tensor, inputs: InputStatistics | None
+) -> tuple[float | None, float | None, int]:
+    """Return the energies of the changes before and after compensation, 0-d, as shares of the whole, and the zeros.
 
-    Both are measured on the undamped Hessian and the weight as stored. Where nothing compensates there is one change.
+    Both are measured on the undamped Hessian and the weight as stored. Where nothing compensates there is one change. The
+    device is asked once.
     """
+    others = pruned.count_nonzero().to(torch.float64)
+    *shares, energy, count = torch.cat([torch.stack(changes) / total, torch.stack([total, others])]).tolist()
+    zeros = pruned.numel() - int(count)
     if inputs is None:
-        return None, None
+        return None, None, zeros
     if inputs.empty:
-        return 0.0, 0.0
-    errors = [
-        0.0 if not total > 0 or -1e-6 < error < 0 else error for error in (torch.stack(changes) / total).tolist()
-    ]  # rounding alone
-    return errors[0], errors[-1]
+        return 0.0, 0.0, zeros
+    errors = [0.0 if not energy > 0 or -1e-6 < share < 0 else share for share in shares]  # rounding alone
+    return errors[0], errors[-1], zeros

@@ -100,6 +100,7 @@ class Problem:
         block_size: input columns handled together.
         peers: the processes that hold the other rows; the budget is that of all rows together.
         all_rows: W with their rows too, from which every process chooses the same columns; None if ``weight`` is all.
+        zero_free: ``zeros`` is known to hold none; else it is looked at when somebody asks.
     """
 
     weight: Tensor
@@ -111,6 +112,7 @@ class Problem:
     block_size: int
     peers: Peers = ALONE
     all_rows: Tensor | None = None
+    zero_free: bool = False
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """Yield the column ranges [j1, j2) from left to right; the last may be narrower."""
@@ -138,7 +140,7 @@ class Problem:
     @cached_property
     def some_zeros(self) -> Tensor | None:
         """``zeros``, or None if there are none: then nobody needs to look."""
-        return self.zeros if bool(self.zeros.any()) else None
+        return None if self.zero_free or not bool(self.zeros.any()) else self.zeros
 
     @property
     def nm(self) -> NM:

@@ -62,6 +62,7 @@ class InputStatistics:
         matrix: the undamped Hessian divided by its mean diagonal, (b, b), in ``dtype``.
         norms: √H_jj of the same, (b,): ‖X_j‖₂ up to a common factor.
         dead: columns whose input was always zero, (b,) bool.
+        dead_columns: how many they are.
         empty: no input at all: every column is dead.
 
     Raises:
@@ -77,18 +78,23 @@ class InputStatistics:
         hand_over: bool = False,
     ) -> None:
         diagonal = hessian.diagonal().to(torch.float64)
-        scale = diagonal.mean().item() if diagonal.numel() else 0.0
-        if not _is_finite(hessian):
+        self.dead = diagonal == 0
+        scale, total, least, dead = 0.0, 0.0, 0.0, 0.0
+        if diagonal.numel():  # the device is asked once
+            facts = diagonal.mean(), hessian.sum().to(torch.float64), diagonal.min(), self.dead.sum().to(torch.float64)
+            scale, total, least, dead = torch.stack(facts).tolist()
+        # The sum of finite entries may overflow, but never turns NaN or infinity into a finite number.
+        if not (math.isfinite(total) or bool(torch.isfinite(hessian).all())):
             raise NumericsError(
                 f"the inputs of {name} hold NaN or infinity (seen in its Hessian); "
                 "use another --dtype, or look for the layer before it that overflows"
             )
-        if (diagonal < 0).any():
+        if least < 0:
             raise NumericsError(f"the Hessian of {name} has a negative diagonal entry; it must be XᵀX of the inputs")
         self.empty = scale == 0.0
         self.matrix = _scaled(hessian, 1.0 if self.empty else scale, dtype, in_place=hand_over)
         self.norms = (diagonal / (scale or 1.0)).sqrt().to(dtype)
-        self.dead = diagonal == 0
+        self.dead_columns = int(dead)
         self._factors: dict[float, Factor] = {}
         self._conditions: dict[float, float] = {}
 
@@ -140,17 +146,12 @@ def _scaled(hessian: Tensor, scale: float, dtype: torch.dtype, *, in_place: bool
     return result.div_(scale).to(dtype)
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    # The sum of finite entries may overflow, but never turns NaN or infinity into a finite number.
-    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
-
-
 def _factorize(matrix: Tensor, dead: Tensor, damping: float) -> Factor:
     asked, tried = damping, []
     while True:
         for dtype in dict.fromkeys((matrix.dtype, torch.float64)):
             upper = _upper_inverse_factor(matrix, dead, damping, dtype)
-            if upper is not None and (dtype == torch.float64 or residual(matrix, dead, damping, upper) <= RESIDUAL):
+            if upper is not None and _is_good(matrix, dead, damping, upper):
                 reason = "" if not tried else f"not positive definite with damping {', '.join(f'{d:g}' for d in tried)}"
                 return Factor(upper.to(matrix.dtype), damping, reason)
             del upper  # its memory is needed for the next attempt
@@ -158,6 +159,13 @@ def _factorize(matrix: Tensor, dead: Tensor, damping: float) -> Factor:
         damping = max(damping * 10, SMALLEST_RAISED_DAMPING)
         if damping > 1e6 * max(asked, 1.0):
             raise NumericsError(f"the Hessian is not positive definite even with damping {damping:g}: it is not XᵀX")
+
+
+def _is_good(matrix: Tensor, dead: Tensor, damping: float, upper: Tensor) -> bool:
+    """Tell whether a factor is finite, and right as far as its dtype allows; NaN and infinity leave no finite residual."""
+    if upper.dtype == torch.float64:
+        return bool(torch.isfinite(upper.sum())) or bool(torch.isfinite(upper).all())
+    return residual(matrix, dead, damping, upper) <= RESIDUAL
 
 
 def _upper_inverse_factor(matrix: Tensor, dead: Tensor, damping: float, dtype: torch.dtype) -> Tensor | None:
@@ -178,7 +186,7 @@ def _upper_inverse_factor(matrix: Tensor, dead: Tensor, damping: float, dtype: t
         return None
     _invert_lower(lower)
     _reverse(memory)
-    return lower if _is_finite(lower) else None
+    return lower
 
 
 def _invert_lower(lower: Tensor) -> None:
