@@ -27,6 +27,7 @@ from thanos.resume import Ledger
 from thanos.shards import CheckpointWriter
 from thanos.solvers import prune_layer
 from thanos.solvers.factor import InputStatistics
+from thanos.staging import Staging
 from thanos.statistics import InputGroup, check_finite, empty_group, gather, plan_passes
 from thanos.structure import LinearLayer, block_names, outer_names
 from thanos.weights import ModelWeights
@@ -81,6 +82,7 @@ class Engine:
     place: str = ""
     _held: dict[str, Tensor] | None = None  # pruned weights that the block must not have yet
     _writes: Background = field(init=False)
+    _staging: Staging = field(init=False)  # of the thread that writes
     _written: list[str] = field(default_factory=list)  # by the block that is being pruned
     _started_notes: int = 0
 
@@ -93,6 +95,7 @@ class Engine:
             ModelError: a targeted layer outside the blocks cannot be pruned.
         """
         self._writes = Background("thanos-writer", self.device)
+        self._staging = Staging(self.device)
         self._started_notes = len(self.notes)
         try:
             with torch.inference_mode():
@@ -310,7 +313,7 @@ class Engine:
         return outer_names(self.model, self.weights.names, self.blocks_name, head=head)
 
     def _write(self, key: str, result: Tensor) -> None:
-        self.writer.write(key, result.cpu())
+        self.writer.write(key, self._staging.fetch(result) if result.is_cuda else result)
 
     def _progress(self, phase: Phase, index: int | None, done: int) -> Event:
         samples, length = self.passes.shape

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from thanos.background import Background
+from thanos.staging import Staging
 
 
 class TensorSource(Protocol):
@@ -42,6 +43,7 @@ class ModelWeights:
         }
         self._as_stored: dict[str, Tensor] = {}
         self._reader = Background("thanos-reader", device)
+        self._staging = Staging(device)  # of whoever fills: the reader, or the caller once the reader is done
         self._ahead: tuple[dict[str, Tensor], Future[set[str]]] | None = None
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
@@ -122,14 +124,21 @@ class ModelWeights:
     def _fill(self, places: dict[str, Tensor]) -> set[str]:
         """Read what belongs at each place; return the names of those that have the stored dtype."""
         exact = set()
-        for name, place in places.items():
-            flat, done, dtype = place.view(-1), 0, place.dtype
-            for piece in self._source.pieces(self._key_of[name]):
-                flat[done : done + len(piece)].copy_(piece)
-                done, dtype = done + len(piece), piece.dtype
-            assert done == flat.numel(), f"{name} has {flat.numel()} entries, and the checkpoint {done}"
-            if dtype == place.dtype:
-                exact.add(name)
+        try:
+            for name, place in places.items():
+                flat, done, dtype = place.view(-1), 0, place.dtype
+                for piece in self._source.pieces(self._key_of[name]):
+                    target = flat[done : done + len(piece)]
+                    if place.is_cuda:
+                        self._staging.fill(target, piece)
+                    else:
+                        target.copy_(piece)
+                    done, dtype = done + len(piece), piece.dtype
+                assert done == flat.numel(), f"{name} has {flat.numel()} entries, and the checkpoint {done}"
+                if dtype == place.dtype:
+                    exact.add(name)
+        finally:
+            self._staging.wait()  # whatever happens: else what is on its way would arrive in memory of others
         return exact
 
     def _forget_ahead(self) -> None:
