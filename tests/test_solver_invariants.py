@@ -62,6 +62,7 @@ def assert_pattern(result: PrunedWeight, pattern: str, sparsity: float, alpha: f
     assert bool((result.weight[result.kept] != 0).all())
     assert bool(torch.isfinite(result.weight).all())
     assert result.sparsity == pytest.approx(int(removed.sum()) / (rows * columns))
+    assert result.zeros == int((result.weight == 0).sum())
 
 
 # --- exact counts, patterns, outliers ---------------------------------------------------------------------------------

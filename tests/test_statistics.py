@@ -169,14 +169,22 @@ def test_bad_activations_are_named(bad: float) -> None:
     with pytest.raises(
         NumericsError, match=r"inputs of model\.layers\.7\.mlp\.down_proj hold NaN or infinity"
     ) as caught:
-        check_finite(groups[0])
+        check_finite(groups)
     assert isinstance(caught.value, UserError)
     assert "--dtype" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_finite_statistics_pass() -> None:
-    check_finite(InputGroup([linear("a")], torch.full((4, 4), 3e38)))
+    check_finite([InputGroup([linear("a")], torch.full((4, 4), 3e38))])
+    check_finite([])
+
+
+def test_the_first_bad_input_of_several_is_named() -> None:
+    bad = torch.full((4, 4), float("nan"))
+    groups = [InputGroup([linear("a")], torch.eye(2)), InputGroup([linear("b")], bad), InputGroup([linear("c")], bad)]
+    with pytest.raises(NumericsError, match="the inputs of b hold"):
+        check_finite(groups)
 
 
 # --- several passes -----------------------------------------------------------------------------------------------------

@@ -188,9 +188,9 @@ class Engine:
         done = 0
         yield self._event("phase", "solve", index, total=len(layers))
         with self.meter.phase("solve"):
+            check_finite(groups)
             while groups:
                 group = groups.pop(0)
-                check_finite(group)
                 inputs = InputStatistics(group.hessian, name=group.layers[0].name, hand_over=True)
                 for layer in group.layers:
                     try:

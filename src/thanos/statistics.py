@@ -134,14 +134,18 @@ def gather(layers: Sequence[LinearLayer]) -> Iterator[list[InputGroup]]:
             group.current = None
 
 
-def check_finite(group: InputGroup) -> None:
-    """Refuse statistics that hold NaN or infinity.
+def check_finite(groups: Sequence[InputGroup]) -> None:
+    """Refuse statistics that hold NaN or infinity; the device is asked once for all of them.
 
     Raises:
-        NumericsError: names the first layer that reads this input.
+        NumericsError: names the first layer that reads the first such input.
     """
-    if not bool(torch.isfinite(group.hessian.diagonal()).all()):
-        raise NumericsError(
-            f"the inputs of {group.layers[0].name} hold NaN or infinity; the checkpoint is damaged or the activations "
-            "overflow: try --dtype float32 or bfloat16"
-        )
+    if not groups:
+        return
+    finite = torch.stack([torch.isfinite(group.hessian.diagonal()).all() for group in groups]).tolist()
+    for group, good in zip(groups, finite, strict=True):
+        if not good:
+            raise NumericsError(
+                f"the inputs of {group.layers[0].name} hold NaN or infinity; the checkpoint is damaged or the "
+                "activations overflow: try --dtype float32 or bfloat16"
+            )

@@ -54,9 +54,8 @@ def _where_it_lies(launch: Callable[P, T]) -> Callable[P, T]:
     @wraps(launch)
     def there(*args: P.args, **kwargs: P.kwargs) -> T:
         assert isinstance(args[0], Tensor)
-        if (
-            args[0].get_device() == torch.cuda.current_device()
-        ):  # nearly always, and a switch costs more than this question
+        # Nearly always the same, and to ask costs less than to switch.
+        if args[0].get_device() == torch.cuda.current_device():
             return launch(*args, **kwargs)
         with torch.cuda.device_of(args[0]):
             return launch(*args, **kwargs)

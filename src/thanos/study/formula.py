@@ -145,7 +145,7 @@ def measure_layer(
                 on_progress(index + 1, len(windows))
     if not groups:
         raise ModelError(f"formula layer {layer.name} was not reached by any token; name another one")
-    check_finite(groups[0])
+    check_finite(groups[:1])
     hessian = groups[0].hessian.double()
     weight = layer.oriented(model.get_parameter(layer.weight_name).detach()).double()
     removed = cheapest_columns(weight, hessian, share)
