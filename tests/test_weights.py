@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from helpers import ARCHITECTURES, tiny_config, tiny_model, windows
 from thanos.structure import build_skeleton
-from thanos.weights import ModelWeights, persistent_tensors
+from thanos.weights import ModelWeights, persistent_tensors, widens
 
 
 class Source:
@@ -195,3 +195,31 @@ def test_the_stored_weight_is_read_again_only_where_it_was_rounded_or_replaced()
         assert torch.equal(weights.stored(name), dense.get_parameter(name))
         weights.release([name])
         assert torch.equal(weights.stored(name), dense.get_parameter(name))
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("held", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_what_widens_comes_back_as_it_was(stored: torch.dtype, held: torch.dtype) -> None:
+    assert widens(stored, held) == (stored.itemsize == 2 and held.itemsize > 2)
+    if widens(stored, held):
+        bits = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16)
+        values = bits.view(stored)
+        there = values.isfinite()
+        assert torch.equal(values.to(held).to(stored).view(torch.int16)[there], bits[there])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_a_widened_weight_is_not_read_again() -> None:
+    kept = torch.randn(40, 30, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    with torch.device("meta"):
+        skeleton = nn.Linear(30, 40, bias=False)
+    source = Source({"weight": kept})
+    weights = ModelWeights(skeleton, source, {"weight": "weight"}, torch.device("cuda"))
+    weights.load(["weight"])
+    assert skeleton.weight.dtype == torch.float32
+    assert torch.equal(weights.stored("weight").cpu(), kept)
+    assert source.read_names == ["weight"]
+    weights.put("weight", kept.cuda() * 2)
+    assert torch.equal(weights.stored("weight").cpu(), kept)
+    assert source.read_names == ["weight"] * 2

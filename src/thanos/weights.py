@@ -41,10 +41,10 @@ class ModelWeights:
         self._meta: dict[str, Tensor] = {
             name: tensor for name, tensor in _named_tensors(model) if tensor.device.type == "meta"
         }
-        self._as_stored: dict[str, Tensor] = {}
+        self._as_stored: dict[str, tuple[Tensor, torch.dtype]] = {}  # what came in unrounded, and from which dtype
         self._reader = Background("thanos-reader", device)
         self._staging = Staging(device)  # of whoever fills: the reader, or the caller once the reader is done
-        self._ahead: tuple[dict[str, Tensor], Future[set[str]]] | None = None
+        self._ahead: tuple[dict[str, Tensor], Future[dict[str, torch.dtype]]] | None = None
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(device)
@@ -65,7 +65,8 @@ class ModelWeights:
     def stored(self, parameter: str) -> Tensor:
         """Return one parameter in the dtype in which it is stored, on the device; not to be modified."""
         if parameter in self._as_stored:  # no rounding on the way in: no need to read it again
-            return self._as_stored[parameter]
+            value, dtype = self._as_stored[parameter]
+            return value.to(dtype)
         return self._source.read(self._key_of[parameter]).to(self._device)
 
     def prefetch(self, names: Iterable[str]) -> None:
@@ -93,7 +94,7 @@ class ModelWeights:
         for name, value in places.items():
             self._set(name, value)
             if name in exact:
-                self._as_stored[name] = value
+                self._as_stored[name] = value, exact[name]
 
     def put(self, name: str, value: Tensor) -> None:
         """Set one parameter, wherever the model holds it."""
@@ -121,9 +122,9 @@ class ModelWeights:
             places[name] = torch.empty(like.shape, dtype=like.dtype, device=self._device)
         return places
 
-    def _fill(self, places: dict[str, Tensor]) -> set[str]:
-        """Read what belongs at each place; return the names of those that have the stored dtype."""
-        exact = set()
+    def _fill(self, places: dict[str, Tensor]) -> dict[str, torch.dtype]:
+        """Read what belongs at each place; return the stored dtype of those from which what is stored can be had again."""
+        exact = {}
         try:
             for name, place in places.items():
                 flat, done, dtype = place.view(-1), 0, place.dtype
@@ -135,8 +136,9 @@ class ModelWeights:
                         target.copy_(piece)
                     done, dtype = done + len(piece), piece.dtype
                 assert done == flat.numel(), f"{name} has {flat.numel()} entries, and the checkpoint {done}"
-                if dtype == place.dtype:
-                    exact.add(name)
+                # The CPU has what is stored at hand, without a copy in another dtype.
+                if dtype == place.dtype or (place.is_cuda and widens(dtype, place.dtype)):
+                    exact[name] = dtype
         finally:
             self._staging.wait()  # whatever happens: else what is on its way would arrive in memory of others
         return exact
@@ -158,6 +160,11 @@ class ModelWeights:
         tensor = nn.Parameter(value, requires_grad=False) if is_parameter else value
         for module, attribute in self._owners[name]:
             (module._parameters if is_parameter else module._buffers)[attribute] = tensor  # type: ignore[assignment]
+
+
+def widens(stored: torch.dtype, held: torch.dtype) -> bool:
+    """Tell whether every value of one dtype is one of the other's, so that it comes back as it was."""
+    return stored in (torch.bfloat16, torch.float16) and held in (torch.float32, torch.float64)
 
 
 def persistent_tensors(model: nn.Module) -> dict[str, Tensor]:
