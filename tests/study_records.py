@@ -132,6 +132,22 @@ def formula_record(layer: str = "model.layers.0.mlp.down_proj") -> CellRecord:
     )
 
 
+def cost_record(given: dict[str, Any], **changes: Any) -> CellRecord:
+    """A finished cell of a model of which the cost alone was asked for."""
+    asked = {"dtype": "float32", "evaluation": None, "zero_shot": None}
+    none = {"asked": asked, "key": cell_key(given, asked), "evaluation": None, "zero_shot": None}
+    return record(given, **{**none, **changes})
+
+
+def cost_study(model: str, blocks: int = 2) -> list[CellRecord]:
+    """A record for each cell of a study of one model's cost."""
+    cells = [cell(method, pattern) for pattern in ("unstructured", "2:4", "4:8", "columns") for method in METHODS]
+    for size in (2**power for power in range(3, 12)):
+        cells += [cell("thanos", pattern, block_size=size) for pattern in ("unstructured", "4:8", "2:4")]
+    records = {(found := cost_record(one | {"model": model}, blocks=blocks)).key: found for one in cells}
+    return list(records.values())
+
+
 def full_study(model: str = MODEL, blocks: int = 6) -> list[CellRecord]:
     """A record for each cell of the full study of one model."""
     seeds = (0, 1, 2)

@@ -114,6 +114,17 @@ def test_tasks_are_for_the_grids_that_ask_and_their_dense_models(tmp_path: Path)
     assert study.asked(study.cells[1])["zero_shot"] == {"tasks": ["piqa"], "limit": 5}
 
 
+def test_models_of_which_the_cost_alone_counts_are_not_evaluated(tmp_path: Path) -> None:
+    text = 'models = ["a/x", "a/y"]\ncost_only = "a/y"\n[zero_shot]\ntasks = ["piqa"]\n[[grid]]\nzero_shot = true\n'
+    study = read(tmp_path, text)
+    assert [(c.model, c.method) for c in study.cells] == [("a/x", "dense"), ("a/x", "thanos"), ("a/y", "thanos")]
+    assert study.evaluates
+    asked = [study.asked(cell) for cell in study.cells]
+    assert [bool(found["zero_shot"]) for found in asked] == [True, True, False]
+    assert asked[2] == {"dtype": "auto", "evaluation": None, "zero_shot": None}
+    assert not read(tmp_path, 'models = "a/y"\ncost_only = "a/y"\n[[grid]]\n').evaluates
+
+
 def test_what_enters_the_store_names_no_folder(tmp_path: Path) -> None:
     text = (
         'models = ["/home/me/Model"]\n[evaluation]\ntext = "sub/test.jsonl"\n[[grid]]\ncalibration = "sub/c4.jsonl"\n'
@@ -132,8 +143,14 @@ MISTAKES: list[tuple[str, int, str]] = [
     ("models = []\n[[grid]]\n", 1, "models: must not be an empty list"),
     ("dtype = 'float32'\n[[grid]]\n", 1, "models: a study needs at least one model"),
     (HEAD, 1, "grid: a study needs at least one"),
-    (HEAD + "dtipe = 'float32'\n[[grid]]\n", 2, "dtipe: unknown field; allowed are models, dtype"),
+    (HEAD + "dtipe = 'float32'\n[[grid]]\n", 2, "dtipe: unknown field; allowed are models, cost_only, dtype"),
     (HEAD + "dtype = 'float64'\n[[grid]]\n", 2, "dtype: must be one of auto, float32"),
+    (HEAD + "cost_only = 'a/y'\n[[grid]]\n", 2, "cost_only: 'a/y' is not among models: a/model"),
+    (
+        HEAD + "cost_only = 'a/model'\n[zero_shot]\ntasks = ['piqa']\n[[grid]]\nzero_shot = true\n",
+        6,
+        "[grid] zero_shot: no tasks are put to models that are cost_only",
+    ),
     (HEAD + "[grid]\n", 2, "two brackets"),
     (
         HEAD + "[[grid]]\n[[grid]]\n# method = 1\nmethod = ['thanos', 'thanoz']\n",

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from study_records import MODEL, cell, failed, full_study, record, write_store
+from study_records import MODEL, cell, cost_study, failed, full_study, record, write_store
 from thanos.cli import run
 from thanos.errors import DataError
 from thanos.study.report import update_readme, with_results, write_report
@@ -346,3 +346,19 @@ def test_a_readme_without_a_place_is_told_which_lines_to_add(tmp_path: Path) -> 
 
 def test_models_are_named_in_the_title(study_report: Path) -> None:
     assert f"<title>Pruning {MODEL}</title>" in (study_report / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_model_of_which_the_cost_alone_counts_stands_beside_an_evaluated_one(tmp_path: Path) -> None:
+    folder = write_store(tmp_path, [*full_study(blocks=2), *cost_study("other")])
+    report = write_report(folder)
+    assert [s.name for s in report.chapters[1].sections] == ["blocks", "cost"]
+    table = report.table("table2")
+    assert table is not None
+    assert [c.head for c in table.columns] == ["Method", MODEL]
+    page, store = Page((folder / "report.html").read_text(encoding="utf-8")), Store(folder)
+    for one in page.numbers:
+        how = (one["data-how"], one["data-field"], one["data-cells"].split(), one.get("data-minus", "").split())
+        assert float(one["value"]) == pytest.approx(store.expected(*how), rel=1e-12, abs=1e-15), one
+    alone = write_report(write_store(tmp_path / "alone", cost_study("other")))
+    assert [s.name for chapter in alone.chapters for s in chapter.sections] == ["blocks", "cost", "data"]
+    assert alone.table("cost") is not None

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from study_records import METHODS, MODEL, cell, formula_record, full_study, record
+from study_records import METHODS, MODEL, cell, cost_record, cost_study, formula_record, full_study, record
 from thanos.study.report.rows import Results
-from thanos.study.report.sections import MODEL_SECTIONS, perplexity_table
+from thanos.study.report.sections import COST_SECTIONS, MODEL_SECTIONS, perplexity_table
 from thanos.study.report.sections.alpha import ALPHAS, alpha, recommend
 from thanos.study.report.sections.blocks import SIZES, blocks
 from thanos.study.report.sections.claims import all_claims, claims
@@ -167,6 +167,36 @@ def test_costs_of_different_devices_are_not_compared() -> None:
     elsewhere = record(cell("sparsegpt"), machine={"device": "cpu"})
     section = cost(Results(MODEL, [record(cell()), record(cell("wanda")), elsewhere]))
     assert column(section.tables[0], "method") == ["Thanos", "Wanda"]
+
+
+def test_a_model_of_which_the_cost_alone_counts_has_no_accuracy() -> None:
+    results = Results("other", cost_study("other"))
+    assert results.cost_only
+    assert not FULL.cost_only
+    for make in COST_SECTIONS[:2]:
+        section = make(results)
+        assert section.missing == []
+        assert "nothing about accuracy" in plain(section.prose[0])
+        shown = [name for table in section.tables for name in (c.name for c in table.columns)]
+        assert not {"perplexity", "kl_divergence", "verdict", "front"}.intersection(shown)
+        assert {"layer_error", "seconds", "solve_seconds"} <= set(shown)
+        assert all(figure.y_label != "perplexity" for figure in section.figures)  # type: ignore[union-attr]
+    names = [figure.name for figure in blocks(results).figures]
+    assert names == [*(f"blocks_{name}_layer_error" for name in ("unstructured", "4_8", "2_4")), "blocks_seconds"]
+    assert column(blocks(results).tables[0], "block_size") == [str(size) for size in SIZES] * 3
+    assert column(cost(results).tables[0], "method") == ["Thanos", "SparseGPT", "Wanda", "Magnitude"] * 4
+    assert [len(series.points) for series in cost(results).figures[0].series] == [4] * 4  # type: ignore[union-attr]
+
+
+def test_where_accuracy_was_not_measured_the_least_time_is_named() -> None:
+    found = [cost_record(cell(block_size=size), seconds=s) for size, s in ((8, 40.0), (128, 12.0), (2048, 31.0))]
+    words = plain(blocks(Results(MODEL, found)).prose[1])
+    assert words == "unstructured 50 %: pruning takes least with B = 128, 12.0 s; B = 8: 40.0 s; B = 2048: 31.0 s."
+    lone = cost(Results(MODEL, [cost_record(cell(), seconds=40.0), cost_record(cell("sparsegpt"), seconds=30.0)]))
+    assert column(lone.tables[0], "seconds_difference") == ["+10.0", "–"]
+    assert lone.missing == [
+        f"{name}: at least two methods at one sparsity on one device" for name in ("2:4", "4:8", "columns")
+    ]
 
 
 def test_figure_and_table_over_sparsity_are_one_store() -> None:

@@ -101,6 +101,19 @@ def test_a_cell_is_what_prune_and_evaluate_give(tmp_path: Path, data: Path) -> N
     assert (base.recipe, base.seconds, base.layers) == (None, None, [])
 
 
+def test_a_model_of_which_the_cost_alone_counts_needs_no_text(tmp_path: Path, data: Path) -> None:
+    head = 'models = ["tiny"]\ncost_only = ["tiny"]\n[evaluation]\ntext = "nowhere.txt"\n'
+    path = write(tmp_path, GRID + "block_size = [8, 4096]\n", head)
+    assert runner.run_study(path, tmp_path / "out", data=data, devices=["cpu"]).count("done") == 2
+    records = read_store(tmp_path / "out").records
+    for record in records:
+        assert (record.evaluation, record.zero_shot, record.sources["text"]) == (None, None, None)
+        assert record.seconds is not None
+        assert all(layer["error_after_compensation"] > 0 for layer in record.layers)
+        assert "evaluate" not in record.phases
+    assert runner.run_study(path, tmp_path / "out", data=data, devices=["cpu"]).ran == 0
+
+
 def test_shared_work_is_done_once(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path, GRID + 'method = ["wanda", "magnitude"]\nsparsity = [0.5, 0.6]\n')
     calls: dict[str, int] = {}

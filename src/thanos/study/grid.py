@@ -98,7 +98,8 @@ class Study:
 
     Attributes:
         models: as the file names them.
-        cells: without repetition, the dense models first, then in the order of the file.
+        cost_only: those of them that are pruned without being evaluated.
+        cells: without repetition, the dense models first (of those that are evaluated), then in the order of the file.
         zero_shot_cells: those to which the tasks are put.
         evaluation: how every cell is measured.
         zero_shot: the tasks; None without any.
@@ -109,6 +110,7 @@ class Study:
     """
 
     models: tuple[str, ...]
+    cost_only: frozenset[str]
     cells: tuple[Cell, ...]
     zero_shot_cells: frozenset[Cell]
     evaluation: EvaluationPlan
@@ -118,10 +120,17 @@ class Study:
     keep_models: bool
     text: str = field(repr=False)
 
+    @property
+    def evaluates(self) -> bool:
+        """Whether any model is evaluated."""
+        return not self.cost_only.issuperset(self.models)
+
     def asked(self, cell: Cell) -> dict[str, Any]:
         """Return what, besides the cell, shapes its record."""
         if cell.method == FORMULA and self.formula is not None:
             return {"dtype": self.dtype, "formula": asdict(self.formula)}
+        if cell.model in self.cost_only:
+            return {"dtype": self.dtype, "evaluation": None, "zero_shot": None}
         evaluation = asdict(self.evaluation) | {"text": public(self.evaluation.text)}
         zero_shot = None
         if self.zero_shot is not None and cell in self.zero_shot_cells:

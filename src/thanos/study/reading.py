@@ -42,6 +42,11 @@ class _Reader:
             raise self._error("", 0, "models", "a study needs at least one model")
         if "grid" not in values:
             raise self._error("", 0, "grid", "a study needs at least one [[grid]]")
+        cost_only = top.get("cost_only", ())
+        for model in cost_only:
+            if model not in top["models"]:
+                listed = ", ".join(top["models"])
+                raise self._error("", 0, "cost_only", f"{model!r} is not among models: {listed}")
         evaluation = EvaluationPlan(**self._table(values.get("evaluation", {}), "evaluation", 0, _EVALUATION))
         tasks = None
         if "zero_shot" in values:
@@ -49,10 +54,11 @@ class _Reader:
             if not given.get("tasks"):
                 raise self._error("zero_shot", 0, "tasks", "name at least one task")
             tasks = ZeroShotPlan(**given)
-        cells, with_tasks = self._cells(values["grid"], top["models"], tasks)
+        cells, with_tasks = self._cells(values["grid"], top["models"], cost_only, tasks)
         formula = self._formula(values["formula"], cells, top["models"]) if "formula" in values else None
         return Study(
             models=top["models"],
+            cost_only=frozenset(cost_only),
             cells=tuple(cells),
             zero_shot_cells=frozenset(with_tasks),
             evaluation=evaluation,
@@ -64,7 +70,7 @@ class _Reader:
         )
 
     def _cells(
-        self, grids: Any, models: tuple[str, ...], tasks: ZeroShotPlan | None
+        self, grids: Any, models: tuple[str, ...], cost_only: tuple[str, ...], tasks: ZeroShotPlan | None
     ) -> tuple[dict[Cell, None], set[Cell]]:
         if not isinstance(grids, list):
             raise self._error("grid", 0, "", "write [[grid]], with two brackets: there may be several")
@@ -72,7 +78,7 @@ class _Reader:
         for name in names:
             if names.count(name) > 1:
                 raise self._error("", 0, "models", f"two models are called {name}; the store could not tell them apart")
-        dense = {model: Cell(model=model, method=DENSE) for model in models}
+        dense = {model: Cell(model=model, method=DENSE) for model in models if model not in cost_only}
         cells: dict[Cell, None] = dict.fromkeys(dense.values())
         with_tasks: set[Cell] = set()
         for index, grid in enumerate(grids):
@@ -86,7 +92,10 @@ class _Reader:
             found = list(product({"model": models} | axes if "model" not in axes else axes))
             cells.update(dict.fromkeys(found))
             if zero_shot:
-                with_tasks.update(found, (dense[cell.model] for cell in found))
+                evaluated = [cell for cell in found if cell.model in dense]
+                if not evaluated:
+                    raise self._error("grid", index, "zero_shot", "no tasks are put to models that are cost_only")
+                with_tasks.update(evaluated, (dense[cell.model] for cell in evaluated))
         return cells, with_tasks
 
     def _formula(self, values: Any, cells: dict[Cell, None], models: tuple[str, ...]) -> FormulaPlan:
@@ -214,6 +223,7 @@ def _inner_share(value: Any) -> float:
 _TABLES = ("evaluation", "zero_shot", "formula", "grid")
 _TOP: dict[str, Callable[[Any], Any]] = {
     "models": _many(_word),
+    "cost_only": _many(_word),
     "dtype": _one_of(*DTYPES),
     "keep_models": _flag,
 }

@@ -172,11 +172,12 @@ def find_places(study: Study, beside: Path, out: Path, data: str | Path | None) 
     def find(name: str) -> str:
         return next((str((each / name).resolve()) for each in folders if (each / name).exists()), name)
 
-    sources = {cell.calibration for cell in study.cells if cell.calibration} | {study.evaluation.text}
+    text = study.evaluation.text if study.evaluates else None
+    sources = {name for name in (text, *(cell.calibration for cell in study.cells)) if name}
     texts = {name: name if name in NAMED else find(name) for name in sorted(sources)}
     searched = ", ".join(map(str, folders))
-    text, task_folder = study.evaluation.text, study.zero_shot and study.zero_shot.task_folder
-    if text not in NAMED and not Path(texts[text]).is_file():
+    task_folder = study.zero_shot and study.zero_shot.task_folder
+    if text and text not in NAMED and not Path(texts[text]).is_file():
         raise StudyError(f"text {text} of [evaluation] is in none of {searched}; give its folder with --data")
     if task_folder and not Path(find(task_folder)).is_dir():
         raise StudyError(f"task_folder {task_folder} of [zero_shot] is in none of {searched}; give it with --data")

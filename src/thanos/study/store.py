@@ -44,7 +44,8 @@ class CellRecord:
             ``sparsity``, ``outlier_rows``, ``keep_budget``, ``block_size``, ``damping``, ``calibration``, ``samples``,
             ``sequence_length``, ``seed``. All but the model and the method are None for the dense model.
         asked: what else shaped the numbers: ``dtype``, ``evaluation`` (``text``, ``sequence_length``, ``max_windows``,
-            ``compare``: with the dense model) and ``zero_shot`` (``tasks``, ``limit``; None where none was asked for).
+            ``compare``: with the dense model) and ``zero_shot`` (``tasks``, ``limit``; None where none was asked for). Both
+            are None for a model of which the cost alone is measured.
         sources: sha256 of ``model``, ``calibration`` and ``text`` as files; None where there is no file.
         recipe: the whole recipe, as in pruning.json; None for the dense model.
         calibration: the windows' fingerprint, as in pruning.json; None for the dense model.

@@ -80,7 +80,7 @@ class Places:
         return {
             "model": self.hashes.get(cell.model),
             "calibration": None if cell.calibration is None else self.hashes.get(cell.calibration),
-            "text": self.hashes.get(study.evaluation.text),
+            "text": None if cell.model in study.cost_only else self.hashes.get(study.evaluation.text),
         }
 
     def without_paths(self, text: str) -> str:
@@ -196,6 +196,8 @@ class Session:
 
     def _measure(self, cell: Cell, model: str, meter: PhaseMeter, tell: Watcher) -> dict[str, Any]:
         asked = self._study.asked(cell)
+        if asked["evaluation"] is None:
+            return {"evaluation": None, "zero_shot": None}
         with meter.phase("reference"):
             reference = self._shared_reference(cell)
         tell(Event(kind="phase", phase="evaluate"))
@@ -225,14 +227,25 @@ class Session:
         """Load libraries and kernels before the first cell whose seconds are recorded, rather than at its expense."""
         if self._warm:
             return
-        reference = self._shared_reference(cell)
-        if reference.model is not None:
-            with torch.inference_mode():
-                reference.logits(0, reference.windows[:1].to(self._device))
+        if cell.model in self._study.cost_only:
+            self._run_once(cell)
+        else:
+            reference = self._shared_reference(cell)
+            if reference.model is not None:
+                with torch.inference_mode():
+                    reference.logits(0, reference.windows[:1].to(self._device))
         weight = torch.randn(256, 256, generator=torch.Generator().manual_seed(0)).to(self._device)
         for method, pattern in itertools.product(METHODS, ("unstructured", "2:4", "columns")):
             prune_weight(weight, weight.T @ weight, method=method, pattern=pattern)
         self._warm = True
+
+    def _run_once(self, cell: Cell) -> None:
+        """Load a model that is not evaluated and put one window of nothing to it."""
+        model: Any = load_model(
+            resolve_model(self._places.models[cell.model]), dtype=self._study.dtype, device=self._device
+        )
+        with torch.inference_mode():
+            model(input_ids=torch.zeros(1, cell.sequence_length or 1, dtype=torch.long, device=self._device))
 
     # --- shared work ----------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from thanos.study.report.charts import Figure
 from thanos.study.report.draw import draw
 from thanos.study.report.page import Chapter, all_figures, all_tables, render_page, slug
 from thanos.study.report.rows import Results, models_of
-from thanos.study.report.sections import MODEL_SECTIONS, Section, data, perplexity_table
+from thanos.study.report.sections import COST_SECTIONS, MODEL_SECTIONS, Section, data, perplexity_table
 from thanos.study.report.tables import WRITERS, Table
 from thanos.study.report.values import Prose, count
 from thanos.study.store import Contents, read_store, store_path
@@ -49,11 +49,13 @@ def build_report(contents: Contents) -> Report:
     studies = [Results(model, contents.done) for model in models]
     chapters = []
     for results in studies:
-        sections = [section(results) for section in MODEL_SECTIONS]
+        sections = [section(results) for section in (COST_SECTIONS if results.cost_only else MODEL_SECTIONS)]
         sections = [s for s in sections if s.tables or s.figures or s.missing]
         ending = "" if len(models) == 1 else f"_{slug(results.model)}"
         chapters.append(Chapter(results.model, [_renamed(section, ending) for section in sections]))
-    chapters.append(Chapter("", [perplexity_table(studies), data(contents.done, contents.failed, studies)]))
+    evaluated = [results for results in studies if not results.cost_only]
+    shared = [perplexity_table(evaluated)] if evaluated else []
+    chapters.append(Chapter("", [*shared, data(contents.done, contents.failed, studies)]))
     title = f"Pruning {', '.join(models)}" if models else "An empty study"
     done, failed = len(contents.done), len(contents.failed)
     lead: Prose = (

@@ -140,6 +140,8 @@ def pattern_order(pattern: str) -> tuple[int, str]:
 class Results:
     """The cells of one model that can be compared: same evaluation, and rows of the same calibration and damping.
 
+    ``cost_only`` tells whether the study asked for the model's cost alone, so that none of its cells was evaluated.
+
     Args:
         model: whose.
         records: the done cells of a store, of any model.
@@ -148,6 +150,7 @@ class Results:
     def __init__(self, model: str, records: Iterable[CellRecord]) -> None:
         own = [record for record in records if record.cell["model"] == model]
         self.model = model
+        self.cost_only = bool(own) and all(_is_cost_only(record) for record in own)
         self.formulas = [record for record in own if record.formula is not None]
         own = [record for record in own if record.formula is None]
         scored = _most_common(_evaluation_of, own)
@@ -244,6 +247,10 @@ def _evaluation_of(record: CellRecord) -> tuple[Any, ...] | None:
     """What perplexities must share to be compared; None for a cell that was not evaluated."""
     found = record.evaluation
     return None if found is None else (found["text_sha256"], found["sequence_length"], found["windows"])
+
+
+def _is_cost_only(record: CellRecord) -> bool:
+    return record.formula is None and record.asked.get("evaluation", {}) is None
 
 
 def _calibration_of(record: CellRecord) -> tuple[Any, ...]:

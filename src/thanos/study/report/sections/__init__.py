@@ -32,4 +32,7 @@ MODEL_SECTIONS = (
 )
 """What a report says about each model, in reading order."""
 
-__all__ = ["MODEL_SECTIONS", "Section", "data", "perplexity_table", "variations"]
+COST_SECTIONS = (blocks, cost, variations)
+"""What it says about a model of which the cost alone was measured."""
+
+__all__ = ["COST_SECTIONS", "MODEL_SECTIONS", "Section", "data", "perplexity_table", "variations"]

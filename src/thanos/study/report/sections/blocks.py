@@ -6,25 +6,28 @@ from thanos.study.report.charts import Chart, Point, Series
 from thanos.study.report.ranking import comparable, verdict
 from thanos.study.report.rows import Results, Row
 from thanos.study.report.sections.alpha import file_name
-from thanos.study.report.sections.common import SIGNS, SPREAD_NOTE, Section, note
+from thanos.study.report.sections.common import COST_ONLY, SIGNS, SPREAD_NOTE, Section, note
 from thanos.study.report.tables import Cell, Table, columns, measures, number, text
 from thanos.study.report.values import Number, Prose, difference, setting
 
 SIZES = tuple(2**power for power in range(3, 12))
 PATTERNS = ("unstructured", "4:8", "2:4")
 _FIELDS = ("layer_error", "perplexity", "kl_divergence", "seconds", "solve_seconds")
+_COST_FIELDS = ("layer_error", "seconds", "solve_seconds")
+_RULE: Prose = (
+    "Rule: it is worth it where some smaller block has a lower perplexity than the largest one measured, by more than the "
+    "noise; a tie is decided by the seconds.",
+)
 _CHARTS = {"perplexity": "perplexity", "layer_error": "mean relative layer error", "seconds": "pruning (s)"}
 
 
 def blocks(results: Results) -> Section:
     """Return tables and figures over the block size, and a verdict for each pattern."""
     section = Section("blocks", "Is the block-wise formulation worth it, and where?")
-    section.prose.append(
-        (
-            "Rule: it is worth it where some smaller block has a lower perplexity than the largest one measured, by more than "
-            "the noise; a tie is decided by the seconds.",
-        )
-    )
+    if results.cost_only:
+        section = Section("blocks", "What does the block size cost?", prose=[COST_ONLY])
+    else:
+        section.prose.append(_RULE)
     found: dict[str, list[Row]] = {}
     for pattern in PATTERNS:
         rows = sizes(results, pattern)
@@ -35,13 +38,13 @@ def blocks(results: Results) -> Section:
             section.missing.append(f"Thanos, {label}, B = {', '.join(lacking)}")
         if len(rows) > 1:
             found[label] = rows
-            section.prose.append(_answer(results, label, rows))
+            section.prose.append(_costs(label, rows) if results.cost_only else _answer(results, label, rows))
             section.figures += [
                 _chart([(label, rows)], field, f"blocks_{file_name(pattern)}_{field}", label)
                 for field in ("perplexity", "layer_error")
             ]
     if found:
-        section.tables.append(_table(found))
+        section.tables.append(_cost_table(found) if results.cost_only else _table(found))
         section.figures.append(_chart(list(found.items()), "seconds", "blocks_seconds", "all patterns"))
     section.figures = [figure for figure in section.figures if isinstance(figure, Chart) and figure.series]
     return section
@@ -79,6 +82,41 @@ def _answer(results: Results, label: str, rows: list[Row]) -> Prose:
     words += [", pruning ", s, " s against ", t, " s"] if s is not None and t is not None else []
     words += ["; noise unknown (one seed)."] if noise is None else ["; noise ", noise, "."]
     return tuple(word for word in words if word is not None)
+
+
+def _costs(label: str, rows: list[Row]) -> Prose:
+    able = [row for row in rows if row.mean("seconds") is not None]
+    if not able:
+        return (f"{label}: time was not measured.",)
+    least = min(able, key=lambda row: row.value("seconds"))
+    words: list[str | Number | None] = [
+        f"{label}: pruning takes least with B = ",
+        setting(least.records[0], "block_size"),
+    ]
+    words += [", ", least.mean("seconds"), " s"]
+    for row in (able[0], able[-1]):
+        if row is not least:
+            words += ["; B = ", setting(row.records[0], "block_size"), ": ", row.mean("seconds"), " s"]
+    return tuple(word for word in (*words, ".") if word is not None)
+
+
+def _cost_table(found: dict[str, list[Row]]) -> Table:
+    heads = columns(
+        "B|block_size",
+        "layer error|layer_error",
+        "pruning (s)|seconds",
+        "of it solving (s)|solve_seconds",
+        "sparsity (%)|sparsity",
+    )
+    lines: list[tuple[Cell, ...]] = []
+    bands: dict[int, str] = {}
+    for label, rows in found.items():
+        bands[len(lines)] = label
+        for row in rows:
+            size = number(setting(row.records[0], "block_size"))
+            lines.append((size, *measures(row, _COST_FIELDS), number(row.mean("sparsity"))))
+    about = note([row for rows in found.values() for row in rows])
+    return Table("block_size", "Thanos over the block size", heads, tuple(lines), bands, about)
 
 
 def _table(found: dict[str, list[Row]]) -> Table:

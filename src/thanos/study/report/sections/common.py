@@ -38,6 +38,13 @@ class Section:
     missing: list[str] = field(default_factory=list)
 
 
+COST_ONLY: Prose = (
+    "This model was pruned and not evaluated (cost_only in the study), as models with random weights are: its numbers tell "
+    "what pruning costs, and how far the layers' outputs moved, and nothing about accuracy.",
+)
+"""Stands above the sections of a model of which the cost alone was measured."""
+
+
 def headline_sparsity(results: Results, pattern: str) -> float | None:
     """Return the sparsity at which the headline shows a pattern; None if the store has no row of it."""
     rows = [row for row in results.select(pattern=pattern, alpha=0.0) if row.has_default_block]

@@ -8,8 +8,8 @@ from thanos.study.report.charts import Chart, Point, Series, pareto
 from thanos.study.report.ranking import comparable
 from thanos.study.report.rows import Results, Row
 from thanos.study.report.sections.alpha import file_name
-from thanos.study.report.sections.common import HEADLINE, Section, headline_sparsity, note
-from thanos.study.report.tables import Cell, Table, columns, number, text
+from thanos.study.report.sections.common import COST_ONLY, HEADLINE, Section, headline_sparsity, note
+from thanos.study.report.tables import Cell, Table, columns, measures, number, text
 from thanos.study.report.values import FIELDS, difference, price
 
 _COSTS = {"seconds": "pruning time (s)", "peak_bytes": "peak memory (GiB)"}
@@ -17,6 +17,8 @@ _COSTS = {"seconds": "pruning time (s)", "peak_bytes": "peak memory (GiB)"}
 
 def cost(results: Results) -> Section:
     """Return perplexity against seconds and memory for each headline pattern, and the marginal cost of Thanos."""
+    if results.cost_only:
+        return _without_accuracy(results)
     section = Section("cost", "Accuracy against cost")
     section.prose.append(
         (
@@ -58,6 +60,53 @@ def cost(results: Results) -> Section:
     return section
 
 
+def _without_accuracy(results: Results) -> Section:
+    """Return seconds and memory of every method, of a model that was not evaluated."""
+    section = Section("cost", "What do the methods cost?", prose=[COST_ONLY])
+    device = _usual_device(results)
+    lines: list[tuple[Cell, ...]] = []
+    bands: dict[int, str] = {}
+    series: list[Series] = []
+    used: list[Row] = []
+    for pattern in HEADLINE:
+        rows = [row for row in _rows(results, pattern) if all(r.machine["device"] == device for r in row.records)]
+        if len(rows) < 2:
+            section.missing.append(f"{pattern}: at least two methods at one sparsity on one device")
+            continue
+        bands[len(lines)] = rows[0].pattern_label
+        lines += [_cost_line(rows, row) for row in rows]
+        used += rows
+        points = [
+            Point(x, y, row.spread("seconds"), row.label, style=row.method)
+            for row in rows
+            if (x := row.mean("sparsity")) is not None and (y := row.mean("seconds")) is not None
+        ]
+        series.append(Series(rows[0].pattern_label, points[0].style, tuple(points)))
+    if lines:
+        section.prose.append((f"Device: {device}.",))
+        heads = columns(
+            "<Method|method",
+            "sparsity (%)|sparsity",
+            "layer error|layer_error",
+            "pruning (s)|seconds",
+            "of it solving (s)|solve_seconds",
+            "peak memory (GiB)|peak_bytes",
+            "s more than SparseGPT|seconds_difference",
+        )
+        section.tables.append(Table("cost", "Cost of the methods", heads, tuple(lines), bands, note(used)))
+        title = "Pruning time by pattern and method"
+        section.figures.append(Chart("dots", "cost_seconds", title, "", _COSTS["seconds"], tuple(series)))
+    return section
+
+
+def _cost_line(rows: list[Row], row: Row) -> tuple[Cell, ...]:
+    other = next((o for o in rows if o.method == "sparsegpt" and o.alpha == 0), None)
+    mine, theirs = row.mean("seconds"), None if other is None else other.mean("seconds")
+    more = difference(mine, theirs) if row is not other and mine is not None and theirs is not None else None
+    fields = ("sparsity", "layer_error", "seconds", "solve_seconds", "peak_bytes")
+    return (text(row.label), *measures(row, fields), number(more))
+
+
 def _usual_device(results: Results) -> str:
     counts = Counter(r.machine["device"] for row in results.rows for r in row.records)
     return max(counts, key=lambda name: (counts[name], name), default="")
@@ -69,7 +118,8 @@ def _rows(results: Results, pattern: str) -> list[Row]:
     if sparsity is None:
         return []
     rows = [row for row in results.select(pattern=pattern, sparsity=sparsity) if row.has_default_block]
-    rows = [row for row in rows if row.mean("perplexity") is not None and row.mean("seconds") is not None]
+    needed = ("seconds",) if results.cost_only else ("perplexity", "seconds")
+    rows = [row for row in rows if all(row.mean(field) is not None for field in needed)]
     plain = [row for row in rows if row.alpha == 0]
     base = next((row for row in plain if row.method == "thanos"), plain[0] if plain else None)
     if base is None:
