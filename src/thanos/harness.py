@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from thanos._version import __version__
+from thanos.answering import keep_requests, templates_compiled_once, wrap
 from thanos.errors import DataError, ResourceError
 from thanos.events import Event
 from thanos.fingerprint import model_sha256
@@ -34,9 +35,6 @@ SCHEMA = 1
 
 PAPER_TASKS = ("winogrande", "openbookqa", "boolq", "piqa", "hellaswag", "arc_easy", "arc_challenge")
 """The seven tasks of the paper's zero-shot tables, by their names in the harness."""
-
-_BATCH = {"cpu": 16, "cuda": 64}
-"""Sequences per forward pass; answers are short, so that memory is no concern."""
 
 _FEWSHOT_SEED = 1234
 """The harness's own default; it matters only for tasks that insist on examples."""
@@ -91,6 +89,7 @@ def zero_shot(
     cache: bool = True,
     on_event: Callable[[Event], None] | None = None,
     trust_remote_code: bool = False,
+    network: PreTrainedModel | None = None,
 ) -> ZeroShot:
     """Measure a model's accuracy on tasks of lm_eval, without examples in the prompt and without a chat template.
 
@@ -104,6 +103,8 @@ def zero_shot(
         cache: take scores that were measured before from :func:`cache_folder`, and put new ones there.
         on_event: is told about progress.
         trust_remote_code: let transformers run Python code that a checkpoint carries.
+        network: the model, where it is loaded already; it is scored where and as it is, whatever ``device`` and ``dtype`` say,
+            and scores are neither taken from the cache nor put there.
 
     Raises:
         DataError: lm_eval is not installed, a task is unknown, or its data cannot be had.
@@ -114,7 +115,9 @@ def zero_shot(
     began = time.perf_counter()
     if limit is not None and limit < 1:
         raise DataError(f"limit must be at least 1 document a task; got {limit}")
-    where = choose_device(device)
+    where = choose_device(device) if network is None else network.device
+    if network is not None:
+        dtype, cache = str(network.dtype).removeprefix("torch."), False  # whose weights it has, nothing tells
     check_tasks(tasks, task_folder)
     source = resolve_model(model, trust_remote_code=trust_remote_code)
     loaded = _load_tasks(tuple(tasks), None if task_folder is None else str(task_folder))
@@ -127,7 +130,7 @@ def zero_shot(
     known = sorted(scores)
     missing = [name for name in loaded if name not in scores]
     if missing:
-        network = load_model(source, dtype=dtype, device=where)
+        network = load_model(source, dtype=dtype, device=where) if network is None else network
         tell = on_event or (lambda event: None)
         scores |= _score(network, source, [loaded[name] for name in missing], limit, where, tell)
         for name in missing:
@@ -161,7 +164,7 @@ def check_tasks(tasks: Sequence[str], task_folder: str | Path | None = None) -> 
         raise DataError(f"the task folder {task_folder} does not exist; give a folder with lm_eval's YAML files")
     if not tasks:
         raise DataError("name at least one task")
-    known = _manager(None if task_folder is None else str(task_folder)).all_tasks
+    known = _register(tasks, None if task_folder is None else str(task_folder)).all_tasks
     for task in tasks:
         if task not in known:
             near = difflib.get_close_matches(task, known, n=5, cutoff=0.5)
@@ -192,29 +195,39 @@ def cache_folder() -> Path:
 # --- the harness ------------------------------------------------------------------------------------------------------
 
 
+def _register(tasks: Sequence[str], task_folder: str | None) -> Any:
+    """Return a register of tasks that knows these, of the folder alone where that has them all: it is the one that counts."""
+    if task_folder is not None:
+        own = _manager(task_folder, defaults=False)
+        if set(tasks) <= set(own.all_subtasks):  # a tag or a group may have more tasks elsewhere
+            return own
+    return _manager(task_folder)
+
+
 @lru_cache(maxsize=4)
-def _manager(task_folder: str | None) -> Any:
-    """Return the harness's register of tasks; building it reads thousands of files."""
+def _manager(task_folder: str | None, *, defaults: bool = True) -> Any:
+    """Return the harness's register of tasks; building it with the harness's own reads thousands of files."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise DataError(
             f"zero-shot tasks need the package lm_eval ({error}): pip install 'thanos-llm[eval]'"
         ) from error
-    return TaskManager(include_path=task_folder)
+    return TaskManager(include_path=task_folder, include_defaults=defaults)
 
 
 @lru_cache(maxsize=4)
 def _load_tasks(tasks: tuple[str, ...], task_folder: str | None) -> dict[str, Any]:
-    """Return the single tasks behind some names, with their data, by name."""
+    """Return the single tasks behind some names, with their data, by name; kept for the next model."""
     try:
-        return dict(_manager(task_folder).load(list(tasks))["tasks"])
+        found = _register(tasks, task_folder).load(list(tasks))["tasks"]
     except Exception as error:  # datasets raises its own, the hub's and the network's errors
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(
             f"the data of {', '.join(tasks)} cannot be had ({line}); without a network give local task files: --task-folder "
             "DIR with lm_eval's YAML files, and their names as --tasks"
         ) from error
+    return {name: keep_requests(task) for name, task in found.items()}
 
 
 def _score(
@@ -231,10 +244,11 @@ def _score(
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=_FEWSHOT_SEED)
-    model = _watched(network, source.tokenizer(), _BATCH.get(where.type, 16), tell)
+    model = wrap(network, source.tokenizer(), tell)
     chosen = {"tasks": {task.config.task: task for task in tasks}, "groups": {}}
     try:
-        found = lm_eval.evaluate(model, chosen, limit=limit, log_samples=False)  # type: ignore[arg-type]
+        with templates_compiled_once():
+            found = lm_eval.evaluate(model, chosen, limit=limit, log_samples=False)  # type: ignore[arg-type]
     except torch.OutOfMemoryError as error:
         raise ResourceError(f"out of memory on {where} while scoring tasks; use --device cpu") from error
     assert found is not None
@@ -250,28 +264,6 @@ def _score(
                 scores[name][f"{metric}{suffix}"] = value if isinstance(value, float) else None
         scores[name]["samples"] = counts[name]["effective"]
     return scores
-
-
-def _watched(network: PreTrainedModel, tokenizer: Any, batch: int, tell: Callable[[Event], None]) -> Any:
-    """Return the harness's model around ours; it tells how many requests are answered."""
-    from lm_eval.models import huggingface
-
-    base: Any = huggingface.HFLM
-
-    class Watched(base):
-        done = total = 0
-
-        def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
-            self.done, self.total = 0, len(requests)
-            return super().loglikelihood(requests, disable_tqdm=True)
-
-        def _model_call(self, inps: Any, *arguments: Any, **others: Any) -> Any:
-            self.done += len(inps)
-            if self.total:  # requests that share a context are answered by one pass, so that fewer passes may do
-                tell(Event(kind="progress", phase="tasks", done=min(self.done, self.total), total=self.total))
-            return super()._model_call(inps, *arguments, **others)
-
-    return Watched(pretrained=network, tokenizer=tokenizer, batch_size=batch)
 
 
 # --- the cache --------------------------------------------------------------------------------------------------------
