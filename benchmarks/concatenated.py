@@ -2,8 +2,9 @@
 
     python benchmarks/concatenated.py STUDY --dense MODEL --text test.jsonl --out concatenated.jsonl [--device cuda:0]
 
-STUDY is the folder of a study that ran with ``keep_models = true``. One JSON object a line: the cell, its perplexity on
-the concatenated rows (and on the rows joined with a blank line, from the store), commit, device, date.
+STUDY is the folder of a study that ran with ``keep_models = true``; cells whose model was not kept are left out. One JSON
+object a line: the cell, its perplexity on the concatenated rows (and on the rows joined with a blank line, from the store),
+commit, device, date.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def main() -> None:
         joined = Path(folder) / "concatenated.txt"
         joined.write_text("".join(evaluation_rows(arguments.text)), encoding="utf-8")
         for record in records[first::step]:
-            if record["cell"]["seed"] in (0, None):
+            if record["cell"]["seed"] in (0, None) and Path(model_of(record, arguments)).exists():
                 result = evaluate(record, joined, arguments)
                 with arguments.out.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(result) + "\n")
@@ -47,9 +48,7 @@ def main() -> None:
 
 def evaluate(record: dict[str, Any], text: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Score one model on the concatenated rows."""
-    dense = record["cell"]["method"] == "dense"
-    model = arguments.dense if dense else arguments.study / "models" / record["key"][:16]
-    found = thanos.evaluate(model, text=str(text), device=arguments.device, dtype=arguments.dtype)
+    found = thanos.evaluate(model_of(record, arguments), text=str(text), device=arguments.device, dtype=arguments.dtype)
     return {
         "key": record["key"],
         "cell": record["cell"],
@@ -64,6 +63,12 @@ def evaluate(record: dict[str, Any], text: Path, arguments: argparse.Namespace) 
         "device": found.device,
         "date": datetime.date.today().isoformat(),
     }
+
+
+def model_of(record: dict[str, Any], arguments: argparse.Namespace) -> str | Path:
+    """Return where a cell's model is, if it was kept."""
+    dense = record["cell"]["method"] == "dense"
+    return arguments.dense if dense else arguments.study / "models" / record["key"][:16]
 
 
 def mean_error(layers: list[dict[str, Any]]) -> float | None:
