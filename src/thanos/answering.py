@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from thanos.attention import fast_attention
 from thanos.events import Event
 
 if TYPE_CHECKING:
@@ -156,7 +157,8 @@ def wrap(network: PreTrainedModel, tokenizer: Any, tell: Callable[[Event], None]
             self.done += len(inps)
             if self.total:  # requests that share a context are answered by one pass, so that fewer passes may do
                 tell(Event(kind="progress", phase="tasks", done=min(self.done, self.total), total=self.total))
-            return super()._model_call(inps, *arguments, **others)
+            with fast_attention(network.device, network.dtype):
+                return super()._model_call(inps, *arguments, **others)
 
     model = Wrapped(pretrained=network, tokenizer=tokenizer, batch_size=_SEQUENCES.get(network.device.type, 16))
     if network.device.type == "cuda":
