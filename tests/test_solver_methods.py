@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -10,6 +12,7 @@ from torch.testing import assert_close
 
 import oracles
 from thanos import prune_weight
+from thanos.solvers import rows
 
 PATTERNS = ("unstructured", "2:4", "1:4", "5:8", "columns")
 
@@ -285,3 +288,32 @@ def test_methods_are_ordered_as_published_on_a_correlated_layer():
             for method in oracles.METHODS
         }
         assert errors["thanos"] <= errors["sparsegpt"] <= errors["wanda"] <= errors["magnitude"], (pattern, errors)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_rows_that_a_kernel_cannot_solve_are_found_at_the_end_and_solved_directly(
+    share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = oracles.layer(24, 64, seed=7)
+    arguments = {"method": "thanos", "pattern": "unstructured", "block_size": 16}
+    expected = prune_weight(case.weight, case.hessian, **arguments)
+    hopes: list[bool] = []
+    solve = rows.RowSolver.solve
+
+    def watched(self: rows.RowSolver, *matrices: torch.Tensor) -> torch.Tensor:
+        hopes.append(self.hopeful)
+        return solve(self, *matrices)
+
+    def conjugate_gradients(gram, scale, norm, rhs, mask, *limits):  # type: ignore[no-untyped-def]
+        exact = rows._direct(gram / scale[:, None] / scale, rhs, mask)
+        unsolved = torch.arange(len(rhs)) < share * len(rhs)
+        exact[unsolved] = float("nan")
+        return exact, unsolved
+
+    kernel = SimpleNamespace(usable=lambda _: True, WIDEST_SYSTEM=16, conjugate_gradients=conjugate_gradients)
+    monkeypatch.setattr(rows, "kernels", kernel)
+    monkeypatch.setattr(rows.RowSolver, "solve", watched)
+    pruned = prune_weight(case.weight, case.hessian, **arguments)
+    assert hopes == [True] * 4 + [False] * 4 * (share > 0)
+    assert torch.equal(pruned.kept, expected.kept)
+    torch.testing.assert_close(pruned.weight, expected.weight)

@@ -10,7 +10,8 @@ true one, w − (x G) ∘ M computed afresh, must be that of a system nearby (``
 with nearly singular G, are solved directly in float64. So the result never depends on the iteration having converged.
 
 On a GPU the whole iteration of a block of up to 256 columns is one kernel, in which a tile of rows stops when its rows are
-done; wider blocks take a product and a kernel a step. The host asks once a block whether some row has to be solved directly.
+done; wider blocks take a product and a kernel a step. Whether some row has to be solved directly the host asks once a
+block, or, where none is expected to, once a layer.
 """
 
 from __future__ import annotations
@@ -64,11 +65,19 @@ class RowSolver:
         direct: rows that had to be solved directly so far.
         peers: the processes that solve the other rows. All take as many steps, or a row's last bits would depend on which
             rows are solved with it.
+        hopeful: where a kernel solves, take it that no row fails, and ask the device nothing until :meth:`failed` does:
+            then everything has to be solved again without this.
     """
 
     steps: int = 8
     direct: int = 0
     peers: Peers = ALONE
+    hopeful: bool = False
+    _unsolved: Tensor | None = None
+
+    def failed(self) -> bool:
+        """Tell whether some row of any process was hoped to be solved and is not."""
+        return self._unsolved is not None and bool(self.peers.sum_(self._unsolved))
 
     def solve(self, gram: Tensor, rhs: Tensor, mask: Tensor, root: Tensor | None = None) -> Tensor:
         """See :func:`solve_rows`."""
@@ -79,6 +88,10 @@ class RowSolver:
             solution, unsolved = kernels.conjugate_gradients(
                 scaled, scale, _norm(scaled), rhs, mask, *limits, MAX_STEPS
             )
+            if self.hopeful:
+                count = torch.count_nonzero(unsolved)
+                self._unsolved = count if self._unsolved is None else self._unsolved + count
+                return solution
             failed = unsolved.nonzero().squeeze(1)
         else:
             solution, failed = self._iterate(scaled, torch.where(mask, rhs, 0.0).mul_(scale), mask)

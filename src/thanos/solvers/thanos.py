@@ -26,9 +26,15 @@ def thanos(problem: Problem) -> tuple[Tensor, Tensor]:
     """Prune by Algorithm 1 (unstructured), 8 (n:m) or 2 (columns)."""
     if isinstance(problem.pattern, Columns):
         return _columns(problem)
+    rows = RowSolver(peers=problem.peers, hopeful=True)
+    found = _by_blocks(problem, rows)
+    return _by_blocks(problem, RowSolver(peers=problem.peers)) if rows.failed() else found
+
+
+def _by_blocks(problem: Problem, rows: RowSolver) -> tuple[Tensor, Tensor]:
     weight, upper = problem.weight.clone(memory_format=torch.contiguous_format), problem.upper
     removed = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
-    zeros, rows = problem.some_zeros, RowSolver(peers=problem.peers)
+    zeros = problem.some_zeros
     # Counted down on the device, so that no block waits for the host to learn what the one before it took.
     budget = problem.peers.sum_(problem.zeros.sum()).clamp_min(problem.budget.weights)
     residual = ResidualMask(problem.norms, zeros, budget, problem.peers)
