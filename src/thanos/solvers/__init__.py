@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -14,6 +14,7 @@ from thanos.patterns import NM, Pattern
 from thanos.recipe import LayerRecipe
 from thanos.solvers.base import Budget, Problem
 from thanos.solvers.factor import InputStatistics
+from thanos.solvers.masked import without
 from thanos.solvers.peers import ALONE, Peers, share_of
 from thanos.solvers.precision import full_float32
 from thanos.solvers.scored import magnitude, wanda
@@ -177,7 +178,11 @@ def _prune_layer(
         # The zeros that outlier rows hold already count too: the other rows give that much less.
         budget = replace(budget, weights=max(0, budget.weights - int((dense[outliers] == 0).sum())))
     factor = inputs.factor(recipe.damping) if inputs is not None and method.needs_factor else None
-    pruned, kept = weight.detach().clone(), torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
+    at_once = len(parts) == 1 and len(parts[0][0]) == len(
+        dense
+    )  # then what was solved is the result, and nothing is copied
+    pruned = weight.detach() if at_once else weight.detach().clone()
+    kept = torch.ones(() if at_once else weight.shape, dtype=torch.bool, device=weight.device)
     for rows, pattern in parts:
         every = len(rows) == len(dense)
         whole = dense if every else dense[rows]
@@ -186,18 +191,24 @@ def _prune_layer(
             part, part == 0, inputs, factor, pattern, budget, recipe.resolved_block_size, peers, whole, zeros == 0
         )
         solved, removed = method.solve(problem) if recipe.resolved_sparsity > 0 else (part, problem.zeros)
-        where = slice(None) if every else rows  # a slice is copied far faster than listed rows
-        mended = solved if unit == 1 else solved * unit
-        pruned[where] = peers.gather(mended.to(weight.dtype), len(rows))
-        kept[where] = peers.gather(~removed, len(rows))
+        mended = peers.gather((solved if unit == 1 else solved * unit).to(weight.dtype), len(rows))
+        stays = peers.gather(~removed, len(rows))
+        if at_once:
+            pruned, kept = mended.clone() if solved is part else mended, stays
+        else:
+            pruned[rows], kept[rows] = mended, stays
 
-    def change(delta: Tensor) -> Tensor:
-        return peers.gather(_row_energies(delta, inputs), len(dense)).sum()
+    def change(delta: Callable[[slice], Tensor]) -> Tensor:
+        energies = [_row_energies(delta(rows), inputs) for rows in _portions(mine, dense.device)]
+        return peers.gather(torch.cat(energies), len(dense)).sum()
 
-    changes = [change(dense[mine].masked_fill(kept[mine], 0.0))]
+    def written(rows: slice) -> Tensor:
+        part = pruned[rows].to(dtype)
+        return part if unit == 1 else part / unit
+
+    changes = [change(lambda rows: without(dense[rows], kept[rows]))]
     if method.needs_factor:
-        written = pruned[mine].to(dtype)
-        changes.append(change((written if unit == 1 else written / unit) - dense[mine]))
+        changes.append(change(lambda rows: written(rows) - dense[rows]))
     before, after, zeros = _figures(changes, energy.sum(), pruned, inputs)
     if after is not None and not after < float("inf"):
         raise NumericsError(f"pruning {name} gave NaN or infinity; raise damping (it is {recipe.damping:g})")
@@ -241,7 +252,19 @@ def _unit(largest: float) -> float:
     return 1.0 if largest == 0 or 1 / _ORDINARY < largest < _ORDINARY else 2.0 ** (math.frexp(largest)[1] - 1)
 
 
-_SLAB = {"cpu": 512}
+_PORTION = 512
+"""Rows whose change is computed at once on the CPU, so that it stays in the cache and needs no fresh memory."""
+
+
+def _portions(rows: slice, device: torch.device) -> Iterator[slice]:
+    """Yield the rows in portions, the last the longest: none shrinks to a few rows, for which products round otherwise."""
+    count = max(1, (rows.stop - rows.start) // _PORTION) if device.type == "cpu" else 1
+    for i in range(count):
+        start = rows.start + i * _PORTION
+        yield slice(start, rows.stop if i == count - 1 else start + _PORTION)
+
+
+_SLAB = {"cpu": 256}
 _WIDE_SLAB = 1024
 """Columns of the Hessian multiplied at once for an energy: as narrow as products are fast, since half of a slab's square is
 multiplied in vain; little memory beside the weight."""

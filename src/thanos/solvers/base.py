@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
 from torch import Tensor
 
 from thanos.errors import RecipeError
@@ -159,8 +158,3 @@ def column_mask(scores: Tensor, count: int, rows: int) -> Tensor:
     from thanos.solvers.select import smallest_mask
 
     return smallest_mask(scores, count).expand(rows, -1).clone()
-
-
-def without(weight: Tensor, removed: Tensor) -> Tensor:
-    """Return a copy of the weight with the removed entries set to zero."""
-    return torch.where(removed, 0.0, weight)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from thanos.solvers import kernels
+from thanos.solvers.masked import only
 from thanos.solvers.peers import ALONE, Peers
 
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
@@ -94,7 +95,7 @@ class RowSolver:
                 return solution
             failed = unsolved.nonzero().squeeze(1)
         else:
-            solution, failed = self._iterate(scaled, torch.where(mask, rhs, 0.0).mul_(scale), mask)
+            solution, failed = self._iterate(scaled, only(rhs, mask).mul_(scale), mask)
             solution *= scale
         if failed is not None and failed.numel():
             self.direct += failed.numel()
@@ -142,7 +143,7 @@ class RowSolver:
         waiting = ~(energy <= limit)
         if rhs.device.type == "cpu" and not last and bool(self.peers.sum_(waiting.sum())):
             return None
-        true = _squares(torch.where(mask, x @ gram, 0.0).sub_(rhs))
+        true = _squares(only(x @ gram, mask).sub_(rhs))
         wrong = ~(true <= (BACKWARD[rhs.dtype] * (start.sqrt() + _norm(gram) * _squares(x).sqrt())) ** 2)
         counts = self.peers.sum_(torch.stack([waiting.sum(), (waiting | wrong).sum()])).tolist()
         if counts[1] == 0:
@@ -167,7 +168,8 @@ class _Step:
         solution.addcmul_(alpha, direction)
         residual.addcmul_(alpha, image, value=-1)
         following = torch.mul(residual, residual, out=self._scratch).sum(1)
-        direction.mul_(torch.where(energy > 0, following / energy, 0.0)[:, None]).add_(residual)
+        beta = torch.where(energy > 0, following / energy, 0.0)[:, None]
+        torch.addcmul(residual, beta, direction, out=direction)
         energy.copy_(following)
 
 

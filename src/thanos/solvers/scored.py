@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from thanos.patterns import Columns, Unstructured
-from thanos.solvers.base import Problem, column_mask, without
+from thanos.solvers.base import Problem, column_mask
+from thanos.solvers.masked import without
 from thanos.solvers.select import even_rows_mask, nm_mask, smallest_mask
 
 

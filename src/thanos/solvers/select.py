@@ -131,7 +131,7 @@ class ResidualMask:
             chosen = self._search.smallest(rest, norms, zeros, self._left, stop - start)
         else:
             chosen = self._by_scores(weight[:, start:], start, stop - start)
-        self._left -= self._peers.sum_(chosen.sum())
+        self._left -= self._peers.sum_(torch.count_nonzero(chosen))
         return chosen
 
     def _by_scores(self, rest: Tensor, start: int, width: int) -> Tensor:
@@ -170,20 +170,35 @@ def kth_on_cpu(scores: Tensor, k: int) -> tuple[float, int, int]:
     candidates = flat
     if flat.numel() > 8 * _SAMPLE:
         # An odd stride, or whole columns of a matrix would be passed over.
-        sample = flat[:: flat.numel() // _SAMPLE | 1].sort().values
-        middle, slack = (k - 1) * len(sample) // flat.numel(), 4 * int(len(sample) ** 0.5)
-        low, high = sample[max(0, middle - slack)], sample[min(len(sample) - 1, middle + slack)]
-        under, parts = 0, []
-        for some in flat.split(_IN_CACHE):
-            first = some < low
-            under += int(torch.count_nonzero(first))
-            parts.append(some[first.logical_not_().logical_and_(some <= high)])
-        inside = torch.cat(parts)
+        sample = flat[:: flat.numel() // _SAMPLE | 1].contiguous()
+        middle, slack = 1 + (k - 1) * len(sample) // flat.numel(), 2 * int(len(sample) ** 0.5)
+        low = sample.kthvalue(max(1, middle - slack)).values
+        high = sample.kthvalue(min(len(sample), middle + slack)).values
+        under, inside = _bracketed(flat, low, high)
         if under < k <= under + inside.numel():  # else the sample misled: search everything
             candidates, below = inside, under
     value = torch.kthvalue(candidates, k - below).values
     smaller = below + int(torch.count_nonzero(candidates < value))
     return value.item(), int(torch.count_nonzero(candidates == value)), k - smaller
+
+
+_WORD = 8
+"""Entries that are looked for together: their truth values are one integer."""
+
+
+def _bracketed(flat: Tensor, low: Tensor, high: Tensor) -> tuple[int, Tensor]:
+    """Return how many entries lie below ``low``, and those from ``low`` to ``high``, both included."""
+    whole = flat.numel() // _WORD * _WORD
+    under, parts = int(torch.count_nonzero(flat[whole:] < low)), [flat[whole:]]
+    # Numbers instead of truth values where they are counted and subtracted: faster to make, and these sums are exact.
+    first, upto = torch.empty(2, min(whole, _IN_CACHE), dtype=flat.dtype)
+    for some in flat[:whole].split(_IN_CACHE):
+        first, upto = first[: len(some)], upto[: len(some)]
+        under += int(torch.lt(some, low, out=first).sum())
+        words = torch.le(some, high, out=upto).sub_(first).to(torch.bool).view(torch.int64)
+        parts.append(some.view(-1, _WORD)[words.nonzero().squeeze(1)].view(-1))
+    found = torch.cat(parts)
+    return under, found[(found >= low).logical_and_(found <= high)]
 
 
 def _ordered_bits(scores: Tensor) -> Tensor:
@@ -264,12 +279,23 @@ def nm_mask(scores: Tensor, n: int, m: int) -> Tensor:
     groups = scores.reshape(-1, m)
     if m > _RANKED_GROUP:
         return row_smallest_mask(groups, m - n).view(scores.shape)
-    # An entry's rank is how many others go before it. One line for each place in the group, so that lines are long.
-    lines = groups.T.contiguous()
-    rank = torch.zeros(lines.shape, dtype=torch.uint8, device=lines.device)
-    for i in range(m):
-        for j in range(i + 1, m):
-            after = lines[i] > lines[j]
+    # One line for each place in the group, so that lines are long.
+    lines = torch.stack(groups.unbind(1))
+    return torch.stack(group_mask(lines, m - n).unbind(0), 1).view(scores.shape)
+
+
+def group_mask(lines: Tensor, count: int) -> Tensor:
+    """Select the ``count`` smallest of every column of ``lines`` (m, any): equal ones from the top."""
+    # An entry's rank is how many others go before it: those above it, but for every pair in which the lower one is smaller.
+    places = len(lines)
+    kind = (
+        lines.dtype if lines.device.type == "cpu" else torch.uint8
+    )  # the CPU is slow at truth values and small integers
+    rank = torch.arange(places, dtype=kind, device=lines.device)[:, None].repeat(1, lines.shape[1])
+    after = torch.empty_like(rank[0])
+    for i in range(places):
+        for j in range(i + 1, places):
+            torch.gt(lines[i], lines[j], out=after)
             rank[i] += after
-            rank[j] += ~after
-    return (rank < m - n).T.reshape(scores.shape)
+            rank[j] -= after
+    return rank < count

@@ -17,7 +17,8 @@ from torch import Tensor
 from thanos.patterns import NM, Columns, Unstructured
 from thanos.solvers import kernels
 from thanos.solvers.base import Problem, column_mask
-from thanos.solvers.select import KernelSearch, nm_mask, smallest_mask
+from thanos.solvers.masked import clear_
+from thanos.solvers.select import KernelSearch, group_mask, smallest_mask
 
 _PANEL = 16
 """Columns whose updates go to one another directly; wider panels do more work column by column."""
@@ -38,7 +39,7 @@ def sparsegpt(problem: Problem) -> tuple[Tensor, Tensor]:
         errors = _eliminate_block(problem, weight[:, start:stop], removed[:, start:stop], start)
         if stop < weight.shape[1]:
             weight[:, stop:].addmm_(errors, upper[start:stop, stop:], alpha=-1)
-    return weight.masked_fill_(removed, 0.0), removed
+    return clear_(weight, removed), removed
 
 
 def _scores(problem: Problem, weight: Tensor, start: int) -> Tensor:
@@ -90,13 +91,13 @@ def _eliminate_block(problem: Problem, weight: Tensor, removed: Tensor, offset: 
     """
     width, group = weight.shape[1], problem.pattern.group
     upper = problem.upper[offset : offset + width, offset : offset + width]
+    if not kernels.usable(weight) or group > kernels.WIDEST_PANEL:
+        return _eliminate_lines(problem, weight, removed, upper.contiguous(), offset)
     errors = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    fused = kernels.usable(weight) and group <= kernels.WIDEST_PANEL
-    eliminate = _eliminate_panel_fused if fused else _eliminate_panel
-    panel = (kernels.WIDEST_PANEL if fused else max(group, _PANEL)) // group * group
+    panel = kernels.WIDEST_PANEL // group * group
     for start in range(0, width, panel):
         stop = min(start + panel, width)
-        errors[:, start:stop] = eliminate(
+        errors[:, start:stop] = _eliminate_panel_fused(
             problem, weight[:, start:stop], removed[:, start:stop], upper[start:stop, start:stop], offset + start
         )
         if stop < width:
@@ -105,7 +106,7 @@ def _eliminate_block(problem: Problem, weight: Tensor, removed: Tensor, offset: 
 
 
 def _eliminate_panel_fused(problem: Problem, weight: Tensor, removed: Tensor, upper: Tensor, offset: int) -> Tensor:
-    """The same for one panel, every row's recursion within one kernel."""
+    """Run the recursion on one panel, every row's within one kernel."""
     assert problem.inputs is not None
     errors = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     columns = slice(offset, offset + weight.shape[1])
@@ -115,23 +116,30 @@ def _eliminate_panel_fused(problem: Problem, weight: Tensor, removed: Tensor, up
     return errors
 
 
-def _eliminate_panel(problem: Problem, weight: Tensor, removed: Tensor, upper: Tensor, offset: int) -> Tensor:
-    """The same column by column. Works on the transpose, so that a column is one stretch of memory."""
-    lines, gone = weight.T.contiguous(), removed.T.contiguous()
+def _eliminate_lines(problem: Problem, weight: Tensor, removed: Tensor, upper: Tensor, offset: int) -> Tensor:
+    """The same for a block, column by column within panels. Works on the transpose: a column is one stretch of memory."""
+    width, group = weight.shape[1], problem.pattern.group
+    lines, reciprocal = weight.contiguous().T.contiguous(), upper.diagonal().reciprocal()[:, None]
+    divided = removed.contiguous().T.to(weight.dtype).mul_(reciprocal)  # 1 / U_jj where a weight goes, 0 where it stays
     errors = torch.empty_like(lines)
-    reciprocal = upper.diagonal().reciprocal()
-    for j in range(lines.shape[0]):
-        if isinstance(problem.pattern, NM) and j % problem.pattern.m == 0:
-            group = slice(j, j + problem.pattern.m)
-            gone[group] |= _choose_group(problem, lines[group].T, offset + j).T
-        torch.mul(lines[j], gone[j], out=errors[j]).mul_(reciprocal[j])
-        lines[j:].addr_(upper[j, j:], errors[j], alpha=-1)
-    weight.copy_(lines.T)
-    removed.copy_(gone.T)
+    panel = max(group, _PANEL) // group * group
+    for start in range(0, width, panel):
+        stop = min(start + panel, width)
+        for j in range(start, stop):
+            if isinstance(problem.pattern, NM) and j % group == 0:
+                some = slice(j, j + group)
+                chosen = _choose_group(problem, lines[some], offset + j)
+                divided[some] = torch.maximum(divided[some], chosen * reciprocal[some])
+            torch.mul(lines[j], divided[j], out=errors[j])
+            lines[j + 1 : stop].addr_(upper[j, j + 1 : stop], errors[j], alpha=-1)
+        lines[stop:].addmm_(upper[start:stop, stop:].T, errors[start:stop], alpha=-1)
+    weight.copy_(lines.T.contiguous())
+    if isinstance(problem.pattern, NM):
+        removed.copy_(divided.to(torch.bool).T)
     return errors.T
 
 
-def _choose_group(problem: Problem, weight: Tensor, start: int) -> Tensor:
-    """Decide the n:m group that begins at column ``start``, on its weights (c, m) as they are now."""
-    scores = problem.mark_zeros(_scores(problem, weight, start), start)
-    return nm_mask(scores, problem.nm.n, problem.nm.m)
+def _choose_group(problem: Problem, lines: Tensor, start: int) -> Tensor:
+    """Decide the n:m group that begins at column ``start``, on its weights (m, c) as they are now; (m, c) bool."""
+    scores = problem.mark_zeros(_scores(problem, lines.T, start), start)
+    return group_mask(scores.T, problem.nm.m - problem.nm.n)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from thanos.patterns import Columns, Unstructured
 from thanos.solvers.base import Problem, column_mask
+from thanos.solvers.masked import clear_
 from thanos.solvers.rows import RowSolver, solve_rows
 from thanos.solvers.select import ResidualMask, nm_mask, smallest_mask
 
@@ -36,7 +37,7 @@ def _by_blocks(problem: Problem, rows: RowSolver) -> tuple[Tensor, Tensor]:
     removed = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
     zeros = problem.some_zeros
     # Counted down on the device, so that no block waits for the host to learn what the one before it took.
-    budget = problem.peers.sum_(problem.zeros.sum()).clamp_min(problem.budget.weights)
+    budget = problem.peers.sum_(torch.count_nonzero(problem.zeros)).clamp_min(problem.budget.weights)
     residual = ResidualMask(problem.norms, zeros, budget, problem.peers)
     for start, stop in problem.blocks():
         if isinstance(problem.pattern, Unstructured):
@@ -57,7 +58,7 @@ def _remove(weight: Tensor, chosen: Tensor, upper_rows: Tensor, rows: RowSolver)
     inverse_rows = root.T @ upper_rows
     multipliers = rows.solve(inverse_rows[:, :width], block, chosen, root)
     weight.addmm_(multipliers, inverse_rows, alpha=-1)
-    block.masked_fill_(chosen, 0.0)
+    clear_(block, chosen)
 
 
 def _columns(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -72,7 +73,7 @@ def _columns(problem: Problem) -> tuple[Tensor, Tensor]:
         update = multipliers @ (root.T @ upper)
     else:  # zeros scattered over columns that stay: every row has its own set
         update = solve_rows(upper.T @ upper, weight, removed, upper, problem.peers) @ (upper.T @ upper)
-    return (weight - update).masked_fill_(removed, 0.0), removed
+    return clear_(weight - update, removed), removed
 
 
 def _solve_shared(root: Tensor, rhs: Tensor) -> Tensor:
