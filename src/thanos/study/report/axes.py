@@ -40,12 +40,14 @@ def decimal_ticks(axis: Any, values: list[float]) -> None:
     subs = (1.0, 2.0, 5.0) if span < 60 else (1.0, 3.0) if span < 2000 else (1.0,)
     axis.set_major_locator(LogLocator(base=10, subs=subs))
     axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: tick_text(value)))
+    # Where there is a tick for each of many decades, long numbers would run into each other.
+    longest = 1e6 if span < 1e5 else 1e4
+    axis.set_major_formatter(FuncFormatter(lambda value, _: tick_text(value, longest)))
 
 
-def tick_text(value: float) -> str:
-    """Return a tick's number: powers of ten from a million up, everything else in full."""
-    if value >= 1e6 and math.isclose(10 ** round(math.log10(value)), value):
+def tick_text(value: float, longest: float = 1e6) -> str:
+    """Return a tick's number: powers of ten from ``longest`` up, everything else in full."""
+    if value >= longest and math.isclose(10 ** round(math.log10(value)), value):
         return power_of_ten(round(math.log10(value)))
     return f"{value:,.6g}".replace("-", "−")
 

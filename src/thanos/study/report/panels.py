@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from thanos.study.report.axes import bare, caption, decimal_ticks, other_methods, tick_text
-from thanos.study.report.charts import Chart, HeatMap
+from thanos.study.report.charts import Chart, HeatMap, Point
 from thanos.study.report.theme import GRID, INK, MUTED, style_of
 
 if TYPE_CHECKING:
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 def draw_dots(axes: Axes, chart: Chart) -> None:
     """Draw a dot plot: a line for each point, grouped by series."""
     others, place = other_methods(chart), 0.0
+    at_the_end = _near_the_end(chart)
     ticks: list[tuple[float, str, str, str]] = []
     axes.set_xscale("log" if chart.scale("y") == "log" else "linear")
     for series in chart.series:
@@ -30,8 +33,9 @@ def draw_dots(axes: Axes, chart: Chart) -> None:
             axes.annotate(
                 point.y.text,
                 (point.y.scaled, place),
-                xytext=(7, 0),
+                xytext=(-7 if at_the_end(point) else 7, 0),
                 textcoords="offset points",
+                ha="right" if at_the_end(point) else "left",
                 va="center",
                 fontsize=7.5,
             )
@@ -53,6 +57,15 @@ def draw_dots(axes: Axes, chart: Chart) -> None:
         axes.axvline(number.scaled, color=MUTED, linewidth=0.9, linestyle=(0, (2, 2)), zorder=1)
     reference = "" if chart.reference is None else f"   ┊ {chart.reference[0]} {chart.reference[1].text}"
     caption(axes, chart.y_label + (" (log scale)" if chart.scale("y") == "log" else "") + reference)
+
+
+def _near_the_end(chart: Chart) -> Callable[[Point], bool]:
+    """Return what tells whether a point lies so far to the right that its number belongs to its left."""
+    place = math.log if chart.scale("y") == "log" else float
+    places = [place(point.y.scaled) for series in chart.series for point in series.points]
+    limit = min(places) + 0.85 * (max(places) - min(places))
+    crowded = max(places) > min(places)
+    return lambda point: crowded and place(point.y.scaled) > limit
 
 
 def draw_heat_map(canvas: Any, axes: Axes, figure: HeatMap) -> None:

@@ -73,7 +73,7 @@ def _results(report: Report, contents: Contents, folder: str, store: str) -> str
     parts += [f"![{figure.title}]({folder}/figures/{figure.name}.svg)\n" for figure in figures]
     devices = ", ".join(dict.fromkeys(record.machine["device"] for record in contents.done))
     dates = sorted(record.date[:10] for record in contents.done)
-    span = f", {dates[0]} to {dates[-1]}" if dates else ""
+    span = f", {' to '.join(dict.fromkeys((dates[0], dates[-1])))}" if dates else ""
     parts.append(f"{devices}{span}; made by `thanos report {folder} --readme README.md` from `{folder}/{store}`.\n")
     return "\n".join(parts)
 
