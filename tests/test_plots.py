@@ -66,3 +66,17 @@ def test_another_benchmarks_file_is_refused(plots, tmp_path):
     file.write_text(json.dumps({"benchmark": "guard"}))
     with pytest.raises(SystemExit, match=r"guard\.json is not of thanos bench layer"):
         plots.load([file])
+
+
+def test_exponents_are_the_slopes_of_power_laws(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import exponents
+
+    columns = (256, 512, 1024, 2048, 4096)
+    results = [result(b, 64, 1e-9 * b**2.5) | {"modelled_seconds": 1e-9 * b**3} for b in columns]
+    results += [result(b, 128, 0.01 * b) | {"modelled_seconds": 0.01 * b} for b in columns]
+    results += [result(b, 64, 1.0, implementation="reference") | {"modelled_seconds": None} for b in columns]
+    lines = exponents.table(results).splitlines()
+    assert lines[0].endswith("| B = 64 | B = 128 |")
+    assert lines[2:] == ["| thanos, unstructured | 2.50 (3.00), 2.50 | 1.00 (1.00), 1.00 |"]
+    sys.modules.pop("exponents", None)
