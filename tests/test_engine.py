@@ -18,6 +18,7 @@ import thanos
 from helpers import save_tiny, tiny_tokenizer
 from thanos import passes
 from thanos.blocks import BlockCalls
+from thanos.passes import Passes, most_sequences
 
 SAMPLES, LENGTH = 4, 32
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -301,3 +302,27 @@ def test_random_state_is_neither_read_nor_changed(tiny_llama: Path, text_file: P
     before = torch.get_rng_state()
     thanos.prune(tiny_llama, tmp_path / "a", recipe(text_file))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_measuring_what_fits_on_a_device_counts_no_token(
+    tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On CUDA the first block is run once to see how many sequences fit; its statistics must not see that."""
+    choose, measured = Passes._batch_size, []
+
+    def measuring(self: Passes, index: int) -> int:
+        if self.batch is None:
+            measured.append(index)
+            self.batch = most_sequences(*self.shape, torch.device("cpu"))
+            self._run(index, self._example(self._activations), 0)
+        return choose(self, index)
+
+    settings = thanos.Recipe(method="wanda", calibration=str(text_file), samples=4, sequence_length=32, device="cpu")
+    expected = thanos.prune(tiny_llama, tmp_path / "plain", settings)
+    monkeypatch.setattr(Passes, "_batch_size", measuring)
+    report = thanos.prune(tiny_llama, tmp_path / "measured", settings)
+    assert measured == [0]
+    assert {layer.tokens for layer in report.layers} == {4 * 32}
+    name = "model.safetensors"
+    assert (tmp_path / "measured" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+    assert [layer.zeros for layer in report.layers] == [layer.zeros for layer in expected.layers]

@@ -170,6 +170,7 @@ class Engine:
         """Gather the statistics of a block's layers; from the start again, in smaller batches, where memory runs out."""
         while True:
             try:
+                self.passes.settle_batch(index)
                 with gather(layers) as groups:
                     for done in self.passes.observe(index, layers):
                         yield self._progress("statistics", index, done)

@@ -85,11 +85,17 @@ class Passes:
                 self._states = Activations(len(self._ids), hidden, place, self._device, self._folder)
             self._states.write(index, hidden)
 
+    def settle_batch(self, index: int) -> None:
+        """Choose how many sequences go at once; on CUDA that runs the block, so hooks must not listen yet."""
+        self._batch_size(index)
+
     def observe(self, index: int, layers: Sequence[LinearLayer]) -> Iterator[int]:
         """Run block ``index`` for the hooks on ``layers`` alone; yields the number of sequences done.
 
         A batch ends at the last layer that a hook waits for: what follows in the block, at least that layer's own product,
         would be thrown away.
+
+        Call :meth:`settle_batch` before the hooks are there.
 
         Raises:
             torch.OutOfMemoryError: the device has no room; start again after :meth:`halve`.
