@@ -287,6 +287,16 @@ def test_a_store_of_a_newer_version_is_refused(tmp_path: Path, data: Path) -> No
         go(write(tmp_path, GRID), data, out)
 
 
+def test_a_refused_study_changes_nothing(tmp_path: Path, data: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    before = {"store.jsonl": '{"schema": 2}\n', "study.toml": "# an earlier one\n"}
+    for name, text in before.items():
+        (out / name).write_text(text)
+    assert run(["study", str(write(tmp_path, GRID)), str(out), "--data", str(data), "--quiet"]) == 2
+    assert {path.name: path.read_text() for path in out.iterdir()} == before
+
+
 def test_a_folder_that_is_no_studys_is_refused(tmp_path: Path, data: Path) -> None:
     (tmp_path / "file").write_text("x")
     for out in (data, tmp_path / "file"):

@@ -73,10 +73,10 @@ def run_study(
         _check_folder(out)
         places = find_places(study, Path(path).parent, out, data)
         _check_tasks(study, places)
+        states = _states(study, places, tell)  # which may refuse: nothing is written before
         (out / "cache").mkdir(parents=True, exist_ok=True)
         (out / STUDY_NAME).write_text(study.text, encoding="utf-8")
         shutil.rmtree(places.scratch, ignore_errors=True)
-        states = _states(study, places, tell)
         writer = StoreWriter(out)
         todo = [cell for cell, state in states.items() if state in ("new", "failed")]
         if todo:
