@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from thanos import shards
 from thanos.errors import DataError, ResourceError
-from thanos.study.store import SCHEMA, CellRecord, StoreWriter, cell_key, read_store
+from thanos.study.store import SCHEMA, CellRecord, StoreWriter, cell_key, read_store, store_path
 
 CELL = {"model": "m", "method": "wanda", "pattern": "2:4", "sparsity": None, "seed": 0}
 
@@ -55,6 +56,47 @@ def test_a_packed_store_is_read_and_unpacked_to_go_on(tmp_path: Path) -> None:
     write(tmp_path, second)
     assert [r.key for r in read_store(tmp_path).records] == [first.key, second.key]
     assert [r.key for r in read_store(packed).records] == [first.key], "the packed one is left alone"
+
+
+def test_an_empty_store_does_not_hide_the_packed_one(tmp_path: Path) -> None:
+    path, packed = write(tmp_path, record()), tmp_path / "store.jsonl.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    path.write_bytes(b"")
+    assert store_path(tmp_path) == packed
+    contents = read_store(tmp_path)
+    assert (len(contents.records), contents.warnings) == (1, [])
+    write(tmp_path, record(cell={"seed": 1}))
+    assert [r.cell["seed"] for r in read_store(path).records] == [0, 1]
+    packed.unlink()
+    path.write_bytes(b"")
+    assert store_path(tmp_path) == path
+
+
+def test_an_unpacked_store_is_on_the_disk_before_it_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path, record())
+    (tmp_path / "store.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
+    path.unlink()
+    synced: list[tuple[str, bool]] = []
+    monkeypatch.setattr(shards, "sync", lambda one: synced.append((one.name, path.exists())))
+    StoreWriter(tmp_path)
+    assert synced == [("store.jsonl.part", False), (tmp_path.name, True)]
+
+
+def test_cells_that_only_the_packed_store_has_are_warned_of(tmp_path: Path) -> None:
+    path, packed = write(tmp_path, record(), record(cell={"seed": 1})), tmp_path / "store.jsonl.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    assert read_store(tmp_path).warnings == []
+    path.write_bytes(path.read_bytes().splitlines(keepends=True)[0])
+    contents = read_store(tmp_path)
+    assert [r.cell["seed"] for r in contents.records] == [0]
+    (warning,) = contents.warnings
+    assert f"{packed} holds 1 cell that {path} lacks" in warning
+    assert "remove store.jsonl " in warning
+    assert (read_store(path).warnings, read_store(packed).warnings) == ([], []), "a file that is named is read alone"
+    packed.write_bytes(b"torn")
+    (warning,) = read_store(tmp_path).warnings
+    assert str(packed) in warning
+    assert "keep one of the two" in warning
 
 
 @pytest.mark.parametrize("content", [b"{}", gzip.compress(b"{}\n" * 99)[:-9]], ids=["not packed", "cut short"])
@@ -113,6 +155,26 @@ def test_a_record_that_lacks_only_its_line_end_is_whole(tmp_path: Path) -> None:
     assert [r.cell["seed"] for r in read_store(tmp_path).records] == [0, 1]
 
 
+@pytest.mark.parametrize("end", [b"\n", b"\n\n", b" \t\r\n", b"  "])
+def test_blank_lines_at_the_end_are_skipped(tmp_path: Path, end: bytes) -> None:
+    path = write(tmp_path, record())
+    whole = path.read_bytes()
+    path.write_bytes(whole + end)
+    contents = read_store(tmp_path)
+    assert (len(contents.records), contents.warnings) == (1, [])
+    assert path.read_bytes() == whole + end, "reading changes nothing"
+    write(tmp_path, record(cell={"seed": 1}))
+    assert path.read_bytes().startswith(whole + b"{")
+    assert [r.cell["seed"] for r in read_store(tmp_path).records] == [0, 1]
+
+
+def test_a_store_of_white_space_is_empty(tmp_path: Path) -> None:
+    (tmp_path / "store.jsonl").write_bytes(b"\n \n")
+    assert read_store(tmp_path).records == []
+    write(tmp_path, record())
+    assert len(read_store(tmp_path).records) == 1
+
+
 def test_a_store_of_a_newer_version_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path, record())
     newer = {**record(cell={"seed": 1}).to_dict(), "schema": SCHEMA + 1, "cell": ["all", "different"]}
@@ -133,6 +195,22 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path, line: bytes) -> N
     path = write(tmp_path, record())
     path.write_bytes(path.read_bytes() + line + b"\n" + path.read_bytes())
     with pytest.raises(DataError, match="line 2: not a record"):
+        read_store(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("schema", value) for value in ("1", "2", 1.0, 2.0, True, None)],
+        *[(name, None) for name in ("key", "status", "date", "cell", "asked", "sources", "machine", "versions")],
+        *[("cell", []), ("key", 3), ("layers", None), ("layers", {}), ("phases", None), ("evaluation", "x")],
+    ],
+)
+def test_a_field_of_another_type_is_damage(tmp_path: Path, name: str, value: Any) -> None:
+    path = write(tmp_path, record())
+    line = json.dumps({**record(cell={"seed": 1}).to_dict(), name: value})
+    path.write_text(path.read_text(encoding="utf-8") + line + "\n", encoding="utf-8")
+    with pytest.raises(DataError, match=rf"line 2: not a record.*{name} must be .*remove that line"):
         read_store(tmp_path)
 
 

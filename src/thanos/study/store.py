@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from types import UnionType
 from typing import Any, Literal
 
 from thanos.errors import DataError, ResourceError
@@ -25,6 +26,16 @@ STORE_NAME = "store.jsonl"
 
 PACKED_NAME = "store.jsonl.gz"
 """The same, compressed to a tenth by gzip: a store that is kept. It is read where there is no other, and unpacked to go on."""
+
+_OBJECTS = ("versions", "machine", "cell", "asked", "sources", "phases")
+_OBJECTS_OR_NULL = ("recipe", "calibration", "effective_sparsity", "evaluation", "zero_shot", "formula")
+_TYPES: dict[str, tuple[str, type | UnionType]] = {
+    **dict.fromkeys(("key", "status", "date"), ("a string", str)),
+    **dict.fromkeys(_OBJECTS, ("an object", dict)),
+    **dict.fromkeys(_OBJECTS_OR_NULL, ("an object or null", dict | None)),
+    "layers": ("a list", list),
+}
+"""Fields of a record whose types its readers rely on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,9 +64,10 @@ class CellRecord:
         evaluation: ``text``, ``text_sha256``, ``sequence_length``, ``windows``, ``tokens``, ``perplexity``, ``mean_loss``,
             ``kl_divergence``, ``top1_agreement``.
         zero_shot: ``tasks`` (name → ``acc``, ``acc_stderr``, ``acc_norm``, ``acc_norm_stderr``, ``samples``) and
-            ``average`` (``acc``, ``acc_stderr``); None where none was asked for.
+            ``average`` (the same but ``samples``); None where none was asked for.
         layers: the layers, as in pruning.json.
-        phases: seconds and peaks of memory by phase.
+        phases: seconds and peaks of memory by phase: those of pruning.json, then ``reference`` (loading the dense model and
+            the text, where the worker had not yet), ``evaluate`` and ``zero_shot``; ``formula`` alone of such a cell.
         seconds: of pruning, without evaluation.
         host_peak_bytes: while pruning.
         device_peak_bytes: while pruning; None without a CUDA device.
@@ -106,7 +118,7 @@ class Contents:
 
     Attributes:
         records: the last record of each cell, in the order in which the cells were first recorded.
-        warnings: what a person should know, such as a torn last line.
+        warnings: what a person should know, such as a torn last line, or cells that lie in another file.
     """
 
     records: list[CellRecord]
@@ -133,24 +145,16 @@ def read_store(folder: str | Path) -> Contents:
     """Read the store of a study folder. Changes nothing, and may be called while a study runs.
 
     Args:
-        folder: the study's folder, or the ``store.jsonl`` in it.
+        folder: the study's folder, or the ``store.jsonl`` in it, which is then read alone.
 
     Raises:
         DataError: there is no store, a newer version wrote it, or a line other than the last is damaged.
     """
     path = store_path(folder)
-    data = _read(path)
-    lines, torn = _split(data)
-    records: dict[str, CellRecord] = {}
-    for number, line in enumerate(lines, 1):
-        record = _parse(path, number, line)
-        records[record.key] = record
-    warnings = []
-    if torn:
-        warnings.append(
-            f"{path}, line {len(lines) + 1}: the last record is torn ({len(torn)} bytes) and was left out; its cell will run "
-            "again"
-        )
+    records, warnings = _records(path)
+    packed = path.with_name(PACKED_NAME)
+    if path not in (Path(folder), packed) and packed.exists():
+        warnings += _left_out(path, records, packed)
     return Contents(list(records.values()), warnings)
 
 
@@ -158,24 +162,29 @@ class StoreWriter:
     """Appends records to the store of a study folder; one writer at a time, which the study's lock sees to.
 
     Args:
-        folder: the study's folder, which exists. A torn last line is cut off.
+        folder: the study's folder, which exists. A torn last line is cut off, and blank lines at the end.
 
     Raises:
         ResourceError: the file cannot be written.
     """
 
     def __init__(self, folder: Path) -> None:
+        from thanos.shards import sync  # which loads torch; reading a store does not need it
+
         self._path = folder / STORE_NAME
         try:
             if store_path(folder).name == PACKED_NAME:
                 part = self._path.with_name(f"{STORE_NAME}.part")
                 part.write_bytes(_read(store_path(folder)))
+                sync(part)
                 part.replace(self._path)
+                sync(folder)
             data = self._path.read_bytes() if self._path.exists() else b""
-            _, torn = _split(data)
-            if torn:
-                os.truncate(self._path, len(data) - len(torn))
-            elif data and not data.endswith(b"\n"):
+            lines, _ = _split(data)
+            end = sum(len(line) + 1 for line in lines)
+            if end < len(data):
+                os.truncate(self._path, end)
+            elif end > len(data):
                 self._append(b"\n")
         except OSError as error:
             raise _cannot_write(self._path, error) from error
@@ -200,12 +209,48 @@ class StoreWriter:
 
 
 def store_path(folder: str | Path) -> Path:
-    """Return the path of the store in a study's folder; a path that is the store itself is kept."""
+    """Return the path of the store in a study's folder; a path that is the store itself is kept.
+
+    The packed store counts where the other does not exist or is empty.
+    """
     path = Path(folder)
     if path.name in (STORE_NAME, PACKED_NAME):
         return path
     plain, packed = path / STORE_NAME, path / PACKED_NAME
-    return packed if packed.exists() and not plain.exists() else plain
+    return packed if packed.exists() and not (plain.exists() and plain.stat().st_size) else plain
+
+
+def _records(path: Path) -> tuple[dict[str, CellRecord], list[str]]:
+    """Return the last record of each cell by its key, and warnings."""
+    data = _read(path)
+    lines, torn = _split(data)
+    records: dict[str, CellRecord] = {}
+    for number, line in enumerate(lines, 1):
+        record = _parse(path, number, line)
+        records[record.key] = record
+    if not torn:
+        return records, []
+    number = data.count(b"\n") + 1
+    warning = (
+        f"{path}, line {number}: the last record is torn ({len(torn)} bytes) and was left out; its cell will run again"
+    )
+    return records, [warning]
+
+
+def _left_out(path: Path, records: Mapping[str, CellRecord], packed: Path) -> list[str]:
+    """Return a warning if the packed store beside the one that was read holds cells that the latter lacks."""
+    try:
+        lacking = len(_records(packed)[0].keys() - records.keys())
+    except DataError as error:
+        return [
+            f"{path} alone was read, since {packed} beside it is refused ({error}); keep one of the two in the folder"
+        ]
+    if not lacking:
+        return []
+    return [
+        f"{packed} holds {lacking} {'cell' if lacking == 1 else 'cells'} that {path} lacks; the latter alone was read: remove "
+        f"{path.name} to go on with {packed.name}, or {packed.name} if it is of no more use"
+    ]
 
 
 def _read(path: Path) -> bytes:
@@ -218,28 +263,39 @@ def _read(path: Path) -> bytes:
 
 
 def _split(data: bytes) -> tuple[list[bytes], bytes]:
-    """Return the complete lines, and the torn one at the end; a whole record that lacks only its line end is complete."""
+    """Return the complete lines, and the torn one at the end; a whole record that lacks only its line end is complete.
+
+    White space at the end, which editors add, belongs to neither.
+    """
     *lines, last = data.split(b"\n")
-    if last:
+    if last.strip():
         try:
             whole = isinstance(json.loads(last), dict)
         except (ValueError, RecursionError):
             whole = False
         if whole:
             return [*lines, last], b""
-    return lines, last
+    while lines and not lines[-1].strip():
+        lines.pop()
+    return lines, last if last.strip() else b""
 
 
 def _parse(path: Path, number: int, line: bytes) -> CellRecord:
     try:
         values = json.loads(line)
         schema = values["schema"]
-        if isinstance(schema, int) and schema > SCHEMA:
+        if type(schema) is not int:  # nor a bool
+            raise TypeError("schema must be a whole number")
+        if schema > SCHEMA:
             raise DataError(
                 f"{path}, line {number}: a newer version of thanos wrote this record (schema {schema}; this version reads "
                 f"up to {SCHEMA}); upgrade thanos, or choose another study folder"
             )
-        return CellRecord.from_dict(values)
+        record = CellRecord.from_dict(values)
+        for name, (said, kind) in _TYPES.items():
+            if not isinstance(getattr(record, name), kind):
+                raise TypeError(f"{name} must be {said}")
+        return record
     except DataError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
