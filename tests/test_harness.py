@@ -164,6 +164,11 @@ def test_the_papers_tasks_are_known_to_lm_eval() -> None:
     harness.check_tasks(harness.PAPER_TASKS)
 
 
+def test_names_of_tasks_are_expanded() -> None:
+    assert harness.task_names(["paper"]) == harness.task_names(["default"]) == harness.PAPER_TASKS
+    assert harness.task_names(["piqa", " sciq", "piqa"]) == ("piqa", "sciq")
+
+
 def test_without_lm_eval_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     harness._manager.cache_clear()
     monkeypatch.setitem(__import__("sys").modules, "lm_eval.tasks", None)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from thanos.errors import RecipeError, StudyError
+from thanos.harness import PAPER_TASKS
 from thanos.study.grid import Cell, Study, public, public_cell
 from thanos.study.reading import read_study
 
@@ -114,6 +117,28 @@ def test_tasks_are_for_the_grids_that_ask_and_their_dense_models(tmp_path: Path)
     assert study.asked(study.cells[1])["zero_shot"] == {"tasks": ["piqa"], "limit": 5}
 
 
+@pytest.mark.parametrize(
+    ("given", "tasks"),
+    [
+        ("", PAPER_TASKS),
+        ("tasks = 'paper'\n", PAPER_TASKS),
+        ("tasks = ['paper']\n", PAPER_TASKS),
+        ("tasks = ['sciq', 'paper', 'piqa']\n", ("sciq", *PAPER_TASKS)),
+    ],
+)
+def test_the_papers_tasks_are_the_default_and_have_a_name(tmp_path: Path, given: str, tasks: tuple[str, ...]) -> None:
+    study = read(tmp_path, HEAD + f"[zero_shot]\n{given}[[grid]]\nzero_shot = true\n")
+    assert study.asked(study.cells[1])["zero_shot"] == {"tasks": list(tasks), "limit": None}
+
+
+def test_reading_a_study_loads_no_harness(tmp_path: Path) -> None:
+    path = tmp_path / "study.toml"
+    path.write_text(HEAD + "[[grid]]\n")
+    code = "import sys; from thanos.study.reading import read_study; read_study(sys.argv[1]); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
+    assert not {"lm_eval", "thanos.harness"} & set(done.stdout.split())
+
+
 def test_models_of_which_the_cost_alone_counts_are_not_evaluated(tmp_path: Path) -> None:
     text = 'models = ["a/x", "a/y"]\ncost_only = "a/y"\n[zero_shot]\ntasks = ["piqa"]\n[[grid]]\nzero_shot = true\n'
     study = read(tmp_path, text)
@@ -143,6 +168,7 @@ MISTAKES: list[tuple[str, int, str]] = [
     ("models = []\n[[grid]]\n", 1, "models: must not be an empty list"),
     ("dtype = 'float32'\n[[grid]]\n", 1, "models: a study needs at least one model"),
     (HEAD, 1, "grid: a study needs at least one"),
+    (HEAD + "grid = []\n", 2, "grid: a study needs at least one"),
     (HEAD + "dtipe = 'float32'\n[[grid]]\n", 2, "dtipe: unknown field; allowed are models, cost_only, dtype"),
     (HEAD + "dtype = 'float64'\n[[grid]]\n", 2, "dtype: must be one of auto, float32"),
     (HEAD + "cost_only = 'a/y'\n[[grid]]\n", 2, "cost_only: 'a/y' is not among models: a/model"),
@@ -168,7 +194,7 @@ MISTAKES: list[tuple[str, int, str]] = [
     (HEAD + "[[grid]]\nblock_size = true\n", 3, "[grid] block_size: must be a whole number"),
     (HEAD + "[[grid]]\nmodel = 'b/other'\n", 3, "[grid] model: 'b/other' is not among models: a/model"),
     (HEAD + "[[grid]]\nzero_shot = true\n", 3, "[grid] zero_shot: there is no [zero_shot] table"),
-    (HEAD + "[zero_shot]\nlimit = 3\n[[grid]]\n", 2, "[zero_shot] tasks: name at least one task"),
+    (HEAD + "[zero_shot]\nlimit = 3\ntasks = []\n[[grid]]\n", 4, "[zero_shot] tasks: must not be an empty list"),
     (HEAD + "[evaluation]\nmax_windows = 0\n[[grid]]\n", 3, "[evaluation] max_windows: must be a whole number"),
     (HEAD + "[evaluation]\nseed = 0\n[[grid]]\nseed = 'x'\n", 3, "[evaluation] seed: unknown field"),
     ("models = ['/a/m', '/b/m']\n[[grid]]\n", 1, "two models are called m"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -152,6 +153,12 @@ def zero_shot(
             "transformers": transformers.__version__,
         },
     )
+
+
+def task_names(names: Sequence[str]) -> tuple[str, ...]:
+    """Return the tasks that a person named, each once, with :data:`PAPER_TASKS` in the place of ``paper`` (or ``default``)."""
+    found = [PAPER_TASKS if name.strip() in ("paper", "default") else (name.strip(),) for name in names]
+    return tuple(dict.fromkeys(itertools.chain.from_iterable(found)))
 
 
 def check_tasks(tasks: Sequence[str], task_folder: str | Path | None = None) -> None:

@@ -211,11 +211,12 @@ def evaluate(
             raise DataError(
                 "--tasks measures accuracy instead of perplexity; leave out --text and --dense, or run eval twice"
             )
-        names = thanos.PAPER_TASKS if tasks in ("paper", "default") else [name.strip() for name in tasks.split(",")]
+        from thanos.harness import task_names
+
         with display.watch(quiet=quiet) as watcher:
             scores = thanos.zero_shot(
                 model,
-                tasks=names,
+                tasks=task_names(tasks.split(",")),
                 task_folder=task_folder,
                 limit=limit,
                 cache=not no_cache,

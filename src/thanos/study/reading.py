@@ -40,7 +40,7 @@ class _Reader:
         top = self._table(values, "", 0, _TOP)
         if not top.get("models"):
             raise self._error("", 0, "models", "a study needs at least one model")
-        if "grid" not in values:
+        if values.get("grid", []) == []:
             raise self._error("", 0, "grid", "a study needs at least one [[grid]]")
         cost_only = top.get("cost_only", ())
         for model in cost_only:
@@ -50,10 +50,10 @@ class _Reader:
         evaluation = EvaluationPlan(**self._table(values.get("evaluation", {}), "evaluation", 0, _EVALUATION))
         tasks = None
         if "zero_shot" in values:
+            from thanos.harness import PAPER_TASKS, task_names
+
             given = self._table(values["zero_shot"], "zero_shot", 0, _ZERO_SHOT)
-            if not given.get("tasks"):
-                raise self._error("zero_shot", 0, "tasks", "name at least one task")
-            tasks = ZeroShotPlan(**given)
+            tasks = ZeroShotPlan(**{**given, "tasks": task_names(given.get("tasks", PAPER_TASKS))})
         cells, with_tasks = self._cells(values["grid"], top["models"], cost_only, tasks)
         formula = self._formula(values["formula"], cells, top["models"]) if "formula" in values else None
         return Study(
@@ -85,7 +85,9 @@ class _Reader:
             axes = self._table(grid, "grid", index, _AXES | {"zero_shot": _flag})
             zero_shot = axes.pop("zero_shot", False)
             if zero_shot and tasks is None:
-                raise self._error("grid", index, "zero_shot", "there is no [zero_shot] table that names tasks")
+                raise self._error(
+                    "grid", index, "zero_shot", "there is no [zero_shot] table; an empty one asks for paper"
+                )
             for model in axes.get("model", ()):
                 if model not in models:
                     raise self._error("grid", index, "model", f"{model!r} is not among models: {', '.join(models)}")
