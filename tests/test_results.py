@@ -10,11 +10,12 @@ import pytest
 
 from conftest import ROOT
 from thanos.study.report import build_report, with_results
+from thanos.study.report.page import render_page
 from thanos.study.report.readme import result_folders
 from thanos.study.report.tables import WRITERS
 from thanos.study.store import read_store, store_path
 
-STORES = sorted((ROOT / "docs" / "results").glob("*/store.jsonl*"))
+STORES = sorted({store_path(path.parent) for path in (ROOT / "docs" / "results").glob("*/store.jsonl*")})
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -28,13 +29,18 @@ def test_readme_shows_what_the_stores_say() -> None:
 
 @pytest.mark.skipif(not STORES, reason="no store is committed yet")
 @pytest.mark.parametrize("path", STORES, ids=lambda path: path.parent.name)
-def test_tables_and_figures_are_what_the_store_says(path: Path) -> None:
+def test_tables_figures_and_page_are_what_the_store_says(path: Path) -> None:
     report = build_report(read_store(path))
+    pictures: dict[str, str] = {}
     for table in report.tables:
         for ending, writer in WRITERS.items():
             assert (path.parent / "tables" / f"{table.name}.{ending}").read_text(encoding="utf-8") == writer(table)
     for figure in report.figures:
-        root = ET.parse(path.parent / "figures" / f"{figure.name}.svg").getroot()
+        pictures[figure.name] = (path.parent / "figures" / f"{figure.name}.svg").read_bytes().decode()
+        root = ET.fromstring(pictures[figure.name])
         description = root.find(".//{http://purl.org/dc/elements/1.1/}description")
         assert description is not None
         assert json.loads(description.text or "") == figure.to_dict(), f"run: thanos report {path.parent}"
+    page = render_page(report.title, report.lead, report.chapters, pictures).encode()
+    same = (path.parent / "report.html").read_bytes() == page  # a comparison by assert would show megabytes
+    assert same, f"report.html: run: thanos report {path.parent}"
