@@ -101,7 +101,11 @@ def record(
         },
         "zero_shot": _zero_shot(scored, draw),
         "layers": [] if given["method"] == "dense" else _layers(given, reached, draw, blocks),
-        "phases": {"solve": {"seconds": 0.6 * _seconds(given), "host_peak_bytes": 2**31, "device_peak_bytes": 2**32}},
+        "phases": {
+            "solve": {"seconds": 0.6 * _seconds(given), "host_peak_bytes": 2**31, "device_peak_bytes": 2**32},
+            "finish": {"seconds": 0.1, "host_peak_bytes": 2**31, "device_peak_bytes": 2**31},
+            "reference": {"seconds": 0.2, "host_peak_bytes": 2**30, "device_peak_bytes": 2**30},
+        },
         "seconds": None if given["method"] == "dense" else _seconds(given) * draw.uniform(0.98, 1.02),
         "host_peak_bytes": 3 * 2**30,
         "device_peak_bytes": int(2**32 * (1.3 if given["method"] in ("thanos", "sparsegpt") else 1.0)),

@@ -30,7 +30,6 @@ PATHS = {
     "sparsity_all": ("effective_sparsity", "all"),
     "seconds": ("seconds",),
     "solve_seconds": ("phases", "solve", "seconds"),
-    "peak_bytes": ("device_peak_bytes",),
     "alpha": ("cell", "outlier_rows"),
     "block_size": ("cell", "block_size"),
     "damping": ("cell", "damping"),
@@ -61,6 +60,10 @@ class Store:
             return one["zero_shot"]["tasks"][rest]["acc" if kind == "task" else "acc_stderr"]
         if kind == "formula":
             return one["formula"]["errors"][rest]
+        if name == "peak_bytes":
+            pruning = {"load", "calibration", "statistics", "solve", "propagate", "write", "finish"}
+            held = min(phase["device_peak_bytes"] for at, phase in one["phases"].items() if at in pruning)
+            return one["device_peak_bytes"] - held
         value: Any = one
         for part in PATHS[name]:
             value = value[part]

@@ -163,6 +163,41 @@ def test_the_marginal_cost_is_seconds_per_point() -> None:
     assert column(table, "front")[2] in ("", "memory")  # dearer in seconds and worse: beaten
 
 
+def with_memory(method: str, perplexity: float, gibibytes: float) -> CellRecord:
+    phases = {"finish": {"seconds": 1.0, "host_peak_bytes": 0, "device_peak_bytes": 2**30}}
+    peak = int((1 + gibibytes) * 2**30)
+    return record(cell(method), perplexity=perplexity, seconds=9.0, phases=phases, device_peak_bytes=peak)
+
+
+def test_memory_within_one_percent_is_equal_and_has_no_figure() -> None:
+    found = [
+        with_memory(name, ppl, gib) for name, ppl, gib in zip(METHODS, (44, 46, 60, 99), (2.01, 2, 2, 2), strict=True)
+    ]
+    section = cost(Results(MODEL, found))
+    assert [figure.name for figure in section.figures] == ["cost_unstructured_seconds"]
+    words = "unstructured 50 %: all methods take the same memory within 1 %, 2.01 GiB at most."
+    assert words in [plain(prose) for prose in section.prose]
+    assert column(section.tables[0], "front") == ["time", "", "", ""]
+
+
+def test_half_a_mebibyte_makes_no_pareto_front() -> None:
+    found = [
+        with_memory(name, ppl, gib) for name, ppl, gib in zip(METHODS, (44, 46, 60, 99), (2.01, 2, 1, 1), strict=True)
+    ]
+    section = cost(Results(MODEL, found))
+    assert [figure.name for figure in section.figures] == ["cost_unstructured_seconds", "cost_unstructured_memory"]
+    assert column(section.tables[0], "front") == ["time and memory", "", "memory", ""]
+
+
+def test_points_with_the_budget_kept_are_told_apart() -> None:
+    found = seeds((300.0,), pattern="columns", sparsity=0.3)
+    for keep in (False, True):
+        found.append(record(cell("thanos", "columns", sparsity=0.3, outlier_rows=0.1, keep_budget=keep)))
+    chart = cost(Results(MODEL, found)).figures[0]
+    labels = [point.label for series in chart.series for point in series.points]  # type: ignore[union-attr]
+    assert labels == ["Thanos", "Thanos α = 0.1", "Thanos α = 0.1, kept"]
+
+
 def test_costs_of_different_devices_are_not_compared() -> None:
     elsewhere = record(cell("sparsegpt"), machine={"device": "cpu"})
     section = cost(Results(MODEL, [record(cell()), record(cell("wanda")), elsewhere]))

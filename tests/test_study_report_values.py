@@ -113,5 +113,17 @@ def test_seconds_of_cells_that_shared_their_device_count_for_nothing() -> None:
         assert field_of("peak_bytes").read(one) is not None
 
 
+def test_peak_memory_is_above_what_the_process_holds_while_it_prunes() -> None:
+    def phases(**peaks: int) -> dict[str, dict[str, int]]:
+        return {name: {"device_peak_bytes": peak, "host_peak_bytes": 10 * peak} for name, peak in peaks.items()}
+
+    read = field_of("peak_bytes").read
+    known = phases(load=700, solve=900, finish=500, reference=100, evaluate=5000)
+    assert read(record(cell(), device_peak_bytes=950, phases=known)) == 450
+    assert read(record(cell(), device_peak_bytes=None, host_peak_bytes=9000, phases=known)) == 4000
+    assert read(record(cell(), device_peak_bytes=950, phases=phases(reference=100))) is None
+    assert read(record(cell(), device_peak_bytes=None, host_peak_bytes=None, phases=known)) is None
+
+
 def test_prose_reads_as_a_sentence() -> None:
     assert plain((count(SEEDS), " cells")) == "3 cells"

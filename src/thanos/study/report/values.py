@@ -184,8 +184,18 @@ def _layer_error(record: CellRecord) -> float | None:
     return statistics.fmean(known) if known else None
 
 
+_PRUNING_PHASES = ("load", "calibration", "statistics", "solve", "propagate", "write", "finish")
+
+
 def _peak(record: CellRecord) -> float | None:
-    return record.device_peak_bytes if record.device_peak_bytes is not None else record.host_peak_bytes
+    """Return the peak above what the study's process holds anyway: the least peak among the phases of pruning.
+
+    A process keeps the dense model, and its outputs, from one cell to the next; a method has no part in that.
+    """
+    name = "host_peak_bytes" if record.device_peak_bytes is None else "device_peak_bytes"
+    peak = getattr(record, name)
+    known = [found for phase in _PRUNING_PHASES if (found := _dig(record.phases, phase, name)) is not None]
+    return peak - min(known) if known and peak is not None else None
 
 
 def _alone(read: Callable[[CellRecord], float | None]) -> Callable[[CellRecord], float | None]:
@@ -252,7 +262,7 @@ FIELDS: dict[str, Field] = {
     "layer_error": Field(_layer_error, "mean layer error", _significant),
     "seconds": Field(_alone(lambda r: r.seconds), "pruning (s)", _seconds),
     "solve_seconds": Field(_alone(lambda r: _dig(r.phases, "solve", "seconds")), "of it solving (s)", _seconds),
-    "peak_bytes": Field(_peak, "peak memory (GiB)", _two, 2**-30),
+    "peak_bytes": Field(_peak, "peak memory above what the process holds (GiB)", _two, 2**-30),
     "alpha": Field(lambda r: r.cell["outlier_rows"], "α", _plain),
     "block_size": Field(lambda r: r.cell["block_size"], "B", _plain),
     "damping": Field(lambda r: r.cell["damping"], "damping", _plain),

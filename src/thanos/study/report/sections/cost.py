@@ -10,9 +10,17 @@ from thanos.study.report.rows import Results, Row
 from thanos.study.report.sections.alpha import file_name
 from thanos.study.report.sections.common import COST_ONLY, HEADLINE, Section, headline_sparsity, note
 from thanos.study.report.tables import Cell, Table, columns, measures, number, text
-from thanos.study.report.values import FIELDS, difference, price
+from thanos.study.report.values import FIELDS, Prose, difference, price
 
-_COSTS = {"seconds": "pruning time (s)", "peak_bytes": "peak memory (GiB)"}
+_COSTS = {"seconds": "pruning time (s)", "peak_bytes": FIELDS["peak_bytes"].label}
+_SHORT = {"seconds": "time", "peak_bytes": "memory"}
+_MEMORY_HEAD = "peak memory above what is held (GiB)|peak_bytes"
+_MEMORY: Prose = (
+    "Memory is the peak of pruning above what the study's process holds anyway (the dense model and its outputs, kept from one "
+    "cell to the next): the peak less the least peak among the phases of pruning; on the host where there is no device.",
+)
+SAME_MEMORY = 0.01
+"""Peaks that differ by no more than this share count as equal."""
 
 
 def cost(results: Results) -> Section:
@@ -26,6 +34,7 @@ def cost(results: Results) -> Section:
             "front, rows that no other beats in both. Cells that shared their device with others give no seconds.",
         )
     )
+    section.prose.append(_MEMORY)
     device = _usual_device(results)
     lines: list[tuple[Cell, ...]] = []
     bands: dict[int, str] = {}
@@ -36,8 +45,12 @@ def cost(results: Results) -> Section:
             section.missing.append(f"{pattern}: at least two methods at one sparsity on one device")
             continue
         label = rows[0].pattern_label
-        fronts = {field: _front(rows, field) for field in _COSTS}
-        section.figures += [_chart(rows, field, fronts[field], pattern, label) for field in _COSTS]
+        alike = _same_memory(label, rows)
+        shown = [field for field in _COSTS if field == "seconds" or not alike]
+        fronts = {field: _front(rows, field) for field in shown}
+        section.figures += [_chart(rows, field, fronts[field], pattern, label) for field in shown if fronts[field]]
+        if alike:
+            section.prose.append(alike)
         bands[len(lines)] = label
         lines += [_line(rows, row, fronts) for row in rows]
         used += rows
@@ -48,7 +61,7 @@ def cost(results: Results) -> Section:
             "sparsity (%)|sparsity",
             "perplexity",
             "pruning (s)|seconds",
-            "peak memory (GiB)|peak_bytes",
+            _MEMORY_HEAD,
             "<Pareto front|front",
             "s more than SparseGPT|seconds_difference",
             "s per point of perplexity|price",
@@ -62,7 +75,7 @@ def cost(results: Results) -> Section:
 
 def _without_accuracy(results: Results) -> Section:
     """Return seconds and memory of every method, of a model that was not evaluated."""
-    section = Section("cost", "What do the methods cost?", prose=[COST_ONLY])
+    section = Section("cost", "What do the methods cost?", prose=[COST_ONLY, _MEMORY])
     device = _usual_device(results)
     lines: list[tuple[Cell, ...]] = []
     bands: dict[int, str] = {}
@@ -90,7 +103,7 @@ def _without_accuracy(results: Results) -> Section:
             "layer error|layer_error",
             "pruning (s)|seconds",
             "of it solving (s)|solve_seconds",
-            "peak memory (GiB)|peak_bytes",
+            _MEMORY_HEAD,
             "s more than SparseGPT|seconds_difference",
         )
         section.tables.append(Table("cost", "Cost of the methods", heads, tuple(lines), bands, note(used)))
@@ -130,8 +143,17 @@ def _rows(results: Results, pattern: str) -> list[Row]:
 
 def _front(rows: list[Row], field: str) -> list[Row]:
     able = [row for row in rows if row.mean(field) is not None]
-    on = pareto([(row.value(field), row.value("perplexity")) for row in able])
+    alike = SAME_MEMORY if field == "peak_bytes" else 0.0
+    on = pareto([(row.value(field), row.value("perplexity")) for row in able], alike)
     return [row for row, first in zip(able, on, strict=True) if first]
+
+
+def _same_memory(label: str, rows: list[Row]) -> Prose:
+    """Say that all rows take the same memory; nothing where they do not, or where it is not known of two rows."""
+    known = sorted((n for row in rows if (n := row.mean("peak_bytes")) is not None), key=lambda number: number.value)
+    if len(known) < 2 or known[-1].value > known[0].value * (1 + SAME_MEMORY):
+        return ()
+    return (f"{label}: all methods take the same memory within {100 * SAME_MEMORY:g} %, ", known[-1], " GiB at most.")
 
 
 def _chart(rows: list[Row], field: str, front: list[Row], pattern: str, label: str) -> Chart:
@@ -139,10 +161,10 @@ def _chart(rows: list[Row], field: str, front: list[Row], pattern: str, label: s
     for row in rows:
         x, y = row.mean(field), row.mean("perplexity")
         if x is not None and y is not None:
-            point = Point(x, y, row.spread("perplexity"), row.label.removesuffix(", budget kept"), row in front)
+            point = Point(x, y, row.spread("perplexity"), row.label.replace("budget kept", "kept"), row in front)
             series.append(Series(row.label, row.method, (point,)))
     name = f"cost_{file_name(pattern)}_{'seconds' if field == 'seconds' else 'memory'}"
-    title = f"Perplexity against {_COSTS[field].split(' (')[0]}, {label}"
+    title = f"Perplexity against {'pruning time' if field == 'seconds' else 'peak memory'}, {label}"
     return Chart("scatter", name, title, _COSTS[field], "perplexity", tuple(series), x_scale="auto")
 
 
@@ -154,16 +176,14 @@ def _line(rows: list[Row], row: Row, fronts: dict[str, list[Row]]) -> tuple[Cell
         if None not in times and None not in quality:
             more = difference(times[0], times[1])  # type: ignore[arg-type]
             per_point = price((times[0], times[1]), (quality[0], quality[1]))  # type: ignore[arg-type]
-    where = " and ".join(
-        FIELDS[name].label.split(" (")[0].replace("pruning", "time") for name in fronts if row in fronts[name]
-    )
+    where = " and ".join(_SHORT[name] for name in fronts if row in fronts[name])
     return (
         text(row.label),
         number(row.mean("sparsity")),
         number(row.mean("perplexity"), row.spread("perplexity")),
         number(row.mean("seconds"), row.spread("seconds")),
         number(row.mean("peak_bytes")),
-        text(where.replace("peak memory", "memory")),
+        text(where),
         number(more),
         number(per_point),
     )

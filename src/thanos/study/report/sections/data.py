@@ -114,7 +114,7 @@ def _cells(done: Sequence[CellRecord]) -> Table:
         "KL (nats/token)|kl_divergence",
         "zero-shot (%)|zero_shot",
         "pruning (s)|seconds",
-        "peak memory (GiB)|peak_bytes",
+        "peak memory above what is held (GiB)|peak_bytes",
         "<date",
         "<commit",
         "<device",
