@@ -9,7 +9,7 @@ import pytest
 
 from study_records import MODEL, cell, full_study, record
 from thanos.study.report.ranking import comparable, groups_by_sparsity, ranks, verdict
-from thanos.study.report.rows import Results, models_of, row_of
+from thanos.study.report.rows import Results, models_of, over_common_seeds, row_of
 from thanos.study.store import CellRecord
 
 
@@ -83,6 +83,21 @@ def test_a_difference_within_the_larger_spread_is_a_tie(
     first: tuple[float, ...], second: tuple[float, ...], expected: str
 ) -> None:
     assert verdict(row_of(three(first)), row_of(three(second, "sparsegpt"))) == expected
+
+
+def test_a_known_noise_counts_as_a_spread() -> None:
+    first, second = row_of(three((44.0,))), row_of(three((45.0,), "sparsegpt"))
+    assert verdict(first, second, noise=0.5) == "better"
+    assert verdict(first, second, noise=1.5) == "tie"
+    assert verdict(row_of(three((44.0, 45.0, 46.0))), row_of(three((45.5,), "sparsegpt")), noise=0.1) == "tie"
+
+
+def test_rows_can_be_compared_over_common_seeds_alone() -> None:
+    first, second = row_of(three((44.0, 45.0, 46.0))), row_of(three((50.0, 51.0), "sparsegpt"))
+    assert [r.cell["seed"] for r in first.only({1, 2}).records] == [1, 2]
+    pair = over_common_seeds(first, second)
+    assert [row.value("perplexity") for row in pair] == [44.5, 50.5]
+    assert over_common_seeds(first.only({2}), second)[0].mean("perplexity") is None
 
 
 def test_ranks_count_what_is_clearly_better_and_mark_ties_and_single_seeds() -> None:

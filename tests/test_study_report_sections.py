@@ -311,8 +311,12 @@ def test_the_gap_grows_only_if_it_grows_at_every_step() -> None:
             found += [record(cell("sparsegpt", sparsity=0.5 + step / 10), perplexity=50.0 + gap)]
         return found
 
-    assert by_claim(store(1, 2, 3), "gap to SparseGPT grows") == "holds"
-    assert by_claim(store(1, 3, 2), "gap to SparseGPT grows") == "does not hold"
+    assert by_claim(store(1, 2, 3), "gap to SparseGPT grows") == "holds°"
+    assert by_claim(store(1, 3, 2), "gap to SparseGPT grows") == "does not hold°"
+    several = [*seeds((50.0, 50.1)), *seeds((51.0, 51.1), "sparsegpt")]
+    several += [*seeds((90.0, 90.1), sparsity=0.6), *seeds((95.0, 95.1), "sparsegpt", sparsity=0.6)]
+    assert by_claim(several, "gap to SparseGPT grows") == "holds"
+    assert by_claim([*several, *store(1, 2, 9)[-2:]], "gap to SparseGPT grows") == "holds°"
     assert by_claim(store(1), "gap to SparseGPT grows") == "not measured"
 
 
@@ -321,7 +325,42 @@ def test_claims_about_alpha_compare_at_equal_sparsity_alone() -> None:
     lowered = record(cell("thanos", "2:4", outlier_rows=0.1), perplexity=70.0)
     kept = record(cell("thanos", "2:4", outlier_rows=0.1, keep_budget=True), perplexity=95.0)
     assert by_claim([*base, lowered], "2:4: lower perplexity with α") == "not measured"
-    assert by_claim([*base, lowered, kept], "2:4: lower perplexity with α") == "does not hold"
+    assert by_claim([*base, lowered, kept], "2:4: lower perplexity with α") == "does not hold°"
+
+
+def test_alpha_is_judged_over_the_seeds_that_both_rows_have() -> None:
+    base = seeds((91.0, 93.0, 98.0), pattern="2:4")
+    kept = record(cell("thanos", "2:4", seed=1, outlier_rows=0.1, keep_budget=True), perplexity=97.0)
+    far = record(cell("thanos", "2:4", seed=1, outlier_rows=0.1, keep_budget=True), perplexity=97.0 + 0.3)
+    # The spread of α = 0 is 3.6: 97 − 93 is beyond it, and the mean of all three, 94, would make it a tie.
+    found = next(c for c in all_claims(Results(MODEL, [*base, kept])) if "2:4: lower perplexity with α" in c.claim)
+    assert (found.verdict, plain(found.evidence)) == ("does not hold°", "α = 0.1: 97.00 against α = 0: 93.00")
+    table = outliers(Results(MODEL, [*base, far])).tables[0]
+    assert (column(table, "difference"), column(table, "verdict")) == (["+4.30"], [">°"])
+    other = record(cell("thanos", "2:4", seed=7, outlier_rows=0.1, keep_budget=True), perplexity=97.0)
+    assert by_claim([*base, other], "2:4: lower perplexity with α") == "not measured"
+    assert column(outliers(Results(MODEL, [*base, other])).tables[0], "verdict") == ["–"]
+
+
+def test_a_difference_within_the_known_noise_is_a_tie() -> None:
+    base = seeds((91.0, 93.0, 98.0), pattern="2:4")
+    near = record(cell("thanos", "2:4", outlier_rows=0.1, keep_budget=True), perplexity=93.0)
+    assert by_claim([*base, near], "2:4: lower perplexity with α") == "tie°"
+    assert column(outliers(Results(MODEL, [*base, near])).tables[0], "verdict") == ["=°"]
+    sizes = [record(cell(block_size=8), perplexity=44.5), record(cell(block_size=2048), perplexity=44.0)]
+    table = blocks(Results(MODEL, [*seeds((43.0, 44.0, 45.5)), *sizes])).tables[0]
+    assert column(table, "verdict") == ["=°", "=", "°"]
+    assert column(blocks(Results(MODEL, sizes)).tables[0], "verdict") == [">°", "°"]
+
+
+def test_a_claim_of_which_either_row_has_one_seed_is_marked() -> None:
+    found = [*seeds((44.0, 44.5, 45.0)), *seeds((47.0,), "sparsegpt")]
+    assert by_claim(found, "lower perplexity than every") == "holds°"
+
+
+def test_the_claim_about_time_names_its_sparsity() -> None:
+    found = [record(cell(m, "columns", sparsity=0.3), seconds=s) for m, s in (("thanos", 7.0), ("sparsegpt", 8.0))]
+    assert by_claim(found, "columns 30 %: less time than SparseGPT") == "holds°"
 
 
 def test_the_structured_gain_is_a_share_of_perplexity() -> None:

@@ -28,19 +28,24 @@ def comparable(first: Row, second: Row) -> bool:
     return abs(first.value("sparsity") - second.value("sparsity")) <= GROUP_WIDTH
 
 
-def verdict(first: Row, second: Row, field: str = "perplexity") -> str:
+def verdict(first: Row, second: Row, field: str = "perplexity", noise: float = 0.0) -> str:
     """Compare two rows by the means of a field: ``better``, ``worse``, or ``tie`` within the larger of their spreads.
 
-    Accuracies have the standard error of their items besides; the larger counts. Without any spread (one seed each) the means
-    alone decide. Empty where a row has no such number.
+    A ``noise`` that is known from elsewhere counts as a spread of theirs. Accuracies have the standard error of their items
+    besides; the larger counts. Without any spread (one seed each) the means alone decide. Empty where a row has no such number.
     """
     a, b = first.mean(field), second.mean(field)
     if a is None or b is None:
         return ""
     noises = [number.value for row in (first, second) for number in _noises(row, field) if number is not None]
-    if abs(a.value - b.value) <= max(noises, default=0.0):
+    if abs(a.value - b.value) <= max([noise, *noises]):
         return "tie"
     return "better" if (a.value > b.value) == field_of(field).higher else "worse"
+
+
+def one_seed(*rows: Row, field: str = "perplexity") -> str:
+    """Return the mark ``°`` where any of the rows has one seed, so that its own spread is unknown."""
+    return "°" if any(row.spread(field) is None for row in rows) else ""
 
 
 def _noises(row: Row, field: str) -> list[Number | None]:

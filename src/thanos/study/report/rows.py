@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -111,6 +112,16 @@ class Row:
         """Return its spread over the seeds; None for fewer than two. Seeds that drew the same windows are one."""
         return spread(self.draws, field)
 
+    def only(self, seeds: Iterable[int | None]) -> Row:
+        """Return the row with the cells of these seeds alone."""
+        wanted = set(seeds)
+        return dataclasses.replace(self, records=tuple(r for r in self.records if r.cell["seed"] in wanted))
+
+    @property
+    def seeds(self) -> set[int | None]:
+        """The seeds of the cells."""
+        return {record.cell["seed"] for record in self.records}
+
     @property
     def draws(self) -> tuple[CellRecord, ...]:
         """The cells whose calibration windows differ, the first of each; all of them where the store does not say."""
@@ -189,6 +200,16 @@ class Results:
         alike = self.select(method=row.method, pattern=row.pattern, sparsity=row.sparsity)
         spreads = [found for other in alike if (found := other.spread(field)) is not None]
         return max(spreads, key=lambda number: number.value) if spreads else None
+
+    def known_noise(self, *rows: Row, field: str = "perplexity") -> float:
+        """Return the largest :meth:`noise` of some rows; 0 if none is known."""
+        return max((found.value for row in rows if (found := self.noise(row, field)) is not None), default=0.0)
+
+
+def over_common_seeds(first: Row, second: Row) -> tuple[Row, Row]:
+    """Return two rows with the seeds alone that both have: what only one of them drew says nothing of a difference."""
+    common = first.seeds & second.seeds
+    return first.only(common), second.only(common)
 
 
 def models_of(records: Iterable[CellRecord]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from thanos.study.report.charts import Chart, Point, Series
-from thanos.study.report.ranking import comparable, verdict
+from thanos.study.report.ranking import comparable, one_seed, verdict
 from thanos.study.report.rows import Results, Row
 from thanos.study.report.sections.alpha import file_name
 from thanos.study.report.sections.common import COST_ONLY, SIGNS, SPREAD_NOTE, Section, note
@@ -44,7 +44,7 @@ def blocks(results: Results) -> Section:
                 for field in ("perplexity", "layer_error")
             ]
     if found:
-        section.tables.append(_cost_table(found) if results.cost_only else _table(found))
+        section.tables.append(_cost_table(found) if results.cost_only else _table(results, found))
         section.figures.append(_chart(list(found.items()), "seconds", "blocks_seconds", "all patterns"))
     section.figures = [figure for figure in section.figures if isinstance(figure, Chart) and figure.series]
     return section
@@ -119,7 +119,7 @@ def _cost_table(found: dict[str, list[Row]]) -> Table:
     return Table("block_size", "Thanos over the block size", heads, tuple(lines), bands, about)
 
 
-def _table(found: dict[str, list[Row]]) -> Table:
+def _table(results: Results, found: dict[str, list[Row]]) -> Table:
     heads = columns(
         "B|block_size",
         "layer error|layer_error",
@@ -135,11 +135,17 @@ def _table(found: dict[str, list[Row]]) -> Table:
     for label, rows in found.items():
         bands[len(lines)] = label
         for row in rows:
-            sign = "" if row is rows[-1] else SIGNS[verdict(row, rows[-1])]
+            noise = results.known_noise(row, rows[-1])
+            sign = "" if row is rows[-1] else SIGNS[verdict(row, rows[-1], noise=noise)]
             size = number(setting(row.records[0], "block_size"))
-            lines.append((size, *measures(row, _FIELDS), number(row.mean("sparsity")), text(sign)))
+            lines.append((size, *measures(row, _FIELDS), number(row.mean("sparsity")), text(sign + one_seed(row))))
     used = [row for rows in found.values() for row in rows]
-    about = note(used, SPREAD_NOTE, "< lower perplexity than the largest B, > higher, = within the larger spread.")
+    about = note(
+        used,
+        SPREAD_NOTE,
+        "< lower perplexity than the largest B, > higher, = within the noise: the larger spread, of the same pattern with "
+        "another B where a row has one seed (°).",
+    )
     return Table("block_size", "Thanos over the block size", heads, tuple(lines), bands, about)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 
-from thanos.study.report.ranking import comparable, verdict
-from thanos.study.report.rows import Results, Row
+from thanos.study.report.ranking import comparable, one_seed, verdict
+from thanos.study.report.rows import Results, Row, over_common_seeds
 from thanos.study.report.sections.common import HEADLINE, Section, equal_alphas, headline_rows, headline_sparsity
 from thanos.study.report.tables import Cell, Table, columns, text
 from thanos.study.report.values import Number, Prose, difference, gain
@@ -29,8 +29,8 @@ def claims(results: Results) -> Section:
     section.prose.append(
         (
             "Each claim is a rule evaluated on the store: it holds or does not where a difference exceeds the larger spread "
-            "over seeds, and is a tie within it; ° marks rows with one seed, whose spread is unknown. Only rows of equal "
-            "measured sparsity are compared.",
+            "over seeds, and is a tie within it; ° marks claims of which a row has one seed, its spread being unknown. Only "
+            "rows of equal measured sparsity are compared; where they have other seeds, over those that both have.",
         )
     )
     found = all_claims(results)
@@ -80,13 +80,16 @@ def _lowest(results: Results, pattern: str, field: str = "perplexity") -> Claim:
 def _gap_grows(results: Results) -> Claim:
     claim = "unstructured, 50 % and more: the gap to SparseGPT grows with sparsity"
     gaps: list[tuple[float, Number]] = []
+    used: list[Row] = []
     for row in results.select(method="thanos", pattern="unstructured", alpha=0.0):
         other = results.find(method="sparsegpt", pattern="unstructured", sparsity=row.sparsity)
         if row.sparsity < 0.5 - 1e-9 or not row.has_default_block or other is None or not comparable(row, other):
             continue
-        a, b = other.mean("perplexity"), row.mean("perplexity")
+        own, other = over_common_seeds(row, other)
+        a, b = other.mean("perplexity"), own.mean("perplexity")
         if a is not None and b is not None:
             gaps.append((row.sparsity, difference(a, b)))
+            used += [own, other]
     if len(gaps) < 2:
         return Claim(claim, _WORDS[""], ())
     values = [gap.value for _, gap in gaps]
@@ -94,7 +97,7 @@ def _gap_grows(results: Results) -> Claim:
     parts: list[str | Number] = []
     for sparsity, gap in gaps:
         parts += [f"{', ' if parts else ''}{100 * sparsity:g} %: ", gap]
-    return Claim(claim, _WORDS["better" if grows else "worse"], tuple(parts))
+    return Claim(claim, _WORDS["better" if grows else "worse"] + one_seed(*used), tuple(parts))
 
 
 def _alpha_helps(results: Results, pattern: str) -> Claim:
@@ -105,7 +108,11 @@ def _alpha_helps(results: Results, pattern: str) -> Claim:
     own = next((row for row in rows if abs(row.alpha - 0.1) < 1e-9 and row.mean("perplexity")), None)
     if own is None or rows[0].alpha != 0 or rows[0].mean("perplexity") is None:
         return Claim(claim, _WORDS[""], ())
-    return Claim(claim, _judged(own, rows[0]), _against(own, rows[0]))
+    noise = results.known_noise(own, rows[0])
+    first, second = over_common_seeds(own, rows[0])
+    if first.mean("perplexity") is None or second.mean("perplexity") is None:
+        return Claim(claim, _WORDS[""], ())
+    return Claim(claim, _judged(first, second, noise=noise), _against(first, second))
 
 
 def _structured_gain_largest(results: Results) -> Claim:
@@ -129,17 +136,17 @@ def _structured_gain_largest(results: Results) -> Claim:
 
 
 def _faster(results: Results) -> Claim:
-    claim = "columns: less time than SparseGPT"
-    rows = {row.method: row for row in headline_rows(results, "columns") if row.mean("seconds")}
+    able = [row for row in headline_rows(results, "columns") if row.mean("seconds")]
+    claim = f"{able[0].pattern_label if able else 'columns'}: less time than SparseGPT"
+    rows = {row.method: row for row in able}
     own, other = rows.get("thanos"), rows.get("sparsegpt")
     if own is None or other is None or len({r.machine["device"] for row in (own, other) for r in row.records}) > 1:
         return Claim(claim, _WORDS[""], ())
     return Claim(claim, _judged(own, other, "seconds"), _against(own, other, "seconds"))
 
 
-def _judged(own: Row, other: Row, field: str = "perplexity") -> str:
-    one_seed = own.spread(field) is None and other.spread(field) is None
-    return _WORDS[verdict(own, other, field)] + ("°" if one_seed else "")
+def _judged(own: Row, other: Row, field: str = "perplexity", noise: float = 0.0) -> str:
+    return _WORDS[verdict(own, other, field, noise)] + one_seed(own, other, field=field)
 
 
 def _against(own: Row, other: Row, field: str = "perplexity") -> Prose:

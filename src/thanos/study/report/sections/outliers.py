@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from thanos.study.report.ranking import comparable, verdict
-from thanos.study.report.rows import Results, Row
+from thanos.study.report.ranking import comparable, one_seed, verdict
+from thanos.study.report.rows import Results, Row, over_common_seeds
 from thanos.study.report.sections.common import SIGNS, SPREAD_NOTE, Section, note
 from thanos.study.report.tables import Cell, Table, columns, measures, number, text
 from thanos.study.report.values import difference, setting
@@ -36,7 +36,10 @@ def outliers(results: Results) -> Section:
         return section
     lines = [_line(results, row) for row in rows]
     about = note(
-        rows, SPREAD_NOTE, "< better than α = 0, > worse, = a difference within the larger spread, – not comparable."
+        rows,
+        SPREAD_NOTE,
+        "< better than α = 0, > worse, = a difference within the noise, – not comparable; over the seeds that both have, "
+        "° only one.",
     )
     section.tables.append(
         Table("budget_kept", "Outlier rows at the full sparsity", columns(*_HEADS), tuple(lines), note=about)
@@ -46,17 +49,20 @@ def outliers(results: Results) -> Section:
 
 def _line(results: Results, row: Row) -> tuple[Cell, ...]:
     base = results.find(method=row.method, pattern=row.pattern, sparsity=row.sparsity)
-    change, sign = None, "–"
+    change, sign, shown = None, "–", row
     if base is not None and comparable(row, base):
-        own, other = row.mean("perplexity"), base.mean("perplexity")
-        change = None if own is None or other is None else difference(own, other)
-        sign = SIGNS[verdict(row, base)]
+        noise = results.known_noise(row, base)
+        first, second = over_common_seeds(row, base)
+        own, other = first.mean("perplexity"), second.mean("perplexity")
+        if own is not None and other is not None:
+            change, shown = difference(own, other), first
+            sign = SIGNS[verdict(first, second, noise=noise)] + one_seed(first, second)
     return (
         text(row.pattern_label),
         text(row.name),
         number(setting(row.records[0], "alpha")),
         number(row.mean("sparsity")),
-        *measures(row, ("perplexity", "kl_divergence")),
+        *measures(shown, ("perplexity", "kl_divergence")),
         number(change),
         text(sign),
     )
