@@ -27,6 +27,7 @@ PATHS = {
     "zero_shot": ("zero_shot", "average", "acc"),
     "zero_shot_stderr": ("zero_shot", "average", "acc_stderr"),
     "sparsity": ("effective_sparsity", "targeted"),
+    "sparsity_asked": ("cell", "sparsity"),
     "sparsity_all": ("effective_sparsity", "all"),
     "seconds": ("seconds",),
     "solve_seconds": ("phases", "solve", "seconds"),
@@ -157,6 +158,7 @@ def test_every_number_of_the_page_is_the_stores(page: Page, store: Store) -> Non
 def test_every_number_that_is_shown_is_its_value_rounded(page: Page) -> None:
     scales = {
         "sparsity": 100,
+        "sparsity_asked": 100,
         "sparsity_all": 100,
         "zero_shot": 100,
         "zero_shot_stderr": 100,

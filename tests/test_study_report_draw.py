@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import random
@@ -10,7 +11,16 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from thanos.study.report.charts import Chart, HeatMap, Point, Series, pareto
-from thanos.study.report.labels import distance, place_label, spread_apart
+from thanos.study.report.labels import (
+    Box,
+    Segment,
+    crosses,
+    distance,
+    leader_of,
+    needs_leader,
+    place_label,
+    spread_apart,
+)
 from thanos.study.report.theme import DARK, STYLES
 from thanos.study.report.values import Number
 
@@ -74,6 +84,22 @@ def test_a_far_point_of_a_scatter_hides_no_other() -> None:
     assert chart("scatter", [44.0, 47.0, 62.0]).ceiling is None
 
 
+def test_lines_are_capped_where_asked_and_three_are_drawn() -> None:
+    low, high = chart("lines", [44.0, 400.0, 500.0]).series[0], chart("lines", [44.0, 400.0, 9e7]).series[0]
+    three = dataclasses.replace(chart("lines", [1.0]), series=(low, low, high), capped=True)
+    assert three.ceiling == 800.0
+    assert three.scale("y") == "log"
+    assert dataclasses.replace(three, capped=False).ceiling is None
+    assert dataclasses.replace(three, series=(low, high)).ceiling is None
+    assert dataclasses.replace(three, series=(low, low, low)).ceiling is None
+
+
+def test_first_coordinates_alike_within_a_share_are_equal_on_the_front() -> None:
+    assert pareto([(1.0, 5.0), (1.005, 4.0), (0.8, 9.0)], 0.01) == [False, True, True]
+    assert pareto([(1.0, 5.0), (1.005, 4.0), (0.8, 9.0)]) == [True, True, True]
+    assert pareto([(1.0, 5.0), (1.005, 5.0)], 0.01) == [True, True]
+
+
 def test_the_pareto_front_against_brute_force() -> None:
     draw = random.Random(3)
     for _ in range(50):
@@ -98,6 +124,34 @@ def test_a_label_is_nearest_to_its_own_point_where_there_is_room() -> None:
     box = place_label(place, 60.0, [(95.0, 107.0, 105.0, 117.0)], [other], (0.0, 0.0, 300.0, 300.0))
     assert distance(box, place) < distance(box, other)
     assert distance(box, place) > 0
+
+
+def test_a_line_crosses_the_boxes_that_it_passes_through() -> None:
+    box = (10.0, 10.0, 20.0, 20.0)
+    assert crosses(((0.0, 15.0), (30.0, 15.0)), box)
+    assert crosses(((0.0, 0.0), (30.0, 30.0)), box)
+    assert crosses(((15.0, 15.0), (40.0, 15.0)), box)
+    assert not crosses(((0.0, 15.0), (9.0, 15.0)), box)
+    assert not crosses(((0.0, 25.0), (30.0, 25.0)), box)
+    assert not crosses(((0.0, 15.0), (15.0, 40.0)), box)
+
+
+def test_no_label_lies_on_anothers_line_and_no_line_runs_through_a_label() -> None:
+    draw, bounds = random.Random(6), (0.0, 0.0, 400.0, 200.0)
+    for _ in range(200):
+        places = [(draw.uniform(150, 250), draw.uniform(80, 120)) for _ in range(4)]
+        marks = [(x - 5, y - 5, x + 5, y + 5) for x, y in places]
+        boxes: list[Box] = []
+        lines: list[Segment] = []
+        for index, place in enumerate(places):
+            rest = places[:index] + places[index + 1 :]
+            taken = [*marks[:index], *marks[index + 1 :], *boxes]
+            box = place_label(place, 50.0, taken, rest, bounds, lines)
+            assert not any(crosses(line, box) for line in lines)
+            if needs_leader(box, place):
+                assert not any(crosses(leader_of(box, place), other) for other in boxes)
+                lines.append(leader_of(box, place))
+            boxes.append(box)
 
 
 def test_every_colour_has_a_dark_twin_and_enough_contrast() -> None:

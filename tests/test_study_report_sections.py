@@ -22,7 +22,7 @@ from thanos.study.report.sections.outliers import outliers
 from thanos.study.report.sections.paper import zero_shot_table
 from thanos.study.report.sections.summary import summary
 from thanos.study.report.sections.where import where
-from thanos.study.report.tables import Table
+from thanos.study.report.tables import Table, to_latex
 from thanos.study.report.values import plain
 from thanos.study.store import CellRecord
 
@@ -238,9 +238,43 @@ def test_figure_and_table_over_sparsity_are_one_store() -> None:
     section = curves(FULL)
     for figure, table in zip(section.figures, section.tables, strict=True):
         drawn = sorted(p.y.value for series in figure.series for p in series.points)  # type: ignore[union-attr]
-        listed = sorted(c.number.value for row in table.rows for c in row if c.number is not None)
+        listed = sorted(c.number.value for row in table.rows for c in row[1:] if c.number is not None)
         assert drawn == listed
+        asked = [row[0].number for row in table.rows]
+        assert all(
+            share is not None and 0 < share.value < 1 and share.text == f"{100 * share.value:g}" for share in asked
+        )
     assert [figure.name for figure in section.figures] == ["sparsity_unstructured", "sparsity_columns"]
+
+
+def test_lines_with_alpha_are_those_that_keep_the_budget() -> None:
+    found = [record(cell(method, "columns", sparsity=step / 10)) for method in METHODS for step in (1, 2, 3)]
+    kept = [(0.1, 1, False), (0.1, 2, True), (0.1, 3, True), (0.1, 3, False), (0.2, 1, True), (0.2, 2, False)]
+    for share, step, keep in kept:
+        found.append(record(cell("thanos", "columns", sparsity=step / 10, outlier_rows=share, keep_budget=keep)))
+    section = curves(Results(MODEL, found))
+    lines = {series.label: series.points for series in section.figures[0].series}  # type: ignore[union-attr]
+    assert list(lines) == ["Thanos α = 0", "Thanos α = 0.1, kept", "SparseGPT", "Wanda", "Magnitude"]
+    kept_keys = {one.key[:12] for one in found if one.cell["keep_budget"]}
+    assert len(lines["Thanos α = 0.1, kept"]) == 2
+    assert all(key in kept_keys for point in lines["Thanos α = 0.1, kept"] for key in point.y.cells)
+    assert section.missing[-1].startswith("columns: Thanos at 40 %; SparseGPT at 40 %")
+    assert section.missing[0].startswith("unstructured: Thanos at 10, 20, 30, 40, 50, 60, 70, 80 %")
+
+
+def test_lines_far_above_are_capped_in_figures_over_sparsity() -> None:
+    found = []
+    for method, values in zip(METHODS, ((24, 340), (25, 360), (26, 1300), (40, 8e4)), strict=True):
+        found += [record(cell(method, sparsity=s), perplexity=v) for s, v in zip((0.3, 0.7), values, strict=True)]
+    chart = curves(Results(MODEL, found)).figures[0]
+    assert 360 < chart.ceiling < 600  # type: ignore[union-attr, operator]
+
+
+def test_fairness_asks_for_the_kept_budget_alone() -> None:
+    assert fairness(FULL).missing == []
+    lone = fairness(Results(MODEL, seeds((90.0,), pattern="2:4")))
+    assert "Thanos, 2:4, α = 0.1, budget kept, beside α = 0" in lone.missing
+    assert not any("as asked" in line for line in lone.missing)
 
 
 def test_zero_shot_tables_have_a_column_for_each_task() -> None:
@@ -264,6 +298,8 @@ def test_the_papers_table_does_not_hide_a_lower_sparsity() -> None:
 
 def test_the_formulas_are_listed_as_measured() -> None:
     table = formula(FULL).tables[0]
+    assert column(table, "formula")[0] == "W[:,P] · (H⁻¹[P,P])⁻¹ · H⁻¹[P,:]"
+    assert r"W[:,P] $\cdot$ (H$^{-1}$[P,P])$^{-1}$ $\cdot$ H$^{-1}$[P,:]" in to_latex(table)
     assert column(table, "error") == ["0.09401", "0.09401", "0.27257", "2.204", "49.175"]
 
 

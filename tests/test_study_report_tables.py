@@ -27,7 +27,19 @@ def test_csv_has_unrounded_numbers_and_spreads_of_their_own() -> None:
     assert list(rows[0]) == ["group", "method", "α", "perplexity", "perplexity_spread"]
     assert float(rows[0]["perplexity"]) == 44.81234
     assert float(rows[0]["perplexity_spread"]) == 0.2571
-    assert (rows[1]["α"], rows[1]["perplexity_spread"], rows[1]["group"]) == ("–", "", "30 %")
+    assert (rows[1]["α"], rows[1]["perplexity_spread"], rows[1]["group"]) == ("", "", "30 %")
+
+
+def test_an_unknown_number_is_empty_in_csv_and_a_dash_of_text_stays() -> None:
+    table = Table("t", "t", columns("<sign", "seeds", "x"), ((text("–"), text("–"), number(None)),))
+    assert to_csv(table).splitlines() == ["sign,seeds,x", "–,,"]
+    assert "| – | – | – |" in to_markdown(table)
+
+
+def test_latex_raises_whole_exponents() -> None:
+    small = Number(4.312e-7, "layer_error", "mean", ("a",))
+    table = Table("t", "t", columns("<formula", "x"), ((text("(H⁻¹[P,P])⁻¹"), number(small)),))
+    assert r"(H$^{-1}$[P,P])$^{-1}$ & 4.31 $\times$ 10$^{-7}$ \\" in to_latex(table)
 
 
 def test_markdown_has_one_cell_a_column_and_escapes_bars() -> None:

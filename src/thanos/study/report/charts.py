@@ -16,6 +16,10 @@ FAR = 3.0
 """Times the median beyond which a point of a scatter is drawn at its upper edge."""
 
 
+ROOM = 1.6
+"""Times the highest point of the second lowest line, where capped lines end."""
+
+
 @dataclass(frozen=True, slots=True)
 class Point:
     """One point: both coordinates from the store; the spread belongs to y (to x in ``dots``); its own style may differ."""
@@ -58,6 +62,7 @@ class Chart:
         reference: a number that y is read against, with its label: the dense model.
         x_scale: ``linear``, ``log`` or ``log2``; ``auto`` is log where the numbers span more than :data:`SPAN_FOR_LOG`.
         note: below the figure in the page.
+        capped: lines end above at :attr:`ceiling`.
     """
 
     kind: Literal["lines", "scatter", "dots"]
@@ -69,14 +74,21 @@ class Chart:
     reference: tuple[str, Number] | None = None
     x_scale: Literal["linear", "log", "log2", "auto"] = "linear"
     note: Prose = ()
+    capped: bool = False
 
     @property
     def ceiling(self) -> float | None:
-        """Where a scatter ends above: a point far beyond the others is drawn there, with its number, and hides none of them."""
+        """Where a scatter ends above: a point far beyond the others is drawn there, with its number, and hides none of them.
+
+        Capped lines end above the second lowest of their highest points, so that two lines at least are seen whole.
+        """
         values = [p.y.scaled for series in self.series for p in series.points]
-        if self.kind != "scatter" or len(values) < 3:
+        if self.kind == "scatter" and len(values) > 2:
+            limit = FAR * statistics.median(values)
+        elif self.kind == "lines" and self.capped and len(self.series) > 2:
+            limit = ROOM * sorted(max(p.y.scaled for p in series.points) for series in self.series if series.points)[1]
+        else:
             return None
-        limit = FAR * statistics.median(values)
         return limit if max(values) > limit else None
 
     def scale(self, axis: Literal["x", "y"]) -> str:

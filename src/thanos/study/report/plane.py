@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from thanos.study.report.axes import bare, caption, decimal_ticks, lay_out, other_methods, tick_text
 from thanos.study.report.charts import Chart, Point
-from thanos.study.report.labels import HALF_LINE, Box, distance, place_label, spread_apart
+from thanos.study.report.labels import HALF_LINE, Box, Segment, leader_of, needs_leader, place_label, spread_apart
 from thanos.study.report.theme import GRID, MUTED, PAPER, style_of
 
 if TYPE_CHECKING:
@@ -25,6 +25,10 @@ def draw_plane(canvas: Any, axes: Axes, chart: Chart) -> None:
         color, marker = style_of(series.style, others)
         x, y = [p.x.scaled for p in series.points], [_height_of(p, chart) for p in series.points]
         line = _DASHES[series.variant % len(_DASHES)] if chart.kind == "lines" else "none"
+        if chart.kind == "lines" and chart.ceiling is not None:
+            # The line leaves the figure where it would, and each point beyond has its mark at the edge.
+            axes.plot(x, [p.y.scaled for p in series.points], color=color, linestyle=line, zorder=3)
+            line = "none"
         axes.plot(x, y, color=color, marker=marker, linestyle=line, markeredgecolor="none", clip_on=False, zorder=3)
         for point in series.points:
             if point.spread is not None and _height_of(point, chart) == point.y.scaled:
@@ -53,6 +57,8 @@ def draw_plane(canvas: Any, axes: Axes, chart: Chart) -> None:
         _label_points(canvas, axes, chart, others)
     elif len(chart.series) > 1:
         _label_ends(canvas, axes, chart, others)
+        if chart.ceiling is not None:
+            _label_beyond(canvas, axes, chart, others)
 
 
 def _height_of(point: Point, chart: Chart) -> float:
@@ -67,7 +73,8 @@ def _scales(axes: Axes, chart: Chart) -> None:
         axis, scale = (axes.xaxis if name == "x" else axes.yaxis), chart.scale(name)
         if scale == "log":
             (axes.set_xscale if name == "x" else axes.set_yscale)("log")
-            decimal_ticks(axis, [(p.x if name == "x" else p.y).scaled for s in chart.series for p in s.points])
+            points = [p for s in chart.series for p in s.points]
+            decimal_ticks(axis, [p.x.scaled if name == "x" else _height_of(p, chart) for p in points])
         else:
             axis.set_major_formatter(FuncFormatter(lambda value, _: tick_text(value)))
     if chart.scale("x") == "log2":
@@ -78,6 +85,14 @@ def _scales(axes: Axes, chart: Chart) -> None:
         axes.set_xticks(ticks, [f"{value:g}" for value in ticks])
         axes.xaxis.set_minor_locator(NullLocator())
     axes.margins(x=0.08 if chart.kind == "scatter" else 0.03, y=0.09)
+    if chart.kind == "lines" and chart.ceiling is not None:
+        heights = [p.y.scaled for s in chart.series for p in s.points]
+        heights += [] if chart.reference is None else [chart.reference[1].scaled]
+        low = min(heights)
+        span = chart.ceiling / low
+        axes.set_ylim(
+            low * span**-0.07 if chart.scale("y") == "log" else low - 0.07 * (chart.ceiling - low), chart.ceiling
+        )
 
 
 def _label_ends(canvas: Any, axes: Axes, chart: Chart, others: list[str]) -> None:
@@ -90,12 +105,12 @@ def _label_ends(canvas: Any, axes: Axes, chart: Chart, others: list[str]) -> Non
     ends = []
     for series in shown:
         point = series.points[-1]
-        height = axes.transData.transform((right, point.y.scaled))[1] - axes_box.y0
+        height = axes.transData.transform((right, _height_of(point, chart)))[1] - axes_box.y0
         ends.append((height / unit, series))
     heights = spread_apart([height for height, _ in ends], _LINE, axes_box.height / unit)
     for (_, series), height in zip(ends, heights, strict=True):
         axes.annotate(
-            series.label,
+            _with_number(series.label, series.points[-1], chart),
             (1, 0),
             xycoords="axes fraction",
             xytext=(5, height),
@@ -104,6 +119,40 @@ def _label_ends(canvas: Any, axes: Axes, chart: Chart, others: list[str]) -> Non
             color=style_of(series.style, others)[0],
             fontsize=8,
             fontweight="bold" if series.style == "thanos" else "normal",
+        )
+
+
+def _with_number(label: str, point: Point, chart: Chart) -> str:
+    """Return a point's label, with its number where the point is drawn at the ceiling."""
+    return f"{label} ↑ {point.y.text}".strip() if _height_of(point, chart) < point.y.scaled else label
+
+
+def _label_beyond(canvas: Any, axes: Axes, chart: Chart, others: list[str]) -> None:
+    """Write the numbers of lines' points that are drawn at the ceiling below them; the last one's is beside the line's name."""
+    lay_out(canvas)
+    unit, ceiling = canvas.dpi / 72, chart.ceiling
+    assert ceiling is not None
+    edge = axes.get_window_extent().x0 / unit
+    taken: list[Box] = []
+    found = [(p, s) for s in chart.series for p in s.points[:-1] if _height_of(p, chart) < p.y.scaled]
+    for point, series in sorted(found, key=lambda pair: pair[0].x.scaled):
+        label = _with_number("", point, chart)
+        x = axes.transData.transform((point.x.scaled, ceiling))[0] / unit
+        width, depth = 4.6 * len(label), 9.0
+        left = max(x - width / 2, edge)
+        while any(left < box[2] and box[0] < left + width and box[1] == depth for box in taken):
+            depth += _LINE
+        taken.append((left, depth, left + width, depth))
+        axes.annotate(
+            label,
+            (point.x.scaled, ceiling),
+            xytext=(left - x, -depth),
+            textcoords="offset points",
+            va="center",
+            fontsize=7.5,
+            color=style_of(series.style, others)[0],
+            bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 0.4},
+            zorder=4,
         )
 
 
@@ -124,12 +173,14 @@ def _label_points(canvas: Any, axes: Axes, chart: Chart, others: list[str]) -> N
     box = axes.get_window_extent()
     bounds = (0.0, box.y0 / unit, box.x1 / unit + 6, box.y1 / unit + 8)
     taken: list[Box] = [(x - HALF_LINE, y - HALF_LINE, x + HALF_LINE, y + HALF_LINE) for x, y in places]
+    leaders: list[Segment] = []
     for index, ((point, style), (x, y)) in enumerate(zip(points, places, strict=True)):
-        beyond = _height_of(point, chart) < point.y.scaled
-        label = f"{point.label} ↑ {point.y.text}" if beyond else point.label
+        label = _with_number(point.label, point, chart)
         own, others_at = taken[index], places[:index] + places[index + 1 :]
-        spot = place_label((x, y), 4.9 * len(label), [box for box in taken if box != own], others_at, bounds)
+        spot = place_label((x, y), 4.9 * len(label), [box for box in taken if box != own], others_at, bounds, leaders)
         taken.append(spot)
+        if needs_leader(spot, (x, y)):
+            leaders.append(leader_of(spot, (x, y)))
         place = (point.x.scaled, _height_of(point, chart))
         leader = {"arrowstyle": "-", "color": MUTED, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3}
         axes.annotate(
@@ -141,6 +192,6 @@ def _label_points(canvas: Any, axes: Axes, chart: Chart, others: list[str]) -> N
             fontsize=7.5,
             color=style_of(style, others)[0],
             bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 0.4},
-            arrowprops=leader if distance(spot, (x, y)) > 9 else None,
+            arrowprops=leader if needs_leader(spot, (x, y)) else None,
             zorder=4,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,10 @@ from thanos.study.report.values import Number, Prose, plain
 
 _WITHOUT_SPREAD = ("zero_shot_stderr", "layer_error", "seconds", "solve_seconds", "sparsity", "peak_bytes")
 """Shown as means alone, to keep tables narrow; the spread of the layer error is in the table of noise."""
+
+
+UNKNOWN = "–"
+"""Stands for a number that is not in the store; a CSV file has nothing in its place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +86,7 @@ def text(value: Any) -> Cell:
 
 def number(value: Number | None, spread: Number | None = None, *, best: bool = False) -> Cell:
     """Return a cell of a number, a dash where it is unknown."""
-    return Cell(text="–", number=value, spread=spread, best=best)
+    return Cell(text=UNKNOWN, number=value, spread=spread, best=best)
 
 
 def columns(*heads: str) -> tuple[Column, ...]:
@@ -94,7 +99,7 @@ def columns(*heads: str) -> tuple[Column, ...]:
 
 
 def to_csv(table: Table) -> str:
-    """Return a table as CSV: unrounded numbers in the store's units, spreads in columns of their own."""
+    """Return a table as CSV: unrounded numbers in the store's units, spreads in columns of their own; empty where unknown."""
     spreads = _columns_with_spreads(table)
     heads = ["group"] if table.bands else []
     for index, column in enumerate(table.columns):
@@ -107,7 +112,8 @@ def to_csv(table: Table) -> str:
         band = table.bands.get(index, band)
         line = [band] if table.bands else []
         for place, cell in enumerate(row):
-            line.append(cell.shown if cell.number is None else repr(cell.number.value))
+            unknown = cell.number is None and cell.text == UNKNOWN and not table.columns[place].is_text
+            line.append("" if unknown else cell.shown if cell.number is None else repr(cell.number.value))
             if place in spreads:
                 line.append("" if cell.spread is None else repr(cell.spread.value))
         writer.writerow(line)
@@ -187,11 +193,18 @@ _LATEX = {
 }
 
 
-_LATEX |= {"⁰¹²³⁴⁵⁶⁷⁸⁹"[digit]: rf"$^{digit}$" for digit in range(10)} | {"⁻": r"$^-$"}
+_SUPERSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹⁻"
+_AT_THE_LINE = str.maketrans(_SUPERSCRIPTS, "0123456789-")
 
 
 def _latex(value: str) -> str:
-    return "".join(_LATEX.get(letter, letter) for letter in value)
+    parts = re.split(rf"([{_SUPERSCRIPTS}]+)", value)
+    return "".join(
+        f"$^{{{part.translate(_AT_THE_LINE)}}}$"
+        if index % 2
+        else "".join(_LATEX.get(letter, letter) for letter in part)
+        for index, part in enumerate(parts)
+    )
 
 
 def _latex_line(cells: Iterable[str]) -> str:

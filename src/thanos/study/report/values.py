@@ -258,6 +258,7 @@ FIELDS: dict[str, Field] = {
     "zero_shot": Field(lambda r: _dig(r.zero_shot, "average", "acc"), "zero-shot (%)", _one, 100, higher=True),
     "zero_shot_stderr": Field(lambda r: _dig(r.zero_shot, "average", "acc_stderr"), "standard error (%)", _one, 100),
     "sparsity": Field(lambda r: _dig(r.effective_sparsity, "targeted"), "measured sparsity (%)", _two, 100),
+    "sparsity_asked": Field(lambda r: r.cell["sparsity"], "sparsity asked (%)", _plain, 100),
     "sparsity_all": Field(lambda r: _dig(r.effective_sparsity, "all"), "of all parameters (%)", _two, 100),
     "layer_error": Field(_layer_error, "mean layer error", _significant),
     "seconds": Field(_alone(lambda r: r.seconds), "pruning (s)", _seconds),

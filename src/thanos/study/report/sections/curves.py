@@ -6,20 +6,28 @@ from thanos.study.report.charts import Chart, Point, Series
 from thanos.study.report.rows import NAMES, Results, Row
 from thanos.study.report.sections.common import SPREAD_NOTE, Section, note
 from thanos.study.report.sections.summary import METHODS
-from thanos.study.report.tables import Cell, Column, Table, number, text
+from thanos.study.report.tables import Cell, Column, Table, number
+from thanos.study.report.values import setting
 
-SPARSITIES = tuple(step / 10 for step in range(1, 9))
+SPARSITIES = {
+    "unstructured": tuple(step / 10 for step in range(1, 9)),
+    "columns": tuple(step / 10 for step in range(1, 5)),
+}
+"""What is asked for: nobody would use a model that lost half of its columns."""
 
 
 def curves(results: Results) -> Section:
     """Return a figure and a table of perplexity over sparsity, for unstructured and for columns."""
     section = Section("sparsity", "Perplexity over sparsity")
     section.prose.append(
-        ("As in the paper's Figure 1. The points lie at the measured sparsity; lines only join them.",)
+        (
+            "As in the paper's Figure 1. The points lie at the measured sparsity; lines only join them. Lines with α > 0 are "
+            "rows with the budget kept; a point far above the other methods is drawn at the upper edge, with its number.",
+        )
     )
     for pattern, letter in (("unstructured", "a"), ("columns", "b")):
         found = lines_of(results, pattern)
-        lacking = _missing(found)
+        lacking = _missing(found, pattern)
         if lacking:
             section.missing.append(f"{pattern}: {lacking}")
         if any(len(rows) > 1 for rows in found.values()):
@@ -29,12 +37,15 @@ def curves(results: Results) -> Section:
 
 
 def lines_of(results: Results, pattern: str) -> dict[tuple[str, float], list[Row]]:
-    """Return (method, α) → rows by sparsity; one row for each sparsity, and α > 0 only where it has two."""
+    """Return (method, α) → rows by sparsity; α > 0 only with the budget kept, and where it has two sparsities."""
     found: dict[tuple[str, float], dict[float, Row]] = {}
     rows = [
         row for row in results.select(pattern=pattern) if row.has_default_block and row.mean("perplexity") is not None
     ]
-    for row in sorted(rows, key=lambda row: row.keep_budget):
+    for row in rows:
+        # Without the promise, rounding decides on which side of the sparsity a row with α lies: one line, one rule.
+        if row.alpha and not row.keep_budget:
+            continue
         found.setdefault((row.method, row.alpha), {})[row.sparsity] = row
     lines = {key: [row for _, row in sorted(by_sparsity.items())] for key, by_sparsity in found.items()}
     return {
@@ -46,7 +57,9 @@ def lines_of(results: Results, pattern: str) -> dict[tuple[str, float], list[Row
 
 def _label(method: str, alpha: float, *, mixed: bool) -> str:
     name = NAMES.get(method, method)
-    return f"{name} α = {alpha:g}" if alpha or (mixed and method == "thanos") else name
+    if alpha:
+        return f"{name} α = {alpha:g}, kept"
+    return f"{name} α = 0" if mixed and method == "thanos" else name
 
 
 def _chart(results: Results, found: dict[tuple[str, float], list[Row]], pattern: str, letter: str) -> Chart:
@@ -69,6 +82,7 @@ def _chart(results: Results, found: dict[tuple[str, float], list[Row]], pattern:
         "perplexity",
         tuple(series),
         None if dense is None else ("dense", dense),
+        capped=True,
     )
 
 
@@ -79,7 +93,8 @@ def _table(found: dict[tuple[str, float], list[Row]], pattern: str, letter: str)
     sparsities = sorted({row.sparsity for rows in found.values() for row in rows})
     lines: list[tuple[Cell, ...]] = []
     for sparsity in sparsities:
-        line = [text(f"{100 * sparsity:g}")]
+        first = next(row for rows in found.values() for row in rows if row.sparsity == sparsity)
+        line = [number(setting(first.records[0], "sparsity_asked"))]
         for rows in found.values():
             row = next((row for row in rows if row.sparsity == sparsity), None)
             line.append(number(None) if row is None else number(row.mean("perplexity"), row.spread("perplexity")))
@@ -89,11 +104,11 @@ def _table(found: dict[tuple[str, float], list[Row]], pattern: str, letter: str)
     return Table(f"sparsity_{pattern}", title, tuple(heads), tuple(lines), note=note(used, SPREAD_NOTE))
 
 
-def _missing(found: dict[tuple[str, float], list[Row]]) -> str:
+def _missing(found: dict[tuple[str, float], list[Row]], pattern: str) -> str:
     lacking = []
     for method in METHODS:
         have = {round(row.sparsity, 6) for row in found.get((method, 0.0), [])}
-        gaps = [f"{100 * value:g}" for value in SPARSITIES if value not in have]
+        gaps = [f"{100 * value:g}" for value in SPARSITIES[pattern] if value not in have]
         if gaps:
             lacking.append(f"{NAMES[method]} at {', '.join(gaps)} %")
     return "; ".join(lacking)

@@ -118,7 +118,7 @@ def _apart(results: Results) -> Table | None:
 
 
 def _missing(results: Results) -> list[str]:
-    """Name what the comparison of α both ways lacks for the n:m patterns of the store."""
+    """Name what α at the full sparsity lacks for the n:m patterns of the store."""
     found = []
     for pattern in (p for p in patterns_of(results.rows) if ":" in p):
         sparsity = headline_sparsity(results, pattern)
@@ -126,11 +126,4 @@ def _missing(results: Results) -> list[str]:
             continue
         if len(equal_alphas(results, "thanos", pattern, sparsity)) < 2:
             found.append(f"Thanos, {pattern}, α = 0.1, budget kept, beside α = 0")
-        lowered = {row.method for row in results.select(pattern=pattern) if row.alpha and _is_lowered(row)}
-        if "thanos" not in lowered or len(lowered) < 2:
-            found.append(f"all methods, {pattern}, α = 0.1, budget as asked")
     return found
-
-
-def _is_lowered(row: Row) -> bool:
-    return row.sparsity - row.value("sparsity") > GROUP_WIDTH

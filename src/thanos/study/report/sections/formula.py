@@ -8,11 +8,11 @@ from thanos.study.report.tables import Cell, Table, columns, number, text
 from thanos.study.report.values import count, field_of, setting
 
 _NAMES = {
-    "eq13": ("Eq. 13, Algorithm 2", "W:P · ((H⁻¹)PP)⁻¹ · (H⁻¹)P:"),
-    "least_squares": ("Least squares on the support", "HPK · (HKK)⁻¹"),
+    "eq13": ("Eq. 13, Algorithm 2", "W[:,P] · (H⁻¹[P,P])⁻¹ · H⁻¹[P,:]"),
+    "least_squares": ("Least squares on the support", "H[P,K] · H[K,K]⁻¹"),
     "none": ("No compensation", ""),
-    "eq72": ("Appendix G.4.2, Eq. 72", "W:P · (HPP)⁻¹ · HP:"),
-    "algorithm7": ("Algorithm 7", "W:P · (H⁻¹)PP · HP:"),
+    "eq72": ("Appendix G.4.2, Eq. 72", "W[:,P] · H[P,P]⁻¹ · H[P,:]"),
+    "algorithm7": ("Algorithm 7", "W[:,P] · H⁻¹[P,P] · H[P,:]"),
 }
 
 
@@ -46,7 +46,7 @@ def formula(results: Results) -> Section:
     about = (
         count(results.formulas),
         " cell." if len(results.formulas) == 1 else " cells.",
-        " Relative error tr(Δ H Δᵀ) / tr(W H Wᵀ).",
+        " Relative error tr(Δ H Δᵀ) / tr(W H Wᵀ). P: the columns removed, K: those kept.",
     )
     section.tables.append(Table("formula", "Relative layer error by formula", heads, tuple(lines), bands, about))
     return section
