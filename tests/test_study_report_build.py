@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 
-from study_records import MODEL, cell, cost_study, failed, full_study, record, write_store
+from study_records import MODEL, cell, contents, cost_study, failed, full_study, record, write_store
 from thanos.cli import run
 from thanos.errors import DataError
-from thanos.study.report import update_readme, with_results, write_report
+from thanos.study.report import build_report, update_readme, with_results, write_report
+from thanos.study.report.values import plain
 
 PATHS = {
     "perplexity": ("evaluation", "perplexity"),
@@ -273,6 +274,16 @@ def test_two_models_have_files_of_their_own(tmp_path: Path) -> None:
 def test_a_store_of_failures_alone_is_reported(tmp_path: Path) -> None:
     report = write_report(write_store(tmp_path / "study", [failed(cell(), "out of memory")]))
     assert report.table("failed") is not None
+
+
+def test_the_lead_says_where_cells_are_missing() -> None:
+    lead = plain(build_report(contents([record(cell()), record(cell("dense", None))])).lead)
+    assert "The study is not complete" in lead
+    assert "“Summary”" in lead
+    assert "“Is the block-wise formulation worth it, and where?”" in lead
+    whole = build_report(contents(cost_study("other")))
+    assert not any(section.missing for chapter in whole.chapters for section in chapter.sections)
+    assert "not complete" not in plain(whole.lead)
 
 
 def test_a_method_of_another_version_is_shown(tmp_path: Path) -> None:

@@ -321,6 +321,21 @@ def test_the_worst_layers_are_the_worst() -> None:
     assert drawn == sorted(errors)
 
 
+def test_sparsity_is_mapped_only_where_layers_differ() -> None:
+    def store(last: float) -> Results:
+        found = [record(cell(), sparsity=0.5), record(cell("thanos", "2:4"), sparsity=0.5)]
+        found[0].layers[3]["sparsity"] = last
+        return Results(MODEL, found)
+
+    even = where(store(0.5015))
+    assert [figure.name for figure in even.figures] == ["where_unstructured_error", "where_2_4_error"]
+    words = "unstructured 50 % from 50.00 to 50.15 %; 2:4 from 50.00 to 50.00 %."
+    assert plain(even.prose[-1]) == f"The layers' measured sparsities differ by less than 0.2 points: {words}"
+    uneven = where(store(0.6))
+    assert "where_unstructured_sparsity" in [figure.name for figure in uneven.figures]
+    assert plain(uneven.prose[-1]).endswith("points: 2:4 from 50.00 to 50.00 %.")
+
+
 def by_claim(found: Sequence[CellRecord], text: str) -> str:
     return next(c.verdict for c in all_claims(Results(MODEL, found)) if text in c.claim)
 

@@ -64,8 +64,20 @@ def build_report(contents: Contents) -> Report:
         f" {'cell' if done == 1 else 'cells'}",
         *([", ", count(contents.failed), " more failed"] if failed else []),
         ". Every number on this page is read from its store or derived from it.",
+        *_incomplete(chapters),
     )
     return Report(title, lead, tuple(chapters))
+
+
+def _incomplete(chapters: list[Chapter]) -> Prose:
+    """Say that cells are missing, and at the end of which sections they are listed."""
+    lacking = dict.fromkeys(s.title for chapter in chapters for s in chapter.sections if s.missing)
+    if not lacking:
+        return ()
+    names = ", ".join(f"“{title}”" for title in lacking)
+    return (
+        f" The study is not complete: the cells that are missing are listed at the end of these sections: {names}.",
+    )
 
 
 def write_report(folder: str | Path, on_event: Callable[[Event], None] | None = None) -> Report:

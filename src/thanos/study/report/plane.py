@@ -89,10 +89,9 @@ def _scales(axes: Axes, chart: Chart) -> None:
         heights = [p.y.scaled for s in chart.series for p in s.points]
         heights += [] if chart.reference is None else [chart.reference[1].scaled]
         low = min(heights)
-        span = chart.ceiling / low
-        axes.set_ylim(
-            low * span**-0.07 if chart.scale("y") == "log" else low - 0.07 * (chart.ceiling - low), chart.ceiling
-        )
+        is_log = chart.scale("y") == "log"
+        below = low * (low / chart.ceiling) ** 0.07 if is_log else low - 0.07 * (chart.ceiling - low)
+        axes.set_ylim(below, chart.ceiling)
 
 
 def _label_ends(canvas: Any, axes: Axes, chart: Chart, others: list[str]) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from thanos.study.report.charts import HeatMap
+from thanos.study.report.ranking import GROUP_WIDTH
 from thanos.study.report.rows import Results, Row
 from thanos.study.report.sections.alpha import file_name
 from thanos.study.report.sections.common import HEADLINE, Section, headline_rows, note
 from thanos.study.report.tables import Cell, Table, columns, number, text
-from thanos.study.report.values import Number, setting
+from thanos.study.report.values import Number, Prose, setting
 from thanos.study.store import CellRecord
 
 WORST = 10
@@ -29,14 +30,20 @@ def where(results: Results) -> Section:
     )
     lines: list[tuple[Cell, ...]] = []
     bands: dict[int, str] = {}
+    even: list[tuple[str, Number, Number]] = []
     for row in rows:
         record = row.records[0]
         for kind in _MAPS:
             found = _map(row, record, kind)
-            if found is not None:
+            ends = _ends(found) if found is not None and kind == "zeros" else None
+            if ends is not None and ends[1].value - ends[0].value < GROUP_WIDTH:
+                even.append((row.pattern_label, *ends))
+            elif found is not None:
                 section.figures.append(found)
         bands[len(lines)] = row.pattern_label
         lines += _worst(record)
+    if even:
+        section.prose.append(_evenly(even))
     heads = columns("<Layer|layer", "error|error_after", "without compensation|error_before", "sparsity (%)|sparsity")
     title = f"The {WORST} worst layers of each pattern"
     section.tables.append(Table("worst_layers", title, heads, tuple(lines), bands, note(rows, "First seed of each.")))
@@ -68,6 +75,20 @@ def _map(row: Row, record: CellRecord, kind: str) -> HeatMap | None:
         tuple(str(block) for block in blocks),
         tuple(tuple(places.get((block, name)) for name in kinds) for block in blocks),
     )
+
+
+def _ends(found: HeatMap) -> tuple[Number, Number]:
+    """Return the least and the largest number of a map."""
+    known = [number for row in found.values for number in row if number is not None]
+    return min(known, key=lambda number: number.value), max(known, key=lambda number: number.value)
+
+
+def _evenly(even: list[tuple[str, Number, Number]]) -> Prose:
+    """Say how sparse layers are that differ too little for a map."""
+    words: list[str | Number] = [f"The layers' measured sparsities differ by less than {100 * GROUP_WIDTH:g} points:"]
+    for place, (label, low, high) in enumerate(even):
+        words += [f"{';' if place else ''} {label} from ", low, " to ", high, " %"]
+    return (*words, ".")
 
 
 def _worst(record: CellRecord) -> list[tuple[Cell, ...]]:
