@@ -115,7 +115,7 @@ def test_the_floor_is_operations_over_rates() -> None:
     gram = 2 * tokens * (3 * 4**2 + 8**2)
     assert floor["statistics"] == pytest.approx(2 * ((forward - 2 * tokens * 32) / 2e12 + gram / 5e11))
     layers = [(4, 4), (2, 4), (2, 4), (4, 4), (8, 4), (8, 4), (4, 8)]
-    cost = sum(7 * rows * columns**2 for rows, columns in layers) + 2 / 3 * (3 * 4**3 + 8**3)
+    cost = sum(4 * rows * columns**2 for rows, columns in layers) + 2 / 3 * (3 * 4**3 + 8**3)
     assert floor["solve"] == pytest.approx(2 * cost / 1e12)
     assert floor_seconds(shape, recipe(method="wanda"), RATES)["solve"] < floor["solve"]
     assert floor["load"] == floor["write"] == pytest.approx(2 * 2 * weights / 1e9)

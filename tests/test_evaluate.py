@@ -7,7 +7,7 @@ import json
 import math
 import re
 import shutil
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -545,3 +545,38 @@ def test_a_reference_of_another_vocabulary_is_refused(tmp_path: Path, tiny_llama
     small = save_tiny(tmp_path / "small", vocab_size=100)
     with pytest.raises(DataError, match="embeds only 100"):
         thanos.evaluate(small, reference=reference(tiny_llama, text_file), device="cpu")
+
+
+def test_two_references_of_one_text_keep_their_own_models_outputs(
+    tiny_llama: Path, text_file: Path, other: Path
+) -> None:
+    base = reference(tiny_llama, text_file, keep_bytes=1 << 30)
+    first = base.windows[:1]
+    with torch.inference_mode():
+        base.logits(0, first)
+        second = replace(base, model=load_model(resolve_model(other)))
+        assert second.model is not None
+        assert torch.equal(second.logits(0, first), second.model(input_ids=first, use_cache=False).logits)
+
+
+def test_batches_of_other_sizes_take_no_more_room_than_was_given(tiny_llama: Path, text_file: Path) -> None:
+    whole = reference(tiny_llama, text_file)
+    assert whole.model is not None
+    room = whole.windows.numel() * whole.model.config.hidden_size * 4
+    shared = replace(whole, keep_bytes=room)
+    with torch.inference_mode():
+        for size in (1, 2, 5):
+            for start in range(0, len(shared.windows), size):
+                shared.logits(start, shared.windows[start : start + size])
+    assert sum(kept.last_hidden_state.nbytes for kept in shared._kept.values()) <= room
+
+
+def test_a_forward_of_anothers_making_is_put_back(tiny_llama: Path, text_file: Path) -> None:
+    shared = reference(tiny_llama, text_file)
+    assert shared.model is not None
+    decoder = shared.model.get_decoder()
+    mine = decoder.forward
+    decoder.forward = hooked = lambda *args, **kwargs: mine(*args, **kwargs)
+    with torch.inference_mode():
+        shared.logits(0, shared.windows[:1])
+    assert decoder.forward is hooked

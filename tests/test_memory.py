@@ -58,8 +58,8 @@ def test_seconds_add_up(meter: PhaseMeter) -> None:
         with meter.phase("solve"):
             time.sleep(0.01)
     records = meter.records()
-    assert 0.08 <= records["load"].seconds < 0.5
-    assert 0.02 <= records["solve"].seconds < 0.5
+    assert records["load"].seconds >= 0.08
+    assert records["solve"].seconds >= 0.02
 
 
 def test_seconds_are_those_of_the_clock(meter: PhaseMeter, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,7 +109,7 @@ class Reference:
     dense: str | None = None
     model: PreTrainedModel | None = None
     keep_bytes: int = 0
-    _kept: dict[tuple[int, int], Any] = field(default_factory=dict, repr=False)
+    _kept: dict[tuple[int, int], Any] = field(default_factory=dict, init=False, repr=False)  # of this model alone
 
     def check(self, model: PreTrainedModel) -> None:
         """Refuse windows that a model, or the dense one, cannot take.
@@ -131,8 +131,11 @@ class Reference:
             return _logits(self.model, ids)
         with _watched(decoder, self._kept.get(place)) as outputs:
             logits = _logits(self.model, ids)
-        if len(outputs) == 1 and _bytes(outputs[0]) / len(ids) * len(self.windows) <= self.keep_bytes:
-            self._kept[place] = outputs[0]
+        if place not in self._kept and len(outputs) == 1:
+            own = _bytes(outputs[0])
+            held = sum(_bytes(kept) for kept in self._kept.values())  # other sizes of batches leave pieces of their own
+            if own / len(ids) * len(self.windows) <= self.keep_bytes and held + own <= self.keep_bytes:
+                self._kept[place] = outputs[0]
         return logits
 
 
@@ -140,7 +143,7 @@ class Reference:
 def _watched(decoder: nn.Module, kept: Any) -> Iterator[list[Any]]:
     """See what ``decoder`` returns; where ``kept`` is given, let it return that instead of computing."""
     outputs: list[Any] = []
-    original = decoder.forward
+    original, own = decoder.forward, "forward" in vars(decoder)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         outputs.append(original(*args, **kwargs) if kept is None else kept)
@@ -150,7 +153,10 @@ def _watched(decoder: nn.Module, kept: Any) -> Iterator[list[Any]]:
     try:
         yield outputs
     finally:
-        del decoder.forward  # what shadowed the method
+        if own:  # as hooks of other libraries leave it
+            decoder.forward = original
+        else:
+            del decoder.forward  # what shadowed the method
 
 
 def _bytes(outputs: Any) -> float:
@@ -298,13 +304,15 @@ def _score(model: PreTrainedModel, reference: Reference, tell: Callable[[Event],
     sums, done = torch.zeros(4, dtype=torch.float64), 0
     while done < total:
         ids = reference.windows[done : done + batch].to(model.device)
+        found = None
         try:
             found = _score_batch(model, reference, done, ids)
         except torch.OutOfMemoryError:
             if batch == 1:
                 raise
+        if found is None:
             batch //= 2
-            torch.cuda.empty_cache()
+            torch.cuda.empty_cache()  # not in the handler, whose traceback holds the batch
             continue
         for index, window in enumerate(found, start=done):
             if not bool(torch.isfinite(window).all()):

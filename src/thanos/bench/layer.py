@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -134,8 +135,9 @@ def report(settings: LayerSettings, results: list[LayerTime]) -> dict[str, Any]:
     }
 
 
+@cache
 def device_rates(device: str) -> dict[str, float]:
-    """Measure float32 arithmetic (a square product) and memory traffic (a copy, read and written)."""
+    """Measure float32 arithmetic (a square product) and memory traffic (a copy, read and written), once a process."""
     size = _RATE_SIZE[torch.device(device).type]
     matrix = torch.randn(size, size, device=device)
     target = torch.empty_like(matrix)

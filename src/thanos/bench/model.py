@@ -184,7 +184,8 @@ def floor_seconds(shape: Shape, recipe: Recipe, rates: Rates) -> dict[str, float
     - load and write: the blocks' bytes between host and device;
     - statistics: the block's products but the last, whose result nobody needs; causal attention; XᵀX of the four inputs;
     - solve: for methods with a factor, a Cholesky factor of H⁻¹ per input (⅔ b³) and one product of the weight with a
-      triangular b × b matrix per layer (c b²); for all, three products c × b by b × b for the errors;
+      triangular b × b matrix per layer (c b²); for the errors half a product c × b by b × b each (c b²), three of them, two
+      where nothing compensates;
     - propagate: the block's products and attention, except in the last block.
     """
     tokens, layers = recipe.samples * recipe.sequence_length, shape.layers
@@ -193,8 +194,9 @@ def floor_seconds(shape: Shape, recipe: Recipe, rates: Rates) -> dict[str, float
     last = shape.intermediate * shape.hidden
     inputs = (shape.hidden, shape.hidden, shape.hidden, shape.intermediate)
     gram = sum(2.0 * tokens * columns**2 for columns in inputs)
-    solve = sum(6.0 * rows * columns**2 for rows, columns in layers.values())
-    if recipe.method in ("thanos", "sparsegpt"):
+    compensates = recipe.method in ("thanos", "sparsegpt")
+    solve = sum((3.0 if compensates else 2.0) * rows * columns**2 for rows, columns in layers.values())
+    if compensates:
         solve += sum(2 / 3 * columns**3 for columns in inputs)
         solve += sum(1.0 * rows * columns**2 for rows, columns in layers.values())
     forward = (2.0 * tokens * weights + attention) / rates.model_flops

@@ -1,6 +1,6 @@
 """Setting entries to zero by a mask.
 
-On the CPU by the entries' bits: choosing between two values there takes some twenty times as long.
+On the CPU by the entries' bits: choosing between two values there takes some ten times as long.
 """
 
 from __future__ import annotations

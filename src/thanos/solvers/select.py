@@ -25,7 +25,7 @@ _DIGIT = 16
 """Bits resolved by one histogram of the general path: two or four of them for float32 or float64."""
 
 _SAMPLE = 1 << 14
-"""Entries that bracket the k-th value on the CPU: the bracket then holds about one entry in twenty."""
+"""Entries that bracket the k-th value on the CPU: the bracket then holds about one entry in thirty."""
 
 _IN_CACHE = 1 << 17
 """Entries compared at once on the CPU, so that one comparison after the other finds them in the cache."""

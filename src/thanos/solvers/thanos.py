@@ -29,7 +29,10 @@ def thanos(problem: Problem) -> tuple[Tensor, Tensor]:
         return _columns(problem)
     rows = RowSolver(peers=problem.peers, hopeful=True)
     found = _by_blocks(problem, rows)
-    return _by_blocks(problem, RowSolver(peers=problem.peers)) if rows.failed() else found
+    if not rows.failed():
+        return found
+    del found  # its memory is needed
+    return _by_blocks(problem, RowSolver(peers=problem.peers))
 
 
 def _by_blocks(problem: Problem, rows: RowSolver) -> tuple[Tensor, Tensor]:
