@@ -189,9 +189,9 @@ class Engine:
         done = 0
         yield self._event("phase", "solve", index, total=len(layers))
         with self.meter.phase("solve"):
-            check_finite(groups)
             while groups:
                 group = groups.pop(0)
+                check_finite([group])  # not all at once: a bad weight is named before the bad inputs that it makes
                 inputs = InputStatistics(group.hessian, name=group.layers[0].name, hand_over=True)
                 for layer in group.layers:
                     try:
