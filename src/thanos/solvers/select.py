@@ -18,7 +18,7 @@ import math
 import torch
 from torch import Tensor
 
-from thanos.solvers import kernels
+from thanos.solvers import kernels, selection_kernels
 from thanos.solvers.peers import ALONE, Peers
 
 _DIGIT = 16
@@ -87,16 +87,16 @@ class KernelSearch:
         """
         if self._window is None:
             self._window = torch.zeros((), dtype=torch.int32, device=weight.device)
-        histograms = torch.zeros(4, 1 << kernels.BITS, dtype=torch.int32, device=weight.device)
+        histograms = torch.zeros(4, 1 << selection_kernels.BITS, dtype=torch.int32, device=weight.device)
         for round_ in (0, 3, 1, 2):
-            kernels.score_histogram(weight, norms, zeros, histograms, count, self._window, round_)
+            selection_kernels.score_histogram(weight, norms, zeros, histograms, count, self._window, round_)
             self._peers.sum_(histograms[round_])
-        ties = kernels.tie_counts(weight, norms, zeros, histograms, count, self._window)
+        ties = selection_kernels.tie_counts(weight, norms, zeros, histograms, count, self._window)
         before = ties.cumsum(0).sub_(ties)
         if self._peers.size > 1:
             before += self._peers.before(ties.sum())
         window, self._window = self._window, torch.empty_like(self._window)
-        return kernels.block_mask(
+        return selection_kernels.block_mask(
             weight[:, :width],
             None if norms is None else norms[:width],
             None if zeros is None else zeros[:, :width],
