@@ -48,6 +48,15 @@ def thanos_data() -> Path:
 
 
 @pytest.fixture(scope="session")
+def task_folder(thanos_data: Path) -> Path:
+    """The folder with local zero-shot tasks of lm_eval; skips where there is none."""
+    found = thanos_data / "lm_eval_tasks"
+    if not found.is_dir():
+        pytest.skip(f"{found} is not there")
+    return found
+
+
+@pytest.fixture(scope="session")
 def demo_gguf() -> Path:
     """The demo model, which ``make test`` fetches; skips where it is absent."""
     path = Path(os.environ.get("THANOS_DEMO_MODEL", ROOT / ".demo" / "model.gguf"))

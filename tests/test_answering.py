@@ -19,14 +19,6 @@ lm_eval = pytest.importorskip("lm_eval")
 TASKS = ("local_piqa", "local_winogrande", "local_openbookqa")
 
 
-@pytest.fixture
-def folder(thanos_data: Path) -> Path:
-    found = thanos_data / "lm_eval_tasks"
-    if not found.is_dir():
-        pytest.skip(f"{found} is not there")
-    return found
-
-
 @pytest.fixture(autouse=True)
 def _nothing_kept() -> None:
     forget()
@@ -37,14 +29,20 @@ def forget() -> None:
     answering._ids_of.cache_clear()
 
 
-def score(model: Path, folder: Path, **changes: Any) -> harness.ZeroShot:
-    arguments: dict[str, Any] = {"tasks": TASKS, "task_folder": folder, "limit": 8, "device": "cpu", "cache": False}
+def score(model: Path, task_folder: Path, **changes: Any) -> harness.ZeroShot:
+    arguments: dict[str, Any] = {
+        "tasks": TASKS,
+        "task_folder": task_folder,
+        "limit": 8,
+        "device": "cpu",
+        "cache": False,
+    }
     return thanos.zero_shot(model, **{**arguments, **changes})
 
 
-def answers(model: Any, folder: Path, limit: int = 8) -> list[tuple[float, bool]]:
+def answers(model: Any, task_folder: Path, limit: int = 8) -> list[tuple[float, bool]]:
     """Return the log-likelihoods of all requests of the tasks, by lm_eval's own way of asking."""
-    loaded = harness._load_tasks(TASKS, str(folder))
+    loaded = harness._load_tasks(TASKS, str(task_folder))
     lm_eval.evaluate(model, {"tasks": loaded, "groups": {}}, limit=limit, log_samples=False)
     return [request.resps[0] for task in loaded.values() for request in task.instances]
 
@@ -55,27 +53,27 @@ def tiny(path: Path) -> tuple[Any, Any]:
 
 
 def test_a_model_after_another_is_scored_as_if_it_were_alone(
-    tiny_llama: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_llama: Path, task_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models = [tiny_llama, save_tiny(tmp_path / "other", seed=3)]
-    after_another = [score(model, folder).tasks for model in (*models, tiny_llama)]
+    after_another = [score(model, task_folder).tasks for model in (*models, tiny_llama)]
     alone = []
     for model in (*models, tiny_llama):
         forget()
-        alone.append(score(model, folder).tasks)
+        alone.append(score(model, task_folder).tasks)
     # as lm_eval does it by itself
     monkeypatch.setattr(harness, "keep_requests", lambda task: task)
     monkeypatch.setattr(answering, "kept_ids", lambda tokenizer: {})
     plain = []
     for model in (*models, tiny_llama):
         forget()
-        plain.append(score(model, folder).tasks)
+        plain.append(score(model, task_folder).tasks)
     assert after_another == alone == plain
     assert len({repr(found) for found in plain}) == 2, "the models differ"
 
 
 def test_requests_and_token_ids_are_made_once(
-    tiny_llama: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_llama: Path, task_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from lm_eval.api.task import Task
     from lm_eval.models.huggingface import HFLM
@@ -89,13 +87,13 @@ def test_requests_and_token_ids_are_made_once(
             return inner(*arguments, **others)
 
         monkeypatch.setattr(owner, name, counted)
-    score(tiny_llama, folder)
+    score(tiny_llama, task_folder)
     first = dict(calls)
     assert first["build_all_requests"] == len(TASKS)
     assert first["tok_encode"] > 0
-    score(save_tiny(tmp_path / "other", seed=3), folder)
+    score(save_tiny(tmp_path / "other", seed=3), task_folder)
     assert calls == first
-    score(tiny_llama, folder, limit=7)
+    score(tiny_llama, task_folder, limit=7)
     assert calls == {**first, "build_all_requests": 2 * len(TASKS)}
 
 
@@ -122,15 +120,15 @@ def test_templates_are_compiled_once_and_only_inside() -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 500, 2500])
-def test_batches_by_tokens_answer_as_batches_by_sequences(tiny_llama: Path, folder: Path, tokens: int) -> None:
+def test_batches_by_tokens_answer_as_batches_by_sequences(tiny_llama: Path, task_folder: Path, tokens: int) -> None:
     shapes: list[torch.Size] = []
     network, tokenizer = tiny(tiny_llama)
     network.register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape))
-    expected = answers(answering.wrap(network, tokenizer, lambda event: None), folder)
+    expected = answers(answering.wrap(network, tokenizer, lambda event: None), task_folder)
     shapes.clear()
     model = answering.wrap(network, tokenizer, lambda event: None)
     model.tokens = tokens
-    found = answers(model, folder)
+    found = answers(model, task_folder)
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
     torch.testing.assert_close(
         torch.tensor([value for value, _ in found]),
@@ -144,7 +142,7 @@ def test_batches_by_tokens_answer_as_batches_by_sequences(tiny_llama: Path, fold
 
 
 @pytest.mark.parametrize("tokens", [0, 4000])
-def test_batches_are_halved_where_memory_does_not_suffice(tiny_llama: Path, folder: Path, tokens: int) -> None:
+def test_batches_are_halved_where_memory_does_not_suffice(tiny_llama: Path, task_folder: Path, tokens: int) -> None:
     room = 3
     sizes: list[int] = []
 
@@ -156,9 +154,9 @@ def test_batches_are_halved_where_memory_does_not_suffice(tiny_llama: Path, fold
     network, tokenizer = tiny(tiny_llama)
     model = answering.wrap(network, tokenizer, lambda event: None)
     model.tokens = tokens
-    expected = answers(model, folder)
+    expected = answers(model, task_folder)
     hook = network.register_forward_pre_hook(refuse)
-    found = answers(model, folder)
+    found = answers(model, task_folder)
     hook.remove()
     assert max(sizes) > room
     assert sizes[-1] <= room
@@ -166,7 +164,7 @@ def test_batches_are_halved_where_memory_does_not_suffice(tiny_llama: Path, fold
 
 
 def test_memory_that_does_not_suffice_for_one_sequence_is_told(
-    tiny_llama: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_llama: Path, task_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network, _ = tiny(tiny_llama)
     sizes: list[int] = []
@@ -177,24 +175,24 @@ def test_memory_that_does_not_suffice_for_one_sequence_is_told(
 
     network.register_forward_pre_hook(refuse)
     with pytest.raises(ResourceError, match="out of memory on cpu"):
-        score(tiny_llama, folder, network=network)
+        score(tiny_llama, task_folder, network=network)
     assert sizes == [16, 8, 4, 2, 1]
 
 
 def test_a_model_that_is_loaded_already_is_not_loaded_again(
-    tiny_llama: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_llama: Path, task_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("THANOS_CACHE", str(tmp_path / "cache"))
-    expected = score(tiny_llama, folder, dtype="float32", cache=True)
+    expected = score(tiny_llama, task_folder, dtype="float32", cache=True)
     network, _ = tiny(tiny_llama)
     monkeypatch.setattr(harness, "load_model", None)
-    found = score(tiny_llama, folder, network=network, device="cuda", cache=True)
+    found = score(tiny_llama, task_folder, network=network, device="cuda", cache=True)
     assert (found.tasks, found.average) == (expected.tasks, expected.average)
     assert (found.cached, found.dtype, found.device) == ([], "float32", "cpu")
 
 
 def test_tasks_of_a_folder_are_found_without_reading_the_harnesss_own(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    task_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[bool] = []
     inner = harness._manager
@@ -204,7 +202,7 @@ def test_tasks_of_a_folder_are_found_without_reading_the_harnesss_own(
         return inner(task_folder, defaults=False)
 
     monkeypatch.setattr(harness, "_manager", manager)
-    harness.check_tasks(TASKS, folder)
+    harness.check_tasks(TASKS, task_folder)
     assert asked == [False]
-    harness.check_tasks(["local_zeroshot"], folder)
+    harness.check_tasks(["local_zeroshot"], task_folder)
     assert asked == [False, False, True], "a tag may have more tasks among the harness's own"

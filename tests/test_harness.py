@@ -21,32 +21,24 @@ TASKS = ("local_piqa", "local_winogrande", "local_arc_easy")
 LIMIT = 12
 
 
-@pytest.fixture
-def folder(thanos_data: Path) -> Path:
-    found = thanos_data / "lm_eval_tasks"
-    if not found.is_dir():
-        pytest.skip(f"{found} is not there")
-    return found
-
-
 @pytest.fixture(autouse=True)
 def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("THANOS_CACHE", str(tmp_path / "cache"))
 
 
-def score(model: Path, folder: Path, **changes: Any) -> harness.ZeroShot:
-    arguments: dict[str, Any] = {"tasks": TASKS, "task_folder": folder, "limit": LIMIT, "device": "cpu"}
+def score(model: Path, task_folder: Path, **changes: Any) -> harness.ZeroShot:
+    arguments: dict[str, Any] = {"tasks": TASKS, "task_folder": task_folder, "limit": LIMIT, "device": "cpu"}
     return thanos.zero_shot(model, **{**arguments, **changes})
 
 
 @pytest.mark.slow
-def test_the_numbers_are_those_of_lm_eval_alone(tiny_llama: Path, folder: Path) -> None:
+def test_the_numbers_are_those_of_lm_eval_alone(tiny_llama: Path, task_folder: Path) -> None:
     from lm_eval.tasks import TaskManager
 
-    ours = score(tiny_llama, folder)
+    ours = score(tiny_llama, task_folder)
     theirs = lm_eval.simple_evaluate(
         model="hf", model_args={"pretrained": str(tiny_llama), "dtype": "float32"}, tasks=list(TASKS), limit=LIMIT,
-        batch_size=16, device="cpu", task_manager=TaskManager(include_path=str(folder)),
+        batch_size=16, device="cpu", task_manager=TaskManager(include_path=str(task_folder)),
     )  # fmt: skip
     assert theirs is not None
     assert set(ours.tasks) == set(TASKS)
@@ -60,7 +52,7 @@ def test_the_numbers_are_those_of_lm_eval_alone(tiny_llama: Path, folder: Path) 
 
 @pytest.mark.slow
 def test_scores_are_cached_by_what_shapes_them(
-    tiny_llama: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_llama: Path, task_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs: list[list[str]] = []
     inner = harness._score
@@ -71,22 +63,22 @@ def test_scores_are_cached_by_what_shapes_them(
 
     monkeypatch.setattr(harness, "_score", counted)
     one = ("local_piqa",)
-    first = score(tiny_llama, folder, tasks=one)
-    again = score(tiny_llama, folder, tasks=("local_piqa", "local_arc_easy"))
+    first = score(tiny_llama, task_folder, tasks=one)
+    again = score(tiny_llama, task_folder, tasks=("local_piqa", "local_arc_easy"))
     assert runs == [["local_piqa"], ["local_arc_easy"]]
     assert (first.cached, again.cached) == ([], ["local_piqa"])
     assert again.tasks["local_piqa"] == first.tasks["local_piqa"]
     same_weights = save_tiny(tmp_path / "elsewhere")
-    assert score(same_weights, folder, tasks=one).cached == ["local_piqa"]
+    assert score(same_weights, task_folder, tasks=one).cached == ["local_piqa"]
     for changes in ({"limit": 5}, {"dtype": "bfloat16"}, {"cache": False}):
-        assert score(tiny_llama, folder, tasks=one, **changes).cached == []
-    assert score(save_tiny(tmp_path / "other", seed=3), folder, tasks=one).cached == []
+        assert score(tiny_llama, task_folder, tasks=one, **changes).cached == []
+    assert score(save_tiny(tmp_path / "other", seed=3), task_folder, tasks=one).cached == []
     assert len(runs) == 6
 
 
-def test_progress_is_told(tiny_llama: Path, folder: Path) -> None:
+def test_progress_is_told(tiny_llama: Path, task_folder: Path) -> None:
     events: list[thanos.Event] = []
-    score(tiny_llama, folder, tasks=("local_piqa",), limit=20, on_event=events.append)
+    score(tiny_llama, task_folder, tasks=("local_piqa",), limit=20, on_event=events.append)
     assert [(event.kind, event.phase) for event in events] == [("progress", "tasks")] * len(events)
     assert [event.done for event in events] == [16, 29], "40 requests, of which some are answered by one pass"
     assert {event.total for event in events} == {40}
@@ -104,7 +96,7 @@ def test_the_average_is_of_independent_tasks() -> None:
 
 
 def test_the_command_prints_and_writes_what_was_measured(
-    tiny_llama: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_llama: Path, task_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "scores.json"
     arguments = [
@@ -112,8 +104,8 @@ def test_the_command_prints_and_writes_what_was_measured(
         str(tiny_llama),
         "--tasks",
         "local_piqa, local_winogrande",
-        "--task-folder",
-        str(folder),
+        "--task-task_folder",
+        str(task_folder),
         "--limit",
         "5",
     ]
@@ -138,7 +130,7 @@ def test_a_task_whose_data_is_not_here_names_the_way_without_a_network(
     tiny_llama: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["eval", str(tiny_llama), "--tasks", "boolq", "--quiet"]) == 2
-    assert "without a network give local task files: --task-folder" in capsys.readouterr().err
+    assert "without a network give local task files: --task-task_folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -146,7 +138,7 @@ def test_a_task_whose_data_is_not_here_names_the_way_without_a_network(
     [
         (["--tasks", "arc_eazy"], "near names: arc_easy"),
         (["--tasks", "qqqqqqqq"], "no name is near"),
-        (["--tasks", "piqa", "--task-folder", "/nowhere"], "/nowhere does not exist"),
+        (["--tasks", "piqa", "--task-task_folder", "/nowhere"], "/nowhere does not exist"),
         (["--tasks", "piqa", "--limit", "0"], "limit must be at least 1"),
         (["--tasks", "piqa", "--text", "pydoc"], "instead of perplexity"),
         (["--limit", "3"], "belong to --tasks"),

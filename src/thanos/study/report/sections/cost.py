@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 
 from thanos.study.report.charts import Chart, Point, Series, pareto
 from thanos.study.report.ranking import comparable
@@ -39,11 +40,7 @@ def cost(results: Results) -> Section:
     lines: list[tuple[Cell, ...]] = []
     bands: dict[int, str] = {}
     used: list[Row] = []
-    for pattern in HEADLINE:
-        rows = [row for row in _rows(results, pattern) if all(r.machine["device"] == device for r in row.records)]
-        if len(rows) < 2:
-            section.missing.append(f"{pattern}: at least two methods at one sparsity on one device")
-            continue
+    for pattern, rows in _measured_alike(results, device, section):
         label = rows[0].pattern_label
         alike = _same_memory(label, rows)
         shown = [field for field in _COSTS if field == "seconds" or not alike]
@@ -81,11 +78,7 @@ def _without_accuracy(results: Results) -> Section:
     bands: dict[int, str] = {}
     series: list[Series] = []
     used: list[Row] = []
-    for pattern in HEADLINE:
-        rows = [row for row in _rows(results, pattern) if all(r.machine["device"] == device for r in row.records)]
-        if len(rows) < 2:
-            section.missing.append(f"{pattern}: at least two methods at one sparsity on one device")
-            continue
+    for _, rows in _measured_alike(results, device, section):
         bands[len(lines)] = rows[0].pattern_label
         lines += [_cost_line(rows, row) for row in rows]
         used += rows
@@ -118,6 +111,16 @@ def _cost_line(rows: list[Row], row: Row) -> tuple[Cell, ...]:
     more = difference(mine, theirs) if row is not other and mine is not None and theirs is not None else None
     fields = ("sparsity", "layer_error", "seconds", "solve_seconds", "peak_bytes")
     return (text(row.label), *measures(row, fields), number(more))
+
+
+def _measured_alike(results: Results, device: str, section: Section) -> Iterator[tuple[str, list[Row]]]:
+    """Yield each headline pattern with the rows that one device measured; the section misses those with fewer than two."""
+    for pattern in HEADLINE:
+        rows = [row for row in _rows(results, pattern) if all(r.machine["device"] == device for r in row.records)]
+        if len(rows) < 2:
+            section.missing.append(f"{pattern}: at least two methods at one sparsity on one device")
+        else:
+            yield pattern, rows
 
 
 def _usual_device(results: Results) -> str:
