@@ -180,9 +180,8 @@ class Passes:
     def batches_that_fit(self, index: int) -> int:
         """Measure what one sequence takes on its way through the block; return how many fit beside the Hessians."""
         columns = [module.in_features for module in self._blocks[index].modules() if isinstance(module, nn.Linear)]
-        hessians = 4 * (
-            sum(size**2 for size in columns) + max(columns, default=0) ** 2
-        )  # a product, before it is added
+        # As much again as the widest for what copying and multiplying may take beside them.
+        hessians = 4 * (sum(size**2 for size in columns) + max(columns, default=0) ** 2)
         hidden = self._example(self._activations)
         torch.cuda.synchronize(self._device)
         before = torch.cuda.memory_allocated(self._device)

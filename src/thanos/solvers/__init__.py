@@ -178,9 +178,8 @@ def _prune_layer(
         # The zeros that outlier rows hold already count too: the other rows give that much less.
         budget = replace(budget, weights=max(0, budget.weights - int((dense[outliers] == 0).sum())))
     factor = inputs.factor(recipe.damping) if inputs is not None and method.needs_factor else None
-    at_once = len(parts) == 1 and len(parts[0][0]) == len(
-        dense
-    )  # then what was solved is the result, and nothing is copied
+    # One part of all rows: what was solved is the result, and nothing is copied.
+    at_once = len(parts) == 1 and len(parts[0][0]) == len(dense)
     pruned = weight.detach() if at_once else weight.detach().clone()
     kept = torch.ones(() if at_once else weight.shape, dtype=torch.bool, device=weight.device)
     for rows, pattern in parts:
