@@ -104,7 +104,7 @@ def test_the_command_prints_and_writes_what_was_measured(
         str(tiny_llama),
         "--tasks",
         "local_piqa, local_winogrande",
-        "--task-task_folder",
+        "--task-folder",
         str(task_folder),
         "--limit",
         "5",
@@ -130,7 +130,7 @@ def test_a_task_whose_data_is_not_here_names_the_way_without_a_network(
     tiny_llama: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["eval", str(tiny_llama), "--tasks", "boolq", "--quiet"]) == 2
-    assert "without a network give local task files: --task-task_folder" in capsys.readouterr().err
+    assert "without a network give local task files: --task-folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_a_task_whose_data_is_not_here_names_the_way_without_a_network(
     [
         (["--tasks", "arc_eazy"], "near names: arc_easy"),
         (["--tasks", "qqqqqqqq"], "no name is near"),
-        (["--tasks", "piqa", "--task-task_folder", "/nowhere"], "/nowhere does not exist"),
+        (["--tasks", "piqa", "--task-folder", "/nowhere"], "/nowhere does not exist"),
         (["--tasks", "piqa", "--limit", "0"], "limit must be at least 1"),
         (["--tasks", "piqa", "--text", "pydoc"], "instead of perplexity"),
         (["--limit", "3"], "belong to --tasks"),
