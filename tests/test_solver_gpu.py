@@ -9,8 +9,9 @@ import oracles
 from thanos import prune_weight
 from thanos.solvers import kernels
 from thanos.solvers.factor import InputStatistics
+from thanos.solvers.peers import Alone
 from thanos.solvers.rows import RowSolver
-from thanos.solvers.select import ResidualMask
+from thanos.solvers.select import KernelSearch, ResidualMask, smallest_mask
 from thanos.statistics import add_gram
 
 pytestmark = [
@@ -174,3 +175,47 @@ def test_a_device_that_is_not_the_current_one_gives_the_same(method, pattern):
     results = [prune_weight(weight.to(d), (inputs.T @ inputs).to(d), method=method, pattern=pattern) for d in (0, 1)]
     assert torch.equal(results[0].weight.cpu(), results[1].weight.cpu())
     assert torch.cuda.current_device() == 0
+
+
+@pytest.mark.parametrize("zeros", [0.0, 0.1])
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "columns"])
+@pytest.mark.parametrize("method", oracles.METHODS)
+def test_column_major_weights_are_pruned_like_row_major_ones(method, pattern, zeros):
+    """As the layers of GPT-2 come, whose weights are stored transposed. Without outlier rows nothing copies them on the way."""
+    case = oracles.layer(96, 64, seed=5)
+    weight, hessian = case.weight.float().cuda(), case.hessian.float().cuda()
+    weight[torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)).cuda() < zeros] = 0.0
+    expected = prune_weight(weight, hessian, method=method, pattern=pattern, block_size=32)
+    result = prune_weight(weight.T.contiguous().T, hessian, method=method, pattern=pattern, block_size=32)
+    assert torch.equal(result.kept, expected.kept)
+    torch.testing.assert_close(result.weight, expected.weight, rtol=1e-4, atol=1e-5)
+
+
+def test_kernels_refuse_matrices_whose_rows_are_not_contiguous():
+    scores = torch.rand(8, 16, device="cuda").T
+    with pytest.raises(AssertionError):
+        KernelSearch().smallest(scores, None, None, torch.tensor(3, device="cuda"))
+    assert int(smallest_mask(scores, 3).sum()) == 3
+
+
+class Recording(Alone):
+    """Notes what this process would add up with the others'; between processes these must match call by call."""
+
+    size = 2
+
+    def __init__(self):
+        self.shapes = []
+
+    def sum_(self, counts):
+        self.shapes.append((counts.shape, counts.dtype))
+        return counts
+
+
+@pytest.mark.parametrize("shape", [(24, 16), (24,)])
+def test_a_process_without_rows_takes_part_in_every_sum(shape):
+    """Of a matrix with few rows some processes hold none, and would wait for ever in a sum that the others leave out."""
+    with_rows, without = Recording(), Recording()
+    smallest_mask(torch.rand(shape, device="cuda"), 5, with_rows)
+    none = torch.empty(0, *shape[1:], device="cuda")
+    assert smallest_mask(none, 5, without).shape == none.shape
+    assert with_rows.shapes == without.shapes

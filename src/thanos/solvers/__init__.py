@@ -160,7 +160,7 @@ def _prune_layer(
         raise RecipeError(f"method {recipe.method} needs the Hessian of the layer's inputs; got None")
     budget = Budget.plan(weight.shape[0], weight.shape[1], recipe)
     dtype = inputs.matrix.dtype if inputs is not None else _compute_dtype(weight)
-    dense = weight.detach().to(dtype)
+    dense = weight.detach().to(dtype).contiguous()  # the kernels take rows that are one stretch of memory
     largest, zeros = _survey(dense)
     if not math.isfinite(largest):
         raise NumericsError(f"{name} holds NaN or infinity; the checkpoint is damaged, or its dtype overflowed")

@@ -39,11 +39,18 @@ def usable(tensor: Tensor) -> bool:
 
 
 def where_it_lies(launch: Callable[P, T]) -> Callable[P, T]:
-    """Launch on the device of the first argument: Triton launches on the current one, whatever it is handed."""
+    """Launch on the device of the first argument: Triton launches on the current one, whatever it is handed.
+
+    The kernels take the rows of matrices for stretches of memory, and read nonsense where they are not.
+    """
 
     @wraps(launch)
     def there(*args: P.args, **kwargs: P.kwargs) -> T:
         assert isinstance(args[0], Tensor)
+        for argument in args:
+            assert (
+                not isinstance(argument, Tensor) or argument.dim() < 2 or 1 in (argument.stride(1), argument.shape[1])
+            )
         # Nearly always the same, and to ask costs less than to switch.
         if args[0].get_device() == torch.cuda.current_device():
             return launch(*args, **kwargs)

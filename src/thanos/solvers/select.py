@@ -42,8 +42,8 @@ def smallest_mask(scores: Tensor, count: int | Tensor, peers: Peers = ALONE) -> 
     """
     if peers.size == 1 and scores.device.type == "cpu":
         return _smallest_on_cpu(scores, int(count))
-    if kernels.usable(scores) and scores.numel():
-        lines = scores.reshape(-1, scores.shape[-1])
+    if kernels.usable(scores):  # also without rows, or the processes would add up different histograms
+        lines = scores[None] if scores.dim() == 1 else scores.flatten(0, -2).contiguous()
         total = peers.sum_(_count(scores.numel(), scores))
         return KernelSearch(peers).smallest(lines, None, None, _bounded(count, total)).view(scores.shape)
     keys = _ordered_bits(scores)
