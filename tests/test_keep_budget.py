@@ -108,7 +108,7 @@ def test_nm_totals_are_exact_or_half_a_row_off(method: str, rows: int, groups: i
 @every_method
 @settings(max_examples=40, deadline=None)
 @given(rows=st.integers(2, 30), columns=st.integers(2, 40), alpha=st.integers(1, 40), percent=st.integers(1, 50))
-def test_columns_are_off_by_half_a_column_at_most(
+def test_columns_are_off_by_half_of_one_rows_entries_at_most(
     method: str, rows: int, columns: int, alpha: int, percent: int
 ) -> None:
     q, wanted = oracles.outlier_count(alpha / 100, rows), Fraction(percent, 100) * rows * columns
@@ -123,10 +123,18 @@ def test_columns_are_off_by_half_a_column_at_most(
             keep(rows, columns, **arguments)
         return
     result, _ = keep(rows, columns, **arguments)
-    zeros = int((result.weight == 0).sum())
-    assert result.outliers.numel() == q
-    assert zeros % (rows - q) == 0, "whole columns of the rows that are not outliers"
-    assert abs(zeros - wanted) <= Fraction(rows - q, 2)
+    zeros, pruned = int((result.weight == 0).sum()), rows - result.outliers.numel()
+    removed, uneven = divmod(zeros, pruned)
+    assert not uneven, "whole columns of the rows that are not outliers"
+    assert torch.equal(result.kept.all(0).sum(), torch.tensor(columns - removed))
+    assert 0 < pruned <= rows - q
+    if math.ceil(wanted / (rows - q)) < columns:
+        assert abs(zeros - wanted) <= Fraction(max(1, removed), 2)
+        assert pruned == rows - q or wanted <= removed * (rows - q), (
+            "more rows stay dense only where the total asks for it"
+        )
+    else:  # one column has to stay
+        assert (removed, pruned) == (columns - 1, rows - q)
 
 
 @every_method

@@ -34,7 +34,7 @@ class Budget:
     """How much of one weight matrix is removed, as whole numbers.
 
     Attributes:
-        outlier_rows: q = ⌈α·c⌉, rows left dense.
+        outlier_rows: q = ⌈α·c⌉, rows left dense; for columns with ``keep_budget`` a few more.
         weights: ⌊p·c·b⌋, entries removed by the unstructured pattern.
         columns: ⌈p·b / (1 − α)⌉, columns removed by the columns pattern (math of the paper's Algorithm 2).
         halved_rows: rows that keep only n/2 of m, those with the least output energy; 0 but for n:m with ``keep_budget``.
@@ -43,7 +43,8 @@ class Budget:
     and whole rows allow:
 
     - unstructured: nothing changes, since ⌊p·c·b⌋ counts the entries of all rows already;
-    - columns: p·c·b / (c − q) to the nearest whole column, so the total is off by half a column at most;
+    - columns: s = ⌈p·c·b / (c − q)⌉ columns go, and so that it is not too much, from p·c·b / s rows instead of c − q: the total
+      is off by half of one row's s entries at most, where to round s alone would leave it off by half a column;
     - n:m: an outlier row keeps m − n weights a group too many, a halved row n/2 fewer: 2q(m − n)/n rows are halved, which is
       2q for 2:4 and 4:8 and makes the total exact; else to the nearest whole row.
     """
@@ -65,7 +66,8 @@ class Budget:
         outliers = ceil_count(alpha * rows)
         removed_columns, halved = ceil_count(p * columns / (1 - alpha)), 0
         if recipe.keep_budget and 0 < outliers < rows:
-            removed_columns = floor_count(p * columns * rows / (rows - outliers) + 0.5)
+            if isinstance(pattern, Columns):
+                outliers, removed_columns = _rows_and_columns(p * rows * columns, rows, columns, outliers)
             if isinstance(pattern, NM):
                 halved = floor_count(2 * outliers * (pattern.m - pattern.n) / pattern.n + 0.5)
         budget = cls(outliers, floor_count(p * rows * columns), removed_columns, halved)
@@ -83,6 +85,17 @@ class Budget:
                 f"weight: {outliers} of its {rows} rows stay dense{half}; lower sparsity or outlier_rows, or skip this layer"
             )
         return budget
+
+
+def _rows_and_columns(wanted: float, rows: int, columns: int, outliers: int) -> tuple[int, int]:
+    """Return how many rows stay dense, ``outliers`` or more, and how many columns the others lose: ``wanted`` entries."""
+    pruned = rows - outliers
+    removed = ceil_count(wanted / pruned)
+    if removed == columns and floor_count(wanted / pruned + 0.5) < columns:
+        removed -= 1  # some column has to stay
+    if removed:
+        pruned = min(pruned, floor_count(wanted / removed + 0.5))
+    return (rows - pruned, removed) if pruned else (outliers, 0)
 
 
 @dataclass(frozen=True)
