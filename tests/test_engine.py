@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import re
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,12 @@ from transformers.models.llama import modeling_llama
 
 import thanos
 from helpers import save_tiny, tiny_tokenizer
-from thanos import passes
+from thanos import engine, passes
 from thanos.blocks import BlockCalls
 from thanos.passes import Passes, most_sequences
+from thanos.solvers import PrunedWeight, prune_layer
+from thanos.solvers.factor import InputStatistics
+from thanos.statistics import InputGroup
 
 SAMPLES, LENGTH = 4, 32
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -142,6 +147,56 @@ def test_only_one_block_is_in_memory_at_a_time(
 
 
 # --- poor inputs: reported, never silent ------------------------------------------------------------------------------------
+
+
+def test_a_hessian_goes_when_its_layers_are_done(
+    tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def watched(hessian: Tensor, **arguments: Any) -> InputStatistics:
+        made.append(weakref.ref(hessian))
+        return InputStatistics(hessian, **arguments)
+
+    def pruned(*arguments: Any, **named: Any) -> PrunedWeight:
+        alive.append(sum(type(thing) is InputGroup for thing in gc.get_objects()))
+        return prune_layer(*arguments, **named)
+
+    monkeypatch.setattr(engine, "InputStatistics", watched)
+    monkeypatch.setattr(engine, "prune_layer", pruned)
+    thanos.prune(tiny_llama, tmp_path / "out", recipe(text_file))
+    # A block's distinct inputs: of q, k and v; of o; of gate and up; of down.
+    assert alive == [4, 4, 4, 3, 2, 2, 1] * 3
+    assert len(made) == 12
+    assert not any(reference() is not None for reference in made)
+
+
+def test_what_ran_out_of_memory_is_gone_before_it_is_tried_again(
+    tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hidden states move off the device first; the failed attempt's tensors must not stay alive meanwhile."""
+    left: list[weakref.ref[Tensor]] = []
+    spilled: list[bool] = []
+
+    def pruned(*arguments: Any, **named: Any) -> PrunedWeight:
+        if not left:
+            big = torch.zeros(8)
+            left.append(weakref.ref(big))
+            raise torch.OutOfMemoryError("no room")
+        return prune_layer(*arguments, **named)
+
+    def spill(run: Passes) -> str:
+        spilled.append(left[0]() is None)
+        return "the activations move to the host"
+
+    monkeypatch.setattr(engine, "prune_layer", pruned)
+    monkeypatch.setattr(Passes, "place", "device")
+    monkeypatch.setattr(Passes, "spill", spill)
+    report = thanos.prune(tiny_llama, tmp_path / "out", recipe(text_file))
+    assert spilled == [True]
+    assert report.warnings == ["the activations move to the host"]
+    assert len(report.layers) == 21
 
 
 @pytest.mark.parametrize("method", ["thanos", "sparsegpt", "wanda"])

@@ -179,11 +179,12 @@ class Engine:
                 yield self._note(self.passes.halve(error), "statistics")
 
     def _solve(self, layers: list[LinearLayer], groups: list[InputGroup], index: int | None) -> Iterator[Event]:
+        """Prune layers; ``groups`` is emptied on the way, so that each Hessian goes when its layers are done."""
         if self.world.size > 1:
             with self.meter.phase("reduce"):
-                groups = self.world.merge(groups, layers, self.device)
+                groups[:] = self.world.merge(groups, layers, self.device)
         seen = {layer.name for group in groups for layer in group.layers}
-        groups = groups + [empty_group([layer], self.device) for layer in layers if layer.name not in seen]
+        groups += [empty_group([layer], self.device) for layer in layers if layer.name not in seen]
         place = {layer.name: number for number, layer in enumerate(layers)}
         groups.sort(key=lambda group: min(place[layer.name] for layer in group.layers))
         done = 0
@@ -194,15 +195,7 @@ class Engine:
                 check_finite([group])  # not all at once: a bad weight is named before the bad inputs that it makes
                 inputs = InputStatistics(group.hessian, name=group.layers[0].name, hand_over=True)
                 for layer in group.layers:
-                    try:
-                        record = self._prune_layer(layer, inputs, group.tokens)
-                    except torch.OutOfMemoryError:
-                        # Alone this process cannot try again: the others would be a step ahead.
-                        line = self.passes.spill() if self.world.size == 1 else None
-                        if line is None:
-                            raise
-                        yield self._note(line, "solve")
-                        record = self._prune_layer(layer, inputs, group.tokens)
+                    record = yield from self._prune_or_spill(layer, inputs, group.tokens)
                     self.records.append(record)
                     done += 1
                     yield self._event(
@@ -214,6 +207,22 @@ class Engine:
                         layer=layer.name,
                         error=record.error_after_compensation,
                     )
+
+    def _prune_or_spill(
+        self, layer: LinearLayer, inputs: InputStatistics, tokens: int
+    ) -> Generator[Event, None, LayerRecord]:
+        """Prune a layer; where memory runs out, again once the hidden states have left the device."""
+        try:
+            return self._prune_layer(layer, inputs, tokens)
+        except torch.OutOfMemoryError:
+            # Alone this process cannot try again: the others would be a step ahead.
+            if self.world.size > 1 or self.passes.place != "device":
+                raise
+        # Not in the handler: while it runs, the error keeps the tensors of what failed.
+        line = self.passes.spill()
+        assert line is not None
+        yield self._note(line, "solve")
+        return self._prune_layer(layer, inputs, tokens)
 
     def _prune_layer(self, layer: LinearLayer, inputs: InputStatistics, tokens: int) -> LayerRecord:
         settings = self.recipe.for_layer(layer.name)
