@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from thanos.events import Event
+from thanos.pretrained import choose_device
 from thanos.study.grid import Cell, Study
 from thanos.study.store import CellRecord
 from thanos.study.worker import Places, Session, make_record, throttled
@@ -123,7 +124,8 @@ class Pool:
         how = f"by signal {-code}" if code is not None and code < 0 else f"with exit code {code}"
         reason = f"the worker process ended {how}; if nobody ended it, memory was exhausted: use fewer workers"
         results = {"status": "failed", "reason": reason}
-        record = make_record(self.study, self.places, worker.cell, torch.device("cpu"), results)
+        device, sharers = choose_device(worker.device), self._sharers(worker.device)
+        record = make_record(self.study, self.places, worker.cell, device, results, sharers=sharers)
         fresh = self._start(worker.number, worker.device)
         worker.process, worker.pipe = fresh.process, fresh.pipe
         return record
@@ -131,7 +133,8 @@ class Pool:
     @contextmanager
     def _started(self) -> Iterator[None]:
         try:
-            self._workers = [self._start(number, device) for number, device in enumerate(self.devices)]
+            for number, device in enumerate(self.devices):
+                self._workers.append(self._start(number, device))  # one by one, so that those that started are ended
             yield
         finally:
             for worker in self._workers:
@@ -149,12 +152,15 @@ class Pool:
         # A forked process could not use CUDA, and would share the locks of torch's threads.
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        sharers = sum(other == device for other in self.devices)
+        sharers = self._sharers(device)
         arguments = (theirs, self.study, self.places, device, sharers, len(self.devices), self.initialise)
         process = context.Process(target=_work, args=arguments, name=f"worker {number}", daemon=True)
         process.start()
         theirs.close()
         return _Worker(number, device, process, ours)
+
+    def _sharers(self, device: str) -> int:
+        return sum(other == device for other in self.devices)
 
 
 def _work(

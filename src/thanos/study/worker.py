@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import itertools
 import json
 import os
 import platform
@@ -23,25 +22,28 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from thanos._version import __version__
+from thanos.bench.measure import synthetic_layer
 from thanos.calibration import Calibration
-from thanos.errors import ModelError, UserError
+from thanos.errors import ModelError, RecipeError, ResourceError, UserError
 from thanos.evaluation import Reference, cut_windows, evaluate
 from thanos.events import Event
 from thanos.inspection import inspect_checkpoint
-from thanos.memory import PhaseMeter
+from thanos.memory import PhaseMeter, free_device_bytes, free_host_bytes
 from thanos.preparing import make_calibration
 from thanos.pretrained import choose_device, load_model, resolve_model
 from thanos.pruning import prune
-from thanos.recipe import METHODS, Recipe
+from thanos.recipe import Recipe
 from thanos.report import PhaseRecord
-from thanos.solvers import prune_weight
+from thanos.solvers import prune_layer
+from thanos.solvers.factor import InputStatistics
+from thanos.structure import LinearLayer, build_skeleton, linear_layers, select_layers
 from thanos.study.formula import measure_layer
 from thanos.study.grid import DENSE, FORMULA, Cell, Study, public, public_cell
 from thanos.study.store import CellRecord, cell_key
 from thanos.text import evaluation_rows
 
 _KEEP_SHARE = 0.25
-"""Share of the free memory that the dense model's logits may take: what is left must hold two models and their logits."""
+"""Share of the free memory that the dense model's kept states may take: what is left must hold two models and their logits."""
 
 _PACKAGES = ("torch", "transformers", "safetensors", "lm_eval")
 
@@ -110,7 +112,8 @@ class Session:
         self._sharers = sharers
         self._reference: tuple[str, Reference] | None = None
         self._calibration: dict[str, Calibration] = {}
-        self._warm = False
+        self._layers: dict[str, list[LinearLayer]] = {}
+        self._met: set[object] = set()
 
     def run(self, cell: Cell, tell: Watcher) -> CellRecord:
         """Run one cell; whatever goes wrong becomes the reason of a failed record."""
@@ -122,8 +125,8 @@ class Session:
             results = kinds.get(cell.method, self._pruned)(cell, tell)
         except Exception as error:
             reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            if isinstance(error, torch.OutOfMemoryError | MemoryError):
-                self._reference = None
+            if isinstance(error, ResourceError | torch.OutOfMemoryError | MemoryError):
+                self._reference = None  # the next cell may need its room
             results = {"status": "failed", "reason": self._places.without_paths(reason)}
         gc.collect()
         if self._device.type == "cuda":
@@ -141,9 +144,9 @@ class Session:
         return {**measured, "effective_sparsity": sparsity, "phases": _phases(meter.records())}
 
     def _pruned(self, cell: Cell, tell: Watcher) -> dict[str, Any]:
-        self._warm_up(cell)
         source = self._places.texts.get(cell.calibration or "", cell.calibration)
         recipe = cell.recipe(calibration=source, device=self._name, dtype=self._study.dtype)
+        self._warm_up(cell, recipe)
         key = cell_key(public_cell(cell), self._study.asked(cell))
         folder = self._places.out / "models" if self._study.keep_models else self._places.scratch
         model = folder / key[:16]
@@ -223,29 +226,37 @@ class Session:
             results["zero_shot"] = {"tasks": scores.to_dict()["tasks"], "average": scores.to_dict()["average"]}
         return results
 
-    def _warm_up(self, cell: Cell) -> None:
-        """Load libraries and kernels before the first cell whose seconds are recorded, rather than at its expense."""
-        if self._warm:
-            return
-        if cell.model in self._study.cost_only:
-            self._run_once(cell)
-        else:
-            reference = self._shared_reference(cell)
-            if reference.model is not None:
-                with torch.inference_mode():
-                    reference.logits(0, reference.windows[:1].to(self._device))
-        weight = torch.randn(256, 256, generator=torch.Generator().manual_seed(0)).to(self._device)
-        for method, pattern in itertools.product(METHODS, ("unstructured", "2:4", "columns")):
-            prune_weight(weight, weight.T @ weight, method=method, pattern=pattern)
-        self._warm = True
+    def _warm_up(self, cell: Cell, recipe: Recipe) -> None:
+        """Load libraries and compile kernels before the seconds of a cell are recorded, rather than at its expense.
 
-    def _run_once(self, cell: Cell) -> None:
-        """Load a model that is not evaluated and put one window of nothing to it."""
-        model: Any = load_model(
-            resolve_model(self._places.models[cell.model]), dtype=self._study.dtype, device=self._device
-        )
-        with torch.inference_mode():
-            model(input_ids=torch.zeros(1, cell.sequence_length or 1, dtype=torch.long, device=self._device))
+        Kernels are compiled for shapes, patterns and block sizes, so a made-up layer of each of the model's shapes is solved
+        as the recipe says, unless an earlier cell has had it solved so.
+        """
+        if cell.model not in self._layers:
+            self._forward_once(cell)
+            source = resolve_model(self._places.models[cell.model])
+            self._layers[cell.model] = linear_layers(build_skeleton(source.config(), torch.float32))
+        for layer in select_layers(self._layers[cell.model], recipe)[0]:
+            settings = recipe.for_layer(layer.name)
+            if settings is None or (layer.shape, settings) in self._met:
+                continue
+            self._met.add((layer.shape, settings))
+            weight, hessian = synthetic_layer(*layer.shape, tokens=4 * layer.shape[1], device=str(self._device))
+            with suppress(RecipeError):  # prune says it better, naming the layer
+                prune_layer(weight, InputStatistics(hessian), settings)
+
+    def _forward_once(self, cell: Cell) -> None:
+        """Run the dense model on one window: of the evaluation, or of nothing where it is not evaluated."""
+        if cell.model in self._study.cost_only:
+            opened = resolve_model(self._places.models[cell.model])
+            model: Any = load_model(opened, dtype=self._study.dtype, device=self._device)
+            with torch.inference_mode():
+                model(input_ids=torch.zeros(1, cell.sequence_length or 1, dtype=torch.long, device=self._device))
+            return
+        reference = self._shared_reference(cell)
+        if reference.model is not None:
+            with torch.inference_mode():
+                reference.logits(0, reference.windows[:1].to(self._device))
 
     # --- shared work ----------------------------------------------------------------------------------------------------
 
@@ -262,7 +273,8 @@ class Session:
         )
         reference = Reference(text=public(plan.text), windows=windows)
         if plan.compare:
-            room = int(_KEEP_SHARE * _free_bytes(self._device)) // self._sharers
+            free = free_host_bytes() if self._device.type == "cpu" else free_device_bytes(self._device)
+            room = int(_KEEP_SHARE * free) // self._sharers
             reference = replace(reference, dense=public(cell.model), model=model, keep_bytes=room)
         self._reference = (cell.model, reference)
         return reference
@@ -327,16 +339,6 @@ def _write_windows(path: Path, made: Calibration) -> None:
     partial.replace(path)
 
 
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    with suppress(OSError, ValueError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return 0  # unknown: nothing is kept
-
-
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for name in _PACKAGES:
@@ -356,13 +358,13 @@ def _machine(device: torch.device) -> dict[str, Any]:
 
 
 def throttled(tell: Watcher, seconds: float = 0.2) -> Watcher:
-    """Return a watcher that passes on progress at most that often; everything else always."""
+    """Return a watcher that passes on progress, and layers, at most that often; everything else always."""
     last = 0.0
 
     def pass_on(event: Event) -> None:
         nonlocal last
         now = time.monotonic()
-        if event.kind in ("note", "block") or now - last >= seconds:
+        if event.kind not in ("progress", "layer") or now - last >= seconds:
             last = now
             tell(event)
 
