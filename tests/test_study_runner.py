@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import thanos
 from helpers import prose, save_tiny
@@ -24,6 +25,7 @@ from thanos.cli.study import PlainLines
 from thanos.errors import StudyError, UserError
 from thanos.lock import locked
 from thanos.pretrained import resolve_model
+from thanos.solvers import prune_layer
 from thanos.study import runner
 from thanos.study.grid import Cell
 from thanos.study.pool import StudyEvent
@@ -135,6 +137,30 @@ def test_shared_work_is_done_once(tmp_path: Path, data: Path, monkeypatch: pytes
     again, cells = session(path, data, tmp_path / "out")
     assert again.run(cells[1], quiet).status == "done"
     assert calls["make_calibration"] == 1, "another process takes the windows from the cache"
+
+
+def test_what_a_cell_compiles_is_compiled_before_its_seconds_count(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path, GRID + 'pattern = ["2:4", "columns"]\nseed = [0, 1]\nsparsity = 0.5\n')
+    solved: list[tuple[tuple[int, ...], str]] = []
+
+    def pruned(weight: Tensor, inputs: Any, settings: Any, **named: Any) -> Any:
+        solved.append((tuple(weight.shape), settings.pattern))
+        return prune_layer(weight, inputs, settings, **named)
+
+    monkeypatch.setattr("thanos.study.worker.prune_layer", pruned)
+    worker, cells = session(path, data, tmp_path / "out")
+    new: list[set[tuple[tuple[int, ...], str]]] = []
+    for cell in cells[1:]:
+        before = len(solved)
+        record = worker.run(cell, quiet)
+        assert record.layers
+        new.append(set(solved[before:]))
+        assert new[-1] <= {(tuple(layer["shape"]), layer["pattern"]) for layer in record.layers}
+    shapes = {tuple(layer["shape"]) for layer in record.layers}
+    assert len(solved) == 2 * len(shapes), "once for each shape and pattern, not again for another seed"
+    assert [len(found) for found in new] == [len(shapes), 0, len(shapes), 0]
 
 
 def test_the_cache_of_windows_knows_everything_that_shapes_them(tmp_path: Path, data: Path) -> None:
