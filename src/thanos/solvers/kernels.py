@@ -38,6 +38,10 @@ def usable(tensor: Tensor) -> bool:
     return triton is not None and tensor.is_cuda and tensor.dtype == torch.float32
 
 
+def _is_row_major(argument: object) -> bool:
+    return not isinstance(argument, Tensor) or argument.dim() < 2 or 1 in (argument.stride(1), argument.shape[1])
+
+
 def where_it_lies(launch: Callable[P, T]) -> Callable[P, T]:
     """Launch on the device of the first argument: Triton launches on the current one, whatever it is handed.
 
@@ -47,10 +51,7 @@ def where_it_lies(launch: Callable[P, T]) -> Callable[P, T]:
     @wraps(launch)
     def there(*args: P.args, **kwargs: P.kwargs) -> T:
         assert isinstance(args[0], Tensor)
-        for argument in args:
-            assert (
-                not isinstance(argument, Tensor) or argument.dim() < 2 or 1 in (argument.stride(1), argument.shape[1])
-            )
+        assert all(map(_is_row_major, args))
         # Nearly always the same, and to ask costs less than to switch.
         if args[0].get_device() == torch.cuda.current_device():
             return launch(*args, **kwargs)

@@ -83,7 +83,7 @@ class RowSolver:
     def solve(self, gram: Tensor, rhs: Tensor, mask: Tensor, root: Tensor | None = None) -> Tensor:
         """See :func:`solve_rows`."""
         scale = gram.diagonal().rsqrt()
-        scaled = gram * scale[:, None] * scale
+        scaled = (gram * scale[:, None] * scale).contiguous()
         if kernels.usable(rhs) and gram.shape[0] <= kernels.WIDEST_SYSTEM:
             limits = TOLERANCE[rhs.dtype], BACKWARD[rhs.dtype]
             solution, unsolved = kernels.conjugate_gradients(
