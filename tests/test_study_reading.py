@@ -158,8 +158,8 @@ def test_what_enters_the_store_names_no_folder(tmp_path: Path) -> None:
     values = [public_cell(study.cells[1]), study.asked(study.cells[1])]
     assert (values[0]["model"], values[0]["calibration"]) == ("Model", "c4.jsonl")
     assert values[1]["evaluation"]["text"] == "test.jsonl"
-    assert [public(name) for name in ("org/model", "gpt2", "../x/m.gguf", "./m", "c4", "a/b/c")] == [
-        "org/model", "gpt2", "m.gguf", "m", "c4", "c",
+    assert [public(name) for name in ("Qwen/Qwen2.5-0.5B", "gpt2", "../x/m.gguf", "./m", "c4", "a/b/c")] == [
+        "Qwen/Qwen2.5-0.5B", "gpt2", "m.gguf", "m", "c4", "c",
     ]  # fmt: skip
 
 
