@@ -16,6 +16,7 @@ import torch
 
 import thanos
 from helpers import ARCHITECTURES, POSITIONS, VOCABULARY, prose, save_tiny, tiny_model, tiny_tokenizer
+from thanos import evaluation
 from thanos.errors import CudaUnavailableError, DataError, ModelError, NumericsError, UserError
 from thanos.evaluation import Evaluation, Reference, cut_windows
 from thanos.events import Event
@@ -393,8 +394,38 @@ def test_a_dense_model_with_nan(tiny_llama: Path, tmp_path: Path, rows: tuple[Pa
         model.model.norm.weight[0] = float("nan")
     model.save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(NumericsError, match="NaN"):
+    with pytest.raises(NumericsError, match="the dense model gives NaN"):
         run(tiny_llama, rows[0], dense=tmp_path)
+
+
+@pytest.mark.parametrize("who", [("model",), ("dense",), ("model", "dense")], ids="+".join)
+def test_a_token_that_a_model_holds_impossible(
+    who: tuple[str, ...], tiny_llama: Path, other: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the dense model gives a token no probability, the divergence has no term for it, whatever the model gives."""
+    shared = reference(other, text_file)
+    unused = min(set(range(VOCABULARY)) - set(shared.windows.flatten().tolist()))
+    original = evaluation._logits
+    logits: dict[str, list[torch.Tensor]] = {"model": [], "dense": []}
+
+    def masked(model: Any, ids: torch.Tensor) -> torch.Tensor:
+        name = "dense" if model is shared.model else "model"
+        found = original(model, ids)
+        if name in who:
+            found[..., unused] = -math.inf
+        logits[name].append(found)
+        return found
+
+    monkeypatch.setattr(evaluation, "_logits", masked)
+    if who == ("model",):
+        with pytest.raises(NumericsError, match=r"KL divergence is infinite in window 0: .* leave out --dense"):
+            thanos.evaluate(tiny_llama, reference=shared, device="cpu")
+        return
+    got = thanos.evaluate(tiny_llama, reference=shared, device="cpu")
+    log_p, log_q = (torch.cat(logits[name])[:, :-1].double().log_softmax(-1) for name in ("model", "dense"))
+    possible = log_q > -math.inf
+    expected = (log_q.exp() * (log_q - log_p))[possible].sum() / got.tokens
+    assert got.kl_divergence == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_unknown_dtype(tiny_llama: Path, rows: tuple[Path, str]) -> None:
