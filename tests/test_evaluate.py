@@ -17,7 +17,7 @@ import torch
 import thanos
 from helpers import ARCHITECTURES, POSITIONS, VOCABULARY, prose, save_tiny, tiny_model, tiny_tokenizer
 from thanos import evaluation
-from thanos.errors import CudaUnavailableError, DataError, ModelError, NumericsError, UserError
+from thanos.errors import CudaUnavailableError, DataError, ModelError, NumericsError, ResourceError, UserError
 from thanos.evaluation import Evaluation, Reference, cut_windows
 from thanos.events import Event
 from thanos.pretrained import load_model, resolve_model
@@ -463,17 +463,16 @@ def test_missing_model_tokenizer_and_text(tiny_llama: Path, rows: tuple[Path, st
     ids=["device", "host", "torch-host"],
 )
 def test_out_of_memory_says_what_to_lower(
-    error: Exception, tiny_llama: Path, rows: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+    error: Exception, tiny_llama: Path, rows: tuple[Path, str], text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import thanos.evaluation
-    from thanos.errors import ResourceError
-
     def score(*_: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(thanos.evaluation, "_score", score)
+    monkeypatch.setattr(evaluation, "_score", score)
     with pytest.raises(ResourceError, match=r"out of memory .*lower --sequence-length \(now 40\)"):
         run(tiny_llama, rows[0])
+    with pytest.raises(ResourceError, match=r"now 40"):  # that of the windows, not of the argument's default
+        thanos.evaluate(tiny_llama, reference=reference(tiny_llama, text_file), device="cpu")
 
 
 # --- a reference that several models share ----------------------------------------------------------------------------

@@ -224,9 +224,8 @@ def evaluate(
         if not is_out_of_memory(error):
             raise
         elsewhere = "" if where.type == "cpu" else ", or use --device cpu"
-        raise ResourceError(
-            f"out of memory on {where}: lower --sequence-length (now {sequence_length}){elsewhere}"
-        ) from error
+        length = sequence_length if reference is None else reference.windows.shape[1]
+        raise ResourceError(f"out of memory on {where}: lower --sequence-length (now {length}){elsewhere}") from error
     seconds = time.perf_counter() - began
     compared = reference.model is not None
     count, length = reference.windows.shape
