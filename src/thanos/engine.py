@@ -314,7 +314,8 @@ class Engine:
         return outer_names(self.model, self.weights.names, self.blocks_name, head=head)
 
     def _write(self, key: str, result: Tensor) -> None:
-        self.writer.write(key, self._staging.fetch(result) if result.is_cuda else result)
+        if self.world.rank == 0:  # the others write nothing, and so need no copy on the host
+            self.writer.write(key, self._staging.fetch(result) if result.is_cuda else result)
 
     def _progress(self, phase: Phase, index: int | None, done: int) -> Event:
         samples, length = self.passes.shape
