@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from thanos.errors import RecipeError
-from thanos.patterns import NM, Columns, Pattern, Unstructured, parse_pattern
+from thanos.patterns import NM, Pattern, parse_pattern
 
 METHODS = ("thanos", "sparsegpt", "wanda", "magnitude")
 
@@ -125,11 +125,10 @@ class LayerRecipe:
         """The block size that is used: the setting, or the paper's default for the method and pattern."""
         if self.block_size is not None:
             return self.block_size
-        if self.method == "thanos" and not isinstance(self.parsed_pattern, Unstructured | Columns):
-            m = self.parsed_pattern.group
-            return max(m, DEFAULT_BLOCK_SIZE_NM // m * m)
-        m = self.parsed_pattern.group
-        return max(m, DEFAULT_BLOCK_SIZE // m * m)
+        pattern = self.parsed_pattern
+        wide = self.method == "thanos" and isinstance(pattern, NM)
+        m = pattern.group
+        return max(m, (DEFAULT_BLOCK_SIZE_NM if wide else DEFAULT_BLOCK_SIZE) // m * m)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
