@@ -214,14 +214,19 @@ class Recipe(LayerRecipe):
 
     def _merged(self, settings: Mapping[str, Any]) -> LayerRecipe:
         values = {name: getattr(self, name) for name in _LAYER_FIELDS}
-        if "pattern" in settings and "sparsity" not in settings:
-            changed = str(parse_pattern(settings["pattern"])) != self.pattern
-            if changed and (parse_pattern(settings["pattern"]).sparsity or parse_pattern(self.pattern).sparsity):
-                values["sparsity"] = None  # a sparsity belongs to the pattern it was given for
-        if "pattern" in settings and "block_size" not in settings and parse_pattern(settings["pattern"]).group > 1:
-            values["block_size"] = None
-        values.update(settings)
-        return LayerRecipe(**values)
+        return LayerRecipe(**values | self.suited(settings))
+
+    def suited(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """Return changes of fields such that another pattern brings its own sparsity and block size.
+
+        Those of the recipe were given for its own pattern: without new ones beside it, the new pattern's defaults hold.
+
+        Raises:
+            RecipeError: the pattern is malformed.
+        """
+        if str(parse_pattern(changes.get("pattern", self.pattern))) == self.pattern:
+            return dict(changes)
+        return {"sparsity": None, "block_size": None, **changes}
 
     def for_layer(self, name: str) -> LayerRecipe | None:
         """Return what to do to the layer called ``name`` (full module name); None where an override skips it."""
