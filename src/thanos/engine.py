@@ -22,7 +22,7 @@ from thanos.memory import PhaseMeter, give_back
 from thanos.passes import Passes
 from thanos.recipe import Recipe
 from thanos.records import layer_record
-from thanos.report import LayerRecord, expert_notes
+from thanos.report import LayerRecord, expert_notes, mean_known
 from thanos.resume import Ledger
 from thanos.shards import CheckpointWriter
 from thanos.solvers import prune_layer
@@ -301,8 +301,7 @@ class Engine:
         return any(block not in self.ledger.finished for block in todo)
 
     def _mean_error(self) -> float | None:
-        errors = [r.error_after_compensation for r in self.records if r.error_after_compensation is not None]
-        return sum(errors) / len(errors) if errors else None
+        return mean_known([record.error_after_compensation for record in self.records])
 
     def _tail_layers(self) -> list[LinearLayer]:
         return [layer for layer in self.layers if layer.block is None]
