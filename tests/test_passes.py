@@ -142,7 +142,8 @@ def test_the_statistics_pass_ends_before_the_last_layers_own_product(
 def test_a_batch_given_by_an_earlier_run_is_kept(tmp_path: Path) -> None:
     model = Stack()
     ids = torch.arange(12).view(6, 2) % 5
-    run = Passes(model, list(model.layers), ids, torch.device("cpu"), tmp_path, batch=4)
+    run = Passes(model, list(model.layers), ids, torch.device("cpu"), tmp_path)
+    run.batch = 4
     with torch.inference_mode():
         run.record()
         assert list(run.propagate(0)) == [4, 6]

@@ -34,10 +34,10 @@ class Passes:
         device: where blocks run.
         folder: where a file of hidden states may be made.
         place: for the hidden states; see :func:`~thanos.activations.choose_place`.
-        batch: sequences of a forward pass, as an earlier run used them; None to choose by memory.
 
     Attributes:
-        batch: sequences of a forward pass; results depend on it in their last bits. None until the first pass.
+        batch: sequences of a forward pass; results depend on it in their last bits. None until the first pass, which chooses
+            it by memory; a resumed run sets what it was.
         starts: (first sequence, batch size) from which that size held, in the last propagating pass: more than one entry where
             the device ran out of memory on the way.
     """
@@ -51,10 +51,10 @@ class Passes:
         folder: Path,
         *,
         place: str = "auto",
-        batch: int | None = None,
     ) -> None:
         self._model, self._blocks, self._ids, self._device, self._folder = model, blocks, ids, device, folder
-        self._asked, self.batch = place, batch
+        self._asked = place
+        self.batch: int | None = None
         self.starts: list[tuple[int, int]] = []
         self._calls = BlockCalls(blocks)
         self._states: Activations | None = None
