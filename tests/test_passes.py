@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,28 @@ def test_out_of_memory_while_propagating_goes_on_from_the_failed_batch(
     for name in a:  # batches change rounding, nothing else
         assert torch.equal(a[name] == 0, b[name] == 0), name
         torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-4)
+
+
+def test_the_failed_batch_is_gone_before_memory_is_given_back(
+    tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the statistics pass, then in the propagating one."""
+    calls, failed, alive = 0, [], []
+    original = BlockCalls.run
+
+    def run(block: BlockCalls, index: int, hidden: Tensor, first: int) -> Tensor:
+        nonlocal calls
+        calls += 1
+        found = original(block, index, hidden, first)
+        if calls in (1, 4):  # of 8 sequences; then of 4, after two batches of them for the statistics
+            failed.append(weakref.ref(found))
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return found
+
+    monkeypatch.setattr(BlockCalls, "run", run)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: alive.append(any(ref() is not None for ref in failed)))
+    report = thanos.prune(tiny_llama, tmp_path / "out", recipe(text_file))
+    assert (alive, report.execution["batch"]) == ([False, False], 2)
 
 
 def test_when_one_sequence_does_not_fit_the_run_stops(
