@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -133,3 +134,12 @@ def test_states_on_disk_do_not_stay_in_this_process(tmp_path: Path) -> None:
     assert host_bytes() < before + (4 * 32 << 20)  # a few batches of 32 MiB
     assert all(bool((got == 2).all()) for _, got in kept.batches(8))
     kept.close()
+
+
+def test_a_failure_to_let_go_is_not_told_as_one_to_pin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = Activations(2, states(1), "host", CPU, tmp_path)
+    kept._pinned = True
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(module, "_cudart", lambda: SimpleNamespace(cudaHostUnregister=lambda address: 719))
+    with pytest.raises(ResourceError, match=r"cannot let .* go \(error 719\); .* the one before this"):
+        kept.close()

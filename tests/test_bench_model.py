@@ -66,10 +66,7 @@ def test_a_checkpoint_on_disk_is_a_model_that_transformers_loads(
 
 
 def test_large_checkpoints_are_sharded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from thanos.bench import synthetic
-
-    original = synthetic.RandomCheckpoint
-    monkeypatch.setattr(synthetic, "RandomCheckpoint", lambda *a, **k: original(*a, **k, max_shard_bytes=20_000))
+    monkeypatch.setattr("thanos.bench.synthetic._SHARD_BYTES", 20_000)
     write_checkpoint(tmp_path, TINY)
     checkpoint = SafetensorsCheckpoint(tmp_path)
     assert len(checkpoint.shards) > 2

@@ -185,6 +185,17 @@ def test_unaligned_offsets_are_read(tmp_path: Path) -> None:
     assert SafetensorsCheckpoint(tmp_path).read("b").tolist() == [1.5, -2.0]
 
 
+@pytest.mark.parametrize(("dtype", "size"), [("F8_E8M0", 1), ("U16", 2), ("U32", 4)])
+def test_a_dtype_that_is_not_supported_is_no_damage(tmp_path: Path, dtype: str, size: int) -> None:
+    header = {"a": entry(0, 1, [1]), "scales": entry(1, 1 + 3 * size, [3], dtype)}
+    raw_file(tmp_path / SINGLE_NAME, header, bytes(1 + 3 * size))
+    with pytest.raises(
+        ModelError, match=f"tensor scales is {dtype}, which is not supported.* before quantisation"
+    ) as caught:
+        SafetensorsCheckpoint(tmp_path)
+    assert "corrupt" not in str(caught.value)
+
+
 def test_pieces_are_the_tensors_entries_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = {"a": torch.randn(7, 5), "b": torch.arange(23).to(torch.bfloat16), "none": torch.empty(0, 3)}
     save_file(tensors, tmp_path / SINGLE_NAME)

@@ -302,6 +302,8 @@ class TestRecipeFile:
         assert merge_recipe(path, {"pattern": "2:4"}) == Recipe(pattern="2:4")
         with pytest.raises(RecipeError, match="contradicts"):
             merge_recipe(path, {"pattern": "2:4", "sparsity": 0.6})
+        path = self.write(tmp_path, 'pattern = "2:4"\nblock-size = 64\n')
+        assert merge_recipe(path, {"pattern": "02:04"}).block_size == 64  # the same pattern
 
     def test_only_the_flag_lets_code_of_the_checkpoint_run(self, tmp_path: Path) -> None:
         path = self.write(tmp_path, "trust_remote_code = true\n")

@@ -7,6 +7,7 @@ import re
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ import thanos
 from helpers import save_tiny, tiny_tokenizer
 from thanos import engine, passes
 from thanos.blocks import BlockCalls
+from thanos.engine import Engine
 from thanos.passes import Passes, most_sequences
 from thanos.solvers import PrunedWeight, prune_layer
 from thanos.solvers.factor import InputStatistics
@@ -381,3 +383,16 @@ def test_measuring_what_fits_on_a_device_counts_no_token(
     name = "model.safetensors"
     assert (tmp_path / "measured" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
     assert [layer.zeros for layer in report.layers] == [layer.zeros for layer in expected.layers]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_only_the_process_that_writes_copies_to_the_host(rank: int) -> None:
+    fetched: list[Any] = []
+    weight = SimpleNamespace(is_cuda=True)
+    engine: Any = SimpleNamespace(
+        world=SimpleNamespace(rank=rank),
+        writer=SimpleNamespace(write=lambda key, tensor: None),
+        _staging=SimpleNamespace(fetch=fetched.append),
+    )
+    Engine._write(engine, "a.weight", weight)  # type: ignore[arg-type]
+    assert fetched == [weight] * (rank == 0)

@@ -16,7 +16,8 @@ import torch
 
 import thanos
 from helpers import ARCHITECTURES, POSITIONS, VOCABULARY, prose, save_tiny, tiny_model, tiny_tokenizer
-from thanos.errors import CudaUnavailableError, DataError, ModelError, NumericsError, UserError
+from thanos import evaluation
+from thanos.errors import CudaUnavailableError, DataError, ModelError, NumericsError, ResourceError, UserError
 from thanos.evaluation import Evaluation, Reference, cut_windows
 from thanos.events import Event
 from thanos.pretrained import load_model, resolve_model
@@ -393,8 +394,38 @@ def test_a_dense_model_with_nan(tiny_llama: Path, tmp_path: Path, rows: tuple[Pa
         model.model.norm.weight[0] = float("nan")
     model.save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(NumericsError, match="NaN"):
+    with pytest.raises(NumericsError, match="the dense model gives NaN"):
         run(tiny_llama, rows[0], dense=tmp_path)
+
+
+@pytest.mark.parametrize("who", [("model",), ("dense",), ("model", "dense")], ids="+".join)
+def test_a_token_that_a_model_holds_impossible(
+    who: tuple[str, ...], tiny_llama: Path, other: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the dense model gives a token no probability, the divergence has no term for it, whatever the model gives."""
+    shared = reference(other, text_file)
+    unused = min(set(range(VOCABULARY)) - set(shared.windows.flatten().tolist()))
+    original = evaluation._logits
+    logits: dict[str, list[torch.Tensor]] = {"model": [], "dense": []}
+
+    def masked(model: Any, ids: torch.Tensor) -> torch.Tensor:
+        name = "dense" if model is shared.model else "model"
+        found = original(model, ids)
+        if name in who:
+            found[..., unused] = -math.inf
+        logits[name].append(found)
+        return found
+
+    monkeypatch.setattr(evaluation, "_logits", masked)
+    if who == ("model",):
+        with pytest.raises(NumericsError, match=r"KL divergence is infinite in window 0: .* leave out --dense"):
+            thanos.evaluate(tiny_llama, reference=shared, device="cpu")
+        return
+    got = thanos.evaluate(tiny_llama, reference=shared, device="cpu")
+    log_p, log_q = (torch.cat(logits[name])[:, :-1].double().log_softmax(-1) for name in ("model", "dense"))
+    possible = log_q > -math.inf
+    expected = (log_q.exp() * (log_q - log_p))[possible].sum() / got.tokens
+    assert got.kl_divergence == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_unknown_dtype(tiny_llama: Path, rows: tuple[Path, str]) -> None:
@@ -432,17 +463,16 @@ def test_missing_model_tokenizer_and_text(tiny_llama: Path, rows: tuple[Path, st
     ids=["device", "host", "torch-host"],
 )
 def test_out_of_memory_says_what_to_lower(
-    error: Exception, tiny_llama: Path, rows: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+    error: Exception, tiny_llama: Path, rows: tuple[Path, str], text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import thanos.evaluation
-    from thanos.errors import ResourceError
-
     def score(*_: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(thanos.evaluation, "_score", score)
+    monkeypatch.setattr(evaluation, "_score", score)
     with pytest.raises(ResourceError, match=r"out of memory .*lower --sequence-length \(now 40\)"):
         run(tiny_llama, rows[0])
+    with pytest.raises(ResourceError, match=r"now 40"):  # that of the windows, not of the argument's default
+        thanos.evaluate(tiny_llama, reference=reference(tiny_llama, text_file), device="cpu")
 
 
 # --- a reference that several models share ----------------------------------------------------------------------------

@@ -76,6 +76,14 @@ def test_scores_are_cached_by_what_shapes_them(
     assert len(runs) == 6
 
 
+def test_auto_is_the_dtype_that_it_stands_for(tiny_llama: Path, task_folder: Path) -> None:
+    one = {"tasks": ("local_piqa",), "limit": 2}
+    first = score(tiny_llama, task_folder, **one)
+    again = score(tiny_llama, task_folder, dtype="float32", **one)
+    assert (first.dtype, first.cached) == ("float32", [])
+    assert (again.dtype, again.cached) == ("float32", ["local_piqa"])
+
+
 def test_progress_is_told(tiny_llama: Path, task_folder: Path) -> None:
     events: list[thanos.Event] = []
     score(tiny_llama, task_folder, tasks=("local_piqa",), limit=20, on_event=events.append)

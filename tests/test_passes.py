@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,28 @@ def test_out_of_memory_while_propagating_goes_on_from_the_failed_batch(
         torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-4)
 
 
+def test_the_failed_batch_is_gone_before_memory_is_given_back(
+    tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the statistics pass, then in the propagating one."""
+    calls, failed, alive = 0, [], []
+    original = BlockCalls.run
+
+    def run(block: BlockCalls, index: int, hidden: Tensor, first: int) -> Tensor:
+        nonlocal calls
+        calls += 1
+        found = original(block, index, hidden, first)
+        if calls in (1, 4):  # of 8 sequences; then of 4, after two batches of them for the statistics
+            failed.append(weakref.ref(found))
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return found
+
+    monkeypatch.setattr(BlockCalls, "run", run)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: alive.append(any(ref() is not None for ref in failed)))
+    report = thanos.prune(tiny_llama, tmp_path / "out", recipe(text_file))
+    assert (alive, report.execution["batch"]) == ([False, False], 2)
+
+
 def test_when_one_sequence_does_not_fit_the_run_stops(
     tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,7 +165,8 @@ def test_the_statistics_pass_ends_before_the_last_layers_own_product(
 def test_a_batch_given_by_an_earlier_run_is_kept(tmp_path: Path) -> None:
     model = Stack()
     ids = torch.arange(12).view(6, 2) % 5
-    run = Passes(model, list(model.layers), ids, torch.device("cpu"), tmp_path, batch=4)
+    run = Passes(model, list(model.layers), ids, torch.device("cpu"), tmp_path)
+    run.batch = 4
     with torch.inference_mode():
         run.record()
         assert list(run.propagate(0)) == [4, 6]

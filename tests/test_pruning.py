@@ -808,6 +808,18 @@ def test_whatever_ends_a_run_later_leaves_what_is_finished_and_nothing_else(
     assert (tmp_path / ".out.partial/model").is_dir()
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="/proc")
+def test_a_failed_run_leaves_no_file_open(
+    model: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    break_solver(monkeypatch, RuntimeError("a bug"))
+    with pytest.raises(RuntimeError, match="a bug"):
+        thanos.prune(model, tmp_path / "out", recipe(text_file))
+    # Names, for what the interpreter holds open meanwhile is none of ours.
+    held = [str(path.readlink()) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    assert [name for name in held if name.startswith(str(tmp_path))] == []
+
+
 @pytest.mark.parametrize("phase", ["load", "calibration", "solve", "finish"])
 def test_a_watcher_that_raises_ends_the_run_cleanly(phase: str, model: Path, text_file: Path, tmp_path: Path) -> None:
     before = tree(tmp_path)

@@ -223,8 +223,20 @@ def test_a_sparsity_belongs_to_the_pattern_it_was_given_for():
     assert layer.resolved_block_size == 512
     recipe = Recipe(pattern="2:4", sparsity=0.5, overrides=(Override(match="a", settings={"pattern": "unstructured"}),))
     assert recipe.for_layer("a") == LayerRecipe()
-    recipe = Recipe(sparsity=0.2, overrides=(Override(match="a", settings={"pattern": "columns"}),))
-    assert recipe.for_layer("a") == LayerRecipe(pattern="columns", sparsity=0.2)
+    recipe = Recipe(
+        sparsity=0.2,
+        block_size=6,
+        overrides=(
+            Override(match="a", settings={"pattern": "columns"}),
+            Override(match="b", settings={"pattern": "columns", "sparsity": 0.3, "block_size": 5}),
+            Override(match="c", settings={"pattern": "unstructured"}),
+        ),
+    )
+    assert recipe.for_layer("a") == LayerRecipe(pattern="columns")
+    assert recipe.for_layer("b") == LayerRecipe(pattern="columns", sparsity=0.3, block_size=5)
+    assert recipe.for_layer("c") == LayerRecipe(sparsity=0.2, block_size=6)
+    recipe = Recipe(pattern="2:4", block_size=64, overrides=(Override(match="a", settings={"pattern": "02:04"}),))
+    assert recipe.for_layer("a") == LayerRecipe(pattern="2:4", block_size=64)
 
 
 def test_overrides_that_contradict_each_other_are_refused_for_the_layers_that_both_match():

@@ -108,6 +108,26 @@ def test_reduced_precision_is_off_within_and_as_asked_afterwards(asked, monkeypa
     assert seen == [("ieee", "ieee")] * 2
 
 
+def test_the_condition_number_is_that_of_float32():
+    statistics = InputStatistics(oracles.layer(1, 12, seed=3, dtype=torch.float32).hessian)
+    statistics.factor(0.01)
+    seen = set()
+
+    class Look(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.mm.default:
+                seen.add((torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision))
+            return func(*args, **(kwargs or {}))
+
+    torch.set_float32_matmul_precision("high")
+    try:
+        with Look():
+            statistics.condition(0.01)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert seen == {("ieee", "ieee")}
+
+
 HARD = {
     "few tokens": {"tokens": 12},
     "near-duplicates": {"tokens": 400, "duplicates": [(j, j - 1) for j in range(1, 64, 2)]},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -158,8 +159,8 @@ def test_what_enters_the_store_names_no_folder(tmp_path: Path) -> None:
     values = [public_cell(study.cells[1]), study.asked(study.cells[1])]
     assert (values[0]["model"], values[0]["calibration"]) == ("Model", "c4.jsonl")
     assert values[1]["evaluation"]["text"] == "test.jsonl"
-    assert [public(name) for name in ("org/model", "gpt2", "../x/m.gguf", "./m", "c4", "a/b/c")] == [
-        "org/model", "gpt2", "m.gguf", "m", "c4", "c",
+    assert [public(name) for name in ("Qwen/Qwen2.5-0.5B", "gpt2", "../x/m.gguf", "./m", "c4", "a/b/c")] == [
+        "Qwen/Qwen2.5-0.5B", "gpt2", "m.gguf", "m", "c4", "c",
     ]  # fmt: skip
 
 
@@ -222,6 +223,9 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, make: Any) -> None:
     "path", sorted((Path(__file__).parent.parent / "studies").glob("*.toml")), ids=lambda p: p.stem
 )
 def test_the_projects_own_studies_are_valid(path: Path) -> None:
-    study = read_study(path)
-    for cell in pruned(study):
-        cell.recipe()
+    cells = pruned(read_study(path))
+    assert cells
+    for cell in cells:
+        asked = {name: value for name, value in asdict(cell).items() if name not in ("model", "method")}
+        recipe = cell.recipe()
+        assert all(value in (None, getattr(recipe, name)) for name, value in asked.items()), cell

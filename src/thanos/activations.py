@@ -31,6 +31,12 @@ DEVICE_SHARE = 0.4
 HOST_SHARE = 0.5
 """The same of the host's free memory."""
 
+_CANNOT_PIN = "CUDA cannot pin the activations in host memory (error {}); use --activations disk"
+_CANNOT_UNPIN = (
+    "CUDA cannot let the activations in host memory go (error {}); that follows an earlier error of the device: look for the "
+    "one before this"
+)
+
 
 def check_place(asked: str) -> str:
     """Return ``asked`` if it names a place.
@@ -134,7 +140,7 @@ class Activations:
         self._copier.close()
         if self._pinned:
             torch.cuda.synchronize(self._device)
-            _check(_cudart().cudaHostUnregister(self._store.data_ptr()))
+            _check(_cudart().cudaHostUnregister(self._store.data_ptr()), _CANNOT_UNPIN)
             self._pinned = False
         self._store = torch.empty(0)
         self._pages = None
@@ -150,7 +156,7 @@ class Activations:
         store = torch.empty(self._shape, dtype=self._dtype, device=self._device if self.place == "device" else "cpu")
         if self.place == "host" and self._device.type == "cuda" and store.nbytes:
             # Registered, not allocated as pinned: the pinned allocator would round the size up to a power of two.
-            _check(_cudart().cudaHostRegister(store.data_ptr(), store.nbytes, 0))
+            _check(_cudart().cudaHostRegister(store.data_ptr(), store.nbytes, 0), _CANNOT_PIN)
             self._pinned = True
         return store
 
@@ -199,6 +205,6 @@ def _cudart() -> Any:
     return torch.cuda.cudart()
 
 
-def _check(code: Any) -> None:
+def _check(code: Any, message: str) -> None:
     if int(code) != 0:
-        raise ResourceError(f"CUDA cannot pin the activations in host memory (error {code}); use --activations disk")
+        raise ResourceError(message.format(code))

@@ -14,6 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+_POSITIONAL = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+"""Arguments of torch's attention, any of which may be given by position."""
+
 
 class RepeatedHeads(TorchFunctionMode):
     """While active, float32 attention with shared keys and values gets a copy of them for every head that reads them."""
@@ -23,11 +26,12 @@ class RepeatedHeads(TorchFunctionMode):
     ) -> Any:
         """Hand every call through; those of grouped-query attention with keys and values repeated."""
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention and kwargs.get("enable_gqa") and len(args) == 3:
-            query, key, value = args
+        if func is F.scaled_dot_product_attention and kwargs.get("enable_gqa"):
+            given = dict(zip(_POSITIONAL[: len(args)], args, strict=True)) | kwargs
+            query, key, value = (given[name] for name in _POSITIONAL[:3])
             if query.dtype == torch.float32:
-                args = query, _repeated(key, query), _repeated(value, query)
-                kwargs = {name: given for name, given in kwargs.items() if name != "enable_gqa"}
+                repeated = {"key": _repeated(key, query), "value": _repeated(value, query), "enable_gqa": False}
+                return func(**given | repeated)
         return func(*args, **kwargs)
 
 

@@ -7,6 +7,10 @@ from pathlib import PurePath
 from typing import Any
 
 from thanos.report import LayerRecord, PruningReport
+from thanos.text import SUFFIXES
+
+_FILES = (".gguf", ".safetensors", ".json", *SUFFIXES)
+"""Endings of the files that a user may name."""
 
 _WORST = 5
 _KEPT = ", the other rows making up for them"
@@ -49,8 +53,9 @@ def model_card(report: PruningReport) -> str:
 def public_name(name: str) -> str:
     """Return a hub name as it is, and the last part of anything that looks like a local path."""
     path = PurePath(name)
-    is_hub = len(path.parts) <= 2 and not path.is_absolute() and not name.startswith(".") and not name.endswith(".gguf")
-    if is_hub:
+    # Not any suffix: the organisation of Qwen/Qwen2.5-0.5B is no folder.
+    is_path = path.is_absolute() or name.startswith((".", "~")) or name.endswith(_FILES)
+    if not is_path and len(path.parts) <= 2:
         return name
     return path.name if path.name not in ("", "..") else "a local model"
 

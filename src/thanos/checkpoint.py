@@ -42,6 +42,9 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_UNSUPPORTED = ("U64", "U32", "U16", "C64", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0", "F6_E2M3", "F6_E3M2", "F4")
+"""The format's other dtypes: what a header names besides is damage."""
+
 _PIECE = 1 << 24
 """Entries that are looked at, or copied, at once: 32 MiB of bfloat16."""
 
@@ -275,7 +278,15 @@ def _read_layout(path: Path) -> tuple[ShardLayout, dict[str, TensorInfo]]:
     try:
         entries: dict[str, Any] = json.loads(header)
         entries.pop("__metadata__", None)
+        for name, entry in entries.items():
+            if entry["dtype"] in _UNSUPPORTED:
+                raise ModelError(
+                    f"{path}: tensor {name} is {entry['dtype']}, which is not supported, only {', '.join(_DTYPES)}; give the "
+                    "model before quantisation, or save it in another dtype"
+                )
         infos = {name: _parse_entry(path.name, entry, 8 + length) for name, entry in entries.items()}
+    except ModelError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{path} has a corrupt header ({error}); {_AGAIN}") from error
     end = 8 + length

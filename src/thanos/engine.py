@@ -22,7 +22,7 @@ from thanos.memory import PhaseMeter, give_back
 from thanos.passes import Passes
 from thanos.recipe import Recipe
 from thanos.records import layer_record
-from thanos.report import LayerRecord, expert_notes
+from thanos.report import LayerRecord, expert_notes, mean_known
 from thanos.resume import Ledger
 from thanos.shards import CheckpointWriter
 from thanos.solvers import prune_layer
@@ -310,8 +310,7 @@ class Engine:
         return any(block not in self.ledger.finished for block in todo)
 
     def _mean_error(self) -> float | None:
-        errors = [r.error_after_compensation for r in self.records if r.error_after_compensation is not None]
-        return sum(errors) / len(errors) if errors else None
+        return mean_known([record.error_after_compensation for record in self.records])
 
     def _tail_layers(self) -> list[LinearLayer]:
         return [layer for layer in self.layers if layer.block is None]
@@ -323,7 +322,8 @@ class Engine:
         return outer_names(self.model, self.weights.names, self.blocks_name, head=head)
 
     def _write(self, key: str, result: Tensor) -> None:
-        self.writer.write(key, self._staging.fetch(result) if result.is_cuda else result)
+        if self.world.rank == 0:  # the others write nothing, and so need no copy on the host
+            self.writer.write(key, self._staging.fetch(result) if result.is_cuda else result)
 
     def _progress(self, phase: Phase, index: int | None, done: int) -> Event:
         samples, length = self.passes.shape

@@ -224,9 +224,8 @@ def evaluate(
         if not is_out_of_memory(error):
             raise
         elsewhere = "" if where.type == "cpu" else ", or use --device cpu"
-        raise ResourceError(
-            f"out of memory on {where}: lower --sequence-length (now {sequence_length}){elsewhere}"
-        ) from error
+        length = sequence_length if reference is None else reference.windows.shape[1]
+        raise ResourceError(f"out of memory on {where}: lower --sequence-length (now {length}){elsewhere}") from error
     seconds = time.perf_counter() - began
     compared = reference.model is not None
     count, length = reference.windows.shape
@@ -316,11 +315,21 @@ def _score(model: PreTrainedModel, reference: Reference, tell: Callable[[Event],
             continue
         for index, window in enumerate(found, start=done):
             if not bool(torch.isfinite(window).all()):
-                which = "model" if not math.isfinite(float(window[0])) else "dense model"
-                raise NumericsError(f"the {which} gives NaN or infinite logits in window {index}; try --dtype float32")
+                raise NumericsError(_complaint(window, index))
         sums, done = sums + found.sum(0), done + len(ids)
         tell(Event(kind="progress", phase="evaluate", done=done, total=total, tokens=done * (length - 1)))
     return sums.tolist()
+
+
+def _complaint(sums: Tensor, index: int) -> str:
+    """Say what the sums of a window, some of them not finite, tell about the two models."""
+    for which, loss in (("model", sums[0]), ("dense model", sums[3])):
+        if not bool(loss.isfinite()):
+            return f"the {which} gives NaN or infinite logits in window {index}; try --dtype float32"
+    return (
+        f"the KL divergence is infinite in window {index}: the model gives probability 0 (a logit of −∞) to a token that the "
+        "dense model holds possible; try --dtype float32, or leave out --dense"
+    )
 
 
 def _batch_size(model: PreTrainedModel, reference: Reference) -> int:
@@ -364,7 +373,9 @@ def _score_chunk(logits: Tensor, dense: Tensor | None, targets: Tensor) -> Tenso
     if dense is None:
         return torch.stack([loss, *torch.zeros_like(loss).expand(3)])
     log_q = dense.float().log_softmax(-1)
-    divergence = F.kl_div(log_p, log_q, log_target=True, reduction="none").sum(-1).double().sum()
+    terms = F.kl_div(log_p, log_q, log_target=True, reduction="none")
+    terms = terms.masked_fill_(log_q.isneginf(), 0)  # q log(q/p) is 0 at q = 0, and was computed as 0 · ∞
+    divergence = terms.sum(-1).double().sum()
     equal = (log_p.argmax(-1) == log_q.argmax(-1)).double().sum()
     dense_loss = F.nll_loss(log_q, targets, reduction="none").double().sum()
     return torch.stack([loss, divergence, equal, dense_loss])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from thanos.patterns import Unstructured
@@ -83,17 +83,17 @@ def solve_bytes(layer: LayerWork) -> int:
     return hessian_bytes(layer.columns) + throughout + max(inside, after)
 
 
-def solving_bytes(layers: Sequence[LayerWork], size: Callable[[LayerWork], int] = solve_bytes) -> int:
+def solving_bytes(layers: Sequence[LayerWork]) -> int:
     """Return the peak of Hessians and solves of layers whose statistics were gathered together.
 
     Groups are solved in order, and each Hessian goes when its layers are done.
     """
     together = list(groups(layers).values())
     waiting = [hessian_bytes(group[0].columns) for group in together]
-    return max((sum(waiting[i:]) + max(map(size, group)) for i, group in enumerate(together)), default=0)
+    return max((sum(waiting[i:]) + max(map(solve_bytes, group)) for i, group in enumerate(together)), default=0)
 
 
-def largest_sum(counts: Iterable[int], following: int = 2) -> int:
-    """Return the largest sum of so many neighbours: a block's weights and those that are read ahead."""
+def largest_sum(counts: Iterable[int]) -> int:
+    """Return the largest sum of two neighbours: a block's weights and those that are read ahead."""
     values = list(counts)
-    return max((sum(values[i : i + following]) for i in range(len(values))), default=0)
+    return max((sum(values[i : i + 2]) for i in range(len(values))), default=0)

@@ -27,6 +27,7 @@ from thanos.answering import keep_requests, templates_compiled_once, wrap
 from thanos.errors import DataError, ResourceError
 from thanos.events import Event
 from thanos.fingerprint import model_sha256
+from thanos.opening import running_dtype
 from thanos.pretrained import ModelSource, choose_device, load_model, resolve_model
 
 if TYPE_CHECKING:
@@ -117,10 +118,11 @@ def zero_shot(
     if limit is not None and limit < 1:
         raise DataError(f"limit must be at least 1 document a task; got {limit}")
     where = choose_device(device) if network is None else network.device
-    if network is not None:
-        dtype, cache = str(network.dtype).removeprefix("torch."), False  # whose weights it has, nothing tells
+    cache = cache and network is None  # whose weights it has, nothing tells
     check_tasks(tasks, task_folder)
     source = resolve_model(model, trust_remote_code=trust_remote_code)
+    runs_in = running_dtype(source, dtype) if network is None else network.dtype
+    dtype = str(runs_in).removeprefix("torch.")  # auto and the dtype that it stands for have one key
     loaded = _load_tasks(tuple(tasks), None if task_folder is None else str(task_folder))
     keys = {}
     if cache:
@@ -131,7 +133,7 @@ def zero_shot(
     known = sorted(scores)
     missing = [name for name in loaded if name not in scores]
     if missing:
-        network = load_model(source, dtype=dtype, device=where) if network is None else network
+        network = load_model(source, dtype=runs_in, device=where) if network is None else network
         tell = on_event or (lambda event: None)
         scores |= _score(network, source, [loaded[name] for name in missing], limit, where, tell)
         for name in missing:

@@ -152,6 +152,17 @@ def _open_whole(source: ModelSource, dtype: str, notes: list[str]) -> OpenedMode
     return OpenedModel(source, skeleton, checkpoint, {name: name for name in persistent_tensors(skeleton)}, notes)
 
 
+def running_dtype(source: ModelSource, asked: str) -> torch.dtype:
+    """Return the dtype in which a model runs where ``asked`` is ``auto``, ``float32``, ``bfloat16`` or ``float16``.
+
+    Raises:
+        ModelError: it is none of these, or a file is truncated or corrupt.
+    """
+    if source.gguf is not None:
+        return _resolve_dtype(asked, torch.float32, None)
+    return _resolve_dtype(asked, getattr(source.config(), "dtype", None), SafetensorsCheckpoint(source.folder))
+
+
 def _resolve_dtype(asked: str, stated: Any, checkpoint: SafetensorsCheckpoint | None) -> torch.dtype:
     """The dtype that the model runs in: the one asked for, else what the config states, else the largest tensor's."""
     if asked != "auto":

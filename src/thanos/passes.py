@@ -34,10 +34,10 @@ class Passes:
         device: where blocks run.
         folder: where a file of hidden states may be made.
         place: for the hidden states; see :func:`~thanos.activations.choose_place`.
-        batch: sequences of a forward pass, as an earlier run used them; None to choose by memory.
 
     Attributes:
-        batch: sequences of a forward pass; results depend on it in their last bits. None until the first pass.
+        batch: sequences of a forward pass; results depend on it in their last bits. None until the first pass, which chooses
+            it by memory; a resumed run sets what it was.
         starts: (first sequence, batch size) from which that size held, in the last propagating pass: more than one entry where
             the device ran out of memory on the way.
     """
@@ -51,10 +51,10 @@ class Passes:
         folder: Path,
         *,
         place: str = "auto",
-        batch: int | None = None,
     ) -> None:
         self._model, self._blocks, self._ids, self._device, self._folder = model, blocks, ids, device, folder
-        self._asked, self.batch = place, batch
+        self._asked = place
+        self.batch: int | None = None
         self.starts: list[tuple[int, int]] = []
         self._calls = BlockCalls(blocks)
         self._states: Activations | None = None
@@ -152,13 +152,10 @@ class Passes:
         Raises:
             ResourceError: a batch is one sequence already.
         """
-        length = self._ids.shape[1]
         if self.batch is None or self.batch <= 1:
-            raise ResourceError(
-                f"out of memory on the device with one sequence of {length} tokens: lower --sequence-length, or use a device "
-                "with more memory or --device cpu"
-            ) from error
+            raise self._too_small() from error
         before, self.batch = self.batch, self.batch // 2
+        error.__traceback__ = None  # its frames hold the failed batch, which would stay in memory
         torch.cuda.empty_cache()
         return f"out of memory on the device: batches of {before} sequences become batches of {self.batch}"
 
@@ -189,8 +186,7 @@ class Passes:
         try:
             self._run(index, hidden, 0)
         except torch.OutOfMemoryError as error:
-            self.batch = 1
-            self.halve(error)
+            raise self._too_small() from error
         torch.cuda.synchronize(self._device)
         taken = torch.cuda.max_memory_allocated(self._device) - before + 2 * hidden.nbytes
         return int(_BATCH_SHARE * (free_device_bytes(self._device) - hessians) / taken)
@@ -210,6 +206,12 @@ class Passes:
     def _run(self, index: int, hidden: Tensor, first: int) -> Tensor:
         with fast_attention(self._device, hidden.dtype):
             return self._calls.run(index, hidden, first)
+
+    def _too_small(self) -> ResourceError:
+        return ResourceError(
+            f"out of memory on the device with one sequence of {self._ids.shape[1]} tokens: lower --sequence-length, or use a "
+            "device with more memory or --device cpu"
+        )
 
     def _row(self, index: int) -> Tensor:
         return self._ids[index : index + 1].to(self._device)

@@ -6,7 +6,7 @@ import hashlib
 import platform
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -208,11 +208,11 @@ def _prune(model: str | Path, job: _Job, given: Calibration | None) -> PruningRe
             work.take_up({shard.name for shard in plan.opened.checkpoint.shards})
         else:
             work.start(run)
-        tell.log_to(work.model / LOG_NAME)
-        for note in notes:
-            tell(Event(kind="note", phase="load", message=note))
-        report = _run(plan, job, calibration, notes)
-        tell.close()
+        with closing(tell):
+            tell.log_to(work.model / LOG_NAME)
+            for note in notes:
+                tell(Event(kind="note", phase="load", message=note))
+            report = _run(plan, job, calibration, notes)
         work.publish(overwrite=job.overwrite)
     return job.world.from_first(lambda: report)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from thanos.errors import RecipeError
-from thanos.patterns import NM, Columns, Pattern, Unstructured, parse_pattern
+from thanos.patterns import NM, Pattern, parse_pattern
 
 METHODS = ("thanos", "sparsegpt", "wanda", "magnitude")
 
@@ -125,11 +125,10 @@ class LayerRecipe:
         """The block size that is used: the setting, or the paper's default for the method and pattern."""
         if self.block_size is not None:
             return self.block_size
-        if self.method == "thanos" and not isinstance(self.parsed_pattern, Unstructured | Columns):
-            m = self.parsed_pattern.group
-            return max(m, DEFAULT_BLOCK_SIZE_NM // m * m)
-        m = self.parsed_pattern.group
-        return max(m, DEFAULT_BLOCK_SIZE // m * m)
+        pattern = self.parsed_pattern
+        wide = self.method == "thanos" and isinstance(pattern, NM)
+        m = pattern.group
+        return max(m, (DEFAULT_BLOCK_SIZE_NM if wide else DEFAULT_BLOCK_SIZE) // m * m)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -215,14 +214,19 @@ class Recipe(LayerRecipe):
 
     def _merged(self, settings: Mapping[str, Any]) -> LayerRecipe:
         values = {name: getattr(self, name) for name in _LAYER_FIELDS}
-        if "pattern" in settings and "sparsity" not in settings:
-            changed = str(parse_pattern(settings["pattern"])) != self.pattern
-            if changed and (parse_pattern(settings["pattern"]).sparsity or parse_pattern(self.pattern).sparsity):
-                values["sparsity"] = None  # a sparsity belongs to the pattern it was given for
-        if "pattern" in settings and "block_size" not in settings and parse_pattern(settings["pattern"]).group > 1:
-            values["block_size"] = None
-        values.update(settings)
-        return LayerRecipe(**values)
+        return LayerRecipe(**values | self.suited(settings))
+
+    def suited(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """Return changes of fields such that another pattern brings its own sparsity and block size.
+
+        Those of the recipe were given for its own pattern: without new ones beside it, the new pattern's defaults hold.
+
+        Raises:
+            RecipeError: the pattern is malformed.
+        """
+        if str(parse_pattern(changes.get("pattern", self.pattern))) == self.pattern:
+            return dict(changes)
+        return {"sparsity": None, "block_size": None, **changes}
 
     def for_layer(self, name: str) -> LayerRecipe | None:
         """Return what to do to the layer called ``name`` (full module name); None where an override skips it."""

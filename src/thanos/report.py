@@ -147,9 +147,15 @@ def compute_totals(layers: Sequence[LayerRecord], *, parameters: int, zeros_else
         "zeros_all": zeros + zeros_elsewhere,
         "sparsity_targeted": zeros / targeted if targeted else 0.0,
         "sparsity_all": (zeros + zeros_elsewhere) / parameters if parameters else 0.0,
-        "mean_error_before_compensation": _mean([layer.error_before_compensation for layer in layers]),
-        "mean_error_after_compensation": _mean([layer.error_after_compensation for layer in layers]),
+        "mean_error_before_compensation": mean_known([layer.error_before_compensation for layer in layers]),
+        "mean_error_after_compensation": mean_known([layer.error_after_compensation for layer in layers]),
     }
+
+
+def mean_known(values: Sequence[float | None]) -> float | None:
+    """Return the mean of the values that are not None; None without any."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def expert_notes(experts: Mapping[str, str], records: Sequence[LayerRecord]) -> list[str]:
@@ -172,11 +178,6 @@ def expert_notes(experts: Mapping[str, str], records: Sequence[LayerRecord]) -> 
     if none:
         lines.append(f"{len(none):,} of {len(total):,} experts saw no calibration token: pruned by magnitude")
     return lines
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
 
 
 def _plain(value: Any) -> Any:

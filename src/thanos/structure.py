@@ -124,10 +124,10 @@ def outer_names(model: nn.Module, names: Iterable[str], blocks_name: str, *, hea
     return [name for name in names if not name.startswith((f"{blocks_name}.", *inside))]
 
 
-def _linear_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+def _linear_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     from transformers.pytorch_utils import Conv1D
 
-    for name, child in module.named_modules(prefix=prefix):
+    for name, child in module.named_modules():
         if isinstance(child, nn.Linear | Conv1D):
             yield name, child
 

@@ -21,7 +21,7 @@ from thanos.memory import PhaseMeter
 from thanos.passes import Passes
 from thanos.rates import Rates, measure_rates
 from thanos.recipe import Recipe
-from thanos.report import PhaseRecord
+from thanos.report import PhaseRecord, mean_known
 from thanos.resume import Ledger
 from thanos.shards import CheckpointWriter
 from thanos.structure import find_blocks, linear_layers, select_layers
@@ -150,7 +150,6 @@ def time_model(
     for record in engine.records:
         kind = record.name.rsplit(".", 1)[-1]
         solve[kind] = solve.get(kind, 0.0) + record.seconds
-    errors = [r.error_after_compensation for r in engine.records if r.error_after_compensation is not None]
     return ModelTime(
         shape=shape,
         recipe=recipe.to_dict(),
@@ -162,7 +161,7 @@ def time_model(
         solve_seconds=solve,
         floor_seconds=floor_seconds(part, recipe, rates),
         rates=rates,
-        mean_error=sum(errors) / len(errors) if errors else None,
+        mean_error=mean_known([record.error_after_compensation for record in engine.records]),
         batch=engine.passes.batch,
         activations=engine.passes.place,
         written=out is not None,

@@ -21,6 +21,9 @@ from thanos.weights import persistent_tensors
 _BASE = 4_194_301
 """Random numbers that all tensors are made from, again and again; prime, so that no two rows of a matrix are alike."""
 
+_SHARD_BYTES = 5 * 10**9
+"""Size above which the planned files are split."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shape:
@@ -98,13 +101,10 @@ class RandomCheckpoint(LoadedCheckpoint):
         tensors: name → tensor of the right shape and dtype, on the meta device.
         seed: of the random numbers.
         keep: remember tensors by shape, so that reading costs what copying from memory costs; else what making them does.
-        max_shard_bytes: size above which the planned files are split.
     """
 
-    def __init__(
-        self, tensors: dict[str, Tensor], *, seed: int = 0, keep: bool = True, max_shard_bytes: int = 5 * 10**9
-    ) -> None:
-        super().__init__(tensors, max_shard_bytes)
+    def __init__(self, tensors: dict[str, Tensor], *, seed: int = 0, keep: bool = True) -> None:
+        super().__init__(tensors, _SHARD_BYTES)
         generator = torch.Generator().manual_seed(seed)
         self._base = torch.randn(_BASE, generator=generator)
         self._keep = keep

@@ -308,10 +308,7 @@ def merge_recipe(path: Path | None, given: dict[str, Any]) -> Recipe:
             f"recipe {path} asks to run Python code that comes with the checkpoint, which a file cannot allow; read that code, "
             "then give --trust-remote-code"
         )
-    changes = dict(given)
-    if "pattern" in given and given["pattern"] != base.pattern:
-        changes = {"sparsity": None, "block_size": None} | changes
-    return base.replace(**changes)
+    return base.replace(**base.suited(given))
 
 
 def usage_line(error: Any) -> str:

@@ -110,11 +110,12 @@ class InputStatistics:
             order = torch.arange(1, len(upper) + 1, device=upper.device, dtype=upper.dtype)
             smallest = largest = torch.cos(order)[:, None]
             low = high = torch.ones((), device=upper.device, dtype=upper.dtype)
-            for _ in range(steps):
-                smallest = upper.T @ (upper @ smallest)
-                largest = self.matrix @ largest + shift * largest
-                low, high = smallest.norm(), largest.norm()
-                smallest, largest = smallest / low, largest / high
+            with full_float32():
+                for _ in range(steps):
+                    smallest = upper.T @ (upper @ smallest)
+                    largest = self.matrix @ largest + shift * largest
+                    low, high = smallest.norm(), largest.norm()
+                    smallest, largest = smallest / low, largest / high
             self._conditions[damping] = (low * high).item()  # the device is asked once
         return self._conditions[damping]
 

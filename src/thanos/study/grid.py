@@ -9,9 +9,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import PurePath
 from typing import Any
 
+from thanos.card import public_name as public
 from thanos.patterns import NM, Columns, parse_pattern
 from thanos.recipe import LayerRecipe, Recipe
 from thanos.study.formula import DEFAULT_SHARE
@@ -136,13 +136,6 @@ class Study:
         if self.zero_shot is not None and cell in self.zero_shot_cells:
             zero_shot = {"tasks": list(self.zero_shot.tasks), "limit": self.zero_shot.limit}
         return {"dtype": self.dtype, "evaluation": evaluation, "zero_shot": zero_shot}
-
-
-def public(name: str) -> str:
-    """Return a name without the folders of this machine: hub names as they are, of a path the last part."""
-    path = PurePath(name)
-    is_path = path.is_absolute() or name.startswith(".") or path.suffix or len(path.parts) > 2
-    return path.name if is_path else name
 
 
 def public_cell(cell: Cell) -> dict[str, Any]:
