@@ -625,3 +625,11 @@ def test_arguments_are_checked_as_those_of_a_recipe(arguments, match):
         prune_weight(torch.ones(4, 8), torch.eye(8), **arguments)
     with pytest.raises(ValueError, match=match):
         prune_weight(torch.ones(4, 8), torch.eye(8), **arguments)
+
+
+@pytest.mark.parametrize("method", oracles.METHODS)
+def test_a_result_from_which_nothing_went_is_a_copy(method):
+    case = oracles.layer(8, 32, seed=31, dtype=torch.float32)
+    result = prune_weight(case.weight, case.hessian, method=method, sparsity=0.0)
+    assert torch.equal(result.weight, case.weight)
+    assert result.weight.data_ptr() != case.weight.data_ptr()

@@ -159,15 +159,7 @@ def _prune_layer(
     if inputs is None and method.needs_hessian:
         raise RecipeError(f"method {recipe.method} needs the Hessian of the layer's inputs; got None")
     budget = Budget.plan(weight.shape[0], weight.shape[1], recipe)
-    dtype = inputs.matrix.dtype if inputs is not None else _compute_dtype(weight)
-    dense = weight.detach().to(dtype).contiguous()  # the kernels take rows that are one stretch of memory
-    largest, zeros = _survey(dense)
-    if not math.isfinite(largest):
-        raise NumericsError(f"{name} holds NaN or infinity; the checkpoint is damaged, or its dtype overflowed")
-    unit = _unit(largest)
-    if unit != 1:
-        dense = dense / unit
-        zeros = _survey(dense)[1]  # small ones may have become zeros
+    dense, zeros, unit = _dense(weight, inputs, name)
     if inputs is not None and inputs.empty and method.needs_hessian:
         # No input was ever seen, so there is nothing to weigh by: reported through `method`, never silently.
         recipe, method = replace(_layer_part(recipe), method="magnitude"), METHODS["magnitude"]
@@ -178,31 +170,25 @@ def _prune_layer(
         # The zeros that outlier rows hold already count too: the other rows give that much less.
         budget = replace(budget, weights=max(0, budget.weights - int((dense[outliers] == 0).sum())))
     factor = inputs.factor(recipe.damping) if inputs is not None and method.needs_factor else None
-    # One part of all rows: what was solved is the result, and nothing is copied.
-    at_once = len(parts) == 1 and len(parts[0][0]) == len(dense)
-    pruned = weight.detach() if at_once else weight.detach().clone()
-    kept = torch.ones(() if at_once else weight.shape, dtype=torch.bool, device=weight.device)
-    for rows, pattern in parts:
-        every = len(rows) == len(dense)
-        whole = dense if every else dense[rows]
-        part = whole[slice(*_bounds(len(rows), peers))]
+
+    def solve(part: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
+        share = part[slice(*_bounds(len(part), peers))]
         problem = Problem(
-            part, part == 0, inputs, factor, pattern, budget, recipe.resolved_block_size, peers, whole, zeros == 0
+            share, share == 0, inputs, factor, pattern, budget, recipe.resolved_block_size, peers, part, zeros == 0
         )
-        solved, removed = method.solve(problem) if recipe.resolved_sparsity > 0 else (part, problem.zeros)
-        mended = peers.gather((solved if unit == 1 else solved * unit).to(weight.dtype), len(rows))
-        stays = peers.gather(~removed, len(rows))
-        if at_once:
-            pruned, kept = mended.clone() if solved is part else mended, stays
-        else:
-            pruned[rows], kept[rows] = mended, stays
+        solved, removed = method.solve(problem) if recipe.resolved_sparsity > 0 else (share, problem.zeros)
+        mended = peers.gather((solved if unit == 1 else solved * unit).to(weight.dtype), len(part))
+        # Nothing removed: the result must not be the weight that was given.
+        return mended.clone() if solved is share else mended, peers.gather(~removed, len(part))
+
+    pruned, kept = _solve_parts(weight, dense, parts, solve)
 
     def change(delta: Callable[[slice], Tensor]) -> Tensor:
         energies = [_row_energies(delta(rows), inputs) for rows in _portions(mine, dense.device)]
         return peers.gather(torch.cat(energies), len(dense)).sum()
 
     def written(rows: slice) -> Tensor:
-        part = pruned[rows].to(dtype)
+        part = pruned[rows].to(dense.dtype)
         return part if unit == 1 else part / unit
 
     changes = [change(lambda rows: without(dense[rows], kept[rows]))]
@@ -212,17 +198,54 @@ def _prune_layer(
     if after is not None and not after < float("inf"):
         raise NumericsError(f"pruning {name} gave NaN or infinity; raise damping (it is {recipe.damping:g})")
     return PrunedWeight(
-        pruned,
-        zeros,
-        kept,
-        outliers,
-        halved,
-        recipe.method,
-        before,
-        after,
-        None if factor is None else factor.damping,
-        "" if factor is None else factor.reason,
+        weight=pruned,
+        zeros=zeros,
+        kept=kept,
+        outliers=outliers,
+        halved=halved,
+        method=recipe.method,
+        error_before_compensation=before,
+        error_after_compensation=after,
+        damping=None if factor is None else factor.damping,
+        damping_reason="" if factor is None else factor.reason,
     )
+
+
+def _dense(weight: Tensor, inputs: InputStatistics | None, name: str) -> tuple[Tensor, int, float]:
+    """Return the weight divided by a power of two, in the dtype of the work, its zeros, and that power, mostly 1.
+
+    Raises:
+        NumericsError: it holds NaN or infinity.
+    """
+    dtype = inputs.matrix.dtype if inputs is not None else _compute_dtype(weight)
+    dense = weight.detach().to(dtype).contiguous()  # the kernels take rows that are one stretch of memory
+    largest, zeros = _survey(dense)
+    if not math.isfinite(largest):
+        raise NumericsError(f"{name} holds NaN or infinity; the checkpoint is damaged, or its dtype overflowed")
+    unit = _unit(largest)
+    if unit != 1:
+        dense = dense / unit
+        zeros = _survey(dense)[1]  # small ones may have become zeros
+    return dense, zeros, unit
+
+
+def _solve_parts(
+    weight: Tensor,
+    dense: Tensor,
+    parts: list[tuple[Tensor, Pattern]],
+    solve: Callable[[Tensor, Pattern], tuple[Tensor, Tensor]],
+) -> tuple[Tensor, Tensor]:
+    """Return the pruned weight, (c, b), and what is kept of it; rows in none of the parts stay as they are.
+
+    One part of all rows is the result as it was solved, and nothing is copied.
+    """
+    if len(parts) == 1 and len(parts[0][0]) == len(dense):
+        return solve(dense, parts[0][1])
+    pruned = weight.detach().clone()
+    kept = torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
+    for rows, pattern in parts:
+        pruned[rows], kept[rows] = solve(dense[rows], pattern)
+    return pruned, kept
 
 
 def _layer_part(recipe: LayerRecipe) -> LayerRecipe:
