@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from itertools import combinations, pairwise
 
 import pytest
 
 from study_records import MODEL, cell, full_study, record
-from thanos.study.report.ranking import comparable, groups_by_sparsity, ranks, verdict
-from thanos.study.report.rows import Results, models_of, over_common_seeds, row_of
+from thanos.study.report.ranking import change_of, comparable, groups_by_sparsity, one_seed, ranks, verdict
+from thanos.study.report.rows import Results, Row, models_of, over_common_seeds, row_of
 from thanos.study.store import CellRecord
 
 
@@ -85,11 +86,14 @@ def test_a_difference_within_the_larger_spread_is_a_tie(
     assert verdict(row_of(three(first)), row_of(three(second, "sparsegpt"))) == expected
 
 
-def test_a_known_noise_counts_as_a_spread() -> None:
-    first, second = row_of(three((44.0,))), row_of(three((45.0,), "sparsegpt"))
-    assert verdict(first, second, noise=0.5) == "better"
-    assert verdict(first, second, noise=1.5) == "tie"
-    assert verdict(row_of(three((44.0, 45.0, 46.0))), row_of(three((45.5,), "sparsegpt")), noise=0.1) == "tie"
+def test_the_spread_of_kin_stands_for_that_of_a_row_with_one_seed() -> None:
+    results = Results(
+        MODEL, [*three((44.0, 45.0, 46.5)), *three((44.7,), block_size=8), *three((45.4,), block_size=16)]
+    )
+    first, second, whole = results.rows
+    assert verdict(first, second) == "tie"  # 0.7 apart; the default block's spread is 1.3
+    assert verdict(row_of(first.records), row_of(second.records)) == "better"
+    assert whole.only({0}).noise() == whole.noise() == whole.spread("perplexity")
 
 
 def test_rows_can_be_compared_over_common_seeds_alone() -> None:
@@ -98,6 +102,35 @@ def test_rows_can_be_compared_over_common_seeds_alone() -> None:
     pair = over_common_seeds(first, second)
     assert [row.value("perplexity") for row in pair] == [44.5, 50.5]
     assert over_common_seeds(first.only({2}), second)[0].mean("perplexity") is None
+    assert [row.value("perplexity") for row in over_common_seeds(first, second, first.only({1}))] == [45.0, 51.0, 45.0]
+
+
+def test_a_verdict_is_over_the_seeds_that_both_rows_have() -> None:
+    whole = row_of(three((44.0, 47.0, 47.3)))
+    equal, lone = row_of(three((44.0,), "sparsegpt")), row_of(three((47.0, 48.0), "wanda")[1:])
+    assert (
+        verdict(equal, whole) == verdict(whole, equal) == "tie"
+    )  # the mean of all three is 46.1, beyond the spread of 1.8
+    assert verdict(lone, whole) == "tie"
+    assert verdict(equal, lone) == ""
+    assert ranks([whole, equal]) == ["1=", "1=°"]
+    assert ranks([equal, lone]) == ["", ""]
+    change = change_of(lone, whole)
+    assert change is not None
+    assert change.value == 1.0
+
+
+def test_common_seeds_are_those_that_have_the_field() -> None:
+    def row(method: str, scored: tuple[int, ...], seeds: tuple[int, ...]) -> Row:
+        found = [record(cell(method, seed=seed), perplexity=40.0 + seed) for seed in seeds]
+        return row_of(
+            [dataclasses.replace(r, zero_shot=r.zero_shot if r.cell["seed"] in scored else None) for r in found]
+        )
+
+    first, second = row("thanos", (0, 1), (0, 1, 2)), row("wanda", (0,), (0, 1, 2))
+    assert [len(r.records) for r in over_common_seeds(first, second)] == [3, 3]
+    assert [len(r.records) for r in over_common_seeds(first, second, field="zero_shot")] == [1, 1]
+    assert (one_seed(first, second), one_seed(first, second, field="zero_shot")) == ("", "°")
 
 
 def test_ranks_count_what_is_clearly_better_and_mark_ties_and_single_seeds() -> None:
@@ -151,10 +184,10 @@ def test_noise_is_borrowed_from_the_same_method_and_pattern_alone() -> None:
     other = results.find(method="sparsegpt")
     assert lonely is not None
     assert other is not None
-    noise = results.noise(lonely)
+    noise = lonely.noise()
     assert noise is not None
     assert noise.value == pytest.approx(1.0)
-    assert results.noise(other) is None
+    assert other.noise() is None
 
 
 def test_default_block_sizes_are_the_recipes() -> None:

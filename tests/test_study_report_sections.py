@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import pytest
 
 from study_records import METHODS, MODEL, cell, cost_record, cost_study, formula_record, full_study, record
-from thanos.study.report.rows import Results
-from thanos.study.report.sections import COST_SECTIONS, MODEL_SECTIONS, perplexity_table
+from thanos.study.report.rows import Results, over_common_seeds
+from thanos.study.report.sections import COST_SECTIONS, MODEL_SECTIONS, perplexity_table, variations
 from thanos.study.report.sections.alpha import ALPHAS, alpha, recommend
 from thanos.study.report.sections.blocks import SIZES, blocks
 from thanos.study.report.sections.claims import all_claims, claims
@@ -30,7 +30,8 @@ from thanos.study.store import CellRecord
 def seeds(
     values: Sequence[float], method: str = "thanos", pattern: str = "unstructured", **changes: object
 ) -> list[CellRecord]:
-    return [record(cell(method, pattern, seed=s, **changes), perplexity=value) for s, value in enumerate(values)]
+    given = {name: changes.pop(name) for name in ("seconds",) if name in changes}
+    return [record(cell(method, pattern, seed=s, **changes), perplexity=v, **given) for s, v in enumerate(values)]
 
 
 def column(table: Table, name: str) -> list[str]:
@@ -97,13 +98,39 @@ def test_the_recommended_alpha_is_the_smallest_within_the_noise_of_the_best() ->
     results = Results(MODEL, found)
     rows = equal_alphas(results, "thanos", "2:4", 0.5)
     assert [row.alpha for row in rows] == [0.0, 0.02, 0.05, 0.1, 0.2]
-    within, spread = recommend(results, rows)
-    assert spread is not None
-    assert spread.value == pytest.approx(1.0)
+    within, best = recommend(over_common_seeds(*rows))
+    assert best.alpha == 0.1
     assert [row.alpha for row in within] == [0.05, 0.1]
     section = alpha(results)
-    assert column(section.tables[0], "recommended") == ["", "", "recommended", "", ""]
+    assert column(section.tables[0], "recommended") == ["", "", "recommended°", "", ""]
     assert any("0.15, 0.3" in line for line in section.missing)
+
+
+def by_seed(share: float, values: Sequence[float], **changes: object) -> list[CellRecord]:
+    kept = {"outlier_rows": share, "keep_budget": True} if share else {}
+    return seeds(values, pattern="2:4", **kept, **changes)
+
+
+def test_alphas_are_judged_over_the_seeds_that_all_of_them_have() -> None:
+    # Equal to α = 0 on seed 0, and better than its mean by more than any spread.
+    lone = [*by_seed(0.0, (90.0, 95.0, 95.5)), *by_seed(0.1, (90.0,)), *by_seed(0.2, (90.5,))]
+    section = alpha(Results(MODEL, lone))
+    words = plain(section.prose[1])
+    assert words.startswith(
+        "2:4: recommended α = 0° (perplexity 90.00); it is the best, over seed 0. Noise: 3.04, known"
+    )
+    assert column(section.tables[0], "perplexity") == ["90.00", "90.00", "90.50"]
+    assert "Over seed 0, which all of these rows have; the others of rows with more" in plain(section.tables[0].note)
+    drawn = section.figures[0].series[0].points  # type: ignore[union-attr]
+    assert [point.y.value for point in drawn] == [90.0, 90.0, 90.5]
+    whole = [*by_seed(0.0, (90.0, 95.0, 95.5)), *by_seed(0.1, (85.0, 90.0, 90.5))]
+    words = plain(alpha(Results(MODEL, whole)).prose[1])
+    assert words.startswith(
+        "2:4: recommended α = 0.1 (perplexity 88.50); it is the best, over seeds 0, 1, 2. Noise: 3.04."
+    )
+    apart = [*by_seed(0.0, (90.0,)), *by_seed(0.1, (85.0, 90.0))[1:]]
+    section = alpha(Results(MODEL, apart))
+    assert (section.tables, section.missing[-1]) == ([], "Thanos, 2:4: a seed that every α has")
 
 
 def test_one_default_for_all_patterns_must_be_within_the_noise_for_each() -> None:
@@ -120,9 +147,11 @@ def test_one_default_for_all_patterns_must_be_within_the_noise_for_each() -> Non
         return Results(MODEL, found)
 
     words = plain(alpha(store(0.1)).prose[-1])
-    assert words == "One default for columns 30 % and 2:4: α = 0.1, the smallest within the noise of the best for each."
+    assert (
+        words == "One default for columns 30 % and 2:4: α = 0.1°, the smallest within the noise of the best for each."
+    )
     lone = store(0.05)
-    assert "α = 0.05, the smallest" in plain(alpha(lone).prose[-1])
+    assert "α = 0.05°, the smallest" in plain(alpha(lone).prose[-1])
 
 
 def test_alphas_that_lower_the_sparsity_are_not_on_the_curve() -> None:
@@ -135,15 +164,53 @@ def test_alphas_that_lower_the_sparsity_are_not_on_the_curve() -> None:
 
 @pytest.mark.parametrize(
     ("small", "large", "word"),
-    [(44.0, 46.0, "worth it"), (46.0, 44.0, "not worth it"), (44.0, 44.3, "a tie, which time decides against blocks")],
+    [(44.0, 46.0, "worth it"), (46.0, 44.0, "not worth it"), (44.0, 43.3, "a tie, which time decides against blocks")],
 )
 def test_block_sizes_are_judged_by_the_largest(small: float, large: float, word: str) -> None:
     found = seeds((43.5, 44.5, 43.9) if small == 44.0 else (45.5, 46.5, 46.1))
     found += [record(cell(block_size=8), perplexity=60.0), record(cell(block_size=2048), perplexity=large)]
     section = blocks(Results(MODEL, found))
     answer = plain(section.prose[1])
-    assert answer.startswith(f"unstructured 50 %: {word}. B = 128 against 2048")
+    assert answer.startswith(f"unstructured 50 %: {word}°. B = 128 against 2048")
+    assert answer.endswith(", over seed 0; noise 0.50.")
     assert column(section.tables[0], "block_size") == ["8", "128", "2048"]
+
+
+def test_block_sizes_are_judged_over_the_seeds_that_all_of_them_have() -> None:
+    sizes = [record(cell(block_size=size), perplexity=43.0, seconds=9.0) for size in (8, 2048)]
+    section = blocks(Results(MODEL, [*seeds((43.0, 45.0, 46.5), seconds=9.0), *sizes]))
+    assert "a tie, in time too°. B = 8 against 2048" in plain(section.prose[1])
+    assert column(section.tables[0], "perplexity") == ["43.00", "43.00", "43.00"]
+    assert column(section.tables[0], "verdict") == ["=°", "=°", ""]
+    drawn = section.figures[0].series[0].points  # type: ignore[union-attr]
+    assert [point.y.value for point in drawn] == [43.0] * 3
+    whole = [*seeds((43.0, 45.0, 46.5)), *seeds((40.0, 42.0, 43.5), block_size=8)]
+    table = blocks(Results(MODEL, whole)).tables[0]
+    assert column(table, "verdict") == ["<", ""]
+    assert column(table, "perplexity") == ["41.83 ± 1.76", "44.83 ± 1.76"]
+
+
+def test_groups_and_claims_give_one_pair_one_verdict() -> None:
+    found = [*by_seed(0.0, (90.0, 95.0, 95.5)), *by_seed(0.1, (90.3,))]
+    assert by_claim(found, "2:4: lower perplexity with α") == "tie°"
+    table = next(t for t in fairness(Results(MODEL, found)).tables if t.name == "sparsity_groups")
+    assert column(table, "rank") == ["1=", "1=°"]
+    assert [row[5].best for row in table.rows] == [True, True]
+    assert column(table, "seeds") == ["0, 1, 2", "0"]
+
+
+def test_differences_between_methods_are_over_common_seeds() -> None:
+    found = [*seeds((44.0, 47.0, 47.3)), *seeds((44.5,), "sparsegpt")]
+    table = next(t for t in noise(Results(MODEL, found)).tables if t.name == "differences")
+    assert (column(table, "difference"), column(table, "verdict")) == (["−0.50"], ["=°"])
+
+
+def test_variations_stand_beside_the_usual_over_common_seeds() -> None:
+    found = [*seeds((44.0, 47.0, 47.3)), record(cell(damping=0.1), perplexity=45.0)]
+    table = variations(Results(MODEL, found)).tables[0]
+    assert (column(table, "perplexity"), column(table, "usual_perplexity")) == (["45.00"], ["44.00"])
+    other = [*seeds((44.0, 47.0, 47.3)), record(cell(damping=0.1, seed=9), perplexity=45.0)]
+    assert column(variations(Results(MODEL, other)).tables[0], "usual_perplexity") == ["–"]
 
 
 def test_block_sizes_of_a_full_study_are_complete() -> None:
@@ -400,8 +467,8 @@ def test_a_difference_within_the_known_noise_is_a_tie() -> None:
     assert column(outliers(Results(MODEL, [*base, near])).tables[0], "verdict") == ["=°"]
     sizes = [record(cell(block_size=8), perplexity=44.5), record(cell(block_size=2048), perplexity=44.0)]
     table = blocks(Results(MODEL, [*seeds((43.0, 44.0, 45.5)), *sizes])).tables[0]
-    assert column(table, "verdict") == ["=°", "=", "°"]
-    assert column(blocks(Results(MODEL, sizes)).tables[0], "verdict") == [">°", "°"]
+    assert column(table, "verdict") == ["=°", "=°", ""]
+    assert column(blocks(Results(MODEL, sizes)).tables[0], "verdict") == [">°", ""]
 
 
 def test_a_claim_of_which_either_row_has_one_seed_is_marked() -> None:

@@ -108,11 +108,9 @@ def _alpha_helps(results: Results, pattern: str) -> Claim:
     own = next((row for row in rows if abs(row.alpha - 0.1) < 1e-9 and row.mean("perplexity")), None)
     if own is None or rows[0].alpha != 0 or rows[0].mean("perplexity") is None:
         return Claim(claim, _WORDS[""], ())
-    noise = results.known_noise(own, rows[0])
-    first, second = over_common_seeds(own, rows[0])
-    if first.mean("perplexity") is None or second.mean("perplexity") is None:
+    if not verdict(own, rows[0]):
         return Claim(claim, _WORDS[""], ())
-    return Claim(claim, _judged(first, second, noise=noise), _against(first, second))
+    return Claim(claim, _judged(own, rows[0]), _against(own, rows[0]))
 
 
 def _structured_gain_largest(results: Results) -> Claim:
@@ -145,14 +143,14 @@ def _faster(results: Results) -> Claim:
     return Claim(claim, _judged(own, other, "seconds"), _against(own, other, "seconds"))
 
 
-def _judged(own: Row, other: Row, field: str = "perplexity", noise: float = 0.0) -> str:
-    return _WORDS[verdict(own, other, field, noise)] + one_seed(own, other, field=field)
+def _judged(own: Row, other: Row, field: str = "perplexity") -> str:
+    return _WORDS[verdict(own, other, field)] + one_seed(own, other, field=field)
 
 
 def _against(own: Row, other: Row, field: str = "perplexity") -> Prose:
     unit = {"seconds": " s", "zero_shot": " %"}.get(field, "")
     parts: list[str | Number] = []
-    for row in (own, other):
+    for row in over_common_seeds(own, other, field=field):
         value, spread = row.mean(field), row.spread(field)
         assert value is not None
         name = row.name if own.method != other.method else f"α = {row.alpha:g}:"

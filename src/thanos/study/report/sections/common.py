@@ -112,8 +112,24 @@ def note(rows: Iterable[Row], *more: str) -> Prose:
     return (*parts, *(f" {text}" for text in more))
 
 
+def seeds_of(rows: Iterable[Row]) -> str:
+    """Return the seeds of rows as words: ``seeds 0, 1, 2``."""
+    seeds = sorted(
+        {str(record.cell["seed"]) for row in rows for record in row.records}, key=lambda seed: (len(seed), seed)
+    )
+    return f"seed{'' if len(seeds) == 1 else 's'} {', '.join(seeds)}"
+
+
+def common_note(rows: Sequence[Row], shared: Sequence[Row]) -> str:
+    """Return over which seeds a table's rows are shown, and that some of them have others besides."""
+    more = any(len(part.records) < len(row.records) for row, part in zip(rows, shared, strict=True))
+    rest = "; the others of rows with more count for the noise alone" if more else ""
+    return f"Over {seeds_of(shared)}, which all of these rows have{rest}."
+
+
 RANK_NOTE = (
-    "Rank: 1 + the number of rows that are better by more than the larger of the two spreads; = marks a tie, ° a row with one "
-    "seed, whose spread is unknown."
+    "Rank: 1 + the number of rows that are better by more than the larger of the two spreads, over the seeds that both have; = "
+    "marks a tie, ° a row with one seed, for whose spread that of the same method, pattern and sparsity stands if any is known."
 )
 SPREAD_NOTE = "± is the sample standard deviation over calibration seeds."
+BEST_NOTE = "Bold: not beaten by more than the spread, over the seeds that two rows have in common."
