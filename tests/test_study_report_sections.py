@@ -190,6 +190,34 @@ def test_block_sizes_are_judged_over_the_seeds_that_all_of_them_have() -> None:
     assert column(table, "perplexity") == ["41.83 ± 1.76", "44.83 ± 1.76"]
 
 
+def test_the_larger_of_two_spreads_counts_for_the_recommendation() -> None:
+    found = [*by_seed(0.0, (91.0, 96.0, 101.0)), *by_seed(0.1, (93.9, 94.0, 94.1))]
+    words = plain(alpha(Results(MODEL, found)).prose[1])
+    assert words.startswith("2:4: recommended α = 0 (perplexity 96.00); the best is α = 0.1 (94.00)")
+    assert "Noise: 5.00." in words
+
+
+def test_a_recommendation_from_single_draws_says_so() -> None:
+    section = alpha(Results(MODEL, [*by_seed(0.0, (96.0,)), *by_seed(0.1, (94.0,))]))
+    words = plain(section.prose[1])
+    assert words.startswith(
+        "2:4: recommended α = 0.1° (perplexity 94.00); it is the best, over seed 0. No row has several"
+    )
+    assert "the recommendation rests on single draws (°)" in words
+    assert column(section.tables[0], "recommended") == ["", "recommended°"]
+
+
+def test_the_choice_by_divergence_is_named_beside_that_by_perplexity() -> None:
+    found = [*by_seed(0.0, (96.0,)), *by_seed(0.1, (94.0,))]
+    same = plain(alpha(Results(MODEL, found)).prose[1])
+    assert same.endswith("By KL divergence the rule chooses the same.")
+    for one, divergence in zip(found, (1.25, 1.5), strict=True):
+        assert one.evaluation is not None
+        one.evaluation["kl_divergence"] = divergence
+    other = plain(alpha(Results(MODEL, found)).prose[1])
+    assert other.endswith("By KL divergence the rule chooses α = 0 (1.2500 nats/token).")
+
+
 def test_groups_and_claims_give_one_pair_one_verdict() -> None:
     found = [*by_seed(0.0, (90.0, 95.0, 95.5)), *by_seed(0.1, (90.3,))]
     assert by_claim(found, "2:4: lower perplexity with α") == "tie°"
