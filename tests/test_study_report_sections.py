@@ -65,12 +65,21 @@ def test_the_headline_names_what_it_lacks() -> None:
     assert any(line.startswith("columns") for line in section.missing)
 
 
-def test_the_headline_of_columns_is_where_the_store_has_most() -> None:
+def test_the_headline_is_where_most_methods_are_if_not_at_the_usual_sparsity() -> None:
     few = [record(cell(method, "columns", sparsity=0.5)) for method in METHODS[:2]]
     many = [record(cell(method, "columns", sparsity=0.2)) for method in METHODS]
-    results = Results(MODEL, [*few, *many])
+    lone = [record(cell("thanos", "columns", sparsity=0.3, seed=seed)) for seed in range(9)]
+    results = Results(MODEL, [*few, *many, *lone])
     assert headline_sparsity(results, "columns") == 0.2
     assert {row.sparsity for row in headline_rows(results, "columns")} == {0.2}
+    assert headline_sparsity(Results(MODEL, []), "columns") is None
+
+
+@pytest.mark.parametrize(("pattern", "usual"), [("columns", 0.3), ("unstructured", 0.5)])
+def test_more_cells_at_another_sparsity_do_not_move_the_headline(pattern: str, usual: float) -> None:
+    found = [record(cell(method, pattern, sparsity=usual)) for method in METHODS[:3]]
+    found += [record(cell(method, pattern, sparsity=0.2, seed=seed)) for method in METHODS for seed in range(3)]
+    assert headline_sparsity(Results(MODEL, found), pattern) == usual
 
 
 def test_alpha_is_compared_both_ways_and_never_across_sparsities() -> None:
@@ -188,6 +197,9 @@ def test_block_sizes_are_judged_over_the_seeds_that_all_of_them_have() -> None:
     table = blocks(Results(MODEL, whole)).tables[0]
     assert column(table, "verdict") == ["<", ""]
     assert column(table, "perplexity") == ["41.83 ± 1.76", "44.83 ± 1.76"]
+    mixed = [*whole, *seeds((90.0,), pattern="2:4"), *seeds((91.0,), pattern="2:4", block_size=8)]
+    about = plain(blocks(Results(MODEL, mixed)).tables[0].note)
+    assert "Over the seeds that all rows of a pattern have (unstructured 50 %: seeds 0, 1, 2; 2:4: seed 0)." in about
 
 
 def test_the_larger_of_two_spreads_counts_for_the_recommendation() -> None:
