@@ -11,7 +11,11 @@ import pytest
 from study_records import MODEL, cell, full_study, record
 from thanos.study.report.ranking import change_of, comparable, groups_by_sparsity, one_seed, ranks, verdict
 from thanos.study.report.rows import Results, Row, models_of, over_common_seeds, row_of
-from thanos.study.store import CellRecord
+from thanos.study.report.sections import data
+from thanos.study.report.sections.common import left_out
+from thanos.study.report.sections.fairness import fairness
+from thanos.study.report.values import plain
+from thanos.study.store import CellRecord, cell_key
 
 
 def three(values: tuple[float, ...], method: str = "thanos", **changes: object) -> list[CellRecord]:
@@ -46,8 +50,62 @@ def test_another_evaluation_is_left_out_and_reported() -> None:
     assert odd.evaluation is not None
     odd.evaluation["windows"] = 3
     results = Results(MODEL, [*three((44.0, 45.0, 46.0)), odd])
-    assert results.other_evaluations == [odd]
+    assert [each.records for each in results.left_out] == [(odd,)]
     assert results.select(method="wanda") == []
+
+
+def again(given: CellRecord, **asked: object) -> CellRecord:
+    """The same cell and seed, asked for otherwise."""
+    changed = {**given.asked, **asked}
+    return dataclasses.replace(given, asked=changed, key=cell_key(given.cell, changed))
+
+
+def test_another_dtype_is_left_out_and_named() -> None:
+    found = [*three((44.0, 45.0, 46.0)), *three((48.0,), "sparsegpt")]
+    odd = again(record(cell(), perplexity=60.0), dtype="bfloat16")
+    results = Results(MODEL, [*found, odd])
+    row = results.find(method="thanos")
+    assert row is not None
+    assert row.value("perplexity") == 45.0
+    assert len(row.records) == 3
+    words = plain(left_out(results))
+    assert (
+        words == "Left out: 1 cell that ran in another dtype than most (float32) (unstructured 50 %, Thanos, bfloat16)."
+    )
+    assert left_out(results) in fairness(results).prose
+    assert left_out(results) in data([*found, odd], [], [results]).prose
+    assert left_out(Results(MODEL, found)) == ()
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_cell_stored_with_and_without_tasks_counts_once_with_them(first: bool) -> None:
+    with_tasks = again(record(cell(), perplexity=44.0), zero_shot={"tasks": ["piqa"], "limit": None})
+    without = dataclasses.replace(record(cell(), perplexity=50.0), zero_shot=None)
+    pair = [with_tasks, without] if first else [without, with_tasks]
+    results = Results(MODEL, [*pair, record(cell(seed=1), perplexity=46.0)])
+    row = results.find(method="thanos")
+    assert row is not None
+    assert sorted(r.evaluation["perplexity"] for r in row.records if r.evaluation) == [44.0, 46.0]
+    assert [each.records for each in results.left_out] == [(without,)]
+
+
+def test_of_equal_records_of_one_cell_the_last_counts() -> None:
+    last = again(record(cell(), perplexity=45.0), other=1)
+    results = Results(MODEL, [record(cell(), perplexity=44.0), last])
+    assert [row.records for row in results.rows] == [(last,)]
+    assert plain(left_out(results)).startswith("Left out: 1 cell that repeated")
+
+
+def test_accuracies_on_other_tasks_are_not_shown_beside_those_of_most() -> None:
+    odd = record(cell("wanda"))
+    assert odd.zero_shot is not None
+    odd.zero_shot["tasks"]["piqa"]["samples"] = 40
+    results = Results(MODEL, [*three((44.0, 45.0, 46.0)), odd])
+    row = results.find(method="wanda")
+    assert row is not None
+    assert row.mean("zero_shot") is None
+    assert row.mean("perplexity") is not None
+    assert "had other zero-shot tasks than most" in plain(left_out(results))
 
 
 def test_groups_are_no_wider_than_two_tenths_of_a_point() -> None:

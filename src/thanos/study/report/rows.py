@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from thanos.errors import RecipeError
 from thanos.patterns import parse_pattern
 from thanos.recipe import METHODS, LayerRecipe
+from thanos.study.report.selection import most_common, select_cells
 from thanos.study.report.values import Number, field_of, mean, spread
 from thanos.study.store import CellRecord
 
@@ -160,9 +160,10 @@ def pattern_order(pattern: str) -> tuple[int, str]:
 
 
 class Results:
-    """The cells of one model that can be compared: same evaluation, and rows of the same calibration and damping.
+    """The cells of one model that can be compared: same evaluation and dtype, and rows of the same calibration and damping.
 
-    ``cost_only`` tells whether the study asked for the model's cost alone, so that none of its cells was evaluated.
+    ``left_out`` names the cells that are not compared, see selection.py; ``variations`` are the rows with another calibration
+    or damping. ``cost_only`` tells whether the study asked for the model's cost alone, so that none of its cells was evaluated.
 
     Args:
         model: whose.
@@ -174,15 +175,12 @@ class Results:
         self.model = model
         self.cost_only = bool(own) and all(_is_cost_only(record) for record in own)
         self.formulas = [record for record in own if record.formula is not None]
-        own = [record for record in own if record.formula is None]
-        scored = _most_common(_evaluation_of, own)
-        self.other_evaluations = [r for r in own if _evaluation_of(r) not in (scored, None)]
-        own = [r for r in own if _evaluation_of(r) in (scored, None)]
+        own, self.left_out = select_cells([record for record in own if record.formula is None])
         self.dense = next((row for row in _rows(own) if row.method == "dense"), None)
         pruned = [row for row in _rows(own) if row.method != "dense"]
         cells = [record for row in pruned for record in row.records]
-        text = _most_common(_calibration_of, cells) or (None, None, None)
-        damping = _most_common(_damping_of, cells) or (None,)
+        text = most_common(_calibration_of, cells) or (None, None, None)
+        damping = most_common(_damping_of, cells) or (None,)
         self.base = (*text, *damping)
         base = [row for row in pruned if self._is_base(row)]
         self.rows = [dataclasses.replace(row, kin=_kin(row, base)) for row in base]
@@ -269,12 +267,6 @@ def _asked_sparsity(cell: dict[str, Any]) -> float:
     return 0.0 if implied is None else implied
 
 
-def _evaluation_of(record: CellRecord) -> tuple[Any, ...] | None:
-    """What perplexities must share to be compared; None for a cell that was not evaluated."""
-    found = record.evaluation
-    return None if found is None else (found["text_sha256"], found["sequence_length"], found["windows"])
-
-
 def _is_cost_only(record: CellRecord) -> bool:
     return record.formula is None and record.asked.get("evaluation", {}) is None
 
@@ -286,10 +278,3 @@ def _calibration_of(record: CellRecord) -> tuple[Any, ...]:
 def _damping_of(record: CellRecord) -> tuple[Any, ...] | None:
     """None for a method that does not damp, which goes with any damping."""
     return None if record.cell["damping"] is None else (record.cell["damping"],)
-
-
-def _most_common(what: Callable[[CellRecord], Any], records: Iterable[CellRecord]) -> Any:
-    found = Counter(json.dumps(value) for record in records if (value := what(record)) is not None)
-    if not found:
-        return None
-    return tuple(json.loads(max(found, key=lambda text: (found[text], text))))

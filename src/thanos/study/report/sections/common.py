@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 
 from thanos.study.report.charts import Figure
 from thanos.study.report.ranking import comparable, verdict
-from thanos.study.report.rows import Results, Row, pattern_order
+from thanos.study.report.rows import Results, Row, pattern_order, row_of
 from thanos.study.report.tables import Table
 from thanos.study.report.values import Number, Prose, count
+from thanos.study.store import CellRecord
 
 HEADLINE = ("unstructured", "2:4", "4:8", "columns")
 """The patterns of the headline table, at the sparsity of :func:`headline_sparsity`."""
@@ -142,6 +143,27 @@ def common_note(rows: Sequence[Row], shared: Sequence[Row]) -> str:
         return f"Over {seeds_of(shared)}, which all of these rows have{rest}."
     each = "; ".join(f"{label}: {seeds}" for label, seeds in found.items())
     return f"Over the seeds that all rows of a pattern have ({each}){rest}."
+
+
+NAMED = 8
+"""Settings that are left out and named, for each reason."""
+
+
+def left_out(results: Results) -> Prose:
+    """Return what no comparison shows, and why; nothing where every cell is compared."""
+    parts: list[str | Number] = []
+    for each in results.left_out:
+        names = list(dict.fromkeys(_named(record) for record in each.records))
+        parts += ["; " if parts else "Left out: ", count(each.records), " cell" if len(each.records) == 1 else " cells"]
+        more = f" and {len(names) - NAMED} more settings" if len(names) > NAMED else ""
+        parts.append(f" that {each.reason} ({'; '.join(names[:NAMED])}{more})")
+    return (*parts, ".") if parts else ()
+
+
+def _named(record: CellRecord) -> str:
+    row = row_of([record])
+    dtype = record.asked.get("dtype")
+    return ", ".join(["dense" if row.method == "dense" else row.setting, *([dtype] if dtype else [])])
 
 
 RANK_NOTE = (

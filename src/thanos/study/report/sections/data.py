@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from thanos.study.report.rows import Results, over_common_seeds, row_of
-from thanos.study.report.sections.common import SPREAD_NOTE, Section, note
+from thanos.study.report.sections.common import SPREAD_NOTE, Section, left_out, note
 from thanos.study.report.tables import Table, columns, measures, number, text
 from thanos.study.report.values import Prose, count, setting, short
 from thanos.study.store import CellRecord
@@ -74,11 +74,10 @@ def data(done: Sequence[CellRecord], failed: Sequence[CellRecord], studies: Sequ
     section.prose.append((count(done), f" cells ran{span}; ", count(failed), " failed. ", *_machines(done)))
     if failed:
         section.tables.append(_failed(failed))
-    odd = [record for results in studies for record in results.other_evaluations]
-    if odd:
-        section.prose.append(
-            (count(odd), " cells were evaluated on another text or other windows than most and are in no comparison.")
-        )
+    for results in studies:
+        found = left_out(results)
+        if found:
+            section.prose.append((f"{results.model}: ", *found) if len(studies) > 1 else found)
     if done:
         section.tables.append(_cells(done))
     return section

@@ -12,6 +12,7 @@ from thanos.study.report.sections.common import (
     best_by,
     equal_alphas,
     headline_sparsity,
+    left_out,
     note,
     patterns_of,
 )
@@ -44,6 +45,8 @@ def fairness(results: Results) -> Section:
             "judged both ways: every method at the lowered sparsity, and α with the budget kept at the full one.",
         )
     )
+    if results.left_out:
+        section.prose.append(left_out(results))
     groups = groups_by_sparsity(row for row in results.rows if row.has_default_block)
     with_alpha = [rows for group in groups if len(rows := _both_ways(group)) > 1]
     if with_alpha:
