@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import pytest
@@ -388,6 +389,45 @@ def test_zero_shot_tables_have_a_column_for_each_task() -> None:
     table = zero_shot_table(FULL).tables[0]
     assert [c.name for c in table.columns][1:6] == ["winogrande", "openbookqa", "piqa", "arc_easy", "arc_challenge"]
     assert column(table, "method")[0] == "Dense"
+
+
+def test_fewer_zeros_do_not_take_the_bold() -> None:
+    half = [record(cell(m, "2:4"), perplexity=v) for m, v in (("thanos", 90.0), ("sparsegpt", 99.0))]
+    lowered = record(cell("thanos", "2:4", outlier_rows=0.1), perplexity=70.0)
+    assert lowered.zero_shot is not None
+    lowered.zero_shot["average"]["acc"] = 0.9
+    results = Results(MODEL, [*half, lowered])
+    for table, name in (
+        (zero_shot_table(results).tables[0], "average"),
+        (perplexity_table([results]).tables[0], MODEL),
+    ):
+        place = [c.name for c in table.columns].index(name)
+        bold = {row[0].shown: row[place].best for row in table.rows}
+        assert not bold["Thanos α = 0.1, only 45 % sparse"]
+        assert bold["Thanos"]
+
+
+def test_the_headline_bolds_rows_of_equal_sparsity_alone() -> None:
+    found = [record(cell(m), perplexity=v, sparsity=s) for m, v, s in (("thanos", 44.0, 0.5), ("wanda", 30.0, 0.45))]
+    found.append(record(cell("sparsegpt"), perplexity=48.0))
+    table = summary(Results(MODEL, found)).tables[0]
+    place = [c.name for c in table.columns].index("perplexity")
+    assert [row[place].best for row in table.rows] == [True, False, False]
+
+
+def test_table_3_says_how_many_seeds_its_accuracies_have() -> None:
+    found = [*seeds((44.0, 45.0, 46.0)), *seeds((50.0, 51.0, 52.0), "wanda")]
+    assert "Means over 3 calibration seeds. " in plain(zero_shot_table(Results(MODEL, found)).tables[0].note)
+    one = [r if r.cell["seed"] == 0 else dataclasses.replace(r, zero_shot=None) for r in found]
+    about = plain(zero_shot_table(Results(MODEL, one)).tables[0].note)
+    assert about.startswith("2 cells;")
+    assert "One calibration seed for each row." in about
+    mixed = [
+        r if r.cell["seed"] == 0 or r.cell["method"] == "thanos" else dataclasses.replace(r, zero_shot=None)
+        for r in found
+    ]
+    about = plain(zero_shot_table(Results(MODEL, mixed)).tables[0].note)
+    assert "Means over 1 to 3 calibration seeds, those with the tasks." in about
 
 
 def test_the_papers_table_has_a_column_for_each_model() -> None:

@@ -99,14 +99,16 @@ def patterns_of(rows: Iterable[Row]) -> list[str]:
 
 
 def best_by(rows: Sequence[Row], fields: Iterable[str]) -> dict[str, list[Row]]:
-    """Return for each field the rows that no other row clearly beats; none if there is but one row."""
-    able = {name: [row for row in rows if row.mean(name) is not None] for name in fields}
-    return {
-        name: [row for row in known if not any(verdict(o, row, name) == "better" for o in known if o is not row)]
-        if len(known) > 1
-        else []
-        for name, known in able.items()
-    }
+    """Return for each field the rows that no row of their sparsity clearly beats; none that has no such row beside it.
+
+    As for :func:`~thanos.study.report.ranking.ranks`, only rows of equal measured sparsity are compared, over common seeds.
+    """
+    found: dict[str, list[Row]] = {}
+    for name in fields:
+        able = [row for row in rows if row.mean(name) is not None]
+        results = {row: [verdict(o, row, name) for o in able if o is not row and comparable(o, row)] for row in able}
+        found[name] = [row for row in able if any(results[row]) and "better" not in results[row]]
+    return found
 
 
 def note(rows: Iterable[Row], *more: str) -> Prose:
@@ -171,4 +173,6 @@ RANK_NOTE = (
     "marks a tie, ° a row with one seed, for whose spread that of the same method, pattern and sparsity stands if any is known."
 )
 SPREAD_NOTE = "± is the sample standard deviation over calibration seeds."
-BEST_NOTE = "Bold: not beaten by more than the spread, over the seeds that two rows have in common."
+BEST_NOTE = (
+    "Bold: not beaten by more than the spread at equal measured sparsity, over the seeds that two rows have in common."
+)
