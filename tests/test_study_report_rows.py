@@ -9,7 +9,7 @@ from itertools import combinations, pairwise
 import pytest
 
 from study_records import MODEL, cell, full_study, record
-from thanos.study.report.ranking import change_of, comparable, groups_by_sparsity, one_seed, ranks, verdict
+from thanos.study.report.ranking import change_of, comparable, groups_by_sparsity, one_seed, pareto, ranks, verdict
 from thanos.study.report.rows import Results, Row, models_of, over_common_seeds, row_of
 from thanos.study.report.sections import data
 from thanos.study.report.sections.common import left_out
@@ -189,6 +189,24 @@ def test_common_seeds_are_those_that_have_the_field() -> None:
     assert [len(r.records) for r in over_common_seeds(first, second)] == [3, 3]
     assert [len(r.records) for r in over_common_seeds(first, second, field="zero_shot")] == [1, 1]
     assert (one_seed(first, second), one_seed(first, second, field="zero_shot")) == ("", "°")
+
+
+def test_the_pareto_front_against_brute_force() -> None:
+    draw = random.Random(3)
+    for _ in range(30):
+        points = [(float(draw.randint(0, 6)), float(draw.randint(30, 36))) for _ in range(8)]
+        rows = [row_of([record(cell(block_size=8 + i), seconds=a, perplexity=b)]) for i, (a, b) in enumerate(points)]
+        front = pareto(rows, lambda first, second: verdict(first, second, "seconds"))
+        expected = [not any((c <= a and d <= b) and (c, d) != (a, b) for c, d in points) for a, b in points]
+        assert [row in front for row in rows] == expected
+
+
+def test_what_is_lent_stands_for_the_spread_of_rows_without_one() -> None:
+    lent = row_of(three((44.0, 45.0, 46.0))).spread("perplexity")
+    first, second = row_of(three((44.0,))), row_of(three((44.9,), "sparsegpt"))
+    assert (verdict(first, second), verdict(first, second, lent=lent)) == ("better", "tie")
+    sharp = row_of(three((43.9, 44.0, 44.1))), row_of(three((44.8, 44.9, 45.0), "sparsegpt"))
+    assert verdict(*sharp, lent=lent) == "better"
 
 
 def test_ranks_count_what_is_clearly_better_and_mark_ties_and_single_seeds() -> None:

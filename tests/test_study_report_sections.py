@@ -267,8 +267,53 @@ def test_the_marginal_cost_is_seconds_per_point() -> None:
         record(cell("wanda"), perplexity=60.0, seconds=50.0),
     ]
     table = cost(Results(MODEL, found)).tables[0]
-    assert column(table, "price") == ["2.500", "–", "–"]
+    assert column(table, "price") == ["2.5°", "–", "–"]
     assert column(table, "front")[2] in ("", "memory")  # dearer in seconds and worse: beaten
+
+
+def timed(method: str, values: Sequence[tuple[float, float]], **changes: object) -> list[CellRecord]:
+    """Cells of one row with (perplexity, seconds) by seed."""
+    cells = [cell(method, seed=seed, **changes) for seed in range(len(values))]
+    times = zip(cells, values, strict=True)
+    return [record(one, perplexity=p, seconds=s, device_peak_bytes=2**33) for one, (p, s) in times]
+
+
+def test_seconds_within_their_spread_are_a_tie() -> None:
+    found = timed("thanos", [(44.0, 7.0), (45.0, 7.4), (46.0, 7.8)])
+    found += timed("sparsegpt", [(48.0, 7.0), (49.0, 7.1), (50.0, 7.2)])
+    found += timed("wanda", [(60.0, 6.2)])
+    section = cost(Results(MODEL, found))
+    table = section.tables[0]
+    assert column(table, "seconds") == ["7.40 ± 0.40", "7.10 ± 0.10", "6.20"]
+    assert column(table, "seconds_difference") == ["+0.30=", "–", "–"]
+    assert column(table, "price") == ["=", "–", "–"]
+    assert column(table, "front") == ["time", "", "time"]  # SparseGPT is not faster than Thanos, and worse
+    assert "of a row with one seed it is taken as 0.40 s." in " ".join(plain(prose) for prose in section.prose)
+    slower = timed("thanos", [(44.0, 8.5), (45.0, 8.9), (46.0, 9.3)]) + found[3:]
+    table = cost(Results(MODEL, slower)).tables[0]
+    assert (column(table, "seconds_difference")[0], column(table, "price")[0]) == ("+1.80", "0.45")
+    assert column(table, "front") == ["time", "time", "time"]
+
+
+def test_rows_of_one_seed_take_the_largest_spread_of_seconds() -> None:
+    found = timed("thanos", [(44.0, 7.3)]) + timed("sparsegpt", [(48.0, 7.0)])
+    assert column(cost(Results(MODEL, found)).tables[0], "front") == ["time", "time"]
+    found += timed("wanda", [(60.0, 6.0), (60.1, 6.4), (60.2, 6.8)])
+    table = cost(Results(MODEL, found)).tables[0]
+    assert column(table, "front")[:2] == ["time", ""]
+    assert (column(table, "seconds_difference")[0], column(table, "price")[0]) == ("+0.30=°", "=")
+    columns_30 = [record(cell(m, "columns", sparsity=0.3), seconds=s) for m, s in (("thanos", 7.0), ("sparsegpt", 7.3))]
+    assert by_claim([*found, *columns_30], "columns 30 %: less time than SparseGPT") == "tie°"
+
+
+def test_outlier_rows_are_priced_over_common_seeds() -> None:
+    found = timed("sparsegpt", [(99.0, 7.0), (109.0, 7.0), (110.0, 7.0)], pattern="2:4")
+    found += timed("thanos", [(90.0, 7.5), (91.0, 7.5), (92.0, 7.5)], pattern="2:4")
+    found += timed("thanos", [(89.0, 9.0)], pattern="2:4", outlier_rows=0.1, keep_budget=True)
+    table = cost(Results(MODEL, found)).tables[0]
+    assert column(table, "method")[:2] == ["Thanos", "Thanos α = 0.1, budget kept"]
+    assert column(table, "price")[1] == "0.20°"  # 2 s for 10 points, not for 17
+    assert column(table, "seconds_difference")[:2] == ["+0.50", "+2.00°"]
 
 
 def with_memory(method: str, perplexity: float, gibibytes: float) -> CellRecord:
@@ -336,7 +381,7 @@ def test_where_accuracy_was_not_measured_the_least_time_is_named() -> None:
     words = plain(blocks(Results(MODEL, found)).prose[1])
     assert words == "unstructured 50 %: pruning takes least with B = 128, 12.0 s; B = 8: 40.0 s; B = 2048: 31.0 s."
     lone = cost(Results(MODEL, [cost_record(cell(), seconds=40.0), cost_record(cell("sparsegpt"), seconds=30.0)]))
-    assert column(lone.tables[0], "seconds_difference") == ["+10.0", "–"]
+    assert column(lone.tables[0], "seconds_difference") == ["+10.0°", "–"]
     assert lone.missing == [
         f"{name}: at least two methods at one sparsity on one device" for name in ("2:4", "4:8", "columns")
     ]

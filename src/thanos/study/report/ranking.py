@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from thanos.study.report.rows import Row, over_common_seeds
 from thanos.study.report.values import Number, difference, field_of
@@ -28,7 +28,7 @@ def comparable(first: Row, second: Row) -> bool:
     return abs(first.value("sparsity") - second.value("sparsity")) <= GROUP_WIDTH
 
 
-def verdict(first: Row, second: Row, field: str = "perplexity") -> str:
+def verdict(first: Row, second: Row, field: str = "perplexity", lent: Number | None = None) -> str:
     """Compare two rows by the means of a field: ``better``, ``worse``, or ``tie`` within :func:`larger_noise`.
 
     The means are over the seeds that both rows have. Where no spread is known the means alone decide. Empty where the rows have
@@ -37,7 +37,7 @@ def verdict(first: Row, second: Row, field: str = "perplexity") -> str:
     change = change_of(first, second, field)
     if change is None:
         return ""
-    noise = larger_noise(first, second, field=field)
+    noise = larger_noise(first, second, field=field, lent=lent)
     if abs(change.value) <= (0.0 if noise is None else noise.value):
         return "tie"
     return "better" if (change.value > 0) == field_of(field).higher else "worse"
@@ -49,20 +49,37 @@ def change_of(first: Row, second: Row, field: str = "perplexity") -> Number | No
     return None if a is None or b is None else difference(a, b)
 
 
-def larger_noise(*rows: Row, field: str = "perplexity") -> Number | None:
+def larger_noise(*rows: Row, field: str = "perplexity", lent: Number | None = None) -> Number | None:
     """Return the largest :meth:`~thanos.study.report.rows.Row.noise` of some rows; None if none is known.
 
-    Accuracies have the standard error of their items besides; the larger counts.
+    What is ``lent`` stands for that of a row of which none is known. Accuracies have the standard error of their items
+    besides; the larger counts.
     """
     kind, _, task = field.partition(":")
     error = {"zero_shot": "zero_shot_stderr", "task": f"task_stderr:{task}"}.get(kind)
-    found = [row.noise(field) for row in rows] + [row.mean(error) for row in rows if error]
+    found = [row.noise(field) or lent for row in rows] + [row.mean(error) for row in rows if error]
     return max((number for number in found if number is not None), key=lambda number: number.value, default=None)
 
 
 def one_seed(*rows: Row, field: str = "perplexity") -> str:
     """Return the mark ``°`` where the rows have fewer than two draws in common: what is said of them rests on one."""
     return "°" if any(row.spread(field) is None for row in over_common_seeds(*rows, field=field)) else ""
+
+
+def pareto(rows: Sequence[Row], costs: Callable[[Row, Row], str], field: str = "perplexity") -> list[Row]:
+    """Return the rows that no other beats, which is to be no worse in cost and in a field, and better in one of them.
+
+    Args:
+        rows: comparable with each other.
+        costs: the verdict on two rows' costs.
+        field: what is had for it.
+    """
+
+    def beats(first: Row, second: Row) -> bool:
+        results = (costs(first, second), verdict(first, second, field))
+        return "better" in results and all(result in ("better", "tie") for result in results)
+
+    return [row for row in rows if not any(beats(other, row) for other in rows if other is not row)]
 
 
 def ranks(rows: Sequence[Row], field: str = "perplexity") -> list[str]:

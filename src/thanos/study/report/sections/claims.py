@@ -8,6 +8,7 @@ from itertools import pairwise
 from thanos.study.report.ranking import change_of, comparable, larger_noise, one_seed, verdict
 from thanos.study.report.rows import Results, Row, over_common_seeds
 from thanos.study.report.sections.common import HEADLINE, Section, equal_alphas, headline_rows, headline_sparsity
+from thanos.study.report.sections.cost import noise_of_seconds
 from thanos.study.report.tables import Cell, Table, columns, text
 from thanos.study.report.values import Number, Prose, gain
 
@@ -179,11 +180,13 @@ def _faster(results: Results) -> Claim:
     own, other = rows.get("thanos"), rows.get("sparsegpt")
     if own is None or other is None or len({r.machine["device"] for row in (own, other) for r in row.records}) > 1:
         return Claim(claim, _WORDS[""], ())
-    return Claim(claim, _judged(own, other, "seconds"), _against(own, other, "seconds"))
+    if not verdict(own, other, "seconds"):
+        return Claim(claim, _WORDS[""], ())
+    return Claim(claim, _judged(own, other, "seconds", noise_of_seconds(results)), _against(own, other, "seconds"))
 
 
-def _judged(own: Row, other: Row, field: str = "perplexity") -> str:
-    return _WORDS[verdict(own, other, field)] + one_seed(own, other, field=field)
+def _judged(own: Row, other: Row, field: str = "perplexity", lent: Number | None = None) -> str:
+    return _WORDS[verdict(own, other, field, lent)] + one_seed(own, other, field=field)
 
 
 def _against(own: Row, other: Row, field: str = "perplexity") -> Prose:
