@@ -59,6 +59,20 @@ def test_the_headline_has_the_dense_model_on_top_and_every_method_below_each_pat
     assert summary(FULL).missing == []
 
 
+def test_numbers_of_one_seed_in_a_row_of_several_are_marked() -> None:
+    found = [*seeds((44.0, 45.0, 46.0)), *seeds((50.0,), "wanda")]
+    found[1:3] = [
+        dataclasses.replace(one, zero_shot=None, machine={"device": "NVIDIA H100", "sharers": 3}) for one in found[1:3]
+    ]
+    table = summary(Results(MODEL, found)).tables[0]
+    marked = {c.name: row.shown.endswith("°") for c, row in zip(table.columns, table.rows[0], strict=True)}
+    assert [name for name, mark in marked.items() if mark] == ["zero_shot", "seconds"]
+    assert not any(cell.mark for cell in table.rows[1])
+    assert "° at a number: one seed of a row that has several" in plain(table.note)
+    whole = summary(Results(MODEL, seeds((44.0, 45.0, 46.0)))).tables[0]
+    assert all("±" in column(whole, name)[0] for name in ("zero_shot", "seconds", "perplexity"))
+
+
 def test_the_headline_names_what_it_lacks() -> None:
     section = summary(Results(MODEL, seeds((44.0,))))
     assert section.missing[0] == "the dense model"
@@ -493,6 +507,32 @@ def test_the_formulas_are_listed_as_measured() -> None:
     assert column(table, "formula")[0] == "W[:,P] · (H⁻¹[P,P])⁻¹ · H⁻¹[P,:]"
     assert r"W[:,P] $\cdot$ (H$^{-1}$[P,P])$^{-1}$ $\cdot$ H$^{-1}$[P,:]" in to_latex(table)
     assert column(table, "error") == ["0.09401", "0.09401", "0.27257", "2.204", "49.175"]
+
+
+@pytest.mark.parametrize(
+    ("errors", "words"),
+    [
+        (
+            {},
+            "Only Eq. 13, Algorithm 2 equals the least-squares optimum within 1 %; Appendix G.4.2, Eq. 72 and Algorithm 7 do",
+        ),
+        ({"eq13": 0.2}, "None of them equals the least-squares optimum within 1 %"),
+        (
+            {"algorithm7": 0.0945},
+            "Algorithm 7 equal the least-squares optimum within 1 %; Appendix G.4.2, Eq. 72 does not",
+        ),
+        ({"eq72": 0.094, "algorithm7": 0.094}, "and Algorithm 7 equal the least-squares optimum within 1 %."),
+    ],
+)
+def test_the_finding_on_formulas_is_read_from_the_store(errors: dict[str, float], words: str) -> None:
+    one = formula_record()
+    assert one.formula is not None
+    one.formula["errors"].update(errors)
+    assert words in plain(formula(Results(MODEL, [one])).prose[0])
+    two = [one, formula_record("model.layers.1.mlp.down_proj")]
+    assert "within 1 % on every layer" in plain(formula(Results(MODEL, two)).prose[0])
+    del one.formula["errors"]["least_squares"]
+    assert plain(formula(Results(MODEL, [one])).prose[0]).endswith("the same columns.")
 
 
 def test_fewer_than_three_seeds_are_asked_for() -> None:

@@ -219,9 +219,15 @@ WRITERS = {"csv": to_csv, "md": to_markdown, "tex": to_latex}
 
 
 def measures(row: Any, fields: Sequence[str], best: dict[str, Any] | None = None) -> list[Cell]:
-    """Return a cell for each field of a row: mean and spread, bold where ``best`` names this row for the field."""
+    """Return a cell for each field of a row: mean and spread, bold where ``best`` names this row for the field.
+
+    ``°`` marks a field that rests on one draw where the row has several: tasks, or seconds of the cells that ran alone.
+    """
     found = []
     for name in fields:
-        spread = None if name in _WITHOUT_SPREAD else row.spread(name)
-        found.append(number(row.mean(name), spread, best=bool(best) and row in best.get(name, ())))
+        spread = row.spread(name)
+        lone = len(row.draws) > 1 and spread is None and row.mean(name) is not None and name != "zero_shot_stderr"
+        shown = None if name in _WITHOUT_SPREAD else spread
+        cell = number(row.mean(name), shown, best=bool(best) and row in best.get(name, ()), mark="°" if lone else "")
+        found.append(cell)
     return found

@@ -172,7 +172,9 @@ RANK_NOTE = (
     "Rank: 1 + the number of rows that are better by more than the larger of the two spreads, over the seeds that both have; = "
     "marks a tie, ° a row with one seed, for whose spread that of the same method, pattern and sparsity stands if any is known."
 )
-SPREAD_NOTE = "± is the sample standard deviation over calibration seeds."
+SPREAD_NOTE = (
+    "± is the sample standard deviation over calibration seeds; ° at a number: one seed of a row that has several."
+)
 BEST_NOTE = (
     "Bold: not beaten by more than the spread at equal measured sparsity, over the seeds that two rows have in common."
 )

@@ -222,9 +222,7 @@ def _line(rows: list[Row], row: Row, fronts: dict[str, list[Row]], lent: Number 
     return (
         text(row.label),
         number(row.mean("sparsity")),
-        number(row.mean("perplexity"), row.spread("perplexity")),
-        number(row.mean("seconds"), row.spread("seconds")),
-        number(row.mean("peak_bytes")),
+        *measures(row, ("perplexity", "seconds", "peak_bytes")),
         text(where),
         number(None) if other is None else _more(row, other, lent),
         number(None) if other is None else _price(row, other, lent),
