@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
+import random
 import re
 import statistics
 import sys
@@ -19,7 +21,7 @@ from study_records import MODEL, cell, contents, cost_study, failed, full_study,
 from thanos.cli import run
 from thanos.errors import DataError
 from thanos.study.report import build_report, update_readme, with_results, write_report
-from thanos.study.report.values import plain
+from thanos.study.report.values import Number, plain
 
 PATHS = {
     "perplexity": ("evaluation", "perplexity"),
@@ -154,6 +156,24 @@ def test_every_number_of_the_page_is_the_stores(page: Page, store: Store) -> Non
         )
         assert float(one["value"]) == pytest.approx(expected, rel=1e-12, abs=1e-15), one
     assert {one["data-how"] for one in page.numbers} == {"value", "mean", "spread", "difference", "gain", "price"}
+
+
+def test_differences_compare_the_same_seeds_whatever_seeds_rows_have() -> None:
+    draw = random.Random(7)
+    whole = full_study(blocks=1)
+    compared = 0
+    for share in (0.4, 0.7, 0.95):
+        part = [one for one in whole if draw.random() < share or one.cell["method"] == "dense"]
+        part = [one if draw.random() < 0.6 else dataclasses.replace(one, zero_shot=None) for one in part]
+        report, seeds = build_report(contents(part)), {one.key[:12]: one.cell["seed"] for one in part}
+        prose = [words for chapter in report.chapters for s in chapter.sections for words in (*s.prose, *s.missing)]
+        cells = [cell for table in report.tables for row in table.rows for cell in row]
+        prose += [cell.prose for cell in cells] + [(cell.number,) for cell in cells]
+        for found in (part for words in prose for part in words if isinstance(part, Number)):
+            if found.minus and found.field != "sparsity":
+                assert sorted(seeds[key] for key in found.cells) == sorted(seeds[key] for key in found.minus), found
+                compared += 1
+    assert compared > 100
 
 
 def test_every_number_that_is_shown_is_its_value_rounded(page: Page) -> None:

@@ -10,7 +10,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from thanos.study.report.charts import Chart, HeatMap, Point, Series, pareto
+from thanos.study.report.charts import Chart, HeatMap, Point, Series
 from thanos.study.report.labels import (
     Box,
     Segment,
@@ -92,20 +92,6 @@ def test_lines_are_capped_where_asked_and_three_are_drawn() -> None:
     assert dataclasses.replace(three, capped=False).ceiling is None
     assert dataclasses.replace(three, series=(low, high)).ceiling is None
     assert dataclasses.replace(three, series=(low, low, low)).ceiling is None
-
-
-def test_first_coordinates_alike_within_a_share_are_equal_on_the_front() -> None:
-    assert pareto([(1.0, 5.0), (1.005, 4.0), (0.8, 9.0)], 0.01) == [False, True, True]
-    assert pareto([(1.0, 5.0), (1.005, 4.0), (0.8, 9.0)]) == [True, True, True]
-    assert pareto([(1.0, 5.0), (1.005, 5.0)], 0.01) == [True, True]
-
-
-def test_the_pareto_front_against_brute_force() -> None:
-    draw = random.Random(3)
-    for _ in range(50):
-        points = [(draw.randint(0, 6), draw.randint(0, 6)) for _ in range(8)]
-        expected = [not any((c <= a and d <= b) and (c, d) != (a, b) for c, d in points) for a, b in points]
-        assert pareto([(float(a), float(b)) for a, b in points]) == expected
 
 
 def test_labels_are_pushed_apart_in_order_and_below_the_top() -> None:

@@ -36,6 +36,12 @@ def test_an_unknown_number_is_empty_in_csv_and_a_dash_of_text_stays() -> None:
     assert "| – | – | – |" in to_markdown(table)
 
 
+def test_a_mark_follows_the_number_and_is_not_in_csv() -> None:
+    table = Table("t", "t", columns("x"), ((number(MEAN, SPREAD, mark="=°"),),))
+    assert "| 44.81 ± 0.26=° |" in to_markdown(table)
+    assert to_csv(table).splitlines()[1] == "44.81234,0.2571"
+
+
 def test_latex_raises_whole_exponents() -> None:
     small = Number(4.312e-7, "layer_error", "mean", ("a",))
     table = Table("t", "t", columns("<formula", "x"), ((text("(H⁻¹[P,P])⁻¹"), number(small)),))

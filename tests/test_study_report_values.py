@@ -78,6 +78,14 @@ def test_numbers_are_shown_in_the_units_of_their_labels(field: str, value: float
     assert Number(value, field, "mean", ("a",)).text == text
 
 
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.06105, "0.061"), (0.0053, "0.0053"), (2.5, "2.5"), (-14.6, "−15"), (1234.6, "1,235"), (0.0, "0")],
+)
+def test_prices_have_two_significant_digits(value: float, text: str) -> None:
+    assert Number(value, "perplexity", "price", ("a",), ("b",)).text == text
+
+
 def test_signs_of_differences_are_shown() -> None:
     assert Number(-2.653, "perplexity", "difference", ("a",), ("b",)).text == "−2.65"
     assert Number(2.653, "perplexity", "difference", ("a",), ("b",)).text == "+2.65"

@@ -158,22 +158,6 @@ class HeatMap:
 Figure = Chart | HeatMap
 
 
-def pareto(points: list[tuple[float, float]], alike: float = 0.0) -> list[bool]:
-    """Tell which points no other beats: none is at most as large in both coordinates and smaller in one.
-
-    First coordinates that differ by no more than the share ``alike`` count as equal.
-    """
-    room = 1 + alike
-    return [
-        not any(
-            a <= x * room and b <= y and (a * room < x or b < y)
-            for other, (a, b) in enumerate(points)
-            if other != index
-        )
-        for index, (x, y) in enumerate(points)
-    ]
-
-
 def _point(point: Point) -> dict[str, Any]:
     spread = {} if point.spread is None else {"spread": point.spread.to_dict()}
     label = {"label": point.label} if point.label else {}

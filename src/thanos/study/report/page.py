@@ -165,7 +165,7 @@ def _cell(cell: Cell, is_text: bool) -> str:
     shown = f"<strong>{shown}</strong>" if cell.best else shown
     if cell.spread is not None:
         shown += f'<span class="spread"> ± {_number(cell.spread)}</span>'
-    return f"<td>{shown}</td>"
+    return f"<td>{shown}{html.escape(cell.mark)}</td>"
 
 
 def _kind(is_text: bool) -> str:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from thanos.errors import RecipeError
 from thanos.patterns import parse_pattern
 from thanos.recipe import METHODS, LayerRecipe
-from thanos.study.report.values import Number, mean, spread
+from thanos.study.report.selection import most_common, select_cells
+from thanos.study.report.values import Number, field_of, mean, spread
 from thanos.study.store import CellRecord
 
 NAMES = {
@@ -35,6 +35,8 @@ class Row:
         sparsity: asked for; the pattern's own for n:m.
         alpha: share of outlier rows.
         records: the cells, by seed.
+        whole: the row of which this one is a part, see :meth:`only`; None for a whole row.
+        kin: the rows of the same method, pattern and sparsity, whose spread stands for that of a row with one seed.
     """
 
     model: str
@@ -49,6 +51,8 @@ class Row:
     samples: int | None
     sequence_length: int | None
     records: tuple[CellRecord, ...]
+    whole: Row | None = None
+    kin: tuple[Row, ...] = ()
 
     @property
     def name(self) -> str:
@@ -85,11 +89,6 @@ class Row:
         return self.block_size == default
 
     @property
-    def is_plain(self) -> bool:
-        """Whether neither outlier rows nor a block size of its own set it apart."""
-        return self.alpha == 0 and self.has_default_block
-
-    @property
     def order(self) -> tuple[Any, ...]:
         """What rows are sorted by."""
         methods = ("dense", *METHODS)
@@ -112,15 +111,27 @@ class Row:
         """Return its spread over the seeds; None for fewer than two. Seeds that drew the same windows are one."""
         return spread(self.draws, field)
 
-    def only(self, seeds: Iterable[int | None]) -> Row:
-        """Return the row with the cells of these seeds alone."""
-        wanted = set(seeds)
-        return dataclasses.replace(self, records=tuple(r for r in self.records if r.cell["seed"] in wanted))
+    def noise(self, field: str = "perplexity") -> Number | None:
+        """Return how much a field may differ by the draw of calibration text alone; None where nothing tells.
 
-    @property
-    def seeds(self) -> set[int | None]:
-        """The seeds of the cells."""
-        return {record.cell["seed"] for record in self.records}
+        That is the spread of the whole row, or the largest of its :attr:`kin` where the row has one seed.
+        """
+        own = (self.whole or self).spread(field)
+        if own is not None:
+            return own
+        spreads = [found for row in self.kin if (found := row.spread(field)) is not None]
+        return max(spreads, key=lambda number: number.value, default=None)
+
+    def only(self, seeds: Iterable[int | None]) -> Row:
+        """Return the row with the cells of these seeds alone; its :meth:`noise` is still that of all of them."""
+        wanted = set(seeds)
+        records = tuple(record for record in self.records if record.cell["seed"] in wanted)
+        return dataclasses.replace(self, records=records, whole=self.whole or self)
+
+    def seeds_with(self, field: str) -> set[int | None]:
+        """Return the seeds of the cells that have a field: not every seed is given the zero-shot tasks."""
+        read = field_of(field).read
+        return {record.cell["seed"] for record in self.records if read(record) is not None}
 
     @property
     def draws(self) -> tuple[CellRecord, ...]:
@@ -149,9 +160,10 @@ def pattern_order(pattern: str) -> tuple[int, str]:
 
 
 class Results:
-    """The cells of one model that can be compared: same evaluation, and rows of the same calibration and damping.
+    """The cells of one model that can be compared: same evaluation and dtype, and rows of the same calibration and damping.
 
-    ``cost_only`` tells whether the study asked for the model's cost alone, so that none of its cells was evaluated.
+    ``left_out`` names the cells that are not compared, see selection.py; ``variations`` are the rows with another calibration
+    or damping. ``cost_only`` tells whether the study asked for the model's cost alone, so that none of its cells was evaluated.
 
     Args:
         model: whose.
@@ -163,17 +175,15 @@ class Results:
         self.model = model
         self.cost_only = bool(own) and all(_is_cost_only(record) for record in own)
         self.formulas = [record for record in own if record.formula is not None]
-        own = [record for record in own if record.formula is None]
-        scored = _most_common(_evaluation_of, own)
-        self.other_evaluations = [r for r in own if _evaluation_of(r) not in (scored, None)]
-        own = [r for r in own if _evaluation_of(r) in (scored, None)]
+        own, self.left_out = select_cells([record for record in own if record.formula is None])
         self.dense = next((row for row in _rows(own) if row.method == "dense"), None)
         pruned = [row for row in _rows(own) if row.method != "dense"]
         cells = [record for row in pruned for record in row.records]
-        text = _most_common(_calibration_of, cells) or (None, None, None)
-        damping = _most_common(_damping_of, cells) or (None,)
+        text = most_common(_calibration_of, cells) or (None, None, None)
+        damping = most_common(_damping_of, cells) or (None,)
         self.base = (*text, *damping)
-        self.rows = [row for row in pruned if self._is_base(row)]
+        base = [row for row in pruned if self._is_base(row)]
+        self.rows = [dataclasses.replace(row, kin=_kin(row, base)) for row in base]
         self.variations = [row for row in pruned if not self._is_base(row)]
 
     def _is_base(self, row: Row) -> bool:
@@ -189,27 +199,20 @@ class Results:
         """Return the rows with these attributes, whatever the others."""
         return [row for row in self.rows if _matches(row, settings, any_block=True)]
 
-    def noise(self, row: Row, field: str = "perplexity") -> Number | None:
-        """Return a row's spread, or the largest of the rows with its method, pattern and sparsity; None if none has one.
 
-        That is how much a number may differ by the draw of calibration text alone.
-        """
-        own = row.spread(field)
-        if own is not None:
-            return own
-        alike = self.select(method=row.method, pattern=row.pattern, sparsity=row.sparsity)
-        spreads = [found for other in alike if (found := other.spread(field)) is not None]
-        return max(spreads, key=lambda number: number.value) if spreads else None
+def over_common_seeds(*rows: Row, field: str = "perplexity") -> tuple[Row, ...]:
+    """Return rows with those seeds alone for which each of them has the field.
 
-    def known_noise(self, *rows: Row, field: str = "perplexity") -> float:
-        """Return the largest :meth:`noise` of some rows; 0 if none is known."""
-        return max((found.value for row in rows if (found := self.noise(row, field)) is not None), default=0.0)
+    What only one of them drew says nothing of a difference: every comparison of a report is made over what this gives. Rows
+    without a common seed have no cells left.
+    """
+    common = set.intersection(*(row.seeds_with(field) for row in rows)) if rows else set()
+    return tuple(row.only(common) for row in rows)
 
 
-def over_common_seeds(first: Row, second: Row) -> tuple[Row, Row]:
-    """Return two rows with the seeds alone that both have: what only one of them drew says nothing of a difference."""
-    common = first.seeds & second.seeds
-    return first.only(common), second.only(common)
+def _kin(row: Row, rows: Iterable[Row]) -> tuple[Row, ...]:
+    wanted = {"method": row.method, "pattern": row.pattern, "sparsity": row.sparsity}
+    return tuple(other for other in rows if _matches(other, wanted, any_block=True))
 
 
 def models_of(records: Iterable[CellRecord]) -> list[str]:
@@ -264,12 +267,6 @@ def _asked_sparsity(cell: dict[str, Any]) -> float:
     return 0.0 if implied is None else implied
 
 
-def _evaluation_of(record: CellRecord) -> tuple[Any, ...] | None:
-    """What perplexities must share to be compared; None for a cell that was not evaluated."""
-    found = record.evaluation
-    return None if found is None else (found["text_sha256"], found["sequence_length"], found["windows"])
-
-
 def _is_cost_only(record: CellRecord) -> bool:
     return record.formula is None and record.asked.get("evaluation", {}) is None
 
@@ -281,10 +278,3 @@ def _calibration_of(record: CellRecord) -> tuple[Any, ...]:
 def _damping_of(record: CellRecord) -> tuple[Any, ...] | None:
     """None for a method that does not damp, which goes with any damping."""
     return None if record.cell["damping"] is None else (record.cell["damping"],)
-
-
-def _most_common(what: Callable[[CellRecord], Any], records: Iterable[CellRecord]) -> Any:
-    found = Counter(json.dumps(value) for record in records if (value := what(record)) is not None)
-    if not found:
-        return None
-    return tuple(json.loads(max(found, key=lambda text: (found[text], text))))

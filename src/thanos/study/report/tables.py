@@ -11,7 +11,7 @@ from typing import Any
 
 from thanos.study.report.values import Number, Prose, plain
 
-_WITHOUT_SPREAD = ("zero_shot_stderr", "layer_error", "seconds", "solve_seconds", "sparsity", "peak_bytes")
+_WITHOUT_SPREAD = ("zero_shot_stderr", "layer_error", "solve_seconds", "sparsity", "peak_bytes")
 """Shown as means alone, to keep tables narrow; the spread of the layer error is in the table of noise."""
 
 
@@ -28,6 +28,7 @@ class Cell:
         number: from the store.
         spread: of the number over seeds.
         best: shown bold.
+        mark: after the number, how to take it: ``=`` a tie, ``°`` one seed. Not in CSV files.
         prose: several numbers in a sentence, instead of the above.
     """
 
@@ -35,6 +36,7 @@ class Cell:
     number: Number | None = None
     spread: Number | None = None
     best: bool = False
+    mark: str = ""
     prose: Prose = ()
 
     @property
@@ -44,7 +46,8 @@ class Cell:
             return plain(self.prose)
         if self.number is None:
             return self.text
-        return self.number.text if self.spread is None else f"{self.number.text} ± {self.spread.text}"
+        spread = "" if self.spread is None else f" ± {self.spread.text}"
+        return f"{self.number.text}{spread}{self.mark}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +87,9 @@ def text(value: Any) -> Cell:
     return Cell(text=str(value))
 
 
-def number(value: Number | None, spread: Number | None = None, *, best: bool = False) -> Cell:
+def number(value: Number | None, spread: Number | None = None, *, best: bool = False, mark: str = "") -> Cell:
     """Return a cell of a number, a dash where it is unknown."""
-    return Cell(text=UNKNOWN, number=value, spread=spread, best=best)
+    return Cell(text=UNKNOWN, number=value, spread=spread, best=best, mark=mark)
 
 
 def columns(*heads: str) -> tuple[Column, ...]:
@@ -216,9 +219,15 @@ WRITERS = {"csv": to_csv, "md": to_markdown, "tex": to_latex}
 
 
 def measures(row: Any, fields: Sequence[str], best: dict[str, Any] | None = None) -> list[Cell]:
-    """Return a cell for each field of a row: mean and spread, bold where ``best`` names this row for the field."""
+    """Return a cell for each field of a row: mean and spread, bold where ``best`` names this row for the field.
+
+    ``°`` marks a field that rests on one draw where the row has several: tasks, or seconds of the cells that ran alone.
+    """
     found = []
     for name in fields:
-        spread = None if name in _WITHOUT_SPREAD else row.spread(name)
-        found.append(number(row.mean(name), spread, best=bool(best) and row in best.get(name, ())))
+        spread = row.spread(name)
+        lone = len(row.draws) > 1 and spread is None and row.mean(name) is not None and name != "zero_shot_stderr"
+        shown = None if name in _WITHOUT_SPREAD else spread
+        cell = number(row.mean(name), shown, best=bool(best) and row in best.get(name, ()), mark="°" if lone else "")
+        found.append(cell)
     return found

@@ -11,6 +11,7 @@ A report prints no other numbers. ``how`` says what was done with one field of t
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -70,7 +71,7 @@ class Number:
         if self.how == "gain":
             return f"{100 * self.value:.1f} %".replace("-", "−")
         if self.how == "price":
-            return _significant(self.value).replace("-", "−")
+            return _two_significant(self.value).replace("-", "−")
         text = field_of(self.field).show(self.scaled)
         return f"+{text}" if self.how == "difference" and self.value > 0 else text.replace("-", "−")
 
@@ -236,6 +237,15 @@ def _plain(value: float) -> str:
 
 def _seconds(value: float) -> str:
     return f"{value:.2f}" if abs(value) < 10 else f"{value:,.1f}" if abs(value) < 100 else f"{value:,.0f}"
+
+
+def _two_significant(value: float) -> str:
+    """Return two significant digits, or all before the point."""
+    if value == 0 or abs(value) >= 10:
+        return f"{value:,.0f}"
+    if abs(value) < 1e-4:
+        return _scientific(value)
+    return f"{value:.{1 - math.floor(math.log10(abs(value)))}f}"
 
 
 def _significant(value: float) -> str:

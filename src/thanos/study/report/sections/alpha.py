@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from thanos.study.report.charts import Chart, Point, Series
-from thanos.study.report.rows import NAMES, Results, Row, percent
-from thanos.study.report.sections.common import SPREAD_NOTE, Section, equal_alphas, headline_sparsity, note
+from thanos.study.report.ranking import larger_noise, one_seed, verdict
+from thanos.study.report.rows import NAMES, Results, Row, over_common_seeds, percent
+from thanos.study.report.sections.common import (
+    SPREAD_NOTE,
+    Section,
+    common_note,
+    equal_alphas,
+    headline_sparsity,
+    note,
+    seeds_of,
+)
 from thanos.study.report.tables import Cell, Table, columns, measures, number, text
 from thanos.study.report.values import Number, Prose, setting
 
@@ -20,13 +31,15 @@ def alpha(results: Results) -> Section:
     section = Section("alpha", "How many outlier rows?")
     section.prose.append(
         (
-            "Rule: the recommended α is the smallest whose perplexity is within the noise of the best (the spread over seeds).",
+            "Rule: the recommended α is the smallest whose perplexity is within the noise of the best: the larger of the two "
+            "rows' spreads over seeds. All rows of a pattern are judged over the seeds that all of them have; ° marks what "
+            "rests on one seed.",
         )
     )
     within: dict[str, list[Row]] = {}
     for pattern in PATTERNS:
         sparsity = _sparsity(results, pattern)
-        rows = [] if sparsity is None else equal_alphas(results, "thanos", pattern, sparsity)
+        rows = [] if sparsity is None else _evaluated(results, "thanos", pattern, sparsity)
         label = pattern if ":" in pattern else f"{pattern} {percent(sparsity if sparsity is not None else 0.3)}"
         have = {round(row.alpha, 6) for row in rows}
         lacking = [f"{value:g}" for value in ALPHAS if value not in have]
@@ -34,13 +47,14 @@ def alpha(results: Results) -> Section:
             section.missing.append(f"Thanos, {label}, α = {', '.join(lacking)} with the budget kept")
         if sparsity is None or len(rows) < 2:
             continue
-        within[label], noise = recommend(results, rows)
-        chosen = within[label][0] if within[label] else None
-        section.prose.append(_advice(results, label, rows, chosen, noise))
-        section.tables.append(_table(label, pattern, rows, chosen))
-        section.figures += [
-            _chart(results, field, label, pattern, sparsity) for field in ("perplexity", "kl_divergence")
-        ]
+        shared = over_common_seeds(*rows)
+        if not shared[0].records:
+            section.missing.append(f"Thanos, {label}: a seed that every α has")
+            continue
+        within[label], best = recommend(shared)
+        section.prose.append(_advice(label, shared, within[label][0], best))
+        section.tables.append(_table(label, pattern, rows, shared, within[label][0]))
+        section.figures += [_chart(results, field, label, pattern, shared) for field in ("perplexity", "kl_divergence")]
     if len(within) > 1:
         section.prose.append(_common(within))
     return section
@@ -54,19 +68,21 @@ def _common(within: dict[str, list[Row]]) -> Prose:
     if not common:
         return (f"No one α is within the noise of the best for {names}: choose by pattern.",)
     number = setting(shares[0][common[0]].records[0], "alpha")
+    mark = "°" if any(one_seed(each[common[0]]) for each in shares) else ""
     assert number is not None
-    return (f"One default for {names}: α = ", number, ", the smallest within the noise of the best for each.")
+    return (f"One default for {names}: α = ", number, f"{mark}, the smallest within the noise of the best for each.")
 
 
-def recommend(results: Results, rows: list[Row]) -> tuple[list[Row], Number | None]:
-    """Return the rows within the noise of the best perplexity, by α, and that noise; the first is what is recommended."""
-    able = [row for row in rows if row.mean("perplexity") is not None]
-    if not able:
-        return [], None
-    best = min(able, key=lambda row: row.value("perplexity"))
-    noise = results.noise(best)
-    limit = best.value("perplexity") + (0.0 if noise is None else noise.value)
-    return sorted((row for row in able if row.value("perplexity") <= limit), key=lambda row: row.alpha), noise
+def recommend(rows: Sequence[Row], field: str = "perplexity") -> tuple[list[Row], Row]:
+    """Return the rows within the noise of the best, by α, and the best; the first of them is what is recommended.
+
+    Args:
+        rows: over the same seeds, each with the field.
+        field: by which they are judged; lower is better.
+    """
+    best = min(rows, key=lambda row: row.value(field))
+    within = [row for row in rows if verdict(row, best, field) != "worse"]
+    return sorted(within, key=lambda row: row.alpha), best
 
 
 def _sparsity(results: Results, pattern: str) -> float | None:
@@ -77,20 +93,51 @@ def _sparsity(results: Results, pattern: str) -> float | None:
     return max(sparsities, key=lambda value: len(equal_alphas(results, "thanos", pattern, value)), default=None)
 
 
-def _advice(results: Results, label: str, rows: list[Row], chosen: Row | None, noise: Number | None) -> Prose:
-    if chosen is None:
-        return (f"{label}: no perplexity in the store.",)
-    best = min((row for row in rows if row.mean("perplexity")), key=lambda row: row.value("perplexity"))
+def _evaluated(results: Results, method: str, pattern: str, sparsity: float) -> list[Row]:
+    rows = equal_alphas(results, method, pattern, sparsity)
+    return [row for row in rows if row.mean("perplexity") is not None]
+
+
+def _advice(label: str, rows: Sequence[Row], chosen: Row, best: Row) -> Prose:
     numbers = [setting(row.records[0], "alpha") for row in (chosen, best)]
     means = [row.mean("perplexity") for row in (chosen, best)]
-    assert all(number is not None for number in (*numbers, *means))
-    words: list[str | Number | None] = [f"{label}: recommended α = ", numbers[0], " (perplexity ", means[0], "); "]
-    words += ["it is the best. "] if chosen is best else ["the best is α = ", numbers[1], " (", means[1], "). "]
-    words += ["No row has several seeds: the noise is unknown."] if noise is None else ["Noise: ", noise, "."]
-    return tuple(word for word in words if word is not None)
+    noise, mark = larger_noise(chosen, best), one_seed(*rows)
+    words: list[str | Number | None] = [
+        f"{label}: recommended α = ",
+        numbers[0],
+        f"{mark} (perplexity ",
+        means[0],
+        "); ",
+    ]
+    words += ["it is the best" if chosen is best else "the best is α = "]
+    words += [] if chosen is best else [numbers[1], " (", means[1], ")"]
+    words += [f", over {seeds_of(rows)}. "]
+    if noise is None:
+        words += ["No row has several seeds: the noise is unknown, and the recommendation rests on single draws (°)."]
+    else:
+        words += [
+            "Noise: ",
+            noise,
+            f"{', known from other rows with several seeds; α is judged by one draw (°)' * bool(mark)}.",
+        ]
+    return (*(word for word in words if word is not None), *_by_divergence(rows, chosen))
 
 
-def _table(label: str, pattern: str, rows: list[Row], chosen: Row | None) -> Table:
+def _by_divergence(rows: Sequence[Row], chosen: Row) -> Prose:
+    """Say which α the same rule chooses by KL divergence."""
+    known = [row for row in rows if row.mean("kl_divergence") is not None]
+    if len(known) < len(rows):
+        return ()
+    other = recommend(known, "kl_divergence")[0][0]
+    if other is chosen:
+        return (" By KL divergence the rule chooses the same.",)
+    number, mean = setting(other.records[0], "alpha"), other.mean("kl_divergence")
+    assert number is not None
+    assert mean is not None
+    return (" By KL divergence the rule chooses α = ", number, " (", mean, " nats/token).")
+
+
+def _table(label: str, pattern: str, rows: list[Row], shared: Sequence[Row], chosen: Row) -> Table:
     heads = columns(
         "α|alpha",
         "sparsity (%)|sparsity",
@@ -100,18 +147,21 @@ def _table(label: str, pattern: str, rows: list[Row], chosen: Row | None) -> Tab
         "<|recommended",
     )
     lines: list[tuple[Cell, ...]] = []
-    for row in rows:
-        mark = "recommended" if row is chosen else ""
+    for row in shared:
+        mark = f"recommended{one_seed(*shared)}" if row is chosen else ""
         lines.append((number(setting(row.records[0], "alpha")), *measures(row, _FIELDS), text(mark)))
     title = f"Thanos over α at equal sparsity, {label}"
-    return Table(f"alpha_{file_name(pattern)}", title, heads, tuple(lines), note=note(rows, SPREAD_NOTE))
+    about = note(shared, common_note(rows, shared), SPREAD_NOTE)
+    return Table(f"alpha_{file_name(pattern)}", title, heads, tuple(lines), note=about)
 
 
-def _chart(results: Results, field: str, label: str, pattern: str, sparsity: float) -> Chart:
-    series = []
+def _chart(results: Results, field: str, label: str, pattern: str, shared: Sequence[Row]) -> Chart:
+    """Return the lines of Thanos and of the methods that have as many α, all over the seeds that Thanos's rows share."""
+    series, sparsity, seeds = [], shared[0].sparsity, shared[0].seeds_with("perplexity")
     for method in dict.fromkeys(row.method for row in results.select(pattern=pattern, sparsity=sparsity)):
         points = []
-        for row in equal_alphas(results, method, pattern, sparsity):
+        rows = shared if method == "thanos" else equal_alphas(results, method, pattern, sparsity)
+        for row in (row.only(seeds) for row in rows if seeds <= row.seeds_with(field)):
             x, y = setting(row.records[0], "alpha"), row.mean(field)
             if x is not None and y is not None:
                 points.append(Point(x, y, row.spread(field)))

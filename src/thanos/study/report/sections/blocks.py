@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from thanos.study.report.charts import Chart, Point, Series
-from thanos.study.report.ranking import comparable, one_seed, verdict
-from thanos.study.report.rows import Results, Row
+from thanos.study.report.ranking import change_of, comparable, larger_noise, one_seed, verdict
+from thanos.study.report.rows import Results, Row, over_common_seeds
 from thanos.study.report.sections.alpha import file_name
-from thanos.study.report.sections.common import COST_ONLY, SIGNS, SPREAD_NOTE, Section, note
+from thanos.study.report.sections.common import COST_ONLY, SIGNS, SPREAD_NOTE, Section, common_note, note, seeds_of
 from thanos.study.report.tables import Cell, Table, columns, measures, number, text
-from thanos.study.report.values import Number, Prose, difference, setting
+from thanos.study.report.values import Number, Prose, setting
 
 SIZES = tuple(2**power for power in range(3, 12))
 PATTERNS = ("unstructured", "4:8", "2:4")
@@ -29,6 +29,7 @@ def blocks(results: Results) -> Section:
     else:
         section.prose.append(_RULE)
     found: dict[str, list[Row]] = {}
+    whole: list[Row] = []
     for pattern in PATTERNS:
         rows = sizes(results, pattern)
         label = rows[0].pattern_label if rows else pattern if ":" in pattern else f"{pattern} 50 %"
@@ -36,23 +37,31 @@ def blocks(results: Results) -> Section:
         lacking = [str(size) for size in SIZES if size not in have]
         if lacking:
             section.missing.append(f"Thanos, {label}, B = {', '.join(lacking)}")
-        if len(rows) > 1:
-            found[label] = rows
-            section.prose.append(_costs(label, rows) if results.cost_only else _answer(results, label, rows))
+        shared = list(over_common_seeds(*rows, field="sparsity" if results.cost_only else "perplexity"))
+        if len(rows) > 1 and not shared[0].records:
+            section.missing.append(f"Thanos, {label}: a seed that every B has")
+        elif len(rows) > 1:
+            whole += rows
+            found[label] = rows = shared
+            section.prose.append(_costs(label, rows) if results.cost_only else _answer(label, rows))
             section.figures += [
                 _chart([(label, rows)], field, f"blocks_{file_name(pattern)}_{field}", label)
                 for field in ("perplexity", "layer_error")
             ]
     if found:
-        section.tables.append(_cost_table(found) if results.cost_only else _table(results, found))
+        section.tables.append((_cost_table if results.cost_only else _table)(found, whole))
         section.figures.append(_chart(list(found.items()), "seconds", "blocks_seconds", "all patterns"))
     section.figures = [figure for figure in section.figures if isinstance(figure, Chart) and figure.series]
     return section
 
 
 def sizes(results: Results, pattern: str) -> list[Row]:
-    """Return Thanos's rows over B, α = 0, at the sparsity with the most block sizes and equal measured sparsity."""
+    """Return Thanos's rows over B, α = 0, at the sparsity with the most block sizes and equal measured sparsity.
+
+    Those without a perplexity are left out, where the model was evaluated at all.
+    """
     rows = [row for row in results.select(method="thanos", pattern=pattern, alpha=0.0) if row.block_size is not None]
+    rows = [row for row in rows if results.cost_only or row.mean("perplexity") is not None]
     if not rows:
         return []
     counts = {sparsity: sum(row.sparsity == sparsity for row in rows) for sparsity in {row.sparsity for row in rows}}
@@ -61,27 +70,28 @@ def sizes(results: Results, pattern: str) -> list[Row]:
     return [row for row in chosen if comparable(row, chosen[-1])]
 
 
-def _answer(results: Results, label: str, rows: list[Row]) -> Prose:
-    able = [row for row in rows if row.mean("perplexity") is not None]
-    if len(able) < 2:
-        return (f"{label}: perplexity was not measured; see layer error and time.",)
-    whole, best = able[-1], min(able[:-1], key=lambda row: row.value("perplexity"))
-    a, b = best.mean("perplexity"), whole.mean("perplexity")
+def _answer(label: str, rows: list[Row]) -> Prose:
+    """Compare the best of the smaller blocks with the largest, all rows being over the same seeds."""
+    whole, best = rows[-1], min(rows[:-1], key=lambda row: row.value("perplexity"))
+    means = [row.mean("perplexity") for row in (best, whole)]
     s, t = best.mean("seconds"), whole.mean("seconds")
-    noise = results.noise(best)
-    assert a is not None
-    assert b is not None
-    change = difference(a, b)
-    outside = abs(change.value) > (0.0 if noise is None else noise.value)
-    word = "worth it" if change.value < 0 else "not worth it"
-    if not outside:
-        saves = s is not None and t is not None and s.value < t.value
-        word = f"a tie, which time decides {'for' if saves else 'against'} blocks"
-    words: list[str | Number | None] = [f"{label}: {word}. B = ", setting(best.records[0], "block_size"), " against "]
-    words += [setting(whole.records[0], "block_size"), ": perplexity ", a, " against ", b, " (", change, ")"]
+    noise, mark = larger_noise(best, whole), one_seed(*rows)
+    word = {"better": "worth it", "worse": "not worth it"}.get(verdict(best, whole), _by_time(best, whole))
+    words: list[str | Number | None] = [f"{label}: {word}{mark}. B = ", setting(best.records[0], "block_size")]
+    words += [" against ", setting(whole.records[0], "block_size"), ": perplexity ", means[0], " against ", means[1]]
+    words += [" (", change_of(best, whole), ")"]
     words += [", pruning ", s, " s against ", t, " s"] if s is not None and t is not None else []
-    words += ["; noise unknown (one seed)."] if noise is None else ["; noise ", noise, "."]
+    words += [f", over {seeds_of(rows)}"]
+    words += ["; noise unknown."] if noise is None else ["; noise ", noise, "."]
     return tuple(word for word in words if word is not None)
+
+
+def _by_time(best: Row, whole: Row) -> str:
+    """Say what time decides between rows of equal perplexity."""
+    faster = verdict(best, whole, "seconds")
+    if faster in ("better", "worse"):
+        return f"a tie, which time decides {'for' if faster == 'better' else 'against'} blocks"
+    return "a tie, in time too" if faster else "a tie, time being unknown"
 
 
 def _costs(label: str, rows: list[Row]) -> Prose:
@@ -100,7 +110,7 @@ def _costs(label: str, rows: list[Row]) -> Prose:
     return tuple(word for word in (*words, ".") if word is not None)
 
 
-def _cost_table(found: dict[str, list[Row]]) -> Table:
+def _cost_table(found: dict[str, list[Row]], whole: list[Row]) -> Table:
     heads = columns(
         "B|block_size",
         "layer error|layer_error",
@@ -115,11 +125,12 @@ def _cost_table(found: dict[str, list[Row]]) -> Table:
         for row in rows:
             size = number(setting(row.records[0], "block_size"))
             lines.append((size, *measures(row, _COST_FIELDS), number(row.mean("sparsity"))))
-    about = note([row for rows in found.values() for row in rows])
+    used = [row for rows in found.values() for row in rows]
+    about = note(used, common_note(whole, used))
     return Table("block_size", "Thanos over the block size", heads, tuple(lines), bands, about)
 
 
-def _table(results: Results, found: dict[str, list[Row]]) -> Table:
+def _table(found: dict[str, list[Row]], whole: list[Row]) -> Table:
     heads = columns(
         "B|block_size",
         "layer error|layer_error",
@@ -135,16 +146,16 @@ def _table(results: Results, found: dict[str, list[Row]]) -> Table:
     for label, rows in found.items():
         bands[len(lines)] = label
         for row in rows:
-            noise = results.known_noise(row, rows[-1])
-            sign = "" if row is rows[-1] else SIGNS[verdict(row, rows[-1], noise=noise)]
+            sign = "" if row is rows[-1] else SIGNS[verdict(row, rows[-1])] + one_seed(row, rows[-1])
             size = number(setting(row.records[0], "block_size"))
-            lines.append((size, *measures(row, _FIELDS), number(row.mean("sparsity")), text(sign + one_seed(row))))
+            lines.append((size, *measures(row, _FIELDS), number(row.mean("sparsity")), text(sign)))
     used = [row for rows in found.values() for row in rows]
     about = note(
         used,
+        common_note(whole, used),
         SPREAD_NOTE,
         "< lower perplexity than the largest B, > higher, = within the noise: the larger spread, of the same pattern with "
-        "another B where a row has one seed (°).",
+        "another B where a row has one seed; ° rests on one seed.",
     )
     return Table("block_size", "Thanos over the block size", heads, tuple(lines), bands, about)
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 
-from thanos.study.report.ranking import comparable, one_seed, verdict
+from thanos.study.report.ranking import change_of, comparable, larger_noise, one_seed, verdict
 from thanos.study.report.rows import Results, Row, over_common_seeds
 from thanos.study.report.sections.common import HEADLINE, Section, equal_alphas, headline_rows, headline_sparsity
+from thanos.study.report.sections.cost import noise_of_seconds
 from thanos.study.report.tables import Cell, Table, columns, text
-from thanos.study.report.values import Number, Prose, difference, gain
+from thanos.study.report.values import Number, Prose, gain
+
+_ORDER = ("better", "tie", "worse")
+"""Verdicts, from the best for a claim to the worst."""
 
 _WORDS = {"better": "holds", "worse": "does not hold", "tie": "tie", "": "not measured"}
 
@@ -29,8 +33,9 @@ def claims(results: Results) -> Section:
     section.prose.append(
         (
             "Each claim is a rule evaluated on the store: it holds or does not where a difference exceeds the larger spread "
-            "over seeds, and is a tie within it; ° marks claims of which a row has one seed, its spread being unknown. Only "
-            "rows of equal measured sparsity are compared; where they have other seeds, over those that both have.",
+            "over seeds, and is a tie within it; ° marks claims that rest on one seed. A claim of several parts holds if each "
+            "does, and does not if one does not. Only rows of equal measured sparsity are compared, over the seeds that all "
+            "rows of the claim have.",
         )
     )
     found = all_claims(results)
@@ -70,34 +75,41 @@ def _lowest(results: Results, pattern: str, field: str = "perplexity") -> Claim:
     what = "lower perplexity" if field == "perplexity" else "higher zero-shot average"
     claim = f"{label}: {what} than every other method"
     own = next((row for row in rows if row.method == "thanos" and row.mean(field)), None)
-    others = [row for row in rows if own and row is not own and row.mean(field) and comparable(row, own)]
+    others = [row for row in rows if own and row is not own and comparable(row, own) and verdict(own, row, field)]
     if own is None or not others:
         return Claim(claim, _WORDS[""], ())
-    rival = (min if field == "perplexity" else max)(others, key=lambda row: row.value(field))
+
+    def threat(other: Row) -> tuple[int, float]:
+        change = change_of(own, other, field)
+        assert change is not None
+        return _ORDER.index(verdict(own, other, field)), change.value if field == "perplexity" else -change.value
+
+    rival = max(others, key=threat)
     return Claim(claim, _judged(own, rival, field), _against(own, rival, field))
 
 
 def _gap_grows(results: Results) -> Claim:
     claim = "unstructured, 50 % and more: the gap to SparseGPT grows with sparsity"
-    gaps: list[tuple[float, Number]] = []
-    used: list[Row] = []
+    pairs: list[tuple[Row, Row]] = []
     for row in results.select(method="thanos", pattern="unstructured", alpha=0.0):
         other = results.find(method="sparsegpt", pattern="unstructured", sparsity=row.sparsity)
         if row.sparsity < 0.5 - 1e-9 or not row.has_default_block or other is None or not comparable(row, other):
             continue
-        own, other = over_common_seeds(row, other)
-        a, b = other.mean("perplexity"), own.mean("perplexity")
-        if a is not None and b is not None:
-            gaps.append((row.sparsity, difference(a, b)))
-            used += [own, other]
+        if row.mean("perplexity") is not None and other.mean("perplexity") is not None:
+            pairs.append((row, other))
+    pairs = _shared(pairs)
+    gaps = [gap for own, other in pairs if (gap := change_of(other, own)) is not None]
     if len(gaps) < 2:
         return Claim(claim, _WORDS[""], ())
-    values = [gap.value for _, gap in gaps]
-    grows = all(later > earlier for earlier, later in pairwise(values))
+    steps = [
+        _beyond(later.value - earlier.value, [_value(larger_noise(*pairs[place], *pairs[place + 1]))])
+        for place, (earlier, later) in enumerate(pairwise(gaps))
+    ]
     parts: list[str | Number] = []
-    for sparsity, gap in gaps:
-        parts += [f"{', ' if parts else ''}{100 * sparsity:g} %: ", gap]
-    return Claim(claim, _WORDS["better" if grows else "worse"] + one_seed(*used), tuple(parts))
+    for (own, _), gap in zip(pairs, gaps, strict=True):
+        parts += [f"{', ' if parts else ''}{100 * own.sparsity:g} %: ", gap]
+    mark = one_seed(*(row for pair in pairs for row in pair))
+    return Claim(claim, _WORDS[_worst(steps)] + mark, tuple(parts))
 
 
 def _alpha_helps(results: Results, pattern: str) -> Claim:
@@ -108,31 +120,57 @@ def _alpha_helps(results: Results, pattern: str) -> Claim:
     own = next((row for row in rows if abs(row.alpha - 0.1) < 1e-9 and row.mean("perplexity")), None)
     if own is None or rows[0].alpha != 0 or rows[0].mean("perplexity") is None:
         return Claim(claim, _WORDS[""], ())
-    noise = results.known_noise(own, rows[0])
-    first, second = over_common_seeds(own, rows[0])
-    if first.mean("perplexity") is None or second.mean("perplexity") is None:
+    if not verdict(own, rows[0]):
         return Claim(claim, _WORDS[""], ())
-    return Claim(claim, _judged(first, second, noise=noise), _against(first, second))
+    return Claim(claim, _judged(own, rows[0]), _against(own, rows[0]))
 
 
 def _structured_gain_largest(results: Results) -> Claim:
     claim = "The gain over SparseGPT, as a share of perplexity, is largest for columns"
-    gains: dict[str, Number] = {}
-    labels: dict[str, str] = {}
+    pairs: list[tuple[Row, Row]] = []
     for pattern in HEADLINE:
         rows = {row.method: row for row in headline_rows(results, pattern) if row.mean("perplexity")}
         if "thanos" in rows and "sparsegpt" in rows and comparable(rows["thanos"], rows["sparsegpt"]):
-            first, second = rows["thanos"].mean("perplexity"), rows["sparsegpt"].mean("perplexity")
-            assert first is not None
-            assert second is not None
-            gains[pattern], labels[pattern] = gain(first, second), rows["thanos"].pattern_label
+            pairs.append((rows["thanos"], rows["sparsegpt"]))
+    gains: dict[str, tuple[Number, float]] = {}
+    parts: list[str | Number] = []
+    for own, other in _shared(pairs):
+        first, second = own.mean("perplexity"), other.mean("perplexity")
+        if first is not None and second is not None:
+            gains[own.pattern] = gain(first, second), _noise_of_gain(own, other)
+            parts += [f"{', ' if parts else ''}{own.pattern_label}: ", gains[own.pattern][0]]
     if "columns" not in gains or len(gains) < 2:
         return Claim(claim, _WORDS[""], ())
-    holds = all(gains["columns"].value > value.value for name, value in gains.items() if name != "columns")
-    parts: list[str | Number] = []
-    for name, value in gains.items():
-        parts += [f"{', ' if parts else ''}{labels[name]}: ", value]
-    return Claim(claim, _WORDS["better" if holds else "worse"], tuple(parts))
+    most, noise = gains.pop("columns")
+    results_by_pattern = [_beyond(most.value - value.value, [noise, other]) for value, other in gains.values()]
+    mark = one_seed(*(row for pair in _shared(pairs) for row in pair))
+    return Claim(claim, _WORDS[_worst(results_by_pattern)] + mark, tuple(parts))
+
+
+def _noise_of_gain(own: Row, other: Row) -> float:
+    """Return by how much 1 − own / other may differ by the draw: each perplexity's noise times the gain's slope in it."""
+    a, b = own.value("perplexity"), other.value("perplexity")
+    return max(_value(own.noise()) / b, _value(other.noise()) * a / b**2)
+
+
+def _shared(pairs: list[tuple[Row, Row]]) -> list[tuple[Row, Row]]:
+    """Return pairs of rows over the seeds that all of them have."""
+    rows = over_common_seeds(*(row for pair in pairs for row in pair))
+    return list(zip(rows[::2], rows[1::2], strict=True))
+
+
+def _beyond(change: float, noises: list[float]) -> str:
+    """Return ``better`` for a change above the largest noise, ``worse`` for one below it, else ``tie``."""
+    return "tie" if abs(change) <= max(noises) else "better" if change > 0 else "worse"
+
+
+def _worst(verdicts: list[str]) -> str:
+    """Return the verdict on a claim of several parts: it holds if each does, and does not if one does not."""
+    return max(verdicts, key=_ORDER.index)
+
+
+def _value(number: Number | None) -> float:
+    return 0.0 if number is None else number.value
 
 
 def _faster(results: Results) -> Claim:
@@ -142,17 +180,19 @@ def _faster(results: Results) -> Claim:
     own, other = rows.get("thanos"), rows.get("sparsegpt")
     if own is None or other is None or len({r.machine["device"] for row in (own, other) for r in row.records}) > 1:
         return Claim(claim, _WORDS[""], ())
-    return Claim(claim, _judged(own, other, "seconds"), _against(own, other, "seconds"))
+    if not verdict(own, other, "seconds"):
+        return Claim(claim, _WORDS[""], ())
+    return Claim(claim, _judged(own, other, "seconds", noise_of_seconds(results)), _against(own, other, "seconds"))
 
 
-def _judged(own: Row, other: Row, field: str = "perplexity", noise: float = 0.0) -> str:
-    return _WORDS[verdict(own, other, field, noise)] + one_seed(own, other, field=field)
+def _judged(own: Row, other: Row, field: str = "perplexity", lent: Number | None = None) -> str:
+    return _WORDS[verdict(own, other, field, lent)] + one_seed(own, other, field=field)
 
 
 def _against(own: Row, other: Row, field: str = "perplexity") -> Prose:
     unit = {"seconds": " s", "zero_shot": " %"}.get(field, "")
     parts: list[str | Number] = []
-    for row in (own, other):
+    for row in over_common_seeds(own, other, field=field):
         value, spread = row.mean(field), row.spread(field)
         assert value is not None
         name = row.name if own.method != other.method else f"α = {row.alpha:g}:"

@@ -7,12 +7,16 @@ from dataclasses import dataclass, field
 
 from thanos.study.report.charts import Figure
 from thanos.study.report.ranking import comparable, verdict
-from thanos.study.report.rows import Results, Row, pattern_order
+from thanos.study.report.rows import Results, Row, pattern_order, row_of
 from thanos.study.report.tables import Table
 from thanos.study.report.values import Number, Prose, count
+from thanos.study.store import CellRecord
 
 HEADLINE = ("unstructured", "2:4", "4:8", "columns")
-"""The patterns of the headline table: at 50 % where the pattern leaves it open, columns where the store has most cells."""
+"""The patterns of the headline table, at the sparsity of :func:`headline_sparsity`."""
+
+USUAL_SPARSITY = {"columns": 0.3}
+"""The paper's, where it is not 50 %."""
 
 SIGNS = {"better": "<", "worse": ">", "tie": "=", "": "–"}
 """Verdicts on perplexity as a table draws them."""
@@ -46,18 +50,28 @@ COST_ONLY: Prose = (
 
 
 def headline_sparsity(results: Results, pattern: str) -> float | None:
-    """Return the sparsity at which the headline shows a pattern; None if the store has no row of it."""
+    """Return the sparsity at which the headline shows a pattern; None if the store has no row of it.
+
+    The paper's if two methods have it; else that of the most methods, then of the most seeds, then nearest to the paper's. A
+    cell more or less elsewhere does not move the headline.
+    """
     rows = [row for row in results.select(pattern=pattern, alpha=0.0) if row.has_default_block]
-    if not rows:
-        return None
-    if pattern != "columns":
-        near = {row.sparsity for row in rows}
-        return min(near, key=lambda sparsity: (abs(sparsity - 0.5), sparsity))
-    cells = {row.sparsity: 0 for row in rows}
+    usual = USUAL_SPARSITY.get(pattern, 0.5)
+    methods: dict[float, set[str]] = {}
+    cells: dict[float, int] = {}
     for row in rows:
-        cells[row.sparsity] += len(row.records)
-    # As many cells at two sparsities: the one nearest to the paper's 30 %.
-    return max(cells, key=lambda sparsity: (cells[sparsity], -abs(sparsity - 0.3)))
+        methods.setdefault(row.sparsity, set()).add(row.method)
+        cells[row.sparsity] = cells.get(row.sparsity, 0) + len(row.draws)
+    return max(
+        methods,
+        key=lambda at: (
+            abs(at - usual) < 1e-9 and len(methods[at]) > 1,
+            len(methods[at]),
+            cells[at],
+            -abs(at - usual),
+        ),
+        default=None,
+    )
 
 
 def headline_rows(results: Results, pattern: str) -> list[Row]:
@@ -85,14 +99,16 @@ def patterns_of(rows: Iterable[Row]) -> list[str]:
 
 
 def best_by(rows: Sequence[Row], fields: Iterable[str]) -> dict[str, list[Row]]:
-    """Return for each field the rows that no other row clearly beats; none if there is but one row."""
-    able = {name: [row for row in rows if row.mean(name) is not None] for name in fields}
-    return {
-        name: [row for row in known if not any(verdict(o, row, name) == "better" for o in known if o is not row)]
-        if len(known) > 1
-        else []
-        for name, known in able.items()
-    }
+    """Return for each field the rows that no row of their sparsity clearly beats; none that has no such row beside it.
+
+    As for :func:`~thanos.study.report.ranking.ranks`, only rows of equal measured sparsity are compared, over common seeds.
+    """
+    found: dict[str, list[Row]] = {}
+    for name in fields:
+        able = [row for row in rows if row.mean(name) is not None]
+        results = {row: [verdict(o, row, name) for o in able if o is not row and comparable(o, row)] for row in able}
+        found[name] = [row for row in able if any(results[row]) and "better" not in results[row]]
+    return found
 
 
 def note(rows: Iterable[Row], *more: str) -> Prose:
@@ -112,8 +128,53 @@ def note(rows: Iterable[Row], *more: str) -> Prose:
     return (*parts, *(f" {text}" for text in more))
 
 
+def seeds_of(rows: Iterable[Row]) -> str:
+    """Return the seeds of rows as words: ``seeds 0, 1, 2``."""
+    seeds = sorted(
+        {str(record.cell["seed"]) for row in rows for record in row.records}, key=lambda seed: (len(seed), seed)
+    )
+    return f"seed{'' if len(seeds) == 1 else 's'} {', '.join(seeds)}"
+
+
+def common_note(rows: Sequence[Row], shared: Sequence[Row]) -> str:
+    """Return over which seeds a table's rows are shown, by pattern where these differ, and that some have others besides."""
+    more = any(len(part.records) < len(row.records) for row, part in zip(rows, shared, strict=True))
+    rest = "; the others of rows with more count for the noise alone" if more else ""
+    found = {row.pattern_label: seeds_of([row]) for row in shared}
+    if len(set(found.values())) == 1:
+        return f"Over {seeds_of(shared)}, which all of these rows have{rest}."
+    each = "; ".join(f"{label}: {seeds}" for label, seeds in found.items())
+    return f"Over the seeds that all rows of a pattern have ({each}){rest}."
+
+
+NAMED = 8
+"""Settings that are left out and named, for each reason."""
+
+
+def left_out(results: Results) -> Prose:
+    """Return what no comparison shows, and why; nothing where every cell is compared."""
+    parts: list[str | Number] = []
+    for each in results.left_out:
+        names = list(dict.fromkeys(_named(record) for record in each.records))
+        parts += ["; " if parts else "Left out: ", count(each.records), " cell" if len(each.records) == 1 else " cells"]
+        more = f" and {len(names) - NAMED} more settings" if len(names) > NAMED else ""
+        parts.append(f" that {each.reason} ({'; '.join(names[:NAMED])}{more})")
+    return (*parts, ".") if parts else ()
+
+
+def _named(record: CellRecord) -> str:
+    row = row_of([record])
+    dtype = record.asked.get("dtype")
+    return ", ".join(["dense" if row.method == "dense" else row.setting, *([dtype] if dtype else [])])
+
+
 RANK_NOTE = (
-    "Rank: 1 + the number of rows that are better by more than the larger of the two spreads; = marks a tie, ° a row with one "
-    "seed, whose spread is unknown."
+    "Rank: 1 + the number of rows that are better by more than the larger of the two spreads, over the seeds that both have; = "
+    "marks a tie, ° a row with one seed, for whose spread that of the same method, pattern and sparsity stands if any is known."
 )
-SPREAD_NOTE = "± is the sample standard deviation over calibration seeds."
+SPREAD_NOTE = (
+    "± is the sample standard deviation over calibration seeds; ° at a number: one seed of a row that has several."
+)
+BEST_NOTE = (
+    "Bold: not beaten by more than the spread at equal measured sparsity, over the seeds that two rows have in common."
+)

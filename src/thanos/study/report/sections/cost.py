@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-from thanos.study.report.charts import Chart, Point, Series, pareto
-from thanos.study.report.ranking import comparable
-from thanos.study.report.rows import Results, Row
+from thanos.study.report.charts import Chart, Point, Series
+from thanos.study.report.ranking import change_of, comparable, one_seed, pareto, verdict
+from thanos.study.report.rows import Results, Row, over_common_seeds
 from thanos.study.report.sections.alpha import file_name
-from thanos.study.report.sections.common import COST_ONLY, HEADLINE, Section, headline_sparsity, note
+from thanos.study.report.sections.common import COST_ONLY, HEADLINE, SPREAD_NOTE, Section, headline_sparsity, note
 from thanos.study.report.tables import Cell, Table, columns, measures, number, text
-from thanos.study.report.values import FIELDS, Prose, difference, price
+from thanos.study.report.values import FIELDS, Number, Prose, price
 
 _COSTS = {"seconds": "pruning time (s)", "peak_bytes": FIELDS["peak_bytes"].label}
 _SHORT = {"seconds": "time", "peak_bytes": "memory"}
@@ -20,6 +20,7 @@ _MEMORY: Prose = (
     "Memory is the peak of pruning above what the study's process holds anyway (the dense model and its outputs, kept from one "
     "cell to the next): the peak less the least peak among the phases of pruning; on the host where there is no device.",
 )
+_DIFFERENCE = "Seconds more than SparseGPT: over the seeds that both have; = within the noise, ° one seed."
 SAME_MEMORY = 0.01
 """Peaks that differ by no more than this share count as equal."""
 
@@ -32,11 +33,13 @@ def cost(results: Results) -> Section:
     section.prose.append(
         (
             "Rows of one pattern and equal measured sparsity, measured on the same device. Ringed and joined: the Pareto "
-            "front, rows that no other beats in both. Cells that shared their device with others give no seconds.",
+            "front, rows that no other beats by more than the noise in one of both without losing so in the other. Cells that "
+            "shared their device with others give no seconds.",
         )
     )
     section.prose.append(_MEMORY)
     device = _usual_device(results)
+    lent = noise_of_seconds(results)
     lines: list[tuple[Cell, ...]] = []
     bands: dict[int, str] = {}
     used: list[Row] = []
@@ -44,43 +47,70 @@ def cost(results: Results) -> Section:
         label = rows[0].pattern_label
         alike = _same_memory(label, rows)
         shown = [field for field in _COSTS if field == "seconds" or not alike]
-        fronts = {field: _front(rows, field) for field in shown}
+        fronts = {field: _front(rows, field, lent) for field in shown}
         section.figures += [_chart(rows, field, fronts[field], pattern, label) for field in shown if fronts[field]]
         if alike:
             section.prose.append(alike)
         bands[len(lines)] = label
-        lines += [_line(rows, row, fronts) for row in rows]
+        lines += [_line(rows, row, fronts, lent) for row in rows]
         used += rows
     if lines:
         section.prose.append((f"Device: {device}.",))
-        heads = columns(
-            "<Method|method",
-            "sparsity (%)|sparsity",
-            "perplexity",
-            "pruning (s)|seconds",
-            _MEMORY_HEAD,
-            "<Pareto front|front",
-            "s more than SparseGPT|seconds_difference",
-            "s per point of perplexity|price",
-        )
-        about = note(
-            used, "The last column: seconds more than SparseGPT for each point of perplexity less; – where not less."
-        )
-        section.tables.append(Table("cost", "Cost and marginal cost", heads, tuple(lines), bands, about))
+        section.prose.append(_noise_note(lent))
+        section.tables.append(_table(lines, bands, used))
     return section
+
+
+def _table(lines: list[tuple[Cell, ...]], bands: dict[int, str], used: list[Row]) -> Table:
+    heads = columns(
+        "<Method|method",
+        "sparsity (%)|sparsity",
+        "perplexity",
+        "pruning (s)|seconds",
+        _MEMORY_HEAD,
+        "<Pareto front|front",
+        "s more than SparseGPT|seconds_difference",
+        "s per point of perplexity|price",
+    )
+    about = note(
+        used,
+        SPREAD_NOTE,
+        _DIFFERENCE,
+        "The last column: seconds more than SparseGPT for each point of perplexity less; = where the seconds are a tie, – "
+        "where the perplexity is not lower by more than the noise.",
+    )
+    return Table("cost", "Cost and marginal cost", heads, tuple(lines), bands, about)
+
+
+def noise_of_seconds(results: Results) -> Number | None:
+    """Return the largest spread of seconds among the rows of the table; it stands for that of rows with one seed."""
+    rows = [row for pattern in HEADLINE for row in _rows(results, pattern)]
+    spreads = [found for row in rows if (found := row.spread("seconds")) is not None]
+    return max(spreads, key=lambda number: number.value, default=None)
+
+
+def _noise_note(lent: Number | None) -> Prose:
+    if lent is None:
+        return ("No row has seconds of several seeds: how much they differ by themselves is unknown.",)
+    return (
+        "Seconds that differ by no more than the larger spread are equal; of a row with one seed it is taken as ",
+        lent,
+        " s.",
+    )
 
 
 def _without_accuracy(results: Results) -> Section:
     """Return seconds and memory of every method, of a model that was not evaluated."""
     section = Section("cost", "What do the methods cost?", prose=[COST_ONLY, _MEMORY])
     device = _usual_device(results)
+    lent = noise_of_seconds(results)
     lines: list[tuple[Cell, ...]] = []
     bands: dict[int, str] = {}
     series: list[Series] = []
     used: list[Row] = []
     for _, rows in _measured_alike(results, device, section):
         bands[len(lines)] = rows[0].pattern_label
-        lines += [_cost_line(rows, row) for row in rows]
+        lines += [_cost_line(rows, row, lent) for row in rows]
         used += rows
         points = [
             Point(x, y, row.spread("seconds"), row.label, style=row.method)
@@ -90,6 +120,7 @@ def _without_accuracy(results: Results) -> Section:
         series.append(Series(rows[0].pattern_label, points[0].style, tuple(points)))
     if lines:
         section.prose.append((f"Device: {device}.",))
+        section.prose.append(_noise_note(lent))
         heads = columns(
             "<Method|method",
             "sparsity (%)|sparsity",
@@ -99,18 +130,29 @@ def _without_accuracy(results: Results) -> Section:
             _MEMORY_HEAD,
             "s more than SparseGPT|seconds_difference",
         )
-        section.tables.append(Table("cost", "Cost of the methods", heads, tuple(lines), bands, note(used)))
+        section.tables.append(
+            Table("cost", "Cost of the methods", heads, tuple(lines), bands, note(used, SPREAD_NOTE, _DIFFERENCE))
+        )
         title = "Pruning time by pattern and method"
         section.figures.append(Chart("dots", "cost_seconds", title, "", _COSTS["seconds"], tuple(series)))
     return section
 
 
-def _cost_line(rows: list[Row], row: Row) -> tuple[Cell, ...]:
-    other = next((o for o in rows if o.method == "sparsegpt" and o.alpha == 0), None)
-    mine, theirs = row.mean("seconds"), None if other is None else other.mean("seconds")
-    more = difference(mine, theirs) if row is not other and mine is not None and theirs is not None else None
+def _cost_line(rows: list[Row], row: Row, lent: Number | None) -> tuple[Cell, ...]:
+    other = _sparsegpt(rows)
     fields = ("sparsity", "layer_error", "seconds", "solve_seconds", "peak_bytes")
-    return (text(row.label), *measures(row, fields), number(more))
+    more = number(None) if other is None or other is row else _more(row, other, lent)
+    return (text(row.label), *measures(row, fields), more)
+
+
+def _sparsegpt(rows: list[Row]) -> Row | None:
+    return next((row for row in rows if row.method == "sparsegpt" and row.alpha == 0), None)
+
+
+def _more(row: Row, other: Row, lent: Number | None) -> Cell:
+    """Return by how many seconds a row takes more than another, over the seeds of both, and whether that is a tie."""
+    tie = "=" if verdict(row, other, "seconds", lent) == "tie" else ""
+    return number(change_of(row, other, "seconds"), mark=tie + one_seed(row, other, field="seconds"))
 
 
 def _measured_alike(results: Results, device: str, section: Section) -> Iterator[tuple[str, list[Row]]]:
@@ -144,11 +186,14 @@ def _rows(results: Results, pattern: str) -> list[Row]:
     return [row for row in alike if row.alpha == 0 or (row.alpha == 0.1 and row.method == "thanos")]
 
 
-def _front(rows: list[Row], field: str) -> list[Row]:
-    able = [row for row in rows if row.mean(field) is not None]
-    alike = SAME_MEMORY if field == "peak_bytes" else 0.0
-    on = pareto([(row.value(field), row.value("perplexity")) for row in able], alike)
-    return [row for row, first in zip(able, on, strict=True) if first]
+def _front(rows: list[Row], field: str, lent: Number | None) -> list[Row]:
+    def costs(first: Row, second: Row) -> str:
+        if field == "seconds":
+            return verdict(first, second, "seconds", lent)
+        a, b = first.value(field), second.value(field)
+        return "tie" if max(a, b) <= min(a, b) * (1 + SAME_MEMORY) else "better" if a < b else "worse"
+
+    return pareto([row for row in rows if row.mean(field) is not None], costs)
 
 
 def _same_memory(label: str, rows: list[Row]) -> Prose:
@@ -171,22 +216,26 @@ def _chart(rows: list[Row], field: str, front: list[Row], pattern: str, label: s
     return Chart("scatter", name, title, _COSTS[field], "perplexity", tuple(series), x_scale="auto")
 
 
-def _line(rows: list[Row], row: Row, fronts: dict[str, list[Row]]) -> tuple[Cell, ...]:
-    other = next((o for o in rows if o.method == "sparsegpt" and o.alpha == 0), None)
-    more, per_point = None, None
-    if row.method == "thanos" and other is not None and comparable(row, other):
-        times, quality = [[r.mean(name) for r in (row, other)] for name in ("seconds", "perplexity")]
-        if None not in times and None not in quality:
-            more = difference(times[0], times[1])  # type: ignore[arg-type]
-            per_point = price((times[0], times[1]), (quality[0], quality[1]))  # type: ignore[arg-type]
+def _line(rows: list[Row], row: Row, fronts: dict[str, list[Row]], lent: Number | None) -> tuple[Cell, ...]:
+    other = _sparsegpt(rows) if row.method == "thanos" else None
     where = " and ".join(_SHORT[name] for name in fronts if row in fronts[name])
     return (
         text(row.label),
         number(row.mean("sparsity")),
-        number(row.mean("perplexity"), row.spread("perplexity")),
-        number(row.mean("seconds"), row.spread("seconds")),
-        number(row.mean("peak_bytes")),
+        *measures(row, ("perplexity", "seconds", "peak_bytes")),
         text(where),
-        number(more),
-        number(per_point),
+        number(None) if other is None else _more(row, other, lent),
+        number(None) if other is None else _price(row, other, lent),
     )
+
+
+def _price(row: Row, other: Row, lent: Number | None) -> Cell:
+    """Return what a point of perplexity costs, over the seeds that have seconds and perplexity in both rows."""
+    own, theirs = over_common_seeds(*over_common_seeds(row, other), field="seconds")
+    seconds = own.mean("seconds"), theirs.mean("seconds")
+    quality = own.mean("perplexity"), theirs.mean("perplexity")
+    if None in seconds or None in quality or verdict(own, theirs) != "better":
+        return number(None)
+    if verdict(own, theirs, "seconds", lent) == "tie":
+        return text("=")
+    return number(price(seconds, quality), mark=one_seed(own, theirs, field="seconds"))  # type: ignore[arg-type]

@@ -16,6 +16,9 @@ SPARSITIES = {
 """What is asked for: nobody would use a model that lost half of its columns."""
 
 
+_SEEDS = "Each number is the mean over all seeds of its row; those without ± have one. Nothing is ranked here."
+
+
 def curves(results: Results) -> Section:
     """Return a figure and a table of perplexity over sparsity, for unstructured and for columns."""
     section = Section("sparsity", "Perplexity over sparsity")
@@ -101,7 +104,7 @@ def _table(found: dict[tuple[str, float], list[Row]], pattern: str, letter: str)
         lines.append(tuple(line))
     used = [row for rows in found.values() for row in rows]
     title = f"Perplexity over sparsity, {pattern} (Figure 1{letter})"
-    return Table(f"sparsity_{pattern}", title, tuple(heads), tuple(lines), note=note(used, SPREAD_NOTE))
+    return Table(f"sparsity_{pattern}", title, tuple(heads), tuple(lines), note=note(used, SPREAD_NOTE, _SEEDS))
 
 
 def _missing(found: dict[tuple[str, float], list[Row]], pattern: str) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from thanos.study.report.rows import Results, row_of
-from thanos.study.report.sections.common import SPREAD_NOTE, Section, note
+from thanos.study.report.rows import Results, over_common_seeds, row_of
+from thanos.study.report.sections.common import SPREAD_NOTE, Section, left_out, note
 from thanos.study.report.tables import Table, columns, measures, number, text
 from thanos.study.report.values import Prose, count, setting, short
 from thanos.study.store import CellRecord
@@ -39,6 +39,11 @@ def variations(results: Results) -> Section:
             block_size=row.block_size,
         )
         calibration = f"{row.calibration}, {row.samples} × {row.sequence_length}"
+        shared = () if usual is None else over_common_seeds(row, usual)
+        if shared and shared[0].records:
+            row, usual = shared
+        else:
+            usual = None
         other = number(None) if usual is None else number(usual.mean("perplexity"), usual.spread("perplexity"))
         fields = measures(row, ("sparsity", "perplexity", "kl_divergence"))
         damping = number(setting(row.records[0], "damping"))
@@ -49,7 +54,15 @@ def variations(results: Results) -> Section:
         ("These rows stand in no other table, since they differ in more than what is compared there.",)
     )
     title = "Rows with another calibration or damping"
-    section.tables.append(Table("variations", title, heads, tuple(lines), note=note(rows, SPREAD_NOTE)))
+    section.tables.append(
+        Table(
+            "variations",
+            title,
+            heads,
+            tuple(lines),
+            note=note(rows, SPREAD_NOTE, "Side by side over the seeds that both rows have."),
+        )
+    )
     return section
 
 
@@ -61,11 +74,10 @@ def data(done: Sequence[CellRecord], failed: Sequence[CellRecord], studies: Sequ
     section.prose.append((count(done), f" cells ran{span}; ", count(failed), " failed. ", *_machines(done)))
     if failed:
         section.tables.append(_failed(failed))
-    odd = [record for results in studies for record in results.other_evaluations]
-    if odd:
-        section.prose.append(
-            (count(odd), " cells were evaluated on another text or other windows than most and are in no comparison.")
-        )
+    for results in studies:
+        found = left_out(results)
+        if found:
+            section.prose.append((f"{results.model}: ", *found) if len(studies) > 1 else found)
     if done:
         section.tables.append(_cells(done))
     return section

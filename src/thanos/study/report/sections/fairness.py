@@ -5,12 +5,14 @@ from __future__ import annotations
 from thanos.study.report.ranking import GROUP_WIDTH, comparable, groups_by_sparsity, ranks
 from thanos.study.report.rows import Results, Row
 from thanos.study.report.sections.common import (
+    BEST_NOTE,
     RANK_NOTE,
     SPREAD_NOTE,
     Section,
     best_by,
     equal_alphas,
     headline_sparsity,
+    left_out,
     note,
     patterns_of,
 )
@@ -28,6 +30,7 @@ _HEADS = (
     "KL (nats/token)|kl_divergence",
     "top-1 (%)|top1_agreement",
     "zero-shot (%)|zero_shot",
+    "<seeds",
 )
 
 
@@ -42,6 +45,8 @@ def fairness(results: Results) -> Section:
             "judged both ways: every method at the lowered sparsity, and α with the budget kept at the full one.",
         )
     )
+    if results.left_out:
+        section.prose.append(left_out(results))
     groups = groups_by_sparsity(row for row in results.rows if row.has_default_block)
     with_alpha = [rows for group in groups if len(rows := _both_ways(group)) > 1]
     if with_alpha:
@@ -77,7 +82,7 @@ def _table(name: str, title: str, groups: list[list[Row]], *, folded: bool = Fal
             best = best_by(rows, _FIELDS)
             lines += [_line(row, rank, best) for row, rank in zip(rows, ranks(rows), strict=True)]
     rows = [row for group in groups for row in group]
-    about = note(rows, SPREAD_NOTE, "Ranked within one pattern.", RANK_NOTE)
+    about = note(rows, SPREAD_NOTE, "Ranked within one pattern.", BEST_NOTE, RANK_NOTE)
     return Table(name, title, columns(*_HEADS), tuple(lines), bands, about, folded)
 
 
@@ -85,7 +90,8 @@ def _line(row: Row, rank: str, best: dict[str, list[Row]]) -> tuple[Cell, ...]:
     budget = "" if not row.alpha else "kept" if row.keep_budget else "as asked"
     alpha = number(setting(row.records[0], "alpha"))
     cells = measures(row, ("sparsity", *_FIELDS), best)
-    return (text(row.name), text(rank), alpha, text(budget), *cells)
+    seeds = ", ".join(str(record.cell["seed"]) for record in row.records)
+    return (text(row.name), text(rank), alpha, text(budget), *cells, text(seeds))
 
 
 def _apart(results: Results) -> Table | None:

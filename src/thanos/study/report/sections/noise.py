@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from thanos.study.report.ranking import comparable, verdict
+from thanos.study.report.ranking import change_of, comparable, larger_noise, one_seed, verdict
 from thanos.study.report.rows import Results, Row
 from thanos.study.report.sections.common import HEADLINE, SIGNS, Section, headline_rows, note
 from thanos.study.report.tables import Cell, Table, columns, number, text
-from thanos.study.report.values import count, difference
+from thanos.study.report.values import count
 
 SEEDS = 3
 """Fewest seeds of a headline row."""
@@ -70,22 +70,17 @@ def _pairs(groups: list[list[Row]]) -> Table:
             bands[len(lines)] = rows[0].pattern_label
         lines += [_pair(row, other) for row, other in pairs]
     used = [row for rows in groups for row in rows]
-    about = note(used, "Perplexity; < lower, > higher, = a tie.")
+    about = note(used, "Perplexity, over the seeds that both have; < lower, > higher, = a tie, ° over one seed.")
     return Table(
         "differences", "Differences between methods, beside the noise", heads, tuple(lines), bands, about, folded=True
     )
 
 
 def _pair(row: Row, other: Row) -> tuple[Cell, ...]:
-    first, second = row.mean("perplexity"), other.mean("perplexity")
-    assert first is not None
-    assert second is not None
-    spreads = [found for one in (row, other) if (found := one.spread("perplexity")) is not None]
-    larger = max(spreads, key=lambda value: value.value) if spreads else None
     return (
         text(row.name),
-        text(SIGNS[verdict(row, other)]),
+        text(SIGNS[verdict(row, other)] + one_seed(row, other)),
         text(other.name),
-        number(difference(first, second)),
-        number(larger),
+        number(change_of(row, other)),
+        number(larger_noise(row, other)),
     )

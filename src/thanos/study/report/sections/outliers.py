@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from thanos.study.report.ranking import comparable, one_seed, verdict
+from thanos.study.report.ranking import change_of, comparable, one_seed, verdict
 from thanos.study.report.rows import Results, Row, over_common_seeds
 from thanos.study.report.sections.common import SIGNS, SPREAD_NOTE, Section, note
 from thanos.study.report.tables import Cell, Table, columns, measures, number, text
-from thanos.study.report.values import difference, setting
+from thanos.study.report.values import setting
 
 _HEADS = (
     "<Pattern|pattern",
@@ -51,12 +51,10 @@ def _line(results: Results, row: Row) -> tuple[Cell, ...]:
     base = results.find(method=row.method, pattern=row.pattern, sparsity=row.sparsity)
     change, sign, shown = None, "–", row
     if base is not None and comparable(row, base):
-        noise = results.known_noise(row, base)
-        first, second = over_common_seeds(row, base)
-        own, other = first.mean("perplexity"), second.mean("perplexity")
-        if own is not None and other is not None:
-            change, shown = difference(own, other), first
-            sign = SIGNS[verdict(first, second, noise=noise)] + one_seed(first, second)
+        change = change_of(row, base)
+        if change is not None:
+            shown = over_common_seeds(row, base)[0]
+            sign = SIGNS[verdict(row, base)] + one_seed(row, base)
     return (
         text(row.pattern_label),
         text(row.name),

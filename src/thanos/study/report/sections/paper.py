@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from thanos.study.report.ranking import comparable, ranks
 from thanos.study.report.rows import Results, Row, percent
 from thanos.study.report.sections.common import (
+    BEST_NOTE,
     HEADLINE,
     RANK_NOTE,
     SPREAD_NOTE,
@@ -43,7 +44,7 @@ def perplexity_table(studies: Sequence[Results]) -> Section:
             )
         lines.append((text(label), *line))
     used = [row for own in rows.values() for row in own]
-    about = note(used, SPREAD_NOTE, "Bold: not beaten within its pattern at equal measured sparsity.")
+    about = note(used, SPREAD_NOTE, BEST_NOTE)
     section.tables.append(Table("table2", "Perplexity by model", tuple(heads), tuple(lines), bands, about))
     return section
 
@@ -76,13 +77,25 @@ def zero_shot_table(results: Results) -> Section:
         best = best_by(peers, fields[:-1])
         cells = [number(row.mean(field), best=row in best.get(field, ())) for field in fields]
         lines.append((text(_label(rows, row)), *cells, text(rank)))
+    scored = [row.only(row.seeds_with("zero_shot")) for row in known]
     about = note(
-        known,
-        "Means over calibration seeds; the standard error is the evaluation's, over the tasks' items, and counts as noise too.",
+        scored,
+        _draws(scored),
+        "The standard error is the evaluation's, over the tasks' items, and counts as noise too.",
+        BEST_NOTE,
         RANK_NOTE,
     )
     section.tables.append(Table("table3", "Zero-shot accuracy by task", tuple(heads), tuple(lines), bands, about))
     return section
+
+
+def _draws(rows: Sequence[Row]) -> str:
+    """Say how many draws of the calibration text the accuracies rest on; the dense model has none."""
+    counts = sorted({len(row.draws) for row in rows if row.method != "dense"} or {1})
+    if counts == [1]:
+        return "One calibration seed for each row."
+    span = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
+    return f"Means over {span} calibration seeds{', those with the tasks' if len(counts) > 1 else ''}."
 
 
 def _rows(results: Results, pattern: str) -> list[Row]:
@@ -107,4 +120,4 @@ def _key(row: Row) -> tuple[object, ...]:
 
 
 def _best(rows: list[Row], row: Row) -> list[Row]:
-    return best_by([o for o in rows if o.pattern == row.pattern and comparable(o, row)], ["perplexity"])["perplexity"]
+    return best_by([o for o in rows if o.pattern == row.pattern], ["perplexity"])["perplexity"]

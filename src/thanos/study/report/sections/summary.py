@@ -6,6 +6,7 @@ from thanos.study.report.charts import Chart, Point, Series
 from thanos.study.report.ranking import ranks
 from thanos.study.report.rows import NAMES, Results, Row
 from thanos.study.report.sections.common import (
+    BEST_NOTE,
     HEADLINE,
     RANK_NOTE,
     SPREAD_NOTE,
@@ -73,7 +74,7 @@ def _table(results: Results, groups: dict[str, list[Row]]) -> Table:
         heads,
         tuple(lines),
         bands,
-        note(rows, SPREAD_NOTE, "Bold: not beaten by more than the spread.", RANK_NOTE),
+        note(rows, SPREAD_NOTE, BEST_NOTE, RANK_NOTE),
     )
 
 

@@ -1,0 +1,97 @@
+"""Which cells of a model may stand side by side: one evaluation, one dtype, one set of tasks, and each cell and seed once.
+
+What most cells share is shown; the others are left out by name (:class:`LeftOut`), never silently.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from thanos.study.store import CellRecord
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """Cells that no comparison shows, or whose zero-shot accuracies none shows.
+
+    Attributes:
+        reason: what sets them apart, in words that follow a number of cells.
+        records: the cells.
+    """
+
+    reason: str
+    records: tuple[CellRecord, ...]
+
+
+def select_cells(records: Sequence[CellRecord]) -> tuple[list[CellRecord], list[LeftOut]]:
+    """Return the cells that may be compared, in their order, and what was left out."""
+    left_out: list[LeftOut] = []
+
+    def keep(cells: list[CellRecord], what: Callable[[CellRecord], Any], reason: str) -> list[CellRecord]:
+        shared = most_common(what, cells)
+        odd = tuple(record for record in cells if what(record) not in (shared, None))
+        if odd:
+            left_out.append(LeftOut(reason.format(*shared), odd))
+        return [record for record in cells if what(record) in (shared, None)]
+
+    kept = keep(list(records), _evaluation_of, "had another evaluation text or other windows than most")
+    kept = keep(kept, _dtype_of, "ran in another dtype than most ({})")
+    same_tasks = {record.key for record in keep(kept, _tasks_of, "had other zero-shot tasks than most, not shown")}
+    kept = [r if r.key in same_tasks else dataclasses.replace(r, zero_shot=None) for r in kept]
+    kept, again = _once(kept)
+    if again:
+        reason = "repeated a cell and seed of which another record holds as much or more"
+        left_out.append(LeftOut(reason, again))
+    return kept, left_out
+
+
+def most_common(what: Callable[[CellRecord], Any], records: Iterable[CellRecord]) -> Any:
+    """Return what most records share, as a tuple; None if none of them has it."""
+    found = Counter(json.dumps(value) for record in records if (value := what(record)) is not None)
+    if not found:
+        return None
+    return _tuples(json.loads(max(found, key=lambda text: (found[text], text))))
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(part) for part in value) if isinstance(value, list) else value
+
+
+def _evaluation_of(record: CellRecord) -> tuple[Any, ...] | None:
+    """What perplexities must share to be compared; None for a cell that was not evaluated."""
+    found = record.evaluation
+    return None if found is None else (found["text_sha256"], found["sequence_length"], found["windows"])
+
+
+def _dtype_of(record: CellRecord) -> tuple[Any, ...] | None:
+    found = record.asked.get("dtype")
+    return None if found is None else (found,)
+
+
+def _tasks_of(record: CellRecord) -> tuple[Any, ...] | None:
+    """The tasks and their numbers of documents, without which averages say nothing of each other."""
+    found = record.zero_shot
+    return (
+        None if found is None else tuple(sorted((name, task.get("samples")) for name, task in found["tasks"].items()))
+    )
+
+
+def _once(records: Sequence[CellRecord]) -> tuple[list[CellRecord], tuple[CellRecord, ...]]:
+    """Return one record of each cell and seed, the one that holds most, else the last; and the others."""
+    chosen: dict[str, CellRecord] = {}
+    for record in records:
+        cell = json.dumps(record.cell, sort_keys=True)
+        if cell not in chosen or _holds(record) >= _holds(chosen[cell]):
+            chosen[cell] = record
+    kept = {record.key for record in chosen.values()}
+    return [r for r in records if r.key in kept], tuple(r for r in records if r.key not in kept)
+
+
+def _holds(record: CellRecord) -> tuple[bool, bool, bool]:
+    compared = (record.evaluation or {}).get("kl_divergence") is not None
+    return record.zero_shot is not None, record.evaluation is not None, compared
