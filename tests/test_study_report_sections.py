@@ -371,6 +371,20 @@ def test_costs_of_different_devices_are_not_compared() -> None:
     assert column(section.tables[0], "method") == ["Thanos", "Wanda"]
 
 
+def test_seconds_of_a_seed_from_another_device_are_left_out_of_costs() -> None:
+    found = timed("thanos", [(44.0, 7.0), (45.0, 7.2), (46.0, 90.0)])
+    found += timed("sparsegpt", [(48.0, 6.0), (49.0, 6.2), (50.0, 80.0)])
+    found = [
+        dataclasses.replace(one, machine={"device": "cpu"}) if one.cell["seed"] == 2 else one
+        for one in [*found, *timed("wanda", [(60.0, 5.0)])]
+    ]
+    table = cost(Results(MODEL, found)).tables[0]
+    assert column(table, "seconds") == ["7.10 ± 0.14", "6.10 ± 0.14", "5.00"]
+    assert column(table, "seconds_difference")[0] == "+1.00"
+    own = [dataclasses.replace(one, cell={**one.cell, "pattern": "columns", "sparsity": 0.3}) for one in found]
+    assert by_claim(own, "columns 30 %: less time than SparseGPT") == "does not hold"
+
+
 def test_a_model_of_which_the_cost_alone_counts_has_no_accuracy() -> None:
     results = Results("other", cost_study("other"))
     assert results.cost_only

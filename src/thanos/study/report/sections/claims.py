@@ -8,7 +8,7 @@ from itertools import pairwise
 from thanos.study.report.ranking import change_of, comparable, larger_noise, one_seed, verdict
 from thanos.study.report.rows import Results, Row, over_common_seeds
 from thanos.study.report.sections.common import HEADLINE, Section, equal_alphas, headline_rows, headline_sparsity
-from thanos.study.report.sections.cost import noise_of_seconds
+from thanos.study.report.sections.cost import noise_of_seconds, on_device, usual_device
 from thanos.study.report.tables import Cell, Table, columns, text
 from thanos.study.report.values import Number, Prose, gain
 
@@ -175,12 +175,11 @@ def _value(number: Number | None) -> float:
 
 def _faster(results: Results) -> Claim:
     able = [row for row in headline_rows(results, "columns") if row.mean("seconds")]
+    able = on_device(able, usual_device(results))
     claim = f"{able[0].pattern_label if able else 'columns'}: less time than SparseGPT"
     rows = {row.method: row for row in able}
     own, other = rows.get("thanos"), rows.get("sparsegpt")
-    if own is None or other is None or len({r.machine["device"] for row in (own, other) for r in row.records}) > 1:
-        return Claim(claim, _WORDS[""], ())
-    if not verdict(own, other, "seconds"):
+    if own is None or other is None or not verdict(own, other, "seconds"):
         return Claim(claim, _WORDS[""], ())
     return Claim(claim, _judged(own, other, "seconds", noise_of_seconds(results)), _against(own, other, "seconds"))
 

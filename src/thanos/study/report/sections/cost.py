@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterator
 
@@ -38,7 +39,7 @@ def cost(results: Results) -> Section:
         )
     )
     section.prose.append(_MEMORY)
-    device = _usual_device(results)
+    device = usual_device(results)
     lent = noise_of_seconds(results)
     lines: list[tuple[Cell, ...]] = []
     bands: dict[int, str] = {}
@@ -84,7 +85,7 @@ def _table(lines: list[tuple[Cell, ...]], bands: dict[int, str], used: list[Row]
 
 def noise_of_seconds(results: Results) -> Number | None:
     """Return the largest spread of seconds among the rows of the table; it stands for that of rows with one seed."""
-    rows = [row for pattern in HEADLINE for row in _rows(results, pattern)]
+    rows = [row for pattern in HEADLINE for row in on_device(_rows(results, pattern), usual_device(results))]
     spreads = [found for row in rows if (found := row.spread("seconds")) is not None]
     return max(spreads, key=lambda number: number.value, default=None)
 
@@ -102,7 +103,7 @@ def _noise_note(lent: Number | None) -> Prose:
 def _without_accuracy(results: Results) -> Section:
     """Return seconds and memory of every method, of a model that was not evaluated."""
     section = Section("cost", "What do the methods cost?", prose=[COST_ONLY, _MEMORY])
-    device = _usual_device(results)
+    device = usual_device(results)
     lent = noise_of_seconds(results)
     lines: list[tuple[Cell, ...]] = []
     bands: dict[int, str] = {}
@@ -158,14 +159,21 @@ def _more(row: Row, other: Row, lent: Number | None) -> Cell:
 def _measured_alike(results: Results, device: str, section: Section) -> Iterator[tuple[str, list[Row]]]:
     """Yield each headline pattern with the rows that one device measured; the section misses those with fewer than two."""
     for pattern in HEADLINE:
-        rows = [row for row in _rows(results, pattern) if all(r.machine["device"] == device for r in row.records)]
+        rows = on_device(_rows(results, pattern), device)
         if len(rows) < 2:
             section.missing.append(f"{pattern}: at least two methods at one sparsity on one device")
         else:
             yield pattern, rows
 
 
-def _usual_device(results: Results) -> str:
+def on_device(rows: list[Row], device: str) -> list[Row]:
+    """Return rows with the cells alone that one device measured: another's seconds are neither theirs nor their noise."""
+    found = [tuple(record for record in row.records if record.machine["device"] == device) for row in rows]
+    return [dataclasses.replace(row, records=own) for row, own in zip(rows, found, strict=True) if own]
+
+
+def usual_device(results: Results) -> str:
+    """Return the device that measured most cells."""
     counts = Counter(r.machine["device"] for row in results.rows for r in row.records)
     return max(counts, key=lambda name: (counts[name], name), default="")
 
