@@ -458,6 +458,12 @@ def test_fairness_asks_for_the_kept_budget_alone() -> None:
     assert not any("as asked" in line for line in lone.missing)
 
 
+def test_fairness_names_the_methods_that_lack_where_one_has_outlier_rows() -> None:
+    found = seeds((90.0,), pattern="2:4")
+    found += [record(cell(method, "2:4", outlier_rows=0.1), perplexity=70.0) for method in ("thanos", "wanda")]
+    assert "SparseGPT, Magnitude, 2:4, α = 0.1, as asked" in fairness(Results(MODEL, found)).missing
+
+
 def test_zero_shot_tables_have_a_column_for_each_task() -> None:
     table = zero_shot_table(FULL).tables[0]
     assert [c.name for c in table.columns][1:6] == ["winogrande", "openbookqa", "piqa", "arc_easy", "arc_challenge"]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from thanos.recipe import METHODS
 from thanos.study.report.ranking import GROUP_WIDTH, comparable, groups_by_sparsity, ranks
-from thanos.study.report.rows import Results, Row
+from thanos.study.report.rows import NAMES, Results, Row
 from thanos.study.report.sections.common import (
     BEST_NOTE,
     RANK_NOTE,
@@ -124,7 +125,7 @@ def _apart(results: Results) -> Table | None:
 
 
 def _missing(results: Results) -> list[str]:
-    """Name what α at the full sparsity lacks for the n:m patterns of the store."""
+    """Name what the n:m patterns of the store lack: α at the full sparsity, and other methods wherever one has α = 0.1."""
     found = []
     for pattern in (p for p in patterns_of(results.rows) if ":" in p):
         sparsity = headline_sparsity(results, pattern)
@@ -132,4 +133,10 @@ def _missing(results: Results) -> list[str]:
             continue
         if len(equal_alphas(results, "thanos", pattern, sparsity)) < 2:
             found.append(f"Thanos, {pattern}, α = 0.1, budget kept, beside α = 0")
+        rows = results.select(pattern=pattern, alpha=0.1)
+        for kept in (True, False):
+            have = {row.method for row in rows if row.keep_budget == kept}
+            lacking = [NAMES[method] for method in METHODS if method not in have]
+            if have and lacking:
+                found.append(f"{', '.join(lacking)}, {pattern}, α = 0.1, {'budget kept' if kept else 'as asked'}")
     return found
