@@ -8,6 +8,7 @@ from thanos.study.report.charts import Chart, Point, Series
 from thanos.study.report.ranking import larger_noise, one_seed, verdict
 from thanos.study.report.rows import NAMES, Results, Row, over_common_seeds, percent
 from thanos.study.report.sections.common import (
+    BAR_NOTE,
     SPREAD_NOTE,
     Section,
     common_note,
@@ -164,7 +165,7 @@ def _chart(results: Results, field: str, label: str, pattern: str, shared: Seque
         for row in (row.only(seeds) for row in rows if seeds <= row.seeds_with(field)):
             x, y = setting(row.records[0], "alpha"), row.mean(field)
             if x is not None and y is not None:
-                points.append(Point(x, y, row.spread(field)))
+                points.append(Point(x, y, row.noise(field)))
         if len(points) > 2 or (method == "thanos" and len(points) > 1):
             series.append(Series(NAMES.get(method, method), method, tuple(points)))
     title = {"perplexity": "Perplexity", "kl_divergence": "KL divergence"}[field]
@@ -177,6 +178,7 @@ def _chart(results: Results, field: str, label: str, pattern: str, shared: Seque
         "α, share of output rows left dense",
         y_label,
         tuple(series),
+        note=(BAR_NOTE,),
     )
 
 

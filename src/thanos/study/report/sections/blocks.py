@@ -6,7 +6,16 @@ from thanos.study.report.charts import Chart, Point, Series
 from thanos.study.report.ranking import change_of, comparable, larger_noise, one_seed, verdict
 from thanos.study.report.rows import Results, Row, over_common_seeds
 from thanos.study.report.sections.alpha import file_name
-from thanos.study.report.sections.common import COST_ONLY, SIGNS, SPREAD_NOTE, Section, common_note, note, seeds_of
+from thanos.study.report.sections.common import (
+    BAR_NOTE,
+    COST_ONLY,
+    SIGNS,
+    SPREAD_NOTE,
+    Section,
+    common_note,
+    note,
+    seeds_of,
+)
 from thanos.study.report.tables import Cell, Table, columns, measures, number, text
 from thanos.study.report.values import Number, Prose, setting
 
@@ -167,7 +176,7 @@ def _chart(found: list[tuple[str, list[Row]]], field: str, name: str, label: str
         for row in rows:
             x, y = setting(row.records[0], "block_size"), row.mean(field)
             if x is not None and y is not None:
-                points.append(Point(x, y, row.spread(field)))
+                points.append(Point(x, y, row.noise(field)))
         if points:
             several = len(found) > 1
             series.append(
@@ -182,4 +191,5 @@ def _chart(found: list[tuple[str, list[Row]]], field: str, name: str, label: str
         _CHARTS[field],
         tuple(series),
         x_scale="log2",
+        note=(BAR_NOTE,),
     )

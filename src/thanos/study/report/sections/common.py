@@ -175,6 +175,9 @@ RANK_NOTE = (
 SPREAD_NOTE = (
     "± is the sample standard deviation over calibration seeds; ° at a number: one seed of a row that has several."
 )
+BAR_NOTE = (
+    "Bars: the spread over calibration seeds; of a row with one, that of its method, pattern and sparsity, if known."
+)
 BEST_NOTE = (
     "Bold: not beaten by more than the spread at equal measured sparsity, over the seeds that two rows have in common."
 )
