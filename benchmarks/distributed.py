@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -40,6 +39,7 @@ def main() -> None:
     parser.add_argument("--pattern", default="unstructured")
     parser.add_argument("--method", default="thanos")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--json", type=Path, default=None, help="write machine, commit, options and seconds here")
     parser.add_argument("--folder", type=Path, default=None, help="work here and keep it (default: a temporary folder)")
     parser.add_argument("--worker", type=Path, default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -52,6 +52,9 @@ def main() -> None:
         runs = {size: launch(options, folder, size) for size in options.processes}
         print_table(options, runs)
         compare(options.processes, folder)
+        if options.json is not None:
+            given = {name: str(value) for name, value in vars(options).items()}
+            options.json.write_text(json.dumps({"options": given, "runs": runs}, indent=2) + "\n", encoding="utf-8")
 
 
 def make_model(options: argparse.Namespace, folder: Path) -> None:
@@ -90,6 +93,7 @@ def worker(options: argparse.Namespace, folder: Path) -> None:
     import torch
 
     import thanos
+    from thanos.bench.measure import machine
     from thanos.calibration import Calibration
 
     size = int(os.environ["THANOS_BENCH_SIZE"])
@@ -108,18 +112,15 @@ def worker(options: argparse.Namespace, folder: Path) -> None:
     report = thanos.prune(folder / "model", folder / f"out-{size}", recipe, overwrite=True, calibration=windows)
     if os.environ.get("RANK", "0") == "0":
         phases = {name: record.seconds for name, record in report.phases.items()}
-        device = (
-            torch.cuda.get_device_name(0) if options.device == "cuda" else platform.processor() or platform.machine()
-        )
-        facts = {"device": device, "torch": torch.__version__, "cores": os.cpu_count()}
-        (folder / f"phases-{size}.json").write_text(json.dumps({"phases": phases, "facts": facts}))
+        facts = {"machine": machine(options.device), "phases": phases}
+        (folder / f"phases-{size}.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
 def print_table(options: argparse.Namespace, runs: dict[int, dict[str, Any]]) -> None:
     """Print seconds, speed-up and efficiency against the first number of processes."""
     first, *_ = runs
     names = list(dict.fromkeys(name for run in runs.values() for name in run["phases"]))
-    emit(f"\n{runs[first]['facts']}; {vars(options)}\n")
+    emit(f"\n{runs[first]['machine']}; {vars(options)}\n")
     emit("| phase | " + " | ".join(f"{size} process{'es'[: 2 * (size > 1)]}" for size in runs) + " |")
     emit("|---|" + "---|" * len(runs))
     rows = [(name, [run["phases"].get(name, 0.0) for run in runs.values()]) for name in names]
