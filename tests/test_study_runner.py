@@ -22,7 +22,7 @@ import thanos
 from helpers import prose, save_tiny
 from thanos.cli import run
 from thanos.cli.study import PlainLines
-from thanos.errors import StudyError, UserError
+from thanos.errors import DataError, NumericsError, StudyError, UserError
 from thanos.lock import locked
 from thanos.pretrained import resolve_model
 from thanos.solvers import prune_layer
@@ -30,7 +30,7 @@ from thanos.study import runner
 from thanos.study.grid import Cell
 from thanos.study.pool import StudyEvent
 from thanos.study.reading import read_study
-from thanos.study.store import StoreWriter, read_store
+from thanos.study.store import CellRecord, StoreWriter, read_store
 from thanos.study.worker import Session, throttled
 
 HEAD = 'models = ["tiny"]\n[evaluation]\ntext = "prose.txt"\nsequence_length = 64\nmax_windows = 4\n'
@@ -114,6 +114,46 @@ def test_a_model_of_which_the_cost_alone_counts_needs_no_text(tmp_path: Path, da
         assert all(layer["error_after_compensation"] > 0 for layer in record.layers)
         assert "evaluate" not in record.phases
     assert runner.run_study(path, tmp_path / "out", data=data, devices=["cpu"]).ran == 0
+
+
+def test_a_cell_whose_tasks_fail_keeps_what_was_measured(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: Any, **others: Any) -> Any:
+        raise DataError(f"the data in {data}/tasks cannot be had")
+
+    monkeypatch.setattr("thanos.harness.zero_shot", broken)
+    head, grid = HEAD + '[zero_shot]\ntasks = "piqa"\n', GRID + 'method = "magnitude"\nzero_shot = true\n'
+    worker, cells = session(write(tmp_path, grid, head), data, tmp_path / "out")
+    plain, (_, cell) = session(write(tmp_path, GRID + 'method = "magnitude"\n'), data, tmp_path / "plain")
+    dense, pruned = (CellRecord.from_dict(worker.run(each, quiet).to_dict()) for each in cells)
+    for record in (dense, pruned):
+        assert (record.status, record.reason) == ("failed", "the data in tasks cannot be had")
+        assert record.zero_shot is None
+        assert record.effective_sparsity is not None
+        assert {"reference", "evaluate", "zero_shot"} <= set(record.phases)
+    whole = plain.run(cell, quiet)
+    assert pruned.evaluation == whole.evaluation
+    assert pruned.recipe == whole.recipe
+    assert {**pruned.layers[0], "seconds": 0} == {**whole.layers[0], "seconds": 0}
+    assert pruned.seconds is not None
+    StoreWriter(tmp_path / "out").append(pruned)
+    contents = read_store(tmp_path / "out")
+    assert (contents.done, contents.failed) == ([], [pruned])
+
+
+def test_a_cell_whose_evaluation_fails_keeps_its_pruning(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: Any, **others: Any) -> Any:
+        raise NumericsError("NaN")
+
+    monkeypatch.setattr("thanos.study.worker.evaluate", broken)
+    worker, cells = session(write(tmp_path, GRID + 'method = "magnitude"\n'), data, tmp_path / "out")
+    record = worker.run(cells[1], quiet)
+    assert (record.status, record.reason, record.evaluation) == ("failed", "NaN", None)
+    assert record.layers
+    assert {"solve", "evaluate"} <= set(record.phases)
 
 
 def test_shared_work_is_done_once(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

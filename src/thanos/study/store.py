@@ -42,6 +42,8 @@ _TYPES: dict[str, tuple[str, type | UnionType]] = {
 class CellRecord:
     """One cell of a study: what was asked for and what came out; the attributes are the keys of a line.
 
+    A failed record keeps the results that were whole before it failed; they are for a person to look at, and no cell's result.
+
     Attributes:
         key: hash of ``cell`` and ``asked``, see :func:`cell_key`.
         status: ``done`` or ``failed``.
