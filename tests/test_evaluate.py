@@ -475,6 +475,16 @@ def test_out_of_memory_says_what_to_lower(
         thanos.evaluate(tiny_llama, reference=reference(tiny_llama, text_file), device="cpu")
 
 
+def test_a_model_that_is_loaded_already_is_scored_as_it_is(
+    tiny_llama: Path, rows: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = run(tiny_llama, rows[0])
+    network = load_model(resolve_model(tiny_llama))
+    monkeypatch.setattr(evaluation, "load_model", None)
+    found = run(tiny_llama, rows[0], network=network, dtype="bfloat16")
+    assert (found.mean_loss, found.dtype, found.device) == (expected.mean_loss, "float32", "cpu")
+
+
 # --- a reference that several models share ----------------------------------------------------------------------------
 
 

@@ -23,8 +23,9 @@ from helpers import prose, save_tiny
 from thanos.cli import run
 from thanos.cli.study import PlainLines
 from thanos.errors import DataError, NumericsError, StudyError, UserError
+from thanos.harness import ZeroShot
 from thanos.lock import locked
-from thanos.pretrained import resolve_model
+from thanos.pretrained import load_model, resolve_model
 from thanos.solvers import prune_layer
 from thanos.study import runner
 from thanos.study.grid import Cell
@@ -142,6 +143,49 @@ def test_a_cell_whose_tasks_fail_keeps_what_was_measured(
     assert (contents.done, contents.failed) == ([], [pruned])
 
 
+def test_tasks_are_put_to_the_model_that_was_evaluated(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, Any]] = []
+
+    def watched(name: str, inner: Any) -> Any:
+        def call(*arguments: Any, **others: Any) -> Any:
+            seen.append((name, others["network"]))
+            return inner(*arguments, **others)
+
+        return call
+
+    scores = ZeroShot(
+        model="", tasks={}, average={}, limit=None, cached=[], seconds=1, dtype="", device="", versions={}
+    )
+    monkeypatch.setattr("thanos.study.worker.evaluate", watched("evaluate", thanos.evaluate))
+    monkeypatch.setattr("thanos.harness.zero_shot", watched("zero_shot", lambda *_, **__: scores))
+    head, grid = HEAD + '[zero_shot]\ntasks = "piqa"\n', GRID + 'method = "magnitude"\nzero_shot = true\n'
+    worker, cells = session(write(tmp_path, grid, head), data, tmp_path / "out")
+    assert [worker.run(cell, quiet).status for cell in cells] == ["done"] * 2
+    assert [name for name, _ in seen] == ["evaluate", "zero_shot"] * 2
+    (dense, again), (pruned, once_more) = (tuple(model for _, model in seen[i : i + 2]) for i in (0, 2))
+    assert dense is not None
+    assert dense is again
+    assert pruned is once_more
+    assert pruned is not dense
+
+
+def test_a_model_too_large_for_the_memory_says_so(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inner = load_model
+
+    def load(source: Any, **others: Any) -> Any:
+        if "scratch" in str(source.folder):
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+        return inner(source, **others)
+
+    monkeypatch.setattr("thanos.study.worker.load_model", load)
+    worker, cells = session(write(tmp_path, GRID + 'method = "magnitude"\n'), data, tmp_path / "out")
+    record = worker.run(cells[1], quiet)
+    assert (record.status, record.reason) == ("failed", "out of memory on cpu: end what else uses it")
+    assert record.layers
+
+
 def test_a_cell_whose_evaluation_fails_keeps_its_pruning(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,9 +215,12 @@ def test_shared_work_is_done_once(tmp_path: Path, data: Path, monkeypatch: pytes
 
     for name in ("make_calibration", "cut_windows", "load_model"):
         count("thanos.study.worker", name)
+    monkeypatch.setattr("thanos.evaluation.load_model", None)
     worker, cells = session(path, data, tmp_path / "out")
     assert [worker.run(cell, quiet).status for cell in cells] == ["done"] * 5
-    assert calls == {"make_calibration": 1, "cut_windows": 1, "load_model": 1}
+    assert calls == {"make_calibration": 1, "cut_windows": 1, "load_model": 1 + 4}, (
+        "the dense model once, each pruned one once"
+    )
     again, cells = session(path, data, tmp_path / "out")
     assert again.run(cells[1], quiet).status == "done"
     assert calls["make_calibration"] == 1, "another process takes the windows from the cache"

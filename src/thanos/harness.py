@@ -24,9 +24,10 @@ import torch
 
 from thanos._version import __version__
 from thanos.answering import keep_requests, templates_compiled_once, wrap
-from thanos.errors import DataError, ResourceError
+from thanos.errors import DataError
 from thanos.events import Event
 from thanos.fingerprint import model_sha256
+from thanos.memory import memory_explained
 from thanos.opening import running_dtype
 from thanos.pretrained import ModelSource, choose_device, load_model, resolve_model
 
@@ -133,7 +134,9 @@ def zero_shot(
     known = sorted(scores)
     missing = [name for name in loaded if name not in scores]
     if missing:
-        network = load_model(source, dtype=runs_in, device=where) if network is None else network
+        if network is None:
+            with memory_explained(where):
+                network = load_model(source, dtype=runs_in, device=where)
         tell = on_event or (lambda event: None)
         scores |= _score(network, source, [loaded[name] for name in missing], limit, where, tell)
         for name in missing:
@@ -255,11 +258,8 @@ def _score(
         task.set_fewshot_seed(seed=_FEWSHOT_SEED)
     model = wrap(network, source.tokenizer(), tell)
     chosen = {"tasks": {task.config.task: task for task in tasks}, "groups": {}}
-    try:
-        with templates_compiled_once():
-            found = lm_eval.evaluate(model, chosen, limit=limit, log_samples=False)  # type: ignore[arg-type]
-    except torch.OutOfMemoryError as error:
-        raise ResourceError(f"out of memory on {where} while scoring tasks; use --device cpu") from error
+    with memory_explained(where), templates_compiled_once():
+        found = lm_eval.evaluate(model, chosen, limit=limit, log_samples=False)  # type: ignore[arg-type]
     assert found is not None
     results: Any = found.get("results")
     counts: Any = found.get("n-samples")

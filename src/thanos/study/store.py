@@ -69,7 +69,8 @@ class CellRecord:
             ``average`` (the same but ``samples``); None where none was asked for.
         layers: the layers, as in pruning.json.
         phases: seconds and peaks of memory by phase: those of pruning.json, then ``reference`` (loading the dense model and
-            the text, where the worker had not yet), ``evaluate`` and ``zero_shot``; ``formula`` alone of such a cell.
+            the text, where the worker had not yet), ``evaluate`` (loading the model too, unless it is the dense one of
+            ``reference``) and ``zero_shot`` (with that model); ``formula`` alone of such a cell.
         seconds: of pruning, without evaluation.
         host_peak_bytes: while pruning.
         device_peak_bytes: while pruning; None without a CUDA device.

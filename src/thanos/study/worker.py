@@ -28,7 +28,7 @@ from thanos.errors import ModelError, RecipeError, ResourceError, UserError
 from thanos.evaluation import Reference, cut_windows, evaluate
 from thanos.events import Event
 from thanos.inspection import inspect_checkpoint
-from thanos.memory import PhaseMeter, free_device_bytes, free_host_bytes
+from thanos.memory import PhaseMeter, free_device_bytes, free_host_bytes, memory_explained
 from thanos.preparing import make_calibration
 from thanos.pretrained import choose_device, load_model, resolve_model
 from thanos.pruning import prune
@@ -203,8 +203,12 @@ class Session:
         with meter.phase("reference"):
             reference = self._shared_reference(cell)
         tell(Event(kind="phase", phase="evaluate"))
+        network = reference.model if cell.method == DENSE else None
         with meter.phase("evaluate"):
-            found = evaluate(model, device=self._name, dtype=self._study.dtype, reference=reference, on_event=tell)
+            if network is None:
+                with memory_explained(self._device):
+                    network = load_model(resolve_model(model), dtype=self._study.dtype, device=self._device)
+            found = evaluate(model, reference=reference, network=network, on_event=tell)
         values = found.to_dict()
         results["evaluation"] = {name: values[name] for name in _KEPT}
         if tasks is None:
@@ -212,15 +216,7 @@ class Session:
         from thanos.harness import zero_shot
 
         with meter.phase("zero_shot"):
-            scores = zero_shot(
-                model,
-                **tasks,
-                task_folder=self._places.task_folder,
-                device=self._name,
-                dtype=self._study.dtype,
-                on_event=tell,
-                cache=False,
-            )
+            scores = zero_shot(model, **tasks, task_folder=self._places.task_folder, network=network, on_event=tell)
         results["zero_shot"] = {"tasks": scores.to_dict()["tasks"], "average": scores.to_dict()["average"]}
 
     def _warm_up(self, cell: Cell, recipe: Recipe) -> None:
