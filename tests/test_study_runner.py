@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from thanos.study.grid import Cell
 from thanos.study.pool import StudyEvent
 from thanos.study.reading import read_study
 from thanos.study.store import CellRecord, StoreWriter, read_store
-from thanos.study.worker import Session, throttled
+from thanos.study.worker import Session, make_record, throttled
 
 HEAD = 'models = ["tiny"]\n[evaluation]\ntext = "prose.txt"\nsequence_length = 64\nmax_windows = 4\n'
 GRID = '[[grid]]\ncalibration = "prose.txt"\nsamples = 4\nsequence_length = 32\n'
@@ -410,6 +411,42 @@ def test_a_refused_study_changes_nothing(tmp_path: Path, data: Path) -> None:
         (out / name).write_text(text)
     assert run(["study", str(write(tmp_path, GRID)), str(out), "--data", str(data), "--quiet"]) == 2
     assert {path.name: path.read_text() for path in out.iterdir()} == before
+
+
+def test_other_task_files_are_other_cells_and_older_records_still_count(tmp_path: Path, data: Path) -> None:
+    tasks, out = data / "tasks", tmp_path / "out"
+    tasks.mkdir()
+    out.mkdir()
+    (tasks / "own.yaml").write_text("task: own\ndata_files:\n  test: ../own.jsonl\n")
+    (data / "own.jsonl").write_text("{}\n")
+    head = HEAD + '[zero_shot]\ntasks = "own"\ntask_folder = "tasks"\n'
+    path = write(tmp_path, GRID + 'method = "magnitude"\nzero_shot = true\n' + GRID + 'method = "wanda"\n', head)
+    study = read_study(path)
+    places = runner.find_places(study, tmp_path, out, data)
+
+    def states() -> list[str]:
+        return list(runner._states(study, runner.find_places(study, tmp_path, out, data), quiet).values())
+
+    records = [make_record(study, places, cell, torch.device("cpu"), {}) for cell in study.cells]
+    assert [record.sources["tasks"] is None for record in records] == [False, False, True]
+    writer = StoreWriter(out)
+    for record in records:
+        writer.append(record)
+    assert states() == ["done"] * 3
+    for changed in (tasks / "own.yaml", data / "own.jsonl"):
+        before = changed.read_text()
+        changed.write_text(before + "\n")
+        assert states() == ["new", "new", "done"], changed.name
+        changed.write_text(before)
+    (tasks / "__pycache__").mkdir()
+    (tasks / "__pycache__" / "own.pyc").write_text("compiled")
+    assert states() == ["done"] * 3
+
+    for record in records:
+        known = {name: value for name, value in record.sources.items() if name != "tasks"}
+        writer.append(replace(record, sources=known))
+    (data / "own.jsonl").write_text("[]\n")
+    assert states() == ["done"] * 3, "a record that says nothing of its tasks"
 
 
 def test_a_folder_that_is_no_studys_is_refused(tmp_path: Path, data: Path) -> None:

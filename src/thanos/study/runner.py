@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 
 from thanos.errors import RecipeError, ResourceError, StudyError, UserError
-from thanos.fingerprint import file_sha256, model_sha256, source_commit
+from thanos.fingerprint import file_sha256, model_sha256, source_commit, task_files_sha256
 from thanos.lock import locked
 from thanos.pretrained import ModelSource, choose_device, load_model, resolve_model
 from thanos.study.grid import DENSE, FORMULA, Cell, Study, public_cell
@@ -103,7 +103,7 @@ def list_cells(path: str | Path, out: str | Path, *, data: str | Path | None = N
 
 
 def _states(study: Study, places: Places, tell: Watcher) -> dict[Cell, State]:
-    """Return the state of each cell by the store; a result whose model or text has changed since does not count."""
+    """Return the state of each cell by the store; a result whose model, text or tasks have changed since does not count."""
     contents = read_store(places.out) if store_path(places.out).exists() else None
     for warning in contents.warnings if contents else ():
         tell(StudyEvent(message=warning))
@@ -111,13 +111,18 @@ def _states(study: Study, places: Places, tell: Watcher) -> dict[Cell, State]:
     states: dict[Cell, State] = {}
     for cell in study.cells:
         record = known.get(cell_key(public_cell(cell), study.asked(cell)))
-        if record is None or record.sources != places.sources(study, cell):
+        if record is None or _changed(record.sources, places.sources(study, cell)):
             states[cell] = "new"
         elif record.status == "failed" and record.reason == _impossible(cell):
             states[cell] = "impossible"  # and recorded as such: trying again is no use
         else:
             states[cell] = record.status
     return states
+
+
+def _changed(recorded: dict[str, str | None], now: dict[str, str | None]) -> bool:
+    """Whether a source is another one; of one that an older version did not record, such as tasks, nothing is known."""
+    return any(recorded[name] != now[name] for name in recorded.keys() & now.keys())
 
 
 def _impossible(cell: Cell) -> str | None:
@@ -181,6 +186,7 @@ def find_places(study: Study, beside: Path, out: Path, data: str | Path | None) 
         raise StudyError(f"text {text} of [evaluation] is in none of {searched}; give its folder with --data")
     if task_folder and not Path(find(task_folder)).is_dir():
         raise StudyError(f"task_folder {task_folder} of [zero_shot] is in none of {searched}; give it with --data")
+    task_folder = find(task_folder) if task_folder else None
     hashes: dict[str, str | None] = {
         name: file_sha256(path) if Path(path).is_file() else None for name, path in texts.items()
     }
@@ -195,7 +201,8 @@ def find_places(study: Study, beside: Path, out: Path, data: str | Path | None) 
         out=out.resolve(),
         models=models,
         texts=texts,
-        task_folder=find(task_folder) if task_folder else None,
+        task_folder=task_folder,
+        tasks_hash=task_files_sha256(task_folder) if task_folder else None,
         hashes=hashes,
         failures=failures,
         commit=source_commit(),

@@ -59,7 +59,7 @@ class CellRecord:
         asked: what else shaped the numbers: ``dtype``, ``evaluation`` (``text``, ``sequence_length``, ``max_windows``,
             ``compare``: with the dense model) and ``zero_shot`` (``tasks``, ``limit``; None where none was asked for). Both
             are None for a model of which the cost alone is measured.
-        sources: sha256 of ``model``, ``calibration`` and ``text`` as files; None where there is no file.
+        sources: sha256 of ``model``, ``calibration``, ``text`` and ``tasks`` as files; None where there is no file.
         recipe: the whole recipe, as in pruning.json; None for the dense model.
         calibration: the windows' fingerprint, as in pruning.json; None for the dense model.
         effective_sparsity: measured shares of zeros, ``targeted`` (pruned layers) and ``all`` (parameters).

@@ -65,6 +65,7 @@ class Places:
         models: name in the study → what to give ``prune``.
         texts: name in the study → source or path.
         task_folder: of local tasks; None without one.
+        tasks_hash: sha256 of the files in it and of those they name; None without one.
         hashes: name in the study → sha256 of the model or text; None where there is no file.
         failures: models that cannot be had, and why.
         commit: of the source tree; None where unknown.
@@ -74,6 +75,7 @@ class Places:
     models: dict[str, str]
     texts: dict[str, str]
     task_folder: str | None
+    tasks_hash: str | None
     hashes: dict[str, str | None]
     failures: dict[str, str]
     commit: str | None
@@ -89,6 +91,7 @@ class Places:
             "model": self.hashes.get(cell.model),
             "calibration": None if cell.calibration is None else self.hashes.get(cell.calibration),
             "text": None if cell.model in study.cost_only else self.hashes.get(study.evaluation.text),
+            "tasks": self.tasks_hash if cell in study.zero_shot_cells else None,
         }
 
     def without_paths(self, text: str) -> str:
