@@ -57,7 +57,7 @@ def write(tmp_path: Path, grids: str, head: str = HEAD) -> Path:
 def session(path: Path, data: Path, out: Path) -> tuple[Session, tuple[Cell, ...]]:
     study = read_study(path)
     (out / "cache").mkdir(parents=True, exist_ok=True)
-    return Session(study, runner.find_places(study, path.parent, out, data), "cpu"), study.cells
+    return Session(study, runner.find_places(study, out, data), "cpu"), study.cells
 
 
 def quiet(event: Any) -> None:
@@ -328,8 +328,9 @@ def test_a_study_runs_each_cell_once_and_goes_on(tmp_path: Path, data: Path) -> 
 def test_a_failed_cell_runs_again_and_a_torn_record_too(tmp_path: Path, data: Path) -> None:
     out, text = tmp_path / "out", (data / "prose.txt").read_text()
     path = write(tmp_path, GRID.replace("prose", "later") + 'method = "magnitude"\n')
-    result, _ = go(path, data, out)
+    result, events = go(path, data, out)
     assert (result.count("done"), result.count("failed")) == (1, 1)
+    assert "later.txt is not there, so its cells will fail" in next(event.message for event in events if event.message)
     (data / "later.txt").write_text(text)
     whole = (out / "store.jsonl").read_bytes()
     (out / "store.jsonl").write_bytes(whole[:-20])
@@ -422,10 +423,10 @@ def test_other_task_files_are_other_cells_and_older_records_still_count(tmp_path
     head = HEAD + '[zero_shot]\ntasks = "own"\ntask_folder = "tasks"\n'
     path = write(tmp_path, GRID + 'method = "magnitude"\nzero_shot = true\n' + GRID + 'method = "wanda"\n', head)
     study = read_study(path)
-    places = runner.find_places(study, tmp_path, out, data)
+    places = runner.find_places(study, out, data)
 
     def states() -> list[str]:
-        return list(runner._states(study, runner.find_places(study, tmp_path, out, data), quiet).values())
+        return list(runner._states(study, runner.find_places(study, out, data), quiet).values())
 
     records = [make_record(study, places, cell, torch.device("cpu"), {}) for cell in study.cells]
     assert [record.sources["tasks"] is None for record in records] == [False, False, True]
@@ -458,11 +459,23 @@ def test_a_folder_that_is_no_studys_is_refused(tmp_path: Path, data: Path) -> No
 
 def test_missing_texts_and_folders_are_named_before_the_work(tmp_path: Path, data: Path) -> None:
     (data / "prose.txt").unlink()
-    with pytest.raises(StudyError, match=r"text prose\.txt.*is in none of .*data.*--data"):
+    with pytest.raises(
+        StudyError, match=r"my\.toml, line 3, \[evaluation\] text: prose\.txt is in none of .*data.*--data"
+    ):
         go(write(tmp_path, GRID), data, tmp_path / "out")
     head = HEAD.replace("prose.txt", "pydoc") + '[zero_shot]\ntasks = "x"\ntask_folder = "nowhere"\n'
-    with pytest.raises(StudyError, match="task_folder nowhere"):
+    with pytest.raises(StudyError, match=r"my\.toml, line 8, \[zero_shot\] task_folder: nowhere is in none of"):
         go(write(tmp_path, GRID, head), data, tmp_path / "out")
+
+
+def test_a_missing_calibration_file_is_told_of_before_its_cells_fail(tmp_path: Path, data: Path) -> None:
+    grids = GRID + GRID.replace('"prose.txt"', '["prose.txt", "later.txt"]') + 'method = "magnitude"\n'
+    study = read_study(write(tmp_path, grids))
+    events: list[StudyEvent] = []
+    places = runner.find_places(study, tmp_path / "out", data)
+    runner._warn_of_calibration(study, places, study.cells, events.append)
+    (message,) = (event.message for event in events)
+    assert re.search(r"my\.toml, line 11, \[grid\] calibration: later\.txt is not there", message)
 
 
 @pytest.mark.parametrize(("devices", "workers"), [([], 1), (["cpu"], 0), (["gpu"], 1)])
@@ -496,16 +509,18 @@ def test_an_unknown_task_lists_near_names(tmp_path: Path, data: Path, capsys: py
     head = HEAD + '[zero_shot]\ntasks = ["piqaa"]\n'
     path = write(tmp_path, GRID + "zero_shot = true\n", head)
     assert run(["study", str(path), str(tmp_path / "out"), "--data", str(data), "--quiet"]) == 2
-    error = capsys.readouterr().err
-    assert "'piqaa'" in error
-    assert "near names: piqa" in error
+    refused = capsys.readouterr().err
+    assert "my.toml, line 7, [zero_shot] tasks: task 'piqaa'" in refused
+    assert "near names: piqa" in refused
+    assert run(["study", str(path), str(tmp_path / "out"), "--data", str(data), "--list"]) == 2
+    assert capsys.readouterr().err == refused
 
 
 @pytest.mark.slow
 def test_a_gguf_model_is_converted_once(tmp_path: Path, demo_gguf: Path) -> None:
     study = read_study(write(tmp_path, GRID, HEAD.replace("tiny", str(demo_gguf)).replace("prose.txt", "pydoc")))
     messages: list[str] = []
-    places = runner.find_places(study, tmp_path, tmp_path / "out", None)
+    places = runner.find_places(study, tmp_path / "out", None)
     for _ in range(2):
         found = runner.convert(places, set(study.models), lambda event: messages.append(event.message))
     assert messages == [f"converting {demo_gguf.name} to safetensors, once"]

@@ -181,7 +181,9 @@ def check_tasks(tasks: Sequence[str], task_folder: str | Path | None = None) -> 
         if task not in known:
             near = difflib.get_close_matches(task, known, n=5, cutoff=0.5)
             hint = f"near names: {', '.join(near)}" if near else "no name is near; see lm_eval ls tasks"
-            raise DataError(f"task {task!r} is unknown to lm_eval; {hint}. Your own tasks need --task-folder")
+            raise DataError(
+                f"task {task!r} is unknown to lm_eval; {hint}. Your own tasks need --task-folder, in a study task_folder"
+            )
 
 
 def average(scores: Sequence[dict[str, Any]]) -> dict[str, float | None]:
