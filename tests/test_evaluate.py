@@ -135,7 +135,7 @@ def test_perplexity_does_not_depend_on_the_chunk(
     import thanos.evaluation
 
     whole = run(tiny_llama, rows[0], dense=other)
-    monkeypatch.setitem(thanos.evaluation._CHUNK, "cpu", chunk)
+    monkeypatch.setitem(thanos.evaluation._SCORED_POSITIONS, "cpu", chunk)
     parts = run(tiny_llama, rows[0], dense=other)
     assert parts.perplexity == pytest.approx(whole.perplexity, rel=1e-6)
     assert parts.kl_divergence == pytest.approx(whole.kl_divergence, rel=1e-6)

@@ -29,8 +29,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 
-_CHUNK = {"cpu": 256}
-_WIDE_CHUNK = 1024
+_SCORED_POSITIONS = {"cpu": 256, "cuda": 1024}
 """Positions whose log-probabilities are in float32 at once; 1024 × a vocabulary of 256 k is 1 GiB."""
 
 _BATCH_TOKENS = {"cuda": 16384}
@@ -355,7 +354,7 @@ def _score_batch(model: PreTrainedModel, reference: Reference, first: int, ids: 
     logits, dense = _logits(model, ids), reference.logits(first, ids)
     if dense is not None and dense.shape != logits.shape:
         raise DataError(f"the dense model predicts {dense.shape[-1]} tokens, the model {logits.shape[-1]}: no pair")
-    length, chunk = ids.shape[1], _CHUNK.get(ids.device.type, _WIDE_CHUNK)
+    length, chunk = ids.shape[1], _SCORED_POSITIONS.get(ids.device.type, _SCORED_POSITIONS["cpu"])
     found = torch.zeros(len(ids), 4, dtype=torch.float64, device=ids.device)
     for row in range(len(ids)):
         for start in range(0, length - 1, chunk):
