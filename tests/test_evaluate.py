@@ -135,7 +135,7 @@ def test_perplexity_does_not_depend_on_the_chunk(
     import thanos.evaluation
 
     whole = run(tiny_llama, rows[0], dense=other)
-    monkeypatch.setitem(thanos.evaluation._CHUNK, "cpu", chunk)
+    monkeypatch.setitem(thanos.evaluation._SCORED_POSITIONS, "cpu", chunk)
     parts = run(tiny_llama, rows[0], dense=other)
     assert parts.perplexity == pytest.approx(whole.perplexity, rel=1e-6)
     assert parts.kl_divergence == pytest.approx(whole.kl_divergence, rel=1e-6)
@@ -473,6 +473,16 @@ def test_out_of_memory_says_what_to_lower(
         run(tiny_llama, rows[0])
     with pytest.raises(ResourceError, match=r"now 40"):  # that of the windows, not of the argument's default
         thanos.evaluate(tiny_llama, reference=reference(tiny_llama, text_file), device="cpu")
+
+
+def test_a_model_that_is_loaded_already_is_scored_as_it_is(
+    tiny_llama: Path, rows: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = run(tiny_llama, rows[0])
+    network = load_model(resolve_model(tiny_llama))
+    monkeypatch.setattr(evaluation, "load_model", None)
+    found = run(tiny_llama, rows[0], network=network, dtype="bfloat16")
+    assert (found.mean_loss, found.dtype, found.device) == (expected.mean_loss, "float32", "cpu")
 
 
 # --- a reference that several models share ----------------------------------------------------------------------------

@@ -166,7 +166,7 @@ def test_a_study_compares_the_formulas_on_the_layer_that_it_names(tmp_path: Path
     path.write_text(STUDY, encoding="utf-8")
     study = read_study(path)
     (tmp_path / "out" / "cache").mkdir(parents=True)
-    session = Session(study, find_places(study, path.parent, tmp_path / "out", data), "cpu")
+    session = Session(study, find_places(study, tmp_path / "out", data), "cpu")
     found = session.run(study.cells[-1], lambda event: None)
     assert (found.status, found.reason) == ("done", None)
     assert found.formula is not None
@@ -186,7 +186,7 @@ def test_a_layer_that_the_model_lacks_fails_its_cell_alone(tmp_path: Path, data:
     path.write_text(STUDY.replace("layers.1.mlp.down_proj", "layers.9.mlp.down_proj"), encoding="utf-8")
     study = read_study(path)
     (tmp_path / "out" / "cache").mkdir(parents=True)
-    session = Session(study, find_places(study, path.parent, tmp_path / "out", data), "cpu")
+    session = Session(study, find_places(study, tmp_path / "out", data), "cpu")
     found = session.run(study.cells[-1], lambda event: None)
     assert found.status == "failed"
     assert found.reason is not None

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,17 @@ import thanos
 from helpers import prose, save_tiny
 from thanos.cli import run
 from thanos.cli.study import PlainLines
-from thanos.errors import StudyError, UserError
+from thanos.errors import DataError, NumericsError, StudyError, UserError
+from thanos.harness import ZeroShot
 from thanos.lock import locked
-from thanos.pretrained import resolve_model
+from thanos.pretrained import load_model, resolve_model
 from thanos.solvers import prune_layer
 from thanos.study import runner
 from thanos.study.grid import Cell
 from thanos.study.pool import StudyEvent
 from thanos.study.reading import read_study
-from thanos.study.store import StoreWriter, read_store
-from thanos.study.worker import Session, throttled
+from thanos.study.store import CellRecord, StoreWriter, read_store
+from thanos.study.worker import Session, make_record, throttled
 
 HEAD = 'models = ["tiny"]\n[evaluation]\ntext = "prose.txt"\nsequence_length = 64\nmax_windows = 4\n'
 GRID = '[[grid]]\ncalibration = "prose.txt"\nsamples = 4\nsequence_length = 32\n'
@@ -55,7 +57,7 @@ def write(tmp_path: Path, grids: str, head: str = HEAD) -> Path:
 def session(path: Path, data: Path, out: Path) -> tuple[Session, tuple[Cell, ...]]:
     study = read_study(path)
     (out / "cache").mkdir(parents=True, exist_ok=True)
-    return Session(study, runner.find_places(study, path.parent, out, data), "cpu"), study.cells
+    return Session(study, runner.find_places(study, out, data), "cpu"), study.cells
 
 
 def quiet(event: Any) -> None:
@@ -116,6 +118,89 @@ def test_a_model_of_which_the_cost_alone_counts_needs_no_text(tmp_path: Path, da
     assert runner.run_study(path, tmp_path / "out", data=data, devices=["cpu"]).ran == 0
 
 
+def test_a_cell_whose_tasks_fail_keeps_what_was_measured(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: Any, **others: Any) -> Any:
+        raise DataError(f"the data in {data}/tasks cannot be had")
+
+    monkeypatch.setattr("thanos.harness.zero_shot", broken)
+    head, grid = HEAD + '[zero_shot]\ntasks = "piqa"\n', GRID + 'method = "magnitude"\nzero_shot = true\n'
+    worker, cells = session(write(tmp_path, grid, head), data, tmp_path / "out")
+    plain, (_, cell) = session(write(tmp_path, GRID + 'method = "magnitude"\n'), data, tmp_path / "plain")
+    dense, pruned = (CellRecord.from_dict(worker.run(each, quiet).to_dict()) for each in cells)
+    for record in (dense, pruned):
+        assert (record.status, record.reason) == ("failed", "the data in tasks cannot be had")
+        assert record.zero_shot is None
+        assert record.effective_sparsity is not None
+        assert {"reference", "evaluate", "zero_shot"} <= set(record.phases)
+    whole = plain.run(cell, quiet)
+    assert pruned.evaluation == whole.evaluation
+    assert pruned.recipe == whole.recipe
+    assert {**pruned.layers[0], "seconds": 0} == {**whole.layers[0], "seconds": 0}
+    assert pruned.seconds is not None
+    StoreWriter(tmp_path / "out").append(pruned)
+    contents = read_store(tmp_path / "out")
+    assert (contents.done, contents.failed) == ([], [pruned])
+
+
+def test_tasks_are_put_to_the_model_that_was_evaluated(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, Any]] = []
+
+    def watched(name: str, inner: Any) -> Any:
+        def call(*arguments: Any, **others: Any) -> Any:
+            seen.append((name, others["network"]))
+            return inner(*arguments, **others)
+
+        return call
+
+    scores = ZeroShot(
+        model="", tasks={}, average={}, limit=None, cached=[], seconds=1, dtype="", device="", versions={}
+    )
+    monkeypatch.setattr("thanos.study.worker.evaluate", watched("evaluate", thanos.evaluate))
+    monkeypatch.setattr("thanos.harness.zero_shot", watched("zero_shot", lambda *_, **__: scores))
+    head, grid = HEAD + '[zero_shot]\ntasks = "piqa"\n', GRID + 'method = "magnitude"\nzero_shot = true\n'
+    worker, cells = session(write(tmp_path, grid, head), data, tmp_path / "out")
+    assert [worker.run(cell, quiet).status for cell in cells] == ["done"] * 2
+    assert [name for name, _ in seen] == ["evaluate", "zero_shot"] * 2
+    (dense, again), (pruned, once_more) = (tuple(model for _, model in seen[i : i + 2]) for i in (0, 2))
+    assert dense is not None
+    assert dense is again
+    assert pruned is once_more
+    assert pruned is not dense
+
+
+def test_a_model_too_large_for_the_memory_says_so(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inner = load_model
+
+    def load(source: Any, **others: Any) -> Any:
+        if "scratch" in str(source.folder):
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+        return inner(source, **others)
+
+    monkeypatch.setattr("thanos.study.worker.load_model", load)
+    worker, cells = session(write(tmp_path, GRID + 'method = "magnitude"\n'), data, tmp_path / "out")
+    record = worker.run(cells[1], quiet)
+    assert (record.status, record.reason) == ("failed", "out of memory on cpu: end what else uses it")
+    assert record.layers
+
+
+def test_a_cell_whose_evaluation_fails_keeps_its_pruning(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: Any, **others: Any) -> Any:
+        raise NumericsError("NaN")
+
+    monkeypatch.setattr("thanos.study.worker.evaluate", broken)
+    worker, cells = session(write(tmp_path, GRID + 'method = "magnitude"\n'), data, tmp_path / "out")
+    record = worker.run(cells[1], quiet)
+    assert (record.status, record.reason, record.evaluation) == ("failed", "NaN", None)
+    assert record.layers
+    assert {"solve", "evaluate"} <= set(record.phases)
+
+
 def test_shared_work_is_done_once(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path, GRID + 'method = ["wanda", "magnitude"]\nsparsity = [0.5, 0.6]\n')
     calls: dict[str, int] = {}
@@ -131,9 +216,12 @@ def test_shared_work_is_done_once(tmp_path: Path, data: Path, monkeypatch: pytes
 
     for name in ("make_calibration", "cut_windows", "load_model"):
         count("thanos.study.worker", name)
+    monkeypatch.setattr("thanos.evaluation.load_model", None)
     worker, cells = session(path, data, tmp_path / "out")
     assert [worker.run(cell, quiet).status for cell in cells] == ["done"] * 5
-    assert calls == {"make_calibration": 1, "cut_windows": 1, "load_model": 1}
+    assert calls == {"make_calibration": 1, "cut_windows": 1, "load_model": 1 + 4}, (
+        "the dense model once, each pruned one once"
+    )
     again, cells = session(path, data, tmp_path / "out")
     assert again.run(cells[1], quiet).status == "done"
     assert calls["make_calibration"] == 1, "another process takes the windows from the cache"
@@ -240,8 +328,9 @@ def test_a_study_runs_each_cell_once_and_goes_on(tmp_path: Path, data: Path) -> 
 def test_a_failed_cell_runs_again_and_a_torn_record_too(tmp_path: Path, data: Path) -> None:
     out, text = tmp_path / "out", (data / "prose.txt").read_text()
     path = write(tmp_path, GRID.replace("prose", "later") + 'method = "magnitude"\n')
-    result, _ = go(path, data, out)
+    result, events = go(path, data, out)
     assert (result.count("done"), result.count("failed")) == (1, 1)
+    assert "later.txt is not there, so its cells will fail" in next(event.message for event in events if event.message)
     (data / "later.txt").write_text(text)
     whole = (out / "store.jsonl").read_bytes()
     (out / "store.jsonl").write_bytes(whole[:-20])
@@ -325,6 +414,42 @@ def test_a_refused_study_changes_nothing(tmp_path: Path, data: Path) -> None:
     assert {path.name: path.read_text() for path in out.iterdir()} == before
 
 
+def test_other_task_files_are_other_cells_and_older_records_still_count(tmp_path: Path, data: Path) -> None:
+    tasks, out = data / "tasks", tmp_path / "out"
+    tasks.mkdir()
+    out.mkdir()
+    (tasks / "own.yaml").write_text("task: own\ndata_files:\n  test: ../own.jsonl\n")
+    (data / "own.jsonl").write_text("{}\n")
+    head = HEAD + '[zero_shot]\ntasks = "own"\ntask_folder = "tasks"\n'
+    path = write(tmp_path, GRID + 'method = "magnitude"\nzero_shot = true\n' + GRID + 'method = "wanda"\n', head)
+    study = read_study(path)
+    places = runner.find_places(study, out, data)
+
+    def states() -> list[str]:
+        return list(runner._states(study, runner.find_places(study, out, data), quiet).values())
+
+    records = [make_record(study, places, cell, torch.device("cpu"), {}) for cell in study.cells]
+    assert [record.sources["tasks"] is None for record in records] == [False, False, True]
+    writer = StoreWriter(out)
+    for record in records:
+        writer.append(record)
+    assert states() == ["done"] * 3
+    for changed in (tasks / "own.yaml", data / "own.jsonl"):
+        before = changed.read_text()
+        changed.write_text(before + "\n")
+        assert states() == ["new", "new", "done"], changed.name
+        changed.write_text(before)
+    (tasks / "__pycache__").mkdir()
+    (tasks / "__pycache__" / "own.pyc").write_text("compiled")
+    assert states() == ["done"] * 3
+
+    for record in records:
+        known = {name: value for name, value in record.sources.items() if name != "tasks"}
+        writer.append(replace(record, sources=known))
+    (data / "own.jsonl").write_text("[]\n")
+    assert states() == ["done"] * 3, "a record that says nothing of its tasks"
+
+
 def test_a_folder_that_is_no_studys_is_refused(tmp_path: Path, data: Path) -> None:
     (tmp_path / "file").write_text("x")
     for out in (data, tmp_path / "file"):
@@ -334,11 +459,23 @@ def test_a_folder_that_is_no_studys_is_refused(tmp_path: Path, data: Path) -> No
 
 def test_missing_texts_and_folders_are_named_before_the_work(tmp_path: Path, data: Path) -> None:
     (data / "prose.txt").unlink()
-    with pytest.raises(StudyError, match=r"text prose\.txt.*is in none of .*data.*--data"):
+    with pytest.raises(
+        StudyError, match=r"my\.toml, line 3, \[evaluation\] text: prose\.txt is in none of .*data.*--data"
+    ):
         go(write(tmp_path, GRID), data, tmp_path / "out")
     head = HEAD.replace("prose.txt", "pydoc") + '[zero_shot]\ntasks = "x"\ntask_folder = "nowhere"\n'
-    with pytest.raises(StudyError, match="task_folder nowhere"):
+    with pytest.raises(StudyError, match=r"my\.toml, line 8, \[zero_shot\] task_folder: nowhere is in none of"):
         go(write(tmp_path, GRID, head), data, tmp_path / "out")
+
+
+def test_a_missing_calibration_file_is_told_of_before_its_cells_fail(tmp_path: Path, data: Path) -> None:
+    grids = GRID + GRID.replace('"prose.txt"', '["prose.txt", "later.txt"]') + 'method = "magnitude"\n'
+    study = read_study(write(tmp_path, grids))
+    events: list[StudyEvent] = []
+    places = runner.find_places(study, tmp_path / "out", data)
+    runner._warn_of_calibration(study, places, study.cells, events.append)
+    (message,) = (event.message for event in events)
+    assert re.search(r"my\.toml, line 11, \[grid\] calibration: later\.txt is not there", message)
 
 
 @pytest.mark.parametrize(("devices", "workers"), [([], 1), (["cpu"], 0), (["gpu"], 1)])
@@ -372,16 +509,18 @@ def test_an_unknown_task_lists_near_names(tmp_path: Path, data: Path, capsys: py
     head = HEAD + '[zero_shot]\ntasks = ["piqaa"]\n'
     path = write(tmp_path, GRID + "zero_shot = true\n", head)
     assert run(["study", str(path), str(tmp_path / "out"), "--data", str(data), "--quiet"]) == 2
-    error = capsys.readouterr().err
-    assert "'piqaa'" in error
-    assert "near names: piqa" in error
+    refused = capsys.readouterr().err
+    assert "my.toml, line 7, [zero_shot] tasks: task 'piqaa'" in refused
+    assert "near names: piqa" in refused
+    assert run(["study", str(path), str(tmp_path / "out"), "--data", str(data), "--list"]) == 2
+    assert capsys.readouterr().err == refused
 
 
 @pytest.mark.slow
 def test_a_gguf_model_is_converted_once(tmp_path: Path, demo_gguf: Path) -> None:
     study = read_study(write(tmp_path, GRID, HEAD.replace("tiny", str(demo_gguf)).replace("prose.txt", "pydoc")))
     messages: list[str] = []
-    places = runner.find_places(study, tmp_path, tmp_path / "out", None)
+    places = runner.find_places(study, tmp_path / "out", None)
     for _ in range(2):
         found = runner.convert(places, set(study.models), lambda event: messages.append(event.message))
     assert messages == [f"converting {demo_gguf.name} to safetensors, once"]

@@ -160,7 +160,8 @@ def wrap(network: PreTrainedModel, tokenizer: Any, tell: Callable[[Event], None]
             with fast_attention(network.device, network.dtype):
                 return super()._model_call(inps, *arguments, **others)
 
-    model = Wrapped(pretrained=network, tokenizer=tokenizer, batch_size=_SEQUENCES.get(network.device.type, 16))
+    sequences = _SEQUENCES.get(network.device.type, _SEQUENCES["cpu"])
+    model = Wrapped(pretrained=network, tokenizer=tokenizer, batch_size=sequences)
     if network.device.type == "cuda":
         width = getattr(network.config.get_text_config(), "vocab_size", len(tokenizer))
         model.tokens = max(1, _LOGITS_BYTES // (width * network.dtype.itemsize))

@@ -17,10 +17,10 @@ from torch.nn import functional as F
 
 from thanos._version import __version__
 from thanos.attention import fast_attention
-from thanos.errors import DataError, NumericsError, ResourceError
+from thanos.errors import DataError, NumericsError
 from thanos.eventlog import EventStream
 from thanos.events import Event
-from thanos.memory import free_device_bytes, is_out_of_memory
+from thanos.memory import free_device_bytes, memory_explained
 from thanos.pretrained import check_token_ids, choose_device, context_length, load_model, resolve_model
 from thanos.text import evaluation_rows
 
@@ -29,8 +29,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 
-_CHUNK = {"cpu": 256}
-_WIDE_CHUNK = 1024
+_SCORED_POSITIONS = {"cpu": 256, "cuda": 1024}
 """Positions whose log-probabilities are in float32 at once; 1024 × a vocabulary of 256 k is 1 GiB."""
 
 _BATCH_TOKENS = {"cuda": 16384}
@@ -177,6 +176,7 @@ def evaluate(
     on_event: Callable[[Event], None] | None = None,
     trust_remote_code: bool = False,
     reference: Reference | None = None,
+    network: PreTrainedModel | None = None,
 ) -> Evaluation:
     """Measure perplexity, and with ``dense`` the distance to the dense model.
 
@@ -196,43 +196,45 @@ def evaluate(
         trust_remote_code: let transformers run Python code that a checkpoint carries.
         reference: windows and dense model in place of ``text``, ``sequence_length``, ``max_windows`` and ``dense``; the
             windows must come from this model's tokenizer.
+        network: the model, where it is loaded already; it is scored where and as it is, whatever ``device`` and ``dtype`` say.
 
     Raises:
         UserError: the model, the text or the device cannot be used.
     """
-    import transformers
-
     tell = EventStream(on_event)
-    where = choose_device(device)
+    where = choose_device(device) if network is None else network.device
     rows = _rows(text, sequence_length, max_windows) if reference is None else []
     source = resolve_model(model, trust_remote_code=trust_remote_code)
-    try:
+    length = sequence_length if reference is None else reference.windows.shape[1]
+    with memory_explained(where, f"lower --sequence-length (now {length})"):
+        if network is None:
+            network = load_model(source, dtype=dtype, device=where)
         if reference is None:
-            tokenizer, network = source.tokenizer(), load_model(source, dtype=dtype, device=where)
             other = None
             if dense is not None:
                 other = load_model(resolve_model(dense, trust_remote_code=trust_remote_code), dtype=dtype, device=where)
+            tokenizer = source.tokenizer()
             windows = cut_windows("\n\n".join(rows), tokenizer, network, text, sequence_length, max_windows)
             name = None if dense is None else str(dense)
             reference = Reference(text=text, windows=windows, dense=name, model=other)
-        else:
-            network = load_model(source, dtype=dtype, device=where)
         reference.check(network)
         began = time.perf_counter()
         sums = _score(network, reference, tell)
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        elsewhere = "" if where.type == "cpu" else ", or use --device cpu"
-        length = sequence_length if reference is None else reference.windows.shape[1]
-        raise ResourceError(f"out of memory on {where}: lower --sequence-length (now {length}){elsewhere}") from error
-    seconds = time.perf_counter() - began
-    compared = reference.model is not None
+    return _evaluation(str(model), network, reference, sums, time.perf_counter() - began)
+
+
+def _evaluation(
+    model: str, network: PreTrainedModel, reference: Reference, sums: list[float], seconds: float
+) -> Evaluation:
+    """Return the result, from the sums of :func:`_score`."""
+    import transformers
+
+    where, compared = network.device, reference.model is not None
     count, length = reference.windows.shape
     tokens = count * (length - 1)
     loss = sums[0] / tokens
     return Evaluation(
-        model=str(model),
+        model=model,
         text=reference.text,
         text_sha256=hashlib.sha256(reference.windows.numpy().astype("<i8").tobytes()).hexdigest(),
         sequence_length=length,
@@ -352,7 +354,7 @@ def _score_batch(model: PreTrainedModel, reference: Reference, first: int, ids: 
     logits, dense = _logits(model, ids), reference.logits(first, ids)
     if dense is not None and dense.shape != logits.shape:
         raise DataError(f"the dense model predicts {dense.shape[-1]} tokens, the model {logits.shape[-1]}: no pair")
-    length, chunk = ids.shape[1], _CHUNK.get(ids.device.type, _WIDE_CHUNK)
+    length, chunk = ids.shape[1], _SCORED_POSITIONS.get(ids.device.type, _SCORED_POSITIONS["cpu"])
     found = torch.zeros(len(ids), 4, dtype=torch.float64, device=ids.device)
     for row in range(len(ids)):
         for start in range(0, length - 1, chunk):

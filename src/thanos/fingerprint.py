@@ -1,9 +1,10 @@
-"""Hashes of what a result depends on: files, a model's weights, config and tokenizer, and the source tree."""
+"""Hashes of what a result depends on: files, a model's weights, config and tokenizer, task files, and the source tree."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 import subprocess
 from contextlib import suppress
 from pathlib import Path
@@ -32,6 +33,32 @@ def model_sha256(source: ModelSource) -> str:
     for path in sorted({path for glob in _SHAPING for path in source.folder.glob(glob)}):
         digest.update(f"{path.name} {file_sha256(path)}\n".encode())
     return digest.hexdigest()
+
+
+def task_files_sha256(folder: str | Path) -> str:
+    """Return a hash of a folder of lm_eval's task files, and of the data files that these name.
+
+    Args:
+        folder: with YAML files; hidden files and compiled Python do not count. A word in a YAML file that is the path of a
+            file, seen from the folder, names it.
+    """
+    folder = Path(folder)
+    found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    found = {name for name in found if not any(part.startswith((".", "__pycache__")) for part in Path(name).parts)}
+    for name in [name for name in found if name.endswith((".yaml", ".yml"))]:
+        words = re.findall(r"[^\s\"'\[\]{},]+", (folder / name).read_text(encoding="utf-8", errors="replace"))
+        found.update(word for word in words if _is_file(folder / word))
+    digest = hashlib.sha256()
+    for name in sorted(found):
+        digest.update(f"{name} {file_sha256(folder / name)}\n".encode())
+    return digest.hexdigest()
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a word too long to be a name
+        return False
 
 
 def source_commit() -> str | None:

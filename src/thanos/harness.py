@@ -24,9 +24,10 @@ import torch
 
 from thanos._version import __version__
 from thanos.answering import keep_requests, templates_compiled_once, wrap
-from thanos.errors import DataError, ResourceError
+from thanos.errors import DataError
 from thanos.events import Event
 from thanos.fingerprint import model_sha256
+from thanos.memory import memory_explained
 from thanos.opening import running_dtype
 from thanos.pretrained import ModelSource, choose_device, load_model, resolve_model
 
@@ -112,11 +113,8 @@ def zero_shot(
         DataError: lm_eval is not installed, a task is unknown, or its data cannot be had.
         UserError: the model or the device cannot be used.
     """
-    import transformers
-
     began = time.perf_counter()
-    if limit is not None and limit < 1:
-        raise DataError(f"limit must be at least 1 document a task; got {limit}")
+    _check_limit(limit)
     where = choose_device(device) if network is None else network.device
     cache = cache and network is None  # whose weights it has, nothing tells
     check_tasks(tasks, task_folder)
@@ -124,36 +122,24 @@ def zero_shot(
     runs_in = running_dtype(source, dtype) if network is None else network.dtype
     dtype = str(runs_in).removeprefix("torch.")  # auto and the dtype that it stands for have one key
     loaded = _load_tasks(tuple(tasks), None if task_folder is None else str(task_folder))
-    keys = {}
-    if cache:
-        fingerprint = model_sha256(source)
-        shaping = [fingerprint, limit, dtype, where.type, metadata.version("lm_eval"), torch.__version__]
-        keys = {name: _key(task, shaping) for name, task in loaded.items()}
+    keys = _keys(source, loaded, limit, dtype, where) if cache else {}
     scores = {name: found for name, key in keys.items() if (found := _read(key)) is not None}
-    known = sorted(scores)
     missing = [name for name in loaded if name not in scores]
     if missing:
-        network = load_model(source, dtype=runs_in, device=where) if network is None else network
-        tell = on_event or (lambda event: None)
-        scores |= _score(network, source, [loaded[name] for name in missing], limit, where, tell)
-        for name in missing:
-            if cache:
-                _write(keys[name], scores[name])
+        network = _load(source, runs_in, where) if network is None else network
+        scores |= _score(network, source, [loaded[name] for name in missing], limit, where, on_event)
+        for name in missing if cache else []:
+            _write(keys[name], scores[name])
     return ZeroShot(
         model=str(model),
         tasks={name: scores[name] for name in loaded},
         average=average([scores[name] for name in loaded]),
         limit=limit,
-        cached=known,
+        cached=sorted(loaded.keys() - missing),
         seconds=time.perf_counter() - began,
         dtype=dtype,
         device=torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu",
-        versions={
-            "thanos": __version__,
-            "lm_eval": metadata.version("lm_eval"),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        versions=_versions(),
     )
 
 
@@ -178,7 +164,9 @@ def check_tasks(tasks: Sequence[str], task_folder: str | Path | None = None) -> 
         if task not in known:
             near = difflib.get_close_matches(task, known, n=5, cutoff=0.5)
             hint = f"near names: {', '.join(near)}" if near else "no name is near; see lm_eval ls tasks"
-            raise DataError(f"task {task!r} is unknown to lm_eval; {hint}. Your own tasks need --task-folder")
+            raise DataError(
+                f"task {task!r} is unknown to lm_eval; {hint}. Your own tasks need --task-folder, in a study task_folder"
+            )
 
 
 def average(scores: Sequence[dict[str, Any]]) -> dict[str, float | None]:
@@ -199,6 +187,27 @@ def cache_folder() -> Path:
     return (
         Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "thanos"
     ) / "zero-shot"
+
+
+def _check_limit(limit: int | None) -> None:
+    if limit is not None and limit < 1:
+        raise DataError(f"limit must be at least 1 document a task; got {limit}")
+
+
+def _load(source: ModelSource, dtype: torch.dtype, where: torch.device) -> PreTrainedModel:
+    with memory_explained(where):
+        return load_model(source, dtype=dtype, device=where)
+
+
+def _versions() -> dict[str, str]:
+    import transformers
+
+    return {
+        "thanos": __version__,
+        "lm_eval": metadata.version("lm_eval"),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
 # --- the harness ------------------------------------------------------------------------------------------------------
@@ -245,7 +254,7 @@ def _score(
     tasks: list[Any],
     limit: int | None,
     where: torch.device,
-    tell: Callable[[Event], None],
+    on_event: Callable[[Event], None] | None,
 ) -> dict[str, dict[str, Any]]:
     import lm_eval
 
@@ -253,13 +262,10 @@ def _score(
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=_FEWSHOT_SEED)
-    model = wrap(network, source.tokenizer(), tell)
+    model = wrap(network, source.tokenizer(), on_event or (lambda event: None))
     chosen = {"tasks": {task.config.task: task for task in tasks}, "groups": {}}
-    try:
-        with templates_compiled_once():
-            found = lm_eval.evaluate(model, chosen, limit=limit, log_samples=False)  # type: ignore[arg-type]
-    except torch.OutOfMemoryError as error:
-        raise ResourceError(f"out of memory on {where} while scoring tasks; use --device cpu") from error
+    with memory_explained(where), templates_compiled_once():
+        found = lm_eval.evaluate(model, chosen, limit=limit, log_samples=False)  # type: ignore[arg-type]
     assert found is not None
     results: Any = found.get("results")
     counts: Any = found.get("n-samples")
@@ -276,6 +282,14 @@ def _score(
 
 
 # --- the cache --------------------------------------------------------------------------------------------------------
+
+
+def _keys(
+    source: ModelSource, tasks: dict[str, Any], limit: int | None, dtype: str, where: torch.device
+) -> dict[str, str]:
+    """Return the key of each task's score in the cache, by the task's name."""
+    shaping = [model_sha256(source), limit, dtype, where.type, metadata.version("lm_eval"), torch.__version__]
+    return {name: _key(task, shaping) for name, task in tasks.items()}
 
 
 def _key(task: Any, shaping: list[Any]) -> str:

@@ -141,25 +141,29 @@ def inspect_checkpoint(
     if wanted is not None and not layers:
         raise ModelError(f"{model} has no pruned layer that could satisfy pattern {wanted}")
     layers, violations = _in_model_order(layers, violations, list(linear.values()))
-    targeted = sum(layer.shape[0] * layer.shape[1] for layer in layers)
-    zeros_targeted = sum(layer.zeros for layer in layers)
-    parameters = sum(info.numel for info in infos.values())
     return Inspection(
         model=str(model),
         thanos_version=__version__,
         require=None if wanted is None else str(wanted),
         violations=violations,
-        totals={
-            "parameters": parameters,
-            "targeted_parameters": targeted,
-            "zeros_targeted": zeros_targeted,
-            "zeros_all": zeros_all,
-            "sparsity_targeted": zeros_targeted / targeted if targeted else 0.0,
-            "sparsity_all": zeros_all / parameters if parameters else 0.0,
-        },
+        totals=_totals(layers, zeros_all, sum(info.numel for info in infos.values())),
         layers=layers,
         dense=dense,
     )
+
+
+def _totals(layers: Sequence[LayerInspection], zeros_all: int, parameters: int) -> dict[str, Any]:
+    """Return zeros and parameters of the targeted layers and of everything."""
+    targeted = sum(layer.shape[0] * layer.shape[1] for layer in layers)
+    zeros_targeted = sum(layer.zeros for layer in layers)
+    return {
+        "parameters": parameters,
+        "targeted_parameters": targeted,
+        "zeros_targeted": zeros_targeted,
+        "zeros_all": zeros_all,
+        "sparsity_targeted": zeros_targeted / targeted if targeted else 0.0,
+        "sparsity_all": zeros_all / parameters if parameters else 0.0,
+    }
 
 
 def _required(text: str) -> Pattern:

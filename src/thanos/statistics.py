@@ -51,8 +51,7 @@ def empty_group(layers: list[LinearLayer], device: torch.device) -> InputGroup:
     return InputGroup(layers, torch.zeros(size, size, dtype=torch.float32, device=device))
 
 
-_PANEL = {"cpu": 256}
-_WIDE_PANEL = 2048
+_GRAM_ROWS = {"cpu": 256, "cuda": 2048}
 """Rows of XᵀX multiplied at once: what lies below them follows from symmetry, so that about half of a wide matrix is
 multiplied; narrower panels would make the products slow."""
 
@@ -61,7 +60,7 @@ def add_gram(hessian: Tensor, rows: Tensor) -> None:
     """Add XᵀX to ``hessian`` (b, b) float32, symmetric, for X = rows (T, b) of any dtype, products exact in float32."""
     sixteen_bit = rows.dtype in (torch.bfloat16, torch.float16) and rows.is_cuda
     rows = rows if sixteen_bit else rows.to(hessian.dtype)
-    panel = _PANEL.get(rows.device.type, _WIDE_PANEL)
+    panel = _GRAM_ROWS.get(rows.device.type, _GRAM_ROWS["cpu"])
     for start in range(0, hessian.shape[0], panel):
         stop = start + panel
         place, left, right = hessian[start:stop, start:], rows[:, start:stop].T, rows[:, start:]

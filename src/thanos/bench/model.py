@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,7 +22,7 @@ from thanos.memory import PhaseMeter
 from thanos.passes import Passes
 from thanos.rates import Rates, measure_rates
 from thanos.recipe import Recipe
-from thanos.report import PhaseRecord, mean_known
+from thanos.report import LayerRecord, PhaseRecord, mean_known
 from thanos.resume import Ledger
 from thanos.shards import CheckpointWriter
 from thanos.structure import find_blocks, linear_layers, select_layers
@@ -115,17 +116,51 @@ def time_model(
         on_event: is told about progress.
     """
     part = replace(shape, blocks=min(blocks or shape.blocks, shape.blocks))
-    skeleton, checkpoint = random_checkpoint(part, recipe.sequence_length, seed=recipe.seed)
+    rates = measure_rates(device, torch.bfloat16)
+    meter, ended = PhaseMeter(device), list[float]()
+    with _engine(part, recipe, device, meter, out=out, activations=activations) as engine:
+        for event in engine.run():
+            if event.kind == "block":
+                ended.append(sum(phase.seconds for phase in meter.records().values()))
+            if on_event is not None:
+                on_event(event)
+    phases = meter.records()
+    seconds = sum(phase.seconds for phase in phases.values())
+    before = phases["calibration"].seconds
+    each = [end - begin for begin, end in zip([before, *ended], ended, strict=False)]
+    return ModelTime(
+        shape=shape,
+        recipe=recipe.to_dict(),
+        blocks=part.blocks,
+        seconds=seconds,
+        block_seconds=each,
+        whole_seconds=seconds + (shape.blocks - part.blocks) * statistics.median(each),
+        phases=phases,
+        solve_seconds=_by_kind(engine.records),
+        floor_seconds=floor_seconds(part, recipe, rates),
+        rates=rates,
+        mean_error=mean_known([record.error_after_compensation for record in engine.records]),
+        batch=engine.passes.batch,
+        activations=engine.passes.place,
+        written=out is not None,
+        machine=machine(str(device)),
+    )
+
+
+@contextmanager
+def _engine(
+    shape: Shape, recipe: Recipe, device: torch.device, meter: PhaseMeter, *, out: Path | None, activations: str
+) -> Iterator[Engine]:
+    """Yield an engine about to prune random weights on random tokens; what it writes is removed afterwards."""
+    skeleton, checkpoint = random_checkpoint(shape, recipe.sequence_length, seed=recipe.seed)
     generator = torch.Generator().manual_seed(recipe.seed)
     ids = torch.randint(shape.vocabulary, (recipe.samples, recipe.sequence_length), generator=generator)
     layers, _ = select_layers(linear_layers(skeleton), recipe)
     name, modules = find_blocks(skeleton)
-    rates = measure_rates(device, torch.bfloat16)
-    meter, ended = PhaseMeter(device), list[float]()
     for key in checkpoint.tensors:  # made up before the clock runs: a file would be there already
         checkpoint.read(key)
     with TemporaryDirectory(dir=out) as scratch:
-        engine = Engine(
+        yield Engine(
             skeleton,
             name,
             modules,
@@ -137,36 +172,15 @@ def time_model(
             device,
             meter,
         )
-        for event in engine.run():
-            if event.kind == "block":
-                ended.append(sum(phase.seconds for phase in meter.records().values()))
-            if on_event is not None:
-                on_event(event)
-    phases = meter.records()
-    seconds = sum(phase.seconds for phase in phases.values())
-    before = phases["calibration"].seconds
-    each = [end - begin for begin, end in zip([before, *ended], ended, strict=False)]
+
+
+def _by_kind(records: Sequence[LayerRecord]) -> dict[str, float]:
+    """Return the seconds of each kind of layer, named by the last part of its name."""
     solve: dict[str, float] = {}
-    for record in engine.records:
+    for record in records:
         kind = record.name.rsplit(".", 1)[-1]
         solve[kind] = solve.get(kind, 0.0) + record.seconds
-    return ModelTime(
-        shape=shape,
-        recipe=recipe.to_dict(),
-        blocks=part.blocks,
-        seconds=seconds,
-        block_seconds=each,
-        whole_seconds=seconds + (shape.blocks - part.blocks) * statistics.median(each),
-        phases=phases,
-        solve_seconds=solve,
-        floor_seconds=floor_seconds(part, recipe, rates),
-        rates=rates,
-        mean_error=mean_known([record.error_after_compensation for record in engine.records]),
-        batch=engine.passes.batch,
-        activations=engine.passes.place,
-        written=out is not None,
-        machine=machine(str(device)),
-    )
+    return solve
 
 
 def _output(checkpoint: RandomCheckpoint, folder: Path, meter: PhaseMeter, *, kept: bool) -> tuple[Any, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 from thanos.card import public_name as public
@@ -106,7 +107,8 @@ class Study:
         formula: what the cells with method ``formula`` compare; None without any.
         dtype: in which models run.
         keep_models: whether the pruned models stay in the study's folder.
-        text: the file, as read.
+        path: the file.
+        text: what it held.
     """
 
     models: tuple[str, ...]
@@ -118,6 +120,7 @@ class Study:
     formula: FormulaPlan | None
     dtype: str
     keep_models: bool
+    path: Path
     text: str = field(repr=False)
 
     @property

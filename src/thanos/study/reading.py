@@ -66,6 +66,7 @@ class _Reader:
             formula=formula,
             dtype=top.get("dtype", "auto"),
             keep_models=top.get("keep_models", False),
+            path=self._path,
             text=self._text,
         )
 
@@ -132,9 +133,27 @@ class _Reader:
         return found
 
     def _error(self, table: str, index: int, key: str, message: str) -> StudyError:
-        line = _line_of(self._text, table, index, key)
-        where = f"[{table}] {key}".strip() if table else key
-        return StudyError(f"study {self._path}, line {line}, {where}: {message}")
+        return StudyError(f"{_place(self._path, self._text, table, index, key)}: {message}")
+
+
+def place_of(study: Study, table: str, key: str) -> str:
+    """Return where a field of a table stands, ``study FILE, line N, [table] key``; its head counts where it is left out."""
+    return _place(study.path, study.text, table, 0, key)
+
+
+def place_of_calibration(study: Study, name: str) -> str:
+    """Return where the first grid, or the formula, names a calibration text, as :func:`place_of` does."""
+    values = tomllib.loads(study.text)
+    for index, grid in enumerate(values["grid"]):
+        given = grid.get("calibration", [])
+        if name in ([given] if isinstance(given, str) else given):
+            return _place(study.path, study.text, "grid", index, "calibration")
+    return place_of(study, "formula", "calibration")
+
+
+def _place(path: Path, text: str, table: str, index: int, key: str) -> str:
+    where = f"[{table}] {key}".strip() if table else key
+    return f"study {path}, line {_line_of(text, table, index, key)}, {where}"
 
 
 def _line_of(text: str, table: str, index: int, key: str) -> int:

@@ -6,18 +6,19 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from thanos.errors import RecipeError, ResourceError, StudyError, UserError
-from thanos.fingerprint import file_sha256, model_sha256, source_commit
+from thanos.errors import DataError, RecipeError, ResourceError, StudyError, UserError
+from thanos.fingerprint import file_sha256, model_sha256, source_commit, task_files_sha256
 from thanos.lock import locked
 from thanos.pretrained import ModelSource, choose_device, load_model, resolve_model
 from thanos.study.grid import DENSE, FORMULA, Cell, Study, public_cell
 from thanos.study.pool import Pool, StudyEvent
-from thanos.study.reading import read_study
+from thanos.study.reading import place_of, place_of_calibration, read_study
 from thanos.study.store import StoreWriter, cell_key, read_store, store_path
 from thanos.study.worker import Places
 from thanos.text import NAMED
@@ -71,7 +72,7 @@ def run_study(
     devices = _spread(devices, workers)
     with locked(out):
         _check_folder(out)
-        places = find_places(study, Path(path).parent, out, data)
+        places = find_places(study, out, data)
         _check_tasks(study, places)
         states = _states(study, places, tell)  # which may refuse: nothing is written before
         (out / "cache").mkdir(parents=True, exist_ok=True)
@@ -80,6 +81,7 @@ def run_study(
         writer = StoreWriter(out)
         todo = [cell for cell, state in states.items() if state in ("new", "failed")]
         if todo:
+            _warn_of_calibration(study, places, todo, tell)
             places = convert(places, {cell.model for cell in todo}, tell)
             pool = Pool(study, places, devices[: len(todo)], initialise)
             for done, event in pool.run(todo):
@@ -92,9 +94,15 @@ def run_study(
 
 
 def list_cells(path: str | Path, out: str | Path, *, data: str | Path | None = None) -> StudyResult:
-    """Return the state of every cell of a study; runs nothing and writes nothing. Arguments as for :func:`run_study`."""
+    """Return the state of every cell of a study; runs nothing and writes nothing. Arguments as for :func:`run_study`.
+
+    Raises:
+        UserError: the study is malformed, or the store is not this version's. Tasks are checked where lm_eval is installed.
+    """
     study, out = read_study(path), Path(out)
-    places = find_places(study, Path(path).parent, out, data)
+    places = find_places(study, out, data)
+    if find_spec("lm_eval") is not None:  # without it a store can be looked at all the same
+        _check_tasks(study, places)
     states = _states(study, places, lambda event: None)
     return StudyResult(states=states, with_tasks=study.zero_shot_cells, ran=0)
 
@@ -103,7 +111,7 @@ def list_cells(path: str | Path, out: str | Path, *, data: str | Path | None = N
 
 
 def _states(study: Study, places: Places, tell: Watcher) -> dict[Cell, State]:
-    """Return the state of each cell by the store; a result whose model or text has changed since does not count."""
+    """Return the state of each cell by the store; a result whose model, text or tasks have changed since does not count."""
     contents = read_store(places.out) if store_path(places.out).exists() else None
     for warning in contents.warnings if contents else ():
         tell(StudyEvent(message=warning))
@@ -111,13 +119,18 @@ def _states(study: Study, places: Places, tell: Watcher) -> dict[Cell, State]:
     states: dict[Cell, State] = {}
     for cell in study.cells:
         record = known.get(cell_key(public_cell(cell), study.asked(cell)))
-        if record is None or record.sources != places.sources(study, cell):
+        if record is None or _changed(record.sources, places.sources(study, cell)):
             states[cell] = "new"
         elif record.status == "failed" and record.reason == _impossible(cell):
             states[cell] = "impossible"  # and recorded as such: trying again is no use
         else:
             states[cell] = record.status
     return states
+
+
+def _changed(recorded: dict[str, str | None], now: dict[str, str | None]) -> bool:
+    """Whether a source is another one; of one that an older version did not record, such as tasks, nothing is known."""
+    return any(recorded[name] != now[name] for name in recorded.keys() & now.keys())
 
 
 def _impossible(cell: Cell) -> str | None:
@@ -155,19 +168,32 @@ def _check_tasks(study: Study, places: Places) -> None:
     if study.zero_shot is not None and study.zero_shot_cells:
         from thanos.harness import check_tasks
 
-        check_tasks(study.zero_shot.tasks, places.task_folder)
+        try:
+            check_tasks(study.zero_shot.tasks, places.task_folder)
+        except DataError as error:
+            raise StudyError(f"{place_of(study, 'zero_shot', 'tasks')}: {error}") from error
+
+
+def _warn_of_calibration(study: Study, places: Places, todo: Sequence[Cell], tell: Watcher) -> None:
+    """Tell of calibration files that are not there; it fails their cells alone, when they run."""
+    for name in dict.fromkeys(cell.calibration for cell in todo if cell.calibration):
+        if name not in NAMED and not Path(places.texts[name]).is_file():
+            place = place_of_calibration(study, name)
+            tell(
+                StudyEvent(message=f"{place}: {name} is not there, so its cells will fail; give its folder with --data")
+            )
 
 
 # --- where things are -------------------------------------------------------------------------------------------------
 
 
-def find_places(study: Study, beside: Path, out: Path, data: str | Path | None) -> Places:
+def find_places(study: Study, out: Path, data: str | Path | None) -> Places:
     """Find a study's models and texts: in ``data`` (default ``THANOS_DATA``), else beside the study, else by their names.
 
     Raises:
         StudyError: the text for evaluation, or the folder of tasks, is not there.
     """
-    folders = [Path(folder) for folder in (data or os.environ.get("THANOS_DATA"), beside) if folder]
+    folders = [Path(folder) for folder in (data or os.environ.get("THANOS_DATA"), study.path.parent) if folder]
 
     def find(name: str) -> str:
         return next((str((each / name).resolve()) for each in folders if (each / name).exists()), name)
@@ -178,9 +204,12 @@ def find_places(study: Study, beside: Path, out: Path, data: str | Path | None) 
     searched = ", ".join(map(str, folders))
     task_folder = study.zero_shot and study.zero_shot.task_folder
     if text and text not in NAMED and not Path(texts[text]).is_file():
-        raise StudyError(f"text {text} of [evaluation] is in none of {searched}; give its folder with --data")
+        place = place_of(study, "evaluation", "text")
+        raise StudyError(f"{place}: {text} is in none of {searched}; give its folder with --data")
     if task_folder and not Path(find(task_folder)).is_dir():
-        raise StudyError(f"task_folder {task_folder} of [zero_shot] is in none of {searched}; give it with --data")
+        place = place_of(study, "zero_shot", "task_folder")
+        raise StudyError(f"{place}: {task_folder} is in none of {searched}; give the folder that holds it with --data")
+    task_folder = find(task_folder) if task_folder else None
     hashes: dict[str, str | None] = {
         name: file_sha256(path) if Path(path).is_file() else None for name, path in texts.items()
     }
@@ -195,7 +224,8 @@ def find_places(study: Study, beside: Path, out: Path, data: str | Path | None) 
         out=out.resolve(),
         models=models,
         texts=texts,
-        task_folder=find(task_folder) if task_folder else None,
+        task_folder=task_folder,
+        tasks_hash=task_files_sha256(task_folder) if task_folder else None,
         hashes=hashes,
         failures=failures,
         commit=source_commit(),

@@ -42,6 +42,8 @@ _TYPES: dict[str, tuple[str, type | UnionType]] = {
 class CellRecord:
     """One cell of a study: what was asked for and what came out; the attributes are the keys of a line.
 
+    A failed record keeps the results that were whole before it failed; they are for a person to look at, and no cell's result.
+
     Attributes:
         key: hash of ``cell`` and ``asked``, see :func:`cell_key`.
         status: ``done`` or ``failed``.
@@ -57,7 +59,7 @@ class CellRecord:
         asked: what else shaped the numbers: ``dtype``, ``evaluation`` (``text``, ``sequence_length``, ``max_windows``,
             ``compare``: with the dense model) and ``zero_shot`` (``tasks``, ``limit``; None where none was asked for). Both
             are None for a model of which the cost alone is measured.
-        sources: sha256 of ``model``, ``calibration`` and ``text`` as files; None where there is no file.
+        sources: sha256 of ``model``, ``calibration``, ``text`` and ``tasks`` as files; None where there is no file.
         recipe: the whole recipe, as in pruning.json; None for the dense model.
         calibration: the windows' fingerprint, as in pruning.json; None for the dense model.
         effective_sparsity: measured shares of zeros, ``targeted`` (pruned layers) and ``all`` (parameters).
@@ -67,7 +69,8 @@ class CellRecord:
             ``average`` (the same but ``samples``); None where none was asked for.
         layers: the layers, as in pruning.json.
         phases: seconds and peaks of memory by phase: those of pruning.json, then ``reference`` (loading the dense model and
-            the text, where the worker had not yet), ``evaluate`` and ``zero_shot``; ``formula`` alone of such a cell.
+            the text, where the worker had not yet), ``evaluate`` (loading the model too, unless it is the dense one of
+            ``reference``) and ``zero_shot`` (with that model); ``formula`` alone of such a cell.
         seconds: of pruning, without evaluation.
         host_peak_bytes: while pruning.
         device_peak_bytes: while pruning; None without a CUDA device.

@@ -28,12 +28,12 @@ from thanos.errors import ModelError, RecipeError, ResourceError, UserError
 from thanos.evaluation import Reference, cut_windows, evaluate
 from thanos.events import Event
 from thanos.inspection import inspect_checkpoint
-from thanos.memory import PhaseMeter, free_device_bytes, free_host_bytes
+from thanos.memory import PhaseMeter, free_device_bytes, free_host_bytes, memory_explained
 from thanos.preparing import make_calibration
 from thanos.pretrained import choose_device, load_model, resolve_model
 from thanos.pruning import prune
 from thanos.recipe import Recipe
-from thanos.report import PhaseRecord
+from thanos.report import PhaseRecord, PruningReport
 from thanos.solvers import prune_layer
 from thanos.solvers.factor import InputStatistics
 from thanos.structure import LinearLayer, build_skeleton, linear_layers, select_layers
@@ -44,6 +44,12 @@ from thanos.text import evaluation_rows
 
 _KEEP_SHARE = 0.25
 """Share of the free memory that the dense model's kept states may take: what is left must hold two models and their logits."""
+
+_KEPT = (
+    "text", "text_sha256", "sequence_length", "windows", "tokens", "perplexity", "mean_loss", "kl_divergence",
+    "top1_agreement",
+)  # fmt: skip
+"""What a record has of an evaluation."""
 
 _PACKAGES = ("torch", "transformers", "safetensors", "lm_eval")
 
@@ -59,6 +65,7 @@ class Places:
         models: name in the study → what to give ``prune``.
         texts: name in the study → source or path.
         task_folder: of local tasks; None without one.
+        tasks_hash: sha256 of the files in it and of those they name; None without one.
         hashes: name in the study → sha256 of the model or text; None where there is no file.
         failures: models that cannot be had, and why.
         commit: of the source tree; None where unknown.
@@ -68,6 +75,7 @@ class Places:
     models: dict[str, str]
     texts: dict[str, str]
     task_folder: str | None
+    tasks_hash: str | None
     hashes: dict[str, str | None]
     failures: dict[str, str]
     commit: str | None
@@ -83,6 +91,7 @@ class Places:
             "model": self.hashes.get(cell.model),
             "calibration": None if cell.calibration is None else self.hashes.get(cell.calibration),
             "text": None if cell.model in study.cost_only else self.hashes.get(study.evaluation.text),
+            "tasks": self.tasks_hash if cell in study.zero_shot_cells else None,
         }
 
     def without_paths(self, text: str) -> str:
@@ -116,41 +125,39 @@ class Session:
         self._met: set[object] = set()
 
     def run(self, cell: Cell, tell: Watcher) -> CellRecord:
-        """Run one cell; whatever goes wrong becomes the reason of a failed record."""
+        """Run one cell; whatever goes wrong becomes the reason of a failed record, which keeps what was measured before."""
         results: dict[str, Any] = {}
         try:
             if cell.model in self._places.failures:
                 raise ModelError(self._places.failures[cell.model])
             kinds = {DENSE: self._dense, FORMULA: self._formula}
-            results = kinds.get(cell.method, self._pruned)(cell, tell)
+            kinds.get(cell.method, self._pruned)(cell, results, tell)
         except Exception as error:
             reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             if isinstance(error, ResourceError | torch.OutOfMemoryError | MemoryError):
                 self._reference = None  # the next cell may need its room
-            results = {"status": "failed", "reason": self._places.without_paths(reason)}
+            results |= {"status": "failed", "reason": self._places.without_paths(reason)}
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
         return make_record(self._study, self._places, cell, self._device, results, sharers=self._sharers)
 
-    # --- the kinds of cells -----------------------------------------------------------------------------------------
+    # --- the kinds of cells: each adds what it has measured to the results at once, so that no later failure loses it -----
 
-    def _dense(self, cell: Cell, tell: Watcher) -> dict[str, Any]:
+    def _dense(self, cell: Cell, results: dict[str, Any], tell: Watcher) -> None:
         model = self._places.models[cell.model]
-        meter = PhaseMeter(self._device)
-        measured = self._measure(cell, model, meter, tell)
         totals = inspect_checkpoint(model).totals
-        sparsity = {"targeted": totals["sparsity_targeted"], "all": totals["sparsity_all"]}
-        return {**measured, "effective_sparsity": sparsity, "phases": _phases(meter.records())}
+        results["effective_sparsity"] = {"targeted": totals["sparsity_targeted"], "all": totals["sparsity_all"]}
+        results["phases"] = {}
+        self._measure(cell, model, results, tell)
 
-    def _pruned(self, cell: Cell, tell: Watcher) -> dict[str, Any]:
+    def _pruned(self, cell: Cell, results: dict[str, Any], tell: Watcher) -> None:
         source = self._places.texts.get(cell.calibration or "", cell.calibration)
         recipe = cell.recipe(calibration=source, device=self._name, dtype=self._study.dtype)
         self._warm_up(cell, recipe)
         key = cell_key(public_cell(cell), self._study.asked(cell))
         folder = self._places.out / "models" if self._study.keep_models else self._places.scratch
         model = folder / key[:16]
-        meter = PhaseMeter(self._device)
         try:
             report = prune(
                 self._places.models[cell.model],
@@ -160,26 +167,13 @@ class Session:
                 on_event=tell,
                 calibration=self._windows(cell, recipe, tell),
             )
-            measured = self._measure(cell, str(model), meter, tell)
+            results |= _pruning(report, public(cell.calibration or ""))
+            self._measure(cell, str(model), results, tell)
         finally:
             if not self._study.keep_models:
                 shutil.rmtree(model, ignore_errors=True)
-        written = report.to_dict()
-        name = {"calibration": public(cell.calibration or "")}
-        return {
-            **measured,
-            "recipe": {**written["recipe"], **name},
-            "calibration": {**written["calibration"], "source": name["calibration"]},
-            "effective_sparsity": {
-                "targeted": report.totals["sparsity_targeted"],
-                "all": report.totals["sparsity_all"],
-            },
-            "layers": written["layers"],
-            "phases": {**written["phases"], **_phases(meter.records())},
-            **{key: written[key] for key in ("seconds", "host_peak_bytes", "device_peak_bytes")},
-        }
 
-    def _formula(self, cell: Cell, tell: Watcher) -> dict[str, Any]:
+    def _formula(self, cell: Cell, results: dict[str, Any], tell: Watcher) -> None:
         plan = self._study.formula
         assert plan is not None
         source = self._places.texts.get(cell.calibration or "", cell.calibration)
@@ -195,36 +189,38 @@ class Session:
             found = measure_layer(
                 model, windows.ids, plan.layer, share=plan.share, damping=cell.damping or 0.0, on_progress=progress
             )
-        return {"formula": found, "phases": _phases(meter.records())}
+        results |= {"formula": found, "phases": _phases(meter.records())}
 
-    def _measure(self, cell: Cell, model: str, meter: PhaseMeter, tell: Watcher) -> dict[str, Any]:
-        asked = self._study.asked(cell)
-        if asked["evaluation"] is None:
-            return {"evaluation": None, "zero_shot": None}
+    def _measure(self, cell: Cell, model: str, results: dict[str, Any], tell: Watcher) -> None:
+        """Add what is asked for to the results, and its phases to theirs, those of a failure included."""
+        if self._study.asked(cell)["evaluation"] is None:
+            return
+        meter = PhaseMeter(self._device)
+        try:
+            self._score(cell, model, results, meter, tell)
+        finally:
+            results["phases"] |= _phases(meter.records())
+
+    def _score(self, cell: Cell, model: str, results: dict[str, Any], meter: PhaseMeter, tell: Watcher) -> None:
+        tasks = self._study.asked(cell)["zero_shot"]
         with meter.phase("reference"):
             reference = self._shared_reference(cell)
         tell(Event(kind="phase", phase="evaluate"))
+        network = reference.model if cell.method == DENSE else None
         with meter.phase("evaluate"):
-            found = evaluate(model, device=self._name, dtype=self._study.dtype, reference=reference, on_event=tell)
+            if network is None:
+                with memory_explained(self._device):
+                    network = load_model(resolve_model(model), dtype=self._study.dtype, device=self._device)
+            found = evaluate(model, reference=reference, network=network, on_event=tell)
         values = found.to_dict()
-        kept = ("text", "text_sha256", "sequence_length", "windows", "tokens", "perplexity", "mean_loss")
-        kept = (*kept, "kl_divergence", "top1_agreement")
-        results: dict[str, Any] = {"evaluation": {name: values[name] for name in kept}, "zero_shot": None}
-        if asked["zero_shot"] is not None:
-            from thanos.harness import zero_shot
+        results["evaluation"] = {name: values[name] for name in _KEPT}
+        if tasks is None:
+            return
+        from thanos.harness import zero_shot
 
-            with meter.phase("zero_shot"):
-                scores = zero_shot(
-                    model,
-                    **asked["zero_shot"],
-                    task_folder=self._places.task_folder,
-                    device=self._name,
-                    dtype=self._study.dtype,
-                    on_event=tell,
-                    cache=False,
-                )
-            results["zero_shot"] = {"tasks": scores.to_dict()["tasks"], "average": scores.to_dict()["average"]}
-        return results
+        with meter.phase("zero_shot"):
+            scores = zero_shot(model, **tasks, task_folder=self._places.task_folder, network=network, on_event=tell)
+        results["zero_shot"] = {"tasks": scores.to_dict()["tasks"], "average": scores.to_dict()["average"]}
 
     def _warm_up(self, cell: Cell, recipe: Recipe) -> None:
         """Load libraries and compile kernels before the seconds of a cell are recorded, rather than at its expense.
@@ -319,6 +315,20 @@ def make_record(
         sources=places.sources(study, cell),
         **{"status": "done", "reason": None, **results},
     )
+
+
+def _pruning(report: PruningReport, calibration: str) -> dict[str, Any]:
+    """Return what a record says of pruning, with the calibration under its public name."""
+    written = report.to_dict()
+    return {
+        "recipe": {**written["recipe"], "calibration": calibration},
+        "calibration": {**written["calibration"], "source": calibration},
+        "effective_sparsity": {
+            "targeted": report.totals["sparsity_targeted"],
+            "all": report.totals["sparsity_all"],
+        },
+        **{name: written[name] for name in ("layers", "phases", "seconds", "host_peak_bytes", "device_peak_bytes")},
+    }
 
 
 def _phases(records: dict[str, PhaseRecord]) -> dict[str, dict[str, Any]]:
