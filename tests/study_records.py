@@ -167,6 +167,8 @@ def full_study(model: str = MODEL, blocks: int = 6) -> list[CellRecord]:
         for pattern in ("2:4", "4:8"):
             cells.append(cell(method, pattern, outlier_rows=0.1))
             cells.append(cell(method, pattern, outlier_rows=0.1, keep_budget=True))
+        if method != "thanos":
+            cells.append(cell(method, "columns", sparsity=0.3, outlier_rows=0.1, keep_budget=True))
     for alpha in (0.02, 0.05, 0.1, 0.15, 0.2, 0.3):
         cells.append(cell("thanos", "2:4", outlier_rows=alpha, keep_budget=True))
         cells.append(cell("thanos", "columns", sparsity=0.3, outlier_rows=alpha, keep_budget=True))

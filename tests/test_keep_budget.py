@@ -128,11 +128,12 @@ def test_columns_are_off_by_half_of_one_rows_entries_at_most(
     assert not uneven, "whole columns of the rows that are not outliers"
     assert torch.equal(result.kept.all(0).sum(), torch.tensor(columns - removed))
     assert 0 < pruned <= rows - q
-    if math.ceil(wanted / (rows - q)) < columns:
-        assert abs(zeros - wanted) <= Fraction(max(1, removed), 2)
-        assert pruned == rows - q or wanted <= removed * (rows - q), (
-            "more rows stay dense only where the total asks for it"
-        )
+    ceiling = math.floor(wanted / (rows - q)) + 1
+    if ceiling < columns:
+        nearest = [(rows - q) * (ceiling - 1), *(ceiling * r for r in range(1, rows - q + 1))]
+        assert abs(zeros - wanted) == min(abs(total - wanted) for total in nearest)
+        assert abs(zeros - wanted) <= Fraction(ceiling, 2)
+        assert pruned == rows - q or removed == ceiling, "more rows stay dense only where the total asks for it"
     else:  # one column has to stay
         assert (removed, pruned) == (columns - 1, rows - q)
 

@@ -235,6 +235,14 @@ def test_a_sparsity_belongs_to_the_pattern_it_was_given_for():
     assert recipe.for_layer("a") == LayerRecipe(pattern="columns")
     assert recipe.for_layer("b") == LayerRecipe(pattern="columns", sparsity=0.3, block_size=5)
     assert recipe.for_layer("c") == LayerRecipe(sparsity=0.2, block_size=6)
+    among = (Override(match="*", settings={"pattern": "columns", "sparsity": 0.2}),)
+    recipe = Recipe(sparsity=0.7, overrides=(*among, Override(match="a", settings={"pattern": "unstructured"})))
+    assert (recipe.for_layer("a"), recipe.for_layer("b")) == (
+        LayerRecipe(),
+        LayerRecipe(pattern="columns", sparsity=0.2),
+    )
+    recipe = Recipe(overrides=(*among, Override(match="a", settings={"pattern": "2:4"})))
+    assert recipe.for_layer("a") == LayerRecipe(pattern="2:4")
     recipe = Recipe(pattern="2:4", block_size=64, overrides=(Override(match="a", settings={"pattern": "02:04"}),))
     assert recipe.for_layer("a") == LayerRecipe(pattern="2:4", block_size=64)
 

@@ -141,7 +141,7 @@ def test_alphas_are_judged_over_the_seeds_that_all_of_them_have() -> None:
     section = alpha(Results(MODEL, lone))
     words = plain(section.prose[1])
     assert words.startswith(
-        "2:4: recommended α = 0° (perplexity 90.00); it is the best, over seed 0. Noise: 3.04, known"
+        "2:4: by one draw, recommended α = 0° (perplexity 90.00); it is the best, over seed 0. Noise: 3.04, known"
     )
     assert column(section.tables[0], "perplexity") == ["90.00", "90.00", "90.50"]
     assert "Over seed 0, which all of these rows have; the others of rows with more" in plain(section.tables[0].note)
@@ -195,7 +195,7 @@ def test_block_sizes_are_judged_by_the_largest(small: float, large: float, word:
     found += [record(cell(block_size=8), perplexity=60.0), record(cell(block_size=2048), perplexity=large)]
     section = blocks(Results(MODEL, found))
     answer = plain(section.prose[1])
-    assert answer.startswith(f"unstructured 50 %: {word}°. B = 128 against 2048")
+    assert answer.startswith(f"unstructured 50 %: by one draw, {word}°. B = 128 against 2048")
     assert answer.endswith(", over seed 0; noise 0.50.")
     assert column(section.tables[0], "block_size") == ["8", "128", "2048"]
 
@@ -228,7 +228,7 @@ def test_a_recommendation_from_single_draws_says_so() -> None:
     section = alpha(Results(MODEL, [*by_seed(0.0, (96.0,)), *by_seed(0.1, (94.0,))]))
     words = plain(section.prose[1])
     assert words.startswith(
-        "2:4: recommended α = 0.1° (perplexity 94.00); it is the best, over seed 0. No row has several"
+        "2:4: by one draw, recommended α = 0.1° (perplexity 94.00); it is the best, over seed 0. No row has several"
     )
     assert "the recommendation rests on single draws (°)" in words
     assert column(section.tables[0], "recommended") == ["", "recommended°"]
@@ -290,6 +290,21 @@ def timed(method: str, values: Sequence[tuple[float, float]], **changes: object)
     cells = [cell(method, seed=seed, **changes) for seed in range(len(values))]
     times = zip(cells, values, strict=True)
     return [record(one, perplexity=p, seconds=s, device_peak_bytes=2**33) for one, (p, s) in times]
+
+
+def test_a_device_whose_cells_were_all_shared_prices_nothing() -> None:
+    """The usual device measured no seconds of its own; those of the other say nothing of it."""
+    shared = [record(cell(m, seed=seed), seconds=9.0) for m in ("thanos", "wanda") for seed in (0, 1)]
+    shared = [dataclasses.replace(one, machine={"device": "NVIDIA H100", "sharers": 3}) for one in shared]
+    alone = [record(cell(m, seed=2), seconds=5.0) for m in ("thanos", "wanda")]
+    alone = [dataclasses.replace(one, machine={"device": "NVIDIA H200", "sharers": 1}) for one in alone]
+    for asked in ({}, {"evaluation": None}):
+        cells = [dataclasses.replace(one, asked=one.asked | asked) for one in (*shared, *alone)]
+        if asked:
+            cells = [dataclasses.replace(one, evaluation=None, zero_shot=None) for one in cells]
+        section = cost(Results(MODEL, cells))
+        assert section.tables == []
+        assert section.missing
 
 
 def test_seconds_within_their_spread_are_a_tie() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -227,6 +228,23 @@ def test_shared_work_is_done_once(tmp_path: Path, data: Path, monkeypatch: pytes
     assert calls["make_calibration"] == 1, "another process takes the windows from the cache"
 
 
+def test_an_infinite_perplexity_fails_its_cell_alone(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverged(*arguments: Any, **named: Any) -> Any:
+        return replace(thanos.evaluate(*arguments, **named), perplexity=math.inf, mean_loss=812.5)
+
+    monkeypatch.setattr("thanos.study.worker.evaluate", diverged)
+    worker, cells = session(write(tmp_path, GRID + 'method = "magnitude"\n'), data, tmp_path / "out")
+    record = worker.run(cells[1], quiet)
+    assert (record.status, record.reason) == (
+        "failed",
+        "the perplexity is infinite: the mean loss is 812.5 nats per token",
+    )
+    assert record.layers
+    json.dumps(record.to_dict(), allow_nan=False)  # or the store, and with it the study, would refuse it
+
+
 def test_what_a_cell_compiles_is_compiled_before_its_seconds_count(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,6 +256,7 @@ def test_what_a_cell_compiles_is_compiled_before_its_seconds_count(
         return prune_layer(weight, inputs, settings, **named)
 
     monkeypatch.setattr("thanos.study.worker.prune_layer", pruned)
+    monkeypatch.setattr("thanos.study.worker.compiles", lambda device: True)
     worker, cells = session(path, data, tmp_path / "out")
     new: list[set[tuple[tuple[int, ...], str]]] = []
     for cell in cells[1:]:

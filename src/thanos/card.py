@@ -9,7 +9,7 @@ from typing import Any
 from thanos.report import LayerRecord, PruningReport
 from thanos.text import SUFFIXES
 
-_FILES = (".gguf", ".safetensors", ".json", *SUFFIXES)
+_FILES = (".gguf", ".safetensors", ".bin", ".json", *SUFFIXES)
 """Endings of the files that a user may name."""
 
 _WORST = 5
@@ -54,7 +54,7 @@ def public_name(name: str) -> str:
     """Return a hub name as it is, and the last part of anything that looks like a local path."""
     path = PurePath(name)
     # Not any suffix: the organisation of Qwen/Qwen2.5-0.5B is no folder.
-    is_path = path.is_absolute() or name.startswith((".", "~")) or name.endswith(_FILES)
+    is_path = path.is_absolute() or name.startswith((".", "~")) or name.lower().endswith(_FILES)
     if not is_path and len(path.parts) <= 2:
         return name
     return path.name if path.name not in ("", "..") else "a local model"

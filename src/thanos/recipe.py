@@ -224,19 +224,17 @@ class Recipe(LayerRecipe):
         Raises:
             RecipeError: the pattern is malformed.
         """
-        if str(parse_pattern(changes.get("pattern", self.pattern))) == self.pattern:
-            return dict(changes)
-        return {"sparsity": None, "block_size": None, **changes}
+        return _suited(self.pattern, changes)
 
     def for_layer(self, name: str) -> LayerRecipe | None:
         """Return what to do to the layer called ``name`` (full module name); None where an override skips it."""
-        settings: dict[str, Any] = {}
+        values: dict[str, Any] = {field: getattr(self, field) for field in _LAYER_FIELDS}
         skip = False
         for override in self.overrides:
             if matches(name, override.match):
                 skip = override.skip
-                settings.update(override.settings)
-        return None if skip else self._merged(settings)
+                values |= _suited(values["pattern"], override.settings)
+        return None if skip else LayerRecipe(**values)
 
     def replace(self, **changes: Any) -> Recipe:
         """Return a copy with the given fields changed, validated again."""
@@ -320,6 +318,13 @@ def _underscored(values: Mapping[str, Any]) -> dict[str, Any]:
             raise RecipeError(f"{name} is given twice, once with a hyphen and once with an underscore; leave one out")
         found[name] = value
     return found
+
+
+def _suited(pattern: str, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return changes with the sparsity and block size that go with ``pattern`` dropped, where they bring another pattern."""
+    if str(parse_pattern(changes.get("pattern", pattern))) == str(parse_pattern(pattern)):
+        return dict(changes)
+    return {"sparsity": None, "block_size": None, **changes}
 
 
 def _check_number(name: str, value: Any, lowest: float, below: float | None) -> None:

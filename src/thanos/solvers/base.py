@@ -43,8 +43,9 @@ class Budget:
     and whole rows allow:
 
     - unstructured: nothing changes, since ⌊p·c·b⌋ counts the entries of all rows already;
-    - columns: s = ⌈p·c·b / (c − q)⌉ columns go, and so that it is not too much, from p·c·b / s rows instead of c − q: the total
-      is off by half of one row's s entries at most, where to round s alone would leave it off by half a column;
+    - columns: with s = p·c·b / (c − q), ⌊s⌋ columns go from the other rows, or, where that is nearer, ⌈s⌉ columns from as many
+      of them as it takes, a few more staying dense: the total is off by half of one row's ⌈s⌉ entries at most, unless that
+      would leave no column;
     - n:m: an outlier row keeps m − n weights a group too many, a halved row n/2 fewer: 2q(m − n)/n rows are halved, which is
       2q for 2:4 and 4:8 and makes the total exact; else to the nearest whole row.
     """
@@ -88,14 +89,21 @@ class Budget:
 
 
 def _rows_and_columns(wanted: float, rows: int, columns: int, outliers: int) -> tuple[int, int]:
-    """Return how many rows stay dense, ``outliers`` or more, and how many columns the others lose: ``wanted`` entries."""
-    pruned = rows - outliers
-    removed = ceil_count(wanted / pruned)
-    if removed == columns and floor_count(wanted / pruned + 0.5) < columns:
-        removed -= 1  # some column has to stay
-    if removed:
-        pruned = min(pruned, floor_count(wanted / removed + 0.5))
-    return (rows - pruned, removed) if pruned else (outliers, 0)
+    """Return how many rows stay dense, ``outliers`` or more, and how many columns the others lose.
+
+    Of ⌊s⌋ columns of all the other rows and ⌈s⌉ columns of as many of them as ``wanted`` entries take, whichever is nearer;
+    s is ``wanted`` per other row. Some column always stays; where even the nearest number of columns leaves none, all go, which
+    :meth:`Budget.plan` refuses.
+    """
+    others = rows - outliers
+    if floor_count(wanted / others + 0.5) >= columns:
+        return outliers, columns
+    fewer = floor_count(wanted / others)
+    found = [(others, fewer)]
+    if fewer + 1 < columns:
+        found.append((max(1, min(others, floor_count(wanted / (fewer + 1) + 0.5))), fewer + 1))
+    pruned, removed = min(found, key=lambda pair: abs(pair[0] * pair[1] - wanted))
+    return (rows - pruned, removed) if removed else (outliers, 0)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -24,7 +25,7 @@ from safetensors.torch import save_file
 from thanos._version import __version__
 from thanos.bench.measure import synthetic_layer
 from thanos.calibration import Calibration
-from thanos.errors import ModelError, RecipeError, ResourceError, UserError
+from thanos.errors import ModelError, NumericsError, RecipeError, ResourceError, UserError
 from thanos.evaluation import Reference, cut_windows, evaluate
 from thanos.events import Event
 from thanos.inspection import inspect_checkpoint
@@ -213,6 +214,8 @@ class Session:
                     network = load_model(resolve_model(model), dtype=self._study.dtype, device=self._device)
             found = evaluate(model, reference=reference, network=network, on_event=tell)
         values = found.to_dict()
+        if not math.isfinite(found.perplexity):
+            raise NumericsError(f"the perplexity is infinite: the mean loss is {found.mean_loss:.4g} nats per token")
         results["evaluation"] = {name: values[name] for name in _KEPT}
         if tasks is None:
             return
@@ -232,6 +235,8 @@ class Session:
             self._forward_once(cell)
             source = resolve_model(self._places.models[cell.model])
             self._layers[cell.model] = linear_layers(build_skeleton(source.config(), torch.float32))
+        if not compiles(self._device):
+            return
         for layer in select_layers(self._layers[cell.model], recipe)[0]:
             settings = recipe.for_layer(layer.name)
             if settings is None or (layer.shape, settings) in self._met:
@@ -296,6 +301,11 @@ class Session:
                 _write_windows(path, made)
             self._calibration[key] = made
         return self._calibration[key]
+
+
+def compiles(device: torch.device) -> bool:
+    """Whether kernels are compiled for a device when they are first used."""
+    return device.type == "cuda"
 
 
 def make_record(

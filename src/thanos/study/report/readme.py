@@ -14,6 +14,7 @@ from pathlib import Path
 from thanos.errors import DataError
 from thanos.study.report.build import Report, build_report
 from thanos.study.report.tables import Table, to_markdown
+from thanos.study.report.values import short
 from thanos.study.store import Contents, read_store, store_path
 
 _COLUMNS = ("method", "rank", "sparsity", "perplexity", "kl_divergence", "zero_shot", "seconds")
@@ -71,8 +72,11 @@ def _results(report: Report, contents: Contents, folder: str, store: str) -> str
     figures = [figure for figure in report.figures if figure.name.split("_")[0] == "summary"]
     parts = [to_markdown(_narrow(table)) for table in tables]
     parts += [f"![{figure.title}]({folder}/figures/{figure.name}.svg)\n" for figure in figures]
-    devices = ", ".join(dict.fromkeys(record.machine["device"] for record in contents.done))
-    dates = sorted(record.date[:10] for record in contents.done)
+    numbers = [cell.number for table in tables for row in table.rows for cell in row if cell.number is not None]
+    shown = {key for number in numbers for key in number.cells}
+    records = [record for record in contents.done if short(record) in shown]
+    devices = ", ".join(dict.fromkeys(record.machine["device"] for record in records))
+    dates = sorted(record.date[:10] for record in records)
     span = f", {' to '.join(dict.fromkeys((dates[0], dates[-1])))}" if dates else ""
     parts.append(f"{devices}{span}; made by `thanos report {folder} --readme README.md` from `{folder}/{store}`.\n")
     return "\n".join(parts)

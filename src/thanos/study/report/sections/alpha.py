@@ -104,7 +104,7 @@ def _advice(label: str, rows: Sequence[Row], chosen: Row, best: Row) -> Prose:
     means = [row.mean("perplexity") for row in (chosen, best)]
     noise, mark = larger_noise(chosen, best), one_seed(*rows)
     words: list[str | Number | None] = [
-        f"{label}: recommended α = ",
+        f"{label}: {'by one draw, ' * bool(mark)}recommended α = ",
         numbers[0],
         f"{mark} (perplexity ",
         means[0],

@@ -86,6 +86,7 @@ def _answer(label: str, rows: list[Row]) -> Prose:
     s, t = best.mean("seconds"), whole.mean("seconds")
     noise, mark = larger_noise(best, whole), one_seed(*rows)
     word = {"better": "worth it", "worse": "not worth it"}.get(verdict(best, whole), _by_time(best, whole))
+    word = f"by one draw, {word}" if mark else word
     words: list[str | Number | None] = [f"{label}: {word}{mark}. B = ", setting(best.records[0], "block_size")]
     words += [" against ", setting(whole.records[0], "block_size"), ": perplexity ", means[0], " against ", means[1]]
     words += [" (", change_of(best, whole), ")"]

@@ -159,7 +159,7 @@ def _more(row: Row, other: Row, lent: Number | None) -> Cell:
 def _measured_alike(results: Results, device: str, section: Section) -> Iterator[tuple[str, list[Row]]]:
     """Yield each headline pattern with the rows that one device measured; the section misses those with fewer than two."""
     for pattern in HEADLINE:
-        rows = on_device(_rows(results, pattern), device)
+        rows = [row for row in on_device(_rows(results, pattern), device) if row.mean("seconds") is not None]
         if len(rows) < 2:
             section.missing.append(f"{pattern}: at least two methods at one sparsity on one device")
         else:
