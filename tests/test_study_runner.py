@@ -33,8 +33,9 @@ from thanos.study import runner
 from thanos.study.grid import Cell
 from thanos.study.pool import StudyEvent
 from thanos.study.reading import read_study
+from thanos.study.recording import make_record
 from thanos.study.store import CellRecord, StoreWriter, read_store
-from thanos.study.worker import Session, make_record, throttled
+from thanos.study.worker import Session, throttled
 
 HEAD = 'models = ["tiny"]\n[evaluation]\ntext = "prose.txt"\nsequence_length = 64\nmax_windows = 4\n'
 GRID = '[[grid]]\ncalibration = "prose.txt"\nsamples = 4\nsequence_length = 32\n'

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -13,6 +13,7 @@ from thanos.errors import NumericsError, RecipeError
 from thanos.patterns import NM, Pattern
 from thanos.recipe import LayerRecipe
 from thanos.solvers.base import Budget, Problem
+from thanos.solvers.energies import portions, row_energies, shares_and_zeros
 from thanos.solvers.factor import InputStatistics
 from thanos.solvers.masked import without
 from thanos.solvers.peers import ALONE, Peers, share_of
@@ -164,7 +165,7 @@ def _prune_layer(
         # No input was ever seen, so there is nothing to weigh by: reported through `method`, never silently.
         recipe, method = replace(_layer_part(recipe), method="magnitude"), METHODS["magnitude"]
     mine = slice(*_bounds(len(dense), peers))
-    energy = peers.gather(_row_energies(dense[mine], inputs), len(dense))
+    energy = peers.gather(row_energies(dense[mine], inputs), len(dense))
     outliers, halved, parts = _parts(energy, budget, recipe.parsed_pattern)
     if zeros and len(outliers):
         # The zeros that outlier rows hold already count too: the other rows give that much less.
@@ -184,7 +185,7 @@ def _prune_layer(
     pruned, kept = _solve_parts(weight, dense, parts, solve)
 
     def change(delta: Callable[[slice], Tensor]) -> Tensor:
-        energies = [_row_energies(delta(rows), inputs) for rows in _portions(mine, dense.device)]
+        energies = [row_energies(delta(rows), inputs) for rows in portions(mine, dense.device)]
         return peers.gather(torch.cat(energies), len(dense)).sum()
 
     def written(rows: slice) -> Tensor:
@@ -194,7 +195,7 @@ def _prune_layer(
     changes = [change(lambda rows: without(dense[rows], kept[rows]))]
     if method.needs_factor:
         changes.append(change(lambda rows: written(rows) - dense[rows]))
-    before, after, zeros = _figures(changes, energy.sum(), pruned, inputs)
+    before, after, zeros = shares_and_zeros(changes, energy.sum(), pruned, inputs)
     if after is not None and not after < float("inf"):
         raise NumericsError(f"pruning {name} gave NaN or infinity; raise damping (it is {recipe.damping:g})")
     return PrunedWeight(
@@ -274,42 +275,6 @@ def _unit(largest: float) -> float:
     return 1.0 if largest == 0 or 1 / _ORDINARY < largest < _ORDINARY else 2.0 ** (math.frexp(largest)[1] - 1)
 
 
-_PORTION = 512
-"""Rows whose change is computed at once on the CPU, so that it stays in the cache and needs no fresh memory."""
-
-
-def _portions(rows: slice, device: torch.device) -> Iterator[slice]:
-    """Yield the rows in portions, the last the longest: none shrinks to a few rows, for which products round otherwise."""
-    count = max(1, (rows.stop - rows.start) // _PORTION) if device.type == "cpu" else 1
-    for i in range(count):
-        start = rows.start + i * _PORTION
-        yield slice(start, rows.stop if i == count - 1 else start + _PORTION)
-
-
-_SLAB = {"cpu": 256}
-_WIDE_SLAB = 1024
-"""Columns of the Hessian multiplied at once for an energy: as narrow as products are fast, since half of a slab's square is
-multiplied in vain; little memory beside the weight."""
-
-
-def _row_energies(delta: Tensor, inputs: InputStatistics | None) -> Tensor:
-    """Return the rows' output energies (Δ H Δᵀ)_ii, float64, (c,); without a Hessian their squared norms.
-
-    H is symmetric, so that only its lower triangle of slabs is multiplied, what lies off the diagonal counting twice.
-    """
-    if inputs is None or inputs.empty:
-        return delta.square().sum(1, dtype=torch.float64)
-    energy = torch.zeros(delta.shape[0], dtype=torch.float64, device=delta.device)
-    width = _SLAB.get(delta.device.type, _WIDE_SLAB)
-    for start in range(0, delta.shape[1], width):
-        stop = min(start + width, delta.shape[1])
-        slab = delta[:, start:stop]
-        image = slab @ inputs.matrix[start:stop, start:stop]
-        image.addmm_(delta[:, stop:], inputs.matrix[stop:, start:stop], alpha=2)
-        energy += image.mul_(slab).sum(1)
-    return energy
-
-
 def _parts(energy: Tensor, budget: Budget, pattern: Pattern) -> tuple[Tensor, Tensor, list[tuple[Tensor, Pattern]]]:
     """Split the rows by their output energies (c,): which stay dense, which are halved, and what is solved by which pattern.
 
@@ -333,22 +298,3 @@ def _parts(energy: Tensor, budget: Budget, pattern: Pattern) -> tuple[Tensor, Te
 def _bounds(count: int, peers: Peers) -> tuple[int, int]:
     share = share_of(count, peers.rank, peers.size)
     return share.start, share.stop
-
-
-def _figures(
-    changes: list[Tensor], total: Tensor, pruned: Tensor, inputs: InputStatistics | None
-) -> tuple[float | None, float | None, int]:
-    """Return the energies of the changes before and after compensation, 0-d, as shares of the whole, and the zeros.
-
-    Both are measured on the undamped Hessian and the weight as stored. Where nothing compensates there is one change. The
-    device is asked once.
-    """
-    others = pruned.count_nonzero().to(torch.float64)
-    *shares, energy, count = torch.cat([torch.stack(changes) / total, torch.stack([total, others])]).tolist()
-    zeros = pruned.numel() - int(count)
-    if inputs is None:
-        return None, None, zeros
-    if inputs.empty:
-        return 0.0, 0.0, zeros
-    errors = [0.0 if not energy > 0 or -1e-6 < share < 0 else share for share in shares]  # rounding alone
-    return errors[0], errors[-1], zeros

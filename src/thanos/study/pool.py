@@ -20,8 +20,10 @@ import torch
 from thanos.events import Event
 from thanos.pretrained import choose_device
 from thanos.study.grid import Cell, Study
+from thanos.study.places import Places
+from thanos.study.recording import make_record
 from thanos.study.store import CellRecord
-from thanos.study.worker import Places, Session, make_record, throttled
+from thanos.study.worker import Session, throttled
 
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess

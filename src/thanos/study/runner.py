@@ -17,10 +17,10 @@ from thanos.fingerprint import file_sha256, model_sha256, source_commit, task_fi
 from thanos.lock import locked
 from thanos.pretrained import ModelSource, choose_device, load_model, resolve_model
 from thanos.study.grid import DENSE, FORMULA, Cell, Study, public_cell
+from thanos.study.places import Places
 from thanos.study.pool import Pool, StudyEvent
 from thanos.study.reading import place_of, place_of_calibration, read_study
 from thanos.study.store import StoreWriter, cell_key, read_store, store_path
-from thanos.study.worker import Places
 from thanos.text import NAMED
 
 STUDY_NAME = "study.toml"

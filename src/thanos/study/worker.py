@@ -6,21 +6,14 @@ import gc
 import hashlib
 import json
 import math
-import os
-import platform
 import shutil
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
-from importlib import metadata
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from thanos._version import __version__
 from thanos.bench.measure import synthetic_layer
@@ -34,76 +27,21 @@ from thanos.preparing import make_calibration
 from thanos.pretrained import choose_device, load_model, resolve_model
 from thanos.pruning import prune
 from thanos.recipe import Recipe
-from thanos.report import PhaseRecord, PruningReport
 from thanos.solvers import prune_layer
 from thanos.solvers.factor import InputStatistics
 from thanos.structure import LinearLayer, build_skeleton, linear_layers, select_layers
 from thanos.study.formula import measure_layer
 from thanos.study.grid import DENSE, FORMULA, Cell, Study, public, public_cell
+from thanos.study.places import Places
+from thanos.study.recording import evaluation_fields, make_record, phase_fields, pruning_fields
 from thanos.study.store import CellRecord, cell_key
+from thanos.study.windows import read_windows, write_windows
 from thanos.text import evaluation_rows
 
 _KEEP_SHARE = 0.25
 """Share of the free memory that the dense model's kept states may take: what is left must hold two models and their logits."""
 
-_KEPT = (
-    "text", "text_sha256", "sequence_length", "windows", "tokens", "perplexity", "mean_loss", "kl_divergence",
-    "top1_agreement",
-)  # fmt: skip
-"""What a record has of an evaluation."""
-
-_PACKAGES = ("torch", "transformers", "safetensors", "lm_eval")
-
 Watcher = Callable[[Event], None]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Places:
-    """Where things are on this machine; none of it enters the store but the hashes.
-
-    Attributes:
-        out: the study's folder.
-        models: name in the study → what to give ``prune``.
-        texts: name in the study → source or path.
-        task_folder: of local tasks; None without one.
-        tasks_hash: sha256 of the files in it and of those they name; None without one.
-        hashes: name in the study → sha256 of the model or text; None where there is no file.
-        failures: models that cannot be had, and why.
-        commit: of the source tree; None where unknown.
-    """
-
-    out: Path
-    models: dict[str, str]
-    texts: dict[str, str]
-    task_folder: str | None
-    tasks_hash: str | None
-    hashes: dict[str, str | None]
-    failures: dict[str, str]
-    commit: str | None
-
-    @property
-    def scratch(self) -> Path:
-        """Where pruned models lie until they are measured."""
-        return self.out / "scratch"
-
-    def sources(self, study: Study, cell: Cell) -> dict[str, str | None]:
-        """Return the hashes of the files that a cell depends on."""
-        return {
-            "model": self.hashes.get(cell.model),
-            "calibration": None if cell.calibration is None else self.hashes.get(cell.calibration),
-            "text": None if cell.model in study.cost_only else self.hashes.get(study.evaluation.text),
-            "tasks": self.tasks_hash if cell in study.zero_shot_cells else None,
-        }
-
-    def without_paths(self, text: str) -> str:
-        """Return a message in one line, without the folders of this machine."""
-        found = {
-            path for path in [*self.models.values(), *self.texts.values(), self.task_folder or ""] if os.sep in path
-        }
-        folders = {str(Path(path).parent) for path in found} | {str(self.out.resolve()), str(self.out)}
-        for folder in sorted(folders - {"/", "."}, key=len, reverse=True):
-            text = text.replace(f"{folder}{os.sep}", "")
-        return " ".join(text.split())
 
 
 class Session:
@@ -168,7 +106,7 @@ class Session:
                 on_event=tell,
                 calibration=self._windows(cell, recipe, tell),
             )
-            results |= _pruning(report, public(cell.calibration or ""))
+            results |= pruning_fields(report, public(cell.calibration or ""))
             self._measure(cell, str(model), results, tell)
         finally:
             if not self._study.keep_models:
@@ -190,7 +128,7 @@ class Session:
             found = measure_layer(
                 model, windows.ids, plan.layer, share=plan.share, damping=cell.damping or 0.0, on_progress=progress
             )
-        results |= {"formula": found, "phases": _phases(meter.records())}
+        results |= {"formula": found, "phases": phase_fields(meter.records())}
 
     def _measure(self, cell: Cell, model: str, results: dict[str, Any], tell: Watcher) -> None:
         """Add what is asked for to the results, and its phases to theirs, those of a failure included."""
@@ -200,7 +138,7 @@ class Session:
         try:
             self._score(cell, model, results, meter, tell)
         finally:
-            results["phases"] |= _phases(meter.records())
+            results["phases"] |= phase_fields(meter.records())
 
     def _score(self, cell: Cell, model: str, results: dict[str, Any], meter: PhaseMeter, tell: Watcher) -> None:
         tasks = self._study.asked(cell)["zero_shot"]
@@ -213,10 +151,9 @@ class Session:
                 with memory_explained(self._device):
                     network = load_model(resolve_model(model), dtype=self._study.dtype, device=self._device)
             found = evaluate(model, reference=reference, network=network, on_event=tell)
-        values = found.to_dict()
         if not math.isfinite(found.perplexity):
             raise NumericsError(f"the perplexity is infinite: the mean loss is {found.mean_loss:.4g} nats per token")
-        results["evaluation"] = {name: values[name] for name in _KEPT}
+        results["evaluation"] = evaluation_fields(found)
         if tasks is None:
             return
         from thanos.harness import zero_shot
@@ -295,10 +232,10 @@ class Session:
         key = hashlib.sha256(json.dumps(shaping).encode()).hexdigest()
         if key not in self._calibration:
             path = self._places.out / "cache" / f"calibration-{key[:24]}.safetensors"
-            made = _read_windows(path, recipe.calibration)
+            made = read_windows(path, recipe.calibration)
             if made is None:
                 made = make_calibration(resolve_model(self._places.models[cell.model]), recipe, self._device, tell)
-                _write_windows(path, made)
+                write_windows(path, made)
             self._calibration[key] = made
         return self._calibration[key]
 
@@ -306,78 +243,6 @@ class Session:
 def compiles(device: torch.device) -> bool:
     """Whether kernels are compiled for a device when they are first used."""
     return device.type == "cuda"
-
-
-def make_record(
-    study: Study, places: Places, cell: Cell, device: torch.device, results: dict[str, Any], *, sharers: int = 1
-) -> CellRecord:
-    """Return the record of a cell with these results, fields of :class:`~thanos.study.store.CellRecord`."""
-    values, asked = public_cell(cell), study.asked(cell)
-    return CellRecord(
-        key=cell_key(values, asked),
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
-        commit=places.commit,
-        thanos_version=__version__,
-        versions=_versions(),
-        machine={**_machine(device), "sharers": sharers},
-        cell=values,
-        asked=asked,
-        sources=places.sources(study, cell),
-        **{"status": "done", "reason": None, **results},
-    )
-
-
-def _pruning(report: PruningReport, calibration: str) -> dict[str, Any]:
-    """Return what a record says of pruning, with the calibration under its public name."""
-    written = report.to_dict()
-    return {
-        "recipe": {**written["recipe"], "calibration": calibration},
-        "calibration": {**written["calibration"], "source": calibration},
-        "effective_sparsity": {
-            "targeted": report.totals["sparsity_targeted"],
-            "all": report.totals["sparsity_all"],
-        },
-        **{name: written[name] for name in ("layers", "phases", "seconds", "host_peak_bytes", "device_peak_bytes")},
-    }
-
-
-def _phases(records: dict[str, PhaseRecord]) -> dict[str, dict[str, Any]]:
-    return {name: asdict(record) for name, record in records.items()}
-
-
-def _read_windows(path: Path, source: str) -> Calibration | None:
-    if not path.exists():
-        return None
-    with safe_open(path, "pt") as file:
-        made = file.metadata()
-        return Calibration(file.get_tensor("ids"), source, made["rule"], int(made["seed"]), int(made["documents"]))
-
-
-def _write_windows(path: Path, made: Calibration) -> None:
-    """Put windows into the cache; another worker may do the same at the same time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}")
-    described = {"rule": made.rule, "seed": str(made.seed), "documents": str(made.documents)}
-    save_file({"ids": made.ids.contiguous()}, partial, metadata=described)
-    partial.replace(path)
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        with suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
-
-
-def _machine(device: torch.device) -> dict[str, Any]:
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-        "platform": platform.platform(),
-        "cores": os.cpu_count(),
-        "memory_bytes": memory,
-    }
 
 
 def throttled(tell: Watcher, seconds: float = 0.2) -> Watcher:
