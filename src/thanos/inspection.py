@@ -18,7 +18,7 @@ from thanos.opening import OpenedModel, open_model
 from thanos.patterns import NM, Columns, Pattern, Unstructured, parse_pattern
 from thanos.pretrained import resolve_model
 from thanos.report import SCHEMA as REPORT_SCHEMA
-from thanos.report import DenseRecord
+from thanos.report import DenseRecord, count_totals
 from thanos.structure import LinearLayer, linear_layers
 
 SCHEMA = 1
@@ -146,24 +146,15 @@ def inspect_checkpoint(
         thanos_version=__version__,
         require=None if wanted is None else str(wanted),
         violations=violations,
-        totals=_totals(layers, zeros_all, sum(info.numel for info in infos.values())),
+        totals=count_totals(
+            [layer.shape for layer in layers],
+            [layer.zeros for layer in layers],
+            zeros_all,
+            sum(info.numel for info in infos.values()),
+        ),
         layers=layers,
         dense=dense,
     )
-
-
-def _totals(layers: Sequence[LayerInspection], zeros_all: int, parameters: int) -> dict[str, Any]:
-    """Return zeros and parameters of the targeted layers and of everything."""
-    targeted = sum(layer.shape[0] * layer.shape[1] for layer in layers)
-    zeros_targeted = sum(layer.zeros for layer in layers)
-    return {
-        "parameters": parameters,
-        "targeted_parameters": targeted,
-        "zeros_targeted": zeros_targeted,
-        "zeros_all": zeros_all,
-        "sparsity_targeted": zeros_targeted / targeted if targeted else 0.0,
-        "sparsity_all": zeros_all / parameters if parameters else 0.0,
-    }
 
 
 def _required(text: str) -> Pattern:

@@ -138,17 +138,33 @@ def compute_totals(layers: Sequence[LayerRecord], *, parameters: int, zeros_else
         parameters: number of entries of all tensors of the model.
         zeros_elsewhere: zeros among the tensors that were not pruned.
     """
-    targeted = sum(layer.shape[0] * layer.shape[1] for layer in layers)
-    zeros = sum(layer.zeros for layer in layers)
+    zeros = [layer.zeros for layer in layers]
+    return {
+        **count_totals([layer.shape for layer in layers], zeros, sum(zeros) + zeros_elsewhere, parameters),
+        "mean_error_before_compensation": mean_known([layer.error_before_compensation for layer in layers]),
+        "mean_error_after_compensation": mean_known([layer.error_after_compensation for layer in layers]),
+    }
+
+
+def count_totals(
+    shapes: Sequence[tuple[int, int]], zeros: Sequence[int], zeros_all: int, parameters: int
+) -> dict[str, Any]:
+    """Return zeros, parameters and sparsity of the targeted layers and of everything.
+
+    Args:
+        shapes: of the targeted layers.
+        zeros: of each of them.
+        zeros_all: of all tensors of the model.
+        parameters: number of entries of all tensors of the model.
+    """
+    targeted = sum(rows * columns for rows, columns in shapes)
     return {
         "parameters": parameters,
         "targeted_parameters": targeted,
-        "zeros_targeted": zeros,
-        "zeros_all": zeros + zeros_elsewhere,
-        "sparsity_targeted": zeros / targeted if targeted else 0.0,
-        "sparsity_all": (zeros + zeros_elsewhere) / parameters if parameters else 0.0,
-        "mean_error_before_compensation": mean_known([layer.error_before_compensation for layer in layers]),
-        "mean_error_after_compensation": mean_known([layer.error_after_compensation for layer in layers]),
+        "zeros_targeted": sum(zeros),
+        "zeros_all": zeros_all,
+        "sparsity_targeted": sum(zeros) / targeted if targeted else 0.0,
+        "sparsity_all": zeros_all / parameters if parameters else 0.0,
     }
 
 
