@@ -9,7 +9,7 @@ import dataclasses
 import fnmatch
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -210,11 +210,13 @@ class Recipe(LayerRecipe):
             raise RecipeError(f"trust_remote_code must be true or false; got {self.trust_remote_code!r}")
         object.__setattr__(self, "overrides", tuple(self.overrides))
         for override in self.overrides:
-            self._merged(override.settings)
+            self._merged([override])
 
-    def _merged(self, settings: Mapping[str, Any]) -> LayerRecipe:
-        values = {name: getattr(self, name) for name in _LAYER_FIELDS}
-        return LayerRecipe(**values | self.suited(settings))
+    def _merged(self, overrides: Iterable[Override]) -> LayerRecipe:
+        values: dict[str, Any] = {name: getattr(self, name) for name in _LAYER_FIELDS}
+        for override in overrides:
+            values |= _suited(values["pattern"], override.settings)
+        return LayerRecipe(**values)
 
     def suited(self, changes: Mapping[str, Any]) -> dict[str, Any]:
         """Return changes of fields such that another pattern brings its own sparsity and block size.
@@ -228,13 +230,8 @@ class Recipe(LayerRecipe):
 
     def for_layer(self, name: str) -> LayerRecipe | None:
         """Return what to do to the layer called ``name`` (full module name); None where an override skips it."""
-        values: dict[str, Any] = {field: getattr(self, field) for field in _LAYER_FIELDS}
-        skip = False
-        for override in self.overrides:
-            if matches(name, override.match):
-                skip = override.skip
-                values |= _suited(values["pattern"], override.settings)
-        return None if skip else LayerRecipe(**values)
+        found = [override for override in self.overrides if matches(name, override.match)]
+        return None if found and found[-1].skip else self._merged(found)
 
     def replace(self, **changes: Any) -> Recipe:
         """Return a copy with the given fields changed, validated again."""
