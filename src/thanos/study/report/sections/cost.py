@@ -39,12 +39,11 @@ def cost(results: Results) -> Section:
         )
     )
     section.prose.append(_MEMORY)
-    device = usual_device(results)
     lent = noise_of_seconds(results)
     lines: list[tuple[Cell, ...]] = []
     bands: dict[int, str] = {}
     used: list[Row] = []
-    for pattern, rows in _measured_alike(results, device, section):
+    for pattern, rows in _measured_alike(results, section):
         label = rows[0].pattern_label
         alike = _same_memory(label, rows)
         shown = [field for field in _COSTS if field == "seconds" or not alike]
@@ -56,7 +55,7 @@ def cost(results: Results) -> Section:
         lines += [_line(rows, row, fronts, lent) for row in rows]
         used += rows
     if lines:
-        section.prose.append((f"Device: {device}.",))
+        section.prose.append((f"Device: {usual_device(results)}.",))
         section.prose.append(_noise_note(lent))
         section.tables.append(_table(lines, bands, used))
     return section
@@ -85,7 +84,7 @@ def _table(lines: list[tuple[Cell, ...]], bands: dict[int, str], used: list[Row]
 
 def noise_of_seconds(results: Results) -> Number | None:
     """Return the largest spread of seconds among the rows of the table; it stands for that of rows with one seed."""
-    rows = [row for pattern in HEADLINE for row in on_device(_rows(results, pattern), usual_device(results))]
+    rows = [row for pattern in HEADLINE for row in _rows(results, pattern)]
     spreads = [found for row in rows if (found := row.spread("seconds")) is not None]
     return max(spreads, key=lambda number: number.value, default=None)
 
@@ -103,13 +102,12 @@ def _noise_note(lent: Number | None) -> Prose:
 def _without_accuracy(results: Results) -> Section:
     """Return seconds and memory of every method, of a model that was not evaluated."""
     section = Section("cost", "What do the methods cost?", prose=[COST_ONLY, _MEMORY])
-    device = usual_device(results)
     lent = noise_of_seconds(results)
     lines: list[tuple[Cell, ...]] = []
     bands: dict[int, str] = {}
     series: list[Series] = []
     used: list[Row] = []
-    for _, rows in _measured_alike(results, device, section):
+    for _, rows in _measured_alike(results, section):
         bands[len(lines)] = rows[0].pattern_label
         lines += [_cost_line(rows, row, lent) for row in rows]
         used += rows
@@ -120,7 +118,7 @@ def _without_accuracy(results: Results) -> Section:
         ]
         series.append(Series(rows[0].pattern_label, points[0].style, tuple(points)))
     if lines:
-        section.prose.append((f"Device: {device}.",))
+        section.prose.append((f"Device: {usual_device(results)}.",))
         section.prose.append(_noise_note(lent))
         heads = columns(
             "<Method|method",
@@ -156,10 +154,10 @@ def _more(row: Row, other: Row, lent: Number | None) -> Cell:
     return number(change_of(row, other, "seconds"), mark=tie + one_seed(row, other, field="seconds"))
 
 
-def _measured_alike(results: Results, device: str, section: Section) -> Iterator[tuple[str, list[Row]]]:
+def _measured_alike(results: Results, section: Section) -> Iterator[tuple[str, list[Row]]]:
     """Yield each headline pattern with the rows that one device measured; the section misses those with fewer than two."""
     for pattern in HEADLINE:
-        rows = [row for row in on_device(_rows(results, pattern), device) if row.mean("seconds") is not None]
+        rows = _rows(results, pattern)
         if len(rows) < 2:
             section.missing.append(f"{pattern}: at least two methods at one sparsity on one device")
         else:
@@ -184,6 +182,7 @@ def _rows(results: Results, pattern: str) -> list[Row]:
     if sparsity is None:
         return []
     rows = [row for row in results.select(pattern=pattern, sparsity=sparsity) if row.has_default_block]
+    rows = on_device(rows, usual_device(results))
     needed = ("seconds",) if results.cost_only else ("perplexity", "seconds")
     rows = [row for row in rows if all(row.mean(field) is not None for field in needed)]
     plain = [row for row in rows if row.alpha == 0]

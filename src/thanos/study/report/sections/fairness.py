@@ -129,17 +129,15 @@ def _missing(results: Results) -> list[str]:
     found = []
     for pattern in patterns_of(results.rows):
         sparsity = headline_sparsity(results, pattern)
-        rows = [] if sparsity is None else results.select(pattern=pattern, alpha=0.1, sparsity=sparsity)
+        if sparsity is None:
+            continue
+        if ":" in pattern and len(equal_alphas(results, "thanos", pattern, sparsity)) < 2:
+            found.append(f"Thanos, {pattern}, α = 0.1, budget kept, beside α = 0")
+        rows = results.select(pattern=pattern, alpha=0.1, sparsity=sparsity)
         for kept in (True, False):
             have = {row.method for row in rows if row.keep_budget == kept}
             lacking = [NAMES[method] for method in METHODS if method not in have]
             if have and lacking:
-                label = next(row.pattern_label for row in rows)
-                found.append(f"{', '.join(lacking)}, {label}, α = 0.1, {'budget kept' if kept else 'as asked'}")
-    for pattern in (p for p in patterns_of(results.rows) if ":" in p):
-        sparsity = headline_sparsity(results, pattern)
-        if sparsity is None:
-            continue
-        if len(equal_alphas(results, "thanos", pattern, sparsity)) < 2:
-            found.append(f"Thanos, {pattern}, α = 0.1, budget kept, beside α = 0")
+                how = "budget kept" if kept else "as asked"
+                found.append(f"{', '.join(lacking)}, {rows[0].pattern_label}, α = 0.1, {how}")
     return found
