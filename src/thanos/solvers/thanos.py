@@ -83,11 +83,11 @@ def _solve_shared(root: Tensor, rhs: Tensor) -> Tensor:
     """Return rhs (rootᵀ root)⁻¹, falling back to float64 where float32 does not suffice; root (b, s), rhs (c, s)."""
     if root.shape[1] == 0:
         return rhs
-    gram = root.new_empty(0)
     for dtype in dict.fromkeys((root.dtype, torch.float64)):
-        gram = root.to(dtype).T @ root.to(dtype)
-        factor, info = torch.linalg.cholesky_ex(gram)
+        matrix = root.to(dtype)
+        factor, info = torch.linalg.cholesky_ex(matrix.T @ matrix)
         if info.item() == 0:
             return torch.cholesky_solve(rhs.to(dtype).T, factor).T.to(rhs.dtype)
     # Numerically dependent columns: any of the equivalent solutions is a minimiser.
-    return (rhs.double() @ torch.linalg.pinv(gram, hermitian=True)).to(rhs.dtype)
+    exact = root.double()
+    return (rhs.double() @ torch.linalg.pinv(exact.T @ exact, hermitian=True)).to(rhs.dtype)

@@ -60,6 +60,7 @@ class Session:
         self._sharers = sharers
         self._reference: tuple[str, Reference] | None = None
         self._calibration: dict[str, Calibration] = {}
+        self._warm: set[str] = set()
         self._layers: dict[str, list[LinearLayer]] = {}
         self._met: set[object] = set()
 
@@ -168,12 +169,14 @@ class Session:
         Kernels are compiled for shapes, patterns and block sizes, so a made-up layer of each of the model's shapes is solved
         as the recipe says, unless an earlier cell has had it solved so.
         """
-        if cell.model not in self._layers:
+        if cell.model not in self._warm:
             self._forward_once(cell)
-            source = resolve_model(self._places.models[cell.model])
-            self._layers[cell.model] = linear_layers(build_skeleton(source.config(), torch.float32))
+            self._warm.add(cell.model)
         if not compiles(self._device):
             return
+        if cell.model not in self._layers:
+            source = resolve_model(self._places.models[cell.model])
+            self._layers[cell.model] = linear_layers(build_skeleton(source.config(), torch.float32))
         for layer in select_layers(self._layers[cell.model], recipe)[0]:
             settings = recipe.for_layer(layer.name)
             if settings is None or (layer.shape, settings) in self._met:
