@@ -344,7 +344,7 @@ def test_truncation_anywhere_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_weights(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=rf"{re.escape(str(tmp_path))} has neither {SINGLE_NAME} nor {INDEX_NAME}"):
+    with pytest.raises(ModelError, match=rf"{re.escape(str(tmp_path))} has no weights: neither {SINGLE_NAME} nor {INDEX_NAME}"):
         SafetensorsCheckpoint(tmp_path)
 
 

@@ -20,9 +20,7 @@ import torch
 from torch import Tensor
 
 from thanos.errors import ModelError
-
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
+from thanos.weightfiles import AGAIN, INDEX_NAME, SINGLE_NAME, find_weights
 
 DEFAULT_SHARD_BYTES = 50 * 10**9
 """Largest shard that we plan for a model that came without shards; transformers' own default."""
@@ -96,33 +94,26 @@ class SafetensorsCheckpoint:
         index: the index file's bytes; None for a single file.
 
     Raises:
-        ModelError: a file is missing, truncated or corrupt; names the file.
+        ModelError: a file is missing, truncated or corrupt, names the file; or see
+            :func:`~thanos.weightfiles.find_weights`.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.index: bytes | None = None
-        expected: dict[str, str] | None = None
-        if (folder / INDEX_NAME).is_file():
-            self.index = (folder / INDEX_NAME).read_bytes()
-            expected = _parse_index(folder / INDEX_NAME, self.index)
-            names = list(dict.fromkeys(expected.values()))
-        elif (folder / SINGLE_NAME).is_file():
-            names = [SINGLE_NAME]
-        else:
-            raise ModelError(f"{folder} has neither {SINGLE_NAME} nor {INDEX_NAME}")
+        files = find_weights(folder)
+        self.index = files.index
         self.shards: list[ShardLayout] = []
         self.tensors: dict[str, TensorInfo] = {}
-        for name in names:
+        for name in files.names:
             layout, infos = _read_layout(folder / name)
             self.shards.append(layout)
             for tensor, info in infos.items():
                 if tensor in self.tensors:
-                    raise ModelError(f"tensor {tensor} is in both {self.tensors[tensor].shard} and {name}; {_AGAIN}")
+                    raise ModelError(f"tensor {tensor} is in both {self.tensors[tensor].shard} and {name}; {AGAIN}")
                 self.tensors[tensor] = info
-        for tensor, name in (expected or {}).items():
+        for tensor, name in files.shard_of.items():
             if tensor not in self.tensors or self.tensors[tensor].shard != name:
-                raise ModelError(f"{folder / INDEX_NAME} says that {tensor} is in {name}, but it is not; {_AGAIN}")
+                raise ModelError(f"{folder / INDEX_NAME} says that {tensor} is in {name}, but it is not; {AGAIN}")
 
     def read(self, name: str) -> Tensor:
         """Return one tensor on the CPU, mapped from the file; changing it never changes the file.
@@ -194,8 +185,6 @@ class LoadedCheckpoint:
 
 Checkpoint = SafetensorsCheckpoint | LoadedCheckpoint
 
-_AGAIN = "the checkpoint is damaged: download or save it again"
-
 
 def read_tensor(path: Path, info: TensorInfo) -> Tensor:
     """Map one tensor of a safetensors file into memory, privately; the mapping lives as long as the tensor.
@@ -210,7 +199,7 @@ def read_tensor(path: Path, info: TensorInfo) -> Tensor:
         if (
             os.fstat(file.fileno()).st_size < info.offset + info.nbytes
         ):  # touching what is beyond would kill the process
-            raise ModelError(f"{path} ends in the middle of a tensor; {_AGAIN}")
+            raise ModelError(f"{path} ends in the middle of a tensor; {AGAIN}")
         pages = mmap.mmap(file.fileno(), info.offset - start + info.nbytes, access=mmap.ACCESS_COPY, offset=start)
     data = torch.frombuffer(pages, dtype=torch.uint8, offset=info.offset - start, count=info.nbytes)
     if info.offset % info.dtype.itemsize:
@@ -255,25 +244,15 @@ def match_parameters(parameters: set[str], tensors: set[str], base_model_prefix:
     return None
 
 
-def _parse_index(path: Path, data: bytes) -> dict[str, str]:
-    try:
-        weight_map = json.loads(data)["weight_map"]
-        if not weight_map or not all(isinstance(v, str) and Path(v).name == v for v in weight_map.values()):
-            raise ValueError
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelError(f"{path} is not a valid safetensors index; {_AGAIN}") from error
-    return weight_map
-
-
 def _read_layout(path: Path) -> tuple[ShardLayout, dict[str, TensorInfo]]:
     if not path.is_file():
-        raise ModelError(f"{path} is missing, though the index names it; {_AGAIN}")
+        raise ModelError(f"{path} is missing, though the index names it; {AGAIN}")
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
         length = int.from_bytes(start, "little")
         if len(start) < 8 or length > min(_MAX_HEADER, size - 8):
-            raise ModelError(f"{path} is truncated or not a safetensors file ({size} bytes); {_AGAIN}")
+            raise ModelError(f"{path} is truncated or not a safetensors file ({size} bytes); {AGAIN}")
         header = file.read(length)
     try:
         entries: dict[str, Any] = json.loads(header)
@@ -288,14 +267,14 @@ def _read_layout(path: Path) -> tuple[ShardLayout, dict[str, TensorInfo]]:
     except ModelError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelError(f"{path} has a corrupt header ({error}); {_AGAIN}") from error
+        raise ModelError(f"{path} has a corrupt header ({error}); {AGAIN}") from error
     end = 8 + length
     for name, info in sorted(infos.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if info.offset != end:
-            raise ModelError(f"{path} has a corrupt header (a gap or overlap at {name}); {_AGAIN}")
+            raise ModelError(f"{path} has a corrupt header (a gap or overlap at {name}); {AGAIN}")
         end += info.nbytes
     if end != size:
-        raise ModelError(f"{path} is {'truncated' if size < end else 'too long'}: {size} bytes, not {end}; {_AGAIN}")
+        raise ModelError(f"{path} is {'truncated' if size < end else 'too long'}: {size} bytes, not {end}; {AGAIN}")
     return ShardLayout(path.name, start + header, size), infos
 
 
