@@ -170,9 +170,15 @@ def mixtures(blocks: nn.Module) -> Iterator[tuple[str, int]]:
     """Yield name, relative to ``blocks``, and number of experts of each mixture: ours, and lists of experts in a block."""
     counts = _expert_counts(blocks)
     for name, module in blocks.named_modules():
-        listed = name and isinstance(module, nn.ModuleList) and len(module) > 1
-        if isinstance(module, Experts) or (listed and ("expert" in name.rpartition(".")[2] or len(module) in counts)):
-            yield name, len(module)
+        if isinstance(module, Experts | nn.ModuleList):
+            size = len(module)
+            if isinstance(module, Experts) or _is_list(name, size, counts):
+                yield name, size
+
+
+def _is_list(name: str, length: int, counts: Set[int]) -> bool:
+    """Tell whether a list of modules within a block is one of experts; adapters and halves of a block stand in lists too."""
+    return bool(name) and length > 1 and ("expert" in name.rpartition(".")[2] or length in counts)
 
 
 def rename_expert(key: str, converters: Sequence[Any]) -> str | None:
