@@ -16,7 +16,6 @@ _PIP_NAMES = {
     "yaml": "pyyaml",
     "google": "protobuf",
     "fla": "flash-linear-attention",
-    "sentencepiece": "sentencepiece",
 }
 """Module → package, where they differ by more than a dash."""
 
@@ -65,9 +64,9 @@ def describe_import_error(model: str, error: BaseException) -> str | None:
 def _packages(error: ImportError) -> list[str]:
     """Return what to install by pip; empty where the package is there and the fault another."""
     text = str(error)
-    # transformers collects several names, and knows what they are called for pip.
+    # transformers collects several names, some of them those of modules.
     if found := re.search(r"pip install ((?:-U |--upgrade )?)([\w.,\- ]*\w)", text):
-        return found.group(2).replace(",", " ").split()
+        return [_pip_name(name) for name in found.group(2).replace(",", " ").split()]
     if found := re.search(r"requires the ([\w\-]+) library", text):
         return [_pip_name(found.group(1))]
     root = (error.name or "").partition(".")[0]
