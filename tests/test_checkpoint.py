@@ -393,7 +393,9 @@ def test_index_naming_the_wrong_shard(tmp_path: Path) -> None:
     save_file({"a": torch.ones(2)}, tmp_path / "one.safetensors")
     save_file({"b": torch.ones(2)}, tmp_path / "two.safetensors")
     write_index(tmp_path, {"a": "two.safetensors", "b": "one.safetensors"})
-    with pytest.raises(ModelError, match=rf"{INDEX_NAME} says that"):
+    with pytest.raises(
+        ModelError, match=rf"{INDEX_NAME} says that a is in two.safetensors, but it is in one.safetensors; correct"
+    ):
         SafetensorsCheckpoint(tmp_path)
 
 

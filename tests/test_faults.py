@@ -162,6 +162,15 @@ def test_the_code_of_a_checkpoint(copy: Path, tmp_path: Path, monkeypatch: pytes
         resolve_model(copy, trust_remote_code=True)
 
 
+@pytest.mark.skipif(transformers.utils.is_flash_attn_2_available(), reason="flash-attn is installed")
+def test_a_config_that_asks_for_flash_attention(copy: Path) -> None:
+    edit_config(copy, _attn_implementation="flash_attention_2")
+    source = resolve_model(copy)
+    for call in (open_model, load_model):
+        with pytest.raises(ModelError, match=r"needs flash-attn, which is not installed: pip install flash-attn$"):
+            call(source)
+
+
 def test_the_command_line_ends_with_exit_code_2(
     copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

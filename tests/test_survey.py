@@ -108,10 +108,20 @@ def test_a_parameter_that_stays_is_refused_before_the_work(
 
 
 @pytest.mark.parametrize("calibration", ["text", "self"])
-@pytest.mark.parametrize("name", ["self_attn.q_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.down_proj"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "0.self_attn.v_proj",
+        "1.self_attn.q_proj",
+        "1.self_attn.v_proj",
+        "1.mlp.gate_proj",
+        "1.mlp.down_proj",
+        "2.mlp.down_proj",
+    ],
+)
 def test_a_pruned_weight_is_named_at_its_block(copy: Path, text_file: Path, name: str, calibration: str) -> None:
     """NaN shows first in the inputs of another layer, or in the tokens that the model would draw."""
-    key = f"model.layers.1.{name}.weight"
+    key = f"model.layers.{name}.weight"
     edit(copy, lambda state: state[key].__setitem__((5, 7), NAN))
     with pytest.raises(
         NumericsError, match=rf"^{key.replace('.', '[.]')} holds NaN or infinity; the checkpoint is damaged"

@@ -115,11 +115,20 @@ class SafetensorsCheckpoint:
             self.shards.append(layout)
             for tensor, info in infos.items():
                 if tensor in self.tensors:
-                    raise ModelError(f"tensor {tensor} is in both {self.tensors[tensor].shard} and {name}; {AGAIN}")
+                    raise ModelError(
+                        f"tensor {tensor} is in both {self.tensors[tensor].shard} and {name}, and only one can be meant; save "
+                        "the model again, or take it out of one"
+                    )
                 self.tensors[tensor] = info
         for tensor, name in files.shard_of.items():
-            if tensor not in self.tensors or self.tensors[tensor].shard != name:
+            there = self.tensors.get(tensor)
+            if there is None:
                 raise ModelError(f"{folder / INDEX_NAME} says that {tensor} is in {name}, but it is not; {AGAIN}")
+            if there.shard != name:
+                raise ModelError(
+                    f"{folder / INDEX_NAME} says that {tensor} is in {name}, but it is in {there.shard}; correct the index, or "
+                    "save the model again"
+                )
 
     def read(self, name: str) -> Tensor:
         """Return one tensor on the CPU, mapped from the file; changing it never changes the file.

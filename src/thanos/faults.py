@@ -69,6 +69,8 @@ def _packages(error: ImportError) -> list[str]:
         return [_pip_name(name) for name in found.group(2).replace(",", " ").split()]
     if found := re.search(r"requires the ([\w\-]+) library", text):
         return [_pip_name(found.group(1))]
+    if "package for FlashAttention2" in text:  # a config may ask for it
+        return ["flash-attn"]
     root = (error.name or "").partition(".")[0]
     if not isinstance(error, ModuleNotFoundError) or not root or root == "transformers_modules" or _is_there(root):
         return []

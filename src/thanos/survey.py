@@ -53,7 +53,8 @@ def survey(
         zeros += sum(count(name, part) for part in opened.checkpoint.pieces(key))
         reason = left_dense.get(name.removesuffix(".weight"), NOT_LINEAR) if key in named else unused.why(key)
         dense.append(DenseRecord(name=name, parameters=info.numel, reason=reason))
-        watch(Event(kind="progress", phase="load", done=done, total=len(stays)))
+        if 100 * done // len(stays) != 100 * (done - 1) // len(stays):  # mixtures have tens of thousands of tensors
+            watch(Event(kind="progress", phase="load", done=done, total=len(stays)))
     return dense, zeros
 
 
