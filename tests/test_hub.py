@@ -9,11 +9,14 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import torch
 from huggingface_hub.utils import filter_repo_objects
 
+from helpers import save_tiny, tiny_model
 from thanos.errors import ModelError
 from thanos.hub import download
-from thanos.pretrained import resolve_model
+from thanos.opening import open_model
+from thanos.pretrained import load_model, resolve_model
 from thanos.weightfiles import INDEX_NAME, SINGLE_NAME
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -140,3 +143,24 @@ def test_what_the_hub_raises_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(ModelError, match=r"org/model .*hub cannot give it \(no route\)"):
         download("org/model", code=False)
+
+
+def test_a_model_in_the_cache_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client itself, offline, on a cache as it makes them: links to blobs, and a file with the commit of each branch."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    store = tmp_path / "models--org--model"
+    for folder in ("refs", "blobs", f"snapshots/{COMMIT}"):
+        (store / folder).mkdir(parents=True)
+    (store / "refs" / "main").write_text(COMMIT)
+    saved = save_tiny(tmp_path / "saved", max_shard_size="40KB")
+    for number, path in enumerate(sorted(saved.iterdir())):
+        shutil.move(path, store / "blobs" / str(number))
+        (store / "snapshots" / COMMIT / path.name).symlink_to(f"../../blobs/{number}")
+    source = resolve_model("org/model")
+    assert source.folder == store / "snapshots" / COMMIT
+    loaded, expected = load_model(source).state_dict(), tiny_model().state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
+    opened = open_model(source)
+    for name, tensor in expected.items():
+        assert torch.equal(opened.checkpoint.read(opened.key_of[name]), tensor), name
