@@ -36,6 +36,11 @@ DTYPES = (
     torch.bfloat16,
     torch.float8_e4m3fn,
     torch.float8_e5m2,
+    torch.float8_e4m3fnuz,
+    torch.float8_e5m2fnuz,
+    torch.uint64,
+    torch.uint32,
+    torch.uint16,
     torch.int64,
     torch.int32,
     torch.int16,
@@ -185,7 +190,7 @@ def test_unaligned_offsets_are_read(tmp_path: Path) -> None:
     assert SafetensorsCheckpoint(tmp_path).read("b").tolist() == [1.5, -2.0]
 
 
-@pytest.mark.parametrize(("dtype", "size"), [("F8_E8M0", 1), ("U16", 2), ("U32", 4)])
+@pytest.mark.parametrize(("dtype", "size"), [("F8_E8M0", 1), ("F4", 1)])
 def test_a_dtype_that_is_not_supported_is_no_damage(tmp_path: Path, dtype: str, size: int) -> None:
     header = {"a": entry(0, 1, [1]), "scales": entry(1, 1 + 3 * size, [3], dtype)}
     raw_file(tmp_path / SINGLE_NAME, header, bytes(1 + 3 * size))
@@ -344,7 +349,9 @@ def test_truncation_anywhere_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_weights(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=rf"{re.escape(str(tmp_path))} has neither {SINGLE_NAME} nor {INDEX_NAME}"):
+    with pytest.raises(
+        ModelError, match=rf"{re.escape(str(tmp_path))} has no weights: neither {SINGLE_NAME} nor {INDEX_NAME}"
+    ):
         SafetensorsCheckpoint(tmp_path)
 
 
@@ -386,7 +393,9 @@ def test_index_naming_the_wrong_shard(tmp_path: Path) -> None:
     save_file({"a": torch.ones(2)}, tmp_path / "one.safetensors")
     save_file({"b": torch.ones(2)}, tmp_path / "two.safetensors")
     write_index(tmp_path, {"a": "two.safetensors", "b": "one.safetensors"})
-    with pytest.raises(ModelError, match=rf"{INDEX_NAME} says that"):
+    with pytest.raises(
+        ModelError, match=rf"{INDEX_NAME} says that a is in two.safetensors, but it is in one.safetensors; correct"
+    ):
         SafetensorsCheckpoint(tmp_path)
 
 

@@ -704,7 +704,8 @@ def test_weights_in_pickles(model: Path, text_file: Path) -> None:
 
 
 def test_code_that_comes_with_the_checkpoint(model: Path, text_file: Path) -> None:
-    config = json.loads((model / "config.json").read_text()) | {"auto_map": {"AutoModelForCausalLM": "modeling.Mine"}}
+    config = json.loads((model / "config.json").read_text())
+    config |= {"auto_map": {"AutoModelForCausalLM": "modeling.Mine"}, "model_type": "mine"}
     (model / "config.json").write_text(json.dumps(config))
     refused(ModelError, model, recipe(text_file), "--trust-remote-code")
 

@@ -334,7 +334,7 @@ def test_without_matplotlib_the_line_says_what_to_install(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     folder = write_store(tmp_path / "study", [record(cell()), record(cell("wanda"))])
     assert run(["report", str(folder), "--quiet"]) == 2
-    assert "thanos-llm[report]" in capsys.readouterr().err
+    assert "pip install 'matplotlib>=3.10'" in capsys.readouterr().err
 
 
 def test_a_folder_without_a_store_is_a_users_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -263,8 +263,8 @@ def test_missing_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     path = parquet(tmp_path / "a.parquet", {"text": ["x"]})
     monkeypatch.setitem(sys.modules, "datasets", None)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    refused(evaluation_rows, "wikitext2", r"needs the package datasets: pip install 'thanos-llm\[data\]'")
-    refused(evaluation_rows, path, r"need the package pyarrow: pip install 'thanos-llm\[data\]'")
+    refused(evaluation_rows, "wikitext2", r"needs the package datasets: pip install 'datasets>=4'")
+    refused(evaluation_rows, path, r"need the package pyarrow: pip install 'datasets>=4'")
 
 
 # --- documentation ----------------------------------------------------------------------------------------------------

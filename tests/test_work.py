@@ -187,3 +187,23 @@ def test_a_link_to_the_old_checkpoint_is_replaced_where_it_points(tmp_path: Path
     assert link.is_symlink()
     assert (target / "config.json").read_text() == "new"
     assert list(target.parent.iterdir()) == [target]
+
+
+def test_out_inside_the_folder_of_another_model(tmp_path: Path) -> None:
+    """The other's weights would be beside OUT, or OUT in a copy of its folder."""
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text("{}")
+    for out in (other / "out", other / "deep" / "er" / "out"):
+        check_output(out, model=None, overwrite=False)  # a config alone is no model
+    (other / "model.safetensors").write_text("weights")
+    link = tmp_path / "link"
+    link.symlink_to(other)
+    for out in (other / "out", other / "deep" / "er" / "out", link / "out"):
+        for model in (None, tmp_path / "model"):
+            with pytest.raises(
+                UserError, match=rf"inside the folder of another model, {other}; choose a folder outside"
+            ):
+                check_output(out, model=model, overwrite=True)
+    check_output(other, model=None, overwrite=True)  # itself is replaced whole
+    check_output(tmp_path / "out", model=other, overwrite=False)

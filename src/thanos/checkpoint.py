@@ -20,9 +20,7 @@ import torch
 from torch import Tensor
 
 from thanos.errors import ModelError
-
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
+from thanos.weightfiles import AGAIN, INDEX_NAME, SINGLE_NAME, find_weights
 
 DEFAULT_SHARD_BYTES = 50 * 10**9
 """Largest shard that we plan for a model that came without shards; transformers' own default."""
@@ -34,6 +32,12 @@ _DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "C64": torch.complex64,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -42,7 +46,7 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_UNSUPPORTED = ("U64", "U32", "U16", "C64", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0", "F6_E2M3", "F6_E3M2", "F4")
+_UNSUPPORTED = ("F8_E8M0", "F6_E2M3", "F6_E3M2", "F4")
 """The format's other dtypes: what a header names besides is damage."""
 
 _PIECE = 1 << 24
@@ -96,33 +100,35 @@ class SafetensorsCheckpoint:
         index: the index file's bytes; None for a single file.
 
     Raises:
-        ModelError: a file is missing, truncated or corrupt; names the file.
+        ModelError: a file is missing, truncated or corrupt, names the file; or see
+            :func:`~thanos.weightfiles.find_weights`.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.index: bytes | None = None
-        expected: dict[str, str] | None = None
-        if (folder / INDEX_NAME).is_file():
-            self.index = (folder / INDEX_NAME).read_bytes()
-            expected = _parse_index(folder / INDEX_NAME, self.index)
-            names = list(dict.fromkeys(expected.values()))
-        elif (folder / SINGLE_NAME).is_file():
-            names = [SINGLE_NAME]
-        else:
-            raise ModelError(f"{folder} has neither {SINGLE_NAME} nor {INDEX_NAME}")
+        files = find_weights(folder)
+        self.index = files.index
         self.shards: list[ShardLayout] = []
         self.tensors: dict[str, TensorInfo] = {}
-        for name in names:
+        for name in files.names:
             layout, infos = _read_layout(folder / name)
             self.shards.append(layout)
             for tensor, info in infos.items():
                 if tensor in self.tensors:
-                    raise ModelError(f"tensor {tensor} is in both {self.tensors[tensor].shard} and {name}; {_AGAIN}")
+                    raise ModelError(
+                        f"tensor {tensor} is in both {self.tensors[tensor].shard} and {name}, and only one can be meant; save "
+                        "the model again, or take it out of one"
+                    )
                 self.tensors[tensor] = info
-        for tensor, name in (expected or {}).items():
-            if tensor not in self.tensors or self.tensors[tensor].shard != name:
-                raise ModelError(f"{folder / INDEX_NAME} says that {tensor} is in {name}, but it is not; {_AGAIN}")
+        for tensor, name in files.shard_of.items():
+            there = self.tensors.get(tensor)
+            if there is None:
+                raise ModelError(f"{folder / INDEX_NAME} says that {tensor} is in {name}, but it is not; {AGAIN}")
+            if there.shard != name:
+                raise ModelError(
+                    f"{folder / INDEX_NAME} says that {tensor} is in {name}, but it is in {there.shard}; correct the index, or "
+                    "save the model again"
+                )
 
     def read(self, name: str) -> Tensor:
         """Return one tensor on the CPU, mapped from the file; changing it never changes the file.
@@ -194,8 +200,6 @@ class LoadedCheckpoint:
 
 Checkpoint = SafetensorsCheckpoint | LoadedCheckpoint
 
-_AGAIN = "the checkpoint is damaged: download or save it again"
-
 
 def read_tensor(path: Path, info: TensorInfo) -> Tensor:
     """Map one tensor of a safetensors file into memory, privately; the mapping lives as long as the tensor.
@@ -210,7 +214,7 @@ def read_tensor(path: Path, info: TensorInfo) -> Tensor:
         if (
             os.fstat(file.fileno()).st_size < info.offset + info.nbytes
         ):  # touching what is beyond would kill the process
-            raise ModelError(f"{path} ends in the middle of a tensor; {_AGAIN}")
+            raise ModelError(f"{path} ends in the middle of a tensor; {AGAIN}")
         pages = mmap.mmap(file.fileno(), info.offset - start + info.nbytes, access=mmap.ACCESS_COPY, offset=start)
     data = torch.frombuffer(pages, dtype=torch.uint8, offset=info.offset - start, count=info.nbytes)
     if info.offset % info.dtype.itemsize:
@@ -255,25 +259,15 @@ def match_parameters(parameters: set[str], tensors: set[str], base_model_prefix:
     return None
 
 
-def _parse_index(path: Path, data: bytes) -> dict[str, str]:
-    try:
-        weight_map = json.loads(data)["weight_map"]
-        if not weight_map or not all(isinstance(v, str) and Path(v).name == v for v in weight_map.values()):
-            raise ValueError
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelError(f"{path} is not a valid safetensors index; {_AGAIN}") from error
-    return weight_map
-
-
 def _read_layout(path: Path) -> tuple[ShardLayout, dict[str, TensorInfo]]:
     if not path.is_file():
-        raise ModelError(f"{path} is missing, though the index names it; {_AGAIN}")
+        raise ModelError(f"{path} is missing, though the index names it; {AGAIN}")
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
         length = int.from_bytes(start, "little")
         if len(start) < 8 or length > min(_MAX_HEADER, size - 8):
-            raise ModelError(f"{path} is truncated or not a safetensors file ({size} bytes); {_AGAIN}")
+            raise ModelError(f"{path} is truncated or not a safetensors file ({size} bytes); {AGAIN}")
         header = file.read(length)
     try:
         entries: dict[str, Any] = json.loads(header)
@@ -288,14 +282,14 @@ def _read_layout(path: Path) -> tuple[ShardLayout, dict[str, TensorInfo]]:
     except ModelError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelError(f"{path} has a corrupt header ({error}); {_AGAIN}") from error
+        raise ModelError(f"{path} has a corrupt header ({error}); {AGAIN}") from error
     end = 8 + length
     for name, info in sorted(infos.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if info.offset != end:
-            raise ModelError(f"{path} has a corrupt header (a gap or overlap at {name}); {_AGAIN}")
+            raise ModelError(f"{path} has a corrupt header (a gap or overlap at {name}); {AGAIN}")
         end += info.nbytes
     if end != size:
-        raise ModelError(f"{path} is {'truncated' if size < end else 'too long'}: {size} bytes, not {end}; {_AGAIN}")
+        raise ModelError(f"{path} is {'truncated' if size < end else 'too long'}: {size} bytes, not {end}; {AGAIN}")
     return ShardLayout(path.name, start + header, size), infos
 
 

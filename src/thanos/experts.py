@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from thanos.errors import ModelError
 
 PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",)}
 """Fused parameter → the matrices of one expert, in the order of their rows."""
+
+_Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
 _CALL = ["hidden_states", "top_k_index", "top_k_weights"]
 
@@ -127,20 +129,56 @@ def take_apart(model: nn.Module) -> None:
     """Replace every fused mixture of a skeleton by :class:`Experts`, in place.
 
     Raises:
-        ModelError: a 3-D parameter belongs to a mixture whose layout is not understood.
+        ModelError: a mixture's layout is not understood.
     """
+    counts = _expert_counts(model)
     for name, module in list(model.named_modules()):
-        three = any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
-        if three and not isinstance(module, nn.Conv1d):
+        if _is_fused(module, counts):
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, Experts(module, name))
 
 
+def _is_fused(module: nn.Module, counts: Set[int]) -> bool:
+    """Tell whether a module holds the matrices of several experts as parameters of its own.
+
+    Three dimensions do not tell: recurrences and poolings have such parameters too. What tells is the interface by which
+    transformers runs experts, the class's name, or stacks of as many matrices as the config has experts.
+    """
+    shapes = [parameter.shape for parameter in module.parameters(recurse=False) if parameter.dim() > 1]
+    if not shapes or isinstance(module, Experts | nn.Linear | nn.Embedding | _Convolution):
+        return False
+    called = type(module).__name__.lower()
+    named = "expert" in called and "router" not in called and not called.endswith("gate")
+    return hasattr(module, "has_gate") or named or any(len(shape) == 3 and shape[0] in counts for shape in shapes)
+
+
+def _expert_counts(model: nn.Module) -> set[int]:
+    """Return the numbers of experts that a model's configs state, those of its parts included."""
+    configs = [config for module in model.modules() if (config := getattr(module, "config", None)) is not None]
+    return {
+        value
+        for config in {id(config): config for config in configs}.values()
+        for name, value in vars(config).items()
+        if "expert" in name
+        and not any(word in name for word in ("per_tok", "size", "dim"))
+        and type(value) is int
+        and value > 1
+    }
+
+
 def mixtures(blocks: nn.Module) -> Iterator[tuple[str, int]]:
     """Yield name, relative to ``blocks``, and number of experts of each mixture: ours, and lists of experts in a block."""
+    counts = _expert_counts(blocks)
     for name, module in blocks.named_modules():
-        if isinstance(module, Experts) or (name and isinstance(module, nn.ModuleList) and len(module) > 1):
-            yield name, len(module)
+        if isinstance(module, Experts | nn.ModuleList):
+            size = len(module)
+            if isinstance(module, Experts) or _is_list(name, size, counts):
+                yield name, size
+
+
+def _is_list(name: str, length: int, counts: Set[int]) -> bool:
+    """Tell whether a list of modules within a block is one of experts; adapters and halves of a block stand in lists too."""
+    return bool(name) and length > 1 and ("expert" in name.rpartition(".")[2] or length in counts)
 
 
 def rename_expert(key: str, converters: Sequence[Any]) -> str | None:

@@ -10,9 +10,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from thanos.pretrained import ModelSource
+from thanos.weightfiles import find_weights
 
-_SHAPING = ("*.safetensors", "config.json", "tokenizer*", "vocab*", "merges.txt", "*.model", "*.py")
-"""What shapes a model's logits for a text; reports, cards and generation settings do not."""
+_SHAPING = ("config.json", "tokenizer*", "vocab*", "merges.txt", "*.model", "*.py")
+"""What shapes a model's logits for a text, besides its weights; reports, cards and generation settings do not."""
 
 
 def file_sha256(path: str | Path) -> str:
@@ -26,11 +27,15 @@ def model_sha256(source: ModelSource) -> str:
 
     Args:
         source: from :func:`~thanos.pretrained.resolve_model`.
+
+    Raises:
+        ModelError: there are no weights, or two sets of them.
     """
     if source.gguf is not None:
         return file_sha256(source.gguf)
     digest = hashlib.sha256()
-    for path in sorted({path for glob in _SHAPING for path in source.folder.glob(glob)}):
+    weights = {source.folder / name for name in find_weights(source.folder, source.name).names}
+    for path in sorted(weights | {path for glob in _SHAPING for path in source.folder.glob(glob)}):
         digest.update(f"{path.name} {file_sha256(path)}\n".encode())
     return digest.hexdigest()
 

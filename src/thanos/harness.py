@@ -26,6 +26,7 @@ from thanos._version import __version__
 from thanos.answering import keep_requests, templates_compiled_once, wrap
 from thanos.errors import DataError
 from thanos.events import Event
+from thanos.extras import install_command
 from thanos.fingerprint import model_sha256
 from thanos.memory import memory_explained
 from thanos.opening import running_dtype
@@ -228,9 +229,7 @@ def _manager(task_folder: str | None, *, defaults: bool = True) -> Any:
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise DataError(
-            f"zero-shot tasks need the package lm_eval ({error}): pip install 'thanos-llm[eval]'"
-        ) from error
+        raise DataError(f"zero-shot tasks need the package lm_eval ({error}): {install_command('eval')}") from error
     return TaskManager(include_path=task_folder, include_defaults=defaults)
 
 

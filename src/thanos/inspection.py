@@ -20,6 +20,8 @@ from thanos.pretrained import resolve_model
 from thanos.report import SCHEMA as REPORT_SCHEMA
 from thanos.report import DenseRecord, count_totals
 from thanos.structure import LinearLayer, linear_layers
+from thanos.survey import NOT_LINEAR
+from thanos.unused import Unused
 
 SCHEMA = 1
 
@@ -121,6 +123,7 @@ def inspect_checkpoint(
     infos, total = opened.checkpoint.tensors, len(opened.checkpoint.tensors)
     linear = {opened.key_of.get(layer.weight_name): layer for layer in linear_layers(opened.skeleton)}
     named = {key: name for name, key in opened.key_of.items()}
+    unused = Unused(opened.skeleton, infos, opened.key_of)
     layers: list[LayerInspection] = []
     dense: list[DenseRecord] = []
     violations: list[Violation] = []
@@ -130,7 +133,10 @@ def inspect_checkpoint(
         zeros = int((tensor == 0).sum())
         zeros_all += zeros
         name, layer = named.get(key, key), linear.get(key)
-        reason = _reason(name, layer, zeros / max(1, info.numel), known, required=wanted is not None)
+        if key in named:
+            reason = _reason(name, layer, zeros / max(1, info.numel), known, required=wanted is not None)
+        else:
+            reason = unused.why(key)
         if reason or layer is None:
             dense.append(DenseRecord(name=name, parameters=info.numel, reason=reason))
         else:
@@ -184,7 +190,7 @@ def _read_report(opened: OpenedModel) -> dict[str, str] | None:
 def _reason(name: str, layer: LinearLayer | None, zeros: float, known: dict[str, str] | None, *, required: bool) -> str:
     """Say why a tensor counts as left dense; empty if it is targeted, as all in the blocks are if a pattern is required."""
     if layer is None:
-        return "not a linear layer's weight"
+        return NOT_LINEAR
     if known is not None and layer.name in known:
         return known[layer.name]
     if layer.block is None:

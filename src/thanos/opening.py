@@ -12,12 +12,14 @@ from torch import Tensor
 from thanos.checkpoint import Checkpoint, LoadedCheckpoint, SafetensorsCheckpoint, match_parameters
 from thanos.errors import ModelError
 from thanos.experts import Experts, rename_expert
+from thanos.faults import package_errors
 from thanos.pretrained import ModelSource, load_model, parse_dtype
 from thanos.structure import build_skeleton
+from thanos.unused import Unused
 from thanos.weights import persistent_tensors
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 CONVERTED = "the checkpoint's tensors are not one to one the model's parameters; transformers loads it whole"
 
@@ -63,19 +65,19 @@ def _open_streamed(source: ModelSource, dtype: str) -> OpenedModel | None:
     """Pair a skeleton with the tensors on disk; None where they do not correspond one to one."""
     config, checkpoint = source.config(), SafetensorsCheckpoint(source.folder)
     resolved = _resolve_dtype(dtype, getattr(config, "dtype", None), checkpoint)
-    skeleton = build_skeleton(config, resolved, trust_remote_code=source.trust_remote_code)
+    skeleton = skeleton_of(source, config, resolved)
     prefix = getattr(skeleton, "base_model_prefix", "")
     parameters = persistent_tensors(skeleton)
-    renamed = _rename(skeleton, checkpoint.tensors)
-    if renamed is None:
-        return None
+    renamed, understood = _rename(skeleton, checkpoint.tensors)
     _split_fused(skeleton, checkpoint, renamed)
-    for stored_as in (renamed, {key: key for key in checkpoint.tensors}):
+    for stored_as in (renamed, {key: key for key in renamed.values()}):
         match = match_parameters(set(parameters), set(stored_as), prefix)
         if match is not None:
             key_of = {name: stored_as[match[name]] for name in parameters}  # in the model's order, in every process
             _check_tensors(source, parameters, checkpoint, key_of)
             return OpenedModel(source, skeleton, checkpoint, key_of, [])
+    if not understood:
+        return None
     missing = [name for name in parameters if name not in renamed]
     mixtures = tuple(f"{name}." for name, module in skeleton.named_modules() if isinstance(module, Experts))
     if missing and all(name.startswith(mixtures) for name in missing):
@@ -85,11 +87,21 @@ def _open_streamed(source: ModelSource, dtype: str) -> OpenedModel | None:
     return None
 
 
-def _rename(skeleton: PreTrainedModel, keys: Iterable[str]) -> dict[str, str] | None:
-    """Return model's name → checkpoint's name by transformers' tables; None where a tensor needs a conversion.
+def skeleton_of(source: ModelSource, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """Build the skeleton of a model; see :func:`~thanos.structure.build_skeleton`.
+
+    Raises:
+        ModelError: a package that the model needs is missing, or its mixture of experts is not supported.
+    """
+    with package_errors(source.name):
+        return build_skeleton(config, dtype, trust_remote_code=source.trust_remote_code)
+
+
+def _rename(skeleton: PreTrainedModel, keys: Iterable[str]) -> tuple[dict[str, str], bool]:
+    """Return model's name → checkpoint's name by transformers' tables, and whether that is all: no tensor needs a conversion.
 
     The tables hold pure renamings, such as GPT-NeoX's head, and conversions. Of these the stacking of experts' matrices is
-    understood: it is left out.
+    understood.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming
@@ -97,16 +109,17 @@ def _rename(skeleton: PreTrainedModel, keys: Iterable[str]) -> dict[str, str] | 
     rules = get_model_conversion_mapping(skeleton) or []
     renamings = [rule for rule in rules if type(rule) is WeightRenaming]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    renamed = {}
+    renamed, understood = {}, True
     for key in keys:
         plain = key
         for rule in renamings:
             plain = rule.rename_source_key(plain)[0]
         name = rename_expert(plain, converters)
         if name is None:
-            return None
-        renamed[name] = key
-    return renamed
+            understood = False
+        else:
+            renamed[name] = key
+    return renamed, understood
 
 
 def _split_fused(skeleton: PreTrainedModel, checkpoint: Checkpoint, renamed: dict[str, str]) -> None:
@@ -145,11 +158,23 @@ def _open_whole(source: ModelSource, dtype: str, notes: list[str]) -> OpenedMode
     """Let transformers load and convert the whole model, and serve its tensors from memory."""
     dense = load_model(source, dtype="auto", device=torch.device("cpu"))
     resolved = _resolve_dtype(dtype, dense.dtype, None)
-    skeleton = build_skeleton(dense.config, resolved, trust_remote_code=source.trust_remote_code)
+    skeleton = skeleton_of(source, dense.config, resolved)
     state = dense.state_dict()
-    checkpoint = LoadedCheckpoint({name: state[name] for name in persistent_tensors(dense)})
+    tensors = {name: state[name] for name in persistent_tensors(dense)}
+    if source.gguf is None:
+        tensors |= _prediction_layers(source, skeleton, tensors)
+    checkpoint = LoadedCheckpoint(tensors)
     _split_fused(skeleton, checkpoint, {name: name for name in checkpoint.tensors})
     return OpenedModel(source, skeleton, checkpoint, {name: name for name in persistent_tensors(skeleton)}, notes)
+
+
+def _prediction_layers(source: ModelSource, skeleton: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors on disk of layers for multi-token prediction, which transformers left behind."""
+    stored = SafetensorsCheckpoint(source.folder)
+    unused = Unused(skeleton, stored.tensors, tensors)
+    if any(unused.is_prediction(name) for name in tensors):
+        return {}  # it runs them
+    return {key: stored.read(key) for key in stored.tensors if unused.is_prediction(key)}
 
 
 def running_dtype(source: ModelSource, asked: str) -> torch.dtype:

@@ -25,7 +25,7 @@ from thanos.footprint import PIECE_BYTES, LayerWork
 from thanos.forecast import Job, Pace, inner_name, phase_bytes, phase_seconds
 from thanos.memory import PhaseMeter, free_device_bytes, free_disk_bytes, free_host_bytes, host_bytes
 from thanos.passes import most_sequences
-from thanos.preparing import LOG_BYTES_PER_LAYER, Prepared, Watcher, calibrate, count_zeros, prepare, resource_errors
+from thanos.preparing import LOG_BYTES_PER_LAYER, Prepared, Watcher, calibrate, prepare, resource_errors
 from thanos.pretrained import choose_device, context_length, resolve_model
 from thanos.pruning import check_interrupted
 from thanos.rates import Rates, measure_rates
@@ -33,6 +33,7 @@ from thanos.recipe import Recipe
 from thanos.report import PhaseRecord
 from thanos.shards import disk_shortage
 from thanos.structure import LinearLayer, find_blocks
+from thanos.survey import count_zeros
 from thanos.trial import BlockTrial, TrialModel, few_tokens, survey_rate, time_solve, try_block, write_seconds
 from thanos.weights import ModelWeights
 from thanos.work import WorkFolder, check_output
@@ -121,7 +122,7 @@ def plan(
     with resource_errors(recipe):
         with meter.phase("load"):
             prepared = prepare(
-                resolve_model(model, trust_remote_code=recipe.trust_remote_code), recipe, watch, survey=False
+                resolve_model(model, trust_remote_code=recipe.trust_remote_code), recipe, watch, look=False
             )
         with meter.phase("calibration"):
             if recipe.calibration == "self" and calibration is None:

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from thanos.calibration import Calibration, build_calibration
-from thanos.errors import ModelError, NumericsError, RecipeError, ResourceError, system_errors
+from thanos.errors import ModelError, RecipeError, ResourceError, system_errors
 from thanos.events import Event
 from thanos.opening import OpenedModel, open_model
 from thanos.pretrained import ModelSource, check_token_ids, context_length, end_of_text_id, load_model
@@ -21,6 +20,7 @@ from thanos.report import DenseRecord
 from thanos.shards import check_room
 from thanos.solvers.base import Budget
 from thanos.structure import LinearLayer, linear_layers, select_layers
+from thanos.survey import count_zeros, sampled_sparsity, survey
 
 Watcher = Callable[[Event], None]
 
@@ -30,29 +30,38 @@ LOG_BYTES_PER_LAYER = 4096
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """An opened model, and what is to be done to it."""
+    """An opened model, and what is to be done to it.
+
+    Attributes:
+        opened: the model.
+        layers: what is pruned.
+        dense: each tensor that stays, and why.
+        zeros_elsewhere: number of zeros in those that stay.
+        sparsity: share of zeros that ``layers`` come with, from a sample.
+    """
 
     opened: OpenedModel
     layers: list[LinearLayer]
     dense: list[DenseRecord]
     zeros_elsewhere: int
+    sparsity: float
 
 
 def prepare(
-    source: ModelSource, recipe: Recipe, watch: Watcher, *, survey: bool = True, folder: Path | None = None
+    source: ModelSource, recipe: Recipe, watch: Watcher, *, look: bool = True, folder: Path | None = None
 ) -> Prepared:
-    """Open a model and work out what a recipe does to it; ``survey`` also reads every tensor that stays.
+    """Open a model and work out what a recipe does to it; ``look`` also reads every tensor that stays.
 
     Args:
         source: the model.
         recipe: what to do.
         watch: is told about progress.
-        survey: whether to read them.
+        look: whether to read them.
         folder: of the output, whose disk is checked for room before anything is read; None to leave that out.
 
     Raises:
         ModelError, RecipeError: the recipe does not fit the model.
-        NumericsError: a tensor that stays holds NaN or infinity.
+        NumericsError: a parameter that stays holds NaN or infinity.
         ResourceError: the disk has too little room.
     """
     opened = open_model(source, recipe.dtype)
@@ -72,39 +81,24 @@ def prepare(
             raise RecipeError(f"{layer.name}: {error}") from error
     if folder is not None:  # now, not after reading all tensors and making the calibration text, which may take an hour
         check_room(opened.checkpoint, folder, besides=LOG_BYTES_PER_LAYER * len(chosen))
-    return Prepared(opened, chosen, *(_survey(opened, chosen, left_dense) if survey else ([], 0)))
+    sparsity = _note_zeros(opened, chosen, watch)
+    dense, zeros = survey(opened, chosen, left_dense, watch) if look else ([], 0)
+    return Prepared(opened, chosen, dense, zeros, sparsity)
 
 
-def _survey(
-    opened: OpenedModel, layers: list[LinearLayer], left_dense: dict[str, str]
-) -> tuple[list[DenseRecord], int]:
-    """Read every tensor that stays: count its zeros, and refuse NaN and infinity before the work rather than after."""
-    pruned = {opened.key_of[layer.weight_name] for layer in layers}
-    named = {key: parameter for parameter, key in opened.key_of.items()}
-    dense, zeros = [], 0
-    for key, info in opened.checkpoint.tensors.items():
-        if key in pruned:
-            continue
-        name = named.get(key, key)
-        zeros += sum(count_zeros(name, part) for part in opened.checkpoint.pieces(key))
-        reason = left_dense.get(name.removesuffix(".weight"), "not a linear layer's weight")
-        dense.append(DenseRecord(name=name, parameters=info.numel, reason=reason))
-    return dense, zeros
-
-
-def count_zeros(name: str, part: Tensor) -> int:
-    """Return the zeros of a part of a tensor.
-
-    Raises:
-        NumericsError: it holds NaN or infinity.
-    """
-    wide = part.dtype.itemsize > 1
-    # Matrices of flags would fragment the heap, more with every block. The sum of finite entries may overflow, but NaN or
-    # infinity never makes it finite.
-    finite = not part.is_floating_point() or (wide and bool(torch.isfinite(part.sum())))
-    if not finite and not bool(torch.isfinite(part).all()):
-        raise NumericsError(f"{name} holds NaN or infinity; the checkpoint is damaged: download or save it again")
-    return part.numel() - int(torch.count_nonzero(part)) if wide else int((part == 0).sum())
+def _note_zeros(opened: OpenedModel, layers: list[LinearLayer], watch: Watcher) -> float:
+    """Return the share of zeros that the layers come with, and tell of it where the model was pruned before."""
+    sparsity, pruned = sampled_sparsity(opened, layers)
+    reported = opened.source.gguf is None and (opened.source.folder / "pruning.json").is_file()
+    if reported or pruned:
+        known = " (it has a pruning.json)" if reported else ""
+        note = (
+            f"the model is pruned already{known}: about {100 * sparsity:.1f} % of the weights of the layers to prune are zero; "
+            "errors are relative to it, not to the dense model"
+        )
+        opened.notes.append(note)
+        watch(Event(kind="note", phase="load", message=note))
+    return sparsity
 
 
 def calibrate(
@@ -136,9 +130,13 @@ def make_calibration(source: ModelSource, recipe: Recipe, device: torch.device, 
 
     Raises:
         DataError: see :func:`~thanos.calibration.build_calibration`.
+        NumericsError: a parameter of the model that generates holds NaN or infinity.
     """
     tokenizer, config = source.tokenizer(), source.config()
     dense = load_model(source, dtype=recipe.dtype, device=device) if recipe.calibration == "self" else None
+    if dense is not None:  # it could draw no token from NaN
+        for name, parameter in dense.named_parameters():
+            count_zeros(name, parameter)
     return build_calibration(
         recipe.calibration,
         tokenizer,

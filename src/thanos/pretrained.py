@@ -12,16 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from thanos.checkpoint import INDEX_NAME, SINGLE_NAME, SafetensorsCheckpoint
+from thanos.checkpoint import SafetensorsCheckpoint
 from thanos.errors import CudaUnavailableError, DataError, ModelError, ResourceError
+from thanos.faults import describe_import_error, first_line, package_errors
+from thanos.gguffiles import check_gguf, count_parts, require_packages, say_merge
+from thanos.hub import download
 from thanos.memory import is_out_of_memory
+from thanos.weightfiles import find_weights, refuse_lone_adapter
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
 
@@ -68,11 +70,27 @@ class ModelSource:
         try:
             return AutoConfig.from_pretrained(self.folder, **self._arguments())
         except Exception as error:  # a truncated GGUF file makes its reader index past the end in many ways
-            what = "config" if self.gguf is None else "GGUF file"
-            raise ModelError(
-                f"the {what} of {self.name} cannot be used ({_first_line(error)}); it may be truncated or corrupt: download it "
-                "again"
-            ) from error
+            raise ModelError(describe_import_error(self.name, error) or self._config_fault(error)) from error
+
+    def _config_fault(self, error: Exception) -> str:
+        """Say what is wrong where transformers does not take the config."""
+        import transformers
+
+        version, line = transformers.__version__, first_line(error)
+        if self.gguf is not None:
+            if "is not supported" in line:
+                return (
+                    f"transformers {version} cannot read {self.name} ({line}); upgrade transformers, or give the model as a "
+                    "folder of safetensors"
+                )
+            return f"the GGUF file of {self.name} cannot be used ({line}); it may be truncated or corrupt: download it again"
+        kind = json.loads((self.folder / "config.json").read_bytes()).get("model_type")
+        if isinstance(kind, str) and kind not in transformers.CONFIG_MAPPING:
+            return (
+                f"{self.name} is of the type {kind}, which transformers {version} does not know; upgrade transformers, or, if "
+                "the model brings Python code of its own, read that code and allow it with --trust-remote-code"
+            )
+        return f"the config of {self.name} cannot be used ({line}); correct config.json, or take the model's own"
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the tokenizer.
@@ -90,17 +108,25 @@ class ModelSource:
         try:
             return AutoTokenizer.from_pretrained(self.folder, **self._arguments())
         except Exception as error:  # tokenizers raises bare Exception for a broken file
-            raise ModelError(f"the tokenizer of {self.name} cannot be read: {_first_line(error)}") from error
+            line = f"the tokenizer of {self.name} cannot be read: {first_line(error)}"
+            raise ModelError(describe_import_error(f"the tokenizer of {self.name}", error) or line) from error
 
     def generation_config(self) -> GenerationConfig | None:
-        """Return the generation config, derived from the config where there is no file; None for a folder without one."""
+        """Return the generation config, derived from the config where there is no file; None for a folder without one.
+
+        Raises:
+            ModelError: the file is not valid.
+        """
         from transformers import GenerationConfig
 
         if self.gguf is not None:
             return GenerationConfig.from_model_config(self.config())
-        if (self.folder / "generation_config.json").is_file():
+        if not (self.folder / "generation_config.json").is_file():
+            return None
+        try:
             return GenerationConfig.from_pretrained(self.folder)
-        return None
+        except (OSError, ValueError, TypeError) as error:
+            raise ModelError(f"{self.name}/generation_config.json cannot be used: {first_line(error)}") from error
 
 
 def resolve_model(model: str | Path, *, trust_remote_code: bool = False) -> ModelSource:
@@ -117,12 +143,12 @@ def resolve_model(model: str | Path, *, trust_remote_code: bool = False) -> Mode
     if path.is_dir():
         source = ModelSource(name, path, None, trust_remote_code)
     elif path.is_file():
-        _check_gguf(path)
+        check_gguf(path)
         source = ModelSource(name, path.parent, path, trust_remote_code)
     elif _looks_like_path(name):
         raise ModelError(f"{name} does not exist; MODEL is a hub name, a local folder or a .gguf file")
     else:
-        source = ModelSource(name, _download(name), None, trust_remote_code)
+        source = ModelSource(name, download(name, code=trust_remote_code), None, trust_remote_code)
     if source.gguf is None:
         _check_folder(source)
     _check_causal(source)
@@ -147,7 +173,7 @@ def load_model(
     if isinstance(dtype, str) and dtype != "auto":
         dtype = parse_dtype(dtype)
     if source.gguf is not None:
-        _require_gguf_packages()
+        require_packages()
         dtype = torch.float32 if dtype == "auto" else dtype
         arguments = {"config": source.config()}  # reading it again takes seconds
     else:
@@ -157,12 +183,17 @@ def load_model(
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.folder, dtype=dtype, output_loading_info=True, **arguments, **source._arguments()
         )
-    except (ValueError, OSError, KeyError, RuntimeError) as error:
+    except (ValueError, OSError, KeyError, RuntimeError, ImportError) as error:
         if is_out_of_memory(error):
             raise
-        raise ModelError(f"{source.name} cannot be loaded: {_first_line(error)}") from error
+        if source.gguf is not None and (parts := count_parts(source.gguf)) > 1:
+            raise ModelError(say_merge(source.gguf, parts)) from error
+        line = describe_import_error(source.name, error) or f"{source.name} cannot be loaded: {first_line(error)}"
+        raise ModelError(line) from error
     model, info = loaded
     absent = sorted(info["missing_keys"])
+    if absent and source.gguf is not None and (parts := count_parts(source.gguf)) > 1:
+        raise ModelError(say_merge(source.gguf, parts))
     if absent:  # transformers fills them with random numbers
         raise ModelError(
             f"{source.name} lacks {len(absent)} of the model's tensors, {absent[0]} for one; config.json belongs to another "
@@ -258,34 +289,14 @@ def _looks_like_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.endswith(".gguf") or name.count("/") > 1 or os.sep * 2 in name
 
 
-def _download(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
-    except HFValidationError as error:
-        raise ModelError(f"{name!r} is no hub name, and no such folder or .gguf file exists") from error
-    except Exception as error:  # the hub client raises its own, requests' and httpx's errors
-        raise ModelError(
-            f"{name} is no local folder or file, and the hub cannot give it ({_first_line(error)}); check the name, or "
-            "download it elsewhere and give the local folder or a .gguf file"
-        ) from error
-
-
 def _check_folder(source: ModelSource) -> None:
     folder = source.folder
+    refuse_lone_adapter(folder, source.name)
     if not (folder / "config.json").is_file():
         ggufs = sorted(folder.glob("*.gguf"))
         hint = f"; name the file itself, for example {ggufs[0]}" if ggufs else "; it is not a Hugging Face model folder"
         raise ModelError(f"{source.name} has no config.json{hint}")
-    if not any((folder / name).is_file() for name in (INDEX_NAME, SINGLE_NAME)):
-        if any(file for glob in _PICKLES for file in folder.glob(glob)):
-            raise ModelError(
-                f"{source.name} holds its weights as pickle files, which can run any code when they are read; convert them "
-                "where you trust them: AutoModelForCausalLM.from_pretrained(...).save_pretrained(..., safe_serialization)"
-            )
-        raise ModelError(f"{source.name} has no weights: neither {SINGLE_NAME} nor {INDEX_NAME}")
+    find_weights(folder, source.name)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if not isinstance(config, dict):
@@ -296,28 +307,19 @@ def _check_folder(source: ModelSource) -> None:
         settings = config["quantization_config"]
         method = settings.get("quant_method", "unknown method") if isinstance(settings, dict) else settings
         raise ModelError(f"{source.name} is quantised ({method}); give the model before quantisation")
-    if "auto_map" in config and not source.trust_remote_code:
+    if "auto_map" in config and not source.trust_remote_code and not _is_native(source.name, config.get("model_type")):
         raise ModelError(
             f"{source.name} needs Python code that comes with the checkpoint; read that code, then allow it with "
             "--trust-remote-code"
         )
 
 
-def _check_gguf(path: Path) -> None:
-    if path.suffix != ".gguf":
-        raise ModelError(f"{path} is a file, but not a .gguf file; MODEL is a hub name, a local folder or a .gguf file")
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise ModelError(f"{path} is not a GGUF file, or is truncated; download it again")
-    _require_gguf_packages()
+def _is_native(name: str, kind: Any) -> bool:
+    """Tell whether transformers has a causal language model of a type itself, so that a checkpoint's own code is not needed."""
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
-
-def _require_gguf_packages() -> None:
-    try:
-        import accelerate  # noqa: F401
-        import gguf  # noqa: F401
-    except ImportError as error:
-        raise ModelError(f"GGUF files need the package {error.name}: pip install 'thanos-llm[gguf]'") from error
+    with package_errors(name):
+        return isinstance(kind, str) and kind in CONFIG_MAPPING and CONFIG_MAPPING[kind] in MODEL_FOR_CAUSAL_LM_MAPPING
 
 
 def _check_causal(source: ModelSource) -> None:
@@ -332,8 +334,3 @@ def _check_causal(source: ModelSource) -> None:
         raise ModelError(f"{source.name} is a bidirectional model ({config.model_type}), not a causal language model")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not source.trust_remote_code:
         raise ModelError(f"{source.name} is not a causal language model that transformers knows ({config.model_type})")
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

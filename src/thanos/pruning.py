@@ -37,6 +37,7 @@ from thanos.report import PruningReport, compute_totals
 from thanos.resume import Ledger, check_same_run, describe_run
 from thanos.shards import CheckpointWriter
 from thanos.structure import find_blocks
+from thanos.survey import name_damage
 from thanos.weights import ModelWeights
 from thanos.work import WorkFolder, check_output
 
@@ -129,7 +130,7 @@ def _assist(model: str | Path, job: _Job) -> PruningReport:
         return published
     with job.meter.phase("load"):
         source = resolve_model(model, trust_remote_code=recipe.trust_remote_code)
-        plan = prepare(source, recipe, lambda event: None, survey=False)
+        plan = prepare(source, recipe, lambda event: None, look=False)
         world.check_equal(_facts(recipe, plan.opened))
     calibration: Calibration = world.from_first(_nothing)
     parent = job.work.out.parent
@@ -245,8 +246,14 @@ def _run(plan: Prepared, job: _Job, calibration: Calibration, notes: list[str]) 
         ledger.verify(job.tell)
     shared = SharedWriter(writer, world), SharedLedger(ledger, world)
     engine = _engine(plan, job, calibration, job.work.path, *shared, notes)
-    for event in engine.run():
-        job.tell(event)
+    block = None
+    try:
+        for event in engine.run():
+            job.tell(event)
+            block = event.block
+    except NumericsError:
+        name_damage(opened, block)  # a weight that holds NaN shows first in what another layer reads
+        raise
     with meter.phase("finish"):
         job.tell(Event(kind="phase", phase="finish", blocks=len(engine.blocks)))
         writer.finish()
@@ -309,6 +316,7 @@ def _report(
             "origin": "local" if opened.source.is_local else "hub",
             "architecture": type(opened.skeleton).__name__,
             "parameters": parameters,
+            "sparsity": plan.sparsity,
         },
         recipe=recipe.to_dict(),
         versions={

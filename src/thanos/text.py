@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from thanos.errors import DataError
+from thanos.extras import install_command
 
 NAMED = ("wikitext2", "c4", "pydoc", "self")
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
@@ -85,7 +86,7 @@ def _hub_rows(source: str, repository: str, **arguments: Any) -> list[str]:
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise DataError(f"{source} needs the package datasets: pip install 'thanos-llm[data]'") from error
+        raise DataError(f"{source} needs the package datasets: {install_command('data')}") from error
     try:
         return list(load_dataset(repository, **arguments)["text"])
     except Exception as error:  # datasets raises its own, the hub's and the network's errors
@@ -138,7 +139,7 @@ def _parquet_rows(path: Path) -> list[str]:
         import pyarrow
         import pyarrow.parquet as parquet
     except ImportError as error:
-        raise DataError("parquet files need the package pyarrow: pip install 'thanos-llm[data]'") from error
+        raise DataError(f"parquet files need the package pyarrow: {install_command('data')}") from error
     try:
         names = parquet.read_schema(path).names
         if "text" not in names:

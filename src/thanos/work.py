@@ -154,7 +154,7 @@ def check_output(out: Path, *, model: Path | None, overwrite: bool) -> None:
         overwrite: whether an existing checkpoint at ``out`` may be replaced.
 
     Raises:
-        UserError: ``out`` exists and is not empty, is a file, or is, holds or lies in the model.
+        UserError: ``out`` exists and is not empty, is a file, is or holds the model, or lies in a model's folder.
     """
     resolved = out.resolve()
     if model is not None:
@@ -163,6 +163,9 @@ def check_output(out: Path, *, model: Path | None, overwrite: bool) -> None:
             raise UserError(f"OUT {out} is the model's own folder, or inside it; choose a folder outside {model}")
         if resolved in model.parents:
             raise UserError(f"OUT {out} holds the model {model}, which would be lost; choose another folder")
+    for folder in resolved.parents:
+        if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
+            raise UserError(f"OUT {out} is inside the folder of another model, {folder}; choose a folder outside it")
     if resolved.exists() and not resolved.is_dir():
         raise UserError(f"OUT {out} is a file; give the name of a folder")
     if resolved.is_dir() and any(resolved.iterdir()):

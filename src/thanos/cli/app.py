@@ -33,7 +33,10 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL, show_default
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress (default: show it).")]
 Trust = Annotated[
     bool,
-    typer.Option("--trust-remote-code", help="Run Python code that comes with the checkpoint (default: refuse)."),
+    typer.Option(
+        "--trust-remote-code",
+        help="Run Python code that comes with the checkpoint (default: transformers' own code, or refuse).",
+    ),
 ]
 
 

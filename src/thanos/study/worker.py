@@ -23,13 +23,14 @@ from thanos.evaluation import Reference, cut_windows, evaluate
 from thanos.events import Event
 from thanos.inspection import inspect_checkpoint
 from thanos.memory import PhaseMeter, free_device_bytes, free_host_bytes, memory_explained
+from thanos.opening import skeleton_of
 from thanos.preparing import make_calibration
 from thanos.pretrained import choose_device, load_model, resolve_model
 from thanos.pruning import prune
 from thanos.recipe import Recipe
 from thanos.solvers import prune_layer
 from thanos.solvers.factor import InputStatistics
-from thanos.structure import LinearLayer, build_skeleton, linear_layers, select_layers
+from thanos.structure import LinearLayer, linear_layers, select_layers
 from thanos.study.formula import measure_layer
 from thanos.study.grid import DENSE, FORMULA, Cell, Study, public, public_cell
 from thanos.study.places import Places
@@ -176,7 +177,7 @@ class Session:
             return
         if cell.model not in self._layers:
             source = resolve_model(self._places.models[cell.model])
-            self._layers[cell.model] = linear_layers(build_skeleton(source.config(), torch.float32))
+            self._layers[cell.model] = linear_layers(skeleton_of(source, source.config(), torch.float32))
         for layer in select_layers(self._layers[cell.model], recipe)[0]:
             settings = recipe.for_layer(layer.name)
             if settings is None or (layer.shape, settings) in self._met:

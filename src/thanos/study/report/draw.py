@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from thanos.errors import ResourceError
+from thanos.extras import install_command
 from thanos.study.report.axes import lay_out
 from thanos.study.report.charts import Figure, HeatMap
 from thanos.study.report.panels import draw_dots, draw_heat_map
@@ -69,7 +70,7 @@ def _drawn(figure: Figure) -> Iterator[Any]:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure as Canvas
     except ImportError as error:
-        raise ResourceError("figures need matplotlib; install it with: pip install 'thanos-llm[report]'") from error
+        raise ResourceError(f"figures need matplotlib; install it with: {install_command('report')}") from error
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": figure.name}):
         title = textwrap.fill(figure.title, _TITLE_LETTERS)
         height = _height(figure) + 0.16 * (1 + title.count("\n"))

@@ -1,0 +1,16 @@
+"""The optional packages, and the command that installs them."""
+
+from __future__ import annotations
+
+EXTRAS = {
+    "gguf": ("gguf>=0.17", "accelerate>=1.1"),
+    "data": ("datasets>=4",),
+    "eval": ("lm_eval==0.4.13",),
+    "report": ("matplotlib>=3.10",),
+}
+"""Extra → its packages, with the ranges of pyproject.toml."""
+
+
+def install_command(extra: str) -> str:
+    """Return the shell command that installs the packages of an extra."""
+    return " ".join(["pip install", *(f"'{package}'" for package in EXTRAS[extra])])

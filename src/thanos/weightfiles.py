@@ -1,0 +1,177 @@
+"""Which files of a folder hold a model's weights: one answer for every command, and never another than transformers'."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from thanos.errors import ModelError
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+
+AGAIN = "the checkpoint is damaged: download or save it again"
+
+_ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_LORA = (".lora_A.", ".lora_B.", ".lora_embedding_A", ".lora_down.", ".lora_magnitude_vector")
+"""What names of a low-rank adapter's tensors hold."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFiles:
+    """The weights of a folder.
+
+    Attributes:
+        names: of the files, in the index's order.
+        index: the index file's bytes; None for a single file.
+        shard_of: tensor → file, as the index says; empty for a single file.
+    """
+
+    names: tuple[str, ...]
+    index: bytes | None
+    shard_of: dict[str, str]
+
+
+def find_weights(folder: Path, name: str | None = None) -> WeightFiles:
+    """Return the files that hold the weights of a folder.
+
+    Args:
+        folder: holds ``model.safetensors``, or shards and ``model.safetensors.index.json``.
+        name: of the model, for messages; the folder where it is None.
+
+    Raises:
+        ModelError: there are none, the index is not valid, transformers would read other files, or an adapter lies there.
+    """
+    name = name or str(folder)
+    single, index = folder / SINGLE_NAME, folder / INDEX_NAME
+    for path in (single, index):
+        if path.is_symlink() and not path.exists():
+            raise ModelError(f"{path} is a link to a file that is not there; download or save it again")
+    if index.is_file():
+        data = index.read_bytes()
+        shard_of = parse_index(index, data)
+        found = WeightFiles(tuple(dict.fromkeys(shard_of.values())), data, shard_of)
+    elif single.is_file():
+        found = WeightFiles((SINGLE_NAME,), None, {})
+    else:
+        raise ModelError(_no_weights(folder, name))
+    # transformers prefers the single file to the index, and a file that the config names to both.
+    if found.index is not None and single.is_file() and found.names != (SINGLE_NAME,):
+        raise ModelError(
+            f"{name} holds weights twice: {INDEX_NAME} names {len(found.names)} other files, and transformers would read "
+            f"{SINGLE_NAME} instead; move away the one that is not the model's"
+        )
+    stated = _stated_weights(folder)
+    ours = SINGLE_NAME if found.index is None else INDEX_NAME
+    if stated not in (None, ours):
+        raise ModelError(
+            f"{name}: config.json names the weights {stated!r} (transformers_weights), but {ours} lies there; remove that "
+            f"line, or rename the file that is the model's to {ours}"
+        )
+    adapter = _adapter(folder, found.names)
+    if adapter is not None:
+        raise ModelError(
+            f"{name} holds an adapter, {adapter}, beside the base weights, {ours}: it would be left out here, and "
+            "loaded by transformers where peft is installed; merge it first (peft's merge_and_unload, then save_pretrained), "
+            "or move the adapter's files away"
+        )
+    return found
+
+
+def parse_index(path: Path, data: bytes) -> dict[str, str]:
+    """Return tensor → file name of a safetensors index.
+
+    Args:
+        path: of the index, for messages.
+        data: its bytes.
+
+    Raises:
+        ModelError: it is no index, or names a file elsewhere than beside it.
+    """
+    try:
+        shard_of = json.loads(data)["weight_map"]
+        if not shard_of or not all(isinstance(shard, str) and shard for shard in shard_of.values()):
+            raise ValueError
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(f"{path} is not a valid safetensors index; {AGAIN}") from error
+    for shard in dict.fromkeys(shard_of.values()):
+        if Path(shard).name != shard or shard == "..":
+            raise ModelError(
+                f"{path} names {shard!r}, which does not lie beside it; move the shards into the index's own folder, and name "
+                "them without a path"
+            )
+        if not shard.endswith(".safetensors"):
+            raise ModelError(f"{path} names {shard!r}, which is no .safetensors file; save the model as safetensors")
+    return shard_of
+
+
+def refuse_lone_adapter(folder: Path, name: str) -> None:
+    """Refuse a folder that holds an adapter and no base weights.
+
+    Raises:
+        ModelError: it does; says how to merge it.
+    """
+    if (folder / SINGLE_NAME).exists() or (folder / INDEX_NAME).exists():
+        return
+    adapter = _adapter(folder, ())
+    if adapter is not None:
+        raise ModelError(
+            f"{name} holds an adapter, {adapter}, without the model that it belongs to; merge it first: "
+            f"peft.AutoPeftModelForCausalLM.from_pretrained({name!r}).merge_and_unload().save_pretrained(FOLDER), and the "
+            "tokenizer with it"
+        )
+
+
+def _stated_weights(folder: Path) -> str | None:
+    """Return the file that config.json makes transformers read; None where it names none."""
+    try:
+        config: Any = json.loads((folder / "config.json").read_bytes())
+        return config.get("transformers_weights")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None  # whoever reads the config complains
+
+
+def _adapter(folder: Path, weights: Iterable[str]) -> str | None:
+    """Return the name of a file that belongs to an adapter; None where there is none."""
+    for name in _ADAPTERS:
+        if (folder / name).exists():
+            return name
+    for path in sorted(folder.glob("*.safetensors")):
+        if path.name not in weights and any(part in key for key in _keys(path) for part in _LORA):
+            return path.name
+    return None
+
+
+def _keys(path: Path) -> list[str]:
+    """Return the names of a safetensors file's tensors; none of a file that cannot be read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return list(file.keys())
+    except (OSError, SafetensorError):
+        return []
+
+
+def _no_weights(folder: Path, name: str) -> str:
+    """Say what lies there instead of weights that can be read."""
+    if any(file for glob in _PICKLES for file in folder.glob(glob)):
+        return (
+            f"{name} holds its weights as pickle files, which can run any code when they are read; convert them "
+            "where you trust them: AutoModelForCausalLM.from_pretrained(...).save_pretrained(..., safe_serialization)"
+        )
+    lacking = f"{name} has no weights: neither {SINGLE_NAME} nor {INDEX_NAME}"
+    others = sorted(path.name for path in folder.glob("*.safetensors*"))
+    if not others:
+        return lacking
+    if any("-of-" in other and other.startswith("model-") for other in others):
+        remedy = f"its shards need their index, {INDEX_NAME}: download it"
+    elif any(other.startswith("model.") for other in others):
+        remedy = "rename the files of the variant that you want so that these names come out"
+    else:
+        remedy = "save the model by save_pretrained, or download the files of transformers' own form"
+    return f"{lacking}, only {', '.join(others[:3])}; {remedy}"
