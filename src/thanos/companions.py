@@ -5,14 +5,14 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from thanos.events import LOG_NAME
+from thanos.events import LOG_NAME, RUN_NAME
 from thanos.opening import OpenedModel
 from thanos.pretrained import ModelSource
 
 _NOT_COPIED = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ckpt")
 """Weights in any format: the output has its own."""
 
-_OURS = ("README.md", "pruning.json", "recipe.toml", LOG_NAME)
+_OURS = ("README.md", "pruning.json", "recipe.toml", LOG_NAME, RUN_NAME)
 
 
 def copy_companions(opened: OpenedModel, folder: Path) -> None:

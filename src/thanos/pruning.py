@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 import tempfile
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from thanos.distributed import SharedLedger, SharedWriter, World, join, my_devic
 from thanos.engine import Engine
 from thanos.errors import NumericsError, RecipeError, ResourceError, UserError
 from thanos.eventlog import EventStream
-from thanos.events import LOG_NAME, Event
+from thanos.events import LOG_NAME, RUN_NAME, Event
 from thanos.lock import locked
 from thanos.memory import PhaseMeter
 from thanos.opening import OpenedModel
@@ -34,7 +35,7 @@ from thanos.pretrained import (
 )
 from thanos.recipe import Recipe
 from thanos.report import PruningReport, compute_totals
-from thanos.resume import Ledger, check_same_run, describe_run
+from thanos.resume import Ledger, check_completed, check_same_run, completed_run, describe_run
 from thanos.shards import CheckpointWriter
 from thanos.structure import find_blocks
 from thanos.weights import ModelWeights
@@ -77,7 +78,7 @@ def prune(
         recipe: what to do; default :class:`Recipe`, Thanos at 50 % unstructured.
         overwrite: replace ``out`` if it exists; without ``resume``, also start an interrupted run over.
         resume: go on with an interrupted run of the same model and recipe; the result is the same to the byte. Where there
-            is none, start from the beginning.
+            is none, start from the beginning; where the same run has finished ``out``, return its report and write nothing.
         activations: where hidden states are kept between blocks: ``device``, ``host``, ``disk``, or ``auto``, the first of them
             that has room. Changes no result.
         on_event: called with each :class:`~thanos.events.Event`.
@@ -100,8 +101,6 @@ def prune(
     local = Path(model) if Path(model).exists() else None
 
     def check() -> None:
-        if resume and not overwrite and work.is_complete:
-            raise UserError(f"OUT {out} is complete: there is nothing to resume; --overwrite starts over")
         check_output(out, model=local, overwrite=overwrite or (resume and work.published))
 
     with resource_errors(recipe), join(device) as world:
@@ -112,6 +111,8 @@ def prune(
         job = _Job(recipe, device, activations, resume, overwrite, work, meter, tell, world)
         if world.rank > 0:
             return _assist(model, job)
+        if resume and not overwrite and work.is_complete:
+            return _completed(model, job, calibration)
         # A bad output is refused before minutes of work; the folder is made only when all else is known to be good.
         check()
         with locked(out):
@@ -119,6 +120,16 @@ def prune(
             check()
             _choose(job)
             return _prune(model, job, calibration)
+
+
+def _completed(model: str | Path, job: _Job, given: Calibration | None) -> PruningReport:
+    """Return the report of an output that the same run has finished, as a scheduler that runs a job twice wants it."""
+    source = resolve_model(model, trust_remote_code=job.recipe.trust_remote_code)
+    check_completed(job.work, job.recipe, describe_run(job.recipe, source, job.device), given)
+    report = PruningReport.read(job.work.out / "pruning.json")
+    message = f"OUT {job.work.out} is already complete, made by this same run: nothing is done"
+    job.tell(Event(kind="note", phase="load", message=message))
+    return job.world.from_first(lambda: report)
 
 
 def _assist(model: str | Path, job: _Job) -> PruningReport:
@@ -255,6 +266,8 @@ def _run(plan: Prepared, job: _Job, calibration: Calibration, notes: list[str]) 
     report.write(folder / "pruning.json")
     (folder / "recipe.toml").write_text(job.recipe.to_toml(), encoding="utf-8")
     (folder / "README.md").write_text(card.model_card(report), encoding="utf-8")
+    run = completed_run(job.work.run, job.recipe, folder)
+    (folder / RUN_NAME).write_text(json.dumps(run, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return report
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from thanos.errors import ResourceError, UserError
-from thanos.events import LOG_NAME
+from thanos.events import LOG_NAME, RUN_NAME
 from thanos.journal import Journal, current
 from thanos.shards import sync
 
@@ -34,16 +34,17 @@ class WorkFolder:
         self.path = self.out.parent / f".{self.out.name}.partial"
         self.model = self.path / "model"
         self.journal = Journal(self.path / "journal.jsonl")
-        self._run, self._old = self.path / "run.json", self.out.parent / f".{self.out.name}.old"
+        self._run, self._old = self.path / RUN_NAME, self.out.parent / f".{self.out.name}.old"
 
     @property
     def run(self) -> dict[str, Any]:
         """What the run that made the folder said of itself; empty where there is none."""
-        try:
-            values = json.loads(self._run.read_bytes())
-        except (OSError, ValueError):
-            return {}
-        return values if isinstance(values, dict) else {}
+        return _read(self._run)
+
+    @property
+    def completed_run(self) -> dict[str, Any]:
+        """What the run that made OUT said of itself; empty where OUT is no such folder."""
+        return _read(self.out / RUN_NAME)
 
     @property
     def finished(self) -> int:
@@ -143,6 +144,14 @@ class WorkFolder:
         sync(self.out.parent)
         self.remove()
         shutil.rmtree(self._old, ignore_errors=True)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 def check_output(out: Path, *, model: Path | None, overwrite: bool) -> None:

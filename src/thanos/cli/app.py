@@ -109,7 +109,11 @@ def prune(
     ] = False,
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Go on with the interrupted run of this command (default: refuse to)."),
+        typer.Option(
+            "--resume",
+            help="Go on with the interrupted run of this command; fine too where none was begun or it is complete "
+            "(default: refuse to).",
+        ),
     ] = False,
     plan: Annotated[
         bool,
@@ -148,6 +152,7 @@ def prune(
 
     display.hush()
     import thanos
+    from thanos.work import WorkFolder
 
     if plan:
         tables.check_writable(json_file)
@@ -155,12 +160,13 @@ def prune(
             found = thanos.plan(model, out, chosen, overwrite=overwrite, activations=activations, on_event=watcher)
         tables.show_plan(found, json_file)
         return
+    complete = resume and not overwrite and WorkFolder(out).is_complete
     with ending.resumable(out), display.watch(quiet=quiet or not ranks.is_first()) as watcher:
         report = thanos.prune(
             model, out, chosen, overwrite=overwrite, resume=resume, activations=activations, on_event=watcher
         )
     if ranks.is_first():
-        tables.show_report(report, out)
+        tables.show_report(report, out, complete=complete)
 
 
 @app.command(name="eval")

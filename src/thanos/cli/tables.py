@@ -26,8 +26,8 @@ _PLAIN_WIDTH = 140
 _SHOWN_WARNINGS = 5
 
 
-def show_report(report: PruningReport, out: Path) -> None:
-    """Print what a pruning run did, what it cost, and where the result is."""
+def show_report(report: PruningReport, out: Path, *, complete: bool = False) -> None:
+    """Print what a pruning run did, what it cost, and where the result is; or what the run did that was already complete."""
     totals, recipe = report.totals, report.recipe
     rows = [
         ("method, pattern", f"{recipe['method']}, {recipe['pattern']}"),
@@ -37,7 +37,7 @@ def show_report(report: PruningReport, out: Path) -> None:
         ("mean layer error, as written", _number(totals["mean_error_after_compensation"])),
         *phase_rows(report.phases),
         ("total", _cost(report.seconds, report.host_peak_bytes, report.device_peak_bytes)),
-        ("written to", str(out)),
+        ("already complete, in" if complete else "written to", str(out)),
     ]
     print_table(("", ""), rows)
     show_warnings(report)
