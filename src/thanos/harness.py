@@ -29,7 +29,7 @@ from thanos.events import Event
 from thanos.fingerprint import model_sha256
 from thanos.memory import memory_explained
 from thanos.opening import running_dtype
-from thanos.pretrained import ModelSource, choose_device, load_model, resolve_model
+from thanos.pretrained import ModelSource, choose_device, find_local, load_model, parse_dtype, resolve_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -115,6 +115,9 @@ def zero_shot(
     """
     began = time.perf_counter()
     _check_limit(limit)
+    if dtype != "auto":
+        parse_dtype(dtype)
+    find_local(model, trust_remote_code=trust_remote_code)
     where = choose_device(device) if network is None else network.device
     cache = cache and network is None  # whose weights it has, nothing tells
     check_tasks(tasks, task_folder)

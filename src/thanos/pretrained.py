@@ -14,7 +14,9 @@ import torch
 
 from thanos.checkpoint import INDEX_NAME, SINGLE_NAME, SafetensorsCheckpoint
 from thanos.errors import CudaUnavailableError, DataError, ModelError, ResourceError
+from thanos.hints import near_device, near_dtype
 from thanos.memory import is_out_of_memory
+from thanos.naming import model_name
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -80,6 +82,11 @@ class ModelSource:
         Raises:
             ModelError: there is none, or it is broken.
         """
+        return self._tokenizer
+
+    @cached_property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, read once: before the weights, to see that there is one, and when the text is read."""
         from transformers import AutoTokenizer
 
         if self.gguf is None and not any((self.folder / name).is_file() for name in _TOKENIZER_FILES):
@@ -113,20 +120,38 @@ def resolve_model(model: str | Path, *, trust_remote_code: bool = False) -> Mode
     Raises:
         ModelError: nothing is there, or it is not a causal language model in safetensors or GGUF form.
     """
-    name, path = str(model), Path(model)
-    if path.is_dir():
-        source = ModelSource(name, path, None, trust_remote_code)
-    elif path.is_file():
-        _check_gguf(path)
-        source = ModelSource(name, path.parent, path, trust_remote_code)
-    elif _looks_like_path(name):
-        raise ModelError(f"{name} does not exist; MODEL is a hub name, a local folder or a .gguf file")
-    else:
+    source = find_local(model, trust_remote_code=trust_remote_code)
+    if source is None:
+        name = model_name(model)
         source = ModelSource(name, _download(name), None, trust_remote_code)
-    if source.gguf is None:
         _check_folder(source)
     _check_causal(source)
     return source
+
+
+def find_local(model: str | Path, *, trust_remote_code: bool = False, what: str = "MODEL") -> ModelSource | None:
+    """Find a local model and refuse what is missing; None for a hub name. Takes no time: no config is built, nothing loaded.
+
+    Args:
+        model: as for :func:`resolve_model`.
+        trust_remote_code: likewise.
+        what: how a message calls it.
+
+    Raises:
+        ModelError: nothing is there, or it is not in safetensors or GGUF form.
+    """
+    name = model_name(model, what)
+    path = Path(name)
+    if path.is_dir():
+        source = ModelSource(name, path, None, trust_remote_code)
+        _check_folder(source)
+        return source
+    if path.is_file():
+        _check_gguf(path)
+        return ModelSource(name, path.parent, path, trust_remote_code)
+    if _looks_like_path(name):
+        raise ModelError(f"{model} does not exist; {what} is a hub name, a local folder or a .gguf file")
+    return None
 
 
 def load_model(
@@ -188,7 +213,8 @@ def parse_dtype(name: str) -> torch.dtype:
         ModelError: it is none of these.
     """
     if name not in _DTYPES:
-        raise ModelError(f"dtype {name!r} is unknown; choose one of auto, {', '.join(_DTYPES)}")
+        hint = near_dtype(name, _DTYPES)
+        raise ModelError(f"dtype {name!r} is unknown; choose one of auto, {', '.join(_DTYPES)}{hint}")
     return _DTYPES[name]
 
 
@@ -208,7 +234,9 @@ def choose_device(name: str) -> torch.device:
         or (kind == "cpu" and index)
         or name.endswith(":")
     ):
-        raise ResourceError(f"device {name!r} is unknown; choose auto, cpu, cuda or cuda:N")
+        raise ResourceError(
+            f"device {name!r} is unknown; choose auto, cpu, cuda or cuda:N, such as cuda:0{near_device(name)}"
+        )
     if kind == "cuda":
         if not torch.cuda.is_available():
             raise CudaUnavailableError(f"device {name} was asked for, but torch sees no CUDA device; use --device cpu")

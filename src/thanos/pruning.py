@@ -19,20 +19,27 @@ from thanos._version import __version__
 from thanos.activations import check_place
 from thanos.calibration import Calibration
 from thanos.companions import copy_companions
-from thanos.distributed import SharedLedger, SharedWriter, World, join, my_device
+from thanos.distributed import SharedLedger, SharedWriter, World, join, my_device, speaks
 from thanos.engine import Engine
 from thanos.errors import NumericsError, RecipeError, ResourceError, UserError
 from thanos.eventlog import EventStream
 from thanos.events import LOG_NAME, RUN_NAME, Event
 from thanos.lock import locked
 from thanos.memory import PhaseMeter
+from thanos.naming import model_name, output_path
 from thanos.opening import OpenedModel
 from thanos.passes import Passes
-from thanos.preparing import LOG_BYTES_PER_LAYER, Prepared, Watcher, calibrate, prepare, resource_errors
-from thanos.pretrained import (
-    choose_device,
-    resolve_model,
+from thanos.preparing import (
+    LOG_BYTES_PER_LAYER,
+    Prepared,
+    Watcher,
+    calibrate,
+    check_text_settings,
+    checked_recipe,
+    prepare,
+    resource_errors,
 )
+from thanos.pretrained import choose_device, find_local, resolve_model
 from thanos.recipe import Recipe
 from thanos.report import PruningReport, compute_totals
 from thanos.resume import Ledger, check_completed, check_same_run, completed_run, describe_run
@@ -92,17 +99,21 @@ def prune(
         UserError: what was asked for cannot be done; nothing was written.
         ResourceError: memory or disk is exhausted, or another run writes ``out``.
     """
-    recipe, out = recipe or Recipe(), Path(out)
+    recipe, model, out = checked_recipe(recipe), model_name(model), output_path(out)
     check_place(activations)
-    device = my_device(choose_device(recipe.device))
-    meter = PhaseMeter(device)
-    tell = EventStream(on_event, meter, keep_log=True)
     work = WorkFolder(out)
-    local = Path(model) if Path(model).exists() else None
+    local = Path(model) if find_local(model, trust_remote_code=recipe.trust_remote_code) else None
+    complete = resume and not overwrite and work.is_complete
 
     def check() -> None:
         check_output(out, model=local, overwrite=overwrite or (resume and work.published))
 
+    if speaks() and not complete:  # what costs nothing is looked at before the device, and that before the model
+        check()
+        check_interrupted(work, resume=resume, overwrite=overwrite)
+    device = my_device(choose_device(recipe.device))
+    meter = PhaseMeter(device)
+    tell = EventStream(on_event, meter, keep_log=True)
     with resource_errors(recipe), join(device) as world:
         if recipe.samples < world.size:
             raise RecipeError(
@@ -111,10 +122,9 @@ def prune(
         job = _Job(recipe, device, activations, resume, overwrite, work, meter, tell, world)
         if world.rank > 0:
             return _assist(model, job)
-        if resume and not overwrite and work.is_complete:
+        if complete:
             return _completed(model, job, calibration)
-        # A bad output is refused before minutes of work; the folder is made only when all else is known to be good.
-        check()
+        # The folder is made only when all else is known to be good.
         with locked(out):
             work.tidy(resume=resume)
             check()
@@ -122,7 +132,7 @@ def prune(
             return _prune(model, job, calibration)
 
 
-def _completed(model: str | Path, job: _Job, given: Calibration | None) -> PruningReport:
+def _completed(model: str, job: _Job, given: Calibration | None) -> PruningReport:
     """Return the report of an output that the same run has finished, as a scheduler that runs a job twice wants it."""
     source = resolve_model(model, trust_remote_code=job.recipe.trust_remote_code)
     check_completed(job.work, job.recipe, describe_run(job.recipe, source, job.device), given)
@@ -132,7 +142,7 @@ def _completed(model: str | Path, job: _Job, given: Calibration | None) -> Pruni
     return job.world.from_first(lambda: report)
 
 
-def _assist(model: str | Path, job: _Job) -> PruningReport:
+def _assist(model: str, job: _Job) -> PruningReport:
     """Do another process's part: the same blocks and layers, on other sequences and rows; what is written, rank 0 writes."""
     world, recipe = job.world, job.recipe
     published: PruningReport | None = world.from_first(_nothing)
@@ -191,7 +201,7 @@ def _choose(job: _Job) -> None:
         job.tell(Event(kind="note", phase="load", message="there is nothing to resume: starting from the beginning"))
 
 
-def _prune(model: str | Path, job: _Job, given: Calibration | None) -> PruningReport:
+def _prune(model: str, job: _Job, given: Calibration | None) -> PruningReport:
     recipe, work, tell = job.recipe, job.work, job.tell
     before = work.run if job.resume else {}
     tell(Event(kind="phase", phase="load"))
@@ -207,6 +217,8 @@ def _prune(model: str | Path, job: _Job, given: Calibration | None) -> PruningRe
         if published is not None:
             work.remove()
             return published
+        if given is None:
+            check_text_settings(source, recipe)
         plan = prepare(source, recipe, tell, folder=work.model)
         job.world.check_equal(_facts(recipe, plan.opened))
     with job.meter.phase("calibration"):

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,7 @@ def check_output(out: Path, *, model: Path | None, overwrite: bool) -> None:
 
     Raises:
         UserError: ``out`` exists and is not empty, is a file, or is, holds or lies in the model.
+        ResourceError: its folder may not be written, or cannot be made.
     """
     resolved = out.resolve()
     if model is not None:
@@ -172,12 +174,31 @@ def check_output(out: Path, *, model: Path | None, overwrite: bool) -> None:
             raise UserError(f"OUT {out} is the model's own folder, or inside it; choose a folder outside {model}")
         if resolved in model.parents:
             raise UserError(f"OUT {out} holds the model {model}, which would be lost; choose another folder")
+    swapped = "; MODEL comes first, then OUT" if model is None and _is_model(resolved) else ""
     if resolved.exists() and not resolved.is_dir():
-        raise UserError(f"OUT {out} is a file; give the name of a folder")
+        raise UserError(f"OUT {out} is a file; give the name of a folder{swapped}")
+    _check_parent(out, resolved)
     if resolved.is_dir() and any(resolved.iterdir()):
         if not overwrite:
-            raise UserError(f"OUT {out} exists and is not empty; choose another folder, or give --overwrite")
+            raise UserError(f"OUT {out} exists and is not empty; choose another folder, or give --overwrite{swapped}")
         if not any(resolved.glob("*.safetensors")) and not (resolved / "config.json").exists():
             raise UserError(
                 f"OUT {out} is no model checkpoint, so --overwrite will not delete it; choose another folder"
             )
+
+
+def _check_parent(out: Path, resolved: Path) -> None:
+    """Refuse a place in which OUT cannot be made."""
+    parent = resolved.parent
+    while not parent.exists() and parent != parent.parent:
+        parent = parent.parent
+    if not parent.is_dir():
+        raise ResourceError(f"cannot write beside OUT {out}: {parent} is a file; choose a place in a folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ResourceError(
+            f"cannot write beside OUT {out}: you may not write in {parent}; choose a place that you may"
+        )
+
+
+def _is_model(path: Path) -> bool:
+    return path.suffix == ".gguf" if path.is_file() else (path / "config.json").is_file()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -204,12 +205,17 @@ def check_writable(path: Path | None) -> None:
     """Refuse a file that cannot be written, before the work rather than after.
 
     Raises:
-        ResourceError: its folder is missing, or it is a folder.
+        ResourceError: its folder is missing, it is a folder, or it may not be written.
     """
     if path is None or _to_stdout(path):
         return
-    if path.is_dir() or not path.resolve().parent.is_dir():
-        raise ResourceError(f"--json {path} cannot be written: it is a folder, or its folder does not exist")
+    if path.is_dir():
+        raise ResourceError(f"--json {path} is a folder; give a file, or - for the standard output")
+    folder = path.resolve().parent
+    if not folder.is_dir():
+        raise ResourceError(f"--json {path} cannot be written: there is no folder {folder}; make it first")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise ResourceError(f"--json {path} cannot be written: you may not write there; give another place")
 
 
 def _to_stdout(path: Path | None) -> bool:
