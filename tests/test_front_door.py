@@ -148,6 +148,18 @@ def test_a_misspelt_command_is_named(capsys: pytest.CaptureFixture[str]) -> None
     )
 
 
+def test_a_group_without_a_command_shows_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["bench"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert re.search(r"^  layer .*\n  model ", captured.out, re.MULTILINE)
+
+
+def test_a_missing_model_is_told_before_any_progress(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (["inspect", "./nowhere"], ["eval", "./nowhere", "--text", "pydoc"]):
+        assert "nowhere does not exist" in refused(command, capsys)
+
+
 def test_of_an_option_given_twice_the_last_counts_and_a_line_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -314,7 +314,10 @@ def cut_windows(
 def _check_window(sequence_length: int, config: PreTrainedConfig) -> None:
     positions = context_length(config)
     if positions is not None and sequence_length > positions:
-        raise DataError(f"sequence_length {sequence_length} is beyond the model's {positions} positions; lower it")
+        raise DataError(
+            f"sequence_length {sequence_length} is beyond the model's {positions} positions; give --sequence-length "
+            f"{positions} or less"
+        )
 
 
 @torch.inference_mode()
@@ -373,7 +376,10 @@ def _score_batch(model: PreTrainedModel, reference: Reference, first: int, ids: 
     """Return the sums of each window of ``ids`` (n, T), the windows from ``first`` on; (n, 4) float64 on the CPU."""
     logits, dense = _logits(model, ids), reference.logits(first, ids)
     if dense is not None and dense.shape != logits.shape:
-        raise DataError(f"the dense model predicts {dense.shape[-1]} tokens, the model {logits.shape[-1]}: no pair")
+        raise DataError(
+            f"the dense model has a vocabulary of {dense.shape[-1]} tokens and the model one of {logits.shape[-1]}, so they "
+            "cannot be compared; give as --dense the model that this one was pruned from"
+        )
     length, chunk = ids.shape[1], _SCORED_POSITIONS.get(ids.device.type, _SCORED_POSITIONS["cpu"])
     found = torch.zeros(len(ids), 4, dtype=torch.float64, device=ids.device)
     for row in range(len(ids)):

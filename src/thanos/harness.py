@@ -160,8 +160,10 @@ def check_tasks(tasks: Sequence[str], task_folder: str | Path | None = None) -> 
     """
     if task_folder is not None and not Path(task_folder).is_dir():
         raise DataError(f"the task folder {task_folder} does not exist; give a folder with lm_eval's YAML files")
-    if not tasks:
-        raise DataError("name at least one task")
+    if not all(tasks) or not tasks:
+        raise DataError(
+            f"--tasks names no task; name one of lm_eval, such as piqa, or paper for {', '.join(PAPER_TASKS)}"
+        )
     known = _register(tasks, None if task_folder is None else str(task_folder)).all_tasks
     for task in tasks:
         if task not in known:

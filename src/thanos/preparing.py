@@ -94,7 +94,8 @@ def prepare(
         assert settings is not None
         if layer.weight_name not in opened.key_of:
             raise ModelError(
-                f"{layer.name} shares its weight with the input embedding, which cannot be pruned; skip it"
+                f"{layer.name} shares its weight with the input embedding, which cannot be pruned; leave it dense: --skip "
+                f"{layer.name}"
             )
         try:
             Budget.plan(*layer.shape, settings)

@@ -258,7 +258,10 @@ def end_of_text_id(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig)
             candidate = candidate[0]
         if isinstance(candidate, int):
             return candidate
-    raise DataError("neither the tokenizer nor the config names an end-of-text token, which joins documents")
+    raise DataError(
+        "neither the tokenizer nor the config names an end-of-text token, which has to stand between documents; set "
+        "eos_token_id in the model's config.json"
+    )
 
 
 def context_length(config: PreTrainedConfig) -> int | None:
@@ -279,7 +282,10 @@ def check_token_ids(ids: torch.Tensor, model: PreTrainedModel) -> None:
     """
     embedded = model.get_input_embeddings().get_parameter("weight").shape[0]
     if int(ids.max()) >= embedded:
-        raise DataError(f"the tokenizer gives token id {int(ids.max())}, but the model embeds only {embedded}: no pair")
+        raise DataError(
+            f"the tokenizer gives token id {int(ids.max())}, but the model embeds only {embedded}; the tokenizer belongs to "
+            "another model: put this model's own beside its weights"
+        )
 
 
 def _looks_like_path(name: str) -> bool:
@@ -293,7 +299,10 @@ def _download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
     except HFValidationError as error:
-        raise ModelError(f"{name!r} is no hub name, and no such folder or .gguf file exists") from error
+        raise ModelError(
+            f"{name!r} is no hub name, and no such folder or .gguf file exists; give a hub name such as owner/name, or the "
+            "path of a local model"
+        ) from error
     except Exception as error:  # the hub client raises its own, requests' and httpx's errors
         raise ModelError(
             f"{name} is no local folder or file, and the hub cannot give it ({_first_line(error)}); check the name, or "
@@ -359,7 +368,10 @@ def _check_causal(source: ModelSource) -> None:
     if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
         raise ModelError(f"{source.name} is a bidirectional model ({config.model_type}), not a causal language model")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not source.trust_remote_code:
-        raise ModelError(f"{source.name} is not a causal language model that transformers knows ({config.model_type})")
+        raise ModelError(
+            f"{source.name} is not a causal language model that transformers knows ({config.model_type}); "
+            "give another model, or a newer transformers"
+        )
 
 
 def _first_line(error: BaseException) -> str:

@@ -44,6 +44,10 @@ class Command(TyperCommand):
 class Group(TyperGroup):
     """A group of commands, which names the one that was meant."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the words; without any, show the help."""
+        return super().parse_args(ctx, args or ["--help"])
+
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Find the command that the first word names.
 

@@ -13,7 +13,6 @@ bench = typer.Typer(
     cls=Group,
     help="Measure how fast this machine prunes, beside the least that it needs.",
     short_help="Measure how fast this machine prunes.",
-    no_args_is_help=True,
     rich_markup_mode=None,
 )
 

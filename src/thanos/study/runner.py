@@ -154,7 +154,7 @@ def _spread(devices: Sequence[str], workers: int) -> list[str]:
     found = [each for device in devices for each in (all_of_them if device == "auto" else [device])]
     if not found or workers < 1:
         raise ResourceError(
-            f"nothing to run on: {len(found)} devices, {workers} workers each; name at least one of both"
+            f"nothing to run on: {len(found)} devices with {workers} workers each; give at least one of both"
         )
     for device in found:
         choose_device(device)
