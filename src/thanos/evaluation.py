@@ -377,8 +377,8 @@ def _score_batch(model: PreTrainedModel, reference: Reference, first: int, ids: 
     logits, dense = _logits(model, ids), reference.logits(first, ids)
     if dense is not None and dense.shape != logits.shape:
         raise DataError(
-            f"the dense model has a vocabulary of {dense.shape[-1]} tokens and the model one of {logits.shape[-1]}, so they "
-            "cannot be compared; give as --dense the model that this one was pruned from"
+            f"the dense model predicts {dense.shape[-1]} tokens, the model {logits.shape[-1]}, so they cannot be compared; "
+            "give as --dense the model that this one was pruned from"
         )
     length, chunk = ids.shape[1], _SCORED_POSITIONS.get(ids.device.type, _SCORED_POSITIONS["cpu"])
     found = torch.zeros(len(ids), 4, dtype=torch.float64, device=ids.device)
