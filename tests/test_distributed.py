@@ -303,6 +303,25 @@ def test_many_processes_prune_like_one(
     assert perplexities[1] == pytest.approx(perplexities[0], rel=1e-3)
 
 
+@pytest.mark.slow
+def test_a_complete_run_given_again_ends_all_processes_well_and_writes_nothing(
+    alone: dict[str, tuple[Path, Path, PruningReport]], text: Path
+) -> None:
+    dense, one, _ = alone["llama"]
+    before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in one.iterdir()}
+    beside = sorted(one.parent.iterdir())
+    again = torchrun(2, ["-m", "thanos"], ["prune", dense, one, *flags(text), "--resume"])
+    assert again.returncode == 0, again.stderr
+    assert "error" not in again.stderr
+    assert len(re.findall("already complete", again.stdout)) == 1
+    other = torchrun(2, ["-m", "thanos"], ["prune", dense, one, *flags(text), "--resume", "--seed", "5"])
+    assert other.returncode != 0
+    (line,) = lines_of(other)
+    assert "seed 0 → 5" in line
+    assert {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in one.iterdir()} == before
+    assert sorted(one.parent.iterdir()) == beside
+
+
 _DIES = """
 import os, signal
 from thanos import engine

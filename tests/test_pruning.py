@@ -85,7 +85,13 @@ def plain(tiny_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFa
 def test_the_folder_holds_a_checkpoint_a_report_a_recipe_and_a_card(plain, tiny_llama: Path) -> None:
     out, _ = plain
     given = {path.name for path in tiny_llama.iterdir()}
-    assert {path.name for path in out.iterdir()} == given | {"pruning.json", "recipe.toml", "README.md", "events.jsonl"}
+    assert {path.name for path in out.iterdir()} == given | {
+        "pruning.json",
+        "recipe.toml",
+        "README.md",
+        "events.jsonl",
+        "run.json",
+    }
     assert {"tokenizer.json", "chat_template.jinja", "generation_config.json"} <= given
     for name in given - {"model.safetensors"}:
         assert (out / name).read_bytes() == (tiny_llama / name).read_bytes(), name

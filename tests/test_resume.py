@@ -20,6 +20,7 @@ from helpers import prose, save_tiny
 from thanos import engine as engine_module
 from thanos import passes
 from thanos.blocks import BlockCalls
+from thanos.cli import run
 from thanos.errors import ResourceError, UserError
 from thanos.pretrained import ModelSource
 from thanos.resume import check_same_run, describe_run
@@ -162,12 +163,66 @@ def test_nothing_to_resume_starts_from_the_beginning(whole: Any, model: Path, te
     assert contents(tmp_path / "out") == whole
 
 
-def test_a_complete_run_is_not_resumed(model: Path, text_file: Path, tmp_path: Path) -> None:
+# --- a run that is complete -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def complete(model: Path, text_file: Path, tmp_path: Path) -> Path:
+    """A finished output."""
     thanos.prune(model, tmp_path / "out", recipe(text_file))
-    before = state(tmp_path)
-    with pytest.raises(UserError, match="complete: there is nothing to resume"):
-        thanos.prune(model, tmp_path / "out", recipe(text_file), resume=True)
-    assert state(tmp_path) == before
+    return tmp_path / "out"
+
+
+def test_a_complete_run_given_again_is_complete_and_nothing_is_written(
+    complete: Path, model: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, events = state(complete.parent), []
+    with monkeypatch.context() as patch:
+        patch.setattr("thanos.pruning.prepare", lambda *_, **__: pytest.fail("the model was opened"))
+        report = thanos.prune(model, complete, recipe(text_file), resume=True, on_event=events.append)
+    assert report == thanos.PruningReport.read(complete / "pruning.json")
+    assert ["already complete" in event.message for event in events if event.kind == "note"] == [True]
+    assert state(complete.parent) == before
+
+
+def test_the_command_of_a_complete_run_given_again_exits_0(
+    complete: Path, model: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = state(complete.parent)
+    settings = ["--calibration", str(text_file), "--samples", str(SAMPLES), "--sequence-length", str(LENGTH)]
+    words = ["prune", str(model), str(complete), *settings, "--device", "cpu", "--targets", "layers.*"]
+    assert run([*words, "--targets", "lm_head", "--resume", "--quiet"]) == 0
+    assert "already complete" in capsys.readouterr().out
+    assert state(complete.parent) == before
+    assert run([*words, "--resume"]) == 2, "with other targets"
+    assert "targets ['layers.*', 'lm_head'] → ['layers.*']" in capsys.readouterr().err
+    assert run([*words, "--targets", "lm_head"]) == 2, "without --resume"
+
+
+def test_a_complete_output_of_another_run_is_refused_naming_every_difference(
+    complete: Path, model: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    other = save_tiny(elsewhere / "model", num_hidden_layers=BLOCKS, max_shard_size="40KB", seed=1)
+    text = elsewhere / text_file.name
+    text.write_text(prose(6000, seed=2))
+    line = refuses(complete, model, recipe(text_file, sparsity=0.6, seed=3), resume=True)
+    assert "sparsity 0.5 → 0.6; seed 0 → 3; choose another OUT" in line
+    assert "model-00001-of-" in refuses(complete, other, recipe(text_file), resume=True)
+    content = text_file.read_bytes()
+    try:
+        text_file.write_bytes(text.read_bytes())
+        assert "sha256 of the calibration text" in refuses(complete, model, recipe(text_file), resume=True)
+    finally:
+        text_file.write_bytes(content)
+
+
+def test_a_complete_output_that_lost_a_file_is_not_complete(complete: Path, model: Path, text_file: Path) -> None:
+    shard = sorted(complete.glob("*.safetensors"))[1]
+    shard.unlink()
+    assert f"{shard.name} is now missing" in refuses(complete, model, recipe(text_file), resume=True)
+    (complete / "run.json").unlink()
+    assert "no run.json that says which run made it" in refuses(complete, model, recipe(text_file), resume=True)
 
 
 def test_when_all_blocks_are_finished_nothing_is_computed(

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from thanos.background import Background
 from thanos.errors import RecipeError, ResourceError
+from thanos.hints import near_place
 from thanos.memory import free_device_bytes, free_disk_bytes, free_host_bytes
 from thanos.shards import reserve
 
@@ -45,7 +46,7 @@ def check_place(asked: str) -> str:
         RecipeError: it does not.
     """
     if asked not in PLACES:
-        raise RecipeError(f"activations must be one of {', '.join(PLACES)}; got {asked!r}")
+        raise RecipeError(f"activations must be one of {', '.join(PLACES)}; got {asked!r}{near_place(asked, PLACES)}")
     return asked
 
 

@@ -146,7 +146,8 @@ def check_positions(sequence_length: int, context_length: int | None) -> None:
     """
     if context_length is not None and sequence_length > context_length:
         raise DataError(
-            f"sequence_length {sequence_length} is beyond the model's {context_length} positions; lower --sequence-length"
+            f"sequence_length {sequence_length} is beyond the model's {context_length} positions; give --sequence-length "
+            f"{context_length} or less"
         )
 
 

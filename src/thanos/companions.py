@@ -6,7 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
-from thanos.events import LOG_NAME
+from thanos.events import LOG_NAME, RUN_NAME
 from thanos.opening import OpenedModel
 from thanos.pretrained import ModelSource
 
@@ -16,7 +16,7 @@ _NOT_COPIED = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".h5", ".ms
 _INDICES = (".safetensors.index.", ".bin.index.")
 """What the names of indices hold, those of variants (``model.safetensors.index.fp16.json``) among them."""
 
-_OURS = ("README.md", "pruning.json", "recipe.toml", LOG_NAME)
+_OURS = ("README.md", "pruning.json", "recipe.toml", LOG_NAME, RUN_NAME)
 
 
 def copy_companions(opened: OpenedModel, folder: Path) -> None:

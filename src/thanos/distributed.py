@@ -200,6 +200,11 @@ def launched() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
 
 
+def speaks() -> bool:
+    """Whether this process is alone, or the first of those that torchrun started; asked before they meet."""
+    return not launched() or os.environ["RANK"] == "0"
+
+
 def my_device(device: torch.device) -> torch.device:
     """Return the device of this process: of a machine's GPUs the one with its local rank.
 

@@ -21,11 +21,19 @@ from thanos.errors import DataError, NumericsError
 from thanos.eventlog import EventStream
 from thanos.events import Event
 from thanos.memory import free_device_bytes, memory_explained
-from thanos.pretrained import check_token_ids, choose_device, context_length, load_model, resolve_model
+from thanos.pretrained import (
+    check_token_ids,
+    choose_device,
+    context_length,
+    find_local,
+    load_model,
+    parse_dtype,
+    resolve_model,
+)
 from thanos.text import evaluation_rows
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 SCHEMA = 1
 
@@ -118,7 +126,7 @@ class Reference:
         """
         for each in (model, self.model):
             if each is not None:
-                _check_window(self.windows.shape[1], each)
+                _check_window(self.windows.shape[1], each.config)
                 check_token_ids(self.windows, each)
 
     def logits(self, first: int, ids: Tensor) -> Tensor | None:
@@ -202,17 +210,28 @@ def evaluate(
         UserError: the model, the text or the device cannot be used.
     """
     tell = EventStream(on_event)
+    _check_options(sequence_length, max_windows, dtype)
+    find_local(model, trust_remote_code=trust_remote_code)
+    dense = dense if reference is None else None
+    if dense is not None:
+        find_local(dense, trust_remote_code=trust_remote_code, what="the dense model")
     where = choose_device(device) if network is None else network.device
-    rows = _rows(text, sequence_length, max_windows) if reference is None else []
+    rows = evaluation_rows(text) if reference is None else []
     source = resolve_model(model, trust_remote_code=trust_remote_code)
+    dense_source = None if dense is None else resolve_model(dense, trust_remote_code=trust_remote_code)
+    if reference is None:
+        for each in (source, dense_source):
+            if each is not None:
+                _check_window(sequence_length, each.config())
+        source.tokenizer()
     length = sequence_length if reference is None else reference.windows.shape[1]
     with memory_explained(where, f"lower --sequence-length (now {length})"):
         if network is None:
             network = load_model(source, dtype=dtype, device=where)
         if reference is None:
             other = None
-            if dense is not None:
-                other = load_model(resolve_model(dense, trust_remote_code=trust_remote_code), dtype=dtype, device=where)
+            if dense_source is not None:
+                other = load_model(dense_source, dtype=dtype, device=where)
             tokenizer = source.tokenizer()
             windows = cut_windows("\n\n".join(rows), tokenizer, network, text, sequence_length, max_windows)
             name = None if dense is None else str(dense)
@@ -254,12 +273,13 @@ def _evaluation(
     )
 
 
-def _rows(text: str, sequence_length: int, max_windows: int | None) -> list[str]:
+def _check_options(sequence_length: int, max_windows: int | None, dtype: str) -> None:
     if sequence_length < 2:
         raise DataError(f"sequence_length must be at least 2, to predict one token; got {sequence_length}")
     if max_windows is not None and max_windows < 1:
         raise DataError(f"max_windows must be at least 1; got {max_windows}")
-    return evaluation_rows(text)
+    if dtype != "auto":
+        parse_dtype(dtype)
 
 
 def _perplexity(mean_loss: float) -> float:
@@ -279,7 +299,7 @@ def cut_windows(
     Raises:
         DataError: the text is shorter than one window, or the window longer than the model's positions.
     """
-    _check_window(sequence_length, model)
+    _check_window(sequence_length, model.config)
     ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
     count = len(ids) // sequence_length
     if count == 0:
@@ -291,10 +311,13 @@ def cut_windows(
     return ids[: count * sequence_length].view(count, sequence_length)
 
 
-def _check_window(sequence_length: int, model: PreTrainedModel) -> None:
-    positions = context_length(model.config)
+def _check_window(sequence_length: int, config: PreTrainedConfig) -> None:
+    positions = context_length(config)
     if positions is not None and sequence_length > positions:
-        raise DataError(f"sequence_length {sequence_length} is beyond the model's {positions} positions; lower it")
+        raise DataError(
+            f"sequence_length {sequence_length} is beyond the model's {positions} positions; give --sequence-length "
+            f"{positions} or less"
+        )
 
 
 @torch.inference_mode()
@@ -353,7 +376,10 @@ def _score_batch(model: PreTrainedModel, reference: Reference, first: int, ids: 
     """Return the sums of each window of ``ids`` (n, T), the windows from ``first`` on; (n, 4) float64 on the CPU."""
     logits, dense = _logits(model, ids), reference.logits(first, ids)
     if dense is not None and dense.shape != logits.shape:
-        raise DataError(f"the dense model predicts {dense.shape[-1]} tokens, the model {logits.shape[-1]}: no pair")
+        raise DataError(
+            f"the dense model predicts {dense.shape[-1]} tokens, the model {logits.shape[-1]}, so they cannot be compared; "
+            "give as --dense the model that this one was pruned from"
+        )
     length, chunk = ids.shape[1], _SCORED_POSITIONS.get(ids.device.type, _SCORED_POSITIONS["cpu"])
     found = torch.zeros(len(ids), 4, dtype=torch.float64, device=ids.device)
     for row in range(len(ids)):

@@ -16,6 +16,8 @@ Phase = Literal[
 ]  # fmt: skip
 
 LOG_NAME = "events.jsonl"
+RUN_NAME = "run.json"
+"""Which run it is: in the work folder, and afterwards beside the model."""
 
 LOG_SCHEMA = 1
 """Raised when a reader of the old format would misread the new one."""

@@ -30,7 +30,7 @@ from thanos.extras import install_command
 from thanos.fingerprint import model_sha256
 from thanos.memory import memory_explained
 from thanos.opening import running_dtype
-from thanos.pretrained import ModelSource, choose_device, load_model, resolve_model
+from thanos.pretrained import ModelSource, choose_device, find_local, load_model, parse_dtype, resolve_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -116,6 +116,9 @@ def zero_shot(
     """
     began = time.perf_counter()
     _check_limit(limit)
+    if dtype != "auto":
+        parse_dtype(dtype)
+    find_local(model, trust_remote_code=trust_remote_code)
     where = choose_device(device) if network is None else network.device
     cache = cache and network is None  # whose weights it has, nothing tells
     check_tasks(tasks, task_folder)
@@ -158,8 +161,10 @@ def check_tasks(tasks: Sequence[str], task_folder: str | Path | None = None) -> 
     """
     if task_folder is not None and not Path(task_folder).is_dir():
         raise DataError(f"the task folder {task_folder} does not exist; give a folder with lm_eval's YAML files")
-    if not tasks:
-        raise DataError("name at least one task")
+    if not all(tasks) or not tasks:
+        raise DataError(
+            f"--tasks names no task; name one of lm_eval, such as piqa, or paper for {', '.join(PAPER_TASKS)}"
+        )
     known = _register(tasks, None if task_folder is None else str(task_folder)).all_tasks
     for task in tasks:
         if task not in known:

@@ -16,7 +16,7 @@ from thanos.eventlog import EventStream
 from thanos.events import Event
 from thanos.opening import OpenedModel, open_model
 from thanos.patterns import NM, Columns, Pattern, Unstructured, parse_pattern
-from thanos.pretrained import resolve_model
+from thanos.pretrained import find_local, resolve_model
 from thanos.report import SCHEMA as REPORT_SCHEMA
 from thanos.report import DenseRecord, count_totals
 from thanos.structure import LinearLayer, linear_layers
@@ -117,6 +117,7 @@ def inspect_checkpoint(
     """
     wanted = None if require is None else _required(require)
     tell = EventStream(on_event)
+    find_local(model, trust_remote_code=trust_remote_code)
     tell(Event(kind="phase", phase="load"))
     opened = open_model(resolve_model(model, trust_remote_code=trust_remote_code))
     known = _read_report(opened)
@@ -145,7 +146,9 @@ def inspect_checkpoint(
             violations += [Violation(name=layer.name, reason=broken)] if broken else []
         tell(Event(kind="progress", phase="load", done=done, total=total))
     if wanted is not None and not layers:
-        raise ModelError(f"{model} has no pruned layer that could satisfy pattern {wanted}")
+        raise ModelError(
+            f"{model} has no pruned layer that could satisfy pattern {wanted}; give a pruned model, or leave --require out"
+        )
     layers, violations = _in_model_order(layers, violations, list(linear.values()))
     return Inspection(
         model=str(model),

@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 
 from thanos.errors import RecipeError
+from thanos.hints import near_pattern
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,5 +120,6 @@ def parse_pattern(text: str | Pattern) -> Pattern:
     if match is None:
         raise RecipeError(
             f"pattern {text!r} is unknown; choose unstructured, columns, or N:M such as 2:4 (at most N of M weights stay)"
+            f"{near_pattern(text)}"
         )
     return NM(int(match[1]), int(match[2]))

@@ -24,9 +24,19 @@ from thanos.errors import RecipeError
 from thanos.footprint import PIECE_BYTES, LayerWork
 from thanos.forecast import Job, Pace, inner_name, phase_bytes, phase_seconds
 from thanos.memory import PhaseMeter, free_device_bytes, free_disk_bytes, free_host_bytes, host_bytes
+from thanos.naming import model_name, output_path
 from thanos.passes import most_sequences
-from thanos.preparing import LOG_BYTES_PER_LAYER, Prepared, Watcher, calibrate, prepare, resource_errors
-from thanos.pretrained import choose_device, context_length, resolve_model
+from thanos.preparing import (
+    LOG_BYTES_PER_LAYER,
+    Prepared,
+    Watcher,
+    calibrate,
+    check_text_settings,
+    checked_recipe,
+    prepare,
+    resource_errors,
+)
+from thanos.pretrained import choose_device, context_length, find_local, resolve_model
 from thanos.pruning import check_interrupted
 from thanos.rates import Rates, measure_rates
 from thanos.recipe import Recipe
@@ -110,20 +120,23 @@ def plan(
     Raises:
         UserError: what :func:`~thanos.prune` would refuse. Too little memory or room on the disk is no error here.
     """
-    recipe, out, watch = recipe or Recipe(), Path(out), on_event or (lambda event: None)
+    recipe, model, out = checked_recipe(recipe), model_name(model), output_path(out)
+    watch = on_event or (lambda event: None)
     if launched():
         raise RecipeError("a plan is made for one process; run it without torchrun")
     check_place(activations)
-    device = choose_device(recipe.device)
+    local = find_local(model, trust_remote_code=recipe.trust_remote_code)
     work = WorkFolder(out)
     check_interrupted(work, resume=False, overwrite=overwrite)
-    check_output(out, model=Path(model) if Path(model).exists() else None, overwrite=overwrite)
+    check_output(out, model=Path(model) if local else None, overwrite=overwrite)
+    device = choose_device(recipe.device)
     meter = PhaseMeter(device)
     with resource_errors(recipe):
         with meter.phase("load"):
-            prepared = prepare(
-                resolve_model(model, trust_remote_code=recipe.trust_remote_code), recipe, watch, look=False
-            )
+            source = resolve_model(model, trust_remote_code=recipe.trust_remote_code)
+            if calibration is None:
+                check_text_settings(source, recipe)
+            prepared = prepare(source, recipe, watch, look=False)
         with meter.phase("calibration"):
             if recipe.calibration == "self" and calibration is None:
                 ids = _stand_in(prepared, recipe)

@@ -7,15 +7,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from thanos.calibration import Calibration, build_calibration
+from thanos.calibration import Calibration, build_calibration, check_positions
 from thanos.errors import ModelError, RecipeError, ResourceError, system_errors
 from thanos.events import Event
 from thanos.opening import OpenedModel, open_model
 from thanos.pretrained import ModelSource, check_token_ids, context_length, end_of_text_id, load_model
-from thanos.recipe import Recipe
+from thanos.recipe import Recipe, check_globs
 from thanos.report import DenseRecord
 from thanos.shards import check_room
 from thanos.solvers.base import Budget
@@ -47,6 +48,35 @@ class Prepared:
     sparsity: float
 
 
+def checked_recipe(recipe: Any) -> Recipe:
+    """Return a recipe, the default one for None.
+
+    Raises:
+        RecipeError: it is something else, or has a glob that can match no layer.
+    """
+    if recipe is None:
+        return Recipe()
+    if not isinstance(recipe, Recipe):
+        raise RecipeError(
+            f"recipe must be a thanos.Recipe, such as Recipe(sparsity=0.5) or Recipe.from_toml(FILE); got "
+            f"{type(recipe).__name__} {str(recipe)[:60]!r}"
+        )
+    check_globs(recipe)
+    return recipe
+
+
+def check_text_settings(source: ModelSource, recipe: Recipe) -> None:
+    """Refuse a model with which no calibration text can be read, before its weights are.
+
+    Raises:
+        ModelError: it has no tokenizer that can be read.
+        DataError: its positions are fewer than the sequences are long, or it names no end-of-text token.
+    """
+    config = source.config()
+    check_positions(recipe.sequence_length, context_length(config))
+    end_of_text_id(source.tokenizer(), config)
+
+
 def prepare(
     source: ModelSource, recipe: Recipe, watch: Watcher, *, look: bool = True, folder: Path | None = None
 ) -> Prepared:
@@ -73,7 +103,8 @@ def prepare(
         assert settings is not None
         if layer.weight_name not in opened.key_of:
             raise ModelError(
-                f"{layer.name} shares its weight with the input embedding, which cannot be pruned; skip it"
+                f"{layer.name} shares its weight with the input embedding, which cannot be pruned; leave it dense: --skip "
+                f"{layer.name}"
             )
         try:
             Budget.plan(*layer.shape, settings)

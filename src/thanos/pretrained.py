@@ -16,8 +16,10 @@ from thanos.checkpoint import SafetensorsCheckpoint
 from thanos.errors import CudaUnavailableError, DataError, ModelError, ResourceError
 from thanos.faults import describe_import_error, first_line, package_errors
 from thanos.gguffiles import check_gguf, count_parts, require_packages, say_merge
+from thanos.hints import near_device, near_dtype
 from thanos.hub import download
 from thanos.memory import is_out_of_memory
+from thanos.naming import model_name
 from thanos.weightfiles import find_weights, refuse_lone_adapter
 
 if TYPE_CHECKING:
@@ -98,6 +100,11 @@ class ModelSource:
         Raises:
             ModelError: there is none, or it is broken.
         """
+        return self._tokenizer
+
+    @cached_property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, read once: before the weights, to see that there is one, and when the text is read."""
         from transformers import AutoTokenizer
 
         if self.gguf is None and not any((self.folder / name).is_file() for name in _TOKENIZER_FILES):
@@ -139,20 +146,38 @@ def resolve_model(model: str | Path, *, trust_remote_code: bool = False) -> Mode
     Raises:
         ModelError: nothing is there, or it is not a causal language model in safetensors or GGUF form.
     """
-    name, path = str(model), Path(model)
-    if path.is_dir():
-        source = ModelSource(name, path, None, trust_remote_code)
-    elif path.is_file():
-        check_gguf(path)
-        source = ModelSource(name, path.parent, path, trust_remote_code)
-    elif _looks_like_path(name):
-        raise ModelError(f"{name} does not exist; MODEL is a hub name, a local folder or a .gguf file")
-    else:
+    source = find_local(model, trust_remote_code=trust_remote_code)
+    if source is None:
+        name = model_name(model)
         source = ModelSource(name, download(name, code=trust_remote_code), None, trust_remote_code)
-    if source.gguf is None:
         _check_folder(source)
     _check_causal(source)
     return source
+
+
+def find_local(model: str | Path, *, trust_remote_code: bool = False, what: str = "MODEL") -> ModelSource | None:
+    """Find a local model and refuse what is missing; None for a hub name. Takes no time: no config is built, nothing loaded.
+
+    Args:
+        model: as for :func:`resolve_model`.
+        trust_remote_code: likewise.
+        what: how a message calls it.
+
+    Raises:
+        ModelError: nothing is there, or it is not in safetensors or GGUF form.
+    """
+    name = model_name(model, what)
+    path = Path(name)
+    if path.is_dir():
+        source = ModelSource(name, path, None, trust_remote_code)
+        _check_folder(source)
+        return source
+    if path.is_file():
+        check_gguf(path)
+        return ModelSource(name, path.parent, path, trust_remote_code)
+    if _looks_like_path(name):
+        raise ModelError(f"{model} does not exist; {what} is a hub name, a local folder or a .gguf file")
+    return None
 
 
 def load_model(
@@ -219,7 +244,8 @@ def parse_dtype(name: str) -> torch.dtype:
         ModelError: it is none of these.
     """
     if name not in _DTYPES:
-        raise ModelError(f"dtype {name!r} is unknown; choose one of auto, {', '.join(_DTYPES)}")
+        hint = near_dtype(name, _DTYPES)
+        raise ModelError(f"dtype {name!r} is unknown; choose one of auto, {', '.join(_DTYPES)}{hint}")
     return _DTYPES[name]
 
 
@@ -239,7 +265,9 @@ def choose_device(name: str) -> torch.device:
         or (kind == "cpu" and index)
         or name.endswith(":")
     ):
-        raise ResourceError(f"device {name!r} is unknown; choose auto, cpu, cuda or cuda:N")
+        raise ResourceError(
+            f"device {name!r} is unknown; choose auto, cpu, cuda or cuda:N, such as cuda:0{near_device(name)}"
+        )
     if kind == "cuda":
         if not torch.cuda.is_available():
             raise CudaUnavailableError(f"device {name} was asked for, but torch sees no CUDA device; use --device cpu")
@@ -261,7 +289,10 @@ def end_of_text_id(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig)
             candidate = candidate[0]
         if isinstance(candidate, int):
             return candidate
-    raise DataError("neither the tokenizer nor the config names an end-of-text token, which joins documents")
+    raise DataError(
+        "neither the tokenizer nor the config names an end-of-text token, which has to stand between documents; set "
+        "eos_token_id in the model's config.json"
+    )
 
 
 def context_length(config: PreTrainedConfig) -> int | None:
@@ -282,7 +313,10 @@ def check_token_ids(ids: torch.Tensor, model: PreTrainedModel) -> None:
     """
     embedded = model.get_input_embeddings().get_parameter("weight").shape[0]
     if int(ids.max()) >= embedded:
-        raise DataError(f"the tokenizer gives token id {int(ids.max())}, but the model embeds only {embedded}: no pair")
+        raise DataError(
+            f"the tokenizer gives token id {int(ids.max())}, but the model embeds only {embedded}; the tokenizer belongs to "
+            "another model: put this model's own beside its weights"
+        )
 
 
 def _looks_like_path(name: str) -> bool:
@@ -333,4 +367,7 @@ def _check_causal(source: ModelSource) -> None:
     if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
         raise ModelError(f"{source.name} is a bidirectional model ({config.model_type}), not a causal language model")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not source.trust_remote_code:
-        raise ModelError(f"{source.name} is not a causal language model that transformers knows ({config.model_type})")
+        raise ModelError(
+            f"{source.name} is not a causal language model that transformers knows ({config.model_type}); "
+            "give another model, or a newer transformers"
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 import tempfile
 from collections.abc import Iterator
@@ -18,23 +19,30 @@ from thanos._version import __version__
 from thanos.activations import check_place
 from thanos.calibration import Calibration
 from thanos.companions import copy_companions
-from thanos.distributed import SharedLedger, SharedWriter, World, join, my_device
+from thanos.distributed import SharedLedger, SharedWriter, World, join, my_device, speaks
 from thanos.engine import Engine
 from thanos.errors import NumericsError, RecipeError, ResourceError, UserError
 from thanos.eventlog import EventStream
-from thanos.events import LOG_NAME, Event
+from thanos.events import LOG_NAME, RUN_NAME, Event
 from thanos.lock import locked
 from thanos.memory import PhaseMeter
+from thanos.naming import model_name, output_path
 from thanos.opening import OpenedModel
 from thanos.passes import Passes
-from thanos.preparing import LOG_BYTES_PER_LAYER, Prepared, Watcher, calibrate, prepare, resource_errors
-from thanos.pretrained import (
-    choose_device,
-    resolve_model,
+from thanos.preparing import (
+    LOG_BYTES_PER_LAYER,
+    Prepared,
+    Watcher,
+    calibrate,
+    check_text_settings,
+    checked_recipe,
+    prepare,
+    resource_errors,
 )
+from thanos.pretrained import choose_device, find_local, resolve_model
 from thanos.recipe import Recipe
 from thanos.report import PruningReport, compute_totals
-from thanos.resume import Ledger, check_same_run, describe_run
+from thanos.resume import Ledger, check_completed, check_same_run, completed_run, describe_run
 from thanos.shards import CheckpointWriter
 from thanos.structure import find_blocks
 from thanos.survey import name_damage
@@ -78,7 +86,7 @@ def prune(
         recipe: what to do; default :class:`Recipe`, Thanos at 50 % unstructured.
         overwrite: replace ``out`` if it exists; without ``resume``, also start an interrupted run over.
         resume: go on with an interrupted run of the same model and recipe; the result is the same to the byte. Where there
-            is none, start from the beginning.
+            is none, start from the beginning; where the same run has finished ``out``, return its report and write nothing.
         activations: where hidden states are kept between blocks: ``device``, ``host``, ``disk``, or ``auto``, the first of them
             that has room. Changes no result.
         on_event: called with each :class:`~thanos.events.Event`.
@@ -92,19 +100,21 @@ def prune(
         UserError: what was asked for cannot be done; nothing was written.
         ResourceError: memory or disk is exhausted, or another run writes ``out``.
     """
-    recipe, out = recipe or Recipe(), Path(out)
+    recipe, model, out = checked_recipe(recipe), model_name(model), output_path(out)
     check_place(activations)
+    work = WorkFolder(out)
+    local = Path(model) if find_local(model, trust_remote_code=recipe.trust_remote_code) else None
+    complete = resume and not overwrite and work.is_complete
+
+    def check() -> None:
+        check_output(out, model=local, overwrite=overwrite or (resume and work.published))
+
+    if speaks() and not complete:  # what costs nothing is looked at before the device, and that before the model
+        check()
+        check_interrupted(work, resume=resume, overwrite=overwrite)
     device = my_device(choose_device(recipe.device))
     meter = PhaseMeter(device)
     tell = EventStream(on_event, meter, keep_log=True)
-    work = WorkFolder(out)
-    local = Path(model) if Path(model).exists() else None
-
-    def check() -> None:
-        if resume and not overwrite and work.is_complete:
-            raise UserError(f"OUT {out} is complete: there is nothing to resume; --overwrite starts over")
-        check_output(out, model=local, overwrite=overwrite or (resume and work.published))
-
     with resource_errors(recipe), join(device) as world:
         if recipe.samples < world.size:
             raise RecipeError(
@@ -113,8 +123,9 @@ def prune(
         job = _Job(recipe, device, activations, resume, overwrite, work, meter, tell, world)
         if world.rank > 0:
             return _assist(model, job)
-        # A bad output is refused before minutes of work; the folder is made only when all else is known to be good.
-        check()
+        if complete:
+            return _completed(model, job, calibration)
+        # The folder is made only when all else is known to be good.
         with locked(out):
             work.tidy(resume=resume)
             check()
@@ -122,7 +133,17 @@ def prune(
             return _prune(model, job, calibration)
 
 
-def _assist(model: str | Path, job: _Job) -> PruningReport:
+def _completed(model: str, job: _Job, given: Calibration | None) -> PruningReport:
+    """Return the report of an output that the same run has finished, as a scheduler that runs a job twice wants it."""
+    source = resolve_model(model, trust_remote_code=job.recipe.trust_remote_code)
+    check_completed(job.work, job.recipe, describe_run(job.recipe, source, job.device), given)
+    report = PruningReport.read(job.work.out / "pruning.json")
+    message = f"OUT {job.work.out} is already complete, made by this same run: nothing is done"
+    job.tell(Event(kind="note", phase="load", message=message))
+    return job.world.from_first(lambda: report)
+
+
+def _assist(model: str, job: _Job) -> PruningReport:
     """Do another process's part: the same blocks and layers, on other sequences and rows; what is written, rank 0 writes."""
     world, recipe = job.world, job.recipe
     published: PruningReport | None = world.from_first(_nothing)
@@ -181,7 +202,7 @@ def _choose(job: _Job) -> None:
         job.tell(Event(kind="note", phase="load", message="there is nothing to resume: starting from the beginning"))
 
 
-def _prune(model: str | Path, job: _Job, given: Calibration | None) -> PruningReport:
+def _prune(model: str, job: _Job, given: Calibration | None) -> PruningReport:
     recipe, work, tell = job.recipe, job.work, job.tell
     before = work.run if job.resume else {}
     tell(Event(kind="phase", phase="load"))
@@ -197,6 +218,8 @@ def _prune(model: str | Path, job: _Job, given: Calibration | None) -> PruningRe
         if published is not None:
             work.remove()
             return published
+        if given is None:
+            check_text_settings(source, recipe)
         plan = prepare(source, recipe, tell, folder=work.model)
         job.world.check_equal(_facts(recipe, plan.opened))
     with job.meter.phase("calibration"):
@@ -262,6 +285,8 @@ def _run(plan: Prepared, job: _Job, calibration: Calibration, notes: list[str]) 
     report.write(folder / "pruning.json")
     (folder / "recipe.toml").write_text(job.recipe.to_toml(), encoding="utf-8")
     (folder / "README.md").write_text(card.model_card(report), encoding="utf-8")
+    run = completed_run(job.work.run, job.recipe, folder)
+    (folder / RUN_NAME).write_text(json.dumps(run, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return report
 
 

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from thanos.errors import RecipeError
+from thanos.hints import near, near_dtype, near_number, near_whole
+from thanos.naming import expanded
 from thanos.patterns import NM, Pattern, parse_pattern
 
 METHODS = ("thanos", "sparsegpt", "wanda", "magnitude")
@@ -28,6 +30,16 @@ DEFAULT_DAMPING = 0.01
 DEFAULT_BLOCK_SIZE = 128
 DEFAULT_BLOCK_SIZE_NM = 512
 """Columns per block: the paper's choices for unstructured and for n:m sparsity."""
+
+_OTHER_NAMES = {
+    "sequence_length": ("seqlen", "seq_len", "max_length"),
+    "samples": ("nsamples", "n_samples", "num_samples"),
+    "sparsity": ("sparsity_ratio", "ratio"),
+    "damping": ("percdamp", "dampening"),
+    "targets": ("target",),
+    "override": ("overrides",),
+}
+"""Names that other tools give to the same settings."""
 
 _LAYER_FIELDS = ("method", "pattern", "sparsity", "outlier_rows", "keep_budget", "block_size", "damping")
 
@@ -62,7 +74,8 @@ class LayerRecipe:
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
-            raise RecipeError(f"method {self.method!r} is unknown; choose one of {', '.join(METHODS)}")
+            hint = near(self.method, METHODS)
+            raise RecipeError(f"method {self.method!r} is unknown; choose one of {', '.join(METHODS)}{hint}")
         pattern = parse_pattern(self.pattern)
         object.__setattr__(self, "pattern", str(pattern))
         _check_number("outlier_rows", self.outlier_rows, 0.0, 1.0)
@@ -83,7 +96,10 @@ class LayerRecipe:
             )
         if self.block_size is not None:
             if isinstance(self.block_size, bool) or not isinstance(self.block_size, int) or self.block_size < 1:
-                raise RecipeError(f"block_size must be a whole number of columns, at least 1; got {self.block_size!r}")
+                raise RecipeError(
+                    f"block_size must be a whole number of columns, at least 1; got {self.block_size!r}"
+                    f"{near_whole(self.block_size)}"
+                )
             pattern.check_block_size(self.block_size)
 
     def _check_room(self, sparsity: float) -> None:
@@ -154,7 +170,7 @@ class Override:
         if unknown:
             raise RecipeError(
                 f"the override of {self.match!r} has unknown settings {', '.join(unknown)}; "
-                f"allowed are skip, {', '.join(_LAYER_FIELDS)}"
+                f"allowed are skip, {', '.join(_LAYER_FIELDS)}{_hints(unknown, _LAYER_FIELDS)}"
             )
 
 
@@ -195,9 +211,10 @@ class Recipe(LayerRecipe):
         for name, lowest in (("samples", 1), ("sequence_length", 2), ("seed", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
-                raise RecipeError(f"{name} must be a whole number, at least {lowest}; got {value!r}")
+                raise RecipeError(f"{name} must be a whole number, at least {lowest}; got {value!r}{near_whole(value)}")
         if self.dtype not in DTYPES:
-            raise RecipeError(f"dtype {self.dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
+            hint = near_dtype(self.dtype, DTYPES)
+            raise RecipeError(f"dtype {self.dtype!r} is unknown; choose one of {', '.join(DTYPES)}{hint}")
         for name in ("calibration", "device"):
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
                 raise RecipeError(f"{name} must be a name; got {getattr(self, name)!r}")
@@ -253,7 +270,9 @@ class Recipe(LayerRecipe):
         known = {f.name for f in dataclasses.fields(cls)} - {"overrides"} | {"override"}
         unknown = sorted(set(values) - known)
         if unknown:
-            raise RecipeError(f"unknown settings: {', '.join(unknown)}; allowed are {', '.join(sorted(known))}")
+            raise RecipeError(
+                f"unknown settings: {', '.join(unknown)}; allowed are {', '.join(sorted(known))}{_hints(unknown, known)}"
+            )
         overrides = values.pop("override", [])
         if not isinstance(overrides, list | tuple) or not all(isinstance(o, Mapping) for o in overrides):
             raise RecipeError("override must be a list of tables ([[override]])")
@@ -270,13 +289,18 @@ class Recipe(LayerRecipe):
     @classmethod
     def from_toml(cls, path: str | Path) -> Recipe:
         """Read a recipe from a TOML file with the same names as the options."""
-        path = Path(path)
+        path = expanded(path)
         try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
+            values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
         except OSError as error:
-            raise RecipeError(f"recipe {path} cannot be read: {error.strerror}") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise RecipeError(f"recipe {path} is not valid TOML: {error}") from error
+            inside = f", such as {path / 'recipe.toml'}" if (path / "recipe.toml").is_file() else ""
+            raise RecipeError(f"recipe {path} cannot be read: {error.strerror}; give a TOML file{inside}") from error
+        except UnicodeDecodeError as error:
+            raise RecipeError(f"recipe {path} is not valid TOML: it is no text in UTF-8; give another file") from error
+        except tomllib.TOMLDecodeError as error:
+            raise RecipeError(
+                f'recipe {path} is not valid TOML: {error}; a setting is a line such as sparsity = 0.5 or method = "wanda"'
+            ) from error
         try:
             return cls.from_dict(values)
         except RecipeError as error:
@@ -301,10 +325,33 @@ def matches(name: str, glob: str) -> bool:
     return fnmatch.fnmatchcase(name, glob) or fnmatch.fnmatchcase(name, f"*.{glob}")
 
 
+def check_globs(recipe: Recipe) -> None:
+    """Refuse globs that can match no layer, since no layer's name holds such characters, before a model is opened to see that.
+
+    Raises:
+        RecipeError: one has blanks, commas or the signs of a regular expression or a path.
+    """
+    overrides = [("match", override.match) for override in recipe.overrides]
+    for name, glob in [*(("targets", g) for g in recipe.targets), *(("skip", g) for g in recipe.skip), *overrides]:
+        allowed = "a glob over layer names has letters, digits, _, -, dots, and *, ?, [abc] or [!abc]"
+        if "," in glob or glob != "".join(glob.split()):
+            raise RecipeError(f"{name} {glob!r} looks like several globs; give each alone: {allowed}")
+        strange = [letter for letter in dict.fromkeys(glob) if letter in "^$|()\\{}+/:;'\"="]
+        if strange:
+            raise RecipeError(f"{name} {glob!r} has {' '.join(strange)}; {allowed}, such as *.mlp.* or q_proj")
+        if glob.count("[") != glob.count("]"):
+            raise RecipeError(f"{name} {glob!r} has a bracket without its partner; {allowed}")
+
+
 def _toml(value: Any) -> str:
     # TOML's basic strings, booleans, numbers and arrays of strings are written exactly as JSON writes them,
     # save for DEL, which JSON leaves bare and TOML forbids.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _hints(unknown: Iterable[str], known: Iterable[str]) -> str:
+    known = [*known]
+    return "".join(near(name, known, _OTHER_NAMES) for name in unknown)
 
 
 def _underscored(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -328,4 +375,5 @@ def _check_number(name: str, value: Any, lowest: float, below: float | None) -> 
     ok = isinstance(value, int | float) and not isinstance(value, bool) and value >= lowest
     if not ok or (below is not None and not value < below) or value == float("inf"):
         allowed = f"at least {lowest:g}" if below is None else f"at least {lowest:g} and below {below:g}"
-        raise RecipeError(f"{name} must be a number, {allowed}; got {value!r}")
+        hint = near_number(value, share=below is not None)
+        raise RecipeError(f"{name} must be a number, {allowed}; got {value!r}{hint}")

@@ -13,21 +13,29 @@ import torch
 
 from thanos._version import __version__
 from thanos.errors import UserError
-from thanos.events import Event
+from thanos.events import RUN_NAME, Event
+from thanos.fingerprint import file_sha256
 from thanos.journal import BlockRecord, Journal, comes_after, current
 from thanos.memory import PhaseMeter
 from thanos.report import LayerRecord
 from thanos.shards import CheckpointWriter
 
 if TYPE_CHECKING:
+    from thanos.calibration import Calibration
     from thanos.pretrained import ModelSource
     from thanos.recipe import Recipe
+    from thanos.work import WorkFolder
 
 SCHEMA = 1
 """Of ``run.json`` and ``journal.jsonl``: raised when the old ones cannot be taken up any more."""
 
 _START = 1 << 20
-_MUST_BE_EQUAL = ("schema", "thanos_version", "versions", "recipe", "model", "calibration")
+_MUST_BE_EQUAL = ("schema", "thanos_version", "versions", "recipe", "model", "calibration", "text")
+
+_RESUMED_WITH = {
+    "threads": "resumed with another number of threads (--threads)",
+    "processes": "resumed with another number of processes",
+}
 
 
 def describe_run(recipe: Recipe, source: ModelSource, device: torch.device) -> dict[str, Any]:
@@ -52,6 +60,54 @@ def describe_run(recipe: Recipe, source: ModelSource, device: torch.device) -> d
     }
 
 
+def completed_run(run: Mapping[str, Any], recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """Return what a finished output says of the run that made it.
+
+    Args:
+        run: the run's description.
+        recipe: its recipe.
+        folder: of the output, with all shards.
+    """
+    kept = {part: run[part] for part in _MUST_BE_EQUAL if part in run}
+    return kept | {"text": _describe_text(recipe), "output": _describe_output(folder)}
+
+
+def check_completed(work: WorkFolder, recipe: Recipe, now: Mapping[str, Any], calibration: Calibration | None) -> None:
+    """Refuse an output that is not the finished one of this run. Reads no weights.
+
+    Args:
+        work: of the output.
+        recipe: of this run.
+        now: this run's description.
+        calibration: the windows, where they are given; else a local calibration file is compared by its hash.
+
+    Raises:
+        UserError: another run made the output, naming every difference, or a file of it is missing.
+    """
+    before, out, otherwise = work.completed_run, work.out, "choose another OUT, or give --overwrite to start over"
+    if not before:
+        raise UserError(f"OUT {out} is complete, but has no {RUN_NAME} that says which run made it; {otherwise}")
+    known = {"text": _describe_text(recipe)} if calibration is None else {"calibration": calibration.to_dict()}
+    found = find_differences(before, {**now, **known})
+    if found:
+        raise UserError(f"OUT {out} is complete, but another run made it: {'; '.join(found)}; {otherwise}")
+    there = _describe_output(out)
+    for name, size in before.get("output", {}).items():
+        if there.get(name) != size:
+            raise UserError(f"OUT {out} was complete, but its {name} is now missing or of another size; {otherwise}")
+
+
+def _describe_text(recipe: Recipe) -> dict[str, str]:
+    """Return the hash of the calibration text where it is a local file, in place of windows that would have to be made."""
+    path = Path(recipe.calibration)
+    return {"sha256 of the calibration text": file_sha256(path)} if path.is_file() else {}
+
+
+def _describe_output(folder: Path) -> dict[str, int]:
+    """Return name → bytes of the shards and their index."""
+    return {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors*"))}
+
+
 def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Refuse to go on with another run.
 
@@ -65,6 +121,27 @@ def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[st
     Raises:
         UserError: names every difference.
     """
+    found, now = find_differences(before, now), json.loads(json.dumps(now))
+    if found:
+        raise UserError(
+            f"this is not the run that was interrupted: {'; '.join(found)}; give the same command as then with --resume, or "
+            "--overwrite to start over"
+        )
+    return [
+        f"{_RESUMED_WITH.get(name, 'resumed on another machine')}: {line}; the result may differ by rounding from that of an "
+        "uninterrupted run"
+        for name in {**(before.get("machine") or {}), **now.get("machine", {})}
+        for line in _differences(name, (before.get("machine") or {}).get(name), now.get("machine", {}).get(name))
+    ]
+
+
+def find_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return a line for each difference between two descriptions that makes them different runs.
+
+    Args:
+        before: what an earlier run said of itself.
+        now: what this one says; parts that it does not have are not compared.
+    """
     now = json.loads(json.dumps(now))  # as what was read: lists, not tuples
     found = []
     for part in _MUST_BE_EQUAL:
@@ -72,22 +149,14 @@ def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[st
         if part == "model" and len(lines) > 3:  # another model: one line need not name its hundred shards
             lines[2:-1] = [f"{len(lines) - 3} more such differences"]
         found += lines
-    if found:
-        raise UserError(
-            f"this is not the run that was interrupted: {'; '.join(found)}; give the same command as then with --resume, or "
-            "--overwrite to start over"
-        )
-    return [
-        f"resumed on another machine: {line}; the result may differ by rounding from that of an uninterrupted run"
-        for line in _differences("machine", before.get("machine"), now.get("machine"))
-    ]
+    return found
 
 
 def _differences(name: str, before: Any, now: Any) -> Iterator[str]:
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         for key in [*before, *(key for key in now if key not in before)]:
             # The settings of a recipe and the files of a model are known by their own names.
-            inner = key if name in ("recipe", "model", "versions", "machine") else f"{name} {key}"
+            inner = key if name in ("recipe", "model", "versions", "text") else f"{name} {key}"
             yield from _differences(inner, before.get(key), now.get(key))
     elif isinstance(before, Mapping) or isinstance(now, Mapping):
         yield f"{name} is {'gone' if now is None else 'new'}"

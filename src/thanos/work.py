@@ -7,12 +7,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from thanos.errors import ResourceError, UserError
-from thanos.events import LOG_NAME
+from thanos.events import LOG_NAME, RUN_NAME
 from thanos.journal import Journal, current
 from thanos.shards import sync
 
@@ -34,16 +35,17 @@ class WorkFolder:
         self.path = self.out.parent / f".{self.out.name}.partial"
         self.model = self.path / "model"
         self.journal = Journal(self.path / "journal.jsonl")
-        self._run, self._old = self.path / "run.json", self.out.parent / f".{self.out.name}.old"
+        self._run, self._old = self.path / RUN_NAME, self.out.parent / f".{self.out.name}.old"
 
     @property
     def run(self) -> dict[str, Any]:
         """What the run that made the folder said of itself; empty where there is none."""
-        try:
-            values = json.loads(self._run.read_bytes())
-        except (OSError, ValueError):
-            return {}
-        return values if isinstance(values, dict) else {}
+        return _read(self._run)
+
+    @property
+    def completed_run(self) -> dict[str, Any]:
+        """What the run that made OUT said of itself; empty where OUT is no such folder."""
+        return _read(self.out / RUN_NAME)
 
     @property
     def finished(self) -> int:
@@ -145,6 +147,14 @@ class WorkFolder:
         shutil.rmtree(self._old, ignore_errors=True)
 
 
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
 def check_output(out: Path, *, model: Path | None, overwrite: bool) -> None:
     """Refuse an output folder that may not be written. Changes nothing.
 
@@ -155,6 +165,7 @@ def check_output(out: Path, *, model: Path | None, overwrite: bool) -> None:
 
     Raises:
         UserError: ``out`` exists and is not empty, is a file, is or holds the model, or lies in a model's folder.
+        ResourceError: its folder may not be written, or cannot be made.
     """
     resolved = out.resolve()
     if model is not None:
@@ -166,12 +177,31 @@ def check_output(out: Path, *, model: Path | None, overwrite: bool) -> None:
     for folder in resolved.parents:
         if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
             raise UserError(f"OUT {out} is inside the folder of another model, {folder}; choose a folder outside it")
+    swapped = "; MODEL comes first, then OUT" if model is None and _is_model(resolved) else ""
     if resolved.exists() and not resolved.is_dir():
-        raise UserError(f"OUT {out} is a file; give the name of a folder")
+        raise UserError(f"OUT {out} is a file; give the name of a folder{swapped}")
+    _check_parent(out, resolved)
     if resolved.is_dir() and any(resolved.iterdir()):
         if not overwrite:
-            raise UserError(f"OUT {out} exists and is not empty; choose another folder, or give --overwrite")
+            raise UserError(f"OUT {out} exists and is not empty; choose another folder, or give --overwrite{swapped}")
         if not any(resolved.glob("*.safetensors")) and not (resolved / "config.json").exists():
             raise UserError(
                 f"OUT {out} is no model checkpoint, so --overwrite will not delete it; choose another folder"
             )
+
+
+def _check_parent(out: Path, resolved: Path) -> None:
+    """Refuse a place in which OUT cannot be made."""
+    parent = resolved.parent
+    while not parent.exists() and parent != parent.parent:
+        parent = parent.parent
+    if not parent.is_dir():
+        raise ResourceError(f"cannot write beside OUT {out}: {parent} is a file; choose a place in a folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ResourceError(
+            f"cannot write beside OUT {out}: you may not write in {parent}; choose a place that you may"
+        )
+
+
+def _is_model(path: Path) -> bool:
+    return path.suffix == ".gguf" if path.is_file() else (path / "config.json").is_file()

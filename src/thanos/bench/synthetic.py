@@ -48,8 +48,9 @@ class Shape:
     def __post_init__(self) -> None:
         values = {name: getattr(self, name) for name in self.__slots__}
         if min(values.values()) < 1 or self.hidden % self.heads or self.heads % self.kv_heads:
+            given = ", ".join(f"{name} {value}" for name, value in values.items())
             raise RecipeError(
-                f"heads must divide hidden, kv_heads must divide heads, and all must be at least 1; got {values}"
+                f"hidden must be a multiple of heads, heads a multiple of kv_heads, and every size at least 1; got {given}"
             )
 
     @property

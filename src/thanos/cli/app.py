@@ -9,13 +9,15 @@ import typer
 
 from thanos._version import __version__
 from thanos.cli import study as study_command
+from thanos.cli.arguments import Command, Group
 from thanos.cli.bench import bench
-from thanos.cli.options import option
+from thanos.cli.options import Threads, option, use_threads
 from thanos.errors import DataError, RecipeError
 from thanos.recipe import METHODS, Recipe
 
 app = typer.Typer(
     name="thanos",
+    cls=Group,
     help="Prune pretrained language models after training, without retraining, and measure what it cost.",
     no_args_is_help=True,
     add_completion=False,
@@ -49,7 +51,7 @@ def _root(
         raise typer.Exit
 
 
-@app.command()
+@app.command(cls=Command, short_help="Prune MODEL and write it to OUT.")
 def prune(
     model: Model,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; appears when it is complete.")],
@@ -112,7 +114,11 @@ def prune(
     ] = False,
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Go on with the interrupted run of this command (default: refuse to)."),
+        typer.Option(
+            "--resume",
+            help="Go on with the interrupted run of this command; fine too where none was begun or it is complete "
+            "(default: refuse to).",
+        ),
     ] = False,
     plan: Annotated[
         bool,
@@ -123,6 +129,7 @@ def prune(
         option("With --plan, write it as JSON, - for the standard output (default: none).", "FILE", "--json"),
     ] = None,
     trust_remote_code: Trust = False,
+    threads: Threads = None,
     quiet: Quiet = False,
 ) -> None:
     """Prune MODEL and write it to OUT as a plain Hugging Face checkpoint."""
@@ -145,12 +152,18 @@ def prune(
         "trust_remote_code": trust_remote_code or None,
     }
     chosen = merge_recipe(recipe, {name: value for name, value in given.items() if value is not None})
-    if (json_file is not None and not plan) or (plan and resume):
-        raise RecipeError("--json belongs to --plan, and a plan is of a whole run: leave out --resume, or --plan")
+    if json_file is not None and not plan:
+        raise RecipeError(
+            "--json belongs to --plan: give --plan too, or leave --json out; a run reports in OUT/pruning.json"
+        )
+    if plan and resume:
+        raise RecipeError("--plan is of a whole run, not of a resumed one; leave out --resume, or --plan")
+    use_threads(threads)
     from thanos.cli import display, ending, ranks, tables
 
     display.hush()
     import thanos
+    from thanos.work import WorkFolder
 
     if plan:
         tables.check_writable(json_file)
@@ -158,15 +171,16 @@ def prune(
             found = thanos.plan(model, out, chosen, overwrite=overwrite, activations=activations, on_event=watcher)
         tables.show_plan(found, json_file)
         return
+    complete = resume and not overwrite and WorkFolder(out).is_complete
     with ending.resumable(out), display.watch(quiet=quiet or not ranks.is_first()) as watcher:
         report = thanos.prune(
             model, out, chosen, overwrite=overwrite, resume=resume, activations=activations, on_event=watcher
         )
     if ranks.is_first():
-        tables.show_report(report, out)
+        tables.show_report(report, out, complete=complete)
 
 
-@app.command(name="eval")
+@app.command(name="eval", cls=Command, short_help="Measure perplexity, or zero-shot accuracy.")
 def evaluate(
     model: Model,
     text: Annotated[str | None, option(f"{_SOURCES} (default wikitext2).", "SOURCE")] = None,
@@ -199,6 +213,7 @@ def evaluate(
     device: Annotated[str, option(_DEVICE, "DEVICE", "--device")] = "auto",
     dtype: Annotated[str, option(_DTYPE, "DTYPE", "--dtype")] = "auto",
     trust_remote_code: Trust = False,
+    threads: Threads = None,
     quiet: Quiet = False,
 ) -> None:
     """Measure the perplexity of MODEL, and its distance to a dense model; or its zero-shot accuracy."""
@@ -207,6 +222,7 @@ def evaluate(
     display.hush()
     import thanos
 
+    use_threads(threads)
     tables.check_writable(json_file)
     common: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
     if tasks is not None:
@@ -243,7 +259,7 @@ def evaluate(
     tables.show_evaluation(result, json_file)
 
 
-@app.command()
+@app.command(cls=Command, short_help="Tell which weights are zero, in which pattern.")
 def inspect(
     model: Model,
     require: Annotated[
@@ -270,10 +286,10 @@ def inspect(
         raise typer.Exit(1)
 
 
-app.command(name="study")(study_command.study)
+app.command(name="study", cls=Command, short_help="Run a grid of pruned and measured models.")(study_command.study)
 
 
-@app.command()
+@app.command(cls=Command, short_help="Write the report of a study.")
 def report(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A study's folder, which holds store.jsonl.")],
     readme: Annotated[
@@ -306,6 +322,8 @@ def merge_recipe(path: Path | None, given: dict[str, Any]) -> Recipe:
     if path is None:
         return Recipe(**given)
     base = Recipe.from_toml(path)
+    if not path.stat().st_size:
+        raise RecipeError(f"recipe {path} is empty; write a setting such as sparsity = 0.5, or leave --recipe out")
     if base.trust_remote_code and not given.get("trust_remote_code"):
         raise RecipeError(
             f"recipe {path} asks to run Python code that comes with the checkpoint, which a file cannot allow; read that code, "

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from thanos.cli.options import option
+from thanos.cli.options import Threads, option, use_threads
 from thanos.errors import RecipeError
 
 
@@ -48,6 +48,7 @@ def layer(
             "NAME=DIR",
         ),
     ] = None,
+    threads: Threads = None,
     json_file: Annotated[
         Path | None, option("Write the result as JSON, - for the standard output (default: none).", "FILE", "--json")
     ] = None,
@@ -59,6 +60,9 @@ def layer(
     from thanos.cli import tables
     from thanos.pretrained import choose_device
 
+    if tokens is not None and tokens < 1:
+        raise RecipeError(f"--tokens must be at least 1; got {tokens}")
+    use_threads(threads)
     tables.check_writable(json_file)
     settings = LayerSettings(
         shapes=shapes,

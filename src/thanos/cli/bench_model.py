@@ -9,14 +9,16 @@ from typing import Annotated
 
 import typer
 
-from thanos.cli.options import option
+from thanos.cli.options import Threads, option, use_threads
 from thanos.errors import RecipeError
+from thanos.hints import near
 from thanos.recipe import Recipe
 
 
 def model(
     shape: Annotated[
-        str, option("A known model's sizes, such as llama-3-8b; the next options change them (default).", "NAME")
+        str,
+        option("A known model's sizes, such as llama-3-8b; the next options change them (default llama-3-8b).", "NAME"),
     ] = "llama-3-8b",
     hidden: Annotated[int | None, option("Width of the hidden states.", "N")] = None,
     intermediate: Annotated[int | None, option("Width inside the MLP.", "N")] = None,
@@ -45,6 +47,7 @@ def model(
         Path | None,
         option("Write the result in this folder, and remove it (default: it ends in host memory).", "DIR"),
     ] = None,
+    threads: Threads = None,
     json_file: Annotated[
         Path | None, option("Write the result as JSON, - for the standard output (default: none).", "FILE", "--json")
     ] = None,
@@ -54,12 +57,13 @@ def model(
     from thanos.cli import display, tables
 
     display.hush()
+    from thanos.activations import check_place
     from thanos.bench.model import time_model
     from thanos.bench.synthetic import SHAPES
     from thanos.pretrained import choose_device
 
     if shape not in SHAPES:
-        raise RecipeError(f"--shape must be one of {', '.join(SHAPES)}; got {shape!r}")
+        raise RecipeError(f"--shape must be one of {', '.join(SHAPES)}; got {shape!r}{near(shape, SHAPES)}")
     given = {
         "hidden": hidden,
         "intermediate": intermediate,
@@ -77,6 +81,10 @@ def model(
         samples=samples,
         sequence_length=sequence_length,
     )
+    if blocks is not None and blocks < 1:
+        raise RecipeError(f"--blocks must be at least 1; got {blocks}")
+    check_place(activations)
+    use_threads(threads)
     tables.check_writable(json_file)
     if out is not None and not out.is_dir():
         raise RecipeError(f"--out {out} is not a folder")

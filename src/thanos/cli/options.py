@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import typer
+
+from thanos.errors import UserError
+
+NUMBERS = {"SHARE": float, "N": int, "TOKENS": int, "COLUMNS": int}
+"""Metavar → what the value of such an option is."""
 
 
 def option(text: str, metavar: str, *names: str) -> Any:
@@ -13,3 +18,36 @@ def option(text: str, metavar: str, *names: str) -> Any:
     Older releases of the argument parser take such a metavar for the option's name.
     """
     return typer.Option(*names, help=text, metavar=metavar, show_default=False)
+
+
+Threads = Annotated[
+    int | None,
+    option("CPU threads that torch may use; on a shared machine, your share (default: torch's own choice).", "N"),
+]
+
+_MOST_THREADS = 1024
+
+
+def use_threads(threads: int | None) -> None:
+    """Let torch use so many threads for one operation, in this process; None leaves its own choice.
+
+    Raises:
+        UserError: the number is none that torch can use.
+    """
+    check_threads(threads)
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def check_threads(threads: int | None) -> None:
+    """Refuse a number of threads that torch cannot use.
+
+    Raises:
+        UserError: it is below 1 or above 1024.
+    """
+    if threads is not None and not 1 <= threads <= _MOST_THREADS:
+        raise UserError(
+            f"--threads must be a whole number, 1 to {_MOST_THREADS}; got {threads}; best is at most the number of cores"
+        )

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
+from thanos.cli.options import Threads, check_threads
+
 if TYPE_CHECKING:
     from thanos.study.pool import StudyEvent
     from thanos.study.runner import StudyResult
@@ -43,12 +45,14 @@ def study(
     workers: Annotated[
         int, typer.Option(metavar="N", help="Workers on each device named (default 1).", show_default=False)
     ] = 1,
+    threads: Threads = None,
     list_only: Annotated[
         bool, typer.Option("--list", help="Show the cells and their state, and run nothing (default: run).")
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress (default: show it).")] = False,
 ) -> None:
     """Run the cells of a study that have no result yet, and add their results to OUT/store.jsonl."""
+    check_threads(threads)
     from thanos.cli import display, tables
 
     display.hush()
@@ -68,6 +72,7 @@ def study(
             data=data,
             devices=[name.strip() for name in devices.split(",") if name.strip()],
             workers=workers,
+            threads=threads,
             on_event=watcher,
             initialise=display.hush,
         )

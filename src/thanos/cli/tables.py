@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,8 +27,8 @@ _PLAIN_WIDTH = 140
 _SHOWN_WARNINGS = 5
 
 
-def show_report(report: PruningReport, out: Path) -> None:
-    """Print what a pruning run did, what it cost, and where the result is."""
+def show_report(report: PruningReport, out: Path, *, complete: bool = False) -> None:
+    """Print what a pruning run did, what it cost, and where the result is; or what the run did that was already complete."""
     totals, recipe = report.totals, report.recipe
     rows = [
         ("method, pattern", f"{recipe['method']}, {recipe['pattern']}"),
@@ -37,7 +38,7 @@ def show_report(report: PruningReport, out: Path) -> None:
         ("mean layer error, as written", _number(totals["mean_error_after_compensation"])),
         *phase_rows(report.phases),
         ("total", _cost(report.seconds, report.host_peak_bytes, report.device_peak_bytes)),
-        ("written to", str(out)),
+        ("already complete, in" if complete else "written to", str(out)),
     ]
     print_table(("", ""), rows)
     show_warnings(report)
@@ -204,12 +205,17 @@ def check_writable(path: Path | None) -> None:
     """Refuse a file that cannot be written, before the work rather than after.
 
     Raises:
-        ResourceError: its folder is missing, or it is a folder.
+        ResourceError: its folder is missing, it is a folder, or it may not be written.
     """
     if path is None or _to_stdout(path):
         return
-    if path.is_dir() or not path.resolve().parent.is_dir():
-        raise ResourceError(f"--json {path} cannot be written: it is a folder, or its folder does not exist")
+    if path.is_dir():
+        raise ResourceError(f"--json {path} is a folder; give a file, or - for the standard output")
+    folder = path.resolve().parent
+    if not folder.is_dir():
+        raise ResourceError(f"--json {path} cannot be written: there is no folder {folder}; make it first")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise ResourceError(f"--json {path} cannot be written: you may not write there; give another place")
 
 
 def _to_stdout(path: Path | None) -> bool:

@@ -77,12 +77,14 @@ class Pool:
         places: where its models and texts are.
         devices: one worker runs on each.
         initialise: called first in each process.
+        threads: of torch in each process; None shares torch's own choice among them.
     """
 
     study: Study
     places: Places
     devices: Sequence[str]
     initialise: Callable[[], None] | None
+    threads: int | None = None
     _workers: list[_Worker] = field(default_factory=list)
 
     def run(self, cells: Sequence[Cell]) -> Iterator[tuple[int, StudyEvent]]:
@@ -155,7 +157,7 @@ class Pool:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         sharers = self._sharers(device)
-        arguments = (theirs, self.study, self.places, device, sharers, len(self.devices), self.initialise)
+        arguments = (theirs, self.study, self.places, device, sharers, len(self.devices), self.initialise, self.threads)
         process = context.Process(target=_work, args=arguments, name=f"worker {number}", daemon=True)
         process.start()
         theirs.close()
@@ -173,13 +175,14 @@ def _work(
     sharers: int,
     workers: int,
     initialise: Callable[[], None] | None,
+    threads: int | None,
 ) -> None:
     """The body of a worker process: cells come in, events and records go out."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the study's to handle, which ends its workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if initialise is not None:
         initialise()
-    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+    torch.set_num_threads(threads or max(1, torch.get_num_threads() // workers))
     session = Session(study, places, device, sharers=sharers)
     tell = throttled(pipe.send)
     while (cell := pipe.recv()) is not None:

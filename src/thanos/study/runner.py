@@ -51,6 +51,7 @@ def run_study(
     data: str | Path | None = None,
     devices: Sequence[str] = ("auto",),
     workers: int = 1,
+    threads: int | None = None,
     on_event: Watcher | None = None,
     initialise: Callable[[], None] | None = None,
 ) -> StudyResult:
@@ -62,6 +63,7 @@ def run_study(
         data: folder in which the study's models and texts are looked for before the study's own; default ``THANOS_DATA``.
         devices: one worker runs on each; a device may be named several times.
         workers: workers on each of the devices.
+        threads: of torch in each worker; None shares torch's own choice among the workers.
         on_event: called with each :class:`StudyEvent`.
         initialise: called first in each worker process; must be importable.
 
@@ -70,6 +72,8 @@ def run_study(
     """
     study, out, tell = read_study(path), Path(out), on_event or (lambda event: None)
     devices = _spread(devices, workers)
+    if threads is not None and threads < 1:
+        raise ResourceError(f"threads must be at least 1, or None for torch's own choice; got {threads}")
     with locked(out):
         _check_folder(out)
         places = find_places(study, out, data)
@@ -83,7 +87,7 @@ def run_study(
         if todo:
             _warn_of_calibration(study, places, todo, tell)
             places = convert(places, {cell.model for cell in todo}, tell)
-            pool = Pool(study, places, devices[: len(todo)], initialise)
+            pool = Pool(study, places, devices[: len(todo)], initialise, threads)
             for done, event in pool.run(todo):
                 if event.record is not None and event.cell is not None:
                     writer.append(event.record)
@@ -150,7 +154,7 @@ def _spread(devices: Sequence[str], workers: int) -> list[str]:
     found = [each for device in devices for each in (all_of_them if device == "auto" else [device])]
     if not found or workers < 1:
         raise ResourceError(
-            f"nothing to run on: {len(found)} devices, {workers} workers each; name at least one of both"
+            f"nothing to run on: {len(found)} devices with {workers} workers each; give at least one of both"
         )
     for device in found:
         choose_device(device)

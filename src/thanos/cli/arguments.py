@@ -1,0 +1,157 @@
+"""Reading a command's words: what the argument parser would take without a word, or refuse in words that do not help."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from typer.core import TyperCommand, TyperGroup
+
+from thanos.cli.options import NUMBERS
+from thanos.cli.ranks import is_first
+from thanos.errors import UserError
+from thanos.hints import near, near_number, near_whole
+
+_HELP = ("-h", "--help")
+_SHARES = ("--sparsity", "--outlier-rows")
+
+
+class Command(TyperCommand):
+    """A command that checks its words before the argument parser reads them."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the words; a line warns of an option that is given twice, of which the last counts.
+
+        Raises:
+            UserError: an option is unknown or without a value, a value is empty or no number, or there is a word
+                too many.
+        """
+        if args and not any(word in _HELP for word in args):
+            words = _Words(self, ctx.command_path, args)
+            args = list(words)
+            for note in words.notes if is_first() else ():
+                print(f"warning: {note}", file=sys.stderr)
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            if getattr(error, "ctx", ctx) is None:  # else its line would name the help of no command
+                error.ctx = ctx  # type: ignore[attr-defined]
+            raise
+
+
+class Group(TyperGroup):
+    """A group of commands, which names the one that was meant."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the words; without any, show the help."""
+        return super().parse_args(ctx, args or ["--help"])
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find the command that the first word names.
+
+        Raises:
+            UserError: there is none.
+        """
+        name, commands = args[0], self.list_commands(ctx)
+        if not name.startswith("-") and self.get_command(ctx, name) is None:
+            raise UserError(
+                f"there is no command {name!r}{near(name, commands)}; choose one of {', '.join(commands)}; see "
+                f"{ctx.command_path} --help"
+            )
+        return super().resolve_command(ctx, args)
+
+
+class _Words:
+    """The checked words of one command.
+
+    A value that begins with ``~/`` is expanded, which the shell does not do after ``=``.
+    """
+
+    def __init__(self, command: Any, path: str, words: Sequence[str]) -> None:
+        self._path, self._words = path, list(words)
+        self._options = {name: p for p in command.params for name in (*p.opts, *p.secondary_opts) if name[:1] == "-"}
+        self._arguments = [p for p in command.params if p.param_type_name == "argument"]
+        self._given: set[str] = set()
+        self._positional = 0
+        self.notes: list[str] = []
+
+    def __iter__(self) -> Iterator[str]:
+        waiting = iter(self._words)
+        for word in waiting:
+            if word == "--":
+                yield word
+                for rest in waiting:
+                    yield self._argument(rest)
+                return
+            name, equals, value = word.partition("=")
+            if word[:1] != "-" or word == "-":
+                yield self._argument(word)
+            elif name[:2] == "--" or name in self._options:
+                option = self._option(name)
+                if getattr(option, "is_flag", False):
+                    yield word
+                    continue
+                value = value if equals else next(waiting, None)
+                yield name
+                yield self._value(name, option, value)
+            else:
+                self._short(word)
+                yield word
+
+    def _option(self, name: str) -> Any:
+        option = self._options.get(name)
+        if option is None:
+            raise self._refusal(f"there is no option {name}{near(name, [*self._options, '--help'])}")
+        return option
+
+    def _short(self, word: str) -> None:
+        """Refuse ``-sparsity``, which the parser would take for an option of one letter."""
+        known = all(f"-{letter}" in self._options for letter in word[1:])
+        hint = near(f"-{word}", [name for name in self._options if name.startswith("--")])
+        if hint and not known:
+            raise self._refusal(f"there is no option {word.partition('=')[0]}{hint}")
+
+    def _argument(self, word: str) -> str:
+        self._positional += 1
+        names = [argument.metavar or argument.name.upper() for argument in self._arguments]
+        if self._positional > len(names):
+            quote = "; a glob needs quotes, else the shell replaces it" if "--skip" in self._options else ""
+            raise self._refusal(
+                f"{word!r} is one argument too many: {self._path} takes {' '.join(names) or 'options alone'}{quote}"
+            )
+        if not word.strip():
+            raise self._refusal(f"{names[self._positional - 1]} is empty")
+        return _expanded(word)
+
+    def _value(self, name: str, option: Any, value: str | None) -> str:
+        metavar = option.metavar or "a value"
+        if value is None or value.partition("=")[0] in (*self._options, *_HELP):
+            where = ", or - for the standard output" if name == "--json" else ""
+            after = "" if value is None else f"; got the option {value}"
+            raise self._refusal(f"{name} needs a value: {name} {metavar}{where}{after}")
+        if not value.strip():
+            raise self._refusal(f"{name} is empty; give {metavar}, or leave {name} out")
+        if name in self._given and not option.multiple:
+            self.notes.append(f"{name} is given twice; the last one counts: {value}")
+        self._given.add(name)
+        self._check_number(name, option, value)
+        return _expanded(value)
+
+    def _check_number(self, name: str, option: Any, value: str) -> None:
+        kind = NUMBERS.get(option.metavar)
+        try:
+            if kind is not None:
+                kind(value)
+        except ValueError:
+            hint = near_whole(value) if kind is int else near_number(value, share=name in _SHARES)
+            what = "a whole number" if kind is int else "a number"
+            raise self._refusal(f"{name} must be {what}; got {value!r}{hint}") from None
+
+    def _refusal(self, message: str) -> UserError:
+        return UserError(f"{message}; see {self._path} --help")
+
+
+def _expanded(word: str) -> str:
+    return str(Path(word).expanduser()) if word == "~" or word.startswith("~/") else word

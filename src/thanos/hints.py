@@ -1,0 +1,127 @@
+"""What a person may have meant by a value that is not allowed, as a part of the error's line."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+_DTYPES = {
+    "float32": ("fp32", "f32", "float", "single", "full"),
+    "float16": ("fp16", "f16", "half"),
+    "bfloat16": ("bf16",),
+}
+_DEVICES = {
+    "cuda": ("gpu", "cuda:x", "cuda:n", "nvidia", "cuda:"),
+    "cpu": ("cpu:0", "host"),
+}
+_PLACES = {"device": ("gpu", "cuda", "vram"), "host": ("cpu", "ram", "memory"), "disk": ("ssd", "file")}
+_PATTERNS = {
+    "columns": ("structured", "column", "col", "cols", "input-columns"),
+    "2:4": ("nm", "n:m", "semi-structured", "semistructured", "semi"),
+}
+
+
+def near(given: Any, allowed: Iterable[str], others: Mapping[str, Iterable[str]] | None = None) -> str:
+    """Return `` (did you mean …?)`` for a name that is like an allowed one, else an empty string.
+
+    Args:
+        given: what came.
+        allowed: the names that are allowed.
+        others: allowed name → other names by which it is known.
+    """
+    if not isinstance(given, str):
+        return ""
+    names = {_plain(name): name for name in allowed}
+    known = {_plain(other): name for name, found in (others or {}).items() for other in found}
+    text = _plain(given)
+    found = names.get(text) or known.get(text)
+    if found is None:
+        close = difflib.get_close_matches(text, names, n=1, cutoff=0.7)
+        found = names[close[0]] if close else None
+    return "" if found is None else _asked(found)
+
+
+def near_dtype(given: Any, allowed: Iterable[str]) -> str:
+    """Return the hint for a dtype, which torch and other libraries call by other names too."""
+    return near(str(given).removeprefix("torch."), allowed, _DTYPES)
+
+
+def near_device(given: str) -> str:
+    """Return the hint for a device."""
+    text = given.strip().lower()
+    numbered = re.fullmatch(r"(?:cuda|gpu)[:\s_-]*([0-9]+)", text)
+    if numbered:
+        return _asked(f"cuda:{int(numbered[1])}")
+    if text == "mps":
+        return " (thanos does not run on Apple's GPU; did you mean cpu?)"
+    return near(text, ("auto", "cpu", "cuda"), _DEVICES)
+
+
+def near_place(given: str, allowed: Iterable[str]) -> str:
+    """Return the hint for a place of the hidden states."""
+    return near(given, allowed, _PLACES)
+
+
+def near_pattern(given: Any) -> str:
+    """Return the hint for a sparsity pattern."""
+    if not isinstance(given, str):
+        return ""
+    text = given.strip().lower()
+    parts = re.fullmatch(r"([0-9]{1,6})\s*(?:[-/_x:;.]|of|to)\s*([0-9]{1,6})", text)
+    if parts and 0 < int(parts[1]) < int(parts[2]):
+        return _asked(f"{int(parts[1])}:{int(parts[2])}")
+    share = meant_share(text)
+    if share is not None:
+        return f" (did you mean unstructured with sparsity {share:g}?)"
+    return near(text, ("unstructured", "columns"), _PATTERNS)
+
+
+def near_number(given: Any, *, share: bool) -> str:
+    """Return the hint for a number, a share where ``share``: for a per cent, a decimal comma, a number in quotes."""
+    number = meant_share(given) if share else _number(given)
+    return "" if number is None or number == given else _asked(f"{number:g}")
+
+
+def near_whole(given: Any) -> str:
+    """Return the hint for a whole number: for ``1e3``, ``128.0``, ``1,000`` and ``"128"``."""
+    text = re.sub(r"(?<=[0-9])[,_ ](?=[0-9]{3}\b)", "", given.strip()) if isinstance(given, str) else given
+    number = _number(text)
+    if number is None or isinstance(given, int) or number != int(number) or number < 1:
+        return ""
+    return _asked(str(int(number)))
+
+
+def meant_share(given: Any) -> float | None:
+    """Return the share below 1 that a per cent or a text stands for; None where it stands for none."""
+    number = _number(given)
+    if number is None:
+        return None
+    percent = isinstance(given, str) and given.strip().endswith("%")
+    if not percent and 1 < number < 100:
+        number = float(f"{number / 100:.12g}")
+    return number if 0 <= number < 1 else None
+
+
+def _number(given: Any) -> float | None:
+    if isinstance(given, bool) or not isinstance(given, str | int | float):
+        return None
+    text = str(given).strip()
+    percent = text.endswith("%")
+    try:
+        number = float(text.rstrip("% ").replace(",", "."))
+    except ValueError:
+        return None
+    if not math.isfinite(number):
+        return None
+    return float(f"{number / 100:.12g}") if percent else number
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[\s_-]+", "", text.lower())
+
+
+def _asked(name: str) -> str:
+    return f" (did you mean {name}?)"

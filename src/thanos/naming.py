@@ -1,0 +1,55 @@
+"""Names of models and folders as people give them: text or paths, ``~`` expanded; anything else is refused in plain words."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from thanos.errors import ModelError, UserError
+
+_ALLOWED = "a hub name, a local folder or a .gguf file"
+
+
+def model_name(model: Any, what: str = "MODEL") -> str:
+    """Return the name of a model as text.
+
+    Args:
+        model: a hub name, or a path as text or as an object.
+        what: how the message calls it.
+
+    Raises:
+        ModelError: it is empty, or an object in memory.
+    """
+    if isinstance(model, str | os.PathLike):
+        text = os.fsdecode(model)
+        if not text.strip():
+            raise ModelError(f"{what} is empty; give {_ALLOWED}")
+        return str(expanded(text)) if text.startswith("~") else text
+    kind = type(model).__name__
+    if hasattr(model, "save_pretrained") or hasattr(model, "state_dict"):
+        raise ModelError(
+            f"{what} is an object in memory ({kind}), but it is read from the disk, block by block; save the model and its "
+            f"tokenizer with save_pretrained(FOLDER), and give FOLDER; allowed are {_ALLOWED}"
+        )
+    raise ModelError(f"{what} must be {_ALLOWED}; got {kind} {str(model)[:60]!r}")
+
+
+def output_path(out: Any) -> Path:
+    """Return the path of an output folder.
+
+    Raises:
+        UserError: it is empty, or no path.
+    """
+    if not isinstance(out, str | os.PathLike) or not os.fsdecode(out).strip():
+        raise UserError(f"OUT must be the path of a folder; got {str(out)[:60]!r}")
+    return expanded(os.fsdecode(out))
+
+
+def expanded(path: str | Path) -> Path:
+    """Return a path with a leading ``~`` as the home folder, unless there is a file of that very name."""
+    path = Path(path)
+    try:
+        return path if path.exists() else path.expanduser()
+    except (RuntimeError, OSError):  # no such user, or a name that is too long, which whoever opens it says
+        return path
