@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +25,8 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+_SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model")
+_TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\s*")
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,9 @@ class ModelSource:
         try:
             return AutoTokenizer.from_pretrained(self.folder, **self._arguments())
         except Exception as error:  # tokenizers raises bare Exception for a broken file
-            raise ModelError(f"the tokenizer of {self.name} cannot be read: {_first_line(error)}") from error
+            raise ModelError(
+                f"the tokenizer of {self.name} cannot be read: {_first_line(error)}{_lacking(self)}"
+            ) from error
 
     def generation_config(self) -> GenerationConfig | None:
         """Return the generation config, derived from the config where there is no file; None for a folder without one."""
@@ -332,6 +338,34 @@ def _check_causal(source: ModelSource) -> None:
         raise ModelError(f"{source.name} is a bidirectional model ({config.model_type}), not a causal language model")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not source.trust_remote_code:
         raise ModelError(f"{source.name} is not a causal language model that transformers knows ({config.model_type})")
+
+
+def _lacking(source: ModelSource) -> str:
+    """Name the packages that are not installed and without which transformers cannot read a tokenizer's own format."""
+    if source.gguf is not None or (source.folder / "tokenizer.json").is_file():
+        return ""
+    for file in (source.folder / name for name in _SENTENCEPIECE_FILES):
+        if not file.is_file():
+            continue
+        with file.open("rb") as opened:  # sentencepiece's format, or, as Llama 3 has it, tiktoken's
+            is_tiktoken = _TIKTOKEN_LINE.fullmatch(opened.readline(4096)) is not None
+        needed = (
+            {"tiktoken": "tiktoken"}
+            if is_tiktoken
+            else {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
+        )
+        absent = [package for module, package in needed.items() if not _is_installed(module)]
+        if absent:
+            what = f"{file.name} alone, without a tokenizer.json, needs packages that are missing"
+            return f"; {what}: pip install {' '.join(absent)}"
+    return ""
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except (ImportError, ValueError):  # the package that would hold it is missing; or the module was replaced
+        return False
 
 
 def _first_line(error: BaseException) -> str:
