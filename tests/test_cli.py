@@ -30,7 +30,7 @@ OPTIONS = {
     },
     "eval": {
         "--text", "--sequence-length", "--max-windows", "--dense", "--tasks", "--task-folder",
-        "--limit", "--no-cache", "--json", "--device", "--dtype", "--trust-remote-code",
+        "--limit", "--bos", "--no-cache", "--json", "--device", "--dtype", "--trust-remote-code",
         "--quiet", "--help",
     },
     "study": {"--data", "--devices", "--workers", "--list", "--quiet", "--help"},

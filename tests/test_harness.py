@@ -122,6 +122,7 @@ def test_the_command_prints_and_writes_what_was_measured(
     values = json.loads(path.read_text())
     assert list(values) == [
         "schema", "model", "tasks", "average", "limit", "cached", "seconds", "dtype", "device", "versions",
+        "bos",
     ]  # fmt: skip
     assert list(values["tasks"]) == ["local_piqa", "local_winogrande"]
     for score in [*values["tasks"].values(), values["average"]]:

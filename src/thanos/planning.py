@@ -25,7 +25,16 @@ from thanos.footprint import PIECE_BYTES, LayerWork
 from thanos.forecast import Job, Pace, inner_name, phase_bytes, phase_seconds
 from thanos.memory import PhaseMeter, free_device_bytes, free_disk_bytes, free_host_bytes, host_bytes
 from thanos.passes import most_sequences
-from thanos.preparing import LOG_BYTES_PER_LAYER, Prepared, Watcher, calibrate, count_zeros, prepare, resource_errors
+from thanos.preparing import (
+    LOG_BYTES_PER_LAYER,
+    Prepared,
+    Watcher,
+    calibrate,
+    check_calibration,
+    count_zeros,
+    prepare,
+    resource_errors,
+)
 from thanos.pretrained import choose_device, context_length, resolve_model
 from thanos.pruning import check_interrupted
 from thanos.rates import Rates, measure_rates
@@ -117,12 +126,13 @@ def plan(
     work = WorkFolder(out)
     check_interrupted(work, resume=False, overwrite=overwrite)
     check_output(out, model=Path(model) if Path(model).exists() else None, overwrite=overwrite)
+    check_calibration(recipe, calibration)
     meter = PhaseMeter(device)
     with resource_errors(recipe):
         with meter.phase("load"):
-            prepared = prepare(
-                resolve_model(model, trust_remote_code=recipe.trust_remote_code), recipe, watch, survey=False
-            )
+            source = resolve_model(model, trust_remote_code=recipe.trust_remote_code)
+            check_calibration(recipe, calibration, source)
+            prepared = prepare(source, recipe, watch, survey=False)
         with meter.phase("calibration"):
             if recipe.calibration == "self" and calibration is None:
                 ids = _stand_in(prepared, recipe)

@@ -21,6 +21,7 @@ from thanos.report import DenseRecord
 from thanos.shards import check_room
 from thanos.solvers.base import Budget
 from thanos.structure import LinearLayer, linear_layers, select_layers
+from thanos.text import check_text_source
 
 Watcher = Callable[[Event], None]
 
@@ -105,6 +106,16 @@ def count_zeros(name: str, part: Tensor) -> int:
     if not finite and not bool(torch.isfinite(part).all()):
         raise NumericsError(f"{name} holds NaN or infinity; the checkpoint is damaged: download or save it again")
     return part.numel() - int(torch.count_nonzero(part)) if wide else int((part == 0).sum())
+
+
+def check_calibration(recipe: Recipe, given: Calibration | None, source: ModelSource | None = None) -> None:
+    """Refuse a calibration text that cannot be used, before a model is loaded; with ``source`` also chats without a template.
+
+    Raises:
+        DataError: it cannot.
+    """
+    if given is None:
+        check_text_source(recipe.calibration, tokenizer=None if source is None else source.tokenizer)
 
 
 def calibrate(

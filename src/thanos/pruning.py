@@ -27,7 +27,15 @@ from thanos.lock import locked
 from thanos.memory import PhaseMeter
 from thanos.opening import OpenedModel
 from thanos.passes import Passes
-from thanos.preparing import LOG_BYTES_PER_LAYER, Prepared, Watcher, calibrate, prepare, resource_errors
+from thanos.preparing import (
+    LOG_BYTES_PER_LAYER,
+    Prepared,
+    Watcher,
+    calibrate,
+    check_calibration,
+    prepare,
+    resource_errors,
+)
 from thanos.pretrained import (
     choose_device,
     resolve_model,
@@ -183,6 +191,8 @@ def _choose(job: _Job) -> None:
 def _prune(model: str | Path, job: _Job, given: Calibration | None) -> PruningReport:
     recipe, work, tell = job.recipe, job.work, job.tell
     before = work.run if job.resume else {}
+    if not (before and work.published):
+        check_calibration(recipe, given)
     tell(Event(kind="phase", phase="load"))
     with job.meter.phase("load"):
         source = resolve_model(model, trust_remote_code=recipe.trust_remote_code)
@@ -196,6 +206,7 @@ def _prune(model: str | Path, job: _Job, given: Calibration | None) -> PruningRe
         if published is not None:
             work.remove()
             return published
+        check_calibration(recipe, given, source)
         plan = prepare(source, recipe, tell, folder=work.model)
         job.world.check_equal(_facts(recipe, plan.opened))
     with job.meter.phase("calibration"):
