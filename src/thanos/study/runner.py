@@ -244,6 +244,8 @@ def find_places(study: Study, out: Path, data: str | Path | None) -> Places:
         try:
             source = resolve_model(models[model])
             hashes[model] = model_sha256(source)
+            if (_converted(out, hashes[model]) / "config.json").exists():  # a GGUF file takes seconds to open
+                source = resolve_model(_converted(out, hashes[model]))
         except UserError as error:
             hashes[model], failures[model] = None, str(error)
             continue
@@ -284,12 +286,17 @@ def convert(places: Places, wanted: set[str], tell: Watcher) -> Places:
         source = resolve_model(models[name])
         if source.gguf is None:
             continue
-        folder = places.out / "cache" / "models" / str(places.hashes[name])[:24]
+        folder = _converted(places.out, places.hashes[name])
         if not (folder / "config.json").exists():
             tell(StudyEvent(message=f"converting {source.gguf.name} to safetensors, once"))
             _save(source, folder)
         models[name] = str(folder)
     return replace(places, models=models)
+
+
+def _converted(out: Path, model_hash: str | None) -> Path:
+    """Return the folder in which a converted model lies, if it has been converted."""
+    return out / "cache" / "models" / str(model_hash)[:24]
 
 
 def _save(source: ModelSource, folder: Path) -> None:
