@@ -189,6 +189,14 @@ def prose(words: int, *, seed: int = 0) -> str:
     return " ".join(draw.choices(WORDS, weights, k=words))
 
 
+def packed_windows(tokenizer: Any, text: str, samples: int, length: int) -> torch.Tensor:
+    """Calibration windows of one document by hand: its tokens in order, each window begun as the tokenizer begins a text."""
+    ids, whole = (tokenizer(text, add_special_tokens=special)["input_ids"] for special in (False, True))
+    begin = whole[: len(whole) - len(ids)]
+    taken = length - len(begin)
+    return torch.tensor([[*begin, *ids[taken * i : taken * (i + 1)]] for i in range(samples)])
+
+
 def windows(samples: int, length: int, *, seed: int = 0) -> torch.Tensor:
     """Random token ids, (samples, length)."""
     generator = torch.Generator().manual_seed(seed)

@@ -57,9 +57,9 @@ def test_scores_are_cached_by_what_shapes_them(
     runs: list[list[str]] = []
     inner = harness._score
 
-    def counted(network: Any, source: Any, tasks: Any, *others: Any) -> Any:
+    def counted(network: Any, source: Any, tasks: Any, *others: Any, **named: Any) -> Any:
         runs.append(sorted(task.config.task for task in tasks))
-        return inner(network, source, tasks, *others)
+        return inner(network, source, tasks, *others, **named)
 
     monkeypatch.setattr(harness, "_score", counted)
     one = ("local_piqa",)
