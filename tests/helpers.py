@@ -172,13 +172,18 @@ def tiny_tokenizer(*, begins: bool = True) -> Any:
 
 
 def save_tiny(
-    folder: Path, architecture: str = "llama", *, dtype: torch.dtype = torch.float32, **arguments: Any
+    folder: Path,
+    architecture: str = "llama",
+    *,
+    dtype: torch.dtype = torch.float32,
+    begins: bool = True,
+    **arguments: Any,
 ) -> Path:
     """Save a tiny model, its tokenizer and generation config as a Hugging Face folder; return the folder."""
     save_arguments = {k: arguments.pop(k) for k in ("max_shard_size", "save_original_format") if k in arguments}
     model = tiny_model(architecture, dtype=dtype, **arguments)
     model.save_pretrained(folder, **save_arguments)
-    tiny_tokenizer().save_pretrained(folder)
+    tiny_tokenizer(begins=begins).save_pretrained(folder)
     return folder
 
 

@@ -33,7 +33,7 @@ def blocks_of(model: Any, architecture: str) -> tuple[str, nn.ModuleList]:
 
 def save_dense(folder: Path, architecture: str, **arguments: Any) -> Path:
     """As ``save_tiny``; but transformers reads every Qwen2 tokenizer as byte-level BPE, so give it one."""
-    save_tiny(folder, architecture, **arguments)
+    save_tiny(folder, architecture, begins=False, **arguments)
     if architecture == "qwen2":
         bpe = ByteLevelBPETokenizer()
         bpe.train_from_iterator([prose(2000)], vocab_size=300, special_tokens=["<pad>", "<s>", "</s>"])

@@ -112,7 +112,7 @@ def assert_same_model(one: Path, other: Path) -> None:
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     base = tmp_path_factory.mktemp("mixtures")
-    return {architecture: save_tiny(base / architecture, architecture) for architecture in MIXTURES}
+    return {architecture: save_tiny(base / architecture, architecture, begins=False) for architecture in MIXTURES}
 
 
 HOW = {
