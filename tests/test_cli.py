@@ -296,9 +296,9 @@ def test_eval_writes_the_json_that_it_prints(
     assert run([*arguments, "--max-windows", "5", "--json", str(path)]) == 0
     values = json.loads(path.read_text())
     assert list(values) == [
-        "schema", "model", "text", "text_sha256", "sequence_length", "windows", "tokens", "perplexity", "mean_loss",
-        "dense", "dense_perplexity", "kl_divergence", "top1_agreement", "seconds", "tokens_per_second", "dtype", "device",
-        "versions",
+        "schema", "model", "text", "text_sha256", "sequence_length", "bos", "windows", "tokens", "perplexity",
+        "mean_loss", "dense", "dense_perplexity", "kl_divergence", "top1_agreement", "seconds", "tokens_per_second", "dtype",
+        "device", "versions",
     ]  # fmt: skip
     assert (values["windows"], values["tokens"]) == (5, 5 * 63)
     assert f"{values['perplexity']:.4f}" in capsys.readouterr().out
