@@ -108,12 +108,12 @@ def test_a_tokenizer_whose_packages_are_missing(
     for path in copy.glob("tokenizer*"):
         path.unlink()
     (copy / "tokenizer.model").write_bytes(content)
-    monkeypatch.setattr("thanos.pretrained.find_spec", lambda module: None)
+    monkeypatch.setattr("thanos.pretrained.is_installed", lambda module: False)
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", _no_tokenizer)
     says = f"tokenizer.model alone, without a tokenizer.json, needs packages that are missing: pip install {packages}$"
     with pytest.raises(ModelError, match=says):
         resolve_model(copy).tokenizer()
-    monkeypatch.setattr("thanos.pretrained.find_spec", lambda module: module)
+    monkeypatch.setattr("thanos.pretrained.is_installed", lambda module: True)
     with pytest.raises(ModelError, match=r"cannot be read: it cannot$"):
         resolve_model(copy).tokenizer()
 

@@ -8,7 +8,6 @@ import os
 import re
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ import torch
 from thanos.checkpoint import INDEX_NAME, SINGLE_NAME, SafetensorsCheckpoint
 from thanos.errors import CudaUnavailableError, DataError, ModelError, ResourceError
 from thanos.memory import is_out_of_memory
+from thanos.textfiles import is_installed
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -354,18 +354,11 @@ def _lacking(source: ModelSource) -> str:
             if is_tiktoken
             else {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
         )
-        absent = [package for module, package in needed.items() if not _is_installed(module)]
+        absent = [package for module, package in needed.items() if not is_installed(module)]
         if absent:
             what = f"{file.name} alone, without a tokenizer.json, needs packages that are missing"
             return f"; {what}: pip install {' '.join(absent)}"
     return ""
-
-
-def _is_installed(module: str) -> bool:
-    try:
-        return find_spec(module) is not None
-    except (ImportError, ValueError):  # the package that would hold it is missing; or the module was replaced
-        return False
 
 
 def _first_line(error: BaseException) -> str:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from thanos.beginnings import added_bos
 from thanos.errors import DataError
-from thanos.textfiles import SUFFIXES, Note, Row, find_files, read_rows
+from thanos.textfiles import SUFFIXES, Note, Row, find_files, is_installed, read_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,7 +51,7 @@ def check_text_source(
     """
     if evaluation and source == "self":
         raise DataError("text 'self' is for calibration: a model's own text does not measure it; choose another source")
-    if source in _FROM_HUB and find_spec("datasets") is None:
+    if source in _FROM_HUB and not is_installed("datasets"):
         raise DataError(f"{source} needs the package datasets: pip install 'thanos-llm[data]'")
     if source in NAMED:
         return
