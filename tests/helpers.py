@@ -154,15 +154,16 @@ def tiny_model(
 
 
 @cache
-def tiny_tokenizer() -> Any:
-    """One token a word of :data:`WORDS`; begins every text with ``<s>``."""
+def tiny_tokenizer(*, begins: bool = True) -> Any:
+    """One token a word of :data:`WORDS`; begins every text with ``<s>``, unless that is not wanted."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3} | {word: 4 + i for i, word in enumerate(WORDS)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    if begins:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
     )
@@ -171,13 +172,18 @@ def tiny_tokenizer() -> Any:
 
 
 def save_tiny(
-    folder: Path, architecture: str = "llama", *, dtype: torch.dtype = torch.float32, **arguments: Any
+    folder: Path,
+    architecture: str = "llama",
+    *,
+    dtype: torch.dtype = torch.float32,
+    begins: bool = True,
+    **arguments: Any,
 ) -> Path:
     """Save a tiny model, its tokenizer and generation config as a Hugging Face folder; return the folder."""
     save_arguments = {k: arguments.pop(k) for k in ("max_shard_size", "save_original_format") if k in arguments}
     model = tiny_model(architecture, dtype=dtype, **arguments)
     model.save_pretrained(folder, **save_arguments)
-    tiny_tokenizer().save_pretrained(folder)
+    tiny_tokenizer(begins=begins).save_pretrained(folder)
     return folder
 
 
@@ -186,6 +192,14 @@ def prose(words: int, *, seed: int = 0) -> str:
     draw = random.Random(seed)
     weights = [1 / (rank + 1) for rank in range(len(WORDS))]
     return " ".join(draw.choices(WORDS, weights, k=words))
+
+
+def packed_windows(tokenizer: Any, text: str, samples: int, length: int) -> torch.Tensor:
+    """Calibration windows of one document by hand: its tokens in order, each window begun as the tokenizer begins a text."""
+    ids, whole = (tokenizer(text, add_special_tokens=special)["input_ids"] for special in (False, True))
+    begin = whole[: len(whole) - len(ids)]
+    taken = length - len(begin)
+    return torch.tensor([[*begin, *ids[taken * i : taken * (i + 1)]] for i in range(samples)])
 
 
 def windows(samples: int, length: int, *, seed: int = 0) -> torch.Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import thanos
-from helpers import ARCHITECTURES, prose, save_tiny, windows
+from helpers import ARCHITECTURES, packed_windows, prose, save_tiny, windows
 
 SAMPLES, LENGTH = 4, 32  # windows longer than the sliding window of 24
 
@@ -33,7 +33,7 @@ def blocks_of(model: Any, architecture: str) -> tuple[str, nn.ModuleList]:
 
 def save_dense(folder: Path, architecture: str, **arguments: Any) -> Path:
     """As ``save_tiny``; but transformers reads every Qwen2 tokenizer as byte-level BPE, so give it one."""
-    save_tiny(folder, architecture, **arguments)
+    save_tiny(folder, architecture, begins=False, **arguments)
     if architecture == "qwen2":
         bpe = ByteLevelBPETokenizer()
         bpe.train_from_iterator([prose(2000)], vocab_size=300, special_tokens=["<pad>", "<s>", "</s>"])
@@ -43,9 +43,7 @@ def save_dense(folder: Path, architecture: str, **arguments: Any) -> Path:
 
 
 def calibration_ids(folder: Path, text: Path) -> Tensor:
-    """One document, so: its tokens in order, without special tokens, cut into windows."""
-    ids = AutoTokenizer.from_pretrained(folder)(text.read_text(), add_special_tokens=False)["input_ids"]
-    return torch.tensor(ids[: SAMPLES * LENGTH]).view(SAMPLES, LENGTH)
+    return packed_windows(AutoTokenizer.from_pretrained(folder), text.read_text(), SAMPLES, LENGTH)
 
 
 def prune_modules(

@@ -33,9 +33,13 @@ def write_rows(path: Path, documents: list[str]) -> str:
     return str(path)
 
 
-def build(source: str, *, samples: int, length: int, seed: int = 0, **arguments: Any) -> Calibration:
+def build(
+    source: str, *, samples: int, length: int, seed: int = 0, begins: bool = False, **arguments: Any
+) -> Calibration:
+    """Windows by a tokenizer that begins no text with BOS, unless ``begins``."""
+    tokenizer = tiny_tokenizer(begins=begins)
     return build_calibration(
-        source, tiny_tokenizer(), samples=samples, sequence_length=length, seed=seed, end_of_text_id=END, **arguments
+        source, tokenizer, samples=samples, sequence_length=length, seed=seed, end_of_text_id=END, **arguments
     )
 
 
@@ -380,6 +384,7 @@ def test_to_dict() -> None:
         "samples": 2,
         "sequence_length": 3,
         "tokens": 6,
+        "bos": None,
         "sha256": made.sha256,
     }
 

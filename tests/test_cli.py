@@ -30,7 +30,7 @@ OPTIONS = {
     },
     "eval": {
         "--text", "--sequence-length", "--max-windows", "--dense", "--tasks", "--task-folder",
-        "--limit", "--no-cache", "--json", "--device", "--dtype", "--trust-remote-code",
+        "--limit", "--bos", "--no-cache", "--json", "--device", "--dtype", "--trust-remote-code",
         "--threads", "--quiet", "--help",
     },
     "study": {"--data", "--devices", "--workers", "--threads", "--list", "--quiet", "--help"},
@@ -62,6 +62,48 @@ def test_the_options_of_a_command_are_frozen(name: str, capsys: pytest.CaptureFi
     assert run([name, "--help"]) == 0
     text = capsys.readouterr().out
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text.split("Options:")[1])) == OPTIONS[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("none.jsonl", None, "does not exist"),
+        ("empty.txt", b"", "holds no text"),
+        ("blank.jsonl", b'{"text": " "}', "holds no text"),
+        ("other.jsonl", b'{"a": "x", "b": "y"}', "no string under 'text'; there are 'a', 'b'"),
+        ("bad.json.gz", b"no gzip", "cannot be read"),
+        ("binary.txt", b"\0\1\2", "holds a NUL"),
+        ("empty/", None, "holds no file ending in"),
+        ("chat.jsonl", b'{"messages": [{"role": "user", "content": "x"}]}', "no chat template"),
+    ],
+)
+@pytest.mark.parametrize("command", ["prune", "plan", "eval"])
+def test_a_text_that_cannot_be_used_is_refused_before_anything_is_loaded(
+    command: str,
+    name: str,
+    content: bytes | None,
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = save_tiny(tmp_path / "model")
+    (model / "chat_template.jinja").unlink()
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    elif name.endswith("/"):
+        path.mkdir()
+    for module in ("preparing", "evaluation"):
+        monkeypatch.setattr(f"thanos.{module}.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    for module in ("pruning", "planning"):
+        monkeypatch.setattr(f"thanos.{module}.prepare", lambda *_, **__: pytest.fail("the model was opened"))
+    prune = ["prune", str(model), str(tmp_path / "out"), "--calibration", str(path), *PRUNE]
+    arguments = {"prune": prune, "plan": [*prune, "--plan"], "eval": ["eval", str(model), "--text", str(path)]}
+    assert run([*arguments[command], "--quiet"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert says in line
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -267,9 +309,9 @@ def test_eval_writes_the_json_that_it_prints(
     assert run([*arguments, "--max-windows", "5", "--json", str(path)]) == 0
     values = json.loads(path.read_text())
     assert list(values) == [
-        "schema", "model", "text", "text_sha256", "sequence_length", "windows", "tokens", "perplexity", "mean_loss",
-        "dense", "dense_perplexity", "kl_divergence", "top1_agreement", "seconds", "tokens_per_second", "dtype", "device",
-        "versions",
+        "schema", "model", "text", "text_sha256", "sequence_length", "bos", "windows", "tokens", "perplexity",
+        "mean_loss", "dense", "dense_perplexity", "kl_divergence", "top1_agreement", "seconds", "tokens_per_second", "dtype",
+        "device", "versions",
     ]  # fmt: skip
     assert (values["windows"], values["tokens"]) == (5, 5 * 63)
     assert f"{values['perplexity']:.4f}" in capsys.readouterr().out

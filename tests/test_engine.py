@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama import modeling_llama
 
 import thanos
-from helpers import save_tiny, tiny_tokenizer
+from helpers import packed_windows, save_tiny, tiny_tokenizer
 from thanos import engine, passes
 from thanos.blocks import BlockCalls
 from thanos.engine import Engine
@@ -278,12 +278,12 @@ def test_dead_columns_are_counted(text_file: Path, tmp_path: Path) -> None:
 
 
 def first_block_hessian(folder: Path, text: Path, samples: int, length: int) -> Tensor:
-    ids = tiny_tokenizer()(text.read_text(), add_special_tokens=False)["input_ids"][: samples * length]
+    ids = packed_windows(tiny_tokenizer(), text.read_text(), samples, length)
     model = AutoModelForCausalLM.from_pretrained(folder)
     rows: list[Tensor] = []
     model.model.layers[0].self_attn.q_proj.register_forward_pre_hook(lambda _, args: rows.append(args[0].double()))
     with torch.inference_mode():
-        model(input_ids=torch.tensor(ids).view(samples, length))
+        model(input_ids=ids)
     x = rows[0].reshape(-1, rows[0].shape[-1])
     return x.T @ x
 

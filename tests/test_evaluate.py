@@ -28,6 +28,7 @@ KEYS = [
     "text",
     "text_sha256",
     "sequence_length",
+    "bos",
     "windows",
     "tokens",
     "perplexity",
@@ -97,8 +98,9 @@ def reload(folder: Path, dtype: Any = "auto") -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
-def run(model: Path, text: Path, length: int = 40, **arguments: Any) -> Evaluation:
-    return thanos.evaluate(model, text=str(text), sequence_length=length, device="cpu", **arguments)
+def run(model: Path, text: Path, length: int = 40, *, bos: str = "text", **arguments: Any) -> Evaluation:
+    """Evaluate by the field's convention, or with ``bos`` somewhere else."""
+    return thanos.evaluate(model, text=str(text), sequence_length=length, bos=bos, device="cpu", **arguments)
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------
@@ -507,7 +509,7 @@ def test_a_shared_reference_changes_no_digit(
         other = save_tiny(tmp_path / str(seed), seed=seed)
         got = thanos.evaluate(other, reference=shared, device="cpu").to_dict()
         expected = thanos.evaluate(
-            other, text=str(text_file), sequence_length=40, max_windows=5, dense=tiny_llama, device="cpu"
+            other, text=str(text_file), sequence_length=40, max_windows=5, dense=tiny_llama, device="cpu", bos="text"
         ).to_dict()
         timed = ("seconds", "tokens_per_second")
         assert {k: v for k, v in got.items() if k not in timed} == {k: v for k, v in expected.items() if k not in timed}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import thanos
-from helpers import MIXTURES, save_tiny, tiny_config, tiny_model, tiny_tokenizer, windows
+from helpers import MIXTURES, packed_windows, save_tiny, tiny_config, tiny_model, tiny_tokenizer, windows
 from thanos import engine
 from thanos.cli import main
 from thanos.errors import ModelError
@@ -48,8 +48,7 @@ def recipe(text: Path, **changes: Any) -> thanos.Recipe:
 
 
 def calibration_ids(folder: Path, text: Path) -> Tensor:
-    ids = AutoTokenizer.from_pretrained(folder)(text.read_text(), add_special_tokens=False)["input_ids"]
-    return torch.tensor(ids[: SAMPLES * LENGTH]).view(SAMPLES, LENGTH)
+    return packed_windows(AutoTokenizer.from_pretrained(folder), text.read_text(), SAMPLES, LENGTH)
 
 
 def see_inputs(model: Any, block: nn.Module, ids: Tensor) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:
@@ -113,7 +112,7 @@ def assert_same_model(one: Path, other: Path) -> None:
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     base = tmp_path_factory.mktemp("mixtures")
-    return {architecture: save_tiny(base / architecture, architecture) for architecture in MIXTURES}
+    return {architecture: save_tiny(base / architecture, architecture, begins=False) for architecture in MIXTURES}
 
 
 HOW = {

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import thanos
-from helpers import save_tiny
+from helpers import save_tiny, tiny_model, tiny_tokenizer
 from thanos import harness
 from thanos.cli import run
 from thanos.errors import DataError
@@ -57,9 +57,9 @@ def test_scores_are_cached_by_what_shapes_them(
     runs: list[list[str]] = []
     inner = harness._score
 
-    def counted(network: Any, source: Any, tasks: Any, *others: Any) -> Any:
+    def counted(network: Any, source: Any, tasks: Any, *others: Any, **named: Any) -> Any:
         runs.append(sorted(task.config.task for task in tasks))
-        return inner(network, source, tasks, *others)
+        return inner(network, source, tasks, *others, **named)
 
     monkeypatch.setattr(harness, "_score", counted)
     one = ("local_piqa",)
@@ -74,6 +74,49 @@ def test_scores_are_cached_by_what_shapes_them(
         assert score(tiny_llama, task_folder, tasks=one, **changes).cached == []
     assert score(save_tiny(tmp_path / "other", seed=3), task_folder, tasks=one).cached == []
     assert len(runs) == 6
+
+
+@pytest.mark.slow
+def test_a_bos_that_is_asked_for_is_lm_evals_own_option_with_scores_of_its_own(
+    tiny_llama: Path, task_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lm_eval.tasks import TaskManager
+
+    from thanos import answering
+
+    options: list[Any] = []
+    inner = harness.wrap
+
+    def watched(*arguments: Any, **others: Any) -> Any:
+        model = inner(*arguments, **others)
+        options.append(model.add_bos_token)
+        return model
+
+    monkeypatch.setattr(harness, "wrap", watched)
+    one = ("local_piqa",)
+    usual, begun = score(tiny_llama, task_folder, tasks=one), score(tiny_llama, task_folder, tasks=one, bos="window")
+    assert ((usual.bos, usual.cached), (begun.bos, begun.cached)) == (("text", []), ("window", []))
+    assert options == [None, True]
+    for bos in ("auto", "text", "window"):
+        assert score(tiny_llama, task_folder, tasks=one, bos=bos).cached == list(one)
+    theirs = lm_eval.simple_evaluate(
+        model="hf", model_args={"pretrained": str(tiny_llama), "dtype": "float32", "add_bos_token": True}, tasks=list(one),
+        limit=LIMIT, batch_size=16, device="cpu", task_manager=TaskManager(include_path=str(task_folder)),
+    )  # fmt: skip
+    assert theirs is not None
+    assert begun.tasks["local_piqa"]["acc"] == theirs["results"]["local_piqa"]["acc,none"]
+    # Ids of a text that was asked for in both ways are kept apart.
+    known = answering.kept_ids(tiny_tokenizer())
+    known.clear()
+    network = tiny_model()
+    for bos in (False, True):
+        answering.wrap(network, tiny_tokenizer(), lambda event: None, bos=bos).tok_encode("ban")
+    assert len(known) == 2
+
+    other = save_tiny(tmp_path / "other")
+    tiny_tokenizer(begins=False).save_pretrained(other)
+    with pytest.raises(DataError, match="begins no text with a beginning-of-text token; leave out"):
+        score(other, task_folder, tasks=one, bos="window")
 
 
 def test_auto_is_the_dtype_that_it_stands_for(tiny_llama: Path, task_folder: Path) -> None:
@@ -122,6 +165,7 @@ def test_the_command_prints_and_writes_what_was_measured(
     values = json.loads(path.read_text())
     assert list(values) == [
         "schema", "model", "tasks", "average", "limit", "cached", "seconds", "dtype", "device", "versions",
+        "bos",
     ]  # fmt: skip
     assert list(values["tasks"]) == ["local_piqa", "local_winogrande"]
     for score in [*values["tasks"].values(), values["average"]]:

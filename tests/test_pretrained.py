@@ -97,6 +97,31 @@ def test_broken_tokenizer(copy: Path, text: str) -> None:
         resolve_model(copy).tokenizer()
 
 
+@pytest.mark.parametrize(
+    ("content", "packages"),
+    [(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02", "sentencepiece protobuf"), (b"IQ== 0\nIg== 1\n", "tiktoken")],
+    ids=["sentencepiece", "tiktoken"],
+)
+def test_a_tokenizer_whose_packages_are_missing(
+    copy: Path, content: bytes, packages: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in copy.glob("tokenizer*"):
+        path.unlink()
+    (copy / "tokenizer.model").write_bytes(content)
+    monkeypatch.setattr("thanos.pretrained.is_installed", lambda module: False)
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", _no_tokenizer)
+    says = f"tokenizer.model alone, without a tokenizer.json, needs packages that are missing: pip install {packages}$"
+    with pytest.raises(ModelError, match=says):
+        resolve_model(copy).tokenizer()
+    monkeypatch.setattr("thanos.pretrained.is_installed", lambda module: True)
+    with pytest.raises(ModelError, match=r"cannot be read: it cannot$"):
+        resolve_model(copy).tokenizer()
+
+
+def _no_tokenizer(*_: Any, **__: Any) -> Any:
+    raise ValueError("it cannot")
+
+
 # --- what is refused: folders -----------------------------------------------------------------------------------------
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import thanos
-from helpers import prose, save_tiny, windows
+from helpers import packed_windows, prose, save_tiny, windows
 from thanos import engine as engine_module
 from thanos.calibration import build_calibration
 from thanos.checkpoint import SafetensorsCheckpoint
@@ -274,8 +274,7 @@ def test_the_report_says_what_ran(plain, tiny_llama: Path, text_file: Path) -> N
     assert report.versions["torch"] == torch.__version__
     assert report.versions["transformers"] == transformers.__version__
     assert thanos.Recipe.from_dict(report.recipe) == recipe(text_file)
-    ids = AutoTokenizer.from_pretrained(tiny_llama)(text_file.read_text(), add_special_tokens=False)["input_ids"]
-    used = torch.tensor(ids[: SAMPLES * LENGTH]).view(SAMPLES, LENGTH)
+    used = packed_windows(AutoTokenizer.from_pretrained(tiny_llama), text_file.read_text(), SAMPLES, LENGTH)
     digest = hashlib.sha256(b"(4, 32)" + used.numpy().astype("<i8").tobytes()).hexdigest()
     assert report.calibration == {
         "source": str(text_file),
@@ -285,6 +284,7 @@ def test_the_report_says_what_ran(plain, tiny_llama: Path, text_file: Path) -> N
         "samples": SAMPLES,
         "sequence_length": LENGTH,
         "tokens": SAMPLES * LENGTH,
+        "bos": 1,
         "sha256": digest,
     }
 
@@ -564,8 +564,10 @@ def test_the_folder_that_holds_a_gguf_file(text_file: Path, tmp_path: Path) -> N
 
 def test_calibration_shorter_than_one_sequence(model: Path, tmp_path: Path) -> None:
     short = tmp_path / "short.txt"
-    short.write_text(prose(31))
-    refused(DataError, model, recipe(short, samples=1), "shorter than one sequence", "31 tokens", "32")
+    short.write_text(prose(30))  # and BOS
+    refused(
+        DataError, model, recipe(short, samples=1), "shorter than one sequence", "30 tokens", "32", "of which the first"
+    )
     short.write_text(prose(64))
     refused(DataError, model, recipe(short), "2 windows of 32 tokens", "--samples is 4")
 

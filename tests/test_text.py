@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from helpers import tiny_tokenizer
 from thanos.errors import DataError
-from thanos.text import calibration_documents, evaluation_rows
+from thanos.text import calibration_documents, check_text_source, evaluation_rows
 
 ROWS = ["first row", "", "dritte Zeile: äöü 😀", "  ", "line\nbreak\r\nhere", "last\n"]
 DOCUMENTS = [row for row in ROWS if row.strip()]
@@ -88,6 +89,221 @@ def test_c4_sample(thanos_data: Path) -> None:
     assert calibration_documents(str(path)) == evaluation_rows(str(path)) == expected
 
 
+@pytest.mark.parametrize("suffix", [".json", ".JSON", ".json.gz", ".Json.GZ"])
+@pytest.mark.parametrize("form", ["lines", "list", "indented list"])
+def test_json_is_a_list_of_rows_or_a_row_a_line(tmp_path: Path, suffix: str, form: str) -> None:
+    rows = [{"id": i, "text": text} for i, text in enumerate(ROWS)]
+    texts = {
+        "lines": "\n" + "".join(json.dumps(row) + "\n" for row in rows),
+        "list": json.dumps(rows),
+        "indented list": json.dumps(rows, indent=2),
+    }
+    data = texts[form].encode()
+    path = tmp_path / f"rows{suffix}"
+    path.write_bytes(gzip.compress(data) if suffix.lower().endswith(".gz") else data)
+    assert evaluation_rows(str(path)) == ROWS
+    assert calibration_documents(str(path)) == DOCUMENTS
+
+
+def test_json_of_one_row_and_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"text": "alone"}, indent=1), encoding="utf-8-sig")
+    assert evaluation_rows(str(path)) == ["alone"]
+
+
+@pytest.mark.parametrize("suffix", [".TXT", ".Jsonl", ".JSONL.gz", ".PARQUET"])
+def test_endings_in_capitals(tmp_path: Path, suffix: str) -> None:
+    if suffix == ".TXT":
+        path = tmp_path / "a.TXT"
+        path.write_text("words")
+        assert evaluation_rows(str(path)) == ["words"]
+        return
+    made = rows_file(tmp_path, suffix.lower(), ROWS)
+    assert evaluation_rows(str(made.rename(tmp_path / f"B{suffix}"))) == ROWS
+
+
+# --- halves of surrogate pairs ----------------------------------------------------------------------------------------
+
+
+@READERS
+def test_half_a_surrogate_pair_is_replaced_and_told(read: Any, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a\\ud83d b"}\n{"text": "whole \\ud83d\\ude00"}\n{"text": "\\ude00\\ud83d"}\n')
+    notes: list[str] = []
+    rows = read(str(path), on_note=notes.append)
+    assert rows == ["a\ufffd b", "whole 😀", "\ufffd\ufffd"]
+    "".join(rows).encode()  # as every tokenizer does
+    (note,) = notes
+    assert "3 halves of surrogate pairs" in note
+    assert str(path) in note
+
+
+# --- several files ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three files with text, one without, a hidden one, and one in a folder."""
+    made = tmp_path / "many"
+    (made / "deeper").mkdir(parents=True)
+    for name, rows in (("b.jsonl", ["b0", "b1"]), (".hidden.jsonl", ["no"]), ("deeper/d.jsonl", ["d"])):
+        (made / name).write_text(json_lines(rows))
+    (made / "a.txt").write_text("the first")
+    (made / "c.JSONL").write_text(json_lines(["c"]))
+    (made / "notes.md").write_text("no")
+    return made
+
+
+@READERS
+def test_folders_patterns_and_lists(read: Any, folder: Path) -> None:
+    assert read(str(folder)) == read(f"{folder}/") == ["the first", "b0", "b1", "c"]
+    assert read(f"{folder}/*.jsonl") == ["b0", "b1"]
+    assert read(f"{folder}/**/[b-d].jsonl") == ["b0", "b1", "d"]
+    assert read(f"{folder}/c.JSONL, {folder}/a.txt") == ["c", "the first"], "in the order of the list"
+    assert read(f"{folder}/*.txt,{folder}/deeper/") == ["the first", "d"]
+
+
+@READERS
+def test_a_name_that_looks_like_a_list_or_pattern_is_a_file_if_there_is_one(read: Any, tmp_path: Path) -> None:
+    for name in ("a,b.txt", "a[1].txt", "a:b.txt"):
+        (tmp_path / name).write_text(name)
+        assert read(str(tmp_path / name)) == [name]
+
+
+@READERS
+def test_folders_and_patterns_without_text_files(read: Any, tmp_path: Path, folder: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    refused(read, empty, rf"text folder {re.escape(str(empty))} holds no file ending in \.txt.*\*\*/\*\.jsonl")
+    refused(read, f"{folder}/*.md", r"\*\.md' matches no file ending in \.txt")
+    refused(read, f"{folder}/a.txt,{folder}/none.txt", "none.txt does not exist")
+    refused(read, f"{folder}/a.txt,pydoc", "is unknown")
+
+
+# --- columns ----------------------------------------------------------------------------------------------------------
+
+
+@READERS
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
+def test_a_column_by_name(read: Any, tmp_path: Path, suffix: str) -> None:
+    columns = {"id": [1, 2], "text": ["t1", "t2"], "body": ["b1", "b2"]}
+    path = tmp_path / f"a{suffix}"
+    if suffix == ".parquet":
+        parquet(path, columns)
+    else:
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        path.write_text("\n".join(map(json.dumps, rows)))
+    notes: list[str] = []
+    assert read(str(path), on_note=notes.append) == ["t1", "t2"]
+    assert read(f"{path}:body", on_note=notes.append) == ["b1", "b2"]
+    assert read(f"{path}:body,{path}", on_note=notes.append) == ["b1", "b2", "t1", "t2"]
+    assert read(f"{tmp_path}/*:body", on_note=notes.append) == ["b1", "b2"]
+    assert notes == []
+
+
+@READERS
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_the_only_column_of_strings_is_taken_and_told(read: Any, tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a{suffix}"
+    if suffix == ".parquet":
+        parquet(path, {"id": [1, 2], "content": ["x", "y"]})
+    else:
+        path.write_text('{"id": 1, "content": "x"}\n{"id": 2, "content": "y", "more": "z"}\n')
+    notes: list[str] = []
+    assert read(str(path), on_note=notes.append) == ["x", "y"]
+    assert notes == [f"{path} has no column 'text'; 'content' is taken, the only one that holds strings"]
+
+
+@READERS
+def test_a_column_must_be_named_where_several_hold_strings(read: Any, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"title": "x", "content": "y"}\n')
+    refused(read, path, "line 1: no string under 'text'; there are 'title', 'content'; name one with FILE:COLUMN")
+    refused(read, f"{path}:body", "line 1: no string under 'body'; there are 'title', 'content'")
+    assert read(f"{path}:title") == ["x"]
+    (tmp_path / "a.txt").write_text("words")
+    refused(read, f"{tmp_path / 'a.txt'}:title", "has no columns")
+
+
+# --- chats ------------------------------------------------------------------------------------------------------------
+
+CHATS = [
+    [{"role": "user", "content": "ban"}, {"role": "assistant", "content": "bar"}],
+    [{"role": "user", "content": "den\ud83d"}],
+]
+TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}"
+
+
+def talkative(*, begins: bool, template: str | None = TEMPLATE) -> Any:
+    """A tokenizer with a chat template that writes BOS."""
+    import copy
+
+    tokenizer = copy.deepcopy(tiny_tokenizer(begins=begins))
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@READERS
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
+def test_chats_become_text_by_the_tokenizers_template(read: Any, tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a{suffix}"
+    if suffix == ".parquet":
+        parquet(path, {"messages": CHATS[:1], "source": ["web"]})
+        expected = ["[user] ban [assistant] bar "]
+    else:
+        rows = [{"messages": chat, "source": "web"} for chat in CHATS]
+        path.write_text(json.dumps(rows) if suffix == ".json" else "\n".join(map(json.dumps, rows)))
+        expected = ["[user] ban [assistant] bar ", "[user] den\ufffd "]
+    assert read(str(path), talkative(begins=True)) == expected, "the tokenizer adds BOS in any case"
+    assert read(str(path), talkative(begins=False)) == [f"<s>{text}" for text in expected]
+    assert read(f"{path}:messages", talkative(begins=True)) == expected
+    refused(lambda source: read(source, talkative(begins=True, template=None)), path, "tokenizer has no chat template")
+    refusing = "{{ raise_exception('roles must alternate') }}"
+    refused(
+        lambda source: read(source, talkative(begins=True, template=refusing)),
+        path,
+        r"refuses \(roles must alternate\)",
+    )
+
+
+# --- a glance before anything is loaded -------------------------------------------------------------------------------
+
+
+def glance(source: str) -> None:
+    check_text_source(source, evaluation=True)
+
+
+def test_a_glance_finds_what_reading_would_refuse(tmp_path: Path, folder: Path) -> None:
+    for source in ("pydoc", "self", "wikitext2", "c4", str(folder), f"{folder}/*.jsonl"):
+        check_text_source(source)
+    (tmp_path / "blank.jsonl").write_text(json_lines(["", " "]))
+    (tmp_path / "other.jsonl").write_text('{"a": "x", "b": "y"}\n')
+    (tmp_path / "empty.json.gz").write_bytes(gzip.compress(b""))
+    refused(glance, "self", "'self' is for calibration")
+    refused(glance, "WIKITEXT2", "is unknown")
+    refused(glance, tmp_path / "none.jsonl", "does not exist")
+    refused(glance, tmp_path / "blank.jsonl", "holds no text")
+    refused(glance, tmp_path / "empty.json.gz", "holds no text")
+    refused(glance, tmp_path / "other.jsonl", "no string under 'text'")
+
+
+def test_a_glance_reads_the_first_rows_alone(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json_lines(["", "enough"]) + "not JSON\n")
+    check_text_source(str(path))
+    refused(calibration_documents, path, "line 3: not valid JSON")
+
+
+def test_a_glance_asks_for_the_tokenizer_where_there_are_chats(tmp_path: Path, folder: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"messages": CHATS[0]}))
+    check_text_source(str(path))
+    check_text_source(str(path), tokenizer=lambda: talkative(begins=True))
+    check_text_source(str(folder), tokenizer=lambda: pytest.fail("no chat, no tokenizer"))
+    with pytest.raises(DataError, match="no chat template"):
+        check_text_source(str(path), tokenizer=lambda: talkative(begins=True, template=None))
+
+
 # --- bad files --------------------------------------------------------------------------------------------------------
 
 
@@ -99,14 +315,14 @@ def refused(read: Any, source: Path | str, match: str) -> None:
 
 @READERS
 @pytest.mark.parametrize(
-    "name", ["wikitext", "WIKITEXT2", "text.csv", "a.json", "a.txt.gz", "", "some words", "a.parquet.gz"]
+    "name", ["wikitext", "WIKITEXT2", "text.csv", "a.xml", "a.txt.gz", "", "some words", "a.parquet.gz"]
 )
 def test_unknown_sources(read: Any, name: str) -> None:
     refused(read, name, f"text source {re.escape(repr(name))} is unknown; choose wikitext2, c4, pydoc.*jsonl.gz")
 
 
 @READERS
-@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".jsonl.gz", ".parquet"])
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".TXT"])
 def test_missing_files(read: Any, tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"none{suffix}"
     refused(read, path, f"{re.escape(str(path))} does not exist")
@@ -130,7 +346,18 @@ BAD = {
     ),
     "a list": ("a.jsonl", b'["text"]\n', "line 1: no string under 'text'.*no object"),
     "a number": ("a.jsonl", b'{"text": 3}\n', "line 1: no string under 'text'"),
-    "null": ("a.jsonl", b'{"text": null}\n', "line 1: no string under 'text'"),
+    "null": (
+        "a.jsonl",
+        b'{"text": "ok"}\n{"text": null, "id": 1}\n',
+        "line 2: no string under 'text'; it is null; take",
+    ),
+    "no rows": ("a.json", b'{"data": [1]}', "line 1: no string under 'text'; there are 'data'"),
+    "a list of lists": ("a.json", b'[["text"]]', "row 1: no string under 'text'.*no object"),
+    "a cut list": ("a.json", b'[{"text": "ok"}, {"te', "not valid JSON.*a list of rows, or one row a line"),
+    "json with a bad line": ("a.json", b'{"text": "ok"}\n{"te\n', "line 2: not valid JSON"),
+    "json that is not gzip": ("a.json.gz", b'{"text": "ok"}\n', "cannot be read"),
+    "binary text": ("a.txt", b"ab\0\0\1c" * 9, "is not text: it holds a NUL"),
+    "binary json": ("a.json", bytes(range(256)), "not UTF-8"),
     "no object": ("a.jsonl", b"{}\n", "line 1: no string under 'text'"),
     "not gzip": ("a.jsonl.gz", b'{"text": "ok"}\n', "cannot be read"),
     "cut gzip": (
@@ -165,8 +392,9 @@ def test_json_nested_too_deeply(read: Any, tmp_path: Path) -> None:
 
 @READERS
 def test_parquet_without_the_column(read: Any, tmp_path: Path) -> None:
-    path = parquet(tmp_path / "a.parquet", {"content": ["x"], "id": [1]})
-    refused(read, path, f"{re.escape(str(path))} has no column 'text'; there are content, id")
+    path = parquet(tmp_path / "a.parquet", {"content": ["x"], "title": ["y"], "id": [1]})
+    refused(read, path, f"{re.escape(str(path))} has no column 'text'; there are content, title, id")
+    refused(read, f"{path}:body", f"{re.escape(str(path))} has no column 'body'; there are content, title, id")
 
 
 @READERS

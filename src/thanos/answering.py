@@ -29,7 +29,7 @@ _LOGITS_BYTES = 2 << 30
 """Size of the logits of one forward pass on CUDA; their log-softmax takes as much again. A constant rather than a share of the
 free memory, so that scores do not depend on what else runs on the device."""
 
-TokenIds = dict[tuple[str, bool | None, int | None], array]
+TokenIds = dict[tuple[str, bool | None, bool | None, int | None], array]
 """By text and how it is encoded."""
 
 
@@ -89,13 +89,15 @@ def _ids_of(identity: str) -> TokenIds:
 # --- the model --------------------------------------------------------------------------------------------------------
 
 
-def wrap(network: PreTrainedModel, tokenizer: Any, tell: Callable[[Event], None]) -> Any:
+def wrap(network: PreTrainedModel, tokenizer: Any, tell: Callable[[Event], None], *, bos: bool = False) -> Any:
     """Return lm_eval's model around a loaded one.
 
     Args:
         network: on its device, in eval mode.
         tokenizer: of the model.
         tell: hears how many requests are answered.
+        bos: whether to ask lm_eval for a beginning-of-text token before each request (its ``add_bos_token``); without it a
+            request begins as the tokenizer begins a text.
     """
     from lm_eval.models import huggingface
 
@@ -132,7 +134,7 @@ def wrap(network: PreTrainedModel, tokenizer: Any, tell: Callable[[Event], None]
         def tok_encode(
             self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **_: Any
         ) -> list[int]:
-            key = (string, add_special_tokens, left_truncate_len)
+            key = (string, add_special_tokens, self.add_bos_token, left_truncate_len)
             if key not in known:
                 known[key] = array("i", super().tok_encode(string, add_special_tokens, left_truncate_len))
             return known[key].tolist()
@@ -161,7 +163,7 @@ def wrap(network: PreTrainedModel, tokenizer: Any, tell: Callable[[Event], None]
                 return super()._model_call(inps, *arguments, **others)
 
     sequences = _SEQUENCES.get(network.device.type, _SEQUENCES["cpu"])
-    model = Wrapped(pretrained=network, tokenizer=tokenizer, batch_size=sequences)
+    model = Wrapped(pretrained=network, tokenizer=tokenizer, batch_size=sequences, add_bos_token=bos or None)
     if network.device.type == "cuda":
         width = getattr(network.config.get_text_config(), "vocab_size", len(tokenizer))
         model.tokens = max(1, _LOGITS_BYTES // (width * network.dtype.itemsize))

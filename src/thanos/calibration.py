@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from thanos.beginnings import added_bos, plain_ids, without_bos
 from thanos.errors import DataError
 from thanos.events import Event
 from thanos.text import calibration_documents
@@ -37,6 +38,7 @@ class Calibration:
             ``generated``: sampled from the dense model.
         seed: of the draw.
         documents: number of documents used.
+        bos: the beginning-of-text token with which each window begins, since the tokenizer begins texts so; None without.
     """
 
     ids: Tensor
@@ -44,6 +46,7 @@ class Calibration:
     rule: Rule
     seed: int
     documents: int
+    bos: int | None = None
 
     @property
     def sha256(self) -> str:
@@ -77,6 +80,7 @@ class Calibration:
             "samples": samples,
             "sequence_length": length,
             "tokens": samples * length,
+            "bos": self.bos,
             "sha256": self.sha256,
         }
 
@@ -97,11 +101,12 @@ def build_calibration(
 
     Documents are tried in random order; where enough are longer than the window, each gives one random window. Otherwise
     documents are packed: in their own order for seed 0, in an order drawn from the seed for others; a single document is
-    cut from its beginning for seed 0, from a place drawn from the seed for others.
+    cut from its beginning for seed 0, from a place drawn from the seed for others. Where the tokenizer begins texts with a
+    beginning-of-text token (BOS), that is the first token of each window, and the text fills the others.
 
     Args:
         source: see :mod:`thanos.text`; ``self`` needs ``model``.
-        tokenizer: the model's.
+        tokenizer: the model's; it tells whether windows begin with BOS, and its chat template makes text of chats.
         samples: number of windows.
         sequence_length: tokens per window.
         seed: of the draw; the global random state is neither read nor changed.
@@ -114,28 +119,39 @@ def build_calibration(
         DataError: too little text, or a sequence longer than the model's positions.
     """
     check_positions(sequence_length, context_length)
-    tell = on_event or (lambda event: None)
+    tell, bos = on_event or (lambda event: None), added_bos(tokenizer)
     if source == "self":
         if model is None:
             raise DataError("calibration 'self' needs the dense model")
-        return Calibration(
-            _generate(model, samples, sequence_length, seed, end_of_text_id, tell), source, "generated", seed, 0
-        )
-    documents = calibration_documents(source)
-    windows = _random_windows(documents, tokenizer, samples, sequence_length, seed, tell)
+        start = end_of_text_id if bos is None else bos
+        ids = _generate(model, samples, sequence_length, seed, start, end_of_text_id, tell)
+        return Calibration(ids, source, "generated", seed, 0, bos)
+    documents = calibration_documents(
+        source, tokenizer, lambda line: tell(Event(kind="note", phase="calibration", message=line))
+    )
+    length = sequence_length if bos is None else sequence_length - 1  # of the text in a window
+    windows = _random_windows(documents, tokenizer, samples, length, seed, tell)
     if windows is not None:
-        return Calibration(windows, source, "random-window", seed, samples)
-    order, draw, needed = list(range(len(documents))), random.Random(seed), samples * sequence_length
+        return Calibration(begin_windows(windows, bos), source, "random-window", seed, samples, bos)
+    order, draw, needed = list(range(len(documents))), random.Random(seed), samples * length
     if seed:
         draw.shuffle(order)
     if seed and len(order) == 1:  # nothing to shuffle, so the windows begin anywhere in it
-        ids, used = _tokens(tokenizer, documents[0]), 1
+        ids, used = without_bos(plain_ids(tokenizer, documents[0]), bos), 1
         begin = draw.randrange(max(1, len(ids) - needed + 1))
         ids = ids[begin : begin + needed]
     else:
         ids, used = _pack((documents[i] for i in order), tokenizer, needed, end_of_text_id)
-    _check_length(source, len(ids), samples, sequence_length)
-    return Calibration(torch.tensor(ids).view(samples, sequence_length), source, "packed", seed, used)
+    _check_length(source, len(ids), samples, sequence_length, length)
+    windows = begin_windows(torch.tensor(ids).view(samples, length), bos)
+    return Calibration(windows, source, "packed", seed, used, bos)
+
+
+def begin_windows(text: Tensor, bos: int | None) -> Tensor:
+    """Return windows (n, T) int64 of text (n, T − 1) with a BOS before each; without one, the text as it is."""
+    if bos is None:
+        return text
+    return torch.cat([torch.full((len(text), 1), bos), text], dim=1)
 
 
 def check_positions(sequence_length: int, context_length: int | None) -> None:
@@ -151,10 +167,6 @@ def check_positions(sequence_length: int, context_length: int | None) -> None:
         )
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore[return-value]
-
-
 def _random_windows(
     documents: list[str],
     tokenizer: PreTrainedTokenizerBase,
@@ -164,7 +176,7 @@ def _random_windows(
     tell: Callable[[Event], None],
 ) -> Tensor | None:
     """Return windows by the paper's rule; None where fewer than ``samples`` documents are long enough."""
-    draw = random.Random(seed)
+    draw, bos = random.Random(seed), added_bos(tokenizer)
     # A token takes at least one byte, so most short documents need no tokenizer to be ruled out.
     order = [i for i, text in enumerate(documents) if len(text.encode()) > length]
     if len(order) < samples:
@@ -174,7 +186,7 @@ def _random_windows(
     for number, index in enumerate(order):
         if len(windows) + len(order) - number < samples:
             return None
-        ids = _tokens(tokenizer, documents[index])
+        ids = without_bos(plain_ids(tokenizer, documents[index]), bos)
         if len(ids) > length:
             start = draw.randrange(len(ids) - length)
             windows.append(ids[start : start + length])
@@ -188,33 +200,35 @@ def _pack(
     documents: Iterator[str], tokenizer: PreTrainedTokenizerBase, needed: int, end_of_text_id: int
 ) -> tuple[list[int], int]:
     ids: list[int] = []
-    used = 0
+    used, bos = 0, added_bos(tokenizer)
     for text in documents:
         if used:
             ids.append(end_of_text_id)
-        ids += _tokens(tokenizer, text)
+        ids += without_bos(plain_ids(tokenizer, text), bos)
         used += 1
         if len(ids) >= needed:
             return ids[:needed], used
     return ids, used
 
 
-def _check_length(source: str, tokens: int, samples: int, length: int) -> None:
+def _check_length(source: str, tokens: int, samples: int, sequence_length: int, length: int) -> None:
+    besides = "" if length == sequence_length else ", of which the first is the beginning-of-text token"
     if tokens < length:
         raise DataError(
-            f"calibration text {source} is shorter than one sequence: {tokens} tokens, and --sequence-length is {length}"
+            f"calibration text {source} is shorter than one sequence: {tokens} tokens, and --sequence-length is "
+            f"{sequence_length}{besides}"
         )
     if tokens < samples * length:
         raise DataError(
-            f"calibration text {source} gives {tokens // length} windows of {length} tokens, and --samples is {samples}; lower "
-            "--samples or --sequence-length, or give more text"
+            f"calibration text {source} gives {tokens // length} windows of {sequence_length} tokens, and --samples is "
+            f"{samples}; lower --samples or --sequence-length, or give more text"
         )
 
 
 def _generate(
-    model: PreTrainedModel, samples: int, length: int, seed: int, start: int, tell: Callable[[Event], None]
+    model: PreTrainedModel, samples: int, length: int, seed: int, start: int, pad: int, tell: Callable[[Event], None]
 ) -> Tensor:
-    """Sample sequences from the model at temperature 1, each beginning with the end-of-text token."""
+    """Sample sequences from the model at temperature 1, each beginning with the token ``start``: BOS, else end-of-text."""
     batches = []
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.inference_mode():
@@ -231,7 +245,7 @@ def _generate(
                 top_p=1.0,
                 min_new_tokens=length - 1,
                 max_new_tokens=length - 1,
-                pad_token_id=start,
+                pad_token_id=pad,
             )
             batches.append(ids.cpu())
             tell(

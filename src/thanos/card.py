@@ -7,12 +7,13 @@ from pathlib import PurePath
 from typing import Any
 
 from thanos.report import LayerRecord, PruningReport
-from thanos.text import SUFFIXES
+from thanos.textfiles import SUFFIXES, Part, split_source
 
 _FILES = (".gguf", ".safetensors", ".bin", ".json", *SUFFIXES)
 """Endings of the files that a user may name."""
 
 _WORST = 5
+_BEGUN = ", each window begun with the beginning-of-text token"
 _KEPT = ", the other rows making up for them"
 
 _USE = """```python
@@ -51,7 +52,10 @@ def model_card(report: PruningReport) -> str:
 
 
 def public_name(name: str) -> str:
-    """Return a hub name as it is, and the last part of anything that looks like a local path."""
+    """Return a hub name as it is, and the last part of anything that looks like a local path; of each in a list of texts."""
+    parts = split_source(name)
+    if parts != [Part(name)]:
+        return ",".join(str(Part(public_name(part.path), part.column)) for part in parts)
     path = PurePath(name)
     # Not any suffix: the organisation of Qwen/Qwen2.5-0.5B is no folder.
     is_path = path.is_absolute() or name.startswith((".", "~")) or name.lower().endswith(_FILES)
@@ -97,7 +101,7 @@ def _recipe_table(report: PruningReport) -> str:
             (
                 "calibration",
                 f"{source}: {calibration['samples']} × {calibration['sequence_length']} tokens, {calibration['rule']}, "
-                f"seed {recipe['seed']}",
+                f"seed {recipe['seed']}{_BEGUN if calibration.get('bos') is not None else ''}",
             ),
             ("hash of the calibration tokens", f"`{calibration['sha256']}`"),
             ("device", versions["device"]),

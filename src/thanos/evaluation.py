@@ -17,6 +17,8 @@ from torch.nn import functional as F
 
 from thanos._version import __version__
 from thanos.attention import fast_attention
+from thanos.beginnings import Bos, check_bos
+from thanos.cutting import check_window, cut_windows, decide_bos
 from thanos.errors import DataError, NumericsError
 from thanos.eventlog import EventStream
 from thanos.events import Event
@@ -24,16 +26,15 @@ from thanos.memory import free_device_bytes, memory_explained
 from thanos.pretrained import (
     check_token_ids,
     choose_device,
-    context_length,
     find_local,
     load_model,
     parse_dtype,
     resolve_model,
 )
-from thanos.text import evaluation_rows
+from thanos.text import check_text_source, evaluation_rows
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SCHEMA = 1
 
@@ -56,6 +57,8 @@ class Evaluation:
         text: the source of the text.
         text_sha256: hash of the scored text's token ids (little-endian int64).
         sequence_length: tokens per window.
+        bos: where the beginning-of-text token stands: ``window``, at the start of each; ``text``, at the start of the text
+            alone; ``none``, nowhere, since the tokenizer adds none.
         windows: number of windows.
         tokens: number of tokens scored, sequence_length − 1 per window.
         perplexity: exp of the mean loss.
@@ -76,6 +79,7 @@ class Evaluation:
     text: str
     text_sha256: str
     sequence_length: int
+    bos: Bos
     windows: int
     tokens: int
     perplexity: float
@@ -109,6 +113,7 @@ class Reference:
         keep_bytes: room on the model's device for what goes into its head, a vector a token. If that of all windows fits, it
             is kept, and only the head runs again for every model that is compared, which changes no digit of the result;
             else the whole dense model runs again.
+        bos: where the beginning-of-text token stands in the windows.
     """
 
     text: str
@@ -116,6 +121,7 @@ class Reference:
     dense: str | None = None
     model: PreTrainedModel | None = None
     keep_bytes: int = 0
+    bos: Bos = "text"
     _kept: dict[tuple[int, int], Any] = field(default_factory=dict, init=False, repr=False)  # of this model alone
 
     def check(self, model: PreTrainedModel) -> None:
@@ -126,7 +132,7 @@ class Reference:
         """
         for each in (model, self.model):
             if each is not None:
-                _check_window(self.windows.shape[1], each.config)
+                check_window(self.windows.shape[1], each.config)
                 check_token_ids(self.windows, each)
 
     def logits(self, first: int, ids: Tensor) -> Tensor | None:
@@ -181,6 +187,7 @@ def evaluate(
     dense: str | Path | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    bos: str = "auto",
     on_event: Callable[[Event], None] | None = None,
     trust_remote_code: bool = False,
     reference: Reference | None = None,
@@ -190,20 +197,24 @@ def evaluate(
 
     Rows are joined with a blank line and tokenised once, with the tokenizer's own special tokens; the ids are cut into
     windows that do not overlap, the remainder left out. Each window's tokens but the first are predicted; the losses of
-    all windows are averaged and exponentiated. Log-probabilities are float32.
+    all windows are averaged and exponentiated. Log-probabilities are float32. Where the tokenizer begins texts with a
+    beginning-of-text token (BOS), it stands at the start of the text alone, or, if the dense model (else this one) needs it, at
+    the start of each window, before sequence_length − 1 tokens of the text; it is never predicted.
 
     Args:
         model: a hub name, a local folder or a ``.gguf`` file.
-        text: ``wikitext2``, ``c4``, ``pydoc`` or a local file.
+        text: ``wikitext2``, ``c4``, ``pydoc`` or local files (textfiles.py).
         sequence_length: tokens per window, at least 2.
         max_windows: score only the first so many windows.
         dense: the model to compare with; must have the same vocabulary.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``.
+        bos: ``window`` or ``text`` to decide where BOS stands; ``auto``: in each window if that lowers the perplexity of the
+            first windows by 10 %.
         on_event: is told about progress.
         trust_remote_code: let transformers run Python code that a checkpoint carries.
-        reference: windows and dense model in place of ``text``, ``sequence_length``, ``max_windows`` and ``dense``; the
-            windows must come from this model's tokenizer.
+        reference: windows and dense model in place of ``text``, ``sequence_length``, ``max_windows``, ``dense`` and ``bos``;
+            the windows must come from this model's tokenizer.
         network: the model, where it is loaded already; it is scored where and as it is, whatever ``device`` and ``dtype`` say.
 
     Raises:
@@ -216,26 +227,31 @@ def evaluate(
     if dense is not None:
         find_local(dense, trust_remote_code=trust_remote_code, what="the dense model")
     where = choose_device(device) if network is None else network.device
-    rows = evaluation_rows(text) if reference is None else []
+    if reference is None:
+        check_bos(bos)
+        check_text_source(text, evaluation=True)
     source = resolve_model(model, trust_remote_code=trust_remote_code)
     dense_source = None if dense is None else resolve_model(dense, trust_remote_code=trust_remote_code)
+    tokenizer, joined = None, ""
     if reference is None:
         for each in (source, dense_source):
             if each is not None:
-                _check_window(sequence_length, each.config())
-        source.tokenizer()
+                check_window(sequence_length, each.config())
+        tokenizer = source.tokenizer()
+        joined = _text(text, tokenizer, tell)
     length = sequence_length if reference is None else reference.windows.shape[1]
     with memory_explained(where, f"lower --sequence-length (now {length})"):
         if network is None:
             network = load_model(source, dtype=dtype, device=where)
         if reference is None:
+            assert tokenizer is not None
             other = None
             if dense_source is not None:
                 other = load_model(dense_source, dtype=dtype, device=where)
-            tokenizer = source.tokenizer()
-            windows = cut_windows("\n\n".join(rows), tokenizer, network, text, sequence_length, max_windows)
+            chosen = choose_bos(bos, joined, tokenizer, other or network, sequence_length, tell)
+            windows = cut_windows(joined, tokenizer, network, text, sequence_length, max_windows, chosen)
             name = None if dense is None else str(dense)
-            reference = Reference(text=text, windows=windows, dense=name, model=other)
+            reference = Reference(text=text, windows=windows, dense=name, model=other, bos=chosen)
         reference.check(network)
         began = time.perf_counter()
         sums = _score(network, reference, tell)
@@ -257,6 +273,7 @@ def _evaluation(
         text=reference.text,
         text_sha256=hashlib.sha256(reference.windows.numpy().astype("<i8").tobytes()).hexdigest(),
         sequence_length=length,
+        bos=reference.bos,
         windows=count,
         tokens=tokens,
         perplexity=_perplexity(loss),
@@ -273,6 +290,44 @@ def _evaluation(
     )
 
 
+def _text(text: str, tokenizer: PreTrainedTokenizerBase, tell: Callable[[Event], None]) -> str:
+    rows = evaluation_rows(text, tokenizer, lambda line: tell(Event(kind="note", phase="evaluate", message=line)))
+    return "\n\n".join(rows)
+
+
+def choose_bos(
+    asked: str,
+    text: str,
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+    sequence_length: int,
+    tell: Callable[[Event], None],
+) -> Bos:
+    """Return where BOS stands in the windows of a text, by the losses of ``model``; see :func:`~thanos.cutting.decide_bos`.
+
+    Raises:
+        DataError: BOS is asked for in each window, and the tokenizer has none; or the windows do not fit the model.
+    """
+
+    def mean_loss(windows: Tensor) -> float | None:
+        tried = Reference(text="", windows=windows)
+        tried.check(model)
+        try:
+            return _score(model, tried, lambda event: None)[0] / (len(windows) * (sequence_length - 1))
+        except NumericsError:  # which scoring the text tells better
+            return None
+
+    check_window(sequence_length, model.config)
+    return decide_bos(
+        asked,
+        text,
+        tokenizer,
+        sequence_length,
+        mean_loss,
+        lambda line: tell(Event(kind="note", phase="evaluate", message=line)),
+    )
+
+
 def _check_options(sequence_length: int, max_windows: int | None, dtype: str) -> None:
     if sequence_length < 2:
         raise DataError(f"sequence_length must be at least 2, to predict one token; got {sequence_length}")
@@ -284,40 +339,6 @@ def _check_options(sequence_length: int, max_windows: int | None, dtype: str) ->
 
 def _perplexity(mean_loss: float) -> float:
     return math.exp(mean_loss) if mean_loss < 700 else math.inf
-
-
-def cut_windows(
-    text: str,
-    tokenizer: PreTrainedTokenizerBase,
-    model: PreTrainedModel,
-    name: str,
-    sequence_length: int,
-    max_windows: int | None,
-) -> Tensor:
-    """Tokenise a text once and cut it into windows, (windows, sequence_length) int64.
-
-    Raises:
-        DataError: the text is shorter than one window, or the window longer than the model's positions.
-    """
-    _check_window(sequence_length, model.config)
-    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
-    count = len(ids) // sequence_length
-    if count == 0:
-        raise DataError(
-            f"the text {name} has {len(ids)} tokens, fewer than one window of {sequence_length}; lower --sequence-length"
-        )
-    count = min(count, max_windows or count)
-    check_token_ids(ids, model)
-    return ids[: count * sequence_length].view(count, sequence_length)
-
-
-def _check_window(sequence_length: int, config: PreTrainedConfig) -> None:
-    positions = context_length(config)
-    if positions is not None and sequence_length > positions:
-        raise DataError(
-            f"sequence_length {sequence_length} is beyond the model's {positions} positions; give --sequence-length "
-            f"{positions} or less"
-        )
 
 
 @torch.inference_mode()

@@ -24,6 +24,7 @@ import torch
 
 from thanos._version import __version__
 from thanos.answering import keep_requests, templates_compiled_once, wrap
+from thanos.beginnings import added_bos, check_bos
 from thanos.errors import DataError
 from thanos.events import Event
 from thanos.extras import install_command
@@ -62,6 +63,8 @@ class ZeroShot:
         dtype: in which the model runs.
         device: where.
         versions: of thanos, lm_eval, torch and transformers.
+        bos: ``window`` where a beginning-of-text token was asked for before each request (lm_eval's ``add_bos_token``);
+            ``text`` where each request begins as the tokenizer begins a text.
         schema: version of this format.
     """
 
@@ -74,6 +77,7 @@ class ZeroShot:
     dtype: str
     device: str
     versions: dict[str, str]
+    bos: str = "text"
     schema: int = SCHEMA
 
     def to_dict(self) -> dict[str, Any]:
@@ -90,6 +94,7 @@ def zero_shot(
     limit: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    bos: str = "auto",
     cache: bool = True,
     on_event: Callable[[Event], None] | None = None,
     trust_remote_code: bool = False,
@@ -104,6 +109,8 @@ def zero_shot(
         limit: score only the first so many documents of each task.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``.
+        bos: ``window``: ask lm_eval for a beginning-of-text token before each request, which takes a tokenizer that adds one;
+            ``auto``, ``text``: a request begins as the tokenizer begins a text.
         cache: take scores that were measured before from :func:`cache_folder`, and put new ones there.
         on_event: is told about progress.
         trust_remote_code: let transformers run Python code that a checkpoint carries.
@@ -119,19 +126,25 @@ def zero_shot(
     if dtype != "auto":
         parse_dtype(dtype)
     find_local(model, trust_remote_code=trust_remote_code)
+    check_bos(bos)
     where = choose_device(device) if network is None else network.device
     cache = cache and network is None  # whose weights it has, nothing tells
     check_tasks(tasks, task_folder)
     source = resolve_model(model, trust_remote_code=trust_remote_code)
+    add_bos = bos == "window"
+    if add_bos and added_bos(source.tokenizer()) is None:
+        raise DataError(
+            f"the tokenizer of {source.name} begins no text with a beginning-of-text token; leave out bos 'window'"
+        )
     runs_in = running_dtype(source, dtype) if network is None else network.dtype
     dtype = str(runs_in).removeprefix("torch.")  # auto and the dtype that it stands for have one key
     loaded = _load_tasks(tuple(tasks), None if task_folder is None else str(task_folder))
-    keys = _keys(source, loaded, limit, dtype, where) if cache else {}
+    keys = _keys(source, loaded, limit, dtype, where, bos=add_bos) if cache else {}
     scores = {name: found for name, key in keys.items() if (found := _read(key)) is not None}
     missing = [name for name in loaded if name not in scores]
     if missing:
         network = _load(source, runs_in, where) if network is None else network
-        scores |= _score(network, source, [loaded[name] for name in missing], limit, where, on_event)
+        scores |= _score(network, source, [loaded[name] for name in missing], limit, where, on_event, bos=add_bos)
         for name in missing if cache else []:
             _write(keys[name], scores[name])
     return ZeroShot(
@@ -144,6 +157,7 @@ def zero_shot(
         dtype=dtype,
         device=torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu",
         versions=_versions(),
+        bos="window" if add_bos else "text",
     )
 
 
@@ -259,6 +273,8 @@ def _score(
     limit: int | None,
     where: torch.device,
     on_event: Callable[[Event], None] | None,
+    *,
+    bos: bool,
 ) -> dict[str, dict[str, Any]]:
     import lm_eval
 
@@ -266,7 +282,7 @@ def _score(
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=_FEWSHOT_SEED)
-    model = wrap(network, source.tokenizer(), on_event or (lambda event: None))
+    model = wrap(network, source.tokenizer(), on_event or (lambda event: None), bos=bos)
     chosen = {"tasks": {task.config.task: task for task in tasks}, "groups": {}}
     with memory_explained(where), templates_compiled_once():
         found = lm_eval.evaluate(model, chosen, limit=limit, log_samples=False)  # type: ignore[arg-type]
@@ -289,10 +305,11 @@ def _score(
 
 
 def _keys(
-    source: ModelSource, tasks: dict[str, Any], limit: int | None, dtype: str, where: torch.device
+    source: ModelSource, tasks: dict[str, Any], limit: int | None, dtype: str, where: torch.device, *, bos: bool
 ) -> dict[str, str]:
     """Return the key of each task's score in the cache, by the task's name."""
     shaping = [model_sha256(source), limit, dtype, where.type, metadata.version("lm_eval"), torch.__version__]
+    shaping += ["add_bos_token"] if bos else []
     return {name: _key(task, shaping) for name, task in tasks.items()}
 
 

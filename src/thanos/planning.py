@@ -31,6 +31,7 @@ from thanos.preparing import (
     Prepared,
     Watcher,
     calibrate,
+    check_calibration,
     check_text_settings,
     checked_recipe,
     prepare,
@@ -129,6 +130,7 @@ def plan(
     work = WorkFolder(out)
     check_interrupted(work, resume=False, overwrite=overwrite)
     check_output(out, model=Path(model) if local else None, overwrite=overwrite)
+    check_calibration(recipe, calibration)
     device = choose_device(recipe.device)
     meter = PhaseMeter(device)
     with resource_errors(recipe):
@@ -136,6 +138,7 @@ def plan(
             source = resolve_model(model, trust_remote_code=recipe.trust_remote_code)
             if calibration is None:
                 check_text_settings(source, recipe)
+            check_calibration(recipe, calibration, source)
             prepared = prepare(source, recipe, watch, look=False)
         with meter.phase("calibration"):
             if recipe.calibration == "self" and calibration is None:

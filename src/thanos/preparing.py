@@ -22,6 +22,7 @@ from thanos.shards import check_room
 from thanos.solvers.base import Budget
 from thanos.structure import LinearLayer, linear_layers, select_layers
 from thanos.survey import count_zeros, sampled_sparsity, survey
+from thanos.text import check_text_source
 
 Watcher = Callable[[Event], None]
 
@@ -130,6 +131,16 @@ def _note_zeros(opened: OpenedModel, layers: list[LinearLayer], watch: Watcher) 
         opened.notes.append(note)
         watch(Event(kind="note", phase="load", message=note))
     return sparsity
+
+
+def check_calibration(recipe: Recipe, given: Calibration | None, source: ModelSource | None = None) -> None:
+    """Refuse a calibration text that cannot be used, before a model is loaded; with ``source`` also chats without a template.
+
+    Raises:
+        DataError: it cannot.
+    """
+    if given is None:
+        check_text_source(recipe.calibration, tokenizer=None if source is None else source.tokenizer)
 
 
 def calibrate(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,7 @@ from thanos.hints import near_device, near_dtype
 from thanos.hub import download
 from thanos.memory import is_out_of_memory
 from thanos.naming import model_name
+from thanos.textfiles import is_installed
 from thanos.weightfiles import find_weights, refuse_lone_adapter
 
 if TYPE_CHECKING:
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+_SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model")
+_TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\s*")
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,7 @@ class ModelSource:
         try:
             return AutoTokenizer.from_pretrained(self.folder, **self._arguments())
         except Exception as error:  # tokenizers raises bare Exception for a broken file
-            line = f"the tokenizer of {self.name} cannot be read: {first_line(error)}"
+            line = f"the tokenizer of {self.name} cannot be read: {first_line(error)}{_lacking(self)}"
             raise ModelError(describe_import_error(f"the tokenizer of {self.name}", error) or line) from error
 
     def generation_config(self) -> GenerationConfig | None:
@@ -371,3 +375,24 @@ def _check_causal(source: ModelSource) -> None:
             f"{source.name} is not a causal language model that transformers knows ({config.model_type}); "
             "give another model, or a newer transformers"
         )
+
+
+def _lacking(source: ModelSource) -> str:
+    """Name the packages that are not installed and without which transformers cannot read a tokenizer's own format."""
+    if source.gguf is not None or (source.folder / "tokenizer.json").is_file():
+        return ""
+    for file in (source.folder / name for name in _SENTENCEPIECE_FILES):
+        if not file.is_file():
+            continue
+        with file.open("rb") as opened:  # sentencepiece's format, or, as Llama 3 has it, tiktoken's
+            is_tiktoken = _TIKTOKEN_LINE.fullmatch(opened.readline(4096)) is not None
+        needed = (
+            {"tiktoken": "tiktoken"}
+            if is_tiktoken
+            else {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
+        )
+        absent = [package for module, package in needed.items() if not is_installed(module)]
+        if absent:
+            what = f"{file.name} alone, without a tokenizer.json, needs packages that are missing"
+            return f"; {what}: pip install {' '.join(absent)}"
+    return ""

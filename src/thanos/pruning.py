@@ -34,6 +34,7 @@ from thanos.preparing import (
     Prepared,
     Watcher,
     calibrate,
+    check_calibration,
     check_text_settings,
     checked_recipe,
     prepare,
@@ -205,6 +206,8 @@ def _choose(job: _Job) -> None:
 def _prune(model: str, job: _Job, given: Calibration | None) -> PruningReport:
     recipe, work, tell = job.recipe, job.work, job.tell
     before = work.run if job.resume else {}
+    if not (before and work.published):
+        check_calibration(recipe, given)
     tell(Event(kind="phase", phase="load"))
     with job.meter.phase("load"):
         source = resolve_model(model, trust_remote_code=recipe.trust_remote_code)
@@ -220,6 +223,7 @@ def _prune(model: str, job: _Job, given: Calibration | None) -> PruningReport:
             return published
         if given is None:
             check_text_settings(source, recipe)
+        check_calibration(recipe, given, source)
         plan = prepare(source, recipe, tell, folder=work.model)
         job.world.check_equal(_facts(recipe, plan.opened))
     with job.meter.phase("calibration"):

@@ -1,23 +1,31 @@
 """Sources of text: named data sets, local files, and the standard library's own documentation.
 
-Calibration and evaluation never share text: ``wikitext2`` and ``c4`` use different splits, ``pydoc`` disjoint topics. A
-local file is used whole for whichever it is given.
+Calibration and evaluation never share text: ``wikitext2`` and ``c4`` use different splits, ``pydoc`` disjoint topics. Local
+files (textfiles.py) are used whole for whichever they are given.
 """
 
 from __future__ import annotations
 
-import gzip
-import json
-import zlib
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+import re
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
+from thanos.beginnings import added_bos
 from thanos.errors import DataError
 from thanos.extras import install_command
+from thanos.textfiles import SUFFIXES, Note, Row, find_files, is_installed, read_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 NAMED = ("wikitext2", "c4", "pydoc", "self")
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
+
+_FROM_HUB = ("wikitext2", "c4")
+_CALIBRATION = ", ".join(NAMED)
+_EVALUATION = ", ".join(name for name in NAMED if name != "self")
+
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
+"""Half a surrogate pair, which JSON can escape and no encoding can write."""
 
 _PYDOC_EVALUATION_EVERY = 3
 """Every third distinct topic is for evaluation."""
@@ -26,12 +34,48 @@ _C4_EVALUATION_ROWS = 1100
 """The field evaluates C4 on the first 1100 validation documents, joined by spaces (SparseGPT's and Wanda's data loaders)."""
 
 
-def calibration_documents(source: str) -> list[str]:
+def check_text_source(
+    source: str,
+    *,
+    evaluation: bool = False,
+    tokenizer: Callable[[], PreTrainedTokenizerBase] | None = None,
+) -> None:
+    """Refuse a source that cannot be used, as far as a glance at its first rows tells; nothing is asked of the hub.
+
+    Args:
+        source: as for :func:`calibration_documents`.
+        evaluation: whether the text is to be evaluated on.
+        tokenizer: gives the model's; it is asked where the first row is a chat, and None leaves that check out.
+
+    Raises:
+        DataError: the source is unknown, missing or empty, or the first row has no text or no chat template.
+    """
+    if evaluation and source == "self":
+        raise DataError("text 'self' is for calibration: a model's own text does not measure it; choose another source")
+    if source in _FROM_HUB and not is_installed("datasets"):
+        raise DataError(f"{source} needs the package datasets: pip install 'thanos-llm[data]'")
+    if source in NAMED:
+        return
+    for row in _raw_rows(source, allowed=_EVALUATION if evaluation else _CALIBRATION, note=_unheard):
+        if not isinstance(row, str):
+            if tokenizer is not None:
+                _rendered(row, source, tokenizer())
+            return
+        if row.strip():
+            return
+    raise DataError(f"{source} holds no text")
+
+
+def calibration_documents(
+    source: str, tokenizer: PreTrainedTokenizerBase | None = None, on_note: Note | None = None
+) -> list[str]:
     """Return the documents of a source, empty ones left out.
 
     Args:
-        source: ``wikitext2``, ``c4``, ``pydoc`` or a local file. ``wikitext2`` and a ``.txt`` file are one document each; in
-            the others a row is one.
+        source: ``wikitext2``, ``c4``, ``pydoc`` or local files (textfiles.py). ``wikitext2`` and a ``.txt`` file are one
+            document each; in the others a row is one.
+        tokenizer: whose chat template makes text of chats; None where there are none.
+        on_note: is told what a person should know, such as characters that were replaced.
 
     Raises:
         DataError: the source is unknown, missing, unreadable or empty.
@@ -45,21 +89,28 @@ def calibration_documents(source: str) -> list[str]:
     elif source == "pydoc":
         rows = [text for index, text in enumerate(_topics()) if index % _PYDOC_EVALUATION_EVERY]
     else:
-        rows = _file_rows(source, allowed="wikitext2, c4, pydoc, self")
-    return _not_empty(source, [row for row in rows if row.strip()])
+        rows = _file_rows(source, _CALIBRATION, tokenizer, on_note or _unheard)
+    documents = [row for row in rows if row.strip()]
+    if not documents:
+        raise DataError(f"{source} holds no text")
+    return documents
 
 
-def evaluation_rows(source: str) -> list[str]:
+def evaluation_rows(
+    source: str, tokenizer: PreTrainedTokenizerBase | None = None, on_note: Note | None = None
+) -> list[str]:
     """Return the rows of a source, in order and with empty ones; evaluation joins them with a blank line.
 
     Args:
-        source: as for :func:`calibration_documents`.
+        source: as for :func:`calibration_documents`, as are the other arguments.
+        tokenizer: likewise.
+        on_note: likewise.
 
     Raises:
         DataError: the source is unknown, missing, unreadable or empty.
     """
     if source == "self":
-        raise DataError("text 'self' is for calibration: a model's own text does not measure it; choose another source")
+        check_text_source(source, evaluation=True)
     if source == "wikitext2":
         rows = _hub_rows(source, "Salesforce/wikitext", name="wikitext-2-raw-v1", split="test")
     elif source == "c4":
@@ -69,7 +120,7 @@ def evaluation_rows(source: str) -> list[str]:
     elif source == "pydoc":
         rows = _topics()[::_PYDOC_EVALUATION_EVERY]
     else:
-        rows = _file_rows(source, allowed="wikitext2, c4, pydoc")
+        rows = _file_rows(source, _EVALUATION, tokenizer, on_note or _unheard)
     if not any(row.strip() for row in rows):
         raise DataError(f"{source} holds no text")
     return rows
@@ -97,62 +148,41 @@ def _hub_rows(source: str, repository: str, **arguments: Any) -> list[str]:
         ) from error
 
 
-def _file_rows(source: str, *, allowed: str) -> list[str]:
-    path = Path(source)
-    if not path.name.endswith(SUFFIXES):
-        raise DataError(
-            f"text source {source!r} is unknown; choose {allowed}, or a file ending in {', '.join(SUFFIXES)}"
+def _unheard(note: str) -> None:
+    pass
+
+
+def _raw_rows(source: str, *, allowed: str, note: Note) -> Iterator[Row]:
+    for path, column in find_files(source, allowed):
+        yield from read_rows(path, column, note)
+
+
+def _file_rows(source: str, allowed: str, tokenizer: PreTrainedTokenizerBase | None, note: Note) -> list[str]:
+    rows, halves = [], 0
+    for row in _raw_rows(source, allowed=allowed, note=note):
+        text, found = _HALF_PAIR.subn("\ufffd", row if isinstance(row, str) else _rendered(row, source, tokenizer))
+        rows.append(text)
+        halves += found
+    if halves:
+        note(
+            f"{source} holds {halves:,} halves of surrogate pairs, which are no characters; each was replaced by U+FFFD"
         )
-    if not path.is_file():
-        raise DataError(f"text file {source} does not exist")
-    try:
-        if source.endswith(".parquet"):
-            return _parquet_rows(path)
-        if source.endswith(".txt"):
-            return [path.read_text(encoding="utf-8")]
-        return list(_json_rows(path))
-    except (OSError, EOFError, zlib.error) as error:
-        line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"text file {source} cannot be read: {line}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"text file {source} is not UTF-8: {error.reason} at byte {error.start}") from error
-
-
-def _json_rows(path: Path) -> Iterator[str]:
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{path}, line {number}: not valid JSON ({error})") from error
-            text = row.get("text") if isinstance(row, dict) else None
-            if not isinstance(text, str):
-                there = f"there are {', '.join(map(repr, row))}" if isinstance(row, dict) else "it is no object"
-                raise DataError(f"{path}, line {number}: no string under 'text'; {there}")
-            yield text
-
-
-def _parquet_rows(path: Path) -> list[str]:
-    try:
-        import pyarrow
-        import pyarrow.parquet as parquet
-    except ImportError as error:
-        raise DataError(f"parquet files need the package pyarrow: {install_command('data')}") from error
-    try:
-        names = parquet.read_schema(path).names
-        if "text" not in names:
-            raise DataError(f"{path} has no column 'text'; there are {', '.join(names)}")
-        rows = parquet.read_table(path, columns=["text"])["text"].to_pylist()
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path} is not a valid parquet file: {str(error).splitlines()[0]}") from error
-    if not all(isinstance(row, str) for row in rows):
-        raise DataError(f"{path}: the column 'text' holds something other than strings")
     return rows
 
 
-def _not_empty(source: str, documents: list[str]) -> list[str]:
-    if not documents:
-        raise DataError(f"{source} holds no text")
-    return documents
+def _rendered(messages: list[dict[str, Any]], source: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """Return a chat as text, without the BOS that a template may write where the tokenizer adds it in any case."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise DataError(
+            f"{source} holds chats (lists of messages), but the tokenizer has no chat template; give rows with plain text, "
+            "or a model that was trained on chats"
+        )
+    assert tokenizer is not None
+    try:
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception as error:  # Jinja's own errors, and what a template raises by itself
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"{source} holds a chat that the tokenizer's chat template refuses ({line}); a message has role and content"
+        ) from error
+    return text.removeprefix(str(tokenizer.bos_token)) if added_bos(tokenizer) is not None else text

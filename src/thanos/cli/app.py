@@ -27,7 +27,10 @@ app = typer.Typer(
 app.add_typer(bench)
 
 _MODEL = "A hub name, a local Hugging Face folder, or a .gguf file."
-_SOURCES = "wikitext2, c4 (both from the hub), pydoc, or a local .txt, .jsonl, .jsonl.gz or .parquet file"
+_SOURCES = (
+    "wikitext2, c4 (both from the hub), pydoc, or local .txt, .jsonl, .json (both also .gz) or .parquet files: one, several "
+    "with commas between, a folder, or a pattern such as 'data/*.jsonl'; FILE:NAME names the column"
+)
 _DEVICE = "auto, cpu, cuda or cuda:N (default auto: CUDA where there is any)."
 _DTYPE = "auto, float32, bfloat16 or float16, in which the model runs (default auto: the checkpoint's)."
 
@@ -204,6 +207,15 @@ def evaluate(
         Path | None, option("Folder with lm_eval task files of your own (default: none).", "DIR")
     ] = None,
     limit: Annotated[int | None, option("Only the first N documents of each task (default: all).", "N")] = None,
+    bos: Annotated[
+        str,
+        option(
+            "Where the beginning-of-text token stands, if the tokenizer adds one: window (at the start of each), text (at the "
+            "start of the text alone), or auto: in each window if that lowers the perplexity of the first ones by 10 percent, "
+            "that of the dense model where it is given (default auto).",
+            "PLACE",
+        ),
+    ] = "auto",
     no_cache: Annotated[
         bool, typer.Option("--no-cache", help="Score tasks again that were scored before (default: reuse the scores).")
     ] = False,
@@ -224,7 +236,7 @@ def evaluate(
 
     use_threads(threads)
     tables.check_writable(json_file)
-    common: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    common: dict[str, Any] = {"device": device, "dtype": dtype, "bos": bos, "trust_remote_code": trust_remote_code}
     if tasks is not None:
         if text is not None or dense is not None:
             raise DataError(

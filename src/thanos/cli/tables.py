@@ -26,6 +26,12 @@ _PLAIN_WIDTH = 140
 
 _SHOWN_WARNINGS = 5
 
+_BOS = {
+    "window": "at the start of each window",
+    "text": "at the start of the text alone",
+    "none": "none: the tokenizer adds none",
+}
+
 
 def show_report(report: PruningReport, out: Path, *, complete: bool = False) -> None:
     """Print what a pruning run did, what it cost, and where the result is; or what the run did that was already complete."""
@@ -86,6 +92,7 @@ def show_evaluation(result: Evaluation, json_file: Path | None) -> None:
     rows = [
         ("perplexity", f"{result.perplexity:.4f}"),
         ("tokens scored", f"{result.tokens:,} in {result.windows} windows of {result.sequence_length}"),
+        ("beginning-of-text token", _BOS[result.bos]),
         ("speed", f"{result.tokens_per_second:,.0f} tokens/s on {result.device}, {result.dtype}"),
     ]
     if result.kl_divergence is not None and result.top1_agreement is not None:

@@ -68,12 +68,16 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationPlan:
-    """How every cell is measured: a text, and whether the dense model is compared with (KL divergence, top-1 agreement)."""
+    """How every cell is measured: a text, and whether the dense model is compared with (KL divergence, top-1 agreement).
+
+    ``bos`` counts for models whose tokenizers begin texts with a beginning-of-text token; see :func:`~thanos.evaluate`.
+    """
 
     text: str = "wikitext2"
     sequence_length: int = 2048
     max_windows: int | None = None
     compare: bool = True
+    bos: str = "auto"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,6 +139,7 @@ class Study:
         if cell.model in self.cost_only:
             return {"dtype": self.dtype, "evaluation": None, "zero_shot": None}
         evaluation = asdict(self.evaluation) | {"text": public(self.evaluation.text)}
+        del evaluation["bos"]  # which the model's tokenizer decides on, see Places.asked
         zero_shot = None
         if self.zero_shot is not None and cell in self.zero_shot_cells:
             zero_shot = {"tasks": list(self.zero_shot.tasks), "limit": self.zero_shot.limit}

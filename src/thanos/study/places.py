@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from thanos.study.grid import Cell, Study
+from thanos.textfiles import split_source
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,6 +23,7 @@ class Places:
         tasks_hash: sha256 of the files in it and of those they name; None without one.
         hashes: name in the study → sha256 of the model or text; None where there is no file.
         failures: models that cannot be had, and why.
+        begun: models whose tokenizers begin texts with a beginning-of-text token.
         commit: of the source tree; None where unknown.
     """
 
@@ -32,11 +35,21 @@ class Places:
     hashes: dict[str, str | None]
     failures: dict[str, str]
     commit: str | None
+    begun: frozenset[str] = frozenset()
 
     @property
     def scratch(self) -> Path:
         """Where pruned models lie until they are measured."""
         return self.out / "scratch"
+
+    def asked(self, study: Study, cell: Cell) -> dict[str, Any]:
+        """Return what, besides the cell, shapes its record: the study's wishes, and where a beginning-of-text token stands.
+
+        ``bos`` is there for models whose tokenizers add that token, alone; their windows of calibration begin with it. So
+        all other cells have the keys that they had in versions without it.
+        """
+        asked = study.asked(cell)
+        return asked | {"bos": study.evaluation.bos} if cell.model in self.begun else asked
 
     def sources(self, study: Study, cell: Cell) -> dict[str, str | None]:
         """Return the hashes of the files that a cell depends on."""
@@ -49,9 +62,8 @@ class Places:
 
     def without_paths(self, text: str) -> str:
         """Return a message in one line, without the folders of this machine."""
-        found = {
-            path for path in [*self.models.values(), *self.texts.values(), self.task_folder or ""] if os.sep in path
-        }
+        texts = {part.path for text in self.texts.values() for part in split_source(text)}
+        found = {path for path in [*self.models.values(), *texts, self.task_folder or ""] if os.sep in path}
         folders = {str(Path(path).parent) for path in found} | {str(self.out.resolve()), str(self.out)}
         for folder in sorted(folders - {"/", "."}, key=len, reverse=True):
             text = text.replace(f"{folder}{os.sep}", "")

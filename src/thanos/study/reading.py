@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from thanos.beginnings import BOS_CHOICES
 from thanos.errors import RecipeError, StudyError
 from thanos.recipe import DTYPES, METHODS, LayerRecipe, Recipe
 from thanos.study.grid import DENSE, FORMULA, Cell, EvaluationPlan, FormulaPlan, Study, ZeroShotPlan, product, public
@@ -253,6 +254,7 @@ _EVALUATION: dict[str, Callable[[Any], Any]] = {
     "sequence_length": _whole(2),
     "max_windows": _whole(1),
     "compare": _flag,
+    "bos": _one_of(*BOS_CHOICES),
 }
 _ZERO_SHOT: dict[str, Callable[[Any], Any]] = {"tasks": _many(_word), "task_folder": _word, "limit": _whole(1)}
 _FORMULA: dict[str, Callable[[Any], Any]] = {

@@ -20,7 +20,7 @@ from thanos.study.places import Places
 from thanos.study.store import CellRecord, cell_key
 
 _KEPT = (
-    "text", "text_sha256", "sequence_length", "windows", "tokens", "perplexity", "mean_loss", "kl_divergence",
+    "text", "text_sha256", "sequence_length", "bos", "windows", "tokens", "perplexity", "mean_loss", "kl_divergence",
     "top1_agreement",
 )  # fmt: skip
 """What a record has of an evaluation."""
@@ -32,7 +32,7 @@ def make_record(
     study: Study, places: Places, cell: Cell, device: torch.device, results: dict[str, Any], *, sharers: int = 1
 ) -> CellRecord:
     """Return the record of a cell with these results, fields of :class:`~thanos.study.store.CellRecord`."""
-    values, asked = public_cell(cell), study.asked(cell)
+    values, asked = public_cell(cell), places.asked(study, cell)
     return CellRecord(
         key=cell_key(values, asked),
         date=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,8 +13,9 @@ from typing import Literal
 
 import torch
 
+from thanos.beginnings import added_bos
 from thanos.errors import DataError, RecipeError, ResourceError, StudyError, UserError
-from thanos.fingerprint import file_sha256, model_sha256, source_commit, task_files_sha256
+from thanos.fingerprint import model_sha256, source_commit, task_files_sha256, text_sha256
 from thanos.lock import locked
 from thanos.pretrained import ModelSource, choose_device, load_model, resolve_model
 from thanos.study.grid import DENSE, FORMULA, Cell, Study, public_cell
@@ -21,7 +23,8 @@ from thanos.study.places import Places
 from thanos.study.pool import Pool, StudyEvent
 from thanos.study.reading import place_of, place_of_calibration, read_study
 from thanos.study.store import StoreWriter, cell_key, read_store, store_path
-from thanos.text import NAMED
+from thanos.text import NAMED, check_text_source
+from thanos.textfiles import Part, exists, matching, split_source
 
 STUDY_NAME = "study.toml"
 
@@ -122,7 +125,7 @@ def _states(study: Study, places: Places, tell: Watcher) -> dict[Cell, State]:
     known = {record.key: record for record in (contents.records if contents else ())}
     states: dict[Cell, State] = {}
     for cell in study.cells:
-        record = known.get(cell_key(public_cell(cell), study.asked(cell)))
+        record = known.get(cell_key(public_cell(cell), places.asked(study, cell)))
         if record is None or _changed(record.sources, places.sources(study, cell)):
             states[cell] = "new"
         elif record.status == "failed" and record.reason == _impossible(cell):
@@ -168,6 +171,27 @@ def _check_folder(out: Path) -> None:
         raise UserError(f"OUT {out} is not empty and no study's folder; choose another one")
 
 
+def _check_text(study: Study, texts: dict[str, str], searched: str) -> None:
+    """Refuse a text for evaluation that cannot be used."""
+    text = study.evaluation.text
+    place = place_of(study, "evaluation", "text")
+    if _is_absent(text, texts[text]):
+        raise StudyError(f"{place}: {text} is in none of {searched}; give its folder with --data")
+    try:
+        check_text_source(texts[text], evaluation=True)
+    except DataError as error:
+        raise StudyError(f"{place}: {error}") from error
+
+
+def _is_absent(name: str, found: str) -> bool:
+    """Whether a text is that of files which are not there."""
+    return name not in NAMED and any(not (exists(part.path) or matching(part.path)) for part in _parts(found))
+
+
+def _parts(source: str) -> list[Part]:
+    return [Part(source)] if exists(source) else split_source(source)
+
+
 def _check_tasks(study: Study, places: Places) -> None:
     if study.zero_shot is not None and study.zero_shot_cells:
         from thanos.harness import check_tasks
@@ -181,11 +205,13 @@ def _check_tasks(study: Study, places: Places) -> None:
 def _warn_of_calibration(study: Study, places: Places, todo: Sequence[Cell], tell: Watcher) -> None:
     """Tell of calibration files that are not there; it fails their cells alone, when they run."""
     for name in dict.fromkeys(cell.calibration for cell in todo if cell.calibration):
-        if name not in NAMED and not Path(places.texts[name]).is_file():
-            place = place_of_calibration(study, name)
-            tell(
-                StudyEvent(message=f"{place}: {name} is not there, so its cells will fail; give its folder with --data")
-            )
+        try:
+            check_text_source(places.texts[name])
+        except DataError as error:
+            absent = _is_absent(name, places.texts[name])
+            said = f"{name} is not there" if absent else places.without_paths(str(error))
+            what = "; give its folder with --data" if absent else ""
+            tell(StudyEvent(message=f"{place_of_calibration(study, name)}: {said}, so its cells will fail{what}"))
 
 
 # --- where things are -------------------------------------------------------------------------------------------------
@@ -204,26 +230,32 @@ def find_places(study: Study, out: Path, data: str | Path | None) -> Places:
 
     text = study.evaluation.text if study.evaluates else None
     sources = {name for name in (text, *(cell.calibration for cell in study.cells)) if name}
-    texts = {name: name if name in NAMED else find(name) for name in sorted(sources)}
+    texts = {name: name if name in NAMED else _find_text(name, folders) for name in sorted(sources)}
     searched = ", ".join(map(str, folders))
     task_folder = study.zero_shot and study.zero_shot.task_folder
-    if text and text not in NAMED and not Path(texts[text]).is_file():
-        place = place_of(study, "evaluation", "text")
-        raise StudyError(f"{place}: {text} is in none of {searched}; give its folder with --data")
+    if text:
+        _check_text(study, texts, searched)
     if task_folder and not Path(find(task_folder)).is_dir():
         place = place_of(study, "zero_shot", "task_folder")
         raise StudyError(f"{place}: {task_folder} is in none of {searched}; give the folder that holds it with --data")
     task_folder = find(task_folder) if task_folder else None
     hashes: dict[str, str | None] = {
-        name: file_sha256(path) if Path(path).is_file() else None for name, path in texts.items()
+        name: None if name in NAMED else text_sha256(found) for name, found in texts.items()
     }
-    models, failures = {}, {}
+    models, failures, begun = {}, {}, set()
     for model in study.models:
         models[model] = find(model)
         try:
-            hashes[model] = model_sha256(resolve_model(models[model]))
+            source = resolve_model(models[model])
+            hashes[model] = model_sha256(source)
+            if (_converted(out, hashes[model]) / "config.json").exists():  # a GGUF file takes seconds to open
+                source = resolve_model(_converted(out, hashes[model]))
         except UserError as error:
             hashes[model], failures[model] = None, str(error)
+            continue
+        with suppress(UserError):  # its cells will tell
+            if added_bos(source.tokenizer()) is not None:
+                begun.add(model)
     return Places(
         out=out.resolve(),
         models=models,
@@ -233,7 +265,22 @@ def find_places(study: Study, out: Path, data: str | Path | None) -> Places:
         hashes=hashes,
         failures=failures,
         commit=source_commit(),
+        begun=frozenset(begun),
     )
+
+
+def _find_text(name: str, folders: Sequence[Path]) -> str:
+    """Return a text with each of its files, folders and patterns where they are found first, else as they are named."""
+
+    def find(part: Part) -> Part:
+        for folder in folders:
+            path = str(folder / part.path)
+            if exists(path) or matching(path):
+                return replace(part, path=str(Path(path).resolve()))
+        return part
+
+    whole = find(Part(name))
+    return whole.path if whole != Part(name) else ",".join(str(find(part)) for part in split_source(name))
 
 
 def convert(places: Places, wanted: set[str], tell: Watcher) -> Places:
@@ -243,12 +290,17 @@ def convert(places: Places, wanted: set[str], tell: Watcher) -> Places:
         source = resolve_model(models[name])
         if source.gguf is None:
             continue
-        folder = places.out / "cache" / "models" / str(places.hashes[name])[:24]
+        folder = _converted(places.out, places.hashes[name])
         if not (folder / "config.json").exists():
             tell(StudyEvent(message=f"converting {source.gguf.name} to safetensors, once"))
             _save(source, folder)
         models[name] = str(folder)
     return replace(places, models=models)
+
+
+def _converted(out: Path, model_hash: str | None) -> Path:
+    """Return the folder in which a converted model lies, if it has been converted."""
+    return out / "cache" / "models" / str(model_hash)[:24]
 
 
 def _save(source: ModelSource, folder: Path) -> None:

@@ -58,13 +58,15 @@ class CellRecord:
             ``sequence_length``, ``seed``. All but the model and the method are None for the dense model.
         asked: what else shaped the numbers: ``dtype``, ``evaluation`` (``text``, ``sequence_length``, ``max_windows``,
             ``compare``: with the dense model) and ``zero_shot`` (``tasks``, ``limit``; None where none was asked for). Both
-            are None for a model of which the cost alone is measured.
+            are None for a model of which the cost alone is measured. ``bos`` (``auto``, ``window`` or ``text``) is there where
+            the tokenizer begins texts with a beginning-of-text token: calibration windows begin with it, and evaluation puts it
+            where that says.
         sources: sha256 of ``model``, ``calibration``, ``text`` and ``tasks`` as files; None where there is no file.
         recipe: the whole recipe, as in pruning.json; None for the dense model.
         calibration: the windows' fingerprint, as in pruning.json; None for the dense model.
         effective_sparsity: measured shares of zeros, ``targeted`` (pruned layers) and ``all`` (parameters).
-        evaluation: ``text``, ``text_sha256``, ``sequence_length``, ``windows``, ``tokens``, ``perplexity``, ``mean_loss``,
-            ``kl_divergence``, ``top1_agreement``.
+        evaluation: ``text``, ``text_sha256``, ``sequence_length``, ``bos`` (``window``, ``text``, ``none``), ``windows``,
+            ``tokens``, ``perplexity``, ``mean_loss``, ``kl_divergence``, ``top1_agreement``.
         zero_shot: ``tasks`` (name → ``acc``, ``acc_stderr``, ``acc_norm``, ``acc_norm_stderr``, ``samples``) and
             ``average`` (the same but ``samples``); None where none was asked for.
         layers: the layers, as in pruning.json.
@@ -231,6 +233,11 @@ def _records(path: Path) -> tuple[dict[str, CellRecord], list[str]]:
     for number, line in enumerate(lines, 1):
         record = _parse(path, number, line)
         records[record.key] = record
+    for record in list(records.values()):
+        if "bos" in record.asked:  # what an older version measured of the cell, without that token, is superseded
+            records.pop(
+                cell_key(record.cell, {name: each for name, each in record.asked.items() if name != "bos"}), None
+            )
     if not torn:
         return records, []
     number = data.count(b"\n") + 1

@@ -12,12 +12,18 @@ from thanos.calibration import Calibration
 
 
 def read_windows(path: Path, source: str) -> Calibration | None:
-    """Return the windows of a file, with ``source`` as where they came from; None if there is no such file."""
+    """Return the windows of a file, with ``source`` as where they came from; None if there is no such file.
+
+    A file of a version that did not say whether windows begin with BOS counts as none.
+    """
     if not path.exists():
         return None
     with safe_open(path, "pt") as file:
         made = file.metadata()
-        return Calibration(file.get_tensor("ids"), source, made["rule"], int(made["seed"]), int(made["documents"]))
+        if "bos" not in made:
+            return None
+        bos = int(made["bos"]) if made["bos"] else None
+        return Calibration(file.get_tensor("ids"), source, made["rule"], int(made["seed"]), int(made["documents"]), bos)
 
 
 def write_windows(path: Path, made: Calibration) -> None:
@@ -25,5 +31,6 @@ def write_windows(path: Path, made: Calibration) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}")
     described = {"rule": made.rule, "seed": str(made.seed), "documents": str(made.documents)}
+    described["bos"] = "" if made.bos is None else str(made.bos)
     save_file({"ids": made.ids.contiguous()}, partial, metadata=described)
     partial.replace(path)

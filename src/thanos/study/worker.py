@@ -19,7 +19,7 @@ from thanos._version import __version__
 from thanos.bench.measure import synthetic_layer
 from thanos.calibration import Calibration
 from thanos.errors import ModelError, NumericsError, RecipeError, ResourceError, UserError
-from thanos.evaluation import Reference, cut_windows, evaluate
+from thanos.evaluation import Reference, choose_bos, cut_windows, evaluate
 from thanos.events import Event
 from thanos.inspection import inspect_checkpoint
 from thanos.memory import PhaseMeter, free_device_bytes, free_host_bytes, memory_explained
@@ -96,7 +96,7 @@ class Session:
         source = self._places.texts.get(cell.calibration or "", cell.calibration)
         recipe = cell.recipe(calibration=source, device=self._name, dtype=self._study.dtype)
         self._warm_up(cell, recipe)
-        key = cell_key(public_cell(cell), self._study.asked(cell))
+        key = cell_key(public_cell(cell), self._places.asked(self._study, cell))
         folder = self._places.out / "models" if self._study.keep_models else self._places.scratch
         model = folder / key[:16]
         try:
@@ -161,7 +161,12 @@ class Session:
         from thanos.harness import zero_shot
 
         with meter.phase("zero_shot"):
-            scores = zero_shot(model, **tasks, task_folder=self._places.task_folder, network=network, on_event=tell)
+            others = {
+                "task_folder": self._places.task_folder,
+                "network": network,
+                "bos": "window" if reference.bos == "window" else "auto",
+            }
+            scores = zero_shot(model, **tasks, **others, on_event=tell)
         results["zero_shot"] = {"tasks": scores.to_dict()["tasks"], "average": scores.to_dict()["average"]}
 
     def _warm_up(self, cell: Cell, recipe: Recipe) -> None:
@@ -212,11 +217,13 @@ class Session:
         self._reference = None
         plan, source = self._study.evaluation, resolve_model(self._places.models[cell.model])
         model = load_model(source, dtype=self._study.dtype, device=self._device)
-        rows = evaluation_rows(self._places.texts[plan.text])
-        windows = cut_windows(
-            "\n\n".join(rows), source.tokenizer(), model, plan.text, plan.sequence_length, plan.max_windows
-        )
-        reference = Reference(text=public(plan.text), windows=windows)
+        tokenizer = source.tokenizer()
+        text, asked = "\n\n".join(evaluation_rows(self._places.texts[plan.text], tokenizer)), plan.bos
+        if asked == "window" and cell.model not in self._places.begun:
+            asked = "auto"
+        bos = choose_bos(asked, text, tokenizer, model, plan.sequence_length, lambda event: None)
+        windows = cut_windows(text, tokenizer, model, plan.text, plan.sequence_length, plan.max_windows, bos)
+        reference = Reference(text=public(plan.text), windows=windows, bos=bos)
         if plan.compare:
             free = free_host_bytes() if self._device.type == "cpu" else free_device_bytes(self._device)
             room = int(_KEEP_SHARE * free) // self._sharers
