@@ -14,6 +14,7 @@ import pytest
 
 from thanos.cli import run
 from thanos.cli.ending import EndedEarly
+from thanos.errors import DataError, ModelError, NumericsError, ResourceError, UserError
 
 _SIGNALLED = """
 import atexit, os, signal
@@ -79,6 +80,15 @@ def test_a_signal_before_a_block_is_finished_leaves_nothing(tiny_llama: Path, te
         (RuntimeError(), 2, "; 2 of 9 blocks are finished, go on with: again"),
         (KeyboardInterrupt(), 0, "; nothing was left behind"),
         (RuntimeError(), 0, ""),
+        (ResourceError(), 2, "; 2 of 9 blocks are finished, go on with: again"),
+        (OSError(), 2, "; 2 of 9 blocks are finished, go on with: again"),
+        (ModelError(), 2, ""),
+        (DataError(), 2, ""),
+        (NumericsError(), 2, ""),
+        (UserError(), 2, ""),
+        (ValueError(), 2, ""),
+        (TypeError(), 2, ""),
+        (IndexError(), 2, ""),
     ],
 )
 def test_the_hint_tells_what_is_left(error: BaseException, finished: int, hint: str) -> None:

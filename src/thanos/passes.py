@@ -14,6 +14,7 @@ from thanos.attention import fast_attention
 from thanos.blocks import BlockCalls, stop
 from thanos.errors import ResourceError
 from thanos.memory import free_device_bytes
+from thanos.picture import Picture
 from thanos.structure import LinearLayer
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
@@ -34,6 +35,7 @@ class Passes:
         device: where blocks run.
         folder: where a file of hidden states may be made.
         place: for the hidden states; see :func:`~thanos.activations.choose_place`.
+        picture: what text does in the model; default: drawn by :meth:`record`.
 
     Attributes:
         batch: sequences of a forward pass; results depend on it in their last bits. None until the first pass, which chooses
@@ -51,12 +53,13 @@ class Passes:
         folder: Path,
         *,
         place: str = "auto",
+        picture: Picture | None = None,
     ) -> None:
         self._model, self._blocks, self._ids, self._device, self._folder = model, blocks, ids, device, folder
         self._asked = place
         self.batch: int | None = None
         self.starts: list[tuple[int, int]] = []
-        self._calls = BlockCalls(blocks)
+        self._calls = BlockCalls(blocks, picture)
         self._states: Activations | None = None
 
     @property
@@ -84,6 +87,10 @@ class Passes:
                 place = choose_place(needed, self._device, self._folder, self._asked)
                 self._states = Activations(len(self._ids), hidden, place, self._device, self._folder)
             self._states.write(index, hidden)
+
+    def reaches(self, index: int) -> bool:
+        """Tell whether text reaches block ``index``; where it does not, the hidden states pass it by."""
+        return self._calls.reaches(index)
 
     def settle_batch(self, index: int) -> None:
         """Choose how many sequences go at once; on CUDA that runs the block, so hooks must not listen yet."""

@@ -15,12 +15,13 @@ from thanos.calibration import Calibration, build_calibration
 from thanos.errors import ModelError, NumericsError, RecipeError, ResourceError, system_errors
 from thanos.events import Event
 from thanos.opening import OpenedModel, open_model
-from thanos.pretrained import ModelSource, check_token_ids, context_length, end_of_text_id, load_model
+from thanos.picture import Picture, draw_picture
+from thanos.pretrained import ModelSource, check_token_ids, choose_device, context_length, end_of_text_id, load_model
 from thanos.recipe import Recipe
 from thanos.report import DenseRecord
 from thanos.shards import check_room
 from thanos.solvers.base import Budget
-from thanos.structure import LinearLayer, linear_layers, select_layers
+from thanos.structure import LinearLayer, find_blocks, linear_layers, select_layers
 
 Watcher = Callable[[Event], None]
 
@@ -30,10 +31,11 @@ LOG_BYTES_PER_LAYER = 4096
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """An opened model, and what is to be done to it."""
+    """An opened model, what text does in it, and what is to be done to it."""
 
     opened: OpenedModel
     layers: list[LinearLayer]
+    picture: Picture
     dense: list[DenseRecord]
     zeros_elsewhere: int
 
@@ -51,7 +53,7 @@ def prepare(
         folder: of the output, whose disk is checked for room before anything is read; None to leave that out.
 
     Raises:
-        ModelError, RecipeError: the recipe does not fit the model.
+        ModelError, RecipeError: the recipe does not fit the model, or its blocks cannot be run one by one.
         NumericsError: a tensor that stays holds NaN or infinity.
         ResourceError: the disk has too little room.
     """
@@ -59,6 +61,12 @@ def prepare(
     for note in opened.notes:
         watch(Event(kind="note", phase="load", message=note))
     chosen, left_dense = select_layers(linear_layers(opened.skeleton), recipe)
+    picture = draw_picture(opened.skeleton, find_blocks(opened.skeleton)[1], choose_device(recipe.device))
+    if unreached := _unreached(picture, chosen):
+        left_dense |= dict.fromkeys((layer.name for layer in unreached), "text does not reach its decoder block")
+        chosen = [layer for layer in chosen if layer.name not in left_dense]
+        opened.notes.append(_say_unreached(unreached, chosen))
+        watch(Event(kind="note", phase="load", message=opened.notes[-1]))
     for layer in chosen:
         settings = recipe.for_layer(layer.name)
         assert settings is not None
@@ -72,7 +80,24 @@ def prepare(
             raise RecipeError(f"{layer.name}: {error}") from error
     if folder is not None:  # now, not after reading all tensors and making the calibration text, which may take an hour
         check_room(opened.checkpoint, folder, besides=LOG_BYTES_PER_LAYER * len(chosen))
-    return Prepared(opened, chosen, *(_survey(opened, chosen, left_dense) if survey else ([], 0)))
+    return Prepared(opened, chosen, picture, *(_survey(opened, chosen, left_dense) if survey else ([], 0)))
+
+
+def _unreached(picture: Picture, layers: list[LinearLayer]) -> list[LinearLayer]:
+    return [layer for layer in layers if layer.block is not None and layer.block not in picture.reached]
+
+
+def _say_unreached(unreached: list[LinearLayer], chosen: list[LinearLayer]) -> str:
+    """Return a line about the layers of blocks that text does not reach.
+
+    Raises:
+        ModelError: no other layer is left to prune.
+    """
+    indices = sorted({layer.block for layer in unreached if layer.block is not None})
+    blocks = f"{'block' if len(indices) == 1 else 'blocks'} {', '.join(map(str, indices))}"
+    if not chosen:
+        raise ModelError(f"the recipe leaves no layer to prune: text does not reach {blocks}")
+    return f"text does not reach {blocks}: {len(unreached)} layers there stay dense"
 
 
 def _survey(
