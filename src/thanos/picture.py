@@ -168,8 +168,7 @@ def _weightless(model: nn.Module, device: torch.device) -> Iterator[None]:
             for module, parameters, buffers in before:
                 for name, parameter in parameters.items():
                     if parameter is not None:
-                        empty = torch.zeros((), dtype=parameter.dtype, device=device).expand(parameter.shape)
-                        module._parameters[name] = nn.Parameter(empty, requires_grad=False)
+                        module._parameters[name] = nn.Parameter(_zeros(parameter, device), requires_grad=False)
                 for name, buffer in buffers.items():
                     module._buffers[name] = None if buffer is None else buffer.to(device)
             for module in linear:
@@ -181,6 +180,13 @@ def _weightless(model: nn.Module, device: torch.device) -> Iterator[None]:
             for module, parameters, buffers in before:
                 module._parameters.update(parameters)
                 module._buffers.update(buffers)
+
+
+def _zeros(like: Tensor, device: torch.device) -> Tensor:
+    """Return zeros; those of a matrix are one number in memory. Others are small, and kernels may ask for real strides."""
+    if like.dim() != 2:
+        return torch.zeros(like.shape, dtype=like.dtype, device=device)
+    return torch.zeros((), dtype=like.dtype, device=device).expand(like.shape)
 
 
 def _traced(model: nn.Module, blocks: Sequence[nn.Module], ids: Tensor, forms: dict[int, Any] | None) -> _Trace:
