@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 
 from helpers import tiny_model, windows
 from thanos.blocks import BlockCalls
-from thanos.errors import ModelError
+from thanos.errors import ModelError, ResourceError
+from thanos.passes import Passes
 from thanos.picture import draw_picture
 from thanos.structure import find_blocks
 
@@ -60,11 +62,23 @@ class Halving(Block):
 
 
 class Writing(Block):
-    """Leaves something for later blocks in a dictionary that all are given."""
+    """Leaves something for later blocks in a mapping that all are given, and reads it."""
 
     def forward(self, hidden_states: Tensor, extra: Any = None) -> Any:
-        extra[len(extra)] = hidden_states
+        before = extra.get("states", 0.0)
+        extra["states"] = hidden = super().forward(hidden_states, before)
+        return hidden
+
+
+class Appending(Block):
+    def forward(self, hidden_states: Tensor, extra: Any = None) -> Any:
+        extra.append(hidden_states)
         return super().forward(hidden_states)
+
+
+class Adding(Block):
+    def forward(self, hidden_states: Tensor, extra: Any = None) -> Any:
+        return super().forward(hidden_states, extra.add_(1.0))
 
 
 class Mapping(Block):
@@ -128,11 +142,19 @@ def pairs(toy: Any, hidden: Tensor) -> Tensor:
     return hidden
 
 
-def in_a_dictionary(toy: Any, hidden: Tensor) -> Tensor:
-    shared: dict[int, Tensor] = {}
-    for layer in toy.layers:
-        hidden = layer(hidden, extra=shared)
-    return hidden
+def with_one(make: Callable[[], Any]) -> Callable[[Any, Tensor], Tensor]:
+    """Hand all blocks one object."""
+
+    def walk(toy: Any, hidden: Tensor) -> Tensor:
+        shared = make()
+        for layer in toy.layers:
+            hidden = layer(hidden, extra=shared)
+        return hidden
+
+    return walk
+
+
+in_a_list, in_place = with_one(list), with_one(lambda: torch.zeros(()))
 
 
 def turned(toy: Any, hidden: Tensor) -> Tensor:
@@ -156,14 +178,14 @@ def shared_module() -> Toy:
 
 def shared_parameter() -> Toy:
     toy = Toy(in_order)
-    toy.layers[2].linear.bias = toy.layers[1].linear.bias
+    toy.layers[2].get_submodule("linear").bias = toy.layers[1].get_parameter("linear.bias")
     return toy
 
 
 def shared_with_outside() -> Toy:
     toy = Toy(in_order)
     toy.head = nn.Linear(4, 4)
-    toy.layers[1].linear.weight = toy.head.weight
+    toy.layers[1].get_submodule("linear").weight = toy.head.weight
     return toy
 
 
@@ -184,8 +206,12 @@ REFUSED: dict[str, tuple[Callable[[], Toy], str]] = {
         lambda: Toy(pairs, Reader),
         "block 1 reads what another block returns beside its hidden states",
     ),
-    "length": (lambda: Toy(in_order, Halving), r"block 0 turns hidden states of shape \[1, 8, 4\] into shape \[1, 4, 4\]"),
-    "dictionary": (lambda: Toy(in_a_dictionary, Writing), "block 0 writes into its arguments"),
+    "length": (
+        lambda: Toy(in_order, Halving),
+        r"block 0 turns hidden states of shape \[1, 8, 4\] into shape \[1, 4, 4\]",
+    ),
+    "list": (lambda: Toy(in_a_list, Appending), "block 0 writes into its arguments"),
+    "in place": (lambda: Toy(in_place, Adding), "block 0 writes into its arguments"),
     "batch": (lambda: Toy(turned), r"hidden states of 1 and 2 sequences are \[8, 1, 4\] and \[8, 2, 4\]"),
     "mapping": (lambda: Toy(in_order, Mapping), "block 0 returns dict, not hidden states"),
     "failing": (lambda: Toy(in_order, Failing), "block 0 fails with NotImplementedError: not on this device$"),
@@ -212,20 +238,36 @@ def test_what_the_loop_would_get_wrong_is_refused_in_one_line(name: str) -> None
         (Toy(pairs, Pair), (0, 1, 2)),
         (Toy(lambda toy, hidden: [hidden := layer(hidden).hidden for layer in toy.layers][-1], Named), (0, 1, 2)),
         (Toy(middle_left_out), (0, 2)),
+        (Toy(with_one(dict), Writing), (0, 1, 2)),
+        (Toy(with_one(UserDict), Writing), (0, 1, 2)),
     ],
-    ids=["plain", "pairs", "named tuple", "left out, by keyword"],
+    ids=["plain", "pairs", "named tuple", "left out, by keyword", "dictionary", "like a dictionary"],
 )
 @torch.inference_mode()
 def test_what_the_loop_can_carry_equals_the_whole_model(toy: Toy, reached: tuple[int, ...]) -> None:
     ids = torch.arange(35).view(5, 7)
     expected = toy(ids)
-    calls = BlockCalls(list(toy.layers), draw_picture(toy, list(toy.layers), CPU))
+    picture = draw_picture(toy, list(toy.layers), CPU)
+    assert picture.shares == isinstance(toy.layers[0], Writing)
+    calls = BlockCalls(list(toy.layers), picture)
     hidden = torch.cat([calls.record(toy, row[None]) for row in ids])
     assert [calls.reaches(index) for index in range(3)] == [index in reached for index in range(3)]
     for index in reached:
         hidden = torch.cat([calls.run(index, hidden[:3], 0), calls.run(index, hidden[3:], 3)])
     torch.testing.assert_close(hidden, expected)
     calls.run_tail(toy, ids, hidden)  # a model that unpacks what its blocks return gets just that
+
+
+@torch.inference_mode()
+def test_batches_stay_as_they_are_where_blocks_leave_something_for_later_ones(tmp_path: Path) -> None:
+    toy = Toy(with_one(dict), Writing)
+    passes = Passes(toy, list(toy.layers), torch.arange(32).view(4, 8), CPU, tmp_path)
+    passes.batch = 4
+    passes.record()
+    assert "batches of 2" in passes.halve(torch.OutOfMemoryError())  # no block has run yet
+    list(passes.propagate(0))
+    with pytest.raises(ResourceError, match="batches of 2 sequences, which this model does not let become smaller"):
+        passes.halve(torch.OutOfMemoryError())
 
 
 @torch.inference_mode()
@@ -267,8 +309,7 @@ def test_the_model_is_as_before_after_a_refusal() -> None:
     assert not any("forward" in vars(module) for module in toy.modules())
 
 
-def test_no_weight_is_needed(tmp_path: Path) -> None:
-    del tmp_path
+def test_no_weight_is_needed() -> None:
     model = tiny_model("llama").to("meta")
     rotary = model.model.rotary_emb  # buffers are computed when a skeleton is built
     for name, buffer in tiny_model("llama").model.rotary_emb.named_buffers():

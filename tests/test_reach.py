@@ -124,12 +124,12 @@ def reference(folder: Path, text: Path, **how: Any) -> dict[str, torch.Tensor]:
     for index, block in enumerate(model.get_submodule(prefix)):
         linear = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
         called: set[str] = set()
-        handles = [m.register_forward_pre_hook(lambda *_, n=n: called.add(n)) for n, m in linear.items()]
+        handles = [m.register_forward_pre_hook(lambda *_, n=n, called=called: called.add(n)) for n, m in linear.items()]
         with torch.inference_mode():
             model(input_ids=calibration_ids(folder, text), use_cache=False)
         for handle in handles:
             handle.remove()
-        modules = {f"{prefix}.{index}.{n}": linear[n] for n in linear if n in called}
+        modules: dict[str, nn.Module] = {f"{prefix}.{index}.{n}": linear[n] for n in linear if n in called}
         prune_modules(model, modules, calibration_ids(folder, text), stored, None, **how)
         done |= {f"{name}.weight": stored[f"{name}.weight"] for name in modules}
     return done
@@ -181,7 +181,7 @@ def test_a_run_over_blocks_that_text_does_not_reach_can_be_resumed(text_file: Pa
 
 def test_only_layers_that_text_does_not_reach_are_no_layers(text_file: Path, tmp_path: Path) -> None:
     folder = save(tmp_path / "dense", "mllama")
-    with pytest.raises(thanos.errors.ModelError, match="no layer to prune: text does not reach block 1$"):
+    with pytest.raises(thanos.errors.ModelError, match=r"no layer to prune: text does not reach block 1$"):
         thanos.prune(folder, tmp_path / "out", recipe(text_file, targets=("layers.1.*",), **HOW))
 
 
@@ -190,7 +190,11 @@ def test_only_layers_that_text_does_not_reach_are_no_layers(text_file: Path, tmp
     ("family", "name", "reason"),
     [
         ("zamba2", "Zamba2ForCausalLM", "layers.3.shared_transformer.self_attn.q_proj.weight are one parameter"),
-        ("glm-dsa, shared", "GlmMoeDsaForCausalLM", "block 2 reads what another block returns beside its hidden states"),
+        (
+            "glm-dsa, shared",
+            "GlmMoeDsaForCausalLM",
+            "block 2 reads what another block returns beside its hidden states",
+        ),
         ("gemma-3n", "Gemma3nForCausalLM", "the first size must count them"),
     ],
 )

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from thanos.errors import ModelError
-from thanos.picture import Picture, draw_picture, hidden_states, replaced_forwards
+from thanos.picture import Picture, draw_picture, hidden_states
+from thanos.weightless import replaced_forwards
 
 
 class _Stop(Exception):  # noqa: N818  it is a signal, not an error
@@ -79,6 +80,11 @@ class BlockCalls:
     def reaches(self, index: int) -> bool:
         """Tell whether text reaches block ``index``, as far as is known."""
         return self._picture is None or index in self._picture.forms
+
+    @property
+    def shares(self) -> bool:
+        """Whether batches must stay as they are from block to block; see :class:`~thanos.picture.Picture`."""
+        return self._picture is not None and self._picture.shares
 
     def record(self, model: nn.Module, ids: Tensor) -> Tensor:
         """Run the model on one sequence, ids (1, T), up to the first block; return that block's input (1, T, d).

@@ -157,10 +157,15 @@ class Passes:
         """Make batches half as large after ``error``; return a line that says so.
 
         Raises:
-            ResourceError: a batch is one sequence already.
+            ResourceError: a batch is one sequence already, or batches must stay as they are.
         """
         if self.batch is None or self.batch <= 1:
             raise self._too_small() from error
+        if self._calls.shares and self.starts:  # what earlier blocks left for later ones is that of the batches of then
+            raise ResourceError(
+                f"out of memory on the device with batches of {self.batch} sequences, which this model does not let become "
+                "smaller on the way: lower --samples or --sequence-length"
+            ) from error
         before, self.batch = self.batch, self.batch // 2
         error.__traceback__ = None  # its frames hold the failed batch, which would stay in memory
         torch.cuda.empty_cache()

@@ -1,16 +1,15 @@
 """The loop's picture of a model: which decoder blocks text reaches, and what passes from one to the next.
 
-The loop runs blocks one after the other and alone. That is what the model does only if each block is called once, in the order of
-the list, on what the block before it returned; if its other arguments do not depend on other blocks; and if no other block has its
-parameters. This is found out by one pass of a few tokens, with no weight in memory: linear layers return zeros, and every other
-parameter is a zero that fills its shape. What a block returns is replaced by random numbers, so that the next block's input
-shows whether it is that and nothing else.
+The loop runs blocks one after the other and alone. That is what the model does only if each block is called once, in the order
+of the list, on what the block before it returned; if its other arguments do not depend on other blocks; and if its parameters
+are its own. This is found out by passes of a few tokens, with no weight in memory: linear layers return zeros, and all other
+parameters are zero. The blocks run in the first pass alone. What a block returns is replaced by random numbers, so that the
+next block's input shows whether it is that and nothing else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -18,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from thanos.errors import ModelError
-
-_TOKENS = 8
+from thanos.weightless import replaced_forwards, some_ids, weightless
 
 
 class Unread:
@@ -33,6 +31,8 @@ class Unread:
 
 UNREAD = Unread()
 
+_Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
 
 @dataclass(frozen=True, slots=True)
 class Picture:
@@ -40,12 +40,15 @@ class Picture:
 
     Attributes:
         reached: indices of the blocks that it reaches, in the order of their calls, which is that of the list.
-        forms: for each of them, what it returns: None for the hidden states alone, else a tuple or list whose first entry stands
-            for them.
+        forms: for each of them, what it returns: None for the hidden states alone, else a tuple or list whose first entry
+            stands for them.
+        shares: a block leaves something for later ones in a mapping that all are handed, as Gemma 4 does keys and values. A
+            batch has the mapping of its first sequence, so that batches must stay as they are.
     """
 
     reached: tuple[int, ...]
     forms: dict[int, Any]
+    shares: bool = False
 
     def returned(self, index: int, hidden: Tensor) -> Any:
         """Return hidden states as block ``index`` does: alone, or first in a tuple or list."""
@@ -62,8 +65,9 @@ class _Trace:
 
     blocks: list[int] = field(default_factory=list)
     inputs: list[Tensor] = field(default_factory=list)
-    arguments: list[tuple[list[Any], dict[str, Any]]] = field(default_factory=list)
+    arguments: list[_Arguments] = field(default_factory=list)
     forms: dict[int, Any] = field(default_factory=dict)
+    shares: bool = False
 
 
 def draw_picture(model: nn.Module, blocks: Sequence[nn.Module], device: torch.device) -> Picture:
@@ -78,8 +82,8 @@ def draw_picture(model: nn.Module, blocks: Sequence[nn.Module], device: torch.de
         ModelError: the blocks cannot be run alone; the message names the model's class and the reason.
     """
     _check_owned(model, blocks)
-    ids = _some_ids(model, device)
-    with torch.inference_mode(), _weightless(model, device):
+    ids = some_ids(model, device)
+    with torch.inference_mode(), weightless(model, device):
         full = _traced(model, blocks, ids, None)
         if not full.blocks:
             _refuse(model, f"text reaches none of its {len(blocks)} blocks")
@@ -89,9 +93,10 @@ def draw_picture(model: nn.Module, blocks: Sequence[nn.Module], device: torch.de
     one, two = full.inputs[0].shape, pair.inputs[0].shape
     if one[0] != 1 or two != (2, *one[1:]):
         _refuse(
-            model, f"the hidden states of 1 and 2 sequences are {list(one)} and {list(two)}; the first size must count them"
+            model,
+            f"the hidden states of 1 and 2 sequences are {list(one)} and {list(two)}; the first size must count them",
         )
-    return Picture(tuple(full.blocks), full.forms)
+    return Picture(tuple(full.blocks), full.forms, full.shares)
 
 
 def hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...], dict[str, Any], str]:
@@ -100,21 +105,6 @@ def hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, t
         name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
         return kwargs[name], args, {key: value for key, value in kwargs.items() if key != name}, name
     return (args[0] if args else None), args[1:], kwargs, ""
-
-
-@contextmanager
-def replaced_forwards(
-    blocks: Sequence[nn.Module], make: Callable[[int, Callable[..., Any]], Callable[..., Any]]
-) -> Iterator[None]:
-    """Replace what blocks do by ``make(index, what they do)`` while open."""
-    # An instance attribute shadows the method, so whatever else a model reads from its blocks stays in place.
-    for index, block in enumerate(blocks):
-        block.forward = make(index, block.forward)
-    try:
-        yield
-    finally:
-        for block in blocks:
-            del block.forward
 
 
 def _refuse(model: nn.Module, reason: str) -> NoReturn:
@@ -141,69 +131,28 @@ def _check_owned(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
                 claim(None, f"{prefix}.{name}" if prefix else name, parameter)
 
 
-def _some_ids(model: nn.Module, device: torch.device) -> Tensor:
-    """Return a few token ids, (1, T), from the middle of the vocabulary: special tokens are at its ends."""
-    find = getattr(model, "get_input_embeddings", None)
-    table: Any = find() if callable(find) else None
-    sizes = [module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)]
-    size = getattr(table, "num_embeddings", None) or max(sizes, default=_TOKENS)
-    return (torch.arange(_TOKENS, device=device)[None] + size // 2) % size
-
-
-@contextmanager
-def _weightless(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Give every parameter a shape without memory, and let linear layers return zeros; everything is as before afterwards."""
-    from transformers.pytorch_utils import Conv1D
-
-    before = [(module, dict(module._parameters), dict(module._buffers)) for module in model.modules()]
-    linear = [module for module in model.modules() if type(module).forward in (nn.Linear.forward, Conv1D.forward)]
-
-    def zeros(module: nn.Module) -> Callable[[Tensor], Tensor]:
-        outputs = getattr(module, "out_features", None) or getattr(module, "nf", 0)
-        return lambda inputs: inputs.new_zeros(*inputs.shape[:-1], outputs)
-
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        try:
-            for module, parameters, buffers in before:
-                for name, parameter in parameters.items():
-                    if parameter is not None:
-                        module._parameters[name] = nn.Parameter(_zeros(parameter, device), requires_grad=False)
-                for name, buffer in buffers.items():
-                    module._buffers[name] = None if buffer is None else buffer.to(device)
-            for module in linear:
-                module.forward = zeros(module)
-            yield
-        finally:
-            for module in linear:
-                vars(module).pop("forward", None)
-            for module, parameters, buffers in before:
-                module._parameters.update(parameters)
-                module._buffers.update(buffers)
-
-
-def _zeros(like: Tensor, device: torch.device) -> Tensor:
-    """Return zeros; those of a matrix are one number in memory. Others are small, and kernels may ask for real strides."""
-    if like.dim() != 2:
-        return torch.zeros(like.shape, dtype=like.dtype, device=device)
-    return torch.zeros((), dtype=like.dtype, device=device).expand(like.shape)
-
-
 def _traced(model: nn.Module, blocks: Sequence[nn.Module], ids: Tensor, forms: dict[int, Any] | None) -> _Trace:
     """Run a model on ids, and note how it calls its blocks; without ``forms`` the blocks run, else they only return that."""
-    trace, generator = _Trace(forms=dict(forms or {})), torch.Generator(ids.device).manual_seed(0 if forms is None else 1)
+    trace, generator = (
+        _Trace(forms=dict(forms or {})),
+        torch.Generator(ids.device).manual_seed(0 if forms is None else 1),
+    )
     returned: list[Tensor] = []
 
     def make(index: int, real: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            states, *others, _ = hidden_states(args, kwargs)
+            states, others, named, _ = hidden_states(args, kwargs)
             _check_call(model, index, trace.blocks, states, returned)
             trace.blocks.append(index)
             trace.inputs.append(states.clone())
-            trace.arguments.append(_copied(tuple(others)))
+            trace.arguments.append(_copied(others, named))
             output_like = states
             if forms is None:
-                output_like, trace.forms[index] = _form(model, index, states, _attempt(model, index, real, args, kwargs))
+                shared = _shared(args, kwargs)
+                output_like, trace.forms[index] = _form(
+                    model, index, states, _attempt(model, index, real, args, kwargs)
+                )
+                trace.shares |= shared != _shared(args, kwargs)
             # bfloat16 and float16 are drawn in float32: not every device draws them.
             noise = torch.randn(states.shape, generator=generator, device=ids.device).to(output_like.dtype)
             returned[:] = [noise]
@@ -240,16 +189,16 @@ def _attempt(
     model: nn.Module, index: int, real: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """Run a block; refuse one that looks at what is not kept, or that leaves something in its arguments."""
-    before = _copied((args, kwargs))
+    before = _copied(args, kwargs)
     try:
         output = real(*args, **kwargs)
     except (ModelError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        if _holds_unread((args, kwargs)):
+        if _holds_unread([*args, *kwargs.values()]):
             _refuse(model, f"block {index} reads what another block returns beside its hidden states")
         _refuse_error(model, f"block {index} fails", error)
-    if not _same(before, (args, kwargs)):
+    if not _same_arguments(before, (args, kwargs)):
         _refuse(model, f"block {index} writes into its arguments")
     return output
 
@@ -274,7 +223,7 @@ def _check_independent(model: nn.Module, full: _Trace, stubbed: _Trace) -> None:
     if full.blocks != stubbed.blocks:
         _refuse(model, "which blocks it calls depends on what they return")
     for index, one, other in zip(full.blocks, full.arguments, stubbed.arguments, strict=True):
-        if not _same(one, other):
+        if not _same_arguments(one, other):
             _refuse(model, f"block {index} is handed what depends on the blocks before it, beside the hidden states")
 
 
@@ -298,24 +247,35 @@ def _unread(value: Any) -> Any:
 
 
 def _holds_unread(value: Any) -> bool:
-    if isinstance(value, dict):
+    if isinstance(value, MutableMapping):
         value = list(value.values())
     return any(map(_holds_unread, value)) if isinstance(value, tuple | list) else value is UNREAD
 
 
-def _copied(value: Any) -> Any:
-    """Return arguments as they are now, whatever becomes of them."""
+def _copied(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Arguments:
+    """Return arguments as they are now, whatever becomes of them; mappings stay themselves."""
+    return tuple(map(_copy, args)), {name: _copy(value) for name, value in kwargs.items()}
+
+
+def _copy(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.clone()
-    if isinstance(value, dict):
-        return {key: _copied(item) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return [_copied(item) for item in value]
-    return value
+    return [_copy(item) for item in value] if isinstance(value, tuple | list) else value
+
+
+def _shared(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[dict[Any, int]]:
+    """Return what is in the mappings among the arguments, by its identity."""
+    found = [value for value in (*args, *kwargs.values()) if isinstance(value, MutableMapping)]
+    return [{key: id(item) for key, item in mapping.items()} for mapping in found]
+
+
+def _same_arguments(one: _Arguments, other: _Arguments) -> bool:
+    named, others = one[1], other[1]
+    return _same(one[0], other[0]) and named.keys() == others.keys() and all(_same(named[k], others[k]) for k in named)
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Tell whether arguments are equal; of objects other than tensors and containers the type counts."""
+    """Tell whether arguments are equal; of objects other than tensors, tuples and lists the type counts."""
     if isinstance(one, Tensor):
         return (
             isinstance(other, Tensor)
@@ -323,8 +283,6 @@ def _same(one: Any, other: Any) -> bool:
             and one.dtype == other.dtype
             and bool(torch.allclose(one, other, rtol=0, atol=0, equal_nan=True))
         )
-    if isinstance(one, dict):
-        return isinstance(other, dict) and one.keys() == other.keys() and all(_same(one[k], other[k]) for k in one)
     if isinstance(one, tuple | list):
         return isinstance(other, tuple | list) and len(one) == len(other) and all(map(_same, one, other))
     if isinstance(one, bool | int | float | str):

@@ -59,9 +59,7 @@ def _warnings(pruned: PrunedWeight, inputs: InputStatistics, tokens: int, settin
         )
         lines.append(f"{cause}: pruned by {pruned.method}, not {settings.method}")
     elif 0 < tokens < columns:
-        lines.append(
-            f"only {tokens} calibration tokens for {columns} input columns: {_FEW}"
-        )
+        lines.append(f"only {tokens} calibration tokens for {columns} input columns: {_FEW}")
     dead = inputs.dead_columns
     if 0 < dead < columns:
         lines.append(f"{dead} of {columns} input columns were never excited")
@@ -88,7 +86,8 @@ def warning_lines(layers: Iterable[LayerRecord], *, quote: str = "") -> list[str
     return [_one_line(found, quote) for found in kinds.values()]
 
 
-_NUMBERS = re.compile(r"\d[\d.,]*(e[+-]?\d+)?(, \d[\d.,]*(e[+-]?\d+)?)*")
+_NUMBER = r"\d+(?:\.\d+)?(?:e[+-]?\d+)?"
+_NUMBERS = re.compile(f"{_NUMBER}(?:, {_NUMBER})*")
 
 
 def _kind(line: str) -> str:
