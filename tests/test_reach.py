@@ -17,6 +17,7 @@ import thanos
 from helpers import VOCABULARY, tiny_tokenizer
 from test_architectures import calibration_ids, compare, prune_modules, recipe
 from thanos.cli import run
+from thanos.structure import find_blocks
 
 _COMMON = {
     "vocab_size": VOCABULARY,
@@ -92,6 +93,11 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "laurel_rank": 8,
         },
     ),
+    # The output embedding comes first, and gives the input embedding that it is tied to its name.
+    "camembert": (
+        "CamembertConfig",
+        {key: value for key, value in _COMMON.items() if key != "num_key_value_heads"} | {"is_decoder": True},
+    ),
     "mamba": (
         "MambaConfig",
         {key: _COMMON[key] for key in ("vocab_size", "hidden_size", "pad_token_id", "bos_token_id", "eos_token_id")}
@@ -119,7 +125,7 @@ def reference(folder: Path, text: Path, **how: Any) -> dict[str, torch.Tensor]:
     """Prune what the whole model calls, block by block with hooks; return the weights of its blocks' linear layers."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     stored = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
-    prefix = next(name for name, module in model.named_modules() if name.endswith("layers"))
+    prefix, _ = find_blocks(model)
     done = {}
     for index, block in enumerate(model.get_submodule(prefix)):
         linear = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
@@ -138,17 +144,23 @@ def reference(folder: Path, text: Path, **how: Any) -> dict[str, torch.Tensor]:
 HOW = {"method": "thanos", "pattern": "unstructured", "sparsity": 0.5}
 
 
-@pytest.mark.parametrize("family", ["bamba", "glm-dsa, all full", "mllama"])
+@pytest.mark.parametrize("family", ["bamba", "glm-dsa, all full", "mllama", "camembert"])
 def test_what_can_be_carried_equals_a_slow_run_of_the_whole_model(family: str, text_file: Path, tmp_path: Path) -> None:
     folder = save(tmp_path / "dense", family)
     report = thanos.prune(folder, tmp_path / "out", recipe(text_file, **HOW))
     expected = reference(folder, text_file, **HOW)
     assert {f"{layer.name}.weight" for layer in report.layers} == expected.keys()
-    written, original = load_file(tmp_path / "out/model.safetensors"), load_file(folder / "model.safetensors")
-    compare(written, expected)
-    assert written.keys() == original.keys()
-    for name in written.keys() - expected.keys():
-        assert torch.equal(written[name], original[name]), name
+    compare(load_file(tmp_path / "out/model.safetensors"), expected)
+    pruned, dense = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (tmp_path / "out", folder))
+    assert pruned.keys() == dense.keys()
+    for name in dense.keys() - expected.keys():
+        assert torch.equal(pruned[name], dense[name]), name
+
+
+def test_a_tied_head_that_comes_first_is_not_pruned(text_file: Path, tmp_path: Path) -> None:
+    folder = save(tmp_path / "dense", "camembert")
+    with pytest.raises(thanos.errors.ModelError, match=r"lm_head.decoder shares its weight with the input embedding"):
+        thanos.prune(folder, tmp_path / "out", recipe(text_file, targets=("lm_head.decoder",), **HOW))
 
 
 def test_blocks_that_text_does_not_reach_stay_dense_for_the_true_reason(text_file: Path, tmp_path: Path) -> None:

@@ -67,10 +67,11 @@ def prepare(
         chosen = [layer for layer in chosen if layer.name not in left_dense]
         opened.notes.append(_say_unreached(unreached, chosen))
         watch(Event(kind="note", phase="load", message=opened.notes[-1]))
+    embedding = getattr(opened.skeleton.get_input_embeddings(), "weight", None)
     for layer in chosen:
         settings = recipe.for_layer(layer.name)
         assert settings is not None
-        if layer.weight_name not in opened.key_of:
+        if layer.weight_name not in opened.key_of or layer.module.get_parameter("weight") is embedding:
             raise ModelError(
                 f"{layer.name} shares its weight with the input embedding, which cannot be pruned; skip it"
             )
