@@ -17,6 +17,7 @@ import thanos
 from helpers import VOCABULARY, tiny_tokenizer
 from test_architectures import calibration_ids, compare, prune_modules, recipe
 from thanos.cli import run
+from thanos.planning import plan
 from thanos.structure import find_blocks
 
 _COMMON = {
@@ -191,13 +192,20 @@ def test_a_run_over_blocks_that_text_does_not_reach_can_be_resumed(text_file: Pa
     assert [layer.name for layer in report.layers] == [layer.name for layer in whole.layers]
 
 
+@pytest.mark.parametrize("targets", [(), ("lm_head",)])
+def test_a_plan_tries_a_block_that_text_reaches(targets: tuple[str, ...], text_file: Path, tmp_path: Path) -> None:
+    folder = save(tmp_path / "dense", "mllama")
+    found = plan(folder, tmp_path / "out", recipe(text_file, targets=targets, **HOW))
+    assert (found.blocks, found.layers) == (4, 1 if targets else 14)
+
+
 def test_only_layers_that_text_does_not_reach_are_no_layers(text_file: Path, tmp_path: Path) -> None:
     folder = save(tmp_path / "dense", "mllama")
     with pytest.raises(thanos.errors.ModelError, match=r"no layer to prune: text does not reach block 1$"):
         thanos.prune(folder, tmp_path / "out", recipe(text_file, targets=("layers.1.*",), **HOW))
 
 
-@pytest.mark.parametrize("plan", [True, False])
+@pytest.mark.parametrize("planned", [True, False])
 @pytest.mark.parametrize(
     ("family", "name", "reason"),
     [
@@ -211,11 +219,17 @@ def test_only_layers_that_text_does_not_reach_are_no_layers(text_file: Path, tmp
     ],
 )
 def test_the_rest_is_refused_before_any_work(
-    family: str, name: str, reason: str, plan: bool, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    family: str,
+    name: str,
+    reason: str,
+    planned: bool,
+    text_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder = save(tmp_path / "dense", family)
     arguments = ["prune", str(folder), str(tmp_path / "out"), "--calibration", str(text_file), "--samples", "4"]
-    arguments += ["--sequence-length", "32", "--device", "cpu", "--quiet", *(["--plan"] if plan else [])]
+    arguments += ["--sequence-length", "32", "--device", "cpu", "--quiet", *(["--plan"] if planned else [])]
     assert run(arguments) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert f"{name} cannot be pruned block by block: " in line

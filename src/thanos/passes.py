@@ -266,7 +266,7 @@ def _stopping_after(layers: Sequence[LinearLayer]) -> Iterator[Callable[[], None
         while handles:
             handles.pop().remove()
         experts = any(layer.expert for layer in layers)
-        if not experts and len(called) == len(layers) and set(called) == {layer.name for layer in layers}:
+        if called and not experts and len(called) == len(layers) and set(called) == {layer.name for layer in layers}:
             last = next(layer for layer in layers if layer.name == called[-1])
             handles.append(last.module.register_forward_pre_hook(lambda *_: stop()))
 
