@@ -17,6 +17,7 @@ from thanos.bench.synthetic import SHAPES, Shape, random_checkpoint, write_check
 from thanos.checkpoint import SafetensorsCheckpoint
 from thanos.cli import run
 from thanos.errors import RecipeError
+from thanos.events import Event
 from thanos.rates import Rates, measure_rates
 
 CPU = torch.device("cpu")
@@ -148,3 +149,16 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert values["machine"]["versions"]["thanos"]
     assert run(["bench", "model", "--shape", "gpt-5"]) == 2
     assert "llama-3-8b" in capsys.readouterr().err
+
+
+def test_the_progress_of_a_bench_tells_true_time_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "measure_rates", lambda *_: RATES)
+    events: list[Event] = []
+    time_model(TINY, recipe(), CPU, on_event=events.append)
+    blocks = [event for event in events if event.kind == "block"]
+    assert len(blocks) == TINY.blocks
+    seconds = [event.seconds for event in events]
+    assert seconds == sorted(seconds)
+    assert all(event.seconds > 0 for event in blocks)
+    least = 10 << 20  # a process that holds torch takes more than 10 MiB
+    assert all(event.host_peak_bytes >= event.host_bytes > least for event in blocks)

@@ -9,11 +9,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from thanos.cli import run
 from thanos.cli.ending import EndedEarly
+from thanos.engine import Engine
+from thanos.errors import DataError, ModelError, NumericsError, ResourceError, UserError
 
 _SIGNALLED = """
 import atexit, os, signal
@@ -79,7 +82,54 @@ def test_a_signal_before_a_block_is_finished_leaves_nothing(tiny_llama: Path, te
         (RuntimeError(), 2, "; 2 of 9 blocks are finished, go on with: again"),
         (KeyboardInterrupt(), 0, "; nothing was left behind"),
         (RuntimeError(), 0, ""),
+        (ResourceError(), 2, "; 2 of 9 blocks are finished, go on with: again"),
+        (OSError(), 2, "; 2 of 9 blocks are finished, go on with: again"),
+        (ModelError(), 2, ""),
+        (DataError(), 2, ""),
+        (NumericsError(), 2, ""),
+        (UserError(), 2, ""),
+        (ValueError(), 2, ""),
+        (TypeError(), 2, ""),
+        (IndexError(), 2, ""),
     ],
 )
 def test_the_hint_tells_what_is_left(error: BaseException, finished: int, hint: str) -> None:
     assert EndedEarly(error, finished, 9).hint("again") == hint
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "hint"),
+    [
+        (ModelError("a mistake"), 2, False),
+        (UserError("a mistake"), 2, False),
+        (ValueError("a mistake"), 1, False),
+        (ResourceError("a shortage"), 2, True),
+        (RuntimeError("a failing device"), 1, True),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_run_that_would_meet_its_error_again_does_not_advise_to_resume(
+    error: Exception,
+    code: int,
+    hint: bool,
+    tiny_llama: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    solve = Engine._solve
+
+    def failing(self: Any, layers: Any, groups: Any, index: int | None) -> Any:
+        if index == 2:
+            raise error
+        yield from solve(self, layers, groups, index)
+
+    monkeypatch.setattr(Engine, "_solve", failing)
+    arguments = ["prune", str(tiny_llama), str(tmp_path / "out"), "--calibration", str(text_file), "--samples", "4"]
+    assert run([*arguments, "--sequence-length", "32", "--device", "cpu", "--quiet"]) == code
+    [line] = capsys.readouterr().err.splitlines()
+    assert str(error) in line
+    assert ("2 of 3 blocks are finished, go on with: " in line) is hint
+    assert ("resume" in line) is hint
+    assert any("resume=True" in note for note in getattr(error, "__notes__", [])) is hint

@@ -238,6 +238,7 @@ def test_a_layer_whose_inputs_are_all_zero_is_reported_truthfully(text_file: Pat
     model = edited(tmp_path / "m", lambda t: t["model.layers.1.input_layernorm.weight"].zero_())
     layer = by_name(thanos.prune(model, tmp_path / "out", recipe(text_file)))["model.layers.1.self_attn.q_proj"]
     assert (layer.method, layer.tokens) == ("magnitude", SAMPLES * LENGTH)
+    assert layer.error_before_compensation is layer.error_after_compensation is None
     [line] = layer.warnings
     assert "pruned by magnitude, not thanos" in line
     assert "no calibration token reached" not in line  # 128 did; they carried nothing

@@ -254,6 +254,7 @@ def test_an_expert_without_tokens_is_pruned_by_magnitude_and_counted(text_file: 
     written, original = load_file(tmp_path / "out/model.safetensors"), load_file(folder / "model.safetensors")
     for layer in starved:
         assert (layer.method, layer.tokens) == ("magnitude", 0)
+        assert layer.error_before_compensation is layer.error_after_compensation is None
         assert layer.warnings == ["no calibration token reached this layer: pruned by magnitude, not thanos"]
         weight, before = written[f"{layer.name}.weight"], original[f"{layer.name}.weight"]
         kept = weight != 0

@@ -317,3 +317,24 @@ def test_rows_that_a_kernel_cannot_solve_are_found_at_the_end_and_solved_directl
     assert hopes == [True] * 4 + [False] * 4 * (share > 0)
     assert torch.equal(pruned.kept, expected.kept)
     torch.testing.assert_close(pruned.weight, expected.weight)
+
+
+@pytest.mark.parametrize("method", oracles.METHODS)
+def test_an_error_that_cannot_be_measured_is_unknown_and_not_zero(method: str) -> None:
+    weight = oracles.layer(6, 16, seed=1).weight
+    unseen = prune_weight(weight, torch.zeros(16, 16, dtype=weight.dtype), method=method, sparsity=0.5)
+    assert unseen.error_before_compensation is unseen.error_after_compensation is None
+    nothing = prune_weight(torch.zeros_like(weight), torch.eye(16, dtype=weight.dtype), method=method, sparsity=0.5)
+    assert nothing.error_before_compensation == nothing.error_after_compensation == 0.0  # nothing has changed
+
+
+def test_outputs_that_were_zero_and_no_longer_are_have_no_relative_error() -> None:
+    # Inputs (1, 1) and a weight (1, −1): the output is 0, and with either entry gone it is not.
+    pruned = prune_weight(
+        torch.tensor([[1.0, -1.0]], dtype=torch.float64),
+        torch.ones(2, 2, dtype=torch.float64),
+        method="magnitude",
+        sparsity=0.5,
+    )
+    assert pruned.zeros == 1
+    assert pruned.error_before_compensation is pruned.error_after_compensation is None

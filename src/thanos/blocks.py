@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from thanos.errors import ModelError
+from thanos.picture import Picture, draw_picture, hidden_states
+from thanos.weightless import replaced_forwards
 
 
 class _Stop(Exception):  # noqa: N818  it is a signal, not an error
@@ -45,75 +50,100 @@ class _Interned:
         return value
 
 
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """The arguments of one block for one sequence, without the hidden states, and their keyword if they have one."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    keyword: str
+
+
 class BlockCalls:
-    """The arguments of every block, besides its hidden states, for every calibration sequence.
+    """The arguments of every block that text reaches, besides its hidden states, for every calibration sequence.
 
     They are recorded one sequence at a time, so that any batch can be put together afterwards: an argument that differs
     between sequences, or that grows with the batch (BLOOM's position biases, (heads, 1, T) a sequence), is concatenated;
     any other is passed once. Which arguments grow is seen from a batch of two.
+
+    Args:
+        blocks: the model's decoder blocks.
+        picture: what text does in the model; drawn when the first sequence is recorded, where it is not given.
     """
 
-    def __init__(self, blocks: list[nn.Module]) -> None:
-        self._blocks = blocks
-        self._calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []  # [sequence][block]
+    def __init__(self, blocks: list[nn.Module], picture: Picture | None = None) -> None:
+        self._blocks, self._picture = blocks, picture
+        self._calls: list[dict[int, _Call]] = []  # [sequence][block]
         self._intern = _Interned()
-        self._tuple = False  # whether a block returns (hidden states, ...) instead of the hidden states
-        self._of_two: list[tuple[Any, Any]] = []  # [block], the shapes of its arguments for a batch of two
+        self._of_two: dict[int, tuple[Any, Any]] = {}  # [block], the shapes of its arguments for a batch of two
+
+    def reaches(self, index: int) -> bool:
+        """Tell whether text reaches block ``index``, as far as is known."""
+        return self._picture is None or index in self._picture.forms
+
+    @property
+    def shares(self) -> bool:
+        """Whether batches must stay as they are from block to block; see :class:`~thanos.picture.Picture`."""
+        return self._picture is not None and self._picture.shares
 
     def record(self, model: nn.Module, ids: Tensor) -> Tensor:
-        """Run the model on one sequence, ids (1, T), up to the first block; return that block's input (1, T, d)."""
-        try:
-            hidden = self._record(model, ids)
-        except (TypeError, AttributeError, IndexError):
-            if self._tuple or self._calls:
-                raise
-            self._tuple = True  # the model unpacks what its blocks return
-            hidden = self._record(model, ids)
+        """Run the model on one sequence, ids (1, T), up to the first block; return that block's input (1, T, d).
+
+        Raises:
+            ModelError: the model's blocks cannot be run one by one, or this text reaches others than text does otherwise.
+        """
+        if self._picture is None:
+            self._picture = draw_picture(model, self._blocks, ids.device)
+        hidden = self._record(model, ids)
         if not self._of_two:
             self._of_two = self._shapes_of_two(model, ids)
         return hidden
 
-    def _shapes_of_two(self, model: nn.Module, ids: Tensor) -> list[tuple[Any, Any]]:
-        pair = BlockCalls(self._blocks)
-        pair._tuple = self._tuple
+    def _shapes_of_two(self, model: nn.Module, ids: Tensor) -> dict[int, tuple[Any, Any]]:
+        pair = BlockCalls(self._blocks, self._picture)
         pair._record(model, ids.expand(2, -1))
-        return [
-            (_shapes(args), {name: _shapes(value) for name, value in kwargs.items()}) for args, kwargs in pair._calls[0]
-        ]
+        return {
+            index: (_shapes(call.args), {name: _shapes(value) for name, value in call.kwargs.items()})
+            for index, call in pair._calls[0].items()
+        }
 
     def _record(self, model: nn.Module, ids: Tensor) -> Tensor:
         hidden: list[Tensor] = []
-        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        calls: dict[int, _Call] = {}
+        reached = self._drawn.reached
 
-        def recorder(index: int) -> Callable[..., Any]:
+        def recorder(index: int, _: Callable[..., Any]) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
-                states = kwargs.pop("hidden_states") if "hidden_states" in kwargs else args[0]
-                if not isinstance(states, Tensor) or (hidden and states.shape != hidden[0].shape):
-                    raise TypeError("a block was not handed the hidden states of the block before it")
+                states, args, kwargs, keyword = hidden_states(args, kwargs)
+                if index != reached[len(calls)] or (hidden and states.shape != hidden[0].shape):
+                    raise _other_blocks(model)
                 hidden.append(states)
                 arguments = {name: self._intern(value) for name, value in kwargs.items()}
-                calls.append((tuple(self._intern(value) for value in args[1:]), arguments))
-                if index == len(self._blocks) - 1:
+                calls[index] = _Call(tuple(self._intern(value) for value in args), arguments, keyword)
+                if index == reached[-1]:
                     raise _Stop
-                return (states,) if self._tuple else states
+                return self._drawn.returned(index, states)
 
             return forward
 
         try:
-            with _replaced_forwards(self._blocks, recorder):
+            with replaced_forwards(self._blocks, recorder):
                 _run(model, ids)
         finally:
             self._intern.forget()
+        if len(calls) < len(reached):
+            raise _other_blocks(model)
         self._calls.append(calls)
         return hidden[0]
 
     def run(self, index: int, hidden: Tensor, first: int) -> Tensor:
         """Run block ``index`` on hidden states (B, T, d) of the sequences from ``first`` on; same shape out."""
         batch = [sequence[index] for sequence in self._calls[first : first + hidden.shape[0]]]
-        of_two = self._of_two[index]
-        args = tuple(_join([call[0][i] for call in batch], of_two[0][i]) for i in range(len(batch[0][0])))
-        kwargs = {name: _join([call[1][name] for call in batch], of_two[1][name]) for name in batch[0][1]}
-        output = self._blocks[index](hidden, *args, **kwargs)
+        one, of_two = batch[0], self._of_two[index]
+        args = tuple(_join([call.args[i] for call in batch], of_two[0][i]) for i in range(len(one.args)))
+        kwargs = {name: _join([call.kwargs[name] for call in batch], of_two[1][name]) for name in one.kwargs}
+        args, kwargs = (args, {one.keyword: hidden, **kwargs}) if one.keyword else ((hidden, *args), kwargs)
+        output = self._blocks[index](*args, **kwargs)
         return output[0] if isinstance(output, tuple | list) else output
 
     def observe(self, index: int, hidden: Tensor, first: int) -> None:
@@ -124,12 +154,22 @@ class BlockCalls:
     def run_tail(self, model: nn.Module, ids: Tensor, hidden: Tensor) -> None:
         """Run what follows the blocks, given the last block's outputs for ids; a hook may end it by :func:`stop`."""
 
-        def passer(index: int) -> Callable[..., Any]:
-            del index
-            return lambda *args, **kwargs: (hidden,) if self._tuple else hidden
+        def passer(index: int, _: Callable[..., Any]) -> Callable[..., Any]:
+            return lambda *args, **kwargs: self._drawn.returned(index, hidden)
 
-        with _replaced_forwards(self._blocks, passer):
+        with replaced_forwards(self._blocks, passer):
             _run(model, ids)
+
+    @property
+    def _drawn(self) -> Picture:
+        assert self._picture is not None
+        return self._picture
+
+
+def _other_blocks(model: nn.Module) -> ModelError:
+    return ModelError(
+        f"{type(model).__name__} cannot be pruned block by block: which blocks it calls depends on the text"
+    )
 
 
 def stop() -> None:
@@ -142,18 +182,6 @@ def _run(model: nn.Module, ids: Tensor) -> None:
         model(input_ids=ids, use_cache=False)
     except _Stop:
         return
-
-
-@contextmanager
-def _replaced_forwards(blocks: list[nn.Module], make: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
-    # An instance attribute shadows the method, so whatever else a model reads from its blocks stays in place.
-    for index, block in enumerate(blocks):
-        block.forward = make(index)
-    try:
-        yield
-    finally:
-        for block in blocks:
-            del block.forward
 
 
 def _shapes(value: Any) -> Any:

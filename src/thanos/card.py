@@ -6,6 +6,7 @@ import math
 from pathlib import PurePath
 from typing import Any
 
+from thanos.records import warning_lines
 from thanos.report import LayerRecord, PruningReport
 from thanos.textfiles import SUFFIXES, Part, split_source
 
@@ -118,8 +119,7 @@ def _worst_table(layers: list[LayerRecord]) -> str:
 
 
 def _warnings(report: PruningReport) -> list[str]:
-    lines = [f"- {line}" for line in report.warnings]
-    lines += [f"- `{layer.name}`: {line}" for layer in report.layers for line in layer.warnings]
+    lines = [f"- {line}" for line in (*report.warnings, *warning_lines(report.layers, quote="`"))]
     return ["## Warnings", "\n".join(lines)] if lines else []
 
 

@@ -125,6 +125,10 @@ class Engine:
             self.weights.release(outer)
 
     def _prune_block(self, index: int) -> Iterator[Event]:
+        if not self.passes.reaches(index):
+            self._finish(index)
+            yield self._event("block", "propagate", index, error=self._mean_error())
+            return
         names = self._block_names(index)
         layers = [layer for layer in self.layers if layer.block == index]
         self._load(index)
@@ -157,7 +161,7 @@ class Engine:
     def _replay_block(self, index: int, record: BlockRecord) -> Iterator[Event]:
         """Take over a block that is finished; what it was made of is on the disk, and only its outputs may be missing."""
         self._take_over(record)
-        if self._is_read_after(index):
+        if self._is_read_after(index) and self.passes.reaches(index):
             self._load(index)
             yield self._event("phase", "propagate", index)
             with self.meter.phase("propagate"):
@@ -272,9 +276,10 @@ class Engine:
             self.weights.load([name for name in self._block_names(index) if name not in pruned])
             for name in pruned:
                 self.weights.put(name, self.writer.read(self.weights.key(name)))
-        if index + 1 < len(self.blocks):
-            ahead = self._finished_names(index + 1)
-            self.weights.prefetch([name for name in self._block_names(index + 1) if name not in ahead])
+        after = next((later for later in range(index + 1, len(self.blocks)) if self.passes.reaches(later)), None)
+        if after is not None:
+            ahead = self._finished_names(after)
+            self.weights.prefetch([name for name in self._block_names(after) if name not in ahead])
 
     def _finished_names(self, index: int) -> list[str]:
         record = self.ledger.finished.get(index)

@@ -47,6 +47,17 @@ class CudaUnavailableError(ResourceError):
     """A CUDA device was asked for and torch sees none."""
 
 
+def recurs(error: BaseException) -> bool:
+    """Tell whether the same request is sure to meet an error again: the request, the model or this program is at fault.
+
+    What interrupts a run, or what it lacks for a while (memory, disk, a device that fails), is not.
+    """
+    if isinstance(error, UserError):
+        return not isinstance(error, ResourceError)
+    faults = (TypeError, ValueError, LookupError, AttributeError, AssertionError, NotImplementedError)
+    return isinstance(error, faults)
+
+
 _REMEDIES = {
     errno.ENOSPC: "free some space, or write to another disk",
     errno.EDQUOT: "free some space, or write to another disk",

@@ -93,8 +93,9 @@ class Job:
         return self._in_memory(list(self.prepared.opened.key_of))
 
     def largest_block(self) -> int:
-        """Return the number of the block to try: the largest of those that have layers to prune, if there are any."""
-        return max(range(len(self.block_bytes)), key=lambda i: (bool(self._by_block[i]), self.block_bytes[i]))
+        """Return the number of the block to try: the largest that text reaches, with layers to prune if there is any."""
+        reached = self.prepared.picture.reached
+        return max(reached, key=lambda i: (bool(self._by_block[i]), self.block_bytes[i]))
 
     def gathered(self, block: int) -> list[list[LinearLayer]]:
         """Return a block's layers by the passes in which their statistics are gathered."""

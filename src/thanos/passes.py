@@ -14,6 +14,7 @@ from thanos.attention import fast_attention
 from thanos.blocks import BlockCalls, stop
 from thanos.errors import ResourceError
 from thanos.memory import free_device_bytes
+from thanos.picture import Picture
 from thanos.structure import LinearLayer
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
@@ -34,6 +35,7 @@ class Passes:
         device: where blocks run.
         folder: where a file of hidden states may be made.
         place: for the hidden states; see :func:`~thanos.activations.choose_place`.
+        picture: what text does in the model; default: drawn by :meth:`record`.
 
     Attributes:
         batch: sequences of a forward pass; results depend on it in their last bits. None until the first pass, which chooses
@@ -51,12 +53,13 @@ class Passes:
         folder: Path,
         *,
         place: str = "auto",
+        picture: Picture | None = None,
     ) -> None:
         self._model, self._blocks, self._ids, self._device, self._folder = model, blocks, ids, device, folder
         self._asked = place
         self.batch: int | None = None
         self.starts: list[tuple[int, int]] = []
-        self._calls = BlockCalls(blocks)
+        self._calls = BlockCalls(blocks, picture)
         self._states: Activations | None = None
 
     @property
@@ -84,6 +87,10 @@ class Passes:
                 place = choose_place(needed, self._device, self._folder, self._asked)
                 self._states = Activations(len(self._ids), hidden, place, self._device, self._folder)
             self._states.write(index, hidden)
+
+    def reaches(self, index: int) -> bool:
+        """Tell whether text reaches block ``index``; where it does not, the hidden states pass it by."""
+        return self._calls.reaches(index)
 
     def settle_batch(self, index: int) -> None:
         """Choose how many sequences go at once; on CUDA that runs the block, so hooks must not listen yet."""
@@ -150,10 +157,15 @@ class Passes:
         """Make batches half as large after ``error``; return a line that says so.
 
         Raises:
-            ResourceError: a batch is one sequence already.
+            ResourceError: a batch is one sequence already, or batches must stay as they are.
         """
         if self.batch is None or self.batch <= 1:
             raise self._too_small() from error
+        if self._calls.shares and self.starts:  # what earlier blocks left for later ones is that of the batches of then
+            raise ResourceError(
+                f"out of memory on the device with batches of {self.batch} sequences, which this model does not let become "
+                "smaller on the way: lower --samples or --sequence-length"
+            ) from error
         before, self.batch = self.batch, self.batch // 2
         error.__traceback__ = None  # its frames hold the failed batch, which would stay in memory
         torch.cuda.empty_cache()
@@ -254,7 +266,7 @@ def _stopping_after(layers: Sequence[LinearLayer]) -> Iterator[Callable[[], None
         while handles:
             handles.pop().remove()
         experts = any(layer.expert for layer in layers)
-        if not experts and len(called) == len(layers) and set(called) == {layer.name for layer in layers}:
+        if called and not experts and len(called) == len(layers) and set(called) == {layer.name for layer in layers}:
             last = next(layer for layer in layers if layer.name == called[-1])
             handles.append(last.module.register_forward_pre_hook(lambda *_: stop()))
 

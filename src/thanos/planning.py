@@ -167,7 +167,8 @@ def _measure(job: Job, folder: Path, measured: dict[str, PhaseRecord]) -> tuple[
     few = job.ids[:1] if job.on_cuda else _few_tokens(job, index, layers, rates)
     weights = ModelWeights(skeleton, opened.checkpoint, opened.key_of, device)
     try:
-        model = TrialModel(skeleton, blocks, weights, job.outer(head=False), index, job.inside(index), layers)
+        inside, picture = job.inside(index), job.prepared.picture
+        model = TrialModel(skeleton, blocks, picture, weights, job.outer(head=False), index, inside, layers)
         trial = try_block(model, few, device)
     finally:
         weights.close()

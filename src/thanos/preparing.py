@@ -15,12 +15,13 @@ from thanos.calibration import Calibration, build_calibration, check_positions
 from thanos.errors import ModelError, RecipeError, ResourceError, system_errors
 from thanos.events import Event
 from thanos.opening import OpenedModel, open_model
-from thanos.pretrained import ModelSource, check_token_ids, context_length, end_of_text_id, load_model
+from thanos.picture import Picture, draw_picture
+from thanos.pretrained import ModelSource, check_token_ids, choose_device, context_length, end_of_text_id, load_model
 from thanos.recipe import Recipe, check_globs
 from thanos.report import DenseRecord
 from thanos.shards import check_room
 from thanos.solvers.base import Budget
-from thanos.structure import LinearLayer, linear_layers, select_layers
+from thanos.structure import LinearLayer, find_blocks, linear_layers, select_layers
 from thanos.survey import count_zeros, sampled_sparsity, survey
 from thanos.text import check_text_source
 
@@ -37,6 +38,7 @@ class Prepared:
     Attributes:
         opened: the model.
         layers: what is pruned.
+        picture: what text does in the model.
         dense: each tensor that stays, and why.
         zeros_elsewhere: number of zeros in those that stay.
         sparsity: share of zeros that ``layers`` come with, from a sample.
@@ -44,6 +46,7 @@ class Prepared:
 
     opened: OpenedModel
     layers: list[LinearLayer]
+    picture: Picture
     dense: list[DenseRecord]
     zeros_elsewhere: int
     sparsity: float
@@ -91,7 +94,7 @@ def prepare(
         folder: of the output, whose disk is checked for room before anything is read; None to leave that out.
 
     Raises:
-        ModelError, RecipeError: the recipe does not fit the model.
+        ModelError, RecipeError: the recipe does not fit the model, or its blocks cannot be run one by one.
         NumericsError: a parameter that stays holds NaN or infinity.
         ResourceError: the disk has too little room.
     """
@@ -99,10 +102,17 @@ def prepare(
     for note in opened.notes:
         watch(Event(kind="note", phase="load", message=note))
     chosen, left_dense = select_layers(linear_layers(opened.skeleton), recipe)
+    picture = draw_picture(opened.skeleton, find_blocks(opened.skeleton)[1], choose_device(recipe.device))
+    if unreached := _unreached(picture, chosen):
+        left_dense |= dict.fromkeys((layer.name for layer in unreached), "text does not reach its decoder block")
+        chosen = [layer for layer in chosen if layer.name not in left_dense]
+        opened.notes.append(_say_unreached(unreached, chosen))
+        watch(Event(kind="note", phase="load", message=opened.notes[-1]))
+    embedding = getattr(opened.skeleton.get_input_embeddings(), "weight", None)
     for layer in chosen:
         settings = recipe.for_layer(layer.name)
         assert settings is not None
-        if layer.weight_name not in opened.key_of:
+        if layer.weight_name not in opened.key_of or layer.module.get_parameter("weight") is embedding:
             raise ModelError(
                 f"{layer.name} shares its weight with the input embedding, which cannot be pruned; leave it dense: --skip "
                 f"{layer.name}"
@@ -115,7 +125,24 @@ def prepare(
         check_room(opened.checkpoint, folder, besides=LOG_BYTES_PER_LAYER * len(chosen))
     sparsity = _note_zeros(opened, chosen, watch)
     dense, zeros = survey(opened, chosen, left_dense, watch) if look else ([], 0)
-    return Prepared(opened, chosen, dense, zeros, sparsity)
+    return Prepared(opened, chosen, picture, dense, zeros, sparsity)
+
+
+def _unreached(picture: Picture, layers: list[LinearLayer]) -> list[LinearLayer]:
+    return [layer for layer in layers if layer.block is not None and layer.block not in picture.reached]
+
+
+def _say_unreached(unreached: list[LinearLayer], chosen: list[LinearLayer]) -> str:
+    """Return a line about the layers of blocks that text does not reach.
+
+    Raises:
+        ModelError: no other layer is left to prune.
+    """
+    indices = sorted({layer.block for layer in unreached if layer.block is not None})
+    blocks = f"{'block' if len(indices) == 1 else 'blocks'} {', '.join(map(str, indices))}"
+    if not chosen:
+        raise ModelError(f"the recipe leaves no layer to prune: text does not reach {blocks}")
+    return f"text does not reach {blocks}: {len(unreached)} layers there stay dense"
 
 
 def _note_zeros(opened: OpenedModel, layers: list[LinearLayer], watch: Watcher) -> float:

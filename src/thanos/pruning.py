@@ -21,7 +21,7 @@ from thanos.calibration import Calibration
 from thanos.companions import copy_companions
 from thanos.distributed import SharedLedger, SharedWriter, World, join, my_device, speaks
 from thanos.engine import Engine
-from thanos.errors import NumericsError, RecipeError, ResourceError, UserError
+from thanos.errors import NumericsError, RecipeError, ResourceError, UserError, recurs
 from thanos.eventlog import EventStream
 from thanos.events import LOG_NAME, RUN_NAME, Event
 from thanos.lock import locked
@@ -257,7 +257,7 @@ def _kept(work: WorkFolder) -> Iterator[None]:
         if isinstance(error, NumericsError) or not work.finished:
             with suppress(OSError):
                 work.remove()
-        else:
+        elif not recurs(error):
             error.add_note(
                 f"{work.finished} of {work.run['blocks']} blocks are finished; resume=True goes on with them"
             )
@@ -316,7 +316,7 @@ def _engine(
         writer,
         ledger,
         job.recipe,
-        Passes(opened.skeleton, blocks, ids, device, folder, place=job.activations),
+        Passes(opened.skeleton, blocks, ids, device, folder, place=job.activations, picture=plan.picture),
         device,
         job.meter,
         job.world,

@@ -30,7 +30,8 @@ class LayerRecord:
         outlier_rows: number of rows left dense.
         halved_rows: number of rows that keep half of the pattern's non-zeros to make up for them (``keep_budget``).
         error_before_compensation: relative output error if the removed weights were only set to zero:
-            tr(Δ H Δᵀ) / tr(W H Wᵀ), H from the calibration tokens.
+            tr(Δ H Δᵀ) / tr(W H Wᵀ), H from the calibration tokens; None where no token with an input other than zero
+            reached the layer, so that it is unknown.
         error_after_compensation: the same for the weight as written.
         damping: the damping used, as a share of the Hessian's mean diagonal; None where the method uses none.
         damping_reason: why it is not the recipe's; empty if it is.

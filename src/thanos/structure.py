@@ -117,11 +117,15 @@ def block_names(names: Iterable[str], blocks_name: str, index: int) -> list[str]
 
 
 def outer_names(model: nn.Module, names: Iterable[str], blocks_name: str, *, head: bool = True) -> list[str]:
-    """Return the parameters outside the blocks; without ``head``, those of an output embedding of its own are left out too."""
+    """Return the parameters outside the blocks; without ``head``, those that only the output embedding has are left out too."""
     find = None if head else getattr(model, "get_output_embeddings", None)
-    apart = find() if callable(find) else None
-    inside = [f"{name}." for name, module in model.named_modules() if module is apart]
-    return [name for name in names if not name.startswith((f"{blocks_name}.", *inside))]
+    apart: Any = find() if callable(find) else None
+    own = set() if apart is None else {id(parameter) for parameter in apart.parameters()}
+    for module in model.modules():
+        if module is not apart:  # a tied head may come first, and give the input embedding its name
+            own -= {id(parameter) for parameter in module.parameters(recurse=False)}
+    alone = {name for name, parameter in model.named_parameters() if id(parameter) in own}
+    return [name for name in names if not name.startswith(f"{blocks_name}.") and name not in alone]
 
 
 def _linear_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

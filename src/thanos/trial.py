@@ -22,6 +22,7 @@ from thanos.bench.measure import synthetic_layer
 from thanos.footprint import LayerWork
 from thanos.memory import host_bytes, host_peak_bytes, reset_host_peak
 from thanos.passes import Passes
+from thanos.picture import Picture
 from thanos.rates import Rates
 from thanos.recipe import LayerRecipe
 from thanos.solvers import METHODS, prune_layer
@@ -75,10 +76,11 @@ class BlockTrial:
 
 @dataclass(frozen=True, slots=True)
 class TrialModel:
-    """What a trial needs to know: the skeleton, its blocks and weights, and the block to try."""
+    """What a trial needs to know: the skeleton, its blocks, what text does in it, its weights, and the block to try."""
 
     skeleton: nn.Module
     blocks: list[nn.Module]
+    picture: Picture
     weights: ModelWeights
     outer: list[str]
     index: int
@@ -106,7 +108,7 @@ def few_tokens(parameters: int, columns: Sequence[int], ids: Tensor, most: int, 
 def try_block(model: TrialModel, ids: Tensor, device: torch.device) -> BlockTrial:
     """Run one block as the engine does, on token ids (n, t)."""
     weights = model.weights
-    passes = Passes(model.skeleton, model.blocks, ids, device, Path(), place="device")
+    passes = Passes(model.skeleton, model.blocks, ids, device, Path(), place="device", picture=model.picture)
     try:
         weights.load(model.outer)
         seconds, _ = _timed(passes.record, device)

@@ -16,6 +16,7 @@ from torch import Tensor
 from thanos.bench.measure import machine
 from thanos.bench.synthetic import RandomCheckpoint, Shape, random_checkpoint
 from thanos.engine import Engine
+from thanos.eventlog import EventStream
 from thanos.events import Event
 from thanos.journal import BlockRecord, Journal
 from thanos.memory import PhaseMeter
@@ -118,12 +119,12 @@ def time_model(
     part = replace(shape, blocks=min(blocks or shape.blocks, shape.blocks))
     rates = measure_rates(device, torch.bfloat16)
     meter, ended = PhaseMeter(device), list[float]()
+    tell = EventStream(on_event, meter)
     with _engine(part, recipe, device, meter, out=out, activations=activations) as engine:
         for event in engine.run():
             if event.kind == "block":
                 ended.append(sum(phase.seconds for phase in meter.records().values()))
-            if on_event is not None:
-                on_event(event)
+            tell(event)
     phases = meter.records()
     seconds = sum(phase.seconds for phase in phases.values())
     before = phases["calibration"].seconds

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from thanos.errors import recurs
+
 
 class EndedEarly(Exception):  # noqa: N818  what it holds may be no error
     """Carries what ended a run past the argument parser, which would swallow an interruption.
@@ -24,8 +26,8 @@ class EndedEarly(Exception):  # noqa: N818  what it holds may be no error
         self.error, self.finished, self.blocks = error, finished, blocks
 
     def hint(self, again: str) -> str:
-        """Return the end of a line, which says what is left and the command that goes on with it."""
-        if self.finished:
+        """Return the end of a line, which says what is left and the command that goes on with it, if that is of any use."""
+        if self.finished and not recurs(self.error):
             return f"; {self.finished} of {self.blocks} blocks are finished, go on with: {again}"
         return "; nothing was left behind" if isinstance(self.error, KeyboardInterrupt) else ""
 

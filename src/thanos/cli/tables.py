@@ -79,8 +79,9 @@ def phase_rows(phases: dict[str, PhaseRecord]) -> list[tuple[str, str]]:
 
 def show_warnings(report: PruningReport) -> None:
     """Print the first warnings on the standard error, and where to find the rest."""
-    lines = list(report.warnings)
-    lines += [f"{layer.name}: {line}" for layer in report.layers for line in layer.warnings]
+    from thanos.records import warning_lines
+
+    lines = [*report.warnings, *warning_lines(report.layers)]
     for line in lines[:_SHOWN_WARNINGS]:
         print(f"warning: {line}", file=sys.stderr)
     if len(lines) > _SHOWN_WARNINGS:

@@ -51,8 +51,9 @@ class PrunedWeight:
         outliers: indices of the rows left dense, ascending, (q,).
         halved: indices of the rows that keep n/2 of m to make up for them, ascending; empty without ``keep_budget``.
         method: the method that ran: the one asked for, or ``magnitude`` where no input was ever seen.
-        error_before_compensation: tr(Δ H Δᵀ) / tr(W H Wᵀ) with Δ the removed entries alone; None without a Hessian.
-        error_after_compensation: the same with Δ the whole change of the weight; None without a Hessian.
+        error_before_compensation: tr(Δ H Δᵀ) / tr(W H Wᵀ) with Δ the removed entries alone; None where it is unknown: without
+            a Hessian, with one that saw no input, or where outputs that were all zero have changed.
+        error_after_compensation: the same with Δ the whole change of the weight.
         damping: the damping that was used, as a share of the Hessian's mean diagonal; None where none is used.
         damping_reason: why it differs from the one asked for; empty if it does not.
     """

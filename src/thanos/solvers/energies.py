@@ -51,14 +51,17 @@ def shares_and_zeros(
     """Return the energies of the changes before and after compensation, 0-d, as shares of the whole, and the zeros.
 
     Both are measured on the undamped Hessian and the weight as stored. Where nothing compensates there is one change. The
-    device is asked once.
+    device is asked once. A share is None where it is unknown: no input was seen, or outputs that were zero have changed.
     """
     others = pruned.count_nonzero().to(torch.float64)
-    *shares, energy, count = torch.cat([torch.stack(changes) / total, torch.stack([total, others])]).tolist()
+    changed = torch.stack(changes)
+    facts = torch.cat([changed / total, changed, torch.stack([total, others])]).tolist()
+    shares, energies, energy, count = facts[: len(changes)], facts[len(changes) : -2], facts[-2], facts[-1]
     zeros = pruned.numel() - int(count)
-    if inputs is None:
+    if inputs is None or inputs.empty:
         return None, None, zeros
-    if inputs.empty:
-        return 0.0, 0.0, zeros
-    errors = [0.0 if not energy > 0 or -1e-6 < share < 0 else share for share in shares]  # rounding alone
+    if energy > 0:
+        errors = [0.0 if -1e-6 < share < 0 else share for share in shares]  # rounding alone
+    else:
+        errors = [None if change > 0 else 0.0 for change in energies]
     return errors[0], errors[-1], zeros
