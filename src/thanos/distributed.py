@@ -10,9 +10,10 @@ between GPUs, one GPU a process.
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -234,31 +235,68 @@ def join(device: torch.device) -> Iterator[World]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    _load_what_keeps_the_group()
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         timeout=_TIMEOUT,
         device_id=device if device.type == "cuda" else None,
     )
-    # After an error the group stays as it is: leaving it in order would mean waiting for processes that may be gone.
-    yield Group()
+    try:
+        yield Group()
+    except BaseException:
+        first_to_fail()  # asked now: aborting makes the others fail too, and ends the way to ask
+        _abort()
+        raise
     dist.destroy_process_group()
+
+
+def _load_what_keeps_the_group() -> None:
+    """Import, before there is a group, the module that would keep it.
+
+    The functions of ``torch.distributed.nn.functional`` have the group of the moment of its import as a default argument.
+    Models import it late; the group then outlived ``destroy_process_group``, and gloo's threads outlived the work. One that
+    was late to drop the tensors of the last message needed Python's lock for that, and Python, already ending, ends whatever
+    thread asks for it: by unwinding the stack through C++ code that must not be left so. The C++ runtime aborted the process
+    ("terminate called without an active exception"), after all its work was done. Without that default the last reference
+    goes with ``destroy_process_group``, which waits for the threads.
+    """
+    if dist.is_available():
+        importlib.import_module("torch.distributed.nn.functional")
+
+
+def _abort() -> None:
+    """Leave the group after an error: close the connections, which ends what waits for other processes, here and there.
+
+    Leaving in order would mean waiting for processes that may be gone; not leaving would mean threads that run while Python
+    ends, see :func:`_load_what_keeps_the_group`.
+    """
+    group = dist.distributed_c10d._get_default_group()
+    with suppress(RuntimeError):
+        group.abort()
+    if group.name() == "gloo":  # leaving NCCL waits for the device, perhaps for ever; its threads end with the process
+        del group
+        with suppress(RuntimeError):
+            dist.destroy_process_group()
 
 
 # --- one line for all processes -----------------------------------------------------------------------------------------
 
+_first: bool | None = None
+"""Whether this process was the first to fail; None as long as nobody has asked."""
+
 
 def first_to_fail() -> bool:
-    """Whether this process is the first of the run that has a failure to tell; only that one should."""
+    """Whether this process is the first of the run that has a failure to tell; only that one should. Always the same answer."""
+    global _first
     if not launched():
         return True
-    try:
-        store = dist.distributed_c10d._get_default_store()
-        return store.add("thanos/failed", 1) == 1
-    except (
-        RuntimeError,
-        ValueError,
-    ):  # the processes never met, or their meeting point is gone: all have the same to say
-        return os.environ["RANK"] == "0"
+    if _first is None:
+        try:
+            _first = dist.distributed_c10d._get_default_store().add("thanos/failed", 1) == 1
+        except (RuntimeError, ValueError):
+            # The processes never met, or their meeting point is gone: all have the same to say.
+            return os.environ["RANK"] == "0"
+    return _first
 
 
 class SharedWriter:
