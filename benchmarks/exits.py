@@ -3,7 +3,7 @@
     python benchmarks/exits.py --runs 100 --processes 2 4
 
 Every second run has a program beside it that takes a core. The processes are forked from this one, which has imported the
-command, so a run takes a second or two; a store outside of them is their meeting point, as torchrun's is, and each leaves
+command, so a run takes a second or two; a store outside of them is the meeting point of each, as torchrun's is, and each leaves
 Python in the usual way. Prints what the failed ones said, and exits with 1 if there are any.
 """
 
@@ -19,15 +19,20 @@ import tempfile
 from pathlib import Path
 
 import torch
+import torch.distributed.nn.functional  # before there is a group, as the command does
+import transformers.models.llama.modeling_llama
 
 import thanos.cli.app
 import thanos.pruning
 
-STORE = (
-    "import sys, torch.distributed as d; s = d.TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False); "
-    "print(s.port, flush=True); sys.stdin.read()"
-)
-"""In a process of its own, since its threads would not survive a fork."""
+STORES = """
+import sys, torch.distributed as d
+stores = []
+for _ in sys.stdin:
+    stores.append(d.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
+    print(stores[-1].port, flush=True)
+"""
+"""Makes a store for each line it reads. In a process of its own, since its threads would not survive a fork."""
 
 MODEL = """
 import sys, torch
@@ -40,7 +45,7 @@ words = Tokenizer(models.WordLevel({f"w{n}": n for n in range(63)} | {"?": 63}, 
 words.pre_tokenizer = pre_tokenizers.Whitespace()
 PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?").save_pretrained(sys.argv[1])
 """
-"""Made elsewhere too: what it imports, a process of a run has not imported when it meets the others."""
+"""Made elsewhere too, so that no thread is left here when the runs are forked."""
 
 
 def main() -> int:
@@ -53,16 +58,18 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp())
     subprocess.run([sys.executable, "-c", MODEL, folder / "model"], check=True, stderr=subprocess.DEVNULL)
     (folder / "text.txt").write_text(" ".join(f"w{n * n % 63}" for n in range(2000)))
-    store = subprocess.Popen([sys.executable, "-c", STORE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert store.stdout is not None
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.stdout.readline().strip()}
+    stores = subprocess.Popen([sys.executable, "-c", STORES], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert stores.stdin is not None
+    assert stores.stdout is not None
     torch.set_num_threads(1)
     failed = 0
     for number in range(options.runs * len(options.processes)):
         size = options.processes[number % len(options.processes)]
         busy = number // len(options.processes) % 2 == 1
+        print(file=stores.stdin, flush=True)
+        port = stores.stdout.readline().strip()
         beside = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if busy else None
-        codes = run(number, size, folder)
+        codes = run(port, size, folder)
         if beside is not None:
             beside.kill()
             beside.wait()
@@ -73,25 +80,25 @@ def main() -> int:
                 print((folder / f"{rank}.err").read_text())
         if number % 20 == 19:
             print(f"{number + 1} runs, {failed} failed", flush=True)
-    store.kill()
-    store.wait()
+    stores.kill()
+    stores.wait()
     shutil.rmtree(folder)
     print(f"{options.runs} runs of each of {options.processes} processes: {failed} failed")
     return int(failed > 0)
 
 
-def run(number: int, size: int, folder: Path) -> list[int]:
+def run(port: str, size: int, folder: Path) -> list[int]:
     """Prune on ``size`` processes; return their exit codes. As torchrun does, end the others where one fails."""
     pids: dict[int, int] = {}
     for rank in range(size):
         pid = os.fork()
         if not pid:
-            work(number, size, rank, folder)
+            work(port, size, rank, folder)
         pids[pid] = rank
     codes = [0] * size
     while pids:
         pid, status = os.wait()
-        if pid in pids:  # and not the store
+        if pid in pids:  # and not the stores' process
             rank = pids.pop(pid)
             codes[rank] = os.waitstatus_to_exitcode(status)
             for other in pids if codes[rank] else ():
@@ -99,12 +106,15 @@ def run(number: int, size: int, folder: Path) -> list[int]:
     return codes
 
 
-def work(number: int, size: int, rank: int, folder: Path) -> None:
+def work(port: str, size: int, rank: int, folder: Path) -> None:
     """Run the command as torchrun would start it, and exit."""
-    place = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
+    place: dict[str, object] = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
+    place |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "TORCHELASTIC_USE_AGENT_STORE": True,
+    }  # it is there already
     os.environ |= {name: str(value) for name, value in place.items()}
-    # The store is one that is there already, and each run has its own names in it.
-    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": str(number)}
     for descriptor, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(folder / f"{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     arguments = ["prune", str(folder / "model"), str(folder / "out"), "--calibration", str(folder / "text.txt")]
