@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed.nn.functional  # before there is a group, as the command does
-import transformers.models.llama.modeling_llama
+import transformers.models.llama.modeling_llama  # noqa: F401
 
 import thanos.cli.app
 import thanos.pruning
