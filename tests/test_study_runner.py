@@ -569,6 +569,52 @@ def test_a_plain_line_for_every_cell(tmp_path: Path, data: Path) -> None:
     assert len(lines) == 2
 
 
+def test_a_plain_line_now_and_then_for_a_cell_that_runs(tmp_path: Path) -> None:
+    path = write(tmp_path, GRID + 'method = ["magnitude", "wanda"]\n')
+    _, first, second = read_study(path).cells
+    now, stream = [1000.0], io.StringIO()
+    show = PlainLines(stream, clock=lambda: now[0])
+
+    def tell(seconds: float, worker: int, cell: Cell, event: thanos.Event | None) -> None:
+        now[0] = 1000.0 + seconds
+        show(StudyEvent(worker=worker, cell=cell, event=event, done=0, total=9))
+
+    solve = thanos.Event(kind="layer", phase="solve", block=3, blocks=30)
+    tell(0, 0, first, None)
+    tell(20, 1, second, None)
+    for seconds in range(1, 61):
+        tell(seconds, 0, first, solve)
+    tell(45, 1, second, solve)  # its first 30 seconds are not over
+    tell(62, 1, second, thanos.Event(kind="progress", phase="evaluate", done=7, total=12))
+    assert stream.getvalue().splitlines() == [
+        f"[0:30] cell 1 of 9, {first.title()}: solve, block 4 of 30, 0:30 in this cell",
+        f"[1:00] cell 1 of 9, {first.title()}: solve, block 4 of 30, 1:00 in this cell",
+        f"[1:02] cell 2 of 9, {second.title()}: evaluate 7 of 12, 0:42 in this cell",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("states", "code", "words"),
+    [
+        (["done"] * 3, 0, ""),
+        (["done", "failed", "failed"], 1, "2 of 3 cells failed; the reasons are in OUT/store.jsonl .* runs them again"),
+        (["done", "failed", "impossible"], 1, "2 of 3 cells failed; 1 of them because no .* runs the others again"),
+        (["done", "done", "impossible"], 1, "1 of 3 cells failed; 1 of them because no .*thanos report OUT$"),
+    ],
+)
+def test_a_study_with_failed_cells_exits_with_1(
+    states: list[Any], code: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    cells = read_study(write(tmp_path, GRID + 'method = ["magnitude", "wanda"]\n')).cells
+    found = runner.StudyResult(states=dict(zip(cells, states, strict=True)), with_tasks=frozenset(), ran=3)
+    monkeypatch.setattr(runner, "run_study", lambda *_, **__: found)
+    assert run(["study", str(tmp_path / "my.toml"), str(tmp_path / "out"), "--quiet"]) == code
+    printed = capsys.readouterr()
+    assert "cells" in printed.out
+    said = printed.err.replace(str(tmp_path / "out"), "OUT").strip()
+    assert (said == "") if not words else re.fullmatch(f"error: {words}", said), said
+
+
 @pytest.mark.parametrize("start", [0.0, 1e9, -1e9])
 def test_progress_is_throttled_and_notes_are_not(start: float) -> None:
     told: list[Any] = []

@@ -236,6 +236,8 @@ def join(device: torch.device) -> Iterator[World]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     _load_what_keeps_the_group()
+    global _first
+    _first = None
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         timeout=_TIMEOUT,
