@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 import thanos
 from helpers import prose, save_tiny
-from thanos.distributed import SINGLE, Group, SharedWriter, my_device
+from thanos.distributed import SINGLE, Group, my_device
 from thanos.errors import RecipeError, UserError
 from thanos.recipe import LayerRecipe
 from thanos.report import PruningReport
+from thanos.sharing import SharedWriter
 from thanos.solvers import prune_layer
 from thanos.solvers.factor import InputStatistics
 from thanos.solvers.peers import share_of

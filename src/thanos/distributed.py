@@ -26,9 +26,6 @@ from thanos.solvers.peers import Alone, share_of
 from thanos.statistics import InputGroup, empty_group
 
 if TYPE_CHECKING:
-    from thanos.journal import BlockRecord
-    from thanos.resume import Ledger
-    from thanos.shards import CheckpointWriter
     from thanos.structure import LinearLayer
 
 T = TypeVar("T")
@@ -299,60 +296,3 @@ def first_to_fail() -> bool:
             # The processes never met, or their meeting point is gone: all have the same to say.
             return os.environ["RANK"] == "0"
     return _first
-
-
-class SharedWriter:
-    """The output's shards, which rank 0 alone touches: what the others write goes nowhere, what they read comes from it.
-
-    Args:
-        writer: of the output; None but for rank 0.
-        world: the processes.
-    """
-
-    def __init__(self, writer: CheckpointWriter | None, world: World) -> None:
-        self._writer, self._world = writer, world
-
-    def write(self, name: str, tensor: Tensor) -> None:
-        """See :meth:`~thanos.shards.CheckpointWriter.write`."""
-        if self._writer is not None:
-            self._writer.write(name, tensor)
-
-    def read(self, name: str) -> Tensor:
-        """Return a tensor that was written, to every process."""
-        sent, tensor = self._world.from_first(lambda: (name, self._from_disk(name)))
-        assert sent == name, f"this process reads {name}, rank 0 {sent}"
-        return tensor
-
-    def _from_disk(self, name: str) -> Tensor:
-        assert self._writer is not None
-        return self._writer.read(name)
-
-
-class SharedLedger:
-    """Which blocks are finished, as rank 0 knows it.
-
-    Args:
-        ledger: of the run; None but for rank 0.
-        world: the processes.
-
-    Attributes:
-        finished: see :class:`~thanos.resume.Ledger`.
-    """
-
-    def __init__(self, ledger: Ledger | None, world: World) -> None:
-        self._ledger, self._world = ledger, world
-        known = world.from_first(lambda: dict(self._first.finished))
-        self.finished: dict[int | None, BlockRecord] = known if ledger is None else ledger.finished
-
-    @property
-    def _first(self) -> Ledger:
-        assert self._ledger is not None
-        return self._ledger
-
-    def record(self, block: int | None, **what: Any) -> None:
-        """See :meth:`~thanos.resume.Ledger.record`. A block done again may have made later ones worthless."""
-        if self._ledger is not None:
-            self._ledger.record(block, **what)
-        held = self._world.from_first(lambda: set(self.finished))
-        if self._ledger is None:
-            self.finished = {number: record for number, record in self.finished.items() if number in held}

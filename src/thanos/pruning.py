@@ -18,7 +18,7 @@ from thanos._version import __version__
 from thanos.activations import check_place
 from thanos.calibration import Calibration
 from thanos.companions import copy_companions
-from thanos.distributed import SharedLedger, SharedWriter, World, join, my_device
+from thanos.distributed import World, join, my_device
 from thanos.engine import Engine
 from thanos.errors import NumericsError, RecipeError, ResourceError, UserError
 from thanos.eventlog import EventStream
@@ -36,6 +36,7 @@ from thanos.recipe import Recipe
 from thanos.report import PruningReport, compute_totals
 from thanos.resume import Ledger, check_same_run, describe_run
 from thanos.shards import CheckpointWriter
+from thanos.sharing import SharedLedger, SharedWriter
 from thanos.structure import find_blocks
 from thanos.weights import ModelWeights
 from thanos.work import WorkFolder, check_output
