@@ -77,7 +77,7 @@ def main() -> int:
         for rank, code in enumerate(codes):
             if code:
                 print(f"run {number}{', a core taken' * busy}, rank {rank} of {size}: exit code {code}")
-                print((folder / f"{rank}.err").read_text())
+                print((folder / f"{rank}.err").read_text(), flush=True)
         if number % 20 == 19:
             print(f"{number + 1} runs, {failed} failed", flush=True)
     stores.kill()
