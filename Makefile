@@ -30,8 +30,8 @@ demo: $(DEMO)/model.gguf ## Prune a real model to 50 % on the CPU and show what 
 	$(BIN)/python -m thanos.cli.demo $(DEMO)/model.gguf $(DEMO)/pruned
 
 study-demo: $(DEMO)/model.gguf ## Compare 2 methods, 2 patterns and 2 sparsities on the CPU, with a report
-	$(BIN)/python -m thanos study studies/demo.toml $(DEMO)/study --devices cpu
-	$(BIN)/python -m thanos report $(DEMO)/study
+	$(BIN)/python -m thanos study studies/demo.toml $(DEMO)/study --devices cpu; failed=$$?; \
+	$(BIN)/python -m thanos report $(DEMO)/study && exit $$failed
 
 test: $(DEMO)/model.gguf ## Run the whole test suite
 	$(BIN)/python -m pytest

@@ -30,13 +30,13 @@ def test_work_is_done_in_order_in_another_thread() -> None:
 def test_no_more_than_the_limit_is_unfinished() -> None:
     background, gate, begun = Background("t", CPU, limit=2), threading.Event(), []
     for i in range(2):
-        background.submit(lambda i=i: (begun.append(i), gate.wait(10)))
+        background.submit(lambda i=i: (begun.append(i), gate.wait(120)))
     handed = threading.Event()
     third = threading.Thread(target=lambda: (background.submit(begun.append, 2), handed.set()))
     third.start()
     assert not handed.wait(0.2), "a third piece was taken while two were unfinished"
     gate.set()
-    assert handed.wait(10)
+    assert handed.wait(120)
     third.join()
     background.close()
 
@@ -74,10 +74,10 @@ def test_flush_waits_for_everything_and_sees_its_error() -> None:
 def test_closing_drops_what_has_not_begun_and_raises_nothing() -> None:
     background, done = Background("t", CPU, limit=5), []
     started, gate = threading.Event(), threading.Event()
-    background.submit(lambda: (started.set(), gate.wait(10), done.append("first")))
+    background.submit(lambda: (started.set(), gate.wait(120), done.append("first")))
     background.submit(fail)
     background.submit(done.append, "third")
-    assert started.wait(10)
+    assert started.wait(120)
     threading.Timer(0.05, gate.set).start()
     background.close()
     assert done == ["first"]

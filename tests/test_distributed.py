@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 import thanos
 from helpers import prose, save_tiny
-from thanos.distributed import SINGLE, Group, SharedWriter, my_device
+from thanos.distributed import SINGLE, Group, my_device
 from thanos.errors import RecipeError, UserError
 from thanos.recipe import LayerRecipe
 from thanos.report import PruningReport
+from thanos.sharing import SharedWriter
 from thanos.solvers import prune_layer
 from thanos.solvers.factor import InputStatistics
 from thanos.solvers.peers import share_of
@@ -236,7 +237,7 @@ def torchrun(
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=900,  # however busy the machine
         check=False,
     )
 
@@ -320,6 +321,45 @@ def test_a_complete_run_given_again_ends_all_processes_well_and_writes_nothing(
     assert "seed 0 → 5" in line
     assert {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in one.iterdir()} == before
     assert sorted(one.parent.iterdir()) == beside
+
+
+_THREADS = """
+import os, sys
+import thanos, torch.distributed
+from thanos import engine
+solve = engine.Engine._solve
+
+def failing(self, layers, groups, index):
+    if os.environ["RANK"] == os.environ.get("FAILS") and index == 1:
+        raise ValueError("no luck")
+    yield from solve(self, layers, groups, index)
+
+engine.Engine._solve = failing
+recipe = thanos.Recipe(calibration=sys.argv[3], samples=4, sequence_length=32, device="cpu")
+try:
+    thanos.prune(sys.argv[1], sys.argv[2], recipe)
+    ended = "done"
+except Exception as error:
+    ended = type(error).__name__
+names = [open(f"/proc/self/task/{task}/comm").read().strip() for task in os.listdir("/proc/self/task")]
+gloo = sorted(name for name in names if "gloo" in name)
+sys.stdout.write(f"rank {os.environ['RANK']} {ended} {gloo} {torch.distributed.is_initialized()}\\n")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(("fails", "ends"), [("", ("done", "done")), ("1", ("LostPeerError", "ValueError"))])
+def test_no_thread_of_the_group_is_left_when_python_ends(
+    fails: str, ends: tuple[str, str], tiny_llama: Path, text: Path, tmp_path: Path
+) -> None:
+    """One that is left may abort the process after its work is done."""
+    script = tmp_path / "threads.py"
+    script.write_text(_THREADS)
+    run = torchrun(2, [str(script)], [tiny_llama, tmp_path / "out", text], FAILS=fails)
+    assert run.returncode == 0, run.stderr
+    said = sorted(line for line in run.stdout.splitlines() if line.startswith("rank"))
+    assert said == [f"rank {rank} {how} [] False" for rank, how in enumerate(ends)], run.stderr
 
 
 _DIES = """

@@ -51,17 +51,6 @@ def meter() -> PhaseMeter:
     return PhaseMeter(torch.device("cpu"))
 
 
-def test_seconds_add_up(meter: PhaseMeter) -> None:
-    for seconds in (0.03, 0.05):
-        with meter.phase("load"):
-            time.sleep(seconds)
-        with meter.phase("solve"):
-            time.sleep(0.01)
-    records = meter.records()
-    assert records["load"].seconds >= 0.08
-    assert records["solve"].seconds >= 0.02
-
-
 def test_seconds_are_those_of_the_clock(meter: PhaseMeter, monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = iter([10.0, 12.5, 20.0, 20.25, 100.0, 107.0])
     monkeypatch.setattr(time, "perf_counter", lambda: next(ticks))
@@ -85,16 +74,17 @@ def test_no_device_peak_on_the_cpu(meter: PhaseMeter) -> None:
     assert meter.records()["load"].device_peak_bytes is None
 
 
-def test_a_phase_that_fails_is_measured_and_fails(meter: PhaseMeter) -> None:
+def test_a_phase_that_fails_is_measured_and_fails(meter: PhaseMeter, monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter([10.0, 12.5])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(ticks))
 
     def fail() -> None:
         with meter.phase("load"):
-            time.sleep(0.01)
             raise KeyError
 
     with pytest.raises(KeyError):
         fail()
-    assert meter.records()["load"].seconds >= 0.01
+    assert meter.records()["load"].seconds == 2.5
 
 
 @needs_reset

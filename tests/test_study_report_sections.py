@@ -141,7 +141,7 @@ def test_alphas_are_judged_over_the_seeds_that_all_of_them_have() -> None:
     section = alpha(Results(MODEL, lone))
     words = plain(section.prose[1])
     assert words.startswith(
-        "2:4: by one draw, recommended α = 0° (perplexity 90.00); it is the best, over seed 0. Noise: 3.04, known"
+        "2:4: by one draw, recommended α = 0° (perplexity 90.00); it is the best of 3, over seed 0. Noise: 3.04, known"
     )
     assert column(section.tables[0], "perplexity") == ["90.00", "90.00", "90.50"]
     assert "Over seed 0, which all of these rows have; the others of rows with more" in plain(section.tables[0].note)
@@ -150,7 +150,7 @@ def test_alphas_are_judged_over_the_seeds_that_all_of_them_have() -> None:
     whole = [*by_seed(0.0, (90.0, 95.0, 95.5)), *by_seed(0.1, (85.0, 90.0, 90.5))]
     words = plain(alpha(Results(MODEL, whole)).prose[1])
     assert words.startswith(
-        "2:4: recommended α = 0.1 (perplexity 88.50); it is the best, over seeds 0, 1, 2. Noise: 3.04."
+        "2:4: recommended α = 0.1 (perplexity 88.50); it is the best of 2, over seeds 0, 1, 2. Noise: 3.04."
     )
     apart = [*by_seed(0.0, (90.0,)), *by_seed(0.1, (85.0, 90.0))[1:]]
     section = alpha(Results(MODEL, apart))
@@ -228,7 +228,7 @@ def test_a_recommendation_from_single_draws_says_so() -> None:
     section = alpha(Results(MODEL, [*by_seed(0.0, (96.0,)), *by_seed(0.1, (94.0,))]))
     words = plain(section.prose[1])
     assert words.startswith(
-        "2:4: by one draw, recommended α = 0.1° (perplexity 94.00); it is the best, over seed 0. No row has several"
+        "2:4: by one draw, recommended α = 0.1° (perplexity 94.00); it is the best of 2, over seed 0. No row has several"
     )
     assert "the recommendation rests on single draws (°)" in words
     assert column(section.tables[0], "recommended") == ["", "recommended°"]
@@ -357,7 +357,8 @@ def test_memory_within_one_percent_is_equal_and_has_no_figure() -> None:
     ]
     section = cost(Results(MODEL, found))
     assert [figure.name for figure in section.figures] == ["cost_unstructured_seconds"]
-    words = "unstructured 50 %: all methods take the same memory within 1 %, 2.01 GiB at most."
+    names = "Thanos, SparseGPT, Wanda and Magnitude (4 rows)"
+    words = f"unstructured 50 %: {names} take the same memory within 1 %, 2.01 GiB at most."
     assert words in [plain(prose) for prose in section.prose]
     assert column(section.tables[0], "front") == ["time", "", "", ""]
 
@@ -618,7 +619,29 @@ def by_claim(found: Sequence[CellRecord], text: str) -> str:
     ],
 )
 def test_a_claim_holds_or_not_or_ties(thanos: tuple[float, ...], other: tuple[float, ...], expected: str) -> None:
-    assert by_claim([*seeds(thanos), *seeds(other, "sparsegpt")], "lower perplexity than every") == expected
+    assert (
+        by_claim([*seeds(thanos), *seeds(other, "sparsegpt")], "unstructured 50 %: lower perplexity than") == expected
+    )
+
+
+def test_a_claim_names_what_ran_and_nothing_else() -> None:
+    one = [*seeds((44.0,)), *seeds((47.0,), "sparsegpt")]
+    three = [*one, *seeds((60.0,), "wanda"), *seeds((99.0,), "magnitude")]
+    both = [*three, *seeds((60.0,), sparsity=0.6), *seeds((70.0,), "sparsegpt", sparsity=0.6)]
+    columns = {"pattern": "columns", "sparsity": 0.3}
+    both += [*seeds((300.0,), **columns), *seeds((350.0,), "sparsegpt", **columns)]
+    found = {name: [c.claim for c in all_claims(Results(MODEL, store))] for name, store in
+             (("none", seeds((44.0,))), ("one", one), ("three", three), ("both", both))}  # fmt: skip
+    assert found["none"][0] == "unstructured 50 %: lower perplexity than another method"
+    assert found["one"][0] == "unstructured 50 %: lower perplexity than SparseGPT (1 other method)"
+    names = "SparseGPT, Wanda and Magnitude (3 other methods)"
+    assert found["three"][0] == f"unstructured 50 %: lower perplexity than {names}"
+    assert "unstructured: the gap to SparseGPT grows with sparsity" in found["one"]
+    assert "unstructured: the gap to SparseGPT grows with sparsity, over 50 % and 60 % (2 sparsities)" in found["both"]
+    claim = "The gain over SparseGPT, as a share of perplexity, is largest for columns"
+    assert claim in found["one"]
+    assert f"{claim}, beside unstructured 50 % (1 other pattern)" in found["both"]
+    assert not any(word in claim for claims in found.values() for claim in claims for word in ("every", "all "))
 
 
 def test_the_gap_grows_only_if_it_grows_at_every_step() -> None:
@@ -713,7 +736,7 @@ def test_a_difference_within_the_known_noise_is_a_tie() -> None:
 
 def test_a_claim_of_which_either_row_has_one_seed_is_marked() -> None:
     found = [*seeds((44.0, 44.5, 45.0)), *seeds((47.0,), "sparsegpt")]
-    assert by_claim(found, "lower perplexity than every") == "holds°"
+    assert by_claim(found, "lower perplexity than SparseGPT") == "holds°"
 
 
 def test_the_claim_about_time_names_its_sparsity() -> None:

@@ -316,7 +316,7 @@ def test_a_study_runs_each_cell_once_and_goes_on(tmp_path: Path, data: Path) -> 
     out = tmp_path / "out"
     path = write(tmp_path, GRID + 'method = ["wanda", "magnitude"]\nsparsity = [0.5, 0.8]\noutlier_rows = [0, 0.3]\n')
     result, events = go(path, data, out, workers=2)
-    assert (result.ran, result.count("done"), result.count("failed")) == (9, 7, 2)
+    assert (result.ran, result.count("done"), result.count("impossible")) == (9, 7, 2)
     assert {event.worker for event in events if event.record} == {0, 1}
     assert any(event.event is not None for event in events)
     contents = read_store(out)
@@ -569,12 +569,61 @@ def test_a_plain_line_for_every_cell(tmp_path: Path, data: Path) -> None:
     assert len(lines) == 2
 
 
-def test_progress_is_throttled_and_notes_are_not() -> None:
+def test_a_plain_line_now_and_then_for_a_cell_that_runs(tmp_path: Path) -> None:
+    path = write(tmp_path, GRID + 'method = ["magnitude", "wanda"]\n')
+    _, first, second = read_study(path).cells
+    now, stream = [1000.0], io.StringIO()
+    show = PlainLines(stream, clock=lambda: now[0])
+
+    def tell(seconds: float, worker: int, cell: Cell, event: thanos.Event | None) -> None:
+        now[0] = 1000.0 + seconds
+        show(StudyEvent(worker=worker, cell=cell, event=event, done=0, total=9))
+
+    solve = thanos.Event(kind="layer", phase="solve", block=3, blocks=30)
+    tell(0, 0, first, None)
+    tell(20, 1, second, None)
+    for seconds in range(1, 61):
+        tell(seconds, 0, first, solve)
+    tell(45, 1, second, solve)  # its first 30 seconds are not over
+    tell(62, 1, second, thanos.Event(kind="progress", phase="evaluate", done=7, total=12))
+    assert stream.getvalue().splitlines() == [
+        f"[0:30] cell 1 of 9, {first.title()}: solve, block 4 of 30, 0:30 in this cell",
+        f"[1:00] cell 1 of 9, {first.title()}: solve, block 4 of 30, 1:00 in this cell",
+        f"[1:02] cell 2 of 9, {second.title()}: evaluate 7 of 12, 0:42 in this cell",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("states", "code", "words"),
+    [
+        (["done"] * 3, 0, ""),
+        (["done", "failed", "failed"], 1, "2 of 3 cells failed; the reasons are in OUT/store.jsonl .* runs them again"),
+        (["done", "failed", "impossible"], 1, "2 of 3 cells failed; 1 of them because no .* runs the others again"),
+        (["done", "done", "impossible"], 1, "1 of 3 cells failed; 1 of them because no .*thanos report OUT$"),
+    ],
+)
+def test_a_study_with_failed_cells_exits_with_1(
+    states: list[Any], code: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    cells = read_study(write(tmp_path, GRID + 'method = ["magnitude", "wanda"]\n')).cells
+    found = runner.StudyResult(states=dict(zip(cells, states, strict=True)), with_tasks=frozenset(), ran=3)
+    monkeypatch.setattr(runner, "run_study", lambda *_, **__: found)
+    assert run(["study", str(tmp_path / "my.toml"), str(tmp_path / "out"), "--quiet"]) == code
+    printed = capsys.readouterr()
+    assert "cells" in printed.out
+    said = printed.err.replace(str(tmp_path / "out"), "OUT").strip()
+    assert (said == "") if not words else re.fullmatch(f"error: {words}", said), said
+
+
+@pytest.mark.parametrize("start", [0.0, 1e9, -1e9])
+def test_progress_is_throttled_and_notes_are_not(start: float) -> None:
     told: list[Any] = []
-    tell = throttled(told.append, seconds=3600)
-    for kind in ("progress", "progress", "note", "progress", "block"):
+    now = [start]
+    tell = throttled(told.append, seconds=60, clock=lambda: now[0])
+    for kind, at in (("progress", 0), ("progress", 59), ("note", 59), ("layer", 118), ("block", 118), ("layer", 178)):
+        now[0] = start + at
         tell(thanos.Event(kind=kind, phase="solve"))  # type: ignore[arg-type]
-    assert [event.kind for event in told] == ["progress", "note", "block"]
+    assert [event.kind for event in told] == ["progress", "note", "block", "layer"]
 
 
 @pytest.mark.gpu

@@ -10,9 +10,10 @@ between GPUs, one GPU a process.
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,9 +26,6 @@ from thanos.solvers.peers import Alone, share_of
 from thanos.statistics import InputGroup, empty_group
 
 if TYPE_CHECKING:
-    from thanos.journal import BlockRecord
-    from thanos.resume import Ledger
-    from thanos.shards import CheckpointWriter
     from thanos.structure import LinearLayer
 
 T = TypeVar("T")
@@ -239,85 +237,67 @@ def join(device: torch.device) -> Iterator[World]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    _load_what_keeps_the_group()
+    global _first
+    _first = None
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         timeout=_TIMEOUT,
         device_id=device if device.type == "cuda" else None,
     )
-    # After an error the group stays as it is: leaving it in order would mean waiting for processes that may be gone.
-    yield Group()
+    try:
+        yield Group()
+    except BaseException:
+        first_to_fail()  # asked now: aborting makes the others fail too, and ends the way to ask
+        _abort()
+        raise
     dist.destroy_process_group()
+
+
+def _load_what_keeps_the_group() -> None:
+    """Import, before there is a group, the module that would keep it.
+
+    The functions of ``torch.distributed.nn.functional`` have the group of the moment of its import as a default argument.
+    Models import it late; the group then outlived ``destroy_process_group``, and gloo's threads outlived the work. One that
+    was late to drop the tensors of the last message needed Python's lock for that, and Python, already ending, ends whatever
+    thread asks for it: by unwinding the stack through C++ code that must not be left so. The C++ runtime aborted the process
+    ("terminate called without an active exception"), after all its work was done. Without that default the last reference
+    goes with ``destroy_process_group``, which waits for the threads.
+    """
+    if dist.is_available():
+        importlib.import_module("torch.distributed.nn.functional")
+
+
+def _abort() -> None:
+    """Leave the group after an error: close the connections, which ends what waits for other processes, here and there.
+
+    Leaving in order would mean waiting for processes that may be gone; not leaving would mean threads that run while Python
+    ends, see :func:`_load_what_keeps_the_group`.
+    """
+    group = dist.distributed_c10d._get_default_group()
+    with suppress(RuntimeError):
+        group.abort()
+    if group.name() == "gloo":  # leaving NCCL waits for the device, perhaps for ever; its threads end with the process
+        del group
+        with suppress(RuntimeError):
+            dist.destroy_process_group()
 
 
 # --- one line for all processes -----------------------------------------------------------------------------------------
 
+_first: bool | None = None
+"""Whether this process was the first to fail; None as long as nobody has asked."""
+
 
 def first_to_fail() -> bool:
-    """Whether this process is the first of the run that has a failure to tell; only that one should."""
+    """Whether this process is the first of the run that has a failure to tell; only that one should. Always the same answer."""
+    global _first
     if not launched():
         return True
-    try:
-        store = dist.distributed_c10d._get_default_store()
-        return store.add("thanos/failed", 1) == 1
-    except (
-        RuntimeError,
-        ValueError,
-    ):  # the processes never met, or their meeting point is gone: all have the same to say
-        return os.environ["RANK"] == "0"
-
-
-class SharedWriter:
-    """The output's shards, which rank 0 alone touches: what the others write goes nowhere, what they read comes from it.
-
-    Args:
-        writer: of the output; None but for rank 0.
-        world: the processes.
-    """
-
-    def __init__(self, writer: CheckpointWriter | None, world: World) -> None:
-        self._writer, self._world = writer, world
-
-    def write(self, name: str, tensor: Tensor) -> None:
-        """See :meth:`~thanos.shards.CheckpointWriter.write`."""
-        if self._writer is not None:
-            self._writer.write(name, tensor)
-
-    def read(self, name: str) -> Tensor:
-        """Return a tensor that was written, to every process."""
-        sent, tensor = self._world.from_first(lambda: (name, self._from_disk(name)))
-        assert sent == name, f"this process reads {name}, rank 0 {sent}"
-        return tensor
-
-    def _from_disk(self, name: str) -> Tensor:
-        assert self._writer is not None
-        return self._writer.read(name)
-
-
-class SharedLedger:
-    """Which blocks are finished, as rank 0 knows it.
-
-    Args:
-        ledger: of the run; None but for rank 0.
-        world: the processes.
-
-    Attributes:
-        finished: see :class:`~thanos.resume.Ledger`.
-    """
-
-    def __init__(self, ledger: Ledger | None, world: World) -> None:
-        self._ledger, self._world = ledger, world
-        known = world.from_first(lambda: dict(self._first.finished))
-        self.finished: dict[int | None, BlockRecord] = known if ledger is None else ledger.finished
-
-    @property
-    def _first(self) -> Ledger:
-        assert self._ledger is not None
-        return self._ledger
-
-    def record(self, block: int | None, **what: Any) -> None:
-        """See :meth:`~thanos.resume.Ledger.record`. A block done again may have made later ones worthless."""
-        if self._ledger is not None:
-            self._ledger.record(block, **what)
-        held = self._world.from_first(lambda: set(self.finished))
-        if self._ledger is None:
-            self.finished = {number: record for number, record in self.finished.items() if number in held}
+    if _first is None:
+        try:
+            _first = dist.distributed_c10d._get_default_store().add("thanos/failed", 1) == 1
+        except (RuntimeError, ValueError):
+            # The processes never met, or their meeting point is gone: all have the same to say.
+            return os.environ["RANK"] == "0"
+    return _first

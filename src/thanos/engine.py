@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from thanos.background import Background
 from thanos.blocks import stop
-from thanos.distributed import SINGLE, SharedLedger, SharedWriter, World
+from thanos.distributed import SINGLE, World
 from thanos.errors import ModelError
 from thanos.events import Event, Phase
 from thanos.journal import BlockRecord
@@ -25,6 +25,7 @@ from thanos.records import layer_record
 from thanos.report import LayerRecord, expert_notes, mean_known
 from thanos.resume import Ledger
 from thanos.shards import CheckpointWriter
+from thanos.sharing import SharedLedger, SharedWriter
 from thanos.solvers import prune_layer
 from thanos.solvers.factor import InputStatistics
 from thanos.staging import Staging

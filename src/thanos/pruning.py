@@ -19,7 +19,7 @@ from thanos._version import __version__
 from thanos.activations import check_place
 from thanos.calibration import Calibration
 from thanos.companions import copy_companions
-from thanos.distributed import SharedLedger, SharedWriter, World, join, my_device, speaks
+from thanos.distributed import World, join, my_device, speaks
 from thanos.engine import Engine
 from thanos.errors import NumericsError, RecipeError, ResourceError, UserError, recurs
 from thanos.eventlog import EventStream
@@ -45,6 +45,7 @@ from thanos.recipe import Recipe
 from thanos.report import PruningReport, compute_totals
 from thanos.resume import Ledger, check_completed, check_same_run, completed_run, describe_run
 from thanos.shards import CheckpointWriter
+from thanos.sharing import SharedLedger, SharedWriter
 from thanos.structure import find_blocks
 from thanos.survey import name_damage
 from thanos.weights import ModelWeights

@@ -6,12 +6,15 @@ import os
 import signal
 import sys
 import threading
+import time
 from contextlib import suppress
 
-_ENDED = (
-    "torchrun ended the run, because another of its processes failed or because it was told to; what is finished is kept: the "
-    "same command with --resume goes on, also with another number of processes"
-)
+_ENDED = "torchrun ended the run, because another of its processes failed or because it was told to"
+_ORPHANED = "the torchrun that started this process was killed"
+_KEPT = "what is finished is kept: the same command with --resume goes on, also with another number of processes"
+
+_FOLLOW_SECONDS = 1.0
+"""How often a process looks whether its torchrun is still there: a killed one sends no signal."""
 
 
 def launched() -> bool:
@@ -42,20 +45,31 @@ def may_complain() -> bool:
 
 
 def watch() -> None:
-    """End at once when torchrun says so (SIGTERM), even while waiting for a process that is gone."""
+    """End at once when torchrun says so (SIGTERM) or is gone itself, even while waiting for a process that is gone."""
     if not launched() or threading.current_thread() is not threading.main_thread() or not hasattr(signal, "sigwait"):
         return
     # Blocked here, and so in the threads to come, the signal waits for the thread that asks for it.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    parent = os.getppid()
 
     def wait() -> None:
         signal.sigwait({signal.SIGTERM})
-        with suppress(Exception):
-            if may_complain():
-                print(f"error: {_ENDED}", file=sys.stderr, flush=True)
-        os._exit(128 + signal.SIGTERM)
+        _end(_ENDED)
+
+    def follow() -> None:
+        while os.getppid() == parent:
+            time.sleep(_FOLLOW_SECONDS)
+        _end(_ORPHANED)
 
     threading.Thread(target=wait, daemon=True, name="thanos-ended").start()
+    threading.Thread(target=follow, daemon=True, name="thanos-orphaned").start()
+
+
+def _end(why: str) -> None:
+    with suppress(Exception):
+        if may_complain():
+            print(f"error: {why}; {_KEPT}", file=sys.stderr, flush=True)
+    os._exit(128 + signal.SIGTERM)
 
 
 def leave(code: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
@@ -13,8 +14,13 @@ import typer
 from thanos.cli.options import Threads, check_threads
 
 if TYPE_CHECKING:
+    from thanos.events import Event
     from thanos.study.pool import StudyEvent
     from thanos.study.runner import StudyResult
+
+
+_PROGRESS_SECONDS = 30.0
+"""Least seconds between two plain lines about a cell that runs, and before the first."""
 
 
 def study(
@@ -51,7 +57,10 @@ def study(
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress (default: show it).")] = False,
 ) -> None:
-    """Run the cells of a study that have no result yet, and add their results to OUT/store.jsonl."""
+    """Run the cells of a study that have no result yet, and add their results to OUT/store.jsonl.
+
+    Exits with 1 if cells failed; their reasons are kept.
+    """
     check_threads(threads)
     from thanos.cli import display, tables
 
@@ -77,6 +86,22 @@ def study(
             initialise=display.hush,
         )
     _show(found, out)
+    if without := found.count("failed") + found.count("impossible"):
+        typer.echo(f"error: {_failures(found, without, out)}", err=True)
+        raise typer.Exit(1)
+
+
+def _failures(found: StudyResult, without: int, out: Path) -> str:
+    """Say in one line how many cells have no result, where the reasons are, and which of them run again."""
+    from thanos.study.store import STORE_NAME
+
+    parts = [f"{without} of {len(found.states)} cells failed"]
+    if count := found.count("impossible"):
+        parts.append(f"{count} of them because no such recipe is possible: change the study")
+    parts.append(f'the reasons are in {out / STORE_NAME} under "reason", and in the report of: thanos report {out}')
+    if found.count("failed"):
+        parts.append(f"the same command runs {'the others' if found.count('impossible') else 'them'} again")
+    return "; ".join(parts)
 
 
 def _show(found: StudyResult, out: Path) -> None:
@@ -98,7 +123,7 @@ def watch(*, quiet: bool = False, stream: TextIO | None = None) -> Iterator[Call
 
 
 class PlainLines:
-    """A line for each cell that ended, and for each note.
+    """A line for each cell that ended, for each note, and now and then for a cell that runs.
 
     Args:
         stream: where to.
@@ -108,20 +133,52 @@ class PlainLines:
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         self._stream, self._clock = stream, clock
         self._began = clock()
+        self._begun = 0
+        self._running: dict[int, _Running] = {}
 
     def __call__(self, event: StudyEvent) -> None:
         """Write a line, or not."""
+        now = self._clock()
         if event.message:
             self._write(f"note: {event.message}")
         elif event.record is not None:
-            spent = self._clock() - self._began
-            left = spent / event.done * (event.total - event.done)
+            self._running.pop(event.worker, None)
+            left = (now - self._began) / event.done * (event.total - event.done)
             rest = f", {_minutes(left)} left" if event.done < event.total else ""
             self._write(f"{event.done} of {event.total}: {outcome(event)}{rest}")
+        elif event.event is None:
+            self._begun += 1
+            self._running[event.worker] = _Running(self._begun, began=now, told=now)
+        elif event.event.kind != "note" and event.worker in self._running:
+            self._tell_progress(event, event.event, self._running[event.worker], now)
+
+    def _tell_progress(self, event: StudyEvent, inside: Event, cell: _Running, now: float) -> None:
+        if now - cell.told < _PROGRESS_SECONDS:
+            return
+        cell.told = now
+        title = event.cell.title() if event.cell else ""
+        where = f"cell {cell.number} of {event.total}, {title}: {_within(inside)}"
+        self._write(f"{where}, {_minutes(now - cell.began)} in this cell")
 
     def _write(self, text: str) -> None:
         self._stream.write(f"[{_minutes(self._clock() - self._began)}] {text}\n")
         self._stream.flush()
+
+
+@dataclass(slots=True)
+class _Running:
+    """A cell that runs: its number in this run, when it began and when it was last told of, in seconds of the clock."""
+
+    number: int
+    began: float
+    told: float
+
+
+def _within(event: Event) -> str:
+    """Return where in a cell its worker is: ``solve, block 4 of 30``."""
+    if event.block is not None and event.blocks:
+        return f"{event.phase}, block {event.block + 1} of {event.blocks}"
+    return f"{event.phase} {event.done} of {event.total}" if event.total else event.phase
 
 
 def outcome(event: StudyEvent) -> str:

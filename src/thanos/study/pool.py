@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -124,6 +125,7 @@ class Pool:
     def _bury(self, worker: _Worker) -> CellRecord:
         assert worker.cell is not None
         worker.process.join(timeout=10)
+        _kill_group(worker.process)  # what it had started
         code = worker.process.exitcode
         how = f"by signal {-code}" if code is not None and code < 0 else f"with exit code {code}"
         reason = f"the worker process ended {how}; if nobody ended it, memory was exhausted: use fewer workers"
@@ -141,15 +143,24 @@ class Pool:
                 self._workers.append(self._start(number, device))  # one by one, so that those that started are ended
             yield
         finally:
+            self._end()
+
+    def _end(self) -> None:
+        """End all workers with what they started: those that wait by themselves, those at work by SIGTERM."""
+        try:
             for worker in self._workers:
                 if worker.cell is None:
                     with suppress(OSError):
                         worker.pipe.send(None)
                 else:
                     worker.process.terminate()
+            deadline = time.monotonic() + _PATIENCE
             for worker in self._workers:
-                worker.process.join(_PATIENCE)
-                worker.process.kill()
+                worker.process.join(max(0.0, deadline - time.monotonic()))
+        finally:  # also if a second interruption comes while they are waited for
+            for worker in self._workers:
+                _kill_group(worker.process)
+                worker.process.join()
                 worker.pipe.close()
 
     def _start(self, number: int, device: str) -> _Worker:
@@ -179,6 +190,7 @@ def _work(
 ) -> None:
     """The body of a worker process: cells come in, events and records go out."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the study's to handle, which ends its workers
+    os.setpgid(0, 0)  # so that a signal to the group ends what this process starts, and nothing else
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if initialise is not None:
         initialise()
@@ -190,7 +202,16 @@ def _work(
 
 
 def _end_with_parent() -> None:
+    """Wait for the end of the study's process, which may be killed; then end this one with what it started."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
-    os._exit(1)
+    os.killpg(0, signal.SIGKILL)
+
+
+def _kill_group(process: BaseProcess) -> None:
+    """End a worker, if it still runs, and all that it started."""
+    process.kill()
+    if process.pid is not None:
+        with suppress(ProcessLookupError, PermissionError):  # nothing is left, or it ended before it had a group
+            os.killpg(process.pid, signal.SIGKILL)

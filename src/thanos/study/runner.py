@@ -22,7 +22,7 @@ from thanos.study.grid import DENSE, FORMULA, Cell, Study, public_cell
 from thanos.study.places import Places
 from thanos.study.pool import Pool, StudyEvent
 from thanos.study.reading import place_of, place_of_calibration, read_study
-from thanos.study.store import StoreWriter, cell_key, read_store, store_path
+from thanos.study.store import CellRecord, StoreWriter, cell_key, read_store, store_path
 from thanos.text import NAMED, check_text_source
 from thanos.textfiles import Part, exists, matching, split_source
 
@@ -94,7 +94,7 @@ def run_study(
             for done, event in pool.run(todo):
                 if event.record is not None and event.cell is not None:
                     writer.append(event.record)
-                    states[event.cell] = event.record.status
+                    states[event.cell] = _state(event.cell, event.record)
                 tell(replace(event, done=done, total=len(todo)))
         shutil.rmtree(places.scratch, ignore_errors=True)
         return StudyResult(states=states, with_tasks=study.zero_shot_cells, ran=len(todo))
@@ -128,11 +128,15 @@ def _states(study: Study, places: Places, tell: Watcher) -> dict[Cell, State]:
         record = known.get(cell_key(public_cell(cell), places.asked(study, cell)))
         if record is None or _changed(record.sources, places.sources(study, cell)):
             states[cell] = "new"
-        elif record.status == "failed" and record.reason == _impossible(cell):
-            states[cell] = "impossible"  # and recorded as such: trying again is no use
         else:
-            states[cell] = record.status
+            states[cell] = _state(cell, record)
     return states
+
+
+def _state(cell: Cell, record: CellRecord) -> State:
+    """Return what a cell's record says of it; one that is recorded as impossible is not tried again."""
+    impossible = record.status == "failed" and record.reason == _impossible(cell)
+    return "impossible" if impossible else record.status
 
 
 def _changed(recorded: dict[str, str | None], now: dict[str, str | None]) -> bool:

@@ -256,14 +256,16 @@ def compiles(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def throttled(tell: Watcher, seconds: float = 0.2) -> Watcher:
+def throttled(tell: Watcher, seconds: float = 0.2, clock: Callable[[], float] = time.monotonic) -> Watcher:
     """Return a watcher that passes on progress, and layers, at most that often; everything else always."""
-    last = 0.0
+    last: float | None = (
+        None  # no number would do: a monotone clock may start anywhere, as at 0 when the machine starts
+    )
 
     def pass_on(event: Event) -> None:
         nonlocal last
-        now = time.monotonic()
-        if event.kind not in ("progress", "layer") or now - last >= seconds:
+        now = clock()
+        if event.kind not in ("progress", "layer") or last is None or now - last >= seconds:
             last = now
             tell(event)
 

@@ -110,8 +110,8 @@ def _advice(label: str, rows: Sequence[Row], chosen: Row, best: Row) -> Prose:
         means[0],
         "); ",
     ]
-    words += ["it is the best" if chosen is best else "the best is α = "]
-    words += [] if chosen is best else [numbers[1], " (", means[1], ")"]
+    words += [f"it is the best of {len(rows)}" if chosen is best else "the best is α = "]
+    words += [] if chosen is best else [numbers[1], " (", means[1], f") of {len(rows)}"]
     words += [f", over {seeds_of(rows)}. "]
     if noise is None:
         words += ["No row has several seeds: the noise is unknown, and the recommendation rests on single draws (°)."]

@@ -59,7 +59,7 @@ def blocks(results: Results) -> Section:
             ]
     if found:
         section.tables.append((_cost_table if results.cost_only else _table)(found, whole))
-        section.figures.append(_chart(list(found.items()), "seconds", "blocks_seconds", "all patterns"))
+        section.figures.append(_chart(list(found.items()), "seconds", "blocks_seconds", ", ".join(found)))
     section.figures = [figure for figure in section.figures if isinstance(figure, Chart) and figure.series]
     return section
 

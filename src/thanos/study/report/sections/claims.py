@@ -6,8 +6,15 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from thanos.study.report.ranking import change_of, comparable, larger_noise, one_seed, verdict
-from thanos.study.report.rows import Results, Row, over_common_seeds
-from thanos.study.report.sections.common import HEADLINE, Section, equal_alphas, headline_rows, headline_sparsity
+from thanos.study.report.rows import Results, Row, over_common_seeds, percent
+from thanos.study.report.sections.common import (
+    HEADLINE,
+    Section,
+    counted,
+    equal_alphas,
+    headline_rows,
+    headline_sparsity,
+)
 from thanos.study.report.sections.cost import noise_of_seconds, on_device, usual_device
 from thanos.study.report.tables import Cell, Table, columns, text
 from thanos.study.report.values import Number, Prose, gain
@@ -73,11 +80,11 @@ def _lowest(results: Results, pattern: str, field: str = "perplexity") -> Claim:
     rows = headline_rows(results, pattern)
     label = rows[0].pattern_label if rows else f"{pattern} 50 %"
     what = "lower perplexity" if field == "perplexity" else "higher zero-shot average"
-    claim = f"{label}: {what} than every other method"
     own = next((row for row in rows if row.method == "thanos" and row.mean(field)), None)
     others = [row for row in rows if own and row is not own and comparable(row, own) and verdict(own, row, field)]
     if own is None or not others:
-        return Claim(claim, _WORDS[""], ())
+        return Claim(f"{label}: {what} than another method", _WORDS[""], ())
+    claim = f"{label}: {what} than {counted([row.name for row in others], 'other method')}"
 
     def threat(other: Row) -> tuple[int, float]:
         change = change_of(own, other, field)
@@ -89,7 +96,7 @@ def _lowest(results: Results, pattern: str, field: str = "perplexity") -> Claim:
 
 
 def _gap_grows(results: Results) -> Claim:
-    claim = "unstructured, 50 % and more: the gap to SparseGPT grows with sparsity"
+    claim = "unstructured: the gap to SparseGPT grows with sparsity"
     pairs: list[tuple[Row, Row]] = []
     for row in results.select(method="thanos", pattern="unstructured", alpha=0.0):
         other = results.find(method="sparsegpt", pattern="unstructured", sparsity=row.sparsity)
@@ -101,6 +108,7 @@ def _gap_grows(results: Results) -> Claim:
     gaps = [gap for own, other in pairs if (gap := change_of(other, own)) is not None]
     if len(gaps) < 2:
         return Claim(claim, _WORDS[""], ())
+    claim += f", over {counted([percent(own.sparsity) for own, _ in pairs], 'sparsity', 'sparsities')}"
     steps = [
         _beyond(later.value - earlier.value, [_value(larger_noise(*pairs[place], *pairs[place + 1]))])
         for place, (earlier, later) in enumerate(pairwise(gaps))
@@ -142,6 +150,8 @@ def _structured_gain_largest(results: Results) -> Claim:
     if "columns" not in gains or len(gains) < 2:
         return Claim(claim, _WORDS[""], ())
     most, noise = gains.pop("columns")
+    labels = [own.pattern_label for own, _ in pairs if own.pattern in gains]
+    claim += f", beside {counted(labels, 'other pattern')}"
     results_by_pattern = [_beyond(most.value - value.value, [noise, other]) for value, other in gains.values()]
     mark = one_seed(*(row for pair in _shared(pairs) for row in pair))
     return Claim(claim, _WORDS[_worst(results_by_pattern)] + mark, tuple(parts))

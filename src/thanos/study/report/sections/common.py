@@ -128,6 +128,12 @@ def note(rows: Iterable[Row], *more: str) -> Prose:
     return (*parts, *(f" {text}" for text in more))
 
 
+def counted(names: Sequence[str], one: str, several: str = "") -> str:
+    """Return names as words, and their number: ``SparseGPT, Wanda and magnitude (3 other methods)``."""
+    words = " and ".join([*([", ".join(names[:-1])] if names[1:] else []), names[-1]])
+    return f"{words} ({len(names)} {one if len(names) == 1 else several or one + 's'})"
+
+
 def seeds_of(rows: Iterable[Row]) -> str:
     """Return the seeds of rows as words: ``seeds 0, 1, 2``."""
     seeds = sorted(

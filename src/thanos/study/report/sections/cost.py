@@ -10,7 +10,15 @@ from thanos.study.report.charts import Chart, Point, Series
 from thanos.study.report.ranking import change_of, comparable, one_seed, pareto, verdict
 from thanos.study.report.rows import Results, Row, over_common_seeds
 from thanos.study.report.sections.alpha import file_name
-from thanos.study.report.sections.common import COST_ONLY, HEADLINE, SPREAD_NOTE, Section, headline_sparsity, note
+from thanos.study.report.sections.common import (
+    COST_ONLY,
+    HEADLINE,
+    SPREAD_NOTE,
+    Section,
+    counted,
+    headline_sparsity,
+    note,
+)
 from thanos.study.report.tables import Cell, Table, columns, measures, number, text
 from thanos.study.report.values import FIELDS, Number, Prose, price
 
@@ -208,7 +216,8 @@ def _same_memory(label: str, rows: list[Row]) -> Prose:
     known = sorted((n for row in rows if (n := row.mean("peak_bytes")) is not None), key=lambda number: number.value)
     if len(known) < 2 or known[-1].value > known[0].value * (1 + SAME_MEMORY):
         return ()
-    return (f"{label}: all methods take the same memory within {100 * SAME_MEMORY:g} %, ", known[-1], " GiB at most.")
+    names = counted([row.label for row in rows if row.mean("peak_bytes") is not None], "row")
+    return (f"{label}: {names} take the same memory within {100 * SAME_MEMORY:g} %, ", known[-1], " GiB at most.")
 
 
 def _chart(rows: list[Row], field: str, front: list[Row], pattern: str, label: str) -> Chart:

@@ -43,7 +43,7 @@ def fairness(results: Results) -> Section:
         (
             f"Rows are grouped by measured sparsity of the pruned layers and never ranked across more than {points}: fewer "
             "zeros make any method look better. Outlier rows (α > 0) left dense lower the sparsity of n:m patterns, so α is "
-            "judged both ways: every method at the lowered sparsity, and α with the budget kept at the full one.",
+            "judged both ways: as asked beside other rows of the lowered sparsity, with the budget kept at the full one.",
         )
     )
     if results.left_out:

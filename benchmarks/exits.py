@@ -1,0 +1,126 @@
+"""Count how the processes of many short runs end: each must exit with 0 once the work of all is done.
+
+    python benchmarks/exits.py --runs 100 --processes 2 4
+
+Every second run has a program beside it that takes a core. The processes are forked from this one, which has imported the
+command, so a run takes a second or two; a store outside of them is the meeting point of each, as torchrun's is, and each leaves
+Python in the usual way. Prints what the failed ones said, and exits with 1 if there are any.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.distributed.nn.functional  # before there is a group, as the command does
+import transformers.models.llama.modeling_llama  # noqa: F401
+
+import thanos.cli.app
+import thanos.pruning
+
+STORES = """
+import sys, torch.distributed as d
+stores = []
+for _ in sys.stdin:
+    stores.append(d.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
+    print(stores[-1].port, flush=True)
+"""
+"""Makes a store for each line it reads. In a process of its own, since its threads would not survive a fork."""
+
+MODEL = """
+import sys, torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer, models, pre_tokenizers
+config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+AutoModelForCausalLM.from_config(config).save_pretrained(sys.argv[1])
+words = Tokenizer(models.WordLevel({f"w{n}": n for n in range(63)} | {"?": 63}, unk_token="?"))
+words.pre_tokenizer = pre_tokenizers.Whitespace()
+PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?").save_pretrained(sys.argv[1])
+"""
+"""Made elsewhere too, so that no thread is left here when the runs are forked."""
+
+
+def main() -> int:
+    """Start run after run, in turn of each number of processes, and print the counts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=100, help="for each number of processes")
+    parser.add_argument("--processes", type=int, nargs="+", default=[2, 4])
+    options = parser.parse_args()
+    # No context managers from here on: a forked process leaves through this frame, and must not clear up.
+    folder = Path(tempfile.mkdtemp())
+    subprocess.run([sys.executable, "-c", MODEL, folder / "model"], check=True, stderr=subprocess.DEVNULL)
+    (folder / "text.txt").write_text(" ".join(f"w{n * n % 63}" for n in range(2000)))
+    stores = subprocess.Popen([sys.executable, "-c", STORES], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert stores.stdin is not None
+    assert stores.stdout is not None
+    torch.set_num_threads(1)
+    failed = 0
+    for number in range(options.runs * len(options.processes)):
+        size = options.processes[number % len(options.processes)]
+        busy = number // len(options.processes) % 2 == 1
+        print(file=stores.stdin, flush=True)
+        port = stores.stdout.readline().strip()
+        beside = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if busy else None
+        codes = run(port, size, folder)
+        if beside is not None:
+            beside.kill()
+            beside.wait()
+        failed += any(codes)
+        for rank, code in enumerate(codes):
+            if code:
+                print(f"run {number}{', a core taken' * busy}, rank {rank} of {size}: exit code {code}")
+                print((folder / f"{rank}.err").read_text(), flush=True)
+        if number % 20 == 19:
+            print(f"{number + 1} runs, {failed} failed", flush=True)
+    stores.kill()
+    stores.wait()
+    shutil.rmtree(folder)
+    print(f"{options.runs} runs of each of {options.processes} processes: {failed} failed")
+    return int(failed > 0)
+
+
+def run(port: str, size: int, folder: Path) -> list[int]:
+    """Prune on ``size`` processes; return their exit codes. As torchrun does, end the others where one fails."""
+    pids: dict[int, int] = {}
+    for rank in range(size):
+        pid = os.fork()
+        if not pid:
+            work(port, size, rank, folder)
+        pids[pid] = rank
+    codes = [0] * size
+    while pids:
+        pid, status = os.wait()
+        if pid in pids:  # and not the stores' process
+            rank = pids.pop(pid)
+            codes[rank] = os.waitstatus_to_exitcode(status)
+            for other in pids if codes[rank] else ():
+                os.kill(other, signal.SIGTERM)
+    return codes
+
+
+def work(port: str, size: int, rank: int, folder: Path) -> None:
+    """Run the command as torchrun would start it, and exit."""
+    place: dict[str, object] = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
+    place |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "TORCHELASTIC_USE_AGENT_STORE": True,
+    }  # it is there already
+    os.environ |= {name: str(value) for name, value in place.items()}
+    for descriptor, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(folder / f"{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    arguments = ["prune", str(folder / "model"), str(folder / "out"), "--calibration", str(folder / "text.txt")]
+    arguments += ["--samples", "4", "--sequence-length", "16", "--device", "cpu", "--quiet", "--overwrite"]
+    thanos.cli.main(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

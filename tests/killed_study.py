@@ -1,0 +1,28 @@
+"""A study whose workers have children of their own, run by test_study_ending.py as a program and ended from there."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from thanos.cli import guard
+from thanos.study.pool import StudyEvent
+from thanos.study.runner import run_study
+
+
+def start_child() -> None:
+    """Start what a worker's libraries may start: a process that outlives its parent unless somebody ends it."""
+    subprocess.Popen(["sleep", "600"])
+
+
+def tell(event: StudyEvent) -> None:
+    """Print a line for each cell that ended."""
+    if event.record is not None:
+        sys.stdout.write(f"{event.done}\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    path, out, data = sys.argv[1:]
+    more = {"data": data, "devices": ["cpu"], "workers": 2, "on_event": tell, "initialise": start_child}
+    sys.exit(guard(lambda: run_study(path, out, **more) and 0))  # type: ignore[arg-type]
