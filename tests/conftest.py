@@ -15,9 +15,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
-from helpers import save_tiny
-
-ROOT = Path(__file__).resolve().parent.parent
+from helpers import ROOT, save_tiny
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -86,7 +84,7 @@ def study_report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a full synthetic study with its report. Not to be modified."""
     pytest.importorskip("matplotlib", reason="the extra report is not installed")
     from study_records import cell, failed, formula_record, full_study, write_store
-    from thanos.study.report import write_report
+    from thanos.study.report.build import write_report
 
     records = [
         *full_study(),

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 
 if TYPE_CHECKING:
-    from thanos.study.pool import StudyEvent
-    from thanos.study.runner import StudyResult
+    from thanos.study.events import StudyEvent
+    from thanos.study.run import StudyResult
 
 
 def study(
@@ -49,10 +49,11 @@ def study(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress (default: show it).")] = False,
 ) -> None:
     """Run the cells of a study that have no result yet, and add their results to OUT/store.jsonl."""
-    from thanos.cli import display, tables
+    from thanos.cli import output as tables
+    from thanos.cli import progress as display
 
     display.hush()
-    from thanos.study.runner import list_cells, run_study
+    from thanos.study.run import list_cells, run_study
 
     if list_only:
         found = list_cells(file, out, data=data)
@@ -75,7 +76,7 @@ def study(
 
 
 def _show(found: StudyResult, out: Path) -> None:
-    from thanos.cli import tables
+    from thanos.cli import output as tables
 
     rows = [(name, str(found.count(name))) for name in ("done", "failed", "impossible") if found.count(name)]
     tables.print_table(
@@ -86,7 +87,7 @@ def _show(found: StudyResult, out: Path) -> None:
 @contextmanager
 def watch(*, quiet: bool = False, stream: TextIO | None = None) -> Iterator[Callable[[StudyEvent], None]]:
     """Give a function that shows a study's events on the standard error, until the block ends."""
-    from thanos.cli import display
+    from thanos.cli import progress as display
 
     with display.shown(_live, PlainLines, quiet=quiet, stream=stream) as show:
         yield show

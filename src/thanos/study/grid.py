@@ -12,8 +12,10 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from thanos.card import public_name as public
-from thanos.patterns import NM, Columns, parse_pattern
+from thanos.model.source import public_name as public
+from thanos.patterns.columns import Columns
+from thanos.patterns.nm import NM
+from thanos.patterns.parse import parse_pattern
 from thanos.recipe import LayerRecipe, Recipe
 from thanos.study.formula import DEFAULT_SHARE
 
