@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import thanos
-from thanos.text import evaluation_rows
+from thanos.calibration.text import evaluation_rows
 
 
 def main() -> None:

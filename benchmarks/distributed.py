@@ -94,7 +94,7 @@ def worker(options: argparse.Namespace, folder: Path) -> None:
 
     import thanos
     from thanos.bench.measure import machine
-    from thanos.calibration import Calibration
+    from thanos.calibration.windows import Calibration
 
     size = int(os.environ["THANOS_BENCH_SIZE"])
     generator = torch.Generator().manual_seed(0)

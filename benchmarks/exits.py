@@ -23,7 +23,7 @@ import torch.distributed.nn.functional  # before there is a group, as the comman
 import transformers.models.llama.modeling_llama  # noqa: F401
 
 import thanos.cli.app
-import thanos.pruning
+import thanos.run.prune
 
 STORES = """
 import sys, torch.distributed as d

@@ -23,7 +23,8 @@ from baseline import prune_column_by_column
 from torch import Tensor
 
 from thanos import prune_weight
-from thanos.bench.measure import machine, synthetic_layer
+from thanos.bench.measure import machine
+from thanos.planning.synthetic_layer import synthetic_layer
 
 STORED = Path(__file__).with_name("guard.json")
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from thanos.bench.synthetic import SHAPES, Shape, write_checkpoint
-from thanos.pretrained import resolve_model
+from thanos.model.source import resolve_model
 
 
 def write_text(path: Path, vocabulary: int, tokens: int, *, seed: int = 0) -> Path:

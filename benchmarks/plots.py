@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from thanos.recipe import LayerRecipe
-from thanos.study.report.theme import MUTED, OTHERS, STYLES
+from thanos.study.report.figures.theme import MUTED, OTHERS, STYLES
 
 Result = dict[str, Any]
 Lines = dict[str, list[tuple[float, float]]]

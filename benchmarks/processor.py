@@ -20,11 +20,12 @@ from unittest import mock
 
 import torch
 
-import thanos.solvers as solvers
-from thanos.bench.measure import machine, synthetic_layer
+import thanos.solvers.prune_layer as solvers
+from thanos.bench.measure import machine
 from thanos.bench.references import load_reference
+from thanos.planning.synthetic_layer import synthetic_layer
 from thanos.recipe import LayerRecipe
-from thanos.solvers.factor import InputStatistics
+from thanos.solvers.hessian import InputStatistics
 
 
 def least(work: Callable[[], Any], repeats: int) -> float:

@@ -16,13 +16,11 @@ import pytest
 import torch
 from hypothesis import settings
 
-from helpers import save_tiny
+from helpers import ROOT, save_tiny
 
 # The same examples each time, however slow the machine.
 settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.load_profile("fixed")
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -91,7 +89,7 @@ def study_report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a full synthetic study with its report. Not to be modified."""
     pytest.importorskip("matplotlib", reason="the extra report is not installed")
     from study_records import cell, failed, formula_record, full_study, write_store
-    from thanos.study.report import write_report
+    from thanos.study.report.build import write_report
 
     records = [
         *full_study(),

@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 
+ROOT = Path(__file__).resolve().parent.parent
+"""The repository."""
+
 VOCABULARY = 320
 POSITIONS = 256
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import thanos
-import thanos.pruning
+import thanos.run.prune
 
 torch.set_num_threads(1)  # threads do not survive a fork
 

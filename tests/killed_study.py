@@ -6,8 +6,8 @@ import subprocess
 import sys
 
 from thanos.cli import guard
-from thanos.study.pool import StudyEvent
-from thanos.study.runner import run_study
+from thanos.study.events import StudyEvent
+from thanos.study.run import run_study
 
 
 def start_child() -> None:

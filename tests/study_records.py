@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from thanos.patterns import parse_pattern
+from thanos.patterns.parse import parse_pattern
 from thanos.recipe import LayerRecipe
 from thanos.study.store import CellRecord, Contents, StoreWriter, cell_key
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT
-from thanos.study.report import build_report, with_results
+from thanos.study.report.build import build_report
 from thanos.study.report.page import render_page
-from thanos.study.report.readme import result_folders
+from thanos.study.report.readme import result_folders, with_results
 from thanos.study.report.tables import WRITERS
 from thanos.study.store import read_store, store_path
 

@@ -6,47 +6,47 @@ from typing import TYPE_CHECKING, Any
 from thanos._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from thanos.evaluation import Evaluation as Evaluation
-    from thanos.evaluation import evaluate as evaluate
+    from thanos.evaluation.inspect import Inspection as Inspection
+    from thanos.evaluation.inspect import inspect_checkpoint as inspect_checkpoint
+    from thanos.evaluation.perplexity import Evaluation as Evaluation
+    from thanos.evaluation.perplexity import evaluate as evaluate
+    from thanos.evaluation.tasks import PAPER_TASKS as PAPER_TASKS
+    from thanos.evaluation.tasks import ZeroShot as ZeroShot
+    from thanos.evaluation.tasks import zero_shot as zero_shot
     from thanos.events import Event as Event
-    from thanos.harness import PAPER_TASKS as PAPER_TASKS
-    from thanos.harness import ZeroShot as ZeroShot
-    from thanos.harness import zero_shot as zero_shot
-    from thanos.inspection import Inspection as Inspection
-    from thanos.inspection import inspect_checkpoint as inspect_checkpoint
-    from thanos.planning import Plan as Plan
-    from thanos.planning import plan as plan
-    from thanos.pruning import prune as prune
+    from thanos.planning.plan import Plan as Plan
+    from thanos.planning.plan import plan as plan
     from thanos.recipe import LayerRecipe as LayerRecipe
     from thanos.recipe import Override as Override
     from thanos.recipe import Recipe as Recipe
-    from thanos.report import PruningReport as PruningReport
-    from thanos.solvers import PrunedWeight as PrunedWeight
-    from thanos.solvers import prune_weight as prune_weight
-    from thanos.study.runner import run_study as run_study
+    from thanos.run.prune import prune as prune
+    from thanos.run.report import PruningReport as PruningReport
+    from thanos.solvers.prune_layer import PrunedWeight as PrunedWeight
+    from thanos.solvers.prune_layer import prune_weight as prune_weight
+    from thanos.study.run import run_study as run_study
     from thanos.study.store import read_store as read_store
 
 # Torch takes seconds to import, and `thanos --help` does not need it: each name is imported when it is first used.
 _EXPORTS = {
-    "Evaluation": "evaluation",
+    "Evaluation": "evaluation.perplexity",
     "Event": "events",
-    "Inspection": "inspection",
+    "Inspection": "evaluation.inspect",
     "LayerRecipe": "recipe",
     "Override": "recipe",
-    "PAPER_TASKS": "harness",
-    "Plan": "planning",
-    "PrunedWeight": "solvers",
-    "PruningReport": "report",
+    "PAPER_TASKS": "evaluation.tasks",
+    "Plan": "planning.plan",
+    "PrunedWeight": "solvers.prune_layer",
+    "PruningReport": "run.report",
     "Recipe": "recipe",
-    "ZeroShot": "harness",
-    "evaluate": "evaluation",
-    "inspect_checkpoint": "inspection",
-    "plan": "planning",
-    "prune": "pruning",
-    "prune_weight": "solvers",
+    "ZeroShot": "evaluation.tasks",
+    "evaluate": "evaluation.perplexity",
+    "inspect_checkpoint": "evaluation.inspect",
+    "plan": "planning.plan",
+    "prune": "run.prune",
+    "prune_weight": "solvers.prune_layer",
     "read_store": "study.store",
-    "run_study": "study.runner",
-    "zero_shot": "harness",
+    "run_study": "study.run",
+    "zero_shot": "evaluation.tasks",
 }
 
 __all__ = ["__version__", *_EXPORTS]

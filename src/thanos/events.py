@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,9 +15,13 @@ Phase = Literal[
     "load", "calibration", "verify", "statistics", "solve", "write", "propagate", "evaluate", "tasks", "finish", "draw"
 ]  # fmt: skip
 
+
 LOG_NAME = "events.jsonl"
+
+
 RUN_NAME = "run.json"
 """Which run it is: in the work folder, and afterwards beside the model."""
+
 
 LOG_SCHEMA = 1
 """Raised when a reader of the old format would misread the new one."""
@@ -88,3 +92,6 @@ def read_events(lines: Iterable[str]) -> Iterator[Event]:
             yield Event(**values)
         elif values.get("schema") != LOG_SCHEMA:
             raise ValueError(f"the log has schema {values.get('schema')!r}; this version reads {LOG_SCHEMA}")
+
+
+Watcher = Callable[[Event], None]

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from thanos.errors import RecipeError
-from thanos.hints import near, near_dtype, near_number, near_whole
-from thanos.naming import expanded
-from thanos.patterns import NM, Pattern, parse_pattern
+from thanos.patterns.nm import NM
+from thanos.patterns.parse import Pattern, parse_pattern
+from thanos.system.suggestions import near, near_dtype, near_number, near_whole
+from thanos.system.user_paths import expanded
 
 METHODS = ("thanos", "sparsegpt", "wanda", "magnitude")
 
@@ -55,7 +56,7 @@ class LayerRecipe:
             None means the default (0.5 for the other two).
         outlier_rows: share of output rows left dense, in [0, 1).
         keep_budget: let the other rows make up for the outlier rows, so that the matrix as a whole has the sparsity it would
-            have without them; see :class:`~thanos.solvers.base.Budget`. For n:m it needs an even n: the rows with the least
+            have without them; see :class:`~thanos.solvers.budget.Budget`. For n:m it needs an even n: the rows with the least
             output energy keep n/2 of m.
         block_size: input columns handled together (Thanos, SparseGPT); None means 128, or 512 for Thanos with n:m.
         damping: share of the Hessian's mean diagonal added to its diagonal, at least 0.

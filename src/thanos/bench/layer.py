@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thanos.bench import costs
-from thanos.bench.measure import machine, median_seconds, synthetic_layer, with_peak
+from thanos.bench.measure import machine, median_seconds, with_peak
 from thanos.bench.references import Solver, load_reference
 from thanos.errors import RecipeError
+from thanos.planning import cost_model as costs
+from thanos.planning.synthetic_layer import synthetic_layer
 from thanos.recipe import LayerRecipe
-from thanos.solvers import prune_weight
-from thanos.solvers.factor import InputStatistics
+from thanos.solvers.hessian import InputStatistics
 from thanos.solvers.precision import full_float32
+from thanos.solvers.prune_layer import prune_weight
 
 _RATE_SIZE = {"cpu": 1024, "cuda": 8192}
 """Width of the square product, and of the copied matrix, that measure a device's rates."""

@@ -11,15 +11,12 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from thanos._version import __version__
-from thanos.fingerprint import source_commit
-from thanos.memory import host_peak_bytes, reset_host_peak
+from thanos.model.fingerprint import source_commit
+from thanos.system.memory import host_peak_bytes, reset_host_peak
 
 T = TypeVar("T")
-
-_TOKENS_AT_ONCE = 4096
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -73,31 +70,3 @@ def with_peak(work: Callable[[], T], device: str) -> tuple[T, int]:
         return result, torch.cuda.max_memory_allocated(device) - before
     reset_host_peak()
     return work(), host_peak_bytes()
-
-
-def synthetic_layer(
-    rows: int, columns: int, *, tokens: int, device: str, seed: int = 0, duplicates: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """Return a weight (rows, columns) and XᵀX (columns, columns), float32, in the likeness of a language model's layer.
-
-    Inputs are x = s ∘ (z + A f): z independent normal, f 64 common normal factors mixed by a normal A of half z's variance in
-    all, which correlates the columns, and s log-normal with σ = 1: most columns are alike, a few dozens of times larger.
-    Weights are normal, rows scaled log-normally with σ = 0.3. ``duplicates`` > 0 makes every second column a copy of the one
-    before it, up to that much noise.
-    """
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, device=device)
-
-    factors = 64
-    mixing, scales = normal(factors, columns) * (0.5 / factors) ** 0.5, torch.exp(normal(columns))
-    hessian = torch.zeros(columns, columns, device=device)
-    for first in range(0, tokens, _TOKENS_AT_ONCE):
-        count = min(_TOKENS_AT_ONCE, tokens - first)
-        inputs = normal(count, columns) + normal(count, factors) @ mixing
-        if duplicates:
-            inputs[:, 1::2] = inputs[:, : columns // 2 * 2 : 2] + duplicates * inputs[:, 1::2]
-        inputs *= scales
-        hessian.addmm_(inputs.T, inputs)
-    return normal(rows, columns) * torch.exp(0.3 * normal(rows, 1)), hessian

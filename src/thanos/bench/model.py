@@ -15,19 +15,19 @@ from torch import Tensor
 
 from thanos.bench.measure import machine
 from thanos.bench.synthetic import RandomCheckpoint, Shape, random_checkpoint
-from thanos.engine import Engine
-from thanos.eventlog import EventStream
+from thanos.checkpoint.writer import CheckpointWriter
+from thanos.engine.block_runner import Passes
+from thanos.engine.loop import Engine
+from thanos.engine.records import BlockRecord, LayerRecord, mean_known
+from thanos.engine.weights import ModelWeights
 from thanos.events import Event
-from thanos.journal import BlockRecord, Journal
-from thanos.memory import PhaseMeter
-from thanos.passes import Passes
-from thanos.rates import Rates, measure_rates
+from thanos.model.layers import find_blocks, linear_layers, select_layers
+from thanos.planning.device_rates import Rates, measure_rates
 from thanos.recipe import Recipe
-from thanos.report import LayerRecord, PhaseRecord, mean_known
-from thanos.resume import Ledger
-from thanos.shards import CheckpointWriter
-from thanos.structure import find_blocks, linear_layers, select_layers
-from thanos.weights import ModelWeights
+from thanos.run.journal import Journal
+from thanos.run.resume import Ledger
+from thanos.system.event_stream import EventStream
+from thanos.system.meter import PhaseMeter, PhaseRecord
 
 SCHEMA = 1
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from thanos.errors import DataError, RecipeError
-from thanos.patterns import NM, parse_pattern
+from thanos.patterns.nm import NM
+from thanos.patterns.parse import parse_pattern
 from thanos.recipe import LayerRecipe
 
 Solver = Callable[[Tensor, Tensor, LayerRecipe], Tensor]

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thanos.checkpoint import INDEX_NAME, LoadedCheckpoint
+from thanos.checkpoint.in_memory import LoadedCheckpoint
+from thanos.checkpoint.weight_files import INDEX_NAME
 from thanos.errors import RecipeError
-from thanos.structure import build_skeleton
-from thanos.weights import persistent_tensors
+from thanos.model.skeleton import build_skeleton, persistent_tensors
 
 _BASE = 4_194_301
 """Random numbers that all tensors are made from, again and again; prime, so that no two rows of a matrix are alike."""

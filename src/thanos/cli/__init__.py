@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     0 fine, 2 a user's mistake, 130 interrupted (Ctrl-C), 143 terminated (SIGTERM), 1 anything else.
     """
-    from thanos.cli import ranks
+    from thanos.cli import torchrun as ranks
 
     ranks.watch()
     code = run(sys.argv[1:] if arguments is None else list(arguments))
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command; return its exit code."""
-    from thanos.cli import ranks
+    from thanos.cli import torchrun as ranks
     from thanos.cli.app import app
 
     # The command raises instead of exiting, so that every outcome is mapped to its code in one place.
@@ -56,7 +56,7 @@ def guard(action: Callable[[], Any], *, again: str = "") -> int:
         action: what to do; SIGTERM ends it as Ctrl-C does.
         again: the command that goes on with it if it ends early and can be resumed.
     """
-    from thanos.cli.ending import EndedEarly, terminable
+    from thanos.cli.interrupts import EndedEarly, terminable
 
     with terminable() as terminated:
         try:
@@ -94,7 +94,7 @@ def _outcome(error: BaseException, hint: str, terminated: bool) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    from thanos.cli.ranks import may_complain
+    from thanos.cli.torchrun import may_complain
 
     if not may_complain():
         return code

@@ -162,11 +162,14 @@ def prune(
     if plan and resume:
         raise RecipeError("--plan is of a whole run, not of a resumed one; leave out --resume, or --plan")
     use_threads(threads)
-    from thanos.cli import display, ending, ranks, tables
+    from thanos.cli import interrupts as ending
+    from thanos.cli import output as tables
+    from thanos.cli import progress as display
+    from thanos.cli import torchrun as ranks
 
     display.hush()
     import thanos
-    from thanos.work import WorkFolder
+    from thanos.run.work_folder import WorkFolder
 
     if plan:
         tables.check_writable(json_file)
@@ -229,7 +232,8 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Measure the perplexity of MODEL, and its distance to a dense model; or its zero-shot accuracy."""
-    from thanos.cli import display, tables
+    from thanos.cli import output as tables
+    from thanos.cli import progress as display
 
     display.hush()
     import thanos
@@ -242,7 +246,7 @@ def evaluate(
             raise DataError(
                 "--tasks measures accuracy instead of perplexity; leave out --text and --dense, or run eval twice"
             )
-        from thanos.harness import task_names
+        from thanos.evaluation.tasks import task_names
 
         with display.watch(quiet=quiet) as watcher:
             scores = thanos.zero_shot(
@@ -285,10 +289,11 @@ def inspect(
     quiet: Quiet = False,
 ) -> None:
     """Read the weights of MODEL and tell what is zero, in which pattern, and what is dense."""
-    from thanos.cli import display, tables
+    from thanos.cli import output as tables
+    from thanos.cli import progress as display
 
     display.hush()
-    from thanos.inspection import inspect_checkpoint
+    from thanos.evaluation.inspect import inspect_checkpoint
 
     tables.check_writable(json_file)
     with display.watch(quiet=quiet) as watcher:
@@ -311,8 +316,10 @@ def report(
     quiet: Quiet = False,
 ) -> None:
     """Write the report of the study in OUT: report.html, tables and figures."""
-    from thanos.cli import display, tables
-    from thanos.study.report import update_readme, write_report
+    from thanos.cli import output as tables
+    from thanos.cli import progress as display
+    from thanos.study.report.build import write_report
+    from thanos.study.report.readme import update_readme
     from thanos.study.store import read_store, store_path
 
     warnings = read_store(out).warnings

@@ -10,9 +10,9 @@ from typing import Any
 from typer.core import TyperCommand, TyperGroup
 
 from thanos.cli.options import NUMBERS
-from thanos.cli.ranks import is_first
+from thanos.cli.torchrun import is_first
 from thanos.errors import UserError
-from thanos.hints import near, near_number, near_whole
+from thanos.system.suggestions import near, near_number, near_whole
 
 _HELP = ("-h", "--help")
 _SHARES = ("--sparsity", "--outlier-rows")

@@ -57,8 +57,8 @@ def layer(
     shapes = tuple(parse_shape(text) for text in shape or ["2048x2048"])
     peers = dict(parse_peer(text) for text in peer or [])
     from thanos.bench.layer import LayerSettings, report, run
-    from thanos.cli import tables
-    from thanos.pretrained import choose_device
+    from thanos.cli import output as tables
+    from thanos.system.device import choose_device
 
     if tokens is not None and tokens < 1:
         raise RecipeError(f"--tokens must be at least 1; got {tokens}")

@@ -11,8 +11,8 @@ import typer
 
 from thanos.cli.options import Threads, option, use_threads
 from thanos.errors import RecipeError
-from thanos.hints import near
 from thanos.recipe import Recipe
+from thanos.system.suggestions import near
 
 
 def model(
@@ -54,13 +54,14 @@ def model(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress (default: show it).")] = False,
 ) -> None:
     """Time pruning a whole model of random weights, by phase, beside the least that this device needs."""
-    from thanos.cli import display, tables
+    from thanos.cli import output as tables
+    from thanos.cli import progress as display
 
     display.hush()
-    from thanos.activations import check_place
     from thanos.bench.model import time_model
     from thanos.bench.synthetic import SHAPES
-    from thanos.pretrained import choose_device
+    from thanos.engine.activations import check_place
+    from thanos.system.device import choose_device
 
     if shape not in SHAPES:
         raise RecipeError(f"--shape must be one of {', '.join(SHAPES)}; got {shape!r}{near(shape, SHAPES)}")

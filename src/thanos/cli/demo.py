@@ -8,7 +8,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from thanos.cli import display, tables
+from thanos.cli import output as tables
+from thanos.cli import progress as display
 
 _RECIPE = {"method": "thanos", "sparsity": 0.5, "calibration": "pydoc", "samples": 32, "sequence_length": 512}
 _EVALUATION = {"text": "pydoc", "sequence_length": 512, "max_windows": 32}
@@ -20,7 +21,7 @@ def demo(model: str, out: Path) -> None:
     import torch
 
     import thanos
-    from thanos.memory import PhaseMeter
+    from thanos.system.meter import PhaseMeter
 
     with display.watch() as watcher:
         report = thanos.prune(model, out, thanos.Recipe(**_RECIPE), overwrite=True, on_event=watcher)

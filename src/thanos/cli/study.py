@@ -15,8 +15,8 @@ from thanos.cli.options import Threads, check_threads
 
 if TYPE_CHECKING:
     from thanos.events import Event
-    from thanos.study.pool import StudyEvent
-    from thanos.study.runner import StudyResult
+    from thanos.study.events import StudyEvent
+    from thanos.study.run import StudyResult
 
 
 _PROGRESS_SECONDS = 30.0
@@ -62,10 +62,11 @@ def study(
     Exits with 1 if cells failed; their reasons are kept.
     """
     check_threads(threads)
-    from thanos.cli import display, tables
+    from thanos.cli import output as tables
+    from thanos.cli import progress as display
 
     display.hush()
-    from thanos.study.runner import list_cells, run_study
+    from thanos.study.run import list_cells, run_study
 
     if list_only:
         found = list_cells(file, out, data=data)
@@ -105,7 +106,7 @@ def _failures(found: StudyResult, without: int, out: Path) -> str:
 
 
 def _show(found: StudyResult, out: Path) -> None:
-    from thanos.cli import tables
+    from thanos.cli import output as tables
 
     rows = [(name, str(found.count(name))) for name in ("done", "failed", "impossible") if found.count(name)]
     tables.print_table(
@@ -116,7 +117,7 @@ def _show(found: StudyResult, out: Path) -> None:
 @contextmanager
 def watch(*, quiet: bool = False, stream: TextIO | None = None) -> Iterator[Callable[[StudyEvent], None]]:
     """Give a function that shows a study's events on the standard error, until the block ends."""
-    from thanos.cli import display
+    from thanos.cli import progress as display
 
     with display.shown(_live, PlainLines, quiet=quiet, stream=stream) as show:
         yield show

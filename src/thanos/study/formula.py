@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from thanos.calibration.statistics import check_finite, gather
 from thanos.errors import ModelError
+from thanos.model.layers import linear_layers
 from thanos.recipe import DEFAULT_DAMPING, matches
-from thanos.statistics import check_finite, gather
-from thanos.structure import linear_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

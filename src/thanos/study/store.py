@@ -174,7 +174,7 @@ class StoreWriter:
     """
 
     def __init__(self, folder: Path) -> None:
-        from thanos.shards import sync  # which loads torch; reading a store does not need it
+        from thanos.system.files import sync  # which loads torch; reading a store does not need it
 
         self._path = folder / STORE_NAME
         try:

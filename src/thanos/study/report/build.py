@@ -8,16 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from thanos.errors import DataError, ResourceError
-from thanos.eventlog import EventStream
 from thanos.events import Event
-from thanos.study.report.charts import Figure
-from thanos.study.report.draw import draw
+from thanos.study.report.figures.charts import Figure
+from thanos.study.report.figures.draw import draw
+from thanos.study.report.numbers import Prose, count
 from thanos.study.report.page import Chapter, all_figures, all_tables, render_page, slug
-from thanos.study.report.rows import Results, models_of
-from thanos.study.report.sections import COST_SECTIONS, MODEL_SECTIONS, Section, data, perplexity_table
+from thanos.study.report.results import Results, models_of
+from thanos.study.report.sections import COST_SECTIONS, MODEL_SECTIONS, data
+from thanos.study.report.sections.common import Section
+from thanos.study.report.sections.paper import perplexity_table
 from thanos.study.report.tables import WRITERS, Table
-from thanos.study.report.values import Prose, count
 from thanos.study.store import Contents, read_store, store_path
+from thanos.system.event_stream import EventStream
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,11 +10,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 
-from thanos.study.report.charts import Figure
+from thanos.study.report.figures.charts import Figure
+from thanos.study.report.figures.theme import DARK, dark_rules
+from thanos.study.report.numbers import Number, Prose
 from thanos.study.report.sections.common import Section
 from thanos.study.report.tables import Cell, Table, to_csv
-from thanos.study.report.theme import DARK, dark_rules
-from thanos.study.report.values import Number, Prose
 
 
 @dataclass(frozen=True, slots=True)

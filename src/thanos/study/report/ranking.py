@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from thanos.study.report.rows import Row, over_common_seeds
-from thanos.study.report.values import Number, difference, field_of
+from thanos.study.report.numbers import Number, difference, field_of
+from thanos.study.report.results import Row, over_common_seeds
 
 GROUP_WIDTH = 0.002
 """Rows whose measured sparsities differ by more than 0.2 points are never ranked against each other."""
@@ -50,7 +50,7 @@ def change_of(first: Row, second: Row, field: str = "perplexity") -> Number | No
 
 
 def larger_noise(*rows: Row, field: str = "perplexity", lent: Number | None = None) -> Number | None:
-    """Return the largest :meth:`~thanos.study.report.rows.Row.noise` of some rows; None if none is known.
+    """Return the largest :meth:`~thanos.study.report.results.Row.noise` of some rows; None if none is known.
 
     What is ``lent`` stands for that of a row of which none is known. Accuracies have the standard error of their items
     besides; the larger counts.

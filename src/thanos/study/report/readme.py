@@ -13,8 +13,8 @@ from pathlib import Path
 
 from thanos.errors import DataError
 from thanos.study.report.build import Report, build_report
+from thanos.study.report.numbers import short
 from thanos.study.report.tables import Table, to_markdown
-from thanos.study.report.values import short
 from thanos.study.store import Contents, read_store, store_path
 
 _COLUMNS = ("method", "rank", "sparsity", "perplexity", "kl_divergence", "zero_shot", "seconds")

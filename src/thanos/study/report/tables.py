@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from thanos.study.report.values import Number, Prose, plain
+from thanos.study.report.numbers import Number, Prose, plain
 
 _WITHOUT_SPREAD = ("zero_shot_stderr", "layer_error", "solve_seconds", "sparsity", "peak_bytes")
 """Shown as means alone, to keep tables narrow; the spread of the layer error is in the table of noise."""

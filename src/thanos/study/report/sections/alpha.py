@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from thanos.study.report.charts import Chart, Point, Series
+from thanos.study.report.figures.charts import Chart, Point, Series
+from thanos.study.report.numbers import Number, Prose, setting
 from thanos.study.report.ranking import larger_noise, one_seed, verdict
-from thanos.study.report.rows import NAMES, Results, Row, over_common_seeds, percent
+from thanos.study.report.results import NAMES, Results, Row, over_common_seeds, percent
 from thanos.study.report.sections.common import (
     BAR_NOTE,
     SPREAD_NOTE,
@@ -18,7 +19,6 @@ from thanos.study.report.sections.common import (
     seeds_of,
 )
 from thanos.study.report.tables import Cell, Table, columns, measures, number, text
-from thanos.study.report.values import Number, Prose, setting
 
 ALPHAS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
 """The shares that the issue of sensitivity is asked for."""

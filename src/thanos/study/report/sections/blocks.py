@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from thanos.study.report.charts import Chart, Point, Series
+from thanos.study.report.figures.charts import Chart, Point, Series
+from thanos.study.report.numbers import Number, Prose, setting
 from thanos.study.report.ranking import change_of, comparable, larger_noise, one_seed, verdict
-from thanos.study.report.rows import Results, Row, over_common_seeds
+from thanos.study.report.results import Results, Row, over_common_seeds
 from thanos.study.report.sections.alpha import file_name
 from thanos.study.report.sections.common import (
     BAR_NOTE,
@@ -17,7 +18,6 @@ from thanos.study.report.sections.common import (
     seeds_of,
 )
 from thanos.study.report.tables import Cell, Table, columns, measures, number, text
-from thanos.study.report.values import Number, Prose, setting
 
 SIZES = tuple(2**power for power in range(3, 12))
 PATTERNS = ("unstructured", "4:8", "2:4")

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 
+from thanos.study.report.numbers import Number, Prose, gain
 from thanos.study.report.ranking import change_of, comparable, larger_noise, one_seed, verdict
-from thanos.study.report.rows import Results, Row, over_common_seeds, percent
+from thanos.study.report.results import Results, Row, over_common_seeds, percent
 from thanos.study.report.sections.common import (
     HEADLINE,
     Section,
@@ -17,7 +18,6 @@ from thanos.study.report.sections.common import (
 )
 from thanos.study.report.sections.cost import noise_of_seconds, on_device, usual_device
 from thanos.study.report.tables import Cell, Table, columns, text
-from thanos.study.report.values import Number, Prose, gain
 
 _ORDER = ("better", "tie", "worse")
 """Verdicts, from the best for a claim to the worst."""

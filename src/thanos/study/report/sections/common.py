@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from thanos.study.report.charts import Figure
+from thanos.study.report.figures.charts import Figure
+from thanos.study.report.numbers import Number, Prose, count
 from thanos.study.report.ranking import comparable, verdict
-from thanos.study.report.rows import Results, Row, pattern_order, row_of
+from thanos.study.report.results import Results, Row, pattern_order, row_of
 from thanos.study.report.tables import Table
-from thanos.study.report.values import Number, Prose, count
 from thanos.study.store import CellRecord
 
 HEADLINE = ("unstructured", "2:4", "4:8", "columns")

@@ -6,9 +6,10 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterator
 
-from thanos.study.report.charts import Chart, Point, Series
+from thanos.study.report.figures.charts import Chart, Point, Series
+from thanos.study.report.numbers import FIELDS, Number, Prose, price
 from thanos.study.report.ranking import change_of, comparable, one_seed, pareto, verdict
-from thanos.study.report.rows import Results, Row, over_common_seeds
+from thanos.study.report.results import Results, Row, over_common_seeds
 from thanos.study.report.sections.alpha import file_name
 from thanos.study.report.sections.common import (
     COST_ONLY,
@@ -20,7 +21,6 @@ from thanos.study.report.sections.common import (
     note,
 )
 from thanos.study.report.tables import Cell, Table, columns, measures, number, text
-from thanos.study.report.values import FIELDS, Number, Prose, price
 
 _COSTS = {"seconds": "pruning time (s)", "peak_bytes": FIELDS["peak_bytes"].label}
 _SHORT = {"seconds": "time", "peak_bytes": "memory"}

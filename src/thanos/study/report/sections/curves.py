@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from thanos.study.report.charts import Chart, Point, Series
-from thanos.study.report.rows import NAMES, Results, Row
+from thanos.study.report.figures.charts import Chart, Point, Series
+from thanos.study.report.numbers import setting
+from thanos.study.report.results import NAMES, Results, Row
 from thanos.study.report.sections.common import SPREAD_NOTE, Section, note
 from thanos.study.report.sections.summary import METHODS
 from thanos.study.report.tables import Cell, Column, Table, number
-from thanos.study.report.values import setting
 
 SPARSITIES = {
     "unstructured": tuple(step / 10 for step in range(1, 9)),

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from thanos.study.report.rows import Results, over_common_seeds, row_of
+from thanos.study.report.numbers import Prose, count, setting, short
+from thanos.study.report.results import Results, over_common_seeds, row_of
 from thanos.study.report.sections.common import SPREAD_NOTE, Section, left_out, note
 from thanos.study.report.tables import Table, columns, measures, number, text
-from thanos.study.report.values import Prose, count, setting, short
 from thanos.study.store import CellRecord
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from thanos.recipe import METHODS
+from thanos.study.report.numbers import difference, setting
 from thanos.study.report.ranking import GROUP_WIDTH, comparable, groups_by_sparsity, ranks
-from thanos.study.report.rows import NAMES, Results, Row
+from thanos.study.report.results import NAMES, Results, Row
 from thanos.study.report.sections.common import (
     BEST_NOTE,
     RANK_NOTE,
@@ -18,7 +19,6 @@ from thanos.study.report.sections.common import (
     patterns_of,
 )
 from thanos.study.report.tables import Cell, Table, columns, measures, number, text
-from thanos.study.report.values import difference, setting
 
 _FIELDS = ("perplexity", "kl_divergence", "top1_agreement", "zero_shot")
 _HEADS = (

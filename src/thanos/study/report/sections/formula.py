@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from thanos.study.report.rows import Results
+from thanos.study.report.numbers import count, field_of, setting
+from thanos.study.report.results import Results
 from thanos.study.report.sections.common import Section
 from thanos.study.report.tables import Cell, Table, columns, number, text
-from thanos.study.report.values import count, field_of, setting
 from thanos.study.store import CellRecord
 
 _NAMES = {

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from thanos.study.report.numbers import count
 from thanos.study.report.ranking import change_of, comparable, larger_noise, one_seed, verdict
-from thanos.study.report.rows import Results, Row
+from thanos.study.report.results import Results, Row
 from thanos.study.report.sections.common import HEADLINE, SIGNS, Section, headline_rows, note
 from thanos.study.report.tables import Cell, Table, columns, number, text
-from thanos.study.report.values import count
 
 SEEDS = 3
 """Fewest seeds of a headline row."""

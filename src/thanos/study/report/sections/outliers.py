@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from thanos.study.report.numbers import setting
 from thanos.study.report.ranking import change_of, comparable, one_seed, verdict
-from thanos.study.report.rows import Results, Row, over_common_seeds
+from thanos.study.report.results import Results, Row, over_common_seeds
 from thanos.study.report.sections.common import SIGNS, SPREAD_NOTE, Section, note
 from thanos.study.report.tables import Cell, Table, columns, measures, number, text
-from thanos.study.report.values import setting
 
 _HEADS = (
     "<Pattern|pattern",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from thanos.study.report.ranking import comparable, ranks
-from thanos.study.report.rows import Results, Row, percent
+from thanos.study.report.results import Results, Row, percent
 from thanos.study.report.sections.common import (
     BEST_NOTE,
     HEADLINE,

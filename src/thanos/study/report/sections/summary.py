@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from thanos.study.report.charts import Chart, Point, Series
+from thanos.study.report.figures.charts import Chart, Point, Series
+from thanos.study.report.numbers import Prose, count
 from thanos.study.report.ranking import ranks
-from thanos.study.report.rows import NAMES, Results, Row
+from thanos.study.report.results import NAMES, Results, Row
 from thanos.study.report.sections.common import (
     BEST_NOTE,
     HEADLINE,
@@ -16,7 +17,6 @@ from thanos.study.report.sections.common import (
     note,
 )
 from thanos.study.report.tables import Cell, Table, columns, measures, number, text
-from thanos.study.report.values import Prose, count
 
 _FIELDS = ("perplexity", "kl_divergence", "top1_agreement", "zero_shot", "zero_shot_stderr", "layer_error", "seconds")
 _RANKED = ("perplexity", "kl_divergence", "top1_agreement", "zero_shot", "layer_error")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from thanos.study.report.charts import HeatMap
+from thanos.study.report.figures.charts import HeatMap
+from thanos.study.report.numbers import Number, Prose, setting
 from thanos.study.report.ranking import GROUP_WIDTH
-from thanos.study.report.rows import Results, Row
+from thanos.study.report.results import Results, Row
 from thanos.study.report.sections.alpha import file_name
 from thanos.study.report.sections.common import HEADLINE, Section, headline_rows, note
 from thanos.study.report.tables import Cell, Table, columns, number, text
-from thanos.study.report.values import Number, Prose, setting
 from thanos.study.store import CellRecord
 
 WORST = 10

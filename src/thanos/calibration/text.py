@@ -1,0 +1,188 @@
+"""Sources of text: named data sets, local files, and the standard library's own documentation.
+
+Calibration and evaluation never share text: ``wikitext2`` and ``c4`` use different splits, ``pydoc`` disjoint topics. Local
+files (textfiles.py) are used whole for whichever they are given.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from thanos.calibration.text_files import SUFFIXES, Note, Row, find_files, is_installed, read_rows
+from thanos.errors import DataError
+from thanos.model.bos import added_bos
+from thanos.system.extras import install_command
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NAMED = ("wikitext2", "c4", "pydoc", "self")
+
+_FROM_HUB = ("wikitext2", "c4")
+_CALIBRATION = ", ".join(NAMED)
+_EVALUATION = ", ".join(name for name in NAMED if name != "self")
+
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
+"""Half a surrogate pair, which JSON can escape and no encoding can write."""
+
+_PYDOC_EVALUATION_EVERY = 3
+"""Every third distinct topic is for evaluation."""
+
+_C4_EVALUATION_ROWS = 1100
+"""The field evaluates C4 on the first 1100 validation documents, joined by spaces (SparseGPT's and Wanda's data loaders)."""
+
+
+def check_text_source(
+    source: str,
+    *,
+    evaluation: bool = False,
+    tokenizer: Callable[[], PreTrainedTokenizerBase] | None = None,
+) -> None:
+    """Refuse a source that cannot be used, as far as a glance at its first rows tells; nothing is asked of the hub.
+
+    Args:
+        source: as for :func:`calibration_documents`.
+        evaluation: whether the text is to be evaluated on.
+        tokenizer: gives the model's; it is asked where the first row is a chat, and None leaves that check out.
+
+    Raises:
+        DataError: the source is unknown, missing or empty, or the first row has no text or no chat template.
+    """
+    if evaluation and source == "self":
+        raise DataError("text 'self' is for calibration: a model's own text does not measure it; choose another source")
+    if source in _FROM_HUB and not is_installed("datasets"):
+        raise DataError(f"{source} needs the package datasets: pip install 'thanos-llm[data]'")
+    if source in NAMED:
+        return
+    for row in _raw_rows(source, allowed=_EVALUATION if evaluation else _CALIBRATION, note=_unheard):
+        if not isinstance(row, str):
+            if tokenizer is not None:
+                _rendered(row, source, tokenizer())
+            return
+        if row.strip():
+            return
+    raise DataError(f"{source} holds no text")
+
+
+def calibration_documents(
+    source: str, tokenizer: PreTrainedTokenizerBase | None = None, on_note: Note | None = None
+) -> list[str]:
+    """Return the documents of a source, empty ones left out.
+
+    Args:
+        source: ``wikitext2``, ``c4``, ``pydoc`` or local files (textfiles.py). ``wikitext2`` and a ``.txt`` file are one
+            document each; in the others a row is one.
+        tokenizer: whose chat template makes text of chats; None where there are none.
+        on_note: is told what a person should know, such as characters that were replaced.
+
+    Raises:
+        DataError: the source is unknown, missing, unreadable or empty.
+    """
+    if source == "wikitext2":
+        # A row is a paragraph or a heading: the field joins them to one text (SparseGPT's data loader).
+        rows = ["\n\n".join(_hub_rows(source, "Salesforce/wikitext", name="wikitext-2-raw-v1", split="train"))]
+    elif source == "c4":
+        files = {"train": "en/c4-train.00000-of-01024.json.gz"}
+        rows = _hub_rows(source, "allenai/c4", data_files=files, split="train")
+    elif source == "pydoc":
+        rows = [text for index, text in enumerate(_topics()) if index % _PYDOC_EVALUATION_EVERY]
+    else:
+        rows = _file_rows(source, _CALIBRATION, tokenizer, on_note or _unheard)
+    documents = [row for row in rows if row.strip()]
+    if not documents:
+        raise DataError(f"{source} holds no text")
+    return documents
+
+
+def evaluation_rows(
+    source: str, tokenizer: PreTrainedTokenizerBase | None = None, on_note: Note | None = None
+) -> list[str]:
+    """Return the rows of a source, in order and with empty ones; evaluation joins them with a blank line.
+
+    Args:
+        source: as for :func:`calibration_documents`, as are the other arguments.
+        tokenizer: likewise.
+        on_note: likewise.
+
+    Raises:
+        DataError: the source is unknown, missing, unreadable or empty.
+    """
+    if source == "self":
+        check_text_source(source, evaluation=True)
+    if source == "wikitext2":
+        rows = _hub_rows(source, "Salesforce/wikitext", name="wikitext-2-raw-v1", split="test")
+    elif source == "c4":
+        files = {"validation": "en/c4-validation.00000-of-00008.json.gz"}
+        # One row, joined by spaces, so that perplexities compare with those of the field's data loaders.
+        rows = [" ".join(_hub_rows(source, "allenai/c4", data_files=files, split="validation")[:_C4_EVALUATION_ROWS])]
+    elif source == "pydoc":
+        rows = _topics()[::_PYDOC_EVALUATION_EVERY]
+    else:
+        rows = _file_rows(source, _EVALUATION, tokenizer, on_note or _unheard)
+    if not any(row.strip() for row in rows):
+        raise DataError(f"{source} holds no text")
+    return rows
+
+
+def _topics() -> list[str]:
+    """Return the distinct texts of the standard library's help topics, ordered by their first name."""
+    from pydoc_data.topics import topics
+
+    return list(dict.fromkeys(text for _, text in sorted(topics.items())))
+
+
+def _hub_rows(source: str, repository: str, **arguments: Any) -> list[str]:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise DataError(f"{source} needs the package datasets: {install_command('data')}") from error
+    try:
+        return list(load_dataset(repository, **arguments)["text"])
+    except Exception as error:  # datasets raises its own, the hub's and the network's errors
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"{source} cannot be had from the hub ({line}); without a network give a local file instead: "
+            "--calibration FILE or --text FILE, one of " + ", ".join(SUFFIXES)
+        ) from error
+
+
+def _unheard(note: str) -> None:
+    pass
+
+
+def _raw_rows(source: str, *, allowed: str, note: Note) -> Iterator[Row]:
+    for path, column in find_files(source, allowed):
+        yield from read_rows(path, column, note)
+
+
+def _file_rows(source: str, allowed: str, tokenizer: PreTrainedTokenizerBase | None, note: Note) -> list[str]:
+    rows, halves = [], 0
+    for row in _raw_rows(source, allowed=allowed, note=note):
+        text, found = _HALF_PAIR.subn("\ufffd", row if isinstance(row, str) else _rendered(row, source, tokenizer))
+        rows.append(text)
+        halves += found
+    if halves:
+        note(
+            f"{source} holds {halves:,} halves of surrogate pairs, which are no characters; each was replaced by U+FFFD"
+        )
+    return rows
+
+
+def _rendered(messages: list[dict[str, Any]], source: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """Return a chat as text, without the BOS that a template may write where the tokenizer adds it in any case."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise DataError(
+            f"{source} holds chats (lists of messages), but the tokenizer has no chat template; give rows with plain text, "
+            "or a model that was trained on chats"
+        )
+    assert tokenizer is not None
+    try:
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception as error:  # Jinja's own errors, and what a template raises by itself
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"{source} holds a chat that the tokenizer's chat template refuses ({line}); a message has role and content"
+        ) from error
+    return text.removeprefix(str(tokenizer.bos_token)) if added_bos(tokenizer) is not None else text

@@ -1,0 +1,1 @@
+"""Checkpoints on disk and in memory: read one tensor, write one at its place."""

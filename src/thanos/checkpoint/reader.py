@@ -1,0 +1,156 @@
+"""Reading safetensors checkpoints tensor by tensor, with every file checked before any work begins.
+
+The header (8 bytes of length, then JSON) is parsed here because writing in place needs the offsets, which the safetensors
+library keeps to itself. A tensor is handed out as a memory map of its own bytes, which ends when the tensor does: nothing is
+read before it is used, nothing is copied on the way to a device, and no page stays behind.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thanos.checkpoint.layout import (
+    CHUNK_ENTRIES,
+    DTYPES,
+    UNSUPPORTED,
+    ShardLayout,
+    TensorInfo,
+    parse_entry,
+    split_info,
+)
+from thanos.checkpoint.weight_files import AGAIN, INDEX_NAME, find_weights
+from thanos.errors import ModelError
+
+_MAX_HEADER = 100_000_000  # the format's own limit
+
+
+class SafetensorsCheckpoint:
+    """A folder of safetensors shards.
+
+    Args:
+        folder: holds ``model.safetensors``, or shards and ``model.safetensors.index.json``.
+
+    Attributes:
+        shards: the layout of each file, in the index's order.
+        tensors: name → :class:`TensorInfo`.
+        index: the index file's bytes; None for a single file.
+
+    Raises:
+        ModelError: a file is missing, truncated or corrupt, names the file; or see
+            :func:`~thanos.checkpoint.weight_files.find_weights`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        files = find_weights(folder)
+        self.index = files.index
+        self.shards: list[ShardLayout] = []
+        self.tensors: dict[str, TensorInfo] = {}
+        for name in files.names:
+            layout, infos = _read_layout(folder / name)
+            self.shards.append(layout)
+            for tensor, info in infos.items():
+                if tensor in self.tensors:
+                    raise ModelError(
+                        f"tensor {tensor} is in both {self.tensors[tensor].shard} and {name}, and only one can be meant; save "
+                        "the model again, or take it out of one"
+                    )
+                self.tensors[tensor] = info
+        for tensor, name in files.shard_of.items():
+            there = self.tensors.get(tensor)
+            if there is None:
+                raise ModelError(f"{folder / INDEX_NAME} says that {tensor} is in {name}, but it is not; {AGAIN}")
+            if there.shard != name:
+                raise ModelError(
+                    f"{folder / INDEX_NAME} says that {tensor} is in {name}, but it is in {there.shard}; correct the index, or "
+                    "save the model again"
+                )
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor on the CPU, mapped from the file; changing it never changes the file.
+
+        Raises:
+            ModelError: the file became shorter since it was checked.
+        """
+        info = self.tensors[name]
+        return read_tensor(self.folder / info.shard, info)
+
+    def split(self, name: str, pieces: Mapping[str, tuple[int, ...]]) -> None:
+        """Treat one tensor as several: consecutive runs of its entries, given by name and shape. The file stays as it is.
+
+        Raises:
+            ModelError: the pieces do not fill the tensor.
+        """
+        split_info(self.tensors, name, pieces)
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """Yield one tensor's entries in order, in flat pieces, each mapped alone: what was seen leaves memory."""
+        info = self.tensors[name]
+        for first in range(0, info.numel, CHUNK_ENTRIES):
+            count, size = min(CHUNK_ENTRIES, info.numel - first), info.dtype.itemsize
+            part = replace(info, shape=(count,), offset=info.offset + first * size, nbytes=count * size)
+            yield read_tensor(self.folder / info.shard, part)
+
+
+def read_tensor(path: Path, info: TensorInfo) -> Tensor:
+    """Map one tensor of a safetensors file into memory, privately; the mapping lives as long as the tensor.
+
+    Raises:
+        ModelError: the file ends too early.
+    """
+    if not info.nbytes:
+        return torch.empty(info.shape, dtype=info.dtype)
+    start = info.offset - info.offset % mmap.ALLOCATIONGRANULARITY
+    with path.open("rb") as file:
+        if (
+            os.fstat(file.fileno()).st_size < info.offset + info.nbytes
+        ):  # touching what is beyond would kill the process
+            raise ModelError(f"{path} ends in the middle of a tensor; {AGAIN}")
+        pages = mmap.mmap(file.fileno(), info.offset - start + info.nbytes, access=mmap.ACCESS_COPY, offset=start)
+    data = torch.frombuffer(pages, dtype=torch.uint8, offset=info.offset - start, count=info.nbytes)
+    if info.offset % info.dtype.itemsize:
+        data = data.clone()  # the format does not promise that a tensor is aligned
+    return data.view(info.dtype).reshape(info.shape)
+
+
+def _read_layout(path: Path) -> tuple[ShardLayout, dict[str, TensorInfo]]:
+    if not path.is_file():
+        raise ModelError(f"{path} is missing, though the index names it; {AGAIN}")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        if len(start) < 8 or length > min(_MAX_HEADER, size - 8):
+            raise ModelError(f"{path} is truncated or not a safetensors file ({size} bytes); {AGAIN}")
+        header = file.read(length)
+    try:
+        entries: dict[str, Any] = json.loads(header)
+        entries.pop("__metadata__", None)
+        for name, entry in entries.items():
+            if entry["dtype"] in UNSUPPORTED:
+                raise ModelError(
+                    f"{path}: tensor {name} is {entry['dtype']}, which is not supported, only {', '.join(DTYPES)}; give the "
+                    "model before quantisation, or save it in another dtype"
+                )
+        infos = {name: parse_entry(path.name, entry, 8 + length) for name, entry in entries.items()}
+    except ModelError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(f"{path} has a corrupt header ({error}); {AGAIN}") from error
+    end = 8 + length
+    for name, info in sorted(infos.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if info.offset != end:
+            raise ModelError(f"{path} has a corrupt header (a gap or overlap at {name}); {AGAIN}")
+        end += info.nbytes
+    if end != size:
+        raise ModelError(f"{path} is {'truncated' if size < end else 'too long'}: {size} bytes, not {end}; {AGAIN}")
+    return ShardLayout(path.name, start + header, size), infos

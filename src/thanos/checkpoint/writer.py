@@ -1,0 +1,152 @@
+"""Writing a checkpoint in place, tensor by tensor.
+
+Output shards have the layout of the input's: a tensor's bytes go to its offset once, in any order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from thanos.checkpoint.in_memory import Checkpoint, LoadedCheckpoint
+from thanos.checkpoint.layout import TensorInfo
+from thanos.checkpoint.reader import read_tensor
+from thanos.checkpoint.weight_files import INDEX_NAME
+from thanos.errors import ResourceError
+from thanos.system.files import free_disk_bytes, reserve, sync, write_at
+
+_CHUNK = 8 << 20
+
+
+class CheckpointWriter:
+    """The shards of an output folder.
+
+    Args:
+        checkpoint: whose layout is mirrored, and from which untouched tensors are copied.
+        folder: an existing folder. The shard files are created at their full size, with room for them on the disk; those
+            that an interrupted run left there keep their tensors.
+        besides: bytes that others will write to the same disk during the run.
+
+    Raises:
+        ResourceError: the disk has too little room.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, folder: Path, *, besides: int = 0) -> None:
+        self._checkpoint, self._folder = checkpoint, folder
+        self.written: set[str] = set()
+        self._checksums: dict[str, str] = {}
+        self._unsynced = {shard.name for shard in checkpoint.shards}
+        check_room(checkpoint, folder, besides=besides)
+        for shard in checkpoint.shards:
+            descriptor = os.open(folder / shard.name, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                reserve(descriptor, shard.size)
+                write_at(descriptor, memoryview(shard.header), 0)
+            finally:
+                os.close(descriptor)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor's bytes to its place; shape and dtype must be those of the layout."""
+        info = self._checkpoint.tensors[name]
+        if tuple(tensor.shape) != info.shape or tensor.dtype != info.dtype:
+            raise ValueError(
+                f"{name} is {info.dtype} {info.shape} in the layout, got {tensor.dtype} {tuple(tensor.shape)}"
+            )
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        with (self._folder / info.shard).open("r+b", buffering=0) as file:
+            write_at(file.fileno(), memoryview(data.numpy().data), info.offset)
+        self._checksums[name] = _checksum(data)
+        self._unsynced.add(info.shard)
+        self.written.add(name)
+
+    def read(self, name: str) -> Tensor:
+        """Return a tensor that was written."""
+        info = self._checkpoint.tensors[name]
+        return read_tensor(self._folder / info.shard, info)
+
+    def checksum(self, name: str) -> str:
+        """Return the checksum of a tensor's bytes as they are in the file."""
+        return _checksum(self.read(name).reshape(-1).view(torch.uint8))
+
+    def take_checksum(self, name: str) -> str:
+        """Return, once, the checksum of what :meth:`write` was given: nothing is read again for it."""
+        return self._checksums.pop(name)
+
+    def accept(self, name: str) -> None:
+        """Count a tensor as written that an interrupted run wrote."""
+        self.written.add(name)
+
+    def flush(self) -> None:
+        """Force what was written to the disk."""
+        for shard in sorted(self._unsynced):
+            sync(self._folder / shard)
+        sync(self._folder)
+        self._unsynced.clear()
+
+    def finish(self) -> None:
+        """Copy what was never written from the checkpoint, write the index, and force everything to the disk."""
+        for name, info in self._checkpoint.tensors.items():
+            if name not in self.written:
+                self._copy(name, info)
+        if self._checkpoint.index is not None:
+            (self._folder / INDEX_NAME).write_bytes(self._checkpoint.index)
+        for path in self._folder.iterdir():
+            sync(path)
+
+    def _copy(self, name: str, info: TensorInfo) -> None:
+        if isinstance(self._checkpoint, LoadedCheckpoint):
+            self.write(name, self._checkpoint.read(name))
+            return
+        source, target = self._checkpoint.folder / info.shard, self._folder / info.shard
+        with source.open("rb", buffering=0) as read, target.open("r+b", buffering=0) as write:
+            read.seek(info.offset)
+            end, offset = info.offset + info.nbytes, info.offset
+            while offset < end:
+                chunk = read.read(min(_CHUNK, end - offset))
+                if not chunk:
+                    raise ResourceError(
+                        f"{source} became shorter while it was read; leave the input alone during a run"
+                    )
+                write_at(write.fileno(), memoryview(chunk), offset)
+                offset += len(chunk)
+        self.written.add(name)
+
+
+def disk_shortage(needed: int, free: int, folder: Path) -> str:
+    """Return the line that says that a disk has too little room; empty if it has enough."""
+    if needed <= free:
+        return ""
+    return (
+        f"disk full: the output needs {needed / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB free; "
+        "free some space, or write OUT to another disk"
+    )
+
+
+def check_room(checkpoint: Checkpoint, folder: Path, *, besides: int = 0) -> None:
+    """Refuse a disk without room for an output. Changes nothing.
+
+    Args:
+        checkpoint: whose layout the output has.
+        folder: of the output; it need not exist. Shards that it holds already need no more room.
+        besides: bytes that others will write to the same disk.
+
+    Raises:
+        ResourceError: says how much is needed and how much is free.
+    """
+    needed = besides + sum(max(0, shard.size - _allocated(folder / shard.name)) for shard in checkpoint.shards)
+    shortage = disk_shortage(needed, free_disk_bytes(folder), folder.parent)
+    if shortage:
+        raise ResourceError(shortage)
+
+
+def _checksum(data: Tensor) -> str:
+    return hashlib.blake2b(data.numpy().data, digest_size=16).hexdigest()
+
+
+def _allocated(path: Path) -> int:
+    """Return how much of the disk a file takes already."""
+    return path.stat().st_blocks * 512 if path.exists() else 0

@@ -1,0 +1,287 @@
+"""What a finished command prints."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from thanos.errors import ResourceError
+
+if TYPE_CHECKING:
+    from thanos.bench.layer import LayerTime
+    from thanos.bench.model import ModelTime
+    from thanos.evaluation.inspect import Inspection
+    from thanos.evaluation.perplexity import Evaluation
+    from thanos.evaluation.tasks import ZeroShot
+    from thanos.planning.plan import Plan
+    from thanos.run.report import PruningReport
+    from thanos.study.report.build import Report
+    from thanos.system.meter import PhaseRecord
+
+_PLAIN_WIDTH = 140
+"""Columns when the output is no terminal: wide enough that nothing is cut."""
+
+_SHOWN_WARNINGS = 5
+
+_BOS = {
+    "window": "at the start of each window",
+    "text": "at the start of the text alone",
+    "none": "none: the tokenizer adds none",
+}
+
+
+def show_report(report: PruningReport, out: Path, *, complete: bool = False) -> None:
+    """Print what a pruning run did, what it cost, and where the result is; or what the run did that was already complete."""
+    totals, recipe = report.totals, report.recipe
+    rows = [
+        ("method, pattern", f"{recipe['method']}, {recipe['pattern']}"),
+        ("sparsity of the pruned layers", _share(totals["zeros_targeted"], totals["targeted_parameters"])),
+        ("sparsity of all parameters", _share(totals["zeros_all"], totals["parameters"])),
+        ("mean layer error, zeros alone", _number(totals["mean_error_before_compensation"])),
+        ("mean layer error, as written", _number(totals["mean_error_after_compensation"])),
+        *phase_rows(report.phases),
+        ("total", _cost(report.seconds, report.host_peak_bytes, report.device_peak_bytes)),
+        ("already complete, in" if complete else "written to", str(out)),
+    ]
+    print_table(("", ""), rows)
+    show_warnings(report)
+
+
+def show_plan(plan: Plan, json_file: Path | None) -> None:
+    """Print what a run would take, and on the standard error what of it is not there."""
+    rows = [
+        ("blocks, layers to prune", f"{plan.blocks}, {plan.layers}"),
+        ("hidden states", f"{plan.activations_bytes / 2**30:.2f} GiB, kept on: {plan.activations}"),
+        ("sequences in a batch", str(plan.batch)),
+        *phase_rows(plan.phases),
+        ("total", _cost(plan.seconds, plan.host_peak_bytes, plan.device_peak_bytes)),
+        ("disk", _room(plan.disk_bytes + plan.disk_besides_bytes, plan.disk_free_bytes)),
+        ("host memory beside the process", _room(plan.host_peak_bytes - plan.host_base_bytes, plan.host_free_bytes)),
+    ]
+    if plan.device_peak_bytes is not None and plan.device_free_bytes is not None:
+        rows.append(("device memory", _room(plan.device_peak_bytes, plan.device_free_bytes)))
+    _finish(rows, plan.to_dict(), json_file)
+    for line in plan.does_not_fit:
+        print(f"warning: {line}", file=sys.stderr)
+
+
+def _room(needed: int, free: int) -> str:
+    return f"{needed / 2**30:.2f} GiB of {free / 2**30:.2f} GiB free"
+
+
+def phase_rows(phases: dict[str, PhaseRecord]) -> list[tuple[str, str]]:
+    """Return a row for each phase: its seconds and peak memory."""
+    return [(name, _cost(p.seconds, p.host_peak_bytes, p.device_peak_bytes)) for name, p in phases.items()]
+
+
+def show_warnings(report: PruningReport) -> None:
+    """Print the first warnings on the standard error, and where to find the rest."""
+    from thanos.engine.records import warning_lines
+
+    lines = [*report.warnings, *warning_lines(report.layers)]
+    for line in lines[:_SHOWN_WARNINGS]:
+        print(f"warning: {line}", file=sys.stderr)
+    if len(lines) > _SHOWN_WARNINGS:
+        print(f"warning: {len(lines) - _SHOWN_WARNINGS} more are in pruning.json", file=sys.stderr)
+
+
+def show_evaluation(result: Evaluation, json_file: Path | None) -> None:
+    """Print an evaluation, and write it as JSON where asked."""
+    rows = [
+        ("perplexity", f"{result.perplexity:.4f}"),
+        ("tokens scored", f"{result.tokens:,} in {result.windows} windows of {result.sequence_length}"),
+        ("beginning-of-text token", _BOS[result.bos]),
+        ("speed", f"{result.tokens_per_second:,.0f} tokens/s on {result.device}, {result.dtype}"),
+    ]
+    if result.kl_divergence is not None and result.top1_agreement is not None:
+        rows[1:1] = [
+            ("perplexity of the dense model", _number(result.dense_perplexity, 4)),
+            ("KL divergence to it, nats a token", f"{result.kl_divergence:.5f}"),
+            ("same most probable token", f"{100 * result.top1_agreement:.2f} %"),
+        ]
+    _finish(rows, result.to_dict(), json_file)
+
+
+def show_zero_shot(result: ZeroShot, json_file: Path | None) -> None:
+    """Print accuracies with their standard errors, and write them as JSON where asked."""
+    head = ("task", "accuracy", "±", "normalised", "±", "documents")
+    keys = ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")
+    rows = [
+        (name, *(_score(score[key]) for key in keys), f"{score['samples']:,}") for name, score in result.tasks.items()
+    ]
+    rows.append(("average", *(_score(result.average[key]) for key in keys), ""))
+    _write_json(result.to_dict(), json_file)
+    if not _to_stdout(json_file):
+        print_table(head, rows, title=f"{Path(result.model).name}, zero-shot (lm_eval {result.versions['lm_eval']})")
+
+
+def show_inspection(found: Inspection, json_file: Path | None) -> None:
+    """Print what a checkpoint holds, and write it as JSON where asked."""
+    if not _to_stdout(json_file):
+        rows = [
+            (
+                layer.name,
+                f"{layer.shape[0]} × {layer.shape[1]}",
+                f"{100 * layer.sparsity:.2f} %",
+                ", ".join(layer.patterns) or "-",
+                str(layer.outlier_rows or "-"),
+            )
+            for layer in found.layers
+        ]
+        print_table(("layer", "shape", "zeros", "patterns", "outlier rows"), rows)
+        groups: dict[str, list[int]] = {}
+        for record in found.dense:
+            groups.setdefault(record.reason, []).append(record.parameters)
+        print_table(
+            ("left dense because", "tensors", "parameters"),
+            [(reason, str(len(sizes)), f"{sum(sizes):,}") for reason, sizes in groups.items()],
+        )
+    totals = found.totals
+    rows = [
+        ("sparsity of the targeted layers", _share(totals["zeros_targeted"], totals["targeted_parameters"])),
+        ("sparsity of all parameters", _share(totals["zeros_all"], totals["parameters"])),
+    ]
+    if found.require:
+        rows.append((f"pattern {found.require}", "broken" if found.violations else "satisfied by every targeted layer"))
+    _finish(rows, found.to_dict(), json_file)
+    for violation in found.violations:
+        print(f"{violation.name}: {violation.reason}", file=sys.stderr)
+
+
+def show_study_report(report: Report, out: Path, warnings: Sequence[str], readme: Path | None) -> None:
+    """Print what a report holds, and what its sections lack."""
+    folder = out if out.is_dir() else out.parent
+    rows = [
+        ("page", str(folder / "report.html")),
+        ("tables", f"{len(report.tables)} in {folder / 'tables'}"),
+        ("figures", f"{len(report.figures)} in {folder / 'figures'}"),
+        *([("headline", f"in {readme}")] if readme else []),
+    ]
+    lacking = [section.title for chapter in report.chapters for section in chapter.sections if section.missing]
+    if lacking:
+        rows.append(("sections that lack cells", "; ".join(dict.fromkeys(lacking))))
+    print_table(("", ""), rows)
+    for line in warnings:
+        print(f"warning: {line}", file=sys.stderr)
+
+
+def show_model_time(result: ModelTime) -> None:
+    """Print what ``thanos bench model`` measured."""
+    rows = []
+    for name, phase in result.phases.items():
+        floor = result.floor_seconds.get(name)
+        device = "" if phase.device_peak_bytes is None else f"{phase.device_peak_bytes / 2**30:.2f} GiB"
+        known = () if floor is None else (f"{floor:.2f}", f"{phase.seconds / floor:.1f} ×" if floor else "")
+        cells = (name, f"{phase.seconds:.2f}", *(known or ("", "")), f"{phase.host_peak_bytes / 2**30:.2f} GiB", device)
+        rows.append(cells)
+    floor = sum(result.floor_seconds.values())
+    rows.append(("total", f"{result.seconds:.2f}", f"{floor:.2f}", f"{result.seconds / floor:.1f} ×", "", ""))
+    print_table((f"{result.blocks} blocks", "seconds", "floor", "of floor", "host peak", "device peak"), rows)
+    print_table(("solve", "seconds"), [(kind, f"{seconds:.2f}") for kind, seconds in result.solve_seconds.items()])
+    rates = ", ".join(f"{name} {value:.3g}/s" for name, value in result.rates.to_dict().items())
+    reckoned = "" if result.blocks == result.shape.blocks else f", reckoned from {result.blocks}"
+    print(
+        f"all {result.shape.blocks} blocks{reckoned}: {result.whole_seconds:.1f} s on {result.machine['device']}; {rates}"
+    )
+
+
+def show_layer_times(results: Sequence[LayerTime]) -> None:
+    """Print what ``thanos bench layer`` measured."""
+    rows = [
+        (
+            f"{r.rows} × {r.columns}",
+            f"{r.method} (reference)" if r.implementation == "reference" else r.method,
+            r.pattern,
+            str(r.block_size),
+            f"{r.seconds:.4f}",
+            f"{r.seconds / r.floor_seconds:.1f} ×",
+            "" if r.modelled_seconds is None else f"{100 * r.modelled_seconds / r.seconds:.0f} %",
+            f"{r.error:.6f}",
+            f"{100 * r.sparsity:.3f} %",
+            f"{r.peak_bytes / 2**30:.2f} GiB",
+        )
+        for r in results
+    ]
+    head = ("layer", "method", "pattern", "B", "seconds", "of factoring H", "of model", "error", "sparsity", "peak")
+    print_table(head, rows)
+
+
+def check_writable(path: Path | None) -> None:
+    """Refuse a file that cannot be written, before the work rather than after.
+
+    Raises:
+        ResourceError: its folder is missing, it is a folder, or it may not be written.
+    """
+    if path is None or _to_stdout(path):
+        return
+    if path.is_dir():
+        raise ResourceError(f"--json {path} is a folder; give a file, or - for the standard output")
+    folder = path.resolve().parent
+    if not folder.is_dir():
+        raise ResourceError(f"--json {path} cannot be written: there is no folder {folder}; make it first")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise ResourceError(f"--json {path} cannot be written: you may not write there; give another place")
+
+
+def _to_stdout(path: Path | None) -> bool:
+    return path is not None and str(path) == "-"
+
+
+def _finish(rows: Sequence[tuple[str, str]], values: dict[str, Any], json_file: Path | None) -> None:
+    _write_json(values, json_file)
+    if not _to_stdout(json_file):
+        print_table(("", ""), rows)
+
+
+def _write_json(values: dict[str, Any], json_file: Path | None) -> None:
+    if json_file is None:
+        return
+    text = json.dumps(_finite(values), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    if _to_stdout(json_file):
+        sys.stdout.write(text)
+    else:
+        json_file.write_text(text, encoding="utf-8")
+
+
+def _score(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not abs(value) < float("inf") else value
+
+
+def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
+    """Print a table on the standard output."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH, highlight=False)
+    table = Table(box=box.SIMPLE, show_header=any(head), title=title, title_justify="left")
+    for index, name in enumerate(head):
+        table.add_column(name, overflow="fold", justify="left" if index == 0 or len(head) == 2 else "right")
+    for row in rows:
+        table.add_row(*(cell.replace("[", r"\[") for cell in row))
+    console.print(table)
+
+
+def _share(zeros: int, of: int) -> str:
+    return f"{100 * zeros / of if of else 0.0:.4f} %  ({zeros:,} of {of:,})"
+
+
+def _number(value: float | None, digits: int = 5) -> str:
+    return "not measured" if value is None else f"{value:.{digits}f}"
+
+
+def _cost(seconds: float, host: int, device: int | None) -> str:
+    on_device = "" if device is None else f", device peak {device / 2**30:.2f} GiB"
+    return f"{seconds:.1f} s, host peak {host / 2**30:.2f} GiB{on_device}"

@@ -1,0 +1,205 @@
+"""Running one decoder block alone, on the inputs and arguments that the whole model would give it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from thanos.engine.picture import Picture, draw_picture, hidden_states
+from thanos.engine.weightless import replaced_forwards
+from thanos.errors import ModelError
+
+
+class _Stop(Exception):  # noqa: N818  it is a signal, not an error
+    """Ends a forward pass whose remainder is not needed."""
+
+
+class _Interned:
+    """Keeps one copy of equal tensors: most arguments (positions, masks) are the same for every sequence."""
+
+    _LOOK_BACK = 16
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
+        self._seen: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            if id(value) not in self._seen:
+                self._seen[id(value)] = value, self._find(value)
+            return self._seen[id(value)][1]
+        if isinstance(value, tuple | list):
+            return type(value)(self(item) for item in value)
+        return value
+
+    def forget(self) -> None:
+        """Let go of tensors that were not kept; within one sequence a tensor is compared once, not once a block."""
+        self._seen.clear()
+
+    def _find(self, value: Tensor) -> Tensor:
+        known = self._known.setdefault((value.shape, value.dtype), [])
+        for tensor in known[: self._LOOK_BACK]:
+            if torch.equal(tensor, value):
+                return tensor
+        known.append(value)
+        return value
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """The arguments of one block for one sequence, without the hidden states, and their keyword if they have one."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    keyword: str
+
+
+class BlockCalls:
+    """The arguments of every block that text reaches, besides its hidden states, for every calibration sequence.
+
+    They are recorded one sequence at a time, so that any batch can be put together afterwards: an argument that differs
+    between sequences, or that grows with the batch (BLOOM's position biases, (heads, 1, T) a sequence), is concatenated;
+    any other is passed once. Which arguments grow is seen from a batch of two.
+
+    Args:
+        blocks: the model's decoder blocks.
+        picture: what text does in the model; drawn when the first sequence is recorded, where it is not given.
+    """
+
+    def __init__(self, blocks: list[nn.Module], picture: Picture | None = None) -> None:
+        self._blocks, self._picture = blocks, picture
+        self._calls: list[dict[int, _Call]] = []  # [sequence][block]
+        self._intern = _Interned()
+        self._of_two: dict[int, tuple[Any, Any]] = {}  # [block], the shapes of its arguments for a batch of two
+
+    def reaches(self, index: int) -> bool:
+        """Tell whether text reaches block ``index``, as far as is known."""
+        return self._picture is None or index in self._picture.forms
+
+    @property
+    def shares(self) -> bool:
+        """Whether batches must stay as they are from block to block; see :class:`~thanos.engine.picture.Picture`."""
+        return self._picture is not None and self._picture.shares
+
+    def record(self, model: nn.Module, ids: Tensor) -> Tensor:
+        """Run the model on one sequence, ids (1, T), up to the first block; return that block's input (1, T, d).
+
+        Raises:
+            ModelError: the model's blocks cannot be run one by one, or this text reaches others than text does otherwise.
+        """
+        if self._picture is None:
+            self._picture = draw_picture(model, self._blocks, ids.device)
+        hidden = self._record(model, ids)
+        if not self._of_two:
+            self._of_two = self._shapes_of_two(model, ids)
+        return hidden
+
+    def _shapes_of_two(self, model: nn.Module, ids: Tensor) -> dict[int, tuple[Any, Any]]:
+        pair = BlockCalls(self._blocks, self._picture)
+        pair._record(model, ids.expand(2, -1))
+        return {
+            index: (_shapes(call.args), {name: _shapes(value) for name, value in call.kwargs.items()})
+            for index, call in pair._calls[0].items()
+        }
+
+    def _record(self, model: nn.Module, ids: Tensor) -> Tensor:
+        hidden: list[Tensor] = []
+        calls: dict[int, _Call] = {}
+        reached = self._drawn.reached
+
+        def recorder(index: int, _: Callable[..., Any]) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                states, args, kwargs, keyword = hidden_states(args, kwargs)
+                if index != reached[len(calls)] or (hidden and states.shape != hidden[0].shape):
+                    raise _other_blocks(model)
+                hidden.append(states)
+                arguments = {name: self._intern(value) for name, value in kwargs.items()}
+                calls[index] = _Call(tuple(self._intern(value) for value in args), arguments, keyword)
+                if index == reached[-1]:
+                    raise _Stop
+                return self._drawn.returned(index, states)
+
+            return forward
+
+        try:
+            with replaced_forwards(self._blocks, recorder):
+                _run(model, ids)
+        finally:
+            self._intern.forget()
+        if len(calls) < len(reached):
+            raise _other_blocks(model)
+        self._calls.append(calls)
+        return hidden[0]
+
+    def run(self, index: int, hidden: Tensor, first: int) -> Tensor:
+        """Run block ``index`` on hidden states (B, T, d) of the sequences from ``first`` on; same shape out."""
+        batch = [sequence[index] for sequence in self._calls[first : first + hidden.shape[0]]]
+        one, of_two = batch[0], self._of_two[index]
+        args = tuple(_join([call.args[i] for call in batch], of_two[0][i]) for i in range(len(one.args)))
+        kwargs = {name: _join([call.kwargs[name] for call in batch], of_two[1][name]) for name in one.kwargs}
+        args, kwargs = (args, {one.keyword: hidden, **kwargs}) if one.keyword else ((hidden, *args), kwargs)
+        output = self._blocks[index](*args, **kwargs)
+        return output[0] if isinstance(output, tuple | list) else output
+
+    def observe(self, index: int, hidden: Tensor, first: int) -> None:
+        """Run block ``index`` like :meth:`run`, for its hooks alone; one of them may end it by :func:`stop`."""
+        with suppress(_Stop):
+            self.run(index, hidden, first)
+
+    def run_tail(self, model: nn.Module, ids: Tensor, hidden: Tensor) -> None:
+        """Run what follows the blocks, given the last block's outputs for ids; a hook may end it by :func:`stop`."""
+
+        def passer(index: int, _: Callable[..., Any]) -> Callable[..., Any]:
+            return lambda *args, **kwargs: self._drawn.returned(index, hidden)
+
+        with replaced_forwards(self._blocks, passer):
+            _run(model, ids)
+
+    @property
+    def _drawn(self) -> Picture:
+        assert self._picture is not None
+        return self._picture
+
+
+def _other_blocks(model: nn.Module) -> ModelError:
+    return ModelError(
+        f"{type(model).__name__} cannot be pruned block by block: which blocks it calls depends on the text"
+    )
+
+
+def stop() -> None:
+    """End the running forward pass; for hooks that have seen what they need."""
+    raise _Stop
+
+
+def _run(model: nn.Module, ids: Tensor) -> None:
+    try:
+        model(input_ids=ids, use_cache=False)
+    except _Stop:
+        return
+
+
+def _shapes(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return [_shapes(item) for item in value]
+    return value.shape if isinstance(value, Tensor) else None
+
+
+def _join(values: list[Any], of_two: Any) -> Any:
+    """Put one argument together for a batch; ``of_two`` is its shape, or those of its parts, for a batch of two."""
+    first = values[0]
+    if isinstance(first, Tensor):
+        if not all(value is first for value in values):
+            return torch.cat(values)
+        grows = len(values) > 1 and first.dim() > 0 and of_two[0] == 2 * first.shape[0]
+        if not grows:
+            return first
+        return first.expand(len(values), *first.shape[1:]) if first.shape[0] == 1 else torch.cat(values)
+    if isinstance(first, tuple | list):
+        return type(first)(_join(list(items), part) for *items, part in zip(*values, of_two, strict=True))
+    return first

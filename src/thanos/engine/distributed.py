@@ -1,0 +1,303 @@
+"""One run on several processes, through ``torch.distributed``: ``torchrun --nproc-per-node N -m thanos prune …``.
+
+Every process holds the block in hand and a share of the calibration sequences, contiguous and at most one longer than
+another. The statistics are summed, in float32, so that all processes have the same bits; each solves its share of every
+layer's rows (:mod:`thanos.solvers.row_shards`) and gets the others' results. Rank 0 alone touches the output, and alone speaks.
+
+The processes are torchrun's: it starts them, and ends them all when one fails. Tensors travel by gloo on the CPU and by NCCL
+between GPUs, one GPU a process.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from thanos.calibration.statistics import InputGroup, empty_group
+from thanos.errors import RecipeError, ResourceError, UserError
+from thanos.solvers.row_shards import Alone, share_of
+
+if TYPE_CHECKING:
+    from thanos.model.layers import LinearLayer
+
+T = TypeVar("T")
+
+_TIMEOUT = timedelta(minutes=30)
+"""How long a process waits for the others: longer than any of them works alone, such as on its part of a forward pass."""
+
+_BUCKET_BYTES = 32 << 20
+"""Small statistics travel together up to this size: a message then takes longer to send than to set up."""
+
+LOST = (
+    "the connection to another process of this run was lost: it ended, or its machine did; its own message, if it left one, "
+    "says why"
+)
+
+
+class World(Alone):
+    """The processes of a run, and to the solvers the peers that share a weight's rows. This class is a single process.
+
+    Every process makes the same calls in the same order.
+    """
+
+    def share(self, count: int) -> range:
+        """Return which of ``count`` sequences are this process's."""
+        return share_of(count, self.rank, self.size, 1)
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """Return what rank 0 makes; the others get a copy and make nothing."""
+        return make()
+
+    def check_equal(self, facts: Mapping[str, Any]) -> None:
+        """Refuse to go on if a process has other facts than rank 0."""
+
+    def merge(self, groups: list[InputGroup], layers: Sequence[LinearLayer], device: torch.device) -> list[InputGroup]:
+        """Return the statistics over the sequences of all processes; one that nobody gathered is in no group."""
+        del layers, device
+        return groups
+
+
+SINGLE = World()
+"""The single process."""
+
+
+class Group(World):
+    """Several processes. ``torch.distributed`` must be initialised."""
+
+    def __init__(self) -> None:
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """See :meth:`World.from_first`."""
+        box = [make() if self.rank == 0 else None]
+        with _lost_peers():
+            dist.broadcast_object_list(box, src=0)
+        return box[0]  # type: ignore[return-value]
+
+    def check_equal(self, facts: Mapping[str, Any]) -> None:
+        """See :meth:`World.check_equal`.
+
+        Raises:
+            UserError: names the first process that differs, and in what.
+        """
+        everyone: list[Any] = [None] * self.size
+        with _lost_peers():
+            dist.all_gather_object(everyone, dict(facts))
+        for rank, other in enumerate(everyone):
+            for name, value in everyone[0].items():
+                if other[name] != value:
+                    raise UserError(
+                        f"the processes do not do the same work: {name} is {_brief(value)} in rank 0, but "
+                        f"{_brief(other[name])} in rank {rank}; give all the same command, model files and versions"
+                    )
+
+    def merge(self, groups: list[InputGroup], layers: Sequence[LinearLayer], device: torch.device) -> list[InputGroup]:
+        """See :meth:`World.merge`. A process whose sequences never reached an expert adds zeros."""
+        seen: list[Any] = [None] * self.size
+        with _lost_peers():
+            dist.all_gather_object(seen, [([layer.name for layer in group.layers], group.tokens) for group in groups])
+        tokens: dict[tuple[str, ...], int] = {}
+        for names, count in (item for process in seen for item in process):
+            tokens[tuple(names)] = tokens.get(tuple(names), 0) + count
+        here = {tuple(layer.name for layer in group.layers): group for group in groups}
+        named = {layer.name: layer for layer in layers}
+        merged = []
+        for names, count in tokens.items():
+            group = here.get(names) or empty_group([named[name] for name in names], device)
+            group.tokens = count
+            merged.append(group)
+        for bucket in _buckets([group.hessian for group in merged]):
+            self._sum_together(bucket)
+        return merged
+
+    def _sum_together(self, tensors: list[Tensor]) -> None:
+        if len(tensors) == 1:
+            self.sum_(tensors[0])
+            return
+        flat = self.sum_(torch.cat([tensor.reshape(-1) for tensor in tensors]))
+        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+    def sum_(self, counts: Tensor) -> Tensor:
+        """Replace a tensor, in place, by its sum over all processes; return it."""
+        with _lost_peers():
+            dist.all_reduce(counts)
+        return counts
+
+    def before(self, counts: Tensor) -> Tensor:
+        """Return the sum of an integer tensor over the processes of lower rank."""
+        everyone = [torch.empty_like(counts) for _ in range(self.size)]
+        with _lost_peers():
+            dist.all_gather(everyone, counts.contiguous())
+        return torch.stack(everyone)[: self.rank].sum(0)
+
+    def gather(self, rows: Tensor, count: int) -> Tensor:
+        """Return all ``count`` rows of which this process has its share.
+
+        They travel as bytes, since not every backend knows every dtype.
+        """
+        shares = [len(share_of(count, rank, self.size)) for rank in range(self.size)]
+        width = rows[:1].numel() if len(rows) else rows.new_empty(1, *rows.shape[1:]).numel()
+        mine = torch.zeros(max(shares) * width * rows.element_size(), dtype=torch.uint8, device=rows.device)
+        mine[: rows.nbytes] = rows.contiguous().reshape(-1).view(torch.uint8)
+        pieces = [torch.empty_like(mine) for _ in range(self.size)]
+        with _lost_peers():
+            dist.all_gather(pieces, mine)
+        parts = [
+            pieces[rank][: length * width * rows.element_size()].view(rows.dtype) for rank, length in enumerate(shares)
+        ]
+        return torch.cat(parts).view(count, *rows.shape[1:])
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Divide tensors into runs of at most a bucket's size; a larger one is a run of its own."""
+    bucket: list[Tensor] = []
+    filled = 0
+    for tensor in tensors:
+        if bucket and filled + tensor.nbytes > _BUCKET_BYTES:
+            yield bucket
+            bucket, filled = [], 0
+        bucket.append(tensor)
+        filled += tensor.nbytes
+    if bucket:
+        yield bucket
+
+
+def _brief(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+class LostPeerError(ResourceError):
+    """Another process of the run is gone."""
+
+
+@contextmanager
+def _lost_peers() -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, dist.DistBackendError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise LostPeerError(LOST) from error
+
+
+# --- joining and leaving ----------------------------------------------------------------------------------------------
+
+
+def launched() -> bool:
+    """Whether torchrun started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+
+
+def speaks() -> bool:
+    """Whether this process is alone, or the first of those that torchrun started; asked before they meet."""
+    return not launched() or os.environ["RANK"] == "0"
+
+
+def my_device(device: torch.device) -> torch.device:
+    """Return the device of this process: of a machine's GPUs the one with its local rank.
+
+    Raises:
+        RecipeError: one GPU was asked for by number, which would be every process's, or there are too few.
+    """
+    if not launched() or device.type != "cuda":
+        return device
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if device.index is not None:
+        raise RecipeError(f"--device {device} is one GPU, but torchrun started several processes; give --device cuda")
+    if local >= torch.cuda.device_count():
+        raise RecipeError(
+            f"torchrun started a process number {local + 1} on a machine with {torch.cuda.device_count()} GPUs; give "
+            "--nproc-per-node at most their number, or --device cpu"
+        )
+    return torch.device("cuda", local)
+
+
+@contextmanager
+def join(device: torch.device) -> Iterator[World]:
+    """Give the processes of this run: those that torchrun started, those of a group that the caller set up, or this one.
+
+    Args:
+        device: this process's, see :func:`my_device`.
+    """
+    if dist.is_available() and dist.is_initialized():
+        yield Group() if dist.get_world_size() > 1 else SINGLE
+        return
+    if not launched():
+        yield SINGLE
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    _load_what_keeps_the_group()
+    global _first
+    _first = None
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        timeout=_TIMEOUT,
+        device_id=device if device.type == "cuda" else None,
+    )
+    try:
+        yield Group()
+    except BaseException:
+        first_to_fail()  # asked now: aborting makes the others fail too, and ends the way to ask
+        _abort()
+        raise
+    dist.destroy_process_group()
+
+
+def _load_what_keeps_the_group() -> None:
+    """Import, before there is a group, the module that would keep it.
+
+    The functions of ``torch.distributed.nn.functional`` have the group of the moment of its import as a default argument.
+    Models import it late; the group then outlived ``destroy_process_group``, and gloo's threads outlived the work. One that
+    was late to drop the tensors of the last message needed Python's lock for that, and Python, already ending, ends whatever
+    thread asks for it: by unwinding the stack through C++ code that must not be left so. The C++ runtime aborted the process
+    ("terminate called without an active exception"), after all its work was done. Without that default the last reference
+    goes with ``destroy_process_group``, which waits for the threads.
+    """
+    if dist.is_available():
+        importlib.import_module("torch.distributed.nn.functional")
+
+
+def _abort() -> None:
+    """Leave the group after an error: close the connections, which ends what waits for other processes, here and there.
+
+    Leaving in order would mean waiting for processes that may be gone; not leaving would mean threads that run while Python
+    ends, see :func:`_load_what_keeps_the_group`.
+    """
+    group = dist.distributed_c10d._get_default_group()
+    with suppress(RuntimeError):
+        group.abort()
+    if group.name() == "gloo":  # leaving NCCL waits for the device, perhaps for ever; its threads end with the process
+        del group
+        with suppress(RuntimeError):
+            dist.destroy_process_group()
+
+
+# --- one line for all processes -----------------------------------------------------------------------------------------
+
+_first: bool | None = None
+"""Whether this process was the first to fail; None as long as nobody has asked."""
+
+
+def first_to_fail() -> bool:
+    """Whether this process is the first of the run that has a failure to tell; only that one should. Always the same answer."""
+    global _first
+    if not launched():
+        return True
+    if _first is None:
+        try:
+            _first = dist.distributed_c10d._get_default_store().add("thanos/failed", 1) == 1
+        except (RuntimeError, ValueError):
+            # The processes never met, or their meeting point is gone: all have the same to say.
+            return os.environ["RANK"] == "0"
+    return _first

@@ -1,0 +1,290 @@
+"""The loop's picture of a model: which decoder blocks text reaches, and what passes from one to the next.
+
+The loop runs blocks one after the other and alone. That is what the model does only if each block is called once, in the order
+of the list, on what the block before it returned; if its other arguments do not depend on other blocks; and if its parameters
+are its own. This is found out by passes of a few tokens, with no weight in memory: linear layers return zeros, and all other
+parameters are zero. The blocks run in the first pass alone. What a block returns is replaced by random numbers, so that the
+next block's input shows whether it is that and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from thanos.engine.weightless import replaced_forwards, some_ids, weightless
+from thanos.errors import ModelError
+
+
+class Unread:
+    """Stands for what a block returns beside its hidden states; a later block may be handed it, and fails if it looks at it."""
+
+    def _refuse(self, *_: object) -> NoReturn:
+        raise TypeError("what a block returns beside its hidden states is not kept")
+
+    __getattr__ = __getitem__ = __bool__ = __len__ = __iter__ = __add__ = __radd__ = __mul__ = __rmul__ = _refuse
+
+
+UNREAD = Unread()
+
+_Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """What text does in a model.
+
+    Attributes:
+        reached: indices of the blocks that it reaches, in the order of their calls, which is that of the list.
+        forms: for each of them, what it returns: None for the hidden states alone, else a tuple or list whose first entry
+            stands for them.
+        shares: a block leaves something for later ones in a mapping that all are handed, as Gemma 4 does keys and values. A
+            batch has the mapping of its first sequence, so that batches must stay as they are.
+    """
+
+    reached: tuple[int, ...]
+    forms: dict[int, Any]
+    shares: bool = False
+
+    def returned(self, index: int, hidden: Tensor) -> Any:
+        """Return hidden states as block ``index`` does: alone, or first in a tuple or list."""
+        form = self.forms[index]
+        if form is None:
+            return hidden
+        make = getattr(type(form), "_make", type(form))  # a named tuple takes its fields one by one
+        return make([hidden, *form[1:]])
+
+
+@dataclass(slots=True)
+class _Trace:
+    """The calls of one pass, in their order."""
+
+    blocks: list[int] = field(default_factory=list)
+    inputs: list[Tensor] = field(default_factory=list)
+    arguments: list[_Arguments] = field(default_factory=list)
+    forms: dict[int, Any] = field(default_factory=dict)
+    shares: bool = False
+
+
+def draw_picture(model: nn.Module, blocks: Sequence[nn.Module], device: torch.device) -> Picture:
+    """Find out which blocks text reaches, and whether running them alone is what the model does.
+
+    Args:
+        model: its parameters may be on the meta device; it is left as it was.
+        blocks: its decoder blocks.
+        device: where the model runs; little of its memory is needed.
+
+    Raises:
+        ModelError: the blocks cannot be run alone; the message names the model's class and the reason.
+    """
+    _check_owned(model, blocks)
+    ids = some_ids(model, device)
+    with torch.inference_mode(), weightless(model, device):
+        full = _traced(model, blocks, ids, None)
+        if not full.blocks:
+            _refuse(model, f"text reaches none of its {len(blocks)} blocks")
+        stubbed = _traced(model, blocks, ids, full.forms)
+        pair = _traced(model, blocks, ids.expand(2, -1), full.forms)
+    _check_independent(model, full, stubbed)
+    one, two = full.inputs[0].shape, pair.inputs[0].shape
+    if one[0] != 1 or two != (2, *one[1:]):
+        _refuse(
+            model,
+            f"the hidden states of 1 and 2 sequences are {list(one)} and {list(two)}; the first size must count them",
+        )
+    return Picture(tuple(full.blocks), full.forms, full.shares)
+
+
+def hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...], dict[str, Any], str]:
+    """Take the hidden states out of a block's arguments; the last value is their keyword, empty where they have none."""
+    if "hidden_states" in kwargs or (kwargs and not args):
+        name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
+        return kwargs[name], args, {key: value for key, value in kwargs.items() if key != name}, name
+    return (args[0] if args else None), args[1:], kwargs, ""
+
+
+def _refuse(model: nn.Module, reason: str) -> NoReturn:
+    raise ModelError(f"{type(model).__name__} cannot be pruned block by block: {reason}")
+
+
+def _check_owned(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
+    """Refuse parameters that a block shares with another block, or with anything outside the blocks."""
+    names = {id(module): name for name, module in model.named_modules()}
+    owners: dict[int, tuple[int | None, str]] = {}
+
+    def claim(block: int | None, name: str, parameter: nn.Parameter) -> None:
+        other, first = owners.setdefault(id(parameter), (block, name))
+        if other != block:
+            _refuse(model, f"{first} and {name} are one parameter, and a block must have its own")
+
+    for index, block in enumerate(blocks):
+        for name, parameter in block.named_parameters(remove_duplicate=False):
+            claim(index, f"{names[id(block)].rpartition('.')[0]}.{index}.{name}", parameter)
+    inside = {id(module) for block in blocks for module in block.modules()}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        if id(module) not in inside:
+            for name, parameter in module.named_parameters(recurse=False):
+                claim(None, f"{prefix}.{name}" if prefix else name, parameter)
+
+
+def _traced(model: nn.Module, blocks: Sequence[nn.Module], ids: Tensor, forms: dict[int, Any] | None) -> _Trace:
+    """Run a model on ids, and note how it calls its blocks; without ``forms`` the blocks run, else they only return that."""
+    trace, generator = (
+        _Trace(forms=dict(forms or {})),
+        torch.Generator(ids.device).manual_seed(0 if forms is None else 1),
+    )
+    returned: list[Tensor] = []
+
+    def make(index: int, real: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            states, others, named, _ = hidden_states(args, kwargs)
+            _check_call(model, index, trace.blocks, states, returned)
+            trace.blocks.append(index)
+            trace.inputs.append(states.clone())
+            trace.arguments.append(_copied(others, named))
+            output_like = states
+            if forms is None:
+                shared = _shared(args, kwargs)
+                output_like, trace.forms[index] = _form(
+                    model, index, states, _attempt(model, index, real, args, kwargs)
+                )
+                trace.shares |= shared != _shared(args, kwargs)
+            # bfloat16 and float16 are drawn in float32: not every device draws them.
+            noise = torch.randn(states.shape, generator=generator, device=ids.device).to(output_like.dtype)
+            returned[:] = [noise]
+            return Picture((), trace.forms).returned(index, noise)
+
+        return forward
+
+    try:
+        with replaced_forwards(blocks, make):
+            model(input_ids=ids, use_cache=False)
+    except (ModelError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        # What follows the last block is not run by the loop, unless a layer there is pruned.
+        if not trace.blocks or trace.blocks[-1] != len(blocks) - 1:
+            where = f"after block {trace.blocks[-1]}" if trace.blocks else "before the first block"
+            _refuse_error(model, f"what it does {where} fails", error)
+    return trace
+
+
+def _check_call(model: nn.Module, index: int, before: list[int], states: Any, returned: list[Tensor]) -> None:
+    """Refuse a call of block ``index`` that is not one of the loop's."""
+    if index in before:
+        _refuse(model, f"block {index} is called twice")
+    if before and index < before[-1]:
+        _refuse(model, f"block {index} is called after block {before[-1]}")
+    if not isinstance(states, Tensor) or states.dim() < 2 or not states.is_floating_point():
+        _refuse(model, f"the first argument of block {index} is not a tensor of hidden states")
+    if returned and not (states.shape == returned[0].shape and torch.equal(states, returned[0])):
+        _refuse(model, f"block {index} is not handed what block {before[-1]} returned")
+
+
+def _attempt(
+    model: nn.Module, index: int, real: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Run a block; refuse one that looks at what is not kept, or that leaves something in its arguments."""
+    before = _copied(args, kwargs)
+    try:
+        output = real(*args, **kwargs)
+    except (ModelError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if _holds_unread([*args, *kwargs.values()]):
+            _refuse(model, f"block {index} reads what another block returns beside its hidden states")
+        _refuse_error(model, f"block {index} fails", error)
+    if not _same_arguments(before, (args, kwargs)):
+        _refuse(model, f"block {index} writes into its arguments")
+    return output
+
+
+def _form(model: nn.Module, index: int, states: Tensor, output: Any) -> tuple[Tensor, Any]:
+    """Return a block's new hidden states, and how it returns them."""
+    several = isinstance(output, tuple | list)
+    first = output[0] if several and output else output
+    if not isinstance(first, Tensor):
+        _refuse(model, f"block {index} returns {type(first).__name__}, not hidden states")
+    if first.shape != states.shape:
+        _refuse(
+            model, f"block {index} turns hidden states of shape {list(states.shape)} into shape {list(first.shape)}"
+        )
+    if not several:
+        return first, None
+    return first, _with_entries(output, [None, *(_unread(value) for value in output[1:])])
+
+
+def _check_independent(model: nn.Module, full: _Trace, stubbed: _Trace) -> None:
+    """Refuse arguments of blocks that depend on what other blocks do."""
+    if full.blocks != stubbed.blocks:
+        _refuse(model, "which blocks it calls depends on what they return")
+    for index, one, other in zip(full.blocks, full.arguments, stubbed.arguments, strict=True):
+        if not _same_arguments(one, other):
+            _refuse(model, f"block {index} is handed what depends on the blocks before it, beside the hidden states")
+
+
+def _refuse_error(model: nn.Module, what: str, error: Exception) -> NoReturn:
+    line = " ".join(str(error).split())[:200]
+    try:
+        _refuse(model, f"{what} with {type(error).__name__}: {line}")
+    except ModelError as refusal:
+        raise refusal from error
+
+
+def _with_entries(like: Any, entries: list[Any]) -> Any:
+    make = getattr(type(like), "_make", type(like))
+    return make(entries)
+
+
+def _unread(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return _with_entries(value, [_unread(item) for item in value])
+    return value if value is None or isinstance(value, bool | int | float | str) else UNREAD
+
+
+def _holds_unread(value: Any) -> bool:
+    if isinstance(value, MutableMapping):
+        value = list(value.values())
+    return any(map(_holds_unread, value)) if isinstance(value, tuple | list) else value is UNREAD
+
+
+def _copied(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Arguments:
+    """Return arguments as they are now, whatever becomes of them; mappings stay themselves."""
+    return tuple(map(_copy, args)), {name: _copy(value) for name, value in kwargs.items()}
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    return [_copy(item) for item in value] if isinstance(value, tuple | list) else value
+
+
+def _shared(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[dict[Any, int]]:
+    """Return what is in the mappings among the arguments, by its identity."""
+    found = [value for value in (*args, *kwargs.values()) if isinstance(value, MutableMapping)]
+    return [{key: id(item) for key, item in mapping.items()} for mapping in found]
+
+
+def _same_arguments(one: _Arguments, other: _Arguments) -> bool:
+    named, others = one[1], other[1]
+    return _same(one[0], other[0]) and named.keys() == others.keys() and all(_same(named[k], others[k]) for k in named)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Tell whether arguments are equal; of objects other than tensors, tuples and lists the type counts."""
+    if isinstance(one, Tensor):
+        return (
+            isinstance(other, Tensor)
+            and one.shape == other.shape
+            and one.dtype == other.dtype
+            and bool(torch.allclose(one, other, rtol=0, atol=0, equal_nan=True))
+        )
+    if isinstance(one, tuple | list):
+        return isinstance(other, tuple | list) and len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, bool | int | float | str):
+        return one == other
+    return type(one) is type(other)

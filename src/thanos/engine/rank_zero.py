@@ -1,0 +1,71 @@
+"""What rank 0 alone touches, as the processes of a run see it: the output's shards, and which blocks are finished."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from thanos.engine.distributed import World
+
+if TYPE_CHECKING:
+    from thanos.checkpoint.writer import CheckpointWriter
+    from thanos.engine.records import BlockRecord
+    from thanos.run.resume import Ledger
+
+
+class SharedWriter:
+    """The output's shards, which rank 0 alone touches: what the others write goes nowhere, what they read comes from it.
+
+    Args:
+        writer: of the output; None but for rank 0.
+        world: the processes.
+    """
+
+    def __init__(self, writer: CheckpointWriter | None, world: World) -> None:
+        self._writer, self._world = writer, world
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """See :meth:`~thanos.checkpoint.writer.CheckpointWriter.write`."""
+        if self._writer is not None:
+            self._writer.write(name, tensor)
+
+    def read(self, name: str) -> Tensor:
+        """Return a tensor that was written, to every process."""
+        sent, tensor = self._world.from_first(lambda: (name, self._from_disk(name)))
+        assert sent == name, f"this process reads {name}, rank 0 {sent}"
+        return tensor
+
+    def _from_disk(self, name: str) -> Tensor:
+        assert self._writer is not None
+        return self._writer.read(name)
+
+
+class SharedLedger:
+    """Which blocks are finished, as rank 0 knows it.
+
+    Args:
+        ledger: of the run; None but for rank 0.
+        world: the processes.
+
+    Attributes:
+        finished: see :class:`~thanos.run.resume.Ledger`.
+    """
+
+    def __init__(self, ledger: Ledger | None, world: World) -> None:
+        self._ledger, self._world = ledger, world
+        known = world.from_first(lambda: dict(self._first.finished))
+        self.finished: dict[int | None, BlockRecord] = known if ledger is None else ledger.finished
+
+    @property
+    def _first(self) -> Ledger:
+        assert self._ledger is not None
+        return self._ledger
+
+    def record(self, block: int | None, **what: Any) -> None:
+        """See :meth:`~thanos.run.resume.Ledger.record`. A block done again may have made later ones worthless."""
+        if self._ledger is not None:
+            self._ledger.record(block, **what)
+        held = self._world.from_first(lambda: set(self.finished))
+        if self._ledger is None:
+            self.finished = {number: record for number, record in self.finished.items() if number in held}

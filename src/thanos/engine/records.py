@@ -1,0 +1,229 @@
+"""From a pruned layer to its record in the report, with what a reader should know about it."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from thanos.model.layers import LinearLayer
+from thanos.recipe import LayerRecipe
+from thanos.solvers.hessian import InputStatistics
+from thanos.solvers.prune_layer import PrunedWeight
+from thanos.system.meter import PhaseRecord
+
+_BAD_CONDITION = 1e6
+"""Above this, float32 solves keep fewer than one digit in ten of their precision."""
+
+
+def layer_record(
+    layer: LinearLayer,
+    pruned: PrunedWeight,
+    inputs: InputStatistics,
+    settings: LayerRecipe,
+    stored: torch.dtype,
+    tokens: int,
+    seconds: float,
+) -> LayerRecord:
+    """Return the record of a layer pruned by ``settings`` on ``inputs``, its weight stored as ``stored``."""
+    rows, columns = layer.shape
+    return LayerRecord(
+        name=layer.name,
+        block=layer.block,
+        shape=(rows, columns),
+        dtype=str(stored).removeprefix("torch."),
+        method=pruned.method,
+        pattern=settings.pattern,
+        sparsity=pruned.zeros / (rows * columns),
+        zeros=pruned.zeros,
+        outlier_rows=pruned.outliers.numel(),
+        halved_rows=pruned.halved.numel(),
+        error_before_compensation=pruned.error_before_compensation,
+        error_after_compensation=pruned.error_after_compensation,
+        damping=pruned.damping,
+        damping_reason=pruned.damping_reason,
+        tokens=tokens,
+        seconds=seconds,
+        warnings=_warnings(pruned, inputs, tokens, settings),
+    )
+
+
+def _warnings(pruned: PrunedWeight, inputs: InputStatistics, tokens: int, settings: LayerRecipe) -> list[str]:
+    """Say what a reader of the report should know about one layer."""
+    columns = inputs.matrix.shape[0]
+    lines = []
+    if pruned.method != settings.method:
+        cause = (
+            f"all {tokens} calibration tokens were zero here" if tokens else "no calibration token reached this layer"
+        )
+        lines.append(f"{cause}: pruned by {pruned.method}, not {settings.method}")
+    elif 0 < tokens < columns:
+        lines.append(f"only {tokens} calibration tokens for {columns} input columns: {_FEW}")
+    dead = inputs.dead_columns
+    if 0 < dead < columns:
+        lines.append(f"{dead} of {columns} input columns were never excited")
+    if pruned.damping_reason:
+        lines.append(f"damping raised to {pruned.damping:g}: {pruned.damping_reason}")
+    if pruned.damping is not None:
+        condition = inputs.condition(settings.damping)
+        if condition > _BAD_CONDITION:
+            lines.append(f"the damped Hessian is badly conditioned: condition number about {condition:.1e}")
+    return lines
+
+
+def warning_lines(layers: Iterable[LayerRecord], *, quote: str = "") -> list[str]:
+    """Return one line for each kind of warning that layers have: what differs only in its numbers is one kind.
+
+    Args:
+        layers: in the order of the model.
+        quote: what goes before and after a layer's name.
+    """
+    kinds: dict[str, list[tuple[LayerRecord, str]]] = {}
+    for layer in layers:
+        for line in layer.warnings:
+            kinds.setdefault(_kind(line), []).append((layer, line))
+    return [_one_line(found, quote) for found in kinds.values()]
+
+
+_NUMBER = r"\d+(?:\.\d+)?(?:e[+-]?\d+)?"
+
+
+_NUMBERS = re.compile(f"{_NUMBER}(?:, {_NUMBER})*")
+
+
+def _kind(line: str) -> str:
+    return _NUMBERS.sub("#", line)
+
+
+_FEW = "the Hessian is singular but for damping"
+
+
+def _one_line(found: list[tuple[LayerRecord, str]], quote: str) -> str:
+    layer, line = found[0]
+    if line.endswith(_FEW):
+        layer = min((layer for layer, _ in found), key=lambda layer: layer.tokens / layer.shape[1])
+        who = "1 layer has" if len(found) == 1 else f"{len(found)} layers have"
+        return (
+            f"{who} fewer calibration tokens than input columns, at worst {layer.tokens / layer.shape[1]:.2g} a column "
+            f"({layer.tokens} for {layer.shape[1]} in {quote}{layer.name}{quote}), so that a Hessian is singular but for "
+            "damping; raise --samples"
+        )
+    if len(found) == 1:
+        return f"{quote}{layer.name}{quote}: {line}"
+    return f"{len(found)} layers, the first of them {quote}{layer.name}{quote}: {line}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockRecord:
+    """One finished decoder block.
+
+    Attributes:
+        block: its index; None for what follows the blocks, such as lm_head.
+        layers: the report's records of its layers.
+        tensors: name in the checkpoint → checksum of the bytes that were written.
+        batch: sequences per forward pass, on which the last bits of results depend; None where there was no pass.
+        starts: (first sequence, batch size) of the pass that gave the block's outputs; see
+            :class:`~thanos.engine.block_runner.Passes`.
+        place: where the activations were kept.
+        notes: the run's warnings that arose in this block.
+        phases: seconds and memory of the whole run so far.
+    """
+
+    block: int | None
+    layers: list[LayerRecord]
+    tensors: dict[str, str]
+    batch: int | None = None
+    starts: list[tuple[int, int]] = field(default_factory=list)
+    place: str = ""
+    notes: list[str] = field(default_factory=list)
+    phases: dict[str, PhaseRecord] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> BlockRecord:
+        """Build a record from what :meth:`to_dict` gave and JSON carried."""
+        values = dict(values)
+        values["layers"] = [LayerRecord(**{**layer, "shape": tuple(layer["shape"])}) for layer in values["layers"]]
+        values["starts"] = [(first, size) for first, size in values["starts"]]
+        values["phases"] = {name: PhaseRecord(**phase) for name, phase in values["phases"].items()}
+        return cls(**values)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerRecord:
+    """One pruned layer.
+
+    Attributes:
+        name: full module name.
+        block: index of its decoder block; None outside the blocks.
+        shape: (output rows, input columns).
+        dtype: of the stored weight.
+        method: the method that ran.
+        pattern: ``unstructured``, ``columns`` or ``N:M``.
+        sparsity: share of zeros in the weight as written.
+        zeros: their number.
+        outlier_rows: number of rows left dense.
+        halved_rows: number of rows that keep half of the pattern's non-zeros to make up for them (``keep_budget``).
+        error_before_compensation: relative output error if the removed weights were only set to zero:
+            tr(Δ H Δᵀ) / tr(W H Wᵀ), H from the calibration tokens; None where no token with an input other than zero
+            reached the layer, so that it is unknown.
+        error_after_compensation: the same for the weight as written.
+        damping: the damping used, as a share of the Hessian's mean diagonal; None where the method uses none.
+        damping_reason: why it is not the recipe's; empty if it is.
+        tokens: calibration tokens that reached the layer.
+        seconds: to solve it.
+        warnings: what a reader should know.
+    """
+
+    name: str
+    block: int | None
+    shape: tuple[int, int]
+    dtype: str
+    method: str
+    pattern: str
+    sparsity: float
+    zeros: int
+    outlier_rows: int
+    error_before_compensation: float | None
+    error_after_compensation: float | None
+    damping: float | None
+    damping_reason: str
+    tokens: int
+    seconds: float
+    warnings: list[str] = field(default_factory=list)
+    halved_rows: int = 0
+
+
+def mean_known(values: Sequence[float | None]) -> float | None:
+    """Return the mean of the values that are not None; None without any."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def expert_notes(experts: Mapping[str, str], records: Sequence[LayerRecord]) -> list[str]:
+    """Count the experts of a mixture that saw little.
+
+    Args:
+        experts: layer name → name of the expert that it belongs to.
+        records: of the pruned layers, of these experts and others.
+    """
+    total, few, none = set(experts.values()), set(), set()
+    for record in records:
+        if record.name in experts and record.tokens < record.shape[1]:
+            (few if record.tokens else none).add(experts[record.name])
+    lines = []
+    if few:
+        lines.append(
+            f"{len(few):,} of {len(total):,} experts saw fewer calibration tokens than they have input columns: their Hessians "
+            "are singular but for damping; give more --samples"
+        )
+    if none:
+        lines.append(f"{len(none):,} of {len(total):,} experts saw no calibration token: pruned by magnitude")
+    return lines

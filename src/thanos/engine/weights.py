@@ -1,0 +1,166 @@
+"""The weights of a skeleton: brought in from a checkpoint when their turn comes, and let go again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from concurrent.futures import Future
+
+import torch
+from torch import Tensor, nn
+
+from thanos.checkpoint.layout import TensorSource
+from thanos.model.skeleton import named_tensors
+from thanos.system.background import Background
+from thanos.system.staging import Staging
+
+
+class ModelWeights:
+    """The parameters and persistent buffers of a skeleton, by parameter name.
+
+    Args:
+        model: a skeleton, parameters on the meta device.
+        source: where the tensors are.
+        key_of: parameter name → tensor name in the source; tied parameters appear under one name.
+        device: where parameters go.
+    """
+
+    def __init__(self, model: nn.Module, source: TensorSource, key_of: dict[str, str], device: torch.device) -> None:
+        self._source, self._key_of, self._device = source, key_of, device
+        self._owners = _owners(model)
+        self._meta: dict[str, Tensor] = {
+            name: tensor for name, tensor in named_tensors(model) if tensor.device.type == "meta"
+        }
+        self._as_stored: dict[str, tuple[Tensor, torch.dtype]] = {}  # what came in unrounded, and from which dtype
+        self._reader = Background("thanos-reader", device)
+        self._staging = Staging(device)  # of whoever fills: the reader, or the caller once the reader is done
+        self._ahead: tuple[dict[str, Tensor], Future[dict[str, torch.dtype]]] | None = None
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer.to(device)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all parameters and persistent buffers that the source holds."""
+        return list(self._key_of)
+
+    def key(self, parameter: str) -> str:
+        """Return the source's name of a parameter."""
+        return self._key_of[parameter]
+
+    def parameter(self, name: str) -> Tensor:
+        """Return one parameter as the model holds it now: on the meta device where it is not brought in."""
+        return self._current(name)
+
+    def stored(self, parameter: str) -> Tensor:
+        """Return one parameter in the dtype in which it is stored, on the device; not to be modified."""
+        if parameter in self._as_stored:  # no rounding on the way in: no need to read it again
+            value, dtype = self._as_stored[parameter]
+            return value.to(dtype)
+        return self._source.read(self._key_of[parameter]).to(self._device)
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Begin to read parameters in the background, for the next :meth:`load` of the same names.
+
+        Where the device has no room for them beside the present ones, that load reads them itself.
+        """
+        self._forget_ahead()
+        try:
+            places = self._allocate(names)
+        except torch.OutOfMemoryError:
+            return
+        self._ahead = places, self._reader.submit(self._fill, places)
+
+    def load(self, names: Iterable[str]) -> None:
+        """Bring parameters in, in the skeleton's dtype; waits for those that are being read already."""
+        names = list(names)
+        if self._ahead is not None and list(self._ahead[0]) == names:
+            (places, future), self._ahead = self._ahead, None
+            exact = future.result()
+        else:
+            self._forget_ahead()
+            places = self._allocate(names)
+            exact = self._fill(places)
+        for name, value in places.items():
+            self._set(name, value)
+            if name in exact:
+                self._as_stored[name] = value, exact[name]
+
+    def put(self, name: str, value: Tensor) -> None:
+        """Set one parameter, wherever the model holds it."""
+        dtype = self._meta[name].dtype if name in self._meta else value.dtype
+        self._as_stored.pop(name, None)
+        self._set(name, value.to(self._device, dtype))
+
+    def release(self, names: Iterable[str]) -> None:
+        """Let parameters go: back to the meta device."""
+        for name in names:
+            self._as_stored.pop(name, None)
+            if name in self._meta:
+                self._set(name, self._meta[name])
+
+    def close(self) -> None:
+        """End the background reading."""
+        self._forget_ahead()
+        self._reader.close()
+
+    def _allocate(self, names: Iterable[str]) -> dict[str, Tensor]:
+        # By the caller's thread and on its stream, so that a block's memory goes from one block to the next.
+        places = {}
+        for name in names:
+            like = self._meta[name] if name in self._meta else self._current(name)
+            places[name] = torch.empty(like.shape, dtype=like.dtype, device=self._device)
+        return places
+
+    def _fill(self, places: dict[str, Tensor]) -> dict[str, torch.dtype]:
+        """Read what belongs at each place; return the stored dtype of those from which what is stored can be had again."""
+        exact = {}
+        try:
+            for name, place in places.items():
+                flat, done, dtype = place.view(-1), 0, place.dtype
+                for piece in self._source.pieces(self._key_of[name]):
+                    target = flat[done : done + len(piece)]
+                    if place.is_cuda:
+                        self._staging.fill(target, piece)
+                    else:
+                        target.copy_(piece)
+                    done, dtype = done + len(piece), piece.dtype
+                assert done == flat.numel(), f"{name} has {flat.numel()} entries, and the checkpoint {done}"
+                # The CPU has what is stored at hand, without a copy in another dtype.
+                if dtype == place.dtype or (place.is_cuda and widens(dtype, place.dtype)):
+                    exact[name] = dtype
+        finally:
+            self._staging.wait()  # whatever happens: else what is on its way would arrive in memory of others
+        return exact
+
+    def _forget_ahead(self) -> None:
+        if self._ahead is not None:
+            (_, future), self._ahead = self._ahead, None
+            future.exception()  # its memory is written to until it is done
+
+    def _current(self, name: str) -> Tensor:
+        module, attribute = self._owners[name][0]
+        tensor = module._parameters.get(attribute)
+        tensor = module._buffers[attribute] if tensor is None else tensor
+        assert tensor is not None
+        return tensor
+
+    def _set(self, name: str, value: Tensor) -> None:
+        is_parameter = any(attribute in module._parameters for module, attribute in self._owners[name])
+        tensor = nn.Parameter(value, requires_grad=False) if is_parameter else value
+        for module, attribute in self._owners[name]:
+            (module._parameters if is_parameter else module._buffers)[attribute] = tensor  # type: ignore[assignment]
+
+
+def widens(stored: torch.dtype, held: torch.dtype) -> bool:
+    """Tell whether every value of one dtype is one of the other's, so that it comes back as it was."""
+    return stored in (torch.bfloat16, torch.float16) and held in (torch.float32, torch.float64)
+
+
+def _owners(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
+    """Return, for each persistent tensor's first name, every (module, attribute) that holds it."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for attribute, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is not None:
+                places.setdefault(id(tensor), []).append((module, attribute))
+    return {name: places[id(tensor)] for name, tensor in named_tensors(model)}

@@ -1,0 +1,1 @@
+"""Perplexity, zero-shot tasks, and what a checkpoint really holds."""

@@ -1,0 +1,255 @@
+"""What a checkpoint really holds: read from its weights, whatever any report says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from thanos._version import __version__
+from thanos.errors import ModelError, RecipeError
+from thanos.events import Event
+from thanos.model.layers import LinearLayer, linear_layers
+from thanos.model.opening import OpenedModel, open_model
+from thanos.model.source import find_local, resolve_model
+from thanos.model.unused import Unused
+from thanos.patterns.columns import Columns
+from thanos.patterns.nm import NM
+from thanos.patterns.parse import Pattern, parse_pattern
+from thanos.patterns.unstructured import Unstructured
+from thanos.run.report import SCHEMA as REPORT_SCHEMA
+from thanos.run.report import DenseRecord, count_totals
+from thanos.run.survey import NOT_LINEAR
+from thanos.system.event_stream import EventStream
+
+SCHEMA = 1
+
+_STRAY = 0.01
+"""Share of zeros that a dense row, or a column that stays, may hold by chance: 16-bit weights have a few."""
+
+_ALWAYS_LOOKED_FOR = (NM(2, 4), NM(4, 8), Columns())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerInspection:
+    """One targeted layer.
+
+    Attributes:
+        name: full module name.
+        shape: (output rows, input columns).
+        dtype: of the stored weight.
+        zeros: number of zero entries.
+        sparsity: their share.
+        patterns: the patterns that every row satisfies, outlier rows aside.
+        outlier_rows: rows left dense in a layer that is otherwise pruned.
+        zero_columns: input columns that are zero in all other rows.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    dtype: str
+    zeros: int
+    sparsity: float
+    patterns: list[str]
+    outlier_rows: int
+    zero_columns: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Violation:
+    """A layer that breaks the required pattern: its name, and how."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inspection:
+    """A whole checkpoint; the attributes are the keys of ``inspect --json``.
+
+    Attributes:
+        model: as the user named it.
+        thanos_version: of this package.
+        require: the required pattern; None without one.
+        violations: the targeted layers that break it.
+        totals: zeros and parameters, over the targeted layers and over everything.
+        layers: the targeted layers: those that ``pruning.json`` lists where there is one, else every linear layer of the
+            decoder blocks that holds more than stray zeros, or every one at all if a pattern is required.
+        dense: everything else, and why it was left.
+    """
+
+    model: str
+    thanos_version: str
+    require: str | None
+    violations: list[Violation]
+    totals: dict[str, Any]
+    layers: list[LayerInspection]
+    dense: list[DenseRecord]
+    schema: int = SCHEMA
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, in the order of the attributes, ``schema`` first."""
+        values = asdict(self)
+        return {"schema": values.pop("schema"), **values}
+
+
+def inspect_checkpoint(
+    model: str | Path,
+    *,
+    require: str | None = None,
+    on_event: Callable[[Event], None] | None = None,
+    trust_remote_code: bool = False,
+) -> Inspection:
+    """Read every weight of a checkpoint, one tensor at a time, and tell what is zero.
+
+    Args:
+        model: a hub name, a local folder or a ``.gguf`` file.
+        require: ``N:M`` or ``columns``; layers that break it are listed. Outlier rows break it too, since whatever needs the
+            pattern needs it in every row; and so does a layer of the blocks without zeros, unless ``pruning.json`` says why
+            it was left dense.
+        on_event: is told about progress.
+        trust_remote_code: let transformers run Python code that the checkpoint carries.
+
+    Raises:
+        ModelError: the model cannot be read.
+        RecipeError: ``require`` is not a pattern that can be checked.
+    """
+    wanted = None if require is None else _required(require)
+    tell = EventStream(on_event)
+    find_local(model, trust_remote_code=trust_remote_code)
+    tell(Event(kind="phase", phase="load"))
+    opened = open_model(resolve_model(model, trust_remote_code=trust_remote_code))
+    known = _read_report(opened)
+    infos, total = opened.checkpoint.tensors, len(opened.checkpoint.tensors)
+    linear = {opened.key_of.get(layer.weight_name): layer for layer in linear_layers(opened.skeleton)}
+    named = {key: name for name, key in opened.key_of.items()}
+    unused = Unused(opened.skeleton, infos, opened.key_of)
+    layers: list[LayerInspection] = []
+    dense: list[DenseRecord] = []
+    violations: list[Violation] = []
+    zeros_all = 0
+    for done, (key, info) in enumerate(infos.items(), 1):
+        tensor = opened.checkpoint.read(key)
+        zeros = int((tensor == 0).sum())
+        zeros_all += zeros
+        name, layer = named.get(key, key), linear.get(key)
+        if key in named:
+            reason = _reason(name, layer, zeros / max(1, info.numel), known, required=wanted is not None)
+        else:
+            reason = unused.why(key)
+        if reason or layer is None:
+            dense.append(DenseRecord(name=name, parameters=info.numel, reason=reason))
+        else:
+            found, broken = _inspect_layer(layer, tensor, wanted)
+            layers.append(found)
+            violations += [Violation(name=layer.name, reason=broken)] if broken else []
+        tell(Event(kind="progress", phase="load", done=done, total=total))
+    if wanted is not None and not layers:
+        raise ModelError(
+            f"{model} has no pruned layer that could satisfy pattern {wanted}; give a pruned model, or leave --require out"
+        )
+    layers, violations = _in_model_order(layers, violations, list(linear.values()))
+    return Inspection(
+        model=str(model),
+        thanos_version=__version__,
+        require=None if wanted is None else str(wanted),
+        violations=violations,
+        totals=count_totals(
+            [layer.shape for layer in layers],
+            [layer.zeros for layer in layers],
+            zeros_all,
+            sum(info.numel for info in infos.values()),
+        ),
+        layers=layers,
+        dense=dense,
+    )
+
+
+def _required(text: str) -> Pattern:
+    pattern = parse_pattern(text)
+    if isinstance(pattern, Unstructured):
+        raise RecipeError("--require unstructured cannot be broken; require N:M or columns")
+    return pattern
+
+
+def _read_report(opened: OpenedModel) -> dict[str, str] | None:
+    """Return layer name → reason to be dense (empty for a pruned one) from ``pruning.json``; None without one."""
+    path = opened.source.folder / "pruning.json"
+    if opened.source.gguf is not None or not path.is_file():
+        return None
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        if report["schema"] != REPORT_SCHEMA:
+            raise ValueError(f"schema {report['schema']}")
+        dense = {record["name"].removesuffix(".weight"): record["reason"] for record in report["dense"]}
+        return dense | {layer["name"]: "" for layer in report["layers"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{path} is not a report of this version ({error}); move it away to inspect without"
+        ) from error
+
+
+def _reason(name: str, layer: LinearLayer | None, zeros: float, known: dict[str, str] | None, *, required: bool) -> str:
+    """Say why a tensor counts as left dense; empty if it is targeted, as all in the blocks are if a pattern is required."""
+    if layer is None:
+        return NOT_LINEAR
+    if known is not None and layer.name in known:
+        return known[layer.name]
+    if layer.block is None:
+        return "outside the decoder blocks"
+    if layer.router:
+        return "routes tokens to experts"
+    return "" if required or zeros > _STRAY else "no zeros, and no report that says why"
+
+
+def _inspect_layer(layer: LinearLayer, stored: Tensor, wanted: Pattern | None) -> tuple[LayerInspection, str]:
+    weight = layer.oriented(stored)
+    zero = weight == 0
+    zeros = int(zero.sum())
+    rows, columns = layer.shape
+    dense_rows = zero.sum(1) <= _STRAY * columns if zeros > _STRAY * weight.numel() else zero.new_zeros(rows)
+    rest = zero[~dense_rows]
+    zero_columns = rest.all(0) if len(rest) else zero.new_zeros(columns)
+    looked_for: dict[Pattern, None] = dict.fromkeys((*_ALWAYS_LOOKED_FOR, *([wanted] if wanted else [])))
+    found = LayerInspection(
+        name=layer.name,
+        shape=(rows, columns),
+        dtype=str(stored.dtype).removeprefix("torch."),
+        zeros=zeros,
+        sparsity=zeros / max(1, weight.numel()),
+        patterns=[str(pattern) for pattern in looked_for if len(rest) and not _break(rest, pattern)],
+        outlier_rows=int(dense_rows.sum()),
+        zero_columns=int(zero_columns.sum()),
+    )
+    return found, _break(zero, wanted) if wanted else ""
+
+
+def _break(zero: Tensor, pattern: Pattern) -> str:
+    """Say how a matrix with these zeros, (rows, columns) bool, breaks a pattern; empty if it does not."""
+    rows, columns = zero.shape
+    if isinstance(pattern, NM):
+        if columns % pattern.m:
+            return f"{columns} columns are no multiple of {pattern.m}"
+        left = (~zero).view(rows, -1, pattern.m).sum(2)
+        bad = int((left > pattern.n).sum())
+        return f"{bad:,} of {left.numel():,} groups hold more than {pattern.n} non-zeros" if bad else ""
+    whole = zero.all(0)
+    if not bool(whole.any()):
+        return "no input column is zero in every row"
+    stray = zero[:, ~whole].float().mean().item() if bool((~whole).any()) else 0.0
+    return f"{100 * stray:.2f} % of the other columns' entries are zero" if stray > _STRAY else ""
+
+
+def _in_model_order(
+    layers: Sequence[LayerInspection], violations: Sequence[Violation], order: Sequence[LinearLayer]
+) -> tuple[list[LayerInspection], list[Violation]]:
+    """Sort by place in the model; a checkpoint keeps its tensors in an order of its own."""
+    place = {layer.name: index for index, layer in enumerate(order)}
+    return (
+        sorted(layers, key=lambda layer: place[layer.name]),
+        sorted(violations, key=lambda violation: place[violation.name]),
+    )

@@ -1,0 +1,170 @@
+"""What lm_eval asks a model, asked fast: its own tasks and its own model class, with what does not depend on the weights kept.
+
+lm_eval does three things anew for every model that a process evaluates: it renders the tasks' documents, compiling a Jinja
+template for each of them; it tokenises every text; and it forms batches. Here requests and token ids are made once and kept,
+templates are compiled once, and batches on CUDA are as large as their logits allow. Log-likelihoods and metrics are lm_eval's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from thanos.events import Event
+from thanos.model.attention import fast_attention
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_SEQUENCES = {"cpu": 16, "cuda": 64}
+"""Sequences per forward pass on a CPU, where larger batches gain nothing, and for whatever is no log-likelihood."""
+
+_LOGITS_BYTES = 2 << 30
+"""Size of the logits of one forward pass on CUDA; their log-softmax takes as much again. A constant rather than a share of the
+free memory, so that scores do not depend on what else runs on the device."""
+
+TokenIds = dict[tuple[str, bool | None, bool | None, int | None], array]
+"""By text and how it is encoded."""
+
+
+# --- tasks ------------------------------------------------------------------------------------------------------------
+
+
+def keep_requests(task: Any) -> Any:
+    """Let a task of lm_eval build its requests once and hand them out again, without answers; returns the task."""
+    build = task.build_all_requests
+    kept: dict[str, list[Any]] = {}
+
+    def build_all_requests(**settings: Any) -> None:
+        key = repr(sorted(settings.items()))
+        if key not in kept:
+            build(**settings)
+            kept.clear()  # of one limit at a time
+            kept[key] = task._instances
+        for request in kept[key]:
+            request.resps, request.filtered_resps = [], {}
+        task._instances = kept[key]
+
+    task.build_all_requests = build_all_requests
+    return task
+
+
+@contextmanager
+def templates_compiled_once() -> Iterator[None]:
+    """Compile each of lm_eval's Jinja templates once; by itself it compiles one for each field of each document."""
+    from lm_eval import utils
+
+    environment: Any = utils.env
+    environment.from_string = lru_cache(maxsize=1024)(environment.from_string)
+    try:
+        yield
+    finally:
+        del environment.from_string  # the class's own again
+
+
+# --- token ids --------------------------------------------------------------------------------------------------------
+
+
+def kept_ids(tokenizer: Any) -> TokenIds:
+    """Return where the ids of a tokenizer's texts are kept: the same place for every tokenizer that is the same."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:  # in Python, by rules that cannot be compared
+        return {}
+    settings = {name: str(value) for name, value in tokenizer.init_kwargs.items() if name != "name_or_path"}
+    described = f"{type(tokenizer).__qualname__} {sorted(settings.items())} {backend.to_str()}"
+    return _ids_of(hashlib.sha256(described.encode()).hexdigest())
+
+
+@lru_cache(maxsize=1)
+def _ids_of(identity: str) -> TokenIds:
+    return {}
+
+
+# --- the model --------------------------------------------------------------------------------------------------------
+
+
+def wrap(network: PreTrainedModel, tokenizer: Any, tell: Callable[[Event], None], *, bos: bool = False) -> Any:
+    """Return lm_eval's model around a loaded one.
+
+    Args:
+        network: on its device, in eval mode.
+        tokenizer: of the model.
+        tell: hears how many requests are answered.
+        bos: whether to ask lm_eval for a beginning-of-text token before each request (its ``add_bos_token``); without it a
+            request begins as the tokenizer begins a text.
+    """
+    from lm_eval.models import huggingface
+
+    base: Any = huggingface.HFLM
+    known = kept_ids(tokenizer)
+
+    class Wrapped(base):
+        done = total = 0
+        tokens = 0  # of a batch; 0 where it is sequences that are counted
+        size = end = 0  # of the present batch
+        batch_size_per_gpu: Any
+
+        def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            self.total = len(requests)
+            while True:
+                self.done = 0
+                try:
+                    return super().loglikelihood(requests, disable_tqdm=True)
+                except torch.OutOfMemoryError:  # mostly in the first batch, whose sequences are the longest
+                    if not self.halve():
+                        raise
+                torch.cuda.empty_cache()  # not in the handler, whose traceback holds the batch
+
+        def halve(self) -> bool:
+            """Halve the batches; False where they cannot be smaller."""
+            if self.tokens > 1:
+                self.tokens //= 2
+            elif not self.tokens and self.batch_size_per_gpu > 1:
+                self.batch_size_per_gpu //= 2
+            else:
+                return False
+            return True
+
+        def tok_encode(
+            self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **_: Any
+        ) -> list[int]:
+            key = (string, add_special_tokens, self.add_bos_token, left_truncate_len)
+            if key not in known:
+                known[key] = array("i", super().tok_encode(string, add_special_tokens, left_truncate_len))
+            return known[key].tolist()
+
+        def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **others: Any) -> Any:
+            if not self.tokens:
+                return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, **others)
+            sequences, self.batch_size_per_gpu = self.batch_size_per_gpu, "auto"  # asks the scheduler below
+            try:
+                return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm)
+            finally:
+                self.batch_size_per_gpu = sequences
+
+        def _batch_scheduler(self, pos: int, n_reordered_requests: Any) -> int:
+            if pos in (0, self.end):  # a batch begins, with its longest sequence
+                _, context, continuation = n_reordered_requests[pos]
+                self.size = max(1, self.tokens // (len(context) + len(continuation)))
+                self.end = pos + self.size
+            return self.size
+
+        def _model_call(self, inps: Any, *arguments: Any, **others: Any) -> Any:
+            self.done += len(inps)
+            if self.total:  # requests that share a context are answered by one pass, so that fewer passes may do
+                tell(Event(kind="progress", phase="tasks", done=min(self.done, self.total), total=self.total))
+            with fast_attention(network.device, network.dtype):
+                return super()._model_call(inps, *arguments, **others)
+
+    sequences = _SEQUENCES.get(network.device.type, _SEQUENCES["cpu"])
+    model = Wrapped(pretrained=network, tokenizer=tokenizer, batch_size=sequences, add_bos_token=bos or None)
+    if network.device.type == "cuda":
+        width = getattr(network.config.get_text_config(), "vocab_size", len(tokenizer))
+        model.tokens = max(1, _LOGITS_BYTES // (width * network.dtype.itemsize))
+    return model

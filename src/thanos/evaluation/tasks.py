@@ -1,0 +1,342 @@
+"""Zero-shot accuracy, measured by EleutherAI's lm-evaluation-harness (the extra ``eval``); no scorer of our own.
+
+A score is cached by everything that shapes it: the model's weights, config and tokenizer, the task's settings and documents,
+the limit, the dtype, and the harness's version.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import itertools
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from thanos._version import __version__
+from thanos.errors import DataError
+from thanos.evaluation.lm_eval_model import keep_requests, templates_compiled_once, wrap
+from thanos.events import Event
+from thanos.model.bos import added_bos, check_bos
+from thanos.model.fingerprint import model_sha256
+from thanos.model.loading import load_model, parse_dtype
+from thanos.model.opening import running_dtype
+from thanos.model.source import ModelSource, find_local, resolve_model
+from thanos.system.device import choose_device
+from thanos.system.extras import install_command
+from thanos.system.memory import memory_explained
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SCHEMA = 1
+
+PAPER_TASKS = ("winogrande", "openbookqa", "boolq", "piqa", "hellaswag", "arc_easy", "arc_challenge")
+"""The seven tasks of the paper's zero-shot tables, by their names in the harness."""
+
+_FEWSHOT_SEED = 1234
+"""The harness's own default; it matters only for tasks that insist on examples."""
+
+_METRICS = ("acc", "acc_norm")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ZeroShot:
+    """The result of :func:`zero_shot`; the attributes are the keys of ``--json``.
+
+    Attributes:
+        model: as the user named it.
+        tasks: by name: ``acc``, ``acc_stderr``, ``acc_norm``, ``acc_norm_stderr`` (None where the task has no such metric),
+            ``samples`` (documents scored).
+        average: unweighted means over the tasks that have the metric, in the same keys but ``samples``; the standard error is
+            that of independent tasks, √(Σ s²)/n. None where no task has it.
+        limit: documents per task; None for all.
+        cached: tasks whose score was measured before.
+        seconds: of loading and scoring.
+        dtype: in which the model runs.
+        device: where.
+        versions: of thanos, lm_eval, torch and transformers.
+        bos: ``window`` where a beginning-of-text token was asked for before each request (lm_eval's ``add_bos_token``);
+            ``text`` where each request begins as the tokenizer begins a text.
+        schema: version of this format.
+    """
+
+    model: str
+    tasks: dict[str, dict[str, Any]]
+    average: dict[str, float | None]
+    limit: int | None
+    cached: list[str]
+    seconds: float
+    dtype: str
+    device: str
+    versions: dict[str, str]
+    bos: str = "text"
+    schema: int = SCHEMA
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, ``schema`` first."""
+        values = asdict(self)
+        return {"schema": values.pop("schema"), **values}
+
+
+def zero_shot(
+    model: str | Path,
+    *,
+    tasks: Sequence[str] = PAPER_TASKS,
+    task_folder: str | Path | None = None,
+    limit: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    bos: str = "auto",
+    cache: bool = True,
+    on_event: Callable[[Event], None] | None = None,
+    trust_remote_code: bool = False,
+    network: PreTrainedModel | None = None,
+) -> ZeroShot:
+    """Measure a model's accuracy on tasks of lm_eval, without examples in the prompt and without a chat template.
+
+    Args:
+        model: a hub name, a local folder or a ``.gguf`` file.
+        tasks: names of tasks, tags or groups; default the paper's seven.
+        task_folder: a folder with task files of one's own, which may then be named.
+        limit: score only the first so many documents of each task.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``.
+        bos: ``window``: ask lm_eval for a beginning-of-text token before each request, which takes a tokenizer that adds one;
+            ``auto``, ``text``: a request begins as the tokenizer begins a text.
+        cache: take scores that were measured before from :func:`cache_folder`, and put new ones there.
+        on_event: is told about progress.
+        trust_remote_code: let transformers run Python code that a checkpoint carries.
+        network: the model, where it is loaded already; it is scored where and as it is, whatever ``device`` and ``dtype`` say,
+            and scores are neither taken from the cache nor put there.
+
+    Raises:
+        DataError: lm_eval is not installed, a task is unknown, or its data cannot be had.
+        UserError: the model or the device cannot be used.
+    """
+    began = time.perf_counter()
+    _check_limit(limit)
+    if dtype != "auto":
+        parse_dtype(dtype)
+    find_local(model, trust_remote_code=trust_remote_code)
+    check_bos(bos)
+    where = choose_device(device) if network is None else network.device
+    cache = cache and network is None  # whose weights it has, nothing tells
+    check_tasks(tasks, task_folder)
+    source = resolve_model(model, trust_remote_code=trust_remote_code)
+    add_bos = bos == "window"
+    if add_bos and added_bos(source.tokenizer()) is None:
+        raise DataError(
+            f"the tokenizer of {source.name} begins no text with a beginning-of-text token; leave out bos 'window'"
+        )
+    runs_in = running_dtype(source, dtype) if network is None else network.dtype
+    dtype = str(runs_in).removeprefix("torch.")  # auto and the dtype that it stands for have one key
+    loaded = _load_tasks(tuple(tasks), None if task_folder is None else str(task_folder))
+    keys = _keys(source, loaded, limit, dtype, where, bos=add_bos) if cache else {}
+    scores = {name: found for name, key in keys.items() if (found := _read(key)) is not None}
+    missing = [name for name in loaded if name not in scores]
+    if missing:
+        network = _load(source, runs_in, where) if network is None else network
+        scores |= _score(network, source, [loaded[name] for name in missing], limit, where, on_event, bos=add_bos)
+        for name in missing if cache else []:
+            _write(keys[name], scores[name])
+    return ZeroShot(
+        model=str(model),
+        tasks={name: scores[name] for name in loaded},
+        average=average([scores[name] for name in loaded]),
+        limit=limit,
+        cached=sorted(loaded.keys() - missing),
+        seconds=time.perf_counter() - began,
+        dtype=dtype,
+        device=torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu",
+        versions=_versions(),
+        bos="window" if add_bos else "text",
+    )
+
+
+def task_names(names: Sequence[str]) -> tuple[str, ...]:
+    """Return the tasks that a person named, each once, with :data:`PAPER_TASKS` in the place of ``paper`` (or ``default``)."""
+    found = [PAPER_TASKS if name.strip() in ("paper", "default") else (name.strip(),) for name in names]
+    return tuple(dict.fromkeys(itertools.chain.from_iterable(found)))
+
+
+def check_tasks(tasks: Sequence[str], task_folder: str | Path | None = None) -> None:
+    """Refuse tasks that lm_eval does not know, before any work.
+
+    Raises:
+        DataError: one is unknown; lists names that are near. Or lm_eval is not installed.
+    """
+    if task_folder is not None and not Path(task_folder).is_dir():
+        raise DataError(f"the task folder {task_folder} does not exist; give a folder with lm_eval's YAML files")
+    if not all(tasks) or not tasks:
+        raise DataError(
+            f"--tasks names no task; name one of lm_eval, such as piqa, or paper for {', '.join(PAPER_TASKS)}"
+        )
+    known = _register(tasks, None if task_folder is None else str(task_folder)).all_tasks
+    for task in tasks:
+        if task not in known:
+            near = difflib.get_close_matches(task, known, n=5, cutoff=0.5)
+            hint = f"near names: {', '.join(near)}" if near else "no name is near; see lm_eval ls tasks"
+            raise DataError(
+                f"task {task!r} is unknown to lm_eval; {hint}. Your own tasks need --task-folder, in a study task_folder"
+            )
+
+
+def average(scores: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """Return the unweighted mean of each metric over the tasks that have it, with its standard error √(Σ s²)/n."""
+    found: dict[str, float | None] = {}
+    for metric in _METRICS:
+        values = [(score[metric], score[f"{metric}_stderr"]) for score in scores if score[metric] is not None]
+        errors = [error for _, error in values]
+        found[metric] = sum(value for value, _ in values) / len(values) if values else None
+        known = bool(errors) and None not in errors
+        found[f"{metric}_stderr"] = math.hypot(*errors) / len(errors) if known else None
+    return found
+
+
+def cache_folder() -> Path:
+    """Return where scores are cached: ``THANOS_CACHE``, or ``thanos`` in ``XDG_CACHE_HOME`` or ``~/.cache``."""
+    own = os.environ.get("THANOS_CACHE")
+    return (
+        Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "thanos"
+    ) / "zero-shot"
+
+
+def _check_limit(limit: int | None) -> None:
+    if limit is not None and limit < 1:
+        raise DataError(f"limit must be at least 1 document a task; got {limit}")
+
+
+def _load(source: ModelSource, dtype: torch.dtype, where: torch.device) -> PreTrainedModel:
+    with memory_explained(where):
+        return load_model(source, dtype=dtype, device=where)
+
+
+def _versions() -> dict[str, str]:
+    import transformers
+
+    return {
+        "thanos": __version__,
+        "lm_eval": metadata.version("lm_eval"),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+# --- the harness ------------------------------------------------------------------------------------------------------
+
+
+def _register(tasks: Sequence[str], task_folder: str | None) -> Any:
+    """Return a register of tasks that knows these, of the folder alone where that has them all: it is the one that counts."""
+    if task_folder is not None:
+        own = _manager(task_folder, defaults=False)
+        if set(tasks) <= set(own.all_subtasks):  # a tag or a group may have more tasks elsewhere
+            return own
+    return _manager(task_folder)
+
+
+@lru_cache(maxsize=4)
+def _manager(task_folder: str | None, *, defaults: bool = True) -> Any:
+    """Return the harness's register of tasks; building it with the harness's own reads thousands of files."""
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise DataError(f"zero-shot tasks need the package lm_eval ({error}): {install_command('eval')}") from error
+    return TaskManager(include_path=task_folder, include_defaults=defaults)
+
+
+@lru_cache(maxsize=4)
+def _load_tasks(tasks: tuple[str, ...], task_folder: str | None) -> dict[str, Any]:
+    """Return the single tasks behind some names, with their data, by name; kept for the next model."""
+    try:
+        found = _register(tasks, task_folder).load(list(tasks))["tasks"]
+    except Exception as error:  # datasets raises its own, the hub's and the network's errors
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"the data of {', '.join(tasks)} cannot be had ({line}); without a network give local task files: --task-folder "
+            "DIR with lm_eval's YAML files, and their names as --tasks"
+        ) from error
+    return {name: keep_requests(task) for name, task in found.items()}
+
+
+def _score(
+    network: PreTrainedModel,
+    source: ModelSource,
+    tasks: list[Any],
+    limit: int | None,
+    where: torch.device,
+    on_event: Callable[[Event], None] | None,
+    *,
+    bos: bool,
+) -> dict[str, dict[str, Any]]:
+    import lm_eval
+
+    for task in tasks:  # as simple_evaluate does it, which would also spend seconds on describing the machine
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=_FEWSHOT_SEED)
+    model = wrap(network, source.tokenizer(), on_event or (lambda event: None), bos=bos)
+    chosen = {"tasks": {task.config.task: task for task in tasks}, "groups": {}}
+    with memory_explained(where), templates_compiled_once():
+        found = lm_eval.evaluate(model, chosen, limit=limit, log_samples=False)  # type: ignore[arg-type]
+    assert found is not None
+    results: Any = found.get("results")
+    counts: Any = found.get("n-samples")
+    scores = {}
+    for task in tasks:
+        name = task.config.task
+        scores[name] = {}
+        for metric in _METRICS:
+            for suffix in ("", "_stderr"):
+                value = results[name].get(f"{metric}{suffix},none")
+                scores[name][f"{metric}{suffix}"] = value if isinstance(value, float) else None
+        scores[name]["samples"] = counts[name]["effective"]
+    return scores
+
+
+# --- the cache --------------------------------------------------------------------------------------------------------
+
+
+def _keys(
+    source: ModelSource, tasks: dict[str, Any], limit: int | None, dtype: str, where: torch.device, *, bos: bool
+) -> dict[str, str]:
+    """Return the key of each task's score in the cache, by the task's name."""
+    shaping = [model_sha256(source), limit, dtype, where.type, metadata.version("lm_eval"), torch.__version__]
+    shaping += ["add_bos_token"] if bos else []
+    return {name: _key(task, shaping) for name, task in tasks.items()}
+
+
+def _key(task: Any, shaping: list[Any]) -> str:
+    """Return the hash of a task's settings and documents, and of what else shapes its score."""
+    digest = hashlib.sha256(json.dumps(shaping).encode())
+    digest.update(json.dumps(task.dump_config(), sort_keys=True, default=str).encode())
+    for document in task.eval_docs:
+        digest.update(json.dumps(document, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+def _read(key: str) -> dict[str, Any] | None:
+    try:
+        return json.loads((cache_folder() / f"{key}.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _write(key: str, score: dict[str, Any]) -> None:
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / f"{key}.{os.getpid()}"
+        partial.write_text(json.dumps(score), encoding="utf-8")
+        partial.replace(folder / f"{key}.json")
+    except OSError:
+        return  # a cache that cannot be written only costs time

@@ -1,0 +1,136 @@
+"""Windows of a text to evaluate on, and where the beginning-of-text token (BOS) stands in them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from thanos.calibration.windows import begin_windows
+from thanos.errors import DataError
+from thanos.model.bos import Bos, added_bos, defined_bos, plain_ids, without_bos
+from thanos.model.loading import check_token_ids, context_length
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+LOWER = 0.9
+"""A model needs BOS in each window if that lowers its perplexity to this share or less."""
+
+_TRIED_TOKENS = 8192
+"""In as many windows as they fill, at least one: few enough to cost little, enough for a difference of a tenth to be sure."""
+
+_TRIED_CHARACTERS = 24
+"""For each token of the windows that are tried: more than a token has in any language; the rest of the text is not read."""
+
+
+def decide_bos(
+    asked: str,
+    text: str,
+    tokenizer: PreTrainedTokenizerBase,
+    sequence_length: int,
+    mean_loss: Callable[[Tensor], float | None],
+    note: Callable[[str], None],
+) -> Bos:
+    """Return where BOS stands: as asked, else by what a model makes of the first windows of a text.
+
+    The field's convention has one BOS, at the start of the text. The first window is the same either way, so those after it
+    are scored both ways.
+
+    Args:
+        asked: one of :data:`~thanos.model.bos.BOS_CHOICES`.
+        text: to be evaluated on.
+        tokenizer: of the model.
+        sequence_length: tokens per window, T.
+        mean_loss: scores windows (n, T) in nats per token; None where it cannot.
+        note: is told what was measured.
+
+    Raises:
+        DataError: BOS is asked for in each window, and the tokenizer defines none.
+    """
+    bos = added_bos(tokenizer)
+    if asked == "window" and defined_bos(tokenizer) is None:
+        raise DataError(
+            "bos 'window' asks for a beginning-of-text token, which the tokenizer does not have; leave it out"
+        )
+    if bos is None and asked != "window":
+        return "none"
+    if asked != "auto":
+        return "window" if asked == "window" else "text"
+    length, most = sequence_length, 1 + max(1, _TRIED_TOKENS // sequence_length)
+    head = text[: most * length * _TRIED_CHARACTERS]
+    ids = without_bos(plain_ids(tokenizer, head), bos)
+    count = min(len(ids) // length, most)
+    if count < 2:  # of one window, which begins with BOS either way
+        return "text"
+    usual = torch.tensor([bos, *ids])[: count * length].view(count, length)
+    other = begin_windows(torch.tensor(ids)[: count * (length - 1)].view(count, length - 1), bos)
+    losses = mean_loss(usual[1:]), mean_loss(other[1:])
+    if losses[0] is None or losses[1] is None:
+        return "text"
+    choice: Bos = "window" if losses[1] <= losses[0] + math.log(LOWER) else "text"
+    place = "at the start of each window" if choice == "window" else "at the start of the text alone"
+    shown = [f"{math.exp(min(loss, 700)):.4g}" for loss in losses if loss is not None]
+    note(
+        f"perplexity of the first windows is {shown[0]} without BOS and {shown[1]} with BOS in each: BOS stands {place}"
+    )
+    return choice
+
+
+def cut_windows(
+    text: str,
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+    name: str,
+    sequence_length: int,
+    max_windows: int | None,
+    bos: Bos = "text",
+) -> Tensor:
+    """Tokenise a text once and cut it into windows, (windows, sequence_length) int64.
+
+    With ``window`` each begins with BOS, and text fills the rest; else the text is cut as the tokenizer gives it.
+
+    Raises:
+        DataError: the text is shorter than one window, or the window longer than the model's positions.
+    """
+    check_window(sequence_length, model.config)
+    begin = defined_bos(tokenizer) if bos == "window" else None
+    ids = _ids(text, tokenizer, begin)
+    length = sequence_length if begin is None else sequence_length - 1  # of the text in a window
+    count = len(ids) // length
+    if count == 0:
+        besides = "" if begin is None else ", of which the first is the beginning-of-text token"
+        raise DataError(
+            f"the text {name} has {len(ids)} tokens, fewer than one window of {sequence_length}{besides}; lower "
+            "--sequence-length"
+        )
+    count = min(count, max_windows or count)
+    windows = begin_windows(ids[: count * length].view(count, length), begin)
+    check_token_ids(ids, model)
+    return windows
+
+
+def _ids(text: str, tokenizer: PreTrainedTokenizerBase, begin: int | None) -> Tensor:
+    if begin is not None:
+        return torch.tensor(without_bos(plain_ids(tokenizer, text), begin))
+    ids: list[int] = tokenizer(text, verbose=False)["input_ids"]  # type: ignore[assignment]
+    # A text that itself begins with BOS would have two.
+    twice = len(ids) > 1 and ids[0] == ids[1] and ids[0] == added_bos(tokenizer)
+    return torch.tensor(ids[1:] if twice else ids)
+
+
+def check_window(sequence_length: int, config: PreTrainedConfig) -> None:
+    """Refuse windows beyond the positions that a model knows.
+
+    Raises:
+        DataError: they are.
+    """
+    positions = context_length(config)
+    if positions is not None and sequence_length > positions:
+        raise DataError(
+            f"sequence_length {sequence_length} is beyond the model's {positions} positions; give --sequence-length "
+            f"{positions} or less"
+        )

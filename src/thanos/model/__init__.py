@@ -1,0 +1,1 @@
+"""Models: where they are, their modules, their parameters' names."""

@@ -1,0 +1,53 @@
+"""Fetching a model from the hub: what a run reads, and nothing else."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from thanos.checkpoint.weight_files import INDEX_NAME, SINGLE_NAME, parse_index
+from thanos.errors import ModelError
+from thanos.model.transformers_errors import first_line
+
+_COMPANIONS = ["*.json", "*.txt", "*.model", "*.jinja", "LICENSE*"]
+_TEMPLATES = "additional_chat_templates/*"
+
+
+def download(name: str, *, code: bool) -> Path:
+    """Return the local folder of a hub model; fetches what is not in the cache.
+
+    The index comes first, with config, tokenizer and licence: it names the weights. What else lies in the repository, such as
+    the same weights in other forms, stays there.
+
+    Args:
+        name: of the repository.
+        code: whether to fetch the Python code that comes with the model.
+
+    Raises:
+        ModelError: the name is none, or the hub cannot give the files.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=_COMPANIONS, ignore_patterns=["*/*"]))
+        index = folder / INDEX_NAME
+        weights = dict.fromkeys(parse_index(index, index.read_bytes()).values()) if index.is_file() else [SINGLE_NAME]
+        # The same commit, should somebody push in the meantime: its hash is the folder's name.
+        commit = folder.name if re.fullmatch("[0-9a-f]{40}", folder.name) else None
+        wanted = [*map(_literally, weights), _TEMPLATES, *(["*.py"] if code else [])]
+        return Path(snapshot_download(name, revision=commit, allow_patterns=wanted))
+    except HFValidationError as error:
+        raise ModelError(f"{name!r} is no hub name, and no such folder or .gguf file exists") from error
+    except ModelError:
+        raise
+    except Exception as error:  # the hub client raises its own, requests' and httpx's errors
+        raise ModelError(
+            f"{name} is no local folder or file, and the hub cannot give it ({first_line(error)}); check the name, or "
+            "download it elsewhere and give the local folder or a .gguf file"
+        ) from error
+
+
+def _literally(name: str) -> str:
+    """Return a pattern that matches a file's name alone."""
+    return re.sub(r"([*?[])", r"[\1]", name)

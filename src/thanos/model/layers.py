@@ -1,0 +1,164 @@
+"""Where a model keeps its decoder blocks and linear layers, found by structure and never by the model's name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Set
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from thanos.errors import ModelError
+from thanos.model.experts import mixtures
+from thanos.recipe import Recipe, matches
+
+
+@dataclass(frozen=True, slots=True)
+class LinearLayer:
+    """A linear layer of a model.
+
+    Attributes:
+        name: full module name.
+        module: the module.
+        block: index of its decoder block; None outside the blocks.
+        transposed: the weight is stored (inputs, outputs), as GPT-2's ``Conv1D`` does.
+        expert: name of the expert that it belongs to; empty outside mixtures of experts.
+        router: it scores experts, and so stays as it is.
+    """
+
+    name: str
+    module: nn.Module
+    block: int | None
+    transposed: bool
+    expert: str = ""
+    router: bool = False
+
+    @property
+    def weight_name(self) -> str:
+        """The weight's full parameter name."""
+        return f"{self.name}.weight"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(output rows, input columns), whatever the storage."""
+        rows, columns = self.module.get_parameter("weight").shape
+        return (columns, rows) if self.transposed else (rows, columns)
+
+    def oriented(self, stored: Tensor) -> Tensor:
+        """Turn a stored weight into (outputs, inputs), or back."""
+        return stored.T if self.transposed else stored
+
+
+def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
+    """Return the name and the modules of the decoder blocks: the module list that holds most linear weights.
+
+    Raises:
+        ModelError: no module list holds linear layers.
+    """
+    best, best_size = None, 0
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module):
+            size = sum(layer.get_parameter("weight").numel() for _, layer in _linear_modules(module))
+            if size > best_size:  # the outermost list comes first, and wins a tie
+                best, best_size = name, size
+    if best is None:
+        raise ModelError(
+            f"{type(model).__name__} has no list of decoder blocks with linear layers; it is not supported"
+        )
+    return best, list(model.get_submodule(best).children())
+
+
+def block_names(names: Iterable[str], blocks_name: str, index: int) -> list[str]:
+    """Return the parameters of one block."""
+    return [name for name in names if name.startswith(f"{blocks_name}.{index}.")]
+
+
+def outer_names(model: nn.Module, names: Iterable[str], blocks_name: str, *, head: bool = True) -> list[str]:
+    """Return the parameters outside the blocks; without ``head``, those that only the output embedding has are left out too."""
+    find = None if head else getattr(model, "get_output_embeddings", None)
+    apart: Any = find() if callable(find) else None
+    own = set() if apart is None else {id(parameter) for parameter in apart.parameters()}
+    for module in model.modules():
+        if module is not apart:  # a tied head may come first, and give the input embedding its name
+            own -= {id(parameter) for parameter in module.parameters(recurse=False)}
+    alone = {name for name, parameter in model.named_parameters() if id(parameter) in own}
+    return [name for name in names if not name.startswith(f"{blocks_name}.") and name not in alone]
+
+
+def _linear_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    from transformers.pytorch_utils import Conv1D
+
+    for name, child in module.named_modules():
+        if isinstance(child, nn.Linear | Conv1D):
+            yield name, child
+
+
+def linear_layers(model: nn.Module) -> list[LinearLayer]:
+    """Return every linear layer of the model, in the order of its modules.
+
+    Raises:
+        ModelError: see :func:`find_blocks`.
+    """
+    prefix, _ = find_blocks(model)
+    experts = {f"{prefix}.{name}": size for name, size in mixtures(model.get_submodule(prefix))}
+    beside: dict[str, set[int]] = {}  # module that holds a mixture → outputs that a router there may have
+    for name, size in experts.items():
+        beside.setdefault(name.rpartition(".")[0], {1}).add(size)
+    layers = []
+    for name, module in _linear_modules(model):
+        inside = name.startswith(f"{prefix}.")
+        block = int(name[len(prefix) + 1 :].split(".")[0]) if inside else None
+        layer = LinearLayer(name, module, block, not isinstance(module, nn.Linear))
+        layers.append(_place(layer, experts.keys(), beside) if inside and experts else layer)
+    return layers
+
+
+def _place(layer: LinearLayer, mixtures: Set[str], beside: dict[str, set[int]]) -> LinearLayer:
+    """Say what a layer is to the mixtures of experts among which it stands.
+
+    A router has one output for each expert, or a single one where it weighs an expert that all tokens share, and stands
+    beside the experts: somewhere below the module that holds them.
+    """
+    parts = layer.name.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        name = ".".join(parts[:end])
+        if name in mixtures:
+            return replace(layer, expert=".".join(parts[: end + 1]))
+        if layer.shape[0] in beside.get(name, ()):
+            return replace(layer, router=True)
+    return layer
+
+
+def select_layers(layers: list[LinearLayer], recipe: Recipe) -> tuple[list[LinearLayer], dict[str, str]]:
+    """Split linear layers into those that the recipe prunes, and those left dense with the reason.
+
+    Without ``targets`` every linear layer of the blocks is pruned; a layer outside them only if a target names it.
+
+    Raises:
+        ModelError: the glob of a target, skip or override matches no linear layer, or nothing is left to prune.
+    """
+    overrides = tuple(override.match for override in recipe.overrides)
+    for option, globs in (("--targets", recipe.targets), ("--skip", recipe.skip), ("the override of", overrides)):
+        for glob in globs:
+            if not any(matches(layer.name, glob) for layer in layers):
+                raise ModelError(
+                    f"{option} {glob!r} matches no linear layer; there are for example "
+                    f"{', '.join(sorted({layer.name.rsplit('.', 1)[-1] for layer in layers}))}"
+                )
+    chosen, dense = [], {}
+    for layer in layers:
+        if layer.router:
+            dense[layer.name] = "routes tokens to experts"
+        elif recipe.targets and not any(matches(layer.name, glob) for glob in recipe.targets):
+            dense[layer.name] = "not matched by targets"
+        elif not recipe.targets and layer.block is None:
+            dense[layer.name] = "outside the decoder blocks"
+        elif any(matches(layer.name, glob) for glob in recipe.skip):
+            dense[layer.name] = "matched by skip"
+        elif recipe.for_layer(layer.name) is None:
+            dense[layer.name] = "skipped by an override"
+        else:
+            chosen.append(layer)
+    if not chosen:
+        raise ModelError("the recipe leaves no layer to prune; loosen targets, skip or the overrides")
+    return chosen, dense

@@ -1,0 +1,131 @@
+"""Load a whole model with transformers, and read what its config says about text."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from thanos.checkpoint.gguf_files import count_parts, require_packages, say_merge
+from thanos.checkpoint.reader import SafetensorsCheckpoint
+from thanos.errors import DataError, ModelError
+from thanos.model.source import ModelSource
+from thanos.model.transformers_errors import describe_import_error, first_line
+from thanos.system.memory import is_out_of_memory
+from thanos.system.suggestions import near_dtype
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_model(
+    source: ModelSource, *, dtype: str | torch.dtype = "auto", device: torch.device | str = "cpu"
+) -> PreTrainedModel:
+    """Load the whole model, in eval mode and without gradients.
+
+    Args:
+        source: from :func:`resolve_model`.
+        dtype: ``auto`` (the checkpoint's; float32 for a GGUF file), ``float32``, ``bfloat16``, ``float16`` or a dtype.
+        device: where to.
+
+    Raises:
+        ModelError: a file is truncated or corrupt, or does not fit the config.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if isinstance(dtype, str) and dtype != "auto":
+        dtype = parse_dtype(dtype)
+    if source.gguf is not None:
+        require_packages()
+        dtype = torch.float32 if dtype == "auto" else dtype
+        arguments = {"config": source.config()}  # reading it again takes seconds
+    else:
+        SafetensorsCheckpoint(source.folder)
+        arguments = {"use_safetensors": True}
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source.folder, dtype=dtype, output_loading_info=True, **arguments, **source._arguments()
+        )
+    except (ValueError, OSError, KeyError, RuntimeError, ImportError) as error:
+        if is_out_of_memory(error):
+            raise
+        if source.gguf is not None and (parts := count_parts(source.gguf)) > 1:
+            raise ModelError(say_merge(source.gguf, parts)) from error
+        line = describe_import_error(source.name, error) or f"{source.name} cannot be loaded: {first_line(error)}"
+        raise ModelError(line) from error
+    model, info = loaded
+    absent = sorted(info["missing_keys"])
+    if absent and source.gguf is not None and (parts := count_parts(source.gguf)) > 1:
+        raise ModelError(say_merge(source.gguf, parts))
+    if absent:  # transformers fills them with random numbers
+        raise ModelError(
+            f"{source.name} lacks {len(absent)} of the model's tensors, {absent[0]} for one; config.json belongs to another "
+            "checkpoint, or the checkpoint is damaged"
+        )
+    if source.gguf is not None:
+        # The weights are plain tensors now; marks that say otherwise would make a saved folder unreadable.
+        for owner, mark in (
+            (model.config, "quantization_config"),
+            (model, "hf_quantizer"),
+            (model, "quantization_method"),
+        ):
+            if hasattr(owner, mark):
+                delattr(owner, mark)
+        model.is_quantized = False
+    return model.to(device).eval().requires_grad_(False)
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """Return the dtype called ``float32``, ``bfloat16`` or ``float16``.
+
+    Raises:
+        ModelError: it is none of these.
+    """
+    if name not in _DTYPES:
+        hint = near_dtype(name, _DTYPES)
+        raise ModelError(f"dtype {name!r} is unknown; choose one of auto, {', '.join(_DTYPES)}{hint}")
+    return _DTYPES[name]
+
+
+def end_of_text_id(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> int:
+    """Return the token that joins documents: the tokenizer's end of sequence, else the config's.
+
+    Raises:
+        DataError: neither names one.
+    """
+    for candidate in (getattr(tokenizer, "eos_token_id", None), getattr(config, "eos_token_id", None)):
+        if isinstance(candidate, list | tuple) and candidate:
+            candidate = candidate[0]
+        if isinstance(candidate, int):
+            return candidate
+    raise DataError(
+        "neither the tokenizer nor the config names an end-of-text token, which has to stand between documents; set "
+        "eos_token_id in the model's config.json"
+    )
+
+
+def context_length(config: PreTrainedConfig) -> int | None:
+    """Return the number of positions that the model knows; None where the config does not say."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    for name in ("max_position_embeddings", "n_positions", "n_ctx"):
+        value = getattr(text, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+def check_token_ids(ids: torch.Tensor, model: PreTrainedModel) -> None:
+    """Refuse token ids that the model does not embed.
+
+    Raises:
+        DataError: the tokenizer and the model do not belong together.
+    """
+    embedded = model.get_input_embeddings().get_parameter("weight").shape[0]
+    if int(ids.max()) >= embedded:
+        raise DataError(
+            f"the tokenizer gives token id {int(ids.max())}, but the model embeds only {embedded}; the tokenizer belongs to "
+            "another model: put this model's own beside its weights"
+        )

@@ -1,0 +1,72 @@
+"""Match the names of a checkpoint's tensors with the names of a model's parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from thanos.checkpoint.in_memory import Checkpoint
+from thanos.model.experts import Experts, rename_expert
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def match_parameters(parameters: set[str], tensors: set[str], base_model_prefix: str) -> dict[str, str] | None:
+    """Map parameter names one to one onto a checkpoint's tensor names.
+
+    Names are equal, or differ by the base model's prefix (hub checkpoints of GPT-2 lack ``transformer.``). Tensors that no
+    parameter needs, such as buffers or a tied copy, are left over.
+
+    Returns:
+        parameter name → tensor name; None where a parameter has no tensor, so that transformers must load the model.
+    """
+    prefix = f"{base_model_prefix}."
+    candidates = (
+        {name: name for name in parameters},
+        {name: name.removeprefix(prefix) for name in parameters},
+        {name: f"{prefix}{name}" for name in parameters},
+    )
+    for mapping in candidates:
+        if set(mapping.values()) <= tensors and len(set(mapping.values())) == len(mapping):
+            return mapping
+    return None
+
+
+def rename_keys(skeleton: PreTrainedModel, keys: Iterable[str]) -> tuple[dict[str, str], bool]:
+    """Return model's name → checkpoint's name by transformers' tables, and whether that is all: no tensor needs a conversion.
+
+    The tables hold pure renamings, such as GPT-NeoX's head, and conversions. Of these the stacking of experts' matrices is
+    understood.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+    rules = get_model_conversion_mapping(skeleton) or []
+    renamings = [rule for rule in rules if type(rule) is WeightRenaming]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    renamed, understood = {}, True
+    for key in keys:
+        plain = key
+        for rule in renamings:
+            plain = rule.rename_source_key(plain)[0]
+        name = rename_expert(plain, converters)
+        if name is None:
+            understood = False
+        else:
+            renamed[name] = key
+    return renamed, understood
+
+
+def split_fused(skeleton: PreTrainedModel, checkpoint: Checkpoint, renamed: dict[str, str]) -> None:
+    """Cut tensors that hold all experts of a block, as transformers holds them, into the experts' matrices."""
+    prefix = f"{skeleton.base_model_prefix}."
+    for path, experts in skeleton.named_modules():
+        if isinstance(experts, Experts):
+            for fused, pieces in experts.fused.items():
+                for stem in (path, path.removeprefix(prefix), f"{prefix}{path}"):
+                    key = renamed.pop(f"{stem}.{fused}", None)
+                    if key is not None:
+                        named = {f"{stem}.{piece}": shape for piece, shape in pieces.items()}
+                        checkpoint.split(key, named)
+                        renamed |= {name: name for name in named}

@@ -1,0 +1,163 @@
+"""Opening a model without loading it: a skeleton, and the tensors that belong to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from thanos.checkpoint.in_memory import Checkpoint, LoadedCheckpoint
+from thanos.checkpoint.reader import SafetensorsCheckpoint
+from thanos.errors import ModelError
+from thanos.model.experts import Experts
+from thanos.model.loading import load_model, parse_dtype
+from thanos.model.names import match_parameters, rename_keys, split_fused
+from thanos.model.skeleton import build_skeleton, persistent_tensors
+from thanos.model.source import ModelSource
+from thanos.model.transformers_errors import package_errors
+from thanos.model.unused import Unused
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+CONVERTED = "the checkpoint's tensors are not one to one the model's parameters; transformers loads it whole"
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedModel:
+    """A skeleton and its tensors.
+
+    Attributes:
+        source: where they came from.
+        skeleton: the model, its parameters on the meta device.
+        checkpoint: hands out tensors.
+        key_of: parameter name → tensor name in the checkpoint; tied parameters under one name.
+        notes: what a person should know about the way it was opened.
+    """
+
+    source: ModelSource
+    skeleton: PreTrainedModel
+    checkpoint: Checkpoint
+    key_of: dict[str, str]
+    notes: list[str]
+
+
+def open_model(source: ModelSource, dtype: str = "auto") -> OpenedModel:
+    """Open a model for reading tensor by tensor.
+
+    A safetensors folder whose tensors are one to one the model's parameters is read from disk; anything else is loaded and
+    converted by transformers, and its tensors come from memory.
+
+    Args:
+        source: from :func:`~thanos.model.source.resolve_model`.
+        dtype: of the skeleton: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``.
+
+    Raises:
+        ModelError: a file is truncated or corrupt, or the model cannot be built.
+    """
+    if source.gguf is not None:
+        return _open_whole(source, dtype, [])
+    return _open_streamed(source, dtype) or _open_whole(source, dtype, [CONVERTED])
+
+
+def _open_streamed(source: ModelSource, dtype: str) -> OpenedModel | None:
+    """Pair a skeleton with the tensors on disk; None where they do not correspond one to one."""
+    config, checkpoint = source.config(), SafetensorsCheckpoint(source.folder)
+    resolved = _resolve_dtype(dtype, getattr(config, "dtype", None), checkpoint)
+    skeleton = skeleton_of(source, config, resolved)
+    prefix = getattr(skeleton, "base_model_prefix", "")
+    parameters = persistent_tensors(skeleton)
+    renamed, understood = rename_keys(skeleton, checkpoint.tensors)
+    split_fused(skeleton, checkpoint, renamed)
+    for stored_as in (renamed, {key: key for key in renamed.values()}):
+        match = match_parameters(set(parameters), set(stored_as), prefix)
+        if match is not None:
+            key_of = {name: stored_as[match[name]] for name in parameters}  # in the model's order, in every process
+            _check_tensors(source, parameters, checkpoint, key_of)
+            return OpenedModel(source, skeleton, checkpoint, key_of, [])
+    if not understood:
+        return None
+    missing = [name for name in parameters if name not in renamed]
+    mixtures = tuple(f"{name}." for name, module in skeleton.named_modules() if isinstance(module, Experts))
+    if missing and all(name.startswith(mixtures) for name in missing):
+        raise ModelError(
+            f"{source.name} has no tensor for {missing[0]}, though config.json asks for it; download or save it again"
+        )
+    return None
+
+
+def skeleton_of(source: ModelSource, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """Build the skeleton of a model; see :func:`~thanos.model.skeleton.build_skeleton`.
+
+    Raises:
+        ModelError: a package that the model needs is missing, or its mixture of experts is not supported.
+    """
+    with package_errors(source.name):
+        return build_skeleton(config, dtype, trust_remote_code=source.trust_remote_code)
+
+
+def _check_tensors(
+    source: ModelSource, parameters: dict[str, Tensor], checkpoint: SafetensorsCheckpoint, key_of: dict[str, str]
+) -> None:
+    """Refuse tensors that are not what the config makes the model expect."""
+    for name, key in key_of.items():
+        info, expected = checkpoint.tensors[key], parameters[name]
+        if info.shape != tuple(expected.shape):
+            raise ModelError(
+                f"{source.name}: {key} has shape {list(info.shape)}, but config.json makes it {list(expected.shape)}; the "
+                "config belongs to another checkpoint"
+            )
+        if expected.is_floating_point() and not (info.dtype.is_floating_point and info.dtype.itemsize > 1):
+            raise ModelError(
+                f"{source.name}: {key} is {str(info.dtype).removeprefix('torch.')}, not a 16- to 64-bit floating-point tensor; "
+                "give the model before quantisation"
+            )
+
+
+def _open_whole(source: ModelSource, dtype: str, notes: list[str]) -> OpenedModel:
+    """Let transformers load and convert the whole model, and serve its tensors from memory."""
+    dense = load_model(source, dtype="auto", device=torch.device("cpu"))
+    resolved = _resolve_dtype(dtype, dense.dtype, None)
+    skeleton = skeleton_of(source, dense.config, resolved)
+    state = dense.state_dict()
+    tensors = {name: state[name] for name in persistent_tensors(dense)}
+    if source.gguf is None:
+        tensors |= _prediction_layers(source, skeleton, tensors)
+    checkpoint = LoadedCheckpoint(tensors)
+    split_fused(skeleton, checkpoint, {name: name for name in checkpoint.tensors})
+    return OpenedModel(source, skeleton, checkpoint, {name: name for name in persistent_tensors(skeleton)}, notes)
+
+
+def _prediction_layers(source: ModelSource, skeleton: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors on disk of layers for multi-token prediction, which transformers left behind."""
+    stored = SafetensorsCheckpoint(source.folder)
+    unused = Unused(skeleton, stored.tensors, tensors)
+    if any(unused.is_prediction(name) for name in tensors):
+        return {}  # it runs them
+    return {key: stored.read(key) for key in stored.tensors if unused.is_prediction(key)}
+
+
+def running_dtype(source: ModelSource, asked: str) -> torch.dtype:
+    """Return the dtype in which a model runs where ``asked`` is ``auto``, ``float32``, ``bfloat16`` or ``float16``.
+
+    Raises:
+        ModelError: it is none of these, or a file is truncated or corrupt.
+    """
+    if source.gguf is not None:
+        return _resolve_dtype(asked, torch.float32, None)
+    return _resolve_dtype(asked, getattr(source.config(), "dtype", None), SafetensorsCheckpoint(source.folder))
+
+
+def _resolve_dtype(asked: str, stated: Any, checkpoint: SafetensorsCheckpoint | None) -> torch.dtype:
+    """The dtype that the model runs in: the one asked for, else what the config states, else the largest tensor's."""
+    if asked != "auto":
+        return parse_dtype(asked)
+    if isinstance(stated, str):
+        stated = getattr(torch, stated, None)
+    if isinstance(stated, torch.dtype) and stated.is_floating_point:
+        return stated
+    assert checkpoint is not None
+    return max(checkpoint.tensors.values(), key=lambda info: info.nbytes).dtype

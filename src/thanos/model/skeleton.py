@@ -1,0 +1,68 @@
+"""A model on the meta device: its modules and shapes, without weights."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from thanos.model.experts import take_apart
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+_PATCHING = threading.Lock()
+
+
+def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Build the causal LM of a config with every parameter on the meta device and every buffer real.
+
+    Buffers such as rotary frequencies are not in checkpoints, so they must be computed; parameters are read later. Fused
+    mixtures of experts are taken apart into linear layers.
+
+    Raises:
+        ModelError: a mixture of experts has a layout that is not supported.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with _parameters_on_meta():
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    take_apart(model)
+    return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    original = nn.Module.register_parameter
+
+    def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        original(self, name, param)
+        if param is not None and param.device.type != "meta":
+            # Memory of an uninitialised parameter is never touched, so replacing it here costs nothing.
+            self._parameters[name] = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+
+    with _PATCHING:
+        nn.Module.register_parameter = register
+        try:
+            yield
+        finally:
+            nn.Module.register_parameter = original
+
+
+def persistent_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return what a checkpoint of the model must hold, by name: parameters once each, then persistent buffers."""
+    return dict(named_tensors(model))
+
+
+def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    found: list[tuple[str, Tensor]] = list(model.named_parameters())
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                found.append((f"{prefix}.{name}" if prefix else name, buffer))
+    return found

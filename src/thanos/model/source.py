@@ -1,0 +1,258 @@
+"""Finding and loading a pretrained model: a hub name, a local folder, or a GGUF file; safetensors only, never pickles."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from thanos.calibration.text_files import is_installed
+from thanos.checkpoint.gguf_files import check_gguf
+from thanos.checkpoint.weight_files import find_weights, refuse_lone_adapter
+from thanos.errors import ModelError
+from thanos.model.hub import download
+from thanos.model.transformers_errors import describe_import_error, first_line, package_errors
+from thanos.system.user_paths import model_name
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+
+
+_SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model")
+
+
+_TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\s*")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model is.
+
+    Attributes:
+        name: as the user gave it.
+        folder: the local folder with config and tokenizer (for a GGUF file, the folder it lies in).
+        gguf: the GGUF file, or None.
+        trust_remote_code: whether code that the checkpoint carries may run.
+    """
+
+    name: str
+    folder: Path
+    gguf: Path | None = None
+    trust_remote_code: bool = False
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the user named a file or folder rather than a hub name."""
+        return self.gguf is not None or self.folder == Path(self.name)
+
+    def _arguments(self) -> dict[str, Any]:
+        arguments: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
+        if self.gguf is not None:
+            arguments["gguf_file"] = self.gguf.name
+        return arguments
+
+    def config(self) -> PreTrainedConfig:
+        """Return the model's config, a copy of its own.
+
+        Raises:
+            ModelError: it cannot be read.
+        """
+        return copy.deepcopy(self._config)
+
+    @cached_property
+    def _config(self) -> PreTrainedConfig:
+        """The config, read once: of a GGUF file that takes seconds."""
+        from transformers import AutoConfig
+
+        try:
+            return AutoConfig.from_pretrained(self.folder, **self._arguments())
+        except Exception as error:  # a truncated GGUF file makes its reader index past the end in many ways
+            raise ModelError(describe_import_error(self.name, error) or self._config_fault(error)) from error
+
+    def _config_fault(self, error: Exception) -> str:
+        """Say what is wrong where transformers does not take the config."""
+        import transformers
+
+        version, line = transformers.__version__, first_line(error)
+        if self.gguf is not None:
+            if "is not supported" in line:
+                return (
+                    f"transformers {version} cannot read {self.name} ({line}); upgrade transformers, or give the model as a "
+                    "folder of safetensors"
+                )
+            return f"the GGUF file of {self.name} cannot be used ({line}); it may be truncated or corrupt: download it again"
+        kind = json.loads((self.folder / "config.json").read_bytes()).get("model_type")
+        if isinstance(kind, str) and kind not in transformers.CONFIG_MAPPING:
+            return (
+                f"{self.name} is of the type {kind}, which transformers {version} does not know; upgrade transformers, or, if "
+                "the model brings Python code of its own, read that code and allow it with --trust-remote-code"
+            )
+        return f"the config of {self.name} cannot be used ({line}); correct config.json, or take the model's own"
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Return the tokenizer.
+
+        Raises:
+            ModelError: there is none, or it is broken.
+        """
+        return self._tokenizer
+
+    @cached_property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, read once: before the weights, to see that there is one, and when the text is read."""
+        from transformers import AutoTokenizer
+
+        if self.gguf is None and not any((self.folder / name).is_file() for name in _TOKENIZER_FILES):
+            raise ModelError(
+                f"{self.name} has no tokenizer ({', '.join(_TOKENIZER_FILES[:3])}, ...); put the tokenizer's files beside "
+                "the weights (tokenizer.save_pretrained)"
+            )
+        try:
+            return AutoTokenizer.from_pretrained(self.folder, **self._arguments())
+        except Exception as error:  # tokenizers raises bare Exception for a broken file
+            line = f"the tokenizer of {self.name} cannot be read: {first_line(error)}{_lacking(self)}"
+            raise ModelError(describe_import_error(f"the tokenizer of {self.name}", error) or line) from error
+
+    def generation_config(self) -> GenerationConfig | None:
+        """Return the generation config, derived from the config where there is no file; None for a folder without one.
+
+        Raises:
+            ModelError: the file is not valid.
+        """
+        from transformers import GenerationConfig
+
+        if self.gguf is not None:
+            return GenerationConfig.from_model_config(self.config())
+        if not (self.folder / "generation_config.json").is_file():
+            return None
+        try:
+            return GenerationConfig.from_pretrained(self.folder)
+        except (OSError, ValueError, TypeError) as error:
+            raise ModelError(f"{self.name}/generation_config.json cannot be used: {first_line(error)}") from error
+
+
+def resolve_model(model: str | Path, *, trust_remote_code: bool = False) -> ModelSource:
+    """Find a model and refuse what cannot be pruned, before anything is loaded.
+
+    Args:
+        model: a hub name, a local Hugging Face folder, or a ``.gguf`` file.
+        trust_remote_code: let transformers run Python code that the checkpoint carries.
+
+    Raises:
+        ModelError: nothing is there, or it is not a causal language model in safetensors or GGUF form.
+    """
+    source = find_local(model, trust_remote_code=trust_remote_code)
+    if source is None:
+        name = model_name(model)
+        source = ModelSource(name, download(name, code=trust_remote_code), None, trust_remote_code)
+        _check_folder(source)
+    _check_causal(source)
+    return source
+
+
+def find_local(model: str | Path, *, trust_remote_code: bool = False, what: str = "MODEL") -> ModelSource | None:
+    """Find a local model and refuse what is missing; None for a hub name. Takes no time: no config is built, nothing loaded.
+
+    Args:
+        model: as for :func:`resolve_model`.
+        trust_remote_code: likewise.
+        what: how a message calls it.
+
+    Raises:
+        ModelError: nothing is there, or it is not in safetensors or GGUF form.
+    """
+    name = model_name(model, what)
+    path = Path(name)
+    if path.is_dir():
+        source = ModelSource(name, path, None, trust_remote_code)
+        _check_folder(source)
+        return source
+    if path.is_file():
+        check_gguf(path)
+        return ModelSource(name, path.parent, path, trust_remote_code)
+    if _looks_like_path(name):
+        raise ModelError(f"{model} does not exist; {what} is a hub name, a local folder or a .gguf file")
+    return None
+
+
+def _looks_like_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.endswith(".gguf") or name.count("/") > 1 or os.sep * 2 in name
+
+
+def _check_folder(source: ModelSource) -> None:
+    folder = source.folder
+    refuse_lone_adapter(folder, source.name)
+    if not (folder / "config.json").is_file():
+        ggufs = sorted(folder.glob("*.gguf"))
+        hint = f"; name the file itself, for example {ggufs[0]}" if ggufs else "; it is not a Hugging Face model folder"
+        raise ModelError(f"{source.name} has no config.json{hint}")
+    find_weights(folder, source.name)
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("not an object")
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{source.name}/config.json is not valid JSON: {error}") from error
+    if "quantization_config" in config:
+        settings = config["quantization_config"]
+        method = settings.get("quant_method", "unknown method") if isinstance(settings, dict) else settings
+        raise ModelError(f"{source.name} is quantised ({method}); give the model before quantisation")
+    if "auto_map" in config and not source.trust_remote_code and not _is_native(source.name, config.get("model_type")):
+        raise ModelError(
+            f"{source.name} needs Python code that comes with the checkpoint; read that code, then allow it with "
+            "--trust-remote-code"
+        )
+
+
+def _is_native(name: str, kind: Any) -> bool:
+    """Tell whether transformers has a causal language model of a type itself, so that a checkpoint's own code is not needed."""
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+
+    with package_errors(name):
+        return isinstance(kind, str) and kind in CONFIG_MAPPING and CONFIG_MAPPING[kind] in MODEL_FOR_CAUSAL_LM_MAPPING
+
+
+def _check_causal(source: ModelSource) -> None:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+    config = source.config()
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{source.name} is an encoder-decoder model ({config.model_type}); only causal LMs are supported"
+        )
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
+        raise ModelError(f"{source.name} is a bidirectional model ({config.model_type}), not a causal language model")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not source.trust_remote_code:
+        raise ModelError(
+            f"{source.name} is not a causal language model that transformers knows ({config.model_type}); "
+            "give another model, or a newer transformers"
+        )
+
+
+def _lacking(source: ModelSource) -> str:
+    """Name the packages that are not installed and without which transformers cannot read a tokenizer's own format."""
+    if source.gguf is not None or (source.folder / "tokenizer.json").is_file():
+        return ""
+    for file in (source.folder / name for name in _SENTENCEPIECE_FILES):
+        if not file.is_file():
+            continue
+        with file.open("rb") as opened:  # sentencepiece's format, or, as Llama 3 has it, tiktoken's
+            is_tiktoken = _TIKTOKEN_LINE.fullmatch(opened.readline(4096)) is not None
+        needed = (
+            {"tiktoken": "tiktoken"}
+            if is_tiktoken
+            else {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
+        )
+        absent = [package for module, package in needed.items() if not is_installed(module)]
+        if absent:
+            what = f"{file.name} alone, without a tokenizer.json, needs packages that are missing"
+            return f"; {what}: pip install {' '.join(absent)}"
+    return ""

@@ -1,0 +1,1 @@
+"""What a run would take: seconds and bytes by phase."""

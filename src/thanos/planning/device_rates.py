@@ -1,0 +1,76 @@
+"""What this machine can do, measured in about a second: arithmetic by dtype, memory, and the way between host and device."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+
+_SECONDS = 0.15
+"""Least time that one rate is measured for."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rates:
+    """Measured rates of a device.
+
+    Attributes:
+        model_flops: operations a second of a product in the model's dtype.
+        float32_flops: the same in full float32, in which layers are solved.
+        gram_flops: the same of XᵀX in float32 from the model's dtype, counted as 2ab² though about half is multiplied.
+        memory_bytes: bytes a second read plus written by a copy on the device.
+        to_device_bytes: bytes a second from the host's memory to the device; the host's own copy on the CPU.
+    """
+
+    model_flops: float
+    float32_flops: float
+    gram_flops: float
+    memory_bytes: float
+    to_device_bytes: float
+
+    def to_dict(self) -> dict[str, float]:
+        """Return plain values."""
+        return asdict(self)
+
+
+@torch.inference_mode()
+def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
+    """Measure a device, for a model that runs in ``dtype``."""
+    from thanos.calibration.statistics import add_gram
+
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    x, y = (torch.randn(size, size, device=device) for _ in range(2))
+    hessian = torch.zeros(size, size, device=device)
+    host = torch.randn(32 << 20 if device.type == "cuda" else 4 << 20)
+    there = torch.empty_like(host, device=device)
+    product = 2.0 * size**3
+    return Rates(
+        model_flops=product / _seconds(lambda: a @ b, device),
+        float32_flops=product / _seconds(lambda: x @ y, device),
+        gram_flops=product / _seconds(lambda: add_gram(hessian, a), device),
+        memory_bytes=2 * x.nbytes / _seconds(lambda: y.copy_(x), device),
+        to_device_bytes=host.nbytes / _seconds(lambda: there.copy_(host), device),
+    )
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds of one run: the mean of as many as fit in the time that a rate gets, after one for warmth."""
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    work()
+    wait()
+    count, began = 0, time.perf_counter()
+    while True:
+        for _ in range(max(1, count)):
+            work()
+        count += max(1, count)
+        wait()
+        spent = time.perf_counter() - began
+        if spent >= _SECONDS:
+            return spent / count

@@ -1,0 +1,69 @@
+"""What stands beside the weights of a checkpoint: config, tokenizer, chat template, generation config, licence."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from thanos.events import LOG_NAME, RUN_NAME
+from thanos.model.opening import OpenedModel
+from thanos.model.source import ModelSource
+
+_NOT_COPIED = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ckpt")
+"""Weights in any format: the output has its own."""
+
+_INDICES = (".safetensors.index.", ".bin.index.")
+"""What the names of indices hold, those of variants (``model.safetensors.index.fp16.json``) among them."""
+
+_OURS = ("README.md", "pruning.json", "recipe.toml", LOG_NAME, RUN_NAME)
+
+
+def copy_companions(opened: OpenedModel, folder: Path) -> None:
+    """Put config, tokenizer, chat template and generation config beside the weights, unchanged where they are files.
+
+    Only a reference to code that is not there is left out of the config.
+    """
+    source = opened.source
+    if source.gguf is not None:
+        config = opened.skeleton.config
+        config.architectures = [type(opened.skeleton).__name__]
+        config.save_pretrained(folder)
+        source.tokenizer().save_pretrained(folder)
+        generation = source.generation_config()
+        if generation is not None:
+            generation.save_pretrained(folder)
+        return
+    for path in companion_files(source):
+        target = folder / path.relative_to(source.folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+    _drop_absent_code(folder / "config.json")
+
+
+def _drop_absent_code(config: Path) -> None:
+    """Take the reference to Python code out of a config where the code is not beside it: transformers has its own."""
+    values = json.loads(config.read_text(encoding="utf-8"))
+    named = values.get("auto_map")
+    if not isinstance(named, dict):
+        return
+    modules = [reference.split(".")[0] for reference in named.values() if isinstance(reference, str)]
+    if not all("--" in module or (config.parent / f"{module}.py").is_file() for module in modules):
+        del values["auto_map"]
+        config.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def companion_files(source: ModelSource) -> list[Path]:
+    """Return the files that :func:`copy_companions` copies; none for a GGUF file, whose companions are made."""
+    if source.gguf is not None:
+        return []
+    found = []
+    for path in sorted(source.folder.iterdir()):
+        if path.name in _OURS or path.name.startswith("."):
+            continue
+        weights = path.name.endswith(_NOT_COPIED) or any(part in path.name for part in _INDICES)
+        if path.is_file() and not weights:
+            found.append(path)
+        elif path.is_dir() and path.name == "additional_chat_templates":
+            found += sorted(file for file in path.rglob("*") if file.is_file())
+    return found

@@ -1,0 +1,140 @@
+"""The model card of a pruned model, made from its report and nothing else."""
+
+from __future__ import annotations
+
+import math
+from pathlib import PurePath
+from typing import Any
+
+from thanos.calibration.text_files import SUFFIXES, Part, split_source
+from thanos.engine.records import LayerRecord, warning_lines
+from thanos.run.report import PruningReport
+
+_FILES = (".gguf", ".safetensors", ".bin", ".json", *SUFFIXES)
+"""Endings of the files that a user may name."""
+
+_WORST = 5
+_BEGUN = ", each window begun with the beginning-of-text token"
+_KEPT = ", the other rows making up for them"
+
+_USE = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH")
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+```"""
+
+
+def model_card(report: PruningReport) -> str:
+    """Return the text of ``README.md`` for the output folder."""
+    name = public_name(str(report.model["name"]))
+    recipe, totals = report.recipe, report.totals
+    sections = [
+        _front_matter(report),
+        f"# {name}, pruned",
+        f"This is {name} ({report.model['architecture']}) with {_percent(totals['sparsity_targeted'])} of the weights of its "
+        f"{len(report.layers)} pruned layers set to zero, without retraining, by "
+        f"[Thanos](https://arxiv.org/abs/2504.05346) {report.thanos_version} "
+        f"(method {recipe['method']}, pattern {recipe['pattern']}).",
+        _totals_table(report),
+        "## Use",
+        "A plain Hugging Face checkpoint; nothing of ours is needed to load it:",
+        _USE,
+        "The zeros are stored like any other number: the files are as large as before, and a program that does not look for "
+        "zeros runs as fast as before.",
+        "## How it was made",
+        _recipe_table(report),
+        f"Run it again with `thanos prune {name} OUT --recipe recipe.toml`. Everything that was measured is in `pruning.json`.",
+        "## Layers with the largest error",
+        _worst_table(report.layers),
+        *_warnings(report),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def public_name(name: str) -> str:
+    """Return a hub name as it is, and the last part of anything that looks like a local path; of each in a list of texts."""
+    parts = split_source(name)
+    if parts != [Part(name)]:
+        return ",".join(str(Part(public_name(part.path), part.column)) for part in parts)
+    path = PurePath(name)
+    # Not any suffix: the organisation of Qwen/Qwen2.5-0.5B is no folder.
+    is_path = path.is_absolute() or name.startswith((".", "~")) or name.lower().endswith(_FILES)
+    if not is_path and len(path.parts) <= 2:
+        return name
+    return path.name if path.name not in ("", "..") else "a local model"
+
+
+def _front_matter(report: PruningReport) -> str:
+    name = str(report.model["name"])
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    if report.model.get("origin") == "hub":
+        lines.append(f"base_model: {name}")
+    return "\n".join([*lines, "tags:", "- pruned", "- sparse", "- thanos", "---"])
+
+
+def _totals_table(report: PruningReport) -> str:
+    totals = report.totals
+    return _table(
+        ("", ""),
+        [
+            ("parameters", f"{totals['parameters']:,}"),
+            ("zeros among the pruned layers", f"{totals['zeros_targeted']:,} of {totals['targeted_parameters']:,}"),
+            ("sparsity of the pruned layers", _percent(totals["sparsity_targeted"])),
+            ("sparsity of all parameters", _percent(totals["sparsity_all"])),
+            ("mean relative layer error, before compensation", _number(totals["mean_error_before_compensation"])),
+            ("mean relative layer error, after compensation", _number(totals["mean_error_after_compensation"])),
+        ],
+    )
+
+
+def _recipe_table(report: PruningReport) -> str:
+    recipe, calibration, versions = report.recipe, report.calibration, report.versions
+    source = public_name(str(calibration["source"]))
+    return _table(
+        ("setting", "value"),
+        [
+            (
+                "outlier rows left dense",
+                _percent(recipe["outlier_rows"]) + (_KEPT if recipe.get("keep_budget") else ""),
+            ),
+            ("damping", f"{recipe['damping']:g}"),
+            (
+                "calibration",
+                f"{source}: {calibration['samples']} × {calibration['sequence_length']} tokens, {calibration['rule']}, "
+                f"seed {recipe['seed']}{_BEGUN if calibration.get('bos') is not None else ''}",
+            ),
+            ("hash of the calibration tokens", f"`{calibration['sha256']}`"),
+            ("device", versions["device"]),
+            ("versions", ", ".join(f"{key} {versions[key]}" for key in ("torch", "transformers", "python"))),
+        ],
+    )
+
+
+def _worst_table(layers: list[LayerRecord]) -> str:
+    known = [layer for layer in layers if _is_known(layer.error_after_compensation)]
+    worst = sorted(known, key=lambda layer: -(layer.error_after_compensation or 0.0))[:_WORST]
+    rows = [(f"`{w.name}`", _percent(w.sparsity), _number(w.error_after_compensation)) for w in worst]
+    return _table(("layer", "sparsity", "relative error"), rows)
+
+
+def _warnings(report: PruningReport) -> list[str]:
+    lines = [f"- {line}" for line in (*report.warnings, *warning_lines(report.layers, quote="`"))]
+    return ["## Warnings", "\n".join(lines)] if lines else []
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"
+
+
+def _number(value: float | None) -> str:
+    return f"{value:.5f}" if _is_known(value) else "not measured"
+
+
+def _is_known(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)

@@ -1,0 +1,356 @@
+"""The front door: prune a model, from a name to a finished folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import tempfile
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from thanos._version import __version__
+from thanos.calibration.windows import Calibration, calibrate
+from thanos.checkpoint.writer import CheckpointWriter
+from thanos.engine.activations import check_place
+from thanos.engine.block_runner import Passes
+from thanos.engine.distributed import World, join, my_device, speaks
+from thanos.engine.loop import Engine
+from thanos.engine.rank_zero import SharedLedger, SharedWriter
+from thanos.engine.weights import ModelWeights
+from thanos.errors import NumericsError, RecipeError, ResourceError, recurs
+from thanos.events import LOG_NAME, RUN_NAME, Event, Watcher
+from thanos.model.layers import find_blocks
+from thanos.model.opening import OpenedModel
+from thanos.model.source import find_local, resolve_model
+from thanos.recipe import Recipe
+from thanos.run import model_card as card
+from thanos.run.auxiliary_files import copy_companions
+from thanos.run.lock import locked
+from thanos.run.report import PruningReport, compute_totals
+from thanos.run.resume import Ledger, check_completed, check_same_run, completed_run, describe_run
+from thanos.run.setup import (
+    LOG_BYTES_PER_LAYER,
+    Prepared,
+    check_calibration,
+    check_text_settings,
+    checked_recipe,
+    prepare,
+    resource_errors,
+)
+from thanos.run.survey import name_damage
+from thanos.run.work_folder import WorkFolder, check_interrupted, check_output
+from thanos.system.device import choose_device
+from thanos.system.event_stream import EventStream
+from thanos.system.meter import PhaseMeter
+from thanos.system.user_paths import model_name, output_path
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What a run was asked for, and what goes with it from its beginning to its end."""
+
+    recipe: Recipe
+    device: torch.device
+    activations: str
+    resume: bool
+    overwrite: bool
+    work: WorkFolder
+    meter: PhaseMeter
+    tell: EventStream
+    world: World
+
+
+def prune(
+    model: str | Path,
+    out: str | Path,
+    recipe: Recipe | None = None,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    activations: str = "auto",
+    on_event: Watcher | None = None,
+    calibration: Calibration | None = None,
+) -> PruningReport:
+    """Prune a pretrained causal language model and write it as a plain Hugging Face checkpoint.
+
+    Whatever ends a run early, a hidden folder beside ``out`` keeps the blocks that were finished.
+
+    Args:
+        model: a hub name, a local Hugging Face folder, or a ``.gguf`` file.
+        out: the folder to write. It appears when it is complete, never before.
+        recipe: what to do; default :class:`Recipe`, Thanos at 50 % unstructured.
+        overwrite: replace ``out`` if it exists; without ``resume``, also start an interrupted run over.
+        resume: go on with an interrupted run of the same model and recipe; the result is the same to the byte. Where there
+            is none, start from the beginning; where the same run has finished ``out``, return its report and write nothing.
+        activations: where hidden states are kept between blocks: ``device``, ``host``, ``disk``, or ``auto``, the first of them
+            that has room. Changes no result.
+        on_event: called with each :class:`~thanos.events.Event`.
+        calibration: windows made before, by :func:`~thanos.calibration.windows.build_calibration` with the recipe's settings and
+            this model's tokenizer; default: made now.
+
+    Returns:
+        The report, equal to ``pruning.json`` in ``out``.
+
+    Raises:
+        UserError: what was asked for cannot be done; nothing was written.
+        ResourceError: memory or disk is exhausted, or another run writes ``out``.
+    """
+    recipe, model, out = checked_recipe(recipe), model_name(model), output_path(out)
+    check_place(activations)
+    work = WorkFolder(out)
+    local = Path(model) if find_local(model, trust_remote_code=recipe.trust_remote_code) else None
+    complete = resume and not overwrite and work.is_complete
+
+    def check() -> None:
+        check_output(out, model=local, overwrite=overwrite or (resume and work.published))
+
+    if speaks() and not complete:  # what costs nothing is looked at before the device, and that before the model
+        check()
+        check_interrupted(work, resume=resume, overwrite=overwrite)
+    device = my_device(choose_device(recipe.device))
+    meter = PhaseMeter(device)
+    tell = EventStream(on_event, meter, keep_log=True)
+    with resource_errors(recipe), join(device) as world:
+        if recipe.samples < world.size:
+            raise RecipeError(
+                f"{world.size} processes cannot share {recipe.samples} calibration sequences; raise --samples"
+            )
+        job = _Job(recipe, device, activations, resume, overwrite, work, meter, tell, world)
+        if world.rank > 0:
+            return _assist(model, job)
+        if complete:
+            return _completed(model, job, calibration)
+        # The folder is made only when all else is known to be good.
+        with locked(out):
+            work.tidy(resume=resume)
+            check()
+            _choose(job)
+            return _prune(model, job, calibration)
+
+
+def _completed(model: str, job: _Job, given: Calibration | None) -> PruningReport:
+    """Return the report of an output that the same run has finished, as a scheduler that runs a job twice wants it."""
+    source = resolve_model(model, trust_remote_code=job.recipe.trust_remote_code)
+    check_completed(job.work, job.recipe, describe_run(job.recipe, source, job.device), given)
+    report = PruningReport.read(job.work.out / "pruning.json")
+    message = f"OUT {job.work.out} is already complete, made by this same run: nothing is done"
+    job.tell(Event(kind="note", phase="load", message=message))
+    return job.world.from_first(lambda: report)
+
+
+def _assist(model: str, job: _Job) -> PruningReport:
+    """Do another process's part: the same blocks and layers, on other sequences and rows; what is written, rank 0 writes."""
+    world, recipe = job.world, job.recipe
+    published: PruningReport | None = world.from_first(_nothing)
+    if published is not None:
+        return published
+    with job.meter.phase("load"):
+        source = resolve_model(model, trust_remote_code=recipe.trust_remote_code)
+        plan = prepare(source, recipe, lambda event: None, look=False)
+        world.check_equal(_facts(recipe, plan.opened))
+    calibration: Calibration = world.from_first(_nothing)
+    parent = job.work.out.parent
+    folder = parent if parent.is_dir() else Path(tempfile.gettempdir())
+    engine = _engine(plan, job, calibration, folder, SharedWriter(None, world), SharedLedger(None, world), [])
+    for _ in engine.run():
+        pass
+    return world.from_first(_nothing)
+
+
+def _nothing() -> Any:
+    raise AssertionError("only rank 0 makes what it shares")
+
+
+def _facts(recipe: Recipe, opened: OpenedModel) -> dict[str, Any]:
+    """Return what has to be equal in all processes of a run."""
+    import transformers
+
+    tensors = sorted((name, str(info.dtype), info.shape) for name, info in opened.checkpoint.tensors.items())
+    config = {key: value for key, value in opened.skeleton.config.to_dict().items() if key != "_name_or_path"}
+    return {
+        **{f"the recipe's {name}": value for name, value in recipe.to_dict().items()},
+        "the model's config": hashlib.sha256(repr(sorted(config.items())).encode()).hexdigest(),
+        "the list of the model's tensors": hashlib.sha256(repr(tensors).encode()).hexdigest(),
+        "thanos": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _choose(job: _Job) -> None:
+    work = job.work
+    check_interrupted(work, resume=job.resume, overwrite=job.overwrite)
+    if job.resume and not work.finished and not work.published:
+        job.tell(Event(kind="note", phase="load", message="there is nothing to resume: starting from the beginning"))
+
+
+def _prune(model: str, job: _Job, given: Calibration | None) -> PruningReport:
+    recipe, work, tell = job.recipe, job.work, job.tell
+    before = work.run if job.resume else {}
+    if not (before and work.published):
+        check_calibration(recipe, given)
+    tell(Event(kind="phase", phase="load"))
+    with job.meter.phase("load"):
+        source = resolve_model(model, trust_remote_code=recipe.trust_remote_code)
+        run = describe_run(recipe, source, job.device)
+        run["machine"]["processes"] = job.world.size
+        if before:
+            check_same_run(before, run)
+        # Only its clearing up was interrupted, if it was published.
+        published = PruningReport.read(work.out / "pruning.json") if before and work.published else None
+        job.world.from_first(lambda: published)
+        if published is not None:
+            work.remove()
+            return published
+        if given is None:
+            check_text_settings(source, recipe)
+        check_calibration(recipe, given, source)
+        plan = prepare(source, recipe, tell, folder=work.model)
+        job.world.check_equal(_facts(recipe, plan.opened))
+    with job.meter.phase("calibration"):
+        calibration = calibrate(plan.opened, recipe, job.device, tell, given)
+        job.world.from_first(lambda: calibration)
+    run |= {"calibration": calibration.to_dict(), "blocks": len(find_blocks(plan.opened.skeleton)[1])}
+    notes = check_same_run(before, run) if before else []
+    with _kept(work), resource_errors(recipe):
+        if before:
+            work.take_up({shard.name for shard in plan.opened.checkpoint.shards})
+        else:
+            work.start(run)
+        with closing(tell):
+            tell.log_to(work.model / LOG_NAME)
+            for note in notes:
+                tell(Event(kind="note", phase="load", message=note))
+            report = _run(plan, job, calibration, notes)
+        work.publish(overwrite=job.overwrite)
+    return job.world.from_first(lambda: report)
+
+
+@contextmanager
+def _kept(work: WorkFolder) -> Iterator[None]:
+    """Keep the work folder of a run that ends early, if that is of any use."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, FileNotFoundError) and not work.path.exists():
+            raise ResourceError(f"{work.path} was deleted during the run, and with it what was finished") from error
+        # NaN would be met again, however often the run is resumed.
+        if isinstance(error, NumericsError) or not work.finished:
+            with suppress(OSError):
+                work.remove()
+        elif not recurs(error):
+            error.add_note(
+                f"{work.finished} of {work.run['blocks']} blocks are finished; resume=True goes on with them"
+            )
+        raise
+
+
+def _run(plan: Prepared, job: _Job, calibration: Calibration, notes: list[str]) -> PruningReport:
+    """Fill the work folder's model."""
+    opened, folder, world, meter = plan.opened, job.work.model, job.world, job.meter
+    writer = CheckpointWriter(opened.checkpoint, folder, besides=LOG_BYTES_PER_LAYER * len(plan.layers))
+    ledger = Ledger(job.work.journal, writer, meter)
+    if job.work.finished:
+        ledger.verify(job.tell)
+    shared = SharedWriter(writer, world), SharedLedger(ledger, world)
+    engine = _engine(plan, job, calibration, job.work.path, *shared, notes)
+    block = None
+    try:
+        for event in engine.run():
+            job.tell(event)
+            block = event.block
+    except NumericsError:
+        name_damage(opened, block)  # a weight that holds NaN shows first in what another layer reads
+        raise
+    with meter.phase("finish"):
+        job.tell(Event(kind="phase", phase="finish", blocks=len(engine.blocks)))
+        writer.finish()
+        copy_companions(opened, folder)
+    report = _report(plan, engine, calibration, job.recipe, job.device, meter)
+    report.write(folder / "pruning.json")
+    (folder / "recipe.toml").write_text(job.recipe.to_toml(), encoding="utf-8")
+    (folder / "README.md").write_text(card.model_card(report), encoding="utf-8")
+    run = completed_run(job.work.run, job.recipe, folder)
+    (folder / RUN_NAME).write_text(json.dumps(run, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return report
+
+
+def _engine(
+    plan: Prepared,
+    job: _Job,
+    calibration: Calibration,
+    folder: Path,
+    writer: SharedWriter,
+    ledger: SharedLedger,
+    notes: list[str],
+) -> Engine:
+    """Make the engine of this process, which runs blocks on its share of the sequences."""
+    opened, device, share = plan.opened, job.device, job.world.share(len(calibration.ids))
+    name, blocks = find_blocks(opened.skeleton)
+    ids = calibration.ids[share.start : share.stop]
+    return Engine(
+        opened.skeleton,
+        name,
+        blocks,
+        plan.layers,
+        ModelWeights(opened.skeleton, opened.checkpoint, opened.key_of, device),
+        writer,
+        ledger,
+        job.recipe,
+        Passes(opened.skeleton, blocks, ids, device, folder, place=job.activations, picture=plan.picture),
+        device,
+        job.meter,
+        job.world,
+        notes=[*opened.notes, *notes],
+    )
+
+
+def _report(
+    plan: Prepared,
+    engine: Engine,
+    calibration: Calibration,
+    recipe: Recipe,
+    device: torch.device,
+    meter: PhaseMeter,
+) -> PruningReport:
+    import safetensors
+    import transformers
+
+    opened = plan.opened
+    parameters = sum(info.numel for info in opened.checkpoint.tensors.values())
+    phases = meter.records()
+    return PruningReport(
+        thanos_version=__version__,
+        model={
+            "name": card.public_name(opened.source.name) if opened.source.is_local else opened.source.name,
+            "origin": "local" if opened.source.is_local else "hub",
+            "architecture": type(opened.skeleton).__name__,
+            "parameters": parameters,
+            "sparsity": plan.sparsity,
+        },
+        recipe=recipe.to_dict(),
+        versions={
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "safetensors": safetensors.__version__,
+            "platform": platform.platform(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        },
+        calibration=calibration.to_dict(),
+        layers=engine.records,
+        dense=plan.dense,
+        totals=compute_totals(engine.records, parameters=parameters, zeros_elsewhere=plan.zeros_elsewhere),
+        phases=phases,
+        seconds=sum(record.seconds for record in phases.values()),
+        host_peak_bytes=max((record.host_peak_bytes or 0 for record in phases.values()), default=0),
+        device_peak_bytes=max((record.device_peak_bytes or 0 for record in phases.values()), default=0) or None,
+        warnings=engine.notes,
+        execution={"activations": engine.place, "batch": engine.passes.batch},
+    )

@@ -1,0 +1,128 @@
+"""``pruning.json``: what was done to a model, and what it cost. The format is described in docs/formats.md."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from thanos.engine.records import LayerRecord, mean_known
+from thanos.system.meter import PhaseRecord
+
+SCHEMA = 1
+"""Raised when a reader of the old format would misread the new one."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DenseRecord:
+    """One tensor left as it was: its name, number of parameters, and why."""
+
+    name: str
+    parameters: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PruningReport:
+    """A whole run; the attributes are the keys of ``pruning.json``."""
+
+    thanos_version: str
+    model: dict[str, Any]
+    recipe: dict[str, Any]
+    versions: dict[str, str]
+    calibration: dict[str, Any]
+    totals: dict[str, Any]
+    layers: list[LayerRecord]
+    dense: list[DenseRecord]
+    phases: dict[str, PhaseRecord]
+    seconds: float
+    host_peak_bytes: int
+    device_peak_bytes: int | None = None
+    warnings: list[str] = field(default_factory=list)
+    execution: dict[str, Any] = field(default_factory=dict)
+    schema: int = SCHEMA
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values; numbers that are not finite become None."""
+        values = _plain(dataclasses.asdict(self))
+        return {"schema": values.pop("schema"), **values}
+
+    def to_json(self) -> str:
+        """Return the text of ``pruning.json``."""
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+
+    def write(self, path: Path) -> None:
+        """Write the report as JSON."""
+        path.write_text(self.to_json(), encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: Path) -> PruningReport:
+        """Read the report that :meth:`write` wrote."""
+        return cls.from_dict(json.loads(path.read_bytes()))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PruningReport:
+        """Build a report from what :meth:`to_dict` gave.
+
+        Raises:
+            ValueError: the schema is not this version's.
+        """
+        if values.get("schema") != SCHEMA:
+            raise ValueError(f"pruning.json has schema {values.get('schema')!r}; this version reads {SCHEMA}")
+        values = dict(values)
+        values["layers"] = [LayerRecord(**{**layer, "shape": tuple(layer["shape"])}) for layer in values["layers"]]
+        values["dense"] = [DenseRecord(**record) for record in values["dense"]]
+        values["phases"] = {name: PhaseRecord(**record) for name, record in values["phases"].items()}
+        return cls(**values)
+
+
+def compute_totals(layers: Sequence[LayerRecord], *, parameters: int, zeros_elsewhere: int) -> dict[str, Any]:
+    """Sum up the layers.
+
+    Args:
+        layers: the pruned layers.
+        parameters: number of entries of all tensors of the model.
+        zeros_elsewhere: zeros among the tensors that were not pruned.
+    """
+    zeros = [layer.zeros for layer in layers]
+    return {
+        **count_totals([layer.shape for layer in layers], zeros, sum(zeros) + zeros_elsewhere, parameters),
+        "mean_error_before_compensation": mean_known([layer.error_before_compensation for layer in layers]),
+        "mean_error_after_compensation": mean_known([layer.error_after_compensation for layer in layers]),
+    }
+
+
+def count_totals(
+    shapes: Sequence[tuple[int, int]], zeros: Sequence[int], zeros_all: int, parameters: int
+) -> dict[str, Any]:
+    """Return zeros, parameters and sparsity of the targeted layers and of everything.
+
+    Args:
+        shapes: of the targeted layers.
+        zeros: of each of them.
+        zeros_all: of all tensors of the model.
+        parameters: number of entries of all tensors of the model.
+    """
+    targeted = sum(rows * columns for rows, columns in shapes)
+    return {
+        "parameters": parameters,
+        "targeted_parameters": targeted,
+        "zeros_targeted": sum(zeros),
+        "zeros_all": zeros_all,
+        "sparsity_targeted": sum(zeros) / targeted if targeted else 0.0,
+        "sparsity_all": zeros_all / parameters if parameters else 0.0,
+    }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

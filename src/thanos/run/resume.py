@@ -1,0 +1,256 @@
+"""Taking up an interrupted run: whether it is the same run, and which of its blocks still hold."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from thanos._version import __version__
+from thanos.checkpoint.writer import CheckpointWriter
+from thanos.engine.records import BlockRecord, LayerRecord
+from thanos.errors import UserError
+from thanos.events import RUN_NAME, Event
+from thanos.model.fingerprint import file_sha256
+from thanos.run.journal import Journal, comes_after, current
+from thanos.system.meter import PhaseMeter
+
+if TYPE_CHECKING:
+    from thanos.calibration.windows import Calibration
+    from thanos.model.source import ModelSource
+    from thanos.recipe import Recipe
+    from thanos.run.work_folder import WorkFolder
+
+SCHEMA = 1
+"""Of ``run.json`` and ``journal.jsonl``: raised when the old ones cannot be taken up any more."""
+
+_START = 1 << 20
+_MUST_BE_EQUAL = ("schema", "thanos_version", "versions", "recipe", "model", "calibration", "text")
+
+_RESUMED_WITH = {
+    "threads": "resumed with another number of threads (--threads)",
+    "processes": "resumed with another number of processes",
+}
+
+
+def describe_run(recipe: Recipe, source: ModelSource, device: torch.device) -> dict[str, Any]:
+    """Return what makes a run the same run, as ``run.json`` holds it; the caller adds the calibration and blocks.
+
+    Of each of the model's files: its size and a hash of its first MiB, in which a shard's header lies; of larger ones also
+    when they were changed, since hashing all of them would take as long as pruning.
+    """
+    import transformers
+
+    files = [source.gguf] if source.gguf else [source.folder / "config.json", *source.folder.glob("*.safetensors*")]
+    return {
+        "schema": SCHEMA,
+        "thanos_version": __version__,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "recipe": recipe.to_dict() | {"sparsity": recipe.resolved_sparsity},  # the same, said or not
+        "model": {path.name: _describe_file(path) for path in sorted(files)},
+        "machine": {
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "threads": torch.get_num_threads(),
+        },
+    }
+
+
+def completed_run(run: Mapping[str, Any], recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """Return what a finished output says of the run that made it.
+
+    Args:
+        run: the run's description.
+        recipe: its recipe.
+        folder: of the output, with all shards.
+    """
+    kept = {part: run[part] for part in _MUST_BE_EQUAL if part in run}
+    return kept | {"text": _describe_text(recipe), "output": _describe_output(folder)}
+
+
+def check_completed(work: WorkFolder, recipe: Recipe, now: Mapping[str, Any], calibration: Calibration | None) -> None:
+    """Refuse an output that is not the finished one of this run. Reads no weights.
+
+    Args:
+        work: of the output.
+        recipe: of this run.
+        now: this run's description.
+        calibration: the windows, where they are given; else a local calibration file is compared by its hash.
+
+    Raises:
+        UserError: another run made the output, naming every difference, or a file of it is missing.
+    """
+    before, out, otherwise = work.completed_run, work.out, "choose another OUT, or give --overwrite to start over"
+    if not before:
+        raise UserError(f"OUT {out} is complete, but has no {RUN_NAME} that says which run made it; {otherwise}")
+    known = {"text": _describe_text(recipe)} if calibration is None else {"calibration": calibration.to_dict()}
+    found = find_differences(before, {**now, **known})
+    if found:
+        raise UserError(f"OUT {out} is complete, but another run made it: {'; '.join(found)}; {otherwise}")
+    there = _describe_output(out)
+    for name, size in before.get("output", {}).items():
+        if there.get(name) != size:
+            raise UserError(f"OUT {out} was complete, but its {name} is now missing or of another size; {otherwise}")
+
+
+def _describe_text(recipe: Recipe) -> dict[str, str]:
+    """Return the hash of the calibration text where it is a local file, in place of windows that would have to be made."""
+    path = Path(recipe.calibration)
+    return {"sha256 of the calibration text": file_sha256(path)} if path.is_file() else {}
+
+
+def _describe_output(folder: Path) -> dict[str, int]:
+    """Return name → bytes of the shards and their index."""
+    return {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors*"))}
+
+
+def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Refuse to go on with another run.
+
+    Args:
+        before: the interrupted run's description.
+        now: this run's; parts that it does not have yet are not compared.
+
+    Returns:
+        What may change the last bits of the result: lines for a person.
+
+    Raises:
+        UserError: names every difference.
+    """
+    found, now = find_differences(before, now), json.loads(json.dumps(now))
+    if found:
+        raise UserError(
+            f"this is not the run that was interrupted: {'; '.join(found)}; give the same command as then with --resume, or "
+            "--overwrite to start over"
+        )
+    return [
+        f"{_RESUMED_WITH.get(name, 'resumed on another machine')}: {line}; the result may differ by rounding from that of an "
+        "uninterrupted run"
+        for name in {**(before.get("machine") or {}), **now.get("machine", {})}
+        for line in _differences(name, (before.get("machine") or {}).get(name), now.get("machine", {}).get(name))
+    ]
+
+
+def find_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return a line for each difference between two descriptions that makes them different runs.
+
+    Args:
+        before: what an earlier run said of itself.
+        now: what this one says; parts that it does not have are not compared.
+    """
+    now = json.loads(json.dumps(now))  # as what was read: lists, not tuples
+    found = []
+    for part in _MUST_BE_EQUAL:
+        lines = list(_differences(part, before.get(part), now[part])) if part in now else []
+        if part == "model" and len(lines) > 3:  # another model: one line need not name its hundred shards
+            lines[2:-1] = [f"{len(lines) - 3} more such differences"]
+        found += lines
+    return found
+
+
+def _differences(name: str, before: Any, now: Any) -> Iterator[str]:
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for key in [*before, *(key for key in now if key not in before)]:
+            # The settings of a recipe and the files of a model are known by their own names.
+            inner = key if name in ("recipe", "model", "versions", "text") else f"{name} {key}"
+            yield from _differences(inner, before.get(key), now.get(key))
+    elif isinstance(before, Mapping) or isinstance(now, Mapping):
+        yield f"{name} is {'gone' if now is None else 'new'}"
+    elif before != now:
+        yield f"{name} {_show(before)} → {_show(now)}"
+
+
+def _show(value: Any) -> str:
+    if value is None:
+        return "none"
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"
+
+
+def _describe_file(path: Path) -> dict[str, Any]:
+    status = path.stat()
+    with path.open("rb") as file:
+        start = hashlib.sha256(file.read(_START)).hexdigest()[:16]
+    if status.st_size <= _START:
+        return {"bytes": status.st_size, "sha256": start}
+    seconds, nanoseconds = divmod(status.st_mtime_ns, 10**9)
+    changed = f"{datetime.fromtimestamp(seconds, UTC):%F %T}.{nanoseconds:09}"
+    return {"bytes": status.st_size, "sha256 of the start": start, "changed": changed}
+
+
+class Ledger:
+    """Which blocks are finished: their tensors are on the disk, and the journal says so.
+
+    Args:
+        journal: of this run.
+        writer: of the output's shards.
+        meter: takes the seconds that the interrupted run had spent, and gives those of the whole run.
+
+    Attributes:
+        finished: the records of finished blocks; those of blocks fed by one that came out otherwise when it was done again
+            are taken out.
+    """
+
+    def __init__(self, journal: Journal, writer: CheckpointWriter, meter: PhaseMeter) -> None:
+        self._journal, self._writer, self._meter = journal, writer, meter
+        self.finished: dict[int | None, BlockRecord] = {}
+        self._damaged: dict[int | None, BlockRecord] = {}
+
+    def verify(self, tell: Callable[[Event], None]) -> None:
+        """Take up the journal, comparing every finished tensor with its checksum; a line tells of each damaged block."""
+        records = self._journal.read()
+        if records:
+            self._meter.add(records[-1].phases)
+        held = current(records)
+        tell(Event(kind="phase", phase="verify", total=len(held)))
+        for done, (block, record) in enumerate(held.items(), 1):
+            with self._meter.phase("verify"):
+                damaged = [name for name, known in record.tensors.items() if self._writer.checksum(name) != known]
+            if damaged:
+                self._damaged[block] = record
+                again = "what follows the blocks" if block is None else f"block {block + 1}"
+                line = f"{damaged[0]} is not as it was written (checksum); {again} is done again"
+                tell(Event(kind="note", phase="verify", message=line))
+            else:
+                self.finished[block] = record
+                for name in record.tensors:
+                    self._writer.accept(name)
+            tell(Event(kind="progress", phase="verify", done=done, total=len(held)))
+
+    def record(
+        self,
+        block: int | None,
+        *,
+        layers: Sequence[LayerRecord],
+        written: Sequence[str],
+        notes: Sequence[str],
+        batch: int | None,
+        starts: Sequence[tuple[int, int]],
+        place: str,
+    ) -> None:
+        """Make a block's tensors durable, then note that it is finished."""
+        with self._meter.phase("write"):
+            self._writer.flush()
+            tensors = {name: self._writer.take_checksum(name) for name in written}
+        record = BlockRecord(
+            block=block,
+            layers=list(layers),
+            tensors=tensors,
+            batch=batch,
+            starts=list(starts),
+            place=place,
+            notes=list(notes),
+            phases=self._meter.records(),
+        )
+        with self._meter.phase("write"):
+            self._journal.append(record)
+        before = self._damaged.pop(block, None)
+        if before is not None and before.tensors != tensors:
+            for pile in (self.finished, self._damaged):
+                for other in [other for other in pile if comes_after(other, block)]:
+                    del pile[other]
+        self.finished[block] = record

@@ -1,0 +1,250 @@
+"""Triton kernels for the inner loops that are short of launches rather than of arithmetic.
+
+Each has a twin in plain tensor operations, where it is called and which the tests compare it with; without Triton, or on
+another device, the twin runs. The only kernel that multiplies matrices asks for full float32 ("ieee"), never TF32.
+
+    conjugate_gradients   the rows' whole iteration, a tile of rows at a time (rows.py)
+    gradient_step         one step of it but for the matrix product, for wider blocks (rows.py)
+    eliminate             SparseGPT's recursion over one panel of columns (sparsegpt.py)
+
+Those that select are in :mod:`thanos.solvers.kernels.selection`.
+"""
+
+# pyright: reportInvalidTypeForm=false
+# Triton reads ``tl.constexpr`` in a signature; the type checker, here without Triton, takes ``tl`` for a variable.
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from importlib import import_module
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+try:
+    triton: Any = import_module("triton")
+    tl: Any = import_module("triton.language")
+except ImportError:  # CPU builds of torch come without it
+    triton = tl = None
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def usable(tensor: Tensor) -> bool:
+    """Whether the kernels can work on this tensor."""
+    return triton is not None and tensor.is_cuda and tensor.dtype == torch.float32
+
+
+def _is_row_major(argument: object) -> bool:
+    return not isinstance(argument, Tensor) or argument.dim() < 2 or 1 in (argument.stride(1), argument.shape[1])
+
+
+def where_it_lies(launch: Callable[P, T]) -> Callable[P, T]:
+    """Launch on the device of the first argument: Triton launches on the current one, whatever it is handed.
+
+    The kernels take the rows of matrices for stretches of memory, and read nonsense where they are not.
+    """
+
+    @wraps(launch)
+    def there(*args: P.args, **kwargs: P.kwargs) -> T:
+        assert isinstance(args[0], Tensor)
+        assert all(map(_is_row_major, args))
+        # Nearly always the same, and to ask costs less than to switch.
+        if args[0].get_device() == torch.cuda.current_device():
+            return launch(*args, **kwargs)
+        with torch.cuda.device_of(args[0]):
+            return launch(*args, **kwargs)
+
+    return there
+
+
+if triton is not None:
+
+    @triton.jit
+    def _product(scratch, gram, row, column, rows, columns, BR: tl.constexpr, K: tl.constexpr, BK: tl.constexpr):
+        """Return scratch (BR rows of K) times gram, in full float32."""
+        result = tl.zeros((BR, K), tl.float32)
+        for k in range(0, columns, BK):
+            inner = k + tl.arange(0, BK)
+            spot = row.to(tl.int64)[:, None] * columns + inner[None, :]
+            left = tl.load(scratch + spot, mask=(row < rows)[:, None] & (inner < columns)[None, :], other=0.0)
+            there = (inner < columns)[:, None] & (column < columns)[None, :]
+            right = tl.load(gram + inner[:, None] * columns + column[None, :], mask=there, other=0.0)
+            result += tl.dot(left, right, input_precision="ieee")
+        return result
+
+    @triton.jit
+    def _conjugate_gradients_kernel(
+        gram, scale, norm, rhs, mask, solution, failed, scratch, rows, columns, rhs_stride, mask_stride,
+        tolerance, backward, steps, BR: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
+    ):  # fmt: skip
+        # The direction goes through memory (in practice the cache) to become an operand of the product again.
+        row = tl.program_id(0) * BR + tl.arange(0, BR)
+        column = tl.arange(0, K)
+        inside = (row < rows)[:, None] & (column < columns)[None, :]
+        wide = row.to(tl.int64)[:, None]
+        place = wide * columns + column[None, :]
+        support = tl.load(mask + wide * mask_stride + column[None, :], mask=inside, other=0) != 0
+        unit = tl.load(scale + column, mask=column < columns, other=0.0)[None, :]
+        w = tl.load(rhs + wide * rhs_stride + column[None, :], mask=inside, other=0.0) * unit
+        w = tl.where(support, w, 0.0)
+        r = w
+        d = w
+        x = tl.zeros((BR, K), tl.float32)
+        energy = tl.sum(w * w, 1)
+        size = energy
+        limit = energy * tolerance * tolerance
+        step = 0
+        going = tl.sum((energy > limit).to(tl.int32), 0)
+        while going > 0:
+            tl.store(scratch + place, d, mask=inside)
+            tl.debug_barrier()
+            image = _product(scratch, gram, row, column, rows, columns, BR, K, BK)
+            tl.debug_barrier()
+            image = tl.where(support, image, 0.0)
+            curvature = tl.sum(d * image, 1)
+            # A row that is done stays as it is, so that its result does not depend on the rows beside it.
+            active = (curvature > 0) & (energy > limit)
+            alpha = tl.where(active, energy / tl.where(active, curvature, 1.0), 0.0)
+            x += alpha[:, None] * d
+            r -= alpha[:, None] * image
+            new = tl.sum(r * r, 1)
+            d = r + tl.where(energy > 0, new / tl.where(energy > 0, energy, 1.0), 0.0)[:, None] * d
+            energy = new
+            step += 1
+            going = tl.where(step < steps, tl.sum((energy > limit).to(tl.int32), 0), 0)
+        tl.store(scratch + place, x, mask=inside)
+        tl.debug_barrier()
+        image = _product(scratch, gram, row, column, rows, columns, BR, K, BK)
+        rest = tl.where(support, image, 0.0) - w
+        bound = backward * (tl.sqrt(size) + tl.load(norm) * tl.sqrt(tl.sum(x * x, 1)))
+        good = (energy <= limit) & (tl.sum(rest * rest, 1) <= bound * bound)  # NaN is not good
+        tl.store(failed + row, (~good).to(tl.int8), mask=row < rows)
+        tl.store(solution + place, x * unit, mask=inside)
+
+    @triton.jit
+    def _gradient_step_kernel(
+        direction, image, mask, solution, residual, energy, rows, columns, BR: tl.constexpr, BC: tl.constexpr
+    ):
+        row = tl.program_id(0) * BR + tl.arange(0, BR)
+        column = tl.arange(0, BC)
+        inside = (row < rows)[:, None] & (column < columns)[None, :]
+        place = row.to(tl.int64)[:, None] * columns + column[None, :]
+        d = tl.load(direction + place, mask=inside, other=0.0)
+        support = tl.load(mask + place, mask=inside, other=0) != 0
+        a = tl.where(support, tl.load(image + place, mask=inside, other=0.0), 0.0)
+        old = tl.load(energy + row, mask=row < rows, other=0.0)
+        curvature = tl.sum(d * a, 1)
+        alpha = tl.where(curvature > 0, old / tl.where(curvature > 0, curvature, 1.0), 0.0)
+        tl.store(solution + place, tl.load(solution + place, mask=inside) + alpha[:, None] * d, mask=inside)
+        r = tl.load(residual + place, mask=inside, other=0.0) - alpha[:, None] * a
+        tl.store(residual + place, r, mask=inside)
+        new = tl.sum(r * r, 1)
+        beta = tl.where(old > 0, new / tl.where(old > 0, old, 1.0), 0.0)
+        tl.store(direction + place, r + beta[:, None] * d, mask=inside)
+        tl.store(energy + row, new, mask=row < rows)
+
+    @triton.jit
+    def _eliminate_kernel(
+        weight, removed, zeros, upper, dead, errors, rows, columns, weight_stride, removed_stride, zeros_stride,
+        errors_stride, N: tl.constexpr, M: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    ):  # fmt: skip
+        # A tile of rows goes through the panel's columns on its own; M = 0: ``removed`` is given, else decided by groups.
+        row = tl.program_id(0) * BR + tl.arange(0, BR)
+        column = tl.arange(0, BC)
+        inside = (row < rows)[:, None] & (column < columns)[None, :]
+        wide = row.to(tl.int64)[:, None]
+        w = tl.load(weight + wide * weight_stride + column[None, :], mask=inside, other=0.0)
+        gone = tl.load(removed + wide * removed_stride + column[None, :], mask=inside, other=0).to(tl.int32)
+        error = tl.zeros((BR, BC), tl.float32)
+        zero, alive, diagonal = gone, column < columns, column
+        if M > 0:
+            zero = tl.load(zeros + wide * zeros_stride + column[None, :], mask=inside, other=0)
+            alive = tl.load(dead + column, mask=column < columns, other=1) == 0
+            diagonal = tl.load(upper + column * columns + column, mask=column < columns, other=1.0)
+        for j in range(columns):
+            if M > 0:  # noqa: SIM102, known when compiled
+                if j % M == 0:
+                    group = (column >= j) & (column < j + M)
+                    score = tl.where(alive[None, :], tl.abs(w) / diagonal[None, :], 0.0)
+                    score = tl.where(zero != 0, -1.0, score)
+                    for i in range(M):
+                        this = column[None, :] == j + i
+                        mine = tl.sum(tl.where(this, score, 0.0), 1)[:, None]
+                        before = (score < mine) | ((score == mine) & (column[None, :] < j + i))
+                        rank = tl.sum((group[None, :] & before).to(tl.int32), 1)[:, None]
+                        gone = tl.where(this & (rank < M - N), 1, gone)
+            here = column[None, :] == j
+            line = tl.load(upper + j * columns + column, mask=(column >= j) & (column < columns), other=0.0)
+            pivot = tl.load(upper + j * columns + j)
+            e = tl.sum(tl.where(here & (gone != 0), w, 0.0), 1) / pivot
+            w = w - e[:, None] * line[None, :]
+            error = tl.where(here, e[:, None], error)
+        tl.store(weight + wide * weight_stride + column[None, :], w, mask=inside)
+        tl.store(errors + wide * errors_stride + column[None, :], error, mask=inside)
+        if M > 0:
+            tl.store(removed + wide * removed_stride + column[None, :], gone.to(tl.int8), mask=inside)
+
+
+WIDEST_SYSTEM = 256
+"""Columns that :func:`conjugate_gradients` takes: a tile of rows, four matrices of it, stays in registers."""
+
+
+@where_it_lies
+def conjugate_gradients(
+    gram: Tensor, scale: Tensor, norm: Tensor, rhs: Tensor, mask: Tensor, tolerance: float, backward: float, steps: int
+) -> tuple[Tensor, Tensor]:
+    """Solve the rows' scaled systems to the end; return x ∘ scale (c, k), and which rows are not solved (c,) bool.
+
+    ``gram`` (k, k) is scaled to a unit diagonal and contiguous, ``scale`` (k,) is how, ``norm`` 0-d bounds its norm.
+    """
+    rows, columns = rhs.shape
+    width = max(16, triton.next_power_of_2(columns))
+    solution, scratch = torch.empty(2, rows, columns, device=rhs.device)
+    failed = torch.empty(rows, dtype=torch.bool, device=rhs.device)
+    _conjugate_gradients_kernel[(triton.cdiv(rows, 32),)](
+        gram, scale, norm, rhs, mask.view(torch.int8), solution, failed.view(torch.int8), scratch, rows, columns,
+        rhs.stride(0), mask.stride(0), tolerance, backward, steps,
+        BR=32, K=width, BK=min(32, width), num_warps=4 if width <= 128 else 8,
+    )  # fmt: skip
+    return solution, failed
+
+
+@where_it_lies
+def gradient_step(
+    direction: Tensor, image: Tensor, mask: Tensor, solution: Tensor, residual: Tensor, energy: Tensor
+) -> None:
+    """Finish a step of conjugate gradients in place, given ``image`` = direction · matrix; all (c, k), ``energy`` (c,)."""
+    rows, columns = direction.shape
+    width = triton.next_power_of_2(columns)
+    height = max(1, 2048 // width)
+    _gradient_step_kernel[(triton.cdiv(rows, height),)](
+        direction, image, mask.view(torch.int8), solution, residual, energy, rows, columns,
+        BR=height, BC=width, num_warps=4 if width <= 2048 else 8,
+    )  # fmt: skip
+
+
+WIDEST_PANEL = 128
+"""Columns that :func:`eliminate` takes at once: a tile of rows stays in registers."""
+
+WIDEST_STEP = 8192
+"""Columns that :func:`gradient_step` takes."""
+
+
+@where_it_lies
+def eliminate(
+    weight: Tensor, removed: Tensor, zeros: Tensor, upper: Tensor, dead: Tensor, errors: Tensor, n: int, m: int
+) -> None:
+    """Run SparseGPT's recursion over a panel, (c, k) with k at most 128, in place; ``errors`` (c, k) takes W_ij / U_jj.
+
+    ``removed`` is given for m = 0, else decided group by group. ``upper`` (k, k) is contiguous.
+    """
+    rows, columns = weight.shape
+    _eliminate_kernel[(triton.cdiv(rows, 16),)](
+        weight, removed.view(torch.int8), zeros.view(torch.int8), upper, dead.view(torch.int8), errors, rows, columns,
+        weight.stride(0), removed.stride(0), zeros.stride(0), errors.stride(0),
+        N=n, M=m, BR=16, BC=triton.next_power_of_2(columns), num_warps=4,
+    )  # fmt: skip

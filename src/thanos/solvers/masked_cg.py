@@ -1,0 +1,199 @@
+"""The rows' small systems: one symmetric positive definite matrix, a different support for every row.
+
+For each row, x_P G_PP = w_P with x zero outside the row's support P. All rows are solved at once by conjugate gradients on
+c × k matrices, the supports as a mask: A(x) = (x G) ∘ M is exactly G_PP on the support, so nothing is gathered and every
+step is one c × k by k × k product. G and w are scaled to a unit diagonal first (Jacobi's preconditioner, applied once), so
+that a step needs one inner product for its length and one that serves both the direction and the stopping rule.
+
+The stopping rule has a guarantee: the residual that the recurrence carries along must fall to ``TOLERANCE``, and then the
+true one, w − (x G) ∘ M computed afresh, must be that of a system nearby (``BACKWARD``). Rows that miss either, as happens
+with nearly singular G, are solved directly in float64. So the result never depends on the iteration having converged.
+
+On a GPU the whole iteration of a block of up to 256 columns is one kernel, in which a tile of rows stops when its rows are
+done; wider blocks take a product and a kernel a step. Whether some row has to be solved directly the host asks once a
+block, or, where none is expected to, once a layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from thanos.solvers.kernels import solve as kernels
+from thanos.solvers.masking import only
+from thanos.solvers.row_shards import ALONE, Peers
+
+TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
+"""Residual of a row's scaled system, relative to its right-hand side, at which it counts as solved: ten units of rounding."""
+
+BACKWARD = {torch.float32: 1e-5, torch.float64: 1e-11}
+"""Bound for the true residual, relative to ‖w‖ + ‖G‖·‖x‖: x then solves a system with G and w changed by that little."""
+
+MAX_STEPS = 60
+"""Well-conditioned blocks need 8 to 15 steps; past this the direct solve is the better way."""
+
+_DIRECT_ENTRIES = 1 << 25
+"""Entries of the batch of k × k matrices that the direct solve holds at once (256 MiB in float64)."""
+
+_PATIENCE = 2
+"""Steps between one question whether all rows are done and the next, on a device where asking costs a round trip."""
+
+
+def solve_rows(gram: Tensor, rhs: Tensor, mask: Tensor, root: Tensor | None = None, peers: Peers = ALONE) -> Tensor:
+    """Solve ``x_P gram_PP = rhs_P`` for every row.
+
+    Args:
+        gram: symmetric positive definite, (k, k).
+        rhs: right-hand sides, (c, k); entries outside the mask are ignored.
+        mask: the supports, (c, k) bool.
+        root: optional R, (k, k), with gram = RᵀR; the direct solve then forms gram in float64 from it.
+        peers: see :class:`RowSolver`.
+
+    Returns:
+        The solutions, (c, k), zero outside the mask.
+    """
+    return RowSolver(peers=peers).solve(gram, rhs, mask, root)
+
+
+@dataclass(slots=True)
+class RowSolver:
+    """Solves block after block, remembering how many steps the last one took.
+
+    Attributes:
+        steps: after which the rows are first asked whether they are done.
+        direct: rows that had to be solved directly so far.
+        peers: the processes that solve the other rows. All take as many steps, or a row's last bits would depend on which
+            rows are solved with it.
+        hopeful: where a kernel solves, take it that no row fails, and ask the device nothing until :meth:`failed` does:
+            then everything has to be solved again without this.
+    """
+
+    steps: int = 8
+    direct: int = 0
+    peers: Peers = ALONE
+    hopeful: bool = False
+    _unsolved: Tensor | None = None
+
+    def failed(self) -> bool:
+        """Tell whether some row of any process was hoped to be solved and is not."""
+        return self._unsolved is not None and bool(self.peers.sum_(self._unsolved))
+
+    def solve(self, gram: Tensor, rhs: Tensor, mask: Tensor, root: Tensor | None = None) -> Tensor:
+        """See :func:`solve_rows`."""
+        scale = gram.diagonal().rsqrt()
+        scaled = (gram * scale[:, None] * scale).contiguous()
+        if kernels.usable(rhs) and gram.shape[0] <= kernels.WIDEST_SYSTEM:
+            limits = TOLERANCE[rhs.dtype], BACKWARD[rhs.dtype]
+            solution, unsolved = kernels.conjugate_gradients(
+                scaled, scale, _norm(scaled), rhs, mask, *limits, MAX_STEPS
+            )
+            if self.hopeful:
+                count = torch.count_nonzero(unsolved)
+                self._unsolved = count if self._unsolved is None else self._unsolved + count
+                return solution
+            failed = unsolved.nonzero().squeeze(1)
+        else:
+            solution, failed = self._iterate(scaled, only(rhs, mask).mul_(scale), mask)
+            solution *= scale
+        if failed is not None and failed.numel():
+            self.direct += failed.numel()
+            exact = gram.double() if root is None else root.double().T @ root.double()
+            for rows in failed.split(max(1, _DIRECT_ENTRIES // max(1, gram.shape[0]) ** 2)):
+                solution[rows] = _direct(exact, rhs[rows].double(), mask[rows]).to(gram.dtype)
+        return solution
+
+    def _iterate(self, gram: Tensor, rhs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the solutions of the scaled systems, and the rows that are not solved; None if there are none."""
+        step = _fused_step if kernels.usable(rhs) and rhs.shape[1] <= kernels.WIDEST_STEP else _Step(rhs, mask)
+        solution, residual, direction = torch.zeros_like(rhs), rhs.clone(), rhs.clone()
+        image = torch.empty_like(rhs)
+        start = _squares(rhs)
+        energy, limit = start.clone(), start * TOLERANCE[rhs.dtype] ** 2
+        cpu = rhs.device.type == "cpu"
+        patience = 1 if cpu else _PATIENCE
+        look = min(self.steps - 1 if cpu else self.steps, MAX_STEPS)
+        for count in range(1, MAX_STEPS + 1):
+            torch.mm(direction, gram, out=image)
+            step(direction, image, mask, solution, residual, energy)
+            if count >= look and (count - look) % patience == 0:
+                failed = self._failed(
+                    gram, rhs, mask, solution, energy, limit, start, last=count + patience > MAX_STEPS
+                )
+                if failed is not None:
+                    self.steps = max(2, count)
+                    return solution, failed if failed.numel() else None
+        raise AssertionError("the last step is always looked at")
+
+    def _failed(
+        self,
+        gram: Tensor,
+        rhs: Tensor,
+        mask: Tensor,
+        x: Tensor,
+        energy: Tensor,
+        limit: Tensor,
+        start: Tensor,
+        *,
+        last: bool,
+    ) -> Tensor | None:
+        """Return the rows that are not solved, or None if more steps should be tried first."""
+        # "not <=" rather than ">" so that a row that turned NaN counts as unsolved.
+        waiting = ~(energy <= limit)
+        if rhs.device.type == "cpu" and not last and bool(self.peers.sum_(waiting.sum())):
+            return None
+        true = _squares(only(x @ gram, mask).sub_(rhs))
+        wrong = ~(true <= (BACKWARD[rhs.dtype] * (start.sqrt() + _norm(gram) * _squares(x).sqrt())) ** 2)
+        counts = self.peers.sum_(torch.stack([waiting.sum(), (waiting | wrong).sum()])).tolist()
+        if counts[1] == 0:
+            return waiting.new_empty(0, dtype=torch.int64)
+        if counts[0] and not last:
+            return None
+        return (waiting | wrong).nonzero().squeeze(1)
+
+
+class _Step:
+    """The twin of :func:`~thanos.solvers.kernels.solve.gradient_step` in plain tensor operations."""
+
+    def __init__(self, like: Tensor, mask: Tensor) -> None:
+        self._scratch, self._support = torch.empty_like(like), mask.to(like.dtype)
+
+    def __call__(
+        self, direction: Tensor, image: Tensor, mask: Tensor, solution: Tensor, residual: Tensor, energy: Tensor
+    ) -> None:
+        image *= self._support
+        curvature = torch.mul(direction, image, out=self._scratch).sum(1)
+        alpha = torch.where(curvature > 0, energy / curvature, 0.0)[:, None]
+        solution.addcmul_(alpha, direction)
+        residual.addcmul_(alpha, image, value=-1)
+        following = torch.mul(residual, residual, out=self._scratch).sum(1)
+        beta = torch.where(energy > 0, following / energy, 0.0)[:, None]
+        torch.addcmul(residual, beta, direction, out=direction)
+        energy.copy_(following)
+
+
+def _fused_step(*arguments: Tensor) -> None:
+    kernels.gradient_step(*arguments)
+
+
+def _norm(gram: Tensor) -> Tensor:
+    """Return the ∞-norm, an upper bound of the 2-norm."""
+    return gram.abs().sum(1).max()
+
+
+def _squares(rows: Tensor) -> Tensor:
+    return torch.linalg.vecdot(rows, rows)
+
+
+def _direct(gram: Tensor, rhs: Tensor, mask: Tensor) -> Tensor:
+    """Solve the rows by batched Cholesky, the unit matrix outside each support; all float64."""
+    support = mask.to(gram.dtype)
+    matrices = gram * (support[:, :, None] * support[:, None, :])
+    matrices.diagonal(dim1=1, dim2=2).add_(1.0 - support)
+    factor, info = torch.linalg.cholesky_ex(matrices)
+    solution = torch.cholesky_solve(rhs[:, :, None], factor).squeeze(2)
+    broken = (info != 0).nonzero().squeeze(1)
+    if broken.numel():  # rounding made a nearly singular system indefinite: the least-norm solution is still exact
+        solution[broken] = (torch.linalg.pinv(matrices[broken], hermitian=True) @ rhs[broken, :, None]).squeeze(2)
+    return solution * support

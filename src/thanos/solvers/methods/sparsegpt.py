@@ -1,0 +1,147 @@
+"""SparseGPT (Frantar and Alistarh, 2023): one column after the other, errors carried to the right.
+
+With H⁻¹ = UᵀU, removing W_ij and compensating in the columns to its right only changes row i by
+
+    W[i, j:] −= (W_ij / U_jj) · U[j, j:],
+
+at the cost W_ij² / U_jj², by which, or by its root, weights are ranked. Columns are taken in panels inside blocks inside the
+matrix, so that most of the arithmetic is matrix products; on a GPU a panel is one kernel, which keeps a tile of rows in
+registers. The result is that of the column-by-column recursion up to rounding.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from thanos.patterns.columns import Columns
+from thanos.patterns.nm import NM
+from thanos.patterns.unstructured import Unstructured
+from thanos.solvers.kernels import solve as kernels
+from thanos.solvers.masking import clear_
+from thanos.solvers.problem import Problem
+from thanos.solvers.selection import KernelSearch, column_mask, group_mask, smallest_mask
+
+_PANEL = 16
+"""Columns whose updates go to one another directly; wider panels do more work column by column."""
+
+
+def sparsegpt(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Prune by the recursion above; the mask of a block is chosen when the block (for n:m: the group) is reached."""
+    weight, upper = problem.weight.clone(memory_format=torch.contiguous_format), problem.upper
+    removed = problem.zeros.clone()
+    if isinstance(problem.pattern, Columns):
+        scores = _scores(problem, problem.whole, 0).square_().sum(0)
+        removed |= column_mask(scores, problem.budget.columns, weight.shape[0])
+    counts = _block_budgets(problem) if isinstance(problem.pattern, Unstructured) else {}
+    search = KernelSearch(problem.peers)
+    for start, stop in problem.blocks():
+        if counts:
+            removed[:, start:stop] = _block_mask(problem, weight[:, start:stop], start, counts[start], search)
+        errors = _eliminate_block(problem, weight[:, start:stop], removed[:, start:stop], start)
+        if stop < weight.shape[1]:
+            weight[:, stop:].addmm_(errors, upper[start:stop, stop:], alpha=-1)
+    return clear_(weight, removed), removed
+
+
+def _scores(problem: Problem, weight: Tensor, start: int) -> Tensor:
+    """Return |W_ij| / U_jj for columns from ``start`` on; 0 where the input was always zero."""
+    return (weight * _reciprocals(problem)[start : start + weight.shape[1]]).abs_()
+
+
+def _block_mask(problem: Problem, weight: Tensor, start: int, count: int, search: KernelSearch) -> Tensor:
+    """Return the ``count`` entries of a block, over all processes, that cost least."""
+    if kernels.usable(weight):
+        stop = start + weight.shape[1]
+        zeros = None if problem.some_zeros is None else problem.some_zeros[:, start:stop]
+        wanted = torch.full((), count, dtype=torch.int64, device=weight.device)
+        return search.smallest(weight, _reciprocals(problem)[start:stop], zeros, wanted)
+    scores = problem.mark_zeros(_scores(problem, weight, start), start)
+    return smallest_mask(scores, count, problem.peers)
+
+
+def _reciprocals(problem: Problem) -> Tensor:
+    """Return 1 / U_jj, 0 where the input was always zero: |W_ij| / U_jj ranks as its square does."""
+    assert problem.inputs is not None
+    return problem.upper.diagonal().reciprocal().masked_fill_(problem.inputs.dead, 0.0)
+
+
+def _block_budgets(problem: Problem) -> dict[int, int]:
+    """Return how many entries each block gives, by its first column, so that the matrix ends on its budget exactly.
+
+    The running total follows the share of columns passed, except that zeros already there, in the block and further right,
+    have the first claim: a block gives at least its own zeros, which score below everything else.
+    """
+    columns = problem.weight.shape[1]
+    tally = torch.cat([problem.zeros.sum(0), problem.zeros.new_full((1,), problem.weight.shape[0], dtype=torch.int64)])
+    *zeros, rows = problem.peers.sum_(tally).tolist()
+    total = max(problem.budget.weights, sum(zeros))
+    counts, spent = {}, 0
+    for start, stop in problem.blocks():
+        target = total * stop // columns - spent
+        # What this block leaves must fit into the columns to its right.
+        target = max(target, total - spent - rows * (columns - stop))
+        counts[start] = max(min(target, total - spent - sum(zeros[stop:])), sum(zeros[start:stop]))
+        spent += counts[start]
+    return counts
+
+
+def _eliminate_block(problem: Problem, weight: Tensor, removed: Tensor, offset: int) -> Tensor:
+    """Run the recursion on one block in place; return the errors W_ij / U_jj of what was removed, (c, k).
+
+    ``weight`` and ``removed`` are views of the block's columns; for n:m ``removed`` is filled in on the way.
+    """
+    width, group = weight.shape[1], problem.pattern.group
+    upper = problem.upper[offset : offset + width, offset : offset + width]
+    if not kernels.usable(weight) or group > kernels.WIDEST_PANEL:
+        return _eliminate_lines(problem, weight, removed, upper.contiguous(), offset)
+    errors = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    panel = kernels.WIDEST_PANEL // group * group
+    for start in range(0, width, panel):
+        stop = min(start + panel, width)
+        errors[:, start:stop] = _eliminate_panel_fused(
+            problem, weight[:, start:stop], removed[:, start:stop], upper[start:stop, start:stop], offset + start
+        )
+        if stop < width:
+            weight[:, stop:].addmm_(errors[:, start:stop], upper[start:stop, stop:], alpha=-1)
+    return errors
+
+
+def _eliminate_panel_fused(problem: Problem, weight: Tensor, removed: Tensor, upper: Tensor, offset: int) -> Tensor:
+    """Run the recursion on one panel, every row's within one kernel."""
+    assert problem.inputs is not None
+    errors = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    columns = slice(offset, offset + weight.shape[1])
+    n, m = (problem.pattern.n, problem.pattern.m) if isinstance(problem.pattern, NM) else (0, 0)
+    dead, zeros = problem.inputs.dead[columns], problem.zeros[:, columns]
+    kernels.eliminate(weight, removed, zeros, upper.contiguous(), dead, errors, n, m)
+    return errors
+
+
+def _eliminate_lines(problem: Problem, weight: Tensor, removed: Tensor, upper: Tensor, offset: int) -> Tensor:
+    """The same for a block, column by column within panels. Works on the transpose: a column is one stretch of memory."""
+    width, group = weight.shape[1], problem.pattern.group
+    lines, reciprocal = weight.contiguous().T.contiguous(), upper.diagonal().reciprocal()[:, None]
+    divided = removed.contiguous().T.to(weight.dtype).mul_(reciprocal)  # 1 / U_jj where a weight goes, 0 where it stays
+    errors = torch.empty_like(lines)
+    panel = max(group, _PANEL) // group * group
+    for start in range(0, width, panel):
+        stop = min(start + panel, width)
+        for j in range(start, stop):
+            if isinstance(problem.pattern, NM) and j % group == 0:
+                some = slice(j, j + group)
+                chosen = _choose_group(problem, lines[some], offset + j)
+                divided[some] = torch.maximum(divided[some], chosen * reciprocal[some])
+            torch.mul(lines[j], divided[j], out=errors[j])
+            lines[j + 1 : stop].addr_(upper[j, j + 1 : stop], errors[j], alpha=-1)
+        lines[stop:].addmm_(upper[start:stop, stop:].T, errors[start:stop], alpha=-1)
+    weight.copy_(lines.T.contiguous())
+    if isinstance(problem.pattern, NM):
+        removed.copy_(divided.to(torch.bool).T)
+    return errors.T
+
+
+def _choose_group(problem: Problem, lines: Tensor, start: int) -> Tensor:
+    """Decide the n:m group that begins at column ``start``, on its weights (m, c) as they are now; (m, c) bool."""
+    scores = problem.mark_zeros(_scores(problem, lines.T, start), start)
+    return group_mask(scores.T, problem.nm.m - problem.nm.n)

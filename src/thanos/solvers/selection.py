@@ -1,0 +1,311 @@
+"""Exact selection: which entries are the smallest, with a documented order among equals.
+
+Scores are at least 0, or −1 where a weight is already zero and must stay so. Among equal scores the entry with the lower
+flat (row-major) index goes first. Exactly the requested number is selected, never one more or less.
+
+The k-th smallest is found in linear time, without sorting: the bit pattern of a float, read as an integer, orders
+non-negative floats as their values do (and −1 sorts below them), so histograms of a few bits at a time, from the top,
+narrow it down to one pattern. Only integer counts are compared, so rows held by other processes (:mod:`.peers`) join in
+by adding up histograms, and nothing waits for the host. On the CPU, where a histogram is slow and asking costs nothing, a
+sample brackets the k-th value instead, and only what lies within the bracket is searched.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+
+import torch
+from torch import Tensor
+
+from thanos.solvers.kernels import selection as selection_kernels
+from thanos.solvers.kernels import solve as kernels
+from thanos.solvers.row_shards import ALONE, Peers
+
+_DIGIT = 16
+"""Bits resolved by one histogram of the general path: two or four of them for float32 or float64."""
+
+
+_SAMPLE = 1 << 14
+"""Entries that bracket the k-th value on the CPU: the bracket then holds about one entry in thirty."""
+
+
+_IN_CACHE = 1 << 17
+"""Entries compared at once on the CPU, so that one comparison after the other finds them in the cache."""
+
+
+def smallest_mask(scores: Tensor, count: int | Tensor, peers: Peers = ALONE) -> Tensor:
+    """Return a bool mask of the shape of ``scores`` with ``count`` True, at the smallest entries.
+
+    Args:
+        scores: any shape, float32 or float64; this process's rows.
+        count: how many, over all processes: a number, or a 0-d integer tensor that is not read by the host; below 0 counts
+            as 0, more than there are as all.
+        peers: the processes that hold the other rows.
+    """
+    if peers.size == 1 and scores.device.type == "cpu":
+        return _smallest_on_cpu(scores, int(count))
+    if kernels.usable(scores):  # also without rows, or the processes would add up different histograms
+        lines = scores[None] if scores.dim() == 1 else scores.flatten(0, -2).contiguous()
+        total = peers.sum_(_count(scores.numel(), scores))
+        return KernelSearch(peers).smallest(lines, None, None, _bounded(count, total)).view(scores.shape)
+    keys = _ordered_bits(scores)
+    key, missing = kth_key(keys, count, peers)
+    below, equal = keys < key, keys == key
+    rank = equal.view(-1).cumsum(0).view(equal.shape) + peers.before(equal.sum())
+    return below | (equal & (rank <= missing))
+
+
+def _count(number: int | Tensor, like: Tensor) -> Tensor:
+    """Return a whole number as a 0-d tensor beside ``like``, filled there rather than copied from the host."""
+    return number if isinstance(number, Tensor) else torch.full((), number, dtype=torch.int64, device=like.device)
+
+
+def _bounded(count: int | Tensor, total: Tensor) -> Tensor:
+    return torch.minimum(_count(count, total), total).clamp_min(0)
+
+
+class KernelSearch:
+    """Searches by the kernels; remembers where the last k-th value lay, since the next is rarely far from it.
+
+    Four passes over the weight, scoring on the way, and one over the columns that are asked for; the fourth, and the search
+    for ties, return at once where they are not needed. Nothing waits for the host.
+    """
+
+    def __init__(self, peers: Peers = ALONE) -> None:
+        self._peers = peers
+        self._window: Tensor | None = None
+
+    def smallest(
+        self, weight: Tensor, norms: Tensor | None, zeros: Tensor | None, count: Tensor, width: int | None = None
+    ) -> Tensor:
+        """Return which of the first ``width`` columns (default: all) are among the ``count`` smallest of the whole.
+
+        Args:
+            weight: (c, k) float32.
+            norms: scores are |W_ij|·norm_j; None if ``weight`` holds scores.
+            zeros: entries that come first, (c, k) bool; None if there are none.
+            count: 0-d int64, between 0 and the number of entries.
+            width: columns asked for.
+        """
+        if self._window is None:
+            self._window = torch.zeros((), dtype=torch.int32, device=weight.device)
+        histograms = torch.zeros(4, 1 << selection_kernels.BITS, dtype=torch.int32, device=weight.device)
+        for round_ in (0, 3, 1, 2):
+            selection_kernels.score_histogram(weight, norms, zeros, histograms, count, self._window, round_)
+            self._peers.sum_(histograms[round_])
+        ties = selection_kernels.tie_counts(weight, norms, zeros, histograms, count, self._window)
+        before = ties.cumsum(0).sub_(ties)
+        if self._peers.size > 1:
+            before += self._peers.before(ties.sum())
+        window, self._window = self._window, torch.empty_like(self._window)
+        return selection_kernels.block_mask(
+            weight[:, :width],
+            None if norms is None else norms[:width],
+            None if zeros is None else zeros[:, :width],
+            histograms,
+            count,
+            window,
+            self._window,
+            before,
+        )
+
+
+class ResidualMask:
+    """Thanos' global residual mask: of everything that is left, the smallest scores, of which each block takes its part.
+
+    Args:
+        norms: ‖X_j‖₂ of all columns, (b,).
+        zeros: entries that score below all others, (c, b) bool; None if there are none.
+        budget: entries to remove, over all processes, 0-d integer tensor on the device; counted down there, not by the host.
+        peers: the processes that hold the other rows.
+    """
+
+    def __init__(self, norms: Tensor, zeros: Tensor | None, budget: Tensor, peers: Peers = ALONE) -> None:
+        self._norms, self._zeros, self._left, self._peers = norms, zeros, budget.clone(), peers
+        self._search = KernelSearch(peers)
+        self._scratch: Tensor | None = None
+
+    def take(self, weight: Tensor, start: int, stop: int) -> Tensor:
+        """Return which entries of columns [start, stop) of ``weight`` (c, b), as it is now, go; (c, stop − start) bool."""
+        if kernels.usable(weight):
+            zeros = None if self._zeros is None else self._zeros[:, start:]
+            rest, norms = weight[:, start:], self._norms[start:]
+            chosen = self._search.smallest(rest, norms, zeros, self._left, stop - start)
+        else:
+            chosen = self._by_scores(weight[:, start:], start, stop - start)
+        self._left -= self._peers.sum_(torch.count_nonzero(chosen))
+        return chosen
+
+    def _by_scores(self, rest: Tensor, start: int, width: int) -> Tensor:
+        scores = self._scores(rest, start)
+        if rest.device.type != "cpu" or self._peers.size > 1:
+            return smallest_mask(scores, self._left, self._peers)[:, :width]
+        left, block = int(self._left), scores[:, :width]
+        if not 0 < left < scores.numel():
+            return torch.full(block.shape, left > 0, dtype=torch.bool)
+        threshold, equals, missing = kth_on_cpu(scores, left)
+        return block <= threshold if equals == missing else smallest_mask(scores, left)[:, :width]
+
+    def _scores(self, rest: Tensor, start: int) -> Tensor:
+        if self._scratch is None:
+            self._scratch = torch.empty(rest.numel(), dtype=rest.dtype, device=rest.device)
+        scores = self._scratch[: rest.numel()].view(rest.shape)
+        torch.mul(rest, self._norms[start:], out=scores).abs_()
+        return scores if self._zeros is None else scores.masked_fill_(self._zeros[:, start:], -1.0)
+
+
+def _smallest_on_cpu(scores: Tensor, count: int) -> Tensor:
+    if count <= 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    if count >= scores.numel():
+        return torch.ones_like(scores, dtype=torch.bool)
+    threshold, equals, missing = kth_on_cpu(scores, count)
+    if equals == missing:
+        return scores <= threshold
+    equal = scores == threshold
+    return (scores < threshold) | (equal & (equal.reshape(-1).cumsum(0).view(scores.shape) <= missing))
+
+
+def kth_on_cpu(scores: Tensor, k: int) -> tuple[float, int, int]:
+    """Return the k-th smallest entry (k from 1), how many entries equal it, and how many of those are among the k."""
+    flat, below = scores.reshape(-1), 0
+    candidates = flat
+    if flat.numel() > 8 * _SAMPLE:
+        # An odd stride, or whole columns of a matrix would be passed over.
+        sample = flat[:: flat.numel() // _SAMPLE | 1].contiguous()
+        middle, slack = 1 + (k - 1) * len(sample) // flat.numel(), 2 * int(len(sample) ** 0.5)
+        low = sample.kthvalue(max(1, middle - slack)).values
+        high = sample.kthvalue(min(len(sample), middle + slack)).values
+        under, inside = _bracketed(flat, low, high)
+        if under < k <= under + inside.numel():  # else the sample misled: search everything
+            candidates, below = inside, under
+    value = torch.kthvalue(candidates, k - below).values
+    smaller = below + int(torch.count_nonzero(candidates < value))
+    return value.item(), int(torch.count_nonzero(candidates == value)), k - smaller
+
+
+_WORD = 8
+"""Entries that are looked for together: their truth values are one integer."""
+
+
+def _bracketed(flat: Tensor, low: Tensor, high: Tensor) -> tuple[int, Tensor]:
+    """Return how many entries lie below ``low``, and those from ``low`` to ``high``, both included."""
+    whole = flat.numel() // _WORD * _WORD
+    under, parts = int(torch.count_nonzero(flat[whole:] < low)), [flat[whole:]]
+    # Numbers instead of truth values where they are counted and subtracted: faster to make, and these sums are exact.
+    first, upto = torch.empty(2, min(whole, _IN_CACHE), dtype=flat.dtype)
+    for some in flat[:whole].split(_IN_CACHE):
+        first, upto = first[: len(some)], upto[: len(some)]
+        under += int(torch.lt(some, low, out=first).sum())
+        words = torch.le(some, high, out=upto).sub_(first).to(torch.bool).view(torch.int64)
+        parts.append(some.view(-1, _WORD)[words.nonzero().squeeze(1)].view(-1))
+    found = torch.cat(parts)
+    return under, found[(found >= low).logical_and_(found <= high)]
+
+
+def _ordered_bits(scores: Tensor) -> Tensor:
+    # Adding zero makes −0 to 0.
+    return (scores + 0.0).view(torch.int64 if scores.dtype == torch.float64 else torch.int32)
+
+
+def kth_key(keys: Tensor, count: int | Tensor, peers: Peers) -> tuple[Tensor, Tensor]:
+    """Return the bit pattern of the ``count``-th smallest, and how many of the entries that equal it are wanted.
+
+    Both are 0-d; where nothing is wanted the pattern is below all others.
+    """
+    missing = _bounded(count, peers.sum_(_count(keys.numel(), keys)))
+    nothing = missing == 0
+    missing = missing.clamp_min(1)
+    bits = keys.element_size() * 8
+    flat, prefix = keys.reshape(-1), torch.zeros((), dtype=torch.int64, device=keys.device)
+    ones = torch.ones((), dtype=torch.int64, device=keys.device).expand(flat.numel())
+    for shift in range(bits - _DIGIT, -1, -_DIGIT):
+        high = flat.to(torch.int64) >> shift
+        # The top digit is signed: moved up so that it counts from 0.
+        digit = high + (1 << (_DIGIT - 1)) if shift == bits - _DIGIT else high - (prefix << _DIGIT)
+        inside = (digit >= 0) & (digit < 1 << _DIGIT)
+        bins = torch.where(inside, digit, 1 << _DIGIT)
+        histogram = torch.zeros((1 << _DIGIT) + 1, dtype=torch.int64, device=keys.device).scatter_add_(0, bins, ones)
+        histogram = peers.sum_(histogram)[:-1]
+        below = histogram.cumsum(0)
+        chosen = torch.searchsorted(below, missing)
+        missing = missing - (below.take(chosen) - histogram.take(chosen))  # indexing would ask the device
+        prefix = chosen - (1 << (_DIGIT - 1)) if shift == bits - _DIGIT else (prefix << _DIGIT) + chosen
+    lowest = torch.iinfo(keys.dtype).min
+    return torch.where(nothing, lowest, prefix).to(keys.dtype), torch.where(nothing, 0, missing)
+
+
+def row_smallest_mask(scores: Tensor, counts: Tensor | int) -> Tensor:
+    """Return a mask with exactly ``counts`` (an int, or one per row) True in each row of ``scores`` (c, b)."""
+    order = scores.sort(dim=1, stable=True).indices
+    if isinstance(counts, int):
+        chosen = order[:, :counts]
+        return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, chosen, True)
+    chosen = torch.arange(scores.shape[1], device=scores.device) < counts[:, None]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, chosen)
+
+
+def even_rows_mask(scores: Tensor, count: int, peers: Peers = ALONE) -> Tensor:
+    """Select ``count`` entries over the rows of all processes, the same number per row up to one.
+
+    Each row gives ⌊count / rows⌋; what is left over comes from the rows whose next score is smallest, so that the
+    result does not depend on the order of the rows. A row with more zeros than that gives them all, and the others that
+    much less.
+    """
+    columns = scores.shape[1]
+    rows = int(peers.sum_(torch.tensor(scores.shape[0], device=scores.device))) if peers.size > 1 else scores.shape[0]
+    count = min(count, rows * columns)
+    zeros = (scores < 0).sum(1)
+
+    def given(level: int) -> int:
+        return int(peers.sum_(zeros.clamp_min(level).sum()))
+
+    level = count // rows
+    if given(level) > count:  # the highest level that is not too much; below 0 there are too many zeros for any
+        level = bisect.bisect_right(range(level), count, key=given) - 1
+    if level < 0:
+        return scores < 0
+    counts, extra = zeros.clamp_min(level), count - given(level)
+    if extra:
+        following = scores.kthvalue(level + 1, dim=1).values.masked_fill_(zeros > level, math.inf)
+        counts += smallest_mask(following, extra, peers)
+    return row_smallest_mask(scores, counts)
+
+
+_RANKED_GROUP = 16
+"""Up to this many entries a group is ranked by comparing all pairs; larger ones are sorted."""
+
+
+def nm_mask(scores: Tensor, n: int, m: int) -> Tensor:
+    """Select the m − n smallest scores of every m consecutive entries of a row; (c, b), m divides b."""
+    groups = scores.reshape(-1, m)
+    if m > _RANKED_GROUP:
+        return row_smallest_mask(groups, m - n).view(scores.shape)
+    # One line for each place in the group, so that lines are long.
+    lines = torch.stack(groups.unbind(1))
+    return torch.stack(group_mask(lines, m - n).unbind(0), 1).view(scores.shape)
+
+
+def group_mask(lines: Tensor, count: int) -> Tensor:
+    """Select the ``count`` smallest of every column of ``lines`` (m, any): equal ones from the top."""
+    # An entry's rank is how many others go before it: those above it, but for every pair in which the lower one is smaller.
+    places = len(lines)
+    kind = (
+        lines.dtype if lines.device.type == "cpu" else torch.uint8
+    )  # the CPU is slow at truth values and small integers
+    rank = torch.arange(places, dtype=kind, device=lines.device)[:, None].repeat(1, lines.shape[1])
+    after = torch.empty_like(rank[0])
+    for i in range(places):
+        for j in range(i + 1, places):
+            torch.gt(lines[i], lines[j], out=after)
+            rank[i] += after
+            rank[j] -= after
+    return rank < count
+
+
+def column_mask(scores: Tensor, count: int, rows: int) -> Tensor:
+    """Remove the ``count`` columns with the smallest scores (b,) from all ``rows`` rows."""
+    from thanos.solvers.selection import smallest_mask
+
+    return smallest_mask(scores, count).expand(rows, -1).clone()

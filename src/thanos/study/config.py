@@ -1,0 +1,284 @@
+"""Reading ``study.toml``; a malformed value is refused with its line and field. The format is described in docs/formats.md."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from thanos.errors import RecipeError, StudyError
+from thanos.model.bos import BOS_CHOICES
+from thanos.recipe import DTYPES, METHODS, LayerRecipe, Recipe
+from thanos.run.model_card import public_name as public
+from thanos.study.grid import DENSE, FORMULA, Cell, EvaluationPlan, FormulaPlan, Study, ZeroShotPlan, product
+
+
+def read_study(path: str | Path) -> Study:
+    """Read and check a study.
+
+    Raises:
+        StudyError: the file cannot be read, or a value is wrong; the message names the line and the field.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = tomllib.loads(text)
+    except OSError as error:
+        raise StudyError(f"study {path} cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise StudyError(f"study {path} is not valid TOML: {error}") from error
+    return _Reader(path, text).study(values)
+
+
+class _Reader:
+    """Turns plain values into a study, and knows where they stand in the file."""
+
+    def __init__(self, path: Path, text: str) -> None:
+        self._path, self._text = path, text
+
+    def study(self, values: dict[str, Any]) -> Study:
+        top = self._table(values, "", 0, _TOP)
+        if not top.get("models"):
+            raise self._error("", 0, "models", "a study needs at least one model")
+        if values.get("grid", []) == []:
+            raise self._error("", 0, "grid", "a study needs at least one [[grid]]")
+        cost_only = top.get("cost_only", ())
+        for model in cost_only:
+            if model not in top["models"]:
+                listed = ", ".join(top["models"])
+                raise self._error("", 0, "cost_only", f"{model!r} is not among models: {listed}")
+        evaluation = EvaluationPlan(**self._table(values.get("evaluation", {}), "evaluation", 0, _EVALUATION))
+        tasks = None
+        if "zero_shot" in values:
+            from thanos.evaluation.tasks import PAPER_TASKS, task_names
+
+            given = self._table(values["zero_shot"], "zero_shot", 0, _ZERO_SHOT)
+            tasks = ZeroShotPlan(**{**given, "tasks": task_names(given.get("tasks", PAPER_TASKS))})
+        cells, with_tasks = self._cells(values["grid"], top["models"], cost_only, tasks)
+        formula = self._formula(values["formula"], cells, top["models"]) if "formula" in values else None
+        return Study(
+            models=top["models"],
+            cost_only=frozenset(cost_only),
+            cells=tuple(cells),
+            zero_shot_cells=frozenset(with_tasks),
+            evaluation=evaluation,
+            zero_shot=tasks,
+            formula=formula,
+            dtype=top.get("dtype", "auto"),
+            keep_models=top.get("keep_models", False),
+            path=self._path,
+            text=self._text,
+        )
+
+    def _cells(
+        self, grids: Any, models: tuple[str, ...], cost_only: tuple[str, ...], tasks: ZeroShotPlan | None
+    ) -> tuple[dict[Cell, None], set[Cell]]:
+        if not isinstance(grids, list):
+            raise self._error("grid", 0, "", "write [[grid]], with two brackets: there may be several")
+        names = [public(model) for model in models]
+        for name in names:
+            if names.count(name) > 1:
+                raise self._error("", 0, "models", f"two models are called {name}; the store could not tell them apart")
+        dense = {model: Cell(model=model, method=DENSE) for model in models if model not in cost_only}
+        cells: dict[Cell, None] = dict.fromkeys(dense.values())
+        with_tasks: set[Cell] = set()
+        for index, grid in enumerate(grids):
+            axes = self._table(grid, "grid", index, _AXES | {"zero_shot": _flag})
+            zero_shot = axes.pop("zero_shot", False)
+            if zero_shot and tasks is None:
+                raise self._error(
+                    "grid", index, "zero_shot", "there is no [zero_shot] table; an empty one asks for paper"
+                )
+            for model in axes.get("model", ()):
+                if model not in models:
+                    raise self._error("grid", index, "model", f"{model!r} is not among models: {', '.join(models)}")
+            found = list(product({"model": models} | axes if "model" not in axes else axes))
+            cells.update(dict.fromkeys(found))
+            if zero_shot:
+                evaluated = [cell for cell in found if cell.model in dense]
+                if not evaluated:
+                    raise self._error("grid", index, "zero_shot", "no tasks are put to models that are cost_only")
+                with_tasks.update(evaluated, (dense[cell.model] for cell in evaluated))
+        return cells, with_tasks
+
+    def _formula(self, values: Any, cells: dict[Cell, None], models: tuple[str, ...]) -> FormulaPlan:
+        """Read the table and add its cell; the calibration is the recipe's where the table says nothing."""
+        given = self._table(values, "formula", 0, _FORMULA)
+        if "layer" not in given:
+            raise self._error("formula", 0, "layer", "name the layer, such as model.layers.0.mlp.down_proj")
+        model = given.pop("model", models[0])
+        if model not in models:
+            raise self._error("formula", 0, "model", f"{model!r} is not among models: {', '.join(models)}")
+        plan = FormulaPlan(**{name: given.pop(name) for name in ("layer", "share") if name in given})
+        names = ("damping", "calibration", "samples", "sequence_length", "seed")
+        defaults = {name: getattr(Recipe(), name) for name in names}
+        cells[Cell(model=model, method=FORMULA, **{**defaults, **given})] = None
+        return plan
+
+    def _table(self, values: Any, table: str, index: int, checks: Mapping[str, Callable[[Any], Any]]) -> dict[str, Any]:
+        if not isinstance(values, dict):
+            raise self._error(table, index, "", "must be a table")
+        found = {}
+        for key, value in values.items():
+            name = key.replace("-", "_")
+            if table == "" and name in _TABLES:
+                continue
+            if name not in checks:
+                allowed = ", ".join([*checks, *(_TABLES if table == "" else ())])
+                raise self._error(table, index, key, f"unknown field; allowed are {allowed}")
+            try:
+                found[name] = checks[name](value)
+            except RecipeError as error:
+                raise self._error(table, index, key, str(error)) from error
+        return found
+
+    def _error(self, table: str, index: int, key: str, message: str) -> StudyError:
+        return StudyError(f"{_place(self._path, self._text, table, index, key)}: {message}")
+
+
+def place_of(study: Study, table: str, key: str) -> str:
+    """Return where a field of a table stands, ``study FILE, line N, [table] key``; its head counts where it is left out."""
+    return _place(study.path, study.text, table, 0, key)
+
+
+def place_of_calibration(study: Study, name: str) -> str:
+    """Return where the first grid, or the formula, names a calibration text, as :func:`place_of` does."""
+    values = tomllib.loads(study.text)
+    for index, grid in enumerate(values["grid"]):
+        given = grid.get("calibration", [])
+        if name in ([given] if isinstance(given, str) else given):
+            return _place(study.path, study.text, "grid", index, "calibration")
+    return place_of(study, "formula", "calibration")
+
+
+def _place(path: Path, text: str, table: str, index: int, key: str) -> str:
+    where = f"[{table}] {key}".strip() if table else key
+    return f"study {path}, line {_line_of(text, table, index, key)}, {where}"
+
+
+def _line_of(text: str, table: str, index: int, key: str) -> int:
+    """Return the line of a key in the ``index``-th table of that name, else of the table's head, else 1."""
+    head, seen, current, found = re.compile(r"\s*\[+\s*([\w-]+)\s*\]+"), -1, "", 1
+    for number, line in enumerate(text.splitlines(), 1):
+        match = head.match(line)
+        if match:
+            current = match[1].replace("-", "_")
+            seen += current == table
+            if current == table and seen == index:
+                found = number
+        inside = current == table and (table == "" or seen == index)
+        if inside and key and re.match(rf"\s*[\"']?{re.escape(key)}[\"']?\s*=", line):
+            return number
+    return found
+
+
+# --- checks of single values ------------------------------------------------------------------------------------------
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise RecipeError(f"must be true or false; got {value!r}")
+    return value
+
+
+def _word(value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise RecipeError(f"must be a name; got {value!r}")
+    return value
+
+
+def _whole(lowest: int) -> Callable[[Any], int]:
+    def check(value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
+            raise RecipeError(f"must be a whole number, at least {lowest}; got {value!r}")
+        return value
+
+    return check
+
+
+def _one_of(*allowed: str) -> Callable[[Any], str]:
+    def check(value: Any) -> str:
+        if value not in allowed:
+            raise RecipeError(f"must be one of {', '.join(allowed)}; got {value!r}")
+        return value
+
+    return check
+
+
+def _layer(name: str) -> Callable[[Any], Any]:
+    """Check a value by the rules of a recipe that has nothing else."""
+
+    def check(value: Any) -> Any:
+        LayerRecipe(**{name: value})
+        return value
+
+    return check
+
+
+def _share(name: str) -> Callable[[Any], float]:
+    def check(value: Any) -> float:
+        LayerRecipe(**{"pattern": "2:4", name: value} if name == "outlier_rows" else {name: value})
+        return float(value)
+
+    return check
+
+
+def _many(check: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, ...]]:
+    """Allow one value or a list of them."""
+
+    def each(value: Any) -> tuple[Any, ...]:
+        values = value if isinstance(value, list) else [value]
+        if not values:
+            raise RecipeError("must not be an empty list")
+        return tuple(check(one) for one in values)
+
+    return each
+
+
+def _inner_share(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+        raise RecipeError(f"must be a number between 0 and 1; got {value!r}")
+    return float(value)
+
+
+_TABLES = ("evaluation", "zero_shot", "formula", "grid")
+_TOP: dict[str, Callable[[Any], Any]] = {
+    "models": _many(_word),
+    "cost_only": _many(_word),
+    "dtype": _one_of(*DTYPES),
+    "keep_models": _flag,
+}
+_EVALUATION: dict[str, Callable[[Any], Any]] = {
+    "text": _word,
+    "sequence_length": _whole(2),
+    "max_windows": _whole(1),
+    "compare": _flag,
+    "bos": _one_of(*BOS_CHOICES),
+}
+_ZERO_SHOT: dict[str, Callable[[Any], Any]] = {"tasks": _many(_word), "task_folder": _word, "limit": _whole(1)}
+_FORMULA: dict[str, Callable[[Any], Any]] = {
+    "model": _word,
+    "layer": _word,
+    "share": _inner_share,
+    "damping": _share("damping"),
+    "calibration": _word,
+    "samples": _whole(1),
+    "sequence_length": _whole(2),
+    "seed": _whole(0),
+}
+_AXES: dict[str, Callable[[Any], Any]] = {
+    "model": _many(_word),
+    "method": _many(_one_of(*METHODS)),
+    "pattern": _many(_layer("pattern")),
+    "sparsity": _many(_share("sparsity")),
+    "outlier_rows": _many(_share("outlier_rows")),
+    "keep_budget": _many(_flag),
+    "block_size": _many(_whole(1)),
+    "damping": _many(_share("damping")),
+    "calibration": _many(_word),
+    "samples": _many(_whole(1)),
+    "sequence_length": _many(_whole(2)),
+    "seed": _many(_whole(0)),
+}

@@ -1,0 +1,196 @@
+"""Where a study's models, texts and tasks are on this machine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from thanos.calibration.text import NAMED, check_text_source
+from thanos.calibration.text_files import Part, exists, matching, split_source
+from thanos.errors import DataError, StudyError, UserError
+from thanos.model.bos import added_bos
+from thanos.model.fingerprint import model_sha256, source_commit, task_files_sha256, text_sha256
+from thanos.model.loading import load_model
+from thanos.model.source import ModelSource, resolve_model
+from thanos.study.config import place_of
+from thanos.study.events import StudyEvent, Watcher
+from thanos.study.grid import Cell, Study
+from thanos.study.run import _parts
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Places:
+    """Where things are on this machine; none of it enters the store but the hashes.
+
+    Attributes:
+        out: the study's folder.
+        models: name in the study → what to give ``prune``.
+        texts: name in the study → source or path.
+        task_folder: of local tasks; None without one.
+        tasks_hash: sha256 of the files in it and of those they name; None without one.
+        hashes: name in the study → sha256 of the model or text; None where there is no file.
+        failures: models that cannot be had, and why.
+        begun: models whose tokenizers begin texts with a beginning-of-text token.
+        commit: of the source tree; None where unknown.
+    """
+
+    out: Path
+    models: dict[str, str]
+    texts: dict[str, str]
+    task_folder: str | None
+    tasks_hash: str | None
+    hashes: dict[str, str | None]
+    failures: dict[str, str]
+    commit: str | None
+    begun: frozenset[str] = frozenset()
+
+    @property
+    def scratch(self) -> Path:
+        """Where pruned models lie until they are measured."""
+        return self.out / "scratch"
+
+    def asked(self, study: Study, cell: Cell) -> dict[str, Any]:
+        """Return what, besides the cell, shapes its record: the study's wishes, and where a beginning-of-text token stands.
+
+        ``bos`` is there for models whose tokenizers add that token, alone; their windows of calibration begin with it. So
+        all other cells have the keys that they had in versions without it.
+        """
+        asked = study.asked(cell)
+        return asked | {"bos": study.evaluation.bos} if cell.model in self.begun else asked
+
+    def sources(self, study: Study, cell: Cell) -> dict[str, str | None]:
+        """Return the hashes of the files that a cell depends on."""
+        return {
+            "model": self.hashes.get(cell.model),
+            "calibration": None if cell.calibration is None else self.hashes.get(cell.calibration),
+            "text": None if cell.model in study.cost_only else self.hashes.get(study.evaluation.text),
+            "tasks": self.tasks_hash if cell in study.zero_shot_cells else None,
+        }
+
+    def without_paths(self, text: str) -> str:
+        """Return a message in one line, without the folders of this machine."""
+        texts = {part.path for text in self.texts.values() for part in split_source(text)}
+        found = {path for path in [*self.models.values(), *texts, self.task_folder or ""] if os.sep in path}
+        folders = {str(Path(path).parent) for path in found} | {str(self.out.resolve()), str(self.out)}
+        for folder in sorted(folders - {"/", "."}, key=len, reverse=True):
+            text = text.replace(f"{folder}{os.sep}", "")
+        return " ".join(text.split())
+
+
+def _check_text(study: Study, texts: dict[str, str], searched: str) -> None:
+    """Refuse a text for evaluation that cannot be used."""
+    text = study.evaluation.text
+    place = place_of(study, "evaluation", "text")
+    if _is_absent(text, texts[text]):
+        raise StudyError(f"{place}: {text} is in none of {searched}; give its folder with --data")
+    try:
+        check_text_source(texts[text], evaluation=True)
+    except DataError as error:
+        raise StudyError(f"{place}: {error}") from error
+
+
+def _is_absent(name: str, found: str) -> bool:
+    """Whether a text is that of files which are not there."""
+    return name not in NAMED and any(not (exists(part.path) or matching(part.path)) for part in _parts(found))
+
+
+# --- where things are -------------------------------------------------------------------------------------------------
+
+
+def find_places(study: Study, out: Path, data: str | Path | None) -> Places:
+    """Find a study's models and texts: in ``data`` (default ``THANOS_DATA``), else beside the study, else by their names.
+
+    Raises:
+        StudyError: the text for evaluation, or the folder of tasks, is not there.
+    """
+    folders = [Path(folder) for folder in (data or os.environ.get("THANOS_DATA"), study.path.parent) if folder]
+
+    def find(name: str) -> str:
+        return next((str((each / name).resolve()) for each in folders if (each / name).exists()), name)
+
+    text = study.evaluation.text if study.evaluates else None
+    sources = {name for name in (text, *(cell.calibration for cell in study.cells)) if name}
+    texts = {name: name if name in NAMED else _find_text(name, folders) for name in sorted(sources)}
+    searched = ", ".join(map(str, folders))
+    task_folder = study.zero_shot and study.zero_shot.task_folder
+    if text:
+        _check_text(study, texts, searched)
+    if task_folder and not Path(find(task_folder)).is_dir():
+        place = place_of(study, "zero_shot", "task_folder")
+        raise StudyError(f"{place}: {task_folder} is in none of {searched}; give the folder that holds it with --data")
+    task_folder = find(task_folder) if task_folder else None
+    hashes: dict[str, str | None] = {
+        name: None if name in NAMED else text_sha256(found) for name, found in texts.items()
+    }
+    models, failures, begun = {}, {}, set()
+    for model in study.models:
+        models[model] = find(model)
+        try:
+            source = resolve_model(models[model])
+            hashes[model] = model_sha256(source)
+            if (_converted(out, hashes[model]) / "config.json").exists():  # a GGUF file takes seconds to open
+                source = resolve_model(_converted(out, hashes[model]))
+        except UserError as error:
+            hashes[model], failures[model] = None, str(error)
+            continue
+        with suppress(UserError):  # its cells will tell
+            if added_bos(source.tokenizer()) is not None:
+                begun.add(model)
+    return Places(
+        out=out.resolve(),
+        models=models,
+        texts=texts,
+        task_folder=task_folder,
+        tasks_hash=task_files_sha256(task_folder) if task_folder else None,
+        hashes=hashes,
+        failures=failures,
+        commit=source_commit(),
+        begun=frozenset(begun),
+    )
+
+
+def _find_text(name: str, folders: Sequence[Path]) -> str:
+    """Return a text with each of its files, folders and patterns where they are found first, else as they are named."""
+
+    def find(part: Part) -> Part:
+        for folder in folders:
+            path = str(folder / part.path)
+            if exists(path) or matching(path):
+                return replace(part, path=str(Path(path).resolve()))
+        return part
+
+    whole = find(Part(name))
+    return whole.path if whole != Part(name) else ",".join(str(find(part)) for part in split_source(name))
+
+
+def convert(places: Places, wanted: set[str], tell: Watcher) -> Places:
+    """Write GGUF models once as safetensors folders into the cache, since every opening would convert them again."""
+    models = dict(places.models)
+    for name in sorted(wanted - set(places.failures)):
+        source = resolve_model(models[name])
+        if source.gguf is None:
+            continue
+        folder = _converted(places.out, places.hashes[name])
+        if not (folder / "config.json").exists():
+            tell(StudyEvent(message=f"converting {source.gguf.name} to safetensors, once"))
+            _save(source, folder)
+        models[name] = str(folder)
+    return replace(places, models=models)
+
+
+def _converted(out: Path, model_hash: str | None) -> Path:
+    """Return the folder in which a converted model lies, if it has been converted."""
+    return out / "cache" / "models" / str(model_hash)[:24]
+
+
+def _save(source: ModelSource, folder: Path) -> None:
+    partial = folder.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    load_model(source).save_pretrained(partial)
+    source.tokenizer().save_pretrained(partial)
+    partial.rename(folder)

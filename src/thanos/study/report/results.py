@@ -1,0 +1,280 @@
+"""What a report compares: the cells of a store grouped into rows that differ in nothing but their seed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from thanos.errors import RecipeError
+from thanos.patterns.parse import parse_pattern
+from thanos.recipe import METHODS, LayerRecipe
+from thanos.study.report.comparable import most_common, select_cells
+from thanos.study.report.numbers import Number, field_of, mean, spread
+from thanos.study.store import CellRecord
+
+NAMES = {
+    "dense": "Dense",
+    "thanos": "Thanos",
+    "sparsegpt": "SparseGPT",
+    "wanda": "Wanda",
+    "magnitude": "Magnitude",
+}
+
+PATTERNS = ("unstructured", "2:4", "4:8", "columns")
+"""The order in which patterns are shown; others follow by name."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Row:
+    """The cells of one setting; they differ in their seed alone. The attributes are those of a store's ``cell``.
+
+    Attributes:
+        sparsity: asked for; the pattern's own for n:m.
+        alpha: share of outlier rows.
+        records: the cells, by seed.
+        whole: the row of which this one is a part, see :meth:`only`; None for a whole row.
+        kin: the rows of the same method, pattern and sparsity, whose spread stands for that of a row with one seed.
+    """
+
+    model: str
+    method: str
+    pattern: str
+    sparsity: float
+    alpha: float
+    keep_budget: bool
+    block_size: int | None
+    damping: float | None
+    calibration: str | None
+    samples: int | None
+    sequence_length: int | None
+    records: tuple[CellRecord, ...]
+    whole: Row | None = None
+    kin: tuple[Row, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The method's name."""
+        return NAMES.get(self.method, self.method)
+
+    @property
+    def label(self) -> str:
+        """The method with what is not its default: ``Thanos α = 0.1, kept budget, B = 64``."""
+        parts = [f"α = {self.alpha:g}"] if self.alpha else []
+        parts += ["budget kept"] if self.keep_budget and self.alpha else []
+        parts += [] if self.has_default_block else [f"B = {self.block_size}"]
+        return " ".join([self.name, ", ".join(parts)]).strip()
+
+    @property
+    def pattern_label(self) -> str:
+        """The pattern with the sparsity asked for, where the pattern leaves it open: ``columns 30 %``."""
+        return self.pattern if ":" in self.pattern else f"{self.pattern} {percent(self.sparsity)}"
+
+    @property
+    def setting(self) -> str:
+        """Pattern and label."""
+        return f"{self.pattern_label}, {self.label}"
+
+    @property
+    def has_default_block(self) -> bool:
+        """Whether the block size is what the recipe would choose."""
+        if self.block_size is None:
+            return True
+        try:
+            default = LayerRecipe(method=self.method, pattern=self.pattern).resolved_block_size
+        except RecipeError:  # a method of another version
+            return True
+        return self.block_size == default
+
+    @property
+    def order(self) -> tuple[Any, ...]:
+        """What rows are sorted by."""
+        methods = ("dense", *METHODS)
+        place = methods.index(self.method) if self.method in methods else len(methods)
+        return (
+            *pattern_order(self.pattern),
+            self.sparsity,
+            place,
+            self.method,
+            self.alpha,
+            self.keep_budget,
+            self.block_size or 0,
+        )
+
+    def mean(self, field: str) -> Number | None:
+        """Return the mean of a field over the seeds; None where no cell has it."""
+        return mean(self.records, field)
+
+    def spread(self, field: str) -> Number | None:
+        """Return its spread over the seeds; None for fewer than two. Seeds that drew the same windows are one."""
+        return spread(self.draws, field)
+
+    def noise(self, field: str = "perplexity") -> Number | None:
+        """Return how much a field may differ by the draw of calibration text alone; None where nothing tells.
+
+        That is the spread of the whole row, or the largest of its :attr:`kin` where the row has one seed.
+        """
+        own = (self.whole or self).spread(field)
+        if own is not None:
+            return own
+        spreads = [found for row in self.kin if (found := row.spread(field)) is not None]
+        return max(spreads, key=lambda number: number.value, default=None)
+
+    def only(self, seeds: Iterable[int | None]) -> Row:
+        """Return the row with the cells of these seeds alone; its :meth:`noise` is still that of all of them."""
+        wanted = set(seeds)
+        records = tuple(record for record in self.records if record.cell["seed"] in wanted)
+        return dataclasses.replace(self, records=records, whole=self.whole or self)
+
+    def seeds_with(self, field: str) -> set[int | None]:
+        """Return the seeds of the cells that have a field: not every seed is given the zero-shot tasks."""
+        read = field_of(field).read
+        return {record.cell["seed"] for record in self.records if read(record) is not None}
+
+    @property
+    def draws(self) -> tuple[CellRecord, ...]:
+        """The cells whose calibration windows differ, the first of each; all of them where the store does not say."""
+        found: dict[str, CellRecord] = {}
+        for record in self.records:
+            windows = (record.calibration or {}).get("sha256") or record.key
+            found.setdefault(windows, record)
+        return tuple(found.values())
+
+    def value(self, field: str) -> float:
+        """Return the mean's value of a field that every done cell has."""
+        number = self.mean(field)
+        assert number is not None, f"{self.setting} has no {field}"
+        return number.value
+
+
+def percent(share: float) -> str:
+    """Return a share as ``30 %``."""
+    return f"{100 * share:g} %" if round(100 * share, 6) == round(100 * share) else f"{100 * share:.2f} %"
+
+
+def pattern_order(pattern: str) -> tuple[int, str]:
+    """Return what patterns are sorted by."""
+    return (PATTERNS.index(pattern) if pattern in PATTERNS else len(PATTERNS), pattern)
+
+
+class Results:
+    """The cells of one model that can be compared: same evaluation and dtype, and rows of the same calibration and damping.
+
+    ``left_out`` names the cells that are not compared, see selection.py; ``variations`` are the rows with another calibration
+    or damping. ``cost_only`` tells whether the study asked for the model's cost alone, so that none of its cells was evaluated.
+
+    Args:
+        model: whose.
+        records: the done cells of a store, of any model.
+    """
+
+    def __init__(self, model: str, records: Iterable[CellRecord]) -> None:
+        own = [record for record in records if record.cell["model"] == model]
+        self.model = model
+        self.cost_only = bool(own) and all(_is_cost_only(record) for record in own)
+        self.formulas = [record for record in own if record.formula is not None]
+        own, self.left_out = select_cells([record for record in own if record.formula is None])
+        self.dense = next((row for row in _rows(own) if row.method == "dense"), None)
+        pruned = [row for row in _rows(own) if row.method != "dense"]
+        cells = [record for row in pruned for record in row.records]
+        text = most_common(_calibration_of, cells) or (None, None, None)
+        damping = most_common(_damping_of, cells) or (None,)
+        self.base = (*text, *damping)
+        base = [row for row in pruned if self._is_base(row)]
+        self.rows = [dataclasses.replace(row, kin=_kin(row, base)) for row in base]
+        self.variations = [row for row in pruned if not self._is_base(row)]
+
+    def _is_base(self, row: Row) -> bool:
+        own = (row.calibration, row.samples, row.sequence_length, row.damping)
+        return all(value is None or value == wanted for value, wanted in zip(own, self.base, strict=True))
+
+    def find(self, **settings: Any) -> Row | None:
+        """Return the row with these attributes, the others being plain; None if the store has none."""
+        wanted = {"alpha": 0.0, **settings}
+        return next((row for row in self.rows if _matches(row, wanted)), None)
+
+    def select(self, **settings: Any) -> list[Row]:
+        """Return the rows with these attributes, whatever the others."""
+        return [row for row in self.rows if _matches(row, settings, any_block=True)]
+
+
+def over_common_seeds(*rows: Row, field: str = "perplexity") -> tuple[Row, ...]:
+    """Return rows with those seeds alone for which each of them has the field.
+
+    What only one of them drew says nothing of a difference: every comparison of a report is made over what this gives. Rows
+    without a common seed have no cells left.
+    """
+    common = set.intersection(*(row.seeds_with(field) for row in rows)) if rows else set()
+    return tuple(row.only(common) for row in rows)
+
+
+def _kin(row: Row, rows: Iterable[Row]) -> tuple[Row, ...]:
+    wanted = {"method": row.method, "pattern": row.pattern, "sparsity": row.sparsity}
+    return tuple(other for other in rows if _matches(other, wanted, any_block=True))
+
+
+def models_of(records: Iterable[CellRecord]) -> list[str]:
+    """Return the models in the order of the store."""
+    return list(dict.fromkeys(record.cell["model"] for record in records))
+
+
+def _matches(row: Row, wanted: dict[str, Any], *, any_block: bool = False) -> bool:
+    if "block_size" not in wanted and not any_block and not row.has_default_block:
+        return False
+    return all(_equal(getattr(row, name), value) for name, value in wanted.items())
+
+
+def _equal(value: Any, wanted: Any) -> bool:
+    if isinstance(value, float) and isinstance(wanted, int | float):
+        return abs(value - wanted) < 1e-9
+    return value == wanted
+
+
+def row_of(records: Iterable[CellRecord]) -> Row:
+    """Return the row of cells that differ in their seed alone."""
+    ordered = tuple(sorted(records, key=lambda record: record.cell["seed"] or 0))
+    cell = ordered[0].cell
+    return Row(
+        model=cell["model"],
+        method=cell["method"],
+        pattern=cell["pattern"] or "",
+        sparsity=_asked_sparsity(cell),
+        alpha=cell["outlier_rows"] or 0.0,
+        keep_budget=bool(cell["keep_budget"]),
+        block_size=cell["block_size"],
+        damping=cell["damping"],
+        calibration=cell["calibration"],
+        samples=cell["samples"],
+        sequence_length=cell["sequence_length"],
+        records=ordered,
+    )
+
+
+def _rows(records: Iterable[CellRecord]) -> list[Row]:
+    groups: dict[str, list[CellRecord]] = {}
+    for record in records:
+        settings = {name: value for name, value in record.cell.items() if name != "seed"}
+        groups.setdefault(json.dumps(settings, sort_keys=True), []).append(record)
+    return sorted((row_of(cells) for cells in groups.values()), key=lambda row: row.order)
+
+
+def _asked_sparsity(cell: dict[str, Any]) -> float:
+    if cell["sparsity"] is not None:
+        return cell["sparsity"]
+    implied = parse_pattern(cell["pattern"]).sparsity if cell["pattern"] else 0.0
+    return 0.0 if implied is None else implied
+
+
+def _is_cost_only(record: CellRecord) -> bool:
+    return record.formula is None and record.asked.get("evaluation", {}) is None
+
+
+def _calibration_of(record: CellRecord) -> tuple[Any, ...]:
+    return (record.cell["calibration"], record.cell["samples"], record.cell["sequence_length"])
+
+
+def _damping_of(record: CellRecord) -> tuple[Any, ...] | None:
+    """None for a method that does not damp, which goes with any damping."""
+    return None if record.cell["damping"] is None else (record.cell["damping"],)

@@ -1,0 +1,196 @@
+"""Running a study: which cells are still to be run, where their models and texts are, and the one writer of the store."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from thanos.calibration.text import check_text_source
+from thanos.calibration.text_files import Part, exists, split_source
+from thanos.errors import DataError, RecipeError, ResourceError, StudyError, UserError
+from thanos.run.lock import locked
+from thanos.study.config import place_of, place_of_calibration, read_study
+from thanos.study.events import StudyEvent, Watcher
+from thanos.study.grid import DENSE, FORMULA, Cell, Study, public_cell
+from thanos.study.paths import Places, _is_absent, convert, find_places
+from thanos.study.store import CellRecord, StoreWriter, cell_key, read_store, store_path
+from thanos.study.workers import Pool
+from thanos.system.device import choose_device
+
+STUDY_NAME = "study.toml"
+
+
+State = Literal["done", "failed", "impossible", "new"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StudyResult:
+    """What a run of a study came to: every cell with its state, those with tasks, and how many cells this run ran."""
+
+    states: dict[Cell, State]
+    with_tasks: frozenset[Cell]
+    ran: int
+
+    def count(self, state: State) -> int:
+        """Return the number of cells in a state."""
+        return sum(each == state for each in self.states.values())
+
+
+def run_study(
+    path: str | Path,
+    out: str | Path,
+    *,
+    data: str | Path | None = None,
+    devices: Sequence[str] = ("auto",),
+    workers: int = 1,
+    threads: int | None = None,
+    on_event: Watcher | None = None,
+    initialise: Callable[[], None] | None = None,
+) -> StudyResult:
+    """Run the cells of a study that have no result yet.
+
+    Args:
+        path: the ``study.toml``.
+        out: the study's folder; made if it does not exist, gone on with if it does.
+        data: folder in which the study's models and texts are looked for before the study's own; default ``THANOS_DATA``.
+        devices: one worker runs on each; a device may be named several times.
+        workers: workers on each of the devices.
+        threads: of torch in each worker; None shares torch's own choice among the workers.
+        on_event: called with each :class:`StudyEvent`.
+        initialise: called first in each worker process; must be importable.
+
+    Raises:
+        UserError: the study is malformed, another process runs it, or the store is not this version's.
+    """
+    study, out, tell = read_study(path), Path(out), on_event or (lambda event: None)
+    devices = _spread(devices, workers)
+    if threads is not None and threads < 1:
+        raise ResourceError(f"threads must be at least 1, or None for torch's own choice; got {threads}")
+    with locked(out):
+        _check_folder(out)
+        places = find_places(study, out, data)
+        _check_tasks(study, places)
+        states = _states(study, places, tell)  # which may refuse: nothing is written before
+        (out / "cache").mkdir(parents=True, exist_ok=True)
+        (out / STUDY_NAME).write_text(study.text, encoding="utf-8")
+        shutil.rmtree(places.scratch, ignore_errors=True)
+        writer = StoreWriter(out)
+        todo = [cell for cell, state in states.items() if state in ("new", "failed")]
+        if todo:
+            _warn_of_calibration(study, places, todo, tell)
+            places = convert(places, {cell.model for cell in todo}, tell)
+            pool = Pool(study, places, devices[: len(todo)], initialise, threads)
+            for done, event in pool.run(todo):
+                if event.record is not None and event.cell is not None:
+                    writer.append(event.record)
+                    states[event.cell] = _state(event.cell, event.record)
+                tell(replace(event, done=done, total=len(todo)))
+        shutil.rmtree(places.scratch, ignore_errors=True)
+        return StudyResult(states=states, with_tasks=study.zero_shot_cells, ran=len(todo))
+
+
+def list_cells(path: str | Path, out: str | Path, *, data: str | Path | None = None) -> StudyResult:
+    """Return the state of every cell of a study; runs nothing and writes nothing. Arguments as for :func:`run_study`.
+
+    Raises:
+        UserError: the study is malformed, or the store is not this version's. Tasks are checked where lm_eval is installed.
+    """
+    study, out = read_study(path), Path(out)
+    places = find_places(study, out, data)
+    if find_spec("lm_eval") is not None:  # without it a store can be looked at all the same
+        _check_tasks(study, places)
+    states = _states(study, places, lambda event: None)
+    return StudyResult(states=states, with_tasks=study.zero_shot_cells, ran=0)
+
+
+# --- what is to be run ------------------------------------------------------------------------------------------------
+
+
+def _states(study: Study, places: Places, tell: Watcher) -> dict[Cell, State]:
+    """Return the state of each cell by the store; a result whose model, text or tasks have changed since does not count."""
+    contents = read_store(places.out) if store_path(places.out).exists() else None
+    for warning in contents.warnings if contents else ():
+        tell(StudyEvent(message=warning))
+    known = {record.key: record for record in (contents.records if contents else ())}
+    states: dict[Cell, State] = {}
+    for cell in study.cells:
+        record = known.get(cell_key(public_cell(cell), places.asked(study, cell)))
+        if record is None or _changed(record.sources, places.sources(study, cell)):
+            states[cell] = "new"
+        else:
+            states[cell] = _state(cell, record)
+    return states
+
+
+def _state(cell: Cell, record: CellRecord) -> State:
+    """Return what a cell's record says of it; one that is recorded as impossible is not tried again."""
+    impossible = record.status == "failed" and record.reason == _impossible(cell)
+    return "impossible" if impossible else record.status
+
+
+def _changed(recorded: dict[str, str | None], now: dict[str, str | None]) -> bool:
+    """Whether a source is another one; of one that an older version did not record, such as tasks, nothing is known."""
+    return any(recorded[name] != now[name] for name in recorded.keys() & now.keys())
+
+
+def _impossible(cell: Cell) -> str | None:
+    if cell.method in (DENSE, FORMULA):
+        return None
+    try:
+        cell.recipe()
+    except RecipeError as error:
+        return str(error)
+    return None
+
+
+def _spread(devices: Sequence[str], workers: int) -> list[str]:
+    """Return the device of each worker: ``auto`` is every CUDA device, or the CPU."""
+    count = torch.cuda.device_count()
+    all_of_them = [f"cuda:{index}" for index in range(count)] if torch.cuda.is_available() else ["cpu"]
+    found = [each for device in devices for each in (all_of_them if device == "auto" else [device])]
+    if not found or workers < 1:
+        raise ResourceError(
+            f"nothing to run on: {len(found)} devices with {workers} workers each; give at least one of both"
+        )
+    for device in found:
+        choose_device(device)
+    return [device for device in found for _ in range(workers)]
+
+
+def _check_folder(out: Path) -> None:
+    if out.is_file():
+        raise UserError(f"OUT {out} is a file; give the name of a folder")
+    if out.is_dir() and any(out.iterdir()) and not ((out / STUDY_NAME).exists() or store_path(out).exists()):
+        raise UserError(f"OUT {out} is not empty and no study's folder; choose another one")
+
+
+def _parts(source: str) -> list[Part]:
+    return [Part(source)] if exists(source) else split_source(source)
+
+
+def _check_tasks(study: Study, places: Places) -> None:
+    if study.zero_shot is not None and study.zero_shot_cells:
+        from thanos.evaluation.tasks import check_tasks
+
+        try:
+            check_tasks(study.zero_shot.tasks, places.task_folder)
+        except DataError as error:
+            raise StudyError(f"{place_of(study, 'zero_shot', 'tasks')}: {error}") from error
+
+
+def _warn_of_calibration(study: Study, places: Places, todo: Sequence[Cell], tell: Watcher) -> None:
+    """Tell of calibration files that are not there; it fails their cells alone, when they run."""
+    for name in dict.fromkeys(cell.calibration for cell in todo if cell.calibration):
+        try:
+            check_text_source(places.texts[name])
+        except DataError as error:
+            absent = _is_absent(name, places.texts[name])
+            said = f"{name} is not there" if absent else places.without_paths(str(error))
+            what = "; give its folder with --data" if absent else ""
+            tell(StudyEvent(message=f"{place_of_calibration(study, name)}: {said}, so its cells will fail{what}"))

@@ -1,0 +1,276 @@
+"""Running cells, one after another, in one process on one device; what several cells need is made once and kept."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from thanos._version import __version__
+from thanos.calibration.text import evaluation_rows
+from thanos.calibration.windows import Calibration, make_calibration
+from thanos.errors import ModelError, NumericsError, RecipeError, ResourceError, UserError
+from thanos.evaluation.inspect import inspect_checkpoint
+from thanos.evaluation.perplexity import Reference, choose_bos, evaluate
+from thanos.evaluation.windows import cut_windows
+from thanos.events import Event
+from thanos.model.layers import LinearLayer, linear_layers, select_layers
+from thanos.model.loading import load_model
+from thanos.model.opening import skeleton_of
+from thanos.model.source import resolve_model
+from thanos.planning.synthetic_layer import synthetic_layer
+from thanos.recipe import Recipe
+from thanos.run.model_card import public_name as public
+from thanos.run.prune import prune
+from thanos.solvers.hessian import InputStatistics
+from thanos.solvers.prune_layer import prune_layer
+from thanos.study.calibration_cache import read_windows, write_windows
+from thanos.study.formula import measure_layer
+from thanos.study.grid import DENSE, FORMULA, Cell, Study, public_cell
+from thanos.study.paths import Places
+from thanos.study.records import evaluation_fields, make_record, phase_fields, pruning_fields
+from thanos.study.store import CellRecord, cell_key
+from thanos.system.device import choose_device
+from thanos.system.memory import free_device_bytes, free_host_bytes, memory_explained
+from thanos.system.meter import PhaseMeter
+
+_KEEP_SHARE = 0.25
+"""Share of the free memory that the dense model's kept states may take: what is left must hold two models and their logits."""
+
+Watcher = Callable[[Event], None]
+
+
+class Session:
+    """Runs the cells of a study on one device.
+
+    Args:
+        study: the study.
+        places: where its models and texts are.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        sharers: workers that share the device's memory, this one included.
+    """
+
+    def __init__(self, study: Study, places: Places, device: str, *, sharers: int = 1) -> None:
+        self._study, self._places = study, places
+        self._device, self._name = choose_device(device), device
+        self._sharers = sharers
+        self._reference: tuple[str, Reference] | None = None
+        self._calibration: dict[str, Calibration] = {}
+        self._warm: set[str] = set()
+        self._layers: dict[str, list[LinearLayer]] = {}
+        self._met: set[object] = set()
+
+    def run(self, cell: Cell, tell: Watcher) -> CellRecord:
+        """Run one cell; whatever goes wrong becomes the reason of a failed record, which keeps what was measured before."""
+        results: dict[str, Any] = {}
+        try:
+            if cell.model in self._places.failures:
+                raise ModelError(self._places.failures[cell.model])
+            kinds = {DENSE: self._dense, FORMULA: self._formula}
+            kinds.get(cell.method, self._pruned)(cell, results, tell)
+        except Exception as error:
+            reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            if isinstance(error, ResourceError | torch.OutOfMemoryError | MemoryError):
+                self._reference = None  # the next cell may need its room
+            results |= {"status": "failed", "reason": self._places.without_paths(reason)}
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        return make_record(self._study, self._places, cell, self._device, results, sharers=self._sharers)
+
+    # --- the kinds of cells: each adds what it has measured to the results at once, so that no later failure loses it -----
+
+    def _dense(self, cell: Cell, results: dict[str, Any], tell: Watcher) -> None:
+        model = self._places.models[cell.model]
+        totals = inspect_checkpoint(model).totals
+        results["effective_sparsity"] = {"targeted": totals["sparsity_targeted"], "all": totals["sparsity_all"]}
+        results["phases"] = {}
+        self._measure(cell, model, results, tell)
+
+    def _pruned(self, cell: Cell, results: dict[str, Any], tell: Watcher) -> None:
+        source = self._places.texts.get(cell.calibration or "", cell.calibration)
+        recipe = cell.recipe(calibration=source, device=self._name, dtype=self._study.dtype)
+        self._warm_up(cell, recipe)
+        key = cell_key(public_cell(cell), self._places.asked(self._study, cell))
+        folder = self._places.out / "models" if self._study.keep_models else self._places.scratch
+        model = folder / key[:16]
+        try:
+            report = prune(
+                self._places.models[cell.model],
+                model,
+                recipe,
+                overwrite=True,
+                on_event=tell,
+                calibration=self._windows(cell, recipe, tell),
+            )
+            results |= pruning_fields(report, public(cell.calibration or ""))
+            self._measure(cell, str(model), results, tell)
+        finally:
+            if not self._study.keep_models:
+                shutil.rmtree(model, ignore_errors=True)
+
+    def _formula(self, cell: Cell, results: dict[str, Any], tell: Watcher) -> None:
+        plan = self._study.formula
+        assert plan is not None
+        source = self._places.texts.get(cell.calibration or "", cell.calibration)
+        windows = self._windows(cell, cell.recipe(calibration=source, device=self._name, dtype=self._study.dtype), tell)
+        opened = resolve_model(self._places.models[cell.model])
+        model = load_model(opened, dtype=self._study.dtype, device=self._device)
+
+        def progress(done: int, total: int) -> None:
+            tell(Event(kind="progress", phase="statistics", done=done, total=total))
+
+        meter = PhaseMeter(self._device)
+        with meter.phase("formula"):
+            found = measure_layer(
+                model, windows.ids, plan.layer, share=plan.share, damping=cell.damping or 0.0, on_progress=progress
+            )
+        results |= {"formula": found, "phases": phase_fields(meter.records())}
+
+    def _measure(self, cell: Cell, model: str, results: dict[str, Any], tell: Watcher) -> None:
+        """Add what is asked for to the results, and its phases to theirs, those of a failure included."""
+        if self._study.asked(cell)["evaluation"] is None:
+            return
+        meter = PhaseMeter(self._device)
+        try:
+            self._score(cell, model, results, meter, tell)
+        finally:
+            results["phases"] |= phase_fields(meter.records())
+
+    def _score(self, cell: Cell, model: str, results: dict[str, Any], meter: PhaseMeter, tell: Watcher) -> None:
+        tasks = self._study.asked(cell)["zero_shot"]
+        with meter.phase("reference"):
+            reference = self._shared_reference(cell)
+        tell(Event(kind="phase", phase="evaluate"))
+        network = reference.model if cell.method == DENSE else None
+        with meter.phase("evaluate"):
+            if network is None:
+                with memory_explained(self._device):
+                    network = load_model(resolve_model(model), dtype=self._study.dtype, device=self._device)
+            found = evaluate(model, reference=reference, network=network, on_event=tell)
+        if not math.isfinite(found.perplexity):
+            raise NumericsError(f"the perplexity is infinite: the mean loss is {found.mean_loss:.4g} nats per token")
+        results["evaluation"] = evaluation_fields(found)
+        if tasks is None:
+            return
+        from thanos.evaluation.tasks import zero_shot
+
+        with meter.phase("zero_shot"):
+            others = {
+                "task_folder": self._places.task_folder,
+                "network": network,
+                "bos": "window" if reference.bos == "window" else "auto",
+            }
+            scores = zero_shot(model, **tasks, **others, on_event=tell)
+        results["zero_shot"] = {"tasks": scores.to_dict()["tasks"], "average": scores.to_dict()["average"]}
+
+    def _warm_up(self, cell: Cell, recipe: Recipe) -> None:
+        """Load libraries and compile kernels before the seconds of a cell are recorded, rather than at its expense.
+
+        Kernels are compiled for shapes, patterns and block sizes, so a made-up layer of each of the model's shapes is solved
+        as the recipe says, unless an earlier cell has had it solved so.
+        """
+        if cell.model not in self._warm:
+            self._forward_once(cell)
+            self._warm.add(cell.model)
+        if not compiles(self._device):
+            return
+        if cell.model not in self._layers:
+            source = resolve_model(self._places.models[cell.model])
+            self._layers[cell.model] = linear_layers(skeleton_of(source, source.config(), torch.float32))
+        for layer in select_layers(self._layers[cell.model], recipe)[0]:
+            settings = recipe.for_layer(layer.name)
+            if settings is None or (layer.shape, settings) in self._met:
+                continue
+            self._met.add((layer.shape, settings))
+            weight, hessian = synthetic_layer(*layer.shape, tokens=4 * layer.shape[1], device=str(self._device))
+            inputs = InputStatistics(hessian, hand_over=True)
+            with suppress(RecipeError):  # prune says it better, naming the layer
+                prune_layer(weight, inputs, settings)
+                weight[::8, ::8] = 0.0  # zeros, as dequantised weights have, take kernels of their own
+                prune_layer(weight, inputs, settings)
+
+    def _forward_once(self, cell: Cell) -> None:
+        """Run the dense model on one window: of the evaluation, or of nothing where it is not evaluated."""
+        if cell.model in self._study.cost_only:
+            opened = resolve_model(self._places.models[cell.model])
+            model: Any = load_model(opened, dtype=self._study.dtype, device=self._device)
+            with torch.inference_mode():
+                model(input_ids=torch.zeros(1, cell.sequence_length or 1, dtype=torch.long, device=self._device))
+            return
+        reference = self._shared_reference(cell)
+        if reference.model is not None:
+            with torch.inference_mode():
+                reference.logits(0, reference.windows[:1].to(self._device))
+
+    # --- shared work ----------------------------------------------------------------------------------------------------
+
+    def _shared_reference(self, cell: Cell) -> Reference:
+        """Return the evaluation windows and the dense model of a cell; those of the last model are kept."""
+        if self._reference is not None and self._reference[0] == cell.model:
+            return self._reference[1]
+        self._reference = None
+        plan, source = self._study.evaluation, resolve_model(self._places.models[cell.model])
+        model = load_model(source, dtype=self._study.dtype, device=self._device)
+        tokenizer = source.tokenizer()
+        text, asked = "\n\n".join(evaluation_rows(self._places.texts[plan.text], tokenizer)), plan.bos
+        if asked == "window" and cell.model not in self._places.begun:
+            asked = "auto"
+        bos = choose_bos(asked, text, tokenizer, model, plan.sequence_length, lambda event: None)
+        windows = cut_windows(text, tokenizer, model, plan.text, plan.sequence_length, plan.max_windows, bos)
+        reference = Reference(text=public(plan.text), windows=windows, bos=bos)
+        if plan.compare:
+            free = free_host_bytes() if self._device.type == "cpu" else free_device_bytes(self._device)
+            room = int(_KEEP_SHARE * free) // self._sharers
+            reference = replace(reference, dense=public(cell.model), model=model, keep_bytes=room)
+        self._reference = (cell.model, reference)
+        return reference
+
+    def _windows(self, cell: Cell, recipe: Recipe, tell: Watcher) -> Calibration:
+        """Return the calibration windows of a cell, from this process, from the study's cache, or made now."""
+        shaping = {
+            "model": self._places.hashes[cell.model],
+            "calibration": self._places.hashes.get(cell.calibration or "") or cell.calibration,
+            "shape": [cell.samples, cell.sequence_length, cell.seed],
+            "generated_in": self._study.dtype if cell.calibration == "self" else None,
+            "version": [__version__, self._places.commit],
+        }
+        key = hashlib.sha256(json.dumps(shaping).encode()).hexdigest()
+        if key not in self._calibration:
+            path = self._places.out / "cache" / f"calibration-{key[:24]}.safetensors"
+            made = read_windows(path, recipe.calibration)
+            if made is None:
+                made = make_calibration(resolve_model(self._places.models[cell.model]), recipe, self._device, tell)
+                write_windows(path, made)
+            self._calibration[key] = made
+        return self._calibration[key]
+
+
+def compiles(device: torch.device) -> bool:
+    """Whether kernels are compiled for a device when they are first used."""
+    return device.type == "cuda"
+
+
+def throttled(tell: Watcher, seconds: float = 0.2, clock: Callable[[], float] = time.monotonic) -> Watcher:
+    """Return a watcher that passes on progress, and layers, at most that often; everything else always."""
+    last: float | None = (
+        None  # no number would do: a monotone clock may start anywhere, as at 0 when the machine starts
+    )
+
+    def pass_on(event: Event) -> None:
+        nonlocal last
+        now = clock()
+        if event.kind not in ("progress", "layer") or last is None or now - last >= seconds:
+            last = now
+            tell(event)
+
+    return pass_on

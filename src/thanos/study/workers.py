@@ -1,0 +1,194 @@
+"""The worker processes of a study, one a device named, that take cells in order.
+
+Each is a process of its own, so that one that the system kills costs one cell and not the study.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection, wait
+from typing import TYPE_CHECKING
+
+import torch
+
+from thanos.events import Event
+from thanos.study.events import StudyEvent
+from thanos.study.grid import Cell, Study
+from thanos.study.paths import Places
+from thanos.study.records import make_record
+from thanos.study.session import Session, throttled
+from thanos.study.store import CellRecord
+from thanos.system.device import choose_device
+
+if TYPE_CHECKING:
+    from multiprocessing.process import BaseProcess
+
+
+_PATIENCE = 10.0
+"""Seconds that a worker has to end by itself before it is ended."""
+
+
+@dataclass(slots=True)
+class _Worker:
+    """One process and what it is busy with."""
+
+    number: int
+    device: str
+    process: BaseProcess
+    pipe: Connection
+    cell: Cell | None = None
+
+
+@dataclass(slots=True)
+class Pool:
+    """Worker processes.
+
+    Args:
+        study: the study.
+        places: where its models and texts are.
+        devices: one worker runs on each.
+        initialise: called first in each process.
+        threads: of torch in each process; None shares torch's own choice among them.
+    """
+
+    study: Study
+    places: Places
+    devices: Sequence[str]
+    initialise: Callable[[], None] | None
+    threads: int | None = None
+    _workers: list[_Worker] = field(default_factory=list)
+
+    def run(self, cells: Sequence[Cell]) -> Iterator[tuple[int, StudyEvent]]:
+        """Run cells; yields the number of cells that have ended, and what happens."""
+        waiting, done = list(cells), 0
+        with self._started():
+            for worker in self._workers:
+                yield done, self._hand_out(worker, waiting)
+            while any(worker.cell is not None for worker in self._workers):
+                busy = {worker.pipe: worker for worker in self._workers if worker.cell is not None}
+                for pipe in wait(list(busy)):
+                    worker = busy[pipe]  # type: ignore[index]
+                    told = self._receive(worker)
+                    done += told.record is not None
+                    yield done, told
+                    if worker.cell is None and waiting:
+                        yield done, self._hand_out(worker, waiting)
+
+    def _hand_out(self, worker: _Worker, waiting: list[Cell]) -> StudyEvent:
+        worker.cell = waiting.pop(0)
+        with suppress(OSError):  # it died meanwhile, which is noticed when its answer is read
+            worker.pipe.send(worker.cell)
+        return StudyEvent(worker=worker.number, device=worker.device, cell=worker.cell)
+
+    def _receive(self, worker: _Worker) -> StudyEvent:
+        """Return what a worker tells; for one that has died, a failed record, and another takes its place."""
+        told = StudyEvent(worker=worker.number, device=worker.device, cell=worker.cell)
+        try:
+            received = worker.pipe.recv()
+        except (EOFError, OSError):
+            received = self._bury(worker)
+        if isinstance(received, Event):
+            return replace(told, event=received)
+        worker.cell = None
+        return replace(told, record=received)
+
+    def _bury(self, worker: _Worker) -> CellRecord:
+        assert worker.cell is not None
+        worker.process.join(timeout=10)
+        _kill_group(worker.process)  # what it had started
+        code = worker.process.exitcode
+        how = f"by signal {-code}" if code is not None and code < 0 else f"with exit code {code}"
+        reason = f"the worker process ended {how}; if nobody ended it, memory was exhausted: use fewer workers"
+        results = {"status": "failed", "reason": reason}
+        device, sharers = choose_device(worker.device), self._sharers(worker.device)
+        record = make_record(self.study, self.places, worker.cell, device, results, sharers=sharers)
+        fresh = self._start(worker.number, worker.device)
+        worker.process, worker.pipe = fresh.process, fresh.pipe
+        return record
+
+    @contextmanager
+    def _started(self) -> Iterator[None]:
+        try:
+            for number, device in enumerate(self.devices):
+                self._workers.append(self._start(number, device))  # one by one, so that those that started are ended
+            yield
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        """End all workers with what they started: those that wait by themselves, those at work by SIGTERM."""
+        try:
+            for worker in self._workers:
+                if worker.cell is None:
+                    with suppress(OSError):
+                        worker.pipe.send(None)
+                else:
+                    worker.process.terminate()
+            deadline = time.monotonic() + _PATIENCE
+            for worker in self._workers:
+                worker.process.join(max(0.0, deadline - time.monotonic()))
+        finally:  # also if a second interruption comes while they are waited for
+            for worker in self._workers:
+                _kill_group(worker.process)
+                worker.process.join()
+                worker.pipe.close()
+
+    def _start(self, number: int, device: str) -> _Worker:
+        # A forked process could not use CUDA, and would share the locks of torch's threads.
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        sharers = self._sharers(device)
+        arguments = (theirs, self.study, self.places, device, sharers, len(self.devices), self.initialise, self.threads)
+        process = context.Process(target=_work, args=arguments, name=f"worker {number}", daemon=True)
+        process.start()
+        theirs.close()
+        return _Worker(number, device, process, ours)
+
+    def _sharers(self, device: str) -> int:
+        return sum(other == device for other in self.devices)
+
+
+def _work(
+    pipe: Connection,
+    study: Study,
+    places: Places,
+    device: str,
+    sharers: int,
+    workers: int,
+    initialise: Callable[[], None] | None,
+    threads: int | None,
+) -> None:
+    """The body of a worker process: cells come in, events and records go out."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the study's to handle, which ends its workers
+    os.setpgid(0, 0)  # so that a signal to the group ends what this process starts, and nothing else
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if initialise is not None:
+        initialise()
+    torch.set_num_threads(threads or max(1, torch.get_num_threads() // workers))
+    session = Session(study, places, device, sharers=sharers)
+    tell = throttled(pipe.send)
+    while (cell := pipe.recv()) is not None:
+        pipe.send(session.run(cell, tell))
+
+
+def _end_with_parent() -> None:
+    """Wait for the end of the study's process, which may be killed; then end this one with what it started."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+    os.killpg(0, signal.SIGKILL)
+
+
+def _kill_group(process: BaseProcess) -> None:
+    """End a worker, if it still runs, and all that it started."""
+    process.kill()
+    if process.pid is not None:
+        with suppress(ProcessLookupError, PermissionError):  # nothing is left, or it ended before it had a group
+            os.killpg(process.pid, signal.SIGKILL)

@@ -1,0 +1,88 @@
+"""The stream of a run's events: stamped with time and memory, handed on, and written down as ``events.jsonl``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+from thanos._version import __version__
+from thanos.events import LOG_SCHEMA, Event
+from thanos.system.files import trim
+from thanos.system.memory import Memory, host_memory
+from thanos.system.meter import PhaseMeter
+
+_FRESH = 0.1
+"""Seconds for which a reading of memory serves: asking takes about a millisecond, and a small layer is solved in a few."""
+
+
+class EventStream:
+    """Stamps events with time and memory, keeps the log, and hands them on.
+
+    Args:
+        watcher: is called with each event.
+        meter: knows the peaks of memory; None where they are not measured by phase.
+        keep_log: whether :meth:`log_to` will be called: until then the events are kept for it.
+    """
+
+    def __init__(
+        self,
+        watcher: Callable[[Event], None] | None = None,
+        meter: PhaseMeter | None = None,
+        *,
+        keep_log: bool = False,
+    ) -> None:
+        self._watcher, self._meter, self._keeps_log = watcher or (lambda event: None), meter, keep_log
+        self._began = time.perf_counter()
+        self._descriptor: int | None = None
+        self._peak = 0
+        self._read: tuple[float, Memory] | None = None
+        self._waiting: list[str] = [_header()]
+
+    def __call__(self, event: Event) -> None:
+        """Stamp one event, write it down and pass it on."""
+        now = time.perf_counter()
+        if self._read is None or event.kind == "block" or now - self._read[0] >= _FRESH:
+            self._read = now, self._memory()
+        seconds = round(now - self._began, 6)  # as the log holds them, so that it plays back the same
+        event = dataclasses.replace(event, seconds=seconds, **self._read[1]._asdict())
+        if self._keeps_log:
+            self._write(json.dumps(event.to_dict(), ensure_ascii=False))
+        self._watcher(event)
+
+    def log_to(self, path: Path) -> None:
+        """Add all events of this run to a file, from the first on; what the file holds stays, but for a torn last line."""
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        trim(self._descriptor)
+        waiting, self._waiting = self._waiting, []
+        for line in waiting:
+            self._write(line)
+
+    def close(self) -> None:
+        """Close the log."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def _write(self, line: str) -> None:
+        if self._descriptor is None:
+            self._waiting.append(line)
+            return
+        data = line.encode() + b"\n"
+        while data:
+            data = data[os.write(self._descriptor, data) :]
+
+    def _memory(self) -> Memory:
+        memory = Memory(*host_memory()) if self._meter is None else self._meter.memory()
+        # The kernel's two counters are read one after the other and lag a little: a peak is never below what was seen.
+        self._peak = max(self._peak, memory.host_peak_bytes, memory.host_bytes)
+        return memory._replace(host_peak_bytes=self._peak)
+
+
+def _header() -> str:
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return json.dumps({"kind": "run", "schema": LOG_SCHEMA, "thanos_version": __version__, "time": now})

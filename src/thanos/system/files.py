@@ -1,0 +1,57 @@
+"""Files on disk: room, exact sizes, forced writes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from pathlib import Path
+
+_CHUNK = 1 << 16
+
+
+def trim(descriptor: int) -> int:
+    """Cut an open file of lines after its last whole line; return where that ends."""
+    size = start = os.fstat(descriptor).st_size
+    end = 0
+    while start and not end:
+        last, start = start, max(0, start - _CHUNK)
+        end = start + 1 + os.pread(descriptor, last - start, start).rfind(b"\n")
+        end = end if end > start else 0
+    if end < size:
+        os.ftruncate(descriptor, end)
+    return end
+
+
+def free_disk_bytes(folder: Path) -> int:
+    """Return the bytes free for this user on the disk of ``folder``, or of the nearest parent that exists."""
+    folder = folder.resolve()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def reserve(descriptor: int, size: int) -> None:
+    """Give a file its size, with room on the disk where the file system can promise it; what it holds stays."""
+    os.ftruncate(descriptor, size)
+    if hasattr(os, "posix_fallocate") and size:
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+
+
+def write_at(descriptor: int, data: memoryview, offset: int) -> None:
+    while data.nbytes:
+        count = os.pwrite(descriptor, data, offset)
+        data, offset = data[count:], offset + count
+
+
+def sync(path: Path) -> None:
+    """Force a file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

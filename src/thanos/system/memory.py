@@ -1,0 +1,172 @@
+"""Seconds and peak memory of each phase of a run, and what memory is free."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from thanos.errors import ResourceError
+
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+_STATUS_BYTES = 1 << 14
+"""More than the kernel's page on a process ever holds, so that one read gets all of it."""
+
+
+_MEMINFO, _CGROUP, _CGROUPS = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+
+
+class Memory(NamedTuple):
+    """Bytes in use by this process now, and its peaks; None for the device without a CUDA device."""
+
+    host_bytes: int
+    host_peak_bytes: int
+    device_bytes: int | None = None
+    device_peak_bytes: int | None = None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error says that the device's or the host's memory is exhausted."""
+    said = str(error)  # torch has no exception of its own for the host
+    host = any(words in said for words in ("can't allocate memory", "not enough memory", "Cannot allocate memory"))
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (isinstance(error, RuntimeError) and host)
+
+
+@contextmanager
+def memory_explained(where: torch.device, *remedies: str) -> Iterator[None]:
+    """Say of exhausted memory what takes less of it; other errors pass.
+
+    Args:
+        where: the device; the CPU is a remedy for every other one.
+        remedies: what else a person can do.
+
+    Raises:
+        ResourceError: the memory of the device or the host is exhausted.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        choices = [*remedies, *([] if where.type == "cpu" else ["use --device cpu"])] or ["end what else uses it"]
+        raise ResourceError(f"out of memory on {where}: {', or '.join(choices)}") from error
+
+
+def reset_host_peak() -> None:
+    """Make the kernel forget the peak of resident memory so far, where it lets us."""
+    try:
+        _CLEAR.write_text("5")
+    except OSError:
+        return
+
+
+def host_peak_bytes() -> int:
+    """Return the peak of this process's resident memory, in bytes."""
+    return host_memory()[1]
+
+
+def host_bytes() -> int:
+    """Return this process's resident memory now, in bytes; its peak where the system does not tell."""
+    return host_memory()[0]
+
+
+def host_memory() -> tuple[int, int]:
+    """Return both, :func:`host_bytes` and :func:`host_peak_bytes`, in one reading."""
+    known = _status()
+    peak = known.get(b"VmHWM")
+    if peak is None:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return known.get(b"VmRSS") or peak, peak
+
+
+def _status() -> dict[bytes, int]:
+    """Return what the kernel tells of this process's memory, in bytes by field; empty where it tells nothing."""
+    try:
+        descriptor = os.open(_STATUS, os.O_RDONLY | os.O_CLOEXEC)  # by hand: half the calls that a file object makes
+    except OSError:
+        return {}
+    try:
+        lines = os.read(descriptor, _STATUS_BYTES).splitlines()
+    finally:
+        os.close(descriptor)
+    fields = (line.partition(b":") for line in lines if line.startswith(b"Vm"))
+    return {name: int(value.split()[0]) * 1024 for name, _, value in fields}
+
+
+def device_memory(device: torch.device) -> tuple[int, int]:
+    """Return the memory allocated on a CUDA device now, and the peak since that was reset, in bytes."""
+    # Not memory_allocated and max_memory_allocated: each of them flattens and sorts all statistics for the sake of one.
+    counted = torch.cuda.memory_stats_as_nested_dict(device).get("allocated_bytes", {}).get("all", {})
+    return counted.get("current", 0), counted.get("peak", 0)
+
+
+def free_device_bytes(device: torch.device) -> int:
+    """Return the bytes that a CUDA device can still give to this process: unused, or kept by torch for reuse."""
+    reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + reusable
+
+
+def free_host_bytes() -> int:
+    """Return the bytes of host memory that this process can still take: the system's, or its control group's if less."""
+    found = [_meminfo("MemAvailable"), *(_group_free(folder) for folder in _control_groups())]
+    known = [value for value in found if value is not None]
+    if known:
+        return max(0, min(known))
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # macOS: no better figure without another package
+
+
+def give_back() -> None:
+    """Hand the heap's free pages back to the system, where the C library can; else its fragments add up, block by block."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
+def _meminfo(field: str) -> int | None:
+    try:
+        for line in _MEMINFO.read_text().splitlines():
+            if line.startswith(f"{field}:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
+
+
+def _control_groups() -> list[Path]:
+    """Return the memory control groups that this process is in, up to the root."""
+    try:
+        lines = _CGROUP.read_text().splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        _, controllers, name = line.split(":", 2)
+        if controllers in ("", "memory"):
+            root = _CGROUPS / controllers
+            folder = root / name.lstrip("/")
+            found += [path for path in (folder, *folder.parents) if path == root or root in path.parents]
+    return found
+
+
+def _group_free(folder: Path) -> int | None:
+    """Return what a control group still allows; its own page cache counts as free, since the kernel drops it first."""
+    for limit, usage in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+        try:
+            allowed = (folder / limit).read_text().strip()
+            if allowed == "max":
+                return None
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            cache = int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
+            return int(allowed) - int((folder / usage).read_text()) + cache
+        except (OSError, ValueError):
+            continue
+    return None

@@ -1,0 +1,81 @@
+"""Seconds and peak memory by phase."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from thanos.system.memory import Memory, device_memory, host_memory, host_peak_bytes, reset_host_peak
+
+
+class PhaseMeter:
+    """Adds up seconds and takes the peak of memory, phase by phase. A phase may be entered many times, but not nested.
+
+    On Linux the kernel's peak of resident memory is reset at the start of a phase. Where it cannot be reset, a phase's host
+    peak is that of the process so far.
+
+    Args:
+        device: synchronised at the boundaries where it is a CUDA device, so that work is charged to its own phase.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._seconds: dict[str, float] = {}
+        self._host: dict[str, int] = {}
+        self._on_device: dict[str, int] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Charge what happens inside to a phase."""
+        reset_host_peak()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+            torch.cuda.reset_peak_memory_stats(self._device)
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+                self._on_device[name] = max(self._on_device.get(name, 0), device_memory(self._device)[1])
+            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - began
+            self._host[name] = max(self._host.get(name, 0), host_peak_bytes())
+
+    def memory(self) -> Memory:
+        """Return host and device memory now, and the peaks so far; nothing of the device unless it is a CUDA device."""
+        host, host_peak = host_memory()
+        host_peak = max([host_peak, *self._host.values()])
+        if self._device.type != "cuda":
+            return Memory(host, host_peak)
+        device, device_peak = device_memory(self._device)
+        return Memory(host, host_peak, device, max([device_peak, *self._on_device.values()]))
+
+    def add(self, records: Mapping[str, PhaseRecord]) -> None:
+        """Add what an earlier part of the run measured."""
+        for name, record in records.items():
+            self._seconds[name] = self._seconds.get(name, 0.0) + record.seconds
+            self._host[name] = max(self._host.get(name, 0), record.host_peak_bytes)
+            if record.device_peak_bytes is not None:
+                self._on_device[name] = max(self._on_device.get(name, 0), record.device_peak_bytes)
+
+    def records(self) -> dict[str, PhaseRecord]:
+        """Return what was measured so far, in the order in which the phases were first entered."""
+        return {
+            name: PhaseRecord(
+                seconds=seconds, host_peak_bytes=self._host[name], device_peak_bytes=self._on_device.get(name)
+            )
+            for name, seconds in self._seconds.items()
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PhaseRecord:
+    """Seconds, and peaks of memory in bytes, of one phase; no device peak without a CUDA device."""
+
+    seconds: float
+    host_peak_bytes: int
+    device_peak_bytes: int | None = None

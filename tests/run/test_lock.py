@@ -1,0 +1,164 @@
+"""One run at a time on one output folder; what a dead process left is no lock."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from thanos.errors import ResourceError, UserError
+from thanos.run.lock import lock_path, locked
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from thanos.run.lock import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that holds the lock of ``tmp_path / "out"``."""
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path / "out")], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def test_the_second_is_refused_by_the_number_and_host_of_the_first(holder: Any, tmp_path: Path) -> None:
+    with (
+        pytest.raises(UserError, match=rf"process {holder.pid} on {socket.gethostname()}; wait"),
+        locked(tmp_path / "out"),
+    ):
+        pass
+    assert json.loads(lock_path(tmp_path / "out").read_text())["pid"] == holder.pid, "the first keeps its lock"
+    with locked(tmp_path / "other"):
+        pass
+
+
+def test_the_lock_of_a_killed_process_is_free(holder: Any, tmp_path: Path) -> None:
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    assert lock_path(tmp_path / "out").exists()
+    with locked(tmp_path / "out"):
+        assert json.loads(lock_path(tmp_path / "out").read_text())["pid"] == os.getpid()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_in_one_process(tmp_path: Path) -> None:
+    with locked(tmp_path / "out"):
+        with pytest.raises(UserError, match=f"process {os.getpid()} "), locked(tmp_path / "out"):
+            pass
+        (tmp_path / "link").symlink_to(tmp_path / "out")
+        with pytest.raises(UserError, match="is being written"), locked(tmp_path / "link"):
+            pass
+    with locked(tmp_path / "out"):
+        pass
+
+
+def test_a_lock_on_a_file_that_its_holder_removed_meanwhile_guards_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between opening the file and locking it, the holder before us may have ended and removed it."""
+    calls, flock = [], fcntl.flock
+
+    def late(descriptor: int, operation: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == 1:
+            lock_path(tmp_path / "out").unlink()
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with locked(tmp_path / "out"):
+        assert len(calls) == 2
+        with pytest.raises(UserError), locked(tmp_path / "out"):
+            pass
+
+
+def test_parents_are_made_and_removed(tmp_path: Path) -> None:
+    with locked(tmp_path / "a/b/out"):
+        assert (tmp_path / "a/b").is_dir()
+    assert list(tmp_path.iterdir()) == []
+    with locked(tmp_path / "a/b/out"):
+        (tmp_path / "a/b/out").mkdir()
+    assert (tmp_path / "a/b/out").is_dir()
+
+
+def test_a_place_where_nothing_can_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ResourceError, match="cannot write beside OUT"), locked(tmp_path / "file/out"):
+        pass
+
+
+class TestWithoutTheKernelsLock:
+    """Some network file systems have none: then what the file says of its holder decides."""
+
+    @pytest.fixture(autouse=True)
+    def _no_flock(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(descriptor: int, operation: int) -> None:
+            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+        monkeypatch.setattr(fcntl, "flock", refuse)
+
+    @pytest.fixture
+    def started(self) -> int:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        return int(fields[19])
+
+    def write(self, tmp_path: Path, **changes: Any) -> None:
+        holder = {"pid": os.getpid(), "host": socket.gethostname(), "started": None} | changes
+        lock_path(tmp_path / "out").write_text(json.dumps(holder))
+
+    def test_a_process_that_runs_holds_it(self, started: int, tmp_path: Path) -> None:
+        for changes in ({"started": started}, {"started": None}):
+            self.write(tmp_path, **changes)
+            with pytest.raises(UserError, match=f"process {os.getpid()}"), locked(tmp_path / "out"):
+                pass
+
+    def test_a_process_of_another_user_holds_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def forbidden(pid: int, number: int) -> None:
+            raise PermissionError
+
+        monkeypatch.setattr(os, "kill", forbidden)
+        self.write(tmp_path)
+        with pytest.raises(UserError), locked(tmp_path / "out"):
+            pass
+
+    def test_a_dead_process_does_not(self, tmp_path: Path) -> None:
+        process = subprocess.Popen([sys.executable, "-c", ""])
+        process.wait()
+        self.write(tmp_path, pid=process.pid)
+        with locked(tmp_path / "out"):
+            pass
+
+    def test_nor_does_one_whose_number_was_given_to_another(self, started: int, tmp_path: Path) -> None:
+        self.write(tmp_path, started=started - 1)
+        with locked(tmp_path / "out"):
+            pass
+
+    def test_of_another_host_nothing_is_known(self, tmp_path: Path) -> None:
+        self.write(tmp_path, host="elsewhere")
+        with pytest.raises(UserError, match=r"on elsewhere; .*delete .*\.out\.lock"), locked(tmp_path / "out"):
+            pass
+
+    def test_a_file_that_says_nothing_is_no_lock(self, tmp_path: Path) -> None:
+        for text in ("", "{", "[]", "{}", "null"):
+            lock_path(tmp_path / "out").write_text(text)
+            with locked(tmp_path / "out"):
+                pass

@@ -1,0 +1,401 @@
+"""The files of a report, read back and compared with the store, number by number; the page in a real browser."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import random
+import re
+import statistics
+import sys
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from study_records import MODEL, cell, contents, cost_study, failed, full_study, record, write_store
+from thanos.cli import run
+from thanos.errors import DataError
+from thanos.study.report.build import build_report, write_report
+from thanos.study.report.numbers import Number, plain
+from thanos.study.report.readme import update_readme, with_results
+
+PATHS = {
+    "perplexity": ("evaluation", "perplexity"),
+    "kl_divergence": ("evaluation", "kl_divergence"),
+    "top1_agreement": ("evaluation", "top1_agreement"),
+    "zero_shot": ("zero_shot", "average", "acc"),
+    "zero_shot_stderr": ("zero_shot", "average", "acc_stderr"),
+    "sparsity": ("effective_sparsity", "targeted"),
+    "sparsity_asked": ("cell", "sparsity"),
+    "sparsity_all": ("effective_sparsity", "all"),
+    "seconds": ("seconds",),
+    "solve_seconds": ("phases", "solve", "seconds"),
+    "alpha": ("cell", "outlier_rows"),
+    "block_size": ("cell", "block_size"),
+    "damping": ("cell", "damping"),
+}
+"""Where a field stands in a line of the store: written down here once more, so that a wrong reader is found."""
+
+
+class Store:
+    """The raw lines of a store, and what a number of a report should be by them."""
+
+    def __init__(self, folder: Path) -> None:
+        lines = (folder / "store.jsonl").read_text(encoding="utf-8").splitlines()
+        self.records = {(one := json.loads(line))["key"][:12]: one for line in lines}
+
+    def field(self, key: str, name: str) -> float:
+        one = self.records[key]
+        kind, _, rest = name.partition(":")
+        if name == "layer_error":
+            return statistics.mean(layer["error_after_compensation"] for layer in one["layers"])
+        if kind in ("error", "raw_error", "zeros"):
+            layer = next(layer for layer in one["layers"] if layer["name"] == rest)
+            return layer[
+                {"error": "error_after_compensation", "raw_error": "error_before_compensation", "zeros": "sparsity"}[
+                    kind
+                ]
+            ]
+        if kind in ("task", "task_stderr"):
+            return one["zero_shot"]["tasks"][rest]["acc" if kind == "task" else "acc_stderr"]
+        if kind == "formula":
+            return one["formula"]["errors"][rest]
+        if name == "peak_bytes":
+            pruning = {"load", "calibration", "statistics", "solve", "propagate", "write", "finish"}
+            held = min(phase["device_peak_bytes"] for at, phase in one["phases"].items() if at in pruning)
+            return one["device_peak_bytes"] - held
+        value: Any = one
+        for part in PATHS[name]:
+            value = value[part]
+        return value
+
+    def expected(self, how: str, name: str, cells: list[str], minus: list[str]) -> float:
+        if name == "cells":
+            assert all(key in self.records for key in cells)
+            return len(set(cells))
+        values = [self.field(key, name) for key in cells]
+        others = [self.field(key, name) for key in minus]
+        if how == "value":
+            assert len(set(values)) == 1
+            return values[0]
+        if how == "spread":
+            return statistics.stdev(values)
+        if how == "mean":
+            return statistics.mean(values)
+        change = statistics.mean(values) - statistics.mean(others)
+        if how == "difference":
+            return change
+        if how == "gain":
+            return -change / statistics.mean(others)
+        assert how == "price"
+        seconds = [statistics.mean(self.field(key, "seconds") for key in keys) for keys in (cells, minus)]
+        return (seconds[0] - seconds[1]) / -change
+
+
+class Page(HTMLParser):
+    """The numbers of a page, and its tables as rows of cells; a cell is its text and the numbers in it."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.numbers: list[dict[str, str]] = []
+        self.tables: dict[str, list[list[tuple[str, list[dict[str, str]]]]]] = {}
+        self.links: list[str] = []
+        self._table, self._cell, self._number = "", False, False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = {name: value or "" for name, value in attrs}
+        self.links += [value for name, value in values.items() if name in ("href", "src", "xlink:href")]
+        if tag == "table":
+            self._table = values["id"].removeprefix("table-")
+            self.tables[self._table] = []
+        elif tag == "tr":
+            self.tables[self._table].append([])
+        elif tag == "td":
+            self._cell = True
+            self.tables[self._table][-1].append(("", []))
+        elif tag == "data":
+            self.numbers.append({**values, "text": ""})
+            self._number = True
+            if self._cell:
+                self.tables[self._table][-1][-1][1].append(self.numbers[-1])
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "td":
+            self._cell = False
+        elif tag == "data":
+            self._number = False
+
+    def handle_data(self, data: str) -> None:
+        if self._number:
+            self.numbers[-1]["text"] += data
+        if self._cell:
+            text, numbers = self.tables[self._table][-1][-1]
+            self.tables[self._table][-1][-1] = (text + data, numbers)
+
+
+@pytest.fixture(scope="module")
+def page(study_report: Path) -> Page:
+    return Page((study_report / "report.html").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def store(study_report: Path) -> Store:
+    return Store(study_report)
+
+
+def test_every_number_of_the_page_is_the_stores(page: Page, store: Store) -> None:
+    assert len(page.numbers) > 2000
+    for one in page.numbers:
+        expected = store.expected(
+            one["data-how"], one["data-field"], one["data-cells"].split(), one.get("data-minus", "").split()
+        )
+        assert float(one["value"]) == pytest.approx(expected, rel=1e-12, abs=1e-15), one
+    assert {one["data-how"] for one in page.numbers} == {"value", "mean", "spread", "difference", "gain", "price"}
+
+
+def test_differences_compare_the_same_seeds_whatever_seeds_rows_have() -> None:
+    draw = random.Random(7)
+    whole = full_study(blocks=1)
+    compared = 0
+    for share in (0.4, 0.7, 0.95):
+        part = [one for one in whole if draw.random() < share or one.cell["method"] == "dense"]
+        part = [one if draw.random() < 0.6 else dataclasses.replace(one, zero_shot=None) for one in part]
+        report, seeds = build_report(contents(part)), {one.key[:12]: one.cell["seed"] for one in part}
+        prose = [words for chapter in report.chapters for s in chapter.sections for words in (*s.prose, *s.missing)]
+        cells = [cell for table in report.tables for row in table.rows for cell in row]
+        prose += [cell.prose for cell in cells] + [(cell.number,) for cell in cells]
+        for found in (part for words in prose for part in words if isinstance(part, Number)):
+            if found.minus and found.field != "sparsity":
+                assert sorted(seeds[key] for key in found.cells) == sorted(seeds[key] for key in found.minus), found
+                compared += 1
+    assert compared > 100
+
+
+def test_every_number_that_is_shown_is_its_value_rounded(page: Page) -> None:
+    scales = {
+        "sparsity": 100,
+        "sparsity_asked": 100,
+        "sparsity_all": 100,
+        "zero_shot": 100,
+        "zero_shot_stderr": 100,
+        "top1_agreement": 100,
+        "peak_bytes": 2**-30,
+    }
+    for one in page.numbers:
+        shown = one["text"].replace(",", "").replace("−", "-").replace("+", "").removesuffix(" %")
+        if "×" in shown:
+            digits, power = shown.split(" × 10")
+            shown = f"{digits}e{power.translate(str.maketrans('⁰¹²³⁴⁵⁶⁷⁸⁹⁻', '0123456789-'))}"
+        kind = one["data-field"].partition(":")[0]
+        scale = 100 if one["data-how"] == "gain" or kind in ("task", "zeros") else scales.get(kind, 1)
+        value = float(one["value"]) * (1 if one["data-how"] == "price" else scale)
+        places = len(shown.partition("e")[0].partition(".")[2])
+        unit = 10.0 ** (int(shown.partition("e")[2] or 0) - places)
+        assert abs(float(shown) - value) <= 0.5000001 * unit + 1e-12 * abs(value), one
+
+
+def test_tables_as_files_hold_the_pages_numbers(page: Page, study_report: Path) -> None:
+    assert {path.stem for path in (study_report / "tables").glob("*.csv")} == set(page.tables)
+    for name, rows in page.tables.items():
+        body = [row for row in rows if row]
+        lines = list(csv.reader(io.StringIO((study_report / "tables" / f"{name}.csv").read_text(encoding="utf-8"))))
+        markdown = (study_report / "tables" / f"{name}.md").read_text(encoding="utf-8")
+        latex = (study_report / "tables" / f"{name}.tex").read_text(encoding="utf-8")
+        assert len(lines) == len(body) + 1, name
+        for row, line in zip(body, lines[1:], strict=True):
+            in_csv = [float(value) for value in line if re.fullmatch(r"-?\d[\d.]*(e[+-]?\d+)?", value)]
+            in_page = [
+                float(n["value"])
+                for text, numbers in row
+                for n in numbers
+                if len(numbers) <= 2 and "against" not in text
+            ]
+            if name != "claims":
+                assert [value for value in in_page if value not in in_csv] == [], (name, line)
+            for text, numbers in row:
+                assert not numbers or text in markdown.replace("**", ""), (name, text)
+        assert latex.count("{") == latex.count("}"), name
+        assert latex.isascii(), (name, {letter for letter in latex if not letter.isascii()})
+
+
+def test_every_figure_carries_the_stores_numbers(page: Page, store: Store, study_report: Path) -> None:
+    text = (study_report / "report.html").read_text(encoding="utf-8")
+    match = re.search(r'<script type="application/json" id="figures">(.*?)</script>', text, re.DOTALL)
+    assert match
+    embedded = json.loads(match[1].replace("<\\/", "</"))
+    files = sorted((study_report / "figures").glob("*.svg"))
+    assert [path.stem for path in files] == sorted(embedded)
+    assert [path.stem for path in files] == sorted(path.stem for path in (study_report / "figures").glob("*.png"))
+    numbers = 0
+    for path in files:
+        root = ET.fromstring(path.read_text(encoding="utf-8"))
+        description = root.find(".//{http://purl.org/dc/elements/1.1/}description")
+        assert description is not None
+        data = json.loads(description.text or "")
+        assert data == embedded[path.stem]
+        for one in _numbers(data):
+            expected = store.expected(one["how"], one["field"], one["cells"], one.get("minus", []))
+            assert one["value"] == pytest.approx(expected, rel=1e-12, abs=1e-15)
+            numbers += 1
+    assert numbers > 500
+
+
+def _numbers(value: Any) -> list[dict[str, Any]]:
+    if isinstance(value, dict):
+        own = [value] if "how" in value else []
+        return own + [one for item in value.values() for one in _numbers(item)]
+    return [one for item in value for one in _numbers(item)] if isinstance(value, list) else []
+
+
+def test_the_page_needs_nothing_but_itself(page: Page, study_report: Path) -> None:
+    assert all(link.startswith(("#", "data:")) for link in page.links), page.links
+    text = (study_report / "report.html").read_text(encoding="utf-8")
+    assert "@import" not in text
+    assert not re.search(r"url\((?!#)", text)
+
+
+def test_anchors_and_names_are_unique(study_report: Path) -> None:
+    text = (study_report / "report.html").read_text(encoding="utf-8")
+    names = re.findall(r'\bid="([^"]+)"', text)
+    assert len(names) == len(set(names))
+    assert set(re.findall(r'href="#([^"]+)"', text)) <= set(names)
+    assert set(re.findall(r"url\(#([^)]+)\)", text)) <= set(names)
+
+
+def test_what_failed_is_listed_with_its_reason(study_report: Path) -> None:
+    text = (study_report / "report.html").read_text(encoding="utf-8")
+    assert "sparsity 0.95 &lt;is&gt; too much" in text
+    assert "sparsity 0.95 <is> too much" in (study_report / "tables" / "failed.csv").read_text(encoding="utf-8")
+
+
+def test_the_same_store_gives_the_same_bytes_and_stale_files_go(tmp_path: Path) -> None:
+    records = [record(cell(method)) for method in ("thanos", "wanda")] + [record(cell("dense", None))]
+    folder = write_store(tmp_path / "study", records)
+    write_report(folder)
+    first = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.*") if path.is_file()}
+    (folder / "figures" / "old.svg").write_text("from an earlier report")
+    write_report(folder)
+    assert {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.*") if path.is_file()} == first
+
+
+def test_two_models_have_files_of_their_own(tmp_path: Path) -> None:
+    records = [record(cell(method, model=model)) for model in ("org/a", "b") for method in ("thanos", "wanda")]
+    report = write_report(write_store(tmp_path / "study", records))
+    names = [table.name for table in report.tables]
+    assert {"summary_org-a", "summary_b", "table2", "cells"} <= set(names)
+    assert len(names) == len(set(names))
+
+
+def test_a_store_of_failures_alone_is_reported(tmp_path: Path) -> None:
+    report = write_report(write_store(tmp_path / "study", [failed(cell(), "out of memory")]))
+    assert report.table("failed") is not None
+
+
+def test_the_lead_says_where_cells_are_missing() -> None:
+    lead = plain(build_report(contents([record(cell()), record(cell("dense", None))])).lead)
+    assert "The study is not complete" in lead
+    assert "“Summary”" in lead
+    assert "“Is the block-wise formulation worth it, and where?”" in lead
+    whole = build_report(contents(cost_study("other")))
+    assert not any(section.missing for chapter in whole.chapters for section in chapter.sections)
+    assert "not complete" not in plain(whole.lead)
+
+
+def test_a_method_of_another_version_is_shown(tmp_path: Path) -> None:
+    new = record(cell("wanda")).cell | {"method": "alps"}
+    dense = record(cell("dense", None))
+    odd = record(cell("wanda"), key="f" * 64)
+    odd.cell.update(new)
+    report = write_report(write_store(tmp_path / "study", [record(cell()), odd, dense]))
+    table = report.table("summary")
+    assert table is not None
+    assert [row[0].shown for row in table.rows] == ["Dense", "Thanos", "alps"]
+
+
+# The command
+
+
+def test_the_command_writes_the_report_and_says_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib", reason="the extra report is not installed")
+    folder = write_store(tmp_path / "study", [record(cell()), record(cell("wanda"))])
+    assert run(["report", str(folder), "--quiet"]) == 0
+    assert (folder / "report.html").is_file()
+    assert str(folder / "report.html") in capsys.readouterr().out
+
+
+def test_without_matplotlib_the_line_says_what_to_install(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    folder = write_store(tmp_path / "study", [record(cell()), record(cell("wanda"))])
+    assert run(["report", str(folder), "--quiet"]) == 2
+    assert "pip install 'matplotlib>=3.10'" in capsys.readouterr().err
+
+
+def test_a_folder_without_a_store_is_a_users_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["report", str(tmp_path)]) == 2
+    assert "store.jsonl" in capsys.readouterr().err
+    (tmp_path / "store.jsonl").write_text("")
+    assert run(["report", str(tmp_path)]) == 2
+    assert "holds no record" in capsys.readouterr().err
+
+
+def test_a_torn_last_line_is_left_out_with_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib", reason="the extra report is not installed")
+    folder = write_store(tmp_path / "study", [record(cell())])
+    with (folder / "store.jsonl").open("a") as file:
+        file.write('{"schema": 1, "key": "ab')
+    assert run(["report", str(folder), "--quiet"]) == 0
+    assert "torn" in capsys.readouterr().err
+
+
+# README
+
+
+def test_a_readme_shows_what_the_store_says(tmp_path: Path) -> None:
+    write_store(tmp_path / "docs" / "m", [r for r in full_study(blocks=1) if r.cell["method"] in ("dense", "thanos")])
+    text = "before\n\n<!-- results: docs/m -->\nold numbers\n<!-- end of results -->\n\nafter\n"
+    readme = tmp_path / "README.md"
+    readme.write_text(text, encoding="utf-8")
+    update_readme(readme, tmp_path / "docs" / "m")
+    made = readme.read_text(encoding="utf-8")
+    assert made.startswith("before\n\n<!-- results: docs/m -->\n")
+    assert made.endswith("<!-- end of results -->\n\nafter\n")
+    assert "old numbers" not in made
+    assert "![Perplexity by pattern and method](docs/m/figures/summary.svg)" in made
+    assert "| Dense |" in made
+    assert with_results(made, tmp_path) == made
+    assert with_results(made.replace("21.97", "20.97"), tmp_path) == made
+
+
+def test_a_readme_without_a_place_is_told_which_lines_to_add(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("nothing", encoding="utf-8")
+    folder = write_store(tmp_path / "docs", [record(cell())])
+    with pytest.raises(DataError, match="<!-- results: docs -->"):
+        update_readme(tmp_path / "README.md", folder)
+
+
+def test_models_are_named_in_the_title(study_report: Path) -> None:
+    assert f"<title>Pruning {MODEL}</title>" in (study_report / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_model_of_which_the_cost_alone_counts_stands_beside_an_evaluated_one(tmp_path: Path) -> None:
+    folder = write_store(tmp_path, [*full_study(blocks=2), *cost_study("other")])
+    report = write_report(folder)
+    assert [s.name for s in report.chapters[1].sections] == ["blocks", "cost"]
+    table = report.table("table2")
+    assert table is not None
+    assert [c.head for c in table.columns] == ["Method", MODEL]
+    page, store = Page((folder / "report.html").read_text(encoding="utf-8")), Store(folder)
+    for one in page.numbers:
+        how = (one["data-how"], one["data-field"], one["data-cells"].split(), one.get("data-minus", "").split())
+        assert float(one["value"]) == pytest.approx(store.expected(*how), rel=1e-12, abs=1e-15), one
+    alone = write_report(write_store(tmp_path / "alone", cost_study("other")))
+    assert [s.name for chapter in alone.chapters for s in chapter.sections] == ["blocks", "cost", "data"]
+    assert alone.table("cost") is not None
