@@ -7,10 +7,9 @@ import json
 import os
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from thanos.calibration.text import SUFFIXES
 from thanos.checkpoint.layout import INDEX_NAME, SINGLE_NAME
 from thanos.errors import ModelError
 
@@ -25,10 +24,6 @@ _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", 
 
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
-
-
-_FILES = (".gguf", ".safetensors", ".bin", ".json", *SUFFIXES)
-"""Endings of the files that a user may name."""
 
 
 @dataclass(frozen=True)
@@ -194,6 +189,11 @@ def _check_gguf(path: Path) -> None:
 
 
 def require_gguf_packages() -> None:
+    """Refuse to go on without the packages that read GGUF files.
+
+    Raises:
+        ModelError: names the missing package.
+    """
     try:
         import accelerate  # noqa: F401
         import gguf  # noqa: F401
@@ -216,15 +216,6 @@ def _check_causal(source: ModelSource) -> None:
 
 
 def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message; its type where there is none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
-
-
-def public_name(name: str) -> str:
-    """Return a hub name as it is, and the last part of anything that looks like a local path."""
-    path = PurePath(name)
-    # Not any suffix: the organisation of Qwen/Qwen2.5-0.5B is no folder.
-    is_path = path.is_absolute() or name.startswith((".", "~")) or name.lower().endswith(_FILES)
-    if not is_path and len(path.parts) <= 2:
-        return name
-    return path.name if path.name not in ("", "..") else "a local model"

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from pathlib import PurePath
 from typing import Any
 
+from thanos.calibration.text import SUFFIXES
 from thanos.engine.records import LayerRecord
-from thanos.model.source import public_name
 from thanos.run.report import PruningReport
 
+_FILES = (".gguf", ".safetensors", ".bin", ".json", *SUFFIXES)
+"""Endings of the files that a user may name."""
 _WORST = 5
 
 
@@ -48,6 +51,16 @@ def model_card(report: PruningReport) -> str:
         *_warnings(report),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def public_name(name: str) -> str:
+    """Return a hub name as it is, and the last part of anything that looks like a local path."""
+    path = PurePath(name)
+    # Not any suffix: the organisation of Qwen/Qwen2.5-0.5B is no folder.
+    is_path = path.is_absolute() or name.startswith((".", "~")) or name.lower().endswith(_FILES)
+    if not is_path and len(path.parts) <= 2:
+        return name
+    return path.name if path.name not in ("", "..") else "a local model"
 
 
 def _front_matter(report: PruningReport) -> str:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from thanos.errors import RecipeError, StudyError
-from thanos.model.source import public_name as public
 from thanos.recipe import DTYPES, METHODS, LayerRecipe, Recipe
+from thanos.run.model_card import public_name as public
 from thanos.study.grid import DENSE, FORMULA, Cell, EvaluationPlan, FormulaPlan, Study, ZeroShotPlan, product
 
 

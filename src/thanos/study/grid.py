@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from thanos.model.source import public_name as public
 from thanos.patterns.columns import Columns
 from thanos.patterns.nm import NM
 from thanos.patterns.parse import parse_pattern
 from thanos.recipe import LayerRecipe, Recipe
+from thanos.run.model_card import public_name as public
 from thanos.study.formula import DEFAULT_SHARE
 
 DENSE = "dense"

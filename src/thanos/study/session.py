@@ -25,10 +25,10 @@ from thanos.events import Event
 from thanos.model.layers import LinearLayer, linear_layers, select_layers
 from thanos.model.loading import load_model
 from thanos.model.skeleton import build_skeleton
-from thanos.model.source import public_name as public
 from thanos.model.source import resolve_model
 from thanos.planning.synthetic_layer import synthetic_layer
 from thanos.recipe import Recipe
+from thanos.run.model_card import public_name as public
 from thanos.run.prune import prune
 from thanos.solvers.hessian import InputStatistics
 from thanos.solvers.prune_layer import prune_layer

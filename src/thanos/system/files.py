@@ -43,6 +43,7 @@ def reserve(descriptor: int, size: int) -> None:
 
 
 def write_at(descriptor: int, data: memoryview, offset: int) -> None:
+    """Write all of ``data`` at an offset of an open file, however many calls it takes."""
     while data.nbytes:
         count = os.pwrite(descriptor, data, offset)
         data, offset = data[count:], offset + count
