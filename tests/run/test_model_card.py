@@ -13,8 +13,7 @@ import thanos
 from helpers import save_tiny
 from reports import layer
 from thanos.engine.records import LayerRecord
-from thanos.model.source import public_name
-from thanos.run.model_card import model_card
+from thanos.run.model_card import model_card, public_name
 from thanos.run.report import PruningReport, compute_totals
 from thanos.system.meter import PhaseRecord
 
