@@ -8,7 +8,7 @@ code that prunes, so that whatever that refuses is refused here too. Weights are
 from __future__ import annotations
 
 import gc
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from thanos.run.auxiliary_files import companion_files
 from thanos.run.setup import LOG_BYTES_PER_LAYER, Prepared, count_zeros, prepare, resource_errors
 from thanos.run.work_folder import WorkFolder, check_interrupted, check_output
 from thanos.system.device import choose_device
+from thanos.system.documents import Document
 from thanos.system.files import free_disk_bytes
 from thanos.system.memory import free_device_bytes, free_host_bytes, host_bytes
 from thanos.system.meter import PhaseMeter, PhaseRecord
@@ -44,7 +45,7 @@ SCHEMA = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
+class Plan(Document):
     """A prediction; the attributes are the keys of ``thanos prune --plan --json``.
 
     Attributes:
@@ -90,11 +91,6 @@ class Plan:
     seconds: float
     does_not_fit: list[str]
     schema: int = SCHEMA
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values, ``schema`` first."""
-        values = asdict(self)
-        return {"schema": values.pop("schema"), **values}
 
 
 def plan(
