@@ -12,10 +12,15 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import hypothesis
 import pytest
 import torch
 
 from helpers import ROOT, save_tiny
+
+# A machine that is busy with something else makes no test fail.
+hypothesis.settings.register_profile("thanos", deadline=None)
+hypothesis.settings.load_profile("thanos")
 
 
 def pytest_configure(config: pytest.Config) -> None:
