@@ -201,7 +201,8 @@ def test_a_dtype_that_is_not_supported_is_no_damage(tmp_path: Path, dtype: str, 
 def test_pieces_are_the_tensors_entries_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = {"a": torch.randn(7, 5), "b": torch.arange(23).to(torch.bfloat16), "none": torch.empty(0, 3)}
     save_file(tensors, tmp_path / SINGLE_NAME)
-    monkeypatch.setattr("thanos.checkpoint.layout.CHUNK_ENTRIES", 4)
+    monkeypatch.setattr("thanos.checkpoint.reader.CHUNK_ENTRIES", 4)
+    monkeypatch.setattr("thanos.checkpoint.in_memory.CHUNK_ENTRIES", 4)
     for checkpoint in (SafetensorsCheckpoint(tmp_path), LoadedCheckpoint(tensors)):
         for name, tensor in tensors.items():
             pieces = list(checkpoint.pieces(name))

@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import thanos
 from helpers import MIXTURES, packed_windows, save_tiny, tiny_config, tiny_model, tiny_tokenizer, windows
+from thanos.calibration import statistics
 from thanos.cli import main
-from thanos.engine import loop as engine
 from thanos.errors import ModelError
 from thanos.evaluation.inspect import inspect_checkpoint
 from thanos.model.experts import rename_expert
@@ -322,7 +322,7 @@ def test_many_passes_give_the_bytes_of_one(
 ) -> None:
     one, many = [], []
     thanos.prune(dense[architecture], tmp_path / "one", recipe(text_file), on_event=one.append)
-    monkeypatch.setattr(engine, "_STATISTICS_BYTES", {"cpu": 20_000})
+    monkeypatch.setattr(statistics, "_STATISTICS_BYTES", {"cpu": 20_000})
     thanos.prune(dense[architecture], tmp_path / "many", recipe(text_file), on_event=many.append)
 
     def passes(events: list[Any]) -> int:

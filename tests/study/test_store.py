@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from thanos.checkpoint import writer as shards
 from thanos.errors import DataError, ResourceError
 from thanos.study.store import SCHEMA, CellRecord, StoreWriter, cell_key, read_store, store_path
+from thanos.system import files
 
 CELL = {"model": "m", "method": "wanda", "pattern": "2:4", "sparsity": None, "seed": 0}
 
@@ -77,9 +78,9 @@ def test_an_unpacked_store_is_on_the_disk_before_it_counts(tmp_path: Path, monke
     (tmp_path / "store.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
     path.unlink()
     synced: list[tuple[str, bool]] = []
-    monkeypatch.setattr(shards, "sync", lambda one: synced.append((one.name, path.exists())))
+    monkeypatch.setattr(files, "sync", lambda one: synced.append((one.name, path.exists())))
     StoreWriter(tmp_path)
-    assert synced == [("store.jsonl.part", False), (tmp_path.name, True)]
+    assert synced == [(f"store.jsonl.{os.getpid()}.part", False), (tmp_path.name, True)]
 
 
 def test_cells_that_only_the_packed_store_has_are_warned_of(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import thanos.system.files as files
 import thanos.system.memory as memory
 from thanos.system.memory import host_bytes, host_peak_bytes, reset_host_peak
 from thanos.system.meter import PhaseMeter
@@ -204,4 +205,4 @@ def test_free_disk_is_that_of_the_nearest_folder(tmp_path: Path) -> None:
     import shutil
 
     expected = shutil.disk_usage(tmp_path).free
-    assert memory.free_disk_bytes(tmp_path / "not" / "yet") == pytest.approx(expected, rel=0.05)
+    assert files.free_disk_bytes(tmp_path / "not" / "yet") == pytest.approx(expected, rel=0.05)

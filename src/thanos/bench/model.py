@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,6 +26,7 @@ from thanos.planning.device_rates import Rates, measure_rates
 from thanos.recipe import Recipe
 from thanos.run.journal import Journal
 from thanos.run.resume import Ledger
+from thanos.system.documents import Document
 from thanos.system.event_stream import EventStream
 from thanos.system.meter import PhaseMeter, PhaseRecord
 
@@ -33,7 +34,7 @@ SCHEMA = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ModelTime:
+class ModelTime(Document):
     """What :func:`time_model` measured; the attributes are the keys of ``--json``.
 
     Attributes:
@@ -71,11 +72,6 @@ class ModelTime:
     written: bool
     machine: dict[str, Any]
     schema: int = SCHEMA
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values, ``schema`` first."""
-        values = asdict(self)
-        return {"schema": values.pop("schema"), **values}
 
 
 class _Discard:

@@ -6,14 +6,16 @@ files (textfiles.py) are used whole for whichever they are given.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from thanos.calibration.text_files import SUFFIXES, Note, Row, find_files, is_installed, read_rows
+from thanos.calibration.text_files import SUFFIXES, Note, Row, find_files, read_rows
 from thanos.errors import DataError
 from thanos.model.bos import added_bos
-from thanos.system.extras import install_command
+from thanos.model.fingerprint import file_sha256
+from thanos.system.extras import install_command, is_installed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -186,3 +188,21 @@ def _rendered(messages: list[dict[str, Any]], source: str, tokenizer: PreTrained
             f"{source} holds a chat that the tokenizer's chat template refuses ({line}); a message has role and content"
         ) from error
     return text.removeprefix(str(tokenizer.bos_token)) if added_bos(tokenizer) is not None else text
+
+
+def text_sha256(source: str) -> str | None:
+    """Return a hash of the files of a text source; None where it names none, such as a data set.
+
+    Args:
+        source: as for :func:`~thanos.calibration.text.calibration_documents`. Of one file it is the hash of its content.
+    """
+    try:
+        files = [path for path, _ in find_files(source, "")]
+    except DataError:
+        return None
+    if len(files) == 1:
+        return file_sha256(files[0])
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(f"{path.name} {file_sha256(path)}\n".encode())
+    return digest.hexdigest()

@@ -13,7 +13,6 @@ import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -74,17 +73,6 @@ def find_files(source: str, allowed: str) -> list[tuple[Path, str | None]]:
     """
     parts = [Part(source)] if exists(source) else split_source(source)
     return [(path, part.column) for part in parts for path in _files_of(part.path, allowed)]
-
-
-def is_installed(module: str) -> bool:
-    """Whether a module can be imported, as far as looking for it tells."""
-    try:
-        return find_spec(module) is not None
-    except (
-        ImportError,
-        ValueError,
-    ):  # the package that would hold it is missing; or something else stands in its place
-        return False
 
 
 def exists(path: str) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from thanos.calibration.text import calibration_documents
+from thanos.checkpoint.entries import count_zeros
 from thanos.errors import DataError
 from thanos.events import Event, Watcher
 from thanos.model.bos import added_bos, plain_ids, without_bos
@@ -19,7 +20,6 @@ from thanos.model.loading import check_token_ids, context_length, end_of_text_id
 from thanos.model.opening import OpenedModel
 from thanos.model.source import ModelSource
 from thanos.recipe import Recipe
-from thanos.run.survey import count_zeros
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -85,6 +85,7 @@ class ShardLayout:
 
 
 def split_info(tensors: dict[str, TensorInfo], name: str, pieces: Mapping[str, tuple[int, ...]]) -> None:
+    """Replace the entry of a fused tensor by entries of its parts, in place; ``pieces`` maps each part's name to its shape."""
     whole = tensors[name]
     if sum(math.prod(shape) for shape in pieces.values()) != whole.numel:
         raise ModelError(
@@ -101,6 +102,11 @@ def split_info(tensors: dict[str, TensorInfo], name: str, pieces: Mapping[str, t
 
 
 def parse_entry(shard: str, entry: dict[str, Any], base: int) -> TensorInfo:
+    """Return what a header says of one tensor; its offsets count from ``base`` bytes into the file.
+
+    Raises:
+        ValueError: the entry contradicts itself, or its dtype is not supported.
+    """
     if entry["dtype"] not in DTYPES:
         raise ValueError(f"dtype {entry['dtype']} is not supported")
     dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
@@ -113,6 +119,7 @@ def parse_entry(shard: str, entry: dict[str, Any], base: int) -> TensorInfo:
 
 
 def plan_layout(file: str, group: dict[str, Tensor]) -> tuple[ShardLayout, dict[str, TensorInfo]]:
+    """Return the header of a file that holds a group of tensors, and where each of them lies."""
     # Wider dtypes first keeps every tensor aligned, as the library does.
     names = sorted(group, key=lambda name: (-group[name].dtype.itemsize, name))
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -134,6 +141,7 @@ def plan_layout(file: str, group: dict[str, Tensor]) -> tuple[ShardLayout, dict[
 
 
 def make_index(tensors: Mapping[str, TensorInfo]) -> bytes:
+    """Return the text of ``model.safetensors.index.json``."""
     total = sum(info.nbytes for info in tensors.values())
     weight_map = {name: info.shard for name, info in sorted(tensors.items())}
     return (json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + os.linesep).encode()

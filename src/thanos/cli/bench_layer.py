@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +9,7 @@ import typer
 
 from thanos.cli.options import Threads, option, use_threads
 from thanos.errors import RecipeError
+from thanos.system.documents import json_text
 
 
 def layer(
@@ -79,7 +79,7 @@ def layer(
     )
     results = list(run(settings))
     if json_file is not None:
-        text = json.dumps(report(settings, results), indent=2) + "\n"
+        text = json_text(report(settings, results))
         if str(json_file) == "-":
             typer.echo(text, nl=False)
             return

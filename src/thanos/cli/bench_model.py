@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -100,7 +99,7 @@ def model(
             on_event=watcher,
         )
     if json_file is not None:
-        text = json.dumps(result.to_dict(), indent=2) + "\n"
+        text = result.to_json()
         if str(json_file) == "-":
             typer.echo(text, nl=False)
             return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from thanos.errors import ResourceError
+from thanos.system.documents import json_text
 
 if TYPE_CHECKING:
     from thanos.bench.layer import LayerTime
@@ -240,7 +240,7 @@ def _finish(rows: Sequence[tuple[str, str]], values: dict[str, Any], json_file: 
 def _write_json(values: dict[str, Any], json_file: Path | None) -> None:
     if json_file is None:
         return
-    text = json.dumps(_finite(values), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    text = json_text(values)
     if _to_stdout(json_file):
         sys.stdout.write(text)
     else:
@@ -249,14 +249,6 @@ def _write_json(values: dict[str, Any], json_file: Path | None) -> None:
 
 def _score(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not abs(value) < float("inf") else value
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:

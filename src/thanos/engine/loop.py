@@ -17,14 +17,13 @@ from thanos.checkpoint.writer import CheckpointWriter
 from thanos.engine.block_calls import stop
 from thanos.engine.block_runner import Passes
 from thanos.engine.distributed import SINGLE, World
-from thanos.engine.rank_zero import SharedLedger, SharedWriter
-from thanos.engine.records import BlockRecord, LayerRecord, expert_notes, layer_record, mean_known
+from thanos.engine.rank_zero import SharedWriter
+from thanos.engine.records import BlockJournal, BlockRecord, LayerRecord, expert_notes, layer_record, mean_known
 from thanos.engine.weights import ModelWeights
 from thanos.errors import ModelError
 from thanos.events import Event, Phase
 from thanos.model.layers import LinearLayer, block_names, outer_names
 from thanos.recipe import Recipe
-from thanos.run.resume import Ledger
 from thanos.solvers.hessian import InputStatistics
 from thanos.solvers.prune_layer import prune_layer
 from thanos.system.background import Background
@@ -63,7 +62,7 @@ class Engine:
     layers: list[LinearLayer]
     weights: ModelWeights
     writer: CheckpointWriter | SharedWriter
-    ledger: Ledger | SharedLedger
+    ledger: BlockJournal
     recipe: Recipe
     passes: Passes
     device: torch.device

@@ -10,8 +10,7 @@ from thanos.engine.distributed import World
 
 if TYPE_CHECKING:
     from thanos.checkpoint.writer import CheckpointWriter
-    from thanos.engine.records import BlockRecord
-    from thanos.run.resume import Ledger
+    from thanos.engine.records import BlockJournal, BlockRecord
 
 
 class SharedWriter:
@@ -49,21 +48,21 @@ class SharedLedger:
         world: the processes.
 
     Attributes:
-        finished: see :class:`~thanos.run.resume.Ledger`.
+        finished: see :class:`~thanos.engine.records.BlockJournal`.
     """
 
-    def __init__(self, ledger: Ledger | None, world: World) -> None:
+    def __init__(self, ledger: BlockJournal | None, world: World) -> None:
         self._ledger, self._world = ledger, world
         known = world.from_first(lambda: dict(self._first.finished))
         self.finished: dict[int | None, BlockRecord] = known if ledger is None else ledger.finished
 
     @property
-    def _first(self) -> Ledger:
+    def _first(self) -> BlockJournal:
         assert self._ledger is not None
         return self._ledger
 
     def record(self, block: int | None, **what: Any) -> None:
-        """See :meth:`~thanos.run.resume.Ledger.record`. A block done again may have made later ones worthless."""
+        """See :meth:`~thanos.engine.records.BlockJournal.record`. A block done again may have made later ones worthless."""
         if self._ledger is not None:
             self._ledger.record(block, **what)
         held = self._world.from_first(lambda: set(self.finished))

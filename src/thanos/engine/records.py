@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -227,3 +227,37 @@ def expert_notes(experts: Mapping[str, str], records: Sequence[LayerRecord]) -> 
     if none:
         lines.append(f"{len(none):,} of {len(total):,} experts saw no calibration token: pruned by magnitude")
     return lines
+
+
+class BlockJournal(Protocol):
+    """Which blocks are finished, as the engine asks and reports it.
+
+    Attributes:
+        finished: the latest valid record of each finished block.
+    """
+
+    finished: dict[int | None, BlockRecord]
+
+    def record(
+        self,
+        block: int | None,
+        *,
+        layers: Sequence[LayerRecord],
+        written: Sequence[str],
+        notes: Sequence[str],
+        batch: int | None,
+        starts: Sequence[tuple[int, int]],
+        place: str,
+    ) -> None:
+        """Make a block's tensors durable, then note that it is finished.
+
+        Args:
+            block: its index; None for what follows the blocks.
+            layers: the records of its layers.
+            written: names of its tensors in the checkpoint.
+            notes: warnings that arose in it.
+            batch: sequences per forward pass.
+            starts: see :class:`BlockRecord`.
+            place: where the activations were kept.
+        """
+        ...

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from thanos.patterns.unstructured import Unstructured
 from thanos.run.report import SCHEMA as REPORT_SCHEMA
 from thanos.run.report import DenseRecord, count_totals
 from thanos.run.survey import NOT_LINEAR
+from thanos.system.documents import Document
 from thanos.system.event_stream import EventStream
 
 SCHEMA = 1
@@ -68,7 +69,7 @@ class Violation:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Inspection:
+class Inspection(Document):
     """A whole checkpoint; the attributes are the keys of ``inspect --json``.
 
     Attributes:
@@ -90,11 +91,6 @@ class Inspection:
     layers: list[LayerInspection]
     dense: list[DenseRecord]
     schema: int = SCHEMA
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values, in the order of the attributes, ``schema`` first."""
-        values = asdict(self)
-        return {"schema": values.pop("schema"), **values}
 
 
 def inspect_checkpoint(

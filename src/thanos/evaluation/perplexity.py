@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from thanos.model.bos import Bos, check_bos
 from thanos.model.loading import check_token_ids, load_model, parse_dtype
 from thanos.model.source import find_local, resolve_model
 from thanos.system.device import choose_device
+from thanos.system.documents import Document
 from thanos.system.event_stream import EventStream
 from thanos.system.memory import free_device_bytes, memory_explained
 
@@ -44,7 +45,7 @@ _LOGITS_SHARE = 0.25
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Evaluation:
+class Evaluation(Document):
     """The result of :func:`evaluate`; the attributes are the keys of ``--json``.
 
     Attributes:
@@ -89,11 +90,6 @@ class Evaluation:
     device: str
     versions: dict[str, str]
     schema: int = SCHEMA
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values, in the order of the attributes, ``schema`` first; infinity becomes None."""
-        values = {name: None if value in (math.inf, -math.inf) else value for name, value in asdict(self).items()}
-        return {"schema": values.pop("schema"), **values}
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -298,7 +294,9 @@ def choose_bos(
     sequence_length: int,
     tell: Callable[[Event], None],
 ) -> Bos:
-    """Return where BOS stands in the windows of a text, by the losses of ``model``; see :func:`~thanos.evaluation.windows.decide_bos`.
+    """Return where BOS stands in the windows of a text, by the losses of ``model``.
+
+    See :func:`~thanos.evaluation.windows.decide_bos`.
 
     Raises:
         DataError: BOS is asked for in each window, and the tokenizer has none; or the windows do not fit the model.

@@ -14,7 +14,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -32,7 +32,9 @@ from thanos.model.loading import load_model, parse_dtype
 from thanos.model.opening import running_dtype
 from thanos.model.source import ModelSource, find_local, resolve_model
 from thanos.system.device import choose_device
+from thanos.system.documents import Document
 from thanos.system.extras import install_command
+from thanos.system.files import write_atomically
 from thanos.system.memory import memory_explained
 
 if TYPE_CHECKING:
@@ -50,7 +52,7 @@ _METRICS = ("acc", "acc_norm")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ZeroShot:
+class ZeroShot(Document):
     """The result of :func:`zero_shot`; the attributes are the keys of ``--json``.
 
     Attributes:
@@ -81,11 +83,6 @@ class ZeroShot:
     versions: dict[str, str]
     bos: str = "text"
     schema: int = SCHEMA
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values, ``schema`` first."""
-        values = asdict(self)
-        return {"schema": values.pop("schema"), **values}
 
 
 def zero_shot(
@@ -335,8 +332,6 @@ def _write(key: str, score: dict[str, Any]) -> None:
     folder = cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f"{key}.{os.getpid()}"
-        partial.write_text(json.dumps(score), encoding="utf-8")
-        partial.replace(folder / f"{key}.json")
+        write_atomically(folder / f"{key}.json", json.dumps(score).encode())
     except OSError:
         return  # a cache that cannot be written only costs time

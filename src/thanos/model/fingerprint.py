@@ -9,9 +9,7 @@ import subprocess
 from contextlib import suppress
 from pathlib import Path
 
-from thanos.calibration.text_files import find_files
 from thanos.checkpoint.weight_files import find_weights
-from thanos.errors import DataError
 from thanos.model.source import ModelSource
 
 _SHAPING = ("config.json", "tokenizer*", "vocab*", "merges.txt", "*.model", "*.py")
@@ -38,24 +36,6 @@ def model_sha256(source: ModelSource) -> str:
     digest = hashlib.sha256()
     weights = {source.folder / name for name in find_weights(source.folder, source.name).names}
     for path in sorted(weights | {path for glob in _SHAPING for path in source.folder.glob(glob)}):
-        digest.update(f"{path.name} {file_sha256(path)}\n".encode())
-    return digest.hexdigest()
-
-
-def text_sha256(source: str) -> str | None:
-    """Return a hash of the files of a text source; None where it names none, such as a data set.
-
-    Args:
-        source: as for :func:`~thanos.calibration.text.calibration_documents`. Of one file it is the hash of its content.
-    """
-    try:
-        files = [path for path, _ in find_files(source, "")]
-    except DataError:
-        return None
-    if len(files) == 1:
-        return file_sha256(files[0])
-    digest = hashlib.sha256()
-    for path in files:
         digest.update(f"{path.name} {file_sha256(path)}\n".encode())
     return digest.hexdigest()
 

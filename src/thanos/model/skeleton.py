@@ -60,6 +60,7 @@ def persistent_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Return all parameters and persistent buffers, each once, by its first name."""
     found: list[tuple[str, Tensor]] = list(model.named_parameters())
     for prefix, module in model.named_modules():
         for name, buffer in module.named_buffers(recurse=False):

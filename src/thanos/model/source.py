@@ -11,12 +11,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from thanos.calibration.text_files import is_installed
 from thanos.checkpoint.gguf_files import check_gguf
 from thanos.checkpoint.weight_files import find_weights, refuse_lone_adapter
 from thanos.errors import ModelError
 from thanos.model.hub import download
 from thanos.model.transformers_errors import describe_import_error, first_line, package_errors
+from thanos.system.extras import is_installed
 from thanos.system.user_paths import model_name
 
 if TYPE_CHECKING:

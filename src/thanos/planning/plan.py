@@ -8,7 +8,7 @@ code that prunes, so that whatever that refuses is refused here too. Weights are
 from __future__ import annotations
 
 import gc
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from thanos._version import __version__
 from thanos.calibration.windows import Calibration, calibrate, check_positions
+from thanos.checkpoint.entries import count_zeros
 from thanos.checkpoint.writer import disk_shortage
 from thanos.engine.activations import check_place, choose_place
 from thanos.engine.block_runner import most_sequences
@@ -42,9 +43,9 @@ from thanos.run.setup import (
     prepare,
     resource_errors,
 )
-from thanos.run.survey import count_zeros
 from thanos.run.work_folder import WorkFolder, check_interrupted, check_output
 from thanos.system.device import choose_device
+from thanos.system.documents import Document
 from thanos.system.files import free_disk_bytes
 from thanos.system.memory import free_device_bytes, free_host_bytes, host_bytes
 from thanos.system.meter import PhaseMeter, PhaseRecord
@@ -54,7 +55,7 @@ SCHEMA = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
+class Plan(Document):
     """A prediction; the attributes are the keys of ``thanos prune --plan --json``.
 
     Attributes:
@@ -100,11 +101,6 @@ class Plan:
     seconds: float
     does_not_fit: list[str]
     schema: int = SCHEMA
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values, ``schema`` first."""
-        values = asdict(self)
-        return {"schema": values.pop("schema"), **values}
 
 
 def plan(

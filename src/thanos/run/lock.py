@@ -1,25 +1,28 @@
-"""One run at a time on one output folder.
+"""One run at a time on one output folder: a hidden lock file beside OUT.
 
-The lock is the kernel's (``flock``) on a hidden file beside OUT, so it ends with the process that holds it, however that
-ends; what the file says is for people, and for file systems on which the kernel's lock does not work.
+filelock takes a lock of the kernel, so it ends with its process, however that ends. On file systems without such locks a second
+file is the lock. What the file holds tells people who holds the lock.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from thanos.errors import ResourceError, UserError
 
-_UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
-"""What ``flock`` answers where the file system has no such lock, as some network file systems do."""
+_UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
+"""What ``flock`` answers on network file systems without it; filelock itself handles ENOSYS only."""
+
+_SECONDS = 0.2
+"""To try for: the holder before us may be removing its file just now."""
 
 
 def lock_path(out: Path) -> Path:
@@ -30,7 +33,7 @@ def lock_path(out: Path) -> Path:
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Hold the lock of an output folder; missing parents are made, and removed at the end if nothing came into them.
+    """Hold the lock of an output folder; missing parents are made, and removed at the end if they are still empty.
 
     Args:
         out: the folder that a run is going to write.
@@ -44,84 +47,49 @@ def locked(out: Path) -> Iterator[None]:
     try:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = _acquire(path, out)
+            lock = _acquire(path, out)
         except OSError as error:
             raise ResourceError(f"cannot write beside OUT {out}: {error.strerror}") from error
         try:
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, json.dumps(_holder()).encode(), 0)
+            if not isinstance(lock, SoftFileLock):  # which names its holder itself
+                path.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}), encoding="utf-8")
             yield
         finally:
+            # Before the release: afterwards it may be another run's.
             path.unlink(missing_ok=True)
-            os.close(descriptor)
+            lock.release()
     finally:
         for parent in made:
             with suppress(OSError):  # it holds the output, or something that others put there
                 parent.rmdir()
 
 
-def _acquire(path: Path, out: Path) -> int:
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            _lock(descriptor, path, out)
-            # The holder before us removes the file at its end: a lock on a removed file would guard nothing.
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(descriptor), path.stat()):
-                    return descriptor
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
-
-
-def _lock(descriptor: int, path: Path, out: Path) -> None:
+def _acquire(path: Path, out: Path) -> BaseFileLock:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(_in_use(out, _read(descriptor))) from error
+        return _acquired(FileLock(path), out)
     except OSError as error:
         if error.errno not in _UNSUPPORTED:
             raise
-        holder = _read(descriptor)
-        if holder and holder.get("host") != socket.gethostname():
-            raise UserError(f"{_in_use(out, holder)}; if that run is dead, delete {path}") from error
-        if holder and _runs(holder):
-            raise UserError(_in_use(out, holder)) from error
+    return _acquired(SoftFileLock(path.with_suffix(".held")), out)
 
 
-def _in_use(out: Path, holder: dict[str, Any]) -> str:
-    who = f"process {holder['pid']} on {holder['host']}" if holder else "another process"
-    return f"OUT {out} is being written by {who}; wait for it, or choose another folder"
-
-
-def _holder() -> dict[str, Any]:
-    return {"pid": os.getpid(), "host": socket.gethostname(), "started": _started(os.getpid())}
-
-
-def _read(descriptor: int) -> dict[str, Any]:
+def _acquired(lock: BaseFileLock, out: Path) -> BaseFileLock:
     try:
-        holder = json.loads(os.pread(descriptor, 4096, 0))
-    except ValueError:
-        return {}  # its holder has not written it yet
-    return holder if isinstance(holder, dict) and {"pid", "host"} <= holder.keys() else {}
+        lock.acquire(timeout=_SECONDS, poll_interval=_SECONDS / 10)
+    except Timeout as error:
+        raise UserError(
+            f"OUT {out} is being written by {_holder(Path(lock.lock_file))}; wait for it, or choose another folder"
+        ) from error
+    return lock
 
 
-def _runs(holder: dict[str, Any]) -> bool:
-    """Tell whether the process that a lock names still runs; a later process may have been given its number."""
+def _holder(path: Path) -> str:
+    """Name the process that holds a lock, as its file does: JSON, or filelock's own lines of process and host."""
     try:
-        os.kill(holder["pid"], 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # it runs, as another user
-    return holder.get("started") in (None, _started(holder["pid"]))
-
-
-def _started(pid: int) -> int | None:
-    """Return when a process began, in clock ticks since boot; None where the system does not tell."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return None
-    return int(fields[19])  # field 22 of the line; the second, the command's name, may hold spaces
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if text.startswith("{") else dict(zip(("pid", "host"), text.split(), strict=False))
+        pid, host = values["pid"], values["host"]
+    except (OSError, ValueError, KeyError):
+        return "another process"  # which has not written it yet, or has just ended
+    elsewhere = "" if host == socket.gethostname() else f" (if it is dead, delete {path})"
+    return f"process {pid} on {host}{elsewhere}"

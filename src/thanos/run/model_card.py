@@ -12,7 +12,6 @@ from thanos.run.report import PruningReport
 
 _FILES = (".gguf", ".safetensors", ".bin", ".json", *SUFFIXES)
 """Endings of the files that a user may name."""
-
 _WORST = 5
 _BEGUN = ", each window begun with the beginning-of-text token"
 _KEPT = ", the other rows making up for them"

@@ -91,8 +91,8 @@ def prune(
         activations: where hidden states are kept between blocks: ``device``, ``host``, ``disk``, or ``auto``, the first of them
             that has room. Changes no result.
         on_event: called with each :class:`~thanos.events.Event`.
-        calibration: windows made before, by :func:`~thanos.calibration.windows.build_calibration` with the recipe's settings and
-            this model's tokenizer; default: made now.
+        calibration: windows made before by :func:`~thanos.calibration.windows.build_calibration`, with the recipe's
+            settings and this model's tokenizer; default: made now.
 
     Returns:
         The report, equal to ``pruning.json`` in ``out``.

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from thanos.engine.records import LayerRecord, mean_known
+from thanos.system.documents import Document
 from thanos.system.meter import PhaseRecord
 
 SCHEMA = 1
@@ -27,7 +26,7 @@ class DenseRecord:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PruningReport:
+class PruningReport(Document):
     """A whole run; the attributes are the keys of ``pruning.json``."""
 
     thanos_version: str
@@ -45,19 +44,6 @@ class PruningReport:
     warnings: list[str] = field(default_factory=list)
     execution: dict[str, Any] = field(default_factory=dict)
     schema: int = SCHEMA
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values; numbers that are not finite become None."""
-        values = _plain(dataclasses.asdict(self))
-        return {"schema": values.pop("schema"), **values}
-
-    def to_json(self) -> str:
-        """Return the text of ``pruning.json``."""
-        return json.dumps(self.to_dict(), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-
-    def write(self, path: Path) -> None:
-        """Write the report as JSON."""
-        path.write_text(self.to_json(), encoding="utf-8")
 
     @classmethod
     def read(cls, path: Path) -> PruningReport:
@@ -116,13 +102,3 @@ def count_totals(
         "sparsity_targeted": sum(zeros) / targeted if targeted else 0.0,
         "sparsity_all": zeros_all / parameters if parameters else 0.0,
     }
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

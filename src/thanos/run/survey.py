@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-import torch
-from torch import Tensor
-
-from thanos.errors import NumericsError
+from thanos.checkpoint.entries import count_any_zeros, count_zeros
 from thanos.events import Event
 from thanos.model.layers import LinearLayer, block_names, find_blocks
 from thanos.model.opening import OpenedModel
@@ -49,39 +46,13 @@ def survey(
     for done, (key, info) in enumerate(stays.items(), 1):
         name = named.get(key, key)
         # What no parameter needs may be anything: masks that hold -inf are common.
-        count = count_zeros if named.get(key) in parameters else _count_any_zeros
+        count = count_zeros if named.get(key) in parameters else count_any_zeros
         zeros += sum(count(name, part) for part in opened.checkpoint.pieces(key))
         reason = left_dense.get(name.removesuffix(".weight"), NOT_LINEAR) if key in named else unused.why(key)
         dense.append(DenseRecord(name=name, parameters=info.numel, reason=reason))
         if 100 * done // len(stays) != 100 * (done - 1) // len(stays):  # mixtures have tens of thousands of tensors
             watch(Event(kind="progress", phase="load", done=done, total=len(stays)))
     return dense, zeros
-
-
-def count_zeros(name: str, part: Tensor) -> int:
-    """Return the zeros of a part of a tensor.
-
-    Raises:
-        NumericsError: it holds NaN or infinity.
-    """
-    wide = part.dtype.itemsize > 1
-    # Matrices of flags would fragment the heap, more with every block. The sum of finite entries may overflow, but NaN or
-    # infinity never makes it finite.
-    finite = not part.is_floating_point() or (wide and bool(torch.isfinite(part.sum())))
-    if not finite and not bool(torch.isfinite(part).all()):
-        raise NumericsError(f"{name} holds NaN or infinity; the checkpoint is damaged: download or save it again")
-    return _count_any_zeros(name, part)
-
-
-def _count_any_zeros(name: str, part: Tensor) -> int:
-    del name
-    if part.dtype.itemsize == 1 or part.dtype in (
-        torch.uint16,
-        torch.uint32,
-        torch.uint64,
-    ):  # torch does not count these
-        return int((part == 0).sum())
-    return part.numel() - int(torch.count_nonzero(part))
 
 
 def sampled_sparsity(opened: OpenedModel, layers: Sequence[LinearLayer]) -> tuple[float, bool]:

@@ -15,7 +15,8 @@ from typing import Any
 from thanos.errors import ResourceError, UserError
 from thanos.events import LOG_NAME, RUN_NAME
 from thanos.run.journal import Journal, current
-from thanos.system.files import sync
+from thanos.system.documents import json_text
+from thanos.system.files import sync, write_atomically
 
 
 class WorkFolder:
@@ -74,11 +75,7 @@ class WorkFolder:
             self.remove()
             self.model.mkdir(parents=True)
             # Under its name run.json is whole: it is what makes the folder one that can be resumed.
-            part = self._run.with_suffix(".part")
-            part.write_text(json.dumps(run, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            sync(part)
-            part.rename(self._run)
-            sync(self.path)
+            write_atomically(self._run, json_text(run).encode(), durable=True)
             sync(self.path.parent)
         except OSError as error:
             raise ResourceError(f"cannot write beside OUT {self.out}: {error.strerror}") from error

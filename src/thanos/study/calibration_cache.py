@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from thanos.calibration.windows import Calibration
+from thanos.system.files import write_atomically
 
 
 def read_windows(path: Path, source: str) -> Calibration | None:
@@ -29,8 +29,6 @@ def read_windows(path: Path, source: str) -> Calibration | None:
 def write_windows(path: Path, made: Calibration) -> None:
     """Put windows into the cache; another worker may do the same at the same time."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}")
     described = {"rule": made.rule, "seed": str(made.seed), "documents": str(made.documents)}
     described["bos"] = "" if made.bos is None else str(made.bos)
-    save_file({"ids": made.ids.contiguous()}, partial, metadata=described)
-    partial.replace(path)
+    write_atomically(path, lambda part: save_file({"ids": made.ids.contiguous()}, part, metadata=described))

@@ -10,17 +10,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from thanos.calibration.text import NAMED, check_text_source
+from thanos.calibration.text import NAMED, check_text_source, text_sha256
 from thanos.calibration.text_files import Part, exists, matching, split_source
 from thanos.errors import DataError, StudyError, UserError
 from thanos.model.bos import added_bos
-from thanos.model.fingerprint import model_sha256, source_commit, task_files_sha256, text_sha256
+from thanos.model.fingerprint import model_sha256, source_commit, task_files_sha256
 from thanos.model.loading import load_model
 from thanos.model.source import ModelSource, resolve_model
 from thanos.study.config import place_of
 from thanos.study.events import StudyEvent, Watcher
 from thanos.study.grid import Cell, Study
-from thanos.study.run import _parts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,7 +85,7 @@ def _check_text(study: Study, texts: dict[str, str], searched: str) -> None:
     """Refuse a text for evaluation that cannot be used."""
     text = study.evaluation.text
     place = place_of(study, "evaluation", "text")
-    if _is_absent(text, texts[text]):
+    if is_absent(text, texts[text]):
         raise StudyError(f"{place}: {text} is in none of {searched}; give its folder with --data")
     try:
         check_text_source(texts[text], evaluation=True)
@@ -94,9 +93,9 @@ def _check_text(study: Study, texts: dict[str, str], searched: str) -> None:
         raise StudyError(f"{place}: {error}") from error
 
 
-def _is_absent(name: str, found: str) -> bool:
+def is_absent(name: str, found: str) -> bool:
     """Whether a text is that of files which are not there."""
-    return name not in NAMED and any(not (exists(part.path) or matching(part.path)) for part in _parts(found))
+    return name not in NAMED and any(not (exists(part.path) or matching(part.path)) for part in _parts_of(found))
 
 
 # --- where things are -------------------------------------------------------------------------------------------------
@@ -194,3 +193,7 @@ def _save(source: ModelSource, folder: Path) -> None:
     load_model(source).save_pretrained(partial)
     source.tokenizer().save_pretrained(partial)
     partial.rename(folder)
+
+
+def _parts_of(source: str) -> list[Part]:
+    return [Part(source)] if exists(source) else split_source(source)

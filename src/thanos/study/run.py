@@ -12,13 +12,12 @@ from typing import Literal
 import torch
 
 from thanos.calibration.text import check_text_source
-from thanos.calibration.text_files import Part, exists, split_source
 from thanos.errors import DataError, RecipeError, ResourceError, StudyError, UserError
 from thanos.run.lock import locked
 from thanos.study.config import place_of, place_of_calibration, read_study
 from thanos.study.events import StudyEvent, Watcher
 from thanos.study.grid import DENSE, FORMULA, Cell, Study, public_cell
-from thanos.study.paths import Places, _is_absent, convert, find_places
+from thanos.study.paths import Places, convert, find_places, is_absent
 from thanos.study.store import CellRecord, StoreWriter, cell_key, read_store, store_path
 from thanos.study.workers import Pool
 from thanos.system.device import choose_device
@@ -170,10 +169,6 @@ def _check_folder(out: Path) -> None:
         raise UserError(f"OUT {out} is not empty and no study's folder; choose another one")
 
 
-def _parts(source: str) -> list[Part]:
-    return [Part(source)] if exists(source) else split_source(source)
-
-
 def _check_tasks(study: Study, places: Places) -> None:
     if study.zero_shot is not None and study.zero_shot_cells:
         from thanos.evaluation.tasks import check_tasks
@@ -190,7 +185,7 @@ def _warn_of_calibration(study: Study, places: Places, todo: Sequence[Cell], tel
         try:
             check_text_source(places.texts[name])
         except DataError as error:
-            absent = _is_absent(name, places.texts[name])
+            absent = is_absent(name, places.texts[name])
             said = f"{name} is not there" if absent else places.without_paths(str(error))
             what = "; give its folder with --data" if absent else ""
             tell(StudyEvent(message=f"{place_of_calibration(study, name)}: {said}, so its cells will fail{what}"))

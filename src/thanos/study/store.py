@@ -8,16 +8,17 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import math
 import os
 import zlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal
 
 from thanos.errors import DataError, ResourceError
+from thanos.system.documents import Document
+from thanos.system.files import write_atomically
 
 SCHEMA = 1
 """Raised when a reader of the old format would misread the new one."""
@@ -39,7 +40,7 @@ _TYPES: dict[str, tuple[str, type | UnionType]] = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CellRecord:
+class CellRecord(Document):
     """One cell of a study: what was asked for and what came out; the attributes are the keys of a line.
 
     A failed record keeps the results that were whole before it failed; they are for a person to look at, and no cell's result.
@@ -105,17 +106,6 @@ class CellRecord:
     formula: dict[str, Any] | None = None
     schema: int = SCHEMA
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values, ``schema`` first; numbers that are not finite become None."""
-        values = _finite(asdict(self))
-        return {"schema": values.pop("schema"), **values}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> CellRecord:
-        """Build a record from what :meth:`to_dict` gave; keys that this version does not know are left out."""
-        known = {f.name for f in fields(cls)}
-        return cls(**{name: value for name, value in values.items() if name in known})
-
 
 @dataclass(frozen=True, slots=True)
 class Contents:
@@ -174,16 +164,10 @@ class StoreWriter:
     """
 
     def __init__(self, folder: Path) -> None:
-        from thanos.system.files import sync  # which loads torch; reading a store does not need it
-
         self._path = folder / STORE_NAME
         try:
             if store_path(folder).name == PACKED_NAME:
-                part = self._path.with_name(f"{STORE_NAME}.part")
-                part.write_bytes(_read(store_path(folder)))
-                sync(part)
-                part.replace(self._path)
-                sync(folder)
+                write_atomically(self._path, _read(store_path(folder)), durable=True)
             data = self._path.read_bytes() if self._path.exists() else b""
             lines, _ = _split(data)
             end = sum(len(line) + 1 for line in lines)
@@ -317,11 +301,3 @@ def _parse(path: Path, number: int, line: bytes) -> CellRecord:
 
 def _cannot_write(path: Path, error: OSError) -> ResourceError:
     return ResourceError(f"{path} cannot be written: {error.strerror}")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

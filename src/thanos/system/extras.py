@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 EXTRAS = {
     "gguf": ("gguf>=0.17", "accelerate>=1.1"),
     "data": ("datasets>=4",),
@@ -14,3 +16,11 @@ EXTRAS = {
 def install_command(extra: str) -> str:
     """Return the shell command that installs the packages of an extra."""
     return " ".join(["pip install", *(f"'{package}'" for package in EXTRAS[extra])])
+
+
+def is_installed(module: str) -> bool:
+    """Whether a module can be imported, as far as looking for it tells."""
+    try:
+        return find_spec(module) is not None
+    except (ImportError, ValueError):  # its package is missing, or something else stands in its place
+        return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 _CHUNK = 1 << 16
@@ -43,6 +44,7 @@ def reserve(descriptor: int, size: int) -> None:
 
 
 def write_at(descriptor: int, data: memoryview, offset: int) -> None:
+    """Write all of ``data`` at an offset of an open file, however many calls it takes."""
     while data.nbytes:
         count = os.pwrite(descriptor, data, offset)
         data, offset = data[count:], offset + count
@@ -55,3 +57,27 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_atomically(path: Path, content: bytes | Callable[[Path], object], *, durable: bool = False) -> None:
+    """Write a file under another name, then rename it: no reader sees half of it, and of several writers one wins.
+
+    Args:
+        path: of the file.
+        content: its bytes, or what writes them to the path that it is given.
+        durable: force file and folder to the disk.
+    """
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        if callable(content):
+            content(part)
+        else:
+            part.write_bytes(content)
+        if durable:
+            sync(part)
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    if durable:
+        sync(path.parent)

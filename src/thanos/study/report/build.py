@@ -20,6 +20,7 @@ from thanos.study.report.sections.paper import perplexity_table
 from thanos.study.report.tables import WRITERS, Table
 from thanos.study.store import Contents, read_store, store_path
 from thanos.system.event_stream import EventStream
+from thanos.system.files import write_atomically
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,14 +110,14 @@ def _write(report: Report, out: Path, tell: Callable[[Event], None]) -> Report:
     figures = _emptied(out / "figures", {f"{f.name}.{ending}" for f in report.figures for ending in ("svg", "png")})
     for done, figure in enumerate(report.figures, 1):
         pictures[figure.name], png = draw(figure)
-        _put(figures / f"{figure.name}.svg", pictures[figure.name].encode())
-        _put(figures / f"{figure.name}.png", png)
+        write_atomically(figures / f"{figure.name}.svg", pictures[figure.name].encode())
+        write_atomically(figures / f"{figure.name}.png", png)
         tell(Event(kind="progress", phase="draw", done=done, total=len(report.figures)))
     tables = _emptied(out / "tables", {f"{t.name}.{ending}" for t in report.tables for ending in WRITERS})
     for table in report.tables:
         for ending, writer in WRITERS.items():
-            _put(tables / f"{table.name}.{ending}", writer(table).encode())
-    _put(out / "report.html", render_page(report.title, report.lead, report.chapters, pictures).encode())
+            write_atomically(tables / f"{table.name}.{ending}", writer(table).encode())
+    write_atomically(out / "report.html", render_page(report.title, report.lead, report.chapters, pictures).encode())
     return report
 
 
@@ -127,13 +128,6 @@ def _emptied(folder: Path, keep: set[str]) -> Path:
         if path.suffix in (".svg", ".png", ".csv", ".md", ".tex") and path.name not in keep:
             path.unlink()
     return folder
-
-
-def _put(path: Path, content: bytes) -> None:
-    """Write a file at once, so that no reader sees half of it."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_bytes(content)
-    part.replace(path)
 
 
 def _renamed(section: Section, ending: str) -> Section:

@@ -1,0 +1,52 @@
+"""Results as JSON documents: one form for everything that the commands write and print."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from thanos.system.files import write_atomically
+
+
+class Document:
+    """A dataclass with a field ``schema`` whose attributes are the keys of a JSON object."""
+
+    __slots__ = ()
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, ``schema`` first; numbers that are not finite become None."""
+        values = finite(dataclasses.asdict(self))
+        return {"schema": values.pop("schema"), **values}
+
+    def to_json(self) -> str:
+        """Return the text of the document."""
+        return json_text(self.to_dict())
+
+    def write(self, path: Path) -> None:
+        """Write the document; no reader sees half of it."""
+        write_atomically(path, self.to_json().encode())
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Build the document from what :meth:`to_dict` gave; keys that this version does not know are left out."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in known})
+
+
+def json_text(values: Any) -> str:
+    """Return indented JSON with a newline at its end; numbers that are not finite become null."""
+    return json.dumps(finite(values), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def finite(value: Any) -> Any:
+    """Return nested plain values with None for every number that is not finite, and lists for tuples."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
