@@ -10,7 +10,6 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from test_architectures import calibration_ids, compare, prune_modules, recipe
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -19,6 +18,7 @@ from helpers import VOCABULARY, tiny_tokenizer
 from thanos.cli import run
 from thanos.model.layers import find_blocks
 from thanos.planning.plan import plan
+from whole_models import calibration_ids, compare, prune_modules, recipe
 
 _COMMON = {
     "vocab_size": VOCABULARY,

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from test_report import layer
 
 import thanos
 from helpers import save_tiny
+from reports import layer
 from thanos.cli import run
 from thanos.engine.records import warning_lines
 from thanos.run.model_card import model_card

@@ -24,6 +24,7 @@ def count_zeros(name: str, part: Tensor) -> int:
 
 
 def count_any_zeros(name: str, part: Tensor) -> int:
+    """Return the zeros of a part of a tensor that may hold anything, NaN and infinity too."""
     del name
     if part.dtype.itemsize == 1 or part.dtype in (
         torch.uint16,
