@@ -12,6 +12,8 @@ from transformers import AutoTokenizer
 import thanos
 from helpers import packed_windows
 
+SAMPLES, LENGTH = 4, 32  # windows longer than the sliding window of 24
+
 
 def calibration_ids(folder: Path, text: Path) -> Tensor:
     return packed_windows(AutoTokenizer.from_pretrained(folder), text.read_text(), SAMPLES, LENGTH)

@@ -18,9 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import thanos
 from helpers import ARCHITECTURES, prose, save_tiny, windows
-from whole_models import calibration_ids, compare, prune_modules, recipe
-
-SAMPLES, LENGTH = 4, 32  # windows longer than the sliding window of 24
+from whole_models import LENGTH, SAMPLES, calibration_ids, compare, prune_modules, recipe
 
 _BLOCKS = {"gpt-2": "transformer.h", "gpt-neox": "gpt_neox.layers"} | dict.fromkeys(
     ("opt-125m", "opt-350m", "opt-6.7b"), "model.decoder.layers"
