@@ -27,8 +27,11 @@ STORE_NAME = "store.jsonl"
 PACKED_NAME = "store.jsonl.gz"
 """The same, compressed to a tenth by gzip: a store that is kept. It is read where there is no other, and unpacked to go on."""
 
+_FORMER_METHODS = ("formula",)
+"""Methods of cells that older versions measured. Their records stay in the file and are skipped."""
+
 _OBJECTS = ("versions", "machine", "cell", "asked", "sources", "phases")
-_OBJECTS_OR_NULL = ("recipe", "calibration", "effective_sparsity", "evaluation", "zero_shot", "formula")
+_OBJECTS_OR_NULL = ("recipe", "calibration", "effective_sparsity", "evaluation", "zero_shot")
 _TYPES: dict[str, tuple[str, type | UnionType]] = {
     **dict.fromkeys(("key", "status", "date"), ("a string", str)),
     **dict.fromkeys(_OBJECTS, ("an object", dict)),
@@ -70,12 +73,10 @@ class CellRecord:
         layers: the layers, as in pruning.json.
         phases: seconds and peaks of memory by phase: those of pruning.json, then ``reference`` (loading the dense model and
             the text, where the worker had not yet), ``evaluate`` (loading the model too, unless it is the dense one of
-            ``reference``) and ``zero_shot`` (with that model); ``formula`` alone of such a cell.
+            ``reference``) and ``zero_shot`` (with that model).
         seconds: of pruning, without evaluation.
         host_peak_bytes: while pruning.
         device_peak_bytes: while pruning; None without a CUDA device.
-        formula: of a cell with method ``formula`` alone: ``layer``, ``shape``, ``removed``, ``tokens`` and ``errors``, the
-            relative error by way of compensation (formula.py).
         schema: version of this format.
     """
 
@@ -100,7 +101,6 @@ class CellRecord:
     seconds: float | None = None
     host_peak_bytes: int | None = None
     device_peak_bytes: int | None = None
-    formula: dict[str, Any] | None = None
     schema: int = SCHEMA
 
     def to_dict(self) -> dict[str, Any]:
@@ -230,7 +230,8 @@ def _records(path: Path) -> tuple[dict[str, CellRecord], list[str]]:
     records: dict[str, CellRecord] = {}
     for number, line in enumerate(lines, 1):
         record = _parse(path, number, line)
-        records[record.key] = record
+        if record.cell.get("method") not in _FORMER_METHODS:
+            records[record.key] = record
     if not torn:
         return records, []
     number = data.count(b"\n") + 1

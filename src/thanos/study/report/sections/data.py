@@ -141,12 +141,7 @@ def _cells(done: Sequence[CellRecord]) -> Table:
 
 
 def _setting(record: CellRecord) -> str:
-    cell = record.cell
-    if record.formula is not None:
-        return f"{cell['model']}, formulas on {record.formula['layer']}"
-    if cell["method"] == "formula":
-        return f"{cell['model']}, formulas"
     row = row_of([record])
     if row.method == "dense":
         return f"{row.model}, dense"
-    return f"{row.model}, {row.setting}, seed {cell['seed']}"
+    return f"{row.model}, {row.setting}, seed {record.cell['seed']}"
