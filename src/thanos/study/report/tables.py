@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from thanos.study.report.numbers import Number, Prose, plain
+from thanos.study.report.render import environment
 
 _WITHOUT_SPREAD = ("zero_shot_stderr", "layer_error", "solve_seconds", "sparsity", "peak_bytes")
 """Shown as means alone, to keep tables narrow; the spread of the layer error is in the table of noise."""
@@ -125,38 +126,17 @@ def to_csv(table: Table) -> str:
 
 def to_markdown(table: Table) -> str:
     """Return a table in GitHub's Markdown, title above and note below."""
-    lines = [[_markdown(column.head) for column in table.columns]]
-    lines += [["---" if column.is_text else "---:" for column in table.columns]]
-    for index, row in enumerate(table.rows):
-        if index in table.bands:
-            lines.append([f"**{_markdown(table.bands[index])}**", *[""] * (len(row) - 1)])
-        lines.append([f"**{_markdown(c.shown)}**" if c.best else _markdown(c.shown) for c in row])
-    body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return (
-        "\n\n".join(part for part in (f"**{_markdown(table.title)}**", body, _markdown(plain(table.note))) if part)
-        + "\n"
-    )
+    return _render("table.md", table)
 
 
 def to_latex(table: Table) -> str:
     """Return a table for LaTeX; it needs the package booktabs."""
-    shape = "".join("l" if column.is_text else "r" for column in table.columns)
-    lines = [
-        r"\begin{table}",
-        r"\centering",
-        rf"\caption{{{_latex(table.title)}. {_latex(plain(table.note))}}}",
-        rf"\label{{tab:{table.name}}}",
-        rf"\begin{{tabular}}{{{shape}}}",
-        r"\toprule",
-        _latex_line(_latex(column.head) for column in table.columns),
-        r"\midrule",
-    ]
-    for index, row in enumerate(table.rows):
-        if index in table.bands:
-            lines += [r"\midrule"] if index else []
-            lines.append(rf"\multicolumn{{{len(row)}}}{{l}}{{\textit{{{_latex(table.bands[index])}}}}} \\")
-        lines.append(_latex_line(rf"\textbf{{{_latex(c.shown)}}}" if c.best else _latex(c.shown) for c in row))
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"]) + "\n"
+    return _render("table.tex", table)
+
+
+def _render(template: str, table: Table) -> str:
+    values = {field.name: getattr(table, field.name) for field in fields(table)}
+    return environment(markdown=_markdown, latex=_latex, plain=plain).get_template(template).render(values)
 
 
 def _columns_with_spreads(table: Table) -> set[int]:
@@ -208,10 +188,6 @@ def _latex(value: str) -> str:
         else "".join(_LATEX.get(letter, letter) for letter in part)
         for index, part in enumerate(parts)
     )
-
-
-def _latex_line(cells: Iterable[str]) -> str:
-    return " & ".join(cells) + r" \\"
 
 
 WRITERS = {"csv": to_csv, "md": to_markdown, "tex": to_latex}
