@@ -216,8 +216,8 @@ def _chart(rows: list[Row], field: str, front: list[Row], pattern: str, label: s
     for row in rows:
         x, y = row.mean(field), row.mean("perplexity")
         if x is not None and y is not None:
-            point = Point(x, y, row.spread("perplexity"), row.label.replace("budget kept", "kept"), row in front)
-            series.append(Series(row.label, row.method, (point,)))
+            point = Point(x, y, row.spread("perplexity"), marked=row in front)
+            series.append(Series(row.label.replace("budget kept", "kept"), row.method, (point,)))
     name = f"cost_{file_name(pattern)}_{'seconds' if field == 'seconds' else 'memory'}"
     title = f"Perplexity against {'pruning time' if field == 'seconds' else 'peak memory'}, {label}"
     return Chart("scatter", name, title, _COSTS[field], "perplexity", tuple(series), x_scale="auto")

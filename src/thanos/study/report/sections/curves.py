@@ -24,8 +24,9 @@ def curves(results: Results) -> Section:
     section = Section("sparsity", "Perplexity over sparsity")
     section.prose.append(
         (
-            "As in the paper's Figure 1. The points lie at the measured sparsity; lines only join them. Lines with α > 0 are "
-            "rows with the budget kept; a point far above the other methods is drawn at the upper edge, with its number.",
+            "As in the paper's Figure 1. Points are drawn at the measured sparsity, those of several methods side by side; "
+            "lines only join them. Lines with α > 0 are rows with the budget kept. A point far above the others is drawn above "
+            "the axes; its number is in the legend.",
         )
     )
     for pattern, letter in (("unstructured", "a"), ("columns", "b")):
