@@ -68,7 +68,7 @@ def test_numbers_of_one_seed_in_a_row_of_several_are_marked() -> None:
     marked = {c.name: row.shown.endswith("°") for c, row in zip(table.columns, table.rows[0], strict=True)}
     assert [name for name, mark in marked.items() if mark] == ["zero_shot", "seconds"]
     assert not any(cell.mark for cell in table.rows[1])
-    assert "° at a number: one seed of a row that has several" in plain(table.note)
+    assert "° after a number: one seed, of a row that has several" in plain(table.note)
     whole = summary(Results(MODEL, seeds((44.0, 45.0, 46.0)))).tables[0]
     assert all("±" in column(whole, name)[0] for name in ("zero_shot", "seconds", "perplexity"))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -83,9 +83,9 @@ class Table:
     folded: bool = False
 
 
-def text(value: Any) -> Cell:
+def text(value: str) -> Cell:
     """Return a cell of text."""
-    return Cell(text=str(value))
+    return Cell(text=value)
 
 
 def number(value: Number | None, spread: Number | None = None, *, best: bool = False, mark: str = "") -> Cell:
@@ -93,13 +93,69 @@ def number(value: Number | None, spread: Number | None = None, *, best: bool = F
     return Cell(text=UNKNOWN, number=value, spread=spread, best=best, mark=mark)
 
 
+HEADS = {
+    "alpha": "α",
+    "block_size": "B",
+    "sparsity": "sparsity (%)",
+    "sparsity_all": "of all parameters (%)",
+    "kl_divergence": "KL (nats/token)",
+    "top1_agreement": "top-1 (%)",
+    "zero_shot": "zero-shot (%)",
+    "zero_shot_stderr": "standard error (%)",
+    "layer_error": "layer error",
+    "seconds": "pruning (s)",
+    "solve_seconds": "of it solving (s)",
+    "peak_bytes": "peak memory above what is held (GiB)",
+    "seconds_difference": "s more than SparseGPT",
+}
+"""A column's name → the heading that it has in every table."""
+
+
 def columns(*heads: str) -> tuple[Column, ...]:
-    """Return columns from ``head|name`` texts; a leading ``<`` makes a column of text."""
+    """Return columns from names, with ``;`` between them; ``heading|name`` where :data:`HEADS` has not the heading.
+
+    A leading ``<`` makes a column of text.
+    """
     found = []
-    for head in heads:
+    for head in (each.strip() for texts in heads for each in texts.split(";")):
         shown, _, name = head.removeprefix("<").partition("|")
-        found.append(Column(shown, name or shown.lower().replace(" ", "_"), head.startswith("<")))
+        name = name or (shown if shown in HEADS else shown.lower().replace(" ", "_"))
+        found.append(Column(HEADS.get(shown, shown), name, head.startswith("<")))
     return tuple(found)
+
+
+Line = Sequence[Cell | Number | str | None]
+"""A row of a table: a string is a cell of text, a number a cell of that number, None a number that is not known."""
+
+
+def table(
+    name: str,
+    title: str,
+    heads: str | Sequence[Column],
+    lines: Sequence[Line] | dict[str, list[Line]],
+    note: Prose = (),
+    *,
+    folded: bool = False,
+) -> Table:
+    """Return a table, its columns given as :func:`columns` takes them, its lines by the heading above them where they have one.
+
+    A heading without lines is left out.
+    """
+    rows: list[tuple[Cell, ...]] = []
+    bands: dict[int, str] = {}
+    groups: Iterable[tuple[str, Sequence[Line]]] = lines.items() if isinstance(lines, dict) else [("", lines)]
+    for band, own in groups:
+        cells = [tuple(_cell(value) for value in line) for line in own]
+        if band and cells:
+            bands[len(rows)] = band
+        rows += cells
+    return Table(
+        name, title, columns(heads) if isinstance(heads, str) else tuple(heads), tuple(rows), bands, note, folded
+    )
+
+
+def _cell(value: Cell | Number | str | None) -> Cell:
+    return value if isinstance(value, Cell) else Cell(text=value) if isinstance(value, str) else number(value)
 
 
 def to_csv(table: Table) -> str:
