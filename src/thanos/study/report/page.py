@@ -54,7 +54,7 @@ def render_page(title: str, lead: Prose, chapters: Sequence[Chapter], pictures: 
             data={figure.name: figure.to_dict() for figure in figures},
             light=_COLOURS,
             dark={name: DARK[colour] for name, colour in _COLOURS.items()},
-            recolour=dark_rules("figure svg "),
+            recolour=dark_rules(),
         )
     )
 

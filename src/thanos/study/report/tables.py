@@ -160,7 +160,7 @@ def _cell(value: Cell | Number | str | None) -> Cell:
 
 def to_csv(table: Table) -> str:
     """Return a table as CSV: unrounded numbers in the store's units, spreads in columns of their own; empty where unknown."""
-    spreads = _columns_with_spreads(table)
+    spreads = {index for row in table.rows for index, cell in enumerate(row) if cell.spread is not None}
     heads = ["group"] if table.bands else []
     for index, column in enumerate(table.columns):
         heads += [column.name, *([f"{column.name}_spread"] if index in spreads else [])]
@@ -193,10 +193,6 @@ def to_latex(table: Table) -> str:
 def _render(template: str, table: Table) -> str:
     values = {field.name: getattr(table, field.name) for field in fields(table)}
     return environment(markdown=_markdown, latex=_latex, plain=plain).get_template(template).render(values)
-
-
-def _columns_with_spreads(table: Table) -> set[int]:
-    return {index for row in table.rows for index, cell in enumerate(row) if cell.spread is not None}
 
 
 def _markdown(value: str) -> str:

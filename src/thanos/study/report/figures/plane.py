@@ -117,6 +117,7 @@ def _scales(axes: Axes, chart: Chart) -> None:
             axis.set_major_formatter(FuncFormatter(lambda value, _: tick_text(value)))
         if scale == "log2":
             axis.set_major_locator(FixedLocator(sorted(set(values))))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axis.set_minor_locator(NullLocator())
 
 

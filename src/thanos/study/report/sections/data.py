@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 
-from thanos.study.report.numbers import Prose, count, setting, short
+from thanos.study.report.numbers import count, setting, short
 from thanos.study.report.results import Results, over_common_seeds, row_of
 from thanos.study.report.sections.common import SPREAD_NOTE, Section, left_out, note, own
 from thanos.study.report.tables import Line, Table, measures, number, table
@@ -51,7 +50,7 @@ def data(done: Sequence[CellRecord], failed: Sequence[CellRecord], studies: Sequ
     section = Section("data", "Where the numbers come from")
     dates = sorted(record.date[:10] for record in done)
     span = "" if not dates else f" between {dates[0]} and {dates[-1]}" if dates[0] != dates[-1] else f" on {dates[0]}"
-    section.prose.append((count(done), f" cells ran{span}; ", count(failed), " failed. ", *_machines(done)))
+    section.prose.append((count(done), f" cells ran{span}; ", count(failed), " failed. ", _machines(done)))
     if failed:
         section.tables.append(_failed(failed))
     for results in studies:
@@ -63,19 +62,14 @@ def data(done: Sequence[CellRecord], failed: Sequence[CellRecord], studies: Sequ
     return section
 
 
-def _machines(done: Sequence[CellRecord]) -> Prose:
-    devices = Counter(record.machine["device"] for record in done)
-    versions = Counter(_versions(record) for record in done)
-    commits = list(dict.fromkeys(record.commit or "unknown" for record in done))
-    shown = [
-        commit.partition("+")[0][:12] + ("+" + commit.partition("+")[2] if "+" in commit else "") for commit in commits
-    ]
-    parts = (
-        [f"Devices: {', '.join(devices)}. Versions: {'; '.join(versions)}. Commits: {', '.join(shown)}."]
-        if done
-        else []
-    )
-    return tuple(parts)
+def _machines(done: Sequence[CellRecord]) -> str:
+    if not done:
+        return ""
+    devices = dict.fromkeys(record.machine["device"] for record in done)
+    versions = dict.fromkeys(_versions(record) for record in done)
+    commits = [(record.commit or "unknown").partition("+") for record in done]
+    shown = dict.fromkeys(commit[:12] + plus + changes for commit, plus, changes in commits)
+    return f"Devices: {', '.join(devices)}. Versions: {'; '.join(versions)}. Commits: {', '.join(shown)}."
 
 
 def _versions(record: CellRecord) -> str:
