@@ -88,8 +88,11 @@ def crowded() -> list[Chart]:
     values = [[44.0, 47.0, 62.0, 90.0], [44.1, 47.2, 63.0, 80.0], [44.2, 47.1, 5e4, 3e7], [44.0, 700.0, 6e4, 1e8]]
     styles = ("thanos", "thanos", "wanda", "magnitude")
     points = [
-        tuple(Point(number(10.0 * i + 10, "seconds"), number(v), number(v / 20), f"p{i}") for i, v in enumerate(own))
-        for own in values
+        tuple(
+            Point(number(10 * i + 10 + 0.1 * (k % 2), "seconds"), number(v), number(v / 20), f"p{i}")
+            for i, v in enumerate(own)
+        )
+        for k, own in enumerate(values)
     ]
     lines = tuple(
         Series(f"{style} with a long name {i}", style, own, i)
@@ -124,7 +127,9 @@ def test_nothing_covers_anything_else(figure: Chart) -> None:
         marks, bars = [], []
         for line in axes.lines:
             places = line.get_transform().transform(line.get_xydata())
-            if line.get_marker() in ("o", "s", "^", "D") and line.get_markersize() < 9:  # rings go around markers
+            if (
+                line.get_marker() in ("o", "s", "^", "D", "v", "P", "X") and line.get_markersize() < 9
+            ):  # rings go around markers
                 size = line.get_markersize() * (2**0.5 if line.get_marker() == "D" else 1)
                 marks += [(tuple(place), size * unit / 2) for place in places]
         for group in axes.collections:  # the error bars

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 _DASHES = ("-", (0, (5, 1.6)), (0, (1.4, 1.4)), (0, (5, 1.4, 1.2, 1.4)), (0, (9, 2)), (0, (2.5, 2.5)))
 _FRONT: dict[str, Any] = {"color": MUTED, "linewidth": 1, "linestyle": (0, (4, 2))}
 _RING: dict[str, Any] = {"marker": "o", "markersize": 9.5, "markerfacecolor": "none", "markeredgecolor": MUTED}
-_SIDE_STEP = 0.0185
-"""Share of the x axis between the points of two lines: a marker's width."""
+_SIDE_STEP = 0.0215
+"""Share of the x axis between the points of two lines: a marker and a gap, since measured sparsities differ a little."""
 
 _ROW = 11.0
 """Points from one row of markers above the axes to the next: a ring's height and a gap."""
