@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import shutil
 from collections.abc import Iterator
@@ -135,11 +136,12 @@ def test_a_reader_finds_every_section_and_number(browser: Any, study_report: Pat
 
 def test_figures_have_no_colour_of_the_light_theme_in_the_dark_one(browser: Any, study_report: Path) -> None:
     show(browser, study_report, 1280, "dark")
-    metrics = {"width": 1280, "height": 844, "deviceScaleFactor": 3, "mobile": False}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     light = {tuple(bytes.fromhex(color[1:])) for color in DARK}
     for name in ("cost_unstructured_seconds", "sparsity_columns"):
-        figure = browser.find_element("css selector", f"#figure-{name} svg")
-        pixels = Image.open(io.BytesIO(figure.screenshot_as_png)).convert("RGB").getcolors(2**24)
+        script = """const r = document.querySelector(arguments[0]).getBoundingClientRect();
+            return {x: r.x + scrollX, y: r.y + scrollY, width: r.width, height: r.height, scale: 3}"""
+        clip = browser.execute_script(script, f"#figure-{name} svg")
+        shot = browser.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True, "clip": clip})
+        pixels = Image.open(io.BytesIO(base64.b64decode(shot["data"]))).convert("RGB").getcolors(2**24)
         assert len(pixels) > 10
         assert {color for _, color in pixels} & light == set()
