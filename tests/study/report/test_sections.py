@@ -376,7 +376,7 @@ def test_points_with_the_budget_kept_are_told_apart() -> None:
     for keep in (False, True):
         found.append(record(cell("thanos", "columns", sparsity=0.3, outlier_rows=0.1, keep_budget=keep)))
     chart = cost(Results(MODEL, found)).figures[0]
-    labels = [point.label for series in chart.series for point in series.points]  # type: ignore[union-attr]
+    labels = [series.label for series in chart.series]  # type: ignore[union-attr]
     assert labels == ["Thanos", "Thanos α = 0.1", "Thanos α = 0.1, kept"]
 
 
