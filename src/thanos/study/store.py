@@ -27,8 +27,7 @@ STORE_NAME = "store.jsonl"
 PACKED_NAME = "store.jsonl.gz"
 """The same, compressed to a tenth by gzip: a store that is kept. It is read where there is no other, and unpacked to go on."""
 
-_FORMER_METHODS = ("formula",)
-"""Methods of cells that older versions measured. Their records stay in the file and are skipped."""
+_FORMER_METHODS = ("formula",)  # of cells that older versions measured: their records stay in the file and are skipped
 
 _OBJECTS = ("versions", "machine", "cell", "asked", "sources", "phases")
 _OBJECTS_OR_NULL = ("recipe", "calibration", "effective_sparsity", "evaluation", "zero_shot")
