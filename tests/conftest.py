@@ -88,12 +88,11 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def study_report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a full synthetic study with its report. Not to be modified."""
     pytest.importorskip("matplotlib", reason="the extra report is not installed")
-    from study_records import cell, failed, formula_record, full_study, write_store
+    from study_records import cell, failed, full_study, write_store
     from thanos.study.report.build import write_report
 
     records = [
         *full_study(),
-        formula_record(),
         failed(cell("thanos", "columns", sparsity=0.95), "sparsity 0.95 <is> too much"),
     ]
     folder = write_store(tmp_path_factory.mktemp("study") / "full", records)

@@ -126,16 +126,6 @@ def failed(given: dict[str, Any], reason: str) -> CellRecord:
     return record(given, status="failed", reason=reason, host_peak_bytes=None, device_peak_bytes=None, **empty)
 
 
-def formula_record(layer: str = "model.layers.0.mlp.down_proj") -> CellRecord:
-    """The comparison of formulas on one layer."""
-    given = cell("dense", None) | {"method": "formula", "layer": layer}
-    errors = {"eq13": 0.09401, "least_squares": 0.09401, "none": 0.27257, "eq72": 2.20354, "algorithm7": 49.17513}
-    found = {"layer": layer, "shape": [192, 256], "removed": 64, "tokens": 4096, "damping": 0.01, "errors": errors}
-    return record(
-        given, formula=found, effective_sparsity=None, evaluation=None, zero_shot=None, layers=[], seconds=None
-    )
-
-
 def cost_record(given: dict[str, Any], **changes: Any) -> CellRecord:
     """A finished cell of a model of which the cost alone was asked for."""
     asked = {"dtype": "float32", "evaluation": None, "zero_shot": None}
@@ -208,7 +198,7 @@ def _reached(given: dict[str, Any]) -> float:
 
 
 def _perplexity(given: dict[str, Any], draw: random.Random) -> float:
-    if given["method"] in ("dense", "formula"):
+    if given["method"] == "dense":
         return _DENSE
     share = _reached(given)
     alpha = given["outlier_rows"]
@@ -259,6 +249,6 @@ def _layers(given: dict[str, Any], sparsity: float, draw: random.Random, blocks:
 
 
 def _seconds(given: dict[str, Any]) -> float:
-    base = {"thanos": 31.0, "sparsegpt": 24.0, "wanda": 14.0, "magnitude": 3.0, "dense": 0.0, "formula": 0.0}
+    base = {"thanos": 31.0, "sparsegpt": 24.0, "wanda": 14.0, "magnitude": 3.0, "dense": 0.0}
     blocks = 120.0 / (given["block_size"] or 128) if given["method"] == "thanos" else 0.0
     return base[given["method"]] + blocks * 4

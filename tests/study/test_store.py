@@ -230,3 +230,16 @@ def test_the_key_covers_every_value_and_no_order() -> None:
     assert cell_key({"a": 1, "b": None}, {"c": "x"}) == cell_key({"b": None, "a": 1}, {"c": "x"})
     keys = {cell_key({"a": a}, {"c": c}) for a in (0.5, 0.25, None, "0.5") for c in ("x", "y")}
     assert len(keys) == 8
+
+
+def test_cells_of_a_method_that_is_no_longer_measured_are_skipped(tmp_path: Path) -> None:
+    kept, former = record(), record(cell={"method": "formula"}).to_dict()
+    former["formula"] = {"layer": "model.layers.0.mlp.down_proj", "errors": {"eq13": 0.1}}
+    path = write(tmp_path, kept)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(former) + "\n")
+    later = record(cell={"seed": 1})
+    write(tmp_path, later)  # the study goes on: the file keeps the line, and no reader sees it
+    assert [one.key for one in read_store(tmp_path).records] == [kept.key, later.key]
+    assert read_store(tmp_path).warnings == []
+    assert json.loads(path.read_text(encoding="utf-8").splitlines()[1]) == former

@@ -10,9 +10,9 @@ from typing import Any
 
 from thanos.errors import RecipeError, StudyError
 from thanos.model.bos import BOS_CHOICES
-from thanos.recipe import DTYPES, METHODS, LayerRecipe, Recipe
+from thanos.recipe import DTYPES, METHODS, LayerRecipe
 from thanos.run.model_card import public_name as public
-from thanos.study.grid import DENSE, FORMULA, Cell, EvaluationPlan, FormulaPlan, Study, ZeroShotPlan, product
+from thanos.study.grid import DENSE, Cell, EvaluationPlan, Study, ZeroShotPlan, product
 
 
 def read_study(path: str | Path) -> Study:
@@ -57,7 +57,6 @@ class _Reader:
             given = self._table(values["zero_shot"], "zero_shot", 0, _ZERO_SHOT)
             tasks = ZeroShotPlan(**{**given, "tasks": task_names(given.get("tasks", PAPER_TASKS))})
         cells, with_tasks = self._cells(values["grid"], top["models"], cost_only, tasks)
-        formula = self._formula(values["formula"], cells, top["models"]) if "formula" in values else None
         return Study(
             models=top["models"],
             cost_only=frozenset(cost_only),
@@ -65,7 +64,6 @@ class _Reader:
             zero_shot_cells=frozenset(with_tasks),
             evaluation=evaluation,
             zero_shot=tasks,
-            formula=formula,
             dtype=top.get("dtype", "auto"),
             keep_models=top.get("keep_models", False),
             path=self._path,
@@ -103,20 +101,6 @@ class _Reader:
                 with_tasks.update(evaluated, (dense[cell.model] for cell in evaluated))
         return cells, with_tasks
 
-    def _formula(self, values: Any, cells: dict[Cell, None], models: tuple[str, ...]) -> FormulaPlan:
-        """Read the table and add its cell; the calibration is the recipe's where the table says nothing."""
-        given = self._table(values, "formula", 0, _FORMULA)
-        if "layer" not in given:
-            raise self._error("formula", 0, "layer", "name the layer, such as model.layers.0.mlp.down_proj")
-        model = given.pop("model", models[0])
-        if model not in models:
-            raise self._error("formula", 0, "model", f"{model!r} is not among models: {', '.join(models)}")
-        plan = FormulaPlan(**{name: given.pop(name) for name in ("layer", "share") if name in given})
-        names = ("damping", "calibration", "samples", "sequence_length", "seed")
-        defaults = {name: getattr(Recipe(), name) for name in names}
-        cells[Cell(model=model, method=FORMULA, **{**defaults, **given})] = None
-        return plan
-
     def _table(self, values: Any, table: str, index: int, checks: Mapping[str, Callable[[Any], Any]]) -> dict[str, Any]:
         if not isinstance(values, dict):
             raise self._error(table, index, "", "must be a table")
@@ -144,13 +128,13 @@ def place_of(study: Study, table: str, key: str) -> str:
 
 
 def place_of_calibration(study: Study, name: str) -> str:
-    """Return where the first grid, or the formula, names a calibration text, as :func:`place_of` does."""
+    """Return where the first grid names a calibration text, as :func:`place_of` does."""
     values = tomllib.loads(study.text)
     for index, grid in enumerate(values["grid"]):
         given = grid.get("calibration", [])
         if name in ([given] if isinstance(given, str) else given):
             return _place(study.path, study.text, "grid", index, "calibration")
-    return place_of(study, "formula", "calibration")
+    return place_of(study, "grid", "calibration")
 
 
 def _place(path: Path, text: str, table: str, index: int, key: str) -> str:
@@ -237,13 +221,7 @@ def _many(check: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, ...]]:
     return each
 
 
-def _inner_share(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
-        raise RecipeError(f"must be a number between 0 and 1; got {value!r}")
-    return float(value)
-
-
-_TABLES = ("evaluation", "zero_shot", "formula", "grid")
+_TABLES = ("evaluation", "zero_shot", "grid")
 _TOP: dict[str, Callable[[Any], Any]] = {
     "models": _many(_word),
     "cost_only": _many(_word),
@@ -258,16 +236,6 @@ _EVALUATION: dict[str, Callable[[Any], Any]] = {
     "bos": _one_of(*BOS_CHOICES),
 }
 _ZERO_SHOT: dict[str, Callable[[Any], Any]] = {"tasks": _many(_word), "task_folder": _word, "limit": _whole(1)}
-_FORMULA: dict[str, Callable[[Any], Any]] = {
-    "model": _word,
-    "layer": _word,
-    "share": _inner_share,
-    "damping": _share("damping"),
-    "calibration": _word,
-    "samples": _whole(1),
-    "sequence_length": _whole(2),
-    "seed": _whole(0),
-}
 _AXES: dict[str, Callable[[Any], Any]] = {
     "model": _many(_word),
     "method": _many(_one_of(*METHODS)),

@@ -17,10 +17,8 @@ from thanos.patterns.nm import NM
 from thanos.patterns.parse import parse_pattern
 from thanos.recipe import LayerRecipe, Recipe
 from thanos.run.model_card import public_name as public
-from thanos.study.formula import DEFAULT_SHARE
 
 DENSE = "dense"
-FORMULA = "formula"
 
 _COMPENSATING = ("thanos", "sparsegpt")
 """The methods that have a block size and a damping."""
@@ -53,13 +51,12 @@ class Cell:
         Raises:
             RecipeError: its values contradict one another.
         """
-        left_out = ("model", "method") if self.method == FORMULA else ("model",)
-        values = {name: value for name, value in asdict(self).items() if name not in left_out and value is not None}
+        values = {name: value for name, value in asdict(self).items() if name != "model" and value is not None}
         return Recipe(**{**values, **others})
 
     def title(self) -> str:
         """Return the cell in a few words."""
-        if self.method in (DENSE, FORMULA):
+        if self.method == DENSE:
             return f"{public(self.model)} {self.method}"
         parts = [public(self.model), self.method, self.pattern]
         parts += [f"{100 * self.sparsity:g} %"] if self.sparsity is not None else []
@@ -92,14 +89,6 @@ class ZeroShotPlan:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FormulaPlan:
-    """The layer on which the paper's printings of the structured step are compared, and the share of columns removed."""
-
-    layer: str
-    share: float = DEFAULT_SHARE
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Study:
     """A whole study.
 
@@ -110,7 +99,6 @@ class Study:
         zero_shot_cells: those to which the tasks are put.
         evaluation: how every cell is measured.
         zero_shot: the tasks; None without any.
-        formula: what the cells with method ``formula`` compare; None without any.
         dtype: in which models run.
         keep_models: whether the pruned models stay in the study's folder.
         path: the file.
@@ -123,7 +111,6 @@ class Study:
     zero_shot_cells: frozenset[Cell]
     evaluation: EvaluationPlan
     zero_shot: ZeroShotPlan | None
-    formula: FormulaPlan | None
     dtype: str
     keep_models: bool
     path: Path
@@ -136,8 +123,6 @@ class Study:
 
     def asked(self, cell: Cell) -> dict[str, Any]:
         """Return what, besides the cell, shapes its record."""
-        if cell.method == FORMULA and self.formula is not None:
-            return {"dtype": self.dtype, "formula": asdict(self.formula)}
         if cell.model in self.cost_only:
             return {"dtype": self.dtype, "evaluation": None, "zero_shot": None}
         evaluation = asdict(self.evaluation) | {"text": public(self.evaluation.text)}

@@ -16,7 +16,7 @@ from thanos.errors import DataError, RecipeError, ResourceError, StudyError, Use
 from thanos.run.lock import locked
 from thanos.study.config import place_of, place_of_calibration, read_study
 from thanos.study.events import StudyEvent, Watcher
-from thanos.study.grid import DENSE, FORMULA, Cell, Study, public_cell
+from thanos.study.grid import DENSE, Cell, Study, public_cell
 from thanos.study.paths import Places, convert, find_places, is_absent
 from thanos.study.store import CellRecord, StoreWriter, cell_key, read_store, store_path
 from thanos.study.workers import Pool
@@ -139,7 +139,7 @@ def _changed(recorded: dict[str, str | None], now: dict[str, str | None]) -> boo
 
 
 def _impossible(cell: Cell) -> str | None:
-    if cell.method in (DENSE, FORMULA):
+    if cell.method == DENSE:
         return None
     try:
         cell.recipe()

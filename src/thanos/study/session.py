@@ -34,8 +34,7 @@ from thanos.run.prune import prune
 from thanos.solvers.hessian import InputStatistics
 from thanos.solvers.prune_layer import prune_layer
 from thanos.study.calibration_cache import read_windows, write_windows
-from thanos.study.formula import measure_layer
-from thanos.study.grid import DENSE, FORMULA, Cell, Study, public_cell
+from thanos.study.grid import DENSE, Cell, Study, public_cell
 from thanos.study.paths import Places
 from thanos.study.records import evaluation_fields, make_record, phase_fields, pruning_fields
 from thanos.study.store import CellRecord, cell_key
@@ -75,8 +74,7 @@ class Session:
         try:
             if cell.model in self._places.failures:
                 raise ModelError(self._places.failures[cell.model])
-            kinds = {DENSE: self._dense, FORMULA: self._formula}
-            kinds.get(cell.method, self._pruned)(cell, results, tell)
+            (self._dense if cell.method == DENSE else self._pruned)(cell, results, tell)
         except Exception as error:
             reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             if isinstance(error, ResourceError | torch.OutOfMemoryError | MemoryError):
@@ -117,24 +115,6 @@ class Session:
         finally:
             if not self._study.keep_models:
                 shutil.rmtree(model, ignore_errors=True)
-
-    def _formula(self, cell: Cell, results: dict[str, Any], tell: Watcher) -> None:
-        plan = self._study.formula
-        assert plan is not None
-        source = self._places.texts.get(cell.calibration or "", cell.calibration)
-        windows = self._windows(cell, cell.recipe(calibration=source, device=self._name, dtype=self._study.dtype), tell)
-        opened = resolve_model(self._places.models[cell.model])
-        model = load_model(opened, dtype=self._study.dtype, device=self._device)
-
-        def progress(done: int, total: int) -> None:
-            tell(Event(kind="progress", phase="statistics", done=done, total=total))
-
-        meter = PhaseMeter(self._device)
-        with meter.phase("formula"):
-            found = measure_layer(
-                model, windows.ids, plan.layer, share=plan.share, damping=cell.damping or 0.0, on_progress=progress
-            )
-        results |= {"formula": found, "phases": phase_fields(meter.records())}
 
     def _measure(self, cell: Cell, model: str, results: dict[str, Any], tell: Watcher) -> None:
         """Add what is asked for to the results, and its phases to theirs, those of a failure included."""

@@ -28,8 +28,10 @@ STORE_NAME = "store.jsonl"
 PACKED_NAME = "store.jsonl.gz"
 """The same, compressed to a tenth by gzip: a store that is kept. It is read where there is no other, and unpacked to go on."""
 
+_FORMER_METHODS = ("formula",)  # of cells that older versions measured: their records stay in the file and are skipped
+
 _OBJECTS = ("versions", "machine", "cell", "asked", "sources", "phases")
-_OBJECTS_OR_NULL = ("recipe", "calibration", "effective_sparsity", "evaluation", "zero_shot", "formula")
+_OBJECTS_OR_NULL = ("recipe", "calibration", "effective_sparsity", "evaluation", "zero_shot")
 _TYPES: dict[str, tuple[str, type | UnionType]] = {
     **dict.fromkeys(("key", "status", "date"), ("a string", str)),
     **dict.fromkeys(_OBJECTS, ("an object", dict)),
@@ -73,12 +75,10 @@ class CellRecord(Document):
         layers: the layers, as in pruning.json.
         phases: seconds and peaks of memory by phase: those of pruning.json, then ``reference`` (loading the dense model and
             the text, where the worker had not yet), ``evaluate`` (loading the model too, unless it is the dense one of
-            ``reference``) and ``zero_shot`` (with that model); ``formula`` alone of such a cell.
+            ``reference``) and ``zero_shot`` (with that model).
         seconds: of pruning, without evaluation.
         host_peak_bytes: while pruning.
         device_peak_bytes: while pruning; None without a CUDA device.
-        formula: of a cell with method ``formula`` alone: ``layer``, ``shape``, ``removed``, ``tokens`` and ``errors``, the
-            relative error by way of compensation (formula.py).
         schema: version of this format.
     """
 
@@ -103,7 +103,6 @@ class CellRecord(Document):
     seconds: float | None = None
     host_peak_bytes: int | None = None
     device_peak_bytes: int | None = None
-    formula: dict[str, Any] | None = None
     schema: int = SCHEMA
 
 
@@ -216,7 +215,8 @@ def _records(path: Path) -> tuple[dict[str, CellRecord], list[str]]:
     records: dict[str, CellRecord] = {}
     for number, line in enumerate(lines, 1):
         record = _parse(path, number, line)
-        records[record.key] = record
+        if record.cell.get("method") not in _FORMER_METHODS:
+            records[record.key] = record
     for record in list(records.values()):
         if "bos" in record.asked:  # what an older version measured of the cell, without that token, is superseded
             records.pop(

@@ -8,7 +8,7 @@ EXTRAS = {
     "gguf": ("gguf>=0.17", "accelerate>=1.1"),
     "data": ("datasets>=4",),
     "eval": ("lm_eval==0.4.13",),
-    "report": ("matplotlib>=3.10",),
+    "report": ("matplotlib>=3.10", "jinja2>=3.1"),
 }
 """Extra → its packages, with the ranges of pyproject.toml."""
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from thanos.study.report.figures.theme import DARK
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
@@ -29,6 +33,7 @@ if CHROMIUM is None or DRIVER is None:
         "no chromium with its driver; on Debian: apt-get install chromium chromium-driver", allow_module_level=True
     )
 pytest.importorskip("selenium", reason="selenium is not installed")
+Image = pytest.importorskip("PIL.Image", reason="pillow, which matplotlib brings, is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -127,3 +132,16 @@ def test_a_reader_finds_every_section_and_number(browser: Any, study_report: Pat
         "return [...document.querySelectorAll('data')].filter(e => !(Math.abs(Number(e.value)) >= 0)).length"
     )
     assert shown == 0
+
+
+def test_figures_have_no_colour_of_the_light_theme_in_the_dark_one(browser: Any, study_report: Path) -> None:
+    show(browser, study_report, 1280, "dark")
+    light = {tuple(bytes.fromhex(color[1:])) for color in DARK}
+    for name in ("cost_unstructured_seconds", "sparsity_columns"):
+        script = """const r = document.querySelector(arguments[0]).getBoundingClientRect();
+            return {x: r.x + scrollX, y: r.y + scrollY, width: r.width, height: r.height, scale: 3}"""
+        clip = browser.execute_script(script, f"#figure-{name} svg")
+        shot = browser.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True, "clip": clip})
+        pixels = Image.open(io.BytesIO(base64.b64decode(shot["data"]))).convert("RGB").getcolors(2**24)
+        assert len(pixels) > 10
+        assert {color for _, color in pixels} & light == set()

@@ -63,8 +63,6 @@ class Store:
             ]
         if kind in ("task", "task_stderr"):
             return one["zero_shot"]["tasks"][rest]["acc" if kind == "task" else "acc_stderr"]
-        if kind == "formula":
-            return one["formula"]["errors"][rest]
         if name == "peak_bytes":
             pruning = {"load", "calibration", "statistics", "solve", "propagate", "write", "finish"}
             held = min(phase["device_peak_bytes"] for at, phase in one["phases"].items() if at in pruning)

@@ -5,22 +5,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import random
 import xml.etree.ElementTree as ET
 
 import pytest
 
 from thanos.study.report.figures.charts import Chart, HeatMap, Point, Series
-from thanos.study.report.figures.labels import (
-    Box,
-    Segment,
-    crosses,
-    distance,
-    leader_of,
-    needs_leader,
-    place_label,
-    spread_apart,
-)
 from thanos.study.report.figures.theme import DARK, STYLES
 from thanos.study.report.numbers import Number
 
@@ -94,50 +83,92 @@ def test_lines_are_capped_where_asked_and_three_are_drawn() -> None:
     assert dataclasses.replace(three, series=(low, low, low)).ceiling is None
 
 
-def test_labels_are_pushed_apart_in_order_and_below_the_top() -> None:
-    draw = random.Random(4)
-    for _ in range(50):
-        wanted = [draw.uniform(0, 100) for _ in range(6)]
-        placed = spread_apart(wanted, 11.0, 100.0)
-        order = sorted(range(6), key=lambda i: wanted[i])
-        heights = [placed[i] for i in order]
-        assert all(b - a >= 11.0 - 1e-9 for a, b in itertools.pairwise(heights))
-        assert max(placed) <= 100.0
+def crowded() -> list[Chart]:
+    """Charts whose points, spreads and names have little room: equal values, far points, long names, several variants."""
+    values = [[44.0, 47.0, 62.0, 90.0], [44.1, 47.2, 63.0, 80.0], [44.2, 47.1, 5e4, 3e7], [44.0, 700.0, 6e4, 1e8]]
+    styles = ("thanos", "thanos", "wanda", "magnitude")
+    points = [
+        tuple(
+            Point(number(10 * i + 10 + 0.1 * (k % 2), "seconds"), number(v), number(v / 20), f"p{i}")
+            for i, v in enumerate(own)
+        )
+        for k, own in enumerate(values)
+    ]
+    lines = tuple(
+        Series(f"{style} with a long name {i}", style, own, i)
+        for i, (style, own) in enumerate(zip(styles, points, strict=True))
+    )
+    alone = [
+        Series(f"{style}, α = 0.{i}", style, (Point(number(3.0 + i, "seconds"), number(v), number(2.0), marked=i < 3),))
+        for i, (style, v) in enumerate(zip(styles, (44.0, 44.1, 60.0, 1e7), strict=True))
+    ]
+    reference = ("dense", number(21.97))
+    return [
+        Chart("lines", "lines", "Lines", "x", "y", lines, reference, capped=True),
+        Chart("lines", "log2", "Lines over sizes", "x", "y", lines[::2], reference, x_scale="log2"),
+        Chart("scatter", "scatter", "A scatter", "x", "y", tuple(alone)),
+        Chart("dots", "dots", "Dots", "", "y", lines, reference),
+    ]
 
 
-def test_a_label_is_nearest_to_its_own_point_where_there_is_room() -> None:
-    place, other = (100.0, 100.0), (100.0, 112.0)
-    box = place_label(place, 60.0, [(95.0, 107.0, 105.0, 117.0)], [other], (0.0, 0.0, 300.0, 300.0))
-    assert distance(box, place) < distance(box, other)
-    assert distance(box, place) > 0
+@pytest.mark.parametrize("figure", crowded(), ids=lambda figure: figure.name)
+def test_nothing_covers_anything_else(figure: Chart) -> None:
+    from thanos.study.report.figures.draw import drawn
+
+    with drawn(figure) as canvas:
+        axes, renderer, unit = canvas.axes[0], canvas.canvas.get_renderer(), canvas.dpi / 72
+        assert canvas.legends
+        legend = canvas.legends[0].get_window_extent(renderer)
+        axis = [axes.xaxis, axes.yaxis, *(child.yaxis for child in axes.child_axes)]
+        ticks = [label for each in axis for tick in each._update_ticks() for label in (tick.label1, tick.label2)]
+        words = [*ticks, axes.xaxis.label, axes.title, axes._left_title, *axes.texts, *canvas.texts]
+        texts = [text.get_window_extent(renderer) for text in words if text.get_visible() and text.get_text()]
+        assert len(texts) > 8
+        marks, bars = [], []
+        for line in axes.lines:
+            places = line.get_transform().transform(line.get_xydata())
+            if (
+                line.get_marker() in ("o", "s", "^", "D", "v", "P", "X") and line.get_markersize() < 9
+            ):  # rings go around markers
+                size = line.get_markersize() * (2**0.5 if line.get_marker() == "D" else 1)
+                marks += [(tuple(place), size * unit / 2) for place in places]
+        for group in axes.collections:  # the error bars
+            bars += [group.get_transform().transform_path(path).get_extents() for path in group.get_paths()]
+        page = canvas.bbox
+        assert all(box.x0 >= -1 and box.x1 <= page.x1 + 1 and box.y0 >= -1 and box.y1 <= page.y1 + 1 for box in texts)
+        assert legend.x0 >= -1
+        assert legend.x1 <= page.x1 + 1
+        assert legend.y1 <= axes.bbox.y0
+        assert not any(legend.overlaps(box) for box in texts)
+        assert not any(first.overlaps(second) for first, second in itertools.combinations(texts, 2))
+        assert not any(box.overlaps(bar) for box in texts for bar in bars)
+        for (x, y), half in marks:
+            assert not any(b.x0 - half < x < b.x1 + half and b.y0 - half < y < b.y1 + half for b in [*texts, legend])
+        assert len(marks) == sum(len(series.points) for series in figure.series)
+        for ((x, y), half), ((to_x, to_y), other) in itertools.combinations(marks, 2):
+            assert max(abs(x - to_x), abs(y - to_y)) >= half + other - 0.5, "one marker lies over another"
 
 
-def test_a_line_crosses_the_boxes_that_it_passes_through() -> None:
-    box = (10.0, 10.0, 20.0, 20.0)
-    assert crosses(((0.0, 15.0), (30.0, 15.0)), box)
-    assert crosses(((0.0, 0.0), (30.0, 30.0)), box)
-    assert crosses(((15.0, 15.0), (40.0, 15.0)), box)
-    assert not crosses(((0.0, 15.0), (9.0, 15.0)), box)
-    assert not crosses(((0.0, 25.0), (30.0, 25.0)), box)
-    assert not crosses(((0.0, 15.0), (15.0, 40.0)), box)
+def test_a_legend_names_every_series_and_the_numbers_above_the_axes() -> None:
+    from thanos.study.report.figures.draw import drawn
+
+    with drawn(crowded()[0]) as canvas:
+        words = [text.get_text().replace("\n", " ") for text in canvas.legends[0].get_texts()]
+    assert words == [
+        "thanos with a long name 0",
+        "thanos with a long name 1",
+        "wanda with a long name 2 ↑ 50,000, 3.00 × 10⁷",
+        "magnitude with a long name 3 ↑ 700.00, 60,000, 1.00 × 10⁸",
+        "dense 21.97",
+    ]
 
 
-def test_no_label_lies_on_anothers_line_and_no_line_runs_through_a_label() -> None:
-    draw, bounds = random.Random(6), (0.0, 0.0, 400.0, 200.0)
-    for _ in range(200):
-        places = [(draw.uniform(150, 250), draw.uniform(80, 120)) for _ in range(4)]
-        marks = [(x - 5, y - 5, x + 5, y + 5) for x, y in places]
-        boxes: list[Box] = []
-        lines: list[Segment] = []
-        for index, place in enumerate(places):
-            rest = places[:index] + places[index + 1 :]
-            taken = [*marks[:index], *marks[index + 1 :], *boxes]
-            box = place_label(place, 50.0, taken, rest, bounds, lines)
-            assert not any(crosses(line, box) for line in lines)
-            if needs_leader(box, place):
-                assert not any(crosses(leader_of(box, place), other) for other in boxes)
-                lines.append(leader_of(box, place))
-            boxes.append(box)
+def test_one_line_needs_no_legend() -> None:
+    from thanos.study.report.figures.draw import drawn
+
+    one = crowded()[0]
+    with drawn(dataclasses.replace(one, series=one.series[:1], reference=None)) as canvas:
+        assert not canvas.legends
 
 
 def test_every_colour_has_a_dark_twin_and_enough_contrast() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from study_records import METHODS, MODEL, cell, cost_record, cost_study, formula_record, full_study, record
+from study_records import METHODS, MODEL, cell, cost_record, cost_study, full_study, record
 from thanos.study.report.numbers import plain
 from thanos.study.report.results import Results, over_common_seeds
 from thanos.study.report.sections import COST_SECTIONS, MODEL_SECTIONS
@@ -19,13 +19,12 @@ from thanos.study.report.sections.cost import cost
 from thanos.study.report.sections.curves import curves
 from thanos.study.report.sections.data import variations
 from thanos.study.report.sections.fairness import fairness
-from thanos.study.report.sections.formula import formula
 from thanos.study.report.sections.noise import noise
 from thanos.study.report.sections.outliers import outliers
 from thanos.study.report.sections.paper import perplexity_table, zero_shot_table
 from thanos.study.report.sections.summary import summary
 from thanos.study.report.sections.where import where
-from thanos.study.report.tables import Table, to_latex
+from thanos.study.report.tables import Table
 from thanos.study.store import CellRecord
 
 
@@ -41,7 +40,7 @@ def column(table: Table, name: str) -> list[str]:
     return [row[place].shown for row in table.rows]
 
 
-FULL = Results(MODEL, [*full_study(blocks=2), formula_record()])
+FULL = Results(MODEL, full_study(blocks=2))
 
 
 @pytest.mark.parametrize("section", MODEL_SECTIONS, ids=lambda section: section.__name__)
@@ -69,7 +68,7 @@ def test_numbers_of_one_seed_in_a_row_of_several_are_marked() -> None:
     marked = {c.name: row.shown.endswith("°") for c, row in zip(table.columns, table.rows[0], strict=True)}
     assert [name for name, mark in marked.items() if mark] == ["zero_shot", "seconds"]
     assert not any(cell.mark for cell in table.rows[1])
-    assert "° at a number: one seed of a row that has several" in plain(table.note)
+    assert "° after a number: one seed, of a row that has several" in plain(table.note)
     whole = summary(Results(MODEL, seeds((44.0, 45.0, 46.0)))).tables[0]
     assert all("±" in column(whole, name)[0] for name in ("zero_shot", "seconds", "perplexity"))
 
@@ -378,7 +377,7 @@ def test_points_with_the_budget_kept_are_told_apart() -> None:
     for keep in (False, True):
         found.append(record(cell("thanos", "columns", sparsity=0.3, outlier_rows=0.1, keep_budget=keep)))
     chart = cost(Results(MODEL, found)).figures[0]
-    labels = [point.label for series in chart.series for point in series.points]  # type: ignore[union-attr]
+    labels = [series.label for series in chart.series]  # type: ignore[union-attr]
     assert labels == ["Thanos", "Thanos α = 0.1", "Thanos α = 0.1, kept"]
 
 
@@ -537,39 +536,6 @@ def test_the_papers_table_does_not_hide_a_lower_sparsity() -> None:
     labels = column(perplexity_table([FULL]).tables[0], "method")
     assert "Thanos α = 0.1, only 45 % sparse" in labels
     assert "Thanos α = 0.1, budget kept" in labels
-
-
-def test_the_formulas_are_listed_as_measured() -> None:
-    table = formula(FULL).tables[0]
-    assert column(table, "formula")[0] == "W[:,P] · (H⁻¹[P,P])⁻¹ · H⁻¹[P,:]"
-    assert r"W[:,P] $\cdot$ (H$^{-1}$[P,P])$^{-1}$ $\cdot$ H$^{-1}$[P,:]" in to_latex(table)
-    assert column(table, "error") == ["0.09401", "0.09401", "0.27257", "2.204", "49.175"]
-
-
-@pytest.mark.parametrize(
-    ("errors", "words"),
-    [
-        (
-            {},
-            "Only Eq. 13, Algorithm 2 equals the least-squares optimum within 1 %; Appendix G.4.2, Eq. 72 and Algorithm 7 do",
-        ),
-        ({"eq13": 0.2}, "None of them equals the least-squares optimum within 1 %"),
-        (
-            {"algorithm7": 0.0945},
-            "Algorithm 7 equal the least-squares optimum within 1 %; Appendix G.4.2, Eq. 72 does not",
-        ),
-        ({"eq72": 0.094, "algorithm7": 0.094}, "and Algorithm 7 equal the least-squares optimum within 1 %."),
-    ],
-)
-def test_the_finding_on_formulas_is_read_from_the_store(errors: dict[str, float], words: str) -> None:
-    one = formula_record()
-    assert one.formula is not None
-    one.formula["errors"].update(errors)
-    assert words in plain(formula(Results(MODEL, [one])).prose[0])
-    two = [one, formula_record("model.layers.1.mlp.down_proj")]
-    assert "within 1 % on every layer" in plain(formula(Results(MODEL, two)).prose[0])
-    del one.formula["errors"]["least_squares"]
-    assert plain(formula(Results(MODEL, [one])).prose[0]).endswith("the same columns.")
 
 
 def test_fewer_than_three_seeds_are_asked_for() -> None:

@@ -12,7 +12,7 @@ from thanos.events import Event
 from thanos.study.report.figures.charts import Figure
 from thanos.study.report.figures.draw import draw
 from thanos.study.report.numbers import Prose, count
-from thanos.study.report.page import Chapter, all_figures, all_tables, render_page, slug
+from thanos.study.report.page import Chapter, render_page, slug
 from thanos.study.report.results import Results, models_of
 from thanos.study.report.sections import COST_SECTIONS, MODEL_SECTIONS, data
 from thanos.study.report.sections.common import Section
@@ -34,12 +34,12 @@ class Report:
     @property
     def tables(self) -> list[Table]:
         """Every table, in reading order."""
-        return all_tables(self.chapters)
+        return [table for chapter in self.chapters for section in chapter.sections for table in section.tables]
 
     @property
     def figures(self) -> list[Figure]:
         """Every figure, in reading order."""
-        return all_figures(self.chapters)
+        return [figure for chapter in self.chapters for section in chapter.sections for figure in section.figures]
 
     def table(self, name: str) -> Table | None:
         """Return a table by name; None if the store has no cells for it."""

@@ -151,9 +151,8 @@ def _values(records: Sequence[CellRecord], field: str) -> dict[str, float]:
 def field_of(name: str) -> Field:
     """Return a quantity by name.
 
-    Beside :data:`FIELDS` there are ``task:NAME`` and ``task_stderr:NAME`` (accuracy on one zero-shot task), ``error:LAYER``,
-    ``raw_error:LAYER`` and ``zeros:LAYER`` (relative error after and before compensation, and sparsity, of one layer), and
-    ``formula:NAME`` (relative error of one way to compensate removed columns).
+    Beside :data:`FIELDS` there are ``task:NAME`` and ``task_stderr:NAME`` (accuracy on one task), and ``error:LAYER``,
+    ``raw_error:LAYER`` and ``zeros:LAYER`` (relative error after and before compensation, and sparsity, of one layer).
     """
     kind, _, rest = name.partition(":")
     if not rest:
@@ -161,8 +160,6 @@ def field_of(name: str) -> Field:
     if kind in ("task", "task_stderr"):
         key = "acc" if kind == "task" else "acc_stderr"
         return Field(lambda r: _dig(r.zero_shot, "tasks", rest, key), f"{rest} (%)", _one, 100, higher=True)
-    if kind == "formula":
-        return Field(lambda r: _dig(r.formula, "errors", rest), "relative error", _significant)
     key = {"error": "error_after_compensation", "raw_error": "error_before_compensation", "zeros": "sparsity"}[kind]
     if kind == "zeros":
         return Field(lambda r: _layer(r, rest, key), "sparsity (%)", _two, 100)

@@ -174,8 +174,7 @@ class Results:
         own = [record for record in records if record.cell["model"] == model]
         self.model = model
         self.cost_only = bool(own) and all(_is_cost_only(record) for record in own)
-        self.formulas = [record for record in own if record.formula is not None]
-        own, self.left_out = select_cells([record for record in own if record.formula is None])
+        own, self.left_out = select_cells(own)
         self.dense = next((row for row in _rows(own) if row.method == "dense"), None)
         pruned = [row for row in _rows(own) if row.method != "dense"]
         cells = [record for row in pruned for record in row.records]
@@ -268,7 +267,7 @@ def _asked_sparsity(cell: dict[str, Any]) -> float:
 
 
 def _is_cost_only(record: CellRecord) -> bool:
-    return record.formula is None and record.asked.get("evaluation", {}) is None
+    return record.asked.get("evaluation", {}) is None
 
 
 def _calibration_of(record: CellRecord) -> tuple[Any, ...]:

@@ -6,10 +6,11 @@ import csv
 import io
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from thanos.study.report.numbers import Number, Prose, plain
+from thanos.study.report.render import environment
 
 _WITHOUT_SPREAD = ("zero_shot_stderr", "layer_error", "solve_seconds", "sparsity", "peak_bytes")
 """Shown as means alone, to keep tables narrow; the spread of the layer error is in the table of noise."""
@@ -82,9 +83,9 @@ class Table:
     folded: bool = False
 
 
-def text(value: Any) -> Cell:
+def text(value: str) -> Cell:
     """Return a cell of text."""
-    return Cell(text=str(value))
+    return Cell(text=value)
 
 
 def number(value: Number | None, spread: Number | None = None, *, best: bool = False, mark: str = "") -> Cell:
@@ -92,18 +93,74 @@ def number(value: Number | None, spread: Number | None = None, *, best: bool = F
     return Cell(text=UNKNOWN, number=value, spread=spread, best=best, mark=mark)
 
 
+HEADS = {
+    "alpha": "α",
+    "block_size": "B",
+    "sparsity": "sparsity (%)",
+    "sparsity_all": "of all parameters (%)",
+    "kl_divergence": "KL (nats/token)",
+    "top1_agreement": "top-1 (%)",
+    "zero_shot": "zero-shot (%)",
+    "zero_shot_stderr": "standard error (%)",
+    "layer_error": "layer error",
+    "seconds": "pruning (s)",
+    "solve_seconds": "of it solving (s)",
+    "peak_bytes": "peak memory above what is held (GiB)",
+    "seconds_difference": "s more than SparseGPT",
+}
+"""A column's name → the heading that it has in every table."""
+
+
 def columns(*heads: str) -> tuple[Column, ...]:
-    """Return columns from ``head|name`` texts; a leading ``<`` makes a column of text."""
+    """Return columns from names, with ``;`` between them; ``heading|name`` where :data:`HEADS` has not the heading.
+
+    A leading ``<`` makes a column of text.
+    """
     found = []
-    for head in heads:
+    for head in (each.strip() for texts in heads for each in texts.split(";")):
         shown, _, name = head.removeprefix("<").partition("|")
-        found.append(Column(shown, name or shown.lower().replace(" ", "_"), head.startswith("<")))
+        name = name or (shown if shown in HEADS else shown.lower().replace(" ", "_"))
+        found.append(Column(HEADS.get(shown, shown), name, head.startswith("<")))
     return tuple(found)
+
+
+Line = Sequence[Cell | Number | str | None]
+"""A row of a table: a string is a cell of text, a number a cell of that number, None a number that is not known."""
+
+
+def table(
+    name: str,
+    title: str,
+    heads: str | Sequence[Column],
+    lines: Sequence[Line] | dict[str, list[Line]],
+    note: Prose = (),
+    *,
+    folded: bool = False,
+) -> Table:
+    """Return a table, its columns given as :func:`columns` takes them, its lines by the heading above them where they have one.
+
+    A heading without lines is left out.
+    """
+    rows: list[tuple[Cell, ...]] = []
+    bands: dict[int, str] = {}
+    groups: Iterable[tuple[str, Sequence[Line]]] = lines.items() if isinstance(lines, dict) else [("", lines)]
+    for band, own in groups:
+        cells = [tuple(_cell(value) for value in line) for line in own]
+        if band and cells:
+            bands[len(rows)] = band
+        rows += cells
+    return Table(
+        name, title, columns(heads) if isinstance(heads, str) else tuple(heads), tuple(rows), bands, note, folded
+    )
+
+
+def _cell(value: Cell | Number | str | None) -> Cell:
+    return value if isinstance(value, Cell) else Cell(text=value) if isinstance(value, str) else number(value)
 
 
 def to_csv(table: Table) -> str:
     """Return a table as CSV: unrounded numbers in the store's units, spreads in columns of their own; empty where unknown."""
-    spreads = _columns_with_spreads(table)
+    spreads = {index for row in table.rows for index, cell in enumerate(row) if cell.spread is not None}
     heads = ["group"] if table.bands else []
     for index, column in enumerate(table.columns):
         heads += [column.name, *([f"{column.name}_spread"] if index in spreads else [])]
@@ -125,42 +182,17 @@ def to_csv(table: Table) -> str:
 
 def to_markdown(table: Table) -> str:
     """Return a table in GitHub's Markdown, title above and note below."""
-    lines = [[_markdown(column.head) for column in table.columns]]
-    lines += [["---" if column.is_text else "---:" for column in table.columns]]
-    for index, row in enumerate(table.rows):
-        if index in table.bands:
-            lines.append([f"**{_markdown(table.bands[index])}**", *[""] * (len(row) - 1)])
-        lines.append([f"**{_markdown(c.shown)}**" if c.best else _markdown(c.shown) for c in row])
-    body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return (
-        "\n\n".join(part for part in (f"**{_markdown(table.title)}**", body, _markdown(plain(table.note))) if part)
-        + "\n"
-    )
+    return _render("table.md", table)
 
 
 def to_latex(table: Table) -> str:
     """Return a table for LaTeX; it needs the package booktabs."""
-    shape = "".join("l" if column.is_text else "r" for column in table.columns)
-    lines = [
-        r"\begin{table}",
-        r"\centering",
-        rf"\caption{{{_latex(table.title)}. {_latex(plain(table.note))}}}",
-        rf"\label{{tab:{table.name}}}",
-        rf"\begin{{tabular}}{{{shape}}}",
-        r"\toprule",
-        _latex_line(_latex(column.head) for column in table.columns),
-        r"\midrule",
-    ]
-    for index, row in enumerate(table.rows):
-        if index in table.bands:
-            lines += [r"\midrule"] if index else []
-            lines.append(rf"\multicolumn{{{len(row)}}}{{l}}{{\textit{{{_latex(table.bands[index])}}}}} \\")
-        lines.append(_latex_line(rf"\textbf{{{_latex(c.shown)}}}" if c.best else _latex(c.shown) for c in row))
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"]) + "\n"
+    return _render("table.tex", table)
 
 
-def _columns_with_spreads(table: Table) -> set[int]:
-    return {index for row in table.rows for index, cell in enumerate(row) if cell.spread is not None}
+def _render(template: str, table: Table) -> str:
+    values = {field.name: getattr(table, field.name) for field in fields(table)}
+    return environment(markdown=_markdown, latex=_latex, plain=plain).get_template(template).render(values)
 
 
 def _markdown(value: str) -> str:
@@ -208,10 +240,6 @@ def _latex(value: str) -> str:
         else "".join(_LATEX.get(letter, letter) for letter in part)
         for index, part in enumerate(parts)
     )
-
-
-def _latex_line(cells: Iterable[str]) -> str:
-    return " & ".join(cells) + r" \\"
 
 
 WRITERS = {"csv": to_csv, "md": to_markdown, "tex": to_latex}

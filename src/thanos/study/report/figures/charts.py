@@ -13,7 +13,7 @@ SPAN_FOR_LOG = 8.0
 
 
 FAR = 3.0
-"""Times the median beyond which a point of a scatter is drawn at its upper edge."""
+"""Times the median above which a point of a scatter is drawn above the axes."""
 
 
 ROOM = 1.6
@@ -37,10 +37,10 @@ class Series:
     """Points of one kind.
 
     Attributes:
-        label: written beside it.
+        label: in the legend.
         style: the method whose colour and marker it has.
         points: in the order of x.
-        variant: 0 is a full line, others are dashed, to tell settings of one method apart.
+        variant: 0 has a full line and full markers; dashes and hollow markers tell other settings of a method apart.
     """
 
     label: str
@@ -54,8 +54,8 @@ class Chart:
     """Series on two axes.
 
     Attributes:
-        kind: ``lines`` joins the points, ``scatter`` labels them and joins the marked ones (the Pareto front), ``dots``
-            gives each point a line of its own, its label to the left and its series' label above the first.
+        kind: ``lines`` joins the points, ``scatter`` joins the marked ones (the Pareto front), ``dots`` gives each point a line
+            of its own, its label to the left, its number to the right and its series' label above the first.
         name: of its files.
         title: what it shows.
         x_label, y_label: with units.
@@ -78,9 +78,10 @@ class Chart:
 
     @property
     def ceiling(self) -> float | None:
-        """Where a scatter ends above: a point far beyond the others is drawn there, with its number, and hides none of them.
+        """The largest y inside the axes; None without a limit.
 
-        Capped lines end above the second lowest of their highest points, so that two lines at least are seen whole.
+        A scatter's far point would press the others together, and capped lines end above the second lowest of their highest
+        points, so that at least two lines are seen whole. What lies above is drawn above the axes, its number in the legend.
         """
         values = [p.y.scaled for series in self.series for p in series.points]
         if self.kind == "scatter" and len(values) > 2:
@@ -90,6 +91,14 @@ class Chart:
         else:
             return None
         return limit if max(values) > limit else None
+
+    def is_above(self, point: Point) -> bool:
+        """Tell whether a point lies above the ceiling."""
+        return self.ceiling is not None and point.y.scaled > self.ceiling
+
+    def height_of(self, point: Point) -> float:
+        """Return a point's y, the ceiling for one above it."""
+        return point.y.scaled if self.ceiling is None else min(point.y.scaled, self.ceiling)
 
     def scale(self, axis: Literal["x", "y"]) -> str:
         """Return ``linear``, ``log`` or ``log2``, the choice of ``auto`` being made; y is always ``auto``."""

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from thanos.errors import ResourceError
-from thanos.study.report.figures.axes import lay_out
 from thanos.study.report.figures.charts import Figure, HeatMap
 from thanos.study.report.figures.panels import draw_dots, draw_heat_map
 from thanos.study.report.figures.plane import draw_plane
@@ -51,20 +50,21 @@ _STYLE: dict[Any, Any] = {
 
 def draw(figure: Figure) -> tuple[str, bytes]:
     """Return a figure as SVG text, transparent, and as PNG, on white."""
-    with _drawn(figure) as drawn:
+    with drawn(figure) as canvas:
         svg, png = io.StringIO(), io.BytesIO()
         data = json.dumps(figure.to_dict(), ensure_ascii=False, separators=(",", ":"))
         # Neither the date nor a program's version: the data alone decides the bytes.
         about = {"Date": None, "Creator": "thanos", "Title": figure.title, "Description": data}
-        drawn.savefig(svg, format="svg", transparent=True, metadata=about)
-        drawn.savefig(png, format="png", dpi=_PNG_DPI, facecolor=PAPER, metadata={"Software": None})
+        canvas.savefig(svg, format="svg", transparent=True, metadata=about)
+        canvas.savefig(png, format="png", dpi=_PNG_DPI, facecolor=PAPER, metadata={"Software": None})
     head, rest = svg.getvalue().replace("'DejaVu Sans'", _FONTS).split("<metadata>", 1)
     dark = f"<style>@media (prefers-color-scheme: dark){{{dark_rules()}}}</style>"
     return f"{head}{dark}<metadata>{rest}", png.getvalue()
 
 
 @contextmanager
-def _drawn(figure: Figure) -> Iterator[Any]:
+def drawn(figure: Figure) -> Iterator[Any]:
+    """Give a figure as a canvas of matplotlib, laid out."""
     try:
         import matplotlib
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -81,10 +81,12 @@ def _drawn(figure: Figure) -> Iterator[Any]:
         if isinstance(figure, HeatMap):
             draw_heat_map(canvas, axes, figure)
         elif figure.kind == "dots":
-            draw_dots(axes, figure)
+            draw_dots(canvas, axes, figure)
         else:
             draw_plane(canvas, axes, figure)
-        lay_out(canvas)
+        engine = canvas.get_layout_engine()
+        assert engine is not None
+        engine.execute(canvas)
         canvas.set_layout_engine("none")  # the layout is final: neither format needs another
         yield canvas
 

@@ -2,70 +2,59 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from thanos.study.report.figures.axes import bare, caption, decimal_ticks, other_methods, tick_text
-from thanos.study.report.figures.charts import Chart, HeatMap, Point
-from thanos.study.report.figures.theme import GRID, INK, MUTED, style_of
+from thanos.study.report.figures.axes import (
+    bare,
+    caption,
+    decimal_ticks,
+    draw_reference,
+    legend,
+    log_note,
+    look_of,
+    other_methods,
+    tick_text,
+)
+from thanos.study.report.figures.charts import Chart, HeatMap
+from thanos.study.report.figures.theme import GRID, INK, MUTED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def draw_dots(axes: Axes, chart: Chart) -> None:
-    """Draw a dot plot: a line for each point, grouped by series."""
-    others, place = other_methods(chart), 0.0
-    at_the_end = _near_the_end(chart)
+def draw_dots(canvas: Any, axes: Axes, chart: Chart) -> None:
+    """Draw a dot plot: a line for each point, grouped by series, its name to the left and its number to the right."""
+    others, place, log = other_methods(chart), 0.0, chart.scale("y") == "log"
     ticks: list[tuple[float, str, str, str]] = []
-    axes.set_xscale("log" if chart.scale("y") == "log" else "linear")
+    numbers: list[tuple[float, str]] = []
+    axes.set_xscale("log" if log else "linear")
     for series in chart.series:
         ticks.append((place, series.label, INK, "bold"))
-        place += 1.0
         for point in series.points:
-            color, marker = style_of(point.style or series.style, others)
-            axes.plot([point.y.scaled], [place], marker=marker, color=color, markeredgecolor="none", zorder=3)
-            if point.spread is not None:
-                axes.errorbar(
-                    point.y.scaled, place, xerr=point.spread.scaled, color=color, elinewidth=1, capsize=2, zorder=2
-                )
-            axes.annotate(
-                point.y.text,
-                (point.y.scaled, place),
-                xytext=(-7 if at_the_end(point) else 7, 0),
-                textcoords="offset points",
-                ha="right" if at_the_end(point) else "left",
-                va="center",
-                fontsize=7.5,
-            )
-            ticks.append((place, point.label, color, "normal"))
             place += 1.0
-        place += 0.1
+            look, spread = look_of(point.style or series.style, others), point.spread
+            axes.plot([point.y.scaled], [place], **look, zorder=3)
+            if spread is not None:
+                bar = {"color": look["color"], "elinewidth": 1, "capsize": 2, "zorder": 2}
+                axes.errorbar(point.y.scaled, place, xerr=spread.scaled, **bar)
+            numbers.append((place, point.y.text))
+            ticks.append((place, point.label, look["color"], "normal"))
+        place += 1.1
     axes.set_yticks([tick[0] for tick in ticks], [tick[1] for tick in ticks])
     for label, (_, _, color, weight) in zip(axes.get_yticklabels(), ticks, strict=True):
         label.set_color(color)
         label.set_fontweight(weight)
     axes.set_ylim(place - 0.4, -0.7)
+    right = axes.secondary_yaxis("right")
+    right.set_yticks(*zip(*numbers, strict=True))
+    right.tick_params(length=0, labelcolor=INK)
+    right.spines["right"].set_visible(False)
     bare(axes)
     axes.grid(axis="x", color=GRID, linewidth=0.7)
-    axes.margins(x=0.14)
-    if chart.scale("y") == "log":
+    if log:
         decimal_ticks(axes.xaxis, [p.y.scaled for series in chart.series for p in series.points])
-    if chart.reference is not None:
-        label, number = chart.reference
-        axes.axvline(number.scaled, color=MUTED, linewidth=0.9, linestyle=(0, (2, 2)), zorder=1)
-    reference = "" if chart.reference is None else f"   ┊ {chart.reference[0]} {chart.reference[1].text}"
-    caption(axes, chart.y_label + (" (log scale)" if chart.scale("y") == "log" else "") + reference)
-
-
-def _near_the_end(chart: Chart) -> Callable[[Point], bool]:
-    """Return what tells whether a point lies so far to the right that its number belongs to its left."""
-    place = math.log if chart.scale("y") == "log" else float
-    places = [place(point.y.scaled) for series in chart.series for point in series.points]
-    limit = min(places) + 0.85 * (max(places) - min(places))
-    crowded = max(places) > min(places)
-    return lambda point: crowded and place(point.y.scaled) > limit
+    caption(axes, chart.y_label + log_note(chart.scale("y")))
+    legend(canvas, [] if chart.reference is None else [draw_reference(axes.axvline, chart.reference)])
 
 
 def draw_heat_map(canvas: Any, axes: Axes, figure: HeatMap) -> None:
@@ -94,7 +83,7 @@ def draw_heat_map(canvas: Any, axes: Axes, figure: HeatMap) -> None:
     bar = canvas.colorbar(mesh, ax=axes, location="top", fraction=0.022, pad=0.012, aspect=60)
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=2, width=0.6)
-    bar.ax.set_title(figure.label + (" (log scale)" if log else ""), loc="left", fontsize=8, color=MUTED, pad=6)
+    bar.ax.set_title(figure.label + log_note(figure.scale()), loc="left", fontsize=8, color=MUTED, pad=6)
     if log:
         decimal_ticks(bar.ax.xaxis, known)
     bar.ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tick_text(value)))

@@ -2,203 +2,149 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from typing import TYPE_CHECKING, Any, Literal
 
-from thanos.study.report.figures.axes import bare, caption, decimal_ticks, lay_out, other_methods, tick_text
-from thanos.study.report.figures.charts import Chart, Point
-from thanos.study.report.figures.labels import (
-    HALF_LINE,
-    Box,
-    Segment,
-    leader_of,
-    needs_leader,
-    place_label,
-    spread_apart,
+from thanos.study.report.figures.axes import (
+    bare,
+    caption,
+    decimal_ticks,
+    draw_reference,
+    legend,
+    log_note,
+    look_of,
+    other_methods,
+    tick_text,
 )
-from thanos.study.report.figures.theme import GRID, MUTED, PAPER, style_of
+from thanos.study.report.figures.charts import Chart, Point
+from thanos.study.report.figures.theme import GRID, MUTED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _DASHES = ("-", (0, (5, 1.6)), (0, (1.4, 1.4)), (0, (5, 1.4, 1.2, 1.4)), (0, (9, 2)), (0, (2.5, 2.5)))
-_AXES: tuple[Literal["x", "y"], ...] = ("x", "y")
-_LINE = 11.0
-"""Points between the baselines of two labels."""
+_FRONT: dict[str, Any] = {"color": MUTED, "linewidth": 1, "linestyle": (0, (4, 2))}
+_RING: dict[str, Any] = {"marker": "o", "markersize": 9.5, "markerfacecolor": "none", "markeredgecolor": MUTED}
+_SIDE_STEP = 0.0215
+"""Share of the x axis between the points of two lines: a marker and a gap, since measured sparsities differ a little."""
+
+_ROW = 11.0
+"""Points from one row of markers above the axes to the next: a ring's height and a gap."""
 
 
 def draw_plane(canvas: Any, axes: Axes, chart: Chart) -> None:
-    """Draw lines, or a scatter with its Pareto front."""
-    others = other_methods(chart)
-    for series in chart.series:
-        color, marker = style_of(series.style, others)
-        x, y = [p.x.scaled for p in series.points], [_height_of(p, chart) for p in series.points]
-        line = _DASHES[series.variant % len(_DASHES)] if chart.kind == "lines" else "none"
-        if chart.kind == "lines" and chart.ceiling is not None:
-            # The line leaves the figure where it would, and each point beyond has its mark at the edge.
-            axes.plot(x, [p.y.scaled for p in series.points], color=color, linestyle=line, zorder=3)
-            line = "none"
-        axes.plot(x, y, color=color, marker=marker, linestyle=line, markeredgecolor="none", clip_on=False, zorder=3)
-        for point in series.points:
-            if point.spread is not None and _height_of(point, chart) == point.y.scaled:
-                axes.errorbar(
-                    point.x.scaled,
-                    point.y.scaled,
-                    yerr=point.spread.scaled,
-                    color=color,
-                    elinewidth=1,
-                    capsize=2,
-                    zorder=2,
-                )
+    """Draw lines, or a scatter with its Pareto front; what lies above the chart's ceiling has a row above the axes."""
+    from matplotlib.lines import Line2D
+
+    others, handles, rows = other_methods(chart), [], 0
+    seen: Counter[str] = Counter()
+    _scales(axes, chart)
+    for series, places in zip(chart.series, _side_by_side(chart), strict=True):
+        look = look_of(series.style, others, seen[series.style])
+        seen[series.style] += 1
+        line = {"color": look["color"], "linestyle": _DASHES[series.variant % len(_DASHES)]}
+        points = list(zip(places, series.points, strict=True))
+        above = [(x, point) for x, point in points if chart.is_above(point)]
+        if chart.kind == "lines":
+            axes.plot(places, [point.y.scaled for point in series.points], **line, zorder=2)
+        for x, point in points:
+            if not chart.is_above(point):
+                axes.plot([x], [point.y.scaled], **look, clip_on=False, zorder=4)
+                _bar(axes, x, point, look["color"])
+        if above:
+            rows += 1
+            _row_above(canvas, axes, rows, above, look)
+        numbers = f" ↑ {', '.join(point.y.text for _, point in above)}" if above else ""
+        shown = {**look, **line} if chart.kind == "lines" else look
+        handles.append(Line2D([], [], **shown, label=series.label + numbers))
     bare(axes)
     axes.grid(axis="y", color=GRID, linewidth=0.7)
-    _scales(axes, chart)
-    log = " (log scale)" if chart.scale("y") == "log" else ""
-    caption(axes, chart.y_label + log)
-    axes.set_xlabel(chart.x_label + (" (log scale)" if chart.scale("x") != "linear" else ""), fontsize=8)
-    if chart.reference is not None:
-        label, number = chart.reference
-        axes.axhline(number.scaled, color=MUTED, linewidth=0.9, linestyle=(0, (2, 2)), zorder=1)
-        spot = {"xytext": (0, 3), "textcoords": "offset points", "ha": "right", "xycoords": axes.get_yaxis_transform()}
-        axes.annotate(f"{label} {number.text}", (1, number.scaled), color=MUTED, fontsize=7.5, **spot)
+    caption(axes, chart.y_label + log_note(chart.scale("y")), rows * _ROW)
+    axes.set_xlabel(chart.x_label + log_note(chart.scale("x")), fontsize=8)
     if chart.kind == "scatter":
-        _front(axes, chart)
-        _label_points(canvas, axes, chart, others)
-    elif len(chart.series) > 1:
-        _label_ends(canvas, axes, chart, others)
-        if chart.ceiling is not None:
-            _label_beyond(canvas, axes, chart, others)
+        handles += _front(axes, chart)
+    elif len(handles) == 1:
+        handles = []  # the title names the only line
+    if chart.reference is not None:
+        handles.append(draw_reference(axes.axhline, chart.reference))
+    _limits(axes, chart)
+    legend(canvas, handles)
 
 
-def _height_of(point: Point, chart: Chart) -> float:
-    """Where a point is drawn: at its number, or at the chart's ceiling."""
-    return point.y.scaled if chart.ceiling is None else min(point.y.scaled, chart.ceiling)
+def _side_by_side(chart: Chart) -> list[list[float]]:
+    """Return where each series' points are drawn: beside those of other lines at the same x, so that none hides another."""
+    places = [[point.x.scaled for point in series.points] for series in chart.series]
+    every = [x for each in places for x in each]
+    if chart.kind != "lines" or len(places) < 2 or min(every) == max(every):
+        return places
+    log = chart.scale("x") != "linear"
+    span = math.log(max(every) / min(every)) if log else max(every) - min(every)
+    steps = [_SIDE_STEP * span * (index - (len(places) - 1) / 2) for index in range(len(places))]
+    return [[x * math.exp(step) if log else x + step for x in each] for each, step in zip(places, steps, strict=True)]
+
+
+def _bar(axes: Axes, x: float, point: Point, color: str) -> None:
+    if point.spread is not None:
+        bar = {"color": color, "elinewidth": 1, "capsize": 2, "zorder": 3}
+        axes.errorbar(x, point.y.scaled, yerr=point.spread.scaled, **bar)
+
+
+def _row_above(canvas: Any, axes: Axes, row: int, points: list[tuple[float, Point]], look: dict[str, Any]) -> None:
+    """Draw the markers of one series that lie above the axes in a row of their own, ringed as in the plane."""
+    from matplotlib.transforms import ScaledTranslation
+
+    place = axes.get_xaxis_transform() + ScaledTranslation(0, (row - 0.3) * _ROW / 72, canvas.dpi_scale_trans)
+    for x, point in points:
+        axes.plot([x], [1], **look, transform=place, clip_on=False)
+        if point.marked:
+            axes.plot([x], [1], **_RING, transform=place, clip_on=False)
 
 
 def _scales(axes: Axes, chart: Chart) -> None:
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-    for name in _AXES:
-        axis, scale = (axes.xaxis if name == "x" else axes.yaxis), chart.scale(name)
+    points = [point for series in chart.series for point in series.points]
+    names: tuple[Literal["x", "y"], ...] = ("x", "y")
+    for name, axis in zip(names, (axes.xaxis, axes.yaxis), strict=True):
+        values = [point.x.scaled if name == "x" else chart.height_of(point) for point in points]
+        scale = chart.scale(name)
+        if scale != "linear":
+            (axes.set_xscale if name == "x" else axes.set_yscale)("log", base=2 if scale == "log2" else 10)
         if scale == "log":
-            (axes.set_xscale if name == "x" else axes.set_yscale)("log")
-            points = [p for s in chart.series for p in s.points]
-            decimal_ticks(axis, [p.x.scaled if name == "x" else _height_of(p, chart) for p in points])
+            decimal_ticks(axis, values)
         else:
             axis.set_major_formatter(FuncFormatter(lambda value, _: tick_text(value)))
-    if chart.scale("x") == "log2":
-        from matplotlib.ticker import NullLocator
+        if scale == "log2":
+            axis.set_major_locator(FixedLocator(sorted(set(values))))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.set_minor_locator(NullLocator())
 
-        axes.set_xscale("log", base=2)
-        ticks = sorted({p.x.scaled for series in chart.series for p in series.points})
-        axes.set_xticks(ticks, [f"{value:g}" for value in ticks])
-        axes.xaxis.set_minor_locator(NullLocator())
+
+def _limits(axes: Axes, chart: Chart) -> None:
+    """Leave room around points; a line that runs above the ceiling leaves the figure there."""
     axes.margins(x=0.08 if chart.kind == "scatter" else 0.03, y=0.09)
     if chart.kind == "lines" and chart.ceiling is not None:
-        heights = [p.y.scaled for s in chart.series for p in s.points]
+        heights = [chart.height_of(point) for series in chart.series for point in series.points]
         heights += [] if chart.reference is None else [chart.reference[1].scaled]
-        low = min(heights)
-        is_log = chart.scale("y") == "log"
-        below = low * (low / chart.ceiling) ** 0.07 if is_log else low - 0.07 * (chart.ceiling - low)
-        axes.set_ylim(below, chart.ceiling)
+        low, high = min(heights), chart.ceiling
+        below = low * (low / high) ** 0.07 if chart.scale("y") == "log" else low - 0.07 * (high - low)
+        axes.set_ylim(below, high)
 
 
-def _label_ends(canvas: Any, axes: Axes, chart: Chart, others: list[str]) -> None:
-    """Write each series' name to the right of its last point, pushed apart where they would overlap."""
-    shown = [series for series in chart.series if series.points]
-    lay_out(canvas)
-    unit = canvas.dpi / 72
-    axes_box = axes.get_window_extent()
-    right = max((p.x.scaled for s in shown for p in s.points), default=0.0)
-    ends = []
-    for series in shown:
-        point = series.points[-1]
-        height = axes.transData.transform((right, _height_of(point, chart)))[1] - axes_box.y0
-        ends.append((height / unit, series))
-    heights = spread_apart([height for height, _ in ends], _LINE, axes_box.height / unit)
-    for (_, series), height in zip(ends, heights, strict=True):
-        axes.annotate(
-            _with_number(series.label, series.points[-1], chart),
-            (1, 0),
-            xycoords="axes fraction",
-            xytext=(5, height),
-            textcoords="offset points",
-            va="center",
-            color=style_of(series.style, others)[0],
-            fontsize=8,
-            fontweight="bold" if series.style == "thanos" else "normal",
-        )
+def _front(axes: Axes, chart: Chart) -> list[Any]:
+    """Ring the points of the Pareto front, join them, and return the front's part of the legend; nothing without a front."""
+    from matplotlib.lines import Line2D
 
-
-def _with_number(label: str, point: Point, chart: Chart) -> str:
-    """Return a point's label, with its number where the point is drawn at the ceiling."""
-    return f"{label} ↑ {point.y.text}".strip() if _height_of(point, chart) < point.y.scaled else label
-
-
-def _label_beyond(canvas: Any, axes: Axes, chart: Chart, others: list[str]) -> None:
-    """Write the numbers of lines' points that are drawn at the ceiling below them; the last one's is beside the line's name."""
-    lay_out(canvas)
-    unit, ceiling = canvas.dpi / 72, chart.ceiling
-    assert ceiling is not None
-    edge = axes.get_window_extent().x0 / unit
-    taken: list[Box] = []
-    found = [(p, s) for s in chart.series for p in s.points[:-1] if _height_of(p, chart) < p.y.scaled]
-    for point, series in sorted(found, key=lambda pair: pair[0].x.scaled):
-        label = _with_number("", point, chart)
-        x = axes.transData.transform((point.x.scaled, ceiling))[0] / unit
-        width, depth = 4.6 * len(label), 9.0
-        left = max(x - width / 2, edge)
-        while any(left < box[2] and box[0] < left + width and box[1] == depth for box in taken):
-            depth += _LINE
-        taken.append((left, depth, left + width, depth))
-        axes.annotate(
-            label,
-            (point.x.scaled, ceiling),
-            xytext=(left - x, -depth),
-            textcoords="offset points",
-            va="center",
-            fontsize=7.5,
-            color=style_of(series.style, others)[0],
-            bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 0.4},
-            zorder=4,
-        )
-
-
-def _front(axes: Axes, chart: Chart) -> None:
-    front = sorted((p.x.scaled, _height_of(p, chart)) for series in chart.series for p in series.points if p.marked)
-    if len(front) > 1:
-        axes.step(*zip(*front, strict=True), where="post", color=MUTED, linewidth=1, linestyle=(0, (4, 2)), zorder=1)
-    for x, y in front:
-        axes.plot([x], [y], marker="o", markersize=9.5, markerfacecolor="none", markeredgecolor=MUTED, zorder=2)
-
-
-def _label_points(canvas: Any, axes: Axes, chart: Chart, others: list[str]) -> None:
-    """Write each point's name where it covers no other point or name."""
-    lay_out(canvas)
-    unit = canvas.dpi / 72
-    points = [(p, p.style or s.style) for s in chart.series for p in s.points]
-    places = [tuple(axes.transData.transform((p.x.scaled, _height_of(p, chart))) / unit) for p, _ in points]
-    box = axes.get_window_extent()
-    bounds = (0.0, box.y0 / unit, box.x1 / unit + 6, box.y1 / unit + 8)
-    taken: list[Box] = [(x - HALF_LINE, y - HALF_LINE, x + HALF_LINE, y + HALF_LINE) for x, y in places]
-    leaders: list[Segment] = []
-    for index, ((point, style), (x, y)) in enumerate(zip(points, places, strict=True)):
-        label = _with_number(point.label, point, chart)
-        own, others_at = taken[index], places[:index] + places[index + 1 :]
-        spot = place_label((x, y), 4.9 * len(label), [box for box in taken if box != own], others_at, bounds, leaders)
-        taken.append(spot)
-        if needs_leader(spot, (x, y)):
-            leaders.append(leader_of(spot, (x, y)))
-        place = (point.x.scaled, _height_of(point, chart))
-        leader = {"arrowstyle": "-", "color": MUTED, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3}
-        axes.annotate(
-            label,
-            place,
-            xytext=(spot[0] - x, (spot[1] + spot[3]) / 2 - y),
-            textcoords="offset points",
-            va="center",
-            fontsize=7.5,
-            color=style_of(style, others)[0],
-            bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 0.4},
-            arrowprops=leader if needs_leader(spot, (x, y)) else None,
-            zorder=4,
-        )
+    front = sorted((p for series in chart.series for p in series.points if p.marked), key=lambda p: p.x.scaled)
+    if not front:
+        return []
+    inside = [(point.x.scaled, point.y.scaled) for point in front if not chart.is_above(point)]
+    for x, y in inside:
+        axes.plot([x], [y], **_RING, clip_on=False, zorder=2)
+    if len(front) > 1 and inside:
+        top = axes.get_ylim()[1]
+        axes.set_ylim(top=top)  # a point above the axes is joined to their upper edge
+        line = [(point.x.scaled, top if chart.is_above(point) else point.y.scaled) for point in front]
+        axes.step(*zip(*line, strict=True), where="post", **_FRONT, zorder=1)
+    return [Line2D([], [], **_FRONT, **{**_RING, "markersize": 7}, label="Pareto front")]

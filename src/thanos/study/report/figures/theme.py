@@ -42,13 +42,14 @@ def style_of(method: str, known: list[str]) -> tuple[str, str]:
     return OTHERS[known.index(method) % len(OTHERS)]
 
 
-def dark_rules(prefix: str = "") -> str:
+def dark_rules() -> str:
     """Return CSS that recolours an SVG by the colours written in its ``style`` attributes.
 
-    Programs that know no CSS media queries keep the light colours, since those stay in the file.
+    The selectors name no ancestors, since those do not reach what ``<use>`` shows. Programs that know no
+    CSS media queries keep the light colours, since those stay in the file.
     """
     rules = []
     for light, dark in DARK.items():
         for name in ("fill", "stroke"):
-            rules.append(f'{prefix}[style*="{name}: {light}"]{{{name}:{dark} !important}}')
+            rules.append(f'[style*="{name}: {light}"]{{{name}:{dark} !important}}')
     return "".join(rules)

@@ -8,7 +8,6 @@ from thanos.study.report.sections.cost import cost
 from thanos.study.report.sections.curves import curves
 from thanos.study.report.sections.data import data, variations
 from thanos.study.report.sections.fairness import fairness
-from thanos.study.report.sections.formula import formula
 from thanos.study.report.sections.noise import noise
 from thanos.study.report.sections.outliers import outliers
 from thanos.study.report.sections.paper import perplexity_table, zero_shot_table
@@ -25,7 +24,6 @@ MODEL_SECTIONS = (
     cost,
     curves,
     zero_shot_table,
-    formula,
     noise,
     where,
     variations,

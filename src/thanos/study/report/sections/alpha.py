@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from thanos.study.report.figures.charts import Chart, Point, Series
-from thanos.study.report.numbers import Number, Prose, setting
+from thanos.study.report.figures.charts import Chart, Series
+from thanos.study.report.numbers import Number, Prose
 from thanos.study.report.ranking import larger_noise, one_seed, verdict
 from thanos.study.report.results import NAMES, Results, Row, over_common_seeds, percent
 from thanos.study.report.sections.common import (
@@ -16,9 +16,11 @@ from thanos.study.report.sections.common import (
     equal_alphas,
     headline_sparsity,
     note,
+    own,
+    points,
     seeds_of,
 )
-from thanos.study.report.tables import Cell, Table, columns, measures, number, text
+from thanos.study.report.tables import Table, measures, table
 
 ALPHAS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
 """The shares that the issue of sensitivity is asked for."""
@@ -68,7 +70,7 @@ def _common(within: dict[str, list[Row]]) -> Prose:
     names = " and ".join(within)
     if not common:
         return (f"No one α is within the noise of the best for {names}: choose by pattern.",)
-    number = setting(shares[0][common[0]].records[0], "alpha")
+    number = own(shares[0][common[0]], "alpha")
     mark = "°" if any(one_seed(each[common[0]]) for each in shares) else ""
     assert number is not None
     return (f"One default for {names}: α = ", number, f"{mark}, the smallest within the noise of the best for each.")
@@ -100,7 +102,7 @@ def _evaluated(results: Results, method: str, pattern: str, sparsity: float) -> 
 
 
 def _advice(label: str, rows: Sequence[Row], chosen: Row, best: Row) -> Prose:
-    numbers = [setting(row.records[0], "alpha") for row in (chosen, best)]
+    numbers = [own(row, "alpha") for row in (chosen, best)]
     means = [row.mean("perplexity") for row in (chosen, best)]
     noise, mark = larger_noise(chosen, best), one_seed(*rows)
     words: list[str | Number | None] = [
@@ -132,42 +134,31 @@ def _by_divergence(rows: Sequence[Row], chosen: Row) -> Prose:
     other = recommend(known, "kl_divergence")[0][0]
     if other is chosen:
         return (" By KL divergence the rule chooses the same.",)
-    number, mean = setting(other.records[0], "alpha"), other.mean("kl_divergence")
+    number, mean = own(other, "alpha"), other.mean("kl_divergence")
     assert number is not None
     assert mean is not None
     return (" By KL divergence the rule chooses α = ", number, " (", mean, " nats/token).")
 
 
 def _table(label: str, pattern: str, rows: list[Row], shared: Sequence[Row], chosen: Row) -> Table:
-    heads = columns(
-        "α|alpha",
-        "sparsity (%)|sparsity",
-        "perplexity",
-        "KL (nats/token)|kl_divergence",
-        "layer error|layer_error",
-        "<|recommended",
-    )
-    lines: list[tuple[Cell, ...]] = []
-    for row in shared:
-        mark = f"recommended{one_seed(*shared)}" if row is chosen else ""
-        lines.append((number(setting(row.records[0], "alpha")), *measures(row, _FIELDS), text(mark)))
+    heads = "alpha; sparsity; perplexity; kl_divergence; layer_error; <|recommended"
+    lines = [
+        (own(row, "alpha"), *measures(row, _FIELDS), f"recommended{one_seed(*shared)}" if row is chosen else "")
+        for row in shared
+    ]
     title = f"Thanos over α at equal sparsity, {label}"
     about = note(shared, common_note(rows, shared), SPREAD_NOTE)
-    return Table(f"alpha_{file_name(pattern)}", title, heads, tuple(lines), note=about)
+    return table(f"alpha_{file_name(pattern)}", title, heads, lines, about)
 
 
 def _chart(results: Results, field: str, label: str, pattern: str, shared: Sequence[Row]) -> Chart:
     """Return the lines of Thanos and of the methods that have as many α, all over the seeds that Thanos's rows share."""
     series, sparsity, seeds = [], shared[0].sparsity, shared[0].seeds_with("perplexity")
     for method in dict.fromkeys(row.method for row in results.select(pattern=pattern, sparsity=sparsity)):
-        points = []
         rows = shared if method == "thanos" else equal_alphas(results, method, pattern, sparsity)
-        for row in (row.only(seeds) for row in rows if seeds <= row.seeds_with(field)):
-            x, y = setting(row.records[0], "alpha"), row.mean(field)
-            if x is not None and y is not None:
-                points.append(Point(x, y, row.noise(field)))
-        if len(points) > 2 or (method == "thanos" and len(points) > 1):
-            series.append(Series(NAMES.get(method, method), method, tuple(points)))
+        found = points([row.only(seeds) for row in rows if seeds <= row.seeds_with(field)], "alpha", field, Row.noise)
+        if len(found) > 2 or (method == "thanos" and len(found) > 1):
+            series.append(Series(NAMES.get(method, method), method, found))
     title = {"perplexity": "Perplexity", "kl_divergence": "KL divergence"}[field]
     name = f"alpha_{file_name(pattern)}_{field}"
     y_label = {"perplexity": "perplexity", "kl_divergence": "KL divergence (nats/token)"}[field]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from thanos.study.report.figures.charts import Chart, Point, Series
-from thanos.study.report.numbers import Number, Prose, setting
+from thanos.study.report.figures.charts import Chart, Series
+from thanos.study.report.numbers import Number, Prose
 from thanos.study.report.ranking import change_of, comparable, larger_noise, one_seed, verdict
 from thanos.study.report.results import Results, Row, over_common_seeds
 from thanos.study.report.sections.alpha import file_name
@@ -15,9 +15,11 @@ from thanos.study.report.sections.common import (
     Section,
     common_note,
     note,
+    own,
+    points,
     seeds_of,
 )
-from thanos.study.report.tables import Cell, Table, columns, measures, number, text
+from thanos.study.report.tables import Line, Table, measures, table
 
 SIZES = tuple(2**power for power in range(3, 12))
 PATTERNS = ("unstructured", "4:8", "2:4")
@@ -26,6 +28,10 @@ _COST_FIELDS = ("layer_error", "seconds", "solve_seconds")
 _RULE: Prose = (
     "Rule: it is worth it where some smaller block has a lower perplexity than the largest one measured, by more than the "
     "noise; a tie is decided by the seconds.",
+)
+_SIGN_NOTE = (
+    "< lower perplexity than the largest B, > higher, = within the noise, which is the larger of the two spreads. ° one seed "
+    "only; its spread is taken from the same pattern with another B."
 )
 _CHARTS = {"perplexity": "perplexity", "layer_error": "mean relative layer error", "seconds": "pruning (s)"}
 
@@ -58,7 +64,7 @@ def blocks(results: Results) -> Section:
                 for field in ("perplexity", "layer_error")
             ]
     if found:
-        section.tables.append((_cost_table if results.cost_only else _table)(found, whole))
+        section.tables.append(_table(found, whole, cost_only=results.cost_only))
         section.figures.append(_chart(list(found.items()), "seconds", "blocks_seconds", ", ".join(found)))
     section.figures = [figure for figure in section.figures if isinstance(figure, Chart) and figure.series]
     return section
@@ -87,8 +93,8 @@ def _answer(label: str, rows: list[Row]) -> Prose:
     noise, mark = larger_noise(best, whole), one_seed(*rows)
     word = {"better": "worth it", "worse": "not worth it"}.get(verdict(best, whole), _by_time(best, whole))
     word = f"by one draw, {word}" if mark else word
-    words: list[str | Number | None] = [f"{label}: {word}{mark}. B = ", setting(best.records[0], "block_size")]
-    words += [" against ", setting(whole.records[0], "block_size"), ": perplexity ", means[0], " against ", means[1]]
+    words: list[str | Number | None] = [f"{label}: {word}{mark}. B = ", own(best, "block_size")]
+    words += [" against ", own(whole, "block_size"), ": perplexity ", means[0], " against ", means[1]]
     words += [" (", change_of(best, whole), ")"]
     words += [", pruning ", s, " s against ", t, " s"] if s is not None and t is not None else []
     words += [f", over {seeds_of(rows)}"]
@@ -111,78 +117,37 @@ def _costs(label: str, rows: list[Row]) -> Prose:
     least = min(able, key=lambda row: row.value("seconds"))
     words: list[str | Number | None] = [
         f"{label}: pruning takes least with B = ",
-        setting(least.records[0], "block_size"),
+        own(least, "block_size"),
     ]
     words += [", ", least.mean("seconds"), " s"]
     for row in (able[0], able[-1]):
         if row is not least:
-            words += ["; B = ", setting(row.records[0], "block_size"), ": ", row.mean("seconds"), " s"]
+            words += ["; B = ", own(row, "block_size"), ": ", row.mean("seconds"), " s"]
     return tuple(word for word in (*words, ".") if word is not None)
 
 
-def _cost_table(found: dict[str, list[Row]], whole: list[Row]) -> Table:
-    heads = columns(
-        "B|block_size",
-        "layer error|layer_error",
-        "pruning (s)|seconds",
-        "of it solving (s)|solve_seconds",
-        "sparsity (%)|sparsity",
-    )
-    lines: list[tuple[Cell, ...]] = []
-    bands: dict[int, str] = {}
-    for label, rows in found.items():
-        bands[len(lines)] = label
-        for row in rows:
-            size = number(setting(row.records[0], "block_size"))
-            lines.append((size, *measures(row, _COST_FIELDS), number(row.mean("sparsity"))))
-    used = [row for rows in found.values() for row in rows]
-    about = note(used, common_note(whole, used))
-    return Table("block_size", "Thanos over the block size", heads, tuple(lines), bands, about)
+def _table(found: dict[str, list[Row]], whole: list[Row], *, cost_only: bool) -> Table:
+    fields = _COST_FIELDS if cost_only else _FIELDS
 
+    def line(rows: list[Row], row: Row) -> Line:
+        sign = "" if row is rows[-1] else SIGNS[verdict(row, rows[-1])] + one_seed(row, rows[-1])
+        values = (own(row, "block_size"), *measures(row, fields), row.mean("sparsity"))
+        return values if cost_only else (*values, sign)
 
-def _table(found: dict[str, list[Row]], whole: list[Row]) -> Table:
-    heads = columns(
-        "B|block_size",
-        "layer error|layer_error",
-        "perplexity",
-        "KL (nats/token)|kl_divergence",
-        "pruning (s)|seconds",
-        "of it solving (s)|solve_seconds",
-        "sparsity (%)|sparsity",
-        "<against the largest B|verdict",
-    )
-    lines: list[tuple[Cell, ...]] = []
-    bands: dict[int, str] = {}
-    for label, rows in found.items():
-        bands[len(lines)] = label
-        for row in rows:
-            sign = "" if row is rows[-1] else SIGNS[verdict(row, rows[-1])] + one_seed(row, rows[-1])
-            size = number(setting(row.records[0], "block_size"))
-            lines.append((size, *measures(row, _FIELDS), number(row.mean("sparsity")), text(sign)))
     used = [row for rows in found.values() for row in rows]
-    about = note(
-        used,
-        common_note(whole, used),
-        SPREAD_NOTE,
-        "< lower perplexity than the largest B, > higher, = within the noise: the larger spread, of the same pattern with "
-        "another B where a row has one seed; ° rests on one seed.",
-    )
-    return Table("block_size", "Thanos over the block size", heads, tuple(lines), bands, about)
+    about = note(used, common_note(whole, used), *(() if cost_only else (SPREAD_NOTE, _SIGN_NOTE)))
+    heads = f"block_size; {'; '.join(fields)}; sparsity" + ("" if cost_only else "; <against the largest B|verdict")
+    lines = {label: [line(rows, row) for row in rows] for label, rows in found.items()}
+    return table("block_size", "Thanos over the block size", heads, lines, about)
 
 
 def _chart(found: list[tuple[str, list[Row]]], field: str, name: str, label: str) -> Chart:
     series = []
     for place, (pattern, rows) in enumerate(found):
-        points = []
-        for row in rows:
-            x, y = setting(row.records[0], "block_size"), row.mean(field)
-            if x is not None and y is not None:
-                points.append(Point(x, y, row.noise(field)))
-        if points:
-            several = len(found) > 1
-            series.append(
-                Series(pattern if several else "Thanos", pattern if several else "thanos", tuple(points), place)
-            )
+        drawn = points(rows, "block_size", field, Row.noise)
+        if drawn:
+            name_of, style = (pattern, pattern) if len(found) > 1 else ("Thanos", "thanos")
+            series.append(Series(name_of, style, drawn, place))
     title = {"perplexity": "Perplexity", "layer_error": "Layer error", "seconds": "Pruning time"}[field]
     return Chart(
         "lines",

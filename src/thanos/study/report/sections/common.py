@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from thanos.study.report.figures.charts import Figure
-from thanos.study.report.numbers import Number, Prose, count
+from thanos.study.report.figures.charts import Figure, Point
+from thanos.study.report.numbers import Number, Prose, count, setting
 from thanos.study.report.ranking import comparable, verdict
 from thanos.study.report.results import Results, Row, pattern_order, row_of
 from thanos.study.report.tables import Table
@@ -98,6 +98,36 @@ def patterns_of(rows: Iterable[Row]) -> list[str]:
     return sorted({row.pattern for row in rows}, key=pattern_order)
 
 
+def own(row: Row, field: str) -> Number | None:
+    """Return a setting of a row, which all of its cells share."""
+    return setting(row.records[0], field)
+
+
+def points(
+    rows: Iterable[Row],
+    x: str,
+    y: str,
+    bar: Callable[[Row, str], Number | None] = Row.spread,
+    label: Callable[[Row], str] | None = None,
+) -> tuple[Point, ...]:
+    """Return a point for each row that has both fields; with a label it has the style of its own method too.
+
+    Args:
+        rows: in the order of the points.
+        x: a setting (``alpha``, ``block_size``), or a field of which the mean is taken.
+        y: a field of which the mean is taken.
+        bar: of a row and y, the spread that is drawn.
+        label: of a row.
+    """
+    at = own if x in ("alpha", "block_size") else Row.mean
+    found = [(row, at(row, x), row.mean(y)) for row in rows]
+    return tuple(
+        Point(a, b, bar(row, y), label(row) if label else "", style=row.method if label else "")
+        for row, a, b in found
+        if a is not None and b is not None
+    )
+
+
 def best_by(rows: Sequence[Row], fields: Iterable[str]) -> dict[str, list[Row]]:
     """Return for each field the rows that no row of their sparsity clearly beats; none that has no such row beside it.
 
@@ -175,15 +205,13 @@ def _named(record: CellRecord) -> str:
 
 
 RANK_NOTE = (
-    "Rank: 1 + the number of rows that are better by more than the larger of the two spreads, over the seeds that both have; = "
-    "marks a tie, ° a row with one seed, for whose spread that of the same method, pattern and sparsity stands if any is known."
+    "Rank: 1 + the number of rows that are better by more than the larger of the two spreads, over the seeds that both have. "
+    "= marks a tie. ° one seed only; its spread is taken from the row with the same method, pattern and sparsity, if known."
 )
 SPREAD_NOTE = (
-    "± is the sample standard deviation over calibration seeds; ° at a number: one seed of a row that has several."
+    "±: sample standard deviation over calibration seeds. ° after a number: one seed, of a row that has several."
 )
 BAR_NOTE = (
-    "Bars: the spread over calibration seeds; of a row with one, that of its method, pattern and sparsity, if known."
+    "Bars: spread over calibration seeds; a row with one seed has that of its method, pattern and sparsity, if known."
 )
-BEST_NOTE = (
-    "Bold: not beaten by more than the spread at equal measured sparsity, over the seeds that two rows have in common."
-)
+BEST_NOTE = "Bold: no row of equal measured sparsity is better by more than the spread, over the seeds that both have."

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 
-from thanos.study.report.figures.charts import Chart, Point, Series
+from thanos.study.report.figures.charts import Chart, Series
 from thanos.study.report.numbers import FIELDS, Number, Prose, price
 from thanos.study.report.ranking import change_of, comparable, one_seed, pareto, verdict
 from thanos.study.report.results import Results, Row, over_common_seeds
@@ -19,17 +19,22 @@ from thanos.study.report.sections.common import (
     counted,
     headline_sparsity,
     note,
+    points,
 )
-from thanos.study.report.tables import Cell, Table, columns, measures, number, text
+from thanos.study.report.tables import Cell, Line, measures, number, table, text
 
 _COSTS = {"seconds": "pruning time (s)", "peak_bytes": FIELDS["peak_bytes"].label}
 _SHORT = {"seconds": "time", "peak_bytes": "memory"}
-_MEMORY_HEAD = "peak memory above what is held (GiB)|peak_bytes"
+_COST_FIELDS = ("sparsity", "layer_error", "seconds", "solve_seconds", "peak_bytes")
 _MEMORY: Prose = (
-    "Memory is the peak of pruning above what the study's process holds anyway (the dense model and its outputs, kept from one "
-    "cell to the next): the peak less the least peak among the phases of pruning; on the host where there is no device.",
+    "Memory is the peak while pruning less the least peak among the phases of pruning, on the host where there is no device: "
+    "the study's process keeps the dense model and its outputs from one cell to the next, and no method has a part in that.",
 )
-_DIFFERENCE = "Seconds more than SparseGPT: over the seeds that both have; = within the noise, ° one seed."
+_DIFFERENCE = "Seconds more than SparseGPT: over the seeds that both have; = within the noise, ° one seed only."
+_PRICE = (
+    "Last column: seconds more than SparseGPT for each point of perplexity less. = the seconds are a tie. – the perplexity is "
+    "not lower by more than the noise."
+)
 SAME_MEMORY = 0.01
 """Peaks that differ by no more than this share count as equal."""
 
@@ -41,15 +46,14 @@ def cost(results: Results) -> Section:
     section = Section("cost", "Accuracy against cost")
     section.prose.append(
         (
-            "Rows of one pattern and equal measured sparsity, measured on the same device. Ringed and joined: the Pareto "
-            "front, rows that no other beats by more than the noise in one of both without losing so in the other. Cells that "
-            "shared their device with others give no seconds.",
+            "Rows of one pattern and equal measured sparsity, measured on one device. Ringed and joined: the Pareto front. No "
+            "other row is better than these by more than the noise in one of the two without being worse in the other. Cells "
+            "that shared their device with others have no seconds.",
         )
     )
     section.prose.append(_MEMORY)
     lent = noise_of_seconds(results)
-    lines: list[tuple[Cell, ...]] = []
-    bands: dict[int, str] = {}
+    lines: dict[str, list[Line]] = {}
     used: list[Row] = []
     for pattern, rows in _measured_alike(results, section):
         label = rows[0].pattern_label
@@ -59,35 +63,18 @@ def cost(results: Results) -> Section:
         section.figures += [_chart(rows, field, fronts[field], pattern, label) for field in shown if fronts[field]]
         if alike:
             section.prose.append(alike)
-        bands[len(lines)] = label
-        lines += [_line(rows, row, fronts, lent) for row in rows]
+        lines[label] = [_line(rows, row, fronts, lent) for row in rows]
         used += rows
     if lines:
         section.prose.append((f"Device: {usual_device(results)}.",))
         section.prose.append(_noise_note(lent))
-        section.tables.append(_table(lines, bands, used))
+        heads = (
+            "<Method|method; sparsity; perplexity; seconds; peak_bytes; <Pareto front|front; seconds_difference; "
+            "s per point of perplexity|price"
+        )
+        about = note(used, SPREAD_NOTE, _DIFFERENCE, _PRICE)
+        section.tables.append(table("cost", "Cost and marginal cost", heads, lines, about))
     return section
-
-
-def _table(lines: list[tuple[Cell, ...]], bands: dict[int, str], used: list[Row]) -> Table:
-    heads = columns(
-        "<Method|method",
-        "sparsity (%)|sparsity",
-        "perplexity",
-        "pruning (s)|seconds",
-        _MEMORY_HEAD,
-        "<Pareto front|front",
-        "s more than SparseGPT|seconds_difference",
-        "s per point of perplexity|price",
-    )
-    about = note(
-        used,
-        SPREAD_NOTE,
-        _DIFFERENCE,
-        "The last column: seconds more than SparseGPT for each point of perplexity less; = where the seconds are a tie, – "
-        "where the perplexity is not lower by more than the noise.",
-    )
-    return Table("cost", "Cost and marginal cost", heads, tuple(lines), bands, about)
 
 
 def noise_of_seconds(results: Results) -> Number | None:
@@ -111,45 +98,29 @@ def _without_accuracy(results: Results) -> Section:
     """Return seconds and memory of every method, of a model that was not evaluated."""
     section = Section("cost", "What do the methods cost?", prose=[COST_ONLY, _MEMORY])
     lent = noise_of_seconds(results)
-    lines: list[tuple[Cell, ...]] = []
-    bands: dict[int, str] = {}
+    lines: dict[str, list[Line]] = {}
     series: list[Series] = []
     used: list[Row] = []
     for _, rows in _measured_alike(results, section):
-        bands[len(lines)] = rows[0].pattern_label
-        lines += [_cost_line(rows, row, lent) for row in rows]
+        lines[rows[0].pattern_label] = [_cost_line(rows, row, lent) for row in rows]
         used += rows
-        points = [
-            Point(x, y, row.spread("seconds"), row.label, style=row.method)
-            for row in rows
-            if (x := row.mean("sparsity")) is not None and (y := row.mean("seconds")) is not None
-        ]
-        series.append(Series(rows[0].pattern_label, points[0].style, tuple(points)))
+        drawn = points(rows, "sparsity", "seconds", label=lambda row: row.label)
+        series.append(Series(rows[0].pattern_label, drawn[0].style, drawn))
     if lines:
         section.prose.append((f"Device: {usual_device(results)}.",))
         section.prose.append(_noise_note(lent))
-        heads = columns(
-            "<Method|method",
-            "sparsity (%)|sparsity",
-            "layer error|layer_error",
-            "pruning (s)|seconds",
-            "of it solving (s)|solve_seconds",
-            _MEMORY_HEAD,
-            "s more than SparseGPT|seconds_difference",
-        )
-        section.tables.append(
-            Table("cost", "Cost of the methods", heads, tuple(lines), bands, note(used, SPREAD_NOTE, _DIFFERENCE))
-        )
+        heads = f"<Method|method; {'; '.join(_COST_FIELDS)}; seconds_difference"
+        about = note(used, SPREAD_NOTE, _DIFFERENCE)
+        section.tables.append(table("cost", "Cost of the methods", heads, lines, about))
         title = "Pruning time by pattern and method"
         section.figures.append(Chart("dots", "cost_seconds", title, "", _COSTS["seconds"], tuple(series)))
     return section
 
 
-def _cost_line(rows: list[Row], row: Row, lent: Number | None) -> tuple[Cell, ...]:
+def _cost_line(rows: list[Row], row: Row, lent: Number | None) -> Line:
     other = _sparsegpt(rows)
-    fields = ("sparsity", "layer_error", "seconds", "solve_seconds", "peak_bytes")
-    more = number(None) if other is None or other is row else _more(row, other, lent)
-    return (text(row.label), *measures(row, fields), more)
+    more = None if other is None or other is row else _more(row, other, lent)
+    return (row.label, *measures(row, _COST_FIELDS), more)
 
 
 def _sparsegpt(rows: list[Row]) -> Row | None:
@@ -175,7 +146,7 @@ def _measured_alike(results: Results, section: Section) -> Iterator[tuple[str, l
 def on_device(rows: list[Row], device: str) -> list[Row]:
     """Return rows with the cells alone that one device measured: another's seconds are neither theirs nor their noise."""
     found = [tuple(record for record in row.records if record.machine["device"] == device) for row in rows]
-    return [dataclasses.replace(row, records=own) for row, own in zip(rows, found, strict=True) if own]
+    return [replace(row, records=own) for row, own in zip(rows, found, strict=True) if own]
 
 
 def usual_device(results: Results) -> str:
@@ -221,28 +192,22 @@ def _same_memory(label: str, rows: list[Row]) -> Prose:
 
 
 def _chart(rows: list[Row], field: str, front: list[Row], pattern: str, label: str) -> Chart:
-    series = []
-    for row in rows:
-        x, y = row.mean(field), row.mean("perplexity")
-        if x is not None and y is not None:
-            point = Point(x, y, row.spread("perplexity"), row.label.replace("budget kept", "kept"), row in front)
-            series.append(Series(row.label, row.method, (point,)))
+    found = [(row, points([row], field, "perplexity")) for row in rows]
+    series = [
+        Series(row.label.replace("budget kept", "kept"), row.method, (replace(point, marked=row in front),))
+        for row, own in found
+        for point in own
+    ]
     name = f"cost_{file_name(pattern)}_{'seconds' if field == 'seconds' else 'memory'}"
     title = f"Perplexity against {'pruning time' if field == 'seconds' else 'peak memory'}, {label}"
     return Chart("scatter", name, title, _COSTS[field], "perplexity", tuple(series), x_scale="auto")
 
 
-def _line(rows: list[Row], row: Row, fronts: dict[str, list[Row]], lent: Number | None) -> tuple[Cell, ...]:
+def _line(rows: list[Row], row: Row, fronts: dict[str, list[Row]], lent: Number | None) -> Line:
     other = _sparsegpt(rows) if row.method == "thanos" else None
     where = " and ".join(_SHORT[name] for name in fronts if row in fronts[name])
-    return (
-        text(row.label),
-        number(row.mean("sparsity")),
-        *measures(row, ("perplexity", "seconds", "peak_bytes")),
-        text(where),
-        number(None) if other is None else _more(row, other, lent),
-        number(None) if other is None else _price(row, other, lent),
-    )
+    more = (None, None) if other is None else (_more(row, other, lent), _price(row, other, lent))
+    return (row.label, row.mean("sparsity"), *measures(row, ("perplexity", "seconds", "peak_bytes")), where, *more)
 
 
 def _price(row: Row, other: Row, lent: Number | None) -> Cell:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from thanos.study.report.figures.charts import Chart, Point, Series
-from thanos.study.report.numbers import setting
+from thanos.study.report.figures.charts import Chart, Series
 from thanos.study.report.results import NAMES, Results, Row
-from thanos.study.report.sections.common import SPREAD_NOTE, Section, note
+from thanos.study.report.sections.common import SPREAD_NOTE, Section, note, own, points
 from thanos.study.report.sections.summary import METHODS
-from thanos.study.report.tables import Cell, Column, Table, number
+from thanos.study.report.tables import Column, Line, Table, number, table
 
 SPARSITIES = {
     "unstructured": tuple(step / 10 for step in range(1, 9)),
@@ -24,8 +23,9 @@ def curves(results: Results) -> Section:
     section = Section("sparsity", "Perplexity over sparsity")
     section.prose.append(
         (
-            "As in the paper's Figure 1. The points lie at the measured sparsity; lines only join them. Lines with α > 0 are "
-            "rows with the budget kept; a point far above the other methods is drawn at the upper edge, with its number.",
+            "As in the paper's Figure 1. Points are drawn at the measured sparsity, those of several methods side by side; "
+            "lines only join them. Lines with α > 0 are rows with the budget kept. A point far above the others is drawn above "
+            "the axes; its number is in the legend.",
         )
     )
     for pattern, letter in (("unstructured", "a"), ("columns", "b")):
@@ -69,13 +69,10 @@ def _chart(results: Results, found: dict[tuple[str, float], list[Row]], pattern:
     series, mixed = [], any(alpha for _, alpha in found)
     variants: dict[str, int] = {}
     for (method, alpha), rows in found.items():
-        points = []
-        for row in rows:
-            x, y = row.mean("sparsity"), row.mean("perplexity")
-            if x is not None and y is not None:
-                points.append(Point(x, y, row.spread("perplexity")))
         variant = variants[method] = variants.get(method, -1) + 1
-        series.append(Series(_label(method, alpha, mixed=mixed), method, tuple(points), variant))
+        series.append(
+            Series(_label(method, alpha, mixed=mixed), method, points(rows, "sparsity", "perplexity"), variant)
+        )
     dense = None if results.dense is None else results.dense.mean("perplexity")
     return Chart(
         "lines",
@@ -93,18 +90,15 @@ def _table(found: dict[tuple[str, float], list[Row]], pattern: str, letter: str)
     mixed = any(alpha for _, alpha in found)
     heads = [Column("sparsity asked (%)", "sparsity_asked", is_text=False)]
     heads += [Column(_label(*key, mixed=mixed), f"{key[0]}_alpha_{key[1]:g}" if key[1] else key[0]) for key in found]
-    sparsities = sorted({row.sparsity for rows in found.values() for row in rows})
-    lines: list[tuple[Cell, ...]] = []
-    for sparsity in sparsities:
-        first = next(row for rows in found.values() for row in rows if row.sparsity == sparsity)
-        line = [number(setting(first.records[0], "sparsity_asked"))]
-        for rows in found.values():
-            row = next((row for row in rows if row.sparsity == sparsity), None)
-            line.append(number(None) if row is None else number(row.mean("perplexity"), row.spread("perplexity")))
-        lines.append(tuple(line))
+    lines: list[Line] = []
+    for sparsity in sorted({row.sparsity for rows in found.values() for row in rows}):
+        at = [next((row for row in rows if row.sparsity == sparsity), None) for rows in found.values()]
+        asked = next(own(row, "sparsity_asked") for row in at if row is not None)
+        shown = [row and number(row.mean("perplexity"), row.spread("perplexity")) for row in at]
+        lines.append((asked, *shown))
     used = [row for rows in found.values() for row in rows]
     title = f"Perplexity over sparsity, {pattern} (Figure 1{letter})"
-    return Table(f"sparsity_{pattern}", title, tuple(heads), tuple(lines), note=note(used, SPREAD_NOTE, _SEEDS))
+    return table(f"sparsity_{pattern}", title, heads, lines, note(used, SPREAD_NOTE, _SEEDS))
 
 
 def _missing(found: dict[tuple[str, float], list[Row]], pattern: str) -> str:

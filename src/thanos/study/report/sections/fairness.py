@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from thanos.recipe import METHODS
-from thanos.study.report.numbers import difference, setting
+from thanos.study.report.numbers import difference
 from thanos.study.report.ranking import GROUP_WIDTH, comparable, groups_by_sparsity, ranks
 from thanos.study.report.results import NAMES, Results, Row
 from thanos.study.report.sections.common import (
@@ -16,22 +16,15 @@ from thanos.study.report.sections.common import (
     headline_sparsity,
     left_out,
     note,
+    own,
     patterns_of,
 )
-from thanos.study.report.tables import Cell, Table, columns, measures, number, text
+from thanos.study.report.tables import Line, Table, measures, table
 
 _FIELDS = ("perplexity", "kl_divergence", "top1_agreement", "zero_shot")
 _HEADS = (
-    "<Method|method",
-    "<rank",
-    "α|alpha",
-    "<budget|keep_budget",
-    "measured sparsity (%)|sparsity",
-    "perplexity",
-    "KL (nats/token)|kl_divergence",
-    "top-1 (%)|top1_agreement",
-    "zero-shot (%)|zero_shot",
-    "<seeds",
+    "<Method|method; <rank; alpha; <budget|keep_budget; measured sparsity (%)|sparsity; perplexity; kl_divergence; "
+    "top1_agreement; zero_shot; <seeds"
 )
 
 
@@ -71,28 +64,25 @@ def _both_ways(group: list[Row]) -> list[Row]:
 
 
 def _table(name: str, title: str, groups: list[list[Row]], *, folded: bool = False) -> Table:
-    lines: list[tuple[Cell, ...]] = []
-    bands: dict[int, str] = {}
+    lines: dict[str, list[Line]] = {}
     for group in groups:
         shares = [row.value("sparsity") for row in group]
         low, high = f"{100 * min(shares):.1f}", f"{100 * max(shares):.1f}"
         span = low if low == high else f"{low}–{high}"
         for pattern in patterns_of(group):
             rows = [row for row in group if row.pattern == pattern]
-            bands[len(lines)] = f"{span} % measured, {pattern}"
-            best = best_by(rows, _FIELDS)
-            lines += [_line(row, rank, best) for row, rank in zip(rows, ranks(rows), strict=True)]
+            best, ranked = best_by(rows, _FIELDS), zip(rows, ranks(rows), strict=True)
+            lines[f"{span} % measured, {pattern}"] = [_line(row, rank, best) for row, rank in ranked]
     rows = [row for group in groups for row in group]
     about = note(rows, SPREAD_NOTE, "Ranked within one pattern.", BEST_NOTE, RANK_NOTE)
-    return Table(name, title, columns(*_HEADS), tuple(lines), bands, about, folded)
+    return table(name, title, _HEADS, lines, about, folded=folded)
 
 
-def _line(row: Row, rank: str, best: dict[str, list[Row]]) -> tuple[Cell, ...]:
+def _line(row: Row, rank: str, best: dict[str, list[Row]]) -> Line:
     budget = "" if not row.alpha else "kept" if row.keep_budget else "as asked"
-    alpha = number(setting(row.records[0], "alpha"))
     cells = measures(row, ("sparsity", *_FIELDS), best)
     seeds = ", ".join(str(record.cell["seed"]) for record in row.records)
-    return (text(row.name), text(rank), alpha, text(budget), *cells, text(seeds))
+    return (row.name, rank, own(row, "alpha"), budget, *cells, seeds)
 
 
 def _apart(results: Results) -> Table | None:
@@ -104,24 +94,16 @@ def _apart(results: Results) -> Table | None:
         base = results.find(method=row.method, pattern=row.pattern, sparsity=row.sparsity)
         if base is None or comparable(row, base):
             continue
-        own, other = row.mean("sparsity"), base.mean("sparsity")
-        assert own is not None
-        assert other is not None
-        lines.append(
-            (text(row.setting), number(own), text(base.setting), number(other), number(difference(own, other)))
-        )
+        first, second = row.mean("sparsity"), base.mean("sparsity")
+        assert first is not None
+        assert second is not None
+        lines.append((row.setting, first, base.setting, second, difference(first, second)))
         used += [row, base]
     if not lines:
         return None
-    heads = columns(
-        "<Row|row",
-        "sparsity (%)|sparsity",
-        "<not ranked against|other",
-        "sparsity (%)|other_sparsity",
-        "points apart|difference",
-    )
+    heads = "<Row|row; sparsity; <not ranked against|other; sparsity (%)|other_sparsity; points apart|difference"
     title = "Not ranked: the same request, another sparsity"
-    return Table("not_ranked", title, heads, tuple(lines), note=note(dict.fromkeys(used)), folded=len(lines) > 8)
+    return table("not_ranked", title, heads, lines, note(dict.fromkeys(used)), folded=len(lines) > 8)
 
 
 def _missing(results: Results) -> list[str]:

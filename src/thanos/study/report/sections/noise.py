@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 from thanos.study.report.numbers import count
 from thanos.study.report.ranking import change_of, comparable, larger_noise, one_seed, verdict
 from thanos.study.report.results import Results, Row
 from thanos.study.report.sections.common import HEADLINE, SIGNS, Section, headline_rows, note
-from thanos.study.report.tables import Cell, Table, columns, number, text
+from thanos.study.report.tables import Line, Table, table
 
 SEEDS = 3
 """Fewest seeds of a headline row."""
@@ -34,53 +36,38 @@ def noise(results: Results) -> Section:
 
 def _spreads(groups: list[list[Row]]) -> Table:
     fields = ("perplexity", "kl_divergence", "zero_shot", "layer_error")
-    heads = columns(
-        "<Method|method",
-        "seeds",
-        "perplexity, mean|perplexity",
-        "spread|perplexity_spread",
-        "KL, mean (nats/token)|kl_divergence",
-        "spread|kl_divergence_spread",
-        "zero-shot, mean (%)|zero_shot",
-        "spread|zero_shot_spread",
-        "layer error, mean|layer_error",
-        "spread|layer_error_spread",
+    heads = (
+        "<Method|method; seeds; perplexity, mean|perplexity; spread|perplexity_spread; KL, mean (nats/token)|kl_divergence; "
+        "spread|kl_divergence_spread; zero-shot, mean (%)|zero_shot; spread|zero_shot_spread; "
+        "layer error, mean|layer_error; spread|layer_error_spread"
     )
-    lines: list[tuple[Cell, ...]] = []
-    bands: dict[int, str] = {}
-    for rows in groups:
-        bands[len(lines)] = rows[0].pattern_label
-        for row in rows:
-            pairs = [number(value) for field in fields for value in (row.mean(field), row.spread(field))]
-            lines.append((text(row.name), number(count(row.draws)), *pairs))
+    lines: dict[str, list[Line]] = {
+        rows[0].pattern_label: [
+            (row.name, count(row.draws), *(value for field in fields for value in (row.mean(field), row.spread(field))))
+            for row in rows
+        ]
+        for rows in groups
+    }
     used = [row for rows in groups for row in rows]
-    return Table("noise", "Mean and spread over seeds", heads, tuple(lines), bands, note(used))
+    return table("noise", "Mean and spread over seeds", heads, lines, note(used))
 
 
 def _pairs(groups: list[list[Row]]) -> Table:
-    heads = columns("<Method|first", "<|verdict", "<against|second", "difference", "larger spread|spread")
-    lines: list[tuple[Cell, ...]] = []
-    bands: dict[int, str] = {}
+    lines: dict[str, list[Line]] = {}
     for rows in groups:
         able = [row for row in rows if row.mean("perplexity") is not None]
-        pairs = [
-            (row, other) for place, row in enumerate(able) for other in able[place + 1 :] if comparable(row, other)
+        lines[rows[0].pattern_label] = [
+            (
+                row.name,
+                SIGNS[verdict(row, other)] + one_seed(row, other),
+                other.name,
+                change_of(row, other),
+                larger_noise(row, other),
+            )
+            for row, other in combinations(able, 2)
+            if comparable(row, other)
         ]
-        if pairs:
-            bands[len(lines)] = rows[0].pattern_label
-        lines += [_pair(row, other) for row, other in pairs]
     used = [row for rows in groups for row in rows]
     about = note(used, "Perplexity, over the seeds that both have; < lower, > higher, = a tie, ° over one seed.")
-    return Table(
-        "differences", "Differences between methods, beside the noise", heads, tuple(lines), bands, about, folded=True
-    )
-
-
-def _pair(row: Row, other: Row) -> tuple[Cell, ...]:
-    return (
-        text(row.name),
-        text(SIGNS[verdict(row, other)] + one_seed(row, other)),
-        text(other.name),
-        number(change_of(row, other)),
-        number(larger_noise(row, other)),
-    )
+    heads = "<Method|first; <|verdict; <against|second; difference; larger spread|spread"
+    return table("differences", "Differences between methods, beside the noise", heads, lines, about, folded=True)

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from thanos.study.report.numbers import setting
 from thanos.study.report.ranking import change_of, comparable, one_seed, verdict
 from thanos.study.report.results import Results, Row, over_common_seeds
-from thanos.study.report.sections.common import SIGNS, SPREAD_NOTE, Section, note
-from thanos.study.report.tables import Cell, Table, columns, measures, number, text
+from thanos.study.report.sections.common import SIGNS, SPREAD_NOTE, Section, note, own
+from thanos.study.report.tables import Line, measures, table
 
 _HEADS = (
-    "<Pattern|pattern",
-    "<Method|method",
-    "α|alpha",
-    "sparsity (%)|sparsity",
-    "perplexity",
-    "KL (nats/token)|kl_divergence",
-    "perplexity − that of α = 0|difference",
-    "<verdict",
+    "<Pattern|pattern; <Method|method; alpha; sparsity; perplexity; kl_divergence; "
+    "perplexity − that of α = 0|difference; <verdict"
 )
 
 
@@ -41,13 +34,11 @@ def outliers(results: Results) -> Section:
         "< better than α = 0, > worse, = a difference within the noise, – not comparable; over the seeds that both have, "
         "° only one.",
     )
-    section.tables.append(
-        Table("budget_kept", "Outlier rows at the full sparsity", columns(*_HEADS), tuple(lines), note=about)
-    )
+    section.tables.append(table("budget_kept", "Outlier rows at the full sparsity", _HEADS, lines, about))
     return section
 
 
-def _line(results: Results, row: Row) -> tuple[Cell, ...]:
+def _line(results: Results, row: Row) -> Line:
     base = results.find(method=row.method, pattern=row.pattern, sparsity=row.sparsity)
     change, sign, shown = None, "–", row
     if base is not None and comparable(row, base):
@@ -55,12 +46,5 @@ def _line(results: Results, row: Row) -> tuple[Cell, ...]:
         if change is not None:
             shown = over_common_seeds(row, base)[0]
             sign = SIGNS[verdict(row, base)] + one_seed(row, base)
-    return (
-        text(row.pattern_label),
-        text(row.name),
-        number(setting(row.records[0], "alpha")),
-        number(row.mean("sparsity")),
-        *measures(shown, ("perplexity", "kl_divergence")),
-        number(change),
-        text(sign),
-    )
+    measured = measures(shown, ("perplexity", "kl_divergence"))
+    return (row.pattern_label, row.name, own(row, "alpha"), row.mean("sparsity"), *measured, change, sign)

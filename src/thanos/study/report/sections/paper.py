@@ -16,7 +16,7 @@ from thanos.study.report.sections.common import (
     headline_sparsity,
     note,
 )
-from thanos.study.report.tables import Cell, Column, Table, number, text
+from thanos.study.report.tables import Cell, Column, Line, columns, number, table
 
 
 def perplexity_table(studies: Sequence[Results]) -> Section:
@@ -29,23 +29,15 @@ def perplexity_table(studies: Sequence[Results]) -> Section:
         return section
     heads = [Column("Method", "method", is_text=True), *(Column(r.model, r.model) for r in studies)]
     dense = [None if r.dense is None else r.dense.mean("perplexity") for r in studies]
-    lines: list[tuple[Cell, ...]] = [(text("Dense"), *(number(value) for value in dense))]
-    bands: dict[int, str] = {}
+    lines: dict[str, list[Line]] = {"": [("Dense", *dense)]}
     for key, _ in keys:
-        line, label = [], ""
-        for results in studies:
-            row = next((row for row in rows[results.model] if _key(row) == key), None)
-            label = _label(rows[results.model], row) if row is not None else label
-            if row is not None and row.pattern_label not in bands.values():
-                bands[len(lines)] = row.pattern_label
-            best = row is not None and row in _best(rows[results.model], row)
-            line.append(
-                number(None) if row is None else number(row.mean("perplexity"), row.spread("perplexity"), best=best)
-            )
-        lines.append((text(label), *line))
+        at = {model: next((row for row in own if _key(row) == key), None) for model, own in rows.items()}
+        known = [(rows[model], row) for model, row in at.items() if row is not None]
+        cells = [row and _perplexity(rows[model], row) for model, row in at.items()]
+        lines.setdefault(known[0][1].pattern_label, []).append((_label(*known[-1]), *cells))
     used = [row for own in rows.values() for row in own]
     about = note(used, SPREAD_NOTE, BEST_NOTE)
-    section.tables.append(Table("table2", "Perplexity by model", tuple(heads), tuple(lines), bands, about))
+    section.tables.append(table("table2", "Perplexity by model", heads, lines, about))
     return section
 
 
@@ -61,22 +53,15 @@ def zero_shot_table(results: Results) -> Section:
         dict.fromkeys(task for row in known for r in row.records if r.zero_shot for task in r.zero_shot["tasks"])
     )
     fields = [f"task:{task}" for task in tasks] + ["zero_shot", "zero_shot_stderr"]
-    heads = [Column("Method", "method", is_text=True), *(Column(f"{task} (%)", task) for task in tasks)]
-    heads += [
-        Column("average (%)", "average"),
-        Column("standard error (%)", "average_stderr"),
-        Column("rank", "rank", is_text=True),
-    ]
-    lines: list[tuple[Cell, ...]] = []
-    bands: dict[int, str] = {}
+    heads = [*columns("<Method|method"), *(Column(f"{task} (%)", task) for task in tasks)]
+    heads += columns("average (%)|average; standard error (%)|average_stderr; <rank")
+    lines: dict[str, list[Line]] = {}
     for row in known:
         peers = [other for other in rows if other.pattern_label == row.pattern_label]
-        if peers and row.pattern_label not in bands.values():
-            bands[len(lines)] = row.pattern_label
         rank = ranks(peers, "zero_shot")[peers.index(row)] if row in peers else ""
         best = best_by(peers, fields[:-1])
         cells = [number(row.mean(field), best=row in best.get(field, ())) for field in fields]
-        lines.append((text(_label(rows, row)), *cells, text(rank)))
+        lines.setdefault(row.pattern_label if peers else "", []).append((_label(rows, row), *cells, rank))
     scored = [row.only(row.seeds_with("zero_shot")) for row in known]
     about = note(
         scored,
@@ -85,7 +70,7 @@ def zero_shot_table(results: Results) -> Section:
         BEST_NOTE,
         RANK_NOTE,
     )
-    section.tables.append(Table("table3", "Zero-shot accuracy by task", tuple(heads), tuple(lines), bands, about))
+    section.tables.append(table("table3", "Zero-shot accuracy by task", heads, lines, about))
     return section
 
 
@@ -115,9 +100,11 @@ def _label(rows: list[Row], row: Row) -> str:
     )
 
 
+def _perplexity(rows: list[Row], row: Row) -> Cell:
+    alike = [other for other in rows if other.pattern == row.pattern]
+    best = row in best_by(alike, ["perplexity"])["perplexity"]
+    return number(row.mean("perplexity"), row.spread("perplexity"), best=best)
+
+
 def _key(row: Row) -> tuple[object, ...]:
     return (row.method, row.pattern, row.sparsity, row.alpha, row.keep_budget)
-
-
-def _best(rows: list[Row], row: Row) -> list[Row]:
-    return best_by([o for o in rows if o.pattern == row.pattern], ["perplexity"])["perplexity"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from thanos.study.report.figures.charts import Chart, Point, Series
+from thanos.study.report.figures.charts import Chart, Series
 from thanos.study.report.numbers import Prose, count
 from thanos.study.report.ranking import ranks
 from thanos.study.report.results import NAMES, Results, Row
@@ -15,8 +15,9 @@ from thanos.study.report.sections.common import (
     best_by,
     headline_rows,
     note,
+    points,
 )
-from thanos.study.report.tables import Cell, Table, columns, measures, number, text
+from thanos.study.report.tables import Line, Table, measures, table
 
 _FIELDS = ("perplexity", "kl_divergence", "top1_agreement", "zero_shot", "zero_shot_stderr", "layer_error", "seconds")
 _RANKED = ("perplexity", "kl_divergence", "top1_agreement", "zero_shot", "layer_error")
@@ -41,41 +42,18 @@ def summary(results: Results) -> Section:
 
 
 def _table(results: Results, groups: dict[str, list[Row]]) -> Table:
-    heads = columns(
-        "<Method|method",
-        "<rank",
-        "sparsity (%)|sparsity",
-        "perplexity",
-        "KL (nats/token)|kl_divergence",
-        "top-1 (%)|top1_agreement",
-        "zero-shot (%)|zero_shot",
-        "standard error (%)|zero_shot_stderr",
-        "layer error|layer_error",
-        "pruning (s)|seconds",
-        "seeds",
-    )
-    lines: list[tuple[Cell, ...]] = []
-    bands: dict[int, str] = {}
+    lines: dict[str, list[Line]] = {}
     if results.dense is not None:
-        sparsity = number(results.dense.mean("sparsity"))
-        lines.append((text("Dense"), text(""), sparsity, *measures(results.dense, _FIELDS), text("–")))
-    for group in groups.values():
-        if group:
-            bands[len(lines)] = group[0].pattern_label
+        lines[""] = [("Dense", "", results.dense.mean("sparsity"), *measures(results.dense, _FIELDS), "–")]
+    for group in filter(None, groups.values()):
         best = best_by(group, _RANKED)
-        for row, rank in zip(group, ranks(group), strict=True):
-            cells = measures(row, _FIELDS, best)
-            sparsity, seeds = number(row.mean("sparsity")), number(count(row.draws))
-            lines.append((text(row.name), text(rank), sparsity, *cells, seeds))
-    rows = [row for group in groups.values() for row in group]
-    return Table(
-        "summary",
-        "Methods at the headline settings",
-        heads,
-        tuple(lines),
-        bands,
-        note(rows, SPREAD_NOTE, BEST_NOTE, RANK_NOTE),
-    )
+        lines[group[0].pattern_label] = [
+            (row.name, rank, row.mean("sparsity"), *measures(row, _FIELDS, best), count(row.draws))
+            for row, rank in zip(group, ranks(group), strict=True)
+        ]
+    about = note([row for group in groups.values() for row in group], SPREAD_NOTE, BEST_NOTE, RANK_NOTE)
+    heads = f"<Method|method; <rank; sparsity; {'; '.join(_FIELDS)}; seeds"
+    return table("summary", "Methods at the headline settings", heads, lines, about)
 
 
 def _settings(results: Results) -> Prose:
@@ -95,13 +73,9 @@ def _settings(results: Results) -> Prose:
 def _chart(results: Results, groups: dict[str, list[Row]]) -> Chart:
     series = []
     for group in groups.values():
-        points = []
-        for row in group:
-            y, x = row.mean("perplexity"), row.mean("sparsity")
-            if x is not None and y is not None:
-                points.append(Point(x, y, row.spread("perplexity"), row.name, style=row.method))
-        if points:
-            series.append(Series(group[0].pattern_label, points[0].style, tuple(points)))
+        found = points(group, "sparsity", "perplexity", label=lambda row: row.name)
+        if found:
+            series.append(Series(group[0].pattern_label, found[0].style, found))
     dense = None if results.dense is None else results.dense.mean("perplexity")
     reference = None if dense is None else ("dense", dense)
     return Chart("dots", "summary", "Perplexity by pattern and method", "", "perplexity", tuple(series), reference)

@@ -8,7 +8,7 @@ from thanos.study.report.ranking import GROUP_WIDTH
 from thanos.study.report.results import Results, Row
 from thanos.study.report.sections.alpha import file_name
 from thanos.study.report.sections.common import HEADLINE, Section, headline_rows, note
-from thanos.study.report.tables import Cell, Table, columns, number, text
+from thanos.study.report.tables import Line, table
 from thanos.study.store import CellRecord
 
 WORST = 10
@@ -28,8 +28,7 @@ def where(results: Results) -> Section:
     section.prose.append(
         ("Thanos, first seed of each pattern. Relative error is the share of a layer's output energy that changed.",)
     )
-    lines: list[tuple[Cell, ...]] = []
-    bands: dict[int, str] = {}
+    lines: dict[str, list[Line]] = {}
     even: list[tuple[str, Number, Number]] = []
     for row in rows:
         record = row.records[0]
@@ -40,13 +39,12 @@ def where(results: Results) -> Section:
                 even.append((row.pattern_label, *ends))
             elif found is not None:
                 section.figures.append(found)
-        bands[len(lines)] = row.pattern_label
-        lines += _worst(record)
+        lines[row.pattern_label] = _worst(record)
     if even:
         section.prose.append(_evenly(even))
-    heads = columns("<Layer|layer", "error|error_after", "without compensation|error_before", "sparsity (%)|sparsity")
+    heads = "<Layer|layer; error|error_after; without compensation|error_before; sparsity"
     title = f"The {WORST} worst layers of each pattern"
-    section.tables.append(Table("worst_layers", title, heads, tuple(lines), bands, note(rows, "First seed of each.")))
+    section.tables.append(table("worst_layers", title, heads, lines, note(rows, "First seed of each.")))
     return section
 
 
@@ -91,9 +89,8 @@ def _evenly(even: list[tuple[str, Number, Number]]) -> Prose:
     return (*words, ".")
 
 
-def _worst(record: CellRecord) -> list[tuple[Cell, ...]]:
+def _worst(record: CellRecord) -> list[Line]:
     known = [layer for layer in record.layers if layer["error_after_compensation"] is not None]
     worst = sorted(known, key=lambda layer: -layer["error_after_compensation"])[:WORST]
-    names = [layer["name"] for layer in worst]
     kinds = ("error", "raw_error", "zeros")
-    return [(text(name), *(number(setting(record, f"{kind}:{name}")) for kind in kinds)) for name in names]
+    return [(layer["name"], *(setting(record, f"{kind}:{layer['name']}") for kind in kinds)) for layer in worst]

@@ -9,27 +9,46 @@ With the same set P removed from every row and K the columns that stay, each way
     Algorithm 7             Ŵ = W − W_:P (H⁻¹)_PP H_P:
 
 The relative error of each is tr(Δ H Δᵀ) / tr(W H Wᵀ), Δ = Ŵ − W.
+
+    python benchmarks/formula.py MODEL LAYER --calibration FILE --json docs/results/formula.json
+    python benchmarks/formula.py --show docs/results/formula.json
+
+The first measures one layer of a model and writes what it found; both print it as a Markdown table.
 """
 
 from __future__ import annotations
 
+import argparse
 import difflib
-from collections.abc import Callable
+import json
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from thanos.calibration.statistics import check_finite, gather
+from thanos.calibration.windows import make_calibration
 from thanos.errors import ModelError
+from thanos.model.fingerprint import source_commit
 from thanos.model.layers import linear_layers
-from thanos.recipe import DEFAULT_DAMPING, matches
+from thanos.model.loading import load_model
+from thanos.model.source import resolve_model
+from thanos.recipe import DEFAULT_DAMPING, Recipe, matches
+from thanos.system.device import choose_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FORMULAS = ("eq13", "least_squares", "none", "eq72", "algorithm7")
-"""The ways, as the store names them."""
+FORMULAS = {
+    "eq13": ("Eq. 13, Algorithm 2", "W[:,P] · (H⁻¹[P,P])⁻¹ · H⁻¹[P,:]"),
+    "least_squares": ("Least squares on the support", "H[P,K] · H[K,K]⁻¹"),
+    "none": ("No compensation", ""),
+    "eq72": ("Appendix G.4.2, Eq. 72", "W[:,P] · H[P,P]⁻¹ · H[P,:]"),
+    "algorithm7": ("Algorithm 7", "W[:,P] · H⁻¹[P,P] · H[P,:]"),
+}
+"""Name in the JSON → where the paper prints it, and how it reads."""
 
 DEFAULT_SHARE = 0.25
 """Share of columns removed: 64 of 256, as in the measurement that first told the formulas apart."""
@@ -113,7 +132,6 @@ def measure_layer(
     *,
     share: float = DEFAULT_SHARE,
     damping: float = DEFAULT_DAMPING,
-    on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Compare the formulas on one layer of a model, on the inputs that the dense model gives it.
 
@@ -123,10 +141,9 @@ def measure_layer(
         name: of the layer, full or its end from a dot on.
         share: of the columns removed, the cheapest.
         damping: share of the mean diagonal added to the diagonal.
-        on_progress: is told how many windows were run, of how many.
 
     Returns:
-        ``layer``, ``shape``, ``removed``, ``tokens``, ``damping`` and ``errors``, as the store holds them.
+        ``layer`` (full name), ``shape``, ``removed`` (number of columns), ``tokens``, ``damping`` and ``errors``.
 
     Raises:
         ModelError: the model has no such layer, or several.
@@ -141,8 +158,6 @@ def measure_layer(
     with torch.inference_mode(), gather([layer]) as groups:
         for index in range(len(windows)):
             model(input_ids=windows[index : index + 1].to(model.device), use_cache=False)
-            if on_progress is not None:
-                on_progress(index + 1, len(windows))
     if not groups:
         raise ModelError(f"formula layer {layer.name} was not reached by any token; name another one")
     check_finite(groups[:1])
@@ -157,3 +172,57 @@ def measure_layer(
         "damping": damping,
         "errors": formula_errors(weight, hessian, removed, damping),
     }
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return a result of :func:`measure_layer` as a Markdown table."""
+    rows, columns = result["shape"]
+    title = f"{result['layer']} ({rows} × {columns}), {result['removed']} columns removed, {result['tokens']:,} tokens"
+    lines = [f"| {title} | read literally | relative error |", "|---|---|---:|"]
+    for name, error in result["errors"].items():
+        printed, formula = FORMULAS[name]
+        lines.append(f"| {printed} | {formula} | {error:.4g} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure one layer, or show an earlier result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?")
+    parser.add_argument("layer", nargs="?", help="full name, or its end from a dot on")
+    parser.add_argument("--calibration", default=Recipe().calibration)
+    parser.add_argument("--share", type=float, default=DEFAULT_SHARE, help="of the columns removed")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--json", type=Path, help="write the result to this file")
+    parser.add_argument("--show", type=Path, help="print the table of an earlier result")
+    arguments = parser.parse_args()
+    if arguments.show is not None:
+        print(table(json.loads(arguments.show.read_text(encoding="utf-8"))))
+        return
+    if arguments.layer is None:
+        parser.error("give MODEL and LAYER, or --show FILE")
+    recipe = Recipe(calibration=arguments.calibration, device=arguments.device, dtype="float32")
+    source, device = resolve_model(arguments.model), choose_device(arguments.device)
+    made = make_calibration(source, recipe, device, lambda event: None)
+    model = load_model(source, dtype=recipe.dtype, device=device)
+    result = {
+        "model": Path(arguments.model).name,
+        "calibration": {
+            "source": Path(arguments.calibration).name,
+            "samples": recipe.samples,
+            "sequence_length": recipe.sequence_length,
+            "seed": recipe.seed,
+        },
+        **measure_layer(model, made.ids, arguments.layer, share=arguments.share, damping=recipe.damping),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "commit": source_commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    print(table(result))
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
