@@ -17,9 +17,9 @@ from thanos.events import Event, Watcher
 from thanos.model.layers import LinearLayer, linear_layers, select_layers
 from thanos.model.opening import OpenedModel, open_model
 from thanos.model.source import ModelSource
+from thanos.patterns.budget import Budget
 from thanos.recipe import Recipe
 from thanos.run.report import DenseRecord
-from thanos.solvers.budget import Budget
 
 LOG_BYTES_PER_LAYER = 4096
 """Room on the disk for the journal, the event log and the report."""

@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from thanos.study.report.figures.charts import Chart
-from thanos.study.report.figures.theme import MUTED, STYLES
+from thanos.study.report.figures.theme import MUTED, own_style
 from thanos.study.report.numbers import power_of_ten
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def other_methods(chart: Chart) -> list[str]:
     """Return the methods of a figure that have no colour of their own."""
     names = [series.style for series in chart.series] + [p.style for s in chart.series for p in s.points if p.style]
-    return [name for name in dict.fromkeys(names) if name not in STYLES]
+    return [name for name in dict.fromkeys(names) if own_style(name) is None]
 
 
 def caption(axes: Axes, text: str) -> None:

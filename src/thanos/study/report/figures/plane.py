@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
+from thanos import registry
 from thanos.study.report.figures.axes import bare, caption, decimal_ticks, lay_out, other_methods, tick_text
 from thanos.study.report.figures.charts import Chart, Point
 from thanos.study.report.figures.labels import (
@@ -125,7 +126,7 @@ def _label_ends(canvas: Any, axes: Axes, chart: Chart, others: list[str]) -> Non
             va="center",
             color=style_of(series.style, others)[0],
             fontsize=8,
-            fontweight="bold" if series.style == "thanos" else "normal",
+            fontweight="bold" if series.style == registry.DEFAULT_METHOD else "normal",
         )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from thanos.study.report.figures.charts import Chart, Point, Series
 from thanos.study.report.numbers import Number, Prose, setting
 from thanos.study.report.ranking import larger_noise, one_seed, verdict
-from thanos.study.report.results import NAMES, Results, Row, over_common_seeds, percent
+from thanos.study.report.results import Results, Row, over_common_seeds, percent, title_of
 from thanos.study.report.sections.common import (
     BAR_NOTE,
     SPREAD_NOTE,
@@ -167,7 +167,7 @@ def _chart(results: Results, field: str, label: str, pattern: str, shared: Seque
             if x is not None and y is not None:
                 points.append(Point(x, y, row.noise(field)))
         if len(points) > 2 or (method == "thanos" and len(points) > 1):
-            series.append(Series(NAMES.get(method, method), method, tuple(points)))
+            series.append(Series(title_of(method), method, tuple(points)))
     title = {"perplexity": "Perplexity", "kl_divergence": "KL divergence"}[field]
     name = f"alpha_{file_name(pattern)}_{field}"
     y_label = {"perplexity": "perplexity", "kl_divergence": "KL divergence (nats/token)"}[field]
