@@ -16,6 +16,7 @@ LAYERS = (
     "errors _version",
     "events",
     "system patterns",
+    "registry",
     "recipe",
     "checkpoint solvers",
     "model",

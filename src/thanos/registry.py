@@ -334,6 +334,11 @@ def pattern_help() -> str:
     return _either([_form(row) for row in patterns()])
 
 
+def required_patterns() -> str:
+    """Return how the patterns are written that ``inspect --require`` can check."""
+    return _either([row.name for row in patterns() if row.load().can_be_required])
+
+
 def example_patterns(*, required: bool = False) -> tuple[str, ...]:
     """Return the patterns that are shown, in order; with ``required`` only those that a matrix can break."""
     rows = [row for row in patterns() if row.load().can_be_required or not required]
@@ -377,6 +382,6 @@ def load_plugins() -> None:
         except Exception as error:
             _loaded.discard(name)
             raise RecipeError(
-                f"{PLUGINS_VARIABLE} names {name}, which cannot be imported ({type(error).__name__}: {error}); put its folder on "
-                "PYTHONPATH, or correct the variable"
+                f"{PLUGINS_VARIABLE} names {name}, which cannot be imported ({type(error).__name__}: {error}); put its folder "
+                "on PYTHONPATH, or correct the variable"
             ) from error

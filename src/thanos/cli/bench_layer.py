@@ -14,7 +14,7 @@ from thanos.errors import RecipeError
 
 _METHODS = registry.compensating_methods()
 _PATTERNS = registry.example_patterns()[:2]  # any entry, and the commonest n:m
-_REFERENCES = list(registry.reference_classes())
+_REFERENCES = [f"{name}=DIR" for name in registry.reference_classes()]
 
 
 def layer(
@@ -49,8 +49,8 @@ def layer(
     peer: Annotated[
         list[str] | None,
         option(
-            f"Measure a method's reference implementation too, {' or '.join(f'{name}=DIR' for name in _REFERENCES)}, DIR its repository; may be repeated "
-            "(default: none).",
+            f"Measure a method's reference implementation too, {' or '.join(_REFERENCES)}, DIR its repository; may be "
+            "repeated (default: none).",
             "NAME=DIR",
         ),
     ] = None,
@@ -109,5 +109,5 @@ def parse_peer(text: str) -> tuple[str, Path]:
     """
     name, equals, folder = text.partition("=")
     if not (name and equals and folder):
-        raise RecipeError(f"--peer {text!r} must be NAME=DIR, such as {_REFERENCES[0]}=../{_REFERENCES[0]}")
+        raise RecipeError(f"--peer {text!r} must be NAME=DIR, such as {_REFERENCES[0]}")
     return name, Path(folder)

@@ -17,7 +17,7 @@ from thanos.model.layers import LinearLayer, linear_layers
 from thanos.model.opening import OpenedModel, open_model
 from thanos.model.source import resolve_model
 from thanos.patterns.base import STRAY, Pattern
-from thanos.registry import example_patterns, parse_pattern
+from thanos.registry import example_patterns, parse_pattern, required_patterns
 from thanos.run.report import SCHEMA as REPORT_SCHEMA
 from thanos.run.report import DenseRecord, count_totals
 from thanos.system.event_stream import EventStream
@@ -99,9 +99,9 @@ def inspect_checkpoint(
 
     Args:
         model: a hub name, a local folder or a ``.gguf`` file.
-        require: ``N:M``, ``columns`` or a registered pattern; layers that break it are listed. Outlier rows break it too, since whatever needs the
-            pattern needs it in every row; and so does a layer of the blocks without zeros, unless ``pruning.json`` says why
-            it was left dense.
+        require: ``N:M``, ``columns`` or a registered pattern; layers that break it are listed. Outlier rows break it too, since
+            whatever needs the pattern needs it in every row; and so does a layer of the blocks without zeros, unless
+            ``pruning.json`` says why it was left dense.
         on_event: is told about progress.
         trust_remote_code: let transformers run Python code that the checkpoint carries.
 
@@ -156,8 +156,7 @@ def inspect_checkpoint(
 def _required(text: str) -> Pattern:
     pattern = parse_pattern(text)
     if not pattern.can_be_required:
-        choices = ", ".join(example_patterns(required=True))
-        raise RecipeError(f"--require {pattern} cannot be broken; require another pattern, such as {choices}")
+        raise RecipeError(f"--require {pattern} cannot be broken; require {required_patterns()}")
     return pattern
 
 

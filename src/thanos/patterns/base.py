@@ -14,6 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, ClassVar, Protocol, Self
 
+from thanos.errors import RecipeError
 from thanos.patterns.budget import Budget, Request
 from thanos.patterns.rounding import ceil_count, floor_count
 
@@ -113,12 +114,15 @@ class Pattern(ABC):
             RecipeError: it would cut a group in two.
         """
 
-    def check_keep_budget(self, outlier_rows: float) -> None:  # noqa: B027, nothing is impossible
+    def check_keep_budget(self, outlier_rows: float) -> None:
         """Refuse ``keep_budget`` with this fraction of outlier rows, above 0.
 
         Raises:
-            RecipeError: the other rows cannot make up for them.
+            RecipeError: the other rows cannot make up for them, as where the pattern fixes what each row loses.
         """
+        del outlier_rows
+        if self.sparsity is not None:
+            raise RecipeError(f"pattern {self} lets no row make up for outlier rows; leave keep_budget out")
 
     def budget(self, request: Request) -> Budget:
         """Return how much of a weight is removed."""

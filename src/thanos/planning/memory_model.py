@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from thanos import registry
-from thanos.layer_recipe import LayerRecipe
+from thanos.recipe.layer import LayerRecipe
 from thanos.solvers.cost import Size
 
 PIECE_BYTES = 32 << 20

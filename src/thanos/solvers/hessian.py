@@ -1,12 +1,6 @@
 """What the solvers need to know about a layer's inputs: the Hessian, damped and factorised once.
 
-Objective of every solver: f(Ŵ) = tr((Ŵ − W) H (Ŵ − W)ᵀ), H = XᵀX. H is damped, H + λ·mean(diag H)·I, and factorised as
-
-    H⁻¹ = Uᵀ U,  U upper triangular,
-
-so that the inverse of every trailing matrix is at hand: (H[j:, j:])⁻¹ = U[j:, j:]ᵀ U[j:, j:]. Reversing rows and columns
-turns U into the inverse of one ordinary Cholesky factor: with J the reversal and J H J = L Lᵀ, U = J L⁻¹ J. That is one
-factorisation and one triangular inverse, and the inverse of H, with its squared condition, is never formed.
+docs/math.md says why this factor, U with H⁻¹ = UᵀU, and how it follows from a Cholesky factor of the reversed Hessian.
 """
 
 from __future__ import annotations
@@ -191,10 +185,9 @@ def _upper_inverse_factor(matrix: Tensor, dead: Tensor, damping: float, dtype: t
 
 
 def _invert_lower(lower: Tensor) -> None:
-    """Invert a lower triangular matrix in place, from its last block of columns to its first.
+    """Invert a lower triangular matrix in place, from its last block of columns to its first (docs/math.md).
 
-    With T the part further down and right, inverted already, [[D, 0], [C, T⁻¹]]⁻¹ = [[D⁻¹, 0], [−T C D⁻¹, T]]. T is triangular
-    too, so its rows are taken in slabs that leave out the zeros.
+    T, the part further down and right, is triangular too, so its rows are taken in slabs that leave out the zeros.
     """
     size, slab = lower.shape[0], _SLAB.get(lower.device.type, _WIDE_SLAB)
     identity = torch.eye(min(_PANEL, size), dtype=lower.dtype, device=lower.device)

@@ -1,9 +1,8 @@
 """The rows' small systems: one symmetric positive definite matrix, a different support for every row.
 
-For each row, x_P G_PP = w_P with x zero outside the row's support P. All rows are solved at once by conjugate gradients on
-c × k matrices, the supports as a mask: A(x) = (x G) ∘ M is exactly G_PP on the support, so nothing is gathered and every
-step is one c × k by k × k product. G and w are scaled to a unit diagonal first (Jacobi's preconditioner, applied once), so
-that a step needs one inner product for its length and one that serves both the direction and the stopping rule.
+For each row, x_P G_PP = w_P with x zero outside the row's support P: all rows at once by conjugate gradients, the supports as
+a mask (docs/math.md). G and w are scaled to a unit diagonal first (Jacobi's preconditioner, applied once), so that a step needs
+one inner product for its length and one that serves both the direction and the stopping rule.
 
 The stopping rule has a guarantee: the residual that the recurrence carries along must fall to ``TOLERANCE``, and then the
 true one, w − (x G) ∘ M computed afresh, must be that of a system nearby (``BACKWARD``). Rows that miss either, as happens

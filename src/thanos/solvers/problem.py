@@ -1,4 +1,7 @@
-"""What a solver gets and gives: a method makes a solution of a problem, a refinement a better one, a retarget another problem."""
+"""What a solver gets and gives.
+
+A method makes a solution of a problem, a refinement a better solution, a retarget another problem.
+"""
 
 from __future__ import annotations
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from thanos import registry
 from thanos.errors import NumericsError, RecipeError
-from thanos.layer_recipe import DEFAULT_DAMPING, LayerRecipe
 from thanos.patterns.base import Pattern
 from thanos.patterns.budget import Budget
+from thanos.recipe.layer import DEFAULT_DAMPING, LayerRecipe
 from thanos.solvers.hessian import InputStatistics
 from thanos.solvers.layer_error import portions, relative_errors_and_zeros, squared_output_norms
 from thanos.solvers.masking import without

@@ -5,7 +5,7 @@ flat (row-major) index goes first. Exactly the requested number is selected, nev
 
 The k-th smallest is found in linear time, without sorting: the bit pattern of a float, read as an integer, orders
 non-negative floats as their values do (and −1 sorts below them), so histograms of a few bits at a time, from the top,
-narrow it down to one pattern. Only integer counts are compared, so rows held by other processes (:mod:`~thanos.solvers.row_shards`) join in
+narrow it down to one pattern. Only integer counts are compared, so rows held by other processes join in
 by adding up histograms, and nothing waits for the host. On the CPU, where a histogram is slow and asking costs nothing, a
 sample brackets the k-th value instead, and only what lies within the bracket is searched.
 """

@@ -16,8 +16,8 @@ from typing import Any
 
 from thanos import registry
 from thanos.errors import RecipeError
-from thanos.layer_recipe import DEFAULT_DAMPING as DEFAULT_DAMPING
-from thanos.layer_recipe import LAYER_FIELDS, LayerRecipe, check_used, check_values
+from thanos.recipe.layer import DEFAULT_DAMPING as DEFAULT_DAMPING
+from thanos.recipe.layer import LAYER_FIELDS, LayerRecipe, check_used, check_values
 from thanos.registry import parse_pattern
 
 
