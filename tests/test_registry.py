@@ -50,7 +50,7 @@ THE_PROGRAM = {
 }
 """How often a file says ``thanos`` and means the program."""
 
-OWN_FILES = {"registry.py", *(f"patterns/{name}.py" for name in ("unstructured", "columns", "nm"))}
+OWN_FILES = {"registry/__init__.py", *(f"patterns/{name}.py" for name in ("unstructured", "columns", "nm"))}
 PATTERN_CLASSES = {"Unstructured", "Columns", "NM"}
 METHOD_MODULES = "thanos.solvers.methods"
 
@@ -126,7 +126,7 @@ def toys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType
     monkeypatch.setenv("THANOS_PLUGINS", "toy_plugin")
     monkeypatch.setattr(registry._methods, "_rows", dict(registry._methods._rows))
     monkeypatch.setattr(registry._patterns, "_rows", dict(registry._patterns._rows))
-    monkeypatch.setattr(registry, "_loaded", set())
+    monkeypatch.setattr("thanos.registry.table._loaded", set())
     yield importlib.import_module("toy_plugin")
     del sys.modules["toy_plugin"]
 

@@ -51,10 +51,10 @@ def hessian_bytes(columns: int) -> int:
 
 def groups(layers: Sequence[LayerWork]) -> dict[int, list[LayerWork]]:
     """Return the layers by the input that they share, in order."""
-    found: dict[int, list[LayerWork]] = {}
+    groups: dict[int, list[LayerWork]] = {}
     for layer in layers:
-        found.setdefault(layer.group, []).append(layer)
-    return found
+        groups.setdefault(layer.group, []).append(layer)
+    return groups
 
 
 def solve_bytes(layer: LayerWork) -> int:

@@ -131,8 +131,8 @@ class Recipe(LayerRecipe):
 
     def for_layer(self, name: str) -> LayerRecipe | None:
         """Return what to do to the layer called ``name`` (full module name); None where an override skips it."""
-        found = [override for override in self.overrides if matches(name, override.match)]
-        return None if found and found[-1].skip else self._merged(found)
+        matching = [override for override in self.overrides if matches(name, override.match)]
+        return None if matching and matching[-1].skip else self._merged(matching)
 
     def replace(self, **changes: Any) -> Recipe:
         """Return a copy with the given fields changed, validated again."""
@@ -217,13 +217,13 @@ def _toml(value: Any) -> str:
 
 
 def _underscored(values: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    underscored: dict[str, Any] = {}
     for name, value in values.items():
         name = name.replace("-", "_")
-        if name in found:
+        if name in underscored:
             raise RecipeError(f"{name} is given twice, once with a hyphen and once with an underscore; leave one out")
-        found[name] = value
-    return found
+        underscored[name] = value
+    return underscored
 
 
 def _without_unused(values: dict[str, Any], overrides: list[Override]) -> tuple[dict[str, Any], list[Override]]:

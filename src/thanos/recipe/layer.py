@@ -49,7 +49,7 @@ class LayerRecipe:
     def __post_init__(self) -> None:
         method = registry.method(self.method)
         pattern = parse_pattern(self.pattern)
-        method.check_pattern(pattern)
+        registry.check_pattern(method, pattern)
         object.__setattr__(self, "pattern", str(pattern))
         check_number("outlier_rows", self.outlier_rows, 0.0, 1.0)
         check_values({"block_size": self.block_size, "damping": self.damping})

@@ -15,7 +15,7 @@ from thanos.errors import NumericsError
 from thanos.solvers.precision import full_float32
 
 SMALLEST_RAISED_DAMPING = 1e-6
-"""Where raising starts when less was asked for: about ten times float32's rounding, as a share of the mean diagonal."""
+"""Where raising starts when less was requested: about ten times float32's rounding, as a share of the mean diagonal."""
 
 RESIDUAL = 1e-2
 """How far U H Uᵀ may be from the identity before the factor is computed again in float64: losses are right to 1 %."""
@@ -35,7 +35,7 @@ class Factor:
     Attributes:
         upper: U, (b, b), upper triangular, H_damped⁻¹ = UᵀU, where H_damped is scaled to a mean diagonal of 1.
         damping: λ that was used.
-        reason: why λ differs from the one asked for; empty if it does not.
+        reason: why λ differs from the requested one; empty if it does not.
     """
 
     upper: Tensor
@@ -142,7 +142,7 @@ def _scaled(hessian: Tensor, scale: float, dtype: torch.dtype, *, in_place: bool
 
 
 def _factorize(matrix: Tensor, dead: Tensor, damping: float) -> Factor:
-    asked, tried = damping, []
+    requested, tried = damping, []
     while True:
         for dtype in dict.fromkeys((matrix.dtype, torch.float64)):
             upper = _upper_inverse_factor(matrix, dead, damping, dtype)
@@ -152,7 +152,7 @@ def _factorize(matrix: Tensor, dead: Tensor, damping: float) -> Factor:
             del upper  # its memory is needed for the next attempt
         tried.append(damping)
         damping = max(damping * 10, SMALLEST_RAISED_DAMPING)
-        if damping > 1e6 * max(asked, 1.0):
+        if damping > 1e6 * max(requested, 1.0):
             raise NumericsError(f"the Hessian is not positive definite even with damping {damping:g}: it is not XᵀX")
 
 

@@ -63,7 +63,7 @@ class RowSolver:
     """Solves block after block, remembering how many steps the last one took.
 
     Attributes:
-        steps: after which the rows are first asked whether they are done.
+        steps: number of steps before the first convergence check.
         direct: rows that had to be solved directly so far.
         row_shards: the processes that solve the other rows. All take as many steps, or a row's last bits would depend on which
             rows are solved with it.

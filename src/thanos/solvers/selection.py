@@ -200,8 +200,8 @@ def _bracketed(flat: Tensor, low: Tensor, high: Tensor) -> tuple[int, Tensor]:
         under += int(torch.lt(some, low, out=first).sum())
         words = torch.le(some, high, out=upto).sub_(first).to(torch.bool).view(torch.int64)
         parts.append(some.view(-1, _WORD)[words.nonzero().squeeze(1)].view(-1))
-    found = torch.cat(parts)
-    return under, found[(found >= low).logical_and_(found <= high)]
+    candidates = torch.cat(parts)
+    return under, candidates[(candidates >= low).logical_and_(candidates <= high)]
 
 
 def _ordered_bits(scores: Tensor) -> Tensor:
@@ -262,15 +262,15 @@ def even_rows_mask(scores: Tensor, count: int, row_shards: RowShards = ALONE) ->
     count = min(count, rows * columns)
     zeros = (scores < 0).sum(1)
 
-    def given(level: int) -> int:
+    def taken(level: int) -> int:
         return int(row_shards.sum_(zeros.clamp_min(level).sum()))
 
     level = count // rows
-    if given(level) > count:  # the highest level that is not too much; below 0 there are too many zeros for any
-        level = bisect.bisect_right(range(level), count, key=given) - 1
+    if taken(level) > count:  # the highest level that is not too much; below 0 there are too many zeros for any
+        level = bisect.bisect_right(range(level), count, key=taken) - 1
     if level < 0:
         return scores < 0
-    counts, extra = zeros.clamp_min(level), count - given(level)
+    counts, extra = zeros.clamp_min(level), count - taken(level)
     if extra:
         following = scores.kthvalue(level + 1, dim=1).values.masked_fill_(zeros > level, math.inf)
         counts += smallest_mask(following, extra, row_shards)
