@@ -23,6 +23,7 @@ from helpers import ROOT
 from thanos import registry
 from thanos.cli import run
 from thanos.errors import RecipeError
+from thanos.patterns.unstructured import Unstructured
 from thanos.recipe.layer import LayerRecipe
 from thanos.registry import MethodRow, Needs, PatternRow
 from thanos.solvers.hessian import InputStatistics
@@ -216,6 +217,14 @@ def test_a_name_belongs_to_one_row(toys: ModuleType) -> None:
         registry.register_method(MethodRow(name="wanda", title="", help="", source=toys.root_norm, needs=Needs.NOTHING))
     with pytest.raises(RecipeError, match="pattern columns is registered already"):
         registry.register_pattern(PatternRow(name="columns", title="", help="", source=toys.RowHalves, examples=()))
+
+
+def test_a_pattern_that_nobody_registered_is_refused() -> None:
+    class Stranger(Unstructured):
+        pass
+
+    with pytest.raises(RecipeError, match="unstructured is not registered; call register_pattern"):
+        registry.pattern_row(Stranger())
 
 
 def test_a_plugin_that_cannot_be_imported_is_a_users_mistake(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,7 +46,7 @@ LOST = (
 
 
 class World(Alone):
-    """The processes of a run, and to the solvers the row shards of a weight's rows. This class is a single process.
+    """The processes of a run, which for the solvers are the row shards of a weight. This class is a single process.
 
     Every process makes the same calls in the same order.
     """

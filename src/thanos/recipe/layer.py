@@ -24,14 +24,14 @@ class LayerRecipe:
     Args:
         method: the name of a row of :mod:`thanos.registry`.
         pattern: ``unstructured``, ``columns``, ``N:M`` (at most N non-zeros in M consecutive inputs), or a registered one.
-        sparsity: share of the matrix's entries that become zero, in [0, 1). Follows from the pattern for n:m;
+        sparsity: fraction of the matrix's entries that become zero, in [0, 1). Follows from the pattern for n:m;
             None means the default (0.5 for the other two).
-        outlier_rows: share of output rows left dense, in [0, 1).
+        outlier_rows: fraction of output rows left dense, in [0, 1).
         keep_budget: let the other rows make up for the outlier rows, so that the matrix as a whole has the sparsity it would
             have without them; see :class:`~thanos.patterns.budget.Budget`. For n:m it needs an even n: the rows with the
             smallest squared output norm keep n/2 of m.
         block_size: input columns handled together (Thanos, SparseGPT); None means 128, or 512 for Thanos with n:m.
-        damping: share of the Hessian's mean diagonal added to its diagonal, at least 0 (Thanos, SparseGPT).
+        damping: fraction of the Hessian's mean diagonal added to its diagonal, at least 0 (Thanos, SparseGPT).
 
     Raises:
         RecipeError: a value is outside its range or contradicts another, or the method does not use a setting that differs
@@ -89,7 +89,7 @@ class LayerRecipe:
 
     @property
     def resolved_sparsity(self) -> float:
-        """The share of removed weights asked for: the pattern's own for n:m (before outlier rows), else the setting."""
+        """The fraction of weights to remove: the pattern's own for n:m (before outlier rows), else the setting."""
         pattern = self.parsed_pattern
         if pattern.sparsity is not None:
             return pattern.sparsity

@@ -11,7 +11,9 @@ from __future__ import annotations
 from thanos.errors import RecipeError
 from thanos.patterns.base import Pattern
 from thanos.registry.rows import LAYER_SETTINGS as LAYER_SETTINGS
-from thanos.registry.rows import MethodRow, Needs, PatternRow
+from thanos.registry.rows import MethodRow as MethodRow
+from thanos.registry.rows import Needs as Needs
+from thanos.registry.rows import PatternRow as PatternRow
 from thanos.registry.table import Table
 from thanos.registry.table import imported as imported
 
@@ -154,8 +156,15 @@ def parse_pattern(text: str | Pattern) -> Pattern:
 
 
 def pattern_row(pattern: Pattern) -> PatternRow:
-    """Return the row of a pattern's class."""
-    return next(row for row in patterns() if row.load() is type(pattern))
+    """Return the row of a pattern's class.
+
+    Raises:
+        RecipeError: nobody registered it.
+    """
+    for row in patterns():
+        if row.load() is type(pattern):
+            return row
+    raise RecipeError(f"pattern {pattern} is not registered; call register_pattern with its class first")
 
 
 def check_pattern(row: MethodRow, pattern: Pattern) -> None:
