@@ -269,6 +269,7 @@ def test_the_command_line_plans_prunes_and_inspects_by_both(
     assert run([*words[:2], str(tmp_path / "other"), "--method", "root-norm", "--damping", "0.5"]) == 2
 
 
+@pytest.mark.slow
 def test_a_study_compares_both_and_reports_them(
     toys: ModuleType, tiny_llama: Path, text_file: Path, tmp_path: Path
 ) -> None:
