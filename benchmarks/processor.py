@@ -40,7 +40,7 @@ def least(work: Callable[[], Any], repeats: int) -> float:
 
 def without_errors(weight: torch.Tensor, hessian: torch.Tensor, recipe: LayerRecipe) -> None:
     """Prune as ever, but measure no error: what the references do."""
-    with mock.patch.object(solvers, "row_energies", lambda delta, inputs: delta.new_ones(len(delta)).double()):
+    with mock.patch.object(solvers, "squared_output_norms", lambda delta, inputs: delta.new_ones(len(delta)).double()):
         solvers.prune_layer(weight, InputStatistics(hessian), recipe)
 
 
@@ -61,7 +61,7 @@ def main() -> None:
     work: dict[str, Callable[[], Any]] = {
         "a square product": lambda: square @ square,
         "factor": lambda: InputStatistics(hessian).factor(0.01),
-        "one error": lambda: solvers.row_energies(weight, inputs),
+        "one error": lambda: solvers.squared_output_norms(weight, inputs),
     }
     for pattern in ("unstructured", "2:4"):
         ours = {m: LayerRecipe(method=m, pattern=pattern) for m in ("sparsegpt", "thanos")}

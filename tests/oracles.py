@@ -10,12 +10,19 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import Tensor
 
 METHODS = ("thanos", "sparsegpt", "wanda", "magnitude")
 COMPENSATING = ("thanos", "sparsegpt")
+
+
+def used(method: str, **settings: Any) -> dict[str, Any]:
+    """The settings, and the method, without those that only the compensating methods take."""
+    others = {} if method in COMPENSATING else {"block_size", "damping"}
+    return {"method": method, **{name: value for name, value in settings.items() if name not in others}}
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from thanos.patterns.parse import parse_pattern
 from thanos.recipe import LayerRecipe
+from thanos.registry import parse_pattern
 from thanos.study.store import CellRecord, Contents, StoreWriter, cell_key
 
 METHODS = ("thanos", "sparsegpt", "wanda", "magnitude")

@@ -17,6 +17,7 @@ LAYERS = (
     "events",
     "system",
     "patterns",
+    "registry",
     "recipe",
     "checkpoint solvers",
     "model",

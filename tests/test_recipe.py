@@ -13,9 +13,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import oracles
 from thanos import Recipe
 from thanos.errors import RecipeError
-from thanos.recipe import METHODS, LayerRecipe, Override, matches
+from thanos.recipe import LayerRecipe, Override, matches
+from thanos.registry import method_names
 
 # --- defaults ---------------------------------------------------------------------------------------------------------
 
@@ -42,7 +44,7 @@ def test_the_defaults_are_those_that_are_documented():
         "trust_remote_code": False,
     }
     assert recipe.resolved_sparsity == 0.5
-    assert METHODS == ("thanos", "sparsegpt", "wanda", "magnitude")
+    assert method_names() == ("thanos", "sparsegpt", "wanda", "magnitude")
 
 
 @pytest.mark.parametrize(
@@ -186,8 +188,8 @@ def test_changes_are_checked_again():
 
 
 def test_without_overrides_every_layer_gets_the_recipe():
-    recipe = Recipe(method="wanda", sparsity=0.3, damping=0.1, block_size=64, outlier_rows=0.05)
-    expected = LayerRecipe(method="wanda", sparsity=0.3, damping=0.1, block_size=64, outlier_rows=0.05)
+    recipe = Recipe(method="sparsegpt", sparsity=0.3, damping=0.1, block_size=64, outlier_rows=0.05)
+    expected = LayerRecipe(method="sparsegpt", sparsity=0.3, damping=0.1, block_size=64, outlier_rows=0.05)
     assert recipe.for_layer("anything") == expected
 
 
@@ -245,6 +247,60 @@ def test_a_sparsity_belongs_to_the_pattern_it_was_given_for():
     assert recipe.for_layer("a") == LayerRecipe(pattern="2:4")
     recipe = Recipe(pattern="2:4", block_size=64, overrides=(Override(match="a", settings={"pattern": "02:04"}),))
     assert recipe.for_layer("a") == LayerRecipe(pattern="2:4", block_size=64)
+
+
+def test_a_setting_that_the_method_does_not_use_is_refused():
+    for method in ("wanda", "magnitude"):
+        for name, value in (("block_size", 64), ("damping", 3.0)):
+            setting: dict[str, Any] = {name: value}
+            with pytest.raises(
+                RecipeError, match=rf"method {method} does not use {name}; leave it out \(it uses pattern, sp"
+            ):
+                LayerRecipe(method=method, **setting)
+            with pytest.raises(RecipeError, match=f"method {method} does not use {name}"):
+                Recipe(method=method, **setting)
+            with pytest.raises(RecipeError, match=f"method {method} does not use {name} in the override of 'a'"):
+                Recipe(overrides=(Override(match="a", settings={"method": method, **setting}),))
+            with pytest.raises(RecipeError, match=f"{name} in the override of 'a'"):
+                Recipe(method=method, overrides=(Override(match="a", settings=setting),))
+        # A default is no setting.
+        assert LayerRecipe(method=method, damping=0.01, block_size=None) == LayerRecipe(method=method)
+
+
+def test_settings_of_some_methods_stand_beside_others_in_one_recipe():
+    by_wanda = Override(match="a", settings={"method": "wanda"})
+    recipe = Recipe(block_size=64, damping=0.1, overrides=(by_wanda,))
+    assert recipe.for_layer("a") == LayerRecipe(method="wanda")
+    assert recipe.for_layer("b") == LayerRecipe(block_size=64, damping=0.1)
+    by_thanos = Override(match="a", settings={"method": "thanos"})
+    recipe = Recipe(method="wanda", damping=0.1, overrides=(by_thanos,))
+    assert recipe.for_layer("a") == LayerRecipe(damping=0.1)
+    assert recipe.for_layer("b") == LayerRecipe(method="wanda")
+    among = (by_thanos, Override(match="b", settings={"block_size": 8}))
+    recipe = Recipe(method="wanda", overrides=among)
+    assert recipe.for_layer("b") == LayerRecipe(method="wanda")
+    assert recipe.suited({"method": "magnitude"}) == {"method": "magnitude"}
+    assert Recipe(block_size=64, damping=0.1).replace(**Recipe(block_size=64).suited({"method": "wanda"})) == Recipe(
+        method="wanda"
+    )
+
+
+def test_a_bad_value_in_an_override_is_refused_though_the_recipes_own_method_would_ignore_it():
+    among = (Override(match="a", settings={"method": "thanos"}), Override(match="b", settings={"damping": -1.0}))
+    with pytest.raises(RecipeError, match="damping must be a number"):
+        Recipe(method="wanda", overrides=among)
+
+
+def test_recipes_that_earlier_versions_stored_are_still_read():
+    stored = Recipe(method="wanda").to_dict() | {"damping": 3.0, "block_size": 64}
+    stored["override"] = [{"match": "a", "damping": 2.0}, {"match": "b", "method": "magnitude", "block_size": 8}]
+    with pytest.raises(RecipeError, match="wanda"):
+        Recipe.from_dict(stored)
+    recipe = Recipe.from_dict(stored, stored=True)
+    assert recipe.for_layer("x") == recipe.for_layer("a") == LayerRecipe(method="wanda")
+    assert recipe.for_layer("b") == LayerRecipe(method="magnitude")
+    by_thanos = Recipe(damping=0.5, overrides=(Override(match="a", settings={"method": "wanda"}),))
+    assert Recipe.from_dict(by_thanos.to_dict(), stored=True) == by_thanos
 
 
 def test_overrides_that_contradict_each_other_are_refused_for_the_layers_that_both_match():
@@ -313,7 +369,7 @@ SHARES = st.floats(0, 0.49, allow_nan=False)
 def layer_settings(draw: st.DrawFn) -> dict[str, Any]:
     pattern = draw(st.sampled_from(["unstructured", "columns", "2:4", "1:8"]))
     values: dict[str, Any] = {
-        "method": draw(st.sampled_from(METHODS)),
+        "method": draw(st.sampled_from(method_names())),
         "pattern": pattern,
         "outlier_rows": draw(SHARES),
         "keep_budget": draw(st.booleans()) and pattern in ("unstructured", "columns"),
@@ -322,7 +378,7 @@ def layer_settings(draw: st.DrawFn) -> dict[str, Any]:
     }
     if ":" not in pattern:
         values["sparsity"] = draw(st.floats(0, 0.5))
-    return values
+    return oracles.used(**values)
 
 
 @st.composite

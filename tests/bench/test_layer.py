@@ -17,11 +17,11 @@ from thanos.bench.references import load_reference
 from thanos.cli import run as command
 from thanos.errors import DataError, RecipeError
 from thanos.patterns.columns import Columns
-from thanos.patterns.parse import parse_pattern
 from thanos.patterns.unstructured import Unstructured
 from thanos.planning import cost_model as costs
 from thanos.planning.synthetic_layer import synthetic_layer
 from thanos.recipe import LayerRecipe
+from thanos.registry import parse_pattern
 
 FAKE = """
 import torch
@@ -83,7 +83,7 @@ def test_a_reference_gets_the_same_problem_and_leaves_no_trace(name, repository,
 
 
 def test_a_wrong_reference_is_refused(tmp_path):
-    with pytest.raises(RecipeError, match="sparsegpt or thanos"):
+    with pytest.raises(RecipeError, match="thanos or sparsegpt"):
         load_reference("wanda", tmp_path)
     with pytest.raises(DataError, match=r"no sparsegpt\.py"):
         load_reference("sparsegpt", tmp_path)

@@ -29,7 +29,7 @@ from thanos.recipe import LayerRecipe
 from thanos.run.report import PruningReport
 from thanos.solvers.hessian import InputStatistics
 from thanos.solvers.prune_layer import prune_layer
-from thanos.solvers.row_shards import share_of
+from thanos.solvers.row_shards import row_range
 
 SAMPLES, LENGTH = 10, 32  # no multiple of 4
 
@@ -41,7 +41,7 @@ SAMPLES, LENGTH = 10, 32  # no multiple of 4
 @pytest.mark.parametrize("unit", [1, 16])
 @pytest.mark.parametrize("count", [0, 1, 2, 15, 16, 17, 33, 100, 128, 4096])
 def test_shares_are_contiguous_whole_units_and_cover_everything(count: int, unit: int, size: int) -> None:
-    shares = [share_of(count, rank, size, unit) for rank in range(size)]
+    shares = [row_range(count, rank, size, unit) for rank in range(size)]
     assert [index for share in shares for index in share] == list(range(count))
     filled = [len(share) for share in shares if len(share)]
     assert all(length >= min(unit, count) for length in filled)  # never a sliver
@@ -130,7 +130,7 @@ def problems() -> list[tuple[Tensor, Tensor]]:
     return found
 
 
-def solve_all(peers: Any) -> list[tuple[Any, ...]]:
+def solve_all(row_shards: Any) -> list[tuple[Any, ...]]:
     return [
         (
             result.weight,
@@ -141,7 +141,9 @@ def solve_all(peers: Any) -> list[tuple[Any, ...]]:
             result.error_after_compensation,
         )
         for weight, hessian in problems()
-        for result in (prune_layer(weight, InputStatistics(hessian), recipe, peers=peers) for recipe in recipes())
+        for result in (
+            prune_layer(weight, InputStatistics(hessian), recipe, row_shards=row_shards) for recipe in recipes()
+        )
     ]
 
 
@@ -179,7 +181,7 @@ def merge_statistics() -> Any:
     merged = group.merge(groups, layers, torch.device("cpu"))
     found = {tuple(layer.name for layer in g.layers): (g.tokens, g.hessian.unique().tolist()) for g in merged}
     parts = {
-        dtype: group.gather(torch.full((len(share_of(37, group.rank, group.size)), 3), group.rank).to(dtype), 37)
+        dtype: group.gather(torch.full((len(row_range(37, group.rank, group.size)), 3), group.rank).to(dtype), 37)
         for dtype in (torch.float64, torch.bfloat16, torch.bool)
     }
     before = group.before(torch.tensor([group.rank + 1, 10]))
@@ -195,7 +197,7 @@ def test_statistics_add_up_and_rows_come_together(tmp_path: Path) -> None:
         assert found == {("q", "k"): (6, [6.0]), ("expert.gate", "expert.up"): (9, [5.0]), ("wide",): (3, [6.0])}
         for dtype, rows in parts.items():
             assert rows.dtype == dtype
-            owners = torch.tensor([[r] * 3 for r in range(3) for _ in share_of(37, r, 3)])
+            owners = torch.tensor([[r] * 3 for r in range(3) for _ in row_range(37, r, 3)])
             assert torch.equal(rows, owners.to(dtype))
         assert before == [sum(range(1, rank + 1)), 10 * rank]
         assert made == {"made by": 0}

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import thanos
+from thanos import registry
 from thanos.calibration.windows import build_calibration
 from thanos.model.loading import load_model
 from thanos.model.source import resolve_model
@@ -58,7 +59,7 @@ def error(weight: torch.Tensor, pruned: torch.Tensor, gram: torch.Tensor) -> flo
 @pytest.mark.parametrize("name", LAYERS)
 def test_better_methods_leave_smaller_errors(layers: Any, name: str, pattern: str) -> None:
     weight, gram = layers[name]
-    pruned = {m: thanos.prune_weight(weight, gram, method=m, pattern=pattern) for m in thanos.recipe.METHODS}
+    pruned = {m: thanos.prune_weight(weight, gram, method=m, pattern=pattern) for m in registry.method_names()}
     errors = {method: error(weight, result.weight, gram) for method, result in pruned.items()}
     assert errors["thanos"] <= errors["sparsegpt"] <= errors["wanda"] <= errors["magnitude"]
     for method, result in pruned.items():

@@ -86,7 +86,7 @@ def test_rows_are_solved_as_in_float64(width):
 def test_methods_agree_with_float64_on_the_cpu(method, pattern, block_size, zeros):
     case = oracles.layer(70, 320, seed=3, tokens=2000, dead=[5])
     case.weight[torch.rand(70, 320, generator=torch.Generator().manual_seed(0)) < zeros] = 0.0
-    arguments = {"method": method, "pattern": pattern, "block_size": block_size, "outlier_rows": 0.05}
+    arguments = oracles.used(method, pattern=pattern, block_size=block_size, outlier_rows=0.05)
     double = prune_weight(case.weight, case.hessian, **arguments)
     single = prune_weight(case.weight.float().cuda(), case.hessian.float().cuda(), **arguments)
     assert int(single.kept.sum()) == int(double.kept.sum())
@@ -185,8 +185,8 @@ def test_column_major_weights_are_pruned_like_row_major_ones(method, pattern, ze
     case = oracles.layer(96, 64, seed=5)
     weight, hessian = case.weight.float().cuda(), case.hessian.float().cuda()
     weight[torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)).cuda() < zeros] = 0.0
-    expected = prune_weight(weight, hessian, method=method, pattern=pattern, block_size=32)
-    result = prune_weight(weight.T.contiguous().T, hessian, method=method, pattern=pattern, block_size=32)
+    expected = prune_weight(weight, hessian, **oracles.used(method, pattern=pattern, block_size=32))
+    result = prune_weight(weight.T.contiguous().T, hessian, **oracles.used(method, pattern=pattern, block_size=32))
     assert torch.equal(result.kept, expected.kept)
     torch.testing.assert_close(result.weight, expected.weight, rtol=1e-4, atol=1e-5)
 

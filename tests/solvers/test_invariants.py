@@ -33,7 +33,7 @@ def prune(
 ) -> PrunedWeight:
     if ":" not in pattern:
         more.setdefault("sparsity", SPARSITY)
-    return prune_weight(weight, hessian, method=method, pattern=pattern, outlier_rows=alpha, **more)
+    return prune_weight(weight, hessian, pattern=pattern, outlier_rows=alpha, **oracles.used(method, **more))
 
 
 def assert_same(actual: PrunedWeight, expected: PrunedWeight) -> None:

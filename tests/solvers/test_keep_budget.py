@@ -23,9 +23,9 @@ from thanos.solvers.prune_layer import PrunedWeight
 every_method = pytest.mark.parametrize("method", oracles.METHODS)
 
 
-def keep(rows: int, columns: int, **arguments: Any) -> tuple[PrunedWeight, oracles.Layer]:
+def keep(rows: int, columns: int, *, method: str = "thanos", **arguments: Any) -> tuple[PrunedWeight, oracles.Layer]:
     case = oracles.layer(rows, columns, seed=rows + columns)
-    return prune_weight(case.weight, case.hessian, keep_budget=True, **arguments), case
+    return prune_weight(case.weight, case.hessian, keep_budget=True, **oracles.used(method, **arguments)), case
 
 
 def energies(case: oracles.Layer) -> torch.Tensor:
@@ -72,7 +72,7 @@ def test_each_nm_row_is_what_its_own_pattern_gives(method: str) -> None:
     """A halved row equals that row of the whole matrix pruned to half of the pattern, and the others likewise."""
     result, case = keep(20, 48, method=method, pattern="2:4", outlier_rows=0.2, block_size=16)
     for rows, pattern in ((result.halved, "1:4"), (None, "2:4")):
-        expected = prune_weight(case.weight, case.hessian, method=method, pattern=pattern, block_size=16)
+        expected = prune_weight(case.weight, case.hessian, **oracles.used(method, pattern=pattern, block_size=16))
         if rows is None:
             taken = torch.cat([result.halved, result.outliers]).tolist()
             rows = torch.tensor([row for row in range(20) if row not in taken])

@@ -12,19 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import oracles
+from thanos import registry
+from thanos.patterns.budget import Budget
 from thanos.recipe import LayerRecipe
-from thanos.solvers.budget import Budget
 from thanos.solvers.hessian import InputStatistics
-from thanos.solvers.problem import Problem
-from thanos.solvers.prune_layer import METHODS
-from thanos.solvers.row_shards import ALONE, Peers
+from thanos.solvers.problem import Problem, Solution
+from thanos.solvers.row_shards import ALONE, RowShards
 from thanos.solvers.selection import even_rows_mask, kth_on_cpu, smallest_mask
 
 QUICK = settings(max_examples=40, deadline=None, derandomize=True)
 
 
 class Threads:
-    """Peers that are threads of this process; sums meet at a barrier."""
+    """RowShards that are threads of this process; sums meet at a barrier."""
 
     def __init__(self, rank: int, board: list, barrier: threading.Barrier) -> None:
         self.rank, self.size, self._board, self._barrier = rank, len(board), board, barrier
@@ -45,7 +45,7 @@ class Threads:
 
 
 def together(size: int, work) -> list:
-    """Run ``work(peers)`` in ``size`` threads; return the results by rank."""
+    """Run ``work(row_shards)`` in ``size`` threads; return the results by rank."""
     board, barrier = [None] * size, threading.Barrier(size, timeout=60)
     with ThreadPoolExecutor(size) as pool:
         return list(pool.map(work, [Threads(rank, board, barrier) for rank in range(size)]))
@@ -95,10 +95,15 @@ def test_the_mask_is_that_of_sorting_whoever_holds_the_rows(kind, dtype, size):
 
 
 class _Several:
-    """The same peers, never taking the short way of a single process."""
+    """The same row_shards, never taking the short way of a single process."""
 
-    def __init__(self, peers: Peers) -> None:
-        self.rank, self.size, self.sum_, self.before = peers.rank, max(2, peers.size), peers.sum_, peers.before
+    def __init__(self, row_shards: RowShards) -> None:
+        self.rank, self.size, self.sum_, self.before = (
+            row_shards.rank,
+            max(2, row_shards.size),
+            row_shards.sum_,
+            row_shards.before,
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -135,21 +140,21 @@ def test_even_rows_do_not_depend_on_who_holds_them(rows, columns, size, data):
 def test_methods_give_the_same_mask_and_weight_however_the_rows_are_spread(method, pattern, zeros):
     case = oracles.layer(11, 40, seed=1)
     case.weight[torch.rand(11, 40, generator=torch.Generator().manual_seed(0)) < zeros] = 0.0
-    recipe = LayerRecipe(method=method, pattern=pattern, sparsity=0.5, block_size=16)
+    recipe = LayerRecipe(method=method, pattern=pattern, sparsity=0.5)
     inputs = InputStatistics(case.hessian, dtype=torch.float64)
     factor = inputs.factor(0.01)
 
-    def solve(rows: slice, peers: Peers) -> tuple[torch.Tensor, torch.Tensor]:
+    def solve(rows: slice, row_shards: RowShards) -> Solution:
         weight = case.weight[rows]
         budget = Budget.plan(11, 40, recipe)
-        return METHODS[method].solve(
-            Problem(weight, weight == 0, inputs, factor, recipe.parsed_pattern, budget, 16, peers)
+        return registry.method(method).load()(
+            Problem(weight, weight == 0, inputs, factor, recipe.parsed_pattern, budget, 16, row_shards)
         )
 
-    weight, removed = solve(slice(None), ALONE)
+    alone = solve(slice(None), ALONE)
     parts = together(3, lambda p: solve(split(11, 3)[p.rank], p))
-    assert torch.equal(torch.cat([part[1] for part in parts]), removed)
-    assert torch.allclose(torch.cat([part[0] for part in parts]), weight, rtol=1e-9, atol=1e-12)
+    assert torch.equal(torch.cat([part.removed for part in parts]), alone.removed)
+    assert torch.allclose(torch.cat([part.weight for part in parts]), alone.weight, rtol=1e-9, atol=1e-12)
 
 
 def test_alone_adds_nothing():

@@ -26,4 +26,4 @@ def test_a_shell_reads_the_command_as_packages(extra: str) -> None:
 
 def test_no_message_names_a_package_that_no_index_has() -> None:
     for path in (ROOT / "src").rglob("*.py"):
-        assert not re.search(rf"{PROJECT['name']}\[", path.read_text(encoding="utf-8")), path
+        assert not re.search(rf"['\" ]{PROJECT['name']}\[", path.read_text(encoding="utf-8")), path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from thanos import registry
 from thanos.bench.measure import machine, median_seconds, with_peak
 from thanos.bench.references import Solver, load_reference
 from thanos.errors import RecipeError
@@ -44,8 +46,8 @@ class LayerSettings:
     """
 
     shapes: tuple[tuple[int, int], ...]
-    methods: tuple[str, ...] = ("thanos", "sparsegpt")
-    patterns: tuple[str, ...] = ("unstructured", "2:4")
+    methods: tuple[str, ...] = field(default_factory=registry.compensating_methods)
+    patterns: tuple[str, ...] = field(default_factory=lambda: registry.example_patterns()[:2])
     block_sizes: tuple[int | None, ...] = (None,)
     tokens: int | None = None
     sparsity: float = 0.5
@@ -56,14 +58,14 @@ class LayerSettings:
     seed: int = 0
 
     def recipes(self) -> Iterator[LayerRecipe]:
-        """Yield one recipe per method, pattern and block size."""
-        for method in self.methods:
-            for pattern in self.patterns:
-                for size in self.block_sizes:
-                    sparsity = None if ":" in pattern else self.sparsity
-                    yield LayerRecipe(
-                        method=method, pattern=pattern, sparsity=sparsity, block_size=size, damping=self.damping
-                    )
+        """Yield one recipe per method, pattern and block size, the latter once for a method that has none."""
+        recipes: dict[LayerRecipe, None] = {}
+        for name, pattern, size in itertools.product(self.methods, self.patterns, self.block_sizes):
+            method = registry.method(name)
+            sparsity = self.sparsity if registry.parse_pattern(pattern).sparsity is None else None
+            settings = method.used({"block_size": size, "damping": self.damping})
+            recipes[LayerRecipe(method=name, pattern=pattern, sparsity=sparsity, **settings)] = None
+        yield from recipes
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +155,7 @@ def device_rates(device: str) -> dict[str, float]:
 def relative_error(weight: Tensor, pruned: Tensor, hessian: Tensor) -> float:
     """Return tr(Δ H Δᵀ) / tr(W H Wᵀ), in float64, independently of what a solver says about itself."""
 
-    def energy(matrix: Tensor) -> Tensor:
+    def squared_norm(matrix: Tensor) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=matrix.device)
         for rows in matrix.split(1024):
             wide = rows.double()
@@ -162,7 +164,7 @@ def relative_error(weight: Tensor, pruned: Tensor, hessian: Tensor) -> float:
                 total += (image * wide[:, columns : columns + 2048]).sum()
         return total
 
-    return (energy(pruned.to(weight.dtype) - weight) / energy(weight)).item()
+    return (squared_norm(pruned.to(weight.dtype) - weight) / squared_norm(weight)).item()
 
 
 @dataclass(frozen=True, slots=True)

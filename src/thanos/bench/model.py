@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from thanos import registry
 from thanos.bench.measure import machine
 from thanos.bench.synthetic import RandomCheckpoint, Shape, random_checkpoint
 from thanos.checkpoint.writer import CheckpointWriter
@@ -204,9 +205,9 @@ def floor_seconds(shape: Shape, recipe: Recipe, rates: Rates) -> dict[str, float
     last = shape.intermediate * shape.hidden
     inputs = (shape.hidden, shape.hidden, shape.hidden, shape.intermediate)
     gram = sum(2.0 * tokens * columns**2 for columns in inputs)
-    compensates = recipe.method in ("thanos", "sparsegpt")
-    solve = sum((3.0 if compensates else 2.0) * rows * columns**2 for rows, columns in layers.values())
-    if compensates:
+    method = registry.method(recipe.method)
+    solve = sum((3.0 if method.compensates else 2.0) * rows * columns**2 for rows, columns in layers.values())
+    if method.needs_factor:
         solve += sum(2 / 3 * columns**3 for columns in inputs)
         solve += sum(1.0 * rows * columns**2 for rows, columns in layers.values())
     forward = (2.0 * tokens * weights + attention) / rates.model_flops

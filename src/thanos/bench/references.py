@@ -16,16 +16,12 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from thanos import registry
 from thanos.errors import DataError, RecipeError
-from thanos.patterns.nm import NM
-from thanos.patterns.parse import parse_pattern
 from thanos.recipe import LayerRecipe
 
 Solver = Callable[[Tensor, Tensor, LayerRecipe], Tensor]
 """(weight, hessian, recipe) → pruned weight."""
-
-CLASSES = {"sparsegpt": "SparseGPT", "thanos": "Thanos"}
-"""The solver's class in each repository, in a file of the lower-case name at its root or under lib/."""
 
 _UNUSED = ("matplotlib", "matplotlib.pyplot", "sklearn", "sklearn.cluster")
 """Imported by those files and not needed to solve a layer: empty modules stand in for them."""
@@ -41,14 +37,17 @@ def load_reference(name: str, folder: Path) -> Solver:
         RecipeError: the name is unknown.
         DataError: the folder does not hold that repository.
     """
-    if name not in CLASSES:
-        raise RecipeError(f"--peer {name}: unknown; choose {' or '.join(CLASSES)}, as in --peer sparsegpt=DIR")
+    classes = registry.reference_classes()  # each in a file of the method's name, at the root or under lib/
+    if name not in classes:
+        raise RecipeError(
+            f"--peer {name}: unknown; choose {' or '.join(classes)}, as in --peer {next(iter(classes))}=DIR"
+        )
     file = next((f for f in (folder / f"{name}.py", folder / "lib" / f"{name}.py") if f.is_file()), None)
     if file is None:
         raise DataError(f"--peer {name}={folder}: no {name}.py in it or in its lib/; give the repository's folder")
-    solver = getattr(_load(file, folder), CLASSES[name], None)
+    solver = getattr(_load(file, folder), classes[name], None)
     if solver is None:
-        raise DataError(f"--peer {name}: {file} has no class {CLASSES[name]}; is it the reference repository?")
+        raise DataError(f"--peer {name}: {file} has no class {classes[name]}; is it the reference repository?")
 
     def prune(weight: Tensor, hessian: Tensor, recipe: LayerRecipe) -> Tensor:
         layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=weight.device)
@@ -89,8 +88,8 @@ def _run(solver: Any, hessian: Tensor, recipe: LayerRecipe) -> None:
     solver.H, solver.nsamples = hessian.clone(), 1
     squares = hessian.diagonal().clone()
     solver.scaler_row, solver.X_squared_sum = squares, squares[:, None]
-    pattern = parse_pattern(recipe.pattern)
-    zeros, group = (pattern.m - pattern.n, pattern.m) if isinstance(pattern, NM) else (0, 0)  # both count zeros
+    pattern = recipe.parsed_pattern
+    zeros, group = (pattern.group_zeros, pattern.group) if pattern.group_zeros else (0, 0)  # both count zeros
     method = solver.fasterprune if hasattr(solver, "fasterprune") else solver.snap
     wanted = {
         "prunen": zeros,

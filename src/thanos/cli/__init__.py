@@ -33,12 +33,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(arguments: Sequence[str]) -> int:
     """Run one command; return its exit code."""
     from thanos.cli import torchrun as ranks
-    from thanos.cli.app import app
 
     # The command raises instead of exiting, so that every outcome is mapped to its code in one place.
     again = shlex.join([*ranks.program(), *(word for word in arguments if word != "--resume"), "--resume"])
     words = list(arguments) or ["--help"]
-    return guard(lambda: _mendable(lambda: app(words, prog_name="thanos", standalone_mode=False)), again=again)
+    return guard(lambda: _mendable(lambda: _command(words)), again=again)
+
+
+def _command(words: list[str]) -> Any:
+    from thanos.cli.app import app  # here, since its options read the registry, and so import the user's plug-ins
+
+    return app(words, prog_name="thanos", standalone_mode=False)
 
 
 def _mendable(action: Callable[[], Any]) -> Any:

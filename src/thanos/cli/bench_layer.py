@@ -7,9 +7,14 @@ from typing import Annotated
 
 import typer
 
+from thanos import registry
 from thanos.cli.options import Threads, option, use_threads
 from thanos.errors import RecipeError
 from thanos.system.documents import json_text
+
+_METHODS = registry.compensating_methods()
+_PATTERNS = registry.example_patterns()[:2]  # any entry, and the commonest n:m
+_REFERENCES = [f"{name}=DIR" for name in registry.reference_classes()]
 
 
 def layer(
@@ -17,10 +22,11 @@ def layer(
         list[str] | None, option("Rows x columns of a weight; may be repeated (default: 2048x2048).", "CxB")
     ] = None,
     method: Annotated[
-        list[str] | None, option("A solver; may be repeated (default: thanos and sparsegpt).", "NAME")
+        list[str] | None, option(f"A method; may be repeated (default: {' and '.join(_METHODS)}).", "NAME")
     ] = None,
     pattern: Annotated[
-        list[str] | None, option("A pattern; may be repeated (default: unstructured and 2:4).", "PATTERN", "--pattern")
+        list[str] | None,
+        option(f"A pattern; may be repeated (default: {' and '.join(_PATTERNS)}).", "PATTERN", "--pattern"),
     ] = None,
     block_size: Annotated[
         list[int] | None,
@@ -43,8 +49,8 @@ def layer(
     peer: Annotated[
         list[str] | None,
         option(
-            "Measure a reference implementation too, sparsegpt=DIR or thanos=DIR, DIR its repository; may be repeated "
-            "(default: none).",
+            f"Measure a method's reference implementation too, {' or '.join(_REFERENCES)}, DIR its repository; may be "
+            "repeated (default: none).",
             "NAME=DIR",
         ),
     ] = None,
@@ -66,8 +72,8 @@ def layer(
     tables.check_writable(json_file)
     settings = LayerSettings(
         shapes=shapes,
-        methods=tuple(method or ("thanos", "sparsegpt")),
-        patterns=tuple(pattern or ("unstructured", "2:4")),
+        methods=tuple(method or _METHODS),
+        patterns=tuple(pattern or _PATTERNS),
         block_sizes=tuple(block_size or (None,)),
         tokens=tokens,
         sparsity=sparsity,
@@ -100,12 +106,12 @@ def parse_shape(text: str) -> tuple[int, int]:
 
 
 def parse_peer(text: str) -> tuple[str, Path]:
-    """Read ``sparsegpt=DIR``.
+    """Read ``NAME=DIR``.
 
     Raises:
         RecipeError: it is anything else.
     """
     name, equals, folder = text.partition("=")
     if not (name and equals and folder):
-        raise RecipeError(f"--peer {text!r} must be NAME=DIR, such as sparsegpt=../sparsegpt")
+        raise RecipeError(f"--peer {text!r} must be NAME=DIR, such as {_REFERENCES[0]}")
     return name, Path(folder)

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from thanos.cli.options import Threads, option, use_threads
+from thanos import registry
+from thanos.cli.options import METHOD_HELP, PATTERN_HELP, Threads, option, use_threads
 from thanos.errors import RecipeError
 from thanos.recipe import Recipe
 from thanos.system.suggestions import near
@@ -28,10 +29,8 @@ def model(
     blocks: Annotated[
         int | None, option("Measure only the first N blocks, the rest is reckoned (default: all).", "N")
     ] = None,
-    method: Annotated[str, option("thanos, sparsegpt, wanda or magnitude (default thanos).", "NAME")] = "thanos",
-    pattern: Annotated[
-        str, option("unstructured, columns, or N:M (default unstructured).", "PATTERN", "--pattern")
-    ] = "unstructured",
+    method: Annotated[str, option(METHOD_HELP, "NAME")] = registry.DEFAULT_METHOD,
+    pattern: Annotated[str, option(PATTERN_HELP, "PATTERN", "--pattern")] = registry.DEFAULT_PATTERN,
     sparsity: Annotated[float | None, option("Share of weights to remove (default 0.5; from N:M).", "SHARE")] = None,
     block_size: Annotated[int | None, option("Columns handled together (default: the method's).", "COLUMNS")] = None,
     samples: Annotated[int, option("Number of calibration sequences (default 128).", "N")] = 128,

@@ -11,7 +11,7 @@ from pathlib import Path
 from thanos.cli import output as tables
 from thanos.cli import progress as display
 
-_RECIPE = {"method": "thanos", "sparsity": 0.5, "calibration": "pydoc", "samples": 32, "sequence_length": 512}
+_RECIPE = {"sparsity": 0.5, "calibration": "pydoc", "samples": 32, "sequence_length": 512}
 _EVALUATION = {"text": "pydoc", "sequence_length": 512, "max_windows": 32}
 
 

@@ -6,7 +6,15 @@ from typing import Annotated, Any
 
 import typer
 
+from thanos import registry
 from thanos.errors import UserError
+
+METHOD_HELP = (
+    "; ".join(f"{row.name}: {row.help}" for row in registry.methods()) + f" (default {registry.DEFAULT_METHOD})."
+)
+PATTERN_HELP = (
+    "; ".join(f"{row.name}: {row.help}" for row in registry.patterns()) + f" (default {registry.DEFAULT_PATTERN})."
+)
 
 NUMBERS = {"SHARE": float, "N": int, "TOKENS": int, "COLUMNS": int}
 """Metavar → what the value of such an option is."""
@@ -51,3 +59,8 @@ def check_threads(threads: int | None) -> None:
         raise UserError(
             f"--threads must be a whole number, 1 to {_MOST_THREADS}; got {threads}; best is at most the number of cores"
         )
+
+
+def using(setting: str) -> str:
+    """Return which methods use a setting, as a part of a help text."""
+    return f", for {', '.join(row.name for row in registry.methods() if setting in row.settings)}"

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from thanos.calibration.statistics import InputGroup, empty_group
 from thanos.errors import RecipeError, ResourceError, UserError
-from thanos.solvers.row_shards import Alone, share_of
+from thanos.solvers.row_shards import Alone, row_range
 
 if TYPE_CHECKING:
     from thanos.model.layers import LinearLayer
@@ -43,14 +43,14 @@ LOST = (
 
 
 class World(Alone):
-    """The processes of a run, and to the solvers the peers that share a weight's rows. This class is a single process.
+    """The processes of a run, which for the solvers are the row shards of a weight. This class is a single process.
 
     Every process makes the same calls in the same order.
     """
 
     def share(self, count: int) -> range:
         """Return which of ``count`` sequences are this process's."""
-        return share_of(count, self.rank, self.size, 1)
+        return row_range(count, self.rank, self.size, 1)
 
     def from_first(self, make: Callable[[], T]) -> T:
         """Return what rank 0 makes; the others get a copy and make nothing."""
@@ -144,7 +144,7 @@ class Group(World):
 
         They travel as bytes, since not every backend knows every dtype.
         """
-        shares = [len(share_of(count, rank, self.size)) for rank in range(self.size)]
+        shares = [len(row_range(count, rank, self.size)) for rank in range(self.size)]
         width = rows[:1].numel() if len(rows) else rows.new_empty(1, *rows.shape[1:]).numel()
         mine = torch.zeros(max(shares) * width * rows.element_size(), dtype=torch.uint8, device=rows.device)
         mine[: rows.nbytes] = rows.contiguous().reshape(-1).view(torch.uint8)

@@ -224,7 +224,7 @@ class Engine:
         assert settings is not None
         began = time.perf_counter()
         stored = self.weights.stored(layer.weight_name)
-        pruned = prune_layer(layer.oriented(stored), inputs, settings, name=layer.name, peers=self.world)
+        pruned = prune_layer(layer.oriented(stored), inputs, settings, name=layer.name, row_shards=self.world)
         result = layer.oriented(pruned.weight).contiguous()
         seconds = time.perf_counter() - began  # the device is done: the record's numbers are here
         record = layer_record(layer, pruned, inputs, settings, stored.dtype, tokens, seconds)

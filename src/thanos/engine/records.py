@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
+from thanos import registry
 from thanos.model.layers import LinearLayer
 from thanos.recipe import LayerRecipe
 from thanos.solvers.hessian import InputStatistics
@@ -68,10 +69,8 @@ def _warnings(pruned: PrunedWeight, inputs: InputStatistics, tokens: int, settin
         lines.append(f"{dead} of {columns} input columns were never excited")
     if pruned.damping_reason:
         lines.append(f"damping raised to {pruned.damping:g}: {pruned.damping_reason}")
-    if pruned.damping is not None:
-        condition = inputs.condition(settings.damping)
-        if condition > _BAD_CONDITION:
-            lines.append(f"the damped Hessian is badly conditioned: condition number about {condition:.1e}")
+    if pruned.condition is not None and pruned.condition > _BAD_CONDITION:
+        lines.append(f"the damped Hessian is badly conditioned: condition number about {pruned.condition:.1e}")
     return lines
 
 
@@ -219,13 +218,14 @@ def expert_notes(experts: Mapping[str, str], records: Sequence[LayerRecord]) -> 
         if record.name in experts and record.tokens < record.shape[1]:
             (few if record.tokens else none).add(experts[record.name])
     lines = []
+    by = registry.method_without_inputs(registry.parse_pattern(registry.DEFAULT_PATTERN)).name
     if few:
         lines.append(
             f"{len(few):,} of {len(total):,} experts saw fewer calibration tokens than they have input columns: their Hessians "
             "are singular but for damping; give more --samples"
         )
     if none:
-        lines.append(f"{len(none):,} of {len(total):,} experts saw no calibration token: pruned by magnitude")
+        lines.append(f"{len(none):,} of {len(total):,} experts saw no calibration token: pruned by {by}")
     return lines
 
 

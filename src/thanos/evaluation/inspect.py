@@ -17,10 +17,8 @@ from thanos.model.layers import LinearLayer, linear_layers
 from thanos.model.opening import OpenedModel, open_model
 from thanos.model.source import find_local, resolve_model
 from thanos.model.unused import Unused
-from thanos.patterns.columns import Columns
-from thanos.patterns.nm import NM
-from thanos.patterns.parse import Pattern, parse_pattern
-from thanos.patterns.unstructured import Unstructured
+from thanos.patterns.base import STRAY, Pattern
+from thanos.registry import example_patterns, parse_pattern, required_patterns
 from thanos.run.report import SCHEMA as REPORT_SCHEMA
 from thanos.run.report import DenseRecord, count_totals
 from thanos.run.survey import NOT_LINEAR
@@ -28,11 +26,6 @@ from thanos.system.documents import Document
 from thanos.system.event_stream import EventStream
 
 SCHEMA = 1
-
-_STRAY = 0.01
-"""Share of zeros that a dense row, or a column that stays, may hold by chance: 16-bit weights have a few."""
-
-_ALWAYS_LOOKED_FOR = (NM(2, 4), NM(4, 8), Columns())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,9 +97,9 @@ def inspect_checkpoint(
 
     Args:
         model: a hub name, a local folder or a ``.gguf`` file.
-        require: ``N:M`` or ``columns``; layers that break it are listed. Outlier rows break it too, since whatever needs the
-            pattern needs it in every row; and so does a layer of the blocks without zeros, unless ``pruning.json`` says why
-            it was left dense.
+        require: ``N:M``, ``columns`` or a registered pattern; layers that break it are listed. Outlier rows break it too, since
+            whatever needs the pattern needs it in every row; and so does a layer of the blocks without zeros, unless
+            ``pruning.json`` says why it was left dense.
         on_event: is told about progress.
         trust_remote_code: let transformers run Python code that the checkpoint carries.
 
@@ -167,8 +160,8 @@ def inspect_checkpoint(
 
 def _required(text: str) -> Pattern:
     pattern = parse_pattern(text)
-    if isinstance(pattern, Unstructured):
-        raise RecipeError("--require unstructured cannot be broken; require N:M or columns")
+    if not pattern.can_be_required:
+        raise RecipeError(f"--require {pattern} cannot be broken; require {required_patterns()}")
     return pattern
 
 
@@ -199,7 +192,7 @@ def _reason(name: str, layer: LinearLayer | None, zeros: float, known: dict[str,
         return "outside the decoder blocks"
     if layer.router:
         return "routes tokens to experts"
-    return "" if required or zeros > _STRAY else "no zeros, and no report that says why"
+    return "" if required or zeros > STRAY else "no zeros, and no report that says why"
 
 
 def _inspect_layer(layer: LinearLayer, stored: Tensor, wanted: Pattern | None) -> tuple[LayerInspection, str]:
@@ -207,37 +200,22 @@ def _inspect_layer(layer: LinearLayer, stored: Tensor, wanted: Pattern | None) -
     zero = weight == 0
     zeros = int(zero.sum())
     rows, columns = layer.shape
-    dense_rows = zero.sum(1) <= _STRAY * columns if zeros > _STRAY * weight.numel() else zero.new_zeros(rows)
+    dense_rows = zero.sum(1) <= STRAY * columns if zeros > STRAY * weight.numel() else zero.new_zeros(rows)
     rest = zero[~dense_rows]
     zero_columns = rest.all(0) if len(rest) else zero.new_zeros(columns)
-    looked_for: dict[Pattern, None] = dict.fromkeys((*_ALWAYS_LOOKED_FOR, *([wanted] if wanted else [])))
+    shown = map(parse_pattern, example_patterns(required=True))
+    looked_for: dict[Pattern, None] = dict.fromkeys((*shown, *([wanted] if wanted else [])))
     found = LayerInspection(
         name=layer.name,
         shape=(rows, columns),
         dtype=str(stored.dtype).removeprefix("torch."),
         zeros=zeros,
         sparsity=zeros / max(1, weight.numel()),
-        patterns=[str(pattern) for pattern in looked_for if len(rest) and not _break(rest, pattern)],
+        patterns=[str(pattern) for pattern in looked_for if len(rest) and not pattern.violation(rest)],
         outlier_rows=int(dense_rows.sum()),
         zero_columns=int(zero_columns.sum()),
     )
-    return found, _break(zero, wanted) if wanted else ""
-
-
-def _break(zero: Tensor, pattern: Pattern) -> str:
-    """Say how a matrix with these zeros, (rows, columns) bool, breaks a pattern; empty if it does not."""
-    rows, columns = zero.shape
-    if isinstance(pattern, NM):
-        if columns % pattern.m:
-            return f"{columns} columns are no multiple of {pattern.m}"
-        left = (~zero).view(rows, -1, pattern.m).sum(2)
-        bad = int((left > pattern.n).sum())
-        return f"{bad:,} of {left.numel():,} groups hold more than {pattern.n} non-zeros" if bad else ""
-    whole = zero.all(0)
-    if not bool(whole.any()):
-        return "no input column is zero in every row"
-    stray = zero[:, ~whole].float().mean().item() if bool((~whole).any()) else 0.0
-    return f"{100 * stray:.2f} % of the other columns' entries are zero" if stray > _STRAY else ""
+    return found, wanted.violation(zero) if wanted else ""
 
 
 def _in_model_order(

@@ -2,26 +2,57 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Self
 
+from thanos.patterns.base import STRAY, Choice, Pattern
+from thanos.patterns.budget import Budget, Request
 from thanos.patterns.rounding import floor_count
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Columns:
+class Columns(Pattern):
     """Whole input columns are removed, from every row that is not an outlier row."""
 
-    group: int = 1
-    sparsity: None = None
+    whole_columns: ClassVar[bool] = True
+
+    @classmethod
+    def parse(cls, text: str) -> Self | None:
+        """Read ``columns``."""
+        return cls() if text == "columns" else None
 
     def __str__(self) -> str:
         return "columns"
 
-    def check_width(self, columns: int) -> None:
-        """Any width will do."""
+    def budget(self, request: Request) -> Budget:
+        """Return how many columns go; with ``keep_budget`` as :class:`Budget` says."""
+        budget, rows, columns = Pattern.budget(self, request), request.rows, request.columns
+        if request.keep_budget and 0 < budget.outlier_rows < rows:
+            wanted = request.sparsity * rows * columns
+            outliers, removed = rows_and_columns(wanted, rows, columns, budget.outlier_rows)
+            budget = replace(budget, outlier_rows=outliers, columns=removed)
+        return budget
 
-    def check_block_size(self, block_size: int) -> None:
-        """Any block size will do."""
+    def asks_too_much(self, budget: Budget, rows: int, columns: int) -> bool:
+        """Some column has to stay."""
+        del rows
+        return budget.columns >= columns
+
+    def mask(self, choice: Choice, scores: Tensor, *, by_row: bool = False) -> Tensor:
+        """Take the columns with the smallest scores (b,)."""
+        del by_row
+        return choice.smallest_columns(scores, choice.budget.columns)
+
+    def violation(self, zero: Tensor) -> str:
+        """No column is zero in every row, or others hold more than stray zeros."""
+        whole = zero.all(0)
+        if not bool(whole.any()):
+            return "no input column is zero in every row"
+        stray = zero[:, ~whole].float().mean().item() if bool((~whole).any()) else 0.0
+        return f"{100 * stray:.2f} % of the other columns' entries are zero" if stray > STRAY else ""
 
 
 def rows_and_columns(wanted: float, rows: int, columns: int, outliers: int) -> tuple[int, int]:
@@ -35,8 +66,8 @@ def rows_and_columns(wanted: float, rows: int, columns: int, outliers: int) -> t
     if floor_count(wanted / others + 0.5) >= columns:
         return outliers, columns
     fewer = floor_count(wanted / others)
-    found = [(others, fewer)]
+    choices = [(others, fewer)]
     if fewer + 1 < columns:
-        found.append((max(1, min(others, floor_count(wanted / (fewer + 1) + 0.5))), fewer + 1))
-    pruned, removed = min(found, key=lambda pair: abs(pair[0] * pair[1] - wanted))
+        choices.append((max(1, min(others, floor_count(wanted / (fewer + 1) + 0.5))), fewer + 1))
+    pruned, removed = min(choices, key=lambda pair: abs(pair[0] * pair[1] - wanted))
     return (rows - pruned, removed) if removed else (outliers, 0)

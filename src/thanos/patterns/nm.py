@@ -1,14 +1,26 @@
-"""n:m sparsity: at most n non-zeros in every m consecutive weights of a row."""
+"""n:m sparsity: at most n non-zeros in every m consecutive weights of a row.
+
+That is the industry's reading; 1:4 keeps a quarter of the weights. Some of the literature counts the zeros instead; for 2:4
+and 4:8 both agree.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Self
 
 from thanos.errors import RecipeError
+from thanos.patterns.base import Choice, Pattern
+from thanos.patterns.budget import Budget, Request
+from thanos.patterns.rounding import floor_count
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class NM:
+class NM(Pattern):
     """At most ``n`` non-zeros in every ``m`` consecutive weights of a row, 0 < n < m.
 
     Raises:
@@ -24,14 +36,25 @@ class NM:
                 f"pattern {self.n}:{self.m} is impossible: n:m keeps at most n of every m weights, so 0 < n < m"
             )
 
+    @classmethod
+    def parse(cls, text: str) -> Self | None:
+        """Read ``N:M``."""
+        match = re.fullmatch(r"([0-9]{1,6}):([0-9]{1,6})", text)
+        return None if match is None else cls(int(match[1]), int(match[2]))
+
     @property
     def group(self) -> int:
-        """Consecutive inputs that are decided together."""
+        """Consecutive inputs that are decided together: m."""
         return self.m
 
     @property
+    def group_zeros(self) -> int:
+        """Entries that every group loses: m − n."""
+        return self.m - self.n
+
+    @property
     def sparsity(self) -> float:
-        """The share of weights that the pattern removes."""
+        """The fraction of weights that the pattern removes."""
         return (self.m - self.n) / self.m
 
     def __str__(self) -> str:
@@ -59,3 +82,44 @@ class NM:
             raise RecipeError(
                 f"block_size {block_size} would cut a group of pattern {self} in two; use a multiple of {self.m}"
             )
+
+    def check_keep_budget(self, outlier_rows: float) -> None:
+        """Refuse an odd n, which has no half, and more outlier rows than halved rows can make up for."""
+        if self.n % 2:
+            raise RecipeError(
+                f"keep_budget with outlier_rows gives some rows half of the non-zeros, but {self} keeps an odd number of "
+                f"{self.n}; choose a pattern with an even one, such as 2:4, or leave keep_budget out"
+            )
+        # Every outlier row needs 2(m − n)/n halved rows to make up for it.
+        most = self.n / (2 * self.m - self.n)
+        if outlier_rows > most:
+            raise RecipeError(
+                f"outlier_rows {outlier_rows} is too much for keep_budget with pattern {self}: the other rows can make "
+                f"up for at most {most:.4g}; lower outlier_rows or leave keep_budget out"
+            )
+
+    def budget(self, request: Request) -> Budget:
+        """With ``keep_budget``, rows are halved as :class:`Budget` says."""
+        budget = Pattern.budget(self, request)
+        if request.keep_budget and 0 < budget.outlier_rows < request.rows:
+            halved = floor_count(2 * budget.outlier_rows * (self.m - self.n) / self.n + 0.5)
+            budget = replace(budget, halved_rows=halved)
+        return budget
+
+    def halved(self) -> NM:
+        """Return n/2 of m."""
+        return NM(self.n // 2, self.m)
+
+    def mask(self, choice: Choice, scores: Tensor, *, by_row: bool = False) -> Tensor:
+        """Take the m − n smallest scores of every group."""
+        del by_row
+        return choice.smallest_of_each_group(scores, self.m - self.n, self.m)
+
+    def violation(self, zero: Tensor) -> str:
+        """A group holds more than n non-zeros, or the width leaves a partial group."""
+        rows, columns = zero.shape
+        if columns % self.m:
+            return f"{columns} columns are no multiple of {self.m}"
+        left = (~zero).view(rows, -1, self.m).sum(2)
+        bad = int((left > self.n).sum())
+        return f"{bad:,} of {left.numel():,} groups hold more than {self.n} non-zeros" if bad else ""

@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Self
+
+from thanos.patterns.base import Choice, Pattern
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Unstructured:
+class Unstructured(Pattern):
     """Any weight may be removed."""
 
-    group: int = 1
-    sparsity: None = None
+    any_entries: ClassVar[bool] = True
+    can_be_required: ClassVar[bool] = False
+
+    @classmethod
+    def parse(cls, text: str) -> Self | None:
+        """Read ``unstructured``."""
+        return cls() if text == "unstructured" else None
 
     def __str__(self) -> str:
         return "unstructured"
 
-    def check_width(self, columns: int) -> None:
-        """Any width will do."""
+    def mask(self, choice: Choice, scores: Tensor, *, by_row: bool = False) -> Tensor:
+        """Take the smallest scores of all rows, or the same number from every row."""
+        select = choice.smallest_of_each_row if by_row else choice.smallest
+        return select(scores, choice.budget.weights)
 
-    def check_block_size(self, block_size: int) -> None:
-        """Any block size will do."""
+    def violation(self, zero: Tensor) -> str:
+        """Nothing breaks it."""
+        del zero
+        return ""

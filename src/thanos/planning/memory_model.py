@@ -5,17 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from thanos.patterns.unstructured import Unstructured
-from thanos.recipe import LayerRecipe
+from thanos import registry
+from thanos.recipe.layer import LayerRecipe
+from thanos.solvers.cost import Size
 
 PIECE_BYTES = 32 << 20
 """Of a tensor that is mapped at once while it is read (checkpoint.py)."""
-
-_SLAB = 1024
-"""Columns of a product that an energy holds at once (solvers)."""
-
-_ROW_VECTORS = 10
-"""Matrices of rows by block size that the rows' iteration holds at once (solvers/rows.py)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +41,7 @@ class LayerWork:
     @property
     def has_factor(self) -> bool:
         """Whether its method factorises the Hessian."""
-        return self.settings.method in ("thanos", "sparsegpt")
+        return registry.method(self.settings.method).needs_factor
 
 
 def hessian_bytes(columns: int) -> int:
@@ -56,31 +51,23 @@ def hessian_bytes(columns: int) -> int:
 
 def groups(layers: Sequence[LayerWork]) -> dict[int, list[LayerWork]]:
     """Return the layers by the input that they share, in order."""
-    found: dict[int, list[LayerWork]] = {}
+    groups: dict[int, list[LayerWork]] = {}
     for layer in layers:
-        found.setdefault(layer.group, []).append(layer)
-    return found
+        groups.setdefault(layer.group, []).append(layer)
+    return groups
 
 
 def solve_bytes(layer: LayerWork) -> int:
     """Return what solving a layer holds beside its stored weight and its Hessian, factor included.
 
-    The weight in float32 and its stored copy, the mask of what stays and of what was zero throughout; then either the
-    method's own matrices, or its result, the result as written and the change whose energy is measured.
+    The weight in float32 and its stored copy, the mask of what stays and of what was zero throughout; then what the method's
+    file states.
     """
-    entries, stored = layer.rows * layer.columns, layer.itemsize
-    throughout = (4 + stored + 1 + 1) * entries
-    image = 4 * layer.rows * min(_SLAB, layer.columns)
-    if layer.settings.method == "magnitude":
-        return throughout + (4 + 1 + 4) * entries + image
-    if not layer.has_factor:  # scores are sorted by rows: values and 64-bit positions
-        return throughout + (4 + 4 + 8) * entries
-    unstructured = layer.settings.method == "thanos" and isinstance(layer.settings.parsed_pattern, Unstructured)
-    scores = 4 * entries if unstructured else 0
-    block = min(layer.settings.resolved_block_size, layer.columns)
-    inside = (4 + 1) * entries + scores + max(3 * entries if scores else 0, 4 * _ROW_VECTORS * layer.rows * block)
-    after = (4 + 1 + 4 + 4) * entries + image
-    return hessian_bytes(layer.columns) + throughout + max(inside, after)
+    size = Size(layer.rows, layer.columns, min(layer.settings.resolved_block_size, layer.columns))
+    throughout = (4 + layer.itemsize + 1 + 1) * size.entries
+    row = registry.method(layer.settings.method)
+    inside = registry.imported(row.memory)(layer.settings.parsed_pattern, size)
+    return throughout + inside + (hessian_bytes(layer.columns) if row.needs_factor else 0)
 
 
 def solving_bytes(layers: Sequence[LayerWork]) -> int:

@@ -28,7 +28,7 @@ from thanos.planning.memory_model import LayerWork
 from thanos.planning.synthetic_layer import synthetic_layer
 from thanos.recipe import LayerRecipe
 from thanos.solvers.hessian import InputStatistics
-from thanos.solvers.prune_layer import METHODS, prune_layer
+from thanos.solvers.prune_layer import prune_layer
 from thanos.system.memory import host_bytes, host_peak_bytes, reset_host_peak
 
 T = TypeVar("T")
@@ -186,7 +186,7 @@ def time_solve(
     corner = weight[:rows, :columns].contiguous()
     inputs = InputStatistics(hessian[:columns, :columns].clone(), hand_over=True)
     factor = 0.0
-    if METHODS[settings.method].needs_factor and not inputs.empty:
+    if layer.has_factor and not inputs.empty:
         factor, _ = _timed(lambda: inputs.factor(settings.damping), device)
         factor *= (layer.columns / columns) ** 3
     seconds, _ = _timed(lambda: prune_layer(corner, inputs, settings, name=layer.name), device)

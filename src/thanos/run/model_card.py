@@ -90,6 +90,7 @@ def _totals_table(report: PruningReport) -> str:
 def _recipe_table(report: PruningReport) -> str:
     recipe, calibration, versions = report.recipe, report.calibration, report.versions
     source = public_name(str(calibration["source"]))
+    damped = any(layer.damping is not None for layer in report.layers)
     return _table(
         ("setting", "value"),
         [
@@ -97,7 +98,7 @@ def _recipe_table(report: PruningReport) -> str:
                 "outlier rows left dense",
                 _percent(recipe["outlier_rows"]) + (_KEPT if recipe.get("keep_budget") else ""),
             ),
-            ("damping", f"{recipe['damping']:g}"),
+            *([("damping", f"{recipe['damping']:g}")] if damped else []),
             (
                 "calibration",
                 f"{source}: {calibration['samples']} × {calibration['sequence_length']} tokens, {calibration['rule']}, "

@@ -21,10 +21,10 @@ from thanos.model.layers import LinearLayer, find_blocks, linear_layers, select_
 from thanos.model.loading import context_length, end_of_text_id
 from thanos.model.opening import OpenedModel, open_model
 from thanos.model.source import ModelSource
+from thanos.patterns.budget import Budget
 from thanos.recipe import Recipe, check_globs
 from thanos.run.report import DenseRecord
 from thanos.run.survey import sampled_sparsity, survey
-from thanos.solvers.budget import Budget
 from thanos.system.device import choose_device
 
 LOG_BYTES_PER_LAYER = 4096

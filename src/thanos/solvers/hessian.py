@@ -1,12 +1,6 @@
 """What the solvers need to know about a layer's inputs: the Hessian, damped and factorised once.
 
-Objective of every solver: f(Ŵ) = tr((Ŵ − W) H (Ŵ − W)ᵀ), H = XᵀX. H is damped, H + λ·mean(diag H)·I, and factorised as
-
-    H⁻¹ = Uᵀ U,  U upper triangular,
-
-so that the inverse of every trailing matrix is at hand: (H[j:, j:])⁻¹ = U[j:, j:]ᵀ U[j:, j:]. Reversing rows and columns
-turns U into the inverse of one ordinary Cholesky factor: with J the reversal and J H J = L Lᵀ, U = J L⁻¹ J. That is one
-factorisation and one triangular inverse, and the inverse of H, with its squared condition, is never formed.
+docs/math.md says why this factor, U with H⁻¹ = UᵀU, and how it follows from a Cholesky factor of the reversed Hessian.
 """
 
 from __future__ import annotations
@@ -21,7 +15,7 @@ from thanos.errors import NumericsError
 from thanos.solvers.precision import full_float32
 
 SMALLEST_RAISED_DAMPING = 1e-6
-"""Where raising starts when less was asked for: about ten times float32's rounding, as a share of the mean diagonal."""
+"""Where raising starts when less was requested: about ten times float32's rounding, as a share of the mean diagonal."""
 
 RESIDUAL = 1e-2
 """How far U H Uᵀ may be from the identity before the factor is computed again in float64: losses are right to 1 %."""
@@ -41,7 +35,7 @@ class Factor:
     Attributes:
         upper: U, (b, b), upper triangular, H_damped⁻¹ = UᵀU, where H_damped is scaled to a mean diagonal of 1.
         damping: λ that was used.
-        reason: why λ differs from the one asked for; empty if it does not.
+        reason: why λ differs from the requested one; empty if it does not.
     """
 
     upper: Tensor
@@ -148,7 +142,7 @@ def _scaled(hessian: Tensor, scale: float, dtype: torch.dtype, *, in_place: bool
 
 
 def _factorize(matrix: Tensor, dead: Tensor, damping: float) -> Factor:
-    asked, tried = damping, []
+    requested, tried = damping, []
     while True:
         for dtype in dict.fromkeys((matrix.dtype, torch.float64)):
             upper = _upper_inverse_factor(matrix, dead, damping, dtype)
@@ -158,7 +152,7 @@ def _factorize(matrix: Tensor, dead: Tensor, damping: float) -> Factor:
             del upper  # its memory is needed for the next attempt
         tried.append(damping)
         damping = max(damping * 10, SMALLEST_RAISED_DAMPING)
-        if damping > 1e6 * max(asked, 1.0):
+        if damping > 1e6 * max(requested, 1.0):
             raise NumericsError(f"the Hessian is not positive definite even with damping {damping:g}: it is not XᵀX")
 
 
@@ -191,10 +185,9 @@ def _upper_inverse_factor(matrix: Tensor, dead: Tensor, damping: float, dtype: t
 
 
 def _invert_lower(lower: Tensor) -> None:
-    """Invert a lower triangular matrix in place, from its last block of columns to its first.
+    """Invert a lower triangular matrix in place, from its last block of columns to its first (docs/math.md).
 
-    With T the part further down and right, inverted already, [[D, 0], [C, T⁻¹]]⁻¹ = [[D⁻¹, 0], [−T C D⁻¹, T]]. T is triangular
-    too, so its rows are taken in slabs that leave out the zeros.
+    T, the part further down and right, is triangular too, so its rows are taken in slabs that leave out the zeros.
     """
     size, slab = lower.shape[0], _SLAB.get(lower.device.type, _WIDE_SLAB)
     identity = torch.eye(min(_PANEL, size), dtype=lower.dtype, device=lower.device)

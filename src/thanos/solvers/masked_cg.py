@@ -1,9 +1,8 @@
 """The rows' small systems: one symmetric positive definite matrix, a different support for every row.
 
-For each row, x_P G_PP = w_P with x zero outside the row's support P. All rows are solved at once by conjugate gradients on
-c × k matrices, the supports as a mask: A(x) = (x G) ∘ M is exactly G_PP on the support, so nothing is gathered and every
-step is one c × k by k × k product. G and w are scaled to a unit diagonal first (Jacobi's preconditioner, applied once), so
-that a step needs one inner product for its length and one that serves both the direction and the stopping rule.
+For each row, x_P G_PP = w_P with x zero outside the row's support P: all rows at once by conjugate gradients, the supports as
+a mask (docs/math.md). G and w are scaled to a unit diagonal first (Jacobi's preconditioner, applied once), so that a step needs
+one inner product for its length and one that serves both the direction and the stopping rule.
 
 The stopping rule has a guarantee: the residual that the recurrence carries along must fall to ``TOLERANCE``, and then the
 true one, w − (x G) ∘ M computed afresh, must be that of a system nearby (``BACKWARD``). Rows that miss either, as happens
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from thanos.solvers.kernels import solve as kernels
 from thanos.solvers.masking import only
-from thanos.solvers.row_shards import ALONE, Peers
+from thanos.solvers.row_shards import ALONE, RowShards
 
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
 """Residual of a row's scaled system, relative to its right-hand side, at which it counts as solved: ten units of rounding."""
@@ -41,7 +40,9 @@ _PATIENCE = 2
 """Steps between one question whether all rows are done and the next, on a device where asking costs a round trip."""
 
 
-def solve_rows(gram: Tensor, rhs: Tensor, mask: Tensor, root: Tensor | None = None, peers: Peers = ALONE) -> Tensor:
+def solve_rows(
+    gram: Tensor, rhs: Tensor, mask: Tensor, root: Tensor | None = None, row_shards: RowShards = ALONE
+) -> Tensor:
     """Solve ``x_P gram_PP = rhs_P`` for every row.
 
     Args:
@@ -49,12 +50,12 @@ def solve_rows(gram: Tensor, rhs: Tensor, mask: Tensor, root: Tensor | None = No
         rhs: right-hand sides, (c, k); entries outside the mask are ignored.
         mask: the supports, (c, k) bool.
         root: optional R, (k, k), with gram = RᵀR; the direct solve then forms gram in float64 from it.
-        peers: see :class:`RowSolver`.
+        row_shards: see :class:`RowSolver`.
 
     Returns:
         The solutions, (c, k), zero outside the mask.
     """
-    return RowSolver(peers=peers).solve(gram, rhs, mask, root)
+    return RowSolver(row_shards=row_shards).solve(gram, rhs, mask, root)
 
 
 @dataclass(slots=True)
@@ -62,23 +63,23 @@ class RowSolver:
     """Solves block after block, remembering how many steps the last one took.
 
     Attributes:
-        steps: after which the rows are first asked whether they are done.
+        steps: number of steps before the first convergence check.
         direct: rows that had to be solved directly so far.
-        peers: the processes that solve the other rows. All take as many steps, or a row's last bits would depend on which
+        row_shards: the processes that solve the other rows. All take as many steps, or a row's last bits would depend on which
             rows are solved with it.
-        hopeful: where a kernel solves, take it that no row fails, and ask the device nothing until :meth:`failed` does:
-            then everything has to be solved again without this.
+        defer_convergence_check: where a kernel solves, assume that every row converges and do not synchronise. Call
+            :meth:`failed` once at the end; if it is true, solve again without this.
     """
 
     steps: int = 8
     direct: int = 0
-    peers: Peers = ALONE
-    hopeful: bool = False
+    row_shards: RowShards = ALONE
+    defer_convergence_check: bool = False
     _unsolved: Tensor | None = None
 
     def failed(self) -> bool:
-        """Tell whether some row of any process was hoped to be solved and is not."""
-        return self._unsolved is not None and bool(self.peers.sum_(self._unsolved))
+        """Tell whether some row of any process did not converge where the check was deferred."""
+        return self._unsolved is not None and bool(self.row_shards.sum_(self._unsolved))
 
     def solve(self, gram: Tensor, rhs: Tensor, mask: Tensor, root: Tensor | None = None) -> Tensor:
         """See :func:`solve_rows`."""
@@ -89,7 +90,7 @@ class RowSolver:
             solution, unsolved = kernels.conjugate_gradients(
                 scaled, scale, _norm(scaled), rhs, mask, *limits, MAX_STEPS
             )
-            if self.hopeful:
+            if self.defer_convergence_check:
                 count = torch.count_nonzero(unsolved)
                 self._unsolved = count if self._unsolved is None else self._unsolved + count
                 return solution
@@ -110,16 +111,16 @@ class RowSolver:
         solution, residual, direction = torch.zeros_like(rhs), rhs.clone(), rhs.clone()
         image = torch.empty_like(rhs)
         start = _squares(rhs)
-        energy, limit = start.clone(), start * TOLERANCE[rhs.dtype] ** 2
+        squares, limit = start.clone(), start * TOLERANCE[rhs.dtype] ** 2
         cpu = rhs.device.type == "cpu"
         patience = 1 if cpu else _PATIENCE
         look = min(self.steps - 1 if cpu else self.steps, MAX_STEPS)
         for count in range(1, MAX_STEPS + 1):
             torch.mm(direction, gram, out=image)
-            step(direction, image, mask, solution, residual, energy)
+            step(direction, image, mask, solution, residual, squares)
             if count >= look and (count - look) % patience == 0:
                 failed = self._failed(
-                    gram, rhs, mask, solution, energy, limit, start, last=count + patience > MAX_STEPS
+                    gram, rhs, mask, solution, squares, limit, start, last=count + patience > MAX_STEPS
                 )
                 if failed is not None:
                     self.steps = max(2, count)
@@ -132,7 +133,7 @@ class RowSolver:
         rhs: Tensor,
         mask: Tensor,
         x: Tensor,
-        energy: Tensor,
+        squares: Tensor,
         limit: Tensor,
         start: Tensor,
         *,
@@ -140,12 +141,12 @@ class RowSolver:
     ) -> Tensor | None:
         """Return the rows that are not solved, or None if more steps should be tried first."""
         # "not <=" rather than ">" so that a row that turned NaN counts as unsolved.
-        waiting = ~(energy <= limit)
-        if rhs.device.type == "cpu" and not last and bool(self.peers.sum_(waiting.sum())):
+        waiting = ~(squares <= limit)
+        if rhs.device.type == "cpu" and not last and bool(self.row_shards.sum_(waiting.sum())):
             return None
         true = _squares(only(x @ gram, mask).sub_(rhs))
         wrong = ~(true <= (BACKWARD[rhs.dtype] * (start.sqrt() + _norm(gram) * _squares(x).sqrt())) ** 2)
-        counts = self.peers.sum_(torch.stack([waiting.sum(), (waiting | wrong).sum()])).tolist()
+        counts = self.row_shards.sum_(torch.stack([waiting.sum(), (waiting | wrong).sum()])).tolist()
         if counts[1] == 0:
             return waiting.new_empty(0, dtype=torch.int64)
         if counts[0] and not last:
@@ -160,17 +161,17 @@ class _Step:
         self._scratch, self._support = torch.empty_like(like), mask.to(like.dtype)
 
     def __call__(
-        self, direction: Tensor, image: Tensor, mask: Tensor, solution: Tensor, residual: Tensor, energy: Tensor
+        self, direction: Tensor, image: Tensor, mask: Tensor, solution: Tensor, residual: Tensor, squares: Tensor
     ) -> None:
         image *= self._support
         curvature = torch.mul(direction, image, out=self._scratch).sum(1)
-        alpha = torch.where(curvature > 0, energy / curvature, 0.0)[:, None]
+        alpha = torch.where(curvature > 0, squares / curvature, 0.0)[:, None]
         solution.addcmul_(alpha, direction)
         residual.addcmul_(alpha, image, value=-1)
         following = torch.mul(residual, residual, out=self._scratch).sum(1)
-        beta = torch.where(energy > 0, following / energy, 0.0)[:, None]
+        beta = torch.where(squares > 0, following / squares, 0.0)[:, None]
         torch.addcmul(residual, beta, direction, out=direction)
-        energy.copy_(following)
+        squares.copy_(following)
 
 
 def _fused_step(*arguments: Tensor) -> None:

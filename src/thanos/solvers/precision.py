@@ -13,11 +13,11 @@ import torch
 def full_float32() -> Iterator[None]:
     """While open, float32 matrix products use no TF32 and no bfloat16; the program's own settings come back afterwards."""
     backends: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul")]  # noqa: B009, untyped there
-    asked = [backend.fp32_precision for backend in backends]
+    before = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:
             backend.fp32_precision = "ieee"
         yield
     finally:
-        for backend, precision in zip(backends, asked, strict=True):
+        for backend, precision in zip(backends, before, strict=True):
             backend.fp32_precision = precision

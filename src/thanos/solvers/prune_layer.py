@@ -2,44 +2,28 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from thanos import registry
 from thanos.errors import NumericsError, RecipeError
-from thanos.patterns.nm import NM
-from thanos.patterns.parse import Pattern
-from thanos.recipe import LayerRecipe
-from thanos.solvers.budget import Budget
+from thanos.patterns.base import Pattern
+from thanos.patterns.budget import Budget
+from thanos.recipe.layer import DEFAULT_DAMPING, LayerRecipe
 from thanos.solvers.hessian import InputStatistics
-from thanos.solvers.layer_error import portions, row_energies, shares_and_zeros
+from thanos.solvers.layer_error import portions, relative_errors_and_zeros, squared_output_norms
 from thanos.solvers.masking import without
-from thanos.solvers.methods.scored import magnitude, wanda
-from thanos.solvers.methods.sparsegpt import sparsegpt
-from thanos.solvers.methods.thanos import thanos
 from thanos.solvers.precision import full_float32
-from thanos.solvers.problem import Problem
-from thanos.solvers.row_shards import ALONE, Peers, share_of
+from thanos.solvers.problem import Problem, Refine, Retarget, Solution
+from thanos.solvers.row_parts import split_rows
+from thanos.solvers.row_shards import ALONE, RowShards, row_range
+from thanos.solvers.scaling import scaled_weight
 
-
-@dataclass(frozen=True, slots=True)
-class Method:
-    """A pruning method and what it needs."""
-
-    solve: Callable[[Problem], tuple[Tensor, Tensor]]
-    needs_hessian: bool
-    needs_factor: bool
-
-
-METHODS = {
-    "thanos": Method(thanos, True, True),
-    "sparsegpt": Method(sparsegpt, True, True),
-    "wanda": Method(wanda, True, False),
-    "magnitude": Method(magnitude, False, False),
-}
+REMOVED = "removed"
+"""The step of :attr:`PrunedWeight.errors` before any compensation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +36,13 @@ class PrunedWeight:
         kept: (c, b) bool, True where the weight stays.
         outliers: indices of the rows left dense, ascending, (q,).
         halved: indices of the rows that keep n/2 of m to make up for them, ascending; empty without ``keep_budget``.
-        method: the method that ran: the one asked for, or ``magnitude`` where no input was ever seen.
-        error_before_compensation: tr(Δ H Δᵀ) / tr(W H Wᵀ) with Δ the removed entries alone; None where it is unknown: without
-            a Hessian, with one that saw no input, or where outputs that were all zero have changed.
-        error_after_compensation: the same with Δ the whole change of the weight.
+        method: the method that ran: the recipe's, or one that needs no inputs where no input was ever seen.
+        errors: squared output error tr(Δ H Δᵀ) / tr(W H Wᵀ) on the undamped Hessian, by step: ``removed``, Δ being the removed
+            entries alone; then the method and each refinement by name, Δ being the whole change of the weight up to there.
+            Empty without a Hessian.
         damping: the damping that was used, as a share of the Hessian's mean diagonal; None where none is used.
-        damping_reason: why it differs from the one asked for; empty if it does not.
+        damping_reason: why it differs from the recipe's; empty if it does not.
+        condition: estimated condition number of the damped Hessian; None where it is not factorised.
     """
 
     weight: Tensor
@@ -66,10 +51,20 @@ class PrunedWeight:
     outliers: Tensor
     halved: Tensor
     method: str
-    error_before_compensation: float | None
-    error_after_compensation: float | None
+    errors: Mapping[str, float | None]
     damping: float | None
     damping_reason: str
+    condition: float | None
+
+    @property
+    def error_before_compensation(self) -> float | None:
+        """The error with the removed entries set to zero and no other change; None without a Hessian."""
+        return self.errors.get(REMOVED)
+
+    @property
+    def error_after_compensation(self) -> float | None:
+        """The error of the weight as it is; None without a Hessian."""
+        return list(self.errors.values())[-1] if self.errors else None
 
     @property
     def sparsity(self) -> float:
@@ -81,11 +76,11 @@ def prune_weight(
     weight: Tensor,
     hessian: Tensor | None,
     *,
-    method: str = "thanos",
-    pattern: str = "unstructured",
+    method: str = registry.DEFAULT_METHOD,
+    pattern: str = registry.DEFAULT_PATTERN,
     sparsity: float | None = None,
     block_size: int | None = None,
-    damping: float = 0.01,
+    damping: float = DEFAULT_DAMPING,
     outlier_rows: float = 0.0,
     keep_budget: bool = False,
 ) -> PrunedWeight:
@@ -98,14 +93,14 @@ def prune_weight(
         weight: (c, b): c output rows, b input columns; any floating dtype, any strides.
         hessian: XᵀX of the layer's inputs up to any positive factor, (b, b). Only ``magnitude`` may do without (None);
             outlier rows are then those of the largest norm, and no error is measured.
-        method: ``thanos``, ``sparsegpt``, ``wanda`` or ``magnitude``.
-        pattern: ``unstructured``, ``columns``, or ``N:M``: at most N non-zeros in every M consecutive inputs.
+        method: ``thanos``, ``sparsegpt``, ``wanda``, ``magnitude`` or a registered one.
+        pattern: ``unstructured``, ``columns``, ``N:M``: at most N non-zeros in every M consecutive inputs, or a registered one.
         sparsity: share of all c·b entries to remove, in [0, 1); default 0.5; follows from the pattern for n:m.
         block_size: columns handled together; default 128, or 512 for Thanos with n:m. Need not divide b.
         damping: share of the Hessian's mean diagonal added to the diagonal, at least 0. Raised tenfold, and reported,
             while the Hessian is not positive definite.
-        outlier_rows: share of rows left dense, in [0, 1): the ⌈α·c⌉ with the largest output energy (W H Wᵀ)_ii.
-        keep_budget: let the other rows make up for the outlier rows, see :class:`~thanos.solvers.budget.Budget`.
+        outlier_rows: share of rows left dense, in [0, 1): the ⌈α·c⌉ with the largest squared output norm (W H Wᵀ)_ii.
+        keep_budget: let the other rows make up for the outlier rows, see :class:`~thanos.patterns.budget.Budget`.
 
     Returns:
         The pruned weight, the mask and what it cost.
@@ -145,159 +140,150 @@ def prune_layer(
     recipe: LayerRecipe,
     *,
     name: str = "the weight",
-    peers: Peers = ALONE,
+    row_shards: RowShards = ALONE,
+    retarget: Retarget | None = None,
+    refinements: Mapping[str, Refine] | None = None,
 ) -> PrunedWeight:
     """Prune one weight matrix whose input statistics, and factor, may be shared with other layers.
 
-    See :func:`prune_weight` for the arguments, the result and the errors; ``name`` is used in messages, ``peers`` are the
-    processes that share the work.
+    See :func:`prune_weight` for the arguments, the result and the errors that are not said here.
+
+    Args:
+        weight: (c, b).
+        inputs: its statistics; None only for methods that need none.
+        recipe: what is done.
+        name: for messages.
+        row_shards: the processes that share the work, each solving some of the rows.
+        retarget: changes the problem before the method gets it; errors are those of the original weight.
+        refinements: applied to the method's solution, in order, by name.
     """
     with full_float32():
-        return _prune_layer(weight, inputs, recipe, name, peers)
+        return _Layer(weight, inputs, recipe, name, row_shards, retarget, refinements or {}).prune()
 
 
-def _prune_layer(
-    weight: Tensor, inputs: InputStatistics | None, recipe: LayerRecipe, name: str, peers: Peers
-) -> PrunedWeight:
-    method = METHODS[recipe.method]
-    if inputs is None and method.needs_hessian:
-        raise RecipeError(f"method {recipe.method} needs the Hessian of the layer's inputs; got None")
-    budget = Budget.plan(weight.shape[0], weight.shape[1], recipe)
-    dense, zeros, unit = _dense(weight, inputs, name)
-    if inputs is not None and inputs.empty and method.needs_hessian:
-        # No input was ever seen, so there is nothing to weigh by: reported through `method`, never silently.
-        recipe, method = replace(_layer_part(recipe), method="magnitude"), METHODS["magnitude"]
-    mine = slice(*_bounds(len(dense), peers))
-    energy = peers.gather(row_energies(dense[mine], inputs), len(dense))
-    outliers, halved, parts = _parts(energy, budget, recipe.parsed_pattern)
-    if zeros and len(outliers):
-        # The zeros that outlier rows hold already count too: the other rows give that much less.
-        budget = replace(budget, weights=max(0, budget.weights - int((dense[outliers] == 0).sum())))
-    factor = inputs.factor(recipe.damping) if inputs is not None and method.needs_factor else None
+class _Layer:
+    """One weight on its way through retarget?, method, refine*."""
 
-    def solve(part: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
-        share = part[slice(*_bounds(len(part), peers))]
-        problem = Problem(
-            share, share == 0, inputs, factor, pattern, budget, recipe.resolved_block_size, peers, part, zeros == 0
+    def __init__(
+        self,
+        weight: Tensor,
+        inputs: InputStatistics | None,
+        recipe: LayerRecipe,
+        name: str,
+        row_shards: RowShards,
+        retarget: Retarget | None,
+        refinements: Mapping[str, Refine],
+    ) -> None:
+        method = registry.method(recipe.method)
+        if inputs is None and method.needs_inputs:
+            raise RecipeError(f"method {recipe.method} needs the Hessian of the layer's inputs; got None")
+        budget = Budget.plan(weight.shape[0], weight.shape[1], recipe)
+        self.dense, zeros, self.unit = scaled_weight(weight, inputs, name)
+        if inputs is not None and inputs.empty and method.needs_inputs:
+            # No input was ever seen, so there is nothing to weigh by: reported through `method`, never silently.
+            method = registry.method_without_inputs(recipe.parsed_pattern)
+            recipe = recipe.by(method.name)
+        self.weight, self.inputs, self.recipe, self.name = weight, inputs, recipe, name
+        self.row_shards, self.method = row_shards, method
+        self.retarget, self.refinements = retarget, refinements
+        self.own_rows = slice(*_bounds(len(self.dense), row_shards))
+        norms = squared_output_norms(self.dense[self.own_rows], inputs)
+        norms = row_shards.gather(norms, len(self.dense))
+        self.norm = norms.sum()
+        self.outliers, self.halved, self.parts = split_rows(norms, budget, recipe.parsed_pattern)
+        if zeros and len(self.outliers):
+            # The zeros that outlier rows hold already count too: the other rows give that much less.
+            budget = replace(budget, weights=max(0, budget.weights - int((self.dense[self.outliers] == 0).sum())))
+        self.budget, self.zero_free = budget, zeros == 0
+        self.factor = inputs.factor(recipe.damping) if inputs is not None and method.needs_factor else None
+
+    def prune(self) -> PrunedWeight:
+        """Return the result."""
+        inputs, factor, recipe = self.inputs, self.factor, self.recipe
+        names = (recipe.method, *self.refinements)
+        pruned, kept, steps = self._solve_parts()
+        changes = [self._squared_output_norm(lambda rows: without(self.dense[rows], kept[rows]))]
+        if self.method.compensates or self.refinements:
+            for step in steps:
+                changes.append(
+                    self._squared_output_norm(lambda rows, step=step: self._scaled(step[rows]) - self.dense[rows])
+                )
+        errors, zeros = relative_errors_and_zeros(changes, self.norm, pruned, inputs)
+        if errors and errors[-1] is not None and not errors[-1] < float("inf"):
+            raise NumericsError(f"pruning {self.name} gave NaN or infinity; raise damping (it is {recipe.damping:g})")
+        if len(errors) == 1:  # nothing but the removed entries changed
+            errors *= 2
+        return PrunedWeight(
+            weight=pruned,
+            zeros=zeros,
+            kept=kept,
+            outliers=self.outliers,
+            halved=self.halved,
+            method=recipe.method,
+            errors=dict(zip((REMOVED, *names), errors, strict=True)) if errors else {},
+            damping=None if factor is None else factor.damping,
+            damping_reason="" if factor is None else factor.reason,
+            condition=None if inputs is None or factor is None else inputs.condition(recipe.damping),
         )
-        solved, removed = method.solve(problem) if recipe.resolved_sparsity > 0 else (share, problem.zeros)
-        mended = peers.gather((solved if unit == 1 else solved * unit).to(weight.dtype), len(part))
+
+    def _solve_parts(self) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Return the pruned weight and what is kept of it, (c, b), and the weight after each step, the last being the same.
+
+        Rows in none of the parts stay as they are. One part of all rows is the result as it was solved, and nothing is copied.
+        """
+        if len(self.parts) == 1 and len(self.parts[0][0]) == len(self.dense):
+            steps, kept = self._solve(self.dense, self.parts[0][1])
+            return steps[-1], kept, steps
+        steps = [self.weight.detach().clone() for _ in range(1 + len(self.refinements))]
+        kept = torch.ones(self.weight.shape, dtype=torch.bool, device=self.weight.device)
+        for rows, pattern in self.parts:
+            solved, kept[rows] = self._solve(self.dense[rows], pattern)
+            for whole, part in zip(steps, solved, strict=True):
+                whole[rows] = part
+        return steps[-1], kept, steps
+
+    def _solve(self, part: Tensor, pattern: Pattern) -> tuple[list[Tensor], Tensor]:
+        """Return the rows' weights after each step, in the dtype of the weight, and what is kept of them."""
+        own = part[slice(*_bounds(len(part), self.row_shards))]
+        problem = Problem(
+            weight=own,
+            zeros=own == 0,
+            inputs=self.inputs,
+            factor=self.factor,
+            pattern=pattern,
+            budget=self.budget,
+            block_size=self.recipe.resolved_block_size,
+            row_shards=self.row_shards,
+            all_rows=part,
+            zero_free=self.zero_free,
+        )
+        if self.recipe.resolved_sparsity <= 0:
+            solutions = [Solution(own, problem.zeros)]
+            solutions *= 1 + len(self.refinements)
+        else:
+            problem = self.retarget(problem) if self.retarget else problem
+            solutions = [self.method.load()(problem)]
+            for refine in self.refinements.values():
+                solutions.append(refine(problem, solutions[-1]))
+        steps = [self._stored(solution.weight, len(part)) for solution in solutions]
         # Nothing removed: the result must not be the weight that was given.
-        return mended.clone() if solved is share else mended, peers.gather(~removed, len(part))
+        steps = [
+            step.clone() if solution.weight is own else step for step, solution in zip(steps, solutions, strict=True)
+        ]
+        return steps, self.row_shards.gather(~solutions[-1].removed, len(part))
 
-    pruned, kept = _solve_parts(weight, dense, parts, solve)
+    def _stored(self, solved: Tensor, count: int) -> Tensor:
+        return self.row_shards.gather((solved if self.unit == 1 else solved * self.unit).to(self.weight.dtype), count)
 
-    def change(delta: Callable[[slice], Tensor]) -> Tensor:
-        energies = [row_energies(delta(rows), inputs) for rows in portions(mine, dense.device)]
-        return peers.gather(torch.cat(energies), len(dense)).sum()
+    def _scaled(self, stored: Tensor) -> Tensor:
+        part = stored.to(self.dense.dtype)
+        return part if self.unit == 1 else part / self.unit
 
-    def written(rows: slice) -> Tensor:
-        part = pruned[rows].to(dense.dtype)
-        return part if unit == 1 else part / unit
-
-    changes = [change(lambda rows: without(dense[rows], kept[rows]))]
-    if method.needs_factor:
-        changes.append(change(lambda rows: written(rows) - dense[rows]))
-    before, after, zeros = shares_and_zeros(changes, energy.sum(), pruned, inputs)
-    if after is not None and not after < float("inf"):
-        raise NumericsError(f"pruning {name} gave NaN or infinity; raise damping (it is {recipe.damping:g})")
-    return PrunedWeight(
-        weight=pruned,
-        zeros=zeros,
-        kept=kept,
-        outliers=outliers,
-        halved=halved,
-        method=recipe.method,
-        error_before_compensation=before,
-        error_after_compensation=after,
-        damping=None if factor is None else factor.damping,
-        damping_reason="" if factor is None else factor.reason,
-    )
+    def _squared_output_norm(self, change: Callable[[slice], Tensor]) -> Tensor:
+        norms = [squared_output_norms(change(rows), self.inputs) for rows in portions(self.own_rows, self.dense.device)]
+        return self.row_shards.gather(torch.cat(norms), len(self.dense)).sum()
 
 
-def _dense(weight: Tensor, inputs: InputStatistics | None, name: str) -> tuple[Tensor, int, float]:
-    """Return the weight divided by a power of two, in the dtype of the work, its zeros, and that power, mostly 1.
-
-    Raises:
-        NumericsError: it holds NaN or infinity.
-    """
-    dtype = inputs.matrix.dtype if inputs is not None else _compute_dtype(weight)
-    dense = weight.detach().to(dtype).contiguous()  # the kernels take rows that are one stretch of memory
-    largest, zeros = _survey(dense)
-    if not math.isfinite(largest):
-        raise NumericsError(f"{name} holds NaN or infinity; the checkpoint is damaged, or its dtype overflowed")
-    unit = _unit(largest)
-    if unit != 1:
-        dense = dense / unit
-        zeros = _survey(dense)[1]  # small ones may have become zeros
-    return dense, zeros, unit
-
-
-def _solve_parts(
-    weight: Tensor,
-    dense: Tensor,
-    parts: list[tuple[Tensor, Pattern]],
-    solve: Callable[[Tensor, Pattern], tuple[Tensor, Tensor]],
-) -> tuple[Tensor, Tensor]:
-    """Return the pruned weight, (c, b), and what is kept of it; rows in none of the parts stay as they are.
-
-    One part of all rows is the result as it was solved, and nothing is copied.
-    """
-    if len(parts) == 1 and len(parts[0][0]) == len(dense):
-        return solve(dense, parts[0][1])
-    pruned = weight.detach().clone()
-    kept = torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
-    for rows, pattern in parts:
-        pruned[rows], kept[rows] = solve(dense[rows], pattern)
-    return pruned, kept
-
-
-def _layer_part(recipe: LayerRecipe) -> LayerRecipe:
-    return LayerRecipe(**{f.name: getattr(recipe, f.name) for f in fields(LayerRecipe)})
-
-
-def _compute_dtype(weight: Tensor) -> torch.dtype:
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32
-
-
-_ORDINARY = 2.0**40
-"""Weights up to here, and down to its reciprocal, are squared and added up in float32 without overflow or underflow."""
-
-
-def _survey(dense: Tensor) -> tuple[float, int]:
-    """Return the largest absolute entry, NaN if any entry is, and how many are zero; the device is asked once."""
-    if not dense.numel():
-        return 0.0, 0
-    facts = *dense.aminmax(), dense.count_nonzero()
-    least, most, others = torch.stack([fact.to(torch.float64) for fact in facts]).tolist()
-    return max(-least, most), dense.numel() - int(others)
-
-
-def _unit(largest: float) -> float:
-    """Return the power of two by which weights of extraordinary size are divided while they are pruned; 1 for others."""
-    return 1.0 if largest == 0 or 1 / _ORDINARY < largest < _ORDINARY else 2.0 ** (math.frexp(largest)[1] - 1)
-
-
-def _parts(energy: Tensor, budget: Budget, pattern: Pattern) -> tuple[Tensor, Tensor, list[tuple[Tensor, Pattern]]]:
-    """Split the rows by their output energies (c,): which stay dense, which are halved, and what is solved by which pattern.
-
-    n:m treats every row by itself, so that rows of another n are a problem of their own.
-    """
-    count, half = energy.numel(), budget.halved_rows
-    if half or budget.outlier_rows:
-        # Adding zero makes −0 to 0. Among equals the first goes first.
-        order = (energy.clamp_min(0) + 0.0).argsort(stable=True)
-        sizes = [half, count - half - budget.outlier_rows, budget.outlier_rows]
-        halved, others, outliers = (rows.sort().values for rows in order.split(sizes))
-    else:
-        halved = outliers = energy.new_empty(0, dtype=torch.int64)
-        others = torch.arange(count, device=energy.device)
-    parts = [(others, pattern)]
-    if half and isinstance(pattern, NM):
-        parts.append((halved, NM(pattern.n // 2, pattern.m)))
-    return outliers, halved, [part for part in parts if len(part[0])]
-
-
-def _bounds(count: int, peers: Peers) -> tuple[int, int]:
-    share = share_of(count, peers.rank, peers.size)
-    return share.start, share.stop
+def _bounds(count: int, row_shards: RowShards) -> tuple[int, int]:
+    own = row_range(count, row_shards.rank, row_shards.size)
+    return own.start, own.stop

@@ -16,12 +16,12 @@ from typing import Protocol
 from torch import Tensor
 
 
-class Peers(Protocol):
+class RowShards(Protocol):
     """Integer sums over the processes that share a weight's rows. Every process makes the same calls in the same order."""
 
     @property
     def rank(self) -> int:
-        """This process's place among ``size``; earlier ranks hold earlier rows."""
+        """This process's number, from 0; earlier ranks hold earlier rows."""
         ...
 
     @property
@@ -38,7 +38,7 @@ class Peers(Protocol):
         ...
 
     def gather(self, rows: Tensor, count: int) -> Tensor:
-        """Return all ``count`` rows of which this process has those of its :func:`share_of`."""
+        """Return all ``count`` rows of which this process has those of its :func:`row_range`."""
         ...
 
 
@@ -63,12 +63,11 @@ class Alone:
 
 
 ROW_UNIT = 16
-"""Rows are dealt out in runs of so many: the tiles of which matrix products are made stay whole, and none shrinks to a row or
-two, for which the libraries have other kernels that add up in another order."""
+"""Shards are multiples of 16 rows: BLAS uses another kernel, with another summation order, for a few rows."""
 
 
-def share_of(count: int, rank: int, size: int, unit: int = ROW_UNIT) -> range:
-    """Return which of ``count`` things are process ``rank``'s: contiguous runs of whole units, the last with what is over."""
+def row_range(count: int, rank: int, size: int, unit: int = ROW_UNIT) -> range:
+    """Return which of ``count`` items are process ``rank``'s: contiguous whole units, the last with the remainder."""
     units = max(1, count // unit)
     stop = count if rank == size - 1 else units * (rank + 1) // size * unit
     return range(units * rank // size * unit, stop)

@@ -5,7 +5,7 @@ flat (row-major) index goes first. Exactly the requested number is selected, nev
 
 The k-th smallest is found in linear time, without sorting: the bit pattern of a float, read as an integer, orders
 non-negative floats as their values do (and −1 sorts below them), so histograms of a few bits at a time, from the top,
-narrow it down to one pattern. Only integer counts are compared, so rows held by other processes (:mod:`.peers`) join in
+narrow it down to one pattern. Only integer counts are compared, so rows held by other processes join in
 by adding up histograms, and nothing waits for the host. On the CPU, where a histogram is slow and asking costs nothing, a
 sample brackets the k-th value instead, and only what lies within the bracket is searched.
 """
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from thanos.solvers.kernels import selection as selection_kernels
 from thanos.solvers.kernels import solve as kernels
-from thanos.solvers.row_shards import ALONE, Peers
+from thanos.solvers.row_shards import ALONE, RowShards
 
 _DIGIT = 16
 """Bits resolved by one histogram of the general path: two or four of them for float32 or float64."""
@@ -34,25 +34,25 @@ _IN_CACHE = 1 << 17
 """Entries compared at once on the CPU, so that one comparison after the other finds them in the cache."""
 
 
-def smallest_mask(scores: Tensor, count: int | Tensor, peers: Peers = ALONE) -> Tensor:
+def smallest_mask(scores: Tensor, count: int | Tensor, row_shards: RowShards = ALONE) -> Tensor:
     """Return a bool mask of the shape of ``scores`` with ``count`` True, at the smallest entries.
 
     Args:
         scores: any shape, float32 or float64; this process's rows.
         count: how many, over all processes: a number, or a 0-d integer tensor that is not read by the host; below 0 counts
             as 0, more than there are as all.
-        peers: the processes that hold the other rows.
+        row_shards: the processes that hold the other rows.
     """
-    if peers.size == 1 and scores.device.type == "cpu":
+    if row_shards.size == 1 and scores.device.type == "cpu":
         return _smallest_on_cpu(scores, int(count))
     if kernels.usable(scores):  # also without rows, or the processes would add up different histograms
         lines = scores[None] if scores.dim() == 1 else scores.flatten(0, -2).contiguous()
-        total = peers.sum_(_count(scores.numel(), scores))
-        return KernelSearch(peers).smallest(lines, None, None, _bounded(count, total)).view(scores.shape)
+        total = row_shards.sum_(_count(scores.numel(), scores))
+        return KernelSearch(row_shards).smallest(lines, None, None, _bounded(count, total)).view(scores.shape)
     keys = _ordered_bits(scores)
-    key, missing = kth_key(keys, count, peers)
+    key, missing = kth_key(keys, count, row_shards)
     below, equal = keys < key, keys == key
-    rank = equal.view(-1).cumsum(0).view(equal.shape) + peers.before(equal.sum())
+    rank = equal.view(-1).cumsum(0).view(equal.shape) + row_shards.before(equal.sum())
     return below | (equal & (rank <= missing))
 
 
@@ -72,8 +72,8 @@ class KernelSearch:
     for ties, return at once where they are not needed. Nothing waits for the host.
     """
 
-    def __init__(self, peers: Peers = ALONE) -> None:
-        self._peers = peers
+    def __init__(self, row_shards: RowShards = ALONE) -> None:
+        self._row_shards = row_shards
         self._window: Tensor | None = None
 
     def smallest(
@@ -93,11 +93,11 @@ class KernelSearch:
         histograms = torch.zeros(4, 1 << selection_kernels.BITS, dtype=torch.int32, device=weight.device)
         for round_ in (0, 3, 1, 2):
             selection_kernels.score_histogram(weight, norms, zeros, histograms, count, self._window, round_)
-            self._peers.sum_(histograms[round_])
+            self._row_shards.sum_(histograms[round_])
         ties = selection_kernels.tie_counts(weight, norms, zeros, histograms, count, self._window)
         before = ties.cumsum(0).sub_(ties)
-        if self._peers.size > 1:
-            before += self._peers.before(ties.sum())
+        if self._row_shards.size > 1:
+            before += self._row_shards.before(ties.sum())
         window, self._window = self._window, torch.empty_like(self._window)
         return selection_kernels.block_mask(
             weight[:, :width],
@@ -118,12 +118,12 @@ class ResidualMask:
         norms: ‖X_j‖₂ of all columns, (b,).
         zeros: entries that score below all others, (c, b) bool; None if there are none.
         budget: entries to remove, over all processes, 0-d integer tensor on the device; counted down there, not by the host.
-        peers: the processes that hold the other rows.
+        row_shards: the processes that hold the other rows.
     """
 
-    def __init__(self, norms: Tensor, zeros: Tensor | None, budget: Tensor, peers: Peers = ALONE) -> None:
-        self._norms, self._zeros, self._left, self._peers = norms, zeros, budget.clone(), peers
-        self._search = KernelSearch(peers)
+    def __init__(self, norms: Tensor, zeros: Tensor | None, budget: Tensor, row_shards: RowShards = ALONE) -> None:
+        self._norms, self._zeros, self._left, self._row_shards = norms, zeros, budget.clone(), row_shards
+        self._search = KernelSearch(row_shards)
         self._scratch: Tensor | None = None
 
     def take(self, weight: Tensor, start: int, stop: int) -> Tensor:
@@ -134,13 +134,13 @@ class ResidualMask:
             chosen = self._search.smallest(rest, norms, zeros, self._left, stop - start)
         else:
             chosen = self._by_scores(weight[:, start:], start, stop - start)
-        self._left -= self._peers.sum_(torch.count_nonzero(chosen))
+        self._left -= self._row_shards.sum_(torch.count_nonzero(chosen))
         return chosen
 
     def _by_scores(self, rest: Tensor, start: int, width: int) -> Tensor:
         scores = self._scores(rest, start)
-        if rest.device.type != "cpu" or self._peers.size > 1:
-            return smallest_mask(scores, self._left, self._peers)[:, :width]
+        if rest.device.type != "cpu" or self._row_shards.size > 1:
+            return smallest_mask(scores, self._left, self._row_shards)[:, :width]
         left, block = int(self._left), scores[:, :width]
         if not 0 < left < scores.numel():
             return torch.full(block.shape, left > 0, dtype=torch.bool)
@@ -200,8 +200,8 @@ def _bracketed(flat: Tensor, low: Tensor, high: Tensor) -> tuple[int, Tensor]:
         under += int(torch.lt(some, low, out=first).sum())
         words = torch.le(some, high, out=upto).sub_(first).to(torch.bool).view(torch.int64)
         parts.append(some.view(-1, _WORD)[words.nonzero().squeeze(1)].view(-1))
-    found = torch.cat(parts)
-    return under, found[(found >= low).logical_and_(found <= high)]
+    candidates = torch.cat(parts)
+    return under, candidates[(candidates >= low).logical_and_(candidates <= high)]
 
 
 def _ordered_bits(scores: Tensor) -> Tensor:
@@ -209,12 +209,12 @@ def _ordered_bits(scores: Tensor) -> Tensor:
     return (scores + 0.0).view(torch.int64 if scores.dtype == torch.float64 else torch.int32)
 
 
-def kth_key(keys: Tensor, count: int | Tensor, peers: Peers) -> tuple[Tensor, Tensor]:
+def kth_key(keys: Tensor, count: int | Tensor, row_shards: RowShards) -> tuple[Tensor, Tensor]:
     """Return the bit pattern of the ``count``-th smallest, and how many of the entries that equal it are wanted.
 
     Both are 0-d; where nothing is wanted the pattern is below all others.
     """
-    missing = _bounded(count, peers.sum_(_count(keys.numel(), keys)))
+    missing = _bounded(count, row_shards.sum_(_count(keys.numel(), keys)))
     nothing = missing == 0
     missing = missing.clamp_min(1)
     bits = keys.element_size() * 8
@@ -227,7 +227,7 @@ def kth_key(keys: Tensor, count: int | Tensor, peers: Peers) -> tuple[Tensor, Te
         inside = (digit >= 0) & (digit < 1 << _DIGIT)
         bins = torch.where(inside, digit, 1 << _DIGIT)
         histogram = torch.zeros((1 << _DIGIT) + 1, dtype=torch.int64, device=keys.device).scatter_add_(0, bins, ones)
-        histogram = peers.sum_(histogram)[:-1]
+        histogram = row_shards.sum_(histogram)[:-1]
         below = histogram.cumsum(0)
         chosen = torch.searchsorted(below, missing)
         missing = missing - (below.take(chosen) - histogram.take(chosen))  # indexing would ask the device
@@ -246,7 +246,7 @@ def row_smallest_mask(scores: Tensor, counts: Tensor | int) -> Tensor:
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, chosen)
 
 
-def even_rows_mask(scores: Tensor, count: int, peers: Peers = ALONE) -> Tensor:
+def even_rows_mask(scores: Tensor, count: int, row_shards: RowShards = ALONE) -> Tensor:
     """Select ``count`` entries over the rows of all processes, the same number per row up to one.
 
     Each row gives ⌊count / rows⌋; what is left over comes from the rows whose next score is smallest, so that the
@@ -254,22 +254,26 @@ def even_rows_mask(scores: Tensor, count: int, peers: Peers = ALONE) -> Tensor:
     much less.
     """
     columns = scores.shape[1]
-    rows = int(peers.sum_(torch.tensor(scores.shape[0], device=scores.device))) if peers.size > 1 else scores.shape[0]
+    rows = (
+        int(row_shards.sum_(torch.tensor(scores.shape[0], device=scores.device)))
+        if row_shards.size > 1
+        else scores.shape[0]
+    )
     count = min(count, rows * columns)
     zeros = (scores < 0).sum(1)
 
-    def given(level: int) -> int:
-        return int(peers.sum_(zeros.clamp_min(level).sum()))
+    def taken(level: int) -> int:
+        return int(row_shards.sum_(zeros.clamp_min(level).sum()))
 
     level = count // rows
-    if given(level) > count:  # the highest level that is not too much; below 0 there are too many zeros for any
-        level = bisect.bisect_right(range(level), count, key=given) - 1
+    if taken(level) > count:  # the highest level that is not too much; below 0 there are too many zeros for any
+        level = bisect.bisect_right(range(level), count, key=taken) - 1
     if level < 0:
         return scores < 0
-    counts, extra = zeros.clamp_min(level), count - given(level)
+    counts, extra = zeros.clamp_min(level), count - taken(level)
     if extra:
         following = scores.kthvalue(level + 1, dim=1).values.masked_fill_(zeros > level, math.inf)
-        counts += smallest_mask(following, extra, peers)
+        counts += smallest_mask(following, extra, row_shards)
     return row_smallest_mask(scores, counts)
 
 
@@ -302,10 +306,3 @@ def group_mask(lines: Tensor, count: int) -> Tensor:
             rank[i] += after
             rank[j] -= after
     return rank < count
-
-
-def column_mask(scores: Tensor, count: int, rows: int) -> Tensor:
-    """Remove the ``count`` columns with the smallest scores (b,) from all ``rows`` rows."""
-    from thanos.solvers.selection import smallest_mask
-
-    return smallest_mask(scores, count).expand(rows, -1).clone()

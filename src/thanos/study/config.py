@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from thanos import registry
 from thanos.errors import RecipeError, StudyError
 from thanos.model.bos import BOS_CHOICES
-from thanos.recipe import DTYPES, METHODS, LayerRecipe
+from thanos.recipe import DTYPES, LayerRecipe
 from thanos.run.model_card import public_name as public
 from thanos.study.grid import DENSE, Cell, EvaluationPlan, Study, ZeroShotPlan, product
 
@@ -191,6 +192,10 @@ def _one_of(*allowed: str) -> Callable[[Any], str]:
     return check
 
 
+def _method(value: Any) -> str:
+    return _one_of(*registry.method_names())(value)
+
+
 def _layer(name: str) -> Callable[[Any], Any]:
     """Check a value by the rules of a recipe that has nothing else."""
 
@@ -203,7 +208,8 @@ def _layer(name: str) -> Callable[[Any], Any]:
 
 def _share(name: str) -> Callable[[Any], float]:
     def check(value: Any) -> float:
-        LayerRecipe(**{"pattern": "2:4", name: value} if name == "outlier_rows" else {name: value})
+        # The fraction alone: whether it leaves room for the sparsity is the cells' business.
+        LayerRecipe(**{"sparsity": 0.0, name: value} if name == "outlier_rows" else {name: value})
         return float(value)
 
     return check
@@ -238,7 +244,7 @@ _EVALUATION: dict[str, Callable[[Any], Any]] = {
 _ZERO_SHOT: dict[str, Callable[[Any], Any]] = {"tasks": _many(_word), "task_folder": _word, "limit": _whole(1)}
 _AXES: dict[str, Callable[[Any], Any]] = {
     "model": _many(_word),
-    "method": _many(_one_of(*METHODS)),
+    "method": _many(_method),
     "pattern": _many(_layer("pattern")),
     "sparsity": _many(_share("sparsity")),
     "outlier_rows": _many(_share("outlier_rows")),

@@ -12,16 +12,12 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from thanos.patterns.columns import Columns
-from thanos.patterns.nm import NM
-from thanos.patterns.parse import parse_pattern
+from thanos import registry
 from thanos.recipe import LayerRecipe, Recipe
+from thanos.registry import parse_pattern
 from thanos.run.model_card import public_name as public
 
 DENSE = "dense"
-
-_COMPENSATING = ("thanos", "sparsegpt")
-"""The methods that have a block size and a damping."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -158,15 +154,14 @@ def _normal(cell: Cell) -> Cell:
     cell = replace(cell, pattern=str(pattern), outlier_rows=float(cell.outlier_rows or 0))
     if not cell.outlier_rows:
         cell = replace(cell, keep_budget=False)
-    if isinstance(pattern, NM):
+    if pattern.sparsity is not None:
         cell = replace(cell, sparsity=None)
     elif cell.sparsity is None:
         cell = replace(cell, sparsity=LayerRecipe(pattern=str(pattern)).resolved_sparsity)
-    if cell.method not in _COMPENSATING:
-        return replace(cell, block_size=None, damping=None)
-    if isinstance(pattern, Columns):
-        return replace(cell, block_size=None)
-    if cell.block_size is None:
-        block_size = LayerRecipe(method=cell.method, pattern=str(pattern)).resolved_block_size
-        cell = replace(cell, block_size=block_size)
-    return replace(cell, damping=float(cell.damping or 0))
+    method = registry.method(cell.method)
+    damping = float(cell.damping or 0) if "damping" in method.settings else None
+    if "block_size" not in method.settings or pattern.whole_columns:
+        block_size = None
+    else:
+        block_size = cell.block_size or method.default_block_size(pattern)
+    return replace(cell, block_size=block_size, damping=damping)

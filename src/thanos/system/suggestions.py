@@ -18,10 +18,6 @@ _DEVICES = {
     "cpu": ("cpu:0", "host"),
 }
 _PLACES = {"device": ("gpu", "cuda", "vram"), "host": ("cpu", "ram", "memory"), "disk": ("ssd", "file")}
-_PATTERNS = {
-    "columns": ("structured", "column", "col", "cols", "input-columns"),
-    "2:4": ("nm", "n:m", "semi-structured", "semistructured", "semi"),
-}
 
 
 def near(given: Any, allowed: Iterable[str], others: Mapping[str, Iterable[str]] | None = None) -> str:
@@ -65,8 +61,14 @@ def near_place(given: str, allowed: Iterable[str]) -> str:
     return near(given, allowed, _PLACES)
 
 
-def near_pattern(given: Any) -> str:
-    """Return the hint for a sparsity pattern."""
+def near_pattern(given: Any, plain: str, others: Mapping[str, Iterable[str]]) -> str:
+    """Return the hint for a sparsity pattern.
+
+    Args:
+        given: what came.
+        plain: the pattern for which a fraction is meant.
+        others: pattern → other names by which it is known.
+    """
     if not isinstance(given, str):
         return ""
     text = given.strip().lower()
@@ -75,8 +77,8 @@ def near_pattern(given: Any) -> str:
         return _asked(f"{int(parts[1])}:{int(parts[2])}")
     share = meant_share(text)
     if share is not None:
-        return f" (did you mean unstructured with sparsity {share:g}?)"
-    return near(text, ("unstructured", "columns"), _PATTERNS)
+        return f" (did you mean {plain} with sparsity {share:g}?)"
+    return near(text, (name for name in others if ":" not in name), others)
 
 
 def near_number(given: Any, *, share: bool) -> str:

@@ -94,11 +94,11 @@ if triton is not None:
         r = w
         d = w
         x = tl.zeros((BR, K), tl.float32)
-        energy = tl.sum(w * w, 1)
-        size = energy
-        limit = energy * tolerance * tolerance
+        squares = tl.sum(w * w, 1)
+        size = squares
+        limit = squares * tolerance * tolerance
         step = 0
-        going = tl.sum((energy > limit).to(tl.int32), 0)
+        going = tl.sum((squares > limit).to(tl.int32), 0)
         while going > 0:
             tl.store(scratch + place, d, mask=inside)
             tl.debug_barrier()
@@ -107,27 +107,27 @@ if triton is not None:
             image = tl.where(support, image, 0.0)
             curvature = tl.sum(d * image, 1)
             # A row that is done stays as it is, so that its result does not depend on the rows beside it.
-            active = (curvature > 0) & (energy > limit)
-            alpha = tl.where(active, energy / tl.where(active, curvature, 1.0), 0.0)
+            active = (curvature > 0) & (squares > limit)
+            alpha = tl.where(active, squares / tl.where(active, curvature, 1.0), 0.0)
             x += alpha[:, None] * d
             r -= alpha[:, None] * image
             new = tl.sum(r * r, 1)
-            d = r + tl.where(energy > 0, new / tl.where(energy > 0, energy, 1.0), 0.0)[:, None] * d
-            energy = new
+            d = r + tl.where(squares > 0, new / tl.where(squares > 0, squares, 1.0), 0.0)[:, None] * d
+            squares = new
             step += 1
-            going = tl.where(step < steps, tl.sum((energy > limit).to(tl.int32), 0), 0)
+            going = tl.where(step < steps, tl.sum((squares > limit).to(tl.int32), 0), 0)
         tl.store(scratch + place, x, mask=inside)
         tl.debug_barrier()
         image = _product(scratch, gram, row, column, rows, columns, BR, K, BK)
         rest = tl.where(support, image, 0.0) - w
         bound = backward * (tl.sqrt(size) + tl.load(norm) * tl.sqrt(tl.sum(x * x, 1)))
-        good = (energy <= limit) & (tl.sum(rest * rest, 1) <= bound * bound)  # NaN is not good
+        good = (squares <= limit) & (tl.sum(rest * rest, 1) <= bound * bound)  # NaN is not good
         tl.store(failed + row, (~good).to(tl.int8), mask=row < rows)
         tl.store(solution + place, x * unit, mask=inside)
 
     @triton.jit
     def _gradient_step_kernel(
-        direction, image, mask, solution, residual, energy, rows, columns, BR: tl.constexpr, BC: tl.constexpr
+        direction, image, mask, solution, residual, squares, rows, columns, BR: tl.constexpr, BC: tl.constexpr
     ):
         row = tl.program_id(0) * BR + tl.arange(0, BR)
         column = tl.arange(0, BC)
@@ -136,7 +136,7 @@ if triton is not None:
         d = tl.load(direction + place, mask=inside, other=0.0)
         support = tl.load(mask + place, mask=inside, other=0) != 0
         a = tl.where(support, tl.load(image + place, mask=inside, other=0.0), 0.0)
-        old = tl.load(energy + row, mask=row < rows, other=0.0)
+        old = tl.load(squares + row, mask=row < rows, other=0.0)
         curvature = tl.sum(d * a, 1)
         alpha = tl.where(curvature > 0, old / tl.where(curvature > 0, curvature, 1.0), 0.0)
         tl.store(solution + place, tl.load(solution + place, mask=inside) + alpha[:, None] * d, mask=inside)
@@ -145,7 +145,7 @@ if triton is not None:
         new = tl.sum(r * r, 1)
         beta = tl.where(old > 0, new / tl.where(old > 0, old, 1.0), 0.0)
         tl.store(direction + place, r + beta[:, None] * d, mask=inside)
-        tl.store(energy + row, new, mask=row < rows)
+        tl.store(squares + row, new, mask=row < rows)
 
     @triton.jit
     def _eliminate_kernel(
@@ -215,14 +215,14 @@ def conjugate_gradients(
 
 @where_it_lies
 def gradient_step(
-    direction: Tensor, image: Tensor, mask: Tensor, solution: Tensor, residual: Tensor, energy: Tensor
+    direction: Tensor, image: Tensor, mask: Tensor, solution: Tensor, residual: Tensor, squares: Tensor
 ) -> None:
-    """Finish a step of conjugate gradients in place, given ``image`` = direction · matrix; all (c, k), ``energy`` (c,)."""
+    """Finish a step of conjugate gradients in place, given ``image`` = direction · matrix; all (c, k), ``squares`` (c,)."""
     rows, columns = direction.shape
     width = triton.next_power_of_2(columns)
     height = max(1, 2048 // width)
     _gradient_step_kernel[(triton.cdiv(rows, height),)](
-        direction, image, mask.view(torch.int8), solution, residual, energy, rows, columns,
+        direction, image, mask.view(torch.int8), solution, residual, squares, rows, columns,
         BR=height, BC=width, num_warps=4 if width <= 2048 else 8,
     )  # fmt: skip
 

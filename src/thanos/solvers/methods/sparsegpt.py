@@ -1,12 +1,8 @@
 """SparseGPT (Frantar and Alistarh, 2023): one column after the other, errors carried to the right.
 
-With H⁻¹ = UᵀU, removing W_ij and compensating in the columns to its right only changes row i by
-
-    W[i, j:] −= (W_ij / U_jj) · U[j, j:],
-
-at the cost W_ij² / U_jj², by which, or by its root, weights are ranked. Columns are taken in panels inside blocks inside the
-matrix, so that most of the arithmetic is matrix products; on a GPU a panel is one kernel, which keeps a tile of rows in
-registers. The result is that of the column-by-column recursion up to rounding.
+The recursion is equation (C) of docs/math.md. Columns are taken in panels inside blocks inside the matrix, so that most of the
+arithmetic is matrix products; on a GPU a panel is one kernel, which keeps a tile of rows in registers. The result is that of
+the column-by-column recursion up to rounding.
 """
 
 from __future__ import annotations
@@ -14,34 +10,37 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from thanos.patterns.columns import Columns
-from thanos.patterns.nm import NM
-from thanos.patterns.unstructured import Unstructured
+from thanos.patterns.base import Pattern
+from thanos.solvers.cost import Cost, Size, block_update, compensating_bytes, scoring
 from thanos.solvers.kernels import solve as kernels
 from thanos.solvers.masking import clear_
-from thanos.solvers.problem import Problem
-from thanos.solvers.selection import KernelSearch, column_mask, group_mask, smallest_mask
+from thanos.solvers.problem import Problem, Solution
+from thanos.solvers.selection import KernelSearch, group_mask
 
 _PANEL = 16
 """Columns whose updates go to one another directly; wider panels do more work column by column."""
 
 
-def sparsegpt(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Prune by the recursion above; the mask of a block is chosen when the block (for n:m: the group) is reached."""
+def sparsegpt(problem: Problem) -> Solution:
+    """Prune by the recursion; the mask of a block is chosen when the block (for n:m: the group) is reached.
+
+    Patterns that are neither unstructured nor n:m choose their mask before the first column.
+    """
+    pattern = problem.pattern
     weight, upper = problem.weight.clone(memory_format=torch.contiguous_format), problem.upper
-    removed = problem.zeros.clone()
-    if isinstance(problem.pattern, Columns):
-        scores = _scores(problem, problem.whole, 0).square_().sum(0)
-        removed |= column_mask(scores, problem.budget.columns, weight.shape[0])
-    counts = _block_budgets(problem) if isinstance(problem.pattern, Unstructured) else {}
-    search = KernelSearch(problem.peers)
+    if pattern.any_entries or pattern.group_zeros:
+        removed = problem.zeros.clone()
+    else:
+        removed = problem.choose(lambda rows: _scores(problem, rows, 0).square_())
+    counts = _block_budgets(problem) if pattern.any_entries else {}
+    search = problem.kernel_search()
     for start, stop in problem.blocks():
         if counts:
             removed[:, start:stop] = _block_mask(problem, weight[:, start:stop], start, counts[start], search)
         errors = _eliminate_block(problem, weight[:, start:stop], removed[:, start:stop], start)
         if stop < weight.shape[1]:
             weight[:, stop:].addmm_(errors, upper[start:stop, stop:], alpha=-1)
-    return clear_(weight, removed), removed
+    return Solution(clear_(weight, removed), removed)
 
 
 def _scores(problem: Problem, weight: Tensor, start: int) -> Tensor:
@@ -57,7 +56,7 @@ def _block_mask(problem: Problem, weight: Tensor, start: int, count: int, search
         wanted = torch.full((), count, dtype=torch.int64, device=weight.device)
         return search.smallest(weight, _reciprocals(problem)[start:stop], zeros, wanted)
     scores = problem.mark_zeros(_scores(problem, weight, start), start)
-    return smallest_mask(scores, count, problem.peers)
+    return problem.smallest(scores, count)
 
 
 def _reciprocals(problem: Problem) -> Tensor:
@@ -74,7 +73,7 @@ def _block_budgets(problem: Problem) -> dict[int, int]:
     """
     columns = problem.weight.shape[1]
     tally = torch.cat([problem.zeros.sum(0), problem.zeros.new_full((1,), problem.weight.shape[0], dtype=torch.int64)])
-    *zeros, rows = problem.peers.sum_(tally).tolist()
+    *zeros, rows = problem.total(tally).tolist()
     total = max(problem.budget.weights, sum(zeros))
     counts, spent = {}, 0
     for start, stop in problem.blocks():
@@ -112,15 +111,16 @@ def _eliminate_panel_fused(problem: Problem, weight: Tensor, removed: Tensor, up
     assert problem.inputs is not None
     errors = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     columns = slice(offset, offset + weight.shape[1])
-    n, m = (problem.pattern.n, problem.pattern.m) if isinstance(problem.pattern, NM) else (0, 0)
+    group, gone = problem.pattern.group, problem.pattern.group_zeros
+    n, m = (group - gone, group) if gone else (0, 0)
     dead, zeros = problem.inputs.dead[columns], problem.zeros[:, columns]
     kernels.eliminate(weight, removed, zeros, upper.contiguous(), dead, errors, n, m)
     return errors
 
 
 def _eliminate_lines(problem: Problem, weight: Tensor, removed: Tensor, upper: Tensor, offset: int) -> Tensor:
-    """The same for a block, column by column within panels. Works on the transpose: a column is one stretch of memory."""
-    width, group = weight.shape[1], problem.pattern.group
+    """The same for a block, column by column within panels. Works on the transpose: a column is contiguous."""
+    width, group, by_groups = weight.shape[1], problem.pattern.group, problem.pattern.group_zeros > 0
     lines, reciprocal = weight.contiguous().T.contiguous(), upper.diagonal().reciprocal()[:, None]
     divided = removed.contiguous().T.to(weight.dtype).mul_(reciprocal)  # 1 / U_jj where a weight goes, 0 where it stays
     errors = torch.empty_like(lines)
@@ -128,7 +128,7 @@ def _eliminate_lines(problem: Problem, weight: Tensor, removed: Tensor, upper: T
     for start in range(0, width, panel):
         stop = min(start + panel, width)
         for j in range(start, stop):
-            if isinstance(problem.pattern, NM) and j % group == 0:
+            if by_groups and j % group == 0:
                 some = slice(j, j + group)
                 chosen = _choose_group(problem, lines[some], offset + j)
                 divided[some] = torch.maximum(divided[some], chosen * reciprocal[some])
@@ -136,7 +136,7 @@ def _eliminate_lines(problem: Problem, weight: Tensor, removed: Tensor, upper: T
             lines[j + 1 : stop].addr_(upper[j, j + 1 : stop], errors[j], alpha=-1)
         lines[stop:].addmm_(upper[start:stop, stop:].T, errors[start:stop], alpha=-1)
     weight.copy_(lines.T.contiguous())
-    if isinstance(problem.pattern, NM):
+    if by_groups:
         removed.copy_(divided.to(torch.bool).T)
     return errors.T
 
@@ -144,4 +144,22 @@ def _eliminate_lines(problem: Problem, weight: Tensor, removed: Tensor, upper: T
 def _choose_group(problem: Problem, lines: Tensor, start: int) -> Tensor:
     """Decide the n:m group that begins at column ``start``, on its weights (m, c) as they are now; (m, c) bool."""
     scores = problem.mark_zeros(_scores(problem, lines.T, start), start)
-    return group_mask(scores.T, problem.nm.m - problem.nm.n)
+    return group_mask(scores.T, problem.pattern.group_zeros)
+
+
+def cost(pattern: Pattern, size: Size) -> dict[str, Cost]:
+    """Return the work of a solve by part."""
+    if pattern.whole_columns:
+        return scoring(pattern, size)
+    c, b = float(size.rows), float(size.columns)
+    return {
+        "selection": Cost(3 * c * b, 20 * c * b),
+        "rows": Cost(c * b * size.block, 20 * c * b),
+        "update": block_update(size),
+    }
+
+
+def memory(pattern: Pattern, size: Size) -> int:
+    """Return the bytes that a solve holds."""
+    del pattern
+    return compensating_bytes(size)

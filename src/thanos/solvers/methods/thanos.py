@@ -1,14 +1,7 @@
 """Thanos (arXiv 2504.05346): many weights of a row removed at once, the survivors compensating exactly.
 
-Removing the set P from a row w under ½ δ H δᵀ → min, δ_P = −w_P, gives (the paper's Eq. 10)
-
-    ŵ = w − λ (H⁻¹)_P:,   λ (H⁻¹)_PP = w_P.                                                                   (A)
-
-Column blocks go left to right, H being the trailing matrix H[j1:, j1:]. With H⁻¹ = UᵀU the rows of its inverse that a block
-needs are U_bbᵀ U[j1:j2, j1:], so the systems of all rows are sub-blocks of G = U_bbᵀ U_bb and the update of everything to
-the right is one matrix product. Columns (structured) are (A) with one P for all rows (the paper's Eq. 13, Algorithm 2):
-
-    Ŵ = W − W_:P ((H⁻¹)_PP)⁻¹ (H⁻¹)_P:.                                                                        (B)
+Blocks of columns go from left to right. In each, one set of entries is removed from every row, and the row's weights from
+there on change as equation (A) of docs/math.md says; whole columns go from all rows in one step, equation (B).
 """
 
 from __future__ import annotations
@@ -16,43 +9,45 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from thanos.patterns.columns import Columns
-from thanos.patterns.unstructured import Unstructured
-from thanos.solvers.masked_cg import RowSolver, solve_rows
+from thanos.patterns.base import Pattern
+from thanos.solvers.cost import Cost, Size, block_update, compensating_bytes, scoring
+from thanos.solvers.masked_cg import RowSolver
 from thanos.solvers.masking import clear_
-from thanos.solvers.problem import Problem
-from thanos.solvers.selection import ResidualMask, column_mask, nm_mask, smallest_mask
+from thanos.solvers.problem import Problem, Solution
 
 
-def thanos(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Prune by Algorithm 1 (unstructured), 8 (n:m) or 2 (columns)."""
-    if isinstance(problem.pattern, Columns):
+def thanos(problem: Problem) -> Solution:
+    """Prune by Algorithm 1 (unstructured), 8 (n:m) or 2 (columns); other patterns by a mask chosen before the first block."""
+    if problem.pattern.whole_columns:
         return _columns(problem)
-    rows = RowSolver(peers=problem.peers, hopeful=True)
-    found = _by_blocks(problem, rows)
+    rows = problem.row_solver(defer_convergence_check=True)
+    solution = _by_blocks(problem, rows)
     if not rows.failed():
-        return found
-    del found  # its memory is needed
-    return _by_blocks(problem, RowSolver(peers=problem.peers))
+        return solution
+    del solution  # its memory is needed
+    return _by_blocks(problem, problem.row_solver())
 
 
-def _by_blocks(problem: Problem, rows: RowSolver) -> tuple[Tensor, Tensor]:
+def _by_blocks(problem: Problem, rows: RowSolver) -> Solution:
+    pattern = problem.pattern
     weight, upper = problem.weight.clone(memory_format=torch.contiguous_format), problem.upper
     removed = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
     zeros = problem.some_zeros
-    # Counted down on the device, so that no block waits for the host to learn what the one before it took.
-    budget = problem.peers.sum_(torch.count_nonzero(problem.zeros)).clamp_min(problem.budget.weights)
-    residual = ResidualMask(problem.norms, zeros, budget, problem.peers)
+    residual = problem.residual_mask() if pattern.any_entries else None
+    once = not (pattern.any_entries or pattern.group_zeros)
+    whole = problem.choose(lambda rows: rows.abs() * problem.norms) if once else None
     for start, stop in problem.blocks():
-        if isinstance(problem.pattern, Unstructured):
+        if residual is not None:
             chosen = residual.take(weight, start, stop)
+        elif whole is not None:
+            chosen = whole[:, start:stop]
         else:
             scores = problem.mark_zeros(weight[:, start:stop].abs().mul_(problem.norms[start:stop]), start)
-            chosen = nm_mask(scores, problem.nm.n, problem.nm.m)
+            chosen = pattern.mask(problem, scores)
             chosen = chosen if zeros is None else chosen | zeros[:, start:stop]
         removed[:, start:stop] = chosen
         _remove(weight[:, start:], chosen, upper[start:stop, start:], rows)
-    return weight, removed
+    return Solution(weight, removed)
 
 
 def _remove(weight: Tensor, chosen: Tensor, upper_rows: Tensor, rows: RowSolver) -> None:
@@ -65,19 +60,18 @@ def _remove(weight: Tensor, chosen: Tensor, upper_rows: Tensor, rows: RowSolver)
     clear_(block, chosen)
 
 
-def _columns(problem: Problem) -> tuple[Tensor, Tensor]:
+def _columns(problem: Problem) -> Solution:
     weight, upper = problem.weight, problem.upper
-    scores = problem.whole.square().sum(0) * problem.norms.square()
-    chosen = column_mask(scores, problem.budget.columns, weight.shape[0])
-    removed = chosen | problem.zeros
-    if not problem.peers.sum_((removed != chosen).sum()):
-        index = smallest_mask(scores, problem.budget.columns).nonzero().squeeze(1)
+    columns = problem.pattern.mask(problem, problem.column_sums(torch.square) * problem.norms.square())
+    removed = columns | problem.zeros
+    if not problem.total((removed != columns).sum()):
+        index = columns.nonzero().squeeze(1)
         root = upper[:, index]
         multipliers = _solve_shared(root, weight[:, index])
         update = multipliers @ (root.T @ upper)
     else:  # zeros scattered over columns that stay: every row has its own set
-        update = solve_rows(upper.T @ upper, weight, removed, upper, problem.peers) @ (upper.T @ upper)
-    return clear_(weight - update, removed), removed
+        update = problem.row_solver().solve(upper.T @ upper, weight, removed, upper) @ (upper.T @ upper)
+    return Solution(clear_(weight - update, removed), removed)
 
 
 def _solve_shared(root: Tensor, rhs: Tensor) -> Tensor:
@@ -92,3 +86,21 @@ def _solve_shared(root: Tensor, rhs: Tensor) -> Tensor:
     # Numerically dependent columns: any of the equivalent solutions is a minimiser.
     exact = root.double()
     return (rhs.double() @ torch.linalg.pinv(exact.T @ exact, hermitian=True)).to(rhs.dtype)
+
+
+def cost(pattern: Pattern, size: Size) -> dict[str, Cost]:
+    """Return the work of a solve by part."""
+    if pattern.whole_columns:
+        return scoring(pattern, size)
+    c, b, block, rest = float(size.rows), float(size.columns), float(size.block), size.rest
+    passes = 3 if pattern.any_entries else 0  # of the histograms, over all that is left
+    return {
+        "selection": Cost(passes * c * rest, passes * 4 * c * rest + 8 * c * b),
+        "rows": Cost(size.steps * 2 * c * block * b + 2 * block**2 * rest, 4 * 4 * c * b),
+        "update": block_update(size),
+    }
+
+
+def memory(pattern: Pattern, size: Size) -> int:
+    """Return the bytes that a solve holds; where any entries may go, the scores of all that is left among them."""
+    return compensating_bytes(size, scores=4 * size.entries if pattern.any_entries else 0)

@@ -8,23 +8,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from thanos import registry
 from thanos.errors import RecipeError
-from thanos.patterns.parse import parse_pattern
-from thanos.recipe import METHODS, LayerRecipe
+from thanos.recipe import LayerRecipe
+from thanos.registry import parse_pattern
 from thanos.study.report.comparable import most_common, select_cells
 from thanos.study.report.numbers import Number, field_of, mean, spread
 from thanos.study.store import CellRecord
-
-NAMES = {
-    "dense": "Dense",
-    "thanos": "Thanos",
-    "sparsegpt": "SparseGPT",
-    "wanda": "Wanda",
-    "magnitude": "Magnitude",
-}
-
-PATTERNS = ("unstructured", "2:4", "4:8", "columns")
-"""The order in which patterns are shown; others follow by name."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,7 +47,7 @@ class Row:
     @property
     def name(self) -> str:
         """The method's name."""
-        return NAMES.get(self.method, self.method)
+        return title_of(self.method)
 
     @property
     def label(self) -> str:
@@ -70,7 +60,7 @@ class Row:
     @property
     def pattern_label(self) -> str:
         """The pattern with the sparsity asked for, where the pattern leaves it open: ``columns 30 %``."""
-        return self.pattern if ":" in self.pattern else f"{self.pattern} {percent(self.sparsity)}"
+        return self.pattern if _implies_sparsity(self.pattern) else f"{self.pattern} {percent(self.sparsity)}"
 
     @property
     def setting(self) -> str:
@@ -91,7 +81,7 @@ class Row:
     @property
     def order(self) -> tuple[Any, ...]:
         """What rows are sorted by."""
-        methods = ("dense", *METHODS)
+        methods = ("dense", *registry.method_names())
         place = methods.index(self.method) if self.method in methods else len(methods)
         return (
             *pattern_order(self.pattern),
@@ -154,9 +144,22 @@ def percent(share: float) -> str:
     return f"{100 * share:g} %" if round(100 * share, 6) == round(100 * share) else f"{100 * share:.2f} %"
 
 
+def title_of(method: str) -> str:
+    """Return a method's name for people."""
+    return "Dense" if method == "dense" else registry.method_title(method)
+
+
 def pattern_order(pattern: str) -> tuple[int, str]:
-    """Return what patterns are sorted by."""
-    return (PATTERNS.index(pattern) if pattern in PATTERNS else len(PATTERNS), pattern)
+    """Return what patterns are sorted by: those of the registry in its order, then others by name."""
+    known = registry.example_patterns()
+    return (known.index(pattern) if pattern in known else len(known), pattern)
+
+
+def _implies_sparsity(pattern: str) -> bool:
+    try:
+        return parse_pattern(pattern).sparsity is not None
+    except RecipeError:  # the dense model, or a pattern of another version
+        return ":" in pattern
 
 
 class Results:

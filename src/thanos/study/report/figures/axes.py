@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from thanos.study.report.figures.charts import Chart
-from thanos.study.report.figures.theme import MUTED, STYLES, style_of
+from thanos.study.report.figures.theme import MUTED, own_style, style_of
 from thanos.study.report.numbers import Number, power_of_ten
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ _LETTER, _HANDLE = 4.9, 34.0
 def other_methods(chart: Chart) -> list[str]:
     """Return the methods of a figure that have no colour of their own."""
     names = [series.style for series in chart.series] + [p.style for s in chart.series for p in s.points if p.style]
-    return [name for name in dict.fromkeys(names) if name not in STYLES]
+    return [name for name in dict.fromkeys(names) if own_style(name) is None]
 
 
 def look_of(method: str, others: list[str], variant: int = 0) -> dict[str, Any]:

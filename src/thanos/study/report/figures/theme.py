@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
+from thanos import registry
+
 INK = "#1f2328"
 MUTED = "#5f6872"
 GRID = "#dfe3e8"
 PAPER = "#ffffff"
 
-# Okabe and Ito's palette (2008), darkened where its contrast on white is below 3:1.
-STYLES: dict[str, tuple[str, str]] = {
-    "thanos": ("#d1490c", "o"),
-    "sparsegpt": ("#0072b2", "s"),
-    "wanda": ("#008a63", "^"),
-    "magnitude": ("#a4518a", "D"),
-}
-"""Method → colour and marker."""
+# The registry's colours are Okabe and Ito's palette (2008), darkened where its contrast on white is below 3:1.
+STYLES: dict[str, tuple[str, str]] = {row.name: (row.colour, row.marker) for row in registry.METHODS}
+"""Method of this package → colour and marker."""
 
 OTHERS: tuple[tuple[str, str], ...] = (("#8a6d00", "v"), ("#56606b", "P"), ("#3d5a99", "X"))
-"""For methods of other versions, in turn."""
+"""For methods that say none, in turn."""
 
 DARK: dict[str, str] = {
     INK: "#e8eaed",
     MUTED: "#a3adb8",
     GRID: "#333a42",
     PAPER: "#14171a",
-    "#d1490c": "#ff8a4c",
-    "#0072b2": "#62b8f0",
-    "#008a63": "#3fcf9f",
-    "#a4518a": "#e59fcd",
+    **{row.colour: row.dark_colour for row in registry.METHODS},
     "#8a6d00": "#e3c04f",
     "#56606b": "#b4bec8",
     "#3d5a99": "#9db8f2",
@@ -36,10 +30,15 @@ DARK: dict[str, str] = {
 
 
 def style_of(method: str, known: list[str]) -> tuple[str, str]:
-    """Return colour and marker of a method; ``known`` lists those of the figure that :data:`STYLES` lacks."""
-    if method in STYLES:
-        return STYLES[method]
-    return OTHERS[known.index(method) % len(OTHERS)]
+    """Return colour and marker of a method; ``known`` lists those of the figure that have no style of their own."""
+    style = own_style(method)
+    return OTHERS[known.index(method) % len(OTHERS)] if style is None else style
+
+
+def own_style(method: str) -> tuple[str, str] | None:
+    """Return the colour and marker that a method's row says; None where it says none."""
+    row = registry.find_method(method)
+    return None if row is None or not (row.colour and row.marker) else (row.colour, row.marker)
 
 
 def dark_rules() -> str:
@@ -49,7 +48,8 @@ def dark_rules() -> str:
     CSS media queries keep the light colours, since those stay in the file.
     """
     rules = []
-    for light, dark in DARK.items():
+    own = {row.colour: row.dark_colour for row in registry.methods() if row.colour and row.dark_colour}
+    for light, dark in (DARK | own).items():
         for name in ("fill", "stroke"):
             rules.append(f'[style*="{name}: {light}"]{{{name}:{dark} !important}}')
     return "".join(rules)

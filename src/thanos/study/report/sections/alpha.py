@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from thanos.study.report.figures.charts import Chart, Series
 from thanos.study.report.numbers import Number, Prose
 from thanos.study.report.ranking import larger_noise, one_seed, verdict
-from thanos.study.report.results import NAMES, Results, Row, over_common_seeds, percent
+from thanos.study.report.results import Results, Row, over_common_seeds, percent, title_of
 from thanos.study.report.sections.common import (
     BAR_NOTE,
     SPREAD_NOTE,
@@ -158,7 +158,7 @@ def _chart(results: Results, field: str, label: str, pattern: str, shared: Seque
         rows = shared if method == "thanos" else equal_alphas(results, method, pattern, sparsity)
         found = points([row.only(seeds) for row in rows if seeds <= row.seeds_with(field)], "alpha", field, Row.noise)
         if len(found) > 2 or (method == "thanos" and len(found) > 1):
-            series.append(Series(NAMES.get(method, method), method, found))
+            series.append(Series(title_of(method), method, found))
     title = {"perplexity": "Perplexity", "kl_divergence": "KL divergence"}[field]
     name = f"alpha_{file_name(pattern)}_{field}"
     y_label = {"perplexity": "perplexity", "kl_divergence": "KL divergence (nats/token)"}[field]

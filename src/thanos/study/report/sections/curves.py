@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from thanos.study.report.figures.charts import Chart, Series
-from thanos.study.report.results import NAMES, Results, Row
+from thanos.study.report.results import Results, Row, title_of
 from thanos.study.report.sections.common import SPREAD_NOTE, Section, note, own, points
 from thanos.study.report.sections.summary import METHODS
 from thanos.study.report.tables import Column, Line, Table, number, table
@@ -59,7 +59,7 @@ def lines_of(results: Results, pattern: str) -> dict[tuple[str, float], list[Row
 
 
 def _label(method: str, alpha: float, *, mixed: bool) -> str:
-    name = NAMES.get(method, method)
+    name = title_of(method)
     if alpha:
         return f"{name} α = {alpha:g}, kept"
     return f"{name} α = 0" if mixed and method == "thanos" else name
@@ -107,5 +107,5 @@ def _missing(found: dict[tuple[str, float], list[Row]], pattern: str) -> str:
         have = {round(row.sparsity, 6) for row in found.get((method, 0.0), [])}
         gaps = [f"{100 * value:g}" for value in SPARSITIES[pattern] if value not in have]
         if gaps:
-            lacking.append(f"{NAMES[method]} at {', '.join(gaps)} %")
+            lacking.append(f"{title_of(method)} at {', '.join(gaps)} %")
     return "; ".join(lacking)

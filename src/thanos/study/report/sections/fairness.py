@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from thanos.recipe import METHODS
 from thanos.study.report.numbers import difference
 from thanos.study.report.ranking import GROUP_WIDTH, comparable, groups_by_sparsity, ranks
-from thanos.study.report.results import NAMES, Results, Row
+from thanos.study.report.results import Results, Row, title_of
 from thanos.study.report.sections.common import (
     BEST_NOTE,
     RANK_NOTE,
@@ -19,6 +18,7 @@ from thanos.study.report.sections.common import (
     own,
     patterns_of,
 )
+from thanos.study.report.sections.summary import METHODS
 from thanos.study.report.tables import Line, Table, measures, table
 
 _FIELDS = ("perplexity", "kl_divergence", "top1_agreement", "zero_shot")
@@ -118,7 +118,7 @@ def _missing(results: Results) -> list[str]:
         rows = results.select(pattern=pattern, alpha=0.1, sparsity=sparsity)
         for kept in (True, False):
             have = {row.method for row in rows if row.keep_budget == kept}
-            lacking = [NAMES[method] for method in METHODS if method not in have]
+            lacking = [title_of(method) for method in METHODS if method not in have]
             if have and lacking:
                 how = "budget kept" if kept else "as asked"
                 found.append(f"{', '.join(lacking)}, {rows[0].pattern_label}, α = 0.1, {how}")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from thanos import registry
 from thanos.study.report.figures.charts import Chart, Series
 from thanos.study.report.numbers import Prose, count
 from thanos.study.report.ranking import ranks
-from thanos.study.report.results import NAMES, Results, Row
+from thanos.study.report.results import Results, Row, title_of
 from thanos.study.report.sections.common import (
     BEST_NOTE,
     HEADLINE,
@@ -22,7 +23,7 @@ from thanos.study.report.tables import Line, Table, measures, table
 _FIELDS = ("perplexity", "kl_divergence", "top1_agreement", "zero_shot", "zero_shot_stderr", "layer_error", "seconds")
 _RANKED = ("perplexity", "kl_divergence", "top1_agreement", "zero_shot", "layer_error")
 
-METHODS = ("thanos", "sparsegpt", "wanda", "magnitude")
+METHODS = tuple(row.name for row in registry.METHODS)
 
 
 def summary(results: Results) -> Section:
@@ -85,7 +86,7 @@ def _missing(results: Results, groups: dict[str, list[Row]]) -> list[str]:
     found = [] if results.dense is not None else ["the dense model"]
     for pattern, group in groups.items():
         have = {row.method for row in group}
-        lacking = [NAMES[method] for method in METHODS if method not in have]
+        lacking = [title_of(method) for method in METHODS if method not in have]
         if lacking:
             label = group[0].pattern_label if group else f"{pattern}{'' if ':' in pattern else ' 50 %'}"
             label = label if group or pattern != "columns" else "columns 30 %"

@@ -14,23 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from thanos import registry
 from thanos.errors import RecipeError
-from thanos.patterns.nm import NM
-from thanos.patterns.parse import Pattern, parse_pattern
-from thanos.system.suggestions import near, near_dtype, near_number, near_whole
+from thanos.recipe.layer import DEFAULT_DAMPING as DEFAULT_DAMPING
+from thanos.recipe.layer import LAYER_FIELDS, LayerRecipe, check_used, check_values
+from thanos.registry import parse_pattern
+from thanos.system.suggestions import near, near_dtype, near_whole
 from thanos.system.user_paths import expanded
-
-METHODS = ("thanos", "sparsegpt", "wanda", "magnitude")
-
-DEFAULT_SPARSITY = 0.5
-"""The share of weights removed by the unstructured and columns patterns; the setting that the field compares at."""
-
-DEFAULT_DAMPING = 0.01
-"""Added to the Hessian's diagonal as a share of its mean; SparseGPT's value, kept by Thanos (paper, section 5)."""
-
-DEFAULT_BLOCK_SIZE = 128
-DEFAULT_BLOCK_SIZE_NM = 512
-"""Columns per block: the paper's choices for unstructured and for n:m sparsity."""
 
 _OTHER_NAMES = {
     "sequence_length": ("seqlen", "seq_len", "max_length"),
@@ -41,111 +31,6 @@ _OTHER_NAMES = {
     "override": ("overrides",),
 }
 """Names that other tools give to the same settings."""
-
-_LAYER_FIELDS = ("method", "pattern", "sparsity", "outlier_rows", "keep_budget", "block_size", "damping")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LayerRecipe:
-    """What is done to one weight matrix. Build it to have it checked.
-
-    Args:
-        method: one of :data:`METHODS`.
-        pattern: ``unstructured``, ``columns`` or ``N:M`` (at most N non-zeros in M consecutive inputs).
-        sparsity: share of the matrix's entries that become zero, in [0, 1). Follows from the pattern for n:m;
-            None means the default (0.5 for the other two).
-        outlier_rows: share of output rows left dense, in [0, 1).
-        keep_budget: let the other rows make up for the outlier rows, so that the matrix as a whole has the sparsity it would
-            have without them; see :class:`~thanos.solvers.budget.Budget`. For n:m it needs an even n: the rows with the least
-            output energy keep n/2 of m.
-        block_size: input columns handled together (Thanos, SparseGPT); None means 128, or 512 for Thanos with n:m.
-        damping: share of the Hessian's mean diagonal added to its diagonal, at least 0.
-
-    Raises:
-        RecipeError: a value is outside its range or contradicts another.
-    """
-
-    method: str = "thanos"
-    pattern: str = "unstructured"
-    sparsity: float | None = None
-    outlier_rows: float = 0.0
-    keep_budget: bool = False
-    block_size: int | None = None
-    damping: float = DEFAULT_DAMPING
-
-    def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            hint = near(self.method, METHODS)
-            raise RecipeError(f"method {self.method!r} is unknown; choose one of {', '.join(METHODS)}{hint}")
-        pattern = parse_pattern(self.pattern)
-        object.__setattr__(self, "pattern", str(pattern))
-        _check_number("outlier_rows", self.outlier_rows, 0.0, 1.0)
-        _check_number("damping", self.damping, 0.0, None)
-        if not isinstance(self.keep_budget, bool):
-            raise RecipeError(f"keep_budget must be true or false; got {self.keep_budget!r}")
-        if self.keep_budget and isinstance(pattern, NM) and self.outlier_rows > 0:
-            self._check_halves(pattern)
-        if self.sparsity is not None:
-            _check_number("sparsity", self.sparsity, 0.0, 1.0)
-        implied = pattern.sparsity
-        if implied is None:
-            self._check_room(DEFAULT_SPARSITY if self.sparsity is None else self.sparsity)
-        elif self.sparsity is not None and abs(self.sparsity - implied) > 1e-9:
-            raise RecipeError(
-                f"sparsity {self.sparsity} contradicts pattern {pattern}, which removes {implied:.4g} of the weights; "
-                "leave sparsity out or choose another pattern"
-            )
-        if self.block_size is not None:
-            if isinstance(self.block_size, bool) or not isinstance(self.block_size, int) or self.block_size < 1:
-                raise RecipeError(
-                    f"block_size must be a whole number of columns, at least 1; got {self.block_size!r}"
-                    f"{near_whole(self.block_size)}"
-                )
-            pattern.check_block_size(self.block_size)
-
-    def _check_room(self, sparsity: float) -> None:
-        if self.outlier_rows > 0 and sparsity >= 1 - self.outlier_rows:
-            raise RecipeError(
-                f"sparsity {sparsity} is impossible with outlier_rows {self.outlier_rows}: the rows that may be pruned "
-                f"hold only {1 - self.outlier_rows:.4g} of the weights; lower one of the two"
-            )
-
-    def _check_halves(self, pattern: NM) -> None:
-        if pattern.n % 2:
-            raise RecipeError(
-                f"keep_budget with outlier_rows gives some rows half of the non-zeros, but {pattern} keeps an odd number of "
-                f"{pattern.n}; choose a pattern with an even one, such as 2:4, or leave keep_budget out"
-            )
-        # Every outlier row needs 2(m − n)/n halved rows beside it.
-        most = pattern.n / (2 * pattern.m - pattern.n)
-        if self.outlier_rows > most:
-            raise RecipeError(
-                f"outlier_rows {self.outlier_rows} is too much for keep_budget with pattern {pattern}: the other rows can make "
-                f"up for at most {most:.4g}; lower outlier_rows or leave keep_budget out"
-            )
-
-    @property
-    def parsed_pattern(self) -> Pattern:
-        """The pattern as an object."""
-        return parse_pattern(self.pattern)
-
-    @property
-    def resolved_sparsity(self) -> float:
-        """The share of removed weights asked for: the pattern's own for n:m (before outlier rows), else the setting."""
-        implied = self.parsed_pattern.sparsity
-        if implied is not None:
-            return implied
-        return DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
-
-    @property
-    def resolved_block_size(self) -> int:
-        """The block size that is used: the setting, or the paper's default for the method and pattern."""
-        if self.block_size is not None:
-            return self.block_size
-        pattern = self.parsed_pattern
-        wide = self.method == "thanos" and isinstance(pattern, NM)
-        m = pattern.group
-        return max(m, (DEFAULT_BLOCK_SIZE_NM if wide else DEFAULT_BLOCK_SIZE) // m * m)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -167,11 +52,11 @@ class Override:
             raise RecipeError(f"an override needs match, a glob over layer names; got {self.match!r}")
         if not isinstance(self.skip, bool):
             raise RecipeError(f"skip in the override of {self.match!r} must be true or false; got {self.skip!r}")
-        unknown = sorted(set(self.settings) - set(_LAYER_FIELDS))
+        unknown = sorted(set(self.settings) - set(LAYER_FIELDS))
         if unknown:
             raise RecipeError(
                 f"the override of {self.match!r} has unknown settings {', '.join(unknown)}; "
-                f"allowed are skip, {', '.join(_LAYER_FIELDS)}{_hints(unknown, _LAYER_FIELDS)}"
+                f"allowed are skip, {', '.join(LAYER_FIELDS)}{_hints(unknown, LAYER_FIELDS)}"
             )
 
 
@@ -208,6 +93,7 @@ class Recipe(LayerRecipe):
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "overrides", tuple(self.overrides))
         LayerRecipe.__post_init__(self)
         for name, lowest in (("samples", 1), ("sequence_length", 2), ("seed", 0)):
             value = getattr(self, name)
@@ -226,30 +112,40 @@ class Recipe(LayerRecipe):
             object.__setattr__(self, name, tuple(value))
         if not isinstance(self.trust_remote_code, bool):
             raise RecipeError(f"trust_remote_code must be true or false; got {self.trust_remote_code!r}")
-        object.__setattr__(self, "overrides", tuple(self.overrides))
         for override in self.overrides:
+            own = override.settings.get("method")
+            check_values(override.settings)
+            where = f" in the override of {override.match!r}"
+            check_used(override.settings, self._methods() if own is None else (own,), where)
             self._merged([override])
 
+    def _methods(self) -> tuple[str, ...]:
+        return (self.method, *(o.settings["method"] for o in self.overrides if "method" in o.settings))
+
     def _merged(self, overrides: Iterable[Override]) -> LayerRecipe:
-        values: dict[str, Any] = {name: getattr(self, name) for name in _LAYER_FIELDS}
+        values: dict[str, Any] = {name: getattr(self, name) for name in LAYER_FIELDS}
         for override in overrides:
             values |= _suited(values["pattern"], override.settings)
-        return LayerRecipe(**values)
+        return LayerRecipe(**registry.method(values["method"]).used(values))
 
     def suited(self, changes: Mapping[str, Any]) -> dict[str, Any]:
-        """Return changes of fields such that another pattern brings its own sparsity and block size.
+        """Return changes of fields such that another pattern or method brings its own defaults.
 
-        Those of the recipe were given for its own pattern: without new ones beside it, the new pattern's defaults hold.
+        The recipe's sparsity and block size were given for its own pattern: without new ones, the new pattern's defaults hold.
+        Settings that no method of the changed recipe uses have their defaults too.
 
         Raises:
-            RecipeError: the pattern is malformed.
+            RecipeError: the pattern is malformed, or the method unknown.
         """
-        return _suited(self.pattern, changes)
+        methods = (changes.get("method", self.method), *self._methods()[1:])
+        used = {setting for name in methods for setting in registry.method(name).settings}
+        unused = {name: default for name, default in registry.LAYER_SETTINGS.items() if name not in used}
+        return {**(unused if "method" in changes else {}), **_suited(self.pattern, changes)}
 
     def for_layer(self, name: str) -> LayerRecipe | None:
         """Return what to do to the layer called ``name`` (full module name); None where an override skips it."""
-        found = [override for override in self.overrides if matches(name, override.match)]
-        return None if found and found[-1].skip else self._merged(found)
+        matching = [override for override in self.overrides if matches(name, override.match)]
+        return None if matching and matching[-1].skip else self._merged(matching)
 
     def replace(self, **changes: Any) -> Recipe:
         """Return a copy with the given fields changed, validated again."""
@@ -265,8 +161,14 @@ class Recipe(LayerRecipe):
         return values
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
-        """Build a recipe from plain values, as :meth:`to_dict` gives them; unknown names are refused."""
+    def from_dict(cls, values: Mapping[str, Any], *, stored: bool = False) -> Recipe:
+        """Build a recipe from plain values, as :meth:`to_dict` gives them; unknown names are refused.
+
+        Args:
+            values: by name.
+            stored: they come from a report or a store: settings that no method uses are dropped rather than refused, since
+                earlier versions accepted them.
+        """
         values = _underscored(values)
         known = {f.name for f in dataclasses.fields(cls)} - {"overrides"} | {"override"}
         unknown = sorted(set(values) - known)
@@ -285,6 +187,8 @@ class Recipe(LayerRecipe):
         for name in ("targets", "skip"):
             if not isinstance(values.get(name, []), list | tuple):
                 raise RecipeError(f"{name} must be a list of globs, for example [{json.dumps(str(values[name]))}]")
+        if stored:
+            values, built = _without_unused(values, built)
         return cls(**values, overrides=tuple(built))
 
     @classmethod
@@ -356,13 +260,29 @@ def _hints(unknown: Iterable[str], known: Iterable[str]) -> str:
 
 
 def _underscored(values: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    underscored: dict[str, Any] = {}
     for name, value in values.items():
         name = name.replace("-", "_")
-        if name in found:
+        if name in underscored:
             raise RecipeError(f"{name} is given twice, once with a hyphen and once with an underscore; leave one out")
-        found[name] = value
-    return found
+        underscored[name] = value
+    return underscored
+
+
+def _without_unused(values: dict[str, Any], overrides: list[Override]) -> tuple[dict[str, Any], list[Override]]:
+    base = values.get("method", registry.DEFAULT_METHOD)
+    rows = [registry.method(name) for name in (base, *(o.settings.get("method", base) for o in overrides))]
+    used = {setting for row in rows for setting in row.settings}
+
+    def kept(settings: Mapping[str, Any], allowed: Iterable[str]) -> dict[str, Any]:
+        return {
+            name: value for name, value in settings.items() if name in allowed or name not in registry.LAYER_SETTINGS
+        }
+
+    def of(override: Override) -> Iterable[str]:
+        return registry.method(override.settings["method"]).settings if "method" in override.settings else used
+
+    return kept(values, used), [dataclasses.replace(o, settings=kept(o.settings, of(o))) for o in overrides]
 
 
 def _suited(pattern: str, changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -370,11 +290,3 @@ def _suited(pattern: str, changes: Mapping[str, Any]) -> dict[str, Any]:
     if str(parse_pattern(changes.get("pattern", pattern))) == str(parse_pattern(pattern)):
         return dict(changes)
     return {"sparsity": None, "block_size": None, **changes}
-
-
-def _check_number(name: str, value: Any, lowest: float, below: float | None) -> None:
-    ok = isinstance(value, int | float) and not isinstance(value, bool) and value >= lowest
-    if not ok or (below is not None and not value < below) or value == float("inf"):
-        allowed = f"at least {lowest:g}" if below is None else f"at least {lowest:g} and below {below:g}"
-        hint = near_number(value, share=below is not None)
-        raise RecipeError(f"{name} must be a number, {allowed}; got {value!r}{hint}")

@@ -1,14 +1,46 @@
-"""How many entries of a layer are removed, and which rows stay dense."""
+"""How many entries of a layer are removed, and how many rows stay dense."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 from thanos.errors import RecipeError
-from thanos.patterns.columns import Columns, rows_and_columns
-from thanos.patterns.nm import NM
-from thanos.patterns.rounding import ceil_count, floor_count
-from thanos.recipe import LayerRecipe
+
+if TYPE_CHECKING:
+    from thanos.patterns.base import Pattern
+
+
+class Settings(Protocol):
+    """The settings of a layer that its budget depends on; a :class:`~thanos.recipe.LayerRecipe` has them."""
+
+    @property
+    def parsed_pattern(self) -> Pattern: ...  # noqa: D102
+    @property
+    def resolved_sparsity(self) -> float: ...  # noqa: D102
+    @property
+    def outlier_rows(self) -> float: ...  # noqa: D102
+    @property
+    def keep_budget(self) -> bool: ...  # noqa: D102
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a pattern plans a budget for.
+
+    Attributes:
+        rows: of the weight.
+        columns: of the weight.
+        sparsity: fraction of all entries to remove, in [0, 1).
+        outlier_rows: fraction of the rows that stay dense, in [0, 1).
+        keep_budget: whether the other rows make up for them.
+    """
+
+    rows: int
+    columns: int
+    sparsity: float
+    outlier_rows: float
+    keep_budget: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,9 +49,10 @@ class Budget:
 
     Attributes:
         outlier_rows: q = ⌈α·c⌉, rows left dense; for columns with ``keep_budget`` a few more.
-        weights: ⌊p·c·b⌋, entries removed by the unstructured pattern.
+        weights: ⌊p·c·b⌋, entries removed where the pattern leaves the sparsity open.
         columns: ⌈p·b / (1 − α)⌉, columns removed by the columns pattern (math of the paper's Algorithm 2).
-        halved_rows: rows that keep only n/2 of m, those with the least output energy; 0 but for n:m with ``keep_budget``.
+        halved_rows: rows that keep only half of the pattern's non-zeros, those with the smallest squared output norm; 0 but
+            for n:m with ``keep_budget``.
 
     With ``keep_budget`` the total is that of a matrix without outlier rows, ⌊p·c·b⌋ or (m − n)/m, as nearly as whole columns
     and whole rows allow:
@@ -38,30 +71,17 @@ class Budget:
     halved_rows: int = 0
 
     @classmethod
-    def plan(cls, rows: int, columns: int, recipe: LayerRecipe) -> Budget:
+    def plan(cls, rows: int, columns: int, settings: Settings) -> Budget:
         """Work out the budget of a (rows, columns) weight.
 
         Raises:
             RecipeError: the pattern does not fit the width, or the rows that may be pruned hold too little.
         """
-        pattern, p, alpha = recipe.parsed_pattern, recipe.resolved_sparsity, recipe.outlier_rows
+        pattern, p, alpha = settings.parsed_pattern, settings.resolved_sparsity, settings.outlier_rows
         pattern.check_width(columns)
-        outliers = ceil_count(alpha * rows)
-        removed_columns, halved = ceil_count(p * columns / (1 - alpha)), 0
-        if recipe.keep_budget and 0 < outliers < rows:
-            if isinstance(pattern, Columns):
-                outliers, removed_columns = rows_and_columns(p * rows * columns, rows, columns, outliers)
-            if isinstance(pattern, NM):
-                halved = floor_count(2 * outliers * (pattern.m - pattern.n) / pattern.n + 0.5)
-        budget = cls(outliers, floor_count(p * rows * columns), removed_columns, halved)
-        too_many = (
-            budget.columns >= columns
-            if isinstance(pattern, Columns)
-            else budget.weights > (rows - outliers) * columns
-            if pattern.sparsity is None
-            else outliers + halved > rows
-        )
-        if (too_many and p > 0) or (outliers >= rows and p > 0):
+        budget = pattern.budget(Request(rows, columns, p, alpha, settings.keep_budget))
+        outliers, halved = budget.outlier_rows, budget.halved_rows
+        if p > 0 and (outliers >= rows or pattern.asks_too_much(budget, rows, columns)):
             half = f" and {halved} would keep half" if halved else ""
             raise RecipeError(
                 f"sparsity {p:g} with pattern {pattern} and outlier_rows {alpha:g} is impossible for a {rows} × {columns} "

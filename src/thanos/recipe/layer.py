@@ -1,0 +1,141 @@
+"""What is done to one weight matrix, validated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from thanos import registry
+from thanos.errors import RecipeError
+from thanos.patterns.base import Pattern
+from thanos.registry import parse_pattern
+from thanos.system.suggestions import near_number, near_whole
+
+DEFAULT_DAMPING: float = registry.LAYER_SETTINGS["damping"]
+"""Added to the Hessian's diagonal, as a fraction of its mean."""
+
+LAYER_FIELDS = ("method", "pattern", "sparsity", "outlier_rows", "keep_budget", "block_size", "damping")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerRecipe:
+    """What is done to one weight matrix. Build it to have it checked.
+
+    Args:
+        method: the name of a row of :mod:`thanos.registry`.
+        pattern: ``unstructured``, ``columns``, ``N:M`` (at most N non-zeros in M consecutive inputs), or a registered one.
+        sparsity: fraction of the matrix's entries that become zero, in [0, 1). Follows from the pattern for n:m;
+            None means the default (0.5 for the other two).
+        outlier_rows: fraction of output rows left dense, in [0, 1).
+        keep_budget: let the other rows make up for the outlier rows, so that the matrix as a whole has the sparsity it would
+            have without them; see :class:`~thanos.patterns.budget.Budget`. For n:m it needs an even n: the rows with the
+            smallest squared output norm keep n/2 of m.
+        block_size: input columns handled together (Thanos, SparseGPT); None means 128, or 512 for Thanos with n:m.
+        damping: fraction of the Hessian's mean diagonal added to its diagonal, at least 0 (Thanos, SparseGPT).
+
+    Raises:
+        RecipeError: a value is outside its range or contradicts another, or the method does not use a setting that differs
+            from its default.
+    """
+
+    method: str = registry.DEFAULT_METHOD
+    pattern: str = registry.DEFAULT_PATTERN
+    sparsity: float | None = None
+    outlier_rows: float = 0.0
+    keep_budget: bool = False
+    block_size: int | None = None
+    damping: float = DEFAULT_DAMPING
+
+    def __post_init__(self) -> None:
+        method = registry.method(self.method)
+        pattern = parse_pattern(self.pattern)
+        registry.check_pattern(method, pattern)
+        object.__setattr__(self, "pattern", str(pattern))
+        check_number("outlier_rows", self.outlier_rows, 0.0, 1.0)
+        check_values({"block_size": self.block_size, "damping": self.damping})
+        if not isinstance(self.keep_budget, bool):
+            raise RecipeError(f"keep_budget must be true or false; got {self.keep_budget!r}")
+        if self.keep_budget and self.outlier_rows > 0:
+            pattern.check_keep_budget(self.outlier_rows)
+        if self.sparsity is not None:
+            check_number("sparsity", self.sparsity, 0.0, 1.0)
+        implied = pattern.sparsity
+        if implied is None:
+            self._check_room(pattern.default_sparsity if self.sparsity is None else self.sparsity)
+        elif self.sparsity is not None and abs(self.sparsity - implied) > 1e-9:
+            raise RecipeError(
+                f"sparsity {self.sparsity} contradicts pattern {pattern}, which removes {implied:.4g} of the weights; "
+                "leave sparsity out or choose another pattern"
+            )
+        if self.block_size is not None:
+            pattern.check_block_size(self.block_size)
+        check_used({name: getattr(self, name) for name in registry.LAYER_SETTINGS}, self._methods())
+
+    def _methods(self) -> tuple[str, ...]:
+        """Return the methods by which a layer may be pruned: a setting has to be used by one of them."""
+        return (self.method,)
+
+    def _check_room(self, sparsity: float) -> None:
+        if self.outlier_rows > 0 and sparsity >= 1 - self.outlier_rows:
+            raise RecipeError(
+                f"sparsity {sparsity} is impossible with outlier_rows {self.outlier_rows}: the rows that may be pruned "
+                f"hold only {1 - self.outlier_rows:.4g} of the weights; lower one of the two"
+            )
+
+    @property
+    def parsed_pattern(self) -> Pattern:
+        """The pattern as an object."""
+        return parse_pattern(self.pattern)
+
+    @property
+    def resolved_sparsity(self) -> float:
+        """The fraction of weights to remove: the pattern's own for n:m (before outlier rows), else the setting."""
+        pattern = self.parsed_pattern
+        if pattern.sparsity is not None:
+            return pattern.sparsity
+        return pattern.default_sparsity if self.sparsity is None else self.sparsity
+
+    @property
+    def resolved_block_size(self) -> int:
+        """The block size that is used: the setting, or the paper's default for the method and pattern."""
+        if self.block_size is not None:
+            return self.block_size
+        return registry.method(self.method).default_block_size(self.parsed_pattern)
+
+    def by(self, method: str) -> LayerRecipe:
+        """Return the same for another method, without the settings that it does not use."""
+        values = {name: getattr(self, name) for name in LAYER_FIELDS} | {"method": method}
+        return LayerRecipe(**registry.method(method).used(values))
+
+
+def check_values(settings: Mapping[str, Any]) -> None:
+    """Refuse a block size or damping outside its range, whatever the method.
+
+    Raises:
+        RecipeError: names the setting.
+    """
+    size = settings.get("block_size")
+    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+        raise RecipeError(f"block_size must be a whole number of columns, at least 1; got {size!r}{near_whole(size)}")
+    check_number("damping", settings.get("damping", DEFAULT_DAMPING), 0.0, None)
+
+
+def check_used(settings: Mapping[str, Any], methods: Iterable[str], where: str = "") -> None:
+    """Refuse settings that differ from their default and that none of the methods uses."""
+    rows = [registry.method(name) for name in methods]
+    for name in registry.LAYER_SETTINGS:
+        if all(name in row.unused(settings) for row in rows):
+            raise RecipeError(
+                f"method {' or '.join(row.name for row in rows)} does not use {name}{where}; leave it out (it uses "
+                f"{', '.join(name for name in LAYER_FIELDS[1:] if all(name in row.used({name: None}) for row in rows))})"
+            )
+
+
+def check_number(name: str, value: Any, lowest: float, below: float | None) -> None:
+    """Refuse what is no finite number of [lowest, below); None for no upper end."""
+    ok = isinstance(value, int | float) and not isinstance(value, bool) and value >= lowest
+    if not ok or (below is not None and not value < below) or value == float("inf"):
+        allowed = f"at least {lowest:g}" if below is None else f"at least {lowest:g} and below {below:g}"
+        hint = near_number(value, share=below is not None)
+        raise RecipeError(f"{name} must be a number, {allowed}; got {value!r}{hint}")

@@ -1,0 +1,211 @@
+"""The table of methods and patterns: what can be named in a recipe, and where its code is.
+
+A method or a pattern is one file and one row here. Rows are plain values, so that reading them imports no torch; the code
+behind a row is imported when it is used. A file outside this package adds rows with :func:`register_method` and
+:func:`register_pattern`. The command line, and every process that it starts, imports the modules that the environment
+variable ``THANOS_PLUGINS`` names, with commas between. docs/add-a-method.md shows both.
+"""
+
+from __future__ import annotations
+
+from thanos.errors import RecipeError
+from thanos.patterns.base import Pattern
+from thanos.registry.rows import LAYER_SETTINGS as LAYER_SETTINGS
+from thanos.registry.rows import MethodRow as MethodRow
+from thanos.registry.rows import Needs as Needs
+from thanos.registry.rows import PatternRow as PatternRow
+from thanos.registry.table import Table
+from thanos.registry.table import imported as imported
+from thanos.system.suggestions import near_pattern
+
+METHODS: tuple[MethodRow, ...] = (
+    MethodRow(
+        name="thanos",
+        title="Thanos",
+        help="removes many weights of a row in one step; the others compensate exactly",
+        source="thanos.solvers.methods.thanos:thanos",
+        needs=Needs.FACTOR,
+        compensates=True,
+        settings=("block_size", "damping"),
+        group_block_size=512,
+        colour="#d1490c",
+        dark_colour="#ff8a4c",
+        marker="o",
+        cost="thanos.solvers.methods.thanos:cost",
+        memory="thanos.solvers.methods.thanos:memory",
+        reference_class="Thanos",
+    ),
+    MethodRow(
+        name="sparsegpt",
+        title="SparseGPT",
+        help="goes through the columns; those to the right compensate",
+        source="thanos.solvers.methods.sparsegpt:sparsegpt",
+        needs=Needs.FACTOR,
+        compensates=True,
+        settings=("block_size", "damping"),
+        colour="#0072b2",
+        dark_colour="#62b8f0",
+        marker="s",
+        cost="thanos.solvers.methods.sparsegpt:cost",
+        memory="thanos.solvers.methods.sparsegpt:memory",
+        reference_class="SparseGPT",
+    ),
+    MethodRow(
+        name="wanda",
+        title="Wanda",
+        help="ranks the weights of a row by |W|·‖X‖; nothing compensates",
+        source="thanos.solvers.methods.scored:wanda",
+        needs=Needs.NORMS,
+        colour="#008a63",
+        dark_colour="#3fcf9f",
+        marker="^",
+    ),
+    MethodRow(
+        name="magnitude",
+        title="Magnitude",
+        help="ranks all weights of a layer by |W|; needs no inputs",
+        source="thanos.solvers.methods.scored:magnitude",
+        needs=Needs.NOTHING,
+        colour="#a4518a",
+        dark_colour="#e59fcd",
+        marker="D",
+        memory="thanos.solvers.methods.scored:magnitude_bytes",
+    ),
+)
+"""The methods of this package; the first is the default."""
+
+PATTERNS: tuple[PatternRow, ...] = (
+    PatternRow(
+        name="unstructured",
+        title="unstructured",
+        help="any weights",
+        source="thanos.patterns.unstructured:Unstructured",
+        examples=("unstructured",),
+    ),
+    PatternRow(
+        name="N:M",
+        title="n:m",
+        help="at most N of M weights stay",
+        source="thanos.patterns.nm:NM",
+        examples=("2:4", "4:8"),
+        other_names=("nm", "n:m", "semi-structured", "semistructured", "semi"),
+    ),
+    PatternRow(
+        name="columns",
+        title="whole columns",
+        help="whole input columns go",
+        source="thanos.patterns.columns:Columns",
+        examples=("columns",),
+        other_names=("structured", "column", "col", "cols", "input-columns"),
+    ),
+)
+"""The patterns of this package; the first is the default."""
+
+DEFAULT_METHOD = METHODS[0].name
+DEFAULT_PATTERN = PATTERNS[0].name
+
+_methods = Table("method", METHODS)
+_patterns = Table("pattern", PATTERNS)
+
+register_method = _methods.register
+register_pattern = _patterns.register
+methods = _methods.rows
+patterns = _patterns.rows
+method = _methods.get
+find_method = _methods.find
+
+
+def method_names() -> tuple[str, ...]:
+    """Return the names of all methods."""
+    return tuple(row.name for row in methods())
+
+
+def compensating_methods() -> tuple[str, ...]:
+    """Return the names of the methods that change the weights that stay."""
+    return tuple(row.name for row in methods() if row.compensates)
+
+
+def reference_classes() -> dict[str, str]:
+    """Return the methods that have a reference repository, and the solver's class in it."""
+    return {row.name: row.reference_class for row in methods() if row.reference_class}
+
+
+def method_title(name: str) -> str:
+    """Return a method's name for people; one of another version stays as it is."""
+    row = find_method(name)
+    return name if row is None else row.title
+
+
+def method_without_inputs(pattern: Pattern) -> MethodRow:
+    """Return the method for layers whose inputs are unknown: the first that needs none and can do the pattern."""
+    able = (row for row in methods() if not row.needs_inputs)
+    name = pattern_row(pattern).name
+    return next(row for row in able if row.patterns is None or name in row.patterns)
+
+
+def parse_pattern(text: str | Pattern) -> Pattern:
+    """Read a pattern, such as ``unstructured``, ``2:4`` or ``columns``.
+
+    Raises:
+        RecipeError: no row reads the text, or it names an impossible pattern.
+    """
+    if isinstance(text, Pattern):
+        return text
+    for row in patterns() if isinstance(text, str) else ():
+        pattern = row.load().parse(text)
+        if pattern is not None:
+            return pattern
+    others = {row.examples[0]: row.other_names for row in patterns()}
+    hint = near_pattern(text, DEFAULT_PATTERN, others)
+    raise RecipeError(f"pattern {text!r} is unknown; choose {pattern_help()}{hint}")
+
+
+def pattern_row(pattern: Pattern) -> PatternRow:
+    """Return the row of a pattern's class.
+
+    Raises:
+        RecipeError: nobody registered it.
+    """
+    for row in patterns():
+        if row.load() is type(pattern):
+            return row
+    raise RecipeError(f"pattern {pattern} is not registered; call register_pattern with its class first")
+
+
+def check_pattern(row: MethodRow, pattern: Pattern) -> None:
+    """Refuse a pattern that a method cannot do.
+
+    Raises:
+        RecipeError: names those that it can.
+    """
+    other = pattern_row(pattern)
+    if row.patterns is not None and other.name not in row.patterns:
+        raise RecipeError(
+            f"method {row.name} cannot do pattern {pattern} ({other.title}); choose {_either(row.patterns)}, or another method"
+        )
+
+
+def pattern_help() -> str:
+    """Return how each pattern is written, with an example where it is written in several ways."""
+    return _either([_form(row) for row in patterns()])
+
+
+def required_patterns() -> str:
+    """Return how the patterns are written that ``inspect --require`` can check."""
+    return _either([row.name for row in patterns() if row.load().can_be_required])
+
+
+def example_patterns(*, required: bool = False) -> tuple[str, ...]:
+    """Return the patterns that are shown, in order; with ``required`` only those that a matrix can break."""
+    rows = [row for row in patterns() if row.load().can_be_required or not required]
+    return tuple(example for row in rows for example in row.examples)
+
+
+def _either(words: tuple[str, ...] | list[str]) -> str:
+    *others, last = words
+    return f"{', '.join(others)}{',' * (len(others) > 1)} or {last}" if others else last
+
+
+def _form(row: PatternRow) -> str:
+    known = row.name in row.examples
+    return row.name if known else f"{row.name} such as {row.examples[0]} ({row.help})"

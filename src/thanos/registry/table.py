@@ -1,0 +1,111 @@
+"""Rows by name, the code behind them, and the modules of the user that add rows."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from typing import Any, Generic, TypeVar
+
+from thanos.errors import RecipeError
+from thanos.system.suggestions import near
+
+PLUGINS_VARIABLE = "THANOS_PLUGINS"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """What every kind of row says.
+
+    Attributes:
+        name: as it is written in a recipe.
+        title: its name for people.
+        help: one line, without a full stop.
+        source: its code, as ``module:name``, imported when it is used; or the object itself.
+    """
+
+    name: str
+    title: str
+    help: str
+    source: str | Callable[..., Any]
+
+    def load(self) -> Any:
+        """Return the object that ``source`` names."""
+        return imported(self.source)
+
+
+R = TypeVar("R", bound=Row)
+
+
+class Table(Generic[R]):
+    """Rows of one kind by name, in order: this package's, then those that other files registered."""
+
+    def __init__(self, kind: str, rows: tuple[R, ...]) -> None:
+        self._kind, self._rows = kind, {row.name: row for row in rows}
+
+    def register(self, row: R) -> R:
+        """Add a row.
+
+        Raises:
+            RecipeError: its name is taken by another.
+        """
+        if self._rows.get(row.name, row) != row:
+            raise RecipeError(f"{self._kind} {row.name} is registered already; choose another name")
+        self._rows[row.name] = row
+        return row
+
+    def rows(self) -> tuple[R, ...]:
+        """Return all rows, those of the plug-ins included."""
+        load_plugins()
+        return tuple(self._rows.values())
+
+    def get(self, name: Any) -> R:
+        """Return the row of a name.
+
+        Raises:
+            RecipeError: no row has it.
+        """
+        row = self.find(name)
+        if row is None:
+            allowed = ", ".join(row.name for row in self.rows())
+            raise RecipeError(f"{self._kind} {name!r} is unknown; choose one of {allowed}{near(name, self._rows)}")
+        return row
+
+    def find(self, name: Any) -> R | None:
+        """Return the row of a name; None if no row has it."""
+        load_plugins()
+        return self._rows.get(name) if isinstance(name, str) else None
+
+
+@cache
+def imported(source: str | Callable[..., Any]) -> Any:
+    """Return the object that ``module:name`` names; an object as it is."""
+    if not isinstance(source, str):
+        return source
+    module, _, name = source.partition(":")
+    return getattr(import_module(module), name)
+
+
+_loaded: set[str] = set()
+
+
+def load_plugins() -> None:
+    """Import the modules that ``THANOS_PLUGINS`` names, each once.
+
+    Raises:
+        RecipeError: one cannot be imported.
+    """
+    for name in os.environ.get(PLUGINS_VARIABLE, "").split(","):
+        if not (name := name.strip()) or name in _loaded:
+            continue
+        _loaded.add(name)  # first, since the module itself reads the table
+        try:
+            import_module(name)
+        except Exception as error:
+            _loaded.discard(name)
+            raise RecipeError(
+                f"{PLUGINS_VARIABLE} names {name}, which cannot be imported ({type(error).__name__}: {error}); put its folder "
+                "on PYTHONPATH, or correct the variable"
+            ) from error
