@@ -17,7 +17,8 @@ from thanos.cli import run
 from thanos.cli.app import app
 from thanos.cli.options import NUMBERS
 from thanos.errors import ModelError, RecipeError, ResourceError, UserError
-from thanos.recipe import METHODS, Recipe
+from thanos.recipe import Recipe
+from thanos.registry import method_names
 from thanos.run.work_folder import check_output
 from thanos.system.suggestions import meant_share, near, near_device, near_dtype, near_number, near_whole
 
@@ -79,10 +80,10 @@ def test_the_share_that_was_meant(given: Any, meant: float | None) -> None:
         (near_dtype("bf16", ("float16", "bfloat16", "float32")), "bfloat16"),
         (near_dtype(torch.bfloat16, ("float16", "bfloat16", "float32")), "bfloat16"),
         (near_dtype("int8", ("float16", "bfloat16", "float32")), None),
-        (near("sparse-gpt", METHODS), "sparsegpt"),
-        (near("SparseGPT", METHODS), "sparsegpt"),
-        (near("magnitud", METHODS), "magnitude"),
-        (near("obs", METHODS), None),
+        (near("sparse-gpt", method_names()), "sparsegpt"),
+        (near("SparseGPT", method_names()), "sparsegpt"),
+        (near("magnitud", method_names()), "magnitude"),
+        (near("obs", method_names()), None),
         (near_whole("1e3"), "1000"),
         (near_whole("1,000"), "1000"),
         (near_whole(128.0), "128"),
@@ -292,7 +293,12 @@ def test_out_in_a_place_that_cannot_be_written(tmp_path: Path, monkeypatch: pyte
 @pytest.fixture
 def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails where weights are opened or loaded."""
-    for place in ("preparing.open_model", "inspection.open_model", "evaluation.load_model", "harness.load_model"):
+    for place in (
+        "run.setup.open_model",
+        "evaluation.inspect.open_model",
+        "evaluation.perplexity.load_model",
+        "evaluation.tasks.load_model",
+    ):
         monkeypatch.setattr(f"thanos.{place}", lambda *_, **__: pytest.fail("the model was loaded"))
 
 
@@ -349,7 +355,7 @@ def test_what_can_be_known_at_once_is_told_before_anything_is_loaded(
 def test_the_device_is_asked_for_after_the_files(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("pruning", "planning", "evaluation"):
+    for module in ("run.prune", "planning.plan", "evaluation.perplexity"):
         monkeypatch.setattr(f"thanos.{module}.choose_device", lambda _: pytest.fail("a device was asked for"))
     (tmp_path / "full").mkdir()
     (tmp_path / "full/config.json").write_text("{}")

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from thanos import registry
 from thanos.study.report.figures.charts import Figure
 from thanos.study.report.figures.theme import DARK, GRID, INK, MUTED, PAPER, STYLES, dark_rules
 from thanos.study.report.numbers import Prose
@@ -15,7 +16,7 @@ from thanos.study.report.render import environment
 from thanos.study.report.sections.common import Section
 from thanos.study.report.tables import Table, to_csv
 
-_COLOURS = {"ink": INK, "muted": MUTED, "rule": GRID, "paper": PAPER, "accent": STYLES["thanos"][0]}
+_COLOURS = {"ink": INK, "muted": MUTED, "rule": GRID, "paper": PAPER, "accent": STYLES[registry.DEFAULT_METHOD][0]}
 
 
 @dataclass(frozen=True, slots=True)
