@@ -89,7 +89,8 @@ class Engine:
         self._staging = Staging(self.device)
         self._started_notes = len(self.notes)
         try:
-            with torch.inference_mode():
+            # Not inference mode: a stage may train a block by `torch.enable_grad()`, which tensors made in that mode forbid.
+            with torch.inference_mode(False), torch.no_grad():
                 if self._is_read_after(-1):
                     yield from self._record_calls()
                 for index in range(len(self.blocks)):
