@@ -306,16 +306,16 @@ def test_many_processes_prune_like_one(
 
 _DIES = """
 import os, signal
-from thanos.engine import loop as engine
+from thanos.engine.stages.prune import PruneStage
 from thanos.cli import main
-solve = engine.Engine._solve
+solve = PruneStage._solve
 
-def dying(self, layers, groups, index):
-    if os.environ["RANK"] == os.environ["DIES"] and index == 1:
+def dying(self, context, *arguments):
+    if os.environ["RANK"] == os.environ["DIES"] and context.index == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    yield from solve(self, layers, groups, index)
+    yield from solve(self, context, *arguments)
 
-engine.Engine._solve = dying
+PruneStage._solve = dying
 main()
 """
 

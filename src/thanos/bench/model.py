@@ -17,6 +17,7 @@ from thanos.bench.measure import machine
 from thanos.bench.synthetic import RandomCheckpoint, Shape, random_checkpoint
 from thanos.checkpoint.writer import CheckpointWriter
 from thanos.engine.block_runner import Passes
+from thanos.engine.inputs import EngineInputs
 from thanos.engine.loop import Engine
 from thanos.engine.records import BlockRecord, LayerRecord, mean_known
 from thanos.engine.weights import ModelWeights
@@ -25,7 +26,7 @@ from thanos.model.layers import find_blocks, linear_layers, select_layers
 from thanos.planning.device_rates import Rates, measure_rates
 from thanos.recipe import Recipe
 from thanos.run.journal import Journal
-from thanos.run.resume import Ledger
+from thanos.run.resume import RunJournal
 from thanos.system.documents import Document
 from thanos.system.meter import PhaseMeter, PhaseRecord
 
@@ -81,7 +82,7 @@ class _Discard:
 
 
 class _Forget:
-    """A ledger of a run that is not to be resumed."""
+    """A journal of a run that is not to be resumed."""
 
     def __init__(self) -> None:
         self.finished: dict[int | None, BlockRecord] = {}
@@ -136,8 +137,8 @@ def time_model(
         floor_seconds=floor_seconds(part, recipe, rates),
         rates=rates,
         mean_error=mean_known([record.error_after_compensation for record in engine.records]),
-        batch=engine.passes.batch,
-        activations=engine.passes.place,
+        batch=engine.inputs.runner.batch,
+        activations=engine.inputs.runner.place,
         written=out is not None,
         machine=machine(str(device)),
     )
@@ -156,17 +157,20 @@ def _engine(
     for key in checkpoint.tensors:  # made up before the clock runs: a file would be there already
         checkpoint.read(key)
     with TemporaryDirectory(dir=out) as scratch:
+        writer, journal = _output(checkpoint, Path(scratch), meter, kept=out is not None)
         yield Engine(
-            skeleton,
-            name,
-            modules,
-            layers,
-            ModelWeights(skeleton, checkpoint, {key: key for key in checkpoint.tensors}, device),
-            *_output(checkpoint, Path(scratch), meter, kept=out is not None),
-            recipe,
-            Passes(skeleton, modules, ids, device, Path(scratch), place=activations),
-            device,
-            meter,
+            EngineInputs(
+                model=skeleton,
+                blocks_name=name,
+                blocks=modules,
+                layers=layers,
+                weights=ModelWeights(skeleton, checkpoint, {key: key for key in checkpoint.tensors}, device),
+                writer=writer,
+                journal=journal,
+                runner=Passes(skeleton, modules, ids, device, Path(scratch), place=activations),
+                device=device,
+                meter=meter,
+            )
         )
 
 
@@ -180,11 +184,11 @@ def _by_kind(records: Sequence[LayerRecord]) -> dict[str, float]:
 
 
 def _output(checkpoint: RandomCheckpoint, folder: Path, meter: PhaseMeter, *, kept: bool) -> tuple[Any, Any]:
-    """Return writer and ledger: those of a real run, journal and all, or ones that keep nothing."""
+    """Return writer and journal: those of a real run, or ones that keep nothing."""
     if not kept:
         return _Discard(), _Forget()
     writer = CheckpointWriter(checkpoint, folder)
-    return writer, Ledger(Journal(folder / "journal.jsonl"), writer, meter)
+    return writer, RunJournal(Journal(folder / "journal.jsonl"), writer, meter)
 
 
 def floor_seconds(shape: Shape, recipe: Recipe, rates: Rates) -> dict[str, float]:

@@ -43,9 +43,9 @@ def run(arguments: Sequence[str]) -> int:
 
 def _mendable(action: Callable[[], Any]) -> Any:
     """Run an action; an error of the operating system that a person can mend becomes a user's mistake."""
-    from thanos.errors import system_errors
+    from thanos.errors import resource_errors
 
-    with system_errors():
+    with resource_errors():
         return action()
 
 

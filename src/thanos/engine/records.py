@@ -138,6 +138,8 @@ class LayerRecord:
         tokens: calibration tokens that reached the layer.
         seconds: to solve it.
         warnings: what a reader should know.
+        changed_by: the stages that changed the weight after it was pruned, in order; None without any. Sparsity and zeros are
+            those of the weight as written, the errors those of the weight as pruned.
     """
 
     name: str
@@ -157,6 +159,7 @@ class LayerRecord:
     seconds: float
     warnings: list[str] = field(default_factory=list)
     halved_rows: int = 0
+    changed_by: list[str] | None = None
 
 
 def mean_known(values: Sequence[float | None]) -> float | None:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from thanos._version import __version__
 from thanos.calibration.text import evaluation_rows
-from thanos.errors import DataError, NumericsError
+from thanos.errors import DataError, NumericsError, resource_errors
 from thanos.events import Event
 from thanos.model.attention import fast_attention
 from thanos.model.loading import check_token_ids, context_length, load_model
@@ -25,7 +25,7 @@ from thanos.model.source import resolve_model
 from thanos.system.device import choose_device
 from thanos.system.documents import Document
 from thanos.system.event_stream import EventStream
-from thanos.system.memory import free_device_bytes, memory_explained
+from thanos.system.memory import free_device_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -204,7 +204,7 @@ def evaluate(
     rows = _rows(text, sequence_length, max_windows) if reference is None else []
     source = resolve_model(model, trust_remote_code=trust_remote_code)
     length = sequence_length if reference is None else reference.windows.shape[1]
-    with memory_explained(where, f"lower --sequence-length (now {length})"):
+    with resource_errors(f"lower --sequence-length (now {length})", device=where):
         if network is None:
             network = load_model(source, dtype=dtype, device=where)
         if reference is None:

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from thanos.checkpoint.reader import SafetensorsCheckpoint
-from thanos.errors import DataError, ModelError
+from thanos.errors import DataError, ModelError, is_out_of_memory
 from thanos.model.source import ModelSource, first_line, require_gguf_packages
-from thanos.system.memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

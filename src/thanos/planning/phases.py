@@ -126,12 +126,18 @@ class Job:
     def _works(self, block: int | None) -> list[LayerWork]:
         found, numbers = [], dict[Any, int]()
         for layer in self._by_block[block]:
-            settings = self.recipe.for_layer(layer.name)
-            assert settings is not None
             # What the trial did not see shares its input by module, as plan_passes reckons.
             key = layer.name if block is None else self.shared.get(inner_name(layer), _module(layer))
             itemsize = self._info(layer.weight_name).dtype.itemsize
-            found.append(LayerWork(layer.name, *layer.shape, itemsize, settings, numbers.setdefault(key, len(numbers))))
+            found.append(
+                LayerWork(
+                    layer.name,
+                    *layer.shape,
+                    itemsize,
+                    self.prepared.layers[layer],
+                    numbers.setdefault(key, len(numbers)),
+                )
+            )
         return found
 
     def _info(self, parameter: str) -> Any:

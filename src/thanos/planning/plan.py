@@ -22,7 +22,7 @@ from thanos.engine.activations import check_place, choose_place
 from thanos.engine.block_runner import most_sequences
 from thanos.engine.distributed import launched
 from thanos.engine.weights import ModelWeights
-from thanos.errors import RecipeError
+from thanos.errors import RecipeError, resource_errors
 from thanos.events import Watcher
 from thanos.model.layers import LinearLayer, find_blocks
 from thanos.model.loading import context_length
@@ -33,7 +33,7 @@ from thanos.planning.phases import Job, Pace, inner_name, phase_bytes, phase_sec
 from thanos.planning.trial import BlockTrial, TrialModel, few_tokens, survey_rate, time_solve, try_block, write_seconds
 from thanos.recipe import Recipe
 from thanos.run.auxiliary_files import companion_files
-from thanos.run.setup import LOG_BYTES_PER_LAYER, Prepared, count_zeros, prepare, resource_errors
+from thanos.run.setup import LOG_BYTES_PER_LAYER, Prepared, count_zeros, prepare, smaller_calibration
 from thanos.run.work_folder import WorkFolder, check_interrupted, check_output
 from thanos.system.device import choose_device
 from thanos.system.documents import Document
@@ -117,7 +117,7 @@ def plan(
     check_interrupted(work, resume=False, overwrite=overwrite)
     check_output(out, model=Path(model) if Path(model).exists() else None, overwrite=overwrite)
     meter = PhaseMeter(device)
-    with resource_errors(recipe):
+    with resource_errors(smaller_calibration(recipe)):
         with meter.phase("load"):
             prepared = prepare(
                 resolve_model(model, trust_remote_code=recipe.trust_remote_code), recipe, watch, survey=False

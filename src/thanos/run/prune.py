@@ -19,10 +19,11 @@ from thanos.checkpoint.writer import CheckpointWriter
 from thanos.engine.activations import check_place
 from thanos.engine.block_runner import Passes
 from thanos.engine.distributed import World, join, my_device
+from thanos.engine.inputs import EngineInputs
 from thanos.engine.loop import Engine
-from thanos.engine.rank_zero import SharedLedger, SharedWriter
+from thanos.engine.rank_zero import SharedJournal, SharedWriter
 from thanos.engine.weights import ModelWeights
-from thanos.errors import NumericsError, RecipeError, ResourceError, UserError
+from thanos.errors import NumericsError, RecipeError, ResourceError, UserError, resource_errors
 from thanos.events import LOG_NAME, Event, Watcher
 from thanos.model.layers import find_blocks
 from thanos.model.opening import OpenedModel
@@ -32,8 +33,8 @@ from thanos.run import model_card as card
 from thanos.run.auxiliary_files import copy_companions
 from thanos.run.lock import locked
 from thanos.run.report import PruningReport, compute_totals
-from thanos.run.resume import Ledger, check_same_run, describe_run
-from thanos.run.setup import LOG_BYTES_PER_LAYER, Prepared, prepare, resource_errors
+from thanos.run.resume import RunJournal, check_same_run, describe_run
+from thanos.run.setup import LOG_BYTES_PER_LAYER, Prepared, prepare, smaller_calibration
 from thanos.run.work_folder import WorkFolder, check_interrupted, check_output
 from thanos.system.device import choose_device
 from thanos.system.event_stream import EventStream
@@ -103,7 +104,7 @@ def prune(
             raise UserError(f"OUT {out} is complete: there is nothing to resume; --overwrite starts over")
         check_output(out, model=local, overwrite=overwrite or (resume and work.published))
 
-    with resource_errors(recipe), join(device) as world:
+    with resource_errors(smaller_calibration(recipe)), join(device) as world:
         if recipe.samples < world.size:
             raise RecipeError(
                 f"{world.size} processes cannot share {recipe.samples} calibration sequences; raise --samples"
@@ -133,7 +134,7 @@ def _assist(model: str | Path, job: _Job) -> PruningReport:
     calibration: Calibration = world.from_first(_nothing)
     parent = job.work.out.parent
     folder = parent if parent.is_dir() else Path(tempfile.gettempdir())
-    engine = _engine(plan, job, calibration, folder, SharedWriter(None, world), SharedLedger(None, world), [])
+    engine = _engine(plan, job, calibration, folder, SharedWriter(None, world), SharedJournal(None, world), [])
     for _ in engine.run():
         pass
     return world.from_first(_nothing)
@@ -189,7 +190,7 @@ def _prune(model: str | Path, job: _Job, given: Calibration | None) -> PruningRe
         job.world.from_first(lambda: calibration)
     run |= {"calibration": calibration.to_dict(), "blocks": len(find_blocks(plan.opened.skeleton)[1])}
     notes = check_same_run(before, run) if before else []
-    with _kept(work), resource_errors(recipe):
+    with _kept(work), resource_errors(smaller_calibration(recipe)):
         if before:
             work.take_up({shard.name for shard in plan.opened.checkpoint.shards})
         else:
@@ -226,15 +227,15 @@ def _run(plan: Prepared, job: _Job, calibration: Calibration, notes: list[str]) 
     """Fill the work folder's model."""
     opened, folder, world, meter = plan.opened, job.work.model, job.world, job.meter
     writer = CheckpointWriter(opened.checkpoint, folder, besides=LOG_BYTES_PER_LAYER * len(plan.layers))
-    ledger = Ledger(job.work.journal, writer, meter)
+    journal = RunJournal(job.work.journal, writer, meter)
     if job.work.finished:
-        ledger.verify(job.tell)
-    shared = SharedWriter(writer, world), SharedLedger(ledger, world)
+        journal.verify(job.tell)
+    shared = SharedWriter(writer, world), SharedJournal(journal, world)
     engine = _engine(plan, job, calibration, job.work.path, *shared, notes)
     for event in engine.run():
         job.tell(event)
     with meter.phase("finish"):
-        job.tell(Event(kind="phase", phase="finish", blocks=len(engine.blocks)))
+        job.tell(Event(kind="phase", phase="finish", blocks=len(engine.inputs.blocks)))
         writer.finish()
         copy_companions(opened, folder)
     report = _report(plan, engine, calibration, job.recipe, job.device, meter)
@@ -250,28 +251,27 @@ def _engine(
     calibration: Calibration,
     folder: Path,
     writer: SharedWriter,
-    ledger: SharedLedger,
+    journal: SharedJournal,
     notes: list[str],
 ) -> Engine:
     """Make the engine of this process, which runs blocks on its share of the sequences."""
     opened, device, share = plan.opened, job.device, job.world.share(len(calibration.ids))
     name, blocks = find_blocks(opened.skeleton)
     ids = calibration.ids[share.start : share.stop]
-    return Engine(
-        opened.skeleton,
-        name,
-        blocks,
-        plan.layers,
-        ModelWeights(opened.skeleton, opened.checkpoint, opened.key_of, device),
-        writer,
-        ledger,
-        job.recipe,
-        Passes(opened.skeleton, blocks, ids, device, folder, place=job.activations),
-        device,
-        job.meter,
-        job.world,
-        notes=[*opened.notes, *notes],
+    inputs = EngineInputs(
+        model=opened.skeleton,
+        blocks_name=name,
+        blocks=blocks,
+        layers=plan.layers,
+        weights=ModelWeights(opened.skeleton, opened.checkpoint, opened.key_of, device),
+        writer=writer,
+        journal=journal,
+        runner=Passes(opened.skeleton, blocks, ids, device, folder, place=job.activations),
+        device=device,
+        meter=job.meter,
+        world=job.world,
     )
+    return Engine(inputs, notes=[*opened.notes, *notes])
 
 
 def _report(
@@ -314,5 +314,5 @@ def _report(
         host_peak_bytes=max((record.host_peak_bytes or 0 for record in phases.values()), default=0),
         device_peak_bytes=max((record.device_peak_bytes or 0 for record in phases.values()), default=0) or None,
         warnings=engine.notes,
-        execution={"activations": engine.place, "batch": engine.passes.batch},
+        execution={"activations": engine.place, "batch": engine.inputs.runner.batch},
     )

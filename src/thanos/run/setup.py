@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,12 +10,12 @@ import torch
 from torch import Tensor
 
 from thanos.checkpoint.writer import check_room
-from thanos.errors import ModelError, NumericsError, RecipeError, ResourceError, system_errors
+from thanos.errors import ModelError, NumericsError, RecipeError
 from thanos.events import Event, Watcher
 from thanos.model.layers import LinearLayer, linear_layers, select_layers
 from thanos.model.opening import OpenedModel, open_model
 from thanos.model.source import ModelSource
-from thanos.recipe import Recipe
+from thanos.recipe import LayerRecipe, Recipe
 from thanos.run.report import DenseRecord
 from thanos.solvers.budget import Budget
 
@@ -27,10 +25,10 @@ LOG_BYTES_PER_LAYER = 4096
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """An opened model, and what is to be done to it."""
+    """An opened model, and what is to be done to it: the layers to prune, each with its settings."""
 
     opened: OpenedModel
-    layers: list[LinearLayer]
+    layers: dict[LinearLayer, LayerRecipe]
     dense: list[DenseRecord]
     zeros_elsewhere: int
 
@@ -56,9 +54,7 @@ def prepare(
     for note in opened.notes:
         watch(Event(kind="note", phase="load", message=note))
     chosen, left_dense = select_layers(linear_layers(opened.skeleton), recipe)
-    for layer in chosen:
-        settings = recipe.for_layer(layer.name)
-        assert settings is not None
+    for layer, settings in chosen.items():
         if layer.weight_name not in opened.key_of:
             raise ModelError(
                 f"{layer.name} shares its weight with the input embedding, which cannot be pruned; skip it"
@@ -73,7 +69,7 @@ def prepare(
 
 
 def _survey(
-    opened: OpenedModel, layers: list[LinearLayer], left_dense: dict[str, str]
+    opened: OpenedModel, layers: Iterable[LinearLayer], left_dense: dict[str, str]
 ) -> tuple[list[DenseRecord], int]:
     """Read every tensor that stays: count its zeros, and refuse NaN and infinity before the work rather than after."""
     pruned = {opened.key_of[layer.weight_name] for layer in layers}
@@ -104,22 +100,6 @@ def count_zeros(name: str, part: Tensor) -> int:
     return part.numel() - int(torch.count_nonzero(part)) if wide else int((part == 0).sum())
 
 
-@contextmanager
-def resource_errors(recipe: Recipe) -> Iterator[None]:
-    """Turn exhausted memory and disk into errors that say which setting to lower."""
-    lower = f"lower --samples (now {recipe.samples}) or --sequence-length (now {recipe.sequence_length})"
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise ResourceError(f"out of memory on the device: {lower}, or use --device cpu") from error
-    except MemoryError as error:
-        raise ResourceError(f"out of memory on the host: {lower}") from error
-    except RuntimeError as error:
-        if "can't allocate memory" in str(error) or "not enough memory" in str(error):
-            raise ResourceError(f"out of memory on the host: {lower}") from error
-        raise
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise ResourceError("disk full while writing; free some space, or write OUT to another disk") from error
-        with system_errors():
-            raise
+def smaller_calibration(recipe: Recipe) -> str:
+    """Return what a person can do when a run is out of memory; see :func:`~thanos.errors.resource_errors`."""
+    return f"lower --samples (now {recipe.samples}) or --sequence-length (now {recipe.sequence_length})"

@@ -1,0 +1,143 @@
+"""Pruning a block's layers: gather the statistics of their inputs, then solve them one by one.
+
+The name of a method never occurs here; what is done to a layer is its :class:`~thanos.recipe.LayerRecipe`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from thanos.calibration.statistics import InputGroup, check_finite, empty_group, gather, plan_passes, statistics_budget
+from thanos.engine.records import LayerRecord, layer_record
+from thanos.engine.stages.base import BlockContext
+from thanos.events import Event
+from thanos.model.layers import LinearLayer
+from thanos.solvers.hessian import InputStatistics
+from thanos.solvers.prune_layer import prune_layer
+
+
+@dataclass(frozen=True, slots=True)
+class PruneStage:
+    """Prunes the layers of a block."""
+
+    name: str = "prune"
+
+    def __call__(self, context: BlockContext) -> Iterator[Event]:
+        """See :class:`~thanos.engine.stages.base.BlockStage`."""
+        parts = _parts(context)
+        # Every part must see the block as it was, so what the first ones prune is put in place after the last. A layer after
+        # the blocks is a part of its own, and gets the inputs that those before it give now.
+        held: dict[str, Tensor] | None = {} if len(parts) > 1 and context.index is not None else None
+        for part in parts:
+            yield context.event("phase", "statistics")
+            with context.meter.phase("statistics"):
+                groups = yield from self._gather(context, part)
+            yield from self._solve(context, part, groups, held)
+        for name, weight in (held or {}).items():
+            context.place(name, weight)
+
+    def _gather(self, context: BlockContext, layers: list[LinearLayer]) -> Generator[Event, None, list[InputGroup]]:
+        """Gather the statistics of layers; from the start again, in smaller batches, where memory runs out."""
+        while True:
+            try:
+                if context.index is not None:
+                    context.runner.settle_batch(context.index)
+                with gather(layers) as groups:
+                    for done in context.observe(layers):
+                        yield context.progress("statistics", done)
+                return groups
+            except torch.OutOfMemoryError as error:
+                if context.index is None:  # one sequence at a time already
+                    raise
+                yield context.note(context.runner.halve(error), "statistics")
+
+    def _solve(
+        self,
+        context: BlockContext,
+        layers: list[LinearLayer],
+        groups: list[InputGroup],
+        held: dict[str, Tensor] | None,
+    ) -> Iterator[Event]:
+        """Prune layers; ``groups`` is emptied on the way, so that each Hessian goes when its layers are done."""
+        if context.world.size > 1:
+            with context.meter.phase("reduce"):
+                groups[:] = context.world.merge(groups, layers, context.device)
+        _complete(groups, layers, context.device)
+        done = 0
+        yield context.event("phase", "solve", total=len(layers))
+        with context.meter.phase("solve"):
+            while groups:
+                group = groups.pop(0)
+                check_finite([group])  # not all at once: a bad weight is named before the bad inputs that it makes
+                inputs = InputStatistics(group.hessian, name=group.layers[0].name, hand_over=True)
+                for layer in group.layers:
+                    record = yield from self._prune_or_spill(context, layer, inputs, group.tokens, held)
+                    context.add_record(record)
+                    done += 1
+                    error = record.error_after_compensation
+                    yield context.event("layer", "solve", done=done, total=len(layers), layer=layer.name, error=error)
+
+    def _prune_or_spill(
+        self,
+        context: BlockContext,
+        layer: LinearLayer,
+        inputs: InputStatistics,
+        tokens: int,
+        held: dict[str, Tensor] | None,
+    ) -> Generator[Event, None, LayerRecord]:
+        """Prune a layer; where memory runs out, again once the hidden states have left the device."""
+        try:
+            return _prune_layer(context, layer, inputs, tokens, held)
+        except torch.OutOfMemoryError:
+            # With several ranks a local retry would desynchronise the collectives.
+            if context.world.size > 1 or context.runner.place != "device":
+                raise
+        # Not in the handler: while it runs, the error keeps the tensors of what failed.
+        line = context.runner.spill()
+        assert line is not None
+        yield context.note(line, "solve")
+        return _prune_layer(context, layer, inputs, tokens, held)
+
+
+def _parts(context: BlockContext) -> list[list[LinearLayer]]:
+    """Return the layers by the passes in which their statistics are gathered."""
+    layers = list(context.layers)
+    if context.index is None:
+        return [[layer] for layer in layers]
+    return plan_passes(layers, statistics_budget(context.device)) if layers else []
+
+
+def _complete(groups: list[InputGroup], layers: list[LinearLayer], device: torch.device) -> None:
+    """Add groups for the layers that no token reached, and sort all by the order of the layers."""
+    seen = {layer.name for group in groups for layer in group.layers}
+    groups += [empty_group([layer], device) for layer in layers if layer.name not in seen]
+    rank = {layer.name: number for number, layer in enumerate(layers)}
+    groups.sort(key=lambda group: min(rank[layer.name] for layer in group.layers))
+
+
+def _prune_layer(
+    context: BlockContext,
+    layer: LinearLayer,
+    inputs: InputStatistics,
+    tokens: int,
+    held: dict[str, Tensor] | None,
+) -> LayerRecord:
+    """Prune one layer and write it; put it in place too, or into ``held`` if that has to wait."""
+    settings, name = context.layers[layer], layer.weight_name
+    began = time.perf_counter()
+    stored = context.weights.stored(name)
+    pruned = prune_layer(layer.oriented(stored), inputs, settings, name=layer.name, peers=context.world)
+    result = layer.oriented(pruned.weight).contiguous()
+    seconds = time.perf_counter() - began  # the device is done: the record's numbers are here
+    record = layer_record(layer, pruned, inputs, settings, stored.dtype, tokens, seconds)
+    if held is None:
+        context.put(name, result)
+    else:
+        held[name] = result = result.cpu()
+        context.write(name, result)
+    return record
