@@ -27,6 +27,7 @@ from thanos.planning.device_rates import Rates, measure_rates
 from thanos.recipe import Recipe
 from thanos.run.journal import Journal
 from thanos.run.resume import RunJournal
+from thanos.run.setup import stages_of
 from thanos.system.documents import Document
 from thanos.system.meter import PhaseMeter, PhaseRecord
 
@@ -170,7 +171,8 @@ def _engine(
                 runner=Passes(skeleton, modules, ids, device, Path(scratch), place=activations),
                 device=device,
                 meter=meter,
-            )
+            ),
+            stages_of(recipe),
         )
 
 

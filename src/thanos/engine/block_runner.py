@@ -103,13 +103,18 @@ class Passes:
         """Choose how many sequences go at once; on CUDA that runs the block, so hooks must not listen yet."""
         self._batch_size(index)
 
-    def observe(self, index: int, layers: Sequence[LinearLayer]) -> Iterator[int]:
+    def observe(self, index: int, layers: Sequence[LinearLayer], most: int | None = None) -> Iterator[int]:
         """Run block ``index`` for the hooks on ``layers`` alone; yields the number of sequences done.
 
         A batch ends at the last layer that a hook waits for: what follows in the block, at least that layer's own product,
         would be thrown away.
 
         Call :meth:`settle_batch` before the hooks are there.
+
+        Args:
+            index: of the block.
+            layers: that have hooks.
+            most: end after the batch in which so many sequences are done; default: all.
 
         Raises:
             torch.OutOfMemoryError: the device has no room; start again after :meth:`halve`.
@@ -120,7 +125,10 @@ class Passes:
                 with fast_attention(self._device, hidden.dtype):
                     self._calls.observe(index, hidden, first)
                 batch_ended()
-                yield min(first + size, len(self._ids))
+                done = min(first + size, len(self._ids))
+                yield done
+                if most is not None and done >= most:
+                    return
 
     def batches(self, size: int) -> Iterator[tuple[int, Tensor]]:
         """Yield (number of the first sequence, hidden states (≤ size, T, d) on the device), not to be modified."""
@@ -163,13 +171,15 @@ class Passes:
                 yield Step(first, line)
         self._activations.flush()
 
-    def observe_tail(self, layer: LinearLayer) -> Iterator[int]:
+    def observe_tail(self, layer: LinearLayer, most: int | None = None) -> Iterator[int]:
         """Run what follows the blocks as far as ``layer``, sequence by sequence, for its hooks; yields the number done."""
         handle = layer.module.register_forward_pre_hook(lambda *_: stop())
         try:
             for index, hidden in self._activations.batches(1):
                 self._calls.run_tail(self._model, self._row(index), hidden)
                 yield index + 1
+                if index + 1 == most:
+                    return
         finally:
             handle.remove()
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from thanos.calibration.statistics import Need, need_of
 from thanos.engine.inputs import EngineInputs
 from thanos.engine.output import Output
 from thanos.engine.records import BlockRecord, LayerRecord, expert_notes, mean_known
@@ -69,7 +70,9 @@ class Engine:
         finally:
             for helper in (output, inputs.weights, inputs.runner):
                 helper.close()
-        experts = {layer.name: layer.expert for layer in inputs.layers if layer.expert}
+        # Where a method needs to know nothing of its inputs, it does not matter what an expert saw.
+        heeds = [layer for layer, settings in inputs.layers.items() if need_of(settings) > Need.NOTHING]
+        experts = {layer.name: layer.expert for layer in heeds if layer.expert}
         self.notes += expert_notes(experts, self.records)
 
     # --- phases -----------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ from thanos.run.auxiliary_files import copy_companions
 from thanos.run.lock import locked
 from thanos.run.report import PruningReport, compute_totals
 from thanos.run.resume import RunJournal, check_same_run, describe_run
-from thanos.run.setup import LOG_BYTES_PER_LAYER, Prepared, prepare, smaller_calibration
+from thanos.run.setup import LOG_BYTES_PER_LAYER, Prepared, prepare, smaller_calibration, stages_of
 from thanos.run.work_folder import WorkFolder, check_interrupted, check_output
 from thanos.system.device import choose_device
 from thanos.system.event_stream import EventStream
@@ -271,7 +271,7 @@ def _engine(
         meter=job.meter,
         world=job.world,
     )
-    return Engine(inputs, notes=[*opened.notes, *notes])
+    return Engine(inputs, stages_of(job.recipe), notes=[*opened.notes, *notes])
 
 
 def _report(

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from thanos.checkpoint.writer import check_room
+from thanos.engine.stages.base import BlockStage
+from thanos.engine.stages.prune import PruneStage
 from thanos.errors import ModelError, NumericsError, RecipeError
 from thanos.events import Event, Watcher
 from thanos.model.layers import LinearLayer, linear_layers, select_layers
@@ -103,3 +105,8 @@ def count_zeros(name: str, part: Tensor) -> int:
 def smaller_calibration(recipe: Recipe) -> str:
     """Return what a person can do when a run is out of memory; see :func:`~thanos.errors.resource_errors`."""
     return f"lower --samples (now {recipe.samples}) or --sequence-length (now {recipe.sequence_length})"
+
+
+def stages_of(recipe: Recipe) -> tuple[BlockStage, ...]:
+    """Return what a recipe does to each block, in order."""
+    return (PruneStage(measure_error=recipe.measure_error),)

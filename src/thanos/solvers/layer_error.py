@@ -32,7 +32,7 @@ def row_energies(delta: Tensor, inputs: InputStatistics | None) -> Tensor:
 
     H is symmetric, so that only its lower triangle of slabs is multiplied, what lies off the diagonal counting twice.
     """
-    if inputs is None or inputs.empty:
+    if inputs is None or inputs.empty or not inputs.measures:
         return delta.square().sum(1, dtype=torch.float64)
     energy = torch.zeros(delta.shape[0], dtype=torch.float64, device=delta.device)
     width = _SLAB.get(delta.device.type, _WIDE_SLAB)
@@ -56,7 +56,7 @@ def shares_and_zeros(
     others = pruned.count_nonzero().to(torch.float64)
     *shares, energy, count = torch.cat([torch.stack(changes) / total, torch.stack([total, others])]).tolist()
     zeros = pruned.numel() - int(count)
-    if inputs is None:
+    if inputs is None or not inputs.measures:
         return None, None, zeros
     if inputs.empty:
         return 0.0, 0.0, zeros

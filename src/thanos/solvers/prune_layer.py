@@ -220,7 +220,7 @@ def _dense(weight: Tensor, inputs: InputStatistics | None, name: str) -> tuple[T
     Raises:
         NumericsError: it holds NaN or infinity.
     """
-    dtype = inputs.matrix.dtype if inputs is not None else _compute_dtype(weight)
+    dtype = inputs.dtype if inputs is not None else _compute_dtype(weight)
     dense = weight.detach().to(dtype).contiguous()  # the kernels take rows that are one stretch of memory
     largest, zeros = _survey(dense)
     if not math.isfinite(largest):

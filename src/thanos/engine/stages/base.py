@@ -91,15 +91,17 @@ class BlockContext:
         assert self.index is not None, "what follows the blocks is no block"
         return self.runner.run(self.index, hidden, first)
 
-    def observe(self, layers: Sequence[LinearLayer]) -> Iterator[int]:
+    def observe(self, layers: Sequence[LinearLayer], most: int | None = None) -> Iterator[int]:
         """Run the block on all sequences for the hooks on ``layers`` alone; yields the number of sequences done.
+
+        With ``most`` it ends after the batch in which so many are done.
 
         What follows the blocks is run as far as a single layer.
         """
         if self.index is not None:
-            return self.runner.observe(self.index, layers)
+            return self.runner.observe(self.index, layers, most)
         (layer,) = layers
-        return self.runner.observe_tail(layer)
+        return self.runner.observe_tail(layer, most)
 
     # --- weights ----------------------------------------------------------------------------------------------------
 
@@ -148,10 +150,11 @@ class BlockContext:
         self.notes.append(message)
         return self.event("note", phase, message=message)
 
-    def progress(self, phase: Phase, done: int) -> Event:
-        """Return the event that says how many of this process's sequences are done."""
+    def progress(self, phase: Phase, done: int, most: int | None = None) -> Event:
+        """Return the event that says how many of this process's sequences are done, of all or of ``most``."""
         samples, length = self.runner.shape
-        return self.event("progress", phase, done=done, total=samples, tokens=done * length)
+        total = samples if most is None else max(done, min(samples, most))
+        return self.event("progress", phase, done=done, total=total, tokens=done * length)
 
     def event(self, kind: str, phase: Phase, **details: object) -> Event:
         """Return an event of this block."""
