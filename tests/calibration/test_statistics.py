@@ -9,8 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from helpers import ARCHITECTURES, tiny_model, windows
-from thanos.calibration.accumulators import Gram, add_gram
-from thanos.calibration.statistics import InputGroup, check_finite, gather, plan_passes
+from thanos.calibration.accumulators import Gram, SquaredNorms, add_gram
+from thanos.calibration.statistics import (
+    InputGroup,
+    Need,
+    check_finite,
+    gather,
+    need_of,
+    need_of_all,
+    plan_passes,
+)
 from thanos.errors import NumericsError, UserError
 from thanos.model.layers import LinearLayer, linear_layers
 from thanos.recipe import LayerRecipe
