@@ -183,6 +183,15 @@ def test_squared_norms_are_the_diagonal_of_the_gram_to_the_last_bit(dtype: torch
     torch.testing.assert_close(norms.squared_norms().double(), exact, rtol=1e-5, atol=0)
 
 
+def test_where_norms_are_not_those_of_the_gram_is_known() -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    exact = SquaredNorms.has_bits_of_gram
+    assert exact(9000, torch.float32, cpu)
+    assert exact(9000, torch.bfloat16, cuda)
+    assert exact(2048, torch.float32, cuda)
+    assert not exact(2049, torch.float32, cuda)
+
+
 def test_what_methods_need() -> None:
     needs = {"magnitude": Need.NOTHING, "wanda": Need.NORMS, "sparsegpt": Need.GRAM, "thanos": Need.GRAM}
     for method, need in needs.items():

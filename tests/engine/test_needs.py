@@ -106,6 +106,14 @@ def test_magnitude_runs_the_sample_alone_and_nothing_without_it(
         assert done == [(number, observed) for number in range(1, observed + 1)]
 
 
+def test_where_norms_are_inexact_the_gram_is_gathered(
+    tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accumulators.SquaredNorms, "has_bits_of_gram", staticmethod(lambda *_: False))
+    for layer in thanos.prune(tiny_llama, tmp_path / "out", recipe(text_file, method="wanda")).layers:
+        assert (layer.tokens, layer.error_tokens) == (TOKENS, TOKENS)
+
+
 def test_outlier_rows_need_all_tokens(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
     settings = recipe(text_file, method="magnitude", outlier_rows=0.1, measure_error=False)
     for layer in thanos.prune(tiny_llama, tmp_path / "out", settings).layers:

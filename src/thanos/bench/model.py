@@ -20,6 +20,7 @@ from thanos.engine.block_runner import Passes
 from thanos.engine.inputs import EngineInputs
 from thanos.engine.loop import Engine
 from thanos.engine.records import BlockRecord, LayerRecord, mean_known
+from thanos.engine.stages.prune import observed_fractions
 from thanos.engine.weights import ModelWeights
 from thanos.events import Event
 from thanos.model.layers import find_blocks, linear_layers, select_layers
@@ -197,7 +198,8 @@ def floor_seconds(shape: Shape, recipe: Recipe, rates: Rates) -> dict[str, float
     """Return the least seconds of each phase at the measured rates, for all linear layers of all blocks.
 
     - load and write: the blocks' bytes between host and device;
-    - statistics: the block's products but the last, whose result nobody needs; causal attention; XᵀX of the four inputs;
+    - statistics: the block's products but the last, whose result nobody needs; causal attention; XᵀX of the four inputs: for
+      the sequences of which the method needs them;
     - solve: for methods with a factor, a Cholesky factor of H⁻¹ per input (⅔ b³) and one product of the weight with a
       triangular b × b matrix per layer (c b²); for the errors half a product c × b by b × b each (c b²), three of them, two
       where nothing compensates;
@@ -209,6 +211,7 @@ def floor_seconds(shape: Shape, recipe: Recipe, rates: Rates) -> dict[str, float
     last = shape.intermediate * shape.hidden
     inputs = (shape.hidden, shape.hidden, shape.hidden, shape.intermediate)
     gram = sum(2.0 * tokens * columns**2 for columns in inputs)
+    run, gathered = observed_fractions([recipe], recipe.measure_error, recipe.samples)
     compensates = recipe.method in ("thanos", "sparsegpt")
     solve = sum((3.0 if compensates else 2.0) * rows * columns**2 for rows, columns in layers.values())
     if compensates:
@@ -217,7 +220,8 @@ def floor_seconds(shape: Shape, recipe: Recipe, rates: Rates) -> dict[str, float
     forward = (2.0 * tokens * weights + attention) / rates.model_flops
     return {
         "load": shape.blocks * 2 * weights / rates.to_device_bytes,
-        "statistics": shape.blocks * (forward - 2.0 * tokens * last / rates.model_flops + gram / rates.gram_flops),
+        "statistics": shape.blocks
+        * (run * (forward - 2.0 * tokens * last / rates.model_flops) + gathered * gram / rates.gram_flops),
         "solve": shape.blocks * solve / rates.float32_flops,
         "propagate": (shape.blocks - 1) * forward,
         "write": shape.blocks * 2 * weights / rates.to_device_bytes,

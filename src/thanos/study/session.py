@@ -105,7 +105,9 @@ class Session:
 
     def _pruned(self, cell: Cell, results: dict[str, Any], tell: Watcher) -> None:
         source = self._places.texts.get(cell.calibration or "", cell.calibration)
-        recipe = cell.recipe(calibration=source, device=self._name, dtype=self._study.dtype)
+        # Methods are compared by errors on the same tokens, so that none is measured on a sample.
+        settings = {"calibration": source, "device": self._name, "dtype": self._study.dtype}
+        recipe = cell.recipe(**settings, measure_error=True)
         self._warm_up(cell, recipe)
         key = cell_key(public_cell(cell), self._study.asked(cell))
         folder = self._places.out / "models" if self._study.keep_models else self._places.scratch

@@ -6,12 +6,13 @@ The name of a method never occurs here; what is done to a layer is its :class:`~
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from thanos.calibration.accumulators import SquaredNorms
 from thanos.calibration.statistics import (
     InputGroup,
     Need,
@@ -26,6 +27,7 @@ from thanos.engine.records import LayerRecord, layer_record
 from thanos.engine.stages.base import BlockContext
 from thanos.events import Event
 from thanos.model.layers import LinearLayer
+from thanos.recipe import LayerRecipe
 from thanos.solvers.hessian import InputStatistics
 from thanos.solvers.prune_layer import prune_layer
 
@@ -120,7 +122,10 @@ class PruneStage:
 
     def _need(self, context: BlockContext, layers: list[LinearLayer]) -> Need:
         """Return what is gathered over all tokens for layers that are observed together."""
-        return need_of_all([context.layers[layer] for layer in layers], self.measure_error)
+        need = need_of_all([context.layers[layer] for layer in layers], self.measure_error)
+        if need is Need.NORMS and not all(_has_exact_norms(layer, context.device) for layer in layers):
+            return Need.GRAM
+        return need
 
     def _prune_or_spill(
         self,
@@ -142,6 +147,20 @@ class PruneStage:
         assert line is not None
         yield context.note(line, "solve")
         return _prune_layer(context, layer, inputs, group, held)
+
+
+def observed_fractions(
+    settings: Sequence[LayerRecipe], measure_error: bool | None, samples: int
+) -> tuple[float, float]:
+    """Return which fraction of the sequences is run to prune layers that are observed together, and gathered XᵀX of."""
+    need = need_of_all(settings, measure_error)
+    sampled = 0.0 if measure_error is False else min(1.0, ERROR_SEQUENCES / samples)
+    return 1.0 if need > Need.NOTHING else sampled, 1.0 if need is Need.GRAM else sampled
+
+
+def _has_exact_norms(layer: LinearLayer, device: torch.device) -> bool:
+    dtype = layer.module.get_parameter("weight").dtype
+    return SquaredNorms.has_bits_of_gram(layer.shape[1], dtype, device)
 
 
 def _parts(context: BlockContext) -> list[list[LinearLayer]]:
