@@ -183,13 +183,16 @@ def test_squared_norms_are_the_diagonal_of_the_gram_to_the_last_bit(dtype: torch
     torch.testing.assert_close(norms.squared_norms().double(), exact, rtol=1e-5, atol=0)
 
 
-def test_where_norms_are_not_those_of_the_gram_is_known() -> None:
+def test_norms_are_gathered_where_they_are_cheaper_and_have_the_same_bits() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    exact = SquaredNorms.has_bits_of_gram
-    assert exact(9000, torch.float32, cpu)
-    assert exact(9000, torch.bfloat16, cuda)
-    assert exact(2048, torch.float32, cuda)
-    assert not exact(2049, torch.float32, cuda)
+    assert [SquaredNorms.suits(width, torch.float32, cpu) for width in (256, 511, 512, 9000)] == [
+        False,
+        False,
+        True,
+        True,
+    ]
+    assert [SquaredNorms.suits(width, torch.bfloat16, cuda) for width in (4095, 4096)] == [False, True]
+    assert not SquaredNorms.suits(9000, torch.float32, cuda)
 
 
 def test_what_methods_need() -> None:
@@ -216,8 +219,8 @@ def test_what_methods_need() -> None:
 def test_only_what_is_needed_is_gathered_and_a_sample_of_the_rest(
     need: Need, sample: bool, whole: list[str], sampled: list[str]
 ) -> None:
-    a = linear("a")
-    x, y = torch.randn(5, 4), torch.randn(7, 4)
+    a = linear("a", 512)
+    x, y = torch.randn(5, 512), torch.randn(7, 512)
     with gather([a], need, sample=sample) as groups:
         a.module(x)
         groups.sampling = False
@@ -229,9 +232,17 @@ def test_only_what_is_needed_is_gathered_and_a_sample_of_the_rest(
     assert [one.tokens for one in group.accumulators] == [12] * len(whole) + [5] * len(sampled)
     if group.gram is not None:
         rows = torch.cat([x, y]) if need is Need.GRAM else x
-        torch.testing.assert_close(group.hessian, rows.T @ rows)
+        torch.testing.assert_close(group.hessian, rows.T @ rows, rtol=1e-4, atol=1e-4)
     if group.norms is not None:
         torch.testing.assert_close(group.norms.squared_norms(), torch.cat([x, y]).square().sum(0))
+
+
+def test_xtx_is_gathered_where_norms_would_cost_as_much() -> None:
+    a = linear("a", 511)
+    with gather([a], Need.NORMS) as groups:
+        a.module(torch.randn(5, 511))
+    assert (groups[0].norms, groups[0].sample) == (None, ())
+    assert groups[0].hessian.shape == (511, 511)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])

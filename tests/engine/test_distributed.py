@@ -178,16 +178,16 @@ def merge_statistics() -> Any:
         groups.append(InputGroup(layers[2:4], (Gram(torch.full((6, 6), 5.0), 9),), tokens=9))
     groups.append(InputGroup(layers[4:], (Gram(torch.full((3000, 3000), 2.0), 1),), tokens=1))
     merged = group.merge(groups, layers, lambda members: empty_group(members, torch.device("cpu")))
-    norms = empty_group([_layer("norms", 4)], torch.device("cpu"), Need.NORMS)
-    norms.add(ones)
-    norms.add(ones, sampling=False)
+    norms = empty_group([_layer("norms", 512)], torch.device("cpu"), Need.NORMS)
+    norms.add(torch.ones(len(ones), 512))
+    norms.add(torch.ones(len(ones), 512), sampling=False)
     (summed,) = group.merge(
         [norms], norms.layers, lambda members: empty_group(members, torch.device("cpu"), Need.NORMS)
     )
     assert summed.norms is not None
     assert summed.gram is not None
     assert (summed.tokens, summed.norms.tokens, summed.gram.tokens) == (12, 12, 6)
-    assert (summed.norms.squared_norms().tolist(), summed.hessian.unique().tolist()) == ([12.0] * 4, [6.0])
+    assert (summed.norms.squared_norms().tolist(), summed.hessian.unique().tolist()) == ([12.0] * 512, [6.0])
     found = {tuple(layer.name for layer in g.layers): (g.tokens, g.hessian.unique().tolist()) for g in merged}
     parts = {
         dtype: group.gather(torch.full((len(share_of(37, group.rank, group.size)), 3), group.rank).to(dtype), 37)

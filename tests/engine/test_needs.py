@@ -26,6 +26,7 @@ TOKENS = SAMPLES * LENGTH
 def one_sequence_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(block_runner.BATCH_TOKENS, "cpu", LENGTH)
     monkeypatch.setattr(stage, "ERROR_SEQUENCES", SAMPLED)
+    monkeypatch.setattr(accumulators.SquaredNorms, "suits", staticmethod(lambda *_: True))
 
 
 def recipe(text: Path, **changes: Any) -> thanos.Recipe:
@@ -97,7 +98,9 @@ def test_magnitude_runs_the_sample_alone_and_nothing_without_it(
     monkeypatch.setattr(accumulators, "add_gram", multiplied)
     events: list[thanos.Event] = []
     for measure, observed in ((None, SAMPLED), (True, SAMPLES), (False, 0)):
-        passes.clear(), grams.clear(), events.clear()
+        passes.clear()
+        grams.clear()
+        events.clear()
         settings = recipe(text_file, method="magnitude", measure_error=measure)
         thanos.prune(tiny_llama, tmp_path / str(measure), settings, on_event=events.append)
         assert passes.count(0) == observed + SAMPLES  # and the pass that makes the next block's inputs
@@ -106,10 +109,10 @@ def test_magnitude_runs_the_sample_alone_and_nothing_without_it(
         assert done == [(number, observed) for number in range(1, observed + 1)]
 
 
-def test_where_norms_are_inexact_the_gram_is_gathered(
+def test_where_norms_do_not_suit_the_gram_is_gathered(
     tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(accumulators.SquaredNorms, "has_bits_of_gram", staticmethod(lambda *_: False))
+    monkeypatch.setattr(accumulators.SquaredNorms, "suits", staticmethod(lambda *_: False))
     for layer in thanos.prune(tiny_llama, tmp_path / "out", recipe(text_file, method="wanda")).layers:
         assert (layer.tokens, layer.error_tokens) == (TOKENS, TOKENS)
 

@@ -68,7 +68,7 @@ class SquaredNorms:
     A sum of squares would be cheaper, but it rounds otherwise, and a weight whose score lies at the threshold would fall on the
     other side of it. So the blocks on the diagonal of XᵀX are multiplied, as wide as the panels of :func:`add_gram`: on the CPU
     an entry was measured to have the same bits however many columns are multiplied with it, on an H100 in 16 bits too; see
-    :meth:`has_bits_of_gram`.
+    :meth:`suits`.
 
     ``sums`` is (blocks, width, width) float32.
     """
@@ -85,12 +85,13 @@ class SquaredNorms:
         return cls(torch.zeros(blocks, width, width, dtype=torch.float32, device=device), columns)
 
     @staticmethod
-    def has_bits_of_gram(columns: int, dtype: torch.dtype, device: torch.device) -> bool:
-        """Tell whether the diagonal has the same bits as that of XᵀX, for inputs of this many columns and dtype.
+    def suits(columns: int, dtype: torch.dtype, device: torch.device) -> bool:
+        """Tell whether this costs less than XᵀX for inputs of so many columns and a dtype, and has the bits of its diagonal.
 
         In float32 on CUDA another width may mean another kernel, which adds up in another order.
         """
-        return device.type != "cuda" or dtype.itemsize < 4 or columns <= _GRAM_ROWS["cuda"]
+        width = _GRAM_ROWS.get(device.type, _GRAM_ROWS["cpu"])
+        return columns >= 2 * width and (device.type != "cuda" or dtype.itemsize < 4)
 
     def add(self, rows: Tensor) -> None:
         """See :class:`Accumulator`."""

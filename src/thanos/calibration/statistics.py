@@ -5,7 +5,7 @@ methods need to know (:class:`Need`):
 
     need      over all tokens     over a sample of sequences, for the errors in the records
     GRAM      XᵀX
-    NORMS     squared norms       XᵀX
+    NORMS     squared norms       XᵀX     (where that is cheaper than XᵀX over all tokens)
     NOTHING                       XᵀX
 
 The sums are accumulators (:mod:`thanos.calibration.accumulators`).
@@ -120,11 +120,12 @@ def empty_group(
     Args:
         layers: that read one input.
         device: of the inputs.
-        need: what is gathered over all tokens.
+        need: what is gathered over all tokens at least.
         sample: also gather XᵀX over a sample, if it is not gathered over all tokens.
     """
     columns = layers[0].shape[1]
-    if need is Need.GRAM:
+    dtype = layers[0].module.get_parameter("weight").dtype
+    if need is Need.GRAM or (need is Need.NORMS and not SquaredNorms.suits(columns, dtype, device)):
         return InputGroup(layers, (Gram.empty(columns, device),))
     whole = (SquaredNorms.empty(columns, device),) if need is Need.NORMS else ()
     return InputGroup(layers, whole, (Gram.empty(columns, device),) if sample else ())

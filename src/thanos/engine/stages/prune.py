@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from thanos.calibration.accumulators import SquaredNorms
 from thanos.calibration.statistics import (
     InputGroup,
     Need,
@@ -122,10 +121,7 @@ class PruneStage:
 
     def _need(self, context: BlockContext, layers: list[LinearLayer]) -> Need:
         """Return what is gathered over all tokens for layers that are observed together."""
-        need = need_of_all([context.layers[layer] for layer in layers], self.measure_error)
-        if need is Need.NORMS and not all(_has_exact_norms(layer, context.device) for layer in layers):
-            return Need.GRAM
-        return need
+        return need_of_all([context.layers[layer] for layer in layers], self.measure_error)
 
     def _prune_or_spill(
         self,
@@ -156,11 +152,6 @@ def observed_fractions(
     need = need_of_all(settings, measure_error)
     sampled = 0.0 if measure_error is False else min(1.0, ERROR_SEQUENCES / samples)
     return 1.0 if need > Need.NOTHING else sampled, 1.0 if need is Need.GRAM else sampled
-
-
-def _has_exact_norms(layer: LinearLayer, device: torch.device) -> bool:
-    dtype = layer.module.get_parameter("weight").dtype
-    return SquaredNorms.has_bits_of_gram(layer.shape[1], dtype, device)
 
 
 def _parts(context: BlockContext) -> list[list[LinearLayer]]:
