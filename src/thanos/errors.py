@@ -58,6 +58,8 @@ def recurs(error: BaseException) -> bool:
     return isinstance(error, faults)
 
 
+_DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
+
 _REMEDIES = {
     errno.ENOSPC: "free some space, or write to another disk",
     errno.EDQUOT: "free some space, or write to another disk",
@@ -69,12 +71,33 @@ _REMEDIES = {
 }
 
 
+_HOST_IS_FULL = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
+"""How torch says that the host's memory is exhausted: it has no exception of its own for that."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error says that the device's or the host's memory is exhausted."""
+    if isinstance(error, MemoryError) or _is_of_device(error):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _HOST_IS_FULL)
+
+
+def _is_of_device(error: BaseException) -> bool:
+    # By name, so that these exceptions do not cost an import of torch.
+    return any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)
+
+
 @contextmanager
-def system_errors() -> Iterator[None]:
-    """Turn errors of the operating system that a person can mend into errors that say how; others pass.
+def resource_errors(*remedies: str, device: object = "the device") -> Iterator[None]:
+    """Turn exhausted memory, and errors of the operating system that a person can mend, into lines that say how; others pass.
+
+    Args:
+        remedies: what takes less memory. For the memory of a device, the CPU is one more.
+        device: its name.
 
     Raises:
-        ResourceError: a disk is full or read-only, a file may not be read or written, or a name is too long.
+        ResourceError: memory or a disk is exhausted, a disk is read-only, a file may not be read or written, or a name is too
+            long.
     """
     try:
         yield
@@ -83,4 +106,14 @@ def system_errors() -> Iterator[None]:
         if remedy is None:
             raise
         where = "" if error.filename is None else f"{error.filename}: "
-        raise ResourceError(f"{where}{error.strerror}; {remedy}") from error
+        what = "disk full" if error.errno in _DISK_IS_FULL else error.strerror
+        raise ResourceError(f"{where}{what}; {remedy}") from error
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        on_device = _is_of_device(error)
+        cpu = ["use --device cpu"] if on_device and str(device) != "cpu" else []
+        choices = [*remedies, *cpu] or ["end what else uses it"]
+        raise ResourceError(
+            f"out of memory on {device if on_device else 'the host'}: {', or '.join(choices)}"
+        ) from error

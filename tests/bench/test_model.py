@@ -116,6 +116,18 @@ def test_the_floor_is_operations_over_rates() -> None:
     cost = sum(4 * rows * columns**2 for rows, columns in layers) + 2 / 3 * (3 * 4**3 + 8**3)
     assert floor["solve"] == pytest.approx(2 * cost / 1e12)
     assert floor_seconds(shape, recipe(method="wanda"), RATES)["solve"] < floor["solve"]
+    many = recipe(samples=80, sequence_length=5)  # of which 8 are the sample
+    whole, norms, nothing = (
+        floor_seconds(shape, many.replace(method=method), RATES)["statistics"]
+        for method in ("thanos", "wanda", "magnitude")
+    )
+    tokens = 400
+    forward = 2 * tokens * weights + 2 * tokens * 5 * 4 - 2 * tokens * 32
+    gram = 2 * tokens * (3 * 4**2 + 8**2)
+    assert whole == pytest.approx(2 * (forward / 2e12 + gram / 5e11))
+    assert norms == pytest.approx(2 * (forward / 2e12 + 0.1 * gram / 5e11))
+    assert nothing == pytest.approx(0.1 * whole)
+    assert floor_seconds(shape, many.replace(method="magnitude", measure_error=False), RATES)["statistics"] == 0
     assert floor["load"] == floor["write"] == pytest.approx(2 * 2 * weights / 1e9)
 
 

@@ -9,9 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from helpers import ARCHITECTURES, tiny_model, windows
-from thanos.calibration.statistics import InputGroup, add_gram, check_finite, gather, plan_passes
+from thanos.calibration.accumulators import Gram, SquaredNorms, add_gram
+from thanos.calibration.statistics import (
+    InputGroup,
+    Need,
+    check_finite,
+    gather,
+    need_of,
+    need_of_all,
+    plan_passes,
+)
 from thanos.errors import NumericsError, UserError
 from thanos.model.layers import LinearLayer, linear_layers
+from thanos.recipe import LayerRecipe
 
 
 def oracle(model: Any, layers: list[LinearLayer], ids: Tensor) -> dict[str, Tensor]:
@@ -159,6 +169,82 @@ def test_products_are_exact_in_float32_whatever_the_inputs(dtype: torch.dtype, w
     assert torch.isfinite(hessian).all()  # 200² · 300 is beyond float16's range
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [1, 12, 256, 300, 600])
+def test_squared_norms_are_the_diagonal_of_the_gram_to_the_last_bit(dtype: torch.dtype, width: int) -> None:
+    rows = torch.randn(500, width, generator=torch.Generator().manual_seed(2)).to(dtype)
+    gram, norms = Gram.empty(width, torch.device("cpu")), SquaredNorms.empty(width, torch.device("cpu"))
+    for part in rows.split(130):
+        gram.add(part)
+        norms.add(part)
+    assert gram.tokens == norms.tokens == 500
+    assert torch.equal(norms.squared_norms(), gram.squared_norms())
+    exact = rows.double().square().sum(0)
+    torch.testing.assert_close(norms.squared_norms().double(), exact, rtol=1e-5, atol=0)
+
+
+def test_norms_are_gathered_where_they_are_cheaper_and_have_the_same_bits() -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert [SquaredNorms.suits(width, torch.float32, cpu) for width in (256, 511, 512, 9000)] == [
+        False,
+        False,
+        True,
+        True,
+    ]
+    assert [SquaredNorms.suits(width, torch.bfloat16, cuda) for width in (4095, 4096)] == [False, True]
+    assert not SquaredNorms.suits(9000, torch.float32, cuda)
+
+
+def test_what_methods_need() -> None:
+    needs = {"magnitude": Need.NOTHING, "wanda": Need.NORMS, "sparsegpt": Need.GRAM, "thanos": Need.GRAM}
+    for method, need in needs.items():
+        assert need_of(LayerRecipe(method=method)) is need
+        assert need_of(LayerRecipe(method=method, outlier_rows=0.1)) is Need.GRAM  # ranked by W H Wᵀ
+    mixed = [LayerRecipe(method="magnitude"), LayerRecipe(method="wanda")]
+    assert need_of_all(mixed, None) is need_of_all(mixed, False) is Need.NORMS
+    assert need_of_all(mixed, True) is Need.GRAM
+    assert need_of_all([], None) is Need.NOTHING
+
+
+@pytest.mark.parametrize(
+    ("need", "sample", "whole", "sampled"),
+    [
+        (Need.GRAM, True, ["Gram"], []),
+        (Need.NORMS, True, ["SquaredNorms"], ["Gram"]),
+        (Need.NORMS, False, ["SquaredNorms"], []),
+        (Need.NOTHING, True, [], ["Gram"]),
+        (Need.NOTHING, False, [], []),
+    ],
+)
+def test_only_what_is_needed_is_gathered_and_a_sample_of_the_rest(
+    need: Need, sample: bool, whole: list[str], sampled: list[str]
+) -> None:
+    a = linear("a", 512)
+    x, y = torch.randn(5, 512), torch.randn(7, 512)
+    with gather([a], need, sample=sample) as groups:
+        a.module(x)
+        groups.sampling = False
+        a.module(y)
+    (group,) = groups
+    assert [type(one).__name__ for one in group.whole] == whole
+    assert [type(one).__name__ for one in group.sample] == sampled
+    assert group.tokens == 12
+    assert [one.tokens for one in group.accumulators] == [12] * len(whole) + [5] * len(sampled)
+    if group.gram is not None:
+        rows = torch.cat([x, y]) if need is Need.GRAM else x
+        torch.testing.assert_close(group.hessian, rows.T @ rows, rtol=1e-4, atol=1e-4)
+    if group.norms is not None:
+        torch.testing.assert_close(group.norms.squared_norms(), torch.cat([x, y]).square().sum(0))
+
+
+def test_xtx_is_gathered_where_norms_would_cost_as_much() -> None:
+    a = linear("a", 511)
+    with gather([a], Need.NORMS) as groups:
+        a.module(torch.randn(5, 511))
+    assert (groups[0].norms, groups[0].sample) == (None, ())
+    assert groups[0].hessian.shape == (511, 511)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_bad_activations_are_named(bad: float) -> None:
     layer = linear("model.layers.7.mlp.down_proj")
@@ -176,13 +262,13 @@ def test_bad_activations_are_named(bad: float) -> None:
 
 
 def test_finite_statistics_pass() -> None:
-    check_finite([InputGroup([linear("a")], torch.full((4, 4), 3e38))])
+    check_finite([InputGroup([linear("a")], (Gram(torch.full((4, 4), 3e38)),))])
     check_finite([])
 
 
 def test_the_first_bad_input_of_several_is_named() -> None:
     bad = torch.full((4, 4), float("nan"))
-    groups = [InputGroup([linear("a")], torch.eye(2)), InputGroup([linear("b")], bad), InputGroup([linear("c")], bad)]
+    groups = [InputGroup([linear(name)], (Gram(sums),)) for name, sums in (("a", torch.eye(2)), ("b", bad), ("c", bad))]
     with pytest.raises(NumericsError, match="the inputs of b hold"):
         check_finite(groups)
 

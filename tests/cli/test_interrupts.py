@@ -20,16 +20,16 @@ from thanos.errors import DataError, ModelError, NumericsError, ResourceError, U
 
 _SIGNALLED = """
 import atexit, os, signal
-from thanos.engine import loop as engine
+from thanos.engine.stages.prune import PruneStage
 from thanos.cli import main
-solve = engine.Engine._solve
+solve = PruneStage._solve
 
-def signalled(self, layers, groups, index):
-    if index == int(os.environ["BLOCK"]):
+def signalled(self, context, *arguments):
+    if context.index == int(os.environ["BLOCK"]):
         os.kill(os.getpid(), int(os.environ["SIGNAL"]))
-    yield from solve(self, layers, groups, index)
+    yield from solve(self, context, *arguments)
 
-engine.Engine._solve = signalled
+PruneStage._solve = signalled
 atexit.register(os.kill, os.getpid(), signal.SIGINT)  # an impatient person presses Ctrl-C once more
 main()
 """

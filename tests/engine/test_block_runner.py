@@ -15,7 +15,7 @@ import thanos
 from thanos.engine import block_runner as passes
 from thanos.engine.activations import Activations
 from thanos.engine.block_calls import BlockCalls
-from thanos.engine.block_runner import Passes
+from thanos.engine.block_runner import Passes, Step
 from thanos.errors import RecipeError, ResourceError
 
 SAMPLES, LENGTH = 8, 24
@@ -169,7 +169,7 @@ def test_a_batch_given_by_an_earlier_run_is_kept(tmp_path: Path) -> None:
     run.batch = 4
     with torch.inference_mode():
         run.record()
-        assert list(run.propagate(0)) == [4, 6]
+        assert list(run.propagate(0)) == [Step(4), Step(6)]
     assert (run.batch, run.starts, run.shape, run.place) == (4, [(0, 4)], (6, 2), "host")
     run.close()
 
@@ -210,5 +210,5 @@ def test_states_on_the_device_move_to_the_host_when_a_solve_needs_the_room(tmp_p
         assert line == "out of memory on the device: the activations move to the host"
         assert run.place == "host"
         assert torch.equal(torch.cat([hidden for _, hidden in run._states.batches(6)]), before)
-        assert list(run.propagate(0)) == [6]
+        assert list(run.propagate(0)) == [Step(6)]
     run.close()

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 import thanos
 from helpers import prose, save_tiny
-from thanos.calibration.statistics import InputGroup
+from thanos.calibration.accumulators import Gram
+from thanos.calibration.statistics import InputGroup, Need, empty_group
 from thanos.engine.distributed import SINGLE, Group, my_device
 from thanos.engine.rank_zero import SharedWriter
 from thanos.errors import RecipeError, UserError
@@ -174,11 +175,21 @@ def merge_statistics() -> Any:
     group = Group()
     layers = [_layer("q", 4), _layer("k", 4), _layer("expert.gate", 6), _layer("expert.up", 6), _layer("wide", 3000)]
     ones = torch.ones(group.rank + 1, 4)
-    groups = [InputGroup(layers[:2], ones.T @ ones, tokens=len(ones))]
+    groups = [InputGroup(layers[:2], (Gram(ones.T @ ones, len(ones)),), tokens=len(ones))]
     if group.rank == 1:
-        groups.append(InputGroup(layers[2:4], torch.full((6, 6), 5.0), tokens=9))
-    groups.append(InputGroup(layers[4:], torch.full((3000, 3000), 2.0), tokens=1))
-    merged = group.merge(groups, layers, torch.device("cpu"))
+        groups.append(InputGroup(layers[2:4], (Gram(torch.full((6, 6), 5.0), 9),), tokens=9))
+    groups.append(InputGroup(layers[4:], (Gram(torch.full((3000, 3000), 2.0), 1),), tokens=1))
+    merged = group.merge(groups, layers, lambda members: empty_group(members, torch.device("cpu")))
+    norms = empty_group([_layer("norms", 512)], torch.device("cpu"), Need.NORMS)
+    norms.add(torch.ones(len(ones), 512))
+    norms.add(torch.ones(len(ones), 512), sampling=False)
+    (summed,) = group.merge(
+        [norms], norms.layers, lambda members: empty_group(members, torch.device("cpu"), Need.NORMS)
+    )
+    assert summed.norms is not None
+    assert summed.gram is not None
+    assert (summed.tokens, summed.norms.tokens, summed.gram.tokens) == (12, 12, 6)
+    assert (summed.norms.squared_norms().tolist(), summed.hessian.unique().tolist()) == ([12.0] * 512, [6.0])
     found = {tuple(layer.name for layer in g.layers): (g.tokens, g.hessian.unique().tolist()) for g in merged}
     parts = {
         dtype: group.gather(torch.full((len(row_range(37, group.rank, group.size)), 3), group.rank).to(dtype), 37)
@@ -366,16 +377,16 @@ def test_no_thread_of_the_group_is_left_when_python_ends(
 
 _DIES = """
 import os, signal
-from thanos.engine import loop as engine
+from thanos.engine.stages.prune import PruneStage
 from thanos.cli import main
-solve = engine.Engine._solve
+solve = PruneStage._solve
 
-def dying(self, layers, groups, index):
-    if os.environ["RANK"] == os.environ["DIES"] and index == 1:
+def dying(self, context, *arguments):
+    if os.environ["RANK"] == os.environ["DIES"] and context.index == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    yield from solve(self, layers, groups, index)
+    yield from solve(self, context, *arguments)
 
-engine.Engine._solve = dying
+PruneStage._solve = dying
 main()
 """
 

@@ -21,10 +21,10 @@ import thanos
 from helpers import packed_windows, save_tiny, tiny_tokenizer
 from thanos.calibration.statistics import InputGroup
 from thanos.engine import block_runner as passes
-from thanos.engine import loop as engine
 from thanos.engine.block_calls import BlockCalls
 from thanos.engine.block_runner import Passes, most_sequences
-from thanos.engine.loop import Engine
+from thanos.engine.output import Output
+from thanos.engine.stages import prune as engine
 from thanos.solvers.hessian import InputStatistics
 from thanos.solvers.prune_layer import PrunedWeight, prune_layer
 
@@ -373,7 +373,7 @@ def test_measuring_what_fits_on_a_device_counts_no_token(
         if self.batch is None:
             measured.append(index)
             self.batch = most_sequences(*self.shape, torch.device("cpu"))
-            self._run(index, self._example(self._activations), 0)
+            self.run(index, self._example(self._activations), 0)
         return choose(self, index)
 
     settings = thanos.Recipe(method="wanda", calibration=str(text_file), samples=4, sequence_length=32, device="cpu")
@@ -391,10 +391,10 @@ def test_measuring_what_fits_on_a_device_counts_no_token(
 def test_only_the_process_that_writes_copies_to_the_host(rank: int) -> None:
     fetched: list[Any] = []
     weight = SimpleNamespace(is_cuda=True)
-    engine: Any = SimpleNamespace(
-        world=SimpleNamespace(rank=rank),
-        writer=SimpleNamespace(write=lambda key, tensor: None),
+    output: Any = SimpleNamespace(
+        _world=SimpleNamespace(rank=rank),
+        _writer=SimpleNamespace(write=lambda key, tensor: None),
         _staging=SimpleNamespace(fetch=fetched.append),
     )
-    Engine._write(engine, "a.weight", weight)  # type: ignore[arg-type]
+    Output._write(output, "a.weight", weight)  # type: ignore[arg-type]
     assert fetched == [weight] * (rank == 0)

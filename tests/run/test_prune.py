@@ -21,7 +21,7 @@ import thanos
 from helpers import packed_windows, prose, save_tiny, windows
 from thanos.calibration.windows import build_calibration
 from thanos.checkpoint.reader import SafetensorsCheckpoint
-from thanos.engine import loop as engine_module
+from thanos.engine.stages import prune as engine_module
 from thanos.errors import DataError, ModelError, NumericsError, RecipeError, ResourceError, UserError
 from thanos.model.source import resolve_model
 from thanos.run.work_folder import WorkFolder

@@ -21,8 +21,8 @@ from reports import contents
 from thanos.checkpoint.writer import CheckpointWriter
 from thanos.cli import run
 from thanos.engine import block_runner as passes
-from thanos.engine import loop as engine_module
 from thanos.engine.block_calls import BlockCalls
+from thanos.engine.stages import prune as engine_module
 from thanos.errors import ResourceError, UserError
 from thanos.model.source import ModelSource
 from thanos.run.resume import check_same_run, describe_run

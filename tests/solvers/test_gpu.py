@@ -7,7 +7,7 @@ import torch
 
 import oracles
 from thanos import prune_weight
-from thanos.calibration.statistics import add_gram
+from thanos.calibration.accumulators import add_gram
 from thanos.solvers.hessian import InputStatistics
 from thanos.solvers.kernels import solve as kernels
 from thanos.solvers.masked_cg import RowSolver

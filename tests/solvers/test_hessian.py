@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import oracles
 from thanos import prune_weight
-from thanos.calibration.statistics import add_gram
+from thanos.calibration.accumulators import add_gram
 from thanos.solvers import hessian as factor_module
 from thanos.solvers.hessian import InputStatistics, factorize, residual
 from thanos.solvers.masked_cg import RowSolver

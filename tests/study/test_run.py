@@ -76,7 +76,7 @@ def test_a_cell_is_what_prune_and_evaluate_give(tmp_path: Path, data: Path) -> N
     record = worker.run(cell, quiet)
     assert (record.status, record.reason) == ("done", None)
 
-    recipe = cell.recipe(calibration=str(data / "prose.txt"), device="cpu")
+    recipe = cell.recipe(calibration=str(data / "prose.txt"), device="cpu", measure_error=True)
     report = thanos.prune(data / "tiny", tmp_path / "alone", recipe)
     found = thanos.evaluate(
         tmp_path / "alone", text=str(data / "prose.txt"), sequence_length=64, max_windows=4, dense=data / "tiny", device="cpu"
@@ -186,7 +186,7 @@ def test_a_model_too_large_for_the_memory_says_so(tmp_path: Path, data: Path, mo
     monkeypatch.setattr("thanos.study.session.load_model", load)
     worker, cells = session(write(tmp_path, GRID + 'method = "magnitude"\n'), data, tmp_path / "out")
     record = worker.run(cells[1], quiet)
-    assert (record.status, record.reason) == ("failed", "out of memory on cpu: end what else uses it")
+    assert (record.status, record.reason) == ("failed", "out of memory on the host: end what else uses it")
     assert record.layers
 
 

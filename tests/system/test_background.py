@@ -84,9 +84,10 @@ def test_closing_drops_what_has_not_begun_and_raises_nothing() -> None:
     assert not any(thread.name.startswith("t_") for thread in threading.enumerate())
 
 
-def test_work_runs_in_inference_mode() -> None:
+def test_work_records_no_gradient_and_its_tensors_may_be_trained_on() -> None:
     background = Background("t", CPU)
-    assert background.submit(torch.is_inference_mode_enabled).result()
+    assert background.submit(torch.is_grad_enabled).result() is False
+    assert background.submit(torch.zeros, 2).result().is_inference() is False
     background.close()
 
 

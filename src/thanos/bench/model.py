@@ -18,15 +18,18 @@ from thanos.bench.measure import machine
 from thanos.bench.synthetic import RandomCheckpoint, Shape, random_checkpoint
 from thanos.checkpoint.writer import CheckpointWriter
 from thanos.engine.block_runner import Passes
+from thanos.engine.inputs import EngineInputs
 from thanos.engine.loop import Engine
 from thanos.engine.records import BlockRecord, LayerRecord, mean_known
+from thanos.engine.stages.prune import observed_fractions
 from thanos.engine.weights import ModelWeights
 from thanos.events import Event
 from thanos.model.layers import find_blocks, linear_layers, select_layers
 from thanos.planning.device_rates import Rates, measure_rates
 from thanos.recipe import Recipe
 from thanos.run.journal import Journal
-from thanos.run.resume import Ledger
+from thanos.run.resume import RunJournal
+from thanos.run.setup import stages_of
 from thanos.system.documents import Document
 from thanos.system.event_stream import EventStream
 from thanos.system.meter import PhaseMeter, PhaseRecord
@@ -83,7 +86,7 @@ class _Discard:
 
 
 class _Forget:
-    """A ledger of a run that is not to be resumed."""
+    """A journal of a run that is not to be resumed."""
 
     def __init__(self) -> None:
         self.finished: dict[int | None, BlockRecord] = {}
@@ -138,8 +141,8 @@ def time_model(
         floor_seconds=floor_seconds(part, recipe, rates),
         rates=rates,
         mean_error=mean_known([record.error_after_compensation for record in engine.records]),
-        batch=engine.passes.batch,
-        activations=engine.passes.place,
+        batch=engine.inputs.runner.batch,
+        activations=engine.inputs.runner.place,
         written=out is not None,
         machine=machine(str(device)),
     )
@@ -158,17 +161,21 @@ def _engine(
     for key in checkpoint.tensors:  # made up before the clock runs: a file would be there already
         checkpoint.read(key)
     with TemporaryDirectory(dir=out) as scratch:
+        writer, journal = _output(checkpoint, Path(scratch), meter, kept=out is not None)
         yield Engine(
-            skeleton,
-            name,
-            modules,
-            layers,
-            ModelWeights(skeleton, checkpoint, {key: key for key in checkpoint.tensors}, device),
-            *_output(checkpoint, Path(scratch), meter, kept=out is not None),
-            recipe,
-            Passes(skeleton, modules, ids, device, Path(scratch), place=activations),
-            device,
-            meter,
+            EngineInputs(
+                model=skeleton,
+                blocks_name=name,
+                blocks=modules,
+                layers=layers,
+                weights=ModelWeights(skeleton, checkpoint, {key: key for key in checkpoint.tensors}, device),
+                writer=writer,
+                journal=journal,
+                runner=Passes(skeleton, modules, ids, device, Path(scratch), place=activations),
+                device=device,
+                meter=meter,
+            ),
+            stages_of(recipe),
         )
 
 
@@ -182,18 +189,19 @@ def _by_kind(records: Sequence[LayerRecord]) -> dict[str, float]:
 
 
 def _output(checkpoint: RandomCheckpoint, folder: Path, meter: PhaseMeter, *, kept: bool) -> tuple[Any, Any]:
-    """Return writer and ledger: those of a real run, journal and all, or ones that keep nothing."""
+    """Return writer and journal: those of a real run, or ones that keep nothing."""
     if not kept:
         return _Discard(), _Forget()
     writer = CheckpointWriter(checkpoint, folder)
-    return writer, Ledger(Journal(folder / "journal.jsonl"), writer, meter)
+    return writer, RunJournal(Journal(folder / "journal.jsonl"), writer, meter)
 
 
 def floor_seconds(shape: Shape, recipe: Recipe, rates: Rates) -> dict[str, float]:
     """Return the least seconds of each phase at the measured rates, for all linear layers of all blocks.
 
     - load and write: the blocks' bytes between host and device;
-    - statistics: the block's products but the last, whose result nobody needs; causal attention; XᵀX of the four inputs;
+    - statistics: the block's products but the last, whose result nobody needs; causal attention; XᵀX of the four inputs: for
+      the sequences of which the method needs them;
     - solve: for methods with a factor, a Cholesky factor of H⁻¹ per input (⅔ b³) and one product of the weight with a
       triangular b × b matrix per layer (c b²); for the errors half a product c × b by b × b each (c b²), three of them, two
       where nothing compensates;
@@ -205,6 +213,7 @@ def floor_seconds(shape: Shape, recipe: Recipe, rates: Rates) -> dict[str, float
     last = shape.intermediate * shape.hidden
     inputs = (shape.hidden, shape.hidden, shape.hidden, shape.intermediate)
     gram = sum(2.0 * tokens * columns**2 for columns in inputs)
+    run, gathered = observed_fractions([recipe], recipe.measure_error, recipe.samples)
     method = registry.method(recipe.method)
     solve = sum((3.0 if method.compensates else 2.0) * rows * columns**2 for rows, columns in layers.values())
     if method.needs_factor:
@@ -213,7 +222,8 @@ def floor_seconds(shape: Shape, recipe: Recipe, rates: Rates) -> dict[str, float
     forward = (2.0 * tokens * weights + attention) / rates.model_flops
     return {
         "load": shape.blocks * 2 * weights / rates.to_device_bytes,
-        "statistics": shape.blocks * (forward - 2.0 * tokens * last / rates.model_flops + gram / rates.gram_flops),
+        "statistics": shape.blocks
+        * (run * (forward - 2.0 * tokens * last / rates.model_flops) + gathered * gram / rates.gram_flops),
         "solve": shape.blocks * solve / rates.float32_flops,
         "propagate": (shape.blocks - 1) * forward,
         "write": shape.blocks * 2 * weights / rates.to_device_bytes,

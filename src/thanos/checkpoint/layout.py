@@ -150,6 +150,11 @@ def make_index(tensors: Mapping[str, TensorInfo]) -> bytes:
 class TensorSource(Protocol):
     """Anything that hands out a checkpoint's tensors by name."""
 
+    @property
+    def tensors(self) -> Mapping[str, Any]:
+        """What is known of each tensor by name, such as its ``dtype``."""
+        ...
+
     def read(self, name: str) -> Tensor:
         """Return the tensor on the CPU; it may share memory with the source and must not be modified."""
         ...

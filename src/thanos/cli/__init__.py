@@ -48,9 +48,9 @@ def _command(words: list[str]) -> Any:
 
 def _mendable(action: Callable[[], Any]) -> Any:
     """Run an action; an error of the operating system that a person can mend becomes a user's mistake."""
-    from thanos.errors import system_errors
+    from thanos.errors import resource_errors
 
-    with system_errors():
+    with resource_errors():
         return action()
 
 

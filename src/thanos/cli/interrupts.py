@@ -35,11 +35,11 @@ class EndedEarly(Exception):  # noqa: N818  what it holds may be no error
 @contextmanager
 def resumable(out: Path) -> Iterator[None]:
     """Tell, if the run inside ends early, what is left of it beside ``out``."""
-    from thanos.errors import ResourceError, UserError, system_errors
+    from thanos.errors import ResourceError, UserError, resource_errors
     from thanos.run.work_folder import WorkFolder
 
     try:
-        with system_errors():
+        with resource_errors():
             yield
     except (KeyboardInterrupt, Exception) as error:
         if isinstance(error, UserError) and not isinstance(error, ResourceError):

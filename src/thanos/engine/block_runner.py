@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,11 +26,24 @@ _BATCH_SHARE = 0.7
 """Share of the device's free memory that one batch may take; the next batch and the next block's weights come beside it."""
 
 
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What a propagating pass has come to.
+
+    Attributes:
+        done: sequences whose outputs are kept.
+        note: a line that a person should read; empty where all goes as it should.
+    """
+
+    done: int
+    note: str = ""
+
+
 class Passes:
     """Runs blocks over the calibration sequences, whose hidden states it keeps between blocks.
 
     Args:
-        model: the skeleton.
+        model: the meta model.
         blocks: its decoder blocks.
         ids: calibration token ids, (samples, T) int64, on the CPU.
         device: where blocks run.
@@ -96,13 +110,18 @@ class Passes:
         """Choose how many sequences go at once; on CUDA that runs the block, so hooks must not listen yet."""
         self._batch_size(index)
 
-    def observe(self, index: int, layers: Sequence[LinearLayer]) -> Iterator[int]:
+    def observe(self, index: int, layers: Sequence[LinearLayer], most: int | None = None) -> Iterator[int]:
         """Run block ``index`` for the hooks on ``layers`` alone; yields the number of sequences done.
 
         A batch ends at the last layer that a hook waits for: what follows in the block, at least that layer's own product,
         would be thrown away.
 
         Call :meth:`settle_batch` before the hooks are there.
+
+        Args:
+            index: of the block.
+            layers: that have hooks.
+            most: end after the batch in which so many sequences are done; default: all.
 
         Raises:
             torch.OutOfMemoryError: the device has no room; start again after :meth:`halve`.
@@ -113,12 +132,24 @@ class Passes:
                 with fast_attention(self._device, hidden.dtype):
                     self._calls.observe(index, hidden, first)
                 batch_ended()
-                yield min(first + size, len(self._ids))
+                done = min(first + size, len(self._ids))
+                yield done
+                if most is not None and done >= most:
+                    return
 
-    def propagate(self, index: int, starts: Sequence[tuple[int, int]] = ()) -> Iterator[int | str]:
-        """Run block ``index``; its outputs become the next block's inputs. Yields the number of sequences done.
+    def batches(self, size: int) -> Iterator[tuple[int, Tensor]]:
+        """Yield (number of the first sequence, hidden states (≤ size, T, d) on the device), not to be modified."""
+        return self._activations.batches(size)
 
-        Where the device has no room, the failed batch and those after it go in halves, and a line saying so is yielded.
+    def run(self, index: int, hidden: Tensor, first: int) -> Tensor:
+        """Run block ``index`` on hidden states (B, T, d) of the sequences from ``first`` on; same shape out."""
+        with fast_attention(self._device, hidden.dtype):
+            return self._calls.run(index, hidden, first)
+
+    def propagate(self, index: int, starts: Sequence[tuple[int, int]] = ()) -> Iterator[Step]:
+        """Run block ``index``; its outputs become the next block's inputs. Yields a step after each batch.
+
+        Where the device has no room, the failed batch and those after it go in halves, and a step says so.
 
         Args:
             index: of the block.
@@ -137,21 +168,27 @@ class Passes:
             self.starts.append((first, size))
             try:
                 for begin, hidden in self._activations.batches(size, first):
-                    self._activations.write(begin, self._run(index, hidden, begin))
+                    self._activations.write(begin, self.run(index, hidden, begin))
                     first = min(begin + size, len(self._ids))
-                    yield first
+                    yield Step(first)
                     if first >= end:
                         break
             except torch.OutOfMemoryError as error:
                 line = self.halve(error)
-                yield line
+                yield Step(first, line)
         self._activations.flush()
 
-    def run_tail(self) -> Iterator[int]:
-        """Run what follows the blocks, one sequence at a time, until a hook stops it; yields the number done."""
-        for index, hidden in self._activations.batches(1):
-            self._calls.run_tail(self._model, self._row(index), hidden)
-            yield index + 1
+    def observe_tail(self, layer: LinearLayer, most: int | None = None) -> Iterator[int]:
+        """Run what follows the blocks as far as ``layer``, sequence by sequence, for its hooks; yields the number done."""
+        handle = layer.module.register_forward_pre_hook(lambda *_: stop())
+        try:
+            for index, hidden in self._activations.batches(1):
+                self._calls.run_tail(self._model, self._row(index), hidden)
+                yield index + 1
+                if index + 1 == most:
+                    return
+        finally:
+            handle.remove()
 
     def halve(self, error: torch.OutOfMemoryError) -> str:
         """Make batches half as large after ``error``; return a line that says so.
@@ -196,7 +233,7 @@ class Passes:
         before = torch.cuda.memory_allocated(self._device)
         torch.cuda.reset_peak_memory_stats(self._device)
         try:
-            self._run(index, hidden, 0)
+            self.run(index, hidden, 0)
         except torch.OutOfMemoryError as error:
             raise self._too_small() from error
         torch.cuda.synchronize(self._device)
@@ -214,10 +251,6 @@ class Passes:
     def _activations(self) -> Activations:
         assert self._states is not None
         return self._states
-
-    def _run(self, index: int, hidden: Tensor, first: int) -> Tensor:
-        with fast_attention(self._device, hidden.dtype):
-            return self._calls.run(index, hidden, first)
 
     def _too_small(self) -> ResourceError:
         return ResourceError(

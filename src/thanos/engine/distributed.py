@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from thanos.calibration.statistics import InputGroup, empty_group
+from thanos.calibration.statistics import InputGroup
 from thanos.errors import RecipeError, ResourceError, UserError
 from thanos.solvers.row_shards import Alone, row_range
 
@@ -59,9 +59,17 @@ class World(Alone):
     def check_equal(self, facts: Mapping[str, Any]) -> None:
         """Refuse to go on if a process has other facts than rank 0."""
 
-    def merge(self, groups: list[InputGroup], layers: Sequence[LinearLayer], device: torch.device) -> list[InputGroup]:
-        """Return the statistics over the sequences of all processes; one that nobody gathered is in no group."""
-        del layers, device
+    def merge(
+        self, groups: list[InputGroup], layers: Sequence[LinearLayer], empty: Callable[[list[LinearLayer]], InputGroup]
+    ) -> list[InputGroup]:
+        """Return the statistics over the sequences of all processes; one that nobody gathered is in no group.
+
+        Args:
+            groups: this process's; all have the same accumulators.
+            layers: that were observed.
+            empty: makes the group, without tokens, of layers that share an input.
+        """
+        del layers, empty
         return groups
 
 
@@ -99,22 +107,27 @@ class Group(World):
                         f"{_brief(other[name])} in rank {rank}; give all the same command, model files and versions"
                     )
 
-    def merge(self, groups: list[InputGroup], layers: Sequence[LinearLayer], device: torch.device) -> list[InputGroup]:
+    def merge(
+        self, groups: list[InputGroup], layers: Sequence[LinearLayer], empty: Callable[[list[LinearLayer]], InputGroup]
+    ) -> list[InputGroup]:
         """See :meth:`World.merge`. A process whose sequences never reached an expert adds zeros."""
         seen: list[Any] = [None] * self.size
         with _lost_peers():
-            dist.all_gather_object(seen, [([layer.name for layer in group.layers], group.tokens) for group in groups])
-        tokens: dict[tuple[str, ...], int] = {}
-        for names, count in (item for process in seen for item in process):
-            tokens[tuple(names)] = tokens.get(tuple(names), 0) + count
+            dist.all_gather_object(seen, [([layer.name for layer in group.layers], _tokens(group)) for group in groups])
+        tokens: dict[tuple[str, ...], list[int]] = {}
+        for names, counts in (item for process in seen for item in process):
+            known = tokens.get(tuple(names), [0] * len(counts))
+            tokens[tuple(names)] = [one + other for one, other in zip(known, counts, strict=True)]
         here = {tuple(layer.name for layer in group.layers): group for group in groups}
         named = {layer.name: layer for layer in layers}
         merged = []
-        for names, count in tokens.items():
-            group = here.get(names) or empty_group([named[name] for name in names], device)
-            group.tokens = count
+        for names, counts in tokens.items():
+            group = here.get(names) or empty([named[name] for name in names])
+            group.tokens = counts[0]
+            for one, count in zip(group.accumulators, counts[1:], strict=True):
+                one.tokens = count
             merged.append(group)
-        for bucket in _buckets([group.hessian for group in merged]):
+        for bucket in _buckets([one.sums for group in merged for one in group.accumulators]):
             self._sum_together(bucket)
         return merged
 
@@ -155,6 +168,10 @@ class Group(World):
             pieces[rank][: length * width * rows.element_size()].view(rows.dtype) for rank, length in enumerate(shares)
         ]
         return torch.cat(parts).view(count, *rows.shape[1:])
+
+
+def _tokens(group: InputGroup) -> list[int]:
+    return [group.tokens, *(one.tokens for one in group.accumulators)]
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

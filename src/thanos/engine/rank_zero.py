@@ -40,31 +40,31 @@ class SharedWriter:
         return self._writer.read(name)
 
 
-class SharedLedger:
+class SharedJournal:
     """Which blocks are finished, as rank 0 knows it.
 
     Args:
-        ledger: of the run; None but for rank 0.
+        journal: of the run; None but for rank 0.
         world: the processes.
 
     Attributes:
         finished: see :class:`~thanos.engine.records.BlockJournal`.
     """
 
-    def __init__(self, ledger: BlockJournal | None, world: World) -> None:
-        self._ledger, self._world = ledger, world
+    def __init__(self, journal: BlockJournal | None, world: World) -> None:
+        self._journal, self._world = journal, world
         known = world.from_first(lambda: dict(self._first.finished))
-        self.finished: dict[int | None, BlockRecord] = known if ledger is None else ledger.finished
+        self.finished: dict[int | None, BlockRecord] = known if journal is None else journal.finished
 
     @property
     def _first(self) -> BlockJournal:
-        assert self._ledger is not None
-        return self._ledger
+        assert self._journal is not None
+        return self._journal
 
     def record(self, block: int | None, **what: Any) -> None:
         """See :meth:`~thanos.engine.records.BlockJournal.record`. A block done again may have made later ones worthless."""
-        if self._ledger is not None:
-            self._ledger.record(block, **what)
+        if self._journal is not None:
+            self._journal.record(block, **what)
         held = self._world.from_first(lambda: set(self.finished))
-        if self._ledger is None:
+        if self._journal is None:
             self.finished = {number: record for number, record in self.finished.items() if number in held}

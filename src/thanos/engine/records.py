@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from thanos import registry
+from thanos.calibration.statistics import Need, need_of
 from thanos.model.layers import LinearLayer
 from thanos.recipe import LayerRecipe
 from thanos.solvers.hessian import InputStatistics
@@ -24,14 +25,17 @@ _BAD_CONDITION = 1e6
 def layer_record(
     layer: LinearLayer,
     pruned: PrunedWeight,
-    inputs: InputStatistics,
+    inputs: InputStatistics | None,
     settings: LayerRecipe,
     stored: torch.dtype,
     tokens: int,
+    error_tokens: int,
     seconds: float,
 ) -> LayerRecord:
     """Return the record of a layer pruned by ``settings`` on ``inputs``, its weight stored as ``stored``."""
     rows, columns = layer.shape
+    # Tokens that reached the layer, but none of the sample's: nothing was measured.
+    measured = pruned.error_after_compensation is not None and (error_tokens > 0 or tokens == 0)
     return LayerRecord(
         name=layer.name,
         block=layer.block,
@@ -43,19 +47,22 @@ def layer_record(
         zeros=pruned.zeros,
         outlier_rows=pruned.outliers.numel(),
         halved_rows=pruned.halved.numel(),
-        error_before_compensation=pruned.error_before_compensation,
-        error_after_compensation=pruned.error_after_compensation,
+        error_before_compensation=pruned.error_before_compensation if measured else None,
+        error_after_compensation=pruned.error_after_compensation if measured else None,
         damping=pruned.damping,
         damping_reason=pruned.damping_reason,
         tokens=tokens,
+        error_tokens=error_tokens if measured else None,
         seconds=seconds,
-        warnings=_warnings(pruned, inputs, tokens, settings),
+        warnings=[]
+        if inputs is None or need_of(settings) is Need.NOTHING
+        else _warnings(pruned, inputs, tokens, settings),
     )
 
 
 def _warnings(pruned: PrunedWeight, inputs: InputStatistics, tokens: int, settings: LayerRecipe) -> list[str]:
     """Say what a reader of the report should know about one layer."""
-    columns = inputs.matrix.shape[0]
+    columns = len(inputs.dead)
     lines = []
     if pruned.method != settings.method:
         cause = (
@@ -176,9 +183,13 @@ class LayerRecord:
         error_after_compensation: the same for the weight as written.
         damping: the damping used, as a share of the Hessian's mean diagonal; None where the method uses none.
         damping_reason: why it is not the recipe's; empty if it is.
-        tokens: calibration tokens that reached the layer.
+        tokens: calibration tokens that reached the layer, of those that were run for its statistics.
         seconds: to solve it.
         warnings: what a reader should know.
+        error_tokens: tokens on which the errors were measured, fewer than ``tokens`` where they are those of a sample; None
+            where there are no errors.
+        changed_by: the stages that changed the weight after it was pruned, in order; None without any. Sparsity and zeros are
+            those of the weight as written, the errors those of the weight as pruned.
     """
 
     name: str
@@ -198,6 +209,8 @@ class LayerRecord:
     seconds: float
     warnings: list[str] = field(default_factory=list)
     halved_rows: int = 0
+    error_tokens: int | None = None
+    changed_by: list[str] | None = None
 
 
 def mean_known(values: Sequence[float | None]) -> float | None:

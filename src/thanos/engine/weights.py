@@ -51,6 +51,10 @@ class ModelWeights:
         """Return one parameter as the model holds it now: on the meta device where it is not brought in."""
         return self._current(name)
 
+    def stored_dtype(self, parameter: str) -> torch.dtype:
+        """Return the dtype in which one parameter is stored."""
+        return self._source.tensors[self._key_of[parameter]].dtype
+
     def stored(self, parameter: str) -> Tensor:
         """Return one parameter in the dtype in which it is stored, on the device; not to be modified."""
         if parameter in self._as_stored:  # no rounding on the way in: no need to read it again

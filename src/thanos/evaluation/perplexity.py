@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from thanos._version import __version__
 from thanos.calibration.text import check_text_source, evaluation_rows
-from thanos.errors import DataError, NumericsError
+from thanos.errors import DataError, NumericsError, resource_errors
 from thanos.evaluation.windows import check_window, cut_windows, decide_bos
 from thanos.events import Event
 from thanos.model.attention import fast_attention
@@ -27,7 +27,7 @@ from thanos.model.source import find_local, resolve_model
 from thanos.system.device import choose_device
 from thanos.system.documents import Document
 from thanos.system.event_stream import EventStream
-from thanos.system.memory import free_device_bytes, memory_explained
+from thanos.system.memory import free_device_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -231,7 +231,7 @@ def evaluate(
         tokenizer = source.tokenizer()
         joined = _text(text, tokenizer, tell)
     length = sequence_length if reference is None else reference.windows.shape[1]
-    with memory_explained(where, f"lower --sequence-length (now {length})"):
+    with resource_errors(f"lower --sequence-length (now {length})", device=where):
         if network is None:
             network = load_model(source, dtype=dtype, device=where)
         if reference is None:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from thanos._version import __version__
-from thanos.errors import DataError
+from thanos.errors import DataError, resource_errors
 from thanos.evaluation.lm_eval_model import keep_requests, templates_compiled_once, wrap
 from thanos.events import Event
 from thanos.model.bos import added_bos, check_bos
@@ -35,7 +35,6 @@ from thanos.system.device import choose_device
 from thanos.system.documents import Document
 from thanos.system.extras import install_command
 from thanos.system.files import write_atomically
-from thanos.system.memory import memory_explained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -214,7 +213,7 @@ def _check_limit(limit: int | None) -> None:
 
 
 def _load(source: ModelSource, dtype: torch.dtype, where: torch.device) -> PreTrainedModel:
-    with memory_explained(where):
+    with resource_errors(device=where):
         return load_model(source, dtype=dtype, device=where)
 
 
@@ -283,7 +282,7 @@ def _score(
         task.set_fewshot_seed(seed=_FEWSHOT_SEED)
     model = wrap(network, source.tokenizer(), on_event or (lambda event: None), bos=bos)
     chosen = {"tasks": {task.config.task: task for task in tasks}, "groups": {}}
-    with memory_explained(where), templates_compiled_once():
+    with resource_errors(device=where), templates_compiled_once():
         found = lm_eval.evaluate(model, chosen, limit=limit, log_samples=False)  # type: ignore[arg-type]
     assert found is not None
     results: Any = found.get("results")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from thanos.errors import ModelError
 from thanos.model.experts import mixtures
-from thanos.recipe import Recipe, matches
+from thanos.recipe import LayerRecipe, Recipe, matches
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,8 +129,10 @@ def _place(layer: LinearLayer, mixtures: Set[str], beside: dict[str, set[int]]) 
     return layer
 
 
-def select_layers(layers: list[LinearLayer], recipe: Recipe) -> tuple[list[LinearLayer], dict[str, str]]:
-    """Split linear layers into those that the recipe prunes, and those left dense with the reason.
+def select_layers(layers: list[LinearLayer], recipe: Recipe) -> tuple[dict[LinearLayer, LayerRecipe], dict[str, str]]:
+    """Split linear layers into those that the recipe prunes, with their settings, and the names of the others with the reason.
+
+    The globs of a recipe are applied here and nowhere else.
 
     Without ``targets`` every linear layer of the blocks is pruned; a layer outside them only if a target names it.
 
@@ -145,7 +147,8 @@ def select_layers(layers: list[LinearLayer], recipe: Recipe) -> tuple[list[Linea
                     f"{option} {glob!r} matches no linear layer; there are for example "
                     f"{', '.join(sorted({layer.name.rsplit('.', 1)[-1] for layer in layers}))}"
                 )
-    chosen, dense = [], {}
+    chosen: dict[LinearLayer, LayerRecipe] = {}
+    dense: dict[str, str] = {}
     for layer in layers:
         if layer.router:
             dense[layer.name] = "routes tokens to experts"
@@ -155,10 +158,10 @@ def select_layers(layers: list[LinearLayer], recipe: Recipe) -> tuple[list[Linea
             dense[layer.name] = "outside the decoder blocks"
         elif any(matches(layer.name, glob) for glob in recipe.skip):
             dense[layer.name] = "matched by skip"
-        elif recipe.for_layer(layer.name) is None:
+        elif (settings := recipe.for_layer(layer.name)) is None:
             dense[layer.name] = "skipped by an override"
         else:
-            chosen.append(layer)
+            chosen[layer] = settings
     if not chosen:
         raise ModelError("the recipe leaves no layer to prune; loosen targets, skip or the overrides")
     return chosen, dense

@@ -8,10 +8,9 @@ import torch
 
 from thanos.checkpoint.gguf_files import count_parts, require_packages, say_merge
 from thanos.checkpoint.reader import SafetensorsCheckpoint
-from thanos.errors import DataError, ModelError
+from thanos.errors import DataError, ModelError, is_out_of_memory
 from thanos.model.source import ModelSource
 from thanos.model.transformers_errors import describe_import_error, first_line
-from thanos.system.memory import is_out_of_memory
 from thanos.system.suggestions import near_dtype
 
 if TYPE_CHECKING:

@@ -38,7 +38,7 @@ class Rates:
 @torch.inference_mode()
 def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     """Measure a device, for a model that runs in ``dtype``."""
-    from thanos.calibration.statistics import add_gram
+    from thanos.calibration.accumulators import add_gram
 
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))

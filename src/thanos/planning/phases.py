@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from thanos.calibration.statistics import plan_passes, statistics_budget
+from thanos.engine.stages.prune import observed_fractions
 from thanos.model.layers import LinearLayer, block_names, find_blocks, outer_names
 from thanos.planning.device_rates import Rates
 from thanos.planning.memory_model import PIECE_BYTES, LayerWork, groups, hessian_bytes, largest_sum, solving_bytes
@@ -112,6 +113,10 @@ class Job:
         """Return those of all blocks."""
         return [part for index in range(len(self.block_bytes)) for part in self.parts(index)]
 
+    def observed(self, part: list[LayerWork]) -> float:
+        """Return the fraction of the sequences that is run to gather the statistics of layers."""
+        return observed_fractions([work.settings for work in part], self.recipe.measure_error, len(self.ids))[0]
+
     def untouched(self) -> list[str]:
         """Return the tensors that stay as they are."""
         key_of = self.prepared.opened.key_of
@@ -127,12 +132,18 @@ class Job:
     def _works(self, block: int | None) -> list[LayerWork]:
         found, numbers = [], dict[Any, int]()
         for layer in self._by_block[block]:
-            settings = self.recipe.for_layer(layer.name)
-            assert settings is not None
             # What the trial did not see shares its input by module, as plan_passes reckons.
             key = layer.name if block is None else self.shared.get(inner_name(layer), _module(layer))
             itemsize = self._info(layer.weight_name).dtype.itemsize
-            found.append(LayerWork(layer.name, *layer.shape, itemsize, settings, numbers.setdefault(key, len(numbers))))
+            found.append(
+                LayerWork(
+                    layer.name,
+                    *layer.shape,
+                    itemsize,
+                    self.prepared.layers[layer],
+                    numbers.setdefault(key, len(numbers)),
+                )
+            )
         return found
 
     def _info(self, parameter: str) -> Any:
@@ -210,7 +221,7 @@ def phase_seconds(job: Job, trial: BlockTrial, pace: Pace, batch: int) -> dict[s
         parts, share = job.parts(index), size / largest
         is_read = index + 1 < len(job.block_bytes) or job.has_tail
         spent = (
-            len(parts) * share * observe,
+            sum(job.observed(part) for part in parts) * share * observe,
             sum(_solve_seconds(part, pace) for part in parts),
             share * job.tokens * trial.run_seconds if is_read else 0.0,
         )
@@ -218,7 +229,9 @@ def phase_seconds(job: Job, trial: BlockTrial, pace: Pace, batch: int) -> dict[s
         busy.append(sum(spent))
     for part in job.parts(None):
         solve += _solve_seconds(part, pace)
-        statistics += sum(2.0 * job.tokens * work.columns**2 for work in part) / pace.rates.gram_flops
+        statistics += (
+            job.observed(part) * sum(2.0 * job.tokens * work.columns**2 for work in part) / pace.rates.gram_flops
+        )
     # A block is read while the one before it is worked on.
     reading = [size / trial.read_rate for size in job.block_bytes]
     waiting = reading[0] + sum(max(0.0, read - work) for read, work in zip(reading[1:], busy, strict=False))

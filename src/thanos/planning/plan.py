@@ -23,7 +23,7 @@ from thanos.engine.activations import check_place, choose_place
 from thanos.engine.block_runner import most_sequences
 from thanos.engine.distributed import launched
 from thanos.engine.weights import ModelWeights
-from thanos.errors import RecipeError
+from thanos.errors import RecipeError, resource_errors
 from thanos.events import Watcher
 from thanos.model.layers import LinearLayer, find_blocks
 from thanos.model.loading import context_length
@@ -41,7 +41,7 @@ from thanos.run.setup import (
     check_text_settings,
     checked_recipe,
     prepare,
-    resource_errors,
+    smaller_calibration,
 )
 from thanos.run.work_folder import WorkFolder, check_interrupted, check_output
 from thanos.system.device import choose_device
@@ -130,7 +130,7 @@ def plan(
     check_calibration(recipe, calibration)
     device = choose_device(recipe.device)
     meter = PhaseMeter(device)
-    with resource_errors(recipe):
+    with resource_errors(smaller_calibration(recipe)):
         with meter.phase("load"):
             source = resolve_model(model, trust_remote_code=recipe.trust_remote_code)
             if calibration is None:

@@ -104,7 +104,7 @@ def few_tokens(parameters: int, columns: Sequence[int], ids: Tensor, most: int, 
     return ids[: max(1, min(most, tokens // length)), :length]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def try_block(model: TrialModel, ids: Tensor, device: torch.device) -> BlockTrial:
     """Run one block as the engine does, on token ids (n, t)."""
     weights = model.weights

@@ -75,6 +75,8 @@ class Recipe(LayerRecipe):
         targets: globs over module names; empty means every linear layer of the decoder blocks.
         skip: globs over module names that stay dense.
         overrides: per-layer settings, in order; a later match wins.
+        measure_error: on which tokens the layers' errors are measured: None, on those that the method needs XᵀX of, or a sample
+            of the sequences where it needs less; True, on all; False, only where the method needs XᵀX. Changes no weight.
         trust_remote_code: let transformers run Python code that a checkpoint carries.
 
     Raises:
@@ -90,6 +92,7 @@ class Recipe(LayerRecipe):
     targets: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
     overrides: tuple[Override, ...] = ()
+    measure_error: bool | None = None
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
@@ -112,6 +115,9 @@ class Recipe(LayerRecipe):
             object.__setattr__(self, name, tuple(value))
         if not isinstance(self.trust_remote_code, bool):
             raise RecipeError(f"trust_remote_code must be true or false; got {self.trust_remote_code!r}")
+        if self.measure_error is not None and not isinstance(self.measure_error, bool):
+            raise RecipeError(f"measure_error must be true, false or left out; got {self.measure_error!r}")
+        object.__setattr__(self, "overrides", tuple(self.overrides))
         for override in self.overrides:
             own = override.settings.get("method")
             check_values(override.settings)

@@ -20,10 +20,11 @@ from thanos.checkpoint.writer import CheckpointWriter
 from thanos.engine.activations import check_place
 from thanos.engine.block_runner import Passes
 from thanos.engine.distributed import World, join, my_device, speaks
+from thanos.engine.inputs import EngineInputs
 from thanos.engine.loop import Engine
-from thanos.engine.rank_zero import SharedLedger, SharedWriter
+from thanos.engine.rank_zero import SharedJournal, SharedWriter
 from thanos.engine.weights import ModelWeights
-from thanos.errors import NumericsError, RecipeError, ResourceError, recurs
+from thanos.errors import NumericsError, RecipeError, ResourceError, recurs, resource_errors
 from thanos.events import LOG_NAME, RUN_NAME, Event, Watcher
 from thanos.model.layers import find_blocks
 from thanos.model.opening import OpenedModel
@@ -33,7 +34,7 @@ from thanos.run import model_card as card
 from thanos.run.auxiliary_files import copy_companions
 from thanos.run.lock import locked
 from thanos.run.report import PruningReport, compute_totals
-from thanos.run.resume import Ledger, check_completed, check_same_run, completed_run, describe_run
+from thanos.run.resume import RunJournal, check_completed, check_same_run, completed_run, describe_run
 from thanos.run.setup import (
     LOG_BYTES_PER_LAYER,
     Prepared,
@@ -41,7 +42,8 @@ from thanos.run.setup import (
     check_text_settings,
     checked_recipe,
     prepare,
-    resource_errors,
+    smaller_calibration,
+    stages_of,
 )
 from thanos.run.survey import name_damage
 from thanos.run.work_folder import WorkFolder, check_interrupted, check_output
@@ -116,7 +118,7 @@ def prune(
     device = my_device(choose_device(recipe.device))
     meter = PhaseMeter(device)
     tell = EventStream(on_event, meter, keep_log=True)
-    with resource_errors(recipe), join(device) as world:
+    with resource_errors(smaller_calibration(recipe)), join(device) as world:
         if recipe.samples < world.size:
             raise RecipeError(
                 f"{world.size} processes cannot share {recipe.samples} calibration sequences; raise --samples"
@@ -157,7 +159,7 @@ def _assist(model: str, job: _Job) -> PruningReport:
     calibration: Calibration = world.from_first(_nothing)
     parent = job.work.out.parent
     folder = parent if parent.is_dir() else Path(tempfile.gettempdir())
-    engine = _engine(plan, job, calibration, folder, SharedWriter(None, world), SharedLedger(None, world), [])
+    engine = _engine(plan, job, calibration, folder, SharedWriter(None, world), SharedJournal(None, world), [])
     for _ in engine.run():
         pass
     return world.from_first(_nothing)
@@ -218,7 +220,7 @@ def _prune(model: str, job: _Job, given: Calibration | None) -> PruningReport:
         job.world.from_first(lambda: calibration)
     run |= {"calibration": calibration.to_dict(), "blocks": len(find_blocks(plan.opened.skeleton)[1])}
     notes = check_same_run(before, run) if before else []
-    with _kept(work), resource_errors(recipe):
+    with _kept(work), resource_errors(smaller_calibration(recipe)):
         if before:
             work.take_up({shard.name for shard in plan.opened.checkpoint.shards})
         else:
@@ -255,10 +257,10 @@ def _run(plan: Prepared, job: _Job, calibration: Calibration, notes: list[str]) 
     """Fill the work folder's model."""
     opened, folder, world, meter = plan.opened, job.work.model, job.world, job.meter
     writer = CheckpointWriter(opened.checkpoint, folder, besides=LOG_BYTES_PER_LAYER * len(plan.layers))
-    ledger = Ledger(job.work.journal, writer, meter)
+    journal = RunJournal(job.work.journal, writer, meter)
     if job.work.finished:
-        ledger.verify(job.tell)
-    shared = SharedWriter(writer, world), SharedLedger(ledger, world)
+        journal.verify(job.tell)
+    shared = SharedWriter(writer, world), SharedJournal(journal, world)
     engine = _engine(plan, job, calibration, job.work.path, *shared, notes)
     block = None
     try:
@@ -269,7 +271,7 @@ def _run(plan: Prepared, job: _Job, calibration: Calibration, notes: list[str]) 
         name_damage(opened, block)  # a weight that holds NaN shows first in what another layer reads
         raise
     with meter.phase("finish"):
-        job.tell(Event(kind="phase", phase="finish", blocks=len(engine.blocks)))
+        job.tell(Event(kind="phase", phase="finish", blocks=len(engine.inputs.blocks)))
         writer.finish()
         copy_companions(opened, folder)
     report = _report(plan, engine, calibration, job.recipe, job.device, meter)
@@ -287,28 +289,27 @@ def _engine(
     calibration: Calibration,
     folder: Path,
     writer: SharedWriter,
-    ledger: SharedLedger,
+    journal: SharedJournal,
     notes: list[str],
 ) -> Engine:
     """Make the engine of this process, which runs blocks on its share of the sequences."""
     opened, device, share = plan.opened, job.device, job.world.share(len(calibration.ids))
     name, blocks = find_blocks(opened.skeleton)
     ids = calibration.ids[share.start : share.stop]
-    return Engine(
-        opened.skeleton,
-        name,
-        blocks,
-        plan.layers,
-        ModelWeights(opened.skeleton, opened.checkpoint, opened.key_of, device),
-        writer,
-        ledger,
-        job.recipe,
-        Passes(opened.skeleton, blocks, ids, device, folder, place=job.activations, picture=plan.picture),
-        device,
-        job.meter,
-        job.world,
-        notes=[*opened.notes, *notes],
+    inputs = EngineInputs(
+        model=opened.skeleton,
+        blocks_name=name,
+        blocks=blocks,
+        layers=plan.layers,
+        weights=ModelWeights(opened.skeleton, opened.checkpoint, opened.key_of, device),
+        writer=writer,
+        journal=journal,
+        runner=Passes(opened.skeleton, blocks, ids, device, folder, place=job.activations, picture=plan.picture),
+        device=device,
+        meter=job.meter,
+        world=job.world,
     )
+    return Engine(inputs, stages_of(job.recipe), notes=[*opened.notes, *notes])
 
 
 def _report(
@@ -352,5 +353,5 @@ def _report(
         host_peak_bytes=max((record.host_peak_bytes or 0 for record in phases.values()), default=0),
         device_peak_bytes=max((record.device_peak_bytes or 0 for record in phases.values()), default=0) or None,
         warnings=engine.notes,
-        execution={"activations": engine.place, "batch": engine.passes.batch},
+        execution={"activations": engine.place, "batch": engine.inputs.runner.batch},
     )

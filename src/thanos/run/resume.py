@@ -182,7 +182,7 @@ def _describe_file(path: Path) -> dict[str, Any]:
     return {"bytes": status.st_size, "sha256 of the start": start, "changed": changed}
 
 
-class Ledger:
+class RunJournal:
     """Which blocks are finished: their tensors are on the disk, and the journal says so.
 
     Args:

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import errno
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from thanos.calibration.text import check_text_source
 from thanos.calibration.windows import Calibration, check_positions
 from thanos.checkpoint.writer import check_room
 from thanos.engine.picture import Picture, draw_picture
-from thanos.errors import ModelError, RecipeError, ResourceError, system_errors
+from thanos.engine.stages.base import BlockStage
+from thanos.engine.stages.prune import PruneStage
+from thanos.errors import ModelError, RecipeError
 from thanos.events import Event, Watcher
 from thanos.model.layers import LinearLayer, find_blocks, linear_layers, select_layers
 from thanos.model.loading import context_length, end_of_text_id
 from thanos.model.opening import OpenedModel, open_model
 from thanos.model.source import ModelSource
 from thanos.patterns.budget import Budget
-from thanos.recipe import Recipe, check_globs
+from thanos.recipe import LayerRecipe, Recipe, check_globs
 from thanos.run.report import DenseRecord
 from thanos.run.survey import sampled_sparsity, survey
 from thanos.system.device import choose_device
@@ -37,7 +35,7 @@ class Prepared:
 
     Attributes:
         opened: the model.
-        layers: what is pruned.
+        layers: what is pruned, each with its settings.
         picture: what text does in the model.
         dense: each tensor that stays, and why.
         zeros_elsewhere: number of zeros in those that stay.
@@ -45,7 +43,7 @@ class Prepared:
     """
 
     opened: OpenedModel
-    layers: list[LinearLayer]
+    layers: dict[LinearLayer, LayerRecipe]
     picture: Picture
     dense: list[DenseRecord]
     zeros_elsewhere: int
@@ -105,13 +103,11 @@ def prepare(
     picture = draw_picture(opened.skeleton, find_blocks(opened.skeleton)[1], choose_device(recipe.device))
     if unreached := _unreached(picture, chosen):
         left_dense |= dict.fromkeys((layer.name for layer in unreached), "text does not reach its decoder block")
-        chosen = [layer for layer in chosen if layer.name not in left_dense]
-        opened.notes.append(_say_unreached(unreached, chosen))
+        chosen = {layer: settings for layer, settings in chosen.items() if layer.name not in left_dense}
+        opened.notes.append(_say_unreached(unreached, left=bool(chosen)))
         watch(Event(kind="note", phase="load", message=opened.notes[-1]))
     embedding = getattr(opened.skeleton.get_input_embeddings(), "weight", None)
-    for layer in chosen:
-        settings = recipe.for_layer(layer.name)
-        assert settings is not None
+    for layer, settings in chosen.items():
         if layer.weight_name not in opened.key_of or layer.module.get_parameter("weight") is embedding:
             raise ModelError(
                 f"{layer.name} shares its weight with the input embedding, which cannot be pruned; leave it dense: --skip "
@@ -123,16 +119,16 @@ def prepare(
             raise RecipeError(f"{layer.name}: {error}") from error
     if folder is not None:  # now, not after reading all tensors and making the calibration text, which may take an hour
         check_room(opened.checkpoint, folder, besides=LOG_BYTES_PER_LAYER * len(chosen))
-    sparsity = _note_zeros(opened, chosen, watch)
+    sparsity = _note_zeros(opened, list(chosen), watch)
     dense, zeros = survey(opened, chosen, left_dense, watch) if look else ([], 0)
     return Prepared(opened, chosen, picture, dense, zeros, sparsity)
 
 
-def _unreached(picture: Picture, layers: list[LinearLayer]) -> list[LinearLayer]:
+def _unreached(picture: Picture, layers: Iterable[LinearLayer]) -> list[LinearLayer]:
     return [layer for layer in layers if layer.block is not None and layer.block not in picture.reached]
 
 
-def _say_unreached(unreached: list[LinearLayer], chosen: list[LinearLayer]) -> str:
+def _say_unreached(unreached: list[LinearLayer], *, left: bool) -> str:
     """Return a line about the layers of blocks that text does not reach.
 
     Raises:
@@ -140,12 +136,12 @@ def _say_unreached(unreached: list[LinearLayer], chosen: list[LinearLayer]) -> s
     """
     indices = sorted({layer.block for layer in unreached if layer.block is not None})
     blocks = f"{'block' if len(indices) == 1 else 'blocks'} {', '.join(map(str, indices))}"
-    if not chosen:
+    if not left:
         raise ModelError(f"the recipe leaves no layer to prune: text does not reach {blocks}")
     return f"text does not reach {blocks}: {len(unreached)} layers there stay dense"
 
 
-def _note_zeros(opened: OpenedModel, layers: list[LinearLayer], watch: Watcher) -> float:
+def _note_zeros(opened: OpenedModel, layers: Sequence[LinearLayer], watch: Watcher) -> float:
     """Return the share of zeros that the layers come with, and tell of it where the model was pruned before."""
     sparsity, pruned = sampled_sparsity(opened, layers)
     reported = opened.source.gguf is None and (opened.source.folder / "pruning.json").is_file()
@@ -170,22 +166,11 @@ def check_calibration(recipe: Recipe, given: Calibration | None, source: ModelSo
         check_text_source(recipe.calibration, tokenizer=None if source is None else source.tokenizer)
 
 
-@contextmanager
-def resource_errors(recipe: Recipe) -> Iterator[None]:
-    """Turn exhausted memory and disk into errors that say which setting to lower."""
-    lower = f"lower --samples (now {recipe.samples}) or --sequence-length (now {recipe.sequence_length})"
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise ResourceError(f"out of memory on the device: {lower}, or use --device cpu") from error
-    except MemoryError as error:
-        raise ResourceError(f"out of memory on the host: {lower}") from error
-    except RuntimeError as error:
-        if "can't allocate memory" in str(error) or "not enough memory" in str(error):
-            raise ResourceError(f"out of memory on the host: {lower}") from error
-        raise
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise ResourceError("disk full while writing; free some space, or write OUT to another disk") from error
-        with system_errors():
-            raise
+def smaller_calibration(recipe: Recipe) -> str:
+    """Return what a person can do when a run is out of memory; see :func:`~thanos.errors.resource_errors`."""
+    return f"lower --samples (now {recipe.samples}) or --sequence-length (now {recipe.sequence_length})"
+
+
+def stages_of(recipe: Recipe) -> tuple[BlockStage, ...]:
+    """Return what a recipe does to each block, in order."""
+    return (PruneStage(measure_error=recipe.measure_error),)

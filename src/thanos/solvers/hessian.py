@@ -47,14 +47,17 @@ class InputStatistics:
     """The Hessian of one distinct layer input, shared by all layers and methods that read it.
 
     Args:
-        hessian: XᵀX up to a positive factor, (b, b), symmetric. Not modified, unless handed over.
+        hessian: XᵀX up to a positive factor, (b, b), symmetric. Not modified, unless handed over. None where the norms
+            alone are known.
         dtype: of the computation, float32 or float64.
         name: for messages.
+        squared_norms: the diagonal of XᵀX over all tokens, (b,), where ``hessian`` is that of some of them or None.
         hand_over: the caller gives the Hessian away: where its dtype allows, it is scaled in place and becomes ``matrix``.
 
     Attributes:
-        matrix: the undamped Hessian divided by its mean diagonal, (b, b), in ``dtype``.
-        norms: √H_jj of the same, (b,): ‖X_j‖₂ up to a common factor.
+        dtype: see above.
+        measures: whether ``matrix`` is known.
+        norms: √H_jj of the scaled Hessian, (b,): ‖X_j‖₂ up to a common factor.
         dead: columns whose input was always zero, (b,) bool.
         dead_columns: how many they are.
         empty: no input at all: every column is dead.
@@ -65,20 +68,25 @@ class InputStatistics:
 
     def __init__(
         self,
-        hessian: Tensor,
+        hessian: Tensor | None,
         *,
         dtype: torch.dtype = torch.float32,
         name: str = "the layer",
+        squared_norms: Tensor | None = None,
         hand_over: bool = False,
     ) -> None:
-        diagonal = hessian.diagonal().to(torch.float64)
+        if squared_norms is None:
+            assert hessian is not None, "neither the Hessian nor the norms are given"
+            squared_norms = hessian.diagonal()
+        summed = squared_norms if hessian is None else hessian
+        diagonal = squared_norms.to(torch.float64)
         self.dead = diagonal == 0
         scale, total, least, dead = 0.0, 0.0, 0.0, 0.0
         if diagonal.numel():  # the device is asked once
-            facts = diagonal.mean(), hessian.sum().to(torch.float64), diagonal.min(), self.dead.sum().to(torch.float64)
+            facts = diagonal.mean(), summed.sum().to(torch.float64), diagonal.min(), self.dead.sum().to(torch.float64)
             scale, total, least, dead = torch.stack(facts).tolist()
         # The sum of finite entries may overflow, but never turns NaN or infinity into a finite number.
-        if not (math.isfinite(total) or bool(torch.isfinite(hessian).all())):
+        if not (math.isfinite(total) or bool(torch.isfinite(summed).all())):
             raise NumericsError(
                 f"the inputs of {name} hold NaN or infinity (seen in its Hessian); "
                 "use another --dtype, or look for the layer before it that overflows"
@@ -86,11 +94,20 @@ class InputStatistics:
         if least < 0:
             raise NumericsError(f"the Hessian of {name} has a negative diagonal entry; it must be XᵀX of the inputs")
         self.empty = scale == 0.0
-        self.matrix = _scaled(hessian, 1.0 if self.empty else scale, dtype, in_place=hand_over)
+        self.dtype, self.measures = dtype, hessian is not None
+        self._matrix = None
+        if hessian is not None:
+            self._matrix = _scaled(hessian, 1.0 if self.empty else scale, dtype, in_place=hand_over)
         self.norms = (diagonal / (scale or 1.0)).sqrt().to(dtype)
         self.dead_columns = int(dead)
         self._factors: dict[float, Factor] = {}
         self._conditions: dict[float, float] = {}
+
+    @property
+    def matrix(self) -> Tensor:
+        """The undamped Hessian divided by the mean squared norm, (b, b), in ``dtype``."""
+        assert self._matrix is not None, "the Hessian was not gathered"
+        return self._matrix
 
     def condition(self, damping: float, steps: int = 12) -> float:
         """Estimate the condition number of the damped Hessian by power iteration on it and on its inverse UᵀU.

@@ -32,7 +32,7 @@ def squared_output_norms(delta: Tensor, inputs: InputStatistics | None) -> Tenso
 
     H is symmetric, so that only its lower triangle of slabs is multiplied, what lies off the diagonal counting twice.
     """
-    if inputs is None or inputs.empty:
+    if inputs is None or inputs.empty or not inputs.measures:
         return delta.square().sum(1, dtype=torch.float64)
     norms = torch.zeros(delta.shape[0], dtype=torch.float64, device=delta.device)
     width = _SLAB.get(delta.device.type, _WIDE_SLAB)
@@ -63,7 +63,7 @@ def relative_errors_and_zeros(
     facts = torch.cat([changed / total, changed, torch.stack([total, others])]).tolist()
     fractions, norms, norm, count = facts[: len(changes)], facts[len(changes) : -2], facts[-2], facts[-1]
     zeros = pruned.numel() - int(count)
-    if inputs is None:
+    if inputs is None or not inputs.measures:
         return [], zeros
     if inputs.empty:
         return [None] * len(changes), zeros

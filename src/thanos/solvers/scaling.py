@@ -20,7 +20,7 @@ def scaled_weight(weight: Tensor, inputs: InputStatistics | None, name: str) -> 
     Raises:
         NumericsError: it holds NaN or infinity.
     """
-    dtype = inputs.matrix.dtype if inputs is not None else _compute_dtype(weight)
+    dtype = inputs.dtype if inputs is not None else _compute_dtype(weight)
     dense = weight.detach().to(dtype).contiguous()  # the kernels take contiguous rows
     largest, zeros = _survey(dense)
     if not math.isfinite(largest):

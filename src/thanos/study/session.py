@@ -18,7 +18,15 @@ import torch
 from thanos._version import __version__
 from thanos.calibration.text import evaluation_rows
 from thanos.calibration.windows import Calibration, make_calibration
-from thanos.errors import ModelError, NumericsError, RecipeError, ResourceError, UserError
+from thanos.errors import (
+    ModelError,
+    NumericsError,
+    RecipeError,
+    ResourceError,
+    UserError,
+    is_out_of_memory,
+    resource_errors,
+)
 from thanos.evaluation.inspect import inspect_checkpoint
 from thanos.evaluation.perplexity import Reference, choose_bos, evaluate
 from thanos.evaluation.windows import cut_windows
@@ -39,7 +47,7 @@ from thanos.study.paths import Places
 from thanos.study.records import evaluation_fields, make_record, phase_fields, pruning_fields
 from thanos.study.store import CellRecord, cell_key
 from thanos.system.device import choose_device
-from thanos.system.memory import free_device_bytes, free_host_bytes, memory_explained
+from thanos.system.memory import free_device_bytes, free_host_bytes
 from thanos.system.meter import PhaseMeter
 
 _KEEP_SHARE = 0.25
@@ -77,7 +85,7 @@ class Session:
             (self._dense if cell.method == DENSE else self._pruned)(cell, results, tell)
         except Exception as error:
             reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            if isinstance(error, ResourceError | torch.OutOfMemoryError | MemoryError):
+            if isinstance(error, ResourceError) or is_out_of_memory(error):
                 self._reference = None  # the next cell may need its room
             results |= {"status": "failed", "reason": self._places.without_paths(reason)}
         gc.collect()
@@ -96,7 +104,9 @@ class Session:
 
     def _pruned(self, cell: Cell, results: dict[str, Any], tell: Watcher) -> None:
         source = self._places.texts.get(cell.calibration or "", cell.calibration)
-        recipe = cell.recipe(calibration=source, device=self._name, dtype=self._study.dtype)
+        # Methods are compared by errors on the same tokens, so that none is measured on a sample.
+        settings = {"calibration": source, "device": self._name, "dtype": self._study.dtype}
+        recipe = cell.recipe(**settings, measure_error=True)
         self._warm_up(cell, recipe)
         key = cell_key(public_cell(cell), self._places.asked(self._study, cell))
         folder = self._places.out / "models" if self._study.keep_models else self._places.scratch
@@ -134,7 +144,7 @@ class Session:
         network = reference.model if cell.method == DENSE else None
         with meter.phase("evaluate"):
             if network is None:
-                with memory_explained(self._device):
+                with resource_errors(device=self._device):
                     network = load_model(resolve_model(model), dtype=self._study.dtype, device=self._device)
             found = evaluate(model, reference=reference, network=network, on_event=tell)
         if not math.isfinite(found.perplexity):
@@ -167,9 +177,8 @@ class Session:
         if cell.model not in self._layers:
             source = resolve_model(self._places.models[cell.model])
             self._layers[cell.model] = linear_layers(skeleton_of(source, source.config(), torch.float32))
-        for layer in select_layers(self._layers[cell.model], recipe)[0]:
-            settings = recipe.for_layer(layer.name)
-            if settings is None or (layer.shape, settings) in self._met:
+        for layer, settings in select_layers(self._layers[cell.model], recipe)[0].items():
+            if (layer.shape, settings) in self._met:
                 continue
             self._met.add((layer.shape, settings))
             weight, hessian = synthetic_layer(*layer.shape, tokens=4 * layer.shape[1], device=str(self._device))

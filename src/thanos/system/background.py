@@ -63,8 +63,8 @@ class Background:
         return future
 
     def _do(self, launched: Any, function: Callable[..., T], *arguments: Any) -> T:
-        # `launched` is a CUDA event, or None. Streams and inference mode belong to a thread: this one has to enter its own.
-        with torch.inference_mode(), nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+        # `launched` is a CUDA event, or None. Streams and grad mode belong to a thread: this one has to enter its own.
+        with torch.no_grad(), nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
             if launched is not None:
                 torch.cuda.current_stream(self._device).wait_event(launched)
             return function(*arguments)

@@ -6,14 +6,10 @@ import ctypes
 import os
 import resource
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-
-from thanos.errors import ResourceError
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -32,33 +28,6 @@ class Memory(NamedTuple):
     host_peak_bytes: int
     device_bytes: int | None = None
     device_peak_bytes: int | None = None
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error says that the device's or the host's memory is exhausted."""
-    said = str(error)  # torch has no exception of its own for the host
-    host = any(words in said for words in ("can't allocate memory", "not enough memory", "Cannot allocate memory"))
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (isinstance(error, RuntimeError) and host)
-
-
-@contextmanager
-def memory_explained(where: torch.device, *remedies: str) -> Iterator[None]:
-    """Say of exhausted memory what takes less of it; other errors pass.
-
-    Args:
-        where: the device; the CPU is a remedy for every other one.
-        remedies: what else a person can do.
-
-    Raises:
-        ResourceError: the memory of the device or the host is exhausted.
-    """
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        choices = [*remedies, *([] if where.type == "cpu" else ["use --device cpu"])] or ["end what else uses it"]
-        raise ResourceError(f"out of memory on {where}: {', or '.join(choices)}") from error
 
 
 def reset_host_peak() -> None:

@@ -1,0 +1,135 @@
+"""Sums over tokens of what the solvers need to know about a layer's inputs X, (a, b).
+
+They add up over batches and over processes. A sum over two streams, such as the X*ᵀX̂ of the dense model and the pruned one, is
+one more accumulator, whose ``add`` gets the rows of both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from thanos.solvers.precision import full_float32
+
+_GRAM_ROWS = {"cpu": 256, "cuda": 2048}
+"""Rows of XᵀX multiplied at once: what lies below them follows from symmetry, so that about half of a wide matrix is
+multiplied; narrower panels would make the products slow."""
+
+
+class Accumulator(Protocol):
+    """A sum over tokens.
+
+    Attributes:
+        sums: what adds up over tokens and over processes, on the device of the inputs.
+        tokens: rows of X so far.
+    """
+
+    sums: Tensor
+    tokens: int
+
+    def add(self, rows: Tensor) -> None:
+        """Add the rows of X (T, b)."""
+        ...
+
+    def squared_norms(self) -> Tensor:
+        """Return the squared norms of the columns, (b,) float32."""
+        ...
+
+
+@dataclass(slots=True)
+class Gram:
+    """XᵀX; ``sums`` is (b, b) float32."""
+
+    sums: Tensor
+    tokens: int = 0
+
+    @classmethod
+    def empty(cls, columns: int, device: torch.device) -> Gram:
+        """Return that of no tokens."""
+        return cls(torch.zeros(columns, columns, dtype=torch.float32, device=device))
+
+    def add(self, rows: Tensor) -> None:
+        """See :class:`Accumulator`."""
+        add_gram(self.sums, rows)
+        self.tokens += rows.shape[0]
+
+    def squared_norms(self) -> Tensor:
+        """See :class:`Accumulator`."""
+        return self.sums.diagonal()
+
+
+@dataclass(slots=True)
+class SquaredNorms:
+    """The diagonal of XᵀX, with the bits that :class:`Gram` gives it.
+
+    A sum of squares would be cheaper, but it rounds otherwise, and a weight whose score lies at the threshold would fall on the
+    other side of it. So the blocks on the diagonal of XᵀX are multiplied, as wide as the panels of :func:`add_gram`: on the CPU
+    an entry was measured to have the same bits however many columns are multiplied with it, on an H100 in 16 bits too; see
+    :meth:`suits`.
+
+    ``sums`` is (blocks, width, width) float32.
+    """
+
+    sums: Tensor
+    columns: int
+    tokens: int = 0
+
+    @classmethod
+    def empty(cls, columns: int, device: torch.device) -> SquaredNorms:
+        """Return those of no tokens."""
+        width = min(columns, _GRAM_ROWS.get(device.type, _GRAM_ROWS["cpu"]))
+        blocks = -(-columns // max(1, width))
+        return cls(torch.zeros(blocks, width, width, dtype=torch.float32, device=device), columns)
+
+    @staticmethod
+    def suits(columns: int, dtype: torch.dtype, device: torch.device) -> bool:
+        """Tell whether this costs less than XᵀX for inputs of so many columns and a dtype, and has the bits of its diagonal.
+
+        In float32 on CUDA another width may mean another kernel, which adds up in another order.
+        """
+        width = _GRAM_ROWS.get(device.type, _GRAM_ROWS["cpu"])
+        return columns >= 2 * width and (device.type != "cuda" or dtype.itemsize < 4)
+
+    def add(self, rows: Tensor) -> None:
+        """See :class:`Accumulator`."""
+        rows = _multiplicable(rows)
+        for block, part in zip(self.sums, rows.split(self.sums.shape[-1], dim=1), strict=True):
+            size = part.shape[1]
+            _add_product(block[:size, :size], part.T, part)
+        self.tokens += rows.shape[0]
+
+    def squared_norms(self) -> Tensor:
+        """See :class:`Accumulator`."""
+        return self.sums.diagonal(dim1=1, dim2=2).reshape(-1)[: self.columns]
+
+
+def add_gram(hessian: Tensor, rows: Tensor) -> None:
+    """Add XᵀX to ``hessian`` (b, b) float32, symmetric, for X = rows (T, b) of any dtype, products exact in float32."""
+    rows = _multiplicable(rows)
+    panel = _GRAM_ROWS.get(rows.device.type, _GRAM_ROWS["cpu"])
+    for start in range(0, hessian.shape[0], panel):
+        stop = start + panel
+        _add_product(hessian[start:stop, start:], rows[:, start:stop].T, rows[:, start:])
+        hessian[stop:, start:stop].copy_(hessian[start:stop, stop:].T)
+
+
+def _multiplicable(rows: Tensor) -> Tensor:
+    """Return rows in a dtype whose products are exact in float32: as they are if 16 bits wide on CUDA, else in float32."""
+    return rows if _is_sixteen_bit(rows) else rows.to(torch.float32)
+
+
+def _is_sixteen_bit(rows: Tensor) -> bool:
+    return rows.dtype in (torch.bfloat16, torch.float16) and rows.is_cuda
+
+
+def _add_product(sums: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left @ right to ``sums``, float32."""
+    if _is_sixteen_bit(right):
+        # 16-bit products are exact in float32: the tensor cores add them up there, into the sums, without a copy of X.
+        torch.addmm(sums, left, right, out_dtype=torch.float32, out=sums)
+    else:
+        with full_float32():
+            sums.addmm_(left, right)

@@ -1,0 +1,62 @@
+"""What an engine works with: the model, its layers and their settings, and where data comes from and goes to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from thanos.checkpoint.writer import CheckpointWriter
+from thanos.engine.block_runner import Passes
+from thanos.engine.distributed import SINGLE, World
+from thanos.engine.rank_zero import SharedWriter
+from thanos.engine.records import BlockJournal
+from thanos.engine.weights import ModelWeights
+from thanos.model.layers import LinearLayer, block_names, outer_names
+from thanos.recipe import LayerRecipe
+from thanos.system.meter import PhaseMeter
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineInputs:
+    """Everything that an engine is given; nothing of it is replaced during a run.
+
+    Attributes:
+        model: the meta model.
+        blocks_name: full name of the module list that holds the decoder blocks.
+        blocks: those blocks.
+        layers: the layers to prune, each with its settings.
+        weights: the model's parameters.
+        writer: takes finished tensors.
+        journal: takes the record of each finished block, and holds those of an interrupted run.
+        runner: runs blocks over the calibration sequences.
+        device: where blocks run and layers are solved.
+        meter: seconds and peak memory by phase.
+        world: the processes that share the work; each has its own sequences.
+    """
+
+    model: nn.Module
+    blocks_name: str
+    blocks: list[nn.Module]
+    layers: Mapping[LinearLayer, LayerRecipe]
+    weights: ModelWeights
+    writer: CheckpointWriter | SharedWriter
+    journal: BlockJournal
+    runner: Passes
+    device: torch.device
+    meter: PhaseMeter
+    world: World = SINGLE
+
+    def layers_of(self, block: int | None) -> dict[LinearLayer, LayerRecipe]:
+        """Return the layers to prune in a block; None is what follows the blocks."""
+        return {layer: settings for layer, settings in self.layers.items() if layer.block == block}
+
+    def block_names(self, index: int) -> list[str]:
+        """Return the names of a block's parameters."""
+        return block_names(self.weights.names, self.blocks_name, index)
+
+    def outer_names(self, *, head: bool = True) -> list[str]:
+        """Return the names of the parameters outside the blocks; see :func:`~thanos.model.layers.outer_names`."""
+        return outer_names(self.model, self.weights.names, self.blocks_name, head=head)

@@ -1,0 +1,1 @@
+"""What is done to a block while it is in memory: one file a stage."""
