@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import thanos
-from helpers import save_tiny, tiny_tokenizer
+from helpers import packed_windows, save_tiny, tiny_tokenizer
 from thanos.calibration import accumulators
 from thanos.engine import block_runner
 from thanos.engine.block_calls import BlockCalls
@@ -64,12 +64,12 @@ def test_errors_are_measured_on_what_is_said_and_change_no_weight(
 def test_an_error_of_a_sample_is_that_of_its_tokens(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
     report = thanos.prune(tiny_llama, tmp_path / "out", recipe(text_file, method="wanda", sparsity=0.6))
     name = "model.layers.0.mlp.down_proj"
-    ids = tiny_tokenizer()(text_file.read_text(), add_special_tokens=False)["input_ids"][: SAMPLED * LENGTH]
+    ids = packed_windows(tiny_tokenizer(), text_file.read_text(), SAMPLED, LENGTH)
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     rows: list[Tensor] = []
     model.get_submodule(name).register_forward_pre_hook(lambda _, args: rows.append(args[0].double()))
     with torch.no_grad():
-        model(input_ids=torch.tensor(ids).view(SAMPLED, LENGTH))
+        model(input_ids=ids)
     x = rows[0].reshape(-1, rows[0].shape[-1])
     dense, pruned = (
         load_file(folder / "model.safetensors")[f"{name}.weight"].double() for folder in (tiny_llama, tmp_path / "out")

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import thanos
-from helpers import save_tiny, tiny_tokenizer
+from helpers import packed_windows, save_tiny, tiny_tokenizer
 from reports import contents
 from thanos.engine.stages.base import BlockContext, BlockStage
 from thanos.engine.stages.prune import PruneStage
@@ -79,11 +79,11 @@ def test_a_stage_may_train_the_weights_that_stay(
         thanos.prune(folder, tmp_path / "trained", settings)
     assert len(stage.losses) == 2
     # The first block's inputs are the same in both runs, so that plain autograd gives what the step must have been.
-    ids = tiny_tokenizer()(text_file.read_text(), add_special_tokens=False)["input_ids"][: SAMPLES * LENGTH]
+    ids = packed_windows(tiny_tokenizer(), text_file.read_text(), SAMPLES, LENGTH)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
     outputs: list[Tensor] = []
     plain.model.layers[0].register_forward_hook(lambda _, args, out: outputs.append(out))
-    plain(input_ids=torch.tensor(ids).view(SAMPLES, LENGTH))
+    plain(input_ids=ids)
     loss = outputs[0].square().mean()
     loss.backward()
     assert stage.losses[0] == pytest.approx(loss.item(), rel=1e-5)

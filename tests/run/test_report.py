@@ -50,6 +50,8 @@ LAYER = {
     "tokens",
     "seconds",
     "warnings",
+    "changed_by",
+    "error_tokens",
 }
 
 
