@@ -14,8 +14,8 @@ import pytest
 
 from helpers import save_tiny
 from thanos.cli import run
-from thanos.cli.app import merge_recipe
 from thanos.cli.progress import PlainLines
+from thanos.cli.prune import merge_recipe
 from thanos.errors import RecipeError
 from thanos.events import Event
 from thanos.recipe import Recipe
@@ -239,7 +239,7 @@ def test_a_limit_on_file_sizes_is_a_users_mistake_and_nothing_is_left(
 
 
 def test_anything_unexpected_is_exit_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("thanos.cli.app.merge_recipe", lambda *_: 1 / 0)
+    monkeypatch.setattr("thanos.cli.prune.merge_recipe", lambda *_: 1 / 0)
     monkeypatch.delenv("THANOS_DEBUG", raising=False)
     assert run(["prune", "a", "b"]) == 1
     error = capsys.readouterr().err
@@ -251,7 +251,7 @@ def test_an_interruption_is_exit_130(monkeypatch: pytest.MonkeyPatch, capsys: py
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("thanos.cli.app.merge_recipe", interrupt)
+    monkeypatch.setattr("thanos.cli.prune.merge_recipe", interrupt)
     assert run(["prune", "a", "b"]) == 130
     assert "interrupted" in capsys.readouterr().err
 

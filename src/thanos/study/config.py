@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from thanos.errors import RecipeError, StudyError
 from thanos.model.bos import BOS_CHOICES
-from thanos.recipe import DTYPES, METHODS, LayerRecipe, Recipe
+from thanos.recipe import LayerRecipe, Recipe
 from thanos.run.model_card import public_name as public
+from thanos.settings import settings_of, value_types
 from thanos.study.grid import DENSE, FORMULA, Cell, EvaluationPlan, FormulaPlan, Study, ZeroShotPlan, product
 
 
@@ -112,8 +114,7 @@ class _Reader:
         if model not in models:
             raise self._error("formula", 0, "model", f"{model!r} is not among models: {', '.join(models)}")
         plan = FormulaPlan(**{name: given.pop(name) for name in ("layer", "share") if name in given})
-        names = ("damping", "calibration", "samples", "sequence_length", "seed")
-        defaults = {name: getattr(Recipe(), name) for name in names}
+        defaults = {name: getattr(Recipe(), name) for name in _OF_FORMULA}
         cells[Cell(model=model, method=FORMULA, **{**defaults, **given})] = None
         return plan
 
@@ -198,8 +199,9 @@ def _whole(lowest: int) -> Callable[[Any], int]:
     return check
 
 
-def _one_of(*allowed: str) -> Callable[[Any], str]:
+def _one_of(choices: Callable[[], Iterable[str]]) -> Callable[[Any], str]:
     def check(value: Any) -> str:
+        allowed = tuple(choices())
         if value not in allowed:
             raise RecipeError(f"must be one of {', '.join(allowed)}; got {value!r}")
         return value
@@ -243,11 +245,26 @@ def _inner_share(value: Any) -> float:
     return float(value)
 
 
+def _of_recipe(name: str) -> Callable[[Any], Any]:
+    """Return the check of one value of a recipe's setting, made from how the setting describes itself."""
+    described, (kind, _) = _SETTINGS[name], _TYPES[name]
+    if described.choices is not None:
+        return _one_of(described.choices)
+    if kind is bool:
+        return _flag
+    if kind is int:
+        return _whole(int(described.lowest or 0))
+    if kind is float:
+        return _share(name)
+    return _layer(name) if name == "pattern" else _word
+
+
+_SETTINGS, _TYPES = settings_of(Recipe), value_types(Recipe)
 _TABLES = ("evaluation", "zero_shot", "formula", "grid")
 _TOP: dict[str, Callable[[Any], Any]] = {
     "models": _many(_word),
     "cost_only": _many(_word),
-    "dtype": _one_of(*DTYPES),
+    "dtype": _of_recipe("dtype"),
     "keep_models": _flag,
 }
 _EVALUATION: dict[str, Callable[[Any], Any]] = {
@@ -255,30 +272,17 @@ _EVALUATION: dict[str, Callable[[Any], Any]] = {
     "sequence_length": _whole(2),
     "max_windows": _whole(1),
     "compare": _flag,
-    "bos": _one_of(*BOS_CHOICES),
+    "bos": _one_of(lambda: BOS_CHOICES),
 }
 _ZERO_SHOT: dict[str, Callable[[Any], Any]] = {"tasks": _many(_word), "task_folder": _word, "limit": _whole(1)}
+_OF_FORMULA = ("damping", "calibration", "samples", "sequence_length", "seed")
 _FORMULA: dict[str, Callable[[Any], Any]] = {
     "model": _word,
     "layer": _word,
     "share": _inner_share,
-    "damping": _share("damping"),
-    "calibration": _word,
-    "samples": _whole(1),
-    "sequence_length": _whole(2),
-    "seed": _whole(0),
+    **{name: _of_recipe(name) for name in _OF_FORMULA},
 }
 _AXES: dict[str, Callable[[Any], Any]] = {
     "model": _many(_word),
-    "method": _many(_one_of(*METHODS)),
-    "pattern": _many(_layer("pattern")),
-    "sparsity": _many(_share("sparsity")),
-    "outlier_rows": _many(_share("outlier_rows")),
-    "keep_budget": _many(_flag),
-    "block_size": _many(_whole(1)),
-    "damping": _many(_share("damping")),
-    "calibration": _many(_word),
-    "samples": _many(_whole(1)),
-    "sequence_length": _many(_whole(2)),
-    "seed": _many(_whole(0)),
+    **{f.name: _many(_of_recipe(f.name)) for f in fields(Cell) if f.name in _SETTINGS},
 }
