@@ -285,7 +285,12 @@ def test_out_in_a_place_that_cannot_be_written(tmp_path: Path, monkeypatch: pyte
 @pytest.fixture
 def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails where weights are opened or loaded."""
-    for place in ("preparing.open_model", "inspection.open_model", "evaluation.load_model", "harness.load_model"):
+    for place in (
+        "run.setup.open_model",
+        "evaluation.inspect.open_model",
+        "evaluation.perplexity.load_model",
+        "evaluation.tasks.load_model",
+    ):
         monkeypatch.setattr(f"thanos.{place}", lambda *_, **__: pytest.fail("the model was loaded"))
 
 
@@ -342,7 +347,7 @@ def test_what_can_be_known_at_once_is_told_before_anything_is_loaded(
 def test_the_device_is_asked_for_after_the_files(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("pruning", "planning", "evaluation"):
+    for module in ("run.prune", "planning.plan", "evaluation.perplexity"):
         monkeypatch.setattr(f"thanos.{module}.choose_device", lambda _: pytest.fail("a device was asked for"))
     (tmp_path / "full").mkdir()
     (tmp_path / "full/config.json").write_text("{}")

@@ -17,7 +17,7 @@ from thanos.settings import Heading, Setting, either, settings_of, value_types
 NUMBERS = {"FRACTION": float, "N": int, "TOKENS": int, "COLUMNS": int}
 """Metavar → what the value of such an option is."""
 
-SETTINGS = settings_of(Recipe)
+SETTINGS, _TYPES = settings_of(Recipe), value_types(Recipe)
 
 C = TypeVar("C", bound=Callable[..., None])
 
@@ -60,7 +60,7 @@ def with_settings(
 
 
 def _parameter(name: str, described: Setting, repeated: Collection[str]) -> inspect.Parameter:
-    kind, several = value_types(Recipe)[name]
+    kind, several = _TYPES[name]
     several = several or name in repeated
     text = described.help
     if described.choices is not None:
@@ -90,7 +90,7 @@ def given(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in settings.items()
-        if value is not None and value is not False and value != []
+        if value is not None and value is not False and value not in ([], ())
     }
 
 
