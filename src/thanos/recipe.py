@@ -71,9 +71,10 @@ class LayerRecipe:
     method: str = setting("thanos", "Pruning method", Heading.METHOD, "NAME", choices=lambda: METHODS)
     pattern: str = setting(
         "unstructured",
-        "Which weights may go: unstructured (any), columns (whole input columns), or N:M (at most N of M weights stay)",
+        "Which weights may go",
         Heading.METHOD,
         "PATTERN",
+        choices=lambda: ("unstructured (any)", "columns (whole input columns)", "N:M (at most N of M weights stay)"),
     )
     sparsity: float | None = setting(
         None,

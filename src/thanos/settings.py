@@ -41,7 +41,7 @@ class Setting:
         metavar: the unit of its value, or else what the value is, in capitals; empty for a setting that is true or false.
         lowest: the least value; None for no lower bound.
         below: all values are smaller than this; None for no upper bound.
-        choices: returns the allowed names; None if they cannot be listed. Called when needed.
+        choices: returns what is allowed, for a pattern with a word on each; None if it cannot be listed. Called when needed.
         default: the default in words, if the value of the field does not say it; empty to show the value.
     """
 

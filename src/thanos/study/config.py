@@ -248,6 +248,8 @@ def _inner_share(value: Any) -> float:
 def _of_recipe(name: str) -> Callable[[Any], Any]:
     """Return the check of one value of a recipe's setting, made from how the setting describes itself."""
     described, (kind, _) = _SETTINGS[name], _TYPES[name]
+    if name == "pattern":
+        return _layer(name)
     if described.choices is not None:
         return _one_of(described.choices)
     if kind is bool:
@@ -256,7 +258,7 @@ def _of_recipe(name: str) -> Callable[[Any], Any]:
         return _whole(int(described.lowest or 0))
     if kind is float:
         return _share(name)
-    return _layer(name) if name == "pattern" else _word
+    return _word
 
 
 _SETTINGS, _TYPES = settings_of(Recipe), value_types(Recipe)
