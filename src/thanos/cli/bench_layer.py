@@ -48,8 +48,7 @@ def layer(
         option("Rows x columns of a weight; may be repeated", Heading.LAYER, "CxB", default="2048x2048"),
     ] = None,
     tokens: Annotated[
-        int | None,
-        option("Tokens that the Hessian is made from", Heading.LAYER, "N", default="four per column"),
+        int | None, option("Tokens that the Hessian is made from", Heading.LAYER, "N", default="four per column")
     ] = None,
     repeats: Annotated[int, option("Timed runs, of which the median counts", Heading.LAYER, "N")] = 5,
     peer: Annotated[

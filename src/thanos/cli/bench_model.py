@@ -39,8 +39,7 @@ _SHAPES = "that of the shape"
 def model(
     *,
     shape: Annotated[
-        str,
-        option("Sizes of a known model, such as llama-3-8b; the next options change them", Heading.SIZES, "NAME"),
+        str, option("Sizes of a known model, such as llama-3-8b; the next options change them", Heading.SIZES, "NAME")
     ] = "llama-3-8b",
     hidden: Annotated[int | None, option("Width of the hidden states", Heading.SIZES, "N", default=_SHAPES)] = None,
     intermediate: Annotated[int | None, option("Width inside the MLP", Heading.SIZES, "N", default=_SHAPES)] = None,
@@ -102,13 +101,7 @@ def model(
         raise RecipeError(f"--out {out} is not a folder")
     with display.watch(quiet=quiet) as watcher:
         result = time_model(
-            sizes,
-            recipe,
-            choose_device(device),
-            blocks=blocks,
-            out=out,
-            activations=activations,
-            on_event=watcher,
+            sizes, recipe, choose_device(device), blocks=blocks, out=out, activations=activations, on_event=watcher
         )
     if json_file is not None:
         text = result.to_json()

@@ -73,11 +73,7 @@ def _parameter(name: str, described: Setting, repeated: Collection[str]) -> insp
     annotation = Annotated[
         bool if flag else (list[kind] if several else kind) | None,
         option(
-            text,
-            described.heading,
-            described.metavar or None,
-            f"--{name.replace('_', '-')}",
-            default=described.default,
+            text, described.heading, described.metavar or None, f"--{name.replace('_', '-')}", default=described.default
         ),
     ]
     return inspect.Parameter(

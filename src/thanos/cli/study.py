@@ -37,7 +37,7 @@ def study(
     out: Annotated[
         Path,
         typer.Argument(
-            metavar="OUT", help="The study's folder; an earlier run of it is gone on with.", show_default=False
+            metavar="OUT", help="The study's folder; an earlier run in it is continued.", show_default=False
         ),
     ],
     data: Annotated[
