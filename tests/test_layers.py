@@ -13,7 +13,7 @@ from helpers import ROOT
 SOURCE = ROOT / "src" / "thanos"
 
 LAYERS = (
-    "errors _version",
+    "errors _version settings",
     "events",
     "system",
     "patterns",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -73,6 +74,27 @@ def test_what_a_method_or_pattern_does_not_have_makes_no_cells(tmp_path: Path) -
 def test_every_method_has_its_own_default_block_size(tmp_path: Path) -> None:
     text = HEAD + '[[grid]]\npattern = ["unstructured", "2:4"]\nmethod = ["thanos", "sparsegpt"]\n'
     assert [c.block_size for c in pruned(read(tmp_path, text))] == [128, 128, 512, 128]
+
+
+def test_the_axes_of_a_grid_are_the_settings_of_a_cell(tmp_path: Path) -> None:
+    names = (
+        "model, method, pattern, sparsity, outlier_rows, keep_budget, block_size, damping, calibration, samples, "
+        "sequence_length, seed, zero_shot"
+    )
+    with pytest.raises(StudyError, match=f"unknown field; allowed are {names}$"):
+        read(tmp_path, HEAD + '[[grid]]\ndevice = "cpu"\n')
+    for line, message in (
+        ('method = "obs"', "must be one of thanos, sparsegpt, wanda, magnitude; got 'obs'"),
+        ("keep_budget = 1", "must be true or false; got 1"),
+        ("block_size = 0", "must be a whole number, at least 1; got 0"),
+        ("damping = -1", "damping must be a number, at least 0; got -1"),
+        ('calibration = ""', "must be a name; got ''"),
+        ("samples = 0", "must be a whole number, at least 1; got 0"),
+        ("sequence_length = 1", "must be a whole number, at least 2; got 1"),
+        ("seed = 0.5", "must be a whole number, at least 0; got 0.5"),
+    ):
+        with pytest.raises(StudyError, match=re.escape(message)):
+            read(tmp_path, HEAD + f"[[grid]]\n{line}\n")
 
 
 def test_an_impossible_combination_is_a_cell(tmp_path: Path) -> None:

@@ -9,17 +9,30 @@ from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
 
-from thanos.cli.options import NUMBERS
+from thanos.cli.help import state_defaults, write_examples, write_options
+from thanos.cli.options import NUMBERS, SETTINGS
 from thanos.cli.torchrun import is_first
 from thanos.errors import UserError
 from thanos.system.suggestions import near, near_number, near_whole
 
 _HELP = ("-h", "--help")
-_SHARES = ("--sparsity", "--outlier-rows")
+_FRACTIONS = [f"--{name.replace('_', '-')}" for name, described in SETTINGS.items() if described.below == 1]
 
 
 class Command(TyperCommand):
-    """A command that checks its words before the argument parser reads them."""
+    """A command that checks its words before the argument parser reads them, and groups its options in its help."""
+
+    def __init__(self, *args: Any, **others: Any) -> None:
+        super().__init__(*args, **others)
+        state_defaults(self.params)
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the arguments, then the options under their headings."""
+        write_options(self.get_params(ctx), ctx, formatter)
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Write the examples."""
+        write_examples(self.epilog, formatter)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read the words; a line warns of an option that is given twice, of which the last counts.
@@ -145,7 +158,7 @@ class _Words:
             if kind is not None:
                 kind(value)
         except ValueError:
-            hint = near_whole(value) if kind is int else near_number(value, share=name in _SHARES)
+            hint = near_whole(value) if kind is int else near_number(value, share=name in _FRACTIONS)
             what = "a whole number" if kind is int else "a number"
             raise self._refusal(f"{name} must be {what}; got {value!r}{hint}") from None
 

@@ -3,63 +3,72 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from thanos import registry
-from thanos.cli.options import Threads, option, use_threads
+from thanos.cli.options import JsonFile, Threads, examples, given, option, use_threads, with_settings
 from thanos.errors import RecipeError
+from thanos.settings import Heading
 from thanos.system.documents import json_text
 
 _METHODS = registry.compensating_methods()
 _PATTERNS = registry.example_patterns()[:2]  # any entry, and the commonest n:m
 _REFERENCES = [f"{name}=DIR" for name in registry.reference_classes()]
 
+EXAMPLES = examples(
+    ("Time Thanos and SparseGPT on one layer", "thanos bench layer --shape 4096x14336"),
+    (
+        "Compare block sizes with 2:4 on the GPU",
+        "thanos bench layer --method thanos --pattern 2:4 --block-size 128 --block-size 512 --device cuda",
+    ),
+    ("Time a reference implementation too", "thanos bench layer --peer sparsegpt=../sparsegpt"),
+)
 
+_METHODS = ("thanos", "sparsegpt")
+_PATTERNS = ("unstructured", "2:4")
+_PLURALS = {"method": "methods", "pattern": "patterns", "block_size": "block_sizes"}
+
+
+@with_settings(
+    "method",
+    "pattern",
+    "sparsity",
+    "block_size",
+    "damping",
+    "seed",
+    "device",
+    repeated=_PLURALS,
+    changed={
+        "method": {"default": " and ".join(_METHODS)},
+        "pattern": {"default": " and ".join(_PATTERNS)},
+        "seed": {"help": "Seed of the layer", "heading": Heading.LAYER},
+    },
+)
 def layer(
+    *,
     shape: Annotated[
-        list[str] | None, option("Rows x columns of a weight; may be repeated (default: 2048x2048).", "CxB")
-    ] = None,
-    method: Annotated[
-        list[str] | None, option(f"A method; may be repeated (default: {' and '.join(_METHODS)}).", "NAME")
-    ] = None,
-    pattern: Annotated[
         list[str] | None,
-        option(f"A pattern; may be repeated (default: {' and '.join(_PATTERNS)}).", "PATTERN", "--pattern"),
+        option("Rows x columns of a weight; may be repeated", Heading.LAYER, "CxB", default="2048x2048"),
     ] = None,
-    block_size: Annotated[
-        list[int] | None,
-        option("Columns handled together; may be repeated (default: the method's own).", "COLUMNS"),
-    ] = None,
-    sparsity: Annotated[
-        float, option("Share of weights to remove where the pattern does not say (default 0.5).", "SHARE")
-    ] = 0.5,
-    damping: Annotated[
-        float, option("Added to the Hessian's diagonal, as a share of its mean (default 0.01).", "SHARE")
-    ] = 0.01,
     tokens: Annotated[
-        int | None, option("Tokens that the Hessian is made from (default: four per column).", "N")
+        int | None, option("Tokens that the Hessian is made from", Heading.LAYER, "N", default="four per column")
     ] = None,
-    repeats: Annotated[int, option("Timed runs, of which the median counts (default 5).", "N")] = 5,
-    seed: Annotated[int, option("Seed of the layer (default 0).", "N")] = 0,
-    device: Annotated[
-        str, option("auto, cpu, cuda or cuda:N (default auto: CUDA where there is any).", "DEVICE", "--device")
-    ] = "auto",
+    repeats: Annotated[int, option("Timed runs, of which the median counts", Heading.LAYER, "N")] = 5,
     peer: Annotated[
         list[str] | None,
         option(
-            f"Measure a method's reference implementation too, {' or '.join(_REFERENCES)}, DIR its repository; may be "
-            "repeated (default: none).",
+            f"Measure a method's reference implementation too, {' or '.join(_REFERENCES)}, DIR its repository; may be repeated",
+            Heading.LAYER,
             "NAME=DIR",
         ),
     ] = None,
     threads: Threads = None,
-    json_file: Annotated[
-        Path | None, option("Write the result as JSON, - for the standard output (default: none).", "FILE", "--json")
-    ] = None,
+    json_file: JsonFile = None,
+    **settings: Any,
 ) -> None:
-    """Time the solvers on one layer of random weights and realistic inputs, and show error and floor beside."""
+    """Time the solvers on one layer of random weights and realistic inputs; show the error and the least time needed."""
     shapes = tuple(parse_shape(text) for text in shape or ["2048x2048"])
     peers = dict(parse_peer(text) for text in peer or [])
     from thanos.bench.layer import LayerSettings, report, run
@@ -70,22 +79,19 @@ def layer(
         raise RecipeError(f"--tokens must be at least 1; got {tokens}")
     use_threads(threads)
     tables.check_writable(json_file)
-    settings = LayerSettings(
+    chosen = {"method": _METHODS, "pattern": _PATTERNS, **given(settings)}
+    device = str(choose_device(chosen.pop("device", "auto")))
+    asked = LayerSettings(
         shapes=shapes,
-        methods=tuple(method or _METHODS),
-        patterns=tuple(pattern or _PATTERNS),
-        block_sizes=tuple(block_size or (None,)),
         tokens=tokens,
-        sparsity=sparsity,
-        damping=damping,
         repeats=repeats,
-        device=str(choose_device(device)),
+        device=device,
         peers=peers,
-        seed=seed,
+        **{_PLURALS.get(name, name): value for name, value in chosen.items()},
     )
-    results = list(run(settings))
+    results = list(run(asked))
     if json_file is not None:
-        text = json_text(report(settings, results))
+        text = json_text(report(asked, results))
         if str(json_file) == "-":
             typer.echo(text, nl=False)
             return

@@ -4,54 +4,71 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from thanos import registry
-from thanos.cli.options import METHOD_HELP, PATTERN_HELP, Threads, option, use_threads
+from thanos.cli.options import (
+    Activations,
+    JsonFile,
+    Quiet,
+    Threads,
+    examples,
+    given,
+    option,
+    use_threads,
+    with_settings,
+)
 from thanos.errors import RecipeError
 from thanos.recipe import Recipe
+from thanos.settings import Heading
 from thanos.system.suggestions import near
 
+EXAMPLES = examples(
+    ("Time four blocks of Llama 3 8B, and estimate the rest", "thanos bench model --blocks 4"),
+    (
+        "Time a smaller model with 2:4",
+        "thanos bench model --hidden 2048 --intermediate 8192 --model-blocks 16 --pattern 2:4",
+    ),
+)
 
+_SHAPES = "that of the shape"
+
+
+@with_settings("method", "pattern", "sparsity", "block_size", "samples", "sequence_length", "device")
 def model(
+    *,
     shape: Annotated[
-        str,
-        option("A known model's sizes, such as llama-3-8b; the next options change them (default llama-3-8b).", "NAME"),
+        str, option("Sizes of a known model, such as llama-3-8b; the next options change them", Heading.SIZES, "NAME")
     ] = "llama-3-8b",
-    hidden: Annotated[int | None, option("Width of the hidden states.", "N")] = None,
-    intermediate: Annotated[int | None, option("Width inside the MLP.", "N")] = None,
-    heads: Annotated[int | None, option("Attention heads.", "N")] = None,
-    kv_heads: Annotated[int | None, option("Heads of keys and values.", "N")] = None,
-    vocabulary: Annotated[int | None, option("Tokens of the vocabulary.", "N")] = None,
-    whole: Annotated[int | None, option("Blocks of the whole model.", "N", "--model-blocks")] = None,
-    blocks: Annotated[
-        int | None, option("Measure only the first N blocks, the rest is reckoned (default: all).", "N")
+    hidden: Annotated[int | None, option("Width of the hidden states", Heading.SIZES, "N", default=_SHAPES)] = None,
+    intermediate: Annotated[int | None, option("Width inside the MLP", Heading.SIZES, "N", default=_SHAPES)] = None,
+    heads: Annotated[int | None, option("Number of attention heads", Heading.SIZES, "N", default=_SHAPES)] = None,
+    kv_heads: Annotated[
+        int | None, option("Number of heads of keys and values", Heading.SIZES, "N", default=_SHAPES)
     ] = None,
-    method: Annotated[str, option(METHOD_HELP, "NAME")] = registry.DEFAULT_METHOD,
-    pattern: Annotated[str, option(PATTERN_HELP, "PATTERN", "--pattern")] = registry.DEFAULT_PATTERN,
-    sparsity: Annotated[float | None, option("Share of weights to remove (default 0.5; from N:M).", "SHARE")] = None,
-    block_size: Annotated[int | None, option("Columns handled together (default: the method's).", "COLUMNS")] = None,
-    samples: Annotated[int, option("Number of calibration sequences (default 128).", "N")] = 128,
-    sequence_length: Annotated[int, option("Tokens per sequence (default 2048).", "TOKENS")] = 2048,
-    device: Annotated[
-        str, option("auto, cpu, cuda or cuda:N (default auto: CUDA where there is any).", "DEVICE", "--device")
-    ] = "auto",
-    activations: Annotated[
-        str, option("Where hidden states are kept: auto, device, host or disk (default auto).", "PLACE")
-    ] = "auto",
+    vocabulary: Annotated[
+        int | None, option("Number of tokens in the vocabulary", Heading.SIZES, "N", default=_SHAPES)
+    ] = None,
+    whole: Annotated[
+        int | None, option("Blocks of the whole model", Heading.SIZES, "N", "--model-blocks", default=_SHAPES)
+    ] = None,
+    blocks: Annotated[
+        int | None, option("Measure only the first N blocks, and estimate the rest", Heading.RUN, "N", default="all")
+    ] = None,
+    activations: Activations = "auto",
+    threads: Threads = None,
     out: Annotated[
         Path | None,
-        option("Write the result in this folder, and remove it (default: it ends in host memory).", "DIR"),
+        option(
+            "Write the result in this folder, and remove it", Heading.OUTPUT, "DIR", default="it stays in host memory"
+        ),
     ] = None,
-    threads: Threads = None,
-    json_file: Annotated[
-        Path | None, option("Write the result as JSON, - for the standard output (default: none).", "FILE", "--json")
-    ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress (default: show it).")] = False,
+    json_file: JsonFile = None,
+    quiet: Quiet = False,
+    **settings: Any,
 ) -> None:
-    """Time pruning a whole model of random weights, by phase, beside the least that this device needs."""
+    """Time pruning a whole model of random weights, by phase, and compare with the least time that this device needs."""
     from thanos.cli import output as tables
     from thanos.cli import progress as display
 
@@ -63,7 +80,7 @@ def model(
 
     if shape not in SHAPES:
         raise RecipeError(f"--shape must be one of {', '.join(SHAPES)}; got {shape!r}{near(shape, SHAPES)}")
-    given = {
+    changed = {
         "hidden": hidden,
         "intermediate": intermediate,
         "heads": heads,
@@ -71,15 +88,10 @@ def model(
         "vocabulary": vocabulary,
         "blocks": whole,
     }
-    sizes = replace(SHAPES[shape], **{name: value for name, value in given.items() if value is not None})
-    recipe = Recipe(
-        method=method,
-        pattern=pattern,
-        sparsity=sparsity,
-        block_size=block_size,
-        samples=samples,
-        sequence_length=sequence_length,
-    )
+    sizes = replace(SHAPES[shape], **{name: value for name, value in changed.items() if value is not None})
+    chosen = given(settings)
+    device = chosen.pop("device", "auto")
+    recipe = Recipe(**chosen)
     if blocks is not None and blocks < 1:
         raise RecipeError(f"--blocks must be at least 1; got {blocks}")
     check_place(activations)
@@ -89,13 +101,7 @@ def model(
         raise RecipeError(f"--out {out} is not a folder")
     with display.watch(quiet=quiet) as watcher:
         result = time_model(
-            sizes,
-            recipe,
-            choose_device(device),
-            blocks=blocks,
-            out=out,
-            activations=activations,
-            on_event=watcher,
+            sizes, recipe, choose_device(device), blocks=blocks, out=out, activations=activations, on_event=watcher
         )
     if json_file is not None:
         text = result.to_json()

@@ -11,13 +11,22 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from thanos.cli.options import Threads, check_threads
+from thanos.cli.options import Quiet, Threads, check_threads, examples, option
+from thanos.settings import Heading
 
 if TYPE_CHECKING:
     from thanos.events import Event
     from thanos.study.events import StudyEvent
     from thanos.study.run import StudyResult
 
+EXAMPLES = examples(
+    ("Run a study, or continue it", "thanos study study.toml results"),
+    ("Show its cells and their state", "thanos study study.toml results --list"),
+    (
+        "Run it on two GPUs, with two workers on each",
+        "thanos study study.toml results --devices cuda:0,cuda:1 --workers 2",
+    ),
+)
 
 _PROGRESS_SECONDS = 30.0
 """Least seconds between two plain lines about a cell that runs, and before the first."""
@@ -28,34 +37,34 @@ def study(
     out: Annotated[
         Path,
         typer.Argument(
-            metavar="OUT", help="The study's folder; an earlier run of it is gone on with.", show_default=False
+            metavar="OUT", help="The study's folder; an earlier run in it is continued.", show_default=False
         ),
     ],
     data: Annotated[
         Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Where the study's models and texts are looked for first (default: THANOS_DATA, then beside STUDY.toml).",
-            show_default=False,
+        option(
+            "Folder in which the study's models and texts are looked for first",
+            Heading.RUN,
+            "DIR",
+            default="THANOS_DATA, then that of STUDY.toml",
         ),
     ] = None,
     devices: Annotated[
         str,
-        typer.Option(
-            metavar="NAMES",
-            help="Devices with commas between, one worker on each, a device perhaps several times (default auto: every CUDA "
-            "device, else cpu).",
-            show_default=False,
+        option(
+            "Devices with commas between, one worker on each; a device may be named several times",
+            Heading.RUN,
+            "NAMES",
+            default="auto: every CUDA device, else cpu",
         ),
     ] = "auto",
-    workers: Annotated[
-        int, typer.Option(metavar="N", help="Workers on each device named (default 1).", show_default=False)
-    ] = 1,
+    workers: Annotated[int, option("Workers on each device named", Heading.RUN, "N")] = 1,
     threads: Threads = None,
     list_only: Annotated[
-        bool, typer.Option("--list", help="Show the cells and their state, and run nothing (default: run).")
+        bool,
+        option("Show the cells and their state, and run nothing", Heading.RUN, None, "--list", default="run"),
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress (default: show it).")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Run the cells of a study that have no result yet, and add their results to OUT/store.jsonl.
 

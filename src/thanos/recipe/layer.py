@@ -10,6 +10,7 @@ from thanos import registry
 from thanos.errors import RecipeError
 from thanos.patterns.base import Pattern
 from thanos.registry import parse_pattern
+from thanos.settings import Heading, setting
 from thanos.system.suggestions import near_number, near_whole
 
 DEFAULT_DAMPING: float = registry.LAYER_SETTINGS["damping"]
@@ -21,6 +22,8 @@ LAYER_FIELDS = ("method", "pattern", "sparsity", "outlier_rows", "keep_budget", 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerRecipe:
     """What is done to one weight matrix. Build it to have it checked.
+
+    Each field's metadata has its :class:`~thanos.settings.Setting`, from which the command line makes an option.
 
     Args:
         method: the name of a row of :mod:`thanos.registry`.
@@ -39,13 +42,46 @@ class LayerRecipe:
             from its default.
     """
 
-    method: str = registry.DEFAULT_METHOD
-    pattern: str = registry.DEFAULT_PATTERN
-    sparsity: float | None = None
-    outlier_rows: float = 0.0
-    keep_budget: bool = False
-    block_size: int | None = None
-    damping: float = DEFAULT_DAMPING
+    method: str = setting(
+        registry.DEFAULT_METHOD, "Pruning method", Heading.METHOD, "NAME", choices=registry.method_names
+    )
+    pattern: str = setting(
+        registry.DEFAULT_PATTERN,
+        "Which weights may go",
+        Heading.METHOD,
+        "PATTERN",
+        choices=lambda: [f"{row.name} ({row.help})" for row in registry.patterns()],
+    )
+    sparsity: float | None = setting(
+        None,
+        "Fraction of the weights to remove",
+        Heading.METHOD,
+        "FRACTION",
+        lowest=0,
+        below=1,
+        default="the pattern's: 0.5; N:M implies its own",
+    )
+    outlier_rows: float = setting(
+        0.0, "Fraction of the output rows to leave dense", Heading.METHOD, "FRACTION", lowest=0, below=1
+    )
+    keep_budget: bool = setting(
+        False, "Remove more from the other rows, so that outlier rows do not lower the sparsity", Heading.METHOD
+    )
+    block_size: int | None = setting(
+        None,
+        "Input columns that a compensating method handles together",
+        Heading.METHOD,
+        "COLUMNS",
+        lowest=1,
+        default="the method's own, 128 or 512",
+    )
+    damping: float = setting(
+        DEFAULT_DAMPING,
+        "Added to the diagonal of the Hessian, as a fraction of its mean, by a compensating method",
+        Heading.METHOD,
+        "FRACTION",
+        lowest=0,
+    )
 
     def __post_init__(self) -> None:
         method = registry.method(self.method)

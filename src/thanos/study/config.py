@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from thanos import registry
 from thanos.errors import RecipeError, StudyError
 from thanos.model.bos import BOS_CHOICES
-from thanos.recipe import DTYPES, LayerRecipe
+from thanos.recipe import LayerRecipe, Recipe
 from thanos.run.model_card import public_name as public
+from thanos.settings import settings_of, value_types
 from thanos.study.grid import DENSE, Cell, EvaluationPlan, Study, ZeroShotPlan, product
 
 
@@ -183,17 +184,14 @@ def _whole(lowest: int) -> Callable[[Any], int]:
     return check
 
 
-def _one_of(*allowed: str) -> Callable[[Any], str]:
+def _one_of(choices: Callable[[], Iterable[str]]) -> Callable[[Any], str]:
     def check(value: Any) -> str:
+        allowed = tuple(choices())
         if value not in allowed:
             raise RecipeError(f"must be one of {', '.join(allowed)}; got {value!r}")
         return value
 
     return check
-
-
-def _method(value: Any) -> str:
-    return _one_of(*registry.method_names())(value)
 
 
 def _layer(name: str) -> Callable[[Any], Any]:
@@ -227,11 +225,28 @@ def _many(check: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, ...]]:
     return each
 
 
+def _of_recipe(name: str) -> Callable[[Any], Any]:
+    """Return the check of one value of a recipe's setting, made from how the setting describes itself."""
+    described, (kind, _) = _SETTINGS[name], _TYPES[name]
+    if name == "pattern":
+        return _layer(name)
+    if described.choices is not None:
+        return _one_of(described.choices)
+    if kind is bool:
+        return _flag
+    if kind is int:
+        return _whole(int(described.lowest or 0))
+    if kind is float:
+        return _share(name)
+    return _word
+
+
+_SETTINGS, _TYPES = settings_of(Recipe), value_types(Recipe)
 _TABLES = ("evaluation", "zero_shot", "grid")
 _TOP: dict[str, Callable[[Any], Any]] = {
     "models": _many(_word),
     "cost_only": _many(_word),
-    "dtype": _one_of(*DTYPES),
+    "dtype": _of_recipe("dtype"),
     "keep_models": _flag,
 }
 _EVALUATION: dict[str, Callable[[Any], Any]] = {
@@ -239,20 +254,10 @@ _EVALUATION: dict[str, Callable[[Any], Any]] = {
     "sequence_length": _whole(2),
     "max_windows": _whole(1),
     "compare": _flag,
-    "bos": _one_of(*BOS_CHOICES),
+    "bos": _one_of(lambda: BOS_CHOICES),
 }
 _ZERO_SHOT: dict[str, Callable[[Any], Any]] = {"tasks": _many(_word), "task_folder": _word, "limit": _whole(1)}
 _AXES: dict[str, Callable[[Any], Any]] = {
     "model": _many(_word),
-    "method": _many(_method),
-    "pattern": _many(_layer("pattern")),
-    "sparsity": _many(_share("sparsity")),
-    "outlier_rows": _many(_share("outlier_rows")),
-    "keep_budget": _many(_flag),
-    "block_size": _many(_whole(1)),
-    "damping": _many(_share("damping")),
-    "calibration": _many(_word),
-    "samples": _many(_whole(1)),
-    "sequence_length": _many(_whole(2)),
-    "seed": _many(_whole(0)),
+    **{f.name: _many(_of_recipe(f.name)) for f in fields(Cell) if f.name in _SETTINGS},
 }

@@ -1,0 +1,118 @@
+"""``thanos eval``: perplexity, distance to the dense model, or zero-shot accuracy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from thanos.cli.options import JsonFile, Model, Quiet, Threads, examples, given, option, use_threads, with_settings
+from thanos.errors import DataError
+from thanos.settings import TEXT_SOURCES, Heading
+
+EXAMPLES = examples(
+    ("Perplexity on WikiText-2", "thanos eval pruned"),
+    (
+        "Compare with the dense model on your own text",
+        "thanos eval pruned --text held-out.jsonl --dense meta-llama/Llama-3.2-1B",
+    ),
+    ("Zero-shot accuracy on the seven tasks of the paper", "thanos eval pruned --tasks paper --limit 100"),
+)
+
+
+@with_settings("device", "dtype", "trust_remote_code")
+def evaluate(
+    model: Model,
+    *,
+    text: Annotated[
+        str | None, option(f"Text: {TEXT_SOURCES}", Heading.PERPLEXITY, "SOURCE", default="wikitext2")
+    ] = None,
+    sequence_length: Annotated[int, option("Tokens per window", Heading.PERPLEXITY, "TOKENS")] = 2048,
+    max_windows: Annotated[
+        int | None, option("Score only the first N windows", Heading.PERPLEXITY, "N", default="all")
+    ] = None,
+    dense: Annotated[
+        str | None,
+        option(
+            "Compare with this dense model: KL divergence (nats per token) and top-1 agreement",
+            Heading.PERPLEXITY,
+            "MODEL",
+        ),
+    ] = None,
+    bos: Annotated[
+        str,
+        option(
+            "Where the beginning-of-text token stands, if the tokenizer adds one: window (at the start of each), text (at the "
+            "start of the text alone), or auto: in each window if that lowers the perplexity of the first ones by 10 percent, "
+            "measured on the dense model if one is given",
+            Heading.PERPLEXITY,
+            "PLACE",
+        ),
+    ] = "auto",
+    tasks: Annotated[
+        str | None,
+        option(
+            "Instead of a text, measure zero-shot accuracy with lm_eval: names of its tasks with commas between, or paper for "
+            "the seven of the paper",
+            Heading.TASKS,
+            "NAMES",
+        ),
+    ] = None,
+    task_folder: Annotated[
+        Path | None, option("Folder with lm_eval task files of your own", Heading.TASKS, "DIR")
+    ] = None,
+    limit: Annotated[
+        int | None, option("Only the first N documents of each task", Heading.TASKS, "N", default="all")
+    ] = None,
+    no_cache: Annotated[
+        bool,
+        option(
+            "Score tasks again that were scored before", Heading.TASKS, None, "--no-cache", default="reuse the scores"
+        ),
+    ] = False,
+    threads: Threads = None,
+    json_file: JsonFile = None,
+    quiet: Quiet = False,
+    **settings: Any,
+) -> None:
+    """Measure the perplexity of MODEL, and its distance to a dense model; or its zero-shot accuracy."""
+    from thanos.cli import output as tables
+    from thanos.cli import progress as display
+
+    display.hush()
+    import thanos
+
+    use_threads(threads)
+    tables.check_writable(json_file)
+    common: dict[str, Any] = {"bos": bos, **given(settings)}
+    if tasks is not None:
+        if text is not None or dense is not None:
+            raise DataError(
+                "--tasks measures accuracy instead of perplexity; leave out --text and --dense, or run eval twice"
+            )
+        from thanos.evaluation.tasks import task_names
+
+        with display.watch(quiet=quiet) as watcher:
+            scores = thanos.zero_shot(
+                model,
+                tasks=task_names(tasks.split(",")),
+                task_folder=task_folder,
+                limit=limit,
+                cache=not no_cache,
+                on_event=watcher,
+                **common,
+            )
+        tables.show_zero_shot(scores, json_file)
+        return
+    if task_folder is not None or limit is not None or no_cache:
+        raise DataError("--task-folder, --limit and --no-cache belong to --tasks; name the tasks")
+    with display.watch(quiet=quiet) as watcher:
+        result = thanos.evaluate(
+            model,
+            text=text or "wikitext2",
+            sequence_length=sequence_length,
+            max_windows=max_windows,
+            dense=dense,
+            on_event=watcher,
+            **common,
+        )
+    tables.show_evaluation(result, json_file)

@@ -1,0 +1,42 @@
+"""``thanos inspect``: which weights are zero."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from thanos.cli.options import JsonFile, Model, Quiet, examples, given, option, with_settings
+from thanos.settings import Heading
+
+EXAMPLES = examples(
+    ("Show how many weights of each layer are zero, and in which pattern", "thanos inspect pruned"),
+    ("Exit with 1 unless every pruned layer keeps at most 2 of 4 weights", "thanos inspect pruned --require 2:4"),
+)
+
+
+@with_settings("trust_remote_code")
+def inspect(
+    model: Model,
+    *,
+    require: Annotated[
+        str | None,
+        option("Exit with 1 unless every pruned layer satisfies this pattern: N:M or columns", Heading.RUN, "PATTERN"),
+    ] = None,
+    json_file: JsonFile = None,
+    quiet: Quiet = False,
+    **settings: Any,
+) -> None:
+    """Read the weights of MODEL and tell what is zero, in which pattern, and what is dense."""
+    from thanos.cli import output as tables
+    from thanos.cli import progress as display
+
+    display.hush()
+    from thanos.evaluation.inspect import inspect_checkpoint
+
+    tables.check_writable(json_file)
+    with display.watch(quiet=quiet) as watcher:
+        found = inspect_checkpoint(model, require=require, on_event=watcher, **given(settings))
+    tables.show_inspection(found, json_file)
+    if found.violations:
+        raise typer.Exit(1)

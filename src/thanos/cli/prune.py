@@ -1,0 +1,131 @@
+"""``thanos prune``: prune a model, or predict what that takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from thanos.cli.options import (
+    SETTINGS,
+    Activations,
+    Model,
+    Quiet,
+    Threads,
+    examples,
+    given,
+    option,
+    use_threads,
+    with_settings,
+)
+from thanos.errors import RecipeError
+from thanos.recipe import Recipe
+from thanos.settings import Heading
+
+EXAMPLES = examples(
+    ("Set half of the weights to zero", "thanos prune meta-llama/Llama-3.2-1B pruned"),
+    (
+        "Keep 2 of 4 weights, calibrated on your own text",
+        "thanos prune ./model pruned --pattern 2:4 --calibration text.jsonl",
+    ),
+    ("Predict memory, disk and time first", "thanos prune ./model pruned --sparsity 0.6 --plan"),
+)
+
+
+@with_settings(*SETTINGS)
+def prune(
+    model: Model,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; appears when it is complete.")],
+    *,
+    recipe: Annotated[
+        Path | None,
+        option(
+            "TOML file with these options by name. Command-line options override the file; its [[override]] tables still apply",
+            Heading.WHAT,
+            "FILE",
+        ),
+    ] = None,
+    activations: Activations = "auto",
+    threads: Threads = None,
+    resume: Annotated[
+        bool,
+        option(
+            "Continue the interrupted run of this command; also allowed if none was begun or it is complete",
+            Heading.RUN,
+            None,
+            "--resume",
+            default="refuse to",
+        ),
+    ] = False,
+    plan: Annotated[
+        bool,
+        option(
+            "Only predict memory, disk and time, and what does not fit", Heading.RUN, None, "--plan", default="prune"
+        ),
+    ] = False,
+    overwrite: Annotated[
+        bool,
+        option(
+            "Replace OUT, and start an interrupted run over", Heading.OUTPUT, None, "--overwrite", default="refuse to"
+        ),
+    ] = False,
+    json_file: Annotated[
+        Path | None,
+        option("With --plan, write it as JSON, - for the standard output", Heading.OUTPUT, "FILE", "--json"),
+    ] = None,
+    quiet: Quiet = False,
+    **settings: Any,
+) -> None:
+    """Prune MODEL and write it to OUT as a plain Hugging Face checkpoint."""
+    chosen = merge_recipe(recipe, given(settings))
+    if json_file is not None and not plan:
+        raise RecipeError(
+            "--json belongs to --plan: give --plan too, or leave --json out; a run reports in OUT/pruning.json"
+        )
+    if plan and resume:
+        raise RecipeError("--plan is of a whole run, not of a resumed one; leave out --resume, or --plan")
+    use_threads(threads)
+    from thanos.cli import interrupts as ending
+    from thanos.cli import output as tables
+    from thanos.cli import progress as display
+    from thanos.cli import torchrun as ranks
+
+    display.hush()
+    import thanos
+    from thanos.run.work_folder import WorkFolder
+
+    if plan:
+        tables.check_writable(json_file)
+        with display.watch(quiet=quiet) as watcher:
+            found = thanos.plan(model, out, chosen, overwrite=overwrite, activations=activations, on_event=watcher)
+        tables.show_plan(found, json_file)
+        return
+    complete = resume and not overwrite and WorkFolder(out).is_complete
+    with ending.resumable(out), display.watch(quiet=quiet or not ranks.is_first()) as watcher:
+        report = thanos.prune(
+            model, out, chosen, overwrite=overwrite, resume=resume, activations=activations, on_event=watcher
+        )
+    if ranks.is_first():
+        tables.show_report(report, out, complete=complete)
+
+
+def merge_recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
+    """Return the recipe of a file, or the default one, with the settings of the command line in place of its own.
+
+    A flag that changes the pattern also drops the file's sparsity and block size, which belong to the file's pattern.
+
+    Raises:
+        RecipeError: the file or the result is not a valid recipe.
+    """
+    if path is None:
+        return Recipe(**flags)
+    base = Recipe.from_toml(path)
+    if not path.stat().st_size:
+        raise RecipeError(f"recipe {path} is empty; write a setting such as sparsity = 0.5, or leave --recipe out")
+    if base.trust_remote_code and not flags.get("trust_remote_code"):
+        raise RecipeError(
+            f"recipe {path} asks to run Python code that comes with the checkpoint, which a file cannot allow; read that code, "
+            "then give --trust-remote-code"
+        )
+    return base.replace(**base.suited(flags))

@@ -1,0 +1,106 @@
+"""How the settings of a recipe describe themselves: one description serves the command's options and a study's axes."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+TEXT_SOURCES = (
+    "wikitext2, c4 (both from the hub), pydoc, or local .txt, .jsonl, .json (both also .gz) or .parquet files: one, several "
+    "with commas between, a folder, or a glob such as 'data/*.jsonl'; FILE:NAME names the column"
+)
+"""Where calibration and evaluation take their text from."""
+
+
+class Heading(StrEnum):
+    """The headings of a command's options, in the order in which they are shown."""
+
+    WHAT = "What to prune"
+    METHOD = "Method and sparsity"
+    CALIBRATION = "Calibration"
+    SIZES = "Sizes of the model"
+    LAYER = "Layer and timing"
+    PERPLEXITY = "Perplexity"
+    TASKS = "Accuracy on tasks"
+    RUN = "Where and how it runs"
+    OUTPUT = "Output"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """What people have to know about one setting.
+
+    Attributes:
+        help: what it is, without a full stop.
+        heading: under which the command shows it.
+        metavar: the unit of its value, or else what the value is, in capitals; empty for a setting that is true or false.
+        lowest: the least value; None for no lower bound.
+        below: all values are smaller than this; None for no upper bound.
+        choices: returns what is allowed, for a pattern with a word on each; None if it cannot be listed. Called when needed.
+        default: the default in words, if the value of the field does not say it; empty to show the value.
+    """
+
+    help: str
+    heading: Heading
+    metavar: str = ""
+    lowest: float | None = None
+    below: float | None = None
+    choices: Callable[[], Iterable[str]] | None = None
+    default: str = ""
+
+    @property
+    def bounds(self) -> str:
+        """The bounds in words, as the errors of a recipe state them; empty without bounds."""
+        lowest = "" if self.lowest is None else f"at least {self.lowest:g}"
+        return lowest if self.below is None else f"{lowest} and below {self.below:g}"
+
+
+_KEY = "setting"
+
+
+def setting(value: Any, help: str, heading: Heading, metavar: str = "", **others: Any) -> Any:
+    """Return a dataclass field with a default value and a description; ``others`` as for :class:`Setting`."""
+    described = Setting(help=help, heading=heading, metavar=metavar, **others)
+    return field(default=value, metadata={_KEY: described})
+
+
+def settings_of(owner: type[Any]) -> dict[str, Setting]:
+    """Return the described fields of a dataclass by name, in order, each with its default in words."""
+    return {
+        f.name: dataclasses.replace(f.metadata[_KEY], default=f.metadata[_KEY].default or words(f.default))
+        for f in dataclasses.fields(owner)
+        if _KEY in f.metadata
+    }
+
+
+def value_types(owner: type[Any]) -> dict[str, tuple[type[Any], bool]]:
+    """Return each described field's type, None left out, and whether it holds several values of that type."""
+    hints = typing.get_type_hints(owner)
+    return {name: _value_type(hints[name]) for name in settings_of(owner)}
+
+
+def _value_type(hint: Any) -> tuple[type[Any], bool]:
+    if isinstance(hint, types.UnionType):
+        (hint,) = (one for one in typing.get_args(hint) if one is not types.NoneType)
+    arguments = typing.get_args(hint)
+    return (arguments[0], True) if arguments else (hint, False)
+
+
+def words(value: Any) -> str:
+    """Return a default value as the help shows it."""
+    if value is None or value == ():
+        return "none"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def either(names: Iterable[str]) -> str:
+    """Return ``a, b or c``."""
+    *others, last = names
+    return f"{', '.join(others)} or {last}" if others else last
