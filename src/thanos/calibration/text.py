@@ -65,13 +65,13 @@ def check_text_source(
             return
         if row.strip():
             return
-    raise DataError(f"{source} holds no text")
+    raise DataError(f"{source} holds no text (rows that are empty or null do not count)")
 
 
 def calibration_documents(
     source: str, tokenizer: PreTrainedTokenizerBase | None = None, on_note: Note | None = None
 ) -> list[str]:
-    """Return the documents of a source, empty ones left out.
+    """Return the documents of a source, rows without text left out.
 
     Args:
         source: ``wikitext2``, ``c4``, ``pydoc`` or local files (textfiles.py). ``wikitext2`` and a ``.txt`` file are one
@@ -94,7 +94,7 @@ def calibration_documents(
         rows = _file_rows(source, _CALIBRATION, tokenizer, on_note or _unheard)
     documents = [row for row in rows if row.strip()]
     if not documents:
-        raise DataError(f"{source} holds no text")
+        raise DataError(f"{source} holds no text (rows that are empty or null do not count)")
     return documents
 
 
@@ -124,7 +124,7 @@ def evaluation_rows(
     else:
         rows = _file_rows(source, _EVALUATION, tokenizer, on_note or _unheard)
     if not any(row.strip() for row in rows):
-        raise DataError(f"{source} holds no text")
+        raise DataError(f"{source} holds no text (rows that are empty or null do not count)")
     return rows
 
 

@@ -131,24 +131,32 @@ def read_rows(path: Path, column: str | None, note: Note) -> Iterator[Row]:
     Args:
         path: of the file.
         column: whose text to take; None for the usual ones.
-        note: is told where another column than the usual ones is taken.
+        note: is told where another column than the usual ones is taken, and how many rows have null for a text: they are
+            left out.
 
     Raises:
-        DataError: the file cannot be read, is damaged, or a row has no text.
+        DataError: the file cannot be read, is damaged, or a row has no text and no null in its place.
     """
-    name = path.name.lower()
+    name, nulls = path.name.lower(), 0
     try:
         if name.endswith(".parquet"):
-            yield from _parquet_rows(path, column, note)
+            rows = _parquet_rows(path, column, note)
         elif name.endswith(".txt"):
-            yield _plain_text(path, column)
+            rows = iter([_plain_text(path, column)])
         else:
-            yield from _json_rows(path, column, note)
+            rows = _json_rows(path, column, note)
+        for row in rows:
+            if row is None:
+                nulls += 1
+            else:
+                yield row
     except (OSError, EOFError, zlib.error) as error:
         line = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"text file {path} cannot be read: {line}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"text file {path} is not UTF-8: {error.reason} at byte {error.start}") from error
+    if nulls:
+        note(f"{path} has {nulls:,} {'row' if nulls == 1 else 'rows'} whose text is null, left out")
 
 
 def _plain_text(path: Path, column: str | None) -> str:
@@ -163,7 +171,7 @@ def _plain_text(path: Path, column: str | None) -> str:
 # --- JSON -------------------------------------------------------------------------------------------------------------
 
 
-def _json_rows(path: Path, column: str | None, note: Note) -> Iterator[Row]:
+def _json_rows(path: Path, column: str | None, note: Note) -> Iterator[Row | None]:
     name = path.name.lower()
     zipped = name.endswith(".gz")
     with gzip.open(path, "rt", encoding="utf-8-sig") if zipped else path.open(encoding="utf-8-sig") as file:
@@ -207,17 +215,30 @@ def _parsed_lines(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, Any]]
             raise DataError(f"{path}, line {number}: not valid JSON ({error})") from error
 
 
-def _column_of(path: Path, unit: str, rows: Iterable[tuple[int, Any]], column: str | None, note: Note) -> Iterator[Row]:
-    """Yield the column's values of numbered rows; the first row decides the column where none is named."""
+def _column_of(
+    path: Path, unit: str, rows: Iterable[tuple[int, Any]], column: str | None, note: Note
+) -> Iterator[Row | None]:
+    """Yield the column's values of numbered rows; the first row with a text decides the column where none is named."""
     for number, row in rows:
-        if column is None and isinstance(row, dict):
+        if column is None and isinstance(row, dict) and not _is_null(row):
             kinds = {name: kind for name, value in row.items() if (kind := _kind(value))}
             column = _choose(path, kinds, note)
         wanted = column or DEFAULT_COLUMN
+        if isinstance(row, dict) and (_is_null(row) if column is None else row.get(column, "") is None):
+            yield None
+            continue
         value = row.get(wanted) if isinstance(row, dict) else None
         if not isinstance(row, dict) or _kind(value) is None:
             raise DataError(f"{path}, {unit} {number}: no string under {wanted!r}; {_complaint(row, wanted)}")
         yield cast(Row, value)
+
+
+def _is_null(row: dict[str, Any]) -> bool:
+    """Whether null stands where a row's text would be, so that the row cannot tell which column that is."""
+    for usual in (DEFAULT_COLUMN, CHAT_COLUMN):
+        if usual in row:
+            return row[usual] is None
+    return None in row.values() and not any(map(_kind, row.values()))
 
 
 def _kind(value: Any) -> str | None:
@@ -232,8 +253,7 @@ def _complaint(row: Any, column: str) -> str:
         return "it is no object"
     if column not in row:
         return f"there are {', '.join(map(repr, row)) or 'no columns'}; name one with FILE:COLUMN"
-    value = row[column]
-    what = "null" if value is None else f"a JSON {type(value).__name__}"
+    what = f"a JSON {type(row[column]).__name__}"
     return f"it is {what}; take such rows out, or name another column with FILE:COLUMN"
 
 
@@ -253,7 +273,7 @@ def _choose(path: Path, kinds: dict[str, str], note: Note) -> str | None:
 # --- parquet ----------------------------------------------------------------------------------------------------------
 
 
-def _parquet_rows(path: Path, column: str | None, note: Note) -> Iterator[Row]:
+def _parquet_rows(path: Path, column: str | None, note: Note) -> Iterator[Row | None]:
     try:
         import pyarrow
         import pyarrow.parquet as parquet
@@ -269,9 +289,8 @@ def _parquet_rows(path: Path, column: str | None, note: Note) -> Iterator[Row]:
                 raise DataError(f"{path} has no column {wanted!r}; there are {named}; name one with FILE:COLUMN")
             for batch in file.iter_batches(columns=[wanted]):
                 for row in batch.column(0).to_pylist():
-                    if _kind(row) is None:
-                        what = " (null)" if row is None else ""
-                        raise DataError(f"{path}: the column {wanted!r} holds something other than strings{what}")
+                    if row is not None and _kind(row) is None:
+                        raise DataError(f"{path}: the column {wanted!r} holds something other than strings")
                     yield row
     except pyarrow.ArrowException as error:
         raise DataError(f"{path} is not a valid parquet file: {str(error).splitlines()[0]}") from error
