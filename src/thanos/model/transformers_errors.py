@@ -6,8 +6,10 @@ import importlib.util
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from thanos.errors import ModelError
+from thanos.system.memory import is_out_of_memory
 
 _PIP_NAMES = {
     "PIL": "pillow",
@@ -39,6 +41,46 @@ def package_errors(model: str) -> Iterator[None]:
         if line is None:
             raise
         raise ModelError(line) from error
+
+
+@contextmanager
+def building_errors(model: str, config: Any) -> Iterator[None]:
+    """Turn whatever fails while a model is built from its config into one line; out of memory passes.
+
+    Args:
+        model: its name, for the message.
+        config: its config; the class tells whether a checkpoint's own code builds the model.
+
+    Raises:
+        ModelError: it cannot be built.
+    """
+    try:
+        with package_errors(model):
+            yield
+    except ModelError:
+        raise
+    except (Exception, SystemExit) as error:  # a checkpoint's own code may raise anything
+        if is_out_of_memory(error):
+            raise
+        raise ModelError(describe_building_error(model, config, error)) from error
+
+
+def describe_building_error(model: str, config: Any, error: BaseException) -> str:
+    """Say what failed while a model was built from its config."""
+    import transformers
+
+    version, what = transformers.__version__, f"{type(error).__name__}: {first_line(error)}"
+    if brings_code(config):
+        return (
+            f"the Python code that {model} brings fails with transformers {version} ({what}); take a newer version of the "
+            "checkpoint, or the version of transformers that its card names"
+        )
+    return f"transformers {version} cannot build {model} from its config ({what}); correct config.json, or take the model's own"
+
+
+def brings_code(config: Any) -> bool:
+    """Tell whether a config's class is Python code that a checkpoint brings."""
+    return type(config).__module__.partition(".")[0] == "transformers_modules"
 
 
 def describe_import_error(model: str, error: BaseException) -> str | None:
