@@ -369,6 +369,30 @@ def refused(read: Any, source: Path | str, match: str) -> None:
 
 @READERS
 @pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("wikitext-2", "wikitext2"),
+        ("wiki", "wikitext2"),
+        ("Salesforce/wikitext", "wikitext2"),
+        ("pydocs", "pydoc"),
+        ("goood.jsonl", "good.jsonl"),
+        ("goood.jsonl:body", "good.jsonl"),
+        ("good.jsonl,goood.jsonl", "good.jsonl"),
+        ("txts", "texts"),
+    ],
+)
+def test_what_was_meant_by_a_source_that_is_not_there(
+    read: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, meant: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts").mkdir()
+    for other in ("good.jsonl", "goood.png", ".goood.txt"):
+        (tmp_path / other).write_text(json_lines(["a"]))
+    refused(read, name, re.escape(f"(did you mean {meant}?)"))
+
+
+@READERS
+@pytest.mark.parametrize(
     "name", ["wikitext", "WIKITEXT2", "text.csv", "a.xml", "a.txt.gz", "", "some words", "a.parquet.gz"]
 )
 def test_unknown_sources(read: Any, name: str) -> None:

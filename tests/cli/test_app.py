@@ -94,12 +94,16 @@ def test_a_text_that_cannot_be_used_is_refused_before_anything_is_loaded(
         path.write_bytes(content)
     elif name.endswith("/"):
         path.mkdir()
-    for module in ("preparing", "evaluation"):
+    for module in ("calibration.windows", "evaluation.perplexity"):
         monkeypatch.setattr(f"thanos.{module}.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
-    for module in ("pruning", "planning"):
+    for module in ("run.prune", "planning.plan"):
         monkeypatch.setattr(f"thanos.{module}.prepare", lambda *_, **__: pytest.fail("the model was opened"))
     prune = ["prune", str(model), str(tmp_path / "out"), "--calibration", str(path), *PRUNE]
-    arguments = {"prune": prune, "plan": [*prune, "--plan"], "eval": ["eval", str(model), "--text", str(path)]}
+    arguments = {
+        "prune": prune,
+        "plan": [*prune, "--plan"],
+        "eval": ["eval", str(model), "--text", str(path), *PRUNE[2:4]],
+    }
     assert run([*arguments[command], "--quiet"]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert says in line
@@ -170,7 +174,7 @@ def test_python_m_thanos_and_the_version_are_quick() -> None:
         (["prune", "no/such/model", "{out}"], "no/such/model"),
         (["prune", "nobody/nothing", "{out}"], "local folder"),
         (["prune", "{model}", "{out}", "--recipe", "none.toml"], "none.toml"),
-        (["eval", "{model}", "--text", "wikitext2"], "give a local file"),
+        (["eval", "{model}", "--text", "wikitext2", "--sequence-length", "32"], "give a local file"),
         (["eval", "{model}", "--text", "{text}", "--sequence-length", "1"], "at least 2"),
         (["eval", "{model}", "--text", "{text}", "--max-windows", "0"], "at least 1"),
         (["eval", "{model}", "--text", "self"], "self"),

@@ -96,6 +96,24 @@ def test_apples_gpu_is_named(capsys: pytest.CaptureFixture[str], tiny_llama: Pat
 
 
 @pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--verion"], "no option --verion before the command (did you mean --version?); see thanos --help"),
+        (["-version"], "no option -version before the command (did you mean --version?); see thanos --help"),
+        (["--threads", "1", "prune"], "no option --threads before the command; it goes after the command; see thanos"),
+        (["--nonesuch"], "no option --nonesuch before the command; see thanos --help"),
+        (
+            ["bench", "--shape=8x8", "layer"],
+            "no option --shape before the command; it goes after the command; see thanos bench",
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_an_option_before_the_command(words: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert says in refused(words, capsys)
+
+
+@pytest.mark.parametrize(
     ("words", "expected"),
     [
         (["--sparsity", "50"], "got 50.0 (did you mean 0.5?)"),
@@ -285,7 +303,12 @@ def test_out_in_a_place_that_cannot_be_written(tmp_path: Path, monkeypatch: pyte
 @pytest.fixture
 def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails where weights are opened or loaded."""
-    for place in ("preparing.open_model", "inspection.open_model", "evaluation.load_model", "harness.load_model"):
+    for place in (
+        "run.setup.open_model",
+        "evaluation.inspect.open_model",
+        "evaluation.perplexity.load_model",
+        "evaluation.tasks.load_model",
+    ):
         monkeypatch.setattr(f"thanos.{place}", lambda *_, **__: pytest.fail("the model was loaded"))
 
 
@@ -342,7 +365,7 @@ def test_what_can_be_known_at_once_is_told_before_anything_is_loaded(
 def test_the_device_is_asked_for_after_the_files(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("pruning", "planning", "evaluation"):
+    for module in ("run.prune", "planning.plan", "evaluation.perplexity"):
         monkeypatch.setattr(f"thanos.{module}.choose_device", lambda _: pytest.fail("a device was asked for"))
     (tmp_path / "full").mkdir()
     (tmp_path / "full/config.json").write_text("{}")

@@ -13,6 +13,7 @@ from thanos.model.bos import BOS_CHOICES
 from thanos.recipe import DTYPES, METHODS, LayerRecipe, Recipe
 from thanos.run.model_card import public_name as public
 from thanos.study.grid import DENSE, FORMULA, Cell, EvaluationPlan, FormulaPlan, Study, ZeroShotPlan, product
+from thanos.system.suggestions import near, near_number, near_whole
 
 
 def read_study(path: str | Path) -> Study:
@@ -126,8 +127,9 @@ class _Reader:
             if table == "" and name in _TABLES:
                 continue
             if name not in checks:
-                allowed = ", ".join([*checks, *(_TABLES if table == "" else ())])
-                raise self._error(table, index, key, f"unknown field; allowed are {allowed}")
+                allowed = [*checks, *(_TABLES if table == "" else ())]
+                hint = near(key, allowed)
+                raise self._error(table, index, key, f"unknown field; allowed are {', '.join(allowed)}{hint}")
             try:
                 found[name] = checks[name](value)
             except RecipeError as error:
@@ -192,7 +194,7 @@ def _word(value: Any) -> str:
 def _whole(lowest: int) -> Callable[[Any], int]:
     def check(value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
-            raise RecipeError(f"must be a whole number, at least {lowest}; got {value!r}")
+            raise RecipeError(f"must be a whole number, at least {lowest}; got {value!r}{near_whole(value)}")
         return value
 
     return check
@@ -201,7 +203,7 @@ def _whole(lowest: int) -> Callable[[Any], int]:
 def _one_of(*allowed: str) -> Callable[[Any], str]:
     def check(value: Any) -> str:
         if value not in allowed:
-            raise RecipeError(f"must be one of {', '.join(allowed)}; got {value!r}")
+            raise RecipeError(f"must be one of {', '.join(allowed)}; got {value!r}{near(value, allowed)}")
         return value
 
     return check
@@ -239,7 +241,7 @@ def _many(check: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, ...]]:
 
 def _inner_share(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
-        raise RecipeError(f"must be a number between 0 and 1; got {value!r}")
+        raise RecipeError(f"must be a number between 0 and 1; got {value!r}{near_number(value, share=True)}")
     return float(value)
 
 
