@@ -224,6 +224,17 @@ def test_a_config_with_which_transformers_cannot_build_the_model(copy: Path) -> 
             call(source)
 
 
+def test_what_transformers_says_in_two_lines_or_above_its_error(copy: Path) -> None:
+    edit_config(copy, hidden_size="x")
+    with pytest.raises(ModelError, match=r"config of .*'hidden_size': .*expected int, got str"):
+        resolve_model(copy)
+    edit_config(copy, hidden_size=32, vocab_size=100)
+    source = resolve_model(copy)
+    for call in (open_model, load_model):
+        with pytest.raises(ModelError, match=r"shape.*config.json makes.*the config belongs to another checkpoint$"):
+            call(source)
+
+
 @pytest.mark.skipif(transformers.utils.is_flash_attn_2_available(), reason="flash-attn is installed")
 def test_a_config_that_asks_for_flash_attention(copy: Path) -> None:
     edit_config(copy, _attn_implementation="flash_attention_2")

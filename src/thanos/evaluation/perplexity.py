@@ -354,20 +354,22 @@ def _score(model: PreTrainedModel, reference: Reference, tell: Callable[[Event],
             continue
         for index, window in enumerate(found, start=done):
             if not bool(torch.isfinite(window).all()):
-                raise NumericsError(_complaint(window, index))
+                raise NumericsError(_complaint(window, index, model.dtype))
         sums, done = sums + found.sum(0), done + len(ids)
         tell(Event(kind="progress", phase="evaluate", done=done, total=total, tokens=done * (length - 1)))
     return sums.tolist()
 
 
-def _complaint(sums: Tensor, index: int) -> str:
+def _complaint(sums: Tensor, index: int, dtype: torch.dtype) -> str:
     """Say what the sums of a window, some of them not finite, tell about the two models."""
+    wide = dtype in (torch.float32, torch.float64)
+    remedy = "its weights may be damaged: download or save it again" if wide else "try --dtype float32"
     for which, loss in (("model", sums[0]), ("dense model", sums[3])):
         if not bool(loss.isfinite()):
-            return f"the {which} gives NaN or infinite logits in window {index}; try --dtype float32"
+            return f"the {which} gives NaN or infinite logits in window {index}; {remedy}"
     return (
         f"the KL divergence is infinite in window {index}: the model gives probability 0 (a logit of −∞) to a token that the "
-        "dense model holds possible; try --dtype float32, or leave out --dense"
+        f"dense model holds possible; {'' if wide else 'try --dtype float32, or '}leave out --dense"
     )
 
 

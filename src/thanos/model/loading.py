@@ -55,6 +55,9 @@ def load_model(
         if source.gguf is not None and (parts := count_parts(source.gguf)) > 1:
             raise ModelError(say_merge(source.gguf, parts)) from error
         line = f"{source.name} cannot be loaded: {first_line(error)}"
+        if "ignore_mismatched_sizes" in str(error):  # transformers refers to what it printed
+            shapes = "tensors have other shapes than config.json makes them"
+            line = f"{source.name}: {shapes}; the config belongs to another checkpoint"
         own = source.gguf is None and brings_code(source.config())
         if own or (source.gguf is None and not isinstance(error, ValueError | OSError | RuntimeError)):  # not its files
             line = describe_building_error(source.name, source.config(), error)

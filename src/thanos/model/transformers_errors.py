@@ -131,6 +131,8 @@ def _is_there(module: str) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text; its type's name where it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    """Return the first line of an error's text, with the next one where it ends in a colon; its type's name without a text."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
