@@ -28,6 +28,7 @@ from thanos.system.device import choose_device
 from thanos.system.documents import Document
 from thanos.system.event_stream import EventStream
 from thanos.system.memory import free_device_bytes, memory_explained
+from thanos.system.suggestions import near_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -194,7 +195,7 @@ def evaluate(
 
     Args:
         model: a hub name, a local folder or a ``.gguf`` file.
-        text: ``wikitext2``, ``c4``, ``pydoc`` or local files (textfiles.py).
+        text: ``wikitext2``, ``c4``, ``pydoc`` or local files (text_files.py).
         sequence_length: tokens per window, at least 2.
         max_windows: score only the first so many windows.
         dense: the model to compare with; must have the same vocabulary.
@@ -212,7 +213,7 @@ def evaluate(
         UserError: the model, the text or the device cannot be used.
     """
     tell = EventStream(on_event)
-    _check_options(sequence_length, max_windows, dtype)
+    _check_options(text, sequence_length, max_windows, dtype)
     find_local(model, trust_remote_code=trust_remote_code)
     dense = dense if reference is None else None
     if dense is not None:
@@ -321,7 +322,12 @@ def choose_bos(
     )
 
 
-def _check_options(sequence_length: int, max_windows: int | None, dtype: str) -> None:
+def _check_options(text: str, sequence_length: int, max_windows: int | None, dtype: str) -> None:
+    if not isinstance(text, str):
+        raise DataError(f"text must be a name or path as a string; got {type(text).__name__} {str(text)[:60]!r}")
+    for name, value in (("sequence_length", sequence_length), ("max_windows", max_windows)):
+        if isinstance(value, bool) or not isinstance(value, int | None):
+            raise DataError(f"{name} must be a whole number; got {value!r}{near_whole(value)}")
     if sequence_length < 2:
         raise DataError(f"sequence_length must be at least 2, to predict one token; got {sequence_length}")
     if max_windows is not None and max_windows < 1:
