@@ -107,8 +107,20 @@ _OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
             "init_std": 0.15,
         },
     ),
+    "rwkv": (
+        "RwkvConfig",
+        {
+            **_COMMON,
+            "hidden_size": 32,
+            "attention_hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 4,
+            "context_length": POSITIONS,
+            "rescale_every": 2,
+        },
+    ),
 }
-"""Not promised by name; their blocks take arguments of other shapes, or return lists."""
+"""Not promised by name; their blocks take arguments of other shapes, or return lists; RWKV runs otherwise than trained."""
 
 ARCHITECTURES = tuple(_CONFIGS)
 """Every dense architecture that the project promises to prune."""
@@ -209,3 +221,43 @@ def windows(samples: int, length: int, *, seed: int = 0) -> torch.Tensor:
     """Random token ids, (samples, length)."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(4, 4 + len(WORDS), (samples, length), generator=generator)
+
+
+def small_gguf(path: Path) -> Path:
+    """A llama in GGUF form with one block, written by the format's own package."""
+    import gguf
+    import numpy as np
+
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_context_length(POSITIONS)
+    writer.add_embedding_length(32)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(4)
+    writer.add_rope_dimension_count(8)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(40)
+    draw = np.random.default_rng(0)
+    shapes = {
+        "token_embd.weight": (40, 32),
+        "output.weight": (40, 32),
+        "output_norm.weight": (32,),
+        "blk.0.attn_norm.weight": (32,),
+        "blk.0.ffn_norm.weight": (32,),
+        "blk.0.attn_q.weight": (32, 32),
+        "blk.0.attn_k.weight": (32, 32),
+        "blk.0.attn_v.weight": (32, 32),
+        "blk.0.attn_output.weight": (32, 32),
+        "blk.0.ffn_gate.weight": (64, 32),
+        "blk.0.ffn_up.weight": (64, 32),
+        "blk.0.ffn_down.weight": (32, 64),
+    }
+    for name, shape in shapes.items():
+        writer.add_tensor(name, draw.standard_normal(shape).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

@@ -41,6 +41,7 @@ def test_the_defaults_are_those_that_are_documented():
         "targets": (),
         "skip": (),
         "overrides": (),
+        "measure_error": None,
         "trust_remote_code": False,
     }
     assert recipe.resolved_sparsity == 0.5

@@ -225,6 +225,60 @@ def test_a_column_must_be_named_where_several_hold_strings(read: Any, tmp_path: 
     refused(read, f"{tmp_path / 'a.txt'}:title", "has no columns")
 
 
+# --- rows whose text is null ------------------------------------------------------------------------------------------
+
+
+def with_nulls(path: Path, rows: list[dict[str, Any]]) -> Path:
+    if path.suffix == ".parquet":
+        return parquet(path, {name: [row[name] for row in rows] for name in rows[0]})
+    text = json.dumps(rows) if path.suffix == ".json" else "".join(json.dumps(row) + "\n" for row in rows)
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    return path
+
+
+@READERS
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.parquet"])
+def test_rows_whose_text_is_null_are_left_out_and_counted(read: Any, tmp_path: Path, name: str) -> None:
+    rows = [{"text": None, "id": "0"}, {"text": "a", "id": "1"}, {"text": None, "id": "2"}, {"text": "b", "id": "3"}]
+    path, notes = with_nulls(tmp_path / name, rows), []
+    assert read(str(path), on_note=notes.append) == ["a", "b"]
+    assert notes == [f"{path} has 2 rows whose text is null, left out"]
+    check_text_source(str(path))
+
+
+@READERS
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_a_null_under_the_column_that_is_named_or_the_only_one(read: Any, tmp_path: Path, name: str) -> None:
+    path = with_nulls(tmp_path / name, [{"id": 1, "body": None}, {"id": 2, "body": "x"}])
+    for source in (str(path), f"{path}:body"):
+        notes: list[str] = []
+        assert read(source, on_note=notes.append) == ["x"]
+        assert notes[-1] == f"{path} has 1 row whose text is null, left out"
+
+
+@READERS
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_a_chat_that_is_null(read: Any, tmp_path: Path, name: str) -> None:
+    path = with_nulls(tmp_path / name, [{"id": "x", "messages": None}, {"id": "y", "messages": CHATS[0]}])
+    assert read(str(path), talkative(begins=True)) == ["[user] ban [assistant] bar "]
+
+
+@READERS
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet"])
+def test_rows_whose_texts_are_all_null_are_no_text(read: Any, tmp_path: Path, name: str) -> None:
+    import pyarrow
+
+    rows = [{"text": None}] * 3
+    if name == "a.parquet":
+        path = parquet(tmp_path / name, {"text": pyarrow.array([None] * 3, pyarrow.string())})
+    else:
+        path = with_nulls(tmp_path / name, rows)
+    says = "holds no text (rows that are empty or null do not count)"
+    refused(read, path, re.escape(f"{path} {says}"))
+    with pytest.raises(DataError, match=re.escape(says)):
+        check_text_source(str(path))
+
+
 # --- chats ------------------------------------------------------------------------------------------------------------
 
 CHATS = [
@@ -315,6 +369,30 @@ def refused(read: Any, source: Path | str, match: str) -> None:
 
 @READERS
 @pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("wikitext-2", "wikitext2"),
+        ("wiki", "wikitext2"),
+        ("Salesforce/wikitext", "wikitext2"),
+        ("pydocs", "pydoc"),
+        ("goood.jsonl", "good.jsonl"),
+        ("goood.jsonl:body", "good.jsonl"),
+        ("good.jsonl,goood.jsonl", "good.jsonl"),
+        ("txts", "texts"),
+    ],
+)
+def test_what_was_meant_by_a_source_that_is_not_there(
+    read: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, meant: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts").mkdir()
+    for other in ("good.jsonl", "goood.png", ".goood.txt"):
+        (tmp_path / other).write_text(json_lines(["a"]))
+    refused(read, name, re.escape(f"(did you mean {meant}?)"))
+
+
+@READERS
+@pytest.mark.parametrize(
     "name", ["wikitext", "WIKITEXT2", "text.csv", "a.xml", "a.txt.gz", "", "some words", "a.parquet.gz"]
 )
 def test_unknown_sources(read: Any, name: str) -> None:
@@ -346,11 +424,12 @@ BAD = {
     ),
     "a list": ("a.jsonl", b'["text"]\n', "line 1: no string under 'text'.*no object"),
     "a number": ("a.jsonl", b'{"text": 3}\n', "line 1: no string under 'text'"),
-    "null": (
+    "a list of nulls": (
         "a.jsonl",
-        b'{"text": "ok"}\n{"text": null, "id": 1}\n',
-        "line 2: no string under 'text'; it is null; take",
+        b'{"text": "ok"}\n{"text": [null]}\n',
+        "line 2: no string under 'text'; it is a JSON list",
     ),
+    "null in place of a row": ("a.jsonl", b'{"text": "ok"}\nnull\n', "line 2: no string under 'text'; it is no object"),
     "no rows": ("a.json", b'{"data": [1]}', "line 1: no string under 'text'; there are 'data'"),
     "a list of lists": ("a.json", b'[["text"]]', "row 1: no string under 'text'.*no object"),
     "a cut list": ("a.json", b'[{"text": "ok"}, {"te', "not valid JSON.*a list of rows, or one row a line"),
@@ -398,7 +477,7 @@ def test_parquet_without_the_column(read: Any, tmp_path: Path) -> None:
 
 
 @READERS
-@pytest.mark.parametrize("values", [[1, 2], ["a", None], [["a"], ["b"]], [b"bytes"]])
+@pytest.mark.parametrize("values", [[1, 2], [["a"], ["b"]], [b"bytes"]])
 def test_parquet_with_other_values(read: Any, tmp_path: Path, values: Any) -> None:
     path = parquet(tmp_path / "a.parquet", {"text": values})
     refused(read, path, f"{re.escape(str(path))}: the column 'text' holds something other than strings")

@@ -104,6 +104,24 @@ def test_apples_gpu_is_named(capsys: pytest.CaptureFixture[str], tiny_llama: Pat
 
 
 @pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--verion"], "no option --verion before the command (did you mean --version?); see thanos --help"),
+        (["-version"], "no option -version before the command (did you mean --version?); see thanos --help"),
+        (["--threads", "1", "prune"], "no option --threads before the command; it goes after the command; see thanos"),
+        (["--nonesuch"], "no option --nonesuch before the command; see thanos --help"),
+        (
+            ["bench", "--shape=8x8", "layer"],
+            "no option --shape before the command; it goes after the command; see thanos bench",
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_an_option_before_the_command(words: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert says in refused(words, capsys)
+
+
+@pytest.mark.parametrize(
     ("words", "expected"),
     [
         (["--sparsity", "50"], "got 50.0 (did you mean 0.5?)"),

@@ -15,7 +15,7 @@ import pytest
 
 from thanos.cli import run
 from thanos.cli.interrupts import EndedEarly
-from thanos.engine.loop import Engine
+from thanos.engine.stages.prune import PruneStage
 from thanos.errors import DataError, ModelError, NumericsError, ResourceError, UserError
 
 _SIGNALLED = """
@@ -118,14 +118,14 @@ def test_a_run_that_would_meet_its_error_again_does_not_advise_to_resume(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    solve = Engine._solve
+    work = PruneStage.__call__
 
-    def failing(self: Any, layers: Any, groups: Any, index: int | None) -> Any:
-        if index == 2:
+    def failing(self: Any, context: Any) -> Any:
+        if context.index == 2:
             raise error
-        yield from solve(self, layers, groups, index)
+        yield from work(self, context)
 
-    monkeypatch.setattr(Engine, "_solve", failing)
+    monkeypatch.setattr(PruneStage, "__call__", failing)
     arguments = ["prune", str(tiny_llama), str(tmp_path / "out"), "--calibration", str(text_file), "--samples", "4"]
     assert run([*arguments, "--sequence-length", "32", "--device", "cpu", "--quiet"]) == code
     [line] = capsys.readouterr().err.splitlines()

@@ -198,7 +198,10 @@ def one_block() -> Toy:
 REFUSED: dict[str, tuple[Callable[[], Toy], str]] = {
     "twice": (lambda: Toy(twice), "block 0 is called twice"),
     "backwards": (lambda: Toy(backwards), "block 1 is called after block 2"),
-    "never": (lambda: Toy(lambda _, hidden: hidden), "text reaches none of its 3 blocks"),
+    "never": (
+        lambda: Toy(lambda _, hidden: hidden),
+        "text reaches none of its 3 blocks in layers, the list with most weights",
+    ),
     "between": (lambda: Toy(between), "block 1 is not handed what block 0 returned"),
     "parallel": (lambda: Toy(parallel), "block 1 is not handed what block 0 returned"),
     "by argument": (lambda: Toy(by_argument), "block 1 is handed what depends on the blocks before it"),

@@ -10,7 +10,7 @@ import thanos
 from helpers import save_tiny
 from reports import layer
 from thanos.cli import run
-from thanos.engine.records import warning_lines
+from thanos.engine.records import expert_notes, warning_lines
 from thanos.run.model_card import model_card
 
 _FEW = "only {} calibration tokens for {} input columns: the Hessian is singular but for damping"
@@ -53,6 +53,27 @@ def test_what_differs_in_numbers_alone_is_one_kind(first: str, second: str) -> N
     assert warning_lines(layers) == ["a: other", f"3 layers, the first of them a: {first}"]
     assert warning_lines(layers[:1], quote="`") == ["`a`: other", f"`a`: {first}"]
     assert warning_lines([]) == []
+
+
+@pytest.mark.parametrize(
+    ("method", "solves"), [("thanos", True), ("sparsegpt", True), ("wanda", False), ("magnitude", False)]
+)
+def test_few_tokens_matter_only_to_methods_that_solve(
+    method: str, solves: bool, tiny_llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    recipe = thanos.Recipe(method=method, calibration=str(text_file), samples=2, sequence_length=8, device="cpu")
+    report = thanos.prune(tiny_llama, tmp_path / "out", recipe)
+    assert {layer.tokens < layer.shape[1] for layer in report.layers} == {True}
+    assert any("singular" in line for line in warning_lines(report.layers)) is solves
+
+
+@pytest.mark.parametrize("damping", [0.01, None])
+def test_experts_with_few_tokens_matter_only_to_methods_that_solve(damping: float | None) -> None:
+    records = [layer("a", (8, 64), tokens=5, damping=damping), layer("b", (8, 64), tokens=0, damping=None)]
+    notes = expert_notes({"a": "x", "b": "y"}, records)
+    assert [("singular" in note, "no calibration token" in note) for note in notes] == [(True, False)] * bool(
+        damping
+    ) + [(False, True)]
 
 
 def test_display_and_card_say_once_what_every_record_says(

@@ -380,6 +380,20 @@ def test_a_tokenizer_of_another_model(rows: tuple[Path, str], tmp_path: Path) ->
         run(tmp_path, rows[0])
 
 
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"text": 3}, "text must be a name or path as a string; got int '3'"),
+        ({"text": Path("a.txt")}, "text must be a name or path as a string; got PosixPath 'a.txt'"),
+        ({"sequence_length": "64"}, r"sequence_length must be a whole number; got '64' \(did you mean 64\?\)"),
+        ({"max_windows": 1.5}, "max_windows must be a whole number; got 1.5"),
+    ],
+)
+def test_arguments_of_the_wrong_type(tiny_llama: Path, wrong: dict[str, Any], says: str) -> None:
+    with pytest.raises(DataError, match=says):
+        thanos.evaluate(tiny_llama, **wrong)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_logits_that_are_no_numbers(tmp_path: Path, rows: tuple[Path, str], value: float) -> None:
     model = tiny_model()
@@ -387,7 +401,7 @@ def test_logits_that_are_no_numbers(tmp_path: Path, rows: tuple[Path, str], valu
         model.lm_head.weight[7] = value
     model.save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(NumericsError, match="NaN or infinite logits in window 0"):
+    with pytest.raises(NumericsError, match=r"NaN or infinite logits in window 0; its weights may be damaged"):
         run(tmp_path, rows[0])
 
 

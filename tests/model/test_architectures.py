@@ -20,7 +20,7 @@ import thanos
 from helpers import ARCHITECTURES, prose, save_tiny, windows
 from whole_models import LENGTH, SAMPLES, calibration_ids, compare, prune_modules, recipe
 
-_BLOCKS = {"gpt-2": "transformer.h", "gpt-neox": "gpt_neox.layers"} | dict.fromkeys(
+_BLOCKS = {"gpt-2": "transformer.h", "gpt-neox": "gpt_neox.layers", "rwkv": "rwkv.blocks"} | dict.fromkeys(
     ("opt-125m", "opt-350m", "opt-6.7b"), "model.decoder.layers"
 )
 
@@ -109,6 +109,24 @@ def test_pruning_equals_a_slow_run_of_the_whole_model(
         _, unexpected = by_hand.load_state_dict(named, strict=False)
         assert not unexpected
         assert torch.equal(logits, by_hand(input_ids=ids).logits)
+
+
+def test_rwkv_is_pruned_as_it_was_trained(text_file: Path, tmp_path: Path) -> None:
+    """It runs with hidden states halved every few blocks, and with weights to match: another way to the same logits."""
+    halving, plain = (save_dense(tmp_path / f"{every}", "rwkv", rescale_every=every) for every in (2, 0))
+    ids = windows(2, 40, seed=5)
+    with torch.inference_mode():
+        one, other = (
+            AutoModelForCausalLM.from_pretrained(path).eval()(input_ids=ids).logits for path in (halving, plain)
+        )
+    torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+    thanos.prune(halving, tmp_path / "out", recipe(text_file, sparsity=0.5))
+    model, expected = reference_run(plain, "rwkv", calibration_ids(plain, text_file), method="thanos", sparsity=0.5)
+    compare(load_file(tmp_path / "out/model.safetensors"), expected)
+    assert (tmp_path / "out/config.json").read_bytes() == (halving / "config.json").read_bytes()
+    with torch.inference_mode():
+        pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()(input_ids=ids).logits
+        torch.testing.assert_close(pruned, model(input_ids=ids).logits, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -15,7 +15,8 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import thanos
-from helpers import save_tiny, tiny_model
+from helpers import save_tiny, small_gguf, tiny_model
+from thanos.cli import run
 from thanos.errors import ModelError
 from thanos.model.loading import load_model
 from thanos.model.opening import open_model
@@ -163,6 +164,77 @@ def test_the_code_of_a_checkpoint(copy: Path, tmp_path: Path, monkeypatch: pytes
         resolve_model(copy, trust_remote_code=True)
 
 
+MODELING = """
+from transformers import PretrainedConfig, PreTrainedModel
+
+
+class Mine(PretrainedConfig):
+    model_type = "mine"
+
+
+class Model(PreTrainedModel):
+    config_class = Mine
+
+    def __init__(self, config):
+        super().__init__(config)
+        {fault}
+"""
+
+FAULTS = {
+    "TypeError": "None + 1",
+    "AttributeError: 'Mine' object has no attribute 'rope'": "config.rope",
+    "KeyError: 'default'": "{}['default']",
+    "AssertionError": "assert False",
+    "ZeroDivisionError": "1 / 0",
+    "NotImplementedError: no": "raise NotImplementedError('no\\nmore')",
+    "SystemExit: 3": "raise SystemExit(3)",
+    "NameError": "absent",
+}
+
+
+@pytest.mark.parametrize("says", FAULTS)
+def test_code_of_a_checkpoint_that_fails_with_anything_while_the_model_is_built(
+    says: str, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import dynamic_module_utils
+
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    edit_config(copy, auto_map={"AutoConfig": "mine.Mine", "AutoModelForCausalLM": "mine.Model"}, model_type="mine")
+    (copy / "mine.py").write_text(MODELING.replace("{fault}", FAULTS[says]))
+    (tmp_path / "a.txt").write_text("ban bar")
+    settings = ["--sequence-length", "8", "--device", "cpu", "--trust-remote-code"]
+    for words in (
+        ["prune", str(copy), str(tmp_path / "out"), "--calibration", str(tmp_path / "a.txt"), *settings],
+        ["prune", str(copy), str(tmp_path / "out"), "--calibration", "self", *settings, "--plan"],
+        ["eval", str(copy), "--text", str(tmp_path / "a.txt"), *settings],
+    ):
+        assert run(words) == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line.startswith(f"error: the Python code that {copy} brings fails with transformers")
+        assert f"({says}" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_config_with_which_transformers_cannot_build_the_model(copy: Path) -> None:
+    edit_config(copy, hidden_act="no-such-activation")
+    source = resolve_model(copy)
+    for call in (open_model, load_model):
+        with pytest.raises(ModelError, match=r"cannot build .*copy from its config \(KeyError: 'no-such-activation'\)"):
+            call(source)
+
+
+def test_what_transformers_says_in_two_lines_or_above_its_error(copy: Path) -> None:
+    edit_config(copy, hidden_size="x")
+    with pytest.raises(ModelError, match=r"config of .*'hidden_size': .*expected int, got str"):
+        resolve_model(copy)
+    edit_config(copy, hidden_size=32, vocab_size=100)
+    source = resolve_model(copy)
+    for call in (open_model, load_model):
+        with pytest.raises(ModelError, match=r"shape.*config.json makes.*the config belongs to another checkpoint$"):
+            call(source)
+
+
 @pytest.mark.skipif(transformers.utils.is_flash_attn_2_available(), reason="flash-attn is installed")
 def test_a_config_that_asks_for_flash_attention(copy: Path) -> None:
     edit_config(copy, _attn_implementation="flash_attention_2")
@@ -244,8 +316,6 @@ def test_one_part_of_a_gguf(tmp_path: Path, renamed: bool) -> None:
 
 
 def test_a_gguf_in_one_part_is_none_of_several(tmp_path: Path) -> None:
-    from test_pretrained import small_gguf
-
     load_model(resolve_model(small_gguf(tmp_path / "m-00001-of-00001.gguf")))
 
 

@@ -209,6 +209,29 @@ def test_a_complete_output_of_another_run_is_refused_naming_every_difference(
         text_file.write_bytes(content)
 
 
+def test_the_run_of_an_output_names_no_folder_of_this_machine(model: Path, text_file: Path, tmp_path: Path) -> None:
+    """An output may be published; where it was made from is its maker's business."""
+    texts, moved = tmp_path / "home" / "texts", tmp_path / "elsewhere" / "texts"
+    texts.mkdir(parents=True)
+    for name in ("a.txt", "b.txt"):
+        shutil.copyfile(text_file, texts / name)
+    for number, source in enumerate(
+        (f"{texts / 'a.txt'}", f"{texts}", f"{texts / 'a.txt'},{texts / 'b.txt'}", f"{texts}/*")
+    ):
+        out, made = tmp_path / str(number) / "out", recipe(text_file, calibration=source)
+        thanos.prune(model, out, made)
+        assert str(tmp_path) not in (out / "run.json").read_text()
+        before = state(out)
+        thanos.prune(model, out, made, resume=True)
+        shutil.copytree(texts, moved)
+        there = recipe(text_file, calibration=source.replace(str(texts), str(moved)))
+        thanos.prune(model, out, there, resume=True)
+        assert state(out) == before
+        (moved / "a.txt").write_text(prose(6000, seed=2))
+        assert "sha256 of the calibration text" in refuses(out, model, there, resume=True)
+        shutil.rmtree(moved)
+
+
 def test_a_complete_output_that_lost_a_file_is_not_complete(complete: Path, model: Path, text_file: Path) -> None:
     shard = sorted(complete.glob("*.safetensors"))[1]
     shard.unlink()

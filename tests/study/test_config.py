@@ -236,6 +236,25 @@ def test_a_mistake_is_named_with_line_and_field(tmp_path: Path, text: str, line:
     assert "study.toml" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ('model = ["a/model"]\n[[grid]]\n', "models"),
+        (HEAD + "[[grids]]\n", "grid"),
+        (HEAD + "[evalution]\n[[grid]]\n", "evaluation"),
+        (HEAD + "[evaluation]\nmax_window = 4\n[[grid]]\n", "max_windows"),
+        (HEAD + '[[grid]]\nmethods = "thanos"\n', "method"),
+        (HEAD + '[[grid]]\nmethod = "sparse-gpt"\n', "sparsegpt"),
+        (HEAD + 'dtype = "float-16"\n[[grid]]\n', "float16"),
+        (HEAD + '[[grid]]\nsamples = "128"\n', "128"),
+    ],
+)
+def test_what_was_meant_by_a_mistake(tmp_path: Path, text: str, meant: str) -> None:
+    with pytest.raises(StudyError) as caught:
+        read(tmp_path, text)
+    assert str(caught.value).endswith(f"(did you mean {meant}?)")
+
+
 @pytest.mark.parametrize("make", [lambda p: None, lambda p: p.mkdir(), lambda p: p.write_bytes(b"\xff\xfe")])
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, make: Any) -> None:
     make(tmp_path / "study.toml")

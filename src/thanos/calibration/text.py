@@ -1,7 +1,7 @@
 """Sources of text: named data sets, local files, and the standard library's own documentation.
 
 Calibration and evaluation never share text: ``wikitext2`` and ``c4`` use different splits, ``pydoc`` disjoint topics. Local
-files (textfiles.py) are used whole for whichever they are given.
+files (text_files.py) are used whole for whichever they are given.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import re
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from thanos.calibration.text_files import SUFFIXES, Note, Row, find_files, read_rows
+from thanos.calibration.text_files import SUFFIXES, find_files
+from thanos.calibration.text_rows import Note, Row, read_rows
 from thanos.errors import DataError
 from thanos.model.bos import added_bos
 from thanos.model.fingerprint import file_sha256
@@ -65,16 +66,16 @@ def check_text_source(
             return
         if row.strip():
             return
-    raise DataError(f"{source} holds no text")
+    raise DataError(f"{source} holds no text (rows that are empty or null do not count)")
 
 
 def calibration_documents(
     source: str, tokenizer: PreTrainedTokenizerBase | None = None, on_note: Note | None = None
 ) -> list[str]:
-    """Return the documents of a source, empty ones left out.
+    """Return the documents of a source, rows without text left out.
 
     Args:
-        source: ``wikitext2``, ``c4``, ``pydoc`` or local files (textfiles.py). ``wikitext2`` and a ``.txt`` file are one
+        source: ``wikitext2``, ``c4``, ``pydoc`` or local files (text_files.py). ``wikitext2`` and a ``.txt`` file are one
             document each; in the others a row is one.
         tokenizer: whose chat template makes text of chats; None where there are none.
         on_note: is told what a person should know, such as characters that were replaced.
@@ -94,7 +95,7 @@ def calibration_documents(
         rows = _file_rows(source, _CALIBRATION, tokenizer, on_note or _unheard)
     documents = [row for row in rows if row.strip()]
     if not documents:
-        raise DataError(f"{source} holds no text")
+        raise DataError(f"{source} holds no text (rows that are empty or null do not count)")
     return documents
 
 
@@ -124,7 +125,7 @@ def evaluation_rows(
     else:
         rows = _file_rows(source, _EVALUATION, tokenizer, on_note or _unheard)
     if not any(row.strip() for row in rows):
-        raise DataError(f"{source} holds no text")
+        raise DataError(f"{source} holds no text (rows that are empty or null do not count)")
     return rows
 
 

@@ -1,37 +1,25 @@
-"""Rows of text in local files: which files a source names, and what they hold.
+"""Which local files a source of text names.
 
 A source is a file, a folder (the files in it with a known ending), a pattern such as ``data/*.jsonl``, or several of these
-with commas between. ``:NAME`` after a file or pattern names the column; without it the column is ``text``, else ``messages``
-(chats), else the only one that holds strings.
+with commas between. ``:NAME`` after a file or pattern names the column.
 """
 
 from __future__ import annotations
 
-import gzip
-import itertools
-import json
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
 from thanos.errors import DataError
-from thanos.system.extras import install_command
+from thanos.system.suggestions import near
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 """Endings of text files, in capitals or not."""
 
-DEFAULT_COLUMN = "text"
-CHAT_COLUMN = "messages"
-
-Row = str | list[dict[str, Any]]
-"""A row's text; or its chat, a list of messages with ``role`` and ``content``."""
-
-Note = Callable[[str], None]
-"""Is told what a person should know."""
-
 _GLOB = frozenset("*?[")
+
+OTHER_NAMES = {"wikitext2": ("wiki", "wikitext", "Salesforce/wikitext"), "c4": ("allenai/c4", "c4-en")}
+"""Names by which the data sets are known elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,170 +105,20 @@ def _files_of(name: str, allowed: str) -> list[Path]:
         raise DataError(f"text source {name!r} matches no file ending in {endings}; check the pattern")
     if not name.lower().endswith(SUFFIXES):
         raise DataError(
-            f"text source {name!r} is unknown; choose {allowed}, or a file ending in {endings}, a folder of such files, or "
-            "several with commas between"
+            f"text source {name!r} is unknown; choose {allowed}, or a file ending in {endings}, a "
+            f"folder of such files, or several with commas between{_meant(name, allowed)}"
         )
     if not exists(name):
-        raise DataError(f"text file {name} does not exist")
+        raise DataError(f"text file {name} does not exist{_meant(name)}")
     return [path]
 
 
-def read_rows(path: Path, column: str | None, note: Note) -> Iterator[Row]:
-    """Yield the rows of a file in order, with half surrogate pairs as they are.
-
-    Args:
-        path: of the file.
-        column: whose text to take; None for the usual ones.
-        note: is told where another column than the usual ones is taken.
-
-    Raises:
-        DataError: the file cannot be read, is damaged, or a row has no text.
-    """
-    name = path.name.lower()
-    try:
-        if name.endswith(".parquet"):
-            yield from _parquet_rows(path, column, note)
-        elif name.endswith(".txt"):
-            yield _plain_text(path, column)
-        else:
-            yield from _json_rows(path, column, note)
-    except (OSError, EOFError, zlib.error) as error:
-        line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"text file {path} cannot be read: {line}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"text file {path} is not UTF-8: {error.reason} at byte {error.start}") from error
-
-
-def _plain_text(path: Path, column: str | None) -> str:
-    if column is not None:
-        raise DataError(f"text file {path} has no columns; leave out :{column}")
-    text = path.read_text(encoding="utf-8")
-    if "\0" in text:
-        raise DataError(f"text file {path} is not text: it holds a NUL character; give a text file in UTF-8")
-    return text
-
-
-# --- JSON -------------------------------------------------------------------------------------------------------------
-
-
-def _json_rows(path: Path, column: str | None, note: Note) -> Iterator[Row]:
-    name = path.name.lower()
-    zipped = name.endswith(".gz")
-    with gzip.open(path, "rt", encoding="utf-8-sig") if zipped else path.open(encoding="utf-8-sig") as file:
-        head: list[str] = []
-        if name.removesuffix(".gz").endswith(".json"):
-            for line in file:
-                head.append(line)
-                if line.strip():
-                    break
-            first = "".join(head).lstrip()
-            if first.startswith("[") or not _is_json(first):
-                yield from _column_of(path, "row", enumerate(_whole(path, first + file.read()), 1), column, note)
-                return
-        yield from _column_of(path, "line", _parsed_lines(path, itertools.chain(head, file)), column, note)
-
-
-def _is_json(line: str) -> bool:
-    try:
-        json.loads(line or "null")
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
-def _whole(path: Path, text: str) -> list[Any]:
-    """Return the rows of a file that is one JSON value: a list of rows, or one row."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not valid JSON ({error}); it holds a list of rows, or one row a line") from error
-    return value if isinstance(value, list) else [value]
-
-
-def _parsed_lines(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            yield number, json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}, line {number}: not valid JSON ({error})") from error
-
-
-def _column_of(path: Path, unit: str, rows: Iterable[tuple[int, Any]], column: str | None, note: Note) -> Iterator[Row]:
-    """Yield the column's values of numbered rows; the first row decides the column where none is named."""
-    for number, row in rows:
-        if column is None and isinstance(row, dict):
-            kinds = {name: kind for name, value in row.items() if (kind := _kind(value))}
-            column = _choose(path, kinds, note)
-        wanted = column or DEFAULT_COLUMN
-        value = row.get(wanted) if isinstance(row, dict) else None
-        if not isinstance(row, dict) or _kind(value) is None:
-            raise DataError(f"{path}, {unit} {number}: no string under {wanted!r}; {_complaint(row, wanted)}")
-        yield cast(Row, value)
-
-
-def _kind(value: Any) -> str | None:
-    if isinstance(value, str):
-        return "string"
-    is_chat = isinstance(value, list) and bool(value) and all(isinstance(each, dict) for each in value)
-    return "chat" if is_chat else None
-
-
-def _complaint(row: Any, column: str) -> str:
-    if not isinstance(row, dict):
-        return "it is no object"
-    if column not in row:
-        return f"there are {', '.join(map(repr, row)) or 'no columns'}; name one with FILE:COLUMN"
-    value = row[column]
-    what = "null" if value is None else f"a JSON {type(value).__name__}"
-    return f"it is {what}; take such rows out, or name another column with FILE:COLUMN"
-
-
-def _choose(path: Path, kinds: dict[str, str], note: Note) -> str | None:
-    """Return the column to take where none is named; None where nothing tells."""
-    if kinds.get(DEFAULT_COLUMN):
-        return DEFAULT_COLUMN
-    if kinds.get(CHAT_COLUMN) == "chat":
-        return CHAT_COLUMN
-    strings = [name for name, kind in kinds.items() if kind == "string"]
-    if len(strings) != 1:
-        return None
-    note(f"{path} has no column {DEFAULT_COLUMN!r}; {strings[0]!r} is taken, the only one that holds strings")
-    return strings[0]
-
-
-# --- parquet ----------------------------------------------------------------------------------------------------------
-
-
-def _parquet_rows(path: Path, column: str | None, note: Note) -> Iterator[Row]:
-    try:
-        import pyarrow
-        import pyarrow.parquet as parquet
-    except ImportError as error:
-        raise DataError(f"parquet files need the package pyarrow: {install_command('data')}") from error
-    try:
-        with parquet.ParquetFile(path) as file:
-            schema = file.schema_arrow
-            kinds = {each.name: kind for each in schema if (kind := _arrow_kind(each.type))}
-            wanted = column or _choose(path, kinds, note) or DEFAULT_COLUMN
-            if wanted not in schema.names:
-                named = ", ".join(schema.names)
-                raise DataError(f"{path} has no column {wanted!r}; there are {named}; name one with FILE:COLUMN")
-            for batch in file.iter_batches(columns=[wanted]):
-                for row in batch.column(0).to_pylist():
-                    if _kind(row) is None:
-                        what = " (null)" if row is None else ""
-                        raise DataError(f"{path}: the column {wanted!r} holds something other than strings{what}")
-                    yield row
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path} is not a valid parquet file: {str(error).splitlines()[0]}") from error
-
-
-def _arrow_kind(kind: Any) -> str | None:
-    from pyarrow import types
-
-    if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
-        return "string"
-    is_list = types.is_list(kind) or types.is_large_list(kind)
-    return "chat" if is_list and types.is_struct(kind.value_type) else None
+def _meant(name: str, allowed: str = "") -> str:
+    """Return the hint for a source that is not there: a data set, or a text file or folder where the source would be."""
+    folder = Path(name).parent
+    with suppress(OSError, ValueError):
+        beside = folder.iterdir() if name and folder.is_dir() else ()
+        there = [each.name for each in beside if _is_text(each) or (each.is_dir() and not each.name.startswith("."))]
+        sets = allowed.split(", ") if allowed else []
+        return near(name, sets, OTHER_NAMES if sets else None) or near(Path(name).name, sorted(there))
+    return ""

@@ -58,7 +58,19 @@ class Group(TyperGroup):
     """A group of commands, which names the one that was meant."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Read the words; without any, show the help."""
+        """Read the words; without any, show the help.
+
+        Raises:
+            UserError: an option before the command is unknown.
+        """
+        args = [] if args == ["--"] else args
+        options = [name for param in self.params for name in (*param.opts, *param.secondary_opts)] + ["--help"]
+        word = (args or ["--help"])[0].partition("=")[0]
+        if word.startswith("-") and word not in (*options, "-h", "--"):
+            commands = [self.get_command(ctx, name) for name in self.list_commands(ctx)]
+            later = any(word in param.opts for command in commands if command for param in command.params)
+            hint = "; it goes after the command" if later else near(word, options)
+            raise UserError(f"there is no option {word} before the command{hint}; see {ctx.command_path} --help")
         return super().parse_args(ctx, args or ["--help"])
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:

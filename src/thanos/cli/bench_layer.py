@@ -26,8 +26,6 @@ EXAMPLES = examples(
     ("Time a reference implementation too", "thanos bench layer --peer sparsegpt=../sparsegpt"),
 )
 
-_METHODS = ("thanos", "sparsegpt")
-_PATTERNS = ("unstructured", "2:4")
 _PLURALS = {"method": "methods", "pattern": "patterns", "block_size": "block_sizes"}
 
 

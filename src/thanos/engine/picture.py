@@ -86,7 +86,9 @@ def draw_picture(model: nn.Module, blocks: Sequence[nn.Module], device: torch.de
     with torch.inference_mode(), weightless(model, device):
         full = _traced(model, blocks, ids, None)
         if not full.blocks:
-            _refuse(model, f"text reaches none of its {len(blocks)} blocks")
+            name = next(name for name, module in model.named_modules() if module is blocks[0])
+            where = name.rpartition(".")[0]
+            _refuse(model, f"text reaches none of its {len(blocks)} blocks in {where}, the list with most weights")
         stubbed = _traced(model, blocks, ids, full.forms)
         pair = _traced(model, blocks, ids.expand(2, -1), full.forms)
     _check_independent(model, full, stubbed)

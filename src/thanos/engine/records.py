@@ -69,7 +69,7 @@ def _warnings(pruned: PrunedWeight, inputs: InputStatistics, tokens: int, settin
             f"all {tokens} calibration tokens were zero here" if tokens else "no calibration token reached this layer"
         )
         lines.append(f"{cause}: pruned by {pruned.method}, not {settings.method}")
-    elif 0 < tokens < columns:
+    elif 0 < tokens < columns and pruned.damping is not None:  # a method without a Hessian needs no rank
         lines.append(f"only {tokens} calibration tokens for {columns} input columns: {_FEW}")
     dead = inputs.dead_columns
     if 0 < dead < columns:
@@ -229,7 +229,10 @@ def expert_notes(experts: Mapping[str, str], records: Sequence[LayerRecord]) -> 
     total, few, none = set(experts.values()), set(), set()
     for record in records:
         if record.name in experts and record.tokens < record.shape[1]:
-            (few if record.tokens else none).add(experts[record.name])
+            if not record.tokens:
+                none.add(experts[record.name])
+            elif record.damping is not None:  # a method without a Hessian needs no rank
+                few.add(experts[record.name])
     lines = []
     by = registry.method_without_inputs(registry.parse_pattern(registry.DEFAULT_PATTERN)).name
     if few:

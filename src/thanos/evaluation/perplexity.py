@@ -28,6 +28,7 @@ from thanos.system.device import choose_device
 from thanos.system.documents import Document
 from thanos.system.event_stream import EventStream
 from thanos.system.memory import free_device_bytes
+from thanos.system.suggestions import near_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -194,7 +195,7 @@ def evaluate(
 
     Args:
         model: a hub name, a local folder or a ``.gguf`` file.
-        text: ``wikitext2``, ``c4``, ``pydoc`` or local files (textfiles.py).
+        text: ``wikitext2``, ``c4``, ``pydoc`` or local files (text_files.py).
         sequence_length: tokens per window, at least 2.
         max_windows: score only the first so many windows.
         dense: the model to compare with; must have the same vocabulary.
@@ -212,7 +213,7 @@ def evaluate(
         UserError: the model, the text or the device cannot be used.
     """
     tell = EventStream(on_event)
-    _check_options(sequence_length, max_windows, dtype)
+    _check_options(text, sequence_length, max_windows, dtype)
     find_local(model, trust_remote_code=trust_remote_code)
     dense = dense if reference is None else None
     if dense is not None:
@@ -321,7 +322,12 @@ def choose_bos(
     )
 
 
-def _check_options(sequence_length: int, max_windows: int | None, dtype: str) -> None:
+def _check_options(text: str, sequence_length: int, max_windows: int | None, dtype: str) -> None:
+    if not isinstance(text, str):
+        raise DataError(f"text must be a name or path as a string; got {type(text).__name__} {str(text)[:60]!r}")
+    for name, value in (("sequence_length", sequence_length), ("max_windows", max_windows)):
+        if isinstance(value, bool) or not isinstance(value, int | None):
+            raise DataError(f"{name} must be a whole number; got {value!r}{near_whole(value)}")
     if sequence_length < 2:
         raise DataError(f"sequence_length must be at least 2, to predict one token; got {sequence_length}")
     if max_windows is not None and max_windows < 1:
@@ -354,20 +360,22 @@ def _score(model: PreTrainedModel, reference: Reference, tell: Callable[[Event],
             continue
         for index, window in enumerate(found, start=done):
             if not bool(torch.isfinite(window).all()):
-                raise NumericsError(_complaint(window, index))
+                raise NumericsError(_complaint(window, index, model.dtype))
         sums, done = sums + found.sum(0), done + len(ids)
         tell(Event(kind="progress", phase="evaluate", done=done, total=total, tokens=done * (length - 1)))
     return sums.tolist()
 
 
-def _complaint(sums: Tensor, index: int) -> str:
+def _complaint(sums: Tensor, index: int, dtype: torch.dtype) -> str:
     """Say what the sums of a window, some of them not finite, tell about the two models."""
+    wide = dtype in (torch.float32, torch.float64)
+    remedy = "its weights may be damaged: download or save it again" if wide else "try --dtype float32"
     for which, loss in (("model", sums[0]), ("dense model", sums[3])):
         if not bool(loss.isfinite()):
-            return f"the {which} gives NaN or infinite logits in window {index}; try --dtype float32"
+            return f"the {which} gives NaN or infinite logits in window {index}; {remedy}"
     return (
         f"the KL divergence is infinite in window {index}: the model gives probability 0 (a logit of −∞) to a token that the "
-        "dense model holds possible; try --dtype float32, or leave out --dense"
+        f"dense model holds possible; {'' if wide else 'try --dtype float32, or '}leave out --dense"
     )
 
 

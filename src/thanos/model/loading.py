@@ -10,7 +10,7 @@ from thanos.checkpoint.gguf_files import count_parts, require_packages, say_merg
 from thanos.checkpoint.reader import SafetensorsCheckpoint
 from thanos.errors import DataError, ModelError, is_out_of_memory
 from thanos.model.source import ModelSource
-from thanos.model.transformers_errors import describe_import_error, first_line
+from thanos.model.transformers_errors import brings_code, describe_building_error, describe_import_error, first_line
 from thanos.system.suggestions import near_dtype
 
 if TYPE_CHECKING:
@@ -48,13 +48,19 @@ def load_model(
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.folder, dtype=dtype, output_loading_info=True, **arguments, **source._arguments()
         )
-    except (ValueError, OSError, KeyError, RuntimeError, ImportError) as error:
+    except (Exception, SystemExit) as error:  # a checkpoint's own code may raise anything
         if is_out_of_memory(error):
             raise
         if source.gguf is not None and (parts := count_parts(source.gguf)) > 1:
             raise ModelError(say_merge(source.gguf, parts)) from error
-        line = describe_import_error(source.name, error) or f"{source.name} cannot be loaded: {first_line(error)}"
-        raise ModelError(line) from error
+        line = f"{source.name} cannot be loaded: {first_line(error)}"
+        if "ignore_mismatched_sizes" in str(error):  # transformers refers to what it printed
+            shapes = "tensors have other shapes than config.json makes them"
+            line = f"{source.name}: {shapes}; the config belongs to another checkpoint"
+        own = source.gguf is None and brings_code(source.config())
+        if own or (source.gguf is None and not isinstance(error, ValueError | OSError | RuntimeError)):  # not its files
+            line = describe_building_error(source.name, source.config(), error)
+        raise ModelError(describe_import_error(source.name, error) or line) from error
     model, info = loaded
     absent = sorted(info["missing_keys"])
     if absent and source.gguf is not None and (parts := count_parts(source.gguf)) > 1:

@@ -16,7 +16,6 @@ from thanos.model.loading import load_model, parse_dtype
 from thanos.model.names import match_parameters, rename_keys, split_fused
 from thanos.model.skeleton import build_skeleton, persistent_tensors
 from thanos.model.source import ModelSource
-from thanos.model.transformers_errors import package_errors
 from thanos.model.unused import Unused
 
 if TYPE_CHECKING:
@@ -93,10 +92,9 @@ def skeleton_of(source: ModelSource, config: PreTrainedConfig, dtype: torch.dtyp
     """Build the skeleton of a model; see :func:`~thanos.model.skeleton.build_skeleton`.
 
     Raises:
-        ModelError: a package that the model needs is missing, or its mixture of experts is not supported.
+        ModelError: likewise.
     """
-    with package_errors(source.name):
-        return build_skeleton(config, dtype, trust_remote_code=source.trust_remote_code)
+    return build_skeleton(config, dtype, trust_remote_code=source.trust_remote_code, name=source.name)
 
 
 def _check_tensors(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from thanos.model.experts import take_apart
+from thanos.model.transformers_errors import building_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -19,18 +21,31 @@ if TYPE_CHECKING:
 _PATCHING = threading.Lock()
 
 
-def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False) -> PreTrainedModel:
+def build_skeleton(
+    config: PreTrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False, name: str = "the model"
+) -> PreTrainedModel:
     """Build the causal LM of a config with every parameter on the meta device and every buffer real.
 
     Buffers such as rotary frequencies are not in checkpoints, so they must be computed; parameters are read later. Fused
     mixtures of experts are taken apart into linear layers.
 
+    Args:
+        config: of the model.
+        dtype: of its parameters.
+        trust_remote_code: whether code that the checkpoint carries may run.
+        name: of the model, for messages.
+
     Raises:
-        ModelError: a mixture of experts has a layout that is not supported.
+        ModelError: a package that the model needs is missing, its code or config fails, or a mixture of experts has a
+            layout that is not supported.
     """
     from transformers import AutoModelForCausalLM
 
-    with _parameters_on_meta():
+    if getattr(config, "rescale_every", 0):
+        # RWKV halves hidden states between blocks, and weights to match, so that float16 holds them: the function is the same.
+        config = copy.deepcopy(config)
+        config.rescale_every = 0
+    with building_errors(name, config), _parameters_on_meta():
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     take_apart(model)
     return model.eval().requires_grad_(False)

@@ -118,8 +118,11 @@ class ModelSource:
         try:
             return AutoTokenizer.from_pretrained(self.folder, **self._arguments())
         except Exception as error:  # tokenizers raises bare Exception for a broken file
-            line = f"the tokenizer of {self.name} cannot be read: {first_line(error)}{_lacking(self)}"
-            raise ModelError(describe_import_error(f"the tokenizer of {self.name}", error) or line) from error
+            who = f"the tokenizer of {self.name}"
+            if lacking := _lacking(self):  # transformers may name packages of other formats
+                raise ModelError(f"{who} cannot be read: {lacking}") from error
+            line = f"{who} cannot be read: {first_line(error)}"
+            raise ModelError(describe_import_error(who, error) or line) from error
 
     def generation_config(self) -> GenerationConfig | None:
         """Return the generation config, derived from the config where there is no file; None for a folder without one.
@@ -254,5 +257,5 @@ def _lacking(source: ModelSource) -> str:
         absent = [package for module, package in needed.items() if not is_installed(module)]
         if absent:
             what = f"{file.name} alone, without a tokenizer.json, needs packages that are missing"
-            return f"; {what}: pip install {' '.join(absent)}"
+            return f"{what}: pip install {' '.join(absent)}"
     return ""

@@ -6,8 +6,9 @@ import importlib.util
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from thanos.errors import ModelError
+from thanos.errors import ModelError, is_out_of_memory
 
 _PIP_NAMES = {
     "PIL": "pillow",
@@ -39,6 +40,46 @@ def package_errors(model: str) -> Iterator[None]:
         if line is None:
             raise
         raise ModelError(line) from error
+
+
+@contextmanager
+def building_errors(model: str, config: Any) -> Iterator[None]:
+    """Turn whatever fails while a model is built from its config into one line; out of memory passes.
+
+    Args:
+        model: its name, for the message.
+        config: its config; the class tells whether a checkpoint's own code builds the model.
+
+    Raises:
+        ModelError: it cannot be built.
+    """
+    try:
+        with package_errors(model):
+            yield
+    except ModelError:
+        raise
+    except (Exception, SystemExit) as error:  # a checkpoint's own code may raise anything
+        if is_out_of_memory(error):
+            raise
+        raise ModelError(describe_building_error(model, config, error)) from error
+
+
+def describe_building_error(model: str, config: Any, error: BaseException) -> str:
+    """Say what failed while a model was built from its config."""
+    import transformers
+
+    version, what = transformers.__version__, f"{type(error).__name__}: {first_line(error)}"
+    if brings_code(config):
+        return (
+            f"the Python code that {model} brings fails with transformers {version} ({what}); take a newer version of the "
+            "checkpoint, or the version of transformers that its card names"
+        )
+    return f"transformers {version} cannot build {model} from its config ({what}); correct config.json, or take the model's own"
+
+
+def brings_code(config: Any) -> bool:
+    """Tell whether a config's class is Python code that a checkpoint brings."""
+    return type(config).__module__.partition(".")[0] == "transformers_modules"
 
 
 def describe_import_error(model: str, error: BaseException) -> str | None:
@@ -89,6 +130,8 @@ def _is_there(module: str) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text; its type's name where it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    """Return the first line of an error's text, with the next one where it ends in a colon; its type's name without a text."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

@@ -59,7 +59,7 @@ class LayerRecipe:
         "FRACTION",
         lowest=0,
         below=1,
-        default="the pattern's: 0.5; N:M implies its own",
+        default="0.5; N:M implies its own",
     )
     outlier_rows: float = setting(
         0.0, "Fraction of the output rows to leave dense", Heading.METHOD, "FRACTION", lowest=0, below=1

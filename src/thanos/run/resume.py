@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from thanos._version import __version__
+from thanos.calibration.text import text_sha256
 from thanos.checkpoint.writer import CheckpointWriter
 from thanos.engine.records import BlockRecord, LayerRecord
 from thanos.errors import UserError
 from thanos.events import RUN_NAME, Event
-from thanos.model.fingerprint import file_sha256
 from thanos.run.journal import Journal, comes_after, current
+from thanos.run.model_card import public_name
 from thanos.system.meter import PhaseMeter
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def describe_run(recipe: Recipe, source: ModelSource, device: torch.device) -> d
 
 
 def completed_run(run: Mapping[str, Any], recipe: Recipe, folder: Path) -> dict[str, Any]:
-    """Return what a finished output says of the run that made it.
+    """Return what a finished output says of the run that made it, without folders of this machine: it may be published.
 
     Args:
         run: the run's description.
@@ -69,7 +70,7 @@ def completed_run(run: Mapping[str, Any], recipe: Recipe, folder: Path) -> dict[
         folder: of the output, with all shards.
     """
     kept = {part: run[part] for part in _MUST_BE_EQUAL if part in run}
-    return kept | {"text": _describe_text(recipe), "output": _describe_output(folder)}
+    return _without_folders(kept) | {"text": _describe_text(recipe), "output": _describe_output(folder)}
 
 
 def check_completed(work: WorkFolder, recipe: Recipe, now: Mapping[str, Any], calibration: Calibration | None) -> None:
@@ -88,7 +89,7 @@ def check_completed(work: WorkFolder, recipe: Recipe, now: Mapping[str, Any], ca
     if not before:
         raise UserError(f"OUT {out} is complete, but has no {RUN_NAME} that says which run made it; {otherwise}")
     known = {"text": _describe_text(recipe)} if calibration is None else {"calibration": calibration.to_dict()}
-    found = find_differences(before, {**now, **known})
+    found = find_differences(before, _without_folders({**now, **known}))
     if found:
         raise UserError(f"OUT {out} is complete, but another run made it: {'; '.join(found)}; {otherwise}")
     there = _describe_output(out)
@@ -97,10 +98,19 @@ def check_completed(work: WorkFolder, recipe: Recipe, now: Mapping[str, Any], ca
             raise UserError(f"OUT {out} was complete, but its {name} is now missing or of another size; {otherwise}")
 
 
+def _without_folders(run: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a run's description with local texts under their last names: what they hold is compared by its hash."""
+    named = {"recipe": "calibration", "calibration": "source"}
+    return {
+        part: {**value, named[part]: public_name(str(value[named[part]]))} if part in named else value
+        for part, value in run.items()
+    }
+
+
 def _describe_text(recipe: Recipe) -> dict[str, str]:
-    """Return the hash of the calibration text where it is a local file, in place of windows that would have to be made."""
-    path = Path(recipe.calibration)
-    return {"sha256 of the calibration text": file_sha256(path)} if path.is_file() else {}
+    """Return the hash of the calibration text where it is local files, in place of windows that would have to be made."""
+    found = text_sha256(recipe.calibration)
+    return {} if found is None else {"sha256 of the calibration text": found}
 
 
 def _describe_output(folder: Path) -> dict[str, int]:

@@ -15,6 +15,7 @@ from thanos.recipe import LayerRecipe, Recipe
 from thanos.run.model_card import public_name as public
 from thanos.settings import settings_of, value_types
 from thanos.study.grid import DENSE, Cell, EvaluationPlan, Study, ZeroShotPlan, product
+from thanos.system.suggestions import near, near_whole
 
 
 def read_study(path: str | Path) -> Study:
@@ -112,8 +113,9 @@ class _Reader:
             if table == "" and name in _TABLES:
                 continue
             if name not in checks:
-                allowed = ", ".join([*checks, *(_TABLES if table == "" else ())])
-                raise self._error(table, index, key, f"unknown field; allowed are {allowed}")
+                allowed = [*checks, *(_TABLES if table == "" else ())]
+                hint = near(key, allowed)
+                raise self._error(table, index, key, f"unknown field; allowed are {', '.join(allowed)}{hint}")
             try:
                 found[name] = checks[name](value)
             except RecipeError as error:
@@ -178,7 +180,7 @@ def _word(value: Any) -> str:
 def _whole(lowest: int) -> Callable[[Any], int]:
     def check(value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
-            raise RecipeError(f"must be a whole number, at least {lowest}; got {value!r}")
+            raise RecipeError(f"must be a whole number, at least {lowest}; got {value!r}{near_whole(value)}")
         return value
 
     return check
@@ -188,7 +190,7 @@ def _one_of(choices: Callable[[], Iterable[str]]) -> Callable[[Any], str]:
     def check(value: Any) -> str:
         allowed = tuple(choices())
         if value not in allowed:
-            raise RecipeError(f"must be one of {', '.join(allowed)}; got {value!r}")
+            raise RecipeError(f"must be one of {', '.join(allowed)}; got {value!r}{near(value, allowed)}")
         return value
 
     return check

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from thanos.calibration.text import NAMED, check_text_source, text_sha256
-from thanos.calibration.text_files import Part, exists, matching, split_source
+from thanos.calibration.text_files import OTHER_NAMES, Part, exists, matching, split_source
 from thanos.errors import DataError, StudyError, UserError
 from thanos.model.bos import added_bos
 from thanos.model.fingerprint import model_sha256, source_commit, task_files_sha256
@@ -20,6 +20,7 @@ from thanos.model.source import ModelSource, resolve_model
 from thanos.study.config import place_of
 from thanos.study.events import StudyEvent, Watcher
 from thanos.study.grid import Cell, Study
+from thanos.system.suggestions import near
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,7 +87,8 @@ def _check_text(study: Study, texts: dict[str, str], searched: str) -> None:
     text = study.evaluation.text
     place = place_of(study, "evaluation", "text")
     if is_absent(text, texts[text]):
-        raise StudyError(f"{place}: {text} is in none of {searched}; give its folder with --data")
+        hint = near(text, [name for name in NAMED if name != "self"], OTHER_NAMES)
+        raise StudyError(f"{place}: {text} is in none of {searched}; give its folder with --data{hint}")
     try:
         check_text_source(texts[text], evaluation=True)
     except DataError as error:
