@@ -23,7 +23,7 @@ class Source:
         self.read_names.append(name)
         return self.tensors[name]
 
-    def pieces(self, name: str) -> Iterator[Tensor]:
+    def chunks(self, name: str) -> Iterator[Tensor]:
         yield from self.read(name).reshape(-1).split(100)
 
 

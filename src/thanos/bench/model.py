@@ -184,7 +184,7 @@ def _output(checkpoint: RandomCheckpoint, folder: Path, meter: PhaseMeter, *, ke
     """Return writer and ledger: those of a real run, journal and all, or ones that keep nothing."""
     if not kept:
         return _Discard(), _Forget()
-    writer = CheckpointWriter(checkpoint, folder)
+    writer = CheckpointWriter(checkpoint.layout, checkpoint, folder)
     return writer, Ledger(Journal(folder / "journal.jsonl"), writer, meter)
 
 

@@ -117,13 +117,13 @@ class ModelWeights:
         try:
             for name, place in places.items():
                 flat, done, dtype = place.view(-1), 0, place.dtype
-                for piece in self._source.pieces(self._key_of[name]):
-                    target = flat[done : done + len(piece)]
+                for chunk in self._source.chunks(self._key_of[name]):
+                    target = flat[done : done + len(chunk)]
                     if place.is_cuda:
-                        self._staging.fill(target, piece)
+                        self._staging.fill(target, chunk)
                     else:
-                        target.copy_(piece)
-                    done, dtype = done + len(piece), piece.dtype
+                        target.copy_(chunk)
+                    done, dtype = done + len(chunk), chunk.dtype
                 assert done == flat.numel(), f"{name} has {flat.numel()} entries, and the checkpoint {done}"
                 # The CPU has what is stored at hand, without a copy in another dtype.
                 if dtype == place.dtype or (place.is_cuda and widens(dtype, place.dtype)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from thanos.checkpoint.in_memory import Checkpoint
+from thanos.checkpoint.layout import Checkpoint
 from thanos.model.experts import Experts, rename_expert
 
 if TYPE_CHECKING:
@@ -59,14 +59,14 @@ def rename_keys(skeleton: PreTrainedModel, keys: Iterable[str]) -> tuple[dict[st
 
 
 def split_fused(skeleton: PreTrainedModel, checkpoint: Checkpoint, renamed: dict[str, str]) -> None:
-    """Cut tensors that hold all experts of a block, as transformers holds them, into the experts' matrices."""
+    """Split the tensors in which a checkpoint fuses the experts of a block into one tensor for each matrix of each expert."""
     prefix = f"{skeleton.base_model_prefix}."
     for path, experts in skeleton.named_modules():
         if isinstance(experts, Experts):
-            for fused, pieces in experts.fused.items():
+            for fused, matrices in experts.fused.items():
                 for stem in (path, path.removeprefix(prefix), f"{prefix}{path}"):
                     key = renamed.pop(f"{stem}.{fused}", None)
                     if key is not None:
-                        named = {f"{stem}.{piece}": shape for piece, shape in pieces.items()}
+                        named = {f"{stem}.{matrix}": shape for matrix, shape in matrices.items()}
                         checkpoint.split(key, named)
                         renamed |= {name: name for name in named}

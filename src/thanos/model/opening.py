@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from thanos.checkpoint.in_memory import Checkpoint, LoadedCheckpoint
+from thanos.checkpoint.in_memory import LoadedCheckpoint
+from thanos.checkpoint.layout import Checkpoint
 from thanos.checkpoint.reader import SafetensorsCheckpoint
 from thanos.errors import ModelError
 from thanos.model.experts import Experts
@@ -100,7 +101,7 @@ def skeleton_of(source: ModelSource, config: PreTrainedConfig, dtype: torch.dtyp
 
 
 def _check_tensors(
-    source: ModelSource, parameters: dict[str, Tensor], checkpoint: SafetensorsCheckpoint, key_of: dict[str, str]
+    source: ModelSource, parameters: dict[str, Tensor], checkpoint: Checkpoint, key_of: dict[str, str]
 ) -> None:
     """Refuse tensors that are not what the config makes the model expect."""
     for name, key in key_of.items():
@@ -151,7 +152,7 @@ def running_dtype(source: ModelSource, asked: str) -> torch.dtype:
     return _resolve_dtype(asked, getattr(source.config(), "dtype", None), SafetensorsCheckpoint(source.folder))
 
 
-def _resolve_dtype(asked: str, stated: Any, checkpoint: SafetensorsCheckpoint | None) -> torch.dtype:
+def _resolve_dtype(asked: str, stated: Any, checkpoint: Checkpoint | None) -> torch.dtype:
     """The dtype that the model runs in: the one asked for, else what the config states, else the largest tensor's."""
     if asked != "auto":
         return parse_dtype(asked)

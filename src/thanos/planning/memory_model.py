@@ -8,9 +8,6 @@ from dataclasses import dataclass
 from thanos.patterns.unstructured import Unstructured
 from thanos.recipe import LayerRecipe
 
-PIECE_BYTES = 32 << 20
-"""Of a tensor that is mapped at once while it is read (checkpoint.py)."""
-
 _SLAB = 1024
 """Columns of a product that an energy holds at once (solvers)."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,10 +13,11 @@ from torch import Tensor
 from thanos.calibration.statistics import plan_passes, statistics_budget
 from thanos.model.layers import LinearLayer, block_names, find_blocks, outer_names
 from thanos.planning.device_rates import Rates
-from thanos.planning.memory_model import PIECE_BYTES, LayerWork, groups, hessian_bytes, largest_sum, solving_bytes
+from thanos.planning.memory_model import LayerWork, groups, hessian_bytes, largest_sum, solving_bytes
 from thanos.planning.trial import BlockTrial
 from thanos.recipe import Recipe
 from thanos.run.setup import Prepared
+from thanos.system.staging import STAGING_BYTES
 
 _GENERATED_TOGETHER = 16  # sequences, see calibration.py
 
@@ -118,11 +119,16 @@ class Job:
         pruned = {key_of[layer.weight_name] for layer in self.prepared.layers}
         return [key for key in self.prepared.opened.checkpoint.tensors if key not in pruned]
 
-    def pieces(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the same in pieces."""
+    def untouched_chunks(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the same in chunks, each with its tensor's name."""
         for key in self.untouched():
-            for piece in self.prepared.opened.checkpoint.pieces(key):
-                yield key, piece
+            for chunk in self.prepared.opened.checkpoint.chunks(key):
+                yield key, chunk
+
+    def chunk_bytes(self, keys: Iterable[str]) -> int:
+        """Return the bytes of the largest chunk of some tensors of the checkpoint."""
+        tensors = self.prepared.opened.checkpoint.tensors
+        return max((tensors[key].chunk_bytes for key in keys), default=0)
 
     def _works(self, block: int | None) -> list[LayerWork]:
         found, numbers = [], dict[Any, int]()
@@ -154,25 +160,32 @@ def _module(layer: LinearLayer) -> tuple[str, int]:
 
 def phase_bytes(job: Job, trial: BlockTrial, batch: int) -> dict[str, int]:
     """Return what each phase holds where blocks run, beside the process and the hidden states."""
-    tensors, on_host = job.prepared.opened.checkpoint.tensors, not job.on_cuda
+    on_host = not job.on_cuda
     two = largest_sum(job.block_bytes)
     working = int(trial.working_bytes * batch * job.ids.shape[1] / trial.tokens)
     parts, last = job.all_parts(), job.parts(None)
     hessians = [sum(hessian_bytes(group[0].columns) for group in groups(part).values()) for part in parts]
     tail = job.outer_bytes(head=True) + max(map(solving_bytes, last)) if last else 0
-    piece = min(PIECE_BYTES, max((info.nbytes for info in tensors.values()), default=0)) if on_host else 0
-    untouched = max((tensors[key].nbytes for key in job.untouched()), default=0)
+    chunk = job.chunk_bytes(job.prepared.opened.checkpoint.tensors) if on_host else 0
     written = max((work.rows * work.columns * work.itemsize for part in parts for work in part), default=0)
-    survey = min(PIECE_BYTES, untouched) if on_host else 0  # tensors that stay are looked through for NaN
+    survey = job.chunk_bytes(job.untouched()) if on_host else 0  # tensors that stay are checked for NaN
     return {
-        "load": max(survey, two + 2 * piece),
-        "calibration": job.outer_bytes(head=False) + piece + working // batch,
+        "load": max(survey, two + 2 * chunk),
+        "calibration": job.outer_bytes(head=False) + chunk + working // batch,
         "statistics": max(two + max(hessians, default=0) + working, tail),
         "solve": max(two + max(map(solving_bytes, parts), default=0), tail),
         "write": two // 2 + (written if on_host else 0),
         "propagate": two + working,
         "finish": 0,
     }
+
+
+def transfer_bytes(job: Job) -> int:
+    """Return the host memory through which weights pass on their way to and from a CUDA device.
+
+    These are a chunk of the checkpoint, and the pinned buffers of the thread that reads and of the one that writes.
+    """
+    return job.chunk_bytes(job.prepared.opened.checkpoint.tensors) + 2 * STAGING_BYTES
 
 
 @dataclass(frozen=True, slots=True)

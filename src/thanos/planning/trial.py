@@ -212,12 +212,12 @@ def write_seconds(folder: Path) -> tuple[float, float]:
     return writing / _DISK_BYTES, hashing / _DISK_BYTES
 
 
-def survey_rate(pieces: Iterator[tuple[str, Tensor]], look: Callable[[str, Tensor], int]) -> float:
-    """Return the bytes a second at which tensors that stay are looked at, from the first few of them."""
+def survey_rate(chunks: Iterator[tuple[str, Tensor]], look: Callable[[str, Tensor], int]) -> float:
+    """Return the bytes a second at which tensors that stay are checked, from the first few chunks."""
     seen, began = 0, time.perf_counter()
-    for name, piece in pieces:
-        look(name, piece)
-        seen += piece.nbytes
+    for name, chunk in chunks:
+        look(name, chunk)
+        seen += chunk.nbytes
         if time.perf_counter() - began > _SOLVE_SECONDS:
             break
     return seen / max(1e-9, time.perf_counter() - began) if seen else math.inf

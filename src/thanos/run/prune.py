@@ -220,7 +220,7 @@ def _prune(model: str, job: _Job, given: Calibration | None) -> PruningReport:
     notes = check_same_run(before, run) if before else []
     with _kept(work), resource_errors(recipe):
         if before:
-            work.take_up({shard.name for shard in plan.opened.checkpoint.shards})
+            work.take_up({shard.name for shard in plan.opened.checkpoint.layout.shards})
         else:
             work.start(run)
         with closing(tell):
@@ -254,7 +254,9 @@ def _kept(work: WorkFolder) -> Iterator[None]:
 def _run(plan: Prepared, job: _Job, calibration: Calibration, notes: list[str]) -> PruningReport:
     """Fill the work folder's model."""
     opened, folder, world, meter = plan.opened, job.work.model, job.world, job.meter
-    writer = CheckpointWriter(opened.checkpoint, folder, besides=LOG_BYTES_PER_LAYER * len(plan.layers))
+    writer = CheckpointWriter(
+        opened.checkpoint.layout, opened.checkpoint, folder, besides=LOG_BYTES_PER_LAYER * len(plan.layers)
+    )
     ledger = Ledger(job.work.journal, writer, meter)
     if job.work.finished:
         ledger.verify(job.tell)

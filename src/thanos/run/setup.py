@@ -122,7 +122,7 @@ def prepare(
         except RecipeError as error:
             raise RecipeError(f"{layer.name}: {error}") from error
     if folder is not None:  # now, not after reading all tensors and making the calibration text, which may take an hour
-        check_room(opened.checkpoint, folder, besides=LOG_BYTES_PER_LAYER * len(chosen))
+        check_room(opened.checkpoint.layout, folder, besides=LOG_BYTES_PER_LAYER * len(chosen))
     sparsity = _note_zeros(opened, chosen, watch)
     dense, zeros = survey(opened, chosen, left_dense, watch) if look else ([], 0)
     return Prepared(opened, chosen, picture, dense, zeros, sparsity)
