@@ -9,7 +9,7 @@ from thanos.checkpoint.weight_files import INDEX_NAME, SINGLE_NAME, parse_index
 from thanos.errors import ModelError
 from thanos.model.transformers_errors import first_line
 
-_COMPANIONS = ["*.json", "*.txt", "*.model", "*.jinja", "LICENSE*"]
+_AUXILIARY = ["*.json", "*.txt", "*.model", "*.jinja", "LICENSE*"]
 _TEMPLATES = "additional_chat_templates/*"
 
 
@@ -30,7 +30,7 @@ def download(name: str, *, code: bool) -> Path:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        folder = Path(snapshot_download(name, allow_patterns=_COMPANIONS, ignore_patterns=["*/*"]))
+        folder = Path(snapshot_download(name, allow_patterns=_AUXILIARY, ignore_patterns=["*/*"]))
         index = folder / INDEX_NAME
         weights = dict.fromkeys(parse_index(index, index.read_bytes()).values()) if index.is_file() else [SINGLE_NAME]
         # The same commit, should somebody push in the meantime: its hash is the folder's name.

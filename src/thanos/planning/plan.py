@@ -33,7 +33,7 @@ from thanos.planning.memory_model import LayerWork
 from thanos.planning.phases import Job, Pace, inner_name, phase_bytes, phase_seconds, transfer_bytes
 from thanos.planning.trial import BlockTrial, TrialModel, few_tokens, survey_rate, time_solve, try_block, write_seconds
 from thanos.recipe import Recipe
-from thanos.run.auxiliary_files import companion_files
+from thanos.run.auxiliary_files import auxiliary_files
 from thanos.run.setup import (
     LOG_BYTES_PER_LAYER,
     Prepared,
@@ -207,7 +207,7 @@ def _predict(job: Job, work: WorkFolder, asked: str, measured: dict[str, PhaseRe
     opened = job.prepared.opened
     layout = opened.checkpoint.layout
     besides = LOG_BYTES_PER_LAYER * len(job.prepared.layers) + len(layout.index or b"")
-    besides += sum(path.stat().st_size for path in companion_files(opened.source))
+    besides += sum(path.stat().st_size for path in auxiliary_files(opened.source))
     besides += kept if place == "disk" else 0
     host = max(record.host_peak_bytes for record in phases.values())
     on_device = max(record.device_peak_bytes or 0 for record in phases.values()) if job.on_cuda else None

@@ -19,7 +19,7 @@ _INDICES = (".safetensors.index.", ".bin.index.")
 _OURS = ("README.md", "pruning.json", "recipe.toml", LOG_NAME, RUN_NAME)
 
 
-def copy_companions(opened: OpenedModel, folder: Path) -> None:
+def copy_auxiliary_files(opened: OpenedModel, folder: Path) -> None:
     """Put config, tokenizer, chat template and generation config beside the weights, unchanged where they are files.
 
     Only a reference to code that is not there is left out of the config.
@@ -34,7 +34,7 @@ def copy_companions(opened: OpenedModel, folder: Path) -> None:
         if generation is not None:
             generation.save_pretrained(folder)
         return
-    for path in companion_files(source):
+    for path in auxiliary_files(source):
         target = folder / path.relative_to(source.folder)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
@@ -53,8 +53,8 @@ def _drop_absent_code(config: Path) -> None:
         config.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def companion_files(source: ModelSource) -> list[Path]:
-    """Return the files that :func:`copy_companions` copies; none for a GGUF file, whose companions are made."""
+def auxiliary_files(source: ModelSource) -> list[Path]:
+    """Return the files that :func:`copy_auxiliary_files` copies; none for a GGUF file, whose auxiliary files are made anew."""
     if source.gguf is not None:
         return []
     found = []

@@ -30,7 +30,7 @@ from thanos.model.opening import OpenedModel
 from thanos.model.source import find_local, resolve_model
 from thanos.recipe import Recipe
 from thanos.run import model_card as card
-from thanos.run.auxiliary_files import copy_companions
+from thanos.run.auxiliary_files import copy_auxiliary_files
 from thanos.run.lock import locked
 from thanos.run.report import PruningReport, compute_totals
 from thanos.run.resume import Ledger, check_completed, check_same_run, completed_run, describe_run
@@ -273,7 +273,7 @@ def _run(plan: Prepared, job: _Job, calibration: Calibration, notes: list[str]) 
     with meter.phase("finish"):
         job.tell(Event(kind="phase", phase="finish", blocks=len(engine.blocks)))
         writer.finish()
-        copy_companions(opened, folder)
+        copy_auxiliary_files(opened, folder)
     report = _report(plan, engine, calibration, job.recipe, job.device, meter)
     report.write(folder / "pruning.json")
     (folder / "recipe.toml").write_text(job.recipe.to_toml(), encoding="utf-8")
