@@ -17,7 +17,7 @@ from thanos.checkpoint.in_memory import raw_bytes
 from thanos.checkpoint.layout import CHUNK_ENTRIES, Layout, TensorInfo, TensorSpec, plan_layout
 from thanos.checkpoint.weight_files import INDEX_NAME
 from thanos.errors import RecipeError
-from thanos.model.skeleton import build_skeleton, persistent_tensors
+from thanos.model.meta_model import build_meta_model, persistent_tensors
 
 _BASE = 4_194_301
 """Random numbers that all tensors are made from, again and again; prime, so that no two rows of a matrix are alike."""
@@ -157,9 +157,9 @@ class RandomCheckpoint:
 
 
 def random_checkpoint(shape: Shape, length: int, *, seed: int = 0, keep: bool = True) -> tuple[Any, RandomCheckpoint]:
-    """Return a skeleton of the shape in bfloat16, and the tensors that belong to it."""
-    skeleton = build_skeleton(shape.config(length), torch.bfloat16)
-    return skeleton, RandomCheckpoint(dict(persistent_tensors(skeleton)), seed=seed, keep=keep)
+    """Return a meta model of the shape in bfloat16, and the tensors that belong to it."""
+    meta_model = build_meta_model(shape.config(length), torch.bfloat16)
+    return meta_model, RandomCheckpoint(dict(persistent_tensors(meta_model)), seed=seed, keep=keep)
 
 
 def write_checkpoint(folder: Path, shape: Shape, *, length: int = 2048, seed: int = 0) -> int:
@@ -168,9 +168,9 @@ def write_checkpoint(folder: Path, shape: Shape, *, length: int = 2048, seed: in
     Returns:
         Bytes of the weights.
     """
-    skeleton, checkpoint = random_checkpoint(shape, length, seed=seed, keep=False)
+    meta_model, checkpoint = random_checkpoint(shape, length, seed=seed, keep=False)
     folder.mkdir(parents=True, exist_ok=True)
-    skeleton.config.save_pretrained(folder)
+    meta_model.config.save_pretrained(folder)
     _write_tokenizer(folder, shape.vocabulary)
     for shard in checkpoint.layout.shards:
         names = [name for name, info in checkpoint.tensors.items() if info.shard == shard.name]

@@ -29,7 +29,7 @@ class Passes:
     """Runs blocks over the calibration sequences, whose hidden states it keeps between blocks.
 
     Args:
-        model: the skeleton.
+        model: the meta model.
         blocks: its decoder blocks.
         ids: calibration token ids, (samples, T) int64, on the CPU.
         device: where blocks run.

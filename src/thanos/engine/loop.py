@@ -37,11 +37,11 @@ class Engine:
     """One pruning run over a model whose weights come in and go out block by block.
 
     Args:
-        model: the skeleton.
+        model: the meta model.
         blocks_name: full name of the module list that holds the decoder blocks.
         blocks: those blocks.
         layers: the layers to prune.
-        weights: the skeleton's parameters.
+        weights: the meta model's parameters.
         writer: takes finished tensors.
         ledger: is told of each finished block, and knows those that an interrupted run finished.
         recipe: what to do.

@@ -1,4 +1,4 @@
-"""The weights of a skeleton: brought in from a checkpoint when their turn comes, and let go again."""
+"""The weights of a meta model: brought in from a checkpoint when their turn comes, and let go again."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from thanos.checkpoint.layout import TensorSource
-from thanos.model.skeleton import named_tensors
+from thanos.model.meta_model import named_tensors
 from thanos.system.background import Background
 from thanos.system.staging import Staging
 
 
 class ModelWeights:
-    """The parameters and persistent buffers of a skeleton, by parameter name.
+    """The parameters and persistent buffers of a meta model, by parameter name.
 
     Args:
-        model: a skeleton, parameters on the meta device.
+        model: a meta model, parameters on the meta device.
         source: where the tensors are.
         key_of: parameter name → tensor name in the source; tied parameters appear under one name.
         device: where parameters go.
@@ -71,7 +71,7 @@ class ModelWeights:
         self._ahead = places, self._reader.submit(self._fill, places)
 
     def load(self, names: Iterable[str]) -> None:
-        """Bring parameters in, in the skeleton's dtype; waits for those that are being read already."""
+        """Bring parameters in, in the meta model's dtype; waits for those that are being read already."""
         names = list(names)
         if self._ahead is not None and list(self._ahead[0]) == names:
             (places, future), self._ahead = self._ahead, None

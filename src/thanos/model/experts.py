@@ -126,7 +126,7 @@ def _layout(fused: nn.Module, name: str) -> dict[str, dict[str, tuple[int, int]]
 
 
 def take_apart(model: nn.Module) -> None:
-    """Replace every fused mixture of a skeleton by :class:`Experts`, in place.
+    """Replace every fused mixture of a meta model by :class:`Experts`, in place.
 
     Raises:
         ModelError: a mixture's layout is not understood.

@@ -33,7 +33,7 @@ def match_parameters(parameters: set[str], tensors: set[str], base_model_prefix:
     return None
 
 
-def rename_keys(skeleton: PreTrainedModel, keys: Iterable[str]) -> tuple[dict[str, str], bool]:
+def rename_keys(meta_model: PreTrainedModel, keys: Iterable[str]) -> tuple[dict[str, str], bool]:
     """Return model's name → checkpoint's name by transformers' tables, and whether that is all: no tensor needs a conversion.
 
     The tables hold pure renamings, such as GPT-NeoX's head, and conversions. Of these the stacking of experts' matrices is
@@ -42,7 +42,7 @@ def rename_keys(skeleton: PreTrainedModel, keys: Iterable[str]) -> tuple[dict[st
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-    rules = get_model_conversion_mapping(skeleton) or []
+    rules = get_model_conversion_mapping(meta_model) or []
     renamings = [rule for rule in rules if type(rule) is WeightRenaming]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     renamed, understood = {}, True
@@ -58,10 +58,10 @@ def rename_keys(skeleton: PreTrainedModel, keys: Iterable[str]) -> tuple[dict[st
     return renamed, understood
 
 
-def split_fused(skeleton: PreTrainedModel, checkpoint: Checkpoint, renamed: dict[str, str]) -> None:
+def split_fused(meta_model: PreTrainedModel, checkpoint: Checkpoint, renamed: dict[str, str]) -> None:
     """Split the tensors in which a checkpoint fuses the experts of a block into one tensor for each matrix of each expert."""
-    prefix = f"{skeleton.base_model_prefix}."
-    for path, experts in skeleton.named_modules():
+    prefix = f"{meta_model.base_model_prefix}."
+    for path, experts in meta_model.named_modules():
         if isinstance(experts, Experts):
             for fused, matrices in experts.fused.items():
                 for stem in (path, path.removeprefix(prefix), f"{prefix}{path}"):

@@ -21,18 +21,18 @@ class Unused:
     """Says why tensors are not used.
 
     Args:
-        skeleton: the model.
+        meta_model: the model.
         keys: the checkpoint's names of all its tensors.
         used: those that a parameter has.
     """
 
-    def __init__(self, skeleton: Any, keys: Iterable[str], used: Iterable[str]) -> None:
-        blocks_name, blocks = find_blocks(skeleton)
+    def __init__(self, meta_model: Any, keys: Iterable[str], used: Iterable[str]) -> None:
+        blocks_name, blocks = find_blocks(meta_model)
         self._count = len(blocks)
         self._pattern = re.compile(rf"(?:^|\.){re.escape(blocks_name.rpartition('.')[2])}\.(\d+)\.")
-        self._prefix = f"{skeleton.base_model_prefix}."
-        self._tied = skeleton.state_dict().keys() - set(used)
-        config = skeleton.config.get_text_config()
+        self._prefix = f"{meta_model.base_model_prefix}."
+        self._tied = meta_model.state_dict().keys() - set(used)
+        config = meta_model.config.get_text_config()
         # DeepSeek and GLM count the layers in their configs, and store them behind the last block.
         self._counted = any(
             re.search("mtp|nextn", name) and type(number) is int and number > 0 for name, number in vars(config).items()

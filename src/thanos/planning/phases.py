@@ -48,7 +48,7 @@ class Job:
     _by_block: dict[int | None, list[LinearLayer]] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.blocks_name, blocks = find_blocks(self.prepared.opened.skeleton)
+        self.blocks_name, blocks = find_blocks(self.prepared.opened.meta_model)
         self.block_bytes = [self._in_memory(self.inside(index)) for index in range(len(blocks))]
         self._by_block = {index: [] for index in (*range(len(blocks)), None)}
         for layer in self.prepared.layers:
@@ -82,7 +82,7 @@ class Job:
     def outer(self, *, head: bool) -> list[str]:
         """Return the names of the parameters outside the blocks."""
         opened = self.prepared.opened
-        return outer_names(opened.skeleton, opened.key_of, self.blocks_name, head=head)
+        return outer_names(opened.meta_model, opened.key_of, self.blocks_name, head=head)
 
     def outer_bytes(self, *, head: bool) -> int:
         """Return the bytes of the same in memory."""
@@ -145,7 +145,7 @@ class Job:
         return self.prepared.opened.checkpoint.tensors[self.prepared.opened.key_of[parameter]]
 
     def _in_memory(self, names: list[str]) -> int:
-        itemsize = self.prepared.opened.skeleton.dtype.itemsize
+        itemsize = self.prepared.opened.meta_model.dtype.itemsize
         return sum(self._info(name).numel * itemsize for name in names)
 
 

@@ -149,23 +149,23 @@ def _stand_in(prepared: Prepared, recipe: Recipe) -> Tensor:
     """Return any ids in the place of those that the model would generate."""
     check_positions(recipe.sequence_length, context_length(prepared.opened.source.config()))
     generator = torch.Generator().manual_seed(recipe.seed)
-    vocabulary = prepared.opened.skeleton.get_input_embeddings().get_parameter("weight").shape[0]
+    vocabulary = prepared.opened.meta_model.get_input_embeddings().get_parameter("weight").shape[0]
     return torch.randint(vocabulary, (recipe.samples, recipe.sequence_length), generator=generator)
 
 
 def _measure(job: Job, folder: Path, measured: dict[str, PhaseRecord]) -> tuple[BlockTrial, Pace]:
     """Try one block and one layer of each kind; nothing of it stays in memory."""
     opened, device = job.prepared.opened, job.device
-    skeleton, (_, blocks) = opened.skeleton, find_blocks(opened.skeleton)
-    rates = measure_rates(device, skeleton.dtype)
+    meta_model, (_, blocks) = opened.meta_model, find_blocks(opened.meta_model)
+    rates = measure_rates(device, meta_model.dtype)
     index = job.largest_block()
     layers = (job.gathered(index) or [[]])[0]
     # On CUDA one sequence whole, since how many fit is measured with it.
     few = job.ids[:1] if job.on_cuda else _few_tokens(job, index, layers, rates)
-    weights = ModelWeights(skeleton, opened.checkpoint, opened.key_of, device)
+    weights = ModelWeights(meta_model, opened.checkpoint, opened.key_of, device)
     try:
         inside, picture = job.inside(index), job.prepared.picture
-        model = TrialModel(skeleton, blocks, picture, weights, job.outer(head=False), index, inside, layers)
+        model = TrialModel(meta_model, blocks, picture, weights, job.outer(head=False), index, inside, layers)
         trial = try_block(model, few, device)
     finally:
         weights.close()
@@ -188,7 +188,7 @@ def _measure(job: Job, folder: Path, measured: dict[str, PhaseRecord]) -> tuple[
 
 
 def _few_tokens(job: Job, index: int, layers: list[LinearLayer], rates: Rates) -> Tensor:
-    parameters = job.block_bytes[index] // job.prepared.opened.skeleton.dtype.itemsize
+    parameters = job.block_bytes[index] // job.prepared.opened.meta_model.dtype.itemsize
     most = most_sequences(*job.shape, job.device)
     return few_tokens(parameters, [layer.shape[1] for layer in layers], job.ids, most, rates)
 

@@ -76,9 +76,9 @@ class BlockTrial:
 
 @dataclass(frozen=True, slots=True)
 class TrialModel:
-    """What a trial needs to know: the skeleton, its blocks, what text does in it, its weights, and the block to try."""
+    """What a trial needs to know: the meta model, its blocks, what text does in it, its weights, and the block to try."""
 
-    skeleton: nn.Module
+    meta_model: nn.Module
     blocks: list[nn.Module]
     picture: Picture
     weights: ModelWeights
@@ -108,7 +108,7 @@ def few_tokens(parameters: int, columns: Sequence[int], ids: Tensor, most: int, 
 def try_block(model: TrialModel, ids: Tensor, device: torch.device) -> BlockTrial:
     """Run one block as the engine does, on token ids (n, t)."""
     weights = model.weights
-    passes = Passes(model.skeleton, model.blocks, ids, device, Path(), place="device", picture=model.picture)
+    passes = Passes(model.meta_model, model.blocks, ids, device, Path(), place="device", picture=model.picture)
     try:
         weights.load(model.outer)
         seconds, _ = _timed(passes.record, device)

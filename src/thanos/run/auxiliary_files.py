@@ -26,8 +26,8 @@ def copy_auxiliary_files(opened: OpenedModel, folder: Path) -> None:
     """
     source = opened.source
     if source.gguf is not None:
-        config = opened.skeleton.config
-        config.architectures = [type(opened.skeleton).__name__]
+        config = opened.meta_model.config
+        config.architectures = [type(opened.meta_model).__name__]
         config.save_pretrained(folder)
         source.tokenizer().save_pretrained(folder)
         generation = source.generation_config()

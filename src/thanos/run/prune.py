@@ -172,7 +172,7 @@ def _facts(recipe: Recipe, opened: OpenedModel) -> dict[str, Any]:
     import transformers
 
     tensors = sorted((name, str(info.dtype), info.shape) for name, info in opened.checkpoint.tensors.items())
-    config = {key: value for key, value in opened.skeleton.config.to_dict().items() if key != "_name_or_path"}
+    config = {key: value for key, value in opened.meta_model.config.to_dict().items() if key != "_name_or_path"}
     return {
         **{f"the recipe's {name}": value for name, value in recipe.to_dict().items()},
         "the model's config": hashlib.sha256(repr(sorted(config.items())).encode()).hexdigest(),
@@ -216,7 +216,7 @@ def _prune(model: str, job: _Job, given: Calibration | None) -> PruningReport:
     with job.meter.phase("calibration"):
         calibration = calibrate(plan.opened, recipe, job.device, tell, given)
         job.world.from_first(lambda: calibration)
-    run |= {"calibration": calibration.to_dict(), "blocks": len(find_blocks(plan.opened.skeleton)[1])}
+    run |= {"calibration": calibration.to_dict(), "blocks": len(find_blocks(plan.opened.meta_model)[1])}
     notes = check_same_run(before, run) if before else []
     with _kept(work), resource_errors(recipe):
         if before:
@@ -294,18 +294,18 @@ def _engine(
 ) -> Engine:
     """Make the engine of this process, which runs blocks on its share of the sequences."""
     opened, device, share = plan.opened, job.device, job.world.share(len(calibration.ids))
-    name, blocks = find_blocks(opened.skeleton)
+    name, blocks = find_blocks(opened.meta_model)
     ids = calibration.ids[share.start : share.stop]
     return Engine(
-        opened.skeleton,
+        opened.meta_model,
         name,
         blocks,
         plan.layers,
-        ModelWeights(opened.skeleton, opened.checkpoint, opened.key_of, device),
+        ModelWeights(opened.meta_model, opened.checkpoint, opened.key_of, device),
         writer,
         ledger,
         job.recipe,
-        Passes(opened.skeleton, blocks, ids, device, folder, place=job.activations, picture=plan.picture),
+        Passes(opened.meta_model, blocks, ids, device, folder, place=job.activations, picture=plan.picture),
         device,
         job.meter,
         job.world,
@@ -332,7 +332,7 @@ def _report(
         model={
             "name": card.public_name(opened.source.name) if opened.source.is_local else opened.source.name,
             "origin": "local" if opened.source.is_local else "hub",
-            "architecture": type(opened.skeleton).__name__,
+            "architecture": type(opened.meta_model).__name__,
             "parameters": parameters,
             "sparsity": plan.sparsity,
         },

@@ -101,14 +101,14 @@ def prepare(
     opened = open_model(source, recipe.dtype)
     for note in opened.notes:
         watch(Event(kind="note", phase="load", message=note))
-    chosen, left_dense = select_layers(linear_layers(opened.skeleton), recipe)
-    picture = draw_picture(opened.skeleton, find_blocks(opened.skeleton)[1], choose_device(recipe.device))
+    chosen, left_dense = select_layers(linear_layers(opened.meta_model), recipe)
+    picture = draw_picture(opened.meta_model, find_blocks(opened.meta_model)[1], choose_device(recipe.device))
     if unreached := _unreached(picture, chosen):
         left_dense |= dict.fromkeys((layer.name for layer in unreached), "text does not reach its decoder block")
         chosen = [layer for layer in chosen if layer.name not in left_dense]
         opened.notes.append(_say_unreached(unreached, chosen))
         watch(Event(kind="note", phase="load", message=opened.notes[-1]))
-    embedding = getattr(opened.skeleton.get_input_embeddings(), "weight", None)
+    embedding = getattr(opened.meta_model.get_input_embeddings(), "weight", None)
     for layer in chosen:
         settings = recipe.for_layer(layer.name)
         assert settings is not None

@@ -39,9 +39,9 @@ def survey(
     """
     pruned = {opened.key_of[layer.weight_name] for layer in layers}
     named = {key: parameter for parameter, key in opened.key_of.items()}
-    parameters = {name for name, _ in opened.skeleton.named_parameters()}
+    parameters = {name for name, _ in opened.meta_model.named_parameters()}
     stays = {key: info for key, info in opened.checkpoint.tensors.items() if key not in pruned}
-    unused = Unused(opened.skeleton, opened.checkpoint.tensors, opened.key_of)
+    unused = Unused(opened.meta_model, opened.checkpoint.tensors, opened.key_of)
     dense, zeros = [], 0
     for done, (key, info) in enumerate(stays.items(), 1):
         name = named.get(key, key)
@@ -81,8 +81,8 @@ def name_damage(opened: OpenedModel, block: int | None) -> None:
     """
     names = opened.key_of
     if block is not None:
-        names = block_names(opened.key_of, find_blocks(opened.skeleton)[0], block)
-    parameters = {name for name, _ in opened.skeleton.named_parameters()}
+        names = block_names(opened.key_of, find_blocks(opened.meta_model)[0], block)
+    parameters = {name for name, _ in opened.meta_model.named_parameters()}
     for name in names:
         if name in parameters:
             for part in opened.checkpoint.chunks(opened.key_of[name]):

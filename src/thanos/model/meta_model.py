@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 _PATCHING = threading.Lock()
 
 
-def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False) -> PreTrainedModel:
+def build_meta_model(
+    config: PreTrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """Build the causal LM of a config with every parameter on the meta device and every buffer real.
 
     Buffers such as rotary frequencies are not in checkpoints, so they must be computed; parameters are read later. Fused
