@@ -14,7 +14,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 import thanos
 from helpers import tiny_tokenizer
 from thanos.errors import ModelError
-from thanos.model.experts import Experts, mixtures, take_apart
+from thanos.model.experts import Experts, mixtures, unfuse
 from thanos.model.layers import find_blocks, linear_layers
 from thanos.model.meta_model import build_meta_model
 
@@ -115,11 +115,11 @@ def test_a_stack_of_as_many_matrices_as_the_config_has_experts_is_a_mixture() ->
     model = nn.Module()
     model.layers = nn.ModuleList([block(transformers.PreTrainedConfig(moe_num_experts=4))])
     with pytest.raises(ModelError, match=r"layers\.0\.feed_forward .*w1 \[4, 16, 8\].*not supported"):
-        take_apart(model)
+        unfuse(model)
     for values in ({}, {"num_experts": 5}, {"num_experts_per_tok": 4}, {"expert_intermediate_size": 4}):
         model = nn.Module()
         model.layers = nn.ModuleList([block(transformers.PreTrainedConfig(**values))])
-        take_apart(model)
+        unfuse(model)
         assert not isinstance(model.layers[0].feed_forward, Experts)
 
 
@@ -189,7 +189,7 @@ def test_every_family_of_transformers() -> None:
 
 def _complaint(model: nn.Module) -> str:
     try:
-        take_apart(model)
+        unfuse(model)
     except ModelError as error:
         return str(error)
     return ""

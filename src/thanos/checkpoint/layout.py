@@ -151,10 +151,15 @@ class Layout:
 
 
 def parse_entry(shard: str, entry: dict[str, Any], base: int) -> TensorInfo:
-    """Return what a header says of one tensor; its offsets count from ``base`` bytes into the file.
+    """Return the tensor that an entry of a header describes.
+
+    Args:
+        shard: file name.
+        entry: dtype, shape and offsets, as JSON holds them.
+        base: byte of the file from which the offsets count.
 
     Raises:
-        ValueError: the entry contradicts itself, or its dtype is not supported.
+        ValueError: shape and offsets disagree, or the dtype is not supported.
     """
     if entry["dtype"] not in DTYPES:
         raise ValueError(f"dtype {entry['dtype']} is not supported")

@@ -1,4 +1,4 @@
-"""Reading safetensors checkpoints tensor by tensor, with every file checked before any work begins.
+"""Read safetensors checkpoints tensor by tensor. All headers are checked before any tensor is read.
 
 The header (8 bytes of length, then JSON) is parsed here because writing in place needs the offsets, which the safetensors
 library does not give. Each tensor is a memory map of its own bytes, which is closed with the tensor. So nothing is read
@@ -126,18 +126,16 @@ def _check_index(folder: Path, files: WeightFiles, tensors: Mapping[str, TensorI
 
 
 def read_tensor(path: Path, info: TensorInfo) -> Tensor:
-    """Map one tensor of a safetensors file into memory, privately; the mapping lives as long as the tensor.
+    """Map one tensor of a safetensors file into memory. The mapping is private and lives as long as the tensor.
 
     Raises:
-        ModelError: the file ends too early.
+        ModelError: the file ends in the middle of the tensor.
     """
     if not info.nbytes:
         return torch.empty(info.shape, dtype=info.dtype)
     start = info.offset - info.offset % mmap.ALLOCATIONGRANULARITY
     with path.open("rb") as file:
-        if (
-            os.fstat(file.fileno()).st_size < info.offset + info.nbytes
-        ):  # touching what is beyond would kill the process
+        if os.fstat(file.fileno()).st_size < info.offset + info.nbytes:  # access beyond the end would kill the process
             raise ModelError(f"{path} ends in the middle of a tensor; {AGAIN}")
         pages = mmap.mmap(file.fileno(), info.offset - start + info.nbytes, access=mmap.ACCESS_COPY, offset=start)
     data = torch.frombuffer(pages, dtype=torch.uint8, offset=info.offset - start, count=info.nbytes)

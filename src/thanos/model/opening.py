@@ -1,4 +1,4 @@
-"""Opening a model without loading it: a meta model, and the tensors that belong to it."""
+"""Open a model without loading it: a meta model, and the checkpoint that holds its tensors."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class OpenedModel:
     """A meta model and its tensors.
 
     Attributes:
-        source: where they came from.
+        source: where the model is.
         meta_model: the model, its parameters on the meta device.
-        checkpoint: hands out tensors.
-        key_of: parameter name → tensor name in the checkpoint; tied parameters under one name.
-        notes: what a person should know about the way it was opened.
+        checkpoint: the tensors.
+        key_of: parameter name → tensor name in the checkpoint. Tied parameters have one entry.
+        notes: remarks for the user on how the model was opened.
     """
 
     source: ModelSource
@@ -47,10 +47,10 @@ class OpenedModel:
 
 
 def open_model(source: ModelSource, dtype: str = "auto") -> OpenedModel:
-    """Open a model for reading tensor by tensor.
+    """Open a model so that its tensors can be read one by one.
 
-    A safetensors folder whose tensors are one to one the model's parameters is read from disk; anything else is loaded and
-    converted by transformers, and its tensors come from memory.
+    The tensors of a safetensors folder are read from disk if they correspond one to one to the model's parameters. Otherwise
+    transformers loads and converts the model, and the tensors are read from memory.
 
     Args:
         source: from :func:`~thanos.model.source.resolve_model`.
@@ -65,7 +65,7 @@ def open_model(source: ModelSource, dtype: str = "auto") -> OpenedModel:
 
 
 def _open_streamed(source: ModelSource, dtype: str) -> OpenedModel | None:
-    """Pair a meta model with the tensors on disk; None where they do not correspond one to one."""
+    """Match a meta model with the tensors on disk; return None if they do not correspond one to one."""
     config, checkpoint = source.config(), SafetensorsCheckpoint(source.folder)
     resolved = _resolve_dtype(dtype, getattr(config, "dtype", None), checkpoint)
     meta_model = meta_model_of(source, config, resolved)
@@ -103,7 +103,7 @@ def meta_model_of(source: ModelSource, config: PreTrainedConfig, dtype: torch.dt
 def _check_tensors(
     source: ModelSource, parameters: dict[str, Tensor], checkpoint: Checkpoint, key_of: dict[str, str]
 ) -> None:
-    """Refuse tensors that are not what the config makes the model expect."""
+    """Refuse tensors whose shape or dtype is not the one that the config states."""
     for name, key in key_of.items():
         info, expected = checkpoint.tensors[key], parameters[name]
         if info.shape != tuple(expected.shape):
@@ -135,29 +135,33 @@ def _open_whole(source: ModelSource, dtype: str, notes: list[str]) -> OpenedMode
 def _prediction_layers(
     source: ModelSource, meta_model: PreTrainedModel, tensors: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return the tensors on disk of layers for multi-token prediction, which transformers left behind."""
+    """Return the tensors on disk of layers for multi-token prediction that transformers did not load."""
     stored = SafetensorsCheckpoint(source.folder)
     unused = Unused(meta_model, stored.tensors, tensors)
     if any(unused.is_prediction(name) for name in tensors):
-        return {}  # it runs them
+        return {}  # transformers runs these layers
     return {key: stored.read(key) for key in stored.tensors if unused.is_prediction(key)}
 
 
-def running_dtype(source: ModelSource, asked: str) -> torch.dtype:
-    """Return the dtype in which a model runs where ``asked`` is ``auto``, ``float32``, ``bfloat16`` or ``float16``.
+def running_dtype(source: ModelSource, dtype: str) -> torch.dtype:
+    """Return the dtype in which a model runs.
+
+    Args:
+        source: from :func:`~thanos.model.source.resolve_model`.
+        dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
 
     Raises:
-        ModelError: it is none of these, or a file is truncated or corrupt.
+        ModelError: the dtype is unknown, or a file is truncated or corrupt.
     """
     if source.gguf is not None:
-        return _resolve_dtype(asked, torch.float32, None)
-    return _resolve_dtype(asked, getattr(source.config(), "dtype", None), SafetensorsCheckpoint(source.folder))
+        return _resolve_dtype(dtype, torch.float32, None)
+    return _resolve_dtype(dtype, getattr(source.config(), "dtype", None), SafetensorsCheckpoint(source.folder))
 
 
-def _resolve_dtype(asked: str, stated: Any, checkpoint: Checkpoint | None) -> torch.dtype:
-    """The dtype that the model runs in: the one asked for, else what the config states, else the largest tensor's."""
-    if asked != "auto":
-        return parse_dtype(asked)
+def _resolve_dtype(dtype: str, stated: Any, checkpoint: Checkpoint | None) -> torch.dtype:
+    """Return the dtype that the user chose; for ``auto`` the config's, or else the largest tensor's."""
+    if dtype != "auto":
+        return parse_dtype(dtype)
     if isinstance(stated, str):
         stated = getattr(torch, stated, None)
     if isinstance(stated, torch.dtype) and stated.is_floating_point:

@@ -1,4 +1,4 @@
-"""What stands beside the weights of a checkpoint: config, tokenizer, chat template, generation config, licence."""
+"""The auxiliary files of a checkpoint: config, tokenizer, chat template, generation config, licence."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from thanos.model.opening import OpenedModel
 from thanos.model.source import ModelSource
 
 _NOT_COPIED = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ckpt")
-"""Weights in any format: the output has its own."""
+"""Weights in any format. The output has its own weights."""
 
 _INDICES = (".safetensors.index.", ".bin.index.")
-"""What the names of indices hold, those of variants (``model.safetensors.index.fp16.json``) among them."""
+"""Parts of the names of indices, those of variants (``model.safetensors.index.fp16.json``) included."""
 
 _OURS = ("README.md", "pruning.json", "recipe.toml", LOG_NAME, RUN_NAME)
 
 
 def copy_auxiliary_files(opened: OpenedModel, folder: Path) -> None:
-    """Put config, tokenizer, chat template and generation config beside the weights, unchanged where they are files.
+    """Copy config, tokenizer, chat template and generation config unchanged; make them anew for a GGUF file.
 
-    Only a reference to code that is not there is left out of the config.
+    One thing is changed: a config loses its reference to Python code if that code is missing.
     """
     source = opened.source
     if source.gguf is not None:
@@ -42,7 +42,7 @@ def copy_auxiliary_files(opened: OpenedModel, folder: Path) -> None:
 
 
 def _drop_absent_code(config: Path) -> None:
-    """Take the reference to Python code out of a config where the code is not beside it: transformers has its own."""
+    """Remove a config's reference to Python code that is not in its folder. transformers then uses its own code."""
     values = json.loads(config.read_text(encoding="utf-8"))
     named = values.get("auto_map")
     if not isinstance(named, dict):

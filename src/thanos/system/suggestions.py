@@ -1,4 +1,4 @@
-"""What a person may have meant by a value that is not allowed, as a part of the error's line."""
+"""Suggest what a user may have meant by a value that is not allowed, as the end of an error's line."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def near(given: Any, allowed: Iterable[str], others: Mapping[str, Iterable[str]]
 
 
 def near_dtype(given: Any, allowed: Iterable[str]) -> str:
-    """Return the hint for a dtype, which torch and other libraries call by other names too."""
+    """Return the hint for a dtype. Torch and other libraries have other names for some."""
     return near(str(given).removeprefix("torch."), allowed, _DTYPES)
 
 
