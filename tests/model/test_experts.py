@@ -186,7 +186,7 @@ def test_the_meta_model_computes_what_transformers_computes(architecture: str, d
 def test_a_checkpoint_with_fused_tensors_keeps_them_and_gives_the_same_weights(
     architecture: str, dense: dict[str, Path], text_file: Path, tmp_path: Path
 ) -> None:
-    folder = save_tiny(tmp_path / "fused", architecture, save_original_format=False)
+    folder = save_tiny(tmp_path / "fused", architecture, begins=False, save_original_format=False)
     before = load_file(folder / "model.safetensors")
     assert before["model.layers.0.mlp.experts.gate_up_proj"].dim() == 3
     report = thanos.prune(folder, tmp_path / "out", recipe(text_file, pattern="2:4"))
@@ -206,7 +206,7 @@ def test_a_checkpoint_with_fused_tensors_keeps_them_and_gives_the_same_weights(
 def test_names_that_are_not_understood_are_left_to_transformers_with_a_note(
     dense: dict[str, Path], text_file: Path, tmp_path: Path
 ) -> None:
-    folder = save_tiny(tmp_path / "mixed", "mixtral")
+    folder = save_tiny(tmp_path / "mixed", "mixtral", begins=False)
     file = folder / "model.safetensors"
     # Some names lack the base model's prefix; transformers sorts that out, name by name.
     mixed = {name.removeprefix("model.") if "layers.1." in name else name: t for name, t in load_file(file).items()}

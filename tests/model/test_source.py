@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import BertConfig, LlamaConfig, T5Config
 
-from helpers import POSITIONS, VOCABULARY, save_tiny, tiny_config, tiny_model, tiny_tokenizer
+from helpers import POSITIONS, VOCABULARY, save_tiny, small_gguf, tiny_config, tiny_model, tiny_tokenizer
 from thanos.checkpoint.weight_files import INDEX_NAME, SINGLE_NAME
 from thanos.errors import CudaUnavailableError, DataError, ModelError, ResourceError, UserError
 from thanos.model.loading import check_token_ids, context_length, end_of_text_id, load_model
@@ -265,46 +265,6 @@ def test_a_gguf_whose_tensors_are_cut(tmp_path: Path) -> None:
     path.write_bytes(whole[:-100])
     with pytest.raises(ModelError, match=r"truncated|corrupt|cannot be loaded|cannot be used"):
         load_model(resolve_model(path))
-
-
-def small_gguf(path: Path) -> Path:
-    """A llama in GGUF form with one block, written by the format's own package."""
-    import gguf
-    import numpy as np
-
-    writer = gguf.GGUFWriter(str(path), "llama")
-    writer.add_context_length(POSITIONS)
-    writer.add_embedding_length(32)
-    writer.add_block_count(1)
-    writer.add_feed_forward_length(64)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(4)
-    writer.add_rope_dimension_count(8)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_vocab_size(40)
-    draw = np.random.default_rng(0)
-    shapes = {
-        "token_embd.weight": (40, 32),
-        "output.weight": (40, 32),
-        "output_norm.weight": (32,),
-        "blk.0.attn_norm.weight": (32,),
-        "blk.0.ffn_norm.weight": (32,),
-        "blk.0.attn_q.weight": (32, 32),
-        "blk.0.attn_k.weight": (32, 32),
-        "blk.0.attn_v.weight": (32, 32),
-        "blk.0.attn_output.weight": (32, 32),
-        "blk.0.ffn_gate.weight": (64, 32),
-        "blk.0.ffn_up.weight": (64, 32),
-        "blk.0.ffn_down.weight": (32, 64),
-    }
-    for name, shape in shapes.items():
-        writer.add_tensor(name, draw.standard_normal(shape).astype(np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 def test_a_small_gguf_loads(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import thanos
-from helpers import save_tiny, tiny_model
+from helpers import save_tiny, small_gguf, tiny_model
 from thanos.errors import ModelError
 from thanos.model.loading import load_model
 from thanos.model.opening import open_model
@@ -244,8 +244,6 @@ def test_one_part_of_a_gguf(tmp_path: Path, renamed: bool) -> None:
 
 
 def test_a_gguf_in_one_part_is_none_of_several(tmp_path: Path) -> None:
-    from test_pretrained import small_gguf
-
     load_model(resolve_model(small_gguf(tmp_path / "m-00001-of-00001.gguf")))
 
 
