@@ -44,7 +44,7 @@ def find_weights(folder: Path, name: str | None = None) -> WeightFiles:
         name: of the model, for messages; default: the folder.
 
     Raises:
-        ModelError: there are none, the index is not valid, transformers would read other files, or an adapter lies there.
+        ModelError: there are no weights, the index is not valid, transformers would read other files, or there is an adapter.
     """
     name = name or str(folder)
     single, index = folder / SINGLE_NAME, folder / INDEX_NAME

@@ -76,10 +76,10 @@ def block_names(names: Iterable[str], blocks_name: str, index: int) -> list[str]
 def outer_names(model: nn.Module, names: Iterable[str], blocks_name: str, *, head: bool = True) -> list[str]:
     """Return the parameters outside the blocks; without ``head``, also without those that only the output embedding has."""
     find = None if head else getattr(model, "get_output_embeddings", None)
-    apart: Any = find() if callable(find) else None
-    own = set() if apart is None else {id(parameter) for parameter in apart.parameters()}
+    output_embedding: Any = find() if callable(find) else None
+    own = set() if output_embedding is None else {id(parameter) for parameter in output_embedding.parameters()}
     for module in model.modules():
-        if module is not apart:  # a tied head may come first, and the shared parameter then has its name
+        if module is not output_embedding:  # a tied head may come first, and the shared parameter then has its name
             own -= {id(parameter) for parameter in module.parameters(recurse=False)}
     alone = {name for name, parameter in model.named_parameters() if id(parameter) in own}
     return [name for name in names if not name.startswith(f"{blocks_name}.") and name not in alone]

@@ -28,9 +28,9 @@ def near(given: Any, allowed: Iterable[str], others: Mapping[str, Iterable[str]]
     """Return `` (did you mean …?)`` for a name that is like an allowed one, else an empty string.
 
     Args:
-        given: what came.
+        given: the value that is not allowed.
         allowed: the names that are allowed.
-        others: allowed name → other names by which it is known.
+        others: allowed name → other names for it.
     """
     if not isinstance(given, str):
         return ""
@@ -80,7 +80,7 @@ def near_pattern(given: Any) -> str:
 
 
 def near_number(given: Any, *, share: bool) -> str:
-    """Return the hint for a number, a share where ``share``: for a per cent, a decimal comma, a number in quotes."""
+    """Return the hint for a number, or for a share if ``share``: a percentage, a decimal comma, a number in quotes."""
     number = meant_share(given) if share else _number(given)
     return "" if number is None or number == given else _asked(f"{number:g}")
 
@@ -95,7 +95,7 @@ def near_whole(given: Any) -> str:
 
 
 def meant_share(given: Any) -> float | None:
-    """Return the share below 1 that a per cent or a text stands for; None where it stands for none."""
+    """Return the share below 1 that a percentage or a text means; None if it means none."""
     number = _number(given)
     if number is None:
         return None

@@ -51,5 +51,8 @@ def expanded(path: str | Path) -> Path:
     path = Path(path)
     try:
         return path if path.exists() else path.expanduser()
-    except (RuntimeError, OSError):  # no such user, or a name that is too long, which whoever opens it says
+    except (
+        RuntimeError,
+        OSError,
+    ):  # no such user, or a name that is too long: the caller that opens the path raises the error
         return path
