@@ -51,8 +51,5 @@ def expanded(path: str | Path) -> Path:
     path = Path(path)
     try:
         return path if path.exists() else path.expanduser()
-    except (
-        RuntimeError,
-        OSError,
-    ):  # no such user, or a name that is too long: the caller that opens the path raises the error
+    except (RuntimeError, OSError):  # no such user, or too long a name: whatever opens the path raises the error
         return path
