@@ -202,27 +202,6 @@ def save_tiny(
     return folder
 
 
-def prose(words: int, *, seed: int = 0) -> str:
-    """Text of so many words in sentences; words follow one another unevenly, so that there is something to learn."""
-    draw = random.Random(seed)
-    weights = [1 / (rank + 1) for rank in range(len(WORDS))]
-    return " ".join(draw.choices(WORDS, weights, k=words))
-
-
-def packed_windows(tokenizer: Any, text: str, samples: int, length: int) -> torch.Tensor:
-    """Calibration windows of one document by hand: its tokens in order, each window begun as the tokenizer begins a text."""
-    ids, whole = (tokenizer(text, add_special_tokens=special)["input_ids"] for special in (False, True))
-    begin = whole[: len(whole) - len(ids)]
-    taken = length - len(begin)
-    return torch.tensor([[*begin, *ids[taken * i : taken * (i + 1)]] for i in range(samples)])
-
-
-def windows(samples: int, length: int, *, seed: int = 0) -> torch.Tensor:
-    """Random token ids, (samples, length)."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(4, 4 + len(WORDS), (samples, length), generator=generator)
-
-
 def small_gguf(path: Path) -> Path:
     """A llama in GGUF form with one block, written by the format's own package."""
     import gguf
@@ -261,3 +240,24 @@ def small_gguf(path: Path) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def prose(words: int, *, seed: int = 0) -> str:
+    """Text of so many words in sentences; words follow one another unevenly, so that there is something to learn."""
+    draw = random.Random(seed)
+    weights = [1 / (rank + 1) for rank in range(len(WORDS))]
+    return " ".join(draw.choices(WORDS, weights, k=words))
+
+
+def packed_windows(tokenizer: Any, text: str, samples: int, length: int) -> torch.Tensor:
+    """Calibration windows of one document by hand: its tokens in order, each window begun as the tokenizer begins a text."""
+    ids, whole = (tokenizer(text, add_special_tokens=special)["input_ids"] for special in (False, True))
+    begin = whole[: len(whole) - len(ids)]
+    taken = length - len(begin)
+    return torch.tensor([[*begin, *ids[taken * i : taken * (i + 1)]] for i in range(samples)])
+
+
+def windows(samples: int, length: int, *, seed: int = 0) -> torch.Tensor:
+    """Random token ids, (samples, length)."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(4, 4 + len(WORDS), (samples, length), generator=generator)

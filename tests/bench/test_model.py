@@ -70,7 +70,7 @@ def test_large_checkpoints_are_sharded(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("thanos.bench.synthetic._SHARD_BYTES", 20_000)
     write_checkpoint(tmp_path, TINY)
     checkpoint = SafetensorsCheckpoint(tmp_path)
-    assert len(checkpoint.shards) > 2
+    assert len(checkpoint.layout.shards) > 2
     _, made = random_checkpoint(TINY, 32)
     for name in checkpoint.tensors:
         assert torch.equal(checkpoint.read(name), made.read(name))

@@ -65,8 +65,8 @@ def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(
 def test_the_studys_shape_is_that_of_opt_125m() -> None:
     from transformers import AutoConfig
 
-    from thanos.model.skeleton import build_skeleton
+    from thanos.model.meta_model import build_meta_model
 
     config = AutoConfig.for_model(**json.loads((ROOT / "studies" / "opt-125m.json").read_text()))
-    parameters = sum(p.numel() for p in build_skeleton(config, torch.bfloat16).parameters())
+    parameters = sum(p.numel() for p in build_meta_model(config, torch.bfloat16).parameters())
     assert parameters == 125_239_296

@@ -84,7 +84,7 @@ def test_read_equals_the_library_for_every_dtype(tmp_path: Path, dtype: torch.dt
     checkpoint = SafetensorsCheckpoint(tmp_path)
     reference = load_file(tmp_path / SINGLE_NAME)
     assert set(checkpoint.tensors) == set(reference)
-    assert checkpoint.index is None
+    assert checkpoint.layout.index is None
     for name, tensor in reference.items():
         assert same(checkpoint.read(name), tensor)
         assert same(checkpoint.read(name), state[name])
@@ -136,7 +136,7 @@ def test_any_state_reads_as_the_library_wrote_it(
     assert all(same(checkpoint.read(name), tensor) for name, tensor in state.items())
     # The same tensors planned by ourselves: the library reads what the layout says.
     loaded = LoadedCheckpoint(state)
-    (shard,) = loaded.shards
+    (shard,) = loaded.layout.shards
     data = bytearray(shard.header + bytes(shard.size - len(shard.header)))
     for name, info in loaded.tensors.items():
         data[info.offset : info.offset + info.nbytes] = raw_bytes(state[name])
@@ -155,11 +155,11 @@ def test_sharded_model_reads_as_the_library_does(tmp_path: Path) -> None:
     assert len(files) > 2, "the fixture must be sharded"
     checkpoint = SafetensorsCheckpoint(tmp_path)
     index = json.loads((tmp_path / INDEX_NAME).read_text())["weight_map"]
-    assert checkpoint.index == (tmp_path / INDEX_NAME).read_bytes()
-    assert [shard.name for shard in checkpoint.shards] == list(dict.fromkeys(index.values()))
+    assert checkpoint.layout.index == (tmp_path / INDEX_NAME).read_bytes()
+    assert [shard.name for shard in checkpoint.layout.shards] == list(dict.fromkeys(index.values()))
     assert {name: info.shard for name, info in checkpoint.tensors.items()} == index
     for file in files:
-        layout = next(shard for shard in checkpoint.shards if shard.name == file.name)
+        layout = next(shard for shard in checkpoint.layout.shards if shard.name == file.name)
         assert layout.size == file.stat().st_size
         assert file.read_bytes().startswith(layout.header)
         for name, tensor in load_file(file).items():
@@ -170,7 +170,7 @@ def test_metadata_in_the_header_is_no_tensor(tmp_path: Path) -> None:
     save_file({"w": torch.ones(2)}, tmp_path / SINGLE_NAME, metadata={"format": "pt", "note": "ä"})
     checkpoint = SafetensorsCheckpoint(tmp_path)
     assert list(checkpoint.tensors) == ["w"]
-    assert "ä".encode() in checkpoint.shards[0].header or b"\\u00e4" in checkpoint.shards[0].header
+    assert "ä".encode() in checkpoint.layout.shards[0].header or b"\\u00e4" in checkpoint.layout.shards[0].header
 
 
 def test_tensors_written_out_of_order_in_the_header(tmp_path: Path) -> None:
@@ -198,16 +198,16 @@ def test_a_dtype_that_is_not_supported_is_no_damage(tmp_path: Path, dtype: str, 
     assert "corrupt" not in str(caught.value)
 
 
-def test_pieces_are_the_tensors_entries_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_are_the_tensors_entries_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = {"a": torch.randn(7, 5), "b": torch.arange(23).to(torch.bfloat16), "none": torch.empty(0, 3)}
     save_file(tensors, tmp_path / SINGLE_NAME)
     monkeypatch.setattr("thanos.checkpoint.reader.CHUNK_ENTRIES", 4)
     monkeypatch.setattr("thanos.checkpoint.in_memory.CHUNK_ENTRIES", 4)
     for checkpoint in (SafetensorsCheckpoint(tmp_path), LoadedCheckpoint(tensors)):
         for name, tensor in tensors.items():
-            pieces = list(checkpoint.pieces(name))
-            assert all(0 < piece.numel() <= 4 for piece in pieces if tensor.numel())
-            assert same(torch.cat([*pieces, tensor.reshape(-1)[:0]]), tensor.reshape(-1))
+            chunks = list(checkpoint.chunks(name))
+            assert all(0 < chunk.numel() <= 4 for chunk in chunks if tensor.numel())
+            assert same(torch.cat([*chunks, tensor.reshape(-1)[:0]]), tensor.reshape(-1))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="/proc")
@@ -222,7 +222,7 @@ def test_reading_a_large_tensor_leaves_nothing_in_memory(tmp_path: Path) -> None
     reset_host_peak()
     if host_peak_bytes() > before + size // 8:
         pytest.skip("the system does not let a process reset its peak")
-    assert all(int(piece.max()) == 0 for piece in checkpoint.pieces("w"))
+    assert all(int(chunk.max()) == 0 for chunk in checkpoint.chunks("w"))
     assert host_peak_bytes() < before + size // 2
     assert int(checkpoint.read("w").max()) == 0
     assert host_bytes() < before + size // 8
@@ -417,7 +417,7 @@ def test_an_invalid_index(tmp_path: Path, text: str) -> None:
 
 def materialise(checkpoint: LoadedCheckpoint, folder: Path) -> None:
     """Write a planned layout with plain file operations, tensors taken from the checkpoint."""
-    for shard in checkpoint.shards:
+    for shard in checkpoint.layout.shards:
         data = bytearray(shard.size)
         data[: len(shard.header)] = shard.header
         for name, info in checkpoint.tensors.items():
@@ -425,8 +425,8 @@ def materialise(checkpoint: LoadedCheckpoint, folder: Path) -> None:
                 data[info.offset : info.offset + info.nbytes] = raw_bytes(checkpoint.read(name))
         assert len(data) == shard.size
         (folder / shard.name).write_bytes(data)
-    if checkpoint.index is not None:
-        (folder / INDEX_NAME).write_bytes(checkpoint.index)
+    if checkpoint.layout.index is not None:
+        (folder / INDEX_NAME).write_bytes(checkpoint.layout.index)
 
 
 def test_planned_layout_equals_the_librarys_own_file(tmp_path: Path) -> None:
@@ -444,29 +444,29 @@ def test_planned_shards_are_valid(tmp_path: Path, limit: int) -> None:
     checkpoint = LoadedCheckpoint(state, max_shard_bytes=limit)
     materialise(checkpoint, tmp_path)
     together: dict[str, torch.Tensor] = {}
-    for shard in checkpoint.shards:
+    for shard in checkpoint.layout.shards:
         part = load_file(tmp_path / shard.name)
         assert not set(part) & set(together)
         assert len(part) == 1 or sum(t.nbytes for t in part.values()) <= limit
         together |= part
     assert set(together) == set(state)
     assert all(same(together[name], tensor) for name, tensor in state.items())
-    if len(checkpoint.shards) > 1:
-        assert checkpoint.index is not None
-        index = json.loads(checkpoint.index)
+    if len(checkpoint.layout.shards) > 1:
+        assert checkpoint.layout.index is not None
+        index = json.loads(checkpoint.layout.index)
         assert index["metadata"]["total_size"] == sum(t.nbytes for t in state.values())
         assert index["weight_map"] == {name: info.shard for name, info in checkpoint.tensors.items()}
-        count = len(checkpoint.shards)
-        assert [s.name for s in checkpoint.shards] == [
+        count = len(checkpoint.layout.shards)
+        assert [s.name for s in checkpoint.layout.shards] == [
             f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)
         ]
     else:
-        assert checkpoint.index is None
-        assert [s.name for s in checkpoint.shards] == [SINGLE_NAME]
+        assert checkpoint.layout.index is None
+        assert [s.name for s in checkpoint.layout.shards] == [SINGLE_NAME]
     # And our own reader agrees on every place.
     again = SafetensorsCheckpoint(tmp_path)
     assert again.tensors == checkpoint.tensors
-    assert again.index == checkpoint.index
+    assert again.layout.index == checkpoint.layout.index
 
 
 def test_planned_tensors_are_aligned() -> None:
@@ -524,18 +524,18 @@ def fused() -> dict[str, Tensor]:
     }
 
 
-def pieces(kinds: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+def matrices(kinds: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     return {f"experts.{index}.{kind}": shape for index in range(3) for kind, shape in kinds.items()}
 
 
 @pytest.mark.parametrize("loaded", [True, False])
-def test_a_split_tensor_is_read_and_written_piece_by_piece(loaded: bool, tmp_path: Path) -> None:
+def test_a_split_tensor_is_read_and_written_part_by_part(loaded: bool, tmp_path: Path) -> None:
     tensors = fused()
     save_file(tensors, tmp_path / "model.safetensors")
     checkpoint = LoadedCheckpoint(tensors) if loaded else SafetensorsCheckpoint(tmp_path)
-    checkpoint.split("experts.gate_up_proj", pieces({"gate": (5, 4), "up": (5, 4)}))
-    checkpoint.split("experts.down_proj", pieces({"down": (4, 5)}))
-    assert checkpoint.tensors.keys() == {"norm", *pieces({"gate": (), "up": (), "down": ()})}
+    checkpoint.split("experts.gate_up_proj", matrices({"gate": (5, 4), "up": (5, 4)}))
+    checkpoint.split("experts.down_proj", matrices({"down": (4, 5)}))
+    assert checkpoint.tensors.keys() == {"norm", *matrices({"gate": (), "up": (), "down": ()})}
     for index in range(3):
         gate, up = tensors["experts.gate_up_proj"][index].split(5)
         for name, expected in (("gate", gate), ("up", up), ("down", tensors["experts.down_proj"][index])):
@@ -545,7 +545,7 @@ def test_a_split_tensor_is_read_and_written_piece_by_piece(loaded: bool, tmp_pat
 
     out = tmp_path / "out"
     out.mkdir()
-    writer = CheckpointWriter(checkpoint, out)
+    writer = CheckpointWriter(checkpoint.layout, checkpoint, out)
     writer.write("experts.1.up", torch.zeros(5, 4, dtype=torch.bfloat16))
     writer.finish()
     written = load_file(out / "model.safetensors")
@@ -556,9 +556,9 @@ def test_a_split_tensor_is_read_and_written_piece_by_piece(loaded: bool, tmp_pat
     assert all(torch.equal(written[name], tensors[name]) for name in ("experts.down_proj", "norm"))
 
 
-def test_pieces_that_do_not_fill_the_tensor_are_refused(tmp_path: Path) -> None:
+def test_parts_that_do_not_fill_the_tensor_are_refused(tmp_path: Path) -> None:
     save_file(fused(), tmp_path / "model.safetensors")
     checkpoint = SafetensorsCheckpoint(tmp_path)
     with pytest.raises(ModelError, match=r"experts\.down_proj has shape \[3, 4, 5\].*3 matrices of \[4, 6\]"):
-        checkpoint.split("experts.down_proj", pieces({"down": (4, 6)}))
+        checkpoint.split("experts.down_proj", matrices({"down": (4, 6)}))
     assert "experts.down_proj" in checkpoint.tensors

@@ -7,15 +7,17 @@ import os
 import random
 import shutil
 from collections import namedtuple
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import thanos.checkpoint.writer as shards
 from helpers import save_tiny
+from thanos.bench.synthetic import RandomCheckpoint
 from thanos.checkpoint.in_memory import LoadedCheckpoint
+from thanos.checkpoint.layout import CHUNK_ENTRIES, Checkpoint, Layout, TensorSpec, plan_layout
 from thanos.checkpoint.reader import SafetensorsCheckpoint
 from thanos.checkpoint.weight_files import INDEX_NAME, SINGLE_NAME
 from thanos.checkpoint.writer import CheckpointWriter
@@ -33,11 +35,16 @@ def tensor_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
 
 
+def mirror(checkpoint: Checkpoint, folder: Path) -> CheckpointWriter:
+    """Return a writer of the checkpoint's own layout."""
+    return CheckpointWriter(checkpoint.layout, checkpoint, folder)
+
+
 # --- the writer -------------------------------------------------------------------------------------------------------
 
 
 def test_nothing_written_gives_the_same_files(sharded: Path, tmp_path: Path) -> None:
-    writer = CheckpointWriter(SafetensorsCheckpoint(sharded), tmp_path)
+    writer = mirror(SafetensorsCheckpoint(sharded), tmp_path)
     writer.finish()
     names = [path.name for path in tensor_files(sharded)]
     assert len(names) > 2
@@ -51,7 +58,7 @@ def test_tensors_written_in_any_order(sharded: Path, tmp_path: Path, seed: int) 
     checkpoint = SafetensorsCheckpoint(sharded)
     draw = random.Random(seed)
     changed = draw.sample(sorted(checkpoint.tensors), k=len(checkpoint.tensors) * 2 // 3)
-    writer = CheckpointWriter(checkpoint, tmp_path)
+    writer = mirror(checkpoint, tmp_path)
     expected: dict[str, torch.Tensor] = {}
     for number, name in enumerate(changed):
         info = checkpoint.tensors[name]
@@ -68,7 +75,7 @@ def test_tensors_written_in_any_order(sharded: Path, tmp_path: Path, seed: int) 
         for name, tensor in after.items():
             assert torch.equal(tensor, expected.get(name, before[name])), name
             assert tensor.dtype == before[name].dtype
-        layout = next(shard for shard in checkpoint.shards if shard.name == path.name)
+        layout = next(shard for shard in checkpoint.layout.shards if shard.name == path.name)
         old, new = path.read_bytes(), (tmp_path / path.name).read_bytes()
         assert len(old) == len(new)
         assert old[: len(layout.header)] == new[: len(layout.header)]
@@ -82,7 +89,7 @@ def test_a_tensor_written_twice_keeps_the_last(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "out").mkdir()
     save_file({"w": torch.zeros(3), "v": torch.ones(3)}, tmp_path / "in" / SINGLE_NAME)
-    writer = CheckpointWriter(SafetensorsCheckpoint(tmp_path / "in"), tmp_path / "out")
+    writer = mirror(SafetensorsCheckpoint(tmp_path / "in"), tmp_path / "out")
     writer.write("w", torch.full((3,), 1.0))
     writer.write("w", torch.full((3,), 2.0))
     writer.finish()
@@ -102,7 +109,7 @@ def test_strided_tensors_parameters_and_negative_zeros(tmp_path: Path) -> None:
         "e": torch.empty(0),
     }
     save_file(state, tmp_path / "in" / SINGLE_NAME)
-    writer = CheckpointWriter(SafetensorsCheckpoint(tmp_path / "in"), tmp_path / "out")
+    writer = mirror(SafetensorsCheckpoint(tmp_path / "in"), tmp_path / "out")
     transposed = torch.arange(6.0).view(2, 3).T
     writer.write("w", transposed)
     writer.write("p", torch.nn.Parameter(torch.tensor([1.0, 2.0])))
@@ -125,25 +132,25 @@ def test_the_bits_of_nan_and_odd_dtypes_are_copied(tmp_path: Path) -> None:
     bits = torch.arange(-32768, 32767, dtype=torch.int32).to(torch.int16)
     state = {"all": bits.view(torch.bfloat16), "f8": torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn)}
     save_file(state, tmp_path / "in" / SINGLE_NAME)
-    writer = CheckpointWriter(SafetensorsCheckpoint(tmp_path / "in"), tmp_path / "out")
+    writer = mirror(SafetensorsCheckpoint(tmp_path / "in"), tmp_path / "out")
     writer.write("all", state["all"])
     writer.finish()
     assert (tmp_path / "out" / SINGLE_NAME).read_bytes() == (tmp_path / "in" / SINGLE_NAME).read_bytes()
 
 
-def test_copies_larger_than_one_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "_CHUNK", 64)
+def test_copies_larger_than_one_span(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("thanos.checkpoint.reader._SPAN_BYTES", 64)
     (tmp_path / "in").mkdir()
     (tmp_path / "out").mkdir()
     state = {f"t{i}": torch.randn(n) for i, n in enumerate((1, 15, 16, 17, 500))}
     save_file(state, tmp_path / "in" / SINGLE_NAME)
-    CheckpointWriter(SafetensorsCheckpoint(tmp_path / "in"), tmp_path / "out").finish()
+    mirror(SafetensorsCheckpoint(tmp_path / "in"), tmp_path / "out").finish()
     assert (tmp_path / "out" / SINGLE_NAME).read_bytes() == (tmp_path / "in" / SINGLE_NAME).read_bytes()
 
 
 def test_a_loaded_checkpoint_is_written_as_the_library_would(tmp_path: Path) -> None:
     state = {"b": torch.randn(3, 4).bfloat16(), "a": torch.randn(5), "c": torch.randn(2, 2), "f": torch.tensor([True])}
-    writer = CheckpointWriter(LoadedCheckpoint(state), tmp_path)
+    writer = mirror(LoadedCheckpoint(state), tmp_path)
     writer.write("a", state["a"] * 2)
     writer.finish()
     save_file({**state, "a": state["a"] * 2}, tmp_path / "reference", metadata={"format": "pt"})
@@ -152,18 +159,18 @@ def test_a_loaded_checkpoint_is_written_as_the_library_would(tmp_path: Path) -> 
 
 def test_a_loaded_checkpoint_in_shards(tmp_path: Path) -> None:
     state = {f"t{i}": torch.randn(10) for i in range(5)}
-    writer = CheckpointWriter(LoadedCheckpoint(state, max_shard_bytes=80), tmp_path)
+    writer = mirror(LoadedCheckpoint(state, max_shard_bytes=80), tmp_path)
     for name in ("t4", "t0"):
         writer.write(name, state[name])
     writer.finish()
     again = SafetensorsCheckpoint(tmp_path)
-    assert len(again.shards) == 3
+    assert len(again.layout.shards) == 3
     assert all(torch.equal(again.read(name), tensor) for name, tensor in state.items())
 
 
 @pytest.mark.parametrize("wrong", [torch.zeros(2, 3), torch.zeros(3, 2, dtype=torch.float16), torch.zeros(6)])
 def test_a_tensor_that_does_not_fit_is_refused(tmp_path: Path, wrong: torch.Tensor) -> None:
-    writer = CheckpointWriter(LoadedCheckpoint({"w": torch.zeros(3, 2)}), tmp_path)
+    writer = mirror(LoadedCheckpoint({"w": torch.zeros(3, 2)}), tmp_path)
     with pytest.raises(ValueError, match=r"w is .*float32 \(3, 2\) in the layout"):
         writer.write("w", wrong)
     assert writer.written == set()
@@ -173,7 +180,7 @@ def test_an_input_that_shrinks_during_the_run(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "out").mkdir()
     save_file({"w": torch.randn(1000)}, tmp_path / "in" / SINGLE_NAME)
-    writer = CheckpointWriter(SafetensorsCheckpoint(tmp_path / "in"), tmp_path / "out")
+    writer = mirror(SafetensorsCheckpoint(tmp_path / "in"), tmp_path / "out")
     with (tmp_path / "in" / SINGLE_NAME).open("r+b") as file:
         file.truncate(1000)
     with pytest.raises(ResourceError, match="became shorter"):
@@ -185,11 +192,11 @@ def test_disk_too_small(sharded: Path, tmp_path: Path, monkeypatch: pytest.Monke
     needed = sum(path.stat().st_size for path in tensor_files(sharded))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**12, 0, needed - 1))
     with pytest.raises(ResourceError, match=r"disk full: the output needs .* GB .* free"):
-        CheckpointWriter(checkpoint, tmp_path)
+        mirror(checkpoint, tmp_path)
     assert list(tmp_path.iterdir()) == [], "nothing is written"
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**12, 0, needed))
-    CheckpointWriter(checkpoint, tmp_path).finish()
-    assert len(tensor_files(tmp_path)) == len(checkpoint.shards)
+    mirror(checkpoint, tmp_path).finish()
+    assert len(tensor_files(tmp_path)) == len(checkpoint.layout.shards)
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="the system cannot reserve space")
@@ -203,7 +210,7 @@ def test_disk_that_fills_between_the_check_and_the_reservation(
 
     monkeypatch.setattr(os, "posix_fallocate", no_room)
     with pytest.raises((ThanosError, OSError)) as caught:
-        CheckpointWriter(SafetensorsCheckpoint(sharded), tmp_path)
+        mirror(SafetensorsCheckpoint(sharded), tmp_path)
     if isinstance(caught.value, OSError):
         assert caught.value.errno == errno.ENOSPC  # the caller tells the user; it must know which error it is
 
@@ -219,6 +226,121 @@ def test_a_file_system_that_cannot_reserve_space(
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "posix_fallocate", refuse)
-    CheckpointWriter(SafetensorsCheckpoint(sharded), tmp_path).finish()
+    mirror(SafetensorsCheckpoint(sharded), tmp_path).finish()
     for path in tensor_files(sharded):
         assert (tmp_path / path.name).read_bytes() == path.read_bytes()
+
+
+# --- layouts of other tensors than the input's ------------------------------------------------------------------------
+
+
+def planned(tensors: dict[str, torch.Tensor], limit: int) -> Layout:
+    return plan_layout({name: TensorSpec(t.dtype, tuple(t.shape)) for name, t in tensors.items()}, limit)
+
+
+@pytest.mark.parametrize("limit", [40, 10**9])
+def test_a_planned_layout_holds_tensors_of_other_names_shapes_and_dtypes(tmp_path: Path, limit: int) -> None:
+    """A smaller matrix, a packed one with its indices, and an untouched tensor, as a smaller or packed model has them."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "out").mkdir()
+    state = {"w": torch.randn(6, 8), "v": torch.randn(4, 8).bfloat16(), "norm": torch.randn(7).bfloat16()}
+    save_file(state, tmp_path / "in" / SINGLE_NAME)
+    changed = {
+        "w": state["w"][:, :5].contiguous(),
+        "v.values": state["v"][:, ::2].contiguous(),
+        "v.indices": torch.arange(16, dtype=torch.uint8).view(4, 4),
+    }
+    output = {**changed, "norm": state["norm"]}
+    writer = CheckpointWriter(planned(output, limit), SafetensorsCheckpoint(tmp_path / "in"), tmp_path / "out")
+    for name in ("v.indices", "w", "v.values"):
+        writer.write(name, changed[name])
+        assert torch.equal(writer.read(name), changed[name])
+    writer.finish()
+    files = tensor_files(tmp_path / "out")
+    assert len(files) == (3 if limit == 40 else 1)
+    read = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    assert read.keys() == output.keys()
+    for name, tensor in output.items():
+        assert read[name].dtype == tensor.dtype
+        assert torch.equal(read[name], tensor), name
+    assert (tmp_path / "out" / INDEX_NAME).exists() == (len(files) > 1)
+    again = SafetensorsCheckpoint(tmp_path / "out")  # the index agrees with the files
+    assert all(torch.equal(again.read(name), tensor) for name, tensor in output.items())
+
+
+@pytest.mark.parametrize("count", [3, 5])
+def test_bytes_that_do_not_fit_a_planned_layout_are_refused(tmp_path: Path, count: int) -> None:
+    """A changed tensor that nobody writes must not be filled from the input, nor run into its neighbour."""
+    source = LoadedCheckpoint({"a": torch.ones(4), "b": torch.full((4,), 2.0)})
+    writer = CheckpointWriter(planned({"a": torch.ones(count), "b": torch.ones(4)}, 10**9), source, tmp_path)
+    writer.write("b", torch.full((4,), 3.0))
+    with pytest.raises(ValueError, match=rf"a has {4 * count} bytes in the layout, but 16 in the source"):
+        writer.finish()
+    assert "a" not in writer.written
+    assert writer.read("b").tolist() == [3.0] * 4
+
+
+class Squares:
+    """A source of bytes that are made on the way, in spans of odd lengths, and nothing but a source of bytes."""
+
+    def raw_spans(self, name: str) -> Iterator[memoryview]:
+        data = (torch.arange(10.0) ** int(name)).numpy().tobytes()
+        for start in range(0, len(data), 7):
+            yield memoryview(data)[start : start + 7]
+
+
+def test_the_writer_asks_its_source_for_bytes_alone(tmp_path: Path) -> None:
+    writer = CheckpointWriter(planned({"1": torch.empty(10), "2": torch.empty(10)}, 10**9), Squares(), tmp_path)
+    writer.finish()
+    read = load_file(tmp_path / SINGLE_NAME)
+    assert torch.equal(read["1"], torch.arange(10.0))
+    assert torch.equal(read["2"], torch.arange(10.0) ** 2)
+
+
+# --- every checkpoint ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["files", "memory", "random"])
+def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Checkpoint:
+    state = {"m": torch.randn(6, 4).bfloat16(), "norm": torch.ones(5), "fused": torch.randn(2, 3, 4)}
+    if request.param == "memory":
+        return LoadedCheckpoint(state, max_shard_bytes=60)
+    if request.param == "random":
+        return RandomCheckpoint({name: tensor.to("meta") for name, tensor in state.items()})
+    save_file(state, tmp_path / SINGLE_NAME)
+    return SafetensorsCheckpoint(tmp_path)
+
+
+def test_every_checkpoint_says_the_same_by_each_way_of_reading(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("reader", "in_memory", "layout"):
+        monkeypatch.setattr(f"thanos.checkpoint.{module}.CHUNK_ENTRIES", 5)
+    checkpoint.split("fused", {"first": (3, 4), "second": (12,)})
+    assert checkpoint.tensors.keys() == {"m", "norm", "first", "second"}
+    assert checkpoint.layout.nbytes == sum(shard.size for shard in checkpoint.layout.shards)
+    for name, spec in checkpoint.tensors.items():
+        whole, chunks = checkpoint.read(name), list(checkpoint.chunks(name))
+        assert (whole.dtype, tuple(whole.shape)) == (spec.dtype, spec.shape)
+        assert spec.numel == whole.numel()
+        assert spec.nbytes == whole.nbytes
+        assert torch.equal(torch.cat(chunks).view(whole.shape), whole)
+        assert b"".join(checkpoint.raw_spans(name)) == whole.reshape(-1).view(torch.uint8).numpy().tobytes()
+    (tmp_path / "out").mkdir()
+    mirror(checkpoint, tmp_path / "out").finish()
+    read = {name: tensor for file in tensor_files(tmp_path / "out") for name, tensor in load_file(file).items()}
+    assert read.keys() == {"m", "norm", "fused"}
+    assert torch.equal(read["m"], checkpoint.read("m"))
+    assert torch.equal(read["fused"].view(2, 12)[1], checkpoint.read("second"))
+
+
+@pytest.mark.parametrize("kind", ["files", "memory"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_bytes_of_a_chunk_are_stated_by_its_owner(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
+    """The plan adds these up, so they must be what a chunk takes: 64 MiB of float32, 32 MiB of bfloat16."""
+    state = {"large": torch.zeros(CHUNK_ENTRIES + 3, dtype=dtype), "small": torch.zeros(3, dtype=dtype)}
+    save_file(state, tmp_path / SINGLE_NAME)
+    checkpoint: Checkpoint = SafetensorsCheckpoint(tmp_path) if kind == "files" else LoadedCheckpoint(state)
+    for name, spec in checkpoint.tensors.items():
+        assert spec.chunk_bytes == max(chunk.nbytes for chunk in checkpoint.chunks(name))
+    assert checkpoint.tensors["large"].chunk_bytes == (1 << 24) * dtype.itemsize

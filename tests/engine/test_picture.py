@@ -314,7 +314,7 @@ def test_the_model_is_as_before_after_a_refusal() -> None:
 
 def test_no_weight_is_needed() -> None:
     model = tiny_model("llama").to("meta")
-    rotary = model.model.rotary_emb  # buffers are computed when a skeleton is built
+    rotary = model.model.rotary_emb  # buffers are computed when a meta model is built
     for name, buffer in tiny_model("llama").model.rotary_emb.named_buffers():
         rotary._buffers[name] = buffer
     assert draw_picture(model, find_blocks(model)[1], CPU).reached == (0, 1, 2)

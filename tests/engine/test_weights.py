@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from helpers import ARCHITECTURES, tiny_config, tiny_model, windows
 from thanos.engine.weights import ModelWeights, widens
-from thanos.model.skeleton import build_skeleton, persistent_tensors
+from thanos.model.meta_model import build_meta_model, persistent_tensors
 
 
 class Source:
@@ -23,7 +23,7 @@ class Source:
         self.read_names.append(name)
         return self.tensors[name]
 
-    def pieces(self, name: str) -> Iterator[Tensor]:
+    def chunks(self, name: str) -> Iterator[Tensor]:
         yield from self.read(name).reshape(-1).split(100)
 
 
@@ -31,23 +31,23 @@ def weights_of(
     architecture: str, dtype: torch.dtype = torch.float32
 ) -> tuple[nn.Module, ModelWeights, Source, nn.Module]:
     dense = tiny_model(architecture)
-    skeleton = build_skeleton(tiny_config(architecture), dtype)
-    names = list(persistent_tensors(skeleton))
+    meta_model = build_meta_model(tiny_config(architecture), dtype)
+    names = list(persistent_tensors(meta_model))
     state = dense.state_dict()
     source = Source({f"file.{name}": state[name] for name in names})
     key_of = {name: f"file.{name}" for name in names}
-    return skeleton, ModelWeights(skeleton, source, key_of, torch.device("cpu")), source, dense
+    return meta_model, ModelWeights(meta_model, source, key_of, torch.device("cpu")), source, dense
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @torch.inference_mode()
-def test_a_skeleton_with_all_its_weights_is_the_model(architecture: str) -> None:
-    skeleton, weights, _, dense = weights_of(architecture)
+def test_a_meta_model_with_all_its_weights_is_the_model(architecture: str) -> None:
+    meta_model, weights, _, dense = weights_of(architecture)
     weights.load(weights.names)
     ids = windows(2, 40)
-    assert torch.equal(skeleton(input_ids=ids).logits, dense(input_ids=ids).logits)
+    assert torch.equal(meta_model(input_ids=ids).logits, dense(input_ids=ids).logits)
     weights.release(weights.names)
-    assert all(parameter.device.type == "meta" for parameter in skeleton.parameters())
+    assert all(parameter.device.type == "meta" for parameter in meta_model.parameters())
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -63,11 +63,11 @@ def test_names_are_those_that_a_saved_checkpoint_must_hold(architecture: str) ->
 
 
 def test_only_what_is_asked_for_is_read_and_everything_else_stays_away() -> None:
-    skeleton, weights, source, dense = weights_of("llama")
+    meta_model, weights, source, dense = weights_of("llama")
     wanted = [name for name in weights.names if name.startswith("model.layers.1.")]
     weights.load(wanted)
     assert source.read_names == [f"file.{name}" for name in wanted]
-    for name, parameter in skeleton.named_parameters():
+    for name, parameter in meta_model.named_parameters():
         assert (parameter.device.type == "cpu") is (name in wanted), name
         if name in wanted:
             assert torch.equal(parameter, dense.get_parameter(name))
@@ -75,29 +75,29 @@ def test_only_what_is_asked_for_is_read_and_everything_else_stays_away() -> None
 
 
 def test_a_tied_weight_has_one_name_and_arrives_in_both_places() -> None:
-    skeleton, weights, _, _ = weights_of("tinyllama")
+    meta_model, weights, _, _ = weights_of("tinyllama")
     names = [name for name in weights.names if "embed_tokens" in name or "lm_head" in name]
     assert names == ["model.embed_tokens.weight"]
     weights.load(names)
-    assert skeleton.lm_head.weight is skeleton.model.embed_tokens.weight
-    assert skeleton.lm_head.weight.device.type == "cpu"
+    assert meta_model.lm_head.weight is meta_model.model.embed_tokens.weight
+    assert meta_model.lm_head.weight.device.type == "cpu"
     weights.put(names[0], torch.ones(320, 32))
-    assert skeleton.lm_head.weight is skeleton.model.embed_tokens.weight
-    assert bool((skeleton.lm_head.weight == 1).all())
+    assert meta_model.lm_head.weight is meta_model.model.embed_tokens.weight
+    assert bool((meta_model.lm_head.weight == 1).all())
     weights.release(names)
-    assert skeleton.lm_head.weight.device.type == skeleton.model.embed_tokens.weight.device.type == "meta"
+    assert meta_model.lm_head.weight.device.type == meta_model.model.embed_tokens.weight.device.type == "meta"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_model_runs_in_its_dtype_and_the_stored_weight_keeps_its_own(dtype: torch.dtype) -> None:
-    skeleton, weights, _, dense = weights_of("llama", dtype)
+    meta_model, weights, _, dense = weights_of("llama", dtype)
     name = "model.layers.0.mlp.up_proj.weight"
     weights.load([name])
-    assert skeleton.get_parameter(name).dtype == dtype
-    assert torch.equal(skeleton.get_parameter(name), dense.get_parameter(name).to(dtype))
+    assert meta_model.get_parameter(name).dtype == dtype
+    assert torch.equal(meta_model.get_parameter(name), dense.get_parameter(name).to(dtype))
     assert torch.equal(weights.stored(name), dense.get_parameter(name))  # float32, not rounded
     weights.put(name, torch.zeros(64, 32))
-    assert skeleton.get_parameter(name).dtype == dtype
+    assert meta_model.get_parameter(name).dtype == dtype
     assert weights.key(name) == f"file.{name}"
 
 
@@ -124,10 +124,10 @@ def test_releasing_a_pruned_weight_lets_its_memory_go() -> None:
     import gc
     import weakref
 
-    skeleton, weights, _, _ = weights_of("llama")
+    meta_model, weights, _, _ = weights_of("llama")
     name = "model.layers.0.mlp.up_proj.weight"
     weights.put(name, torch.ones(64, 32))
-    reference = weakref.ref(skeleton.get_parameter(name))
+    reference = weakref.ref(meta_model.get_parameter(name))
     weights.release([name])
     gc.collect()
     assert reference() is None
@@ -138,24 +138,24 @@ def block_names(weights: ModelWeights, block: int) -> list[str]:
 
 
 def test_prefetched_weights_are_read_once_and_arrive_at_the_load() -> None:
-    skeleton, weights, source, dense = weights_of("llama")
+    meta_model, weights, source, dense = weights_of("llama")
     names = block_names(weights, 1)
     weights.prefetch(names)
-    assert all(parameter.device.type == "meta" for parameter in skeleton.parameters())
+    assert all(parameter.device.type == "meta" for parameter in meta_model.parameters())
     weights.load(names)
     assert source.read_names == [f"file.{name}" for name in names]
     for name in names:
-        assert torch.equal(skeleton.get_parameter(name), dense.get_parameter(name))
+        assert torch.equal(meta_model.get_parameter(name), dense.get_parameter(name))
     weights.close()
 
 
 def test_a_load_of_other_names_than_the_prefetched_ones_is_right_too() -> None:
-    skeleton, weights, _, dense = weights_of("llama")
+    meta_model, weights, _, dense = weights_of("llama")
     weights.prefetch(block_names(weights, 1))
     weights.load(block_names(weights, 2))
     weights.load(block_names(weights, 1))
     for name in block_names(weights, 1) + block_names(weights, 2):
-        assert torch.equal(skeleton.get_parameter(name), dense.get_parameter(name))
+        assert torch.equal(meta_model.get_parameter(name), dense.get_parameter(name))
     weights.close()
 
 
@@ -170,7 +170,7 @@ def test_an_error_of_the_background_reading_comes_out_at_the_load() -> None:
 
 
 def test_no_room_for_the_next_block_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    skeleton, weights, _, dense = weights_of("llama")
+    meta_model, weights, _, dense = weights_of("llama")
     names = block_names(weights, 1)
     original = weights._allocate
 
@@ -181,7 +181,7 @@ def test_no_room_for_the_next_block_is_no_error(monkeypatch: pytest.MonkeyPatch)
     weights.prefetch(names)
     monkeypatch.setattr(weights, "_allocate", original)
     weights.load(names)
-    assert torch.equal(skeleton.get_parameter(names[0]), dense.get_parameter(names[0]))
+    assert torch.equal(meta_model.get_parameter(names[0]), dense.get_parameter(names[0]))
 
 
 def test_the_stored_weight_is_read_again_only_where_it_was_rounded_or_replaced() -> None:
@@ -213,11 +213,11 @@ def test_what_widens_comes_back_as_it_was(stored: torch.dtype, held: torch.dtype
 def test_on_a_gpu_a_widened_weight_is_not_read_again() -> None:
     kept = torch.randn(40, 30, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     with torch.device("meta"):
-        skeleton = nn.Linear(30, 40, bias=False)
+        meta_model = nn.Linear(30, 40, bias=False)
     source = Source({"weight": kept})
-    weights = ModelWeights(skeleton, source, {"weight": "weight"}, torch.device("cuda"))
+    weights = ModelWeights(meta_model, source, {"weight": "weight"}, torch.device("cuda"))
     weights.load(["weight"])
-    assert skeleton.weight.dtype == torch.float32
+    assert meta_model.weight.dtype == torch.float32
     assert torch.equal(weights.stored("weight").cpu(), kept)
     assert source.read_names == ["weight"]
     weights.put("weight", kept.cuda() * 2)

@@ -221,7 +221,7 @@ def test_gpt2_without_the_base_prefix_is_streamed_and_keeps_its_names(
     dense: dict[str, Path], text_file: Path, tmp_path: Path
 ) -> None:
     # GPT-2 on the hub: h.0.attn.c_attn.weight, not transformer.h.0.attn.c_attn.weight.
-    folder = save_tiny(tmp_path / "hub", "gpt-2")
+    folder = save_dense(tmp_path / "hub", "gpt-2")  # with the tokenizer of the model that it is compared with
     rename(folder, lambda name: name.removeprefix("transformer."))
     report = thanos.prune(folder, tmp_path / "out", recipe(text_file))
     thanos.prune(dense["gpt-2"], tmp_path / "plain", recipe(text_file))

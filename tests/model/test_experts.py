@@ -26,8 +26,8 @@ from thanos.errors import ModelError
 from thanos.evaluation.inspect import inspect_checkpoint
 from thanos.model.experts import rename_expert
 from thanos.model.layers import linear_layers
+from thanos.model.meta_model import build_meta_model
 from thanos.model.opening import open_model
-from thanos.model.skeleton import build_skeleton
 from thanos.model.source import resolve_model
 
 SAMPLES, LENGTH = 4, 32
@@ -169,16 +169,16 @@ def test_experts_are_pruned_like_linear_layers_on_their_own_tokens(
 
 
 @pytest.mark.parametrize("architecture", MIXTURES)
-def test_the_skeleton_computes_what_transformers_computes(architecture: str, dense: dict[str, Path]) -> None:
+def test_the_meta_model_computes_what_transformers_computes(architecture: str, dense: dict[str, Path]) -> None:
     opened = open_model(resolve_model(dense[architecture]))
     model = tiny_model(architecture)
     for name in opened.key_of:
         module, _, attribute = name.rpartition(".")
         value = nn.Parameter(opened.checkpoint.read(opened.key_of[name]), requires_grad=False)
-        setattr(opened.skeleton.get_submodule(module), attribute, value)
+        setattr(opened.meta_model.get_submodule(module), attribute, value)
     ids = windows(3, 32, seed=2)
     with torch.inference_mode():
-        one, other = opened.skeleton(input_ids=ids).logits, model(input_ids=ids).logits
+        one, other = opened.meta_model(input_ids=ids).logits, model(input_ids=ids).logits
     torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
@@ -186,7 +186,7 @@ def test_the_skeleton_computes_what_transformers_computes(architecture: str, den
 def test_a_checkpoint_with_fused_tensors_keeps_them_and_gives_the_same_weights(
     architecture: str, dense: dict[str, Path], text_file: Path, tmp_path: Path
 ) -> None:
-    folder = save_tiny(tmp_path / "fused", architecture, save_original_format=False)
+    folder = save_tiny(tmp_path / "fused", architecture, begins=False, save_original_format=False)
     before = load_file(folder / "model.safetensors")
     assert before["model.layers.0.mlp.experts.gate_up_proj"].dim() == 3
     report = thanos.prune(folder, tmp_path / "out", recipe(text_file, pattern="2:4"))
@@ -206,7 +206,7 @@ def test_a_checkpoint_with_fused_tensors_keeps_them_and_gives_the_same_weights(
 def test_names_that_are_not_understood_are_left_to_transformers_with_a_note(
     dense: dict[str, Path], text_file: Path, tmp_path: Path
 ) -> None:
-    folder = save_tiny(tmp_path / "mixed", "mixtral")
+    folder = save_tiny(tmp_path / "mixed", "mixtral", begins=False)
     file = folder / "model.safetensors"
     # Some names lack the base model's prefix; transformers sorts that out, name by name.
     mixed = {name.removeprefix("model.") if "layers.1." in name else name: t for name, t in load_file(file).items()}
@@ -390,9 +390,9 @@ def test_a_mixture_of_another_layout_is_refused_with_one_line(text_file: Path, t
 def test_a_convolution_is_no_mixture() -> None:
     sizes = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     config = transformers.JambaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, num_experts=1)
-    skeleton = build_skeleton(config, torch.float32)
-    assert any(parameter.dim() == 3 for parameter in skeleton.parameters())
-    assert not any(layer.expert for layer in linear_layers(skeleton))
+    meta_model = build_meta_model(config, torch.float32)
+    assert any(parameter.dim() == 3 for parameter in meta_model.parameters())
+    assert not any(layer.expert for layer in linear_layers(meta_model))
 
 
 def test_a_missing_expert_is_named(text_file: Path, tmp_path: Path) -> None:

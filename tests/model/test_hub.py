@@ -22,7 +22,7 @@ from thanos.model.source import resolve_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
-COMPANIONS = {
+AUXILIARY = {
     "config.json",
     "generation_config.json",
     "tokenizer.json",
@@ -84,7 +84,7 @@ class Hub:
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     made = Hub(tmp_path)
-    made.add(*COMPANIONS, *CODE, *NEVER)
+    made.add(*AUXILIARY, *CODE, *NEVER)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", made.snapshot_download)
     return made
 
@@ -100,20 +100,20 @@ def test_the_index_comes_first_and_then_the_shards_that_it_names(hub: Hub) -> No
     assert download("org/model", code=False) == hub.cache
     assert INDEX_NAME in hub.fetched[0]
     assert not any(name.endswith(".safetensors") for name in hub.fetched[0])
-    assert hub.names == COMPANIONS | shards | {INDEX_NAME}
+    assert hub.names == AUXILIARY | shards | {INDEX_NAME}
     assert hub.calls == [("org/model", None), ("org/model", COMMIT)], "both of one commit"
 
 
 def test_a_single_file(hub: Hub) -> None:
     hub.add(SINGLE_NAME)
     download("org/model", code=False)
-    assert hub.names == COMPANIONS | {SINGLE_NAME}
+    assert hub.names == AUXILIARY | {SINGLE_NAME}
 
 
 def test_code_only_where_it_is_trusted(hub: Hub) -> None:
     hub.add(SINGLE_NAME)
     download("org/model", code=True)
-    assert hub.names == COMPANIONS | CODE | {SINGLE_NAME}
+    assert hub.names == AUXILIARY | CODE | {SINGLE_NAME}
 
 
 def test_shards_are_names_and_no_patterns(hub: Hub) -> None:

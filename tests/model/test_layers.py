@@ -10,7 +10,7 @@ from torch import nn
 from helpers import ARCHITECTURES, MIXTURES, tiny_config, tiny_model
 from thanos.errors import ModelError, UserError
 from thanos.model.layers import LinearLayer, find_blocks, linear_layers, select_layers
-from thanos.model.skeleton import build_skeleton
+from thanos.model.meta_model import build_meta_model
 from thanos.recipe import Override, Recipe
 
 # Written from the architectures' papers and published checkpoints, not from what the code returns.
@@ -83,22 +83,22 @@ def test_a_model_without_a_list_of_blocks_is_refused() -> None:
 @pytest.mark.parametrize("architecture", MIXTURES)
 def test_every_matrix_of_every_expert_is_a_linear_layer(architecture: str) -> None:
     config = tiny_config(architecture)
-    skeleton = build_skeleton(config, torch.float32)
+    meta_model = build_meta_model(config, torch.float32)
     count = getattr(config, "num_local_experts", None) or config.num_experts
     inner = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
     for block in range(config.num_hidden_layers):
-        found = {layer.name: layer for layer in linear_layers(skeleton) if layer.block == block and layer.expert}
+        found = {layer.name: layer for layer in linear_layers(meta_model) if layer.block == block and layer.expert}
         prefix = f"model.layers.{block}.mlp.experts"
         shapes = {"gate_proj": (inner, 32), "up_proj": (inner, 32), "down_proj": (32, inner)}
         assert {name: layer.shape for name, layer in found.items()} == {
             f"{prefix}.{index}.{kind}": shape for index in range(count) for kind, shape in shapes.items()
         }
         assert {layer.expert for layer in found.values()} == {f"{prefix}.{index}" for index in range(count)}
-    assert all(parameter.device.type == "meta" for parameter in skeleton.parameters())
+    assert all(parameter.device.type == "meta" for parameter in meta_model.parameters())
 
 
 def test_the_gate_of_a_shared_expert_routes_and_is_never_pruned() -> None:
-    layers = linear_layers(build_skeleton(tiny_config("qwen2-moe"), torch.float32))
+    layers = linear_layers(build_meta_model(tiny_config("qwen2-moe"), torch.float32))
     routers = {layer.name for layer in layers if layer.router}
     assert routers == {f"model.layers.{block}.mlp.shared_expert_gate" for block in range(2)}
     chosen, dense = select_layers(layers, Recipe(targets=("*",)))
@@ -216,52 +216,54 @@ def test_nothing_left_to_prune_is_an_error(layers: list[LinearLayer], recipe: Re
         select_layers(layers, recipe)
 
 
-# --- the skeleton -------------------------------------------------------------------------------------------------------
+# --- the meta model -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_skeleton_has_no_weights_and_every_buffer(architecture: str) -> None:
-    skeleton = build_skeleton(tiny_config(architecture), torch.float32)
+def test_a_meta_model_has_no_weights_and_every_buffer(architecture: str) -> None:
+    meta_model = build_meta_model(tiny_config(architecture), torch.float32)
     model = tiny_model(architecture)
-    parameters, expected = dict(skeleton.named_parameters()), dict(model.named_parameters())
+    parameters, expected = dict(meta_model.named_parameters()), dict(model.named_parameters())
     assert parameters.keys() == expected.keys()
     for name, parameter in parameters.items():
         assert parameter.device.type == "meta", name
         assert parameter.shape == expected[name].shape
         assert parameter.dtype == torch.float32
         assert not parameter.requires_grad
-    buffers, real = dict(skeleton.named_buffers()), dict(model.named_buffers())
+    buffers, real = dict(meta_model.named_buffers()), dict(model.named_buffers())
     assert buffers.keys() == real.keys()
     for name, buffer in buffers.items():
         assert buffer.device.type == "cpu", name
         assert buffer.dtype == real[name].dtype, name
         assert torch.equal(buffer, real[name]), name
-    assert not skeleton.training
-    tied = skeleton.get_input_embeddings().weight is skeleton.get_output_embeddings().weight
+    assert not meta_model.training
+    tied = meta_model.get_input_embeddings().weight is meta_model.get_output_embeddings().weight
     assert tied is (model.get_input_embeddings().weight is model.get_output_embeddings().weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("architecture", ["llama-3", "gemma-2", "gemma-3", "gpt-neox"])
-def test_a_16_bit_skeleton_keeps_the_buffers_of_a_loaded_model(architecture: str, dtype: torch.dtype, tmp_path) -> None:
+def test_a_16_bit_meta_model_keeps_the_buffers_of_a_loaded_model(
+    architecture: str, dtype: torch.dtype, tmp_path
+) -> None:
     # Rotary frequencies rounded to 16 bits would shift positions; the oracle is what from_pretrained gives.
     tiny_model(architecture, dtype=dtype).save_pretrained(tmp_path)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
-    skeleton = build_skeleton(tiny_config(architecture), dtype)
-    assert {p.dtype for p in skeleton.parameters()} == {dtype}
+    meta_model = build_meta_model(tiny_config(architecture), dtype)
+    assert {p.dtype for p in meta_model.parameters()} == {dtype}
     real = dict(loaded.named_buffers())
-    for name, buffer in skeleton.named_buffers():
+    for name, buffer in meta_model.named_buffers():
         assert buffer.dtype == real[name].dtype, name
         assert torch.equal(buffer, real[name]), name
 
 
-def test_building_a_skeleton_leaves_torch_as_it_was() -> None:
+def test_building_a_meta_model_leaves_torch_as_it_was() -> None:
     register = nn.Module.register_parameter
-    build_skeleton(tiny_config("llama"), torch.bfloat16)
+    build_meta_model(tiny_config("llama"), torch.bfloat16)
     assert nn.Module.register_parameter is register
     assert torch.get_default_dtype() == torch.float32
     says = r"cannot build the model from its config \(KeyError: 'no-such-activation'"
     with pytest.raises(ModelError, match=says):  # in the middle of building the first block
-        build_skeleton(tiny_config("llama", hidden_act="no-such-activation"), torch.float32)
+        build_meta_model(tiny_config("llama", hidden_act="no-such-activation"), torch.float32)
     assert nn.Module.register_parameter is register
     assert nn.Linear(2, 2).weight.device.type == "cpu"

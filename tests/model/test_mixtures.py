@@ -14,9 +14,9 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 import thanos
 from helpers import tiny_tokenizer
 from thanos.errors import ModelError
-from thanos.model.experts import Experts, mixtures, take_apart
+from thanos.model.experts import Experts, mixtures, unfuse
 from thanos.model.layers import find_blocks, linear_layers
-from thanos.model.skeleton import build_skeleton
+from thanos.model.meta_model import build_meta_model
 
 _COMMON = {"vocab_size": 320, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "hidden_size": 32}
 _TEXT = {
@@ -65,10 +65,10 @@ def test_parameters_of_three_dimensions_alone_are_no_mixture(case: str) -> None:
     model = AutoModelForCausalLM.from_config(config)
     three = {key for key, parameter in model.named_parameters() if parameter.dim() == 3}
     assert three, "the case is one"
-    skeleton = build_skeleton(config, torch.float32)
-    assert not any(isinstance(module, Experts) for module in skeleton.modules())
-    assert {key for key, _ in skeleton.named_parameters()} == {key for key, _ in model.named_parameters()}
-    assert not any(layer.expert or layer.router for layer in linear_layers(skeleton))
+    meta_model = build_meta_model(config, torch.float32)
+    assert not any(isinstance(module, Experts) for module in meta_model.modules())
+    assert {key for key, _ in meta_model.named_parameters()} == {key for key, _ in model.named_parameters()}
+    assert not any(layer.expert or layer.router for layer in linear_layers(meta_model))
 
 
 @pytest.mark.parametrize("case", [case for case in TINY if not case.startswith(("RWKV", "XLNet"))])
@@ -115,11 +115,11 @@ def test_a_stack_of_as_many_matrices_as_the_config_has_experts_is_a_mixture() ->
     model = nn.Module()
     model.layers = nn.ModuleList([block(transformers.PreTrainedConfig(moe_num_experts=4))])
     with pytest.raises(ModelError, match=r"layers\.0\.feed_forward .*w1 \[4, 16, 8\].*not supported"):
-        take_apart(model)
+        unfuse(model)
     for values in ({}, {"num_experts": 5}, {"num_experts_per_tok": 4}, {"expert_intermediate_size": 4}):
         model = nn.Module()
         model.layers = nn.ModuleList([block(transformers.PreTrainedConfig(**values))])
-        take_apart(model)
+        unfuse(model)
         assert not isinstance(model.layers[0].feed_forward, Experts)
 
 
@@ -189,7 +189,7 @@ def test_every_family_of_transformers() -> None:
 
 def _complaint(model: nn.Module) -> str:
     try:
-        take_apart(model)
+        unfuse(model)
     except ModelError as error:
         return str(error)
     return ""

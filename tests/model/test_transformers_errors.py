@@ -140,7 +140,7 @@ def test_model(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         load_model(source)
 
 
-def test_skeleton(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_meta_model(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = resolve_model(copy)
     monkeypatch.setattr(AutoModelForCausalLM, "from_config", fail)
     with pytest.raises(ModelError, match=NEEDS):

@@ -7,17 +7,21 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import thanos
 from helpers import save_tiny
 from thanos.bench.synthetic import Shape, write_checkpoint
+from thanos.checkpoint.in_memory import LoadedCheckpoint
 from thanos.cli import run
 from thanos.engine import activations
 from thanos.errors import UserError
 from thanos.planning import plan as planning
 from thanos.planning.memory_model import LayerWork, hessian_bytes, largest_sum, solve_bytes, solving_bytes
+from thanos.planning.phases import Job, transfer_bytes
 from thanos.recipe import LayerRecipe, Recipe
 
 KEYS = [
@@ -198,6 +202,16 @@ class TestFootprint:
         assert largest_sum([3, 1, 4, 1, 5]) == 6
         assert largest_sum([7]) == 7
         assert largest_sum([]) == 0
+
+    @pytest.mark.parametrize(("dtype", "mib"), [(torch.float32, 64), (torch.bfloat16, 32)])
+    def test_the_memory_of_a_transfer_is_a_chunk_and_two_pairs_of_buffers(self, dtype: torch.dtype, mib: int) -> None:
+        state = {"large": torch.empty(1 << 25, dtype=dtype), "small": torch.empty(4, dtype=dtype)}
+        job = object.__new__(Job)
+        job.prepared = SimpleNamespace(opened=SimpleNamespace(checkpoint=LoadedCheckpoint(state)))  # type: ignore[assignment]
+        assert job.chunk_bytes(["large", "small"]) == mib << 20
+        assert job.chunk_bytes(["small"]) == 4 * dtype.itemsize
+        assert job.chunk_bytes([]) == 0
+        assert transfer_bytes(job) == (mib << 20) + 4 * (16 << 20)
 
 
 @pytest.mark.slow

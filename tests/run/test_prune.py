@@ -775,7 +775,7 @@ def test_a_disk_without_room_is_noticed_before_the_work(
     break_solver(monkeypatch, AssertionError("work began"), after=0)
     refused(ResourceError, model, recipe(text_file), "disk full")
     # Nor have all tensors been read, or calibration text been made, which takes long for a large model.
-    monkeypatch.setattr(SafetensorsCheckpoint, "pieces", lambda self, name: pytest.fail("tensors were read"))
+    monkeypatch.setattr(SafetensorsCheckpoint, "chunks", lambda self, name: pytest.fail("tensors were read"))
     monkeypatch.setattr("thanos.calibration.windows.build_calibration", lambda *_, **__: pytest.fail("text was made"))
     refused(ResourceError, model, recipe(text_file), "disk full")
 

@@ -454,7 +454,7 @@ def test_bytes_that_the_disk_garbled_unnoticed_are_found_and_done_again(
     def garble(self: CheckpointWriter, name: str, tensor: torch.Tensor) -> None:
         write(self, name, tensor)
         if name == "model.layers.1.mlp.up_proj.weight":
-            info = self._checkpoint.tensors[name]
+            info = self._layout.tensors[name]
             flip(tmp_path / ".out.partial/model" / info.shard, info.offset + 5)
 
     with monkeypatch.context() as patch:
@@ -619,7 +619,7 @@ def test_a_blocks_tensors_are_durable_before_the_journal_names_it(
 
     def note_write(self: CheckpointWriter, name: str, tensor: torch.Tensor) -> None:
         write(self, name, tensor)
-        steps.append(f"write {self._checkpoint.tensors[name].shard}")
+        steps.append(f"write {self._layout.tensors[name].shard}")
 
     monkeypatch.setattr(os, "fsync", note_fsync)
     monkeypatch.setattr(CheckpointWriter, "write", note_write)

@@ -273,7 +273,7 @@ def test_a_sample_of_a_large_weight_is_spread_over_it(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "wide", "llama", intermediate_size=4096, num_hidden_layers=1)
     edit(folder, lambda state: state["model.layers.0.mlp.up_proj.weight"][2048:].zero_())
     opened = open_model(resolve_model(folder))
-    (layer,) = [layer for layer in linear_layers(opened.skeleton) if layer.name.endswith("up_proj")]
+    (layer,) = [layer for layer in linear_layers(opened.meta_model) if layer.name.endswith("up_proj")]
     sparsity, pruned = sampled_sparsity(opened, [layer])
     assert sparsity == pytest.approx(0.5)
     assert pruned

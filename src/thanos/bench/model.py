@@ -153,25 +153,25 @@ def _engine(
     shape: Shape, recipe: Recipe, device: torch.device, meter: PhaseMeter, *, out: Path | None, activations: str
 ) -> Iterator[Engine]:
     """Yield an engine about to prune random weights on random tokens; what it writes is removed afterwards."""
-    skeleton, checkpoint = random_checkpoint(shape, recipe.sequence_length, seed=recipe.seed)
+    meta_model, checkpoint = random_checkpoint(shape, recipe.sequence_length, seed=recipe.seed)
     generator = torch.Generator().manual_seed(recipe.seed)
     ids = torch.randint(shape.vocabulary, (recipe.samples, recipe.sequence_length), generator=generator)
-    layers, _ = select_layers(linear_layers(skeleton), recipe)
-    name, modules = find_blocks(skeleton)
+    layers, _ = select_layers(linear_layers(meta_model), recipe)
+    name, modules = find_blocks(meta_model)
     for key in checkpoint.tensors:  # made up before the clock runs: a file would be there already
         checkpoint.read(key)
     with TemporaryDirectory(dir=out) as scratch:
         writer, journal = _output(checkpoint, Path(scratch), meter, kept=out is not None)
         yield Engine(
             EngineInputs(
-                model=skeleton,
+                model=meta_model,
                 blocks_name=name,
                 blocks=modules,
                 layers=layers,
-                weights=ModelWeights(skeleton, checkpoint, {key: key for key in checkpoint.tensors}, device),
+                weights=ModelWeights(meta_model, checkpoint, {key: key for key in checkpoint.tensors}, device),
                 writer=writer,
                 journal=journal,
-                runner=Passes(skeleton, modules, ids, device, Path(scratch), place=activations),
+                runner=Passes(meta_model, modules, ids, device, Path(scratch), place=activations),
                 device=device,
                 meter=meter,
             ),
@@ -192,7 +192,7 @@ def _output(checkpoint: RandomCheckpoint, folder: Path, meter: PhaseMeter, *, ke
     """Return writer and journal: those of a real run, or ones that keep nothing."""
     if not kept:
         return _Discard(), _Forget()
-    writer = CheckpointWriter(checkpoint, folder)
+    writer = CheckpointWriter(checkpoint.layout, checkpoint, folder)
     return writer, RunJournal(Journal(folder / "journal.jsonl"), writer, meter)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thanos.checkpoint.in_memory import LoadedCheckpoint
+from thanos.checkpoint.in_memory import raw_bytes
+from thanos.checkpoint.layout import CHUNK_ENTRIES, Layout, TensorInfo, TensorSpec, plan_layout
 from thanos.checkpoint.weight_files import INDEX_NAME
 from thanos.errors import RecipeError
-from thanos.model.skeleton import build_skeleton, persistent_tensors
+from thanos.model.meta_model import build_meta_model, persistent_tensors
 
 _BASE = 4_194_301
 """Random numbers that all tensors are made from, again and again; prime, so that no two rows of a matrix are alike."""
@@ -95,24 +96,36 @@ SHAPES = {
 }
 
 
-class RandomCheckpoint(LoadedCheckpoint):
-    """A checkpoint whose tensors are made up when they are read: normal weights of variance 1 / columns, norms of ones.
+class RandomCheckpoint:
+    """A :class:`~thanos.checkpoint.layout.Checkpoint` of random tensors: weights of variance 1 / columns, norms of ones.
+
+    A tensor is made when it is read. Tensors of the same shape and dtype are equal.
 
     Args:
         tensors: name → tensor of the right shape and dtype, on the meta device.
         seed: of the random numbers.
-        keep: remember tensors by shape, so that reading costs what copying from memory costs; else what making them does.
+        keep: keep one tensor of each shape and dtype, so that reading it again costs no more than a copy from memory.
+            Otherwise it is made again.
+
+    Attributes:
+        layout: planned.
     """
 
     def __init__(self, tensors: dict[str, Tensor], *, seed: int = 0, keep: bool = True) -> None:
-        super().__init__(tensors, _SHARD_BYTES)
+        specs = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        self.layout: Layout = plan_layout(specs, _SHARD_BYTES)
         generator = torch.Generator().manual_seed(seed)
         self._base = torch.randn(_BASE, generator=generator)
         self._keep = keep
         self._made: dict[tuple[tuple[int, ...], torch.dtype], Tensor] = {}
 
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Name → dtype, shape, and bytes in the planned files."""
+        return self.layout.tensors
+
     def read(self, name: str) -> Tensor:
-        """Return one tensor on the CPU; not to be modified."""
+        """Return a tensor on the CPU. Do not modify it."""
         info = self.tensors[name]
         key = info.shape, info.dtype
         if key not in self._made:
@@ -121,9 +134,17 @@ class RandomCheckpoint(LoadedCheckpoint):
             self._made[key] = self._make(info.shape, info.dtype)
         return self._made[key]
 
-    def pieces(self, name: str) -> Iterator[Tensor]:
-        """Yield one tensor's entries in order, in flat pieces."""
-        yield from self.read(name).reshape(-1).split(1 << 24)
+    def chunks(self, name: str) -> Iterator[Tensor]:
+        """Yield a tensor's entries in order, in flat chunks."""
+        yield from self.read(name).reshape(-1).split(CHUNK_ENTRIES)
+
+    def raw_spans(self, name: str) -> Iterator[memoryview]:
+        """Yield a tensor's bytes."""
+        yield raw_bytes(self.read(name))
+
+    def split(self, name: str, parts: Mapping[str, tuple[int, ...]]) -> None:
+        """As :meth:`Checkpoint.split <thanos.checkpoint.layout.Checkpoint.split>`; each part is then random by itself."""
+        self.layout.split(name, parts)
 
     def _make(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         made = torch.empty(shape, dtype=dtype)
@@ -136,9 +157,9 @@ class RandomCheckpoint(LoadedCheckpoint):
 
 
 def random_checkpoint(shape: Shape, length: int, *, seed: int = 0, keep: bool = True) -> tuple[Any, RandomCheckpoint]:
-    """Return a skeleton of the shape in bfloat16, and the tensors that belong to it."""
-    skeleton = build_skeleton(shape.config(length), torch.bfloat16)
-    return skeleton, RandomCheckpoint(dict(persistent_tensors(skeleton)), seed=seed, keep=keep)
+    """Return a meta model of the shape in bfloat16, and the tensors that belong to it."""
+    meta_model = build_meta_model(shape.config(length), torch.bfloat16)
+    return meta_model, RandomCheckpoint(dict(persistent_tensors(meta_model)), seed=seed, keep=keep)
 
 
 def write_checkpoint(folder: Path, shape: Shape, *, length: int = 2048, seed: int = 0) -> int:
@@ -147,23 +168,23 @@ def write_checkpoint(folder: Path, shape: Shape, *, length: int = 2048, seed: in
     Returns:
         Bytes of the weights.
     """
-    skeleton, checkpoint = random_checkpoint(shape, length, seed=seed, keep=False)
+    meta_model, checkpoint = random_checkpoint(shape, length, seed=seed, keep=False)
     folder.mkdir(parents=True, exist_ok=True)
-    skeleton.config.save_pretrained(folder)
+    meta_model.config.save_pretrained(folder)
     _write_tokenizer(folder, shape.vocabulary)
-    for shard in checkpoint.shards:
+    for shard in checkpoint.layout.shards:
         names = [name for name, info in checkpoint.tensors.items() if info.shard == shard.name]
         with (folder / shard.name).open("wb") as file:
             file.write(shard.header)
             for name in sorted(names, key=lambda name: checkpoint.tensors[name].offset):
-                file.write(checkpoint.read(name).reshape(-1).view(torch.uint8).numpy().data)
+                file.write(raw_bytes(checkpoint.read(name)))
             file.flush()
             if hasattr(os, "posix_fadvise"):  # the page cache is no part of what is measured later
                 os.fsync(file.fileno())
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    if checkpoint.index is not None:
-        (folder / INDEX_NAME).write_bytes(checkpoint.index)
-    return sum(shard.size for shard in checkpoint.shards)
+    if checkpoint.layout.index is not None:
+        (folder / INDEX_NAME).write_bytes(checkpoint.layout.index)
+    return checkpoint.layout.nbytes
 
 
 def _write_tokenizer(folder: Path, vocabulary: int) -> None:

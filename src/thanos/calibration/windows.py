@@ -276,10 +276,10 @@ def calibrate(
     watch(Event(kind="phase", phase="calibration"))
     if given is not None:
         given.check_made_by(recipe)
-        check_token_ids(given.ids, opened.skeleton)
+        check_token_ids(given.ids, opened.meta_model)
         return given
     calibration = make_calibration(opened.source, recipe, device, watch)
-    check_token_ids(calibration.ids, opened.skeleton)
+    check_token_ids(calibration.ids, opened.meta_model)
     return calibration
 
 

@@ -1,1 +1,1 @@
-"""Checkpoints on disk and in memory: read one tensor, write one at its place."""
+"""Checkpoints on disk and in memory: where tensors come from, and where they go."""

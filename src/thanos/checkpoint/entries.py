@@ -1,4 +1,4 @@
-"""Look at the entries of tensors: count zeros, refuse NaN and infinity."""
+"""Check the entries of tensors: count zeros, refuse NaN and infinity."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ from thanos.errors import NumericsError
 
 
 def count_zeros(name: str, part: Tensor) -> int:
-    """Return the zeros of a part of a tensor.
+    """Return the number of zeros in a part of a tensor.
+
+    Args:
+        name: of the tensor, for messages.
+        part: any shape and dtype.
 
     Raises:
-        NumericsError: it holds NaN or infinity.
+        NumericsError: the part holds NaN or infinity.
     """
     wide = part.dtype.itemsize > 1
-    # Matrices of flags would fragment the heap, more with every block. The sum of finite entries may overflow, but NaN or
-    # infinity never makes it finite.
+    # The sum needs no matrix of flags, which would fragment the heap more with every block. NaN or infinity never gives a
+    # finite sum. Finite entries may overflow, so a sum that is not finite proves nothing.
     finite = not part.is_floating_point() or (wide and bool(torch.isfinite(part.sum())))
     if not finite and not bool(torch.isfinite(part).all()):
         raise NumericsError(f"{name} holds NaN or infinity; the checkpoint is damaged: download or save it again")
@@ -24,7 +28,7 @@ def count_zeros(name: str, part: Tensor) -> int:
 
 
 def count_any_zeros(name: str, part: Tensor) -> int:
-    """Return the zeros of a part of a tensor that may hold anything, NaN and infinity too."""
+    """Return the number of zeros in a part of a tensor. NaN and infinity are allowed."""
     del name
     if part.dtype.itemsize == 1 or part.dtype in (
         torch.uint16,

@@ -1,4 +1,4 @@
-"""GGUF files: which are whole, and what it takes to read them."""
+"""GGUF files: check that a file is complete, and that the packages which read it are installed."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from thanos.system.extras import install_command
 
 
 def check_gguf(path: Path) -> None:
-    """Refuse a file that is no whole GGUF file by its name and first bytes.
+    """Refuse a file that is not a complete GGUF file, judged by its name and its first bytes.
 
     Raises:
-        ModelError: it is none, is one of several parts, or a package is missing.
+        ModelError: the file is not GGUF, it is one of several parts, or a package is missing.
     """
     if path.suffix != ".gguf":
         raise ModelError(f"{path} is a file, but not a .gguf file; MODEL is a hub name, a local folder or a .gguf file")
@@ -35,21 +35,21 @@ def say_merge(path: Path, parts: int) -> str:
 
 
 def count_parts(path: Path) -> int:
-    """Return of how many parts a GGUF file says that it is one; 1 where it cannot be read."""
+    """Return into how many parts a GGUF file was split, as this part's header states; 1 if it cannot be read."""
     import gguf
 
     try:
         field = gguf.GGUFReader(path).fields.get("split.count")
         return 1 if field is None else int(field.parts[-1][0])
-    except Exception:  # a truncated file makes the reader index past the end in many ways; the caller's error says more
+    except Exception:  # a truncated file makes the reader fail in many ways; the caller's error says more
         return 1
 
 
 def require_packages() -> None:
-    """Refuse to go on without the packages that read GGUF files.
+    """Check that the packages which read GGUF files are installed.
 
     Raises:
-        ModelError: one is missing.
+        ModelError: a package is missing.
     """
     try:
         import accelerate  # noqa: F401

@@ -5,61 +5,53 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 
+import torch
 from torch import Tensor
 
-from thanos.checkpoint.layout import (
-    CHUNK_ENTRIES,
-    DEFAULT_SHARD_BYTES,
-    ShardLayout,
-    TensorInfo,
-    make_index,
-    plan_layout,
-    split_info,
-)
-from thanos.checkpoint.reader import SafetensorsCheckpoint
-from thanos.checkpoint.weight_files import SINGLE_NAME
+from thanos.checkpoint.layout import CHUNK_ENTRIES, DEFAULT_SHARD_BYTES, Layout, TensorInfo, TensorSpec, plan_layout
 
 
 class LoadedCheckpoint:
-    """The same interface over tensors in memory: a GGUF that was dequantised, or a checkpoint whose keys were converted.
+    """A :class:`~thanos.checkpoint.layout.Checkpoint` of tensors in memory: dequantised from GGUF, or with converted keys.
 
     Args:
-        state: name → CPU tensor; tensors that share memory must be given once.
-        max_shard_bytes: size above which the planned output is split.
+        state: name → CPU tensor. Give tensors that share memory once.
+        max_shard_bytes: see :func:`~thanos.checkpoint.layout.plan_layout`.
+
+    Attributes:
+        layout: planned.
     """
 
     def __init__(self, state: Mapping[str, Tensor], max_shard_bytes: int = DEFAULT_SHARD_BYTES) -> None:
         self._state = dict(state)
-        groups: list[dict[str, Tensor]] = [{}]
-        filled = 0
-        for name, tensor in self._state.items():
-            if groups[-1] and filled + tensor.nbytes > max_shard_bytes:
-                groups.append({})
-                filled = 0
-            groups[-1][name] = tensor
-            filled += tensor.nbytes
-        self.shards: list[ShardLayout] = []
-        self.tensors: dict[str, TensorInfo] = {}
-        for number, group in enumerate(groups, 1):
-            file = SINGLE_NAME if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-            layout, infos = plan_layout(file, group)
-            self.shards.append(layout)
-            self.tensors |= infos
-        self.index = None if len(groups) == 1 else make_index(self.tensors)
+        specs = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
+        self.layout: Layout = plan_layout(specs, max_shard_bytes)
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Name → dtype, shape, and bytes in the planned files."""
+        return self.layout.tensors
 
     def read(self, name: str) -> Tensor:
-        """Return one tensor on the CPU; it shares memory with the model it came from and must not be modified."""
+        """Return a tensor on the CPU. It shares memory with the model that it came from: do not modify it."""
         return self._state[name]
 
-    def split(self, name: str, pieces: Mapping[str, tuple[int, ...]]) -> None:
-        """As :meth:`SafetensorsCheckpoint.split`."""
-        split_info(self.tensors, name, pieces)
-        parts = self._state.pop(name).reshape(-1).split([math.prod(shape) for shape in pieces.values()])
-        self._state |= {key: part.view(pieces[key]) for key, part in zip(pieces, parts, strict=True)}
-
-    def pieces(self, name: str) -> Iterator[Tensor]:
-        """Yield one tensor's entries in order, in flat pieces."""
+    def chunks(self, name: str) -> Iterator[Tensor]:
+        """Yield a tensor's entries in order, in flat chunks."""
         yield from self._state[name].reshape(-1).split(CHUNK_ENTRIES)
 
+    def raw_spans(self, name: str) -> Iterator[memoryview]:
+        """Yield a tensor's bytes in order, chunk by chunk."""
+        for chunk in self.chunks(name):
+            yield raw_bytes(chunk)
 
-Checkpoint = SafetensorsCheckpoint | LoadedCheckpoint
+    def split(self, name: str, parts: Mapping[str, tuple[int, ...]]) -> None:
+        """As :meth:`Checkpoint.split <thanos.checkpoint.layout.Checkpoint.split>`. The parts share the tensor's memory."""
+        self.layout.split(name, parts)
+        values = self._state.pop(name).reshape(-1).split([math.prod(shape) for shape in parts.values()])
+        self._state |= {key: value.view(parts[key]) for key, value in zip(parts, values, strict=True)}
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """Return a CPU tensor's bytes as safetensors stores them; a view of its memory where that is contiguous."""
+    return memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -1,4 +1,9 @@
-"""What lies where in safetensors files: names, dtypes, offsets, and the index that names the shards."""
+"""The seam between where tensors come from and where they go.
+
+A :class:`Checkpoint` is a source: it hands out tensors by name. A :class:`Layout` says which bytes of which output file each
+tensor takes. It mirrors the input's files (``checkpoint.layout``), or is planned for tensors of other names, shapes and
+dtypes (:func:`plan_layout`).
+"""
 
 from __future__ import annotations
 
@@ -12,10 +17,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from thanos.checkpoint.weight_files import SINGLE_NAME
 from thanos.errors import ModelError
 
 DEFAULT_SHARD_BYTES = 50 * 10**9
-"""Largest shard that we plan for a model that came without shards; transformers' own default."""
+"""Bytes of the largest shard that is planned; transformers' own default."""
 
 
 DTYPES = {
@@ -44,35 +50,52 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 UNSUPPORTED = ("F8_E8M0", "F6_E2M3", "F6_E3M2", "F4")
-"""The format's other dtypes: what a header names besides is damage."""
+"""The format's other dtypes. Any name that is in neither list means a damaged header."""
 
 
 CHUNK_ENTRIES = 1 << 24
-"""Entries that are looked at, or copied, at once: 32 MiB of bfloat16."""
+"""Most entries of a chunk, which is how much of a tensor is read, checked or copied at once."""
 
 
 @dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """Where one tensor lies.
+class TensorSpec:
+    """What a tensor is, wherever its bytes are.
 
     Attributes:
-        shard: file name.
         dtype: torch dtype.
         shape: sizes.
-        offset: first byte in the file.
-        nbytes: length in bytes.
     """
 
-    shard: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    offset: int
-    nbytes: int
 
     @property
     def numel(self) -> int:
         """Number of entries."""
         return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Length in bytes."""
+        return self.numel * self.dtype.itemsize
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of the largest chunk that :meth:`Checkpoint.chunks` yields of the tensor."""
+        return min(self.numel, CHUNK_ENTRIES) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo(TensorSpec):
+    """A tensor, and which bytes of which file it takes.
+
+    Attributes:
+        shard: file name.
+        offset: first byte in the file.
+    """
+
+    shard: str
+    offset: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,28 +107,59 @@ class ShardLayout:
     size: int
 
 
-def split_info(tensors: dict[str, TensorInfo], name: str, pieces: Mapping[str, tuple[int, ...]]) -> None:
-    """Replace the entry of a fused tensor by entries of its parts, in place; ``pieces`` maps each part's name to its shape."""
-    whole = tensors[name]
-    if sum(math.prod(shape) for shape in pieces.values()) != whole.numel:
-        raise ModelError(
-            f"{name} has shape {list(whole.shape)}, but config.json makes it {len(pieces)} matrices of "
-            f"{' and '.join(str(list(shape)) for shape in dict.fromkeys(pieces.values()))}; the config belongs to another "
-            "checkpoint"
-        )
-    del tensors[name]
-    offset = whole.offset
-    for key, shape in pieces.items():
-        nbytes = math.prod(shape) * whole.dtype.itemsize
-        tensors[key] = TensorInfo(whole.shard, whole.dtype, tuple(shape), offset, nbytes)
-        offset += nbytes
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Which bytes of which file each tensor of a checkpoint takes.
+
+    Attributes:
+        shards: the files, in order.
+        tensors: name → :class:`TensorInfo`; only :meth:`split` changes it.
+        index: bytes of ``model.safetensors.index.json``; None for a single file.
+    """
+
+    shards: tuple[ShardLayout, ...]
+    tensors: dict[str, TensorInfo]
+    index: bytes | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all shards, headers included."""
+        return sum(shard.size for shard in self.shards)
+
+    def split(self, name: str, parts: Mapping[str, tuple[int, ...]]) -> None:
+        """Replace a fused tensor by its parts, in place. The files, their headers and the index stay the same.
+
+        Args:
+            name: of the fused tensor.
+            parts: name → shape of each part, in the order of their bytes.
+
+        Raises:
+            ModelError: the parts do not fill the tensor.
+        """
+        whole = self.tensors[name]
+        if sum(math.prod(shape) for shape in parts.values()) != whole.numel:
+            raise ModelError(
+                f"{name} has shape {list(whole.shape)}, but config.json makes it {len(parts)} matrices of "
+                f"{' and '.join(str(list(shape)) for shape in dict.fromkeys(parts.values()))}; the config belongs to another "
+                "checkpoint"
+            )
+        del self.tensors[name]
+        offset = whole.offset
+        for key, shape in parts.items():
+            self.tensors[key] = part = TensorInfo(whole.dtype, tuple(shape), whole.shard, offset)
+            offset += part.nbytes
 
 
 def parse_entry(shard: str, entry: dict[str, Any], base: int) -> TensorInfo:
-    """Return what a header says of one tensor; its offsets count from ``base`` bytes into the file.
+    """Return the tensor that an entry of a header describes.
+
+    Args:
+        shard: file name.
+        entry: dtype, shape and offsets, as JSON holds them.
+        base: byte of the file from which the offsets count.
 
     Raises:
-        ValueError: the entry contradicts itself, or its dtype is not supported.
+        ValueError: shape and offsets disagree, or the dtype is not supported.
     """
     if entry["dtype"] not in DTYPES:
         raise ValueError(f"dtype {entry['dtype']} is not supported")
@@ -115,23 +169,46 @@ def parse_entry(shard: str, entry: dict[str, Any], base: int) -> TensorInfo:
         raise ValueError("sizes and offsets must be whole numbers")
     if min(shape, default=0) < 0 or last - first != math.prod(shape) * dtype.itemsize or first < 0:
         raise ValueError("shape and offsets disagree")
-    return TensorInfo(shard, dtype, shape, base + first, last - first)
+    return TensorInfo(dtype, shape, shard, base + first)
 
 
-def plan_layout(file: str, group: dict[str, Tensor]) -> tuple[ShardLayout, dict[str, TensorInfo]]:
-    """Return the header of a file that holds a group of tensors, and where each of them lies."""
+def plan_layout(tensors: Mapping[str, TensorSpec], max_shard_bytes: int = DEFAULT_SHARD_BYTES) -> Layout:
+    """Plan the files of a checkpoint, named as transformers names them.
+
+    Args:
+        tensors: name → dtype and shape. They fill the shards in this order.
+        max_shard_bytes: bytes of tensors above which a shard ends; a larger tensor gets a shard of its own.
+    """
+    groups: list[dict[str, TensorSpec]] = [{}]
+    filled = 0
+    for name, spec in tensors.items():
+        if groups[-1] and filled + spec.nbytes > max_shard_bytes:
+            groups.append({})
+            filled = 0
+        groups[-1][name] = spec
+        filled += spec.nbytes
+    shards, infos = [], dict[str, TensorInfo]()
+    for number, group in enumerate(groups, 1):
+        file = SINGLE_NAME if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        shard, placed = _plan_shard(file, group)
+        shards.append(shard)
+        infos |= placed
+    return Layout(tuple(shards), infos, None if len(groups) == 1 else _make_index(infos))
+
+
+def _plan_shard(file: str, group: Mapping[str, TensorSpec]) -> tuple[ShardLayout, dict[str, TensorInfo]]:
     # Wider dtypes first keeps every tensor aligned, as the library does.
     names = sorted(group, key=lambda name: (-group[name].dtype.itemsize, name))
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in names:
-        tensor = group[name]
+        spec = group[name]
         entries[name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [end, end + tensor.nbytes],
+            "dtype": DTYPE_NAMES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [end, end + spec.nbytes],
         }
-        end += tensor.nbytes
+        end += spec.nbytes
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     header = len(text).to_bytes(8, "little") + text
@@ -140,15 +217,15 @@ def plan_layout(file: str, group: dict[str, Tensor]) -> tuple[ShardLayout, dict[
     return ShardLayout(file, header, len(header) + end), infos
 
 
-def make_index(tensors: Mapping[str, TensorInfo]) -> bytes:
-    """Return the text of ``model.safetensors.index.json``."""
+def _make_index(tensors: Mapping[str, TensorInfo]) -> bytes:
+    """Return the content of ``model.safetensors.index.json``."""
     total = sum(info.nbytes for info in tensors.values())
     weight_map = {name: info.shard for name, info in sorted(tensors.items())}
     return (json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + os.linesep).encode()
 
 
 class TensorSource(Protocol):
-    """Anything that hands out a checkpoint's tensors by name."""
+    """Hands out tensors by name."""
 
     @property
     def tensors(self) -> Mapping[str, Any]:
@@ -156,9 +233,46 @@ class TensorSource(Protocol):
         ...
 
     def read(self, name: str) -> Tensor:
-        """Return the tensor on the CPU; it may share memory with the source and must not be modified."""
+        """Return a tensor on the CPU. It may share memory with the source: do not modify it."""
         ...
 
-    def pieces(self, name: str) -> Iterator[Tensor]:
-        """Yield the tensor's entries in order, in flat pieces that need not be in memory together."""
+    def chunks(self, name: str) -> Iterator[Tensor]:
+        """Yield a tensor's entries in order, in flat chunks of at most ``CHUNK_ENTRIES``.
+
+        Chunks let a caller go through a tensor that is larger than the memory.
+        """
+        ...
+
+
+class RawSource(Protocol):
+    """Hands out the bytes of tensors by name."""
+
+    def raw_spans(self, name: str) -> Iterator[memoryview]:
+        """Yield a tensor's bytes in order, as safetensors stores them: contiguous, row by row, little-endian.
+
+        Raises:
+            ResourceError: the input became shorter while it was read.
+        """
+        ...
+
+
+class Checkpoint(TensorSource, RawSource, Protocol):
+    """A model's stored tensors: in files, in memory, or made up on the way."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorSpec]:
+        """Name → dtype and shape."""
+        ...
+
+    @property
+    def layout(self) -> Layout:
+        """The layout of an output that holds the same tensors: a mirror of the input's files, or planned."""
+        ...
+
+    def split(self, name: str, parts: Mapping[str, tuple[int, ...]]) -> None:
+        """Treat a fused tensor as several: consecutive ranges of its entries, given by name and shape.
+
+        Raises:
+            ModelError: the parts do not fill the tensor.
+        """
         ...

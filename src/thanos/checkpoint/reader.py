@@ -1,8 +1,8 @@
-"""Reading safetensors checkpoints tensor by tensor, with every file checked before any work begins.
+"""Read safetensors checkpoints tensor by tensor. All headers are checked before any tensor is read.
 
 The header (8 bytes of length, then JSON) is parsed here because writing in place needs the offsets, which the safetensors
-library keeps to itself. A tensor is handed out as a memory map of its own bytes, which ends when the tensor does: nothing is
-read before it is used, nothing is copied on the way to a device, and no page stays behind.
+library does not give. Each tensor is a memory map of its own bytes, which is closed with the tensor. So nothing is read
+before it is used, nothing is copied on the way to a device, and no page stays in memory.
 """
 
 from __future__ import annotations
@@ -22,27 +22,28 @@ from thanos.checkpoint.layout import (
     CHUNK_ENTRIES,
     DTYPES,
     UNSUPPORTED,
+    Layout,
     ShardLayout,
     TensorInfo,
     parse_entry,
-    split_info,
 )
-from thanos.checkpoint.weight_files import AGAIN, INDEX_NAME, find_weights
-from thanos.errors import ModelError
+from thanos.checkpoint.weight_files import AGAIN, INDEX_NAME, WeightFiles, find_weights
+from thanos.errors import ModelError, ResourceError
 
 _MAX_HEADER = 100_000_000  # the format's own limit
 
+_SPAN_BYTES = 8 << 20
+"""Bytes that are read at once when a tensor is copied from file to file."""
+
 
 class SafetensorsCheckpoint:
-    """A folder of safetensors shards.
+    """A :class:`~thanos.checkpoint.layout.Checkpoint` of a folder of safetensors shards.
 
     Args:
         folder: holds ``model.safetensors``, or shards and ``model.safetensors.index.json``.
 
     Attributes:
-        shards: the layout of each file, in the index's order.
-        tensors: name → :class:`TensorInfo`.
-        index: the index file's bytes; None for a single file.
+        layout: of the files, shards in the index's order.
 
     Raises:
         ModelError: a file is missing, truncated or corrupt, names the file; or see
@@ -52,31 +53,28 @@ class SafetensorsCheckpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         files = find_weights(folder)
-        self.index = files.index
-        self.shards: list[ShardLayout] = []
-        self.tensors: dict[str, TensorInfo] = {}
+        shards: list[ShardLayout] = []
+        tensors: dict[str, TensorInfo] = {}
         for name in files.names:
-            layout, infos = _read_layout(folder / name)
-            self.shards.append(layout)
+            shard, infos = _read_shard(folder / name)
+            shards.append(shard)
             for tensor, info in infos.items():
-                if tensor in self.tensors:
+                if tensor in tensors:
                     raise ModelError(
-                        f"tensor {tensor} is in both {self.tensors[tensor].shard} and {name}, and only one can be meant; save "
+                        f"tensor {tensor} is in both {tensors[tensor].shard} and {name}, and only one can be meant; save "
                         "the model again, or take it out of one"
                     )
-                self.tensors[tensor] = info
-        for tensor, name in files.shard_of.items():
-            there = self.tensors.get(tensor)
-            if there is None:
-                raise ModelError(f"{folder / INDEX_NAME} says that {tensor} is in {name}, but it is not; {AGAIN}")
-            if there.shard != name:
-                raise ModelError(
-                    f"{folder / INDEX_NAME} says that {tensor} is in {name}, but it is in {there.shard}; correct the index, or "
-                    "save the model again"
-                )
+                tensors[tensor] = info
+        _check_index(folder, files, tensors)
+        self.layout: Layout = Layout(tuple(shards), tensors, files.index)
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Name → dtype, shape, and bytes in the files."""
+        return self.layout.tensors
 
     def read(self, name: str) -> Tensor:
-        """Return one tensor on the CPU, mapped from the file; changing it never changes the file.
+        """Return a tensor on the CPU, mapped from the file. Changing the tensor never changes the file.
 
         Raises:
             ModelError: the file became shorter since it was checked.
@@ -84,36 +82,60 @@ class SafetensorsCheckpoint:
         info = self.tensors[name]
         return read_tensor(self.folder / info.shard, info)
 
-    def split(self, name: str, pieces: Mapping[str, tuple[int, ...]]) -> None:
-        """Treat one tensor as several: consecutive runs of its entries, given by name and shape. The file stays as it is.
-
-        Raises:
-            ModelError: the pieces do not fill the tensor.
-        """
-        split_info(self.tensors, name, pieces)
-
-    def pieces(self, name: str) -> Iterator[Tensor]:
-        """Yield one tensor's entries in order, in flat pieces, each mapped alone: what was seen leaves memory."""
+    def chunks(self, name: str) -> Iterator[Tensor]:
+        """Yield a tensor's entries in order, in flat chunks. Each is mapped alone, so it leaves memory when it is dropped."""
         info = self.tensors[name]
         for first in range(0, info.numel, CHUNK_ENTRIES):
-            count, size = min(CHUNK_ENTRIES, info.numel - first), info.dtype.itemsize
-            part = replace(info, shape=(count,), offset=info.offset + first * size, nbytes=count * size)
+            count = min(CHUNK_ENTRIES, info.numel - first)
+            part = replace(info, shape=(count,), offset=info.offset + first * info.dtype.itemsize)
             yield read_tensor(self.folder / info.shard, part)
+
+    def raw_spans(self, name: str) -> Iterator[memoryview]:
+        """Yield a tensor's bytes in order, as the file holds them.
+
+        Raises:
+            ResourceError: the file became shorter since it was checked.
+        """
+        info = self.tensors[name]
+        path, left = self.folder / info.shard, info.nbytes
+        with path.open("rb", buffering=0) as file:
+            file.seek(info.offset)
+            while left:
+                span = file.read(min(_SPAN_BYTES, left))
+                if not span:
+                    raise ResourceError(f"{path} became shorter while it was read; leave the input alone during a run")
+                left -= len(span)
+                yield memoryview(span)
+
+    def split(self, name: str, parts: Mapping[str, tuple[int, ...]]) -> None:
+        """As :meth:`Checkpoint.split <thanos.checkpoint.layout.Checkpoint.split>`. The file stays as it is."""
+        self.layout.split(name, parts)
+
+
+def _check_index(folder: Path, files: WeightFiles, tensors: Mapping[str, TensorInfo]) -> None:
+    """Refuse an index that names another file for a tensor than the one that holds it."""
+    for tensor, name in files.shard_of.items():
+        stored = tensors.get(tensor)
+        if stored is None:
+            raise ModelError(f"{folder / INDEX_NAME} says that {tensor} is in {name}, but it is not; {AGAIN}")
+        if stored.shard != name:
+            raise ModelError(
+                f"{folder / INDEX_NAME} says that {tensor} is in {name}, but it is in {stored.shard}; correct the index, or "
+                "save the model again"
+            )
 
 
 def read_tensor(path: Path, info: TensorInfo) -> Tensor:
-    """Map one tensor of a safetensors file into memory, privately; the mapping lives as long as the tensor.
+    """Map one tensor of a safetensors file into memory. The mapping is private and lives as long as the tensor.
 
     Raises:
-        ModelError: the file ends too early.
+        ModelError: the file ends in the middle of the tensor.
     """
     if not info.nbytes:
         return torch.empty(info.shape, dtype=info.dtype)
     start = info.offset - info.offset % mmap.ALLOCATIONGRANULARITY
     with path.open("rb") as file:
-        if (
-            os.fstat(file.fileno()).st_size < info.offset + info.nbytes
-        ):  # touching what is beyond would kill the process
+        if os.fstat(file.fileno()).st_size < info.offset + info.nbytes:  # access beyond the end would kill the process
             raise ModelError(f"{path} ends in the middle of a tensor; {AGAIN}")
         pages = mmap.mmap(file.fileno(), info.offset - start + info.nbytes, access=mmap.ACCESS_COPY, offset=start)
     data = torch.frombuffer(pages, dtype=torch.uint8, offset=info.offset - start, count=info.nbytes)
@@ -122,7 +144,7 @@ def read_tensor(path: Path, info: TensorInfo) -> Tensor:
     return data.view(info.dtype).reshape(info.shape)
 
 
-def _read_layout(path: Path) -> tuple[ShardLayout, dict[str, TensorInfo]]:
+def _read_shard(path: Path) -> tuple[ShardLayout, dict[str, TensorInfo]]:
     if not path.is_file():
         raise ModelError(f"{path} is missing, though the index names it; {AGAIN}")
     size = path.stat().st_size

@@ -1,4 +1,4 @@
-"""Which files of a folder hold a model's weights: one answer for every command, and never another than transformers'."""
+"""Find the files of a folder that hold a model's weights. Every command gets the same answer, which is transformers' too."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ AGAIN = "the checkpoint is damaged: download or save it again"
 _ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _LORA = (".lora_A.", ".lora_B.", ".lora_embedding_A", ".lora_down.", ".lora_magnitude_vector")
-"""What names of a low-rank adapter's tensors hold."""
+"""Parts of the names of a low-rank adapter's tensors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +26,9 @@ class WeightFiles:
     """The weights of a folder.
 
     Attributes:
-        names: of the files, in the index's order.
-        index: the index file's bytes; None for a single file.
-        shard_of: tensor → file, as the index says; empty for a single file.
+        names: file names, in the index's order.
+        index: bytes of the index file; None for a single file.
+        shard_of: tensor name → file name, from the index; empty for a single file.
     """
 
     names: tuple[str, ...]
@@ -41,10 +41,10 @@ def find_weights(folder: Path, name: str | None = None) -> WeightFiles:
 
     Args:
         folder: holds ``model.safetensors``, or shards and ``model.safetensors.index.json``.
-        name: of the model, for messages; the folder where it is None.
+        name: of the model, for messages; default: the folder.
 
     Raises:
-        ModelError: there are none, the index is not valid, transformers would read other files, or an adapter lies there.
+        ModelError: there are no weights, the index is not valid, transformers would read other files, or there is an adapter.
     """
     name = name or str(folder)
     single, index = folder / SINGLE_NAME, folder / INDEX_NAME
@@ -59,7 +59,7 @@ def find_weights(folder: Path, name: str | None = None) -> WeightFiles:
         found = WeightFiles((SINGLE_NAME,), None, {})
     else:
         raise ModelError(_no_weights(folder, name))
-    # transformers prefers the single file to the index, and a file that the config names to both.
+    # transformers reads the file that the config names, else the single file, else the index.
     if found.index is not None and single.is_file() and found.names != (SINGLE_NAME,):
         raise ModelError(
             f"{name} holds weights twice: {INDEX_NAME} names {len(found.names)} other files, and transformers would read "
@@ -90,7 +90,7 @@ def parse_index(path: Path, data: bytes) -> dict[str, str]:
         data: its bytes.
 
     Raises:
-        ModelError: it is no index, or names a file elsewhere than beside it.
+        ModelError: the data is no index, or it names a file outside the index's folder.
     """
     try:
         shard_of = json.loads(data)["weight_map"]
@@ -113,7 +113,7 @@ def refuse_lone_adapter(folder: Path, name: str) -> None:
     """Refuse a folder that holds an adapter and no base weights.
 
     Raises:
-        ModelError: it does; says how to merge it.
+        ModelError: says how to merge the adapter.
     """
     if (folder / SINGLE_NAME).exists() or (folder / INDEX_NAME).exists():
         return
@@ -127,16 +127,16 @@ def refuse_lone_adapter(folder: Path, name: str) -> None:
 
 
 def _stated_weights(folder: Path) -> str | None:
-    """Return the file that config.json makes transformers read; None where it names none."""
+    """Return the weight file that config.json names for transformers; None if it names none."""
     try:
         config: Any = json.loads((folder / "config.json").read_bytes())
         return config.get("transformers_weights")
     except (OSError, ValueError, AttributeError, RecursionError):
-        return None  # whoever reads the config complains
+        return None  # the error is raised where the config is read
 
 
 def _adapter(folder: Path, weights: Iterable[str]) -> str | None:
-    """Return the name of a file that belongs to an adapter; None where there is none."""
+    """Return the name of a file that belongs to an adapter; None if there is none."""
     for name in _ADAPTERS:
         if (folder / name).exists():
             return name
@@ -147,7 +147,7 @@ def _adapter(folder: Path, weights: Iterable[str]) -> str | None:
 
 
 def _keys(path: Path) -> list[str]:
-    """Return the names of a safetensors file's tensors; none of a file that cannot be read."""
+    """Return the names of a safetensors file's tensors; an empty list if the file cannot be read."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -158,7 +158,7 @@ def _keys(path: Path) -> list[str]:
 
 
 def _no_weights(folder: Path, name: str) -> str:
-    """Say what lies there instead of weights that can be read."""
+    """Return the error line for a folder without readable weights: what the folder holds, and what to do."""
     if any(file for glob in _PICKLES for file in folder.glob(glob)):
         return (
             f"{name} holds its weights as pickle files, which can run any code when they are read; convert them "

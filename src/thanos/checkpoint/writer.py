@@ -1,6 +1,6 @@
-"""Writing a checkpoint in place, tensor by tensor.
+"""Write a checkpoint in place, tensor by tensor.
 
-Output shards have the layout of the input's: a tensor's bytes go to its offset once, in any order.
+A layout fixes every offset beforehand. So each tensor is written once, and the order does not matter.
 """
 
 from __future__ import annotations
@@ -12,22 +12,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from thanos.checkpoint.in_memory import Checkpoint, LoadedCheckpoint
-from thanos.checkpoint.layout import TensorInfo
+from thanos.checkpoint.layout import Layout, RawSource
 from thanos.checkpoint.reader import read_tensor
 from thanos.checkpoint.weight_files import INDEX_NAME
 from thanos.errors import ResourceError
 from thanos.system.files import free_disk_bytes, reserve, sync, write_at
-
-_CHUNK = 8 << 20
 
 
 class CheckpointWriter:
     """The shards of an output folder.
 
     Args:
-        checkpoint: whose layout is mirrored, and from which untouched tensors are copied.
-        folder: an existing folder. The shard files are created at their full size, with room for them on the disk; those
+        layout: of the output.
+        source: gives the bytes of the tensors that are never written, under the layout's names.
+        folder: an existing folder. The shard files are created at their full size, and the disk reserves room for them. Files
             that an interrupted run left there keep their tensors.
         besides: bytes that others will write to the same disk during the run.
 
@@ -35,13 +33,13 @@ class CheckpointWriter:
         ResourceError: the disk has too little room.
     """
 
-    def __init__(self, checkpoint: Checkpoint, folder: Path, *, besides: int = 0) -> None:
-        self._checkpoint, self._folder = checkpoint, folder
+    def __init__(self, layout: Layout, source: RawSource, folder: Path, *, besides: int = 0) -> None:
+        self._layout, self._source, self._folder = layout, source, folder
         self.written: set[str] = set()
         self._checksums: dict[str, str] = {}
-        self._unsynced = {shard.name for shard in checkpoint.shards}
-        check_room(checkpoint, folder, besides=besides)
-        for shard in checkpoint.shards:
+        self._unsynced = {shard.name for shard in layout.shards}
+        check_room(layout, folder, besides=besides)
+        for shard in layout.shards:
             descriptor = os.open(folder / shard.name, os.O_RDWR | os.O_CREAT, 0o644)
             try:
                 reserve(descriptor, shard.size)
@@ -50,8 +48,12 @@ class CheckpointWriter:
                 os.close(descriptor)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor's bytes to its place; shape and dtype must be those of the layout."""
-        info = self._checkpoint.tensors[name]
+        """Write one tensor.
+
+        Raises:
+            ValueError: its shape or dtype is not the layout's.
+        """
+        info = self._layout.tensors[name]
         if tuple(tensor.shape) != info.shape or tensor.dtype != info.dtype:
             raise ValueError(
                 f"{name} is {info.dtype} {info.shape} in the layout, got {tensor.dtype} {tuple(tensor.shape)}"
@@ -65,7 +67,7 @@ class CheckpointWriter:
 
     def read(self, name: str) -> Tensor:
         """Return a tensor that was written."""
-        info = self._checkpoint.tensors[name]
+        info = self._layout.tensors[name]
         return read_tensor(self._folder / info.shard, info)
 
     def checksum(self, name: str) -> str:
@@ -73,11 +75,11 @@ class CheckpointWriter:
         return _checksum(self.read(name).reshape(-1).view(torch.uint8))
 
     def take_checksum(self, name: str) -> str:
-        """Return, once, the checksum of what :meth:`write` was given: nothing is read again for it."""
+        """Return, once, the checksum of the tensor that :meth:`write` was given. Nothing is read for it."""
         return self._checksums.pop(name)
 
     def accept(self, name: str) -> None:
-        """Count a tensor as written that an interrupted run wrote."""
+        """Count a tensor as written, because an interrupted run wrote it."""
         self.written.add(name)
 
     def flush(self) -> None:
@@ -88,31 +90,32 @@ class CheckpointWriter:
         self._unsynced.clear()
 
     def finish(self) -> None:
-        """Copy what was never written from the checkpoint, write the index, and force everything to the disk."""
-        for name, info in self._checkpoint.tensors.items():
+        """Copy what was never written from the source, write the index, and force everything to the disk.
+
+        Raises:
+            ResourceError: the input became shorter during the run.
+            ValueError: the source has another number of bytes for a tensor than the layout.
+        """
+        for name in self._layout.tensors:
             if name not in self.written:
-                self._copy(name, info)
-        if self._checkpoint.index is not None:
-            (self._folder / INDEX_NAME).write_bytes(self._checkpoint.index)
+                self._copy(name)
+        if self._layout.index is not None:
+            (self._folder / INDEX_NAME).write_bytes(self._layout.index)
         for path in self._folder.iterdir():
             sync(path)
 
-    def _copy(self, name: str, info: TensorInfo) -> None:
-        if isinstance(self._checkpoint, LoadedCheckpoint):
-            self.write(name, self._checkpoint.read(name))
-            return
-        source, target = self._checkpoint.folder / info.shard, self._folder / info.shard
-        with source.open("rb", buffering=0) as read, target.open("r+b", buffering=0) as write:
-            read.seek(info.offset)
-            end, offset = info.offset + info.nbytes, info.offset
-            while offset < end:
-                chunk = read.read(min(_CHUNK, end - offset))
-                if not chunk:
-                    raise ResourceError(
-                        f"{source} became shorter while it was read; leave the input alone during a run"
-                    )
-                write_at(write.fileno(), memoryview(chunk), offset)
-                offset += len(chunk)
+    def _copy(self, name: str) -> None:
+        info = self._layout.tensors[name]
+        offset, end = info.offset, info.offset + info.nbytes
+        with (self._folder / info.shard).open("r+b", buffering=0) as file:
+            for span in self._source.raw_spans(name):
+                if offset + len(span) <= end:  # never into the next tensor
+                    write_at(file.fileno(), span, offset)
+                offset += len(span)
+        if offset != end:
+            raise ValueError(
+                f"{name} has {info.nbytes} bytes in the layout, but {offset - info.offset} in the source; write it"
+            )
         self.written.add(name)
 
 
@@ -126,18 +129,18 @@ def disk_shortage(needed: int, free: int, folder: Path) -> str:
     )
 
 
-def check_room(checkpoint: Checkpoint, folder: Path, *, besides: int = 0) -> None:
+def check_room(layout: Layout, folder: Path, *, besides: int = 0) -> None:
     """Refuse a disk without room for an output. Changes nothing.
 
     Args:
-        checkpoint: whose layout the output has.
+        layout: of the output.
         folder: of the output; it need not exist. Shards that it holds already need no more room.
         besides: bytes that others will write to the same disk.
 
     Raises:
         ResourceError: says how much is needed and how much is free.
     """
-    needed = besides + sum(max(0, shard.size - _allocated(folder / shard.name)) for shard in checkpoint.shards)
+    needed = besides + sum(max(0, shard.size - _allocated(folder / shard.name)) for shard in layout.shards)
     shortage = disk_shortage(needed, free_disk_bytes(folder), folder.parent)
     if shortage:
         raise ResourceError(shortage)

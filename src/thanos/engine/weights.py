@@ -1,4 +1,4 @@
-"""The weights of a skeleton: brought in from a checkpoint when their turn comes, and let go again."""
+"""The weights of a meta model: brought in from a checkpoint when their turn comes, and let go again."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from thanos.checkpoint.layout import TensorSource
-from thanos.model.skeleton import named_tensors
+from thanos.model.meta_model import named_tensors
 from thanos.system.background import Background
 from thanos.system.staging import Staging
 
 
 class ModelWeights:
-    """The parameters and persistent buffers of a skeleton, by parameter name.
+    """The parameters and persistent buffers of a meta model, by parameter name.
 
     Args:
-        model: a skeleton, parameters on the meta device.
+        model: a meta model, parameters on the meta device.
         source: where the tensors are.
         key_of: parameter name → tensor name in the source; tied parameters appear under one name.
         device: where parameters go.
@@ -75,7 +75,7 @@ class ModelWeights:
         self._ahead = places, self._reader.submit(self._fill, places)
 
     def load(self, names: Iterable[str]) -> None:
-        """Bring parameters in, in the skeleton's dtype; waits for those that are being read already."""
+        """Bring parameters in, in the meta model's dtype; waits for those that are being read already."""
         names = list(names)
         if self._ahead is not None and list(self._ahead[0]) == names:
             (places, future), self._ahead = self._ahead, None
@@ -121,13 +121,13 @@ class ModelWeights:
         try:
             for name, place in places.items():
                 flat, done, dtype = place.view(-1), 0, place.dtype
-                for piece in self._source.pieces(self._key_of[name]):
-                    target = flat[done : done + len(piece)]
+                for chunk in self._source.chunks(self._key_of[name]):
+                    target = flat[done : done + len(chunk)]
                     if place.is_cuda:
-                        self._staging.fill(target, piece)
+                        self._staging.fill(target, chunk)
                     else:
-                        target.copy_(piece)
-                    done, dtype = done + len(piece), piece.dtype
+                        target.copy_(chunk)
+                    done, dtype = done + len(chunk), chunk.dtype
                 assert done == flat.numel(), f"{name} has {flat.numel()} entries, and the checkpoint {done}"
                 # The CPU has what is stored at hand, without a copy in another dtype.
                 if dtype == place.dtype or (place.is_cuda and widens(dtype, place.dtype)):

@@ -114,9 +114,9 @@ def inspect_checkpoint(
     opened = open_model(resolve_model(model, trust_remote_code=trust_remote_code))
     known = _read_report(opened)
     infos, total = opened.checkpoint.tensors, len(opened.checkpoint.tensors)
-    linear = {opened.key_of.get(layer.weight_name): layer for layer in linear_layers(opened.skeleton)}
+    linear = {opened.key_of.get(layer.weight_name): layer for layer in linear_layers(opened.meta_model)}
     named = {key: name for name, key in opened.key_of.items()}
-    unused = Unused(opened.skeleton, infos, opened.key_of)
+    unused = Unused(opened.meta_model, infos, opened.key_of)
     layers: list[LayerInspection] = []
     dense: list[DenseRecord] = []
     violations: list[Violation] = []

@@ -1,1 +1,1 @@
-"""Models: where they are, their modules, their parameters' names."""
+"""Models: find and open them, and name their blocks, linear layers and parameters."""

@@ -1,7 +1,8 @@
 """Attention of grouped-query models in float32 on CUDA.
 
-There, torch's only kernel in which several heads share keys and values (``enable_gqa``) holds all T × T scores in memory. With
-the shared heads repeated, a small copy, the memory-efficient kernel applies, which is several times as fast.
+In float32 on CUDA, torch has one kernel in which several heads share keys and values (``enable_gqa``). It holds all T × T
+scores in memory. If the shared heads are repeated, which is a small copy, torch uses its memory-efficient kernel, which is
+several times as fast.
 """
 
 from __future__ import annotations
@@ -15,16 +16,16 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 _POSITIONAL = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-"""Arguments of torch's attention, any of which may be given by position."""
+"""Arguments of torch's attention that a caller may give by position, in order."""
 
 
 class RepeatedHeads(TorchFunctionMode):
-    """While active, float32 attention with shared keys and values gets a copy of them for every head that reads them."""
+    """While active, repeats shared keys and values for every head that reads them, in float32 attention."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Hand every call through; those of grouped-query attention with keys and values repeated."""
+        """Call the function; repeat keys and values first if it is grouped-query attention in float32."""
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention and kwargs.get("enable_gqa"):
             given = dict(zip(_POSITIONAL[: len(args)], args, strict=True)) | kwargs
@@ -36,7 +37,7 @@ class RepeatedHeads(TorchFunctionMode):
 
 
 def fast_attention(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
-    """Return a context for forward passes of a model of this dtype on this device; it does nothing where it would not help."""
+    """Return a context for forward passes of a model of this dtype on this device; it changes only float32 on CUDA."""
     return RepeatedHeads() if device.type == "cuda" and dtype == torch.float32 else nullcontext()
 
 

@@ -10,32 +10,32 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Bos = Literal["window", "text", "none"]
-"""BOS at the start of each window; at the start of the text alone; nowhere, since the tokenizer adds none."""
+"""Where BOS stands: at the start of each window, at the start of the text alone, or nowhere."""
 
 BOS_CHOICES = ("auto", "window", "text")
 
 _PROBE = "a"
-"""Any text: what counts is what stands before it."""
+"""Any text. Only the tokens before it matter."""
 
 
 def check_bos(asked: str) -> None:
-    """Refuse a choice that is none of :data:`BOS_CHOICES`.
+    """Refuse a choice that is not in :data:`BOS_CHOICES`.
 
     Raises:
-        DataError: it is not.
+        DataError: the choice is unknown.
     """
     if asked not in BOS_CHOICES:
         raise DataError(f"bos {asked!r} is unknown; choose one of {', '.join(BOS_CHOICES)}")
 
 
 def defined_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Return the id of the BOS that a tokenizer defines, whether it adds it or not; None where it defines none."""
+    """Return the id of the BOS that a tokenizer defines, whether it adds it or not; None if it defines none."""
     bos = getattr(tokenizer, "bos_token_id", None)
     return bos if isinstance(bos, int) else None
 
 
 def added_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Return the id of the BOS with which a tokenizer begins every text; None where it adds none."""
+    """Return the id of the BOS that a tokenizer adds before every text; None if it adds none."""
     bos = defined_bos(tokenizer)
     if bos is None:
         return None
@@ -44,10 +44,10 @@ def added_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Return the token ids of a text without any that the tokenizer adds."""
+    """Return the token ids of a text, without tokens that the tokenizer adds."""
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore[return-value]
 
 
 def without_bos(ids: list[int], bos: int | None) -> list[int]:
-    """Return token ids without the BOS that the text itself may begin with, so that there is no second one."""
+    """Return token ids without a leading BOS, which the text itself may hold, so that no second one is added."""
     return ids[1:] if bos is not None and ids[:1] == [bos] else ids

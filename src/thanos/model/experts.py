@@ -1,9 +1,9 @@
-"""Mixtures of experts taken apart: every expert's matrices as plain linear layers, so that nothing else need know of them.
+"""Unfuse mixtures of experts: each matrix of each expert becomes a plain linear layer, as the rest of the project expects.
 
-transformers 5 fuses the experts of a block into 3-D parameters, ``gate_up_proj`` (E, 2I, H) and ``down_proj`` (E, H, I), and
-lets interchangeable functions of one contract run them: up, gate, down, times the router's weight, summed over a token's
-experts. :class:`Experts` is one more function of that contract. Nothing is copied: a fused matrix is a run of rows, so on
-disk and in memory an expert's part is a contiguous piece of it.
+transformers 5 fuses the experts of a block into 3-D parameters, ``gate_up_proj`` (E, 2I, H) and ``down_proj`` (E, H, I).
+Interchangeable functions run them, all by one contract: for each expert of a token up, gate and down, times the router's
+weight, then the sum. :class:`Experts` follows this contract too. Nothing is copied: an expert's matrices are contiguous
+rows of the fused one, on disk and in memory.
 """
 
 from __future__ import annotations
@@ -54,15 +54,14 @@ class Experts(nn.Module):
     """The experts of one block, called as transformers calls its own.
 
     Args:
-        fused: the module that holds the 3-D parameters on the meta device. It loses them; its activation is used on.
+        fused: the module that holds the 3-D parameters on the meta device. They are removed from it; its activation is used.
         name: of the module, for messages.
 
     Attributes:
-        fused: name of each 3-D parameter → the parameters, relative to this module, that it is made of, in order, and
-            their shapes.
+        fused: name of each 3-D parameter → its parts in order: parameter name, relative to this module → shape.
 
     Raises:
-        ModelError: the layout is not understood.
+        ModelError: the layout is not supported.
     """
 
     def __init__(self, fused: nn.Module, name: str) -> None:
@@ -102,11 +101,11 @@ class Experts(nn.Module):
 
 
 def _layout(fused: nn.Module, name: str) -> dict[str, dict[str, tuple[int, int]]]:
-    """Return the 3-D parameters of a fused mixture, and the shapes of what each holds for one expert."""
+    """Return, for each 3-D parameter of a fused mixture, the matrices of one expert: name → shape."""
     state: Any = fused
     parameters = {key: tuple(parameter.shape) for key, parameter in fused.named_parameters()}
     first = "gate_up_proj" if getattr(state, "has_gate", True) else "up_proj"
-    # transformers describes the layout by these flags, for the functions that it runs experts with.
+    # transformers describes the layout by these flags to the functions that run experts.
     flags = {"is_concatenated": True, "is_transposed": False, "has_bias": False, "has_post_expert_norm": False}
     if (
         hasattr(state, "has_gate")
@@ -125,11 +124,11 @@ def _layout(fused: nn.Module, name: str) -> dict[str, dict[str, tuple[int, int]]
     )
 
 
-def take_apart(model: nn.Module) -> None:
-    """Replace every fused mixture of a skeleton by :class:`Experts`, in place.
+def unfuse(model: nn.Module) -> None:
+    """Replace every fused mixture of a meta model by :class:`Experts`, in place.
 
     Raises:
-        ModelError: a mixture's layout is not understood.
+        ModelError: a mixture's layout is not supported.
     """
     counts = _expert_counts(model)
     for name, module in list(model.named_modules()):
@@ -139,10 +138,10 @@ def take_apart(model: nn.Module) -> None:
 
 
 def _is_fused(module: nn.Module, counts: Set[int]) -> bool:
-    """Tell whether a module holds the matrices of several experts as parameters of its own.
+    """Return whether a module holds the matrices of several experts as parameters of its own.
 
-    Three dimensions do not tell: recurrences and poolings have such parameters too. What tells is the interface by which
-    transformers runs experts, the class's name, or stacks of as many matrices as the config has experts.
+    Three dimensions alone prove nothing: recurrences and poolings have such parameters too. The evidence is one of three:
+    the interface by which transformers runs experts, the class's name, or stacks of as many matrices as there are experts.
     """
     shapes = [parameter.shape for parameter in module.parameters(recurse=False) if parameter.dim() > 1]
     if not shapes or isinstance(module, Experts | nn.Linear | nn.Embedding | _Convolution):
@@ -153,7 +152,7 @@ def _is_fused(module: nn.Module, counts: Set[int]) -> bool:
 
 
 def _expert_counts(model: nn.Module) -> set[int]:
-    """Return the numbers of experts that a model's configs state, those of its parts included."""
+    """Return the numbers of experts that the configs of a model and of its parts state."""
     configs = [config for module in model.modules() if (config := getattr(module, "config", None)) is not None]
     return {
         value
@@ -167,7 +166,7 @@ def _expert_counts(model: nn.Module) -> set[int]:
 
 
 def mixtures(blocks: nn.Module) -> Iterator[tuple[str, int]]:
-    """Yield name, relative to ``blocks``, and number of experts of each mixture: ours, and lists of experts in a block."""
+    """Yield the name, relative to ``blocks``, and the number of experts of each :class:`Experts` and each list of experts."""
     counts = _expert_counts(blocks)
     for name, module in blocks.named_modules():
         if isinstance(module, Experts | nn.ModuleList):
@@ -177,22 +176,22 @@ def mixtures(blocks: nn.Module) -> Iterator[tuple[str, int]]:
 
 
 def _is_list(name: str, length: int, counts: Set[int]) -> bool:
-    """Tell whether a list of modules within a block is one of experts; adapters and halves of a block stand in lists too."""
+    """Return whether a list of modules in a block holds experts, rather than adapters or halves of the block."""
     return bool(name) and length > 1 and ("expert" in name.rpartition(".")[2] or length in counts)
 
 
 def rename_expert(key: str, converters: Sequence[Any]) -> str | None:
     """Translate the name of one expert's matrix in a checkpoint by transformers' table of conversions.
 
-    Understood are stacks of single matrices: [gate, up] → ``gate_up_proj`` and [down] → ``down_proj``.
+    Two conversions are supported, both of which stack matrices: [gate, up] → ``gate_up_proj`` and [down] → ``down_proj``.
 
     Args:
         key: the name after pure renamings.
         converters: transformers' ``WeightConverter`` objects.
 
     Returns:
-        Its name in :class:`Experts`; None where a conversion claims the key that is not understood; the key itself where
-        none does.
+        Its name in :class:`Experts`; the key itself if no conversion applies to it; None if one applies that is not
+        supported.
     """
     for converter in converters:
         if converter.rename_source_key(key)[1] is None:

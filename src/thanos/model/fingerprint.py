@@ -13,7 +13,7 @@ from thanos.checkpoint.weight_files import find_weights
 from thanos.model.source import ModelSource
 
 _SHAPING = ("config.json", "tokenizer*", "vocab*", "merges.txt", "*.model", "*.py")
-"""What shapes a model's logits for a text, besides its weights; reports, cards and generation settings do not."""
+"""Files that decide a model's logits for a text, besides its weights. Reports and generation settings are not among them."""
 
 
 def file_sha256(path: str | Path) -> str:
@@ -23,7 +23,7 @@ def file_sha256(path: str | Path) -> str:
 
 
 def model_sha256(source: ModelSource) -> str:
-    """Return a hash of a model's weights, config and tokenizer, whatever the folder is called.
+    """Return a hash of a model's weights, config and tokenizer. It does not depend on the folder's name.
 
     Args:
         source: from :func:`~thanos.model.source.resolve_model`.
@@ -44,8 +44,8 @@ def task_files_sha256(folder: str | Path) -> str:
     """Return a hash of a folder of lm_eval's task files, and of the data files that these name.
 
     Args:
-        folder: with YAML files; hidden files and compiled Python do not count. A word in a YAML file that is the path of a
-            file, seen from the folder, names it.
+        folder: with YAML files. Hidden files and compiled Python are ignored. A word in a YAML file names a data file if it
+            is the path of a file, relative to the folder.
     """
     folder = Path(folder)
     found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
@@ -67,9 +67,9 @@ def _is_file(path: Path) -> bool:
 
 
 def source_commit() -> str | None:
-    """Return the commit of the source tree that this package lies in, ``+changes`` where it was edited; None if unknown.
+    """Return the commit of this package's source tree, with ``+changes`` if a file was edited; None if unknown.
 
-    ``THANOS_COMMIT`` wins: a copy of a tree may lie in a repository of another history.
+    ``THANOS_COMMIT`` overrides it, because a copy of the tree may lie in a repository of another history.
     """
     if stated := os.environ.get("THANOS_COMMIT"):
         return stated

@@ -1,4 +1,4 @@
-"""Fetching a model from the hub: what a run reads, and nothing else."""
+"""Download a model from the hub: the files that a run reads, and nothing else."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from thanos.checkpoint.weight_files import INDEX_NAME, SINGLE_NAME, parse_index
 from thanos.errors import ModelError
 from thanos.model.transformers_errors import first_line
 
-_COMPANIONS = ["*.json", "*.txt", "*.model", "*.jinja", "LICENSE*"]
+_AUXILIARY = ["*.json", "*.txt", "*.model", "*.jinja", "LICENSE*"]
 _TEMPLATES = "additional_chat_templates/*"
 
 
 def download(name: str, *, code: bool) -> Path:
-    """Return the local folder of a hub model; fetches what is not in the cache.
+    """Return the local folder of a hub model; download what is not in the cache.
 
-    The index comes first, with config, tokenizer and licence: it names the weights. What else lies in the repository, such as
-    the same weights in other forms, stays there.
+    The first download holds the index, config, tokenizer and licence. The index names the weights, which come second. Other
+    files of the repository, such as the same weights in other formats, are not downloaded.
 
     Args:
         name: of the repository.
-        code: whether to fetch the Python code that comes with the model.
+        code: whether to download the Python code that comes with the model.
 
     Raises:
-        ModelError: the name is none, or the hub cannot give the files.
+        ModelError: the name is not valid, or the hub does not give the files.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
     try:
-        folder = Path(snapshot_download(name, allow_patterns=_COMPANIONS, ignore_patterns=["*/*"]))
+        folder = Path(snapshot_download(name, allow_patterns=_AUXILIARY, ignore_patterns=["*/*"]))
         index = folder / INDEX_NAME
         weights = dict.fromkeys(parse_index(index, index.read_bytes()).values()) if index.is_file() else [SINGLE_NAME]
-        # The same commit, should somebody push in the meantime: its hash is the folder's name.
+        # Both downloads must be of one commit, whatever is pushed in between. The folder's name is its hash.
         commit = folder.name if re.fullmatch("[0-9a-f]{40}", folder.name) else None
         wanted = [*map(_literally, weights), _TEMPLATES, *(["*.py"] if code else [])]
         return Path(snapshot_download(name, revision=commit, allow_patterns=wanted))
@@ -49,5 +49,5 @@ def download(name: str, *, code: bool) -> Path:
 
 
 def _literally(name: str) -> str:
-    """Return a pattern that matches a file's name alone."""
+    """Return a pattern that matches this file name alone."""
     return re.sub(r"([*?[])", r"[\1]", name)

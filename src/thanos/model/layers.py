@@ -1,4 +1,4 @@
-"""Where a model keeps its decoder blocks and linear layers, found by structure and never by the model's name."""
+"""Find a model's decoder blocks and linear layers by its structure, never by the model's name."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class LinearLayer:
         module: the module.
         block: index of its decoder block; None outside the blocks.
         transposed: the weight is stored (inputs, outputs), as GPT-2's ``Conv1D`` does.
-        expert: name of the expert that it belongs to; empty outside mixtures of experts.
-        router: it scores experts, and so stays as it is.
+        expert: name of the expert that the layer belongs to; empty outside mixtures of experts.
+        router: whether the layer scores experts. Routers are never pruned.
     """
 
     name: str
@@ -40,12 +40,12 @@ class LinearLayer:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(output rows, input columns), whatever the storage."""
+        """(output rows, input columns), however the weight is stored."""
         rows, columns = self.module.get_parameter("weight").shape
         return (columns, rows) if self.transposed else (rows, columns)
 
     def oriented(self, stored: Tensor) -> Tensor:
-        """Turn a stored weight into (outputs, inputs), or back."""
+        """Return a stored weight as (outputs, inputs), or such a weight as it is stored."""
         return stored.T if self.transposed else stored
 
 
@@ -74,12 +74,12 @@ def block_names(names: Iterable[str], blocks_name: str, index: int) -> list[str]
 
 
 def outer_names(model: nn.Module, names: Iterable[str], blocks_name: str, *, head: bool = True) -> list[str]:
-    """Return the parameters outside the blocks; without ``head``, those that only the output embedding has are left out too."""
+    """Return the parameters outside the blocks; without ``head``, also without those that only the output embedding has."""
     find = None if head else getattr(model, "get_output_embeddings", None)
-    apart: Any = find() if callable(find) else None
-    own = set() if apart is None else {id(parameter) for parameter in apart.parameters()}
+    output_embedding: Any = find() if callable(find) else None
+    own = set() if output_embedding is None else {id(parameter) for parameter in output_embedding.parameters()}
     for module in model.modules():
-        if module is not apart:  # a tied head may come first, and give the input embedding its name
+        if module is not output_embedding:  # a tied head may come first, and the shared parameter then has its name
             own -= {id(parameter) for parameter in module.parameters(recurse=False)}
     alone = {name for name, parameter in model.named_parameters() if id(parameter) in own}
     return [name for name in names if not name.startswith(f"{blocks_name}.") and name not in alone]
@@ -101,30 +101,35 @@ def linear_layers(model: nn.Module) -> list[LinearLayer]:
     """
     prefix, _ = find_blocks(model)
     experts = {f"{prefix}.{name}": size for name, size in mixtures(model.get_submodule(prefix))}
-    beside: dict[str, set[int]] = {}  # module that holds a mixture → outputs that a router there may have
+    router_outputs: dict[str, set[int]] = {}
     for name, size in experts.items():
-        beside.setdefault(name.rpartition(".")[0], {1}).add(size)
+        router_outputs.setdefault(name.rpartition(".")[0], {1}).add(size)
     layers = []
     for name, module in _linear_modules(model):
         inside = name.startswith(f"{prefix}.")
         block = int(name[len(prefix) + 1 :].split(".")[0]) if inside else None
         layer = LinearLayer(name, module, block, not isinstance(module, nn.Linear))
-        layers.append(_place(layer, experts.keys(), beside) if inside and experts else layer)
+        layers.append(_with_role(layer, experts.keys(), router_outputs) if inside and experts else layer)
     return layers
 
 
-def _place(layer: LinearLayer, mixtures: Set[str], beside: dict[str, set[int]]) -> LinearLayer:
-    """Say what a layer is to the mixtures of experts among which it stands.
+def _with_role(layer: LinearLayer, mixtures: Set[str], router_outputs: dict[str, set[int]]) -> LinearLayer:
+    """Return the layer with its role in a mixture of experts: part of an expert, router, or neither.
 
-    A router has one output for each expert, or a single one where it weighs an expert that all tokens share, and stands
-    beside the experts: somewhere below the module that holds them.
+    A router has one output for each expert, or a single one if it weighs an expert that all tokens share. It lies somewhere
+    below the module that holds the mixture.
+
+    Args:
+        layer: within the blocks.
+        mixtures: full names of the mixtures.
+        router_outputs: module that holds a mixture → numbers of outputs that a router there may have.
     """
     parts = layer.name.split(".")
     for end in range(len(parts) - 1, 0, -1):
         name = ".".join(parts[:end])
         if name in mixtures:
             return replace(layer, expert=".".join(parts[: end + 1]))
-        if layer.shape[0] in beside.get(name, ()):
+        if layer.shape[0] in router_outputs.get(name, ()):
             return replace(layer, router=True)
     return layer
 
@@ -134,7 +139,7 @@ def select_layers(layers: list[LinearLayer], recipe: Recipe) -> tuple[dict[Linea
 
     The globs of a recipe are applied here and nowhere else.
 
-    Without ``targets`` every linear layer of the blocks is pruned; a layer outside them only if a target names it.
+    Without ``targets`` every linear layer of the blocks is pruned. A layer outside them is pruned only if a target names it.
 
     Raises:
         ModelError: the glob of a target, skip or override matches no linear layer, or nothing is left to prune.

@@ -40,7 +40,7 @@ def load_model(
     if source.gguf is not None:
         require_packages()
         dtype = torch.float32 if dtype == "auto" else dtype
-        arguments = {"config": source.config()}  # reading it again takes seconds
+        arguments = {"config": source.config()}  # read once, because reading it from a GGUF file takes seconds
     else:
         SafetensorsCheckpoint(source.folder)
         arguments = {"use_safetensors": True}
@@ -71,7 +71,7 @@ def load_model(
             "checkpoint, or the checkpoint is damaged"
         )
     if source.gguf is not None:
-        # The weights are plain tensors now; marks that say otherwise would make a saved folder unreadable.
+        # The weights are plain tensors now. A saved folder that says otherwise could not be loaded.
         for owner, mark in (
             (model.config, "quantization_config"),
             (model, "hf_quantizer"),
@@ -87,7 +87,7 @@ def parse_dtype(name: str) -> torch.dtype:
     """Return the dtype called ``float32``, ``bfloat16`` or ``float16``.
 
     Raises:
-        ModelError: it is none of these.
+        ModelError: the name is another.
     """
     if name not in _DTYPES:
         hint = near_dtype(name, _DTYPES)
@@ -96,7 +96,7 @@ def parse_dtype(name: str) -> torch.dtype:
 
 
 def end_of_text_id(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> int:
-    """Return the token that joins documents: the tokenizer's end of sequence, else the config's.
+    """Return the token that separates documents: the tokenizer's end of sequence, or else the config's.
 
     Raises:
         DataError: neither names one.
@@ -113,7 +113,7 @@ def end_of_text_id(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig)
 
 
 def context_length(config: PreTrainedConfig) -> int | None:
-    """Return the number of positions that the model knows; None where the config does not say."""
+    """Return the number of positions that the model has; None if the config does not state it."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     for name in ("max_position_embeddings", "n_positions", "n_ctx"):
         value = getattr(text, name, None)

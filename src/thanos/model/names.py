@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from thanos.checkpoint.in_memory import Checkpoint
+from thanos.checkpoint.layout import Checkpoint
 from thanos.model.experts import Experts, rename_expert
 
 if TYPE_CHECKING:
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 def match_parameters(parameters: set[str], tensors: set[str], base_model_prefix: str) -> dict[str, str] | None:
     """Map parameter names one to one onto a checkpoint's tensor names.
 
-    Names are equal, or differ by the base model's prefix (hub checkpoints of GPT-2 lack ``transformer.``). Tensors that no
-    parameter needs, such as buffers or a tied copy, are left over.
+    Names are equal, or differ by the base model's prefix: hub checkpoints of GPT-2 lack ``transformer.``. A tensor without a
+    parameter, such as a buffer or a tied copy, is ignored.
 
     Returns:
-        parameter name → tensor name; None where a parameter has no tensor, so that transformers must load the model.
+        parameter name → tensor name; None if a parameter has no tensor. Then transformers must load the model.
     """
     prefix = f"{base_model_prefix}."
     candidates = (
@@ -33,16 +33,19 @@ def match_parameters(parameters: set[str], tensors: set[str], base_model_prefix:
     return None
 
 
-def rename_keys(skeleton: PreTrainedModel, keys: Iterable[str]) -> tuple[dict[str, str], bool]:
-    """Return model's name → checkpoint's name by transformers' tables, and whether that is all: no tensor needs a conversion.
+def rename_keys(meta_model: PreTrainedModel, keys: Iterable[str]) -> tuple[dict[str, str], bool]:
+    """Translate a checkpoint's names by transformers' tables.
 
-    The tables hold pure renamings, such as GPT-NeoX's head, and conversions. Of these the stacking of experts' matrices is
-    understood.
+    The tables hold pure renamings, such as GPT-NeoX's head, and conversions. The only conversion that is supported is the
+    stacking of experts' matrices.
+
+    Returns:
+        The model's name → the checkpoint's name; and whether every tensor was translated, so that none needs a conversion.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-    rules = get_model_conversion_mapping(skeleton) or []
+    rules = get_model_conversion_mapping(meta_model) or []
     renamings = [rule for rule in rules if type(rule) is WeightRenaming]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     renamed, understood = {}, True
@@ -58,15 +61,15 @@ def rename_keys(skeleton: PreTrainedModel, keys: Iterable[str]) -> tuple[dict[st
     return renamed, understood
 
 
-def split_fused(skeleton: PreTrainedModel, checkpoint: Checkpoint, renamed: dict[str, str]) -> None:
-    """Cut tensors that hold all experts of a block, as transformers holds them, into the experts' matrices."""
-    prefix = f"{skeleton.base_model_prefix}."
-    for path, experts in skeleton.named_modules():
+def split_fused(meta_model: PreTrainedModel, checkpoint: Checkpoint, renamed: dict[str, str]) -> None:
+    """Split the tensors in which a checkpoint fuses the experts of a block into one tensor for each matrix of each expert."""
+    prefix = f"{meta_model.base_model_prefix}."
+    for path, experts in meta_model.named_modules():
         if isinstance(experts, Experts):
-            for fused, pieces in experts.fused.items():
+            for fused, matrices in experts.fused.items():
                 for stem in (path, path.removeprefix(prefix), f"{prefix}{path}"):
                     key = renamed.pop(f"{stem}.{fused}", None)
                     if key is not None:
-                        named = {f"{stem}.{piece}": shape for piece, shape in pieces.items()}
+                        named = {f"{stem}.{matrix}": shape for matrix, shape in matrices.items()}
                         checkpoint.split(key, named)
                         renamed |= {name: name for name in named}

@@ -1,4 +1,4 @@
-"""Opening a model without loading it: a skeleton, and the tensors that belong to it."""
+"""Open a model without loading it: a meta model, and the checkpoint that holds its tensors."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from thanos.checkpoint.in_memory import Checkpoint, LoadedCheckpoint
+from thanos.checkpoint.in_memory import LoadedCheckpoint
+from thanos.checkpoint.layout import Checkpoint
 from thanos.checkpoint.reader import SafetensorsCheckpoint
 from thanos.errors import ModelError
 from thanos.model.experts import Experts
 from thanos.model.loading import load_model, parse_dtype
+from thanos.model.meta_model import build_meta_model, persistent_tensors
 from thanos.model.names import match_parameters, rename_keys, split_fused
-from thanos.model.skeleton import build_skeleton, persistent_tensors
 from thanos.model.source import ModelSource
 from thanos.model.unused import Unused
 
@@ -27,32 +28,32 @@ CONVERTED = "the checkpoint's tensors are not one to one the model's parameters;
 
 @dataclass(frozen=True, slots=True)
 class OpenedModel:
-    """A skeleton and its tensors.
+    """A meta model and its tensors.
 
     Attributes:
-        source: where they came from.
-        skeleton: the model, its parameters on the meta device.
-        checkpoint: hands out tensors.
-        key_of: parameter name → tensor name in the checkpoint; tied parameters under one name.
-        notes: what a person should know about the way it was opened.
+        source: where the model is.
+        meta_model: the model, its parameters on the meta device.
+        checkpoint: the tensors.
+        key_of: parameter name → tensor name in the checkpoint. Tied parameters have one entry.
+        notes: remarks for the user on how the model was opened.
     """
 
     source: ModelSource
-    skeleton: PreTrainedModel
+    meta_model: PreTrainedModel
     checkpoint: Checkpoint
     key_of: dict[str, str]
     notes: list[str]
 
 
 def open_model(source: ModelSource, dtype: str = "auto") -> OpenedModel:
-    """Open a model for reading tensor by tensor.
+    """Open a model so that its tensors can be read one by one.
 
-    A safetensors folder whose tensors are one to one the model's parameters is read from disk; anything else is loaded and
-    converted by transformers, and its tensors come from memory.
+    The tensors of a safetensors folder are read from disk if they correspond one to one to the model's parameters. Otherwise
+    transformers loads and converts the model, and the tensors are read from memory.
 
     Args:
         source: from :func:`~thanos.model.source.resolve_model`.
-        dtype: of the skeleton: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``.
+        dtype: of the meta model: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``.
 
     Raises:
         ModelError: a file is truncated or corrupt, or the model cannot be built.
@@ -63,24 +64,24 @@ def open_model(source: ModelSource, dtype: str = "auto") -> OpenedModel:
 
 
 def _open_streamed(source: ModelSource, dtype: str) -> OpenedModel | None:
-    """Pair a skeleton with the tensors on disk; None where they do not correspond one to one."""
+    """Match a meta model with the tensors on disk; return None if they do not correspond one to one."""
     config, checkpoint = source.config(), SafetensorsCheckpoint(source.folder)
     resolved = _resolve_dtype(dtype, getattr(config, "dtype", None), checkpoint)
-    skeleton = skeleton_of(source, config, resolved)
-    prefix = getattr(skeleton, "base_model_prefix", "")
-    parameters = persistent_tensors(skeleton)
-    renamed, understood = rename_keys(skeleton, checkpoint.tensors)
-    split_fused(skeleton, checkpoint, renamed)
+    meta_model = meta_model_of(source, config, resolved)
+    prefix = getattr(meta_model, "base_model_prefix", "")
+    parameters = persistent_tensors(meta_model)
+    renamed, understood = rename_keys(meta_model, checkpoint.tensors)
+    split_fused(meta_model, checkpoint, renamed)
     for stored_as in (renamed, {key: key for key in renamed.values()}):
         match = match_parameters(set(parameters), set(stored_as), prefix)
         if match is not None:
             key_of = {name: stored_as[match[name]] for name in parameters}  # in the model's order, in every process
             _check_tensors(source, parameters, checkpoint, key_of)
-            return OpenedModel(source, skeleton, checkpoint, key_of, [])
+            return OpenedModel(source, meta_model, checkpoint, key_of, [])
     if not understood:
         return None
     missing = [name for name in parameters if name not in renamed]
-    mixtures = tuple(f"{name}." for name, module in skeleton.named_modules() if isinstance(module, Experts))
+    mixtures = tuple(f"{name}." for name, module in meta_model.named_modules() if isinstance(module, Experts))
     if missing and all(name.startswith(mixtures) for name in missing):
         raise ModelError(
             f"{source.name} has no tensor for {missing[0]}, though config.json asks for it; download or save it again"
@@ -88,19 +89,19 @@ def _open_streamed(source: ModelSource, dtype: str) -> OpenedModel | None:
     return None
 
 
-def skeleton_of(source: ModelSource, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """Build the skeleton of a model; see :func:`~thanos.model.skeleton.build_skeleton`.
+def meta_model_of(source: ModelSource, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """Build the meta model of a model; see :func:`~thanos.model.meta_model.build_meta_model`.
 
     Raises:
         ModelError: likewise.
     """
-    return build_skeleton(config, dtype, trust_remote_code=source.trust_remote_code, name=source.name)
+    return build_meta_model(config, dtype, trust_remote_code=source.trust_remote_code, name=source.name)
 
 
 def _check_tensors(
-    source: ModelSource, parameters: dict[str, Tensor], checkpoint: SafetensorsCheckpoint, key_of: dict[str, str]
+    source: ModelSource, parameters: dict[str, Tensor], checkpoint: Checkpoint, key_of: dict[str, str]
 ) -> None:
-    """Refuse tensors that are not what the config makes the model expect."""
+    """Refuse tensors whose shape or dtype is not the one that the config states."""
     for name, key in key_of.items():
         info, expected = checkpoint.tensors[key], parameters[name]
         if info.shape != tuple(expected.shape):
@@ -119,40 +120,46 @@ def _open_whole(source: ModelSource, dtype: str, notes: list[str]) -> OpenedMode
     """Let transformers load and convert the whole model, and serve its tensors from memory."""
     dense = load_model(source, dtype="auto", device=torch.device("cpu"))
     resolved = _resolve_dtype(dtype, dense.dtype, None)
-    skeleton = skeleton_of(source, dense.config, resolved)
+    meta_model = meta_model_of(source, dense.config, resolved)
     state = dense.state_dict()
     tensors = {name: state[name] for name in persistent_tensors(dense)}
     if source.gguf is None:
-        tensors |= _prediction_layers(source, skeleton, tensors)
+        tensors |= _prediction_layers(source, meta_model, tensors)
     checkpoint = LoadedCheckpoint(tensors)
-    split_fused(skeleton, checkpoint, {name: name for name in checkpoint.tensors})
-    return OpenedModel(source, skeleton, checkpoint, {name: name for name in persistent_tensors(skeleton)}, notes)
+    split_fused(meta_model, checkpoint, {name: name for name in checkpoint.tensors})
+    return OpenedModel(source, meta_model, checkpoint, {name: name for name in persistent_tensors(meta_model)}, notes)
 
 
-def _prediction_layers(source: ModelSource, skeleton: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors on disk of layers for multi-token prediction, which transformers left behind."""
+def _prediction_layers(
+    source: ModelSource, meta_model: PreTrainedModel, tensors: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return the tensors on disk of layers for multi-token prediction that transformers did not load."""
     stored = SafetensorsCheckpoint(source.folder)
-    unused = Unused(skeleton, stored.tensors, tensors)
+    unused = Unused(meta_model, stored.tensors, tensors)
     if any(unused.is_prediction(name) for name in tensors):
-        return {}  # it runs them
+        return {}  # transformers runs these layers
     return {key: stored.read(key) for key in stored.tensors if unused.is_prediction(key)}
 
 
-def running_dtype(source: ModelSource, asked: str) -> torch.dtype:
-    """Return the dtype in which a model runs where ``asked`` is ``auto``, ``float32``, ``bfloat16`` or ``float16``.
+def running_dtype(source: ModelSource, dtype: str) -> torch.dtype:
+    """Return the dtype in which a model runs.
+
+    Args:
+        source: from :func:`~thanos.model.source.resolve_model`.
+        dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
 
     Raises:
-        ModelError: it is none of these, or a file is truncated or corrupt.
+        ModelError: the dtype is unknown, or a file is truncated or corrupt.
     """
     if source.gguf is not None:
-        return _resolve_dtype(asked, torch.float32, None)
-    return _resolve_dtype(asked, getattr(source.config(), "dtype", None), SafetensorsCheckpoint(source.folder))
+        return _resolve_dtype(dtype, torch.float32, None)
+    return _resolve_dtype(dtype, getattr(source.config(), "dtype", None), SafetensorsCheckpoint(source.folder))
 
 
-def _resolve_dtype(asked: str, stated: Any, checkpoint: SafetensorsCheckpoint | None) -> torch.dtype:
-    """The dtype that the model runs in: the one asked for, else what the config states, else the largest tensor's."""
-    if asked != "auto":
-        return parse_dtype(asked)
+def _resolve_dtype(dtype: str, stated: Any, checkpoint: Checkpoint | None) -> torch.dtype:
+    """Return the dtype that the user chose; for ``auto`` the config's, or else the largest tensor's."""
+    if dtype != "auto":
+        return parse_dtype(dtype)
     if isinstance(stated, str):
         stated = getattr(torch, stated, None)
     if isinstance(stated, torch.dtype) and stated.is_floating_point:

@@ -1,4 +1,4 @@
-"""Finding and loading a pretrained model: a hub name, a local folder, or a GGUF file; safetensors only, never pickles."""
+"""Find a pretrained model: a hub name, a local folder of safetensors, or a GGUF file. Pickle files are never read."""
 
 from __future__ import annotations
 
@@ -69,16 +69,16 @@ class ModelSource:
 
     @cached_property
     def _config(self) -> PreTrainedConfig:
-        """The config, read once: of a GGUF file that takes seconds."""
+        """The config, read once, because reading it from a GGUF file takes seconds."""
         from transformers import AutoConfig
 
         try:
             return AutoConfig.from_pretrained(self.folder, **self._arguments())
-        except Exception as error:  # a truncated GGUF file makes its reader index past the end in many ways
+        except Exception as error:  # a truncated file makes the GGUF reader fail in many ways
             raise ModelError(describe_import_error(self.name, error) or self._config_fault(error)) from error
 
     def _config_fault(self, error: Exception) -> str:
-        """Say what is wrong where transformers does not take the config."""
+        """Return the error line for a config that transformers refuses."""
         import transformers
 
         version, line = transformers.__version__, first_line(error)
@@ -107,7 +107,7 @@ class ModelSource:
 
     @cached_property
     def _tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer, read once: before the weights, to see that there is one, and when the text is read."""
+        """The tokenizer, read once. It is used twice: to check that it exists before the weights are read, and for the text."""
         from transformers import AutoTokenizer
 
         if self.gguf is None and not any((self.folder / name).is_file() for name in _TOKENIZER_FILES):
@@ -125,7 +125,7 @@ class ModelSource:
             raise ModelError(describe_import_error(who, error) or line) from error
 
     def generation_config(self) -> GenerationConfig | None:
-        """Return the generation config, derived from the config where there is no file; None for a folder without one.
+        """Return the generation config: of a folder from its file, None without one; of a GGUF file derived from the config.
 
         Raises:
             ModelError: the file is not valid.
@@ -162,12 +162,12 @@ def resolve_model(model: str | Path, *, trust_remote_code: bool = False) -> Mode
 
 
 def find_local(model: str | Path, *, trust_remote_code: bool = False, what: str = "MODEL") -> ModelSource | None:
-    """Find a local model and refuse what is missing; None for a hub name. Takes no time: no config is built, nothing loaded.
+    """Find a local model and check its files; None for a hub name. This is fast: no config is built, nothing is loaded.
 
     Args:
         model: as for :func:`resolve_model`.
-        trust_remote_code: likewise.
-        what: how a message calls it.
+        trust_remote_code: as for :func:`resolve_model`.
+        what: the argument's name in messages.
 
     Raises:
         ModelError: nothing is there, or it is not in safetensors or GGUF form.
@@ -216,7 +216,7 @@ def _check_folder(source: ModelSource) -> None:
 
 
 def _is_native(name: str, kind: Any) -> bool:
-    """Tell whether transformers has a causal language model of a type itself, so that a checkpoint's own code is not needed."""
+    """Return whether transformers has a causal language model of this type, so that the checkpoint's own code is not needed."""
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
     with package_errors(name):
@@ -241,13 +241,13 @@ def _check_causal(source: ModelSource) -> None:
 
 
 def _lacking(source: ModelSource) -> str:
-    """Name the packages that are not installed and without which transformers cannot read a tokenizer's own format."""
+    """Return the end of an error line that names the packages which the tokenizer's format needs; empty if none is missing."""
     if source.gguf is not None or (source.folder / "tokenizer.json").is_file():
         return ""
     for file in (source.folder / name for name in _SENTENCEPIECE_FILES):
         if not file.is_file():
             continue
-        with file.open("rb") as opened:  # sentencepiece's format, or, as Llama 3 has it, tiktoken's
+        with file.open("rb") as opened:  # in sentencepiece's format, or in tiktoken's, as for Llama 3
             is_tiktoken = _TIKTOKEN_LINE.fullmatch(opened.readline(4096)) is not None
         needed = (
             {"tiktoken": "tiktoken"}

@@ -1,4 +1,4 @@
-"""What transformers and a checkpoint's own code raise, told as what a person can do about it."""
+"""Turn what transformers and a checkpoint's own code raise into one line that says what to do."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _PIP_NAMES = {
     "google": "protobuf",
     "fla": "flash-linear-attention",
 }
-"""Module → package, where they differ by more than a dash."""
+"""Module name → package name, if they differ by more than a dash."""
 
 
 @contextmanager
 def package_errors(model: str) -> Iterator[None]:
-    """Turn the absence of a package that a model needs into an error that says how to install it; others pass.
+    """Turn an error about a missing package into one that says how to install it. Other errors pass.
 
     Args:
         model: its name, for the message.
@@ -83,7 +83,7 @@ def brings_code(config: Any) -> bool:
 
 
 def describe_import_error(model: str, error: BaseException) -> str | None:
-    """Say what to install for an ImportError, or for an error that one caused; None for any other error."""
+    """Return a line that says what to install, for an ImportError or an error caused by one; None for any other error."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, ImportError):
         cause = cause.__cause__
@@ -103,9 +103,9 @@ def describe_import_error(model: str, error: BaseException) -> str | None:
 
 
 def _packages(error: ImportError) -> list[str]:
-    """Return what to install by pip; empty where the package is there and the fault another."""
+    """Return the packages to install by pip; an empty list if the package is installed and something else is wrong."""
     text = str(error)
-    # transformers collects several names, some of them those of modules.
+    # transformers lists several names in one message. Some are names of modules.
     if found := re.search(r"pip install ((?:-U |--upgrade )?)([\w.,\- ]*\w)", text):
         return [_pip_name(name) for name in found.group(2).replace(",", " ").split()]
     if found := re.search(r"requires the ([\w\-]+) library", text):

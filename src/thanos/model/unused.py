@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint that no parameter of the model has: they are copied as they are, and a reason says why."""
+"""Tensors of a checkpoint without a parameter in the model: they are copied unchanged, and a reason is reported."""
 
 from __future__ import annotations
 
@@ -11,42 +11,42 @@ from thanos.model.layers import find_blocks
 MTP = "multi-token prediction layer: transformers does not run it"
 
 _NAMED = re.compile(r"(?:^|\.)(?:mtp|[^.]*nextn)", re.IGNORECASE)
-"""How tensors of layers for multi-token prediction are called, where they do not follow the decoder blocks."""
+"""Names of tensors of layers for multi-token prediction, if these are not numbered after the decoder blocks."""
 
 _JOINT = re.compile(r"\.(?:eh_proj|enorm|hnorm)\.")
-"""Their norms and projection, which join a token with the hidden states before it."""
+"""Names of their norms and projection, which join a token with the hidden states before it."""
 
 
 class Unused:
     """Says why tensors are not used.
 
     Args:
-        skeleton: the model.
-        keys: the checkpoint's names of all its tensors.
-        used: those that a parameter has.
+        meta_model: the model.
+        keys: names of all tensors of the checkpoint.
+        used: names of the tensors that have a parameter.
     """
 
-    def __init__(self, skeleton: Any, keys: Iterable[str], used: Iterable[str]) -> None:
-        blocks_name, blocks = find_blocks(skeleton)
+    def __init__(self, meta_model: Any, keys: Iterable[str], used: Iterable[str]) -> None:
+        blocks_name, blocks = find_blocks(meta_model)
         self._count = len(blocks)
         self._pattern = re.compile(rf"(?:^|\.){re.escape(blocks_name.rpartition('.')[2])}\.(\d+)\.")
-        self._prefix = f"{skeleton.base_model_prefix}."
-        self._tied = skeleton.state_dict().keys() - set(used)
-        config = skeleton.config.get_text_config()
-        # DeepSeek and GLM count the layers in their configs, and store them behind the last block.
+        self._prefix = f"{meta_model.base_model_prefix}."
+        self._tied = meta_model.state_dict().keys() - set(used)
+        config = meta_model.config.get_text_config()
+        # DeepSeek and GLM state the number of these layers in their configs, and store them after the last block.
         self._counted = any(
             re.search("mtp|nextn", name) and type(number) is int and number > 0 for name, number in vars(config).items()
         )
         self._joints = {self._index(key) for key in keys if _JOINT.search(key)}
 
     def is_prediction(self, key: str) -> bool:
-        """Tell whether a tensor belongs to a layer for multi-token prediction."""
+        """Return whether a tensor belongs to a layer for multi-token prediction."""
         index = self._index(key)
         beyond = index is not None and index >= self._count
         return bool(_NAMED.search(key)) or (beyond and (self._counted or index in self._joints))
 
     def why(self, key: str) -> str:
-        """Say why no parameter has a tensor."""
+        """Return the reason why a tensor has no parameter."""
         if self.is_prediction(key):
             return MTP
         index = self._index(key)

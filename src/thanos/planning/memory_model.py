@@ -9,9 +9,6 @@ from thanos import registry
 from thanos.recipe.layer import LayerRecipe
 from thanos.solvers.cost import Size
 
-PIECE_BYTES = 32 << 20
-"""Of a tensor that is mapped at once while it is read (checkpoint.py)."""
-
 
 @dataclass(frozen=True, slots=True)
 class LayerWork:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,10 +14,11 @@ from thanos.calibration.statistics import plan_passes, statistics_budget
 from thanos.engine.stages.prune import observed_fractions
 from thanos.model.layers import LinearLayer, block_names, find_blocks, outer_names
 from thanos.planning.device_rates import Rates
-from thanos.planning.memory_model import PIECE_BYTES, LayerWork, groups, hessian_bytes, largest_sum, solving_bytes
+from thanos.planning.memory_model import LayerWork, groups, hessian_bytes, largest_sum, solving_bytes
 from thanos.planning.trial import BlockTrial
 from thanos.recipe import Recipe
 from thanos.run.setup import Prepared
+from thanos.system.staging import STAGING_BYTES
 
 _GENERATED_TOGETHER = 16  # sequences, see calibration.py
 
@@ -48,7 +49,7 @@ class Job:
     _by_block: dict[int | None, list[LinearLayer]] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.blocks_name, blocks = find_blocks(self.prepared.opened.skeleton)
+        self.blocks_name, blocks = find_blocks(self.prepared.opened.meta_model)
         self.block_bytes = [self._in_memory(self.inside(index)) for index in range(len(blocks))]
         self._by_block = {index: [] for index in (*range(len(blocks)), None)}
         for layer in self.prepared.layers:
@@ -82,7 +83,7 @@ class Job:
     def outer(self, *, head: bool) -> list[str]:
         """Return the names of the parameters outside the blocks."""
         opened = self.prepared.opened
-        return outer_names(opened.skeleton, opened.key_of, self.blocks_name, head=head)
+        return outer_names(opened.meta_model, opened.key_of, self.blocks_name, head=head)
 
     def outer_bytes(self, *, head: bool) -> int:
         """Return the bytes of the same in memory."""
@@ -123,11 +124,16 @@ class Job:
         pruned = {key_of[layer.weight_name] for layer in self.prepared.layers}
         return [key for key in self.prepared.opened.checkpoint.tensors if key not in pruned]
 
-    def pieces(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the same in pieces."""
+    def untouched_chunks(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the same in chunks, each with its tensor's name."""
         for key in self.untouched():
-            for piece in self.prepared.opened.checkpoint.pieces(key):
-                yield key, piece
+            for chunk in self.prepared.opened.checkpoint.chunks(key):
+                yield key, chunk
+
+    def chunk_bytes(self, keys: Iterable[str]) -> int:
+        """Return the bytes of the largest chunk of some tensors of the checkpoint."""
+        tensors = self.prepared.opened.checkpoint.tensors
+        return max((tensors[key].chunk_bytes for key in keys), default=0)
 
     def _works(self, block: int | None) -> list[LayerWork]:
         found, numbers = [], dict[Any, int]()
@@ -150,7 +156,7 @@ class Job:
         return self.prepared.opened.checkpoint.tensors[self.prepared.opened.key_of[parameter]]
 
     def _in_memory(self, names: list[str]) -> int:
-        itemsize = self.prepared.opened.skeleton.dtype.itemsize
+        itemsize = self.prepared.opened.meta_model.dtype.itemsize
         return sum(self._info(name).numel * itemsize for name in names)
 
 
@@ -165,25 +171,32 @@ def _module(layer: LinearLayer) -> tuple[str, int]:
 
 def phase_bytes(job: Job, trial: BlockTrial, batch: int) -> dict[str, int]:
     """Return what each phase holds where blocks run, beside the process and the hidden states."""
-    tensors, on_host = job.prepared.opened.checkpoint.tensors, not job.on_cuda
+    on_host = not job.on_cuda
     two = largest_sum(job.block_bytes)
     working = int(trial.working_bytes * batch * job.ids.shape[1] / trial.tokens)
     parts, last = job.all_parts(), job.parts(None)
     hessians = [sum(hessian_bytes(group[0].columns) for group in groups(part).values()) for part in parts]
     tail = job.outer_bytes(head=True) + max(map(solving_bytes, last)) if last else 0
-    piece = min(PIECE_BYTES, max((info.nbytes for info in tensors.values()), default=0)) if on_host else 0
-    untouched = max((tensors[key].nbytes for key in job.untouched()), default=0)
+    chunk = job.chunk_bytes(job.prepared.opened.checkpoint.tensors) if on_host else 0
     written = max((work.rows * work.columns * work.itemsize for part in parts for work in part), default=0)
-    survey = min(PIECE_BYTES, untouched) if on_host else 0  # tensors that stay are looked through for NaN
+    survey = job.chunk_bytes(job.untouched()) if on_host else 0  # tensors that stay are checked for NaN
     return {
-        "load": max(survey, two + 2 * piece),
-        "calibration": job.outer_bytes(head=False) + piece + working // batch,
+        "load": max(survey, two + 2 * chunk),
+        "calibration": job.outer_bytes(head=False) + chunk + working // batch,
         "statistics": max(two + max(hessians, default=0) + working, tail),
         "solve": max(two + max(map(solving_bytes, parts), default=0), tail),
         "write": two // 2 + (written if on_host else 0),
         "propagate": two + working,
         "finish": 0,
     }
+
+
+def transfer_bytes(job: Job) -> int:
+    """Return the host memory through which weights pass on their way to and from a CUDA device.
+
+    These are a chunk of the checkpoint, and the pinned buffers of the thread that reads and of the one that writes.
+    """
+    return job.chunk_bytes(job.prepared.opened.checkpoint.tensors) + 2 * STAGING_BYTES
 
 
 @dataclass(frozen=True, slots=True)

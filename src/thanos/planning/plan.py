@@ -29,11 +29,11 @@ from thanos.model.layers import LinearLayer, find_blocks
 from thanos.model.loading import context_length
 from thanos.model.source import find_local, resolve_model
 from thanos.planning.device_rates import Rates, measure_rates
-from thanos.planning.memory_model import PIECE_BYTES, LayerWork
-from thanos.planning.phases import Job, Pace, inner_name, phase_bytes, phase_seconds
+from thanos.planning.memory_model import LayerWork
+from thanos.planning.phases import Job, Pace, inner_name, phase_bytes, phase_seconds, transfer_bytes
 from thanos.planning.trial import BlockTrial, TrialModel, few_tokens, survey_rate, time_solve, try_block, write_seconds
 from thanos.recipe import Recipe
-from thanos.run.auxiliary_files import companion_files
+from thanos.run.auxiliary_files import auxiliary_files
 from thanos.run.setup import (
     LOG_BYTES_PER_LAYER,
     Prepared,
@@ -149,23 +149,23 @@ def _stand_in(prepared: Prepared, recipe: Recipe) -> Tensor:
     """Return any ids in the place of those that the model would generate."""
     check_positions(recipe.sequence_length, context_length(prepared.opened.source.config()))
     generator = torch.Generator().manual_seed(recipe.seed)
-    vocabulary = prepared.opened.skeleton.get_input_embeddings().get_parameter("weight").shape[0]
+    vocabulary = prepared.opened.meta_model.get_input_embeddings().get_parameter("weight").shape[0]
     return torch.randint(vocabulary, (recipe.samples, recipe.sequence_length), generator=generator)
 
 
 def _measure(job: Job, folder: Path, measured: dict[str, PhaseRecord]) -> tuple[BlockTrial, Pace]:
     """Try one block and one layer of each kind; nothing of it stays in memory."""
     opened, device = job.prepared.opened, job.device
-    skeleton, (_, blocks) = opened.skeleton, find_blocks(opened.skeleton)
-    rates = measure_rates(device, skeleton.dtype)
+    meta_model, (_, blocks) = opened.meta_model, find_blocks(opened.meta_model)
+    rates = measure_rates(device, meta_model.dtype)
     index = job.largest_block()
     layers = (job.gathered(index) or [[]])[0]
     # On CUDA one sequence whole, since how many fit is measured with it.
     few = job.ids[:1] if job.on_cuda else _few_tokens(job, index, layers, rates)
-    weights = ModelWeights(skeleton, opened.checkpoint, opened.key_of, device)
+    weights = ModelWeights(meta_model, opened.checkpoint, opened.key_of, device)
     try:
         inside, picture = job.inside(index), job.prepared.picture
-        model = TrialModel(skeleton, blocks, picture, weights, job.outer(head=False), index, inside, layers)
+        model = TrialModel(meta_model, blocks, picture, weights, job.outer(head=False), index, inside, layers)
         trial = try_block(model, few, device)
     finally:
         weights.close()
@@ -183,12 +183,12 @@ def _measure(job: Job, folder: Path, measured: dict[str, PhaseRecord]) -> tuple[
     trial.groups.clear()
     trial.weights.clear()
     write, checksum = write_seconds(folder)
-    look = survey_rate(job.pieces(), count_zeros)
+    look = survey_rate(job.untouched_chunks(), count_zeros)
     return trial, Pace(rates, solves, look, write, checksum, measured["load"].seconds, measured["calibration"].seconds)
 
 
 def _few_tokens(job: Job, index: int, layers: list[LinearLayer], rates: Rates) -> Tensor:
-    parameters = job.block_bytes[index] // job.prepared.opened.skeleton.dtype.itemsize
+    parameters = job.block_bytes[index] // job.prepared.opened.meta_model.dtype.itemsize
     most = most_sequences(*job.shape, job.device)
     return few_tokens(parameters, [layer.shape[1] for layer in layers], job.ids, most, rates)
 
@@ -205,15 +205,15 @@ def _predict(job: Job, work: WorkFolder, asked: str, measured: dict[str, PhaseRe
     place = choose_place(kept, job.device, folder, asked)
     phases = _phases(job, trial, pace, batch, base, kept, place, measured)
     opened = job.prepared.opened
-    disk = sum(shard.size for shard in opened.checkpoint.shards)
-    besides = LOG_BYTES_PER_LAYER * len(job.prepared.layers) + len(opened.checkpoint.index or b"")
-    besides += sum(path.stat().st_size for path in companion_files(opened.source))
+    layout = opened.checkpoint.layout
+    besides = LOG_BYTES_PER_LAYER * len(job.prepared.layers) + len(layout.index or b"")
+    besides += sum(path.stat().st_size for path in auxiliary_files(opened.source))
     besides += kept if place == "disk" else 0
     host = max(record.host_peak_bytes for record in phases.values())
     on_device = max(record.device_peak_bytes or 0 for record in phases.values()) if job.on_cuda else None
     free = free_disk_bytes(folder), free_host_bytes(), free_device_bytes(job.device) if job.on_cuda else None
     lines = [
-        disk_shortage(disk + besides, free[0], work.out.parent),
+        disk_shortage(layout.nbytes + besides, free[0], work.out.parent),
         _memory_shortage("host", host - base, free[1], "--samples, or give --activations disk"),
         _memory_shortage("device", on_device or 0, free[2] or 0, "--sequence-length, or use --device cpu"),
     ]
@@ -226,7 +226,7 @@ def _predict(job: Job, work: WorkFolder, asked: str, measured: dict[str, PhaseRe
         activations=place,
         activations_bytes=kept,
         batch=batch,
-        disk_bytes=disk,
+        disk_bytes=layout.nbytes,
         disk_besides_bytes=besides,
         disk_free_bytes=free[0],
         host_peak_bytes=host,
@@ -258,7 +258,7 @@ def _phases(
     for name, seconds in phase_seconds(job, trial, pace, batch).items():
         states = kept if name in _WITH_STATES else 0
         there = held[name] + (states if place == "device" else 0)
-        host = base + (states if place == "host" else 0) + (2 * PIECE_BYTES if job.on_cuda else there)
+        host = base + (states if place == "host" else 0) + (transfer_bytes(job) if job.on_cuda else there)
         if name == "calibration" and job.recipe.calibration == "self" and not job.on_cuda:
             host = max(host, base + job.whole_bytes())
         if name in measured:  # opening the model and reading the text were done for good

@@ -76,9 +76,9 @@ class BlockTrial:
 
 @dataclass(frozen=True, slots=True)
 class TrialModel:
-    """What a trial needs to know: the skeleton, its blocks, what text does in it, its weights, and the block to try."""
+    """What a trial needs to know: the meta model, its blocks, what text does in it, its weights, and the block to try."""
 
-    skeleton: nn.Module
+    meta_model: nn.Module
     blocks: list[nn.Module]
     picture: Picture
     weights: ModelWeights
@@ -108,7 +108,7 @@ def few_tokens(parameters: int, columns: Sequence[int], ids: Tensor, most: int, 
 def try_block(model: TrialModel, ids: Tensor, device: torch.device) -> BlockTrial:
     """Run one block as the engine does, on token ids (n, t)."""
     weights = model.weights
-    passes = Passes(model.skeleton, model.blocks, ids, device, Path(), place="device", picture=model.picture)
+    passes = Passes(model.meta_model, model.blocks, ids, device, Path(), place="device", picture=model.picture)
     try:
         weights.load(model.outer)
         seconds, _ = _timed(passes.record, device)
@@ -212,12 +212,12 @@ def write_seconds(folder: Path) -> tuple[float, float]:
     return writing / _DISK_BYTES, hashing / _DISK_BYTES
 
 
-def survey_rate(pieces: Iterator[tuple[str, Tensor]], look: Callable[[str, Tensor], int]) -> float:
-    """Return the bytes a second at which tensors that stay are looked at, from the first few of them."""
+def survey_rate(chunks: Iterator[tuple[str, Tensor]], look: Callable[[str, Tensor], int]) -> float:
+    """Return the bytes a second at which tensors that stay are checked, from the first few chunks."""
     seen, began = 0, time.perf_counter()
-    for name, piece in pieces:
-        look(name, piece)
-        seen += piece.nbytes
+    for name, chunk in chunks:
+        look(name, chunk)
+        seen += chunk.nbytes
         if time.perf_counter() - began > _SOLVE_SECONDS:
             break
     return seen / max(1e-9, time.perf_counter() - began) if seen else math.inf

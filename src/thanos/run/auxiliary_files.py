@@ -1,4 +1,4 @@
-"""What stands beside the weights of a checkpoint: config, tokenizer, chat template, generation config, licence."""
+"""The auxiliary files of a checkpoint: config, tokenizer, chat template, generation config, licence."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from thanos.model.opening import OpenedModel
 from thanos.model.source import ModelSource
 
 _NOT_COPIED = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ckpt")
-"""Weights in any format: the output has its own."""
+"""Weights in any format. The output has its own weights."""
 
 _INDICES = (".safetensors.index.", ".bin.index.")
-"""What the names of indices hold, those of variants (``model.safetensors.index.fp16.json``) among them."""
+"""Parts of the names of indices, those of variants (``model.safetensors.index.fp16.json``) included."""
 
 _OURS = ("README.md", "pruning.json", "recipe.toml", LOG_NAME, RUN_NAME)
 
 
-def copy_companions(opened: OpenedModel, folder: Path) -> None:
-    """Put config, tokenizer, chat template and generation config beside the weights, unchanged where they are files.
+def copy_auxiliary_files(opened: OpenedModel, folder: Path) -> None:
+    """Copy config, tokenizer, chat template and generation config unchanged; make them anew for a GGUF file.
 
-    Only a reference to code that is not there is left out of the config.
+    One thing is changed: a config loses its reference to Python code if that code is missing.
     """
     source = opened.source
     if source.gguf is not None:
-        config = opened.skeleton.config
-        config.architectures = [type(opened.skeleton).__name__]
+        config = opened.meta_model.config
+        config.architectures = [type(opened.meta_model).__name__]
         config.save_pretrained(folder)
         source.tokenizer().save_pretrained(folder)
         generation = source.generation_config()
         if generation is not None:
             generation.save_pretrained(folder)
         return
-    for path in companion_files(source):
+    for path in auxiliary_files(source):
         target = folder / path.relative_to(source.folder)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
@@ -42,7 +42,7 @@ def copy_companions(opened: OpenedModel, folder: Path) -> None:
 
 
 def _drop_absent_code(config: Path) -> None:
-    """Take the reference to Python code out of a config where the code is not beside it: transformers has its own."""
+    """Remove a config's reference to Python code that is not in its folder. transformers then uses its own code."""
     values = json.loads(config.read_text(encoding="utf-8"))
     named = values.get("auto_map")
     if not isinstance(named, dict):
@@ -53,8 +53,8 @@ def _drop_absent_code(config: Path) -> None:
         config.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def companion_files(source: ModelSource) -> list[Path]:
-    """Return the files that :func:`copy_companions` copies; none for a GGUF file, whose companions are made."""
+def auxiliary_files(source: ModelSource) -> list[Path]:
+    """Return the files that :func:`copy_auxiliary_files` copies; none for a GGUF file, whose auxiliary files are made anew."""
     if source.gguf is not None:
         return []
     found = []

@@ -31,7 +31,7 @@ from thanos.model.opening import OpenedModel
 from thanos.model.source import find_local, resolve_model
 from thanos.recipe import Recipe
 from thanos.run import model_card as card
-from thanos.run.auxiliary_files import copy_companions
+from thanos.run.auxiliary_files import copy_auxiliary_files
 from thanos.run.lock import locked
 from thanos.run.report import PruningReport, compute_totals
 from thanos.run.resume import RunJournal, check_completed, check_same_run, completed_run, describe_run
@@ -174,7 +174,7 @@ def _facts(recipe: Recipe, opened: OpenedModel) -> dict[str, Any]:
     import transformers
 
     tensors = sorted((name, str(info.dtype), info.shape) for name, info in opened.checkpoint.tensors.items())
-    config = {key: value for key, value in opened.skeleton.config.to_dict().items() if key != "_name_or_path"}
+    config = {key: value for key, value in opened.meta_model.config.to_dict().items() if key != "_name_or_path"}
     return {
         **{f"the recipe's {name}": value for name, value in recipe.to_dict().items()},
         "the model's config": hashlib.sha256(repr(sorted(config.items())).encode()).hexdigest(),
@@ -218,11 +218,11 @@ def _prune(model: str, job: _Job, given: Calibration | None) -> PruningReport:
     with job.meter.phase("calibration"):
         calibration = calibrate(plan.opened, recipe, job.device, tell, given)
         job.world.from_first(lambda: calibration)
-    run |= {"calibration": calibration.to_dict(), "blocks": len(find_blocks(plan.opened.skeleton)[1])}
+    run |= {"calibration": calibration.to_dict(), "blocks": len(find_blocks(plan.opened.meta_model)[1])}
     notes = check_same_run(before, run) if before else []
     with _kept(work), resource_errors(smaller_calibration(recipe)):
         if before:
-            work.take_up({shard.name for shard in plan.opened.checkpoint.shards})
+            work.take_up({shard.name for shard in plan.opened.checkpoint.layout.shards})
         else:
             work.start(run)
         with closing(tell):
@@ -256,7 +256,9 @@ def _kept(work: WorkFolder) -> Iterator[None]:
 def _run(plan: Prepared, job: _Job, calibration: Calibration, notes: list[str]) -> PruningReport:
     """Fill the work folder's model."""
     opened, folder, world, meter = plan.opened, job.work.model, job.world, job.meter
-    writer = CheckpointWriter(opened.checkpoint, folder, besides=LOG_BYTES_PER_LAYER * len(plan.layers))
+    writer = CheckpointWriter(
+        opened.checkpoint.layout, opened.checkpoint, folder, besides=LOG_BYTES_PER_LAYER * len(plan.layers)
+    )
     journal = RunJournal(job.work.journal, writer, meter)
     if job.work.finished:
         journal.verify(job.tell)
@@ -273,7 +275,7 @@ def _run(plan: Prepared, job: _Job, calibration: Calibration, notes: list[str]) 
     with meter.phase("finish"):
         job.tell(Event(kind="phase", phase="finish", blocks=len(engine.inputs.blocks)))
         writer.finish()
-        copy_companions(opened, folder)
+        copy_auxiliary_files(opened, folder)
     report = _report(plan, engine, calibration, job.recipe, job.device, meter)
     report.write(folder / "pruning.json")
     (folder / "recipe.toml").write_text(job.recipe.to_toml(), encoding="utf-8")
@@ -294,17 +296,17 @@ def _engine(
 ) -> Engine:
     """Make the engine of this process, which runs blocks on its share of the sequences."""
     opened, device, share = plan.opened, job.device, job.world.share(len(calibration.ids))
-    name, blocks = find_blocks(opened.skeleton)
+    name, blocks = find_blocks(opened.meta_model)
     ids = calibration.ids[share.start : share.stop]
     inputs = EngineInputs(
-        model=opened.skeleton,
+        model=opened.meta_model,
         blocks_name=name,
         blocks=blocks,
         layers=plan.layers,
-        weights=ModelWeights(opened.skeleton, opened.checkpoint, opened.key_of, device),
+        weights=ModelWeights(opened.meta_model, opened.checkpoint, opened.key_of, device),
         writer=writer,
         journal=journal,
-        runner=Passes(opened.skeleton, blocks, ids, device, folder, place=job.activations, picture=plan.picture),
+        runner=Passes(opened.meta_model, blocks, ids, device, folder, place=job.activations, picture=plan.picture),
         device=device,
         meter=job.meter,
         world=job.world,
@@ -331,7 +333,7 @@ def _report(
         model={
             "name": card.public_name(opened.source.name) if opened.source.is_local else opened.source.name,
             "origin": "local" if opened.source.is_local else "hub",
-            "architecture": type(opened.skeleton).__name__,
+            "architecture": type(opened.meta_model).__name__,
             "parameters": parameters,
             "sparsity": plan.sparsity,
         },

@@ -99,14 +99,14 @@ def prepare(
     opened = open_model(source, recipe.dtype)
     for note in opened.notes:
         watch(Event(kind="note", phase="load", message=note))
-    chosen, left_dense = select_layers(linear_layers(opened.skeleton), recipe)
-    picture = draw_picture(opened.skeleton, find_blocks(opened.skeleton)[1], choose_device(recipe.device))
+    chosen, left_dense = select_layers(linear_layers(opened.meta_model), recipe)
+    picture = draw_picture(opened.meta_model, find_blocks(opened.meta_model)[1], choose_device(recipe.device))
     if unreached := _unreached(picture, chosen):
         left_dense |= dict.fromkeys((layer.name for layer in unreached), "text does not reach its decoder block")
         chosen = {layer: settings for layer, settings in chosen.items() if layer.name not in left_dense}
         opened.notes.append(_say_unreached(unreached, left=bool(chosen)))
         watch(Event(kind="note", phase="load", message=opened.notes[-1]))
-    embedding = getattr(opened.skeleton.get_input_embeddings(), "weight", None)
+    embedding = getattr(opened.meta_model.get_input_embeddings(), "weight", None)
     for layer, settings in chosen.items():
         if layer.weight_name not in opened.key_of or layer.module.get_parameter("weight") is embedding:
             raise ModelError(
@@ -118,7 +118,7 @@ def prepare(
         except RecipeError as error:
             raise RecipeError(f"{layer.name}: {error}") from error
     if folder is not None:  # now, not after reading all tensors and making the calibration text, which may take an hour
-        check_room(opened.checkpoint, folder, besides=LOG_BYTES_PER_LAYER * len(chosen))
+        check_room(opened.checkpoint.layout, folder, besides=LOG_BYTES_PER_LAYER * len(chosen))
     sparsity = _note_zeros(opened, list(chosen), watch)
     dense, zeros = survey(opened, chosen, left_dense, watch) if look else ([], 0)
     return Prepared(opened, chosen, picture, dense, zeros, sparsity)

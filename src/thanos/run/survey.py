@@ -14,7 +14,7 @@ from thanos.run.report import DenseRecord
 NOT_LINEAR = "not a linear layer's weight"
 
 _SAMPLES, _SAMPLE_ENTRIES = 4, 1 << 14
-"""Stretches of a weight that a sample takes, and the entries of each: what is not looked at is not read from the disk."""
+"""Contiguous ranges of a weight that a sample takes, and the entries of each. Only these are read from the disk."""
 
 _MANY_ZEROS = 0.1
 """Share of zeros from which a weight counts as pruned: dense 16-bit weights have a few in ten thousand."""
@@ -39,15 +39,15 @@ def survey(
     """
     pruned = {opened.key_of[layer.weight_name] for layer in layers}
     named = {key: parameter for parameter, key in opened.key_of.items()}
-    parameters = {name for name, _ in opened.skeleton.named_parameters()}
+    parameters = {name for name, _ in opened.meta_model.named_parameters()}
     stays = {key: info for key, info in opened.checkpoint.tensors.items() if key not in pruned}
-    unused = Unused(opened.skeleton, opened.checkpoint.tensors, opened.key_of)
+    unused = Unused(opened.meta_model, opened.checkpoint.tensors, opened.key_of)
     dense, zeros = [], 0
     for done, (key, info) in enumerate(stays.items(), 1):
         name = named.get(key, key)
         # What no parameter needs may be anything: masks that hold -inf are common.
         count = count_zeros if named.get(key) in parameters else count_any_zeros
-        zeros += sum(count(name, part) for part in opened.checkpoint.pieces(key))
+        zeros += sum(count(name, part) for part in opened.checkpoint.chunks(key))
         reason = left_dense.get(name.removesuffix(".weight"), NOT_LINEAR) if key in named else unused.why(key)
         dense.append(DenseRecord(name=name, parameters=info.numel, reason=reason))
         if 100 * done // len(stays) != 100 * (done - 1) // len(stays):  # mixtures have tens of thousands of tensors
@@ -81,9 +81,9 @@ def name_damage(opened: OpenedModel, block: int | None) -> None:
     """
     names = opened.key_of
     if block is not None:
-        names = block_names(opened.key_of, find_blocks(opened.skeleton)[0], block)
-    parameters = {name for name, _ in opened.skeleton.named_parameters()}
+        names = block_names(opened.key_of, find_blocks(opened.meta_model)[0], block)
+    parameters = {name for name, _ in opened.meta_model.named_parameters()}
     for name in names:
         if name in parameters:
-            for part in opened.checkpoint.pieces(opened.key_of[name]):
+            for part in opened.checkpoint.chunks(opened.key_of[name]):
                 count_zeros(name, part)

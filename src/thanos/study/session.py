@@ -33,7 +33,7 @@ from thanos.evaluation.windows import cut_windows
 from thanos.events import Event
 from thanos.model.layers import LinearLayer, linear_layers, select_layers
 from thanos.model.loading import load_model
-from thanos.model.opening import skeleton_of
+from thanos.model.opening import meta_model_of
 from thanos.model.source import resolve_model
 from thanos.planning.synthetic_layer import synthetic_layer
 from thanos.recipe import Recipe
@@ -176,7 +176,7 @@ class Session:
             return
         if cell.model not in self._layers:
             source = resolve_model(self._places.models[cell.model])
-            self._layers[cell.model] = linear_layers(skeleton_of(source, source.config(), torch.float32))
+            self._layers[cell.model] = linear_layers(meta_model_of(source, source.config(), torch.float32))
         for layer, settings in select_layers(self._layers[cell.model], recipe)[0].items():
             if (layer.shape, settings) in self._met:
                 continue

@@ -1,4 +1,4 @@
-"""One thread behind the main one: copies and file work that overlap with running blocks and solving layers."""
+"""A background thread for copies and file access, which overlap with running blocks and solving layers."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ T = TypeVar("T")
 
 
 class Background:
-    """Does pieces of work in the order in which they were handed over, at most ``limit`` of them unfinished.
+    """Runs tasks in the order in which they are submitted.
 
-    On CUDA the work runs on a stream of its own, which first waits for what the caller had launched when handing it over.
+    On CUDA a task runs on a stream of its own. The stream first waits for what the caller had launched before it submitted
+    the task.
 
     Args:
         name: of the thread.
         device: where the caller computes.
-        limit: unfinished pieces; another one has to wait. It bounds the memory that they hold.
+        limit: most unfinished tasks, which bounds the memory that they hold. At the limit a caller waits.
     """
 
     def __init__(self, name: str, device: torch.device, limit: int = 2) -> None:
@@ -32,33 +33,33 @@ class Background:
         self._error: BaseException | None = None
 
     def submit(self, function: Callable[..., T], *arguments: Any) -> Future[T]:
-        """Hand over work whose result, or error, the caller asks for; waits while too much is unfinished."""
-        return self._hand_over(function, arguments)
+        """Submit a task and return its future, which holds the result or the error. Waits at the limit."""
+        return self._enqueue(function, arguments)
 
     def post(self, function: Callable[..., Any], *arguments: Any) -> None:
-        """Hand over work without a result; its error comes out at the next :meth:`post` or :meth:`flush`."""
+        """Submit a task without a result. Its error is raised by the next :meth:`post` or :meth:`flush`. Waits at the limit."""
         self._raise()
-        self._hand_over(function, arguments, self._note)
+        self._enqueue(function, arguments, self._note)
 
     def flush(self) -> None:
-        """Wait until everything handed over is done; raises the first error of posted work."""
+        """Wait until every task is done. Raises the first error of a posted task."""
         for _ in range(self._limit):
             self._room.acquire()
         self._room.release(self._limit)
         self._raise()
 
     def close(self) -> None:
-        """Drop what has not begun, wait for what has, and end the thread. Raises nothing."""
+        """Cancel the tasks that have not begun, wait for the running one, and end the thread. Raises nothing."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _hand_over(
+    def _enqueue(
         self, function: Callable[..., T], arguments: tuple[Any, ...], then: Callable[[Future[T]], None] | None = None
     ) -> Future[T]:
         self._room.acquire()
         launched = torch.cuda.current_stream(self._device).record_event() if self._stream is not None else None
         future = self._pool.submit(self._do, launched, function, *arguments)
         if then is not None:
-            future.add_done_callback(then)  # before there is room again, so that flush sees what it notes
+            future.add_done_callback(then)  # before the slot is free again, so that flush sees the error
         future.add_done_callback(lambda _: self._room.release())
         return future
 

@@ -1,4 +1,4 @@
-"""Results as JSON documents: one form for everything that the commands write and print."""
+"""Results as JSON documents: one format for everything that the commands write and print."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class Document:
         return json_text(self.to_dict())
 
     def write(self, path: Path) -> None:
-        """Write the document; no reader sees half of it."""
+        """Write the document. A reader sees the whole old file or the whole new one."""
         write_atomically(path, self.to_json().encode())
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Build the document from what :meth:`to_dict` gave; keys that this version does not know are left out."""
+        """Build the document from the values of :meth:`to_dict`. Keys that this version does not know are ignored."""
         known = {field.name for field in dataclasses.fields(cls)}
         return cls(**{name: value for name, value in values.items() if name in known})
 

@@ -1,4 +1,4 @@
-"""The stream of a run's events: stamped with time and memory, handed on, and written down as ``events.jsonl``."""
+"""The stream of a run's events: add time and memory, pass them on, and log them to ``events.jsonl``."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from thanos.system.memory import Memory, host_memory
 from thanos.system.meter import PhaseMeter
 
 _FRESH = 0.1
-"""Seconds for which a reading of memory serves: asking takes about a millisecond, and a small layer is solved in a few."""
+"""Seconds for which a reading of memory is reused. A reading takes about a millisecond, a small solve a few."""
 
 
 class EventStream:
-    """Stamps events with time and memory, keeps the log, and hands them on.
+    """Adds time and memory to events, writes the log, and passes the events on.
 
     Args:
         watcher: is called with each event.
-        meter: knows the peaks of memory; None where they are not measured by phase.
-        keep_log: whether :meth:`log_to` will be called: until then the events are kept for it.
+        meter: gives the peaks of memory; None if they are not measured by phase.
+        keep_log: whether :meth:`log_to` will be called. Events before that call are kept for the log.
     """
 
     def __init__(
@@ -44,18 +44,18 @@ class EventStream:
         self._waiting: list[str] = [_header()]
 
     def __call__(self, event: Event) -> None:
-        """Stamp one event, write it down and pass it on."""
+        """Add time and memory to one event, log it and pass it on."""
         now = time.perf_counter()
         if self._read is None or event.kind == "block" or now - self._read[0] >= _FRESH:
             self._read = now, self._memory()
-        seconds = round(now - self._began, 6)  # as the log holds them, so that it plays back the same
+        seconds = round(now - self._began, 6)  # rounded as in the log, so that a replay gives the same
         event = dataclasses.replace(event, seconds=seconds, **self._read[1]._asdict())
         if self._keeps_log:
             self._write(json.dumps(event.to_dict(), ensure_ascii=False))
         self._watcher(event)
 
     def log_to(self, path: Path) -> None:
-        """Add all events of this run to a file, from the first on; what the file holds stays, but for a torn last line."""
+        """Append all events of this run to a file, from the first on. A torn last line of the file is removed first."""
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         trim(self._descriptor)
         waiting, self._waiting = self._waiting, []
@@ -78,7 +78,7 @@ class EventStream:
 
     def _memory(self) -> Memory:
         memory = Memory(*host_memory()) if self._meter is None else self._meter.memory()
-        # The kernel's two counters are read one after the other and lag a little: a peak is never below what was seen.
+        # The kernel's two counters lag a little. A peak must not be below a value that was read before.
         self._peak = max(self._peak, memory.host_peak_bytes, memory.host_bytes)
         return memory._replace(host_peak_bytes=self._peak)
 

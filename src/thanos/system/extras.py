@@ -19,8 +19,8 @@ def install_command(extra: str) -> str:
 
 
 def is_installed(module: str) -> bool:
-    """Whether a module can be imported, as far as looking for it tells."""
+    """Return whether a module is installed. It is searched for, not imported."""
     try:
         return find_spec(module) is not None
-    except (ImportError, ValueError):  # its package is missing, or something else stands in its place
+    except (ImportError, ValueError):  # its package is missing, or is not a package
         return False

@@ -12,7 +12,7 @@ _CHUNK = 1 << 16
 
 
 def trim(descriptor: int) -> int:
-    """Cut an open file of lines after its last whole line; return where that ends."""
+    """Cut an open file of lines after its last whole line; return the new size in bytes."""
     size = start = os.fstat(descriptor).st_size
     end = 0
     while start and not end:
@@ -33,7 +33,7 @@ def free_disk_bytes(folder: Path) -> int:
 
 
 def reserve(descriptor: int, size: int) -> None:
-    """Give a file its size, with room on the disk where the file system can promise it; what it holds stays."""
+    """Give a file its size in bytes, and reserve the disk space if the file system can. The content stays."""
     os.ftruncate(descriptor, size)
     if hasattr(os, "posix_fallocate") and size:
         try:
@@ -44,7 +44,7 @@ def reserve(descriptor: int, size: int) -> None:
 
 
 def write_at(descriptor: int, data: memoryview, offset: int) -> None:
-    """Write all of ``data`` at an offset of an open file, however many calls it takes."""
+    """Write all of ``data`` at an offset of an open file."""
     while data.nbytes:
         count = os.pwrite(descriptor, data, offset)
         data, offset = data[count:], offset + count
@@ -60,12 +60,12 @@ def sync(path: Path) -> None:
 
 
 def write_atomically(path: Path, content: bytes | Callable[[Path], object], *, durable: bool = False) -> None:
-    """Write a file under another name, then rename it: no reader sees half of it, and of several writers one wins.
+    """Write a file under another name, then rename it. A reader never sees a part of it; of several writers one wins.
 
     Args:
         path: of the file.
-        content: its bytes, or what writes them to the path that it is given.
-        durable: force file and folder to the disk.
+        content: the bytes, or a function that writes them to the path that it gets.
+        durable: force the file and its folder to the disk.
     """
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:

@@ -15,7 +15,7 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 _STATUS_BYTES = 1 << 14
-"""More than the kernel's page on a process ever holds, so that one read gets all of it."""
+"""More than the kernel's status file of a process ever holds, so that one read is enough."""
 
 
 _MEMINFO, _CGROUP, _CGROUPS = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
@@ -31,7 +31,7 @@ class Memory(NamedTuple):
 
 
 def reset_host_peak() -> None:
-    """Make the kernel forget the peak of resident memory so far, where it lets us."""
+    """Reset the kernel's peak of resident memory, if the system allows it."""
     try:
         _CLEAR.write_text("5")
     except OSError:
@@ -44,12 +44,12 @@ def host_peak_bytes() -> int:
 
 
 def host_bytes() -> int:
-    """Return this process's resident memory now, in bytes; its peak where the system does not tell."""
+    """Return this process's resident memory now, in bytes; its peak if the system does not give the present value."""
     return host_memory()[0]
 
 
 def host_memory() -> tuple[int, int]:
-    """Return both, :func:`host_bytes` and :func:`host_peak_bytes`, in one reading."""
+    """Return (:func:`host_bytes`, :func:`host_peak_bytes`) from one reading."""
     known = _status()
     peak = known.get(b"VmHWM")
     if peak is None:
@@ -58,9 +58,11 @@ def host_memory() -> tuple[int, int]:
 
 
 def _status() -> dict[bytes, int]:
-    """Return what the kernel tells of this process's memory, in bytes by field; empty where it tells nothing."""
+    """Return the kernel's fields on this process's memory, in bytes; empty if the system has none."""
     try:
-        descriptor = os.open(_STATUS, os.O_RDONLY | os.O_CLOEXEC)  # by hand: half the calls that a file object makes
+        descriptor = os.open(
+            _STATUS, os.O_RDONLY | os.O_CLOEXEC
+        )  # without a file object, which makes twice the system calls
     except OSError:
         return {}
     try:
@@ -73,7 +75,7 @@ def _status() -> dict[bytes, int]:
 
 def device_memory(device: torch.device) -> tuple[int, int]:
     """Return the memory allocated on a CUDA device now, and the peak since that was reset, in bytes."""
-    # Not memory_allocated and max_memory_allocated: each of them flattens and sorts all statistics for the sake of one.
+    # memory_allocated and max_memory_allocated would each flatten and sort all statistics for one value.
     counted = torch.cuda.memory_stats_as_nested_dict(device).get("allocated_bytes", {}).get("all", {})
     return counted.get("current", 0), counted.get("peak", 0)
 
@@ -85,16 +87,16 @@ def free_device_bytes(device: torch.device) -> int:
 
 
 def free_host_bytes() -> int:
-    """Return the bytes of host memory that this process can still take: the system's, or its control group's if less."""
+    """Return the bytes of host memory that this process can still use: the least of the system's and its control groups'."""
     found = [_meminfo("MemAvailable"), *(_group_free(folder) for folder in _control_groups())]
     known = [value for value in found if value is not None]
     if known:
         return max(0, min(known))
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # macOS: no better figure without another package
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # macOS: the exact value needs another package
 
 
 def give_back() -> None:
-    """Hand the heap's free pages back to the system, where the C library can; else its fragments add up, block by block."""
+    """Return the heap's free pages to the system, if the C library can. Otherwise fragments grow from block to block."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
@@ -111,7 +113,7 @@ def _meminfo(field: str) -> int | None:
 
 
 def _control_groups() -> list[Path]:
-    """Return the memory control groups that this process is in, up to the root."""
+    """Return the folders of the memory control groups that this process is in, up to the root."""
     try:
         lines = _CGROUP.read_text().splitlines()
     except OSError:
@@ -127,7 +129,7 @@ def _control_groups() -> list[Path]:
 
 
 def _group_free(folder: Path) -> int | None:
-    """Return what a control group still allows; its own page cache counts as free, since the kernel drops it first."""
+    """Return the bytes that a control group still allows. Its page cache counts as free, since the kernel drops it first."""
     for limit, usage in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
         try:
             allowed = (folder / limit).read_text().strip()

@@ -13,13 +13,13 @@ from thanos.system.memory import Memory, device_memory, host_memory, host_peak_b
 
 
 class PhaseMeter:
-    """Adds up seconds and takes the peak of memory, phase by phase. A phase may be entered many times, but not nested.
+    """Sums seconds and takes the peak of memory for each phase. A phase may be entered many times, but not nested.
 
-    On Linux the kernel's peak of resident memory is reset at the start of a phase. Where it cannot be reset, a phase's host
-    peak is that of the process so far.
+    On Linux the kernel's peak of resident memory is reset at the start of a phase. If it cannot be reset, a phase's host
+    peak is the process's peak so far.
 
     Args:
-        device: synchronised at the boundaries where it is a CUDA device, so that work is charged to its own phase.
+        device: a CUDA device is synchronised at the start and end of a phase, so that its work counts there.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -30,7 +30,7 @@ class PhaseMeter:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Charge what happens inside to a phase."""
+        """Count the seconds and the memory of the body for a phase."""
         reset_host_peak()
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
@@ -46,7 +46,7 @@ class PhaseMeter:
             self._host[name] = max(self._host.get(name, 0), host_peak_bytes())
 
     def memory(self) -> Memory:
-        """Return host and device memory now, and the peaks so far; nothing of the device unless it is a CUDA device."""
+        """Return host and device memory now, and the peaks so far. Without a CUDA device, the device's values are None."""
         host, host_peak = host_memory()
         host_peak = max([host_peak, *self._host.values()])
         if self._device.type != "cuda":
@@ -55,7 +55,7 @@ class PhaseMeter:
         return Memory(host, host_peak, device, max([device_peak, *self._on_device.values()]))
 
     def add(self, records: Mapping[str, PhaseRecord]) -> None:
-        """Add what an earlier part of the run measured."""
+        """Add the records of an earlier part of the run."""
         for name, record in records.items():
             self._seconds[name] = self._seconds.get(name, 0.0) + record.seconds
             self._host[name] = max(self._host.get(name, 0), record.host_peak_bytes)
@@ -63,7 +63,7 @@ class PhaseMeter:
                 self._on_device[name] = max(self._on_device.get(name, 0), record.device_peak_bytes)
 
     def records(self) -> dict[str, PhaseRecord]:
-        """Return what was measured so far, in the order in which the phases were first entered."""
+        """Return the record of each phase, in the order in which the phases were first entered."""
         return {
             name: PhaseRecord(
                 seconds=seconds, host_peak_bytes=self._host[name], device_peak_bytes=self._on_device.get(name)

@@ -1,6 +1,6 @@
-"""Copies between host and device through pinned memory, at the bus's full speed, and without holding up other streams.
+"""Copies between host and device through pinned memory, at the bus's full speed, and without blocking other streams.
 
-A copy from or to ordinary memory goes at a fraction of that speed, and the driver keeps everybody else waiting meanwhile.
+A copy from or to pageable memory reaches a fraction of that speed, and the driver blocks all other work meanwhile.
 """
 
 from __future__ import annotations
@@ -11,31 +11,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PIECE_BYTES = 16 << 20
-"""Bytes of each of the two buffers: milliseconds of copying, beside which starting a copy is nothing."""
+BUFFER_BYTES = 16 << 20
+"""Bytes of each of the two buffers. Copying one takes milliseconds, so the microseconds that start a copy do not count."""
+
+STAGING_BYTES = 2 * BUFFER_BYTES
+"""Bytes of pinned host memory that one :class:`Staging` holds."""
 
 
 class Staging:
-    """Two pinned buffers, made when they are first needed; while one is on its way, the other is filled or emptied.
+    """Two pinned buffers, allocated at their first use. While one is copied, the other is filled or emptied.
 
-    Copies run on the stream that is current for the device. One thread at a time.
+    Copies run on the device's current stream. Only one thread may use an instance at a time.
 
     Args:
-        device: at the other end. For the CPU all is the same but for the pinning.
-        piece_bytes: size of a buffer, a multiple of eight.
+        device: the other end of the copies. For the CPU the buffers are not pinned.
+        buffer_bytes: size of a buffer, a multiple of eight.
     """
 
-    def __init__(self, device: torch.device, piece_bytes: int = PIECE_BYTES) -> None:
-        self._device, self._size = device, piece_bytes
+    def __init__(self, device: torch.device, buffer_bytes: int = BUFFER_BYTES) -> None:
+        self._device, self._size = device, buffer_bytes
         self._buffers: list[Tensor] = []
         self._ended: list[Any] = [None, None]  # CUDA events: the last copy from or to each buffer
         self._turns = cycle((0, 1))
 
     def fetch(self, tensor: Tensor) -> Tensor:
-        """Return a contiguous copy on the host; it is complete."""
+        """Return a contiguous copy on the host. The copy has ended."""
         result = torch.empty(tensor.shape, dtype=tensor.dtype)
         coming: tuple[int, Tensor, Tensor] | None = None
-        for source, target in zip(self._pieces(tensor), self._pieces(result), strict=True):
+        for source, target in zip(self._chunks(tensor), self._chunks(result), strict=True):
             turn, buffer = self._next(source)
             buffer.copy_(source, non_blocking=True)
             self._mark(turn)
@@ -46,9 +49,9 @@ class Staging:
             self._take(*coming)
         return result
 
-    def fill(self, place: Tensor, values: Tensor) -> None:
-        """Begin to copy host values to a place on the device, both flat; :meth:`wait` before the place is used."""
-        for target, source in zip(self._pieces(place), values.split(self._count(place)), strict=True):
+    def fill(self, destination: Tensor, values: Tensor) -> None:
+        """Begin to copy values from the host to the device, both flat. Call :meth:`wait` before you use the destination."""
+        for target, source in zip(self._chunks(destination), values.split(self._count(destination)), strict=True):
             turn, buffer = self._next(target)
             buffer.copy_(source)
             target.copy_(buffer, non_blocking=True)
@@ -62,11 +65,11 @@ class Staging:
     def _count(self, like: Tensor) -> int:
         return self._size // like.element_size()
 
-    def _pieces(self, tensor: Tensor) -> tuple[Tensor, ...]:
+    def _chunks(self, tensor: Tensor) -> tuple[Tensor, ...]:
         return tensor.reshape(-1).split(self._count(tensor))
 
     def _next(self, like: Tensor) -> tuple[int, Tensor]:
-        """Return the buffer whose turn it is, as a tensor of the same length and dtype; nothing is copied there any more."""
+        """Return the next buffer as a tensor of the same length and dtype, once its last copy has ended."""
         if not self._buffers:
             with torch.inference_mode(False):  # made in that mode, it could not be written to outside
                 pinned = self._device.type == "cuda"

@@ -1,4 +1,4 @@
-"""What a person may have meant by a value that is not allowed, as a part of the error's line."""
+"""Suggest what a user may have meant by a value that is not allowed, as the end of an error's line."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def near(given: Any, allowed: Iterable[str], others: Mapping[str, Iterable[str]]
     """Return `` (did you mean …?)`` for a name that is like an allowed one, else an empty string.
 
     Args:
-        given: what came.
+        given: the value that is not allowed.
         allowed: the names that are allowed.
-        others: allowed name → other names by which it is known.
+        others: allowed name → other names for it.
     """
     if not isinstance(given, str):
         return ""
@@ -41,7 +41,7 @@ def near(given: Any, allowed: Iterable[str], others: Mapping[str, Iterable[str]]
 
 
 def near_dtype(given: Any, allowed: Iterable[str]) -> str:
-    """Return the hint for a dtype, which torch and other libraries call by other names too."""
+    """Return the hint for a dtype. Torch and other libraries have other names for some."""
     return near(str(given).removeprefix("torch."), allowed, _DTYPES)
 
 
@@ -82,7 +82,7 @@ def near_pattern(given: Any, plain: str, others: Mapping[str, Iterable[str]]) ->
 
 
 def near_number(given: Any, *, share: bool) -> str:
-    """Return the hint for a number, a share where ``share``: for a per cent, a decimal comma, a number in quotes."""
+    """Return the hint for a number, or for a share if ``share``: a percentage, a decimal comma, a number in quotes."""
     number = meant_share(given) if share else _number(given)
     return "" if number is None or number == given else _asked(f"{number:g}")
 
@@ -97,7 +97,7 @@ def near_whole(given: Any) -> str:
 
 
 def meant_share(given: Any) -> float | None:
-    """Return the share below 1 that a per cent or a text stands for; None where it stands for none."""
+    """Return the share below 1 that a percentage or a text means; None if it means none."""
     number = _number(given)
     if number is None:
         return None

@@ -1,4 +1,4 @@
-"""Names of models and folders as people give them: text or paths, ``~`` expanded; anything else is refused in plain words."""
+"""Names of models and folders as users give them: text or a path, in which ``~`` is expanded."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def output_path(out: Any) -> Path:
 
 
 def expanded(path: str | Path) -> Path:
-    """Return a path with a leading ``~`` as the home folder, unless there is a file of that very name."""
+    """Return a path in which a leading ``~`` is the home folder, unless a file of that name exists."""
     path = Path(path)
     try:
         return path if path.exists() else path.expanduser()
-    except (RuntimeError, OSError):  # no such user, or a name that is too long, which whoever opens it says
+    except (RuntimeError, OSError):  # no such user, or too long a name: whatever opens the path raises the error
         return path

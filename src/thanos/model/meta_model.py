@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from thanos.model.experts import take_apart
+from thanos.model.experts import unfuse
 from thanos.model.transformers_errors import building_errors
 
 if TYPE_CHECKING:
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 _PATCHING = threading.Lock()
 
 
-def build_skeleton(
+def build_meta_model(
     config: PreTrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False, name: str = "the model"
 ) -> PreTrainedModel:
     """Build the causal LM of a config with every parameter on the meta device and every buffer real.
 
-    Buffers such as rotary frequencies are not in checkpoints, so they must be computed; parameters are read later. Fused
-    mixtures of experts are taken apart into linear layers.
+    Parameters are read from the checkpoint later. Buffers such as rotary frequencies are not in checkpoints, so they are
+    computed here. Fused mixtures of experts are unfused into linear layers.
 
     Args:
         config: of the model.
@@ -47,7 +47,7 @@ def build_skeleton(
         config.rescale_every = 0
     with building_errors(name, config), _parameters_on_meta():
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    take_apart(model)
+    unfuse(model)
     return model.eval().requires_grad_(False)
 
 
@@ -58,7 +58,7 @@ def _parameters_on_meta() -> Iterator[None]:
     def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
         original(self, name, param)
         if param is not None and param.device.type != "meta":
-            # Memory of an uninitialised parameter is never touched, so replacing it here costs nothing.
+            # The memory of an uninitialised parameter was never written, so no page of it is in use.
             self._parameters[name] = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
 
     with _PATCHING:
@@ -70,12 +70,12 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def persistent_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return what a checkpoint of the model must hold, by name: parameters once each, then persistent buffers."""
+    """Return the tensors that a checkpoint of the model must hold, by name: parameters, then persistent buffers."""
     return dict(named_tensors(model))
 
 
 def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Return all parameters and persistent buffers, each once, by its first name."""
+    """Return (name, tensor) of all parameters, then of all persistent buffers. A tied parameter has its first name only."""
     found: list[tuple[str, Tensor]] = list(model.named_parameters())
     for prefix, module in model.named_modules():
         for name, buffer in module.named_buffers(recurse=False):
