@@ -16,7 +16,7 @@ from thanos.study.store import read_store
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")]
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 PATIENCE = 120.0
 """Seconds within which a process must have noticed: generous, since the machine may be busy."""
 
@@ -123,7 +123,7 @@ def test_processes_whose_torchrun_was_killed_end(tiny_llama: Path, text_file: Pa
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True, env=environment) as launcher,
     ):
         assert launcher.stdout is not None
-        waiting = [line for line, _ in zip(launcher.stdout, range(2), strict=False)]
+        waiting = [line for _, line in zip(range(2), launcher.stdout, strict=False)]
         started = offspring(launcher.pid)
         launcher.kill()
     try:
