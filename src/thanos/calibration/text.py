@@ -55,7 +55,7 @@ def check_text_source(
     if evaluation and source == "self":
         raise DataError("text 'self' is for calibration: a model's own text does not measure it; choose another source")
     if source in _FROM_HUB and not is_installed("datasets"):
-        raise DataError(f"{source} needs the package datasets: pip install 'thanos-llm[data]'")
+        raise DataError(f"{source} needs the package datasets: {install_command('data')}")
     if source in NAMED:
         return
     for row in _raw_rows(source, allowed=_EVALUATION if evaluation else _CALIBRATION, note=_unheard):
