@@ -3,8 +3,8 @@
 Known: a gloo thread takes Python's lock to drop the tensors of the last message. If it is late and Python is about to end,
 CPython before 3.14 ends the thread by unwinding its stack. The stack holds destructors (``~AsyncWork``), which must not be
 unwound: C++ aborts the process, "terminate called without an active exception", after all its work was done. The threads end
-with the last reference to their group, not with ``destroy_process_group`` itself. docs/results/exits.md has the stack, and how
-often it happens.
+with the last reference to their group, not with ``destroy_process_group`` itself. docs/results/exits.md has the stack, and a
+program that is aborted so each time.
 
 Inferred: that the abort seen once in a real run was this one. It left no stack; its message and its moment are the same.
 """
