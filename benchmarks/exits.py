@@ -18,9 +18,14 @@ import sys
 import tempfile
 from pathlib import Path
 
+# What a run imports and takes long, but for torch.distributed.nn.functional and what needs it: those are imported when a real
+# run imports them, since the moment decides how a process ends (engine/distributed.py).
+import scipy.special  # noqa: F401
+import tokenizers  # noqa: F401
 import torch
-import torch.distributed.nn.functional  # before there is a group, as the command does
-import transformers.models.llama.modeling_llama  # noqa: F401
+import torch.distributed.tensor
+import torch.fx.experimental.symbolic_shapes
+import transformers.tokenization_utils_tokenizers  # noqa: F401
 
 import thanos.cli.app
 import thanos.run.prune
@@ -62,6 +67,7 @@ def main() -> int:
     assert stores.stdin is not None
     assert stores.stdout is not None
     torch.set_num_threads(1)
+    assert "torch.distributed.nn.functional" not in sys.modules
     failed = 0
     for number in range(options.runs * len(options.processes)):
         size = options.processes[number % len(options.processes)]
@@ -78,7 +84,7 @@ def main() -> int:
             if code:
                 print(f"run {number}{', a core taken' * busy}, rank {rank} of {size}: exit code {code}")
                 print((folder / f"{rank}.err").read_text(), flush=True)
-        if number % 20 == 19:
+        if number % 10 == 9:
             print(f"{number + 1} runs, {failed} failed", flush=True)
     stores.kill()
     stores.wait()

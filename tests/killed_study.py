@@ -1,4 +1,4 @@
-"""A study whose workers have children of their own, run by test_study_ending.py as a program and ended from there."""
+"""A study whose workers have children of their own, run by study/test_ending.py as a program and ended from there."""
 
 from __future__ import annotations
 

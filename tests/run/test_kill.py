@@ -41,7 +41,7 @@ class Runs:
         inside = None if kill is None or kill[0] == "seconds" else kill
         process = SERVER.Process(target=killed.run, args=(self.model, out, self.settings, how, inside))
         process.start()
-        process.join(kill[1] if kill is not None and kill[0] == "seconds" else 120)
+        process.join(kill[1] if kill is not None and kill[0] == "seconds" else 900)
         if process.exitcode is None:
             assert process.pid is not None
             os.kill(process.pid, signal.SIGKILL)

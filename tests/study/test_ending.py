@@ -7,19 +7,16 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
+from process_tree import left_of, offspring, processes
 from thanos.study.store import read_store
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")]
 
-TESTS = Path(__file__).parent
-PATIENCE = 120.0
-"""Seconds within which a process must have noticed: generous, since the machine may be busy."""
-
+TESTS = Path(__file__).parents[1]
 STUDY = """
 models = ["tiny"]
 [evaluation]
@@ -32,35 +29,6 @@ calibration = "prose.txt"
 samples = 4
 sequence_length = 32
 """
-
-
-def processes() -> dict[int, int]:
-    """Return the parent of every process that runs, zombies left out."""
-    found = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = path.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-        except OSError:
-            continue  # it ended meanwhile
-        if fields[0] not in "ZX":
-            found[int(path.parent.name)] = int(fields[1])
-    return found
-
-
-def offspring(pid: int) -> set[int]:
-    """Return all descendants of a process."""
-    parents, found = processes(), {pid}
-    while more := {child for child, parent in parents.items() if parent in found} - found:
-        found |= more
-    return found - {pid}
-
-
-def left_of(pids: set[int]) -> set[int]:
-    """Return the processes that still run when there has been time enough."""
-    deadline = time.monotonic() + PATIENCE
-    while (left := pids & processes().keys()) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return left
 
 
 @pytest.mark.parametrize(
@@ -123,7 +91,7 @@ def test_processes_whose_torchrun_was_killed_end(tiny_llama: Path, text_file: Pa
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True, env=environment) as launcher,
     ):
         assert launcher.stdout is not None
-        waiting = [line for line, _ in zip(launcher.stdout, range(2), strict=False)]
+        waiting = [line for _, line in zip(range(2), launcher.stdout, strict=False)]
         started = offspring(launcher.pid)
         launcher.kill()
     try:

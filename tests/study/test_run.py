@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from torch import Tensor
 
 import thanos
 from helpers import prose, save_tiny
+from process_tree import left_of, offspring
 from thanos.cli import run
 from thanos.cli.study import PlainLines
 from thanos.errors import DataError, NumericsError, StudyError, UserError
@@ -393,17 +393,14 @@ def test_a_killed_study_continues_where_it_stopped(tmp_path: Path, data: Path, h
         assert process.stderr is not None
         for line in process.stderr:
             if line.startswith("[") and "3 of 17" in line:
+                started = offspring(process.pid)
                 process.send_signal(how)
                 break
         process.stderr.read()
     assert process.returncode == (130 if how == signal.SIGINT else -9)
     finished = len(read_store(out).done)
     assert 3 <= finished < 17
-    deadline = time.monotonic() + 60
-    while any(out.glob("scratch/*")) and time.monotonic() < deadline:
-        time.sleep(0.2)  # an orphan ends within moments of its parent
-        if how == signal.SIGKILL:
-            break
+    assert left_of(started) == set()  # an orphan ends within moments of its parent
     result, _ = go(path, data, out)
     assert (result.ran, result.count("done")) == (17 - finished, 17)
     assert not (out / "scratch").exists()

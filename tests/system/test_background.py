@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 
 import pytest
 import torch
@@ -64,10 +63,13 @@ def test_an_error_of_posted_work_comes_out_once_in_the_caller(ask: str) -> None:
 
 def test_flush_waits_for_everything_and_sees_its_error() -> None:
     background = Background("t", CPU, limit=3)
-    background.post(time.sleep, 0.05)
+    gate = threading.Event()
+    background.post(gate.wait, 120)
     background.post(fail)
+    threading.Timer(0.05, gate.set).start()  # however late: there is nothing to see before
     with pytest.raises(OSError, match="disk gone"):
         background.flush()
+    assert gate.is_set()
     background.close()
 
 
@@ -76,10 +78,11 @@ def test_closing_drops_what_has_not_begun_and_raises_nothing() -> None:
     started, gate = threading.Event(), threading.Event()
     background.submit(lambda: (started.set(), gate.wait(120), done.append("first")))
     background.submit(fail)
-    background.submit(done.append, "third")
+    third = background.submit(done.append, "third")
+    third.add_done_callback(lambda _: gate.set())  # so the first ends when the last one is dropped, and not before
     assert started.wait(120)
-    threading.Timer(0.05, gate.set).start()
     background.close()
+    assert third.cancelled()
     assert done == ["first"]
     assert not any(thread.name.startswith("t_") for thread in threading.enumerate())
 

@@ -73,8 +73,13 @@ def _end(why: str) -> None:
 
 
 def leave(code: int) -> None:
-    """End a failed process without waiting for the others, which its libraries would do on the way out."""
-    if code and launched():
+    """End a process at once, all being said and written, where the usual way out of Python is not safe.
+
+    A failed one would wait for the others, as its libraries do. In one whose group is still held, the group's threads run on,
+    and may abort the process while Python ends.
+    """
+    leaving = sys.modules.get("thanos.engine.leaving")
+    if launched() and (code or (leaving is not None and leaving.outlived())):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

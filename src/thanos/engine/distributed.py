@@ -10,10 +10,9 @@ between GPUs, one GPU a process.
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from thanos.calibration.statistics import InputGroup
+from thanos.engine import leaving
 from thanos.errors import RecipeError, ResourceError, UserError
 from thanos.solvers.row_shards import Alone, row_range
 
@@ -254,7 +254,7 @@ def join(device: torch.device) -> Iterator[World]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    _load_what_keeps_the_group()
+    leaving.load_what_keeps_the_group()
     global _first
     _first = None
     dist.init_process_group(
@@ -262,42 +262,16 @@ def join(device: torch.device) -> Iterator[World]:
         timeout=_TIMEOUT,
         device_id=device if device.type == "cuda" else None,
     )
+    leaving.remember_group()
     try:
         yield Group()
+        with _lost_peers():
+            dist.barrier()  # nobody leaves while another still works
     except BaseException:
         first_to_fail()  # asked now: aborting makes the others fail too, and ends the way to ask
-        _abort()
+        leaving.abort()
         raise
     dist.destroy_process_group()
-
-
-def _load_what_keeps_the_group() -> None:
-    """Import, before there is a group, the module that would keep it.
-
-    The functions of ``torch.distributed.nn.functional`` have the group of the moment of its import as a default argument.
-    Models import it late; the group then outlived ``destroy_process_group``, and gloo's threads outlived the work. One that
-    was late to drop the tensors of the last message needed Python's lock for that, and Python, already ending, ends whatever
-    thread asks for it: by unwinding the stack through C++ code that must not be left so. The C++ runtime aborted the process
-    ("terminate called without an active exception"), after all its work was done. Without that default the last reference
-    goes with ``destroy_process_group``, which waits for the threads.
-    """
-    if dist.is_available():
-        importlib.import_module("torch.distributed.nn.functional")
-
-
-def _abort() -> None:
-    """Leave the group after an error: close the connections, which ends what waits for other processes, here and there.
-
-    Leaving in order would mean waiting for processes that may be gone; not leaving would mean threads that run while Python
-    ends, see :func:`_load_what_keeps_the_group`.
-    """
-    group = dist.distributed_c10d._get_default_group()
-    with suppress(RuntimeError):
-        group.abort()
-    if group.name() == "gloo":  # leaving NCCL waits for the device, perhaps for ever; its threads end with the process
-        del group
-        with suppress(RuntimeError):
-            dist.destroy_process_group()
 
 
 # --- one line for all processes -----------------------------------------------------------------------------------------
