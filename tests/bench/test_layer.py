@@ -176,7 +176,7 @@ def test_its_options_are_frozen_and_state_their_defaults(capsys):
     text = capsys.readouterr().out.split("Options:")[1]
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) == {
         "--shape", "--method", "--pattern", "--block-size", "--sparsity", "--damping", "--tokens", "--repeats", "--seed",
-        "--device", "--peer", "--json", "--help",
+        "--device", "--threads", "--peer", "--json", "--help",
     }  # fmt: skip
     for entry in re.split(r"\n  (?=-)", text)[1:]:
         assert "default" in entry or "--help" in entry

@@ -31,7 +31,7 @@ def recipe(**changes: object) -> thanos.Recipe:
 
 @pytest.mark.parametrize("change", [{"heads": 5}, {"kv_heads": 3}, {"blocks": 0}])
 def test_impossible_shapes_are_refused(change: dict[str, int]) -> None:
-    with pytest.raises(RecipeError, match="must divide"):
+    with pytest.raises(RecipeError, match="hidden must be a multiple of heads"):
         replace(TINY, **change)
 
 
