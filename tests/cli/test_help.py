@@ -118,7 +118,7 @@ def test_the_defaults_shown_are_those_of_a_recipe(capsys: pytest.CaptureFixture[
     found = entries(shown("prune", capsys))
     for option, default in {
         "--method": "thanos", "--pattern": "unstructured", "--sparsity": "0.5; N:M implies its own", "--outlier-rows": "0",
-        "--keep-budget": "off", "--block-size": "128; 512 for thanos with N:M", "--damping": "0.01", "--calibration": "c4",
+        "--keep-budget": "off", "--block-size": "the method's own, 128 or 512", "--damping": "0.01", "--calibration": "c4",
         "--samples": "128", "--sequence-length": "2048", "--seed": "0", "--skip": "none", "--activations": "auto",
     }.items():  # fmt: skip
         assert found[option].endswith(f"(default: {default})."), found[option]

@@ -122,7 +122,6 @@ class TestWithoutTheKernelsLock:
         for path in (lock_path(tmp_path / "out"), lock_path(tmp_path / "out").with_suffix(".held")):
             path.write_text(f"{pid}\n{host}\n", encoding="utf-8")
 
-    @pytest.mark.filterwarnings("ignore:.*flock")
     def test_one_at_a_time_and_nothing_is_left(self, tmp_path: Path) -> None:
         with locked(tmp_path / "out"):
             with pytest.raises(UserError, match=rf"process {os.getpid()} on {socket.gethostname()}; wait"):
@@ -133,7 +132,6 @@ class TestWithoutTheKernelsLock:
         with locked(tmp_path / "out"):
             pass
 
-    @pytest.mark.filterwarnings("ignore:.*flock")
     def test_a_dead_process_holds_nothing(self, tmp_path: Path) -> None:
         process = subprocess.Popen([sys.executable, "-c", ""])
         process.wait()
@@ -141,7 +139,6 @@ class TestWithoutTheKernelsLock:
         with locked(tmp_path / "out"):
             pass
 
-    @pytest.mark.filterwarnings("ignore:.*flock")
     def test_of_another_host_nothing_is_known(self, tmp_path: Path) -> None:
         self.write(tmp_path, os.getpid(), "elsewhere")
         with (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from thanos.checkpoint.weight_files import INDEX_NAME, SINGLE_NAME, parse_index
 from thanos.errors import ModelError
@@ -26,17 +27,16 @@ def download(name: str, *, code: bool) -> Path:
     Raises:
         ModelError: the name is not valid, or the hub does not give the files.
     """
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
     try:
-        folder = Path(snapshot_download(name, allow_patterns=_AUXILIARY, ignore_patterns=["*/*"]))
+        folder = Path(_snapshot(name, allow_patterns=_AUXILIARY, ignore_patterns=["*/*"]))
         index = folder / INDEX_NAME
         weights = dict.fromkeys(parse_index(index, index.read_bytes()).values()) if index.is_file() else [SINGLE_NAME]
         # Both downloads must be of one commit, whatever is pushed in between. The folder's name is its hash.
         commit = folder.name if re.fullmatch("[0-9a-f]{40}", folder.name) else None
         wanted = [*map(_literally, weights), _TEMPLATES, *(["*.py"] if code else [])]
-        return Path(snapshot_download(name, revision=commit, allow_patterns=wanted))
+        return Path(_snapshot(name, revision=commit, allow_patterns=wanted))
     except HFValidationError as error:
         raise ModelError(f"{name!r} is no hub name, and no such folder or .gguf file exists") from error
     except ModelError:
@@ -51,3 +51,14 @@ def download(name: str, *, code: bool) -> Path:
 def _literally(name: str) -> str:
     """Return a pattern that matches this file name alone."""
     return re.sub(r"([*?[])", r"[\1]", name)
+
+
+def _snapshot(name: str, **arguments: Any) -> str:
+    """Download files of one commit; offline, return what the cache has of it."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    try:
+        return snapshot_download(name, **arguments)
+    except OfflineModeIsEnabled:  # older clients ask the hub for the list of a commit's files
+        return snapshot_download(name, local_files_only=True, **arguments)

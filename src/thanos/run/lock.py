@@ -18,8 +18,8 @@ from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from thanos.errors import ResourceError, UserError
 
-_UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
-"""What ``flock`` answers on network file systems without it; filelock itself handles ENOSYS only."""
+_UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
+"""What ``flock`` answers on file systems without it, as some network file systems are."""
 
 _SECONDS = 0.2
 """To try for: the holder before us may be removing its file just now."""
@@ -66,7 +66,7 @@ def locked(out: Path) -> Iterator[None]:
 
 def _acquire(path: Path, out: Path) -> BaseFileLock:
     try:
-        return _acquired(FileLock(path), out)
+        return _acquired(FileLock(path, fallback_to_soft=False), out)
     except OSError as error:
         if error.errno not in _UNSUPPORTED:
             raise
