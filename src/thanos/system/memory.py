@@ -91,9 +91,8 @@ def free_host_bytes() -> int:
     known = [value for value in found if value is not None]
     if known:
         return max(0, min(known))
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf(
-        "SC_PHYS_PAGES"
-    )  # macOS: all memory, since the free part needs another package
+    # macOS: all physical memory; the exact value needs another package.
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def give_back() -> None:
