@@ -44,7 +44,7 @@ class ResourceError(UserError):
 
 
 class CudaUnavailableError(ResourceError):
-    """A CUDA device is required, and torch sees none."""
+    """A CUDA device is required, and torch reports none."""
 
 
 def recurs(error: BaseException) -> bool:

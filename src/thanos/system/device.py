@@ -12,7 +12,7 @@ def choose_device(name: str) -> torch.device:
     """Return the device for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
 
     Raises:
-        CudaUnavailableError: the name requires CUDA, and torch sees no CUDA device.
+        CudaUnavailableError: the name requires CUDA, and torch reports no CUDA device.
         ResourceError: the name is none of these, or the device does not exist.
     """
     if name == "auto":
