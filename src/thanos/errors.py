@@ -1,6 +1,6 @@
 """The exceptions that callers may see.
 
-A message says what came, what is allowed, and what to change. The command line maps
+A message names the refused value, what is allowed, and what to change. The command line maps
 :class:`UserError` to exit code 2 and everything else to exit code 1.
 """
 
@@ -44,13 +44,13 @@ class ResourceError(UserError):
 
 
 class CudaUnavailableError(ResourceError):
-    """A CUDA device was asked for and torch sees none."""
+    """A CUDA device is required, and torch reports none."""
 
 
 def recurs(error: BaseException) -> bool:
-    """Tell whether the same request is sure to meet an error again: the request, the model or this program is at fault.
+    """Return whether the same request would certainly fail again: the request, the model or this program is at fault.
 
-    What interrupts a run, or what it lacks for a while (memory, disk, a device that fails), is not.
+    Interrupts and temporary faults (exhausted memory or disk, a failing device) do not recur.
     """
     if isinstance(error, UserError):
         return not isinstance(error, ResourceError)
@@ -72,28 +72,28 @@ _REMEDIES = {
 
 
 _HOST_IS_FULL = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
-"""How torch says that the host's memory is exhausted: it has no exception of its own for that."""
+"""Parts of torch's messages for exhausted host memory. Torch has no separate exception for it."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error says that the device's or the host's memory is exhausted."""
+    """Return whether an error means that the memory of the device or of the host is exhausted."""
     if isinstance(error, MemoryError) or _is_of_device(error):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _HOST_IS_FULL)
 
 
 def _is_of_device(error: BaseException) -> bool:
-    # By name, so that these exceptions do not cost an import of torch.
+    # By the class's name, so that this module does not import torch.
     return any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)
 
 
 @contextmanager
 def resource_errors(*remedies: str, device: object = "the device") -> Iterator[None]:
-    """Turn exhausted memory, and errors of the operating system that a person can mend, into lines that say how; others pass.
+    """Turn out-of-memory and operating-system errors that a user can fix into one line with the remedy; other errors pass.
 
     Args:
-        remedies: what takes less memory. For the memory of a device, the CPU is one more.
-        device: its name.
+        remedies: changes that lower the use of memory. For the memory of a device, ``--device cpu`` is added.
+        device: name of the device.
 
     Raises:
         ResourceError: memory or a disk is exhausted, a disk is read-only, a file may not be read or written, or a name is too

@@ -1,4 +1,4 @@
-"""What the engine tells whoever watches: a stream of small records, from which the display and the log are drawn.
+"""The events of a run: a stream of small records, from which the display and the log are made.
 
 The log, ``events.jsonl``, is described in docs/formats.md.
 """
@@ -20,11 +20,11 @@ LOG_NAME = "events.jsonl"
 
 
 RUN_NAME = "run.json"
-"""Which run it is: in the work folder, and afterwards beside the model."""
+"""File that identifies the run. It is in the work folder first, and in the output folder with the model afterwards."""
 
 
 LOG_SCHEMA = 1
-"""Raised when a reader of the old format would misread the new one."""
+"""Version of the log's format. Increase it if a reader of the old format would misread the new one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,21 +35,21 @@ class Event:
         kind: ``phase`` (a phase begins), ``progress`` (``done`` of ``total`` units of the phase), ``layer`` (a layer
             was pruned), ``block`` (a block is complete) or ``note`` (a line that a person should read).
         phase: the phase that is running.
-        seconds: since the run began, or since it was resumed.
+        seconds: seconds since the run began or was resumed.
         block: index of the decoder block, from 0; None outside the blocks.
         blocks: number of decoder blocks.
-        layer: full module name, for ``layer``.
-        done: units finished in this phase (sequences, layers or tensors).
-        total: units in this phase.
-        tokens: tokens processed so far in this phase.
-        error: relative layer error after compensation, for ``layer``; the mean so far, for ``block``.
-        replayed: the block was finished by an earlier run; its outputs alone are computed again.
-        message: for ``note``.
-        host_bytes: resident memory of the process now; like the three below at most a tenth of a second old, and for ``block``
-            no older than the event.
-        host_peak_bytes: its peak so far.
-        device_bytes: memory allocated on the CUDA device now; None without one.
-        device_peak_bytes: its peak so far.
+        layer: full module name of the layer, for ``layer``.
+        done: number of units finished in this phase (sequences, layers or tensors).
+        total: number of units in this phase.
+        tokens: number of tokens processed so far in this phase.
+        error: for ``layer``, the relative error of the layer after compensation; for ``block``, the mean error so far.
+        replayed: whether an earlier run finished the block; only its outputs are computed again.
+        message: the line of a ``note``.
+        host_bytes: resident memory of the process now, in bytes. This and the next three values are at most 0.1 s old; for
+            ``block`` they are as old as the event.
+        host_peak_bytes: peak of ``host_bytes`` so far.
+        device_bytes: bytes allocated on the CUDA device now; None without one.
+        device_peak_bytes: peak of ``device_bytes`` so far; None without a CUDA device.
     """
 
     kind: Literal["phase", "progress", "layer", "block", "note"]
@@ -70,7 +70,7 @@ class Event:
     device_peak_bytes: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values: ``kind``, ``phase``, ``seconds``, and whatever is not its default."""
+        """Return plain values: ``kind``, ``phase``, ``seconds``, and all other fields that differ from their default."""
         return {
             field.name: value
             for field in dataclasses.fields(self)
@@ -79,10 +79,10 @@ class Event:
 
 
 def read_events(lines: Iterable[str]) -> Iterator[Event]:
-    """Return the events of a log; a last line without its end is left out.
+    """Yield the events of a log. A last line without a newline is incomplete and left out.
 
     Raises:
-        ValueError: the schema is not this version's, or a line is no event.
+        ValueError: the schema is not this version's, or a line is not JSON.
     """
     for line in lines:
         if not line.endswith("\n"):

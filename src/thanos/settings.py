@@ -1,4 +1,4 @@
-"""How the settings of a recipe describe themselves: one description serves the command's options and a study's axes."""
+"""Descriptions of a recipe's settings: one description serves the command's options and a study's axes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TEXT_SOURCES = (
     "wikitext2, c4 (both from the hub), pydoc, or local .txt, .jsonl, .json (both also .gz) or .parquet files: one, several "
     "with commas between, a folder, or a glob such as 'data/*.jsonl'; FILE:NAME names the column"
 )
-"""Where calibration and evaluation take their text from."""
+"""The sources of text for calibration and evaluation, in words."""
 
 
 class Heading(StrEnum):
@@ -33,16 +33,17 @@ class Heading(StrEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setting:
-    """What people have to know about one setting.
+    """The description of one setting.
 
     Attributes:
-        help: what it is, without a full stop.
-        heading: under which the command shows it.
-        metavar: the unit of its value, or else what the value is, in capitals; empty for a setting that is true or false.
-        lowest: the least value; None for no lower bound.
-        below: all values are smaller than this; None for no upper bound.
-        choices: returns what is allowed, for a pattern with a word on each; None if it cannot be listed. Called when needed.
-        default: the default in words, if the value of the field does not say it; empty to show the value.
+        help: meaning of the setting in one line, without a full stop.
+        heading: heading under which the command's help shows the setting.
+        metavar: unit or kind of the value, in capitals; empty for a setting that is true or false.
+        lowest: smallest allowed value; None for no lower bound.
+        below: exclusive upper bound of the value; None for no upper bound.
+        choices: function that returns the allowed values, patterns with a short explanation; None if they cannot be listed.
+            It is called when it is needed.
+        default: the default in words, if the field's value does not explain it; empty to show the value.
     """
 
     help: str
@@ -55,7 +56,7 @@ class Setting:
 
     @property
     def bounds(self) -> str:
-        """The bounds in words, as the errors of a recipe state them; empty without bounds."""
+        """The bounds in words, as a recipe's error messages state them; empty without bounds."""
         lowest = "" if self.lowest is None else f"at least {self.lowest:g}"
         return lowest if self.below is None else f"{lowest} and below {self.below:g}"
 
@@ -64,7 +65,7 @@ _KEY = "setting"
 
 
 def setting(value: Any, help: str, heading: Heading, metavar: str = "", **others: Any) -> Any:
-    """Return a dataclass field with a default value and a description; ``others`` as for :class:`Setting`."""
+    """Return a dataclass field with a default value and a description; ``others`` are further fields of :class:`Setting`."""
     described = Setting(help=help, heading=heading, metavar=metavar, **others)
     return field(default=value, metadata={_KEY: described})
 
@@ -79,7 +80,7 @@ def settings_of(owner: type[Any]) -> dict[str, Setting]:
 
 
 def value_types(owner: type[Any]) -> dict[str, tuple[type[Any], bool]]:
-    """Return each described field's type, None left out, and whether it holds several values of that type."""
+    """Return field name → (type without None, whether the field holds several values of it), for described fields."""
     hints = typing.get_type_hints(owner)
     return {name: _value_type(hints[name]) for name in settings_of(owner)}
 

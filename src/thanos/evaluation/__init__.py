@@ -1,1 +1,1 @@
-"""Perplexity, zero-shot tasks, and what a checkpoint really holds."""
+"""Perplexity, zero-shot tasks, and the inspection of a checkpoint's weights."""

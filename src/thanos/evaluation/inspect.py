@@ -1,4 +1,4 @@
-"""What a checkpoint really holds: read from its weights, whatever any report says."""
+"""The inspection of a checkpoint: zeros and patterns, counted in the weights themselves and not taken from a report."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ class LayerInspection:
     Attributes:
         name: full module name.
         shape: (output rows, input columns).
-        dtype: of the stored weight.
+        dtype: dtype of the stored weight.
         zeros: number of zero entries.
-        sparsity: their share.
-        patterns: the patterns that every row satisfies, outlier rows aside.
-        outlier_rows: rows left dense in a layer that is otherwise pruned.
-        zero_columns: input columns that are zero in all other rows.
+        sparsity: fraction of zero entries.
+        patterns: the patterns that all rows except the outlier rows satisfy.
+        outlier_rows: number of rows left dense in a layer that is otherwise pruned.
+        zero_columns: number of input columns that are zero in all other rows.
     """
 
     name: str
@@ -55,7 +55,7 @@ class LayerInspection:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Violation:
-    """A layer that breaks the required pattern: its name, and how."""
+    """A layer that violates the required pattern: its name, and the reason."""
 
     name: str
     reason: str
@@ -67,13 +67,13 @@ class Inspection(Document):
 
     Attributes:
         model: as the user named it.
-        thanos_version: of this package.
+        thanos_version: version of this package.
         require: the required pattern; None without one.
-        violations: the targeted layers that break it.
-        totals: zeros and parameters, over the targeted layers and over everything.
-        layers: the targeted layers: those that ``pruning.json`` lists where there is one, else every linear layer of the
-            decoder blocks that holds more than stray zeros, or every one at all if a pattern is required.
-        dense: everything else, and why it was left.
+        violations: the targeted layers that violate the required pattern.
+        totals: numbers of zeros and of parameters, over the targeted layers and over all tensors.
+        layers: the targeted layers. With a ``pruning.json``: the layers that it lists as pruned. Without: the linear layers of
+            the decoder blocks that hold more than stray zeros, or all of them if a pattern is required.
+        dense: all other tensors, with the reason why each was left dense.
     """
 
     model: str
@@ -93,15 +93,15 @@ def inspect_checkpoint(
     on_event: Callable[[Event], None] | None = None,
     trust_remote_code: bool = False,
 ) -> Inspection:
-    """Read every weight of a checkpoint, one tensor at a time, and tell what is zero.
+    """Read every weight of a checkpoint, one tensor at a time, and report its zeros.
 
     Args:
         model: a hub name, a local folder or a ``.gguf`` file.
-        require: ``N:M``, ``columns`` or a registered pattern; layers that break it are listed. Outlier rows break it too, since
-            whatever needs the pattern needs it in every row; and so does a layer of the blocks without zeros, unless
-            ``pruning.json`` says why it was left dense.
-        on_event: is told about progress.
-        trust_remote_code: let transformers run Python code that the checkpoint carries.
+        require: ``N:M``, ``columns`` or a registered pattern; layers that violate it are listed. Outlier rows violate it too,
+            since software that needs the pattern needs it in every row. A layer of the blocks without zeros also violates it,
+            unless ``pruning.json`` gives a reason why it was left dense.
+        on_event: function called with events of progress.
+        trust_remote_code: let transformers run Python code from the checkpoint.
 
     Raises:
         ModelError: the model cannot be read.
@@ -166,7 +166,7 @@ def _required(text: str) -> Pattern:
 
 
 def _read_report(opened: OpenedModel) -> dict[str, str] | None:
-    """Return layer name → reason to be dense (empty for a pruned one) from ``pruning.json``; None without one."""
+    """Return layer name → reason why it is dense (empty for a pruned layer), from ``pruning.json``; None without the file."""
     path = opened.source.folder / "pruning.json"
     if opened.source.gguf is not None or not path.is_file():
         return None
@@ -183,7 +183,15 @@ def _read_report(opened: OpenedModel) -> dict[str, str] | None:
 
 
 def _reason(name: str, layer: LinearLayer | None, zeros: float, known: dict[str, str] | None, *, required: bool) -> str:
-    """Say why a tensor counts as left dense; empty if it is targeted, as all in the blocks are if a pattern is required."""
+    """Return the reason why a tensor counts as left dense; empty if it is targeted.
+
+    Args:
+        name: name of the tensor's parameter.
+        layer: linear layer of the tensor; None if it is not the weight of one.
+        zeros: fraction of zero entries.
+        known: the result of :func:`_read_report`.
+        required: whether a pattern is required; if so, layers of the blocks without zeros are targeted too.
+    """
     if layer is None:
         return NOT_LINEAR
     if known is not None and layer.name in known:
@@ -200,6 +208,7 @@ def _inspect_layer(layer: LinearLayer, stored: Tensor, wanted: Pattern | None) -
     zero = weight == 0
     zeros = int(zero.sum())
     rows, columns = layer.shape
+    # Rows with stray zeros at most are outlier rows, if the layer as a whole has more than stray zeros.
     dense_rows = zero.sum(1) <= STRAY * columns if zeros > STRAY * weight.numel() else zero.new_zeros(rows)
     rest = zero[~dense_rows]
     zero_columns = rest.all(0) if len(rest) else zero.new_zeros(columns)
@@ -221,7 +230,7 @@ def _inspect_layer(layer: LinearLayer, stored: Tensor, wanted: Pattern | None) -
 def _in_model_order(
     layers: Sequence[LayerInspection], violations: Sequence[Violation], order: Sequence[LinearLayer]
 ) -> tuple[list[LayerInspection], list[Violation]]:
-    """Sort by place in the model; a checkpoint keeps its tensors in an order of its own."""
+    """Sort by the layers' order in the model, since a checkpoint stores its tensors in another order."""
     place = {layer.name: index for index, layer in enumerate(order)}
     return (
         sorted(layers, key=lambda layer: place[layer.name]),

@@ -1,8 +1,8 @@
-"""What lm_eval asks a model, asked fast: its own tasks and its own model class, with what does not depend on the weights kept.
+"""Faster evaluation with lm_eval: its own tasks and model class, with everything reused that does not depend on the weights.
 
-lm_eval does three things anew for every model that a process evaluates: it renders the tasks' documents, compiling a Jinja
+lm_eval repeats three steps for every model that a process evaluates: it renders the tasks' documents and compiles a Jinja
 template for each of them; it tokenises every text; and it forms batches. Here requests and token ids are made once and kept,
-templates are compiled once, and batches on CUDA are as large as their logits allow. Log-likelihoods and metrics are lm_eval's.
+templates are compiled once, and the bytes of their logits limit the batches on CUDA. Log-likelihoods and metrics are lm_eval's.
 """
 
 from __future__ import annotations
@@ -23,21 +23,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _SEQUENCES = {"cpu": 16, "cuda": 64}
-"""Sequences per forward pass on a CPU, where larger batches gain nothing, and for whatever is no log-likelihood."""
+"""Sequences per forward pass, by type of device. On a CPU larger batches gain nothing. On CUDA this is the size only for
+requests that are not log-likelihoods."""
 
 _LOGITS_BYTES = 2 << 30
-"""Size of the logits of one forward pass on CUDA; their log-softmax takes as much again. A constant rather than a share of the
-free memory, so that scores do not depend on what else runs on the device."""
+"""Bytes of the logits of one forward pass on CUDA; their log-softmax takes as much again. This is a constant and not a fraction
+of the free memory, so that scores do not depend on other programs on the device."""
 
 TokenIds = dict[tuple[str, bool | None, bool | None, int | None], array]
-"""By text and how it is encoded."""
+"""(text, add_special_tokens, add_bos_token, left_truncate_len) → token ids."""
 
 
 # --- tasks ------------------------------------------------------------------------------------------------------------
 
 
 def keep_requests(task: Any) -> Any:
-    """Let a task of lm_eval build its requests once and hand them out again, without answers; returns the task."""
+    """Make a task of lm_eval build its requests once and reuse them, without their answers; return the task."""
     build = task.build_all_requests
     kept: dict[str, list[Any]] = {}
 
@@ -45,7 +46,7 @@ def keep_requests(task: Any) -> Any:
         key = repr(sorted(settings.items()))
         if key not in kept:
             build(**settings)
-            kept.clear()  # of one limit at a time
+            kept.clear()  # keep the requests of one limit only
             kept[key] = task._instances
         for request in kept[key]:
             request.resps, request.filtered_resps = [], {}
@@ -57,7 +58,7 @@ def keep_requests(task: Any) -> Any:
 
 @contextmanager
 def templates_compiled_once() -> Iterator[None]:
-    """Compile each of lm_eval's Jinja templates once; by itself it compiles one for each field of each document."""
+    """Compile each of lm_eval's Jinja templates once. lm_eval itself compiles one for each field of each document."""
     from lm_eval import utils
 
     environment: Any = utils.env
@@ -65,16 +66,16 @@ def templates_compiled_once() -> Iterator[None]:
     try:
         yield
     finally:
-        del environment.from_string  # the class's own again
+        del environment.from_string  # restores the method of the class
 
 
 # --- token ids --------------------------------------------------------------------------------------------------------
 
 
 def kept_ids(tokenizer: Any) -> TokenIds:
-    """Return where the ids of a tokenizer's texts are kept: the same place for every tokenizer that is the same."""
+    """Return the store of a tokenizer's token ids. Equal tokenizers share it; only the store of the last one is kept."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:  # in Python, by rules that cannot be compared
+    if backend is None:  # written in Python: two of them cannot be compared
         return {}
     settings = {name: str(value) for name, value in tokenizer.init_kwargs.items() if name != "name_or_path"}
     described = f"{type(tokenizer).__qualname__} {sorted(settings.items())} {backend.to_str()}"
@@ -93,11 +94,11 @@ def wrap(network: PreTrainedModel, tokenizer: Any, tell: Callable[[Event], None]
     """Return lm_eval's model around a loaded one.
 
     Args:
-        network: on its device, in eval mode.
-        tokenizer: of the model.
-        tell: hears how many requests are answered.
-        bos: whether to ask lm_eval for a beginning-of-text token before each request (its ``add_bos_token``); without it a
-            request begins as the tokenizer begins a text.
+        network: the loaded model, on its device, in eval mode.
+        tokenizer: tokenizer of the model.
+        tell: function called with events of progress: the number of requests answered.
+        bos: whether lm_eval adds a beginning-of-text token before each request (its ``add_bos_token``). Otherwise a request
+            begins as the tokenizer begins a text.
     """
     from lm_eval.models import huggingface
 
@@ -106,8 +107,8 @@ def wrap(network: PreTrainedModel, tokenizer: Any, tell: Callable[[Event], None]
 
     class Wrapped(base):
         done = total = 0
-        tokens = 0  # of a batch; 0 where it is sequences that are counted
-        size = end = 0  # of the present batch
+        tokens = 0  # largest number per batch; 0 if a batch has a fixed number of sequences
+        size = end = 0  # of the current batch: its number of sequences, and the index after its last one
         batch_size_per_gpu: Any
 
         def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
@@ -116,13 +117,13 @@ def wrap(network: PreTrainedModel, tokenizer: Any, tell: Callable[[Event], None]
                 self.done = 0
                 try:
                     return super().loglikelihood(requests, disable_tqdm=True)
-                except torch.OutOfMemoryError:  # mostly in the first batch, whose sequences are the longest
+                except torch.OutOfMemoryError:  # mostly in the first batch: it has the longest sequences
                     if not self.halve():
                         raise
-                torch.cuda.empty_cache()  # not in the handler, whose traceback holds the batch
+                torch.cuda.empty_cache()  # outside the handler, whose traceback keeps the batch alive
 
         def halve(self) -> bool:
-            """Halve the batches; False where they cannot be smaller."""
+            """Halve the batches; return False if they cannot be smaller."""
             if self.tokens > 1:
                 self.tokens //= 2
             elif not self.tokens and self.batch_size_per_gpu > 1:
@@ -142,14 +143,15 @@ def wrap(network: PreTrainedModel, tokenizer: Any, tell: Callable[[Event], None]
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **others: Any) -> Any:
             if not self.tokens:
                 return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, **others)
-            sequences, self.batch_size_per_gpu = self.batch_size_per_gpu, "auto"  # asks the scheduler below
+            # With "auto" lm_eval calls _batch_scheduler.
+            sequences, self.batch_size_per_gpu = self.batch_size_per_gpu, "auto"
             try:
                 return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm)
             finally:
                 self.batch_size_per_gpu = sequences
 
         def _batch_scheduler(self, pos: int, n_reordered_requests: Any) -> int:
-            if pos in (0, self.end):  # a batch begins, with its longest sequence
+            if pos in (0, self.end):  # a batch begins; its first sequence is its longest
                 _, context, continuation = n_reordered_requests[pos]
                 self.size = max(1, self.tokens // (len(context) + len(continuation)))
                 self.end = pos + self.size
@@ -157,7 +159,8 @@ def wrap(network: PreTrainedModel, tokenizer: Any, tell: Callable[[Event], None]
 
         def _model_call(self, inps: Any, *arguments: Any, **others: Any) -> Any:
             self.done += len(inps)
-            if self.total:  # requests that share a context are answered by one pass, so that fewer passes may do
+            # One sequence answers all requests that share a context, so `done` may end below `total`.
+            if self.total:
                 tell(Event(kind="progress", phase="tasks", done=min(self.done, self.total), total=self.total))
             with fast_attention(network.device, network.dtype):
                 return super()._model_call(inps, *arguments, **others)

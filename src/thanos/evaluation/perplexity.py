@@ -1,4 +1,4 @@
-"""What pruning cost: perplexity by the field's convention, and the distance to the dense model."""
+"""Perplexity by the field's convention, and the distance to the dense model."""
 
 from __future__ import annotations
 
@@ -36,13 +36,14 @@ if TYPE_CHECKING:
 SCHEMA = 1
 
 _SCORED_POSITIONS = {"cpu": 256, "cuda": 1024}
-"""Positions whose log-probabilities are in float32 at once; 1024 × a vocabulary of 256 k is 1 GiB."""
+"""Number of positions whose float32 log-probabilities are held at once, by type of device. 1024 positions × a vocabulary of
+256 k take 1 GiB."""
 
 _BATCH_TOKENS = {"cuda": 16384}
-"""Most tokens of a forward pass; other devices take one window at a time, which fills them."""
+"""Largest number of tokens per forward pass. Other devices take one window at a time, which fills them."""
 
 _LOGITS_SHARE = 0.25
-"""Share of the device's free memory that the logits of one batch may take, those of the dense model included."""
+"""Fraction of the device's free memory that the logits of one batch may take, including the dense model's logits."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,24 +52,24 @@ class Evaluation(Document):
 
     Attributes:
         model: as the user named it.
-        text: the source of the text.
+        text: source of the text.
         text_sha256: hash of the scored text's token ids (little-endian int64).
         sequence_length: tokens per window.
-        bos: where the beginning-of-text token stands: ``window``, at the start of each; ``text``, at the start of the text
-            alone; ``none``, nowhere, since the tokenizer adds none.
+        bos: position of the beginning-of-text token: ``window``, at the start of each window; ``text``, at the start of the
+            text only; ``none``, nowhere, since the tokenizer adds none.
         windows: number of windows.
         tokens: number of tokens scored, sequence_length − 1 per window.
         perplexity: exp of the mean loss.
         mean_loss: nats per token.
         dense: the dense model, as the user named it; None without one.
-        dense_perplexity: its perplexity on the same windows; None without one.
+        dense_perplexity: perplexity of the dense model on the same windows; None without a dense model.
         kl_divergence: mean KL(dense ‖ model) in nats per token; None without a dense model.
-        top1_agreement: share of positions with the same most probable token; None without a dense model.
-        seconds: of scoring, without loading.
-        tokens_per_second: scored tokens by those seconds.
-        dtype: in which the model ran.
-        device: on which it ran.
-        versions: of thanos, torch and transformers.
+        top1_agreement: fraction of positions with the same most probable token; None without a dense model.
+        seconds: seconds of scoring, without loading.
+        tokens_per_second: ``tokens`` / ``seconds``.
+        dtype: dtype in which the model ran.
+        device: device on which the model ran.
+        versions: versions of thanos, torch and transformers.
         schema: version of this format.
     """
 
@@ -95,17 +96,17 @@ class Evaluation(Document):
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class Reference:
-    """What several models are measured by: the windows of a text, and the dense model to compare with, both made once.
+    """The windows of a text and the dense model, made once for the evaluation of several models.
 
     Args:
-        text: the source of the text, as it is to be reported.
-        windows: (windows, sequence_length) int64, on the CPU; see :func:`cut_windows`.
+        text: source of the text, as the report names it.
+        windows: token ids, (windows, sequence_length) int64, on the CPU; see :func:`cut_windows`.
         dense: name of the dense model; None without one.
-        model: that model; None without one.
-        keep_bytes: room on the model's device for what goes into its head, a vector a token. If that of all windows fits, it
-            is kept, and only the head runs again for every model that is compared, which changes no digit of the result;
-            else the whole dense model runs again.
-        bos: where the beginning-of-text token stands in the windows.
+        model: the dense model, loaded; None without one.
+        keep_bytes: bytes on the dense model's device for the inputs of its head, one vector per token. If the inputs for all
+            windows fit, they are kept, and only the head runs again for the next model; the results have the same digits.
+            Otherwise the whole dense model runs again.
+        bos: position of the beginning-of-text token in the windows.
     """
 
     text: str
@@ -114,13 +115,14 @@ class Reference:
     model: PreTrainedModel | None = None
     keep_bytes: int = 0
     bos: Bos = "text"
-    _kept: dict[tuple[int, int], Any] = field(default_factory=dict, init=False, repr=False)  # of this model alone
+    # (index of the first window, number of windows) → the decoder's outputs, of this dense model only.
+    _kept: dict[tuple[int, int], Any] = field(default_factory=dict, init=False, repr=False)
 
     def check(self, model: PreTrainedModel) -> None:
-        """Refuse windows that a model, or the dense one, cannot take.
+        """Refuse windows that the given model or the dense model cannot process.
 
         Raises:
-            DataError: the windows are longer than its positions, or hold tokens that it does not embed.
+            DataError: the windows are longer than a model's number of positions, or hold token ids that it does not embed.
         """
         for each in (model, self.model):
             if each is not None:
@@ -128,17 +130,21 @@ class Reference:
                 check_token_ids(self.windows, each)
 
     def logits(self, first: int, ids: Tensor) -> Tensor | None:
-        """Return the dense model's logits of ``ids`` (n, T), the windows from ``first`` on; None without a dense model."""
+        """Return the dense model's logits, (n, T, vocabulary), of ``ids``, the n windows (n, T) from index ``first`` on.
+
+        Returns None without a dense model.
+        """
         if self.model is None:
             return None
         decoder, place = self.model.get_decoder(), (first, len(ids))
-        if decoder is self.model:  # its parts have no names by which they could be told apart
+        if decoder is self.model:  # the decoder and the head cannot be separated
             return _logits(self.model, ids)
         with _watched(decoder, self._kept.get(place)) as outputs:
             logits = _logits(self.model, ids)
         if place not in self._kept and len(outputs) == 1:
             own = _bytes(outputs[0])
-            held = sum(_bytes(kept) for kept in self._kept.values())  # other sizes of batches leave pieces of their own
+            # Entries for another batch size stay, so what is held can be more than all windows need.
+            held = sum(_bytes(kept) for kept in self._kept.values())
             if own / len(ids) * len(self.windows) <= self.keep_bytes and held + own <= self.keep_bytes:
                 self._kept[place] = outputs[0]
         return logits
@@ -146,7 +152,7 @@ class Reference:
 
 @contextmanager
 def _watched(decoder: nn.Module, kept: Any) -> Iterator[list[Any]]:
-    """See what ``decoder`` returns; where ``kept`` is given, let it return that instead of computing."""
+    """Record the outputs of ``decoder``. If ``kept`` is not None, the decoder returns it and computes nothing."""
     outputs: list[Any] = []
     original, own = decoder.forward, "forward" in vars(decoder)
 
@@ -158,14 +164,14 @@ def _watched(decoder: nn.Module, kept: Any) -> Iterator[list[Any]]:
     try:
         yield outputs
     finally:
-        if own:  # as hooks of other libraries leave it
+        if own:  # another library had replaced forward on this object
             decoder.forward = original
         else:
-            del decoder.forward  # what shadowed the method
+            del decoder.forward  # restores the method of the class
 
 
 def _bytes(outputs: Any) -> float:
-    """Return the bytes of a model's outputs, infinite where they are more than one tensor."""
+    """Return the bytes of a model's outputs; infinity if they are not exactly one tensor."""
     tensors = [value for value in outputs.values() if value is not None] if isinstance(outputs, dict) else []
     return tensors[0].nbytes if len(tensors) == 1 and isinstance(tensors[0], Tensor) else math.inf
 
@@ -185,29 +191,32 @@ def evaluate(
     reference: Reference | None = None,
     network: PreTrainedModel | None = None,
 ) -> Evaluation:
-    """Measure perplexity, and with ``dense`` the distance to the dense model.
+    """Measure perplexity and, with ``dense``, the distance to the dense model.
 
-    Rows are joined with a blank line and tokenised once, with the tokenizer's own special tokens; the ids are cut into
-    windows that do not overlap, the remainder left out. Each window's tokens but the first are predicted; the losses of
-    all windows are averaged and exponentiated. Log-probabilities are float32. Where the tokenizer begins texts with a
-    beginning-of-text token (BOS), it stands at the start of the text alone, or, if the dense model (else this one) needs it, at
-    the start of each window, before sequence_length − 1 tokens of the text; it is never predicted.
+    Rows of the text are joined with a blank line and tokenised once, with the tokenizer's own special tokens. The ids are cut
+    into windows that do not overlap; the remainder is left out. All tokens of a window except the first are predicted. The
+    perplexity is the exponential of the mean loss over all windows. Log-probabilities are float32.
+
+    If the tokenizer begins texts with a beginning-of-text token (BOS), BOS is at the start of the text only. If the dense model
+    (without one, this model) needs it in each window, every window is BOS and sequence_length − 1 tokens of the text. BOS is
+    never predicted.
 
     Args:
         model: a hub name, a local folder or a ``.gguf`` file.
         text: ``wikitext2``, ``c4``, ``pydoc`` or local files (text_files.py).
         sequence_length: tokens per window, at least 2.
-        max_windows: score only the first so many windows.
+        max_windows: largest number of windows, from the first on; None for all.
         dense: the model to compare with; must have the same vocabulary.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``.
-        bos: ``window`` or ``text`` to decide where BOS stands; ``auto``: in each window if that lowers the perplexity of the
-            first windows by 10 %.
-        on_event: is told about progress.
-        trust_remote_code: let transformers run Python code that a checkpoint carries.
-        reference: windows and dense model in place of ``text``, ``sequence_length``, ``max_windows``, ``dense`` and ``bos``;
+        bos: position of BOS: ``window`` or ``text``; ``auto``: in each window if that lowers the perplexity of the first
+            windows by 10 %.
+        on_event: function called with events of progress.
+        trust_remote_code: let transformers run Python code from a checkpoint.
+        reference: windows and dense model that replace ``text``, ``sequence_length``, ``max_windows``, ``dense`` and ``bos``;
             the windows must come from this model's tokenizer.
-        network: the model, where it is loaded already; it is scored where and as it is, whatever ``device`` and ``dtype`` say.
+        network: the model, if it is loaded already. It is scored on its own device and in its own dtype; ``device`` and
+            ``dtype`` are ignored.
 
     Raises:
         UserError: the model, the text or the device cannot be used.
@@ -253,7 +262,7 @@ def evaluate(
 def _evaluation(
     model: str, network: PreTrainedModel, reference: Reference, sums: list[float], seconds: float
 ) -> Evaluation:
-    """Return the result, from the sums of :func:`_score`."""
+    """Return the result for the sums of :func:`_score`."""
     import transformers
 
     where, compared = network.device, reference.model is not None
@@ -295,12 +304,12 @@ def choose_bos(
     sequence_length: int,
     tell: Callable[[Event], None],
 ) -> Bos:
-    """Return where BOS stands in the windows of a text, by the losses of ``model``.
+    """Return the position of BOS in the windows of a text, by the losses of ``model``.
 
     See :func:`~thanos.evaluation.windows.decide_bos`.
 
     Raises:
-        DataError: BOS is asked for in each window, and the tokenizer has none; or the windows do not fit the model.
+        DataError: ``asked`` is ``window`` and the tokenizer has no BOS, or the windows do not fit the model.
     """
 
     def mean_loss(windows: Tensor) -> float | None:
@@ -308,7 +317,7 @@ def choose_bos(
         tried.check(model)
         try:
             return _score(model, tried, lambda event: None)[0] / (len(windows) * (sequence_length - 1))
-        except NumericsError:  # which scoring the text tells better
+        except NumericsError:  # scoring the whole text reports it better
             return None
 
     check_window(sequence_length, model.config)
@@ -342,7 +351,7 @@ def _perplexity(mean_loss: float) -> float:
 
 @torch.inference_mode()
 def _score(model: PreTrainedModel, reference: Reference, tell: Callable[[Event], None]) -> list[float]:
-    """Return sums over all predicted tokens: loss, KL divergence, equal most probable tokens, the dense model's loss."""
+    """Return four sums over all predicted tokens: loss, KL divergence, equal most probable tokens, loss of the dense model."""
     total, length = reference.windows.shape
     batch = _batch_size(model, reference)
     sums, done = torch.zeros(4, dtype=torch.float64), 0
@@ -356,7 +365,7 @@ def _score(model: PreTrainedModel, reference: Reference, tell: Callable[[Event],
                 raise
         if found is None:
             batch //= 2
-            torch.cuda.empty_cache()  # not in the handler, whose traceback holds the batch
+            torch.cuda.empty_cache()  # outside the handler, whose traceback keeps the batch alive
             continue
         for index, window in enumerate(found, start=done):
             if not bool(torch.isfinite(window).all()):
@@ -367,7 +376,7 @@ def _score(model: PreTrainedModel, reference: Reference, tell: Callable[[Event],
 
 
 def _complaint(sums: Tensor, index: int, dtype: torch.dtype) -> str:
-    """Say what the sums of a window, some of them not finite, tell about the two models."""
+    """Return the error message for a window with sums, (4,), that are not all finite."""
     wide = dtype in (torch.float32, torch.float64)
     remedy = "its weights may be damaged: download or save it again" if wide else "try --dtype float32"
     for which, loss in (("model", sums[0]), ("dense model", sums[3])):
@@ -380,7 +389,7 @@ def _complaint(sums: Tensor, index: int, dtype: torch.dtype) -> str:
 
 
 def _batch_size(model: PreTrainedModel, reference: Reference) -> int:
-    """Return how many windows go through the model at once."""
+    """Return the number of windows per forward pass."""
     total, length = reference.windows.shape
     if model.device.type not in _BATCH_TOKENS:
         return 1
@@ -395,7 +404,7 @@ def _batch_size(model: PreTrainedModel, reference: Reference) -> int:
 
 
 def _score_batch(model: PreTrainedModel, reference: Reference, first: int, ids: Tensor) -> Tensor:
-    """Return the sums of each window of ``ids`` (n, T), the windows from ``first`` on; (n, 4) float64 on the CPU."""
+    """Return the four sums of each window, (n, 4) float64 on the CPU; ``ids`` (n, T): the windows from index ``first`` on."""
     logits, dense = _logits(model, ids), reference.logits(first, ids)
     if dense is not None and dense.shape != logits.shape:
         raise DataError(
@@ -418,13 +427,14 @@ def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 
 def _score_chunk(logits: Tensor, dense: Tensor | None, targets: Tensor) -> Tensor:
+    """Return the four sums, (4,) float64, over P positions: logits (P, vocabulary), target token ids (P,)."""
     log_p = logits.float().log_softmax(-1)
     loss = F.nll_loss(log_p, targets, reduction="none").double().sum()
     if dense is None:
         return torch.stack([loss, *torch.zeros_like(loss).expand(3)])
     log_q = dense.float().log_softmax(-1)
     terms = F.kl_div(log_p, log_q, log_target=True, reduction="none")
-    terms = terms.masked_fill_(log_q.isneginf(), 0)  # q log(q/p) is 0 at q = 0, and was computed as 0 · ∞
+    terms = terms.masked_fill_(log_q.isneginf(), 0)  # q log(q/p) is 0 at q = 0, but is computed as 0 · ∞
     divergence = terms.sum(-1).double().sum()
     equal = (log_p.argmax(-1) == log_q.argmax(-1)).double().sum()
     dense_loss = F.nll_loss(log_q, targets, reduction="none").double().sum()

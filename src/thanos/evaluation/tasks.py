@@ -1,7 +1,8 @@
-"""Zero-shot accuracy, measured by EleutherAI's lm-evaluation-harness (the extra ``eval``); no scorer of our own.
+"""Zero-shot accuracy, measured by EleutherAI's lm-evaluation-harness, lm_eval (the extra ``eval``).
 
-A score is cached by everything that shapes it: the model's weights, config and tokenizer, the task's settings and documents,
-the limit, the dtype, and the harness's version.
+This package has no scorer of its own. Scores are cached. The key covers everything that determines a score: the model's
+weights, config and tokenizer, the task's settings and documents, the limit, the dtype, the type of device, the added BOS, and
+the versions of lm_eval and torch.
 """
 
 from __future__ import annotations
@@ -42,10 +43,10 @@ if TYPE_CHECKING:
 SCHEMA = 1
 
 PAPER_TASKS = ("winogrande", "openbookqa", "boolq", "piqa", "hellaswag", "arc_easy", "arc_challenge")
-"""The seven tasks of the paper's zero-shot tables, by their names in the harness."""
+"""The seven tasks of the paper's zero-shot tables, by their names in lm_eval."""
 
 _FEWSHOT_SEED = 1234
-"""The harness's own default; it matters only for tasks that insist on examples."""
+"""lm_eval's own default; it matters only for tasks that require examples."""
 
 _METRICS = ("acc", "acc_norm")
 
@@ -56,18 +57,18 @@ class ZeroShot(Document):
 
     Attributes:
         model: as the user named it.
-        tasks: by name: ``acc``, ``acc_stderr``, ``acc_norm``, ``acc_norm_stderr`` (None where the task has no such metric),
-            ``samples`` (documents scored).
-        average: unweighted means over the tasks that have the metric, in the same keys but ``samples``; the standard error is
-            that of independent tasks, √(Σ s²)/n. None where no task has it.
-        limit: documents per task; None for all.
-        cached: tasks whose score was measured before.
-        seconds: of loading and scoring.
-        dtype: in which the model runs.
-        device: where.
-        versions: of thanos, lm_eval, torch and transformers.
-        bos: ``window`` where a beginning-of-text token was asked for before each request (lm_eval's ``add_bos_token``);
-            ``text`` where each request begins as the tokenizer begins a text.
+        tasks: task name → ``acc``, ``acc_stderr``, ``acc_norm``, ``acc_norm_stderr`` (None if the task has no such metric),
+            ``samples`` (number of documents scored).
+        average: unweighted means over the tasks that have the metric, with the same keys except ``samples``; None if no task
+            has it. The standard error is that of independent tasks, √(Σ s²)/n.
+        limit: largest number of documents per task; None for all.
+        cached: names of the tasks whose score came from the cache.
+        seconds: seconds of loading and scoring.
+        dtype: dtype in which the model runs.
+        device: device on which the model runs.
+        versions: versions of thanos, lm_eval, torch and transformers.
+        bos: ``window`` if lm_eval added a beginning-of-text token before each request (its ``add_bos_token``); ``text`` if each
+            request began as the tokenizer begins a text.
         schema: version of this format.
     """
 
@@ -103,20 +104,21 @@ def zero_shot(
     Args:
         model: a hub name, a local folder or a ``.gguf`` file.
         tasks: names of tasks, tags or groups; default the paper's seven.
-        task_folder: a folder with task files of one's own, which may then be named.
-        limit: score only the first so many documents of each task.
+        task_folder: folder with the user's own task files, which ``tasks`` may name.
+        limit: largest number of documents per task, from the first on; None for all.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``.
-        bos: ``window``: ask lm_eval for a beginning-of-text token before each request, which takes a tokenizer that adds one;
-            ``auto``, ``text``: a request begins as the tokenizer begins a text.
-        cache: take scores that were measured before from :func:`cache_folder`, and put new ones there.
-        on_event: is told about progress.
-        trust_remote_code: let transformers run Python code that a checkpoint carries.
-        network: the model, where it is loaded already; it is scored where and as it is, whatever ``device`` and ``dtype`` say,
-            and scores are neither taken from the cache nor put there.
+        bos: ``window``: lm_eval adds a beginning-of-text token before each request; the tokenizer must be one that adds it to
+            texts. ``auto``, ``text``: a request begins as the tokenizer begins a text.
+        cache: read earlier scores from :func:`cache_folder`, and write new ones there.
+        on_event: function called with events of progress.
+        trust_remote_code: let transformers run Python code from the checkpoint.
+        network: the model, if it is loaded already. It is scored on its own device and in its own dtype; ``device`` and
+            ``dtype`` are ignored, and the cache is neither read nor written.
 
     Raises:
-        DataError: lm_eval is not installed, a task is unknown, or its data cannot be had.
+        DataError: lm_eval is not installed, a task is unknown, its data cannot be loaded, or the tokenizer does not fit ``bos``
+            ``window``.
         UserError: the model or the device cannot be used.
     """
     began = time.perf_counter()
@@ -126,7 +128,7 @@ def zero_shot(
     find_local(model, trust_remote_code=trust_remote_code)
     check_bos(bos)
     where = choose_device(device) if network is None else network.device
-    cache = cache and network is None  # whose weights it has, nothing tells
+    cache = cache and network is None  # the weights of a loaded model have no hash
     check_tasks(tasks, task_folder)
     source = resolve_model(model, trust_remote_code=trust_remote_code)
     add_bos = bos == "window"
@@ -135,7 +137,7 @@ def zero_shot(
             f"the tokenizer of {source.name} begins no text with a beginning-of-text token; leave out bos 'window'"
         )
     runs_in = running_dtype(source, dtype) if network is None else network.dtype
-    dtype = str(runs_in).removeprefix("torch.")  # auto and the dtype that it stands for have one key
+    dtype = str(runs_in).removeprefix("torch.")  # auto and the dtype that it stands for share a cache key
     loaded = _load_tasks(tuple(tasks), None if task_folder is None else str(task_folder))
     keys = _keys(source, loaded, limit, dtype, where, bos=add_bos) if cache else {}
     scores = {name: found for name, key in keys.items() if (found := _read(key)) is not None}
@@ -160,16 +162,16 @@ def zero_shot(
 
 
 def task_names(names: Sequence[str]) -> tuple[str, ...]:
-    """Return the tasks that a person named, each once, with :data:`PAPER_TASKS` in the place of ``paper`` (or ``default``)."""
+    """Return the tasks that a user named, each once; ``paper`` and ``default`` stand for :data:`PAPER_TASKS`."""
     found = [PAPER_TASKS if name.strip() in ("paper", "default") else (name.strip(),) for name in names]
     return tuple(dict.fromkeys(itertools.chain.from_iterable(found)))
 
 
 def check_tasks(tasks: Sequence[str], task_folder: str | Path | None = None) -> None:
-    """Refuse tasks that lm_eval does not know, before any work.
+    """Refuse tasks that lm_eval does not have, before any work.
 
     Raises:
-        DataError: one is unknown; lists names that are near. Or lm_eval is not installed.
+        DataError: lm_eval is not installed, the folder does not exist, or a task is unknown; the message lists similar names.
     """
     if task_folder is not None and not Path(task_folder).is_dir():
         raise DataError(f"the task folder {task_folder} does not exist; give a folder with lm_eval's YAML files")
@@ -200,7 +202,10 @@ def average(scores: Sequence[dict[str, Any]]) -> dict[str, float | None]:
 
 
 def cache_folder() -> Path:
-    """Return where scores are cached: ``THANOS_CACHE``, or ``thanos`` in ``XDG_CACHE_HOME`` or ``~/.cache``."""
+    """Return the folder of cached scores, ``zero-shot`` in the cache of this package.
+
+    The cache is ``THANOS_CACHE``, or else ``thanos`` in ``XDG_CACHE_HOME`` or ``~/.cache``.
+    """
     own = os.environ.get("THANOS_CACHE")
     return (
         Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "thanos"
@@ -228,21 +233,21 @@ def _versions() -> dict[str, str]:
     }
 
 
-# --- the harness ------------------------------------------------------------------------------------------------------
+# --- lm_eval ----------------------------------------------------------------------------------------------------------
 
 
 def _register(tasks: Sequence[str], task_folder: str | None) -> Any:
-    """Return a register of tasks that knows these, of the folder alone where that has them all: it is the one that counts."""
+    """Return a task manager that has these tasks. If the folder has them all, lm_eval's own tasks are left out."""
     if task_folder is not None:
         own = _manager(task_folder, defaults=False)
-        if set(tasks) <= set(own.all_subtasks):  # a tag or a group may have more tasks elsewhere
+        if set(tasks) <= set(own.all_subtasks):  # no tag or group: it may have more tasks elsewhere
             return own
     return _manager(task_folder)
 
 
 @lru_cache(maxsize=4)
 def _manager(task_folder: str | None, *, defaults: bool = True) -> Any:
-    """Return the harness's register of tasks; building it with the harness's own reads thousands of files."""
+    """Return a task manager of lm_eval. With ``defaults``, lm_eval's own tasks, it reads thousands of files, so it is kept."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
@@ -252,10 +257,10 @@ def _manager(task_folder: str | None, *, defaults: bool = True) -> Any:
 
 @lru_cache(maxsize=4)
 def _load_tasks(tasks: tuple[str, ...], task_folder: str | None) -> dict[str, Any]:
-    """Return the single tasks behind some names, with their data, by name; kept for the next model."""
+    """Return name → single task with its data, for names of tasks, tags or groups. The result is kept for the next model."""
     try:
         found = _register(tasks, task_folder).load(list(tasks))["tasks"]
-    except Exception as error:  # datasets raises its own, the hub's and the network's errors
+    except Exception as error:  # datasets raises errors of its own, of the hub and of the network
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(
             f"the data of {', '.join(tasks)} cannot be had ({line}); without a network give local task files: --task-folder "
@@ -274,9 +279,11 @@ def _score(
     *,
     bos: bool,
 ) -> dict[str, dict[str, Any]]:
+    """Return the scores of tasks as in :attr:`ZeroShot.tasks`."""
     import lm_eval
 
-    for task in tasks:  # as simple_evaluate does it, which would also spend seconds on describing the machine
+    # As lm_eval.simple_evaluate does, which would also spend seconds on a description of the machine.
+    for task in tasks:
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=_FEWSHOT_SEED)
@@ -305,14 +312,14 @@ def _score(
 def _keys(
     source: ModelSource, tasks: dict[str, Any], limit: int | None, dtype: str, where: torch.device, *, bos: bool
 ) -> dict[str, str]:
-    """Return the key of each task's score in the cache, by the task's name."""
+    """Return task name → key of its score in the cache."""
     shaping = [model_sha256(source), limit, dtype, where.type, metadata.version("lm_eval"), torch.__version__]
     shaping += ["add_bos_token"] if bos else []
     return {name: _key(task, shaping) for name, task in tasks.items()}
 
 
 def _key(task: Any, shaping: list[Any]) -> str:
-    """Return the hash of a task's settings and documents, and of what else shapes its score."""
+    """Return the hash of a task's settings and documents, and of ``shaping``, the other values that determine its score."""
     digest = hashlib.sha256(json.dumps(shaping).encode())
     digest.update(json.dumps(task.dump_config(), sort_keys=True, default=str).encode())
     for document in task.eval_docs:

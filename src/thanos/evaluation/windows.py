@@ -1,4 +1,4 @@
-"""Windows of a text to evaluate on, and where the beginning-of-text token (BOS) stands in them."""
+"""Evaluation windows of a text, and the position of the beginning-of-text token (BOS) in them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 LOWER = 0.9
-"""A model needs BOS in each window if that lowers its perplexity to this share or less."""
+"""A model needs BOS in each window if that lowers its perplexity to this fraction or less."""
 
 _TRIED_TOKENS = 8192
-"""In as many windows as they fill, at least one: few enough to cost little, enough for a difference of a tenth to be sure."""
+"""Tokens of the windows on which BOS is tried; there is at least one window. They are few enough to cost little, and enough to
+detect a difference of a tenth reliably."""
 
 _TRIED_CHARACTERS = 24
-"""For each token of the windows that are tried: more than a token has in any language; the rest of the text is not read."""
+"""Characters of the text that are tokenised for each token of these windows: more than a token has in any language. The rest of
+the text is not read."""
 
 
 def decide_bos(
@@ -35,21 +37,21 @@ def decide_bos(
     mean_loss: Callable[[Tensor], float | None],
     note: Callable[[str], None],
 ) -> Bos:
-    """Return where BOS stands: as asked, else by what a model makes of the first windows of a text.
+    """Return the position of BOS. For ``auto`` it is chosen by the loss on the first windows of a text.
 
-    The field's convention has one BOS, at the start of the text. The first window is the same either way, so those after it
-    are scored both ways.
+    The field's convention has one BOS, at the start of the text. The first window is the same either way, so only the windows
+    after it are scored, with and without BOS.
 
     Args:
         asked: one of :data:`~thanos.model.bos.BOS_CHOICES`.
-        text: to be evaluated on.
-        tokenizer: of the model.
+        text: the text of the evaluation.
+        tokenizer: tokenizer of the model.
         sequence_length: tokens per window, T.
-        mean_loss: scores windows (n, T) in nats per token; None where it cannot.
-        note: is told what was measured.
+        mean_loss: function that returns the loss of windows (n, T) in nats per token; None if it cannot score them.
+        note: function called with a line on what was measured.
 
     Raises:
-        DataError: BOS is asked for in each window, and the tokenizer defines none.
+        DataError: ``asked`` is ``window``, and the tokenizer defines no BOS.
     """
     bos = added_bos(tokenizer)
     if asked == "window" and defined_bos(tokenizer) is None:
@@ -64,7 +66,7 @@ def decide_bos(
     head = text[: most * length * _TRIED_CHARACTERS]
     ids = without_bos(plain_ids(tokenizer, head), bos)
     count = min(len(ids) // length, most)
-    if count < 2:  # of one window, which begins with BOS either way
+    if count < 2:  # a single window begins with BOS either way
         return "text"
     usual = torch.tensor([bos, *ids])[: count * length].view(count, length)
     other = begin_windows(torch.tensor(ids)[: count * (length - 1)].view(count, length - 1), bos)
@@ -91,15 +93,16 @@ def cut_windows(
 ) -> Tensor:
     """Tokenise a text once and cut it into windows, (windows, sequence_length) int64.
 
-    With ``window`` each begins with BOS, and text fills the rest; else the text is cut as the tokenizer gives it.
+    With ``bos`` ``window``, each window is BOS and sequence_length − 1 tokens of the text. Otherwise the tokenizer's output is
+    cut as it is.
 
     Raises:
-        DataError: the text is shorter than one window, or the window longer than the model's positions.
+        DataError: the text is shorter than one window, or a window is longer than the model's number of positions.
     """
     check_window(sequence_length, model.config)
     begin = defined_bos(tokenizer) if bos == "window" else None
     ids = _ids(text, tokenizer, begin)
-    length = sequence_length if begin is None else sequence_length - 1  # of the text in a window
+    length = sequence_length if begin is None else sequence_length - 1  # tokens of the text per window
     count = len(ids) // length
     if count == 0:
         besides = "" if begin is None else ", of which the first is the beginning-of-text token"
@@ -117,16 +120,16 @@ def _ids(text: str, tokenizer: PreTrainedTokenizerBase, begin: int | None) -> Te
     if begin is not None:
         return torch.tensor(without_bos(plain_ids(tokenizer, text), begin))
     ids: list[int] = tokenizer(text, verbose=False)["input_ids"]  # type: ignore[assignment]
-    # A text that itself begins with BOS would have two.
+    # If the text itself begins with BOS, the tokenizer has added a second one.
     twice = len(ids) > 1 and ids[0] == ids[1] and ids[0] == added_bos(tokenizer)
     return torch.tensor(ids[1:] if twice else ids)
 
 
 def check_window(sequence_length: int, config: PreTrainedConfig) -> None:
-    """Refuse windows beyond the positions that a model knows.
+    """Refuse windows that are longer than a model's number of positions.
 
     Raises:
-        DataError: they are.
+        DataError: they are longer.
     """
     positions = context_length(config)
     if positions is not None and sequence_length > positions:

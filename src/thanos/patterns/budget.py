@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Settings(Protocol):
-    """The settings of a layer that its budget depends on; a :class:`~thanos.recipe.LayerRecipe` has them."""
+    """The settings of a layer that determine its budget; implemented by :class:`~thanos.recipe.LayerRecipe`."""
 
     @property
     def parsed_pattern(self) -> Pattern: ...  # noqa: D102
@@ -26,14 +26,14 @@ class Settings(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a pattern plans a budget for.
+    """The size of a weight and the settings that a pattern plans its budget from.
 
     Attributes:
-        rows: of the weight.
-        columns: of the weight.
-        sparsity: fraction of all entries to remove, in [0, 1).
-        outlier_rows: fraction of the rows that stay dense, in [0, 1).
-        keep_budget: whether the other rows make up for them.
+        rows: number of rows of the weight, c.
+        columns: number of columns of the weight, b.
+        sparsity: fraction of all entries to remove, p, in [0, 1).
+        outlier_rows: fraction of the rows that stay dense, α, in [0, 1).
+        keep_budget: whether the other rows make up for the outlier rows.
     """
 
     rows: int
@@ -48,21 +48,21 @@ class Budget:
     """How much of one weight matrix is removed, as whole numbers.
 
     Attributes:
-        outlier_rows: q = ⌈α·c⌉, rows left dense; for columns with ``keep_budget`` a few more.
-        weights: ⌊p·c·b⌋, entries removed where the pattern leaves the sparsity open.
-        columns: ⌈p·b / (1 − α)⌉, columns removed by the columns pattern (math of the paper's Algorithm 2).
-        halved_rows: rows that keep only half of the pattern's non-zeros, those with the smallest squared output norm; 0 but
-            for n:m with ``keep_budget``.
+        outlier_rows: number of rows left dense, q = ⌈α·c⌉; the columns pattern with ``keep_budget`` may leave a few more.
+        weights: number of entries to remove, ⌊p·c·b⌋, for patterns that leave the sparsity open.
+        columns: number of columns to remove, ⌈p·b / (1 − α)⌉, for the columns pattern (paper, Algorithm 2).
+        halved_rows: number of rows that keep only half of the pattern's non-zeros: the rows with the smallest squared output
+            norm. 0 except for n:m with ``keep_budget``.
 
-    With ``keep_budget`` the total is that of a matrix without outlier rows, ⌊p·c·b⌋ or (m − n)/m, as nearly as whole columns
-    and whole rows allow:
+    With ``keep_budget`` the total equals that of a matrix without outlier rows, ⌊p·c·b⌋ entries or the fraction (m − n)/m, as
+    nearly as whole columns and whole rows allow:
 
     - unstructured: nothing changes, since ⌊p·c·b⌋ counts the entries of all rows already;
-    - columns: with s = p·c·b / (c − q), ⌊s⌋ columns go from the other rows, or, where that is nearer, ⌈s⌉ columns from as many
-      of them as it takes, a few more staying dense: the total is off by half of one row's ⌈s⌉ entries at most, unless that
-      would leave no column;
-    - n:m: an outlier row keeps m − n weights a group too many, a halved row n/2 fewer: 2q(m − n)/n rows are halved, which is
-      2q for 2:4 and 4:8 and makes the total exact; else to the nearest whole row.
+    - columns: let s = p·c·b / (c − q). Either all other rows lose ⌊s⌋ columns, or fewer rows lose ⌈s⌉ columns and a few more
+      stay dense, whichever is nearer. The total is off by at most half of one row's ⌈s⌉ entries, unless that would leave no
+      column;
+    - n:m: an outlier row keeps m − n weights per group too many, a halved row n/2 too few. So 2q(m − n)/n rows are halved. For
+      2:4 and 4:8 these are 2q rows and the total is exact; otherwise the number is rounded to the nearest whole row.
     """
 
     outlier_rows: int
@@ -72,10 +72,10 @@ class Budget:
 
     @classmethod
     def plan(cls, rows: int, columns: int, settings: Settings) -> Budget:
-        """Work out the budget of a (rows, columns) weight.
+        """Return the budget of a (rows, columns) weight.
 
         Raises:
-            RecipeError: the pattern does not fit the width, or the rows that may be pruned hold too little.
+            RecipeError: the pattern does not fit the width, or the rows that may be pruned hold too few entries.
         """
         pattern, p, alpha = settings.parsed_pattern, settings.resolved_sparsity, settings.outlier_rows
         pattern.check_width(columns)

@@ -1,4 +1,4 @@
-"""Whole input columns are zero."""
+"""The columns pattern: whole input columns are zero."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class Columns(Pattern):
 
     @classmethod
     def parse(cls, text: str) -> Self | None:
-        """Read ``columns``."""
+        """Return the pattern for the text ``columns``, else None."""
         return cls() if text == "columns" else None
 
     def __str__(self) -> str:
         return "columns"
 
     def budget(self, request: Request) -> Budget:
-        """Return how many columns go; with ``keep_budget`` as :class:`Budget` says."""
+        """Return how many columns are removed; :class:`Budget` explains the case of ``keep_budget``."""
         budget, rows, columns = Pattern.budget(self, request), request.rows, request.columns
         if request.keep_budget and 0 < budget.outlier_rows < rows:
             wanted = request.sparsity * rows * columns
@@ -37,17 +37,17 @@ class Columns(Pattern):
         return budget
 
     def asks_too_much(self, budget: Budget, rows: int, columns: int) -> bool:
-        """Some column has to stay."""
+        """Return whether the budget would remove every column."""
         del rows
         return budget.columns >= columns
 
     def mask(self, choice: Choice, scores: Tensor, *, by_row: bool = False) -> Tensor:
-        """Take the columns with the smallest scores (b,)."""
+        """Choose the columns with the smallest scores (b,)."""
         del by_row
         return choice.smallest_columns(scores, choice.budget.columns)
 
     def violation(self, zero: Tensor) -> str:
-        """No column is zero in every row, or others hold more than stray zeros."""
+        """Describe a violation: no column is zero in every row, or the other columns hold more than stray zeros."""
         whole = zero.all(0)
         if not bool(whole.any()):
             return "no input column is zero in every row"
@@ -56,11 +56,12 @@ class Columns(Pattern):
 
 
 def rows_and_columns(wanted: float, rows: int, columns: int, outliers: int) -> tuple[int, int]:
-    """Return how many rows stay dense, ``outliers`` or more, and how many columns the others lose.
+    """Return how many rows stay dense, at least ``outliers``, and how many columns the other rows lose.
 
-    Of ⌊s⌋ columns of all the other rows and ⌈s⌉ columns of as many of them as ``wanted`` entries take, whichever is nearer;
-    s is ``wanted`` per other row. Some column always stays; where even the nearest number of columns leaves none, all go, which
-    :meth:`Budget.plan` refuses.
+    Let s = ``wanted`` / (``rows`` − ``outliers``), the entries to remove per other row. There are two choices: ⌊s⌋ columns of
+    all other rows, or ⌈s⌉ columns of as many of these rows as ``wanted`` entries need. The choice with the total nearer to
+    ``wanted`` is returned. It always keeps a column. If even the nearest number of columns keeps none, all columns are
+    returned, and :meth:`Budget.plan` refuses them.
     """
     others = rows - outliers
     if floor_count(wanted / others + 0.5) >= columns:

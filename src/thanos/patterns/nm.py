@@ -1,7 +1,7 @@
 """n:m sparsity: at most n non-zeros in every m consecutive weights of a row.
 
-That is the industry's reading; 1:4 keeps a quarter of the weights. Some of the literature counts the zeros instead; for 2:4
-and 4:8 both agree.
+So n counts the non-zeros, as in the industry: 1:4 keeps a quarter of the weights. Some of the literature counts the zeros
+instead. For 2:4 and 4:8 both readings agree.
 """
 
 from __future__ import annotations
@@ -38,23 +38,23 @@ class NM(Pattern):
 
     @classmethod
     def parse(cls, text: str) -> Self | None:
-        """Read ``N:M``."""
+        """Return the pattern for a text ``N:M``, else None."""
         match = re.fullmatch(r"([0-9]{1,6}):([0-9]{1,6})", text)
         return None if match is None else cls(int(match[1]), int(match[2]))
 
     @property
     def group(self) -> int:
-        """Consecutive inputs that are decided together: m."""
+        """Number of consecutive inputs that are decided together: m."""
         return self.m
 
     @property
     def group_zeros(self) -> int:
-        """Entries that every group loses: m − n."""
+        """Number of entries that every group loses: m − n."""
         return self.m - self.n
 
     @property
     def sparsity(self) -> float:
-        """The fraction of weights that the pattern removes."""
+        """Fraction of weights that the pattern removes: (m − n)/m."""
         return (self.m - self.n) / self.m
 
     def __str__(self) -> str:
@@ -84,13 +84,17 @@ class NM(Pattern):
             )
 
     def check_keep_budget(self, outlier_rows: float) -> None:
-        """Refuse an odd n, which has no half, and more outlier rows than halved rows can make up for."""
+        """Refuse an odd n, which has no half, and more outlier rows than halved rows can make up for.
+
+        Raises:
+            RecipeError: n is odd, or ``outlier_rows`` is above n / (2m − n).
+        """
         if self.n % 2:
             raise RecipeError(
                 f"keep_budget with outlier_rows gives some rows half of the non-zeros, but {self} keeps an odd number of "
                 f"{self.n}; choose a pattern with an even one, such as 2:4, or leave keep_budget out"
             )
-        # Every outlier row needs 2(m − n)/n halved rows to make up for it.
+        # Every outlier row needs 2(m − n)/n halved rows, and both kinds together cannot be more than all rows.
         most = self.n / (2 * self.m - self.n)
         if outlier_rows > most:
             raise RecipeError(
@@ -99,7 +103,7 @@ class NM(Pattern):
             )
 
     def budget(self, request: Request) -> Budget:
-        """With ``keep_budget``, rows are halved as :class:`Budget` says."""
+        """Return how much is removed; :class:`Budget` explains the halved rows of ``keep_budget``."""
         budget = Pattern.budget(self, request)
         if request.keep_budget and 0 < budget.outlier_rows < request.rows:
             halved = floor_count(2 * budget.outlier_rows * (self.m - self.n) / self.n + 0.5)
@@ -107,16 +111,16 @@ class NM(Pattern):
         return budget
 
     def halved(self) -> NM:
-        """Return n/2 of m."""
+        """Return the pattern that keeps n/2 of m."""
         return NM(self.n // 2, self.m)
 
     def mask(self, choice: Choice, scores: Tensor, *, by_row: bool = False) -> Tensor:
-        """Take the m − n smallest scores of every group."""
+        """Choose the entries with the m − n smallest scores of every group."""
         del by_row
         return choice.smallest_of_each_group(scores, self.m - self.n, self.m)
 
     def violation(self, zero: Tensor) -> str:
-        """A group holds more than n non-zeros, or the width leaves a partial group."""
+        """Describe a violation: a group holds more than n non-zeros, or m does not divide the width."""
         rows, columns = zero.shape
         if columns % self.m:
             return f"{columns} columns are no multiple of {self.m}"

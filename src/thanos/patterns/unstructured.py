@@ -20,18 +20,18 @@ class Unstructured(Pattern):
 
     @classmethod
     def parse(cls, text: str) -> Self | None:
-        """Read ``unstructured``."""
+        """Return the pattern for the text ``unstructured``, else None."""
         return cls() if text == "unstructured" else None
 
     def __str__(self) -> str:
         return "unstructured"
 
     def mask(self, choice: Choice, scores: Tensor, *, by_row: bool = False) -> Tensor:
-        """Take the smallest scores of all rows, or the same number from every row."""
+        """Choose the smallest scores of all rows; with ``by_row``, the same number from every row, up to one."""
         select = choice.smallest_of_each_row if by_row else choice.smallest
         return select(scores, choice.budget.weights)
 
     def violation(self, zero: Tensor) -> str:
-        """Nothing breaks it."""
+        """Return an empty text: no matrix violates the pattern."""
         del zero
         return ""

@@ -1,4 +1,4 @@
-"""The recipe: everything that shapes a pruning run, validated once.
+"""The recipe: all settings of a pruning run, validated when it is built.
 
 One frozen dataclass serves Python, the TOML file and the command line.
 """
@@ -31,17 +31,17 @@ _OTHER_NAMES = {
     "targets": ("target",),
     "override": ("overrides",),
 }
-"""Names that other tools give to the same settings."""
+"""Setting → the names that other tools give to it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Override:
-    """Other settings for the layers whose name matches a glob, or ``skip`` to leave them dense.
+    """Different settings for the layers whose name matches a glob, or ``skip`` to leave these layers dense.
 
     Args:
         match: a glob over full module names such as ``model.layers.*.mlp.down_proj`` or ``*.down_proj``.
         skip: leave these layers dense.
-        settings: the fields of :class:`LayerRecipe` that differ from the recipe's.
+        settings: fields of :class:`LayerRecipe` → values that replace the recipe's.
     """
 
     match: str
@@ -63,22 +63,23 @@ class Override:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe(LayerRecipe):
-    """Everything that shapes a run: :class:`LayerRecipe` plus calibration, device and which layers.
+    """All settings of a run: :class:`LayerRecipe` plus calibration, device and the choice of layers.
 
     Args:
-        calibration: a source of text: ``c4``, ``wikitext2``, ``pydoc``, ``self`` or a local file.
+        calibration: source of the calibration text: ``c4``, ``wikitext2``, ``pydoc``, ``self`` or a local file.
         samples: number of calibration sequences.
         sequence_length: tokens per calibration sequence.
-        seed: of the calibration draw.
+        seed: seed of the draw of calibration sequences.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        dtype: in which the model runs during calibration: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or
-            ``float16``. The checkpoint that is written keeps its own dtype.
-        targets: globs over module names; empty means every linear layer of the decoder blocks.
-        skip: globs over module names that stay dense.
+        dtype: data type of the model's forward passes during calibration: ``auto`` (the checkpoint's), ``float32``,
+            ``bfloat16`` or ``float16``. The written checkpoint keeps its own dtype.
+        targets: globs over the names of the layers to prune; empty means every linear layer of the decoder blocks.
+        skip: globs over the names of layers that stay dense.
         overrides: per-layer settings, in order; a later match wins.
-        measure_error: on which tokens the layers' errors are measured: None, on those that the method needs XᵀX of, or a sample
-            of the sequences where it needs less; True, on all; False, only where the method needs XᵀX. Changes no weight.
-        trust_remote_code: let transformers run Python code that a checkpoint carries.
+        measure_error: tokens on which the layer errors are measured. None: all tokens if the method needs XᵀX, else a sample of
+            the sequences. True: all tokens. False: all tokens if the method needs XᵀX, else the error is not measured. Does not
+            change any weight.
+        trust_remote_code: let transformers run Python code from the checkpoint.
 
     Raises:
         RecipeError: a value is outside its range or contradicts another.
@@ -115,6 +116,7 @@ class Recipe(LayerRecipe):
     )
 
     def __post_init__(self) -> None:
+        # First a tuple: the checks of LayerRecipe call _methods, which reads the overrides.
         object.__setattr__(self, "overrides", tuple(self.overrides))
         LayerRecipe.__post_init__(self)
         for name, lowest in (("samples", 1), ("sequence_length", 2), ("seed", 0)):
@@ -142,7 +144,7 @@ class Recipe(LayerRecipe):
             check_values(override.settings)
             where = f" in the override of {override.match!r}"
             check_used(override.settings, self._methods() if own is None else (own,), where)
-            self._merged([override])
+            self._merged([override])  # raises if the override contradicts the recipe
 
     def _methods(self) -> tuple[str, ...]:
         return (self.method, *(o.settings["method"] for o in self.overrides if "method" in o.settings))
@@ -154,13 +156,13 @@ class Recipe(LayerRecipe):
         return LayerRecipe(**registry.method(values["method"]).used(values))
 
     def suited(self, changes: Mapping[str, Any]) -> dict[str, Any]:
-        """Return changes of fields such that another pattern or method brings its own defaults.
+        """Return changes of fields, with defaults added for a new pattern or method.
 
-        The recipe's sparsity and block size were given for its own pattern: without new ones, the new pattern's defaults hold.
-        Settings that no method of the changed recipe uses have their defaults too.
+        The recipe's sparsity and block size belong to its own pattern. With a new pattern they are reset to their defaults,
+        unless ``changes`` sets them. With a new method, settings that no method of the changed recipe uses are reset too.
 
         Raises:
-            RecipeError: the pattern is malformed, or the method unknown.
+            RecipeError: the pattern is malformed, or the method is unknown.
         """
         methods = (changes.get("method", self.method), *self._methods()[1:])
         used = {setting for name in methods for setting in registry.method(name).settings}
@@ -168,7 +170,7 @@ class Recipe(LayerRecipe):
         return {**(unused if "method" in changes else {}), **_suited(self.pattern, changes)}
 
     def for_layer(self, name: str) -> LayerRecipe | None:
-        """Return what to do to the layer called ``name`` (full module name); None where an override skips it."""
+        """Return the settings of the layer ``name`` (full module name); None if its last matching override skips it."""
         matching = [override for override in self.overrides if matches(name, override.match)]
         return None if matching and matching[-1].skip else self._merged(matching)
 
@@ -187,12 +189,12 @@ class Recipe(LayerRecipe):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, stored: bool = False) -> Recipe:
-        """Build a recipe from plain values, as :meth:`to_dict` gives them; unknown names are refused.
+        """Build a recipe from plain values, as :meth:`to_dict` returns them. Unknown names are refused.
 
         Args:
-            values: by name.
-            stored: they come from a report or a store: settings that no method uses are dropped rather than refused, since
-                earlier versions accepted them.
+            values: name → value.
+            stored: whether the values come from a report or a store. Then settings that no method uses are dropped instead of
+                refused, since earlier versions accepted them.
         """
         values = _underscored(values)
         known = {f.name for f in dataclasses.fields(cls)} - {"overrides"} | {"override"}
@@ -218,7 +220,7 @@ class Recipe(LayerRecipe):
 
     @classmethod
     def from_toml(cls, path: str | Path) -> Recipe:
-        """Read a recipe from a TOML file with the same names as the options."""
+        """Read a recipe from a TOML file. Its names are those of the command's options."""
         path = expanded(path)
         try:
             values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
@@ -251,15 +253,15 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def matches(name: str, glob: str) -> bool:
-    """Tell whether a full module name, or its end from a dot on, matches a glob: ``q_proj`` is every q_proj."""
+    """Return whether a glob matches a full module name, or its end after a dot: ``q_proj`` matches every q_proj."""
     return fnmatch.fnmatchcase(name, glob) or fnmatch.fnmatchcase(name, f"*.{glob}")
 
 
 def check_globs(recipe: Recipe) -> None:
-    """Refuse globs that can match no layer, since no layer's name holds such characters, before a model is opened to see that.
+    """Refuse globs with characters that no layer's name has, before a model is opened.
 
     Raises:
-        RecipeError: one has blanks, commas or the signs of a regular expression or a path.
+        RecipeError: a glob has blanks, commas, or characters of a regular expression or a path.
     """
     overrides = [("match", override.match) for override in recipe.overrides]
     for name, glob in [*(("targets", g) for g in recipe.targets), *(("skip", g) for g in recipe.skip), *overrides]:
@@ -274,8 +276,8 @@ def check_globs(recipe: Recipe) -> None:
 
 
 def _toml(value: Any) -> str:
-    # TOML's basic strings, booleans, numbers and arrays of strings are written exactly as JSON writes them,
-    # save for DEL, which JSON leaves bare and TOML forbids.
+    # TOML writes basic strings, booleans, numbers and arrays of strings exactly as JSON does.
+    # The one exception is DEL, which JSON does not escape and TOML forbids.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
@@ -295,6 +297,7 @@ def _underscored(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _without_unused(values: dict[str, Any], overrides: list[Override]) -> tuple[dict[str, Any], list[Override]]:
+    """Drop the settings of :data:`~thanos.registry.LAYER_SETTINGS` that no method of the recipe or the override uses."""
     base = values.get("method", registry.DEFAULT_METHOD)
     rows = [registry.method(name) for name in (base, *(o.settings.get("method", base) for o in overrides))]
     used = {setting for row in rows for setting in row.settings}
@@ -311,7 +314,7 @@ def _without_unused(values: dict[str, Any], overrides: list[Override]) -> tuple[
 
 
 def _suited(pattern: str, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return changes with the sparsity and block size that go with ``pattern`` dropped, where they bring another pattern."""
+    """Return changes; if they bring another pattern than ``pattern``, its sparsity and block size are reset."""
     if str(parse_pattern(changes.get("pattern", pattern))) == str(parse_pattern(pattern)):
         return dict(changes)
     return {"sparsity": None, "block_size": None, **changes}

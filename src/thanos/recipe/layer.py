@@ -1,4 +1,4 @@
-"""What is done to one weight matrix, validated."""
+"""The settings of one weight matrix, validated when they are built."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from thanos.settings import Heading, setting
 from thanos.system.suggestions import near_number, near_whole
 
 DEFAULT_DAMPING: float = registry.LAYER_SETTINGS["damping"]
-"""Added to the Hessian's diagonal, as a fraction of its mean."""
+"""Damping added to the Hessian's diagonal, as a fraction of the diagonal's mean."""
 
 LAYER_FIELDS = ("method", "pattern", "sparsity", "outlier_rows", "keep_budget", "block_size", "damping")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerRecipe:
-    """What is done to one weight matrix. Build it to have it checked.
+    """The settings of one weight matrix. The constructor checks them.
 
-    Each field's metadata has its :class:`~thanos.settings.Setting`, from which the command line makes an option.
+    The metadata of each field has its :class:`~thanos.settings.Setting`, from which the command line makes an option.
 
     Args:
-        method: the name of a row of :mod:`thanos.registry`.
+        method: name of a method in :mod:`thanos.registry`.
         pattern: ``unstructured``, ``columns``, ``N:M`` (at most N non-zeros in M consecutive inputs), or a registered one.
-        sparsity: fraction of the matrix's entries that become zero, in [0, 1). Follows from the pattern for n:m;
-            None means the default (0.5 for the other two).
+        sparsity: fraction of the matrix's entries that become zero, in [0, 1). An n:m pattern sets it itself; for the other two
+            patterns None means 0.5.
         outlier_rows: fraction of output rows left dense, in [0, 1).
-        keep_budget: let the other rows make up for the outlier rows, so that the matrix as a whole has the sparsity it would
-            have without them; see :class:`~thanos.patterns.budget.Budget`. For n:m it needs an even n: the rows with the
-            smallest squared output norm keep n/2 of m.
-        block_size: input columns handled together (Thanos, SparseGPT); None means 128, or 512 for Thanos with n:m.
+        keep_budget: let the other rows make up for the outlier rows, so that the whole matrix has the same sparsity as without
+            outlier rows; see :class:`~thanos.patterns.budget.Budget`. For n:m it needs an even n: the rows with the smallest
+            squared output norm keep n/2 of m.
+        block_size: number of input columns handled together (Thanos, SparseGPT); None means 128, or 512 for Thanos with n:m.
         damping: fraction of the Hessian's mean diagonal added to its diagonal, at least 0 (Thanos, SparseGPT).
 
     Raises:
@@ -109,7 +109,7 @@ class LayerRecipe:
         check_used({name: getattr(self, name) for name in registry.LAYER_SETTINGS}, self._methods())
 
     def _methods(self) -> tuple[str, ...]:
-        """Return the methods by which a layer may be pruned: a setting has to be used by one of them."""
+        """Return the methods that may prune a layer. At least one of them has to use a setting that is not its default."""
         return (self.method,)
 
     def _check_room(self, sparsity: float) -> None:
@@ -126,7 +126,7 @@ class LayerRecipe:
 
     @property
     def resolved_sparsity(self) -> float:
-        """The fraction of weights to remove: the pattern's own for n:m (before outlier rows), else the setting."""
+        """Fraction of weights to remove: for n:m the pattern's (before outlier rows), else the setting or its default."""
         pattern = self.parsed_pattern
         if pattern.sparsity is not None:
             return pattern.sparsity
@@ -134,22 +134,22 @@ class LayerRecipe:
 
     @property
     def resolved_block_size(self) -> int:
-        """The block size that is used: the setting, or the paper's default for the method and pattern."""
+        """Block size that is used: the setting, or the paper's default for the method and pattern."""
         if self.block_size is not None:
             return self.block_size
         return registry.method(self.method).default_block_size(self.parsed_pattern)
 
     def by(self, method: str) -> LayerRecipe:
-        """Return the same for another method, without the settings that it does not use."""
+        """Return the same settings for another method, without those that it does not use."""
         values = {name: getattr(self, name) for name in LAYER_FIELDS} | {"method": method}
         return LayerRecipe(**registry.method(method).used(values))
 
 
 def check_values(settings: Mapping[str, Any]) -> None:
-    """Refuse a block size or damping outside its range, whatever the method.
+    """Refuse a block size or damping outside its range, for any method.
 
     Raises:
-        RecipeError: names the setting.
+        RecipeError: a value is outside its range; the message names the setting.
     """
     size = settings.get("block_size")
     if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
@@ -158,7 +158,11 @@ def check_values(settings: Mapping[str, Any]) -> None:
 
 
 def check_used(settings: Mapping[str, Any], methods: Iterable[str], where: str = "") -> None:
-    """Refuse settings that differ from their default and that none of the methods uses."""
+    """Refuse settings that differ from their default and that none of the methods uses.
+
+    Raises:
+        RecipeError: there is such a setting; ``where`` is added to the message.
+    """
     rows = [registry.method(name) for name in methods]
     for name in registry.LAYER_SETTINGS:
         if all(name in row.unused(settings) for row in rows):
@@ -169,7 +173,11 @@ def check_used(settings: Mapping[str, Any], methods: Iterable[str], where: str =
 
 
 def check_number(name: str, value: Any, lowest: float, below: float | None) -> None:
-    """Refuse what is no finite number of [lowest, below); None for no upper end."""
+    """Refuse a value that is not a finite number in [lowest, below); ``below`` None means no upper bound.
+
+    Raises:
+        RecipeError: it is not.
+    """
     ok = isinstance(value, int | float) and not isinstance(value, bool) and value >= lowest
     if not ok or (below is not None and not value < below) or value == float("inf"):
         allowed = f"at least {lowest:g}" if below is None else f"at least {lowest:g} and below {below:g}"

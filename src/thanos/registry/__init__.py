@@ -1,9 +1,9 @@
-"""The table of methods and patterns: what can be named in a recipe, and where its code is.
+"""The registry: the methods and patterns that a recipe can name, and where their code is.
 
-A method or a pattern is one file and one row here. Rows are plain values, so that reading them imports no torch; the code
-behind a row is imported when it is used. A file outside this package adds rows with :func:`register_method` and
+A method or a pattern is one file and one row here. Rows are plain values, so reading them does not import torch. The code of
+a row is imported when it is used. A file outside this package adds rows with :func:`register_method` and
 :func:`register_pattern`. The command line, and every process that it starts, imports the modules that the environment
-variable ``THANOS_PLUGINS`` names, with commas between. docs/add-a-method.md shows both.
+variable ``THANOS_PLUGINS`` names, separated by commas. docs/add-a-method.md shows both ways.
 """
 
 from __future__ import annotations
@@ -121,33 +121,33 @@ def method_names() -> tuple[str, ...]:
 
 
 def compensating_methods() -> tuple[str, ...]:
-    """Return the names of the methods that change the weights that stay."""
+    """Return the names of the methods that update the remaining weights."""
     return tuple(row.name for row in methods() if row.compensates)
 
 
 def reference_classes() -> dict[str, str]:
-    """Return the methods that have a reference repository, and the solver's class in it."""
+    """Return name → the solver's class in the reference repository, of the methods that have one."""
     return {row.name: row.reference_class for row in methods() if row.reference_class}
 
 
 def method_title(name: str) -> str:
-    """Return a method's name for people; one of another version stays as it is."""
+    """Return a method's title. A name that this version does not have is returned unchanged."""
     row = find_method(name)
     return name if row is None else row.title
 
 
 def method_without_inputs(pattern: Pattern) -> MethodRow:
-    """Return the method for layers whose inputs are unknown: the first that needs none and can do the pattern."""
+    """Return the method for layers whose inputs are unknown: the first that needs no inputs and supports the pattern."""
     able = (row for row in methods() if not row.needs_inputs)
     name = pattern_row(pattern).name
     return next(row for row in able if row.patterns is None or name in row.patterns)
 
 
 def parse_pattern(text: str | Pattern) -> Pattern:
-    """Read a pattern, such as ``unstructured``, ``2:4`` or ``columns``.
+    """Return the pattern that a text names, such as ``unstructured``, ``2:4`` or ``columns``.
 
     Raises:
-        RecipeError: no row reads the text, or it names an impossible pattern.
+        RecipeError: the text names no registered pattern, or an impossible one.
     """
     if isinstance(text, Pattern):
         return text
@@ -164,7 +164,7 @@ def pattern_row(pattern: Pattern) -> PatternRow:
     """Return the row of a pattern's class.
 
     Raises:
-        RecipeError: nobody registered it.
+        RecipeError: the class is not registered.
     """
     for row in patterns():
         if row.load() is type(pattern):
@@ -173,10 +173,10 @@ def pattern_row(pattern: Pattern) -> PatternRow:
 
 
 def check_pattern(row: MethodRow, pattern: Pattern) -> None:
-    """Refuse a pattern that a method cannot do.
+    """Refuse a pattern that a method does not support.
 
     Raises:
-        RecipeError: names those that it can.
+        RecipeError: the method does not support it; the message lists the patterns that it supports.
     """
     other = pattern_row(pattern)
     if row.patterns is not None and other.name not in row.patterns:
@@ -186,17 +186,17 @@ def check_pattern(row: MethodRow, pattern: Pattern) -> None:
 
 
 def pattern_help() -> str:
-    """Return how each pattern is written, with an example where it is written in several ways."""
+    """Return the spellings of all patterns in words, with an example for a family of patterns such as ``N:M``."""
     return _either([_form(row) for row in patterns()])
 
 
 def required_patterns() -> str:
-    """Return how the patterns are written that ``inspect --require`` can check."""
+    """Return the spellings of the patterns that ``inspect --require`` can check, in words."""
     return _either([row.name for row in patterns() if row.load().can_be_required])
 
 
 def example_patterns(*, required: bool = False) -> tuple[str, ...]:
-    """Return the patterns that are shown, in order; with ``required`` only those that a matrix can break."""
+    """Return the example patterns of all rows, in order; with ``required`` only those that a matrix can violate."""
     rows = [row for row in patterns() if row.load().can_be_required or not required]
     return tuple(example for row in rows for example in row.examples)
 

@@ -1,4 +1,4 @@
-"""What the rows of the registry say."""
+"""The types of the registry's rows: methods and patterns."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from thanos.patterns.base import Pattern
 from thanos.registry.table import Row
 
 LAYER_SETTINGS: dict[str, Any] = {"block_size": None, "damping": 0.01}
-"""The settings of a layer that only some methods use, with their defaults. The damping is added to the Hessian's diagonal, as
-a fraction of its mean; the default is SparseGPT's, kept by Thanos (paper, section 5)."""
+"""Settings of a layer that only some methods use → their defaults. The damping is added to the Hessian's diagonal, as a
+fraction of the diagonal's mean. Its default is SparseGPT's, which Thanos keeps (paper, section 5)."""
 
 
 class Needs(StrEnum):
-    """What a method has to know about a layer's inputs X, (a, b); each includes those before it."""
+    """The statistics of a layer's inputs X, (a, b), that a method needs. Each value includes those before it."""
 
     NOTHING = "nothing"
     NORMS = "norms"
-    """The columns' norms ‖X_j‖₂, (b,): the diagonal of XᵀX."""
+    """Norms of the columns, ‖X_j‖₂, (b,): the square roots of the diagonal of XᵀX."""
     GRAM = "gram"
     """XᵀX, (b, b)."""
     FACTOR = "factor"
@@ -32,17 +32,18 @@ class MethodRow(Row):
     """A pruning method; ``source`` is a function :class:`~thanos.solvers.problem.Problem` → ``Solution``.
 
     Attributes:
-        needs: what it has to know about a layer's inputs.
-        compensates: whether it changes the weights that stay.
-        settings: those of :data:`LAYER_SETTINGS` that it uses; others are refused.
+        needs: statistics of a layer's inputs that the method needs.
+        compensates: whether the method updates the remaining weights.
+        settings: names of the settings in :data:`LAYER_SETTINGS` that the method uses; the others are refused.
         block_size: default number of columns handled together.
-        group_block_size: the same for patterns that decide groups of a row (n:m); None for ``block_size``.
-        patterns: names of the patterns that it can do; None for all.
-        colour: in figures on white, ``#rrggbb``; empty to have one assigned.
-        dark_colour: the same on a dark page.
-        marker: in figures, as matplotlib names it; empty to have one assigned.
-        cost: a function (pattern, :class:`~thanos.solvers.cost.Size`) → part of the solve → :class:`~thanos.solvers.cost.Cost`.
-        memory: a function (pattern, Size) → bytes that it holds besides the weight, the masks and the factor.
+        group_block_size: default for patterns with groups in a row (n:m); None for ``block_size``.
+        patterns: names of the patterns that the method supports; None for all.
+        colour: colour in figures on white, ``#rrggbb``; empty for an automatic one.
+        dark_colour: colour in figures on a dark page.
+        marker: marker in figures, by matplotlib's name; empty for an automatic one.
+        cost: function (pattern, :class:`~thanos.solvers.cost.Size`) → dict with the :class:`~thanos.solvers.cost.Cost` of each
+            part of the solve.
+        memory: function (pattern, Size) → bytes that the method holds in addition to the weight, the masks and the factor.
         reference_class: the solver's class in the method's reference repository, for ``bench layer --peer``; empty without one.
     """
 
@@ -61,12 +62,12 @@ class MethodRow(Row):
 
     @property
     def needs_inputs(self) -> bool:
-        """Whether it has to know anything about the inputs."""
+        """Whether the method needs any statistics of the inputs."""
         return self.needs is not Needs.NOTHING
 
     @property
     def needs_factor(self) -> bool:
-        """Whether it needs the factor of the damped Hessian."""
+        """Whether the method needs the factor of the damped Hessian."""
         return self.needs is Needs.FACTOR
 
     def unused(self, settings: Mapping[str, Any]) -> list[str]:
@@ -78,11 +79,11 @@ class MethodRow(Row):
         ]
 
     def used(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Return settings without those that the method does not use."""
+        """Return the settings without those that the method does not use."""
         return {name: value for name, value in settings.items() if name in self.settings or name not in LAYER_SETTINGS}
 
     def default_block_size(self, pattern: Pattern) -> int:
-        """Return the block size that goes with a pattern: a multiple of its group."""
+        """Return the default block size for a pattern, a multiple of the pattern's group."""
         size = self.group_block_size if pattern.group_zeros and self.group_block_size else self.block_size
         return max(pattern.group, size // pattern.group * pattern.group)
 
@@ -92,9 +93,9 @@ class PatternRow(Row):
     """A sparsity pattern; ``source`` is a subclass of :class:`~thanos.patterns.base.Pattern`.
 
     Attributes:
-        name: how it is written; a class of patterns in capitals, ``N:M``.
-        examples: the patterns of the class that reports and :func:`~thanos.inspect_checkpoint` show, most common first.
-        other_names: what other tools call the first of them, for "did you mean".
+        name: spelling in a recipe; capitals stand for numbers, as in ``N:M``.
+        examples: patterns of the class that reports and :func:`~thanos.inspect_checkpoint` show, most common first.
+        other_names: names that other tools give to the first example, for "did you mean".
     """
 
     examples: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""Rows by name, the code behind them, and the modules of the user that add rows."""
+"""Tables of rows by name, the import of their code, and the user's modules that add rows (plug-ins)."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ PLUGINS_VARIABLE = "THANOS_PLUGINS"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """What every kind of row says.
+    """The attributes of every kind of row.
 
     Attributes:
-        name: as it is written in a recipe.
-        title: its name for people.
-        help: one line, without a full stop.
-        source: its code, as ``module:name``, imported when it is used; or the object itself.
+        name: name in a recipe.
+        title: name in reports and messages.
+        help: description in one line, without a full stop.
+        source: the code as ``module:name``, imported when it is used; or the object itself.
     """
 
     name: str
@@ -40,7 +40,7 @@ R = TypeVar("R", bound=Row)
 
 
 class Table(Generic[R]):
-    """Rows of one kind by name, in order: this package's, then those that other files registered."""
+    """Rows of one kind by name, in order: the rows of this package, then those that other files registered."""
 
     def __init__(self, kind: str, rows: tuple[R, ...]) -> None:
         self._kind, self._rows = kind, {row.name: row for row in rows}
@@ -49,7 +49,7 @@ class Table(Generic[R]):
         """Add a row.
 
         Raises:
-            RecipeError: its name is taken by another.
+            RecipeError: another row has the same name.
         """
         if self._rows.get(row.name, row) != row:
             raise RecipeError(f"{self._kind} {row.name} is registered already; choose another name")
@@ -57,15 +57,15 @@ class Table(Generic[R]):
         return row
 
     def rows(self) -> tuple[R, ...]:
-        """Return all rows, those of the plug-ins included."""
+        """Return all rows, including those of the plug-ins."""
         load_plugins()
         return tuple(self._rows.values())
 
     def get(self, name: Any) -> R:
-        """Return the row of a name.
+        """Return the row with a name.
 
         Raises:
-            RecipeError: no row has it.
+            RecipeError: no row has this name.
         """
         row = self.find(name)
         if row is None:
@@ -74,14 +74,14 @@ class Table(Generic[R]):
         return row
 
     def find(self, name: Any) -> R | None:
-        """Return the row of a name; None if no row has it."""
+        """Return the row with a name; None if no row has it."""
         load_plugins()
         return self._rows.get(name) if isinstance(name, str) else None
 
 
 @cache
 def imported(source: str | Callable[..., Any]) -> Any:
-    """Return the object that ``module:name`` names; an object as it is."""
+    """Return the object that ``module:name`` names. Another object is returned unchanged."""
     if not isinstance(source, str):
         return source
     module, _, name = source.partition(":")
@@ -95,12 +95,12 @@ def load_plugins() -> None:
     """Import the modules that ``THANOS_PLUGINS`` names, each once.
 
     Raises:
-        RecipeError: one cannot be imported.
+        RecipeError: a module cannot be imported.
     """
     for name in os.environ.get(PLUGINS_VARIABLE, "").split(","):
         if not (name := name.strip()) or name in _loaded:
             continue
-        _loaded.add(name)  # first, since the module itself reads the table
+        _loaded.add(name)  # before the import: the module reads the table, which calls this again
         try:
             import_module(name)
         except Exception as error:

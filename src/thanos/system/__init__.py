@@ -1,1 +1,1 @@
-"""What the machine gives: memory, disk, devices, threads."""
+"""Access to the machine: memory, disk, devices, threads."""

@@ -1,4 +1,4 @@
-"""A background thread for copies and file access, which overlap with running blocks and solving layers."""
+"""A background thread, so that copies and file access overlap with running blocks and solving layers."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ T = TypeVar("T")
 class Background:
     """Runs tasks in the order in which they are submitted.
 
-    On CUDA a task runs on a stream of its own. The stream first waits for what the caller had launched before it submitted
-    the task.
+    On CUDA the tasks run on a separate stream. Before each task the stream waits for the work that the caller had launched
+    when it submitted the task.
 
     Args:
-        name: of the thread.
-        device: where the caller computes.
-        limit: most unfinished tasks, which bounds the memory that they hold. At the limit a caller waits.
+        name: name of the thread.
+        device: device on which the caller computes.
+        limit: largest number of unfinished tasks. It bounds the memory that they hold. At the limit a submission waits.
     """
 
     def __init__(self, name: str, device: torch.device, limit: int = 2) -> None:
@@ -64,7 +64,7 @@ class Background:
         return future
 
     def _do(self, launched: Any, function: Callable[..., T], *arguments: Any) -> T:
-        # `launched` is a CUDA event, or None. Streams and grad mode belong to a thread: this one has to enter its own.
+        # `launched` is a CUDA event, or None. The current stream and the grad mode are thread-local: set both here.
         with torch.no_grad(), nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
             if launched is not None:
                 torch.cuda.current_stream(self._device).wait_event(launched)

@@ -1,4 +1,4 @@
-"""The device that a run uses."""
+"""The choice of the device that a run uses."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ def choose_device(name: str) -> torch.device:
     """Return the device for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
 
     Raises:
-        CudaUnavailableError: CUDA was asked for and there is none.
-        ResourceError: the name is none of these, or there is no such device.
+        CudaUnavailableError: the name requires CUDA, and torch reports no CUDA device.
+        ResourceError: the name is none of these, or the device does not exist.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -13,7 +13,7 @@ from thanos.system.files import write_atomically
 
 
 class Document:
-    """A dataclass with a field ``schema`` whose attributes are the keys of a JSON object."""
+    """Base of dataclasses that are written as JSON objects: the fields are the keys, and one field is ``schema``."""
 
     __slots__ = ()
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
@@ -33,7 +33,7 @@ class Document:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Build the document from the values of :meth:`to_dict`. Keys that this version does not know are ignored."""
+        """Build the document from the values of :meth:`to_dict`. Unknown keys are ignored."""
         known = {field.name for field in dataclasses.fields(cls)}
         return cls(**{name: value for name, value in values.items() if name in known})
 
@@ -44,7 +44,7 @@ def json_text(values: Any) -> str:
 
 
 def finite(value: Any) -> Any:
-    """Return nested plain values with None for every number that is not finite, and lists for tuples."""
+    """Return nested plain values. Numbers that are not finite become None, and tuples become lists."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

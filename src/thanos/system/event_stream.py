@@ -17,15 +17,15 @@ from thanos.system.memory import Memory, host_memory
 from thanos.system.meter import PhaseMeter
 
 _FRESH = 0.1
-"""Seconds for which a reading of memory is reused. A reading takes about a millisecond, a small solve a few."""
+"""Seconds for which a memory reading is reused. A reading takes about a millisecond, a small solve a few milliseconds."""
 
 
 class EventStream:
     """Adds time and memory to events, writes the log, and passes the events on.
 
     Args:
-        watcher: is called with each event.
-        meter: gives the peaks of memory; None if they are not measured by phase.
+        watcher: function called with each event.
+        meter: source of the memory readings; None to read the host's memory without phases.
         keep_log: whether :meth:`log_to` will be called. Events before that call are kept for the log.
     """
 
@@ -48,14 +48,14 @@ class EventStream:
         now = time.perf_counter()
         if self._read is None or event.kind == "block" or now - self._read[0] >= _FRESH:
             self._read = now, self._memory()
-        seconds = round(now - self._began, 6)  # rounded as in the log, so that a replay gives the same
+        seconds = round(now - self._began, 6)  # the log's precision: a replay gives equal events
         event = dataclasses.replace(event, seconds=seconds, **self._read[1]._asdict())
         if self._keeps_log:
             self._write(json.dumps(event.to_dict(), ensure_ascii=False))
         self._watcher(event)
 
     def log_to(self, path: Path) -> None:
-        """Append all events of this run to a file, from the first on. A torn last line of the file is removed first."""
+        """Append all events of this run to a file, from the first on. An incomplete last line of the file is removed first."""
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         trim(self._descriptor)
         waiting, self._waiting = self._waiting, []
@@ -78,7 +78,7 @@ class EventStream:
 
     def _memory(self) -> Memory:
         memory = Memory(*host_memory()) if self._meter is None else self._meter.memory()
-        # The kernel's two counters lag a little. A peak must not be below a value that was read before.
+        # The kernel updates its two counters with a delay. Never report a peak below an earlier reading.
         self._peak = max(self._peak, memory.host_peak_bytes, memory.host_bytes)
         return memory._replace(host_peak_bytes=self._peak)
 

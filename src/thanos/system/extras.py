@@ -19,8 +19,8 @@ def install_command(extra: str) -> str:
 
 
 def is_installed(module: str) -> bool:
-    """Return whether a module is installed. It is searched for, not imported."""
+    """Return whether a module is installed, without importing it."""
     try:
         return find_spec(module) is not None
-    except (ImportError, ValueError):  # its package is missing, or is not a package
+    except (ImportError, ValueError):  # the parent package is missing, or is a plain module
         return False

@@ -1,4 +1,4 @@
-"""Files on disk: room, exact sizes, forced writes."""
+"""Files on disk: free space, reserved sizes, forced and atomic writes."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 _CHUNK = 1 << 16
+"""Bytes that :func:`trim` reads at once."""
 
 
 def trim(descriptor: int) -> int:
-    """Cut an open file of lines after its last whole line; return the new size in bytes."""
+    """Truncate an open text file after its last complete line; return the new size in bytes."""
+    # Read backwards, chunk by chunk, up to the last newline.
     size = start = os.fstat(descriptor).st_size
     end = 0
     while start and not end:
@@ -33,13 +35,13 @@ def free_disk_bytes(folder: Path) -> int:
 
 
 def reserve(descriptor: int, size: int) -> None:
-    """Give a file its size in bytes, and reserve the disk space if the file system can. The content stays."""
+    """Set the size of a file in bytes, and reserve the disk space if the file system can. The content is kept."""
     os.ftruncate(descriptor, size)
     if hasattr(os, "posix_fallocate") and size:
         try:
             os.posix_fallocate(descriptor, 0, size)
         except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # the file system cannot reserve space
                 raise
 
 
@@ -60,11 +62,11 @@ def sync(path: Path) -> None:
 
 
 def write_atomically(path: Path, content: bytes | Callable[[Path], object], *, durable: bool = False) -> None:
-    """Write a file under another name, then rename it. A reader never sees a part of it; of several writers one wins.
+    """Write a temporary file, then rename it. A reader never sees a partial file; one of several writers wins.
 
     Args:
-        path: of the file.
-        content: the bytes, or a function that writes them to the path that it gets.
+        path: path of the file.
+        content: the bytes, or a function that writes them to a given path.
         durable: force the file and its folder to the disk.
     """
     part = path.with_name(f"{path.name}.{os.getpid()}.part")

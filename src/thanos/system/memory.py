@@ -1,4 +1,4 @@
-"""Seconds and peak memory of each phase of a run, and what memory is free."""
+"""Memory of the host and of CUDA devices: in use, peak and free."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 _STATUS_BYTES = 1 << 14
-"""More than the kernel's status file of a process ever holds, so that one read is enough."""
+"""Bytes of one read. The kernel's status file of a process is always smaller, so one read is enough."""
 
 
 _MEMINFO, _CGROUP, _CGROUPS = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 class Memory(NamedTuple):
-    """Bytes in use by this process now, and its peaks; None for the device without a CUDA device."""
+    """Bytes that this process uses now, and its peaks. Without a CUDA device, the device's values are None."""
 
     host_bytes: int
     host_peak_bytes: int
@@ -44,7 +44,7 @@ def host_peak_bytes() -> int:
 
 
 def host_bytes() -> int:
-    """Return this process's resident memory now, in bytes; its peak if the system does not give the present value."""
+    """Return this process's resident memory now, in bytes; its peak if the system does not report the current value."""
     return host_memory()[0]
 
 
@@ -60,9 +60,8 @@ def host_memory() -> tuple[int, int]:
 def _status() -> dict[bytes, int]:
     """Return the kernel's fields on this process's memory, in bytes; empty if the system has none."""
     try:
-        descriptor = os.open(
-            _STATUS, os.O_RDONLY | os.O_CLOEXEC
-        )  # without a file object, which makes twice the system calls
+        # A file object would make twice the system calls.
+        descriptor = os.open(_STATUS, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return {}
     try:
@@ -74,29 +73,30 @@ def _status() -> dict[bytes, int]:
 
 
 def device_memory(device: torch.device) -> tuple[int, int]:
-    """Return the memory allocated on a CUDA device now, and the peak since that was reset, in bytes."""
+    """Return the memory allocated on a CUDA device now, and the peak since its last reset, in bytes."""
     # memory_allocated and max_memory_allocated would each flatten and sort all statistics for one value.
     counted = torch.cuda.memory_stats_as_nested_dict(device).get("allocated_bytes", {}).get("all", {})
     return counted.get("current", 0), counted.get("peak", 0)
 
 
 def free_device_bytes(device: torch.device) -> int:
-    """Return the bytes that a CUDA device can still give to this process: unused, or kept by torch for reuse."""
+    """Return the bytes that this process can still allocate on a CUDA device: unused, or cached by torch for reuse."""
     reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + reusable
 
 
 def free_host_bytes() -> int:
-    """Return the bytes of host memory that this process can still use: the least of the system's and its control groups'."""
+    """Return the bytes of host memory that this process can still use: the least that the system or a control group allows."""
     found = [_meminfo("MemAvailable"), *(_group_free(folder) for folder in _control_groups())]
     known = [value for value in found if value is not None]
     if known:
         return max(0, min(known))
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # macOS: the exact value needs another package
+    # macOS: all physical memory; the exact value needs another package.
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def give_back() -> None:
-    """Return the heap's free pages to the system, if the C library can. Otherwise fragments grow from block to block."""
+    """Return the heap's free pages to the system, if the C library can. Without this, fragmentation grows with each block."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
@@ -121,7 +121,7 @@ def _control_groups() -> list[Path]:
     found = []
     for line in lines:
         _, controllers, name = line.split(":", 2)
-        if controllers in ("", "memory"):
+        if controllers in ("", "memory"):  # version 2 of control groups, version 1
             root = _CGROUPS / controllers
             folder = root / name.lstrip("/")
             found += [path for path in (folder, *folder.parents) if path == root or root in path.parents]
@@ -129,7 +129,11 @@ def _control_groups() -> list[Path]:
 
 
 def _group_free(folder: Path) -> int | None:
-    """Return the bytes that a control group still allows. Its page cache counts as free, since the kernel drops it first."""
+    """Return the bytes that a control group still allows; None if it sets no limit, or none that can be read.
+
+    The inactive page cache counts as free, since the kernel drops it first.
+    """
+    # The files of version 2 of control groups, then those of version 1.
     for limit, usage in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
         try:
             allowed = (folder / limit).read_text().strip()

@@ -13,13 +13,14 @@ from thanos.system.memory import Memory, device_memory, host_memory, host_peak_b
 
 
 class PhaseMeter:
-    """Sums seconds and takes the peak of memory for each phase. A phase may be entered many times, but not nested.
+    """Measures the total seconds and the memory peak of each phase. A phase may be entered many times, but not nested.
 
-    On Linux the kernel's peak of resident memory is reset at the start of a phase. If it cannot be reset, a phase's host
-    peak is the process's peak so far.
+    On Linux the kernel's peak of resident memory is reset at the start of a phase. If it cannot be reset, the host peak of a
+    phase is the process's peak so far.
 
     Args:
-        device: a CUDA device is synchronised at the start and end of a phase, so that its work counts there.
+        device: device of the run. A CUDA device is synchronised at the start and end of a phase, so that its work counts
+            for that phase.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -30,7 +31,7 @@ class PhaseMeter:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count the seconds and the memory of the body for a phase."""
+        """Measure the seconds and the memory peak of the body, and count them for a phase."""
         reset_host_peak()
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
@@ -46,7 +47,7 @@ class PhaseMeter:
             self._host[name] = max(self._host.get(name, 0), host_peak_bytes())
 
     def memory(self) -> Memory:
-        """Return host and device memory now, and the peaks so far. Without a CUDA device, the device's values are None."""
+        """Return host and device memory now, and the peaks so far, over all phases."""
         host, host_peak = host_memory()
         host_peak = max([host_peak, *self._host.values()])
         if self._device.type != "cuda":
@@ -55,7 +56,7 @@ class PhaseMeter:
         return Memory(host, host_peak, device, max([device_peak, *self._on_device.values()]))
 
     def add(self, records: Mapping[str, PhaseRecord]) -> None:
-        """Add the records of an earlier part of the run."""
+        """Add the records of an earlier part of the run, before it was resumed."""
         for name, record in records.items():
             self._seconds[name] = self._seconds.get(name, 0.0) + record.seconds
             self._host[name] = max(self._host.get(name, 0), record.host_peak_bytes)
@@ -74,7 +75,7 @@ class PhaseMeter:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PhaseRecord:
-    """Seconds, and peaks of memory in bytes, of one phase; no device peak without a CUDA device."""
+    """Seconds and memory peaks, in bytes, of one phase. Without a CUDA device, the device's peak is None."""
 
     seconds: float
     host_peak_bytes: int

@@ -1,6 +1,6 @@
 """Copies between host and device through pinned memory, at the bus's full speed, and without blocking other streams.
 
-A copy from or to pageable memory reaches a fraction of that speed, and the driver blocks all other work meanwhile.
+A copy from or to pageable memory reaches a fraction of that speed, and the driver blocks all other work until it ends.
 """
 
 from __future__ import annotations
@@ -12,31 +12,32 @@ import torch
 from torch import Tensor
 
 BUFFER_BYTES = 16 << 20
-"""Bytes of each of the two buffers. Copying one takes milliseconds, so the microseconds that start a copy do not count."""
+"""Bytes of each of the two buffers. A copy takes milliseconds, so the microseconds of its launch do not matter."""
 
 STAGING_BYTES = 2 * BUFFER_BYTES
 """Bytes of pinned host memory that one :class:`Staging` holds."""
 
 
 class Staging:
-    """Two pinned buffers, allocated at their first use. While one is copied, the other is filled or emptied.
+    """Two pinned buffers, allocated at their first use. While one is copied over the bus, the host fills or empties the other.
 
     Copies run on the device's current stream. Only one thread may use an instance at a time.
 
     Args:
-        device: the other end of the copies. For the CPU the buffers are not pinned.
-        buffer_bytes: size of a buffer, a multiple of eight.
+        device: device that the copies go to or come from. For the CPU the buffers are not pinned.
+        buffer_bytes: bytes of each buffer, a multiple of eight.
     """
 
     def __init__(self, device: torch.device, buffer_bytes: int = BUFFER_BYTES) -> None:
         self._device, self._size = device, buffer_bytes
         self._buffers: list[Tensor] = []
-        self._ended: list[Any] = [None, None]  # CUDA events: the last copy from or to each buffer
+        self._ended: list[Any] = [None, None]  # CUDA events: end of each buffer's last copy
         self._turns = cycle((0, 1))
 
     def fetch(self, tensor: Tensor) -> Tensor:
-        """Return a contiguous copy on the host. The copy has ended."""
+        """Return a contiguous copy on the host. Waits until the copy has ended."""
         result = torch.empty(tensor.shape, dtype=tensor.dtype)
+        # The chunk that the device is copying. It is taken from its buffer after the next copy has been launched.
         coming: tuple[int, Tensor, Tensor] | None = None
         for source, target in zip(self._chunks(tensor), self._chunks(result), strict=True):
             turn, buffer = self._next(source)
@@ -50,7 +51,7 @@ class Staging:
         return result
 
     def fill(self, destination: Tensor, values: Tensor) -> None:
-        """Begin to copy values from the host to the device, both flat. Call :meth:`wait` before you use the destination."""
+        """Start to copy values from the host to the device, both flat. Call :meth:`wait` before you use the destination."""
         for target, source in zip(self._chunks(destination), values.split(self._count(destination)), strict=True):
             turn, buffer = self._next(target)
             buffer.copy_(source)
@@ -69,9 +70,12 @@ class Staging:
         return tensor.reshape(-1).split(self._count(tensor))
 
     def _next(self, like: Tensor) -> tuple[int, Tensor]:
-        """Return the next buffer as a tensor of the same length and dtype, once its last copy has ended."""
+        """Wait until the last copy of the next buffer has ended; return its index and a view of it.
+
+        The view is flat, and has the bytes and the dtype of ``like``.
+        """
         if not self._buffers:
-            with torch.inference_mode(False):  # made in that mode, it could not be written to outside
+            with torch.inference_mode(False):  # an inference tensor is read-only outside that mode
                 pinned = self._device.type == "cuda"
                 self._buffers = [torch.empty(self._size, dtype=torch.uint8, pin_memory=pinned) for _ in range(2)]
         turn = next(self._turns)

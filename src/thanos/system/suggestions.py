@@ -1,4 +1,4 @@
-"""Suggest what a user may have meant by a value that is not allowed, as the end of an error's line."""
+"""Hints at the end of an error message: what a user may have meant by a value that is not allowed."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _PLACES = {"device": ("gpu", "cuda", "vram"), "host": ("cpu", "ram", "memory"), 
 
 
 def near(given: Any, allowed: Iterable[str], others: Mapping[str, Iterable[str]] | None = None) -> str:
-    """Return `` (did you mean …?)`` for a name that is like an allowed one, else an empty string.
+    """Return `` (did you mean …?)`` if a value resembles an allowed name, else an empty string.
 
     Args:
         given: the value that is not allowed.
-        allowed: the names that are allowed.
-        others: allowed name → other names for it.
+        allowed: the allowed names.
+        others: allowed name → its synonyms.
     """
     if not isinstance(given, str):
         return ""
@@ -41,7 +41,7 @@ def near(given: Any, allowed: Iterable[str], others: Mapping[str, Iterable[str]]
 
 
 def near_dtype(given: Any, allowed: Iterable[str]) -> str:
-    """Return the hint for a dtype. Torch and other libraries have other names for some."""
+    """Return the hint for a dtype. Names that torch and other libraries use are recognised too."""
     return near(str(given).removeprefix("torch."), allowed, _DTYPES)
 
 
@@ -57,7 +57,7 @@ def near_device(given: str) -> str:
 
 
 def near_place(given: str, allowed: Iterable[str]) -> str:
-    """Return the hint for a place of the hidden states."""
+    """Return the hint for the storage tier of the hidden states."""
     return near(given, allowed, _PLACES)
 
 
@@ -65,9 +65,9 @@ def near_pattern(given: Any, plain: str, others: Mapping[str, Iterable[str]]) ->
     """Return the hint for a sparsity pattern.
 
     Args:
-        given: what came.
-        plain: the pattern for which a fraction is meant.
-        others: pattern → other names by which it is known.
+        given: the value that is not allowed.
+        plain: the pattern to suggest, with a sparsity, if the value is a fraction or a percentage.
+        others: pattern → its synonyms.
     """
     if not isinstance(given, str):
         return ""
@@ -82,13 +82,13 @@ def near_pattern(given: Any, plain: str, others: Mapping[str, Iterable[str]]) ->
 
 
 def near_number(given: Any, *, share: bool) -> str:
-    """Return the hint for a number, or for a share if ``share``: a percentage, a decimal comma, a number in quotes."""
+    """Return the hint for a percentage, a decimal comma or a number in quotes; with ``share``, for a fraction in [0, 1)."""
     number = meant_share(given) if share else _number(given)
     return "" if number is None or number == given else _asked(f"{number:g}")
 
 
 def near_whole(given: Any) -> str:
-    """Return the hint for a whole number: for ``1e3``, ``128.0``, ``1,000`` and ``"128"``."""
+    """Return the hint for a whole number in another form: ``1e3``, ``128.0``, ``1,000`` or ``"128"``."""
     text = re.sub(r"(?<=[0-9])[,_ ](?=[0-9]{3}\b)", "", given.strip()) if isinstance(given, str) else given
     number = _number(text)
     if number is None or isinstance(given, int) or number != int(number) or number < 1:
@@ -97,12 +97,13 @@ def near_whole(given: Any) -> str:
 
 
 def meant_share(given: Any) -> float | None:
-    """Return the share below 1 that a percentage or a text means; None if it means none."""
+    """Return the fraction in [0, 1) that a value means: 0.5 for ``50``, ``"50%"`` or ``"0,5"``. None if it means none."""
     number = _number(given)
     if number is None:
         return None
     percent = isinstance(given, str) and given.strip().endswith("%")
     if not percent and 1 < number < 100:
+        # 12 digits remove the rounding error of the division.
         number = float(f"{number / 100:.12g}")
     return number if 0 <= number < 1 else None
 

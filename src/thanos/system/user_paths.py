@@ -1,4 +1,4 @@
-"""Names of models and folders as users give them: text or a path, in which ``~`` is expanded."""
+"""Names of models and folders as users give them: text or a path object. A leading ``~`` is expanded."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def model_name(model: Any, what: str = "MODEL") -> str:
 
     Args:
         model: a hub name, or a path as text or as an object.
-        what: how the message calls it.
+        what: name of the argument in the error message.
 
     Raises:
-        ModelError: it is empty, or an object in memory.
+        ModelError: the name is empty, or ``model`` is neither text nor a path.
     """
     if isinstance(model, str | os.PathLike):
         text = os.fsdecode(model)
@@ -39,7 +39,7 @@ def output_path(out: Any) -> Path:
     """Return the path of an output folder.
 
     Raises:
-        UserError: it is empty, or no path.
+        UserError: ``out`` is empty, or is not a path.
     """
     if not isinstance(out, str | os.PathLike) or not os.fsdecode(out).strip():
         raise UserError(f"OUT must be the path of a folder; got {str(out)[:60]!r}")
@@ -47,9 +47,9 @@ def output_path(out: Any) -> Path:
 
 
 def expanded(path: str | Path) -> Path:
-    """Return a path in which a leading ``~`` is the home folder, unless a file of that name exists."""
+    """Return a path with the home folder for a leading ``~``, unless a file of the literal name exists."""
     path = Path(path)
     try:
         return path if path.exists() else path.expanduser()
-    except (RuntimeError, OSError):  # no such user, or too long a name: whatever opens the path raises the error
+    except (RuntimeError, OSError):  # no such user, or the name is too long: opening the path raises the error
         return path
