@@ -140,8 +140,9 @@ class RowSolver:
         last: bool,
     ) -> Tensor | None:
         """Return the indices of the rows that are not solved; None if more steps should be tried first."""
-        # "not <=" rather than ">", so that a row with NaN counts as unsolved.
+        # "not <=" instead of ">", so that a row with NaN counts as unsolved.
         waiting = ~(squares <= limit)
+        # The true residual costs a product: the CPU checks the recurrence first; a GPU reads both in one synchronisation.
         if rhs.device.type == "cpu" and not last and bool(self.row_shards.sum_(waiting.sum())):
             return None
         true = _squares(only(x @ gram, mask).sub_(rhs))

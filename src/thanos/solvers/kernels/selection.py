@@ -6,7 +6,7 @@ kernels, and for the tensors that kernels can process.
 """
 
 # pyright: reportInvalidTypeForm=false
-# Triton needs ``tl.constexpr`` in a signature; without Triton the type checker sees ``tl`` as a variable, not a module.
+# Triton needs ``tl.constexpr`` in a signature; without Triton the type checker treats ``tl`` as a variable, not a module.
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ The kernels for selection are in :mod:`thanos.solvers.kernels.selection`.
 """
 
 # pyright: reportInvalidTypeForm=false
-# Triton needs ``tl.constexpr`` in a signature; without Triton the type checker sees ``tl`` as a variable, not a module.
+# Triton needs ``tl.constexpr`` in a signature; without Triton the type checker treats ``tl`` as a variable, not a module.
 
 from __future__ import annotations
 
