@@ -71,7 +71,6 @@ def relative_errors_and_zeros(
     if inputs.empty:
         return [None] * len(changes), zeros
     if norm > 0:
-        return [
-            0.0 if -1e-6 < fraction < 0 else fraction for fraction in fractions
-        ], zeros  # a tiny negative is rounding
+        # A tiny negative value is rounding.
+        return [0.0 if -1e-6 < fraction < 0 else fraction for fraction in fractions], zeros
     return [None if change > 0 else 0.0 for change in norms], zeros

@@ -4,9 +4,9 @@ The rows of a weight are independent, with one exception: the selection of the k
 integer counts decide it, and an integer sum does not depend on the order of its terms. So all processes together select
 exactly the mask that one process would select. Earlier ranks hold earlier rows.
 
-Everything else about a row is computed from that row alone, by products of rows with another matrix. On the CPU, the library's
-product was measured to give a row the same bits whichever other rows are multiplied with it. So with equal statistics the
-weights, too, equal those of one process.
+Everything else about a row is computed from that row alone, by products of rows with another matrix. On the CPU, products
+were measured to give a row the same bits whichever other rows are multiplied with it (see :data:`ROW_UNIT`). So with equal
+statistics the weights, too, equal those of one process.
 """
 
 from __future__ import annotations

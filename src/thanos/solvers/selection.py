@@ -43,7 +43,7 @@ def smallest_mask(scores: Tensor, count: int | Tensor, row_shards: RowShards = A
     """
     if row_shards.size == 1 and scores.device.type == "cpu":
         return _smallest_on_cpu(scores, int(count))
-    if kernels.usable(scores):  # also without rows: all processes must add up the same histograms
+    if kernels.usable(scores):  # also without rows: every process must join the same sums
         lines = scores[None] if scores.dim() == 1 else scores.flatten(0, -2).contiguous()
         total = row_shards.sum_(_count(scores.numel(), scores))
         return KernelSearch(row_shards).smallest(lines, None, None, _bounded(count, total)).view(scores.shape)
