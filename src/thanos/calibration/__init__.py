@@ -1,1 +1,1 @@
-"""Calibration: sources of text, windows of token ids, statistics of the layers' inputs."""
+"""Calibration: sources of text, windows of token ids, and statistics of the layers' inputs."""

@@ -1,7 +1,7 @@
-"""Sums over tokens of what the solvers need to know about a layer's inputs X, (a, b).
+"""Accumulators: sums over tokens of the statistics of a layer's inputs X, (a, b).
 
-They add up over batches and over processes. A sum over two streams, such as the X*ᵀX̂ of the dense model and the pruned one, is
-one more accumulator, whose ``add`` gets the rows of both.
+The sums of batches and of processes add up. A sum over two streams, such as X*ᵀX̂ of the dense model's inputs and the pruned
+model's, would be another accumulator, whose ``add`` receives the rows of both.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from torch import Tensor
 from thanos.solvers.precision import full_float32
 
 _GRAM_ROWS = {"cpu": 256, "cuda": 2048}
-"""Rows of XᵀX multiplied at once: what lies below them follows from symmetry, so that about half of a wide matrix is
-multiplied; narrower panels would make the products slow."""
+"""Rows of XᵀX multiplied at once, by device type. The part below the diagonal follows from symmetry, so only about half of a
+wide matrix is multiplied. Narrower panels would make the products slow."""
 
 
 class Accumulator(Protocol):
     """A sum over tokens.
 
     Attributes:
-        sums: what adds up over tokens and over processes, on the device of the inputs.
-        tokens: rows of X so far.
+        sums: the sums over tokens, on the device of the inputs; those of several processes may be added.
+        tokens: number of rows of X so far.
     """
 
     sums: Tensor
@@ -48,7 +48,7 @@ class Gram:
 
     @classmethod
     def empty(cls, columns: int, device: torch.device) -> Gram:
-        """Return that of no tokens."""
+        """Return the sum over no tokens."""
         return cls(torch.zeros(columns, columns, dtype=torch.float32, device=device))
 
     def add(self, rows: Tensor) -> None:
@@ -63,12 +63,11 @@ class Gram:
 
 @dataclass(slots=True)
 class SquaredNorms:
-    """The diagonal of XᵀX, with the bits that :class:`Gram` gives it.
+    """The diagonal of XᵀX, with the same bits as in :class:`Gram`.
 
-    A sum of squares would be cheaper, but it rounds otherwise, and a weight whose score lies at the threshold would fall on the
-    other side of it. So the blocks on the diagonal of XᵀX are multiplied, as wide as the panels of :func:`add_gram`: on the CPU
-    an entry was measured to have the same bits however many columns are multiplied with it, on an H100 in 16 bits too; see
-    :meth:`suits`.
+    A sum of squares would be cheaper but rounds differently: a score at the threshold would move to the other side of it.
+    So the diagonal blocks of XᵀX are multiplied, as wide as the panels of :func:`add_gram`. On the CPU an entry was measured
+    to have the same bits however many columns are multiplied with it; with 16-bit inputs also on an H100. See :meth:`suits`.
 
     ``sums`` is (blocks, width, width) float32.
     """
@@ -79,16 +78,16 @@ class SquaredNorms:
 
     @classmethod
     def empty(cls, columns: int, device: torch.device) -> SquaredNorms:
-        """Return those of no tokens."""
+        """Return the sums over no tokens."""
         width = min(columns, _GRAM_ROWS.get(device.type, _GRAM_ROWS["cpu"]))
         blocks = -(-columns // max(1, width))
         return cls(torch.zeros(blocks, width, width, dtype=torch.float32, device=device), columns)
 
     @staticmethod
     def suits(columns: int, dtype: torch.dtype, device: torch.device) -> bool:
-        """Tell whether this costs less than XᵀX for inputs of so many columns and a dtype, and has the bits of its diagonal.
+        """Return whether this accumulator costs less than XᵀX and has the bits of its diagonal.
 
-        In float32 on CUDA another width may mean another kernel, which adds up in another order.
+        It does not for float32 on CUDA: another width may select another kernel, with another summation order.
         """
         width = _GRAM_ROWS.get(device.type, _GRAM_ROWS["cpu"])
         return columns >= 2 * width and (device.type != "cuda" or dtype.itemsize < 4)
@@ -107,9 +106,10 @@ class SquaredNorms:
 
 
 def add_gram(hessian: Tensor, rows: Tensor) -> None:
-    """Add XᵀX to ``hessian`` (b, b) float32, symmetric, for X = rows (T, b) of any dtype, products exact in float32."""
+    """Add XᵀX to ``hessian`` (b, b) float32, symmetric; X is ``rows`` (T, b) of any dtype. Products are exact in float32."""
     rows = _multiplicable(rows)
     panel = _GRAM_ROWS.get(rows.device.type, _GRAM_ROWS["cpu"])
+    # Multiply each panel from its diagonal block to the right; mirror the rest below.
     for start in range(0, hessian.shape[0], panel):
         stop = start + panel
         _add_product(hessian[start:stop, start:], rows[:, start:stop].T, rows[:, start:])
@@ -117,7 +117,7 @@ def add_gram(hessian: Tensor, rows: Tensor) -> None:
 
 
 def _multiplicable(rows: Tensor) -> Tensor:
-    """Return rows in a dtype whose products are exact in float32: as they are if 16 bits wide on CUDA, else in float32."""
+    """Return rows in a dtype whose products are exact in float32: unchanged if 16 bits wide on CUDA, else float32."""
     return rows if _is_sixteen_bit(rows) else rows.to(torch.float32)
 
 
@@ -126,9 +126,9 @@ def _is_sixteen_bit(rows: Tensor) -> bool:
 
 
 def _add_product(sums: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add left @ right to ``sums``, float32."""
+    """Add left @ right to ``sums``, float32, in place."""
     if _is_sixteen_bit(right):
-        # 16-bit products are exact in float32: the tensor cores add them up there, into the sums, without a copy of X.
+        # 16-bit products are exact in float32. The tensor cores sum them in float32, into ``sums``, without a copy of X.
         torch.addmm(sums, left, right, out_dtype=torch.float32, out=sums)
     else:
         with full_float32():

@@ -1,11 +1,11 @@
-"""Statistics of layer inputs, gathered while a block runs, once for each distinct input.
+"""Statistics of layer inputs, accumulated while a block runs, once for each distinct input.
 
-Layers that are handed the very same tensor (q, k and v; gate and up) share them. What is gathered follows from what the layers'
-methods need to know (:class:`Need`):
+Layers that receive the same tensor object (q, k and v; gate and up) share its statistics. The needs of the layers' methods
+(:class:`Need`) decide which statistics are accumulated:
 
     need      over all tokens     over a sample of sequences, for the errors in the records
     GRAM      XᵀX
-    NORMS     squared norms       XᵀX     (where that is cheaper than XᵀX over all tokens)
+    NORMS     squared norms       XᵀX     (if this is cheaper than XᵀX over all tokens)
     NOTHING                       XᵀX
 
 The sums are accumulators (:mod:`thanos.calibration.accumulators`).
@@ -31,11 +31,11 @@ from thanos.recipe import LayerRecipe
 from thanos.registry import Needs
 
 _STATISTICS_BYTES = {"cpu": 4 << 30, "cuda": 16 << 30}
-"""Hessians held at once. A block of many experts needs more, and is run once for each part of them instead."""
+"""Bytes of Hessians held at once, by device type. A block with many experts needs more: it runs once for each part of them."""
 
 
 class Need(IntEnum):
-    """What has to be known about a layer's inputs X, (a, b); each includes those before it."""
+    """The statistics that a method needs of a layer's inputs X, (a, b); each need includes those before it."""
 
     NOTHING = 0
     NORMS = 1
@@ -45,21 +45,21 @@ class Need(IntEnum):
 
 
 _OF_METHOD = {Needs.NOTHING: Need.NOTHING, Needs.NORMS: Need.NORMS}
-"""What a method needs, as the registry says it, by what is gathered; the factor is made of XᵀX."""
+"""The statistics for a method's needs in the registry. All other needs require XᵀX: the factor is computed from it."""
 
 
 def need_of(settings: LayerRecipe) -> Need:
-    """Return what has to be known about the inputs of a layer to prune it."""
-    if settings.outlier_rows > 0:  # chosen by their squared output norms, the diagonal of W XᵀX Wᵀ
+    """Return the statistics that are needed of a layer's inputs to prune it."""
+    if settings.outlier_rows > 0:  # they are chosen by squared output norms, the diagonal of W XᵀX Wᵀ
         return Need.GRAM
     return _OF_METHOD.get(registry.method(settings.method).needs, Need.GRAM)
 
 
 def need_of_all(settings: Iterable[LayerRecipe], measure_error: bool | None) -> Need:
-    """Return what is gathered over all tokens for layers that are observed together.
+    """Return the statistics to accumulate over all tokens for layers that are observed together.
 
     Args:
-        settings: of the layers.
+        settings: the settings of each layer.
         measure_error: see :class:`~thanos.recipe.Recipe`.
     """
     return Need.GRAM if measure_error else max(map(need_of, settings), default=Need.NOTHING)
@@ -67,13 +67,14 @@ def need_of_all(settings: Iterable[LayerRecipe], measure_error: bool | None) -> 
 
 @dataclass(slots=True)
 class InputGroup:
-    """The layers that read one input, and its statistics.
+    """The layers that read one input, and the statistics of this input.
 
     Attributes:
-        layers: in the order in which the block calls them.
+        layers: the layers, in the order in which the block calls them.
         whole: statistics over all tokens.
         sample: statistics over the tokens of a sample of sequences.
-        tokens: rows of X so far.
+        tokens: number of rows of X so far.
+        current: weak reference to the input tensor added last; a layer that receives this tensor next joins the group.
     """
 
     layers: list[LinearLayer]
@@ -84,31 +85,31 @@ class InputGroup:
 
     @property
     def accumulators(self) -> tuple[Accumulator, ...]:
-        """All statistics."""
+        """All statistics: those over all tokens, then those over the sample."""
         return *self.whole, *self.sample
 
     @property
     def gram(self) -> Gram | None:
-        """XᵀX, over all tokens or the sample's; None where it is not gathered."""
+        """XᵀX over all tokens or over the sample; None if it is not accumulated."""
         return next((one for one in self.accumulators if isinstance(one, Gram)), None)
 
     @property
     def norms(self) -> SquaredNorms | None:
-        """The squared norms over all tokens; None where they are not gathered for themselves."""
+        """The squared norms over all tokens; None if no accumulator is for them alone."""
         return next((one for one in self.accumulators if isinstance(one, SquaredNorms)), None)
 
     @property
     def hessian(self) -> Tensor:
-        """XᵀX, (b, b) float32, where it is gathered."""
+        """XᵀX, (b, b) float32; only if it is accumulated."""
         assert self.gram is not None
         return self.gram.sums
 
     def reads(self, inputs: Tensor) -> bool:
-        """Whether these are the inputs that were added last: the very same tensor."""
+        """Return whether ``inputs`` is the tensor object that was added last."""
         return self.current is not None and self.current() is inputs
 
     def add(self, inputs: Tensor, *, sampling: bool = True) -> None:
-        """Add the tokens of ``inputs`` (..., b), to the statistics of the sample too while that is ``sampling``."""
+        """Add the tokens of ``inputs`` (..., b); if ``sampling``, also to the statistics of the sample."""
         rows = inputs.reshape(-1, inputs.shape[-1])
         for one in self.accumulators if sampling else self.whole:
             one.add(rows)
@@ -118,13 +119,13 @@ class InputGroup:
 def empty_group(
     layers: list[LinearLayer], device: torch.device, need: Need = Need.GRAM, *, sample: bool = True
 ) -> InputGroup:
-    """Return the statistics of layers that have seen nothing.
+    """Return a group of layers with statistics of no tokens.
 
     Args:
-        layers: that read one input.
-        device: of the inputs.
-        need: what is gathered over all tokens at least.
-        sample: also gather XᵀX over a sample, if it is not gathered over all tokens.
+        layers: the layers that read one input.
+        device: device of the inputs.
+        need: the least statistics to accumulate over all tokens.
+        sample: also accumulate XᵀX over a sample, unless it is accumulated over all tokens.
     """
     columns = layers[0].shape[1]
     dtype = layers[0].module.get_parameter("weight").dtype
@@ -135,10 +136,10 @@ def empty_group(
 
 
 def plan_passes(layers: Sequence[LinearLayer], budget: int) -> list[list[LinearLayer]]:
-    """Divide the layers of a block into runs whose Hessians fit into ``budget`` bytes together.
+    """Split the layers of a block into passes, each with Hessians of at most ``budget`` bytes.
 
-    What reads one input stays together, since layers of one module are never divided; a single module may exceed the
-    budget. Layers of one module and shape, such as an expert's gate and up, are taken to share their input.
+    The layers of one module stay in one pass, so that layers with the same input do. A single module may exceed the budget.
+    Layers of one module and shape, such as an expert's gate and up, are assumed to share their input.
     """
     modules: dict[str, list[LinearLayer]] = {}
     for layer in layers:
@@ -156,10 +157,11 @@ def plan_passes(layers: Sequence[LinearLayer], budget: int) -> list[list[LinearL
 
 
 class Gathered(list[InputGroup]):
-    """Groups of layers, one for each distinct input, in calling order; layers that are never called are in none.
+    """The groups of layers, one for each distinct input, in calling order. A layer that is never called is in no group.
 
     Attributes:
-        sampling: whether the statistics of the sample still grow. Whoever runs the block ends that, between two batches.
+        sampling: whether tokens are still added to the statistics of the sample. The caller that runs the block clears it
+            between two batches.
     """
 
     sampling: bool = True
@@ -167,7 +169,7 @@ class Gathered(list[InputGroup]):
 
 @contextmanager
 def gather(layers: Sequence[LinearLayer], need: Need = Need.GRAM, *, sample: bool = True) -> Iterator[Gathered]:
-    """While open, accumulate the inputs of ``layers``; see :func:`empty_group` for the other arguments."""
+    """While open, accumulate statistics of the inputs of ``layers``; see :func:`empty_group` for the other arguments."""
     groups = Gathered()
     group_of: dict[str, InputGroup] = {}
 
@@ -183,6 +185,7 @@ def gather(layers: Sequence[LinearLayer], need: Need = Need.GRAM, *, sample: boo
                 else:
                     group.layers.append(layer)
                 group_of[layer.name] = group
+            # The first layer of a group adds the input; the others only check that it is still the same tensor.
             if group.layers[0] is layer:
                 group.current = weakref.ref(inputs)
                 group.add(inputs, sampling=groups.sampling)
@@ -202,10 +205,10 @@ def gather(layers: Sequence[LinearLayer], need: Need = Need.GRAM, *, sample: boo
 
 
 def check_finite(groups: Sequence[InputGroup]) -> None:
-    """Refuse statistics that hold NaN or infinity; the device is asked once for all of them.
+    """Refuse statistics that hold NaN or infinity. One synchronisation with the device checks all of them.
 
     Raises:
-        NumericsError: names the first layer that reads the first such input.
+        NumericsError: a statistic is not finite. The message names the first layer that reads the first such input.
     """
     known = [(group, one) for group in groups for one in group.accumulators]
     if not known:
@@ -220,5 +223,5 @@ def check_finite(groups: Sequence[InputGroup]) -> None:
 
 
 def statistics_budget(device: torch.device) -> int:
-    """Return the bytes of Hessians that are held at once."""
+    """Return how many bytes of Hessians may be held at once on a device."""
     return _STATISTICS_BYTES.get(device.type, _STATISTICS_BYTES["cpu"])

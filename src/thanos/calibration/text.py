@@ -1,7 +1,7 @@
 """Sources of text: named data sets, local files, and the standard library's own documentation.
 
-Calibration and evaluation never share text: ``wikitext2`` and ``c4`` use different splits, ``pydoc`` disjoint topics. Local
-files (text_files.py) are used whole for whichever they are given.
+Calibration and evaluation never use the same text of a named source: ``wikitext2`` and ``c4`` have different splits, ``pydoc``
+has disjoint topics. A local file (text_files.py) is used whole, for either purpose.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _CALIBRATION = ", ".join(NAMED)
 _EVALUATION = ", ".join(name for name in NAMED if name != "self")
 
 _HALF_PAIR = re.compile("[\ud800-\udfff]")
-"""Half a surrogate pair, which JSON can escape and no encoding can write."""
+"""One half of a surrogate pair. JSON can escape it, but no encoding can write it."""
 
 _PYDOC_EVALUATION_EVERY = 3
 """Every third distinct topic is for evaluation."""
 
 _C4_EVALUATION_ROWS = 1100
-"""The field evaluates C4 on the first 1100 validation documents, joined by spaces (SparseGPT's and Wanda's data loaders)."""
+"""C4 is commonly evaluated on the first 1100 validation documents, joined by spaces (data loaders of SparseGPT and Wanda)."""
 
 
 def check_text_source(
@@ -43,12 +43,12 @@ def check_text_source(
     evaluation: bool = False,
     tokenizer: Callable[[], PreTrainedTokenizerBase] | None = None,
 ) -> None:
-    """Refuse a source that cannot be used, as far as a glance at its first rows tells; nothing is asked of the hub.
+    """Refuse a source that cannot be used. The check reads first rows only and does not query the hub.
 
     Args:
         source: as for :func:`calibration_documents`.
-        evaluation: whether the text is to be evaluated on.
-        tokenizer: gives the model's; it is asked where the first row is a chat, and None leaves that check out.
+        evaluation: whether the text is for evaluation.
+        tokenizer: returns the model's tokenizer; called only if the first row is a chat. None skips the check of the chat.
 
     Raises:
         DataError: the source is unknown, missing or empty, or the first row has no text or no chat template.
@@ -72,19 +72,19 @@ def check_text_source(
 def calibration_documents(
     source: str, tokenizer: PreTrainedTokenizerBase | None = None, on_note: Note | None = None
 ) -> list[str]:
-    """Return the documents of a source, rows without text left out.
+    """Return the documents of a source, without the rows that hold no text.
 
     Args:
         source: ``wikitext2``, ``c4``, ``pydoc`` or local files (text_files.py). ``wikitext2`` and a ``.txt`` file are one
-            document each; in the others a row is one.
-        tokenizer: whose chat template makes text of chats; None where there are none.
-        on_note: is told what a person should know, such as characters that were replaced.
+            document each; in the other sources each row is a document.
+        tokenizer: its chat template turns chats into text; None if the source has no chats.
+        on_note: called with each note for the user, for example on replaced characters.
 
     Raises:
         DataError: the source is unknown, missing, unreadable or empty.
     """
     if source == "wikitext2":
-        # A row is a paragraph or a heading: the field joins them to one text (SparseGPT's data loader).
+        # A row is a paragraph or a heading: join them into one text, as SparseGPT's data loader does.
         rows = ["\n\n".join(_hub_rows(source, "Salesforce/wikitext", name="wikitext-2-raw-v1", split="train"))]
     elif source == "c4":
         files = {"train": "en/c4-train.00000-of-01024.json.gz"}
@@ -102,12 +102,12 @@ def calibration_documents(
 def evaluation_rows(
     source: str, tokenizer: PreTrainedTokenizerBase | None = None, on_note: Note | None = None
 ) -> list[str]:
-    """Return the rows of a source, in order and with empty ones; evaluation joins them with a blank line.
+    """Return the rows of a source in order, empty rows included; evaluation joins them with a blank line.
 
     Args:
-        source: as for :func:`calibration_documents`, as are the other arguments.
-        tokenizer: likewise.
-        on_note: likewise.
+        source: as for :func:`calibration_documents`.
+        tokenizer: as there.
+        on_note: as there.
 
     Raises:
         DataError: the source is unknown, missing, unreadable or empty.
@@ -118,7 +118,7 @@ def evaluation_rows(
         rows = _hub_rows(source, "Salesforce/wikitext", name="wikitext-2-raw-v1", split="test")
     elif source == "c4":
         files = {"validation": "en/c4-validation.00000-of-00008.json.gz"}
-        # One row, joined by spaces, so that perplexities compare with those of the field's data loaders.
+        # One row, joined by spaces: perplexities are then comparable with those of the common data loaders.
         rows = [" ".join(_hub_rows(source, "allenai/c4", data_files=files, split="validation")[:_C4_EVALUATION_ROWS])]
     elif source == "pydoc":
         rows = _topics()[::_PYDOC_EVALUATION_EVERY]
@@ -130,7 +130,7 @@ def evaluation_rows(
 
 
 def _topics() -> list[str]:
-    """Return the distinct texts of the standard library's help topics, ordered by their first name."""
+    """Return the distinct texts of the standard library's help topics, in the order of each text's first name."""
     from pydoc_data.topics import topics
 
     return list(dict.fromkeys(text for _, text in sorted(topics.items())))
@@ -174,7 +174,7 @@ def _file_rows(source: str, allowed: str, tokenizer: PreTrainedTokenizerBase | N
 
 
 def _rendered(messages: list[dict[str, Any]], source: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
-    """Return a chat as text, without the BOS that a template may write where the tokenizer adds it in any case."""
+    """Return a chat as text. Remove a BOS that the template writes, if the tokenizer adds BOS to every text anyway."""
     if not getattr(tokenizer, "chat_template", None):
         raise DataError(
             f"{source} holds chats (lists of messages), but the tokenizer has no chat template; give rows with plain text, "
@@ -183,7 +183,7 @@ def _rendered(messages: list[dict[str, Any]], source: str, tokenizer: PreTrained
     assert tokenizer is not None
     try:
         text = str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except Exception as error:  # Jinja's own errors, and what a template raises by itself
+    except Exception as error:  # Jinja's own errors, and those that a template raises
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(
             f"{source} holds a chat that the tokenizer's chat template refuses ({line}); a message has role and content"
@@ -192,10 +192,12 @@ def _rendered(messages: list[dict[str, Any]], source: str, tokenizer: PreTrained
 
 
 def text_sha256(source: str) -> str | None:
-    """Return a hash of the files of a text source; None where it names none, such as a data set.
+    """Return a hash of the files of a text source; None if the source names no files, for example a data set.
+
+    For a single file this is the hash of its content.
 
     Args:
-        source: as for :func:`~thanos.calibration.text.calibration_documents`. Of one file it is the hash of its content.
+        source: as for :func:`~thanos.calibration.text.calibration_documents`.
     """
     try:
         files = [path for path, _ in find_files(source, "")]

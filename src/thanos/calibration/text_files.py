@@ -1,7 +1,7 @@
-"""Which local files a source of text names.
+"""The local files that a source of text names.
 
-A source is a file, a folder (the files in it with a known ending), a pattern such as ``data/*.jsonl``, or several of these
-with commas between. ``:NAME`` after a file or pattern names the column.
+A source is a file, a folder (its files with a known ending), a pattern such as ``data/*.jsonl``, or several of these,
+separated by commas. ``:NAME`` after a file or pattern names the column.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from thanos.errors import DataError
 from thanos.system.suggestions import near
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
-"""Endings of text files, in capitals or not."""
+"""Endings of text files, in upper or lower case."""
 
 _GLOB = frozenset("*?[")
 
 OTHER_NAMES = {"wikitext2": ("wiki", "wikitext", "Salesforce/wikitext"), "c4": ("allenai/c4", "c4-en")}
-"""Names by which the data sets are known elsewhere."""
+"""Other common names of the named data sets, for hints."""
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A file, folder or pattern of files, and the column that was named; None without one."""
+    """One part of a source: the path of a file, a folder or a pattern, and the named column; None if none is named."""
 
     path: str
     column: str | None = None
@@ -34,7 +34,10 @@ class Part:
 
 
 def split_source(source: str) -> list[Part]:
-    """Return the parts of a source by its wording alone; one part without a column where it is no list of files."""
+    """Return the parts of a source, from the text alone: the function does not read the disk.
+
+    If not every part looks like files, the source is not split at commas.
+    """
     pieces = [piece.strip() for piece in source.split(",")]
     parts = [_part(piece) for piece in pieces]
     return parts if all(_names_files(part.path) for part in parts) else [_part(source)]
@@ -50,21 +53,21 @@ def _names_files(path: str) -> bool:
 
 
 def find_files(source: str, allowed: str) -> list[tuple[Path, str | None]]:
-    """Return the files of a source with the column that is named for each.
+    """Return the files of a source, each with its column; the column is None if none is named.
 
     Args:
         source: the source.
-        allowed: what else could have been named, for the message.
+        allowed: the other valid sources, for the message.
 
     Raises:
-        DataError: the source names no files, or they are not there.
+        DataError: the source names no files, or they do not exist.
     """
     parts = [Part(source)] if exists(source) else split_source(source)
     return [(path, part.column) for part in parts for path in _files_of(part.path, allowed)]
 
 
 def exists(path: str) -> bool:
-    """Whether there is such a file or folder; what cannot be a name is none."""
+    """Return whether such a file or folder exists; False for text that cannot be a path."""
     try:
         return bool(path) and Path(path).exists()
     except (OSError, ValueError):
@@ -72,20 +75,20 @@ def exists(path: str) -> bool:
 
 
 def matching(pattern: str) -> list[Path]:
-    """Return the text files that a pattern matches, by name; ``**`` goes into folders."""
+    """Return the text files that a pattern matches, sorted by path; ``**`` matches subfolders."""
     if not _GLOB & set(pattern):
         return []
     path = Path(pattern)
     base = Path(path.anchor or ".")
     try:
         found = sorted(base.glob(str(path.relative_to(path.anchor))))
-    except ValueError:  # no pattern that pathlib knows, such as a**
+    except ValueError:  # pathlib refuses the pattern, for example a**
         return []
     return [each for each in found if _is_text(each)]
 
 
 def _is_text(path: Path) -> bool:
-    """Whether a file in a folder is meant: not a hidden one, nor one of another kind."""
+    """Return whether a path in a folder is a text file to read: not hidden, and with one of :data:`SUFFIXES`."""
     return path.name.lower().endswith(SUFFIXES) and not path.name.startswith(".") and path.is_file()
 
 
@@ -114,7 +117,7 @@ def _files_of(name: str, allowed: str) -> list[Path]:
 
 
 def _meant(name: str, allowed: str = "") -> str:
-    """Return the hint for a source that is not there: a data set, or a text file or folder where the source would be."""
+    """Return a hint for a source that does not exist: a data set, or a text file or folder in the same folder."""
     folder = Path(name).parent
     with suppress(OSError, ValueError):
         beside = folder.iterdir() if name and folder.is_dir() else ()

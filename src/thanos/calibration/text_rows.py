@@ -1,6 +1,6 @@
 """Rows of text in local files: plain text, JSON lines, JSON and parquet.
 
-Where no column is named it is ``text``, else ``messages`` (chats), else the only one that holds strings.
+If no column is named, the column is ``text``; else ``messages`` (chats); else the only column that holds strings.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ DEFAULT_COLUMN = "text"
 CHAT_COLUMN = "messages"
 
 Row = str | list[dict[str, Any]]
-"""A row's text; or its chat, a list of messages with ``role`` and ``content``."""
+"""A row: its text, or its chat, which is a list of messages with ``role`` and ``content``."""
 
 Note = Callable[[str], None]
-"""Is told what a person should know."""
+"""A function that is called with each note for the user."""
 
 
 def read_rows(path: Path, column: str | None, note: Note) -> Iterator[Row]:
-    """Yield the rows of a file in order, with half surrogate pairs as they are.
+    """Yield the rows of a file in order, without rows whose text is null. Half surrogate pairs stay as they are.
 
     Args:
-        path: of the file.
-        column: whose text to take; None for the usual ones.
-        note: is told where another column than the usual ones is taken, and how many rows have null for a text: they are
-            left out.
+        path: path of the file.
+        column: name of the column to read; None for the default ones, see the module.
+        note: called with a note if another column than the default ones is read, and with the number of rows whose text is
+            null, if there are any.
 
     Raises:
-        DataError: the file cannot be read, is damaged, or a row has no text and no null in its place.
+        DataError: the file cannot be read or is damaged, or a row has neither a text nor a null instead of it.
     """
     name, nulls = path.name.lower(), 0
     try:
@@ -119,7 +119,7 @@ def _parsed_lines(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, Any]]
 def _column_of(
     path: Path, unit: str, rows: Iterable[tuple[int, Any]], column: str | None, note: Note
 ) -> Iterator[Row | None]:
-    """Yield the column's values of numbered rows; the first row with a text decides the column where none is named."""
+    """Yield the column's value of each numbered row. If no column is named, the first row with a text decides it."""
     for number, row in rows:
         if column is None and isinstance(row, dict) and not _is_null(row):
             kinds = {name: kind for name, value in row.items() if (kind := _kind(value))}
@@ -135,7 +135,7 @@ def _column_of(
 
 
 def _is_null(row: dict[str, Any]) -> bool:
-    """Whether null stands where a row's text would be, so that the row cannot tell which column that is."""
+    """Return whether a row has null instead of a text. Such a row does not determine the column."""
     for usual in (DEFAULT_COLUMN, CHAT_COLUMN):
         if usual in row:
             return row[usual] is None
@@ -159,7 +159,7 @@ def _complaint(row: Any, column: str) -> str:
 
 
 def _choose(path: Path, kinds: dict[str, str], note: Note) -> str | None:
-    """Return the column to take where none is named; None where nothing tells."""
+    """Return the column to read if none is named; None if the columns do not determine it."""
     if kinds.get(DEFAULT_COLUMN):
         return DEFAULT_COLUMN
     if kinds.get(CHAT_COLUMN) == "chat":

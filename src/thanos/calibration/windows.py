@@ -1,4 +1,4 @@
-"""Calibration windows: token ids that the model is run on while it is pruned, with the rule that made them and a hash."""
+"""Calibration windows: the token ids on which the model runs while it is pruned, the rule that made them, and a hash."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ class Calibration:
     """Windows of token ids.
 
     Attributes:
-        ids: (samples, sequence_length) int64, on the CPU.
-        source: as the user named it.
-        rule: ``random-window``: a random document longer than the window, a random window in it, each document at most once
-            (the paper's rule); ``packed``: documents in order, joined by the end-of-text token, cut in order;
-            ``generated``: sampled from the dense model.
-        seed: of the draw.
+        ids: the token ids, (samples, sequence_length) int64, on the CPU.
+        source: the source of the text, as the user named it.
+        rule: how the windows were made. ``random-window`` (the paper's rule): a random window of a random document that is
+            longer than the window; each document is used at most once. ``packed``: documents in order, joined by the
+            end-of-text token and cut into windows in order. ``generated``: sampled from the dense model.
+        seed: seed of the random draw.
         documents: number of documents used.
-        bos: the beginning-of-text token with which each window begins, since the tokenizer begins texts so; None without.
+        bos: id of the beginning-of-text token (BOS) at the start of each window; None if the tokenizer adds none to texts.
     """
 
     ids: Tensor
@@ -55,16 +55,16 @@ class Calibration:
 
     @property
     def sha256(self) -> str:
-        """Hash of the shape and the ids (little-endian int64, row by row)."""
+        """SHA-256 of the shape and the ids (little-endian int64, row by row)."""
         digest = hashlib.sha256(repr(tuple(self.ids.shape)).encode())
         digest.update(self.ids.contiguous().numpy().astype("<i8").tobytes())
         return digest.hexdigest()
 
     def check_made_by(self, recipe: Recipe) -> None:
-        """Refuse windows other than those that a recipe would make.
+        """Refuse these windows if a recipe would make others.
 
         Raises:
-            DataError: source, shape or seed differ.
+            DataError: the source, the shape or the seed differs.
         """
         made = (self.source, *self.ids.shape, self.seed)
         asked = (recipe.calibration, recipe.samples, recipe.sequence_length, recipe.seed)
@@ -75,7 +75,7 @@ class Calibration:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what the report records."""
+        """Return the entries of the report."""
         samples, length = self.ids.shape
         return {
             "source": self.source,
@@ -104,21 +104,21 @@ def build_calibration(
 ) -> Calibration:
     """Make calibration windows from a source.
 
-    Documents are tried in random order; where enough are longer than the window, each gives one random window. Otherwise
-    documents are packed: in their own order for seed 0, in an order drawn from the seed for others; a single document is
-    cut from its beginning for seed 0, from a place drawn from the seed for others. Where the tokenizer begins texts with a
-    beginning-of-text token (BOS), that is the first token of each window, and the text fills the others.
+    If enough documents are longer than a window, each gives one random window; documents are tried in random order. Otherwise
+    documents are packed: in their own order for seed 0, in an order drawn from the seed for other seeds. A single document is
+    cut from its beginning for seed 0, from an offset drawn from the seed for other seeds. If the tokenizer begins texts with
+    a beginning-of-text token (BOS), BOS is the first token of each window, and the text fills the rest.
 
     Args:
         source: see :mod:`thanos.calibration.text`; ``self`` needs ``model``.
-        tokenizer: the model's; it tells whether windows begin with BOS, and its chat template makes text of chats.
+        tokenizer: the model's: it determines whether windows begin with BOS; its chat template turns chats into text.
         samples: number of windows.
-        sequence_length: tokens per window.
-        seed: of the draw; the global random state is neither read nor changed.
-        end_of_text_id: joins packed documents.
-        context_length: positions that the model knows; longer windows are refused.
-        model: the dense model, for ``self``.
-        on_event: is told about progress.
+        sequence_length: number of tokens in a window.
+        seed: seed of the random draw. The global random state is neither read nor changed.
+        end_of_text_id: id of the token that joins packed documents.
+        context_length: number of the model's positions; longer windows are refused. None for no limit.
+        model: the dense model, for source ``self``.
+        on_event: called with events: the progress, and notes.
 
     Raises:
         DataError: too little text, or a sequence longer than the model's positions.
@@ -134,14 +134,14 @@ def build_calibration(
     documents = calibration_documents(
         source, tokenizer, lambda line: tell(Event(kind="note", phase="calibration", message=line))
     )
-    length = sequence_length if bos is None else sequence_length - 1  # of the text in a window
+    length = sequence_length if bos is None else sequence_length - 1  # tokens of text in a window
     windows = _random_windows(documents, tokenizer, samples, length, seed, tell)
     if windows is not None:
         return Calibration(begin_windows(windows, bos), source, "random-window", seed, samples, bos)
     order, draw, needed = list(range(len(documents))), random.Random(seed), samples * length
     if seed:
         draw.shuffle(order)
-    if seed and len(order) == 1:  # nothing to shuffle, so the windows begin anywhere in it
+    if seed and len(order) == 1:  # nothing to shuffle: the seed draws the offset of the first window
         ids, used = without_bos(plain_ids(tokenizer, documents[0]), bos), 1
         begin = draw.randrange(max(1, len(ids) - needed + 1))
         ids = ids[begin : begin + needed]
@@ -153,17 +153,17 @@ def build_calibration(
 
 
 def begin_windows(text: Tensor, bos: int | None) -> Tensor:
-    """Return windows (n, T) int64 of text (n, T − 1) with a BOS before each; without one, the text as it is."""
+    """Return windows (n, T) int64: a BOS before each row of ``text`` (n, T − 1). If ``bos`` is None, return ``text``."""
     if bos is None:
         return text
     return torch.cat([torch.full((len(text), 1), bos), text], dim=1)
 
 
 def check_positions(sequence_length: int, context_length: int | None) -> None:
-    """Refuse windows beyond the positions that a model knows.
+    """Refuse windows that are longer than the number of a model's positions.
 
     Raises:
-        DataError: they are.
+        DataError: the windows are longer.
     """
     if context_length is not None and sequence_length > context_length:
         raise DataError(
@@ -180,9 +180,9 @@ def _random_windows(
     seed: int,
     tell: Callable[[Event], None],
 ) -> Tensor | None:
-    """Return windows by the paper's rule; None where fewer than ``samples`` documents are long enough."""
+    """Return windows by the paper's rule, (samples, length); None if fewer than ``samples`` documents are long enough."""
     draw, bos = random.Random(seed), added_bos(tokenizer)
-    # A token takes at least one byte, so most short documents need no tokenizer to be ruled out.
+    # A token takes at least one byte: this rules out most short documents without the tokenizer.
     order = [i for i, text in enumerate(documents) if len(text.encode()) > length]
     if len(order) < samples:
         return None
@@ -233,7 +233,7 @@ def _check_length(source: str, tokens: int, samples: int, sequence_length: int, 
 def _generate(
     model: PreTrainedModel, samples: int, length: int, seed: int, start: int, pad: int, tell: Callable[[Event], None]
 ) -> Tensor:
-    """Sample sequences from the model at temperature 1, each beginning with the token ``start``: BOS, else end-of-text."""
+    """Sample sequences from the model at temperature 1. Each begins with the token ``start``: BOS, else end-of-text."""
     batches = []
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.inference_mode():
@@ -268,10 +268,10 @@ def _generate(
 def calibrate(
     opened: OpenedModel, recipe: Recipe, device: torch.device, watch: Watcher, given: Calibration | None
 ) -> Calibration:
-    """Make the windows, or check those that are given.
+    """Make the windows, or check the windows ``given``.
 
     Raises:
-        DataError: the text does not suffice, or the windows are not the recipe's.
+        DataError: there is too little text, or the windows are not those of the recipe.
     """
     watch(Event(kind="phase", phase="calibration"))
     if given is not None:
@@ -284,13 +284,13 @@ def calibrate(
 
 
 def make_calibration(source: ModelSource, recipe: Recipe, device: torch.device, watch: Watcher) -> Calibration:
-    """Make the calibration windows that a recipe asks for, with a model's own tokenizer.
+    """Make the calibration windows of a recipe with a model's own tokenizer.
 
     Args:
-        source: the model.
-        recipe: source of the text, shape, seed and dtype.
-        device: where the model generates, for calibration ``self``.
-        watch: is told about progress.
+        source: the source of the model.
+        recipe: gives the source of the text, the shape of the windows, the seed and the dtype.
+        device: device on which the model generates, for calibration ``self``.
+        watch: called with events: the progress, and notes.
 
     Raises:
         DataError: see :func:`~thanos.calibration.windows.build_calibration`.
@@ -298,7 +298,7 @@ def make_calibration(source: ModelSource, recipe: Recipe, device: torch.device, 
     """
     tokenizer, config = source.tokenizer(), source.config()
     dense = load_model(source, dtype=recipe.dtype, device=device) if recipe.calibration == "self" else None
-    if dense is not None:  # it could draw no token from NaN
+    if dense is not None:  # with NaN in a parameter it cannot sample tokens
         for name, parameter in dense.named_parameters():
             count_zeros(name, parameter)
     return build_calibration(

@@ -1,6 +1,6 @@
-"""What the solvers need to know about a layer's inputs: the Hessian, damped and factorised once.
+"""Statistics of a layer's inputs: the Hessian, damped and factorised once.
 
-docs/math.md says why this factor, U with H⁻¹ = UᵀU, and how it follows from a Cholesky factor of the reversed Hessian.
+The factor is U with H⁻¹ = UᵀU. docs/math.md says why, and how U follows from a Cholesky factor of the reversed Hessian.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ from thanos.errors import NumericsError
 from thanos.solvers.precision import full_float32
 
 SMALLEST_RAISED_DAMPING = 1e-6
-"""Where raising starts when less was requested: about ten times float32's rounding, as a share of the mean diagonal."""
+"""Least damping after a raise, as a fraction of the mean diagonal: about ten times float32's rounding."""
 
 RESIDUAL = 1e-2
-"""How far U H Uᵀ may be from the identity before the factor is computed again in float64: losses are right to 1 %."""
+"""Largest allowed :func:`residual`, so that losses are right to 1 %. Above it the factor is computed again in float64."""
 
 _PANEL = 512
-"""Rows or columns handled together: wide enough for fast products, and memory that is little beside the matrix."""
+"""Rows or columns handled together: enough for fast products; the panel takes little memory compared with the matrix."""
 
 _SLAB = {"cpu": 256}
 _WIDE_SLAB = 2048
-"""Rows of the triangle multiplied at once: the zeros that are multiplied in vain stay few."""
+"""Rows of the triangle multiplied at once, by device type: few zeros are multiplied in vain."""
 
 
 @dataclass(frozen=True, slots=True)
 class Factor:
-    """A damped Hessian's factor.
+    """The factor of a damped Hessian.
 
     Attributes:
-        upper: U, (b, b), upper triangular, H_damped⁻¹ = UᵀU, where H_damped is scaled to a mean diagonal of 1.
-        damping: λ that was used.
-        reason: why λ differs from the requested one; empty if it does not.
+        upper: U, (b, b), upper triangular, with H_damped⁻¹ = UᵀU. H_damped is scaled to a mean diagonal of 1.
+        damping: λ, the damping that was used.
+        reason: why λ differs from the requested damping; empty if it does not.
     """
 
     upper: Tensor
@@ -44,23 +44,23 @@ class Factor:
 
 
 class InputStatistics:
-    """The Hessian of one distinct layer input, shared by all layers and methods that read it.
+    """The Hessian of one distinct layer input, shared by all layers and methods that read this input.
 
     Args:
-        hessian: XᵀX up to a positive factor, (b, b), symmetric. Not modified, unless handed over. None where the norms
-            alone are known.
-        dtype: of the computation, float32 or float64.
-        name: for messages.
-        squared_norms: the diagonal of XᵀX over all tokens, (b,), where ``hessian`` is that of some of them or None.
-        hand_over: the caller gives the Hessian away: where its dtype allows, it is scaled in place and becomes ``matrix``.
+        hessian: XᵀX up to a positive factor, (b, b), symmetric. It is not modified unless ``hand_over`` is set. None if only
+            the norms are known.
+        dtype: dtype of the computation, float32 or float64.
+        name: name of the layer, for messages.
+        squared_norms: the diagonal of XᵀX over all tokens, (b,). Pass it if ``hessian`` is None or covers only some tokens.
+        hand_over: the caller no longer needs ``hessian``. If its dtype allows, it is scaled in place and becomes ``matrix``.
 
     Attributes:
-        dtype: see above.
-        measures: whether ``matrix`` is known.
+        dtype: dtype of the computation.
+        measures: whether ``matrix`` is known, so that output errors can be measured.
         norms: √H_jj of the scaled Hessian, (b,): ‖X_j‖₂ up to a common factor.
-        dead: columns whose input was always zero, (b,) bool.
-        dead_columns: how many they are.
-        empty: no input at all: every column is dead.
+        dead: mask of the columns whose input was always zero, (b,) bool.
+        dead_columns: number of these columns.
+        empty: whether every column is dead: there was no input at all.
 
     Raises:
         NumericsError: the Hessian holds NaN or infinity, or a negative diagonal.
@@ -82,10 +82,10 @@ class InputStatistics:
         diagonal = squared_norms.to(torch.float64)
         self.dead = diagonal == 0
         scale, total, least, dead = 0.0, 0.0, 0.0, 0.0
-        if diagonal.numel():  # the device is asked once
+        if diagonal.numel():  # one synchronisation with the device
             facts = diagonal.mean(), summed.sum().to(torch.float64), diagonal.min(), self.dead.sum().to(torch.float64)
             scale, total, least, dead = torch.stack(facts).tolist()
-        # The sum of finite entries may overflow, but never turns NaN or infinity into a finite number.
+        # A finite sum proves that every entry is finite. A sum of finite entries may overflow: then look at each entry.
         if not (math.isfinite(total) or bool(torch.isfinite(summed).all())):
             raise NumericsError(
                 f"the inputs of {name} hold NaN or infinity (seen in its Hessian); "
@@ -105,19 +105,19 @@ class InputStatistics:
 
     @property
     def matrix(self) -> Tensor:
-        """The undamped Hessian divided by the mean squared norm, (b, b), in ``dtype``."""
+        """The undamped Hessian divided by the mean squared norm of the columns, (b, b), in ``dtype``."""
         assert self._matrix is not None, "the Hessian was not gathered"
         return self._matrix
 
     def condition(self, damping: float, steps: int = 12) -> float:
         """Estimate the condition number of the damped Hessian by power iteration on it and on its inverse UᵀU.
 
-        An estimate within a factor of about two, from below but for rounding; computed once.
+        The estimate is a lower bound, up to rounding, and within a factor of about two. It is computed once for each damping.
         """
         if damping not in self._conditions:
             upper, shift = self.factor(damping).upper, self.dead.to(self.matrix.dtype)[:, None]
             shift = shift + self.factor(damping).damping
-            # A fixed start that is orthogonal to nothing in particular, so that the estimate is reproducible.
+            # A fixed start vector makes the estimate reproducible. It has no reason to be orthogonal to an eigenvector.
             order = torch.arange(1, len(upper) + 1, device=upper.device, dtype=upper.dtype)
             smallest = largest = torch.cos(order)[:, None]
             low = high = torch.ones((), device=upper.device, dtype=upper.dtype)
@@ -127,11 +127,11 @@ class InputStatistics:
                     largest = self.matrix @ largest + shift * largest
                     low, high = smallest.norm(), largest.norm()
                     smallest, largest = smallest / low, largest / high
-            self._conditions[damping] = (low * high).item()  # the device is asked once
+            self._conditions[damping] = (low * high).item()  # one synchronisation
         return self._conditions[damping]
 
     def factor(self, damping: float) -> Factor:
-        """Return the factor for this damping; computed once."""
+        """Return the factor for this damping; it is computed once for each damping."""
         if damping not in self._factors:
             with full_float32():
                 self._factors[damping] = _factorize(self.matrix, self.dead, damping)
@@ -139,14 +139,14 @@ class InputStatistics:
 
 
 def factorize(hessian: Tensor, damping: float = 0.01) -> Factor:
-    """Damp and factorise XᵀX, (b, b), given up to a positive factor; see :class:`Factor`."""
+    """Damp and factorise a Hessian, (b, b), that is XᵀX up to a positive factor; see :class:`Factor`."""
     dtype = torch.float64 if hessian.dtype == torch.float64 else torch.float32
     return InputStatistics(hessian, dtype=dtype).factor(damping)
 
 
 def _scaled(hessian: Tensor, scale: float, dtype: torch.dtype, *, in_place: bool) -> Tensor:
-    """Return hessian / scale in ``dtype``; ``in_place`` allows to overwrite the argument."""
-    # float64 is divided before it is narrowed, or large entries would overflow; anything else after it is widened.
+    """Return hessian / scale in ``dtype``; ``in_place`` allows the function to overwrite ``hessian``."""
+    # Divide float64 before the conversion, since large entries would overflow in float32. Convert other dtypes first.
     result = hessian if hessian.dtype == torch.float64 else hessian.to(dtype)
     if result is hessian and not in_place:
         result = hessian.clone()
@@ -159,6 +159,7 @@ def _scaled(hessian: Tensor, scale: float, dtype: torch.dtype, *, in_place: bool
 
 
 def _factorize(matrix: Tensor, dead: Tensor, damping: float) -> Factor:
+    """Try the dtype of the matrix, then float64; raise the damping tenfold until a factor is good."""
     requested, tried = damping, []
     while True:
         for dtype in dict.fromkeys((matrix.dtype, torch.float64)):
@@ -166,7 +167,7 @@ def _factorize(matrix: Tensor, dead: Tensor, damping: float) -> Factor:
             if upper is not None and _is_good(matrix, dead, damping, upper):
                 reason = "" if not tried else f"not positive definite with damping {', '.join(f'{d:g}' for d in tried)}"
                 return Factor(upper.to(matrix.dtype), damping, reason)
-            del upper  # its memory is needed for the next attempt
+            del upper  # the next attempt needs its memory
         tried.append(damping)
         damping = max(damping * 10, SMALLEST_RAISED_DAMPING)
         if damping > 1e6 * max(requested, 1.0):
@@ -174,16 +175,20 @@ def _factorize(matrix: Tensor, dead: Tensor, damping: float) -> Factor:
 
 
 def _is_good(matrix: Tensor, dead: Tensor, damping: float, upper: Tensor) -> bool:
-    """Tell whether a factor is finite, and right as far as its dtype allows; NaN and infinity leave no finite residual."""
+    """Return whether a factor is good: finite in float64; with a residual of at most :data:`RESIDUAL` in float32.
+
+    NaN and infinity in the factor make the residual NaN or too large, so the float32 check refuses them too.
+    """
     if upper.dtype == torch.float64:
         return bool(torch.isfinite(upper.sum())) or bool(torch.isfinite(upper).all())
     return residual(matrix, dead, damping, upper) <= RESIDUAL
 
 
 def _upper_inverse_factor(matrix: Tensor, dead: Tensor, damping: float, dtype: torch.dtype) -> Tensor | None:
-    """Return U with (matrix + damping·I)⁻¹ = UᵀU, dead columns having 1 on the diagonal; None if not positive definite.
+    """Return U with (matrix + damping·I)⁻¹ = UᵀU; None if that matrix is not positive definite.
 
-    U is computed in the memory of one b × b matrix of ``dtype``, the only one allocated, and is column-major.
+    The diagonal of dead columns is raised by 1 first. The function allocates one b × b matrix of ``dtype``, computes U in
+    it, and returns U column-major.
     """
     size = matrix.shape[0]
     memory = torch.empty(size, size, dtype=dtype, device=matrix.device)
@@ -191,7 +196,7 @@ def _upper_inverse_factor(matrix: Tensor, dead: Tensor, damping: float, dtype: t
         stop = min(start + _PANEL, size)
         memory[start:stop] = matrix[size - stop : size - start].flip(0, 1)
     memory.diagonal().add_(dead.flip(0).to(dtype)).add_(damping)
-    lower = memory.mT  # the matrix is symmetric, and column-major is what LAPACK works on in place
+    lower = memory.mT  # symmetric, so the transpose is the same matrix; LAPACK works in place on column-major
     info = torch.zeros((), dtype=torch.int32, device=matrix.device)
     torch.linalg.cholesky_ex(lower, out=(lower, info))
     if info.item() != 0:
@@ -204,7 +209,8 @@ def _upper_inverse_factor(matrix: Tensor, dead: Tensor, damping: float, dtype: t
 def _invert_lower(lower: Tensor) -> None:
     """Invert a lower triangular matrix in place, from its last block of columns to its first (docs/math.md).
 
-    T, the part further down and right, is triangular too, so its rows are taken in slabs that leave out the zeros.
+    T, the inverse of the part further down and right, is triangular too. Its rows are multiplied in slabs without the zeros
+    on the right of each slab.
     """
     size, slab = lower.shape[0], _SLAB.get(lower.device.type, _WIDE_SLAB)
     identity = torch.eye(min(_PANEL, size), dtype=lower.dtype, device=lower.device)
@@ -221,7 +227,7 @@ def _invert_lower(lower: Tensor) -> None:
 
 
 def _reverse(memory: Tensor) -> None:
-    """Reverse the order of rows and of columns in place, swapping panels of rows from the ends inwards."""
+    """Reverse the order of rows and of columns in place: swap panels of rows from the ends inwards."""
     size = memory.shape[0]
     half = size // 2
     for start in range(0, half, _PANEL):
@@ -235,13 +241,16 @@ def _reverse(memory: Tensor) -> None:
 
 
 def residual(matrix: Tensor, dead: Tensor, damping: float, upper: Tensor) -> float:
-    """Return how far U H Uᵀ is from the identity on two fixed vectors, H the damped matrix: ‖U H Uᵀ v − v‖ / ‖v‖ at most."""
+    """Return how far U H Uᵀ is from the identity: the larger ‖U H Uᵀ v − v‖ / ‖v‖ of two fixed vectors v.
+
+    H is the damped matrix. NaN counts as infinity.
+    """
     size = upper.shape[0]
     angles = torch.arange(1, size + 1, device=upper.device, dtype=torch.float64)
-    # Two waves whose frequencies have nothing to do with the order of the columns, so that the check is reproducible.
+    # Two fixed waves make the check reproducible. Their frequencies are unrelated to the order of the columns.
     probes = torch.stack([torch.cos(angles * angles), torch.sin(angles * 1.7)]).to(upper.dtype)
     worst = torch.zeros((), dtype=upper.dtype, device=upper.device)
-    for probe in probes:  # vectors: a product with a matrix of two columns is slower on the CPU
+    for probe in probes:  # one at a time: a product with a matrix of two columns is slower on the CPU
         image = upper.T @ probe
         image = matrix @ image + image * (dead.to(upper.dtype) + damping)
         worst = torch.maximum(worst, (upper @ image - probe).norm() / probe.norm())

@@ -1,4 +1,4 @@
-"""Squared output norms of weights and of their changes: what ranks rows, and what pruning cost."""
+"""Squared output norms of weights and of their changes: they rank the rows and measure the error of pruning."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from torch import Tensor
 from thanos.solvers.hessian import InputStatistics
 
 _PORTION = 512
-"""Rows whose change is computed at once on the CPU, so that it stays in the cache and needs no fresh memory."""
+"""Rows whose change is computed at once on the CPU. It then stays in the cache and needs no new memory."""
 
 
 def portions(rows: slice, device: torch.device) -> Iterator[slice]:
-    """Yield the rows in portions, the last the longest: none shrinks to a few rows, for which products round otherwise."""
+    """Yield the rows in portions; the last one takes the remainder.
+
+    So the remainder is never a small portion of its own: products of a few rows round differently.
+    """
     count = max(1, (rows.stop - rows.start) // _PORTION) if device.type == "cpu" else 1
     for i in range(count):
         start = rows.start + i * _PORTION
@@ -23,14 +26,14 @@ def portions(rows: slice, device: torch.device) -> Iterator[slice]:
 
 _SLAB = {"cpu": 256}
 _WIDE_SLAB = 1024
-"""Columns of the Hessian multiplied at once: as narrow as products are fast, since half of a slab's square is
-multiplied in vain; little memory beside the weight."""
+"""Columns of the Hessian multiplied at once, by device type. They are as few as the product stays fast with: half of each
+slab's square on the diagonal is redundant work. The product takes little memory compared with the weight."""
 
 
 def squared_output_norms(delta: Tensor, inputs: InputStatistics | None) -> Tensor:
-    """Return the rows' squared output norms (Δ H Δᵀ)_ii, float64, (c,); without a Hessian their own squared norms.
+    """Return the rows' squared output norms (Δ H Δᵀ)_ii, (c,) float64; without a Hessian, the rows' own squared norms.
 
-    H is symmetric, so that only its lower triangle of slabs is multiplied, what lies off the diagonal counting twice.
+    H is symmetric. So only the slabs of its lower triangle are multiplied, and the part off the diagonal counts twice.
     """
     if inputs is None or inputs.empty or not inputs.measures:
         return delta.square().sum(1, dtype=torch.float64)
@@ -48,15 +51,15 @@ def squared_output_norms(delta: Tensor, inputs: InputStatistics | None) -> Tenso
 def relative_errors_and_zeros(
     changes: list[Tensor], total: Tensor, pruned: Tensor, inputs: InputStatistics | None
 ) -> tuple[list[float | None], int]:
-    """Return the squared output errors of changes, relative to the weight's squared output norm, and the number of zeros.
+    """Return the relative squared output error of each change, and the number of zeros, with one synchronisation.
 
-    The device is asked once. An error is None where it is unknown: no input was seen, or outputs that were zero have changed.
+    An error is None if it is unknown: there was no input or only zeros, or the dense outputs were zero and have changed.
 
     Args:
-        changes: tr(Δ H Δᵀ) of each change, 0-d, on the undamped Hessian.
-        total: tr(W H Wᵀ), 0-d.
-        pruned: the weight as stored.
-        inputs: None without a Hessian: then there is no error, and the list is empty.
+        changes: tr(Δ H Δᵀ) of each change on the undamped Hessian, 0-d tensors.
+        total: tr(W H Wᵀ), the squared output norm of the weight, 0-d.
+        pruned: the pruned weight in the dtype in which it is stored.
+        inputs: the statistics of the inputs. Without a Hessian no error can be measured, and the list is empty.
     """
     others = pruned.count_nonzero().to(torch.float64)
     changed = torch.stack(changes)
@@ -68,5 +71,6 @@ def relative_errors_and_zeros(
     if inputs.empty:
         return [None] * len(changes), zeros
     if norm > 0:
-        return [0.0 if -1e-6 < fraction < 0 else fraction for fraction in fractions], zeros  # rounding alone
+        # A tiny negative value is rounding.
+        return [0.0 if -1e-6 < fraction < 0 else fraction for fraction in fractions], zeros
     return [None if change > 0 else 0.0 for change in norms], zeros

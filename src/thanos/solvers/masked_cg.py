@@ -1,16 +1,16 @@
-"""The rows' small systems: one symmetric positive definite matrix, a different support for every row.
+"""Solver of the rows' small systems: one symmetric positive definite matrix, a different support for every row.
 
-For each row, x_P G_PP = w_P with x zero outside the row's support P: all rows at once by conjugate gradients, the supports as
-a mask (docs/math.md). G and w are scaled to a unit diagonal first (Jacobi's preconditioner, applied once), so that a step needs
-one inner product for its length and one that serves both the direction and the stopping rule.
+For each row it solves x_P G_PP = w_P, with x zero outside the row's support P. Conjugate gradients solve all rows at once; a
+mask holds the supports (docs/math.md). First, G and w are scaled to a unit diagonal (Jacobi's preconditioner, applied once).
+So a step needs two inner products: one for its length, one for both the direction and the stopping rule.
 
-The stopping rule has a guarantee: the residual that the recurrence carries along must fall to ``TOLERANCE``, and then the
-true one, w − (x G) ∘ M computed afresh, must be that of a system nearby (``BACKWARD``). Rows that miss either, as happens
-with nearly singular G, are solved directly in float64. So the result never depends on the iteration having converged.
+The stopping rule has a guarantee. First, the residual of the recurrence must fall to ``TOLERANCE``. Then the true residual,
+w − (x G) ∘ M computed afresh, must be that of a nearby system (``BACKWARD``). Rows that fail either check are solved directly
+in float64; this happens if G is nearly singular. So the result is right whether the iteration converges or not.
 
-On a GPU the whole iteration of a block of up to 256 columns is one kernel, in which a tile of rows stops when its rows are
-done; wider blocks take a product and a kernel a step. Whether some row has to be solved directly the host asks once a
-block, or, where none is expected to, once a layer.
+On a GPU, one kernel runs the whole iteration of a block of up to 256 columns; a tile of rows stops when its rows have
+converged. Wider blocks need one product and one kernel per step. The host checks once per block whether a row needs the direct
+solve. With ``defer_convergence_check`` the host checks once per layer.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from thanos.solvers.masking import only
 from thanos.solvers.row_shards import ALONE, RowShards
 
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
-"""Residual of a row's scaled system, relative to its right-hand side, at which it counts as solved: ten units of rounding."""
+"""Residual of a row's scaled system, relative to its right-hand side, at which the row is solved: ten units of rounding."""
 
 BACKWARD = {torch.float32: 1e-5, torch.float64: 1e-11}
-"""Bound for the true residual, relative to ‖w‖ + ‖G‖·‖x‖: x then solves a system with G and w changed by that little."""
+"""Bound of the true residual, relative to ‖w‖ + ‖G‖·‖x‖. Within it, x solves a system with G and w changed that little."""
 
 MAX_STEPS = 60
-"""Well-conditioned blocks need 8 to 15 steps; past this the direct solve is the better way."""
+"""Largest number of steps. Well-conditioned blocks need 8 to 15; past the limit the direct solve is better."""
 
 _DIRECT_ENTRIES = 1 << 25
-"""Entries of the batch of k × k matrices that the direct solve holds at once (256 MiB in float64)."""
+"""Entries of all k × k matrices that the direct solve holds at once (256 MiB in float64)."""
 
 _PATIENCE = 2
-"""Steps between one question whether all rows are done and the next, on a device where asking costs a round trip."""
+"""Steps between two convergence checks on a device other than the CPU, where a check costs a round trip."""
 
 
 def solve_rows(
@@ -46,10 +46,10 @@ def solve_rows(
     """Solve ``x_P gram_PP = rhs_P`` for every row.
 
     Args:
-        gram: symmetric positive definite, (k, k).
+        gram: symmetric positive definite matrix, (k, k).
         rhs: right-hand sides, (c, k); entries outside the mask are ignored.
         mask: the supports, (c, k) bool.
-        root: optional R, (k, k), with gram = RᵀR; the direct solve then forms gram in float64 from it.
+        root: optional R, (k, k), with gram = RᵀR, from which the direct solve forms gram in float64.
         row_shards: see :class:`RowSolver`.
 
     Returns:
@@ -60,15 +60,15 @@ def solve_rows(
 
 @dataclass(slots=True)
 class RowSolver:
-    """Solves block after block, remembering how many steps the last one took.
+    """A solver for one block after another; each block starts its convergence checks near the last block's step count.
 
     Attributes:
         steps: number of steps before the first convergence check.
-        direct: rows that had to be solved directly so far.
-        row_shards: the processes that solve the other rows. All take as many steps, or a row's last bits would depend on which
-            rows are solved with it.
-        defer_convergence_check: where a kernel solves, assume that every row converges and do not synchronise. Call
-            :meth:`failed` once at the end; if it is true, solve again without this.
+        direct: number of rows solved directly so far.
+        row_shards: the processes that solve the other rows. All processes take the same number of steps: otherwise a row's
+            last bits would depend on which rows are solved with it.
+        defer_convergence_check: if one kernel runs the iteration, assume that every row converges and do not synchronise. Call
+            :meth:`failed` once at the end; if it is true, solve again without this option.
     """
 
     steps: int = 8
@@ -78,7 +78,7 @@ class RowSolver:
     _unsolved: Tensor | None = None
 
     def failed(self) -> bool:
-        """Tell whether some row of any process did not converge where the check was deferred."""
+        """Return whether a row of any process did not converge in a solve with a deferred check."""
         return self._unsolved is not None and bool(self.row_shards.sum_(self._unsolved))
 
     def solve(self, gram: Tensor, rhs: Tensor, mask: Tensor, root: Tensor | None = None) -> Tensor:
@@ -106,7 +106,7 @@ class RowSolver:
         return solution
 
     def _iterate(self, gram: Tensor, rhs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the solutions of the scaled systems, and the rows that are not solved; None if there are none."""
+        """Return the solutions of the scaled systems, and the indices of the rows that are not solved; None if all are."""
         step = _fused_step if kernels.usable(rhs) and rhs.shape[1] <= kernels.WIDEST_STEP else _Step(rhs, mask)
         solution, residual, direction = torch.zeros_like(rhs), rhs.clone(), rhs.clone()
         image = torch.empty_like(rhs)
@@ -139,9 +139,10 @@ class RowSolver:
         *,
         last: bool,
     ) -> Tensor | None:
-        """Return the rows that are not solved, or None if more steps should be tried first."""
-        # "not <=" rather than ">" so that a row that turned NaN counts as unsolved.
+        """Return the indices of the rows that are not solved; None if more steps should be tried first."""
+        # "not <=" instead of ">", so that a row with NaN counts as unsolved.
         waiting = ~(squares <= limit)
+        # The true residual costs a product: the CPU checks the recurrence first; a GPU reads both in one synchronisation.
         if rhs.device.type == "cpu" and not last and bool(self.row_shards.sum_(waiting.sum())):
             return None
         true = _squares(only(x @ gram, mask).sub_(rhs))
@@ -155,7 +156,7 @@ class RowSolver:
 
 
 class _Step:
-    """The twin of :func:`~thanos.solvers.kernels.solve.gradient_step` in plain tensor operations."""
+    """The same step as :func:`~thanos.solvers.kernels.solve.gradient_step`, in plain tensor operations."""
 
     def __init__(self, like: Tensor, mask: Tensor) -> None:
         self._scratch, self._support = torch.empty_like(like), mask.to(like.dtype)
@@ -179,7 +180,7 @@ def _fused_step(*arguments: Tensor) -> None:
 
 
 def _norm(gram: Tensor) -> Tensor:
-    """Return the ∞-norm, an upper bound of the 2-norm."""
+    """Return the ∞-norm of a symmetric matrix, an upper bound of its 2-norm."""
     return gram.abs().sum(1).max()
 
 
@@ -188,13 +189,16 @@ def _squares(rows: Tensor) -> Tensor:
 
 
 def _direct(gram: Tensor, rhs: Tensor, mask: Tensor) -> Tensor:
-    """Solve the rows by batched Cholesky, the unit matrix outside each support; all float64."""
+    """Solve the rows by batched Cholesky; all tensors are float64.
+
+    Outside each row's support its matrix is the unit matrix, so that all matrices of the batch have the same size.
+    """
     support = mask.to(gram.dtype)
     matrices = gram * (support[:, :, None] * support[:, None, :])
     matrices.diagonal(dim1=1, dim2=2).add_(1.0 - support)
     factor, info = torch.linalg.cholesky_ex(matrices)
     solution = torch.cholesky_solve(rhs[:, :, None], factor).squeeze(2)
     broken = (info != 0).nonzero().squeeze(1)
-    if broken.numel():  # rounding made a nearly singular system indefinite: the least-norm solution is still exact
+    if broken.numel():  # rounding made nearly singular systems indefinite: the least-norm solution is still exact
         solution[broken] = (torch.linalg.pinv(matrices[broken], hermitian=True) @ rhs[broken, :, None]).squeeze(2)
     return solution * support

@@ -1,6 +1,6 @@
-"""Setting entries to zero by a mask.
+"""Functions that set entries to zero by a mask.
 
-On the CPU by the entries' bits: choosing between two values there takes some ten times as long.
+On the CPU they clear the bits of the entries: a selection between two values takes about ten times as long there.
 """
 
 from __future__ import annotations
@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 _IN_CACHE = 1 << 17
-"""Entries handled at once on the CPU."""
+"""Number of entries handled at once on the CPU."""
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def clear_(values: Tensor, removed: Tensor) -> Tensor:
-    """Set the entries that are ``removed`` (bool, of the same shape) to zero in place; return ``values``."""
+    """Set the entries at ``removed`` (bool, same shape) to zero in place; return ``values``."""
     if values.device.type != "cpu":
         return values.masked_fill_(removed, 0.0)
     bits, rows = _BITS[values.element_size()], max(1, _IN_CACHE // max(1, values.shape[-1]))
     for some, gone in zip(values.view(bits).split(rows), removed.view(torch.int8).split(rows), strict=True):
-        some.bitwise_and_(gone.sub(1).to(bits))  # False less one has every bit set
+        some.bitwise_and_(gone.sub(1).to(bits))  # False − 1 has every bit set, True − 1 none
     return values
 
 
@@ -30,5 +30,5 @@ def without(values: Tensor, removed: Tensor) -> Tensor:
 
 
 def only(values: Tensor, kept: Tensor) -> Tensor:
-    """Return a copy in which every entry but those kept is zero."""
+    """Return a copy with all entries outside ``kept`` set to zero."""
     return torch.where(kept, values, 0.0) if values.device.type != "cpu" else without(values, kept.logical_not())

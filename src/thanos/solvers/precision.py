@@ -1,4 +1,4 @@
-"""float32 means float32: reduced-precision products are kept out of solves, whatever the program around them asked for."""
+"""Full float32 in solves: no matrix products of reduced precision, whatever the program has set."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """While open, float32 matrix products use no TF32 and no bfloat16; the program's own settings come back afterwards."""
+    """While open, compute float32 matrix products without TF32 and bfloat16; restore the program's settings afterwards."""
     backends: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul")]  # noqa: B009, untyped there
     before = [backend.fp32_precision for backend in backends]
     try:

@@ -1,6 +1,6 @@
-"""What a solver gets and gives.
+"""The input and the output of a solver.
 
-A method makes a solution of a problem, a refinement a better solution, a retarget another problem.
+A method turns a problem into a solution. A refinement improves a solution. A retarget turns a problem into another problem.
 """
 
 from __future__ import annotations
@@ -28,21 +28,22 @@ from thanos.solvers.selection import (
 
 @dataclass(frozen=True)
 class Problem:
-    """The rows of one weight that may be pruned, and what is known about their inputs.
+    """The rows of one weight that may be pruned, with the statistics of their inputs.
 
-    The rows may be spread over processes: ``weight`` holds this process's, and what counts or selects counts over all of them.
+    The rows may be split over processes. ``weight`` holds the rows of this process. The functions that count or select do so
+    over the rows of all processes.
 
     Attributes:
         weight: W without its outlier rows, (c, b), float32 or float64. Methods must not modify it.
-        zeros: entries that were zero before and must stay so, (c, b) bool.
+        zeros: mask of the entries that are zero already and must stay so, (c, b) bool.
         inputs: the statistics of the layer's inputs; None only for methods that need none.
-        factor: the factorised damped Hessian; None for methods that need none.
-        pattern: which sets of weights may go.
-        budget: how many, of all rows together.
-        block_size: input columns handled together.
-        row_shards: the processes that hold the other rows.
-        all_rows: W with their rows too, (c', b); None if ``weight`` is all.
-        zero_free: ``zeros`` is known to hold none; else it is read when it is first needed.
+        factor: the factor of the damped Hessian; None for methods that need none.
+        pattern: the sparsity pattern: which sets of weights may be removed.
+        budget: how many weights are removed, from all rows together.
+        block_size: number of input columns handled together.
+        row_shards: the processes that hold the rows of the same weight.
+        all_rows: the rows of all processes, (c', b); None if ``weight`` holds all rows.
+        zero_free: True if ``zeros`` is known to have no True entry. Otherwise ``zeros`` is read when it is first needed.
     """
 
     weight: Tensor
@@ -62,70 +63,74 @@ class Problem:
         for start in range(0, columns, self.block_size):
             yield start, min(start + self.block_size, columns)
 
-    # --- what is known of the inputs ----------------------------------------------------------------------------------
+    # --- statistics of the inputs -------------------------------------------------------------------------------------
 
     @property
     def upper(self) -> Tensor:
-        """U of the factor, (b, b), in the dtype of ``weight``: (damped H)⁻¹ = UᵀU."""
+        """U, the factor, (b, b), in the dtype of ``weight``: (damped H)⁻¹ = UᵀU."""
         assert self.factor is not None
         return self.factor.upper
 
     @property
     def norms(self) -> Tensor:
-        """‖X_j‖₂ up to a common factor, (b,)."""
+        """The norms ‖X_j‖₂ of the input columns up to a common factor, (b,)."""
         assert self.inputs is not None
         return self.inputs.norms
 
-    # --- choosing what goes -------------------------------------------------------------------------------------------
+    # --- selection of the entries to remove ---------------------------------------------------------------------------
 
     def choose(self, score: Callable[[Tensor], Tensor], *, by_row: bool = False) -> Tensor:
-        """Choose by the pattern, once, what goes: the entries, or columns, with the smallest scores, and what is zero already.
+        """Choose the whole mask at once, as the pattern says: the entries, or columns, with the smallest scores.
 
         Args:
-            score: rows of the weight, (any, b), → their scores, at least 0; a column's score is the sum of its entries'.
-            by_row: compare scores within a row only, where the pattern leaves that open.
+            score: maps rows of the weight, (any, b), to the scores of their entries, at least 0. The score of a column is the
+                sum of its entries' scores.
+            by_row: compare scores only within a row, if the pattern allows both.
 
         Returns:
-            (c, b) bool, True where an entry goes.
+            The mask, (c, b) bool, True where an entry is removed; ``zeros`` included.
         """
         if self.pattern.whole_columns:
             return self.choose_columns(self.column_sums(score)) | self.zeros
         return self.pattern.mask(self, self.mark_zeros(score(self.weight)), by_row=by_row) | self.zeros
 
     def choose_columns(self, scores: Tensor) -> Tensor:
-        """Choose whole columns by their scores, (b,), for a pattern with ``whole_columns``; (c, b) bool."""
+        """Return the mask, (c, b) bool, of whole columns by their scores, (b,), for a pattern with ``whole_columns``."""
         return self.pattern.mask(self, scores).expand(self.weight.shape[0], -1).clone()
 
     def column_sums(self, values: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return the sums over all rows, (b,), of a function of the weight's rows; the same bits on every process."""
+        """Return ``values`` of the rows of all processes, summed over the rows, (b,); the same bits on every process."""
         return values(self.weight if self.all_rows is None else self.all_rows).sum(0)
 
     def without(self, removed: Tensor) -> Solution:
-        """Return the solution that sets entries to zero, (c, b) bool, and changes nothing else."""
+        """Return the solution that sets the entries ``removed``, (c, b) bool, to zero and changes no others."""
         return Solution(without(self.weight, removed), removed)
 
     @cached_property
     def some_zeros(self) -> Tensor | None:
-        """``zeros``, or None if there are none."""
+        """``zeros``, or None if no entry is True."""
         return None if self.zero_free or not bool(self.zeros.any()) else self.zeros
 
     def mark_zeros(self, scores: Tensor, start: int = 0) -> Tensor:
-        """Give what was zero from the start the score −1, below all others; ``scores`` covers the columns from ``start``."""
+        """Set the scores at ``zeros`` to −1, below all others, in place; return ``scores``.
+
+        The first column of ``scores`` is column ``start`` of the weight.
+        """
         zeros = self.some_zeros
         return scores if zeros is None else scores.masked_fill_(zeros[:, start : start + scores.shape[1]], -1.0)
 
-    # --- over all rows ------------------------------------------------------------------------------------------------
+    # --- functions over the rows of all processes ---------------------------------------------------------------------
 
     def total(self, counts: Tensor) -> Tensor:
         """Replace an integer tensor, in place, by its sum over the processes that hold the rows; return it."""
         return self.row_shards.sum_(counts)
 
     def smallest(self, scores: Tensor, count: int | Tensor) -> Tensor:
-        """Return a mask with ``count`` True, at the smallest of all rows' scores (c, b)."""
+        """Return a mask (c, b) with ``count`` True over all rows, at the smallest of the scores (c, b)."""
         return smallest_mask(scores, count, self.row_shards)
 
     def smallest_of_each_row(self, scores: Tensor, count: int) -> Tensor:
-        """Return a mask with ``count`` True over all rows, the same number in every row up to one."""
+        """Return a mask with ``count`` True over all rows, the same number in every row up to one: :func:`even_rows_mask`."""
         return even_rows_mask(scores, count, self.row_shards)
 
     def smallest_of_each_group(self, scores: Tensor, count: int, group: int) -> Tensor:
@@ -137,17 +142,17 @@ class Problem:
         return smallest_mask(scores, count)
 
     def kernel_search(self) -> KernelSearch:
-        """Return a search for the k smallest of all rows on a GPU."""
+        """Return a search for the k smallest entries of all rows, on a GPU."""
         return KernelSearch(self.row_shards)
 
     def residual_mask(self) -> ResidualMask:
-        """Return Thanos' mask of the smallest |W_ij|·‖X_j‖₂ of everything that is left, for the whole budget."""
+        """Return Thanos' selection of the smallest |W_ij|·‖X_j‖₂ among all remaining columns, for the whole budget."""
         zeros = self.total(self.zeros.count_nonzero())
-        # Counted down on the device, so that no block waits for the host to learn what the one before it took.
+        # The budget is a tensor on the device, so that no block waits until the host has read how many entries went before.
         return ResidualMask(self.norms, self.some_zeros, zeros.clamp_min(self.budget.weights), self.row_shards)
 
     def row_solver(self, *, defer_convergence_check: bool = False) -> RowSolver:
-        """Return a solver for systems with another support in every row."""
+        """Return a solver for linear systems whose support differs from row to row."""
         return RowSolver(row_shards=self.row_shards, defer_convergence_check=defer_convergence_check)
 
 
@@ -156,8 +161,8 @@ class Solution:
     """A problem's solution.
 
     Attributes:
-        weight: (c, b), in the dtype of the problem's; entries that are removed are exact zeros.
-        removed: (c, b) bool, the problem's ``zeros`` included.
+        weight: the pruned weight, (c, b), in the dtype of the problem's weight; removed entries are exact zeros.
+        removed: mask of the removed entries, (c, b) bool, the problem's ``zeros`` included.
     """
 
     weight: Tensor

@@ -1,4 +1,4 @@
-"""Pruning one weight matrix: pure functions of tensors."""
+"""Functions that prune one weight matrix; pure functions of tensors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from thanos.solvers.row_shards import ALONE, RowShards, row_range
 from thanos.solvers.scaling import scaled_weight
 
 REMOVED = "removed"
-"""The step of :attr:`PrunedWeight.errors` before any compensation."""
+"""Name of the first step in :attr:`PrunedWeight.errors`: the error before any compensation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,18 +31,19 @@ class PrunedWeight:
     """The result for one weight matrix.
 
     Attributes:
-        weight: (c, b), same dtype and device as given; removed entries are exact zeros.
-        zeros: how many of its entries are zero, removed or by rounding.
-        kept: (c, b) bool, True where the weight stays.
+        weight: the pruned weight, (c, b), in the dtype and on the device of the input weight; removed entries are exact zeros.
+        zeros: number of zeros in ``weight``, by removal or by rounding.
+        kept: mask of the entries that stay, (c, b) bool.
         outliers: indices of the rows left dense, ascending, (q,).
-        halved: indices of the rows that keep n/2 of m to make up for them, ascending; empty without ``keep_budget``.
-        method: the method that ran: the recipe's, or one that needs no inputs where no input was ever seen.
-        errors: squared output error tr(Δ H Δᵀ) / tr(W H Wᵀ) on the undamped Hessian, by step: ``removed``, Δ being the removed
-            entries alone; then the method and each refinement by name, Δ being the whole change of the weight up to there.
-            Empty without a Hessian.
-        damping: the damping that was used, as a share of the Hessian's mean diagonal; None where none is used.
-        damping_reason: why it differs from the recipe's; empty if it does not.
-        condition: estimated condition number of the damped Hessian; None where it is not factorised.
+        halved: indices of the rows that keep n/2 of m to make up for the outlier rows, ascending; empty without
+            ``keep_budget``.
+        method: name of the method that ran: the recipe's, or one that needs no inputs if the layer had no input or only zeros.
+        errors: relative squared output error tr(Δ H Δᵀ) / tr(W H Wᵀ) on the undamped Hessian, by step. In the step ``removed``,
+            Δ is the removed entries alone. In the steps of the method and of each refinement, by name, Δ is the whole change
+            of the weight up to that step. Empty without a Hessian.
+        damping: the damping that was used, as a fraction of the Hessian's mean diagonal; None if none was used.
+        damping_reason: why ``damping`` differs from the recipe's; empty if it does not.
+        condition: estimated condition number of the damped Hessian; None if the Hessian was not factorised.
     """
 
     weight: Tensor
@@ -58,17 +59,17 @@ class PrunedWeight:
 
     @property
     def error_before_compensation(self) -> float | None:
-        """The error with the removed entries set to zero and no other change; None without a Hessian."""
+        """The error of setting the removed entries to zero without any other change; None without a Hessian."""
         return self.errors.get(REMOVED)
 
     @property
     def error_after_compensation(self) -> float | None:
-        """The error of the weight as it is; None without a Hessian."""
+        """The error of the pruned weight after the last step; None without a Hessian."""
         return list(self.errors.values())[-1] if self.errors else None
 
     @property
     def sparsity(self) -> float:
-        """The share of entries removed."""
+        """The fraction of entries removed."""
         return 1.0 - self.kept.sum().item() / max(1, self.kept.numel())
 
 
@@ -84,26 +85,26 @@ def prune_weight(
     outlier_rows: float = 0.0,
     keep_budget: bool = False,
 ) -> PrunedWeight:
-    """Prune one weight matrix. The inputs are never modified.
+    """Prune one weight matrix. The function never modifies its inputs.
 
-    Entries that are zero already stay zero and count towards the sparsity; a weight with more zeros than asked for keeps
-    them all. Computes in float64 if either tensor is float64, else in float32.
+    Entries that are zero already stay zero and count towards the sparsity. If there are more of them than the sparsity
+    requires, all of them stay zero. The computation is in float64 if either tensor is float64, else in float32.
 
     Args:
-        weight: (c, b): c output rows, b input columns; any floating dtype, any strides.
-        hessian: XᵀX of the layer's inputs up to any positive factor, (b, b). Only ``magnitude`` may do without (None);
-            outlier rows are then those of the largest norm, and no error is measured.
+        weight: the matrix, (c, b): c output rows, b input columns; any floating dtype, any strides.
+        hessian: XᵀX of the layer's inputs up to any positive factor, (b, b). None is allowed for ``magnitude`` only. Outlier
+            rows are then the rows of the largest norm, and no error is measured.
         method: ``thanos``, ``sparsegpt``, ``wanda``, ``magnitude`` or a registered one.
-        pattern: ``unstructured``, ``columns``, ``N:M``: at most N non-zeros in every M consecutive inputs, or a registered one.
-        sparsity: share of all c·b entries to remove, in [0, 1); default 0.5; follows from the pattern for n:m.
-        block_size: columns handled together; default 128, or 512 for Thanos with n:m. Need not divide b.
-        damping: share of the Hessian's mean diagonal added to the diagonal, at least 0. Raised tenfold, and reported,
-            while the Hessian is not positive definite.
-        outlier_rows: share of rows left dense, in [0, 1): the ⌈α·c⌉ with the largest squared output norm (W H Wᵀ)_ii.
+        pattern: ``unstructured``, ``columns``, ``N:M`` (at most N non-zeros in every M consecutive inputs) or a registered one.
+        sparsity: fraction of all c·b entries to remove, in [0, 1); default 0.5. For n:m it follows from the pattern.
+        block_size: columns handled together; default 128, or 512 for Thanos with n:m. It need not divide b.
+        damping: fraction of the Hessian's mean diagonal that is added to the diagonal, at least 0. It is raised tenfold while
+            the Hessian is not positive definite; the result reports this.
+        outlier_rows: fraction α of rows left dense, in [0, 1): the ⌈α·c⌉ with the largest squared output norm (W H Wᵀ)_ii.
         keep_budget: let the other rows make up for the outlier rows, see :class:`~thanos.patterns.budget.Budget`.
 
     Returns:
-        The pruned weight, the mask and what it cost.
+        The pruned weight, the mask and the errors.
 
     Raises:
         RecipeError: an argument is out of range, or the pattern does not fit the weight.
@@ -144,25 +145,25 @@ def prune_layer(
     retarget: Retarget | None = None,
     refinements: Mapping[str, Refine] | None = None,
 ) -> PrunedWeight:
-    """Prune one weight matrix whose input statistics, and factor, may be shared with other layers.
+    """Prune one weight matrix. Its input statistics and their factor may be shared with other layers.
 
-    See :func:`prune_weight` for the arguments, the result and the errors that are not said here.
+    See :func:`prune_weight` for the result and the errors raised.
 
     Args:
-        weight: (c, b).
-        inputs: its statistics; None only for methods that need none.
-        recipe: what is done.
-        name: for messages.
-        row_shards: the processes that share the work, each solving some of the rows.
-        retarget: changes the problem before the method gets it; errors are those of the original weight.
-        refinements: applied to the method's solution, in order, by name.
+        weight: the matrix, (c, b).
+        inputs: the statistics of the layer's inputs; None only for methods that need none.
+        recipe: the settings of the layer.
+        name: name of the weight, for messages.
+        row_shards: the processes that share the work; each solves some of the rows.
+        retarget: changes the problem before the method runs. Errors are still measured against the original weight.
+        refinements: the refinements by name, applied in order to the method's solution.
     """
     with full_float32():
         return _Layer(weight, inputs, recipe, name, row_shards, retarget, refinements or {}).prune()
 
 
 class _Layer:
-    """One weight on its way through retarget?, method, refine*."""
+    """The steps of one weight: an optional retarget, the method, any number of refinements."""
 
     def __init__(
         self,
@@ -180,7 +181,7 @@ class _Layer:
         budget = Budget.plan(weight.shape[0], weight.shape[1], recipe)
         self.dense, zeros, self.unit = scaled_weight(weight, inputs, name)
         if inputs is not None and inputs.empty and method.needs_inputs:
-            # No input was ever seen, so there is nothing to weigh by: reported through `method`, never silently.
+            # No input, or only zeros: no score can use them. The result reports the other method in `method`, never silently.
             method = registry.method_without_inputs(recipe.parsed_pattern)
             recipe = recipe.by(method.name)
         self.weight, self.inputs, self.recipe, self.name = weight, inputs, recipe, name
@@ -192,13 +193,13 @@ class _Layer:
         self.norm = norms.sum()
         self.outliers, self.halved, self.parts = split_rows(norms, budget, recipe.parsed_pattern)
         if zeros and len(self.outliers):
-            # The zeros that outlier rows hold already count too: the other rows give that much less.
+            # The zeros in outlier rows count towards the budget: the other rows lose that many fewer.
             budget = replace(budget, weights=max(0, budget.weights - int((self.dense[self.outliers] == 0).sum())))
         self.budget, self.zero_free = budget, zeros == 0
         self.factor = inputs.factor(recipe.damping) if inputs is not None and method.needs_factor else None
 
     def prune(self) -> PrunedWeight:
-        """Return the result."""
+        """Prune the weight, measure the errors and return the result."""
         inputs, factor, recipe = self.inputs, self.factor, self.recipe
         names = (recipe.method, *self.refinements)
         pruned, kept, steps = self._solve_parts()
@@ -211,7 +212,7 @@ class _Layer:
         errors, zeros = relative_errors_and_zeros(changes, self.norm, pruned, inputs)
         if errors and errors[-1] is not None and not errors[-1] < float("inf"):
             raise NumericsError(f"pruning {self.name} gave NaN or infinity; raise damping (it is {recipe.damping:g})")
-        if len(errors) == 1:  # nothing but the removed entries changed
+        if len(errors) == 1:  # nothing but the removed entries changed: the error after the method is the same
             errors *= 2
         return PrunedWeight(
             weight=pruned,
@@ -227,9 +228,10 @@ class _Layer:
         )
 
     def _solve_parts(self) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Return the pruned weight and what is kept of it, (c, b), and the weight after each step, the last being the same.
+        """Return the pruned weight, (c, b), the mask of the entries that stay, (c, b), and the weight after each step.
 
-        Rows in none of the parts stay as they are. One part of all rows is the result as it was solved, and nothing is copied.
+        The weight after the last step is the pruned weight. Rows in none of the parts stay as they are. If one part holds all
+        rows, its solution is the result, without a copy.
         """
         if len(self.parts) == 1 and len(self.parts[0][0]) == len(self.dense):
             steps, kept = self._solve(self.dense, self.parts[0][1])
@@ -243,7 +245,7 @@ class _Layer:
         return steps[-1], kept, steps
 
     def _solve(self, part: Tensor, pattern: Pattern) -> tuple[list[Tensor], Tensor]:
-        """Return the rows' weights after each step, in the dtype of the weight, and what is kept of them."""
+        """Return the rows ``part`` after each step, in the dtype of the weight, and the mask of the entries that stay."""
         own = part[slice(*_bounds(len(part), self.row_shards))]
         problem = Problem(
             weight=own,
@@ -266,7 +268,7 @@ class _Layer:
             for refine in self.refinements.values():
                 solutions.append(refine(problem, solutions[-1]))
         steps = [self._stored(solution.weight, len(part)) for solution in solutions]
-        # Nothing removed: the result must not be the weight that was given.
+        # If nothing was removed, copy: the result must not be the input weight itself.
         steps = [
             step.clone() if solution.weight is own else step for step, solution in zip(steps, solutions, strict=True)
         ]

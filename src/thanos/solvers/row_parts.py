@@ -1,4 +1,4 @@
-"""Which rows of a weight stay dense, and which are pruned by which pattern."""
+"""The split of a weight's rows: rows that stay dense, and rows to prune with their pattern."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ def split_rows(norms: Tensor, budget: Budget, pattern: Pattern) -> tuple[Tensor,
     """Split the rows by their squared output norms (c,).
 
     Returns:
-        The rows that stay dense; those that keep half of the pattern's non-zeros; and the rows of each problem to solve, with
-        its pattern. All are ascending indices.
+        The outlier rows, which stay dense; the halved rows, which keep half of the pattern's non-zeros; and for each problem
+        to solve its rows and its pattern. Rows are ascending indices.
     """
     count, half = norms.numel(), budget.halved_rows
     if half or budget.outlier_rows:
-        # Adding zero makes −0 to 0. Among equals the first goes first.
+        # Adding zero turns −0 into 0. A stable sort: among equal norms the row with the lower index comes first.
         order = (norms.clamp_min(0) + 0.0).argsort(stable=True)
         sizes = [half, count - half - budget.outlier_rows, budget.outlier_rows]
         halved, others, outliers = (rows.sort().values for rows in order.split(sizes))

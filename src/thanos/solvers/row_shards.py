@@ -1,12 +1,12 @@
-"""The processes that hold the other rows of the same weight, as far as a solver needs to know them.
+"""Row shards: the rows of one weight, split over several processes.
 
-Rows of a weight are independent but for one thing: which entries are the k smallest of the whole. That is decided by integer
-counts alone, and integers add up to the same whatever their order; so rows spread over processes get exactly the mask that
-one process would choose. Earlier ranks hold earlier rows.
+The rows of a weight are independent, with one exception: the selection of the k smallest entries of the whole weight. Only
+integer counts decide it, and an integer sum does not depend on the order of its terms. So all processes together select
+exactly the mask that one process would select. Earlier ranks hold earlier rows.
 
-Everything else about a row is computed from that row alone: products of a matrix's rows with another matrix, which the CPU's
-library was measured to give to the last bit whatever rows stand beside them. So with equal statistics the weights, too, are
-those of one process.
+Everything else about a row is computed from that row alone, by products of rows with another matrix. On the CPU, products
+were measured to give a row the same bits whichever other rows are multiplied with it (see :data:`ROW_UNIT`). So with equal
+statistics the weights, too, equal those of one process.
 """
 
 from __future__ import annotations
@@ -17,16 +17,19 @@ from torch import Tensor
 
 
 class RowShards(Protocol):
-    """Integer sums over the processes that share a weight's rows. Every process makes the same calls in the same order."""
+    """The collective operations of the processes that hold the rows of one weight.
+
+    Every process makes the same calls in the same order.
+    """
 
     @property
     def rank(self) -> int:
-        """This process's number, from 0; earlier ranks hold earlier rows."""
+        """The number of this process, from 0; earlier ranks hold earlier rows."""
         ...
 
     @property
     def size(self) -> int:
-        """How many processes share the rows."""
+        """The number of processes that hold the rows."""
         ...
 
     def sum_(self, counts: Tensor) -> Tensor:
@@ -38,12 +41,12 @@ class RowShards(Protocol):
         ...
 
     def gather(self, rows: Tensor, count: int) -> Tensor:
-        """Return all ``count`` rows of which this process has those of its :func:`row_range`."""
+        """Return all ``count`` rows; ``rows`` are those of this process, see :func:`row_range`."""
         ...
 
 
 class Alone:
-    """A process that holds all the rows."""
+    """The :class:`RowShards` of a single process, which holds all rows."""
 
     rank = 0
     size = 1
@@ -67,11 +70,11 @@ ROW_UNIT = 16
 
 
 def row_range(count: int, rank: int, size: int, unit: int = ROW_UNIT) -> range:
-    """Return which of ``count`` items are process ``rank``'s: contiguous whole units, the last with the remainder."""
+    """Return the range of the ``count`` items that process ``rank`` holds: whole units; the last rank adds the remainder."""
     units = max(1, count // unit)
     stop = count if rank == size - 1 else units * (rank + 1) // size * unit
     return range(units * rank // size * unit, stop)
 
 
 ALONE = Alone()
-"""The single process."""
+"""The one instance of :class:`Alone`."""

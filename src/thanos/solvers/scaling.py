@@ -1,4 +1,4 @@
-"""Weights in the dtype of the computation, scaled so that squares neither overflow nor underflow."""
+"""Conversion of weights to the dtype of the computation, scaled so that squares neither overflow nor underflow."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from thanos.errors import NumericsError
 from thanos.solvers.hessian import InputStatistics
 
 _ORDINARY = 2.0**40
-"""Weights up to here, and down to its reciprocal, are squared and added up in float32 without overflow or underflow."""
+"""Weights below this and above its reciprocal can be squared and summed in float32 without overflow or underflow."""
 
 
 def scaled_weight(weight: Tensor, inputs: InputStatistics | None, name: str) -> tuple[Tensor, int, float]:
-    """Return the weight divided by a power of two, in the dtype of the work, its zeros, and that power, mostly 1.
+    """Return the weight divided by a power of two, the number of its zeros, and that power, mostly 1.
+
+    The returned weight has the dtype of the computation.
 
     Raises:
-        NumericsError: it holds NaN or infinity.
+        NumericsError: the weight holds NaN or infinity.
     """
     dtype = inputs.dtype if inputs is not None else _compute_dtype(weight)
     dense = weight.detach().to(dtype).contiguous()  # the kernels take contiguous rows
@@ -28,7 +30,7 @@ def scaled_weight(weight: Tensor, inputs: InputStatistics | None, name: str) -> 
     unit = _unit(largest)
     if unit != 1:
         dense = dense / unit
-        zeros = _survey(dense)[1]  # small ones may have become zeros
+        zeros = _survey(dense)[1]  # the division may have turned small entries into zeros
     return dense, zeros, unit
 
 
@@ -37,7 +39,7 @@ def _compute_dtype(weight: Tensor) -> torch.dtype:
 
 
 def _survey(dense: Tensor) -> tuple[float, int]:
-    """Return the largest absolute entry, NaN if any entry is, and how many are zero; the device is asked once."""
+    """Return the largest absolute entry, NaN if any entry is NaN, and the number of zeros, with one synchronisation."""
     if not dense.numel():
         return 0.0, 0
     facts = *dense.aminmax(), dense.count_nonzero()
@@ -46,5 +48,5 @@ def _survey(dense: Tensor) -> tuple[float, int]:
 
 
 def _unit(largest: float) -> float:
-    """Return the power of two by which weights of extraordinary size are divided while they are pruned; 1 for others."""
+    """Return the power of two by which a weight is divided while it is pruned: 1 unless its size is extraordinary."""
     return 1.0 if largest == 0 or 1 / _ORDINARY < largest < _ORDINARY else 2.0 ** (math.frexp(largest)[1] - 1)

@@ -1,13 +1,13 @@
-"""Exact selection: which entries are the smallest, with a documented order among equals.
+"""Exact selection of the k smallest entries, with a defined order among equal scores.
 
-Scores are at least 0, or −1 where a weight is already zero and must stay so. Among equal scores the entry with the lower
-flat (row-major) index goes first. Exactly the requested number is selected, never one more or less.
+A score is at least 0, or −1 where a weight is already zero and must stay so. Among equal scores the entry with the lower
+flat (row-major) index is selected first. The number of selected entries is exactly the requested one.
 
-The k-th smallest is found in linear time, without sorting: the bit pattern of a float, read as an integer, orders
-non-negative floats as their values do (and −1 sorts below them), so histograms of a few bits at a time, from the top,
-narrow it down to one pattern. Only integer counts are compared, so rows held by other processes join in
-by adding up histograms, and nothing waits for the host. On the CPU, where a histogram is slow and asking costs nothing, a
-sample brackets the k-th value instead, and only what lies within the bracket is searched.
+The k-th smallest score takes linear time, without a sort (radix selection). The bit pattern of a non-negative float, read as
+an integer, has the same order as the float; that of −1 is below all of them. Histograms of a few bits at a time, from the
+highest bits down, determine the pattern of the k-th smallest. They are integer counts: those of other processes are added, and
+the host waits for nothing. On the CPU a histogram is slow and reading a value costs nothing. So there a sample gives a bracket
+around the k-th value, and only the entries within the bracket are searched.
 """
 
 from __future__ import annotations
@@ -23,29 +23,27 @@ from thanos.solvers.kernels import solve as kernels
 from thanos.solvers.row_shards import ALONE, RowShards
 
 _DIGIT = 16
-"""Bits resolved by one histogram of the general path: two or four of them for float32 or float64."""
-
+"""Bits that one histogram of the general path resolves: float32 takes two histograms, float64 four."""
 
 _SAMPLE = 1 << 14
-"""Entries that bracket the k-th value on the CPU: the bracket then holds about one entry in thirty."""
-
+"""Entries in the CPU's sample: the bracket around the k-th value then holds about one entry in thirty."""
 
 _IN_CACHE = 1 << 17
-"""Entries compared at once on the CPU, so that one comparison after the other finds them in the cache."""
+"""Entries compared at once on the CPU: few enough to stay in the cache from one comparison to the next."""
 
 
 def smallest_mask(scores: Tensor, count: int | Tensor, row_shards: RowShards = ALONE) -> Tensor:
     """Return a bool mask of the shape of ``scores`` with ``count`` True, at the smallest entries.
 
     Args:
-        scores: any shape, float32 or float64; this process's rows.
-        count: how many, over all processes: a number, or a 0-d integer tensor that is not read by the host; below 0 counts
-            as 0, more than there are as all.
+        scores: the scores of this process's rows, any shape, float32 or float64.
+        count: number of entries to select, over all processes: an int, or a 0-d integer tensor that on a GPU is not
+            read by the host. Below 0 it selects none, above the number of entries all.
         row_shards: the processes that hold the other rows.
     """
     if row_shards.size == 1 and scores.device.type == "cpu":
         return _smallest_on_cpu(scores, int(count))
-    if kernels.usable(scores):  # also without rows, or the processes would add up different histograms
+    if kernels.usable(scores):  # also without rows: every process must join the same sums
         lines = scores[None] if scores.dim() == 1 else scores.flatten(0, -2).contiguous()
         total = row_shards.sum_(_count(scores.numel(), scores))
         return KernelSearch(row_shards).smallest(lines, None, None, _bounded(count, total)).view(scores.shape)
@@ -57,7 +55,7 @@ def smallest_mask(scores: Tensor, count: int | Tensor, row_shards: RowShards = A
 
 
 def _count(number: int | Tensor, like: Tensor) -> Tensor:
-    """Return a whole number as a 0-d tensor beside ``like``, filled there rather than copied from the host."""
+    """Return an integer as a 0-d tensor on the device of ``like``, filled there instead of copied from the host."""
     return number if isinstance(number, Tensor) else torch.full((), number, dtype=torch.int64, device=like.device)
 
 
@@ -66,10 +64,11 @@ def _bounded(count: int | Tensor, total: Tensor) -> Tensor:
 
 
 class KernelSearch:
-    """Searches by the kernels; remembers where the last k-th value lay, since the next is rarely far from it.
+    """A search for the k smallest entries by the GPU kernels.
 
-    Four passes over the weight, scoring on the way, and one over the columns that are asked for; the fourth, and the search
-    for ties, return at once where they are not needed. Nothing waits for the host.
+    It keeps a window around the last k-th value, since the next one is rarely far from it. A search makes four passes over the
+    weight, which compute the scores as they go, and one over the requested columns. The pass over all bins, and the count of
+    ties, return at once if they are not needed. Nothing waits for the host.
     """
 
     def __init__(self, row_shards: RowShards = ALONE) -> None:
@@ -79,18 +78,19 @@ class KernelSearch:
     def smallest(
         self, weight: Tensor, norms: Tensor | None, zeros: Tensor | None, count: Tensor, width: int | None = None
     ) -> Tensor:
-        """Return which of the first ``width`` columns (default: all) are among the ``count`` smallest of the whole.
+        """Return the mask of the ``count`` smallest entries of the whole, in the first ``width`` columns (default: all).
 
         Args:
-            weight: (c, k) float32.
-            norms: scores are |W_ij|·norm_j; None if ``weight`` holds scores.
-            zeros: entries that come first, (c, k) bool; None if there are none.
-            count: 0-d int64, between 0 and the number of entries.
-            width: columns asked for.
+            weight: the columns to search, (c, k) float32.
+            norms: norms of the input columns, (k,): the scores are |W_ij|·norm_j. None if ``weight`` holds the scores.
+            zeros: mask of the entries that are selected first, (c, k) bool; None if there are none.
+            count: number of entries to select, 0-d int64, between 0 and the number of entries.
+            width: number of columns in the returned mask.
         """
         if self._window is None:
             self._window = torch.zeros((), dtype=torch.int32, device=weight.device)
         histograms = torch.zeros(4, 1 << selection_kernels.BITS, dtype=torch.int32, device=weight.device)
+        # Round 3 repeats round 0 over all bins if the window missed, so it comes before the lower digits.
         for round_ in (0, 3, 1, 2):
             selection_kernels.score_histogram(weight, norms, zeros, histograms, count, self._window, round_)
             self._row_shards.sum_(histograms[round_])
@@ -112,12 +112,15 @@ class KernelSearch:
 
 
 class ResidualMask:
-    """Thanos' global residual mask: of everything that is left, the smallest scores, of which each block takes its part.
+    """Thanos' global residual mask.
+
+    For each block it selects the smallest scores among all columns that remain; the block loses those within its columns.
 
     Args:
         norms: ‖X_j‖₂ of all columns, (b,).
-        zeros: entries that score below all others, (c, b) bool; None if there are none.
-        budget: entries to remove, over all processes, 0-d integer tensor on the device; counted down there, not by the host.
+        zeros: mask of the entries whose score is below all others, (c, b) bool; None if there are none.
+        budget: number of entries to remove, over all processes: a 0-d integer tensor. A copy of it is counted down on its
+            device, not by the host.
         row_shards: the processes that hold the other rows.
     """
 
@@ -127,7 +130,7 @@ class ResidualMask:
         self._scratch: Tensor | None = None
 
     def take(self, weight: Tensor, start: int, stop: int) -> Tensor:
-        """Return which entries of columns [start, stop) of ``weight`` (c, b), as it is now, go; (c, stop − start) bool."""
+        """Return the mask, (c, stop − start) bool, of the entries to remove from columns [start, stop) of the current W."""
         if kernels.usable(weight):
             zeros = None if self._zeros is None else self._zeros[:, start:]
             rest, norms = weight[:, start:], self._norms[start:]
@@ -168,17 +171,17 @@ def _smallest_on_cpu(scores: Tensor, count: int) -> Tensor:
 
 
 def kth_on_cpu(scores: Tensor, k: int) -> tuple[float, int, int]:
-    """Return the k-th smallest entry (k from 1), how many entries equal it, and how many of those are among the k."""
+    """Return the k-th smallest entry (k from 1), the number of entries equal to it, and how many of those are among the k."""
     flat, below = scores.reshape(-1), 0
     candidates = flat
     if flat.numel() > 8 * _SAMPLE:
-        # An odd stride, or whole columns of a matrix would be passed over.
+        # An odd stride: an even one could skip whole columns of a matrix.
         sample = flat[:: flat.numel() // _SAMPLE | 1].contiguous()
         middle, slack = 1 + (k - 1) * len(sample) // flat.numel(), 2 * int(len(sample) ** 0.5)
         low = sample.kthvalue(max(1, middle - slack)).values
         high = sample.kthvalue(min(len(sample), middle + slack)).values
         under, inside = _bracketed(flat, low, high)
-        if under < k <= under + inside.numel():  # else the sample misled: search everything
+        if under < k <= under + inside.numel():  # else the bracket missed the k-th value: search all entries
             candidates, below = inside, under
     value = torch.kthvalue(candidates, k - below).values
     smaller = below + int(torch.count_nonzero(candidates < value))
@@ -186,14 +189,14 @@ def kth_on_cpu(scores: Tensor, k: int) -> tuple[float, int, int]:
 
 
 _WORD = 8
-"""Entries that are looked for together: their truth values are one integer."""
+"""Entries tested together: their eight booleans are read as one 64-bit integer."""
 
 
 def _bracketed(flat: Tensor, low: Tensor, high: Tensor) -> tuple[int, Tensor]:
-    """Return how many entries lie below ``low``, and those from ``low`` to ``high``, both included."""
+    """Return the number of entries below ``low``, and the entries from ``low`` to ``high``, both included."""
     whole = flat.numel() // _WORD * _WORD
     under, parts = int(torch.count_nonzero(flat[whole:] < low)), [flat[whole:]]
-    # Numbers instead of truth values where they are counted and subtracted: faster to make, and these sums are exact.
+    # Count and subtract floats instead of booleans: the comparison is faster, and these sums are exact.
     first, upto = torch.empty(2, min(whole, _IN_CACHE), dtype=flat.dtype)
     for some in flat[:whole].split(_IN_CACHE):
         first, upto = first[: len(some)], upto[: len(some)]
@@ -205,14 +208,14 @@ def _bracketed(flat: Tensor, low: Tensor, high: Tensor) -> tuple[int, Tensor]:
 
 
 def _ordered_bits(scores: Tensor) -> Tensor:
-    # Adding zero makes −0 to 0.
+    # Adding zero turns −0 into 0.
     return (scores + 0.0).view(torch.int64 if scores.dtype == torch.float64 else torch.int32)
 
 
 def kth_key(keys: Tensor, count: int | Tensor, row_shards: RowShards) -> tuple[Tensor, Tensor]:
-    """Return the bit pattern of the ``count``-th smallest, and how many of the entries that equal it are wanted.
+    """Return the bit pattern of the ``count``-th smallest key, and how many of the keys equal to it are selected.
 
-    Both are 0-d; where nothing is wanted the pattern is below all others.
+    Both are 0-d tensors. If no key is selected, the pattern is below all others.
     """
     missing = _bounded(count, row_shards.sum_(_count(keys.numel(), keys)))
     nothing = missing == 0
@@ -222,7 +225,7 @@ def kth_key(keys: Tensor, count: int | Tensor, row_shards: RowShards) -> tuple[T
     ones = torch.ones((), dtype=torch.int64, device=keys.device).expand(flat.numel())
     for shift in range(bits - _DIGIT, -1, -_DIGIT):
         high = flat.to(torch.int64) >> shift
-        # The top digit is signed: moved up so that it counts from 0.
+        # The highest digit is signed: add an offset, so that it counts from 0.
         digit = high + (1 << (_DIGIT - 1)) if shift == bits - _DIGIT else high - (prefix << _DIGIT)
         inside = (digit >= 0) & (digit < 1 << _DIGIT)
         bins = torch.where(inside, digit, 1 << _DIGIT)
@@ -230,14 +233,14 @@ def kth_key(keys: Tensor, count: int | Tensor, row_shards: RowShards) -> tuple[T
         histogram = row_shards.sum_(histogram)[:-1]
         below = histogram.cumsum(0)
         chosen = torch.searchsorted(below, missing)
-        missing = missing - (below.take(chosen) - histogram.take(chosen))  # indexing would ask the device
+        missing = missing - (below.take(chosen) - histogram.take(chosen))  # indexing would synchronise
         prefix = chosen - (1 << (_DIGIT - 1)) if shift == bits - _DIGIT else (prefix << _DIGIT) + chosen
     lowest = torch.iinfo(keys.dtype).min
     return torch.where(nothing, lowest, prefix).to(keys.dtype), torch.where(nothing, 0, missing)
 
 
 def row_smallest_mask(scores: Tensor, counts: Tensor | int) -> Tensor:
-    """Return a mask with exactly ``counts`` (an int, or one per row) True in each row of ``scores`` (c, b)."""
+    """Return a mask with exactly ``counts`` (an int, or one per row, (c,)) True in each row of ``scores`` (c, b)."""
     order = scores.sort(dim=1, stable=True).indices
     if isinstance(counts, int):
         chosen = order[:, :counts]
@@ -247,11 +250,11 @@ def row_smallest_mask(scores: Tensor, counts: Tensor | int) -> Tensor:
 
 
 def even_rows_mask(scores: Tensor, count: int, row_shards: RowShards = ALONE) -> Tensor:
-    """Select ``count`` entries over the rows of all processes, the same number per row up to one.
+    """Return the mask of ``count`` entries over the rows of all processes, the same number per row up to one.
 
-    Each row gives ⌊count / rows⌋; what is left over comes from the rows whose next score is smallest, so that the
-    result does not depend on the order of the rows. A row with more zeros than that gives them all, and the others that
-    much less.
+    Each row gives ⌊count / rows⌋ entries. The remainder comes from the rows whose next score is smallest, so that the
+    result does not depend on the order of the rows. A row with more zeros than its number gives all its zeros, and the other
+    rows give that many fewer.
     """
     columns = scores.shape[1]
     rows = (
@@ -266,7 +269,7 @@ def even_rows_mask(scores: Tensor, count: int, row_shards: RowShards = ALONE) ->
         return int(row_shards.sum_(zeros.clamp_min(level).sum()))
 
     level = count // rows
-    if taken(level) > count:  # the highest level that is not too much; below 0 there are too many zeros for any
+    if taken(level) > count:  # the highest level within count; −1 if there are too many zeros for any
         level = bisect.bisect_right(range(level), count, key=taken) - 1
     if level < 0:
         return scores < 0
@@ -278,26 +281,25 @@ def even_rows_mask(scores: Tensor, count: int, row_shards: RowShards = ALONE) ->
 
 
 _RANKED_GROUP = 16
-"""Up to this many entries a group is ranked by comparing all pairs; larger ones are sorted."""
+"""Groups of up to this many entries are ranked by comparing all pairs; larger ones are sorted."""
 
 
 def nm_mask(scores: Tensor, n: int, m: int) -> Tensor:
-    """Select the m − n smallest scores of every m consecutive entries of a row; (c, b), m divides b."""
+    """Return the mask, (c, b), of the m − n smallest scores of every m consecutive entries of a row; m divides b."""
     groups = scores.reshape(-1, m)
     if m > _RANKED_GROUP:
         return row_smallest_mask(groups, m - n).view(scores.shape)
-    # One line for each place in the group, so that lines are long.
+    # One line for each index in the group: few long lines instead of many short ones.
     lines = torch.stack(groups.unbind(1))
     return torch.stack(group_mask(lines, m - n).unbind(0), 1).view(scores.shape)
 
 
 def group_mask(lines: Tensor, count: int) -> Tensor:
-    """Select the ``count`` smallest of every column of ``lines`` (m, any): equal ones from the top."""
-    # An entry's rank is how many others go before it: those above it, but for every pair in which the lower one is smaller.
+    """Return the mask of the ``count`` smallest of every column of ``lines`` (m, any); of equal ones, the upper first."""
+    # An entry's rank is the number of entries before it. It starts as the number of lines above; a pair whose lower entry
+    # is smaller swaps its order.
     places = len(lines)
-    kind = (
-        lines.dtype if lines.device.type == "cpu" else torch.uint8
-    )  # the CPU is slow at truth values and small integers
+    kind = lines.dtype if lines.device.type == "cpu" else torch.uint8  # the CPU is slow at booleans and small integers
     rank = torch.arange(places, dtype=kind, device=lines.device)[:, None].repeat(1, lines.shape[1])
     after = torch.empty_like(rank[0])
     for i in range(places):

@@ -1,11 +1,12 @@
-"""Triton kernels that find the k-th smallest score and the mask it gives: :mod:`thanos.solvers.selection` is their twin.
+"""Triton kernels for the k-th smallest score and the mask of the scores up to it.
 
-A histogram over the bits of the scores, digit by digit; the host learns nothing on the way. See
-:mod:`thanos.solvers.kernels.solve` for the others, and for where any of them can run.
+They build histograms over the bits of the scores, digit by digit, without a synchronisation with the host. Plain tensor
+operations for the same selection are in :mod:`thanos.solvers.selection`. See :mod:`thanos.solvers.kernels.solve` for the other
+kernels, and for the tensors that kernels can process.
 """
 
 # pyright: reportInvalidTypeForm=false
-# Triton reads ``tl.constexpr`` in a signature; the type checker, here without Triton, takes ``tl`` for a variable.
+# Triton needs ``tl.constexpr`` in a signature; without Triton the type checker treats ``tl`` as a variable, not a module.
 
 from __future__ import annotations
 
@@ -21,15 +22,15 @@ triton: Any = kernels.triton
 tl: Any = kernels.tl
 
 BITS = 11
-"""A histogram's digit: 32 bits in three rounds (11 + 11 + 10), and bins that fit a block's registers."""
+"""Bits of a histogram's digit: 32 bits take three rounds (11 + 11 + 10), and the bins fit a block's registers."""
 
 _BINS = 1 << BITS
 
 _WINDOW = 256
-"""Bins of the first round around the last threshold's: counting into few bins is several times as fast as into all."""
+"""Bins of the first round, around the bin of the last threshold: counting into few bins is several times as fast."""
 
 _ROWS = 32
-"""Rows per program where a program walks along rows."""
+"""Rows of one program of the histogram kernel."""
 
 
 if triton is not None:
@@ -39,7 +40,7 @@ if triton is not None:
         weight, norms, zeros, rows, columns, row, column, weight_stride, zeros_stride,
         HAS_NORMS: tl.constexpr, HAS_ZEROS: tl.constexpr,
     ):  # fmt: skip
-        """Return the ordered bits of a tile's scores, −1's where the weight was zero, and which entries exist."""
+        """Return the ordered bits of a tile's scores, with the bits of −1 at ``zeros``, and the mask of entries that exist."""
         inside = (row < rows)[:, None] & (column < columns)[None, :]
         place = row.to(tl.int64)[:, None] * weight_stride + column[None, :]
         score = tl.load(weight + place, mask=inside, other=0.0) + 0.0  # −0 becomes 0
@@ -53,7 +54,7 @@ if triton is not None:
 
     @triton.jit
     def _find(histogram, wanted, BINS: tl.constexpr):
-        """Return the bin that holds the ``wanted``-th entry (from 1), how many of its entries are wanted, and its size."""
+        """Return the bin of the ``wanted``-th entry (from 1), how many entries of the bin are wanted, and the bin's size."""
         bins = tl.arange(0, BINS)
         counts = tl.load(histogram + bins).to(tl.int64)
         upto = tl.cumsum(counts, 0)
@@ -65,7 +66,7 @@ if triton is not None:
 
     @triton.jit
     def _first(histograms, wanted, base, BINS: tl.constexpr, WINDOW: tl.constexpr):
-        """Find the first digit: from the window's counts if it lies within, else from the full ones in row 3."""
+        """Return the first digit by the window's counts if it is within the window, else by the counts of all bins in row 3."""
         found, left, size = _find(histograms, wanted, BINS)
         # The outermost bins of the window stand for everything below and above it.
         missed = (found <= base) | (found >= base + WINDOW - 1)
@@ -75,7 +76,10 @@ if triton is not None:
 
     @triton.jit
     def _threshold(histograms, wanted, base, BINS: tl.constexpr, WINDOW: tl.constexpr, ROUNDS: tl.constexpr):
-        """Return the key's bits found in the first ``ROUNDS`` rounds, how many equals are wanted, and how many there are."""
+        """Return the bits of the threshold's key that the first ``ROUNDS`` rounds determine.
+
+        Also return how many of the entries with these bits are wanted, and how many there are.
+        """
         found, wanted, size, _ = _first(histograms, wanted, base, BINS, WINDOW)
         prefix = found - BINS // 2
         if ROUNDS >= 2:
@@ -92,8 +96,8 @@ if triton is not None:
         HAS_NORMS: tl.constexpr, HAS_ZEROS: tl.constexpr, ROUND: tl.constexpr, BINS: tl.constexpr,
         WINDOW: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
     ):  # fmt: skip
-        # A program takes BR rows and strides along them; programs side by side read neighbouring columns. Round 0 counts
-        # the first digit within the window, round 3 all of it, if the window turns out to miss.
+        # A program goes along its BR rows in strides; neighbouring programs read neighbouring columns. Round 0 counts the
+        # first digit within the window. Round 3 counts it over all bins, but only if the window missed it.
         row = tl.program_id(0) * BR + tl.arange(0, BR)
         base = tl.load(window)
         if ROUND == 0:
@@ -105,7 +109,7 @@ if triton is not None:
                     weight, norms, zeros, rows, columns, row, column, weight_stride, zeros_stride, HAS_NORMS, HAS_ZEROS
                 )
                 digit = tl.minimum(tl.maximum((key >> 21) + BINS // 2 - base, 0), WINDOW - 1)
-                # What lies outside the matrix goes to the first bin and is taken off again.
+                # Entries outside the matrix are counted in the first bin and subtracted below.
                 digit = tl.where(inside, digit, 0)
                 outside += tl.sum((~inside).to(tl.int32))
                 counts += tl.histogram(tl.reshape(digit, (BR * BC,)), WINDOW)
@@ -122,7 +126,7 @@ if triton is not None:
                         weight, norms, zeros, rows, columns, row, column, weight_stride, zeros_stride, HAS_NORMS,
                         HAS_ZEROS,
                     )  # fmt: skip
-                    # The last bin holds NaNs only: what lies outside the matrix goes there and is left out below.
+                    # The last bin is for NaN only. Entries outside the matrix are counted there, and the bin is left out below.
                     digit = tl.where(inside, (key >> 21) + BINS // 2, BINS - 1)
                     counts += tl.histogram(tl.reshape(digit, (BR * BC,)), BINS)
                 bins = tl.arange(0, BINS)
@@ -148,7 +152,7 @@ if triton is not None:
         HAS_NORMS: tl.constexpr, HAS_ZEROS: tl.constexpr, BINS: tl.constexpr, WINDOW: tl.constexpr,
         BR: tl.constexpr, BC: tl.constexpr,
     ):  # fmt: skip
-        # How many entries of each row equal the threshold; only read where not all of them are wanted.
+        # Counts the entries of each row that equal the threshold. If all of them are wanted, nothing is read.
         row = tl.program_id(0) * BR + tl.arange(0, BR)
         count = tl.zeros((BR,), tl.int64)
         key_wanted, missing, size = _threshold(histograms, tl.load(wanted), tl.load(window), BINS, WINDOW, 3)
@@ -167,7 +171,7 @@ if triton is not None:
         zeros_stride, HAS_NORMS: tl.constexpr, HAS_ZEROS: tl.constexpr, BINS: tl.constexpr, WINDOW: tl.constexpr,
         BR: tl.constexpr, BC: tl.constexpr,
     ):  # fmt: skip
-        # ``columns`` is the width of the block, whose columns come first among those that were counted.
+        # ``columns`` is the width of the block: the first of the columns that the histograms counted.
         row = tl.program_id(0) * BR + tl.arange(0, BR)
         wanted_count = tl.load(wanted)
         key_wanted, missing, _ = _threshold(histograms, wanted_count, tl.load(window), BINS, WINDOW, 3)
@@ -202,13 +206,13 @@ def score_histogram(
     """Add the counts of one digit of the scores |W_ij|·norm_j to ``histograms`` (4, 2048) int32.
 
     Args:
-        weight: (c, k) float32, rows contiguous.
-        norms: (k,); None if ``weight`` holds scores already.
-        zeros: entries whose score is −1, (c, k) bool; None if there are none.
-        histograms: of the rounds; the earlier ones are complete.
-        wanted: k of the k-th smallest, 0-d int64.
-        window: where the first digit is looked for first, 0-d int32.
-        round_: 0 (the first digit within the window), 3 (all of it, if that missed), 1 or 2, in this order.
+        weight: the columns to search, (c, k) float32, rows contiguous.
+        norms: norms of the input columns, (k,); None if ``weight`` holds the scores.
+        zeros: mask of the entries whose score is −1, (c, k) bool; None if there are none.
+        histograms: one row for each round. Those of earlier rounds are complete.
+        wanted: rank of the k-th smallest, from 1; 0-d int64.
+        window: first bin of the window, 0-d int32.
+        round_: 0 (the first digit within the window), 3 (over all bins, if the window missed it), 1 or 2, in this order.
     """
     rows, columns = weight.shape
     tile = 128
@@ -224,7 +228,7 @@ def score_histogram(
 def tie_counts(
     weight: Tensor, norms: Tensor | None, zeros: Tensor | None, histograms: Tensor, wanted: Tensor, window: Tensor
 ) -> Tensor:
-    """Return per row, (c,) int64, how many scores equal the k-th smallest; zeros where all of them are wanted anyway."""
+    """Return for each row how many scores equal the k-th smallest, (c,) int64; zeros if all of them are wanted."""
     rows, columns = weight.shape
     ties = torch.empty(rows, dtype=torch.int64, device=weight.device)
     _tie_counts_kernel[(triton.cdiv(rows, 8),)](
@@ -246,10 +250,10 @@ def block_mask(
     following: Tensor,
     ties_before: Tensor,
 ) -> Tensor:
-    """Return which entries of the leading columns, (c, k), are among the ``wanted`` smallest.
+    """Return the mask of the ``wanted`` smallest entries in ``weight``, the first k columns of those counted; (c, k) bool.
 
-    ``ties_before`` (c,) int64: entries equal to the threshold in earlier rows. ``following`` takes the window that the
-    threshold suggests for the next search.
+    ``ties_before``, (c,) int64, is the number of entries equal to the threshold in all earlier rows. The kernel writes the
+    window for the next search, around this threshold, to ``following``.
     """
     rows, columns = weight.shape
     mask = torch.empty(rows, columns, dtype=torch.bool, device=weight.device)
@@ -262,7 +266,7 @@ def block_mask(
 
 
 def _or(tensor: Tensor | None, instead: Tensor) -> Tensor:
-    # Triton wants a pointer though the kernel will not use it.
+    # Triton needs a pointer even for an argument that the kernel does not use.
     return instead if tensor is None else tensor
 
 

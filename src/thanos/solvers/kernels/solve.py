@@ -1,17 +1,18 @@
-"""Triton kernels for the inner loops that are short of launches rather than of arithmetic.
+"""Triton kernels for the inner loops whose time is kernel launches rather than arithmetic.
 
-Each has a twin in plain tensor operations, where it is called and which the tests compare it with; without Triton, or on
-another device, the twin runs. The only kernel that multiplies matrices asks for full float32 ("ieee"), never TF32.
+Each kernel has a twin: the same computation in plain tensor operations, in the module that calls the kernel. The twin runs
+without Triton and on other devices, and the tests compare the two. The only kernel that multiplies matrices does so in full
+float32 ("ieee"), never in TF32.
 
-    conjugate_gradients   the rows' whole iteration, a tile of rows at a time (rows.py)
-    gradient_step         one step of it but for the matrix product, for wider blocks (rows.py)
-    eliminate             SparseGPT's recursion over one panel of columns (sparsegpt.py)
+    conjugate_gradients   the whole iteration for a tile of rows (masked_cg.py)
+    gradient_step         one step of it without the matrix product, for wider blocks (masked_cg.py)
+    eliminate             SparseGPT's recursion over one panel of columns (methods/sparsegpt.py)
 
-Those that select are in :mod:`thanos.solvers.kernels.selection`.
+The kernels for selection are in :mod:`thanos.solvers.kernels.selection`.
 """
 
 # pyright: reportInvalidTypeForm=false
-# Triton reads ``tl.constexpr`` in a signature; the type checker, here without Triton, takes ``tl`` for a variable.
+# Triton needs ``tl.constexpr`` in a signature; without Triton the type checker treats ``tl`` as a variable, not a module.
 
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ T = TypeVar("T")
 
 
 def usable(tensor: Tensor) -> bool:
-    """Whether the kernels can work on this tensor."""
+    """Return whether the kernels can process this tensor: Triton is installed, and it is float32 on CUDA."""
     return triton is not None and tensor.is_cuda and tensor.dtype == torch.float32
 
 
@@ -43,16 +44,16 @@ def _is_row_major(argument: object) -> bool:
 
 
 def where_it_lies(launch: Callable[P, T]) -> Callable[P, T]:
-    """Launch on the device of the first argument: Triton launches on the current one, whatever it is handed.
+    """Launch on the device of the first argument; Triton by itself launches on the current device.
 
-    The kernels take the rows of matrices for stretches of memory, and read nonsense where they are not.
+    The arguments are checked too: the kernels expect matrices whose rows are contiguous, and read wrong values otherwise.
     """
 
     @wraps(launch)
     def there(*args: P.args, **kwargs: P.kwargs) -> T:
         assert isinstance(args[0], Tensor)
         assert all(map(_is_row_major, args))
-        # Nearly always the same, and to ask costs less than to switch.
+        # The device is nearly always the current one, and this check costs less than a switch.
         if args[0].get_device() == torch.cuda.current_device():
             return launch(*args, **kwargs)
         with torch.cuda.device_of(args[0]):
@@ -65,7 +66,7 @@ if triton is not None:
 
     @triton.jit
     def _product(scratch, gram, row, column, rows, columns, BR: tl.constexpr, K: tl.constexpr, BK: tl.constexpr):
-        """Return scratch (BR rows of K) times gram, in full float32."""
+        """Return the product of scratch, a tile (BR, K) of rows, and gram, in full float32."""
         result = tl.zeros((BR, K), tl.float32)
         for k in range(0, columns, BK):
             inner = k + tl.arange(0, BK)
@@ -81,7 +82,7 @@ if triton is not None:
         gram, scale, norm, rhs, mask, solution, failed, scratch, rows, columns, rhs_stride, mask_stride,
         tolerance, backward, steps, BR: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
     ):  # fmt: skip
-        # The direction goes through memory (in practice the cache) to become an operand of the product again.
+        # The direction is stored in scratch (in practice the cache), from which the product loads it as an operand.
         row = tl.program_id(0) * BR + tl.arange(0, BR)
         column = tl.arange(0, K)
         inside = (row < rows)[:, None] & (column < columns)[None, :]
@@ -106,7 +107,7 @@ if triton is not None:
             tl.debug_barrier()
             image = tl.where(support, image, 0.0)
             curvature = tl.sum(d * image, 1)
-            # A row that is done stays as it is, so that its result does not depend on the rows beside it.
+            # A solved row is not updated any more, so that its result does not depend on the other rows of the tile.
             active = (curvature > 0) & (squares > limit)
             alpha = tl.where(active, squares / tl.where(active, curvature, 1.0), 0.0)
             x += alpha[:, None] * d
@@ -152,7 +153,7 @@ if triton is not None:
         weight, removed, zeros, upper, dead, errors, rows, columns, weight_stride, removed_stride, zeros_stride,
         errors_stride, N: tl.constexpr, M: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
     ):  # fmt: skip
-        # A tile of rows goes through the panel's columns on its own; M = 0: ``removed`` is given, else decided by groups.
+        # Each program handles a tile of rows, column by column. M = 0: ``removed`` is the mask; else it is chosen by groups.
         row = tl.program_id(0) * BR + tl.arange(0, BR)
         column = tl.arange(0, BC)
         inside = (row < rows)[:, None] & (column < columns)[None, :]
@@ -166,7 +167,7 @@ if triton is not None:
             alive = tl.load(dead + column, mask=column < columns, other=1) == 0
             diagonal = tl.load(upper + column * columns + column, mask=column < columns, other=1.0)
         for j in range(columns):
-            if M > 0:  # noqa: SIM102, known when compiled
+            if M > 0:  # noqa: SIM102, known at compile time
                 if j % M == 0:
                     group = (column >= j) & (column < j + M)
                     score = tl.where(alive[None, :], tl.abs(w) / diagonal[None, :], 0.0)
@@ -190,16 +191,17 @@ if triton is not None:
 
 
 WIDEST_SYSTEM = 256
-"""Columns that :func:`conjugate_gradients` takes: a tile of rows, four matrices of it, stays in registers."""
+"""Most columns that :func:`conjugate_gradients` accepts: four matrices of a tile of rows stay in registers."""
 
 
 @where_it_lies
 def conjugate_gradients(
     gram: Tensor, scale: Tensor, norm: Tensor, rhs: Tensor, mask: Tensor, tolerance: float, backward: float, steps: int
 ) -> tuple[Tensor, Tensor]:
-    """Solve the rows' scaled systems to the end; return x ∘ scale (c, k), and which rows are not solved (c,) bool.
+    """Solve the rows' scaled systems; return x ∘ scale, (c, k), and the mask of the rows that are not solved, (c,) bool.
 
-    ``gram`` (k, k) is scaled to a unit diagonal and contiguous, ``scale`` (k,) is how, ``norm`` 0-d bounds its norm.
+    ``gram`` (k, k) is scaled to a unit diagonal and contiguous. ``scale`` (k,) holds the scaling factors. ``norm``, 0-d, is an
+    upper bound of the norm of ``gram``.
     """
     rows, columns = rhs.shape
     width = max(16, triton.next_power_of_2(columns))
@@ -217,7 +219,7 @@ def conjugate_gradients(
 def gradient_step(
     direction: Tensor, image: Tensor, mask: Tensor, solution: Tensor, residual: Tensor, squares: Tensor
 ) -> None:
-    """Finish a step of conjugate gradients in place, given ``image`` = direction · matrix; all (c, k), ``squares`` (c,)."""
+    """Finish a step of conjugate gradients in place; ``image`` = direction · matrix. All are (c, k), ``squares`` is (c,)."""
     rows, columns = direction.shape
     width = triton.next_power_of_2(columns)
     height = max(1, 2048 // width)
@@ -228,19 +230,20 @@ def gradient_step(
 
 
 WIDEST_PANEL = 128
-"""Columns that :func:`eliminate` takes at once: a tile of rows stays in registers."""
+"""Most columns that :func:`eliminate` accepts: a tile of rows stays in registers."""
 
 WIDEST_STEP = 8192
-"""Columns that :func:`gradient_step` takes."""
+"""Most columns that :func:`gradient_step` accepts."""
 
 
 @where_it_lies
 def eliminate(
     weight: Tensor, removed: Tensor, zeros: Tensor, upper: Tensor, dead: Tensor, errors: Tensor, n: int, m: int
 ) -> None:
-    """Run SparseGPT's recursion over a panel, (c, k) with k at most 128, in place; ``errors`` (c, k) takes W_ij / U_jj.
+    """Run SparseGPT's recursion over a panel, (c, k) with k at most 128, in place; write W_ij / U_jj to ``errors`` (c, k).
 
-    ``removed`` is given for m = 0, else decided group by group. ``upper`` (k, k) is contiguous.
+    For m = 0, ``removed`` is the mask. Otherwise the kernel chooses the mask group by group and writes it to ``removed``.
+    ``upper`` (k, k) is contiguous.
     """
     rows, columns = weight.shape
     _eliminate_kernel[(triton.cdiv(rows, 16),)](

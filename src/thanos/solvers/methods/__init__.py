@@ -1,1 +1,1 @@
-"""One file a method."""
+"""The pruning methods, one file each."""

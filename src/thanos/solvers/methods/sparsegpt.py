@@ -1,8 +1,8 @@
-"""SparseGPT (Frantar and Alistarh, 2023): one column after the other, errors carried to the right.
+"""SparseGPT (Frantar and Alistarh, 2023): prune one column after the other; the columns on its right compensate.
 
-The recursion is equation (C) of docs/math.md. Columns are taken in panels inside blocks inside the matrix, so that most of the
-arithmetic is matrix products; on a GPU a panel is one kernel, which keeps a tile of rows in registers. The result is that of
-the column-by-column recursion up to rounding.
+The recursion is equation (C) of docs/math.md. The matrix is split into blocks of columns, and a block into panels, so that
+most of the arithmetic is matrix products. On a GPU one kernel prunes a panel and keeps a tile of rows in registers. Up to
+rounding, the result equals that of the column-by-column recursion.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from thanos.solvers.problem import Problem, Solution
 from thanos.solvers.selection import KernelSearch, group_mask
 
 _PANEL = 16
-"""Columns whose updates go to one another directly; wider panels do more work column by column."""
+"""Columns of a panel, which are updated column by column. A wider panel leaves less work to matrix products."""
 
 
 def sparsegpt(problem: Problem) -> Solution:
-    """Prune by the recursion; the mask of a block is chosen when the block (for n:m: the group) is reached.
+    """Prune by the recursion.
 
-    Patterns that are neither unstructured nor n:m choose their mask before the first column.
+    Unstructured pruning chooses the mask of a block when it reaches the block; n:m that of a group when it reaches the group.
+    Other patterns choose the whole mask before the first column.
     """
     pattern = problem.pattern
     weight, upper = problem.weight.clone(memory_format=torch.contiguous_format), problem.upper
@@ -44,12 +45,12 @@ def sparsegpt(problem: Problem) -> Solution:
 
 
 def _scores(problem: Problem, weight: Tensor, start: int) -> Tensor:
-    """Return |W_ij| / U_jj for columns from ``start`` on; 0 where the input was always zero."""
+    """Return |W_ij| / U_jj for the columns ``weight``, which begin at ``start``; 0 where the input was always zero."""
     return (weight * _reciprocals(problem)[start : start + weight.shape[1]]).abs_()
 
 
 def _block_mask(problem: Problem, weight: Tensor, start: int, count: int, search: KernelSearch) -> Tensor:
-    """Return the ``count`` entries of a block, over all processes, that cost least."""
+    """Return the mask, (c, k) bool, of the ``count`` entries of a block with the least cost, over all processes."""
     if kernels.usable(weight):
         stop = start + weight.shape[1]
         zeros = None if problem.some_zeros is None else problem.some_zeros[:, start:stop]
@@ -60,25 +61,26 @@ def _block_mask(problem: Problem, weight: Tensor, start: int, count: int, search
 
 
 def _reciprocals(problem: Problem) -> Tensor:
-    """Return 1 / U_jj, 0 where the input was always zero: |W_ij| / U_jj ranks as its square does."""
+    """Return 1 / U_jj, (b,), 0 where the input was always zero: |W_ij| / U_jj ranks as its square, the cost, does."""
     assert problem.inputs is not None
     return problem.upper.diagonal().reciprocal().masked_fill_(problem.inputs.dead, 0.0)
 
 
 def _block_budgets(problem: Problem) -> dict[int, int]:
-    """Return how many entries each block gives, by its first column, so that the matrix ends on its budget exactly.
+    """Return the number of entries to remove from each block, by the block's first column; together exactly the budget.
 
-    The running total follows the share of columns passed, except that zeros already there, in the block and further right,
-    have the first claim: a block gives at least its own zeros, which score below everything else.
+    The running total is proportional to the columns passed, with one exception: entries that are zero already come first,
+    both those of the block and those further right. A block removes at least its own zeros, which score below all others.
     """
     columns = problem.weight.shape[1]
+    # The zeros of each column and the number of rows in one tensor, so that one collective sums both.
     tally = torch.cat([problem.zeros.sum(0), problem.zeros.new_full((1,), problem.weight.shape[0], dtype=torch.int64)])
     *zeros, rows = problem.total(tally).tolist()
     total = max(problem.budget.weights, sum(zeros))
     counts, spent = {}, 0
     for start, stop in problem.blocks():
         target = total * stop // columns - spent
-        # What this block leaves must fit into the columns to its right.
+        # The columns to the right must hold enough entries for the rest of the budget.
         target = max(target, total - spent - rows * (columns - stop))
         counts[start] = max(min(target, total - spent - sum(zeros[stop:])), sum(zeros[start:stop]))
         spent += counts[start]
@@ -86,9 +88,10 @@ def _block_budgets(problem: Problem) -> dict[int, int]:
 
 
 def _eliminate_block(problem: Problem, weight: Tensor, removed: Tensor, offset: int) -> Tensor:
-    """Run the recursion on one block in place; return the errors W_ij / U_jj of what was removed, (c, k).
+    """Run the recursion on one block in place; return the errors W_ij / U_jj of the removed entries, (c, k).
 
-    ``weight`` and ``removed`` are views of the block's columns; for n:m ``removed`` is filled in on the way.
+    ``weight`` and ``removed`` are views of the block's k columns; ``offset`` is its first column. For n:m this function
+    chooses the mask and writes it to ``removed``.
     """
     width, group = weight.shape[1], problem.pattern.group
     upper = problem.upper[offset : offset + width, offset : offset + width]
@@ -107,7 +110,7 @@ def _eliminate_block(problem: Problem, weight: Tensor, removed: Tensor, offset: 
 
 
 def _eliminate_panel_fused(problem: Problem, weight: Tensor, removed: Tensor, upper: Tensor, offset: int) -> Tensor:
-    """Run the recursion on one panel, every row's within one kernel."""
+    """Run the recursion on one panel by one kernel for all rows; otherwise like :func:`_eliminate_block`."""
     assert problem.inputs is not None
     errors = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     columns = slice(offset, offset + weight.shape[1])
@@ -119,10 +122,13 @@ def _eliminate_panel_fused(problem: Problem, weight: Tensor, removed: Tensor, up
 
 
 def _eliminate_lines(problem: Problem, weight: Tensor, removed: Tensor, upper: Tensor, offset: int) -> Tensor:
-    """The same for a block, column by column within panels. Works on the transpose: a column is contiguous."""
+    """Run the recursion on a block by tensor operations, column by column within panels; see :func:`_eliminate_block`.
+
+    It works on the transpose, in which a column is contiguous.
+    """
     width, group, by_groups = weight.shape[1], problem.pattern.group, problem.pattern.group_zeros > 0
     lines, reciprocal = weight.contiguous().T.contiguous(), upper.diagonal().reciprocal()[:, None]
-    divided = removed.contiguous().T.to(weight.dtype).mul_(reciprocal)  # 1 / U_jj where a weight goes, 0 where it stays
+    divided = removed.contiguous().T.to(weight.dtype).mul_(reciprocal)  # 1 / U_jj where a weight is removed, else 0
     errors = torch.empty_like(lines)
     panel = max(group, _PANEL) // group * group
     for start in range(0, width, panel):
@@ -142,13 +148,16 @@ def _eliminate_lines(problem: Problem, weight: Tensor, removed: Tensor, upper: T
 
 
 def _choose_group(problem: Problem, lines: Tensor, start: int) -> Tensor:
-    """Decide the n:m group that begins at column ``start``, on its weights (m, c) as they are now; (m, c) bool."""
+    """Return the mask, (m, c) bool, of the n:m group that begins at column ``start``.
+
+    ``lines`` are the group's weights, (m, c), with the updates of all columns before the group.
+    """
     scores = problem.mark_zeros(_scores(problem, lines.T, start), start)
     return group_mask(scores.T, problem.pattern.group_zeros)
 
 
 def cost(pattern: Pattern, size: Size) -> dict[str, Cost]:
-    """Return the work of a solve by part."""
+    """Return the cost of a solve, by part."""
     if pattern.whole_columns:
         return scoring(pattern, size)
     c, b = float(size.rows), float(size.columns)

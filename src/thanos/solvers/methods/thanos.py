@@ -1,7 +1,8 @@
-"""Thanos (arXiv 2504.05346): many weights of a row removed at once, the survivors compensating exactly.
+"""Thanos (arXiv 2504.05346): remove many weights of a row in one step; the weights that stay compensate exactly.
 
-Blocks of columns go from left to right. In each, one set of entries is removed from every row, and the row's weights from
-there on change as equation (A) of docs/math.md says; whole columns go from all rows in one step, equation (B).
+The matrix is pruned one block of columns at a time, from left to right. In a block, each row loses a set of entries, and the
+row's weights from the block's first column on are updated by equation (A) of docs/math.md. The columns pattern instead removes
+whole columns from all rows in one step, by equation (B).
 """
 
 from __future__ import annotations
@@ -17,14 +18,18 @@ from thanos.solvers.problem import Problem, Solution
 
 
 def thanos(problem: Problem) -> Solution:
-    """Prune by Algorithm 1 (unstructured), 8 (n:m) or 2 (columns); other patterns by a mask chosen before the first block."""
+    """Prune by the paper's Algorithm 1 (unstructured), 8 (n:m) or 2 (columns).
+
+    Other patterns choose the whole mask before the first block.
+    """
     if problem.pattern.whole_columns:
         return _columns(problem)
+    # Assume that every row converges, so that no block waits for the host; if one did not, solve all blocks again.
     rows = problem.row_solver(defer_convergence_check=True)
     solution = _by_blocks(problem, rows)
     if not rows.failed():
         return solution
-    del solution  # its memory is needed
+    del solution  # the second solve needs its memory
     return _by_blocks(problem, problem.row_solver())
 
 
@@ -51,7 +56,14 @@ def _by_blocks(problem: Problem, rows: RowSolver) -> Solution:
 
 
 def _remove(weight: Tensor, chosen: Tensor, upper_rows: Tensor, rows: RowSolver) -> None:
-    """Apply (A) to every row: remove ``chosen`` (c, k) from W[:, j1:], its first columns; ``upper_rows`` is U[j1:j2, j1:]."""
+    """Apply equation (A) to every row in place.
+
+    Args:
+        weight: W[:, j1:], the block's k columns and all columns on its right.
+        chosen: mask of the entries of the block to remove, (c, k) bool.
+        upper_rows: U[j1:j2, j1:].
+        rows: solves the rows' systems.
+    """
     width = chosen.shape[1]
     root, block = upper_rows[:, :width], weight[:, :width]
     inverse_rows = root.T @ upper_rows
@@ -69,13 +81,13 @@ def _columns(problem: Problem) -> Solution:
         root = upper[:, index]
         multipliers = _solve_shared(root, weight[:, index])
         update = multipliers @ (root.T @ upper)
-    else:  # zeros scattered over columns that stay: every row has its own set
+    else:  # columns that stay hold zeros: every row has its own set of removed entries
         update = problem.row_solver().solve(upper.T @ upper, weight, removed, upper) @ (upper.T @ upper)
     return Solution(clear_(weight - update, removed), removed)
 
 
 def _solve_shared(root: Tensor, rhs: Tensor) -> Tensor:
-    """Return rhs (rootᵀ root)⁻¹, falling back to float64 where float32 does not suffice; root (b, s), rhs (c, s)."""
+    """Return rhs (rootᵀ root)⁻¹ for root (b, s), rhs (c, s); computed in float64 if float32 does not suffice."""
     if root.shape[1] == 0:
         return rhs
     for dtype in dict.fromkeys((root.dtype, torch.float64)):
@@ -89,11 +101,11 @@ def _solve_shared(root: Tensor, rhs: Tensor) -> Tensor:
 
 
 def cost(pattern: Pattern, size: Size) -> dict[str, Cost]:
-    """Return the work of a solve by part."""
+    """Return the cost of a solve, by part."""
     if pattern.whole_columns:
         return scoring(pattern, size)
     c, b, block, rest = float(size.rows), float(size.columns), float(size.block), size.rest
-    passes = 3 if pattern.any_entries else 0  # of the histograms, over all that is left
+    passes = 3 if pattern.any_entries else 0  # histograms, each over all remaining columns
     return {
         "selection": Cost(passes * c * rest, passes * 4 * c * rest + 8 * c * b),
         "rows": Cost(size.steps * 2 * c * block * b + 2 * block**2 * rest, 4 * 4 * c * b),
@@ -102,5 +114,5 @@ def cost(pattern: Pattern, size: Size) -> dict[str, Cost]:
 
 
 def memory(pattern: Pattern, size: Size) -> int:
-    """Return the bytes that a solve holds; where any entries may go, the scores of all that is left among them."""
+    """Return the bytes that a solve holds; if any entries may be removed, with the scores of all remaining columns."""
     return compensating_bytes(size, scores=4 * size.entries if pattern.any_entries else 0)
