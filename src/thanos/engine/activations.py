@@ -123,6 +123,7 @@ class Activations:
             if ready is not None:
                 here = torch.cuda.current_stream(self._device)
                 here.wait_event(ready)
+                # Allocated on the copier's stream: the memory must not be reused before this stream is done with it.
                 states.record_stream(here)
             yield start, states
 

@@ -219,6 +219,7 @@ def _join(values: list[Any], of_two: Any) -> Any:
     if isinstance(first, Tensor):
         if not all(value is first for value in values):
             return torch.cat(values)
+        # An argument grows with the batch if its first dimension is twice as large for two sequences.
         grows = len(values) > 1 and first.dim() > 0 and of_two[0] == 2 * first.shape[0]
         if not grows:
             return first

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _TIMEOUT = timedelta(minutes=30)
-"""Longest wait for the other processes. No process works this long between two collectives, such as on its sequences."""
+"""Longest wait for the other processes; longer than any of them works between two collectives, as in a forward pass."""
 
 _BUCKET_BYTES = 32 << 20
 """Small statistics are sent together, up to this size. Such a message takes longer to send than to set up."""
@@ -112,6 +112,7 @@ class Group(World):
         self, groups: list[InputGroup], layers: Sequence[LinearLayer], empty: Callable[[list[LinearLayer]], InputGroup]
     ) -> list[InputGroup]:
         """See :meth:`World.merge`. A process contributes zeros for an expert that its sequences never reached."""
+        # First agree on the groups: all processes must sum the same tensors in the same order.
         seen: list[Any] = [None] * self.size
         with _lost_peers():
             dist.all_gather_object(seen, [([layer.name for layer in group.layers], _tokens(group)) for group in groups])

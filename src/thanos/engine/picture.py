@@ -175,6 +175,7 @@ def _traced(model: nn.Module, blocks: Sequence[nn.Module], ids: Tensor, forms: d
                 output_like, trace.forms[index] = _form(
                     model, index, states, _attempt(model, index, real, args, kwargs)
                 )
+                # A changed mapping among the arguments holds values for later blocks.
                 trace.shares |= shared != _shared(args, kwargs)
             # Drawn in float32 and converted: not every device can draw bfloat16 and float16.
             noise = torch.randn(states.shape, generator=generator, device=ids.device).to(output_like.dtype)

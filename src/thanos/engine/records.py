@@ -180,7 +180,7 @@ class LayerRecord:
         name: full module name.
         block: index of its decoder block; None outside the blocks.
         shape: (output rows, input columns).
-        dtype: of the stored weight.
+        dtype: dtype of the stored weight, such as ``bfloat16``.
         method: name of the method that ran.
         pattern: ``unstructured``, ``columns`` or ``N:M``.
         sparsity: fraction of zeros in the written weight.

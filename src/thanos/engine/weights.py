@@ -66,7 +66,7 @@ class ModelWeights:
     def prefetch(self, names: Iterable[str]) -> None:
         """Begin to read parameters in the background, for the next :meth:`load` of the same names.
 
-        If the device has no room for them in addition to the loaded ones, nothing is read ahead.
+        If the device has no room for them in addition to the loaded ones, nothing is read ahead, and that load reads them.
         """
         self._forget_ahead()
         try:

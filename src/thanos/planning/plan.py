@@ -266,6 +266,7 @@ def _phases(
         states = kept if name in _WITH_STATES else 0
         there = held[name] + (states if place == "device" else 0)
         host = base + (states if place == "host" else 0) + (transfer_bytes(job) if job.on_cuda else there)
+        # To generate the calibration text, the whole model is in memory.
         if name == "calibration" and job.recipe.calibration == "self" and not job.on_cuda:
             host = max(host, base + job.whole_bytes())
         if name in measured:  # this process has opened the model and read the text itself

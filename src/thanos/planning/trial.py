@@ -109,6 +109,7 @@ def few_tokens(parameters: int, columns: Sequence[int], ids: Tensor, most: int, 
         most: number of sequences in a batch.
         rates: rates of the device.
     """
+    # Seconds per token: two operations per parameter, and XᵀX of each input.
     each = 2 * parameters / rates.model_flops + sum(2 * size**2 for size in columns) / rates.gram_flops
     tokens = max(_FEWEST_TOKENS, int(_PASS_SECONDS / each))
     length = min(ids.shape[1], tokens)
@@ -141,6 +142,7 @@ def try_block(model: TrialModel, ids: Tensor, device: torch.device) -> BlockTria
             observing, groups = _timed(observe, device)
         running, _ = _timed(run, device)
         nbytes = sum(weights.parameter(name).nbytes for name in model.inside)
+        # Batches of a block with experts never end early, so they save nothing.
         last = groups[-1].layers[-1] if groups and not any(layer.expert for layer in model.layers) else None
         hidden, running = passes.state_bytes // ids.numel(), running / ids.numel()
         return BlockTrial(

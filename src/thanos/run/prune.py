@@ -81,7 +81,8 @@ def prune(
 ) -> PruningReport:
     """Prune a pretrained causal language model and write it as a plain Hugging Face checkpoint.
 
-    If a run ends early, a hidden folder next to ``out`` keeps the finished blocks, unless they are of no use.
+    If a run ends early, a hidden folder next to ``out`` keeps the finished blocks, and ``resume`` continues from them. After a
+    NumericsError nothing is kept, because a resumed run would fail in the same way.
 
     Args:
         model: a hub name, a local Hugging Face folder, or a ``.gguf`` file.

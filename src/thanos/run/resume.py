@@ -260,6 +260,7 @@ class RunJournal:
         with self._meter.phase("write"):
             self._journal.append(record)
         before = self._damaged.pop(block, None)
+        # With other bytes than before, the block has other outputs: the records of all later blocks are invalid.
         if before is not None and before.tensors != tensors:
             for pile in (self.finished, self._damaged):
                 for other in [other for other in pile if comes_after(other, block)]:

@@ -142,6 +142,7 @@ class WorkFolder:
                     f"OUT {self.out.name} came into being during the run; move it away and give --resume, or --resume "
                     "--overwrite to replace it"
                 )
+            # Two renames are not atomic together. After a crash between them, tidy() restores the old OUT.
             shutil.rmtree(self._old, ignore_errors=True)
             self.out.rename(self._old)
         try:
