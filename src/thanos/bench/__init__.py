@@ -1,1 +1,1 @@
-"""Benchmarks behind ``thanos bench``: synchronised times beside errors and beside the floor. Nothing here is printed."""
+"""Benchmarks of ``thanos bench``: synchronised times, with errors and the minimum time of the device. Nothing is printed."""

@@ -1,4 +1,4 @@
-"""``thanos bench layer``: seconds a layer for our solvers and for reference implementations, beside error and floor."""
+"""``thanos bench layer``: seconds per layer of our solvers and of reference implementations, with error and floor."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ from thanos.solvers.precision import full_float32
 from thanos.solvers.prune_layer import prune_weight
 
 _RATE_SIZE = {"cpu": 1024, "cuda": 8192}
-"""Width of the square product, and of the copied matrix, that measure a device's rates."""
+"""Columns of the square matrix product and of the copied matrix, which measure a device's rates; by device type."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerSettings:
-    """What to measure: every method with every pattern and block size, at every shape.
+    """Settings of the benchmark. It measures every method with every pattern and block size, for every shape.
 
     Attributes:
-        shapes: (rows, columns).
-        methods: names of solvers.
-        patterns: as in a recipe.
-        block_sizes: columns handled together; None for the method's default.
-        tokens: that the Hessian is made from; None for four per column.
-        sparsity: of patterns that do not imply one.
-        damping: as in a recipe.
-        repeats: timed runs, of which the median counts.
-        device: where.
+        shapes: (rows, columns) of each layer.
+        methods: names of methods.
+        patterns: patterns as in a recipe.
+        block_sizes: columns per block; None for the method's default.
+        tokens: number of tokens in the Hessian; None for four per column.
+        sparsity: sparsity for patterns that do not imply one.
+        damping: damping as in a recipe.
+        repeats: number of timed runs; the median is reported.
+        device: device of the solves.
         peers: reference implementations, name → folder.
-        seed: of the layer.
+        seed: seed of the random layer.
     """
 
     shapes: tuple[tuple[int, int], ...]
@@ -58,7 +58,7 @@ class LayerSettings:
     seed: int = 0
 
     def recipes(self) -> Iterator[LayerRecipe]:
-        """Yield one recipe per method, pattern and block size, the latter once for a method that has none."""
+        """Yield one recipe per method, pattern and block size; only one per pattern for a method without block size."""
         recipes: dict[LayerRecipe, None] = {}
         for name, pattern, size in itertools.product(self.methods, self.patterns, self.block_sizes):
             method = registry.method(name)
@@ -73,18 +73,18 @@ class LayerTime:
     """One measurement.
 
     Attributes:
-        implementation: ``thanos`` for this package, ``reference`` for a peer's.
-        method: of either.
-        pattern: as in a recipe.
-        rows: of the weight.
-        columns: of the weight.
-        block_size: that was used.
-        seconds: median, of everything from weight and Hessian to pruned weight; ours includes both errors and the mask.
-        floor_seconds: factorising this Hessian, measured in the same run; every compensating method needs it.
-        modelled_seconds: our cost model over the rates measured in the same run; None for references.
-        error: tr(Δ H Δᵀ) / tr(W H Wᵀ), measured in float64.
-        sparsity: share of zeros.
-        peak_bytes: device memory beyond weight and Hessian; on the CPU the process's peak.
+        implementation: ``thanos`` for this package, ``reference`` for a reference implementation.
+        method: name of the method.
+        pattern: pattern as in a recipe.
+        rows: rows of the weight.
+        columns: columns of the weight.
+        block_size: columns per block.
+        seconds: median seconds from weight and Hessian to the pruned weight; ours include both errors and the mask.
+        floor_seconds: seconds to factorise this Hessian, measured in the same run; every compensating method needs it.
+        modelled_seconds: seconds of our cost model at the rates measured in the same run; None for references.
+        error: relative output error tr(Δ H Δᵀ) / tr(W H Wᵀ), measured in float64.
+        sparsity: fraction of zeros.
+        peak_bytes: peak device memory in addition to weight and Hessian, in bytes; on the CPU the process's peak.
     """
 
     implementation: str
@@ -102,11 +102,11 @@ class LayerTime:
 
 
 def run(settings: LayerSettings) -> Iterator[LayerTime]:
-    """Measure; yields one result after the other.
+    """Run the measurements, and yield them one by one.
 
     Raises:
         RecipeError: a setting is out of range, or a pattern does not fit a shape.
-        DataError: a peer's folder does not hold it.
+        DataError: the folder of a reference implementation does not contain it.
     """
     if settings.repeats < 1:
         raise RecipeError(f"--repeats must be at least 1; got {settings.repeats}")
@@ -127,7 +127,7 @@ def run(settings: LayerSettings) -> Iterator[LayerTime]:
 
 
 def report(settings: LayerSettings, results: list[LayerTime]) -> dict[str, Any]:
-    """Return everything as plain values, for JSON."""
+    """Return settings, machine, rates and results as plain values, for JSON."""
     return {
         "schema": 1,
         "benchmark": "layer",
@@ -140,7 +140,10 @@ def report(settings: LayerSettings, results: list[LayerTime]) -> dict[str, Any]:
 
 @cache
 def device_rates(device: str) -> dict[str, float]:
-    """Measure float32 arithmetic (a square product) and memory traffic (a copy, read and written), once a process."""
+    """Return the rates of float32 arithmetic (a square product) and of memory traffic (a copy, bytes read plus written).
+
+    They are measured once per process and device.
+    """
     size = _RATE_SIZE[torch.device(device).type]
     matrix = torch.randn(size, size, device=device)
     target = torch.empty_like(matrix)
@@ -153,7 +156,7 @@ def device_rates(device: str) -> dict[str, float]:
 
 
 def relative_error(weight: Tensor, pruned: Tensor, hessian: Tensor) -> float:
-    """Return tr(Δ H Δᵀ) / tr(W H Wᵀ), in float64, independently of what a solver says about itself."""
+    """Return tr(Δ H Δᵀ) / tr(W H Wᵀ) in float64, independently of the error that a solver reports."""
 
     def squared_norm(matrix: Tensor) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=matrix.device)
@@ -169,7 +172,7 @@ def relative_error(weight: Tensor, pruned: Tensor, hessian: Tensor) -> float:
 
 @dataclass(frozen=True, slots=True)
 class _Case:
-    """One layer, and the time that factorising its Hessian takes."""
+    """One layer with the settings of the benchmark; ``floor`` is the seconds to factorise its Hessian."""
 
     weight: Tensor
     hessian: Tensor

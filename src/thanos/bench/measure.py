@@ -1,4 +1,4 @@
-"""What every benchmark needs: the machine, a clock that waits for the device, a layer to solve."""
+"""Helpers of all benchmarks: a description of the machine, synchronised times, peak memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 def machine(device: str) -> dict[str, Any]:
-    """Describe what a measurement ran on: hardware, versions, commit, date."""
+    """Return the environment of a measurement: hardware, versions, commit, date."""
     cuda = torch.device(device).type == "cuda"
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else None
     return {
@@ -36,17 +36,24 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def synchronize(device: str) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until the device has finished all launched work."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
 
 
 _ENOUGH_SECONDS = 5.0
-"""Work that has taken so long is not repeated further: its noise is small beside it."""
+"""Total seconds after which a measurement is not repeated: the noise of such long work is relatively small."""
 
 
 def median_seconds(work: Callable[[], Any], *, repeats: int, device: str, warm_up: bool = True) -> float:
-    """Return the median of ``repeats`` synchronised runs, fewer if they take long, after one that is not counted."""
+    """Return the median seconds of synchronised runs.
+
+    Args:
+        work: function to time.
+        repeats: number of runs; fewer if they take more than ``_ENOUGH_SECONDS`` in total.
+        device: device of the work.
+        warm_up: call ``work`` once before the timed runs.
+    """
     if warm_up:
         work()
     seconds: list[float] = []
@@ -60,7 +67,10 @@ def median_seconds(work: Callable[[], Any], *, repeats: int, device: str, warm_u
 
 
 def with_peak(work: Callable[[], T], device: str) -> tuple[T, int]:
-    """Return the result and the peak of device memory beyond what was there before; on the CPU that of the whole process."""
+    """Return the result of ``work`` and its peak memory in bytes.
+
+    On CUDA it is the device memory in addition to what was allocated before; on the CPU the peak of the whole process.
+    """
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)

@@ -1,4 +1,4 @@
-"""Times a whole model of a given shape through the engine that prunes checkpoints, beside what the device needs at least."""
+"""``thanos bench model``: seconds of a whole random model in the engine that prunes checkpoints, and the device's minimum."""
 
 from __future__ import annotations
 
@@ -39,22 +39,22 @@ SCHEMA = 1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelTime(Document):
-    """What :func:`time_model` measured; the attributes are the keys of ``--json``.
+    """The result of :func:`time_model`; the attributes are the keys of ``--json``.
 
     Attributes:
-        shape: of the whole model.
-        recipe: what was done.
-        blocks: blocks that were measured.
-        seconds: of the measured run, from the first calibration sequence to the last written tensor.
-        block_seconds: of each block, in order.
-        whole_seconds: of the whole model: measured where all blocks were, else the rest is taken to be like the median block.
-        phases: seconds and peaks of the measured run.
-        solve_seconds: of each linear layer's kind, summed over the blocks.
-        floor_seconds: by phase, for the measured blocks: operations and bytes over ``rates``, nothing overlapping.
-        rates: of this device, in the same run.
-        mean_error: of the layers, relative, after compensation.
-        batch: sequences of a forward pass.
-        activations: where they were kept.
+        shape: shape of the whole model.
+        recipe: the recipe, as plain values.
+        blocks: number of measured blocks.
+        seconds: seconds of the measured run, from the first calibration sequence to the last written tensor.
+        block_seconds: seconds of each measured block, in order.
+        whole_seconds: seconds of the whole model. Blocks that were not measured count as the median block.
+        phases: seconds and peak memory of the measured run, by phase.
+        solve_seconds: kind of linear layer → seconds of its solves, summed over the blocks.
+        floor_seconds: minimum seconds of the measured blocks, by phase: operations and bytes over ``rates``, without overlap.
+        rates: rates of this device, measured in the same run.
+        mean_error: mean relative output error of the layers after compensation.
+        batch: number of sequences in a forward pass.
+        activations: storage tier of the hidden states.
         written: whether the result was written to a disk.
         machine: hardware, versions, commit and date.
         schema: version of this format.
@@ -79,20 +79,20 @@ class ModelTime(Document):
 
 
 class _Discard:
-    """Takes results as far as the host's memory, and drops them."""
+    """A writer that discards the tensors once they are in host memory."""
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Drop one tensor."""
+        """Discard one tensor."""
 
 
 class _Forget:
-    """A journal of a run that is not to be resumed."""
+    """A journal that records nothing, for a run that is never resumed."""
 
     def __init__(self) -> None:
         self.finished: dict[int | None, BlockRecord] = {}
 
     def record(self, block: int | None, **details: object) -> None:
-        """Forget one block."""
+        """Record nothing."""
 
 
 def time_model(
@@ -105,16 +105,16 @@ def time_model(
     activations: str = "auto",
     on_event: Callable[[Event], None] | None = None,
 ) -> ModelTime:
-    """Prune a model of random weights, made up as they are read, and time it.
+    """Prune a model with random weights, and time it.
 
     Args:
-        shape: of the model.
+        shape: shape of the model.
         recipe: method, pattern, samples and sequence length.
-        device: where to run.
-        blocks: measure only the first so many; default all.
-        out: a folder for the result, removed afterwards; default: results go no further than host memory.
+        device: device of the run.
+        blocks: number of blocks to measure, from the first; default: all.
+        out: folder for a temporary result, removed afterwards; default: results are copied to host memory and discarded.
         activations: see :func:`thanos.prune`.
-        on_event: is told about progress.
+        on_event: function that is called with each event.
     """
     part = replace(shape, blocks=min(blocks or shape.blocks, shape.blocks))
     rates = measure_rates(device, torch.bfloat16)
@@ -152,13 +152,13 @@ def time_model(
 def _engine(
     shape: Shape, recipe: Recipe, device: torch.device, meter: PhaseMeter, *, out: Path | None, activations: str
 ) -> Iterator[Engine]:
-    """Yield an engine about to prune random weights on random tokens; what it writes is removed afterwards."""
+    """Yield an engine for random weights and random tokens; its output is removed afterwards."""
     meta_model, checkpoint = random_checkpoint(shape, recipe.sequence_length, seed=recipe.seed)
     generator = torch.Generator().manual_seed(recipe.seed)
     ids = torch.randint(shape.vocabulary, (recipe.samples, recipe.sequence_length), generator=generator)
     layers, _ = select_layers(linear_layers(meta_model), recipe)
     name, modules = find_blocks(meta_model)
-    for key in checkpoint.tensors:  # made up before the clock runs: a file would be there already
+    for key in checkpoint.tensors:  # generate the tensors before timing, since a real checkpoint exists before the run
         checkpoint.read(key)
     with TemporaryDirectory(dir=out) as scratch:
         writer, journal = _output(checkpoint, Path(scratch), meter, kept=out is not None)
@@ -180,7 +180,7 @@ def _engine(
 
 
 def _by_kind(records: Sequence[LayerRecord]) -> dict[str, float]:
-    """Return the seconds of each kind of layer, named by the last part of its name."""
+    """Return kind of layer → seconds of its solves; the kind is the last part of the layer's name."""
     solve: dict[str, float] = {}
     for record in records:
         kind = record.name.rsplit(".", 1)[-1]
@@ -189,7 +189,7 @@ def _by_kind(records: Sequence[LayerRecord]) -> dict[str, float]:
 
 
 def _output(checkpoint: RandomCheckpoint, folder: Path, meter: PhaseMeter, *, kept: bool) -> tuple[Any, Any]:
-    """Return writer and journal: those of a real run, or ones that keep nothing."""
+    """Return the writer and the journal: with ``kept`` those of a real run, else ones that keep nothing."""
     if not kept:
         return _Discard(), _Forget()
     writer = CheckpointWriter(checkpoint.layout, checkpoint, folder)
@@ -197,15 +197,15 @@ def _output(checkpoint: RandomCheckpoint, folder: Path, meter: PhaseMeter, *, ke
 
 
 def floor_seconds(shape: Shape, recipe: Recipe, rates: Rates) -> dict[str, float]:
-    """Return the least seconds of each phase at the measured rates, for all linear layers of all blocks.
+    """Return the minimum seconds of each phase at the measured rates, for all linear layers of all blocks.
 
-    - load and write: the blocks' bytes between host and device;
-    - statistics: the block's products but the last, whose result nobody needs; causal attention; XᵀX of the four inputs: for
-      the sequences of which the method needs them;
-    - solve: for methods with a factor, a Cholesky factor of H⁻¹ per input (⅔ b³) and one product of the weight with a
-      triangular b × b matrix per layer (c b²); for the errors half a product c × b by b × b each (c b²), three of them, two
-      where nothing compensates;
-    - propagate: the block's products and attention, except in the last block.
+    - load and write: copies of the blocks' bytes between host and device.
+    - statistics: all products of a block except the last, whose result is not needed; causal attention; XᵀX of the block's four
+      inputs. Each counts only the sequences for which the method needs it.
+    - solve, for methods with a factor: a Cholesky factor of H⁻¹ per input (⅔ b³), and a product of the weight with a triangular
+      b × b matrix per layer (c b²).
+    - solve, for the errors: three times half a product of c × b by b × b (c b² each); twice for methods without compensation.
+    - propagate: products and attention of all blocks except the last.
     """
     tokens, layers = recipe.samples * recipe.sequence_length, shape.layers
     weights = sum(rows * columns for rows, columns in layers.values())

@@ -1,4 +1,4 @@
-"""Reference implementations to measure beside ours: their solver classes, from a folder the user gives, called unchanged."""
+"""Reference implementations to compare with ours: their solver classes, loaded from a user's folder and called unchanged."""
 
 from __future__ import annotations
 
@@ -24,20 +24,24 @@ Solver = Callable[[Tensor, Tensor, LayerRecipe], Tensor]
 """(weight, hessian, recipe) → pruned weight."""
 
 _UNUSED = ("matplotlib", "matplotlib.pyplot", "sklearn", "sklearn.cluster")
-"""Imported by those files and not needed to solve a layer: empty modules stand in for them."""
+"""Modules that the reference files import but do not need to solve a layer; empty modules replace them."""
 
 _ROWS_AT_ONCE = 256
-"""Rows that the Thanos repository's own command solves together."""
+"""Number of rows that are solved together, as in the Thanos repository's own command."""
 
 
 def load_reference(name: str, folder: Path) -> Solver:
     """Return the solver of a reference repository.
 
+    Args:
+        name: name of the method.
+        folder: folder of the repository.
+
     Raises:
         RecipeError: the name is unknown.
-        DataError: the folder does not hold that repository.
+        DataError: the folder does not contain that repository, or its file cannot be imported.
     """
-    classes = registry.reference_classes()  # each in a file of the method's name, at the root or under lib/
+    classes = registry.reference_classes()  # each class is in a file with the method's name, at the root or in lib/
     if name not in classes:
         raise RecipeError(
             f"--peer {name}: unknown; choose {' or '.join(classes)}, as in --peer {next(iter(classes))}=DIR"
@@ -68,7 +72,7 @@ def _load(file: Path, folder: Path) -> types.ModuleType:
     if "sklearn.cluster" in stand_ins:
         vars(stand_ins["sklearn.cluster"])["KMeans"] = None  # the one name taken from it
     here, before = folder.resolve(), set(sys.modules)
-    sys.path.insert(0, str(here))  # for the files beside it that it imports
+    sys.path.insert(0, str(here))  # the file imports other files of its folder
     sys.modules.update(stand_ins)
     try:
         spec.loader.exec_module(module)
@@ -76,7 +80,7 @@ def _load(file: Path, folder: Path) -> types.ModuleType:
         raise DataError(f"{file} cannot be imported: {error}") from error
     finally:
         sys.path.remove(str(here))
-        # Their files and the stand-ins go; libraries that were imported on the way stay, since loading them twice breaks them.
+        # Remove the repository's modules and the stand-ins. Keep the libraries that they imported: a second import breaks some.
         for name in set(sys.modules) - before:
             if name in stand_ins or here in Path(getattr(sys.modules[name], "__file__", None) or "/").parents:
                 del sys.modules[name]
@@ -84,7 +88,7 @@ def _load(file: Path, folder: Path) -> types.ModuleType:
 
 
 def _run(solver: Any, hessian: Tensor, recipe: LayerRecipe) -> None:
-    """Hand over the statistics and call the solver's own method, whose arguments are named differently in each."""
+    """Set a solver's statistics and call its own pruning method. Each reference names the arguments differently."""
     solver.H, solver.nsamples = hessian.clone(), 1
     squares = hessian.diagonal().clone()
     solver.scaler_row, solver.X_squared_sum = squares, squares[:, None]
@@ -107,7 +111,7 @@ def _run(solver: Any, hessian: Tensor, recipe: LayerRecipe) -> None:
 
 @contextlib.contextmanager
 def _quiet(device: torch.device) -> Iterator[None]:
-    """Keep what they print off the terminal; on the CPU make their synchronisation of a GPU do nothing."""
+    """Suppress the output that the references print; on the CPU also disable their GPU synchronisation."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         if device.type == "cpu":

@@ -1,1 +1,1 @@
-"""The loop over decoder blocks, and what it needs: hidden states, weights, several processes."""
+"""The loop over decoder blocks, with its hidden states, its weights and its work on several processes."""

@@ -1,7 +1,7 @@
-"""The hidden states between two blocks: on the device while they fit, else in host memory, else in a mapped file.
+"""Storage of the hidden states between two blocks: the device while they fit, else host memory, else a memory-mapped file.
 
-Wherever they are, a batch comes to the device and its successor goes back in the same dtype, so the place never changes a
-result. From host memory and disk the next batch is on its way while this one is computed on.
+With every storage tier, a batch is copied to the device and the block's output is copied back in the same dtype. So the tier
+never changes a result. With host memory and disk, the next batch is copied while the device computes on the current one.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ Place = Literal["device", "host", "disk"]
 PLACES = ("auto", "device", "host", "disk")
 
 DEVICE_SHARE = 0.4
-"""Share of the device's free memory that the activations may take: the rest is for a block, its Hessians and its solves."""
+"""Fraction of the device's free memory that the activations may use. The rest is for a block, its Hessians and its solves."""
 
 HOST_SHARE = 0.5
-"""The same of the host's free memory."""
+"""Fraction of the host's free memory that the activations may use."""
 
 _CANNOT_PIN = "CUDA cannot pin the activations in host memory (error {}); use --activations disk"
 _CANNOT_UNPIN = (
@@ -40,10 +40,10 @@ _CANNOT_UNPIN = (
 
 
 def check_place(asked: str) -> str:
-    """Return ``asked`` if it names a place.
+    """Return ``asked`` if it is one of :data:`PLACES`.
 
     Raises:
-        RecipeError: it does not.
+        RecipeError: it is not.
     """
     if asked not in PLACES:
         raise RecipeError(f"activations must be one of {', '.join(PLACES)}; got {asked!r}{near_place(asked, PLACES)}")
@@ -51,18 +51,19 @@ def check_place(asked: str) -> str:
 
 
 def choose_place(needed: int, device: torch.device, folder: Path, asked: str = "auto") -> Place:
-    """Choose where so many bytes of activations are kept, by measured free memory.
+    """Choose the storage tier of the activations by measured free memory.
 
-    On the CPU the device's memory is the host's, and the place is called ``host``.
+    On the CPU, device and host memory are the same, and the tier is called ``host``.
 
     Args:
-        needed: bytes of all sequences.
-        device: where blocks run.
-        folder: on the disk that would hold the file.
-        asked: ``auto``, or a place to use without looking at memory.
+        needed: size of the hidden states of all sequences, in bytes.
+        device: device on which the blocks run.
+        folder: folder on the disk that would hold the file.
+        asked: ``auto``, or a storage tier, which is then used without a check of free memory (disk space is always checked).
 
     Raises:
-        ResourceError: not even the disk has room.
+        RecipeError: ``asked`` is not one of :data:`PLACES`.
+        ResourceError: the disk was chosen and has too little free space.
     """
     place = check_place(asked)
     if place == "auto":
@@ -85,13 +86,13 @@ class Activations:
 
     Args:
         samples: number of sequences.
-        like: one sequence's states, (1, T, d).
-        place: see :func:`choose_place`.
-        device: where blocks run.
-        folder: an existing folder for the file of place ``disk``. The file has no name: it ends with the process.
+        like: hidden states of one sequence, (1, T, d); gives shape and dtype.
+        place: storage tier; see :func:`choose_place`.
+        device: device on which the blocks run.
+        folder: existing folder for the file of tier ``disk``. The file has no name, so it is deleted when the process ends.
 
     Raises:
-        ResourceError: the disk has no room.
+        ResourceError: the disk has no room, or CUDA cannot pin the host memory.
     """
 
     def __init__(self, samples: int, like: Tensor, place: Place, device: torch.device, folder: Path) -> None:
@@ -105,11 +106,11 @@ class Activations:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all sequences."""
+        """Size of the hidden states of all sequences, in bytes."""
         return math.prod(self._shape) * self._dtype.itemsize
 
     def batches(self, size: int, first: int = 0) -> Iterator[tuple[int, Tensor]]:
-        """Yield (number of the first sequence, states (≤ size, T, d) on the device), from sequence ``first`` on."""
+        """Yield (index of the batch's first sequence, states (≤ size, T, d) on the device), from sequence ``first`` on."""
         starts = range(first, self._shape[0], size)
         coming: Future[tuple[Tensor, Any]] | None = None
         for start in starts:
@@ -122,22 +123,23 @@ class Activations:
             if ready is not None:
                 here = torch.cuda.current_stream(self._device)
                 here.wait_event(ready)
+                # Allocated on the copier's stream: the memory must not be reused before this stream is done with it.
                 states.record_stream(here)
             yield start, states
 
     def write(self, first: int, states: Tensor) -> None:
-        """Keep the states (B, T, d) of the sequences from ``first`` on."""
+        """Store the states (B, T, d) of the sequences from ``first`` on, possibly in the background; see :meth:`flush`."""
         if self._at_hand:
             self._store[first : first + len(states)] = states
         else:
             self._copier.post(self._keep, first, states)
 
     def flush(self) -> None:
-        """Wait until everything handed to :meth:`write` is in its place."""
+        """Wait until everything passed to :meth:`write` is stored."""
         self._copier.flush()
 
     def close(self) -> None:
-        """Let the memory or the file go."""
+        """Free the memory or the file."""
         self._copier.close()
         if self._pinned:
             torch.cuda.synchronize(self._device)
@@ -146,17 +148,17 @@ class Activations:
         self._store = torch.empty(0)
         self._pages = None
 
-    # --- places -----------------------------------------------------------------------------------------------------
+    # --- storage ----------------------------------------------------------------------------------------------------
 
     @property
     def _at_hand(self) -> bool:
-        """Whether the store can be computed on without a copy."""
+        """Whether blocks can compute on the stored tensor without a copy."""
         return self.place == "device" or (self.place == "host" and self._device.type == "cpu")
 
     def _allocate(self) -> Tensor:
         store = torch.empty(self._shape, dtype=self._dtype, device=self._device if self.place == "device" else "cpu")
         if self.place == "host" and self._device.type == "cuda" and store.nbytes:
-            # Registered, not allocated as pinned: the pinned allocator would round the size up to a power of two.
+            # Ordinary memory, pinned afterwards: the allocator of pinned memory would round the size up to a power of two.
             _check(_cudart().cudaHostRegister(store.data_ptr(), store.nbytes, 0), _CANNOT_PIN)
             self._pinned = True
         return store
@@ -164,7 +166,8 @@ class Activations:
     def _map(self, folder: Path) -> Tensor:
         with tempfile.TemporaryFile(dir=folder, prefix=".activations-") as file:
             try:
-                reserve(file.fileno(), self.nbytes)  # a write into a hole would kill the process when the disk is full
+                # Without reserved blocks, a write to the mapped file would kill the process when the disk is full.
+                reserve(file.fileno(), self.nbytes)
             except OSError as error:
                 raise ResourceError(f"no room on {folder} for {self.nbytes / 1e9:.2f} GB of activations") from error
             self._pages = mmap.mmap(file.fileno(), self.nbytes)
@@ -174,7 +177,10 @@ class Activations:
         return self._store[first : first + size]
 
     def _fetch(self, first: int, size: int) -> tuple[Tensor, Any]:
-        """Bring a batch to the device, with the event of its arrival; in the copier's thread, on its stream."""
+        """Copy a batch to the device, in the copier's thread and on its stream.
+
+        Return the batch and, on CUDA, the event that marks the end of the copy.
+        """
         states = self._read(first, size)
         if self._device.type == "cpu":
             states = states.clone()
@@ -187,13 +193,13 @@ class Activations:
         return states, torch.cuda.current_stream(self._device).record_event()
 
     def _keep(self, first: int, states: Tensor) -> None:
-        """Bring a batch back; in the copier's thread, on its stream, which has waited for the batch's kernels."""
+        """Copy a batch back to the store, in the copier's thread; its stream has waited for the batch's kernels."""
         self._store[first : first + len(states)].copy_(states)
         if self._pages is not None:
             self._let_go(first, len(states))
 
     def _let_go(self, first: int, size: int) -> None:
-        """Take pages of the file out of this process; the kernel keeps or writes them as its memory allows."""
+        """Remove the file's pages of a batch from this process's memory; the kernel keeps or writes them as memory allows."""
         if self._pages is None or not hasattr(mmap, "MADV_DONTNEED"):
             return
         row = self.nbytes // self._shape[0]

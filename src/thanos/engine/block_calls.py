@@ -1,4 +1,4 @@
-"""Running one decoder block alone, on the inputs and arguments that the whole model would give it."""
+"""Running a single decoder block, with the inputs and arguments that the whole model would pass to it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from thanos.errors import ModelError
 
 
 class _Stop(Exception):  # noqa: N818  it is a signal, not an error
-    """Ends a forward pass whose remainder is not needed."""
+    """Ends a forward pass early when the remaining modules are not needed."""
 
 
 class _Interned:
-    """Keeps one copy of equal tensors: most arguments (positions, masks) are the same for every sequence."""
+    """Keeps one copy of equal tensors. Most arguments (positions, masks) are the same for every sequence."""
 
-    _LOOK_BACK = 16
+    _LOOK_BACK = 16  # compare with at most this many kept tensors of the same shape and dtype
 
     def __init__(self) -> None:
         self._known: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
@@ -38,7 +38,10 @@ class _Interned:
         return value
 
     def forget(self) -> None:
-        """Let go of tensors that were not kept; within one sequence a tensor is compared once, not once a block."""
+        """Free the tensors that were not kept; call it after each sequence.
+
+        Within a sequence they are remembered, so that a tensor that all blocks receive is compared only once.
+        """
         self._seen.clear()
 
     def _find(self, value: Tensor) -> Tensor:
@@ -52,7 +55,13 @@ class _Interned:
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """The arguments of one block for one sequence, without the hidden states, and their keyword if they have one."""
+    """The arguments of one block for one sequence, without the hidden states.
+
+    Attributes:
+        args: positional arguments.
+        kwargs: keyword arguments.
+        keyword: keyword of the hidden states; empty if they are the first positional argument.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -60,37 +69,40 @@ class _Call:
 
 
 class BlockCalls:
-    """The arguments of every block that text reaches, besides its hidden states, for every calibration sequence.
+    """The arguments of every block that text reaches, except its hidden states, for every calibration sequence.
 
-    They are recorded one sequence at a time, so that any batch can be put together afterwards: an argument that differs
-    between sequences, or that grows with the batch (BLOOM's position biases, (heads, 1, T) a sequence), is concatenated;
-    any other is passed once. Which arguments grow is seen from a batch of two.
+    They are recorded one sequence at a time, so that any batch can be built afterwards. An argument is concatenated if it
+    differs between sequences or if its size grows with the batch (BLOOM's position biases, (heads, 1, T) per sequence). Any
+    other argument is passed once. A trial with a batch of two sequences shows which arguments grow.
 
     Args:
         blocks: the model's decoder blocks.
-        picture: what text does in the model; drawn when the first sequence is recorded, where it is not given.
+        picture: the model's data flow; default: computed when the first sequence is recorded.
     """
 
     def __init__(self, blocks: list[nn.Module], picture: Picture | None = None) -> None:
         self._blocks, self._picture = blocks, picture
         self._calls: list[dict[int, _Call]] = []  # [sequence][block]
         self._intern = _Interned()
-        self._of_two: dict[int, tuple[Any, Any]] = {}  # [block], the shapes of its arguments for a batch of two
+        self._of_two: dict[int, tuple[Any, Any]] = {}  # [block] → shapes of its (args, kwargs) for a batch of two
 
     def reaches(self, index: int) -> bool:
-        """Tell whether text reaches block ``index``, as far as is known."""
+        """Return whether text reaches block ``index``; True before the first :meth:`record` if no picture was given."""
         return self._picture is None or index in self._picture.forms
 
     @property
     def shares(self) -> bool:
-        """Whether batches must stay as they are from block to block; see :class:`~thanos.engine.picture.Picture`."""
+        """Whether the batch size must be the same for all blocks; see :class:`~thanos.engine.picture.Picture`."""
         return self._picture is not None and self._picture.shares
 
     def record(self, model: nn.Module, ids: Tensor) -> Tensor:
-        """Run the model on one sequence, ids (1, T), up to the first block; return that block's input (1, T, d).
+        """Run the model on one sequence, ids (1, T), and record the arguments of each block. The blocks do not run.
+
+        Return the first block's input hidden states, (1, T, d).
 
         Raises:
-            ModelError: the model's blocks cannot be run one by one, or this text reaches others than text does otherwise.
+            ModelError: the model's blocks cannot be run one by one, or this sequence reaches other blocks than the picture
+                lists.
         """
         if self._picture is None:
             self._picture = draw_picture(model, self._blocks, ids.device)
@@ -137,7 +149,7 @@ class BlockCalls:
         return hidden[0]
 
     def run(self, index: int, hidden: Tensor, first: int) -> Tensor:
-        """Run block ``index`` on hidden states (B, T, d) of the sequences from ``first`` on; same shape out."""
+        """Run block ``index`` on hidden states (B, T, d) of the sequences from ``first`` on; return its outputs, (B, T, d)."""
         batch = [sequence[index] for sequence in self._calls[first : first + hidden.shape[0]]]
         one, of_two = batch[0], self._of_two[index]
         args = tuple(_join([call.args[i] for call in batch], of_two[0][i]) for i in range(len(one.args)))
@@ -147,12 +159,18 @@ class BlockCalls:
         return output[0] if isinstance(output, tuple | list) else output
 
     def observe(self, index: int, hidden: Tensor, first: int) -> None:
-        """Run block ``index`` like :meth:`run`, for its hooks alone; one of them may end it by :func:`stop`."""
+        """Run block ``index`` like :meth:`run`, only for the hooks on it; a hook may end the pass with :func:`stop`."""
         with suppress(_Stop):
             self.run(index, hidden, first)
 
     def run_tail(self, model: nn.Module, ids: Tensor, hidden: Tensor) -> None:
-        """Run what follows the blocks, given the last block's outputs for ids; a hook may end it by :func:`stop`."""
+        """Run the modules that follow the blocks, such as lm_head; a hook may end the pass with :func:`stop`.
+
+        Args:
+            model: the model that holds the blocks.
+            ids: token ids of one sequence, (1, T).
+            hidden: the last block's outputs for ``ids``, (1, T, d).
+        """
 
         def passer(index: int, _: Callable[..., Any]) -> Callable[..., Any]:
             return lambda *args, **kwargs: self._drawn.returned(index, hidden)
@@ -173,7 +191,7 @@ def _other_blocks(model: nn.Module) -> ModelError:
 
 
 def stop() -> None:
-    """End the running forward pass; for hooks that have seen what they need."""
+    """End the running forward pass. For hooks that need nothing after this point."""
     raise _Stop
 
 
@@ -191,11 +209,17 @@ def _shapes(value: Any) -> Any:
 
 
 def _join(values: list[Any], of_two: Any) -> Any:
-    """Put one argument together for a batch; ``of_two`` is its shape, or those of its parts, for a batch of two."""
+    """Build a batch's argument from the values of its sequences.
+
+    Args:
+        values: the argument's value for each sequence.
+        of_two: the argument's shape, or its parts' shapes, for a batch of two sequences.
+    """
     first = values[0]
     if isinstance(first, Tensor):
         if not all(value is first for value in values):
             return torch.cat(values)
+        # An argument grows with the batch if its first dimension is twice as large for two sequences.
         grows = len(values) > 1 and first.dim() > 0 and of_two[0] == 2 * first.shape[0]
         if not grows:
             return first

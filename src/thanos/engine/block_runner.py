@@ -1,4 +1,4 @@
-"""Forward passes of single blocks over all calibration sequences, in batches that fill the device and no more."""
+"""Forward passes of single blocks over all calibration sequences, in batches that fit in the device's memory."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from thanos.model.layers import LinearLayer
 from thanos.system.memory import free_device_bytes
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
-"""Most tokens of a forward pass. More take memory, and are expected to gain little; on the CPU they
-leave its caches."""
+"""Largest number of tokens in a forward pass, by device type. More tokens use more memory and are expected to gain little
+speed; on the CPU they no longer fit in its caches."""
 
 _BATCH_SHARE = 0.7
-"""Share of the device's free memory that one batch may take; the next batch and the next block's weights come beside it."""
+"""Fraction of the device's free memory that one batch may use. The rest is for the next batch and the next block's weights."""
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What a propagating pass has come to.
+    """Progress of a propagating pass.
 
     Attributes:
-        done: sequences whose outputs are kept.
-        note: a line that a person should read; empty where all goes as it should.
+        done: number of sequences whose outputs are stored.
+        note: a warning for the user, one line; empty if there is none.
     """
 
     done: int
@@ -40,22 +40,22 @@ class Step:
 
 
 class Passes:
-    """Runs blocks over the calibration sequences, whose hidden states it keeps between blocks.
+    """Runs blocks over the calibration sequences, and keeps the sequences' hidden states between blocks.
 
     Args:
         model: the meta model.
         blocks: its decoder blocks.
         ids: calibration token ids, (samples, T) int64, on the CPU.
-        device: where blocks run.
-        folder: where a file of hidden states may be made.
-        place: for the hidden states; see :func:`~thanos.engine.activations.choose_place`.
-        picture: what text does in the model; default: drawn by :meth:`record`.
+        device: device on which the blocks run.
+        folder: folder for the file of hidden states, if they are kept on the disk.
+        place: storage tier of the hidden states; see :func:`~thanos.engine.activations.choose_place`.
+        picture: the model's data flow; default: computed by :meth:`record`.
 
     Attributes:
-        batch: sequences of a forward pass; results depend on it in their last bits. None until the first pass, which chooses
-            it by memory; a resumed run sets what it was.
-        starts: (first sequence, batch size) from which that size held, in the last propagating pass: more than one entry where
-            the device ran out of memory on the way.
+        batch: number of sequences in a forward pass; the last bits of results depend on it. None until the first pass, which
+            chooses it by free memory. A resumed run sets it to the size in the journal.
+        starts: batch sizes of the last propagating pass: pairs (first sequence, batch size), each valid from that sequence
+            on. More than one pair if the device ran out of memory during the pass.
     """
 
     def __init__(
@@ -84,16 +84,16 @@ class Passes:
 
     @property
     def place(self) -> str:
-        """Where the hidden states are kept."""
+        """Storage tier of the hidden states; empty before :meth:`record`."""
         return "" if self._states is None else self._states.place
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of the hidden states of all sequences."""
+        """Size of the hidden states of all sequences, in bytes; 0 before :meth:`record`."""
         return 0 if self._states is None else self._states.nbytes
 
     def record(self) -> None:
-        """Run what comes before the first block, for every sequence; keep that block's inputs and all arguments."""
+        """Run the modules before the first block on every sequence; keep the first block's inputs and all blocks' arguments."""
         for index in range(len(self._ids)):
             hidden = self._calls.record(self._model, self._row(index))
             if self._states is None:
@@ -103,25 +103,25 @@ class Passes:
             self._states.write(index, hidden)
 
     def reaches(self, index: int) -> bool:
-        """Tell whether text reaches block ``index``; where it does not, the hidden states pass it by."""
+        """Return whether text reaches block ``index``. The model never calls the others, so the loop skips them."""
         return self._calls.reaches(index)
 
     def settle_batch(self, index: int) -> None:
-        """Choose how many sequences go at once; on CUDA that runs the block, so hooks must not listen yet."""
+        """Choose the batch size if there is none yet. On CUDA that runs the block, so call it before hooks are registered."""
         self._batch_size(index)
 
     def observe(self, index: int, layers: Sequence[LinearLayer], most: int | None = None) -> Iterator[int]:
-        """Run block ``index`` for the hooks on ``layers`` alone; yields the number of sequences done.
+        """Run block ``index`` only for the hooks on ``layers``; yield the number of finished sequences after each batch.
 
-        A batch ends at the last layer that a hook waits for: what follows in the block, at least that layer's own product,
-        would be thrown away.
+        From the second batch on, the pass ends at the input of the last layer that has a hook. The rest of the block,
+        including that layer's own product, would be discarded.
 
-        Call :meth:`settle_batch` before the hooks are there.
+        Call :meth:`settle_batch` before you register the hooks.
 
         Args:
-            index: of the block.
-            layers: that have hooks.
-            most: end after the batch in which so many sequences are done; default: all.
+            index: index of the block.
+            layers: layers that have hooks.
+            most: stop after the batch that brings the finished sequences to this number; default: all sequences.
 
         Raises:
             torch.OutOfMemoryError: the device has no room; start again after :meth:`halve`.
@@ -138,25 +138,26 @@ class Passes:
                     return
 
     def batches(self, size: int) -> Iterator[tuple[int, Tensor]]:
-        """Yield (number of the first sequence, hidden states (≤ size, T, d) on the device), not to be modified."""
+        """Yield (index of the batch's first sequence, hidden states (≤ size, T, d) on the device). Do not modify the states."""
         return self._activations.batches(size)
 
     def run(self, index: int, hidden: Tensor, first: int) -> Tensor:
-        """Run block ``index`` on hidden states (B, T, d) of the sequences from ``first`` on; same shape out."""
+        """See :meth:`~thanos.engine.block_calls.BlockCalls.run`; with the fast attention kernels."""
         with fast_attention(self._device, hidden.dtype):
             return self._calls.run(index, hidden, first)
 
     def propagate(self, index: int, starts: Sequence[tuple[int, int]] = ()) -> Iterator[Step]:
-        """Run block ``index``; its outputs become the next block's inputs. Yields a step after each batch.
+        """Run block ``index``; its outputs become the next block's inputs. Yield a step after each batch.
 
-        Where the device has no room, the failed batch and those after it go in halves, and a step says so.
+        If the device runs out of memory, the batch size is halved for the failed batch and all later ones, and a step with a
+        note reports it.
 
         Args:
-            index: of the block.
-            starts: batch sizes to use, as an earlier pass left them in :attr:`starts`; its outputs come out bit for bit.
+            index: index of the block.
+            starts: batch sizes of an earlier pass, as in :attr:`starts`. With them the outputs equal that pass's bit for bit.
 
         Raises:
-            ResourceError: not even one sequence fits.
+            ResourceError: one sequence does not fit, or the model does not allow smaller batches; see :meth:`halve`.
         """
         sizes, first, self.starts = dict(starts), 0, []
         while first < len(self._ids):
@@ -179,7 +180,10 @@ class Passes:
         self._activations.flush()
 
     def observe_tail(self, layer: LinearLayer, most: int | None = None) -> Iterator[int]:
-        """Run what follows the blocks as far as ``layer``, sequence by sequence, for its hooks; yields the number done."""
+        """Run the modules after the blocks up to the input of ``layer``, one sequence at a time, for the hooks on it.
+
+        Yield the number of finished sequences. With ``most``, stop when this many are finished.
+        """
         handle = layer.module.register_forward_pre_hook(lambda *_: stop())
         try:
             for index, hidden in self._activations.batches(1):
@@ -191,25 +195,29 @@ class Passes:
             handle.remove()
 
     def halve(self, error: torch.OutOfMemoryError) -> str:
-        """Make batches half as large after ``error``; return a line that says so.
+        """Halve the batch size after ``error``; return the note for the user.
 
         Raises:
-            ResourceError: a batch is one sequence already, or batches must stay as they are.
+            ResourceError: a batch is one sequence already, or the batch size must be the same for all blocks.
         """
         if self.batch is None or self.batch <= 1:
             raise self._too_small() from error
-        if self._calls.shares and self.starts:  # what earlier blocks left for later ones is that of the batches of then
+        # Earlier blocks left values for later ones, and each such value belongs to one batch of the old size.
+        if self._calls.shares and self.starts:
             raise ResourceError(
                 f"out of memory on the device with batches of {self.batch} sequences, which this model does not let become "
                 "smaller on the way: lower --samples or --sequence-length"
             ) from error
         before, self.batch = self.batch, self.batch // 2
-        error.__traceback__ = None  # its frames hold the failed batch, which would stay in memory
+        error.__traceback__ = None  # its frames refer to the failed batch and would keep it in memory
         torch.cuda.empty_cache()
         return f"out of memory on the device: batches of {before} sequences become batches of {self.batch}"
 
     def spill(self) -> str | None:
-        """Move the hidden states from the device to the host; return a line that says so, None where they are not there."""
+        """Move the hidden states from the device to host memory or disk; return the note for the user.
+
+        Return None, and do nothing, if they are not on the device.
+        """
         states = self._activations
         if states.place != "device":
             return None
@@ -224,9 +232,9 @@ class Passes:
         return f"out of memory on the device: the activations move to the {place}"
 
     def batches_that_fit(self, index: int) -> int:
-        """Measure what one sequence takes on its way through the block; return how many fit beside the Hessians."""
+        """Measure the block's peak memory for one sequence; return how many sequences fit in addition to the Hessians."""
         columns = [module.in_features for module in self._blocks[index].modules() if isinstance(module, nn.Linear)]
-        # As much again as the widest for what copying and multiplying may take beside them.
+        # One (b, b) float32 Hessian per linear layer, plus one of the widest layer for copies and matrix products.
         hessians = 4 * (sum(size**2 for size in columns) + max(columns, default=0) ** 2)
         hidden = self._example(self._activations)
         torch.cuda.synchronize(self._device)
@@ -241,7 +249,7 @@ class Passes:
         return int(_BATCH_SHARE * (free_device_bytes(self._device) - hessians) / taken)
 
     def close(self) -> None:
-        """Let the hidden states go."""
+        """Free the hidden states."""
         if self._states is not None:
             self._states.close()
 
@@ -274,16 +282,19 @@ class Passes:
 
 
 def most_sequences(samples: int, length: int, device: torch.device) -> int:
-    """Return the sequences of a forward pass where memory does not limit them."""
+    """Return the number of sequences in a forward pass if memory does not limit it."""
     return min(samples, max(1, BATCH_TOKENS.get(device.type, BATCH_TOKENS["cpu"]) // length))
 
 
 @contextmanager
 def _stopping_after(layers: Sequence[LinearLayer]) -> Iterator[Callable[[], None]]:
-    """Learn from the first batch which of the layers is called last, and end later batches there.
+    """Record in the first batch which layer is called last, and end later batches at its input.
 
-    Only where the first batch called every layer once, and none of them is an expert's, whose calls depend on the tokens:
-    otherwise something else in the block may still be waited for.
+    Later batches end early only if the first one called every layer exactly once and no layer belongs to an expert, whose
+    calls depend on the tokens. Otherwise another layer with a hook may be called after that point.
+
+    Yields:
+        A function to call after each batch.
     """
     called: list[str] = []
     handles = [

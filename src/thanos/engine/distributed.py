@@ -1,11 +1,12 @@
 """One run on several processes, through ``torch.distributed``: ``torchrun --nproc-per-node N -m thanos prune …``.
 
-Every process holds the block in hand and a share of the calibration sequences, contiguous and at most one longer than
-another. The statistics are summed, in float32, so that all processes have the same bits; each solves its share of every
-layer's rows (:mod:`thanos.solvers.row_shards`) and gets the others' results. Rank 0 alone touches the output, and alone speaks.
+Every process holds the current block and its own contiguous range of the calibration sequences; the ranges differ in length by
+at most one. The statistics are summed over the processes in float32, so all processes have the same bits. Each process then
+solves its own rows of every layer (:mod:`thanos.solvers.row_shards`) and receives the rows of the others. Only rank 0 reads and
+writes the output, and only rank 0 prints.
 
-The processes are torchrun's: it starts them, and ends them all when one fails. Tensors travel by gloo on the CPU and by NCCL
-between GPUs, one GPU a process.
+torchrun starts the processes, and ends all of them when one fails. Tensors are sent by gloo on the CPU and by NCCL between
+GPUs, with one GPU per process.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _TIMEOUT = timedelta(minutes=30)
-"""How long a process waits for the others: longer than any of them works alone, such as on its part of a forward pass."""
+"""Longest wait for the other processes; longer than any of them works between two collectives, as in a forward pass."""
 
 _BUCKET_BYTES = 32 << 20
-"""Small statistics travel together up to this size: a message then takes longer to send than to set up."""
+"""Small statistics are sent together, up to this size. Such a message takes longer to send than to set up."""
 
 LOST = (
     "the connection to another process of this run was lost: it ended, or its machine did; its own message, if it left one, "
@@ -43,31 +44,31 @@ LOST = (
 
 
 class World(Alone):
-    """The processes of a run, which for the solvers are the row shards of a weight. This class is a single process.
+    """The processes of a run. For the solvers, each process holds one row shard of a weight. This class is a single process.
 
-    Every process makes the same calls in the same order.
+    Every process must make the same calls in the same order.
     """
 
     def share(self, count: int) -> range:
-        """Return which of ``count`` sequences are this process's."""
+        """Return the range of this process's sequences among all ``count``."""
         return row_range(count, self.rank, self.size, 1)
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """Return what rank 0 makes; the others get a copy and make nothing."""
+        """Call ``make`` on rank 0 only; return its result on every process. The other processes get a copy."""
         return make()
 
     def check_equal(self, facts: Mapping[str, Any]) -> None:
-        """Refuse to go on if a process has other facts than rank 0."""
+        """Check that all processes have the same ``facts`` as rank 0. Nothing to check for a single process."""
 
     def merge(
         self, groups: list[InputGroup], layers: Sequence[LinearLayer], empty: Callable[[list[LinearLayer]], InputGroup]
     ) -> list[InputGroup]:
-        """Return the statistics over the sequences of all processes; one that nobody gathered is in no group.
+        """Return the statistics over the sequences of all processes. A layer without statistics in any process is in no group.
 
         Args:
-            groups: this process's; all have the same accumulators.
-            layers: that were observed.
-            empty: makes the group, without tokens, of layers that share an input.
+            groups: this process's statistics; all groups have the same accumulators.
+            layers: layers that were observed.
+            empty: function that makes a group without tokens, for layers that share an input.
         """
         del layers, empty
         return groups
@@ -78,7 +79,7 @@ SINGLE = World()
 
 
 class Group(World):
-    """Several processes. ``torch.distributed`` must be initialised."""
+    """Several processes, through ``torch.distributed``, which must be initialised."""
 
     def __init__(self) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
@@ -94,7 +95,7 @@ class Group(World):
         """See :meth:`World.check_equal`.
 
         Raises:
-            UserError: names the first process that differs, and in what.
+            UserError: a process differs from rank 0; names the first such process and the fact.
         """
         everyone: list[Any] = [None] * self.size
         with _lost_peers():
@@ -110,7 +111,8 @@ class Group(World):
     def merge(
         self, groups: list[InputGroup], layers: Sequence[LinearLayer], empty: Callable[[list[LinearLayer]], InputGroup]
     ) -> list[InputGroup]:
-        """See :meth:`World.merge`. A process whose sequences never reached an expert adds zeros."""
+        """See :meth:`World.merge`. A process contributes zeros for an expert that its sequences never reached."""
+        # First agree on the groups: all processes must sum the same tensors in the same order.
         seen: list[Any] = [None] * self.size
         with _lost_peers():
             dist.all_gather_object(seen, [([layer.name for layer in group.layers], _tokens(group)) for group in groups])
@@ -153,9 +155,13 @@ class Group(World):
         return torch.stack(everyone)[: self.rank].sum(0)
 
     def gather(self, rows: Tensor, count: int) -> Tensor:
-        """Return all ``count`` rows of which this process has its share.
+        """Gather the row shards of all processes: return all ``count`` rows.
 
-        They travel as bytes, since not every backend knows every dtype.
+        The rows are sent as bytes, since not every backend supports every dtype. Shards are padded to the same length.
+
+        Args:
+            rows: this process's rows, those of :func:`~thanos.solvers.row_shards.row_range`.
+            count: number of rows of all processes.
         """
         shares = [len(row_range(count, rank, self.size)) for rank in range(self.size)]
         width = rows[:1].numel() if len(rows) else rows.new_empty(1, *rows.shape[1:]).numel()
@@ -175,7 +181,7 @@ def _tokens(group: InputGroup) -> list[int]:
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Divide tensors into runs of at most a bucket's size; a larger one is a run of its own."""
+    """Group consecutive tensors into buckets of at most ``_BUCKET_BYTES``; a larger tensor is a bucket of its own."""
     bucket: list[Tensor] = []
     filled = 0
     for tensor in tensors:
@@ -194,7 +200,7 @@ def _brief(value: Any) -> str:
 
 
 class LostPeerError(ResourceError):
-    """Another process of the run is gone."""
+    """Another process of the run has ended, or its connection is lost."""
 
 
 @contextmanager
@@ -211,20 +217,23 @@ def _lost_peers() -> Iterator[None]:
 
 
 def launched() -> bool:
-    """Whether torchrun started this process as one of several."""
+    """Return whether torchrun started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
 
 
 def speaks() -> bool:
-    """Whether this process is alone, or the first of those that torchrun started; asked before they meet."""
+    """Return whether this process is the only one, or rank 0 of those that torchrun started.
+
+    It reads only the environment, so it can be called before the process group exists.
+    """
     return not launched() or os.environ["RANK"] == "0"
 
 
 def my_device(device: torch.device) -> torch.device:
-    """Return the device of this process: of a machine's GPUs the one with its local rank.
+    """Return the device of this process. With several processes on GPUs, it is the GPU with the number of the local rank.
 
     Raises:
-        RecipeError: one GPU was asked for by number, which would be every process's, or there are too few.
+        RecipeError: ``device`` names one GPU by number, so that all processes would share it, or the machine has too few GPUs.
     """
     if not launched() or device.type != "cuda":
         return device
@@ -241,10 +250,12 @@ def my_device(device: torch.device) -> torch.device:
 
 @contextmanager
 def join(device: torch.device) -> Iterator[World]:
-    """Give the processes of this run: those that torchrun started, those of a group that the caller set up, or this one.
+    """Yield the processes of this run.
+
+    These are the processes of a group that the caller has initialised, else those that torchrun started, else this one alone.
 
     Args:
-        device: this process's, see :func:`my_device`.
+        device: device of this process; see :func:`my_device`.
     """
     if dist.is_available() and dist.is_initialized():
         yield Group() if dist.get_world_size() > 1 else SINGLE
@@ -266,9 +277,10 @@ def join(device: torch.device) -> Iterator[World]:
     try:
         yield Group()
         with _lost_peers():
-            dist.barrier()  # nobody leaves while another still works
+            dist.barrier()  # no process leaves while another still works
     except BaseException:
-        first_to_fail()  # asked now: aborting makes the others fail too, and ends the way to ask
+        # Before the abort: it makes the other processes fail too, and closes the store that first_to_fail() reads.
+        first_to_fail()
         leaving.abort()
         raise
     dist.destroy_process_group()
@@ -277,11 +289,14 @@ def join(device: torch.device) -> Iterator[World]:
 # --- one line for all processes -----------------------------------------------------------------------------------------
 
 _first: bool | None = None
-"""Whether this process was the first to fail; None as long as nobody has asked."""
+"""Whether this process was the first to fail; None until :func:`first_to_fail` has read it from the store."""
 
 
 def first_to_fail() -> bool:
-    """Whether this process is the first of the run that has a failure to tell; only that one should. Always the same answer."""
+    """Return whether this process is the first of the run to fail. Only that process should report its error.
+
+    Repeated calls return the same answer.
+    """
     global _first
     if not launched():
         return True
@@ -289,6 +304,6 @@ def first_to_fail() -> bool:
         try:
             _first = dist.distributed_c10d._get_default_store().add("thanos/failed", 1) == 1
         except (RuntimeError, ValueError):
-            # The processes never met, or their meeting point is gone: all have the same to say.
+            # There was no process group, or its store is gone. All processes have the same error, so rank 0 reports it.
             return os.environ["RANK"] == "0"
     return _first

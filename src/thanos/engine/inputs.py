@@ -1,4 +1,4 @@
-"""What an engine works with: the model, its layers and their settings, and where data comes from and goes to."""
+"""The inputs of an engine: the model, its layers and their settings, the readers and the writers."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from thanos.system.meter import PhaseMeter
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineInputs:
-    """Everything that an engine is given; nothing of it is replaced during a run.
+    """The inputs of an engine. No attribute is replaced during a run.
 
     Attributes:
         model: the meta model.
         blocks_name: full name of the module list that holds the decoder blocks.
-        blocks: those blocks.
+        blocks: the decoder blocks.
         layers: the layers to prune, each with its settings.
         weights: the model's parameters.
-        writer: takes finished tensors.
-        journal: takes the record of each finished block, and holds those of an interrupted run.
-        runner: runs blocks over the calibration sequences.
-        device: where blocks run and layers are solved.
-        meter: seconds and peak memory by phase.
+        writer: writer of finished tensors.
+        journal: journal of finished blocks; it holds the records of an interrupted run and takes new ones.
+        runner: forward passes of blocks over the calibration sequences.
+        device: device on which blocks run and layers are solved.
+        meter: meter of seconds and peak memory by phase.
         world: the processes that share the work; each has its own sequences.
     """
 
@@ -50,11 +50,11 @@ class EngineInputs:
     world: World = SINGLE
 
     def layers_of(self, block: int | None) -> dict[LinearLayer, LayerRecipe]:
-        """Return the layers to prune in a block; None is what follows the blocks."""
+        """Return the layers to prune in a block, with their settings; None for the modules outside the blocks."""
         return {layer: settings for layer, settings in self.layers.items() if layer.block == block}
 
     def block_names(self, index: int) -> list[str]:
-        """Return the names of a block's parameters."""
+        """Return the names of a block's parameters and buffers; see :func:`~thanos.model.layers.block_names`."""
         return block_names(self.weights.names, self.blocks_name, index)
 
     def outer_names(self, *, head: bool = True) -> list[str]:

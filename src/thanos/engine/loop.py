@@ -1,6 +1,6 @@
 """The loop over the decoder blocks: load, stages, propagate, release, finish.
 
-What is done to a block is the business of its stages (:mod:`thanos.engine.stages`).
+The stages (:mod:`thanos.engine.stages`) do the work on a block, such as pruning its layers.
 """
 
 from __future__ import annotations
@@ -22,18 +22,19 @@ from thanos.system.memory import give_back
 
 
 class Engine:
-    """One pruning run over a model whose weights come in and go out block by block.
+    """One pruning run over a model. Weights are loaded and released block by block.
 
     Args:
-        inputs: what it works with.
-        stages: what is done to each block, in order.
+        inputs: the engine's inputs.
+        stages: work on each block, in order.
         notes: warnings from before the loop.
 
     Attributes:
         inputs: see above.
-        records: one per pruned layer, in order; those of a block once it is finished.
-        notes: warnings about the run as a whole.
-        place: where the activations were kept last.
+        stages: see above.
+        records: records of the pruned layers, in order; a block's records are added when it is finished.
+        notes: warnings about the whole run.
+        place: storage tier of the activations in the last finished block; empty before.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class Engine:
         self._tail = inputs.layers_of(None)
 
     def run(self) -> Iterator[Event]:
-        """Do the work; yields events as it goes. Afterwards ``records`` is complete and every tensor is written.
+        """Prune the model and yield events. Afterwards ``records`` is complete, and every changed tensor is written.
 
         Raises:
             NumericsError: weights or activations hold NaN or infinity.
@@ -56,7 +57,7 @@ class Engine:
         inputs = self.inputs
         output = Output(inputs.writer, inputs.world, inputs.device)
         try:
-            # Not inference mode: a stage may train a block by `torch.enable_grad()`, which tensors made in that mode forbid.
+            # Not inference mode: a stage may train a block under `torch.enable_grad()`, which inference tensors do not allow.
             with torch.inference_mode(False), torch.no_grad():
                 if self._is_read_after(-1):
                     yield from self._record_calls(BlockContext(inputs, output, None))
@@ -70,7 +71,7 @@ class Engine:
         finally:
             for helper in (output, inputs.weights, inputs.runner):
                 helper.close()
-        # Where a method needs to know nothing of its inputs, it does not matter what an expert saw.
+        # A method that uses no input statistics gives the same result however few tokens an expert saw: no note.
         heeds = [layer for layer, settings in inputs.layers.items() if need_of(settings) > Need.NOTHING]
         experts = {layer.name: layer.expert for layer in heeds if layer.expert}
         self.notes += expert_notes(experts, self.records)
@@ -78,7 +79,7 @@ class Engine:
     # --- phases -----------------------------------------------------------------------------------------------------
 
     def _record_calls(self, context: BlockContext) -> Iterator[Event]:
-        """Run what comes before the first block, for every sequence; keep that block's inputs and all arguments."""
+        """Load the modules before the first block and record all calls; see :meth:`Passes.record`."""
         weights = self.inputs.weights
         yield context.event("phase", "calibration")
         with context.meter.phase("calibration"):
@@ -91,7 +92,7 @@ class Engine:
             weights.release(outer)
 
     def _work_on_block(self, context: BlockContext, index: int, output: Output) -> Iterator[Event]:
-        if not self.inputs.runner.reaches(index):  # the hidden states pass it by
+        if not self.inputs.runner.reaches(index):  # the model never calls this block: the hidden states stay
             self._finish(context, output)
             yield context.event("block", "propagate", error=self._mean_error())
             return
@@ -106,7 +107,7 @@ class Engine:
         yield context.event("block", "propagate", error=self._mean_error())
 
     def _work_on_tail(self, output: Output) -> Iterator[Event]:
-        """Do the stages' work on targeted layers that follow the blocks, such as lm_head."""
+        """Run the stages on the layers to prune that follow the blocks, such as lm_head."""
         record = self.inputs.journal.finished.get(None)
         if not self._tail:
             return
@@ -120,7 +121,7 @@ class Engine:
         self._finish(context, output)
 
     def _replay_block(self, context: BlockContext, index: int, record: BlockRecord) -> Iterator[Event]:
-        """Take over a block that is finished: its tensors are on the disk, and only its outputs may be missing."""
+        """Skip the stages of a finished block: its tensors are on the disk. Compute its outputs if a later block needs them."""
         self._take_over(record)
         if self._is_read_after(index) and self.inputs.runner.reaches(index):
             self._load(index)
@@ -128,13 +129,13 @@ class Engine:
             yield from self._propagate(context, index, record.starts)
             self.inputs.weights.release(self.inputs.block_names(index))
             self.notes += context.notes
-        context.runner.batch = record.batch  # as it was left then
+        context.runner.batch = record.batch  # as after this block in the interrupted run
         yield context.event("block", "propagate", error=self._mean_error(), replayed=True)
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
     def _load(self, index: int) -> None:
-        """Bring a block's weights in, those that are finished from the output, and begin to read the next block's."""
+        """Load a block's weights (finished ones from the output), and begin to read those of the next block to run."""
         inputs, finished = self.inputs, self._finished_names(index)
         with inputs.meter.phase("load"):
             inputs.weights.load([name for name in inputs.block_names(index) if name not in finished])
@@ -152,13 +153,13 @@ class Engine:
             yield from stage(context)
 
     def _propagate(self, context: BlockContext, index: int, starts: Sequence[tuple[int, int]] = ()) -> Iterator[Event]:
-        """Run the block on all sequences: its outputs are the next block's inputs."""
+        """Run the block on all sequences; its outputs become the next block's inputs."""
         with context.meter.phase("propagate"):
             for step in context.runner.propagate(index, starts):
                 yield context.note(step.note, "propagate") if step.note else context.progress("propagate", step.done)
 
     def _finish(self, context: BlockContext, output: Output) -> None:
-        """Let the journal take a block: what was written, and what the report and the next blocks need to know."""
+        """Wait for the block's tensors, then record the block in the journal, and add its records and notes to the run's."""
         with context.meter.phase("write"):
             output.flush()
         runner, records = context.runner, list(context.records.values())
@@ -188,7 +189,10 @@ class Engine:
         return [name for name in self.inputs.block_names(index) if self.inputs.weights.key(name) in tensors]
 
     def _is_read_after(self, index: int) -> bool:
-        """Tell whether anything is yet to be done on the outputs of block ``index``, or of a later one."""
+        """Return whether a later block, or a layer after the blocks, is unfinished and so needs these outputs.
+
+        ``index`` is the block; -1 stands for the first block's inputs.
+        """
         todo = [*range(index + 1, len(self.inputs.blocks)), *([None] if self._tail else [])]
         return any(block not in self.inputs.journal.finished for block in todo)
 

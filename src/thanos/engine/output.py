@@ -1,4 +1,4 @@
-"""Finished tensors on their way to the output, while the next layers are solved."""
+"""Writing finished tensors to the output in the background, while the next layers are solved."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 
 class Output:
-    """Writes tensors in a thread of its own, in the order in which they come.
+    """Writes tensors in a background thread, in the order of the calls.
 
     Args:
-        writer: of the output.
-        world: the processes of the run, of which rank 0 alone writes.
-        device: where tensors come from.
+        writer: writer of the output.
+        world: the processes of the run; only rank 0 writes.
+        device: device of the tensors to write.
     """
 
     def __init__(self, writer: CheckpointWriter | SharedWriter, world: World, device: torch.device) -> None:
@@ -30,14 +30,19 @@ class Output:
         self._thread, self._staging = Background("thanos-writer", device), Staging(device)
 
     def write(self, key: str, tensor: Tensor) -> None:
-        """Begin to write a tensor, contiguous and in its stored dtype, by its name in the checkpoint.
+        """Begin to write a tensor; a second write under the same name replaces the first.
 
-        A tensor that is written again replaces the first. An error of an earlier one is raised here or by :meth:`flush`.
+        Args:
+            key: name in the checkpoint.
+            tensor: contiguous tensor in its stored dtype.
+
+        Raises:
+            Exception: the error of an earlier write, if one failed; else :meth:`flush` raises it.
         """
         self._thread.post(self._write, key, tensor)
 
     def flush(self) -> None:
-        """Wait until everything is written."""
+        """Wait until all tensors are written; raise the error of a failed write."""
         self._thread.flush()
 
     def close(self) -> None:
@@ -45,5 +50,5 @@ class Output:
         self._thread.close()
 
     def _write(self, key: str, tensor: Tensor) -> None:
-        if self._world.rank == 0:  # the others write nothing, and so need no copy on the host
+        if self._world.rank == 0:  # the other ranks write nothing, so they need no copy in host memory
             self._writer.write(key, self._staging.fetch(tensor) if tensor.is_cuda else tensor)

@@ -1,10 +1,12 @@
-"""The loop's picture of a model: which decoder blocks text reaches, and what passes from one to the next.
+"""The data flow between a model's decoder blocks: which blocks text reaches, and what each passes to the next.
 
-The loop runs blocks one after the other and alone. That is what the model does only if each block is called once, in the order
-of the list, on what the block before it returned; if its other arguments do not depend on other blocks; and if its parameters
-are its own. This is found out by passes of a few tokens, with no weight in memory: linear layers return zeros, and all other
-parameters are zero. The blocks run in the first pass alone. What a block returns is replaced by random numbers, so that the
-next block's input shows whether it is that and nothing else.
+The loop runs the blocks one by one. The result equals the model's only under these conditions: the model calls each block at
+most once, in the order of the list; a block's input is the output of the block called before it; its other arguments do not
+depend on other blocks; it shares no parameter with another module.
+
+Forward passes of a few tokens check this without weights in memory: linear layers return zeros, and all other parameters are
+zero. The blocks run only in the first pass. The output of each block is replaced by random numbers, and the next block's
+input must equal them.
 """
 
 from __future__ import annotations
@@ -21,7 +23,10 @@ from thanos.errors import ModelError
 
 
 class Unread:
-    """Stands for what a block returns beside its hidden states; a later block may be handed it, and fails if it looks at it."""
+    """Placeholder for a value that a block returns in addition to its hidden states.
+
+    A later block may receive it as an argument. Any use of it raises TypeError, because the loop does not keep the value.
+    """
 
     def _refuse(self, *_: object) -> NoReturn:
         raise TypeError("what a block returns beside its hidden states is not kept")
@@ -36,14 +41,14 @@ _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """What text does in a model.
+    """The data flow between a model's decoder blocks.
 
     Attributes:
-        reached: indices of the blocks that it reaches, in the order of their calls, which is that of the list.
-        forms: for each of them, what it returns: None for the hidden states alone, else a tuple or list whose first entry
-            stands for them.
-        shares: a block leaves something for later ones in a mapping that all are handed, as Gemma 4 does keys and values. A
-            batch has the mapping of its first sequence, so that batches must stay as they are.
+        reached: indices of the blocks that text reaches, in the order of their calls; they ascend.
+        forms: index of each reached block → form of its return value: None for the hidden states alone, else a tuple or list
+            whose first entry stands for the hidden states.
+        shares: whether a block stores values for later blocks in a mapping that all blocks receive, as Gemma 4 does with keys
+            and values. A batch uses the mapping of its first sequence, so the batches must be the same for all blocks.
     """
 
     reached: tuple[int, ...]
@@ -51,7 +56,7 @@ class Picture:
     shares: bool = False
 
     def returned(self, index: int, hidden: Tensor) -> Any:
-        """Return hidden states as block ``index`` does: alone, or first in a tuple or list."""
+        """Return hidden states in the form that block ``index`` returns: alone, or as first entry of a tuple or list."""
         form = self.forms[index]
         if form is None:
             return hidden
@@ -61,7 +66,15 @@ class Picture:
 
 @dataclass(slots=True)
 class _Trace:
-    """The calls of one pass, in their order."""
+    """The block calls of one forward pass, in order.
+
+    Attributes:
+        blocks: index of the called block, by call.
+        inputs: its hidden states, by call.
+        arguments: its other arguments, by call.
+        forms: see :class:`Picture`.
+        shares: see :class:`Picture`.
+    """
 
     blocks: list[int] = field(default_factory=list)
     inputs: list[Tensor] = field(default_factory=list)
@@ -71,15 +84,15 @@ class _Trace:
 
 
 def draw_picture(model: nn.Module, blocks: Sequence[nn.Module], device: torch.device) -> Picture:
-    """Find out which blocks text reaches, and whether running them alone is what the model does.
+    """Determine which blocks text reaches, and check that running them one by one gives the model's result.
 
     Args:
-        model: its parameters may be on the meta device; it is left as it was.
+        model: the model; its parameters may be on the meta device. It is unchanged afterwards.
         blocks: its decoder blocks.
-        device: where the model runs; little of its memory is needed.
+        device: device for the forward passes, which need little memory.
 
     Raises:
-        ModelError: the blocks cannot be run alone; the message names the model's class and the reason.
+        ModelError: the blocks cannot be run one by one; the message names the model's class and the reason.
     """
     _check_owned(model, blocks)
     ids = some_ids(model, device)
@@ -102,7 +115,12 @@ def draw_picture(model: nn.Module, blocks: Sequence[nn.Module], device: torch.de
 
 
 def hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...], dict[str, Any], str]:
-    """Take the hidden states out of a block's arguments; the last value is their keyword, empty where they have none."""
+    """Separate the hidden states from a block's other arguments.
+
+    Returns:
+        Hidden states, other positional arguments, other keyword arguments, and the hidden states' keyword (empty if they are
+        positional).
+    """
     if "hidden_states" in kwargs or (kwargs and not args):
         name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
         return kwargs[name], args, {key: value for key, value in kwargs.items() if key != name}, name
@@ -134,7 +152,10 @@ def _check_owned(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
 
 
 def _traced(model: nn.Module, blocks: Sequence[nn.Module], ids: Tensor, forms: dict[int, Any] | None) -> _Trace:
-    """Run a model on ids, and note how it calls its blocks; without ``forms`` the blocks run, else they only return that."""
+    """Run a model on ids and record the calls of its blocks.
+
+    Without ``forms`` the blocks run. With ``forms`` they only return random hidden states in the given form.
+    """
     trace, generator = (
         _Trace(forms=dict(forms or {})),
         torch.Generator(ids.device).manual_seed(0 if forms is None else 1),
@@ -154,8 +175,9 @@ def _traced(model: nn.Module, blocks: Sequence[nn.Module], ids: Tensor, forms: d
                 output_like, trace.forms[index] = _form(
                     model, index, states, _attempt(model, index, real, args, kwargs)
                 )
+                # A changed mapping among the arguments holds values for later blocks.
                 trace.shares |= shared != _shared(args, kwargs)
-            # bfloat16 and float16 are drawn in float32: not every device draws them.
+            # Drawn in float32 and converted: not every device can draw bfloat16 and float16.
             noise = torch.randn(states.shape, generator=generator, device=ids.device).to(output_like.dtype)
             returned[:] = [noise]
             return Picture((), trace.forms).returned(index, noise)
@@ -168,7 +190,7 @@ def _traced(model: nn.Module, blocks: Sequence[nn.Module], ids: Tensor, forms: d
     except (ModelError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        # What follows the last block is not run by the loop, unless a layer there is pruned.
+        # An error after the last block is ignored: the loop does not run those modules, unless a layer there is pruned.
         if not trace.blocks or trace.blocks[-1] != len(blocks) - 1:
             where = f"after block {trace.blocks[-1]}" if trace.blocks else "before the first block"
             _refuse_error(model, f"what it does {where} fails", error)
@@ -176,7 +198,7 @@ def _traced(model: nn.Module, blocks: Sequence[nn.Module], ids: Tensor, forms: d
 
 
 def _check_call(model: nn.Module, index: int, before: list[int], states: Any, returned: list[Tensor]) -> None:
-    """Refuse a call of block ``index`` that is not one of the loop's."""
+    """Refuse a call of block ``index`` that the loop would not make: repeated, out of order, or on another input."""
     if index in before:
         _refuse(model, f"block {index} is called twice")
     if before and index < before[-1]:
@@ -190,7 +212,7 @@ def _check_call(model: nn.Module, index: int, before: list[int], states: Any, re
 def _attempt(
     model: nn.Module, index: int, real: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Run a block; refuse one that looks at what is not kept, or that leaves something in its arguments."""
+    """Run a block; refuse it if it reads an :class:`Unread` value or modifies its arguments."""
     before = _copied(args, kwargs)
     try:
         output = real(*args, **kwargs)
@@ -206,7 +228,7 @@ def _attempt(
 
 
 def _form(model: nn.Module, index: int, states: Tensor, output: Any) -> tuple[Tensor, Any]:
-    """Return a block's new hidden states, and how it returns them."""
+    """Return a block's output hidden states and the form of its return value; see :class:`Picture`."""
     several = isinstance(output, tuple | list)
     first = output[0] if several and output else output
     if not isinstance(first, Tensor):
@@ -221,7 +243,7 @@ def _form(model: nn.Module, index: int, states: Tensor, output: Any) -> tuple[Te
 
 
 def _check_independent(model: nn.Module, full: _Trace, stubbed: _Trace) -> None:
-    """Refuse arguments of blocks that depend on what other blocks do."""
+    """Refuse a model whose calls or arguments of blocks depend on the outputs of other blocks."""
     if full.blocks != stubbed.blocks:
         _refuse(model, "which blocks it calls depends on what they return")
     for index, one, other in zip(full.blocks, full.arguments, stubbed.arguments, strict=True):
@@ -255,7 +277,7 @@ def _holds_unread(value: Any) -> bool:
 
 
 def _copied(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Arguments:
-    """Return arguments as they are now, whatever becomes of them; mappings stay themselves."""
+    """Return a copy of arguments that later writes do not change; mappings are not copied."""
     return tuple(map(_copy, args)), {name: _copy(value) for name, value in kwargs.items()}
 
 
@@ -266,7 +288,7 @@ def _copy(value: Any) -> Any:
 
 
 def _shared(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[dict[Any, int]]:
-    """Return what is in the mappings among the arguments, by its identity."""
+    """Return the contents of each mapping among the arguments, as key → ``id`` of the value."""
     found = [value for value in (*args, *kwargs.values()) if isinstance(value, MutableMapping)]
     return [{key: id(item) for key, item in mapping.items()} for mapping in found]
 
@@ -277,7 +299,10 @@ def _same_arguments(one: _Arguments, other: _Arguments) -> bool:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Tell whether arguments are equal; of objects other than tensors, tuples and lists the type counts."""
+    """Return whether arguments are equal.
+
+    Tensors, tuples, lists, numbers and strings are compared by value, any other object only by type.
+    """
     if isinstance(one, Tensor):
         return (
             isinstance(other, Tensor)

@@ -1,4 +1,4 @@
-"""What rank 0 alone touches, as the processes of a run see it: the output's shards, and which blocks are finished."""
+"""The output's shards and the journal, for all processes of a run. Only rank 0 reads and writes the files."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 
 class SharedWriter:
-    """The output's shards, which rank 0 alone touches: what the others write goes nowhere, what they read comes from it.
+    """The output's shards. Only rank 0 accesses the files: other ranks' writes do nothing, and their reads come from rank 0.
 
     Args:
-        writer: of the output; None but for rank 0.
-        world: the processes.
+        writer: writer of the output on rank 0; None on the other ranks.
+        world: the processes of the run.
     """
 
     def __init__(self, writer: CheckpointWriter | None, world: World) -> None:
@@ -30,7 +30,7 @@ class SharedWriter:
             self._writer.write(name, tensor)
 
     def read(self, name: str) -> Tensor:
-        """Return a tensor that was written, to every process."""
+        """Return a tensor that was written; rank 0 reads it and sends it. All processes must read the same names in order."""
         sent, tensor = self._world.from_first(lambda: (name, self._from_disk(name)))
         assert sent == name, f"this process reads {name}, rank 0 {sent}"
         return tensor
@@ -41,11 +41,11 @@ class SharedWriter:
 
 
 class SharedJournal:
-    """Which blocks are finished, as rank 0 knows it.
+    """The journal of finished blocks; every rank has the records of rank 0.
 
     Args:
-        journal: of the run; None but for rank 0.
-        world: the processes.
+        journal: journal of the run on rank 0; None on the other ranks.
+        world: the processes of the run.
 
     Attributes:
         finished: see :class:`~thanos.engine.records.BlockJournal`.
@@ -62,7 +62,10 @@ class SharedJournal:
         return self._journal
 
     def record(self, block: int | None, **what: Any) -> None:
-        """See :meth:`~thanos.engine.records.BlockJournal.record`. A block done again may have made later ones worthless."""
+        """See :meth:`~thanos.engine.records.BlockJournal.record`.
+
+        If a block was solved again with another result, rank 0 drops the records of later blocks. The other ranks follow it.
+        """
         if self._journal is not None:
             self._journal.record(block, **what)
         held = self._world.from_first(lambda: set(self.finished))

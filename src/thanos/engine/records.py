@@ -1,4 +1,4 @@
-"""From a pruned layer to its record in the report, with what a reader should know about it."""
+"""Records of pruned layers and finished blocks, for the report and the journal, with their warnings."""
 
 from __future__ import annotations
 
@@ -32,9 +32,20 @@ def layer_record(
     error_tokens: int,
     seconds: float,
 ) -> LayerRecord:
-    """Return the record of a layer pruned by ``settings`` on ``inputs``, its weight stored as ``stored``."""
+    """Return the record of a pruned layer.
+
+    Args:
+        layer: the layer.
+        pruned: result of its solve.
+        inputs: statistics of its inputs; None if nothing was gathered.
+        settings: its settings.
+        stored: dtype of the stored weight.
+        tokens: calibration tokens that reached the layer.
+        error_tokens: tokens among them that measured the errors.
+        seconds: seconds of the solve.
+    """
     rows, columns = layer.shape
-    # Tokens that reached the layer, but none of the sample's: nothing was measured.
+    # If tokens reached the layer, but none of the sample that measures the errors, nothing was measured.
     measured = pruned.error_after_compensation is not None and (error_tokens > 0 or tokens == 0)
     return LayerRecord(
         name=layer.name,
@@ -61,7 +72,7 @@ def layer_record(
 
 
 def _warnings(pruned: PrunedWeight, inputs: InputStatistics, tokens: int, settings: LayerRecipe) -> list[str]:
-    """Say what a reader of the report should know about one layer."""
+    """Return the warnings about one layer, for a reader of the report."""
     columns = len(inputs.dead)
     lines = []
     if pruned.method != settings.method:
@@ -82,11 +93,11 @@ def _warnings(pruned: PrunedWeight, inputs: InputStatistics, tokens: int, settin
 
 
 def warning_lines(layers: Iterable[LayerRecord], *, quote: str = "") -> list[str]:
-    """Return one line for each kind of warning that layers have: what differs only in its numbers is one kind.
+    """Return one line for each kind of warning. Warnings that differ only in their numbers are of one kind.
 
     Args:
-        layers: in the order of the model.
-        quote: what goes before and after a layer's name.
+        layers: records of layers, in the order of the model.
+        quote: string before and after a layer's name.
     """
     kinds: dict[str, list[tuple[LayerRecord, str]]] = {}
     for layer in layers:
@@ -128,15 +139,14 @@ class BlockRecord:
     """One finished decoder block.
 
     Attributes:
-        block: its index; None for what follows the blocks, such as lm_head.
-        layers: the report's records of its layers.
+        block: index of the block; None for the layers that follow the blocks, such as lm_head.
+        layers: records of its pruned layers.
         tensors: name in the checkpoint → checksum of the bytes that were written.
-        batch: sequences per forward pass, on which the last bits of results depend; None where there was no pass.
-        starts: (first sequence, batch size) of the pass that gave the block's outputs; see
-            :class:`~thanos.engine.block_runner.Passes`.
-        place: where the activations were kept.
-        notes: the run's warnings that arose in this block.
-        phases: seconds and memory of the whole run so far.
+        batch: number of sequences in a forward pass; the last bits of results depend on it. None if there was no pass.
+        starts: batch sizes of the pass that gave the block's outputs; see :class:`~thanos.engine.block_runner.Passes`.
+        place: storage tier of the activations.
+        notes: warnings that arose in this block.
+        phases: seconds and peak memory of the whole run so far, by phase.
     """
 
     block: int | None
@@ -154,7 +164,7 @@ class BlockRecord:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> BlockRecord:
-        """Build a record from what :meth:`to_dict` gave and JSON carried."""
+        """Build a record from the values of :meth:`to_dict` after a round trip through JSON."""
         values = dict(values)
         values["layers"] = [LayerRecord(**{**layer, "shape": tuple(layer["shape"])}) for layer in values["layers"]]
         values["starts"] = [(first, size) for first, size in values["starts"]]
@@ -170,26 +180,26 @@ class LayerRecord:
         name: full module name.
         block: index of its decoder block; None outside the blocks.
         shape: (output rows, input columns).
-        dtype: of the stored weight.
-        method: the method that ran.
+        dtype: dtype of the stored weight, such as ``bfloat16``.
+        method: name of the method that ran.
         pattern: ``unstructured``, ``columns`` or ``N:M``.
-        sparsity: share of zeros in the weight as written.
-        zeros: their number.
+        sparsity: fraction of zeros in the written weight.
+        zeros: number of zeros in the written weight.
         outlier_rows: number of rows left dense.
-        halved_rows: number of rows that keep half of the pattern's non-zeros to make up for them (``keep_budget``).
+        halved_rows: number of rows that keep half of the pattern's non-zeros, to offset the dense rows (``keep_budget``).
         error_before_compensation: relative output error if the removed weights were only set to zero:
-            tr(Δ H Δᵀ) / tr(W H Wᵀ), H from the calibration tokens; None where no token with an input other than zero
-            reached the layer, so that it is unknown.
-        error_after_compensation: the same for the weight as written.
-        damping: the damping used, as a share of the Hessian's mean diagonal; None where the method uses none.
-        damping_reason: why it is not the recipe's; empty if it is.
-        tokens: calibration tokens that reached the layer, of those that were run for its statistics.
-        seconds: to solve it.
-        warnings: what a reader should know.
-        error_tokens: tokens on which the errors were measured, fewer than ``tokens`` where they are those of a sample; None
-            where there are no errors.
-        changed_by: the stages that changed the weight after it was pruned, in order; None without any. Sparsity and zeros are
-            those of the weight as written, the errors those of the weight as pruned.
+            tr(Δ H Δᵀ) / tr(W H Wᵀ), H from the calibration tokens; None if no token with a non-zero input reached the layer,
+            so that the error is unknown.
+        error_after_compensation: the same error for the pruned weight.
+        damping: damping of the solve, as a fraction of the Hessian's mean diagonal; None if the method uses none.
+        damping_reason: why the damping differs from the recipe's; empty if it does not.
+        tokens: number of calibration tokens that reached the layer, of those that were run for its statistics.
+        seconds: seconds of the layer's solve.
+        warnings: warnings for a reader of the report.
+        error_tokens: number of tokens on which the errors were measured; fewer than ``tokens`` if only a sample was used, None
+            if no error was measured.
+        changed_by: names of the stages that changed the weight after pruning, in order; None if there are none. ``sparsity``
+            and ``zeros`` describe the written weight, the errors the weight before these stages.
     """
 
     name: str
@@ -214,17 +224,17 @@ class LayerRecord:
 
 
 def mean_known(values: Sequence[float | None]) -> float | None:
-    """Return the mean of the values that are not None; None without any."""
+    """Return the mean of the values that are not None; None if all are None."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
 
 
 def expert_notes(experts: Mapping[str, str], records: Sequence[LayerRecord]) -> list[str]:
-    """Count the experts of a mixture that saw little.
+    """Return notes with the number of experts that received too few calibration tokens, or none.
 
     Args:
-        experts: layer name → name of the expert that it belongs to.
-        records: of the pruned layers, of these experts and others.
+        experts: layer name → name of the expert that the layer belongs to.
+        records: records of all pruned layers, those of other modules included.
     """
     total, few, none = set(experts.values()), set(), set()
     for record in records:
@@ -246,7 +256,7 @@ def expert_notes(experts: Mapping[str, str], records: Sequence[LayerRecord]) -> 
 
 
 class BlockJournal(Protocol):
-    """Which blocks are finished, as the engine asks and reports it.
+    """The journal of finished blocks, as the engine uses it.
 
     Attributes:
         finished: the latest valid record of each finished block.
@@ -265,15 +275,15 @@ class BlockJournal(Protocol):
         starts: Sequence[tuple[int, int]],
         place: str,
     ) -> None:
-        """Make a block's tensors durable, then note that it is finished.
+        """Write a block's tensors durably to the disk, then record that the block is finished.
 
         Args:
-            block: its index; None for what follows the blocks.
-            layers: the records of its layers.
-            written: names of its tensors in the checkpoint.
-            notes: warnings that arose in it.
-            batch: sequences per forward pass.
+            block: see :class:`BlockRecord`.
+            layers: see :class:`BlockRecord`.
+            written: names of the block's tensors in the checkpoint.
+            notes: see :class:`BlockRecord`.
+            batch: see :class:`BlockRecord`.
             starts: see :class:`BlockRecord`.
-            place: where the activations were kept.
+            place: see :class:`BlockRecord`.
         """
         ...

@@ -1,4 +1,4 @@
-"""Running a model without its weights: what it calls, and with what shapes, shows all the same."""
+"""Running a model without its weights, to record which modules it calls and with which shapes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def some_ids(model: nn.Module, device: torch.device) -> Tensor:
 
 @contextmanager
 def weightless(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Give every parameter a shape without memory, and let linear layers return zeros; everything is as before afterwards."""
+    """Replace every parameter by zeros with little memory, and every linear layer's output by zeros; undo both at the end."""
     from transformers.pytorch_utils import Conv1D
 
     before = [(module, dict(module._parameters), dict(module._buffers)) for module in model.modules()]
@@ -54,7 +54,10 @@ def weightless(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def _zeros(like: Tensor, device: torch.device) -> Tensor:
-    """Return zeros; those of a matrix are one number in memory. Others are small, and kernels may ask for real strides."""
+    """Return zeros in the shape and dtype of ``like``.
+
+    A matrix is one number in memory, expanded. Other tensors are small, and kernels may need their real strides.
+    """
     if like.dim() != 2:
         return torch.zeros(like.shape, dtype=like.dtype, device=device)
     return torch.zeros((), dtype=like.dtype, device=device).expand(like.shape)
@@ -64,8 +67,8 @@ def _zeros(like: Tensor, device: torch.device) -> Tensor:
 def replaced_forwards(
     blocks: Sequence[nn.Module], make: Callable[[int, Callable[..., Any]], Callable[..., Any]]
 ) -> Iterator[None]:
-    """Replace what blocks do by ``make(index, what they do)`` while open."""
-    # An instance attribute shadows the method, so whatever else a model reads from its blocks stays in place.
+    """Replace the forward of each block by ``make(index, forward)`` inside the context."""
+    # An instance attribute shadows the method, so the model can still read all other attributes of its blocks.
     for index, block in enumerate(blocks):
         block.forward = make(index, block.forward)
     try:

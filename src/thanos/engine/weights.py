@@ -1,4 +1,4 @@
-"""The weights of a meta model: brought in from a checkpoint when their turn comes, and let go again."""
+"""The weights of a meta model, loaded from a checkpoint when they are needed and released afterwards."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class ModelWeights:
     """The parameters and persistent buffers of a meta model, by parameter name.
 
     Args:
-        model: a meta model, parameters on the meta device.
-        source: where the tensors are.
+        model: a meta model, with its parameters on the meta device.
+        source: source of the tensors.
         key_of: parameter name → tensor name in the source; tied parameters appear under one name.
-        device: where parameters go.
+        device: device to which parameters are loaded.
     """
 
     def __init__(self, model: nn.Module, source: TensorSource, key_of: dict[str, str], device: torch.device) -> None:
@@ -30,9 +30,10 @@ class ModelWeights:
         self._meta: dict[str, Tensor] = {
             name: tensor for name, tensor in named_tensors(model) if tensor.device.type == "meta"
         }
-        self._as_stored: dict[str, tuple[Tensor, torch.dtype]] = {}  # what came in unrounded, and from which dtype
+        # Values that were loaded without rounding, and their dtype in the source.
+        self._as_stored: dict[str, tuple[Tensor, torch.dtype]] = {}
         self._reader = Background("thanos-reader", device)
-        self._staging = Staging(device)  # of whoever fills: the reader, or the caller once the reader is done
+        self._staging = Staging(device)  # used by one thread at a time: the reader, or the caller once that is done
         self._ahead: tuple[dict[str, Tensor], Future[dict[str, torch.dtype]]] | None = None
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
@@ -44,20 +45,20 @@ class ModelWeights:
         return list(self._key_of)
 
     def key(self, parameter: str) -> str:
-        """Return the source's name of a parameter."""
+        """Return a parameter's tensor name in the source."""
         return self._key_of[parameter]
 
     def parameter(self, name: str) -> Tensor:
-        """Return one parameter as the model holds it now: on the meta device where it is not brought in."""
+        """Return one parameter as the model holds it now; on the meta device if it is not loaded."""
         return self._current(name)
 
     def stored_dtype(self, parameter: str) -> torch.dtype:
-        """Return the dtype in which one parameter is stored."""
+        """Return the dtype of one parameter in the source."""
         return self._source.tensors[self._key_of[parameter]].dtype
 
     def stored(self, parameter: str) -> Tensor:
-        """Return one parameter in the dtype in which it is stored, on the device; not to be modified."""
-        if parameter in self._as_stored:  # no rounding on the way in: no need to read it again
+        """Return one parameter's value in the source, in its stored dtype, on the device. Do not modify it."""
+        if parameter in self._as_stored:  # loaded without rounding: no need to read it again
             value, dtype = self._as_stored[parameter]
             return value.to(dtype)
         return self._source.read(self._key_of[parameter]).to(self._device)
@@ -65,7 +66,7 @@ class ModelWeights:
     def prefetch(self, names: Iterable[str]) -> None:
         """Begin to read parameters in the background, for the next :meth:`load` of the same names.
 
-        Where the device has no room for them beside the present ones, that load reads them itself.
+        If the device has no room for them in addition to the loaded ones, nothing is read ahead, and that load reads them.
         """
         self._forget_ahead()
         try:
@@ -75,7 +76,7 @@ class ModelWeights:
         self._ahead = places, self._reader.submit(self._fill, places)
 
     def load(self, names: Iterable[str]) -> None:
-        """Bring parameters in, in the meta model's dtype; waits for those that are being read already."""
+        """Load parameters in the meta model's dtype. Wait for the background reading of the same names, if any."""
         names = list(names)
         if self._ahead is not None and list(self._ahead[0]) == names:
             (places, future), self._ahead = self._ahead, None
@@ -90,13 +91,13 @@ class ModelWeights:
                 self._as_stored[name] = value, exact[name]
 
     def put(self, name: str, value: Tensor) -> None:
-        """Set one parameter, wherever the model holds it."""
+        """Set one parameter in all modules that hold it."""
         dtype = self._meta[name].dtype if name in self._meta else value.dtype
         self._as_stored.pop(name, None)
         self._set(name, value.to(self._device, dtype))
 
     def release(self, names: Iterable[str]) -> None:
-        """Let parameters go: back to the meta device."""
+        """Free parameters: the model's tensors are on the meta device again."""
         for name in names:
             self._as_stored.pop(name, None)
             if name in self._meta:
@@ -108,7 +109,7 @@ class ModelWeights:
         self._reader.close()
 
     def _allocate(self, names: Iterable[str]) -> dict[str, Tensor]:
-        # By the caller's thread and on its stream, so that a block's memory goes from one block to the next.
+        # In the caller's thread and on its stream, so that the CUDA allocator reuses the memory of an earlier block.
         places = {}
         for name in names:
             like = self._meta[name] if name in self._meta else self._current(name)
@@ -116,7 +117,10 @@ class ModelWeights:
         return places
 
     def _fill(self, places: dict[str, Tensor]) -> dict[str, torch.dtype]:
-        """Read what belongs at each place; return the stored dtype of those from which what is stored can be had again."""
+        """Read the tensors into the allocated memory.
+
+        Return name → stored dtype, for tensors from which the stored values can be recovered exactly.
+        """
         exact = {}
         try:
             for name, place in places.items():
@@ -129,17 +133,17 @@ class ModelWeights:
                         target.copy_(chunk)
                     done, dtype = done + len(chunk), chunk.dtype
                 assert done == flat.numel(), f"{name} has {flat.numel()} entries, and the checkpoint {done}"
-                # The CPU has what is stored at hand, without a copy in another dtype.
+                # On the CPU, a tensor of another dtype is read again: the source gives it without a conversion.
                 if dtype == place.dtype or (place.is_cuda and widens(dtype, place.dtype)):
                     exact[name] = dtype
         finally:
-            self._staging.wait()  # whatever happens: else what is on its way would arrive in memory of others
+            self._staging.wait()  # also after an error: a pending copy would write into memory that is reused
         return exact
 
     def _forget_ahead(self) -> None:
         if self._ahead is not None:
             (_, future), self._ahead = self._ahead, None
-            future.exception()  # its memory is written to until it is done
+            future.exception()  # wait: the task writes into its memory until it is done
 
     def _current(self, name: str) -> Tensor:
         module, attribute = self._owners[name][0]
@@ -156,12 +160,12 @@ class ModelWeights:
 
 
 def widens(stored: torch.dtype, held: torch.dtype) -> bool:
-    """Tell whether every value of one dtype is one of the other's, so that it comes back as it was."""
+    """Return whether ``held`` represents every value of ``stored``, so that converting there and back is exact."""
     return stored in (torch.bfloat16, torch.float16) and held in (torch.float32, torch.float64)
 
 
 def _owners(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
-    """Return, for each persistent tensor's first name, every (module, attribute) that holds it."""
+    """Return the first name of each persistent tensor → all (module, attribute) pairs that hold the tensor."""
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for attribute, tensor in [*module._parameters.items(), *module._buffers.items()]:

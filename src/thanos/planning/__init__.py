@@ -1,1 +1,1 @@
-"""What a run would take: seconds and bytes by phase."""
+"""Prediction of a run's seconds and bytes, by phase."""

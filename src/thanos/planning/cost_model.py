@@ -1,4 +1,4 @@
-"""Cost models: floating-point operations and bytes of a layer's solve, as docs/cost.md derives them."""
+"""Cost models: floating-point operations and bytes of a layer's solve; docs/cost.md derives them."""
 
 from __future__ import annotations
 
@@ -8,26 +8,36 @@ from thanos.solvers.cost import STEPS, Cost, Size
 
 
 def statistics(columns: int, tokens: int, element_size: int) -> Cost:
-    """Accumulating XᵀX of ``tokens`` rows."""
+    """Return the cost of XᵀX, (columns, columns) float32, of ``tokens`` rows with ``element_size`` bytes per entry."""
     return Cost(2.0 * tokens * columns**2, element_size * tokens * columns + 8.0 * columns**2)
 
 
 def factor(columns: int) -> Cost:
-    """Cholesky (b³/3) and the inverse of the triangle (b³/3), in place."""
+    """Return the cost of the factor: Cholesky (b³/3 operations) and the inverse of the triangle (b³/3), in place."""
     return Cost(2 / 3 * columns**3, 4.0 * 6 * columns**2)
 
 
 def output_norms(rows: int, columns: int) -> Cost:
-    """One quadratic form (Δ H Δᵀ)_ii for every row, by half a product."""
+    """Return the cost of (Δ H Δᵀ)_ii for every row i. H is symmetric, so half of the product Δ H is enough."""
     return Cost(1.0 * rows * columns**2, 4.0 * (2 * rows * columns + columns**2 / 2))
 
 
 def solve(
     method: str, pattern: Pattern, rows: int, columns: int, block_size: int, steps: float = STEPS
 ) -> dict[str, Cost]:
-    """Return the parts of ``prune_weight``'s work: c = ``rows``, b = ``columns``, B = ``block_size``."""
+    """Return the cost of each part of ``prune_weight``, by name.
+
+    Args:
+        method: name of the method.
+        pattern: sparsity pattern.
+        rows: output rows, c.
+        columns: input columns, b.
+        block_size: columns per block, B; at most b is used.
+        steps: iterations of the row solver.
+    """
     row = registry.method(method)
-    forms, form = 3 if row.compensates else 2, output_norms(rows, columns)  # of the weight, of what goes, of the change
+    # Output norms: of the weight, of the removed weights and, if the method compensates, of the change.
+    forms, form = 3 if row.compensates else 2, output_norms(rows, columns)
     parts = {"errors": Cost(forms * form.flops, forms * form.bytes)}
     if row.needs_factor:
         parts["factor"] = factor(columns)

@@ -1,4 +1,4 @@
-"""What this machine can do, measured in about a second: arithmetic by dtype, memory, and the way between host and device."""
+"""Rates of this machine, measured in about a second: arithmetic by dtype, memory, and copies from host to device."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 _SECONDS = 0.15
-"""Least time that one rate is measured for."""
+"""Minimum seconds for which one rate is measured."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,11 +17,11 @@ class Rates:
     """Measured rates of a device.
 
     Attributes:
-        model_flops: operations a second of a product in the model's dtype.
-        float32_flops: the same in full float32, in which layers are solved.
-        gram_flops: the same of XᵀX in float32 from the model's dtype, counted as 2ab² though about half is multiplied.
-        memory_bytes: bytes a second read plus written by a copy on the device.
-        to_device_bytes: bytes a second from the host's memory to the device; the host's own copy on the CPU.
+        model_flops: operations/s of a matrix product in the model's dtype.
+        float32_flops: operations/s of a matrix product in full float32, in which layers are solved.
+        gram_flops: operations/s of XᵀX in float32 from the model's dtype. They are counted as 2ab², though about half are done.
+        memory_bytes: bytes/s, read plus written, of a copy within the device's memory.
+        to_device_bytes: bytes/s of a copy from host memory to the device; on the CPU, of a copy within host memory.
     """
 
     model_flops: float
@@ -37,7 +37,7 @@ class Rates:
 
 @torch.inference_mode()
 def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
-    """Measure a device, for a model that runs in ``dtype``."""
+    """Measure the rates of a device, for a model that runs in ``dtype``."""
     from thanos.calibration.accumulators import add_gram
 
     size = 8192 if device.type == "cuda" else 1024
@@ -57,7 +57,7 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds of one run: the mean of as many as fit in the time that a rate gets, after one for warmth."""
+    """Return the mean seconds of one call, after a warm-up call. Calls are repeated until ``_SECONDS`` have passed."""
 
     def wait() -> None:
         if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""Bytes that a run holds at its fullest, from shapes, dtypes and the recipe: the books of the engine and the solvers."""
+"""Memory model: peak bytes of Hessians, solves and weights, from shapes, dtypes and the recipe."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class LayerWork:
 
     Attributes:
         name: full module name.
-        rows: outputs.
-        columns: inputs.
-        itemsize: bytes of an entry as it is stored.
-        settings: what is done to it.
-        group: layers with the same number share their input, and so the Hessian.
+        rows: number of outputs.
+        columns: number of inputs.
+        itemsize: bytes of one stored entry.
+        settings: the layer's settings.
+        group: number of the input group; layers with the same number share their input, and so the Hessian.
     """
 
     name: str
@@ -32,7 +32,7 @@ class LayerWork:
 
     @property
     def kind(self) -> tuple[int, int, LayerRecipe]:
-        """What its solve depends on."""
+        """Rows, columns and settings, which determine the cost of the solve."""
         return self.rows, self.columns, self.settings
 
     @property
@@ -42,12 +42,12 @@ class LayerWork:
 
 
 def hessian_bytes(columns: int) -> int:
-    """Return the bytes of one Hessian, float32."""
+    """Return the bytes of one Hessian, (columns, columns) float32."""
     return 4 * columns**2
 
 
 def groups(layers: Sequence[LayerWork]) -> dict[int, list[LayerWork]]:
-    """Return the layers by the input that they share, in order."""
+    """Return group number → the layers that share this input, in order."""
     groups: dict[int, list[LayerWork]] = {}
     for layer in layers:
         groups.setdefault(layer.group, []).append(layer)
@@ -55,10 +55,10 @@ def groups(layers: Sequence[LayerWork]) -> dict[int, list[LayerWork]]:
 
 
 def solve_bytes(layer: LayerWork) -> int:
-    """Return what solving a layer holds beside its stored weight and its Hessian, factor included.
+    """Return the peak bytes of a layer's solve, in addition to its stored weight and its Hessian.
 
-    The weight in float32 and its stored copy, the mask of what stays and of what was zero throughout; then what the method's
-    file states.
+    During the whole solve: the weight in float32, a copy in its stored dtype, and two masks, of the kept weights and of the
+    weights that were zero before. The method's file states the rest; methods with a factor add one matrix like the Hessian.
     """
     size = Size(layer.rows, layer.columns, min(layer.settings.resolved_block_size, layer.columns))
     throughout = (4 + layer.itemsize + 1 + 1) * size.entries
@@ -68,9 +68,9 @@ def solve_bytes(layer: LayerWork) -> int:
 
 
 def solving_bytes(layers: Sequence[LayerWork]) -> int:
-    """Return the peak of Hessians and solves of layers whose statistics were gathered together.
+    """Return the peak bytes of Hessians and solves, for layers whose statistics were gathered together.
 
-    Groups are solved in order, and each Hessian goes when its layers are done.
+    Groups are solved in order, and each Hessian is freed after its layers.
     """
     together = list(groups(layers).values())
     waiting = [hessian_bytes(group[0].columns) for group in together]
@@ -78,6 +78,6 @@ def solving_bytes(layers: Sequence[LayerWork]) -> int:
 
 
 def largest_sum(counts: Iterable[int]) -> int:
-    """Return the largest sum of two neighbours: a block's weights and those that are read ahead."""
+    """Return the largest sum of two neighbouring counts: the weights of a block and of the next one, which is read ahead."""
     values = list(counts)
     return max((sum(values[i : i + 2]) for i in range(len(values))), default=0)

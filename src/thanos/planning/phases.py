@@ -1,4 +1,4 @@
-"""Bytes and seconds of a run by phase: what there is to do, by a trial's measure."""
+"""Bytes and seconds of a run by phase: the amount of work, times the rates that a trial measured."""
 
 from __future__ import annotations
 
@@ -20,23 +20,24 @@ from thanos.recipe import Recipe
 from thanos.run.setup import Prepared
 from thanos.system.staging import STAGING_BYTES
 
-_GENERATED_TOGETHER = 16  # sequences, see calibration.py
+_GENERATED_TOGETHER = 16  # sequences in a batch of generated text, as in calibration/windows.py
 
 
 @dataclass(slots=True)
 class Job:
-    """What a run has to do.
+    """The work of a run.
 
     Args:
         prepared: the opened model, and the layers to prune.
-        recipe: what is done to them.
-        device: where.
+        recipe: the recipe.
+        device: device of the run.
         ids: calibration token ids, (samples, T).
 
     Attributes:
         blocks_name: full name of the module list that holds the decoder blocks.
-        block_bytes: of each block's weights in memory.
-        shared: name within a block → number of the input, as a trial saw layers share it.
+        block_bytes: bytes of each block's weights in memory.
+        shared: name of a layer within a block → number of its input, as the trial measured. Layers with the same number share
+            their input.
     """
 
     prepared: Prepared
@@ -57,7 +58,7 @@ class Job:
 
     @property
     def on_cuda(self) -> bool:
-        """Whether the device has memory of its own."""
+        """Whether the device is a CUDA device, with its own memory."""
         return self.device.type == "cuda"
 
     @property
@@ -68,7 +69,7 @@ class Job:
 
     @property
     def tokens(self) -> int:
-        """Calibration tokens."""
+        """Number of calibration tokens."""
         return self.ids.numel()
 
     @property
@@ -77,16 +78,16 @@ class Job:
         return bool(self._by_block[None])
 
     def inside(self, index: int) -> list[str]:
-        """Return the names of a block's parameters."""
+        """Return the parameter names of block ``index``."""
         return block_names(self.prepared.opened.key_of, self.blocks_name, index)
 
     def outer(self, *, head: bool) -> list[str]:
-        """Return the names of the parameters outside the blocks."""
+        """Return the names of the parameters outside the blocks; see :func:`~thanos.model.layers.outer_names`."""
         opened = self.prepared.opened
         return outer_names(opened.meta_model, opened.key_of, self.blocks_name, head=head)
 
     def outer_bytes(self, *, head: bool) -> int:
-        """Return the bytes of the same in memory."""
+        """Return the bytes in memory of the parameters outside the blocks; see :meth:`outer`."""
         return self._in_memory(self.outer(head=head))
 
     def whole_bytes(self) -> int:
@@ -94,51 +95,51 @@ class Job:
         return self._in_memory(list(self.prepared.opened.key_of))
 
     def largest_block(self) -> int:
-        """Return the number of the block to try: the largest that text reaches, with layers to prune if there is any."""
+        """Return the index of the block for the trial: the largest that text reaches, with layers to prune if any has some."""
         reached = self.prepared.picture.reached
         return max(reached, key=lambda i: (bool(self._by_block[i]), self.block_bytes[i]))
 
     def gathered(self, block: int) -> list[list[LinearLayer]]:
-        """Return a block's layers by the passes in which their statistics are gathered."""
+        """Return a block's layers in parts; one pass over the sequences gathers the statistics of one part."""
         layers = self._by_block[block]
         return plan_passes(layers, statistics_budget(self.device)) if layers else []
 
     def parts(self, block: int | None) -> list[list[LayerWork]]:
-        """Return the same as work to do; the layers after the blocks for None, each alone."""
+        """Return the parts of :meth:`gathered` as layers to solve. For None: the layers after the blocks, one per part."""
         works = {work.name: work for work in self._works(block)}
         if block is None:
             return [[work] for work in works.values()]
         return [[works[layer.name] for layer in layers] for layers in self.gathered(block)]
 
     def all_parts(self) -> list[list[LayerWork]]:
-        """Return those of all blocks."""
+        """Return the :meth:`parts` of all blocks."""
         return [part for index in range(len(self.block_bytes)) for part in self.parts(index)]
 
     def observed(self, part: list[LayerWork]) -> float:
-        """Return the fraction of the sequences that is run to gather the statistics of layers."""
+        """Return the fraction of the sequences that is run to gather the statistics of a part."""
         return observed_fractions([work.settings for work in part], self.recipe.measure_error, len(self.ids))[0]
 
     def untouched(self) -> list[str]:
-        """Return the tensors that stay as they are."""
+        """Return the checkpoint names of the tensors that are not pruned."""
         key_of = self.prepared.opened.key_of
         pruned = {key_of[layer.weight_name] for layer in self.prepared.layers}
         return [key for key in self.prepared.opened.checkpoint.tensors if key not in pruned]
 
     def untouched_chunks(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the same in chunks, each with its tensor's name."""
+        """Yield (name in the checkpoint, flat chunk) of the tensors that are not pruned."""
         for key in self.untouched():
             for chunk in self.prepared.opened.checkpoint.chunks(key):
                 yield key, chunk
 
     def chunk_bytes(self, keys: Iterable[str]) -> int:
-        """Return the bytes of the largest chunk of some tensors of the checkpoint."""
+        """Return the bytes of the largest chunk among the named tensors of the checkpoint."""
         tensors = self.prepared.opened.checkpoint.tensors
         return max((tensors[key].chunk_bytes for key in keys), default=0)
 
     def _works(self, block: int | None) -> list[LayerWork]:
         found, numbers = [], dict[Any, int]()
         for layer in self._by_block[block]:
-            # What the trial did not see shares its input by module, as plan_passes reckons.
+            # Layers that the trial did not run are assumed to share their input within a module, as in plan_passes.
             key = layer.name if block is None else self.shared.get(inner_name(layer), _module(layer))
             itemsize = self._info(layer.weight_name).dtype.itemsize
             found.append(
@@ -170,7 +171,13 @@ def _module(layer: LinearLayer) -> tuple[str, int]:
 
 
 def phase_bytes(job: Job, trial: BlockTrial, batch: int) -> dict[str, int]:
-    """Return what each phase holds where blocks run, beside the process and the hidden states."""
+    """Return the peak bytes of each phase in the device's memory, without the process itself and the hidden states.
+
+    Args:
+        job: the work of the run.
+        trial: measurements of one block.
+        batch: number of sequences in a forward pass.
+    """
     on_host = not job.on_cuda
     two = largest_sum(job.block_bytes)
     working = int(trial.working_bytes * batch * job.ids.shape[1] / trial.tokens)
@@ -192,25 +199,25 @@ def phase_bytes(job: Job, trial: BlockTrial, batch: int) -> dict[str, int]:
 
 
 def transfer_bytes(job: Job) -> int:
-    """Return the host memory through which weights pass on their way to and from a CUDA device.
+    """Return the bytes of host memory that buffer the weights between the disk and a CUDA device.
 
-    These are a chunk of the checkpoint, and the pinned buffers of the thread that reads and of the one that writes.
+    They are one chunk of the checkpoint, and the pinned buffers of the reading and of the writing thread.
     """
     return job.chunk_bytes(job.prepared.opened.checkpoint.tensors) + 2 * STAGING_BYTES
 
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How fast things go: what was measured.
+    """Measured rates and times.
 
     Attributes:
-        rates: of the device.
-        solves: by kind of layer, the seconds of a solve and of its factor.
-        look: bytes a second at which tensors that stay are looked through.
-        write: seconds of a byte to the disk.
-        checksum: seconds of a byte's checksum.
-        load: seconds of opening the model.
-        calibration: seconds of making the windows.
+        rates: rates of the device.
+        solves: kind of layer → (seconds of a solve without the factor, seconds of the factor).
+        look: rate of the NaN check of tensors that are not pruned, in bytes/s.
+        write: seconds per byte written to the disk.
+        checksum: seconds per byte of a checksum.
+        load: seconds to open the model.
+        calibration: seconds to build the calibration windows.
     """
 
     rates: Rates
@@ -223,11 +230,19 @@ class Pace:
 
 
 def phase_seconds(job: Job, trial: BlockTrial, pace: Pace, batch: int) -> dict[str, float]:
-    """Return the seconds of each phase."""
+    """Return the seconds of each phase.
+
+    Args:
+        job: the work of the run.
+        trial: measurements of one block. Other blocks are scaled by their bytes.
+        pace: measured rates and times.
+        batch: number of sequences in a forward pass.
+    """
     tensors, largest = job.prepared.opened.checkpoint.tensors, max(1, *job.block_bytes)
     untouched = sum(tensors[key].nbytes for key in job.untouched())
     pruned = sum(info.nbytes for info in tensors.values()) - untouched
     observe = job.tokens * trial.observe_seconds
+    # All batches but the first end before the last layer's product.
     observe -= max(0, job.tokens - batch * job.ids.shape[1]) * trial.spared_seconds
     statistics, solve, propagate, busy = 0.0, 0.0, 0.0, []
     for index, size in enumerate(job.block_bytes):
@@ -245,7 +260,7 @@ def phase_seconds(job: Job, trial: BlockTrial, pace: Pace, batch: int) -> dict[s
         statistics += (
             job.observed(part) * sum(2.0 * job.tokens * work.columns**2 for work in part) / pace.rates.gram_flops
         )
-    # A block is read while the one before it is worked on.
+    # A block is read during the work on the previous one. The loop waits only for the part of the reading that takes longer.
     reading = [size / trial.read_rate for size in job.block_bytes]
     waiting = reading[0] + sum(max(0.0, read - work) for read, work in zip(reading[1:], busy, strict=False))
     record = job.outer_bytes(head=False) / trial.read_rate + len(job.ids) * trial.record_seconds
@@ -261,7 +276,10 @@ def phase_seconds(job: Job, trial: BlockTrial, pace: Pace, batch: int) -> dict[s
 
 
 def _calibration_seconds(job: Job, pace: Pace) -> float:
-    """Return the seconds of making the windows: measured, or those of generating them, all weights once a token."""
+    """Return the seconds to build the calibration windows: measured, or estimated for text that the model generates.
+
+    The estimate is that each generated position reads all weights from memory once per batch.
+    """
     if job.recipe.calibration != "self":
         return pace.calibration
     batches = math.ceil(len(job.ids) / _GENERATED_TOGETHER)

@@ -1,8 +1,8 @@
-"""What a pruning run will take, before it begins: memory, disk and time, and what of it is not there.
+"""Prediction of a pruning run, before it begins: memory, disk space and time, and which of them do not suffice.
 
-Bytes come from shapes, dtypes and the recipe (footprint.py), beside what this process holds now; seconds from a trial of a
-few seconds on the device (trial.py). The model is opened, its calibration text is read and where things go is chosen by the
-code that prunes, so that whatever that refuses is refused here too. Weights are not looked through for NaN.
+Bytes come from shapes, dtypes and the recipe (memory_model.py), plus the present memory of this process. Seconds come from a
+trial of a few seconds on the device (trial.py). The code that prunes also opens the model, reads the calibration text and
+chooses the storage tier here, so this prediction refuses what a run would refuse. Only weights are not checked for NaN.
 """
 
 from __future__ import annotations
@@ -56,28 +56,28 @@ SCHEMA = 1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan(Document):
-    """A prediction; the attributes are the keys of ``thanos prune --plan --json``.
+    """The prediction of a run; the attributes are the keys of ``thanos prune --plan --json``.
 
     Attributes:
-        thanos_version: of the package that made it.
-        recipe: what would be done.
-        device: where.
-        blocks: decoder blocks.
-        layers: layers to prune.
-        activations: where hidden states would be kept between blocks.
-        activations_bytes: of all sequences.
-        batch: sequences of a forward pass.
-        disk_bytes: of the output's weights, which is reserved before the work begins.
-        disk_besides_bytes: files beside the weights, room for journal and report, activations that are kept on the disk.
-        disk_free_bytes: what the disk has.
-        host_peak_bytes: most resident memory of the process.
-        host_base_bytes: of it, what the process takes without any of the model: Python, torch, transformers, the tokenizer.
-        host_free_bytes: what the host can still give, beside what this process has.
-        device_peak_bytes: most memory of a CUDA device; None without one.
-        device_free_bytes: what it has.
-        phases: by phase.
-        seconds: of all phases.
-        does_not_fit: a line for each thing that is too little; empty where the run can be done.
+        thanos_version: version of the package that made the prediction.
+        recipe: the recipe, as plain values.
+        device: device of the run.
+        blocks: number of decoder blocks.
+        layers: number of layers to prune.
+        activations: storage tier of the hidden states between blocks.
+        activations_bytes: bytes of the hidden states of all sequences.
+        batch: number of sequences in a forward pass.
+        disk_bytes: bytes of the output's weights, which are reserved before the work begins.
+        disk_besides_bytes: bytes of the auxiliary files, the journal and the report, and of hidden states kept on the disk.
+        disk_free_bytes: free bytes on the output's disk.
+        host_peak_bytes: peak resident memory of the process, in bytes.
+        host_base_bytes: the part of it without the model: Python, torch, transformers, the tokenizer.
+        host_free_bytes: host memory that is still free, in addition to what this process holds, in bytes.
+        device_peak_bytes: peak memory of the CUDA device, in bytes; None without one.
+        device_free_bytes: free memory of the CUDA device, in bytes; None without one.
+        phases: predicted seconds and peak memory, by phase.
+        seconds: seconds of all phases together.
+        does_not_fit: one line for each resource that does not suffice; empty if the run fits.
         schema: version of this format.
     """
 
@@ -113,10 +113,10 @@ def plan(
     on_event: Watcher | None = None,
     calibration: Calibration | None = None,
 ) -> Plan:
-    """Predict what :func:`~thanos.prune` would take with the same arguments; nothing is written.
+    """Predict memory, disk space and time of :func:`~thanos.prune` with the same arguments. Nothing is written.
 
     Raises:
-        UserError: what :func:`~thanos.prune` would refuse. Too little memory or room on the disk is no error here.
+        UserError: :func:`~thanos.prune` would refuse the arguments. Too little memory or disk space is no error here.
     """
     recipe, model, out = checked_recipe(recipe), model_name(model), output_path(out)
     watch = on_event or (lambda event: None)
@@ -146,7 +146,7 @@ def plan(
 
 
 def _stand_in(prepared: Prepared, recipe: Recipe) -> Tensor:
-    """Return any ids in the place of those that the model would generate."""
+    """Return random ids, (samples, T), instead of the text that the model would generate."""
     check_positions(recipe.sequence_length, context_length(prepared.opened.source.config()))
     generator = torch.Generator().manual_seed(recipe.seed)
     vocabulary = prepared.opened.meta_model.get_input_embeddings().get_parameter("weight").shape[0]
@@ -154,13 +154,13 @@ def _stand_in(prepared: Prepared, recipe: Recipe) -> Tensor:
 
 
 def _measure(job: Job, folder: Path, measured: dict[str, PhaseRecord]) -> tuple[BlockTrial, Pace]:
-    """Try one block and one layer of each kind; nothing of it stays in memory."""
+    """Run the trial of one block and of one layer of each kind, and measure the disk. Their tensors are freed afterwards."""
     opened, device = job.prepared.opened, job.device
     meta_model, (_, blocks) = opened.meta_model, find_blocks(opened.meta_model)
     rates = measure_rates(device, meta_model.dtype)
     index = job.largest_block()
     layers = (job.gathered(index) or [[]])[0]
-    # On CUDA one sequence whole, since how many fit is measured with it.
+    # On CUDA one whole sequence: it also measures how many sequences fit in a batch.
     few = job.ids[:1] if job.on_cuda else _few_tokens(job, index, layers, rates)
     weights = ModelWeights(meta_model, opened.checkpoint, opened.key_of, device)
     try:
@@ -194,7 +194,14 @@ def _few_tokens(job: Job, index: int, layers: list[LinearLayer], rates: Rates) -
 
 
 def _predict(job: Job, work: WorkFolder, asked: str, measured: dict[str, PhaseRecord]) -> Plan:
-    """Put the prediction together."""
+    """Run the trial and compute the prediction.
+
+    Args:
+        job: the work of the run.
+        work: work folder of the output.
+        asked: storage tier of the hidden states, or ``auto``.
+        measured: phases that this process has already run and measured: ``load`` and ``calibration``.
+    """
     folder = _existing(work.out.parent)
     trial, pace = _measure(job, folder, measured)
     gc.collect()
@@ -259,9 +266,10 @@ def _phases(
         states = kept if name in _WITH_STATES else 0
         there = held[name] + (states if place == "device" else 0)
         host = base + (states if place == "host" else 0) + (transfer_bytes(job) if job.on_cuda else there)
+        # To generate the calibration text, the whole model is in memory.
         if name == "calibration" and job.recipe.calibration == "self" and not job.on_cuda:
             host = max(host, base + job.whole_bytes())
-        if name in measured:  # opening the model and reading the text were done for good
+        if name in measured:  # this process has opened the model and read the text itself
             host = max(host, measured[name].host_peak_bytes)
         records[name] = PhaseRecord(
             seconds=seconds, host_peak_bytes=host, device_peak_bytes=there if job.on_cuda else None

@@ -1,4 +1,4 @@
-"""A random layer with correlated inputs, to time solvers on."""
+"""A random layer with correlated inputs, for timing solvers."""
 
 from __future__ import annotations
 
@@ -11,12 +11,19 @@ _TOKENS_AT_ONCE = 4096
 def synthetic_layer(
     rows: int, columns: int, *, tokens: int, device: str, seed: int = 0, duplicates: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Return a weight (rows, columns) and XᵀX (columns, columns), float32, in the likeness of a language model's layer.
+    """Return a weight (rows, columns) and XᵀX (columns, columns), both float32, similar to a language model's layer.
 
-    Inputs are x = s ∘ (z + A f): z independent normal, f 64 common normal factors mixed by a normal A of half z's variance in
-    all, which correlates the columns, and s log-normal with σ = 1: most columns are alike, a few dozens of times larger.
-    Weights are normal, rows scaled log-normally with σ = 0.3. ``duplicates`` > 0 makes every second column a copy of the one
-    before it, up to that much noise.
+    Inputs are x = s ∘ (z + A f). z is independent normal noise. f are 64 common normal factors. A is a normal mixing matrix;
+    A f has half the variance of z, and correlates the columns. s is log-normal with σ = 1: most columns have similar scales,
+    and a few are dozens of times larger. Weights are normal, with rows scaled log-normally with σ = 0.3.
+
+    Args:
+        rows: output rows.
+        columns: input columns.
+        tokens: number of inputs in XᵀX.
+        device: device of the results.
+        seed: seed of the random numbers.
+        duplicates: if > 0, every second column is a copy of the column before it, plus noise of this relative size.
     """
     generator = torch.Generator(device).manual_seed(seed)
 

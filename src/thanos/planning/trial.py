@@ -1,4 +1,4 @@
-"""A trial of a run: one block on a few tokens and one small layer of each kind, timed by the code that does the real work."""
+"""A trial of a run: one block on a few tokens and one small layer of each kind, timed with the code that prunes."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ from thanos.system.memory import host_bytes, host_peak_bytes, reset_host_peak
 T = TypeVar("T")
 
 _PASS_SECONDS = 0.4
-"""About what a pass over a block may take."""
+"""Approximate seconds of a forward pass of the block."""
 
 _SOLVE_SECONDS = 0.2
-"""About what solving one kind of layer may take."""
+"""Approximate seconds to solve one kind of layer, and to check tensors for NaN."""
 
 _FEWEST_TOKENS, _SMALLEST = 32, 64
 _DISK_BYTES = 16 << 20
@@ -45,20 +45,20 @@ _DISK_BYTES = 16 << 20
 
 @dataclass(slots=True)
 class BlockTrial:
-    """One block, on a few tokens.
+    """Measurements of one block on a few tokens.
 
     Attributes:
-        tokens: of a pass.
-        hidden_bytes: of one token's hidden state.
-        record_seconds: of a sequence up to the first block.
-        read_rate: bytes a second of weights brought in.
-        observe_seconds: of a token, statistics included.
-        run_seconds: of a token.
-        working_bytes: that a pass takes on the device beside weights and Hessians; on the CPU on the host.
-        spared_seconds: of a token, in batches after the first, which end before the last layer's own product.
-        batch: sequences that fit a pass; None where memory does not limit them.
-        groups: the layers that share an input, and its statistics.
-        weights: of the layers to prune, on the device.
+        tokens: number of tokens in the pass.
+        hidden_bytes: bytes of one token's hidden state.
+        record_seconds: seconds per sequence of the modules before the first block.
+        read_rate: rate of loading weights, in bytes/s.
+        observe_seconds: seconds per token of the pass that gathers statistics.
+        run_seconds: seconds per token of the pass that computes the block's outputs.
+        working_bytes: peak bytes of the pass in addition to weights and Hessians, on the device (on the CPU: on the host).
+        spared_seconds: seconds per token that batches after the first save, because they end before the last layer's product.
+        batch: number of sequences that fit in a pass; None if memory does not limit it.
+        groups: groups of layers that share an input, with the statistics of this input.
+        weights: layer name → weight of each layer to prune, (c, b), on the device.
     """
 
     tokens: int
@@ -76,7 +76,18 @@ class BlockTrial:
 
 @dataclass(frozen=True, slots=True)
 class TrialModel:
-    """What a trial needs to know: the meta model, its blocks, what text does in it, its weights, and the block to try."""
+    """The model and the block of a trial.
+
+    Attributes:
+        meta_model: the meta model.
+        blocks: its decoder blocks.
+        picture: the data flow between its blocks.
+        weights: its weights.
+        outer: names of the parameters outside the blocks, without those that only the output embedding has.
+        index: index of the block to run.
+        inside: names of this block's parameters.
+        layers: layers of this block whose statistics are gathered.
+    """
 
     meta_model: nn.Module
     blocks: list[nn.Module]
@@ -89,15 +100,16 @@ class TrialModel:
 
 
 def few_tokens(parameters: int, columns: Sequence[int], ids: Tensor, most: int, rates: Rates) -> Tensor:
-    """Return so many token ids, (n, t), that a pass over a block takes a moment, or those of one batch if fewer.
+    """Return token ids, (n, t), for a pass over a block of about ``_PASS_SECONDS``, and at most one batch.
 
     Args:
-        parameters: of the block.
-        columns: of its Hessians.
-        ids: of the whole calibration, (samples, T).
-        most: sequences of a batch.
-        rates: of the device.
+        parameters: number of parameters of the block.
+        columns: width of each of its Hessians.
+        ids: token ids of the whole calibration, (samples, T).
+        most: number of sequences in a batch.
+        rates: rates of the device.
     """
+    # Seconds per token: two operations per parameter, and XᵀX of each input.
     each = 2 * parameters / rates.model_flops + sum(2 * size**2 for size in columns) / rates.gram_flops
     tokens = max(_FEWEST_TOKENS, int(_PASS_SECONDS / each))
     length = min(ids.shape[1], tokens)
@@ -106,7 +118,7 @@ def few_tokens(parameters: int, columns: Sequence[int], ids: Tensor, most: int, 
 
 @torch.no_grad()
 def try_block(model: TrialModel, ids: Tensor, device: torch.device) -> BlockTrial:
-    """Run one block as the engine does, on token ids (n, t)."""
+    """Run and measure one block with the engine's code, on token ids (n, t)."""
     weights = model.weights
     passes = Passes(model.meta_model, model.blocks, ids, device, Path(), place="device", picture=model.picture)
     try:
@@ -125,11 +137,12 @@ def try_block(model: TrialModel, ids: Tensor, device: torch.device) -> BlockTria
             for _ in passes.propagate(model.index):
                 pass
 
-        observe()  # for warmth
+        observe()  # warm-up
         with _growth(device) as grown:
             observing, groups = _timed(observe, device)
         running, _ = _timed(run, device)
         nbytes = sum(weights.parameter(name).nbytes for name in model.inside)
+        # Batches of a block with experts never end early, so they save nothing.
         last = groups[-1].layers[-1] if groups and not any(layer.expert for layer in model.layers) else None
         hidden, running = passes.state_bytes // ids.numel(), running / ids.numel()
         return BlockTrial(
@@ -151,7 +164,7 @@ def try_block(model: TrialModel, ids: Tensor, device: torch.device) -> BlockTria
 
 
 def solve_cost(layer: LayerWork, rates: Rates) -> float:
-    """Return a layer's seconds by operations and bytes, without the factor."""
+    """Return the modelled seconds of a layer's solve, from its operations and bytes, without the factor."""
     return _model_seconds(layer.rows, layer.columns, layer.settings, rates)
 
 
@@ -165,14 +178,16 @@ def _model_seconds(rows: int, columns: int, settings: LayerRecipe, rates: Rates)
 def time_solve(
     layer: LayerWork, weight: Tensor | None, hessian: Tensor | None, rates: Rates, device: torch.device
 ) -> tuple[float, float]:
-    """Return the seconds of a layer's solve, and of its factor: those of a corner of it, scaled by the cost model.
+    """Return the seconds of a layer's solve without the factor, and the seconds of the factor.
+
+    Only a corner of the weight is solved if the whole would take too long; the cost model scales the time.
 
     Args:
-        layer: whose kind is timed.
-        weight: (c, b) as stored; None to make one up.
-        hessian: XᵀX of the tokens of a trial, (b, b); None to make one up.
-        rates: of the device.
-        device: where layers are solved.
+        layer: layer of the kind to time.
+        weight: stored weight, (c, b); None for a random one.
+        hessian: XᵀX of the trial's tokens, (b, b); None for a random one.
+        rates: rates of the device.
+        device: device on which layers are solved.
     """
     settings, group = layer.settings, layer.settings.parsed_pattern.group
     rows, columns = layer.rows, layer.columns
@@ -195,9 +210,9 @@ def time_solve(
 
 
 def write_seconds(folder: Path) -> tuple[float, float]:
-    """Return the seconds of writing a byte to the disk of ``folder``, forced there, and of its checksum.
+    """Return the seconds per byte of a write that is forced to the disk of ``folder``, and of a checksum.
 
-    A nameless file is written, of which nothing stays.
+    The write goes to a file without a name, which is deleted when it is closed.
     """
     data, cpu = os.urandom(_DISK_BYTES), torch.device("cpu")
     with tempfile.TemporaryFile(dir=folder) as file:
@@ -213,7 +228,12 @@ def write_seconds(folder: Path) -> tuple[float, float]:
 
 
 def survey_rate(chunks: Iterator[tuple[str, Tensor]], look: Callable[[str, Tensor], int]) -> float:
-    """Return the bytes a second at which tensors that stay are checked, from the first few chunks."""
+    """Return the rate of the NaN check in bytes/s, measured on the first few chunks; infinity without chunks.
+
+    Args:
+        chunks: (tensor name, chunk) of the tensors that are not pruned.
+        look: the check.
+    """
     seen, began = 0, time.perf_counter()
     for name, chunk in chunks:
         look(name, chunk)
@@ -235,7 +255,10 @@ def _timed(work: Callable[[], T], device: torch.device) -> tuple[float, T]:
 
 @contextmanager
 def _growth(device: torch.device) -> Iterator[list[int]]:
-    """Put into the list by how many bytes memory grew inside at most: the device's, on the CPU that of the process."""
+    """Yield a list of one number: after the context, the peak growth of memory in bytes.
+
+    It is the device's memory on CUDA, and the process's memory on the CPU.
+    """
     grown = [0]
     gc.collect()
     if device.type == "cuda":

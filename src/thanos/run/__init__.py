@@ -1,1 +1,1 @@
-"""One pruning run: what is checked before it, its work folder, journal and lock, its report and model card."""
+"""One pruning run: the checks before it, its work folder, journal and lock, its report and model card."""

@@ -11,18 +11,18 @@ from thanos.model.opening import OpenedModel
 from thanos.model.source import ModelSource
 
 _NOT_COPIED = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ckpt")
-"""Weights in any format. The output has its own weights."""
+"""Endings of weight files in any format. The output has its own weights."""
 
 _INDICES = (".safetensors.index.", ".bin.index.")
-"""Parts of the names of indices, those of variants (``model.safetensors.index.fp16.json``) included."""
+"""Parts of the names of weight indices, including those of variants (``model.safetensors.index.fp16.json``)."""
 
 _OURS = ("README.md", "pruning.json", "recipe.toml", LOG_NAME, RUN_NAME)
 
 
 def copy_auxiliary_files(opened: OpenedModel, folder: Path) -> None:
-    """Copy config, tokenizer, chat template and generation config unchanged; make them anew for a GGUF file.
+    """Copy config, tokenizer, chat template and generation config unchanged. For a GGUF file, create them.
 
-    One thing is changed: a config loses its reference to Python code if that code is missing.
+    One exception: a reference to Python code is removed from the config if the code is missing.
     """
     source = opened.source
     if source.gguf is not None:
@@ -54,7 +54,7 @@ def _drop_absent_code(config: Path) -> None:
 
 
 def auxiliary_files(source: ModelSource) -> list[Path]:
-    """Return the files that :func:`copy_auxiliary_files` copies; none for a GGUF file, whose auxiliary files are made anew."""
+    """Return the files that :func:`copy_auxiliary_files` copies; none for a GGUF file, whose auxiliary files are created."""
     if source.gguf is not None:
         return []
     found = []

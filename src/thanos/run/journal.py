@@ -1,6 +1,6 @@
-"""What a run has finished, on the disk: one line for each decoder block, added when the block's tensors are safe there.
+"""The journal of a run: a file with one line for each finished decoder block, appended once its tensors are on the disk.
 
-Pure file input and output. The format is described in docs/formats.md.
+This module only reads and writes the file. docs/formats.md describes the format.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from thanos.system.files import trim
 
 
 class Journal:
-    """A file of checked lines, each one a :class:`BlockRecord`, that only ever grows.
+    """An append-only file of lines with checksums; each line is a :class:`BlockRecord`.
 
     Args:
         path: the file; it need not exist.
@@ -27,13 +27,13 @@ class Journal:
         self.path = path
 
     def read(self) -> list[BlockRecord]:
-        """Return the records whose checksums hold, in the order of the file. Changes nothing."""
+        """Return the records with a correct checksum, in the order of the file. The file does not change."""
         if not self.path.exists():
             return []
         return list(_parse(self.path.read_bytes()))
 
     def append(self, record: BlockRecord) -> None:
-        """Add a record and force it to the disk; a torn line that a crash left at the end goes."""
+        """Append a record and force it to the disk. Remove an incomplete last line, which a crash may have left."""
         values = record.to_dict()
         line = json.dumps({"checksum": _checksum(values), **values}, ensure_ascii=False).encode() + b"\n"
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -48,10 +48,10 @@ class Journal:
 
 
 def current(records: Iterable[BlockRecord]) -> dict[int | None, BlockRecord]:
-    """Return the records that hold, by block.
+    """Return the latest valid record of each block.
 
-    A block that was done again has two records: the later one holds. If its tensors came out otherwise, the records of
-    later blocks written before it hold no longer, since those blocks were fed by the old ones.
+    A block that was solved again has two records, and the later one is valid. If its tensors differ from those of the first,
+    the records of later blocks written before it are invalid: these blocks had the old outputs as inputs.
     """
     held: dict[int | None, BlockRecord] = {}
     for record in records:
@@ -63,18 +63,18 @@ def current(records: Iterable[BlockRecord]) -> dict[int | None, BlockRecord]:
 
 
 def comes_after(block: int | None, other: int | None) -> bool:
-    """Tell whether ``block`` is fed by ``other``; None is what follows all the blocks."""
+    """Return whether the inputs of ``block`` depend on ``other``. None stands for the layers after the blocks."""
     return other is not None and (block is None or block > other)
 
 
 def _parse(data: bytes) -> Iterator[BlockRecord]:
-    for line in data.split(b"\n")[:-1]:  # what follows the last line's end was torn
+    for line in data.split(b"\n")[:-1]:  # bytes after the last line feed are an incomplete line
         try:
             values = json.loads(line)
             if values.pop("checksum") == _checksum(values):
                 yield BlockRecord.from_dict(values)
         except (ValueError, KeyError, TypeError, AttributeError):
-            continue  # not as it was written: the block counts as unfinished
+            continue  # a damaged line: the block counts as unfinished
 
 
 def _checksum(values: dict[str, Any]) -> str:

@@ -1,7 +1,7 @@
-"""One run at a time on one output folder: a hidden lock file beside OUT.
+"""The lock of an output folder, so that only one run at a time writes it: a hidden file next to OUT.
 
-filelock takes a lock of the kernel, so it ends with its process, however that ends. On file systems without such locks a second
-file is the lock. What the file holds tells people who holds the lock.
+filelock takes a kernel lock, which is released when its process ends, in whatever way. On file systems without kernel locks,
+the existence of a second file is the lock. The content of the file names the process that holds the lock.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 from thanos.errors import ResourceError, UserError
 
 _UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
-"""What ``flock`` answers on file systems without it, as some network file systems are."""
+"""Errors of ``flock`` on file systems that do not support it, such as some network file systems."""
 
 _SECONDS = 0.2
-"""To try for: the holder before us may be removing its file just now."""
+"""Seconds to retry: the previous holder may be removing its file at this moment."""
 
 
 def lock_path(out: Path) -> Path:
-    """Return the hidden file beside ``out`` that is locked while a run writes it."""
+    """Return the hidden file next to ``out`` that is locked while a run writes ``out``."""
     out = out.resolve()
     return out.parent / f".{out.name}.lock"
 
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Hold the lock of an output folder; missing parents are made, and removed at the end if they are still empty.
+    """Hold the lock of an output folder. Missing parent folders are created, and removed at the end if they are still empty.
 
     Args:
-        out: the folder that a run is going to write.
+        out: the output folder of the run.
 
     Raises:
-        UserError: another process holds the lock; names it.
-        ResourceError: nothing can be written beside ``out``.
+        UserError: another process holds the lock; the message names the process.
+        ResourceError: the folder of ``out`` cannot be written.
     """
     path = lock_path(out)
     made = [parent for parent in path.parents if not parent.exists()]
@@ -51,16 +51,16 @@ def locked(out: Path) -> Iterator[None]:
         except OSError as error:
             raise ResourceError(f"cannot write beside OUT {out}: {error.strerror}") from error
         try:
-            if not isinstance(lock, SoftFileLock):  # which names its holder itself
+            if not isinstance(lock, SoftFileLock):  # filelock writes process and host into a soft lock file itself
                 path.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}), encoding="utf-8")
             yield
         finally:
-            # Before the release: afterwards it may be another run's.
+            # Before the release: after it, the file may belong to another run.
             path.unlink(missing_ok=True)
             lock.release()
     finally:
         for parent in made:
-            with suppress(OSError):  # it holds the output, or something that others put there
+            with suppress(OSError):  # not empty: it holds the output, or files of others
                 parent.rmdir()
 
 
@@ -84,12 +84,12 @@ def _acquired(lock: BaseFileLock, out: Path) -> BaseFileLock:
 
 
 def _holder(path: Path) -> str:
-    """Name the process that holds a lock, as its file does: JSON, or filelock's own lines of process and host."""
+    """Return a description of the process that holds a lock, from its file: JSON, or filelock's lines of process and host."""
     try:
         text = path.read_text(encoding="utf-8")
         values = json.loads(text) if text.startswith("{") else dict(zip(("pid", "host"), text.split(), strict=False))
         pid, host = values["pid"], values["host"]
     except (OSError, ValueError, KeyError):
-        return "another process"  # which has not written it yet, or has just ended
+        return "another process"  # it has not written the file yet, or it has just ended
     elsewhere = "" if host == socket.gethostname() else f" (if it is dead, delete {path})"
     return f"process {pid} on {host}{elsewhere}"

@@ -1,4 +1,4 @@
-"""The model card of a pruned model, made from its report and nothing else."""
+"""The model card of a pruned model, made only from its report."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from thanos.engine.records import LayerRecord, warning_lines
 from thanos.run.report import PruningReport
 
 _FILES = (".gguf", ".safetensors", ".bin", ".json", *SUFFIXES)
-"""Endings of the files that a user may name."""
+"""Endings of local files that a user may give as model or calibration text."""
 _WORST = 5
 _BEGUN = ", each window begun with the beginning-of-text token"
 _KEPT = ", the other rows making up for them"
@@ -52,12 +52,15 @@ def model_card(report: PruningReport) -> str:
 
 
 def public_name(name: str) -> str:
-    """Return a hub name as it is, and the last part of anything that looks like a local path; of each in a list of texts."""
+    """Return a name without local folders: a hub name unchanged, and only the last part of a local path.
+
+    In a list of texts, each one is shortened in this way.
+    """
     parts = split_source(name)
     if parts != [Part(name)]:
         return ",".join(str(Part(public_name(part.path), part.column)) for part in parts)
     path = PurePath(name)
-    # Not any suffix: the organisation of Qwen/Qwen2.5-0.5B is no folder.
+    # Only known endings count, not any suffix: Qwen/Qwen2.5-0.5B is a hub name, not a file ".5B".
     is_path = path.is_absolute() or name.startswith((".", "~")) or name.lower().endswith(_FILES)
     if not is_path and len(path.parts) <= 2:
         return name

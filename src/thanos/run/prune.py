@@ -1,4 +1,4 @@
-"""The front door: prune a model, from a name to a finished folder."""
+"""The entry point of a pruning run: from a model's name to a finished output folder."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ from thanos.system.user_paths import model_name, output_path
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """What a run was asked for, and what goes with it from its beginning to its end."""
+    """The arguments of a run, and the objects that exist for its whole duration."""
 
     recipe: Recipe
     device: torch.device
@@ -81,27 +81,28 @@ def prune(
 ) -> PruningReport:
     """Prune a pretrained causal language model and write it as a plain Hugging Face checkpoint.
 
-    Whatever ends a run early, a hidden folder beside ``out`` keeps the blocks that were finished.
+    If a run ends early, a hidden folder next to ``out`` keeps the finished blocks, and ``resume`` continues from them. After a
+    NumericsError nothing is kept, because a resumed run would fail in the same way.
 
     Args:
         model: a hub name, a local Hugging Face folder, or a ``.gguf`` file.
-        out: the folder to write. It appears when it is complete, never before.
-        recipe: what to do; default :class:`Recipe`, Thanos at 50 % unstructured.
-        overwrite: replace ``out`` if it exists; without ``resume``, also start an interrupted run over.
-        resume: go on with an interrupted run of the same model and recipe; the result is the same to the byte. Where there
-            is none, start from the beginning; where the same run has finished ``out``, return its report and write nothing.
-        activations: where hidden states are kept between blocks: ``device``, ``host``, ``disk``, or ``auto``, the first of them
-            that has room. Changes no result.
-        on_event: called with each :class:`~thanos.events.Event`.
-        calibration: windows made before by :func:`~thanos.calibration.windows.build_calibration`, with the recipe's
-            settings and this model's tokenizer; default: made now.
+        out: the output folder. It appears only when it is complete.
+        recipe: method, settings and calibration; default :class:`Recipe`, Thanos at 50 % unstructured.
+        overwrite: replace ``out`` if it exists; without ``resume``, also discard an interrupted run and start over.
+        resume: continue an interrupted run of the same model and recipe; the result is identical to the byte. If there is no
+            such run, start from the beginning. If the same run has completed ``out``, return its report and write nothing.
+        activations: storage tier of the hidden states between blocks: ``device``, ``host`` or ``disk``; ``auto`` takes the
+            first of them that has room. It does not change the result.
+        on_event: function that is called with each :class:`~thanos.events.Event`.
+        calibration: windows from :func:`~thanos.calibration.windows.build_calibration`, with the recipe's settings and this
+            model's tokenizer; default: built now.
 
     Returns:
         The report, equal to ``pruning.json`` in ``out``.
 
     Raises:
-        UserError: what was asked for cannot be done; nothing was written.
-        ResourceError: memory or disk is exhausted, or another run writes ``out``.
+        UserError: the arguments cannot be used, or another run writes ``out``; nothing was written.
+        ResourceError: memory or disk is exhausted.
     """
     recipe, model, out = checked_recipe(recipe), model_name(model), output_path(out)
     check_place(activations)
@@ -112,7 +113,7 @@ def prune(
     def check() -> None:
         check_output(out, model=local, overwrite=overwrite or (resume and work.published))
 
-    if speaks() and not complete:  # what costs nothing is looked at before the device, and that before the model
+    if speaks() and not complete:  # cheap checks first: before the device, and the device before the model
         check()
         check_interrupted(work, resume=resume, overwrite=overwrite)
     device = my_device(choose_device(recipe.device))
@@ -128,7 +129,7 @@ def prune(
             return _assist(model, job)
         if complete:
             return _completed(model, job, calibration)
-        # The folder is made only when all else is known to be good.
+        # The work folder is created only after all other checks have passed.
         with locked(out):
             work.tidy(resume=resume)
             check()
@@ -137,7 +138,7 @@ def prune(
 
 
 def _completed(model: str, job: _Job, given: Calibration | None) -> PruningReport:
-    """Return the report of an output that the same run has finished, as a scheduler that runs a job twice wants it."""
+    """Return the report of an output that the same run has completed. A scheduler that repeats a job then gets no error."""
     source = resolve_model(model, trust_remote_code=job.recipe.trust_remote_code)
     check_completed(job.work, job.recipe, describe_run(job.recipe, source, job.device), given)
     report = PruningReport.read(job.work.out / "pruning.json")
@@ -147,7 +148,7 @@ def _completed(model: str, job: _Job, given: Calibration | None) -> PruningRepor
 
 
 def _assist(model: str, job: _Job) -> PruningReport:
-    """Do another process's part: the same blocks and layers, on other sequences and rows; what is written, rank 0 writes."""
+    """Run the part of a process with rank > 0: all blocks and layers, on its own sequences and rows. Only rank 0 writes."""
     world, recipe = job.world, job.recipe
     published: PruningReport | None = world.from_first(_nothing)
     if published is not None:
@@ -170,7 +171,7 @@ def _nothing() -> Any:
 
 
 def _facts(recipe: Recipe, opened: OpenedModel) -> dict[str, Any]:
-    """Return what has to be equal in all processes of a run."""
+    """Return the facts that must be equal in all processes of a run, by name."""
     import transformers
 
     tensors = sorted((name, str(info.dtype), info.shape) for name, info in opened.checkpoint.tensors.items())
@@ -204,7 +205,7 @@ def _prune(model: str, job: _Job, given: Calibration | None) -> PruningReport:
         run["machine"]["processes"] = job.world.size
         if before:
             check_same_run(before, run)
-        # Only its clearing up was interrupted, if it was published.
+        # If the output was published, only the cleanup after it was interrupted: there is nothing left to prune.
         published = PruningReport.read(work.out / "pruning.json") if before and work.published else None
         job.world.from_first(lambda: published)
         if published is not None:
@@ -236,13 +237,13 @@ def _prune(model: str, job: _Job, given: Calibration | None) -> PruningReport:
 
 @contextmanager
 def _kept(work: WorkFolder) -> Iterator[None]:
-    """Keep the work folder of a run that ends early, if that is of any use."""
+    """Keep the work folder of a run that ends early, if the run can be resumed; else remove it."""
     try:
         yield
     except BaseException as error:
         if isinstance(error, FileNotFoundError) and not work.path.exists():
             raise ResourceError(f"{work.path} was deleted during the run, and with it what was finished") from error
-        # NaN would be met again, however often the run is resumed.
+        # A resumed run would fail with the same NaN again.
         if isinstance(error, NumericsError) or not work.finished:
             with suppress(OSError):
                 work.remove()
@@ -254,7 +255,7 @@ def _kept(work: WorkFolder) -> Iterator[None]:
 
 
 def _run(plan: Prepared, job: _Job, calibration: Calibration, notes: list[str]) -> PruningReport:
-    """Fill the work folder's model."""
+    """Prune the model and write the complete checkpoint to the work folder."""
     opened, folder, world, meter = plan.opened, job.work.model, job.world, job.meter
     writer = CheckpointWriter(
         opened.checkpoint.layout, opened.checkpoint, folder, besides=LOG_BYTES_PER_LAYER * len(plan.layers)
@@ -270,7 +271,8 @@ def _run(plan: Prepared, job: _Job, calibration: Calibration, notes: list[str]) 
             job.tell(event)
             block = event.block
     except NumericsError:
-        name_damage(opened, block)  # a weight that holds NaN shows first in what another layer reads
+        # A NaN in a weight is first detected in the inputs of another layer: name the weight instead, if there is one.
+        name_damage(opened, block)
         raise
     with meter.phase("finish"):
         job.tell(Event(kind="phase", phase="finish", blocks=len(engine.inputs.blocks)))
@@ -294,7 +296,7 @@ def _engine(
     journal: SharedJournal,
     notes: list[str],
 ) -> Engine:
-    """Make the engine of this process, which runs blocks on its share of the sequences."""
+    """Return the engine of this process, which runs blocks on the process's own range of sequences."""
     opened, device, share = plan.opened, job.device, job.world.share(len(calibration.ids))
     name, blocks = find_blocks(opened.meta_model)
     ids = calibration.ids[share.start : share.stop]

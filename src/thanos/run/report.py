@@ -1,4 +1,4 @@
-"""``pruning.json``: what was done to a model, and what it cost. The format is described in docs/formats.md."""
+"""``pruning.json``, the report of a pruning run: settings, results, seconds and memory. docs/formats.md has the format."""
 
 from __future__ import annotations
 
@@ -13,12 +13,18 @@ from thanos.system.documents import Document
 from thanos.system.meter import PhaseRecord
 
 SCHEMA = 1
-"""Raised when a reader of the old format would misread the new one."""
+"""Version of the format; increased when a reader of the old format would misread the new one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DenseRecord:
-    """One tensor left as it was: its name, number of parameters, and why."""
+    """One tensor that was not pruned.
+
+    Attributes:
+        name: its parameter name, or its name in the checkpoint if no parameter uses it.
+        parameters: number of entries.
+        reason: why it was not pruned.
+    """
 
     name: str
     parameters: int
@@ -27,7 +33,7 @@ class DenseRecord:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PruningReport(Document):
-    """A whole run; the attributes are the keys of ``pruning.json``."""
+    """The report of a run; the attributes are the keys of ``pruning.json``."""
 
     thanos_version: str
     model: dict[str, Any]
@@ -47,12 +53,12 @@ class PruningReport(Document):
 
     @classmethod
     def read(cls, path: Path) -> PruningReport:
-        """Read the report that :meth:`write` wrote."""
+        """Read a report from the file that :meth:`write` wrote. Raises like :meth:`from_dict`."""
         return cls.from_dict(json.loads(path.read_bytes()))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PruningReport:
-        """Build a report from what :meth:`to_dict` gave.
+        """Build a report from the values of :meth:`to_dict`.
 
         Raises:
             ValueError: the schema is not this version's.
@@ -67,12 +73,12 @@ class PruningReport(Document):
 
 
 def compute_totals(layers: Sequence[LayerRecord], *, parameters: int, zeros_elsewhere: int) -> dict[str, Any]:
-    """Sum up the layers.
+    """Return the totals of :func:`count_totals` and the mean errors of the layers.
 
     Args:
-        layers: the pruned layers.
+        layers: records of the pruned layers.
         parameters: number of entries of all tensors of the model.
-        zeros_elsewhere: zeros among the tensors that were not pruned.
+        zeros_elsewhere: number of zeros in the tensors that were not pruned.
     """
     zeros = [layer.zeros for layer in layers]
     return {
@@ -85,12 +91,12 @@ def compute_totals(layers: Sequence[LayerRecord], *, parameters: int, zeros_else
 def count_totals(
     shapes: Sequence[tuple[int, int]], zeros: Sequence[int], zeros_all: int, parameters: int
 ) -> dict[str, Any]:
-    """Return zeros, parameters and sparsity of the targeted layers and of everything.
+    """Return the numbers of parameters and zeros, and the sparsity, of the targeted layers and of the whole model.
 
     Args:
-        shapes: of the targeted layers.
-        zeros: of each of them.
-        zeros_all: of all tensors of the model.
+        shapes: (rows, columns) of each targeted layer.
+        zeros: number of zeros in each targeted layer.
+        zeros_all: number of zeros in all tensors of the model.
         parameters: number of entries of all tensors of the model.
     """
     targeted = sum(rows * columns for rows, columns in shapes)

@@ -1,4 +1,4 @@
-"""Taking up an interrupted run: whether it is the same run, and which of its blocks still hold."""
+"""Resuming an interrupted run: check that it is the same run, and which of its blocks are still valid."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from thanos.run.work_folder import WorkFolder
 
 SCHEMA = 1
-"""Of ``run.json`` and ``journal.jsonl``: raised when the old ones cannot be taken up any more."""
+"""Version of ``run.json`` and ``journal.jsonl``; increased when a run with the old files cannot be resumed any more."""
 
-_START = 1 << 20
+_START = 1 << 20  # bytes at the start of a model's file that are hashed
 _MUST_BE_EQUAL = ("schema", "thanos_version", "versions", "recipe", "model", "calibration", "text")
 
 _RESUMED_WITH = {
@@ -40,10 +40,10 @@ _RESUMED_WITH = {
 
 
 def describe_run(recipe: Recipe, source: ModelSource, device: torch.device) -> dict[str, Any]:
-    """Return what makes a run the same run, as ``run.json`` holds it; the caller adds the calibration and blocks.
+    """Return the description that identifies a run, as in ``run.json``. The caller adds ``calibration`` and ``blocks``.
 
-    Of each of the model's files: its size and a hash of its first MiB, in which a shard's header lies; of larger ones also
-    when they were changed, since hashing all of them would take as long as pruning.
+    It holds the size of each of the model's files and a hash of its first MiB, which includes a shard's header. Larger files
+    also have their time of modification, because hashing them whole would take as long as pruning.
     """
     import transformers
 
@@ -52,7 +52,7 @@ def describe_run(recipe: Recipe, source: ModelSource, device: torch.device) -> d
         "schema": SCHEMA,
         "thanos_version": __version__,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "recipe": recipe.to_dict() | {"sparsity": recipe.resolved_sparsity},  # the same, said or not
+        "recipe": recipe.to_dict() | {"sparsity": recipe.resolved_sparsity},  # explicit and default value compare equal
         "model": {path.name: _describe_file(path) for path in sorted(files)},
         "machine": {
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -62,28 +62,29 @@ def describe_run(recipe: Recipe, source: ModelSource, device: torch.device) -> d
 
 
 def completed_run(run: Mapping[str, Any], recipe: Recipe, folder: Path) -> dict[str, Any]:
-    """Return what a finished output says of the run that made it, without folders of this machine: it may be published.
+    """Return the description of a run for its finished output. It has no local folders, since the output may be published.
 
     Args:
-        run: the run's description.
-        recipe: its recipe.
-        folder: of the output, with all shards.
+        run: the description from :func:`describe_run`.
+        recipe: the run's recipe.
+        folder: the output folder, with all shards.
     """
     kept = {part: run[part] for part in _MUST_BE_EQUAL if part in run}
     return _without_folders(kept) | {"text": _describe_text(recipe), "output": _describe_output(folder)}
 
 
 def check_completed(work: WorkFolder, recipe: Recipe, now: Mapping[str, Any], calibration: Calibration | None) -> None:
-    """Refuse an output that is not the finished one of this run. Reads no weights.
+    """Check that a complete output was made by this run. Reads no weights.
 
     Args:
-        work: of the output.
-        recipe: of this run.
-        now: this run's description.
-        calibration: the windows, where they are given; else a local calibration file is compared by its hash.
+        work: work folder of the output.
+        recipe: this run's recipe.
+        now: this run's description, from :func:`describe_run`.
+        calibration: the windows if the user gave them. If None, local calibration files are compared by their hash.
 
     Raises:
-        UserError: another run made the output, naming every difference, or a file of it is missing.
+        UserError: another run made the output (the message lists every difference), a shard is missing or has another size,
+            or the output has no description of its run.
     """
     before, out, otherwise = work.completed_run, work.out, "choose another OUT, or give --overwrite to start over"
     if not before:
@@ -99,7 +100,7 @@ def check_completed(work: WorkFolder, recipe: Recipe, now: Mapping[str, Any], ca
 
 
 def _without_folders(run: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a run's description with local texts under their last names: what they hold is compared by its hash."""
+    """Return a run's description with only the file names of local texts. Their content is compared by its hash."""
     named = {"recipe": "calibration", "calibration": "source"}
     return {
         part: {**value, named[part]: public_name(str(value[named[part]]))} if part in named else value
@@ -108,28 +109,28 @@ def _without_folders(run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _describe_text(recipe: Recipe) -> dict[str, str]:
-    """Return the hash of the calibration text where it is local files, in place of windows that would have to be made."""
+    """Return the hash of the calibration text if it is local files; else nothing. It needs no windows to be built."""
     found = text_sha256(recipe.calibration)
     return {} if found is None else {"sha256 of the calibration text": found}
 
 
 def _describe_output(folder: Path) -> dict[str, int]:
-    """Return name → bytes of the shards and their index."""
+    """Return file name → size in bytes, for the shards and their index."""
     return {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors*"))}
 
 
 def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Refuse to go on with another run.
+    """Check that an interrupted run and this run are the same.
 
     Args:
         before: the interrupted run's description.
-        now: this run's; parts that it does not have yet are not compared.
+        now: this run's description; parts that it does not have yet are not compared.
 
     Returns:
-        What may change the last bits of the result: lines for a person.
+        Notes for the user: differences of the machine that may change the last bits of the result.
 
     Raises:
-        UserError: names every difference.
+        UserError: the runs differ; the message lists every difference.
     """
     found, now = find_differences(before, now), json.loads(json.dumps(now))
     if found:
@@ -146,13 +147,13 @@ def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[st
 
 
 def find_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return a line for each difference between two descriptions that makes them different runs.
+    """Return a line for each difference between the descriptions of two runs, except differences of the machine.
 
     Args:
-        before: what an earlier run said of itself.
-        now: what this one says; parts that it does not have are not compared.
+        before: the earlier run's description.
+        now: this run's description; parts that it does not have are not compared.
     """
-    now = json.loads(json.dumps(now))  # as what was read: lists, not tuples
+    now = json.loads(json.dumps(now))  # lists instead of tuples, as in the description that was read from JSON
     found = []
     for part in _MUST_BE_EQUAL:
         lines = list(_differences(part, before.get(part), now[part])) if part in now else []
@@ -165,7 +166,7 @@ def find_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
 def _differences(name: str, before: Any, now: Any) -> Iterator[str]:
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         for key in [*before, *(key for key in now if key not in before)]:
-            # The settings of a recipe and the files of a model are known by their own names.
+            # Recipe settings, model files, versions and texts are named without the part that holds them.
             inner = key if name in ("recipe", "model", "versions", "text") else f"{name} {key}"
             yield from _differences(inner, before.get(key), now.get(key))
     elif isinstance(before, Mapping) or isinstance(now, Mapping):
@@ -193,16 +194,16 @@ def _describe_file(path: Path) -> dict[str, Any]:
 
 
 class RunJournal:
-    """Which blocks are finished: their tensors are on the disk, and the journal says so.
+    """The finished blocks of a run: their tensors are on the disk, and the journal has their records.
 
     Args:
-        journal: of this run.
-        writer: of the output's shards.
-        meter: takes the seconds that the interrupted run had spent, and gives those of the whole run.
+        journal: journal file of this run.
+        writer: writer of the output's shards.
+        meter: meter of the run; :meth:`verify` adds the seconds of the interrupted run to it.
 
     Attributes:
-        finished: the records of finished blocks; those of blocks fed by one that came out otherwise when it was done again
-            are taken out.
+        finished: the valid record of each finished block. If a block is solved again with another result, the records of later
+            blocks are removed.
     """
 
     def __init__(self, journal: Journal, writer: CheckpointWriter, meter: PhaseMeter) -> None:
@@ -211,7 +212,7 @@ class RunJournal:
         self._damaged: dict[int | None, BlockRecord] = {}
 
     def verify(self, tell: Callable[[Event], None]) -> None:
-        """Take up the journal, comparing every finished tensor with its checksum; a line tells of each damaged block."""
+        """Read the journal, and compare every finished tensor with its checksum. A note event reports each damaged block."""
         records = self._journal.read()
         if records:
             self._meter.add(records[-1].phases)
@@ -242,7 +243,7 @@ class RunJournal:
         starts: Sequence[tuple[int, int]],
         place: str,
     ) -> None:
-        """Make a block's tensors durable, then note that it is finished."""
+        """See :meth:`~thanos.engine.records.BlockJournal.record`."""
         with self._meter.phase("write"):
             self._writer.flush()
             tensors = {name: self._writer.take_checksum(name) for name in written}
@@ -259,6 +260,7 @@ class RunJournal:
         with self._meter.phase("write"):
             self._journal.append(record)
         before = self._damaged.pop(block, None)
+        # With other bytes than before, the block has other outputs: the records of all later blocks are invalid.
         if before is not None and before.tensors != tensors:
             for pile in (self.finished, self._damaged):
                 for other in [other for other in pile if comes_after(other, block)]:

@@ -1,4 +1,4 @@
-"""What is known and checked before a run's work begins: the model opened, its layers chosen, its calibration windows made."""
+"""Preparation and checks before a run: open the model, select its layers, check the calibration text and the disk."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from thanos.run.survey import sampled_sparsity, survey
 from thanos.system.device import choose_device
 
 LOG_BYTES_PER_LAYER = 4096
-"""Room on the disk for the journal, the event log and the report."""
+"""Bytes on the disk per pruned layer for the journal, the event log and the report."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """An opened model, and what is to be done to it.
+    """An opened model, and the selection of its layers.
 
     Attributes:
         opened: the model.
-        layers: what is pruned, each with its settings.
-        picture: what text does in the model.
-        dense: each tensor that stays, and why.
-        zeros_elsewhere: number of zeros in those that stay.
-        sparsity: share of zeros that ``layers`` come with, from a sample.
+        layers: the layers to prune, each with its settings.
+        picture: the data flow between the model's blocks.
+        dense: record of each tensor that is not pruned.
+        zeros_elsewhere: number of zeros in the tensors that are not pruned.
+        sparsity: fraction of zeros in ``layers`` before pruning, estimated from a sample.
     """
 
     opened: OpenedModel
@@ -51,10 +51,10 @@ class Prepared:
 
 
 def checked_recipe(recipe: Any) -> Recipe:
-    """Return a recipe, the default one for None.
+    """Return ``recipe``, or the default recipe for None.
 
     Raises:
-        RecipeError: it is something else, or has a glob that can match no layer.
+        RecipeError: the argument is no recipe, or has a glob that can match no layer.
     """
     if recipe is None:
         return Recipe()
@@ -68,11 +68,11 @@ def checked_recipe(recipe: Any) -> Recipe:
 
 
 def check_text_settings(source: ModelSource, recipe: Recipe) -> None:
-    """Refuse a model with which no calibration text can be read, before its weights are.
+    """Check that a model can process the calibration text, before its weights are read.
 
     Raises:
-        ModelError: it has no tokenizer that can be read.
-        DataError: its positions are fewer than the sequences are long, or it names no end-of-text token.
+        ModelError: the model has no readable tokenizer.
+        DataError: the model has fewer positions than a sequence has tokens, or it names no end-of-text token.
     """
     config = source.config()
     check_positions(recipe.sequence_length, context_length(config))
@@ -82,18 +82,18 @@ def check_text_settings(source: ModelSource, recipe: Recipe) -> None:
 def prepare(
     source: ModelSource, recipe: Recipe, watch: Watcher, *, look: bool = True, folder: Path | None = None
 ) -> Prepared:
-    """Open a model and work out what a recipe does to it; ``look`` also reads every tensor that stays.
+    """Open a model, and select the layers to prune and their settings.
 
     Args:
         source: the model.
-        recipe: what to do.
-        watch: is told about progress.
-        look: whether to read them.
-        folder: of the output, whose disk is checked for room before anything is read; None to leave that out.
+        recipe: the recipe.
+        watch: function that is called with notes and progress events.
+        look: also read and check every tensor that is not pruned; see :func:`~thanos.run.survey.survey`.
+        folder: output folder; the free space of its disk is checked before tensors are read. None to skip this check.
 
     Raises:
         ModelError, RecipeError: the recipe does not fit the model, or its blocks cannot be run one by one.
-        NumericsError: a parameter that stays holds NaN or infinity.
+        NumericsError: ``look`` is set, and a parameter that is not pruned holds NaN or infinity.
         ResourceError: the disk has too little room.
     """
     opened = open_model(source, recipe.dtype)
@@ -117,7 +117,8 @@ def prepare(
             Budget.plan(*layer.shape, settings)
         except RecipeError as error:
             raise RecipeError(f"{layer.name}: {error}") from error
-    if folder is not None:  # now, not after reading all tensors and making the calibration text, which may take an hour
+    # Before all tensors are read and the calibration text is made, which may take an hour.
+    if folder is not None:
         check_room(opened.checkpoint.layout, folder, besides=LOG_BYTES_PER_LAYER * len(chosen))
     sparsity = _note_zeros(opened, list(chosen), watch)
     dense, zeros = survey(opened, chosen, left_dense, watch) if look else ([], 0)
@@ -129,7 +130,7 @@ def _unreached(picture: Picture, layers: Iterable[LinearLayer]) -> list[LinearLa
 
 
 def _say_unreached(unreached: list[LinearLayer], *, left: bool) -> str:
-    """Return a line about the layers of blocks that text does not reach.
+    """Return the note about layers in blocks that text does not reach.
 
     Raises:
         ModelError: no other layer is left to prune.
@@ -142,7 +143,7 @@ def _say_unreached(unreached: list[LinearLayer], *, left: bool) -> str:
 
 
 def _note_zeros(opened: OpenedModel, layers: Sequence[LinearLayer], watch: Watcher) -> float:
-    """Return the share of zeros that the layers come with, and tell of it where the model was pruned before."""
+    """Return the fraction of zeros in the layers before pruning. Add a note if the model was pruned before."""
     sparsity, pruned = sampled_sparsity(opened, layers)
     reported = opened.source.gguf is None and (opened.source.folder / "pruning.json").is_file()
     if reported or pruned:
@@ -157,20 +158,22 @@ def _note_zeros(opened: OpenedModel, layers: Sequence[LinearLayer], watch: Watch
 
 
 def check_calibration(recipe: Recipe, given: Calibration | None, source: ModelSource | None = None) -> None:
-    """Refuse a calibration text that cannot be used, before a model is loaded; with ``source`` also chats without a template.
+    """Check that the calibration text can be used, before a model is loaded; no check if windows are ``given``.
+
+    With ``source``, the check includes a chat template of its tokenizer for texts that are chats.
 
     Raises:
-        DataError: it cannot.
+        DataError: the text cannot be used.
     """
     if given is None:
         check_text_source(recipe.calibration, tokenizer=None if source is None else source.tokenizer)
 
 
 def smaller_calibration(recipe: Recipe) -> str:
-    """Return what a person can do when a run is out of memory; see :func:`~thanos.errors.resource_errors`."""
+    """Return the advice for a run that is out of memory; see :func:`~thanos.errors.resource_errors`."""
     return f"lower --samples (now {recipe.samples}) or --sequence-length (now {recipe.sequence_length})"
 
 
 def stages_of(recipe: Recipe) -> tuple[BlockStage, ...]:
-    """Return what a recipe does to each block, in order."""
+    """Return the stages that a recipe runs on each block, in order."""
     return (PruneStage(measure_error=recipe.measure_error),)

@@ -1,4 +1,4 @@
-"""Looking through a checkpoint's tensors: zeros, NaN and infinity, and why each tensor that stays is left as it is."""
+"""Survey of a checkpoint's tensors: zeros, NaN and infinity, and the reason why a tensor is not pruned."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from thanos.run.report import DenseRecord
 NOT_LINEAR = "not a linear layer's weight"
 
 _SAMPLES, _SAMPLE_ENTRIES = 4, 1 << 14
-"""Contiguous ranges of a weight that a sample takes, and the entries of each. Only these are read from the disk."""
+"""Number of contiguous ranges in the sample of a weight, and entries of each. Only these are read from the disk."""
 
 _MANY_ZEROS = 0.1
-"""Share of zeros from which a weight counts as pruned: dense 16-bit weights have a few in ten thousand."""
+"""Fraction of zeros from which a weight counts as pruned. Dense 16-bit weights have a few zeros in ten thousand entries."""
 
 
 def survey(
     opened: OpenedModel, layers: Iterable[LinearLayer], left_dense: dict[str, str], watch: Callable[[Event], None]
 ) -> tuple[list[DenseRecord], int]:
-    """Read every tensor that stays: count its zeros, and refuse NaN and infinity before the work rather than after.
+    """Read every tensor that is not pruned, before the work begins: count its zeros, and refuse NaN and infinity.
 
     Args:
         opened: the model.
-        layers: what will be pruned, which is looked at when its turn comes.
-        left_dense: name of each other linear layer → why it stays.
-        watch: is told how many tensors were read.
+        layers: the layers to prune. Their weights are not read here: the engine checks them before it solves each layer.
+        left_dense: name of each other linear layer → why it is not pruned.
+        watch: function that is called with progress events.
 
     Returns:
-        Each tensor that stays and why, and the number of zeros in them.
+        A record of each tensor that is not pruned, and the number of zeros in all of them.
 
     Raises:
-        NumericsError: a parameter that stays holds NaN or infinity.
+        NumericsError: a parameter that is not pruned holds NaN or infinity.
     """
     pruned = {opened.key_of[layer.weight_name] for layer in layers}
     named = {key: parameter for parameter, key in opened.key_of.items()}
@@ -45,18 +45,23 @@ def survey(
     dense, zeros = [], 0
     for done, (key, info) in enumerate(stays.items(), 1):
         name = named.get(key, key)
-        # What no parameter needs may be anything: masks that hold -inf are common.
+        # A tensor that is no parameter may hold any value: masks with -inf are common.
         count = count_zeros if named.get(key) in parameters else count_any_zeros
         zeros += sum(count(name, part) for part in opened.checkpoint.chunks(key))
         reason = left_dense.get(name.removesuffix(".weight"), NOT_LINEAR) if key in named else unused.why(key)
         dense.append(DenseRecord(name=name, parameters=info.numel, reason=reason))
-        if 100 * done // len(stays) != 100 * (done - 1) // len(stays):  # mixtures have tens of thousands of tensors
+        # At most 100 events: mixtures of experts have tens of thousands of tensors.
+        if 100 * done // len(stays) != 100 * (done - 1) // len(stays):
             watch(Event(kind="progress", phase="load", done=done, total=len(stays)))
     return dense, zeros
 
 
 def sampled_sparsity(opened: OpenedModel, layers: Sequence[LinearLayer]) -> tuple[float, bool]:
-    """Return the share of zeros that layers hold already, from a sample of each, and whether most of them are pruned."""
+    """Estimate the zeros of layers from a sample of each weight.
+
+    Returns:
+        The fraction of zeros over all layers, and whether more than half of the layers count as pruned.
+    """
     zeros, shares = 0.0, []
     for layer in layers:
         flat = opened.checkpoint.read(opened.key_of[layer.weight_name]).reshape(-1)
@@ -70,14 +75,14 @@ def sampled_sparsity(opened: OpenedModel, layers: Sequence[LinearLayer]) -> tupl
 
 
 def name_damage(opened: OpenedModel, block: int | None) -> None:
-    """Find the tensor that made a block's numbers NaN or infinite.
+    """Raise an error that names the first parameter with NaN or infinity, if there is one.
 
     Args:
         opened: the model.
-        block: index of the block; None for what lies outside the blocks.
+        block: index of the block whose parameters are checked; None for all parameters of the model.
 
     Raises:
-        NumericsError: one of its tensors holds NaN or infinity; names it.
+        NumericsError: one of these parameters holds NaN or infinity; the message names it.
     """
     names = opened.key_of
     if block is not None:

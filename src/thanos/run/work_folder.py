@@ -1,7 +1,7 @@
-"""The folder in which OUT grows, which survives a crash, and the moment in which it becomes OUT.
+"""The work folder of a run, which survives a crash and is renamed to OUT when the run is complete.
 
-``.OUT.partial/`` beside OUT holds ``model/``, the folder that OUT will be; ``journal.jsonl``, what is finished; and
-``run.json``, which run it is.
+``.OUT.partial/`` next to OUT holds ``model/``, the folder that becomes OUT; ``journal.jsonl``, the journal of finished blocks;
+and ``run.json``, the description of the run.
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ from thanos.system.files import sync, write_atomically
 
 
 class WorkFolder:
-    """The hidden sibling of an output folder, on the same file system.
+    """The hidden folder next to an output folder, on the same file system.
 
     Args:
-        out: the folder to be.
+        out: the output folder.
 
     Attributes:
+        out: the resolved path of the output folder.
         path: the work folder.
         model: the folder within it that becomes ``out``.
-        journal: which blocks are finished.
+        journal: the journal of finished blocks.
     """
 
     def __init__(self, out: Path) -> None:
-        self.out = out.resolve()  # where a symbolic link points: on the disk where the folder will be
+        self.out = out.resolve()  # follows symbolic links, so that the work folder is on the disk of the output
         self.path = self.out.parent / f".{self.out.name}.partial"
         self.model = self.path / "model"
         self.journal = Journal(self.path / "journal.jsonl")
@@ -40,48 +41,55 @@ class WorkFolder:
 
     @property
     def run(self) -> dict[str, Any]:
-        """What the run that made the folder said of itself; empty where there is none."""
+        """Description of the run that made the work folder; empty if there is none."""
         return _read(self._run)
 
     @property
     def completed_run(self) -> dict[str, Any]:
-        """What the run that made OUT said of itself; empty where OUT is no such folder."""
+        """Description of the run that made OUT; empty if OUT has none."""
         return _read(self.out / RUN_NAME)
 
     @property
     def finished(self) -> int:
-        """Number of finished blocks that can be taken up again."""
+        """Number of finished blocks that a resumed run can keep."""
         if not self.run or not self.model.is_dir():
             return 0
         return sum(block is not None for block in current(self.journal.read()))
 
     @property
     def published(self) -> bool:
-        """Whether the run became OUT, and ended before it had cleared up."""
+        """Whether ``model/`` was renamed to OUT, but the run ended before its cleanup."""
         return bool(self.run) and not self.model.exists() and self.out.is_dir()
 
     @property
     def is_complete(self) -> bool:
-        """Whether OUT is a finished run's, and nothing is left of one that is not."""
+        """Whether OUT is the output of a complete run, and no unfinished run is left next to it."""
         return not self.published and not self.finished and (self.out / "pruning.json").is_file()
 
     def start(self, run: dict[str, Any]) -> None:
-        """Make the folder anew; what was there is deleted.
+        """Create the work folder; delete an existing one first.
+
+        Args:
+            run: description of the run, from :func:`~thanos.run.resume.describe_run`.
 
         Raises:
-            ResourceError: the folder cannot be made.
+            ResourceError: the folder cannot be created.
         """
         try:
             self.remove()
             self.model.mkdir(parents=True)
-            # Under its name run.json is whole: it is what makes the folder one that can be resumed.
+            # Written last and atomically: a folder with a run.json can be resumed.
             write_atomically(self._run, json_text(run).encode(), durable=True)
             sync(self.path.parent)
         except OSError as error:
             raise ResourceError(f"cannot write beside OUT {self.out}: {error.strerror}") from error
 
     def take_up(self, shards: set[str]) -> None:
-        """Prepare the folder of an interrupted run: everything goes but its shards and its log."""
+        """Prepare the work folder of an interrupted run: delete everything in ``model/`` but its shards and its event log.
+
+        Args:
+            shards: names of the output's shards.
+        """
         for path in self.model.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
@@ -89,11 +97,11 @@ class WorkFolder:
                 path.unlink()
 
     def remove(self) -> None:
-        """Delete the folder."""
+        """Delete the work folder."""
         if not self.path.exists():
             return
-        # Whatever a crash leaves must not be taken for more than it is: an unfinished model loses first what makes it
-        # resumable; beside a published one, what tells that it was published goes last.
+        # A crash during the deletion must leave a consistent state. With an unfinished model, run.json is deleted first, so
+        # that the rest is not resumed. After publishing, it is deleted last, since it marks the output as published.
         if self.model.exists():
             self._run.unlink(missing_ok=True)
         for path in sorted(self.path.iterdir(), key=lambda path: path == self._run):
@@ -101,10 +109,10 @@ class WorkFolder:
         self.path.rmdir()
 
     def tidy(self, *, resume: bool) -> None:
-        """Put right what a crash left: an old OUT gets its name back, and a folder from which nothing can be resumed goes.
+        """Clean up after a crash: restore an old OUT, and delete a work folder from which nothing can be resumed.
 
         Args:
-            resume: whether the folder of a run that was published shall stay, so that it can be recognised.
+            resume: keep the work folder of a published run, so that the run can be recognised.
         """
         if self._old.is_dir():
             if self.out.exists():
@@ -115,12 +123,15 @@ class WorkFolder:
             self.remove()
 
     def publish(self, *, overwrite: bool) -> None:
-        """Give the finished folder its name, and clear up.
+        """Rename the finished folder to OUT, and delete the work folder.
 
-        A rename either happens or not, so no half-written folder ever has the name OUT.
+        A rename is atomic, so OUT is never a half-written folder.
+
+        Args:
+            overwrite: replace an existing OUT.
 
         Raises:
-            UserError: OUT came into being meanwhile.
+            UserError: OUT was created during the run, and ``overwrite`` is not set.
         """
         for path in (*self.model.iterdir(), self.model):
             sync(path)
@@ -131,6 +142,7 @@ class WorkFolder:
                     f"OUT {self.out.name} came into being during the run; move it away and give --resume, or --resume "
                     "--overwrite to replace it"
                 )
+            # Two renames are not atomic together. After a crash between them, tidy() restores the old OUT.
             shutil.rmtree(self._old, ignore_errors=True)
             self.out.rename(self._old)
         try:
@@ -153,16 +165,17 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def check_output(out: Path, *, model: Path | None, overwrite: bool) -> None:
-    """Refuse an output folder that may not be written. Changes nothing.
+    """Check that an output folder may be written. Changes nothing.
 
     Args:
-        out: the folder to be.
-        model: the input's folder or file, which must not be touched; None where it is not a local one.
+        out: the output folder.
+        model: the input model's folder or file, which must not be overwritten; None if the model is not local.
         overwrite: whether an existing checkpoint at ``out`` may be replaced.
 
     Raises:
-        UserError: ``out`` exists and is not empty, is a file, is or holds the model, or lies in a model's folder.
-        ResourceError: its folder may not be written, or cannot be made.
+        UserError: ``out`` is a file, is or contains the model, is inside a model's folder, or is not empty and may not be
+            replaced: ``overwrite`` is not set, or ``out`` is no checkpoint.
+        ResourceError: the parent folder is not writable, or cannot be created.
     """
     resolved = out.resolve()
     if model is not None:
@@ -188,7 +201,7 @@ def check_output(out: Path, *, model: Path | None, overwrite: bool) -> None:
 
 
 def _check_parent(out: Path, resolved: Path) -> None:
-    """Refuse a place in which OUT cannot be made."""
+    """Raise ResourceError if OUT cannot be created in its parent folder."""
     parent = resolved.parent
     while not parent.exists() and parent != parent.parent:
         parent = parent.parent
@@ -205,10 +218,10 @@ def _is_model(path: Path) -> bool:
 
 
 def check_interrupted(work: WorkFolder, *, resume: bool, overwrite: bool) -> None:
-    """Refuse to decide for the user what becomes of an interrupted run.
+    """Check that the user has chosen what to do with an interrupted run.
 
     Raises:
-        UserError: there is one, and neither is asked for.
+        UserError: there is an interrupted run, and neither ``resume`` nor ``overwrite`` is set.
     """
     if work.finished and not (resume or overwrite):
         raise UserError(

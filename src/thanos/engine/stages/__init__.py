@@ -1,1 +1,1 @@
-"""What is done to a block while it is in memory: one file a stage."""
+"""Stages: the work on a block while its weights are in memory. One file per stage."""

@@ -1,4 +1,4 @@
-"""What a stage is, and what it gets to work with: one decoder block, its layers and its calibration sequences."""
+"""The protocol of a stage, and its context: one decoder block, its layers and its calibration sequences."""
 
 from __future__ import annotations
 
@@ -16,48 +16,48 @@ from thanos.model.layers import LinearLayer
 
 
 class BlockStage(Protocol):
-    """One thing to do to every block, while its weights are in memory and before its outputs are computed.
+    """One step of the work on every block. It runs while the block's weights are in memory, before its outputs are computed.
 
-    A stage is called once for each block, and once for what follows the blocks if layers are pruned there. Its result may
-    depend on the context alone, so that a run that was interrupted goes on to the same bytes: a stage that draws at random
-    seeds a generator of its own by the block's index.
+    A stage is called once for each block, and once for the modules after the blocks if layers are pruned there. Its result
+    must depend only on the context, so that a resumed run gives the same bytes. A stage that needs random numbers seeds its
+    own generator with the block's index.
     """
 
     @property
     def name(self) -> str:
-        """Name in the records."""
+        """Name of the stage in the records."""
         ...
 
     def __call__(self, context: BlockContext) -> Iterator[Event]:
-        """Work on a block; yields events as it goes."""
+        """Work on a block, and yield events."""
         ...
 
 
 class BlockContext:
-    """One decoder block, or what follows the blocks, as the stages see it, one after another.
+    """The context of the stages: one decoder block, or the modules after the blocks. All stages of a block share it.
 
-    Everything runs without gradients. A stage that trains opens ``torch.enable_grad()``, and hands its result to :meth:`put`.
+    Everything runs without gradients. A stage that trains opens ``torch.enable_grad()``, and passes its result to :meth:`put`.
 
-    The hidden states of the calibration sequences are those of the model pruned so far, before this block: the pruned stream.
-    A dense stream, the hidden states of the model as it came, would be a second runner beside :attr:`runner`, with a method
-    like :meth:`batches` of its own.
+    The hidden states of the calibration sequences are the inputs of this block in the model pruned so far: the pruned stream.
+    A dense stream, with the hidden states of the unpruned model, would need a second runner in addition to :attr:`runner`, and
+    its own method like :meth:`batches`.
 
     Args:
-        inputs: of the engine.
-        output: takes finished tensors.
-        index: of the block; None for what follows the blocks.
+        inputs: the engine's inputs.
+        output: writer of finished tensors.
+        index: index of the block; None for the modules after the blocks.
 
     Attributes:
         index: see above.
-        module: the block; the model for what follows the blocks.
+        module: the block; the whole model if ``index`` is None.
         layers: the layers to prune here, each with its settings.
-        runner: runs this process's calibration sequences.
+        runner: forward passes over this process's calibration sequences.
         weights: parameters of the model, by name.
-        device: where the weights are.
-        meter: seconds and peak memory by phase.
+        device: device of the weights.
+        meter: meter of seconds and peak memory by phase.
         world: the processes that share the work.
-        stage: name of the stage that is running.
-        records: of the layers pruned so far, by name.
+        stage: name of the running stage.
+        records: layer name → record of each layer pruned so far.
         notes: warnings that arose here.
         written: names in the checkpoint of the tensors written so far.
     """
@@ -77,26 +77,26 @@ class BlockContext:
     # --- calibration sequences --------------------------------------------------------------------------------------
 
     def batches(self, size: int) -> Iterator[tuple[int, Tensor]]:
-        """Yield (number of the first sequence, inputs of the block (≤ size, T, d) on the device): the pruned stream.
+        """Yield (index of the batch's first sequence, inputs of the block (≤ size, T, d) on the device): the pruned stream.
 
-        They are the runner's own memory and must not be modified.
+        The inputs may be a view of the runner's storage. Do not modify them.
         """
         return self.runner.batches(size)
 
     def forward(self, hidden: Tensor, first: int) -> Tensor:
         """Return the block's outputs, (B, T, d), for inputs (B, T, d) of the sequences from ``first`` on.
 
-        The block is as it is now. Not for what follows the blocks.
+        The block runs with its present weights. Only for decoder blocks: ``index`` must not be None.
         """
         assert self.index is not None, "what follows the blocks is no block"
         return self.runner.run(self.index, hidden, first)
 
     def observe(self, layers: Sequence[LinearLayer], most: int | None = None) -> Iterator[int]:
-        """Run the block on all sequences for the hooks on ``layers`` alone; yields the number of sequences done.
+        """Run the block on all sequences only for the hooks on ``layers``; yield the number of finished sequences.
 
-        With ``most`` it ends after the batch in which so many are done.
+        With ``most``, stop after the batch that brings the finished sequences to this number.
 
-        What follows the blocks is run as far as a single layer.
+        For the modules after the blocks, ``layers`` must be a single layer, and the pass ends at its input.
         """
         if self.index is not None:
             return self.runner.observe(self.index, layers, most)
@@ -106,17 +106,17 @@ class BlockContext:
     # --- weights ----------------------------------------------------------------------------------------------------
 
     def dense(self, name: str) -> Tensor:
-        """Return a parameter as the checkpoint came, in its stored dtype, on the device; read anew. Not to be modified."""
+        """Return a parameter with its value in the input checkpoint, in its stored dtype, on the device. Do not modify it."""
         return self.weights.stored(name)
 
     def kept(self, layer: LinearLayer) -> Tensor:
-        """Return which weights of a layer are not zero now, (c, b) bool: where pruning let them stay."""
+        """Return the mask of a layer's present non-zero weights, (c, b) bool: after pruning, the kept weights."""
         return layer.oriented(self.weights.parameter(layer.weight_name) != 0)
 
     def put(self, name: str, value: Tensor) -> None:
-        """Set a parameter, wherever the block holds it, and write it to the output, both rounded to its stored dtype.
+        """Set a parameter in all modules that hold it, and write it to the output; both are rounded to its stored dtype.
 
-        The record of a layer that was pruned before counts its zeros anew and names the stage.
+        If the layer has a record already, its zeros are counted again and the stage's name is added.
         """
         value = value.detach().to(self.weights.stored_dtype(name)).contiguous()
         self.write(name, value)
@@ -129,29 +129,29 @@ class BlockContext:
             )
 
     def write(self, name: str, value: Tensor) -> None:
-        """Begin to write a parameter to the output, contiguous and in its stored dtype; the block keeps what it has."""
+        """Begin to write a parameter, contiguous and in its stored dtype, to the output. The block's value does not change."""
         key = self.weights.key(name)
         if key not in self.written:
             self.written.append(key)
         self._output.write(key, value)
 
     def place(self, name: str, value: Tensor) -> None:
-        """Set a parameter, wherever the block holds it; the output keeps what it has."""
+        """Set a parameter in all modules that hold it. The output does not change."""
         self.weights.put(name, value)
 
-    # --- what is told -----------------------------------------------------------------------------------------------
+    # --- records and events -----------------------------------------------------------------------------------------
 
     def add_record(self, record: LayerRecord) -> None:
-        """Take the record of a layer that was pruned."""
+        """Add the record of a pruned layer."""
         self.records[record.name] = record
 
     def note(self, message: str, phase: Phase) -> Event:
-        """Keep a line that a person should read; return its event."""
+        """Add a warning for the user; return its event."""
         self.notes.append(message)
         return self.event("note", phase, message=message)
 
     def progress(self, phase: Phase, done: int, most: int | None = None) -> Event:
-        """Return the event that says how many of this process's sequences are done, of all or of ``most``."""
+        """Return the event with the number of this process's finished sequences, out of all or of ``most``."""
         samples, length = self.runner.shape
         total = samples if most is None else max(done, min(samples, most))
         return self.event("progress", phase, done=done, total=total, tokens=done * length)

@@ -1,6 +1,6 @@
-"""Pruning a block's layers: gather the statistics of their inputs, then solve them one by one.
+"""Pruning a block's layers: gather the statistics of their inputs, then solve the layers one by one.
 
-The name of a method never occurs here; what is done to a layer is its :class:`~thanos.recipe.LayerRecipe`.
+No method is named here: each layer's :class:`~thanos.recipe.LayerRecipe` selects its method and settings.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from thanos.solvers.hessian import InputStatistics
 from thanos.solvers.prune_layer import prune_layer
 
 ERROR_SEQUENCES = 8
-"""Sequences whose tokens measure a layer's error where its method does not need XᵀX of all: a batch or a few. The error is a
-mean over tokens, of which these are thousands, and nothing is fitted to them."""
+"""Number of sequences that measure a layer's error if its method does not need XᵀX of all sequences: one batch or a few. They
+suffice because the error is a mean over their thousands of tokens, and nothing is fitted to them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class PruneStage:
 
     Args:
         measure_error: see :class:`~thanos.recipe.Recipe`.
-        name: in the records.
+        name: name of the stage in the records.
     """
 
     measure_error: bool | None = None
@@ -50,8 +50,9 @@ class PruneStage:
     def __call__(self, context: BlockContext) -> Iterator[Event]:
         """See :class:`~thanos.engine.stages.base.BlockStage`."""
         parts = _parts(context)
-        # Every part must see the block as it was, so what the first ones prune is put in place after the last. A layer after
-        # the blocks is a part of its own, and gets the inputs that those before it give now.
+        # All parts of a block must gather statistics with the block's unpruned weights. So with several parts, the pruned
+        # weights are held until the last part is solved. Each layer after the blocks is a part of its own; its inputs come
+        # from the layers already pruned before it.
         held: dict[str, Tensor] | None = {} if len(parts) > 1 and context.index is not None else None
         for part in parts:
             yield context.event("phase", "statistics")
@@ -62,7 +63,7 @@ class PruneStage:
             context.place(name, weight)
 
     def _gather(self, context: BlockContext, layers: list[LinearLayer]) -> Generator[Event, None, list[InputGroup]]:
-        """Gather the statistics of layers; from the start again, in smaller batches, where memory runs out."""
+        """Gather the statistics of layers. If memory runs out, start again with smaller batches."""
         need, sample = self._need(context, layers), -(-ERROR_SEQUENCES // context.world.size)
         if need is Need.NOTHING and not self._samples:
             return []
@@ -88,7 +89,7 @@ class PruneStage:
         groups: list[InputGroup],
         held: dict[str, Tensor] | None,
     ) -> Iterator[Event]:
-        """Prune layers; ``groups`` is emptied on the way, so that each Hessian goes when its layers are done."""
+        """Prune layers. Groups are removed from ``groups`` one by one, so that each Hessian is freed after its layers."""
         need = self._need(context, layers)
 
         def empty(members: list[LinearLayer]) -> InputGroup:
@@ -106,7 +107,8 @@ class PruneStage:
         with context.meter.phase("solve"):
             while groups:
                 group = groups.pop(0)
-                check_finite([group])  # not all at once: a bad weight is named before the bad inputs that it makes
+                # Group by group: the error then names a non-finite weight, not the later inputs that it made non-finite.
+                check_finite([group])
                 inputs = _statistics(group)
                 for layer in group.layers:
                     record = yield from self._prune_or_spill(context, layer, inputs, group, held)
@@ -120,7 +122,7 @@ class PruneStage:
         return self.measure_error is not False
 
     def _need(self, context: BlockContext, layers: list[LinearLayer]) -> Need:
-        """Return what is gathered over all tokens for layers that are observed together."""
+        """Return the statistics that are gathered over all tokens for layers that are observed together."""
         return need_of_all([context.layers[layer] for layer in layers], self.measure_error)
 
     def _prune_or_spill(
@@ -131,14 +133,14 @@ class PruneStage:
         group: InputGroup,
         held: dict[str, Tensor] | None,
     ) -> Generator[Event, None, LayerRecord]:
-        """Prune a layer; where memory runs out, again once the hidden states have left the device."""
+        """Prune a layer. If memory runs out, move the hidden states off the device and try once more."""
         try:
             return _prune_layer(context, layer, inputs, group, held)
         except torch.OutOfMemoryError:
             # With several ranks a local retry would desynchronise the collectives.
             if context.world.size > 1 or context.runner.place != "device":
                 raise
-        # Not in the handler: while it runs, the error keeps the tensors of what failed.
+        # Outside the except block: inside it, the error's traceback still refers to the tensors of the failed solve.
         line = context.runner.spill()
         assert line is not None
         yield context.note(line, "solve")
@@ -148,14 +150,23 @@ class PruneStage:
 def observed_fractions(
     settings: Sequence[LayerRecipe], measure_error: bool | None, samples: int
 ) -> tuple[float, float]:
-    """Return which fraction of the sequences is run to prune layers that are observed together, and gathered XᵀX of."""
+    """Return two fractions of the sequences, for layers that are observed together.
+
+    Args:
+        settings: settings of the layers.
+        measure_error: see :class:`~thanos.recipe.Recipe`.
+        samples: number of sequences.
+
+    Returns:
+        The fraction that is run through the block, and the fraction of which XᵀX is gathered.
+    """
     need = need_of_all(settings, measure_error)
     sampled = 0.0 if measure_error is False else min(1.0, ERROR_SEQUENCES / samples)
     return 1.0 if need > Need.NOTHING else sampled, 1.0 if need is Need.GRAM else sampled
 
 
 def _parts(context: BlockContext) -> list[list[LinearLayer]]:
-    """Return the layers by the passes in which their statistics are gathered."""
+    """Return the layers in parts; one pass over the sequences gathers the statistics of one part."""
     layers = list(context.layers)
     if context.index is None:
         return [[layer] for layer in layers]
@@ -163,7 +174,10 @@ def _parts(context: BlockContext) -> list[list[LinearLayer]]:
 
 
 def _statistics(group: InputGroup) -> InputStatistics | None:
-    """Return what is known of a group's inputs, as the solvers take it; None if nothing was gathered. XᵀX is given away."""
+    """Return the statistics of a group's inputs for the solvers; None if nothing was gathered.
+
+    The solvers own XᵀX afterwards and may overwrite it.
+    """
     gram, norms, name = group.gram, group.norms, group.layers[0].name
     if gram is None and norms is None:
         return None
@@ -182,13 +196,14 @@ def _prune_layer(
     group: InputGroup,
     held: dict[str, Tensor] | None,
 ) -> LayerRecord:
-    """Prune one layer and write it; put it in place too, or into ``held`` if that has to wait."""
+    """Prune one layer and write it to the output. Set the block's weight too, or store it in ``held`` if there is one."""
     settings, name = context.layers[layer], layer.weight_name
     began = time.perf_counter()
     stored = context.weights.stored(name)
     pruned = prune_layer(layer.oriented(stored), inputs, settings, name=layer.name, row_shards=context.world)
     result = layer.oriented(pruned.weight).contiguous()
-    seconds = time.perf_counter() - began  # the device is done: the record's numbers are here
+    # No synchronisation needed: the errors are on the host, so the device is done.
+    seconds = time.perf_counter() - began
     measured = 0 if group.gram is None else group.gram.tokens
     record = layer_record(layer, pruned, inputs, settings, stored.dtype, group.tokens, measured, seconds)
     if held is None:
