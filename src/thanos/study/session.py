@@ -51,7 +51,7 @@ from thanos.system.memory import free_device_bytes, free_host_bytes
 from thanos.system.meter import PhaseMeter
 
 _KEEP_SHARE = 0.25
-"""Fraction of the free memory for the dense model's kept outputs: the rest must hold two models and their logits."""
+"""Fraction of the free memory for the dense model's kept hidden states: the rest must hold two models and their logits."""
 
 Watcher = Callable[[Event], None]
 
@@ -213,7 +213,7 @@ class Session:
         tokenizer = source.tokenizer()
         text, asked = "\n\n".join(evaluation_rows(self._places.texts[plan.text], tokenizer)), plan.bos
         if asked == "window" and cell.model not in self._places.begun:
-            asked = "auto"
+            asked = "auto"  # the study's setting only affects tokenizers that add the token
         bos = choose_bos(asked, text, tokenizer, model, plan.sequence_length, lambda event: None)
         windows = cut_windows(text, tokenizer, model, plan.text, plan.sequence_length, plan.max_windows, bos)
         reference = Reference(text=public(plan.text), windows=windows, bos=bos)
@@ -226,6 +226,7 @@ class Session:
 
     def _windows(self, cell: Cell, recipe: Recipe, tell: Watcher) -> Calibration:
         """Return the calibration windows of a cell: from this process, else from the study's cache, else made now."""
+        # The cache key: everything that affects the windows, the code itself included.
         shaping = {
             "model": self._places.hashes[cell.model],
             "calibration": self._places.hashes.get(cell.calibration or "") or cell.calibration,

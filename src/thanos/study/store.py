@@ -172,7 +172,7 @@ class StoreWriter:
             end = sum(len(line) + 1 for line in lines)
             if end < len(data):
                 os.truncate(self._path, end)
-            elif end > len(data):
+            elif end > len(data):  # the last record is whole, but has no line end
                 self._append(b"\n")
         except OSError as error:
             raise _cannot_write(self._path, error) from error

@@ -78,7 +78,7 @@ def _side_by_side(chart: Chart) -> list[list[float]]:
     every = [x for each in places for x in each]
     if chart.kind != "lines" or len(places) < 2 or min(every) == max(every):
         return places
-    log = chart.scale("x") != "linear"
+    log = chart.scale("x") != "linear"  # a shift on a logarithmic axis is a factor
     span = math.log(max(every) / min(every)) if log else max(every) - min(every)
     steps = [_SIDE_STEP * span * (index - (len(places) - 1) / 2) for index in range(len(places))]
     return [[x * math.exp(step) if log else x + step for x in each] for each, step in zip(places, steps, strict=True)]

@@ -137,6 +137,7 @@ def best_by(rows: Sequence[Row], fields: Iterable[str]) -> dict[str, list[Row]]:
     for name in fields:
         able = [row for row in rows if row.mean(name) is not None]
         results = {row: [verdict(o, row, name) for o in able if o is not row and comparable(o, row)] for row in able}
+        # An empty verdict means that two rows have no common seed.
         found[name] = [row for row in able if any(results[row]) and "better" not in results[row]]
     return found
 
