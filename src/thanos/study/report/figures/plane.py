@@ -91,7 +91,7 @@ def _bar(axes: Axes, x: float, point: Point, color: str) -> None:
 
 
 def _row_above(canvas: Any, axes: Axes, row: int, points: list[tuple[float, Point]], look: dict[str, Any]) -> None:
-    """Draw the markers of one series above the ceiling, in a row of their own. Marked points have a ring, as below."""
+    """Draw the markers of one series above the ceiling, in a row of their own. Marked points have a ring, as in the plane."""
     from matplotlib.transforms import ScaledTranslation
 
     place = axes.get_xaxis_transform() + ScaledTranslation(0, (row - 0.3) * _ROW / 72, canvas.dpi_scale_trans)
