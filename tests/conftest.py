@@ -1,4 +1,4 @@
-"""The numeric environment of every test, and fixtures that several files share."""
+"""The numeric environment of every test, and fixtures for several files."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _numerics():
 
 @pytest.fixture(scope="session")
 def thanos_data() -> Path:
-    """The folder with WikiText-2, the C4 sample and the zero-shot tasks; skips where there is none."""
+    """The folder with WikiText-2, the C4 sample and the zero-shot tasks; without it the test is skipped."""
     folder = Path(os.environ.get("THANOS_DATA", ROOT.parent / "shared" / "data"))
     if not folder.is_dir():
         pytest.skip(f"THANOS_DATA: {folder} is not there")
@@ -52,7 +52,7 @@ def thanos_data() -> Path:
 
 @pytest.fixture(scope="session")
 def task_folder(thanos_data: Path) -> Path:
-    """The folder with local zero-shot tasks of lm_eval; skips where there is none."""
+    """The folder with local zero-shot tasks of lm_eval; without it the test is skipped."""
     found = thanos_data / "lm_eval_tasks"
     if not found.is_dir():
         pytest.skip(f"{found} is not there")
@@ -61,7 +61,7 @@ def task_folder(thanos_data: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def demo_gguf() -> Path:
-    """The demo model, which ``make test`` fetches; skips where it is absent."""
+    """The demo model, which ``make test`` downloads; without it the test is skipped."""
     path = Path(os.environ.get("THANOS_DEMO_MODEL", ROOT / ".demo" / "model.gguf"))
     if not path.is_file():
         pytest.skip(f"the demo model is not at {path}; `make test` fetches it")
@@ -70,13 +70,13 @@ def demo_gguf() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small LLaMA with its tokenizer, saved in float32. Not to be modified."""
+    """A small LLaMA with its tokenizer, saved in float32. Tests must not modify it."""
     return save_tiny(tmp_path_factory.mktemp("tiny") / "llama")
 
 
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A text of which the tiny tokenizer makes a few thousand tokens."""
+    """A text of a few thousand tokens of the tiny tokenizer."""
     from helpers import prose
 
     path = tmp_path_factory.mktemp("text") / "prose.txt"
@@ -86,7 +86,7 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def study_report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a full synthetic study with its report. Not to be modified."""
+    """The folder of a full synthetic study with its report. Tests must not modify it."""
     pytest.importorskip("matplotlib", reason="the extra report is not installed")
     from study_records import cell, failed, full_study, write_store
     from thanos.study.report.build import write_report

@@ -1,4 +1,4 @@
-"""Tiny models and text that tests build instead of downloading."""
+"""Tiny models and texts that tests build, so that they download nothing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-"""The repository."""
+"""Root folder of the repository."""
 
 VOCABULARY = 320
 POSITIONS = 256
@@ -120,7 +120,10 @@ _OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-"""Not promised by name; their blocks take arguments of other shapes, or return lists; RWKV runs otherwise than trained."""
+"""Architectures that the project does not promise. Their blocks take arguments of other shapes, or return lists.
+
+RWKV computes differently in evaluation than in training.
+"""
 
 ARCHITECTURES = tuple(_CONFIGS)
 """Every dense architecture that the project promises to prune."""
@@ -170,7 +173,7 @@ def tiny_model(
 
 @cache
 def tiny_tokenizer(*, begins: bool = True) -> Any:
-    """One token a word of :data:`WORDS`; begins every text with ``<s>``, unless that is not wanted."""
+    """A tokenizer with one token for each word of :data:`WORDS`. With ``begins`` every text begins with ``<s>``."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -194,7 +197,7 @@ def save_tiny(
     begins: bool = True,
     **arguments: Any,
 ) -> Path:
-    """Save a tiny model, its tokenizer and generation config as a Hugging Face folder; return the folder."""
+    """Save a tiny model, its tokenizer and its generation config as a Hugging Face folder; return the folder."""
     save_arguments = {k: arguments.pop(k) for k in ("max_shard_size", "save_original_format") if k in arguments}
     model = tiny_model(architecture, dtype=dtype, **arguments)
     model.save_pretrained(folder, **save_arguments)
@@ -203,7 +206,7 @@ def save_tiny(
 
 
 def small_gguf(path: Path) -> Path:
-    """A llama in GGUF form with one block, written by the format's own package."""
+    """A LLaMA with one block as a GGUF file, written by the format's own package."""
     import gguf
     import numpy as np
 
@@ -243,14 +246,17 @@ def small_gguf(path: Path) -> Path:
 
 
 def prose(words: int, *, seed: int = 0) -> str:
-    """Text of so many words in sentences; words follow one another unevenly, so that there is something to learn."""
+    """A text of ``words`` words in sentences. Word frequencies differ, so that a model can learn something."""
     draw = random.Random(seed)
     weights = [1 / (rank + 1) for rank in range(len(WORDS))]
     return " ".join(draw.choices(WORDS, weights, k=words))
 
 
 def packed_windows(tokenizer: Any, text: str, samples: int, length: int) -> torch.Tensor:
-    """Calibration windows of one document by hand: its tokens in order, each window begun as the tokenizer begins a text."""
+    """Independent version of packed calibration windows of one document, (samples, length).
+
+    The document's tokens are in order. Each window begins as the tokenizer begins a text.
+    """
     ids, whole = (tokenizer(text, add_special_tokens=special)["input_ids"] for special in (False, True))
     begin = whole[: len(whole) - len(ids)]
     taken = length - len(begin)

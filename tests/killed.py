@@ -1,6 +1,6 @@
-"""Real runs that are killed: what happens in the processes of test_kill.py.
+"""Real runs that are killed: the code of the processes that test_kill.py starts.
 
-They are forked from a server that has imported all they need (killed_server.py), so each begins at once.
+They are forked from a server that has imported all modules (killed_server.py), so that each starts without delay.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ CALLS = ("fsync", "ftruncate", "mkdir", "open", "posix_fallocate", "pwrite", "re
 
 
 def run(model: Path, out: Path, settings: dict[str, Any], how: dict[str, Any], kill: tuple[str, int] | None) -> None:
-    """Prune; with ``kill`` die by SIGKILL after so many bytes (``bytes``) or before the call of that number (``calls``)."""
+    """Prune. With ``kill`` = (kind, number) die by SIGKILL after that many bytes (``bytes``) or calls (``calls``)."""
     if kill is not None:
         (die_after_bytes if kill[0] == "bytes" else die_at_call)(kill[1])
     thanos.prune(model, out, thanos.Recipe(**settings), **how)
 
 
 def die() -> None:
-    """As by ``kill -9``: no handler, no clearing up."""
+    """Die as by ``kill -9``: without handlers and without cleaning up."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def die_after_bytes(count: int) -> None:
-    """Die in the middle of a write: its first bytes are in the file, the others are not."""
+    """Die in the middle of a write, after ``count`` bytes: the first bytes of that write are in the file, the rest is not."""
     left, pwrite = [count], os.pwrite
 
     def limited(descriptor: int, data: Any, offset: int) -> int:
@@ -51,7 +51,7 @@ def die_after_bytes(count: int) -> None:
 
 
 def die_at_call(number: int) -> None:
-    """Die before one of the system calls that change the disk."""
+    """Die after ``number`` of the system calls that change the disk, before the next one."""
     left = [number]
 
     def counted(original: Any) -> Any:
@@ -69,7 +69,7 @@ def die_at_call(number: int) -> None:
 
 
 def count_calls(model: Path, out: Path, settings: dict[str, Any], file: Path) -> None:
-    """Prune undisturbed, and write down how many such calls that took."""
+    """Prune without interruption, and write the names of these calls to ``file``, one a line."""
     calls: list[str] = []
     for name in CALLS:
         if hasattr(os, name):

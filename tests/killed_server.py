@@ -1,4 +1,4 @@
-"""Preloaded by the server from which test_kill.py forks: prunes once, so that no run has to import anything."""
+"""Preloaded by the server from which test_kill.py forks. It prunes once, so that all modules are imported."""
 
 from __future__ import annotations
 

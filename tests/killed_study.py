@@ -1,4 +1,4 @@
-"""A study whose workers have children of their own, run by study/test_ending.py as a program and ended from there."""
+"""A study whose workers start child processes. study/test_ending.py runs it as a program and ends it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from thanos.study.run import run_study
 
 
 def start_child() -> None:
-    """Start what a worker's libraries may start: a process that outlives its parent unless somebody ends it."""
+    """Start a process that outlives its parent unless it is killed, as a worker's libraries may do."""
     subprocess.Popen(["sleep", "600"])
 
 

@@ -1,7 +1,7 @@
-"""Slow, obviously correct float64 versions of what the solvers do, written from the formulas.
+"""Slow, obviously correct float64 versions of the solvers, written from the formulas.
 
-Everything here favours being easy to check by eye: explicit inverses, one row at a time, Python's sort. A Hessian is
-always XᵀX with X (tokens, columns).
+The code is easy to check by eye: explicit inverses, one row at a time, Python's sort. A Hessian is always XᵀX with X of shape
+(tokens, columns).
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ COMPENSATING = ("thanos", "sparsegpt")
 
 
 def used(method: str, **settings: Any) -> dict[str, Any]:
-    """The settings, and the method, without those that only the compensating methods take."""
+    """The settings with the method, without those settings that the method does not use."""
     others = {} if method in COMPENSATING else {"block_size", "damping"}
     return {"method": method, **{name: value for name, value in settings.items() if name not in others}}
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A weight, the inputs it saw, and XᵀX."""
+    """A weight (rows, columns), its inputs X (tokens, columns), and XᵀX."""
 
     weight: Tensor
     inputs: Tensor
@@ -44,7 +44,7 @@ def layer(
     dead: Sequence[int] = (),
     duplicates: Sequence[tuple[int, int]] = (),
 ) -> Layer:
-    """A random weight and correlated inputs whose columns differ in scale; (b, a) of ``duplicates`` makes b equal a."""
+    """A random weight and correlated inputs whose columns differ in scale; (b, a) in ``duplicates`` copies column a to b."""
     generator = torch.Generator().manual_seed(1000 + seed)
 
     def normal(*shape: int) -> Tensor:
@@ -117,7 +117,7 @@ def misprint_algorithm7(weight: Tensor, remove: Tensor, hessian: Tensor) -> Tens
 
 
 def least_squares(weight: Tensor, kept: Tensor, inputs: Tensor, damping: float) -> Tensor:
-    """The best weight with that support: per row, min ‖A (ŵ − w)‖ with AᵀA = XᵀX + λ·mean(diag)·I, no inverse anywhere."""
+    """The best weight with the support ``kept``: per row, min ‖A (ŵ − w)‖ with AᵀA = XᵀX + λ·mean(diag)·I, without inverses."""
     weight, inputs = weight.double(), inputs.double()
     columns = inputs.shape[1]
     level = damping * inputs.square().sum(0).mean()
@@ -132,7 +132,7 @@ def least_squares(weight: Tensor, kept: Tensor, inputs: Tensor, damping: float) 
 
 
 def sequential_obs(weight: Tensor, remove: Tensor, hessian: Tensor) -> Tensor:
-    """Optimal Brain Surgeon, one column after the other, each removal compensated to its right only, for a given mask."""
+    """Optimal Brain Surgeon for a given mask: one column after the other, compensation only in the columns to its right."""
     weight = weight.double().clone()
     for j in range(weight.shape[1]):
         inverse = torch.linalg.inv(hessian[j:, j:])
@@ -144,7 +144,7 @@ def sequential_obs(weight: Tensor, remove: Tensor, hessian: Tensor) -> Tensor:
 
 
 def blockwise_obs(weight: Tensor, remove: Tensor, hessian: Tensor, block_size: int) -> Tensor:
-    """Formula (A) for every row and block of columns on the trailing Hessian, for a given mask."""
+    """Formula (A) for a given mask: for every row and block of columns, on the trailing Hessian."""
     weight = weight.double().clone()
     for start in range(0, weight.shape[1], block_size):
         width = min(block_size, weight.shape[1] - start)
@@ -159,19 +159,19 @@ def blockwise_obs(weight: Tensor, remove: Tensor, hessian: Tensor, block_size: i
 
 
 def smallest(scores: Sequence[float], count: int) -> list[int]:
-    """The positions of the ``count`` smallest, the lower position first among equals."""
+    """The indices of the ``count`` smallest scores; among equal scores the lower index comes first."""
     return sorted(range(len(scores)), key=lambda i: (scores[i], i))[:count]
 
 
 def smallest_of(scores: Tensor, count: int) -> Tensor:
-    """The same over a tensor in row-major order, as a bool mask."""
+    """:func:`smallest` over a tensor in row-major order, as a bool mask."""
     mask = torch.zeros(scores.numel(), dtype=torch.bool)
     mask[smallest(scores.reshape(-1).tolist(), count)] = True
     return mask.reshape(scores.shape)
 
 
 def groups_of(scores: Tensor, n: int, m: int) -> Tensor:
-    """In every m consecutive entries of a row the m − n smallest, as a bool mask."""
+    """The m − n smallest in every m consecutive entries of a row, as a bool mask."""
     mask = torch.zeros(scores.shape, dtype=torch.bool)
     for i in range(scores.shape[0]):
         for j in range(0, scores.shape[1], m):
@@ -180,7 +180,7 @@ def groups_of(scores: Tensor, n: int, m: int) -> Tensor:
 
 
 def exact(number: float) -> Fraction:
-    """The decimal that was typed: 0.29 is 29/100."""
+    """The number as the decimal that the user typed: 0.29 is 29/100."""
     return Fraction(repr(number))
 
 
@@ -217,7 +217,7 @@ def prune(
     damping: float = 0.01,
     outlier_rows: float = 0.0,
 ) -> tuple[Tensor, Tensor, list[int]]:
-    """Return the pruned weight (float64), what is kept, and the rows left dense."""
+    """Return the pruned weight (float64), the mask of kept entries, and the indices of the rows left dense."""
     weight, hessian = weight.double(), hessian.double()
     rows, columns = weight.shape
     dense_rows = outlier_indices(weight, hessian, outlier_rows)
@@ -263,7 +263,7 @@ class _Task:
         return self.weight == 0
 
     def first(self, scores: Tensor, start: int = 0) -> Tensor:
-        """What was zero from the start goes before everything else."""
+        """The scores with −1 for weights that were zero from the start, so that these are removed first."""
         return torch.where(self.zeros[:, start : start + scores.shape[1]], -1.0, scores)
 
     def whole_columns(self, scores: Tensor) -> Tensor:

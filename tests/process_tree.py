@@ -1,4 +1,4 @@
-"""Which processes run, and whether they end, as Linux tells it in /proc."""
+"""Running processes and their children, read from Linux's /proc."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import time
 from pathlib import Path
 
 PATIENCE = 120.0
-"""Seconds within which a process must have noticed: generous, since the machine may be busy."""
+"""Seconds within which a process must end: generous, since the machine may be busy."""
 
 
 def processes() -> dict[int, int]:
-    """Return the parent of every process that runs, zombies left out."""
+    """Return process id → id of the parent, for every running process except zombies."""
     found = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -23,7 +23,7 @@ def processes() -> dict[int, int]:
 
 
 def offspring(pid: int) -> set[int]:
-    """Return all descendants of a process."""
+    """Return the process ids of all descendants of a process."""
     parents, found = processes(), {pid}
     while more := {child for child, parent in parents.items() if parent in found} - found:
         found |= more
@@ -31,7 +31,7 @@ def offspring(pid: int) -> set[int]:
 
 
 def left_of(pids: set[int]) -> set[int]:
-    """Return the processes that still run when there has been time enough."""
+    """Wait until the processes end, at most :data:`PATIENCE` seconds; return those that still run."""
     deadline = time.monotonic() + PATIENCE
     while (left := pids & processes().keys()) and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -1,4 +1,4 @@
-"""What finished runs leave behind, for tests of several files."""
+"""Outputs of finished runs, for tests in several files."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def layer(name: str, shape: tuple[int, int] = (4, 6), **changes: Any) -> LayerRe
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """Every file's bytes; of the report everything but what a clock or a memory meter said, of the log only that it is."""
+    """File name → bytes. The report has no times and no memory; of the log only whether it is not empty."""
     found: dict[str, Any] = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*")}
     report = {key: value for key, value in json.loads(found["pruning.json"]).items() if key not in TIMINGS}
     report["layers"] = [{k: v for k, v in layer.items() if k != "seconds"} for layer in report["layers"]]

@@ -1,4 +1,4 @@
-"""A store of plausible numbers for the report's tests: shaped as a real study, drawn from a seed."""
+"""A store of plausible random numbers for the report's tests, in the form of a real study."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _PATTERN_HARM = {"unstructured": 1.0, "4:8": 1.45, "2:4": 1.95, "columns": 6.0}
 
 
 def cell(method: str = "thanos", pattern: str | None = "unstructured", **changes: Any) -> dict[str, Any]:
-    """One cell, as the store has it: sparsity null for n:m, block size and damping where the method has them."""
+    """One cell in the form of the store: no sparsity for n:m; block size and damping only if the method has them."""
     if method == "dense":
         names = (
             "pattern",
@@ -67,7 +67,7 @@ def record(
     blocks: int = 3,
     **changes: Any,
 ) -> CellRecord:
-    """A finished cell with numbers drawn from its own coordinates; what is given is kept."""
+    """The record of a finished cell, with random numbers seeded by its key. Arguments replace these numbers."""
     asked = {"dtype": "float32", "evaluation": {"text": "wikitext2", "sequence_length": 2048, "max_windows": None}}
     key = cell_key(given, asked)
     draw = random.Random(key)
@@ -114,7 +114,7 @@ def record(
 
 
 def failed(given: dict[str, Any], reason: str) -> CellRecord:
-    """A cell that failed."""
+    """The record of a failed cell."""
     empty = {
         "effective_sparsity": None,
         "evaluation": None,
@@ -127,14 +127,14 @@ def failed(given: dict[str, Any], reason: str) -> CellRecord:
 
 
 def cost_record(given: dict[str, Any], **changes: Any) -> CellRecord:
-    """A finished cell of a model of which the cost alone was asked for."""
+    """The record of a finished cell of a model with ``cost_only``."""
     asked = {"dtype": "float32", "evaluation": None, "zero_shot": None}
     none = {"asked": asked, "key": cell_key(given, asked), "evaluation": None, "zero_shot": None}
     return record(given, **{**none, **changes})
 
 
 def cost_study(model: str, blocks: int = 2) -> list[CellRecord]:
-    """A record for each cell of a study of one model's cost."""
+    """A record for each cell of a study of one model with ``cost_only``."""
     cells = [cell(method, pattern) for pattern in ("unstructured", "2:4", "4:8", "columns") for method in METHODS]
     for size in (2**power for power in range(3, 12)):
         cells += [cell("thanos", pattern, block_size=size) for pattern in ("unstructured", "4:8", "2:4")]
@@ -172,7 +172,7 @@ def full_study(model: str = MODEL, blocks: int = 6) -> list[CellRecord]:
 
 
 def contents(records: Iterable[CellRecord]) -> Contents:
-    """What reading such a store gives."""
+    """The contents of a store with these records."""
     return Contents(list(records), [])
 
 

@@ -1,4 +1,4 @@
-"""One translator of exhausted memory, exhausted disks and other errors of the system."""
+"""The translation of exhausted memory, exhausted disks and other errors of the system into user errors."""
 
 from __future__ import annotations
 

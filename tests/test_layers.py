@@ -1,4 +1,4 @@
-"""The house: who may import whom. The layers are listed here and in docs/architecture.md."""
+"""Imports follow the layers, listed here and in docs/architecture.md: a package imports only from lower layers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LAYERS = (
     "study",
     "cli",
 )
-"""Lowest first. A room imports from its own layer only within itself, and from those below; never from one above."""
+"""Packages of each layer, the lowest layer first. A package imports only from itself and from lower layers."""
 
 LEVEL = {room: number for number, layer in enumerate(LAYERS) for room in layer.split()}
 
@@ -43,7 +43,7 @@ def room(path: Path) -> str:
 
 
 def imported(path: Path) -> Iterator[str]:
-    """Dotted names below ``thanos`` that a file imports, wherever in it, those for the type checker alone included."""
+    """Dotted names below ``thanos`` that a file imports anywhere, including imports for the type checker alone."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
@@ -72,7 +72,7 @@ def test_every_room_is_in_a_layer_and_few_modules_stand_alone():
 
 
 def test_no_import_circle():
-    """Imports at the top of a file, which run when it is imported, lead nowhere back to it."""
+    """The imports at the top of files, which run at import, contain no circle."""
     names = {".".join(path.relative_to(SOURCE).with_suffix("").parts): path for path in modules()}
     graph: dict[str, set[str]] = {}
     for name, path in names.items():

@@ -1,4 +1,4 @@
-"""The recipe: every bad value, the TOML file there and back, and settings per layer."""
+"""The recipe: invalid values, writing and reading TOML, and settings per layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table of methods and patterns: who names them, and a method and a pattern that come from another file."""
+"""The registry: no other module contains the name of a method or pattern; both can come from a file outside the package."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ MANUAL = ROOT / "docs" / "add-a-method.md"
 # --- nobody else names a method or a pattern --------------------------------------------------------------------------
 
 PROSE = "study/report/sections/"
-"""What a report says about the paper's methods names them."""
+"""Folder of modules that may contain names of methods, since a report's text is about the paper's methods."""
 
 THE_PROGRAM = {
     "bench/layer.py": 1,  # this package's implementation, beside references
@@ -49,7 +49,7 @@ THE_PROGRAM = {
     "run/prune.py": 1,  # versions
     "study/report/figures/draw.py": 1,  # a figure's creator
 }
-"""How often a file says ``thanos`` and means the program."""
+"""File → number of strings ``thanos`` in it that mean the program, not the method."""
 
 OWN_FILES = {"registry/__init__.py", *(f"patterns/{name}.py" for name in ("unstructured", "columns", "nm"))}
 PATTERN_CLASSES = {"Unstructured", "Columns", "NM"}
@@ -65,7 +65,7 @@ def modules() -> list[Path]:
 
 
 def named(tree: ast.AST) -> Iterator[str]:
-    """Names of methods and patterns that stand in a file as whole strings, docstrings aside."""
+    """Names of methods and patterns that occur in a file as whole strings, docstrings excluded."""
     names = {row.name for row in (*registry.METHODS, *registry.PATTERNS)}
     for node in ast.walk(tree):
         if (
@@ -116,7 +116,7 @@ def test_reading_the_table_imports_no_torch() -> None:
 
 @pytest.fixture
 def toys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """The manual's file, which the environment names; forgotten afterwards."""
+    """The example file of docs/add-a-method.md as a plug-in named in the environment; unregistered afterwards."""
     text = re.search(r"```python\n(.*?)```", MANUAL.read_text(encoding="utf-8"), re.DOTALL)
     assert text is not None
     folder = tmp_path / "plugins"

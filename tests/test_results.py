@@ -1,4 +1,4 @@
-"""What is committed under docs/results/ and shown in README is what the stores say."""
+"""The committed reports under docs/results/ and the results in README agree with their stores."""
 
 from __future__ import annotations
 

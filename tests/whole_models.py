@@ -1,4 +1,4 @@
-"""An oracle for whole models: every layer pruned on the inputs that the pruned model gives it."""
+"""An oracle for whole models: every layer is pruned on its inputs in the model pruned so far."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ def prune_modules(
     follow: dict[str, Tensor] | None,
     **how: Any,
 ) -> None:
-    """Prune some layers of the model, all on the inputs that they get now; go on with the weights of ``follow``, or these."""
+    """Prune some layers of the model, all on their current inputs, and put the pruned weights into ``stored``.
+
+    The model continues with the weights of ``follow`` if given, else with the pruned ones.
+    """
     sums: dict[str, Tensor] = {}
 
     def hook(name: str) -> Any:
@@ -58,7 +61,7 @@ def recipe(text: Path, **changes: Any) -> thanos.Recipe:
 
 
 def compare(written: dict[str, Tensor], expected: dict[str, Tensor], *, tolerance: float = 1e-4, ties: int = 0) -> None:
-    """Equal masks, but for ``ties`` entries a layer, and weights that are close."""
+    """Assert equal masks, except for ``ties`` entries a layer, and weights within the tolerance."""
     for name, weight in expected.items():
         got = written[name]
         assert got.dtype == weight.dtype, name

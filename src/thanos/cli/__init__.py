@@ -1,4 +1,4 @@
-"""The command line. Nothing here is imported by the library, and only here is anything printed."""
+"""The command line. The library imports nothing from here. Only this package prints."""
 
 from __future__ import annotations
 
@@ -18,36 +18,36 @@ EXIT_TERMINATED = 143
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the ``thanos`` command and exit.
 
-    0 fine, 2 a user's mistake, 130 interrupted (Ctrl-C), 143 terminated (SIGTERM), 1 anything else.
+    Exit codes: 0 fine, 2 a user's mistake, 130 interrupted (Ctrl-C), 143 terminated (SIGTERM), 1 anything else.
     """
     from thanos.cli import torchrun as ranks
 
     ranks.watch()
     code = run(sys.argv[1:] if arguments is None else list(arguments))
     if code in (EXIT_INTERRUPTED, EXIT_TERMINATED):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is said and done: one more Ctrl-C has nothing left to end
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the run has ended: a second Ctrl-C must not disturb the exit
     ranks.leave(code)
     sys.exit(code)
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one command; return its exit code."""
+    """Run one command and return its exit code."""
     from thanos.cli import torchrun as ranks
 
-    # The command raises instead of exiting, so that every outcome is mapped to its code in one place.
+    # The command raises instead of exiting, so that _outcome maps every outcome to its exit code.
     again = shlex.join([*ranks.program(), *(word for word in arguments if word != "--resume"), "--resume"])
     words = list(arguments) or ["--help"]
     return guard(lambda: _mendable(lambda: _command(words)), again=again)
 
 
 def _command(words: list[str]) -> Any:
-    from thanos.cli.app import app  # here, since its options read the registry, and so import the user's plug-ins
+    from thanos.cli.app import app  # imported late: its options read the registry, which imports the user's plug-ins
 
     return app(words, prog_name="thanos", standalone_mode=False)
 
 
 def _mendable(action: Callable[[], Any]) -> Any:
-    """Run an action; an error of the operating system that a person can mend becomes a user's mistake."""
+    """Run an action. Turn errors of the operating system that a user can fix into a UserError."""
     from thanos.errors import resource_errors
 
     with resource_errors():
@@ -55,18 +55,18 @@ def _mendable(action: Callable[[], Any]) -> Any:
 
 
 def guard(action: Callable[[], Any], *, again: str = "") -> int:
-    """Run an action; return the exit code of its outcome. An error is one line on the standard error.
+    """Run an action and return the exit code of its outcome. An error is printed as one line on the standard error.
 
     Args:
-        action: what to do; SIGTERM ends it as Ctrl-C does.
-        again: the command that goes on with it if it ends early and can be resumed.
+        action: function to run; SIGTERM ends it as Ctrl-C does.
+        again: command that resumes the action if it ends early.
     """
     from thanos.cli.interrupts import EndedEarly, terminable
 
     with terminable() as terminated:
         try:
             code = action()
-            if code == EXIT_INTERRUPTED:  # the argument parser has already caught it
+            if code == EXIT_INTERRUPTED:  # the argument parser has caught the interrupt and returned its code
                 raise KeyboardInterrupt
             sys.stdout.flush()
         except EndedEarly as ended:
@@ -77,7 +77,7 @@ def guard(action: Callable[[], Any], *, again: str = "") -> int:
 
 
 def _outcome(error: BaseException, hint: str, terminated: bool) -> int:
-    """Say in one line what ended an action; return the exit code."""
+    """Print in one line what ended an action, and return the exit code."""
     from thanos.errors import UserError
 
     if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":
@@ -86,9 +86,9 @@ def _outcome(error: BaseException, hint: str, terminated: bool) -> int:
     if isinstance(error, UserError):
         return _fail(f"{error}{hint}", EXIT_USER)
     if isinstance(error, BrokenPipeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains once more as it exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python reports the error again at exit
         return EXIT_OTHER
-    if hasattr(error, "format_message"):  # a mistake in the arguments, found by the argument parser
+    if hasattr(error, "format_message"):  # the argument parser's error about the arguments
         from thanos.cli.app import usage_line
 
         return _fail(usage_line(error), EXIT_USER)

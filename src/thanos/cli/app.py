@@ -1,4 +1,4 @@
-"""The commands: each a plain function from options to a call of the library and a table."""
+"""The table of commands. Each command is a plain function that calls the library with its options and prints a table."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ for _name, _function, _examples, _help in (
 
 
 def usage_line(error: Any) -> str:
-    """Return the argument parser's complaint as one line that names the command's help."""
+    """Return the argument parser's error message as one line that refers to the command's help."""
     message = str(error.format_message()).strip().rstrip(".")
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "thanos"

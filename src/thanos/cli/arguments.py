@@ -1,4 +1,4 @@
-"""Reading a command's words: what the argument parser would take without a word, or refuse in words that do not help."""
+"""Check a command's words before the argument parser, which accepts some mistakes and reports others unclearly."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class Command(TyperCommand):
         write_examples(self.epilog, formatter)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Read the words; a line warns of an option that is given twice, of which the last counts.
+        """Parse the words. Print a warning if an option is given twice; the last one counts.
 
         Raises:
-            UserError: an option is unknown or without a value, a value is empty or no number, or there is a word
-                too many.
+            UserError: an option is unknown or has no value, a value is empty or not a number, or there are too many
+                arguments.
         """
         if args and not any(word in _HELP for word in args):
             words = _Words(self, ctx.command_path, args)
@@ -49,16 +49,16 @@ class Command(TyperCommand):
         try:
             return super().parse_args(ctx, args)
         except Exception as error:
-            if getattr(error, "ctx", ctx) is None:  # else its line would name the help of no command
+            if getattr(error, "ctx", ctx) is None:  # without a context the message could not name the command's help
                 error.ctx = ctx  # type: ignore[attr-defined]
             raise
 
 
 class Group(TyperGroup):
-    """A group of commands, which names the one that was meant."""
+    """A group of commands that suggests the nearest command for an unknown one."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Read the words; without any, show the help.
+        """Parse the words. Without any, show the help.
 
         Raises:
             UserError: an option before the command is unknown.
@@ -74,10 +74,10 @@ class Group(TyperGroup):
         return super().parse_args(ctx, args or ["--help"])
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Find the command that the first word names.
+        """Return the command that the first word names.
 
         Raises:
-            UserError: there is none.
+            UserError: there is no such command.
         """
         name, commands = args[0], self.list_commands(ctx)
         if not name.startswith("-") and self.get_command(ctx, name) is None:
@@ -91,7 +91,7 @@ class Group(TyperGroup):
 class _Words:
     """The checked words of one command.
 
-    A value that begins with ``~/`` is expanded, which the shell does not do after ``=``.
+    A leading ``~/`` of a value is expanded, since the shell does not expand it after ``=``.
     """
 
     def __init__(self, command: Any, path: str, words: Sequence[str]) -> None:
@@ -132,7 +132,7 @@ class _Words:
         return option
 
     def _short(self, word: str) -> None:
-        """Refuse ``-sparsity``, which the parser would take for an option of one letter."""
+        """Refuse a word such as ``-sparsity``: the parser would read it as one-letter options."""
         known = all(f"-{letter}" in self._options for letter in word[1:])
         hint = near(f"-{word}", [name for name in self._options if name.startswith("--")])
         if hint and not known:

@@ -1,4 +1,4 @@
-"""``thanos bench``: how fast, how exact, how far from the floor."""
+"""``thanos bench``: speed and accuracy of the solvers, compared with the least time needed."""
 
 from __future__ import annotations
 

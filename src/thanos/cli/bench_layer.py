@@ -1,4 +1,4 @@
-"""``thanos bench layer``: how fast one layer is solved, how exactly, how far from the floor."""
+"""``thanos bench layer``: time and error of the solvers on one layer, and the least time needed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from thanos.settings import Heading
 from thanos.system.documents import json_text
 
 _METHODS = registry.compensating_methods()
-_PATTERNS = registry.example_patterns()[:2]  # any entry, and the commonest n:m
+_PATTERNS = registry.example_patterns()[:2]  # unstructured, and the most common n:m
 _REFERENCES = [f"{name}=DIR" for name in registry.reference_classes()]
 
 EXAMPLES = examples(
@@ -98,10 +98,10 @@ def layer(
 
 
 def parse_shape(text: str) -> tuple[int, int]:
-    """Read ``4096x14336`` as rows and columns.
+    """Return the rows and columns of a text such as ``4096x14336``.
 
     Raises:
-        RecipeError: it is anything else.
+        RecipeError: the text has another form.
     """
     rows, _, columns = text.lower().replace("×", "x").partition("x")
     if not (rows.isdecimal() and columns.isdecimal() and int(rows) and int(columns)):
@@ -110,10 +110,10 @@ def parse_shape(text: str) -> tuple[int, int]:
 
 
 def parse_peer(text: str) -> tuple[str, Path]:
-    """Read ``NAME=DIR``.
+    """Return the name and the folder of ``NAME=DIR``.
 
     Raises:
-        RecipeError: it is anything else.
+        RecipeError: the text has another form.
     """
     name, equals, folder = text.partition("=")
     if not (name and equals and folder):

@@ -1,4 +1,4 @@
-"""``thanos bench model``: a whole model of random weights, by phase, beside the floor."""
+"""``thanos bench model``: time of pruning a whole model of random weights, by phase, and the least time needed."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""``make demo``: prune a real model on this machine and show in one table what it cost.
+"""``make demo``: prune a real model on this machine and show the results in one table.
 
-Not a command of ``thanos``: it is one prune and one evaluation with small settings, on the standard library's own text.
+This is not a command of ``thanos``. It runs one prune and one evaluation with small settings, on the help of Python's standard
+library.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ _EVALUATION = {"text": "pydoc", "sequence_length": 512, "max_windows": 32}
 
 
 def demo(model: str, out: Path) -> None:
-    """Prune ``model`` to 50 % with Thanos, write ``out``, evaluate dense and pruned, and print the table."""
+    """Prune ``model`` to 50 % with Thanos, write it to ``out``, evaluate the dense and the pruned model, print the table."""
     display.hush()
     import torch
 

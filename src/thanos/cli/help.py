@@ -1,4 +1,4 @@
-"""How ``--help`` shows a command: plain text, options under headings, each with its default, and examples at the end."""
+"""The output of ``--help``: plain text, options under headings, each with its default, and examples at the end."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from thanos.settings import Heading, words
 
 
 def state_defaults(parameters: Iterable[Any]) -> None:
-    """Add to each option's help text its default: in the words given as ``show_default``, else its value."""
+    """Add the default to each option's help text: the text of ``show_default``, else the value."""
     for one in parameters:
         if one.param_type_name == "option" and one.name != "help":
             default = one.show_default if isinstance(one.show_default, str) else words(one.default)
@@ -17,7 +17,7 @@ def state_defaults(parameters: Iterable[Any]) -> None:
 
 
 def write_options(parameters: Iterable[Any], ctx: Any, formatter: Any) -> None:
-    """Write the arguments, then the options under their headings, those without one under the last."""
+    """Write the arguments, then the options under their headings. Options without a heading are under the last one."""
     arguments: list[Any] = []
     options: dict[str, list[Any]] = {heading: [] for heading in Heading}
     for one in parameters:
@@ -37,6 +37,6 @@ def write_options(parameters: Iterable[Any], ctx: Any, formatter: Any) -> None:
 
 
 def write_examples(text: str | None, formatter: Any) -> None:
-    """Write the examples as they are: a command that is wrapped cannot be copied."""
+    """Write the examples without wrapping: a wrapped command cannot be copied."""
     if text:
         formatter.write(f"\nExamples:\n{text}\n")

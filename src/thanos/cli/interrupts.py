@@ -1,4 +1,4 @@
-"""How a command ends before its time: by a signal or an error, and whether it can be resumed."""
+"""The early end of a command, by a signal or an error, and the hint to resume it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 from thanos.errors import recurs
 
 
-class EndedEarly(Exception):  # noqa: N818  what it holds may be no error
-    """Carries what ended a run past the argument parser, which would swallow an interruption.
+class EndedEarly(Exception):  # noqa: N818  an interruption is not an error
+    """Wraps the exception that ended a run, since the argument parser would swallow an interruption.
 
     Attributes:
-        error: what ended it.
+        error: exception that ended the run.
         finished: number of finished blocks that were kept.
         blocks: number of all blocks.
     """
@@ -26,7 +26,7 @@ class EndedEarly(Exception):  # noqa: N818  what it holds may be no error
         self.error, self.finished, self.blocks = error, finished, blocks
 
     def hint(self, again: str) -> str:
-        """Return the end of a line, which says what is left and the command that goes on with it, if that is of any use."""
+        """Return the end of the error line: the number of finished blocks and the command to resume, if that can help."""
         if self.finished and not recurs(self.error):
             return f"; {self.finished} of {self.blocks} blocks are finished, go on with: {again}"
         return "; nothing was left behind" if isinstance(self.error, KeyboardInterrupt) else ""
@@ -34,7 +34,10 @@ class EndedEarly(Exception):  # noqa: N818  what it holds may be no error
 
 @contextmanager
 def resumable(out: Path) -> Iterator[None]:
-    """Tell, if the run inside ends early, what is left of it beside ``out``."""
+    """Raise EndedEarly, with the number of finished blocks, if the run inside ends early and could be resumed.
+
+    An error of the request itself is raised unchanged. The finished blocks are in the work folder of ``out``.
+    """
     from thanos.errors import ResourceError, UserError, resource_errors
     from thanos.run.work_folder import WorkFolder
 
@@ -43,21 +46,21 @@ def resumable(out: Path) -> Iterator[None]:
             yield
     except (KeyboardInterrupt, Exception) as error:
         if isinstance(error, UserError) and not isinstance(error, ResourceError):
-            raise  # the request itself must change
+            raise  # resuming cannot help: the request itself must change
         work = WorkFolder(out)
         raise EndedEarly(error, work.finished, work.run.get("blocks", 0)) from error
 
 
 @contextmanager
 def terminable() -> Iterator[list[int]]:
-    """Let SIGTERM, which schedulers send, end what is inside as Ctrl-C does; the list given holds it then."""
+    """Handle SIGTERM, which schedulers send, like Ctrl-C. Yield a list that contains the signal once it has arrived."""
     received: list[int] = []
 
     def terminate(number: int, _: Any) -> None:
         received.append(number)
         raise KeyboardInterrupt
 
-    if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set signal handlers
         yield received
         return
     before = signal.signal(signal.SIGTERM, terminate)

@@ -1,4 +1,4 @@
-"""The commands' options: those of a recipe, made from its fields, and others that several commands have."""
+"""The commands' options: those made from the fields of a recipe, and others that several commands have."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from thanos.recipe import Recipe
 from thanos.settings import Heading, Setting, either, settings_of, value_types
 
 NUMBERS = {"FRACTION": float, "N": int, "TOKENS": int, "COLUMNS": int}
-"""Metavar → what the value of such an option is."""
+"""Metavar → type of the option's value."""
 
 SETTINGS, _TYPES = settings_of(Recipe), value_types(Recipe)
 
@@ -27,11 +27,12 @@ def option(text: str, heading: Heading, metavar: str | None, *names: str, defaul
     """Return an option; :class:`~thanos.cli.arguments.Command` adds the default to its help text.
 
     Args:
-        text: what it is, without a full stop.
-        heading: under which it is shown.
-        metavar: the unit of its value, or else what it is; None for a flag.
-        names: name it where the metavar is the name in capitals, which older releases of the argument parser take for its name.
-        default: in words; None to show the parameter's.
+        text: help text, without a full stop.
+        heading: heading of the option in the help.
+        metavar: unit or kind of the value; None for a flag.
+        names: names of the option. Required if the metavar is the name in capitals: older releases of the argument parser
+            then take the metavar for the name.
+        default: default in words; None to show the parameter's.
     """
     return typer.Option(*names, help=text, metavar=metavar, show_default=default or True, rich_help_panel=heading)
 
@@ -39,21 +40,21 @@ def option(text: str, heading: Heading, metavar: str | None, *names: str, defaul
 def with_settings(
     *names: str, repeated: Collection[str] = (), changed: Mapping[str, Mapping[str, Any]] | None = None
 ) -> Callable[[C], C]:
-    """Give a command, in place of its ``**settings``, one option for each of these fields of a recipe.
+    """Return a decorator that replaces a command's ``**settings`` by one option for each of these fields of a recipe.
 
-    A setting that is not given is None, False for a flag; see :func:`given`.
+    A setting that the user does not give is None, or False for a flag; see :func:`given`.
 
     Args:
-        names: of fields of :class:`~thanos.recipe.Recipe`.
-        repeated: those that may be given several times though a recipe has one value.
-        changed: name → what this command says otherwise, as for :class:`~thanos.settings.Setting`.
+        names: names of fields of :class:`~thanos.recipe.Recipe`.
+        repeated: names that may be given several times, although a recipe has one value.
+        changed: name → attributes of :class:`~thanos.settings.Setting` that this command replaces.
     """
 
     def decorate(command: C) -> C:
         signature = inspect.signature(command, eval_str=True)
         own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
         made = [_parameter(name, replace(SETTINGS[name], **(changed or {}).get(name, {})), repeated) for name in names]
-        ordered = sorted([*made, *own], key=lambda p: p.kind)  # arguments first, as a signature demands
+        ordered = sorted([*made, *own], key=lambda p: p.kind)  # a signature requires positional parameters first
         command.__signature__ = signature.replace(parameters=ordered)  # type: ignore[attr-defined]
         return command
 
@@ -83,7 +84,7 @@ def _parameter(name: str, described: Setting, repeated: Collection[str]) -> insp
 
 
 def given(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those settings that the command line gave, as a recipe takes them."""
+    """Return the settings that the command line sets, with values in the form of a recipe's."""
     return {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in settings.items()
@@ -92,7 +93,7 @@ def given(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def examples(*lines: tuple[str, str]) -> str:
-    """Return the end of a command's help: what each example does, and the command."""
+    """Return the end of a command's help. Each line is a pair: the purpose of an example, and its command."""
     return "\n".join(f"  {what}:\n    {command}" for what, command in lines)
 
 
@@ -128,10 +129,10 @@ _MOST_THREADS = 1024
 
 
 def use_threads(threads: int | None) -> None:
-    """Let torch use so many threads for one operation, in this process; None leaves its own choice.
+    """Set the number of threads that torch uses for one operation, in this process. None keeps torch's default.
 
     Raises:
-        UserError: the number is none that torch can use.
+        UserError: as for :func:`check_threads`.
     """
     check_threads(threads)
     if threads is not None:
@@ -141,10 +142,10 @@ def use_threads(threads: int | None) -> None:
 
 
 def check_threads(threads: int | None) -> None:
-    """Refuse a number of threads that torch cannot use.
+    """Check a number of threads.
 
     Raises:
-        UserError: it is below 1 or above 1024.
+        UserError: the number is below 1 or above 1024.
     """
     if threads is not None and not 1 <= threads <= _MOST_THREADS:
         raise UserError(
@@ -153,5 +154,5 @@ def check_threads(threads: int | None) -> None:
 
 
 def using(setting: str) -> str:
-    """Return which methods use a setting, as a part of a help text."""
+    """Return the methods that use a setting, as a part of a help text."""
     return f", for {', '.join(row.name for row in registry.methods() if setting in row.settings)}"

@@ -1,4 +1,4 @@
-"""What a finished command prints."""
+"""The output of finished commands."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from thanos.system.meter import PhaseRecord
 
 _PLAIN_WIDTH = 140
-"""Columns when the output is no terminal: wide enough that nothing is cut."""
+"""Width in characters if the output is not a terminal: wide enough that nothing is cut."""
 
 _SHOWN_WARNINGS = 5
 
@@ -35,7 +35,10 @@ _BOS = {
 
 
 def show_report(report: PruningReport, out: Path, *, complete: bool = False) -> None:
-    """Print what a pruning run did, what it cost, and where the result is; or what the run did that was already complete."""
+    """Print the results of a pruning run, its time and memory, and the output folder.
+
+    ``complete`` is true if an earlier run had already finished ``out``; the report is then that run's.
+    """
     totals, recipe = report.totals, report.recipe
     rows = [
         ("method, pattern", f"{recipe['method']}, {recipe['pattern']}"),
@@ -52,7 +55,7 @@ def show_report(report: PruningReport, out: Path, *, complete: bool = False) -> 
 
 
 def show_plan(plan: Plan, json_file: Path | None) -> None:
-    """Print what a run would take, and on the standard error what of it is not there."""
+    """Print the plan of a run, and on the standard error the resources that are too small."""
     rows = [
         ("blocks, layers to prune", f"{plan.blocks}, {plan.layers}"),
         ("hidden states", f"{plan.activations_bytes / 2**30:.2f} GiB, kept on: {plan.activations}"),
@@ -74,12 +77,12 @@ def _room(needed: int, free: int) -> str:
 
 
 def phase_rows(phases: dict[str, PhaseRecord]) -> list[tuple[str, str]]:
-    """Return a row for each phase: its seconds and peak memory."""
+    """Return a row for each phase: name, and its seconds and peak memory."""
     return [(name, _cost(p.seconds, p.host_peak_bytes, p.device_peak_bytes)) for name, p in phases.items()]
 
 
 def show_warnings(report: PruningReport) -> None:
-    """Print the first warnings on the standard error, and where to find the rest."""
+    """Print the first warnings on the standard error, and the file with all of them."""
     from thanos.engine.records import warning_lines
 
     lines = [*report.warnings, *warning_lines(report.layers)]
@@ -90,7 +93,7 @@ def show_warnings(report: PruningReport) -> None:
 
 
 def show_evaluation(result: Evaluation, json_file: Path | None) -> None:
-    """Print an evaluation, and write it as JSON where asked."""
+    """Print an evaluation, and write it as JSON if a file is given."""
     rows = [
         ("perplexity", f"{result.perplexity:.4f}"),
         ("tokens scored", f"{result.tokens:,} in {result.windows} windows of {result.sequence_length}"),
@@ -107,7 +110,7 @@ def show_evaluation(result: Evaluation, json_file: Path | None) -> None:
 
 
 def show_zero_shot(result: ZeroShot, json_file: Path | None) -> None:
-    """Print accuracies with their standard errors, and write them as JSON where asked."""
+    """Print accuracies with their standard errors, and write them as JSON if a file is given."""
     head = ("task", "accuracy", "±", "normalised", "±", "documents")
     keys = ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")
     rows = [
@@ -120,7 +123,7 @@ def show_zero_shot(result: ZeroShot, json_file: Path | None) -> None:
 
 
 def show_inspection(found: Inspection, json_file: Path | None) -> None:
-    """Print what a checkpoint holds, and write it as JSON where asked."""
+    """Print the inspection of a checkpoint, and write it as JSON if a file is given."""
     if not _to_stdout(json_file):
         rows = [
             (
@@ -153,7 +156,7 @@ def show_inspection(found: Inspection, json_file: Path | None) -> None:
 
 
 def show_study_report(report: Report, out: Path, warnings: Sequence[str], readme: Path | None) -> None:
-    """Print what a report holds, and what its sections lack."""
+    """Print the contents of a report, and the cells that its sections lack."""
     folder = out if out.is_dir() else out.parent
     rows = [
         ("page", str(folder / "report.html")),
@@ -170,7 +173,7 @@ def show_study_report(report: Report, out: Path, warnings: Sequence[str], readme
 
 
 def show_model_time(result: ModelTime) -> None:
-    """Print what ``thanos bench model`` measured."""
+    """Print the results of ``thanos bench model``."""
     rows = []
     for name, phase in result.phases.items():
         floor = result.floor_seconds.get(name)
@@ -190,7 +193,7 @@ def show_model_time(result: ModelTime) -> None:
 
 
 def show_layer_times(results: Sequence[LayerTime]) -> None:
-    """Print what ``thanos bench layer`` measured."""
+    """Print the results of ``thanos bench layer``."""
     rows = [
         (
             f"{r.rows} × {r.columns}",
@@ -211,10 +214,10 @@ def show_layer_times(results: Sequence[LayerTime]) -> None:
 
 
 def check_writable(path: Path | None) -> None:
-    """Refuse a file that cannot be written, before the work rather than after.
+    """Check that a file can be written, before the work begins.
 
     Raises:
-        ResourceError: its folder is missing, it is a folder, or it may not be written.
+        ResourceError: the file's folder does not exist, the path is a folder, or it is not writable.
     """
     if path is None or _to_stdout(path):
         return

@@ -1,6 +1,6 @@
-"""Progress for people, drawn from events alone: live lines on a terminal, plain lines elsewhere.
+"""Display of progress, drawn from events alone: live lines on a terminal, plain lines elsewhere.
 
-What is shown is a function of the events: a log (``events.jsonl``) that is played back gives the same plain lines.
+The display is a function of the events. So a replay of a log (``events.jsonl``) gives the same plain lines.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ _LABELS = {
 }
 
 _WITHIN_BLOCK = {"statistics": (0.0, 0.45), "solve": (0.45, 0.35), "propagate": (0.8, 0.2)}
-"""Where a phase begins within a block, and the share of the block that it takes: only for a smooth bar."""
+"""Phase → its start within a block and its length, both as fractions of the block; estimates for a smooth bar."""
 
 _PLAIN_SECONDS = 10.0
-"""Least seconds between two plain lines that only tell of progress."""
+"""Least seconds between two plain lines of progress."""
 
 _RATE_SECONDS = 0.2
-"""Least seconds of a phase from which a rate is worth telling."""
+"""Least seconds of a phase before its rate is shown."""
 
 _BAR_CELLS, _LEAST_CELLS = 24, 8
 
 
 def hush() -> None:
-    """Keep transformers' and the hub's own progress bars and advice off the terminal; errors still come through."""
+    """Disable the progress bars and advice of transformers and the hub. Their errors are still shown."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    os.environ.setdefault("TQDM_DISABLE", "1")  # the GGUF reader asks nobody before it draws a bar
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the GGUF reader draws its bar unconditionally
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     import transformers
 
@@ -57,7 +57,7 @@ def hush() -> None:
 
 
 class Watcher(Protocol):
-    """Takes events."""
+    """A function that displays events."""
 
     def __call__(self, event: Event) -> None:
         """Show one event."""
@@ -66,7 +66,7 @@ class Watcher(Protocol):
 
 @contextmanager
 def watch(*, quiet: bool = False, stream: TextIO | None = None) -> Iterator[Callable[[Event], None]]:
-    """Give a function that shows events on the standard error, until the block ends."""
+    """Yield a function that shows events on the standard error."""
     with shown(_live, PlainLines, quiet=quiet, stream=stream) as show:
         yield show
 
@@ -79,7 +79,10 @@ def shown(
     quiet: bool,
     stream: TextIO | None,
 ) -> Iterator[Callable[[E], None]]:
-    """Give what suits a stream (default: the standard error): a live display on a terminal, else plain lines; or nothing."""
+    """Yield a function that shows events on ``stream`` (default: the standard error).
+
+    It is a live display on a terminal and writes plain lines elsewhere. With ``quiet`` it shows nothing.
+    """
     target = stream or sys.stderr
     if quiet:
         yield lambda event: None
@@ -91,12 +94,12 @@ def shown(
 
 
 class Position:
-    """What the events so far say about where a run is.
+    """The position of a run, derived from its events so far.
 
     Attributes:
-        event: the last event but for notes; None at first.
-        error: mean relative layer error of the finished blocks, or of the last layer before the first is finished.
-        rate: tokens a second of the phase that is running; None where it has none, or has only begun.
+        event: last event that is not a note; None at first.
+        error: mean relative layer error of the finished blocks; before the first block is finished, that of the last layer.
+        rate: tokens a second of the current phase; None if it has none, or has only just begun.
     """
 
     def __init__(self) -> None:
@@ -109,7 +112,7 @@ class Position:
         self._pruned_seconds, self._pruned = 0.0, 0
 
     def __call__(self, event: Event) -> None:
-        """Take in one event."""
+        """Update the position with one event."""
         if event.kind == "note":
             return
         if event.kind == "phase" or (event.block, event.phase) != self._phase:
@@ -126,7 +129,11 @@ class Position:
         self.event = event
 
     def remaining(self, now: float) -> float | None:
-        """Return the seconds left at ``now``: of the blocks, by the mean of those pruned in this run; else of the phase."""
+        """Return the estimated seconds left at ``now``, both in seconds since the run began; None if unknown.
+
+        Within the blocks it is an estimate for all remaining blocks, from the mean time of those pruned in this run. Outside
+        of them it is an estimate for the phase.
+        """
         event = self.event
         if event is None or (event.block is not None and not self._pruned):
             return None
@@ -139,7 +146,7 @@ class Position:
 
     @property
     def done(self) -> float | None:
-        """The share that is done of all blocks, or of the phase outside of them; None where it is not known."""
+        """The finished fraction of all blocks, or outside the blocks of the phase; None if unknown."""
         event = self.event
         if event is None:
             return None
@@ -151,10 +158,10 @@ class Position:
 
 
 class PlainLines:
-    """A line when a phase or block ends or a note comes, and now and then in between.
+    """Writes a line for each phase outside the blocks, each finished block and each note, and sometimes for progress.
 
     Args:
-        stream: where to.
+        stream: stream for the lines.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -164,7 +171,7 @@ class PlainLines:
         self._phase = ""
 
     def __call__(self, event: Event) -> None:
-        """Write a line, or not."""
+        """Write a line for an event, unless it is progress too soon after the last line."""
         self._position(event)
         if event.kind == "note":
             self._write(event, f"note: {event.message}")
@@ -189,12 +196,12 @@ class PlainLines:
 
 
 def live_lines(position: Position, now: float, width: int = 120) -> tuple[str, str]:
-    """Return the two lines of the live display: where the run is, and what it takes.
+    """Return the two lines of the live display: the position of the run, and its time and memory.
 
     Args:
-        position: what the events say.
+        position: position of the run.
         now: seconds since the run began.
-        width: of the terminal; the bar gives way where the figures need its place.
+        width: width of the terminal in characters; on a narrow one the bar is shortened first.
     """
     event = position.event
     if event is None:
@@ -225,10 +232,10 @@ def _live(stream: TextIO) -> Iterator[Callable[[Event], None]]:
     from rich.text import Text
 
     position, console = Position(), Console(file=stream)
-    last = [0.0, time.monotonic()]  # the last event's seconds, and the clock then: it ticks on between events
+    last = [0.0, time.monotonic()]  # seconds of the last event, and the clock then, to interpolate between events
 
     def draw() -> Any:
-        # On a narrow terminal a line is wrapped: no figure is cut off.
+        # On a narrow terminal lines are wrapped, so that no number is cut off.
         return Group(*map(Text, live_lines(position, last[0] + time.monotonic() - last[1], console.width)))
 
     with Live(get_renderable=draw, console=console, refresh_per_second=4, transient=True) as live:
@@ -239,7 +246,7 @@ def _live(stream: TextIO) -> Iterator[Callable[[Event], None]]:
             if event.kind == "note":
                 live.console.print(f"note: {event.message}", markup=False, highlight=False)
             elif event.kind == "block":
-                live.refresh()  # however fast they come, each is seen
+                live.refresh()  # show every block, even if blocks finish faster than the display refreshes
 
         yield show
 

@@ -1,4 +1,4 @@
-"""``thanos prune``: prune a model, or predict what that takes."""
+"""``thanos prune``: prune a model, or predict the time and memory of that."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def prune(
 def merge_recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
     """Return the recipe of a file, or the default one, with the settings of the command line in place of its own.
 
-    A flag that changes the pattern also drops the file's sparsity and block size, which belong to the file's pattern.
+    If a flag changes the pattern, the file's sparsity and block size are dropped, since they belong to the file's pattern.
 
     Raises:
         RecipeError: the file or the result is not a valid recipe.

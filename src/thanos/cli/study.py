@@ -1,4 +1,4 @@
-"""``thanos study``: run a grid of cells, and show how far each worker is."""
+"""``thanos study``: run a grid of cells, and show the progress of each worker."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ EXAMPLES = examples(
 )
 
 _PROGRESS_SECONDS = 30.0
-"""Least seconds between two plain lines about a cell that runs, and before the first."""
+"""Least seconds between two plain lines about a running cell, and before the first one."""
 
 
 def study(
@@ -102,7 +102,7 @@ def study(
 
 
 def _failures(found: StudyResult, without: int, out: Path) -> str:
-    """Say in one line how many cells have no result, where the reasons are, and which of them run again."""
+    """Return in one line the number of cells without a result, the file with the reasons, and the cells that run again."""
     from thanos.study.store import STORE_NAME
 
     parts = [f"{without} of {len(found.states)} cells failed"]
@@ -125,7 +125,7 @@ def _show(found: StudyResult, out: Path) -> None:
 
 @contextmanager
 def watch(*, quiet: bool = False, stream: TextIO | None = None) -> Iterator[Callable[[StudyEvent], None]]:
-    """Give a function that shows a study's events on the standard error, until the block ends."""
+    """Yield a function that shows a study's events on the standard error."""
     from thanos.cli import progress as display
 
     with display.shown(_live, PlainLines, quiet=quiet, stream=stream) as show:
@@ -133,11 +133,11 @@ def watch(*, quiet: bool = False, stream: TextIO | None = None) -> Iterator[Call
 
 
 class PlainLines:
-    """A line for each cell that ended, for each note, and now and then for a cell that runs.
+    """Writes a line for each cell that ended and each note, and sometimes for a running cell.
 
     Args:
-        stream: where to.
-        clock: seconds, monotone.
+        stream: stream for the lines.
+        clock: monotone clock, in seconds.
     """
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
@@ -147,7 +147,7 @@ class PlainLines:
         self._running: dict[int, _Running] = {}
 
     def __call__(self, event: StudyEvent) -> None:
-        """Write a line, or not."""
+        """Write a line for an event, unless it is progress too soon after the cell's last line."""
         now = self._clock()
         if event.message:
             self._write(f"note: {event.message}")
@@ -177,7 +177,7 @@ class PlainLines:
 
 @dataclass(slots=True)
 class _Running:
-    """A cell that runs: its number in this run, when it began and when it was last told of, in seconds of the clock."""
+    """A running cell: its number in this run, and the clock's seconds at its start and at the last line about it."""
 
     number: int
     began: float
@@ -185,14 +185,14 @@ class _Running:
 
 
 def _within(event: Event) -> str:
-    """Return where in a cell its worker is: ``solve, block 4 of 30``."""
+    """Return the position of a worker within its cell: ``solve, block 4 of 30``."""
     if event.block is not None and event.blocks:
         return f"{event.phase}, block {event.block + 1} of {event.blocks}"
     return f"{event.phase} {event.done} of {event.total}" if event.total else event.phase
 
 
 def outcome(event: StudyEvent) -> str:
-    """Return what came of a cell, in one line."""
+    """Return the result of a cell in one line."""
     assert event.record is not None
     assert event.cell is not None
     record, parts = event.record, [event.cell.title()]

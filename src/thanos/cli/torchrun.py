@@ -1,4 +1,4 @@
-"""The command as one of several processes that torchrun started: one line for all of them, and no process that hangs."""
+"""The command as one of several processes of torchrun: one error line for all of them, and no process that hangs."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ _ORPHANED = "the torchrun that started this process was killed"
 _KEPT = "what is finished is kept: the same command with --resume goes on, also with another number of processes"
 
 _FOLLOW_SECONDS = 1.0
-"""How often a process looks whether its torchrun is still there: a killed one sends no signal."""
+"""Seconds between two checks that torchrun still runs: a killed torchrun sends no signal to its processes."""
 
 
 def launched() -> bool:
-    """Whether torchrun started this process as one of several; asked before anything heavy is imported."""
+    """Whether torchrun started this process as one of several. Needs no heavy import."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
 
 
 def program() -> list[str]:
-    """Return the words that start the command the way it was started."""
+    """Return the words that start the command again in the same way: with torchrun or without."""
     if not launched():
         return ["thanos"]
     size, local = os.environ["WORLD_SIZE"], os.environ.get("LOCAL_WORLD_SIZE", "")
@@ -32,12 +32,12 @@ def program() -> list[str]:
 
 
 def is_first() -> bool:
-    """Whether this process is the one that shows progress and results."""
+    """Whether this process shows progress and results: rank 0, or the only process."""
     return not launched() or os.environ["RANK"] == "0"
 
 
 def may_complain() -> bool:
-    """Whether a failure of this process is the one to tell: the first in the run, since others only follow from it."""
+    """Whether this process reports its failure: only the first failure of a run is reported, since it causes the others."""
     if not launched():
         return True
     distributed = sys.modules.get("thanos.engine.distributed")
@@ -45,10 +45,13 @@ def may_complain() -> bool:
 
 
 def watch() -> None:
-    """End at once when torchrun says so (SIGTERM) or is gone itself, even while waiting for a process that is gone."""
+    """Start threads that end this process on SIGTERM from torchrun, or when torchrun itself has died.
+
+    This works even while the main thread waits in a collective for a dead process.
+    """
     if not launched() or threading.current_thread() is not threading.main_thread() or not hasattr(signal, "sigwait"):
         return
-    # Blocked here, and so in the threads to come, the signal waits for the thread that asks for it.
+    # New threads inherit the blocked signal, so that only sigwait below receives it.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     parent = os.getppid()
 
@@ -73,10 +76,10 @@ def _end(why: str) -> None:
 
 
 def leave(code: int) -> None:
-    """End a process at once, all being said and written, where the usual way out of Python is not safe.
+    """End the process at once if Python's usual exit is not safe; all output must be written.
 
-    A failed one would wait for the others, as its libraries do. In one whose group is still held, the group's threads run on,
-    and may abort the process while Python ends.
+    In a failed process the libraries' exit handlers would wait for the other processes. If a reference to the process group
+    remains, the group's threads keep running, and may abort the process while Python exits.
     """
     leaving = sys.modules.get("thanos.engine.leaving")
     if launched() and (code or (leaving is not None and leaving.outlived())):

@@ -1,4 +1,4 @@
-"""Calibration windows on the disk, which the workers of a study share."""
+"""Cache of calibration windows on the disk, shared by the workers of a study."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from thanos.system.files import write_atomically
 
 
 def read_windows(path: Path, source: str) -> Calibration | None:
-    """Return the windows of a file, with ``source`` as where they came from; None if there is no such file.
+    """Return the windows of a file, with ``source`` as the name of their text; None if there is no such file.
 
-    A file of a version that did not say whether windows begin with BOS counts as none.
+    Older versions did not record whether windows begin with BOS. Their files are ignored.
     """
     if not path.exists():
         return None
@@ -27,7 +27,7 @@ def read_windows(path: Path, source: str) -> Calibration | None:
 
 
 def write_windows(path: Path, made: Calibration) -> None:
-    """Put windows into the cache; another worker may do the same at the same time."""
+    """Write windows into the cache. Another worker may write the same file at the same time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     described = {"rule": made.rule, "seed": str(made.seed), "documents": str(made.documents)}
     described["bos"] = "" if made.bos is None else str(made.bos)

@@ -1,4 +1,4 @@
-"""Reading ``study.toml``; a malformed value is refused with its line and field. The format is described in docs/formats.md."""
+"""Read ``study.toml``. An error names the line and field of the wrong value. docs/formats.md describes the format."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def read_study(path: str | Path) -> Study:
 
 
 class _Reader:
-    """Turns plain values into a study, and knows where they stand in the file."""
+    """Turns plain values into a study. Errors name the line and field in the file."""
 
     def __init__(self, path: Path, text: str) -> None:
         self._path, self._text = path, text
@@ -127,12 +127,12 @@ class _Reader:
 
 
 def place_of(study: Study, table: str, key: str) -> str:
-    """Return where a field of a table stands, ``study FILE, line N, [table] key``; its head counts where it is left out."""
+    """Return the location of a field, ``study FILE, line N, [table] key``; of the table's head if the field is absent."""
     return _place(study.path, study.text, table, 0, key)
 
 
 def place_of_calibration(study: Study, name: str) -> str:
-    """Return where the first grid names a calibration text, as :func:`place_of` does."""
+    """Return the location of a calibration text in the first grid that names it, as :func:`place_of` does."""
     values = tomllib.loads(study.text)
     for index, grid in enumerate(values["grid"]):
         given = grid.get("calibration", [])
@@ -197,7 +197,7 @@ def _one_of(choices: Callable[[], Iterable[str]]) -> Callable[[Any], str]:
 
 
 def _layer(name: str) -> Callable[[Any], Any]:
-    """Check a value by the rules of a recipe that has nothing else."""
+    """Return a check of one setting: a recipe with only that setting must be valid."""
 
     def check(value: Any) -> Any:
         LayerRecipe(**{name: value})
@@ -208,7 +208,7 @@ def _layer(name: str) -> Callable[[Any], Any]:
 
 def _share(name: str) -> Callable[[Any], float]:
     def check(value: Any) -> float:
-        # The fraction alone: whether it leaves room for the sparsity is the cells' business.
+        # Check the fraction alone. Each cell checks it together with its sparsity.
         LayerRecipe(**{"sparsity": 0.0, name: value} if name == "outlier_rows" else {name: value})
         return float(value)
 
@@ -228,7 +228,7 @@ def _many(check: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, ...]]:
 
 
 def _of_recipe(name: str) -> Callable[[Any], Any]:
-    """Return the check of one value of a recipe's setting, made from how the setting describes itself."""
+    """Return the check of one value of a recipe's setting, made from the setting's description."""
     described, (kind, _) = _SETTINGS[name], _TYPES[name]
     if name == "pattern":
         return _layer(name)

@@ -1,4 +1,4 @@
-"""What a study reports while it runs."""
+"""The events that a study reports while it runs."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from thanos.study.store import CellRecord
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StudyEvent:
-    """One step of a study, from which a display is drawn.
+    """One step of a study; displays are drawn from these events.
 
     Attributes:
-        worker: its number, from 0.
-        device: on which it runs.
-        cell: the cell it runs; None for a note about the study as a whole.
-        event: what the cell's pruning or evaluation tells; None where a cell begins or ends.
-        record: the result, where a cell ended.
-        message: for a note.
-        done: cells that have ended in this run.
-        total: cells of this run.
+        worker: number of the worker, from 0.
+        device: device of the worker.
+        cell: the worker's cell; None for a note about the study as a whole.
+        event: event of the cell's pruning or evaluation; None if a cell begins or ends.
+        record: result of a cell that ended, else None.
+        message: text of a note.
+        done: number of cells that have ended in this run.
+        total: number of cells in this run.
     """
 
     worker: int = 0

@@ -1,7 +1,7 @@
-"""What a study consists of: the cells of its grids, and how each is measured.
+"""The contents of a study: the cells of its grids, and their evaluation.
 
-A combination that no recipe allows, such as 80 % of the weights with 30 % of the rows left dense, is a cell like any other: it
-fails with its reason, and the rest of the product stands.
+A combination that no recipe allows is a cell too, for example 80 % sparsity with 30 % of the rows left dense. That cell fails
+with its reason. The other cells of the product still run.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ DENSE = "dense"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cell:
-    """One point of the grid, in a form in which equal runs are equal cells.
+    """One point of the grid, normalised so that equal runs are equal cells.
 
-    What a method or pattern does not have is None: the block size and damping of Wanda, the sparsity of n:m, everything but
-    the model for ``dense``. See :class:`~thanos.recipe.Recipe` for the rest.
+    A field that the method or pattern does not use is None: the block size and damping of Wanda, the sparsity of n:m, all
+    fields but the model and method of ``dense``. The fields are those of :class:`~thanos.recipe.Recipe`.
     """
 
     model: str
@@ -42,7 +42,7 @@ class Cell:
     seed: int | None = None
 
     def recipe(self, **others: Any) -> Recipe:
-        """Return the recipe of the cell, with ``others`` in addition or instead.
+        """Return the recipe of the cell; ``others`` add or replace settings.
 
         Raises:
             RecipeError: its values contradict one another.
@@ -63,9 +63,9 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationPlan:
-    """How every cell is measured: a text, and whether the dense model is compared with (KL divergence, top-1 agreement).
+    """The evaluation of every cell: a text, and whether to compare with the dense model (KL divergence, top-1 agreement).
 
-    ``bos`` counts for models whose tokenizers begin texts with a beginning-of-text token; see :func:`~thanos.evaluate`.
+    ``bos`` only affects models whose tokenizers begin texts with a beginning-of-text token; see :func:`~thanos.evaluate`.
     """
 
     text: str = "wikitext2"
@@ -77,7 +77,7 @@ class EvaluationPlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ZeroShotPlan:
-    """Tasks of lm_eval for the cells of the grids that say ``zero_shot = true``, and for their dense models."""
+    """Tasks of lm_eval for the cells of the grids with ``zero_shot = true``, and for the dense models of these cells."""
 
     tasks: tuple[str, ...]
     task_folder: str | None = None
@@ -89,16 +89,16 @@ class Study:
     """A whole study.
 
     Attributes:
-        models: as the file names them.
-        cost_only: those of them that are pruned without being evaluated.
-        cells: without repetition, the dense models first (of those that are evaluated), then in the order of the file.
-        zero_shot_cells: those to which the tasks are put.
-        evaluation: how every cell is measured.
+        models: names of the models in ``study.toml``.
+        cost_only: names of the models that are pruned but not evaluated.
+        cells: unique cells: the dense models that are evaluated, then the others in the order of the file.
+        zero_shot_cells: cells on which the tasks are run.
+        evaluation: evaluation of every cell.
         zero_shot: the tasks; None without any.
-        dtype: in which models run.
+        dtype: dtype in which the models run.
         keep_models: whether the pruned models stay in the study's folder.
-        path: the file.
-        text: what it held.
+        path: path of ``study.toml``.
+        text: content of ``study.toml``.
     """
 
     models: tuple[str, ...]
@@ -118,11 +118,11 @@ class Study:
         return not self.cost_only.issuperset(self.models)
 
     def asked(self, cell: Cell) -> dict[str, Any]:
-        """Return what, besides the cell, shapes its record."""
+        """Return the settings besides the cell that affect its record, see ``asked`` of a record in docs/formats.md."""
         if cell.model in self.cost_only:
             return {"dtype": self.dtype, "evaluation": None, "zero_shot": None}
         evaluation = asdict(self.evaluation) | {"text": public(self.evaluation.text)}
-        del evaluation["bos"]  # which the model's tokenizer decides on, see Places.asked
+        del evaluation["bos"]  # only some tokenizers have one: Places.asked adds it
         zero_shot = None
         if self.zero_shot is not None and cell in self.zero_shot_cells:
             zero_shot = {"tasks": list(self.zero_shot.tasks), "limit": self.zero_shot.limit}
@@ -130,16 +130,16 @@ class Study:
 
 
 def public_cell(cell: Cell) -> dict[str, Any]:
-    """Return the cell as the store holds it."""
+    """Return the cell as written to the store: without local paths."""
     values = asdict(cell) | {"model": public(cell.model)}
     return values | {"calibration": None if cell.calibration is None else public(cell.calibration)}
 
 
 def product(axes: dict[str, tuple[Any, ...]]) -> Iterator[Cell]:
-    """Yield the cells of one grid; the axis that stands first changes last, and axes left out have the recipe's default.
+    """Yield the cells of one grid. The first axis varies slowest. Absent axes have the recipe's default.
 
     Args:
-        axes: field of :class:`Cell` → its values; ``model`` and ``method`` among them or not.
+        axes: field of :class:`Cell` → its values; ``model`` must be among them.
     """
     defaults = Recipe()
     values = {f.name: (getattr(defaults, f.name),) for f in fields(Cell) if f.name != "model"} | axes
@@ -149,7 +149,7 @@ def product(axes: dict[str, tuple[Any, ...]]) -> Iterator[Cell]:
 
 
 def _normal(cell: Cell) -> Cell:
-    """Return the cell with None for what its method and pattern do not have, and defaults spelt out."""
+    """Return the cell with None in the fields that its method and pattern do not use, and with defaults filled in."""
     pattern = parse_pattern(cell.pattern or "")
     cell = replace(cell, pattern=str(pattern), outlier_rows=float(cell.outlier_rows or 0))
     if not cell.outlier_rows:

@@ -1,4 +1,4 @@
-"""Where a study's models, texts and tasks are on this machine."""
+"""Locations of a study's models, texts and tasks on this machine."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from thanos.system.suggestions import near
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Places:
-    """Where things are on this machine; none of it enters the store but the hashes.
+    """Locations on this machine. Only the hashes and the commit enter the store.
 
     Attributes:
         out: the study's folder.
-        models: name in the study → what to give ``prune``.
+        models: name in the study → model argument for ``prune``.
         texts: name in the study → source or path.
-        task_folder: of local tasks; None without one.
-        tasks_hash: sha256 of the files in it and of those they name; None without one.
-        hashes: name in the study → sha256 of the model or text; None where there is no file.
-        failures: models that cannot be had, and why.
-        begun: models whose tokenizers begin texts with a beginning-of-text token.
-        commit: of the source tree; None where unknown.
+        task_folder: folder of local tasks; None without one.
+        tasks_hash: sha256 of the files in ``task_folder`` and of the files that they name; None without a folder.
+        hashes: name in the study → sha256 of the model or text; None if there is no file.
+        failures: name of a model that cannot be opened → reason.
+        begun: names of models whose tokenizers begin texts with a beginning-of-text token.
+        commit: commit of the source tree; None if unknown.
     """
 
     out: Path
@@ -51,14 +51,14 @@ class Places:
 
     @property
     def scratch(self) -> Path:
-        """Where pruned models lie until they are measured."""
+        """Folder of the pruned models until they are measured."""
         return self.out / "scratch"
 
     def asked(self, study: Study, cell: Cell) -> dict[str, Any]:
-        """Return what, besides the cell, shapes its record: the study's wishes, and where a beginning-of-text token stands.
+        """Return the settings besides the cell that affect its record: those of :meth:`Study.asked`, and ``bos``.
 
-        ``bos`` is there for models whose tokenizers add that token, alone; their windows of calibration begin with it. So
-        all other cells have the keys that they had in versions without it.
+        ``bos`` exists only for models whose tokenizers add a beginning-of-text token; their calibration windows begin with
+        it. So the keys of all other cells are the same as in versions without ``bos``.
         """
         asked = study.asked(cell)
         return asked | {"bos": study.evaluation.bos} if cell.model in self.begun else asked
@@ -73,7 +73,7 @@ class Places:
         }
 
     def without_paths(self, text: str) -> str:
-        """Return a message in one line, without the folders of this machine."""
+        """Return a message in one line, without the paths of this machine's folders."""
         texts = {part.path for text in self.texts.values() for part in split_source(text)}
         found = {path for path in [*self.models.values(), *texts, self.task_folder or ""] if os.sep in path}
         folders = {str(Path(path).parent) for path in found} | {str(self.out.resolve()), str(self.out)}
@@ -83,7 +83,7 @@ class Places:
 
 
 def _check_text(study: Study, texts: dict[str, str], searched: str) -> None:
-    """Refuse a text for evaluation that cannot be used."""
+    """Raise StudyError if the text for evaluation cannot be used."""
     text = study.evaluation.text
     place = place_of(study, "evaluation", "text")
     if is_absent(text, texts[text]):
@@ -96,18 +96,20 @@ def _check_text(study: Study, texts: dict[str, str], searched: str) -> None:
 
 
 def is_absent(name: str, found: str) -> bool:
-    """Whether a text is that of files which are not there."""
+    """Whether a text names files that do not exist; ``found`` is its source after the search."""
     return name not in NAMED and any(not (exists(part.path) or matching(part.path)) for part in _parts_of(found))
 
 
-# --- where things are -------------------------------------------------------------------------------------------------
+# --- finding models and texts -----------------------------------------------------------------------------------------
 
 
 def find_places(study: Study, out: Path, data: str | Path | None) -> Places:
-    """Find a study's models and texts: in ``data`` (default ``THANOS_DATA``), else beside the study, else by their names.
+    """Find a study's models and texts in ``data`` (default ``THANOS_DATA``), else in the folder of ``study.toml``.
+
+    A name that exists in neither folder is kept, as a hub name, a named text or a path.
 
     Raises:
-        StudyError: the text for evaluation, or the folder of tasks, is not there.
+        StudyError: the text for evaluation, or the folder of tasks, does not exist.
     """
     folders = [Path(folder) for folder in (data or os.environ.get("THANOS_DATA"), study.path.parent) if folder]
 
@@ -139,7 +141,7 @@ def find_places(study: Study, out: Path, data: str | Path | None) -> Places:
         except UserError as error:
             hashes[model], failures[model] = None, str(error)
             continue
-        with suppress(UserError):  # its cells will tell
+        with suppress(UserError):  # a broken tokenizer is reported when the model's cells run
             if added_bos(source.tokenizer()) is not None:
                 begun.add(model)
     return Places(
@@ -156,7 +158,10 @@ def find_places(study: Study, out: Path, data: str | Path | None) -> Places:
 
 
 def _find_text(name: str, folders: Sequence[Path]) -> str:
-    """Return a text with each of its files, folders and patterns where they are found first, else as they are named."""
+    """Return a text with the full paths of its files, folders and patterns, from the first folder that has them.
+
+    A part that no folder has keeps its name.
+    """
 
     def find(part: Part) -> Part:
         for folder in folders:
@@ -170,7 +175,7 @@ def _find_text(name: str, folders: Sequence[Path]) -> str:
 
 
 def convert(places: Places, wanted: set[str], tell: Watcher) -> Places:
-    """Write GGUF models once as safetensors folders into the cache, since every opening would convert them again."""
+    """Convert GGUF models into safetensors folders in the cache, once, instead of at every opening."""
     models = dict(places.models)
     for name in sorted(wanted - set(places.failures)):
         source = resolve_model(models[name])
@@ -185,7 +190,7 @@ def convert(places: Places, wanted: set[str], tell: Watcher) -> Places:
 
 
 def _converted(out: Path, model_hash: str | None) -> Path:
-    """Return the folder in which a converted model lies, if it has been converted."""
+    """Return the folder for a converted model; it exists once the model is converted."""
     return out / "cache" / "models" / str(model_hash)[:24]
 
 

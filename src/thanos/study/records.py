@@ -1,4 +1,4 @@
-"""What a cell's record says: the cell, its results, and what they were made with."""
+"""Build a cell's record: the cell, its results, and the versions and machine behind them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _KEPT = (
     "text", "text_sha256", "sequence_length", "bos", "windows", "tokens", "perplexity", "mean_loss", "kl_divergence",
     "top1_agreement",
 )  # fmt: skip
-"""What a record has of an evaluation."""
+"""Fields of an evaluation that a record keeps."""
 
 _PACKAGES = ("torch", "transformers", "safetensors", "lm_eval")
 
@@ -32,7 +32,7 @@ _PACKAGES = ("torch", "transformers", "safetensors", "lm_eval")
 def make_record(
     study: Study, places: Places, cell: Cell, device: torch.device, results: dict[str, Any], *, sharers: int = 1
 ) -> CellRecord:
-    """Return the record of a cell with these results, fields of :class:`~thanos.study.store.CellRecord`."""
+    """Return the record of a cell; ``results`` are fields of :class:`~thanos.study.store.CellRecord`."""
     values, asked = public_cell(cell), places.asked(study, cell)
     return CellRecord(
         key=cell_key(values, asked),
@@ -49,7 +49,7 @@ def make_record(
 
 
 def pruning_fields(report: PruningReport, calibration: str) -> dict[str, Any]:
-    """Return what a record says of pruning, with the calibration under its public name."""
+    """Return a record's fields of pruning, with the calibration under its public name."""
     written = report.to_dict()
     return {
         "recipe": {**written["recipe"], "calibration": calibration},
@@ -63,12 +63,12 @@ def pruning_fields(report: PruningReport, calibration: str) -> dict[str, Any]:
 
 
 def phase_fields(records: dict[str, PhaseRecord]) -> dict[str, dict[str, Any]]:
-    """Return what a record says of phases."""
+    """Return a record's ``phases``."""
     return {name: asdict(record) for name, record in records.items()}
 
 
 def evaluation_fields(found: Evaluation) -> dict[str, Any]:
-    """Return what a record says of an evaluation."""
+    """Return a record's ``evaluation``."""
     values = found.to_dict()
     return {name: values[name] for name in _KEPT}
 

@@ -1,4 +1,4 @@
-"""Running a study: which cells are still to be run, where their models and texts are, and the one writer of the store."""
+"""Run a study: select the cells that have no result, find their models and texts, run them, and write the store."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ State = Literal["done", "failed", "impossible", "new"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StudyResult:
-    """What a run of a study came to: every cell with its state, those with tasks, and how many cells this run ran."""
+    """Result of a run: the state of every cell, the cells with tasks, and the number of cells that this run ran."""
 
     states: dict[Cell, State]
     with_tasks: frozenset[Cell]
@@ -56,16 +56,16 @@ def run_study(
 
     Args:
         path: the ``study.toml``.
-        out: the study's folder; made if it does not exist, gone on with if it does.
-        data: folder in which the study's models and texts are looked for before the study's own; default ``THANOS_DATA``.
-        devices: one worker runs on each; a device may be named several times.
-        workers: workers on each of the devices.
-        threads: of torch in each worker; None shares torch's own choice among the workers.
+        out: the study's folder; made if it does not exist, else its study is continued.
+        data: folder that is searched for models and texts before the folder of ``study.toml``; default ``THANOS_DATA``.
+        devices: names of devices, each for one worker; a device may be named several times.
+        workers: number of workers on each of the devices.
+        threads: number of torch's threads in each worker; None divides torch's default among the workers.
         on_event: called with each :class:`StudyEvent`.
         initialise: called first in each worker process; must be importable.
 
     Raises:
-        UserError: the study is malformed, another process runs it, or the store is not this version's.
+        UserError: the study is malformed, another process runs it, or the store cannot be read (damaged, or newer).
     """
     study, out, tell = read_study(path), Path(out), on_event or (lambda event: None)
     devices = _spread(devices, workers)
@@ -75,7 +75,7 @@ def run_study(
         _check_folder(out)
         places = find_places(study, out, data)
         _check_tasks(study, places)
-        states = _states(study, places, tell)  # which may refuse: nothing is written before
+        states = _states(study, places, tell)  # may raise an error, so nothing is written before it
         (out / "cache").mkdir(parents=True, exist_ok=True)
         (out / STUDY_NAME).write_text(study.text, encoding="utf-8")
         shutil.rmtree(places.scratch, ignore_errors=True)
@@ -98,21 +98,21 @@ def list_cells(path: str | Path, out: str | Path, *, data: str | Path | None = N
     """Return the state of every cell of a study; runs nothing and writes nothing. Arguments as for :func:`run_study`.
 
     Raises:
-        UserError: the study is malformed, or the store is not this version's. Tasks are checked where lm_eval is installed.
+        UserError: the study is malformed, or the store cannot be read. Tasks are checked only if lm_eval is installed.
     """
     study, out = read_study(path), Path(out)
     places = find_places(study, out, data)
-    if find_spec("lm_eval") is not None:  # without it a store can be looked at all the same
+    if find_spec("lm_eval") is not None:  # the list needs no lm_eval
         _check_tasks(study, places)
     states = _states(study, places, lambda event: None)
     return StudyResult(states=states, with_tasks=study.zero_shot_cells, ran=0)
 
 
-# --- what is to be run ------------------------------------------------------------------------------------------------
+# --- the cells to run -------------------------------------------------------------------------------------------------
 
 
 def _states(study: Study, places: Places, tell: Watcher) -> dict[Cell, State]:
-    """Return the state of each cell by the store; a result whose model, text or tasks have changed since does not count."""
+    """Return the state of each cell by the store. A result is ignored if its model, text or tasks have changed since."""
     contents = read_store(places.out) if store_path(places.out).exists() else None
     for warning in contents.warnings if contents else ():
         tell(StudyEvent(message=warning))
@@ -128,13 +128,13 @@ def _states(study: Study, places: Places, tell: Watcher) -> dict[Cell, State]:
 
 
 def _state(cell: Cell, record: CellRecord) -> State:
-    """Return what a cell's record says of it; one that is recorded as impossible is not tried again."""
+    """Return the state of a cell by its record. A cell recorded as impossible is not tried again."""
     impossible = record.status == "failed" and record.reason == _impossible(cell)
     return "impossible" if impossible else record.status
 
 
 def _changed(recorded: dict[str, str | None], now: dict[str, str | None]) -> bool:
-    """Whether a source is another one; of one that an older version did not record, such as tasks, nothing is known."""
+    """Whether a source has changed. Sources that an older version did not record, such as tasks, are not compared."""
     return any(recorded[name] != now[name] for name in recorded.keys() & now.keys())
 
 
@@ -149,7 +149,7 @@ def _impossible(cell: Cell) -> str | None:
 
 
 def _spread(devices: Sequence[str], workers: int) -> list[str]:
-    """Return the device of each worker: ``auto`` is every CUDA device, or the CPU."""
+    """Return the device of each worker; ``auto`` is every CUDA device, or the CPU without any."""
     count = torch.cuda.device_count()
     all_of_them = [f"cuda:{index}" for index in range(count)] if torch.cuda.is_available() else ["cpu"]
     found = [each for device in devices for each in (all_of_them if device == "auto" else [device])]
@@ -180,7 +180,7 @@ def _check_tasks(study: Study, places: Places) -> None:
 
 
 def _warn_of_calibration(study: Study, places: Places, todo: Sequence[Cell], tell: Watcher) -> None:
-    """Tell of calibration files that are not there; it fails their cells alone, when they run."""
+    """Warn of calibration texts that cannot be used. The run continues, since only their own cells will fail."""
     for name in dict.fromkeys(cell.calibration for cell in todo if cell.calibration):
         try:
             check_text_source(places.texts[name])

@@ -1,4 +1,4 @@
-"""Running cells, one after another, in one process on one device; what several cells need is made once and kept."""
+"""Run cells one after another, in one process on one device. Objects that several cells need are made once and kept."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ from thanos.system.memory import free_device_bytes, free_host_bytes
 from thanos.system.meter import PhaseMeter
 
 _KEEP_SHARE = 0.25
-"""Share of the free memory that the dense model's kept states may take: what is left must hold two models and their logits."""
+"""Fraction of the free memory for the dense model's kept hidden states: the rest must hold two models and their logits."""
 
 Watcher = Callable[[Event], None]
 
@@ -61,9 +61,9 @@ class Session:
 
     Args:
         study: the study.
-        places: where its models and texts are.
+        places: locations of its models and texts.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        sharers: workers that share the device's memory, this one included.
+        sharers: number of workers that share the device's memory, this one included.
     """
 
     def __init__(self, study: Study, places: Places, device: str, *, sharers: int = 1) -> None:
@@ -77,7 +77,7 @@ class Session:
         self._met: set[object] = set()
 
     def run(self, cell: Cell, tell: Watcher) -> CellRecord:
-        """Run one cell; whatever goes wrong becomes the reason of a failed record, which keeps what was measured before."""
+        """Run one cell and return its record. Any error becomes the reason of a failed record, with the results so far."""
         results: dict[str, Any] = {}
         try:
             if cell.model in self._places.failures:
@@ -86,14 +86,14 @@ class Session:
         except Exception as error:
             reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             if isinstance(error, ResourceError) or is_out_of_memory(error):
-                self._reference = None  # the next cell may need its room
+                self._reference = None  # free its memory for the next cell
             results |= {"status": "failed", "reason": self._places.without_paths(reason)}
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
         return make_record(self._study, self._places, cell, self._device, results, sharers=self._sharers)
 
-    # --- the kinds of cells: each adds what it has measured to the results at once, so that no later failure loses it -----
+    # --- the kinds of cells: each adds a measurement to the results immediately, so that a later failure does not lose it -
 
     def _dense(self, cell: Cell, results: dict[str, Any], tell: Watcher) -> None:
         model = self._places.models[cell.model]
@@ -104,7 +104,7 @@ class Session:
 
     def _pruned(self, cell: Cell, results: dict[str, Any], tell: Watcher) -> None:
         source = self._places.texts.get(cell.calibration or "", cell.calibration)
-        # Methods are compared by errors on the same tokens, so that none is measured on a sample.
+        # The report compares the errors of methods, so every method measures them on all tokens.
         settings = {"calibration": source, "device": self._name, "dtype": self._study.dtype}
         recipe = cell.recipe(**settings, measure_error=True)
         self._warm_up(cell, recipe)
@@ -127,7 +127,7 @@ class Session:
                 shutil.rmtree(model, ignore_errors=True)
 
     def _measure(self, cell: Cell, model: str, results: dict[str, Any], tell: Watcher) -> None:
-        """Add what is asked for to the results, and its phases to theirs, those of a failure included."""
+        """Evaluate a model and add the scores and phases to the results; a failure adds its phases too."""
         if self._study.asked(cell)["evaluation"] is None:
             return
         meter = PhaseMeter(self._device)
@@ -164,10 +164,10 @@ class Session:
         results["zero_shot"] = {"tasks": scores.to_dict()["tasks"], "average": scores.to_dict()["average"]}
 
     def _warm_up(self, cell: Cell, recipe: Recipe) -> None:
-        """Load libraries and compile kernels before the seconds of a cell are recorded, rather than at its expense.
+        """Load libraries and compile kernels before a cell is timed, so that its seconds do not include them.
 
-        Kernels are compiled for shapes, patterns and block sizes, so a made-up layer of each of the model's shapes is solved
-        as the recipe says, unless an earlier cell has had it solved so.
+        Kernels are compiled for shapes, patterns and block sizes. So a synthetic layer of each of the model's shapes is solved
+        with the settings of the recipe, unless an earlier cell has done that.
         """
         if cell.model not in self._warm:
             self._forward_once(cell)
@@ -183,13 +183,13 @@ class Session:
             self._met.add((layer.shape, settings))
             weight, hessian = synthetic_layer(*layer.shape, tokens=4 * layer.shape[1], device=str(self._device))
             inputs = InputStatistics(hessian, hand_over=True)
-            with suppress(RecipeError):  # prune says it better, naming the layer
+            with suppress(RecipeError):  # prune raises it again, with the layer's name
                 prune_layer(weight, inputs, settings)
-                weight[::8, ::8] = 0.0  # zeros, as dequantised weights have, take kernels of their own
+                weight[::8, ::8] = 0.0  # weights with zeros, such as dequantised ones, use other kernels
                 prune_layer(weight, inputs, settings)
 
     def _forward_once(self, cell: Cell) -> None:
-        """Run the dense model on one window: of the evaluation, or of nothing where it is not evaluated."""
+        """Run the dense model on one window: of the evaluation, or of zeros if the model is not evaluated."""
         if cell.model in self._study.cost_only:
             opened = resolve_model(self._places.models[cell.model])
             model: Any = load_model(opened, dtype=self._study.dtype, device=self._device)
@@ -204,7 +204,7 @@ class Session:
     # --- shared work ----------------------------------------------------------------------------------------------------
 
     def _shared_reference(self, cell: Cell) -> Reference:
-        """Return the evaluation windows and the dense model of a cell; those of the last model are kept."""
+        """Return the evaluation windows and the dense model of a cell. Those of the last model are kept."""
         if self._reference is not None and self._reference[0] == cell.model:
             return self._reference[1]
         self._reference = None
@@ -213,7 +213,7 @@ class Session:
         tokenizer = source.tokenizer()
         text, asked = "\n\n".join(evaluation_rows(self._places.texts[plan.text], tokenizer)), plan.bos
         if asked == "window" and cell.model not in self._places.begun:
-            asked = "auto"
+            asked = "auto"  # the study's setting only affects tokenizers that add the token
         bos = choose_bos(asked, text, tokenizer, model, plan.sequence_length, lambda event: None)
         windows = cut_windows(text, tokenizer, model, plan.text, plan.sequence_length, plan.max_windows, bos)
         reference = Reference(text=public(plan.text), windows=windows, bos=bos)
@@ -225,7 +225,8 @@ class Session:
         return reference
 
     def _windows(self, cell: Cell, recipe: Recipe, tell: Watcher) -> Calibration:
-        """Return the calibration windows of a cell, from this process, from the study's cache, or made now."""
+        """Return the calibration windows of a cell: from this process, else from the study's cache, else made now."""
+        # The cache key: everything that affects the windows, the code itself included.
         shaping = {
             "model": self._places.hashes[cell.model],
             "calibration": self._places.hashes.get(cell.calibration or "") or cell.calibration,
@@ -245,14 +246,14 @@ class Session:
 
 
 def compiles(device: torch.device) -> bool:
-    """Whether kernels are compiled for a device when they are first used."""
+    """Whether kernels of a device are compiled at their first use."""
     return device.type == "cuda"
 
 
 def throttled(tell: Watcher, seconds: float = 0.2, clock: Callable[[], float] = time.monotonic) -> Watcher:
-    """Return a watcher that passes on progress, and layers, at most that often; everything else always."""
+    """Return a watcher that passes on a progress or layer event at most every ``seconds``, and every other event."""
     last: float | None = (
-        None  # no number would do: a monotone clock may start anywhere, as at 0 when the machine starts
+        None  # not a number: a monotone clock has an arbitrary start, such as 0 when the machine starts
     )
 
     def pass_on(event: Event) -> None:

@@ -1,6 +1,6 @@
-"""``store.jsonl``: one record per cell of a study, appended and never changed. The format is described in docs/formats.md.
+"""``store.jsonl``: one record per cell of a study, appended and never changed. docs/formats.md describes the format.
 
-A cell may have several records, since a cell that failed is tried again on the next run: the last one counts.
+A cell may have several records, since the next run tries a failed cell again. The last record counts.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from thanos.system.documents import Document
 from thanos.system.files import write_atomically
 
 SCHEMA = 1
-"""Raised when a reader of the old format would misread the new one."""
+"""Version of the format; increased when a reader of the old format would misread the new one."""
 
 STORE_NAME = "store.jsonl"
 
 PACKED_NAME = "store.jsonl.gz"
-"""The same, compressed to a tenth by gzip: a store that is kept. It is read where there is no other, and unpacked to go on."""
+"""The store compressed to a tenth by gzip, for archiving. It is read if there is no plain store, and unpacked to continue."""
 
-_FORMER_METHODS = ("formula",)  # of cells that older versions measured: their records stay in the file and are skipped
+_FORMER_METHODS = ("formula",)  # methods of cells that older versions measured; their records are kept and skipped
 
 _OBJECTS = ("versions", "machine", "cell", "asked", "sources", "phases")
 _OBJECTS_OR_NULL = ("recipe", "calibration", "effective_sparsity", "evaluation", "zero_shot")
@@ -38,47 +38,47 @@ _TYPES: dict[str, tuple[str, type | UnionType]] = {
     **dict.fromkeys(_OBJECTS_OR_NULL, ("an object or null", dict | None)),
     "layers": ("a list", list),
 }
-"""Fields of a record whose types its readers rely on."""
+"""Field of a record → its type in words and in Python; checked, since readers rely on it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CellRecord(Document):
-    """One cell of a study: what was asked for and what came out; the attributes are the keys of a line.
+    """One cell of a study: its settings and its results. The attributes are the keys of a line.
 
-    A failed record keeps the results that were whole before it failed; they are for a person to look at, and no cell's result.
+    A failed record keeps the results that were complete before the failure. They are only for a person to look at.
 
     Attributes:
         key: hash of ``cell`` and ``asked``, see :func:`cell_key`.
         status: ``done`` or ``failed``.
-        reason: why it failed, one line; None for ``done``.
-        date: when it ended, ISO 8601 in UTC.
-        commit: of the source tree that ran, with ``+changes`` after it where the tree was not clean; None where unknown.
-        thanos_version: of the package.
-        versions: of Python and the packages that shape the numbers.
-        machine: ``device``, ``platform``, ``cores``, ``memory_bytes``, and ``sharers``, the workers that shared the device.
-        cell: the coordinates in the grid: ``model``, ``method`` (``dense`` for the model as it is), ``pattern``,
+        reason: reason of the failure, one line; None for ``done``.
+        date: end of the cell, ISO 8601 in UTC.
+        commit: commit of the source tree, with ``+changes`` if the tree was not clean; None if unknown.
+        thanos_version: version of the package.
+        versions: versions of Python and the packages that affect the numbers.
+        machine: ``device``, ``platform``, ``cores``, ``memory_bytes``, and ``sharers``, the number of workers on the device.
+        cell: the coordinates in the grid: ``model``, ``method`` (``dense`` for the unpruned model), ``pattern``,
             ``sparsity``, ``outlier_rows``, ``keep_budget``, ``block_size``, ``damping``, ``calibration``, ``samples``,
             ``sequence_length``, ``seed``. All but the model and the method are None for the dense model.
-        asked: what else shaped the numbers: ``dtype``, ``evaluation`` (``text``, ``sequence_length``, ``max_windows``,
-            ``compare``: with the dense model) and ``zero_shot`` (``tasks``, ``limit``; None where none was asked for). Both
-            are None for a model of which the cost alone is measured. ``bos`` (``auto``, ``window`` or ``text``) is there where
-            the tokenizer begins texts with a beginning-of-text token: calibration windows begin with it, and evaluation puts it
-            where that says.
-        sources: sha256 of ``model``, ``calibration``, ``text`` and ``tasks`` as files; None where there is no file.
+        asked: the other settings that affect the numbers: ``dtype``, ``evaluation`` (``text``, ``sequence_length``,
+            ``max_windows``, ``compare``: with the dense model) and ``zero_shot`` (``tasks``, ``limit``; None without
+            tasks). Both are None for a model with ``cost_only``. ``bos`` (``auto``, ``window`` or ``text``) exists only if
+            the tokenizer begins texts with a beginning-of-text token: calibration windows then begin with it, and ``bos``
+            is its position in evaluation.
+        sources: sha256 of ``model``, ``calibration``, ``text`` and ``tasks`` as files; None if there is no file.
         recipe: the whole recipe, as in pruning.json; None for the dense model.
         calibration: the windows' fingerprint, as in pruning.json; None for the dense model.
-        effective_sparsity: measured shares of zeros, ``targeted`` (pruned layers) and ``all`` (parameters).
+        effective_sparsity: measured fractions of zeros, ``targeted`` (pruned layers) and ``all`` (parameters).
         evaluation: ``text``, ``text_sha256``, ``sequence_length``, ``bos`` (``window``, ``text``, ``none``), ``windows``,
             ``tokens``, ``perplexity``, ``mean_loss``, ``kl_divergence``, ``top1_agreement``.
         zero_shot: ``tasks`` (name → ``acc``, ``acc_stderr``, ``acc_norm``, ``acc_norm_stderr``, ``samples``) and
-            ``average`` (the same but ``samples``); None where none was asked for.
+            ``average`` (the same without ``samples``); None without tasks.
         layers: the layers, as in pruning.json.
-        phases: seconds and peaks of memory by phase: those of pruning.json, then ``reference`` (loading the dense model and
-            the text, where the worker had not yet), ``evaluate`` (loading the model too, unless it is the dense one of
-            ``reference``) and ``zero_shot`` (with that model).
-        seconds: of pruning, without evaluation.
-        host_peak_bytes: while pruning.
-        device_peak_bytes: while pruning; None without a CUDA device.
+        phases: seconds and peak memory by phase: those of pruning.json, then ``reference`` (loading the dense model and
+            the text, unless the worker had them already), ``evaluate`` (including loading the model, unless it is the
+            dense one of ``reference``) and ``zero_shot`` (on the same model).
+        seconds: seconds of pruning, without evaluation.
+        host_peak_bytes: peak of host memory during pruning.
+        device_peak_bytes: peak of device memory during pruning; None without a CUDA device.
         schema: version of this format.
     """
 
@@ -108,11 +108,11 @@ class CellRecord(Document):
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """What a store holds.
+    """The contents of a store.
 
     Attributes:
         records: the last record of each cell, in the order in which the cells were first recorded.
-        warnings: what a person should know, such as a torn last line, or cells that lie in another file.
+        warnings: messages for the user, for example of a torn last line, or of cells that only the packed store has.
     """
 
     records: list[CellRecord]
@@ -120,26 +120,26 @@ class Contents:
 
     @property
     def done(self) -> list[CellRecord]:
-        """The cells that have results."""
+        """The records of cells with results."""
         return [record for record in self.records if record.status == "done"]
 
     @property
     def failed(self) -> list[CellRecord]:
-        """The cells that failed."""
+        """The records of failed cells."""
         return [record for record in self.records if record.status == "failed"]
 
 
 def cell_key(cell: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
-    """Return the sha256 of a cell and of what was asked about it, whatever the order of their names."""
+    """Return the sha256 of a record's ``cell`` and ``asked``; the order of their keys does not matter."""
     text = json.dumps({"cell": cell, "asked": asked}, sort_keys=True, ensure_ascii=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_store(folder: str | Path) -> Contents:
-    """Read the store of a study folder. Changes nothing, and may be called while a study runs.
+    """Read the store of a study folder. Writes nothing, and may be called while a study runs.
 
     Args:
-        folder: the study's folder, or the ``store.jsonl`` in it, which is then read alone.
+        folder: the study's folder, or the path of a ``store.jsonl``; then only that file is read.
 
     Raises:
         DataError: there is no store, a newer version wrote it, or a line other than the last is damaged.
@@ -153,10 +153,10 @@ def read_store(folder: str | Path) -> Contents:
 
 
 class StoreWriter:
-    """Appends records to the store of a study folder; one writer at a time, which the study's lock sees to.
+    """Appends records to the store of a study folder. The study's lock ensures that there is one writer at a time.
 
     Args:
-        folder: the study's folder, which exists. A torn last line is cut off, and blank lines at the end.
+        folder: the study's folder; it must exist. A torn last line and blank lines at the end of its store are cut off.
 
     Raises:
         ResourceError: the file cannot be written.
@@ -172,7 +172,7 @@ class StoreWriter:
             end = sum(len(line) + 1 for line in lines)
             if end < len(data):
                 os.truncate(self._path, end)
-            elif end > len(data):
+            elif end > len(data):  # the last record is whole, but has no line end
                 self._append(b"\n")
         except OSError as error:
             raise _cannot_write(self._path, error) from error
@@ -197,9 +197,9 @@ class StoreWriter:
 
 
 def store_path(folder: str | Path) -> Path:
-    """Return the path of the store in a study's folder; a path that is the store itself is kept.
+    """Return the path of the store in a study's folder. The path of a store is returned unchanged.
 
-    The packed store counts where the other does not exist or is empty.
+    The packed store is used if the plain one does not exist or is empty.
     """
     path = Path(folder)
     if path.name in (STORE_NAME, PACKED_NAME):
@@ -218,7 +218,7 @@ def _records(path: Path) -> tuple[dict[str, CellRecord], list[str]]:
         if record.cell.get("method") not in _FORMER_METHODS:
             records[record.key] = record
     for record in list(records.values()):
-        if "bos" in record.asked:  # what an older version measured of the cell, without that token, is superseded
+        if "bos" in record.asked:  # supersedes the cell's record by an older version, made without that token
             records.pop(
                 cell_key(record.cell, {name: each for name, each in record.asked.items() if name != "bos"}), None
             )
@@ -232,7 +232,7 @@ def _records(path: Path) -> tuple[dict[str, CellRecord], list[str]]:
 
 
 def _left_out(path: Path, records: Mapping[str, CellRecord], packed: Path) -> list[str]:
-    """Return a warning if the packed store beside the one that was read holds cells that the latter lacks."""
+    """Return a warning if the packed store has cells that are missing from ``records``, those of the plain store."""
     try:
         lacking = len(_records(packed)[0].keys() - records.keys())
     except DataError as error:
@@ -257,9 +257,9 @@ def _read(path: Path) -> bytes:
 
 
 def _split(data: bytes) -> tuple[list[bytes], bytes]:
-    """Return the complete lines, and the torn one at the end; a whole record that lacks only its line end is complete.
+    """Return the complete lines, and the torn line at the end. A whole record without a line end counts as complete.
 
-    White space at the end, which editors add, belongs to neither.
+    White space at the end, which editors add, is dropped.
     """
     *lines, last = data.split(b"\n")
     if last.strip():
@@ -278,7 +278,7 @@ def _parse(path: Path, number: int, line: bytes) -> CellRecord:
     try:
         values = json.loads(line)
         schema = values["schema"]
-        if type(schema) is not int:  # nor a bool
+        if type(schema) is not int:  # not isinstance, which accepts a bool
             raise TypeError("schema must be a whole number")
         if schema > SCHEMA:
             raise DataError(

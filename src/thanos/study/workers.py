@@ -1,6 +1,6 @@
-"""The worker processes of a study, one a device named, that take cells in order.
+"""The worker processes of a study: one for each named device. They take cells in order.
 
-Each is a process of its own, so that one that the system kills costs one cell and not the study.
+Each worker is a separate process. If the system kills it, the study loses one cell only.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 
 
 _PATIENCE = 10.0
-"""Seconds that a worker has to end by itself before it is ended."""
+"""Seconds in which a worker may end by itself, before it is killed."""
 
 
 @dataclass(slots=True)
 class _Worker:
-    """One process and what it is busy with."""
+    """One process and its current cell; None for an idle worker."""
 
     number: int
     device: str
@@ -52,10 +52,10 @@ class Pool:
 
     Args:
         study: the study.
-        places: where its models and texts are.
-        devices: one worker runs on each.
+        places: locations of its models and texts.
+        devices: names of devices, each for one worker.
         initialise: called first in each process.
-        threads: of torch in each process; None shares torch's own choice among them.
+        threads: number of torch's threads in each process; None divides torch's default among the processes.
     """
 
     study: Study
@@ -66,7 +66,7 @@ class Pool:
     _workers: list[_Worker] = field(default_factory=list)
 
     def run(self, cells: Sequence[Cell]) -> Iterator[tuple[int, StudyEvent]]:
-        """Run cells; yields the number of cells that have ended, and what happens."""
+        """Run cells; yield the number of cells that have ended, and each event."""
         waiting, done = list(cells), 0
         with self._started():
             for worker in self._workers:
@@ -83,12 +83,12 @@ class Pool:
 
     def _hand_out(self, worker: _Worker, waiting: list[Cell]) -> StudyEvent:
         worker.cell = waiting.pop(0)
-        with suppress(OSError):  # it died meanwhile, which is noticed when its answer is read
+        with suppress(OSError):  # the worker has died: _receive detects it
             worker.pipe.send(worker.cell)
         return StudyEvent(worker=worker.number, device=worker.device, cell=worker.cell)
 
     def _receive(self, worker: _Worker) -> StudyEvent:
-        """Return what a worker tells; for one that has died, a failed record, and another takes its place."""
+        """Return a worker's next event. A dead worker gives a failed record and is replaced by a new one."""
         told = StudyEvent(worker=worker.number, device=worker.device, cell=worker.cell)
         try:
             received = worker.pipe.recv()
@@ -102,7 +102,7 @@ class Pool:
     def _bury(self, worker: _Worker) -> CellRecord:
         assert worker.cell is not None
         worker.process.join(timeout=10)
-        _kill_group(worker.process)  # what it had started
+        _kill_group(worker.process)  # kill the worker's own child processes
         code = worker.process.exitcode
         how = f"by signal {-code}" if code is not None and code < 0 else f"with exit code {code}"
         reason = f"the worker process ended {how}; if nobody ended it, memory was exhausted: use fewer workers"
@@ -117,13 +117,13 @@ class Pool:
     def _started(self) -> Iterator[None]:
         try:
             for number, device in enumerate(self.devices):
-                self._workers.append(self._start(number, device))  # one by one, so that those that started are ended
+                self._workers.append(self._start(number, device))  # one by one: if a start fails, _end ends the others
             yield
         finally:
             self._end()
 
     def _end(self) -> None:
-        """End all workers with what they started: those that wait by themselves, those at work by SIGTERM."""
+        """End all workers and their child processes: send None to idle workers, and SIGTERM to busy ones."""
         try:
             for worker in self._workers:
                 if worker.cell is None:
@@ -134,7 +134,7 @@ class Pool:
             deadline = time.monotonic() + _PATIENCE
             for worker in self._workers:
                 worker.process.join(max(0.0, deadline - time.monotonic()))
-        finally:  # also if a second interruption comes while they are waited for
+        finally:  # also if a second interruption arrives during the wait
             for worker in self._workers:
                 _kill_group(worker.process)
                 worker.process.join()
@@ -166,8 +166,8 @@ def _work(
     threads: int | None,
 ) -> None:
     """The body of a worker process: cells come in, events and records go out."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the study's to handle, which ends its workers
-    os.setpgid(0, 0)  # so that a signal to the group ends what this process starts, and nothing else
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the study's process handles an interrupt and ends its workers
+    os.setpgid(0, 0)  # a signal to the group then reaches this process and its children, and no other
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if initialise is not None:
         initialise()
@@ -179,7 +179,7 @@ def _work(
 
 
 def _end_with_parent() -> None:
-    """Wait for the end of the study's process, which may be killed; then end this one with what it started."""
+    """Wait until the study's process ends, even by a kill; then kill this process and its children."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -187,8 +187,8 @@ def _end_with_parent() -> None:
 
 
 def _kill_group(process: BaseProcess) -> None:
-    """End a worker, if it still runs, and all that it started."""
+    """Kill a worker, if it still runs, and all its child processes."""
     process.kill()
     if process.pid is not None:
-        with suppress(ProcessLookupError, PermissionError):  # nothing is left, or it ended before it had a group
+        with suppress(ProcessLookupError, PermissionError):  # the group is empty, or the worker died before it had one
             os.killpg(process.pid, signal.SIGKILL)

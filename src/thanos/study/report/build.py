@@ -1,4 +1,4 @@
-"""From a store to the files of its report."""
+"""Build a report from a store, and write its files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from thanos.system.files import write_atomically
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """A whole report, before it is drawn."""
+    """A whole report as data, before it is written to files."""
 
     title: str
     lead: Prose
@@ -47,7 +47,7 @@ class Report:
 
 
 def build_report(contents: Contents) -> Report:
-    """Return the report of what a store holds."""
+    """Return the report of a store's contents."""
     models = models_of(contents.records)
     studies = [Results(model, contents.done) for model in models]
     chapters = []
@@ -73,7 +73,7 @@ def build_report(contents: Contents) -> Report:
 
 
 def _incomplete(chapters: list[Chapter]) -> Prose:
-    """Say that cells are missing, and at the end of which sections they are listed."""
+    """Return a sentence that names the sections with missing cells; each section lists its own at the end."""
     lacking = dict.fromkeys(s.title for chapter in chapters for s in chapter.sections if s.missing)
     if not lacking:
         return ()
@@ -84,11 +84,11 @@ def _incomplete(chapters: list[Chapter]) -> Prose:
 
 
 def write_report(folder: str | Path, on_event: Callable[[Event], None] | None = None) -> Report:
-    """Write ``report.html``, ``tables/`` and ``figures/`` beside a study's store; the same store gives the same bytes.
+    """Write ``report.html``, ``tables/`` and ``figures/`` into a study's folder. The same store gives the same bytes.
 
     Args:
         folder: the study's folder, which holds ``store.jsonl``.
-        on_event: is told about progress.
+        on_event: called with each progress event.
 
     Raises:
         DataError: there is no store, or it has no record.
@@ -122,7 +122,7 @@ def _write(report: Report, out: Path, tell: Callable[[Event], None]) -> Report:
 
 
 def _emptied(folder: Path, keep: set[str]) -> Path:
-    """Make a folder; remove what an earlier report left there and this one does not write."""
+    """Make a folder. Remove the files of an earlier report that this one does not write again."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():
         if path.suffix in (".svg", ".png", ".csv", ".md", ".tex") and path.name not in keep:
@@ -131,7 +131,7 @@ def _emptied(folder: Path, keep: set[str]) -> Path:
 
 
 def _renamed(section: Section, ending: str) -> Section:
-    """Give the files of one of several models names of their own."""
+    """Return a section with ``ending`` added to its names, so that the files of several models do not collide."""
     if ending:
         section.tables = [dataclasses.replace(table, name=table.name + ending) for table in section.tables]
         section.figures = [dataclasses.replace(figure, name=figure.name + ending) for figure in section.figures]

@@ -1,6 +1,6 @@
-"""Which cells of a model may stand side by side: one evaluation, one dtype, one set of tasks, and each cell and seed once.
+"""Select the cells of a model that can be compared: one evaluation, one dtype, one set of tasks, each cell and seed once.
 
-What most cells share is shown; the others are left out by name (:class:`LeftOut`), never silently.
+The report shows the value that most cells share. It names the other cells as left out (:class:`LeftOut`).
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from thanos.study.store import CellRecord
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """Cells that no comparison shows, or whose zero-shot accuracies none shows.
+    """Cells that no comparison shows, or whose zero-shot accuracies no comparison shows.
 
     Attributes:
-        reason: what sets them apart, in words that follow a number of cells.
+        reason: how they differ, as a predicate that follows "N cells that".
         records: the cells.
     """
 
@@ -29,7 +29,7 @@ class LeftOut:
 
 
 def select_cells(records: Sequence[CellRecord]) -> tuple[list[CellRecord], list[LeftOut]]:
-    """Return the cells that may be compared, in their order, and what was left out."""
+    """Return the cells that may be compared, in the order given, and the cells that are left out."""
     left_out: list[LeftOut] = []
 
     def keep(cells: list[CellRecord], what: Callable[[CellRecord], Any], reason: str) -> list[CellRecord]:
@@ -51,7 +51,7 @@ def select_cells(records: Sequence[CellRecord]) -> tuple[list[CellRecord], list[
 
 
 def most_common(what: Callable[[CellRecord], Any], records: Iterable[CellRecord]) -> Any:
-    """Return what most records share, as a tuple; None if none of them has it."""
+    """Return the most common value of ``what`` over records, as a tuple; None if it is None for all of them."""
     found = Counter(json.dumps(value) for record in records if (value := what(record)) is not None)
     if not found:
         return None
@@ -63,7 +63,7 @@ def _tuples(value: Any) -> Any:
 
 
 def _evaluation_of(record: CellRecord) -> tuple[Any, ...] | None:
-    """What perplexities must share to be compared; None for a cell that was not evaluated."""
+    """Return the settings that comparable perplexities share; None for a cell that was not evaluated."""
     found = record.evaluation
     return None if found is None else (found["text_sha256"], found["sequence_length"], found["windows"])
 
@@ -74,7 +74,7 @@ def _dtype_of(record: CellRecord) -> tuple[Any, ...] | None:
 
 
 def _tasks_of(record: CellRecord) -> tuple[Any, ...] | None:
-    """The tasks and their numbers of documents, without which averages say nothing of each other."""
+    """Return the tasks and their numbers of documents; averages over different ones are not comparable."""
     found = record.zero_shot
     return (
         None if found is None else tuple(sorted((name, task.get("samples")) for name, task in found["tasks"].items()))
@@ -82,7 +82,7 @@ def _tasks_of(record: CellRecord) -> tuple[Any, ...] | None:
 
 
 def _once(records: Sequence[CellRecord]) -> tuple[list[CellRecord], tuple[CellRecord, ...]]:
-    """Return one record of each cell and seed, the one that holds most, else the last; and the others."""
+    """Return one record of each cell and seed, and the other records. The one with most results counts, else the last."""
     chosen: dict[str, CellRecord] = {}
     for record in records:
         cell = json.dumps(record.cell, sort_keys=True)

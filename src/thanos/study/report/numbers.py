@@ -1,12 +1,12 @@
-"""Numbers of a report: each knows the cells of the store that it comes from, and how.
+"""Numbers of a report. Each keeps the keys of its cells in the store, and how it was computed from them.
 
-A report prints no other numbers. ``how`` says what was done with one field of the named cells:
+A report prints no other numbers. ``how`` names the operation on one field of the cells:
 
-- ``value``: the field of the first cell (a setting, or a count of cells for the field ``cells``);
-- ``mean``, ``spread``: over the cells, which differ in their seed; the spread is the sample standard deviation;
+- ``value``: the field of the first cell (a setting), or the number of cells for the field ``cells``;
+- ``mean``, ``spread``: mean and sample standard deviation over the cells, which differ in their seed;
 - ``difference``: mean over ``cells`` minus mean over ``minus``;
 - ``gain``: (mean over ``minus`` − mean over ``cells``) / mean over ``minus``;
-- ``price``: seconds that ``cells`` take more than ``minus``, for each point of the field by which they are lower.
+- ``price``: additional seconds of ``cells`` over ``minus``, for each point by which their field is lower.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 from thanos.study.store import CellRecord
 
 KEY_DIGITS = 12
-"""Hexadecimal digits by which a report names a cell: 48 bits, no two cells of one store will share them."""
+"""Number of hexadecimal digits of a cell's short key: 48 bits, so collisions within a store are unlikely."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +28,11 @@ class Field:
     """One quantity of a record.
 
     Attributes:
-        read: a record's value; None where it has none.
-        label: what a table or an axis calls it, with its unit.
-        show: a value in the label's unit as text.
-        scale: from the store's unit to the label's.
-        higher: larger is better.
+        read: function from a record to the value; None if the record has none.
+        label: label in tables and on axes, with the unit.
+        show: function from a value in the label's unit to its text.
+        scale: factor from the store's unit to the label's unit.
+        higher: whether larger is better.
     """
 
     read: Callable[[CellRecord], float | None]
@@ -44,14 +44,14 @@ class Field:
 
 @dataclass(frozen=True, slots=True)
 class Number:
-    """A number and where it comes from; see the module's text for ``how``.
+    """A number and its origin.
 
     Attributes:
-        value: unrounded, in the store's unit.
-        field: name of a :func:`field_of`.
-        how: what was done.
+        value: unrounded value in the store's unit; for ``gain`` a fraction, for ``price`` seconds a point.
+        field: name of the field, see :func:`field_of`.
+        how: operation, see the module's docstring.
         cells: short keys of the cells.
-        minus: short keys of the cells compared with.
+        minus: short keys of the cells that are subtracted.
     """
 
     value: float
@@ -76,27 +76,27 @@ class Number:
         return f"+{text}" if self.how == "difference" and self.value > 0 else text.replace("-", "−")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values."""
+        """Return the number as plain values for JSON."""
         found: dict[str, Any] = {"value": self.value, "field": self.field, "how": self.how, "cells": list(self.cells)}
         return {**found, "minus": list(self.minus)} if self.minus else found
 
 
 Prose = tuple[str | Number, ...]
-"""A sentence or more: texts and numbers in turn."""
+"""One or more sentences: a sequence of texts and numbers."""
 
 
 def plain(prose: Prose) -> str:
-    """Return the words and the numbers as text."""
+    """Return prose as text."""
     return "".join(part if isinstance(part, str) else part.text for part in prose)
 
 
 def short(record: CellRecord) -> str:
-    """Return the short key by which a report names a cell."""
+    """Return the short key of a cell: the first :data:`KEY_DIGITS` digits."""
     return record.key[:KEY_DIGITS]
 
 
 def setting(record: CellRecord, field: str) -> Number | None:
-    """Return a field of one cell; None where it has none."""
+    """Return a field of one cell; None if the cell has none."""
     value = field_of(field).read(record)
     return None if value is None else Number(value, field, "value", (short(record),))
 
@@ -107,7 +107,7 @@ def count(records: Sequence[CellRecord]) -> Number:
 
 
 def mean(records: Sequence[CellRecord], field: str) -> Number | None:
-    """Return the mean of a field over the cells that have it; None where none has."""
+    """Return the mean of a field over the cells that have it; None if no cell has it."""
     values = _values(records, field)
     return Number(statistics.fmean(values.values()), field, "mean", tuple(values)) if values else None
 
@@ -125,15 +125,15 @@ def difference(first: Number, second: Number) -> Number:
 
 
 def gain(first: Number, second: Number) -> Number:
-    """Return by what share of the second mean the first is lower."""
+    """Return (second − first) / second, a fraction; both are means of one field."""
     assert first.field == second.field
     return Number((second.value - first.value) / second.value, first.field, "gain", first.cells, second.cells)
 
 
 def price(seconds: tuple[Number, Number], quality: tuple[Number, Number]) -> Number | None:
-    """Return the seconds that the first of each pair costs more for each point by which its quality is lower (better).
+    """Return the price of quality: additional seconds of the first of each pair for each point by which it is better.
 
-    None where the first is not better.
+    Lower quality values, such as perplexities, are better. None if the first is not better.
     """
     better = quality[1].value - quality[0].value
     if better <= 0:
@@ -151,7 +151,7 @@ def _values(records: Sequence[CellRecord], field: str) -> dict[str, float]:
 def field_of(name: str) -> Field:
     """Return a quantity by name.
 
-    Beside :data:`FIELDS` there are ``task:NAME`` and ``task_stderr:NAME`` (accuracy on one task), and ``error:LAYER``,
+    In addition to :data:`FIELDS` there are ``task:NAME`` and ``task_stderr:NAME`` (accuracy on one task), and ``error:LAYER``,
     ``raw_error:LAYER`` and ``zeros:LAYER`` (relative error after and before compensation, and sparsity, of one layer).
     """
     kind, _, rest = name.partition(":")
@@ -186,9 +186,10 @@ _PRUNING_PHASES = ("load", "calibration", "statistics", "solve", "propagate", "w
 
 
 def _peak(record: CellRecord) -> float | None:
-    """Return the peak above what the study's process holds anyway: the least peak among the phases of pruning.
+    """Return the peak memory of pruning, in bytes, minus the smallest peak among its phases.
 
-    A process keeps the dense model, and its outputs, from one cell to the next; a method has no part in that.
+    The study's process keeps the dense model and its outputs from one cell to the next. No method needs this memory, and the
+    smallest peak estimates it.
     """
     name = "host_peak_bytes" if record.device_peak_bytes is None else "device_peak_bytes"
     peak = getattr(record, name)
@@ -197,7 +198,7 @@ def _peak(record: CellRecord) -> float | None:
 
 
 def _alone(read: Callable[[CellRecord], float | None]) -> Callable[[CellRecord], float | None]:
-    """Return a reader of seconds that finds none where other cells ran on the same device: they say nothing of a method."""
+    """Return a reader of seconds that gives None if other cells ran on the same device: such times are not comparable."""
     return lambda record: read(record) if record.machine.get("sharers", 1) == 1 else None
 
 
@@ -237,7 +238,7 @@ def _seconds(value: float) -> str:
 
 
 def _two_significant(value: float) -> str:
-    """Return two significant digits, or all before the point."""
+    """Return two significant digits, or all digits before the decimal point if these are more."""
     if value == 0 or abs(value) >= 10:
         return f"{value:,.0f}"
     if abs(value) < 1e-4:

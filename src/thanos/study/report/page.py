@@ -1,4 +1,4 @@
-"""``report.html``: one file that needs nothing else, on a wide screen, on a phone, light and dark."""
+"""``report.html``: one self-contained file, for wide screens and phones, with a light and a dark theme."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _COLOURS = {"ink": INK, "muted": MUTED, "rule": GRID, "paper": PAPER, "accent": 
 
 @dataclass(frozen=True, slots=True)
 class Chapter:
-    """The sections about one model, or about all of them (no title)."""
+    """The sections about one model; or, without a title, about all models."""
 
     title: str
     sections: Sequence[Section]
@@ -31,9 +31,9 @@ def render_page(title: str, lead: Prose, chapters: Sequence[Chapter], pictures: 
     """Return the page.
 
     Args:
-        title: its heading.
-        lead: the paragraph below the heading.
-        chapters: in reading order.
+        title: heading of the page.
+        lead: paragraph below the heading.
+        chapters: chapters in reading order.
         pictures: figure name → SVG text.
     """
     several = sum(bool(chapter.title) for chapter in chapters) > 1
@@ -61,7 +61,7 @@ def render_page(title: str, lead: Prose, chapters: Sequence[Chapter], pictures: 
 
 
 def _inline(svg: str, figure: Figure) -> str:
-    """Return an SVG as part of the page: no prologue, no data of its own, names that no other figure has."""
+    """Return an SVG for inclusion in the page: without prologue and metadata, and with ids that are unique in the page."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)
@@ -75,5 +75,5 @@ def _csv_base64(table: Table) -> str:
 
 
 def slug(text: str) -> str:
-    """Return a text as it may stand in a file's name or an anchor."""
+    """Return a text converted for use in a file's name or an anchor."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "model"

@@ -1,4 +1,4 @@
-"""Who may be ranked with whom, and who is better: by measured sparsity, and beyond the noise."""
+"""Ranking: only rows of equal measured sparsity are compared, and only differences beyond the noise count."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from thanos.study.report.numbers import Number, difference, field_of
 from thanos.study.report.results import Row, over_common_seeds
 
 GROUP_WIDTH = 0.002
-"""Rows whose measured sparsities differ by more than 0.2 points are never ranked against each other."""
+"""Largest difference of measured sparsity, a fraction, between rows that are ranked against each other: 0.2 points."""
 
 
 def groups_by_sparsity(rows: Iterable[Row]) -> list[list[Row]]:
-    """Cut rows into groups of measured sparsity no wider than :data:`GROUP_WIDTH`, from the lowest up."""
+    """Divide rows into groups by measured sparsity, from the lowest up. A group is no wider than :data:`GROUP_WIDTH`."""
     groups: list[list[Row]] = []
     measured = [row for row in rows if row.mean("sparsity") is not None]
     for row in sorted(measured, key=lambda row: (row.value("sparsity"), row.order)):
@@ -24,15 +24,15 @@ def groups_by_sparsity(rows: Iterable[Row]) -> list[list[Row]]:
 
 
 def comparable(first: Row, second: Row) -> bool:
-    """Tell whether two rows may be ranked: their measured sparsities are within :data:`GROUP_WIDTH`."""
+    """Whether two rows may be ranked: their measured sparsities differ by at most :data:`GROUP_WIDTH`."""
     return abs(first.value("sparsity") - second.value("sparsity")) <= GROUP_WIDTH
 
 
 def verdict(first: Row, second: Row, field: str = "perplexity", lent: Number | None = None) -> str:
-    """Compare two rows by the means of a field: ``better``, ``worse``, or ``tie`` within :func:`larger_noise`.
+    """Compare two rows by the means of a field; return ``better``, ``worse``, or ``tie``.
 
-    The means are over the seeds that both rows have. Where no spread is known the means alone decide. Empty where the rows have
-    no seed with such a number in common.
+    The means are over the seeds that both rows have. A difference within :func:`larger_noise` is a tie. If no spread is
+    known, the means alone decide. The result is empty if no common seed has the field in both rows.
     """
     change = change_of(first, second, field)
     if change is None:
@@ -44,7 +44,7 @@ def verdict(first: Row, second: Row, field: str = "perplexity", lent: Number | N
 
 
 def change_of(first: Row, second: Row, field: str = "perplexity") -> Number | None:
-    """Return the mean of the first row less that of the second, over the seeds that both have; None if there are none."""
+    """Return the mean of the first row minus that of the second, over the seeds that both have; None if there are none."""
     a, b = (row.mean(field) for row in over_common_seeds(first, second, field=field))
     return None if a is None or b is None else difference(a, b)
 
@@ -52,8 +52,7 @@ def change_of(first: Row, second: Row, field: str = "perplexity") -> Number | No
 def larger_noise(*rows: Row, field: str = "perplexity", lent: Number | None = None) -> Number | None:
     """Return the largest :meth:`~thanos.study.report.results.Row.noise` of some rows; None if none is known.
 
-    What is ``lent`` stands for that of a row of which none is known. Accuracies have the standard error of their items
-    besides; the larger counts.
+    ``lent`` replaces an unknown noise. For accuracies the standard errors over their items are candidates too.
     """
     kind, _, task = field.partition(":")
     error = {"zero_shot": "zero_shot_stderr", "task": f"task_stderr:{task}"}.get(kind)
@@ -62,17 +61,19 @@ def larger_noise(*rows: Row, field: str = "perplexity", lent: Number | None = No
 
 
 def one_seed(*rows: Row, field: str = "perplexity") -> str:
-    """Return the mark ``°`` where the rows have fewer than two draws in common: what is said of them rests on one."""
+    """Return the mark ``°`` if a row has fewer than two draws over the common seeds, else an empty text."""
     return "°" if any(row.spread(field) is None for row in over_common_seeds(*rows, field=field)) else ""
 
 
 def pareto(rows: Sequence[Row], costs: Callable[[Row, Row], str], field: str = "perplexity") -> list[Row]:
-    """Return the rows that no other beats, which is to be no worse in cost and in a field, and better in one of them.
+    """Return the Pareto front: the rows that no other row beats.
+
+    A row beats another if it is not worse in cost and in the field, and better in one of the two.
 
     Args:
-        rows: comparable with each other.
-        costs: the verdict on two rows' costs.
-        field: what is had for it.
+        rows: rows that are comparable with each other.
+        costs: function from two rows to the verdict on their costs, as :func:`verdict` gives.
+        field: name of the quality field.
     """
 
     def beats(first: Row, second: Row) -> bool:
@@ -83,9 +84,10 @@ def pareto(rows: Sequence[Row], costs: Callable[[Row, Row], str], field: str = "
 
 
 def ranks(rows: Sequence[Row], field: str = "perplexity") -> list[str]:
-    """Rank comparable rows: 1 + the number of rows that are clearly better; ``=`` after it marks a tie, ``°`` one seed.
+    """Return the ranks of rows as text: 1 + the number of comparable rows that are better.
 
-    Rows without the field, or without another to compare with, get an empty text.
+    ``=`` after it marks a tie, ``°`` a row with one seed. Rows without the field, or without a comparable row, get an empty
+    text.
     """
     able = [row for row in rows if row.mean(field) is not None]
     found = []

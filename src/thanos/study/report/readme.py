@@ -1,4 +1,4 @@
-"""A README's results, generated from a store between two markers, so that they cannot drift from it unnoticed.
+"""The results block of a README, generated from a store between two markers, so that a test detects a stale block.
 
 <!-- results: docs/results/MODEL -->
 …headline table, figure and where they come from…
@@ -30,8 +30,8 @@ def with_results(text: str, root: Path) -> str:
     """Return a README's text with every results block made anew from its store.
 
     Args:
-        text: of the README.
-        root: the folder that the markers' paths start from.
+        text: text of the README.
+        root: folder to which the markers' paths are relative.
 
     Raises:
         DataError: a store cannot be read.
@@ -83,7 +83,7 @@ def _results(report: Report, contents: Contents, folder: str, store: str) -> str
 
 
 def _narrow(table: Table) -> Table:
-    """Keep the columns that a README has room for."""
+    """Return the table with only the columns that fit in a README."""
     kept = [index for index, column in enumerate(table.columns) if column.name in _COLUMNS]
     rows = tuple(tuple(row[index] for index in kept) for row in table.rows)
     return dataclasses.replace(table, columns=tuple(table.columns[index] for index in kept), rows=rows)

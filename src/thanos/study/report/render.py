@@ -1,4 +1,4 @@
-"""The templates of a report, filled in by jinja2; only those of HTML escape what they are given."""
+"""The templates of a report, filled in by jinja2. Only the HTML templates escape their values."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 
 
 def environment(**filters: Callable[..., Any]) -> Environment:
-    """Return what renders the templates of this folder, with filters in addition to jinja2's own."""
+    """Return jinja2's environment for the templates of this folder, with additional filters."""
     found = Environment(
         loader=PackageLoader("thanos.study.report"),
         autoescape=select_autoescape(["html"]),

@@ -1,4 +1,4 @@
-"""What a report compares: the cells of a store grouped into rows that differ in nothing but their seed."""
+"""The rows that a report compares. A row groups the cells that differ only in their seed."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from thanos.study.store import CellRecord
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Row:
-    """The cells of one setting; they differ in their seed alone. The attributes are those of a store's ``cell``.
+    """The cells of one setting, which differ only in their seed. The other attributes are those of a record's ``cell``.
 
     Attributes:
-        sparsity: asked for; the pattern's own for n:m.
-        alpha: share of outlier rows.
-        records: the cells, by seed.
+        sparsity: requested sparsity; for n:m that of the pattern.
+        alpha: fraction of outlier rows.
+        records: the cells, sorted by seed.
         whole: the row of which this one is a part, see :meth:`only`; None for a whole row.
-        kin: the rows of the same method, pattern and sparsity, whose spread stands for that of a row with one seed.
+        kin: rows of the same method, pattern and sparsity; a row with one seed takes its spread from them.
     """
 
     model: str
@@ -51,7 +51,7 @@ class Row:
 
     @property
     def label(self) -> str:
-        """The method with what is not its default: ``Thanos α = 0.1, kept budget, B = 64``."""
+        """The method and its settings other than the defaults: ``Thanos α = 0.1, budget kept, B = 64``."""
         parts = [f"α = {self.alpha:g}"] if self.alpha else []
         parts += ["budget kept"] if self.keep_budget and self.alpha else []
         parts += [] if self.has_default_block else [f"B = {self.block_size}"]
@@ -59,17 +59,17 @@ class Row:
 
     @property
     def pattern_label(self) -> str:
-        """The pattern with the sparsity asked for, where the pattern leaves it open: ``columns 30 %``."""
+        """The pattern, with the requested sparsity unless the pattern implies it: ``columns 30 %``."""
         return self.pattern if _implies_sparsity(self.pattern) else f"{self.pattern} {percent(self.sparsity)}"
 
     @property
     def setting(self) -> str:
-        """Pattern and label."""
+        """Pattern label and label."""
         return f"{self.pattern_label}, {self.label}"
 
     @property
     def has_default_block(self) -> bool:
-        """Whether the block size is what the recipe would choose."""
+        """Whether the block size is the recipe's default."""
         if self.block_size is None:
             return True
         try:
@@ -80,7 +80,7 @@ class Row:
 
     @property
     def order(self) -> tuple[Any, ...]:
-        """What rows are sorted by."""
+        """The sort key of rows."""
         methods = ("dense", *registry.method_names())
         place = methods.index(self.method) if self.method in methods else len(methods)
         return (
@@ -94,17 +94,17 @@ class Row:
         )
 
     def mean(self, field: str) -> Number | None:
-        """Return the mean of a field over the seeds; None where no cell has it."""
+        """Return the mean of a field over the seeds; None if no cell has it."""
         return mean(self.records, field)
 
     def spread(self, field: str) -> Number | None:
-        """Return its spread over the seeds; None for fewer than two. Seeds that drew the same windows are one."""
+        """Return the spread of a field over the seeds; None for fewer than two. Seeds with the same windows count once."""
         return spread(self.draws, field)
 
     def noise(self, field: str = "perplexity") -> Number | None:
-        """Return how much a field may differ by the draw of calibration text alone; None where nothing tells.
+        """Return how much the draw of calibration text alone changes a field; None if it is unknown.
 
-        That is the spread of the whole row, or the largest of its :attr:`kin` where the row has one seed.
+        This is the spread of the whole row, or, for a row with one seed, the largest spread of its :attr:`kin`.
         """
         own = (self.whole or self).spread(field)
         if own is not None:
@@ -113,19 +113,19 @@ class Row:
         return max(spreads, key=lambda number: number.value, default=None)
 
     def only(self, seeds: Iterable[int | None]) -> Row:
-        """Return the row with the cells of these seeds alone; its :meth:`noise` is still that of all of them."""
+        """Return the row with only the cells of these seeds. Its :meth:`noise` is still that of the whole row."""
         wanted = set(seeds)
         records = tuple(record for record in self.records if record.cell["seed"] in wanted)
         return dataclasses.replace(self, records=records, whole=self.whole or self)
 
     def seeds_with(self, field: str) -> set[int | None]:
-        """Return the seeds of the cells that have a field: not every seed is given the zero-shot tasks."""
+        """Return the seeds of the cells that have a field. For example, not every seed has zero-shot tasks."""
         read = field_of(field).read
         return {record.cell["seed"] for record in self.records if read(record) is not None}
 
     @property
     def draws(self) -> tuple[CellRecord, ...]:
-        """The cells whose calibration windows differ, the first of each; all of them where the store does not say."""
+        """The cells with distinct calibration windows: the first cell of each. A cell without their hash counts as distinct."""
         found: dict[str, CellRecord] = {}
         for record in self.records:
             windows = (record.calibration or {}).get("sha256") or record.key
@@ -133,24 +133,24 @@ class Row:
         return tuple(found.values())
 
     def value(self, field: str) -> float:
-        """Return the mean's value of a field that every done cell has."""
+        """Return the mean of a field as a plain number; every done cell must have the field."""
         number = self.mean(field)
         assert number is not None, f"{self.setting} has no {field}"
         return number.value
 
 
 def percent(share: float) -> str:
-    """Return a share as ``30 %``."""
+    """Return a fraction as ``30 %``."""
     return f"{100 * share:g} %" if round(100 * share, 6) == round(100 * share) else f"{100 * share:.2f} %"
 
 
 def title_of(method: str) -> str:
-    """Return a method's name for people."""
+    """Return a method's display name."""
     return "Dense" if method == "dense" else registry.method_title(method)
 
 
 def pattern_order(pattern: str) -> tuple[int, str]:
-    """Return what patterns are sorted by: those of the registry in its order, then others by name."""
+    """Return the sort key of a pattern: patterns of the registry in its order, then others by name."""
     known = registry.example_patterns()
     return (known.index(pattern) if pattern in known else len(known), pattern)
 
@@ -165,11 +165,11 @@ def _implies_sparsity(pattern: str) -> bool:
 class Results:
     """The cells of one model that can be compared: same evaluation and dtype, and rows of the same calibration and damping.
 
-    ``left_out`` names the cells that are not compared, see selection.py; ``variations`` are the rows with another calibration
-    or damping. ``cost_only`` tells whether the study asked for the model's cost alone, so that none of its cells was evaluated.
+    ``left_out`` has the cells that are not compared, see comparable.py. ``variations`` are the rows with another calibration
+    or damping. ``cost_only`` is true if no cell of the model was evaluated, since the study lists the model there.
 
     Args:
-        model: whose.
+        model: name of the model.
         records: the done cells of a store, of any model.
     """
 
@@ -193,20 +193,20 @@ class Results:
         return all(value is None or value == wanted for value, wanted in zip(own, self.base, strict=True))
 
     def find(self, **settings: Any) -> Row | None:
-        """Return the row with these attributes, the others being plain; None if the store has none."""
+        """Return the row with these attributes; None if there is none. Defaults: α = 0 and the default block size."""
         wanted = {"alpha": 0.0, **settings}
         return next((row for row in self.rows if _matches(row, wanted)), None)
 
     def select(self, **settings: Any) -> list[Row]:
-        """Return the rows with these attributes, whatever the others."""
+        """Return the rows with these attributes and any values of the others."""
         return [row for row in self.rows if _matches(row, settings, any_block=True)]
 
 
 def over_common_seeds(*rows: Row, field: str = "perplexity") -> tuple[Row, ...]:
-    """Return rows with those seeds alone for which each of them has the field.
+    """Return the rows restricted to the seeds for which each of them has the field.
 
-    What only one of them drew says nothing of a difference: every comparison of a report is made over what this gives. Rows
-    without a common seed have no cells left.
+    Every comparison of a report uses these: a seed of one row alone says nothing about the difference. Rows without a common
+    seed have no cells left.
     """
     common = set.intersection(*(row.seeds_with(field) for row in rows)) if rows else set()
     return tuple(row.only(common) for row in rows)
@@ -235,7 +235,7 @@ def _equal(value: Any, wanted: Any) -> bool:
 
 
 def row_of(records: Iterable[CellRecord]) -> Row:
-    """Return the row of cells that differ in their seed alone."""
+    """Return the row of cells that differ only in their seed."""
     ordered = tuple(sorted(records, key=lambda record: record.cell["seed"] or 0))
     cell = ordered[0].cell
     return Row(
@@ -278,5 +278,5 @@ def _calibration_of(record: CellRecord) -> tuple[Any, ...]:
 
 
 def _damping_of(record: CellRecord) -> tuple[Any, ...] | None:
-    """None for a method that does not damp, which goes with any damping."""
+    """Return the damping; None for a method without damping, which can be compared with rows of any damping."""
     return None if record.cell["damping"] is None else (record.cell["damping"],)

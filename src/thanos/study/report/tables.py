@@ -1,4 +1,4 @@
-"""Tables of a report, and their text as CSV, Markdown and LaTeX. HTML is in page.py."""
+"""Tables of a report, and their output as CSV, Markdown and LaTeX. HTML is in page.py."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from thanos.study.report.numbers import Number, Prose, plain
 from thanos.study.report.render import environment
 
 _WITHOUT_SPREAD = ("zero_shot_stderr", "layer_error", "solve_seconds", "sparsity", "peak_bytes")
-"""Shown as means alone, to keep tables narrow; the spread of the layer error is in the table of noise."""
+"""Fields shown without spread, to keep tables narrow. The table of noise has the spread of the layer error."""
 
 
 UNKNOWN = "–"
-"""Stands for a number that is not in the store; a CSV file has nothing in its place."""
+"""Shown for a number that is not in the store. In a CSV file the entry is empty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,12 +25,12 @@ class Cell:
     """One cell of a table: a number with or without its spread, or a text.
 
     Attributes:
-        text: shown where there is no number.
-        number: from the store.
-        spread: of the number over seeds.
-        best: shown bold.
-        mark: after the number, how to take it: ``=`` a tie, ``°`` one seed. Not in CSV files.
-        prose: several numbers in a sentence, instead of the above.
+        text: text that is shown if there is no number.
+        number: number from the store.
+        spread: spread of the number over seeds.
+        best: whether the number is shown bold.
+        mark: mark after the number: ``=`` a tie, ``°`` one seed. Not in CSV files.
+        prose: a sentence with several numbers, instead of the other attributes.
     """
 
     text: str = ""
@@ -42,7 +42,7 @@ class Cell:
 
     @property
     def shown(self) -> str:
-        """What a reader sees."""
+        """The cell as displayed text."""
         if self.prose:
             return plain(self.prose)
         if self.number is None:
@@ -53,7 +53,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One column: its heading for people, and its name in the CSV file; numbers stand to the right."""
+    """One column: its displayed heading, and its name in the CSV file. Numbers are aligned right."""
 
     head: str
     name: str
@@ -65,13 +65,13 @@ class Table:
     """A table.
 
     Attributes:
-        name: of its files.
-        title: what it shows.
-        columns: from left to right.
-        rows: a cell for each column.
+        name: name of its files, without ending.
+        title: title above the table.
+        columns: columns from left to right.
+        rows: rows, each with one cell for each column.
         bands: row index → the heading above that row.
-        note: how many cells, which sparsity, how to read it.
-        folded: closed in the page until the reader opens it.
+        note: text below the table: number of cells, sparsity, explanation of the marks.
+        folded: whether the table is closed in the page until the reader opens it.
     """
 
     name: str
@@ -89,7 +89,7 @@ def text(value: str) -> Cell:
 
 
 def number(value: Number | None, spread: Number | None = None, *, best: bool = False, mark: str = "") -> Cell:
-    """Return a cell of a number, a dash where it is unknown."""
+    """Return a cell of a number; a dash if it is unknown."""
     return Cell(text=UNKNOWN, number=value, spread=spread, best=best, mark=mark)
 
 
@@ -108,13 +108,13 @@ HEADS = {
     "peak_bytes": "peak memory above what is held (GiB)",
     "seconds_difference": "s more than SparseGPT",
 }
-"""A column's name → the heading that it has in every table."""
+"""Name of a column → its heading in every table."""
 
 
 def columns(*heads: str) -> tuple[Column, ...]:
-    """Return columns from names, with ``;`` between them; ``heading|name`` where :data:`HEADS` has not the heading.
+    """Return columns from names that are separated by ``;``.
 
-    A leading ``<`` makes a column of text.
+    ``heading|name`` gives a heading that is not in :data:`HEADS`. A leading ``<`` makes a column of text.
     """
     found = []
     for head in (each.strip() for texts in heads for each in texts.split(";")):
@@ -125,7 +125,7 @@ def columns(*heads: str) -> tuple[Column, ...]:
 
 
 Line = Sequence[Cell | Number | str | None]
-"""A row of a table: a string is a cell of text, a number a cell of that number, None a number that is not known."""
+"""A row of a table: a string becomes a cell of text, a number a cell of that number, None a cell of an unknown number."""
 
 
 def table(
@@ -137,9 +137,10 @@ def table(
     *,
     folded: bool = False,
 ) -> Table:
-    """Return a table, its columns given as :func:`columns` takes them, its lines by the heading above them where they have one.
+    """Return a table.
 
-    A heading without lines is left out.
+    ``heads`` are columns, or names as :func:`columns` takes them. ``lines`` are rows, or a dict from a heading to the rows
+    below it. A heading without rows is left out.
     """
     rows: list[tuple[Cell, ...]] = []
     bands: dict[int, str] = {}
@@ -159,7 +160,7 @@ def _cell(value: Cell | Number | str | None) -> Cell:
 
 
 def to_csv(table: Table) -> str:
-    """Return a table as CSV: unrounded numbers in the store's units, spreads in columns of their own; empty where unknown."""
+    """Return a table as CSV: unrounded numbers in the store's units, spreads in separate columns, unknown entries empty."""
     spreads = {index for row in table.rows for index, cell in enumerate(row) if cell.spread is not None}
     heads = ["group"] if table.bands else []
     for index, column in enumerate(table.columns):
@@ -186,7 +187,7 @@ def to_markdown(table: Table) -> str:
 
 
 def to_latex(table: Table) -> str:
-    """Return a table for LaTeX; it needs the package booktabs."""
+    """Return a table for LaTeX, with the package booktabs."""
     return _render("table.tex", table)
 
 
@@ -247,9 +248,10 @@ WRITERS = {"csv": to_csv, "md": to_markdown, "tex": to_latex}
 
 
 def measures(row: Any, fields: Sequence[str], best: dict[str, Any] | None = None) -> list[Cell]:
-    """Return a cell for each field of a row: mean and spread, bold where ``best`` names this row for the field.
+    """Return a cell for each field of a row: mean and spread, bold if ``best`` has this row for the field.
 
-    ``°`` marks a field that rests on one draw where the row has several: tasks, or seconds of the cells that ran alone.
+    ``°`` marks a field with one draw in a row with several. Tasks, and seconds of cells that ran alone, may be fewer than the
+    draws.
     """
     found = []
     for name in fields:

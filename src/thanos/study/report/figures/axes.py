@@ -1,4 +1,4 @@
-"""What all figures share: axes without a frame, ticks, captions, markers and the legend."""
+"""Elements of all figures: axes without a frame, ticks, captions, markers and the legend."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _FILLS = ("full", "none", "bottom", "left", "top", "right")
-"""How markers are filled that tell the settings of one method apart."""
+"""Fill styles of markers, one for each setting of a method."""
 
 _SIZES = {"D": 3.1}
-"""Marker → its size in points, where the usual one would be wider than other markers are."""
+"""Marker → size in points, for markers that look wider than others at the usual size."""
 
 _LEGEND_WIDTH = 320.0
-"""Points: somewhat less than a figure's width."""
+"""Largest width of a legend, in points: somewhat less than a figure's width."""
 
 _LETTER, _HANDLE = 4.9, 34.0
-"""Points: width of a legend's letter, and of a handle with the space around it."""
+"""Width of a letter in a legend, and of a handle with the space around it, in points."""
 
 
 def other_methods(chart: Chart) -> list[str]:
-    """Return the methods of a figure that have no colour of their own."""
+    """Return the methods of a figure without a colour in the registry."""
     names = [series.style for series in chart.series] + [p.style for s in chart.series for p in s.points if p.style]
     return [name for name in dict.fromkeys(names) if own_style(name) is None]
 
 
 def look_of(method: str, others: list[str], variant: int = 0) -> dict[str, Any]:
-    """Return matplotlib's arguments for a method's marker; its filling tells the variants apart."""
+    """Return matplotlib's arguments for a method's marker. Each variant has its own fill style."""
     color, marker = style_of(method, others)
     fill = {"fillstyle": _FILLS[variant % len(_FILLS)], "markerfacecoloralt": "none"}
     size = {"markersize": _SIZES.get(marker, 4.1), "markeredgewidth": 0.7}
@@ -42,24 +42,24 @@ def look_of(method: str, others: list[str], variant: int = 0) -> dict[str, Any]:
 
 
 def caption(axes: Axes, text: str, space: float = 0.0) -> None:
-    """Write what y is above its axis, where it is read without turning the head, and above ``space`` points left free."""
+    """Write the label of y horizontally above its axis, with ``space`` points left free between them."""
     axes.set_title(text, loc="left", fontsize=8, color=MUTED, pad=8 + space)
 
 
 def log_note(scale: str) -> str:
-    """Return what an axis' label says of its scale."""
+    """Return the part of an axis' label that names its scale."""
     return "" if scale == "linear" else " (log scale)"
 
 
 def draw_reference(line: Callable[..., Any], reference: tuple[str, Number]) -> Any:
-    """Draw the number that the others are read against, by ``axhline`` or ``axvline``; it labels itself in the legend."""
+    """Draw the reference number as a line, by ``axhline`` or ``axvline``, with its own label in the legend."""
     label, number = reference
     style = {"color": MUTED, "linewidth": 0.9, "linestyle": (0, (2, 2)), "zorder": 1}
     return line(number.scaled, **style, label=f"{label} {number.text}")
 
 
 def legend(canvas: Any, handles: Sequence[Any]) -> None:
-    """Put a legend below everything else, and make the figure higher by as much; nothing without handles."""
+    """Add a legend below the figure, and make the figure higher by the legend's height. Without handles do nothing."""
     if not handles:
         return
     for handle in handles:
@@ -74,7 +74,7 @@ def legend(canvas: Any, handles: Sequence[Any]) -> None:
 
 
 def bare(axes: Axes) -> None:
-    """Take away frame and tick marks."""
+    """Remove the frame and the tick marks."""
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.tick_params(length=0)
@@ -82,20 +82,20 @@ def bare(axes: Axes) -> None:
 
 
 def decimal_ticks(axis: Any, values: list[float]) -> None:
-    """Set ticks of a logarithmic axis: 1, 2 and 5 of each decade, or fewer where there are many decades."""
+    """Set the ticks of a logarithmic axis: 1, 2 and 5 of each decade, or fewer if there are many decades."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     span = max(values) / min(values)
     subs = (1.0, 2.0, 5.0) if span < 60 else (1.0, 3.0) if span < 2000 else (1.0,)
     axis.set_major_locator(LogLocator(base=10, subs=subs))
     axis.set_minor_locator(NullLocator())
-    # Where there is a tick for each of many decades, long numbers would run into each other.
+    # With a tick for each of many decades, long numbers would overlap.
     longest = 1e6 if span < 1e5 else 1e4
     axis.set_major_formatter(FuncFormatter(lambda value, _: tick_text(value, longest)))
 
 
 def tick_text(value: float, longest: float = 1e6) -> str:
-    """Return a tick's number: powers of ten from ``longest`` up, everything else in full."""
+    """Return a tick's number as text: as a power of ten from ``longest`` up, else in full."""
     if value >= longest and math.isclose(10 ** round(math.log10(value)), value):
         return power_of_ten(round(math.log10(value)))
     return f"{value:,.6g}".replace("-", "−")

@@ -1,4 +1,4 @@
-"""What a figure shows, as plain data; draw.py turns it into pictures."""
+"""The contents of a figure as plain data. draw.py draws it."""
 
 from __future__ import annotations
 
@@ -9,20 +9,23 @@ from typing import Any, Literal
 from thanos.study.report.numbers import Number, Prose
 
 SPAN_FOR_LOG = 8.0
-"""An axis whose largest number is more than so many times its smallest is logarithmic, and says so."""
+"""An axis is logarithmic, and labelled so, if its largest number is more than this many times its smallest."""
 
 
 FAR = 3.0
-"""Times the median above which a point of a scatter is drawn above the axes."""
+"""A point of a scatter is drawn above the axes if its y is more than this many times the median."""
 
 
 ROOM = 1.6
-"""Times the highest point of the second lowest line, where capped lines end."""
+"""Capped lines end at this many times the peak of the line with the second lowest peak."""
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One point: both coordinates from the store; the spread belongs to y (to x in ``dots``); its own style may differ."""
+    """One point. Both coordinates come from the store. The spread is that of y, in ``dots`` that of x.
+
+    ``style`` is the method whose style the point has; empty for that of its series.
+    """
 
     x: Number
     y: Number
@@ -37,10 +40,10 @@ class Series:
     """Points of one kind.
 
     Attributes:
-        label: in the legend.
-        style: the method whose colour and marker it has.
-        points: in the order of x.
-        variant: 0 has a full line and full markers; dashes and hollow markers tell other settings of a method apart.
+        label: label in the legend.
+        style: method whose colour and marker the series has.
+        points: points sorted by x.
+        variant: number of the setting of a method: 0 has a full line and full markers, others dashes and hollow markers.
     """
 
     label: str
@@ -54,15 +57,15 @@ class Chart:
     """Series on two axes.
 
     Attributes:
-        kind: ``lines`` joins the points, ``scatter`` joins the marked ones (the Pareto front), ``dots`` gives each point a line
-            of its own, its label to the left, its number to the right and its series' label above the first.
-        name: of its files.
-        title: what it shows.
-        x_label, y_label: with units.
+        kind: ``lines`` joins the points, ``scatter`` joins the marked ones (the Pareto front). ``dots`` draws each point in a
+            line of its own: label to the left, number to the right. The series' label is above its first point.
+        name: name of its files, without ending.
+        title: title of the figure.
+        x_label, y_label: labels of the axes, with units.
         reference: a number that y is read against, with its label: the dense model.
-        x_scale: ``linear``, ``log`` or ``log2``; ``auto`` is log where the numbers span more than :data:`SPAN_FOR_LOG`.
-        note: below the figure in the page.
-        capped: lines end above at :attr:`ceiling`.
+        x_scale: ``linear``, ``log`` or ``log2``; ``auto`` is log if the numbers span more than :data:`SPAN_FOR_LOG`.
+        note: text below the figure in the page.
+        capped: whether lines end at :attr:`ceiling`.
     """
 
     kind: Literal["lines", "scatter", "dots"]
@@ -80,8 +83,9 @@ class Chart:
     def ceiling(self) -> float | None:
         """The largest y inside the axes; None without a limit.
 
-        A scatter's far point would press the others together, and capped lines end above the second lowest of their highest
-        points, so that at least two lines are seen whole. What lies above is drawn above the axes, its number in the legend.
+        In a scatter a far point would compress the others, so the limit is :data:`FAR` times the median. Capped lines end at
+        :data:`ROOM` times the second lowest of their peaks, so that at least two lines are visible as a whole. Points above
+        the limit are drawn above the axes, with their numbers in the legend.
         """
         values = [p.y.scaled for series in self.series for p in series.points]
         if self.kind == "scatter" and len(values) > 2:
@@ -93,15 +97,15 @@ class Chart:
         return limit if max(values) > limit else None
 
     def is_above(self, point: Point) -> bool:
-        """Tell whether a point lies above the ceiling."""
+        """Whether a point is above the ceiling."""
         return self.ceiling is not None and point.y.scaled > self.ceiling
 
     def height_of(self, point: Point) -> float:
-        """Return a point's y, the ceiling for one above it."""
+        """Return a point's y, at most the ceiling."""
         return point.y.scaled if self.ceiling is None else min(point.y.scaled, self.ceiling)
 
     def scale(self, axis: Literal["x", "y"]) -> str:
-        """Return ``linear``, ``log`` or ``log2``, the choice of ``auto`` being made; y is always ``auto``."""
+        """Return ``linear``, ``log`` or ``log2``; ``auto`` is resolved. The scale of y is always ``auto``."""
         if axis == "x" and self.x_scale != "auto":
             return self.x_scale
         values = [(p.x if axis == "x" else p.y).scaled for series in self.series for p in series.points]
@@ -113,7 +117,7 @@ class Chart:
         return "log" if spans else "linear"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values: what the SVG's metadata and the page carry."""
+        """Return plain values for the SVG's metadata and the page."""
         return {
             "name": self.name,
             "title": self.title,
@@ -131,11 +135,11 @@ class HeatMap:
     """Numbers on a grid of decoder blocks (downwards) and kinds of layers (across).
 
     Attributes:
-        name, title, note: as of a :class:`Chart`.
-        label: of the colours.
-        kinds: the columns' names.
-        blocks: the rows' names.
-        values: blocks × kinds; None where a layer was not pruned.
+        name, title, note: as in :class:`Chart`.
+        label: label of the colour scale.
+        kinds: names of the columns.
+        blocks: names of the rows.
+        values: numbers, blocks × kinds; None for a layer that was not pruned.
     """
 
     name: str
@@ -147,7 +151,7 @@ class HeatMap:
     note: Prose = ()
 
     def scale(self) -> str:
-        """Return ``log`` where the numbers span decades, else ``linear``."""
+        """Return ``log`` if the numbers span decades, else ``linear``."""
         known = [number.value for row in self.values for number in row if number is not None]
         return "log" if known and min(known) > 0 and max(known) > SPAN_FOR_LOG * min(known) else "linear"
 

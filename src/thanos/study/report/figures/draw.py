@@ -1,6 +1,6 @@
-"""Figures as SVG and PNG, by matplotlib. The same data gives the same bytes, whatever the date.
+"""Draw figures as SVG and PNG with matplotlib. The same data gives the same bytes on any date.
 
-An SVG carries the figure's data as JSON in its metadata (``dc:description``) and recolours itself on a dark background.
+An SVG has the figure's data as JSON in its metadata (``dc:description``), and CSS rules for a dark background.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 
 
 _WIDTH = 4.6
-"""Inches: on a phone's 360 pixels the 8.5-point text is then about as large as it is in print."""
+"""Width of a figure in inches: on a phone's 360 pixels the 8.5-point text is then about as large as in print."""
 
 _PNG_DPI = 200
 _TITLE_LETTERS = 56
-"""Letters of a title that fit on one line."""
+"""Number of letters of a title that fit on one line."""
 
 _FONTS = "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif"
 _STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",  # comes with matplotlib, so that every machine draws the same
+    "font.family": "DejaVu Sans",  # part of matplotlib, so every machine draws the same
     "font.size": 8.5,
     "text.color": INK,
     "axes.edgecolor": MUTED,
@@ -49,11 +49,11 @@ _STYLE: dict[Any, Any] = {
 
 
 def draw(figure: Figure) -> tuple[str, bytes]:
-    """Return a figure as SVG text, transparent, and as PNG, on white."""
+    """Return a figure as SVG text with a transparent background, and as PNG bytes with a white one."""
     with drawn(figure) as canvas:
         svg, png = io.StringIO(), io.BytesIO()
         data = json.dumps(figure.to_dict(), ensure_ascii=False, separators=(",", ":"))
-        # Neither the date nor a program's version: the data alone decides the bytes.
+        # No date and no version, so that the bytes depend on the data alone.
         about = {"Date": None, "Creator": "thanos", "Title": figure.title, "Description": data}
         canvas.savefig(svg, format="svg", transparent=True, metadata=about)
         canvas.savefig(png, format="png", dpi=_PNG_DPI, facecolor=PAPER, metadata={"Software": None})
@@ -64,7 +64,7 @@ def draw(figure: Figure) -> tuple[str, bytes]:
 
 @contextmanager
 def drawn(figure: Figure) -> Iterator[Any]:
-    """Give a figure as a canvas of matplotlib, laid out."""
+    """Yield a figure as a matplotlib canvas with its final layout."""
     try:
         import matplotlib
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -87,7 +87,7 @@ def drawn(figure: Figure) -> Iterator[Any]:
         engine = canvas.get_layout_engine()
         assert engine is not None
         engine.execute(canvas)
-        canvas.set_layout_engine("none")  # the layout is final: neither format needs another
+        canvas.set_layout_engine("none")  # the layout is final: saving must not change it
         yield canvas
 
 

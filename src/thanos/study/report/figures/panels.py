@@ -1,4 +1,4 @@
-"""Figures with a line or a square for each number: dot plots and heat maps."""
+"""Dot plots, with one line for each number, and heat maps, with one square for each number."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def draw_dots(canvas: Any, axes: Axes, chart: Chart) -> None:
-    """Draw a dot plot: a line for each point, grouped by series, its name to the left and its number to the right."""
+    """Draw a dot plot: a line for each point, grouped by series, with the label to the left and the number to the right."""
     others, place, log = other_methods(chart), 0.0, chart.scale("y") == "log"
     ticks: list[tuple[float, str, str, str]] = []
     numbers: list[tuple[float, str]] = []
@@ -58,14 +58,14 @@ def draw_dots(canvas: Any, axes: Axes, chart: Chart) -> None:
 
 
 def draw_heat_map(canvas: Any, axes: Axes, figure: HeatMap) -> None:
-    """Draw blocks downwards and kinds of layers across, the scale above."""
+    """Draw a heat map: blocks downwards, kinds of layers across, and the colour scale above."""
     from matplotlib.colors import LogNorm, Normalize
     from matplotlib.ticker import FuncFormatter
 
     values = [[float("nan") if number is None else number.scaled for number in row] for row in figure.values]
     known = [value for row in values for value in row if value == value]
     log = figure.scale() == "log"
-    # A share is drawn from 0 to 100 %, so that the same everywhere looks the same; an error from its least to its largest.
+    # The colours of percentages span 0 to 100 %, so that maps are comparable; those of errors span the map's own range.
     low, high = (0.0, 100.0) if figure.label.endswith("(%)") else (min(known), max(known))
     high = high if high > low else low + 1e-9
     mesh = axes.pcolormesh(

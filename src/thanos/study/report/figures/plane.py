@@ -1,4 +1,4 @@
-"""Figures with two axes: lines over a setting, and scatters of accuracy against cost."""
+"""Figures with two numeric axes: lines over a setting, and scatters of accuracy against cost."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _DASHES = ("-", (0, (5, 1.6)), (0, (1.4, 1.4)), (0, (5, 1.4, 1.2, 1.4)), (0, (9,
 _FRONT: dict[str, Any] = {"color": MUTED, "linewidth": 1, "linestyle": (0, (4, 2))}
 _RING: dict[str, Any] = {"marker": "o", "markersize": 9.5, "markerfacecolor": "none", "markeredgecolor": MUTED}
 _SIDE_STEP = 0.0215
-"""Share of the x axis between the points of two lines: a marker and a gap, since measured sparsities differ a little."""
+"""Horizontal shift between two lines, as a fraction of the x axis: a marker and a gap. x differs a little between them."""
 
 _ROW = 11.0
-"""Points from one row of markers above the axes to the next: a ring's height and a gap."""
+"""Distance in points between rows of markers above the axes: a ring's height and a gap."""
 
 
 def draw_plane(canvas: Any, axes: Axes, chart: Chart) -> None:
-    """Draw lines, or a scatter with its Pareto front; what lies above the chart's ceiling has a row above the axes."""
+    """Draw lines, or a scatter with its Pareto front. Points above the chart's ceiling are in rows above the axes."""
     from matplotlib.lines import Line2D
 
     others, handles, rows = other_methods(chart), [], 0
@@ -65,7 +65,7 @@ def draw_plane(canvas: Any, axes: Axes, chart: Chart) -> None:
     if chart.kind == "scatter":
         handles += _front(axes, chart)
     elif len(handles) == 1:
-        handles = []  # the title names the only line
+        handles = []  # no legend: the title names the only line
     if chart.reference is not None:
         handles.append(draw_reference(axes.axhline, chart.reference))
     _limits(axes, chart)
@@ -73,12 +73,12 @@ def draw_plane(canvas: Any, axes: Axes, chart: Chart) -> None:
 
 
 def _side_by_side(chart: Chart) -> list[list[float]]:
-    """Return where each series' points are drawn: beside those of other lines at the same x, so that none hides another."""
+    """Return the x at which each series' points are drawn. Lines are shifted, so that points of equal x do not overlap."""
     places = [[point.x.scaled for point in series.points] for series in chart.series]
     every = [x for each in places for x in each]
     if chart.kind != "lines" or len(places) < 2 or min(every) == max(every):
         return places
-    log = chart.scale("x") != "linear"
+    log = chart.scale("x") != "linear"  # a shift on a logarithmic axis is a factor
     span = math.log(max(every) / min(every)) if log else max(every) - min(every)
     steps = [_SIDE_STEP * span * (index - (len(places) - 1) / 2) for index in range(len(places))]
     return [[x * math.exp(step) if log else x + step for x in each] for each, step in zip(places, steps, strict=True)]
@@ -91,7 +91,7 @@ def _bar(axes: Axes, x: float, point: Point, color: str) -> None:
 
 
 def _row_above(canvas: Any, axes: Axes, row: int, points: list[tuple[float, Point]], look: dict[str, Any]) -> None:
-    """Draw the markers of one series that lie above the axes in a row of their own, ringed as in the plane."""
+    """Draw the markers of one series above the ceiling, in a row of their own. Marked points have a ring, as in the plane."""
     from matplotlib.transforms import ScaledTranslation
 
     place = axes.get_xaxis_transform() + ScaledTranslation(0, (row - 0.3) * _ROW / 72, canvas.dpi_scale_trans)
@@ -122,7 +122,7 @@ def _scales(axes: Axes, chart: Chart) -> None:
 
 
 def _limits(axes: Axes, chart: Chart) -> None:
-    """Leave room around points; a line that runs above the ceiling leaves the figure there."""
+    """Set limits with a margin around the points. A line above the ceiling is cut there."""
     axes.margins(x=0.08 if chart.kind == "scatter" else 0.03, y=0.09)
     if chart.kind == "lines" and chart.ceiling is not None:
         heights = [chart.height_of(point) for series in chart.series for point in series.points]
@@ -133,7 +133,7 @@ def _limits(axes: Axes, chart: Chart) -> None:
 
 
 def _front(axes: Axes, chart: Chart) -> list[Any]:
-    """Ring the points of the Pareto front, join them, and return the front's part of the legend; nothing without a front."""
+    """Draw rings around the points of the Pareto front, join them, and return the front's legend handles, if any."""
     from matplotlib.lines import Line2D
 
     front = sorted((p for series in chart.series for p in series.points if p.marked), key=lambda p: p.x.scaled)
@@ -144,7 +144,7 @@ def _front(axes: Axes, chart: Chart) -> list[Any]:
         axes.plot([x], [y], **_RING, clip_on=False, zorder=2)
     if len(front) > 1 and inside:
         top = axes.get_ylim()[1]
-        axes.set_ylim(top=top)  # a point above the axes is joined to their upper edge
+        axes.set_ylim(top=top)  # the front's line to a point above the axes ends at their upper edge
         line = [(point.x.scaled, top if chart.is_above(point) else point.y.scaled) for point in front]
         axes.step(*zip(*line, strict=True), where="post", **_FRONT, zorder=1)
     return [Line2D([], [], **_FRONT, **{**_RING, "markersize": 7}, label="Pareto front")]

@@ -1,4 +1,4 @@
-"""Colours of a report, light and dark: told apart by people with any colour vision, and by their markers in print."""
+"""Colours of a report, light and dark. They are distinct for any colour vision; in print the markers distinguish them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ STYLES: dict[str, tuple[str, str]] = {row.name: (row.colour, row.marker) for row
 """Method of this package → colour and marker."""
 
 OTHERS: tuple[tuple[str, str], ...] = (("#8a6d00", "v"), ("#56606b", "P"), ("#3d5a99", "X"))
-"""For methods that say none, in turn."""
+"""Styles for methods without their own, assigned in order."""
 
 DARK: dict[str, str] = {
     INK: "#e8eaed",
@@ -26,17 +26,17 @@ DARK: dict[str, str] = {
     "#56606b": "#b4bec8",
     "#3d5a99": "#9db8f2",
 }
-"""Colour in the light theme → the same in the dark one."""
+"""Colour in the light theme → its counterpart in the dark theme."""
 
 
 def style_of(method: str, known: list[str]) -> tuple[str, str]:
-    """Return colour and marker of a method; ``known`` lists those of the figure that have no style of their own."""
+    """Return colour and marker of a method. ``known`` lists the figure's methods that have no style of their own."""
     style = own_style(method)
     return OTHERS[known.index(method) % len(OTHERS)] if style is None else style
 
 
 def own_style(method: str) -> tuple[str, str] | None:
-    """Return the colour and marker that a method's row says; None where it says none."""
+    """Return colour and marker from a method's registry row; None if the row has none."""
     row = registry.find_method(method)
     return None if row is None or not (row.colour and row.marker) else (row.colour, row.marker)
 
@@ -44,8 +44,8 @@ def own_style(method: str) -> tuple[str, str] | None:
 def dark_rules() -> str:
     """Return CSS that recolours an SVG by the colours written in its ``style`` attributes.
 
-    The selectors name no ancestors, since those do not reach what ``<use>`` shows. Programs that know no
-    CSS media queries keep the light colours, since those stay in the file.
+    The selectors name no ancestors, since ancestor selectors do not match elements that ``<use>`` shows. Programs without
+    CSS media queries show the light colours, which stay in the file.
     """
     rules = []
     own = {row.colour: row.dark_colour for row in registry.methods() if row.colour and row.dark_colour}

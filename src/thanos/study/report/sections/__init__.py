@@ -1,4 +1,4 @@
-"""The sections of a report, each a pure function from results to tables, figures and words."""
+"""The sections of a report. Each is a pure function from results to tables, figures and text."""
 
 from thanos.study.report.sections.alpha import alpha
 from thanos.study.report.sections.blocks import blocks
@@ -28,9 +28,9 @@ MODEL_SECTIONS = (
     where,
     variations,
 )
-"""What a report says about each model, in reading order."""
+"""Sections about each evaluated model, in reading order."""
 
 COST_SECTIONS = (blocks, cost, variations)
-"""What it says about a model of which the cost alone was measured."""
+"""Sections about a model that was pruned but not evaluated (``cost_only``)."""
 
 __all__ = ["COST_SECTIONS", "MODEL_SECTIONS", "Section", "data", "perplexity_table", "variations"]

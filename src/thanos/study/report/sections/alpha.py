@@ -1,4 +1,4 @@
-"""How many outlier rows: perplexity and KL divergence over α at equal measured sparsity, and the default that follows."""
+"""How many outlier rows: perplexity and KL divergence over α at equal measured sparsity, and the recommended default."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from thanos.study.report.sections.common import (
 from thanos.study.report.tables import Table, measures, table
 
 ALPHAS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
-"""The shares that the issue of sensitivity is asked for."""
+"""Fractions of outlier rows that a complete study of the sensitivity to α contains."""
 
 PATTERNS = ("columns", "2:4")
 _FIELDS = ("sparsity", "perplexity", "kl_divergence", "layer_error")
@@ -64,7 +64,7 @@ def alpha(results: Results) -> Section:
 
 
 def _common(within: dict[str, list[Row]]) -> Prose:
-    """Say which α is within the noise of the best for every pattern: one default for all."""
+    """Return a sentence about the smallest α that is within the noise of the best for every pattern: a common default."""
     shares = [{round(row.alpha, 6): row for row in rows} for rows in within.values()]
     common = sorted(set.intersection(*(set(each) for each in shares)))
     names = " and ".join(within)
@@ -77,11 +77,11 @@ def _common(within: dict[str, list[Row]]) -> Prose:
 
 
 def recommend(rows: Sequence[Row], field: str = "perplexity") -> tuple[list[Row], Row]:
-    """Return the rows within the noise of the best, by α, and the best; the first of them is what is recommended.
+    """Return the rows within the noise of the best row, sorted by α, and the best row. The first one is recommended.
 
     Args:
-        rows: over the same seeds, each with the field.
-        field: by which they are judged; lower is better.
+        rows: rows over the same seeds, each with the field.
+        field: name of the field that is compared; lower is better.
     """
     best = min(rows, key=lambda row: row.value(field))
     within = [row for row in rows if verdict(row, best, field) != "worse"]
@@ -89,7 +89,7 @@ def recommend(rows: Sequence[Row], field: str = "perplexity") -> tuple[list[Row]
 
 
 def _sparsity(results: Results, pattern: str) -> float | None:
-    """Return the sparsity with the most values of α; the headline's if equal."""
+    """Return the sparsity with the most values of α. Among equals the headline's is preferred."""
     rows = [row for row in results.select(method="thanos", pattern=pattern) if row.has_default_block]
     usual = headline_sparsity(results, pattern)
     sparsities = sorted({row.sparsity for row in rows}, key=lambda value: (value != usual, value))
@@ -127,7 +127,7 @@ def _advice(label: str, rows: Sequence[Row], chosen: Row, best: Row) -> Prose:
 
 
 def _by_divergence(rows: Sequence[Row], chosen: Row) -> Prose:
-    """Say which α the same rule chooses by KL divergence."""
+    """Return a sentence about the α that the same rule recommends by KL divergence."""
     known = [row for row in rows if row.mean("kl_divergence") is not None]
     if len(known) < len(rows):
         return ()
@@ -152,7 +152,7 @@ def _table(label: str, pattern: str, rows: list[Row], shared: Sequence[Row], cho
 
 
 def _chart(results: Results, field: str, label: str, pattern: str, shared: Sequence[Row]) -> Chart:
-    """Return the lines of Thanos and of the methods that have as many α, all over the seeds that Thanos's rows share."""
+    """Return the lines of Thanos and of the methods with as many α, all over the seeds that Thanos's rows have in common."""
     series, sparsity, seeds = [], shared[0].sparsity, shared[0].seeds_with("perplexity")
     for method in dict.fromkeys(row.method for row in results.select(pattern=pattern, sparsity=sparsity)):
         rows = shared if method == "thanos" else equal_alphas(results, method, pattern, sparsity)
@@ -174,5 +174,5 @@ def _chart(results: Results, field: str, label: str, pattern: str, shared: Seque
 
 
 def file_name(pattern: str) -> str:
-    """Return a pattern as it may stand in a file's name: ``2_4``."""
+    """Return a pattern converted for use in a file's name: ``2_4``."""
     return pattern.replace(":", "_")

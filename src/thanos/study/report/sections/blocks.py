@@ -1,4 +1,4 @@
-"""Block size: what the block-wise formulation costs and brings, and where."""
+"""Block size: how it affects the perplexity and the time of Thanos, for each pattern."""
 
 from __future__ import annotations
 
@@ -71,9 +71,9 @@ def blocks(results: Results) -> Section:
 
 
 def sizes(results: Results, pattern: str) -> list[Row]:
-    """Return Thanos's rows over B, α = 0, at the sparsity with the most block sizes and equal measured sparsity.
+    """Return Thanos's rows over B with α = 0, of equal measured sparsity, at the sparsity with the most block sizes.
 
-    Those without a perplexity are left out, where the model was evaluated at all.
+    If the model was evaluated, rows without a perplexity are left out.
     """
     rows = [row for row in results.select(method="thanos", pattern=pattern, alpha=0.0) if row.block_size is not None]
     rows = [row for row in rows if results.cost_only or row.mean("perplexity") is not None]
@@ -86,7 +86,7 @@ def sizes(results: Results, pattern: str) -> list[Row]:
 
 
 def _answer(label: str, rows: list[Row]) -> Prose:
-    """Compare the best of the smaller blocks with the largest, all rows being over the same seeds."""
+    """Compare the best of the smaller blocks with the largest block. All rows must have the same seeds."""
     whole, best = rows[-1], min(rows[:-1], key=lambda row: row.value("perplexity"))
     means = [row.mean("perplexity") for row in (best, whole)]
     s, t = best.mean("seconds"), whole.mean("seconds")
@@ -103,7 +103,7 @@ def _answer(label: str, rows: list[Row]) -> Prose:
 
 
 def _by_time(best: Row, whole: Row) -> str:
-    """Say what time decides between rows of equal perplexity."""
+    """Return in words which of two rows of equal perplexity is faster."""
     faster = verdict(best, whole, "seconds")
     if faster in ("better", "worse"):
         return f"a tie, which time decides {'for' if faster == 'better' else 'against'} blocks"

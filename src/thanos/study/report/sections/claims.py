@@ -27,7 +27,7 @@ _WORDS = {"better": "holds", "worse": "does not hold", "tie": "tie", "": "not me
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A claim, whether it holds, and the numbers that say so."""
+    """A claim, the verdict whether it holds, and the numbers behind the verdict."""
 
     claim: str
     verdict: str
@@ -158,24 +158,24 @@ def _structured_gain_largest(results: Results) -> Claim:
 
 
 def _noise_of_gain(own: Row, other: Row) -> float:
-    """Return by how much 1 − own / other may differ by the draw: each perplexity's noise times the gain's slope in it."""
+    """Return the noise of the gain 1 − own / other: the larger of each perplexity's noise times the gain's derivative."""
     a, b = own.value("perplexity"), other.value("perplexity")
     return max(_value(own.noise()) / b, _value(other.noise()) * a / b**2)
 
 
 def _shared(pairs: list[tuple[Row, Row]]) -> list[tuple[Row, Row]]:
-    """Return pairs of rows over the seeds that all of them have."""
+    """Return the pairs of rows restricted to the seeds that all rows have."""
     rows = over_common_seeds(*(row for pair in pairs for row in pair))
     return list(zip(rows[::2], rows[1::2], strict=True))
 
 
 def _beyond(change: float, noises: list[float]) -> str:
-    """Return ``better`` for a change above the largest noise, ``worse`` for one below it, else ``tie``."""
+    """Return ``tie`` for a change within the largest noise, else ``better`` if it is positive and ``worse`` if negative."""
     return "tie" if abs(change) <= max(noises) else "better" if change > 0 else "worse"
 
 
 def _worst(verdicts: list[str]) -> str:
-    """Return the verdict on a claim of several parts: it holds if each does, and does not if one does not."""
+    """Return the verdict on a claim of several parts: the worst of the parts' verdicts."""
     return max(verdicts, key=_ORDER.index)
 
 

@@ -1,4 +1,4 @@
-"""What the sections of a report share."""
+"""Functions and texts that several sections of a report use."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from thanos.study.report.tables import Table
 from thanos.study.store import CellRecord
 
 HEADLINE = ("unstructured", "2:4", "4:8", "columns")
-"""The patterns of the headline table, at the sparsity of :func:`headline_sparsity`."""
+"""Patterns of the headline table; :func:`headline_sparsity` gives their sparsity."""
 
 USUAL_SPARSITY = {"columns": 0.3}
-"""The paper's, where it is not 50 %."""
+"""Pattern → the paper's sparsity, a fraction, if it is not 50 %."""
 
 SIGNS = {"better": "<", "worse": ">", "tie": "=", "": "–"}
-"""Verdicts on perplexity as a table draws them."""
+"""Verdict on perplexity → its sign in tables."""
 
 
 @dataclass(slots=True)
@@ -27,11 +27,11 @@ class Section:
     """One section of a report.
 
     Attributes:
-        name: its anchor.
-        title: its heading, a question where it answers one.
+        name: anchor of the section.
+        title: heading, in some sections a question.
         prose: paragraphs.
-        tables, figures: what it shows.
-        missing: the cells that it would need and the store lacks.
+        tables, figures: tables and figures of the section.
+        missing: descriptions of cells that the section needs and the store lacks.
     """
 
     name: str
@@ -46,14 +46,14 @@ COST_ONLY: Prose = (
     "This model was pruned and not evaluated (cost_only in the study), as models with random weights are: its numbers tell "
     "what pruning costs, and how far the layers' outputs moved, and nothing about accuracy.",
 )
-"""Stands above the sections of a model of which the cost alone was measured."""
+"""First paragraph about a model that was pruned but not evaluated."""
 
 
 def headline_sparsity(results: Results, pattern: str) -> float | None:
-    """Return the sparsity at which the headline shows a pattern; None if the store has no row of it.
+    """Return the sparsity at which the headline shows a pattern; None if the store has no row of the pattern.
 
-    The paper's if two methods have it; else that of the most methods, then of the most seeds, then nearest to the paper's. A
-    cell more or less elsewhere does not move the headline.
+    It is the paper's if at least two methods have it. Otherwise it is the sparsity with the most methods, then with the most
+    seeds, then nearest to the paper's. So single cells at other sparsities do not change the headline.
     """
     rows = [row for row in results.select(pattern=pattern, alpha=0.0) if row.has_default_block]
     usual = USUAL_SPARSITY.get(pattern, 0.5)
@@ -75,7 +75,7 @@ def headline_sparsity(results: Results, pattern: str) -> float | None:
 
 
 def headline_rows(results: Results, pattern: str) -> list[Row]:
-    """Return the plain rows of every method at the headline's sparsity of a pattern."""
+    """Return each method's row with α = 0 and the default block size, at the headline's sparsity of a pattern."""
     sparsity = headline_sparsity(results, pattern)
     if sparsity is None:
         return []
@@ -83,23 +83,23 @@ def headline_rows(results: Results, pattern: str) -> list[Row]:
 
 
 def equal_alphas(results: Results, method: str, pattern: str, sparsity: float) -> list[Row]:
-    """Return a method's rows over α, from 0 up, whose measured sparsity equals that of α = 0; one row for each α."""
+    """Return a method's rows sorted by α, one for each α whose measured sparsity equals that of α = 0."""
     base = results.find(method=method, pattern=pattern, sparsity=sparsity)
     if base is None:
         return []
     rows = [row for row in results.select(method=method, pattern=pattern, sparsity=sparsity) if row.has_default_block]
-    # Where both variants meet the sparsity, as for columns, the one that promises to keep the budget stands for both.
+    # If rows with and without keep_budget both have this sparsity, as for columns, the one with keep_budget is used.
     found = {row.alpha: row for row in sorted(rows, key=lambda row: row.keep_budget) if comparable(row, base)}
     return [found[alpha] for alpha in sorted(found)]
 
 
 def patterns_of(rows: Iterable[Row]) -> list[str]:
-    """Return the patterns of rows in the order in which they are shown."""
+    """Return the patterns of rows in display order."""
     return sorted({row.pattern for row in rows}, key=pattern_order)
 
 
 def own(row: Row, field: str) -> Number | None:
-    """Return a setting of a row, which all of its cells share."""
+    """Return a setting of a row; all cells of the row have the same."""
     return setting(row.records[0], field)
 
 
@@ -110,14 +110,14 @@ def points(
     bar: Callable[[Row, str], Number | None] = Row.spread,
     label: Callable[[Row], str] | None = None,
 ) -> tuple[Point, ...]:
-    """Return a point for each row that has both fields; with a label it has the style of its own method too.
+    """Return a point for each row that has both fields. With ``label`` each point has its method's style.
 
     Args:
-        rows: in the order of the points.
-        x: a setting (``alpha``, ``block_size``), or a field of which the mean is taken.
-        y: a field of which the mean is taken.
-        bar: of a row and y, the spread that is drawn.
-        label: of a row.
+        rows: rows in the order of the points.
+        x: name of a setting (``alpha``, ``block_size``), or of a field; then the mean is used.
+        y: name of a field; the mean is used.
+        bar: function from a row and ``y`` to the spread that is drawn.
+        label: function from a row to its label; None for points without labels.
     """
     at = own if x in ("alpha", "block_size") else Row.mean
     found = [(row, at(row, x), row.mean(y)) for row in rows]
@@ -129,20 +129,21 @@ def points(
 
 
 def best_by(rows: Sequence[Row], fields: Iterable[str]) -> dict[str, list[Row]]:
-    """Return for each field the rows that no row of their sparsity clearly beats; none that has no such row beside it.
+    """Return for each field the rows that no comparable row beats. A row without a comparable row is not returned.
 
-    As for :func:`~thanos.study.report.ranking.ranks`, only rows of equal measured sparsity are compared, over common seeds.
+    The comparison is that of :func:`~thanos.study.report.ranking.ranks`: equal measured sparsity, over common seeds.
     """
     found: dict[str, list[Row]] = {}
     for name in fields:
         able = [row for row in rows if row.mean(name) is not None]
         results = {row: [verdict(o, row, name) for o in able if o is not row and comparable(o, row)] for row in able}
+        # An empty verdict means that two rows have no common seed.
         found[name] = [row for row in able if any(results[row]) and "better" not in results[row]]
     return found
 
 
 def note(rows: Iterable[Row], *more: str) -> Prose:
-    """Return what stands below a table: how many cells, their measured sparsity, and how to read the marks."""
+    """Return the note below a table: the number of cells, their measured sparsity, then ``more``."""
     rows = list(rows)
     records = [record for row in rows for record in row.records]
     if not records:
@@ -159,13 +160,13 @@ def note(rows: Iterable[Row], *more: str) -> Prose:
 
 
 def counted(names: Sequence[str], one: str, several: str = "") -> str:
-    """Return names as words, and their number: ``SparseGPT, Wanda and magnitude (3 other methods)``."""
+    """Return names and their number in words: ``SparseGPT, Wanda and magnitude (3 other methods)``."""
     words = " and ".join([*([", ".join(names[:-1])] if names[1:] else []), names[-1]])
     return f"{words} ({len(names)} {one if len(names) == 1 else several or one + 's'})"
 
 
 def seeds_of(rows: Iterable[Row]) -> str:
-    """Return the seeds of rows as words: ``seeds 0, 1, 2``."""
+    """Return the seeds of rows in words: ``seeds 0, 1, 2``."""
     seeds = sorted(
         {str(record.cell["seed"]) for row in rows for record in row.records}, key=lambda seed: (len(seed), seed)
     )
@@ -173,7 +174,7 @@ def seeds_of(rows: Iterable[Row]) -> str:
 
 
 def common_note(rows: Sequence[Row], shared: Sequence[Row]) -> str:
-    """Return over which seeds a table's rows are shown, by pattern where these differ, and that some have others besides."""
+    """Return a note with the seeds of a table's rows, by pattern if they differ. It says if some rows have more seeds."""
     more = any(len(part.records) < len(row.records) for row, part in zip(rows, shared, strict=True))
     rest = "; the others of rows with more count for the noise alone" if more else ""
     found = {row.pattern_label: seeds_of([row]) for row in shared}
@@ -184,11 +185,11 @@ def common_note(rows: Sequence[Row], shared: Sequence[Row]) -> str:
 
 
 NAMED = 8
-"""Settings that are left out and named, for each reason."""
+"""Number of left-out settings that are named, for each reason."""
 
 
 def left_out(results: Results) -> Prose:
-    """Return what no comparison shows, and why; nothing where every cell is compared."""
+    """Return a sentence with the left-out cells and the reasons; empty if every cell is compared."""
     parts: list[str | Number] = []
     for each in results.left_out:
         names = list(dict.fromkeys(_named(record) for record in each.records))

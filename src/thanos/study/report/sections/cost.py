@@ -1,4 +1,4 @@
-"""Accuracy against cost: who is on the Pareto front, and what a point of perplexity costs."""
+"""Accuracy against cost: the methods on the Pareto front, and the price of a point of perplexity."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _PRICE = (
     "not lower by more than the noise."
 )
 SAME_MEMORY = 0.01
-"""Peaks that differ by no more than this share count as equal."""
+"""Peaks that differ by no more than this fraction count as equal."""
 
 
 def cost(results: Results) -> Section:
@@ -78,7 +78,7 @@ def cost(results: Results) -> Section:
 
 
 def noise_of_seconds(results: Results) -> Number | None:
-    """Return the largest spread of seconds among the rows of the table; it stands for that of rows with one seed."""
+    """Return the largest spread of seconds among the rows of the table; rows with one seed use it as theirs."""
     rows = [row for pattern in HEADLINE for row in _rows(results, pattern)]
     spreads = [found for row in rows if (found := row.spread("seconds")) is not None]
     return max(spreads, key=lambda number: number.value, default=None)
@@ -95,7 +95,7 @@ def _noise_note(lent: Number | None) -> Prose:
 
 
 def _without_accuracy(results: Results) -> Section:
-    """Return seconds and memory of every method, of a model that was not evaluated."""
+    """Return seconds and memory of every method, for a model that was not evaluated."""
     section = Section("cost", "What do the methods cost?", prose=[COST_ONLY, _MEMORY])
     lent = noise_of_seconds(results)
     lines: dict[str, list[Line]] = {}
@@ -128,13 +128,13 @@ def _sparsegpt(rows: list[Row]) -> Row | None:
 
 
 def _more(row: Row, other: Row, lent: Number | None) -> Cell:
-    """Return by how many seconds a row takes more than another, over the seeds of both, and whether that is a tie."""
+    """Return a cell with a row's seconds minus those of another, over their common seeds, with a mark for a tie."""
     tie = "=" if verdict(row, other, "seconds", lent) == "tie" else ""
     return number(change_of(row, other, "seconds"), mark=tie + one_seed(row, other, field="seconds"))
 
 
 def _measured_alike(results: Results, section: Section) -> Iterator[tuple[str, list[Row]]]:
-    """Yield each headline pattern with the rows that one device measured; the section misses those with fewer than two."""
+    """Yield each headline pattern with its rows from one device. Patterns with fewer than two are listed as missing."""
     for pattern in HEADLINE:
         rows = _rows(results, pattern)
         if len(rows) < 2:
@@ -144,7 +144,7 @@ def _measured_alike(results: Results, section: Section) -> Iterator[tuple[str, l
 
 
 def on_device(rows: list[Row], device: str) -> list[Row]:
-    """Return rows with the cells alone that one device measured: another's seconds are neither theirs nor their noise."""
+    """Return rows with only the cells that one device measured. Seconds of another device are not comparable."""
     found = [tuple(record for record in row.records if record.machine["device"] == device) for row in rows]
     return [replace(row, records=own) for row, own in zip(rows, found, strict=True) if own]
 
@@ -156,7 +156,7 @@ def usual_device(results: Results) -> str:
 
 
 def _rows(results: Results, pattern: str) -> list[Row]:
-    """Return the rows at the headline's measured sparsity: every method, and Thanos with the paper's α of 0.1."""
+    """Return the rows at the headline's measured sparsity: those of every method, and Thanos with the paper's α of 0.1."""
     sparsity = headline_sparsity(results, pattern)
     if sparsity is None:
         return []
@@ -183,7 +183,7 @@ def _front(rows: list[Row], field: str, lent: Number | None) -> list[Row]:
 
 
 def _same_memory(label: str, rows: list[Row]) -> Prose:
-    """Say that all rows take the same memory; nothing where they do not, or where it is not known of two rows."""
+    """Return a sentence that all rows need the same memory; empty if they do not, or if fewer than two are known."""
     known = sorted((n for row in rows if (n := row.mean("peak_bytes")) is not None), key=lambda number: number.value)
     if len(known) < 2 or known[-1].value > known[0].value * (1 + SAME_MEMORY):
         return ()
@@ -211,7 +211,7 @@ def _line(rows: list[Row], row: Row, fronts: dict[str, list[Row]], lent: Number 
 
 
 def _price(row: Row, other: Row, lent: Number | None) -> Cell:
-    """Return what a point of perplexity costs, over the seeds that have seconds and perplexity in both rows."""
+    """Return a cell with the price of a point of perplexity, over the seeds with seconds and perplexity in both rows."""
     own, theirs = over_common_seeds(*over_common_seeds(row, other), field="seconds")
     seconds = own.mean("seconds"), theirs.mean("seconds")
     quality = own.mean("perplexity"), theirs.mean("perplexity")

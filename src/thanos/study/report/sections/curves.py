@@ -12,7 +12,7 @@ SPARSITIES = {
     "unstructured": tuple(step / 10 for step in range(1, 9)),
     "columns": tuple(step / 10 for step in range(1, 5)),
 }
-"""What is asked for: nobody would use a model that lost half of its columns."""
+"""Pattern → sparsities of a complete study. Columns end early: a model without half of its columns is of no use."""
 
 
 _SEEDS = "Each number is the mean over all seeds of its row; those without ± have one. Nothing is ranked here."
@@ -40,13 +40,13 @@ def curves(results: Results) -> Section:
 
 
 def lines_of(results: Results, pattern: str) -> dict[tuple[str, float], list[Row]]:
-    """Return (method, α) → rows by sparsity; α > 0 only with the budget kept, and where it has two sparsities."""
+    """Return (method, α) → rows sorted by sparsity. α > 0 is included only with ``keep_budget`` and two sparsities."""
     found: dict[tuple[str, float], dict[float, Row]] = {}
     rows = [
         row for row in results.select(pattern=pattern) if row.has_default_block and row.mean("perplexity") is not None
     ]
     for row in rows:
-        # Without the promise, rounding decides on which side of the sparsity a row with α lies: one line, one rule.
+        # Without keep_budget the measured sparsity of a row with α depends on rounding, so such rows are left out.
         if row.alpha and not row.keep_budget:
             continue
         found.setdefault((row.method, row.alpha), {})[row.sparsity] = row

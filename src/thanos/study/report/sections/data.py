@@ -1,4 +1,4 @@
-"""What the report rests on: the cells, where they ran, what failed, and what was left out of the comparisons."""
+"""The data of the report: the cells, their machines, the failures, and the cells left out of the comparisons."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from thanos.study.store import CellRecord
 
 
 def variations(results: Results) -> Section:
-    """Return the rows with another calibration or damping than the others."""
+    """Return the rows whose calibration or damping differs from that of most rows."""
     section = Section("variations", "Other calibrations and dampings")
     rows = results.variations
     if not rows:
@@ -46,7 +46,7 @@ def variations(results: Results) -> Section:
 
 
 def data(done: Sequence[CellRecord], failed: Sequence[CellRecord], studies: Sequence[Results]) -> Section:
-    """Return where every number comes from, and the cells that failed."""
+    """Return the origin of the numbers, and the failed cells."""
     section = Section("data", "Where the numbers come from")
     dates = sorted(record.date[:10] for record in done)
     span = "" if not dates else f" between {dates[0]} and {dates[-1]}" if dates[0] != dates[-1] else f" on {dates[0]}"

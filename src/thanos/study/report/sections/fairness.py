@@ -1,4 +1,4 @@
-"""Who may be compared with whom: rows grouped by the sparsity that was measured, not by the one asked for."""
+"""Fair comparisons: rows are grouped by their measured sparsity, not by the requested one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _HEADS = (
 
 
 def fairness(results: Results) -> Section:
-    """Return the comparisons by measured sparsity, and what is not compared."""
+    """Return the comparisons by measured sparsity, and the pairs that are not compared."""
     section = Section("fairness", "Who is compared with whom")
     points = f"{100 * GROUP_WIDTH:g} points"
     section.prose.append(
@@ -58,7 +58,7 @@ def fairness(results: Results) -> Section:
 
 
 def _both_ways(group: list[Row]) -> list[Row]:
-    """Return the rows of a group with α = 0 or the paper's 0.1, if one of an n:m pattern has α; columns have a section."""
+    """Return the rows of a group with α = 0 or the paper's 0.1, if an n:m row has α > 0; columns have their own section."""
     rows = [row for row in group if row.pattern != "columns" and row.alpha in (0.0, 0.1)]
     return rows if any(row.alpha and ":" in row.pattern for row in rows) else []
 
@@ -86,7 +86,7 @@ def _line(row: Row, rank: str, best: dict[str, list[Row]]) -> Line:
 
 
 def _apart(results: Results) -> Table | None:
-    """Return the pairs that a reader may want ranked and that are not: α > 0 against α = 0 of the same request."""
+    """Return a table of pairs that are not ranked: α > 0 against α = 0 of the same request, with another sparsity."""
     lines, used = [], []
     for row in results.rows:
         if not row.alpha or not row.has_default_block:
@@ -107,7 +107,7 @@ def _apart(results: Results) -> Table | None:
 
 
 def _missing(results: Results) -> list[str]:
-    """Name what the store lacks: α at the full sparsity for n:m patterns, and other methods wherever one has α = 0.1."""
+    """Return the missing cells: α at the full sparsity for n:m patterns, and the other methods if one has α = 0.1."""
     found = []
     for pattern in patterns_of(results.rows):
         sparsity = headline_sparsity(results, pattern)

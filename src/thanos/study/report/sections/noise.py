@@ -1,4 +1,4 @@
-"""How much of a difference is noise: spread over calibration seeds, and which differences exceed it."""
+"""Noise: the spread over calibration seeds, and the differences that exceed it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from thanos.study.report.sections.common import HEADLINE, SIGNS, Section, headli
 from thanos.study.report.tables import Line, Table, table
 
 SEEDS = 3
-"""Fewest seeds of a headline row."""
+"""Least number of seeds of a headline row in a complete study."""
 
 
 def noise(results: Results) -> Section:
-    """Return mean and spread of the headline rows, and every pair's difference beside the larger spread."""
+    """Return mean and spread of the headline rows, and every pair's difference with the larger of the two spreads."""
     section = Section("noise", "What is noise?")
     section.prose.append(
         (

@@ -1,4 +1,4 @@
-"""Outlier rows with the budget kept: what leaving rows dense is worth when the others must make up for it."""
+"""Outlier rows with the budget kept: the effect of dense rows if the other rows are pruned more to compensate."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _HEADS = (
 
 
 def outliers(results: Results) -> Section:
-    """Return the rows with α > 0 that keep the budget, each beside the same without outlier rows."""
+    """Return the rows with α > 0 and ``keep_budget``, each with its counterpart without outlier rows."""
     section = Section("outliers", "Outlier rows with the budget kept")
     section.prose.append(
         (

@@ -75,7 +75,7 @@ def zero_shot_table(results: Results) -> Section:
 
 
 def _draws(rows: Sequence[Row]) -> str:
-    """Say how many draws of the calibration text the accuracies rest on; the dense model has none."""
+    """Return a sentence with the number of calibration seeds behind the accuracies; the dense model has none."""
     counts = sorted({len(row.draws) for row in rows if row.method != "dense"} or {1})
     if counts == [1]:
         return "One calibration seed for each row."
@@ -84,7 +84,7 @@ def _draws(rows: Sequence[Row]) -> str:
 
 
 def _rows(results: Results, pattern: str) -> list[Row]:
-    """Return the headline's rows with default blocks, and Thanos with α = 0.1 as the paper has it."""
+    """Return the headline's rows with default block sizes, and Thanos with α = 0.1 as in the paper."""
     sparsity = headline_sparsity(results, pattern)
     if sparsity is None:
         return []
@@ -93,7 +93,7 @@ def _rows(results: Results, pattern: str) -> list[Row]:
 
 
 def _label(rows: list[Row], row: Row) -> str:
-    """Return a row's label, with its measured sparsity where that is not the pattern's: the paper's tables hide it."""
+    """Return a row's label, with the measured sparsity if it differs from α = 0; the paper's tables do not show it."""
     plain = next((o for o in rows if o.pattern == row.pattern and o.alpha == 0 and o.sparsity == row.sparsity), row)
     return (
         row.label if comparable(plain, row) else f"{row.label}, only {percent(round(row.value('sparsity'), 4))} sparse"

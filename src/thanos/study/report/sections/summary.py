@@ -1,4 +1,4 @@
-"""The headline: every method at 50 %, 2:4, 4:8 and columns, beside the dense model."""
+"""The headline: every method at 50 %, 2:4, 4:8 and columns, and the dense model."""
 
 from __future__ import annotations
 

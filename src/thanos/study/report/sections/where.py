@@ -1,4 +1,4 @@
-"""Where it hurts: relative error and sparsity by block and kind of layer, and the worst layers by name."""
+"""Relative error and sparsity by block and kind of layer, and the layers with the largest errors."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from thanos.study.report.tables import Line, table
 from thanos.study.store import CellRecord
 
 WORST = 10
-"""Layers named for each pattern."""
+"""Number of layers that are named for each pattern."""
 
 _MAPS = {"error": ("relative error", "Relative error"), "zeros": ("sparsity (%)", "Sparsity")}
 
 
 def where(results: Results) -> Section:
-    """Return heat maps for Thanos at each headline pattern (its first seed), and the worst layers."""
+    """Return heat maps of Thanos at each headline pattern, for the first seed, and the worst layers."""
     section = Section("where", "Where it hurts")
     rows = [row for pattern in HEADLINE for row in headline_rows(results, pattern) if row.method == "thanos"]
     rows = [row for row in rows if row.records[0].layers]
@@ -53,7 +53,7 @@ def _map(row: Row, record: CellRecord, kind: str) -> HeatMap | None:
     for layer in record.layers:
         value = setting(record, f"{kind}:{layer['name']}")
         place = (layer["block"], layer["name"].rsplit(".", 1)[-1])
-        # Several layers of one kind in a block are experts: the worst stands for them.
+        # Several layers of one kind in a block are experts: the map shows the worst of them.
         if (
             layer["block"] is not None
             and value is not None
@@ -76,13 +76,13 @@ def _map(row: Row, record: CellRecord, kind: str) -> HeatMap | None:
 
 
 def _ends(found: HeatMap) -> tuple[Number, Number]:
-    """Return the least and the largest number of a map."""
+    """Return the smallest and the largest number of a map."""
     known = [number for row in found.values for number in row if number is not None]
     return min(known, key=lambda number: number.value), max(known, key=lambda number: number.value)
 
 
 def _evenly(even: list[tuple[str, Number, Number]]) -> Prose:
-    """Say how sparse layers are that differ too little for a map."""
+    """Return a sentence with the sparsities of layers that differ too little for a map."""
     words: list[str | Number] = [f"The layers' measured sparsities differ by less than {100 * GROUP_WIDTH:g} points:"]
     for place, (label, low, high) in enumerate(even):
         words += [f"{';' if place else ''} {label} from ", low, " to ", high, " %"]
