@@ -164,6 +164,8 @@ def test_every_family_of_transformers() -> None:
     """Full-size shapes on the meta device, which take no memory; a family whose default config builds no model is left out."""
     seen, refused, taken = 0, set(), set()
     for kind in list(MODEL_FOR_CAUSAL_LM_MAPPING.keys()):
+        if not kind.__module__.startswith("transformers."):  # registered by the code of a checkpoint in another test
+            continue
         name = kind.__name__.removesuffix("Config")
         try:
             with torch.device("meta"):
