@@ -32,6 +32,7 @@ def test_the_defaults_are_those_that_are_documented():
         "keep_budget": False,
         "block_size": None,
         "damping": 0.01,
+        "scope": None,
         "calibration": "c4",
         "samples": 128,
         "sequence_length": 2048,

@@ -78,8 +78,8 @@ def test_every_method_has_its_own_default_block_size(tmp_path: Path) -> None:
 
 def test_the_axes_of_a_grid_are_the_settings_of_a_cell(tmp_path: Path) -> None:
     names = (
-        "model, method, pattern, sparsity, outlier_rows, keep_budget, block_size, damping, calibration, samples, "
-        "sequence_length, seed, zero_shot"
+        "model, method, pattern, sparsity, outlier_rows, keep_budget, block_size, damping, scope, calibration, "
+        "samples, sequence_length, seed, zero_shot"
     )
     with pytest.raises(StudyError, match=f"unknown field; allowed are {names}$"):
         read(tmp_path, HEAD + '[[grid]]\ndevice = "cpu"\n')

@@ -158,8 +158,9 @@ class Recipe(LayerRecipe):
     def suited(self, changes: Mapping[str, Any]) -> dict[str, Any]:
         """Return changes of fields, with defaults added for a new pattern or method.
 
-        The recipe's sparsity and block size belong to its own pattern. With a new pattern they are reset to their defaults,
-        unless ``changes`` sets them. With a new method, settings that no method of the changed recipe uses are reset too.
+        The recipe's sparsity, block size and scope belong to its own pattern. With a new pattern they are reset to their
+        defaults, unless ``changes`` sets them. With a new method, settings that no method of the changed recipe uses are reset
+        too.
 
         Raises:
             RecipeError: the pattern is malformed, or the method is unknown.
@@ -314,7 +315,7 @@ def _without_unused(values: dict[str, Any], overrides: list[Override]) -> tuple[
 
 
 def _suited(pattern: str, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return changes; if they bring another pattern than ``pattern``, its sparsity and block size are reset."""
+    """Return changes; if they bring another pattern than ``pattern``, its sparsity, block size and scope are reset."""
     if str(parse_pattern(changes.get("pattern", pattern))) == str(parse_pattern(pattern)):
         return dict(changes)
-    return {"sparsity": None, "block_size": None, **changes}
+    return {"sparsity": None, "block_size": None, "scope": None, **changes}

@@ -11,6 +11,7 @@ from __future__ import annotations
 from thanos.errors import RecipeError
 from thanos.patterns.base import Pattern
 from thanos.registry.rows import LAYER_SETTINGS as LAYER_SETTINGS
+from thanos.registry.rows import SCOPES as SCOPES
 from thanos.registry.rows import MethodRow as MethodRow
 from thanos.registry.rows import Needs as Needs
 from thanos.registry.rows import PatternRow as PatternRow
@@ -56,6 +57,7 @@ METHODS: tuple[MethodRow, ...] = (
         help="ranks the weights of a row by |W|·‖X‖; nothing compensates",
         source="thanos.solvers.methods.scored:wanda",
         needs=Needs.NORMS,
+        scope="row",
         colour="#008a63",
         dark_colour="#3fcf9f",
         marker="^",

@@ -14,6 +14,9 @@ LAYER_SETTINGS: dict[str, Any] = {"block_size": None, "damping": 0.01}
 """Settings of a layer that only some methods use → their defaults. The damping is added to the Hessian's diagonal, as a
 fraction of the diagonal's mean. Its default is SparseGPT's, which Thanos keeps (paper, section 5)."""
 
+SCOPES = ("layer", "row")
+"""Scopes of an unstructured budget: one for all rows of a layer, or the same for every row, up to one entry."""
+
 
 class Needs(StrEnum):
     """The statistics of a layer's inputs X, (a, b), that a method needs. Each value includes those before it."""
@@ -36,6 +39,7 @@ class MethodRow(Row):
         compensates: whether the method updates the remaining weights.
         settings: names of the settings in :data:`LAYER_SETTINGS` that the method uses; the others are refused.
         block_size: default number of columns handled together.
+        scope: the method's own scope of an unstructured budget, ``layer`` or ``row``; a recipe may choose the other.
         group_block_size: default for patterns with groups in a row (n:m); None for ``block_size``.
         patterns: names of the patterns that the method supports; None for all.
         colour: colour in figures on white, ``#rrggbb``; empty for an automatic one.
@@ -51,6 +55,7 @@ class MethodRow(Row):
     compensates: bool = False
     settings: tuple[str, ...] = ()
     block_size: int = 128
+    scope: str = SCOPES[0]
     group_block_size: int | None = None
     patterns: tuple[str, ...] | None = None
     colour: str = ""
