@@ -22,7 +22,7 @@ HEADINGS = {
     "prune": {
         "What to prune": {"--targets", "--skip", "--recipe"},
         "Method and sparsity": {
-            "--method", "--pattern", "--sparsity", "--outlier-rows", "--keep-budget", "--block-size", "--damping",
+            "--method", "--pattern", "--sparsity", "--outlier-rows", "--keep-budget", "--block-size", "--damping", "--scope",
         },
         "Repair": {"--effort", "--dense-target", "--sequential", "--refit", "--tune", "--held-out", "--tune-rate"},
         "Calibration": {"--calibration", "--samples", "--sequence-length", "--seed"},

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
 import oracles
+import thanos
 from thanos import prune_weight, registry
+from thanos.cli import run
 from thanos.errors import RecipeError
 from thanos.recipe import LayerRecipe, Override, Recipe
 from thanos.solvers.prune_layer import PrunedWeight
@@ -244,3 +249,29 @@ def test_layers_without_inputs_keep_the_scope():
     result = prune_weight(weight, torch.zeros(20, 20, dtype=torch.float64), method="wanda", scope="row")
     assert result.method == "magnitude"
     assert set((~result.kept).sum(1).tolist()) == {10}
+
+
+def test_a_run_gives_every_row_of_the_model_the_same_budget(tiny_llama: Path, text_file: Path, tmp_path: Path, capsys):
+    out = tmp_path / "out"
+    arguments = ["--calibration", str(text_file), "--samples", "4", "--sequence-length", "32", "--quiet"]
+    assert run(["prune", str(tiny_llama), str(out), "--scope", "row", "--sparsity", "0.4", *arguments]) == 0
+    report = json.loads((out / "pruning.json").read_text())
+    assert report["recipe"]["scope"] == "row"
+    assert thanos.Recipe.from_toml(out / "recipe.toml").scope == "row"
+    assert "| scope of the budget | one for every row |" in (out / "README.md").read_text()
+    pruned = transformers.AutoModelForCausalLM.from_pretrained(out)
+    for layer in report["layers"]:
+        zeros = (pruned.get_submodule(layer["name"]).weight == 0).sum(1)
+        assert int(zeros.sum()) == math.floor(0.4 * zeros.numel() * layer["shape"][1])
+        assert int(zeros.max() - zeros.min()) <= 1
+    capsys.readouterr()
+    assert run(["prune", str(tiny_llama), str(tmp_path / "no"), "--scope", "row", "--pattern", "2:4", *arguments]) == 2
+    assert "no meaning for pattern 2:4" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
+
+
+def test_with_the_setting_off_nothing_mentions_it(tiny_llama: Path, text_file: Path, tmp_path: Path):
+    recipe = Recipe(calibration=str(text_file), samples=2, sequence_length=16)
+    thanos.prune(tiny_llama, tmp_path / "out", recipe)
+    for name in ("pruning.json", "README.md", "run.json", "recipe.toml"):
+        assert "scope" not in (tmp_path / "out" / name).read_text()

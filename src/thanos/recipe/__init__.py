@@ -177,7 +177,7 @@ class Recipe(LayerRecipe):
     def to_dict(self) -> dict[str, Any]:
         """Return plain values (None, numbers, strings, lists, dicts) under the names of the TOML file.
 
-        The scope and settings of the repair are left out while they have their defaults, as in the files of versions without them.
+        The scope and the repair are left out while they have their defaults, as in the files of versions without them.
         """
         values = {
             f.name: getattr(self, f.name)
