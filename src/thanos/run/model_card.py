@@ -101,6 +101,7 @@ def _recipe_table(report: PruningReport) -> str:
                 "outlier rows left dense",
                 _percent(recipe["outlier_rows"]) + (_KEPT if recipe.get("keep_budget") else ""),
             ),
+            *([("scope of the budget", f"one for every {recipe['scope']}")] if recipe.get("scope") else []),
             *([("damping", f"{recipe['damping']:g}")] if damped else []),
             (
                 "calibration",

@@ -84,6 +84,7 @@ def prune_weight(
     damping: float = DEFAULT_DAMPING,
     outlier_rows: float = 0.0,
     keep_budget: bool = False,
+    scope: str | None = None,
 ) -> PrunedWeight:
     """Prune one weight matrix. The function never modifies its inputs.
 
@@ -102,6 +103,8 @@ def prune_weight(
             the Hessian is not positive definite; the result reports this.
         outlier_rows: fraction α of rows left dense, in [0, 1): the ⌈α·c⌉ with the largest squared output norm (W H Wᵀ)_ii.
         keep_budget: let the other rows make up for the outlier rows, see :class:`~thanos.patterns.budget.Budget`.
+        scope: ``layer``: one budget for the whole matrix; ``row``: the same for every row, up to one entry. None: the method's
+            own, which is ``row`` for Wanda. Only for patterns that let any entries go.
 
     Returns:
         The pruned weight, the mask and the errors.
@@ -118,6 +121,7 @@ def prune_weight(
         keep_budget=keep_budget,
         block_size=block_size,
         damping=damping,
+        scope=scope,
     )
     inputs = None
     if weight.dim() != 2 or not weight.is_floating_point():
@@ -258,6 +262,7 @@ class _Layer:
             row_shards=self.row_shards,
             all_rows=part,
             zero_free=self.zero_free,
+            scope=self.recipe.resolved_scope,
         )
         if self.recipe.resolved_sparsity <= 0:
             solutions = [Solution(own, problem.zeros)]
