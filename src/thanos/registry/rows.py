@@ -1,4 +1,4 @@
-"""The types of the registry's rows: methods and patterns."""
+"""The types of the registry's rows: methods, refinements and patterns."""
 
 from __future__ import annotations
 
@@ -86,6 +86,22 @@ class MethodRow(Row):
         """Return the default block size for a pattern, a multiple of the pattern's group."""
         size = self.group_block_size if pattern.group_zeros and self.group_block_size else self.block_size
         return max(pattern.group, size // pattern.group * pattern.group)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RefinementRow(Row):
+    """A refinement; ``source`` is a function (Problem, Solution, amount) → Solution of :mod:`thanos.solvers.problem`.
+
+    Its name is also that of the setting with its amount: a whole number, 0 for off. It needs the factor of the damped Hessian.
+
+    Attributes:
+        cost: function (pattern, :class:`~thanos.solvers.cost.Size`, amount) → dict with the
+            :class:`~thanos.solvers.cost.Cost` of each part.
+        memory: function (pattern, Size, amount) → bytes that it holds in addition to the weight, the masks and the factor.
+    """
+
+    cost: str | Callable[..., Any]
+    memory: str | Callable[..., Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -109,14 +109,17 @@ class InputStatistics:
         assert self._matrix is not None, "the Hessian was not gathered"
         return self._matrix
 
+    def shift(self, damping: float) -> Tensor:
+        """Return what damping adds to the diagonal of ``matrix``, (b,): ``damping``, and 1 more in dead columns."""
+        return self.dead.to(self.dtype) + damping
+
     def condition(self, damping: float, steps: int = 12) -> float:
         """Estimate the condition number of the damped Hessian by power iteration on it and on its inverse UᵀU.
 
         The estimate is a lower bound, up to rounding, and within a factor of about two. It is computed once for each damping.
         """
         if damping not in self._conditions:
-            upper, shift = self.factor(damping).upper, self.dead.to(self.matrix.dtype)[:, None]
-            shift = shift + self.factor(damping).damping
+            upper, shift = self.factor(damping).upper, self.shift(self.factor(damping).damping)[:, None]
             # A fixed start vector makes the estimate reproducible. It has no reason to be orthogonal to an eigenvector.
             order = torch.arange(1, len(upper) + 1, device=upper.device, dtype=upper.dtype)
             smallest = largest = torch.cos(order)[:, None]
