@@ -234,11 +234,16 @@ def prune(
         columns_to_remove(sparsity, columns, outlier_rows),
         block_size,
     )
-    methods = {"thanos": _thanos, "sparsegpt": _sparsegpt, "wanda": _wanda, "magnitude": _magnitude, "admm": _admm}
-    solved, removed = methods[method](task)
+    solved, removed = solve(method, task)
     result, kept = weight.clone(), torch.ones(rows, columns, dtype=torch.bool)
     result[others], kept[others] = solved, ~removed
     return result, kept, dense_rows
+
+
+def solve(method: str, task: _Task) -> tuple[Tensor, Tensor]:
+    """Return the solved weight and the mask of the removed entries."""
+    methods = {"thanos": _thanos, "sparsegpt": _sparsegpt, "wanda": _wanda, "magnitude": _magnitude, "admm": _admm}
+    return methods[method](task)
 
 
 @dataclass(frozen=True)
@@ -250,6 +255,8 @@ class _Task:
     weights: int
     columns: int
     block_size: int
+    was_zero: Tensor | None = None
+    """Entries that must stay zero, where they are not those that are zero now."""
 
     @property
     def nm(self) -> tuple[int, int]:
@@ -262,7 +269,7 @@ class _Task:
 
     @property
     def zeros(self) -> Tensor:
-        return self.weight == 0
+        return self.weight == 0 if self.was_zero is None else self.was_zero
 
     def first(self, scores: Tensor, start: int = 0) -> Tensor:
         """The scores with −1 for weights that were zero from the start, so that these are removed first."""

@@ -1,14 +1,14 @@
-"""The types of the registry's rows: methods, refinements and patterns."""
+"""The types of the registry's rows."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 from thanos.patterns.base import Pattern
-from thanos.registry.table import Row
+from thanos.registry.table import Named, Row
 
 LAYER_SETTINGS: dict[str, Any] = {"block_size": None, "damping": 0.01}
 """Settings of a layer that only some methods use → their defaults. The damping is added to the Hessian's diagonal, as a
@@ -92,16 +92,9 @@ class MethodRow(Row):
 class RefinementRow(Row):
     """A refinement; ``source`` is a function (Problem, Solution, amount) → Solution of :mod:`thanos.solvers.problem`.
 
-    Its name is also that of the setting with its amount: a whole number, 0 for off. It needs the factor of the damped Hessian.
-
-    Attributes:
-        cost: function (pattern, :class:`~thanos.solvers.cost.Size`, amount) → dict with the
-            :class:`~thanos.solvers.cost.Cost` of each part.
-        memory: function (pattern, Size, amount) → bytes that it holds in addition to the weight, the masks and the factor.
+    Its name is also that of its part of a :class:`~thanos.recipe.repair.Repair`: the amount, a whole number, 0 for off. The
+    problem has the factor of the damped Hessian, whatever the method needs.
     """
-
-    cost: str | Callable[..., Any]
-    memory: str | Callable[..., Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,3 +109,22 @@ class PatternRow(Row):
 
     examples: tuple[str, ...]
     other_names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EffortRow(Named):
+    """A preset: the values of a layer's repair settings that are not given.
+
+    The fields below ``help`` are those of :class:`~thanos.recipe.repair.Repair`.
+
+    Attributes:
+        dense_target: share α of the dense model's outputs in what a layer is fitted to, in [0, 1]; 0 is off.
+        sequential: whether a block's layers are pruned in the order of the data.
+        refit: steps of conjugate gradients on the weights that stay; 0 is off.
+        tune: epochs of training of a pruned block; 0 is off.
+    """
+
+    dense_target: float | Literal["auto"] = 0.0
+    sequential: bool = False
+    refit: int = 0
+    tune: int = 0

@@ -95,9 +95,9 @@ class InputStatistics:
             raise NumericsError(f"the Hessian of {name} has a negative diagonal entry; it must be XᵀX of the inputs")
         self.empty = scale == 0.0
         self.dtype, self.measures = dtype, hessian is not None
-        self._matrix = None
+        self._matrix, self._scale = None, 1.0 if self.empty else scale
         if hessian is not None:
-            self._matrix = _scaled(hessian, 1.0 if self.empty else scale, dtype, in_place=hand_over)
+            self._matrix = _scaled(hessian, self._scale, dtype, in_place=hand_over)
         self.norms = (diagonal / (scale or 1.0)).sqrt().to(dtype)
         self.dead_columns = int(dead)
         self._factors: dict[float, Factor] = {}
@@ -108,6 +108,13 @@ class InputStatistics:
         """The undamped Hessian divided by the mean squared norm of the columns, (b, b), in ``dtype``."""
         assert self._matrix is not None, "the Hessian was not gathered"
         return self._matrix
+
+    def scaled(self, products: Tensor) -> Tensor:
+        """Return other products with the same inputs, (any, b), in the scale and dtype of ``matrix``.
+
+        They must have the positive factor that the Hessian was given with. ``products`` is not modified.
+        """
+        return _scaled(products, self._scale, self.dtype, in_place=False)
 
     def shift(self, damping: float) -> Tensor:
         """Return what damping adds to the diagonal of ``matrix``, (b,): ``damping``, and 1 more in dead columns."""

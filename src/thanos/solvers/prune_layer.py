@@ -36,6 +36,7 @@ def prune_weight(
     damping: float = DEFAULT_DAMPING,
     outlier_rows: float = 0.0,
     keep_budget: bool = False,
+    refit: int | None = None,
 ) -> PrunedWeight:
     """Prune one weight matrix. The function never modifies its inputs.
 
@@ -46,17 +47,20 @@ def prune_weight(
         weight: the matrix, (c, b): c output rows, b input columns; any floating dtype, any strides.
         hessian: XᵀX of the layer's inputs up to any positive factor, (b, b). None is allowed for ``magnitude`` only. Outlier
             rows are then the rows of the largest norm, and no error is measured.
-        method: ``thanos``, ``sparsegpt``, ``wanda``, ``magnitude`` or a registered one.
+        method: ``thanos``, ``sparsegpt``, ``wanda``, ``magnitude``, ``admm`` or a registered one.
         pattern: ``unstructured``, ``columns``, ``N:M`` (at most N non-zeros in every M consecutive inputs) or a registered one.
         sparsity: fraction of all c·b entries to remove, in [0, 1); default 0.5. For n:m it follows from the pattern.
-        block_size: columns handled together; default 128, or 512 for Thanos with n:m. It need not divide b.
+        block_size: columns that Thanos and SparseGPT handle together; default 128, or 512 for Thanos with n:m. It need not
+            divide b.
         damping: fraction of the Hessian's mean diagonal that is added to the diagonal, at least 0. It is raised tenfold while
             the Hessian is not positive definite; the result reports this.
         outlier_rows: fraction α of rows left dense, in [0, 1): the ⌈α·c⌉ with the largest squared output norm (W H Wᵀ)_ii.
         keep_budget: let the other rows make up for the outlier rows, see :class:`~thanos.patterns.budget.Budget`.
+        refit: largest number of steps of conjugate gradients that improve the weights that stay, after any method; it needs
+            the Hessian. None or 0: no refit.
 
     Returns:
-        The pruned weight, the mask and the errors.
+        The pruned weight, the mask, the errors, and the residual of the refit.
 
     Raises:
         RecipeError: an argument is out of range, or the pattern does not fit the weight.
@@ -70,6 +74,7 @@ def prune_weight(
         keep_budget=keep_budget,
         block_size=block_size,
         damping=damping,
+        refit=refit,
     )
     inputs = None
     if weight.dim() != 2 or not weight.is_floating_point():
@@ -109,11 +114,24 @@ def prune_layer(
         row_shards: the processes that share the work; each solves some of the rows.
         retarget: changes the problem's weight before the method runs. ``errors`` are still measured against the original
             weight, ``target_changes`` against the retarget's wanted output. Outlier rows stay as they are.
-        refinements: the refinements by name, applied in order to the method's solution. They and ``retarget`` are left out if
-            the layer had no input, or only zeros.
+        refinements: the refinements by name, applied in order to the method's solution; None for those of the recipe. They and
+            ``retarget`` are left out if the layer had no input, or only zeros.
     """
     with full_float32():
-        return _Layer(weight, inputs, recipe, name, row_shards, retarget, refinements or {}).prune()
+        refinements = _refinements(recipe) if refinements is None else refinements
+        return _Layer(weight, inputs, recipe, name, row_shards, retarget, refinements).prune()
+
+
+def _refinements(recipe: LayerRecipe) -> dict[str, Refine]:
+    """Return the refinements of a recipe's repair, by name."""
+    refinements: dict[str, Refine] = {}
+    for row in registry.refinements():
+        amount, refine = getattr(recipe.repair, row.name), row.load()
+        if amount:
+            refinements[row.name] = lambda problem, solution, refine=refine, amount=amount: refine(
+                problem, solution, amount
+            )
+    return refinements
 
 
 class _Layer:
@@ -248,7 +266,9 @@ class _Layer:
     def _retargeted(self, problem: Problem, rows: Tensor) -> Problem:
         if self.retarget is None:
             return problem
-        problem = self.retarget(problem)
+        before, problem = problem, self.retarget(problem)
+        if problem is before:
+            return problem
         if self.targets is None:
             self.targets = self.dense.clone()
         self.targets[rows] = self.row_shards.gather(problem.weight, len(rows))

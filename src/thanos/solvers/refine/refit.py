@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from thanos.patterns.base import Pattern
-from thanos.solvers.cost import Cost, Size, support_fit, support_fit_bytes
 from thanos.solvers.problem import Problem, Solution
 from thanos.solvers.support_cg import fit_support
 
@@ -22,15 +20,3 @@ def refit(problem: Problem, solution: Solution, steps: int) -> Solution:
         The same mask with better weights, and the residual that is left in each row.
     """
     return fit_support(problem, solution.weight, solution.removed, steps)
-
-
-def cost(pattern: Pattern, size: Size, steps: int) -> dict[str, Cost]:
-    """Return the cost of a refit, by part."""
-    del pattern
-    return {"refit": support_fit(size, steps)}
-
-
-def memory(pattern: Pattern, size: Size, steps: int) -> int:
-    """Return the bytes that a refit holds in addition to the weight, the masks and the factor."""
-    del pattern, steps
-    return support_fit_bytes(size)
