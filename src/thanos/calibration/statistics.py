@@ -50,7 +50,8 @@ _OF_METHOD = {Needs.NOTHING: Need.NOTHING, Needs.NORMS: Need.NORMS}
 
 def need_of(settings: LayerRecipe) -> Need:
     """Return the statistics that are needed of a layer's inputs to prune it."""
-    if settings.outlier_rows > 0:  # they are chosen by squared output norms, the diagonal of W XᵀX Wᵀ
+    # Outlier rows are chosen by squared output norms, the diagonal of W XᵀX Wᵀ.
+    if settings.outlier_rows > 0 or settings.repair.needs_gram:
         return Need.GRAM
     return _OF_METHOD.get(registry.method(settings.method).needs, Need.GRAM)
 

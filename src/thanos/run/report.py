@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from thanos.engine.records import LayerRecord, mean_known
+from thanos.engine.records import LayerRecord, mean_known, without_unset
 from thanos.system.documents import Document
 from thanos.system.meter import PhaseRecord
 
@@ -50,6 +50,11 @@ class PruningReport(Document):
     warnings: list[str] = field(default_factory=list)
     execution: dict[str, Any] = field(default_factory=dict)
     schema: int = SCHEMA
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, ``schema`` first; a layer's fields about repairs that did not run are left out."""
+        values = Document.to_dict(self)
+        return {**values, "layers": [without_unset(layer) for layer in values["layers"]]}
 
     @classmethod
     def read(cls, path: Path) -> PruningReport:
