@@ -137,6 +137,17 @@ def block_names(weights: ModelWeights, block: int) -> list[str]:
     return [name for name in weights.names if name.startswith(f"model.layers.{block}.")]
 
 
+def test_a_weight_from_a_file_lies_in_memory_as_a_computed_one_does() -> None:
+    """A product on the CPU may have other last bits if a matrix begins elsewhere than at a cache line."""
+    _, weights, _, _ = weights_of("llama")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    for begin in range(3):
+        value = torch.randn(32 * 32 + begin)[begin:].view(32, 32)
+        weights.put(name, value)
+        assert weights.parameter(name).data_ptr() % 64 == 0
+        assert torch.equal(weights.parameter(name), value)
+
+
 def test_prefetched_weights_are_read_once_and_arrive_at_the_load() -> None:
     meta_model, weights, source, dense = weights_of("llama")
     names = block_names(weights, 1)
