@@ -148,6 +148,19 @@ def test_a_weight_from_a_file_lies_in_memory_as_a_computed_one_does() -> None:
         assert torch.equal(weights.parameter(name), value)
 
 
+def test_other_values_are_used_inside_a_context_alone() -> None:
+    model, weights, _, _ = weights_of("tinyllama")
+    names = ["model.embed_tokens.weight", "model.norm.weight"]
+    weights.load(names)
+    before = {name: weights.parameter(name) for name in names}
+    other = {name: nn.Parameter(torch.zeros_like(value)) for name, value in before.items()}
+    with weights.replaced(other):
+        assert all(weights.parameter(name) is other[name] for name in names)
+        assert model.lm_head.weight is other[names[0]]  # type: ignore[union-attr]
+    assert all(weights.parameter(name) is value for name, value in before.items())
+    assert model.lm_head.weight is before[names[0]]  # type: ignore[union-attr]
+
+
 def test_prefetched_weights_are_read_once_and_arrive_at_the_load() -> None:
     meta_model, weights, source, dense = weights_of("llama")
     names = block_names(weights, 1)

@@ -241,6 +241,7 @@ class RunJournal:
         notes: Sequence[str],
         batch: int | None,
         starts: Sequence[tuple[int, int]],
+        dense_starts: Sequence[tuple[int, int]],
         place: str,
     ) -> None:
         """See :meth:`~thanos.engine.records.BlockJournal.record`."""
@@ -253,6 +254,7 @@ class RunJournal:
             tensors=tensors,
             batch=batch,
             starts=list(starts),
+            dense_starts=list(dense_starts),
             place=place,
             notes=list(notes),
             phases=self._meter.records(),
