@@ -174,7 +174,7 @@ def _engine(
                 runner=Passes(meta_model, modules, ids, device, Path(scratch), place=activations),
                 device=device,
                 meter=meter,
-                held_out=held_out_here(recipe, len(ids), range(len(ids))),
+                **held_out_here(recipe, len(ids), range(len(ids))),
             ),
             stages_of(recipe),
         )

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from thanos.engine.activations import Activations, choose_place
-from thanos.engine.block_calls import BlockCalls, stop
-from thanos.engine.early_end import stopping_after
+from thanos.engine.block_calls import BlockCalls
+from thanos.engine.early_end import stopping_after, stopping_at
 from thanos.engine.picture import Picture
 from thanos.errors import ResourceError
 from thanos.model.attention import fast_attention
@@ -113,9 +113,23 @@ class Passes:
         """Return whether text reaches block ``index``. The model never calls the others, so the loop skips them."""
         return self._calls.reaches(index)
 
+    @property
+    def device(self) -> torch.device:
+        """Device on which the blocks run."""
+        return self._device
+
+    @property
+    def shares(self) -> bool:
+        """Whether batches must be the same for all blocks; see :class:`~thanos.engine.picture.Picture`."""
+        return self._calls.shares
+
     def settle_batch(self, index: int) -> None:
         """Choose the batch size if there is none yet. On CUDA that runs the block, so call it before hooks are registered."""
         self._batch_size(index)
+
+    def settled(self, index: int) -> int:
+        """Return the batch size; see :meth:`settle_batch`."""
+        return self._batch_size(index)
 
     def observe(self, index: int, layers: Sequence[LinearLayer], most: int | None = None) -> Iterator[int]:
         """Run block ``index`` only for the hooks on ``layers``; yield the number of finished sequences after each batch.
@@ -136,17 +150,24 @@ class Passes:
         size = self._batch_size(index)
         with stopping_after(layers) as batch_ended:
             for first, hidden in self._activations.batches(size):
-                with fast_attention(self._device, hidden.dtype):
-                    self._calls.observe(index, hidden, first)
+                self.observe_batch(index, hidden, first)
                 batch_ended()
                 done = min(first + size, len(self._ids))
                 yield done
                 if most is not None and done >= most:
                     return
 
-    def batches(self, size: int) -> Iterator[tuple[int, Tensor]]:
-        """Yield (index of the batch's first sequence, hidden states (≤ size, T, d) on the device). Do not modify the states."""
-        return self._activations.batches(size)
+    def observe_batch(self, index: int, hidden: Tensor, first: int) -> None:
+        """Run block ``index`` like :meth:`run`, only for the hooks on it; a hook may end the pass."""
+        with fast_attention(self._device, hidden.dtype):
+            self._calls.observe(index, hidden, first)
+
+    def batches(self, size: int, first: int = 0, end: int | None = None) -> Iterator[tuple[int, Tensor]]:
+        """Yield (index of the batch's first sequence, hidden states (≤ size, T, d) on the device). Do not modify the states.
+
+        Only the sequences [first, end), by default all.
+        """
+        return self._activations.batches(size, first, end)
 
     def run(self, index: int, hidden: Tensor, first: int) -> Tensor:
         """See :meth:`~thanos.engine.block_calls.BlockCalls.run`; with the fast attention kernels."""
@@ -245,15 +266,21 @@ class Passes:
 
         Yield the number of finished sequences. With ``most``, stop when this many are finished.
         """
-        handle = layer.module.register_forward_pre_hook(lambda *_: stop())
-        try:
+        with stopping_at(layer):
             for index, hidden in self._activations.batches(1):
-                self._calls.run_tail(self._model, self._row(index), hidden)
+                self.observe_tail_of(index, hidden)
                 yield index + 1
                 if index + 1 == most:
                     return
-        finally:
-            handle.remove()
+
+    def observe_tail_of(self, index: int, hidden: Tensor) -> None:
+        """Run the modules after the blocks on sequence ``index``, for the hooks on them.
+
+        Args:
+            index: the sequence.
+            hidden: the last block's outputs, (1, T, d).
+        """
+        self._calls.run_tail(self._model, self._row(index), hidden)
 
     def halve(self, error: torch.OutOfMemoryError) -> str:
         """Halve the batch size after ``error``; return the note for the user.

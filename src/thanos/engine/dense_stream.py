@@ -127,11 +127,11 @@ class DenseStream:
         """Yield (index of the batch's first sequence, X* (≤ size, T, d) on the device), for sequences [first, end)."""
         return self._inputs.batches(size, first, end)
 
-    def outputs(self, size: int) -> Iterator[tuple[int, Tensor]]:
-        """Yield (index of the batch's first sequence, F*(X*) (≤ size, T, d) on the device), for all sequences."""
+    def outputs(self, size: int, first: int = 0, end: int | None = None) -> Iterator[tuple[int, Tensor]]:
+        """Yield (index of the batch's first sequence, F*(X*) (≤ size, T, d) on the device), for sequences [first, end)."""
         assert self._outputs is not None
         assert self._known, "the outputs of the block were not computed"
-        return self._outputs.batches(size)
+        return self._outputs.batches(size, first, end)
 
     @property
     def _inputs(self) -> Activations:

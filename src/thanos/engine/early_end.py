@@ -10,6 +10,20 @@ from thanos.model.layers import LinearLayer
 
 
 @contextmanager
+def stopping_at(layer: LinearLayer) -> Iterator[Callable[[], None]]:
+    """End every pass at the input of ``layer``. Hooks that were registered before still see it.
+
+    Yields:
+        A function that does nothing, as :func:`stopping_after` yields one.
+    """
+    handle = layer.module.register_forward_pre_hook(lambda *_: stop())
+    try:
+        yield lambda: None
+    finally:
+        handle.remove()
+
+
+@contextmanager
 def stopping_after(layers: Sequence[LinearLayer]) -> Iterator[Callable[[], None]]:
     """Record in the first batch which layer is called last, and end later batches at its input.
 

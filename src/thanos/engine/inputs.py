@@ -35,8 +35,8 @@ class EngineInputs:
         device: device on which blocks run and layers are solved.
         meter: meter of seconds and peak memory by phase.
         world: the processes that share the work; each has its own sequences.
-        held_out: indices of this process's sequences that are held out; empty if none of the run's are, or none of them are
-            here.
+        held_out: indices of this process's sequences that are held out.
+        held_out_of_all: number of held-out sequences of all processes.
     """
 
     model: nn.Module
@@ -51,6 +51,7 @@ class EngineInputs:
     meter: PhaseMeter
     world: World = SINGLE
     held_out: range = field(default=range(0))
+    held_out_of_all: int = 0
 
     def layers_of(self, block: int | None) -> dict[LinearLayer, LayerRecipe]:
         """Return the layers to prune in a block, with their settings; None for the modules outside the blocks."""

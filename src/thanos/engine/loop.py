@@ -6,16 +6,19 @@ The stages (:mod:`thanos.engine.stages`) do the work on a block, such as pruning
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
 from thanos.calibration.statistics import Need, need_of
+from thanos.engine.block_error import INHERITED, BlockErrors, BlockMeter
 from thanos.engine.dense_stream import DenseStream
 from thanos.engine.inputs import EngineInputs
 from thanos.engine.output import Output
 from thanos.engine.records import BlockRecord, LayerRecord, expert_notes, mean_known
 from thanos.engine.stages.base import BlockContext, BlockStage
-from thanos.engine.stages.prune import PruneStage
+from thanos.engine.stages.prune import ERROR_SEQUENCES, PruneStage
+from thanos.engine.stages.prune_order import has_target_after_blocks
 from thanos.errors import ModelError
 from thanos.events import Event
 from thanos.model.layers import LinearLayer
@@ -34,6 +37,7 @@ class Engine:
         inputs: see above.
         stages: see above.
         records: records of the pruned layers, in order; a block's records are added when it is finished.
+        block_errors: errors of the finished blocks that have a dense stream, in order.
         notes: warnings about the whole run.
         place: storage tier of the activations in the last finished block; empty before.
     """
@@ -43,6 +47,7 @@ class Engine:
     ) -> None:
         self.inputs, self.stages = inputs, tuple(stages)
         self.records: list[LayerRecord] = []
+        self.block_errors: list[BlockErrors] = []
         self.notes = list(notes)
         self.place = ""
         self._tail = inputs.layers_of(None)
@@ -175,6 +180,13 @@ class Engine:
             context.dense_stream.hold(self.inputs.block_names(index))
             for step in context.dense_stream.advance(index, starts):
                 yield context.note(step.note, "dense") if step.note else context.progress("dense", step.done)
+        inputs, held_out = self.inputs, bool(self.inputs.held_out_of_all)
+        sample = range(min(inputs.runner.shape[0], -(-ERROR_SEQUENCES // inputs.world.size)))
+        sequences = inputs.held_out if held_out else sample
+        context.block_meter = BlockMeter(
+            inputs.runner, context.dense_stream, inputs.weights, inputs.world, index, sequences
+        )
+        context.block_errors = BlockErrors(block=index, held_out=held_out, tokens=0)
 
     def _release(self, context: BlockContext, index: int) -> None:
         """Free the block's weights. The dense outputs become the next block's inputs; the stream ends if no layer needs it."""
@@ -185,9 +197,23 @@ class Engine:
                 context.dense_stream.close()
 
     def _run_stages(self, context: BlockContext) -> Iterator[Event]:
+        yield from self._measure(context, INHERITED)
         for stage in self.stages:
             context.stage = stage.name
             yield from stage(context)
+            yield from self._measure(context, stage.name)
+
+    def _measure(self, context: BlockContext, name: str) -> Iterator[Event]:
+        """Measure the block's error after a stage, if there is a dense stream."""
+        if context.block_meter is None or context.block_errors is None:
+            return
+        with context.meter.phase("dense"):
+            error = context.block_meter.error()
+        for line in context.block_meter.take_notes():
+            yield context.note(line, "dense")
+        errors = {**context.block_errors.errors, name: error}
+        context.block_errors = replace(context.block_errors, tokens=context.block_meter.tokens, errors=errors)
+        yield context.event("stage", "dense", stage=name, error=error)
 
     def _propagate(self, context: BlockContext, index: int, starts: Sequence[tuple[int, int]] = ()) -> Iterator[Event]:
         """Run the block on all sequences; its outputs become the next block's inputs."""
@@ -209,13 +235,16 @@ class Engine:
             starts=runner.starts,
             dense_starts=context.dense_stream.starts if context.dense_stream and context.index is not None else [],
             place=runner.place,
+            errors=context.block_errors,
         )
         self.records += records
+        self.block_errors += [] if context.block_errors is None else [context.block_errors]
         self.notes += context.notes
         self.place = runner.place
 
     def _take_over(self, record: BlockRecord) -> None:
         self.records += record.layers
+        self.block_errors += [] if record.errors is None else [record.errors]
         self.notes += record.notes
         self.inputs.runner.batch, self.place = record.batch, record.place
 
@@ -254,7 +283,11 @@ class Engine:
 def _dense_end(inputs: EngineInputs) -> int:
     """Return the number of blocks for which the dense stream is needed; one more if the layers after them need it, too."""
     after = len(inputs.blocks)
-    wanting = [layer.block for layer, settings in inputs.layers.items() if settings.repair.needs_dense_stream]
+    wanting = [
+        layer.block
+        for layer, settings in inputs.layers.items()
+        if (has_target_after_blocks(settings) if layer.block is None else settings.repair.needs_dense_stream)
+    ]
     return 1 + max((after if block is None else block for block in wanting), default=-1)
 
 

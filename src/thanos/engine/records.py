@@ -12,6 +12,7 @@ import torch
 
 from thanos import registry
 from thanos.calibration.statistics import Need, need_of
+from thanos.engine.block_error import BlockErrors
 from thanos.model.layers import LinearLayer
 from thanos.recipe import LayerRecipe
 from thanos.solvers.hessian import InputStatistics
@@ -147,6 +148,7 @@ class BlockRecord:
         dense_starts: batch sizes of the pass that gave the dense block's outputs; empty without a dense stream.
         place: storage tier of the activations.
         notes: warnings that arose in this block.
+        errors: the block's error after each stage; None without a dense stream.
         phases: seconds and peak memory of the whole run so far, by phase.
     """
 
@@ -158,6 +160,7 @@ class BlockRecord:
     dense_starts: list[tuple[int, int]] = field(default_factory=list)
     place: str = ""
     notes: list[str] = field(default_factory=list)
+    errors: BlockErrors | None = None
     phases: dict[str, PhaseRecord] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -171,6 +174,7 @@ class BlockRecord:
         values["layers"] = [LayerRecord(**{**layer, "shape": tuple(layer["shape"])}) for layer in values["layers"]]
         for name in ("starts", "dense_starts"):
             values[name] = [(first, size) for first, size in values.get(name, [])]
+        values["errors"] = BlockErrors(**values["errors"]) if values.get("errors") else None
         values["phases"] = {name: PhaseRecord(**phase) for name, phase in values["phases"].items()}
         return cls(**values)
 
@@ -203,6 +207,7 @@ class LayerRecord:
             if no error was measured.
         changed_by: names of the stages that changed the weight after pruning, in order; None if there are none. ``sparsity``
             and ``zeros`` describe the written weight, the errors the weight before these stages.
+        dense_target: share α of the dense model's outputs in what the layer was fitted to; None if it was not.
     """
 
     name: str
@@ -224,6 +229,13 @@ class LayerRecord:
     halved_rows: int = 0
     error_tokens: int | None = None
     changed_by: list[str] | None = None
+    dense_target: float | None = None
+
+
+def without_unset(layer: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the plain values of a :class:`LayerRecord` without the fields of repairs that did not run."""
+    unset = ("dense_target",)
+    return {name: value for name, value in layer.items() if name not in unset or value is not None}
 
 
 def mean_known(values: Sequence[float | None]) -> float | None:
@@ -278,6 +290,7 @@ class BlockJournal(Protocol):
         starts: Sequence[tuple[int, int]],
         dense_starts: Sequence[tuple[int, int]],
         place: str,
+        errors: BlockErrors | None,
     ) -> None:
         """Write a block's tensors durably to the disk, then record that the block is finished.
 
@@ -290,5 +303,6 @@ class BlockJournal(Protocol):
             starts: see :class:`BlockRecord`.
             dense_starts: see :class:`BlockRecord`.
             place: see :class:`BlockRecord`.
+            errors: see :class:`BlockRecord`.
         """
         ...

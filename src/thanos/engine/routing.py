@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from thanos.model.experts import ROUTING, Experts
+from thanos.model.layers import LinearLayer
 
 
 class Routing:
@@ -29,6 +30,10 @@ class Routing:
     def __init__(self, block: nn.Module) -> None:
         self.mixtures = [module for module in block.modules() if isinstance(module, Experts)]
         self._calls: list[tuple[Tensor, Tensor]] = []
+
+    def covers(self, layer: LinearLayer) -> bool:
+        """Return whether a layer of the block gets the same tokens with this routing: it is in no other kind of mixture."""
+        return not layer.expert or any(layer.module in set(mixture.modules()) for mixture in self.mixtures)
 
     @contextmanager
     def record(self) -> Iterator[None]:

@@ -313,7 +313,7 @@ def _engine(
         device=device,
         meter=job.meter,
         world=job.world,
-        held_out=held_out_here(job.recipe, len(calibration.ids), share),
+        **held_out_here(job.recipe, len(calibration.ids), share),
     )
     return Engine(inputs, stages_of(job.recipe), notes=[*opened.notes, *notes])
 
@@ -359,5 +359,6 @@ def _report(
         host_peak_bytes=max((record.host_peak_bytes or 0 for record in phases.values()), default=0),
         device_peak_bytes=max((record.device_peak_bytes or 0 for record in phases.values()), default=0) or None,
         warnings=engine.notes,
+        block_errors=engine.block_errors,
         execution={"activations": engine.place, "batch": engine.inputs.runner.batch},
     )

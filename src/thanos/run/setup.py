@@ -173,8 +173,8 @@ def check_calibration(recipe: Recipe, given: Calibration | None, source: ModelSo
         check_text_source(recipe.calibration, tokenizer=None if source is None else source.tokenizer)
 
 
-def held_out_here(recipe: Recipe, samples: int, share: range) -> range:
-    """Return the indices of the held-out sequences among those of one process; empty if the recipe holds none out.
+def held_out_here(recipe: Recipe, samples: int, share: range) -> dict[str, Any]:
+    """Return the values of ``held_out`` and ``held_out_of_all`` in :class:`~thanos.engine.inputs.EngineInputs`.
 
     Args:
         recipe: the recipe.
@@ -182,7 +182,8 @@ def held_out_here(recipe: Recipe, samples: int, share: range) -> range:
         share: the range of this process's sequences among them.
     """
     count = held_out_of(samples, recipe.held_out) if recipe.holds_out else 0
-    return range(max(0, min(samples - count, share.stop) - share.start), len(share)) if count else range(0)
+    first = min(max(samples - count - share.start, 0), len(share))
+    return {"held_out": range(first, len(share)), "held_out_of_all": count}
 
 
 def smaller_calibration(recipe: Recipe) -> str:

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from thanos.engine.block_error import BlockErrors, BlockMeter
 from thanos.engine.dense_stream import DenseStream
 from thanos.engine.inputs import EngineInputs
 from thanos.engine.output import Output
@@ -62,6 +63,8 @@ class BlockContext:
         dense_stream: see above.
         held_out: indices of this process's sequences that are held out: the last of the run. They choose the dense target and
             guard the tuning, which must not train on them. With several processes, some have none or nothing else.
+        block_meter: measures the block's error, on the held-out sequences if there are any; None without a dense stream.
+        block_errors: the block's error after each stage so far; None without a dense stream.
         stage: name of the running stage.
         records: layer name → record of each layer pruned so far.
         notes: warnings that arose here.
@@ -77,6 +80,8 @@ class BlockContext:
         self.runner, self.weights = inputs.runner, inputs.weights
         self.device, self.meter, self.world = inputs.device, inputs.meter, inputs.world
         self.dense_stream, self.held_out = dense_stream, inputs.held_out
+        self.block_meter: BlockMeter | None = None
+        self.block_errors: BlockErrors | None = None
         self.stage = ""
         self.records: dict[str, LayerRecord] = {}
         self.notes: list[str] = []
@@ -130,6 +135,25 @@ class BlockContext:
     def _stream(self) -> DenseStream:
         assert self.dense_stream is not None, "no layer's repair needs the dense stream"
         return self.dense_stream
+
+    def first_sequences(self) -> Tensor:
+        """Return the block's inputs for this process's first sequence, (1, T, d).
+
+        It is the whole first batch, (B, T, d), for a model whose batches must be the same for all blocks.
+        """
+        size = self.runner.settled(self.index) if self.runner.shares and self.index is not None else 1
+        return next(hidden for _, hidden in self.batches(size))
+
+    @property
+    def on_device(self) -> bool:
+        """Whether hidden states of a stream are kept on the device; see :meth:`spill`."""
+        dense = "" if self.dense_stream is None else self.dense_stream.place
+        return "device" in (self.runner.place, dense)
+
+    def spill(self) -> list[str]:
+        """Move the hidden states of both streams off the device; return the notes for the user."""
+        lines = [self.runner.spill(), None if self.dense_stream is None else self.dense_stream.spill()]
+        return [line for line in lines if line is not None]
 
     def observe(self, layers: Sequence[LinearLayer], most: int | None = None) -> Iterator[int]:
         """Run the block on all sequences only for the hooks on ``layers``; yield the number of finished sequences.
