@@ -53,6 +53,8 @@ LAYER = {
     "changed_by",
     "error_tokens",
 }
+REPAIRED = {"errors", "residual", "target_change"}
+"""Keys of a layer that are there only where they apply."""
 
 
 def report(layers: list[LayerRecord] | None = None, **changes: Any) -> PruningReport:
@@ -110,7 +112,13 @@ def test_keys() -> None:
     assert next(iter(values)) == "schema"
     assert values["schema"] == SCHEMA == 1
     assert set(values) == TOP == {field.name for field in fields(PruningReport)}
-    assert set(values["layers"][0]) == LAYER == {field.name for field in fields(LayerRecord)}
+    assert set(values["layers"][0]) == LAYER == {field.name for field in fields(LayerRecord)} - REPAIRED
+    repaired_layer = replace(
+        report().layers[0], errors={"removed": 0.2, "a": 0.1, "b": 0.05}, residual=1e-6, target_change=-0.01
+    )
+    repaired = replace(report(), layers=[repaired_layer])
+    assert set(repaired.to_dict()["layers"][0]) == LAYER | REPAIRED
+    assert PruningReport.from_dict(repaired.to_dict()).layers == [repaired_layer]
     assert values["dense"] == [{"name": "norm", "parameters": 8, "reason": "not a linear layer's weight"}]
     assert values["phases"]["solve"] == {"seconds": 0.5, "host_peak_bytes": 20, "device_peak_bytes": 30}
     assert values["layers"][0]["shape"] == [4, 6]

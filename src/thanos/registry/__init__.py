@@ -1,7 +1,7 @@
-"""The registry: the methods, patterns and efforts that a recipe can name, and where their code is.
+"""The registry: the methods, refinements, patterns and efforts that a recipe can name, and where their code is.
 
-A method or a pattern is one file and one row here. An effort, a preset of a recipe's repair, is one row. Rows are plain
-values, so reading them does not import torch. The code of a row is imported when it is used. A file outside this package
+A method, a refinement or a pattern is one file and one row here. An effort, a preset of a recipe's repair, is one row. Rows are
+plain values, so reading them does not import torch. The code of a row is imported when it is used. A file outside this package
 adds rows with :func:`register_method` and :func:`register_pattern`. The command line, and every process that it starts,
 imports the modules that the environment variable ``THANOS_PLUGINS`` names, separated by commas. docs/add-a-method.md shows
 both ways.
@@ -16,6 +16,7 @@ from thanos.registry.rows import EffortRow as EffortRow
 from thanos.registry.rows import MethodRow as MethodRow
 from thanos.registry.rows import Needs as Needs
 from thanos.registry.rows import PatternRow as PatternRow
+from thanos.registry.rows import RefinementRow as RefinementRow
 from thanos.registry.table import Table
 from thanos.registry.table import imported as imported
 from thanos.system.suggestions import near_pattern
@@ -73,8 +74,32 @@ METHODS: tuple[MethodRow, ...] = (
         marker="D",
         memory="thanos.solvers.methods.scored:magnitude_bytes",
     ),
+    MethodRow(
+        name="admm",
+        title="ADMM",
+        help="chooses mask and weights together, in many steps, then refits the weights; slow, least error",
+        source="thanos.solvers.methods.admm:admm",
+        needs=Needs.FACTOR,
+        compensates=True,
+        settings=("damping",),
+        colour="#7a6a00",
+        dark_colour="#d9c53f",
+        marker="v",
+        cost="thanos.solvers.methods.admm:cost",
+        memory="thanos.solvers.methods.admm:memory",
+    ),
 )
 """The methods of this package; the first is the default."""
+
+REFINEMENTS: tuple[RefinementRow, ...] = (
+    RefinementRow(
+        name="refit",
+        title="Refit",
+        help="the best weights for the chosen mask, by conjugate gradients",
+        source="thanos.solvers.refine.refit:refit",
+    ),
+)
+"""The refinements of this package, in the order in which they are applied after the method."""
 
 PATTERNS: tuple[PatternRow, ...] = (
     PatternRow(
@@ -130,12 +155,14 @@ DEFAULT_PATTERN = PATTERNS[0].name
 DEFAULT_EFFORT = EFFORTS[0].name
 
 _methods = Table("method", METHODS)
+_refinements = Table("refinement", REFINEMENTS)
 _patterns = Table("pattern", PATTERNS)
 _efforts = Table("effort", EFFORTS)
 
 register_method = _methods.register
 register_pattern = _patterns.register
 methods = _methods.rows
+refinements = _refinements.rows
 patterns = _patterns.rows
 method = _methods.get
 find_method = _methods.find

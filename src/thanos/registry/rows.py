@@ -1,4 +1,4 @@
-"""The types of the registry's rows: methods and patterns."""
+"""The types of the registry's rows."""
 
 from __future__ import annotations
 
@@ -86,6 +86,15 @@ class MethodRow(Row):
         """Return the default block size for a pattern, a multiple of the pattern's group."""
         size = self.group_block_size if pattern.group_zeros and self.group_block_size else self.block_size
         return max(pattern.group, size // pattern.group * pattern.group)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RefinementRow(Row):
+    """A refinement; ``source`` is a function (Problem, Solution, amount) → Solution of :mod:`thanos.solvers.problem`.
+
+    Its name is also that of its part of a :class:`~thanos.recipe.repair.Repair`: the amount, a whole number, 0 for off. The
+    problem has the factor of the damped Hessian, whatever the method needs.
+    """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
