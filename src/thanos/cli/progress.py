@@ -21,7 +21,9 @@ _LABELS = {
     "load": "load model",
     "calibration": "calibrate",
     "verify": "check finished blocks",
+    "dense": "dense model",
     "statistics": "statistics",
+    "choose": "choose dense target",
     "solve": "solve",
     "write": "write",
     "propagate": "propagate",
@@ -99,12 +101,15 @@ class Position:
     Attributes:
         event: last event that is not a note; None at first.
         error: mean relative layer error of the finished blocks; before the first block is finished, that of the last layer.
+        trail: (stage, error of the block after it) of the block whose stages ran last, in order; empty without a dense stream.
         rate: tokens a second of the current phase; None if it has none, or has only just begun.
     """
 
     def __init__(self) -> None:
         self.event: Event | None = None
         self.error: float | None = None
+        self.trail: list[tuple[str, float | None]] = []
+        self._trail_block: int | None = None
         self.rate: float | None = None
         self._phase: tuple[int | None, str] | None = None
         self._phase_began = self._block_began = 0.0
@@ -122,7 +127,10 @@ class Position:
         if event.kind == "block" and not event.replayed:
             self._pruned_seconds += event.seconds - self._block_began
             self._pruned += 1
-        if event.error is not None and (event.kind == "block" or not self._pruned):
+        if event.kind == "stage":
+            same = event.block == self._trail_block
+            self._trail_block, self.trail = event.block, [*(self.trail if same else []), (event.stage, event.error)]
+        elif event.error is not None and (event.kind == "block" or not self._pruned):
             self.error = event.error
         spent = event.seconds - self._phase_began
         self.rate = event.tokens / spent if event.tokens and spent > _RATE_SECONDS else None
@@ -178,6 +186,7 @@ class PlainLines:
         elif event.kind == "block" and event.block is not None:
             what = ["outputs computed again"] if event.replayed else []
             what += [] if event.error is None else [f"mean layer error {event.error:.4g}"]
+            what += [] if event.replayed else _block_error(self._position.trail)
             left = self._position.remaining(event.seconds)
             what += [_memory(event), *([f"{_clock(left)} left"] if left else [])]
             self._write(event, f"block {event.block + 1} of {event.blocks}, {', '.join(what)}")
@@ -249,6 +258,14 @@ def _live(stream: TextIO) -> Iterator[Callable[[Event], None]]:
                 live.refresh()  # show every block, even if blocks finish faster than the display refreshes
 
         yield show
+
+
+def _block_error(trail: list[tuple[str, float | None]]) -> list[str]:
+    """Return the block's error before the first stage and after each; an empty list if it was not measured."""
+    if not trail:
+        return []
+    first, *others = [(stage, "unknown" if error is None else f"{error:.4g}") for stage, error in trail]
+    return [f"block error {first[1]}" + "".join(f" → {error} ({stage})" for stage, error in others)]
 
 
 def _memory(event: Event) -> str:

@@ -12,6 +12,7 @@ import torch
 
 from thanos import registry
 from thanos.calibration.statistics import Need, need_of
+from thanos.engine.block_error import BlockErrors
 from thanos.model.layers import LinearLayer
 from thanos.recipe import LayerRecipe
 from thanos.solvers.hessian import InputStatistics
@@ -151,8 +152,10 @@ class BlockRecord:
         tensors: name in the checkpoint → checksum of the bytes that were written.
         batch: number of sequences in a forward pass; the last bits of results depend on it. None if there was no pass.
         starts: batch sizes of the pass that gave the block's outputs; see :class:`~thanos.engine.block_runner.Passes`.
+        dense_starts: batch sizes of the pass that gave the dense block's outputs; empty without a dense stream.
         place: storage tier of the activations.
         notes: warnings that arose in this block.
+        errors: the block's error after each stage; None without a dense stream.
         phases: seconds and peak memory of the whole run so far, by phase.
     """
 
@@ -161,8 +164,10 @@ class BlockRecord:
     tensors: dict[str, str]
     batch: int | None = None
     starts: list[tuple[int, int]] = field(default_factory=list)
+    dense_starts: list[tuple[int, int]] = field(default_factory=list)
     place: str = ""
     notes: list[str] = field(default_factory=list)
+    errors: BlockErrors | None = None
     phases: dict[str, PhaseRecord] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -174,7 +179,9 @@ class BlockRecord:
         """Build a record from the values of :meth:`to_dict` after a round trip through JSON."""
         values = dict(values)
         values["layers"] = [LayerRecord(**{**layer, "shape": tuple(layer["shape"])}) for layer in values["layers"]]
-        values["starts"] = [(first, size) for first, size in values["starts"]]
+        for name in ("starts", "dense_starts"):
+            values[name] = [(first, size) for first, size in values.get(name, [])]
+        values["errors"] = BlockErrors(**values["errors"]) if values.get("errors") else None
         values["phases"] = {name: PhaseRecord(**phase) for name, phase in values["phases"].items()}
         return cls(**values)
 
@@ -207,6 +214,7 @@ class LayerRecord:
             if no error was measured.
         changed_by: names of the stages that changed the weight after pruning, in order; None if there are none. ``sparsity``
             and ``zeros`` describe the written weight, the errors the weight before these stages.
+        dense_target: share α of the dense model's outputs in what the layer was fitted to; None if it was not.
         errors: the errors of :attr:`~thanos.solvers.pruned_weight.PrunedWeight.errors` by step; None if there were no other
             steps than the method.
         residual: the largest relative residual of a row's system of equations for the weights that stay, after the last step
@@ -234,6 +242,7 @@ class LayerRecord:
     halved_rows: int = 0
     error_tokens: int | None = None
     changed_by: list[str] | None = None
+    dense_target: float | None = None
     errors: dict[str, float | None] | None = None
     residual: float | None = None
     target_change: float | None = None
@@ -241,7 +250,7 @@ class LayerRecord:
 
 def without_unset(layer: Mapping[str, Any]) -> dict[str, Any]:
     """Return the plain values of a :class:`LayerRecord` without the fields of repairs that did not run."""
-    unset = ("errors", "residual", "target_change")
+    unset = ("dense_target", "errors", "residual", "target_change")
     return {name: value for name, value in layer.items() if name not in unset or value is not None}
 
 
@@ -295,7 +304,9 @@ class BlockJournal(Protocol):
         notes: Sequence[str],
         batch: int | None,
         starts: Sequence[tuple[int, int]],
+        dense_starts: Sequence[tuple[int, int]],
         place: str,
+        errors: BlockErrors | None,
     ) -> None:
         """Write a block's tensors durably to the disk, then record that the block is finished.
 
@@ -306,6 +317,8 @@ class BlockJournal(Protocol):
             notes: see :class:`BlockRecord`.
             batch: see :class:`BlockRecord`.
             starts: see :class:`BlockRecord`.
+            dense_starts: see :class:`BlockRecord`.
             place: see :class:`BlockRecord`.
+            errors: see :class:`BlockRecord`.
         """
         ...

@@ -205,6 +205,16 @@ def method_without_inputs(pattern: Pattern) -> MethodRow:
     return next(row for row in able if row.patterns is None or name in row.patterns)
 
 
+def stand_in_method(pattern: Pattern) -> MethodRow:
+    """Return the cheapest method that sees the inputs: the first that needs their norms alone and supports the pattern.
+
+    If there is none, the first that supports the pattern.
+    """
+    name = pattern_row(pattern).name
+    able = [row for row in methods() if row.patterns is None or name in row.patterns]
+    return next((row for row in able if row.needs is Needs.NORMS), able[0])
+
+
 def parse_pattern(text: str | Pattern) -> Pattern:
     """Return the pattern that a text names, such as ``unstructured``, ``2:4`` or ``columns``.
 

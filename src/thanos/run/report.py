@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from thanos.engine.block_error import BlockErrors
 from thanos.engine.records import LayerRecord, mean_known, without_unset
 from thanos.system.documents import Document
 from thanos.system.meter import PhaseRecord
@@ -49,12 +50,14 @@ class PruningReport(Document):
     device_peak_bytes: int | None = None
     warnings: list[str] = field(default_factory=list)
     execution: dict[str, Any] = field(default_factory=dict)
+    block_errors: list[BlockErrors] = field(default_factory=list)
     schema: int = SCHEMA
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, ``schema`` first; a layer's fields about repairs that did not run are left out."""
+        """Return plain values; what is only known with a repair is left out without one."""
         values = Document.to_dict(self)
-        return {**values, "layers": [without_unset(layer) for layer in values["layers"]]}
+        values["layers"] = [without_unset(layer) for layer in values["layers"]]
+        return {name: value for name, value in values.items() if name != "block_errors" or value}
 
     @classmethod
     def read(cls, path: Path) -> PruningReport:
@@ -72,6 +75,7 @@ class PruningReport(Document):
             raise ValueError(f"pruning.json has schema {values.get('schema')!r}; this version reads {SCHEMA}")
         values = dict(values)
         values["layers"] = [LayerRecord(**{**layer, "shape": tuple(layer["shape"])}) for layer in values["layers"]]
+        values["block_errors"] = [BlockErrors(**record) for record in values.get("block_errors", [])]
         values["dense"] = [DenseRecord(**record) for record in values["dense"]]
         values["phases"] = {name: PhaseRecord(**record) for name, record in values["phases"].items()}
         return cls(**values)

@@ -14,6 +14,7 @@ import torch
 from thanos._version import __version__
 from thanos.calibration.text import text_sha256
 from thanos.checkpoint.writer import CheckpointWriter
+from thanos.engine.block_error import BlockErrors
 from thanos.engine.records import BlockRecord, LayerRecord
 from thanos.errors import UserError
 from thanos.events import RUN_NAME, Event
@@ -241,7 +242,9 @@ class RunJournal:
         notes: Sequence[str],
         batch: int | None,
         starts: Sequence[tuple[int, int]],
+        dense_starts: Sequence[tuple[int, int]],
         place: str,
+        errors: BlockErrors | None,
     ) -> None:
         """See :meth:`~thanos.engine.records.BlockJournal.record`."""
         with self._meter.phase("write"):
@@ -253,8 +256,10 @@ class RunJournal:
             tensors=tensors,
             batch=batch,
             starts=list(starts),
+            dense_starts=list(dense_starts),
             place=place,
             notes=list(notes),
+            errors=errors,
             phases=self._meter.records(),
         )
         with self._meter.phase("write"):

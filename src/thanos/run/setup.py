@@ -21,6 +21,7 @@ from thanos.model.opening import OpenedModel, open_model
 from thanos.model.source import ModelSource
 from thanos.patterns.budget import Budget
 from thanos.recipe import LayerRecipe, Recipe, check_globs
+from thanos.recipe.repair import held_out_of
 from thanos.run.report import DenseRecord
 from thanos.run.survey import sampled_sparsity, survey
 from thanos.system.device import choose_device
@@ -158,15 +159,31 @@ def _note_zeros(opened: OpenedModel, layers: Sequence[LinearLayer], watch: Watch
 
 
 def check_calibration(recipe: Recipe, given: Calibration | None, source: ModelSource | None = None) -> None:
-    """Check that the calibration text can be used, before a model is loaded; no check if windows are ``given``.
+    """Check that the calibration text can be used, before a model is loaded. Of ``given`` windows, only the number is checked.
 
     With ``source``, the check includes a chat template of its tokenizer for texts that are chats.
 
     Raises:
         DataError: the text cannot be used.
+        RecipeError: too few windows are given to hold any out.
     """
+    if given is not None and recipe.holds_out:
+        held_out_of(len(given.ids), recipe.held_out)
     if given is None:
         check_text_source(recipe.calibration, tokenizer=None if source is None else source.tokenizer)
+
+
+def held_out_here(recipe: Recipe, samples: int, share: range) -> dict[str, Any]:
+    """Return the values of ``held_out`` and ``held_out_of_all`` in :class:`~thanos.engine.inputs.EngineInputs`.
+
+    Args:
+        recipe: the recipe.
+        samples: number of sequences of all processes.
+        share: the range of this process's sequences among them.
+    """
+    count = held_out_of(samples, recipe.held_out) if recipe.holds_out else 0
+    first = min(max(samples - count - share.start, 0), len(share))
+    return {"held_out": range(first, len(share)), "held_out_of_all": count}
 
 
 def smaller_calibration(recipe: Recipe) -> str:
