@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Phase = Literal[
-    "load", "calibration", "verify", "statistics", "solve", "write", "propagate", "evaluate", "tasks", "finish", "draw"
+    "load", "calibration", "verify", "statistics", "solve", "tune", "write", "propagate", "evaluate", "tasks", "finish", "draw"
 ]  # fmt: skip
 
 
@@ -43,6 +43,9 @@ class Event:
         total: number of units in this phase.
         tokens: number of tokens processed so far in this phase.
         error: for ``layer``, the relative error of the layer after compensation; for ``block``, the mean error so far.
+        loss: for ``progress`` of the phase ``tune``, the mean relative error of the batches in the last finished epoch.
+        held_out: for the same, the least relative error of the block on held-out sequences so far.
+        held_out_before: for the same, that error before the block was tuned.
         replayed: whether an earlier run finished the block; only its outputs are computed again.
         message: the line of a ``note``.
         host_bytes: resident memory of the process now, in bytes. This and the next three values are at most 0.1 s old; for
@@ -62,6 +65,9 @@ class Event:
     total: int = 0
     tokens: int = 0
     error: float | None = None
+    loss: float | None = None
+    held_out: float | None = None
+    held_out_before: float | None = None
     replayed: bool = False
     message: str = ""
     host_bytes: int = 0

@@ -15,6 +15,7 @@ from thanos.engine.output import Output
 from thanos.engine.records import BlockRecord, LayerRecord, expert_notes, mean_known
 from thanos.engine.stages.base import BlockContext, BlockStage
 from thanos.engine.stages.prune import PruneStage
+from thanos.engine.tuning_record import TuningRecord
 from thanos.errors import ModelError
 from thanos.events import Event
 from thanos.model.layers import LinearLayer
@@ -33,6 +34,7 @@ class Engine:
         inputs: see above.
         stages: see above.
         records: records of the pruned layers, in order; a block's records are added when it is finished.
+        tunings: records of the blocks that were tuned, in order.
         notes: warnings about the whole run.
         place: storage tier of the activations in the last finished block; empty before.
     """
@@ -42,6 +44,7 @@ class Engine:
     ) -> None:
         self.inputs, self.stages = inputs, tuple(stages)
         self.records: list[LayerRecord] = []
+        self.tunings: list[TuningRecord] = []
         self.notes = list(notes)
         self.place = ""
         self._tail = inputs.layers_of(None)
@@ -171,13 +174,16 @@ class Engine:
             batch=runner.batch,
             starts=runner.starts,
             place=runner.place,
+            tuning=context.tuning,
         )
         self.records += records
+        self.tunings += [] if context.tuning is None else [context.tuning]
         self.notes += context.notes
         self.place = runner.place
 
     def _take_over(self, record: BlockRecord) -> None:
         self.records += record.layers
+        self.tunings += [] if record.tuning is None else [record.tuning]
         self.notes += record.notes
         self.inputs.runner.batch, self.place = record.batch, record.place
 

@@ -12,6 +12,7 @@ import torch
 
 from thanos import registry
 from thanos.calibration.statistics import Need, need_of
+from thanos.engine.tuning_record import TuningRecord
 from thanos.model.layers import LinearLayer
 from thanos.recipe import LayerRecipe
 from thanos.solvers.hessian import InputStatistics
@@ -147,6 +148,7 @@ class BlockRecord:
         place: storage tier of the activations.
         notes: warnings that arose in this block.
         phases: seconds and peak memory of the whole run so far, by phase.
+        tuning: record of the block's tuning; None if it was not tuned.
     """
 
     block: int | None
@@ -157,6 +159,7 @@ class BlockRecord:
     place: str = ""
     notes: list[str] = field(default_factory=list)
     phases: dict[str, PhaseRecord] = field(default_factory=dict)
+    tuning: TuningRecord | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values."""
@@ -169,6 +172,7 @@ class BlockRecord:
         values["layers"] = [LayerRecord(**{**layer, "shape": tuple(layer["shape"])}) for layer in values["layers"]]
         values["starts"] = [(first, size) for first, size in values["starts"]]
         values["phases"] = {name: PhaseRecord(**phase) for name, phase in values["phases"].items()}
+        values["tuning"] = None if values["tuning"] is None else TuningRecord(**values["tuning"])
         return cls(**values)
 
 
@@ -274,6 +278,7 @@ class BlockJournal(Protocol):
         batch: int | None,
         starts: Sequence[tuple[int, int]],
         place: str,
+        tuning: TuningRecord | None = None,
     ) -> None:
         """Write a block's tensors durably to the disk, then record that the block is finished.
 
@@ -285,5 +290,6 @@ class BlockJournal(Protocol):
             batch: see :class:`BlockRecord`.
             starts: see :class:`BlockRecord`.
             place: see :class:`BlockRecord`.
+            tuning: see :class:`BlockRecord`.
         """
         ...

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -20,54 +20,13 @@ from torch import Tensor
 from thanos.engine.distributed import SINGLE, World
 from thanos.engine.tuned_parameters import Masters, held
 from thanos.engine.tuning_passes import BATCH, TuningPasses, Work
+from thanos.engine.tuning_record import TuningRecord
 
 BETAS = (0.9, 0.95)
 """Decay rates of Adam's moments."""
 
 RISE, FIRST_RATE = 0.3, 0.04
 """One-cycle schedule: fraction of the steps with a rising rate, and the first rate as a fraction of the highest."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TuningRecord:
-    """The tuning of one block.
-
-    An error is ‖F(X̂) − F*(X*)‖² / ‖F*(X*)‖² over sequences. Unless stated otherwise it is measured with weights in their stored
-    dtype, and the block runs as it does for the next block's inputs. The training sequences are measured on an evenly spaced
-    sample of as many as are held out.
-
-    Attributes:
-        block: index of the block.
-        epochs: number of epochs that ran.
-        kept_epoch: epoch whose weights were kept, from 1; 0 if the weights before tuning were kept.
-        error_before: error on training sequences before tuning; None if nothing was measured, as for the next three.
-        error_after: the same for the weights that were kept.
-        held_out_before: error on held-out sequences before tuning.
-        held_out_after: the same for the weights that were kept; never above ``held_out_before``.
-        held_out_unrounded: held-out error of the weights that were kept before they were rounded, run as in training. The
-            difference to ``held_out_after`` is the damage by rounding. None if the weights before tuning were kept.
-        sequences: number of training sequences.
-        held_out_sequences: number of held-out sequences.
-        parameters: number of entries that may change.
-        losses: mean error of the batches of each epoch, during the epoch.
-        held_out_errors: held-out error after each epoch.
-        reason: why the weights before tuning were kept; empty if they were not.
-    """
-
-    block: int | None = None
-    epochs: int = 0
-    kept_epoch: int = 0
-    error_before: float | None = None
-    error_after: float | None = None
-    held_out_before: float | None = None
-    held_out_after: float | None = None
-    held_out_unrounded: float | None = None
-    sequences: int = 0
-    held_out_sequences: int = 0
-    parameters: int = 0
-    losses: list[float] = field(default_factory=list)
-    held_out_errors: list[float] = field(default_factory=list)
-    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,8 +103,9 @@ def tune(
             summed += loss.double() * len(batch)  # on the device: a step does not wait for its loss
             step, done = step + 1, done + len(batch)
             yield TuningProgress(done, epochs * len(work.training), record.losses[-1] if record.losses else None, best)
-        record = replace(record, epochs=epoch, losses=[*record.losses, summed.item() / len(work.training)])
-        if not math.isfinite(record.losses[-1]):
+        mean = summed.item() / len(work.training)
+        record = replace(record, epochs=epoch, losses=[*record.losses, mean])
+        if not math.isfinite(mean):
             reason = f"the loss was not finite in epoch {epoch}"
             kept = replace(record, kept_epoch=0, reason=reason, held_out_unrounded=None)
             return Tuned({}, replace(kept, held_out_after=kept.held_out_before))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from thanos.engine.records import LayerRecord, mean_known
+from thanos.engine.tuning_record import TuningRecord
 from thanos.system.documents import Document
 from thanos.system.meter import PhaseRecord
 
@@ -33,7 +34,7 @@ class DenseRecord:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PruningReport(Document):
-    """The report of a run; the attributes are the keys of ``pruning.json``."""
+    """The report of a run; the attributes are the keys of ``pruning.json``. ``tuning`` is left out if no block was tuned."""
 
     thanos_version: str
     model: dict[str, Any]
@@ -49,7 +50,13 @@ class PruningReport(Document):
     device_peak_bytes: int | None = None
     warnings: list[str] = field(default_factory=list)
     execution: dict[str, Any] = field(default_factory=dict)
+    tuning: list[TuningRecord] = field(default_factory=list)
     schema: int = SCHEMA
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, as :meth:`~thanos.system.documents.Document.to_dict` does."""
+        values = Document.to_dict(self)
+        return values if self.tuning else {name: value for name, value in values.items() if name != "tuning"}
 
     @classmethod
     def read(cls, path: Path) -> PruningReport:
@@ -69,6 +76,7 @@ class PruningReport(Document):
         values["layers"] = [LayerRecord(**{**layer, "shape": tuple(layer["shape"])}) for layer in values["layers"]]
         values["dense"] = [DenseRecord(**record) for record in values["dense"]]
         values["phases"] = {name: PhaseRecord(**record) for name, record in values["phases"].items()}
+        values["tuning"] = [TuningRecord(**record) for record in values.get("tuning", [])]
         return cls(**values)
 
 

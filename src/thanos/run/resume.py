@@ -15,6 +15,7 @@ from thanos._version import __version__
 from thanos.calibration.text import text_sha256
 from thanos.checkpoint.writer import CheckpointWriter
 from thanos.engine.records import BlockRecord, LayerRecord
+from thanos.engine.tuning_record import TuningRecord
 from thanos.errors import UserError
 from thanos.events import RUN_NAME, Event
 from thanos.run.journal import Journal, comes_after, current
@@ -242,6 +243,7 @@ class RunJournal:
         batch: int | None,
         starts: Sequence[tuple[int, int]],
         place: str,
+        tuning: TuningRecord | None = None,
     ) -> None:
         """See :meth:`~thanos.engine.records.BlockJournal.record`."""
         with self._meter.phase("write"):
@@ -256,6 +258,7 @@ class RunJournal:
             place=place,
             notes=list(notes),
             phases=self._meter.records(),
+            tuning=tuning,
         )
         with self._meter.phase("write"):
             self._journal.append(record)

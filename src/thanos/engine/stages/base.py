@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from thanos.engine.inputs import EngineInputs
 from thanos.engine.output import Output
 from thanos.engine.records import LayerRecord
+from thanos.engine.tuning_record import TuningRecord
 from thanos.events import Event, Phase
 from thanos.model.layers import LinearLayer
 
@@ -53,11 +54,13 @@ class BlockContext:
         layers: the layers to prune here, each with its settings.
         runner: forward passes over this process's calibration sequences.
         weights: parameters of the model, by name.
+        parameter_names: names of the block's parameters and persistent buffers; empty if ``index`` is None.
         device: device of the weights.
         meter: meter of seconds and peak memory by phase.
         world: the processes that share the work.
         stage: name of the running stage.
         records: layer name → record of each layer pruned so far.
+        tuning: record of the block's tuning; None if it was not tuned.
         notes: warnings that arose here.
         written: names in the checkpoint of the tensors written so far.
     """
@@ -70,8 +73,10 @@ class BlockContext:
         self.device, self.meter, self.world = inputs.device, inputs.meter, inputs.world
         self.stage = ""
         self.records: dict[str, LayerRecord] = {}
+        self.tuning: TuningRecord | None = None
         self.notes: list[str] = []
         self.written: list[str] = []
+        self.parameter_names = [] if index is None else inputs.block_names(index)
         self._output, self._blocks = output, len(inputs.blocks)
 
     # --- calibration sequences --------------------------------------------------------------------------------------
