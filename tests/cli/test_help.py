@@ -15,6 +15,7 @@ from thanos.cli import run
 from thanos.cli.app import app
 from thanos.cli.options import given
 from thanos.errors import RecipeError
+from thanos.recipe import Repair
 from thanos.settings import Heading, settings_of, value_types
 
 HEADINGS = {
@@ -23,6 +24,7 @@ HEADINGS = {
         "Method and sparsity": {
             "--method", "--pattern", "--sparsity", "--outlier-rows", "--keep-budget", "--block-size", "--damping",
         },
+        "Repair": {"--effort", "--dense-target", "--sequential", "--refit", "--tune", "--held-out", "--tune-rate"},
         "Calibration": {"--calibration", "--samples", "--sequence-length", "--seed"},
         "Where and how it runs": {
             "--device", "--dtype", "--trust-remote-code", "--activations", "--threads", "--resume", "--plan",
@@ -167,6 +169,26 @@ def test_a_zero_that_is_given_counts_and_a_flag_that_is_not_does_not(tmp_path: P
     recipe = merge_recipe(path, given({key: value for key, value in context.params.items() if key in SETTINGS}))
     assert (recipe.seed, recipe.outlier_rows, recipe.keep_budget) == (0, 0.0, True)
     assert (recipe.targets, recipe.skip) == (("a",), ("q_proj",))
+
+
+def test_a_part_of_the_repair_can_be_switched_off_where_the_effort_has_it_on(tmp_path: Path) -> None:
+    from thanos.cli.prune import merge_recipe
+
+    path = tmp_path / "recipe.toml"
+    path.write_text('effort = "max"\ndense-target = 0.5\nrefit = 4\n')
+
+    def recipe(*words: str) -> Recipe:
+        context = parser("prune").make_context("prune", ["m", "o", *words])
+        return merge_recipe(path, given({key: value for key, value in context.params.items() if key in SETTINGS}))
+
+    assert recipe().repair == Repair(dense_target=0.5, sequential=True, refit=4, tune=10)
+    off = recipe("--no-sequential", "--tune", "0", "--dense-target", "auto", "--refit", "0")
+    assert off.repair == Repair(dense_target="auto", sequential=False, refit=0, tune=0)
+    assert recipe("--effort", "fast", "--sequential").repair == Repair(
+        dense_target=0.5, sequential=True, refit=4, tune=0
+    )
+    with pytest.raises(RecipeError, match=r"dense_target must be auto or a number, .*; got '1\.5'"):
+        recipe("--dense-target", "1.5")
 
 
 def test_a_setting_may_be_repeated_where_a_command_compares_its_values() -> None:

@@ -13,12 +13,12 @@ import typer
 from thanos import registry
 from thanos.errors import UserError
 from thanos.recipe import Recipe
-from thanos.settings import Heading, Setting, either, settings_of, value_types
+from thanos.settings import Heading, Setting, either, flags_with_off, settings_of, value_types
 
-NUMBERS = {"FRACTION": float, "N": int, "TOKENS": int, "COLUMNS": int}
+NUMBERS = {"FRACTION": float, "RATE": float, "N": int, "TOKENS": int, "COLUMNS": int}
 """Metavar → type of the option's value."""
 
-SETTINGS, _TYPES = settings_of(Recipe), value_types(Recipe)
+SETTINGS, _TYPES, _WITH_OFF = settings_of(Recipe), value_types(Recipe), flags_with_off(Recipe)
 
 C = TypeVar("C", bound=Callable[..., None])
 
@@ -71,12 +71,11 @@ def _parameter(name: str, described: Setting, repeated: Collection[str]) -> insp
         text += f", {described.bounds}"
     if several:
         text += "; may be repeated"
-    flag = kind is bool
+    flag, word = kind is bool and name not in _WITH_OFF, name.replace("_", "-")
+    spelling = f"--{word}/--no-{word}" if name in _WITH_OFF else f"--{word}"
     annotation = Annotated[
         bool if flag else (list[kind] if several else kind) | None,
-        option(
-            text, described.heading, described.metavar or None, f"--{name.replace('_', '-')}", default=described.default
-        ),
+        option(text, described.heading, described.metavar or None, spelling, default=described.default),
     ]
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=False if flag else None, annotation=annotation
@@ -88,7 +87,7 @@ def given(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in settings.items()
-        if value is not None and value is not False and value not in ([], ())
+        if value is not None and (value is not False or name in _WITH_OFF) and value not in ([], ())
     }
 
 

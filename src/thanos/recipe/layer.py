@@ -9,6 +9,7 @@ from typing import Any
 from thanos import registry
 from thanos.errors import RecipeError
 from thanos.patterns.base import Pattern
+from thanos.recipe.repair import REPAIR_FIELDS, Repair, checked, resolved
 from thanos.registry import parse_pattern
 from thanos.settings import Heading, setting
 from thanos.system.suggestions import near_number, near_whole
@@ -16,7 +17,13 @@ from thanos.system.suggestions import near_number, near_whole
 DEFAULT_DAMPING: float = registry.LAYER_SETTINGS["damping"]
 """Damping added to the Hessian's diagonal, as a fraction of the diagonal's mean."""
 
-LAYER_FIELDS = ("method", "pattern", "sparsity", "outlier_rows", "keep_budget", "block_size", "damping")
+LAYER_FIELDS = (
+    *("method", "pattern", "sparsity", "outlier_rows", "keep_budget", "block_size", "damping"),
+    *REPAIR_FIELDS,
+)
+
+
+_EFFORT = "what the effort says"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +43,12 @@ class LayerRecipe:
             squared output norm keep n/2 of m.
         block_size: number of input columns handled together (Thanos, SparseGPT); None means 128, or 512 for Thanos with n:m.
         damping: fraction of the Hessian's mean diagonal added to its diagonal, at least 0 (Thanos, SparseGPT).
+        effort: name of a preset of the next four settings; ``fast`` has them off.
+        dense_target: share α, in [0, 1], of the dense model's outputs in what the layer is fitted to; ``auto`` chooses it on
+            held-out sequences. For this and the next three settings, None means what ``effort`` says.
+        sequential: gather the statistics of the layer's inputs with the layers before it in its block pruned.
+        refit: steps of conjugate gradients on the weights that stay, after the method; 0 for none.
+        tune: epochs of training of the layer's pruned block; 0 for none.
 
     Raises:
         RecipeError: a value is outside its range or contradicts another, or the method does not use a setting that differs
@@ -82,6 +95,34 @@ class LayerRecipe:
         "FRACTION",
         lowest=0,
     )
+    effort: str = setting(
+        registry.DEFAULT_EFFORT,
+        "How much a run does to lower the loss of pruning; it sets the options below that are not given",
+        Heading.REPAIR,
+        "NAME",
+        choices=registry.effort_names,
+    )
+    dense_target: float | str | None = setting(
+        None,
+        "Share of the dense model's outputs in what a layer is fitted to, 0 (off) to 1; auto chooses it on held-out sequences",
+        Heading.REPAIR,
+        "SHARE",
+        default=_EFFORT,
+    )
+    sequential: bool | None = setting(
+        None, "Prune the layers of a block in the order of the data", Heading.REPAIR, default=_EFFORT
+    )
+    refit: int | None = setting(
+        None,
+        "Steps of conjugate gradients on the weights that stay, 0 for none",
+        Heading.REPAIR,
+        "N",
+        lowest=0,
+        default=_EFFORT,
+    )
+    tune: int | None = setting(
+        None, "Epochs of training of each pruned block, 0 for none", Heading.REPAIR, "N", lowest=0, default=_EFFORT
+    )
 
     def __post_init__(self) -> None:
         method = registry.method(self.method)
@@ -90,6 +131,8 @@ class LayerRecipe:
         object.__setattr__(self, "pattern", str(pattern))
         check_number("outlier_rows", self.outlier_rows, 0.0, 1.0)
         check_values({"block_size": self.block_size, "damping": self.damping})
+        for name, value in checked({name: getattr(self, name) for name in REPAIR_FIELDS}).items():
+            object.__setattr__(self, name, value)
         if not isinstance(self.keep_budget, bool):
             raise RecipeError(f"keep_budget must be true or false; got {self.keep_budget!r}")
         if self.keep_budget and self.outlier_rows > 0:
@@ -138,6 +181,11 @@ class LayerRecipe:
         if self.block_size is not None:
             return self.block_size
         return registry.method(self.method).default_block_size(self.parsed_pattern)
+
+    @property
+    def repair(self) -> Repair:
+        """The parts of the repair, each resolved."""
+        return resolved({name: getattr(self, name) for name in REPAIR_FIELDS})
 
     def by(self, method: str) -> LayerRecipe:
         """Return the same settings for another method, without those that it does not use."""

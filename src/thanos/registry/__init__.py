@@ -1,9 +1,10 @@
-"""The registry: the methods and patterns that a recipe can name, and where their code is.
+"""The registry: the methods, patterns and efforts that a recipe can name, and where their code is.
 
-A method or a pattern is one file and one row here. Rows are plain values, so reading them does not import torch. The code of
-a row is imported when it is used. A file outside this package adds rows with :func:`register_method` and
-:func:`register_pattern`. The command line, and every process that it starts, imports the modules that the environment
-variable ``THANOS_PLUGINS`` names, separated by commas. docs/add-a-method.md shows both ways.
+A method or a pattern is one file and one row here. An effort, a preset of a recipe's repair, is one row. Rows are plain
+values, so reading them does not import torch. The code of a row is imported when it is used. A file outside this package
+adds rows with :func:`register_method` and :func:`register_pattern`. The command line, and every process that it starts,
+imports the modules that the environment variable ``THANOS_PLUGINS`` names, separated by commas. docs/add-a-method.md shows
+both ways.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from thanos.errors import RecipeError
 from thanos.patterns.base import Pattern
 from thanos.registry.rows import LAYER_SETTINGS as LAYER_SETTINGS
+from thanos.registry.rows import EffortRow as EffortRow
 from thanos.registry.rows import MethodRow as MethodRow
 from thanos.registry.rows import Needs as Needs
 from thanos.registry.rows import PatternRow as PatternRow
@@ -101,11 +103,35 @@ PATTERNS: tuple[PatternRow, ...] = (
 )
 """The patterns of this package; the first is the default."""
 
+EFFORTS: tuple[EffortRow, ...] = (
+    EffortRow(name="fast", title="fast", help="the method alone"),
+    EffortRow(
+        name="high",
+        title="high",
+        help="dense targets, layers in the order of the data, refit",
+        dense_target="auto",
+        sequential=True,
+        refit=20,
+    ),
+    EffortRow(
+        name="max",
+        title="max",
+        help="high, and each block tuned",
+        dense_target="auto",
+        sequential=True,
+        refit=20,
+        tune=10,
+    ),
+)
+"""The presets of repair; the first is the default, with every part off."""
+
 DEFAULT_METHOD = METHODS[0].name
 DEFAULT_PATTERN = PATTERNS[0].name
+DEFAULT_EFFORT = EFFORTS[0].name
 
 _methods = Table("method", METHODS)
 _patterns = Table("pattern", PATTERNS)
+_efforts = Table("effort", EFFORTS)
 
 register_method = _methods.register
 register_pattern = _patterns.register
@@ -113,11 +139,18 @@ methods = _methods.rows
 patterns = _patterns.rows
 method = _methods.get
 find_method = _methods.find
+efforts = _efforts.rows
+effort = _efforts.get
 
 
 def method_names() -> tuple[str, ...]:
     """Return the names of all methods."""
     return tuple(row.name for row in methods())
+
+
+def effort_names() -> tuple[str, ...]:
+    """Return the names of all efforts."""
+    return tuple(row.name for row in efforts())
 
 
 def compensating_methods() -> tuple[str, ...]:

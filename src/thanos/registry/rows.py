@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 from thanos.patterns.base import Pattern
-from thanos.registry.table import Row
+from thanos.registry.table import Named, Row
 
 LAYER_SETTINGS: dict[str, Any] = {"block_size": None, "damping": 0.01}
 """Settings of a layer that only some methods use → their defaults. The damping is added to the Hessian's diagonal, as a
@@ -100,3 +100,22 @@ class PatternRow(Row):
 
     examples: tuple[str, ...]
     other_names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EffortRow(Named):
+    """A preset: the values of a layer's repair settings that are not given.
+
+    The fields below ``help`` are those of :class:`~thanos.recipe.repair.Repair`.
+
+    Attributes:
+        dense_target: share α of the dense model's outputs in what a layer is fitted to, in [0, 1]; 0 is off.
+        sequential: whether a block's layers are pruned in the order of the data.
+        refit: steps of conjugate gradients on the weights that stay; 0 is off.
+        tune: epochs of training of a pruned block; 0 is off.
+    """
+
+    dense_target: float | Literal["auto"] = 0.0
+    sequential: bool = False
+    refit: int = 0
+    tune: int = 0
