@@ -472,3 +472,58 @@ def test_a_loss_that_is_not_finite_ends_it_in_every_process(tmp_path: Path) -> N
         tuned, _ = torch.load(tmp_path / f"result{rank}", weights_only=False)
         assert tuned.values == {}
         assert tuned.record.reason == "the loss was not finite in epoch 1"
+
+
+# --- CUDA -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_on_cuda_products_run_in_bfloat16_over_float32_masters(dtype: torch.dtype) -> None:
+    toy, seen = Toy(dtype), []
+    for part in (toy.values, toy.zeros):
+        part.update({name: value.cuda() for name, value in part.items()})
+    toy.inputs, toy.targets = toy.inputs.cuda(), toy.targets.cuda()
+
+    def forward(parameters: Mapping[str, Tensor], hidden: Tensor, rows: Sequence[int]) -> Tensor:
+        if torch.is_grad_enabled():
+            seen.append((F.linear(hidden, parameters["up"]).dtype, parameters["up"].dtype, hidden.dtype))
+        return toy.forward(parameters, hidden, rows)
+
+    tuned = run(toy.work(forward=forward, device=torch.device("cuda")))
+    assert set(seen) == {(torch.bfloat16, torch.float32, torch.float32)}
+    assert tuned.record.kept_epoch
+    assert tuned.record.held_out_after == pytest.approx(toy.error(tuned.values, HELD), rel=1e-3)
+    on_cpu = run(Toy(dtype).work())
+    assert tuned.record.held_out_after == pytest.approx(on_cpu.record.held_out_after, rel=0.05)
+    assert all(torch.equal(tuned.values[name] == 0, zeros) for name, zeros in toy.zeros.items())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_cuda_the_size_of_a_pass_follows_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    for free in (1 << 40, 0):
+        toy = Toy()
+        for part in (toy.values, toy.zeros):
+            part.update({name: value.cuda() for name, value in part.items()})
+        toy.inputs, toy.targets = toy.inputs.cuda(), toy.targets.cuda()
+        monkeypatch.setattr(tuning_passes, "free_device_bytes", lambda device, free=free: free)
+        rows_seen: list[int] = []
+
+        def forward(
+            parameters: Mapping[str, Tensor],
+            hidden: Tensor,
+            rows: Sequence[int],
+            toy: Toy = toy,
+            rows_seen: list[int] = rows_seen,
+        ) -> Tensor:
+            if torch.is_grad_enabled():
+                rows_seen.append(len(rows))
+            return toy.forward(parameters, hidden, rows)
+
+        run(toy.work(forward=forward, device=torch.device("cuda")), epochs=1)
+        sizes.append(rows_seen)
+    assert sizes[0] == [1, 8, 8]
+    assert sizes[1] == [1] * 17

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +88,11 @@ class Passes:
         return "" if self._states is None else self._states.place
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the hidden states."""
+        return self._activations.dtype
+
+    @property
     def state_bytes(self) -> int:
         """Size of the hidden states of all sequences, in bytes; 0 before :meth:`record`."""
         return 0 if self._states is None else self._states.nbytes
@@ -141,7 +146,11 @@ class Passes:
         """Yield (index of the batch's first sequence, hidden states (≤ size, T, d) on the device). Do not modify the states."""
         return self._activations.batches(size)
 
-    def run(self, index: int, hidden: Tensor, first: int) -> Tensor:
+    def gather(self, batches: Iterable[Sequence[int]]) -> Iterator[Tensor]:
+        """Yield the hidden states (B, T, d) of each list of sequences, on the device."""
+        return self._activations.gather(batches)
+
+    def run(self, index: int, hidden: Tensor, first: int | Sequence[int]) -> Tensor:
         """See :meth:`~thanos.engine.block_calls.BlockCalls.run`; with the fast attention kernels."""
         with fast_attention(self._device, hidden.dtype):
             return self._calls.run(index, hidden, first)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -95,6 +97,30 @@ class ModelWeights:
         dtype = self._meta[name].dtype if name in self._meta else value.dtype
         self._as_stored.pop(name, None)
         self._set(name, value.to(self._device, dtype))
+
+    def is_own(self, name: str) -> bool:
+        """Return whether a tensor is a parameter that exactly one module holds, not a buffer and not shared."""
+        owners = self._owners[name]
+        return len(owners) == 1 and owners[0][1] in owners[0][0]._parameters
+
+    @contextmanager
+    def replaced(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """Use other values of some parameters inside the context; afterwards the same tensor objects as before are in place.
+
+        Args:
+            values: parameter name → parameter or buffer on the device.
+        """
+        before: list[tuple[dict[str, Any], str, Any]] = []
+        for name, value in values.items():
+            for module, attribute in self._owners[name]:
+                pile: dict[str, Any] = module._parameters if attribute in module._parameters else module._buffers
+                before.append((pile, attribute, pile[attribute]))
+                pile[attribute] = value
+        try:
+            yield
+        finally:
+            for pile, attribute, value in before:
+                pile[attribute] = value
 
     def release(self, names: Iterable[str]) -> None:
         """Free parameters: the model's tensors are on the meta device again."""

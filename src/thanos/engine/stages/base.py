@@ -54,6 +54,7 @@ class BlockContext:
         layers: the layers to prune here, each with its settings.
         runner: forward passes over this process's calibration sequences.
         weights: parameters of the model, by name.
+        prefix: beginning of the names of the block's modules and parameters; empty if ``index`` is None.
         parameter_names: names of the block's parameters and persistent buffers; empty if ``index`` is None.
         device: device of the weights.
         meter: meter of seconds and peak memory by phase.
@@ -76,6 +77,7 @@ class BlockContext:
         self.tuning: TuningRecord | None = None
         self.notes: list[str] = []
         self.written: list[str] = []
+        self.prefix = "" if index is None else f"{inputs.blocks_name}.{index}."
         self.parameter_names = [] if index is None else inputs.block_names(index)
         self._output, self._blocks = output, len(inputs.blocks)
 
@@ -88,8 +90,15 @@ class BlockContext:
         """
         return self.runner.batches(size)
 
-    def forward(self, hidden: Tensor, first: int) -> Tensor:
-        """Return the block's outputs, (B, T, d), for inputs (B, T, d) of the sequences from ``first`` on.
+    def targets_of(self, batches: Sequence[Sequence[int]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield, for each list of sequences, the block's inputs and the dense block's outputs, both (B, T, d) on the device.
+
+        The same pairs as those of :meth:`targets`, in any order. The next ones are read ahead.
+        """
+        return zip(self.runner.gather(batches), self._stream.gather(batches), strict=True)
+
+    def forward(self, hidden: Tensor, first: int | Sequence[int]) -> Tensor:
+        """Return the block's outputs, (B, T, d), for inputs (B, T, d) of the sequences from ``first`` on, or of those listed.
 
         The block runs with its present weights. Only for decoder blocks: ``index`` must not be None.
         """
