@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Phase = Literal[
-    "load", "calibration", "verify", "statistics", "solve", "tune", "write", "propagate", "evaluate", "tasks", "finish", "draw"
+    "load", "calibration", "verify", "dense", "statistics", "solve", "tune", "write", "propagate", "finish",
+    "evaluate", "tasks", "draw",
 ]  # fmt: skip
 
 

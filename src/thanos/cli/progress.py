@@ -21,6 +21,7 @@ _LABELS = {
     "load": "load model",
     "calibration": "calibrate",
     "verify": "check finished blocks",
+    "dense": "dense model",
     "statistics": "statistics",
     "solve": "solve",
     "tune": "tune",

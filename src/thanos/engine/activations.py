@@ -114,17 +114,22 @@ class Activations:
         """Size of the hidden states of all sequences, in bytes."""
         return math.prod(self._shape) * self._dtype.itemsize
 
-    def batches(self, size: int, first: int = 0) -> Iterator[tuple[int, Tensor]]:
-        """Yield (index of the batch's first sequence, states (≤ size, T, d) on the device), from sequence ``first`` on."""
-        starts = range(first, self._shape[0], size)
+    def batches(self, size: int, first: int = 0, end: int | None = None) -> Iterator[tuple[int, Tensor]]:
+        """Yield (index of the batch's first sequence, states (≤ size, T, d) on the device), for sequences [first, end).
+
+        ``end`` None stands for the number of sequences. No batch reaches beyond it.
+        """
+        end = self._shape[0] if end is None else end
+        starts = range(first, end, size)
         coming: Future[tuple[Tensor, Any]] | None = None
         for start in starts:
             if self._at_hand:
-                yield start, self._read(start, size)
+                yield start, self._read(start, min(size, end - start))
                 continue
-            coming = coming or self._copier.submit(self._fetch, start, size)
+            coming = coming or self._copier.submit(self._fetch, start, min(size, end - start))
             states = self._ready(coming)
-            coming = self._copier.submit(self._fetch, start + size, size) if start + size < self._shape[0] else None
+            after = start + size
+            coming = self._copier.submit(self._fetch, after, min(size, end - after)) if after < end else None
             yield start, states
 
     def gather(self, batches: Iterable[Sequence[int]]) -> Iterator[Tensor]:
@@ -151,6 +156,17 @@ class Activations:
     def flush(self) -> None:
         """Wait until everything passed to :meth:`write` is stored."""
         self._copier.flush()
+
+    def empty_like(self, place: Place, folder: Path) -> Activations:
+        """Return storage for hidden states of the same shape and dtype, in another tier; its values are undefined."""
+        one = torch.empty((), dtype=self._dtype).expand(1, *self._shape[1:])
+        return Activations(self._shape[0], one, place, self._device, folder)
+
+    def fill_from(self, other: Activations) -> None:
+        """Copy all hidden states of ``other``."""
+        for first, states in other.batches(1):
+            self.write(first, states)
+        self.flush()
 
     def close(self) -> None:
         """Free the memory or the file."""

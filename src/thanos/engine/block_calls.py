@@ -95,6 +95,11 @@ class BlockCalls:
         """Whether the batch size must be the same for all blocks; see :class:`~thanos.engine.picture.Picture`."""
         return self._picture is not None and self._picture.shares
 
+    @property
+    def picture(self) -> Picture | None:
+        """The model's data flow; None before the first :meth:`record` if none was given."""
+        return self._picture
+
     def record(self, model: nn.Module, ids: Tensor) -> Tensor:
         """Run the model on one sequence, ids (1, T), and record the arguments of each block. The blocks do not run.
 

@@ -145,6 +145,7 @@ class BlockRecord:
         tensors: name in the checkpoint → checksum of the bytes that were written.
         batch: number of sequences in a forward pass; the last bits of results depend on it. None if there was no pass.
         starts: batch sizes of the pass that gave the block's outputs; see :class:`~thanos.engine.block_runner.Passes`.
+        dense_starts: batch sizes of the pass that gave the dense block's outputs; empty without a dense stream.
         place: storage tier of the activations.
         notes: warnings that arose in this block.
         phases: seconds and peak memory of the whole run so far, by phase.
@@ -156,6 +157,7 @@ class BlockRecord:
     tensors: dict[str, str]
     batch: int | None = None
     starts: list[tuple[int, int]] = field(default_factory=list)
+    dense_starts: list[tuple[int, int]] = field(default_factory=list)
     place: str = ""
     notes: list[str] = field(default_factory=list)
     phases: dict[str, PhaseRecord] = field(default_factory=dict)
@@ -170,7 +172,8 @@ class BlockRecord:
         """Build a record from the values of :meth:`to_dict` after a round trip through JSON."""
         values = dict(values)
         values["layers"] = [LayerRecord(**{**layer, "shape": tuple(layer["shape"])}) for layer in values["layers"]]
-        values["starts"] = [(first, size) for first, size in values["starts"]]
+        for name in ("starts", "dense_starts"):
+            values[name] = [(first, size) for first, size in values.get(name, [])]
         values["phases"] = {name: PhaseRecord(**phase) for name, phase in values["phases"].items()}
         values["tuning"] = None if values["tuning"] is None else TuningRecord(**values["tuning"])
         return cls(**values)
@@ -277,6 +280,7 @@ class BlockJournal(Protocol):
         notes: Sequence[str],
         batch: int | None,
         starts: Sequence[tuple[int, int]],
+        dense_starts: Sequence[tuple[int, int]],
         place: str,
         tuning: TuningRecord | None = None,
     ) -> None:
@@ -289,6 +293,7 @@ class BlockJournal(Protocol):
             notes: see :class:`BlockRecord`.
             batch: see :class:`BlockRecord`.
             starts: see :class:`BlockRecord`.
+            dense_starts: see :class:`BlockRecord`.
             place: see :class:`BlockRecord`.
             tuning: see :class:`BlockRecord`.
         """

@@ -15,6 +15,10 @@ from thanos.model.meta_model import named_tensors
 from thanos.system.background import Background
 from thanos.system.staging import Staging
 
+_ALIGNMENT = 64
+"""Bytes of a cache line. On the CPU a product may sum in another order if a matrix does not begin at a multiple of it. A tensor
+that was read from a file often does not, so a resumed run would get other last bits than the run that computed the tensor."""
+
 
 class ModelWeights:
     """The parameters and persistent buffers of a meta model, by parameter name.
@@ -96,12 +100,8 @@ class ModelWeights:
         """Set one parameter in all modules that hold it."""
         dtype = self._meta[name].dtype if name in self._meta else value.dtype
         self._as_stored.pop(name, None)
-        self._set(name, value.to(self._device, dtype))
-
-    def is_own(self, name: str) -> bool:
-        """Return whether a tensor is a parameter that exactly one module holds, not a buffer and not shared."""
-        owners = self._owners[name]
-        return len(owners) == 1 and owners[0][1] in owners[0][0]._parameters
+        value = value.to(self._device, dtype)
+        self._set(name, value if value.data_ptr() % _ALIGNMENT == 0 else value.clone())
 
     @contextmanager
     def replaced(self, values: Mapping[str, Tensor]) -> Iterator[None]:
@@ -121,6 +121,11 @@ class ModelWeights:
         finally:
             for pile, attribute, value in before:
                 pile[attribute] = value
+
+    def is_own(self, name: str) -> bool:
+        """Return whether a tensor is a parameter that exactly one module holds, not a buffer and not shared."""
+        owners = self._owners[name]
+        return len(owners) == 1 and owners[0][1] in owners[0][0]._parameters
 
     def release(self, names: Iterable[str]) -> None:
         """Free parameters: the model's tensors are on the meta device again."""

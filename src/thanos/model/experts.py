@@ -23,7 +23,8 @@ PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "dow
 
 _Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
-_CALL = ["hidden_states", "top_k_index", "top_k_weights"]
+ROUTING = ["hidden_states", "top_k_index", "top_k_weights"]
+"""The arguments of a mixture, in order: tokens (T, H), the experts of each token (T, k), and their weights (T, k)."""
 
 
 class Expert(nn.Module):
@@ -111,7 +112,7 @@ def _layout(fused: nn.Module, name: str) -> dict[str, dict[str, tuple[int, int]]
         hasattr(state, "has_gate")
         and all(getattr(state, flag, value) is value for flag, value in flags.items())
         and parameters.keys() == {first, "down_proj"}
-        and list(inspect.signature(type(fused).forward).parameters)[1:] == _CALL
+        and list(inspect.signature(type(fused).forward).parameters)[1:] == ROUTING
     ):
         (experts, rows, columns), down = parameters[first], parameters["down_proj"]
         inner = rows // len(PARTS[first])

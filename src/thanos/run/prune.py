@@ -41,6 +41,7 @@ from thanos.run.setup import (
     check_calibration,
     check_text_settings,
     checked_recipe,
+    held_out_here,
     prepare,
     smaller_calibration,
     stages_of,
@@ -312,6 +313,7 @@ def _engine(
         device=device,
         meter=job.meter,
         world=job.world,
+        held_out=held_out_here(job.recipe, len(calibration.ids), share),
     )
     return Engine(inputs, stages_of(job.recipe), notes=[*opened.notes, *notes])
 

@@ -242,6 +242,7 @@ class RunJournal:
         notes: Sequence[str],
         batch: int | None,
         starts: Sequence[tuple[int, int]],
+        dense_starts: Sequence[tuple[int, int]],
         place: str,
         tuning: TuningRecord | None = None,
     ) -> None:
@@ -255,6 +256,7 @@ class RunJournal:
             tensors=tensors,
             batch=batch,
             starts=list(starts),
+            dense_starts=list(dense_starts),
             place=place,
             notes=list(notes),
             phases=self._meter.records(),

@@ -22,6 +22,7 @@ from thanos.model.opening import OpenedModel, open_model
 from thanos.model.source import ModelSource
 from thanos.patterns.budget import Budget
 from thanos.recipe import LayerRecipe, Recipe, check_globs
+from thanos.recipe.repair import held_out_of
 from thanos.run.report import DenseRecord
 from thanos.run.survey import sampled_sparsity, survey
 from thanos.system.device import choose_device
@@ -159,15 +160,30 @@ def _note_zeros(opened: OpenedModel, layers: Sequence[LinearLayer], watch: Watch
 
 
 def check_calibration(recipe: Recipe, given: Calibration | None, source: ModelSource | None = None) -> None:
-    """Check that the calibration text can be used, before a model is loaded; no check if windows are ``given``.
+    """Check that the calibration text can be used, before a model is loaded. Of ``given`` windows, only the number is checked.
 
     With ``source``, the check includes a chat template of its tokenizer for texts that are chats.
 
     Raises:
         DataError: the text cannot be used.
+        RecipeError: too few windows are given to hold any out.
     """
+    if given is not None and recipe.holds_out:
+        held_out_of(len(given.ids), recipe.held_out)
     if given is None:
         check_text_source(recipe.calibration, tokenizer=None if source is None else source.tokenizer)
+
+
+def held_out_here(recipe: Recipe, samples: int, share: range) -> range:
+    """Return the indices of the held-out sequences among those of one process; empty if the recipe holds none out.
+
+    Args:
+        recipe: the recipe.
+        samples: number of sequences of all processes.
+        share: the range of this process's sequences among them.
+    """
+    count = held_out_of(samples, recipe.held_out) if recipe.holds_out else 0
+    return range(max(0, min(samples - count, share.stop) - share.start), len(share)) if count else range(0)
 
 
 def smaller_calibration(recipe: Recipe) -> str:

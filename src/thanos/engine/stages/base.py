@@ -8,6 +8,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from thanos.engine.dense_stream import DenseStream
 from thanos.engine.inputs import EngineInputs
 from thanos.engine.output import Output
 from thanos.engine.records import LayerRecord
@@ -40,13 +41,15 @@ class BlockContext:
     Everything runs without gradients. A stage that trains opens ``torch.enable_grad()``, and passes its result to :meth:`put`.
 
     The hidden states of the calibration sequences are the inputs of this block in the model pruned so far: the pruned stream.
-    A dense stream, with the hidden states of the unpruned model, would need a second runner in addition to :attr:`runner`, and
-    its own method like :meth:`batches`.
+    If a layer's repair needs it, there is a dense stream too: the hidden states of the unpruned model, X*, and a dense version
+    of the block, F*, with the weights of the checkpoint. A stage must not modify a parameter in place: the dense version may
+    share its memory.
 
     Args:
         inputs: the engine's inputs.
         output: writer of finished tensors.
         index: index of the block; None for the modules after the blocks.
+        dense_stream: the dense stream; None if no layer here or later needs it.
 
     Attributes:
         index: see above.
@@ -59,6 +62,9 @@ class BlockContext:
         device: device of the weights.
         meter: meter of seconds and peak memory by phase.
         world: the processes that share the work.
+        dense_stream: see above.
+        held_out: indices of this process's sequences that are held out: the last of the run. They choose the dense target and
+            guard the tuning, which must not train on them. With several processes, some have none or nothing else.
         stage: name of the running stage.
         records: layer name → record of each layer pruned so far.
         tuning: record of the block's tuning; None if it was not tuned.
@@ -66,12 +72,15 @@ class BlockContext:
         written: names in the checkpoint of the tensors written so far.
     """
 
-    def __init__(self, inputs: EngineInputs, output: Output, index: int | None) -> None:
+    def __init__(
+        self, inputs: EngineInputs, output: Output, index: int | None, dense_stream: DenseStream | None = None
+    ) -> None:
         self.index = index
         self.module: nn.Module = inputs.model if index is None else inputs.blocks[index]
         self.layers = inputs.layers_of(index)
         self.runner, self.weights = inputs.runner, inputs.weights
         self.device, self.meter, self.world = inputs.device, inputs.meter, inputs.world
+        self.dense_stream, self.held_out = dense_stream, inputs.held_out
         self.stage = ""
         self.records: dict[str, LayerRecord] = {}
         self.tuning: TuningRecord | None = None
@@ -90,12 +99,30 @@ class BlockContext:
         """
         return self.runner.batches(size)
 
+    def pairs(self, size: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yield (index of the batch's first sequence, pruned inputs X̂, dense inputs X*), each (≤ size, T, d), on the device.
+
+        Only with a dense stream. Do not modify the inputs, which may be views of the storage.
+        """
+        dense = self._stream.inputs(size)
+        for (first, hidden), (_, wanted) in zip(self.batches(size), dense, strict=True):
+            yield first, hidden, wanted
+
+    def targets(self, size: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yield (index of the batch's first sequence, pruned inputs X̂, dense outputs F*(X*)), each (≤ size, T, d).
+
+        Only with a dense stream, for decoder blocks. The outputs were computed before the first stage. Do not modify either.
+        """
+        outputs = self._stream.outputs(size)
+        for (first, hidden), (_, wanted) in zip(self.batches(size), outputs, strict=True):
+            yield first, hidden, wanted
+
     def targets_of(self, batches: Sequence[Sequence[int]]) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield, for each list of sequences, the block's inputs and the dense block's outputs, both (B, T, d) on the device.
 
         The same pairs as those of :meth:`targets`, in any order. The next ones are read ahead.
         """
-        return zip(self.runner.gather(batches), self._stream.gather(batches), strict=True)
+        return zip(self.runner.gather(batches), self._stream.gather_outputs(batches), strict=True)
 
     def forward(self, hidden: Tensor, first: int | Sequence[int]) -> Tensor:
         """Return the block's outputs, (B, T, d), for inputs (B, T, d) of the sequences from ``first`` on, or of those listed.
@@ -104,6 +131,19 @@ class BlockContext:
         """
         assert self.index is not None, "what follows the blocks is no block"
         return self.runner.run(self.index, hidden, first)
+
+    def dense_forward(self, hidden: Tensor, first: int) -> Tensor:
+        """Return the dense block's outputs, (B, T, d), for inputs (B, T, d) of the sequences from ``first`` on.
+
+        It has no gradients. Only with a dense stream, for decoder blocks.
+        """
+        assert self.index is not None, "what follows the blocks is no block"
+        return self._stream.run(self.index, hidden, first)
+
+    @property
+    def _stream(self) -> DenseStream:
+        assert self.dense_stream is not None, "no layer's repair needs the dense stream"
+        return self.dense_stream
 
     def observe(self, layers: Sequence[LinearLayer], most: int | None = None) -> Iterator[int]:
         """Run the block on all sequences only for the hooks on ``layers``; yield the number of finished sequences.

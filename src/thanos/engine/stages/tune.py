@@ -2,7 +2,7 @@
 
 All parameters of the block are tuned: the weights that pruning kept, the weights of layers that were left dense, gains and
 biases. Not tuned are zeros of matrices, routers of a mixture of experts, parameters that another module shares, buffers, and
-the layers whose own ``tune`` is 0.
+the layers whose own ``tune`` is 0. Not tuned at all are models whose blocks leave values for later blocks (Gemma 4).
 """
 
 from __future__ import annotations
@@ -20,8 +20,11 @@ from thanos.engine.stages.base import BlockContext
 from thanos.engine.tuned_parameters import Tunable
 from thanos.engine.tuning import Tuned, TuningProgress, tune
 from thanos.engine.tuning_passes import Work
+from thanos.engine.tuning_record import TuningRecord
 from thanos.events import Event
 from thanos.model.experts import router_parameters
+
+_SHARES = "the blocks of this model leave values for later blocks, which the batches of tuning would overwrite"
 
 _SEEDS = 1_000_003
 """A prime above any number of blocks: each recipe seed and block has a seed of its own."""
@@ -51,11 +54,10 @@ class TuneStage:
         began = time.perf_counter()
         yield context.event("phase", "tune")
         with context.meter.phase("tune"):
-            seed = self.seed * _SEEDS + context.index
-            work = _work(context)
-            tuned = yield from _events(
-                context, tune(work, epochs=epochs, rate=self.rate, seed=seed, world=context.world)
-            )
+            if context.runner.shares:
+                tuned = Tuned({}, TuningRecord(reason=_SHARES))
+            else:
+                tuned = yield from self._tune_or_spill(context, epochs)
             change = sum(
                 _zeros(value) - _zeros(context.weights.parameter(name))
                 for name, value in tuned.values.items()
@@ -69,10 +71,35 @@ class TuneStage:
             where = f"block {context.index + 1} is left as it was before tuning"
             yield context.note(f"{where}: {tuned.record.reason}", "tune")
 
+    def _tune_or_spill(self, context: BlockContext, epochs: int) -> Generator[Event, None, Tuned]:
+        """Tune the block. If one sequence does not fit, move the hidden states off the device and start once more."""
+        assert context.index is not None, "what follows the blocks is no block"
+        seed = self.seed * _SEEDS + context.index
+
+        def steps() -> Generator[TuningProgress, None, Tuned]:
+            return tune(_work(context), epochs=epochs, rate=self.rate, seed=seed, world=context.world)
+
+        try:
+            return (yield from _events(context, steps()))
+        except torch.OutOfMemoryError:
+            # With several ranks a local retry would desynchronise the collectives.
+            if context.world.size > 1 or not _on_device(context):
+                raise
+        # Outside the except block: inside it, the error's traceback still refers to the tensors of the failed pass.
+        for line in (context.runner.spill(), context.dense_stream and context.dense_stream.spill()):
+            if line:
+                yield context.note(line, "tune")
+        return (yield from _events(context, steps()))
+
 
 def epochs_of(context: BlockContext) -> int:
     """Return the number of epochs of a block's tuning; 0 for none."""
     return max((settings.repair.tune for settings in context.layers.values()), default=0)
+
+
+def _on_device(context: BlockContext) -> bool:
+    streams = (context.runner, context.dense_stream)
+    return any(stream is not None and stream.place == "device" for stream in streams)
 
 
 def tunables(context: BlockContext) -> list[Tunable]:
