@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Phase = Literal[
-    "load", "calibration", "verify", "dense", "statistics", "choose", "solve", "write", "propagate", "evaluate", "tasks",
-    "finish", "draw",
+    "load", "calibration", "verify", "dense", "statistics", "choose", "solve", "tune", "write", "propagate", "evaluate",
+    "tasks", "finish", "draw",
 ]  # fmt: skip
 
 
@@ -47,6 +47,9 @@ class Event:
         error: for ``layer``, the relative error of the layer after compensation; for ``block``, the mean error so far; for
             ``stage``, the relative error of the block's outputs against the dense model's.
         stage: for ``stage``, its name; ``dense`` before the first stage.
+        loss: for ``progress`` of the phase ``tune``, the mean relative error of the batches in the last finished epoch.
+        held_out: for the same, the least relative error of the block on held-out sequences so far.
+        held_out_before: for the same, that error before the block was tuned.
         replayed: whether an earlier run finished the block; only its outputs are computed again.
         message: the line of a ``note``.
         host_bytes: resident memory of the process now, in bytes. This and the next three values are at most 0.1 s old; for
@@ -67,6 +70,9 @@ class Event:
     tokens: int = 0
     error: float | None = None
     stage: str = ""
+    loss: float | None = None
+    held_out: float | None = None
+    held_out_before: float | None = None
     replayed: bool = False
     message: str = ""
     host_bytes: int = 0

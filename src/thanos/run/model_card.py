@@ -8,6 +8,7 @@ from typing import Any
 
 from thanos.calibration.text_files import SUFFIXES, Part, split_source
 from thanos.engine.records import LayerRecord, warning_lines
+from thanos.engine.tuning_record import tuning_line
 from thanos.run.report import PruningReport
 
 _FILES = (".gguf", ".safetensors", ".bin", ".json", *SUFFIXES)
@@ -32,9 +33,10 @@ def model_card(report: PruningReport) -> str:
         _front_matter(report),
         f"# {name}, pruned",
         f"This is {name} ({report.model['architecture']}) with {_percent(totals['sparsity_targeted'])} of the weights of its "
-        f"{len(report.layers)} pruned layers set to zero, without retraining, by "
+        f"{len(report.layers)} pruned layers set to zero{'' if report.tuning else ', without retraining'}, by "
         f"[Thanos](https://arxiv.org/abs/2504.05346) {report.thanos_version} "
         f"(method {recipe['method']}, pattern {recipe['pattern']}).",
+        _tuning(report),
         _totals_table(report),
         "## Use",
         "A plain Hugging Face checkpoint; nothing of ours is needed to load it:",
@@ -73,6 +75,11 @@ def _front_matter(report: PruningReport) -> str:
     if report.model.get("origin") == "hub":
         lines.append(f"base_model: {name}")
     return "\n".join([*lines, "tags:", "- pruned", "- sparse", "- thanos", "---"])
+
+
+def _tuning(report: PruningReport) -> str:
+    line = tuning_line(report.tuning)
+    return f"{line}. The errors of the layers, below, are those before that step." if line else ""
 
 
 def _totals_table(report: PruningReport) -> str:

@@ -353,7 +353,12 @@ def _report(
         calibration=calibration.to_dict(),
         layers=engine.records,
         dense=plan.dense,
-        totals=compute_totals(engine.records, parameters=parameters, zeros_elsewhere=plan.zeros_elsewhere),
+        tuning=engine.tunings,
+        totals=compute_totals(
+            engine.records,
+            parameters=parameters,
+            zeros_elsewhere=plan.zeros_elsewhere + sum(tuning.zeros_elsewhere for tuning in engine.tunings),
+        ),
         phases=phases,
         seconds=sum(record.seconds for record in phases.values()),
         host_peak_bytes=max((record.host_peak_bytes or 0 for record in phases.values()), default=0),

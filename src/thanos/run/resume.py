@@ -16,6 +16,7 @@ from thanos.calibration.text import text_sha256
 from thanos.checkpoint.writer import CheckpointWriter
 from thanos.engine.block_error import BlockErrors
 from thanos.engine.records import BlockRecord, LayerRecord
+from thanos.engine.tuning_record import TuningRecord
 from thanos.errors import UserError
 from thanos.events import RUN_NAME, Event
 from thanos.run.journal import Journal, comes_after, current
@@ -245,6 +246,7 @@ class RunJournal:
         dense_starts: Sequence[tuple[int, int]],
         place: str,
         errors: BlockErrors | None,
+        tuning: TuningRecord | None = None,
     ) -> None:
         """See :meth:`~thanos.engine.records.BlockJournal.record`."""
         with self._meter.phase("write"):
@@ -261,6 +263,7 @@ class RunJournal:
             notes=list(notes),
             errors=errors,
             phases=self._meter.records(),
+            tuning=tuning,
         )
         with self._meter.phase("write"):
             self._journal.append(record)
