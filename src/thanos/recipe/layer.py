@@ -211,7 +211,8 @@ class LayerRecipe:
 
     def with_refit(self, steps: int) -> LayerRecipe:
         """Return the same settings with another number of steps of the refit."""
-        return LayerRecipe(**{name: getattr(self, name) for name in LAYER_FIELDS} | {"refit": steps})
+        values: dict[str, Any] = {name: getattr(self, name) for name in LAYER_FIELDS}
+        return LayerRecipe(**values | {"refit": steps})
 
 
 def check_values(settings: Mapping[str, Any]) -> None:

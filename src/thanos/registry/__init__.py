@@ -135,7 +135,8 @@ EFFORTS: tuple[EffortRow, ...] = (
     EffortRow(
         name="high",
         title="high",
-        help="dense targets, layers in the order of the data, refit",
+        help="dense targets, layers in the order of the data, refit, one budget for each row",
+        scope="row",
         dense_target="auto",
         sequential=True,
         refit=20,
@@ -144,6 +145,7 @@ EFFORTS: tuple[EffortRow, ...] = (
         name="max",
         title="max",
         help="high, and each block tuned",
+        scope="row",
         dense_target="auto",
         sequential=True,
         refit=20,
