@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -21,9 +22,12 @@ import thanos
 from helpers import prose, save_tiny
 from reports import contents
 from thanos.engine import block_runner, dense_choice
-from thanos.engine.stages import prune as stage
+from thanos.engine.routing import Routing
+from thanos.engine.stages import prune, prune_target
+from thanos.errors import RecipeError
 from thanos.recipe import Override
 from thanos.recipe.repair import DENSE_TARGETS
+from thanos.run import setup
 from whole_models import LENGTH, SAMPLES, calibration_ids, compare, prune_modules, recipe
 
 TOKENS = SAMPLES * LENGTH
@@ -64,8 +68,9 @@ def test_an_effort_with_every_part_off_is_fast_to_the_byte(
     thanos.prune(folder, tmp_path / "fast", recipe(text_file, method=method))
     thanos.prune(folder, tmp_path / "off", recipe(text_file, method=method, effort="max", **OFF))
     fast, off = contents(tmp_path / "fast"), contents(tmp_path / "off")
-    for name in ("model.safetensors", "config.json", "README.md"):
+    for name in ("model.safetensors", "config.json"):
         assert fast[name] == off[name]
+    assert fast["README.md"] == off["README.md"].replace(b"| effort | max |\n", b"")
     assert {**fast["pruning.json"], "recipe": None} == {**off["pruning.json"], "recipe": None}
     assert "block_errors" not in fast["pruning.json"]
     assert not {"dense_target", "errors", "residual", "target_change"} & set(fast["pruning.json"]["layers"][0])
@@ -135,7 +140,7 @@ class Targets:
 
 @pytest.fixture
 def targets(monkeypatch: pytest.MonkeyPatch) -> Targets:
-    found, original = Targets(), stage._target
+    found, original = Targets(), prune_target.target_of
 
     def spy(layer: Any, group: Any, alpha: float) -> Any:
         found.alphas.setdefault(layer.name, []).append(alpha)
@@ -145,7 +150,8 @@ def targets(monkeypatch: pytest.MonkeyPatch) -> Targets:
             found.residual[layer.name] = group.pairs.residuals[layer.name].sums.clone()
         return original(layer, group, alpha)
 
-    monkeypatch.setattr(stage, "_target", spy)
+    for module in (prune, prune_target):
+        monkeypatch.setattr(module, "target_of", spy)
     return found
 
 
@@ -298,7 +304,7 @@ def test_a_choice_is_made_for_each_step_on_sequences_that_nothing_is_fitted_to(
         choices.append(original(*arguments))
         return choices[-1]
 
-    monkeypatch.setattr(stage, "choose", choose)
+    monkeypatch.setattr(prune_target, "choose", choose)
     report = thanos.prune(tiny_llama, tmp_path / "out", recipe(text_file, effort="high", held_out=1))
     assert len(choices) == 4 * 3
     per_step = [3, 1, 2, 1] * 3
@@ -306,6 +312,11 @@ def test_a_choice_is_made_for_each_step_on_sequences_that_nothing_is_fitted_to(
     assert [layer.dense_target for layer in report.layers] == expected
     assert set(targets.tokens.values()) == {TOKENS - LENGTH}
     assert {layer.tokens for layer in report.layers} == {TOKENS - LENGTH}
+    told = [choice for errors in report.block_errors for choice in errors.choices]
+    assert [name for choice in told for name in choice["layers"]] == [layer.name for layer in report.layers]
+    assert [choice["errors"] for choice in told] == [
+        {f"{alpha:g}": error for alpha, error in choice.errors.items()} for choice in choices
+    ]
     assert [errors.held_out for errors in report.block_errors] == [True] * 3
     assert [errors.tokens for errors in report.block_errors] == [LENGTH] * 3
 
@@ -321,14 +332,39 @@ def test_the_error_of_a_candidate_is_that_of_the_block_with_the_stand_ins_in_pla
         found.append((values, error(values)))
         return dense_choice.Choice({0.0: 1.0})
 
-    monkeypatch.setattr(stage, "choose", choose)
-    monkeypatch.setattr(stage, "stand_in_recipe", lambda settings: settings)
+    monkeypatch.setattr(prune_target, "choose", choose)
+    monkeypatch.setattr(prune_target, "stand_in_recipe", lambda settings: settings)
     report = thanos.prune(tiny_llama, tmp_path / "out", recipe(text_file, effort="high", targets=("layers.0.*",)))
     written = load_file(tmp_path / "out/model.safetensors")
     values, error = found[-1]
     assert list(values) == ["model.layers.0.mlp.down_proj.weight"]
     assert torch.equal(values["model.layers.0.mlp.down_proj.weight"], written["model.layers.0.mlp.down_proj.weight"])
     assert error == report.block_errors[0].errors["prune"]
+
+
+def test_held_out_sequences_are_refused_where_batches_belong_together(
+    tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = setup.draw_picture
+    monkeypatch.setattr(setup, "draw_picture", lambda *args: dataclasses.replace(original(*args), shares=True))
+    for changes in ({"effort": "high"}, {"tune": 1}):
+        with pytest.raises(RecipeError, match="LlamaForCausalLM passes values between blocks batch by batch"):
+            thanos.prune(tiny_llama, tmp_path / "out", recipe(text_file, **changes))
+        assert not (tmp_path / "out").exists()
+    thanos.prune(tiny_llama, tmp_path / "out", recipe(text_file, dense_target=0.5, sequential=True))
+
+
+def test_experts_whose_tokens_cannot_be_paired_are_pruned_without_a_dense_target(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Routing, "covers", lambda self, layer: not layer.expert)
+    folder = save_tiny(tmp_path / "model", "mixtral")
+    report = thanos.prune(folder, tmp_path / "out", recipe(text_file, effort="high"))
+    assert all((layer.dense_target is None) == ("experts" in layer.name) for layer in report.layers)
+    note = report.warnings[0]
+    assert note.startswith(
+        "24 layers of experts, the first of them model.layers.0.mlp.experts.0.gate_proj, are pruned without"
+    )
 
 
 # --- errors of blocks -----------------------------------------------------------------------------------------------------
