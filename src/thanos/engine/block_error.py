@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,12 +29,15 @@ class BlockErrors:
         held_out: whether the sequences are held out; otherwise the statistics were gathered on them, too.
         tokens: number of tokens of the sequences.
         errors: name of the stage → error after it; first ``dense``, before all stages.
+        choices: each choice of a dense target, in order: ``layers``, the names of the layers, and ``errors``, the block's error
+            with stand-ins by candidate, as text; see :mod:`thanos.engine.dense_choice`.
     """
 
     block: int
     held_out: bool
     tokens: int
     errors: dict[str, float] = field(default_factory=dict)
+    choices: list[dict[str, Any]] = field(default_factory=list)
 
 
 class BlockMeter:

@@ -5,7 +5,7 @@ Both are found by running the block on one sequence, never from names.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,38 +35,29 @@ def levels(run: Run, layers: Sequence[LinearLayer]) -> dict[str, int]:
     down. Each layer's output is made a leaf of autograd's graph. So the gradient of another layer's input exists only for the
     layers that it depends on directly.
 
-    A layer that the sequence does not reach, an expert's for example, has the level of the layer in the same place of another
-    expert, else the highest. If autograd cannot follow the block, every input is a level of its own, in the order of calls.
+    Layers in the same place of the experts of one mixture have one level. A layer that the sequence does not reach has the
+    level of its place, else the highest. If autograd cannot follow the block, every input is a level of its own, in the order
+    of calls.
 
     Args:
         run: runs the block.
         layers: linear layers of the block.
     """
-    trace = _Trace()
+    places = _places(layers)
+    trace = _Trace(places)
     try:
         with torch.enable_grad(), trace.follow(layers):
             run()
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        trace = _Trace(differentiates=False)
+        trace = _Trace(places, differentiates=False)
         with torch.no_grad(), trace.follow(layers):
             run()
     found = trace.levels
-    places = _places(layers)
-    by_place: dict[tuple[str, int], int] = {}
-    for name, level in found.items():
-        if name in places:
-            by_place[places[name]] = max(level, by_place.get(places[name], 0))
+    known = {places.get(name, name): level for name, level in found.items()}
     last = max(found.values(), default=0)
-    for layer in layers:
-        if layer.name not in found:
-            place = places.get(layer.name)
-            found[layer.name] = last if place is None else by_place.get(place, last)
-    if trace.differentiates:
-        return found
-    # Experts are called one after the other, but do not depend on each other.
-    return {name: by_place.get(places[name], level) if name in places else level for name, level in found.items()}
+    return {layer.name: known.get(places.get(layer.name, layer.name), last) for layer in layers}
 
 
 @dataclass(slots=True)
@@ -74,12 +65,15 @@ class _Trace:
     """The levels of the layers that were called so far.
 
     Attributes:
-        levels: layer name → level.
+        places: see :func:`_places`.
         differentiates: whether autograd says what depends on what.
+        levels: layer name → level.
     """
 
+    places: Mapping[str, str]
     differentiates: bool = True
     levels: dict[str, int] = field(default_factory=dict)
+    _of_place: dict[str, int] = field(default_factory=dict)
     _leaves: list[tuple[Tensor, int]] = field(default_factory=list)
     _inputs: list[tuple[Tensor, int]] = field(default_factory=list)
 
@@ -89,7 +83,10 @@ class _Trace:
 
         def enter(name: str) -> Callable[..., None]:
             def see(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-                self.levels[name] = max(self.levels.get(name, 0), self._level(args[0]))
+                place = self.places.get(name, name)
+                if place not in self._of_place:
+                    self._of_place[place] = self._level(args[0])
+                self.levels[name] = self._of_place[place]
 
             return see
 
@@ -128,14 +125,14 @@ class _Trace:
         return 1 + max((level for gradient, (_, level) in found if gradient is not None), default=-1)
 
 
-def _places(layers: Iterable[LinearLayer]) -> dict[str, tuple[str, int]]:
-    """Return name of an expert's layer → (name of its mixture, place of the layer in the expert)."""
-    places: dict[str, tuple[str, int]] = {}
+def _places(layers: Iterable[LinearLayer]) -> dict[str, str]:
+    """Return name of an expert's layer → its place: the same text for the same layer of all experts of a mixture."""
+    places: dict[str, str] = {}
     counts: dict[str, int] = {}
     for layer in layers:
         if layer.expert:
             place = counts.get(layer.expert, 0)
-            places[layer.name], counts[layer.expert] = (layer.expert.rpartition(".")[0], place), place + 1
+            places[layer.name], counts[layer.expert] = f"{layer.expert.rpartition('.')[0]} {place}", place + 1
     return places
 
 

@@ -184,7 +184,7 @@ class Engine:
             for step in context.dense_stream.advance(index, starts):
                 yield context.note(step.note, "dense") if step.note else context.progress("dense", step.done)
         inputs, held_out = self.inputs, bool(self.inputs.held_out_of_all)
-        sample = range(min(inputs.runner.shape[0], -(-ERROR_SEQUENCES // inputs.world.size)))
+        sample = range(max(0, min(inputs.runner.shape[0], ERROR_SEQUENCES - inputs.first)))  # the first of the run
         sequences = inputs.held_out if held_out else sample
         context.block_meter = BlockMeter(
             inputs.runner, context.dense_stream, inputs.weights, inputs.world, index, sequences

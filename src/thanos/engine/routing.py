@@ -21,7 +21,7 @@ class Routing:
     """The experts of each token, and their weights, in the calls of a block's mixtures, in order.
 
     Args:
-        block: a decoder block.
+        block: a decoder block, or a model.
 
     Attributes:
         mixtures: the block's mixtures whose routing can be used again. Lists of experts that a model's own code calls are none.
@@ -29,11 +29,12 @@ class Routing:
 
     def __init__(self, block: nn.Module) -> None:
         self.mixtures = [module for module in block.modules() if isinstance(module, Experts)]
+        self._inside = {id(module) for mixture in self.mixtures for module in mixture.modules()}
         self._calls: list[tuple[Tensor, Tensor]] = []
 
     def covers(self, layer: LinearLayer) -> bool:
         """Return whether a layer of the block gets the same tokens with this routing: it is in no other kind of mixture."""
-        return not layer.expert or any(layer.module in set(mixture.modules()) for mixture in self.mixtures)
+        return not layer.expert or id(layer.module) in self._inside
 
     @contextmanager
     def record(self) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from pathlib import PurePath
 from typing import Any
 
@@ -109,6 +110,7 @@ def _recipe_table(report: PruningReport) -> str:
                 _percent(recipe["outlier_rows"]) + (_KEPT if recipe.get("keep_budget") else ""),
             ),
             *([("scope of the budget", f"one for every {recipe['scope']}")] if recipe.get("scope") else []),
+            *_repair_rows(report),
             *([("damping", f"{recipe['damping']:g}")] if damped else []),
             (
                 "calibration",
@@ -120,6 +122,21 @@ def _recipe_table(report: PruningReport) -> str:
             ("versions", ", ".join(f"{key} {versions[key]}" for key in ("torch", "transformers", "python"))),
         ],
     )
+
+
+def _repair_rows(report: PruningReport) -> list[tuple[str, str]]:
+    """Return the rows about the repair; none if no part of it was on."""
+    rows = [("effort", report.recipe["effort"])] if "effort" in report.recipe else []
+    shares = Counter(layer.dense_target for layer in report.layers if layer.dense_target is not None)
+    if shares:
+        counts = ", ".join(f"{share:g} in {shares[share]}" for share in sorted(shares))
+        rows.append(("share of the dense model's outputs in the target, by layers", counts))
+    if report.block_errors:
+        last = report.block_errors[-1]
+        where = "held-out sequences" if last.held_out else "calibration sequences"
+        stages = ", ".join(f"{_number(error)} ({stage})" for stage, error in last.errors.items())
+        rows.append((f"relative error of block {last.block + 1} on {where}, after each stage", stages))
+    return rows
 
 
 def _worst_table(layers: list[LayerRecord]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -222,6 +222,15 @@ class BlockContext:
     def add_record(self, record: LayerRecord) -> None:
         """Add the record of a pruned layer."""
         self.records[record.name] = record
+
+    def add_choice(self, layers: Sequence[LinearLayer], errors: Mapping[float, float]) -> None:
+        """Add the choice of a dense target to the block's record: the block's error by candidate."""
+        assert self.block_errors is not None
+        choice = {
+            "layers": [layer.name for layer in layers],
+            "errors": {f"{a:g}": error for a, error in errors.items()},
+        }
+        self.block_errors = replace(self.block_errors, choices=[*self.block_errors.choices, choice])
 
     def note(self, message: str, phase: Phase) -> Event:
         """Add a warning for the user; return its event."""

@@ -6,7 +6,7 @@ No method is named here: each layer's :class:`~thanos.recipe.LayerRecipe` select
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,18 +21,17 @@ from thanos.calibration.statistics import (
     gather,
     need_of_all,
 )
-from thanos.engine.dense_choice import Choice, choose, stand_in_recipe
+from thanos.engine.dense_choice import Choice
 from thanos.engine.paired_pass import PairedPass
 from thanos.engine.records import LayerRecord, layer_record
 from thanos.engine.stages.base import BlockContext
 from thanos.engine.stages.prune_order import Plan, Step, plan_of
+from thanos.engine.stages.prune_target import alpha_of, choose_target, is_open, target_of
 from thanos.events import Event
 from thanos.model.layers import LinearLayer
 from thanos.recipe import LayerRecipe
-from thanos.recipe.repair import AUTO
 from thanos.solvers.hessian import InputStatistics
 from thanos.solvers.prune_layer import prune_layer
-from thanos.solvers.retarget import DenseTarget
 
 ERROR_SEQUENCES = 8
 """Number of sequences that measure a layer's error if its method does not need XᵀX of all sequences: one batch or a few. They
@@ -123,12 +122,14 @@ class PruneStage:
         groups.sort(key=lambda group: min(rank[layer.name] for layer in group.layers))
         choice = None
         known: dict[int, InputStatistics | None] = {}
-        if any(_is_open(context, layer, group) for group in groups for layer in group.layers):
+        opened = [layer for group in groups for layer in group.layers if is_open(context, layer, group)]
+        if opened:
             yield context.event("phase", "choose")
             with context.meter.phase("choose"):
                 check_finite(groups)
                 known = {id(group): _statistics(group) for group in groups}
-                choice = _choose(context, groups, known)
+                choice = choose_target(context, groups, known)
+                context.add_choice(opened, choice.errors)
             assert context.block_meter is not None
             for line in context.block_meter.take_notes():
                 yield context.note(line, "choose")
@@ -212,58 +213,6 @@ def _statistics(group: InputGroup) -> InputStatistics | None:
     )
 
 
-# --- the dense target -----------------------------------------------------------------------------------------------------
-
-
-def _is_open(context: BlockContext, layer: LinearLayer, group: InputGroup) -> bool:
-    """Return whether a layer's dense target is to be chosen, and there are products with the dense inputs for it."""
-    return group.pairs is not None and context.layers[layer].repair.dense_target == AUTO
-
-
-def _choose(context: BlockContext, groups: Sequence[InputGroup], known: Mapping[int, InputStatistics | None]) -> Choice:
-    """Choose one dense target for all layers of the groups whose target is to be chosen."""
-    assert context.block_meter is not None
-
-    def stand_ins(alpha: float) -> dict[str, Tensor]:
-        found = {}
-        for group in groups:
-            for layer in group.layers:
-                if _is_open(context, layer, group):
-                    settings = stand_in_recipe(context.layers[layer])
-                    stored = layer.oriented(context.weights.stored(layer.weight_name))
-                    pruned = prune_layer(
-                        stored,
-                        known[id(group)],
-                        settings,
-                        name=layer.name,
-                        row_shards=context.world,
-                        retarget=_target(layer, group, alpha),
-                    )
-                    present = context.weights.parameter(layer.weight_name)
-                    found[layer.weight_name] = layer.oriented(pruned.weight).contiguous().to(present.dtype)
-        return found
-
-    return choose(stand_ins, context.block_meter.error)
-
-
-def _target(layer: LinearLayer, group: InputGroup, alpha: float) -> DenseTarget | None:
-    """Return the retarget for α; None if it would change nothing."""
-    if group.pairs is None or alpha == 0:
-        return None
-    residual = group.pairs.residuals.get(layer.name)
-    return DenseTarget(alpha, group.pairs.cross.sums, None if residual is None else residual.sums)
-
-
-def _alpha(context: BlockContext, layer: LinearLayer, group: InputGroup, choice: Choice | None) -> float | None:
-    """Return the dense target of a layer; None without products with the dense inputs, or if it is off."""
-    wanted = context.layers[layer].repair.dense_target
-    if group.pairs is None or wanted == 0:
-        return None
-    if wanted != AUTO:
-        return float(wanted)
-    return None if choice is None else choice.alpha
-
-
 def _prune_layer(
     context: BlockContext,
     layer: LinearLayer,
@@ -274,7 +223,7 @@ def _prune_layer(
 ) -> LayerRecord:
     """Prune one layer and write it to the output. Set the block's weight too, or store it in ``held`` if there is one."""
     settings, name = context.layers[layer], layer.weight_name
-    alpha = _alpha(context, layer, group, choice)
+    alpha = alpha_of(context, layer, group, choice)
     began = time.perf_counter()
     stored = context.weights.stored(name)
     pruned = prune_layer(
@@ -283,7 +232,7 @@ def _prune_layer(
         settings,
         name=layer.name,
         row_shards=context.world,
-        retarget=None if alpha is None else _target(layer, group, alpha),
+        retarget=None if alpha is None else target_of(layer, group, alpha),
     )
     result = layer.oriented(pruned.weight).contiguous()
     # No synchronisation needed: the errors are on the host, so the device is done.
