@@ -27,7 +27,7 @@ from thanos.model.source import resolve_model
 from thanos.run.work_folder import WorkFolder
 
 SAMPLES, LENGTH = 4, 32
-METHODS = ("thanos", "sparsegpt", "wanda", "magnitude")
+METHODS = ("thanos", "sparsegpt", "wanda", "magnitude", "admm")
 
 
 def recipe(text: Path, **changes: Any) -> thanos.Recipe:
