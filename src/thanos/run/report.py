@@ -8,12 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from thanos.engine.records import LayerRecord, mean_known, without_unset
+from thanos.engine.records import LayerRecord, mean_known
 from thanos.system.documents import Document
 from thanos.system.meter import PhaseRecord
 
 SCHEMA = 1
 """Version of the format; increased when a reader of the old format would misread the new one."""
+
+_REPAIRS = ("errors", "residual", "target_change")
+"""Fields of a layer that are left out if they do not apply."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +57,11 @@ class PruningReport(Document):
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, ``schema`` first; a layer's fields about repairs that did not run are left out."""
         values = Document.to_dict(self)
-        return {**values, "layers": [without_unset(layer) for layer in values["layers"]]}
+        layers = [
+            {name: value for name, value in layer.items() if name not in _REPAIRS or value is not None}
+            for layer in values["layers"]
+        ]
+        return {**values, "layers": layers}
 
     @classmethod
     def read(cls, path: Path) -> PruningReport:
