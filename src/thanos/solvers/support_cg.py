@@ -18,7 +18,7 @@ from torch import Tensor
 from thanos.solvers.masking import clear_
 from thanos.solvers.problem import Problem, Solution
 
-TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-12}
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 """Relative residual at which a row counts as converged. Its objective is then above the least by about the residual's square,
 times the condition number; in float32 a smaller residual would not change the objective's digits."""
 
