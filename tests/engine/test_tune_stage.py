@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor, nn
@@ -304,6 +306,30 @@ def test_events_tell_the_losses(text_file: Path, tmp_path: Path) -> None:
     assert "tune" in report.phases
     card = (tmp_path / "out/README.md").read_text()
     assert "3 of 3 blocks were then tuned with their zeros fixed" in card
+
+
+def _enter(rank: int, size: int, meet: Path, dense: Path, out: Path, settings: thanos.Recipe) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=size)
+    thanos.prune(dense, out, settings)
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("architecture", "size"), [("llama", 2), ("olmoe", 3)])
+def test_several_processes_tune_like_one(architecture: str, size: int, text_file: Path, tmp_path: Path) -> None:
+    dense = save_tiny(tmp_path / "dense", architecture)
+    settings = recipe(text_file, targets=("layers.0.*",))  # the masks of later blocks could differ
+    alone = thanos.prune(dense, tmp_path / "alone", settings)
+    mp.spawn(_enter, (size, tmp_path / "meet", dense, tmp_path / "out", settings), nprocs=size)
+    together = thanos.PruningReport.read(tmp_path / "out/pruning.json")
+    assert together.tuning[0].kept_epoch == alone.tuning[0].kept_epoch > 0
+    assert together.tuning[0].held_out_after == pytest.approx(alone.tuning[0].held_out_after, rel=1e-3)
+    assert together.tuning[0].losses == pytest.approx(alone.tuning[0].losses, rel=1e-3)
+    one, other = weights(tmp_path / "alone"), weights(tmp_path / "out")
+    for name, value in one.items():
+        assert torch.equal(value == 0, other[name] == 0), name
+        torch.testing.assert_close(other[name], value, rtol=1e-3, atol=1e-4)
 
 
 # --- costs ---------------------------------------------------------------------------------------------------------------
