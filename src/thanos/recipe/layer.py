@@ -213,7 +213,8 @@ class LayerRecipe:
     def with_refit(self, steps: int) -> LayerRecipe:
         """Return the same settings with another number of steps of the refit."""
         values: dict[str, Any] = {name: getattr(self, name) for name in LAYER_FIELDS}
-        return LayerRecipe(**values | {"refit": steps})
+        values["refit"] = steps
+        return LayerRecipe(**values)
 
 
 def check_values(settings: Mapping[str, Any]) -> None:
