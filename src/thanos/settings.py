@@ -22,6 +22,7 @@ class Heading(StrEnum):
 
     WHAT = "What to prune"
     METHOD = "Method and sparsity"
+    RECOVERY = "Recovery"
     CALIBRATION = "Calibration"
     SIZES = "Sizes of the model"
     LAYER = "Layer and timing"

@@ -29,6 +29,7 @@ _LABELS = {
     "tasks": "score tasks",
     "finish": "finish",
     "draw": "draw figures",
+    "train": "train",
 }
 
 _WITHIN_BLOCK = {"statistics": (0.0, 0.45), "solve": (0.45, 0.35), "propagate": (0.8, 0.2)}
@@ -99,15 +100,18 @@ class Position:
     Attributes:
         event: last event that is not a note; None at first.
         error: mean relative layer error of the finished blocks; before the first block is finished, that of the last layer.
+        held_out: last loss on held-out sequences.
         rate: tokens a second of the current phase; None if it has none, or has only just begun.
     """
 
     def __init__(self) -> None:
         self.event: Event | None = None
         self.error: float | None = None
+        self.held_out: float | None = None
         self.rate: float | None = None
         self._phase: tuple[int | None, str] | None = None
         self._phase_began = self._block_began = 0.0
+        self._done_before = 0
         self._block: int | None = None
         self._pruned_seconds, self._pruned = 0.0, 0
 
@@ -115,6 +119,11 @@ class Position:
         """Update the position with one event."""
         if event.kind == "note":
             return
+        if event.kind == "epoch":  # counts epochs, and the phase counts steps
+            self.held_out = event.held_out
+            return
+        if event.kind == "phase":
+            self._done_before = event.done
         if event.kind == "phase" or (event.block, event.phase) != self._phase:
             self._phase, self._phase_began = (event.block, event.phase), event.seconds
         if event.block != self._block:
@@ -139,7 +148,8 @@ class Position:
             return None
         if event.block is None:
             spent = event.seconds - self._phase_began
-            return spent / event.done * (event.total - event.done) if event.done and event.total else None
+            done = event.done - self._done_before
+            return spent / done * (event.total - event.done) if done > 0 and event.total else None
         mean = self._pruned_seconds / self._pruned
         within = 0.0 if event.kind == "block" else max(0.0, mean - (now - self._block_began))
         return within + mean * (event.blocks - event.block - 1)
@@ -181,13 +191,21 @@ class PlainLines:
             left = self._position.remaining(event.seconds)
             what += [_memory(event), *([f"{_clock(left)} left"] if left else [])]
             self._write(event, f"block {event.block + 1} of {event.blocks}, {', '.join(what)}")
+        elif event.kind == "epoch":
+            what = [] if event.loss is None else [f"loss {event.loss:.4g}"]
+            what.append("held-out loss " + ("not a number" if event.held_out is None else f"{event.held_out:.4g}"))
+            left = self._position.remaining(event.seconds)
+            what += [_memory(event), *([f"{_clock(left)} left"] if left else [])]
+            where = f"epoch {event.done} of {event.total}" if event.done else "before the first epoch"
+            self._write(event, f"{where}, {', '.join(what)}")
         elif event.kind == "phase" and event.block is None and event.phase != self._phase:
             self._phase = event.phase
             self._write(event, _LABELS[event.phase])
         elif event.kind == "progress" and event.seconds - self._last >= _PLAIN_SECONDS:
             where = "" if event.block is None else f"block {event.block + 1} of {event.blocks}, "
             rate = "" if self._position.rate is None else f", {self._position.rate:,.0f} tokens/s"
-            self._write(event, f"{where}{_LABELS[event.phase]} {event.done} of {event.total}{rate}")
+            loss = "" if event.loss is None else f", loss {event.loss:.4g}"
+            self._write(event, f"{where}{_LABELS[event.phase]} {event.done} of {event.total}{loss}{rate}")
 
     def _write(self, event: Event, text: str) -> None:
         self._last = event.seconds
@@ -213,7 +231,9 @@ def live_lines(position: Position, now: float, width: int = 120) -> tuple[str, s
     counted = f"{event.done} of {event.total}" if event.total and event.kind != "block" else ""
     rate = "" if position.rate is None else f"{position.rate:,.0f} tokens/s"
     error = "" if position.error is None else f"error {position.error:.4g}"
-    head = " · ".join(part for part in (where, layer, counted, rate, error) if part)
+    loss = "" if event.loss is None else f"loss {event.loss:.4g}"
+    held_out = "" if position.held_out is None else f"held-out loss {position.held_out:.4g}"
+    head = " · ".join(part for part in (where, layer, counted, rate, error, loss, held_out) if part)
     done = position.done
     left = position.remaining(now)
     times = f"{_clock(now)} elapsed" + ("" if left is None else f", {_clock(left)} left")

@@ -49,7 +49,13 @@ class PruningReport(Document):
     device_peak_bytes: int | None = None
     warnings: list[str] = field(default_factory=list)
     execution: dict[str, Any] = field(default_factory=dict)
+    recovery: dict[str, Any] = field(default_factory=dict)
     schema: int = SCHEMA
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, ``schema`` first. ``recovery`` is left out if the model was not recovered."""
+        values = Document.to_dict(self)
+        return values if self.recovery else {name: value for name, value in values.items() if name != "recovery"}
 
     @classmethod
     def read(cls, path: Path) -> PruningReport:
