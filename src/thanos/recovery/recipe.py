@@ -35,6 +35,8 @@ class RecoveryRecipe:
             whole part of the batch, on a CPU one. It changes the result by rounding only.
         held_out: least number of sequences that are not trained on. Their loss selects the state that is kept. None: one in 16,
             at least one.
+        shard: with several processes, each holds a part of the pruned model, its gradients and the optimizer's state (FSDP),
+            instead of a copy. Each process holds the dense model whole in any case.
         calibration: source of the text, as for pruning.
         samples: number of sequences, those held out included.
         sequence_length: tokens of a sequence.
@@ -67,6 +69,12 @@ class RecoveryRecipe:
         lowest=1,
         default="one in 16",
     )
+    shard: bool = setting(
+        False,
+        "With torchrun, divide the pruned model and the optimizer's state over the processes (FSDP)",
+        Heading.RECOVERY,
+        default="each process holds a copy",
+    )
     calibration: str = _as_prune("calibration")
     samples: int = _as_prune("samples")
     sequence_length: int = _as_prune("sequence_length")
@@ -83,6 +91,8 @@ class RecoveryRecipe:
                 raise RecipeError(f"{name} must be a whole number, at least 1; got {value!r}{near_whole(value)}")
         if isinstance(self.rate, bool) or not isinstance(self.rate, int | float) or not 0 < self.rate < 1:
             raise RecipeError(f"rate must be a number above 0 and below 1, such as 2e-4; got {self.rate!r}")
+        if not isinstance(self.shard, bool):
+            raise RecipeError(f"shard must be true or false; got {self.shard!r}")
         if self.micro_batch is not None and self.batch % self.micro_batch:
             raise RecipeError(
                 f"micro_batch {self.micro_batch} does not divide batch {self.batch}; give a divisor of {self.batch}"

@@ -118,6 +118,7 @@ def recover(
     tell = EventStream(on_event, meter, keep_log=True)
     with resource_errors(*_smaller(recipe)), join(device) as world, ExitStack() as stack:
         check_split(recipe, world.size)
+        check_shard(recipe, device)
         job = _Job(recipe, device, resume, overwrite, work, meter, tell if world.rank == 0 else EventStream(), world)
         sources = resolve_pair(model, dense, trust_remote_code=trust)
         now = describe(recipe.to_dict(), _describe_models(*sources), device)
@@ -163,6 +164,16 @@ def check_split(recipe: RecoveryRecipe, processes: int) -> None:
         raise RecipeError(
             f"a batch of {recipe.batch} cannot be split over {processes} processes{each}; give --batch a multiple of {unit}"
         )
+
+
+def check_shard(recipe: RecoveryRecipe, device: torch.device) -> None:
+    """Refuse to shard on a CPU, where accelerate would silently make copies.
+
+    Raises:
+        RecipeError: that was asked for.
+    """
+    if recipe.shard and device.type != "cuda":
+        raise RecipeError("shard needs CUDA devices; leave --shard out, so that each process holds a copy of the model")
 
 
 def _checked(recipe: Any) -> RecoveryRecipe:

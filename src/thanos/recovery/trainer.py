@@ -17,6 +17,8 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -24,6 +26,8 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from thanos.engine.distributed import World
 from thanos.errors import NumericsError
 from thanos.events import Event
+from thanos.model.experts import mixtures
+from thanos.model.layers import find_blocks
 from thanos.recovery.distance import Distillation
 from thanos.recovery.guard import HELD_OUT, Guard
 from thanos.recovery.recipe import RecoveryRecipe, one_cycle
@@ -93,6 +97,8 @@ def micro_batch(recipe: RecoveryRecipe, device: torch.device, processes: int) ->
 
 def _arguments(training: Training) -> TrainingArguments:
     recipe, cuda = training.recipe, training.device.type == "cuda"
+    shard = recipe.shard and training.world.size > 1
+    layers = sorted({type(block).__name__ for block in find_blocks(training.module.student)[1]})
     arguments = TrainingArguments(
         output_dir=str(training.folder.steps),
         per_device_train_batch_size=training.micro_batch,
@@ -115,9 +121,16 @@ def _arguments(training: Training) -> TrainingArguments:
         remove_unused_columns=False,
         logging_nan_inf_filter=False,
         dataloader_pin_memory=False,
-        ddp_find_unused_parameters=True,  # an expert may get no token of a batch
+        ddp_find_unused_parameters=any(mixtures(training.module.student)),  # an expert may get no token of a batch
+        fsdp=shard,  # type: ignore[arg-type]
+        fsdp_config={"version": 2, "transformer_layer_cls_to_wrap": layers, "state_dict_type": "SHARDED_STATE_DICT"},
         seed=recipe.seed,
     )
+    if arguments.fsdp_plugin_args is not None:
+        # By default the loss would be rounded to bfloat16, and gradients would be summed in it.
+        arguments.fsdp_plugin_args["mixed_precision_policy"] = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if cuda else None, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
     if arguments.world_size == 1:
         # Of several GPUs the run takes one: without this the Trainer would copy the model to all of them.
         arguments._n_gpu = min(1, arguments.n_gpu)
@@ -206,6 +219,9 @@ class _RecoveryTrainer(Trainer):
             save_file(weights, Path(output_dir) / _WEIGHTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
         stored = load_file(Path(resume_from_checkpoint) / _WEIGHTS)
         with torch.no_grad():
             for name, parameter in self._training.module.named_parameters():
@@ -238,7 +254,7 @@ class _Watch(TrainerCallback):
             parameter = parameters[PREFIX + name]
             value = parameter.grad if gradients else parameter
             if value is not None:
-                value.mul_(mask)
+                value.mul_(_sharded_like(mask, value))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         one = self._training
@@ -284,3 +300,10 @@ class _Watch(TrainerCallback):
         one.tell(
             Event(kind="epoch", phase="train", done=epoch, total=one.recipe.epochs, loss=loss, held_out=entry[HELD_OUT])
         )
+
+
+def _sharded_like(mask: Tensor, value: Tensor) -> Tensor:
+    """Return a mask with the sharding of a tensor, if that is sharded. Nothing is sent: each process has the whole mask."""
+    if not isinstance(value, DTensor):
+        return mask
+    return distribute_tensor(mask, value.device_mesh, value.placements, src_data_rank=None)
