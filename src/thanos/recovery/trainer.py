@@ -6,6 +6,7 @@ Import this module only after :func:`require_trainer`: the Trainer needs acceler
 from __future__ import annotations
 
 import math
+import os
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -126,9 +127,10 @@ def _arguments(training: Training) -> TrainingArguments:
         fsdp_config={"version": 2, "transformer_layer_cls_to_wrap": layers, "state_dict_type": "SHARDED_STATE_DICT"},
         seed=recipe.seed,
     )
-    if arguments.fsdp_plugin_args is not None:
+    plugin: Any = arguments.fsdp_plugin_args
+    if plugin is not None:
         # By default the loss would be rounded to bfloat16, and gradients would be summed in it.
-        arguments.fsdp_plugin_args["mixed_precision_policy"] = MixedPrecisionPolicy(
+        plugin["mixed_precision_policy"] = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if cuda else None, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
     if arguments.world_size == 1:
@@ -139,10 +141,11 @@ def _arguments(training: Training) -> TrainingArguments:
 
 @contextmanager
 def _own_state(device: torch.device) -> Iterator[None]:
-    """Leave no trace of the Trainer in the process: random states, the current device, and accelerate's global state."""
+    """Leave no trace of the Trainer in the process: random states, the current device, accelerate's variables and state."""
     import numpy
 
     before, fresh = (random.getstate(), numpy.random.get_state()), not PartialState._shared_state
+    environment = dict(os.environ)
     devices = [device] if device.type == "cuda" else []
     if device.index is not None:
         torch.cuda.set_device(device)
@@ -152,6 +155,8 @@ def _own_state(device: torch.device) -> Iterator[None]:
     finally:
         random.setstate(before[0])
         numpy.random.set_state(before[1])
+        os.environ.clear()
+        os.environ.update(environment)
         if fresh:
             AcceleratorState._reset_state(reset_partial_state=True)
             GradientState._reset_state()
