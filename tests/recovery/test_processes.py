@@ -16,7 +16,7 @@ import thanos
 from helpers import ROOT
 from recovering import read, settings
 from thanos.errors import RecipeError
-from thanos.recovery.run import check_split
+from thanos.recovery.setup import check_shard, check_split
 from thanos.recovery.states import RecoveryFolder
 
 pytest.importorskip("accelerate", reason="the extra recover is not installed")
@@ -67,3 +67,9 @@ def test_a_batch_must_divide(text_file: Path) -> None:
         check_split(settings(text_file), 3)
     with pytest.raises(RecipeError, match="over 4 processes in micro-batches of 2; give --batch a multiple of 8"):
         check_split(settings(text_file, micro_batch=2), 4)
+
+
+def test_shards_need_cuda(text_file: Path) -> None:
+    check_shard(settings(text_file, shard=True), torch.device("cuda"))
+    with pytest.raises(RecipeError, match="shard needs CUDA devices; leave --shard out"):
+        check_shard(settings(text_file, shard=True), torch.device("cpu"))

@@ -18,7 +18,7 @@ from helpers import save_tiny, small_gguf, tiny_tokenizer
 from recovering import prune, settings
 from thanos.cli import run
 from thanos.errors import ModelError, NumericsError, RecipeError, UserError
-from thanos.recovery import run as entry
+from thanos.recovery import setup as entry
 
 pytest.importorskip("accelerate", reason="the extra recover is not installed")
 

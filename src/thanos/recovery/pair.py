@@ -19,8 +19,8 @@ from thanos.model.source import ModelSource, find_local, resolve_model
 from thanos.patterns.base import STRAY
 
 _LEAST_COSINE = 0.2
-"""Cosine between a child's surviving weights and its parent's below which they count as unrelated. Unrelated weights have
-about 0. Pruned ones have 0.6 or more in every measurement of docs/results, with any method, pattern and later tuning."""
+"""Cosine between a child's surviving weights and the parent's at the same positions, below which they count as unrelated.
+Unrelated weights have about 0, weights that were only removed have 1, and updates of the survivors leave it far above this."""
 
 _PROBE = "The quick brown fox jumps over 13 lazy dogs.\n\tÉlan, naïveté — 你好! def f(x): return x**2"
 """Text that both tokenizers must turn into the same ids: words, digits, white space, other scripts, code."""

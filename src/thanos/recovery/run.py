@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thanos.calibration.text import check_text_source
-from thanos.calibration.windows import Calibration, check_positions, make_calibration
+from thanos.calibration.windows import Calibration, make_calibration
 from thanos.checkpoint.writer import check_room
 from thanos.engine.distributed import World, join, my_device, speaks
-from thanos.errors import ModelError, NumericsError, RecipeError, resource_errors
+from thanos.errors import NumericsError, resource_errors
 from thanos.events import LOG_NAME, RUN_NAME, Event, Watcher
-from thanos.model.loading import check_token_ids, context_length, end_of_text_id
+from thanos.model.loading import check_token_ids
 from thanos.model.source import ModelSource, find_local
 from thanos.recovery.distance import Distillation
 from thanos.recovery.guard import Guard
@@ -26,19 +25,25 @@ from thanos.recovery.output import Trained, make_report, write_model
 from thanos.recovery.pair import Pair, load, masks_of, open_pair, resolve_pair, trainable
 from thanos.recovery.recipe import RecoveryRecipe
 from thanos.recovery.report import NAME, NOTHING_BETTER, RecoveryReport, read_pruning_report, write_reports
-from thanos.recovery.states import BYTES_PER_PARAMETER, RecoveryFolder
+from thanos.recovery.setup import (
+    besides,
+    check_shard,
+    check_split,
+    check_text,
+    checked_recipe,
+    describe_models,
+    require_trainer,
+    smaller,
+)
+from thanos.recovery.states import RecoveryFolder
 from thanos.run.lock import locked
-from thanos.run.resume import check_completed, check_same_run, completed_run, describe, describe_model
+from thanos.run.resume import check_completed, check_same_run, completed_run, describe
 from thanos.run.survey import name_damage
 from thanos.run.work_folder import check_interrupted, check_output, kept
 from thanos.system.device import choose_device
 from thanos.system.event_stream import EventStream
-from thanos.system.extras import install_command, is_installed
 from thanos.system.meter import PhaseMeter
 from thanos.system.user_paths import model_name, output_path
-
-_LOG_BYTES = 4 << 20
-"""Bytes on the disk for the log and the copied files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +101,7 @@ def recover(
         UserError: the arguments cannot be used, or the models do not belong together; nothing was written.
         ResourceError: memory or disk is exhausted.
     """
-    recipe, model, out = _checked(recipe), model_name(model, "OUT"), output_path(out)
+    recipe, model, out = checked_recipe(recipe), model_name(model, "OUT"), output_path(out)
     dense = model_name(dense, "the dense model")
     require_trainer()
     work = RecoveryFolder(out)
@@ -116,12 +121,12 @@ def recover(
     device = my_device(choose_device(recipe.device))
     meter = PhaseMeter(device)
     tell = EventStream(on_event, meter, keep_log=True)
-    with resource_errors(*_smaller(recipe)), join(device) as world, ExitStack() as stack:
+    with resource_errors(*smaller(recipe)), join(device) as world, ExitStack() as stack:
         check_split(recipe, world.size)
         check_shard(recipe, device)
         job = _Job(recipe, device, resume, overwrite, work, meter, tell if world.rank == 0 else EventStream(), world)
         sources = resolve_pair(model, dense, trust_remote_code=trust)
-        now = describe(recipe.to_dict(), _describe_models(*sources), device)
+        now = describe(recipe.to_dict(), describe_models(*sources), device)
         now["machine"]["processes"] = world.size
         if complete:
             if job.leads:
@@ -140,60 +145,6 @@ def recover(
                     Event(kind="note", phase="load", message="there is nothing to resume: starting from the beginning")
                 )
         return _recover(*sources, job, now, calibration)
-
-
-def require_trainer() -> None:
-    """Check that the package is installed without which transformers cannot train.
-
-    Raises:
-        ModelError: it is not.
-    """
-    if not is_installed("accelerate"):
-        raise ModelError(f"recovery needs the package accelerate: {install_command('recover')}")
-
-
-def check_split(recipe: RecoveryRecipe, processes: int) -> None:
-    """Refuse a batch that cannot be split evenly over the processes, in whole micro-batches.
-
-    Raises:
-        RecipeError: it cannot.
-    """
-    unit = (recipe.micro_batch or 1) * processes
-    if recipe.batch % unit:
-        each = f" in micro-batches of {recipe.micro_batch}" if recipe.micro_batch else ""
-        raise RecipeError(
-            f"a batch of {recipe.batch} cannot be split over {processes} processes{each}; give --batch a multiple of {unit}"
-        )
-
-
-def check_shard(recipe: RecoveryRecipe, device: torch.device) -> None:
-    """Refuse to shard on a CPU, where accelerate would silently make copies.
-
-    Raises:
-        RecipeError: that was asked for.
-    """
-    if recipe.shard and device.type != "cuda":
-        raise RecipeError("shard needs CUDA devices; leave --shard out, so that each process holds a copy of the model")
-
-
-def _checked(recipe: Any) -> RecoveryRecipe:
-    if recipe is None:
-        return RecoveryRecipe()
-    if not isinstance(recipe, RecoveryRecipe):
-        raise RecipeError(
-            f"recipe must be a thanos.RecoveryRecipe, such as RecoveryRecipe(epochs=4); got {type(recipe).__name__} "
-            f"{str(recipe)[:60]!r}"
-        )
-    return recipe
-
-
-def _smaller(recipe: RecoveryRecipe) -> tuple[str, ...]:
-    lower = [] if recipe.micro_batch == 1 else ["give --micro-batch 1"]
-    return (*lower, f"lower --sequence-length (now {recipe.sequence_length})")
-
-
-def _describe_models(source: ModelSource, parent: ModelSource) -> dict[str, Any]:
-    return describe_model(source) | {f"dense {name}": value for name, value in describe_model(parent).items()}
 
 
 def _read(folder: Path) -> RecoveryReport:
@@ -218,11 +169,10 @@ def _recover(
             return published
         if job.leads:
             read_pruning_report(source.folder)
-            _check_text(recipe, parent, given)
+            check_text(recipe, parent, given)
         pair = open_pair(source, parent, job.device, tell, look=job.leads)
         if job.leads:
-            parameters = sum(info.numel for info in pair.pruned.checkpoint.tensors.values())
-            check_room(pair.pruned.checkpoint.layout, work.model, besides=_besides(pair, parameters))
+            check_room(pair.pruned.checkpoint.layout, work.model, besides=besides(pair))
     with job.meter.phase("calibration"):
         tell(Event(kind="phase", phase="calibration"))
         calibration = world.from_first(lambda: _calibrate(pair, parent, job, given))
@@ -259,24 +209,6 @@ def _finish(result: Trained, job: _Job) -> RecoveryReport:
     (work.model / RUN_NAME).write_text(json.dumps(run, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     work.publish(overwrite=job.overwrite)
     return report
-
-
-def _besides(pair: Pair, parameters: int) -> int:
-    layout = pair.pruned.checkpoint.layout
-    return BYTES_PER_PARAMETER * parameters + 2 * layout.nbytes + _LOG_BYTES
-
-
-def _check_text(recipe: RecoveryRecipe, parent: ModelSource, given: Calibration | None) -> None:
-    """Check that the text can be used, before weights are read.
-
-    Raises:
-        DataError: it cannot.
-    """
-    if given is None:
-        config = parent.config()
-        check_positions(recipe.sequence_length, context_length(config))
-        end_of_text_id(parent.tokenizer(), config)
-        check_text_source(recipe.calibration, tokenizer=parent.tokenizer)
 
 
 def _calibrate(pair: Pair, parent: ModelSource, job: _Job, given: Calibration | None) -> Calibration:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import Dataset, SequentialSampler
+from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from thanos.engine.distributed import World
@@ -32,6 +32,7 @@ from thanos.model.layers import find_blocks
 from thanos.recovery.distance import Distillation
 from thanos.recovery.guard import HELD_OUT, Guard
 from thanos.recovery.recipe import RecoveryRecipe, one_cycle
+from thanos.recovery.sequences import Sequences
 from thanos.recovery.states import RecoveryFolder
 
 PREFIX = "student."
@@ -162,24 +163,6 @@ def _own_state(device: torch.device) -> Iterator[None]:
             GradientState._reset_state()
 
 
-class _Sequences(Dataset[dict[str, Tensor]]):
-    """The sequences of all epochs, one after another, each epoch in an order of its own.
-
-    The position in the training alone determines the sequence, so a resumed training needs no state for the order.
-    """
-
-    def __init__(self, ids: Tensor, recipe: RecoveryRecipe) -> None:
-        self._ids = ids
-        draws = [torch.Generator().manual_seed(1_000_003 * recipe.seed + epoch) for epoch in range(recipe.epochs)]
-        self._order = torch.cat([torch.randperm(len(ids), generator=draw) for draw in draws])
-
-    def __len__(self) -> int:
-        return len(self._order)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"ids": self._ids[self._order[index]]}
-
-
 class _RecoveryTrainer(Trainer):
     """The Trainer with the loss, the schedule and the checkpoints of a recovery, and with masked gradients."""
 
@@ -188,7 +171,7 @@ class _RecoveryTrainer(Trainer):
         super().__init__(
             model=training.module,
             args=arguments,
-            train_dataset=_Sequences(training.ids, training.recipe),
+            train_dataset=Sequences(training.ids, training.recipe),
             callbacks=[watch],
         )
         self.remove_callback(PrinterCallback)
