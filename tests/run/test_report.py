@@ -112,7 +112,9 @@ def test_keys() -> None:
     values = report().to_dict()
     assert next(iter(values)) == "schema"
     assert values["schema"] == SCHEMA == 1
-    assert set(values) == TOP == {field.name for field in fields(PruningReport)} - {"block_errors", "tuning"}
+    assert (
+        set(values) == TOP == {field.name for field in fields(PruningReport)} - {"block_errors", "tuning", "recovery"}
+    )
     assert set(values["layers"][0]) == LAYER == {field.name for field in fields(LayerRecord)} - REPAIRED
     repaired_layer = replace(
         report().layers[0], errors={"removed": 0.2, "a": 0.1, "b": 0.05}, residual=1e-6, target_change=-0.01

@@ -32,6 +32,7 @@ _LABELS = {
     "tasks": "score tasks",
     "finish": "finish",
     "draw": "draw figures",
+    "train": "train",
 }
 
 _WITHIN_BLOCK = {"statistics": (0.0, 0.45), "solve": (0.45, 0.35), "propagate": (0.8, 0.2)}
@@ -106,6 +107,7 @@ class Position:
         event: last event that is not a note; None at first.
         error: mean relative layer error of the finished blocks; before the first block is finished, that of the last layer.
         trail: (stage, error of the block after it) of the block whose stages ran last, in order; empty without a dense stream.
+        held_out: last loss on held-out sequences.
         rate: tokens a second of the current phase; None if it has none, or has only just begun.
         tuning: last event of the present block's tuning that has its losses; None if there is none.
     """
@@ -115,11 +117,13 @@ class Position:
         self.error: float | None = None
         self.trail: list[tuple[str, float | None]] = []
         self._trail_block: int | None = None
+        self.held_out: float | None = None
         self.rate: float | None = None
         self.tuning: Event | None = None
         self._tunes = False
         self._phase: tuple[int | None, str] | None = None
         self._phase_began = self._block_began = 0.0
+        self._done_before = 0
         self._block: int | None = None
         self._pruned_seconds, self._pruned = 0.0, 0
 
@@ -127,6 +131,11 @@ class Position:
         """Update the position with one event."""
         if event.kind == "note":
             return
+        if event.kind == "epoch":  # counts epochs, and the phase counts steps
+            self.held_out = event.held_out
+            return
+        if event.kind == "phase":
+            self._done_before = event.done
         if event.kind == "phase" or (event.block, event.phase) != self._phase:
             self._phase, self._phase_began = (event.block, event.phase), event.seconds
         if event.block != self._block:
@@ -158,7 +167,8 @@ class Position:
             return None
         if event.block is None:
             spent = event.seconds - self._phase_began
-            return spent / event.done * (event.total - event.done) if event.done and event.total else None
+            done = event.done - self._done_before
+            return spent / done * (event.total - event.done) if done > 0 and event.total else None
         mean = self._pruned_seconds / self._pruned
         within = 0.0 if event.kind == "block" else max(0.0, mean - (now - self._block_began))
         return within + mean * (event.blocks - event.block - 1)
@@ -202,14 +212,22 @@ class PlainLines:
             left = self._position.remaining(event.seconds)
             what += [_memory(event), *([f"{_clock(left)} left"] if left else [])]
             self._write(event, f"block {event.block + 1} of {event.blocks}, {', '.join(what)}")
+        elif event.kind == "epoch":
+            what = [] if event.loss is None else [f"loss {event.loss:.4g}"]
+            what.append("held-out loss " + ("not a number" if event.held_out is None else f"{event.held_out:.4g}"))
+            left = self._position.remaining(event.seconds)
+            what += [_memory(event), *([f"{_clock(left)} left"] if left else [])]
+            where = f"epoch {event.done} of {event.total}" if event.done else "before the first epoch"
+            self._write(event, f"{where}, {', '.join(what)}")
         elif event.kind == "phase" and event.block is None and event.phase != self._phase:
             self._phase = event.phase
             self._write(event, _LABELS[event.phase])
         elif event.kind == "progress" and event.seconds - self._last >= _PLAIN_SECONDS:
             where = "" if event.block is None else f"block {event.block + 1} of {event.blocks}, "
             rate = "" if self._position.rate is None else f", {self._position.rate:,.0f} tokens/s"
-            losses = "" if event.held_out is None else f", {_losses(event)}"
-            self._write(event, f"{where}{_LABELS[event.phase]} {event.done} of {event.total}{rate}{losses}")
+            losses = _losses(event) if event.held_out is not None else _training_loss(event)
+            what = f"{where}{_LABELS[event.phase]} {event.done} of {event.total}{rate}"
+            self._write(event, ", ".join(part for part in (what, losses) if part))
 
     def _write(self, event: Event, text: str) -> None:
         self._last = event.seconds
@@ -236,7 +254,10 @@ def live_lines(position: Position, now: float, width: int = 120) -> tuple[str, s
     rate = "" if position.rate is None else f"{position.rate:,.0f} tokens/s"
     error = "" if position.error is None else f"error {position.error:.4g}"
     losses = "" if position.tuning is None else _losses(position.tuning)
-    head = " · ".join(part for part in (where, layer, counted, rate, error, losses) if part)
+    held_out = "" if position.held_out is None else f"held-out loss {position.held_out:.4g}"
+    head = " · ".join(
+        part for part in (where, layer, counted, rate, error, losses, _training_loss(event), held_out) if part
+    )
     done = position.done
     left = position.remaining(now)
     times = f"{_clock(now)} elapsed" + ("" if left is None else f", {_clock(left)} left")
@@ -280,6 +301,11 @@ def _block_error(trail: list[tuple[str, float | None]]) -> list[str]:
         return []
     first, *others = [(stage, "unknown" if error is None else f"{error:.4g}") for stage, error in trail]
     return [f"block error {first[1]}" + "".join(f" → {error} ({stage})" for stage, error in others)]
+
+
+def _training_loss(event: Event) -> str:
+    """Return the loss of a recovery's step; empty for other events."""
+    return f"loss {event.loss:.4g}" if event.phase == "train" and event.loss is not None else ""
 
 
 def _losses(event: Event) -> str:

@@ -53,13 +53,15 @@ class PruningReport(Document):
     execution: dict[str, Any] = field(default_factory=dict)
     block_errors: list[BlockErrors] = field(default_factory=list)
     tuning: list[TuningRecord] = field(default_factory=list)
+    recovery: dict[str, Any] = field(default_factory=dict)
     schema: int = SCHEMA
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values; what is only known with a repair is left out without one."""
         values = Document.to_dict(self)
         values["layers"] = [without_unset(layer) for layer in values["layers"]]
-        return {name: value for name, value in values.items() if name not in ("block_errors", "tuning") or value}
+        only_repaired = ("block_errors", "tuning", "recovery")
+        return {name: value for name, value in values.items() if name not in only_repaired or value}
 
     @classmethod
     def read(cls, path: Path) -> PruningReport:
