@@ -106,7 +106,8 @@ def recover(
     require_trainer()
     work = RecoveryFolder(out)
     trust = recipe.trust_remote_code
-    local = [Path(name) for name in (model, dense) if find_local(name, trust_remote_code=trust, what=name)]
+    named = {"OUT": model, "the dense model": dense}
+    local = [Path(name) for what, name in named.items() if find_local(name, trust_remote_code=trust, what=what)]
     complete = resume and not overwrite and work.is_complete
 
     def check() -> None:
@@ -172,7 +173,7 @@ def _recover(
             check_text(recipe, parent, given)
         pair = open_pair(source, parent, job.device, tell, look=job.leads)
         if job.leads:
-            check_room(pair.pruned.checkpoint.layout, work.model, besides=besides(pair))
+            check_room(pair.pruned.checkpoint.layout, work.model, besides=0 if before else besides(pair))
     with job.meter.phase("calibration"):
         tell(Event(kind="phase", phase="calibration"))
         calibration = world.from_first(lambda: _calibrate(pair, parent, job, given))

@@ -128,7 +128,7 @@ def _arguments(training: Training) -> TrainingArguments:
         fsdp_config={"version": 2, "transformer_layer_cls_to_wrap": layers, "state_dict_type": "SHARDED_STATE_DICT"},
         seed=recipe.seed,
     )
-    plugin: Any = arguments.fsdp_plugin_args
+    plugin: Any = getattr(arguments, "fsdp_plugin_args", None)  # absent in older releases of transformers
     if plugin is not None:
         # By default the loss would be rounded to bfloat16, and gradients would be summed in it.
         plugin["mixed_precision_policy"] = MixedPrecisionPolicy(

@@ -80,12 +80,12 @@ def recovery_sentence(recovery: Mapping[str, Any]) -> str:
     how = (
         f"After pruning, the surviving weights were trained with the zeros fixed, to give the next-token distributions of "
         f"{public_name(str(recovery['dense']))} on {sequences['trained']} × {text['sequence_length']} tokens of "
-        f"{public_name(str(text['source']))} ({recovery['recipe']['epochs']} epochs, rate {recovery['recipe']['rate']:g})"
+        f"{public_name(str(text['source']))} (epochs: {recovery['recipe']['epochs']}, rate {recovery['recipe']['rate']:g})"
     )
-    held_out = f"{sequences['held_out']} held-out sequences"
+    held_out = f"{sequences['held_out']} × {text['sequence_length']} held-out tokens"
     if not recovery["best_step"]:
         return (
-            f"{how}. No step was better on {held_out} (KL divergence {before:.4f} nats a token), so the weights are those of "
+            f"{how}. No epoch was better on {held_out} (KL divergence {before:.4f} nats a token), so the weights are those of "
             "before."
         )
     return f"{how}. On {held_out} the KL divergence fell from {before:.4f} to {after:.4f} nats a token."
