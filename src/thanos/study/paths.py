@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from thanos.calibration.text import NAMED, check_text_source, text_sha256
 from thanos.calibration.text_files import OTHER_NAMES, Part, exists, matching, split_source
 from thanos.errors import DataError, StudyError, UserError
+from thanos.evaluation.windows import check_window
 from thanos.model.bos import added_bos
 from thanos.model.fingerprint import model_sha256, source_commit, task_files_sha256
 from thanos.model.loading import load_model
@@ -34,7 +34,8 @@ class Places:
         task_folder: folder of local tasks; None without one.
         tasks_hash: sha256 of the files in ``task_folder`` and of the files that they name; None without a folder.
         hashes: name in the study → sha256 of the model or text; None if there is no file.
-        failures: name of a model that cannot be opened → reason.
+        searched: the folders that were searched, as the user named them, separated by commas.
+        failures: name of a model that cannot be used → reason.
         begun: names of models whose tokenizers begin texts with a beginning-of-text token.
         commit: commit of the source tree; None if unknown.
     """
@@ -46,6 +47,7 @@ class Places:
     tasks_hash: str | None
     hashes: dict[str, str | None]
     failures: dict[str, str]
+    searched: str
     commit: str | None
     begun: frozenset[str] = frozenset()
 
@@ -95,6 +97,16 @@ def _check_text(study: Study, texts: dict[str, str], searched: str) -> None:
         raise StudyError(f"{place}: {error}") from error
 
 
+def _check_evaluation(study: Study, source: ModelSource, texts: dict[str, str]) -> None:
+    """Refuse a model that cannot be evaluated as the study says. Without this check its cells would fail after pruning.
+
+    Raises:
+        DataError: the windows are longer than the model's number of positions, or its tokenizer cannot render the text's chats.
+    """
+    check_window(study.evaluation.sequence_length, source.config())
+    check_text_source(texts[study.evaluation.text], evaluation=True, tokenizer=source.tokenizer)
+
+
 def is_absent(name: str, found: str) -> bool:
     """Whether a text names files that do not exist; ``found`` is its source after the search."""
     return name not in NAMED and any(not (exists(part.path) or matching(part.path)) for part in _parts_of(found))
@@ -133,17 +145,19 @@ def find_places(study: Study, out: Path, data: str | Path | None) -> Places:
     models, failures, begun = {}, {}, set()
     for model in study.models:
         models[model] = find(model)
+        hashes[model] = None
         try:
             source = resolve_model(models[model])
             hashes[model] = model_sha256(source)
             if (_converted(out, hashes[model]) / "config.json").exists():  # a GGUF file takes seconds to open
                 source = resolve_model(_converted(out, hashes[model]))
-        except UserError as error:
-            hashes[model], failures[model] = None, str(error)
-            continue
-        with suppress(UserError):  # a broken tokenizer is reported when the model's cells run
             if added_bos(source.tokenizer()) is not None:
                 begun.add(model)
+            if model not in study.cost_only:
+                _check_evaluation(study, source, texts)
+        except UserError as error:
+            hint = "" if exists(models[model]) else f"; it is in none of {searched}: give its folder with --data"
+            failures[model] = f"{error}{hint}"
     return Places(
         out=out.resolve(),
         models=models,
@@ -152,6 +166,7 @@ def find_places(study: Study, out: Path, data: str | Path | None) -> Places:
         tasks_hash=task_files_sha256(task_folder) if task_folder else None,
         hashes=hashes,
         failures=failures,
+        searched=searched,
         commit=source_commit(),
         begun=frozenset(begun),
     )
@@ -177,7 +192,7 @@ def _find_text(name: str, folders: Sequence[Path]) -> str:
 def convert(places: Places, wanted: set[str], tell: Watcher) -> Places:
     """Convert GGUF models into safetensors folders in the cache, once, instead of at every opening."""
     models = dict(places.models)
-    for name in sorted(wanted - set(places.failures)):
+    for name in sorted(wanted):
         source = resolve_model(models[name])
         if source.gguf is None:
             continue

@@ -19,7 +19,6 @@ from thanos._version import __version__
 from thanos.calibration.text import evaluation_rows
 from thanos.calibration.windows import Calibration, make_calibration
 from thanos.errors import (
-    ModelError,
     NumericsError,
     RecipeError,
     ResourceError,
@@ -80,8 +79,6 @@ class Session:
         """Run one cell and return its record. Any error becomes the reason of a failed record, with the results so far."""
         results: dict[str, Any] = {}
         try:
-            if cell.model in self._places.failures:
-                raise ModelError(self._places.failures[cell.model])
             (self._dense if cell.method == DENSE else self._pruned)(cell, results, tell)
         except Exception as error:
             reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
