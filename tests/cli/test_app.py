@@ -395,9 +395,11 @@ class TestRecipeFile:
         assert expected in error
         assert str(path) in error
 
-    def test_the_recipe_beside_the_model_runs_again(self, pruned_24: Path, tiny_llama: Path, tmp_path: Path) -> None:
-        out = tmp_path / "again"
-        assert run(["prune", str(tiny_llama), str(out), "--recipe", str(pruned_24 / "recipe.toml"), "--quiet"]) == 0
+    def test_the_recipe_beside_the_model_runs_again(
+        self, pruned_24: Path, tiny_llama: Path, text_file: Path, tmp_path: Path
+    ) -> None:
+        out, stored = tmp_path / "again", ["--recipe", str(pruned_24 / "recipe.toml")]
+        assert run(["prune", str(tiny_llama), str(out), *stored, "--calibration", str(text_file), "--quiet"]) == 0
         assert (out / "model.safetensors").read_bytes() == (pruned_24 / "model.safetensors").read_bytes()
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from thanos._version import __version__
 from thanos.calibration.text import check_text_source
 from thanos.calibration.windows import Calibration, check_positions
 from thanos.checkpoint.writer import check_room
@@ -177,3 +181,19 @@ def smaller_calibration(recipe: Recipe) -> str:
 def stages_of(recipe: Recipe) -> tuple[BlockStage, ...]:
     """Return the stages that a recipe runs on each block, in order."""
     return (PruneStage(measure_error=recipe.measure_error),)
+
+
+def shared_facts(recipe: Recipe, opened: OpenedModel) -> dict[str, Any]:
+    """Return the facts that must be equal in all processes of a run, by name."""
+    import transformers
+
+    tensors = sorted((name, str(info.dtype), info.shape) for name, info in opened.checkpoint.tensors.items())
+    config = {key: value for key, value in opened.meta_model.config.to_dict().items() if key != "_name_or_path"}
+    return {
+        **{f"the recipe's {name}": value for name, value in recipe.to_dict().items()},
+        "the model's config": hashlib.sha256(repr(sorted(config.items())).encode()).hexdigest(),
+        "the list of the model's tensors": hashlib.sha256(repr(tensors).encode()).hexdigest(),
+        "thanos": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }

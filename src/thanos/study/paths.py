@@ -21,6 +21,7 @@ from thanos.study.config import place_of
 from thanos.study.events import StudyEvent, Watcher
 from thanos.study.grid import Cell, Study
 from thanos.system.suggestions import near
+from thanos.system.user_paths import without_folders
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,12 +77,10 @@ class Places:
 
     def without_paths(self, text: str) -> str:
         """Return a message in one line, without the paths of this machine's folders."""
-        texts = {part.path for text in self.texts.values() for part in split_source(text)}
-        found = {path for path in [*self.models.values(), *texts, self.task_folder or ""] if os.sep in path}
-        folders = {str(Path(path).parent) for path in found} | {str(self.out.resolve()), str(self.out)}
-        for folder in sorted(folders - {"/", "."}, key=len, reverse=True):
-            text = text.replace(f"{folder}{os.sep}", "")
-        return " ".join(text.split())
+        texts = [part.path for text in self.texts.values() for part in split_source(text)]
+        inside = [str(out / "store.jsonl") for out in (self.out, self.out.resolve())]
+        paths = [*self.models.values(), *texts, *inside, *([self.task_folder] if self.task_folder else [])]
+        return " ".join(without_folders(text, paths).split())
 
 
 def _check_text(study: Study, texts: dict[str, str], searched: str) -> None:
