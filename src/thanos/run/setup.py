@@ -23,6 +23,7 @@ from thanos.model.layers import LinearLayer, find_blocks, linear_layers, select_
 from thanos.model.loading import context_length, end_of_text_id
 from thanos.model.opening import OpenedModel, open_model
 from thanos.model.source import ModelSource
+from thanos.model.unused import Unused
 from thanos.patterns.budget import Budget
 from thanos.recipe import LayerRecipe, Recipe, check_globs
 from thanos.run.report import DenseRecord
@@ -101,6 +102,9 @@ def prepare(
         ResourceError: the disk has too little room.
     """
     opened = open_model(source, recipe.dtype)
+    tensors = opened.checkpoint.tensors
+    if spare := tensors.keys() - set(opened.key_of.values()):
+        opened.notes.extend(Unused(opened.meta_model, tensors, opened.key_of).notes(spare))
     for note in opened.notes:
         watch(Event(kind="note", phase="load", message=note))
     chosen, left_dense = select_layers(linear_layers(opened.meta_model), recipe)
