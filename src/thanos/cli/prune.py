@@ -102,7 +102,7 @@ def prune(
         tables.show_plan(found, json_file)
         return
     complete = resume and not overwrite and WorkFolder(out).is_complete
-    with ending.resumable(out), display.watch(quiet=quiet or not ranks.is_first()) as watcher:
+    with ending.resumable(out), display.watch(quiet=quiet, silent=not ranks.is_first()) as watcher:
         report = thanos.prune(
             model, out, chosen, overwrite=overwrite, resume=resume, activations=activations, on_event=watcher
         )
