@@ -27,7 +27,8 @@ OPTIONS = {
     "prune": {
         "--method", "--pattern", "--sparsity", "--outlier-rows", "--keep-budget", "--block-size", "--damping", "--calibration",
         "--samples", "--sequence-length", "--seed", "--device", "--dtype", "--targets", "--skip", "--recipe", "--overwrite",
-        "--resume", "--activations", "--plan", "--json", "--trust-remote-code", "--threads", "--quiet", "--help",
+        "--resume", "--activations", "--measure-error", "--plan", "--json", "--trust-remote-code", "--threads", "--quiet",
+        "--help",
     },
     "eval": {
         "--text", "--sequence-length", "--max-windows", "--dense", "--tasks", "--task-folder",
@@ -295,6 +296,28 @@ def test_quiet_hides_progress_and_shows_notes(
     if words != "plan":  # a plan reads no text
         [note] = notes
         assert note.endswith("rows.jsonl has 1 row whose text is null, left out")
+
+
+@pytest.mark.parametrize(("which", "expected"), [("all", True), ("none", False), ("auto", None), (None, False)])
+def test_measure_error_overrides_the_recipe_file(
+    which: str | None, expected: bool | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, seen = tmp_path / "recipe.toml", []
+    path.write_text("measure_error = false\n")
+
+    def prune(model: str, out: Path, recipe: Recipe, **others: object) -> None:
+        seen.append(recipe.measure_error)
+        raise RecipeError("enough")
+
+    monkeypatch.setattr("thanos.prune", prune)
+    words = [] if which is None else ["--measure-error", which]
+    assert run(["prune", "model", str(tmp_path / "out"), "--recipe", str(path), *words]) == 2
+    assert seen == [expected]
+
+
+def test_measure_error_knows_three_words(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["prune", "model", "out", "--measure-error", "al"]) == 2
+    assert "--measure-error must be one of all, none, auto; got 'al' (did you mean all?)" in capsys.readouterr().err
 
 
 def test_quiet_hides_progress_and_shows_notes_of_a_study(capsys: pytest.CaptureFixture[str]) -> None:

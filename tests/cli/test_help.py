@@ -23,7 +23,7 @@ HEADINGS = {
         "Method and sparsity": {
             "--method", "--pattern", "--sparsity", "--outlier-rows", "--keep-budget", "--block-size", "--damping",
         },
-        "Calibration": {"--calibration", "--samples", "--sequence-length", "--seed"},
+        "Calibration": {"--calibration", "--samples", "--sequence-length", "--seed", "--measure-error"},
         "Where and how it runs": {
             "--device", "--dtype", "--trust-remote-code", "--activations", "--threads", "--resume", "--plan",
         },

@@ -27,7 +27,8 @@ from thanos.errors import (
     resource_errors,
 )
 from thanos.evaluation.inspect import inspect_checkpoint
-from thanos.evaluation.perplexity import Reference, choose_bos, evaluate
+from thanos.evaluation.perplexity import choose_bos, evaluate
+from thanos.evaluation.scoring import Reference
 from thanos.evaluation.windows import cut_windows
 from thanos.events import Event
 from thanos.model.layers import LinearLayer, linear_layers, select_layers
