@@ -46,8 +46,9 @@ THE_PROGRAM = {
     "cli/app.py": 2,
     "cli/torchrun.py": 2,
     "evaluation/perplexity.py": 1,  # versions
-    "evaluation/tasks.py": 2,  # the cache's folder, versions
-    "run/prune.py": 1,  # versions
+    "evaluation/score_cache.py": 1,  # the cache's folder
+    "evaluation/tasks.py": 1,  # versions
+    "run/setup.py": 1,  # versions
     "study/report/figures/draw.py": 1,  # a figure's creator
 }
 """File → number of strings ``thanos`` in it that mean the program, not the method."""

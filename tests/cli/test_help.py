@@ -25,7 +25,7 @@ HEADINGS = {
             "--method", "--pattern", "--sparsity", "--outlier-rows", "--keep-budget", "--block-size", "--damping", "--scope",
         },
         "Repair": {"--effort", "--dense-target", "--sequential", "--refit", "--tune", "--held-out", "--tune-rate"},
-        "Calibration": {"--calibration", "--samples", "--sequence-length", "--seed"},
+        "Calibration": {"--calibration", "--samples", "--sequence-length", "--seed", "--measure-error"},
         "Where and how it runs": {
             "--device", "--dtype", "--trust-remote-code", "--activations", "--threads", "--resume", "--plan",
         },

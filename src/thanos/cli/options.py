@@ -111,7 +111,9 @@ Model = Annotated[
         metavar="MODEL", help="A hub name, a local Hugging Face folder, or a .gguf file.", show_default=False
     ),
 ]
-Quiet = Annotated[bool, option("Show no progress", Heading.OUTPUT, None, "--quiet", "-q")]
+Quiet = Annotated[
+    bool, option("Hide progress; notes and warnings are still shown", Heading.OUTPUT, None, "--quiet", "-q")
+]
 JsonFile = Annotated[
     Path | None, option("Write the result as JSON, - for the standard output", Heading.OUTPUT, "FILE", "--json")
 ]

@@ -14,7 +14,7 @@ from thanos.system.documents import json_text
 if TYPE_CHECKING:
     from thanos.bench.layer import LayerTime
     from thanos.bench.model import ModelTime
-    from thanos.evaluation.inspect import Inspection
+    from thanos.evaluation.inspect import Inspection, NotFinite
     from thanos.evaluation.perplexity import Evaluation
     from thanos.evaluation.tasks import ZeroShot
     from thanos.planning.plan import Plan
@@ -171,9 +171,26 @@ def show_inspection(found: Inspection, json_file: Path | None) -> None:
     ]
     if found.require:
         rows.append((f"pattern {found.require}", "broken" if found.violations else "satisfied by every targeted layer"))
+    damaged, others = found.damaged, [tensor for tensor in found.not_finite if not tensor.parameter]
+    rows.append(("NaN, infinity in parameters", _not_finite(damaged)))
+    if others:
+        rows.append(("NaN, infinity in other tensors", f"{_not_finite(others)}; this is allowed"))
     _finish(rows, found.to_dict(), json_file)
+    for tensor in damaged:
+        print(
+            f"{tensor.name}: {tensor.nan:,} NaN and {tensor.infinite:,} infinite entries; the checkpoint is damaged: "
+            "download or save it again",
+            file=sys.stderr,
+        )
     for violation in found.violations:
         print(f"{violation.name}: {violation.reason}", file=sys.stderr)
+
+
+def _not_finite(tensors: Sequence[NotFinite]) -> str:
+    if not tensors:
+        return "none"
+    where = f"in {len(tensors)} {'tensor' if len(tensors) == 1 else 'tensors'}"
+    return f"{sum(t.nan for t in tensors):,} NaN, {sum(t.infinite for t in tensors):,} infinite {where}"
 
 
 def show_study_report(report: Report, out: Path, warnings: Sequence[str], readme: Path | None) -> None:

@@ -72,9 +72,14 @@ class Watcher(Protocol):
 
 
 @contextmanager
-def watch(*, quiet: bool = False, stream: TextIO | None = None) -> Iterator[Callable[[Event], None]]:
-    """Yield a function that shows events on the standard error."""
-    with shown(_live, PlainLines, quiet=quiet, stream=stream) as show:
+def watch(
+    *, quiet: bool = False, silent: bool = False, stream: TextIO | None = None
+) -> Iterator[Callable[[Event], None]]:
+    """Yield a function that shows events on the standard error; see :func:`shown`. With ``silent`` it shows nothing."""
+    if silent:
+        yield lambda event: None
+        return
+    with shown(_live, PlainLines, lambda event: event.kind == "note", quiet=quiet, stream=stream) as show:
         yield show
 
 
@@ -82,17 +87,20 @@ def watch(*, quiet: bool = False, stream: TextIO | None = None) -> Iterator[Call
 def shown(
     live: Callable[[TextIO], AbstractContextManager[Callable[[E], None]]],
     plain: Callable[[TextIO], Callable[[E], None]],
+    is_note: Callable[[E], bool],
     *,
     quiet: bool,
     stream: TextIO | None,
 ) -> Iterator[Callable[[E], None]]:
     """Yield a function that shows events on ``stream`` (default: the standard error).
 
-    It is a live display on a terminal and writes plain lines elsewhere. With ``quiet`` it shows nothing.
+    It is a live display on a terminal and writes plain lines elsewhere. With ``quiet`` it hides progress: it writes the notes
+    alone, each on a plain line, since a person should read them.
     """
     target = stream or sys.stderr
     if quiet:
-        yield lambda event: None
+        show = plain(target)
+        yield lambda event: show(event) if is_note(event) else None
     elif target.isatty():
         with live(target) as show:
             yield show

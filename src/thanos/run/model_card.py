@@ -32,6 +32,7 @@ def model_card(report: PruningReport) -> str:
     name = public_name(str(report.model["name"]))
     recipe, totals = report.recipe, report.totals
     trained = "" if report.tuning or report.recovery else ", without retraining"
+    local = report.calibration.get("text_sha256") is not None  # the recipe has only the name of a local text
     sections = [
         _front_matter(report),
         f"# {name}, pruned",
@@ -48,7 +49,8 @@ def model_card(report: PruningReport) -> str:
         "zeros runs as fast as before.",
         "## How it was made",
         _recipe_table(report),
-        f"Run it again with `thanos prune {name} OUT --recipe recipe.toml`. Everything that was measured is in `pruning.json`.",
+        f"Run it again with `thanos prune {name} OUT --recipe recipe.toml{' --calibration PATH' if local else ''}`. Everything "
+        "that was measured is in `pruning.json`.",
         *(["## Recovery", recovery_sentence(report.recovery)] if report.recovery else []),
         "## Layers with the largest error",
         _worst_table(report.layers),
@@ -139,6 +141,7 @@ def _recipe_table(report: PruningReport) -> str:
                 f"seed {recipe['seed']}{_BEGUN if calibration.get('bos') is not None else ''}",
             ),
             ("hash of the calibration tokens", f"`{calibration['sha256']}`"),
+            *([("hash of the calibration text", f"`{text}`")] if (text := calibration.get("text_sha256")) else []),
             ("device", versions["device"]),
             ("versions", ", ".join(f"{key} {versions[key]}" for key in ("torch", "transformers", "python"))),
         ],

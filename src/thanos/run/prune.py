@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import platform
 import tempfile
 from contextlib import closing
 from dataclasses import dataclass
@@ -13,7 +10,7 @@ from typing import Any
 
 import torch
 
-from thanos._version import __version__
+from thanos.calibration.text_files import text_paths
 from thanos.calibration.windows import Calibration, calibrate
 from thanos.checkpoint.writer import CheckpointWriter
 from thanos.engine.activations import check_place
@@ -24,16 +21,15 @@ from thanos.engine.loop import Engine
 from thanos.engine.rank_zero import SharedJournal, SharedWriter
 from thanos.engine.weights import ModelWeights
 from thanos.errors import NumericsError, RecipeError, resource_errors
-from thanos.events import LOG_NAME, RUN_NAME, Event, Watcher
+from thanos.events import LOG_NAME, Event, Watcher
 from thanos.model.layers import find_blocks
-from thanos.model.opening import OpenedModel
 from thanos.model.source import find_local, resolve_model
 from thanos.recipe import Recipe
-from thanos.run import model_card as card
 from thanos.run.auxiliary_files import copy_auxiliary_files
+from thanos.run.documents import write_documents
 from thanos.run.lock import locked
-from thanos.run.report import PruningReport, compute_totals
-from thanos.run.resume import RunJournal, check_completed, check_same_run, completed_run, describe_run
+from thanos.run.report import PruningReport
+from thanos.run.resume import RunJournal, check_completed, check_same_run, describe_run
 from thanos.run.setup import (
     LOG_BYTES_PER_LAYER,
     Prepared,
@@ -42,6 +38,7 @@ from thanos.run.setup import (
     checked_recipe,
     held_out_here,
     prepare,
+    shared_facts,
     smaller_calibration,
     stages_of,
 )
@@ -50,7 +47,7 @@ from thanos.run.work_folder import WorkFolder, check_interrupted, check_output, 
 from thanos.system.device import choose_device
 from thanos.system.event_stream import EventStream
 from thanos.system.meter import PhaseMeter
-from thanos.system.user_paths import model_name, output_path
+from thanos.system.user_paths import model_name, output_path, without_folders
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +153,7 @@ def _assist(model: str, job: _Job) -> PruningReport:
     with job.meter.phase("load"):
         source = resolve_model(model, trust_remote_code=recipe.trust_remote_code)
         plan = prepare(source, recipe, lambda event: None, look=False)
-        world.check_equal(_facts(recipe, plan.opened))
+        world.check_equal(shared_facts(recipe, plan.opened))
     calibration: Calibration = world.from_first(_nothing)
     parent = job.work.out.parent
     folder = parent if parent.is_dir() else Path(tempfile.gettempdir())
@@ -168,22 +165,6 @@ def _assist(model: str, job: _Job) -> PruningReport:
 
 def _nothing() -> Any:
     raise AssertionError("only rank 0 makes what it shares")
-
-
-def _facts(recipe: Recipe, opened: OpenedModel) -> dict[str, Any]:
-    """Return the facts that must be equal in all processes of a run, by name."""
-    import transformers
-
-    tensors = sorted((name, str(info.dtype), info.shape) for name, info in opened.checkpoint.tensors.items())
-    config = {key: value for key, value in opened.meta_model.config.to_dict().items() if key != "_name_or_path"}
-    return {
-        **{f"the recipe's {name}": value for name, value in recipe.to_dict().items()},
-        "the model's config": hashlib.sha256(repr(sorted(config.items())).encode()).hexdigest(),
-        "the list of the model's tensors": hashlib.sha256(repr(tensors).encode()).hexdigest(),
-        "thanos": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
 
 
 def _choose(job: _Job) -> None:
@@ -215,7 +196,7 @@ def _prune(model: str, job: _Job, given: Calibration | None) -> PruningReport:
             check_text_settings(source, recipe)
         check_calibration(recipe, given, source)
         plan = prepare(source, recipe, tell, folder=work.model)
-        job.world.check_equal(_facts(recipe, plan.opened))
+        job.world.check_equal(shared_facts(recipe, plan.opened))
     with job.meter.phase("calibration"):
         calibration = calibrate(plan.opened, recipe, job.device, tell, given)
         job.world.from_first(lambda: calibration)
@@ -227,7 +208,10 @@ def _prune(model: str, job: _Job, given: Calibration | None) -> PruningReport:
         else:
             work.start(run)
         with closing(tell):
-            tell.log_to(work.model / LOG_NAME)
+            local = [str(work.out), *([source.name] if source.is_local else [])]
+            tell.log_to(
+                work.model / LOG_NAME, lambda line: without_folders(line, [*local, *text_paths(recipe.calibration)])
+            )
             for note in notes:
                 tell(Event(kind="note", phase="load", message=note))
             report = _run(plan, job, calibration, notes)
@@ -259,13 +243,7 @@ def _run(plan: Prepared, job: _Job, calibration: Calibration, notes: list[str]) 
         job.tell(Event(kind="phase", phase="finish", blocks=len(engine.inputs.blocks)))
         writer.finish()
         copy_auxiliary_files(opened, folder)
-    report = _report(plan, engine, calibration, job.recipe, job.device, meter)
-    report.write(folder / "pruning.json")
-    (folder / "recipe.toml").write_text(job.recipe.to_toml(), encoding="utf-8")
-    (folder / "README.md").write_text(card.model_card(report), encoding="utf-8")
-    run = completed_run(job.work.run, job.recipe, folder)
-    (folder / RUN_NAME).write_text(json.dumps(run, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return report
+    return write_documents(folder, job.work.run, plan, engine, calibration, job.recipe, job.device, meter)
 
 
 def _engine(
@@ -296,54 +274,3 @@ def _engine(
         **held_out_here(job.recipe, len(calibration.ids), share),
     )
     return Engine(inputs, stages_of(job.recipe), notes=[*opened.notes, *notes])
-
-
-def _report(
-    plan: Prepared,
-    engine: Engine,
-    calibration: Calibration,
-    recipe: Recipe,
-    device: torch.device,
-    meter: PhaseMeter,
-) -> PruningReport:
-    import safetensors
-    import transformers
-
-    opened = plan.opened
-    parameters = sum(info.numel for info in opened.checkpoint.tensors.values())
-    phases = meter.records()
-    return PruningReport(
-        thanos_version=__version__,
-        model={
-            "name": card.public_name(opened.source.name) if opened.source.is_local else opened.source.name,
-            "origin": "local" if opened.source.is_local else "hub",
-            "architecture": type(opened.meta_model).__name__,
-            "parameters": parameters,
-            "sparsity": plan.sparsity,
-        },
-        recipe=recipe.to_dict(),
-        versions={
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "safetensors": safetensors.__version__,
-            "platform": platform.platform(),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-        },
-        calibration=calibration.to_dict(),
-        layers=engine.records,
-        dense=plan.dense,
-        tuning=engine.tunings,
-        totals=compute_totals(
-            engine.records,
-            parameters=parameters,
-            zeros_elsewhere=plan.zeros_elsewhere + sum(tuning.zeros_elsewhere for tuning in engine.tunings),
-        ),
-        phases=phases,
-        seconds=sum(record.seconds for record in phases.values()),
-        host_peak_bytes=max((record.host_peak_bytes or 0 for record in phases.values()), default=0),
-        device_peak_bytes=max((record.device_peak_bytes or 0 for record in phases.values()), default=0) or None,
-        warnings=engine.notes,
-        block_errors=engine.block_errors,
-        execution={"activations": engine.place, "batch": engine.inputs.runner.batch},
-    )

@@ -35,6 +35,9 @@ SCHEMA = 1
 _START = 1 << 20  # bytes at the start of a model's file that are hashed
 _MUST_BE_EQUAL = ("schema", "thanos_version", "versions", "recipe", "model", "calibration", "text")
 
+TEXT_HASH = "sha256 of the calibration text"
+"""Key of a hash in the part ``text`` of ``run.json``; it exists if the calibration text is local."""
+
 _RESUMED_WITH = {
     "threads": "resumed with another number of threads (--threads)",
     "processes": "resumed with another number of processes",
@@ -124,7 +127,7 @@ def _without_folders(run: Mapping[str, Any]) -> dict[str, Any]:
 def _describe_text(recipe: Recipe) -> dict[str, str]:
     """Return the hash of the calibration text if it is local files; else nothing. It needs no windows to be built."""
     found = text_sha256(recipe.calibration)
-    return {} if found is None else {"sha256 of the calibration text": found}
+    return {} if found is None else {TEXT_HASH: found}
 
 
 def _describe_output(folder: Path) -> dict[str, int]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from thanos._version import __version__
 from thanos.calibration.text import check_text_source
 from thanos.calibration.windows import Calibration, check_positions
 from thanos.checkpoint.writer import check_room
@@ -21,6 +25,7 @@ from thanos.model.layers import LinearLayer, find_blocks, linear_layers, select_
 from thanos.model.loading import context_length, end_of_text_id
 from thanos.model.opening import OpenedModel, open_model
 from thanos.model.source import ModelSource
+from thanos.model.unused import Unused
 from thanos.patterns.budget import Budget
 from thanos.recipe import LayerRecipe, Recipe, check_globs
 from thanos.recipe.repair import held_out_of
@@ -100,6 +105,9 @@ def prepare(
         ResourceError: the disk has too little room.
     """
     opened = open_model(source, recipe.dtype)
+    tensors = opened.checkpoint.tensors
+    if spare := tensors.keys() - set(opened.key_of.values()):
+        opened.notes.extend(Unused(opened.meta_model, tensors, opened.key_of).notes(spare))
     for note in opened.notes:
         watch(Event(kind="note", phase="load", message=note))
     chosen, left_dense = select_layers(linear_layers(opened.meta_model), recipe)
@@ -224,3 +232,19 @@ def stages_of(recipe: Recipe) -> tuple[BlockStage, ...]:
     if any(repair.tune for repair in recipe.repairs):
         return prune, TuneStage(rate=recipe.tune_rate, seed=recipe.seed)
     return (prune,)
+
+
+def shared_facts(recipe: Recipe, opened: OpenedModel) -> dict[str, Any]:
+    """Return the facts that must be equal in all processes of a run, by name."""
+    import transformers
+
+    tensors = sorted((name, str(info.dtype), info.shape) for name, info in opened.checkpoint.tensors.items())
+    config = {key: value for key, value in opened.meta_model.config.to_dict().items() if key != "_name_or_path"}
+    return {
+        **{f"the recipe's {name}": value for name, value in recipe.to_dict().items()},
+        "the model's config": hashlib.sha256(repr(sorted(config.items())).encode()).hexdigest(),
+        "the list of the model's tensors": hashlib.sha256(repr(tensors).encode()).hexdigest(),
+        "thanos": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }

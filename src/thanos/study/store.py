@@ -226,10 +226,8 @@ def _records(path: Path) -> tuple[dict[str, CellRecord], list[str]]:
     if not torn:
         return records, []
     number = data.count(b"\n") + 1
-    warning = (
-        f"{path}, line {number}: the last record is torn ({len(torn)} bytes) and was left out; its cell will run again"
-    )
-    return records, [warning]
+    line = f"the last record is torn ({len(torn)} bytes) and was left out; its cell will run again"
+    return records, [f"{path}, line {number}: {line}"]
 
 
 def _left_out(path: Path, records: Mapping[str, CellRecord], packed: Path) -> list[str]:
@@ -237,9 +235,7 @@ def _left_out(path: Path, records: Mapping[str, CellRecord], packed: Path) -> li
     try:
         lacking = len(_records(packed)[0].keys() - records.keys())
     except DataError as error:
-        return [
-            f"{path} alone was read, since {packed} beside it is refused ({error}); keep one of the two in the folder"
-        ]
+        return [f"{path} alone was read, since {packed} is refused ({error}); keep one of the two in the folder"]
     if not lacking:
         return []
     return [
