@@ -49,6 +49,7 @@ def test_the_defaults_are_those_that_are_documented():
         "skip": (),
         "overrides": (),
         "measure_error": None,
+        "allocation": "uniform",
         "held_out": None,
         "tune_rate": 3e-4,
         "trust_remote_code": False,

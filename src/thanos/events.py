@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Phase = Literal[
-    "load", "calibration", "verify", "statistics", "solve", "write", "propagate", "evaluate", "tasks", "finish", "draw"
+    "load", "calibration", "allocate", "verify", "statistics", "solve", "write", "propagate", "evaluate", "tasks", "finish",
+    "draw",
 ]  # fmt: skip
 
 

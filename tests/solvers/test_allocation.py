@@ -49,9 +49,7 @@ def curves(draw) -> Curve:
     size = draw(st.integers(0, 12))
     counts = sorted(draw(st.sets(st.integers(0, 12), min_size=1, max_size=5)))
     errors = draw(
-        st.lists(
-            st.sampled_from([0.0, 0.1, 0.2, 0.5, 0.7, 1.0, 3.0]), min_size=len(counts), max_size=len(counts)
-        )
+        st.lists(st.sampled_from([0.0, 0.1, 0.2, 0.5, 0.7, 1.0, 3.0]), min_size=len(counts), max_size=len(counts))
     )
     gain = draw(st.sampled_from([0.0, 0.5, 1.0, 2.0]))
     return Curve(size, tuple(count / 12 for count in counts), tuple(errors), gain)

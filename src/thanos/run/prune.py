@@ -31,6 +31,7 @@ from thanos.model.opening import OpenedModel
 from thanos.model.source import find_local, resolve_model
 from thanos.recipe import Recipe
 from thanos.run import model_card as card
+from thanos.run.allocation import choose_sparsities
 from thanos.run.auxiliary_files import copy_auxiliary_files
 from thanos.run.lock import locked
 from thanos.run.report import PruningReport, compute_totals
@@ -160,6 +161,7 @@ def _assist(model: str, job: _Job) -> PruningReport:
     calibration: Calibration = world.from_first(_nothing)
     parent = job.work.out.parent
     folder = parent if parent.is_dir() else Path(tempfile.gettempdir())
+    plan, _ = _allocated(plan, job, calibration, folder, None)
     engine = _engine(plan, job, calibration, folder, SharedWriter(None, world), SharedJournal(None, world), [])
     for _ in engine.run():
         pass
@@ -257,6 +259,7 @@ def _kept(work: WorkFolder) -> Iterator[None]:
 def _run(plan: Prepared, job: _Job, calibration: Calibration, notes: list[str]) -> PruningReport:
     """Prune the model and write the complete checkpoint to the work folder."""
     opened, folder, world, meter = plan.opened, job.work.model, job.world, job.meter
+    plan, allocation = _allocated(plan, job, calibration, job.work.path, job.work.path / "allocation.json")
     writer = CheckpointWriter(
         opened.checkpoint.layout, opened.checkpoint, folder, besides=LOG_BYTES_PER_LAYER * len(plan.layers)
     )
@@ -279,12 +282,32 @@ def _run(plan: Prepared, job: _Job, calibration: Calibration, notes: list[str]) 
         writer.finish()
         copy_auxiliary_files(opened, folder)
     report = _report(plan, engine, calibration, job.recipe, job.device, meter)
+    if allocation is not None:
+        report.execution["allocation"] = allocation
     report.write(folder / "pruning.json")
     (folder / "recipe.toml").write_text(job.recipe.to_toml(), encoding="utf-8")
     (folder / "README.md").write_text(card.model_card(report), encoding="utf-8")
     run = completed_run(job.work.run, job.recipe, folder)
     (folder / RUN_NAME).write_text(json.dumps(run, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return report
+
+
+def _allocated(
+    plan: Prepared, job: _Job, calibration: Calibration, folder: Path, store: Path | None
+) -> tuple[Prepared, dict[str, Any] | None]:
+    """See :func:`~thanos.run.allocation.choose_sparsities`."""
+    return choose_sparsities(
+        plan,
+        job.recipe,
+        calibration,
+        device=job.device,
+        world=job.world,
+        folder=folder,
+        activations=job.activations,
+        meter=job.meter,
+        tell=job.tell if job.world.rank == 0 else lambda event: None,
+        store=store,
+    )
 
 
 def _engine(

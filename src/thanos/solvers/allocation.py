@@ -37,7 +37,7 @@ class Curve:
         ascending = all(low < high for low, high in pairwise(self.sparsities))
         if not self.sparsities or len(self.sparsities) != len(self.errors) or not ascending or self.size < 0:
             raise ValueError(f"a curve needs ascending sparsities with an error each; got {self}")
-        if not (0 <= self.sparsities[0] and self.sparsities[-1] <= 1):
+        if not (self.sparsities[0] >= 0 and self.sparsities[-1] <= 1):
             raise ValueError(f"sparsities are in [0, 1]; got {self.sparsities}")
         if not all(math.isfinite(value) and value >= 0 for value in (*self.errors, self.gain)):
             raise ValueError(f"errors and gain are finite and at least 0; got {self.errors}, {self.gain}")
