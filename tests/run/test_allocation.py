@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import oracles
 import thanos
 from helpers import save_tiny
 from reports import contents
+from thanos.calibration.windows import build_calibration
 from thanos.cli import run
 from thanos.engine.stages.measure import ROWS, SPREAD, error_curve
 from thanos.errors import RecipeError
@@ -80,7 +82,7 @@ def test_the_choice_has_the_least_weighted_error_of_all_moves_of_zeros_between_t
     for name, layer in layers.items():
         rows, columns = next(one.shape for one in whole[1].layers if one.name == name)
         points = layer["errors"]
-        for (s0, e0), (s1, e1) in zip(points, points[1:], strict=False):
+        for (s0, e0), (s1, e1) in pairwise(points):
             slope = layer["gain"] * (e1 - e0) / (s1 - s0) / (rows * columns)
             if s1 <= layer["sparsity"] - 0.01:
                 steepest = max(steepest, slope)
@@ -95,10 +97,10 @@ def test_the_pass_over_the_dense_model_measures_gains_as_whole_models_show_them(
     allocation = whole[1].execution["allocation"]
     assert allocation["sequences"] == 6
     dense = transformers.AutoModelForCausalLM.from_pretrained(model)
-    from thanos.calibration.windows import build_calibration
-
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    ids = build_calibration(tokenizer, recipe(text_file), end_of_text=dense.config.eos_token_id).ids
+    ids = build_calibration(
+        str(text_file), tokenizer, samples=6, sequence_length=32, seed=0, end_of_text_id=tokenizer.eos_token_id
+    ).ids
     inputs, outputs = {}, []
     block = dense.model.layers[0]
 
@@ -150,9 +152,7 @@ def test_a_curve_is_what_the_method_does_to_the_rows(method):
     for sparsity, error in zip(curve.sparsities, curve.errors, strict=True):
         expected = thanos.prune_weight(case.weight, case.hessian, method=method, sparsity=sparsity)
         assert error == pytest.approx(expected.error_after_compensation, rel=1e-9)
-    wide = error_curve(
-        case.weight.repeat(5, 1), InputStatistics(case.hessian, dtype=torch.float64), settings, "a"
-    )
+    wide = error_curve(case.weight.repeat(5, 1), InputStatistics(case.hessian, dtype=torch.float64), settings, "a")
     assert wide.size == 5 * 40 * ROWS
     assert wide.errors == pytest.approx(curve.errors, rel=0.3)
 
@@ -213,7 +213,7 @@ def test_several_processes_agree_on_one_choice(model, whole, text_file, tmp_path
         name: layer["sparsity"] for name, layer in found.items()
     }
     for name, sparsity in chosen(whole[1]).items():
-        assert found[name]["sparsity"] == pytest.approx(sparsity, abs=0.03), name
+        assert found[name]["sparsity"] == pytest.approx(sparsity, abs=0.011), name
         assert found[name]["errors"] == [
             pytest.approx(point, rel=1e-3) for point in whole[1].execution["allocation"]["layers"][name]["errors"]
         ]

@@ -102,7 +102,11 @@ def _recipe_table(report: PruningReport) -> str:
                 _percent(recipe["outlier_rows"]) + (_KEPT if recipe.get("keep_budget") else ""),
             ),
             *([("scope of the budget", f"one for every {recipe['scope']}")] if recipe.get("scope") else []),
-            *([("allocation of the zeros", _allocated(chosen))] if (chosen := report.execution.get("allocation")) else []),
+            *(
+                [("allocation of the zeros", _allocated(chosen))]
+                if (chosen := report.execution.get("allocation"))
+                else []
+            ),
             *([("damping", f"{recipe['damping']:g}")] if damped else []),
             (
                 "calibration",

@@ -47,7 +47,7 @@ STEPS = 3
 """Sparsities that are measured on either side of the recipe's."""
 
 _GAIN_SEQUENCES = 4
-"""Sequences of each process on which the gains are measured: a gain is a mean over their tokens."""
+"""Sequences of all processes on which the gains are measured: a gain is a mean over their tokens."""
 
 _FIXED = 1 << 32
 """Unit of the sums over processes: sums of integers are equal on all of them."""
@@ -184,7 +184,8 @@ def _gains(context: BlockContext, probes: dict[LinearLayer, _Probe]) -> dict[str
     kinds: dict[str, list[LinearLayer]] = {}
     for layer in probes:
         kinds.setdefault(re.sub(r"\d+", "#", layer.name), []).append(layer)
-    outputs = [context.forward(hidden, first) for first, hidden in _first_sequences(context)]
+    count = _own_sequences(context)
+    outputs = [context.forward(hidden, first) for first, hidden in _first_sequences(context, count)]
     gains: dict[str, float] = {}
     for layers in kinds.values():
         held = {layer.weight_name: context.weights.parameter(layer.weight_name) for layer in layers}
@@ -194,7 +195,7 @@ def _gains(context: BlockContext, probes: dict[LinearLayer, _Probe]) -> dict[str
             context.place(layer.weight_name, layer.oriented(weight.masked_fill(removed, 0.0)).contiguous())
         changed = [
             _relative_change(context.forward(hidden, first), before)
-            for (first, hidden), before in zip(_first_sequences(context), outputs, strict=True)
+            for (first, hidden), before in zip(_first_sequences(context, count), outputs, strict=True)
         ]
         for name, value in held.items():
             context.place(name, value.detach())
@@ -210,9 +211,16 @@ def _sparsity(context: BlockContext, layer: LinearLayer) -> float:
     return context.layers[layer].resolved_sparsity
 
 
-def _first_sequences(context: BlockContext) -> Iterator[tuple[int, Tensor]]:
+def _own_sequences(context: BlockContext) -> int:
+    """Return how many of the first sequences of all processes this process has. All processes must call this."""
+    own = context.runner.shape[0]
+    before = int(context.world.before(torch.tensor([own], device=context.device)))
+    return min(own, max(0, _GAIN_SEQUENCES - before))
+
+
+def _first_sequences(context: BlockContext, count: int) -> Iterator[tuple[int, Tensor]]:
     for first, hidden in context.batches(1):
-        if first >= _GAIN_SEQUENCES:
+        if first >= count:
             return
         yield first, hidden
 
@@ -226,7 +234,7 @@ def _relative_change(after: Tensor, before: Tensor) -> Tensor:
 
 def _mean(context: BlockContext, values: Sequence[Tensor]) -> float:
     """Return the mean over the tokens of all processes, the same bits on each."""
-    every = torch.cat([*values])
+    every = torch.cat([torch.zeros(0, dtype=torch.float64), *values])
     sums = torch.tensor([round(float(every.sum()) * _FIXED), every.numel()], dtype=torch.int64)
     total, count = context.world.sum_(sums.to(context.device)).tolist()
     return total / _FIXED / max(1, count)
