@@ -55,7 +55,7 @@ def test_the_defaults_are_those_that_are_documented():
         "trust_remote_code": False,
     }
     assert recipe.resolved_sparsity == 0.5
-    assert method_names() == ("thanos", "sparsegpt", "wanda", "magnitude")
+    assert method_names() == ("thanos", "sparsegpt", "wanda", "magnitude", "admm")
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_the_pattern_is_written_in_one_way():
 # --- bad values -------------------------------------------------------------------------------------------------------
 
 BAD_LAYER_VALUES: list[tuple[dict[str, Any], str]] = [
-    ({"method": "Thanos"}, r"method 'Thanos' is unknown; choose one of thanos, sparsegpt, wanda, magnitude"),
+    ({"method": "Thanos"}, r"method 'Thanos' is unknown; choose one of thanos, sparsegpt, wanda, magnitude, admm"),
     ({"method": ""}, r"method '' is unknown"),
     ({"method": None}, r"method None is unknown"),
     ({"method": ["thanos"]}, r"method \['thanos'\] is unknown"),

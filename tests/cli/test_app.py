@@ -136,7 +136,7 @@ def test_python_m_thanos_and_the_version_are_quick() -> None:
         (["prune", "a", "b", "--nonsense"], "--nonsense"),
         (["frobnicate"], "frobnicate"),
         (["prune", "a", "b", "--sparsity", "much"], "sparsity"),
-        (["prune", "{model}", "{out}", "--method", "obs"], "thanos, sparsegpt, wanda, magnitude"),
+        (["prune", "{model}", "{out}", "--method", "obs"], "thanos, sparsegpt, wanda, magnitude, admm"),
         (["prune", "{model}", "{out}", "--pattern", "4:2"], "0 < n < m"),
         (["prune", "{model}", "{out}", "--pattern", "blocks"], "unstructured, N:M such as 2:4"),
         (["prune", "{model}", "{out}", "--sparsity", "1.0"], "below 1"),

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import thanos
 from helpers import prose, save_tiny
+from oracles import BLOCKWISE, METHODS
 from thanos.calibration.accumulators import Gram
 from thanos.calibration.statistics import InputGroup, Need, empty_group
 from thanos.engine.distributed import SINGLE, Group, my_device
@@ -103,11 +104,11 @@ def recipes() -> list[LayerRecipe]:
             sparsity=sparsities[pattern],
             outlier_rows=alpha,
             keep_budget=keep,
-            block_size=32 if method in ("thanos", "sparsegpt") else None,
+            block_size=32 if method in BLOCKWISE else None,
             scope=scope,
         )
         for method, pattern, (alpha, keep), scope in product(
-            ("thanos", "sparsegpt", "wanda", "magnitude"),
+            METHODS,
             sparsities,
             ((0.0, False), (0.1, False), (0.1, True)),
             (None, "layer", "row"),

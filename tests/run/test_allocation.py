@@ -231,6 +231,12 @@ def test_experts_without_tokens_keep_the_recipes_sparsity(text_file, tmp_path):
     assert report.totals["zeros_targeted"] == uniform
 
 
+def test_a_repair_works_on_the_sparsities_that_were_chosen(model, whole, text_file, tmp_path):
+    report = thanos.prune(model, tmp_path / "out", recipe(text_file, effort="high", scope="layer", held_out=1))
+    assert report.execution["allocation"] == whole[1].execution["allocation"], "measured with the method alone"
+    assert {layer.name: layer.sparsity for layer in report.layers} == chosen(whole[1])
+
+
 # --- settings ----------------------------------------------------------------------------------------------------------
 
 

@@ -22,8 +22,11 @@ _LABELS = {
     "calibration": "calibrate",
     "allocate": "measure layers",
     "verify": "check finished blocks",
+    "dense": "dense model",
     "statistics": "statistics",
+    "choose": "choose dense target",
     "solve": "solve",
+    "tune": "tune",
     "write": "write",
     "propagate": "propagate",
     "evaluate": "evaluate",
@@ -34,6 +37,9 @@ _LABELS = {
 
 _WITHIN_BLOCK = {"statistics": (0.0, 0.45), "solve": (0.45, 0.35), "propagate": (0.8, 0.2)}
 """Phase → its start within a block and its length, both as fractions of the block; estimates for a smooth bar."""
+
+_WITHIN_TUNED = {"statistics": (0.0, 0.1), "solve": (0.1, 0.1), "tune": (0.2, 0.75), "propagate": (0.95, 0.05)}
+"""The same for blocks that are tuned."""
 
 _PLAIN_SECONDS = 10.0
 """Least seconds between two plain lines of progress."""
@@ -100,13 +106,19 @@ class Position:
     Attributes:
         event: last event that is not a note; None at first.
         error: mean relative layer error of the finished blocks; before the first block is finished, that of the last layer.
+        trail: (stage, error of the block after it) of the block whose stages ran last, in order; empty without a dense stream.
         rate: tokens a second of the current phase; None if it has none, or has only just begun.
+        tuning: last event of the present block's tuning that has its losses; None if there is none.
     """
 
     def __init__(self) -> None:
         self.event: Event | None = None
         self.error: float | None = None
+        self.trail: list[tuple[str, float | None]] = []
+        self._trail_block: int | None = None
         self.rate: float | None = None
+        self.tuning: Event | None = None
+        self._tunes = False
         self._phase: tuple[int | None, str] | None = None
         self._phase_began = self._block_began = 0.0
         self._block: int | None = None
@@ -120,10 +132,17 @@ class Position:
             self._phase, self._phase_began = (event.block, event.phase), event.seconds
         if event.block != self._block:
             self._block, self._block_began = event.block, event.seconds
+            self.tuning = None
+        self._tunes |= event.phase == "tune"
+        if event.held_out is not None:
+            self.tuning = event
         if event.kind == "block" and not event.replayed:
             self._pruned_seconds += event.seconds - self._block_began
             self._pruned += 1
-        if event.error is not None and (event.kind == "block" or not self._pruned):
+        if event.kind == "stage":
+            same = event.block == self._trail_block
+            self._trail_block, self.trail = event.block, [*(self.trail if same else []), (event.stage, event.error)]
+        elif event.error is not None and (event.kind == "block" or not self._pruned):
             self.error = event.error
         spent = event.seconds - self._phase_began
         self.rate = event.tokens / spent if event.tokens and spent > _RATE_SECONDS else None
@@ -154,7 +173,7 @@ class Position:
         inside = event.done / event.total if event.total else 0.0
         if event.block is None:
             return inside if event.total else None
-        begin, share = _WITHIN_BLOCK.get(event.phase, (0.0, 0.0))
+        begin, share = (_WITHIN_TUNED if self._tunes else _WITHIN_BLOCK).get(event.phase, (0.0, 0.0))
         return (event.block + (1.0 if event.kind == "block" else begin + share * inside)) / event.blocks
 
 
@@ -179,6 +198,8 @@ class PlainLines:
         elif event.kind == "block" and event.block is not None:
             what = ["outputs computed again"] if event.replayed else []
             what += [] if event.error is None else [f"mean layer error {event.error:.4g}"]
+            what += [] if event.replayed else _block_error(self._position.trail)
+            what += [] if self._position.tuning is None else [_losses(self._position.tuning)]
             left = self._position.remaining(event.seconds)
             what += [_memory(event), *([f"{_clock(left)} left"] if left else [])]
             self._write(event, f"block {event.block + 1} of {event.blocks}, {', '.join(what)}")
@@ -188,7 +209,8 @@ class PlainLines:
         elif event.kind == "progress" and event.seconds - self._last >= _PLAIN_SECONDS:
             where = "" if event.block is None else f"block {event.block + 1} of {event.blocks}, "
             rate = "" if self._position.rate is None else f", {self._position.rate:,.0f} tokens/s"
-            self._write(event, f"{where}{_LABELS[event.phase]} {event.done} of {event.total}{rate}")
+            losses = "" if event.held_out is None else f", {_losses(event)}"
+            self._write(event, f"{where}{_LABELS[event.phase]} {event.done} of {event.total}{rate}{losses}")
 
     def _write(self, event: Event, text: str) -> None:
         self._last = event.seconds
@@ -214,7 +236,8 @@ def live_lines(position: Position, now: float, width: int = 120) -> tuple[str, s
     counted = f"{event.done} of {event.total}" if event.total and event.kind != "block" else ""
     rate = "" if position.rate is None else f"{position.rate:,.0f} tokens/s"
     error = "" if position.error is None else f"error {position.error:.4g}"
-    head = " · ".join(part for part in (where, layer, counted, rate, error) if part)
+    losses = "" if position.tuning is None else _losses(position.tuning)
+    head = " · ".join(part for part in (where, layer, counted, rate, error, losses) if part)
     done = position.done
     left = position.remaining(now)
     times = f"{_clock(now)} elapsed" + ("" if left is None else f", {_clock(left)} left")
@@ -250,6 +273,21 @@ def _live(stream: TextIO) -> Iterator[Callable[[Event], None]]:
                 live.refresh()  # show every block, even if blocks finish faster than the display refreshes
 
         yield show
+
+
+def _block_error(trail: list[tuple[str, float | None]]) -> list[str]:
+    """Return the block's error before the first stage and after each; an empty list if it was not measured."""
+    if not trail:
+        return []
+    first, *others = [(stage, "unknown" if error is None else f"{error:.4g}") for stage, error in trail]
+    return [f"block error {first[1]}" + "".join(f" → {error} ({stage})" for stage, error in others)]
+
+
+def _losses(event: Event) -> str:
+    """Return the losses of a block's tuning."""
+    loss = "" if event.loss is None else f"tuning loss {event.loss:.4g}, "
+    before = "" if event.held_out_before is None else f"{event.held_out_before:.4g} → "
+    return f"{loss}held-out error {before}{event.held_out:.4g}"
 
 
 def _memory(event: Event) -> str:

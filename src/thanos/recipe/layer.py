@@ -42,7 +42,8 @@ class LayerRecipe:
             outlier rows; see :class:`~thanos.patterns.budget.Budget`. For n:m it needs an even n: the rows with the smallest
             squared output norm keep n/2 of m.
         block_size: number of input columns handled together (Thanos, SparseGPT); None means 128, or 512 for Thanos with n:m.
-        damping: fraction of the Hessian's mean diagonal added to its diagonal, at least 0 (Thanos, SparseGPT).
+        damping: fraction of the Hessian's mean diagonal added to its diagonal, at least 0 (Thanos, SparseGPT, ADMM,
+            and the repair of any method).
         scope: scope of the budget of a pattern that lets any entries go: ``layer``, one budget for all rows, or ``row``, the
             same for every row, up to one entry. None means what ``effort`` says, else the method's own: ``row`` for Wanda.
         effort: name of a preset of the next four settings; ``fast`` has them off.
@@ -84,7 +85,7 @@ class LayerRecipe:
     )
     block_size: int | None = setting(
         None,
-        "Input columns that a compensating method handles together",
+        "Input columns that a method handles together, if it goes through them in blocks",
         Heading.METHOD,
         "COLUMNS",
         lowest=1,
@@ -208,6 +209,12 @@ class LayerRecipe:
         """Return the same settings for another method, without those that it does not use."""
         values = {name: getattr(self, name) for name in LAYER_FIELDS} | {"method": method}
         return LayerRecipe(**registry.method(method).used(values))
+
+    def with_refit(self, steps: int) -> LayerRecipe:
+        """Return the same settings with another number of steps of the refit."""
+        values: dict[str, Any] = {name: getattr(self, name) for name in LAYER_FIELDS}
+        values["refit"] = steps
+        return LayerRecipe(**values)
 
 
 def check_values(settings: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The types of the registry's rows: methods and patterns."""
+"""The types of the registry's rows."""
 
 from __future__ import annotations
 
@@ -48,6 +48,7 @@ class MethodRow(Row):
         cost: function (pattern, :class:`~thanos.solvers.cost.Size`) → dict with the :class:`~thanos.solvers.cost.Cost` of each
             part of the solve.
         memory: function (pattern, Size) → bytes that the method holds in addition to the weight, the masks and the factor.
+        in_paper: whether the Thanos paper compares the method: reports ask for its cells, and check the paper's claims on it.
         reference_class: the solver's class in the method's reference repository, for ``bench layer --peer``; empty without one.
     """
 
@@ -63,6 +64,7 @@ class MethodRow(Row):
     marker: str = ""
     cost: str | Callable[..., Any] = "thanos.solvers.cost:scoring"
     memory: str | Callable[..., Any] = "thanos.solvers.cost:sorting_bytes"
+    in_paper: bool = False
     reference_class: str = ""
 
     @property
@@ -91,6 +93,15 @@ class MethodRow(Row):
         """Return the default block size for a pattern, a multiple of the pattern's group."""
         size = self.group_block_size if pattern.group_zeros and self.group_block_size else self.block_size
         return max(pattern.group, size // pattern.group * pattern.group)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RefinementRow(Row):
+    """A refinement; ``source`` is a function (Problem, Solution, amount) → Solution of :mod:`thanos.solvers.problem`.
+
+    Its name is also that of its part of a :class:`~thanos.recipe.repair.Repair`: the amount, a whole number, 0 for off. The
+    problem has the factor of the damped Hessian, whatever the method needs.
+    """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from thanos import registry
 from thanos.calibration.windows import Calibration
 from thanos.engine.block_runner import Passes
 from thanos.engine.distributed import World
@@ -81,7 +82,8 @@ def choose_sparsities(
     record: dict[str, Any] | None = world.from_first(lambda: _read(store))
     if record is None:
         own = PhaseMeter(device)
-        inputs = _inputs(plan, layers, calibration, device, world, folder, activations, own)
+        bare = {layer: _without_repair(settings) for layer, settings in layers.items()}
+        inputs = _inputs(plan, bare, calibration, device, world, folder, activations, own)
         curves = _measure(inputs, tell)
         record = world.from_first(lambda: _choice(layers, curves, min(SEQUENCES, len(calibration.ids))))
         meter.add({PHASE: _total(own)})
@@ -105,6 +107,12 @@ def summary(record: Mapping[str, Any]) -> str:
         f"{len(sparsities)} layers have sparsities from {100 * min(sparsities):.1f} to {100 * max(sparsities):.1f} %, chosen "
         "by their errors; the total is that of the recipe's sparsity"
     )
+
+
+def _without_repair(settings: LayerRecipe) -> LayerRecipe:
+    """Return the settings of the method alone: the pass needs no hidden states of a second model."""
+    off = dict.fromkeys(("dense_target", "sequential", "refit", "tune"))
+    return replace(settings, effort=registry.DEFAULT_EFFORT, scope=settings.resolved_scope, **off)
 
 
 def _inputs(

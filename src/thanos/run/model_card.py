@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from pathlib import PurePath
 from typing import Any
 
 from thanos.calibration.text_files import SUFFIXES, Part, split_source
 from thanos.engine.records import LayerRecord, warning_lines
+from thanos.engine.tuning_record import tuning_line
 from thanos.run.report import PruningReport
 
 _FILES = (".gguf", ".safetensors", ".bin", ".json", *SUFFIXES)
@@ -32,9 +34,10 @@ def model_card(report: PruningReport) -> str:
         _front_matter(report),
         f"# {name}, pruned",
         f"This is {name} ({report.model['architecture']}) with {_percent(totals['sparsity_targeted'])} of the weights of its "
-        f"{len(report.layers)} pruned layers set to zero, without retraining, by "
+        f"{len(report.layers)} pruned layers set to zero{'' if report.tuning else ', without retraining'}, by "
         f"[Thanos](https://arxiv.org/abs/2504.05346) {report.thanos_version} "
         f"(method {recipe['method']}, pattern {recipe['pattern']}).",
+        _tuning(report),
         _totals_table(report),
         "## Use",
         "A plain Hugging Face checkpoint; nothing of ours is needed to load it:",
@@ -75,6 +78,11 @@ def _front_matter(report: PruningReport) -> str:
     return "\n".join([*lines, "tags:", "- pruned", "- sparse", "- thanos", "---"])
 
 
+def _tuning(report: PruningReport) -> str:
+    line = tuning_line(report.tuning)
+    return f"{line}. The errors of the layers, below, are those before that step." if line else ""
+
+
 def _totals_table(report: PruningReport) -> str:
     totals = report.totals
     return _table(
@@ -107,6 +115,7 @@ def _recipe_table(report: PruningReport) -> str:
                 if (chosen := report.execution.get("allocation"))
                 else []
             ),
+            *_repair_rows(report),
             *([("damping", f"{recipe['damping']:g}")] if damped else []),
             (
                 "calibration",
@@ -124,6 +133,21 @@ def _allocated(chosen: dict[str, Any]) -> str:
     """Return the sparsities that an allocation chose, in words."""
     sparsities = [layer["sparsity"] for layer in chosen["layers"].values()] or [0.0]
     return f"by error: {len(chosen['layers'])} layers with {_percent(min(sparsities))} to {_percent(max(sparsities))}"
+
+
+def _repair_rows(report: PruningReport) -> list[tuple[str, str]]:
+    """Return the rows about the repair; none if no part of it was on."""
+    rows = [("effort", report.recipe["effort"])] if "effort" in report.recipe else []
+    shares = Counter(layer.dense_target for layer in report.layers if layer.dense_target is not None)
+    if shares:
+        counts = ", ".join(f"{share:g} in {shares[share]}" for share in sorted(shares))
+        rows.append(("share of the dense model's outputs in the target, by layers", counts))
+    if report.block_errors:
+        last = report.block_errors[-1]
+        where = "held-out sequences" if last.held_out else "calibration sequences"
+        stages = ", ".join(f"{_number(error)} ({stage})" for stage, error in last.errors.items())
+        rows.append((f"relative error of block {last.block + 1} on {where}, after each stage", stages))
+    return rows
 
 
 def _worst_table(layers: list[LayerRecord]) -> str:

@@ -42,6 +42,7 @@ from thanos.run.setup import (
     check_calibration,
     check_text_settings,
     checked_recipe,
+    held_out_here,
     prepare,
     smaller_calibration,
     stages_of,
@@ -335,6 +336,7 @@ def _engine(
         device=device,
         meter=job.meter,
         world=job.world,
+        **held_out_here(job.recipe, len(calibration.ids), share),
     )
     return Engine(inputs, stages_of(job.recipe), notes=[*opened.notes, *notes])
 
@@ -374,11 +376,17 @@ def _report(
         calibration=calibration.to_dict(),
         layers=engine.records,
         dense=plan.dense,
-        totals=compute_totals(engine.records, parameters=parameters, zeros_elsewhere=plan.zeros_elsewhere),
+        tuning=engine.tunings,
+        totals=compute_totals(
+            engine.records,
+            parameters=parameters,
+            zeros_elsewhere=plan.zeros_elsewhere + sum(tuning.zeros_elsewhere for tuning in engine.tunings),
+        ),
         phases=phases,
         seconds=sum(record.seconds for record in phases.values()),
         host_peak_bytes=max((record.host_peak_bytes or 0 for record in phases.values()), default=0),
         device_peak_bytes=max((record.device_peak_bytes or 0 for record in phases.values()), default=0) or None,
         warnings=engine.notes,
+        block_errors=engine.block_errors,
         execution={"activations": engine.place, "batch": engine.inputs.runner.batch},
     )

@@ -14,7 +14,9 @@ import torch
 from thanos._version import __version__
 from thanos.calibration.text import text_sha256
 from thanos.checkpoint.writer import CheckpointWriter
+from thanos.engine.block_error import BlockErrors
 from thanos.engine.records import BlockRecord, LayerRecord
+from thanos.engine.tuning_record import TuningRecord
 from thanos.errors import UserError
 from thanos.events import RUN_NAME, Event
 from thanos.run.journal import Journal, comes_after, current
@@ -241,7 +243,10 @@ class RunJournal:
         notes: Sequence[str],
         batch: int | None,
         starts: Sequence[tuple[int, int]],
+        dense_starts: Sequence[tuple[int, int]],
         place: str,
+        errors: BlockErrors | None,
+        tuning: TuningRecord | None = None,
     ) -> None:
         """See :meth:`~thanos.engine.records.BlockJournal.record`."""
         with self._meter.phase("write"):
@@ -253,9 +258,12 @@ class RunJournal:
             tensors=tensors,
             batch=batch,
             starts=list(starts),
+            dense_starts=list(dense_starts),
             place=place,
             notes=list(notes),
+            errors=errors,
             phases=self._meter.records(),
+            tuning=tuning,
         )
         with self._meter.phase("write"):
             self._journal.append(record)

@@ -42,6 +42,8 @@ class Problem:
         zero_free: True if ``zeros`` is known to have no True entry. Otherwise ``zeros`` is read when it is first needed.
         scope: ``layer``: one budget for all rows; ``row``: the same for every row, up to one entry. It matters only if the
             pattern lets any entries go.
+        rows: indices of the rows of ``weight`` in the whole weight of the layer, (c,); None if they are all rows.
+        unit: the power of two by which the layer's weight was divided.
     """
 
     weight: Tensor
@@ -55,6 +57,8 @@ class Problem:
     all_rows: Tensor | None = None
     zero_free: bool = False
     scope: str = "layer"
+    rows: Tensor | None = None
+    unit: float = 1.0
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """Yield the column ranges [j1, j2) from left to right; the last may be narrower."""
@@ -69,6 +73,13 @@ class Problem:
         """U, the factor, (b, b), in the dtype of ``weight``: (damped H)⁻¹ = UᵀU."""
         assert self.factor is not None
         return self.factor.upper
+
+    @property
+    def shift(self) -> Tensor:
+        """What the damped Hessian's diagonal has in addition to that of ``inputs.matrix``, (b,)."""
+        assert self.inputs is not None
+        assert self.factor is not None
+        return self.inputs.shift(self.factor.damping)
 
     @property
     def norms(self) -> Tensor:
@@ -95,7 +106,19 @@ class Problem:
         """
         if self.pattern.whole_columns:
             return self.choose_columns(self.column_sums(score)) | self.zeros
-        return self.pattern.mask(self, self.mark_zeros(score(self.weight)), by_row=self.by_row) | self.zeros
+        return self.choose_by(score(self.weight))
+
+    def choose_by(self, scores: Tensor) -> Tensor:
+        """Choose the whole mask by given scores, which need not be a function of the weight; otherwise like :meth:`choose`.
+
+        Args:
+            scores: scores of the entries of ``weight``, (c, b), at least 0; overwritten.
+        """
+        if self.pattern.whole_columns:
+            count = len(scores) if self.all_rows is None else len(self.all_rows)
+            # All rows, not the sums of each process: then the result has the bits of a single process.
+            return self.choose_columns(self.row_shards.gather(scores, count).sum(0)) | self.zeros
+        return self.pattern.mask(self, self.mark_zeros(scores), by_row=self.by_row) | self.zeros
 
     def choose_columns(self, scores: Tensor) -> Tensor:
         """Return the mask, (c, b) bool, of whole columns by their scores, (b,), for a pattern with ``whole_columns``."""
@@ -173,10 +196,13 @@ class Solution:
     Attributes:
         weight: the pruned weight, (c, b), in the dtype of the problem's weight; removed entries are exact zeros.
         removed: mask of the removed entries, (c, b) bool, the problem's ``zeros`` included.
+        residual: relative residual of each row's system of equations for the weights that stay, (c,); None if the solver
+            solves no such systems, or solves them to rounding.
     """
 
     weight: Tensor
     removed: Tensor
+    residual: Tensor | None = None
 
 
 Method = Callable[[Problem], Solution]
