@@ -49,6 +49,7 @@ def test_the_defaults_are_those_that_are_documented():
         "skip": (),
         "overrides": (),
         "measure_error": None,
+        "allocation": "uniform",
         "held_out": None,
         "tune_rate": 3e-4,
         "trust_remote_code": False,
@@ -580,7 +581,7 @@ def test_an_empty_file_is_the_default_recipe(tmp_path):
 @pytest.mark.parametrize(
     ("text", "match"),
     [
-        ("sparsty = 0.5", "unknown settings: sparsty; allowed are block_size, calibration"),
+        ("sparsty = 0.5", "unknown settings: sparsty; allowed are allocation, block_size, calibration"),
         ("[thanos]\nsparsity = 0.5", "unknown settings: thanos"),
         ("overrides = []", "unknown settings: overrides"),
         ("sparsity = 2", "sparsity must be a number"),

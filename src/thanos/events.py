@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Phase = Literal[
-    "load", "calibration", "verify", "dense", "statistics", "choose", "solve", "tune", "write", "propagate", "evaluate",
-    "tasks", "train", "finish", "draw",
+    "load", "calibration", "allocate", "verify", "dense", "statistics", "choose", "solve", "tune", "write", "propagate",
+    "evaluate", "tasks", "train", "finish", "draw",
 ]  # fmt: skip
 
 

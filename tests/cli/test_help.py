@@ -23,6 +23,7 @@ HEADINGS = {
         "What to prune": {"--targets", "--skip", "--recipe"},
         "Method and sparsity": {
             "--method", "--pattern", "--sparsity", "--outlier-rows", "--keep-budget", "--block-size", "--damping", "--scope",
+            "--allocation",
         },
         "Repair": {"--effort", "--dense-target", "--sequential", "--refit", "--tune", "--held-out", "--tune-rate"},
         "Calibration": {"--calibration", "--samples", "--sequence-length", "--seed", "--measure-error"},

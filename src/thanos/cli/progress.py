@@ -20,6 +20,7 @@ E = TypeVar("E")
 _LABELS = {
     "load": "load model",
     "calibration": "calibrate",
+    "allocate": "measure layers",
     "verify": "check finished blocks",
     "dense": "dense model",
     "statistics": "statistics",

@@ -15,6 +15,7 @@ from typing import Any
 
 from thanos import registry
 from thanos.errors import RecipeError
+from thanos.recipe.allocation import ALLOCATIONS, check_allocation
 from thanos.recipe.globs import check_globs as check_globs
 from thanos.recipe.globs import matches
 from thanos.recipe.layer import DEFAULT_DAMPING as DEFAULT_DAMPING
@@ -22,6 +23,7 @@ from thanos.recipe.layer import LAYER_FIELDS, LayerRecipe, check_used, check_val
 from thanos.recipe.override import Override, hints
 from thanos.recipe.repair import REPAIR_FIELDS, TUNE_RATE, check_held_out, check_rate, checked, held_out_of
 from thanos.recipe.repair import Repair as Repair
+from thanos.recipe.stored import underscored, without_unused
 from thanos.registry import parse_pattern
 from thanos.settings import TEXT_SOURCES, Heading, setting
 from thanos.system.suggestions import near_dtype, near_whole
@@ -46,6 +48,9 @@ class Recipe(LayerRecipe):
         measure_error: tokens on which the layer errors are measured. None: all tokens if the method needs XᵀX, else a sample of
             the sequences. True: all tokens. False: all tokens if the method needs XᵀX, else the error is not measured. Does not
             change any weight.
+        allocation: ``uniform``: every layer has the recipe's sparsity; ``error``: a pass before pruning measures the errors of
+            the layers, and their sparsities minimise the weighted sum at the same number of zeros. Not for layers whose
+            override sets a sparsity.
         held_out: number of calibration sequences, the last ones, that choose the dense target and guard the tuning. None for
              an eighth of them, at least one. Only used if a layer has dense target ``auto`` or is tuned.
         tune_rate: peak learning rate of the tuning, above 0 and at most 1.
@@ -78,6 +83,13 @@ class Recipe(LayerRecipe):
     skip: tuple[str, ...] = setting((), "Leave layers dense whose name matches", Heading.WHAT, "GLOB")
     overrides: tuple[Override, ...] = ()
     measure_error: bool | None = None
+    allocation: str = setting(
+        ALLOCATIONS[0],
+        "Whether every layer has the same sparsity, or layers with larger errors a lower one",
+        Heading.METHOD,
+        "NAME",
+        choices=lambda: ALLOCATIONS,
+    )
     held_out: int | None = setting(
         None,
         "Calibration sequences that choose the dense target and guard the tuning",
@@ -119,6 +131,7 @@ class Recipe(LayerRecipe):
             raise RecipeError(f"trust_remote_code must be true or false; got {self.trust_remote_code!r}")
         if self.measure_error is not None and not isinstance(self.measure_error, bool):
             raise RecipeError(f"measure_error must be true, false or left out; got {self.measure_error!r}")
+        check_allocation(self)
         check_held_out(self.held_out)
         check_rate(self.tune_rate)
         for override in self.overrides:
@@ -199,7 +212,7 @@ class Recipe(LayerRecipe):
             stored: whether the values come from a report or a store. Then settings that no method uses are dropped instead of
                 refused, since earlier versions accepted them.
         """
-        values = _underscored(values)
+        values = underscored(values)
         known = {f.name for f in dataclasses.fields(cls)} - {"overrides"} | {"override"}
         unknown = sorted(set(values) - known)
         if unknown:
@@ -211,14 +224,14 @@ class Recipe(LayerRecipe):
             raise RecipeError("override must be a list of tables ([[override]])")
         built = []
         for table in overrides:
-            settings = _underscored(table)
+            settings = underscored(table)
             match, skip = settings.pop("match", ""), settings.pop("skip", False)
             built.append(Override(match=match, skip=skip, settings=settings))
         for name in ("targets", "skip"):
             if not isinstance(values.get(name, []), list | tuple):
                 raise RecipeError(f"{name} must be a list of globs, for example [{json.dumps(str(values[name]))}]")
         if stored:
-            values, built = _without_unused(values, built)
+            values, built = without_unused(values, built)
         return cls(**values, overrides=tuple(built))
 
     @classmethod
@@ -252,7 +265,7 @@ class Recipe(LayerRecipe):
         return "\n".join(lines) + "\n"
 
 
-_NEW = ("scope", *REPAIR_FIELDS, "held_out", "tune_rate")
+_NEW = ("scope", "allocation", *REPAIR_FIELDS, "held_out", "tune_rate")
 """Settings that are written only where they differ from their defaults."""
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -262,33 +275,6 @@ def _toml(value: Any) -> str:
     # TOML writes basic strings, booleans, numbers and arrays of strings exactly as JSON does.
     # The one exception is DEL, which JSON does not escape and TOML forbids.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def _underscored(values: Mapping[str, Any]) -> dict[str, Any]:
-    underscored: dict[str, Any] = {}
-    for name, value in values.items():
-        name = name.replace("-", "_")
-        if name in underscored:
-            raise RecipeError(f"{name} is given twice, once with a hyphen and once with an underscore; leave one out")
-        underscored[name] = value
-    return underscored
-
-
-def _without_unused(values: dict[str, Any], overrides: list[Override]) -> tuple[dict[str, Any], list[Override]]:
-    """Drop the settings of :data:`~thanos.registry.LAYER_SETTINGS` that no method of the recipe or the override uses."""
-    base = values.get("method", registry.DEFAULT_METHOD)
-    rows = [registry.method(name) for name in (base, *(o.settings.get("method", base) for o in overrides))]
-    used = {setting for row in rows for setting in row.settings}
-
-    def kept(settings: Mapping[str, Any], allowed: Iterable[str]) -> dict[str, Any]:
-        return {
-            name: value for name, value in settings.items() if name in allowed or name not in registry.LAYER_SETTINGS
-        }
-
-    def of(override: Override) -> Iterable[str]:
-        return registry.method(override.settings["method"]).settings if "method" in override.settings else used
-
-    return kept(values, used), [dataclasses.replace(o, settings=kept(o.settings, of(o))) for o in overrides]
 
 
 def _suited(pattern: str, changes: Mapping[str, Any]) -> dict[str, Any]:

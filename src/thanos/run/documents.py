@@ -34,6 +34,7 @@ def write_documents(
     recipe: Recipe,
     device: torch.device,
     meter: PhaseMeter,
+    allocation: Mapping[str, Any] | None = None,
 ) -> PruningReport:
     """Write the documents of a run whose shards are complete; return the report.
 
@@ -46,11 +47,14 @@ def write_documents(
         recipe: the run's recipe.
         device: the run's device.
         meter: the run's meter.
+        allocation: the sparsities that were chosen by layer; None if all layers have the recipe's.
     """
     completed = completed_run(run, recipe, folder)
     text_sha256 = completed["text"].get(TEXT_HASH)
     published = recipe.replace(calibration=public_name(recipe.calibration))
     report = _report(plan, engine, calibration, published, text_sha256, device, meter)
+    if allocation is not None:
+        report.execution["allocation"] = dict(allocation)
     report.write(folder / "pruning.json")
     (folder / "recipe.toml").write_text(_recipe_text(published, text_sha256), encoding="utf-8")
     (folder / "README.md").write_text(model_card(report), encoding="utf-8")

@@ -133,6 +133,11 @@ def _recipe_table(report: PruningReport) -> str:
                 _percent(recipe["outlier_rows"]) + (_KEPT if recipe.get("keep_budget") else ""),
             ),
             *([("scope of the budget", f"one for every {recipe['scope']}")] if recipe.get("scope") else []),
+            *(
+                [("allocation of the zeros", _allocated(chosen))]
+                if (chosen := report.execution.get("allocation"))
+                else []
+            ),
             *_repair_rows(report),
             *([("damping", f"{recipe['damping']:g}")] if damped else []),
             (
@@ -146,6 +151,12 @@ def _recipe_table(report: PruningReport) -> str:
             ("versions", ", ".join(f"{key} {versions[key]}" for key in ("torch", "transformers", "python"))),
         ],
     )
+
+
+def _allocated(chosen: dict[str, Any]) -> str:
+    """Return the sparsities that an allocation chose, in words."""
+    sparsities = [layer["sparsity"] for layer in chosen["layers"].values()] or [0.0]
+    return f"by error: {len(chosen['layers'])} layers with {_percent(min(sparsities))} to {_percent(max(sparsities))}"
 
 
 def _repair_rows(report: PruningReport) -> list[tuple[str, str]]:

@@ -25,6 +25,7 @@ from thanos.events import LOG_NAME, Event, Watcher
 from thanos.model.layers import find_blocks
 from thanos.model.source import find_local, resolve_model
 from thanos.recipe import Recipe
+from thanos.run.allocation import choose_sparsities
 from thanos.run.auxiliary_files import copy_auxiliary_files
 from thanos.run.documents import write_documents
 from thanos.run.lock import locked
@@ -157,6 +158,7 @@ def _assist(model: str, job: _Job) -> PruningReport:
     calibration: Calibration = world.from_first(_nothing)
     parent = job.work.out.parent
     folder = parent if parent.is_dir() else Path(tempfile.gettempdir())
+    plan, _ = _allocated(plan, job, calibration, folder, None)
     engine = _engine(plan, job, calibration, folder, SharedWriter(None, world), SharedJournal(None, world), [])
     for _ in engine.run():
         pass
@@ -222,6 +224,7 @@ def _prune(model: str, job: _Job, given: Calibration | None) -> PruningReport:
 def _run(plan: Prepared, job: _Job, calibration: Calibration, notes: list[str]) -> PruningReport:
     """Prune the model and write the complete checkpoint to the work folder."""
     opened, folder, world, meter = plan.opened, job.work.model, job.world, job.meter
+    plan, allocation = _allocated(plan, job, calibration, job.work.path, job.work.path / "allocation.json")
     writer = CheckpointWriter(
         opened.checkpoint.layout, opened.checkpoint, folder, besides=LOG_BYTES_PER_LAYER * len(plan.layers)
     )
@@ -243,7 +246,27 @@ def _run(plan: Prepared, job: _Job, calibration: Calibration, notes: list[str]) 
         job.tell(Event(kind="phase", phase="finish", blocks=len(engine.inputs.blocks)))
         writer.finish()
         copy_auxiliary_files(opened, folder)
-    return write_documents(folder, job.work.run, plan, engine, calibration, job.recipe, job.device, meter)
+    return write_documents(
+        folder, job.work.run, plan, engine, calibration, job.recipe, job.device, meter, allocation=allocation
+    )
+
+
+def _allocated(
+    plan: Prepared, job: _Job, calibration: Calibration, folder: Path, store: Path | None
+) -> tuple[Prepared, dict[str, Any] | None]:
+    """See :func:`~thanos.run.allocation.choose_sparsities`."""
+    return choose_sparsities(
+        plan,
+        job.recipe,
+        calibration,
+        device=job.device,
+        world=job.world,
+        folder=folder,
+        activations=job.activations,
+        meter=job.meter,
+        tell=job.tell if job.world.rank == 0 else lambda event: None,
+        store=store,
+    )
 
 
 def _engine(
