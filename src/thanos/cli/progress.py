@@ -101,15 +101,14 @@ class Position:
     Attributes:
         event: last event that is not a note; None at first.
         error: mean relative layer error of the finished blocks; before the first block is finished, that of the last layer.
-        trail: (stage, error of the block after it) of the block whose stages ran last, in order; empty without a dense stream.
+        block_error: the error of the present block before the first stage and after each, in words; empty if it is unknown.
         rate: tokens a second of the current phase; None if it has none, or has only just begun.
     """
 
     def __init__(self) -> None:
         self.event: Event | None = None
         self.error: float | None = None
-        self.trail: list[tuple[str, float | None]] = []
-        self._trail_block: int | None = None
+        self.block_error = ""
         self.rate: float | None = None
         self._phase: tuple[int | None, str] | None = None
         self._phase_began = self._block_began = 0.0
@@ -123,13 +122,13 @@ class Position:
         if event.kind == "phase" or (event.block, event.phase) != self._phase:
             self._phase, self._phase_began = (event.block, event.phase), event.seconds
         if event.block != self._block:
-            self._block, self._block_began = event.block, event.seconds
+            self._block, self._block_began, self.block_error = event.block, event.seconds, ""
         if event.kind == "block" and not event.replayed:
             self._pruned_seconds += event.seconds - self._block_began
             self._pruned += 1
         if event.kind == "stage":
-            same = event.block == self._trail_block
-            self._trail_block, self.trail = event.block, [*(self.trail if same else []), (event.stage, event.error)]
+            error = "unknown" if event.error is None else f"{event.error:.4g}"
+            self.block_error += f" → {error} ({event.stage})" if self.block_error else f"block error {error}"
         elif event.error is not None and (event.kind == "block" or not self._pruned):
             self.error = event.error
         spent = event.seconds - self._phase_began
@@ -186,7 +185,7 @@ class PlainLines:
         elif event.kind == "block" and event.block is not None:
             what = ["outputs computed again"] if event.replayed else []
             what += [] if event.error is None else [f"mean layer error {event.error:.4g}"]
-            what += [] if event.replayed else _block_error(self._position.trail)
+            what += [self._position.block_error] if self._position.block_error else []
             left = self._position.remaining(event.seconds)
             what += [_memory(event), *([f"{_clock(left)} left"] if left else [])]
             self._write(event, f"block {event.block + 1} of {event.blocks}, {', '.join(what)}")
@@ -222,7 +221,7 @@ def live_lines(position: Position, now: float, width: int = 120) -> tuple[str, s
     counted = f"{event.done} of {event.total}" if event.total and event.kind != "block" else ""
     rate = "" if position.rate is None else f"{position.rate:,.0f} tokens/s"
     error = "" if position.error is None else f"error {position.error:.4g}"
-    head = " · ".join(part for part in (where, layer, counted, rate, error) if part)
+    head = " · ".join(part for part in (where, layer, counted, rate, error, position.block_error) if part)
     done = position.done
     left = position.remaining(now)
     times = f"{_clock(now)} elapsed" + ("" if left is None else f", {_clock(left)} left")
@@ -258,14 +257,6 @@ def _live(stream: TextIO) -> Iterator[Callable[[Event], None]]:
                 live.refresh()  # show every block, even if blocks finish faster than the display refreshes
 
         yield show
-
-
-def _block_error(trail: list[tuple[str, float | None]]) -> list[str]:
-    """Return the block's error before the first stage and after each; an empty list if it was not measured."""
-    if not trail:
-        return []
-    first, *others = [(stage, "unknown" if error is None else f"{error:.4g}") for stage, error in trail]
-    return [f"block error {first[1]}" + "".join(f" → {error} ({stage})" for stage, error in others)]
 
 
 def _memory(event: Event) -> str:

@@ -23,8 +23,8 @@ REPAIR_FIELDS = ("effort", "dense_target", "sequential", "refit", "tune")
 HELD_OUT_SHARE = 1 / 8
 """Fraction of the calibration sequences that are held out unless the recipe says otherwise: 16 of 128."""
 
-TUNE_RATE = 3e-4
-"""Peak learning rate of the tuning: the largest of the rates that were tried and did not diverge."""
+TUNE_RATE = 2e-3
+"""Peak learning rate of the tuning: better than 3e-4 and 1e-3 for SmolLM2-135M at 50 %."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
