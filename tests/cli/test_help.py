@@ -124,7 +124,7 @@ def test_the_defaults_shown_are_those_of_a_recipe(capsys: pytest.CaptureFixture[
         "--samples": "128", "--sequence-length": "2048", "--seed": "0", "--skip": "none", "--activations": "auto",
     }.items():  # fmt: skip
         assert found[option].endswith(f"(default: {default})."), found[option]
-    assert "thanos, sparsegpt, wanda or magnitude (" in found["--method"]
+    assert "thanos, sparsegpt, wanda, magnitude or admm (" in found["--method"]
     assert "auto, float32, bfloat16 or float16 (" in found["--dtype"]
     assert found["--sparsity"].startswith("FRACTION Fraction of the weights to remove, at least 0 and below 1 (")
     assert found["--sequence-length"].startswith("TOKENS Tokens per calibration sequence, at least 2 (")

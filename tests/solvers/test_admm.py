@@ -149,7 +149,12 @@ def test_the_error_is_at_most_that_of_thanos_on_the_demo_models_layers(
             prune_layer(weight, inputs, LayerRecipe(pattern=pattern, sparsity=sparsity, **settings))
             for settings in ({"method": "admm"}, {"method": "thanos"}, {"method": "thanos", "refit": 20})
         )
-        assert admm.zeros == thanos.zeros
+        if (
+            pattern == "columns"
+        ):  # the weights hold single zeros, in columns that one method removes and the other keeps
+            assert int((~admm.kept).all(0).sum()) == int((~thanos.kept).all(0).sum())
+        else:
+            assert admm.zeros == thanos.zeros
         assert admm.error_after_compensation <= thanos.error_after_compensation, name
         assert refitted.error_after_compensation <= thanos.error_after_compensation, name
         assert admm.residuals["admm"] < 1e-2, name

@@ -67,16 +67,12 @@ def layer_record(
         error_tokens=error_tokens if measured else None,
         seconds=seconds,
         errors=dict(pruned.errors) if measured and len(pruned.errors) > 2 else None,
-        residual=_last(pruned.residuals),
-        target_change=_last(pruned.target_changes),
+        residual=([*pruned.residuals.values()] or [None])[-1],
+        target_change=([*pruned.target_changes.values()] or [None])[-1],
         warnings=[]
         if inputs is None or need_of(settings) is Need.NOTHING
         else _warnings(pruned, inputs, tokens, settings),
     )
-
-
-def _last(values: Mapping[str, float | None]) -> float | None:
-    return list(values.values())[-1] if values else None
 
 
 def _warnings(pruned: PrunedWeight, inputs: InputStatistics, tokens: int, settings: LayerRecipe) -> list[str]:
@@ -215,12 +211,9 @@ class LayerRecord:
         changed_by: names of the stages that changed the weight after pruning, in order; None if there are none. ``sparsity``
             and ``zeros`` describe the written weight, the errors the weight before these stages.
         dense_target: share α of the dense model's outputs in what the layer was fitted to; None if it was not.
-        errors: the errors of :attr:`~thanos.solvers.pruned_weight.PrunedWeight.errors` by step; None if there were no other
-            steps than the method.
-        residual: the largest relative residual of a row's system of equations for the weights that stay, after the last step
-            that solves such systems by an iteration; None without such a step.
-        target_change: change of the squared distance from the wanted output, relative to the squared norm of the dense output:
-            the last of :attr:`~thanos.solvers.pruned_weight.PrunedWeight.target_changes`; None without a dense target.
+        errors: the errors by step, see :class:`~thanos.solvers.pruned_weight.PrunedWeight`; None if only the method ran.
+        residual: the last of the ``residuals`` there; None if there are none.
+        target_change: the last of the ``target_changes`` there; None without a dense target.
     """
 
     name: str
@@ -246,12 +239,6 @@ class LayerRecord:
     errors: dict[str, float | None] | None = None
     residual: float | None = None
     target_change: float | None = None
-
-
-def without_unset(layer: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the plain values of a :class:`LayerRecord` without the fields of repairs that did not run."""
-    unset = ("dense_target", "errors", "residual", "target_change")
-    return {name: value for name, value in layer.items() if name not in unset or value is not None}
 
 
 def mean_known(values: Sequence[float | None]) -> float | None:

@@ -42,7 +42,8 @@ class LayerRecipe:
             outlier rows; see :class:`~thanos.patterns.budget.Budget`. For n:m it needs an even n: the rows with the smallest
             squared output norm keep n/2 of m.
         block_size: number of input columns handled together (Thanos, SparseGPT); None means 128, or 512 for Thanos with n:m.
-        damping: fraction of the Hessian's mean diagonal added to its diagonal, at least 0 (Thanos, SparseGPT).
+        damping: fraction of the Hessian's mean diagonal added to its diagonal, at least 0 (Thanos, SparseGPT, ADMM,
+            and the repair of any method).
         effort: name of a preset of the next four settings; ``fast`` has them off.
         dense_target: share α, in [0, 1], of the dense model's outputs in what the layer is fitted to; ``auto`` chooses it on
             held-out sequences. For this and the next three settings, None means what ``effort`` says.
@@ -82,7 +83,7 @@ class LayerRecipe:
     )
     block_size: int | None = setting(
         None,
-        "Input columns that a compensating method handles together",
+        "Input columns that a method handles together, if it goes through them in blocks",
         Heading.METHOD,
         "COLUMNS",
         lowest=1,

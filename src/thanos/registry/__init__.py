@@ -28,6 +28,7 @@ METHODS: tuple[MethodRow, ...] = (
         help="removes many weights of a row in one step; the others compensate exactly",
         source="thanos.solvers.methods.thanos:thanos",
         needs=Needs.FACTOR,
+        in_paper=True,
         compensates=True,
         settings=("block_size", "damping"),
         group_block_size=512,
@@ -44,6 +45,7 @@ METHODS: tuple[MethodRow, ...] = (
         help="goes through the columns; those to the right compensate",
         source="thanos.solvers.methods.sparsegpt:sparsegpt",
         needs=Needs.FACTOR,
+        in_paper=True,
         compensates=True,
         settings=("block_size", "damping"),
         colour="#0072b2",
@@ -59,6 +61,7 @@ METHODS: tuple[MethodRow, ...] = (
         help="ranks the weights of a row by |W|·‖X‖; nothing compensates",
         source="thanos.solvers.methods.scored:wanda",
         needs=Needs.NORMS,
+        in_paper=True,
         colour="#008a63",
         dark_colour="#3fcf9f",
         marker="^",
@@ -69,6 +72,7 @@ METHODS: tuple[MethodRow, ...] = (
         help="ranks all weights of a layer by |W|; needs no inputs",
         source="thanos.solvers.methods.scored:magnitude",
         needs=Needs.NOTHING,
+        in_paper=True,
         colour="#a4518a",
         dark_colour="#e59fcd",
         marker="D",
@@ -82,8 +86,8 @@ METHODS: tuple[MethodRow, ...] = (
         needs=Needs.FACTOR,
         compensates=True,
         settings=("damping",),
-        colour="#7a6a00",
-        dark_colour="#d9c53f",
+        colour="#8a6d00",
+        dark_colour="#e3c04f",
         marker="v",
         cost="thanos.solvers.methods.admm:cost",
         memory="thanos.solvers.methods.admm:memory",
@@ -180,9 +184,9 @@ def effort_names() -> tuple[str, ...]:
     return tuple(row.name for row in efforts())
 
 
-def compensating_methods() -> tuple[str, ...]:
-    """Return the names of the methods that update the remaining weights."""
-    return tuple(row.name for row in methods() if row.compensates)
+def blockwise_methods() -> tuple[str, ...]:
+    """Return the names of the methods that update the remaining weights, block of columns by block of columns."""
+    return tuple(row.name for row in methods() if row.compensates and "block_size" in row.settings)
 
 
 def reference_classes() -> dict[str, str]:

@@ -44,6 +44,7 @@ class MethodRow(Row):
         cost: function (pattern, :class:`~thanos.solvers.cost.Size`) → dict with the :class:`~thanos.solvers.cost.Cost` of each
             part of the solve.
         memory: function (pattern, Size) → bytes that the method holds in addition to the weight, the masks and the factor.
+        in_paper: whether the Thanos paper compares the method: reports ask for its cells, and check the paper's claims on it.
         reference_class: the solver's class in the method's reference repository, for ``bench layer --peer``; empty without one.
     """
 
@@ -58,6 +59,7 @@ class MethodRow(Row):
     marker: str = ""
     cost: str | Callable[..., Any] = "thanos.solvers.cost:scoring"
     memory: str | Callable[..., Any] = "thanos.solvers.cost:sorting_bytes"
+    in_paper: bool = False
     reference_class: str = ""
 
     @property

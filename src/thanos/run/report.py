@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from thanos.engine.block_error import BlockErrors
-from thanos.engine.records import LayerRecord, mean_known, without_unset
+from thanos.engine.records import LayerRecord, mean_known
 from thanos.system.documents import Document
 from thanos.system.meter import PhaseRecord
 
 SCHEMA = 1
 """Version of the format; increased when a reader of the old format would misread the new one."""
+
+_REPAIRS = ("dense_target", "errors", "residual", "target_change")
+"""Fields of a layer that are left out if they do not apply."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,7 +59,12 @@ class PruningReport(Document):
     def to_dict(self) -> dict[str, Any]:
         """Return plain values; what is only known with a repair is left out without one."""
         values = Document.to_dict(self)
-        values["layers"] = [without_unset(layer) for layer in values["layers"]]
+        """Return plain values, ``schema`` first; what is only known with a repair is left out without one."""
+        values = Document.to_dict(self)
+        values["layers"] = [
+            {name: value for name, value in layer.items() if name not in _REPAIRS or value is not None}
+            for layer in values["layers"]
+        ]
         return {name: value for name, value in values.items() if name != "block_errors" or value}
 
     @classmethod

@@ -80,6 +80,18 @@ def test_the_headline_names_what_it_lacks() -> None:
     assert any(line.startswith("columns") for line in section.missing)
 
 
+def test_a_method_that_the_paper_lacks_is_shown_but_no_part_of_its_claims() -> None:
+    paper = [record(cell(method), perplexity=ppl) for method, ppl in zip(METHODS, (44, 46, 60, 99), strict=True)]
+    other = record(cell("admm", damping=0.01), perplexity=40)
+    section = summary(Results(MODEL, [*paper, other]))
+    assert [line[0] for line in section.tables[0].rows if "ADMM" in str(line[0])]
+    assert not any("ADMM" in line for line in summary(Results(MODEL, paper)).missing)
+    with_it, without = (all_claims(Results(MODEL, found))[0] for found in ([*paper, other], paper))
+    assert with_it == without
+    assert with_it.verdict.startswith("holds")
+    assert "3 other methods" in with_it.claim
+
+
 def test_the_headline_is_where_most_methods_are_if_not_at_the_usual_sparsity() -> None:
     few = [record(cell(method, "columns", sparsity=0.5)) for method in METHODS[:2]]
     many = [record(cell(method, "columns", sparsity=0.2)) for method in METHODS]

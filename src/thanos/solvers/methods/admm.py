@@ -46,7 +46,7 @@ _USUAL_PERIODS = 14
 _REFIT_STEPS = 60
 """Largest number of steps of the refit. It stops earlier once every row has converged."""
 
-_USUAL_REFIT_STEPS = 40
+_USUAL_REFIT_STEPS = 30
 """Steps of the refit that layers of language models need; for the cost model only."""
 
 
