@@ -167,6 +167,7 @@ def full_study(model: str = MODEL, blocks: int = 6) -> list[CellRecord]:
     for size in (2**power for power in range(3, 12)):
         cells += [cell("thanos", pattern, block_size=size) for pattern in ("unstructured", "4:8", "2:4")]
     cells.append(cell("thanos", damping=0.1))
+    cells.append(cell("thanos", scope="row"))
     records = {(found := record(one | {"model": model}, blocks=blocks)).key: found for one in cells}
     return list(records.values())
 

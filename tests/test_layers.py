@@ -24,7 +24,7 @@ LAYERS = (
     "calibration",
     "engine",
     "run",
-    "evaluation planning",
+    "evaluation planning recovery",
     "bench",
     "study",
     "cli",

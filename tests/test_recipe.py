@@ -33,6 +33,7 @@ def test_the_defaults_are_those_that_are_documented():
         "keep_budget": False,
         "block_size": None,
         "damping": 0.01,
+        "scope": None,
         "effort": "fast",
         "dense_target": None,
         "sequential": None,

@@ -23,6 +23,7 @@ class Heading(StrEnum):
     WHAT = "What to prune"
     METHOD = "Method and sparsity"
     REPAIR = "Repair"
+    RECOVERY = "Recovery"
     CALIBRATION = "Calibration"
     SIZES = "Sizes of the model"
     LAYER = "Layer and timing"

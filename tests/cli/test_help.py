@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import typer
 
-from thanos import Recipe
+from thanos import Recipe, RecoveryRecipe
 from thanos.cli import run
 from thanos.cli.app import app
 from thanos.cli.options import given
@@ -22,13 +22,19 @@ HEADINGS = {
     "prune": {
         "What to prune": {"--targets", "--skip", "--recipe"},
         "Method and sparsity": {
-            "--method", "--pattern", "--sparsity", "--outlier-rows", "--keep-budget", "--block-size", "--damping",
+            "--method", "--pattern", "--sparsity", "--outlier-rows", "--keep-budget", "--block-size", "--damping", "--scope",
         },
         "Repair": {"--effort", "--dense-target", "--sequential", "--refit", "--tune", "--held-out", "--tune-rate"},
         "Calibration": {"--calibration", "--samples", "--sequence-length", "--seed"},
         "Where and how it runs": {
             "--device", "--dtype", "--trust-remote-code", "--activations", "--threads", "--resume", "--plan",
         },
+        "Output": {"--overwrite", "--json", "--quiet", "--help"},
+    },
+    "recover": {
+        "Recovery": {"--epochs", "--rate", "--batch", "--micro-batch", "--held-out", "--shard", "--dense"},
+        "Calibration": {"--calibration", "--samples", "--sequence-length", "--seed"},
+        "Where and how it runs": {"--device", "--trust-remote-code", "--threads", "--resume"},
         "Output": {"--overwrite", "--json", "--quiet", "--help"},
     },
     "eval": {
@@ -128,6 +134,11 @@ def test_the_defaults_shown_are_those_of_a_recipe(capsys: pytest.CaptureFixture[
     assert "auto, float32, bfloat16 or float16 (" in found["--dtype"]
     assert found["--sparsity"].startswith("FRACTION Fraction of the weights to remove, at least 0 and below 1 (")
     assert found["--sequence-length"].startswith("TOKENS Tokens per calibration sequence, at least 2 (")
+
+
+def test_every_setting_of_a_recovery_is_an_option_of_recover() -> None:
+    fields = RecoveryRecipe.__dataclass_fields__
+    assert set(settings_of(RecoveryRecipe)) == set(fields) <= {parameter.name for parameter in parser("recover").params}
 
 
 def test_every_setting_of_a_recipe_but_two_is_an_option_of_prune() -> None:

@@ -96,7 +96,7 @@ def _enter(rank: int, work: Any, size: int, folder: Path, arguments: tuple[Any, 
 
 
 def recipes() -> list[LayerRecipe]:
-    """Every method and pattern, with and without outlier rows."""
+    """Every method and pattern, with and without outlier rows, and both scopes."""
     sparsities = {"unstructured": 0.5, "2:4": None, "columns": 0.3}
     return [
         LayerRecipe(
@@ -106,8 +106,15 @@ def recipes() -> list[LayerRecipe]:
             outlier_rows=alpha,
             keep_budget=keep,
             block_size=32 if method in BLOCKWISE else None,
+            scope=scope,
         )
-        for method, pattern, (alpha, keep) in product(METHODS, sparsities, ((0.0, False), (0.1, False), (0.1, True)))
+        for method, pattern, (alpha, keep), scope in product(
+            METHODS,
+            sparsities,
+            ((0.0, False), (0.1, False), (0.1, True)),
+            (None, "layer", "row"),
+        )
+        if scope is None or pattern == "unstructured"
     ]
 
 

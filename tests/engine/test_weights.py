@@ -247,3 +247,16 @@ def test_on_a_gpu_a_widened_weight_is_not_read_again() -> None:
     weights.put("weight", kept.cuda() * 2)
     assert torch.equal(weights.stored("weight").cpu(), kept)
     assert source.read_names == ["weight"] * 2
+
+
+def test_a_parameter_is_a_modules_own_if_no_other_holds_it_and_it_is_no_buffer() -> None:
+    _, weights, _, _ = weights_of("tinyllama")  # with tied embeddings
+    assert weights.is_own("model.layers.0.mlp.up_proj.weight")
+    assert not weights.is_own("model.embed_tokens.weight")
+    module = nn.Module()
+    module.first, module.second = nn.Linear(2, 2), nn.Linear(2, 2)
+    module.second.weight = module.first.weight
+    module.register_buffer("table", torch.zeros(2))
+    names = ["first.weight", "first.bias", "second.bias", "table"]
+    own = ModelWeights(module, Source({}), {name: name for name in names}, torch.device("cpu"))
+    assert [name for name in names if own.is_own(name)] == ["first.bias", "second.bias"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import FrozenInstanceError, fields, replace
+from dataclasses import FrozenInstanceError, asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pytest
 from reports import layer
 from thanos.engine.block_error import BlockErrors
 from thanos.engine.records import LayerRecord, expert_notes
+from thanos.engine.tuning_record import TuningRecord
 from thanos.run.report import SCHEMA, DenseRecord, PruningReport, compute_totals
 from thanos.system.meter import PhaseRecord
 
@@ -112,7 +113,9 @@ def test_keys() -> None:
     values = report().to_dict()
     assert next(iter(values)) == "schema"
     assert values["schema"] == SCHEMA == 1
-    assert set(values) == TOP == {field.name for field in fields(PruningReport)} - {"block_errors"}
+    assert (
+        set(values) == TOP == {field.name for field in fields(PruningReport)} - {"block_errors", "tuning", "recovery"}
+    )
     assert set(values["layers"][0]) == LAYER == {field.name for field in fields(LayerRecord)} - REPAIRED
     repaired_layer = replace(
         report().layers[0],
@@ -131,6 +134,16 @@ def test_keys() -> None:
     assert values["phases"]["solve"] == {"seconds": 0.5, "host_peak_bytes": 20, "device_peak_bytes": 30}
     assert values["layers"][0]["shape"] == [4, 6]
     assert values["layers"][1]["warnings"] == ["too few tokens"]
+
+
+def test_the_tuning_of_blocks_is_a_key_of_its_own_where_there_was_any(tmp_path: Path) -> None:
+    tuned = TuningRecord(block=0, epochs=2, kept_epoch=1, losses=[0.5, math.nan], held_out_errors=[0.25, 0.375])
+    before = report(tuning=[tuned])
+    before.write(tmp_path / "pruning.json")
+    values = json.loads((tmp_path / "pruning.json").read_text())
+    assert set(values) == TOP | {"tuning"}
+    assert values["tuning"][0] == asdict(tuned) | {"losses": [0.5, None]}
+    assert PruningReport.read(tmp_path / "pruning.json").tuning == [replace(tuned, losses=[0.5, None])]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

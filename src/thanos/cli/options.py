@@ -18,7 +18,7 @@ from thanos.settings import Heading, Setting, either, flags_with_off, settings_o
 NUMBERS = {"FRACTION": float, "RATE": float, "N": int, "TOKENS": int, "COLUMNS": int}
 """Metavar → type of the option's value."""
 
-SETTINGS, _TYPES, _WITH_OFF = settings_of(Recipe), value_types(Recipe), flags_with_off(Recipe)
+SETTINGS, _WITH_OFF = settings_of(Recipe), flags_with_off(Recipe)
 
 C = TypeVar("C", bound=Callable[..., None])
 
@@ -38,14 +38,18 @@ def option(text: str, heading: Heading, metavar: str | None, *names: str, defaul
 
 
 def with_settings(
-    *names: str, repeated: Collection[str] = (), changed: Mapping[str, Mapping[str, Any]] | None = None
+    *names: str,
+    owner: type[Any] = Recipe,
+    repeated: Collection[str] = (),
+    changed: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Callable[[C], C]:
     """Return a decorator that replaces a command's ``**settings`` by one option for each of these fields of a recipe.
 
     A setting that the user does not give is None, or False for a flag; see :func:`given`.
 
     Args:
-        names: names of fields of :class:`~thanos.recipe.Recipe`.
+        names: names of fields of ``owner``.
+        owner: the recipe's class.
         repeated: names that may be given several times, although a recipe has one value.
         changed: name → attributes of :class:`~thanos.settings.Setting` that this command replaces.
     """
@@ -53,7 +57,11 @@ def with_settings(
     def decorate(command: C) -> C:
         signature = inspect.signature(command, eval_str=True)
         own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-        made = [_parameter(name, replace(SETTINGS[name], **(changed or {}).get(name, {})), repeated) for name in names]
+        described, types = settings_of(owner), value_types(owner)
+        made = [
+            _parameter(name, replace(described[name], **(changed or {}).get(name, {})), types[name], repeated)
+            for name in names
+        ]
         ordered = sorted([*made, *own], key=lambda p: p.kind)  # a signature requires positional parameters first
         command.__signature__ = signature.replace(parameters=ordered)  # type: ignore[attr-defined]
         return command
@@ -61,9 +69,10 @@ def with_settings(
     return decorate
 
 
-def _parameter(name: str, described: Setting, repeated: Collection[str]) -> inspect.Parameter:
-    kind, several = _TYPES[name]
-    several = several or name in repeated
+def _parameter(
+    name: str, described: Setting, type_of: tuple[type[Any], bool], repeated: Collection[str]
+) -> inspect.Parameter:
+    kind, several = type_of[0], type_of[1] or name in repeated
     text = described.help
     if described.choices is not None:
         text += f": {either(described.choices())}"

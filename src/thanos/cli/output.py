@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from thanos.evaluation.perplexity import Evaluation
     from thanos.evaluation.tasks import ZeroShot
     from thanos.planning.plan import Plan
+    from thanos.recovery.report import RecoveryReport
     from thanos.run.report import PruningReport
     from thanos.study.report.build import Report
     from thanos.system.meter import PhaseRecord
@@ -52,6 +53,26 @@ def show_report(report: PruningReport, out: Path, *, complete: bool = False) -> 
     ]
     print_table(("", ""), rows)
     show_warnings(report)
+
+
+def show_recovery(report: RecoveryReport, out: Path, json_file: Path | None, *, complete: bool = False) -> None:
+    """Print the results of a recovery, and write them as JSON if a file is given.
+
+    ``complete`` is true if an earlier run had already finished ``out``; the report is then that run's.
+    """
+    sequences = report.sequences
+    before, after = report.held_out_before, report.held_out_after
+    rows = [
+        ("held-out KL divergence to the dense model", f"{before:.5f} → {after:.5f} nats a token"),
+        ("sequences trained, held out", f"{sequences['trained']}, {sequences['held_out']}"),
+        ("weights written", f"of step {report.best_step} of {report.steps}" if report.best_step else "those of before"),
+        ("layers with fixed zeros, zeros", f"{report.masked_layers}, {report.zeros:,}"),
+        *phase_rows(report.phases),
+        ("already complete, in" if complete else "written to", str(out)),
+    ]
+    _finish(rows, report.to_dict(), json_file)
+    for line in report.warnings:
+        print(f"warning: {line}", file=sys.stderr)
 
 
 def show_plan(plan: Plan, json_file: Path | None) -> None:

@@ -101,8 +101,9 @@ def prune(
             found = thanos.plan(model, out, chosen, overwrite=overwrite, activations=activations, on_event=watcher)
         tables.show_plan(found, json_file)
         return
-    complete = resume and not overwrite and WorkFolder(out).is_complete
-    with ending.resumable(out), display.watch(quiet=quiet or not ranks.is_first()) as watcher:
+    work = WorkFolder(out)
+    complete = resume and not overwrite and work.is_complete
+    with ending.resumable(work), display.watch(quiet=quiet or not ranks.is_first()) as watcher:
         report = thanos.prune(
             model, out, chosen, overwrite=overwrite, resume=resume, activations=activations, on_event=watcher
         )

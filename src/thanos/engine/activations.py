@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import mmap
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal
@@ -105,6 +105,11 @@ class Activations:
         self._store = self._map(folder) if place == "disk" else self._allocate()
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the hidden states."""
+        return self._dtype
+
+    @property
     def nbytes(self) -> int:
         """Size of the hidden states of all sequences, in bytes."""
         return math.prod(self._shape) * self._dtype.itemsize
@@ -122,15 +127,24 @@ class Activations:
                 yield start, self._read(start, min(size, end - start))
                 continue
             coming = coming or self._copier.submit(self._fetch, start, min(size, end - start))
-            states, ready = coming.result()
+            states = self._ready(coming)
             after = start + size
             coming = self._copier.submit(self._fetch, after, min(size, end - after)) if after < end else None
-            if ready is not None:
-                here = torch.cuda.current_stream(self._device)
-                here.wait_event(ready)
-                # Allocated on the copier's stream: the memory must not be reused before this stream is done with it.
-                states.record_stream(here)
             yield start, states
+
+    def gather(self, batches: Iterable[Sequence[int]]) -> Iterator[Tensor]:
+        """Yield the states (B, T, d) of each batch of sequences, in any order, on the device. The next batch is read ahead."""
+        if self._at_hand:
+            for rows in batches:
+                yield torch.stack([self._store[row] for row in rows])  # an index would wait for the device
+            return
+        coming: Future[tuple[Tensor, Any]] | None = None
+        for rows in batches:
+            before, coming = coming, self._copier.submit(self._fetch_rows, list(rows))
+            if before is not None:
+                yield self._ready(before)
+        if coming is not None:
+            yield self._ready(coming)
 
     def write(self, first: int, states: Tensor) -> None:
         """Store the states (B, T, d) of the sequences from ``first`` on, possibly in the background; see :meth:`flush`."""
@@ -207,6 +221,32 @@ class Activations:
             self._let_go(first, size)
         states = states.to(self._device, non_blocking=True)
         return states, torch.cuda.current_stream(self._device).record_event()
+
+    def _fetch_rows(self, rows: list[int]) -> tuple[Tensor, Any]:
+        """Copy sequences to the device, like :meth:`_fetch`."""
+        if self._device.type == "cpu":
+            states, ready = self._store[rows], None
+        elif self._pinned:
+            states = torch.empty((len(rows), *self._shape[1:]), dtype=self._dtype, device=self._device)
+            for place, row in zip(states, rows, strict=True):
+                place.copy_(self._store[row], non_blocking=True)
+            ready = torch.cuda.current_stream(self._device).record_event()
+        else:
+            states = self._store[rows].pin_memory().to(self._device, non_blocking=True)
+            ready = torch.cuda.current_stream(self._device).record_event()
+        for row in rows:
+            self._let_go(row, 1)
+        return states, ready
+
+    def _ready(self, coming: Future[tuple[Tensor, Any]]) -> Tensor:
+        """Return fetched states once their copy is done on this stream."""
+        states, ready = coming.result()
+        if ready is not None:
+            here = torch.cuda.current_stream(self._device)
+            here.wait_event(ready)
+            # Allocated on the copier's stream: the memory must not be reused before this stream is done with it.
+            states.record_stream(here)
+        return states
 
     def _keep(self, first: int, states: Tensor) -> None:
         """Copy a batch back to the store, in the copier's thread; its stream has waited for the batch's kernels."""

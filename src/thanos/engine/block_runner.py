@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,6 +91,16 @@ class Passes:
         return "" if self._states is None else self._states.place
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the hidden states."""
+        return self._activations.dtype
+
+    @property
+    def shares(self) -> bool:
+        """Whether the batches must be the same for all blocks; see :class:`~thanos.engine.picture.Picture`."""
+        return self._calls.shares
+
+    @property
     def state_bytes(self) -> int:
         """Size of the hidden states of all sequences, in bytes; 0 before :meth:`record`."""
         return 0 if self._states is None else self._states.nbytes
@@ -117,11 +127,6 @@ class Passes:
     def device(self) -> torch.device:
         """Device on which the blocks run."""
         return self._device
-
-    @property
-    def shares(self) -> bool:
-        """Whether batches must be the same for all blocks; see :class:`~thanos.engine.picture.Picture`."""
-        return self._calls.shares
 
     def settle_batch(self, index: int) -> None:
         """Choose the batch size if there is none yet. On CUDA that runs the block, so call it before hooks are registered."""
@@ -169,7 +174,11 @@ class Passes:
         """
         return self._activations.batches(size, first, end)
 
-    def run(self, index: int, hidden: Tensor, first: int) -> Tensor:
+    def gather(self, batches: Iterable[Sequence[int]]) -> Iterator[Tensor]:
+        """Yield the hidden states (B, T, d) of each list of sequences, on the device."""
+        return self._activations.gather(batches)
+
+    def run(self, index: int, hidden: Tensor, first: int | Sequence[int]) -> Tensor:
         """See :meth:`~thanos.engine.block_calls.BlockCalls.run`; with the fast attention kernels."""
         with fast_attention(self._device, hidden.dtype):
             return self._calls.run(index, hidden, first)

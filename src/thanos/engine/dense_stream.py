@@ -7,7 +7,7 @@ shares them with the pruned version until a stage replaces them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -132,6 +132,11 @@ class DenseStream:
         assert self._outputs is not None
         assert self._known, "the outputs of the block were not computed"
         return self._outputs.batches(size, first, end)
+
+    def gather_outputs(self, batches: Iterable[Sequence[int]]) -> Iterator[Tensor]:
+        """Yield F*(X*), (B, T, d), of each list of sequences, on the device."""
+        assert self._outputs is not None, "the outputs of the block were not computed"
+        return self._outputs.gather(batches)
 
     @property
     def _inputs(self) -> Activations:

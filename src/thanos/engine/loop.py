@@ -19,6 +19,7 @@ from thanos.engine.records import BlockRecord, LayerRecord, expert_notes, mean_k
 from thanos.engine.stages.base import BlockContext, BlockStage
 from thanos.engine.stages.prune import ERROR_SEQUENCES, PruneStage
 from thanos.engine.stages.prune_order import has_target_after_blocks
+from thanos.engine.tuning_record import TuningRecord
 from thanos.errors import ModelError
 from thanos.events import Event
 from thanos.model.layers import LinearLayer
@@ -38,6 +39,7 @@ class Engine:
         stages: see above.
         records: records of the pruned layers, in order; a block's records are added when it is finished.
         block_errors: errors of the finished blocks that have a dense stream, in order.
+        tunings: records of the blocks that were tuned, in order.
         notes: warnings about the whole run.
         place: storage tier of the activations in the last finished block; empty before.
     """
@@ -48,6 +50,7 @@ class Engine:
         self.inputs, self.stages = inputs, tuple(stages)
         self.records: list[LayerRecord] = []
         self.block_errors: list[BlockErrors] = []
+        self.tunings: list[TuningRecord] = []
         self.notes = list(notes)
         self.place = ""
         self._tail = inputs.layers_of(None)
@@ -236,15 +239,18 @@ class Engine:
             dense_starts=context.dense_stream.starts if context.dense_stream and context.index is not None else [],
             place=runner.place,
             errors=context.block_errors,
+            tuning=context.tuning,
         )
         self.records += records
         self.block_errors += [] if context.block_errors is None else [context.block_errors]
+        self.tunings += [] if context.tuning is None else [context.tuning]
         self.notes += context.notes
         self.place = runner.place
 
     def _take_over(self, record: BlockRecord) -> None:
         self.records += record.layers
         self.block_errors += [] if record.errors is None else [record.errors]
+        self.tunings += [] if record.tuning is None else [record.tuning]
         self.notes += record.notes
         self.inputs.runner.batch, self.place = record.batch, record.place
 

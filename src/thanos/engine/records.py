@@ -13,6 +13,7 @@ import torch
 from thanos import registry
 from thanos.calibration.statistics import Need, need_of
 from thanos.engine.block_error import BlockErrors
+from thanos.engine.tuning_record import TuningRecord
 from thanos.model.layers import LinearLayer
 from thanos.recipe import LayerRecipe
 from thanos.solvers.hessian import InputStatistics
@@ -153,6 +154,7 @@ class BlockRecord:
         notes: warnings that arose in this block.
         errors: the block's error after each stage; None without a dense stream.
         phases: seconds and peak memory of the whole run so far, by phase.
+        tuning: record of the block's tuning; None if it was not tuned.
     """
 
     block: int | None
@@ -165,6 +167,7 @@ class BlockRecord:
     notes: list[str] = field(default_factory=list)
     errors: BlockErrors | None = None
     phases: dict[str, PhaseRecord] = field(default_factory=dict)
+    tuning: TuningRecord | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values."""
@@ -179,6 +182,7 @@ class BlockRecord:
             values[name] = [(first, size) for first, size in values.get(name, [])]
         values["errors"] = BlockErrors(**values["errors"]) if values.get("errors") else None
         values["phases"] = {name: PhaseRecord(**phase) for name, phase in values["phases"].items()}
+        values["tuning"] = None if values["tuning"] is None else TuningRecord(**values["tuning"])
         return cls(**values)
 
 
@@ -241,6 +245,12 @@ class LayerRecord:
     target_change: float | None = None
 
 
+def without_unset(layer: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the plain values of a :class:`LayerRecord` without the fields of repairs that did not run."""
+    unset = ("dense_target", "errors", "residual", "target_change")
+    return {name: value for name, value in layer.items() if name not in unset or value is not None}
+
+
 def mean_known(values: Sequence[float | None]) -> float | None:
     """Return the mean of the values that are not None; None if all are None."""
     known = [value for value in values if value is not None]
@@ -294,6 +304,7 @@ class BlockJournal(Protocol):
         dense_starts: Sequence[tuple[int, int]],
         place: str,
         errors: BlockErrors | None,
+        tuning: TuningRecord | None = None,
     ) -> None:
         """Write a block's tensors durably to the disk, then record that the block is finished.
 
@@ -307,5 +318,6 @@ class BlockJournal(Protocol):
             dense_starts: see :class:`BlockRecord`.
             place: see :class:`BlockRecord`.
             errors: see :class:`BlockRecord`.
+            tuning: see :class:`BlockRecord`.
         """
         ...

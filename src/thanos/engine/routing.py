@@ -42,8 +42,7 @@ class Routing:
         self._calls = []
 
         def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            _, indices, weights = _arguments(args, kwargs)
-            self._calls.append((indices, weights))
+            self._calls.append(_arguments(args, kwargs)[1:])
 
         with self._hooked(see):
             yield
@@ -54,8 +53,7 @@ class Routing:
         calls = iter(self._calls)
 
         def replace(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            hidden, _, _ = _arguments(args, kwargs)
-            return (hidden, *next(calls)), {}
+            return (_arguments(args, kwargs)[0], *next(calls)), {}
 
         with self._hooked(replace):
             yield

@@ -122,6 +122,11 @@ class ModelWeights:
             for pile, attribute, value in before:
                 pile[attribute] = value
 
+    def is_own(self, name: str) -> bool:
+        """Return whether a tensor is a parameter that exactly one module holds, not a buffer and not shared."""
+        owners = self._owners[name]
+        return len(owners) == 1 and owners[0][1] in owners[0][0]._parameters
+
     def release(self, names: Iterable[str]) -> None:
         """Free parameters: the model's tensors are on the meta device again."""
         for name in names:

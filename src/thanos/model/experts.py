@@ -181,6 +181,27 @@ def _is_list(name: str, length: int, counts: Set[int]) -> bool:
     return bool(name) and length > 1 and ("expert" in name.rpartition(".")[2] or length in counts)
 
 
+def router_parameters(block: nn.Module) -> set[str]:
+    """Return the names, relative to a block, of the parameters that score experts.
+
+    They have one row for each expert, or a single row if they weigh an expert that all tokens share, and lie below the module
+    that holds the mixture, outside of the experts.
+    """
+    found = dict(mixtures(block))
+    rows: dict[str, set[int]] = {}
+    for name, size in found.items():
+        rows.setdefault(name.rpartition(".")[0], {1}).add(size)
+    routers = set()
+    for name, parameter in block.named_parameters():
+        parts = name.split(".")
+        above = [".".join(parts[:end]) for end in range(len(parts) - 1, -1, -1)]
+        if any(module in found for module in above):
+            continue
+        if any(parameter.shape[:1].numel() in rows.get(module, ()) for module in above):
+            routers.add(name)
+    return routers
+
+
 def rename_expert(key: str, converters: Sequence[Any]) -> str | None:
     """Translate the name of one expert's matrix in a checkpoint by transformers' table of conversions.
 

@@ -153,8 +153,9 @@ class Recipe(LayerRecipe):
     def suited(self, changes: Mapping[str, Any]) -> dict[str, Any]:
         """Return changes of fields, with defaults added for a new pattern or method.
 
-        The recipe's sparsity and block size belong to its own pattern. With a new pattern they are reset to their defaults,
-        unless ``changes`` sets them. With a new method, settings that no method of the changed recipe uses are reset too.
+        The recipe's sparsity, block size and scope belong to its own pattern. With a new pattern they are reset to their
+        defaults, unless ``changes`` sets them. With a new method, settings that no method of the changed recipe uses are reset
+        too.
 
         Raises:
             RecipeError: the pattern is malformed, or the method is unknown.
@@ -176,12 +177,12 @@ class Recipe(LayerRecipe):
     def to_dict(self) -> dict[str, Any]:
         """Return plain values (None, numbers, strings, lists, dicts) under the names of the TOML file.
 
-        Settings of the repair are left out while they have their defaults, as in the files of versions without them.
+        The scope and the repair are left out while they have their defaults, as in the files of versions without them.
         """
         values = {
             f.name: getattr(self, f.name)
             for f in dataclasses.fields(self)
-            if f.name != "overrides" and (f.name not in _REPAIR or getattr(self, f.name) != f.default)
+            if f.name != "overrides" and (f.name not in _NEW or getattr(self, f.name) != f.default)
         }
         values["targets"], values["skip"] = list(self.targets), list(self.skip)
         values["override"] = [
@@ -251,7 +252,8 @@ class Recipe(LayerRecipe):
         return "\n".join(lines) + "\n"
 
 
-_REPAIR = (*REPAIR_FIELDS, "held_out", "tune_rate")
+_NEW = ("scope", *REPAIR_FIELDS, "held_out", "tune_rate")
+"""Settings that are written only where they differ from their defaults."""
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -290,7 +292,7 @@ def _without_unused(values: dict[str, Any], overrides: list[Override]) -> tuple[
 
 
 def _suited(pattern: str, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return changes; if they bring another pattern than ``pattern``, its sparsity and block size are reset."""
+    """Return changes; if they bring another pattern than ``pattern``, its sparsity, block size and scope are reset."""
     if str(parse_pattern(changes.get("pattern", pattern))) == str(parse_pattern(pattern)):
         return dict(changes)
-    return {"sparsity": None, "block_size": None, **changes}
+    return {"sparsity": None, "block_size": None, "scope": None, **changes}

@@ -12,13 +12,13 @@ from thanos.patterns.base import Pattern
 from thanos.recipe.repair import REPAIR_FIELDS, Repair, checked, resolved
 from thanos.registry import parse_pattern
 from thanos.settings import Heading, setting
-from thanos.system.suggestions import near_number, near_whole
+from thanos.system.suggestions import near, near_number, near_whole
 
 DEFAULT_DAMPING: float = registry.LAYER_SETTINGS["damping"]
 """Damping added to the Hessian's diagonal, as a fraction of the diagonal's mean."""
 
 LAYER_FIELDS = (
-    *("method", "pattern", "sparsity", "outlier_rows", "keep_budget", "block_size", "damping"),
+    *("method", "pattern", "sparsity", "outlier_rows", "keep_budget", "block_size", "damping", "scope"),
     *REPAIR_FIELDS,
 )
 
@@ -44,6 +44,8 @@ class LayerRecipe:
         block_size: number of input columns handled together (Thanos, SparseGPT); None means 128, or 512 for Thanos with n:m.
         damping: fraction of the Hessian's mean diagonal added to its diagonal, at least 0 (Thanos, SparseGPT, ADMM,
             and the repair of any method).
+        scope: scope of the budget of a pattern that lets any entries go: ``layer``, one budget for all rows, or ``row``, the
+            same for every row, up to one entry. None means what ``effort`` says, else the method's own: ``row`` for Wanda.
         effort: name of a preset of the next four settings; ``fast`` has them off.
         dense_target: share α, in [0, 1], of the dense model's outputs in what the layer is fitted to; ``auto`` chooses it on
             held-out sequences. For this and the next three settings, None means what ``effort`` says.
@@ -96,6 +98,14 @@ class LayerRecipe:
         "FRACTION",
         lowest=0,
     )
+    scope: str | None = setting(
+        None,
+        "Whether one budget serves all rows of a layer, or every row has the same; unstructured only",
+        Heading.METHOD,
+        "SCOPE",
+        choices=lambda: registry.SCOPES,
+        default=f"{_EFFORT}, else the method's own",
+    )
     effort: str = setting(
         registry.DEFAULT_EFFORT,
         "How much a run does to lower the loss of pruning; it sets the options below that are not given",
@@ -138,6 +148,7 @@ class LayerRecipe:
             raise RecipeError(f"keep_budget must be true or false; got {self.keep_budget!r}")
         if self.keep_budget and self.outlier_rows > 0:
             pattern.check_keep_budget(self.outlier_rows)
+        check_scope(self.scope, pattern)
         if self.sparsity is not None:
             check_number("sparsity", self.sparsity, 0.0, 1.0)
         implied = pattern.sparsity
@@ -184,6 +195,12 @@ class LayerRecipe:
         return registry.method(self.method).default_block_size(self.parsed_pattern)
 
     @property
+    def resolved_scope(self) -> str:
+        """Scope of the budget that is used: the setting, else what the effort says, else the method's own."""
+        scope = self.scope or (registry.effort(self.effort).scope if self.parsed_pattern.any_entries else None)
+        return scope or registry.method(self.method).scope
+
+    @property
     def repair(self) -> Repair:
         """The parts of the repair, each resolved."""
         return resolved({name: getattr(self, name) for name in REPAIR_FIELDS})
@@ -204,6 +221,24 @@ def check_values(settings: Mapping[str, Any]) -> None:
     if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
         raise RecipeError(f"block_size must be a whole number of columns, at least 1; got {size!r}{near_whole(size)}")
     check_number("damping", settings.get("damping", DEFAULT_DAMPING), 0.0, None)
+
+
+def check_scope(scope: Any, pattern: Pattern) -> None:
+    """Refuse an unknown scope, or one for a pattern that fixes itself what each row loses.
+
+    Raises:
+        RecipeError: the scope is unknown, or the pattern has no use for it.
+    """
+    if scope is None:
+        return
+    if scope not in registry.SCOPES:
+        hint = near(str(scope), registry.SCOPES)
+        raise RecipeError(f"scope must be {' or '.join(registry.SCOPES)}; got {scope!r}{hint}")
+    if not pattern.any_entries:
+        raise RecipeError(
+            f"scope {scope!r} has no meaning for pattern {pattern}, which itself says how much each row loses; leave scope "
+            f"out, or choose a pattern that lets any weights go, such as {registry.DEFAULT_PATTERN}"
+        )
 
 
 def check_used(settings: Mapping[str, Any], methods: Iterable[str], where: str = "") -> None:

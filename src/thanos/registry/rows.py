@@ -14,6 +14,9 @@ LAYER_SETTINGS: dict[str, Any] = {"block_size": None, "damping": 0.01}
 """Settings of a layer that only some methods use → their defaults. The damping is added to the Hessian's diagonal, as a
 fraction of the diagonal's mean. Its default is SparseGPT's, which Thanos keeps (paper, section 5)."""
 
+SCOPES = ("layer", "row")
+"""Scopes of an unstructured budget: one for all rows of a layer, or the same for every row, up to one entry."""
+
 
 class Needs(StrEnum):
     """The statistics of a layer's inputs X, (a, b), that a method needs. Each value includes those before it."""
@@ -36,6 +39,7 @@ class MethodRow(Row):
         compensates: whether the method updates the remaining weights.
         settings: names of the settings in :data:`LAYER_SETTINGS` that the method uses; the others are refused.
         block_size: default number of columns handled together.
+        scope: the method's own scope of an unstructured budget, ``layer`` or ``row``; a recipe may choose the other.
         group_block_size: default for patterns with groups in a row (n:m); None for ``block_size``.
         patterns: names of the patterns that the method supports; None for all.
         colour: colour in figures on white, ``#rrggbb``; empty for an automatic one.
@@ -52,6 +56,7 @@ class MethodRow(Row):
     compensates: bool = False
     settings: tuple[str, ...] = ()
     block_size: int = 128
+    scope: str = SCOPES[0]
     group_block_size: int | None = None
     patterns: tuple[str, ...] | None = None
     colour: str = ""
@@ -117,15 +122,17 @@ class PatternRow(Row):
 class EffortRow(Named):
     """A preset: the values of a layer's repair settings that are not given.
 
-    The fields below ``help`` are those of :class:`~thanos.recipe.repair.Repair`.
+    The fields below ``scope`` are those of :class:`~thanos.recipe.repair.Repair`.
 
     Attributes:
+        scope: scope of an unstructured budget; None for the method's own.
         dense_target: share α of the dense model's outputs in what a layer is fitted to, in [0, 1]; 0 is off.
         sequential: whether a block's layers are pruned in the order of the data.
         refit: steps of conjugate gradients on the weights that stay; 0 is off.
         tune: epochs of training of a pruned block; 0 is off.
     """
 
+    scope: str | None = None
     dense_target: float | Literal["auto"] = 0.0
     sequential: bool = False
     refit: int = 0

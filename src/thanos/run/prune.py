@@ -6,8 +6,7 @@ import hashlib
 import json
 import platform
 import tempfile
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from thanos.engine.inputs import EngineInputs
 from thanos.engine.loop import Engine
 from thanos.engine.rank_zero import SharedJournal, SharedWriter
 from thanos.engine.weights import ModelWeights
-from thanos.errors import NumericsError, RecipeError, ResourceError, recurs, resource_errors
+from thanos.errors import NumericsError, RecipeError, resource_errors
 from thanos.events import LOG_NAME, RUN_NAME, Event, Watcher
 from thanos.model.layers import find_blocks
 from thanos.model.opening import OpenedModel
@@ -47,7 +46,7 @@ from thanos.run.setup import (
     stages_of,
 )
 from thanos.run.survey import name_damage
-from thanos.run.work_folder import WorkFolder, check_interrupted, check_output
+from thanos.run.work_folder import WorkFolder, check_interrupted, check_output, kept
 from thanos.system.device import choose_device
 from thanos.system.event_stream import EventStream
 from thanos.system.meter import PhaseMeter
@@ -222,7 +221,7 @@ def _prune(model: str, job: _Job, given: Calibration | None) -> PruningReport:
         job.world.from_first(lambda: calibration)
     run |= {"calibration": calibration.to_dict(), "blocks": len(find_blocks(plan.opened.meta_model)[1])}
     notes = check_same_run(before, run) if before else []
-    with _kept(work), resource_errors(smaller_calibration(recipe)):
+    with kept(work), resource_errors(smaller_calibration(recipe)):
         if before:
             work.take_up({shard.name for shard in plan.opened.checkpoint.layout.shards})
         else:
@@ -234,25 +233,6 @@ def _prune(model: str, job: _Job, given: Calibration | None) -> PruningReport:
             report = _run(plan, job, calibration, notes)
         work.publish(overwrite=job.overwrite)
     return job.world.from_first(lambda: report)
-
-
-@contextmanager
-def _kept(work: WorkFolder) -> Iterator[None]:
-    """Keep the work folder of a run that ends early, if the run can be resumed; else remove it."""
-    try:
-        yield
-    except BaseException as error:
-        if isinstance(error, FileNotFoundError) and not work.path.exists():
-            raise ResourceError(f"{work.path} was deleted during the run, and with it what was finished") from error
-        # A resumed run would fail with the same NaN again.
-        if isinstance(error, NumericsError) or not work.finished:
-            with suppress(OSError):
-                work.remove()
-        elif not recurs(error):
-            error.add_note(
-                f"{work.finished} of {work.run['blocks']} blocks are finished; resume=True goes on with them"
-            )
-        raise
 
 
 def _run(plan: Prepared, job: _Job, calibration: Calibration, notes: list[str]) -> PruningReport:
@@ -353,7 +333,12 @@ def _report(
         calibration=calibration.to_dict(),
         layers=engine.records,
         dense=plan.dense,
-        totals=compute_totals(engine.records, parameters=parameters, zeros_elsewhere=plan.zeros_elsewhere),
+        tuning=engine.tunings,
+        totals=compute_totals(
+            engine.records,
+            parameters=parameters,
+            zeros_elsewhere=plan.zeros_elsewhere + sum(tuning.zeros_elsewhere for tuning in engine.tunings),
+        ),
         phases=phases,
         seconds=sum(record.seconds for record in phases.values()),
         host_peak_bytes=max((record.host_peak_bytes or 0 for record in phases.values()), default=0),

@@ -16,6 +16,7 @@ from thanos.calibration.text import text_sha256
 from thanos.checkpoint.writer import CheckpointWriter
 from thanos.engine.block_error import BlockErrors
 from thanos.engine.records import BlockRecord, LayerRecord
+from thanos.engine.tuning_record import TuningRecord
 from thanos.errors import UserError
 from thanos.events import RUN_NAME, Event
 from thanos.run.journal import Journal, comes_after, current
@@ -46,20 +47,31 @@ def describe_run(recipe: Recipe, source: ModelSource, device: torch.device) -> d
     It holds the size of each of the model's files and a hash of its first MiB, which includes a shard's header. Larger files
     also have their time of modification, because hashing them whole would take as long as pruning.
     """
+    # Explicit and default sparsity compare equal.
+    return describe(recipe.to_dict() | {"sparsity": recipe.resolved_sparsity}, describe_model(source), device)
+
+
+def describe(recipe: dict[str, Any], model: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Return the description that identifies a run with this recipe, on files described by :func:`describe_model`."""
     import transformers
 
-    files = [source.gguf] if source.gguf else [source.folder / "config.json", *source.folder.glob("*.safetensors*")]
     return {
         "schema": SCHEMA,
         "thanos_version": __version__,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "recipe": recipe.to_dict() | {"sparsity": recipe.resolved_sparsity},  # explicit and default value compare equal
-        "model": {path.name: _describe_file(path) for path in sorted(files)},
+        "recipe": recipe,
+        "model": model,
         "machine": {
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             "threads": torch.get_num_threads(),
         },
     }
+
+
+def describe_model(source: ModelSource) -> dict[str, Any]:
+    """Return the descriptions of a model's config and weight files, by file name."""
+    files = [source.gguf] if source.gguf else [source.folder / "config.json", *source.folder.glob("*.safetensors*")]
+    return {path.name: _describe_file(path) for path in sorted(files)}
 
 
 def completed_run(run: Mapping[str, Any], recipe: Recipe, folder: Path) -> dict[str, Any]:
@@ -245,6 +257,7 @@ class RunJournal:
         dense_starts: Sequence[tuple[int, int]],
         place: str,
         errors: BlockErrors | None,
+        tuning: TuningRecord | None = None,
     ) -> None:
         """See :meth:`~thanos.engine.records.BlockJournal.record`."""
         with self._meter.phase("write"):
@@ -261,6 +274,7 @@ class RunJournal:
             notes=list(notes),
             errors=errors,
             phases=self._meter.records(),
+            tuning=tuning,
         )
         with self._meter.phase("write"):
             self._journal.append(record)

@@ -14,6 +14,7 @@ from thanos.engine.picture import Picture, draw_picture
 from thanos.engine.routing import Routing
 from thanos.engine.stages.base import BlockStage
 from thanos.engine.stages.prune import PruneStage
+from thanos.engine.stages.tune import TuneStage
 from thanos.errors import ModelError, RecipeError
 from thanos.events import Event, Watcher
 from thanos.model.layers import LinearLayer, find_blocks, linear_layers, select_layers
@@ -219,4 +220,7 @@ def smaller_calibration(recipe: Recipe) -> str:
 
 def stages_of(recipe: Recipe) -> tuple[BlockStage, ...]:
     """Return the stages that a recipe runs on each block, in order."""
-    return (PruneStage(measure_error=recipe.measure_error),)
+    prune = PruneStage(measure_error=recipe.measure_error)
+    if any(repair.tune for repair in recipe.repairs):
+        return prune, TuneStage(rate=recipe.tune_rate, seed=recipe.seed)
+    return (prune,)

@@ -132,6 +132,7 @@ class LayerSolve:
             row_shards=self.row_shards,
             all_rows=part,
             zero_free=self.zero_free,
+            scope=self.recipe.resolved_scope,
             rows=rows[bounds],
             unit=self.unit,
         )

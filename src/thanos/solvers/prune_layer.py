@@ -29,6 +29,7 @@ def prune_weight(
     damping: float = DEFAULT_DAMPING,
     outlier_rows: float = 0.0,
     keep_budget: bool = False,
+    scope: str | None = None,
     refit: int | None = None,
 ) -> PrunedWeight:
     """Prune one weight matrix. The function never modifies its inputs.
@@ -49,6 +50,8 @@ def prune_weight(
             the Hessian is not positive definite; the result reports this.
         outlier_rows: fraction α of rows left dense, in [0, 1): the ⌈α·c⌉ with the largest squared output norm (W H Wᵀ)_ii.
         keep_budget: let the other rows make up for the outlier rows, see :class:`~thanos.patterns.budget.Budget`.
+        scope: ``layer``: one budget for the whole matrix; ``row``: the same for every row, up to one entry. None: the method's
+            own, which is ``row`` for Wanda. Only for patterns that let any entries go.
         refit: largest number of steps of conjugate gradients that improve the weights that stay, after any method; it needs
             the Hessian. None or 0: no refit.
 
@@ -67,6 +70,7 @@ def prune_weight(
         keep_budget=keep_budget,
         block_size=block_size,
         damping=damping,
+        scope=scope,
         refit=refit,
     )
     inputs = None

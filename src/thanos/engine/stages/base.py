@@ -13,6 +13,7 @@ from thanos.engine.dense_stream import DenseStream
 from thanos.engine.inputs import EngineInputs
 from thanos.engine.output import Output
 from thanos.engine.records import LayerRecord
+from thanos.engine.tuning_record import TuningRecord
 from thanos.events import Event, Phase
 from thanos.model.layers import LinearLayer
 
@@ -57,6 +58,8 @@ class BlockContext:
         layers: the layers to prune here, each with its settings.
         runner: forward passes over this process's calibration sequences.
         weights: parameters of the model, by name.
+        prefix: beginning of the names of the block's modules and parameters; empty if ``index`` is None.
+        parameter_names: names of the block's parameters and persistent buffers; empty if ``index`` is None.
         device: device of the weights.
         meter: meter of seconds and peak memory by phase.
         world: the processes that share the work.
@@ -67,6 +70,7 @@ class BlockContext:
         block_errors: the block's error after each stage so far; None without a dense stream.
         stage: name of the running stage.
         records: layer name → record of each layer pruned so far.
+        tuning: record of the block's tuning; None if it was not tuned.
         notes: warnings that arose here.
         written: names in the checkpoint of the tensors written so far.
     """
@@ -84,8 +88,11 @@ class BlockContext:
         self.block_errors: BlockErrors | None = None
         self.stage = ""
         self.records: dict[str, LayerRecord] = {}
+        self.tuning: TuningRecord | None = None
         self.notes: list[str] = []
         self.written: list[str] = []
+        self.prefix = "" if index is None else f"{inputs.blocks_name}.{index}."
+        self.parameter_names = [] if index is None else inputs.block_names(index)
         self._output, self._blocks = output, len(inputs.blocks)
 
     # --- calibration sequences --------------------------------------------------------------------------------------
@@ -115,8 +122,15 @@ class BlockContext:
         for (first, hidden), (_, wanted) in zip(self.batches(size), outputs, strict=True):
             yield first, hidden, wanted
 
-    def forward(self, hidden: Tensor, first: int) -> Tensor:
-        """Return the block's outputs, (B, T, d), for inputs (B, T, d) of the sequences from ``first`` on.
+    def targets_of(self, batches: Sequence[Sequence[int]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield, for each list of sequences, the block's inputs and the dense block's outputs, both (B, T, d) on the device.
+
+        The same pairs as those of :meth:`targets`, in any order. The next ones are read ahead.
+        """
+        return zip(self.runner.gather(batches), self._stream.gather_outputs(batches), strict=True)
+
+    def forward(self, hidden: Tensor, first: int | Sequence[int]) -> Tensor:
+        """Return the block's outputs, (B, T, d), for inputs (B, T, d) of the sequences from ``first`` on, or of those listed.
 
         The block runs with its present weights. Only for decoder blocks: ``index`` must not be None.
         """
