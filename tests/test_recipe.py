@@ -51,7 +51,7 @@ def test_the_defaults_are_those_that_are_documented():
         "measure_error": None,
         "allocation": "uniform",
         "held_out": None,
-        "tune_rate": 3e-4,
+        "tune_rate": 2e-3,
         "trust_remote_code": False,
     }
     assert recipe.resolved_sparsity == 0.5

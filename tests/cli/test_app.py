@@ -29,6 +29,8 @@ OPTIONS = {
         "--samples", "--sequence-length", "--seed", "--device", "--dtype", "--targets", "--skip", "--recipe", "--overwrite",
         "--resume", "--activations", "--measure-error", "--plan", "--json", "--trust-remote-code", "--threads", "--quiet",
         "--help",
+        "--scope", "--allocation",
+        "--effort", "--dense-target", "--sequential", "--no-sequential", "--refit", "--tune", "--held-out", "--tune-rate",
     },
     "eval": {
         "--text", "--sequence-length", "--max-windows", "--dense", "--tasks", "--task-folder",

@@ -237,6 +237,36 @@ def test_the_tier_changes_nothing(
     assert all(torch.equal(host[name], disk[name]) for name in host)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_the_tier_changes_nothing_and_both_streams_leave_the_device(
+    tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(monkeypatch, PruneStage(), Follow())
+    for place in ("device", "host", "disk"):
+        thanos.prune(tiny_llama, tmp_path / place, recipe(text_file, device="cuda"), activations=place)
+
+    spilled: list[str] = []
+
+    @dataclass
+    class Spill:
+        name: str = "spill"
+
+        def __call__(self, context: BlockContext) -> Iterator[thanos.Event]:
+            before = [(x.clone(), y.clone()) for _, x, y in context.targets(SIZE)]
+            spilled.extend(context.spill())
+            assert not context.on_device
+            for (x, y), (_, now, wanted) in zip(before, context.targets(SIZE), strict=True):
+                assert torch.equal(x, now)
+                assert torch.equal(y, wanted)
+            yield context.event("progress", "solve")
+
+    use(monkeypatch, PruneStage(), Follow(), Spill())
+    thanos.prune(tiny_llama, tmp_path / "spilled", recipe(text_file, device="cuda"), activations="device")
+    assert len(spilled) == 2
+    written = [load_file(tmp_path / name / "model.safetensors") for name in ("device", "host", "disk", "spilled")]
+    assert all(torch.equal(written[0][name], other[name]) for other in written[1:] for name in written[0])
+
+
 def test_memory_that_runs_out_halves_the_batches_of_the_dense_pass_too(
     tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

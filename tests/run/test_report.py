@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from reports import layer
+from thanos.engine.block_error import BlockErrors
 from thanos.engine.records import LayerRecord, expert_notes
 from thanos.engine.tuning_record import TuningRecord
 from thanos.run.report import SCHEMA, DenseRecord, PruningReport, compute_totals
@@ -54,7 +55,7 @@ LAYER = {
     "changed_by",
     "error_tokens",
 }
-REPAIRED = {"errors", "residual", "target_change"}
+REPAIRED = {"dense_target", "errors", "residual", "target_change"}
 """Keys of a layer that are there only where they apply."""
 
 
@@ -117,9 +118,16 @@ def test_keys() -> None:
     )
     assert set(values["layers"][0]) == LAYER == {field.name for field in fields(LayerRecord)} - REPAIRED
     repaired_layer = replace(
-        report().layers[0], errors={"removed": 0.2, "a": 0.1, "b": 0.05}, residual=1e-6, target_change=-0.01
+        report().layers[0],
+        errors={"removed": 0.2, "a": 0.1, "b": 0.05},
+        residual=1e-6,
+        target_change=-0.01,
+        dense_target=0.5,
     )
-    repaired = replace(report(), layers=[repaired_layer])
+    errors = BlockErrors(block=0, held_out=True, tokens=64, errors={"dense": 0.2, "prune": 0.1})
+    repaired = replace(report(), layers=[repaired_layer], block_errors=[errors])
+    assert set(repaired.to_dict()) == TOP | {"block_errors"}
+    assert PruningReport.from_dict(repaired.to_dict()).block_errors == [errors]
     assert set(repaired.to_dict()["layers"][0]) == LAYER | REPAIRED
     assert PruningReport.from_dict(repaired.to_dict()).layers == [repaired_layer]
     assert values["dense"] == [{"name": "norm", "parameters": 8, "reason": "not a linear layer's weight"}]

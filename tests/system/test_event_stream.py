@@ -90,6 +90,26 @@ def test_the_live_display_tells_everything_that_was_promised() -> None:
     assert live_lines(position, 36.0)[0] == "block 2/4 solve · up_proj · error 0.25"
 
 
+def test_the_error_of_a_block_is_shown_before_the_first_stage_and_after_each() -> None:
+    stream, position = io.StringIO(), Position()
+    show = PlainLines(stream)
+    for event in (
+        Event(kind="stage", phase="dense", block=0, blocks=2, stage="dense", error=0.0),
+        Event(kind="stage", phase="dense", block=0, blocks=2, stage="prune", error=0.25),
+        Event(kind="block", phase="propagate", block=0, blocks=2, error=0.125),
+        Event(kind="stage", phase="dense", block=1, blocks=2, stage="dense", error=0.5),
+        Event(kind="stage", phase="dense", block=1, blocks=2, stage="prune", error=0.375),
+        Event(kind="stage", phase="dense", block=1, blocks=2, stage="tune", error=0.25),
+        Event(kind="layer", phase="solve", block=1, blocks=2, layer="up_proj", error=0.75),
+    ):
+        show(event)
+        position(event)
+    assert "block 1 of 2, mean layer error 0.125, block error 0 → 0.25 (prune), host" in stream.getvalue()
+    assert live_lines(position, 0.0)[0] == (
+        "block 2/2 solve · up_proj · error 0.125 · block error 0.5 → 0.375 (prune) → 0.25 (tune)"
+    )
+
+
 def test_both_displays_tell_the_losses_of_tuning() -> None:
     stream = io.StringIO()
     plain, position = PlainLines(stream), Position()

@@ -205,7 +205,7 @@ class Gathered(list[InputGroup]):
     """The groups of layers, one for each distinct input, in calling order. A layer that is never called is in no group.
 
     Attributes:
-        of: layer name → its group.
+        of: layer name → its group; empty once the statistics are gathered.
         paused: whether inputs are ignored. The caller sets it while it runs the block for something else.
         sampling: whether tokens are still added to the statistics of the sample. The caller that runs the block clears it
             between two batches.
@@ -254,6 +254,7 @@ def gather(layers: Sequence[LinearLayer], need: Need = Need.GRAM, *, sample: boo
     finally:
         for handle in handles:
             handle.remove()
+        groups.of.clear()  # a group's statistics go when its layers are solved
         for group in groups:
             group.current = None
 

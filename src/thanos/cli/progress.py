@@ -115,7 +115,7 @@ class Position:
     Attributes:
         event: last event that is not a note; None at first.
         error: mean relative layer error of the finished blocks; before the first block is finished, that of the last layer.
-        trail: (stage, error of the block after it) of the block whose stages ran last, in order; empty without a dense stream.
+        block_error: the error of the present block before the first stage and after each, in words; empty if it is unknown.
         held_out: last loss on held-out sequences.
         rate: tokens a second of the current phase; None if it has none, or has only just begun.
         tuning: last event of the present block's tuning that has its losses; None if there is none.
@@ -124,8 +124,7 @@ class Position:
     def __init__(self) -> None:
         self.event: Event | None = None
         self.error: float | None = None
-        self.trail: list[tuple[str, float | None]] = []
-        self._trail_block: int | None = None
+        self.block_error = ""
         self.held_out: float | None = None
         self.rate: float | None = None
         self.tuning: Event | None = None
@@ -148,7 +147,7 @@ class Position:
         if event.kind == "phase" or (event.block, event.phase) != self._phase:
             self._phase, self._phase_began = (event.block, event.phase), event.seconds
         if event.block != self._block:
-            self._block, self._block_began = event.block, event.seconds
+            self._block, self._block_began, self.block_error = event.block, event.seconds, ""
             self.tuning = None
         self._tunes |= event.phase == "tune"
         if event.held_out is not None:
@@ -157,8 +156,8 @@ class Position:
             self._pruned_seconds += event.seconds - self._block_began
             self._pruned += 1
         if event.kind == "stage":
-            same = event.block == self._trail_block
-            self._trail_block, self.trail = event.block, [*(self.trail if same else []), (event.stage, event.error)]
+            error = "unknown" if event.error is None else f"{event.error:.4g}"
+            self.block_error += f" → {error} ({event.stage})" if self.block_error else f"block error {error}"
         elif event.error is not None and (event.kind == "block" or not self._pruned):
             self.error = event.error
         spent = event.seconds - self._phase_began
@@ -216,7 +215,7 @@ class PlainLines:
         elif event.kind == "block" and event.block is not None:
             what = ["outputs computed again"] if event.replayed else []
             what += [] if event.error is None else [f"mean layer error {event.error:.4g}"]
-            what += [] if event.replayed else _block_error(self._position.trail)
+            what += [self._position.block_error] if self._position.block_error else []
             what += [] if self._position.tuning is None else [_losses(self._position.tuning)]
             left = self._position.remaining(event.seconds)
             what += [_memory(event), *([f"{_clock(left)} left"] if left else [])]
@@ -264,9 +263,9 @@ def live_lines(position: Position, now: float, width: int = 120) -> tuple[str, s
     error = "" if position.error is None else f"error {position.error:.4g}"
     losses = "" if position.tuning is None else _losses(position.tuning)
     held_out = "" if position.held_out is None else f"held-out loss {position.held_out:.4g}"
-    head = " · ".join(
-        part for part in (where, layer, counted, rate, error, losses, _training_loss(event), held_out) if part
-    )
+    losses += _training_loss(event)
+    parts = (where, layer, counted, rate, error, position.block_error, losses, held_out)
+    head = " · ".join(part for part in parts if part)
     done = position.done
     left = position.remaining(now)
     times = f"{_clock(now)} elapsed" + ("" if left is None else f", {_clock(left)} left")
@@ -302,14 +301,6 @@ def _live(stream: TextIO) -> Iterator[Callable[[Event], None]]:
                 live.refresh()  # show every block, even if blocks finish faster than the display refreshes
 
         yield show
-
-
-def _block_error(trail: list[tuple[str, float | None]]) -> list[str]:
-    """Return the block's error before the first stage and after each; an empty list if it was not measured."""
-    if not trail:
-        return []
-    first, *others = [(stage, "unknown" if error is None else f"{error:.4g}") for stage, error in trail]
-    return [f"block error {first[1]}" + "".join(f" → {error} ({stage})" for stage, error in others)]
 
 
 def _training_loss(event: Event) -> str:

@@ -1,24 +1,19 @@
 """The choice of the dense target: the share α of the dense model's outputs that lowers a block's error on held-out sequences.
 
-Each candidate is tried with stand-ins for the pruned weights: a mask by |W|·‖X‖ and a short refit, whatever the method is. They
-are fitted to the other sequences. The block then runs over the held-out ones with the stand-ins in place, and its outputs are
-compared with those of the dense block in the dense model. The candidates ascend, and the first that raises the error ends the
-search: along α the weights move on a line, so the error falls and then rises.
+Each candidate is tried with stand-ins for the pruned weights (:mod:`thanos.solvers.stand_in`), which are fitted to the other
+sequences. The block runs over the held-out ones with the stand-ins in place, and its outputs are compared with those of the
+dense block in the dense model. The candidates ascend, and the first that raises the error ends the search: the stand-ins move
+on a line, along which the error falls and then rises.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from thanos import registry
-from thanos.recipe import LayerRecipe
 from thanos.recipe.repair import DENSE_TARGETS
-
-REFIT_STEPS = 8
-"""Steps of the stand-ins' refit: enough for most of its gain, for a third of the cost of the repair's own."""
 
 
 @dataclass(slots=True)
@@ -47,21 +42,10 @@ def choose(
         error: returns the block's error with such parameters in place.
     """
     choice = Choice()
-    for alpha, found in _errors(stand_ins, error):
+    for alpha in DENSE_TARGETS:
+        found = error(stand_ins(alpha))
         rises = bool(choice.errors) and found > min(choice.errors.values())
         choice.errors[alpha] = found
         if rises:
             break
     return choice
-
-
-def _errors(
-    stand_ins: Callable[[float], Mapping[str, Tensor]], error: Callable[[Mapping[str, Tensor]], float]
-) -> Iterator[tuple[float, float]]:
-    for alpha in DENSE_TARGETS:
-        yield alpha, error(stand_ins(alpha))
-
-
-def stand_in_recipe(settings: LayerRecipe) -> LayerRecipe:
-    """Return the settings of a layer's stand-in: the same pattern and sparsity, by the cheapest method that sees the inputs."""
-    return settings.by(registry.stand_in_method(settings.parsed_pattern).name).with_refit(REFIT_STEPS)

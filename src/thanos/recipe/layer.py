@@ -210,12 +210,6 @@ class LayerRecipe:
         values = {name: getattr(self, name) for name in LAYER_FIELDS} | {"method": method}
         return LayerRecipe(**registry.method(method).used(values))
 
-    def with_refit(self, steps: int) -> LayerRecipe:
-        """Return the same settings with another number of steps of the refit."""
-        values: dict[str, Any] = {name: getattr(self, name) for name in LAYER_FIELDS}
-        values["refit"] = steps
-        return LayerRecipe(**values)
-
 
 def check_values(settings: Mapping[str, Any]) -> None:
     """Refuse a block size or damping outside its range, for any method.

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from thanos.calibration.statistics import InputGroup
-from thanos.engine.dense_choice import Choice, choose, stand_in_recipe
+from thanos.engine.dense_choice import Choice, choose
 from thanos.engine.stages.base import BlockContext
 from thanos.model.layers import LinearLayer
 from thanos.recipe.repair import AUTO
 from thanos.solvers.hessian import InputStatistics
-from thanos.solvers.prune_layer import prune_layer
 from thanos.solvers.retarget import DenseTarget
+from thanos.solvers.stand_in import StandIn, stand_in
 
 
 def is_open(context: BlockContext, layer: LinearLayer, group: InputGroup) -> bool:
@@ -26,25 +26,23 @@ def choose_target(
 ) -> Choice:
     """Choose one dense target for all layers of the groups whose target is to be chosen."""
     assert context.block_meter is not None
+    found: dict[LinearLayer, StandIn] = {}
+    for group in groups:
+        inputs = known[id(group)]
+        for layer in group.layers:
+            target = target_of(layer, group, 1.0)
+            if is_open(context, layer, group) and target is not None and inputs is not None:
+                stored = layer.oriented(context.weights.stored(layer.weight_name))
+                found[layer] = stand_in(
+                    stored, inputs, context.layers[layer], target, name=layer.name, row_shards=context.world
+                )
 
     def stand_ins(alpha: float) -> dict[str, Tensor]:
-        found = {}
-        for group in groups:
-            for layer in group.layers:
-                if is_open(context, layer, group):
-                    settings = stand_in_recipe(context.layers[layer])
-                    stored = layer.oriented(context.weights.stored(layer.weight_name))
-                    pruned = prune_layer(
-                        stored,
-                        known[id(group)],
-                        settings,
-                        name=layer.name,
-                        row_shards=context.world,
-                        retarget=target_of(layer, group, alpha),
-                    )
-                    present = context.weights.parameter(layer.weight_name)
-                    found[layer.weight_name] = layer.oriented(pruned.weight).contiguous().to(present.dtype)
-        return found
+        present = {layer: context.weights.parameter(layer.weight_name) for layer in found}
+        return {
+            layer.weight_name: layer.oriented(one.at(alpha)).contiguous().to(present[layer].dtype)
+            for layer, one in found.items()
+        }
 
     return choose(stand_ins, context.block_meter.error)
 
