@@ -301,7 +301,7 @@ def test_events_tell_the_losses(text_file: Path, tmp_path: Path) -> None:
     assert [event.done for event in steps][-1] == steps[0].total == 3 * (SAMPLES - HELD_OUT)
     assert steps[-1].tokens == steps[-1].done * LENGTH
     assert steps[0].loss is None
-    assert steps[-1].loss == report.tuning[1].losses[1]
+    assert (steps[-1].loss, steps[-1].held_out) == (report.tuning[1].losses[2], report.tuning[1].held_out_after)
     assert {event.held_out_before for event in steps} == {report.tuning[1].held_out_before}
     assert "tune" in report.phases
     card = (tmp_path / "out/README.md").read_text()

@@ -383,10 +383,12 @@ def test_the_deterministic_mode_is_given_back() -> None:
 
 def test_progress_counts_sequences_and_tells_the_losses() -> None:
     seen = list(tune(Toy().work(), epochs=3, rate=0.01, seed=0))
-    assert [step.done for step in seen] == [8, 16, 24, 32, 40, 48]
+    assert [step.done for step in seen] == [8, 16, 16, 24, 32, 32, 40, 48, 48], "two steps and a measurement an epoch"
     assert {step.total for step in seen} == {48}
-    assert [step.loss is None for step in seen] == [True, True, False, False, False, False]
-    assert seen[0].held_out > seen[2].held_out > seen[4].held_out
+    assert [step.loss is None for step in seen] == [True, True, *[False] * 7]
+    assert seen[0].held_out > seen[2].held_out > seen[5].held_out
+    record = run(Toy().work(), epochs=3).record
+    assert (seen[-1].loss, seen[-1].held_out) == (record.losses[-1], record.held_out_after), "the last is the result"
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 8, 9, 17, 30, 120, 127, 1001])

@@ -135,6 +135,7 @@ def test_quantised_and_packed_folders(pruned: Path, tiny_llama: Path, text_file:
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
+        ({"samples": 1}, "1 sequence is too few: 1 to hold out and a batch of 4 need 5; raise --samples"),
         ({"samples": 4}, "4 sequences are too few: 1 to hold out and a batch of 4 need 5; raise --samples"),
         ({"held_out": 7}, "10 sequences are too few: 7 to hold out and a batch of 4 need 11"),
         ({"held_out": 0}, "held_out must be a whole number, at least 1; got 0"),

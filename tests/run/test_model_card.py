@@ -249,6 +249,29 @@ def test_the_card_tells_of_tuning_where_there_was_any() -> None:
     assert "tuned" not in model_card(report(tuning=nothing))
 
 
+def test_the_card_tells_the_scope_that_the_effort_chose() -> None:
+    recipe = report().recipe | {"pattern": "unstructured"}
+    assert "one for every" not in model_card(report(recipe=recipe))
+    assert "| scope of the budget | one for every row |" in model_card(report(recipe=recipe | {"effort": "high"}))
+    given = recipe | {"effort": "high", "scope": "layer"}
+    assert "| scope of the budget | one for every layer |" in model_card(report(recipe=given))
+    assert "one for every" not in model_card(report(recipe=recipe | {"effort": "high", "pattern": "2:4"}))
+
+
+def test_the_card_tells_of_lost_precision() -> None:
+    assert "residual" not in model_card(report())
+    assert "rounding" not in model_card(report())
+    layers = [layer("a", residual=2e-6), layer("b", residual=3.25e-4), layer("c")]
+    tuned = [
+        TuningRecord(block=0, kept_epoch=1, held_out_before=0.5, held_out_after=0.202, held_out_unrounded=0.2),
+        TuningRecord(block=1, kept_epoch=1, held_out_before=0.5, held_out_after=0.2, held_out_unrounded=0.201),
+        TuningRecord(block=2, held_out_before=0.1, held_out_after=0.1, reason="the held-out error did not fall"),
+    ]
+    card = model_card(report(layers, tuning=tuned))
+    assert "| largest relative residual of a row's best weights | 3.2e-04 |" in card
+    assert "| change of a tuned block's held-out error by rounding, largest | +1 % |" in card
+
+
 def test_the_card_does_not_promise_speed() -> None:
     card = model_card(report())
     assert "as large as before" in card

@@ -46,13 +46,29 @@ def show_report(report: PruningReport, out: Path, *, complete: bool = False) -> 
         ("sparsity of the pruned layers", _share(totals["zeros_targeted"], totals["targeted_parameters"])),
         ("sparsity of all parameters", _share(totals["zeros_all"], totals["parameters"])),
         ("mean layer error, zeros alone", _number(totals["mean_error_before_compensation"])),
-        ("mean layer error, as written", _number(totals["mean_error_after_compensation"])),
+        (f"mean layer error, {_last_step(report)}", _number(totals["mean_error_after_compensation"])),
+        *_repair_rows(report),
         *phase_rows(report.phases),
         ("total", _cost(report.seconds, report.host_peak_bytes, report.device_peak_bytes)),
         ("already complete, in" if complete else "written to", str(out)),
     ]
     print_table(("", ""), rows)
     show_warnings(report)
+
+
+def _last_step(report: PruningReport) -> str:
+    """Return in words when the last error of a layer was measured: nothing measures it again after a layer was trained."""
+    changed = any(layer.changed_by for layer in report.layers)
+    return "before tuning" if changed else "as written"
+
+
+def _repair_rows(report: PruningReport) -> list[tuple[str, str]]:
+    """Return the row with the last block's error after each stage; none without a dense stream."""
+    if not report.block_errors:
+        return []
+    last = report.block_errors[-1]
+    stages = ", ".join(f"{error:.5f} ({stage})" for stage, error in last.errors.items())
+    return [(f"error of block {last.block + 1}, after each stage", stages)]
 
 
 def show_recovery(report: RecoveryReport, out: Path, json_file: Path | None, *, complete: bool = False) -> None:

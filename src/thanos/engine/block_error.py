@@ -26,7 +26,9 @@ class BlockErrors:
 
     Attributes:
         block: index of the block.
-        held_out: whether the sequences are held out; otherwise the statistics were gathered on them, too.
+        held_out: whether the sequences are the held-out ones. The block is not tuned on them, nor are layers fitted to them
+            whose dense target is chosen; layers with a given dense target, or none, are. Otherwise they are the first
+            sequences, and everything is fitted to them.
         tokens: number of tokens of the sequences.
         errors: name of the stage → error after it; first ``dense``, before all stages.
         choices: each choice of a dense target, in order: ``layers``, the names of the layers, and ``errors``, the block's error

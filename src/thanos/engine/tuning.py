@@ -62,7 +62,7 @@ class TuningProgress:
 def tune(
     work: Work, *, epochs: int, rate: float, seed: int, world: World = SINGLE
 ) -> Generator[TuningProgress, None, Tuned]:
-    """Tune a block; yield the progress after each step.
+    """Tune a block; yield the progress after each step and each epoch.
 
     After each epoch the held-out sequences are run with the weights rounded to their stored dtypes. The epoch with the least
     error is kept if that error is below the error before tuning. Otherwise the weights before tuning are kept. They are kept
@@ -116,6 +116,8 @@ def tune(
             best, values = error, rounded
             unrounded = passes.measure(masters.leaves, work.held_out, training=True).error
             record = replace(record, kept_epoch=epoch, held_out_after=error, held_out_unrounded=unrounded)
+        # Once more, now with the losses of this epoch: after the last one no step would report them.
+        yield TuningProgress(done, epochs * len(work.training), mean, best)
     del masters
     if not values:
         return Tuned({}, replace(record, reason="the held-out error did not fall"))

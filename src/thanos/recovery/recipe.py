@@ -100,9 +100,10 @@ class RecoveryRecipe:
         _ = self.text  # raises if a setting of the text is wrong
         if self.trained < self.batch:
             least = self.held_out or max(1, self.samples // _HELD_OUT_SHARE)
+            few = "1 sequence is" if self.samples == 1 else f"{self.samples} sequences are"
             raise RecipeError(
-                f"{self.samples} sequences are too few: {least} to hold out and a batch of {self.batch} need "
-                f"{least + self.batch}; raise --samples, or lower --batch or --held-out"
+                f"{few} too few: {least} to hold out and a batch of {self.batch} need {least + self.batch}; raise --samples, "
+                "or lower --batch or --held-out"
             )
 
     @property

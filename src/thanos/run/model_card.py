@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
+from thanos import registry
 from thanos.calibration.text_files import SUFFIXES, Part, split_source
 from thanos.engine.records import LayerRecord, warning_lines
 from thanos.engine.tuning_record import tuning_line
@@ -132,13 +133,14 @@ def _recipe_table(report: PruningReport) -> str:
                 "outlier rows left dense",
                 _percent(recipe["outlier_rows"]) + (_KEPT if recipe.get("keep_budget") else ""),
             ),
-            *([("scope of the budget", f"one for every {recipe['scope']}")] if recipe.get("scope") else []),
+            *([("scope of the budget", f"one for every {scope}")] if (scope := _scope(recipe)) else []),
             *(
                 [("allocation of the zeros", _allocated(chosen))]
                 if (chosen := report.execution.get("allocation"))
                 else []
             ),
             *_repair_rows(report),
+            *_precision_rows(report),
             *([("damping", f"{recipe['damping']:g}")] if damped else []),
             (
                 "calibration",
@@ -171,6 +173,25 @@ def _repair_rows(report: PruningReport) -> list[tuple[str, str]]:
         where = "held-out sequences" if last.held_out else "calibration sequences"
         stages = ", ".join(f"{_number(error)} ({stage})" for stage, error in last.errors.items())
         rows.append((f"relative error of block {last.block + 1} on {where}, after each stage", stages))
+    return rows
+
+
+def _scope(recipe: Mapping[str, Any]) -> str | None:
+    """Return the scope of the budget that the recipe or its effort chose; None if it is the method's own."""
+    if recipe.get("scope") or not registry.parse_pattern(recipe["pattern"]).any_entries:
+        return recipe.get("scope")
+    return next((row.scope for row in registry.efforts() if row.name == recipe.get("effort")), None)
+
+
+def _precision_rows(report: PruningReport) -> list[tuple[str, str]]:
+    """Return the rows about lost precision: what the refit left, and the rounding of tuned weights."""
+    left = [layer.residual for layer in report.layers if layer.residual is not None]
+    rows = [("largest relative residual of a row's best weights", f"{max(left):.1e}")] if left else []
+    pairs = [(one.held_out_unrounded, one.held_out_after) for one in report.tuning]
+    changes = [after / exact - 1 for exact, after in pairs if exact and after is not None]
+    if changes:
+        largest = max(changes, key=abs)
+        rows.append(("change of a tuned block's held-out error by rounding, largest", f"{100 * largest:+.2g} %"))
     return rows
 
 

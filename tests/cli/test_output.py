@@ -1,0 +1,36 @@
+"""The tables that the commands print."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+import thanos
+from helpers import save_tiny
+from thanos.cli.output import show_report
+
+
+def test_the_summary_of_a_run_tells_after_which_step_its_errors_were_measured(
+    text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"calibration": str(text_file), "samples": 6, "sequence_length": 32, "device": "cpu"}
+    plain = thanos.prune(save_tiny(tmp_path / "dense"), tmp_path / "out", thanos.Recipe(**settings, tune=1))
+    fast = dataclasses.replace(
+        plain, layers=[dataclasses.replace(layer, changed_by=None) for layer in plain.layers], block_errors=[]
+    )
+    show_report(fast, tmp_path / "out")
+    printed = capsys.readouterr().out
+    assert "mean layer error, as written" in printed
+    assert "after each stage" not in printed
+
+    layers = [dataclasses.replace(layer, changed_by=["tune"]) for layer in plain.layers]
+    show_report(dataclasses.replace(plain, layers=layers), tmp_path / "out")
+    printed = capsys.readouterr().out
+    assert "as written" not in printed, "the errors of the layers are older than the weights"
+    assert "mean layer error, before tuning" in printed
+    last = plain.block_errors[-1]
+    stages = ", ".join(f"{error:.5f} ({stage})" for stage, error in last.errors.items())
+    assert f"error of block {last.block + 1}, after each stage" in printed
+    assert stages in printed
