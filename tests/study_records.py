@@ -168,6 +168,7 @@ def full_study(model: str = MODEL, blocks: int = 6) -> list[CellRecord]:
         cells += [cell("thanos", pattern, block_size=size) for pattern in ("unstructured", "4:8", "2:4")]
     cells.append(cell("thanos", damping=0.1))
     cells.append(cell("thanos", scope="row"))
+    cells.append(cell("thanos", effort="max"))
     records = {(found := record(one | {"model": model}, blocks=blocks)).key: found for one in cells}
     return list(records.values())
 

@@ -285,6 +285,24 @@ def test_a_sparsity_belongs_to_the_pattern_it_was_given_for():
     assert recipe.for_layer("a") == LayerRecipe(pattern="2:4", block_size=64)
 
 
+@pytest.mark.parametrize("repair", [{"effort": "high"}, {"refit": 5}, {"dense_target": 0.5}])
+def test_a_repair_uses_the_damping_of_any_method(repair: dict[str, Any]) -> None:
+    assert LayerRecipe(method="wanda", damping=0.2, **repair).damping == 0.2
+    assert LayerRecipe(method="thanos", damping=0.2, **repair).by("wanda").damping == 0.2
+    assert LayerRecipe(method="thanos", damping=0.2).by("wanda").damping == 0.01
+    other = Override(match="a", settings={"method": "magnitude"})
+    recipe = Recipe(damping=0.2, overrides=(other,), **repair)
+    assert recipe.for_layer("a").damping == recipe.for_layer("b").damping == 0.2
+    assert Recipe.from_dict(recipe.to_dict(), stored=True) == recipe
+    alone = Recipe(method="wanda", overrides=(Override(match="a", settings={**repair, "damping": 0.2}),))
+    assert alone.for_layer("a").damping == 0.2
+    assert Recipe.from_dict(alone.to_dict(), stored=True) == alone
+    assert "damping" not in Recipe(method="wanda", damping=0.2, **repair).suited({"method": "magnitude"})
+    off = {"effort": "high", "refit": 0, "dense_target": 0}
+    with pytest.raises(RecipeError, match="method wanda does not use damping"):
+        LayerRecipe(method="wanda", damping=0.2, **off)
+
+
 def test_a_setting_that_the_method_does_not_use_is_refused():
     for method in ("wanda", "magnitude"):
         for name, value in (("block_size", 64), ("damping", 3.0)):

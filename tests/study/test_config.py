@@ -89,6 +89,37 @@ def test_a_scope_makes_cells_only_where_it_differs_from_the_methods_own(tmp_path
     assert set(public_cell(cells[1])) == before | {"scope"}
 
 
+def test_a_repair_makes_cells_only_where_it_differs_from_what_the_effort_says(tmp_path: Path) -> None:
+    axes = 'effort = ["fast", "high", "max"]\ntune = [0, 10]\nrefit = [0, 20]\n'
+    cells = pruned(read(tmp_path, HEAD + "[[grid]]\n" + axes))
+    assert [(c.effort, c.tune, c.refit) for c in cells] == [
+        (None, None, None), (None, None, 20), (None, 10, None), (None, 10, 20),
+        ("high", None, 0), ("high", None, None), ("high", 10, 0), ("high", 10, None),
+        ("max", 0, 0), ("max", 0, None), ("max", None, 0), ("max", None, None),
+    ]  # fmt: skip
+    repairs = [cell.recipe().repair for cell in cells]
+    assert [(one.tune, one.refit) for one in repairs] == [(tune, refit) for tune in (0, 10) for refit in (0, 20)] * 3
+    assert [one.sequential for one in repairs] == [False] * 4 + [True] * 8
+    assert cells[8].title().endswith("effort max, refit 0, tune 0 seed 0")
+    assert "effort" not in public_cell(cells[0]), "cells of older stores keep their key"
+    assert public_cell(cells[8]).items() >= {"effort": "max", "refit": 0, "tune": 0}.items()
+
+
+def test_the_scope_and_the_damping_of_a_repaired_cell_are_those_of_its_run(tmp_path: Path) -> None:
+    axes = 'method = ["thanos", "magnitude"]\neffort = "high"\nscope = ["layer", "row"]\ndense_target = [0.5, "auto"]\n'
+    cells = pruned(read(tmp_path, HEAD + "[[grid]]\n" + axes + "allocation = 'uniform'\ndamping = 0.03\n"))
+    assert [(c.scope, c.dense_target) for c in cells] == [
+        ("layer", 0.5),
+        ("layer", None),
+        (None, 0.5),
+        (None, None),
+    ] * 2
+    assert [cell.recipe().resolved_scope for cell in cells] == ["layer", "layer", "row", "row"] * 2
+    assert {cell.damping for cell in cells} == {0.03}, "the refit needs the damped Hessian, whatever the method"
+    assert {cell.recipe().damping for cell in cells} == {0.03}
+    assert {cell.allocation for cell in cells} == {None}
+
+
 def test_every_method_has_its_own_default_block_size(tmp_path: Path) -> None:
     text = HEAD + '[[grid]]\npattern = ["unstructured", "2:4"]\nmethod = ["thanos", "sparsegpt"]\n'
     assert [c.block_size for c in pruned(read(tmp_path, text))] == [128, 128, 512, 128]
@@ -96,14 +127,19 @@ def test_every_method_has_its_own_default_block_size(tmp_path: Path) -> None:
 
 def test_the_axes_of_a_grid_are_the_settings_of_a_cell(tmp_path: Path) -> None:
     names = (
-        "model, method, pattern, sparsity, outlier_rows, keep_budget, block_size, damping, scope, calibration, "
-        "samples, sequence_length, seed, zero_shot"
+        "model, method, pattern, sparsity, outlier_rows, keep_budget, block_size, damping, scope, allocation, effort, "
+        "dense_target, sequential, refit, tune, calibration, samples, sequence_length, seed, zero_shot"
     )
     with pytest.raises(StudyError, match=f"unknown field; allowed are {names}$"):
         read(tmp_path, HEAD + '[[grid]]\ndevice = "cpu"\n')
     for line, message in (
-        ('method = "obs"', "must be one of thanos, sparsegpt, wanda, magnitude; got 'obs'"),
+        ('method = "obs"', "must be one of thanos, sparsegpt, wanda, magnitude, admm; got 'obs'"),
         ('scope = "rows"', "must be one of layer, row; got 'rows'"),
+        ('effort = "most"', "must be one of fast, high, max; got 'most'"),
+        ("dense_target = 1.5", "dense_target must be auto or a number, at least 0 and at most 1; got 1.5"),
+        ("sequential = 1", "must be true or false; got 1"),
+        ("refit = -1", "must be a whole number, at least 0; got -1"),
+        ('allocation = "owl"', "must be one of uniform, error; got 'owl'"),
         ("keep_budget = 1", "must be true or false; got 1"),
         ("block_size = 0", "must be a whole number, at least 1; got 0"),
         ("damping = -1", "damping must be a number, at least 0; got -1"),

@@ -19,7 +19,7 @@ from thanos.recipe.allocation import ALLOCATIONS, check_allocation
 from thanos.recipe.globs import check_globs as check_globs
 from thanos.recipe.globs import matches
 from thanos.recipe.layer import DEFAULT_DAMPING as DEFAULT_DAMPING
-from thanos.recipe.layer import LAYER_FIELDS, LayerRecipe, check_used, check_values
+from thanos.recipe.layer import LAYER_FIELDS, LayerRecipe, check_used, check_values, used
 from thanos.recipe.override import Override, hints
 from thanos.recipe.repair import REPAIR_FIELDS, TUNE_RATE, check_held_out, check_rate, checked, held_out_of
 from thanos.recipe.repair import Repair as Repair
@@ -139,8 +139,10 @@ class Recipe(LayerRecipe):
             check_values(override.settings)
             checked(override.settings)
             where = f" in the override of {override.match!r}"
-            check_used(override.settings, self._methods() if own is None else (own,), where)
-            self._merged([override])  # raises if the override contradicts the recipe
+            merged = self._merged([override])  # raises if the override contradicts the recipe
+            methods = self._methods() if own is None else (own,)
+            damps = merged.repair.needs_gram
+            check_used(override.settings, methods, where, damps=lambda damps=damps: damps)
         if self.holds_out:
             held_out_of(self.samples, self.held_out)
 
@@ -157,11 +159,14 @@ class Recipe(LayerRecipe):
     def _methods(self) -> tuple[str, ...]:
         return (self.method, *(o.settings["method"] for o in self.overrides if "method" in o.settings))
 
+    def _damps(self) -> bool:
+        return any(repair.needs_gram for repair in self.repairs)
+
     def _merged(self, overrides: Iterable[Override]) -> LayerRecipe:
         values: dict[str, Any] = {name: getattr(self, name) for name in LAYER_FIELDS}
         for override in overrides:
             values |= _suited(values["pattern"], override.settings)
-        return LayerRecipe(**registry.method(values["method"]).used(values))
+        return LayerRecipe(**used(values))
 
     def suited(self, changes: Mapping[str, Any]) -> dict[str, Any]:
         """Return changes of fields, with defaults added for a new pattern or method.
@@ -174,8 +179,9 @@ class Recipe(LayerRecipe):
             RecipeError: the pattern is malformed, or the method is unknown.
         """
         methods = (changes.get("method", self.method), *self._methods()[1:])
-        used = {setting for name in methods for setting in registry.method(name).settings}
-        unused = {name: default for name, default in registry.LAYER_SETTINGS.items() if name not in used}
+        needed = {setting for name in methods for setting in registry.method(name).settings}
+        needed |= {"damping"} if self._damps() else set()
+        unused = {name: default for name, default in registry.LAYER_SETTINGS.items() if name not in needed}
         return {**(unused if "method" in changes else {}), **_suited(self.pattern, changes)}
 
     def for_layer(self, name: str) -> LayerRecipe | None:

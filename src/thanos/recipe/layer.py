@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,7 +93,7 @@ class LayerRecipe:
     )
     damping: float = setting(
         DEFAULT_DAMPING,
-        "Added to the diagonal of the Hessian, as a fraction of its mean, by a compensating method",
+        "Added to the diagonal of the Hessian, as a fraction of its mean, by a compensating method or a repair",
         Heading.METHOD,
         "FRACTION",
         lowest=0,
@@ -161,7 +161,12 @@ class LayerRecipe:
             )
         if self.block_size is not None:
             pattern.check_block_size(self.block_size)
-        check_used({name: getattr(self, name) for name in registry.LAYER_SETTINGS}, self._methods())
+        settings = {name: getattr(self, name) for name in registry.LAYER_SETTINGS}
+        check_used(settings, self._methods(), damps=self._damps)
+
+    def _damps(self) -> bool:
+        """Return whether the repair of a layer uses the damped Hessian, whatever the method."""
+        return self.repair.needs_gram
 
     def _methods(self) -> tuple[str, ...]:
         """Return the methods that may prune a layer. At least one of them has to use a setting that is not its default."""
@@ -208,7 +213,18 @@ class LayerRecipe:
     def by(self, method: str) -> LayerRecipe:
         """Return the same settings for another method, without those that it does not use."""
         values = {name: getattr(self, name) for name in LAYER_FIELDS} | {"method": method}
-        return LayerRecipe(**registry.method(method).used(values))
+        return LayerRecipe(**used(values))
+
+
+def used(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings of a layer without those that neither its method nor its repair uses.
+
+    Args:
+        values: all fields of a :class:`LayerRecipe`.
+    """
+    found = registry.method(values["method"]).used(values)
+    damps = resolved(checked({name: values[name] for name in REPAIR_FIELDS})).needs_gram
+    return found | ({"damping": values["damping"]} if damps else {})
 
 
 def check_values(settings: Mapping[str, Any]) -> None:
@@ -241,15 +257,23 @@ def check_scope(scope: Any, pattern: Pattern) -> None:
         )
 
 
-def check_used(settings: Mapping[str, Any], methods: Iterable[str], where: str = "") -> None:
+def check_used(
+    settings: Mapping[str, Any], methods: Iterable[str], where: str = "", *, damps: Callable[[], bool] = lambda: False
+) -> None:
     """Refuse settings that differ from their default and that none of the methods uses.
 
+    Args:
+        settings: name → value.
+        methods: names of the methods.
+        where: words that are added to the message.
+        damps: returns whether a repair uses ``damping``. It is called only if no method does.
+
     Raises:
-        RecipeError: there is such a setting; ``where`` is added to the message.
+        RecipeError: there is such a setting.
     """
     rows = [registry.method(name) for name in methods]
     for name in registry.LAYER_SETTINGS:
-        if all(name in row.unused(settings) for row in rows):
+        if all(name in row.unused(settings) for row in rows) and not (name == "damping" and damps()):
             raise RecipeError(
                 f"method {' or '.join(row.name for row in rows)} does not use {name}{where}; leave it out (it uses "
                 f"{', '.join(name for name in LAYER_FIELDS[1:] if all(name in row.used({name: None}) for row in rows))})"

@@ -9,6 +9,7 @@ from typing import Any
 from thanos import registry
 from thanos.errors import RecipeError
 from thanos.recipe.override import Override
+from thanos.recipe.repair import REPAIR_FIELDS
 
 
 def underscored(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -31,6 +32,10 @@ def without_unused(values: dict[str, Any], overrides: list[Override]) -> tuple[d
     base = values.get("method", registry.DEFAULT_METHOD)
     rows = [registry.method(name) for name in (base, *(o.settings.get("method", base) for o in overrides))]
     used = {setting for row in rows for setting in row.settings}
+    repaired = any(
+        settings.get(name) for settings in (values, *(o.settings for o in overrides)) for name in REPAIR_FIELDS
+    )
+    damping = {"damping"} if repaired else set[str]()  # a repair may use it, whatever the method
 
     def kept(settings: Mapping[str, Any], allowed: Iterable[str]) -> dict[str, Any]:
         return {
@@ -38,6 +43,7 @@ def without_unused(values: dict[str, Any], overrides: list[Override]) -> tuple[d
         }
 
     def of(override: Override) -> Iterable[str]:
-        return registry.method(override.settings["method"]).settings if "method" in override.settings else used
+        own = registry.method(override.settings["method"]).settings if "method" in override.settings else used
+        return {*own, *damping}
 
-    return kept(values, used), [dataclasses.replace(o, settings=kept(o.settings, of(o))) for o in overrides]
+    return kept(values, used | damping), [dataclasses.replace(o, settings=kept(o.settings, of(o))) for o in overrides]

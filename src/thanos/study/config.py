@@ -230,7 +230,7 @@ def _many(check: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, ...]]:
 def _of_recipe(name: str) -> Callable[[Any], Any]:
     """Return the check of one value of a recipe's setting, made from the setting's description."""
     described, (kind, _) = _SETTINGS[name], _TYPES[name]
-    if name == "pattern":
+    if name in ("pattern", "dense_target"):
         return _layer(name)
     if described.choices is not None:
         return _one_of(described.choices)

@@ -7,13 +7,15 @@ with its reason. The other cells of the product still run.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from thanos import registry
 from thanos.recipe import LayerRecipe, Recipe
+from thanos.recipe.allocation import ALLOCATIONS
+from thanos.recipe.repair import REPAIR_FIELDS, Repair, checked, resolved
 from thanos.registry import parse_pattern
 from thanos.run.model_card import public_name as public
 
@@ -25,8 +27,8 @@ class Cell:
     """One point of the grid, normalised so that equal runs are equal cells.
 
     A field that the method or pattern does not use is None: the block size and damping of Wanda, the sparsity of n:m, a scope
-    that is the method's own, all fields but the model and method of ``dense``. The fields are those of
-    :class:`~thanos.recipe.Recipe`.
+    that is the method's own or the effort's, the effort ``fast``, a part of the repair that is what the effort says, all fields
+    but the model and method of ``dense``. The fields are those of :class:`~thanos.recipe.Recipe`.
     """
 
     model: str
@@ -38,6 +40,12 @@ class Cell:
     block_size: int | None = None
     damping: float | None = None
     scope: str | None = None
+    allocation: str | None = None
+    effort: str | None = None
+    dense_target: float | str | None = None
+    sequential: bool | None = None
+    refit: int | None = None
+    tune: int | None = None
     calibration: str | None = None
     samples: int | None = None
     sequence_length: int | None = None
@@ -61,6 +69,8 @@ class Cell:
         parts += [f"α {self.outlier_rows:g}{' kept' if self.keep_budget else ''}"] if self.outlier_rows else []
         parts += [f"B {self.block_size}"] if self.block_size is not None else []
         parts += [f"by {self.scope}"] if self.scope is not None else []
+        repair = repair_label(asdict(self))
+        parts += [repair] if repair else []
         return " ".join([*map(str, parts), f"seed {self.seed}"])
 
 
@@ -132,14 +142,32 @@ class Study:
         return {"dtype": self.dtype, "evaluation": evaluation, "zero_shot": zero_shot}
 
 
-def public_cell(cell: Cell) -> dict[str, Any]:
-    """Return the cell as written to the store: without local paths, and without a scope that is the method's own.
+NEWER = ("scope", "allocation", "effort", *(field.name for field in fields(Repair)))
+"""Fields of a cell that are left out where they are None."""
 
-    Cells without ``scope`` are equal to those of stores that were written before there was one.
+
+def repair_label(cell: Mapping[str, Any]) -> str:
+    """Return the allocation and the repair of a cell in a few words: ``effort max, tune 0``; empty without either.
+
+    Args:
+        cell: values of a :class:`Cell`, or of a record's ``cell``.
+    """
+    words = {True: "yes", False: "no"}
+    found = {name: cell.get(name) for name in NEWER if name != "scope" and cell.get(name) is not None}
+    texts = {
+        name: words[value] if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else value
+        for name, value in found.items()
+    }
+    return ", ".join(f"{name.replace('_', ' ')} {text}" for name, text in texts.items())
+
+
+def public_cell(cell: Cell) -> dict[str, Any]:
+    """Return the cell as written to the store: without local paths, and without newer fields that are None.
+
+    So such cells are equal to those of stores that were written before there were these fields.
     """
     values = asdict(cell) | {"model": public(cell.model)}
-    if cell.scope is None:
-        del values["scope"]
+    values = {name: value for name, value in values.items() if value is not None or name not in NEWER}
     return values | {"calibration": None if cell.calibration is None else public(cell.calibration)}
 
 
@@ -167,10 +195,36 @@ def _normal(cell: Cell) -> Cell:
     elif cell.sparsity is None:
         cell = replace(cell, sparsity=LayerRecipe(pattern=str(pattern)).resolved_sparsity)
     method = registry.method(cell.method)
-    damping = float(cell.damping or 0) if "damping" in method.settings else None
+    cell = _normal_repair(cell)
+    damps = "damping" in method.settings or resolved_repair(cell).needs_gram
+    damping = float(cell.damping or 0) if damps else None
     if "block_size" not in method.settings or pattern.whole_columns:
         block_size = None
     else:
         block_size = cell.block_size or method.default_block_size(pattern)
-    scope = None if not pattern.any_entries or cell.scope == method.scope else cell.scope
+    own = registry.effort(cell.effort or registry.DEFAULT_EFFORT).scope or method.scope
+    scope = None if not pattern.any_entries or cell.scope == own else cell.scope
     return replace(cell, block_size=block_size, damping=damping, scope=scope)
+
+
+def resolved_repair(cell: Cell) -> Repair:
+    """Return the parts of a cell's repair, each as it runs."""
+    return resolved(_repair_settings(cell))
+
+
+def _normal_repair(cell: Cell) -> Cell:
+    """Return the cell with None for the effort ``fast``, and for each part that is what the effort says."""
+    effort = cell.effort or registry.DEFAULT_EFFORT
+    row, given = registry.effort(effort), checked(_repair_settings(cell))
+    parts = {part.name: given[part.name] for part in fields(Repair)}
+    return replace(
+        cell,
+        allocation=None if cell.allocation == ALLOCATIONS[0] else cell.allocation,
+        effort=None if effort == registry.DEFAULT_EFFORT else effort,
+        **{name: None if value == getattr(row, name) else value for name, value in parts.items()},
+    )
+
+
+def _repair_settings(cell: Cell) -> dict[str, Any]:
+    values = {name: getattr(cell, name) for name in REPAIR_FIELDS}
+    return values | {"effort": cell.effort or registry.DEFAULT_EFFORT}

@@ -22,6 +22,7 @@ from thanos.study.report.sections.fairness import fairness
 from thanos.study.report.sections.noise import noise
 from thanos.study.report.sections.outliers import outliers
 from thanos.study.report.sections.paper import perplexity_table, zero_shot_table
+from thanos.study.report.sections.repair import repair
 from thanos.study.report.sections.scope import scope
 from thanos.study.report.sections.summary import summary
 from thanos.study.report.sections.where import where
@@ -48,7 +49,7 @@ FULL = Results(MODEL, full_study(blocks=2))
 def test_every_section_speaks_on_a_full_store_and_asks_for_cells_on_an_empty_one(section) -> None:
     assert section(FULL).tables
     empty = section(Results(MODEL, []))
-    assert empty.missing or section.__name__ in ("scope", "variations")
+    assert empty.missing or section.__name__ in ("scope", "repair", "variations")
     assert not empty.figures
 
 
@@ -139,6 +140,28 @@ def test_rows_of_another_scope_stand_beside_the_methods_own_and_in_no_other_sect
     assert [row.scope for row in results.rows] == [None]
     assert [row.value("perplexity") for row in headline_rows(results, "unstructured")] == [51.0]
     assert not scope(Results(MODEL, own)).tables
+
+
+def test_rows_with_a_repair_stand_beside_the_method_alone_and_in_no_other_section() -> None:
+    own = seeds((50.0, 51.0, 52.0))
+    best, layers = (
+        seeds((40.0, 41.0, 42.0), effort="max"),
+        seeds((45.0, 46.0, 47.0), effort="max", scope="layer", tune=4),
+    )
+    allocated = seeds((49.0, 50.0, 51.0), allocation="error")
+    results = Results(MODEL, [*own, *best, *layers, *allocated])
+    table = repair(results).tables[0]
+    assert column(table, "label") == [
+        "Thanos allocation error",
+        "Thanos effort max",
+        "Thanos budget per layer, effort max, tune 4",
+    ]
+    assert column(table, "difference") == ["−1.00", "−10.00", "−5.00"]
+    assert column(table, "verdict") == ["=", "<", "<"]
+    assert [row.repair for row in results.rows] == [""]
+    assert not scope(results).tables
+    assert [row.value("perplexity") for row in headline_rows(results, "unstructured")] == [51.0]
+    assert not repair(Results(MODEL, own)).tables
 
 
 def test_the_recommended_alpha_is_the_smallest_within_the_noise_of_the_best() -> None:

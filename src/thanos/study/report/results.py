@@ -12,6 +12,7 @@ from thanos import registry
 from thanos.errors import RecipeError
 from thanos.recipe import LayerRecipe
 from thanos.registry import parse_pattern
+from thanos.study.grid import repair_label
 from thanos.study.report.comparable import most_common, select_cells
 from thanos.study.report.numbers import Number, field_of, mean, spread
 from thanos.study.store import CellRecord
@@ -23,6 +24,7 @@ class Row:
 
     Attributes:
         sparsity: requested sparsity; for n:m that of the pattern.
+        repair: allocation and repair in a few words, see :func:`~thanos.study.grid.repair_label`; empty without either.
         alpha: fraction of outlier rows.
         records: the cells, sorted by seed.
         whole: the row of which this one is a part, see :meth:`only`; None for a whole row.
@@ -41,6 +43,7 @@ class Row:
     samples: int | None
     sequence_length: int | None
     scope: str | None
+    repair: str
     records: tuple[CellRecord, ...]
     whole: Row | None = None
     kin: tuple[Row, ...] = ()
@@ -57,6 +60,7 @@ class Row:
         parts += ["budget kept"] if self.keep_budget and self.alpha else []
         parts += [] if self.has_default_block else [f"B = {self.block_size}"]
         parts += [f"budget per {self.scope}"] if self.scope else []
+        parts += [self.repair] if self.repair else []
         return " ".join([self.name, ", ".join(parts)]).strip()
 
     @property
@@ -94,6 +98,7 @@ class Row:
             self.keep_budget,
             self.block_size or 0,
             self.scope or "",
+            self.repair,
         )
 
     def mean(self, field: str) -> Number | None:
@@ -169,8 +174,8 @@ class Results:
     """The cells of one model that can be compared: same evaluation and dtype, and rows of the same calibration and damping.
 
     ``left_out`` has the cells that are not compared, see comparable.py. ``variations`` are the rows with another calibration
-    or damping, ``scoped`` those with another scope of the budget than the method's own. ``cost_only`` is true if no cell of the
-    model was evaluated, since the study lists the model there.
+    or damping, ``repaired`` those with a repair or an allocation, ``scoped`` the others with another scope of the budget than
+    the method's own. ``cost_only`` is true if no cell of the model was evaluated, since the study lists the model there.
 
     Args:
         model: name of the model.
@@ -190,8 +195,9 @@ class Results:
         self.base = (*text, *damping)
         base = [row for row in pruned if self._is_base(row)]
         base = [dataclasses.replace(row, kin=_kin(row, base)) for row in base]
-        self.rows = [row for row in base if row.scope is None]
-        self.scoped = [row for row in base if row.scope is not None]
+        self.repaired = [row for row in base if row.repair]
+        self.rows = [row for row in base if row.scope is None and not row.repair]
+        self.scoped = [row for row in base if row.scope is not None and not row.repair]
         self.variations = [row for row in pruned if not self._is_base(row)]
 
     def _is_base(self, row: Row) -> bool:
@@ -199,9 +205,12 @@ class Results:
         return all(value is None or value == wanted for value, wanted in zip(own, self.base, strict=True))
 
     def find(self, **settings: Any) -> Row | None:
-        """Return the row with these attributes, else None. By default α = 0, block size and scope are the method's."""
+        """Return the row with these attributes, else None.
+
+        By default α = 0, block size and scope are the method's, and there is no repair.
+        """
         wanted = {"alpha": 0.0, **settings}
-        return next((row for row in (*self.rows, *self.scoped) if _matches(row, wanted)), None)
+        return next((row for row in (*self.rows, *self.scoped, *self.repaired) if _matches(row, wanted)), None)
 
     def select(self, **settings: Any) -> list[Row]:
         """Return the rows with these attributes and any values of the others."""
@@ -219,7 +228,13 @@ def over_common_seeds(*rows: Row, field: str = "perplexity") -> tuple[Row, ...]:
 
 
 def _kin(row: Row, rows: Iterable[Row]) -> tuple[Row, ...]:
-    wanted = {"method": row.method, "pattern": row.pattern, "sparsity": row.sparsity, "scope": row.scope}
+    wanted = {
+        "method": row.method,
+        "pattern": row.pattern,
+        "sparsity": row.sparsity,
+        "scope": row.scope,
+        "repair": row.repair,
+    }
     return tuple(other for other in rows if _matches(other, wanted, any_block=True))
 
 
@@ -232,6 +247,8 @@ def _matches(row: Row, wanted: dict[str, Any], *, any_block: bool = False) -> bo
     if "block_size" not in wanted and not any_block and not row.has_default_block:
         return False
     if "scope" not in wanted and row.scope is not None:
+        return False
+    if "repair" not in wanted and row.repair:
         return False
     return all(_equal(getattr(row, name), value) for name, value in wanted.items())
 
@@ -259,6 +276,7 @@ def row_of(records: Iterable[CellRecord]) -> Row:
         samples=cell["samples"],
         sequence_length=cell["sequence_length"],
         scope=cell.get("scope"),
+        repair=repair_label(cell),
         records=ordered,
     )
 
