@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import random
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,6 +38,10 @@ from thanos.recovery.states import RecoveryFolder
 
 PREFIX = "student."
 """Prefix of the pruned model's parameter names in the trained module."""
+
+CHECKPOINT_SECONDS = 60.0
+"""Least time between two checkpoints, in seconds; they are written at the end of an epoch. An epoch of a small model takes less
+time than its checkpoint, so a checkpoint after each would take most of the run."""
 
 _WEIGHTS = "weights.safetensors"
 
@@ -114,8 +119,7 @@ def _arguments(training: Training) -> TrainingArguments:
         optim="adamw_torch_fused" if cuda else "adamw_torch",
         bf16=cuda,
         use_cpu=not cuda,
-        save_strategy="steps",
-        save_steps=recipe.steps_per_epoch,
+        save_strategy="no",  # the callback says when
         logging_strategy="no",
         eval_strategy="no",
         report_to="none",
@@ -229,6 +233,7 @@ class _Watch(TrainerCallback):
         self.ended = ""
         self._loss: Any = 0.0
         self._epoch_loss, self._resumed = 0.0, 0
+        self._saved = time.monotonic()
 
     def add(self, loss: Tensor) -> None:
         """Add the loss of a micro-batch, already divided by the number of micro-batches in a step."""
@@ -268,12 +273,15 @@ class _Watch(TrainerCallback):
         if step % one.recipe.steps_per_epoch == 0:
             self._measure(state, self._epoch_loss)
             self._epoch_loss = 0.0
+            control.should_save = one.world.from_first(lambda: time.monotonic() - self._saved >= CHECKPOINT_SECONDS)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         one = self._training
+        one.guard.store()
         one.world.sum_(torch.zeros(1, device=one.device))  # every process has written its part
         if one.world.rank == 0:
             one.folder.complete_checkpoint(state.global_step, one.guard.best["step"])
+        self._saved = time.monotonic()
 
     def _measure(self, state: Any, loss: float | None) -> None:
         one = self._training
