@@ -18,7 +18,7 @@ from thanos.recovery.states import MARK, RecoveryFolder
 
 pytest.importorskip("accelerate", reason="the extra recover is not installed")
 
-from thanos.recovery import trainer  # noqa: E402  it imports accelerate
+from thanos.recovery import trainer
 
 TIMED = ("phases", "seconds")
 
@@ -110,7 +110,7 @@ def test_no_checkpoint_is_written_sooner_than_it_pays(
 ) -> None:
     monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", 1e9)
     work = interrupted(pruned, tmp_path / "out2", tiny_llama, settings(text_file), 5)
-    assert not [*work.steps.iterdir(), *work.path.glob("best-*")]
+    assert not work.path.exists(), "without a checkpoint there is nothing to resume"
     report = thanos.recover(pruned, tmp_path / "out2", dense=tiny_llama, recipe=settings(text_file), resume=True)
     assert untimed(report) == untimed(recovered[1])
     for path in recovered[0].glob("*.safetensors"):
