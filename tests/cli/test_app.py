@@ -27,7 +27,8 @@ OPTIONS = {
         "--method", "--pattern", "--sparsity", "--outlier-rows", "--keep-budget", "--block-size", "--damping", "--calibration",
         "--samples", "--sequence-length", "--seed", "--device", "--dtype", "--targets", "--skip", "--recipe", "--overwrite",
         "--resume", "--activations", "--plan", "--json", "--trust-remote-code", "--threads", "--quiet", "--help",
-        "--scope", "--effort", "--dense-target", "--sequential", "--no-sequential", "--refit", "--tune", "--held-out", "--tune-rate",
+        "--scope", "--effort", "--dense-target", "--sequential", "--no-sequential", "--refit", "--tune", "--held-out",
+        "--tune-rate",
     },
     "eval": {
         "--text", "--sequence-length", "--max-windows", "--dense", "--tasks", "--task-folder",
