@@ -155,7 +155,7 @@ def evaluate(
             other = None
             if dense_source is not None:
                 other = load_model(dense_source, dtype=dtype, device=where)
-            chosen = choose_bos(bos, joined, tokenizer, other or network, sequence_length, tell)
+            chosen = choose_bos(bos, joined, tokenizer, other or network, sequence_length, tell, max_windows)
             windows = cut_windows(joined, tokenizer, network, text, sequence_length, max_windows, chosen)
             name = None if dense is None else str(dense)
             reference = Reference(text=text, windows=windows, dense=name, model=other, bos=chosen)
@@ -209,6 +209,7 @@ def choose_bos(
     model: PreTrainedModel,
     sequence_length: int,
     tell: Callable[[Event], None],
+    max_windows: int | None = None,
 ) -> Bos:
     """Return the position of BOS in the windows of a text, by the losses of ``model``.
 
@@ -234,6 +235,7 @@ def choose_bos(
         sequence_length,
         mean_loss,
         lambda line: tell(Event(kind="note", phase="evaluate", message=line)),
+        max_windows,
     )
 
 

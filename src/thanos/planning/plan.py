@@ -21,7 +21,7 @@ from thanos.checkpoint.entries import count_zeros
 from thanos.checkpoint.writer import disk_shortage
 from thanos.engine.activations import check_place, choose_place
 from thanos.engine.block_runner import most_sequences
-from thanos.engine.distributed import launched
+from thanos.engine.joining import launched
 from thanos.engine.weights import ModelWeights
 from thanos.errors import RecipeError, resource_errors
 from thanos.events import Watcher

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from thanos.calibration.windows import Calibration, make_calibration
 from thanos.checkpoint.writer import check_room
-from thanos.engine.distributed import World, join, my_device, speaks
+from thanos.engine.distributed import World
+from thanos.engine.joining import join, my_device, speaks
 from thanos.errors import NumericsError, resource_errors
 from thanos.events import LOG_NAME, RUN_NAME, Event, Watcher
 from thanos.model.loading import check_token_ids

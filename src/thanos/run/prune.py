@@ -15,8 +15,9 @@ from thanos.calibration.windows import Calibration, calibrate
 from thanos.checkpoint.writer import CheckpointWriter
 from thanos.engine.activations import check_place
 from thanos.engine.block_runner import Passes
-from thanos.engine.distributed import World, join, my_device, speaks
+from thanos.engine.distributed import World
 from thanos.engine.inputs import EngineInputs
+from thanos.engine.joining import join, my_device, speaks
 from thanos.engine.loop import Engine
 from thanos.engine.rank_zero import SharedJournal, SharedWriter
 from thanos.engine.weights import ModelWeights
