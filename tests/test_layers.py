@@ -20,6 +20,7 @@ LAYERS = (
     "registry",
     "recipe",
     "checkpoint solvers",
+    "sparse",
     "model",
     "calibration",
     "engine",

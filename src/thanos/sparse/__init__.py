@@ -1,0 +1,1 @@
+"""Packed sparse weights: storage formats, kernels, and the loader for transformers."""
