@@ -25,7 +25,7 @@ LAYERS = (
     "calibration",
     "engine",
     "run",
-    "evaluation planning",
+    "evaluation export planning",
     "bench",
     "study",
     "cli",

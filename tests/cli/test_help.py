@@ -41,6 +41,12 @@ HEADINGS = {
         "Output": {"--quiet", "--help"},
     },
     "report": {"Output": {"--readme", "--quiet", "--help"}},
+    "pack": {
+        "What to prune": {"--least-weights"},
+        "Where and how it runs": {"--trust-remote-code"},
+        "Output": {"--overwrite", "--json", "--quiet", "--help"},
+    },
+    "unpack": {"Output": {"--overwrite", "--quiet", "--help"}},
     "bench layer": {
         "Method and sparsity": {"--method", "--pattern", "--sparsity", "--block-size", "--damping"},
         "Layer and timing": {"--seed", "--shape", "--tokens", "--repeats", "--peer"},

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sparse_matrices import same_bits, sparse_weight
 from thanos.sparse.formats import (
     PackedWeight,
     choose_format,
@@ -19,19 +20,6 @@ from thanos.sparse.formats import (
 )
 
 DTYPES = (torch.bfloat16, torch.float16)
-
-
-def sparse_weight(rows: int, columns: int, *, n: int = 16, m: int = 32, dtype=torch.bfloat16, seed: int = 0) -> Tensor:
-    """Random weights of which n in each m of a row stay; a last group that is shorter keeps n at most."""
-    draw = torch.Generator().manual_seed(seed)
-    wide = -(-columns // m) * m
-    scores = torch.rand(rows, wide // m, m, generator=draw)
-    kept = (scores.argsort(-1).argsort(-1) < n).view(rows, wide)[:, :columns]
-    return torch.randn(rows, columns, generator=draw).masked_fill(~kept, 0).to(dtype)  # a product would give -0
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and torch.equal(a.view(torch.int16), b.view(torch.int16))
 
 
 def read_words(packed: PackedWeight) -> Tensor:

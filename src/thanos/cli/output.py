@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from thanos.evaluation.inspect import Inspection
     from thanos.evaluation.perplexity import Evaluation
     from thanos.evaluation.tasks import ZeroShot
+    from thanos.export.record import LayerPacking, Packing
     from thanos.planning.plan import Plan
     from thanos.run.report import PruningReport
     from thanos.study.report.build import Report
@@ -153,6 +154,43 @@ def show_inspection(found: Inspection, json_file: Path | None) -> None:
     _finish(rows, found.to_dict(), json_file)
     for violation in found.violations:
         print(f"{violation.name}: {violation.reason}", file=sys.stderr)
+
+
+def show_packing(report: Packing, out: Path, json_file: Path | None) -> None:
+    """Print what was packed and why other layers were not, and write it as JSON if a file is given."""
+    if not _to_stdout(json_file):
+        rows = [
+            (
+                layer.name,
+                f"{layer.rows} × {layer.columns}",
+                f"{layer.format} {layer.n}:32" if layer.n else layer.format or "dense",
+                f"{100 * layer.nbytes / layer.dense_bytes:.1f} %" if layer.format else "-",
+                layer.reason or "-",
+            )
+            for layer in report.layers
+        ]
+        print_table(("layer", "shape", "format", "bytes", "stays dense because"), rows)
+    packed = [layer for layer in report.layers if layer.format]
+    rows = [
+        ("packed layers", f"{len(packed)} of {len(report.layers)}"),
+        ("bytes of the packed layers", _share_of_bytes(packed)),
+        ("bytes of all tensors", f"{report.nbytes:,} of {report.dense_bytes:,}"),
+        ("written to", str(out)),
+    ]
+    values = report.to_dict()
+    del values["dense"]  # the files' headers, which only unpack reads
+    _finish(rows, values, json_file)
+
+
+def _share_of_bytes(layers: Sequence[LayerPacking]) -> str:
+    size, dense = sum(layer.nbytes for layer in layers), sum(layer.dense_bytes for layer in layers)
+    return f"{100 * size / dense:.2f} %  ({size:,} of {dense:,})"
+
+
+def show_unpacking(out: Path, *, identical: bool) -> None:
+    """Print where the dense folder is, and whether it is the one that was packed."""
+    what = "the folder that was packed, byte by byte" if identical else "the same tensors, in new files"
+    print_table(("", ""), [("unpacked", what), ("written to", str(out))])
 
 
 def show_study_report(report: Report, out: Path, warnings: Sequence[str], readme: Path | None) -> None:
