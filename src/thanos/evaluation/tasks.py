@@ -125,12 +125,12 @@ def zero_shot(
     _check_limit(limit)
     if dtype != "auto":
         parse_dtype(dtype)
-    find_local(model, trust_remote_code=trust_remote_code)
+    find_local(model, trust_remote_code=trust_remote_code, packed=True)
     check_bos(bos)
     where = choose_device(device) if network is None else network.device
     cache = cache and network is None  # the weights of a loaded model have no hash
     check_tasks(tasks, task_folder)
-    source = resolve_model(model, trust_remote_code=trust_remote_code)
+    source = resolve_model(model, trust_remote_code=trust_remote_code, packed=True)
     add_bos = bos == "window"
     if add_bos and added_bos(source.tokenizer()) is None:
         raise DataError(
