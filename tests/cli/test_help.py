@@ -42,7 +42,7 @@ HEADINGS = {
     },
     "report": {"Output": {"--readme", "--quiet", "--help"}},
     "pack": {
-        "What to prune": {"--least-weights"},
+        "What to pack": {"--least-weights"},
         "Where and how it runs": {"--trust-remote-code"},
         "Output": {"--overwrite", "--json", "--quiet", "--help"},
     },
@@ -52,6 +52,11 @@ HEADINGS = {
         "Layer and timing": {"--seed", "--shape", "--tokens", "--repeats", "--peer"},
         "Where and how it runs": {"--device", "--threads"},
         "Output": {"--json", "--help"},
+    },
+    "bench decode": {
+        "What to time": {"--dense", "--context", "--new-tokens"},
+        "Where and how it runs": {"--device", "--trust-remote-code", "--threads"},
+        "Output": {"--json", "--quiet", "--help"},
     },
     "bench model": {
         "Method and sparsity": {"--method", "--pattern", "--sparsity", "--block-size"},

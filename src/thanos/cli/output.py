@@ -12,6 +12,7 @@ from thanos.errors import ResourceError
 from thanos.system.documents import json_text
 
 if TYPE_CHECKING:
+    from thanos.bench.decode import DecodeReport
     from thanos.bench.layer import LayerTime
     from thanos.bench.model import ModelTime
     from thanos.evaluation.inspect import Inspection
@@ -249,6 +250,31 @@ def show_layer_times(results: Sequence[LayerTime]) -> None:
     ]
     head = ("layer", "method", "pattern", "B", "seconds", "of factoring H", "of model", "error", "sparsity", "peak")
     print_table(head, rows)
+
+
+def show_decoding(report: DecodeReport, json_file: Path | None) -> None:
+    """Print the decoding speed and the bytes of one model or two, and write them as JSON if a file is given."""
+    _write_json(report.to_dict(), json_file)
+    if _to_stdout(json_file):
+        return
+    base = report.models[-1]
+    rows = [
+        (
+            Path(one.model).name,
+            str(one.packed_layers),
+            f"{one.tokens_per_second:.1f}",
+            f"{one.tokens_per_second / base.tokens_per_second:.2f} ×",
+            f"{one.weight_bytes / 1e9:.3f} GB",
+            f"{100 * one.weight_bytes / base.weight_bytes:.1f} %",
+            f"{one.bytes_per_second / 1e9:.1f} GB/s",
+            f"{100 * one.bytes_per_second / report.read_rate:.0f} %",
+        )
+        for one in report.models
+    ]
+    head = ("model", "packed layers", "tokens/s", "speed", "weights", "bytes", "weights read", "of the memory's rate")
+    print_table(head, rows, title=f"{report.machine['device']}, batch 1, {report.context} tokens of context")
+    if report.same_tokens is not None:
+        print(f"the first {report.same_tokens} of {report.new_tokens} new tokens are the same in both models")
 
 
 def check_writable(path: Path | None) -> None:

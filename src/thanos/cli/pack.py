@@ -35,7 +35,7 @@ def pack(
     *,
     least_weights: Annotated[
         int | None,
-        option("Layers with fewer weights stay dense", Heading.WHAT, "N", default="65,536"),
+        option("Layers with fewer weights stay dense", Heading.PACKING, "N", default="65,536"),
     ] = None,
     overwrite: Overwrite = False,
     json_file: JsonFile = None,
