@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from sparse_matrices import random_weight, sparse_weight
 from thanos.sparse.formats import PackedWeight, decode, encode
-from thanos.sparse.kernels import lacking
+from thanos.sparse.kernels import cpu, lacking
 from thanos.sparse.modules import PackedLinear
 from thanos.sparse.ops import packed_linear
 
@@ -92,7 +92,7 @@ def test_what_is_not_finite_reaches_the_rows_that_read_it(value, device):
     got = product(on(encode(weight), device), x.to(device)).cpu()[0]
     reads = weight[:, 40] != 0
     assert not got[reads].isfinite().any()
-    if device == "cuda":
+    if device == "cuda":  # the kernel of CPUs spreads a row of values over all columns, as the dense product does
         assert got[~reads].isfinite().all()
         assert_close(got[~reads][None], weight[~reads], x.nan_to_num(0, 0, 0))
 
@@ -149,12 +149,60 @@ def test_the_device_expands_the_matrix_bit_by_bit(shape, device):
         assert torch.equal(decode(packed).cpu().view(torch.int16), weight.view(torch.int16))
 
 
+needs_extension = pytest.mark.skipif(bool(cpu.lacking()), reason=cpu.lacking())
+
+
+@needs_extension
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dot", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_extension_and_the_plain_way_are_the_float64_product(shape, dot, dtype, monkeypatch):
+    draw = torch.Generator().manual_seed(2)
+    x, bias = torch.randn(3, shape[1], generator=draw).to(dtype), torch.randn(shape[0], generator=draw).to(dtype)
+    for weight in (sparse_weight(*shape, dtype=dtype), random_weight(*shape, 0.7, dtype=dtype)):
+        packed = encode(weight)
+        got = cpu.linear(x, packed.words, packed.offsets, bias, shape[0], packed.spec.n, dot=dot)
+        assert_close(got, weight, x, bias)
+        with monkeypatch.context() as patch:
+            patch.setattr(cpu, "lacking", lambda: "as if it were not built")
+            assert_close(product(packed, x, bias), weight, x, bias)
+
+
+@needs_extension
+def test_the_extension_gives_a_token_the_same_bits_with_any_batch_and_threads():
+    threads = torch.get_num_threads()
+    for weight in (sparse_weight(640, 1000), random_weight(640, 1000, 0.6)):
+        packed = encode(weight)
+        x = torch.randn(8, 1000).bfloat16()
+        whole = product(packed, x)
+        try:
+            for count in (1, 2):
+                torch.set_num_threads(count)
+                assert torch.equal(torch.cat([product(packed, row[None]) for row in x]), whole)
+        finally:
+            torch.set_num_threads(threads)
+
+
+@needs_extension
+def test_the_extension_rounds_what_is_not_finite_and_too_large():
+    weight = torch.zeros(32, 32, dtype=torch.float16)
+    weight[:, 0] = 60000
+    weight[3, 0], weight[4, 0] = float("nan"), float("inf")
+    packed = encode(weight)
+    y = product(packed, torch.full((1, 32), 2.0, dtype=torch.float16))[0]
+    assert y[3].isnan()
+    assert torch.isinf(y[[0, 4, 31]]).all()
+    assert product(encode(weight.bfloat16()), torch.full((1, 32), 2.0).bfloat16())[0, 3].isnan()
+
+
 def test_the_operator_follows_the_rules_of_torch():
     for weight in (sparse_weight(40, 70), random_weight(40, 70, 0.6)):
         packed = encode(weight)
         x, bias = torch.randn(3, 70).bfloat16(), torch.randn(40).bfloat16()
         arguments = (x, packed.words, packed.offsets, bias, packed.spec.rows, packed.spec.n)
-        torch.library.opcheck(packed_linear, arguments, test_utils=("test_schema", "test_faketensor"))
+        torch.library.opcheck(
+            torch.ops.thanos.packed_linear.default, arguments, test_utils=("test_schema", "test_faketensor")
+        )
 
 
 def test_a_compiled_module_gives_the_same():

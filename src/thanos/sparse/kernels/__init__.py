@@ -11,4 +11,8 @@ def lacking(device: torch.device, dtype: torch.dtype) -> str:
         from thanos.sparse.kernels import cuda
 
         return cuda.lacking(device)
+    if device.type == "cpu":
+        from thanos.sparse.kernels import cpu
+
+        return cpu.lacking()
     return f"there is no kernel for the device {device.type} and {str(dtype).removeprefix('torch.')}"
