@@ -2,7 +2,7 @@
 
     python benchmarks/packed.py [--device cuda] [--tokens 1] [--shapes 4096x4096,4096x14336] [--results FILE]
 
-Prints one JSON line for each shape and pattern: microseconds of both products, their ratio, the fraction of bytes, and the largest
+Prints one JSON line for each shape and pattern: microseconds of both products, their ratio, the fraction of bytes, and the
 relative error. On CUDA all products of a round are one CUDA graph. Dense and packed rounds alternate.
 """
 
