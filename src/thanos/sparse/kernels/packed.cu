@@ -107,7 +107,7 @@ __device__ __forceinline__ void fetch(Tile& t, const char* p, int n, int lane) {
     float v = value;                                                           \
     _Pragma("unroll") for (int b = 0; b < B; b++) a[b][which] += v * __shfl_sync(ALL, x[b], c); \
   }
-#define PAIR(q) STEP(low(q), 0) STEP(high(q), 1)
+#define PAIR(q) { STEP(low(q), 0) STEP(high(q), 1) }
 
 __device__ __forceinline__ void add(float (&a)[B][2], const Tile& t, int n, const float (&x)[B]) {
   u32 m = t.mask;
@@ -193,7 +193,7 @@ multiply(const char* words, const int* offsets, const u16* x, const u16* bias, u
     m ^= 0x80000000u >> c;       \
     row[c] = (u16)(value);       \
   }
-#define PUT2(q) PUT((q) & 0xffffu) PUT((q) >> 16)
+#define PUT2(q) { PUT((q) & 0xffffu) PUT((q) >> 16) }
 
 extern "C" __global__ void __launch_bounds__(256)
 expand(const char* words, const int* offsets, u16* out, int rows, int columns, int tiles, int count) {
