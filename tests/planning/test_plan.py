@@ -96,7 +96,7 @@ class TestThePlan:
         planned = thanos.plan(tiny_llama, tmp_path / "out", recipe(text_file, targets=("lm_head", "*.1.*.q_proj")))
         assert planned.layers == 2
 
-    @pytest.mark.parametrize("method", ["sparsegpt", "wanda", "magnitude"])
+    @pytest.mark.parametrize("method", ["sparsegpt", "wanda", "magnitude", "admm"])
     @pytest.mark.parametrize("pattern", ["unstructured", "2:4", "columns"])
     def test_every_method_and_pattern(
         self, method: str, pattern: str, tiny_llama: Path, text_file: Path, tmp_path: Path

@@ -29,7 +29,7 @@ from thanos.planning.device_rates import Rates, measure_rates
 from thanos.recipe import Recipe
 from thanos.run.journal import Journal
 from thanos.run.resume import RunJournal
-from thanos.run.setup import stages_of
+from thanos.run.setup import held_out_here, stages_of
 from thanos.system.documents import Document
 from thanos.system.event_stream import EventStream
 from thanos.system.meter import PhaseMeter, PhaseRecord
@@ -174,6 +174,7 @@ def _engine(
                 runner=Passes(meta_model, modules, ids, device, Path(scratch), place=activations),
                 device=device,
                 meter=meter,
+                **held_out_here(recipe, len(ids), range(len(ids))),
             ),
             stages_of(recipe),
         )

@@ -36,6 +36,7 @@ def decode(
     On CUDA each step is a CUDA graph.
     """
     from thanos.cli import output as tables
+    from thanos.cli import packed_output
     from thanos.cli import progress as display
 
     display.hush()
@@ -50,4 +51,4 @@ def decode(
         report = time_decoding(
             packed, dense=dense, device=device, context=context, new_tokens=new_tokens, on_event=watcher, **chosen
         )
-    tables.show_decoding(report, json_file)
+    packed_output.show_decoding(report, json_file)

@@ -12,14 +12,13 @@ from thanos.errors import ResourceError
 from thanos.system.documents import json_text
 
 if TYPE_CHECKING:
-    from thanos.bench.decode import DecodeReport
     from thanos.bench.layer import LayerTime
     from thanos.bench.model import ModelTime
-    from thanos.evaluation.inspect import Inspection
+    from thanos.evaluation.inspect import Inspection, NotFinite
     from thanos.evaluation.perplexity import Evaluation
     from thanos.evaluation.tasks import ZeroShot
-    from thanos.export.record import LayerPacking, Packing
     from thanos.planning.plan import Plan
+    from thanos.recovery.report import RecoveryReport
     from thanos.run.report import PruningReport
     from thanos.study.report.build import Report
     from thanos.system.meter import PhaseRecord
@@ -56,6 +55,26 @@ def show_report(report: PruningReport, out: Path, *, complete: bool = False) -> 
     show_warnings(report)
 
 
+def show_recovery(report: RecoveryReport, out: Path, json_file: Path | None, *, complete: bool = False) -> None:
+    """Print the results of a recovery, and write them as JSON if a file is given.
+
+    ``complete`` is true if an earlier run had already finished ``out``; the report is then that run's.
+    """
+    sequences = report.sequences
+    before, after = report.held_out_before, report.held_out_after
+    rows = [
+        ("held-out KL divergence to the dense model", f"{before:.5f} → {after:.5f} nats a token"),
+        ("sequences trained, held out", f"{sequences['trained']}, {sequences['held_out']}"),
+        ("weights written", f"of step {report.best_step} of {report.steps}" if report.best_step else "those of before"),
+        ("layers with fixed zeros, zeros", f"{report.masked_layers}, {report.zeros:,}"),
+        *phase_rows(report.phases),
+        ("already complete, in" if complete else "written to", str(out)),
+    ]
+    finish(rows, report.to_dict(), json_file)
+    for line in report.warnings:
+        print(f"warning: {line}", file=sys.stderr)
+
+
 def show_plan(plan: Plan, json_file: Path | None) -> None:
     """Print the plan of a run, and on the standard error the resources that are too small."""
     rows = [
@@ -69,7 +88,7 @@ def show_plan(plan: Plan, json_file: Path | None) -> None:
     ]
     if plan.device_peak_bytes is not None and plan.device_free_bytes is not None:
         rows.append(("device memory", _room(plan.device_peak_bytes, plan.device_free_bytes)))
-    _finish(rows, plan.to_dict(), json_file)
+    finish(rows, plan.to_dict(), json_file)
     for line in plan.does_not_fit:
         print(f"warning: {line}", file=sys.stderr)
 
@@ -108,7 +127,7 @@ def show_evaluation(result: Evaluation, json_file: Path | None) -> None:
             ("KL divergence to it, nats a token", f"{result.kl_divergence:.5f}"),
             ("same most probable token", f"{100 * result.top1_agreement:.2f} %"),
         ]
-    _finish(rows, result.to_dict(), json_file)
+    finish(rows, result.to_dict(), json_file)
 
 
 def show_zero_shot(result: ZeroShot, json_file: Path | None) -> None:
@@ -119,14 +138,14 @@ def show_zero_shot(result: ZeroShot, json_file: Path | None) -> None:
         (name, *(_score(score[key]) for key in keys), f"{score['samples']:,}") for name, score in result.tasks.items()
     ]
     rows.append(("average", *(_score(result.average[key]) for key in keys), ""))
-    _write_json(result.to_dict(), json_file)
-    if not _to_stdout(json_file):
+    write_json(result.to_dict(), json_file)
+    if not to_stdout(json_file):
         print_table(head, rows, title=f"{Path(result.model).name}, zero-shot (lm_eval {result.versions['lm_eval']})")
 
 
 def show_inspection(found: Inspection, json_file: Path | None) -> None:
     """Print the inspection of a checkpoint, and write it as JSON if a file is given."""
-    if not _to_stdout(json_file):
+    if not to_stdout(json_file):
         rows = [
             (
                 layer.name,
@@ -152,46 +171,26 @@ def show_inspection(found: Inspection, json_file: Path | None) -> None:
     ]
     if found.require:
         rows.append((f"pattern {found.require}", "broken" if found.violations else "satisfied by every targeted layer"))
-    _finish(rows, found.to_dict(), json_file)
+    damaged, others = found.damaged, [tensor for tensor in found.not_finite if not tensor.parameter]
+    rows.append(("NaN, infinity in parameters", _not_finite(damaged)))
+    if others:
+        rows.append(("NaN, infinity in other tensors", f"{_not_finite(others)}; this is allowed"))
+    finish(rows, found.to_dict(), json_file)
+    for tensor in damaged:
+        print(
+            f"{tensor.name}: {tensor.nan:,} NaN and {tensor.infinite:,} infinite entries; the checkpoint is damaged: "
+            "download or save it again",
+            file=sys.stderr,
+        )
     for violation in found.violations:
         print(f"{violation.name}: {violation.reason}", file=sys.stderr)
 
 
-def show_packing(report: Packing, out: Path, json_file: Path | None) -> None:
-    """Print what was packed and why other layers were not, and write it as JSON if a file is given."""
-    if not _to_stdout(json_file):
-        rows = [
-            (
-                layer.name,
-                f"{layer.rows} × {layer.columns}",
-                f"{layer.format} {layer.n}:32" if layer.n else layer.format or "dense",
-                f"{100 * layer.nbytes / layer.dense_bytes:.1f} %" if layer.format else "-",
-                layer.reason or "-",
-            )
-            for layer in report.layers
-        ]
-        print_table(("layer", "shape", "format", "bytes", "stays dense because"), rows)
-    packed = [layer for layer in report.layers if layer.format]
-    rows = [
-        ("packed layers", f"{len(packed)} of {len(report.layers)}"),
-        ("bytes of the packed layers", _share_of_bytes(packed)),
-        ("bytes of all tensors", f"{report.nbytes:,} of {report.dense_bytes:,}"),
-        ("written to", str(out)),
-    ]
-    values = report.to_dict()
-    del values["dense"]  # the files' headers, which only unpack reads
-    _finish(rows, values, json_file)
-
-
-def _share_of_bytes(layers: Sequence[LayerPacking]) -> str:
-    size, dense = sum(layer.nbytes for layer in layers), sum(layer.dense_bytes for layer in layers)
-    return f"{100 * size / dense:.2f} %  ({size:,} of {dense:,})"
-
-
-def show_unpacking(out: Path, *, identical: bool) -> None:
-    """Print where the dense folder is, and whether it is the one that was packed."""
-    what = "the folder that was packed, byte by byte" if identical else "the same tensors, in new files"
-    print_table(("", ""), [("unpacked", what), ("written to", str(out))])
+def _not_finite(tensors: Sequence[NotFinite]) -> str:
+    if not tensors:
+        return "none"
+    where = f"in {len(tensors)} {'tensor' if len(tensors) == 1 else 'tensors'}"
+    return f"{sum(t.nan for t in tensors):,} NaN, {sum(t.infinite for t in tensors):,} infinite {where}"
 
 
 def show_study_report(report: Report, out: Path, warnings: Sequence[str], readme: Path | None) -> None:
@@ -252,38 +251,13 @@ def show_layer_times(results: Sequence[LayerTime]) -> None:
     print_table(head, rows)
 
 
-def show_decoding(report: DecodeReport, json_file: Path | None) -> None:
-    """Print the decoding speed and the bytes of one model or two, and write them as JSON if a file is given."""
-    _write_json(report.to_dict(), json_file)
-    if _to_stdout(json_file):
-        return
-    base = report.models[-1]
-    rows = [
-        (
-            Path(one.model).name,
-            str(one.packed_layers),
-            f"{one.tokens_per_second:.1f}",
-            f"{one.tokens_per_second / base.tokens_per_second:.2f} ×",
-            f"{one.weight_bytes / 1e9:.3f} GB",
-            f"{100 * one.weight_bytes / base.weight_bytes:.1f} %",
-            f"{one.bytes_per_second / 1e9:.1f} GB/s",
-            f"{100 * one.bytes_per_second / report.read_rate:.0f} %",
-        )
-        for one in report.models
-    ]
-    head = ("model", "packed layers", "tokens/s", "speed", "weights", "bytes", "weights read", "of the memory's rate")
-    print_table(head, rows, title=f"{report.machine['device']}, batch 1, {report.context} tokens of context")
-    if report.same_tokens is not None:
-        print(f"the first {report.same_tokens} of {report.new_tokens} new tokens are the same in both models")
-
-
 def check_writable(path: Path | None) -> None:
     """Check that a file can be written, before the work begins.
 
     Raises:
         ResourceError: the file's folder does not exist, the path is a folder, or it is not writable.
     """
-    if path is None or _to_stdout(path):
+    if path is None or to_stdout(path):
         return
     if path.is_dir():
         raise ResourceError(f"--json {path} is a folder; give a file, or - for the standard output")
@@ -294,21 +268,24 @@ def check_writable(path: Path | None) -> None:
         raise ResourceError(f"--json {path} cannot be written: you may not write there; give another place")
 
 
-def _to_stdout(path: Path | None) -> bool:
+def to_stdout(path: Path | None) -> bool:
+    """Return whether JSON goes to the standard output."""
     return path is not None and str(path) == "-"
 
 
-def _finish(rows: Sequence[tuple[str, str]], values: dict[str, Any], json_file: Path | None) -> None:
-    _write_json(values, json_file)
-    if not _to_stdout(json_file):
+def finish(rows: Sequence[tuple[str, str]], values: dict[str, Any], json_file: Path | None) -> None:
+    """Print rows of names and values; write the JSON if a file is given, instead if it is the standard output."""
+    write_json(values, json_file)
+    if not to_stdout(json_file):
         print_table(("", ""), rows)
 
 
-def _write_json(values: dict[str, Any], json_file: Path | None) -> None:
+def write_json(values: dict[str, Any], json_file: Path | None) -> None:
+    """Write a result as JSON if a file is given."""
     if json_file is None:
         return
     text = json_text(values)
-    if _to_stdout(json_file):
+    if to_stdout(json_file):
         sys.stdout.write(text)
     else:
         json_file.write_text(text, encoding="utf-8")

@@ -47,6 +47,7 @@ def pack(
     transformers loads OUT after `import thanos.sparse`.
     """
     from thanos.cli import output as tables
+    from thanos.cli import packed_output
     from thanos.cli import progress as display
 
     display.hush()
@@ -56,7 +57,7 @@ def pack(
     chosen = {} if least_weights is None else {"least_weights": least_weights}
     with display.watch(quiet=quiet) as watcher:
         report = write(model, out, overwrite=overwrite, on_event=watcher, **chosen, **given(settings))
-    tables.show_packing(report, out, json_file)
+    packed_output.show_packing(report, out, json_file)
 
 
 def unpack(
@@ -70,7 +71,7 @@ def unpack(
     quiet: Quiet = False,
 ) -> None:
     """Write the dense folder of PACKED to OUT, byte by byte the one that was packed."""
-    from thanos.cli import output as tables
+    from thanos.cli import packed_output
     from thanos.cli import progress as display
 
     display.hush()
@@ -78,4 +79,4 @@ def unpack(
 
     with display.watch(quiet=quiet) as watcher:
         dense = write(packed, out, overwrite=overwrite, on_event=watcher)
-    tables.show_unpacking(out, identical=dense is not None)
+    packed_output.show_unpacking(out, identical=dense is not None)

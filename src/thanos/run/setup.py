@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from thanos._version import __version__
 from thanos.calibration.text import check_text_source
 from thanos.calibration.windows import Calibration, check_positions
 from thanos.checkpoint.writer import check_room
 from thanos.engine.picture import Picture, draw_picture
+from thanos.engine.routing import Routing
 from thanos.engine.stages.base import BlockStage
 from thanos.engine.stages.prune import PruneStage
+from thanos.engine.stages.tune import TuneStage
 from thanos.errors import ModelError, RecipeError
 from thanos.events import Event, Watcher
 from thanos.model.layers import LinearLayer, find_blocks, linear_layers, select_layers
 from thanos.model.loading import context_length, end_of_text_id
 from thanos.model.opening import OpenedModel, open_model
 from thanos.model.source import ModelSource
+from thanos.model.unused import Unused
 from thanos.patterns.budget import Budget
 from thanos.recipe import LayerRecipe, Recipe, check_globs
+from thanos.recipe.repair import held_out_of
 from thanos.run.report import DenseRecord
 from thanos.run.survey import sampled_sparsity, survey
 from thanos.system.device import choose_device
@@ -97,6 +105,9 @@ def prepare(
         ResourceError: the disk has too little room.
     """
     opened = open_model(source, recipe.dtype)
+    tensors = opened.checkpoint.tensors
+    if spare := tensors.keys() - set(opened.key_of.values()):
+        opened.notes.extend(Unused(opened.meta_model, tensors, opened.key_of).notes(spare))
     for note in opened.notes:
         watch(Event(kind="note", phase="load", message=note))
     chosen, left_dense = select_layers(linear_layers(opened.meta_model), recipe)
@@ -106,6 +117,7 @@ def prepare(
         chosen = {layer: settings for layer, settings in chosen.items() if layer.name not in left_dense}
         opened.notes.append(_say_unreached(unreached, left=bool(chosen)))
         watch(Event(kind="note", phase="load", message=opened.notes[-1]))
+    _check_repair(opened, chosen, picture, watch)
     embedding = getattr(opened.meta_model.get_input_embeddings(), "weight", None)
     for layer, settings in chosen.items():
         if layer.weight_name not in opened.key_of or layer.module.get_parameter("weight") is embedding:
@@ -123,6 +135,30 @@ def prepare(
     sparsity = _note_zeros(opened, list(chosen), watch)
     dense, zeros = survey(opened, chosen, left_dense, watch) if look else ([], 0)
     return Prepared(opened, chosen, picture, dense, zeros, sparsity)
+
+
+def _check_repair(
+    opened: OpenedModel, layers: dict[LinearLayer, LayerRecipe], picture: Picture, watch: Watcher
+) -> None:
+    """Check that the model allows the repair of its layers. Add a note on layers whose dense target is left out.
+
+    Raises:
+        RecipeError: sequences are held out, but the model's blocks need all sequences of a batch together.
+    """
+    if picture.shares and any(settings.repair.holds_out for settings in layers.values()):
+        raise RecipeError(
+            f"{type(opened.meta_model).__name__} passes values between blocks batch by batch, so that no sequences can be held "
+            "out to choose a dense target or to guard a tuning; set dense_target to a number, and tune to 0"
+        )
+    routing = Routing(opened.meta_model)
+    left = [layer for layer, settings in layers.items() if settings.repair.retargets and not routing.covers(layer)]
+    if left:
+        note = (
+            f"{len(left)} layers of experts, the first of them {left[0].name}, are pruned without a dense target: the model's "
+            "own code sends tokens to them, so that those of the dense and of the pruned model cannot be paired"
+        )
+        opened.notes.append(note)
+        watch(Event(kind="note", phase="load", message=note))
 
 
 def _unreached(picture: Picture, layers: Iterable[LinearLayer]) -> list[LinearLayer]:
@@ -158,15 +194,31 @@ def _note_zeros(opened: OpenedModel, layers: Sequence[LinearLayer], watch: Watch
 
 
 def check_calibration(recipe: Recipe, given: Calibration | None, source: ModelSource | None = None) -> None:
-    """Check that the calibration text can be used, before a model is loaded; no check if windows are ``given``.
+    """Check that the calibration text can be used, before a model is loaded. Of ``given`` windows, only the number is checked.
 
     With ``source``, the check includes a chat template of its tokenizer for texts that are chats.
 
     Raises:
         DataError: the text cannot be used.
+        RecipeError: too few windows are given to hold any out.
     """
+    if given is not None and recipe.holds_out:
+        held_out_of(len(given.ids), recipe.held_out)
     if given is None:
         check_text_source(recipe.calibration, tokenizer=None if source is None else source.tokenizer)
+
+
+def held_out_here(recipe: Recipe, samples: int, share: range) -> dict[str, Any]:
+    """Return the values of ``first``, ``held_out`` and ``held_out_of_all`` in :class:`~thanos.engine.inputs.EngineInputs`.
+
+    Args:
+        recipe: the recipe.
+        samples: number of sequences of all processes.
+        share: the range of this process's sequences among them.
+    """
+    count = held_out_of(samples, recipe.held_out) if recipe.holds_out else 0
+    first = min(max(samples - count - share.start, 0), len(share))
+    return {"first": share.start, "held_out": range(first, len(share)), "held_out_of_all": count}
 
 
 def smaller_calibration(recipe: Recipe) -> str:
@@ -176,4 +228,23 @@ def smaller_calibration(recipe: Recipe) -> str:
 
 def stages_of(recipe: Recipe) -> tuple[BlockStage, ...]:
     """Return the stages that a recipe runs on each block, in order."""
-    return (PruneStage(measure_error=recipe.measure_error),)
+    prune = PruneStage(measure_error=recipe.measure_error)
+    if any(repair.tune for repair in recipe.repairs):
+        return prune, TuneStage(rate=recipe.tune_rate, seed=recipe.seed)
+    return (prune,)
+
+
+def shared_facts(recipe: Recipe, opened: OpenedModel) -> dict[str, Any]:
+    """Return the facts that must be equal in all processes of a run, by name."""
+    import transformers
+
+    tensors = sorted((name, str(info.dtype), info.shape) for name, info in opened.checkpoint.tensors.items())
+    config = {key: value for key, value in opened.meta_model.config.to_dict().items() if key != "_name_or_path"}
+    return {
+        **{f"the recipe's {name}": value for name, value in recipe.to_dict().items()},
+        "the model's config": hashlib.sha256(repr(sorted(config.items())).encode()).hexdigest(),
+        "the list of the model's tensors": hashlib.sha256(repr(tensors).encode()).hexdigest(),
+        "thanos": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }

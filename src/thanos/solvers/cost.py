@@ -98,3 +98,18 @@ def compensating_bytes(size: Size, scores: int = 0) -> int:
     inside += max(3 * size.entries if scores else 0, 4 * _ROW_VECTORS * size.rows * size.block)
     after = (4 + 1 + 4 + 4) * size.entries + size.image_bytes
     return max(inside, after)
+
+
+def support_fit(size: Size, steps: float) -> Cost:
+    """Return the cost of ``steps`` conjugate gradients on the support, and of three residuals: see ``support_cg.py``."""
+    c, b = float(size.rows), float(size.columns)
+    return Cost((steps + 3) * 2 * c * b**2, (steps + 3) * 4 * (10 * c * b + b**2))
+
+
+def support_fit_bytes(size: Size) -> int:
+    """Return the bytes that the conjugate gradients on the support hold.
+
+    They hold the start, the first residual and six matrices of their own, and two masks; the measurement of the error after
+    them holds the result and the change of the weight.
+    """
+    return max((4 * 8 + 2) * size.entries, (4 + 1 + 4 + 4) * size.entries + size.image_bytes)
