@@ -6,17 +6,13 @@ Import this module only after :func:`require_trainer`: the Trainer needs acceler
 from __future__ import annotations
 
 import math
-import os
-import random
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -32,6 +28,7 @@ from thanos.model.experts import mixtures
 from thanos.model.layers import find_blocks
 from thanos.recovery.distance import Distillation
 from thanos.recovery.guard import HELD_OUT, Guard
+from thanos.recovery.isolation import own_state
 from thanos.recovery.recipe import RecoveryRecipe, one_cycle
 from thanos.recovery.sequences import Sequences
 from thanos.recovery.states import RecoveryFolder
@@ -90,7 +87,7 @@ class Training:
         Returns:
             Why the training ended early; empty if it did not.
         """
-        with _own_state(self.device):
+        with own_state(self.device):
             watch = _Watch(self)
             trainer = _RecoveryTrainer(self, _arguments(self), watch)
             trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
@@ -142,29 +139,6 @@ def _arguments(training: Training) -> TrainingArguments:
         # Of several GPUs the run takes one: without this the Trainer would copy the model to all of them.
         arguments._n_gpu = min(1, arguments.n_gpu)
     return arguments
-
-
-@contextmanager
-def _own_state(device: torch.device) -> Iterator[None]:
-    """Leave no trace of the Trainer in the process: random states, the current device, accelerate's variables and state."""
-    import numpy
-
-    before, fresh = (random.getstate(), numpy.random.get_state()), not PartialState._shared_state
-    environment = dict(os.environ)
-    devices = [device] if device.type == "cuda" else []
-    if device.index is not None:
-        torch.cuda.set_device(device)
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        random.setstate(before[0])
-        numpy.random.set_state(before[1])
-        os.environ.clear()
-        os.environ.update(environment)
-        if fresh:
-            AcceleratorState._reset_state(reset_partial_state=True)
-            GradientState._reset_state()
 
 
 class _RecoveryTrainer(Trainer):
