@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from thanos.bench.measure import machine, median_seconds
-from thanos.planning.synthetic_layer import synthetic_layer
+from thanos.solvers.synthetic_layer import synthetic_layer
 from thanos.solvers.hessian import factorize
 from thanos.solvers.kernels import solve as kernels
 from thanos.solvers.masked_cg import RowSolver

@@ -18,8 +18,8 @@ from thanos.cli import run as command
 from thanos.errors import DataError, RecipeError
 from thanos.patterns.columns import Columns
 from thanos.patterns.unstructured import Unstructured
-from thanos.planning import cost_model as costs
-from thanos.planning.synthetic_layer import synthetic_layer
+from thanos.bench import cost_model as costs
+from thanos.solvers.synthetic_layer import synthetic_layer
 from thanos.recipe import LayerRecipe
 from thanos.registry import parse_pattern
 

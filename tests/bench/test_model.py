@@ -18,7 +18,7 @@ from thanos.checkpoint.reader import SafetensorsCheckpoint
 from thanos.cli import run
 from thanos.errors import RecipeError
 from thanos.events import Event
-from thanos.planning.device_rates import Rates, measure_rates
+from thanos.bench.device_rates import Rates, measure_rates
 
 CPU = torch.device("cpu")
 TINY = Shape(hidden=32, intermediate=48, heads=4, kv_heads=2, blocks=3, vocabulary=64)

@@ -16,8 +16,8 @@ from thanos import registry
 from thanos.bench.measure import machine, median_seconds, with_peak
 from thanos.bench.references import Solver, load_reference
 from thanos.errors import RecipeError
-from thanos.planning import cost_model as costs
-from thanos.planning.synthetic_layer import synthetic_layer
+from thanos.bench import cost_model as costs
+from thanos.solvers.synthetic_layer import synthetic_layer
 from thanos.recipe import LayerRecipe
 from thanos.solvers.hessian import InputStatistics
 from thanos.solvers.precision import full_float32

@@ -25,7 +25,7 @@ from thanos.engine.stages.prune import observed_fractions
 from thanos.engine.weights import ModelWeights
 from thanos.events import Event
 from thanos.model.layers import find_blocks, linear_layers, select_layers
-from thanos.planning.device_rates import Rates, measure_rates
+from thanos.bench.device_rates import Rates, measure_rates
 from thanos.recipe import Recipe
 from thanos.run.journal import Journal
 from thanos.run.resume import RunJournal

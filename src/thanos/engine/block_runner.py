@@ -56,6 +56,7 @@ class Passes:
             chooses it by free memory. A resumed run sets it to the size in the journal.
         starts: batch sizes of the last propagating pass: pairs (first sequence, batch size), each valid from that sequence
             on. More than one pair if the device ran out of memory during the pass.
+        fits: number of sequences that fit in the device's memory together, as measured; None before, and on the CPU.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Passes:
         self._asked = place
         self.batch: int | None = None
         self.starts: list[tuple[int, int]] = []
+        self.fits: int | None = None
         self._calls = BlockCalls(blocks, picture)
         self._states: Activations | None = None
 
@@ -277,7 +279,8 @@ class Passes:
         if self.batch is None:
             self.batch = most_sequences(*self.shape, self._device)
             if self._device.type == "cuda":
-                self.batch = max(1, min(self.batch, self.batches_that_fit(index)))
+                self.fits = max(1, self.batches_that_fit(index))
+                self.batch = min(self.batch, self.fits)
         return self.batch
 
 

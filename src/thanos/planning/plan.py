@@ -28,7 +28,7 @@ from thanos.events import Watcher
 from thanos.model.layers import LinearLayer, find_blocks
 from thanos.model.loading import context_length
 from thanos.model.source import find_local, resolve_model
-from thanos.planning.device_rates import Rates, measure_rates
+from thanos.bench.device_rates import Rates, measure_rates
 from thanos.planning.memory_model import LayerWork
 from thanos.planning.phases import Job, Pace, inner_name, phase_bytes, phase_seconds, transfer_bytes
 from thanos.planning.trial import BlockTrial, TrialModel, few_tokens, survey_rate, time_solve, try_block, write_seconds

@@ -22,10 +22,10 @@ from thanos.engine.block_runner import Passes
 from thanos.engine.picture import Picture
 from thanos.engine.weights import ModelWeights
 from thanos.model.layers import LinearLayer
-from thanos.planning import cost_model as costs
-from thanos.planning.device_rates import Rates
+from thanos.bench import cost_model as costs
+from thanos.bench.device_rates import Rates
 from thanos.planning.memory_model import LayerWork
-from thanos.planning.synthetic_layer import synthetic_layer
+from thanos.solvers.synthetic_layer import synthetic_layer
 from thanos.recipe import LayerRecipe
 from thanos.solvers.hessian import InputStatistics
 from thanos.solvers.prune_layer import prune_layer

@@ -18,12 +18,9 @@ from thanos._version import __version__
 from thanos.calibration.windows import Calibration, calibrate
 from thanos.checkpoint.writer import CheckpointWriter
 from thanos.engine.activations import check_place
-from thanos.engine.block_runner import Passes
 from thanos.engine.distributed import World, join, my_device, speaks
-from thanos.engine.inputs import EngineInputs
 from thanos.engine.loop import Engine
 from thanos.engine.rank_zero import SharedJournal, SharedWriter
-from thanos.engine.weights import ModelWeights
 from thanos.errors import NumericsError, RecipeError, ResourceError, recurs, resource_errors
 from thanos.events import LOG_NAME, RUN_NAME, Event, Watcher
 from thanos.model.layers import find_blocks
@@ -38,12 +35,12 @@ from thanos.run.resume import RunJournal, check_completed, check_same_run, compl
 from thanos.run.setup import (
     LOG_BYTES_PER_LAYER,
     Prepared,
+    build_engine,
     check_calibration,
     check_text_settings,
     checked_recipe,
     prepare,
     smaller_calibration,
-    stages_of,
 )
 from thanos.run.survey import name_damage
 from thanos.run.work_folder import WorkFolder, check_interrupted, check_output
@@ -297,23 +294,20 @@ def _engine(
     notes: list[str],
 ) -> Engine:
     """Return the engine of this process, which runs blocks on the process's own range of sequences."""
-    opened, device, share = plan.opened, job.device, job.world.share(len(calibration.ids))
-    name, blocks = find_blocks(opened.meta_model)
-    ids = calibration.ids[share.start : share.stop]
-    inputs = EngineInputs(
-        model=opened.meta_model,
-        blocks_name=name,
-        blocks=blocks,
-        layers=plan.layers,
-        weights=ModelWeights(opened.meta_model, opened.checkpoint, opened.key_of, device),
+    share = job.world.share(len(calibration.ids))
+    return build_engine(
+        plan,
+        job.recipe,
+        calibration.ids[share.start : share.stop],
+        job.device,
+        folder,
+        activations=job.activations,
         writer=writer,
         journal=journal,
-        runner=Passes(opened.meta_model, blocks, ids, device, folder, place=job.activations, picture=plan.picture),
-        device=device,
         meter=job.meter,
         world=job.world,
+        notes=[*plan.opened.notes, *notes],
     )
-    return Engine(inputs, stages_of(job.recipe), notes=[*opened.notes, *notes])
 
 
 def _report(

@@ -7,12 +7,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from thanos.calibration.text import check_text_source
 from thanos.calibration.windows import Calibration, check_positions
-from thanos.checkpoint.writer import check_room
+from thanos.checkpoint.writer import CheckpointWriter, check_room
+from thanos.engine.block_runner import Passes
+from thanos.engine.distributed import SINGLE, World
+from thanos.engine.inputs import EngineInputs
+from thanos.engine.loop import Engine
 from thanos.engine.picture import Picture, draw_picture
+from thanos.engine.rank_zero import SharedWriter
+from thanos.engine.records import BlockJournal
 from thanos.engine.stages.base import BlockStage
 from thanos.engine.stages.prune import PruneStage
+from thanos.engine.weights import ModelWeights
 from thanos.errors import ModelError, RecipeError
 from thanos.events import Event, Watcher
 from thanos.model.layers import LinearLayer, find_blocks, linear_layers, select_layers
@@ -24,6 +34,7 @@ from thanos.recipe import LayerRecipe, Recipe, check_globs
 from thanos.run.report import DenseRecord
 from thanos.run.survey import sampled_sparsity, survey
 from thanos.system.device import choose_device
+from thanos.system.meter import PhaseMeter
 
 LOG_BYTES_PER_LAYER = 4096
 """Bytes on the disk per pruned layer for the journal, the event log and the report."""
@@ -177,3 +188,51 @@ def smaller_calibration(recipe: Recipe) -> str:
 def stages_of(recipe: Recipe) -> tuple[BlockStage, ...]:
     """Return the stages that a recipe runs on each block, in order."""
     return (PruneStage(measure_error=recipe.measure_error),)
+
+
+def build_engine(
+    prepared: Prepared,
+    recipe: Recipe,
+    ids: Tensor,
+    device: torch.device,
+    folder: Path,
+    *,
+    activations: str,
+    writer: CheckpointWriter | SharedWriter,
+    journal: BlockJournal,
+    meter: PhaseMeter,
+    world: World = SINGLE,
+    notes: Sequence[str] = (),
+) -> Engine:
+    """Return the engine of a run; ``--plan`` tries parts of the run with it.
+
+    Args:
+        prepared: the opened model, and the layers to prune.
+        recipe: gives the stages.
+        ids: token ids of this process's calibration sequences, (samples, T).
+        device: device on which blocks run and layers are solved.
+        folder: folder for the file of hidden states, if they are kept on the disk.
+        activations: storage tier of the hidden states; see :func:`~thanos.engine.activations.choose_place`.
+        writer: writer of finished tensors.
+        journal: journal of finished blocks.
+        meter: meter of seconds and peak memory by phase.
+        world: the processes that share the work.
+        notes: warnings from before the loop.
+    """
+    opened, (name, blocks) = prepared.opened, find_blocks(prepared.opened.meta_model)
+    inputs = EngineInputs(
+        model=opened.meta_model,
+        blocks_name=name,
+        blocks=blocks,
+        layers=prepared.layers,
+        weights=ModelWeights(opened.meta_model, opened.checkpoint, opened.key_of, device),
+        writer=writer,
+        journal=journal,
+        runner=Passes(
+            opened.meta_model, blocks, ids, device, folder, place=activations, picture=prepared.picture
+        ),
+        device=device,
+        meter=meter,
+        world=world,
+    )
+    return Engine(inputs, stages_of(recipe), notes=notes)

@@ -6,7 +6,7 @@ No method is named here: each layer's :class:`~thanos.recipe.LayerRecipe` select
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from thanos.calibration.statistics import (
     check_finite,
     empty_group,
     gather,
+    need_of,
     need_of_all,
     plan_passes,
     statistics_budget,
@@ -145,6 +146,12 @@ class PruneStage:
         assert line is not None
         yield context.note(line, "solve")
         return _prune_layer(context, layer, inputs, group, held)
+
+
+def sampled_sequences(settings: Iterable[LayerRecipe], measure_error: bool | None) -> int:
+    """Return the number of first sequences that cost more than the later ones, because they alone measure errors."""
+    less = measure_error is None and any(need_of(one) < Need.GRAM for one in settings)
+    return ERROR_SEQUENCES if less else 0
 
 
 def observed_fractions(
