@@ -11,6 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from thanos.planning.memory_model import LayerWork, hessian_bytes, largest_sum, solve_bytes, solving_bytes
+from thanos.planning.phases import Job, transfer_bytes
 
 import thanos
 from helpers import save_tiny
@@ -20,8 +22,6 @@ from thanos.cli import run
 from thanos.engine import activations
 from thanos.errors import UserError
 from thanos.planning import plan as planning
-from thanos.planning.memory_model import LayerWork, hessian_bytes, largest_sum, solve_bytes, solving_bytes
-from thanos.planning.phases import Job, transfer_bytes
 from thanos.recipe import LayerRecipe, Recipe
 
 KEYS = [

@@ -228,9 +228,7 @@ def build_engine(
         weights=ModelWeights(opened.meta_model, opened.checkpoint, opened.key_of, device),
         writer=writer,
         journal=journal,
-        runner=Passes(
-            opened.meta_model, blocks, ids, device, folder, place=activations, picture=prepared.picture
-        ),
+        runner=Passes(opened.meta_model, blocks, ids, device, folder, place=activations, picture=prepared.picture),
         device=device,
         meter=meter,
         world=world,
