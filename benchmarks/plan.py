@@ -124,9 +124,8 @@ def main() -> None:
     if given.model:
         jobs["model"] = given.model, "pydoc"
     clock = "time.perf_counter = time.process_time\n" if given.processor_time else ""
-    print(
-        "| model | predicted s | measured s | | predicted MB | measured MB | | load before, after |\n|---|---|---|---|---|---|---|---|"
-    )
+    print("| model | predicted s | measured s | | predicted MB | measured MB | | load before, after |")
+    print("|---|---|---|---|---|---|---|---|")
     for name, (model, calibration) in jobs.items():
         if given.only and name not in given.only:
             continue

@@ -77,7 +77,7 @@ def run_trial(job: Job) -> Trial:
         once = {phase: max(0.0, seconds - warm.seconds[phase]) for phase, seconds in cold.seconds.items()}
         kept = warm.state_bytes * job.samples
         place = choose_place(kept, job.device, job.folder, job.activations)
-        batch = min(most_sequences(*job.ids.shape, job.device), cold.fits or job.samples)
+        batch = min(most_sequences(job.samples, job.ids.shape[1], job.device), cold.fits or job.samples)
         each = sum(warm.seconds.get(phase, 0.0) for phase in warm.over_sequences - {"calibration"})
         size = max(1, min(batch, int(SECONDS / (8 * len(kinds) * max(1e-4, each)))))
         few = min(job.samples, max(size, sampled_sequences(job.prepared.layers.values(), job.recipe.measure_error)))
@@ -88,7 +88,9 @@ def run_trial(job: Job) -> Trial:
             for kind in kinds:
                 usual = kind.blocks[:-1] or kind.blocks  # the outputs of the last block may not be needed
                 block = usual[int(len(usual) * (done * _GOLDEN % 1))]
-                first, second = (_measure(job, scratch, block, *pair, place) for pair in sizes)
+                first = _measure(job, scratch, block, *sizes[0], place)
+                # A run of so few sequences is measured as it is.
+                second = first if few == more else _measure(job, scratch, block, *sizes[1], place)
                 kind.pairs.append((first, second))
             spent = time.perf_counter() - began
             if spent + spent / done > SECONDS or done >= max(len(kind.blocks) for kind in kinds):

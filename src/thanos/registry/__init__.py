@@ -32,7 +32,6 @@ METHODS: tuple[MethodRow, ...] = (
         dark_colour="#ff8a4c",
         marker="o",
         cost="thanos.solvers.methods.thanos:cost",
-        memory="thanos.solvers.methods.thanos:memory",
         reference_class="Thanos",
     ),
     MethodRow(
@@ -47,7 +46,6 @@ METHODS: tuple[MethodRow, ...] = (
         dark_colour="#62b8f0",
         marker="s",
         cost="thanos.solvers.methods.sparsegpt:cost",
-        memory="thanos.solvers.methods.sparsegpt:memory",
         reference_class="SparseGPT",
     ),
     MethodRow(
@@ -69,7 +67,6 @@ METHODS: tuple[MethodRow, ...] = (
         colour="#a4518a",
         dark_colour="#e59fcd",
         marker="D",
-        memory="thanos.solvers.methods.scored:magnitude_bytes",
     ),
 )
 """The methods of this package; the first is the default."""

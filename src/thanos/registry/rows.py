@@ -43,7 +43,6 @@ class MethodRow(Row):
         marker: marker in figures, by matplotlib's name; empty for an automatic one.
         cost: function (pattern, :class:`~thanos.solvers.cost.Size`) → dict with the :class:`~thanos.solvers.cost.Cost` of each
             part of the solve.
-        memory: function (pattern, Size) → bytes that the method holds in addition to the weight, the masks and the factor.
         reference_class: the solver's class in the method's reference repository, for ``bench layer --peer``; empty without one.
     """
 
@@ -57,7 +56,6 @@ class MethodRow(Row):
     dark_colour: str = ""
     marker: str = ""
     cost: str | Callable[..., Any] = "thanos.solvers.cost:scoring"
-    memory: str | Callable[..., Any] = "thanos.solvers.cost:sorting_bytes"
     reference_class: str = ""
 
     @property
