@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from thanos.model.layers import block_names, find_blocks
 from thanos.recipe import Recipe
@@ -60,11 +61,7 @@ class Job:
         kinds: dict[str, Kind] = {}
         for index in self.prepared.picture.reached:
             tensors = [(name, tuple(value.shape)) for name, value in blocks[index].state_dict().items()]
-            # A module's texts and flags tell, for example, attention in a window from full attention.
-            modules = [
-                (type(module), sorted((k, v) for k, v in vars(module).items() if isinstance(v, str | bool)))
-                for module in blocks[index].modules()
-            ]
+            modules = [(type(module), _flags(module)) for module in blocks[index].modules()]
             kinds.setdefault(repr((tensors, modules, self._settings(index))), Kind([])).blocks.append(index)
         tail = [Kind([None])] if any(layer.block is None for layer in self.prepared.layers) else []
         return [*kinds.values(), *tail]
@@ -77,6 +74,11 @@ class Job:
             for layer, settings in layers
             if layer.block == block
         ]
+
+
+def _flags(module: nn.Module) -> list[tuple[str, str]]:
+    """Return the texts, without numbers, and flags of a module: they tell attention in a window from full attention."""
+    return sorted((name, re.sub(r"\d", "", str(v))) for name, v in vars(module).items() if isinstance(v, str | bool))
 
 
 @dataclass(frozen=True, slots=True)

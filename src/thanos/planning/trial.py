@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import math
 import os
 import tempfile
 import time
@@ -31,7 +32,7 @@ from thanos.planning.kinds import Job, Kind, Sample
 from thanos.recipe import LayerRecipe
 from thanos.run.setup import build_engine
 from thanos.system.files import write_at
-from thanos.system.memory import device_memory, give_back, host_bytes
+from thanos.system.memory import device_memory, free_device_bytes, give_back, host_bytes
 from thanos.system.meter import PhaseMeter
 
 SECONDS = 8.0
@@ -68,18 +69,23 @@ class Trial:
 def run_trial(job: Job) -> Trial:
     """Try blocks of each kind."""
     kinds, cuda = job.kinds(), job.device.type == "cuda"
-    heaviest = max((kind.blocks[0] for kind in kinds), key=job.block_bytes)
+    heaviest = max((kind.blocks[0] for kind in kinds if kind.blocks[0] is not None), key=job.block_bytes)
     # On CUDA every layer, since its kernels are compiled. On the CPU one small layer, to start the threads.
     layers = {layer: settings for layer, settings in job.prepared.layers.items() if layer.block == heaviest}
     some = layers if cuda else dict(sorted(layers.items(), key=lambda item: item[0].shape)[:1])
     with closing(_Scratch(job.folder)) as scratch:
         cold, warm = (_measure(job, scratch, heaviest, 1, None, job.activations, some) for _ in range(2))
-        once = {phase: max(0.0, seconds - warm.seconds[phase]) for phase, seconds in cold.seconds.items()}
+        once = {phase: max(0.0, seconds - warm.seconds.get(phase, 0.0)) for phase, seconds in cold.seconds.items()}
         kept = warm.state_bytes * job.samples
         place = choose_place(kept, job.device, job.folder, job.activations)
-        batch = min(most_sequences(job.samples, job.ids.shape[1], job.device), cold.fits or job.samples)
-        each = sum(warm.seconds.get(phase, 0.0) for phase in warm.over_sequences - {"calibration"})
-        size = max(1, min(batch, int(SECONDS / (8 * len(kinds) * max(1e-4, each)))))
+        batch = most_sequences(job.samples, job.ids.shape[1], job.device)
+        if cold.fits is not None:  # measured without the hidden states of all sequences
+            left = 1 - kept / free_device_bytes(job.device) if place == "device" else 1.0
+            batch = max(1, min(batch, int(left * cold.fits)))
+        each = sum(warm.busy.get(phase, 0.0) for phase in warm.over_sequences - {"calibration"})
+        each /= 1 if cuda else torch.get_num_threads()
+        size = min(batch, int(SECONDS / (8 * len(kinds) * max(1e-4, each))))
+        size = max(size, math.ceil(batch / 4))  # memory is not extrapolated to much larger batches
         few = min(job.samples, max(size, sampled_sequences(job.prepared.layers.values(), job.recipe.measure_error)))
         more = min(job.samples, few + min(batch, 2 * size))
         sizes = (few, size), (more, min(batch, 2 * size))
