@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import thanos
-from helpers import save_tiny
+from helpers import save_tiny, tiny_tokenizer
 from thanos.bench.synthetic import Shape, write_checkpoint
 from thanos.cli import run
 from thanos.engine import activations, block_runner
@@ -230,6 +231,29 @@ class TestWhatIsTried:
     def test_a_mixture_of_experts(self, text_file: Path, tmp_path: Path) -> None:
         model = save_tiny(tmp_path / "model", "mixtral")
         assert thanos.plan(model, tmp_path / "out", recipe(text_file)).phases["solve"].seconds > 0
+
+    @pytest.mark.skipif(not hasattr(transformers, "Gemma4TextConfig"), reason="needs a newer transformers")
+    def test_blocks_that_read_the_keys_of_earlier_blocks(self, text_file: Path, tmp_path: Path) -> None:
+        config = transformers.Gemma4TextConfig(
+            vocab_size=512, vocab_size_per_layer_input=512, hidden_size=32, hidden_size_per_layer_input=8,
+            intermediate_size=64, num_attention_heads=2, num_key_value_heads=1, head_dim=16, global_head_dim=16,
+            num_hidden_layers=4, num_kv_shared_layers=2, layer_types=["sliding_attention", "full_attention"] * 2,
+        )  # fmt: skip
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+        tiny_tokenizer().save_pretrained(tmp_path / "model")
+        planned = thanos.plan(tmp_path / "model", tmp_path / "out", recipe(text_file))
+        assert set(planned.phases) == PHASES
+
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+    def test_a_device(self, tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
+        asked = recipe(text_file, device="cuda")
+        planned = thanos.plan(tiny_llama, tmp_path / "out", asked)
+        report = thanos.prune(tiny_llama, tmp_path / "out", asked)
+        assert planned.batch == report.execution["batch"]
+        assert planned.activations == report.execution["activations"] == "device"
+        assert planned.device_peak_bytes is not None
+        assert report.device_peak_bytes is not None
+        assert planned.device_peak_bytes == pytest.approx(report.device_peak_bytes, rel=0.25)
 
     def test_text_that_the_model_generates(self, tiny_llama: Path, tmp_path: Path) -> None:
         planned = thanos.plan(tiny_llama, tmp_path / "out", recipe(Path("self")))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import math
 import time
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -21,16 +20,15 @@ from torch import Tensor
 
 from thanos._version import __version__
 from thanos.calibration.windows import GENERATION_BATCH, Calibration, calibrate, make_calibration
-from thanos.checkpoint.entries import count_zeros
 from thanos.checkpoint.writer import disk_shortage
 from thanos.engine.activations import check_place
 from thanos.engine.distributed import launched
-from thanos.errors import NumericsError, RecipeError, resource_errors
+from thanos.errors import RecipeError, resource_errors
 from thanos.events import Watcher
 from thanos.model.layers import find_blocks
 from thanos.model.source import find_local, resolve_model
 from thanos.planning.kinds import Job
-from thanos.planning.trial import Trial, run_trial
+from thanos.planning.trial import Trial, run_trial, scan_seconds
 from thanos.recipe import Recipe
 from thanos.run.auxiliary_files import auxiliary_files
 from thanos.run.setup import (
@@ -50,9 +48,6 @@ from thanos.system.meter import PhaseMeter, PhaseRecord
 from thanos.system.user_paths import model_name, output_path
 
 SCHEMA = 1
-
-_SCAN_SECONDS = 0.2
-"""Seconds for which tensors that are not pruned are scanned, to measure the rate."""
 
 _POSITIONS = (4, 12)
 """Lengths of the sequences that the model generates, to measure the seconds per position."""
@@ -149,7 +144,7 @@ def plan(
             else:
                 ids, generating = calibrate(prepared.opened, recipe, device, watch, calibration).ids, None
         with meter.phase("load"):
-            scan = _scan_seconds(job)
+            scan = scan_seconds(job)
         measured = meter.records()
         if generating is not None:
             measured["calibration"] = replace(measured["calibration"], seconds=generating)
@@ -278,19 +273,6 @@ def _seconds(job: Job, trial: Trial, scan: float) -> dict[str, float]:
     for name, value in trial.once.items():
         seconds[name] = seconds.get(name, 0.0) + value
     return seconds | {"finish": untouched * trial.copy}
-
-
-def _scan_seconds(job: Job) -> float:
-    """Return the seconds per byte of the check of tensors that are not pruned, measured on the largest of them."""
-    seen, began = 0, time.perf_counter()
-    for key in job.untouched():
-        for chunk in job.prepared.opened.checkpoint.chunks(key):
-            with suppress(NumericsError):
-                count_zeros(key, chunk)
-            seen += chunk.nbytes
-        if time.perf_counter() - began > _SCAN_SECONDS:
-            break
-    return (time.perf_counter() - began) / max(1, seen)
 
 
 def _existing(folder: Path) -> Path:

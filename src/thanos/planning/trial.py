@@ -14,7 +14,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -22,11 +22,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from thanos.checkpoint.entries import count_zeros
 from thanos.checkpoint.in_memory import raw_bytes
 from thanos.engine.activations import choose_place
 from thanos.engine.block_runner import most_sequences
 from thanos.engine.records import BlockRecord
 from thanos.engine.stages.prune import sampled_sequences
+from thanos.errors import NumericsError
 from thanos.model.layers import LinearLayer
 from thanos.planning.kinds import Job, Kind, Sample
 from thanos.recipe import LayerRecipe
@@ -43,6 +45,9 @@ _GOLDEN = 0.618034
 
 _COPIED_BYTES = 16 << 20
 """Bytes that are copied to measure the disk."""
+
+_SCAN_SECONDS = 0.2
+"""Seconds for which tensors that are not pruned are scanned, to measure the rate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +132,7 @@ def _measure(
     cuda, meter = job.device.type == "cuda", _Meter(job.device)
     gc.collect()
     give_back()
-    before = host_bytes(), device_memory(job.device)[0] if cuda else 0
+    host, device = host_bytes(), device_memory(job.device)[0] if cuda else 0
     scratch.meter = meter
     engine = build_engine(
         job.prepared if layers is None else replace(job.prepared, layers=layers),
@@ -143,8 +148,13 @@ def _measure(
     runner = engine.inputs.runner
     runner.batch = batch
     over = {"calibration"}  # reports no progress
-    for event in engine.run([block]):
-        if event.tokens:
+    # If blocks hand values to later ones, the blocks before run too, but are not counted.
+    before = [i for i in job.prepared.picture.reached if job.prepared.picture.shares and i < (block or 0)]
+    scratch.finished = {i: BlockRecord(block=i, layers=[], tensors={}, batch=batch) for i in before}
+    for event in engine.run([*before, block]):
+        if event.replayed:
+            meter.forget("load", "propagate")
+        elif event.tokens:
             over.add(event.phase)
     records, states = meter.records(), runner.state_bytes
     on_host, on_device = (states if runner.place == tier else 0 for tier in ("host", "device"))
@@ -156,8 +166,8 @@ def _measure(
         busy=seconds if cuda else meter.busy,
         peaks={
             phase: (
-                max(0, record.host_peak_bytes - before[0] - on_host),
-                max(0, (record.device_peak_bytes or 0) - before[1] - on_device),
+                max(0, record.host_peak_bytes - host - on_host),
+                max(0, (record.device_peak_bytes or 0) - device - on_device),
             )
             for phase, record in records.items()
         },
@@ -181,6 +191,12 @@ class _Meter(PhaseMeter):
         with super().phase(name):
             yield
         self.busy[name] = self.busy.get(name, 0.0) + time.process_time() - began
+
+    def forget(self, *names: str) -> None:
+        """Start again with the seconds and peaks of phases."""
+        for name in names:
+            for known in (self.busy, self._seconds, self._host, self._on_device):
+                known.pop(name, None)
 
 
 class _Scratch:
@@ -237,3 +253,16 @@ def _copy_seconds(job: Job, scratch: _Scratch) -> float:
             break
     scratch.sync()
     return (time.perf_counter() - began) / max(1, done)
+
+
+def scan_seconds(job: Job) -> float:
+    """Return the seconds per byte of the check of tensors that are not pruned, measured on the largest of them."""
+    seen, began = 0, time.perf_counter()
+    for key in job.untouched():
+        for chunk in job.prepared.opened.checkpoint.chunks(key):
+            with suppress(NumericsError):
+                count_zeros(key, chunk)
+            seen += chunk.nbytes
+        if time.perf_counter() - began > _SCAN_SECONDS:
+            break
+    return (time.perf_counter() - began) / max(1, seen)
