@@ -1,0 +1,157 @@
+"""Measure the repair of pruned models: perplexity, seconds and memory of a list of cells, on all GPUs of the machine at once.
+
+    python benchmarks/repair.py CELLS.json RESULTS.jsonl --model MODEL --text TEXT --calibration SOURCE
+
+CELLS.json is a list of objects: ``name``; ``recipe``, settings of `thanos.Recipe`; ``recover``, a list of settings of
+`thanos recover`, each applied to the pruned model. Each process takes the next cell that nobody has, and appends one line for
+each model that it measured: the dense one first. The lines name the commit, the hardware, the versions and the date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+
+def main() -> int:
+    """Start a process for each GPU, or one without; return 1 if a cell failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cells", type=Path)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--model", required=True, help="folder or GGUF file of the dense model")
+    parser.add_argument("--text", required=True, help="evaluation text")
+    parser.add_argument("--calibration", required=True, help="calibration text of all cells")
+    parser.add_argument("--windows", type=int, default=None, help="evaluate the first N windows only")
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--sequence-length", type=int, default=2048)
+    parser.add_argument("--tasks", default="", help="also the zero-shot accuracy of these lm_eval tasks, comma-separated")
+    parser.add_argument("--task-folder", default=None, help="folder of local lm_eval tasks")
+    parser.add_argument("--commit", default="", help="for a machine without the repository")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no cell after this time")
+    parser.add_argument("--keep", type=Path, default=None, help="folder for the pruned models; default: none is kept")
+    parser.add_argument("--rank", type=int, default=None, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.rank is not None:
+        return work(arguments)
+    import torch
+
+    arguments.results.parent.mkdir(parents=True, exist_ok=True)
+    claims = Path(tempfile.mkdtemp())
+    runs = []
+    for rank in range(max(1, torch.cuda.device_count())):
+        environment = os.environ | {"CLAIMS": str(claims)}
+        if torch.cuda.is_available():
+            environment["CUDA_VISIBLE_DEVICES"] = str(rank)
+        runs.append(subprocess.Popen([sys.executable, *sys.argv, "--rank", str(rank)], env=environment))
+    return max(run.wait() for run in runs)
+
+
+def work(arguments: argparse.Namespace) -> int:
+    """Measure cells until none is left; return 1 if one failed."""
+    from thanos import Recipe
+
+    began, failed = time.monotonic(), 0
+    if arguments.rank == 0:
+        report(arguments, {"name": "dense"} | measured(arguments, arguments.model))
+    for number, cell in enumerate(json.loads(arguments.cells.read_text())):
+        if time.monotonic() - began > arguments.seconds:
+            break
+        try:
+            (Path(os.environ["CLAIMS"]) / str(number)).touch(exist_ok=False)
+        except FileExistsError:
+            continue
+        try:
+            settings = {"samples": arguments.samples, "sequence_length": arguments.sequence_length}
+            recipe = Recipe.from_dict(settings | cell["recipe"] | {"calibration": arguments.calibration})
+            with tempfile.TemporaryDirectory() as folder:
+                run_cell(arguments, cell, recipe, arguments.keep or Path(folder))
+        except Exception:
+            failed = 1
+            report(arguments, {"name": cell["name"], "failed": traceback.format_exc()})
+    return failed
+
+
+def run_cell(arguments: argparse.Namespace, cell: dict[str, Any], recipe: Any, folder: Path) -> None:
+    """Prune, recover and measure one cell."""
+    from thanos import prune
+
+    out = folder / cell["name"]
+    row = {"name": cell["name"], "recipe": recipe.to_dict()}
+    seconds, peak = timed(lambda: prune(arguments.model, out, recipe, overwrite=True))
+    pruned = json.loads((out / "pruning.json").read_text())
+    blocks = {"errors": [layer["error_after_compensation"] for layer in pruned["layers"]], "tuning": pruned.get("tuning")}
+    report(arguments, row | {"seconds": seconds, "peak_device_bytes": peak} | measured(arguments, out) | blocks)
+    for number, settings in enumerate(cell.get("recover", [])):
+        from thanos import RecoveryRecipe, recover
+
+        values = {"samples": recipe.samples, "sequence_length": recipe.sequence_length, "seed": recipe.seed}
+        training = RecoveryRecipe.from_dict(values | settings | {"calibration": arguments.calibration})
+        better = folder / f"{cell['name']}-recovered-{number}"
+        seconds, peak = timed(
+            lambda better=better, training=training: recover(
+                out, better, dense=arguments.model, recipe=training, overwrite=True
+            )
+        )
+        row = {"name": better.name, "recipe": recipe.to_dict(), "recover": training.to_dict()}
+        report(arguments, row | {"seconds": seconds, "peak_device_bytes": peak} | measured(arguments, better))
+
+
+def measured(arguments: argparse.Namespace, model: str | Path) -> dict[str, Any]:
+    """Return the perplexity of a model, and its zero-shot accuracies if tasks were given."""
+    from thanos import evaluate
+
+    result: dict[str, Any] = {
+        "perplexity": evaluate(model, text=arguments.text, max_windows=arguments.windows, dtype="float32").perplexity
+    }
+    if arguments.tasks:
+        from thanos import zero_shot
+
+        tasks = arguments.tasks.split(",")
+        result["zero_shot"] = zero_shot(model, tasks=tasks, task_folder=arguments.task_folder).to_dict()
+    return result
+
+
+def timed(run: Any) -> tuple[float, int | None]:
+    """Return the wall-clock seconds of a function, and the peak of allocated device memory in bytes; None without CUDA."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    began = time.monotonic()
+    run()
+    return round(time.monotonic() - began, 2), torch.cuda.max_memory_allocated() if cuda else None
+
+
+def report(arguments: argparse.Namespace, row: dict[str, Any]) -> None:
+    """Append a line to the results and show it in short."""
+    import torch
+    import transformers
+
+    cuda = torch.cuda.is_available()
+    row |= {
+        "commit": arguments.commit or subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True).strip(),
+        "command": " ".join(["python", *sys.argv[:-2]]),
+        "hardware": torch.cuda.get_device_name() if cuda else f"{platform.processor()}, {os.cpu_count()} cores",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }
+    with arguments.results.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    shown = {key: row[key] for key in ("name", "perplexity", "seconds", "peak_device_bytes", "failed") if key in row}
+    print(json.dumps(shown), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
