@@ -34,7 +34,9 @@ def main() -> int:
     parser.add_argument("--windows", type=int, default=None, help="evaluate the first N windows only")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--sequence-length", type=int, default=2048)
-    parser.add_argument("--tasks", default="", help="also the zero-shot accuracy of these lm_eval tasks, comma-separated")
+    parser.add_argument(
+        "--tasks", default="", help="also the zero-shot accuracy of these lm_eval tasks, comma-separated"
+    )
     parser.add_argument("--task-folder", default=None, help="folder of local lm_eval tasks")
     parser.add_argument("--commit", default="", help="for a machine without the repository")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no cell after this time")
@@ -89,7 +91,10 @@ def run_cell(arguments: argparse.Namespace, cell: dict[str, Any], recipe: Any, f
     row = {"name": cell["name"], "recipe": recipe.to_dict()}
     seconds, peak = timed(lambda: prune(arguments.model, out, recipe, overwrite=True))
     pruned = json.loads((out / "pruning.json").read_text())
-    blocks = {"errors": [layer["error_after_compensation"] for layer in pruned["layers"]], "tuning": pruned.get("tuning")}
+    blocks = {
+        "errors": [layer["error_after_compensation"] for layer in pruned["layers"]],
+        "tuning": pruned.get("tuning"),
+    }
     report(arguments, row | {"seconds": seconds, "peak_device_bytes": peak} | measured(arguments, out) | blocks)
     for number, settings in enumerate(cell.get("recover", [])):
         from thanos import RecoveryRecipe, recover
@@ -140,7 +145,8 @@ def report(arguments: argparse.Namespace, row: dict[str, Any]) -> None:
 
     cuda = torch.cuda.is_available()
     row |= {
-        "commit": arguments.commit or subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True).strip(),
+        "commit": arguments.commit
+        or subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True).strip(),
         "command": " ".join(["python", *sys.argv[:-2]]),
         "hardware": torch.cuda.get_device_name() if cuda else f"{platform.processor()}, {os.cpu_count()} cores",
         "torch": torch.__version__,

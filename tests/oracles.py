@@ -15,13 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-METHODS = ("thanos", "sparsegpt", "wanda", "magnitude")
-COMPENSATING = ("thanos", "sparsegpt")
+METHODS = ("thanos", "sparsegpt", "wanda", "magnitude", "admm")
+COMPENSATING = ("thanos", "sparsegpt", "admm")
+BLOCKWISE = ("thanos", "sparsegpt")
 
 
 def used(method: str, **settings: Any) -> dict[str, Any]:
     """The settings with the method, without those settings that the method does not use."""
-    others = {} if method in COMPENSATING else {"block_size", "damping"}
+    others = ({"damping"} if method not in COMPENSATING else set()) | (
+        {"block_size"} if method not in BLOCKWISE else set()
+    )
     return {"method": method, **{name: value for name, value in settings.items() if name not in others}}
 
 
@@ -231,12 +234,16 @@ def prune(
         columns_to_remove(sparsity, columns, outlier_rows),
         block_size,
     )
-    solved, removed = {"thanos": _thanos, "sparsegpt": _sparsegpt, "wanda": _wanda, "magnitude": _magnitude}[method](
-        task
-    )
+    solved, removed = solve(method, task)
     result, kept = weight.clone(), torch.ones(rows, columns, dtype=torch.bool)
     result[others], kept[others] = solved, ~removed
     return result, kept, dense_rows
+
+
+def solve(method: str, task: _Task) -> tuple[Tensor, Tensor]:
+    """Return the solved weight and the mask of the removed entries."""
+    methods = {"thanos": _thanos, "sparsegpt": _sparsegpt, "wanda": _wanda, "magnitude": _magnitude, "admm": _admm}
+    return methods[method](task)
 
 
 @dataclass(frozen=True)
@@ -248,6 +255,8 @@ class _Task:
     weights: int
     columns: int
     block_size: int
+    was_zero: Tensor | None = None
+    """Entries that must stay zero, where they are not those that are zero now."""
 
     @property
     def nm(self) -> tuple[int, int]:
@@ -260,7 +269,7 @@ class _Task:
 
     @property
     def zeros(self) -> Tensor:
-        return self.weight == 0
+        return self.weight == 0 if self.was_zero is None else self.was_zero
 
     def first(self, scores: Tensor, start: int = 0) -> Tensor:
         """The scores with −1 for weights that were zero from the start, so that these are removed first."""
@@ -346,3 +355,54 @@ def _scored(task: _Task, scores: Tensor, *, per_row: bool) -> tuple[Tensor, Tens
             counts[row] += 1
         removed = torch.stack([smallest_of(row, counts[i]) for i, row in enumerate(scores)]) | task.zeros
     return torch.where(removed, 0.0, task.weight), removed
+
+
+def _admm(task: _Task) -> tuple[Tensor, Tensor]:
+    """ALPS' iteration, written out: B, P and V in the basis where the damped Hessian has a unit diagonal; then the optimum."""
+    root = task.damped.diagonal().sqrt()
+    unit = torch.diag(1 / root) @ task.damped @ torch.diag(1 / root)
+    dense = task.weight * root * (task.hessian.diagonal() > 0)
+    slow = task.pattern == "columns"
+
+    def without(values: Tensor) -> Tensor:
+        if task.pattern == "columns":
+            removed = task.whole_columns(values.square().sum(0)) | task.zeros
+        elif ":" in task.pattern:
+            removed = groups_of(task.first(values.abs()), *task.nm) | task.zeros
+        else:
+            removed = smallest_of(task.first(values.abs()), task.weights) | task.zeros
+        return removed
+
+    initial = without(dense)
+    if not task.weight[initial].any():
+        return torch.where(initial, 0.0, task.weight), initial
+    removed, start, restarts, moved = initial, 0.1, 0, False
+    rho, p, v = start, torch.where(initial, 0.0, dense), 0.1 * torch.where(initial, dense, 0.0)
+    for _ in range(100):
+        before = removed
+        for _ in range(3):
+            b = (dense @ unit - v + rho * p) @ torch.linalg.inv(unit + rho * torch.eye(len(unit), dtype=unit.dtype))
+            removed = without(b + v / rho)
+            p = torch.where(removed, 0.0, b + v / rho)
+            v = v + rho * (b - p)
+        changed = int((removed != before).sum())
+        if changed:
+            share = changed / 2 / max(1, int((~removed).sum()))
+            steps = (1.1, 1.07, 1.05) if slow else (1.3, 1.2, 1.1)
+            rho *= steps[0] if share > 0.1 else steps[1] if share > 0.005 else steps[2]
+            moved = True
+        elif not moved and restarts < 4:
+            restarts, start, removed = restarts + 1, start / 5, initial
+            rho, p, v = start, torch.where(initial, 0.0, dense), start * torch.where(initial, dense, 0.0)
+        else:
+            break
+    return best_for(task.weight, removed, task.damped), removed
+
+
+def best_for(weight: Tensor, removed: Tensor, hessian: Tensor) -> Tensor:
+    """The minimiser of (ŵ − w) H (ŵ − w)ᵀ for each row that is zero at ``removed``; ``hessian`` is damped already."""
+    result = torch.zeros_like(weight)
+    for i, row in enumerate(weight):
+        k = (~removed[i]).nonzero().squeeze(1)
+        result[i, k] = torch.linalg.solve(hessian[k][:, k], (hessian @ row)[k])
+    return result

@@ -37,4 +37,6 @@ def contents(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*")}
     report = {key: value for key, value in json.loads(found["pruning.json"]).items() if key not in TIMINGS}
     report["layers"] = [{k: v for k, v in layer.items() if k != "seconds"} for layer in report["layers"]]
+    for record in report.get("tuning", []):
+        del record["seconds"]
     return found | {"pruning.json": report, "events.jsonl": bool(found["events.jsonl"])}

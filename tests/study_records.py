@@ -21,7 +21,7 @@ KINDS = (
 MODEL = "SmolLM2-135M"
 
 _DENSE = 21.97
-_HARM = {"thanos": 0.71, "sparsegpt": 0.77, "wanda": 0.86, "magnitude": 3.3}
+_HARM = {"thanos": 0.71, "sparsegpt": 0.77, "wanda": 0.86, "magnitude": 3.3, "admm": 0.65}
 _PATTERN_HARM = {"unstructured": 1.0, "4:8": 1.45, "2:4": 1.95, "columns": 6.0}
 
 
@@ -167,6 +167,7 @@ def full_study(model: str = MODEL, blocks: int = 6) -> list[CellRecord]:
     for size in (2**power for power in range(3, 12)):
         cells += [cell("thanos", pattern, block_size=size) for pattern in ("unstructured", "4:8", "2:4")]
     cells.append(cell("thanos", damping=0.1))
+    cells.append(cell("thanos", scope="row"))
     records = {(found := record(one | {"model": model}, blocks=blocks)).key: found for one in cells}
     return list(records.values())
 
@@ -249,6 +250,6 @@ def _layers(given: dict[str, Any], sparsity: float, draw: random.Random, blocks:
 
 
 def _seconds(given: dict[str, Any]) -> float:
-    base = {"thanos": 31.0, "sparsegpt": 24.0, "wanda": 14.0, "magnitude": 3.0, "dense": 0.0}
+    base = {"thanos": 31.0, "sparsegpt": 24.0, "wanda": 14.0, "magnitude": 3.0, "admm": 90.0, "dense": 0.0}
     blocks = 120.0 / (given["block_size"] or 128) if given["method"] == "thanos" else 0.0
     return base[given["method"]] + blocks * 4

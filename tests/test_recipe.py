@@ -14,9 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import oracles
-from thanos import Recipe
+from thanos import Recipe, registry
 from thanos.errors import RecipeError
 from thanos.recipe import LayerRecipe, Override, matches
+from thanos.recipe.repair import Repair, held_out_of
 from thanos.registry import method_names
 
 # --- defaults ---------------------------------------------------------------------------------------------------------
@@ -32,6 +33,12 @@ def test_the_defaults_are_those_that_are_documented():
         "keep_budget": False,
         "block_size": None,
         "damping": 0.01,
+        "scope": None,
+        "effort": "fast",
+        "dense_target": None,
+        "sequential": None,
+        "refit": None,
+        "tune": None,
         "calibration": "c4",
         "samples": 128,
         "sequence_length": 2048,
@@ -42,10 +49,13 @@ def test_the_defaults_are_those_that_are_documented():
         "skip": (),
         "overrides": (),
         "measure_error": None,
+        "allocation": "uniform",
+        "held_out": None,
+        "tune_rate": 2e-3,
         "trust_remote_code": False,
     }
     assert recipe.resolved_sparsity == 0.5
-    assert method_names() == ("thanos", "sparsegpt", "wanda", "magnitude")
+    assert method_names() == ("thanos", "sparsegpt", "wanda", "magnitude", "admm")
 
 
 @pytest.mark.parametrize(
@@ -101,7 +111,7 @@ def test_the_pattern_is_written_in_one_way():
 # --- bad values -------------------------------------------------------------------------------------------------------
 
 BAD_LAYER_VALUES: list[tuple[dict[str, Any], str]] = [
-    ({"method": "Thanos"}, r"method 'Thanos' is unknown; choose one of thanos, sparsegpt, wanda, magnitude"),
+    ({"method": "Thanos"}, r"method 'Thanos' is unknown; choose one of thanos, sparsegpt, wanda, magnitude, admm"),
     ({"method": ""}, r"method '' is unknown"),
     ({"method": None}, r"method None is unknown"),
     ({"method": ["thanos"]}, r"method \['thanos'\] is unknown"),
@@ -129,6 +139,17 @@ BAD_LAYER_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"keep_budget": True, "outlier_rows": 0.15, "pattern": "2:8"}, r"at most 0.1429"),
     ({"outlier_rows": 0.5}, r"sparsity 0.5 is impossible with outlier_rows 0.5"),
     ({"pattern": "columns", "outlier_rows": 0.6}, r"impossible with outlier_rows 0.6"),
+    *[({"effort": v}, r"effort .* is unknown; choose one of fast, high, max") for v in ("High", "", 1, None)],
+    *[
+        ({"dense_target": v}, r"dense_target must be auto or a number, at least 0 and at most 1; got")
+        for v in (-0.1, 1.01, math.nan, math.inf, True, "automatic", "", "2", [0.5])
+    ],
+    *[({"sequential": v}, r"sequential must be true, false or left out; got") for v in (0, 1, "true")],
+    *[
+        ({name: v}, rf"{name} must be a whole number, at least 0")
+        for name in ("refit", "tune")
+        for v in (-1, 1.0, "3", True)
+    ],
 ]
 
 BAD_RUN_VALUES: list[tuple[dict[str, Any], str]] = [
@@ -140,6 +161,20 @@ BAD_RUN_VALUES: list[tuple[dict[str, Any], str]] = [
     *[({"device": v}, r"device must be a name; got") for v in ("", None, 0)],
     *[({"targets": v}, r"targets must be a list of globs over layer names") for v in ("*.q_proj", [""], [1], 5, None)],
     *[({"skip": v}, r"skip must be a list of globs over layer names") for v in ("*.q_proj", ("a", ""), True, 1.5)],
+    *[({"held_out": v}, r"held_out must be a whole number, at least 1; got") for v in (0, -1, 2.0, "2", True)],
+    *[
+        ({"tune_rate": v}, r"tune_rate must be a number above 0 and at most 1; got")
+        for v in (0, -1e-4, 1.5, math.nan, "1", None)
+    ],
+    *[
+        ({"samples": 1, **v}, r"of 1 calibration sequence, 1 would be held out")
+        for v in ({"effort": "high"}, {"tune": 1})
+    ],
+    ({"samples": 4, "held_out": 4, "effort": "max"}, r"of 4 calibration sequences, 4 would be held out"),
+    (
+        {"samples": 1, "overrides": (Override(match="*", settings={"dense_target": "auto"}),)},
+        r"of 1 calibration sequence, 1 would be held out",
+    ),
     *[({"trust_remote_code": v}, r"trust_remote_code") for v in ("false", "no", 1, None)],
     ({"overrides": (Override(match="*", settings={"sparsity": 2}),)}, r"sparsity must be a number"),
     ({"overrides": (Override(match="*", settings={"pattern": "4:2"}),)}, r"pattern 4:2 is impossible"),
@@ -360,6 +395,71 @@ def test_globs_match_whole_names_or_their_ends(glob, name, expected):
     assert matches(name, glob) is expected
 
 
+# --- repair -----------------------------------------------------------------------------------------------------------
+
+OFF = Repair(dense_target=0.0, sequential=False, refit=0, tune=0)
+HIGH = Repair(dense_target="auto", sequential=True, refit=20, tune=0)
+MAX = dataclasses.replace(HIGH, tune=10)
+
+
+def test_an_effort_sets_the_parts_that_are_not_given():
+    assert [Recipe(effort=name).repair for name in ("fast", "high", "max")] == [OFF, HIGH, MAX]
+    assert Recipe(effort="max", tune=0).repair == HIGH
+    assert Recipe(effort="high", sequential=False, dense_target=0, refit=0).repair == OFF
+    assert Recipe(refit=3).repair == dataclasses.replace(OFF, refit=3)
+    assert Recipe(dense_target="0.25").repair == dataclasses.replace(OFF, dense_target=0.25)
+
+
+@pytest.mark.parametrize(
+    ("repair", "retargets", "stream", "holds_out", "gram"),
+    [
+        (OFF, False, False, False, False),
+        (dataclasses.replace(OFF, sequential=True), False, False, False, False),
+        (dataclasses.replace(OFF, refit=1), False, False, False, True),
+        (dataclasses.replace(OFF, dense_target=1.0), True, True, False, True),
+        (dataclasses.replace(OFF, tune=1), False, True, True, False),
+        (HIGH, True, True, True, True),
+    ],
+)
+def test_each_part_says_what_it_needs(repair, retargets, stream, holds_out, gram):
+    assert (repair.retargets, repair.needs_dense_stream, repair.holds_out) == (retargets, stream, holds_out)
+    assert repair.needs_gram == gram
+
+
+def test_an_override_changes_the_repair_of_its_layers_alone():
+    recipe = Recipe(
+        effort="max",
+        overrides=(
+            Override(match="*.down_proj", settings={"dense_target": 0.5, "refit": 0}),
+            Override(match="model.layers.0.*", settings={"effort": "fast", "sequential": True}),
+        ),
+    )
+    found = {name: recipe.for_layer(f"model.layers.{name}").repair for name in ("1.mlp.up_proj", "1.mlp.down_proj")}
+    assert found == {"1.mlp.up_proj": MAX, "1.mlp.down_proj": dataclasses.replace(MAX, dense_target=0.5, refit=0)}
+    assert recipe.for_layer("model.layers.0.mlp.up_proj").repair == dataclasses.replace(OFF, sequential=True)
+    assert recipe.for_layer("model.layers.0.mlp.down_proj").repair == Repair(
+        dense_target=0.5, sequential=True, refit=0, tune=0
+    )
+    assert recipe.holds_out
+    assert not Recipe(dense_target=0.5, refit=2, sequential=True).holds_out
+
+
+def test_a_recipe_without_repair_is_written_as_before():
+    """Files of versions without these settings, and the comparison with an interrupted run, have no such names."""
+    names = {"effort", "dense_target", "sequential", "refit", "tune", "held_out", "tune_rate"}
+    assert not names & set(Recipe().to_dict())
+    given = Recipe(effort="high", sequential=False, held_out=3)
+    assert {name: given.to_dict()[name] for name in names & set(given.to_dict())} == {
+        "effort": "high", "sequential": False, "held_out": 3,
+    }  # fmt: skip
+    assert Recipe.from_dict({**Recipe().to_dict()}, stored=True).repair == OFF
+
+
+@pytest.mark.parametrize(("samples", "held_out", "expected"), [(128, None, 16), (2, None, 1), (20, None, 2), (5, 4, 4)])
+def test_an_eighth_of_the_sequences_is_held_out(samples, held_out, expected):
+    assert held_out_of(samples, held_out) == expected
+
+
 # --- TOML -------------------------------------------------------------------------------------------------------------
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
@@ -388,14 +488,22 @@ def recipes(draw: st.DrawFn) -> Recipe:
         chosen = {k: v for k, v in draw(layer_settings()).items() if v is not None}
         return Override(match=draw(TEXT), skip=draw(st.booleans()), settings=chosen)
 
+    samples = draw(st.integers(1, 10**9))
     return Recipe(
         **draw(layer_settings()),
         calibration=draw(TEXT),
-        samples=draw(st.integers(1, 10**9)),
+        samples=samples,
         sequence_length=draw(st.integers(2, 10**6)),
         seed=draw(st.integers(0, 2**63)),
         device=draw(TEXT),
         dtype=draw(st.sampled_from(["auto", "float32", "bfloat16", "float16"])),
+        effort=draw(st.sampled_from(registry.effort_names())) if samples > 1 else "fast",
+        dense_target=draw(st.none() | st.floats(0, 1) | (st.just("auto") if samples > 1 else st.none())),
+        sequential=draw(st.none() | st.booleans()),
+        refit=draw(st.none() | st.integers(0, 50)),
+        tune=draw(st.none() | st.integers(0, 50)) if samples > 1 else None,
+        held_out=draw(st.none() | st.integers(1, samples - 1)) if samples > 1 else None,
+        tune_rate=draw(st.floats(1e-6, 1)),
         targets=tuple(draw(st.lists(TEXT, max_size=3))),
         skip=tuple(draw(st.lists(TEXT, max_size=3))),
         overrides=tuple(overrides() for _ in range(draw(st.integers(0, 2)))),
@@ -473,7 +581,7 @@ def test_an_empty_file_is_the_default_recipe(tmp_path):
 @pytest.mark.parametrize(
     ("text", "match"),
     [
-        ("sparsty = 0.5", "unknown settings: sparsty; allowed are block_size, calibration"),
+        ("sparsty = 0.5", "unknown settings: sparsty; allowed are allocation, block_size, calibration"),
         ("[thanos]\nsparsity = 0.5", "unknown settings: thanos"),
         ("overrides = []", "unknown settings: overrides"),
         ("sparsity = 2", "sparsity must be a number"),

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from thanos.recipe import LayerRecipe as LayerRecipe
     from thanos.recipe import Override as Override
     from thanos.recipe import Recipe as Recipe
+    from thanos.recovery.recipe import RecoveryRecipe as RecoveryRecipe
+    from thanos.recovery.report import RecoveryReport as RecoveryReport
+    from thanos.recovery.run import recover as recover
     from thanos.run.prune import prune as prune
     from thanos.run.report import PruningReport as PruningReport
     from thanos.solvers.prune_layer import PrunedWeight as PrunedWeight
@@ -38,6 +41,8 @@ _EXPORTS = {
     "PrunedWeight": "solvers.prune_layer",
     "PruningReport": "run.report",
     "Recipe": "recipe",
+    "RecoveryRecipe": "recovery.recipe",
+    "RecoveryReport": "recovery.report",
     "ZeroShot": "evaluation.tasks",
     "evaluate": "evaluation.perplexity",
     "inspect_checkpoint": "evaluation.inspect",
@@ -45,6 +50,7 @@ _EXPORTS = {
     "prune": "run.prune",
     "prune_weight": "solvers.prune_layer",
     "read_store": "study.store",
+    "recover": "recovery.run",
     "run_study": "study.run",
     "zero_shot": "evaluation.tasks",
 }

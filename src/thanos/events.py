@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Phase = Literal[
-    "load", "calibration", "verify", "statistics", "solve", "write", "propagate", "evaluate", "tasks", "finish", "draw"
+    "load", "calibration", "allocate", "verify", "dense", "statistics", "choose", "solve", "tune", "write", "propagate",
+    "evaluate", "tasks", "train", "finish", "draw",
 ]  # fmt: skip
 
 
@@ -33,7 +34,8 @@ class Event:
 
     Args:
         kind: ``phase`` (a phase begins), ``progress`` (``done`` of ``total`` units of the phase), ``layer`` (a layer
-            was pruned), ``block`` (a block is complete) or ``note`` (a line that a person should read).
+            was pruned), ``stage`` (a stage of a block ended), ``block`` (a block is complete), ``epoch`` (a pass over the data
+            is complete) or ``note`` (a line that a person should read).
         phase: the phase that is running.
         seconds: seconds since the run began or was resumed.
         block: index of the decoder block, from 0; None outside the blocks.
@@ -42,7 +44,14 @@ class Event:
         done: number of units finished in this phase (sequences, layers or tensors).
         total: number of units in this phase.
         tokens: number of tokens processed so far in this phase.
-        error: for ``layer``, the relative error of the layer after compensation; for ``block``, the mean error so far.
+        error: for ``layer``, the relative error of the layer after compensation; for ``block``, the mean error so far; for
+            ``stage``, the relative error of the block's outputs against the dense model's.
+        stage: for ``stage``, its name; ``dense`` before the first stage.
+        loss: for ``progress`` of the phase ``tune``, the mean relative error of the batches in the last finished epoch;
+            in a recovery, the training loss of the step, or for ``epoch`` the mean of the epoch.
+        held_out: for ``tune``, the least relative error of the block on held-out sequences so far; for ``epoch``, the loss on
+            held-out sequences.
+        held_out_before: for ``tune``, that error before the block was tuned.
         replayed: whether an earlier run finished the block; only its outputs are computed again.
         message: the line of a ``note``.
         host_bytes: resident memory of the process now, in bytes. This and the next three values are at most 0.1 s old; for
@@ -52,7 +61,7 @@ class Event:
         device_peak_bytes: peak of ``device_bytes`` so far; None without a CUDA device.
     """
 
-    kind: Literal["phase", "progress", "layer", "block", "note"]
+    kind: Literal["phase", "progress", "layer", "stage", "block", "epoch", "note"]
     phase: Phase
     seconds: float = 0.0
     block: int | None = None
@@ -62,6 +71,10 @@ class Event:
     total: int = 0
     tokens: int = 0
     error: float | None = None
+    stage: str = ""
+    loss: float | None = None
+    held_out: float | None = None
+    held_out_before: float | None = None
     replayed: bool = False
     message: str = ""
     host_bytes: int = 0

@@ -22,6 +22,8 @@ class Heading(StrEnum):
 
     WHAT = "What to prune"
     METHOD = "Method and sparsity"
+    REPAIR = "Repair"
+    RECOVERY = "Recovery"
     CALIBRATION = "Calibration"
     SIZES = "Sizes of the model"
     LAYER = "Layer and timing"
@@ -79,15 +81,25 @@ def settings_of(owner: type[Any]) -> dict[str, Setting]:
     }
 
 
+def flags_with_off(owner: type[Any]) -> set[str]:
+    """Return the names of the described fields that are true, false or None, so that false differs from not given."""
+    hints = typing.get_type_hints(owner)
+    return {name for name in settings_of(owner) if hints[name] == bool | None}
+
+
 def value_types(owner: type[Any]) -> dict[str, tuple[type[Any], bool]]:
-    """Return field name → (type without None, whether the field holds several values of it), for described fields."""
+    """Return field name → (type without None, whether the field holds several values of it), for described fields.
+
+    A field that takes a word or a number has the type ``str``.
+    """
     hints = typing.get_type_hints(owner)
     return {name: _value_type(hints[name]) for name in settings_of(owner)}
 
 
 def _value_type(hint: Any) -> tuple[type[Any], bool]:
     if isinstance(hint, types.UnionType):
-        (hint,) = (one for one in typing.get_args(hint) if one is not types.NoneType)
+        kinds = [one for one in typing.get_args(hint) if one is not types.NoneType]
+        hint = kinds[0] if len(kinds) == 1 else str
     arguments = typing.get_args(hint)
     return (arguments[0], True) if arguments else (hint, False)
 

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from helpers import save_tiny
+from helpers import prose, save_tiny
 from thanos.cli import run
 from thanos.cli.progress import PlainLines
 from thanos.cli.prune import merge_recipe
 from thanos.errors import RecipeError
 from thanos.events import Event
 from thanos.recipe import Recipe
+from thanos.study.events import StudyEvent
 
 PRUNE = ["--samples", "4", "--sequence-length", "32", "--device", "cpu"]
 
@@ -26,7 +27,10 @@ OPTIONS = {
     "prune": {
         "--method", "--pattern", "--sparsity", "--outlier-rows", "--keep-budget", "--block-size", "--damping", "--calibration",
         "--samples", "--sequence-length", "--seed", "--device", "--dtype", "--targets", "--skip", "--recipe", "--overwrite",
-        "--resume", "--activations", "--plan", "--json", "--trust-remote-code", "--threads", "--quiet", "--help",
+        "--resume", "--activations", "--measure-error", "--plan", "--json", "--trust-remote-code", "--threads", "--quiet",
+        "--help",
+        "--scope", "--allocation",
+        "--effort", "--dense-target", "--sequential", "--no-sequential", "--refit", "--tune", "--held-out", "--tune-rate",
     },
     "eval": {
         "--text", "--sequence-length", "--max-windows", "--dense", "--tasks", "--task-folder",
@@ -136,7 +140,7 @@ def test_python_m_thanos_and_the_version_are_quick() -> None:
         (["prune", "a", "b", "--nonsense"], "--nonsense"),
         (["frobnicate"], "frobnicate"),
         (["prune", "a", "b", "--sparsity", "much"], "sparsity"),
-        (["prune", "{model}", "{out}", "--method", "obs"], "thanos, sparsegpt, wanda, magnitude"),
+        (["prune", "{model}", "{out}", "--method", "obs"], "thanos, sparsegpt, wanda, magnitude, admm"),
         (["prune", "{model}", "{out}", "--pattern", "4:2"], "0 < n < m"),
         (["prune", "{model}", "{out}", "--pattern", "blocks"], "unstructured, N:M such as 2:4"),
         (["prune", "{model}", "{out}", "--sparsity", "1.0"], "below 1"),
@@ -275,10 +279,64 @@ def test_prune_prints_a_summary_and_progress(tiny_llama: Path, text_file: Path, 
     assert report["recipe"]["seed"] == 3
 
 
+@pytest.mark.parametrize("words", ["prune", "plan", "eval"])
+def test_quiet_hides_progress_and_shows_notes(
+    words: str, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"text": None}, *({"text": prose(1500, seed=row)} for row in range(8))]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    texts = ["--calibration", str(tmp_path / "rows.jsonl"), "--samples", "2"]
+    arguments = {
+        "prune": ["prune", str(tiny_llama), str(tmp_path / "out"), *texts],
+        "plan": ["prune", str(tiny_llama), str(tmp_path / "out"), *texts, "--plan"],
+        "eval": ["eval", str(tiny_llama), "--text", str(tmp_path / "rows.jsonl"), "--max-windows", "1"],
+    }[words]
+    assert run([*arguments, "--sequence-length", "32", "--device", "cpu", "--quiet"]) == 0
+    said = capsys.readouterr().err.splitlines()
+    notes = [line for line in said if "note: " in line]
+    assert all(line in notes or line.startswith("warning: ") for line in said), "no progress"
+    if words != "plan":  # a plan reads no text
+        [note] = notes
+        assert note.endswith("rows.jsonl has 1 row whose text is null, left out")
+
+
+@pytest.mark.parametrize(("which", "expected"), [("all", True), ("none", False), ("auto", None), (None, False)])
+def test_measure_error_overrides_the_recipe_file(
+    which: str | None, expected: bool | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, seen = tmp_path / "recipe.toml", []
+    path.write_text("measure_error = false\n")
+
+    def prune(model: str, out: Path, recipe: Recipe, **others: object) -> None:
+        seen.append(recipe.measure_error)
+        raise RecipeError("enough")
+
+    monkeypatch.setattr("thanos.prune", prune)
+    words = [] if which is None else ["--measure-error", which]
+    assert run(["prune", "model", str(tmp_path / "out"), "--recipe", str(path), *words]) == 2
+    assert seen == [expected]
+
+
+def test_measure_error_knows_three_words(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["prune", "model", "out", "--measure-error", "al"]) == 2
+    assert "--measure-error must be one of all, none, auto; got 'al' (did you mean all?)" in capsys.readouterr().err
+
+
+def test_quiet_hides_progress_and_shows_notes_of_a_study(capsys: pytest.CaptureFixture[str]) -> None:
+    from thanos.cli.study import watch
+
+    with watch(quiet=True) as show:
+        show(StudyEvent(message="converting model.gguf to safetensors, once"))
+        show(StudyEvent(event=Event(kind="progress", phase="solve", done=1, total=2)))
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.endswith("note: converting model.gguf to safetensors, once")
+
+
 def test_quiet_shows_no_progress(tiny_llama: Path, text_file: Path) -> None:
     result = command("eval", str(tiny_llama), "--text", str(text_file), "--sequence-length", "64", "--quiet")
     assert result.returncode == 0
-    assert result.stderr == ""
+    [note] = result.stderr.splitlines()
+    assert "note: perplexity of the first windows is" in note
 
 
 def test_prune_does_not_overwrite_unless_told(
@@ -395,9 +453,11 @@ class TestRecipeFile:
         assert expected in error
         assert str(path) in error
 
-    def test_the_recipe_beside_the_model_runs_again(self, pruned_24: Path, tiny_llama: Path, tmp_path: Path) -> None:
-        out = tmp_path / "again"
-        assert run(["prune", str(tiny_llama), str(out), "--recipe", str(pruned_24 / "recipe.toml"), "--quiet"]) == 0
+    def test_the_recipe_beside_the_model_runs_again(
+        self, pruned_24: Path, tiny_llama: Path, text_file: Path, tmp_path: Path
+    ) -> None:
+        out, stored = tmp_path / "again", ["--recipe", str(pruned_24 / "recipe.toml")]
+        assert run(["prune", str(tiny_llama), str(out), *stored, "--calibration", str(text_file), "--quiet"]) == 0
         assert (out / "model.safetensors").read_bytes() == (pruned_24 / "model.safetensors").read_bytes()
 
 

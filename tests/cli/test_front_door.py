@@ -16,7 +16,7 @@ from helpers import save_tiny, tiny_model, tiny_tokenizer
 from thanos.cli import run
 from thanos.cli.app import app
 from thanos.cli.options import NUMBERS
-from thanos.errors import ModelError, RecipeError, ResourceError, UserError
+from thanos.errors import DataError, ModelError, RecipeError, ResourceError, UserError
 from thanos.recipe import Recipe
 from thanos.registry import method_names
 from thanos.run.work_folder import check_output
@@ -315,7 +315,12 @@ def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
         "run.setup.open_model",
         "evaluation.inspect.open_model",
         "evaluation.perplexity.load_model",
+        "evaluation.perplexity.evaluation_rows",
         "evaluation.tasks.load_model",
+        "evaluation.tasks._load_tasks",
+        "bench.model.time_model",
+        "bench.layer.device_rates",
+        "bench.layer.synthetic_layer",
     ):
         monkeypatch.setattr(f"thanos.{place}", lambda *_, **__: pytest.fail("the model was loaded"))
 
@@ -347,6 +352,25 @@ def no_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["eval", "{model}", "--text", "{file}", "--sequence-length", "300"], "256 positions"),
         (["eval", "{bare}", "--text", "{file}", "--sequence-length", "32"], "no tokenizer"),
         (["eval", "{model}", "--text", "{file}", "--json", "{out}/x/y.json"], "there is no folder"),
+        (["eval", "{model}", "--text", "{out}/no.txt", "--sequence-length", "300"], "no.txt does not exist"),
+        (["eval", "{bare}", "--text", "{empty}", "--sequence-length", "32"], "no tokenizer"),
+        (["eval", "{model}", "--text", "{empty}", "--sequence-length", "300"], "256 positions"),
+        (["eval", "{model}", "--text", "{empty}", "--sequence-length", "32"], "holds no text"),
+        (["eval", "./nowhere", "--tasks", "x y"], "nowhere does not exist"),
+        (["eval", "{bare}", "--tasks", "x y"], "no tokenizer"),
+        (["eval", "{model}", "--tasks", "piqa", "--device", "gpu"], "did you mean cuda"),
+        (
+            ["eval", "{model}", "--tasks", "piqa", "--task-folder", "{out}", "--device", "gpu"],
+            "task folder .* does not",
+        ),
+        (["bench", "model", "--shape", "llama-3-8c"], "did you mean llama-3-8b"),
+        (["bench", "model", "--device", "gpu"], "did you mean cuda"),
+        (["bench", "model", "--sparsity", "50"], "did you mean 0.5"),
+        (["bench", "model", "--out", "{file}"], "is not a folder"),
+        (["bench", "layer", "--shape", "12"], "rows x columns"),
+        (["bench", "layer", "--device", "gpu"], "did you mean cuda"),
+        (["bench", "layer", "--sparsity", "50"], "did you mean 0.5"),
+        (["bench", "layer", "--json", "{out}/x/y.json"], "there is no folder"),
         (["inspect", "{model}", "--require", "2-4"], "did you mean 2:4"),
         (["inspect", "{model}", "--json", "{folder}"], "is a folder; give a file"),
     ],
@@ -361,13 +385,42 @@ def test_what_can_be_known_at_once_is_told_before_anything_is_loaded(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "file.txt").write_text("some words")
+    (tmp_path / "empty.txt").write_text("")
     names = {
         "model": tiny_llama, "bare": no_tokenizer, "out": tmp_path / "out", "file": tmp_path / "file.txt", "folder": tmp_path,
+        "empty": tmp_path / "empty.txt",
     }  # fmt: skip
     words = [word.format(**names) for word in words]
     more = ["--calibration", str(tmp_path / "file.txt")] if words[0] == "prune" else []
-    assert re.search(expected, refused([*words, *more, "--quiet"], capsys))
-    assert [path.name for path in tmp_path.iterdir()] == ["file.txt"]
+    more += [] if words[:2] == ["bench", "layer"] else ["--quiet"]
+    assert re.search(expected, refused([*words, *more], capsys))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.txt", "file.txt"]
+
+
+def test_the_list_of_tasks_is_read_after_a_local_config_and_before_a_download(
+    no_tokenizer: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lm_eval")
+    order: list[str] = []
+
+    def listed(tasks: Any, folder: Any) -> Any:
+        order.append("tasks")
+        raise DataError("unknown to lm_eval")
+
+    def resolved(model: Any, **others: Any) -> Any:
+        order.append("config")
+        return inner(model, **others)
+
+    from thanos.evaluation import tasks as harness
+
+    inner = harness.resolve_model
+    monkeypatch.setattr(harness, "_register", listed)
+    monkeypatch.setattr(harness, "resolve_model", resolved)
+    for model, expected in ((no_tokenizer, ["config"]), (tiny_llama, ["config", "tasks"]), ("some/model", ["tasks"])):
+        order.clear()
+        with pytest.raises(UserError, match=r"no tokenizer|unknown to lm_eval"):
+            thanos.zero_shot(model, tasks=["x"], device="cpu")
+        assert order == expected, model
 
 
 def test_the_device_is_asked_for_after_the_files(

@@ -10,23 +10,32 @@ from typing import Any
 import pytest
 import typer
 
-from thanos import Recipe
+from thanos import Recipe, RecoveryRecipe
 from thanos.cli import run
 from thanos.cli.app import app
 from thanos.cli.options import given
 from thanos.errors import RecipeError
+from thanos.recipe import Repair
 from thanos.settings import Heading, settings_of, value_types
 
 HEADINGS = {
     "prune": {
         "What to prune": {"--targets", "--skip", "--recipe"},
         "Method and sparsity": {
-            "--method", "--pattern", "--sparsity", "--outlier-rows", "--keep-budget", "--block-size", "--damping",
+            "--method", "--pattern", "--sparsity", "--outlier-rows", "--keep-budget", "--block-size", "--damping", "--scope",
+            "--allocation",
         },
-        "Calibration": {"--calibration", "--samples", "--sequence-length", "--seed"},
+        "Repair": {"--effort", "--dense-target", "--sequential", "--refit", "--tune", "--held-out", "--tune-rate"},
+        "Calibration": {"--calibration", "--samples", "--sequence-length", "--seed", "--measure-error"},
         "Where and how it runs": {
             "--device", "--dtype", "--trust-remote-code", "--activations", "--threads", "--resume", "--plan",
         },
+        "Output": {"--overwrite", "--json", "--quiet", "--help"},
+    },
+    "recover": {
+        "Recovery": {"--epochs", "--rate", "--batch", "--micro-batch", "--held-out", "--shard", "--dense"},
+        "Calibration": {"--calibration", "--samples", "--sequence-length", "--seed"},
+        "Where and how it runs": {"--device", "--trust-remote-code", "--threads", "--resume"},
         "Output": {"--overwrite", "--json", "--quiet", "--help"},
     },
     "eval": {
@@ -122,10 +131,15 @@ def test_the_defaults_shown_are_those_of_a_recipe(capsys: pytest.CaptureFixture[
         "--samples": "128", "--sequence-length": "2048", "--seed": "0", "--skip": "none", "--activations": "auto",
     }.items():  # fmt: skip
         assert found[option].endswith(f"(default: {default})."), found[option]
-    assert "thanos, sparsegpt, wanda or magnitude (" in found["--method"]
+    assert "thanos, sparsegpt, wanda, magnitude or admm (" in found["--method"]
     assert "auto, float32, bfloat16 or float16 (" in found["--dtype"]
     assert found["--sparsity"].startswith("FRACTION Fraction of the weights to remove, at least 0 and below 1 (")
     assert found["--sequence-length"].startswith("TOKENS Tokens per calibration sequence, at least 2 (")
+
+
+def test_every_setting_of_a_recovery_is_an_option_of_recover() -> None:
+    fields = RecoveryRecipe.__dataclass_fields__
+    assert set(settings_of(RecoveryRecipe)) == set(fields) <= {parameter.name for parameter in parser("recover").params}
 
 
 def test_every_setting_of_a_recipe_but_two_is_an_option_of_prune() -> None:
@@ -167,6 +181,26 @@ def test_a_zero_that_is_given_counts_and_a_flag_that_is_not_does_not(tmp_path: P
     recipe = merge_recipe(path, given({key: value for key, value in context.params.items() if key in SETTINGS}))
     assert (recipe.seed, recipe.outlier_rows, recipe.keep_budget) == (0, 0.0, True)
     assert (recipe.targets, recipe.skip) == (("a",), ("q_proj",))
+
+
+def test_a_part_of_the_repair_can_be_switched_off_where_the_effort_has_it_on(tmp_path: Path) -> None:
+    from thanos.cli.prune import merge_recipe
+
+    path = tmp_path / "recipe.toml"
+    path.write_text('effort = "max"\ndense-target = 0.5\nrefit = 4\n')
+
+    def recipe(*words: str) -> Recipe:
+        context = parser("prune").make_context("prune", ["m", "o", *words])
+        return merge_recipe(path, given({key: value for key, value in context.params.items() if key in SETTINGS}))
+
+    assert recipe().repair == Repair(dense_target=0.5, sequential=True, refit=4, tune=10)
+    off = recipe("--no-sequential", "--tune", "0", "--dense-target", "auto", "--refit", "0")
+    assert off.repair == Repair(dense_target="auto", sequential=False, refit=0, tune=0)
+    assert recipe("--effort", "fast", "--sequential").repair == Repair(
+        dense_target=0.5, sequential=True, refit=4, tune=0
+    )
+    with pytest.raises(RecipeError, match=r"dense_target must be auto or a number, .*; got '1\.5'"):
+        recipe("--dense-target", "1.5")
 
 
 def test_a_setting_may_be_repeated_where_a_command_compares_its_values() -> None:

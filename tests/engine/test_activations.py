@@ -50,6 +50,24 @@ def test_two_passes_over_the_states(
     kept.close()
 
 
+@pytest.mark.parametrize(("place", "device"), [*ON_CPU, *ON_CUDA])
+def test_sequences_in_any_order(place: Place, device: torch.device, tmp_path: Path) -> None:
+    given = states(8, torch.bfloat16)
+    kept = Activations(8, given[:1].to(device), place, device, tmp_path)
+    kept.write(0, given.to(device))
+    kept.flush()
+    lists = [[3, 1], [7], [0, 5, 2], [4]]
+    got = list(kept.gather(lists))
+    assert [batch.device.type for batch in got] == [device.type] * 4
+    for rows, batch in zip(lists, got, strict=True):
+        batch += 1  # a copy: what is stored does not change
+        assert torch.equal(batch.cpu(), given[rows] + 1)
+    assert torch.equal(next(kept.batches(8))[1].cpu(), given)
+    assert list(kept.gather([])) == []
+    assert kept.dtype == torch.bfloat16
+    kept.close()
+
+
 @pytest.mark.parametrize("place", ["host", "disk"])
 def test_batches_may_begin_anywhere(place: Place, tmp_path: Path) -> None:
     given = states(8)

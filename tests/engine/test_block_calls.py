@@ -54,6 +54,9 @@ def test_block_by_block_gives_the_whole_models_hidden_states_and_logits(architec
         for index in range(len(find_blocks(model)[1])):
             hidden = torch.cat([calls.run(index, hidden[i : i + batch], i) for i in range(0, len(ids), batch)])
             torch.testing.assert_close(hidden, expected[index + 1], rtol=1e-4, atol=1e-5)
+            picked = [3, 0, 4][:batch]  # in any order
+            some = calls.run(index, expected[index][picked], picked)
+            torch.testing.assert_close(some, expected[index + 1][picked], rtol=1e-4, atol=1e-5)
         seen: list[Tensor] = []
         handle = model.get_output_embeddings().register_forward_hook(lambda _, args, out, seen=seen: seen.append(out))
         calls.run_tail(model, ids, hidden)

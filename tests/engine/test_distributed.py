@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import thanos
 from helpers import prose, save_tiny
+from oracles import BLOCKWISE, METHODS
 from thanos.calibration.accumulators import Gram
 from thanos.calibration.statistics import InputGroup, Need, empty_group
 from thanos.engine.distributed import SINGLE, Group, my_device
@@ -30,6 +31,7 @@ from thanos.recipe import LayerRecipe
 from thanos.run.report import PruningReport
 from thanos.solvers.hessian import InputStatistics
 from thanos.solvers.prune_layer import prune_layer
+from thanos.solvers.retarget import DenseTarget
 from thanos.solvers.row_shards import row_range
 
 SAMPLES, LENGTH = 10, 32  # no multiple of 4
@@ -94,7 +96,7 @@ def _enter(rank: int, work: Any, size: int, folder: Path, arguments: tuple[Any, 
 
 
 def recipes() -> list[LayerRecipe]:
-    """Every method and pattern, with and without outlier rows."""
+    """Every method and pattern, with and without outlier rows, and both scopes."""
     sparsities = {"unstructured": 0.5, "2:4": None, "columns": 0.3}
     return [
         LayerRecipe(
@@ -103,11 +105,16 @@ def recipes() -> list[LayerRecipe]:
             sparsity=sparsities[pattern],
             outlier_rows=alpha,
             keep_budget=keep,
-            block_size=32 if method in ("thanos", "sparsegpt") else None,
+            block_size=32 if method in BLOCKWISE else None,
+            scope=scope,
         )
-        for method, pattern, (alpha, keep) in product(
-            ("thanos", "sparsegpt", "wanda", "magnitude"), sparsities, ((0.0, False), (0.1, False), (0.1, True))
+        for method, pattern, (alpha, keep), scope in product(
+            METHODS,
+            sparsities,
+            ((0.0, False), (0.1, False), (0.1, True)),
+            (None, "layer", "row"),
         )
+        if scope is None or pattern == "unstructured"
     ]
 
 
@@ -146,6 +153,39 @@ def solve_all(row_shards: Any) -> list[tuple[Any, ...]]:
             prune_layer(weight, InputStatistics(hessian), recipe, row_shards=row_shards) for recipe in recipes()
         )
     ]
+
+
+def repair_all(row_shards: Any) -> list[tuple[Any, ...]]:
+    """Every method with a dense target and a refit."""
+    found = []
+    for (weight, hessian), (method, pattern, alpha) in product(
+        problems(), product(METHODS, ("unstructured", "columns"), (0.0, 0.1))
+    ):
+        generator = torch.Generator().manual_seed(8)
+        columns = weight.shape[1]
+        cross = hessian @ (torch.eye(columns) + 0.1 * torch.randn(columns, columns, generator=generator))
+        residual = 0.1 * torch.randn(weight.shape, generator=generator) @ hessian
+        recipe = LayerRecipe(method=method, pattern=pattern, sparsity=0.4, outlier_rows=alpha, refit=4)
+        target = DenseTarget(0.5, cross, residual)
+        result = prune_layer(weight, InputStatistics(hessian), recipe, row_shards=row_shards, retarget=target)
+        found.append((result.weight, result.kept, result.errors, result.residuals, result.target_changes))
+    return found
+
+
+def repair_in_group() -> list[tuple[Any, ...]]:
+    return repair_all(Group())
+
+
+@pytest.mark.slow
+def test_dense_targets_and_refits_of_every_process_have_the_bits_of_one(tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    expected = repair_all(SINGLE)
+    torch.set_num_threads(threads)
+    for results in spawn(repair_in_group, 3, tmp_path):
+        for one, other in zip(expected, results, strict=True):
+            for a, b in zip(one, other, strict=True):
+                assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
 
 
 def solve_in_group() -> list[tuple[Any, ...]]:

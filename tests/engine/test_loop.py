@@ -26,7 +26,7 @@ from thanos.engine.block_runner import Passes, most_sequences
 from thanos.engine.output import Output
 from thanos.engine.stages import prune as engine
 from thanos.model.source import resolve_model
-from thanos.run import setup
+from thanos.run import engine_setup, setup
 from thanos.solvers.hessian import InputStatistics
 from thanos.solvers.prune_layer import PrunedWeight, prune_layer
 from thanos.system.meter import PhaseMeter
@@ -89,7 +89,7 @@ def test_a_part_of_the_blocks_can_be_run(tiny_llama: Path, text_file: Path, tmp_
     cpu, ids = torch.device("cpu"), torch.randint(2, 100, (SAMPLES, LENGTH))
     for wanted in ([1], [0, 2], [None]):
         out: Any = Nowhere()
-        loop = setup.build_engine(
+        loop = engine_setup.build_engine(
             prepared, chosen, ids, cpu, tmp_path, activations="auto", writer=out, journal=out, meter=PhaseMeter(cpu)
         )
         blocks = [event.block for event in loop.run(wanted) if event.kind == "block"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -131,3 +132,23 @@ def test_a_method_that_needs_no_inputs_is_not_warned_about_them(text_file: Path,
         )
         assert any("experts saw" in line for line in report.warnings) is warned
         assert any(layer.warnings for layer in report.layers) is warned
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda"])
+def test_a_refit_gathers_the_gram_and_reports_what_it_did(
+    method: str, tiny_llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    plain = thanos.prune(tiny_llama, tmp_path / "plain", recipe(text_file, method=method))
+    report = thanos.prune(tiny_llama, tmp_path / "out", recipe(text_file, method=method, refit=10))
+    for layer, before in zip(report.layers, plain.layers, strict=True):
+        assert layer.error_tokens == layer.tokens == TOKENS
+        assert layer.zeros == before.zeros
+        assert layer.errors is not None
+        assert list(layer.errors) == ["removed", method, "refit"]
+        assert layer.errors["refit"] == layer.error_after_compensation < layer.errors[method]
+        assert layer.residual is not None
+        assert layer.damping == 0.01
+        assert (before.errors, before.residual, before.damping) == (None, None, None)
+    written = json.loads((tmp_path / "plain" / "pruning.json").read_text(encoding="utf-8"))
+    assert not {"errors", "residual", "target_change"} & set(written["layers"][0])
+    assert thanos.PruningReport.read(tmp_path / "out" / "pruning.json") == report

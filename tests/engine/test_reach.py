@@ -106,6 +106,47 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+# Models whose tower for images holds more linear weights than the text model.
+_PLAIN = {key: value for key, value in _COMMON.items() if key != "num_key_value_heads"} | {"num_hidden_layers": 2}
+_TEXT = _PLAIN | {"num_key_value_heads": 2}
+_TOWER = {
+    "hidden_size": 64,
+    "intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 8,
+}
+_HEARING = {"hidden_size": 16, "intermediate_size": 16, "num_blocks": 1, "num_attention_heads": 2, "input_size": 16}
+TOWERS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "gemma-3": (
+        "Gemma3Config",
+        {"text_config": {**_TEXT, "head_dim": 8}, "vision_config": _TOWER, "mm_tokens_per_image": 4},
+        "model.language_model.layers",
+    ),
+    "git": ("GitConfig", {**_PLAIN, "vision_config": _TOWER}, "git.encoder.layer"),
+    "got-ocr2": (
+        "GotOcr2Config",
+        {
+            "text_config": _TEXT,
+            "vision_config": {**_TOWER, "output_channels": 32, "image_size": 64, "patch_size": 16, "mlp_dim": 256}
+            | {"global_attn_indexes": [1]},
+        },
+        "model.language_model.layers",
+    ),
+    # The tower is a part of the decoder.
+    "phi-4-multimodal": (
+        "Phi4MultimodalConfig",
+        {
+            **_TEXT,
+            "vision_config": {**_TOWER, "crop_size": 16},
+            "audio_config": {**_HEARING, "ext_pw_out_channel": 16, "nemo_conv_channels": 16},
+        },
+        "model.layers",
+    ),
+}
+CONFIGS |= {family: (name, values) for family, (name, values, _) in TOWERS.items()}
+
 
 def save(folder: Path, family: str) -> Path:
     name, values = CONFIGS[family]
@@ -125,7 +166,7 @@ def save(folder: Path, family: str) -> Path:
 def reference(folder: Path, text: Path, **how: Any) -> dict[str, torch.Tensor]:
     """Prune what the whole model calls, block by block with hooks; return the weights of its blocks' linear layers."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    stored = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
+    stored = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     prefix, _ = find_blocks(model)
     done = {}
     for index, block in enumerate(model.get_submodule(prefix)):
@@ -156,6 +197,29 @@ def test_what_can_be_carried_equals_a_slow_run_of_the_whole_model(family: str, t
     assert pruned.keys() == dense.keys()
     for name in dense.keys() - expected.keys():
         assert torch.equal(pruned[name], dense[name]), name
+
+
+@pytest.mark.parametrize("family", TOWERS)
+def test_the_text_model_is_pruned_where_another_tower_is_larger(family: str, text_file: Path, tmp_path: Path) -> None:
+    folder = save(tmp_path / "dense", family)
+    dense = AutoModelForCausalLM.from_pretrained(folder)
+    size = {False: 0, True: 0}
+    prefix = TOWERS[family][2]
+    for name, module in dense.named_modules():
+        if isinstance(module, nn.Linear) and ".layer" in name:
+            size[name.startswith(f"{prefix}.")] += module.weight.numel()
+    assert size[False] > size[True], "the case is one"
+
+    report = thanos.prune(folder, tmp_path / "out", recipe(text_file, **HOW))
+    expected = reference(folder, text_file, **HOW)
+    linear = {name for name, module in dense.named_modules() if isinstance(module, nn.Linear)}
+    assert {layer.name for layer in report.layers} == {name for name in linear if name.startswith(f"{prefix}.")}
+    assert {f"{layer.name}.weight" for layer in report.layers} == expected.keys()
+    pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    compare(pruned, expected)
+    for name, tensor in dense.state_dict().items():
+        if name not in expected:
+            assert torch.equal(pruned[name], tensor), name
 
 
 def test_a_tied_head_that_comes_first_is_not_pruned(text_file: Path, tmp_path: Path) -> None:

@@ -137,6 +137,30 @@ def block_names(weights: ModelWeights, block: int) -> list[str]:
     return [name for name in weights.names if name.startswith(f"model.layers.{block}.")]
 
 
+def test_a_weight_from_a_file_lies_in_memory_as_a_computed_one_does() -> None:
+    """A product on the CPU may have other last bits if a matrix begins elsewhere than at a cache line."""
+    _, weights, _, _ = weights_of("llama")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    for begin in range(3):
+        value = torch.randn(32 * 32 + begin)[begin:].view(32, 32)
+        weights.put(name, value)
+        assert weights.parameter(name).data_ptr() % 64 == 0
+        assert torch.equal(weights.parameter(name), value)
+
+
+def test_other_values_are_used_inside_a_context_alone() -> None:
+    model, weights, _, _ = weights_of("tinyllama")
+    names = ["model.embed_tokens.weight", "model.norm.weight"]
+    weights.load(names)
+    before = {name: weights.parameter(name) for name in names}
+    other = {name: nn.Parameter(torch.zeros_like(value)) for name, value in before.items()}
+    with weights.replaced(other):
+        assert all(weights.parameter(name) is other[name] for name in names)
+        assert model.lm_head.weight is other[names[0]]  # type: ignore[union-attr]
+    assert all(weights.parameter(name) is value for name, value in before.items())
+    assert model.lm_head.weight is before[names[0]]  # type: ignore[union-attr]
+
+
 def test_prefetched_weights_are_read_once_and_arrive_at_the_load() -> None:
     meta_model, weights, source, dense = weights_of("llama")
     names = block_names(weights, 1)
@@ -223,3 +247,16 @@ def test_on_a_gpu_a_widened_weight_is_not_read_again() -> None:
     weights.put("weight", kept.cuda() * 2)
     assert torch.equal(weights.stored("weight").cpu(), kept)
     assert source.read_names == ["weight"] * 2
+
+
+def test_a_parameter_is_a_modules_own_if_no_other_holds_it_and_it_is_no_buffer() -> None:
+    _, weights, _, _ = weights_of("tinyllama")  # with tied embeddings
+    assert weights.is_own("model.layers.0.mlp.up_proj.weight")
+    assert not weights.is_own("model.embed_tokens.weight")
+    module = nn.Module()
+    module.first, module.second = nn.Linear(2, 2), nn.Linear(2, 2)
+    module.second.weight = module.first.weight
+    module.register_buffer("table", torch.zeros(2))
+    names = ["first.weight", "first.bias", "second.bias", "table"]
+    own = ModelWeights(module, Source({}), {name: name for name in names}, torch.device("cpu"))
+    assert [name for name in names if own.is_own(name)] == ["first.bias", "second.bias"]

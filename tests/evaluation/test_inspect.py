@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import thanos
 from helpers import save_tiny
+from thanos.cli import run
 from thanos.errors import ModelError, RecipeError
 from thanos.evaluation.inspect import inspect_checkpoint
 
@@ -156,7 +158,8 @@ def test_gpt2s_transposed_weights_are_read_along_the_inputs(text_file: Path, tmp
 
 def test_json_is_stable(model: Path) -> None:
     values = inspect_checkpoint(model, require=None).to_dict()
-    assert list(values) == ["schema", "model", "thanos_version", "require", "violations", "totals", "layers", "dense"]
+    keys = ["schema", "model", "thanos_version", "require", "violations", "totals", "layers", "dense", "not_finite"]
+    assert list(values) == keys
     assert values["schema"] == 1
     json.dumps(values, allow_nan=False)
 
@@ -167,3 +170,56 @@ def test_what_cannot_be_required(model: Path) -> None:
     (model / "pruning.json").write_text("{}")
     with pytest.raises(ModelError, match="not a report"):
         inspect_checkpoint(model)
+
+
+# --- NaN and infinity -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_nan_and_infinity_are_counted_by_tensor(dtype: torch.dtype, model: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name in tensors:
+            tensors[name] = tensors[name].to(dtype)
+        tensors[f"{UP}.weight"][3, :5] = torch.nan
+        tensors[f"{UP}.weight"][4, 2] = -torch.inf
+        tensors["model.norm.weight"][0] = torch.inf
+
+    edit(model, change)
+    found = inspect_checkpoint(model)
+    counted = {tensor.name: (tensor.nan, tensor.infinite, tensor.parameter) for tensor in found.not_finite}
+    assert counted == {f"{UP}.weight": (5, 1, True), "model.norm.weight": (0, 1, True)}
+    assert found.damaged == found.not_finite
+
+
+def test_a_finite_tensor_whose_sum_overflows_is_not_damaged(model: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"{UP}.weight"][:] = torch.finfo(torch.float32).max
+
+    edit(model, change)
+    assert inspect_checkpoint(model).not_finite == []
+
+
+def test_a_mask_with_infinity_that_no_parameter_needs_is_counted_and_allowed(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.0.self_attn.masked_bias"] = torch.full((3,), -torch.inf, dtype=torch.float16)
+
+    edit(model, change)
+    [mask] = inspect_checkpoint(model).not_finite
+    assert (mask.nan, mask.infinite, mask.parameter) == (0, 3, False)
+    assert run(["inspect", str(model), "--quiet"]) == 0
+    shown = capsys.readouterr()
+    assert re.search("NaN, infinity in parameters +none", shown.out)
+    assert re.search("in other tensors +0 NaN, 3 infinite in 1 tensor; this is allowed", shown.out)
+    assert shown.err == ""
+
+
+def test_a_damaged_checkpoint_is_shown_and_exits_with_1(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["inspect", str(model), "--quiet"]) == 0
+    assert re.search("NaN, infinity in parameters +none", capsys.readouterr().out)
+    edit(model, lambda tensors: tensors[f"{UP}.weight"][3, :5].fill_(torch.nan))
+    assert run(["inspect", str(model), "--quiet", "--json", "-"]) == 1
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["not_finite"] == [{"name": f"{UP}.weight", "nan": 5, "infinite": 0, "parameter": True}]
+    assert shown.err.startswith(f"{UP}.weight: 5 NaN and 0 infinite entries; the checkpoint is damaged")

@@ -18,7 +18,9 @@ import thanos
 from helpers import ARCHITECTURES, POSITIONS, VOCABULARY, prose, save_tiny, tiny_model, tiny_tokenizer
 from thanos.errors import CudaUnavailableError, DataError, ModelError, NumericsError, ResourceError, UserError
 from thanos.evaluation import perplexity as evaluation
-from thanos.evaluation.perplexity import Evaluation, Reference
+from thanos.evaluation import scoring
+from thanos.evaluation.perplexity import Evaluation
+from thanos.evaluation.scoring import Reference
 from thanos.evaluation.windows import cut_windows
 from thanos.events import Event
 from thanos.model.loading import load_model
@@ -136,10 +138,10 @@ def test_perplexity_at_other_lengths(tiny_llama: Path, text_file: Path, length: 
 def test_perplexity_does_not_depend_on_the_chunk(
     tiny_llama: Path, other: Path, rows: tuple[Path, str], chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import thanos.evaluation.perplexity
+    import thanos.evaluation.scoring
 
     whole = run(tiny_llama, rows[0], dense=other)
-    monkeypatch.setitem(thanos.evaluation.perplexity._SCORED_POSITIONS, "cpu", chunk)
+    monkeypatch.setitem(thanos.evaluation.scoring._SCORED_POSITIONS, "cpu", chunk)
     parts = run(tiny_llama, rows[0], dense=other)
     assert parts.perplexity == pytest.approx(whole.perplexity, rel=1e-6)
     assert parts.kl_divergence == pytest.approx(whole.kl_divergence, rel=1e-6)
@@ -423,7 +425,7 @@ def test_a_token_that_a_model_holds_impossible(
     """Where the dense model gives a token no probability, the divergence has no term for it, whatever the model gives."""
     shared = reference(other, text_file)
     unused = min(set(range(VOCABULARY)) - set(shared.windows.flatten().tolist()))
-    original = evaluation._logits
+    original = scoring._logits
     logits: dict[str, list[torch.Tensor]] = {"model": [], "dense": []}
 
     def masked(model: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -434,7 +436,7 @@ def test_a_token_that_a_model_holds_impossible(
         logits[name].append(found)
         return found
 
-    monkeypatch.setattr(evaluation, "_logits", masked)
+    monkeypatch.setattr(scoring, "_logits", masked)
     if who == ("model",):
         with pytest.raises(NumericsError, match=r"KL divergence is infinite in window 0: .* leave out --dense"):
             thanos.evaluate(tiny_llama, reference=shared, device="cpu")
@@ -486,7 +488,7 @@ def test_out_of_memory_says_what_to_lower(
     def score(*_: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(evaluation, "_score", score)
+    monkeypatch.setattr(evaluation, "score", score)
     with pytest.raises(ResourceError, match=r"out of memory .*lower --sequence-length \(now 40\)"):
         run(tiny_llama, rows[0])
     with pytest.raises(ResourceError, match=r"now 40"):  # that of the windows, not of the argument's default
@@ -565,7 +567,7 @@ def test_outputs_that_do_not_fit_are_not_kept(tiny_llama: Path, text_file: Path)
 def test_batches_score_what_single_windows_do_and_halve_where_memory_runs_out(
     tiny_llama: Path, text_file: Path, other: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import thanos.evaluation.perplexity as evaluation
+    import thanos.evaluation.scoring as evaluation
 
     shared = reference(tiny_llama, text_file, keep_bytes=1 << 30)
     single = thanos.evaluate(other, reference=shared, device="cpu").to_dict()

@@ -266,7 +266,7 @@ def test_ten_percent_decide(monkeypatch: pytest.MonkeyPatch, text_file: Path) ->
             loss = 3.0 + (math.log(factor) if reference.windows[0, 0] == BOS else 0.0)
             return [loss * reference.windows[:, 1:].numel(), 0, 0, 0]
 
-        monkeypatch.setattr(thanos.evaluation.perplexity, "_score", score)
+        monkeypatch.setattr(thanos.evaluation.perplexity, "score", score)
         assert choose_bos("auto", text, tokenizer, tiny_model(), 40, lambda event: None) == expected
         usual, begun = seen
         assert usual == [[*ids[39 + 40 * i : 79 + 40 * i]] for i in range(len(usual))]
@@ -348,7 +348,7 @@ def test_the_command_says_where_bos_stands(
 
 
 def test_a_shared_reference_says_where_bos_stands(needy: Path, text_file: Path) -> None:
-    from thanos.evaluation.perplexity import Reference
+    from thanos.evaluation.scoring import Reference
     from thanos.evaluation.windows import cut_windows
     from thanos.model.loading import load_model
     from thanos.model.source import resolve_model

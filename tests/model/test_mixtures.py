@@ -150,9 +150,13 @@ def _shortened(kind: Any) -> Any:
 
 
 def _is_mixture(module: nn.Module) -> bool:
-    """By what transformers calls the parameters: the projections of an MLP, stacked."""
+    """By what transformers calls the parameters: the projections of an MLP, stacked; or by the class of such a stack.
+
+    The oldest transformers that is allowed stacks Aria's matrices in ``fc1`` and ``fc2``, which are AriaGroupedExpertsGemm.
+    """
     named = {name for name, parameter in module.named_parameters(recurse=False) if parameter.dim() == 3}
-    return "down_proj" in named or type(module).__name__ in ("JetMoeParallelExperts", "DbrxExpertGLU")
+    stacks = ("JetMoeParallelExperts", "DbrxExpertGLU", "AriaGroupedExpertsGemm")
+    return "down_proj" in named or type(module).__name__ in stacks
 
 
 _FOREIGN = {"AriaText", "Dbrx", "GptOss", "InklingText", "JetMoe", "Llama4", "Llama4Text", "LongcatFlash"}

@@ -26,7 +26,7 @@ from thanos.model.source import resolve_model
 from thanos.planning import plan as planning
 from thanos.planning.kinds import Job, Kind, Sample
 from thanos.recipe import Override, Recipe
-from thanos.run import setup
+from thanos.run import engine_setup, setup
 
 KEYS = [
     "schema", "thanos_version", "recipe", "device", "blocks", "layers", "activations", "activations_bytes", "batch",
@@ -100,7 +100,7 @@ class TestThePlan:
         planned = thanos.plan(tiny_llama, tmp_path / "out", recipe(text_file, targets=("lm_head", "*.1.*.q_proj")))
         assert planned.layers == 2
 
-    @pytest.mark.parametrize("method", ["sparsegpt", "wanda", "magnitude"])
+    @pytest.mark.parametrize("method", ["sparsegpt", "wanda", "magnitude", "admm"])
     @pytest.mark.parametrize("pattern", ["unstructured", "2:4", "columns"])
     def test_every_method_and_pattern(
         self, method: str, pattern: str, tiny_llama: Path, text_file: Path, tmp_path: Path
@@ -202,8 +202,8 @@ class TestWhatIsTried:
                         yield context.progress("extra", first + len(hidden))  # type: ignore[arg-type]
                     seen.append((context.index, context.runner.shape[0]))
 
-        listed = setup.stages_of(recipe(text_file))
-        monkeypatch.setattr(setup, "stages_of", lambda _: (*listed, Extra()))
+        listed = engine_setup.stages_of(recipe(text_file))
+        monkeypatch.setattr(engine_setup, "stages_of", lambda _: (*listed, Extra()))
         monkeypatch.setitem(block_runner.BATCH_TOKENS, "cpu", 64)  # two sequences in a batch
         planned = thanos.plan(tiny_llama, tmp_path / "out", recipe(text_file, samples=16))
         assert list(planned.phases)[-1] == "finish"

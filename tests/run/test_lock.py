@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from thanos.cli import run
 from thanos.errors import ResourceError, UserError
 from thanos.run.lock import lock_path, locked
 
@@ -103,6 +104,33 @@ def test_parents_are_made_and_removed(tmp_path: Path) -> None:
 def test_a_place_where_nothing_can_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ResourceError, match="cannot write beside OUT"), locked(tmp_path / "file/out"):
+        pass
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a file system that allows no new files")
+def test_a_file_system_that_allows_no_new_files_is_not_another_process(
+    tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ResourceError, match=r"no lock file can be created in /proc \("), locked(Path("/proc/out")):
+        pass
+    assert run(["prune", str(tiny_llama), "/proc/out", "--calibration", "pydoc", "--device", "cpu", "--quiet"]) == 2
+    said = capsys.readouterr().err
+    assert "cannot write beside OUT /proc/out" in said
+    assert "another process" not in said
+    assert len(said.splitlines()) == 1
+
+
+def test_a_file_system_that_refuses_to_create_a_lock_file_is_not_another_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, *arguments: Any, **others: Any) -> Any:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with (
+        pytest.raises(ResourceError, match=r"no lock file .*Read-only file system\); choose"),
+        locked(tmp_path / "out"),
+    ):
         pass
 
 

@@ -13,6 +13,7 @@ import thanos
 from helpers import save_tiny
 from reports import layer
 from thanos.engine.records import LayerRecord
+from thanos.engine.tuning_record import TuningRecord
 from thanos.run.model_card import model_card, public_name
 from thanos.run.report import PruningReport, compute_totals
 from thanos.system.meter import PhaseRecord
@@ -228,6 +229,24 @@ def test_warnings() -> None:
     layers = [layer("a"), layer("b", warnings=["few tokens: 12", "damping raised"])]
     card = model_card(report(layers, warnings=["the whole run"]))
     assert card.endswith("## Warnings\n\n- the whole run\n- `b`: few tokens: 12\n- `b`: damping raised\n")
+
+
+def test_the_card_tells_of_tuning_where_there_was_any() -> None:
+    assert "without retraining" in model_card(report())
+    assert "held-out" not in model_card(report())
+    tuned = [
+        TuningRecord(block=0, kept_epoch=2, held_out_before=0.5, held_out_after=0.25),
+        TuningRecord(block=1, kept_epoch=2, held_out_before=0.1, held_out_after=0.08),
+        TuningRecord(block=2, held_out_before=0.1, held_out_after=0.1, reason="the held-out error did not fall"),
+    ]
+    card = model_card(report(tuning=tuned))
+    assert "without retraining" not in card
+    assert "2 of 3 blocks were then tuned with their zeros fixed" in card
+    assert "became 0.8 times what it was (the others gained nothing and were left as they were)." in card
+    assert "2 of 2 blocks" in model_card(report(tuning=tuned[:2]))
+    assert "the others" not in model_card(report(tuning=tuned[:2]))
+    nothing = [TuningRecord(block=0, reason="too few sequences")]
+    assert "tuned" not in model_card(report(tuning=nothing))
 
 
 def test_the_card_does_not_promise_speed() -> None:

@@ -27,7 +27,7 @@ from thanos.model.source import resolve_model
 from thanos.run.work_folder import WorkFolder
 
 SAMPLES, LENGTH = 4, 32
-METHODS = ("thanos", "sparsegpt", "wanda", "magnitude")
+METHODS = ("thanos", "sparsegpt", "wanda", "magnitude", "admm")
 
 
 def recipe(text: Path, **changes: Any) -> thanos.Recipe:
@@ -209,7 +209,7 @@ def test_exact_sparsity_and_report_of_every_method_and_pattern(
             gone = (rest == 0).all(0)
             assert int(gone.sum()) * len(rest) == zeros
         changed = bool((weight != torch.where(weight == 0, 0.0, dense)).any())
-        assert changed is (method in ("thanos", "sparsegpt"))
+        assert changed is (method in ("thanos", "sparsegpt", "admm"))
         if method in ("wanda", "magnitude"):
             assert layer.error_after_compensation == layer.error_before_compensation
 
@@ -361,7 +361,8 @@ def test_overrides_give_layers_another_method_and_pattern(tiny_llama: Path, text
     assert zeros("1.mlp.down_proj") == zeros("1.mlp.up_proj") == 32 * 64 // 4
     assert zeros("0.mlp.up_proj") == math.floor(0.4 * 32 * 64)
     assert zeros("2.self_attn.k_proj") == 0
-    again = thanos.prune(tiny_llama, tmp_path / "again", thanos.Recipe.from_toml(tmp_path / "out/recipe.toml"))
+    stored = thanos.Recipe.from_toml(tmp_path / "out/recipe.toml").replace(calibration=str(text_file))
+    again = thanos.prune(tiny_llama, tmp_path / "again", stored)
     assert thanos.Recipe.from_dict(again.recipe) == thanos.Recipe.from_dict(report.recipe)
     assert raw_tensors(tmp_path / "again") == raw_tensors(tmp_path / "out")
 
@@ -375,8 +376,12 @@ def test_two_runs_give_the_same_bits(plain, tiny_llama: Path, text_file: Path, t
     assert raw_tensors(tmp_path / "out") == raw_tensors(plain[0])
 
 
-def test_the_recipe_beside_the_model_runs_again_to_the_same_bits(plain, tiny_llama: Path, tmp_path: Path) -> None:
-    thanos.prune(tiny_llama, tmp_path / "out", thanos.Recipe.from_toml(plain[0] / "recipe.toml"))
+def test_the_recipe_beside_the_model_runs_again_to_the_same_bits(
+    plain, tiny_llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    stored = thanos.Recipe.from_toml(plain[0] / "recipe.toml")
+    assert stored.calibration == text_file.name, "a local text has its name alone"
+    thanos.prune(tiny_llama, tmp_path / "out", stored.replace(calibration=str(text_file)))
     assert raw_tensors(tmp_path / "out") == raw_tensors(plain[0])
 
 

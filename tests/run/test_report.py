@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import FrozenInstanceError, fields, replace
+from dataclasses import FrozenInstanceError, asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from reports import layer
+from thanos.engine.block_error import BlockErrors
 from thanos.engine.records import LayerRecord, expert_notes
+from thanos.engine.tuning_record import TuningRecord
 from thanos.run.report import SCHEMA, DenseRecord, PruningReport, compute_totals
 from thanos.system.meter import PhaseRecord
 
@@ -53,6 +55,8 @@ LAYER = {
     "changed_by",
     "error_tokens",
 }
+REPAIRED = {"dense_target", "errors", "residual", "target_change"}
+"""Keys of a layer that are there only where they apply."""
 
 
 def report(layers: list[LayerRecord] | None = None, **changes: Any) -> PruningReport:
@@ -109,12 +113,37 @@ def test_keys() -> None:
     values = report().to_dict()
     assert next(iter(values)) == "schema"
     assert values["schema"] == SCHEMA == 1
-    assert set(values) == TOP == {field.name for field in fields(PruningReport)}
-    assert set(values["layers"][0]) == LAYER == {field.name for field in fields(LayerRecord)}
+    assert (
+        set(values) == TOP == {field.name for field in fields(PruningReport)} - {"block_errors", "tuning", "recovery"}
+    )
+    assert set(values["layers"][0]) == LAYER == {field.name for field in fields(LayerRecord)} - REPAIRED
+    repaired_layer = replace(
+        report().layers[0],
+        errors={"removed": 0.2, "a": 0.1, "b": 0.05},
+        residual=1e-6,
+        target_change=-0.01,
+        dense_target=0.5,
+    )
+    errors = BlockErrors(block=0, held_out=True, tokens=64, errors={"dense": 0.2, "prune": 0.1})
+    repaired = replace(report(), layers=[repaired_layer], block_errors=[errors])
+    assert set(repaired.to_dict()) == TOP | {"block_errors"}
+    assert PruningReport.from_dict(repaired.to_dict()).block_errors == [errors]
+    assert set(repaired.to_dict()["layers"][0]) == LAYER | REPAIRED
+    assert PruningReport.from_dict(repaired.to_dict()).layers == [repaired_layer]
     assert values["dense"] == [{"name": "norm", "parameters": 8, "reason": "not a linear layer's weight"}]
     assert values["phases"]["solve"] == {"seconds": 0.5, "host_peak_bytes": 20, "device_peak_bytes": 30}
     assert values["layers"][0]["shape"] == [4, 6]
     assert values["layers"][1]["warnings"] == ["too few tokens"]
+
+
+def test_the_tuning_of_blocks_is_a_key_of_its_own_where_there_was_any(tmp_path: Path) -> None:
+    tuned = TuningRecord(block=0, epochs=2, kept_epoch=1, losses=[0.5, math.nan], held_out_errors=[0.25, 0.375])
+    before = report(tuning=[tuned])
+    before.write(tmp_path / "pruning.json")
+    values = json.loads((tmp_path / "pruning.json").read_text())
+    assert set(values) == TOP | {"tuning"}
+    assert values["tuning"][0] == asdict(tuned) | {"losses": [0.5, None]}
+    assert PruningReport.read(tmp_path / "pruning.json").tuning == [replace(tuned, losses=[0.5, None])]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

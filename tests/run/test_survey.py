@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 import thanos
 from helpers import save_tiny
 from thanos.checkpoint.weight_files import SINGLE_NAME
+from thanos.cli import run as command
 from thanos.errors import NumericsError
 from thanos.evaluation.inspect import inspect_checkpoint
 from thanos.events import Event
@@ -201,10 +202,26 @@ def test_layers_for_multi_token_prediction_are_kept(case: str, tmp_path: Path, t
     assert {key: reasons[key] for key in keys} == dict.fromkeys(keys, MTP)
     assert MTP == "multi-token prediction layer: transformers does not run it"
     assert not any(layer.name in key for layer in report.layers for key in keys)
+    note = f"the checkpoint has layers for multi-token prediction ({len(keys)} tensors): transformers does not run them"
+    assert sum(line.startswith(note) for line in report.warnings) == 1
     for key in keys:
         assert raw(out, key) == raw(folder, key), key
     inspected = {record.name: record.reason for record in inspect_checkpoint(out).dense}
     assert {key: inspected[key] for key in keys} == dict.fromkeys(keys, MTP)
+
+
+def test_layers_that_are_left_out_are_printed_at_the_end_of_the_run(
+    tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, keys, _ = PREDICTION["Qwen: under a name of its own"]
+    beyond = {f"model.layers.{index}.mlp.up_proj.weight": torch.ones(64, 32) for index in (3, 4)}
+    folder = with_prediction_layer("llama", tmp_path / "model", {**keys, **beyond})
+    arguments = ["--calibration", str(text_file), "--samples", "1", "--sequence-length", "16", "--method", "magnitude"]
+    assert command(["prune", str(folder), str(tmp_path / "out"), *arguments, "--quiet"]) == 0
+    said = capsys.readouterr().err.splitlines()
+    stay = "transformers does not run them, so they stay as they are, not pruned"
+    assert f"warning: the checkpoint has layers for multi-token prediction (2 tensors): {stay}" in said
+    assert f"warning: the checkpoint has layers beyond the 3 of config.json (3 to 4): {stay}" in said
 
 
 def test_they_are_kept_where_transformers_loads_the_whole_model(

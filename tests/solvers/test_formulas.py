@@ -14,7 +14,8 @@ from thanos.errors import NumericsError
 from thanos.patterns.rounding import ceil_count, floor_count
 from thanos.solvers.hessian import SMALLEST_RAISED_DAMPING, InputStatistics, factorize
 from thanos.solvers.masked_cg import MAX_STEPS, solve_rows
-from thanos.solvers.selection import even_rows_mask, nm_mask, row_smallest_mask, smallest_mask
+from thanos.solvers.row_selection import even_rows_mask, nm_mask, row_smallest_mask
+from thanos.solvers.selection import smallest_mask
 
 QUICK = settings(max_examples=25, deadline=None, derandomize=True)
 SEEDS = st.integers(0, 10_000)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -11,8 +13,10 @@ from thanos.calibration.accumulators import add_gram
 from thanos.solvers.hessian import InputStatistics
 from thanos.solvers.kernels import solve as kernels
 from thanos.solvers.masked_cg import RowSolver
+from thanos.solvers.residual_mask import ResidualMask, RowResidualMask
+from thanos.solvers.row_selection import row_smallest_mask, smallest_of_rows
 from thanos.solvers.row_shards import Alone
-from thanos.solvers.selection import KernelSearch, ResidualMask, smallest_mask
+from thanos.solvers.selection import KernelSearch, smallest_mask
 
 pytestmark = [
     pytest.mark.gpu,
@@ -63,6 +67,46 @@ def test_the_residual_mask_is_that_of_the_cpu_and_no_block_waits_for_the_host(ki
             assert torch.equal(chosen.cpu(), here.take(weight, start, stop)), (budget, start)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("columns", [7, 517, 3000, 12_000, 20_000])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_row_budgets_residual_mask_is_that_of_the_cpu_and_no_block_waits(kind, columns, fused, monkeypatch):
+    if not fused:
+        monkeypatch.setattr(kernels, "usable", lambda _: False)
+    rows = 31
+    weight = weights(rows, columns, kind)
+    norms = torch.ones(columns) if kind in ("tied", "constant") else torch.rand(columns) + 0.1
+    zeros = weight == 0 if kind == "zeros" else None
+    budgets = torch.linspace(0, columns, rows).long()
+    budgets = budgets if zeros is None else budgets.maximum(zeros.sum(1))
+    here = RowResidualMask(norms, zeros, budgets)
+    there = RowResidualMask(norms.cuda(), None if zeros is None else zeros.cuda(), budgets.cuda())
+    moved = weight.cuda()
+    edges = sorted({0, min(128, columns), columns // 2, columns - 1, columns})
+    torch.cuda.synchronize()
+    for start, stop in pairwise(edges):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            chosen = there.take(moved, start, stop)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert torch.equal(chosen.cpu(), here.take(weight, start, stop)), start
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_row_masks_are_those_of_the_cpu(kind):
+    scores = weights(67, 1500, kind).abs()
+    scores[scores == 0] = -1.0
+    counts = torch.linspace(0, 1500, 67).long()
+    assert torch.equal(row_smallest_mask(scores.cuda(), counts.cuda()).cpu(), row_smallest_mask(scores, counts))
+    every_other = scores.cuda().repeat_interleave(2, dim=0)[::2]
+    norms = torch.ones(1500, device="cuda")
+    assert torch.equal(
+        smallest_of_rows(every_other[:, 100:], norms[100:], None, (counts // 2).clamp_max(1400).cuda(), 64).cpu(),
+        smallest_of_rows(scores[:, 100:], norms[100:].cpu(), None, (counts // 2).clamp_max(1400), 64),
+    )
+
+
 @pytest.mark.parametrize("width", [1, 17, 128, 500])
 def test_rows_are_solved_as_in_float64(width):
     case = oracles.layer(70, width, seed=1)
@@ -78,6 +122,22 @@ def test_rows_are_solved_as_in_float64(width):
             assert not solution[i, ~mask[i]].any()
             expected = torch.linalg.solve(gram[p][:, p], case.weight[i, p])
             assert (solution[i, p] - expected).norm() <= 1e-4 * expected.norm()
+
+
+@pytest.mark.parametrize("zeros", [0.0, 0.2])
+@pytest.mark.parametrize("method", oracles.METHODS)
+def test_row_budgets_agree_with_float64_on_the_cpu(method, zeros):
+    case = oracles.layer(70, 320, seed=3, tokens=2000, dead=[5])
+    case.weight[torch.rand(70, 320, generator=torch.Generator().manual_seed(0)) < zeros] = 0.0
+    arguments = oracles.used(method, sparsity=0.51, block_size=100, outlier_rows=0.05, scope="row")
+    double = prune_weight(case.weight, case.hessian, **arguments)
+    single = prune_weight(case.weight.float().cuda(), case.hessian.float().cuda(), **arguments)
+    assert int(single.kept.sum()) == int(double.kept.sum())
+    counts = single.kept.sum(1).cpu()
+    others = torch.ones(70, dtype=torch.bool).index_fill(0, double.outliers, False)
+    assert int(counts[others].max() - counts[others].min()) <= 1
+    assert (single.kept.cpu() == double.kept).double().mean() > 0.999
+    assert single.error_after_compensation == pytest.approx(double.error_after_compensation, rel=2e-3)
 
 
 @pytest.mark.parametrize("zeros", [0.0, 0.2])

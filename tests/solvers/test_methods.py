@@ -215,7 +215,7 @@ def test_sparsegpt_spreads_its_zeros_evenly_over_the_blocks():
     assert zeros == [8, 9, 5]  # ⌊22·8/20⌋ = 8, ⌊22·16/20⌋ = 17, 22
 
 
-@pytest.mark.parametrize("method", oracles.COMPENSATING)
+@pytest.mark.parametrize("method", oracles.BLOCKWISE)
 def test_default_block_size_is_the_papers(method):
     case = oracles.layer(2, 260, seed=21)
     default = prune_weight(case.weight, case.hessian, method=method)

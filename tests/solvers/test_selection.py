@@ -17,8 +17,9 @@ from thanos.patterns.budget import Budget
 from thanos.recipe import LayerRecipe
 from thanos.solvers.hessian import InputStatistics
 from thanos.solvers.problem import Problem, Solution
+from thanos.solvers.row_selection import even_rows_mask
 from thanos.solvers.row_shards import ALONE, RowShards
-from thanos.solvers.selection import even_rows_mask, kth_on_cpu, smallest_mask
+from thanos.solvers.selection import kth_on_cpu, smallest_mask
 
 QUICK = settings(max_examples=40, deadline=None, derandomize=True)
 
@@ -135,12 +136,12 @@ def test_even_rows_do_not_depend_on_who_holds_them(rows, columns, size, data):
 
 
 @pytest.mark.parametrize("zeros", [0.0, 0.2])
-@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+@pytest.mark.parametrize(("pattern", "scope"), [("unstructured", "layer"), ("unstructured", "row"), ("2:4", None)])
 @pytest.mark.parametrize("method", oracles.METHODS)
-def test_methods_give_the_same_mask_and_weight_however_the_rows_are_spread(method, pattern, zeros):
+def test_methods_give_the_same_mask_and_weight_however_the_rows_are_spread(method, pattern, scope, zeros):
     case = oracles.layer(11, 40, seed=1)
     case.weight[torch.rand(11, 40, generator=torch.Generator().manual_seed(0)) < zeros] = 0.0
-    recipe = LayerRecipe(method=method, pattern=pattern, sparsity=0.5)
+    recipe = LayerRecipe(method=method, pattern=pattern, sparsity=0.51 if scope else None, scope=scope)
     inputs = InputStatistics(case.hessian, dtype=torch.float64)
     factor = inputs.factor(0.01)
 
@@ -148,7 +149,17 @@ def test_methods_give_the_same_mask_and_weight_however_the_rows_are_spread(metho
         weight = case.weight[rows]
         budget = Budget.plan(11, 40, recipe)
         return registry.method(method).load()(
-            Problem(weight, weight == 0, inputs, factor, recipe.parsed_pattern, budget, 16, row_shards)
+            Problem(
+                weight,
+                weight == 0,
+                inputs,
+                factor,
+                recipe.parsed_pattern,
+                budget,
+                16,
+                row_shards,
+                scope=recipe.resolved_scope,
+            )
         )
 
     alone = solve(slice(None), ALONE)

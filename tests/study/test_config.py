@@ -71,6 +71,24 @@ def test_what_a_method_or_pattern_does_not_have_makes_no_cells(tmp_path: Path) -
     ]
 
 
+def test_a_scope_makes_cells_only_where_it_differs_from_the_methods_own(tmp_path: Path) -> None:
+    axes = 'method = ["thanos", "wanda"]\npattern = ["unstructured", "2:4", "columns"]\nscope = ["layer", "row"]\n'
+    cells = pruned(read(tmp_path, HEAD + "[[grid]]\n" + axes))
+    assert [(c.method, c.pattern, c.scope) for c in cells] == [
+        ("thanos", "unstructured", None), ("thanos", "unstructured", "row"), ("thanos", "2:4", None),
+        ("thanos", "columns", None), ("wanda", "unstructured", "layer"), ("wanda", "unstructured", None),
+        ("wanda", "2:4", None), ("wanda", "columns", None),
+    ]  # fmt: skip
+    assert [cell.recipe().resolved_scope for cell in cells if cell.pattern == "unstructured"] == [
+        "layer", "row", "layer", "row",
+    ]  # fmt: skip
+    assert cells[1].title().endswith("B 128 by row seed 0")
+    before = {"model", "method", "pattern", "sparsity", "outlier_rows", "keep_budget", "block_size", "damping"}
+    before |= {"calibration", "samples", "sequence_length", "seed"}
+    assert set(public_cell(cells[0])) == before, "cells of older stores keep their key"
+    assert set(public_cell(cells[1])) == before | {"scope"}
+
+
 def test_every_method_has_its_own_default_block_size(tmp_path: Path) -> None:
     text = HEAD + '[[grid]]\npattern = ["unstructured", "2:4"]\nmethod = ["thanos", "sparsegpt"]\n'
     assert [c.block_size for c in pruned(read(tmp_path, text))] == [128, 128, 512, 128]
@@ -78,13 +96,14 @@ def test_every_method_has_its_own_default_block_size(tmp_path: Path) -> None:
 
 def test_the_axes_of_a_grid_are_the_settings_of_a_cell(tmp_path: Path) -> None:
     names = (
-        "model, method, pattern, sparsity, outlier_rows, keep_budget, block_size, damping, calibration, samples, "
-        "sequence_length, seed, zero_shot"
+        "model, method, pattern, sparsity, outlier_rows, keep_budget, block_size, damping, scope, calibration, "
+        "samples, sequence_length, seed, zero_shot"
     )
     with pytest.raises(StudyError, match=f"unknown field; allowed are {names}$"):
         read(tmp_path, HEAD + '[[grid]]\ndevice = "cpu"\n')
     for line, message in (
         ('method = "obs"', "must be one of thanos, sparsegpt, wanda, magnitude; got 'obs'"),
+        ('scope = "rows"', "must be one of layer, row; got 'rows'"),
         ("keep_budget = 1", "must be true or false; got 1"),
         ("block_size = 0", "must be a whole number, at least 1; got 0"),
         ("damping = -1", "damping must be a number, at least 0; got -1"),

@@ -348,10 +348,10 @@ def test_a_study_runs_each_cell_once_and_goes_on(tmp_path: Path, data: Path) -> 
 @pytest.mark.slow
 def test_a_failed_cell_runs_again_and_a_torn_record_too(tmp_path: Path, data: Path) -> None:
     out, text = tmp_path / "out", (data / "prose.txt").read_text()
+    (data / "later.txt").write_text("dan")
     path = write(tmp_path, GRID.replace("prose", "later") + 'method = "magnitude"\n')
     result, events = go(path, data, out)
     assert (result.count("done"), result.count("failed")) == (1, 1)
-    assert "later.txt is not there, so its cells will fail" in next(event.message for event in events if event.message)
     (data / "later.txt").write_text(text)
     whole = (out / "store.jsonl").read_bytes()
     (out / "store.jsonl").write_bytes(whole[:-20])
@@ -486,14 +486,64 @@ def test_missing_texts_and_folders_are_named_before_the_work(tmp_path: Path, dat
         go(write(tmp_path, GRID, head), data, tmp_path / "out")
 
 
-def test_a_missing_calibration_file_is_told_of_before_its_cells_fail(tmp_path: Path, data: Path) -> None:
-    grids = GRID + GRID.replace('"prose.txt"', '["prose.txt", "later.txt"]') + 'method = "magnitude"\n'
-    study = read_study(write(tmp_path, grids))
-    events: list[StudyEvent] = []
-    places = runner.find_places(study, tmp_path / "out", data)
-    runner._warn_of_calibration(study, places, study.cells, events.append)
-    (message,) = (event.message for event in events)
-    assert re.search(r"my\.toml, line 11, \[grid\] calibration: later\.txt is not there", message)
+def test_models_and_calibration_texts_that_are_not_there_are_all_named_before_the_work(
+    tmp_path: Path, data: Path
+) -> None:
+    head = HEAD.replace('["tiny"]', '["tiny", "./gone", "./blank"]')
+    (data / "blank").mkdir()
+    grids = GRID + GRID.replace('"prose.txt"', '["prose.txt", "later.txt", "empty.txt"]') + 'method = "magnitude"\n'
+    (data / "empty.txt").write_text("")
+    out = tmp_path / "out"
+    with pytest.raises(StudyError) as refused:
+        go(write(tmp_path, grids, head), data, out)
+    message = str(refused.value)
+    for expected in (
+        r"my\.toml, line 1, models: \./gone does not exist; .*; it is in none of .*data.*--data",
+        r"my\.toml, line 1, models: .*blank has no config\.json",
+        r"my\.toml, line 11, \[grid\] calibration: later\.txt is in none of .*data.*--data",
+        r"my\.toml, line 11, \[grid\] calibration: .*empty\.txt holds no text",
+    ):
+        assert re.search(expected, message), expected
+    assert "prose.txt" not in message
+    assert not out.exists(), "nothing was written"
+
+
+def test_only_texts_of_cells_that_are_left_have_to_be_there(tmp_path: Path, data: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    path = write(
+        tmp_path, GRID.replace("prose", "moved") + 'method = "magnitude"\n', HEAD.replace("prose.txt", "pydoc")
+    )
+    study = read_study(path)
+    places = runner.find_places(study, out, data)
+    writer = StoreWriter(out)
+    for cell in study.cells:
+        writer.append(make_record(study, places, cell, torch.device("cpu"), {"status": "done"}))
+    result, _ = go(path, data, out)
+    assert (result.ran, result.count("done")) == (0, 2)
+    path.write_text(path.read_text().replace('"magnitude"', '["magnitude", "wanda"]'))
+    with pytest.raises(StudyError, match=r"calibration: moved\.txt is in none of"):
+        go(path, data, out)
+
+
+@pytest.mark.parametrize("fault", ["windows", "chats", "tokenizer"])
+def test_a_model_that_cannot_be_evaluated_is_refused_before_it_is_pruned(
+    fault: str, tmp_path: Path, data: Path
+) -> None:
+    head, words = HEAD, ""
+    if fault == "windows":
+        head, words = HEAD.replace("sequence_length = 64", "sequence_length = 100000"), "beyond the model's"
+    elif fault == "chats":
+        chat = {"messages": [{"role": "user", "content": "hello"}]}
+        (data / "chat.jsonl").write_text(json.dumps(chat) + "\n")
+        (data / "tiny" / "chat_template.jinja").unlink()
+        head, words = HEAD.replace("prose.txt", "chat.jsonl"), "no chat template"
+    else:
+        for file in data.glob("tiny/*token*"):
+            file.unlink()
+        words = "has no tokenizer"
+    with pytest.raises(StudyError, match=rf"line 1, models: .*{words}"):
+        go(write(tmp_path, GRID + 'method = "magnitude"\n', head), data, tmp_path / "out")
 
 
 @pytest.mark.parametrize(("devices", "workers"), [([], 1), (["cpu"], 0), (["gpu"], 1)])

@@ -6,6 +6,7 @@ import io
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -87,6 +88,57 @@ def test_the_live_display_tells_everything_that_was_promised() -> None:
         )
     )
     assert live_lines(position, 36.0)[0] == "block 2/4 solve · up_proj · error 0.25"
+
+
+def test_the_error_of_a_block_is_shown_before_the_first_stage_and_after_each() -> None:
+    stream, position = io.StringIO(), Position()
+    show = PlainLines(stream)
+    for event in (
+        Event(kind="stage", phase="dense", block=0, blocks=2, stage="dense", error=0.0),
+        Event(kind="stage", phase="dense", block=0, blocks=2, stage="prune", error=0.25),
+        Event(kind="block", phase="propagate", block=0, blocks=2, error=0.125),
+        Event(kind="stage", phase="dense", block=1, blocks=2, stage="dense", error=0.5),
+        Event(kind="stage", phase="dense", block=1, blocks=2, stage="prune", error=0.375),
+        Event(kind="stage", phase="dense", block=1, blocks=2, stage="tune", error=0.25),
+        Event(kind="layer", phase="solve", block=1, blocks=2, layer="up_proj", error=0.75),
+    ):
+        show(event)
+        position(event)
+    assert "block 1 of 2, mean layer error 0.125, block error 0 → 0.25 (prune), host" in stream.getvalue()
+    assert live_lines(position, 0.0)[0] == (
+        "block 2/2 solve · up_proj · error 0.125 · block error 0.5 → 0.375 (prune) → 0.25 (tune)"
+    )
+
+
+def test_both_displays_tell_the_losses_of_tuning() -> None:
+    stream = io.StringIO()
+    plain, position = PlainLines(stream), Position()
+
+    def show(**details: Any) -> None:
+        event = Event(**{"block": 0, "blocks": 2, **details})
+        plain(event)
+        position(event)
+
+    show(kind="progress", phase="solve", done=7, total=7, seconds=5.0)
+    assert position.done == pytest.approx(0.4)
+    show(kind="phase", phase="tune", total=64, seconds=10.0)
+    show(kind="progress", phase="tune", done=8, total=64, tokens=800, held_out=0.5, held_out_before=0.5, seconds=20.0)
+    assert position.done == pytest.approx((0.2 + 0.75 / 8) / 2)
+    assert live_lines(position, 20.0)[0] == "block 1/2 tune · 8 of 64 · 80 tokens/s · held-out error 0.5 → 0.5"
+    tuned = {"loss": 0.375, "held_out": 0.25, "held_out_before": 0.5}
+    show(kind="progress", phase="tune", done=64, total=64, tokens=6400, seconds=40.0, **tuned)
+    assert live_lines(position, 40.0)[0].endswith(
+        "64 of 64 · 213 tokens/s · tuning loss 0.375, held-out error 0.5 → 0.25"
+    )
+    show(kind="block", phase="propagate", error=0.125, seconds=41.0)
+    show(kind="phase", phase="statistics", block=1, seconds=41.0)
+    assert "held-out" not in live_lines(position, 41.0)[0], "the next block is not tuned yet"
+    show(kind="block", phase="propagate", block=1, error=0.125, seconds=42.0)
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "[0:20] block 1 of 2, tune 8 of 64, 80 tokens/s, held-out error 0.5 → 0.5"
+    assert lines[1].endswith("tune 64 of 64, 213 tokens/s, tuning loss 0.375, held-out error 0.5 → 0.25")
+    assert "mean layer error 0.125, tuning loss 0.375, held-out error 0.5 → 0.25, host" in lines[2]
+    assert "held-out" not in lines[3]
 
 
 class Terminal(io.StringIO):

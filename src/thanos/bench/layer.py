@@ -46,7 +46,7 @@ class LayerSettings:
     """
 
     shapes: tuple[tuple[int, int], ...]
-    methods: tuple[str, ...] = field(default_factory=registry.compensating_methods)
+    methods: tuple[str, ...] = field(default_factory=registry.blockwise_methods)
     patterns: tuple[str, ...] = field(default_factory=lambda: registry.example_patterns()[:2])
     block_sizes: tuple[int | None, ...] = (None,)
     tokens: int | None = None

@@ -27,9 +27,9 @@ from thanos.engine.weights import ModelWeights
 from thanos.events import Event
 from thanos.model.layers import find_blocks, linear_layers, select_layers
 from thanos.recipe import Recipe
+from thanos.run.engine_setup import held_out_here, stages_of
 from thanos.run.journal import Journal
 from thanos.run.resume import RunJournal
-from thanos.run.setup import stages_of
 from thanos.system.documents import Document
 from thanos.system.event_stream import EventStream
 from thanos.system.meter import PhaseMeter, PhaseRecord
@@ -174,6 +174,7 @@ def _engine(
                 runner=Passes(meta_model, modules, ids, device, Path(scratch), place=activations),
                 device=device,
                 meter=meter,
+                **held_out_here(recipe, len(ids), range(len(ids))),
             ),
             stages_of(recipe),
         )

@@ -1,7 +1,7 @@
 """Accumulators: sums over tokens of the statistics of a layer's inputs X, (a, b).
 
-The sums of batches and of processes add up. A sum over two streams, such as X*ᵀX̂ of the dense model's inputs and the pruned
-model's, would be another accumulator, whose ``add`` receives the rows of both.
+The sums of batches and of processes add up. :class:`CrossGram` is a sum over two streams: the inputs of the dense model, X*,
+and those of the model pruned so far, X̂.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _GRAM_ROWS = {"cpu": 256, "cuda": 2048}
 wide matrix is multiplied. Narrower panels would make the products slow."""
 
 
-class Accumulator(Protocol):
+class Sum(Protocol):
     """A sum over tokens.
 
     Attributes:
@@ -29,6 +29,14 @@ class Accumulator(Protocol):
 
     sums: Tensor
     tokens: int
+
+    def finite(self) -> Tensor:
+        """Return whether the sums hold no NaN and no infinity, a 0-d bool tensor."""
+        ...
+
+
+class Accumulator(Sum, Protocol):
+    """A sum over the tokens of one input."""
 
     def add(self, rows: Tensor) -> None:
         """Add the rows of X (T, b)."""
@@ -59,6 +67,10 @@ class Gram:
     def squared_norms(self) -> Tensor:
         """See :class:`Accumulator`."""
         return self.sums.diagonal()
+
+    def finite(self) -> Tensor:
+        """See :class:`Sum`; a column of NaN or infinity shows in its diagonal entry."""
+        return torch.isfinite(self.squared_norms()).all()
 
 
 @dataclass(slots=True)
@@ -103,6 +115,46 @@ class SquaredNorms:
     def squared_norms(self) -> Tensor:
         """See :class:`Accumulator`."""
         return self.sums.diagonal(dim1=1, dim2=2).reshape(-1)[: self.columns]
+
+    def finite(self) -> Tensor:
+        """See :class:`Sum`."""
+        return torch.isfinite(self.squared_norms()).all()
+
+
+@dataclass(slots=True)
+class CrossGram:
+    """AᵀB of two tensors with the same tokens, (a, b) float32: of the dense inputs X* and the pruned inputs X̂, for example.
+
+    Products are exact in float32, as those of :class:`Gram`.
+    """
+
+    sums: Tensor
+    tokens: int = 0
+
+    @classmethod
+    def empty(cls, rows: int, columns: int, device: torch.device) -> CrossGram:
+        """Return the sum over no tokens."""
+        return cls(torch.zeros(rows, columns, dtype=torch.float32, device=device))
+
+    def add(self, left: Tensor, right: Tensor) -> None:
+        """Add AᵀB of A, ``left`` (T, a), and B, ``right`` (T, b)."""
+        left, right = _multiplicable(left), _multiplicable(right)
+        _add_product(self.sums, left.T, right)
+        self.tokens += right.shape[0]
+
+    def add_difference(self, left: Tensor, other: Tensor, right: Tensor) -> None:
+        """Add (A − C)ᵀB of A, ``left`` (T, a), C, ``other`` (T, a), and B, ``right`` (T, b)."""
+        if _is_sixteen_bit(right):
+            # The difference would be rounded to 16 bits. Two products are not.
+            _add_product(self.sums, left.T, right)
+            torch.addmm(self.sums, other.T, right, alpha=-1, out_dtype=torch.float32, out=self.sums)
+        else:
+            _add_product(self.sums, (left.to(torch.float32) - other.to(torch.float32)).T, right.to(torch.float32))
+        self.tokens += right.shape[0]
+
+    def finite(self) -> Tensor:
+        """See :class:`Sum`."""
+        return torch.isfinite(self.sums).all()
 
 
 def add_gram(hessian: Tensor, rows: Tensor) -> None:

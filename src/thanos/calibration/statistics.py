@@ -8,13 +8,15 @@ Layers that receive the same tensor object (q, k and v; gate and up) share its s
     NORMS     squared norms       XᵀX     (if this is cheaper than XᵀX over all tokens)
     NOTHING                       XᵀX
 
+A layer that is fitted to the dense model's outputs needs products with the dense model's inputs too: :class:`Pairs`.
+
 The sums are accumulators (:mod:`thanos.calibration.accumulators`).
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -24,7 +26,7 @@ import torch
 from torch import Tensor
 
 from thanos import registry
-from thanos.calibration.accumulators import Accumulator, Gram, SquaredNorms
+from thanos.calibration.accumulators import Accumulator, CrossGram, Gram, SquaredNorms, Sum
 from thanos.errors import NumericsError
 from thanos.model.layers import LinearLayer
 from thanos.recipe import LayerRecipe
@@ -50,7 +52,8 @@ _OF_METHOD = {Needs.NOTHING: Need.NOTHING, Needs.NORMS: Need.NORMS}
 
 def need_of(settings: LayerRecipe) -> Need:
     """Return the statistics that are needed of a layer's inputs to prune it."""
-    if settings.outlier_rows > 0:  # they are chosen by squared output norms, the diagonal of W XᵀX Wᵀ
+    # Outlier rows are chosen by squared output norms, the diagonal of W XᵀX Wᵀ.
+    if settings.outlier_rows > 0 or settings.repair.needs_gram:
         return Need.GRAM
     return _OF_METHOD.get(registry.method(settings.method).needs, Need.GRAM)
 
@@ -66,6 +69,35 @@ def need_of_all(settings: Iterable[LayerRecipe], measure_error: bool | None) -> 
 
 
 @dataclass(slots=True)
+class Pairs:
+    """Products of the dense model and the model pruned so far, for the layers that read one input.
+
+    Attributes:
+        cross: C = X*ᵀX̂ of the input in both models, (b, b).
+        residuals: name of each layer that writes into the residual stream → R = (r* − r̂)ᵀX̂, (c, b), with r the stream to which
+            the layer's output is added.
+    """
+
+    cross: CrossGram
+    residuals: dict[str, CrossGram] = field(default_factory=dict)
+
+    @classmethod
+    def empty(cls, layers: Sequence[LinearLayer], writers: Collection[str], device: torch.device) -> Pairs:
+        """Return the sums over no tokens.
+
+        Args:
+            layers: the layers that read the input.
+            writers: names of the layers that write into the residual stream, and of others.
+            device: device of the inputs.
+        """
+        columns = layers[0].shape[1]
+        residuals = {
+            layer.name: CrossGram.empty(layer.shape[0], columns, device) for layer in layers if layer.name in writers
+        }
+        return cls(CrossGram.empty(columns, columns, device), residuals)
+
+
+@dataclass(slots=True)
 class InputGroup:
     """The layers that read one input, and the statistics of this input.
 
@@ -74,6 +106,7 @@ class InputGroup:
         whole: statistics over all tokens.
         sample: statistics over the tokens of a sample of sequences.
         tokens: number of rows of X so far.
+        pairs: products with the dense model's inputs; None if no layer needs them.
         current: weak reference to the input tensor added last; a layer that receives this tensor next joins the group.
     """
 
@@ -81,12 +114,19 @@ class InputGroup:
     whole: tuple[Accumulator, ...] = ()
     sample: tuple[Accumulator, ...] = ()
     tokens: int = 0
+    pairs: Pairs | None = None
     current: weakref.ref[Tensor] | None = field(default=None, repr=False)
 
     @property
     def accumulators(self) -> tuple[Accumulator, ...]:
         """All statistics: those over all tokens, then those over the sample."""
         return *self.whole, *self.sample
+
+    @property
+    def sums(self) -> tuple[Sum, ...]:
+        """All statistics, those of :attr:`pairs` last."""
+        pairs = () if self.pairs is None else (self.pairs.cross, *self.pairs.residuals.values())
+        return *self.accumulators, *pairs
 
     @property
     def gram(self) -> Gram | None:
@@ -135,11 +175,16 @@ def empty_group(
     return InputGroup(layers, whole, (Gram.empty(columns, device),) if sample else ())
 
 
-def plan_passes(layers: Sequence[LinearLayer], budget: int) -> list[list[LinearLayer]]:
-    """Split the layers of a block into passes, each with Hessians of at most ``budget`` bytes.
+def plan_passes(layers: Sequence[LinearLayer], budget: int, *, matrices: int = 1) -> list[list[LinearLayer]]:
+    """Split the layers of a block into passes, each with statistics of at most ``budget`` bytes.
 
     The layers of one module stay in one pass, so that layers with the same input do. A single module may exceed the budget.
     Layers of one module and shape, such as an expert's gate and up, are assumed to share their input.
+
+    Args:
+        layers: the layers.
+        budget: number of bytes.
+        matrices: number of (b, b) matrices for each input: 1 for the Hessian alone.
     """
     modules: dict[str, list[LinearLayer]] = {}
     for layer in layers:
@@ -147,7 +192,7 @@ def plan_passes(layers: Sequence[LinearLayer], budget: int) -> list[list[LinearL
     passes: list[list[LinearLayer]] = [[]]
     filled = 0
     for members in modules.values():
-        needed = sum(4 * columns**2 for _, columns in {layer.shape for layer in members})
+        needed = sum(4 * matrices * columns**2 for _, columns in {layer.shape for layer in members})
         if passes[-1] and filled + needed > budget:
             passes.append([])
             filled = 0
@@ -160,21 +205,30 @@ class Gathered(list[InputGroup]):
     """The groups of layers, one for each distinct input, in calling order. A layer that is never called is in no group.
 
     Attributes:
+        of: layer name → its group; empty once the statistics are gathered.
+        paused: whether inputs are ignored. The caller sets it while it runs the block for something else.
         sampling: whether tokens are still added to the statistics of the sample. The caller that runs the block clears it
             between two batches.
     """
 
     sampling: bool = True
+    paused: bool = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of: dict[str, InputGroup] = {}
 
 
 @contextmanager
 def gather(layers: Sequence[LinearLayer], need: Need = Need.GRAM, *, sample: bool = True) -> Iterator[Gathered]:
     """While open, accumulate statistics of the inputs of ``layers``; see :func:`empty_group` for the other arguments."""
     groups = Gathered()
-    group_of: dict[str, InputGroup] = {}
+    group_of = groups.of
 
     def hook(layer: LinearLayer) -> Any:
         def see(_: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
+            if groups.paused:
+                return
             inputs = args[0]
             group = group_of.get(layer.name)
             if group is None:
@@ -200,6 +254,7 @@ def gather(layers: Sequence[LinearLayer], need: Need = Need.GRAM, *, sample: boo
     finally:
         for handle in handles:
             handle.remove()
+        groups.of.clear()  # a group's statistics go when its layers are solved
         for group in groups:
             group.current = None
 
@@ -210,10 +265,10 @@ def check_finite(groups: Sequence[InputGroup]) -> None:
     Raises:
         NumericsError: a statistic is not finite. The message names the first layer that reads the first such input.
     """
-    known = [(group, one) for group in groups for one in group.accumulators]
+    known = [(group, one) for group in groups for one in group.sums]
     if not known:
         return
-    finite = torch.stack([torch.isfinite(one.squared_norms()).all() for _, one in known]).tolist()
+    finite = torch.stack([one.finite() for _, one in known]).tolist()
     for (group, _), good in zip(known, finite, strict=True):
         if not good:
             raise NumericsError(

@@ -37,6 +37,24 @@ _C4_EVALUATION_ROWS = 1100
 """C4 is commonly evaluated on the first 1100 validation documents, joined by spaces (data loaders of SparseGPT and Wanda)."""
 
 
+def check_text_exists(source: str, *, evaluation: bool = False) -> None:
+    """Refuse a source that is unknown or missing. The check reads no row and does not query the hub.
+
+    Args:
+        source: as for :func:`calibration_documents`.
+        evaluation: whether the text is for evaluation.
+
+    Raises:
+        DataError: the source is unknown or missing, or needs a package that is missing.
+    """
+    if evaluation and source == "self":
+        raise DataError("text 'self' is for calibration: a model's own text does not measure it; choose another source")
+    if source in _FROM_HUB and not is_installed("datasets"):
+        raise DataError(f"{source} needs the package datasets: {install_command('data')}")
+    if source not in NAMED:
+        find_files(source, _EVALUATION if evaluation else _CALIBRATION)
+
+
 def check_text_source(
     source: str,
     *,
@@ -53,10 +71,7 @@ def check_text_source(
     Raises:
         DataError: the source is unknown, missing or empty, or the first row has no text or no chat template.
     """
-    if evaluation and source == "self":
-        raise DataError("text 'self' is for calibration: a model's own text does not measure it; choose another source")
-    if source in _FROM_HUB and not is_installed("datasets"):
-        raise DataError(f"{source} needs the package datasets: {install_command('data')}")
+    check_text_exists(source, evaluation=evaluation)
     if source in NAMED:
         return
     for row in _raw_rows(source, allowed=_EVALUATION if evaluation else _CALIBRATION, note=_unheard):

@@ -66,6 +66,14 @@ def find_files(source: str, allowed: str) -> list[tuple[Path, str | None]]:
     return [(path, part.column) for part in parts for path in _files_of(part.path, allowed)]
 
 
+def text_paths(source: str) -> list[str]:
+    """Return the paths of a source, as the user wrote them, and of its files; none if it is no local text."""
+    parts = [Part(source)] if exists(source) else split_source(source)
+    with suppress(DataError):
+        return [*(part.path for part in parts), *(str(path) for path, _ in find_files(source, ""))]
+    return []
+
+
 def exists(path: str) -> bool:
     """Return whether such a file or folder exists; False for text that cannot be a path."""
     try:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from thanos.calibration.generation import generate
 from thanos.calibration.text import calibration_documents
 from thanos.checkpoint.entries import count_zeros
 from thanos.errors import DataError
@@ -26,10 +27,6 @@ if TYPE_CHECKING:
 
 
 Rule = Literal["random-window", "packed", "generated"]
-
-
-GENERATION_BATCH = 16
-"""Number of sequences that the model generates together, for calibration ``self``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +127,7 @@ def build_calibration(
         if model is None:
             raise DataError("calibration 'self' needs the dense model")
         start = end_of_text_id if bos is None else bos
-        ids = _generate(model, samples, sequence_length, seed, start, end_of_text_id, tell)
+        ids = generate(model, samples, sequence_length, seed, start, end_of_text_id, tell)
         return Calibration(ids, source, "generated", seed, 0, bos)
     documents = calibration_documents(
         source, tokenizer, lambda line: tell(Event(kind="note", phase="calibration", message=line))
@@ -229,41 +226,6 @@ def _check_length(source: str, tokens: int, samples: int, sequence_length: int, 
             f"calibration text {source} gives {tokens // length} windows of {sequence_length} tokens, and --samples is "
             f"{samples}; lower --samples or --sequence-length, or give more text"
         )
-
-
-def _generate(
-    model: PreTrainedModel, samples: int, length: int, seed: int, start: int, pad: int, tell: Callable[[Event], None]
-) -> Tensor:
-    """Sample sequences from the model at temperature 1. Each begins with the token ``start``: BOS, else end-of-text."""
-    batches = []
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.inference_mode():
-        torch.manual_seed(seed)
-        for first in range(0, samples, GENERATION_BATCH):
-            size = min(GENERATION_BATCH, samples - first)
-            prompt = torch.full((size, 1), start, device=model.device)
-            ids = model.generate(  # type: ignore[operator]
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                min_new_tokens=length - 1,
-                max_new_tokens=length - 1,
-                pad_token_id=pad,
-            )
-            batches.append(ids.cpu())
-            tell(
-                Event(
-                    kind="progress",
-                    phase="calibration",
-                    done=first + size,
-                    total=samples,
-                    tokens=(first + size) * length,
-                )
-            )
-    return torch.cat(batches)
 
 
 def calibrate(

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from thanos._version import __version__
-from thanos.cli import evaluate, inspect, prune, report, study
+from thanos.cli import evaluate, inspect, prune, recover, report, study
 from thanos.cli.arguments import Command, Group
 from thanos.cli.bench import bench
 
@@ -34,6 +34,7 @@ def _root(
 
 for _name, _function, _examples, _help in (
     ("prune", prune.prune, prune.EXAMPLES, "Prune MODEL and write it to OUT."),
+    ("recover", recover.recover, recover.EXAMPLES, "Train OUT towards its dense parent, zeros fixed."),
     ("eval", evaluate.evaluate, evaluate.EXAMPLES, "Measure perplexity, or zero-shot accuracy."),
     ("inspect", inspect.inspect, inspect.EXAMPLES, "Tell which weights are zero, in which pattern."),
     ("study", study.study, study.EXAMPLES, "Run a grid of pruned and measured models."),

@@ -13,7 +13,7 @@ from thanos.errors import RecipeError
 from thanos.settings import Heading
 from thanos.system.documents import json_text
 
-_METHODS = registry.compensating_methods()
+_METHODS = registry.blockwise_methods()
 _PATTERNS = registry.example_patterns()[:2]  # unstructured, and the most common n:m
 _REFERENCES = [f"{name}=DIR" for name in registry.reference_classes()]
 

@@ -1,4 +1,4 @@
-"""``thanos inspect``: which weights are zero."""
+"""``thanos inspect``: which weights are zero, NaN or infinite."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ def inspect(
     quiet: Quiet = False,
     **settings: Any,
 ) -> None:
-    """Read the weights of MODEL and tell what is zero, in which pattern, and what is dense."""
+    """Read the weights of MODEL; show which are zero, in which pattern, which are dense, and which are NaN or infinite.
+
+    Exits with 1 if a parameter holds NaN or infinity, or if a layer violates --require.
+    """
     from thanos.cli import output as tables
     from thanos.cli import progress as display
 
@@ -38,5 +41,5 @@ def inspect(
     with display.watch(quiet=quiet) as watcher:
         found = inspect_checkpoint(model, require=require, on_event=watcher, **given(settings))
     tables.show_inspection(found, json_file)
-    if found.violations:
+    if found.violations or found.damaged:
         raise typer.Exit(1)

@@ -6,10 +6,12 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from thanos.errors import recurs
+
+if TYPE_CHECKING:
+    from thanos.run.work_folder import WorkFolder
 
 
 class EndedEarly(Exception):  # noqa: N818  an interruption is not an error
@@ -17,29 +19,29 @@ class EndedEarly(Exception):  # noqa: N818  an interruption is not an error
 
     Attributes:
         error: exception that ended the run.
-        finished: number of finished blocks that were kept.
-        blocks: number of all blocks.
+        finished: number of finished blocks that were kept, or of other units of work.
+        blocks: number of all of them.
+        unit: the name of the unit, in the plural.
     """
 
-    def __init__(self, error: BaseException, finished: int, blocks: int) -> None:
+    def __init__(self, error: BaseException, finished: int, blocks: int, unit: str = "blocks") -> None:
         super().__init__(str(error))
-        self.error, self.finished, self.blocks = error, finished, blocks
+        self.error, self.finished, self.blocks, self.unit = error, finished, blocks, unit
 
     def hint(self, again: str) -> str:
         """Return the end of the error line: the number of finished blocks and the command to resume, if that can help."""
         if self.finished and not recurs(self.error):
-            return f"; {self.finished} of {self.blocks} blocks are finished, go on with: {again}"
+            return f"; {self.finished} of {self.blocks} {self.unit} are finished, go on with: {again}"
         return "; nothing was left behind" if isinstance(self.error, KeyboardInterrupt) else ""
 
 
 @contextmanager
-def resumable(out: Path) -> Iterator[None]:
+def resumable(work: WorkFolder) -> Iterator[None]:
     """Raise EndedEarly, with the number of finished blocks, if the run inside ends early and could be resumed.
 
-    An error of the request itself is raised unchanged. The finished blocks are in the work folder of ``out``.
+    An error of the request itself is raised unchanged. The finished blocks are in the work folder.
     """
     from thanos.errors import ResourceError, UserError, resource_errors
-    from thanos.run.work_folder import WorkFolder
 
     try:
         with resource_errors():
@@ -47,8 +49,7 @@ def resumable(out: Path) -> Iterator[None]:
     except (KeyboardInterrupt, Exception) as error:
         if isinstance(error, UserError) and not isinstance(error, ResourceError):
             raise  # resuming cannot help: the request itself must change
-        work = WorkFolder(out)
-        raise EndedEarly(error, work.finished, work.run.get("blocks", 0)) from error
+        raise EndedEarly(error, work.finished, work.run.get(work.unit, 0), work.unit) from error
 
 
 @contextmanager

@@ -13,12 +13,12 @@ import typer
 from thanos import registry
 from thanos.errors import UserError
 from thanos.recipe import Recipe
-from thanos.settings import Heading, Setting, either, settings_of, value_types
+from thanos.settings import Heading, Setting, either, flags_with_off, settings_of, value_types
 
-NUMBERS = {"FRACTION": float, "N": int, "TOKENS": int, "COLUMNS": int}
+NUMBERS = {"FRACTION": float, "RATE": float, "N": int, "TOKENS": int, "COLUMNS": int}
 """Metavar → type of the option's value."""
 
-SETTINGS, _TYPES = settings_of(Recipe), value_types(Recipe)
+SETTINGS, _WITH_OFF = settings_of(Recipe), flags_with_off(Recipe)
 
 C = TypeVar("C", bound=Callable[..., None])
 
@@ -38,14 +38,18 @@ def option(text: str, heading: Heading, metavar: str | None, *names: str, defaul
 
 
 def with_settings(
-    *names: str, repeated: Collection[str] = (), changed: Mapping[str, Mapping[str, Any]] | None = None
+    *names: str,
+    owner: type[Any] = Recipe,
+    repeated: Collection[str] = (),
+    changed: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Callable[[C], C]:
     """Return a decorator that replaces a command's ``**settings`` by one option for each of these fields of a recipe.
 
     A setting that the user does not give is None, or False for a flag; see :func:`given`.
 
     Args:
-        names: names of fields of :class:`~thanos.recipe.Recipe`.
+        names: names of fields of ``owner``.
+        owner: the recipe's class.
         repeated: names that may be given several times, although a recipe has one value.
         changed: name → attributes of :class:`~thanos.settings.Setting` that this command replaces.
     """
@@ -53,7 +57,11 @@ def with_settings(
     def decorate(command: C) -> C:
         signature = inspect.signature(command, eval_str=True)
         own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-        made = [_parameter(name, replace(SETTINGS[name], **(changed or {}).get(name, {})), repeated) for name in names]
+        described, types = settings_of(owner), value_types(owner)
+        made = [
+            _parameter(name, replace(described[name], **(changed or {}).get(name, {})), types[name], repeated)
+            for name in names
+        ]
         ordered = sorted([*made, *own], key=lambda p: p.kind)  # a signature requires positional parameters first
         command.__signature__ = signature.replace(parameters=ordered)  # type: ignore[attr-defined]
         return command
@@ -61,9 +69,10 @@ def with_settings(
     return decorate
 
 
-def _parameter(name: str, described: Setting, repeated: Collection[str]) -> inspect.Parameter:
-    kind, several = _TYPES[name]
-    several = several or name in repeated
+def _parameter(
+    name: str, described: Setting, type_of: tuple[type[Any], bool], repeated: Collection[str]
+) -> inspect.Parameter:
+    kind, several = type_of[0], type_of[1] or name in repeated
     text = described.help
     if described.choices is not None:
         text += f": {either(described.choices())}"
@@ -71,12 +80,11 @@ def _parameter(name: str, described: Setting, repeated: Collection[str]) -> insp
         text += f", {described.bounds}"
     if several:
         text += "; may be repeated"
-    flag = kind is bool
+    flag, word = kind is bool and name not in _WITH_OFF, name.replace("_", "-")
+    spelling = f"--{word}/--no-{word}" if name in _WITH_OFF else f"--{word}"
     annotation = Annotated[
         bool if flag else (list[kind] if several else kind) | None,
-        option(
-            text, described.heading, described.metavar or None, f"--{name.replace('_', '-')}", default=described.default
-        ),
+        option(text, described.heading, described.metavar or None, spelling, default=described.default),
     ]
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=False if flag else None, annotation=annotation
@@ -88,7 +96,7 @@ def given(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in settings.items()
-        if value is not None and value is not False and value not in ([], ())
+        if value is not None and (value is not False or name in _WITH_OFF) and value not in ([], ())
     }
 
 
@@ -103,7 +111,9 @@ Model = Annotated[
         metavar="MODEL", help="A hub name, a local Hugging Face folder, or a .gguf file.", show_default=False
     ),
 ]
-Quiet = Annotated[bool, option("Show no progress", Heading.OUTPUT, None, "--quiet", "-q")]
+Quiet = Annotated[
+    bool, option("Hide progress; notes and warnings are still shown", Heading.OUTPUT, None, "--quiet", "-q")
+]
 JsonFile = Annotated[
     Path | None, option("Write the result as JSON, - for the standard output", Heading.OUTPUT, "FILE", "--json")
 ]

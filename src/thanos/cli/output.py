@@ -14,10 +14,11 @@ from thanos.system.documents import json_text
 if TYPE_CHECKING:
     from thanos.bench.layer import LayerTime
     from thanos.bench.model import ModelTime
-    from thanos.evaluation.inspect import Inspection
+    from thanos.evaluation.inspect import Inspection, NotFinite
     from thanos.evaluation.perplexity import Evaluation
     from thanos.evaluation.tasks import ZeroShot
     from thanos.planning.plan import Plan
+    from thanos.recovery.report import RecoveryReport
     from thanos.run.report import PruningReport
     from thanos.study.report.build import Report
     from thanos.system.meter import PhaseRecord
@@ -52,6 +53,26 @@ def show_report(report: PruningReport, out: Path, *, complete: bool = False) -> 
     ]
     print_table(("", ""), rows)
     show_warnings(report)
+
+
+def show_recovery(report: RecoveryReport, out: Path, json_file: Path | None, *, complete: bool = False) -> None:
+    """Print the results of a recovery, and write them as JSON if a file is given.
+
+    ``complete`` is true if an earlier run had already finished ``out``; the report is then that run's.
+    """
+    sequences = report.sequences
+    before, after = report.held_out_before, report.held_out_after
+    rows = [
+        ("held-out KL divergence to the dense model", f"{before:.5f} → {after:.5f} nats a token"),
+        ("sequences trained, held out", f"{sequences['trained']}, {sequences['held_out']}"),
+        ("weights written", f"of step {report.best_step} of {report.steps}" if report.best_step else "those of before"),
+        ("layers with fixed zeros, zeros", f"{report.masked_layers}, {report.zeros:,}"),
+        *phase_rows(report.phases),
+        ("already complete, in" if complete else "written to", str(out)),
+    ]
+    _finish(rows, report.to_dict(), json_file)
+    for line in report.warnings:
+        print(f"warning: {line}", file=sys.stderr)
 
 
 def show_plan(plan: Plan, json_file: Path | None) -> None:
@@ -150,9 +171,26 @@ def show_inspection(found: Inspection, json_file: Path | None) -> None:
     ]
     if found.require:
         rows.append((f"pattern {found.require}", "broken" if found.violations else "satisfied by every targeted layer"))
+    damaged, others = found.damaged, [tensor for tensor in found.not_finite if not tensor.parameter]
+    rows.append(("NaN, infinity in parameters", _not_finite(damaged)))
+    if others:
+        rows.append(("NaN, infinity in other tensors", f"{_not_finite(others)}; this is allowed"))
     _finish(rows, found.to_dict(), json_file)
+    for tensor in damaged:
+        print(
+            f"{tensor.name}: {tensor.nan:,} NaN and {tensor.infinite:,} infinite entries; the checkpoint is damaged: "
+            "download or save it again",
+            file=sys.stderr,
+        )
     for violation in found.violations:
         print(f"{violation.name}: {violation.reason}", file=sys.stderr)
+
+
+def _not_finite(tensors: Sequence[NotFinite]) -> str:
+    if not tensors:
+        return "none"
+    where = f"in {len(tensors)} {'tensor' if len(tensors) == 1 else 'tensors'}"
+    return f"{sum(t.nan for t in tensors):,} NaN, {sum(t.infinite for t in tensors):,} infinite {where}"
 
 
 def show_study_report(report: Report, out: Path, warnings: Sequence[str], readme: Path | None) -> None:

@@ -20,19 +20,27 @@ E = TypeVar("E")
 _LABELS = {
     "load": "load model",
     "calibration": "calibrate",
+    "allocate": "measure layers",
     "verify": "check finished blocks",
+    "dense": "dense model",
     "statistics": "statistics",
+    "choose": "choose dense target",
     "solve": "solve",
+    "tune": "tune",
     "write": "write",
     "propagate": "propagate",
     "evaluate": "evaluate",
     "tasks": "score tasks",
     "finish": "finish",
     "draw": "draw figures",
+    "train": "train",
 }
 
 _WITHIN_BLOCK = {"statistics": (0.0, 0.45), "solve": (0.45, 0.35), "propagate": (0.8, 0.2)}
 """Phase → its start within a block and its length, both as fractions of the block; estimates for a smooth bar."""
+
+_WITHIN_TUNED = {"statistics": (0.0, 0.1), "solve": (0.1, 0.1), "tune": (0.2, 0.75), "propagate": (0.95, 0.05)}
+"""The same for blocks that are tuned."""
 
 _PLAIN_SECONDS = 10.0
 """Least seconds between two plain lines of progress."""
@@ -65,9 +73,14 @@ class Watcher(Protocol):
 
 
 @contextmanager
-def watch(*, quiet: bool = False, stream: TextIO | None = None) -> Iterator[Callable[[Event], None]]:
-    """Yield a function that shows events on the standard error."""
-    with shown(_live, PlainLines, quiet=quiet, stream=stream) as show:
+def watch(
+    *, quiet: bool = False, silent: bool = False, stream: TextIO | None = None
+) -> Iterator[Callable[[Event], None]]:
+    """Yield a function that shows events on the standard error; see :func:`shown`. With ``silent`` it shows nothing."""
+    if silent:
+        yield lambda event: None
+        return
+    with shown(_live, PlainLines, lambda event: event.kind == "note", quiet=quiet, stream=stream) as show:
         yield show
 
 
@@ -75,17 +88,20 @@ def watch(*, quiet: bool = False, stream: TextIO | None = None) -> Iterator[Call
 def shown(
     live: Callable[[TextIO], AbstractContextManager[Callable[[E], None]]],
     plain: Callable[[TextIO], Callable[[E], None]],
+    is_note: Callable[[E], bool],
     *,
     quiet: bool,
     stream: TextIO | None,
 ) -> Iterator[Callable[[E], None]]:
     """Yield a function that shows events on ``stream`` (default: the standard error).
 
-    It is a live display on a terminal and writes plain lines elsewhere. With ``quiet`` it shows nothing.
+    It is a live display on a terminal and writes plain lines elsewhere. With ``quiet`` it hides progress: it writes the notes
+    alone, each on a plain line, since a person should read them.
     """
     target = stream or sys.stderr
     if quiet:
-        yield lambda event: None
+        show = plain(target)
+        yield lambda event: show(event) if is_note(event) else None
     elif target.isatty():
         with live(target) as show:
             yield show
@@ -99,15 +115,23 @@ class Position:
     Attributes:
         event: last event that is not a note; None at first.
         error: mean relative layer error of the finished blocks; before the first block is finished, that of the last layer.
+        block_error: the error of the present block before the first stage and after each, in words; empty if it is unknown.
+        held_out: last loss on held-out sequences.
         rate: tokens a second of the current phase; None if it has none, or has only just begun.
+        tuning: last event of the present block's tuning that has its losses; None if there is none.
     """
 
     def __init__(self) -> None:
         self.event: Event | None = None
         self.error: float | None = None
+        self.block_error = ""
+        self.held_out: float | None = None
         self.rate: float | None = None
+        self.tuning: Event | None = None
+        self._tunes = False
         self._phase: tuple[int | None, str] | None = None
         self._phase_began = self._block_began = 0.0
+        self._done_before = 0
         self._block: int | None = None
         self._pruned_seconds, self._pruned = 0.0, 0
 
@@ -115,14 +139,26 @@ class Position:
         """Update the position with one event."""
         if event.kind == "note":
             return
+        if event.kind == "epoch":  # counts epochs, and the phase counts steps
+            self.held_out = event.held_out
+            return
+        if event.kind == "phase":
+            self._done_before = event.done
         if event.kind == "phase" or (event.block, event.phase) != self._phase:
             self._phase, self._phase_began = (event.block, event.phase), event.seconds
         if event.block != self._block:
-            self._block, self._block_began = event.block, event.seconds
+            self._block, self._block_began, self.block_error = event.block, event.seconds, ""
+            self.tuning = None
+        self._tunes |= event.phase == "tune"
+        if event.held_out is not None:
+            self.tuning = event
         if event.kind == "block" and not event.replayed:
             self._pruned_seconds += event.seconds - self._block_began
             self._pruned += 1
-        if event.error is not None and (event.kind == "block" or not self._pruned):
+        if event.kind == "stage":
+            error = "unknown" if event.error is None else f"{event.error:.4g}"
+            self.block_error += f" → {error} ({event.stage})" if self.block_error else f"block error {error}"
+        elif event.error is not None and (event.kind == "block" or not self._pruned):
             self.error = event.error
         spent = event.seconds - self._phase_began
         self.rate = event.tokens / spent if event.tokens and spent > _RATE_SECONDS else None
@@ -139,7 +175,8 @@ class Position:
             return None
         if event.block is None:
             spent = event.seconds - self._phase_began
-            return spent / event.done * (event.total - event.done) if event.done and event.total else None
+            done = event.done - self._done_before
+            return spent / done * (event.total - event.done) if done > 0 and event.total else None
         mean = self._pruned_seconds / self._pruned
         within = 0.0 if event.kind == "block" else max(0.0, mean - (now - self._block_began))
         return within + mean * (event.blocks - event.block - 1)
@@ -153,7 +190,7 @@ class Position:
         inside = event.done / event.total if event.total else 0.0
         if event.block is None:
             return inside if event.total else None
-        begin, share = _WITHIN_BLOCK.get(event.phase, (0.0, 0.0))
+        begin, share = (_WITHIN_TUNED if self._tunes else _WITHIN_BLOCK).get(event.phase, (0.0, 0.0))
         return (event.block + (1.0 if event.kind == "block" else begin + share * inside)) / event.blocks
 
 
@@ -178,16 +215,27 @@ class PlainLines:
         elif event.kind == "block" and event.block is not None:
             what = ["outputs computed again"] if event.replayed else []
             what += [] if event.error is None else [f"mean layer error {event.error:.4g}"]
+            what += [self._position.block_error] if self._position.block_error else []
+            what += [] if self._position.tuning is None else [_losses(self._position.tuning)]
             left = self._position.remaining(event.seconds)
             what += [_memory(event), *([f"{_clock(left)} left"] if left else [])]
             self._write(event, f"block {event.block + 1} of {event.blocks}, {', '.join(what)}")
+        elif event.kind == "epoch":
+            what = [] if event.loss is None else [f"loss {event.loss:.4g}"]
+            what.append("held-out loss " + ("not a number" if event.held_out is None else f"{event.held_out:.4g}"))
+            left = self._position.remaining(event.seconds)
+            what += [_memory(event), *([f"{_clock(left)} left"] if left else [])]
+            where = f"epoch {event.done} of {event.total}" if event.done else "before the first epoch"
+            self._write(event, f"{where}, {', '.join(what)}")
         elif event.kind == "phase" and event.block is None and event.phase != self._phase:
             self._phase = event.phase
             self._write(event, _LABELS[event.phase])
         elif event.kind == "progress" and event.seconds - self._last >= _PLAIN_SECONDS:
             where = "" if event.block is None else f"block {event.block + 1} of {event.blocks}, "
             rate = "" if self._position.rate is None else f", {self._position.rate:,.0f} tokens/s"
-            self._write(event, f"{where}{_LABELS[event.phase]} {event.done} of {event.total}{rate}")
+            losses = _losses(event) if event.held_out is not None else _training_loss(event)
+            what = f"{where}{_LABELS[event.phase]} {event.done} of {event.total}{rate}"
+            self._write(event, ", ".join(part for part in (what, losses) if part))
 
     def _write(self, event: Event, text: str) -> None:
         self._last = event.seconds
@@ -213,7 +261,11 @@ def live_lines(position: Position, now: float, width: int = 120) -> tuple[str, s
     counted = f"{event.done} of {event.total}" if event.total and event.kind != "block" else ""
     rate = "" if position.rate is None else f"{position.rate:,.0f} tokens/s"
     error = "" if position.error is None else f"error {position.error:.4g}"
-    head = " · ".join(part for part in (where, layer, counted, rate, error) if part)
+    losses = "" if position.tuning is None else _losses(position.tuning)
+    held_out = "" if position.held_out is None else f"held-out loss {position.held_out:.4g}"
+    losses += _training_loss(event)
+    parts = (where, layer, counted, rate, error, position.block_error, losses, held_out)
+    head = " · ".join(part for part in parts if part)
     done = position.done
     left = position.remaining(now)
     times = f"{_clock(now)} elapsed" + ("" if left is None else f", {_clock(left)} left")
@@ -249,6 +301,18 @@ def _live(stream: TextIO) -> Iterator[Callable[[Event], None]]:
                 live.refresh()  # show every block, even if blocks finish faster than the display refreshes
 
         yield show
+
+
+def _training_loss(event: Event) -> str:
+    """Return the loss of a recovery's step; empty for other events."""
+    return f"loss {event.loss:.4g}" if event.phase == "train" and event.loss is not None else ""
+
+
+def _losses(event: Event) -> str:
+    """Return the losses of a block's tuning."""
+    loss = "" if event.loss is None else f"tuning loss {event.loss:.4g}, "
+    before = "" if event.held_out_before is None else f"{event.held_out_before:.4g} → "
+    return f"{loss}held-out error {before}{event.held_out:.4g}"
 
 
 def _memory(event: Event) -> str:

@@ -22,6 +22,7 @@ from thanos.cli.options import (
 from thanos.errors import RecipeError
 from thanos.recipe import Recipe
 from thanos.settings import Heading
+from thanos.system.suggestions import near
 
 EXAMPLES = examples(
     ("Set half of the weights to zero", "thanos prune meta-llama/Llama-3.2-1B pruned"),
@@ -44,6 +45,16 @@ def prune(
             "TOML file with these options by name. Command-line options override the file; its [[override]] tables still apply",
             Heading.WHAT,
             "FILE",
+        ),
+    ] = None,
+    measure_error: Annotated[
+        str | None,
+        option(
+            "Tokens on which layer errors are measured: all, none, or auto: all if the method needs XᵀX, else a sample; it "
+            "changes no weight",
+            Heading.CALIBRATION,
+            "WHICH",
+            default="auto",
         ),
     ] = None,
     activations: Activations = "auto",
@@ -78,7 +89,7 @@ def prune(
     **settings: Any,
 ) -> None:
     """Prune MODEL and write it to OUT as a plain Hugging Face checkpoint."""
-    chosen = merge_recipe(recipe, given(settings))
+    chosen = merge_recipe(recipe, given(settings) | _error_setting(measure_error))
     if json_file is not None and not plan:
         raise RecipeError(
             "--json belongs to --plan: give --plan too, or leave --json out; a run reports in OUT/pruning.json"
@@ -101,13 +112,24 @@ def prune(
             found = thanos.plan(model, out, chosen, overwrite=overwrite, activations=activations, on_event=watcher)
         tables.show_plan(found, json_file)
         return
-    complete = resume and not overwrite and WorkFolder(out).is_complete
-    with ending.resumable(out), display.watch(quiet=quiet or not ranks.is_first()) as watcher:
+    work = WorkFolder(out)
+    complete = resume and not overwrite and work.is_complete
+    with ending.resumable(work), display.watch(quiet=quiet, silent=not ranks.is_first()) as watcher:
         report = thanos.prune(
             model, out, chosen, overwrite=overwrite, resume=resume, activations=activations, on_event=watcher
         )
     if ranks.is_first():
         tables.show_report(report, out, complete=complete)
+
+
+def _error_setting(which: str | None) -> dict[str, bool | None]:
+    """Return the recipe's ``measure_error`` for the value of ``--measure-error``; empty if the option is not given."""
+    values = {"all": True, "none": False, "auto": None}
+    if which is None:
+        return {}
+    if which not in values:
+        raise RecipeError(f"--measure-error must be one of {', '.join(values)}; got {which!r}{near(which, values)}")
+    return {"measure_error": values[which]}
 
 
 def merge_recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:

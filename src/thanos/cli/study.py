@@ -128,7 +128,7 @@ def watch(*, quiet: bool = False, stream: TextIO | None = None) -> Iterator[Call
     """Yield a function that shows a study's events on the standard error."""
     from thanos.cli import progress as display
 
-    with display.shown(_live, PlainLines, quiet=quiet, stream=stream) as show:
+    with display.shown(_live, PlainLines, lambda event: bool(event.message), quiet=quiet, stream=stream) as show:
         yield show
 
 

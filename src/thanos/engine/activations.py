@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import mmap
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal
@@ -105,27 +105,46 @@ class Activations:
         self._store = self._map(folder) if place == "disk" else self._allocate()
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the hidden states."""
+        return self._dtype
+
+    @property
     def nbytes(self) -> int:
         """Size of the hidden states of all sequences, in bytes."""
         return math.prod(self._shape) * self._dtype.itemsize
 
-    def batches(self, size: int, first: int = 0) -> Iterator[tuple[int, Tensor]]:
-        """Yield (index of the batch's first sequence, states (≤ size, T, d) on the device), from sequence ``first`` on."""
-        starts = range(first, self._shape[0], size)
+    def batches(self, size: int, first: int = 0, end: int | None = None) -> Iterator[tuple[int, Tensor]]:
+        """Yield (index of the batch's first sequence, states (≤ size, T, d) on the device), for sequences [first, end).
+
+        ``end`` None stands for the number of sequences. No batch reaches beyond it.
+        """
+        end = self._shape[0] if end is None else end
+        starts = range(first, end, size)
         coming: Future[tuple[Tensor, Any]] | None = None
         for start in starts:
             if self._at_hand:
-                yield start, self._read(start, size)
+                yield start, self._read(start, min(size, end - start))
                 continue
-            coming = coming or self._copier.submit(self._fetch, start, size)
-            states, ready = coming.result()
-            coming = self._copier.submit(self._fetch, start + size, size) if start + size < self._shape[0] else None
-            if ready is not None:
-                here = torch.cuda.current_stream(self._device)
-                here.wait_event(ready)
-                # Allocated on the copier's stream: the memory must not be reused before this stream is done with it.
-                states.record_stream(here)
+            coming = coming or self._copier.submit(self._fetch, start, min(size, end - start))
+            states = self._ready(coming)
+            after = start + size
+            coming = self._copier.submit(self._fetch, after, min(size, end - after)) if after < end else None
             yield start, states
+
+    def gather(self, batches: Iterable[Sequence[int]]) -> Iterator[Tensor]:
+        """Yield the states (B, T, d) of each batch of sequences, in any order, on the device. The next batch is read ahead."""
+        if self._at_hand:
+            for rows in batches:
+                yield torch.stack([self._store[row] for row in rows])  # an index would wait for the device
+            return
+        coming: Future[tuple[Tensor, Any]] | None = None
+        for rows in batches:
+            before, coming = coming, self._copier.submit(self._fetch_rows, list(rows))
+            if before is not None:
+                yield self._ready(before)
+        if coming is not None:
+            yield self._ready(coming)
 
     def write(self, first: int, states: Tensor) -> None:
         """Store the states (B, T, d) of the sequences from ``first`` on, possibly in the background; see :meth:`flush`."""
@@ -137,6 +156,17 @@ class Activations:
     def flush(self) -> None:
         """Wait until everything passed to :meth:`write` is stored."""
         self._copier.flush()
+
+    def empty_like(self, place: Place, folder: Path) -> Activations:
+        """Return storage for hidden states of the same shape and dtype, in another tier; its values are undefined."""
+        one = torch.empty((), dtype=self._dtype).expand(1, *self._shape[1:])
+        return Activations(self._shape[0], one, place, self._device, folder)
+
+    def fill_from(self, other: Activations) -> None:
+        """Copy all hidden states of ``other``."""
+        for first, states in other.batches(1):
+            self.write(first, states)
+        self.flush()
 
     def close(self) -> None:
         """Free the memory or the file."""
@@ -191,6 +221,32 @@ class Activations:
             self._let_go(first, size)
         states = states.to(self._device, non_blocking=True)
         return states, torch.cuda.current_stream(self._device).record_event()
+
+    def _fetch_rows(self, rows: list[int]) -> tuple[Tensor, Any]:
+        """Copy sequences to the device, like :meth:`_fetch`."""
+        if self._device.type == "cpu":
+            states, ready = self._store[rows], None
+        elif self._pinned:
+            states = torch.empty((len(rows), *self._shape[1:]), dtype=self._dtype, device=self._device)
+            for place, row in zip(states, rows, strict=True):
+                place.copy_(self._store[row], non_blocking=True)
+            ready = torch.cuda.current_stream(self._device).record_event()
+        else:
+            states = self._store[rows].pin_memory().to(self._device, non_blocking=True)
+            ready = torch.cuda.current_stream(self._device).record_event()
+        for row in rows:
+            self._let_go(row, 1)
+        return states, ready
+
+    def _ready(self, coming: Future[tuple[Tensor, Any]]) -> Tensor:
+        """Return fetched states once their copy is done on this stream."""
+        states, ready = coming.result()
+        if ready is not None:
+            here = torch.cuda.current_stream(self._device)
+            here.wait_event(ready)
+            # Allocated on the copier's stream: the memory must not be reused before this stream is done with it.
+            states.record_stream(here)
+        return states
 
     def _keep(self, first: int, states: Tensor) -> None:
         """Copy a batch back to the store, in the copier's thread; its stream has waited for the batch's kernels."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -95,6 +95,11 @@ class BlockCalls:
         """Whether the batch size must be the same for all blocks; see :class:`~thanos.engine.picture.Picture`."""
         return self._picture is not None and self._picture.shares
 
+    @property
+    def picture(self) -> Picture | None:
+        """The model's data flow; None before the first :meth:`record` if none was given."""
+        return self._picture
+
     def record(self, model: nn.Module, ids: Tensor) -> Tensor:
         """Run the model on one sequence, ids (1, T), and record the arguments of each block. The blocks do not run.
 
@@ -148,9 +153,16 @@ class BlockCalls:
         self._calls.append(calls)
         return hidden[0]
 
-    def run(self, index: int, hidden: Tensor, first: int) -> Tensor:
-        """Run block ``index`` on hidden states (B, T, d) of the sequences from ``first`` on; return its outputs, (B, T, d)."""
-        batch = [sequence[index] for sequence in self._calls[first : first + hidden.shape[0]]]
+    def run(self, index: int, hidden: Tensor, first: int | Sequence[int]) -> Tensor:
+        """Run block ``index`` on hidden states (B, T, d); return its outputs, (B, T, d).
+
+        Args:
+            index: index of the block.
+            hidden: the block's inputs.
+            first: index of the batch's first sequence, if the others follow it; else the indices of all B sequences.
+        """
+        rows = range(first, first + len(hidden)) if isinstance(first, int) else first
+        batch = [self._calls[row][index] for row in rows]
         one, of_two = batch[0], self._of_two[index]
         args = tuple(_join([call.args[i] for call in batch], of_two[0][i]) for i in range(len(one.args)))
         kwargs = {name: _join([call.kwargs[name] for call in batch], of_two[1][name]) for name in one.kwargs}

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from thanos.engine.activations import Activations, choose_place
-from thanos.engine.block_calls import BlockCalls, stop
+from thanos.engine.block_calls import BlockCalls
+from thanos.engine.early_end import stopping_after, stopping_at
 from thanos.engine.picture import Picture
 from thanos.errors import ResourceError
 from thanos.model.attention import fast_attention
@@ -57,6 +57,7 @@ class Passes:
         starts: batch sizes of the last propagating pass: pairs (first sequence, batch size), each valid from that sequence
             on. More than one pair if the device ran out of memory during the pass.
         fits: number of sequences that fit in the device's memory together, as measured; None before, and on the CPU.
+        streams: number of streams of hidden states that one batch may hold at the same time: 2 with a dense stream.
     """
 
     def __init__(
@@ -75,7 +76,9 @@ class Passes:
         self.batch: int | None = None
         self.starts: list[tuple[int, int]] = []
         self.fits: int | None = None
+        self.streams = 1
         self._calls = BlockCalls(blocks, picture)
+        self._own_calls: BlockCalls | None = None
         self._states: Activations | None = None
 
     @property
@@ -90,6 +93,16 @@ class Passes:
         return "" if self._states is None else self._states.place
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the hidden states."""
+        return self._activations.dtype
+
+    @property
+    def shares(self) -> bool:
+        """Whether the batches must be the same for all blocks; see :class:`~thanos.engine.picture.Picture`."""
+        return self._calls.shares
+
+    @property
     def state_bytes(self) -> int:
         """Size of the hidden states of all sequences, in bytes; 0 before :meth:`record`."""
         return 0 if self._states is None else self._states.nbytes
@@ -98,6 +111,10 @@ class Passes:
         """Run the modules before the first block on every sequence; keep the first block's inputs and all blocks' arguments."""
         for index in range(len(self._ids)):
             hidden = self._calls.record(self._model, self._row(index))
+            if self.streams > 1 and self._calls.shares:
+                # What blocks store for later blocks must not be overwritten by the other stream.
+                self._own_calls = self._own_calls or BlockCalls(self._blocks, self._calls.picture)
+                self._own_calls.record(self._model, self._row(index))
             if self._states is None:
                 needed = hidden.nbytes * len(self._ids)
                 place = choose_place(needed, self._device, self._folder, self._asked)
@@ -108,9 +125,18 @@ class Passes:
         """Return whether text reaches block ``index``. The model never calls the others, so the loop skips them."""
         return self._calls.reaches(index)
 
+    @property
+    def device(self) -> torch.device:
+        """Device on which the blocks run."""
+        return self._device
+
     def settle_batch(self, index: int) -> None:
         """Choose the batch size if there is none yet. On CUDA that runs the block, so call it before hooks are registered."""
         self._batch_size(index)
+
+    def settled(self, index: int) -> int:
+        """Return the batch size; see :meth:`settle_batch`."""
+        return self._batch_size(index)
 
     def observe(self, index: int, layers: Sequence[LinearLayer], most: int | None = None) -> Iterator[int]:
         """Run block ``index`` only for the hooks on ``layers``; yield the number of finished sequences after each batch.
@@ -129,24 +155,64 @@ class Passes:
             torch.OutOfMemoryError: the device has no room; start again after :meth:`halve`.
         """
         size = self._batch_size(index)
-        with _stopping_after(layers) as batch_ended:
+        with stopping_after(layers) as batch_ended:
             for first, hidden in self._activations.batches(size):
-                with fast_attention(self._device, hidden.dtype):
-                    self._calls.observe(index, hidden, first)
+                self.observe_batch(index, hidden, first)
                 batch_ended()
                 done = min(first + size, len(self._ids))
                 yield done
                 if most is not None and done >= most:
                     return
 
-    def batches(self, size: int) -> Iterator[tuple[int, Tensor]]:
-        """Yield (index of the batch's first sequence, hidden states (≤ size, T, d) on the device). Do not modify the states."""
-        return self._activations.batches(size)
+    def observe_batch(self, index: int, hidden: Tensor, first: int) -> None:
+        """Run block ``index`` like :meth:`run`, only for the hooks on it; a hook may end the pass."""
+        with fast_attention(self._device, hidden.dtype):
+            self._calls.observe(index, hidden, first)
 
-    def run(self, index: int, hidden: Tensor, first: int) -> Tensor:
+    def batches(self, size: int, first: int = 0, end: int | None = None) -> Iterator[tuple[int, Tensor]]:
+        """Yield (index of the batch's first sequence, hidden states (≤ size, T, d) on the device). Do not modify the states.
+
+        Only the sequences [first, end), by default all.
+        """
+        return self._activations.batches(size, first, end)
+
+    def gather(self, batches: Iterable[Sequence[int]]) -> Iterator[Tensor]:
+        """Yield the hidden states (B, T, d) of each list of sequences, on the device."""
+        return self._activations.gather(batches)
+
+    def run(self, index: int, hidden: Tensor, first: int | Sequence[int]) -> Tensor:
         """See :meth:`~thanos.engine.block_calls.BlockCalls.run`; with the fast attention kernels."""
         with fast_attention(self._device, hidden.dtype):
             return self._calls.run(index, hidden, first)
+
+    def run_other(self, index: int, hidden: Tensor, first: int) -> Tensor:
+        """The same as :meth:`run` for another stream: what its blocks store for later blocks is kept apart."""
+        with fast_attention(self._device, hidden.dtype):
+            return (self._own_calls or self._calls).run(index, hidden, first)
+
+    def observe_other(self, index: int, hidden: Tensor, first: int) -> None:
+        """The same as :meth:`run_other`, only for the hooks on the block; a hook may end the pass."""
+        with fast_attention(self._device, hidden.dtype):
+            (self._own_calls or self._calls).observe(index, hidden, first)
+
+    def storage_like(self) -> Activations:
+        """Return storage for another stream of hidden states of all sequences, in the tier that has room."""
+        states = self._activations
+        return states.empty_like(choose_place(states.nbytes, self._device, self._folder, self._asked), self._folder)
+
+    def copied(self) -> Activations:
+        """Return a copy of the hidden states of all sequences."""
+        copy = self.storage_like()
+        copy.fill_from(self._activations)
+        return copy
+
+    def off_device(self, states: Activations) -> Activations:
+        """Return the same hidden states in host memory or on the disk, and free ``states``, which are on the device."""
+        place = choose_place(states.nbytes, torch.device("cpu"), self._folder)
+        moved = states.empty_like(place, self._folder)
+        moved.fill_from(states)
+        states.close()
+        return moved
 
     def propagate(self, index: int, starts: Sequence[tuple[int, int]] = ()) -> Iterator[Step]:
         """Run block ``index``; its outputs become the next block's inputs. Yield a step after each batch.
@@ -161,17 +227,42 @@ class Passes:
         Raises:
             ResourceError: one sequence does not fit, or the model does not allow smaller batches; see :meth:`halve`.
         """
-        sizes, first, self.starts = dict(starts), 0, []
+        self.starts = []
+        yield from self.through(index, self._activations, self._activations, self.run, starts, self.starts)
+
+    def through(
+        self,
+        index: int,
+        source: Activations,
+        target: Activations,
+        run: Callable[[int, Tensor, int], Tensor],
+        starts: Sequence[tuple[int, int]],
+        used: list[tuple[int, int]],
+    ) -> Iterator[Step]:
+        """Run block ``index`` on all sequences of ``source``, and store the outputs in ``target``, which may be ``source``.
+
+        Args:
+            index: index of the block.
+            source: the inputs.
+            target: storage for the outputs.
+            run: function that runs the block; see :meth:`run`.
+            starts: see :meth:`propagate`.
+            used: the batch sizes are added to this list, in the form of :attr:`starts`.
+
+        Raises:
+            ResourceError: as for :meth:`propagate`.
+        """
+        sizes, first = dict(starts), 0
         while first < len(self._ids):
             self.batch = sizes.get(first, self.batch)
             size, end = (
                 self._batch_size(index),
                 min((start for start in sizes if start > first), default=len(self._ids)),
             )
-            self.starts.append((first, size))
+            used.append((first, size))
             try:
-                for begin, hidden in self._activations.batches(size, first):
-                    self._activations.write(begin, self.run(index, hidden, begin))
+                for begin, hidden in source.batches(size, first):
+                    target.write(begin, run(index, hidden, begin))
                     first = min(begin + size, len(self._ids))
                     yield Step(first)
                     if first >= end:
@@ -179,22 +270,28 @@ class Passes:
             except torch.OutOfMemoryError as error:
                 line = self.halve(error)
                 yield Step(first, line)
-        self._activations.flush()
+        target.flush()
 
     def observe_tail(self, layer: LinearLayer, most: int | None = None) -> Iterator[int]:
         """Run the modules after the blocks up to the input of ``layer``, one sequence at a time, for the hooks on it.
 
         Yield the number of finished sequences. With ``most``, stop when this many are finished.
         """
-        handle = layer.module.register_forward_pre_hook(lambda *_: stop())
-        try:
+        with stopping_at(layer):
             for index, hidden in self._activations.batches(1):
-                self._calls.run_tail(self._model, self._row(index), hidden)
+                self.observe_tail_of(index, hidden)
                 yield index + 1
                 if index + 1 == most:
                     return
-        finally:
-            handle.remove()
+
+    def observe_tail_of(self, index: int, hidden: Tensor) -> None:
+        """Run the modules after the blocks on sequence ``index``, for the hooks on them.
+
+        Args:
+            index: the sequence.
+            hidden: the last block's outputs, (1, T, d).
+        """
+        self._calls.run_tail(self._model, self._row(index), hidden)
 
     def halve(self, error: torch.OutOfMemoryError) -> str:
         """Halve the batch size after ``error``; return the note for the user.
@@ -223,15 +320,9 @@ class Passes:
         states = self._activations
         if states.place != "device":
             return None
-        place = choose_place(states.nbytes, torch.device("cpu"), self._folder)
-        moved = Activations(len(self._ids), self._example(states), place, self._device, self._folder)
-        for first, hidden in states.batches(1):
-            moved.write(first, hidden)
-        moved.flush()
-        states.close()
-        self._states = moved
+        self._states = moved = self.off_device(states)
         torch.cuda.empty_cache()
-        return f"out of memory on the device: the activations move to the {place}"
+        return f"out of memory on the device: the activations move to the {moved.place}"
 
     def batches_that_fit(self, index: int) -> int:
         """Measure the block's peak memory for one sequence; return how many sequences fit in addition to the Hessians."""
@@ -248,7 +339,7 @@ class Passes:
             raise self._too_small() from error
         torch.cuda.synchronize(self._device)
         taken = torch.cuda.max_memory_allocated(self._device) - before + 2 * hidden.nbytes
-        return int(_BATCH_SHARE * (free_device_bytes(self._device) - hessians) / taken)
+        return int(_BATCH_SHARE * (free_device_bytes(self._device) - hessians) / (taken * self.streams))
 
     def close(self) -> None:
         """Free the hidden states."""
@@ -287,38 +378,3 @@ class Passes:
 def most_sequences(samples: int, length: int, device: torch.device) -> int:
     """Return the number of sequences in a forward pass if memory does not limit it."""
     return min(samples, max(1, BATCH_TOKENS.get(device.type, BATCH_TOKENS["cpu"]) // length))
-
-
-@contextmanager
-def _stopping_after(layers: Sequence[LinearLayer]) -> Iterator[Callable[[], None]]:
-    """Record in the first batch which layer is called last, and end later batches at its input.
-
-    Later batches end early only if the first one called every layer exactly once and no layer belongs to an expert, whose
-    calls depend on the tokens. Otherwise another layer with a hook may be called after that point.
-
-    Yields:
-        A function to call after each batch.
-    """
-    called: list[str] = []
-    handles = [
-        layer.module.register_forward_pre_hook(lambda *_, layer=layer: called.append(layer.name)) for layer in layers
-    ]
-    learned = False
-
-    def batch_ended() -> None:
-        nonlocal learned
-        if learned:
-            return
-        learned = True
-        while handles:
-            handles.pop().remove()
-        experts = any(layer.expert for layer in layers)
-        if called and not experts and len(called) == len(layers) and set(called) == {layer.name for layer in layers}:
-            last = next(layer for layer in layers if layer.name == called[-1])
-            handles.append(last.module.register_forward_pre_hook(lambda *_: stop()))
-
-    try:
-        yield batch_ended
-    finally:
-        for handle in handles:
-            handle.remove()

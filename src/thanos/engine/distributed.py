@@ -126,10 +126,10 @@ class Group(World):
         for names, counts in tokens.items():
             group = here.get(names) or empty([named[name] for name in names])
             group.tokens = counts[0]
-            for one, count in zip(group.accumulators, counts[1:], strict=True):
+            for one, count in zip(group.sums, counts[1:], strict=True):
                 one.tokens = count
             merged.append(group)
-        for bucket in _buckets([one.sums for group in merged for one in group.accumulators]):
+        for bucket in _buckets([one.sums for group in merged for one in group.sums]):
             self._sum_together(bucket)
         return merged
 
@@ -177,7 +177,7 @@ class Group(World):
 
 
 def _tokens(group: InputGroup) -> list[int]:
-    return [group.tokens, *(one.tokens for one in group.accumulators)]
+    return [group.tokens, *(one.tokens for one in group.sums)]
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -35,6 +35,9 @@ class EngineInputs:
         device: device on which blocks run and layers are solved.
         meter: meter of seconds and peak memory by phase.
         world: the processes that share the work; each has its own sequences.
+        first: index of this process's first sequence among those of all processes.
+        held_out: indices of this process's sequences that are held out.
+        held_out_of_all: number of held-out sequences of all processes.
     """
 
     model: nn.Module
@@ -48,6 +51,9 @@ class EngineInputs:
     device: torch.device
     meter: PhaseMeter
     world: World = SINGLE
+    first: int = 0
+    held_out: range = field(default=range(0))
+    held_out_of_all: int = 0
 
     def layers_of(self, block: int | None) -> dict[LinearLayer, LayerRecipe]:
         """Return the layers to prune in a block, with their settings; None for the modules outside the blocks."""

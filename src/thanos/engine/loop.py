@@ -6,15 +6,20 @@ The stages (:mod:`thanos.engine.stages`) do the work on a block, such as pruning
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
 from thanos.calibration.statistics import Need, need_of
+from thanos.engine.block_error import INHERITED, BlockErrors, BlockMeter
+from thanos.engine.dense_stream import DenseStream
 from thanos.engine.inputs import EngineInputs
 from thanos.engine.output import Output
 from thanos.engine.records import BlockRecord, LayerRecord, expert_notes, mean_known
 from thanos.engine.stages.base import BlockContext, BlockStage
-from thanos.engine.stages.prune import PruneStage
+from thanos.engine.stages.prune import ERROR_SEQUENCES, PruneStage
+from thanos.engine.stages.prune_order import has_target_after_blocks
+from thanos.engine.tuning_record import TuningRecord
 from thanos.errors import ModelError
 from thanos.events import Event
 from thanos.model.layers import LinearLayer
@@ -33,6 +38,8 @@ class Engine:
         inputs: see above.
         stages: see above.
         records: records of the pruned layers, in order; a block's records are added when it is finished.
+        block_errors: errors of the finished blocks that have a dense stream, in order.
+        tunings: records of the blocks that were tuned, in order.
         notes: warnings about the whole run.
         place: storage tier of the activations in the last finished block; empty before.
     """
@@ -42,9 +49,13 @@ class Engine:
     ) -> None:
         self.inputs, self.stages = inputs, tuple(stages)
         self.records: list[LayerRecord] = []
+        self.block_errors: list[BlockErrors] = []
+        self.tunings: list[TuningRecord] = []
         self.notes = list(notes)
         self.place = ""
         self._tail = inputs.layers_of(None)
+        self._dense_end = _dense_end(inputs)
+        self._dense = DenseStream(inputs.runner, inputs.weights) if self._dense_end else None
 
     def run(self, blocks: Collection[int | None] | None = None) -> Iterator[Event]:
         """Prune the model and yield events. Afterwards ``records`` is complete, and every changed tensor is written.
@@ -68,7 +79,7 @@ class Engine:
                 for index in range(len(inputs.blocks)):
                     if blocks is not None and index not in blocks:
                         continue
-                    context, record = BlockContext(inputs, output, index), inputs.journal.finished.get(index)
+                    context, record = self._context(index, output), inputs.journal.finished.get(index)
                     if record is None:
                         yield from self._work_on_block(context, index, output)
                     else:
@@ -76,7 +87,7 @@ class Engine:
                 if blocks is None or None in blocks:
                     yield from self._work_on_tail(output)
         finally:
-            for helper in (output, inputs.weights, inputs.runner):
+            for helper in (output, inputs.weights, inputs.runner, *([self._dense] if self._dense else [])):
                 helper.close()
         # A method that uses no input statistics gives the same result however few tokens an expert saw: no note.
         heeds = [layer for layer, settings in inputs.layers.items() if need_of(settings) > Need.NOTHING]
@@ -97,6 +108,8 @@ class Engine:
             for handle in handles:
                 handle.remove()
             weights.release(outer)
+            if self._dense is not None:
+                self._dense.begin()
 
     def _work_on_block(self, context: BlockContext, index: int, output: Output) -> Iterator[Event]:
         if not self.inputs.runner.reaches(index):  # the model never calls this block: the hidden states stay
@@ -104,11 +117,12 @@ class Engine:
             yield context.event("block", "propagate", error=self._mean_error())
             return
         self._load(index)
+        yield from self._advance_dense(context, index)
         yield from self._run_stages(context)
         yield context.event("phase", "propagate")
         if index + 1 < len(self.inputs.blocks) or self._tail:
             yield from self._propagate(context, index)
-        self.inputs.weights.release(self.inputs.block_names(index))
+        self._release(context, index)
         give_back()
         self._finish(context, output)
         yield context.event("block", "propagate", error=self._mean_error())
@@ -121,8 +135,10 @@ class Engine:
         if record is not None:
             self._take_over(record)
             return
-        context, outer = BlockContext(self.inputs, output, None), self.inputs.outer_names()
+        context, outer = self._context(None, output), self.inputs.outer_names()
         self.inputs.weights.load(outer)
+        if context.dense_stream is not None:
+            context.dense_stream.hold(outer)
         yield from self._run_stages(context)
         self.inputs.weights.release(outer)
         self._finish(context, output)
@@ -132,9 +148,11 @@ class Engine:
         self._take_over(record)
         if self._is_read_after(index) and self.inputs.runner.reaches(index):
             self._load(index)
+            yield from self._advance_dense(context, index, record.dense_starts)
+            self._take_finished(index)
             yield context.event("phase", "propagate")
             yield from self._propagate(context, index, record.starts)
-            self.inputs.weights.release(self.inputs.block_names(index))
+            self._release(context, index)
             self.notes += context.notes
         context.runner.batch = record.batch  # as after this block in the interrupted run
         yield context.event("block", "propagate", error=self._mean_error(), replayed=True)
@@ -142,22 +160,70 @@ class Engine:
     # --- steps ------------------------------------------------------------------------------------------------------
 
     def _load(self, index: int) -> None:
-        """Load a block's weights (finished ones from the output), and begin to read those of the next block to run."""
-        inputs, finished = self.inputs, self._finished_names(index)
+        """Load a block's weights from the checkpoint, and begin to read those of the next block to run.
+
+        Weights that an interrupted run has finished are not loaded; see :meth:`_take_finished`. The dense stream needs them.
+        """
+        inputs = self.inputs
         with inputs.meter.phase("load"):
-            inputs.weights.load([name for name in inputs.block_names(index) if name not in finished])
-            for name in finished:
-                inputs.weights.put(name, inputs.writer.read(inputs.weights.key(name)))
+            inputs.weights.load(self._names_to_load(index))
         later = range(index + 1, len(inputs.blocks))
         after = next((block for block in later if inputs.runner.reaches(block)), None)
         if after is not None:
-            ahead = self._finished_names(after)
-            inputs.weights.prefetch([name for name in inputs.block_names(after) if name not in ahead])
+            inputs.weights.prefetch(self._names_to_load(after))
+
+    def _take_finished(self, index: int) -> None:
+        """Set the weights of a block that an interrupted run has finished, from the output."""
+        inputs = self.inputs
+        with inputs.meter.phase("load"):
+            for name in self._finished_names(index):
+                inputs.weights.put(name, inputs.writer.read(inputs.weights.key(name)))
+
+    def _advance_dense(
+        self, context: BlockContext, index: int, starts: Sequence[tuple[int, int]] = ()
+    ) -> Iterator[Event]:
+        """Compute the dense block's outputs, if a layer here or later needs the dense stream."""
+        if context.dense_stream is None:
+            return
+        yield context.event("phase", "dense")
+        with context.meter.phase("dense"):
+            context.dense_stream.hold(self.inputs.block_names(index))
+            for step in context.dense_stream.advance(index, starts):
+                yield context.note(step.note, "dense") if step.note else context.progress("dense", step.done)
+        inputs, held_out = self.inputs, bool(self.inputs.held_out_of_all)
+        sample = range(max(0, min(inputs.runner.shape[0], ERROR_SEQUENCES - inputs.first)))  # the first of the run
+        sequences = inputs.held_out if held_out else sample
+        context.block_meter = BlockMeter(
+            inputs.runner, context.dense_stream, inputs.weights, inputs.world, index, sequences
+        )
+        context.block_errors = BlockErrors(block=index, held_out=held_out, tokens=0)
+
+    def _release(self, context: BlockContext, index: int) -> None:
+        """Free the block's weights. The dense outputs become the next block's inputs; the stream ends if no layer needs it."""
+        self.inputs.weights.release(self.inputs.block_names(index))
+        if context.dense_stream is not None:
+            context.dense_stream.turn()
+            if index + 1 >= self._dense_end:
+                context.dense_stream.close()
 
     def _run_stages(self, context: BlockContext) -> Iterator[Event]:
+        yield from self._measure(context, INHERITED)
         for stage in self.stages:
             context.stage = stage.name
             yield from stage(context)
+            yield from self._measure(context, stage.name)
+
+    def _measure(self, context: BlockContext, name: str) -> Iterator[Event]:
+        """Measure the block's error after a stage, if there is a dense stream."""
+        if context.block_meter is None or context.block_errors is None:
+            return
+        with context.meter.phase("dense"):
+            error = context.block_meter.error()
+        for line in context.block_meter.take_notes():
+            yield context.note(line, "dense")
+        errors = {**context.block_errors.errors, name: error}
+        context.block_errors = replace(context.block_errors, tokens=context.block_meter.tokens, errors=errors)
+        yield context.event("stage", "dense", stage=name, error=error)
 
     def _propagate(self, context: BlockContext, index: int, starts: Sequence[tuple[int, int]] = ()) -> Iterator[Event]:
         """Run the block on all sequences; its outputs become the next block's inputs."""
@@ -177,18 +243,38 @@ class Engine:
             notes=context.notes,
             batch=runner.batch,
             starts=runner.starts,
+            dense_starts=context.dense_stream.starts if context.dense_stream and context.index is not None else [],
             place=runner.place,
+            errors=context.block_errors,
+            tuning=context.tuning,
         )
         self.records += records
+        self.block_errors += [] if context.block_errors is None else [context.block_errors]
+        self.tunings += [] if context.tuning is None else [context.tuning]
         self.notes += context.notes
         self.place = runner.place
 
     def _take_over(self, record: BlockRecord) -> None:
         self.records += record.layers
+        self.block_errors += [] if record.errors is None else [record.errors]
+        self.tunings += [] if record.tuning is None else [record.tuning]
         self.notes += record.notes
         self.inputs.runner.batch, self.place = record.batch, record.place
 
     # --- helpers ----------------------------------------------------------------------------------------------------
+
+    def _context(self, index: int | None, output: Output) -> BlockContext:
+        """Return the context of a block, or of the layers after the blocks, with the dense stream if it is needed there."""
+        place = len(self.inputs.blocks) if index is None else index
+        return BlockContext(self.inputs, output, index, self._dense if place < self._dense_end else None)
+
+    def _names_to_load(self, index: int) -> list[str]:
+        """Return the parameters of a block to read from the checkpoint: without finished ones if nothing needs those."""
+        names = self.inputs.block_names(index)
+        if index < self._dense_end:
+            return names
+        finished = self._finished_names(index)
+        return [name for name in names if name not in finished]
 
     def _finished_names(self, index: int) -> list[str]:
         record = self.inputs.journal.finished.get(index)
@@ -205,6 +291,17 @@ class Engine:
 
     def _mean_error(self) -> float | None:
         return mean_known([record.error_after_compensation for record in self.records])
+
+
+def _dense_end(inputs: EngineInputs) -> int:
+    """Return the number of blocks for which the dense stream is needed; one more if the layers after them need it, too."""
+    after = len(inputs.blocks)
+    wanting = [
+        layer.block
+        for layer, settings in inputs.layers.items()
+        if (has_target_after_blocks(settings) if layer.block is None else settings.repair.needs_dense_stream)
+    ]
+    return 1 + max((after if block is None else block for block in wanting), default=-1)
 
 
 def _refuse_early(layer: LinearLayer) -> Callable[..., None]:

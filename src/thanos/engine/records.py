@@ -12,6 +12,8 @@ import torch
 
 from thanos import registry
 from thanos.calibration.statistics import Need, need_of
+from thanos.engine.block_error import BlockErrors
+from thanos.engine.tuning_record import TuningRecord
 from thanos.model.layers import LinearLayer
 from thanos.recipe import LayerRecipe
 from thanos.solvers.hessian import InputStatistics
@@ -65,6 +67,9 @@ def layer_record(
         tokens=tokens,
         error_tokens=error_tokens if measured else None,
         seconds=seconds,
+        errors=dict(pruned.errors) if measured and len(pruned.errors) > 2 else None,
+        residual=([*pruned.residuals.values()] or [None])[-1],
+        target_change=([*pruned.target_changes.values()] or [None])[-1],
         warnings=[]
         if inputs is None or need_of(settings) is Need.NOTHING
         else _warnings(pruned, inputs, tokens, settings),
@@ -144,9 +149,12 @@ class BlockRecord:
         tensors: name in the checkpoint → checksum of the bytes that were written.
         batch: number of sequences in a forward pass; the last bits of results depend on it. None if there was no pass.
         starts: batch sizes of the pass that gave the block's outputs; see :class:`~thanos.engine.block_runner.Passes`.
+        dense_starts: batch sizes of the pass that gave the dense block's outputs; empty without a dense stream.
         place: storage tier of the activations.
         notes: warnings that arose in this block.
+        errors: the block's error after each stage; None without a dense stream.
         phases: seconds and peak memory of the whole run so far, by phase.
+        tuning: record of the block's tuning; None if it was not tuned.
     """
 
     block: int | None
@@ -154,9 +162,12 @@ class BlockRecord:
     tensors: dict[str, str]
     batch: int | None = None
     starts: list[tuple[int, int]] = field(default_factory=list)
+    dense_starts: list[tuple[int, int]] = field(default_factory=list)
     place: str = ""
     notes: list[str] = field(default_factory=list)
+    errors: BlockErrors | None = None
     phases: dict[str, PhaseRecord] = field(default_factory=dict)
+    tuning: TuningRecord | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values."""
@@ -167,8 +178,11 @@ class BlockRecord:
         """Build a record from the values of :meth:`to_dict` after a round trip through JSON."""
         values = dict(values)
         values["layers"] = [LayerRecord(**{**layer, "shape": tuple(layer["shape"])}) for layer in values["layers"]]
-        values["starts"] = [(first, size) for first, size in values["starts"]]
+        for name in ("starts", "dense_starts"):
+            values[name] = [(first, size) for first, size in values.get(name, [])]
+        values["errors"] = BlockErrors(**values["errors"]) if values.get("errors") else None
         values["phases"] = {name: PhaseRecord(**phase) for name, phase in values["phases"].items()}
+        values["tuning"] = None if values["tuning"] is None else TuningRecord(**values["tuning"])
         return cls(**values)
 
 
@@ -200,6 +214,10 @@ class LayerRecord:
             if no error was measured.
         changed_by: names of the stages that changed the weight after pruning, in order; None if there are none. ``sparsity``
             and ``zeros`` describe the written weight, the errors the weight before these stages.
+        dense_target: share α of the dense model's outputs in what the layer was fitted to; None if it was not.
+        errors: the errors by step, see :class:`~thanos.solvers.pruned_weight.PrunedWeight`; None if only the method ran.
+        residual: the last of the ``residuals`` there; None if there are none.
+        target_change: the last of the ``target_changes`` there; None without a dense target.
     """
 
     name: str
@@ -221,6 +239,16 @@ class LayerRecord:
     halved_rows: int = 0
     error_tokens: int | None = None
     changed_by: list[str] | None = None
+    dense_target: float | None = None
+    errors: dict[str, float | None] | None = None
+    residual: float | None = None
+    target_change: float | None = None
+
+
+def without_unset(layer: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the plain values of a :class:`LayerRecord` without the fields of repairs that did not run."""
+    unset = ("dense_target", "errors", "residual", "target_change")
+    return {name: value for name, value in layer.items() if name not in unset or value is not None}
 
 
 def mean_known(values: Sequence[float | None]) -> float | None:
@@ -273,7 +301,10 @@ class BlockJournal(Protocol):
         notes: Sequence[str],
         batch: int | None,
         starts: Sequence[tuple[int, int]],
+        dense_starts: Sequence[tuple[int, int]],
         place: str,
+        errors: BlockErrors | None,
+        tuning: TuningRecord | None = None,
     ) -> None:
         """Write a block's tensors durably to the disk, then record that the block is finished.
 
@@ -284,6 +315,9 @@ class BlockJournal(Protocol):
             notes: see :class:`BlockRecord`.
             batch: see :class:`BlockRecord`.
             starts: see :class:`BlockRecord`.
+            dense_starts: see :class:`BlockRecord`.
             place: see :class:`BlockRecord`.
+            errors: see :class:`BlockRecord`.
+            tuning: see :class:`BlockRecord`.
         """
         ...

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,10 @@ from thanos.checkpoint.layout import TensorSource
 from thanos.model.meta_model import named_tensors
 from thanos.system.background import Background
 from thanos.system.staging import Staging
+
+_ALIGNMENT = 64
+"""Bytes of a cache line. On the CPU a product may sum in another order if a matrix does not begin at a multiple of it. A tensor
+that was read from a file often does not, so a resumed run would get other last bits than the run that computed the tensor."""
 
 
 class ModelWeights:
@@ -94,7 +100,32 @@ class ModelWeights:
         """Set one parameter in all modules that hold it."""
         dtype = self._meta[name].dtype if name in self._meta else value.dtype
         self._as_stored.pop(name, None)
-        self._set(name, value.to(self._device, dtype))
+        value = value.to(self._device, dtype)
+        self._set(name, value if value.data_ptr() % _ALIGNMENT == 0 else value.clone())
+
+    @contextmanager
+    def replaced(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """Use other values of some parameters inside the context; afterwards the same tensor objects as before are in place.
+
+        Args:
+            values: parameter name → parameter or buffer on the device.
+        """
+        before: list[tuple[dict[str, Any], str, Any]] = []
+        for name, value in values.items():
+            for module, attribute in self._owners[name]:
+                pile: dict[str, Any] = module._parameters if attribute in module._parameters else module._buffers
+                before.append((pile, attribute, pile[attribute]))
+                pile[attribute] = value
+        try:
+            yield
+        finally:
+            for pile, attribute, value in before:
+                pile[attribute] = value
+
+    def is_own(self, name: str) -> bool:
+        """Return whether a tensor is a parameter that exactly one module holds, not a buffer and not shared."""
+        owners = self._owners[name]
+        return len(owners) == 1 and owners[0][1] in owners[0][0]._parameters
 
     def release(self, names: Iterable[str]) -> None:
         """Free parameters: the model's tensors are on the meta device again."""

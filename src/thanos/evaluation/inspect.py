@@ -1,16 +1,17 @@
-"""The inspection of a checkpoint: zeros and patterns, counted in the weights themselves and not taken from a report."""
+"""The inspection of a checkpoint: zeros, patterns, NaN and infinity, counted in the weights and not taken from a report."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from thanos._version import __version__
+from thanos.checkpoint.entries import count_not_finite
 from thanos.errors import ModelError, RecipeError
 from thanos.events import Event
 from thanos.model.layers import LinearLayer, linear_layers
@@ -62,6 +63,24 @@ class Violation:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class NotFinite:
+    """A tensor that holds NaN or infinity.
+
+    Attributes:
+        name: name of the parameter, or of the tensor in the file if the model has no such parameter.
+        nan: number of NaN entries.
+        infinite: number of infinite entries.
+        parameter: whether it is a parameter, so that the checkpoint is damaged. Another tensor, such as a mask with −∞, may
+            hold any value.
+    """
+
+    name: str
+    nan: int
+    infinite: int
+    parameter: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Inspection(Document):
     """A whole checkpoint; the attributes are the keys of ``inspect --json``.
 
@@ -74,6 +93,7 @@ class Inspection(Document):
         layers: the targeted layers. With a ``pruning.json``: the layers that it lists as pruned. Without: the linear layers of
             the decoder blocks that hold more than stray zeros, or all of them if a pattern is required.
         dense: all other tensors, with the reason why each was left dense.
+        not_finite: the tensors that hold NaN or infinity.
     """
 
     model: str
@@ -83,7 +103,13 @@ class Inspection(Document):
     totals: dict[str, Any]
     layers: list[LayerInspection]
     dense: list[DenseRecord]
+    not_finite: list[NotFinite] = field(default_factory=list)
     schema: int = SCHEMA
+
+    @property
+    def damaged(self) -> list[NotFinite]:
+        """The parameters that hold NaN or infinity."""
+        return [tensor for tensor in self.not_finite if tensor.parameter]
 
 
 def inspect_checkpoint(
@@ -93,7 +119,7 @@ def inspect_checkpoint(
     on_event: Callable[[Event], None] | None = None,
     trust_remote_code: bool = False,
 ) -> Inspection:
-    """Read every weight of a checkpoint, one tensor at a time, and report its zeros.
+    """Read every weight of a checkpoint, one tensor at a time, and report its zeros, and any NaN and infinity.
 
     Args:
         model: a hub name, a local folder or a ``.gguf`` file.
@@ -117,6 +143,8 @@ def inspect_checkpoint(
     linear = {opened.key_of.get(layer.weight_name): layer for layer in linear_layers(opened.meta_model)}
     named = {key: name for name, key in opened.key_of.items()}
     unused = Unused(opened.meta_model, infos, opened.key_of)
+    parameters = {name for name, _ in opened.meta_model.named_parameters()}
+    not_finite: list[NotFinite] = []
     layers: list[LayerInspection] = []
     dense: list[DenseRecord] = []
     violations: list[Violation] = []
@@ -126,6 +154,9 @@ def inspect_checkpoint(
         zeros = int((tensor == 0).sum())
         zeros_all += zeros
         name, layer = named.get(key, key), linear.get(key)
+        nan, infinite = count_not_finite(tensor)
+        if nan or infinite:
+            not_finite.append(NotFinite(name=name, nan=nan, infinite=infinite, parameter=named.get(key) in parameters))
         if key in named:
             reason = _reason(name, layer, zeros / max(1, info.numel), known, required=wanted is not None)
         else:
@@ -155,6 +186,7 @@ def inspect_checkpoint(
         ),
         layers=layers,
         dense=dense,
+        not_finite=not_finite,
     )
 
 

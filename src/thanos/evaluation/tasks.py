@@ -1,18 +1,13 @@
 """Zero-shot accuracy, measured by EleutherAI's lm-evaluation-harness, lm_eval (the extra ``eval``).
 
-This package has no scorer of its own. Scores are cached. The key covers everything that determines a score: the model's
-weights, config and tokenizer, the task's settings and documents, the limit, the dtype, the type of device, the added BOS, and
-the versions of lm_eval and torch.
+This package has no scorer of its own. Scores are cached, see score_cache.py.
 """
 
 from __future__ import annotations
 
 import difflib
-import hashlib
 import itertools
-import json
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,16 +21,15 @@ import torch
 from thanos._version import __version__
 from thanos.errors import DataError, resource_errors
 from thanos.evaluation.lm_eval_model import keep_requests, templates_compiled_once, wrap
+from thanos.evaluation.score_cache import keys_of, read_score, write_score
 from thanos.events import Event
 from thanos.model.bos import added_bos, check_bos
-from thanos.model.fingerprint import model_sha256
 from thanos.model.loading import load_model, parse_dtype
 from thanos.model.opening import running_dtype
 from thanos.model.source import ModelSource, find_local, resolve_model
 from thanos.system.device import choose_device
 from thanos.system.documents import Document
-from thanos.system.extras import install_command
-from thanos.system.files import write_atomically
+from thanos.system.extras import install_command, is_installed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,8 +39,7 @@ SCHEMA = 1
 PAPER_TASKS = ("winogrande", "openbookqa", "boolq", "piqa", "hellaswag", "arc_easy", "arc_challenge")
 """The seven tasks of the paper's zero-shot tables, by their names in lm_eval."""
 
-_FEWSHOT_SEED = 1234
-"""lm_eval's own default; it matters only for tasks that require examples."""
+_FEWSHOT_SEED = 1234  # lm_eval's own default; it matters only for tasks that require examples
 
 _METRICS = ("acc", "acc_norm")
 
@@ -110,7 +103,7 @@ def zero_shot(
         dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``.
         bos: ``window``: lm_eval adds a beginning-of-text token before each request; the tokenizer must be one that adds it to
             texts. ``auto``, ``text``: a request begins as the tokenizer begins a text.
-        cache: read earlier scores from :func:`cache_folder`, and write new ones there.
+        cache: read earlier scores from :func:`~thanos.evaluation.score_cache.cache_folder`, and write new ones there.
         on_event: function called with events of progress.
         trust_remote_code: let transformers run Python code from the checkpoint.
         network: the model, if it is loaded already. It is scored on its own device and in its own dtype; ``device`` and
@@ -122,31 +115,36 @@ def zero_shot(
         UserError: the model or the device cannot be used.
     """
     began = time.perf_counter()
-    _check_limit(limit)
+    if limit is not None and limit < 1:
+        raise DataError(f"limit must be at least 1 document a task; got {limit}")
     if dtype != "auto":
         parse_dtype(dtype)
-    find_local(model, trust_remote_code=trust_remote_code)
+    local = find_local(model, trust_remote_code=trust_remote_code)
     check_bos(bos)
+    _check_task_words(tasks, task_folder)
     where = choose_device(device) if network is None else network.device
     cache = cache and network is None  # the weights of a loaded model have no hash
-    check_tasks(tasks, task_folder)
-    source = resolve_model(model, trust_remote_code=trust_remote_code)
     add_bos = bos == "window"
-    if add_bos and added_bos(source.tokenizer()) is None:
-        raise DataError(
-            f"the tokenizer of {source.name} begins no text with a beginning-of-text token; leave out bos 'window'"
-        )
+    # The list of tasks takes seconds: longer than a local model's config and tokenizer, and less than a download.
+    if local is not None:
+        source = _checked_source(model, add_bos, trust_remote_code=trust_remote_code)
+        check_tasks(tasks, task_folder)
+    else:
+        check_tasks(tasks, task_folder)
+        source = _checked_source(model, add_bos, trust_remote_code=trust_remote_code)
     runs_in = running_dtype(source, dtype) if network is None else network.dtype
     dtype = str(runs_in).removeprefix("torch.")  # auto and the dtype that it stands for share a cache key
     loaded = _load_tasks(tuple(tasks), None if task_folder is None else str(task_folder))
-    keys = _keys(source, loaded, limit, dtype, where, bos=add_bos) if cache else {}
-    scores = {name: found for name, key in keys.items() if (found := _read(key)) is not None}
+    keys = keys_of(source, loaded, limit, dtype, where, bos=add_bos) if cache else {}
+    scores = {name: found for name, key in keys.items() if (found := read_score(key)) is not None}
     missing = [name for name in loaded if name not in scores]
     if missing:
-        network = _load(source, runs_in, where) if network is None else network
+        if network is None:
+            with resource_errors(device=where):
+                network = load_model(source, dtype=runs_in, device=where)
         scores |= _score(network, source, [loaded[name] for name in missing], limit, where, on_event, bos=add_bos)
         for name in missing if cache else []:
-            _write(keys[name], scores[name])
+            write_score(keys[name], scores[name])
     return ZeroShot(
         model=str(model),
         tasks={name: scores[name] for name in loaded},
@@ -173,12 +171,7 @@ def check_tasks(tasks: Sequence[str], task_folder: str | Path | None = None) -> 
     Raises:
         DataError: lm_eval is not installed, the folder does not exist, or a task is unknown; the message lists similar names.
     """
-    if task_folder is not None and not Path(task_folder).is_dir():
-        raise DataError(f"the task folder {task_folder} does not exist; give a folder with lm_eval's YAML files")
-    if not all(tasks) or not tasks:
-        raise DataError(
-            f"--tasks names no task; name one of lm_eval, such as piqa, or paper for {', '.join(PAPER_TASKS)}"
-        )
+    _check_task_words(tasks, task_folder)
     known = _register(tasks, None if task_folder is None else str(task_folder)).all_tasks
     for task in tasks:
         if task not in known:
@@ -187,6 +180,28 @@ def check_tasks(tasks: Sequence[str], task_folder: str | Path | None = None) -> 
             raise DataError(
                 f"task {task!r} is unknown to lm_eval; {hint}. Your own tasks need --task-folder, in a study task_folder"
             )
+
+
+def _check_task_words(tasks: Sequence[str], task_folder: str | Path | None) -> None:
+    """Check what needs no list of tasks: the folder exists, a task is named, and lm_eval is installed."""
+    if task_folder is not None and not Path(task_folder).is_dir():
+        raise DataError(f"the task folder {task_folder} does not exist; give a folder with lm_eval's YAML files")
+    if not all(tasks) or not tasks:
+        raise DataError(
+            f"--tasks names no task; name one of lm_eval, such as piqa, or paper for {', '.join(PAPER_TASKS)}"
+        )
+    if not is_installed("lm_eval"):
+        raise DataError(f"zero-shot tasks need the package lm_eval: {install_command('eval')}")
+
+
+def _checked_source(model: str | Path, add_bos: bool, *, trust_remote_code: bool) -> ModelSource:
+    """Find a model, and check its config and tokenizer."""
+    source = resolve_model(model, trust_remote_code=trust_remote_code)
+    if added_bos(source.tokenizer()) is None and add_bos:
+        raise DataError(
+            f"the tokenizer of {source.name} begins no text with a beginning-of-text token; leave out bos 'window'"
+        )
+    return source
 
 
 def average(scores: Sequence[dict[str, Any]]) -> dict[str, float | None]:
@@ -199,27 +214,6 @@ def average(scores: Sequence[dict[str, Any]]) -> dict[str, float | None]:
         known = bool(errors) and None not in errors
         found[f"{metric}_stderr"] = math.hypot(*errors) / len(errors) if known else None
     return found
-
-
-def cache_folder() -> Path:
-    """Return the folder of cached scores, ``zero-shot`` in the cache of this package.
-
-    The cache is ``THANOS_CACHE``, or else ``thanos`` in ``XDG_CACHE_HOME`` or ``~/.cache``.
-    """
-    own = os.environ.get("THANOS_CACHE")
-    return (
-        Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "thanos"
-    ) / "zero-shot"
-
-
-def _check_limit(limit: int | None) -> None:
-    if limit is not None and limit < 1:
-        raise DataError(f"limit must be at least 1 document a task; got {limit}")
-
-
-def _load(source: ModelSource, dtype: torch.dtype, where: torch.device) -> PreTrainedModel:
-    with resource_errors(device=where):
-        return load_model(source, dtype=dtype, device=where)
 
 
 def _versions() -> dict[str, str]:
@@ -304,40 +298,3 @@ def _score(
                 scores[name][f"{metric}{suffix}"] = value if isinstance(value, float) else None
         scores[name]["samples"] = counts[name]["effective"]
     return scores
-
-
-# --- the cache --------------------------------------------------------------------------------------------------------
-
-
-def _keys(
-    source: ModelSource, tasks: dict[str, Any], limit: int | None, dtype: str, where: torch.device, *, bos: bool
-) -> dict[str, str]:
-    """Return task name → key of its score in the cache."""
-    shaping = [model_sha256(source), limit, dtype, where.type, metadata.version("lm_eval"), torch.__version__]
-    shaping += ["add_bos_token"] if bos else []
-    return {name: _key(task, shaping) for name, task in tasks.items()}
-
-
-def _key(task: Any, shaping: list[Any]) -> str:
-    """Return the hash of a task's settings and documents, and of ``shaping``, the other values that determine its score."""
-    digest = hashlib.sha256(json.dumps(shaping).encode())
-    digest.update(json.dumps(task.dump_config(), sort_keys=True, default=str).encode())
-    for document in task.eval_docs:
-        digest.update(json.dumps(document, sort_keys=True, default=str).encode())
-    return digest.hexdigest()
-
-
-def _read(key: str) -> dict[str, Any] | None:
-    try:
-        return json.loads((cache_folder() / f"{key}.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
-def _write(key: str, score: dict[str, Any]) -> None:
-    folder = cache_folder()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / f"{key}.json", json.dumps(score).encode())
-    except OSError:
-        return  # a cache that cannot be written only costs time

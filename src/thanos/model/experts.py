@@ -23,7 +23,8 @@ PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "dow
 
 _Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
-_CALL = ["hidden_states", "top_k_index", "top_k_weights"]
+ROUTING = ["hidden_states", "top_k_index", "top_k_weights"]
+"""The arguments of a mixture, in order: tokens (T, H), the experts of each token (T, k), and their weights (T, k)."""
 
 
 class Expert(nn.Module):
@@ -111,7 +112,7 @@ def _layout(fused: nn.Module, name: str) -> dict[str, dict[str, tuple[int, int]]
         hasattr(state, "has_gate")
         and all(getattr(state, flag, value) is value for flag, value in flags.items())
         and parameters.keys() == {first, "down_proj"}
-        and list(inspect.signature(type(fused).forward).parameters)[1:] == _CALL
+        and list(inspect.signature(type(fused).forward).parameters)[1:] == ROUTING
     ):
         (experts, rows, columns), down = parameters[first], parameters["down_proj"]
         inner = rows // len(PARTS[first])
@@ -178,6 +179,27 @@ def mixtures(blocks: nn.Module) -> Iterator[tuple[str, int]]:
 def _is_list(name: str, length: int, counts: Set[int]) -> bool:
     """Return whether a list of modules in a block holds experts, rather than adapters or halves of the block."""
     return bool(name) and length > 1 and ("expert" in name.rpartition(".")[2] or length in counts)
+
+
+def router_parameters(block: nn.Module) -> set[str]:
+    """Return the names, relative to a block, of the parameters that score experts.
+
+    They have one row for each expert, or a single row if they weigh an expert that all tokens share, and lie below the module
+    that holds the mixture, outside of the experts.
+    """
+    found = dict(mixtures(block))
+    rows: dict[str, set[int]] = {}
+    for name, size in found.items():
+        rows.setdefault(name.rpartition(".")[0], {1}).add(size)
+    routers = set()
+    for name, parameter in block.named_parameters():
+        parts = name.split(".")
+        above = [".".join(parts[:end]) for end in range(len(parts) - 1, -1, -1)]
+        if any(module in found for module in above):
+            continue
+        if any(parameter.shape[:1].numel() in rows.get(module, ()) for module in above):
+            routers.add(name)
+    return routers
 
 
 def rename_expert(key: str, converters: Sequence[Any]) -> str | None:

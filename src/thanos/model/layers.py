@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Set
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -50,22 +51,57 @@ class LinearLayer:
 
 
 def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
-    """Return the name and the modules of the decoder blocks: the module list that holds most linear weights.
+    """Return the name and the modules of the decoder blocks: the module list of the text model with most linear weights.
+
+    A tower for images or audio may hold more weights than the text model. So lists of the text model come first: those whose
+    innermost pretrained model has the text config, then those within the model's decoder. Other lists count only if the text
+    model has none.
 
     Raises:
         ModelError: no module list holds linear layers.
     """
-    best, best_size = None, 0
+    best, best_rank = None, (False, False, 0)
+    owners, decoder = _innermost_configs(model), _decoder_modules(model)
+    text_config = _text_config_type(model)
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module):
             size = sum(layer.get_parameter("weight").numel() for _, layer in _linear_modules(module))
-            if size > best_size:  # the outermost list comes first, and wins a tie
-                best, best_size = name, size
+            rank = (owners.get(name) is text_config, id(module) in decoder, size)
+            if size and rank > best_rank:  # the outermost list comes first, and wins a tie
+                best, best_rank = name, rank
     if best is None:
         raise ModelError(
             f"{type(model).__name__} has no list of decoder blocks with linear layers; it is not supported"
         )
     return best, list(model.get_submodule(best).children())
+
+
+def _text_config_type(model: nn.Module) -> type | None:
+    """Return the class of the text model's config; None if the model has no config, or one with several such parts."""
+    find = getattr(getattr(model, "config", None), "get_text_config", None)
+    with suppress(ValueError):  # transformers raises it for several parts
+        return type(find(decoder=True)) if callable(find) else None
+    return None
+
+
+def _innermost_configs(model: nn.Module) -> dict[str, type]:
+    """Return module name → class of the config of the innermost pretrained model that holds the module."""
+    from transformers import PreTrainedModel
+
+    found: dict[str, type] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, PreTrainedModel):
+            found[name] = type(module.config)
+        elif name and (parent := name.rpartition(".")[0]) in found:
+            found[name] = found[parent]
+    return found
+
+
+def _decoder_modules(model: nn.Module) -> set[int]:
+    """Return the ids of the modules within the model's decoder, as transformers finds it; all modules without one."""
+    find: Any = getattr(model, "get_decoder", None)
+    decoder = find() if callable(find) else None
+    return {id(module) for module in (decoder if isinstance(decoder, nn.Module) else model).modules()}
 
 
 def block_names(names: Iterable[str], blocks_name: str, index: int) -> list[str]:

@@ -56,6 +56,25 @@ class Unused:
             return "copy of a tied weight: transformers does not read it"
         return "no parameter of the model: transformers does not read it"
 
+    def notes(self, keys: Iterable[str]) -> list[str]:
+        """Return a note for each kind of layers that the checkpoint has and transformers does not run.
+
+        Args:
+            keys: names of the tensors without a parameter.
+        """
+        keys = list(keys)
+        predicting = [key for key in keys if self.is_prediction(key)]
+        indices = {index for key in set(keys) - set(predicting) if (index := self._index(key)) is not None}
+        beyond = sorted(index for index in indices if index >= self._count)
+        stay = "transformers does not run them, so they stay as they are, not pruned"
+        notes = []
+        if predicting:
+            notes.append(f"the checkpoint has layers for multi-token prediction ({len(predicting)} tensors): {stay}")
+        if beyond:
+            which = str(beyond[0]) if len(beyond) == 1 else f"{beyond[0]} to {beyond[-1]}"
+            notes.append(f"the checkpoint has layers beyond the {self._count} of config.json ({which}): {stay}")
+        return notes
+
     def _index(self, key: str) -> int | None:
         found = self._pattern.search(key)
         return int(found.group(1)) if found else None

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from thanos._version import __version__
-from thanos.calibration.windows import GENERATION_BATCH, Calibration, calibrate, make_calibration
+from thanos.calibration.generation import GENERATION_BATCH
+from thanos.calibration.windows import Calibration, calibrate, make_calibration
 from thanos.checkpoint.writer import disk_shortage
 from thanos.engine.activations import check_place
 from thanos.engine.distributed import launched

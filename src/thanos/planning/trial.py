@@ -32,7 +32,7 @@ from thanos.errors import NumericsError
 from thanos.model.layers import LinearLayer
 from thanos.planning.kinds import Job, Kind, Sample
 from thanos.recipe import LayerRecipe
-from thanos.run.setup import build_engine
+from thanos.run.engine_setup import build_engine
 from thanos.system.files import write_at
 from thanos.system.memory import device_memory, free_device_bytes, give_back, host_bytes
 from thanos.system.meter import PhaseMeter

@@ -6,59 +6,28 @@ One frozen dataclass serves Python, the TOML file and the command line.
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import json
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from thanos import registry
 from thanos.errors import RecipeError
+from thanos.recipe.allocation import ALLOCATIONS, check_allocation
+from thanos.recipe.globs import check_globs as check_globs
+from thanos.recipe.globs import matches
 from thanos.recipe.layer import DEFAULT_DAMPING as DEFAULT_DAMPING
 from thanos.recipe.layer import LAYER_FIELDS, LayerRecipe, check_used, check_values
+from thanos.recipe.override import Override, hints
+from thanos.recipe.repair import REPAIR_FIELDS, TUNE_RATE, check_held_out, check_rate, checked, held_out_of
+from thanos.recipe.repair import Repair as Repair
+from thanos.recipe.stored import underscored, without_unused
 from thanos.registry import parse_pattern
 from thanos.settings import TEXT_SOURCES, Heading, setting
-from thanos.system.suggestions import near, near_dtype, near_whole
+from thanos.system.suggestions import near_dtype, near_whole
 from thanos.system.user_paths import expanded
-
-_OTHER_NAMES = {
-    "sequence_length": ("seqlen", "seq_len", "max_length"),
-    "samples": ("nsamples", "n_samples", "num_samples"),
-    "sparsity": ("sparsity_ratio", "ratio"),
-    "damping": ("percdamp", "dampening"),
-    "targets": ("target",),
-    "override": ("overrides",),
-}
-"""Setting → the names that other tools give to it."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Override:
-    """Different settings for the layers whose name matches a glob, or ``skip`` to leave these layers dense.
-
-    Args:
-        match: a glob over full module names such as ``model.layers.*.mlp.down_proj`` or ``*.down_proj``.
-        skip: leave these layers dense.
-        settings: fields of :class:`LayerRecipe` → values that replace the recipe's.
-    """
-
-    match: str
-    skip: bool = False
-    settings: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.match, str) or not self.match:
-            raise RecipeError(f"an override needs match, a glob over layer names; got {self.match!r}")
-        if not isinstance(self.skip, bool):
-            raise RecipeError(f"skip in the override of {self.match!r} must be true or false; got {self.skip!r}")
-        unknown = sorted(set(self.settings) - set(LAYER_FIELDS))
-        if unknown:
-            raise RecipeError(
-                f"the override of {self.match!r} has unknown settings {', '.join(unknown)}; "
-                f"allowed are skip, {', '.join(LAYER_FIELDS)}{_hints(unknown, LAYER_FIELDS)}"
-            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,6 +48,12 @@ class Recipe(LayerRecipe):
         measure_error: tokens on which the layer errors are measured. None: all tokens if the method needs XᵀX, else a sample of
             the sequences. True: all tokens. False: all tokens if the method needs XᵀX, else the error is not measured. Does not
             change any weight.
+        allocation: ``uniform``: every layer has the recipe's sparsity; ``error``: a pass before pruning measures the errors of
+            the layers, and their sparsities minimise the weighted sum at the same number of zeros. Not for layers whose
+            override sets a sparsity.
+        held_out: number of calibration sequences, the last ones, that choose the dense target and guard the tuning. None for
+             an eighth of them, at least one. Only used if a layer has dense target ``auto`` or is tuned.
+        tune_rate: peak learning rate of the tuning, above 0 and at most 1.
         trust_remote_code: let transformers run Python code from the checkpoint.
 
     Raises:
@@ -108,6 +83,24 @@ class Recipe(LayerRecipe):
     skip: tuple[str, ...] = setting((), "Leave layers dense whose name matches", Heading.WHAT, "GLOB")
     overrides: tuple[Override, ...] = ()
     measure_error: bool | None = None
+    allocation: str = setting(
+        ALLOCATIONS[0],
+        "Whether every layer has the same sparsity, or layers with larger errors a lower one",
+        Heading.METHOD,
+        "NAME",
+        choices=lambda: ALLOCATIONS,
+    )
+    held_out: int | None = setting(
+        None,
+        "Calibration sequences that choose the dense target and guard the tuning",
+        Heading.REPAIR,
+        "N",
+        lowest=1,
+        default="an eighth of them",
+    )
+    tune_rate: float = setting(
+        TUNE_RATE, "Peak learning rate of the tuning, above 0 and at most 1", Heading.REPAIR, "RATE"
+    )
     trust_remote_code: bool = setting(
         False,
         "Run Python code that comes with the checkpoint",
@@ -138,13 +131,28 @@ class Recipe(LayerRecipe):
             raise RecipeError(f"trust_remote_code must be true or false; got {self.trust_remote_code!r}")
         if self.measure_error is not None and not isinstance(self.measure_error, bool):
             raise RecipeError(f"measure_error must be true, false or left out; got {self.measure_error!r}")
-        object.__setattr__(self, "overrides", tuple(self.overrides))
+        check_allocation(self)
+        check_held_out(self.held_out)
+        check_rate(self.tune_rate)
         for override in self.overrides:
             own = override.settings.get("method")
             check_values(override.settings)
+            checked(override.settings)
             where = f" in the override of {override.match!r}"
             check_used(override.settings, self._methods() if own is None else (own,), where)
             self._merged([override])  # raises if the override contradicts the recipe
+        if self.holds_out:
+            held_out_of(self.samples, self.held_out)
+
+    @property
+    def repairs(self) -> list[Repair]:
+        """The repair of the recipe itself, then that of each override."""
+        return [self.repair, *(self._merged([override]).repair for override in self.overrides if not override.skip)]
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether sequences are held out, for the recipe itself or for an override."""
+        return any(repair.holds_out for repair in self.repairs)
 
     def _methods(self) -> tuple[str, ...]:
         return (self.method, *(o.settings["method"] for o in self.overrides if "method" in o.settings))
@@ -158,8 +166,9 @@ class Recipe(LayerRecipe):
     def suited(self, changes: Mapping[str, Any]) -> dict[str, Any]:
         """Return changes of fields, with defaults added for a new pattern or method.
 
-        The recipe's sparsity and block size belong to its own pattern. With a new pattern they are reset to their defaults,
-        unless ``changes`` sets them. With a new method, settings that no method of the changed recipe uses are reset too.
+        The recipe's sparsity, block size and scope belong to its own pattern. With a new pattern they are reset to their
+        defaults, unless ``changes`` sets them. With a new method, settings that no method of the changed recipe uses are reset
+        too.
 
         Raises:
             RecipeError: the pattern is malformed, or the method is unknown.
@@ -179,8 +188,15 @@ class Recipe(LayerRecipe):
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values (None, numbers, strings, lists, dicts) under the names of the TOML file."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "overrides"}
+        """Return plain values (None, numbers, strings, lists, dicts) under the names of the TOML file.
+
+        The scope and the repair are left out while they have their defaults, as in the files of versions without them.
+        """
+        values = {
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)
+            if f.name != "overrides" and (f.name not in _NEW or getattr(self, f.name) != f.default)
+        }
         values["targets"], values["skip"] = list(self.targets), list(self.skip)
         values["override"] = [
             {"match": o.match, **({"skip": True} if o.skip else {}), **o.settings} for o in self.overrides
@@ -196,26 +212,26 @@ class Recipe(LayerRecipe):
             stored: whether the values come from a report or a store. Then settings that no method uses are dropped instead of
                 refused, since earlier versions accepted them.
         """
-        values = _underscored(values)
+        values = underscored(values)
         known = {f.name for f in dataclasses.fields(cls)} - {"overrides"} | {"override"}
         unknown = sorted(set(values) - known)
         if unknown:
             raise RecipeError(
-                f"unknown settings: {', '.join(unknown)}; allowed are {', '.join(sorted(known))}{_hints(unknown, known)}"
+                f"unknown settings: {', '.join(unknown)}; allowed are {', '.join(sorted(known))}{hints(unknown, known)}"
             )
         overrides = values.pop("override", [])
         if not isinstance(overrides, list | tuple) or not all(isinstance(o, Mapping) for o in overrides):
             raise RecipeError("override must be a list of tables ([[override]])")
         built = []
         for table in overrides:
-            settings = _underscored(table)
+            settings = underscored(table)
             match, skip = settings.pop("match", ""), settings.pop("skip", False)
             built.append(Override(match=match, skip=skip, settings=settings))
         for name in ("targets", "skip"):
             if not isinstance(values.get(name, []), list | tuple):
                 raise RecipeError(f"{name} must be a list of globs, for example [{json.dumps(str(values[name]))}]")
         if stored:
-            values, built = _without_unused(values, built)
+            values, built = without_unused(values, built)
         return cls(**values, overrides=tuple(built))
 
     @classmethod
@@ -249,30 +265,10 @@ class Recipe(LayerRecipe):
         return "\n".join(lines) + "\n"
 
 
+_NEW = ("scope", "allocation", *REPAIR_FIELDS, "held_out", "tune_rate")
+"""Settings that are written only where they differ from their defaults."""
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-
-def matches(name: str, glob: str) -> bool:
-    """Return whether a glob matches a full module name, or its end after a dot: ``q_proj`` matches every q_proj."""
-    return fnmatch.fnmatchcase(name, glob) or fnmatch.fnmatchcase(name, f"*.{glob}")
-
-
-def check_globs(recipe: Recipe) -> None:
-    """Refuse globs with characters that no layer's name has, before a model is opened.
-
-    Raises:
-        RecipeError: a glob has blanks, commas, or characters of a regular expression or a path.
-    """
-    overrides = [("match", override.match) for override in recipe.overrides]
-    for name, glob in [*(("targets", g) for g in recipe.targets), *(("skip", g) for g in recipe.skip), *overrides]:
-        allowed = "a glob over layer names has letters, digits, _, -, dots, and *, ?, [abc] or [!abc]"
-        if "," in glob or glob != "".join(glob.split()):
-            raise RecipeError(f"{name} {glob!r} looks like several globs; give each alone: {allowed}")
-        strange = [letter for letter in dict.fromkeys(glob) if letter in "^$|()\\{}+/:;'\"="]
-        if strange:
-            raise RecipeError(f"{name} {glob!r} has {' '.join(strange)}; {allowed}, such as *.mlp.* or q_proj")
-        if glob.count("[") != glob.count("]"):
-            raise RecipeError(f"{name} {glob!r} has a bracket without its partner; {allowed}")
 
 
 def _toml(value: Any) -> str:
@@ -281,40 +277,8 @@ def _toml(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-def _hints(unknown: Iterable[str], known: Iterable[str]) -> str:
-    known = [*known]
-    return "".join(near(name, known, _OTHER_NAMES) for name in unknown)
-
-
-def _underscored(values: Mapping[str, Any]) -> dict[str, Any]:
-    underscored: dict[str, Any] = {}
-    for name, value in values.items():
-        name = name.replace("-", "_")
-        if name in underscored:
-            raise RecipeError(f"{name} is given twice, once with a hyphen and once with an underscore; leave one out")
-        underscored[name] = value
-    return underscored
-
-
-def _without_unused(values: dict[str, Any], overrides: list[Override]) -> tuple[dict[str, Any], list[Override]]:
-    """Drop the settings of :data:`~thanos.registry.LAYER_SETTINGS` that no method of the recipe or the override uses."""
-    base = values.get("method", registry.DEFAULT_METHOD)
-    rows = [registry.method(name) for name in (base, *(o.settings.get("method", base) for o in overrides))]
-    used = {setting for row in rows for setting in row.settings}
-
-    def kept(settings: Mapping[str, Any], allowed: Iterable[str]) -> dict[str, Any]:
-        return {
-            name: value for name, value in settings.items() if name in allowed or name not in registry.LAYER_SETTINGS
-        }
-
-    def of(override: Override) -> Iterable[str]:
-        return registry.method(override.settings["method"]).settings if "method" in override.settings else used
-
-    return kept(values, used), [dataclasses.replace(o, settings=kept(o.settings, of(o))) for o in overrides]
-
-
 def _suited(pattern: str, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return changes; if they bring another pattern than ``pattern``, its sparsity and block size are reset."""
+    """Return changes; if they bring another pattern than ``pattern``, its sparsity, block size and scope are reset."""
     if str(parse_pattern(changes.get("pattern", pattern))) == str(parse_pattern(pattern)):
         return dict(changes)
-    return {"sparsity": None, "block_size": None, **changes}
+    return {"sparsity": None, "block_size": None, "scope": None, **changes}

@@ -9,14 +9,21 @@ from typing import Any
 from thanos import registry
 from thanos.errors import RecipeError
 from thanos.patterns.base import Pattern
+from thanos.recipe.repair import REPAIR_FIELDS, Repair, checked, resolved
 from thanos.registry import parse_pattern
 from thanos.settings import Heading, setting
-from thanos.system.suggestions import near_number, near_whole
+from thanos.system.suggestions import near, near_number, near_whole
 
 DEFAULT_DAMPING: float = registry.LAYER_SETTINGS["damping"]
 """Damping added to the Hessian's diagonal, as a fraction of the diagonal's mean."""
 
-LAYER_FIELDS = ("method", "pattern", "sparsity", "outlier_rows", "keep_budget", "block_size", "damping")
+LAYER_FIELDS = (
+    *("method", "pattern", "sparsity", "outlier_rows", "keep_budget", "block_size", "damping", "scope"),
+    *REPAIR_FIELDS,
+)
+
+
+_EFFORT = "what the effort says"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +42,16 @@ class LayerRecipe:
             outlier rows; see :class:`~thanos.patterns.budget.Budget`. For n:m it needs an even n: the rows with the smallest
             squared output norm keep n/2 of m.
         block_size: number of input columns handled together (Thanos, SparseGPT); None means 128, or 512 for Thanos with n:m.
-        damping: fraction of the Hessian's mean diagonal added to its diagonal, at least 0 (Thanos, SparseGPT).
+        damping: fraction of the Hessian's mean diagonal added to its diagonal, at least 0 (Thanos, SparseGPT, ADMM,
+            and the repair of any method).
+        scope: scope of the budget of a pattern that lets any entries go: ``layer``, one budget for all rows, or ``row``, the
+            same for every row, up to one entry. None means what ``effort`` says, else the method's own: ``row`` for Wanda.
+        effort: name of a preset of the next four settings; ``fast`` has them off.
+        dense_target: share α, in [0, 1], of the dense model's outputs in what the layer is fitted to; ``auto`` chooses it on
+            held-out sequences. For this and the next three settings, None means what ``effort`` says.
+        sequential: gather the statistics of the layer's inputs with the layers before it in its block pruned.
+        refit: steps of conjugate gradients on the weights that stay, after the method; 0 for none.
+        tune: epochs of training of the layer's pruned block; 0 for none.
 
     Raises:
         RecipeError: a value is outside its range or contradicts another, or the method does not use a setting that differs
@@ -69,7 +85,7 @@ class LayerRecipe:
     )
     block_size: int | None = setting(
         None,
-        "Input columns that a compensating method handles together",
+        "Input columns that a method handles together, if it goes through them in blocks",
         Heading.METHOD,
         "COLUMNS",
         lowest=1,
@@ -82,6 +98,42 @@ class LayerRecipe:
         "FRACTION",
         lowest=0,
     )
+    scope: str | None = setting(
+        None,
+        "Whether one budget serves all rows of a layer, or every row has the same; unstructured only",
+        Heading.METHOD,
+        "SCOPE",
+        choices=lambda: registry.SCOPES,
+        default=f"{_EFFORT}, else the method's own",
+    )
+    effort: str = setting(
+        registry.DEFAULT_EFFORT,
+        "How much a run does to lower the loss of pruning; it sets the options below that are not given",
+        Heading.REPAIR,
+        "NAME",
+        choices=registry.effort_names,
+    )
+    dense_target: float | str | None = setting(
+        None,
+        "Share of the dense model's outputs in what a layer is fitted to, 0 (off) to 1; auto chooses it on held-out sequences",
+        Heading.REPAIR,
+        "SHARE",
+        default=_EFFORT,
+    )
+    sequential: bool | None = setting(
+        None, "Prune the layers of a block in the order of the data", Heading.REPAIR, default=_EFFORT
+    )
+    refit: int | None = setting(
+        None,
+        "Steps of conjugate gradients on the weights that stay, 0 for none",
+        Heading.REPAIR,
+        "N",
+        lowest=0,
+        default=_EFFORT,
+    )
+    tune: int | None = setting(
+        None, "Epochs of training of each pruned block, 0 for none", Heading.REPAIR, "N", lowest=0, default=_EFFORT
+    )
 
     def __post_init__(self) -> None:
         method = registry.method(self.method)
@@ -90,10 +142,13 @@ class LayerRecipe:
         object.__setattr__(self, "pattern", str(pattern))
         check_number("outlier_rows", self.outlier_rows, 0.0, 1.0)
         check_values({"block_size": self.block_size, "damping": self.damping})
+        for name, value in checked({name: getattr(self, name) for name in REPAIR_FIELDS}).items():
+            object.__setattr__(self, name, value)
         if not isinstance(self.keep_budget, bool):
             raise RecipeError(f"keep_budget must be true or false; got {self.keep_budget!r}")
         if self.keep_budget and self.outlier_rows > 0:
             pattern.check_keep_budget(self.outlier_rows)
+        check_scope(self.scope, pattern)
         if self.sparsity is not None:
             check_number("sparsity", self.sparsity, 0.0, 1.0)
         implied = pattern.sparsity
@@ -139,6 +194,17 @@ class LayerRecipe:
             return self.block_size
         return registry.method(self.method).default_block_size(self.parsed_pattern)
 
+    @property
+    def resolved_scope(self) -> str:
+        """Scope of the budget that is used: the setting, else what the effort says, else the method's own."""
+        scope = self.scope or (registry.effort(self.effort).scope if self.parsed_pattern.any_entries else None)
+        return scope or registry.method(self.method).scope
+
+    @property
+    def repair(self) -> Repair:
+        """The parts of the repair, each resolved."""
+        return resolved({name: getattr(self, name) for name in REPAIR_FIELDS})
+
     def by(self, method: str) -> LayerRecipe:
         """Return the same settings for another method, without those that it does not use."""
         values = {name: getattr(self, name) for name in LAYER_FIELDS} | {"method": method}
@@ -155,6 +221,24 @@ def check_values(settings: Mapping[str, Any]) -> None:
     if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
         raise RecipeError(f"block_size must be a whole number of columns, at least 1; got {size!r}{near_whole(size)}")
     check_number("damping", settings.get("damping", DEFAULT_DAMPING), 0.0, None)
+
+
+def check_scope(scope: Any, pattern: Pattern) -> None:
+    """Refuse an unknown scope, or one for a pattern that fixes itself what each row loses.
+
+    Raises:
+        RecipeError: the scope is unknown, or the pattern has no use for it.
+    """
+    if scope is None:
+        return
+    if scope not in registry.SCOPES:
+        hint = near(str(scope), registry.SCOPES)
+        raise RecipeError(f"scope must be {' or '.join(registry.SCOPES)}; got {scope!r}{hint}")
+    if not pattern.any_entries:
+        raise RecipeError(
+            f"scope {scope!r} has no meaning for pattern {pattern}, which itself says how much each row loses; leave scope "
+            f"out, or choose a pattern that lets any weights go, such as {registry.DEFAULT_PATTERN}"
+        )
 
 
 def check_used(settings: Mapping[str, Any], methods: Iterable[str], where: str = "") -> None:

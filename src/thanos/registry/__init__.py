@@ -1,9 +1,10 @@
-"""The registry: the methods and patterns that a recipe can name, and where their code is.
+"""The registry: the methods, refinements, patterns and efforts that a recipe can name, and where their code is.
 
-A method or a pattern is one file and one row here. Rows are plain values, so reading them does not import torch. The code of
-a row is imported when it is used. A file outside this package adds rows with :func:`register_method` and
-:func:`register_pattern`. The command line, and every process that it starts, imports the modules that the environment
-variable ``THANOS_PLUGINS`` names, separated by commas. docs/add-a-method.md shows both ways.
+A method, a refinement or a pattern is one file and one row here. An effort, a preset of a recipe's repair, is one row. Rows are
+plain values, so reading them does not import torch. The code of a row is imported when it is used. A file outside this package
+adds rows with :func:`register_method` and :func:`register_pattern`. The command line, and every process that it starts,
+imports the modules that the environment variable ``THANOS_PLUGINS`` names, separated by commas. docs/add-a-method.md shows
+both ways.
 """
 
 from __future__ import annotations
@@ -11,9 +12,12 @@ from __future__ import annotations
 from thanos.errors import RecipeError
 from thanos.patterns.base import Pattern
 from thanos.registry.rows import LAYER_SETTINGS as LAYER_SETTINGS
+from thanos.registry.rows import SCOPES as SCOPES
+from thanos.registry.rows import EffortRow as EffortRow
 from thanos.registry.rows import MethodRow as MethodRow
 from thanos.registry.rows import Needs as Needs
 from thanos.registry.rows import PatternRow as PatternRow
+from thanos.registry.rows import RefinementRow as RefinementRow
 from thanos.registry.table import Table
 from thanos.registry.table import imported as imported
 from thanos.system.suggestions import near_pattern
@@ -25,6 +29,7 @@ METHODS: tuple[MethodRow, ...] = (
         help="removes many weights of a row in one step; the others compensate exactly",
         source="thanos.solvers.methods.thanos:thanos",
         needs=Needs.FACTOR,
+        in_paper=True,
         compensates=True,
         settings=("block_size", "damping"),
         group_block_size=512,
@@ -40,6 +45,7 @@ METHODS: tuple[MethodRow, ...] = (
         help="goes through the columns; those to the right compensate",
         source="thanos.solvers.methods.sparsegpt:sparsegpt",
         needs=Needs.FACTOR,
+        in_paper=True,
         compensates=True,
         settings=("block_size", "damping"),
         colour="#0072b2",
@@ -54,6 +60,8 @@ METHODS: tuple[MethodRow, ...] = (
         help="ranks the weights of a row by |W|·‖X‖; nothing compensates",
         source="thanos.solvers.methods.scored:wanda",
         needs=Needs.NORMS,
+        scope="row",
+        in_paper=True,
         colour="#008a63",
         dark_colour="#3fcf9f",
         marker="^",
@@ -64,12 +72,36 @@ METHODS: tuple[MethodRow, ...] = (
         help="ranks all weights of a layer by |W|; needs no inputs",
         source="thanos.solvers.methods.scored:magnitude",
         needs=Needs.NOTHING,
+        in_paper=True,
         colour="#a4518a",
         dark_colour="#e59fcd",
         marker="D",
     ),
+    MethodRow(
+        name="admm",
+        title="ADMM",
+        help="chooses mask and weights together, in many steps, then refits the weights; slow, least error",
+        source="thanos.solvers.methods.admm:admm",
+        needs=Needs.FACTOR,
+        compensates=True,
+        settings=("damping",),
+        colour="#8a6d00",
+        dark_colour="#e3c04f",
+        marker="v",
+        cost="thanos.solvers.methods.admm:cost",
+    ),
 )
 """The methods of this package; the first is the default."""
+
+REFINEMENTS: tuple[RefinementRow, ...] = (
+    RefinementRow(
+        name="refit",
+        title="Refit",
+        help="the best weights for the chosen mask, by conjugate gradients",
+        source="thanos.solvers.refine.refit:refit",
+    ),
+)
+"""The refinements of this package, in the order in which they are applied after the method."""
 
 PATTERNS: tuple[PatternRow, ...] = (
     PatternRow(
@@ -98,18 +130,48 @@ PATTERNS: tuple[PatternRow, ...] = (
 )
 """The patterns of this package; the first is the default."""
 
+EFFORTS: tuple[EffortRow, ...] = (
+    EffortRow(name="fast", title="fast", help="the method alone"),
+    EffortRow(
+        name="high",
+        title="high",
+        help="dense targets, layers in the order of the data, refit, one budget for each row",
+        scope="row",
+        dense_target="auto",
+        sequential=True,
+        refit=20,
+    ),
+    EffortRow(
+        name="max",
+        title="max",
+        help="high, and each block tuned",
+        scope="row",
+        dense_target="auto",
+        sequential=True,
+        refit=20,
+        tune=10,
+    ),
+)
+"""The presets of repair; the first is the default, with every part off."""
+
 DEFAULT_METHOD = METHODS[0].name
 DEFAULT_PATTERN = PATTERNS[0].name
+DEFAULT_EFFORT = EFFORTS[0].name
 
 _methods = Table("method", METHODS)
+_refinements = Table("refinement", REFINEMENTS)
 _patterns = Table("pattern", PATTERNS)
+_efforts = Table("effort", EFFORTS)
 
 register_method = _methods.register
 register_pattern = _patterns.register
 methods = _methods.rows
+refinements = _refinements.rows
 patterns = _patterns.rows
 method = _methods.get
 find_method = _methods.find
+efforts = _efforts.rows
+effort = _efforts.get
 
 
 def method_names() -> tuple[str, ...]:
@@ -117,9 +179,14 @@ def method_names() -> tuple[str, ...]:
     return tuple(row.name for row in methods())
 
 
-def compensating_methods() -> tuple[str, ...]:
-    """Return the names of the methods that update the remaining weights."""
-    return tuple(row.name for row in methods() if row.compensates)
+def effort_names() -> tuple[str, ...]:
+    """Return the names of all efforts."""
+    return tuple(row.name for row in efforts())
+
+
+def blockwise_methods() -> tuple[str, ...]:
+    """Return the names of the methods that update the remaining weights, block of columns by block of columns."""
+    return tuple(row.name for row in methods() if row.compensates and "block_size" in row.settings)
 
 
 def reference_classes() -> dict[str, str]:
@@ -138,6 +205,16 @@ def method_without_inputs(pattern: Pattern) -> MethodRow:
     able = (row for row in methods() if not row.needs_inputs)
     name = pattern_row(pattern).name
     return next(row for row in able if row.patterns is None or name in row.patterns)
+
+
+def stand_in_method(pattern: Pattern) -> MethodRow:
+    """Return the cheapest method that sees the inputs: the first that needs their norms alone and supports the pattern.
+
+    If there is none, the first that supports the pattern.
+    """
+    name = pattern_row(pattern).name
+    able = [row for row in methods() if row.patterns is None or name in row.patterns]
+    return next((row for row in able if row.needs is Needs.NORMS), able[0])
 
 
 def parse_pattern(text: str | Pattern) -> Pattern:

@@ -1,18 +1,21 @@
-"""The types of the registry's rows: methods and patterns."""
+"""The types of the registry's rows."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 from thanos.patterns.base import Pattern
-from thanos.registry.table import Row
+from thanos.registry.table import Named, Row
 
 LAYER_SETTINGS: dict[str, Any] = {"block_size": None, "damping": 0.01}
 """Settings of a layer that only some methods use → their defaults. The damping is added to the Hessian's diagonal, as a
 fraction of the diagonal's mean. Its default is SparseGPT's, which Thanos keeps (paper, section 5)."""
+
+SCOPES = ("layer", "row")
+"""Scopes of an unstructured budget: one for all rows of a layer, or the same for every row, up to one entry."""
 
 
 class Needs(StrEnum):
@@ -36,6 +39,7 @@ class MethodRow(Row):
         compensates: whether the method updates the remaining weights.
         settings: names of the settings in :data:`LAYER_SETTINGS` that the method uses; the others are refused.
         block_size: default number of columns handled together.
+        scope: the method's own scope of an unstructured budget, ``layer`` or ``row``; a recipe may choose the other.
         group_block_size: default for patterns with groups in a row (n:m); None for ``block_size``.
         patterns: names of the patterns that the method supports; None for all.
         colour: colour in figures on white, ``#rrggbb``; empty for an automatic one.
@@ -43,6 +47,7 @@ class MethodRow(Row):
         marker: marker in figures, by matplotlib's name; empty for an automatic one.
         cost: function (pattern, :class:`~thanos.solvers.cost.Size`) → dict with the :class:`~thanos.solvers.cost.Cost` of each
             part of the solve.
+        in_paper: whether the Thanos paper compares the method: reports ask for its cells, and check the paper's claims on it.
         reference_class: the solver's class in the method's reference repository, for ``bench layer --peer``; empty without one.
     """
 
@@ -50,12 +55,14 @@ class MethodRow(Row):
     compensates: bool = False
     settings: tuple[str, ...] = ()
     block_size: int = 128
+    scope: str = SCOPES[0]
     group_block_size: int | None = None
     patterns: tuple[str, ...] | None = None
     colour: str = ""
     dark_colour: str = ""
     marker: str = ""
     cost: str | Callable[..., Any] = "thanos.solvers.cost:scoring"
+    in_paper: bool = False
     reference_class: str = ""
 
     @property
@@ -87,6 +94,15 @@ class MethodRow(Row):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RefinementRow(Row):
+    """A refinement; ``source`` is a function (Problem, Solution, amount) → Solution of :mod:`thanos.solvers.problem`.
+
+    Its name is also that of its part of a :class:`~thanos.recipe.repair.Repair`: the amount, a whole number, 0 for off. The
+    problem has the factor of the damped Hessian, whatever the method needs.
+    """
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PatternRow(Row):
     """A sparsity pattern; ``source`` is a subclass of :class:`~thanos.patterns.base.Pattern`.
 
@@ -98,3 +114,24 @@ class PatternRow(Row):
 
     examples: tuple[str, ...]
     other_names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EffortRow(Named):
+    """A preset: the values of a layer's repair settings that are not given.
+
+    The fields below ``scope`` are those of :class:`~thanos.recipe.repair.Repair`.
+
+    Attributes:
+        scope: scope of an unstructured budget; None for the method's own.
+        dense_target: share α of the dense model's outputs in what a layer is fitted to, in [0, 1]; 0 is off.
+        sequential: whether a block's layers are pruned in the order of the data.
+        refit: steps of conjugate gradients on the weights that stay; 0 is off.
+        tune: epochs of training of a pruned block; 0 is off.
+    """
+
+    scope: str | None = None
+    dense_target: float | Literal["auto"] = 0.0
+    sequential: bool = False
+    refit: int = 0
+    tune: int = 0

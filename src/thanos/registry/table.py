@@ -16,19 +16,28 @@ PLUGINS_VARIABLE = "THANOS_PLUGINS"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
+class Named:
     """The attributes of every kind of row.
 
     Attributes:
         name: name in a recipe.
         title: name in reports and messages.
         help: description in one line, without a full stop.
-        source: the code as ``module:name``, imported when it is used; or the object itself.
     """
 
     name: str
     title: str
     help: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row(Named):
+    """A row with code.
+
+    Attributes:
+        source: the code as ``module:name``, imported when it is used; or the object itself.
+    """
+
     source: str | Callable[..., Any]
 
     def load(self) -> Any:
@@ -36,7 +45,7 @@ class Row:
         return imported(self.source)
 
 
-R = TypeVar("R", bound=Row)
+R = TypeVar("R", bound=Named)
 
 
 class Table(Generic[R]):

@@ -47,9 +47,14 @@ def locked(out: Path) -> Iterator[None]:
     try:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            # filelock waits for a file that it cannot create, as if another process held the lock.
+            path.open("ab").close()
             lock = _acquire(path, out)
         except OSError as error:
-            raise ResourceError(f"cannot write beside OUT {out}: {error.strerror}") from error
+            raise ResourceError(
+                f"cannot write beside OUT {out}: no lock file can be created in {path.parent} ({error.strerror}); choose "
+                "another folder"
+            ) from error
         try:
             if not isinstance(lock, SoftFileLock):  # filelock writes process and host into a soft lock file itself
                 path.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}), encoding="utf-8")

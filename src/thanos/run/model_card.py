@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
 from thanos.calibration.text_files import SUFFIXES, Part, split_source
 from thanos.engine.records import LayerRecord, warning_lines
+from thanos.engine.tuning_record import tuning_line
 from thanos.run.report import PruningReport
 
 _FILES = (".gguf", ".safetensors", ".bin", ".json", *SUFFIXES)
@@ -28,13 +31,16 @@ def model_card(report: PruningReport) -> str:
     """Return the text of ``README.md`` for the output folder."""
     name = public_name(str(report.model["name"]))
     recipe, totals = report.recipe, report.totals
+    trained = "" if report.tuning or report.recovery else ", without retraining"
+    local = report.calibration.get("text_sha256") is not None  # the recipe has only the name of a local text
     sections = [
         _front_matter(report),
         f"# {name}, pruned",
         f"This is {name} ({report.model['architecture']}) with {_percent(totals['sparsity_targeted'])} of the weights of its "
-        f"{len(report.layers)} pruned layers set to zero, without retraining, by "
+        f"{len(report.layers)} pruned layers set to zero{trained}, by "
         f"[Thanos](https://arxiv.org/abs/2504.05346) {report.thanos_version} "
         f"(method {recipe['method']}, pattern {recipe['pattern']}).",
+        _tuning(report),
         _totals_table(report),
         "## Use",
         "A plain Hugging Face checkpoint; nothing of ours is needed to load it:",
@@ -43,7 +49,9 @@ def model_card(report: PruningReport) -> str:
         "zeros runs as fast as before.",
         "## How it was made",
         _recipe_table(report),
-        f"Run it again with `thanos prune {name} OUT --recipe recipe.toml`. Everything that was measured is in `pruning.json`.",
+        f"Run it again with `thanos prune {name} OUT --recipe recipe.toml{' --calibration PATH' if local else ''}`. Everything "
+        "that was measured is in `pruning.json`.",
+        *(["## Recovery", recovery_sentence(report.recovery)] if report.recovery else []),
         "## Layers with the largest error",
         _worst_table(report.layers),
         *_warnings(report),
@@ -67,12 +75,35 @@ def public_name(name: str) -> str:
     return path.name if path.name not in ("", "..") else "a local model"
 
 
+def recovery_sentence(recovery: Mapping[str, Any]) -> str:
+    """Return the sentences about a recovery, from the values of ``recovery.json``."""
+    before, after = recovery["held_out_before"], recovery["held_out_after"]
+    text, sequences = recovery["calibration"], recovery["sequences"]
+    how = (
+        f"After pruning, the surviving weights were trained with the zeros fixed, to give the next-token distributions of "
+        f"{public_name(str(recovery['dense']))} on {sequences['trained']} × {text['sequence_length']} tokens of "
+        f"{public_name(str(text['source']))} (epochs: {recovery['recipe']['epochs']}, rate {recovery['recipe']['rate']:g})"
+    )
+    held_out = f"{sequences['held_out']} × {text['sequence_length']} held-out tokens"
+    if not recovery["best_step"]:
+        return (
+            f"{how}. No epoch was better on {held_out} (KL divergence {before:.4f} nats a token), so the weights are those of "
+            "before."
+        )
+    return f"{how}. On {held_out} the KL divergence fell from {before:.4f} to {after:.4f} nats a token."
+
+
 def _front_matter(report: PruningReport) -> str:
     name = str(report.model["name"])
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     if report.model.get("origin") == "hub":
         lines.append(f"base_model: {name}")
     return "\n".join([*lines, "tags:", "- pruned", "- sparse", "- thanos", "---"])
+
+
+def _tuning(report: PruningReport) -> str:
+    line = tuning_line(report.tuning)
+    return f"{line}. The errors of the layers, below, are those before that step." if line else ""
 
 
 def _totals_table(report: PruningReport) -> str:
@@ -101,6 +132,13 @@ def _recipe_table(report: PruningReport) -> str:
                 "outlier rows left dense",
                 _percent(recipe["outlier_rows"]) + (_KEPT if recipe.get("keep_budget") else ""),
             ),
+            *([("scope of the budget", f"one for every {recipe['scope']}")] if recipe.get("scope") else []),
+            *(
+                [("allocation of the zeros", _allocated(chosen))]
+                if (chosen := report.execution.get("allocation"))
+                else []
+            ),
+            *_repair_rows(report),
             *([("damping", f"{recipe['damping']:g}")] if damped else []),
             (
                 "calibration",
@@ -108,10 +146,32 @@ def _recipe_table(report: PruningReport) -> str:
                 f"seed {recipe['seed']}{_BEGUN if calibration.get('bos') is not None else ''}",
             ),
             ("hash of the calibration tokens", f"`{calibration['sha256']}`"),
+            *([("hash of the calibration text", f"`{text}`")] if (text := calibration.get("text_sha256")) else []),
             ("device", versions["device"]),
             ("versions", ", ".join(f"{key} {versions[key]}" for key in ("torch", "transformers", "python"))),
         ],
     )
+
+
+def _allocated(chosen: dict[str, Any]) -> str:
+    """Return the sparsities that an allocation chose, in words."""
+    sparsities = [layer["sparsity"] for layer in chosen["layers"].values()] or [0.0]
+    return f"by error: {len(chosen['layers'])} layers with {_percent(min(sparsities))} to {_percent(max(sparsities))}"
+
+
+def _repair_rows(report: PruningReport) -> list[tuple[str, str]]:
+    """Return the rows about the repair; none if no part of it was on."""
+    rows = [("effort", report.recipe["effort"])] if "effort" in report.recipe else []
+    shares = Counter(layer.dense_target for layer in report.layers if layer.dense_target is not None)
+    if shares:
+        counts = ", ".join(f"{share:g} in {shares[share]}" for share in sorted(shares))
+        rows.append(("share of the dense model's outputs in the target, by layers", counts))
+    if report.block_errors:
+        last = report.block_errors[-1]
+        where = "held-out sequences" if last.held_out else "calibration sequences"
+        stages = ", ".join(f"{_number(error)} ({stage})" for stage, error in last.errors.items())
+        rows.append((f"relative error of block {last.block + 1} on {where}, after each stage", stages))
+    return rows
 
 
 def _worst_table(layers: list[LayerRecord]) -> str:

@@ -2,52 +2,49 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import platform
 import tempfile
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from thanos._version import __version__
+from thanos.calibration.text_files import text_paths
 from thanos.calibration.windows import Calibration, calibrate
 from thanos.checkpoint.writer import CheckpointWriter
 from thanos.engine.activations import check_place
 from thanos.engine.distributed import World, join, my_device, speaks
 from thanos.engine.loop import Engine
 from thanos.engine.rank_zero import SharedJournal, SharedWriter
-from thanos.errors import NumericsError, RecipeError, ResourceError, recurs, resource_errors
-from thanos.events import LOG_NAME, RUN_NAME, Event, Watcher
+from thanos.errors import NumericsError, RecipeError, resource_errors
+from thanos.events import LOG_NAME, Event, Watcher
 from thanos.model.layers import find_blocks
-from thanos.model.opening import OpenedModel
 from thanos.model.source import find_local, resolve_model
 from thanos.recipe import Recipe
-from thanos.run import model_card as card
+from thanos.run.allocation import choose_sparsities
 from thanos.run.auxiliary_files import copy_auxiliary_files
+from thanos.run.documents import write_documents
+from thanos.run.engine_setup import build_engine
 from thanos.run.lock import locked
-from thanos.run.report import PruningReport, compute_totals
-from thanos.run.resume import RunJournal, check_completed, check_same_run, completed_run, describe_run
+from thanos.run.report import PruningReport
+from thanos.run.resume import RunJournal, check_completed, check_same_run, describe_run
 from thanos.run.setup import (
     LOG_BYTES_PER_LAYER,
     Prepared,
-    build_engine,
     check_calibration,
     check_text_settings,
     checked_recipe,
     prepare,
+    shared_facts,
     smaller_calibration,
 )
 from thanos.run.survey import name_damage
-from thanos.run.work_folder import WorkFolder, check_interrupted, check_output
+from thanos.run.work_folder import WorkFolder, check_interrupted, check_output, kept
 from thanos.system.device import choose_device
 from thanos.system.event_stream import EventStream
 from thanos.system.meter import PhaseMeter
-from thanos.system.user_paths import model_name, output_path
+from thanos.system.user_paths import model_name, output_path, without_folders
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,10 +150,11 @@ def _assist(model: str, job: _Job) -> PruningReport:
     with job.meter.phase("load"):
         source = resolve_model(model, trust_remote_code=recipe.trust_remote_code)
         plan = prepare(source, recipe, lambda event: None, look=False)
-        world.check_equal(_facts(recipe, plan.opened))
+        world.check_equal(shared_facts(recipe, plan.opened))
     calibration: Calibration = world.from_first(_nothing)
     parent = job.work.out.parent
     folder = parent if parent.is_dir() else Path(tempfile.gettempdir())
+    plan, _ = _allocated(plan, job, calibration, folder, None)
     engine = _engine(plan, job, calibration, folder, SharedWriter(None, world), SharedJournal(None, world), [])
     for _ in engine.run():
         pass
@@ -165,22 +163,6 @@ def _assist(model: str, job: _Job) -> PruningReport:
 
 def _nothing() -> Any:
     raise AssertionError("only rank 0 makes what it shares")
-
-
-def _facts(recipe: Recipe, opened: OpenedModel) -> dict[str, Any]:
-    """Return the facts that must be equal in all processes of a run, by name."""
-    import transformers
-
-    tensors = sorted((name, str(info.dtype), info.shape) for name, info in opened.checkpoint.tensors.items())
-    config = {key: value for key, value in opened.meta_model.config.to_dict().items() if key != "_name_or_path"}
-    return {
-        **{f"the recipe's {name}": value for name, value in recipe.to_dict().items()},
-        "the model's config": hashlib.sha256(repr(sorted(config.items())).encode()).hexdigest(),
-        "the list of the model's tensors": hashlib.sha256(repr(tensors).encode()).hexdigest(),
-        "thanos": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
 
 
 def _choose(job: _Job) -> None:
@@ -212,19 +194,22 @@ def _prune(model: str, job: _Job, given: Calibration | None) -> PruningReport:
             check_text_settings(source, recipe)
         check_calibration(recipe, given, source)
         plan = prepare(source, recipe, tell, folder=work.model)
-        job.world.check_equal(_facts(recipe, plan.opened))
+        job.world.check_equal(shared_facts(recipe, plan.opened))
     with job.meter.phase("calibration"):
         calibration = calibrate(plan.opened, recipe, job.device, tell, given)
         job.world.from_first(lambda: calibration)
     run |= {"calibration": calibration.to_dict(), "blocks": len(find_blocks(plan.opened.meta_model)[1])}
     notes = check_same_run(before, run) if before else []
-    with _kept(work), resource_errors(smaller_calibration(recipe)):
+    with kept(work), resource_errors(smaller_calibration(recipe)):
         if before:
             work.take_up({shard.name for shard in plan.opened.checkpoint.layout.shards})
         else:
             work.start(run)
         with closing(tell):
-            tell.log_to(work.model / LOG_NAME)
+            local = [str(work.out), *([source.name] if source.is_local else [])]
+            tell.log_to(
+                work.model / LOG_NAME, lambda line: without_folders(line, [*local, *text_paths(recipe.calibration)])
+            )
             for note in notes:
                 tell(Event(kind="note", phase="load", message=note))
             report = _run(plan, job, calibration, notes)
@@ -232,28 +217,10 @@ def _prune(model: str, job: _Job, given: Calibration | None) -> PruningReport:
     return job.world.from_first(lambda: report)
 
 
-@contextmanager
-def _kept(work: WorkFolder) -> Iterator[None]:
-    """Keep the work folder of a run that ends early, if the run can be resumed; else remove it."""
-    try:
-        yield
-    except BaseException as error:
-        if isinstance(error, FileNotFoundError) and not work.path.exists():
-            raise ResourceError(f"{work.path} was deleted during the run, and with it what was finished") from error
-        # A resumed run would fail with the same NaN again.
-        if isinstance(error, NumericsError) or not work.finished:
-            with suppress(OSError):
-                work.remove()
-        elif not recurs(error):
-            error.add_note(
-                f"{work.finished} of {work.run['blocks']} blocks are finished; resume=True goes on with them"
-            )
-        raise
-
-
 def _run(plan: Prepared, job: _Job, calibration: Calibration, notes: list[str]) -> PruningReport:
     """Prune the model and write the complete checkpoint to the work folder."""
     opened, folder, world, meter = plan.opened, job.work.model, job.world, job.meter
+    plan, allocation = _allocated(plan, job, calibration, job.work.path, job.work.path / "allocation.json")
     writer = CheckpointWriter(
         opened.checkpoint.layout, opened.checkpoint, folder, besides=LOG_BYTES_PER_LAYER * len(plan.layers)
     )
@@ -275,13 +242,27 @@ def _run(plan: Prepared, job: _Job, calibration: Calibration, notes: list[str]) 
         job.tell(Event(kind="phase", phase="finish", blocks=len(engine.inputs.blocks)))
         writer.finish()
         copy_auxiliary_files(opened, folder)
-    report = _report(plan, engine, calibration, job.recipe, job.device, meter)
-    report.write(folder / "pruning.json")
-    (folder / "recipe.toml").write_text(job.recipe.to_toml(), encoding="utf-8")
-    (folder / "README.md").write_text(card.model_card(report), encoding="utf-8")
-    run = completed_run(job.work.run, job.recipe, folder)
-    (folder / RUN_NAME).write_text(json.dumps(run, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return report
+    return write_documents(
+        folder, job.work.run, plan, engine, calibration, job.recipe, job.device, meter, allocation=allocation
+    )
+
+
+def _allocated(
+    plan: Prepared, job: _Job, calibration: Calibration, folder: Path, store: Path | None
+) -> tuple[Prepared, dict[str, Any] | None]:
+    """See :func:`~thanos.run.allocation.choose_sparsities`."""
+    return choose_sparsities(
+        plan,
+        job.recipe,
+        calibration,
+        device=job.device,
+        world=job.world,
+        folder=folder,
+        activations=job.activations,
+        meter=job.meter,
+        tell=job.tell if job.world.rank == 0 else lambda event: None,
+        store=store,
+    )
 
 
 def _engine(
@@ -293,12 +274,11 @@ def _engine(
     journal: SharedJournal,
     notes: list[str],
 ) -> Engine:
-    """Return the engine of this process, which runs blocks on the process's own range of sequences."""
-    share = job.world.share(len(calibration.ids))
+    """See :func:`~thanos.run.engine_setup.build_engine`."""
     return build_engine(
         plan,
         job.recipe,
-        calibration.ids[share.start : share.stop],
+        calibration.ids,
         job.device,
         folder,
         activations=job.activations,
@@ -307,49 +287,4 @@ def _engine(
         meter=job.meter,
         world=job.world,
         notes=[*plan.opened.notes, *notes],
-    )
-
-
-def _report(
-    plan: Prepared,
-    engine: Engine,
-    calibration: Calibration,
-    recipe: Recipe,
-    device: torch.device,
-    meter: PhaseMeter,
-) -> PruningReport:
-    import safetensors
-    import transformers
-
-    opened = plan.opened
-    parameters = sum(info.numel for info in opened.checkpoint.tensors.values())
-    phases = meter.records()
-    return PruningReport(
-        thanos_version=__version__,
-        model={
-            "name": card.public_name(opened.source.name) if opened.source.is_local else opened.source.name,
-            "origin": "local" if opened.source.is_local else "hub",
-            "architecture": type(opened.meta_model).__name__,
-            "parameters": parameters,
-            "sparsity": plan.sparsity,
-        },
-        recipe=recipe.to_dict(),
-        versions={
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "safetensors": safetensors.__version__,
-            "platform": platform.platform(),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-        },
-        calibration=calibration.to_dict(),
-        layers=engine.records,
-        dense=plan.dense,
-        totals=compute_totals(engine.records, parameters=parameters, zeros_elsewhere=plan.zeros_elsewhere),
-        phases=phases,
-        seconds=sum(record.seconds for record in phases.values()),
-        host_peak_bytes=max((record.host_peak_bytes or 0 for record in phases.values()), default=0),
-        device_peak_bytes=max((record.device_peak_bytes or 0 for record in phases.values()), default=0) or None,
-        warnings=engine.notes,
-        execution={"activations": engine.place, "batch": engine.inputs.runner.batch},
     )

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from thanos.engine.records import LayerRecord, mean_known
+from thanos.engine.block_error import BlockErrors
+from thanos.engine.records import LayerRecord, mean_known, without_unset
+from thanos.engine.tuning_record import TuningRecord
 from thanos.system.documents import Document
 from thanos.system.meter import PhaseRecord
 
@@ -33,7 +35,7 @@ class DenseRecord:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PruningReport(Document):
-    """The report of a run; the attributes are the keys of ``pruning.json``."""
+    """The report of a run; the attributes are the keys of ``pruning.json``. ``tuning`` is left out if no block was tuned."""
 
     thanos_version: str
     model: dict[str, Any]
@@ -49,7 +51,17 @@ class PruningReport(Document):
     device_peak_bytes: int | None = None
     warnings: list[str] = field(default_factory=list)
     execution: dict[str, Any] = field(default_factory=dict)
+    block_errors: list[BlockErrors] = field(default_factory=list)
+    tuning: list[TuningRecord] = field(default_factory=list)
+    recovery: dict[str, Any] = field(default_factory=dict)
     schema: int = SCHEMA
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values; what is only known with a repair is left out without one."""
+        values = Document.to_dict(self)
+        values["layers"] = [without_unset(layer) for layer in values["layers"]]
+        only_repaired = ("block_errors", "tuning", "recovery")
+        return {name: value for name, value in values.items() if name not in only_repaired or value}
 
     @classmethod
     def read(cls, path: Path) -> PruningReport:
@@ -67,8 +79,10 @@ class PruningReport(Document):
             raise ValueError(f"pruning.json has schema {values.get('schema')!r}; this version reads {SCHEMA}")
         values = dict(values)
         values["layers"] = [LayerRecord(**{**layer, "shape": tuple(layer["shape"])}) for layer in values["layers"]]
+        values["block_errors"] = [BlockErrors(**record) for record in values.get("block_errors", [])]
         values["dense"] = [DenseRecord(**record) for record in values["dense"]]
         values["phases"] = {name: PhaseRecord(**record) for name, record in values["phases"].items()}
+        values["tuning"] = [TuningRecord(**record) for record in values.get("tuning", [])]
         return cls(**values)
 
 

@@ -14,7 +14,9 @@ import torch
 from thanos._version import __version__
 from thanos.calibration.text import text_sha256
 from thanos.checkpoint.writer import CheckpointWriter
+from thanos.engine.block_error import BlockErrors
 from thanos.engine.records import BlockRecord, LayerRecord
+from thanos.engine.tuning_record import TuningRecord
 from thanos.errors import UserError
 from thanos.events import RUN_NAME, Event
 from thanos.run.journal import Journal, comes_after, current
@@ -33,6 +35,9 @@ SCHEMA = 1
 _START = 1 << 20  # bytes at the start of a model's file that are hashed
 _MUST_BE_EQUAL = ("schema", "thanos_version", "versions", "recipe", "model", "calibration", "text")
 
+TEXT_HASH = "sha256 of the calibration text"
+"""Key of a hash in the part ``text`` of ``run.json``; it exists if the calibration text is local."""
+
 _RESUMED_WITH = {
     "threads": "resumed with another number of threads (--threads)",
     "processes": "resumed with another number of processes",
@@ -45,20 +50,31 @@ def describe_run(recipe: Recipe, source: ModelSource, device: torch.device) -> d
     It holds the size of each of the model's files and a hash of its first MiB, which includes a shard's header. Larger files
     also have their time of modification, because hashing them whole would take as long as pruning.
     """
+    # Explicit and default sparsity compare equal.
+    return describe(recipe.to_dict() | {"sparsity": recipe.resolved_sparsity}, describe_model(source), device)
+
+
+def describe(recipe: dict[str, Any], model: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Return the description that identifies a run with this recipe, on files described by :func:`describe_model`."""
     import transformers
 
-    files = [source.gguf] if source.gguf else [source.folder / "config.json", *source.folder.glob("*.safetensors*")]
     return {
         "schema": SCHEMA,
         "thanos_version": __version__,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "recipe": recipe.to_dict() | {"sparsity": recipe.resolved_sparsity},  # explicit and default value compare equal
-        "model": {path.name: _describe_file(path) for path in sorted(files)},
+        "recipe": recipe,
+        "model": model,
         "machine": {
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             "threads": torch.get_num_threads(),
         },
     }
+
+
+def describe_model(source: ModelSource) -> dict[str, Any]:
+    """Return the descriptions of a model's config and weight files, by file name."""
+    files = [source.gguf] if source.gguf else [source.folder / "config.json", *source.folder.glob("*.safetensors*")]
+    return {path.name: _describe_file(path) for path in sorted(files)}
 
 
 def completed_run(run: Mapping[str, Any], recipe: Recipe, folder: Path) -> dict[str, Any]:
@@ -111,7 +127,7 @@ def _without_folders(run: Mapping[str, Any]) -> dict[str, Any]:
 def _describe_text(recipe: Recipe) -> dict[str, str]:
     """Return the hash of the calibration text if it is local files; else nothing. It needs no windows to be built."""
     found = text_sha256(recipe.calibration)
-    return {} if found is None else {"sha256 of the calibration text": found}
+    return {} if found is None else {TEXT_HASH: found}
 
 
 def _describe_output(folder: Path) -> dict[str, int]:
@@ -241,7 +257,10 @@ class RunJournal:
         notes: Sequence[str],
         batch: int | None,
         starts: Sequence[tuple[int, int]],
+        dense_starts: Sequence[tuple[int, int]],
         place: str,
+        errors: BlockErrors | None,
+        tuning: TuningRecord | None = None,
     ) -> None:
         """See :meth:`~thanos.engine.records.BlockJournal.record`."""
         with self._meter.phase("write"):
@@ -253,9 +272,12 @@ class RunJournal:
             tensors=tensors,
             batch=batch,
             starts=list(starts),
+            dense_starts=list(dense_starts),
             place=place,
             notes=list(notes),
+            errors=errors,
             phases=self._meter.records(),
+            tuning=tuning,
         )
         with self._meter.phase("write"):
             self._journal.append(record)

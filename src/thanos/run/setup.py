@@ -2,39 +2,33 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from thanos._version import __version__
 from thanos.calibration.text import check_text_source
 from thanos.calibration.windows import Calibration, check_positions
-from thanos.checkpoint.writer import CheckpointWriter, check_room
-from thanos.engine.block_runner import Passes
-from thanos.engine.distributed import SINGLE, World
-from thanos.engine.inputs import EngineInputs
-from thanos.engine.loop import Engine
+from thanos.checkpoint.writer import check_room
 from thanos.engine.picture import Picture, draw_picture
-from thanos.engine.rank_zero import SharedWriter
-from thanos.engine.records import BlockJournal
-from thanos.engine.stages.base import BlockStage
-from thanos.engine.stages.prune import PruneStage
-from thanos.engine.weights import ModelWeights
+from thanos.engine.routing import Routing
 from thanos.errors import ModelError, RecipeError
 from thanos.events import Event, Watcher
 from thanos.model.layers import LinearLayer, find_blocks, linear_layers, select_layers
 from thanos.model.loading import context_length, end_of_text_id
 from thanos.model.opening import OpenedModel, open_model
 from thanos.model.source import ModelSource
+from thanos.model.unused import Unused
 from thanos.patterns.budget import Budget
 from thanos.recipe import LayerRecipe, Recipe, check_globs
+from thanos.recipe.repair import held_out_of
 from thanos.run.report import DenseRecord
 from thanos.run.survey import sampled_sparsity, survey
 from thanos.system.device import choose_device
-from thanos.system.meter import PhaseMeter
 
 LOG_BYTES_PER_LAYER = 4096
 """Bytes on the disk per pruned layer for the journal, the event log and the report."""
@@ -108,6 +102,9 @@ def prepare(
         ResourceError: the disk has too little room.
     """
     opened = open_model(source, recipe.dtype)
+    tensors = opened.checkpoint.tensors
+    if spare := tensors.keys() - set(opened.key_of.values()):
+        opened.notes.extend(Unused(opened.meta_model, tensors, opened.key_of).notes(spare))
     for note in opened.notes:
         watch(Event(kind="note", phase="load", message=note))
     chosen, left_dense = select_layers(linear_layers(opened.meta_model), recipe)
@@ -117,6 +114,7 @@ def prepare(
         chosen = {layer: settings for layer, settings in chosen.items() if layer.name not in left_dense}
         opened.notes.append(_say_unreached(unreached, left=bool(chosen)))
         watch(Event(kind="note", phase="load", message=opened.notes[-1]))
+    _check_repair(opened, chosen, picture, watch)
     embedding = getattr(opened.meta_model.get_input_embeddings(), "weight", None)
     for layer, settings in chosen.items():
         if layer.weight_name not in opened.key_of or layer.module.get_parameter("weight") is embedding:
@@ -134,6 +132,30 @@ def prepare(
     sparsity = _note_zeros(opened, list(chosen), watch)
     dense, zeros = survey(opened, chosen, left_dense, watch) if look else ([], 0)
     return Prepared(opened, chosen, picture, dense, zeros, sparsity)
+
+
+def _check_repair(
+    opened: OpenedModel, layers: dict[LinearLayer, LayerRecipe], picture: Picture, watch: Watcher
+) -> None:
+    """Check that the model allows the repair of its layers. Add a note on layers whose dense target is left out.
+
+    Raises:
+        RecipeError: sequences are held out, but the model's blocks need all sequences of a batch together.
+    """
+    if picture.shares and any(settings.repair.holds_out for settings in layers.values()):
+        raise RecipeError(
+            f"{type(opened.meta_model).__name__} passes values between blocks batch by batch, so that no sequences can be held "
+            "out to choose a dense target or to guard a tuning; set dense_target to a number, and tune to 0"
+        )
+    routing = Routing(opened.meta_model)
+    left = [layer for layer, settings in layers.items() if settings.repair.retargets and not routing.covers(layer)]
+    if left:
+        note = (
+            f"{len(left)} layers of experts, the first of them {left[0].name}, are pruned without a dense target: the model's "
+            "own code sends tokens to them, so that those of the dense and of the pruned model cannot be paired"
+        )
+        opened.notes.append(note)
+        watch(Event(kind="note", phase="load", message=note))
 
 
 def _unreached(picture: Picture, layers: Iterable[LinearLayer]) -> list[LinearLayer]:
@@ -169,13 +191,16 @@ def _note_zeros(opened: OpenedModel, layers: Sequence[LinearLayer], watch: Watch
 
 
 def check_calibration(recipe: Recipe, given: Calibration | None, source: ModelSource | None = None) -> None:
-    """Check that the calibration text can be used, before a model is loaded; no check if windows are ``given``.
+    """Check that the calibration text can be used, before a model is loaded. Of ``given`` windows, only the number is checked.
 
     With ``source``, the check includes a chat template of its tokenizer for texts that are chats.
 
     Raises:
         DataError: the text cannot be used.
+        RecipeError: too few windows are given to hold any out.
     """
+    if given is not None and recipe.holds_out:
+        held_out_of(len(given.ids), recipe.held_out)
     if given is None:
         check_text_source(recipe.calibration, tokenizer=None if source is None else source.tokenizer)
 
@@ -185,52 +210,17 @@ def smaller_calibration(recipe: Recipe) -> str:
     return f"lower --samples (now {recipe.samples}) or --sequence-length (now {recipe.sequence_length})"
 
 
-def stages_of(recipe: Recipe) -> tuple[BlockStage, ...]:
-    """Return the stages that a recipe runs on each block, in order."""
-    return (PruneStage(measure_error=recipe.measure_error),)
+def shared_facts(recipe: Recipe, opened: OpenedModel) -> dict[str, Any]:
+    """Return the facts that must be equal in all processes of a run, by name."""
+    import transformers
 
-
-def build_engine(
-    prepared: Prepared,
-    recipe: Recipe,
-    ids: Tensor,
-    device: torch.device,
-    folder: Path,
-    *,
-    activations: str,
-    writer: CheckpointWriter | SharedWriter,
-    journal: BlockJournal,
-    meter: PhaseMeter,
-    world: World = SINGLE,
-    notes: Sequence[str] = (),
-) -> Engine:
-    """Return the engine of a run; ``--plan`` tries parts of the run with it.
-
-    Args:
-        prepared: the opened model, and the layers to prune.
-        recipe: gives the stages.
-        ids: token ids of this process's calibration sequences, (samples, T).
-        device: device on which blocks run and layers are solved.
-        folder: folder for the file of hidden states, if they are kept on the disk.
-        activations: storage tier of the hidden states; see :func:`~thanos.engine.activations.choose_place`.
-        writer: writer of finished tensors.
-        journal: journal of finished blocks.
-        meter: meter of seconds and peak memory by phase.
-        world: the processes that share the work.
-        notes: warnings from before the loop.
-    """
-    opened, (name, blocks) = prepared.opened, find_blocks(prepared.opened.meta_model)
-    inputs = EngineInputs(
-        model=opened.meta_model,
-        blocks_name=name,
-        blocks=blocks,
-        layers=prepared.layers,
-        weights=ModelWeights(opened.meta_model, opened.checkpoint, opened.key_of, device),
-        writer=writer,
-        journal=journal,
-        runner=Passes(opened.meta_model, blocks, ids, device, folder, place=activations, picture=prepared.picture),
-        device=device,
-        meter=meter,
-        world=world,
-    )
-    return Engine(inputs, stages_of(recipe), notes=notes)
+    tensors = sorted((name, str(info.dtype), info.shape) for name, info in opened.checkpoint.tensors.items())
+    config = {key: value for key, value in opened.meta_model.config.to_dict().items() if key != "_name_or_path"}
+    return {
+        **{f"the recipe's {name}": value for name, value in recipe.to_dict().items()},
+        "the model's config": hashlib.sha256(repr(sorted(config.items())).encode()).hexdigest(),
+        "the list of the model's tensors": hashlib.sha256(repr(tensors).encode()).hexdigest(),
+        "thanos": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }

@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from thanos.errors import ResourceError, UserError
+from thanos.errors import NumericsError, ResourceError, UserError, recurs
 from thanos.events import LOG_NAME, RUN_NAME
 from thanos.run.journal import Journal, current
 from thanos.system.documents import json_text
@@ -30,11 +32,16 @@ class WorkFolder:
         path: the work folder.
         model: the folder within it that becomes ``out``.
         journal: the journal of finished blocks.
+        suffix: end of the work folder's name.
+        unit: what is counted as finished, and the key of the number of all of them in ``run.json``.
     """
+
+    suffix = "partial"
+    unit = "blocks"
 
     def __init__(self, out: Path) -> None:
         self.out = out.resolve()  # follows symbolic links, so that the work folder is on the disk of the output
-        self.path = self.out.parent / f".{self.out.name}.partial"
+        self.path = self.out.parent / f".{self.out.name}.{self.suffix}"
         self.model = self.path / "model"
         self.journal = Journal(self.path / "journal.jsonl")
         self._run, self._old = self.path / RUN_NAME, self.out.parent / f".{self.out.name}.old"
@@ -156,6 +163,25 @@ class WorkFolder:
         shutil.rmtree(self._old, ignore_errors=True)
 
 
+@contextmanager
+def kept(work: WorkFolder) -> Iterator[None]:
+    """Keep the work folder of a run that ends early, if the run can be resumed; else remove it."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, FileNotFoundError) and not work.path.exists():
+            raise ResourceError(f"{work.path} was deleted during the run, and with it what was finished") from error
+        # A resumed run would fail with the same NaN again.
+        if isinstance(error, NumericsError) or not work.finished:
+            with suppress(OSError):
+                work.remove()
+        elif not recurs(error):
+            error.add_note(
+                f"{work.finished} of {work.run[work.unit]} {work.unit} are finished; resume=True goes on with them"
+            )
+        raise
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_bytes())
@@ -225,6 +251,6 @@ def check_interrupted(work: WorkFolder, *, resume: bool, overwrite: bool) -> Non
     """
     if work.finished and not (resume or overwrite):
         raise UserError(
-            f"an interrupted run of OUT {work.out.name} finished {work.finished} of {work.run['blocks']} blocks; --resume "
-            "goes on with it, --overwrite starts over"
+            f"an interrupted run of OUT {work.out.name} finished {work.finished} of {work.run[work.unit]} {work.unit}; "
+            "--resume goes on with it, --overwrite starts over"
         )

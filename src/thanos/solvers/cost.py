@@ -66,3 +66,9 @@ def block_update(size: Size) -> Cost:
     """Return the cost of updating the columns on the right of each block."""
     c, block = float(size.rows), float(size.block)
     return Cost(2 * c * block * size.rest, 8 * c * size.rest)
+
+
+def support_fit(size: Size, steps: float) -> Cost:
+    """Return the cost of ``steps`` conjugate gradients on the support, and of three residuals: see ``support_cg.py``."""
+    c, b = float(size.rows), float(size.columns)
+    return Cost((steps + 3) * 2 * c * b**2, (steps + 3) * 4 * (10 * c * b + b**2))

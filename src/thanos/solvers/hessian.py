@@ -95,9 +95,9 @@ class InputStatistics:
             raise NumericsError(f"the Hessian of {name} has a negative diagonal entry; it must be XᵀX of the inputs")
         self.empty = scale == 0.0
         self.dtype, self.measures = dtype, hessian is not None
-        self._matrix = None
+        self._matrix, self._scale = None, 1.0 if self.empty else scale
         if hessian is not None:
-            self._matrix = _scaled(hessian, 1.0 if self.empty else scale, dtype, in_place=hand_over)
+            self._matrix = _scaled(hessian, self._scale, dtype, in_place=hand_over)
         self.norms = (diagonal / (scale or 1.0)).sqrt().to(dtype)
         self.dead_columns = int(dead)
         self._factors: dict[float, Factor] = {}
@@ -109,14 +109,24 @@ class InputStatistics:
         assert self._matrix is not None, "the Hessian was not gathered"
         return self._matrix
 
+    def scaled(self, products: Tensor) -> Tensor:
+        """Return other products with the same inputs, (any, b), in the scale and dtype of ``matrix``.
+
+        They must have the positive factor that the Hessian was given with. ``products`` is not modified.
+        """
+        return _scaled(products, self._scale, self.dtype, in_place=False)
+
+    def shift(self, damping: float) -> Tensor:
+        """Return what damping adds to the diagonal of ``matrix``, (b,): ``damping``, and 1 more in dead columns."""
+        return self.dead.to(self.dtype) + damping
+
     def condition(self, damping: float, steps: int = 12) -> float:
         """Estimate the condition number of the damped Hessian by power iteration on it and on its inverse UᵀU.
 
         The estimate is a lower bound, up to rounding, and within a factor of about two. It is computed once for each damping.
         """
         if damping not in self._conditions:
-            upper, shift = self.factor(damping).upper, self.dead.to(self.matrix.dtype)[:, None]
-            shift = shift + self.factor(damping).damping
+            upper, shift = self.factor(damping).upper, self.shift(self.factor(damping).damping)[:, None]
             # A fixed start vector makes the estimate reproducible. It has no reason to be orthogonal to an eigenvector.
             order = torch.arange(1, len(upper) + 1, device=upper.device, dtype=upper.dtype)
             smallest = largest = torch.cos(order)[:, None]

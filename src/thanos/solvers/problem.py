@@ -16,14 +16,10 @@ from thanos.patterns.budget import Budget
 from thanos.solvers.hessian import Factor, InputStatistics
 from thanos.solvers.masked_cg import RowSolver
 from thanos.solvers.masking import without
+from thanos.solvers.residual_mask import Residual, ResidualMask, RowResidualMask
+from thanos.solvers.row_selection import even_rows_mask, nm_mask, row_budgets
 from thanos.solvers.row_shards import ALONE, RowShards
-from thanos.solvers.selection import (
-    KernelSearch,
-    ResidualMask,
-    even_rows_mask,
-    nm_mask,
-    smallest_mask,
-)
+from thanos.solvers.selection import KernelSearch, smallest_mask
 
 
 @dataclass(frozen=True)
@@ -44,6 +40,10 @@ class Problem:
         row_shards: the processes that hold the rows of the same weight.
         all_rows: the rows of all processes, (c', b); None if ``weight`` holds all rows.
         zero_free: True if ``zeros`` is known to have no True entry. Otherwise ``zeros`` is read when it is first needed.
+        scope: ``layer``: one budget for all rows; ``row``: the same for every row, up to one entry. It matters only if the
+            pattern lets any entries go.
+        rows: indices of the rows of ``weight`` in the whole weight of the layer, (c,); None if they are all rows.
+        unit: the power of two by which the layer's weight was divided.
     """
 
     weight: Tensor
@@ -56,6 +56,9 @@ class Problem:
     row_shards: RowShards = ALONE
     all_rows: Tensor | None = None
     zero_free: bool = False
+    scope: str = "layer"
+    rows: Tensor | None = None
+    unit: float = 1.0
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """Yield the column ranges [j1, j2) from left to right; the last may be narrower."""
@@ -72,6 +75,13 @@ class Problem:
         return self.factor.upper
 
     @property
+    def shift(self) -> Tensor:
+        """What the damped Hessian's diagonal has in addition to that of ``inputs.matrix``, (b,)."""
+        assert self.inputs is not None
+        assert self.factor is not None
+        return self.inputs.shift(self.factor.damping)
+
+    @property
     def norms(self) -> Tensor:
         """The norms ‖X_j‖₂ of the input columns up to a common factor, (b,)."""
         assert self.inputs is not None
@@ -79,20 +89,36 @@ class Problem:
 
     # --- selection of the entries to remove ---------------------------------------------------------------------------
 
-    def choose(self, score: Callable[[Tensor], Tensor], *, by_row: bool = False) -> Tensor:
-        """Choose the whole mask at once, as the pattern says: the entries, or columns, with the smallest scores.
+    @property
+    def by_row(self) -> bool:
+        """Whether every row has a budget of its own."""
+        return self.scope == "row"
+
+    def choose(self, score: Callable[[Tensor], Tensor]) -> Tensor:
+        """Choose the whole mask at once, as pattern and scope say: the entries, or columns, with the smallest scores.
 
         Args:
             score: maps rows of the weight, (any, b), to the scores of their entries, at least 0. The score of a column is the
                 sum of its entries' scores.
-            by_row: compare scores only within a row, if the pattern allows both.
 
         Returns:
             The mask, (c, b) bool, True where an entry is removed; ``zeros`` included.
         """
         if self.pattern.whole_columns:
             return self.choose_columns(self.column_sums(score)) | self.zeros
-        return self.pattern.mask(self, self.mark_zeros(score(self.weight)), by_row=by_row) | self.zeros
+        return self.choose_by(score(self.weight))
+
+    def choose_by(self, scores: Tensor) -> Tensor:
+        """Choose the whole mask by given scores, which need not be a function of the weight; otherwise like :meth:`choose`.
+
+        Args:
+            scores: scores of the entries of ``weight``, (c, b), at least 0; overwritten.
+        """
+        if self.pattern.whole_columns:
+            count = len(scores) if self.all_rows is None else len(self.all_rows)
+            # All rows, not the sums of each process: then the result has the bits of a single process.
+            return self.choose_columns(self.row_shards.gather(scores, count).sum(0)) | self.zeros
+        return self.pattern.mask(self, self.mark_zeros(scores), by_row=self.by_row) | self.zeros
 
     def choose_columns(self, scores: Tensor) -> Tensor:
         """Return the mask, (c, b) bool, of whole columns by their scores, (b,), for a pattern with ``whole_columns``."""
@@ -145,8 +171,15 @@ class Problem:
         """Return a search for the k smallest entries of all rows, on a GPU."""
         return KernelSearch(self.row_shards)
 
-    def residual_mask(self) -> ResidualMask:
+    def row_budgets(self, scores: Tensor) -> Tensor:
+        """Return the number of entries that each row loses by these scores, (c, b), if every row has its own budget; (c,)."""
+        return row_budgets(scores, self.budget.weights, self.row_shards)
+
+    def residual_mask(self) -> Residual:
         """Return Thanos' selection of the smallest |W_ij|·‖X_j‖₂ among all remaining columns, for the whole budget."""
+        if self.by_row:
+            scores = self.mark_zeros(self.weight.abs().mul_(self.norms))
+            return RowResidualMask(self.norms, self.some_zeros, self.row_budgets(scores))
         zeros = self.total(self.zeros.count_nonzero())
         # The budget is a tensor on the device, so that no block waits until the host has read how many entries went before.
         return ResidualMask(self.norms, self.some_zeros, zeros.clamp_min(self.budget.weights), self.row_shards)
@@ -163,10 +196,13 @@ class Solution:
     Attributes:
         weight: the pruned weight, (c, b), in the dtype of the problem's weight; removed entries are exact zeros.
         removed: mask of the removed entries, (c, b) bool, the problem's ``zeros`` included.
+        residual: relative residual of each row's system of equations for the weights that stay, (c,); None if the solver
+            solves no such systems, or solves them to rounding.
     """
 
     weight: Tensor
     removed: Tensor
+    residual: Tensor | None = None
 
 
 Method = Callable[[Problem], Solution]

@@ -2,75 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from thanos import registry
-from thanos.errors import NumericsError, RecipeError
-from thanos.patterns.base import Pattern
-from thanos.patterns.budget import Budget
+from thanos.errors import RecipeError
 from thanos.recipe.layer import DEFAULT_DAMPING, LayerRecipe
 from thanos.solvers.hessian import InputStatistics
-from thanos.solvers.layer_error import portions, relative_errors_and_zeros, squared_output_norms
-from thanos.solvers.masking import without
+from thanos.solvers.layer_solve import LayerSolve
 from thanos.solvers.precision import full_float32
-from thanos.solvers.problem import Problem, Refine, Retarget, Solution
-from thanos.solvers.row_parts import split_rows
-from thanos.solvers.row_shards import ALONE, RowShards, row_range
-from thanos.solvers.scaling import scaled_weight
-
-REMOVED = "removed"
-"""Name of the first step in :attr:`PrunedWeight.errors`: the error before any compensation."""
-
-
-@dataclass(frozen=True, slots=True)
-class PrunedWeight:
-    """The result for one weight matrix.
-
-    Attributes:
-        weight: the pruned weight, (c, b), in the dtype and on the device of the input weight; removed entries are exact zeros.
-        zeros: number of zeros in ``weight``, by removal or by rounding.
-        kept: mask of the entries that stay, (c, b) bool.
-        outliers: indices of the rows left dense, ascending, (q,).
-        halved: indices of the rows that keep n/2 of m to make up for the outlier rows, ascending; empty without
-            ``keep_budget``.
-        method: name of the method that ran: the recipe's, or one that needs no inputs if the layer had no input or only zeros.
-        errors: relative squared output error tr(Δ H Δᵀ) / tr(W H Wᵀ) on the undamped Hessian, by step. In the step ``removed``,
-            Δ is the removed entries alone. In the steps of the method and of each refinement, by name, Δ is the whole change
-            of the weight up to that step. Empty without a Hessian.
-        damping: the damping that was used, as a fraction of the Hessian's mean diagonal; None if none was used.
-        damping_reason: why ``damping`` differs from the recipe's; empty if it does not.
-        condition: estimated condition number of the damped Hessian; None if the Hessian was not factorised.
-    """
-
-    weight: Tensor
-    zeros: int
-    kept: Tensor
-    outliers: Tensor
-    halved: Tensor
-    method: str
-    errors: Mapping[str, float | None]
-    damping: float | None
-    damping_reason: str
-    condition: float | None
-
-    @property
-    def error_before_compensation(self) -> float | None:
-        """The error of setting the removed entries to zero without any other change; None without a Hessian."""
-        return self.errors.get(REMOVED)
-
-    @property
-    def error_after_compensation(self) -> float | None:
-        """The error of the pruned weight after the last step; None without a Hessian."""
-        return list(self.errors.values())[-1] if self.errors else None
-
-    @property
-    def sparsity(self) -> float:
-        """The fraction of entries removed."""
-        return 1.0 - self.kept.sum().item() / max(1, self.kept.numel())
+from thanos.solvers.problem import Refine, Retarget
+from thanos.solvers.pruned_weight import PrunedWeight as PrunedWeight
+from thanos.solvers.row_shards import ALONE, RowShards
 
 
 def prune_weight(
@@ -84,6 +29,8 @@ def prune_weight(
     damping: float = DEFAULT_DAMPING,
     outlier_rows: float = 0.0,
     keep_budget: bool = False,
+    scope: str | None = None,
+    refit: int | None = None,
 ) -> PrunedWeight:
     """Prune one weight matrix. The function never modifies its inputs.
 
@@ -94,17 +41,22 @@ def prune_weight(
         weight: the matrix, (c, b): c output rows, b input columns; any floating dtype, any strides.
         hessian: XᵀX of the layer's inputs up to any positive factor, (b, b). None is allowed for ``magnitude`` only. Outlier
             rows are then the rows of the largest norm, and no error is measured.
-        method: ``thanos``, ``sparsegpt``, ``wanda``, ``magnitude`` or a registered one.
+        method: ``thanos``, ``sparsegpt``, ``wanda``, ``magnitude``, ``admm`` or a registered one.
         pattern: ``unstructured``, ``columns``, ``N:M`` (at most N non-zeros in every M consecutive inputs) or a registered one.
         sparsity: fraction of all c·b entries to remove, in [0, 1); default 0.5. For n:m it follows from the pattern.
-        block_size: columns handled together; default 128, or 512 for Thanos with n:m. It need not divide b.
+        block_size: columns that Thanos and SparseGPT handle together; default 128, or 512 for Thanos with n:m. It need not
+            divide b.
         damping: fraction of the Hessian's mean diagonal that is added to the diagonal, at least 0. It is raised tenfold while
             the Hessian is not positive definite; the result reports this.
         outlier_rows: fraction α of rows left dense, in [0, 1): the ⌈α·c⌉ with the largest squared output norm (W H Wᵀ)_ii.
         keep_budget: let the other rows make up for the outlier rows, see :class:`~thanos.patterns.budget.Budget`.
+        scope: ``layer``: one budget for the whole matrix; ``row``: the same for every row, up to one entry. None: the method's
+            own, which is ``row`` for Wanda. Only for patterns that let any entries go.
+        refit: largest number of steps of conjugate gradients that improve the weights that stay, after any method; it needs
+            the Hessian. None or 0: no refit.
 
     Returns:
-        The pruned weight, the mask and the errors.
+        The pruned weight, the mask, the errors, and the residual of the refit.
 
     Raises:
         RecipeError: an argument is out of range, or the pattern does not fit the weight.
@@ -118,6 +70,8 @@ def prune_weight(
         keep_budget=keep_budget,
         block_size=block_size,
         damping=damping,
+        scope=scope,
+        refit=refit,
     )
     inputs = None
     if weight.dim() != 2 or not weight.is_floating_point():
@@ -155,137 +109,23 @@ def prune_layer(
         recipe: the settings of the layer.
         name: name of the weight, for messages.
         row_shards: the processes that share the work; each solves some of the rows.
-        retarget: changes the problem before the method runs. Errors are still measured against the original weight.
-        refinements: the refinements by name, applied in order to the method's solution.
+        retarget: changes the problem's weight before the method runs. ``errors`` are still measured against the original
+            weight, ``target_changes`` against the retarget's wanted output. Outlier rows stay as they are.
+        refinements: the refinements by name, applied in order to the method's solution; None for those of the recipe. They and
+            ``retarget`` are left out if the layer had no input, or only zeros.
     """
     with full_float32():
-        return _Layer(weight, inputs, recipe, name, row_shards, retarget, refinements or {}).prune()
+        refinements = _refinements(recipe) if refinements is None else refinements
+        return LayerSolve(weight, inputs, recipe, name, row_shards, retarget, refinements).prune()
 
 
-class _Layer:
-    """The steps of one weight: an optional retarget, the method, any number of refinements."""
-
-    def __init__(
-        self,
-        weight: Tensor,
-        inputs: InputStatistics | None,
-        recipe: LayerRecipe,
-        name: str,
-        row_shards: RowShards,
-        retarget: Retarget | None,
-        refinements: Mapping[str, Refine],
-    ) -> None:
-        method = registry.method(recipe.method)
-        if inputs is None and method.needs_inputs:
-            raise RecipeError(f"method {recipe.method} needs the Hessian of the layer's inputs; got None")
-        budget = Budget.plan(weight.shape[0], weight.shape[1], recipe)
-        self.dense, zeros, self.unit = scaled_weight(weight, inputs, name)
-        if inputs is not None and inputs.empty and method.needs_inputs:
-            # No input, or only zeros: no score can use them. The result reports the other method in `method`, never silently.
-            method = registry.method_without_inputs(recipe.parsed_pattern)
-            recipe = recipe.by(method.name)
-        self.weight, self.inputs, self.recipe, self.name = weight, inputs, recipe, name
-        self.row_shards, self.method = row_shards, method
-        self.retarget, self.refinements = retarget, refinements
-        self.own_rows = slice(*_bounds(len(self.dense), row_shards))
-        norms = squared_output_norms(self.dense[self.own_rows], inputs)
-        norms = row_shards.gather(norms, len(self.dense))
-        self.norm = norms.sum()
-        self.outliers, self.halved, self.parts = split_rows(norms, budget, recipe.parsed_pattern)
-        if zeros and len(self.outliers):
-            # The zeros in outlier rows count towards the budget: the other rows lose that many fewer.
-            budget = replace(budget, weights=max(0, budget.weights - int((self.dense[self.outliers] == 0).sum())))
-        self.budget, self.zero_free = budget, zeros == 0
-        self.factor = inputs.factor(recipe.damping) if inputs is not None and method.needs_factor else None
-
-    def prune(self) -> PrunedWeight:
-        """Prune the weight, measure the errors and return the result."""
-        inputs, factor, recipe = self.inputs, self.factor, self.recipe
-        names = (recipe.method, *self.refinements)
-        pruned, kept, steps = self._solve_parts()
-        changes = [self._squared_output_norm(lambda rows: without(self.dense[rows], kept[rows]))]
-        if self.method.compensates or self.refinements:
-            for step in steps:
-                changes.append(
-                    self._squared_output_norm(lambda rows, step=step: self._scaled(step[rows]) - self.dense[rows])
-                )
-        errors, zeros = relative_errors_and_zeros(changes, self.norm, pruned, inputs)
-        if errors and errors[-1] is not None and not errors[-1] < float("inf"):
-            raise NumericsError(f"pruning {self.name} gave NaN or infinity; raise damping (it is {recipe.damping:g})")
-        if len(errors) == 1:  # nothing but the removed entries changed: the error after the method is the same
-            errors *= 2
-        return PrunedWeight(
-            weight=pruned,
-            zeros=zeros,
-            kept=kept,
-            outliers=self.outliers,
-            halved=self.halved,
-            method=recipe.method,
-            errors=dict(zip((REMOVED, *names), errors, strict=True)) if errors else {},
-            damping=None if factor is None else factor.damping,
-            damping_reason="" if factor is None else factor.reason,
-            condition=None if inputs is None or factor is None else inputs.condition(recipe.damping),
-        )
-
-    def _solve_parts(self) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Return the pruned weight, (c, b), the mask of the entries that stay, (c, b), and the weight after each step.
-
-        The weight after the last step is the pruned weight. Rows in none of the parts stay as they are. If one part holds all
-        rows, its solution is the result, without a copy.
-        """
-        if len(self.parts) == 1 and len(self.parts[0][0]) == len(self.dense):
-            steps, kept = self._solve(self.dense, self.parts[0][1])
-            return steps[-1], kept, steps
-        steps = [self.weight.detach().clone() for _ in range(1 + len(self.refinements))]
-        kept = torch.ones(self.weight.shape, dtype=torch.bool, device=self.weight.device)
-        for rows, pattern in self.parts:
-            solved, kept[rows] = self._solve(self.dense[rows], pattern)
-            for whole, part in zip(steps, solved, strict=True):
-                whole[rows] = part
-        return steps[-1], kept, steps
-
-    def _solve(self, part: Tensor, pattern: Pattern) -> tuple[list[Tensor], Tensor]:
-        """Return the rows ``part`` after each step, in the dtype of the weight, and the mask of the entries that stay."""
-        own = part[slice(*_bounds(len(part), self.row_shards))]
-        problem = Problem(
-            weight=own,
-            zeros=own == 0,
-            inputs=self.inputs,
-            factor=self.factor,
-            pattern=pattern,
-            budget=self.budget,
-            block_size=self.recipe.resolved_block_size,
-            row_shards=self.row_shards,
-            all_rows=part,
-            zero_free=self.zero_free,
-        )
-        if self.recipe.resolved_sparsity <= 0:
-            solutions = [Solution(own, problem.zeros)]
-            solutions *= 1 + len(self.refinements)
-        else:
-            problem = self.retarget(problem) if self.retarget else problem
-            solutions = [self.method.load()(problem)]
-            for refine in self.refinements.values():
-                solutions.append(refine(problem, solutions[-1]))
-        steps = [self._stored(solution.weight, len(part)) for solution in solutions]
-        # If nothing was removed, copy: the result must not be the input weight itself.
-        steps = [
-            step.clone() if solution.weight is own else step for step, solution in zip(steps, solutions, strict=True)
-        ]
-        return steps, self.row_shards.gather(~solutions[-1].removed, len(part))
-
-    def _stored(self, solved: Tensor, count: int) -> Tensor:
-        return self.row_shards.gather((solved if self.unit == 1 else solved * self.unit).to(self.weight.dtype), count)
-
-    def _scaled(self, stored: Tensor) -> Tensor:
-        part = stored.to(self.dense.dtype)
-        return part if self.unit == 1 else part / self.unit
-
-    def _squared_output_norm(self, change: Callable[[slice], Tensor]) -> Tensor:
-        norms = [squared_output_norms(change(rows), self.inputs) for rows in portions(self.own_rows, self.dense.device)]
-        return self.row_shards.gather(torch.cat(norms), len(self.dense)).sum()
-
-
-def _bounds(count: int, row_shards: RowShards) -> tuple[int, int]:
-    own = row_range(count, row_shards.rank, row_shards.size)
-    return own.start, own.stop
+def _refinements(recipe: LayerRecipe) -> dict[str, Refine]:
+    """Return the refinements of a recipe's repair, by name."""
+    refinements: dict[str, Refine] = {}
+    for row in registry.refinements():
+        amount, refine = getattr(recipe.repair, row.name), row.load()
+        if amount:
+            refinements[row.name] = lambda problem, solution, refine=refine, amount=amount: refine(
+                problem, solution, amount
+            )
+    return refinements

@@ -12,9 +12,6 @@ around the k-th value, and only the entries within the bracket are searched.
 
 from __future__ import annotations
 
-import bisect
-import math
-
 import torch
 from torch import Tensor
 
@@ -111,53 +108,6 @@ class KernelSearch:
         )
 
 
-class ResidualMask:
-    """Thanos' global residual mask.
-
-    For each block it selects the smallest scores among all columns that remain; the block loses those within its columns.
-
-    Args:
-        norms: ‖X_j‖₂ of all columns, (b,).
-        zeros: mask of the entries whose score is below all others, (c, b) bool; None if there are none.
-        budget: number of entries to remove, over all processes: a 0-d integer tensor. A copy of it is counted down on its
-            device, not by the host.
-        row_shards: the processes that hold the other rows.
-    """
-
-    def __init__(self, norms: Tensor, zeros: Tensor | None, budget: Tensor, row_shards: RowShards = ALONE) -> None:
-        self._norms, self._zeros, self._left, self._row_shards = norms, zeros, budget.clone(), row_shards
-        self._search = KernelSearch(row_shards)
-        self._scratch: Tensor | None = None
-
-    def take(self, weight: Tensor, start: int, stop: int) -> Tensor:
-        """Return the mask, (c, stop − start) bool, of the entries to remove from columns [start, stop) of the current W."""
-        if kernels.usable(weight):
-            zeros = None if self._zeros is None else self._zeros[:, start:]
-            rest, norms = weight[:, start:], self._norms[start:]
-            chosen = self._search.smallest(rest, norms, zeros, self._left, stop - start)
-        else:
-            chosen = self._by_scores(weight[:, start:], start, stop - start)
-        self._left -= self._row_shards.sum_(torch.count_nonzero(chosen))
-        return chosen
-
-    def _by_scores(self, rest: Tensor, start: int, width: int) -> Tensor:
-        scores = self._scores(rest, start)
-        if rest.device.type != "cpu" or self._row_shards.size > 1:
-            return smallest_mask(scores, self._left, self._row_shards)[:, :width]
-        left, block = int(self._left), scores[:, :width]
-        if not 0 < left < scores.numel():
-            return torch.full(block.shape, left > 0, dtype=torch.bool)
-        threshold, equals, missing = kth_on_cpu(scores, left)
-        return block <= threshold if equals == missing else smallest_mask(scores, left)[:, :width]
-
-    def _scores(self, rest: Tensor, start: int) -> Tensor:
-        if self._scratch is None:
-            self._scratch = torch.empty(rest.numel(), dtype=rest.dtype, device=rest.device)
-        scores = self._scratch[: rest.numel()].view(rest.shape)
-        torch.mul(rest, self._norms[start:], out=scores).abs_()
-        return scores if self._zeros is None else scores.masked_fill_(self._zeros[:, start:], -1.0)
-
-
 def _smallest_on_cpu(scores: Tensor, count: int) -> Tensor:
     if count <= 0:
         return torch.zeros_like(scores, dtype=torch.bool)
@@ -237,74 +187,3 @@ def kth_key(keys: Tensor, count: int | Tensor, row_shards: RowShards) -> tuple[T
         prefix = chosen - (1 << (_DIGIT - 1)) if shift == bits - _DIGIT else (prefix << _DIGIT) + chosen
     lowest = torch.iinfo(keys.dtype).min
     return torch.where(nothing, lowest, prefix).to(keys.dtype), torch.where(nothing, 0, missing)
-
-
-def row_smallest_mask(scores: Tensor, counts: Tensor | int) -> Tensor:
-    """Return a mask with exactly ``counts`` (an int, or one per row, (c,)) True in each row of ``scores`` (c, b)."""
-    order = scores.sort(dim=1, stable=True).indices
-    if isinstance(counts, int):
-        chosen = order[:, :counts]
-        return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, chosen, True)
-    chosen = torch.arange(scores.shape[1], device=scores.device) < counts[:, None]
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, chosen)
-
-
-def even_rows_mask(scores: Tensor, count: int, row_shards: RowShards = ALONE) -> Tensor:
-    """Return the mask of ``count`` entries over the rows of all processes, the same number per row up to one.
-
-    Each row gives ⌊count / rows⌋ entries. The remainder comes from the rows whose next score is smallest, so that the
-    result does not depend on the order of the rows. A row with more zeros than its number gives all its zeros, and the other
-    rows give that many fewer.
-    """
-    columns = scores.shape[1]
-    rows = (
-        int(row_shards.sum_(torch.tensor(scores.shape[0], device=scores.device)))
-        if row_shards.size > 1
-        else scores.shape[0]
-    )
-    count = min(count, rows * columns)
-    zeros = (scores < 0).sum(1)
-
-    def taken(level: int) -> int:
-        return int(row_shards.sum_(zeros.clamp_min(level).sum()))
-
-    level = count // rows
-    if taken(level) > count:  # the highest level within count; −1 if there are too many zeros for any
-        level = bisect.bisect_right(range(level), count, key=taken) - 1
-    if level < 0:
-        return scores < 0
-    counts, extra = zeros.clamp_min(level), count - taken(level)
-    if extra:
-        following = scores.kthvalue(level + 1, dim=1).values.masked_fill_(zeros > level, math.inf)
-        counts += smallest_mask(following, extra, row_shards)
-    return row_smallest_mask(scores, counts)
-
-
-_RANKED_GROUP = 16
-"""Groups of up to this many entries are ranked by comparing all pairs; larger ones are sorted."""
-
-
-def nm_mask(scores: Tensor, n: int, m: int) -> Tensor:
-    """Return the mask, (c, b), of the m − n smallest scores of every m consecutive entries of a row; m divides b."""
-    groups = scores.reshape(-1, m)
-    if m > _RANKED_GROUP:
-        return row_smallest_mask(groups, m - n).view(scores.shape)
-    # One line for each index in the group: few long lines instead of many short ones.
-    lines = torch.stack(groups.unbind(1))
-    return torch.stack(group_mask(lines, m - n).unbind(0), 1).view(scores.shape)
-
-
-def group_mask(lines: Tensor, count: int) -> Tensor:
-    """Return the mask of the ``count`` smallest of every column of ``lines`` (m, any); of equal ones, the upper first."""
-    # An entry's rank is the number of entries before it. It starts as the number of lines above; a pair whose lower entry
-    # is smaller swaps its order.
-    places = len(lines)
-    kind = lines.dtype if lines.device.type == "cpu" else torch.uint8  # the CPU is slow at booleans and small integers
-    rank = torch.arange(places, dtype=kind, device=lines.device)[:, None].repeat(1, lines.shape[1])
-    after = torch.empty_like(rank[0])
-    for i in range(places):
-        for j in range(i + 1, places):
-            torch.gt(lines[i], lines[j], out=after)
-            rank[i] += after
-            rank[j] -= after
-    return rank < count

@@ -24,8 +24,9 @@ DENSE = "dense"
 class Cell:
     """One point of the grid, normalised so that equal runs are equal cells.
 
-    A field that the method or pattern does not use is None: the block size and damping of Wanda, the sparsity of n:m, all
-    fields but the model and method of ``dense``. The fields are those of :class:`~thanos.recipe.Recipe`.
+    A field that the method or pattern does not use is None: the block size and damping of Wanda, the sparsity of n:m, a scope
+    that is the method's own, all fields but the model and method of ``dense``. The fields are those of
+    :class:`~thanos.recipe.Recipe`.
     """
 
     model: str
@@ -36,6 +37,7 @@ class Cell:
     keep_budget: bool | None = None
     block_size: int | None = None
     damping: float | None = None
+    scope: str | None = None
     calibration: str | None = None
     samples: int | None = None
     sequence_length: int | None = None
@@ -58,6 +60,7 @@ class Cell:
         parts += [f"{100 * self.sparsity:g} %"] if self.sparsity is not None else []
         parts += [f"α {self.outlier_rows:g}{' kept' if self.keep_budget else ''}"] if self.outlier_rows else []
         parts += [f"B {self.block_size}"] if self.block_size is not None else []
+        parts += [f"by {self.scope}"] if self.scope is not None else []
         return " ".join([*map(str, parts), f"seed {self.seed}"])
 
 
@@ -130,8 +133,13 @@ class Study:
 
 
 def public_cell(cell: Cell) -> dict[str, Any]:
-    """Return the cell as written to the store: without local paths."""
+    """Return the cell as written to the store: without local paths, and without a scope that is the method's own.
+
+    Cells without ``scope`` are equal to those of stores that were written before there was one.
+    """
     values = asdict(cell) | {"model": public(cell.model)}
+    if cell.scope is None:
+        del values["scope"]
     return values | {"calibration": None if cell.calibration is None else public(cell.calibration)}
 
 
@@ -164,4 +172,5 @@ def _normal(cell: Cell) -> Cell:
         block_size = None
     else:
         block_size = cell.block_size or method.default_block_size(pattern)
-    return replace(cell, block_size=block_size, damping=damping)
+    scope = None if not pattern.any_entries or cell.scope == method.scope else cell.scope
+    return replace(cell, block_size=block_size, damping=damping, scope=scope)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from thanos.calibration.text import NAMED, check_text_source, text_sha256
 from thanos.calibration.text_files import OTHER_NAMES, Part, exists, matching, split_source
 from thanos.errors import DataError, StudyError, UserError
+from thanos.evaluation.windows import check_window
 from thanos.model.bos import added_bos
 from thanos.model.fingerprint import model_sha256, source_commit, task_files_sha256
 from thanos.model.loading import load_model
@@ -21,6 +21,7 @@ from thanos.study.config import place_of
 from thanos.study.events import StudyEvent, Watcher
 from thanos.study.grid import Cell, Study
 from thanos.system.suggestions import near
+from thanos.system.user_paths import without_folders
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,7 +35,8 @@ class Places:
         task_folder: folder of local tasks; None without one.
         tasks_hash: sha256 of the files in ``task_folder`` and of the files that they name; None without a folder.
         hashes: name in the study → sha256 of the model or text; None if there is no file.
-        failures: name of a model that cannot be opened → reason.
+        searched: the folders that were searched, as the user named them, separated by commas.
+        failures: name of a model that cannot be used → reason.
         begun: names of models whose tokenizers begin texts with a beginning-of-text token.
         commit: commit of the source tree; None if unknown.
     """
@@ -46,6 +48,7 @@ class Places:
     tasks_hash: str | None
     hashes: dict[str, str | None]
     failures: dict[str, str]
+    searched: str
     commit: str | None
     begun: frozenset[str] = frozenset()
 
@@ -74,12 +77,10 @@ class Places:
 
     def without_paths(self, text: str) -> str:
         """Return a message in one line, without the paths of this machine's folders."""
-        texts = {part.path for text in self.texts.values() for part in split_source(text)}
-        found = {path for path in [*self.models.values(), *texts, self.task_folder or ""] if os.sep in path}
-        folders = {str(Path(path).parent) for path in found} | {str(self.out.resolve()), str(self.out)}
-        for folder in sorted(folders - {"/", "."}, key=len, reverse=True):
-            text = text.replace(f"{folder}{os.sep}", "")
-        return " ".join(text.split())
+        texts = [part.path for text in self.texts.values() for part in split_source(text)]
+        inside = [str(out / "store.jsonl") for out in (self.out, self.out.resolve())]
+        paths = [*self.models.values(), *texts, *inside, *([self.task_folder] if self.task_folder else [])]
+        return " ".join(without_folders(text, paths).split())
 
 
 def _check_text(study: Study, texts: dict[str, str], searched: str) -> None:
@@ -93,6 +94,16 @@ def _check_text(study: Study, texts: dict[str, str], searched: str) -> None:
         check_text_source(texts[text], evaluation=True)
     except DataError as error:
         raise StudyError(f"{place}: {error}") from error
+
+
+def _check_evaluation(study: Study, source: ModelSource, texts: dict[str, str]) -> None:
+    """Refuse a model that cannot be evaluated as the study says. Without this check its cells would fail after pruning.
+
+    Raises:
+        DataError: the windows are longer than the model's number of positions, or its tokenizer cannot render the text's chats.
+    """
+    check_window(study.evaluation.sequence_length, source.config())
+    check_text_source(texts[study.evaluation.text], evaluation=True, tokenizer=source.tokenizer)
 
 
 def is_absent(name: str, found: str) -> bool:
@@ -133,17 +144,19 @@ def find_places(study: Study, out: Path, data: str | Path | None) -> Places:
     models, failures, begun = {}, {}, set()
     for model in study.models:
         models[model] = find(model)
+        hashes[model] = None
         try:
             source = resolve_model(models[model])
             hashes[model] = model_sha256(source)
             if (_converted(out, hashes[model]) / "config.json").exists():  # a GGUF file takes seconds to open
                 source = resolve_model(_converted(out, hashes[model]))
-        except UserError as error:
-            hashes[model], failures[model] = None, str(error)
-            continue
-        with suppress(UserError):  # a broken tokenizer is reported when the model's cells run
             if added_bos(source.tokenizer()) is not None:
                 begun.add(model)
+            if model not in study.cost_only:
+                _check_evaluation(study, source, texts)
+        except UserError as error:
+            hint = "" if exists(models[model]) else f"; it is in none of {searched}: give its folder with --data"
+            failures[model] = f"{error}{hint}"
     return Places(
         out=out.resolve(),
         models=models,
@@ -152,6 +165,7 @@ def find_places(study: Study, out: Path, data: str | Path | None) -> Places:
         tasks_hash=task_files_sha256(task_folder) if task_folder else None,
         hashes=hashes,
         failures=failures,
+        searched=searched,
         commit=source_commit(),
         begun=frozenset(begun),
     )
@@ -177,7 +191,7 @@ def _find_text(name: str, folders: Sequence[Path]) -> str:
 def convert(places: Places, wanted: set[str], tell: Watcher) -> Places:
     """Convert GGUF models into safetensors folders in the cache, once, instead of at every opening."""
     models = dict(places.models)
-    for name in sorted(wanted - set(places.failures)):
+    for name in sorted(wanted):
         source = resolve_model(models[name])
         if source.gguf is None:
             continue

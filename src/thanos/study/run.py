@@ -76,13 +76,13 @@ def run_study(
         places = find_places(study, out, data)
         _check_tasks(study, places)
         states = _states(study, places, tell)  # may raise an error, so nothing is written before it
+        todo = [cell for cell, state in states.items() if state in ("new", "failed")]
+        _check_inputs(study, places, todo)
         (out / "cache").mkdir(parents=True, exist_ok=True)
         (out / STUDY_NAME).write_text(study.text, encoding="utf-8")
         shutil.rmtree(places.scratch, ignore_errors=True)
         writer = StoreWriter(out)
-        todo = [cell for cell, state in states.items() if state in ("new", "failed")]
         if todo:
-            _warn_of_calibration(study, places, todo, tell)
             places = convert(places, {cell.model for cell in todo}, tell)
             pool = Pool(study, places, devices[: len(todo)], initialise, threads)
             for done, event in pool.run(todo):
@@ -179,13 +179,27 @@ def _check_tasks(study: Study, places: Places) -> None:
             raise StudyError(f"{place_of(study, 'zero_shot', 'tasks')}: {error}") from error
 
 
-def _warn_of_calibration(study: Study, places: Places, todo: Sequence[Cell], tell: Watcher) -> None:
-    """Warn of calibration texts that cannot be used. The run continues, since only their own cells will fail."""
+def _check_inputs(study: Study, places: Places, todo: Sequence[Cell]) -> None:
+    """Refuse models and calibration texts that cannot be used, before any cell runs. A study may take hours.
+
+    Args:
+        study: the study.
+        places: locations of its models and texts.
+        todo: cells to run; models and texts that only other cells need are not checked.
+
+    Raises:
+        StudyError: the message lists every such model and text, with the line of the study that names it.
+    """
+    refused = []
+    for name in dict.fromkeys(cell.model for cell in todo):
+        if name in places.failures:
+            refused.append(f"{place_of(study, '', 'models')}: {places.failures[name]}")
     for name in dict.fromkeys(cell.calibration for cell in todo if cell.calibration):
         try:
             check_text_source(places.texts[name])
         except DataError as error:
             absent = is_absent(name, places.texts[name])
-            said = f"{name} is not there" if absent else places.without_paths(str(error))
-            what = "; give its folder with --data" if absent else ""
-            tell(StudyEvent(message=f"{place_of_calibration(study, name)}: {said}, so its cells will fail{what}"))
+            said = f"{name} is in none of {places.searched}; give its folder with --data" if absent else str(error)
+            refused.append(f"{place_of_calibration(study, name)}: {said}")
+    if refused:
+        raise StudyError("; ".join(refused))

@@ -19,7 +19,6 @@ from thanos._version import __version__
 from thanos.calibration.text import evaluation_rows
 from thanos.calibration.windows import Calibration, make_calibration
 from thanos.errors import (
-    ModelError,
     NumericsError,
     RecipeError,
     ResourceError,
@@ -28,7 +27,8 @@ from thanos.errors import (
     resource_errors,
 )
 from thanos.evaluation.inspect import inspect_checkpoint
-from thanos.evaluation.perplexity import Reference, choose_bos, evaluate
+from thanos.evaluation.perplexity import choose_bos, evaluate
+from thanos.evaluation.scoring import Reference
 from thanos.evaluation.windows import cut_windows
 from thanos.events import Event
 from thanos.model.layers import LinearLayer, linear_layers, select_layers
@@ -80,8 +80,6 @@ class Session:
         """Run one cell and return its record. Any error becomes the reason of a failed record, with the results so far."""
         results: dict[str, Any] = {}
         try:
-            if cell.model in self._places.failures:
-                raise ModelError(self._places.failures[cell.model])
             (self._dense if cell.method == DENSE else self._pruned)(cell, results, tell)
         except Exception as error:
             reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"

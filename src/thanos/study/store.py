@@ -58,7 +58,8 @@ class CellRecord(Document):
         machine: ``device``, ``platform``, ``cores``, ``memory_bytes``, and ``sharers``, the number of workers on the device.
         cell: the coordinates in the grid: ``model``, ``method`` (``dense`` for the unpruned model), ``pattern``,
             ``sparsity``, ``outlier_rows``, ``keep_budget``, ``block_size``, ``damping``, ``calibration``, ``samples``,
-            ``sequence_length``, ``seed``. All but the model and the method are None for the dense model.
+            ``sequence_length``, ``seed``, and ``scope`` if it is not the method's own. All but the model and the method are
+            None for the dense model.
         asked: the other settings that affect the numbers: ``dtype``, ``evaluation`` (``text``, ``sequence_length``,
             ``max_windows``, ``compare``: with the dense model) and ``zero_shot`` (``tasks``, ``limit``; None without
             tasks). Both are None for a model with ``cost_only``. ``bos`` (``auto``, ``window`` or ``text``) exists only if
@@ -225,10 +226,8 @@ def _records(path: Path) -> tuple[dict[str, CellRecord], list[str]]:
     if not torn:
         return records, []
     number = data.count(b"\n") + 1
-    warning = (
-        f"{path}, line {number}: the last record is torn ({len(torn)} bytes) and was left out; its cell will run again"
-    )
-    return records, [warning]
+    line = f"the last record is torn ({len(torn)} bytes) and was left out; its cell will run again"
+    return records, [f"{path}, line {number}: {line}"]
 
 
 def _left_out(path: Path, records: Mapping[str, CellRecord], packed: Path) -> list[str]:
@@ -236,9 +235,7 @@ def _left_out(path: Path, records: Mapping[str, CellRecord], packed: Path) -> li
     try:
         lacking = len(_records(packed)[0].keys() - records.keys())
     except DataError as error:
-        return [
-            f"{path} alone was read, since {packed} beside it is refused ({error}); keep one of the two in the folder"
-        ]
+        return [f"{path} alone was read, since {packed} is refused ({error}); keep one of the two in the folder"]
     if not lacking:
         return []
     return [

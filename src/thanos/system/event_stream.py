@@ -41,7 +41,8 @@ class EventStream:
         self._descriptor: int | None = None
         self._peak = 0
         self._read: tuple[float, Memory] | None = None
-        self._waiting: list[str] = [_header()]
+        self._header, self._waiting = _header(), list[Event]()
+        self._shown: Callable[[str], str] = str
 
     def __call__(self, event: Event) -> None:
         """Add time and memory to one event, log it and pass it on."""
@@ -51,16 +52,23 @@ class EventStream:
         seconds = round(now - self._began, 6)  # the log's precision: a replay gives equal events
         event = dataclasses.replace(event, seconds=seconds, **self._read[1]._asdict())
         if self._keeps_log:
-            self._write(json.dumps(event.to_dict(), ensure_ascii=False))
+            self._log(event)
         self._watcher(event)
 
-    def log_to(self, path: Path) -> None:
-        """Append all events of this run to a file, from the first on. An incomplete last line of the file is removed first."""
+    def log_to(self, path: Path, shown: Callable[[str], str] = str) -> None:
+        """Append all events of this run to a file, from the first on. An incomplete last line of the file is removed first.
+
+        Args:
+            path: the file.
+            shown: function that returns the message of a note as the log has it, for example without local folders.
+        """
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         trim(self._descriptor)
+        self._shown = shown
         waiting, self._waiting = self._waiting, []
-        for line in waiting:
-            self._write(line)
+        self._write(self._header)
+        for event in waiting:
+            self._log(event)
 
     def close(self) -> None:
         """Close the log."""
@@ -68,10 +76,16 @@ class EventStream:
             os.close(self._descriptor)
             self._descriptor = None
 
-    def _write(self, line: str) -> None:
+    def _log(self, event: Event) -> None:
         if self._descriptor is None:
-            self._waiting.append(line)
+            self._waiting.append(event)
             return
+        if event.message:
+            event = dataclasses.replace(event, message=self._shown(event.message))
+        self._write(json.dumps(event.to_dict(), ensure_ascii=False))
+
+    def _write(self, line: str) -> None:
+        assert self._descriptor is not None
         data = line.encode() + b"\n"
         while data:
             data = data[os.write(self._descriptor, data) :]

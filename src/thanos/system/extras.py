@@ -6,6 +6,7 @@ from importlib.util import find_spec
 
 EXTRAS = {
     "gguf": ("gguf>=0.17", "accelerate>=1.1"),
+    "recover": ("accelerate>=1.6",),
     "data": ("datasets>=4",),
     "eval": ("lm_eval==0.4.13",),
     "report": ("matplotlib>=3.10", "jinja2>=3.1"),

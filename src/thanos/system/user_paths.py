@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,19 @@ def output_path(out: Any) -> Path:
     if not isinstance(out, str | os.PathLike) or not os.fsdecode(out).strip():
         raise UserError(f"OUT must be the path of a folder; got {str(out)[:60]!r}")
     return expanded(os.fsdecode(out))
+
+
+def without_folders(text: str, paths: Iterable[str]) -> str:
+    """Return a message in which the folders of some paths are left out, so that only the names of files remain.
+
+    Args:
+        text: the message.
+        paths: paths of files and folders; of each, the folder that holds it is left out.
+    """
+    folders = {str(Path(path).parent) for path in paths if os.sep in path} - {"/", "."}
+    for folder in sorted(folders, key=len, reverse=True):
+        text = text.replace(f"{folder}{os.sep}", "")
+    return text
 
 
 def expanded(path: str | Path) -> Path:

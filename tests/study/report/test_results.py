@@ -24,11 +24,11 @@ def three(values: tuple[float, ...], method: str = "thanos", **changes: object) 
 
 def test_rows_differ_in_nothing_but_the_seed() -> None:
     results = Results(MODEL, full_study(blocks=1))
-    for row in [*results.rows, *results.variations]:
+    for row in [*results.rows, *results.scoped, *results.variations]:
         settings = [{**one.cell, "seed": None} for one in row.records]
         assert all(one == settings[0] for one in settings)
         assert len({one.cell["seed"] for one in row.records}) == len(row.records)
-    keys = [one.key for row in [*results.rows, *results.variations] for one in row.records]
+    keys = [one.key for row in [*results.rows, *results.scoped, *results.variations] for one in row.records]
     assert len(keys) == len(set(keys)) == len(full_study(blocks=1)) - 1  # all but the dense model
 
 

@@ -22,6 +22,7 @@ from thanos.study.report.sections.fairness import fairness
 from thanos.study.report.sections.noise import noise
 from thanos.study.report.sections.outliers import outliers
 from thanos.study.report.sections.paper import perplexity_table, zero_shot_table
+from thanos.study.report.sections.scope import scope
 from thanos.study.report.sections.summary import summary
 from thanos.study.report.sections.where import where
 from thanos.study.report.tables import Table
@@ -47,7 +48,7 @@ FULL = Results(MODEL, full_study(blocks=2))
 def test_every_section_speaks_on_a_full_store_and_asks_for_cells_on_an_empty_one(section) -> None:
     assert section(FULL).tables
     empty = section(Results(MODEL, []))
-    assert empty.missing or section.__name__ == "variations"
+    assert empty.missing or section.__name__ in ("scope", "variations")
     assert not empty.figures
 
 
@@ -78,6 +79,18 @@ def test_the_headline_names_what_it_lacks() -> None:
     assert section.missing[0] == "the dense model"
     assert "unstructured 50 %: SparseGPT, Wanda, Magnitude" in section.missing
     assert any(line.startswith("columns") for line in section.missing)
+
+
+def test_a_method_that_the_paper_lacks_is_shown_but_no_part_of_its_claims() -> None:
+    paper = [record(cell(method), perplexity=ppl) for method, ppl in zip(METHODS, (44, 46, 60, 99), strict=True)]
+    other = record(cell("admm", damping=0.01), perplexity=40)
+    section = summary(Results(MODEL, [*paper, other]))
+    assert [line[0] for line in section.tables[0].rows if "ADMM" in str(line[0])]
+    assert not any("ADMM" in line for line in summary(Results(MODEL, paper)).missing)
+    with_it, without = (all_claims(Results(MODEL, found))[0] for found in ([*paper, other], paper))
+    assert with_it == without
+    assert with_it.verdict.startswith("holds")
+    assert "3 other methods" in with_it.claim
 
 
 def test_the_headline_is_where_most_methods_are_if_not_at_the_usual_sparsity() -> None:
@@ -113,6 +126,19 @@ def test_outlier_rows_that_keep_the_budget_stand_beside_those_without() -> None:
     table = outliers(Results(MODEL, [*seeds((90.0, 91.0, 92.0), pattern="2:4"), *lower])).tables[0]
     assert column(table, "verdict") == ["<"]
     assert column(table, "difference") == ["−10.00"]
+
+
+def test_rows_of_another_scope_stand_beside_the_methods_own_and_in_no_other_section() -> None:
+    own = seeds((50.0, 51.0, 52.0))
+    results = Results(MODEL, [*own, *seeds((44.0, 45.0, 46.0), scope="row")])
+    table = scope(results).tables[0]
+    assert column(table, "scope") == ["row"]
+    assert column(table, "method") == ["Thanos budget per row"]
+    assert column(table, "difference") == ["−6.00"]
+    assert column(table, "verdict") == ["<"]
+    assert [row.scope for row in results.rows] == [None]
+    assert [row.value("perplexity") for row in headline_rows(results, "unstructured")] == [51.0]
+    assert not scope(Results(MODEL, own)).tables
 
 
 def test_the_recommended_alpha_is_the_smallest_within_the_noise_of_the_best() -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
 from torch import Tensor, nn
 
+from thanos.engine.block_error import BlockErrors, BlockMeter
+from thanos.engine.dense_stream import DenseStream
 from thanos.engine.inputs import EngineInputs
 from thanos.engine.output import Output
 from thanos.engine.records import LayerRecord
+from thanos.engine.tuning_record import TuningRecord
 from thanos.events import Event, Phase
 from thanos.model.layers import LinearLayer
 
@@ -39,13 +42,15 @@ class BlockContext:
     Everything runs without gradients. A stage that trains opens ``torch.enable_grad()``, and passes its result to :meth:`put`.
 
     The hidden states of the calibration sequences are the inputs of this block in the model pruned so far: the pruned stream.
-    A dense stream, with the hidden states of the unpruned model, would need a second runner in addition to :attr:`runner`, and
-    its own method like :meth:`batches`.
+    If a layer's repair needs it, there is a dense stream too: the hidden states of the unpruned model, X*, and a dense version
+    of the block, F*, with the weights of the checkpoint. A stage must not modify a parameter in place: the dense version may
+    share its memory.
 
     Args:
         inputs: the engine's inputs.
         output: writer of finished tensors.
         index: index of the block; None for the modules after the blocks.
+        dense_stream: the dense stream; None if no layer here or later needs it.
 
     Attributes:
         index: see above.
@@ -53,25 +58,41 @@ class BlockContext:
         layers: the layers to prune here, each with its settings.
         runner: forward passes over this process's calibration sequences.
         weights: parameters of the model, by name.
+        prefix: beginning of the names of the block's modules and parameters; empty if ``index`` is None.
+        parameter_names: names of the block's parameters and persistent buffers; empty if ``index`` is None.
         device: device of the weights.
         meter: meter of seconds and peak memory by phase.
         world: the processes that share the work.
+        dense_stream: see above.
+        held_out: indices of this process's sequences that are held out: the last of the run. They choose the dense target and
+            guard the tuning, which must not train on them. With several processes, some have none or nothing else.
+        block_meter: measures the block's error, on the held-out sequences if there are any; None without a dense stream.
+        block_errors: the block's error after each stage so far; None without a dense stream.
         stage: name of the running stage.
         records: layer name → record of each layer pruned so far.
+        tuning: record of the block's tuning; None if it was not tuned.
         notes: warnings that arose here.
         written: names in the checkpoint of the tensors written so far.
     """
 
-    def __init__(self, inputs: EngineInputs, output: Output, index: int | None) -> None:
+    def __init__(
+        self, inputs: EngineInputs, output: Output, index: int | None, dense_stream: DenseStream | None = None
+    ) -> None:
         self.index = index
         self.module: nn.Module = inputs.model if index is None else inputs.blocks[index]
         self.layers = inputs.layers_of(index)
         self.runner, self.weights = inputs.runner, inputs.weights
         self.device, self.meter, self.world = inputs.device, inputs.meter, inputs.world
+        self.dense_stream, self.held_out = dense_stream, inputs.held_out
+        self.block_meter: BlockMeter | None = None
+        self.block_errors: BlockErrors | None = None
         self.stage = ""
         self.records: dict[str, LayerRecord] = {}
+        self.tuning: TuningRecord | None = None
         self.notes: list[str] = []
         self.written: list[str] = []
+        self.prefix = "" if index is None else f"{inputs.blocks_name}.{index}."
+        self.parameter_names = [] if index is None else inputs.block_names(index)
         self._output, self._blocks = output, len(inputs.blocks)
 
     # --- calibration sequences --------------------------------------------------------------------------------------
@@ -83,13 +104,70 @@ class BlockContext:
         """
         return self.runner.batches(size)
 
-    def forward(self, hidden: Tensor, first: int) -> Tensor:
-        """Return the block's outputs, (B, T, d), for inputs (B, T, d) of the sequences from ``first`` on.
+    def pairs(self, size: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yield (index of the batch's first sequence, pruned inputs X̂, dense inputs X*), each (≤ size, T, d), on the device.
+
+        Only with a dense stream. Do not modify the inputs, which may be views of the storage.
+        """
+        dense = self._stream.inputs(size)
+        for (first, hidden), (_, wanted) in zip(self.batches(size), dense, strict=True):
+            yield first, hidden, wanted
+
+    def targets(self, size: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yield (index of the batch's first sequence, pruned inputs X̂, dense outputs F*(X*)), each (≤ size, T, d).
+
+        Only with a dense stream, for decoder blocks. The outputs were computed before the first stage. Do not modify either.
+        """
+        outputs = self._stream.outputs(size)
+        for (first, hidden), (_, wanted) in zip(self.batches(size), outputs, strict=True):
+            yield first, hidden, wanted
+
+    def targets_of(self, batches: Sequence[Sequence[int]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield, for each list of sequences, the block's inputs and the dense block's outputs, both (B, T, d) on the device.
+
+        The same pairs as those of :meth:`targets`, in any order. The next ones are read ahead.
+        """
+        return zip(self.runner.gather(batches), self._stream.gather_outputs(batches), strict=True)
+
+    def forward(self, hidden: Tensor, first: int | Sequence[int]) -> Tensor:
+        """Return the block's outputs, (B, T, d), for inputs (B, T, d) of the sequences from ``first`` on, or of those listed.
 
         The block runs with its present weights. Only for decoder blocks: ``index`` must not be None.
         """
         assert self.index is not None, "what follows the blocks is no block"
         return self.runner.run(self.index, hidden, first)
+
+    def dense_forward(self, hidden: Tensor, first: int) -> Tensor:
+        """Return the dense block's outputs, (B, T, d), for inputs (B, T, d) of the sequences from ``first`` on.
+
+        It has no gradients. Only with a dense stream, for decoder blocks.
+        """
+        assert self.index is not None, "what follows the blocks is no block"
+        return self._stream.run(self.index, hidden, first)
+
+    @property
+    def _stream(self) -> DenseStream:
+        assert self.dense_stream is not None, "no layer's repair needs the dense stream"
+        return self.dense_stream
+
+    def first_sequences(self) -> Tensor:
+        """Return the block's inputs for this process's first sequence, (1, T, d).
+
+        It is the whole first batch, (B, T, d), for a model whose batches must be the same for all blocks.
+        """
+        size = self.runner.settled(self.index) if self.runner.shares and self.index is not None else 1
+        return next(hidden for _, hidden in self.batches(size))
+
+    @property
+    def on_device(self) -> bool:
+        """Whether hidden states of a stream are kept on the device; see :meth:`spill`."""
+        dense = "" if self.dense_stream is None else self.dense_stream.place
+        return "device" in (self.runner.place, dense)
+
+    def spill(self) -> list[str]:
+        """Move the hidden states of both streams off the device; return the notes for the user."""
+        lines = [self.runner.spill(), None if self.dense_stream is None else self.dense_stream.spill()]
+        return [line for line in lines if line is not None]
 
     def observe(self, layers: Sequence[LinearLayer], most: int | None = None) -> Iterator[int]:
         """Run the block on all sequences only for the hooks on ``layers``; yield the number of finished sequences.
@@ -144,6 +222,15 @@ class BlockContext:
     def add_record(self, record: LayerRecord) -> None:
         """Add the record of a pruned layer."""
         self.records[record.name] = record
+
+    def add_choice(self, layers: Sequence[LinearLayer], errors: Mapping[float, float]) -> None:
+        """Add the choice of a dense target to the block's record: the block's error by candidate."""
+        assert self.block_errors is not None
+        choice = {
+            "layers": [layer.name for layer in layers],
+            "errors": {f"{a:g}": error for a, error in errors.items()},
+        }
+        self.block_errors = replace(self.block_errors, choices=[*self.block_errors.choices, choice])
 
     def note(self, message: str, phase: Phase) -> Event:
         """Add a warning for the user; return its event."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,16 +15,19 @@ from torch import Tensor
 from thanos.calibration.statistics import (
     InputGroup,
     Need,
+    Pairs,
     check_finite,
     empty_group,
     gather,
     need_of,
     need_of_all,
-    plan_passes,
-    statistics_budget,
 )
+from thanos.engine.dense_choice import Choice
+from thanos.engine.paired_pass import PairedPass
 from thanos.engine.records import LayerRecord, layer_record
 from thanos.engine.stages.base import BlockContext
+from thanos.engine.stages.prune_order import Plan, Step, plan_of
+from thanos.engine.stages.prune_target import alpha_of, choose_target, is_open, target_of
 from thanos.events import Event
 from thanos.model.layers import LinearLayer
 from thanos.recipe import LayerRecipe
@@ -50,20 +53,26 @@ class PruneStage:
 
     def __call__(self, context: BlockContext) -> Iterator[Event]:
         """See :class:`~thanos.engine.stages.base.BlockStage`."""
-        parts = _parts(context)
-        # All parts of a block must gather statistics with the block's unpruned weights. So with several parts, the pruned
-        # weights are held until the last part is solved. Each layer after the blocks is a part of its own; its inputs come
-        # from the layers already pruned before it.
-        held: dict[str, Tensor] | None = {} if len(parts) > 1 and context.index is not None else None
-        for part in parts:
+        plan = plan_of(context)
+        for step in plan.steps:
+            yield from self._prune_step(context, plan, step)
+
+    def _prune_step(self, context: BlockContext, plan: Plan, step: Step) -> Iterator[Event]:
+        # All parts of a step must gather statistics with the same weights. So with several parts, the pruned weights are held
+        # until the last part is solved. Each layer after the blocks is a step of its own; its inputs come from the layers
+        # already pruned before it.
+        held: dict[str, Tensor] | None = {} if len(step) > 1 else None
+        for part in step:
             yield context.event("phase", "statistics")
             with context.meter.phase("statistics"):
-                groups = yield from self._gather(context, part)
-            yield from self._solve(context, part, groups, held)
+                groups = yield from self._gather(context, plan, part)
+            yield from self._solve(context, plan, part, groups, held)
         for name, weight in (held or {}).items():
             context.place(name, weight)
 
-    def _gather(self, context: BlockContext, layers: list[LinearLayer]) -> Generator[Event, None, list[InputGroup]]:
+    def _gather(
+        self, context: BlockContext, plan: Plan, layers: list[LinearLayer]
+    ) -> Generator[Event, None, list[InputGroup]]:
         """Gather the statistics of layers. If memory runs out, start again with smaller batches."""
         need, sample = self._need(context, layers), -(-ERROR_SEQUENCES // context.world.size)
         if need is Need.NOTHING and not self._samples:
@@ -74,7 +83,12 @@ class PruneStage:
                 if context.index is not None:
                     context.runner.settle_batch(context.index)
                 with gather(layers, need, sample=self._samples) as groups:
-                    for done in context.observe(layers, most):
+                    if plan.pairs(layers):
+                        most = plan.fitted(layers)
+                        passed = PairedPass(context, layers, plan.streams, plan.pairable, groups).run(most)
+                    else:
+                        passed = context.observe(layers, most)
+                    for done in passed:
                         groups.sampling = done < sample
                         yield context.progress("statistics", done, most)
                 return groups
@@ -86,6 +100,7 @@ class PruneStage:
     def _solve(
         self,
         context: BlockContext,
+        plan: Plan,
         layers: list[LinearLayer],
         groups: list[InputGroup],
         held: dict[str, Tensor] | None,
@@ -94,7 +109,10 @@ class PruneStage:
         need = self._need(context, layers)
 
         def empty(members: list[LinearLayer]) -> InputGroup:
-            return empty_group(members, context.device, need, sample=self._samples)
+            group = empty_group(members, context.device, need, sample=self._samples)
+            if plan.pairs(layers) and any(layer.name in plan.pairable for layer in members):
+                group.pairs = Pairs.empty(members, plan.streams, context.device)
+            return group
 
         if context.world.size > 1:
             with context.meter.phase("reduce"):
@@ -103,16 +121,30 @@ class PruneStage:
         groups += [empty([layer]) for layer in layers if layer.name not in seen]
         rank = {layer.name: number for number, layer in enumerate(layers)}
         groups.sort(key=lambda group: min(rank[layer.name] for layer in group.layers))
+        choice = None
+        known: dict[int, InputStatistics | None] = {}
+        opened = [layer for group in groups for layer in group.layers if is_open(context, layer, group)]
+        if opened:
+            yield context.event("phase", "choose")
+            with context.meter.phase("choose"):
+                check_finite(groups)
+                known = {id(group): _statistics(group) for group in groups}
+                choice = choose_target(context, groups, known)
+                context.add_choice(opened, choice.errors)
+            assert context.block_meter is not None
+            for line in context.block_meter.take_notes():
+                yield context.note(line, "choose")
         done = 0
         yield context.event("phase", "solve", total=len(layers))
         with context.meter.phase("solve"):
             while groups:
                 group = groups.pop(0)
-                # Group by group: the error then names a non-finite weight, not the later inputs that it made non-finite.
-                check_finite([group])
-                inputs = _statistics(group)
+                if choice is None:
+                    # Group by group: the error then names a non-finite weight, not the later inputs that it made non-finite.
+                    check_finite([group])
+                inputs = known.pop(id(group)) if id(group) in known else _statistics(group)
                 for layer in group.layers:
-                    record = yield from self._prune_or_spill(context, layer, inputs, group, held)
+                    record = yield from self._prune_or_spill(context, layer, inputs, group, choice, held)
                     context.add_record(record)
                     done += 1
                     error = record.error_after_compensation
@@ -132,20 +164,20 @@ class PruneStage:
         layer: LinearLayer,
         inputs: InputStatistics | None,
         group: InputGroup,
+        choice: Choice | None,
         held: dict[str, Tensor] | None,
     ) -> Generator[Event, None, LayerRecord]:
         """Prune a layer. If memory runs out, move the hidden states off the device and try once more."""
         try:
-            return _prune_layer(context, layer, inputs, group, held)
+            return _prune_layer(context, layer, inputs, group, choice, held)
         except torch.OutOfMemoryError:
             # With several ranks a local retry would desynchronise the collectives.
-            if context.world.size > 1 or context.runner.place != "device":
+            if context.world.size > 1 or not context.on_device:
                 raise
         # Outside the except block: inside it, the error's traceback still refers to the tensors of the failed solve.
-        line = context.runner.spill()
-        assert line is not None
-        yield context.note(line, "solve")
-        return _prune_layer(context, layer, inputs, group, held)
+        for line in context.spill():
+            yield context.note(line, "solve")
+        return _prune_layer(context, layer, inputs, group, choice, held)
 
 
 def sampled_sequences(settings: Iterable[LayerRecipe], measure_error: bool | None) -> int:
@@ -172,14 +204,6 @@ def observed_fractions(
     return 1.0 if need > Need.NOTHING else sampled, 1.0 if need is Need.GRAM else sampled
 
 
-def _parts(context: BlockContext) -> list[list[LinearLayer]]:
-    """Return the layers in parts; one pass over the sequences gathers the statistics of one part."""
-    layers = list(context.layers)
-    if context.index is None:
-        return [[layer] for layer in layers]
-    return plan_passes(layers, statistics_budget(context.device)) if layers else []
-
-
 def _statistics(group: InputGroup) -> InputStatistics | None:
     """Return the statistics of a group's inputs for the solvers; None if nothing was gathered.
 
@@ -201,18 +225,28 @@ def _prune_layer(
     layer: LinearLayer,
     inputs: InputStatistics | None,
     group: InputGroup,
+    choice: Choice | None,
     held: dict[str, Tensor] | None,
 ) -> LayerRecord:
     """Prune one layer and write it to the output. Set the block's weight too, or store it in ``held`` if there is one."""
     settings, name = context.layers[layer], layer.weight_name
+    alpha = alpha_of(context, layer, group, choice)
     began = time.perf_counter()
     stored = context.weights.stored(name)
-    pruned = prune_layer(layer.oriented(stored), inputs, settings, name=layer.name, row_shards=context.world)
+    pruned = prune_layer(
+        layer.oriented(stored),
+        inputs,
+        settings,
+        name=layer.name,
+        row_shards=context.world,
+        retarget=None if alpha is None else target_of(layer, group, alpha),
+    )
     result = layer.oriented(pruned.weight).contiguous()
     # No synchronisation needed: the errors are on the host, so the device is done.
     seconds = time.perf_counter() - began
     measured = 0 if group.gram is None else group.gram.tokens
     record = layer_record(layer, pruned, inputs, settings, stored.dtype, group.tokens, measured, seconds)
+    record = replace(record, dense_target=alpha)
     if held is None:
         context.put(name, result)
     else:

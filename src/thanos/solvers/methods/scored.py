@@ -8,10 +8,10 @@ from thanos.solvers.problem import Problem, Solution
 
 
 def magnitude(problem: Problem) -> Solution:
-    """Remove the smallest |W_ij| of the layer (Han et al., 2015); whole columns by their sums of |W_ij|."""
+    """Remove the smallest |W_ij| (Han et al., 2015), of the layer by default; whole columns by their sums of |W_ij|."""
     return problem.without(problem.choose(torch.abs))
 
 
 def wanda(problem: Problem) -> Solution:
-    """Remove the smallest |W_ij|·‖X_j‖₂ of each output row (Sun et al., 2023); whole columns by their sums."""
-    return problem.without(problem.choose(lambda weight: weight.abs() * problem.norms, by_row=True))
+    """Remove the smallest |W_ij|·‖X_j‖₂ (Sun et al., 2023), of each output row by default; whole columns by their sums."""
+    return problem.without(problem.choose(lambda weight: weight.abs() * problem.norms))

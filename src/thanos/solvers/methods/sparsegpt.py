@@ -7,6 +7,8 @@ rounding, the result equals that of the column-by-column recursion.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,8 @@ from thanos.solvers.cost import Cost, Size, block_update, scoring
 from thanos.solvers.kernels import solve as kernels
 from thanos.solvers.masking import clear_
 from thanos.solvers.problem import Problem, Solution
-from thanos.solvers.selection import KernelSearch, group_mask
+from thanos.solvers.row_selection import group_mask, smallest_of_rows
+from thanos.solvers.selection import KernelSearch
 
 _PANEL = 16
 """Columns of a panel, which are updated column by column. A wider panel leaves less work to matrix products."""
@@ -49,15 +52,20 @@ def _scores(problem: Problem, weight: Tensor, start: int) -> Tensor:
     return (weight * _reciprocals(problem)[start : start + weight.shape[1]]).abs_()
 
 
-def _block_mask(problem: Problem, weight: Tensor, start: int, count: int, search: KernelSearch) -> Tensor:
-    """Return the mask, (c, k) bool, of the ``count`` entries of a block with the least cost, over all processes."""
+def _block_mask(problem: Problem, weight: Tensor, start: int, count: Tensor, search: KernelSearch) -> Tensor:
+    """Return the mask, (c, k) bool, of the entries of a block with the least cost: ``count`` of them.
+
+    ``count`` is a number for all rows of all processes, (1,) on the CPU, or one for each row, (c,).
+    """
+    stop = start + weight.shape[1]
+    zeros = None if problem.some_zeros is None else problem.some_zeros[:, start:stop]
+    if problem.by_row:
+        return smallest_of_rows(weight, _reciprocals(problem)[start:stop], zeros, count, stop - start)
     if kernels.usable(weight):
-        stop = start + weight.shape[1]
-        zeros = None if problem.some_zeros is None else problem.some_zeros[:, start:stop]
-        wanted = torch.full((), count, dtype=torch.int64, device=weight.device)
+        wanted = torch.full((), int(count), dtype=torch.int64, device=weight.device)
         return search.smallest(weight, _reciprocals(problem)[start:stop], zeros, wanted)
     scores = problem.mark_zeros(_scores(problem, weight, start), start)
-    return problem.smallest(scores, count)
+    return problem.smallest(scores, int(count))
 
 
 def _reciprocals(problem: Problem) -> Tensor:
@@ -66,24 +74,41 @@ def _reciprocals(problem: Problem) -> Tensor:
     return problem.upper.diagonal().reciprocal().masked_fill_(problem.inputs.dead, 0.0)
 
 
-def _block_budgets(problem: Problem) -> dict[int, int]:
-    """Return the number of entries to remove from each block, by the block's first column; together exactly the budget.
+def _block_budgets(problem: Problem) -> dict[int, Tensor]:
+    """Return the number of entries to remove from each block, by the block's first column; see :func:`_block_mask`.
+
+    The numbers of all blocks add up to the budget: of all rows, or of each row by its scores before the first block.
+    """
+    columns = problem.weight.shape[1]
+    if problem.by_row:
+        budgets = problem.row_budgets(problem.mark_zeros(_scores(problem, problem.weight, 0)))
+        return _split(budgets, problem.zeros, 1, problem.blocks())
+    # The zeros of each column and the number of rows in one tensor, so that one collective sums both.
+    tally = torch.cat([problem.zeros.sum(0), problem.zeros.new_full((1,), problem.weight.shape[0], dtype=torch.int64)])
+    tally = problem.total(tally).cpu()
+    budget = tally[:columns].sum().clamp_min(problem.budget.weights)
+    return _split(budget[None], tally[None, :columns], int(tally[columns]), problem.blocks())
+
+
+def _split(budgets: Tensor, zeros: Tensor, rows: int, blocks: Iterable[tuple[int, int]]) -> dict[int, Tensor]:
+    """Split each of r budgets over the blocks; return the parts, (r,), by the block's first column.
 
     The running total is proportional to the columns passed, with one exception: entries that are zero already come first,
     both those of the block and those further right. A block removes at least its own zeros, which score below all others.
+
+    Args:
+        budgets: the budgets, (r,) int64, each at least the number of its zeros.
+        zeros: number of zeros, or their mask, by budget and column, (r, b).
+        rows: number of rows that share a budget, so that a column holds as many entries of it.
+        blocks: ranges of columns from left to right.
     """
-    columns = problem.weight.shape[1]
-    # The zeros of each column and the number of rows in one tensor, so that one collective sums both.
-    tally = torch.cat([problem.zeros.sum(0), problem.zeros.new_full((1,), problem.weight.shape[0], dtype=torch.int64)])
-    *zeros, rows = problem.total(tally).tolist()
-    total = max(problem.budget.weights, sum(zeros))
-    counts, spent = {}, 0
-    for start, stop in problem.blocks():
-        target = total * stop // columns - spent
+    columns, counts, spent = zeros.shape[1], dict[int, Tensor](), torch.zeros_like(budgets)
+    for start, stop in blocks:
+        target = budgets * stop // columns - spent
         # The columns to the right must hold enough entries for the rest of the budget.
-        target = max(target, total - spent - rows * (columns - stop))
-        counts[start] = max(min(target, total - spent - sum(zeros[stop:])), sum(zeros[start:stop]))
-        spent += counts[start]
+        target = target.maximum(budgets - spent - rows * (columns - stop))
+        counts[start] = target.minimum(budgets - spent - zeros[:, stop:].sum(1)).maximum(zeros[:, start:stop].sum(1))
+        spent = spent + counts[start]
     return counts
 
 

@@ -40,6 +40,7 @@ class Row:
     calibration: str | None
     samples: int | None
     sequence_length: int | None
+    scope: str | None
     records: tuple[CellRecord, ...]
     whole: Row | None = None
     kin: tuple[Row, ...] = ()
@@ -55,6 +56,7 @@ class Row:
         parts = [f"α = {self.alpha:g}"] if self.alpha else []
         parts += ["budget kept"] if self.keep_budget and self.alpha else []
         parts += [] if self.has_default_block else [f"B = {self.block_size}"]
+        parts += [f"budget per {self.scope}"] if self.scope else []
         return " ".join([self.name, ", ".join(parts)]).strip()
 
     @property
@@ -91,6 +93,7 @@ class Row:
             self.alpha,
             self.keep_budget,
             self.block_size or 0,
+            self.scope or "",
         )
 
     def mean(self, field: str) -> Number | None:
@@ -166,7 +169,8 @@ class Results:
     """The cells of one model that can be compared: same evaluation and dtype, and rows of the same calibration and damping.
 
     ``left_out`` has the cells that are not compared, see comparable.py. ``variations`` are the rows with another calibration
-    or damping. ``cost_only`` is true if no cell of the model was evaluated, since the study lists the model there.
+    or damping, ``scoped`` those with another scope of the budget than the method's own. ``cost_only`` is true if no cell of the
+    model was evaluated, since the study lists the model there.
 
     Args:
         model: name of the model.
@@ -185,7 +189,9 @@ class Results:
         damping = most_common(_damping_of, cells) or (None,)
         self.base = (*text, *damping)
         base = [row for row in pruned if self._is_base(row)]
-        self.rows = [dataclasses.replace(row, kin=_kin(row, base)) for row in base]
+        base = [dataclasses.replace(row, kin=_kin(row, base)) for row in base]
+        self.rows = [row for row in base if row.scope is None]
+        self.scoped = [row for row in base if row.scope is not None]
         self.variations = [row for row in pruned if not self._is_base(row)]
 
     def _is_base(self, row: Row) -> bool:
@@ -193,9 +199,9 @@ class Results:
         return all(value is None or value == wanted for value, wanted in zip(own, self.base, strict=True))
 
     def find(self, **settings: Any) -> Row | None:
-        """Return the row with these attributes; None if there is none. Defaults: α = 0 and the default block size."""
+        """Return the row with these attributes, else None. By default α = 0, block size and scope are the method's."""
         wanted = {"alpha": 0.0, **settings}
-        return next((row for row in self.rows if _matches(row, wanted)), None)
+        return next((row for row in (*self.rows, *self.scoped) if _matches(row, wanted)), None)
 
     def select(self, **settings: Any) -> list[Row]:
         """Return the rows with these attributes and any values of the others."""
@@ -213,7 +219,7 @@ def over_common_seeds(*rows: Row, field: str = "perplexity") -> tuple[Row, ...]:
 
 
 def _kin(row: Row, rows: Iterable[Row]) -> tuple[Row, ...]:
-    wanted = {"method": row.method, "pattern": row.pattern, "sparsity": row.sparsity}
+    wanted = {"method": row.method, "pattern": row.pattern, "sparsity": row.sparsity, "scope": row.scope}
     return tuple(other for other in rows if _matches(other, wanted, any_block=True))
 
 
@@ -224,6 +230,8 @@ def models_of(records: Iterable[CellRecord]) -> list[str]:
 
 def _matches(row: Row, wanted: dict[str, Any], *, any_block: bool = False) -> bool:
     if "block_size" not in wanted and not any_block and not row.has_default_block:
+        return False
+    if "scope" not in wanted and row.scope is not None:
         return False
     return all(_equal(getattr(row, name), value) for name, value in wanted.items())
 
@@ -250,6 +258,7 @@ def row_of(records: Iterable[CellRecord]) -> Row:
         calibration=cell["calibration"],
         samples=cell["samples"],
         sequence_length=cell["sequence_length"],
+        scope=cell.get("scope"),
         records=ordered,
     )
 

@@ -13,7 +13,7 @@ PAPER = "#ffffff"
 STYLES: dict[str, tuple[str, str]] = {row.name: (row.colour, row.marker) for row in registry.METHODS}
 """Method of this package → colour and marker."""
 
-OTHERS: tuple[tuple[str, str], ...] = (("#8a6d00", "v"), ("#56606b", "P"), ("#3d5a99", "X"))
+OTHERS: tuple[tuple[str, str], ...] = (("#6b4f3a", "<"), ("#56606b", "P"), ("#3d5a99", "X"))
 """Styles for methods without their own, assigned in order."""
 
 DARK: dict[str, str] = {
@@ -22,7 +22,7 @@ DARK: dict[str, str] = {
     GRID: "#333a42",
     PAPER: "#14171a",
     **{row.colour: row.dark_colour for row in registry.METHODS},
-    "#8a6d00": "#e3c04f",
+    "#6b4f3a": "#cfae94",
     "#56606b": "#b4bec8",
     "#3d5a99": "#9db8f2",
 }

@@ -11,6 +11,7 @@ from thanos.study.report.sections.fairness import fairness
 from thanos.study.report.sections.noise import noise
 from thanos.study.report.sections.outliers import outliers
 from thanos.study.report.sections.paper import perplexity_table, zero_shot_table
+from thanos.study.report.sections.scope import scope
 from thanos.study.report.sections.summary import summary
 from thanos.study.report.sections.where import where
 
@@ -19,6 +20,7 @@ MODEL_SECTIONS = (
     claims,
     fairness,
     outliers,
+    scope,
     alpha,
     blocks,
     cost,

@@ -17,6 +17,7 @@ from thanos.study.report.sections.common import (
     headline_sparsity,
 )
 from thanos.study.report.sections.cost import noise_of_seconds, on_device, usual_device
+from thanos.study.report.sections.summary import METHODS
 from thanos.study.report.tables import Cell, Table, columns, text
 
 _ORDER = ("better", "tie", "worse")
@@ -81,7 +82,8 @@ def _lowest(results: Results, pattern: str, field: str = "perplexity") -> Claim:
     label = rows[0].pattern_label if rows else f"{pattern} 50 %"
     what = "lower perplexity" if field == "perplexity" else "higher zero-shot average"
     own = next((row for row in rows if row.method == "thanos" and row.mean(field)), None)
-    others = [row for row in rows if own and row is not own and comparable(row, own) and verdict(own, row, field)]
+    others = [row for row in rows if own and row is not own and row.method in METHODS and comparable(row, own)]
+    others = [row for row in others if own and verdict(own, row, field)]
     if own is None or not others:
         return Claim(f"{label}: {what} than another method", _WORDS[""], ())
     claim = f"{label}: {what} than {counted([row.name for row in others], 'other method')}"

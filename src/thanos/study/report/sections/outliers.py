@@ -19,7 +19,8 @@ def outliers(results: Results) -> Section:
     section.prose.append(
         (
             "With the budget kept, the other rows are pruned harder until the total is met: unstructured and columns raise "
-            "their sparsity; for n:m, the 2α rows of least output energy keep half the non-zeros (1:4 in a 2:4 model). "
+            "their sparsity; for n:m, the 2α rows of smallest squared output norm keep half the non-zeros (1:4 in a 2:4 "
+            "model). "
             "Only rows of equal measured sparsity are compared.",
         )
     )

@@ -23,7 +23,8 @@ from thanos.study.report.tables import Line, Table, measures, table
 _FIELDS = ("perplexity", "kl_divergence", "top1_agreement", "zero_shot", "zero_shot_stderr", "layer_error", "seconds")
 _RANKED = ("perplexity", "kl_divergence", "top1_agreement", "zero_shot", "layer_error")
 
-METHODS = tuple(row.name for row in registry.METHODS)
+METHODS = tuple(row.name for row in registry.METHODS if row.in_paper)
+"""The methods that the paper compares."""
 
 
 def summary(results: Results) -> Section:

@@ -26,7 +26,10 @@ def where(results: Results) -> Section:
         section.missing.append("a headline cell of Thanos")
         return section
     section.prose.append(
-        ("Thanos, first seed of each pattern. Relative error is the share of a layer's output energy that changed.",)
+        (
+            "Thanos, first seed of each pattern. Relative error is the squared norm of the change of a layer's output, "
+            "relative to that of the output.",
+        )
     )
     lines: dict[str, list[Line]] = {}
     even: list[tuple[str, Number, Number]] = []

@@ -1,0 +1,78 @@
+"""``thanos recover``: train a pruned model with its zeros fixed, towards its dense parent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from thanos.cli.options import JsonFile, Quiet, Threads, examples, given, option, use_threads, with_settings
+from thanos.recovery.recipe import RecoveryRecipe
+from thanos.settings import Heading, settings_of
+
+EXAMPLES = examples(
+    (
+        "Recover what prune wrote, on the same text",
+        "thanos recover pruned recovered --dense meta-llama/Llama-3.2-1B",
+    ),
+    (
+        "Train longer on your own text, with less memory",
+        "thanos recover pruned recovered --dense ./model --calibration text.jsonl --epochs 20 --micro-batch 1",
+    ),
+)
+
+
+@with_settings(*settings_of(RecoveryRecipe), owner=RecoveryRecipe)
+def recover(
+    pruned: Annotated[
+        str, typer.Argument(metavar="OUT", help="The pruned model: a folder or a hub name.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT2", help="The folder to write; appears when it is complete.")],
+    *,
+    dense: Annotated[
+        str,
+        option("The model that OUT was pruned from", Heading.RECOVERY, "MODEL", default="none, it must be given"),
+    ],
+    threads: Threads = None,
+    resume: Annotated[
+        bool,
+        option(
+            "Continue the interrupted run of this command; also allowed if none was begun or it is complete",
+            Heading.RUN,
+            None,
+            "--resume",
+            default="refuse to",
+        ),
+    ] = False,
+    overwrite: Annotated[
+        bool,
+        option(
+            "Replace OUT2, and start an interrupted run over", Heading.OUTPUT, None, "--overwrite", default="refuse to"
+        ),
+    ] = False,
+    json_file: JsonFile = None,
+    quiet: Quiet = False,
+    **settings: Any,
+) -> None:
+    """Train the surviving weights of OUT towards the dense model, its zeros fixed, and write the result to OUT2."""
+    recipe = RecoveryRecipe(**given(settings))
+    use_threads(threads)
+    from thanos.cli import interrupts as ending
+    from thanos.cli import output as tables
+    from thanos.cli import progress as display
+    from thanos.cli import torchrun as ranks
+
+    display.hush()
+    tables.check_writable(json_file)
+    import thanos
+    from thanos.recovery.states import RecoveryFolder
+
+    work = RecoveryFolder(out)
+    complete = resume and not overwrite and work.is_complete
+    with ending.resumable(work), display.watch(quiet=quiet or not ranks.is_first()) as watcher:
+        report = thanos.recover(
+            pruned, out, dense=dense, recipe=recipe, overwrite=overwrite, resume=resume, on_event=watcher
+        )
+    if ranks.is_first():
+        tables.show_recovery(report, out, json_file, complete=complete)

@@ -1,0 +1,100 @@
+"""The error of a block: how far its outputs are from those of the dense block in the dense model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thanos.engine.block_runner import Passes
+from thanos.engine.dense_stream import DenseStream
+from thanos.engine.distributed import World
+from thanos.engine.weights import ModelWeights
+
+INHERITED = "dense"
+"""Name of the first entry of :attr:`BlockErrors.errors`: the block is dense, but its inputs are those of the pruned model."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockErrors:
+    """The error of one block after each stage.
+
+    The error is ‖F(X̂) − F*(X*)‖² / ‖F*(X*)‖², F and X̂ of the model pruned so far, F* and X* of the dense model.
+
+    Attributes:
+        block: index of the block.
+        held_out: whether the sequences are held out; otherwise the statistics were gathered on them, too.
+        tokens: number of tokens of the sequences.
+        errors: name of the stage → error after it; first ``dense``, before all stages.
+        choices: each choice of a dense target, in order: ``layers``, the names of the layers, and ``errors``, the block's error
+            with stand-ins by candidate, as text; see :mod:`thanos.engine.dense_choice`.
+    """
+
+    block: int
+    held_out: bool
+    tokens: int
+    errors: dict[str, float] = field(default_factory=dict)
+    choices: list[dict[str, Any]] = field(default_factory=list)
+
+
+class BlockMeter:
+    """Measures the error of one block on some sequences of each process.
+
+    Args:
+        runner: the pruned stream.
+        dense: the dense stream; the outputs of the block are known.
+        weights: the model's parameters.
+        world: the processes of the run.
+        index: index of the block.
+        sequences: indices of this process's sequences to measure on, consecutive.
+
+    Attributes:
+        tokens: number of tokens of the sequences of all processes; 0 before the first measurement.
+    """
+
+    def __init__(
+        self, runner: Passes, dense: DenseStream, weights: ModelWeights, world: World, index: int, sequences: range
+    ) -> None:
+        self._runner, self._dense, self._weights, self._world = runner, dense, weights, world
+        self._index, self._sequences = index, sequences
+        self.tokens, self._notes = 0, list[str]()
+
+    def take_notes(self) -> list[str]:
+        """Return the warnings that arose, once."""
+        notes, self._notes = self._notes, []
+        return notes
+
+    @torch.no_grad()
+    def error(self, values: Mapping[str, Tensor] | None = None) -> float:
+        """Return the block's relative squared error over the sequences of all processes.
+
+        Args:
+            values: parameters that are used in place of the present ones.
+        """
+        while True:
+            try:
+                with self._weights.replaced(values or {}):
+                    sums = self._sums()
+                break
+            except torch.OutOfMemoryError as error:
+                self._notes.append(self._runner.halve(error))
+        lost, whole, sequences = self._world.sum_(sums).tolist()
+        self.tokens = round(sequences) * self._runner.shape[1]
+        return lost / whole if whole else 0.0
+
+    def _sums(self) -> Tensor:
+        """Return ‖F(X̂) − F*(X*)‖² and ‖F*(X*)‖² over this process's sequences, and their number, (3,) float64."""
+        runner, size = self._runner, self._runner.settled(self._index)
+        sums = torch.zeros(3, dtype=torch.float64, device=runner.device)
+        sums[2] = len(self._sequences)
+        begin, end = self._sequences.start, self._sequences.stop
+        pairs = zip(runner.batches(size, begin, end), self._dense.outputs(size, begin, end), strict=True)
+        for (first, hidden), (_, wanted) in pairs:
+            outputs = runner.run(self._index, hidden, first).to(torch.float32)
+            wanted = wanted.to(torch.float32)
+            change = (outputs - wanted).square_().sum(-1, dtype=torch.float64).sum()
+            sums[:2] += torch.stack([change, wanted.square().sum(-1, dtype=torch.float64).sum()])
+        return sums

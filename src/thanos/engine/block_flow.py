@@ -1,0 +1,210 @@
+"""The order of the data inside a block: which layers depend on which, and which write into the residual stream.
+
+Both are found by running the block on one sequence, never from names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from thanos.model.layers import LinearLayer
+
+Run = Callable[[], Tensor]
+"""Runs the block on one sequence with its present weights; returns its outputs, (1, T, d)."""
+
+BLOCK_INPUT = ""
+"""The name of a residual stream that is the block's own input."""
+
+_TOKENS = 16
+"""Tokens that are compared: a sum of other tensors does not equal a tensor in 16 rows of d numbers by chance."""
+
+
+# --- layers that depend on each other -------------------------------------------------------------------------------------
+
+
+def levels(run: Run, layers: Sequence[LinearLayer]) -> dict[str, int]:
+    """Return layer name → level. A layer's input depends on outputs of layers of lower levels alone.
+
+    Level 0 depends on the block's input alone: q, k and v. A level more for each layer on the way: o, then gate and up, then
+    down. Each layer's output is made a leaf of autograd's graph. So the gradient of another layer's input exists only for the
+    layers that it depends on directly.
+
+    Layers in the same place of the experts of one mixture have one level. A layer that the sequence does not reach has the
+    level of its place, else the highest. If autograd cannot follow the block, every input is a level of its own, in the order
+    of calls.
+
+    Args:
+        run: runs the block.
+        layers: linear layers of the block.
+    """
+    places = _places(layers)
+    trace = _Trace(places)
+    try:
+        with torch.enable_grad(), trace.follow(layers):
+            run()
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        trace = _Trace(places, differentiates=False)
+        with torch.no_grad(), trace.follow(layers):
+            run()
+    found = trace.levels
+    known = {places.get(name, name): level for name, level in found.items()}
+    last = max(found.values(), default=0)
+    return {layer.name: known.get(places.get(layer.name, layer.name), last) for layer in layers}
+
+
+@dataclass(slots=True)
+class _Trace:
+    """The levels of the layers that were called so far.
+
+    Attributes:
+        places: see :func:`_places`.
+        differentiates: whether autograd says what depends on what.
+        levels: layer name → level.
+    """
+
+    places: Mapping[str, str]
+    differentiates: bool = True
+    levels: dict[str, int] = field(default_factory=dict)
+    _of_place: dict[str, int] = field(default_factory=dict)
+    _leaves: list[tuple[Tensor, int]] = field(default_factory=list)
+    _inputs: list[tuple[Tensor, int]] = field(default_factory=list)
+
+    @contextmanager
+    def follow(self, layers: Sequence[LinearLayer]) -> Iterator[None]:
+        """While open, determine the levels of ``layers`` as they are called."""
+
+        def enter(name: str) -> Callable[..., None]:
+            def see(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+                place = self.places.get(name, name)
+                if place not in self._of_place:
+                    self._of_place[place] = self._level(args[0])
+                self.levels[name] = self._of_place[place]
+
+            return see
+
+        def leave(name: str) -> Callable[..., Tensor]:
+            def see(_: nn.Module, args: Any, output: Tensor) -> Tensor:
+                if not self.differentiates:
+                    return output
+                leaf = output.detach().requires_grad_()
+                self._leaves.append((leaf, self.levels[name]))
+                return leaf.clone()  # a leaf could not be modified in place
+
+            return see
+
+        handles = [layer.module.register_forward_pre_hook(enter(layer.name)) for layer in layers]
+        handles += [layer.module.register_forward_hook(leave(layer.name)) for layer in layers]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _level(self, inputs: Tensor) -> int:
+        for known, level in self._inputs:
+            if known is inputs:
+                return level
+        level = self._after(inputs) if self.differentiates else len(self._inputs)
+        self._inputs.append((inputs, level))
+        return level
+
+    def _after(self, inputs: Tensor) -> int:
+        if not inputs.requires_grad or not self._leaves:
+            return 0
+        leaves = [leaf for leaf, _ in self._leaves]
+        gradients = torch.autograd.grad(inputs.sum(), leaves, retain_graph=True, allow_unused=True)
+        found = zip(gradients, self._leaves, strict=True)
+        return 1 + max((level for gradient, (_, level) in found if gradient is not None), default=-1)
+
+
+def _places(layers: Iterable[LinearLayer]) -> dict[str, str]:
+    """Return name of an expert's layer → its place: the same text for the same layer of all experts of a mixture."""
+    places: dict[str, str] = {}
+    counts: dict[str, int] = {}
+    for layer in layers:
+        if layer.expert:
+            place = counts.get(layer.expert, 0)
+            places[layer.name], counts[layer.expert] = f"{layer.expert.rpartition('.')[0]} {place}", place + 1
+    return places
+
+
+# --- layers that write into the residual stream ---------------------------------------------------------------------------
+
+
+def residual_streams(run: Run, hidden: Tensor, block: nn.Module, layers: Sequence[LinearLayer]) -> dict[str, str]:
+    """Return, for each layer that writes into the residual stream, the module whose input is the stream before the layer.
+
+    A layer does if its output plus a tensor r that was known before equals a later module's input, or the block's output. r is
+    the block's input or the input of an earlier module. A layer whose output is scaled, normalised or added to others first
+    is not found.
+
+    Args:
+        run: runs the block.
+        hidden: the block's input, (1, T, d).
+        block: the block.
+        layers: linear layers of the block.
+
+    Returns:
+        Layer name → name of a module within the block, or :data:`BLOCK_INPUT`.
+    """
+    known: list[tuple[str, Tensor]] = [(BLOCK_INPUT, _few(hidden))]
+    outputs: dict[str, tuple[int, Tensor]] = {}  # layer → number of tensors known before it ended, its output
+
+    def enter(name: str) -> Callable[..., None]:
+        def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            first = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+            if first is not None and _alike(first, hidden):
+                known.append((name, _few(first)))
+
+        return see
+
+    def leave(name: str) -> Callable[..., None]:
+        def see(_: nn.Module, args: Any, output: Tensor) -> None:
+            if _alike(output, hidden):
+                outputs[name] = len(known), _few(output)
+
+        return see
+
+    handles = [
+        module.register_forward_pre_hook(enter(name), with_kwargs=True)
+        for name, module in block.named_modules()
+        if name and not any(module is layer.module for layer in layers if layer.expert)
+    ]
+    handles += [layer.module.register_forward_hook(leave(layer.name)) for layer in layers if not layer.expert]
+    try:
+        with torch.no_grad():
+            known.append((BLOCK_INPUT, _few(run())))
+    finally:
+        for handle in handles:
+            handle.remove()
+    found: dict[str, str] = {}
+    for name, (count, output) in outputs.items():
+        if output.any():
+            with suppress(StopIteration):
+                found[name] = next(_sources(known[:count], known[count:], output))
+    return found
+
+
+def _sources(before: list[tuple[str, Tensor]], after: list[tuple[str, Tensor]], output: Tensor) -> Iterator[str]:
+    """Yield the names of the tensors r in ``before`` whose sum with ``output`` is one of ``after``."""
+    for name, stream in before:
+        total = stream + output
+        if any(torch.equal(total, later) for _, later in after):
+            yield name
+
+
+def _alike(states: Tensor, hidden: Tensor) -> bool:
+    """Return whether a tensor has a row of the same width for each token; some blocks join the sequences of a batch."""
+    return states.numel() == hidden.numel() and states.shape[-1] == hidden.shape[-1]
+
+
+def _few(states: Tensor) -> Tensor:
+    return states.reshape(-1, states.shape[-1])[:_TOKENS].clone()

@@ -1,0 +1,58 @@
+"""Passes that are run only for hooks on some layers: they end where the rest of the block would be discarded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from thanos.engine.block_calls import stop
+from thanos.model.layers import LinearLayer
+
+
+@contextmanager
+def stopping_at(layer: LinearLayer) -> Iterator[Callable[[], None]]:
+    """End every pass at the input of ``layer``. Hooks that were registered before still see it.
+
+    Yields:
+        A function that does nothing, as :func:`stopping_after` yields one.
+    """
+    handle = layer.module.register_forward_pre_hook(lambda *_: stop())
+    try:
+        yield lambda: None
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def stopping_after(layers: Sequence[LinearLayer]) -> Iterator[Callable[[], None]]:
+    """Record in the first batch which layer is called last, and end later batches at its input.
+
+    Later batches end early only if the first one called every layer exactly once and no layer belongs to an expert, whose
+    calls depend on the tokens. Otherwise another layer with a hook may be called after that point.
+
+    Yields:
+        A function to call after each batch.
+    """
+    called: list[str] = []
+    handles = [
+        layer.module.register_forward_pre_hook(lambda *_, layer=layer: called.append(layer.name)) for layer in layers
+    ]
+    learned = False
+
+    def batch_ended() -> None:
+        nonlocal learned
+        if learned:
+            return
+        learned = True
+        while handles:
+            handles.pop().remove()
+        experts = any(layer.expert for layer in layers)
+        if called and not experts and len(called) == len(layers) and set(called) == {layer.name for layer in layers}:
+            last = next(layer for layer in layers if layer.name == called[-1])
+            handles.append(last.module.register_forward_pre_hook(lambda *_: stop()))
+
+    try:
+        yield batch_ended
+    finally:
+        for handle in handles:
+            handle.remove()

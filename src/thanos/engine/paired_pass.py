@@ -1,0 +1,161 @@
+"""A pass over two streams: statistics of a block's layers with the dense model's inputs beside those of the pruned model.
+
+Each batch runs through the pruned block and then, for the same sequences, through the dense block. The products of both inputs
+are added at once, so that the inputs of one batch alone are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from thanos.calibration.statistics import Gathered, InputGroup, Pairs
+from thanos.engine.block_flow import BLOCK_INPUT
+from thanos.engine.early_end import stopping_after, stopping_at
+from thanos.engine.routing import Routing
+from thanos.model.layers import LinearLayer
+
+if TYPE_CHECKING:
+    from thanos.engine.stages.base import BlockContext
+
+
+class PairedPass:
+    """Runs a block over both streams for the hooks on its layers, or the modules after the blocks for those on one of them.
+
+    Open :func:`~thanos.calibration.statistics.gather` before it: the pass adds :class:`~thanos.calibration.statistics.Pairs` to
+    its groups.
+
+    Args:
+        context: the context of the block, with a dense stream.
+        layers: layers whose statistics are gathered.
+        streams: layer that writes into the residual stream → module whose input is the stream before it; see
+            :func:`~thanos.engine.block_flow.residual_streams`.
+        pairable: names of the layers that need products with the dense model's inputs.
+        groups: the groups of the layers.
+    """
+
+    def __init__(
+        self,
+        context: BlockContext,
+        layers: Sequence[LinearLayer],
+        streams: Mapping[str, str],
+        pairable: Collection[str],
+        groups: Gathered,
+    ) -> None:
+        assert context.dense_stream is not None
+        self._runner, self._dense, self._index = context.runner, context.dense_stream, context.index
+        self._block, self._layers, self._groups, self._pairable = context.module, list(layers), groups, pairable
+        self._routing = Routing(context.module)
+        self._streams = {layer.name: streams[layer.name] for layer in layers if layer.name in streams}
+        self._inputs: dict[str, list[Tensor]] = {}  # group's first layer → its inputs in this batch, in order
+        self._calls: dict[str, int] = {}  # group's first layer → its calls by the dense block in this batch
+        self._residuals: list[dict[str, Tensor]] = [{}, {}]  # of the pruned and of the dense block: module → its input
+        self._on_dense = False
+
+    def run(self, end: int) -> Iterator[int]:
+        """Run this process's sequences before ``end``; yield the number of finished sequences after each batch.
+
+        Raises:
+            torch.OutOfMemoryError: the device has no room; start again with smaller batches and new groups.
+        """
+        # The modules after the blocks run one sequence at a time.
+        size = 1 if self._index is None else self._runner.settled(self._index)
+        pruned, dense = self._runner.batches(size, 0, end), self._dense.inputs(size, 0, end)
+        with self._hooks(), self._ending() as batch_ended:
+            for (first, hidden), (_, wanted) in zip(pruned, dense, strict=True):
+                self._residuals = [{BLOCK_INPUT: hidden}, {BLOCK_INPUT: wanted}]
+                self._inputs, self._calls = {}, {}
+                with self._routing.record():
+                    self._observe(hidden, first)
+                batch_ended()
+                self._make_room(hidden.device)
+                self._groups.paused = self._on_dense = True
+                try:
+                    with self._dense.weights(), self._routing.replay():
+                        self._observe(wanted, first)
+                finally:
+                    self._groups.paused = self._on_dense = False
+                self._add_residuals()
+                yield min(first + size, end)
+        self._inputs, self._residuals = {}, [{}, {}]
+
+    def _observe(self, hidden: Tensor, first: int) -> None:
+        if self._index is None:
+            self._runner.observe_tail_of(first, hidden)
+        elif self._on_dense:
+            self._runner.observe_other(self._index, hidden, first)
+        else:
+            self._runner.observe_batch(self._index, hidden, first)
+
+    def _ending(self) -> AbstractContextManager[Callable[[], None]]:
+        return stopping_after(self._layers) if self._index is not None else stopping_at(self._layers[0])
+
+    # --- hooks ------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _hooks(self) -> Iterator[None]:
+        handles: list[Any] = []
+        for layer in self._layers:
+            handles.append(layer.module.register_forward_pre_hook(self._at_layer(layer)))
+        for name in set(self._streams.values()) - {BLOCK_INPUT}:
+            module = self._block.get_submodule(name)
+            handles.append(module.register_forward_pre_hook(self._at_stream(name), with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _at_layer(self, layer: LinearLayer) -> Callable[..., None]:
+        def see(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            group = self._groups.of.get(layer.name)
+            if group is None or group.layers[0] is not layer:
+                return
+            if not self._on_dense:
+                self._inputs.setdefault(layer.name, []).append(args[0])
+            elif group.pairs is not None:
+                self._add_cross(group, args[0])
+
+        return see
+
+    def _at_stream(self, name: str) -> Callable[..., None]:
+        def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            value = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+            self._residuals[self._on_dense][name] = value.clone()  # a block may add to it in place
+
+        return see
+
+    # --- products ---------------------------------------------------------------------------------------------------
+
+    def _make_room(self, device: torch.device) -> None:
+        """Allocate the products of the groups that were found in this batch."""
+        for group in self._groups:
+            if group.pairs is None and any(layer.name in self._pairable for layer in group.layers):
+                group.pairs = Pairs.empty(group.layers, self._streams, device)
+
+    def _add_cross(self, group: InputGroup, wanted: Tensor) -> None:
+        assert group.pairs is not None
+        name = group.layers[0].name
+        number = self._calls.get(name, 0)
+        self._calls[name] = number + 1
+        inputs = _rows(self._inputs[name][number])
+        wanted = _rows(wanted)
+        assert wanted.shape == inputs.shape, f"{name} has other tokens in the dense model"
+        group.pairs.cross.add(wanted, inputs)
+
+    def _add_residuals(self) -> None:
+        pruned, dense = self._residuals
+        for name, source in self._streams.items():
+            group = self._groups.of.get(name)
+            if group is None or group.pairs is None:
+                continue
+            (inputs,) = self._inputs[group.layers[0].name]
+            group.pairs.residuals[name].add_difference(_rows(dense[source]), _rows(pruned[source]), _rows(inputs))
+
+
+def _rows(states: Tensor) -> Tensor:
+    return states.reshape(-1, states.shape[-1])

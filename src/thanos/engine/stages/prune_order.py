@@ -1,0 +1,101 @@
+"""The order in which a block's layers are pruned: steps in the order of the data, and parts whose statistics fit in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from thanos.calibration.statistics import plan_passes, statistics_budget
+from thanos.engine.block_flow import levels, residual_streams
+from thanos.engine.routing import Routing
+from thanos.engine.stages.base import BlockContext
+from thanos.model.layers import LinearLayer
+from thanos.recipe import LayerRecipe
+from thanos.recipe.repair import AUTO
+
+Step = list[list[LinearLayer]]
+"""Parts of layers. One pass over the sequences gathers the statistics of a part, with the weights before the step."""
+
+_PAIRED_MATRICES = 3
+"""Matrices (b, b) for each input of a layer with a dense target: XᵀX, X*ᵀX̂, and about one for (r* − r̂)ᵀX̂."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The steps of a block.
+
+    Attributes:
+        steps: the steps, in order.
+        streams: layer that writes into the residual stream → module whose input is the stream before it.
+        pairable: names of the layers that have a dense target, for which products with the dense model's inputs exist.
+        chosen: names of those whose target is chosen on held-out sequences.
+        samples: number of this process's sequences.
+        rest: number of them that are not held out.
+    """
+
+    steps: list[Step]
+    streams: Mapping[str, str] = field(default_factory=dict)
+    pairable: Collection[str] = frozenset()
+    chosen: Collection[str] = frozenset()
+    samples: int = 0
+    rest: int = 0
+
+    def pairs(self, layers: Sequence[LinearLayer]) -> bool:
+        """Return whether a layer of a part needs products with the dense model's inputs."""
+        return any(layer.name in self.pairable for layer in layers)
+
+    def fitted(self, layers: Sequence[LinearLayer]) -> int:
+        """Return the number of this process's sequences, from the first, to which the layers of a part are fitted."""
+        return self.rest if any(layer.name in self.chosen for layer in layers) else self.samples
+
+
+def plan_of(context: BlockContext) -> Plan:
+    """Return the steps of a block, or of the layers after the blocks.
+
+    Layers that are not ``sequential`` belong to the first step: their statistics are gathered with all of the block dense.
+    With a dense target but without a dense stream of tokens that pair up, in a list of experts, layers are pruned without it.
+    """
+    layers = list(context.layers)
+    samples, _ = context.runner.shape
+    if context.index is None:
+        targeted = {layer.name for layer in layers if has_target_after_blocks(context.layers[layer])}
+        return Plan([[[layer]] for layer in layers], pairable=targeted, samples=samples)
+    targeted = [layer for layer in layers if context.layers[layer].repair.retargets]
+    routing = Routing(context.module)
+    pairable = {layer.name for layer in targeted if routing.covers(layer)}
+    chosen = {layer.name for layer in targeted if context.layers[layer].repair.dense_target == AUTO} & pairable
+    steps = [
+        plan_passes(step, statistics_budget(context.device), matrices=_PAIRED_MATRICES if pairable else 1)
+        for step in _steps(context, layers)
+    ]
+    return Plan(steps, _streams(context, targeted), pairable, chosen, samples, samples - len(context.held_out))
+
+
+def has_target_after_blocks(settings: LayerRecipe) -> bool:
+    """Return whether a layer after the blocks has a dense target. There is no block whose error could choose it."""
+    return settings.repair.retargets and settings.repair.dense_target != AUTO
+
+
+def _steps(context: BlockContext, layers: list[LinearLayer]) -> list[list[LinearLayer]]:
+    waiting = {layer.name for layer in layers if context.layers[layer].repair.sequential}
+    if not layers or not waiting:
+        return [layers] if layers else []
+    hidden = context.first_sequences()
+    level = context.world.from_first(lambda: levels(lambda: context.forward(hidden, 0), layers))
+    numbers = sorted({level[name] for name in waiting})
+    first = numbers[0]
+    return [
+        [layer for layer in layers if (level[layer.name] if layer.name in waiting else first) == number]
+        for number in numbers
+    ]
+
+
+def _streams(context: BlockContext, targeted: Sequence[LinearLayer]) -> dict[str, str]:
+    if not targeted:
+        return {}
+    hidden = context.first_sequences()
+
+    def find() -> dict[str, str]:
+        return residual_streams(lambda: context.forward(hidden, 0), hidden, context.module, targeted)
+
+    return context.world.from_first(find)

@@ -1,0 +1,198 @@
+"""Tuning of a pruned block with its zeros fixed; see :mod:`thanos.engine.tuning`.
+
+All parameters of the block are tuned: the weights that pruning kept, the weights of layers that were left dense, gains and
+biases. Not tuned are zeros of matrices, routers of a mixture of experts, parameters that another module shares, buffers, and
+the layers whose own ``tune`` is 0. Not tuned at all are models whose blocks leave values for later blocks (Gemma 4).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from thanos.engine.stages.base import BlockContext
+from thanos.engine.tuned_parameters import Tunable
+from thanos.engine.tuning import Tuned, TuningProgress, tune
+from thanos.engine.tuning_passes import Work
+from thanos.engine.tuning_record import TuningRecord
+from thanos.events import Event
+from thanos.model.experts import router_parameters
+
+_SHARES = "the blocks of this model leave values for later blocks, which the batches of tuning would overwrite"
+
+_SEEDS = 1_000_003
+"""A prime above any number of blocks: each recipe seed and block has a seed of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class TuneStage:
+    """Tunes a block towards the outputs of the dense block.
+
+    The number of epochs is the largest ``tune`` of the block's layers; a block without any is left as it is.
+
+    Args:
+        rate: highest learning rate.
+        seed: seed of the recipe.
+        name: name of the stage in the records.
+    """
+
+    rate: float
+    seed: int
+    name: str = "tune"
+
+    def __call__(self, context: BlockContext) -> Iterator[Event]:
+        """See :class:`~thanos.engine.stages.base.BlockStage`."""
+        epochs = epochs_of(context)
+        if context.index is None or not epochs:
+            return
+        began = time.perf_counter()
+        yield context.event("phase", "tune")
+        with context.meter.phase("tune"):
+            if context.runner.shares:
+                tuned = Tuned({}, TuningRecord(reason=_SHARES))
+            else:
+                tuned = yield from self._tune_or_spill(context, epochs)
+            change = sum(
+                _zeros(value) - _zeros(context.weights.parameter(name))
+                for name, value in tuned.values.items()
+                if name.removesuffix(".weight") not in context.records
+            )
+            for name, value in tuned.values.items():
+                context.put(name, value)
+        seconds = time.perf_counter() - began
+        context.tuning = replace(tuned.record, block=context.index, zeros_elsewhere=change, seconds=seconds)
+        if tuned.record.reason:
+            where = f"block {context.index + 1} is left as it was before tuning"
+            yield context.note(f"{where}: {tuned.record.reason}", "tune")
+
+    def _tune_or_spill(self, context: BlockContext, epochs: int) -> Generator[Event, None, Tuned]:
+        """Tune the block. If one sequence does not fit, move the hidden states off the device and start once more."""
+        assert context.index is not None, "what follows the blocks is no block"
+        seed = self.seed * _SEEDS + context.index
+
+        def steps() -> Generator[TuningProgress, None, Tuned]:
+            return tune(_work(context), epochs=epochs, rate=self.rate, seed=seed, world=context.world)
+
+        try:
+            return (yield from _events(context, steps()))
+        except torch.OutOfMemoryError:
+            # With several ranks a local retry would desynchronise the collectives.
+            if context.world.size > 1 or not _on_device(context):
+                raise
+        # Outside the except block: inside it, the error's traceback still refers to the tensors of the failed pass.
+        for line in (context.runner.spill(), context.dense_stream and context.dense_stream.spill()):
+            if line:
+                yield context.note(line, "tune")
+        return (yield from _events(context, steps()))
+
+
+def epochs_of(context: BlockContext) -> int:
+    """Return the number of epochs of a block's tuning; 0 for none."""
+    return max((settings.repair.tune for settings in context.layers.values()), default=0)
+
+
+def _on_device(context: BlockContext) -> bool:
+    streams = (context.runner, context.dense_stream)
+    return any(stream is not None and stream.place == "device" for stream in streams)
+
+
+def tunables(context: BlockContext) -> list[Tunable]:
+    """Return the parameters of a block that are tuned, in the order of the checkpoint's names."""
+    assert context.index is not None, "what follows the blocks is no block"
+    fixed = {layer.weight_name for layer, settings in context.layers.items() if not settings.repair.tune}
+    fixed |= {f"{context.prefix}{name}" for name in router_parameters(context.module)}
+    weights, found = context.weights, []
+    for name in context.parameter_names:
+        value = weights.parameter(name)
+        if name not in fixed and weights.is_own(name) and value.is_floating_point():
+            found.append(Tunable(name, value, weights.stored_dtype(name), sparse=value.dim() > 1))
+    return found
+
+
+def _work(context: BlockContext) -> Work:
+    found = tunables(context)
+    names = {tunable.name for tunable in found}
+    # In training everything is float32. What is not tuned is converted once.
+    others = {
+        name: value.float()
+        for name in context.parameter_names
+        if name not in names and (value := context.weights.parameter(name)).is_floating_point()
+    }
+    held = context.runner.dtype
+
+    def forward(parameters: Mapping[str, Tensor], hidden: Tensor, rows: Sequence[int]) -> Tensor:
+        if hidden.dtype == held:
+            with context.weights.replaced(parameters):
+                return context.forward(hidden, rows)
+        with context.weights.replaced({**others, **parameters}), _float32_arguments(context.module, context.device):
+            return context.forward(hidden, rows)
+
+    counts = torch.tensor([context.runner.shape[0], len(context.held_out)], device=context.device)
+    samples, held_out = context.world.sum_(counts).tolist()
+    return Work(
+        forward=forward,
+        tunables=found,
+        read=context.targets_of,
+        training=range(samples - held_out),
+        held_out=range(samples - held_out, samples),
+        mine=context.world.share(samples),
+        device=context.device,
+    )
+
+
+def _events(context: BlockContext, steps: Generator[TuningProgress, None, Tuned]) -> Generator[Event, None, Tuned]:
+    """Yield an event for each step; return the result."""
+    before: float | None = None
+    length = context.runner.shape[1]
+    while True:
+        try:
+            step = next(steps)
+        except StopIteration as end:
+            return end.value
+        before = step.held_out if before is None else before
+        yield context.event(
+            "progress",
+            "tune",
+            done=step.done,
+            total=step.total,
+            tokens=step.done * length,
+            loss=step.loss,
+            held_out=step.held_out,
+            held_out_before=before,
+        )
+
+
+@contextmanager
+def _float32_arguments(block: nn.Module, device: torch.device) -> Iterator[None]:
+    """On the CPU, convert the block's other arguments, such as positions and masks, to float32 too.
+
+    On CUDA, autocast converts the operands of an operation where they must have equal dtypes.
+    """
+    if device.type == "cuda":
+        yield
+        return
+    handle = block.register_forward_pre_hook(
+        lambda _, args, kwargs: (_float32(args), _float32(kwargs)), with_kwargs=True
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _float32(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.float() if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {name: _float32(item) for name, item in value.items()}
+    return type(value)(map(_float32, value)) if type(value) in (tuple, list) else value
+
+
+def _zeros(value: Tensor) -> int:
+    return value.numel() - int(value.count_nonzero())

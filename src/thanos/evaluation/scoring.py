@@ -1,0 +1,209 @@
+"""Losses of a model on windows of token ids, and their distance to those of the dense model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from thanos.errors import DataError, NumericsError
+from thanos.evaluation.windows import check_window
+from thanos.events import Event
+from thanos.model.attention import fast_attention
+from thanos.model.bos import Bos
+from thanos.model.loading import check_token_ids
+from thanos.system.memory import free_device_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_SCORED_POSITIONS = {"cpu": 256, "cuda": 1024}
+"""Number of positions whose float32 log-probabilities are held at once, by type of device. 1024 positions × a vocabulary of
+256 k take 1 GiB."""
+
+_BATCH_TOKENS = {"cuda": 16384}
+"""Largest number of tokens per forward pass. Other devices take one window at a time, which fills them."""
+
+_LOGITS_SHARE = 0.25
+"""Fraction of the device's free memory that the logits of one batch may take, including the dense model's logits."""
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class Reference:
+    """The windows of a text and the dense model, made once for the evaluation of several models.
+
+    Args:
+        text: source of the text, as the report names it.
+        windows: token ids, (windows, sequence_length) int64, on the CPU; see
+            :func:`~thanos.evaluation.windows.cut_windows`.
+        dense: name of the dense model; None without one.
+        model: the dense model, loaded; None without one.
+        keep_bytes: bytes on the dense model's device for the inputs of its head, one vector per token. If the inputs for all
+            windows fit, they are kept, and only the head runs again for the next model; the results have the same digits.
+            Otherwise the whole dense model runs again.
+        bos: position of the beginning-of-text token in the windows.
+    """
+
+    text: str
+    windows: Tensor
+    dense: str | None = None
+    model: PreTrainedModel | None = None
+    keep_bytes: int = 0
+    bos: Bos = "text"
+    # (index of the first window, number of windows) → the decoder's outputs, of this dense model only.
+    _kept: dict[tuple[int, int], Any] = field(default_factory=dict, init=False, repr=False)
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Refuse windows that the given model or the dense model cannot process.
+
+        Raises:
+            DataError: the windows are longer than a model's number of positions, or hold token ids that it does not embed.
+        """
+        for each in (model, self.model):
+            if each is not None:
+                check_window(self.windows.shape[1], each.config)
+                check_token_ids(self.windows, each)
+
+    def logits(self, first: int, ids: Tensor) -> Tensor | None:
+        """Return the dense model's logits, (n, T, vocabulary), of ``ids``, the n windows (n, T) from index ``first`` on.
+
+        Returns None without a dense model.
+        """
+        if self.model is None:
+            return None
+        decoder, place = self.model.get_decoder(), (first, len(ids))
+        if decoder is self.model:  # the decoder and the head cannot be separated
+            return _logits(self.model, ids)
+        with _watched(decoder, self._kept.get(place)) as outputs:
+            logits = _logits(self.model, ids)
+        if place not in self._kept and len(outputs) == 1:
+            own = _bytes(outputs[0])
+            # Entries for another batch size stay, so what is held can be more than all windows need.
+            held = sum(_bytes(kept) for kept in self._kept.values())
+            if own / len(ids) * len(self.windows) <= self.keep_bytes and held + own <= self.keep_bytes:
+                self._kept[place] = outputs[0]
+        return logits
+
+
+@contextmanager
+def _watched(decoder: nn.Module, kept: Any) -> Iterator[list[Any]]:
+    """Record the outputs of ``decoder``. If ``kept`` is not None, the decoder returns it and computes nothing."""
+    outputs: list[Any] = []
+    original, own = decoder.forward, "forward" in vars(decoder)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        outputs.append(original(*args, **kwargs) if kept is None else kept)
+        return outputs[-1]
+
+    decoder.forward = forward
+    try:
+        yield outputs
+    finally:
+        if own:  # another library had replaced forward on this object
+            decoder.forward = original
+        else:
+            del decoder.forward  # restores the method of the class
+
+
+def _bytes(outputs: Any) -> float:
+    """Return the bytes of a model's outputs; infinity if they are not exactly one tensor."""
+    tensors = [value for value in outputs.values() if value is not None] if isinstance(outputs, dict) else []
+    return tensors[0].nbytes if len(tensors) == 1 and isinstance(tensors[0], Tensor) else math.inf
+
+
+@torch.inference_mode()
+def score(model: PreTrainedModel, reference: Reference, tell: Callable[[Event], None]) -> list[float]:
+    """Return four sums over all predicted tokens: loss, KL divergence, equal most probable tokens, loss of the dense model."""
+    total, length = reference.windows.shape
+    batch = _batch_size(model, reference)
+    sums, done = torch.zeros(4, dtype=torch.float64), 0
+    while done < total:
+        ids = reference.windows[done : done + batch].to(model.device)
+        found = None
+        try:
+            found = _score_batch(model, reference, done, ids)
+        except torch.OutOfMemoryError:
+            if batch == 1:
+                raise
+        if found is None:
+            batch //= 2
+            torch.cuda.empty_cache()  # outside the handler, whose traceback keeps the batch alive
+            continue
+        for index, window in enumerate(found, start=done):
+            if not bool(torch.isfinite(window).all()):
+                raise NumericsError(_complaint(window, index, model.dtype))
+        sums, done = sums + found.sum(0), done + len(ids)
+        tell(Event(kind="progress", phase="evaluate", done=done, total=total, tokens=done * (length - 1)))
+    return sums.tolist()
+
+
+def _complaint(sums: Tensor, index: int, dtype: torch.dtype) -> str:
+    """Return the error message for a window with sums, (4,), that are not all finite."""
+    wide = dtype in (torch.float32, torch.float64)
+    remedy = "its weights may be damaged: download or save it again" if wide else "try --dtype float32"
+    for which, loss in (("model", sums[0]), ("dense model", sums[3])):
+        if not bool(loss.isfinite()):
+            return f"the {which} gives NaN or infinite logits in window {index}; {remedy}"
+    return (
+        f"the KL divergence is infinite in window {index}: the model gives probability 0 (a logit of −∞) to a token that the "
+        f"dense model holds possible; {'' if wide else 'try --dtype float32, or '}leave out --dense"
+    )
+
+
+def _batch_size(model: PreTrainedModel, reference: Reference) -> int:
+    """Return the number of windows per forward pass."""
+    total, length = reference.windows.shape
+    if model.device.type not in _BATCH_TOKENS:
+        return 1
+    window = (
+        length
+        * model.config.get_text_config().vocab_size
+        * model.dtype.itemsize
+        * (1 if reference.model is None else 2)
+    )
+    room = int(_LOGITS_SHARE * free_device_bytes(model.device)) // window
+    return max(1, min(total, _BATCH_TOKENS[model.device.type] // length, room))
+
+
+def _score_batch(model: PreTrainedModel, reference: Reference, first: int, ids: Tensor) -> Tensor:
+    """Return the four sums of each window, (n, 4) float64 on the CPU; ``ids`` (n, T): the windows from index ``first`` on."""
+    logits, dense = _logits(model, ids), reference.logits(first, ids)
+    if dense is not None and dense.shape != logits.shape:
+        raise DataError(
+            f"the dense model predicts {dense.shape[-1]} tokens, the model {logits.shape[-1]}, so they cannot be compared; "
+            "give as --dense the model that this one was pruned from"
+        )
+    length, chunk = ids.shape[1], _SCORED_POSITIONS.get(ids.device.type, _SCORED_POSITIONS["cpu"])
+    found = torch.zeros(len(ids), 4, dtype=torch.float64, device=ids.device)
+    for row in range(len(ids)):
+        for start in range(0, length - 1, chunk):
+            stop = min(start + chunk, length - 1)
+            part = None if dense is None else dense[row, start:stop]
+            found[row] += _score_chunk(logits[row, start:stop], part, ids[row, start + 1 : stop + 1])
+    return found.cpu()
+
+
+def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    with fast_attention(ids.device, model.dtype):
+        return model(input_ids=ids, use_cache=False).logits
+
+
+def _score_chunk(logits: Tensor, dense: Tensor | None, targets: Tensor) -> Tensor:
+    """Return the four sums, (4,) float64, over P positions: logits (P, vocabulary), target token ids (P,)."""
+    log_p = logits.float().log_softmax(-1)
+    loss = F.nll_loss(log_p, targets, reduction="none").double().sum()
+    if dense is None:
+        return torch.stack([loss, *torch.zeros_like(loss).expand(3)])
+    log_q = dense.float().log_softmax(-1)
+    terms = F.kl_div(log_p, log_q, log_target=True, reduction="none")
+    terms = terms.masked_fill_(log_q.isneginf(), 0)  # q log(q/p) is 0 at q = 0, but is computed as 0 · ∞
+    divergence = terms.sum(-1).double().sum()
+    equal = (log_p.argmax(-1) == log_q.argmax(-1)).double().sum()
+    dense_loss = F.nll_loss(log_q, targets, reduction="none").double().sum()
+    return torch.stack([loss, divergence, equal, dense_loss])

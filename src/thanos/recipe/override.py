@@ -1,0 +1,54 @@
+"""Settings of some layers that differ from the recipe's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from thanos.errors import RecipeError
+from thanos.recipe.layer import LAYER_FIELDS
+from thanos.system.suggestions import near
+
+_OTHER_NAMES = {
+    "sequence_length": ("seqlen", "seq_len", "max_length"),
+    "samples": ("nsamples", "n_samples", "num_samples"),
+    "sparsity": ("sparsity_ratio", "ratio"),
+    "damping": ("percdamp", "dampening"),
+    "targets": ("target",),
+    "override": ("overrides",),
+}
+"""Setting → the names that other tools give to it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Override:
+    """Different settings for the layers whose name matches a glob, or ``skip`` to leave these layers dense.
+
+    Args:
+        match: a glob over full module names such as ``model.layers.*.mlp.down_proj`` or ``*.down_proj``.
+        skip: leave these layers dense.
+        settings: fields of :class:`LayerRecipe` → values that replace the recipe's.
+    """
+
+    match: str
+    skip: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.match, str) or not self.match:
+            raise RecipeError(f"an override needs match, a glob over layer names; got {self.match!r}")
+        if not isinstance(self.skip, bool):
+            raise RecipeError(f"skip in the override of {self.match!r} must be true or false; got {self.skip!r}")
+        unknown = sorted(set(self.settings) - set(LAYER_FIELDS))
+        if unknown:
+            raise RecipeError(
+                f"the override of {self.match!r} has unknown settings {', '.join(unknown)}; "
+                f"allowed are skip, {', '.join(LAYER_FIELDS)}{hints(unknown, LAYER_FIELDS)}"
+            )
+
+
+def hints(unknown: Iterable[str], known: Iterable[str]) -> str:
+    """Return the hints for unknown names of settings: the nearest of those ``known``."""
+    known = [*known]
+    return "".join(near(name, known, _OTHER_NAMES) for name in unknown)

@@ -1,0 +1,1 @@
+"""Recovery of a finished pruned model: distillation from its dense parent, with the zeros fixed."""

@@ -1,0 +1,119 @@
+"""The guard of a training: it measures the loss on held-out sequences, and keeps the best state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from thanos.engine.distributed import World
+
+HELD_OUT = "held_out"
+"""Key of the held-out loss in an entry of the history."""
+
+
+class Guard:
+    """The held-out loss over the training, and the step with the smallest one.
+
+    A state is measured as it would be written: its weights rounded to the dtypes of the checkpoint.
+
+    Args:
+        ids: token ids of the held-out sequences, (n, T), on the CPU.
+        dtypes: parameter name → dtype in which the checkpoint stores it.
+        size: number of sequences in a forward pass.
+        device: device of the training.
+        world: the processes; each measures its own part of the sequences.
+        write: function that stores a state, given its step and its tensors by parameter name.
+        history: earlier measurements, of a resumed run.
+
+    Attributes:
+        history: measurements in order: ``step``, ``epoch``, ``loss`` (mean training loss of the epoch, None for step 0) and
+            ``held_out`` (nats a token; None if it is not a number).
+    """
+
+    def __init__(
+        self,
+        ids: Tensor,
+        dtypes: Mapping[str, torch.dtype],
+        size: int,
+        device: torch.device,
+        world: World,
+        write: Callable[[int, Iterator[tuple[str, Tensor]]], None],
+        history: list[dict[str, Any]],
+    ) -> None:
+        self._ids, self._dtypes, self._size, self._device = ids, dtypes, size, device
+        self._world, self._write = world, write
+        self.history = list(history)
+
+    @property
+    def best(self) -> dict[str, Any]:
+        """The measurement with the smallest held-out loss; of equal ones the first. Step 0 is the model before training."""
+        return min(self.history, key=lambda entry: math.inf if entry[HELD_OUT] is None else entry[HELD_OUT])
+
+    def measure(self, module: nn.Module, prefix: str, step: int, epoch: int, loss: float | None) -> dict[str, Any]:
+        """Measure the held-out loss, add it to the history, and store the state if it is the best so far.
+
+        Args:
+            module: the module in training; its forward returns the loss of token ids.
+            prefix: prefix of the parameter names in the module.
+            step: number of finished steps.
+            epoch: number of finished epochs.
+            loss: mean training loss of the epoch.
+
+        Returns:
+            The entry of the history.
+        """
+        parameters = {name: module.get_parameter(f"{prefix}{name}") for name in self._dtypes}
+        with torch.no_grad(), _rounded(parameters, self._dtypes):
+            held_out = self._held_out(module)
+            entry = {
+                "step": step,
+                "epoch": epoch,
+                "loss": loss,
+                HELD_OUT: held_out if math.isfinite(held_out) else None,
+            }
+            self.history.append(entry)
+            if step and self.best is entry and entry[HELD_OUT] is not None:
+                self._write(step, self._tensors(parameters))
+        return entry
+
+    def _held_out(self, module: nn.Module) -> float:
+        """Return the mean loss over all held-out sequences, in nats a token."""
+        share = self._world.share(len(self._ids))
+        # All processes run equally many passes, as sharded weights need: a pass over a foreign sequence has weight 0.
+        passes = math.ceil(math.ceil(len(self._ids) / self._world.size) / self._size)
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        for number in range(passes):
+            first = share.start + number * self._size
+            rows = range(first, min(first + self._size, share.stop))
+            ids = self._ids[rows.start : rows.stop] if len(rows) else self._ids[:1]
+            loss = module(ids.to(self._device)).double()
+            total += len(rows) * loss if len(rows) else 0.0
+        return float(self._world.sum_(total)) / len(self._ids)
+
+    def _tensors(self, parameters: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in parameters.items():
+            yield name, whole(parameter.detach()).to(self._dtypes[name])
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return the whole of a tensor of which each process may hold a shard. All processes must call it."""
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
+
+
+@contextmanager
+def _rounded(parameters: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> Iterator[None]:
+    """Round parameters to the dtypes in which they are stored, and restore them afterwards."""
+    exact = {name: p.detach().clone() for name, p in parameters.items() if dtypes[name] != p.dtype}
+    try:
+        for name in exact:
+            parameters[name].copy_(parameters[name].to(dtypes[name]))
+        yield
+    finally:
+        for name, value in exact.items():
+            parameters[name].copy_(value)

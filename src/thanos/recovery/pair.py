@@ -1,0 +1,202 @@
+"""The pruned model and its dense parent: they are opened, compared, and loaded for training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from thanos.engine.weights import ModelWeights
+from thanos.errors import ModelError
+from thanos.events import Event, Watcher
+from thanos.model.bos import added_bos
+from thanos.model.layers import LinearLayer, linear_layers
+from thanos.model.meta_model import persistent_tensors
+from thanos.model.opening import OpenedModel, open_model
+from thanos.model.source import ModelSource, find_local, resolve_model
+from thanos.patterns.base import STRAY
+
+_LEAST_COSINE = 0.2
+"""Cosine between a child's surviving weights and the parent's at the same positions, below which they count as unrelated.
+Unrelated weights have about 0, weights that were only removed have 1, and updates of the survivors leave it far above this."""
+
+_PROBE = "The quick brown fox jumps over 13 lazy dogs.\n\tÉlan, naïveté — 你好! def f(x): return x**2"
+"""Text that both tokenizers must turn into the same ids: words, digits, white space, other scripts, code."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A pruned model and its dense parent, opened but not loaded.
+
+    Attributes:
+        pruned: the pruned model; its meta model is float32.
+        dense: the dense model.
+        masked: the linear layers of the pruned model whose weights hold zeros.
+        zeros: number of zeros in these weights.
+    """
+
+    pruned: OpenedModel
+    dense: OpenedModel
+    masked: list[LinearLayer]
+    zeros: int
+
+
+def resolve_pair(model: str | Path, dense: str | Path, *, trust_remote_code: bool) -> tuple[ModelSource, ModelSource]:
+    """Find the pruned and the dense model, and compare their tokenizers. No weight is read.
+
+    Raises:
+        ModelError: a model is missing, quantised or not supported; the pruned one is a GGUF file; they are the same; or their
+            tokenizers differ.
+    """
+    source = find_local(model, trust_remote_code=trust_remote_code, what="OUT")
+    if source is not None and source.gguf is not None:
+        raise ModelError(
+            f"OUT {model} is a GGUF file, whose weights are quantised; give the folder of safetensors that prune wrote"
+        )
+    parent = find_local(dense, trust_remote_code=trust_remote_code, what="the dense model")
+    folders = [one.folder.resolve() for one in (source, parent) if one is not None and one.gguf is None]
+    if len(folders) == 2 and folders[0] == folders[1]:
+        raise ModelError(f"--dense {dense} is OUT itself; give the model that OUT was pruned from")
+    source = resolve_model(model, trust_remote_code=trust_remote_code)
+    parent = resolve_model(dense, trust_remote_code=trust_remote_code)
+    _check_tokenizers(source, parent)
+    return source, parent
+
+
+def _check_tokenizers(source: ModelSource, parent: ModelSource) -> None:
+    ours, theirs = source.tokenizer(), parent.tokenizer()
+    why = ""
+    if ours.get_vocab() != theirs.get_vocab():
+        why = f"{len(ours)} and {len(theirs)} entries" if len(ours) != len(theirs) else "entries differ"
+    elif ours(_PROBE)["input_ids"] != theirs(_PROBE)["input_ids"] or added_bos(ours) != added_bos(theirs):
+        why = "they split a text differently"
+    if why:
+        raise _not_parent(source, parent, f"their tokenizers differ ({why})")
+
+
+def open_pair(source: ModelSource, parent: ModelSource, device: torch.device, watch: Watcher, *, look: bool) -> Pair:
+    """Open both models and compare them.
+
+    Args:
+        source: the pruned model.
+        parent: the dense model.
+        device: device of the training. The dense model runs in its own dtype on CUDA and in float32 on a CPU.
+        watch: function that is called with notes and progress events.
+        look: also compare the weights, layer by layer; see :func:`_check_weights`.
+
+    Raises:
+        ModelError: the models do not belong together, or the pruned one has no zeros.
+    """
+    pruned = open_model(source, "float32")
+    dense = open_model(parent, "auto" if device.type == "cuda" else "float32")
+    for note in pruned.notes:
+        watch(Event(kind="note", phase="load", message=f"OUT: {note}"))
+    _check_shapes(pruned, dense)
+    embedding = getattr(pruned.meta_model.get_input_embeddings(), "weight", None)
+    layers = [
+        layer
+        for layer in linear_layers(pruned.meta_model)
+        if layer.weight_name in pruned.key_of and layer.module.get_parameter("weight") is not embedding
+    ]
+    masked, counts = [], []
+    within, total = 0, 0
+    for done, layer in enumerate(layers, 1):
+        zeros = int((pruned.checkpoint.read(pruned.key_of[layer.weight_name]) == 0).sum())
+        if layer.block is not None:
+            within, total = within + zeros, total + layer.shape[0] * layer.shape[1]
+        if zeros:
+            masked.append(layer)
+            counts.append(zeros)
+        watch(Event(kind="progress", phase="load", done=done, total=len(layers)))
+    if within <= STRAY * total:
+        raise ModelError(
+            f"OUT {source.name} has no zeros that could be kept ({within:,} of {total:,} weights of its linear layers); give a "
+            "pruned model"
+        )
+    pair = Pair(pruned, dense, masked, sum(counts))
+    if look:
+        _check_weights(pair)
+    return pair
+
+
+def _check_shapes(pruned: OpenedModel, dense: OpenedModel) -> None:
+    """Refuse a dense model with other parameters. The zeros are positions in its weights, so all shapes must agree."""
+    ours, theirs = (persistent_tensors(opened.meta_model) for opened in (pruned, dense))
+    for own, other, where in ((ours, theirs, "the dense model"), (theirs, ours, "OUT")):
+        missing = [name for name in own if name not in other]
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise _not_parent(pruned.source, dense.source, f"{where} has no {missing[0]}{more}")
+    for name, tensor in ours.items():
+        if tensor.shape != theirs[name].shape:
+            shapes = f"{list(tensor.shape)} in OUT and {list(theirs[name].shape)} in the dense model"
+            raise _not_parent(pruned.source, dense.source, f"{name} has shape {shapes}")
+
+
+def _check_weights(pair: Pair) -> None:
+    """Refuse a dense model whose weights do not explain those of the pruned one.
+
+    Three facts hold for every parent. It has fewer zeros than its child. Its zeros are zeros of the child too, but for strays,
+    since pruning never fills a zero. And the surviving weights resemble its own.
+
+    Raises:
+        ModelError: one of them does not hold.
+    """
+    extra, filled, survivors = 0, 0, 0
+    product, ours, theirs = 0.0, 0.0, 0.0
+    for layer in pair.masked:
+        child = pair.pruned.checkpoint.read(pair.pruned.key_of[layer.weight_name])
+        parent = pair.dense.checkpoint.read(pair.dense.key_of[layer.weight_name])
+        kept, there = child != 0, parent != 0
+        extra += int((there & ~kept).sum())
+        filled += int((kept & ~there).sum())
+        survivors += int(kept.sum())
+        a, b = child[kept].float(), parent[kept].float()
+        product, ours, theirs = product + float(a @ b), ours + float(a @ a), theirs + float(b @ b)
+    sources = pair.pruned.source, pair.dense.source
+    if not extra or extra <= STRAY * pair.zeros:
+        raise _not_parent(*sources, "it has the same zeros itself, so it is not dense", child=False)
+    if filled > STRAY * survivors:
+        raise _not_parent(
+            *sources,
+            f"{filled:,} of the weights that OUT keeps are zero in the dense model, and pruning never fills a zero",
+        )
+    cosine = product / max(1e-30, (ours * theirs) ** 0.5)
+    if cosine < _LEAST_COSINE:
+        raise _not_parent(
+            *sources, f"the weights that OUT keeps do not resemble the dense model's (cosine {cosine:.2f})"
+        )
+
+
+def _not_parent(source: ModelSource, parent: ModelSource, why: str, *, child: bool = True) -> ModelError:
+    what = f"OUT {source.name} was not pruned from it: " if child else ""
+    return ModelError(f"--dense {parent.name} does not fit: {what}{why}; give the model that OUT was pruned from")
+
+
+def load(opened: OpenedModel, device: torch.device) -> None:
+    """Load all weights of an opened model into its meta model, in the meta model's dtype."""
+    weights = ModelWeights(opened.meta_model, opened.checkpoint, opened.key_of, device)
+    try:
+        weights.load(weights.names)
+    finally:
+        weights.close()
+
+
+def trainable(opened: OpenedModel) -> dict[str, Tensor]:
+    """Let all floating-point parameters of a loaded model train; return them by name, tied ones once."""
+    parameters: dict[str, Tensor] = {
+        name: p for name, p in opened.meta_model.named_parameters() if p.is_floating_point()
+    }
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    return parameters
+
+
+def masks_of(pair: Pair, device: torch.device) -> dict[str, Tensor]:
+    """Return, for each masked layer, parameter name → bool mask of the non-zeros, in the shape in which it is stored."""
+    return {
+        layer.weight_name: (pair.pruned.checkpoint.read(pair.pruned.key_of[layer.weight_name]) != 0).to(device)
+        for layer in pair.masked
+    }

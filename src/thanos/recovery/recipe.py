@@ -1,0 +1,171 @@
+"""The settings of a recovery, validated when they are built."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from thanos.errors import RecipeError
+from thanos.recipe import Recipe
+from thanos.settings import Heading, setting
+from thanos.system.suggestions import near, near_whole
+
+_HELD_OUT_SHARE = 16
+"""By default one of so many sequences is held out: 8 of 128."""
+
+
+def _as_prune(name: str) -> Any:
+    """Return a field with the default and the description of the same field of a pruning recipe."""
+    field = Recipe.__dataclass_fields__[name]
+    return dataclasses.field(default=field.default, metadata=field.metadata)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecoveryRecipe:
+    """All settings of a recovery.
+
+    Args:
+        epochs: number of passes over the sequences that are trained on.
+        rate: largest learning rate of the one-cycle schedule.
+        batch: number of sequences in a step, over all processes.
+        micro_batch: number of sequences that a process runs at once; their gradients are summed. None: on CUDA the process's
+            whole part of the batch, on a CPU one. It changes the result by rounding only.
+        held_out: least number of sequences that are not trained on. Their loss selects the state that is kept. None: one in 16,
+            at least one.
+        shard: with several processes, each holds a part of the pruned model, its gradients and the optimizer's state (FSDP),
+            instead of a copy. Each process holds the dense model whole in any case.
+        calibration: source of the text, as for pruning.
+        samples: number of sequences, those held out included.
+        sequence_length: tokens of a sequence.
+        seed: seed of the draw of the sequences and of their order in training.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        trust_remote_code: let transformers run Python code from a checkpoint.
+
+    Raises:
+        RecipeError: a value is outside its range, or too few sequences remain to train on.
+    """
+
+    epochs: int = setting(10, "Passes over the calibration sequences", Heading.RECOVERY, "N", lowest=1)
+    rate: float = setting(
+        2e-4, "Largest learning rate, above 0 and below 1; 1e-4 to 3e-4 suit most models", Heading.RECOVERY, "RATE"
+    )
+    batch: int = setting(4, "Sequences in a step, over all processes", Heading.RECOVERY, "N", lowest=1)
+    micro_batch: int | None = setting(
+        None,
+        "Sequences that a process runs at once; fewer need less memory",
+        Heading.RECOVERY,
+        "N",
+        lowest=1,
+        default="on CUDA its part of the batch, on a CPU 1",
+    )
+    held_out: int | None = setting(
+        None,
+        "Sequences that are not trained on, to select the best state",
+        Heading.RECOVERY,
+        "N",
+        lowest=1,
+        default="one in 16",
+    )
+    shard: bool = setting(
+        False,
+        "With torchrun, divide the pruned model and the optimizer's state over the processes (FSDP)",
+        Heading.RECOVERY,
+        default="each process holds a copy",
+    )
+    calibration: str = _as_prune("calibration")
+    samples: int = _as_prune("samples")
+    sequence_length: int = _as_prune("sequence_length")
+    seed: int = _as_prune("seed")
+    device: str = _as_prune("device")
+    trust_remote_code: bool = _as_prune("trust_remote_code")
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch", "micro_batch", "held_out"):
+            value = getattr(self, name)
+            if value is None and name in ("micro_batch", "held_out"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise RecipeError(f"{name} must be a whole number, at least 1; got {value!r}{near_whole(value)}")
+        if isinstance(self.rate, bool) or not isinstance(self.rate, int | float) or not 0 < self.rate < 1:
+            raise RecipeError(f"rate must be a number above 0 and below 1, such as 2e-4; got {self.rate!r}")
+        if not isinstance(self.shard, bool):
+            raise RecipeError(f"shard must be true or false; got {self.shard!r}")
+        if self.micro_batch is not None and self.batch % self.micro_batch:
+            raise RecipeError(
+                f"micro_batch {self.micro_batch} does not divide batch {self.batch}; give a divisor of {self.batch}"
+            )
+        _ = self.text  # raises if a setting of the text is wrong
+        if self.trained < self.batch:
+            least = self.held_out or max(1, self.samples // _HELD_OUT_SHARE)
+            raise RecipeError(
+                f"{self.samples} sequences are too few: {least} to hold out and a batch of {self.batch} need "
+                f"{least + self.batch}; raise --samples, or lower --batch or --held-out"
+            )
+
+    @property
+    def text(self) -> Recipe:
+        """The pruning recipe with the same text and device, from which calibration windows are made."""
+        return Recipe(
+            calibration=self.calibration,
+            samples=self.samples,
+            sequence_length=self.sequence_length,
+            seed=self.seed,
+            device=self.device,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+    @property
+    def trained(self) -> int:
+        """Number of sequences that are trained on, the first ones. All others are held out: they fill whole batches only."""
+        least = self.held_out or max(1, self.samples // _HELD_OUT_SHARE)
+        return max(0, self.samples - least) // self.batch * self.batch
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Number of steps of the optimizer in a pass over the sequences."""
+        return self.trained // self.batch
+
+    @property
+    def steps(self) -> int:
+        """Number of steps of the whole training."""
+        return self.epochs * self.steps_per_epoch
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values by name."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RecoveryRecipe:
+        """Build a recipe from plain values. Unknown names are refused.
+
+        Raises:
+            RecipeError: a name is unknown, or a value is refused.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in values:
+            if name not in known:
+                raise RecipeError(
+                    f"unknown setting {name} of a recovery{near(name, known)}; allowed are {', '.join(known)}"
+                )
+        return cls(**values)
+
+
+def one_cycle(step: int, steps: int) -> float:
+    """Return the learning rate of a step as a fraction of the largest rate.
+
+    A cosine rises from 1/25 to 1 over the first 30 % of the steps, and another falls to 1/250,000 over the rest (L. Smith,
+    arXiv 1708.07120; the shape and constants of torch's ``OneCycleLR``). No state is needed to resume it.
+
+    Args:
+        step: number of finished steps.
+        steps: number of all steps.
+    """
+    top = 0.3 * steps - 1
+    if step <= top:
+        low, high, part = 1 / 25, 1.0, step / top if top > 0 else 1.0
+    else:
+        low, high, part = 1.0, 1 / 250_000, min(1.0, (step - top) / max(1e-9, steps - 1 - top))
+    return high + (low - high) * (1 + math.cos(math.pi * part)) / 2

@@ -1,0 +1,275 @@
+"""The entry point of a recovery: from a pruned model and its dense parent to a finished output folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thanos.calibration.windows import Calibration, make_calibration
+from thanos.checkpoint.writer import check_room
+from thanos.engine.distributed import World, join, my_device, speaks
+from thanos.errors import NumericsError, resource_errors
+from thanos.events import LOG_NAME, RUN_NAME, Event, Watcher
+from thanos.model.loading import check_token_ids
+from thanos.model.source import ModelSource, find_local
+from thanos.recovery.distance import Distillation
+from thanos.recovery.guard import Guard
+from thanos.recovery.output import Trained, make_report, write_model
+from thanos.recovery.pair import Pair, load, masks_of, open_pair, resolve_pair, trainable
+from thanos.recovery.recipe import RecoveryRecipe
+from thanos.recovery.report import NAME, NOTHING_BETTER, RecoveryReport, read_pruning_report, write_reports
+from thanos.recovery.setup import (
+    besides,
+    check_shard,
+    check_split,
+    check_text,
+    checked_recipe,
+    describe_models,
+    require_trainer,
+    smaller,
+)
+from thanos.recovery.states import RecoveryFolder
+from thanos.run.lock import locked
+from thanos.run.resume import check_completed, check_same_run, completed_run, describe
+from thanos.run.survey import name_damage
+from thanos.run.work_folder import check_interrupted, check_output, kept
+from thanos.system.device import choose_device
+from thanos.system.event_stream import EventStream
+from thanos.system.meter import PhaseMeter
+from thanos.system.user_paths import model_name, output_path
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """The arguments of a recovery, and the objects that exist for its whole duration."""
+
+    recipe: RecoveryRecipe
+    device: torch.device
+    resume: bool
+    overwrite: bool
+    work: RecoveryFolder
+    meter: PhaseMeter
+    tell: EventStream
+    world: World
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process reads and writes the files of the run."""
+        return self.world.rank == 0
+
+
+def recover(
+    model: str | Path,
+    out: str | Path,
+    *,
+    dense: str | Path,
+    recipe: RecoveryRecipe | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    on_event: Watcher | None = None,
+    calibration: Calibration | None = None,
+) -> RecoveryReport:
+    """Train the surviving weights of a pruned model so that its next-token distributions approach those of the dense model.
+
+    The loss is KL(dense ‖ pruned), averaged over all tokens of the training sequences. All parameters are trained, norms and
+    embeddings included; an exact zero in the weight of a linear layer stays zero. The weights are float32 during training; on
+    CUDA the matrix products run in bfloat16. After every epoch the loss on held-out sequences is measured with the weights
+    rounded as they would be stored, and the best state is written; if none is better, the weights of before.
+
+    Args:
+        model: the pruned model: a local folder or a hub name; made by any method, pattern or tool.
+        out: the output folder. It appears only when it is complete.
+        dense: the model that ``model`` was pruned from: a hub name, a local folder or a ``.gguf`` file.
+        recipe: the settings; default :class:`RecoveryRecipe`.
+        overwrite: replace ``out`` if it exists; without ``resume``, also discard an interrupted run and start over.
+        resume: continue an interrupted run; on a CPU the result is identical to the byte. If there is no such run, start from
+            the beginning. If the same run has completed ``out``, return its report and write nothing.
+        on_event: function that is called with each :class:`~thanos.events.Event`.
+        calibration: windows from :func:`~thanos.calibration.windows.build_calibration`; default: built now.
+
+    Returns:
+        The report, equal to ``recovery.json`` in ``out``.
+
+    Raises:
+        UserError: the arguments cannot be used, or the models do not belong together; nothing was written.
+        ResourceError: memory or disk is exhausted.
+    """
+    recipe, model, out = checked_recipe(recipe), model_name(model, "OUT"), output_path(out)
+    dense = model_name(dense, "the dense model")
+    require_trainer()
+    work = RecoveryFolder(out)
+    trust = recipe.trust_remote_code
+    named = {"OUT": model, "the dense model": dense}
+    local = [Path(name) for what, name in named.items() if find_local(name, trust_remote_code=trust, what=what)]
+    complete = resume and not overwrite and work.is_complete
+
+    def check() -> None:
+        for each in local:
+            check_output(out, model=each, overwrite=overwrite or (resume and work.published))
+        if not local:
+            check_output(out, model=None, overwrite=overwrite or (resume and work.published))
+
+    if speaks() and not complete:
+        check()
+        check_interrupted(work, resume=resume, overwrite=overwrite)
+    device = my_device(choose_device(recipe.device))
+    meter = PhaseMeter(device)
+    tell = EventStream(on_event, meter, keep_log=True)
+    with resource_errors(*smaller(recipe)), join(device) as world, ExitStack() as stack:
+        check_split(recipe, world.size)
+        check_shard(recipe, device)
+        job = _Job(recipe, device, resume, overwrite, work, meter, tell if world.rank == 0 else EventStream(), world)
+        sources = resolve_pair(model, dense, trust_remote_code=trust)
+        now = describe(recipe.to_dict(), describe_models(*sources), device)
+        now["machine"]["processes"] = world.size
+        if complete:
+            if job.leads:
+                check_completed(work, recipe.text, now, calibration)
+                message = f"OUT {out} is already complete, made by this same run: nothing is done"
+                tell(Event(kind="note", phase="load", message=message))
+            return world.from_first(lambda: _read(work.out))
+        if job.leads:
+            # The work folder is created only after all other checks have passed.
+            stack.enter_context(locked(out))
+            work.tidy(resume=resume)
+            check()
+            check_interrupted(work, resume=resume, overwrite=overwrite)
+            if resume and not work.finished and not work.published:
+                tell(
+                    Event(kind="note", phase="load", message="there is nothing to resume: starting from the beginning")
+                )
+        return _recover(*sources, job, now, calibration)
+
+
+def _read(folder: Path) -> RecoveryReport:
+    return RecoveryReport.from_dict(json.loads((folder / NAME).read_bytes()))
+
+
+def _recover(
+    source: ModelSource, parent: ModelSource, job: _Job, now: dict[str, Any], given: Calibration | None
+) -> RecoveryReport:
+    recipe, work, tell, world = job.recipe, job.work, job.tell, job.world
+    before: dict[str, Any] = work.run if job.resume and job.leads else {}
+    tell(Event(kind="phase", phase="load"))
+    with job.meter.phase("load"):
+        if before:
+            check_same_run(before, now)
+        # If the output was published, only the cleanup after it was interrupted: there is nothing left to train.
+        published = _read(work.out) if before and work.published else None
+        published = world.from_first(lambda: published)
+        if published is not None:
+            if job.leads:
+                work.remove()
+            return published
+        if job.leads:
+            read_pruning_report(source.folder)
+            check_text(recipe, parent, given)
+        pair = open_pair(source, parent, job.device, tell, look=job.leads)
+        if job.leads:
+            check_room(pair.pruned.checkpoint.layout, work.model, besides=0 if before else besides(pair))
+    with job.meter.phase("calibration"):
+        tell(Event(kind="phase", phase="calibration"))
+        calibration = world.from_first(lambda: _calibrate(pair, parent, job, given))
+    now |= {"calibration": calibration.to_dict(), "steps": recipe.steps}
+    notes = check_same_run(before, now) if before else []
+    with ExitStack() as stack:
+        if job.leads:
+            stack.enter_context(kept(work))
+            if before:
+                work.take_up(set())
+            else:
+                work.start(now)
+                work.steps.mkdir()
+            stack.enter_context(closing(tell))
+            tell.log_to(work.model / LOG_NAME)
+            for note in notes:
+                tell(Event(kind="note", phase="load", message=note))
+        guard, ended = _train(pair, calibration, job)
+        result = Trained(pair, calibration, recipe, guard, ended, notes)
+        return world.from_first(lambda: _finish(result, job))
+
+
+def _finish(result: Trained, job: _Job) -> RecoveryReport:
+    """Write the output from the best state, and publish it."""
+    work = job.work
+    with job.meter.phase("finish"):
+        job.tell(Event(kind="phase", phase="finish"))
+        zeros = write_model(result, work)
+    report = make_report(result, job.device, job.meter, sum(zeros.values()))
+    if not report.best_step:
+        job.tell(Event(kind="note", phase="finish", message=NOTHING_BETTER))
+    write_reports(report, result.pair.pruned.source.folder, work.model, zeros)
+    run = completed_run(work.run, job.recipe.text, work.model)
+    (work.model / RUN_NAME).write_text(json.dumps(run, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    work.publish(overwrite=job.overwrite)
+    return report
+
+
+def _calibrate(pair: Pair, parent: ModelSource, job: _Job, given: Calibration | None) -> Calibration:
+    """Make the windows with the dense model's tokenizer, which is the pruned one's too, or check the windows given."""
+    if given is not None:
+        given.check_made_by(job.recipe.text)
+    made = given or make_calibration(parent, job.recipe.text, job.device, job.tell)
+    for opened in (pair.pruned, pair.dense):
+        check_token_ids(made.ids, opened.meta_model)
+    return made
+
+
+def _train(pair: Pair, calibration: Calibration, job: _Job) -> tuple[Guard, str]:
+    """Train, and return the guard with its history, and why the training ended early."""
+    from thanos.recovery.trainer import Training, micro_batch
+
+    recipe, work, pruned = job.recipe, job.work, pair.pruned
+    with job.meter.phase("load"):
+        history = job.world.from_first(lambda: work.history() if job.resume else [])
+        newest = job.world.from_first(lambda: work.newest if job.resume else None)
+        for opened in (pruned, pair.dense):
+            load(opened, job.device)
+        parameters = trainable(pruned)
+        dtypes = {name: pruned.checkpoint.tensors[pruned.key_of[name]].dtype for name in parameters}
+        masks = masks_of(pair, job.device)
+    size = micro_batch(recipe, job.device, job.world.size)
+    held_out = calibration.ids[recipe.trained :]
+    guard = Guard(held_out, dtypes, size, job.device, job.world, _writer(pair, job), history)
+    if job.leads:
+        work.tidy_states(guard.best["step"] if history else 0)
+    module = Distillation(pruned.meta_model, pair.dense.meta_model)
+    training = Training(
+        module, masks, calibration.ids[: recipe.trained], guard, recipe, work, job.device, job.world, job.tell
+    )
+    if newest is not None and history[-1]["step"] >= recipe.steps:
+        return guard, ""
+    with job.meter.phase("train"):
+        try:
+            ended = training.run(newest)
+        except NumericsError:
+            for opened in (pruned, pair.dense):
+                name_damage(opened, None)
+            raise
+    if ended:
+        job.tell(
+            Event(kind="note", phase="train", message=f"{ended}: the training ends, and what was best before is kept")
+        )
+    return guard, ended
+
+
+def _writer(pair: Pair, job: _Job) -> Callable[[int, Iterator[tuple[str, Tensor]]], None]:
+    """Return the function by which the guard stores a state. Every process takes part, and rank 0 writes."""
+    pruned = pair.pruned
+
+    def write(step: int, tensors: Iterator[tuple[str, Tensor]]) -> None:
+        if job.leads:
+            named = ((pruned.key_of[name], tensor) for name, tensor in tensors)
+            job.work.write_best(step, pruned.checkpoint, named)
+        else:
+            for _ in tensors:
+                pass
+
+    return write

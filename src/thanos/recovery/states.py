@@ -1,0 +1,129 @@
+"""The states of a training on the disk, in the work folder: the best one for the output, and the Trainer's checkpoints.
+
+``best-N/`` holds the trained tensors after step N as they would be written to the output: same files, offsets and dtypes.
+``steps/checkpoint-N/`` holds what the training needs to go on: float32 weights, the optimizer's state, and the history of the
+held-out loss. A checkpoint counts only with its mark, which is written once everything is on the disk, the best state included.
+So a crash at any moment leaves a checkpoint and the best state that its history names.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from thanos.checkpoint.layout import Checkpoint
+from thanos.checkpoint.writer import CheckpointWriter
+from thanos.run.work_folder import WorkFolder
+from thanos.system.files import sync
+
+MARK = "finished"
+"""Empty file of a complete checkpoint."""
+
+STATE = "trainer_state.json"
+"""The Trainer's own file; ``log_history`` has an entry for each measurement of the held-out loss."""
+
+BYTES_PER_PARAMETER = 2 * 12
+"""Bytes on the disk per trained parameter for checkpoints: float32 weights and two moments, twice, since an old checkpoint is
+deleted only after the new one is complete."""
+
+
+class RecoveryFolder(WorkFolder):
+    """The work folder of a recovery, ``.OUT.recovery``. It is another one than pruning's, so neither deletes the other's.
+
+    Attributes:
+        steps: folder of the Trainer's checkpoints.
+    """
+
+    suffix = "recovery"
+    unit = "steps"
+
+    def __init__(self, out: Path) -> None:
+        super().__init__(out)
+        self.steps = self.path / "steps"
+
+    @property
+    def finished(self) -> int:
+        """Number of finished steps that a resumed run can keep."""
+        newest = self.newest if self.run and self.model.is_dir() else None
+        return 0 if newest is None else _number(newest)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether OUT is the output of a complete recovery, and no unfinished one is left next to it."""
+        return not self.published and not self.finished and bool(self.completed_run)
+
+    @property
+    def newest(self) -> Path | None:
+        """The newest complete checkpoint; None without one."""
+        complete = [path for path in self._checkpoints() if (path / MARK).is_file()]
+        return max(complete, key=_number, default=None)
+
+    def history(self) -> list[dict[str, Any]]:
+        """Return the guard's history up to the newest checkpoint; see :class:`~thanos.recovery.guard.Guard`."""
+        newest = self.newest
+        return [] if newest is None else json.loads((newest / STATE).read_bytes())["log_history"]
+
+    def complete_checkpoint(self, step: int, keep_best: int) -> None:
+        """Force the checkpoint of a step to the disk and mark it. Then delete older checkpoints and best states.
+
+        Args:
+            step: its number.
+            keep_best: step of the best state, which the checkpoint's history names; 0 for the original.
+        """
+        folder = self.steps / f"checkpoint-{step}"
+        for path in [*folder.rglob("*"), folder]:
+            sync(path)
+        (folder / MARK).touch()
+        sync(folder)
+        sync(self.steps)
+        for path in self._checkpoints():
+            if path != folder:
+                shutil.rmtree(path)
+        self._delete_best(but=keep_best)
+
+    def tidy_states(self, best: int) -> None:
+        """Delete checkpoints without a mark, and best states other than that of step ``best``, which a crash may have left."""
+        for path in self._checkpoints():
+            if not (path / MARK).is_file():
+                shutil.rmtree(path)
+        self._delete_best(but=best)
+
+    def write_best(self, step: int, checkpoint: Checkpoint, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Write a best state.
+
+        Args:
+            step: its number.
+            checkpoint: of the pruned model; gives layout and dtypes.
+            tensors: name in the checkpoint, tensor in the checkpoint's dtype.
+        """
+        folder = self._best(step)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        writer = CheckpointWriter(checkpoint.layout, checkpoint, folder)
+        for name, tensor in tensors:
+            writer.write(name, tensor)
+        writer.flush()
+
+    def read_best(self, step: int, checkpoint: Checkpoint) -> Callable[[str], Tensor]:
+        """Return a function that reads a tensor of a best state by its name in the checkpoint."""
+        return CheckpointWriter(checkpoint.layout, checkpoint, self._best(step)).read
+
+    def _best(self, step: int) -> Path:
+        return self.path / f"best-{step}"
+
+    def _delete_best(self, *, but: int) -> None:
+        for path in self.path.glob("best-*"):
+            if path != self._best(but):
+                shutil.rmtree(path)
+
+    def _checkpoints(self) -> Iterator[Path]:
+        yield from self.steps.glob("checkpoint-*")
+
+
+def _number(path: Path) -> int:
+    return int(path.name.rpartition("-")[2])

@@ -1,0 +1,195 @@
+"""The pass before the loop that chooses the layers' sparsities by their errors (``allocation`` of a recipe)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from thanos import registry
+from thanos.calibration.windows import Calibration
+from thanos.engine.block_runner import Passes
+from thanos.engine.distributed import World
+from thanos.engine.inputs import EngineInputs
+from thanos.engine.loop import Engine
+from thanos.engine.rank_zero import SharedWriter
+from thanos.engine.records import BlockRecord
+from thanos.engine.stages.measure import MeasureStage
+from thanos.engine.weights import ModelWeights
+from thanos.events import Event, Watcher
+from thanos.model.layers import LinearLayer, find_blocks
+from thanos.patterns.budget import Budget
+from thanos.recipe import LayerRecipe, Recipe
+from thanos.recipe.allocation import is_allocated
+from thanos.run.setup import Prepared
+from thanos.solvers.allocation import Curve, allocate
+from thanos.system.documents import json_text
+from thanos.system.files import write_atomically
+from thanos.system.meter import PhaseMeter, PhaseRecord
+
+SEQUENCES = 16
+"""Calibration sequences of the pass: its curves need fewer tokens than weights that are updated."""
+
+PHASE = "allocate"
+
+
+class _NoJournal:
+    """A journal of a pass that is repeated as a whole if it is interrupted."""
+
+    def __init__(self) -> None:
+        self.finished: dict[int | None, BlockRecord] = {}
+
+    def record(self, block: int | None, **what: Any) -> None:
+        """Record nothing."""
+
+
+def choose_sparsities(
+    plan: Prepared,
+    recipe: Recipe,
+    calibration: Calibration,
+    *,
+    device: torch.device,
+    world: World,
+    folder: Path,
+    activations: str,
+    meter: PhaseMeter,
+    tell: Watcher,
+    store: Path | None,
+) -> tuple[Prepared, dict[str, Any] | None]:
+    """Return the plan with the sparsities that the recipe's allocation chooses, and their record.
+
+    Without an allocation the plan is returned as it is, with None. An interrupted run that had made its choice keeps it.
+
+    Args:
+        plan: the opened model and its layers.
+        recipe: the recipe.
+        calibration: the calibration windows; the pass reads the first of them.
+        device: device on which blocks run.
+        world: the processes of the run. All of them call this function.
+        folder: folder for hidden states that are kept on the disk.
+        activations: storage tier of the hidden states.
+        meter: meter to which the pass is added as one phase.
+        tell: called with events.
+        store: file that keeps the choice for a resumed run; None on ranks other than 0.
+    """
+    layers = {layer: settings for layer, settings in plan.layers.items() if is_allocated(recipe, layer.name)}
+    if not layers:
+        return plan, None
+    record: dict[str, Any] | None = world.from_first(lambda: _read(store))
+    if record is None:
+        own = PhaseMeter(device)
+        bare = {layer: _without_repair(settings) for layer, settings in layers.items()}
+        inputs = _inputs(plan, bare, calibration, device, world, folder, activations, own)
+        curves = _measure(inputs, tell)
+        record = world.from_first(lambda: _choice(layers, curves, min(SEQUENCES, len(calibration.ids))))
+        meter.add({PHASE: _total(own)})
+        if store is not None:
+            write_atomically(store, json_text(record).encode(), durable=True)
+    tell(Event(kind="note", phase=PHASE, message=summary(record)))
+    chosen = {name: layer["sparsity"] for name, layer in record["layers"].items()}
+    changed = {
+        layer: replace(settings, sparsity=chosen[layer.name]) if layer.name in chosen else settings
+        for layer, settings in plan.layers.items()
+    }
+    return replace(plan, layers=changed), record
+
+
+def summary(record: Mapping[str, Any]) -> str:
+    """Return the choice in one line."""
+    sparsities = [layer["sparsity"] for layer in record["layers"].values()]
+    if not sparsities:
+        return "no layer's error could be measured: all layers keep the recipe's sparsity"
+    return (
+        f"{len(sparsities)} layers have sparsities from {100 * min(sparsities):.1f} to {100 * max(sparsities):.1f} %, chosen "
+        "by their errors; the total is that of the recipe's sparsity"
+    )
+
+
+def _without_repair(settings: LayerRecipe) -> LayerRecipe:
+    """Return the settings of the method alone: the pass needs no hidden states of a second model."""
+    off = dict.fromkeys(("dense_target", "sequential", "refit", "tune"))
+    return replace(settings, effort=registry.DEFAULT_EFFORT, scope=settings.resolved_scope, **off)
+
+
+def _inputs(
+    plan: Prepared,
+    layers: Mapping[LinearLayer, LayerRecipe],
+    calibration: Calibration,
+    device: torch.device,
+    world: World,
+    folder: Path,
+    activations: str,
+    meter: PhaseMeter,
+) -> EngineInputs:
+    """Return the inputs of an engine that runs the dense model on the first calibration sequences and writes nothing."""
+    opened = plan.opened
+    name, blocks = find_blocks(opened.meta_model)
+    count = min(len(calibration.ids), max(SEQUENCES, world.size))
+    share = world.share(count)
+    ids = calibration.ids[share.start : share.stop]
+    return EngineInputs(
+        model=opened.meta_model,
+        blocks_name=name,
+        blocks=blocks,
+        layers=layers,
+        weights=ModelWeights(opened.meta_model, opened.checkpoint, opened.key_of, device),
+        writer=SharedWriter(None, world),
+        journal=_NoJournal(),
+        runner=Passes(opened.meta_model, blocks, ids, device, folder, place=activations, picture=plan.picture),
+        device=device,
+        meter=meter,
+        world=world,
+    )
+
+
+def _measure(inputs: EngineInputs, tell: Watcher) -> dict[str, Curve]:
+    """Run the pass; tell its notes, and the number of finished blocks."""
+    stage, total = MeasureStage(), len(inputs.blocks)
+    tell(Event(kind="phase", phase=PHASE, blocks=total))
+    for event in Engine(inputs, (stage,)).run():
+        if event.kind == "note":
+            tell(replace(event, phase=PHASE, block=None))
+        elif event.kind == "block" and event.block is not None:
+            tell(Event(kind="progress", phase=PHASE, blocks=total, done=event.block + 1, total=total))
+    return stage.curves
+
+
+def _choice(layers: Mapping[LinearLayer, LayerRecipe], curves: Mapping[str, Curve], sequences: int) -> dict[str, Any]:
+    """Return the record: for each measured layer its sparsity, the recipe's, its gain and its errors by sparsity.
+
+    The measured layers have together as many zeros as with the recipe's sparsity.
+    """
+    known = {layer: settings for layer, settings in layers.items() if layer.name in curves}
+    total = sum(Budget.plan(*layer.shape, settings).weights for layer, settings in known.items())
+    ordered = [curves[layer.name] for layer in known]
+    chosen = allocate(ordered, total)
+    return {
+        "sequences": sequences,
+        "zeros": total,
+        "layers": {
+            layer.name: {
+                "sparsity": zeros / curve.size,
+                "gain": curve.gain,
+                "errors": [list(point) for point in zip(curve.sparsities, curve.errors, strict=True)],
+            }
+            for layer, curve, zeros in zip(known, ordered, chosen, strict=True)
+        },
+    }
+
+
+def _read(store: Path | None) -> dict[str, Any] | None:
+    return json.loads(store.read_bytes()) if store is not None and store.is_file() else None
+
+
+def _total(meter: PhaseMeter) -> PhaseRecord:
+    """Return the phases of the pass as one."""
+    records = list(meter.records().values())
+    return PhaseRecord(
+        seconds=sum(record.seconds for record in records),
+        host_peak_bytes=max((record.host_peak_bytes for record in records), default=0),
+        device_peak_bytes=max((record.device_peak_bytes or 0 for record in records), default=0) or None,
+    )

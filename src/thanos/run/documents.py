@@ -1,0 +1,124 @@
+"""The documents of a finished output: ``pruning.json``, ``recipe.toml``, ``README.md`` and ``run.json``.
+
+An output may be published. So its documents name no local folder: a local text has its file name, and the hash of its content.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from thanos._version import __version__
+from thanos.calibration.windows import Calibration
+from thanos.engine.loop import Engine
+from thanos.events import RUN_NAME
+from thanos.recipe import Recipe
+from thanos.run.model_card import model_card, public_name
+from thanos.run.report import PruningReport, compute_totals
+from thanos.run.resume import TEXT_HASH, completed_run
+from thanos.run.setup import Prepared
+from thanos.system.meter import PhaseMeter
+
+
+def write_documents(
+    folder: Path,
+    run: Mapping[str, Any],
+    plan: Prepared,
+    engine: Engine,
+    calibration: Calibration,
+    recipe: Recipe,
+    device: torch.device,
+    meter: PhaseMeter,
+    allocation: Mapping[str, Any] | None = None,
+) -> PruningReport:
+    """Write the documents of a run whose shards are complete; return the report.
+
+    Args:
+        folder: the output folder.
+        run: description of the run, see :func:`~thanos.run.resume.describe_run`.
+        plan: the opened model and the selection of its layers.
+        engine: the engine, after its last block.
+        calibration: the windows.
+        recipe: the run's recipe.
+        device: the run's device.
+        meter: the run's meter.
+        allocation: the sparsities that were chosen by layer; None if all layers have the recipe's.
+    """
+    completed = completed_run(run, recipe, folder)
+    text_sha256 = completed["text"].get(TEXT_HASH)
+    published = recipe.replace(calibration=public_name(recipe.calibration))
+    report = _report(plan, engine, calibration, published, text_sha256, device, meter)
+    if allocation is not None:
+        report.execution["allocation"] = dict(allocation)
+    report.write(folder / "pruning.json")
+    (folder / "recipe.toml").write_text(_recipe_text(published, text_sha256), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(report), encoding="utf-8")
+    (folder / RUN_NAME).write_text(json.dumps(completed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return report
+
+
+def _recipe_text(recipe: Recipe, text_sha256: str | None) -> str:
+    """Return a recipe as TOML. For a local text, a comment says what the text is and how to give its path."""
+    if text_sha256 is None:
+        return recipe.to_toml()
+    return (
+        f"# The calibration text is local; the SHA-256 of its content is {text_sha256}.\n"
+        f"# Give its path: thanos prune MODEL OUT --recipe recipe.toml --calibration PATH\n{recipe.to_toml()}"
+    )
+
+
+def _report(
+    plan: Prepared,
+    engine: Engine,
+    calibration: Calibration,
+    recipe: Recipe,
+    text_sha256: str | None,
+    device: torch.device,
+    meter: PhaseMeter,
+) -> PruningReport:
+    import safetensors
+    import transformers
+
+    opened = plan.opened
+    parameters = sum(info.numel for info in opened.checkpoint.tensors.values())
+    phases = meter.records()
+    return PruningReport(
+        thanos_version=__version__,
+        model={
+            "name": public_name(opened.source.name) if opened.source.is_local else opened.source.name,
+            "origin": "local" if opened.source.is_local else "hub",
+            "architecture": type(opened.meta_model).__name__,
+            "parameters": parameters,
+            "sparsity": plan.sparsity,
+        },
+        recipe=recipe.to_dict(),
+        versions={
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "safetensors": safetensors.__version__,
+            "platform": platform.platform(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        },
+        calibration=calibration.to_dict() | {"source": recipe.calibration, "text_sha256": text_sha256},
+        layers=engine.records,
+        dense=plan.dense,
+        tuning=engine.tunings,
+        totals=compute_totals(
+            engine.records,
+            parameters=parameters,
+            zeros_elsewhere=plan.zeros_elsewhere + sum(tuning.zeros_elsewhere for tuning in engine.tunings),
+        ),
+        phases=phases,
+        seconds=sum(record.seconds for record in phases.values()),
+        host_peak_bytes=max((record.host_peak_bytes or 0 for record in phases.values()), default=0),
+        device_peak_bytes=max((record.device_peak_bytes or 0 for record in phases.values()), default=0) or None,
+        warnings=engine.notes,
+        block_errors=engine.block_errors,
+        execution={"activations": engine.place, "batch": engine.inputs.runner.batch},
+    )

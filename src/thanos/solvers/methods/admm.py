@@ -1,0 +1,164 @@
+"""ADMM (ALPS, arXiv 2406.07831): choose the mask and the weights together; then refit the weights that stay.
+
+The layer's problem is split in two: B minimises the damped output error, P satisfies the budget and the pattern, and a
+multiplier V draws the two together (docs/math.md). Everything happens in the basis in which the damped Hessian H has a unit
+diagonal, so that the nearest P keeps the entries with the largest magnitude. With K = (H + ρI)⁻¹ an iteration is
+
+    B ← W + (ρ(P − W) − V) K,    S ← B + V/ρ,    P ← S on the kept entries,    V ← ρ S on the removed ones.
+
+So S and its mask are the whole state, and an iteration is one product. ρ grows, so that the mask comes to rest. The weights of
+the final mask are then refitted by conjugate gradients (:mod:`thanos.solvers.support_cg`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from thanos.patterns.base import Pattern
+from thanos.solvers.cost import Cost, Size, support_fit
+from thanos.solvers.masking import without
+from thanos.solvers.problem import Problem, Solution
+from thanos.solvers.support_cg import fit_support
+
+_PERIOD = 3
+"""Iterations with the same ρ. After them ρ grows, which takes another inverse of H + ρI."""
+
+_FIRST_PENALTY = 0.1
+"""ρ of the first iterations; H has a unit diagonal."""
+
+_GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
+"""Fraction of the kept entries that changed since the last period, and the factor of ρ above that fraction."""
+
+_COLUMN_GROWTH = ((0.1, 1.1), (0.005, 1.07), (0.0, 1.05))
+"""The same for whole columns: there are few of them to choose from, and with fast growth the first choice freezes."""
+
+_RESTART = 5.0
+"""Divisor of ρ if the mask has not moved in the first period: then ρ was too large for the other mask to be reached."""
+
+_MOST_RESTARTS = 4
+_MOST_PERIODS = 100
+"""Bounds of the iteration. Layers of language models need no restart."""
+
+_USUAL_PERIODS = 14
+"""Periods that layers of language models need; for the cost model only."""
+
+_REFIT_STEPS = 60
+"""Largest number of steps of the refit. It stops earlier once every row has converged."""
+
+_USUAL_REFIT_STEPS = 30
+"""Steps of the refit that layers of language models need; for the cost model only."""
+
+
+def admm(problem: Problem) -> Solution:
+    """Prune by ADMM with any pattern, then refit the weights that stay."""
+    basis = _UnitBasis(problem)
+    target = basis.enter(problem.weight)
+    removed = _choose(problem, target)
+    # If all entries to remove are zero already, the weight satisfies the pattern as it is.
+    if not problem.total((removed & (problem.weight != 0)).sum()):
+        return problem.without(removed)
+    values, removed = _iterate(problem, basis, target, removed)
+    return fit_support(problem, without(basis.leave(values), removed), removed, _REFIT_STEPS)
+
+
+def _iterate(problem: Problem, basis: _UnitBasis, target: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
+    """Iterate until the mask rests; return S and the mask of its removed entries, each (c, b).
+
+    Args:
+        problem: the problem.
+        basis: the basis of ``target``.
+        target: W in that basis.
+        first: mask to start with: that of the entries to remove from ``target``.
+    """
+    start = penalty = last = _FIRST_PENALTY
+    values, removed, moved, restarts = target, first, False, 0
+    growth = _COLUMN_GROWTH if problem.pattern.whole_columns else _GROWTH
+    for _ in range(_MOST_PERIODS):
+        inverse, broken = basis.inverse(penalty)
+        before = removed
+        for _ in range(_PERIOD):
+            values = _step(target, inverse, values, removed, last, penalty)
+            removed, last = _choose(problem, values), penalty
+        # One round trip; the counts of all processes, so that all go on or stop together.
+        counts = torch.stack([(removed != before).sum(), removed.logical_not().sum(), broken.to(torch.int64)])
+        changed, kept, failed = problem.total(counts).tolist()
+        if failed or (not changed and not moved and restarts < _MOST_RESTARTS):
+            restarts = _MOST_RESTARTS if failed else restarts + 1
+            start = start * _RESTART if failed else start / _RESTART
+            penalty, last, values, removed = start, start, target, first
+            continue
+        if not changed:
+            break
+        moved = True
+        fraction = changed / 2 / max(1, kept)  # an entry that leaves makes room for one that enters
+        penalty *= next(factor for least, factor in growth if fraction > least)
+    return values, removed
+
+
+def _step(target: Tensor, inverse: Tensor, values: Tensor, removed: Tensor, last: float, penalty: float) -> Tensor:
+    """Return the next S, (c, b).
+
+    Args:
+        target: W.
+        inverse: K = (H + penalty·I)⁻¹.
+        values: S of the iteration before.
+        removed: the mask of its removed entries.
+        last: ρ of the iteration before.
+        penalty: ρ of this iteration.
+    """
+    kept = without(values, removed)
+    pull = (values - kept).mul_(last / penalty)  # V / ρ
+    change = kept.sub_(target).sub_(pull).mul_(penalty)
+    return torch.addmm(target, change, inverse).add_(pull)
+
+
+def _choose(problem: Problem, values: Tensor) -> Tensor:
+    """Return the mask of the entries that the matrix nearest to ``values``, (c, b), with the pattern does not have.
+
+    A set of entries costs the sum of its squares. Where entries are compared one by one, their magnitudes rank the same.
+    """
+    single = problem.pattern.any_entries or problem.pattern.group_zeros > 0
+    return problem.choose_by(values.abs() if single else values.square())
+
+
+class _UnitBasis:
+    """The basis in which the damped Hessian has a unit diagonal.
+
+    Columns that never had an input are zero in it, so that they are removed first. They keep their weights otherwise.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        assert problem.inputs is not None
+        self._weight, self._matrix, self._dead = problem.weight, problem.inputs.matrix, problem.inputs.dead
+        self._root = (self._matrix.diagonal() + problem.shift).sqrt()
+
+    def enter(self, weight: Tensor) -> Tensor:
+        """Return a weight, (c, b), in this basis."""
+        return weight * self._root.masked_fill(self._dead, 0.0)
+
+    def leave(self, values: Tensor) -> Tensor:
+        """Return a matrix of this basis, (c, b), as a weight."""
+        return torch.where(self._dead, self._weight, values / self._root)
+
+    def inverse(self, penalty: float) -> tuple[Tensor, Tensor]:
+        """Return (H + penalty·I)⁻¹, (b, b), and a 0-d integer, not 0 if H + penalty·I is not positive definite."""
+        scale = self._root.reciprocal()
+        matrix = self._matrix * scale
+        matrix *= scale[:, None]
+        matrix.diagonal().fill_(1.0 + penalty)
+        factor, info = torch.linalg.cholesky_ex(matrix)
+        del matrix
+        return torch.cholesky_inverse(factor), info
+
+
+def cost(pattern: Pattern, size: Size) -> dict[str, Cost]:
+    """Return the cost of a solve, by part."""
+    del pattern
+    c, b = float(size.rows), float(size.columns)
+    iterations = _PERIOD * _USUAL_PERIODS
+    return {
+        "inverses": Cost(_USUAL_PERIODS * b**3, _USUAL_PERIODS * 4 * 6 * b**2),
+        "iterations": Cost(iterations * 2 * c * b**2, iterations * 4 * 12 * c * b),
+        "refit": support_fit(size, _USUAL_REFIT_STEPS),
+    }

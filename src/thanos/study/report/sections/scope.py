@@ -1,0 +1,49 @@
+"""The scope of the budget: one for all rows of a layer, or the same for every row."""
+
+from __future__ import annotations
+
+from thanos.study.report.ranking import change_of, comparable, one_seed, verdict
+from thanos.study.report.results import Results, Row, over_common_seeds
+from thanos.study.report.sections.common import SIGNS, SPREAD_NOTE, Section, note
+from thanos.study.report.tables import Line, measures, table
+
+_FIELDS = ("sparsity", "layer_error", "perplexity", "kl_divergence")
+_HEADS = (
+    "<Pattern|pattern; <Method|method; <budget per|scope; sparsity; layer_error; perplexity; kl_divergence; "
+    "perplexity − that of the method's own scope|difference; <verdict"
+)
+
+
+def scope(results: Results) -> Section:
+    """Return the rows whose scope is not the method's own, each with its counterpart of the method's own scope."""
+    section = Section("scope", "The scope of the budget")
+    rows = results.scoped
+    if not rows:
+        return section
+    section.prose.append(
+        (
+            "An unstructured budget may be one for all rows of a layer, which may empty whole rows, or the same for every "
+            "row. Each row is compared with that of the method's own scope.",
+        )
+    )
+    about = note(
+        rows,
+        SPREAD_NOTE,
+        "< better than the method's own scope, > worse, = a difference within the noise, – not comparable; over the seeds "
+        "that both have, ° only one.",
+    )
+    lines = [_line(results, row) for row in rows]
+    section.tables.append(table("scope", "Budgets of layers and of rows", _HEADS, lines, about))
+    return section
+
+
+def _line(results: Results, row: Row) -> Line:
+    names = ("method", "pattern", "sparsity", "alpha", "keep_budget", "block_size")
+    base = results.find(**{name: getattr(row, name) for name in names})
+    change, sign, shown = None, "–", row
+    if base is not None and comparable(row, base):
+        change = change_of(row, base)
+        if change is not None:
+            shown = over_common_seeds(row, base)[0]
+            sign = SIGNS[verdict(row, base)] + one_seed(row, base)
+    return (row.pattern_label, row.label, row.scope, *measures(shown, _FIELDS), change, sign)

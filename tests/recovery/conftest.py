@@ -1,0 +1,25 @@
+"""Fixtures of the tests of recovery."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import thanos
+from recovering import prune, settings
+
+
+@pytest.fixture(scope="session")
+def pruned(tiny_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model at 50 %. Not to be modified."""
+    return prune(tiny_llama, tmp_path_factory.mktemp("pruned") / "out", text_file)
+
+
+@pytest.fixture(scope="session")
+def recovered(
+    pruned: Path, tiny_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, thanos.RecoveryReport]:
+    """Output and report of a plain recovery. Not to be modified."""
+    out = tmp_path_factory.mktemp("recovered") / "out2"
+    return out, thanos.recover(pruned, out, dense=tiny_llama, recipe=settings(text_file))

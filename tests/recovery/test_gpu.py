@@ -1,0 +1,62 @@
+"""A recovery on a GPU: float32 weights, bfloat16 products, the same zeros and files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import thanos
+from helpers import save_tiny
+from recovering import prune, read, settings
+from thanos.recovery.distance import Distillation
+
+pytest.importorskip("accelerate", reason="the extra recover is not installed")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_recovery_on_a_gpu(
+    dtype: torch.dtype, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = save_tiny(tmp_path / "dense", dtype=dtype)
+    pruned = prune(dense, tmp_path / "out", text_file, pattern="2:4")
+    kinds: set[tuple[torch.dtype, torch.dtype]] = set()
+    original = Distillation._divergence
+
+    def watch(self: Distillation, hidden: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        weight = self.student.get_submodule("model.layers.0.mlp.up_proj").get_parameter("weight")
+        product = self.student.get_submodule("model.layers.0.mlp.up_proj")(hidden[:1])
+        kinds.add((weight.dtype, product.dtype))
+        return original(self, hidden, wanted)
+
+    monkeypatch.setattr(Distillation, "_divergence", watch)
+    recipe = settings(text_file, device="cuda", rate=1e-3)
+    report = thanos.recover(pruned, tmp_path / "out2", dense=dense, recipe=recipe)
+    assert kinds == {(torch.float32, torch.bfloat16)}
+    assert report.held_out_after < report.held_out_before
+    before, after = read(pruned), read(tmp_path / "out2")
+    for name, tensor in after.items():
+        assert tensor.dtype == dtype
+        if name.endswith("_proj.weight"):
+            assert not ((before[name] == 0) & (tensor != 0)).any(), name
+    on_cpu = thanos.recover(pruned, tmp_path / "cpu", dense=dense, recipe=settings(text_file, rate=1e-3))
+    for entry, other in zip(report.history, on_cpu.history, strict=True):
+        assert entry["held_out"] == pytest.approx(other["held_out"], rel=0.05)
+
+
+def test_an_interrupted_recovery_on_a_gpu_goes_on(text_file: Path, tmp_path: Path) -> None:
+    dense = save_tiny(tmp_path / "dense")
+    pruned, recipe = prune(dense, tmp_path / "out", text_file), settings(text_file, device="cuda:0")
+
+    def stop(event: thanos.Event) -> None:
+        if event.phase == "train" and event.kind == "progress" and event.done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        thanos.recover(pruned, tmp_path / "out2", dense=dense, recipe=recipe, on_event=stop)
+    report = thanos.recover(pruned, tmp_path / "out2", dense=dense, recipe=recipe, resume=True)
+    whole = thanos.recover(pruned, tmp_path / "whole", dense=dense, recipe=recipe)
+    for entry, other in zip(report.history, whole.history, strict=True):
+        assert entry["held_out"] == pytest.approx(other["held_out"], rel=1e-2)
