@@ -24,7 +24,7 @@ from thanos.errors import UserError
 from thanos.events import Event
 from thanos.model.source import resolve_model
 from thanos.planning import plan as planning
-from thanos.planning.kinds import Job, Kind, Sample
+from thanos.planning.kinds import Amount, Job, Kind, Sample
 from thanos.recipe import Override, Recipe
 from thanos.run import engine_setup, setup
 
@@ -272,30 +272,30 @@ class TestWhatIsTried:
 
 def sample(sequences: int, batch: int, busy: float, *, slower: float = 1.0, growth: int = 0) -> Sample:
     return Sample(
-        sequences, batch, {"statistics": busy * slower, "solve": 5.0}, {"statistics": busy, "solve": 4.0},
-        {"statistics": (growth, 2 * growth)}, frozenset({"statistics"}), 1, None,
+        Amount(sequences), batch, {"statistics": busy * slower, "solve": 5.0}, {"statistics": busy, "solve": 4.0},
+        {"statistics": (growth, 2 * growth)}, frozenset({"statistics"}), 1, 1, None,
     )  # fmt: skip
 
 
 class TestExtrapolation:
     def test_a_cost_that_grows_with_the_sequences(self) -> None:
         kind = Kind([0], [(sample(2, 2, 3.0 + 2 * 0.5), sample(6, 4, 3.0 + 6 * 0.5))])
-        assert kind.seconds("statistics", 128) == pytest.approx(3.0 + 128 * 0.5)
-        assert kind.seconds("solve", 128) == 5.0
-        assert kind.seconds("tune", 128) == 0.0
+        assert kind.seconds("statistics", Amount(128)) == pytest.approx(3.0 + 128 * 0.5)
+        assert kind.seconds("solve", Amount(128)) == 5.0
+        assert kind.seconds("tune", Amount(128)) == 0.0
 
     def test_other_programs_count_as_in_the_trial(self) -> None:
         pairs = [(sample(2, 2, 4.0, slower=1.5), sample(6, 4, 6.0, slower=2.25))]
-        assert Kind([0], pairs).seconds("statistics", 128) == pytest.approx((3.0 + 128 * 0.5) * 19.5 / 10)
+        assert Kind([0], pairs).seconds("statistics", Amount(128)) == pytest.approx((3.0 + 128 * 0.5) * 19.5 / 10)
 
     @pytest.mark.parametrize(("few", "more", "expected"), [(5.0, 4.0, 4.0), (1.0, 6.0, 128.0)])
     def test_noise_makes_no_part_negative(self, few: float, more: float, expected: float) -> None:
         kind = Kind([0], [(sample(2, 2, few), sample(6, 4, more))])
-        assert kind.seconds("statistics", 128) == pytest.approx(expected)
+        assert kind.seconds("statistics", Amount(128)) == pytest.approx(expected)
 
     def test_blocks_of_a_kind_are_averaged(self) -> None:
         pairs = [(sample(2, 2, 4.0), sample(6, 4, 6.0)), (sample(2, 2, 8.0), sample(6, 4, 12.0))]
-        assert Kind([0, 1], pairs).seconds("statistics", 10) == pytest.approx(4.5 + 0.75 * 10)
+        assert Kind([0, 1], pairs).seconds("statistics", Amount(10)) == pytest.approx(4.5 + 0.75 * 10)
 
     @pytest.mark.parametrize(("batch", "expected"), [(4, 500), (8, 900), (2, 500)])
     def test_memory_grows_with_the_batch(self, batch: int, expected: int) -> None:

@@ -58,6 +58,7 @@ class Passes:
             on. More than one pair if the device ran out of memory during the pass.
         fits: number of sequences that fit in the device's memory together, as measured; None before, and on the CPU.
         streams: number of streams of hidden states that one batch may hold at the same time: 2 with a dense stream.
+        buffers: number of buffers of hidden states of all sequences: one, and two of a dense stream.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class Passes:
         self.batch: int | None = None
         self.starts: list[tuple[int, int]] = []
         self.fits: int | None = None
-        self.streams = 1
+        self.streams = self.buffers = 1
         self._calls = BlockCalls(blocks, picture)
         self._own_calls: BlockCalls | None = None
         self._states: Activations | None = None
@@ -104,8 +105,8 @@ class Passes:
 
     @property
     def state_bytes(self) -> int:
-        """Size of the hidden states of all sequences, in bytes; 0 before :meth:`record`."""
-        return 0 if self._states is None else self._states.nbytes
+        """Size of the hidden states of all sequences in all buffers, in bytes; 0 before :meth:`record`."""
+        return 0 if self._states is None else self._states.nbytes * self.buffers
 
     def record(self) -> None:
         """Run the modules before the first block on every sequence; keep the first block's inputs and all blocks' arguments."""

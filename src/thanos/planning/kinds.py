@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -11,9 +12,41 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from thanos.engine.stages.tune_cost import tuning_passes
 from thanos.model.layers import block_names, find_blocks
 from thanos.recipe import Recipe
+from thanos.recipe.repair import held_out_of
 from thanos.run.setup import Prepared
+
+
+@dataclass(frozen=True, slots=True)
+class Amount:
+    """The sequences and epochs that a block works through.
+
+    Attributes:
+        training: number of sequences that are not held out.
+        held_out: number of sequences that are.
+        epochs: epochs of the block's tuning.
+    """
+
+    training: int
+    held_out: int = 0
+    epochs: int = 0
+
+    @property
+    def sequences(self) -> int:
+        """Number of all sequences."""
+        return self.training + self.held_out
+
+    def units(self, phase: str) -> tuple[float, float]:
+        """Return two numbers with each of which a phase's cost is expected to grow linearly."""
+        if phase == "tune":
+            return tuning_passes(self.epochs, self.sequences, self.held_out), 0.0
+        if phase == "choose":
+            return 0.0, float(self.held_out)
+        if phase in ("calibration", "propagate"):
+            return float(self.sequences), 0.0
+        return float(self.training), float(self.held_out)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +73,17 @@ class Job:
     def samples(self) -> int:
         """Number of calibration sequences."""
         return len(self.ids)
+
+    @property
+    def held_out(self) -> int:
+        """Number of calibration sequences that are held out."""
+        return held_out_of(self.samples, self.recipe.held_out) if self.recipe.holds_out else 0
+
+    def amount(self, block: int | None) -> Amount:
+        """Return the sequences and epochs of the run for a block."""
+        repairs = [settings.repair for layer, settings in self.prepared.layers.items() if layer.block == block]
+        epochs = 0 if block is None else max((repair.tune for repair in repairs), default=0)
+        return Amount(self.samples - self.held_out, self.held_out, epochs)
 
     def block_bytes(self, block: int | None) -> int:
         """Return the bytes of a block in memory, None for the whole model."""
@@ -86,23 +130,25 @@ class Sample:
     """Measurements of one block on some sequences.
 
     Attributes:
-        sequences: number of sequences.
+        amount: the sequences and epochs.
         batch: largest number of sequences in a forward pass.
         seconds: phase → seconds.
         busy: phase → seconds of the processor, all threads together; on CUDA those of ``seconds``.
         peaks: phase → peak growth of host and device memory in bytes, without the hidden states of the sequences.
         over_sequences: phases that run over the sequences.
-        state_bytes: bytes of the hidden states of one sequence.
+        state_bytes: bytes of the hidden states of one sequence in all streams.
+        buffers: number of buffers of hidden states: the streams keep as many copies.
         fits: see :class:`~thanos.engine.block_runner.Passes`.
     """
 
-    sequences: int
+    amount: Amount
     batch: int
     seconds: dict[str, float]
     busy: dict[str, float]
     peaks: dict[str, tuple[int, int]]
     over_sequences: frozenset[str]
     state_bytes: int
+    buffers: int
     fits: int | None
 
 
@@ -112,45 +158,84 @@ class Kind:
 
     Attributes:
         blocks: indices of the blocks; ``[None]`` for the layers after the blocks.
-        pairs: for each tried block, a sample with fewer and one with more sequences.
+        tries: for each tried block its samples: one with few sequences; one with more of them; one with more held out.
     """
 
     blocks: list[int | None]
-    pairs: list[tuple[Sample, Sample]] = field(default_factory=list)
+    tries: list[Sequence[Sample]] = field(default_factory=list)
 
     @property
     def phases(self) -> list[str]:
         """The phases, in the order in which a block first runs through them."""
-        return list(dict.fromkeys(phase for pair in self.pairs for phase in pair[1].seconds))
+        return list(dict.fromkeys(phase for samples in self.tries for phase in samples[-1].seconds))
 
-    def seconds(self, phase: str, sequences: int) -> float:
-        """Return the seconds of a phase for one block and this number of sequences.
+    def seconds(self, phase: str, amount: Amount) -> float:
+        """Return the seconds of a phase for one block and these sequences and epochs.
 
         The processor's seconds give the growth with the number of sequences: other programs disturb them least. The seconds
         that pass for each of them are measured too, and differ with other programs and the number of threads.
         """
-        pairs = [pair for pair in self.pairs if phase in pair[1].seconds]
-        if not pairs:
+        tries = [samples for samples in self.tries if phase in samples[-1].seconds]
+        if not tries:
             return 0.0
-        passed = [fmean(pair[i].seconds[phase] for pair in pairs) for i in (0, 1)]
-        few, more = (fmean(pair[i].busy[phase] for pair in pairs) for i in (0, 1))
-        fewer, number = pairs[0][0].sequences, pairs[0][1].sequences
-        if phase not in pairs[0][1].over_sequences or fewer == number or not few + more:
+        passed = [fmean(one.seconds.get(phase, 0.0) for one in same) for same in zip(*tries, strict=True)]
+        busy = [fmean(one.busy.get(phase, 0.0) for one in same) for same in zip(*tries, strict=True)]
+        if phase not in tries[0][-1].over_sequences or not sum(busy):
             return fmean(passed)
-        # Bounds for noisy measurements: neither the cost per sequence nor the rest is negative.
-        each = min(max(0.0, (more - few) / (number - fewer)), more / number)
-        return (more + each * (sequences - number)) * sum(passed) / (few + more)
+        units = [one.amount.units(phase) for one in tries[0]]
+        return _extrapolated(busy, units, amount.units(phase)) * sum(passed) / sum(busy)
 
     def peak(self, phase: str, batch: int) -> tuple[int, int]:
         """Return the peak growth of host and device memory in a phase, with batches of this size."""
-        known = [_peak(few, more, phase, batch) for few, more in self.pairs if phase in more.peaks]
+        known = [_peak(samples, phase, batch) for samples in self.tries if phase in samples[-1].peaks]
         return max((host for host, _ in known), default=0), max((device for _, device in known), default=0)
 
 
-def _peak(few: Sample, more: Sample, phase: str, batch: int) -> tuple[int, int]:
-    """Extrapolate the memory of two samples to a larger batch."""
-    (host, device), (before, on_device) = more.peaks[phase], few.peaks[phase]
+_APART = 1.3
+"""Least quotient of two amounts of work whose difference gives a rate. With less, a cost is taken to be proportional."""
+
+
+def _extrapolated(costs: Sequence[float], units: Sequence[tuple[float, float]], wanted: tuple[float, float]) -> float:
+    """Return the cost at ``wanted``, linear in both units. Noise makes no part of it negative."""
+    (x, y), reference = units[0], 0
+    each = other = 0.0
+    for number, (along, across) in enumerate(units[1:], 1):
+        if across == y and along >= max(_APART * x, units[reference][0] + 1):
+            reference = number
+            each = min(max(0.0, costs[number] - costs[0]) / (along - x), costs[number] / along)
+        elif along == x and across > y:
+            other = min(max(0.0, costs[number] - costs[0]) / (across - y), costs[number] / across)
+    if not reference and x:
+        each = (costs[0] - other * y) / x
+    at = units[reference]
+    return costs[reference] + each * (wanted[0] - at[0]) + other * (wanted[1] - at[1])
+
+
+def _peak(samples: Sequence[Sample], phase: str, batch: int) -> tuple[int, int]:
+    """Extrapolate the memory of samples with few and with more sequences to a larger batch."""
+    few, more = samples[0], max(samples, key=lambda sample: sample.batch)
+    host, device = (max(one.peaks.get(phase, (0, 0))[i] for one in samples) for i in (0, 1))
     if more.batch >= batch or more.batch == few.batch or phase not in more.over_sequences:
         return host, device
+    before, on_device = few.peaks.get(phase, (0, 0))
     further = (batch - more.batch) / (more.batch - few.batch)
     return host + int(further * max(0, host - before)), device + int(further * max(0, device - on_device))
+
+
+def block_seconds(job: Job, kinds: list[Kind], amount: Callable[[int | None], Amount]) -> dict[str, float]:
+    """Return the seconds of each phase of all blocks, by their kinds; ``amount`` gives the sequences and epochs of a block."""
+    kind_of = {block: kind for kind in kinds for block in kind.blocks}
+    calibration = fmean(kind.seconds("calibration", amount(kind.blocks[0])) for kind in kinds)
+    seconds = {"load": 0.0, "calibration": calibration}
+    last, busy = len(find_blocks(job.prepared.opened.meta_model)[1]) - 1, 0.0
+    for block in sorted(kind_of, key=lambda block: (block is None, block or 0)):
+        spent = {name: kind_of[block].seconds(name, amount(block)) for name in kind_of[block].phases}
+        del spent["calibration"]
+        if block == last and None not in kind_of:
+            spent.pop("propagate", None)  # nothing reads the last block's outputs
+        # A block is read during the work on the block before it.
+        seconds["load"] += max(0.0, spent.pop("load", 0.0) - busy)
+        busy = sum(spent.values())
+        for name, value in spent.items():
+            seconds[name] = seconds.get(name, 0.0) + value
+    return seconds

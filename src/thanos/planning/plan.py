@@ -12,7 +12,6 @@ import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -28,9 +27,12 @@ from thanos.errors import RecipeError, resource_errors
 from thanos.events import Watcher
 from thanos.model.layers import find_blocks
 from thanos.model.source import find_local, resolve_model
-from thanos.planning.kinds import Job
-from thanos.planning.trial import Trial, run_trial, scan_seconds
+from thanos.planning.kinds import Amount, Job, block_seconds
+from thanos.planning.scratch import scan_seconds
+from thanos.planning.trial import Trial, run_trial
 from thanos.recipe import Recipe
+from thanos.run.allocation import PHASE as ALLOCATION
+from thanos.run.allocation import SEQUENCES
 from thanos.run.auxiliary_files import auxiliary_files
 from thanos.run.setup import (
     LOG_BYTES_PER_LAYER,
@@ -65,7 +67,7 @@ class Plan(Document):
         blocks: number of decoder blocks.
         layers: number of layers to prune.
         activations: storage tier of the hidden states between blocks.
-        activations_bytes: bytes of the hidden states of all sequences.
+        activations_bytes: bytes of the hidden states of all sequences, those of the dense model included.
         batch: number of sequences in a forward pass.
         disk_bytes: bytes of the output's weights, which are reserved before the work begins.
         disk_besides_bytes: bytes of the auxiliary files, the journal and the report, and of hidden states kept on the disk.
@@ -205,7 +207,7 @@ def _predict(job: Job, out: Path, measured: dict[str, PhaseRecord], scan: float,
     layout = opened.checkpoint.layout
     besides = LOG_BYTES_PER_LAYER * len(job.prepared.layers) + len(layout.index or b"")
     besides += sum(path.stat().st_size for path in auxiliary_files(opened.source))
-    besides += trial.state_bytes if trial.place == "disk" else 0
+    besides += trial.states.get("disk", 0)
     host = max(one for one, _ in memory.values())
     on_device = max(one for _, one in memory.values()) if cuda else None
     free = free_disk_bytes(job.folder), free_host_bytes(), free_device_bytes(job.device) if cuda else None
@@ -221,7 +223,7 @@ def _predict(job: Job, out: Path, measured: dict[str, PhaseRecord], scan: float,
         blocks=len(find_blocks(opened.meta_model)[1]),
         layers=len(job.prepared.layers),
         activations=trial.place,
-        activations_bytes=trial.state_bytes,
+        activations_bytes=sum(trial.states.values()),
         batch=trial.batch,
         disk_bytes=layout.nbytes,
         disk_besides_bytes=besides,
@@ -241,10 +243,14 @@ def _memory(
     name: str, trial: Trial, base: int, measured: dict[str, PhaseRecord], generating: int, cuda: bool
 ) -> tuple[int, int]:
     """Return the peak bytes of a phase on host and device: of the process (``base``), a block, and the hidden states."""
-    host, on_device = (max(kind.peak(name, trial.batch)[i] for kind in trial.kinds) for i in (0, 1))
-    states = 0 if name in ("load", "finish") else trial.state_bytes
-    host += base + (states if trial.place == "host" else 0)
-    on_device += states if trial.place == "device" else 0
+    if name == ALLOCATION:
+        peaks = [kind.peak(phase, trial.batch) for kind in trial.allocation for phase in kind.phases]
+    else:
+        peaks = [kind.peak(name, trial.batch) for kind in trial.kinds]
+    host, on_device = (max(peak[i] for peak in peaks) for i in (0, 1))
+    states = {} if name in ("load", "finish", ALLOCATION) else trial.states
+    host += base + states.get("host", 0)
+    on_device += states.get("device", 0)
     if name == "calibration" and generating:  # the whole model is in memory
         host, on_device = (host, max(on_device, generating)) if cuda else (max(host, base + generating), 0)
     if name in measured:
@@ -254,23 +260,15 @@ def _memory(
 
 
 def _seconds(job: Job, trial: Trial, scan: float) -> dict[str, float]:
-    """Return the seconds of each phase, without what this process has already done: those of all blocks, by their kinds."""
+    """Return the seconds of each phase, without what this process has already done."""
     tensors = job.prepared.opened.checkpoint.tensors
     untouched = sum(tensors[key].nbytes for key in job.untouched())
-    calibration = fmean(kind.seconds("calibration", job.samples) for kind in trial.kinds)
-    seconds = {"load": untouched * scan, "calibration": calibration}
-    kind_of = {block: kind for kind in trial.kinds for block in kind.blocks}
-    last, busy = len(find_blocks(job.prepared.opened.meta_model)[1]) - 1, 0.0
-    for block in sorted(kind_of, key=lambda block: (block is None, block or 0)):
-        spent = {name: kind_of[block].seconds(name, job.samples) for name in kind_of[block].phases}
-        del spent["calibration"]
-        if block == last and None not in kind_of:
-            spent.pop("propagate", None)  # nothing reads the last block's outputs
-        # A block is read during the work on the block before it.
-        seconds["load"] += max(0.0, spent.pop("load", 0.0) - busy)
-        busy = sum(spent.values())
-        for name, value in spent.items():
-            seconds[name] = seconds.get(name, 0.0) + value
+    seconds = {"load": untouched * scan, "calibration": 0.0}
+    if trial.allocation:
+        few = Amount(min(SEQUENCES, job.samples))
+        seconds[ALLOCATION] = sum(block_seconds(job, trial.allocation, lambda _: few).values())
+    for name, value in block_seconds(job, trial.kinds, job.amount).items():
+        seconds[name] = seconds.get(name, 0.0) + value
     for name, value in trial.once.items():
         seconds[name] = seconds.get(name, 0.0) + value
     return seconds | {"finish": untouched * trial.copy}

@@ -182,8 +182,11 @@ class PruneStage:
 
 def sampled_sequences(settings: Iterable[LayerRecipe], measure_error: bool | None) -> int:
     """Return the number of first sequences that cost more than the later ones, because they alone measure errors."""
-    less = measure_error is None and any(need_of(one) < Need.GRAM for one in settings)
-    return ERROR_SEQUENCES if less else 0
+    known = list(settings)
+    layers = measure_error is None and any(need_of(one) < Need.GRAM for one in known)
+    repairs = [one.repair for one in known]
+    blocks = any(one.needs_dense_stream for one in repairs) and not any(one.holds_out for one in repairs)
+    return ERROR_SEQUENCES if layers or blocks else 0
 
 
 def observed_fractions(
