@@ -58,9 +58,8 @@ class CellRecord(Document):
         machine: ``device``, ``platform``, ``cores``, ``memory_bytes``, and ``sharers``, the number of workers on the device.
         cell: the coordinates in the grid: ``model``, ``method`` (``dense`` for the unpruned model), ``pattern``,
             ``sparsity``, ``outlier_rows``, ``keep_budget``, ``block_size``, ``damping``, ``calibration``, ``samples``,
-            ``sequence_length``, ``seed``, and, where they are not the default, ``scope``, ``allocation``, ``effort``,
-            ``dense_target``, ``sequential``, ``refit`` and ``tune``. All but the model and the method are None for the dense
-            model.
+            ``sequence_length``, ``seed``, and those of :data:`~thanos.study.grid.NEWER` that are not the default. All but the
+            model and the method are None for the dense model.
         asked: the other settings that affect the numbers: ``dtype``, ``evaluation`` (``text``, ``sequence_length``,
             ``max_windows``, ``compare``: with the dense model) and ``zero_shot`` (``tasks``, ``limit``; None without
             tasks). Both are None for a model with ``cost_only``. ``bos`` (``auto``, ``window`` or ``text``) exists only if

@@ -95,3 +95,18 @@ def _once(records: Sequence[CellRecord]) -> tuple[list[CellRecord], tuple[CellRe
 def _holds(record: CellRecord) -> tuple[bool, bool, bool]:
     compared = (record.evaluation or {}).get("kl_divergence") is not None
     return record.zero_shot is not None, record.evaluation is not None, compared
+
+
+def is_cost_only(record: CellRecord) -> bool:
+    """Return whether the study lists the model among those that are not evaluated."""
+    return record.asked.get("evaluation", {}) is None
+
+
+def calibration_of(record: CellRecord) -> tuple[Any, ...]:
+    """Return text, number and length of the calibration sequences."""
+    return (record.cell["calibration"], record.cell["samples"], record.cell["sequence_length"])
+
+
+def damping_of(record: CellRecord) -> tuple[Any, ...] | None:
+    """Return the damping; None for a method without damping, which can be compared with rows of any damping."""
+    return None if record.cell["damping"] is None else (record.cell["damping"],)

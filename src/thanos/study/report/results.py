@@ -13,7 +13,7 @@ from thanos.errors import RecipeError
 from thanos.recipe import LayerRecipe
 from thanos.registry import parse_pattern
 from thanos.study.grid import repair_label
-from thanos.study.report.comparable import most_common, select_cells
+from thanos.study.report.comparable import calibration_of, damping_of, is_cost_only, most_common, select_cells
 from thanos.study.report.numbers import Number, field_of, mean, spread
 from thanos.study.store import CellRecord
 
@@ -185,13 +185,13 @@ class Results:
     def __init__(self, model: str, records: Iterable[CellRecord]) -> None:
         own = [record for record in records if record.cell["model"] == model]
         self.model = model
-        self.cost_only = bool(own) and all(_is_cost_only(record) for record in own)
+        self.cost_only = bool(own) and all(is_cost_only(record) for record in own)
         own, self.left_out = select_cells(own)
         self.dense = next((row for row in _rows(own) if row.method == "dense"), None)
         pruned = [row for row in _rows(own) if row.method != "dense"]
         cells = [record for row in pruned for record in row.records]
-        text = most_common(_calibration_of, cells) or (None, None, None)
-        damping = most_common(_damping_of, cells) or (None,)
+        text = most_common(calibration_of, cells) or (None, None, None)
+        damping = most_common(damping_of, cells) or (None,)
         self.base = (*text, *damping)
         base = [row for row in pruned if self._is_base(row)]
         base = [dataclasses.replace(row, kin=_kin(row, base)) for row in base]
@@ -294,16 +294,3 @@ def _asked_sparsity(cell: dict[str, Any]) -> float:
         return cell["sparsity"]
     implied = parse_pattern(cell["pattern"]).sparsity if cell["pattern"] else 0.0
     return 0.0 if implied is None else implied
-
-
-def _is_cost_only(record: CellRecord) -> bool:
-    return record.asked.get("evaluation", {}) is None
-
-
-def _calibration_of(record: CellRecord) -> tuple[Any, ...]:
-    return (record.cell["calibration"], record.cell["samples"], record.cell["sequence_length"])
-
-
-def _damping_of(record: CellRecord) -> tuple[Any, ...] | None:
-    """Return the damping; None for a method without damping, which can be compared with rows of any damping."""
-    return None if record.cell["damping"] is None else (record.cell["damping"],)
