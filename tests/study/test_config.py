@@ -102,7 +102,7 @@ def test_the_axes_of_a_grid_are_the_settings_of_a_cell(tmp_path: Path) -> None:
     with pytest.raises(StudyError, match=f"unknown field; allowed are {names}$"):
         read(tmp_path, HEAD + '[[grid]]\ndevice = "cpu"\n')
     for line, message in (
-        ('method = "obs"', "must be one of thanos, sparsegpt, wanda, magnitude; got 'obs'"),
+        ('method = "obs"', "must be one of thanos, sparsegpt, wanda, magnitude, admm; got 'obs'"),
         ('scope = "rows"', "must be one of layer, row; got 'rows'"),
         ("keep_budget = 1", "must be true or false; got 1"),
         ("block_size = 0", "must be a whole number, at least 1; got 0"),
