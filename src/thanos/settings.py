@@ -11,8 +11,8 @@ from enum import StrEnum
 from typing import Any
 
 TEXT_SOURCES = (
-    "wikitext2, c4 (both from the hub), pydoc, or local .txt, .jsonl, .json (both also .gz) or .parquet files: one, several "
-    "with commas between, a folder, or a glob such as 'data/*.jsonl'; FILE:NAME names the column"
+    "wikitext2, c4 (both from the hub), pydoc, or local .txt, .jsonl, .json (both also .gz) or .parquet files: one, "
+    "several separated by commas, a folder, or a glob such as 'data/*.jsonl'; FILE:NAME names the column"
 )
 """The sources of text for calibration and evaluation, in words."""
 

@@ -154,7 +154,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     arguments = ["bench", "model", *sizes, "--samples", "2", "--sequence-length", "8", "--quiet", "--device", "cpu"]
     assert run([*arguments, "--blocks", "2", "--json", str(tmp_path / "t.json")]) == 0
     shown = capsys.readouterr().out
-    assert "all 3 blocks, reckoned from 2" in shown
+    assert "all 3 blocks, estimated from 2" in shown
     values = json.loads((tmp_path / "t.json").read_text())
     assert values["schema"] == 1
     assert values["shape"]["hidden"] == 32

@@ -137,7 +137,7 @@ def test_the_examples_can_be_copied(name: str, capsys: pytest.CaptureFixture[str
 def test_the_defaults_shown_are_those_of_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     found = entries(shown("prune", capsys))
     for option, default in {
-        "--method": "thanos", "--pattern": "unstructured", "--sparsity": "0.5; N:M implies its own", "--outlier-rows": "0",
+        "--method": "thanos", "--pattern": "unstructured", "--sparsity": "0.5; N:M sets its own", "--outlier-rows": "0",
         "--keep-budget": "off", "--block-size": "the method's own, 128 or 512", "--damping": "0.01", "--calibration": "c4",
         "--samples": "128", "--sequence-length": "2048", "--seed": "0", "--skip": "none", "--activations": "auto",
     }.items():  # fmt: skip

@@ -59,7 +59,7 @@ def test_a_signal_ends_cleanly_and_the_line_says_how_to_go_on(
     arguments += ["--sequence-length", "32", "--device", "cpu", "--quiet"]
     returned, said = ended(number, 2, arguments)
     assert returned == code
-    line = re.fullmatch(rf"error: {word}; 2 of 3 blocks are finished, go on with: (.*)\n", said)
+    line = re.fullmatch(rf"error: {word}; 2 of 3 blocks are finished, continue with: (.*)\n", said)
     assert line, said
     assert [path.name for path in tmp_path.iterdir()] == [".my model.partial"]
     program, *again = shlex.split(line[1])
@@ -78,12 +78,12 @@ def test_a_signal_before_a_block_is_finished_leaves_nothing(tiny_llama: Path, te
 @pytest.mark.parametrize(
     ("error", "finished", "hint"),
     [
-        (KeyboardInterrupt(), 2, "; 2 of 9 blocks are finished, go on with: again"),
-        (RuntimeError(), 2, "; 2 of 9 blocks are finished, go on with: again"),
+        (KeyboardInterrupt(), 2, "; 2 of 9 blocks are finished, continue with: again"),
+        (RuntimeError(), 2, "; 2 of 9 blocks are finished, continue with: again"),
         (KeyboardInterrupt(), 0, "; nothing was left behind"),
         (RuntimeError(), 0, ""),
-        (ResourceError(), 2, "; 2 of 9 blocks are finished, go on with: again"),
-        (OSError(), 2, "; 2 of 9 blocks are finished, go on with: again"),
+        (ResourceError(), 2, "; 2 of 9 blocks are finished, continue with: again"),
+        (OSError(), 2, "; 2 of 9 blocks are finished, continue with: again"),
         (ModelError(), 2, ""),
         (DataError(), 2, ""),
         (NumericsError(), 2, ""),
@@ -130,6 +130,6 @@ def test_a_run_that_would_meet_its_error_again_does_not_advise_to_resume(
     assert run([*arguments, "--sequence-length", "32", "--device", "cpu", "--quiet"]) == code
     [line] = capsys.readouterr().err.splitlines()
     assert str(error) in line
-    assert ("2 of 3 blocks are finished, go on with: " in line) is hint
+    assert ("2 of 3 blocks are finished, continue with: " in line) is hint
     assert ("resume" in line) is hint
     assert any("resume=True" in note for note in getattr(error, "__notes__", [])) is hint

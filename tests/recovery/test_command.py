@@ -57,7 +57,7 @@ def test_the_command(
     assert run([*command, "--resume"]) == 0
     again = capsys.readouterr()
     assert "already complete, in" in again.out
-    assert "is already complete, made by this same run: nothing is done" in again.err
+    assert "is already complete, made by the same run: nothing to do" in again.err
 
 
 def test_an_interrupted_command_says_how_to_go_on(
@@ -78,7 +78,7 @@ def test_an_interrupted_command_says_how_to_go_on(
     monkeypatch.setattr(display.PlainLines, "__call__", show)
     assert run(words(pruned, tmp_path / "out2", tiny_llama, text_file)) == 130
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: interrupted; 2 of 6 steps are finished, go on with: thanos recover ")
+    assert error.startswith("error: interrupted; 2 of 6 steps are finished, continue with: thanos recover ")
     assert error.endswith(" --resume")
 
 

@@ -217,7 +217,7 @@ def test_where_nothing_is_better_the_weights_stay_and_it_is_said(
     assert report.best_step == 0
     assert report.held_out_after == report.held_out_before
     assert (out / "model.safetensors").read_bytes() == (pruned / "model.safetensors").read_bytes()
-    assert "no epoch was better on the held-out sequences: the weights written are those of before" in notes
+    assert "no epoch lowered the held-out loss: the original weights are written" in notes
     assert "No epoch was better on 2 × 32 held-out tokens" in (out / "README.md").read_text()
     before, after = (json.loads((folder / "pruning.json").read_bytes()) for folder in (pruned, out))
     assert after.pop("recovery") == report.to_dict()

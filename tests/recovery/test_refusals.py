@@ -110,10 +110,10 @@ def test_a_dense_model_that_is_pruned_itself(pruned: Path, tiny_llama: Path, tex
 
 def test_a_folder_without_zeros(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
     other = copy(tiny_llama, tmp_path / "other")
-    refused(tiny_llama, other, text_file, tmp_path, r"has no zeros that could be kept \(0 of [\d,]+ weights")
+    refused(tiny_llama, other, text_file, tmp_path, r"has no zeros to keep fixed \(0 of [\d,]+ weights")
     # Strays do not make a pruned model.
     stray = edit(copy(tiny_llama, tmp_path / "stray"), lambda t: t["model.layers.0.mlp.up_proj.weight"][0, :3].zero_())
-    refused(stray, other, text_file, tmp_path, "has no zeros that could be kept")
+    refused(stray, other, text_file, tmp_path, "has no zeros to keep fixed")
 
 
 def test_quantised_and_packed_folders(pruned: Path, tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:

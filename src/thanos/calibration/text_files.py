@@ -117,7 +117,7 @@ def _files_of(name: str, allowed: str) -> list[Path]:
     if not name.lower().endswith(SUFFIXES):
         raise DataError(
             f"text source {name!r} is unknown; choose {allowed}, or a file ending in {endings}, a "
-            f"folder of such files, or several with commas between{_meant(name, allowed)}"
+            f"folder of such files, or several separated by commas{_meant(name, allowed)}"
         )
     if not exists(name):
         raise DataError(f"text file {name} does not exist{_meant(name)}")

@@ -14,7 +14,7 @@ from thanos.cli.bench import bench
 app = typer.Typer(
     name="thanos",
     cls=Group,
-    help="Prune pretrained language models after training, without retraining, and measure what it cost.",
+    help="Prune pretrained language models, recover their accuracy, and measure the result.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -34,12 +34,12 @@ def _root(
 
 for _name, _function, _examples, _help in (
     ("prune", prune.prune, prune.EXAMPLES, "Prune MODEL and write it to OUT."),
-    ("recover", recover.recover, recover.EXAMPLES, "Train OUT towards its dense parent, zeros fixed."),
+    ("recover", recover.recover, recover.EXAMPLES, "Train OUT towards its dense parent; zeros stay zero."),
     ("eval", evaluate.evaluate, evaluate.EXAMPLES, "Measure perplexity, or zero-shot accuracy."),
-    ("inspect", inspect.inspect, inspect.EXAMPLES, "Tell which weights are zero, in which pattern."),
+    ("inspect", inspect.inspect, inspect.EXAMPLES, "Show which weights are zero, and in which pattern."),
     ("pack", pack.pack, pack.EXAMPLES, "Write a pruned model with fewer bytes."),
     ("unpack", pack.unpack, pack.UNPACK_EXAMPLES, "Turn a packed model into the dense folder again."),
-    ("study", study.study, study.EXAMPLES, "Run a grid of pruned and measured models."),
+    ("study", study.study, study.EXAMPLES, "Prune and measure a grid of models and settings."),
     ("report", report.report, report.EXAMPLES, "Write the report of a study."),
 ):
     app.command(name=_name, cls=Command, short_help=_help, epilog=_examples)(_function)

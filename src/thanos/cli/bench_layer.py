@@ -51,13 +51,14 @@ def layer(
         option("Rows x columns of a weight; may be repeated", Heading.LAYER, "CxB", default="2048x2048"),
     ] = None,
     tokens: Annotated[
-        int | None, option("Tokens that the Hessian is made from", Heading.LAYER, "N", default="four per column")
+        int | None,
+        option("Tokens of the layer's inputs, for the Hessian", Heading.LAYER, "N", default="four per column"),
     ] = None,
-    repeats: Annotated[int, option("Timed runs, of which the median counts", Heading.LAYER, "N")] = 5,
+    repeats: Annotated[int, option("Number of timed runs; the median is shown", Heading.LAYER, "N")] = 5,
     peer: Annotated[
         list[str] | None,
         option(
-            f"Measure a method's reference implementation too, {' or '.join(_REFERENCES)}, DIR its repository; may be repeated",
+            f"Also measure a method's reference implementation in the folder DIR: {' or '.join(_REFERENCES)}; may be repeated",
             Heading.LAYER,
             "NAME=DIR",
         ),

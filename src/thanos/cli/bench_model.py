@@ -25,14 +25,14 @@ from thanos.settings import Heading
 from thanos.system.suggestions import near
 
 EXAMPLES = examples(
-    ("Time four blocks of Llama 3 8B, and estimate the rest", "thanos bench model --blocks 4"),
+    ("Time four blocks of Llama 3 8B and estimate the rest", "thanos bench model --blocks 4"),
     (
         "Time a smaller model with 2:4",
         "thanos bench model --hidden 2048 --intermediate 8192 --model-blocks 16 --pattern 2:4",
     ),
 )
 
-_SHAPES = "that of the shape"
+_SHAPES = "as in the shape"
 
 
 @with_settings("method", "pattern", "sparsity", "block_size", "samples", "sequence_length", "device")
@@ -61,7 +61,7 @@ def model(
     out: Annotated[
         Path | None,
         option(
-            "Write the result in this folder, and remove it", Heading.OUTPUT, "DIR", default="it stays in host memory"
+            "Write the result to this folder, then delete it", Heading.OUTPUT, "DIR", default="keep it in host memory"
         ),
     ] = None,
     json_file: JsonFile = None,

@@ -41,18 +41,18 @@ def evaluate(
     bos: Annotated[
         str,
         option(
-            "Where the beginning-of-text token stands, if the tokenizer adds one: window (at the start of each), text (at the "
-            "start of the text alone), or auto: in each window if that lowers the perplexity of the first ones by 10 percent, "
-            "measured on the dense model if one is given",
+            "Position of the beginning-of-text token, if the tokenizer adds one: window (start of each window), text (start of "
+            "the text only), or auto (window if that lowers the perplexity of the first windows by 10 percent, measured on the "
+            "dense model if one is given)",
             Heading.PERPLEXITY,
-            "PLACE",
+            "POSITION",
         ),
     ] = "auto",
     tasks: Annotated[
         str | None,
         option(
-            "Instead of a text, measure zero-shot accuracy with lm_eval: names of its tasks with commas between, or paper for "
-            "the seven of the paper",
+            "Measure zero-shot accuracy on these lm_eval tasks instead of perplexity: names separated by commas, or paper for "
+            "the seven tasks of the paper",
             Heading.TASKS,
             "NAMES",
         ),

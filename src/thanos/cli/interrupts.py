@@ -31,13 +31,13 @@ class EndedEarly(Exception):  # noqa: N818  an interruption is not an error
     def hint(self, again: str) -> str:
         """Return the end of the error line: the number of finished blocks and the command to resume, if that can help."""
         if self.finished and not recurs(self.error):
-            return f"; {self.finished} of {self.blocks} {self.unit} are finished, go on with: {again}"
+            return f"; {self.finished} of {self.blocks} {self.unit} are finished, continue with: {again}"
         return "; nothing was left behind" if isinstance(self.error, KeyboardInterrupt) else ""
 
 
 @contextmanager
 def resumable(work: WorkFolder) -> Iterator[None]:
-    """Raise EndedEarly, with the number of finished blocks, if the run inside ends early and could be resumed.
+    """Raise EndedEarly, with the number of finished blocks, if the enclosed run ends early and can be resumed.
 
     An error of the request itself is raised unchanged. The finished blocks are in the work folder.
     """

@@ -120,7 +120,7 @@ JsonFile = Annotated[
 Activations = Annotated[
     str,
     option(
-        "Storage tier of the hidden states between blocks: device, host, disk, or auto, the first that has room",
+        "Storage tier of the hidden states between blocks: device, host, disk, or auto (the first with enough room)",
         Heading.RUN,
         "TIER",
     ),
@@ -128,10 +128,10 @@ Activations = Annotated[
 Threads = Annotated[
     int | None,
     option(
-        "CPU threads that torch may use; on a shared machine, your share",
+        "Number of CPU threads for torch; lower it on a shared machine",
         Heading.RUN,
         "N",
-        default="torch's own choice",
+        default="torch's default",
     ),
 ]
 

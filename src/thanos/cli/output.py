@@ -86,7 +86,10 @@ def show_recovery(report: RecoveryReport, out: Path, json_file: Path | None, *, 
     rows = [
         ("held-out KL divergence to the dense model", f"{before:.5f} → {after:.5f} nats a token"),
         ("sequences trained, held out", f"{sequences['trained']}, {sequences['held_out']}"),
-        ("weights written", f"of step {report.best_step} of {report.steps}" if report.best_step else "those of before"),
+        (
+            "weights written",
+            f"of step {report.best_step} of {report.steps}" if report.best_step else "the original ones",
+        ),
         ("layers with fixed zeros, zeros", f"{report.masked_layers}, {report.zeros:,}"),
         *phase_rows(report.phases),
         ("already complete, in" if complete else "written to", str(out)),
@@ -105,7 +108,7 @@ def show_plan(plan: Plan, json_file: Path | None) -> None:
         *phase_rows(plan.phases),
         ("total", cost(plan.seconds, plan.host_peak_bytes, plan.device_peak_bytes)),
         ("disk", room(plan.disk_bytes + plan.disk_besides_bytes, plan.disk_free_bytes)),
-        ("host memory beside the process", room(plan.host_peak_bytes - plan.host_base_bytes, plan.host_free_bytes)),
+        ("additional host memory", room(plan.host_peak_bytes - plan.host_base_bytes, plan.host_free_bytes)),
     ]
     if plan.device_peak_bytes is not None and plan.device_free_bytes is not None:
         rows.append(("device memory", room(plan.device_peak_bytes, plan.device_free_bytes)))
@@ -234,9 +237,9 @@ def show_model_time(result: ModelTime) -> None:
     print_table((f"{result.blocks} blocks", "seconds", "floor", "of floor", "host peak", "device peak"), rows)
     print_table(("solve", "seconds"), [(kind, f"{seconds:.2f}") for kind, seconds in result.solve_seconds.items()])
     rates = ", ".join(f"{name} {value:.3g}/s" for name, value in result.rates.to_dict().items())
-    reckoned = "" if result.blocks == result.shape.blocks else f", reckoned from {result.blocks}"
+    estimated = "" if result.blocks == result.shape.blocks else f", estimated from {result.blocks}"
     print(
-        f"all {result.shape.blocks} blocks{reckoned}: {result.whole_seconds:.1f} s on {result.machine['device']}; {rates}"
+        f"all {result.shape.blocks} blocks{estimated}: {result.whole_seconds:.1f} s on {result.machine['device']}; {rates}"
     )
 
 
@@ -249,13 +252,13 @@ def show_layer_times(results: Sequence[LayerTime]) -> None:
             r.pattern,
             str(r.block_size),
             f"{r.seconds:.4f}",
-            f"{r.seconds / r.floor_seconds:.1f} ×",
-            "" if r.modelled_seconds is None else f"{100 * r.modelled_seconds / r.seconds:.0f} %",
+            f"{r.seconds / r.floor_seconds:.1f}",
+            "" if r.modelled_seconds is None else f"{100 * r.modelled_seconds / r.seconds:.0f}",
             f"{r.error:.6f}",
             f"{100 * r.sparsity:.3f} %",
             f"{r.peak_bytes / 2**30:.2f} GiB",
         )
         for r in results
     ]
-    head = ("layer", "method", "pattern", "B", "seconds", "of factoring H", "of model", "error", "sparsity", "peak")
+    head = ("layer", "method", "pattern", "B", "seconds", "× factorisation", "% of model", "error", "sparsity", "peak")
     print_table(head, rows)

@@ -50,7 +50,7 @@ def prune(
     measure_error: Annotated[
         str | None,
         option(
-            "Tokens on which layer errors are measured: all, none, or auto: all if the method needs XᵀX, else a sample; it "
+            "Tokens on which layer errors are measured: all, none, or auto (all if the method needs XᵀX, else a sample); "
             "changes no weight",
             Heading.CALIBRATION,
             "WHICH",
@@ -62,7 +62,7 @@ def prune(
     resume: Annotated[
         bool,
         option(
-            "Continue the interrupted run of this command; also allowed if none was begun or it is complete",
+            "Continue an interrupted run of this command; start it if there is none, do nothing if OUT is complete",
             Heading.RUN,
             None,
             "--resume",
@@ -77,9 +77,7 @@ def prune(
     ] = False,
     overwrite: Annotated[
         bool,
-        option(
-            "Replace OUT, and start an interrupted run over", Heading.OUTPUT, None, "--overwrite", default="refuse to"
-        ),
+        option("Replace OUT, and discard an interrupted run", Heading.OUTPUT, None, "--overwrite", default="refuse to"),
     ] = False,
     json_file: Annotated[
         Path | None,
@@ -95,7 +93,7 @@ def prune(
             "--json belongs to --plan: give --plan too, or leave --json out; a run reports in OUT/pruning.json"
         )
     if plan and resume:
-        raise RecipeError("--plan is of a whole run, not of a resumed one; leave out --resume, or --plan")
+        raise RecipeError("--plan predicts a whole run, not a resumed one; leave out --resume or --plan")
     use_threads(threads)
     from thanos.cli import interrupts as ending
     from thanos.cli import output, tables
@@ -133,7 +131,7 @@ def _error_setting(which: str | None) -> dict[str, bool | None]:
 
 
 def merge_recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
-    """Return the recipe of a file, or the default one, with the settings of the command line in place of its own.
+    """Return the recipe of a file, or the default one, overridden by the settings of the command line.
 
     If a flag changes the pattern, the file's sparsity and block size are dropped, since they belong to the file's pattern.
 

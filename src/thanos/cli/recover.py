@@ -38,7 +38,7 @@ def recover(
     resume: Annotated[
         bool,
         option(
-            "Continue the interrupted run of this command; also allowed if none was begun or it is complete",
+            "Continue an interrupted run of this command; start it if there is none, do nothing if OUT2 is complete",
             Heading.RUN,
             None,
             "--resume",
@@ -48,14 +48,14 @@ def recover(
     overwrite: Annotated[
         bool,
         option(
-            "Replace OUT2, and start an interrupted run over", Heading.OUTPUT, None, "--overwrite", default="refuse to"
+            "Replace OUT2, and discard an interrupted run", Heading.OUTPUT, None, "--overwrite", default="refuse to"
         ),
     ] = False,
     json_file: JsonFile = None,
     quiet: Quiet = False,
     **settings: Any,
 ) -> None:
-    """Train the surviving weights of OUT towards the dense model, its zeros fixed, and write the result to OUT2."""
+    """Train the remaining weights of OUT towards the dense model, keep its zeros, and write the result to OUT2."""
     recipe = RecoveryRecipe(**given(settings))
     use_threads(threads)
     from thanos.cli import interrupts as ending

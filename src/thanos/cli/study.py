@@ -43,22 +43,22 @@ def study(
     data: Annotated[
         Path | None,
         option(
-            "Folder in which the study's models and texts are looked for first",
+            "Folder that is searched first for the study's models and texts",
             Heading.RUN,
             "DIR",
-            default="THANOS_DATA, then that of STUDY.toml",
+            default="$THANOS_DATA, then the folder of STUDY.toml",
         ),
     ] = None,
     devices: Annotated[
         str,
         option(
-            "Devices with commas between, one worker on each; a device may be named several times",
+            "Devices separated by commas, one worker on each; a device may be repeated",
             Heading.RUN,
             "NAMES",
             default="auto: every CUDA device, else cpu",
         ),
     ] = "auto",
-    workers: Annotated[int, option("Workers on each device named", Heading.RUN, "N")] = 1,
+    workers: Annotated[int, option("Workers on each of these devices", Heading.RUN, "N")] = 1,
     threads: Threads = None,
     list_only: Annotated[
         bool,

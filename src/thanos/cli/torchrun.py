@@ -9,9 +9,9 @@ import threading
 import time
 from contextlib import suppress
 
-_ENDED = "torchrun ended the run, because another of its processes failed or because it was told to"
+_ENDED = "torchrun ended the run: another process failed, or torchrun received a signal"
 _ORPHANED = "the torchrun that started this process was killed"
-_KEPT = "what is finished is kept: the same command with --resume goes on, also with another number of processes"
+_KEPT = "finished work is kept: run the same command with --resume; the number of processes may change"
 
 _FOLLOW_SECONDS = 1.0
 """Seconds between two checks that torchrun still runs: a killed torchrun sends no signal to its processes."""
@@ -23,7 +23,7 @@ def launched() -> bool:
 
 
 def program() -> list[str]:
-    """Return the words that start the command again in the same way: with torchrun or without."""
+    """Return the words that start the command again, with torchrun if it started this process."""
     if not launched():
         return ["thanos"]
     size, local = os.environ["WORLD_SIZE"], os.environ.get("LOCAL_WORLD_SIZE", "")
@@ -37,7 +37,7 @@ def is_first() -> bool:
 
 
 def may_complain() -> bool:
-    """Whether this process reports its failure: only the first failure of a run is reported, since it causes the others."""
+    """Whether this process reports its failure. Only the first failure of a run is reported: it causes the others."""
     if not launched():
         return True
     joining = sys.modules.get("thanos.engine.joining")

@@ -31,13 +31,13 @@ _TOKENS = 16
 def levels(run: Run, layers: Sequence[LinearLayer]) -> dict[str, int]:
     """Return layer name → level. A layer's input depends on outputs of layers of lower levels alone.
 
-    Level 0 depends on the block's input alone: q, k and v. A level more for each layer on the way: o, then gate and up, then
-    down. Each layer's output is made a leaf of autograd's graph. So the gradient of another layer's input exists only for the
-    layers that it depends on directly.
+    Level 0 depends on the block's input alone: q, k and v. Each layer on the path adds a level: o, then gate and up,
+    then down. Each layer's output is made a leaf of autograd's graph. So the gradient of another layer's input exists only for
+    the layers that it depends on directly.
 
-    Layers in the same place of the experts of one mixture have one level. A layer that the sequence does not reach has the
-    level of its place, else the highest. If autograd cannot follow the block, every input is a level of its own, in the order
-    of calls.
+    Corresponding layers of the experts of one mixture have the same level. A layer that the sequence does not reach has the
+    level of its counterparts, else the highest. If autograd cannot follow the block, every input is a level of its own, in the
+    order of calls.
 
     Args:
         run: runs the block.
@@ -66,7 +66,7 @@ class _Trace:
 
     Attributes:
         places: see :func:`_places`.
-        differentiates: whether autograd says what depends on what.
+        differentiates: whether autograd determines the dependencies.
         levels: layer name → level.
     """
 
@@ -126,7 +126,7 @@ class _Trace:
 
 
 def _places(layers: Iterable[LinearLayer]) -> dict[str, str]:
-    """Return name of an expert's layer → its place: the same text for the same layer of all experts of a mixture."""
+    """Return name of an expert's layer → a key that the corresponding layers of all experts of a mixture share."""
     places: dict[str, str] = {}
     counts: dict[str, int] = {}
     for layer in layers:
@@ -142,9 +142,9 @@ def _places(layers: Iterable[LinearLayer]) -> dict[str, str]:
 def residual_streams(run: Run, hidden: Tensor, block: nn.Module, layers: Sequence[LinearLayer]) -> dict[str, str]:
     """Return, for each layer that writes into the residual stream, the module whose input is the stream before the layer.
 
-    A layer does if its output plus a tensor r that was known before equals a later module's input, or the block's output. r is
-    the block's input or the input of an earlier module. A layer whose output is scaled, normalised or added to others first
-    is not found.
+    A layer writes into it if its output plus a tensor r that was known before equals a later module's input, or the block's
+    output. r is the block's input or the input of an earlier module. A layer whose output is scaled, normalised or added to
+    others first is not found.
 
     Args:
         run: runs the block.

@@ -32,8 +32,8 @@ _BUCKET_BYTES = 32 << 20
 """Small statistics are sent together, up to this size. Such a message takes longer to send than to set up."""
 
 LOST = (
-    "the connection to another process of this run was lost: it ended, or its machine did; its own message, if it left one, "
-    "says why"
+    "the connection to another process of this run was lost: the process or its machine has stopped; the cause is in that "
+    "process's own message, if there is one"
 )
 
 

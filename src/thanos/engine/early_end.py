@@ -1,4 +1,4 @@
-"""Passes that are run only for hooks on some layers: they end where the rest of the block would be discarded."""
+"""Early end of passes that run only for hooks on some layers: the rest of the block would be discarded."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def stopping_at(layer: LinearLayer) -> Iterator[Callable[[], None]]:
     """End every pass at the input of ``layer``. Hooks that were registered before still see it.
 
     Yields:
-        A function that does nothing, as :func:`stopping_after` yields one.
+        A function that does nothing, for the same interface as :func:`stopping_after`.
     """
     handle = layer.module.register_forward_pre_hook(lambda *_: stop())
     try:

@@ -24,7 +24,8 @@ class Routing:
         block: a decoder block, or a model.
 
     Attributes:
-        mixtures: the block's mixtures whose routing can be used again. Lists of experts that a model's own code calls are none.
+        mixtures: the block's mixtures whose routing can be used again. Experts that a model's own code calls are not among
+            them.
     """
 
     def __init__(self, block: nn.Module) -> None:

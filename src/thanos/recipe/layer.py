@@ -23,7 +23,7 @@ LAYER_FIELDS = (
 )
 
 
-_EFFORT = "what the effort says"
+_EFFORT = "set by the effort"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,11 +44,11 @@ class LayerRecipe:
         block_size: number of input columns handled together (Thanos, SparseGPT); None means 128, or 512 for Thanos with n:m.
         damping: fraction of the Hessian's mean diagonal added to its diagonal, at least 0 (Thanos, SparseGPT, ADMM,
             and the repair of any method).
-        scope: scope of the budget of a pattern that lets any entries go: ``layer``, one budget for all rows, or ``row``, the
-            same for every row, up to one entry. None means what ``effort`` says, else the method's own: ``row`` for Wanda.
+        scope: unit that reaches the sparsity, for patterns that may remove any entries: ``layer``, the whole matrix, or
+            ``row``, every row, up to one entry. None means the scope of ``effort``, else the method's own: ``row`` for Wanda.
         effort: name of a preset of the next four settings; ``fast`` has them off.
         dense_target: share α, in [0, 1], of the dense model's outputs in what the layer is fitted to; ``auto`` chooses it on
-            held-out sequences. For this and the next three settings, None means what ``effort`` says.
+            held-out sequences. For this and the next three settings, None means the value of ``effort``.
         sequential: gather the statistics of the layer's inputs with the layers before it in its block pruned.
         refit: steps of conjugate gradients on the weights that stay, after the method; 0 for none.
         tune: epochs of training of the layer's pruned block; 0 for none.
@@ -63,7 +63,7 @@ class LayerRecipe:
     )
     pattern: str = setting(
         registry.DEFAULT_PATTERN,
-        "Which weights may go",
+        "Pattern of the removed weights",
         Heading.METHOD,
         "PATTERN",
         choices=lambda: [f"{row.name} ({row.help})" for row in registry.patterns()],
@@ -75,7 +75,7 @@ class LayerRecipe:
         "FRACTION",
         lowest=0,
         below=1,
-        default="0.5; N:M implies its own",
+        default="0.5; N:M sets its own",
     )
     outlier_rows: float = setting(
         0.0, "Fraction of the output rows to leave dense", Heading.METHOD, "FRACTION", lowest=0, below=1
@@ -85,7 +85,7 @@ class LayerRecipe:
     )
     block_size: int | None = setting(
         None,
-        "Input columns that a method handles together, if it goes through them in blocks",
+        "Input columns per block, for methods that work block by block",
         Heading.METHOD,
         "COLUMNS",
         lowest=1,
@@ -93,14 +93,14 @@ class LayerRecipe:
     )
     damping: float = setting(
         DEFAULT_DAMPING,
-        "Added to the diagonal of the Hessian, as a fraction of its mean, by a compensating method or a repair",
+        "Fraction of the Hessian diagonal's mean that compensating methods and repairs add to the diagonal",
         Heading.METHOD,
         "FRACTION",
         lowest=0,
     )
     scope: str | None = setting(
         None,
-        "Whether one budget serves all rows of a layer, or every row has the same; unstructured only",
+        "Unit that reaches the sparsity: the whole layer, or every row; unstructured only",
         Heading.METHOD,
         "SCOPE",
         choices=lambda: registry.SCOPES,
@@ -108,14 +108,14 @@ class LayerRecipe:
     )
     effort: str = setting(
         registry.DEFAULT_EFFORT,
-        "How much a run does to lower the loss of pruning; it sets the options below that are not given",
+        "Preset of the options below, from cheap to accurate; options that are given override it",
         Heading.REPAIR,
         "NAME",
         choices=registry.effort_names,
     )
     dense_target: float | str | None = setting(
         None,
-        "Share of the dense model's outputs in what a layer is fitted to, 0 (off) to 1; auto chooses it on held-out sequences",
+        "Share of the dense model's outputs in the target of a layer's fit, 0 (off) to 1; auto: chosen on held-out sequences",
         Heading.REPAIR,
         "SHARE",
         default=_EFFORT,
@@ -201,7 +201,7 @@ class LayerRecipe:
 
     @property
     def resolved_scope(self) -> str:
-        """Scope of the budget that is used: the setting, else what the effort says, else the method's own."""
+        """Scope of the budget that is used: the setting, else that of the effort, else the method's own."""
         scope = self.scope or (registry.effort(self.effort).scope if self.parsed_pattern.any_entries else None)
         return scope or registry.method(self.method).scope
 
@@ -240,7 +240,7 @@ def check_values(settings: Mapping[str, Any]) -> None:
 
 
 def check_scope(scope: Any, pattern: Pattern) -> None:
-    """Refuse an unknown scope, or one for a pattern that fixes itself what each row loses.
+    """Refuse an unknown scope, or a scope for a pattern that fixes the number of zeros of each row.
 
     Raises:
         RecipeError: the scope is unknown, or the pattern has no use for it.
@@ -252,8 +252,8 @@ def check_scope(scope: Any, pattern: Pattern) -> None:
         raise RecipeError(f"scope must be {' or '.join(registry.SCOPES)}; got {scope!r}{hint}")
     if not pattern.any_entries:
         raise RecipeError(
-            f"scope {scope!r} has no meaning for pattern {pattern}, which itself says how much each row loses; leave scope "
-            f"out, or choose a pattern that lets any weights go, such as {registry.DEFAULT_PATTERN}"
+            f"scope {scope!r} has no meaning for pattern {pattern}, which fixes the zeros of each row; leave scope out, "
+            f"or choose a pattern that may remove any weight, such as {registry.DEFAULT_PATTERN}"
         )
 
 

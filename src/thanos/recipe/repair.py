@@ -30,7 +30,7 @@ TUNE_RATE = 2e-3
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Repair:
-    """The parts of a layer's repair, each with its value: the setting, or what the effort says.
+    """The parts of a layer's repair, each with its value: the setting, or the value of the effort.
 
     Attributes:
         dense_target: share α of the dense model's outputs in what the layer is fitted to, in [0, 1], or ``auto``: chosen on
@@ -67,7 +67,7 @@ class Repair:
 
 
 def resolved(settings: Mapping[str, Any]) -> Repair:
-    """Return the parts of a repair: each setting that is not None, else what the effort says.
+    """Return the parts of a repair: each setting that is not None, else the value of the effort.
 
     Args:
         settings: the fields of :data:`REPAIR_FIELDS`, checked.

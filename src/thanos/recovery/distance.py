@@ -29,15 +29,15 @@ _CHUNK_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 26}
 class SplitModel:
     """A causal language model whose decoder and head run apart.
 
-    Both parts run inside the model's own ``forward``, so that everything which an architecture does to the hidden states or
-    the logits (a projection, a scale, a soft cap) is included.
+    Both parts run inside the model's own ``forward``, so that all operations of an architecture on the hidden states and
+    the logits (a projection, a scale, a soft cap) are included.
 
     Args:
         model: the model.
         name: its name, for messages.
 
     Raises:
-        ModelError: the model does not tell its decoder from its head.
+        ModelError: the model has no decoder apart from its head.
     """
 
     def __init__(self, model: PreTrainedModel, name: str = "the model") -> None:
@@ -96,7 +96,7 @@ def _replaced(decoder: nn.Module, replacement: Callable[..., Any]) -> Iterator[N
 
 
 class Distillation(nn.Module):
-    """The student with its loss. The teacher is no submodule, so it is neither trained, saved nor sharded with the student.
+    """The student with its loss. The teacher is not a submodule, so it is not trained, saved or sharded with the student.
 
     The student runs in evaluation mode, so without dropout: its outputs are compared with those of the dense model.
 
@@ -113,7 +113,7 @@ class Distillation(nn.Module):
         self._chunk = chunk
 
     def train(self, mode: bool = True) -> Distillation:
-        """Stay in evaluation mode, whatever is asked for."""
+        """Stay in evaluation mode for both values of ``mode``."""
         del mode
         return super().train(False)
 

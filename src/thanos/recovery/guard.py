@@ -94,7 +94,7 @@ class Guard:
     def _held_out(self, module: nn.Module) -> float:
         """Return the mean loss over all held-out sequences, in nats a token."""
         share = self._world.share(len(self._ids))
-        # All processes run equally many passes, as sharded weights need: a pass over a foreign sequence has weight 0.
+        # Sharded weights need the same number of passes in every process. A pass without an own sequence has weight 0.
         passes = math.ceil(math.ceil(len(self._ids) / self._world.size) / self._size)
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         for number in range(passes):
@@ -111,7 +111,7 @@ class Guard:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return the whole of a tensor of which each process may hold a shard. All processes must call it."""
+    """Return the full tensor for a tensor that may be sharded over processes. All processes must call it."""
     gather = getattr(tensor, "full_tensor", None)
     return tensor if gather is None else gather()
 

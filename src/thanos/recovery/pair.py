@@ -112,7 +112,7 @@ def open_pair(source: ModelSource, parent: ModelSource, device: torch.device, wa
         watch(Event(kind="progress", phase="load", done=done, total=len(layers)))
     if within <= STRAY * total:
         raise ModelError(
-            f"OUT {source.name} has no zeros that could be kept ({within:,} of {total:,} weights of its linear layers); give a "
+            f"OUT {source.name} has no zeros to keep fixed ({within:,} of {total:,} weights of its linear layers); give a "
             "pruned model"
         )
     pair = Pair(pruned, dense, masked, sum(counts))
@@ -138,8 +138,8 @@ def _check_shapes(pruned: OpenedModel, dense: OpenedModel) -> None:
 def _check_weights(pair: Pair) -> None:
     """Refuse a dense model whose weights do not explain those of the pruned one.
 
-    Three facts hold for every parent. It has fewer zeros than its child. Its zeros are zeros of the child too, but for strays,
-    since pruning never fills a zero. And the surviving weights resemble its own.
+    Three facts hold for every parent. It has fewer zeros than its child. Except for a few strays its zeros
+    are zeros of the child, since pruning never fills a zero. The surviving weights resemble its own.
 
     Raises:
         ModelError: one of them does not hold.

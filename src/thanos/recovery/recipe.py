@@ -14,7 +14,7 @@ from thanos.settings import Heading, setting
 from thanos.system.suggestions import near, near_whole
 
 _HELD_OUT_SHARE = 16
-"""By default one of so many sequences is held out: 8 of 128."""
+"""By default one sequence in 16 is held out: 8 of 128."""
 
 
 def _as_prune(name: str) -> Any:
@@ -33,7 +33,7 @@ class RecoveryRecipe:
         batch: number of sequences in a step, over all processes.
         micro_batch: number of sequences that a process runs at once; their gradients are summed. None: on CUDA the process's
             whole part of the batch, on a CPU one. It changes the result by rounding only.
-        held_out: least number of sequences that are not trained on. Their loss selects the state that is kept. None: one in 16,
+        held_out: least number of sequences that are not trained on. Their loss selects the state to keep. None: one in 16,
             at least one.
         shard: with several processes, each holds a part of the pruned model, its gradients and the optimizer's state (FSDP),
             instead of a copy. Each process holds the dense model whole in any case.

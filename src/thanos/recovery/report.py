@@ -18,7 +18,7 @@ from thanos.system.meter import PhaseRecord
 SCHEMA = 1
 NAME = "recovery.json"
 
-NOTHING_BETTER = "no epoch was better on the held-out sequences: the weights written are those of before"
+NOTHING_BETTER = "no epoch lowered the held-out loss: the original weights are written"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +35,7 @@ class RecoveryReport(Document):
         steps: number of steps that were planned.
         history: measurements of the held-out loss: ``step``, ``epoch``, ``loss`` (mean training loss of the epoch),
             ``held_out`` (KL(dense ‖ model), nats a token). Step 0 is the model before the recovery.
-        best_step: step whose weights were written; 0 if the weights are those of before.
+        best_step: step whose weights were written; 0 for the original weights.
         ended: why the training ended early; empty if it did not.
         held_out_before: held-out loss before the recovery.
         held_out_after: held-out loss of the written weights.
@@ -94,7 +94,7 @@ def read_pruning_report(folder: Path) -> PruningReport | None:
         return PruningReport.read(path)
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(
-            f"{path} is not a report of this version ({error}); move it away to recover without"
+            f"{path} is not a report of this version ({error}); move it away to recover without it"
         ) from error
 
 

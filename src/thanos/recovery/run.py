@@ -82,7 +82,7 @@ def recover(
     The loss is KL(dense ‖ pruned), averaged over all tokens of the training sequences. All parameters are trained, norms and
     embeddings included; an exact zero in the weight of a linear layer stays zero. The weights are float32 during training; on
     CUDA the matrix products run in bfloat16. After every epoch the loss on held-out sequences is measured with the weights
-    rounded as they would be stored, and the best state is written; if none is better, the weights of before.
+    rounded as they would be stored, and the best state is written; if none is better, the original weights.
 
     Args:
         model: the pruned model: a local folder or a hub name; made by any method, pattern or tool.
@@ -133,7 +133,7 @@ def recover(
         if complete:
             if job.leads:
                 check_completed(work, recipe.text, now, calibration)
-                message = f"OUT {out} is already complete, made by this same run: nothing is done"
+                message = f"OUT {out} is already complete, made by the same run: nothing to do"
                 tell(Event(kind="note", phase="load", message=message))
             return world.from_first(lambda: _read(work.out))
         if job.leads:
@@ -214,7 +214,7 @@ def _finish(result: Trained, job: _Job) -> RecoveryReport:
 
 
 def _calibrate(pair: Pair, parent: ModelSource, job: _Job, given: Calibration | None) -> Calibration:
-    """Make the windows with the dense model's tokenizer, which is the pruned one's too, or check the windows given."""
+    """Make the windows with the tokenizer, which both models share, or check the windows that the caller has made."""
     if given is not None:
         given.check_made_by(job.recipe.text)
     made = given or make_calibration(parent, job.recipe.text, job.device, job.tell)
@@ -224,7 +224,7 @@ def _calibrate(pair: Pair, parent: ModelSource, job: _Job, given: Calibration | 
 
 
 def _train(pair: Pair, calibration: Calibration, job: _Job) -> tuple[Guard, str]:
-    """Train, and return the guard with its history, and why the training ended early."""
+    """Train; return the guard with its history, and the reason for an early end (empty if there was none)."""
     from thanos.recovery.trainer import Training, micro_batch
 
     recipe, work, pruned = job.recipe, job.work, pair.pruned
@@ -257,7 +257,7 @@ def _train(pair: Pair, calibration: Calibration, job: _Job) -> tuple[Guard, str]
         guard.store()
     if ended:
         job.tell(
-            Event(kind="note", phase="train", message=f"{ended}: the training ends, and what was best before is kept")
+            Event(kind="note", phase="train", message=f"{ended}: the training ends, and the best earlier state is kept")
         )
     return guard, ended
 

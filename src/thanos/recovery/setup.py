@@ -22,10 +22,10 @@ _LOG_BYTES = 4 << 20
 
 
 def require_trainer() -> None:
-    """Check that the package is installed without which transformers cannot train.
+    """Check that accelerate is installed, which transformers needs for training.
 
     Raises:
-        ModelError: it is not.
+        ModelError: it is missing.
     """
     if not is_installed("accelerate"):
         raise ModelError(f"recovery needs the package accelerate: {install_command('recover')}")
@@ -49,7 +49,7 @@ def check_shard(recipe: RecoveryRecipe, device: torch.device) -> None:
     """Refuse to shard on a CPU, where accelerate would silently make copies.
 
     Raises:
-        RecipeError: that was asked for.
+        RecipeError: the recipe shards and the device is a CPU.
     """
     if recipe.shard and device.type != "cuda":
         raise RecipeError("shard needs CUDA devices; leave --shard out, so that each process holds a copy of the model")

@@ -43,13 +43,13 @@ time than its checkpoint, so a checkpoint after each would take most of the run.
 _WEIGHTS = "weights.safetensors"
 
 BETAS, CLIP = (0.9, 0.95), 1.0
-"""AdamW's decay rates, and the largest norm of a gradient; without weight decay, which would pull towards zero instead of
-towards the dense model."""
+"""AdamW's decay rates, and the largest norm of a gradient; without weight decay, which would pull the weights
+towards zero instead of the dense model."""
 
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """What a training needs.
+    """The inputs of a training.
 
     Attributes:
         module: the student with its loss, loaded in float32.
@@ -162,7 +162,7 @@ class _RecoveryTrainer(Trainer):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
         self._watch.add(loss)
-        # Before the gradient's norm is clipped: a removed weight has no part in it, and none in AdamW's moments.
+        # Before the gradient's norm is clipped: removed weights must not contribute to it, nor to AdamW's moments.
         self._watch.mask(gradients=True)
         return loss
 
@@ -195,7 +195,7 @@ class _RecoveryTrainer(Trainer):
 
 
 class _Watch(TrainerCallback):
-    """What happens besides the steps: masks, events, the guard, and the marks of checkpoints.
+    """The callbacks around a step: masks, events, the guard, and the marks of checkpoints.
 
     Attributes:
         ended: why the training ended early; empty if it did not.
@@ -273,7 +273,7 @@ class _Watch(TrainerCallback):
 
 
 def _sharded_like(mask: Tensor, value: Tensor) -> Tensor:
-    """Return a mask with the sharding of a tensor, if that is sharded. Nothing is sent: each process has the whole mask."""
+    """Return a mask, sharded like ``value`` if that is sharded. Nothing is sent: each process has the whole mask."""
     if not isinstance(value, DTensor):
         return mask
     return distribute_tensor(mask, value.device_mesh, value.placements, src_data_rank=None)

@@ -137,7 +137,7 @@ def _completed(model: str, job: _Job, given: Calibration | None) -> PruningRepor
     source = resolve_model(model, trust_remote_code=job.recipe.trust_remote_code)
     check_completed(job.work, job.recipe, describe_run(job.recipe, source, job.device), given)
     report = PruningReport.read(job.work.out / "pruning.json")
-    message = f"OUT {job.work.out} is already complete, made by this same run: nothing is done"
+    message = f"OUT {job.work.out} is already complete, made by the same run: nothing to do"
     job.tell(Event(kind="note", phase="load", message=message))
     return job.world.from_first(lambda: report)
 

@@ -52,8 +52,9 @@ class Plan:
 def plan_of(context: BlockContext) -> Plan:
     """Return the steps of a block, or of the layers after the blocks.
 
-    Layers that are not ``sequential`` belong to the first step: their statistics are gathered with all of the block dense.
-    With a dense target but without a dense stream of tokens that pair up, in a list of experts, layers are pruned without it.
+    Layers that are not ``sequential`` belong to the first step: their statistics are gathered with the whole block dense.
+    A layer in a list of experts that the model's own code calls has no matching tokens in the dense stream. It is pruned
+    without its dense target.
     """
     layers = list(context.layers)
     samples, _ = context.runner.shape
@@ -72,7 +73,7 @@ def plan_of(context: BlockContext) -> Plan:
 
 
 def has_target_after_blocks(settings: LayerRecipe) -> bool:
-    """Return whether a layer after the blocks has a dense target. There is no block whose error could choose it."""
+    """Return whether a layer after the blocks has a dense target. ``auto`` does not count: it needs the error of a block."""
     return settings.repair.retargets and settings.repair.dense_target != AUTO
 
 
