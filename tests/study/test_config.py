@@ -89,20 +89,21 @@ def test_a_scope_makes_cells_only_where_it_differs_from_the_methods_own(tmp_path
     assert set(public_cell(cells[1])) == before | {"scope"}
 
 
-def test_a_repair_makes_cells_only_where_it_differs_from_what_the_effort_says(tmp_path: Path) -> None:
+def test_equal_repairs_are_one_cell_however_they_are_written(tmp_path: Path) -> None:
     axes = 'effort = ["fast", "high", "max"]\ntune = [0, 10]\nrefit = [0, 20]\n'
     cells = pruned(read(tmp_path, HEAD + "[[grid]]\n" + axes))
     assert [(c.effort, c.tune, c.refit) for c in cells] == [
         (None, None, None), (None, None, 20), (None, 10, None), (None, 10, 20),
-        ("high", None, 0), ("high", None, None), ("high", 10, 0), ("high", 10, None),
-        ("max", 0, 0), ("max", 0, None), ("max", None, 0), ("max", None, None),
+        ("high", None, 0), ("high", None, None), ("max", None, 0), ("max", None, None),
     ]  # fmt: skip
     repairs = [cell.recipe().repair for cell in cells]
-    assert [(one.tune, one.refit) for one in repairs] == [(tune, refit) for tune in (0, 10) for refit in (0, 20)] * 3
-    assert [one.sequential for one in repairs] == [False] * 4 + [True] * 8
-    assert cells[8].title().endswith("effort max, refit 0, tune 0 seed 0")
+    assert [(one.tune, one.refit) for one in repairs] == [(tune, refit) for tune in (0, 10) for refit in (0, 20)] * 2
+    assert [one.sequential for one in repairs] == [False] * 4 + [True] * 4
+    assert [cell.recipe().resolved_scope for cell in cells] == ["layer"] * 4 + ["row"] * 4
+    assert cells[6].title().endswith("effort max, refit 0 seed 0")
     assert "effort" not in public_cell(cells[0]), "cells of older stores keep their key"
-    assert public_cell(cells[8]).items() >= {"effort": "max", "refit": 0, "tune": 0}.items()
+    assert public_cell(cells[6]).items() >= {"effort": "max", "refit": 0}.items()
+    assert "tune" not in public_cell(cells[6])
 
 
 def test_the_scope_and_the_damping_of_a_repaired_cell_are_those_of_its_run(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from thanos import registry
 from thanos.recipe import LayerRecipe, Recipe
 from thanos.recipe.allocation import ALLOCATIONS
 from thanos.recipe.repair import REPAIR_FIELDS, Repair, checked, resolved
-from thanos.registry import parse_pattern
+from thanos.registry import EffortRow, parse_pattern
 from thanos.run.model_card import public_name as public
 
 DENSE = "dense"
@@ -209,19 +209,28 @@ def _normal(cell: Cell) -> Cell:
 
 def resolved_repair(cell: Cell) -> Repair:
     """Return the parts of a cell's repair, each as it runs."""
-    return resolved(_repair_settings(cell))
+    return resolved(checked(_repair_settings(cell)))
 
 
 def _normal_repair(cell: Cell) -> Cell:
-    """Return the cell with None for the effort ``fast``, and for each part that is what the effort says."""
-    effort = cell.effort or registry.DEFAULT_EFFORT
-    row, given = registry.effort(effort), checked(_repair_settings(cell))
-    parts = {part.name: given[part.name] for part in fields(Repair)}
+    """Return the cell with the effort that says most of its repair, and with None for the parts that this effort says.
+
+    Of efforts that say equally much the first is taken, and only those with the scope of the cell's own. So two ways to write
+    the same repair give equal cells. The effort ``fast`` is None.
+    """
+    repair, given = resolved_repair(cell), registry.effort(cell.effort or registry.DEFAULT_EFFORT)
+    parts = {part.name: getattr(repair, part.name) for part in fields(Repair)}
+
+    def others(row: EffortRow) -> dict[str, Any]:
+        return {name: None if value == getattr(row, name) else value for name, value in parts.items()}
+
+    alike = [row for row in registry.efforts() if row.scope == given.scope]
+    row = min(alike, key=lambda row: sum(value is not None for value in others(row).values()))
     return replace(
         cell,
         allocation=None if cell.allocation == ALLOCATIONS[0] else cell.allocation,
-        effort=None if effort == registry.DEFAULT_EFFORT else effort,
-        **{name: None if value == getattr(row, name) else value for name, value in parts.items()},
+        effort=None if row.name == registry.DEFAULT_EFFORT else row.name,
+        **others(row),
     )
 
 
