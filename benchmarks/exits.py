@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 
 # What a run imports and takes long, but for torch.distributed.nn.functional and what needs it: those are imported when a real
-# run imports them, since the moment decides how a process ends (engine/distributed.py).
+# run imports them, since the moment decides how a process ends (engine/leaving.py).
 import scipy.special  # noqa: F401
 import tokenizers  # noqa: F401
 import torch

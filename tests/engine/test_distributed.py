@@ -23,7 +23,8 @@ from helpers import prose, save_tiny
 from oracles import BLOCKWISE, METHODS
 from thanos.calibration.accumulators import Gram
 from thanos.calibration.statistics import InputGroup, Need, empty_group
-from thanos.engine.distributed import SINGLE, Group, my_device
+from thanos.engine.distributed import SINGLE, Group
+from thanos.engine.joining import my_device
 from thanos.engine.rank_zero import SharedWriter
 from thanos.errors import RecipeError, UserError
 from thanos.model.layers import LinearLayer

@@ -217,6 +217,17 @@ def test_bos_in_each_window_is_scored_as_transformers_does(tiny_llama: Path, tex
         assert (found.bos, found.tokens, found.sequence_length) == (bos, tokens, length)
 
 
+def test_a_single_window_begins_with_bos_either_way_so_nothing_is_tried(tiny_llama: Path, text_file: Path) -> None:
+    notes: list[str] = []
+    one = measure(tiny_llama, text_file, max_windows=1, on_event=lambda event: notes.append(event.message))
+    assert not any(notes)
+    assert one.bos == "text"
+    for bos in ("text", "window"):
+        assert measure(tiny_llama, text_file, max_windows=1, bos=bos).mean_loss == one.mean_loss
+    measure(tiny_llama, text_file, max_windows=2, on_event=lambda event: notes.append(event.message))
+    assert sum("perplexity of the first windows" in note for note in notes) == 1
+
+
 def test_the_remainder_counts_the_bos_of_each_window(tiny_llama: Path, tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text(prose(57))

@@ -13,7 +13,8 @@ import thanos
 from recovering import settings
 from thanos.cli import progress as display
 from thanos.cli import run
-from thanos.cli.progress import PlainLines, Position, live_lines
+from thanos.cli.position import Position
+from thanos.cli.progress import PlainLines, live_lines
 
 pytest.importorskip("accelerate", reason="the extra recover is not installed")
 

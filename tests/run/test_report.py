@@ -12,7 +12,8 @@ import pytest
 
 from reports import layer
 from thanos.engine.block_error import BlockErrors
-from thanos.engine.records import LayerRecord, expert_notes
+from thanos.engine.layer_warnings import expert_notes
+from thanos.engine.records import LayerRecord
 from thanos.engine.tuning_record import TuningRecord
 from thanos.run.report import SCHEMA, DenseRecord, PruningReport, compute_totals
 from thanos.system.meter import PhaseRecord

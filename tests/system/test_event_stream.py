@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 import thanos
-from thanos.cli.progress import PlainLines, Position, live_lines, watch
+from thanos.cli.position import Position
+from thanos.cli.progress import PlainLines, live_lines, watch
 from thanos.events import Event, read_events
 from thanos.system.event_stream import EventStream
 

@@ -70,7 +70,7 @@ def layer(
     shapes = tuple(parse_shape(text) for text in shape or ["2048x2048"])
     peers = dict(parse_peer(text) for text in peer or [])
     from thanos.bench.layer import LayerSettings, report, run
-    from thanos.cli import output as tables
+    from thanos.cli import output, tables
     from thanos.system.device import choose_device
 
     if tokens is not None and tokens < 1:
@@ -94,7 +94,7 @@ def layer(
             typer.echo(text, nl=False)
             return
         json_file.write_text(text, encoding="utf-8")
-    tables.show_layer_times(results)
+    output.show_layer_times(results)
 
 
 def parse_shape(text: str) -> tuple[int, int]:

@@ -69,7 +69,7 @@ def model(
     **settings: Any,
 ) -> None:
     """Time pruning a whole model of random weights, by phase, and compare with the least time that this device needs."""
-    from thanos.cli import output as tables
+    from thanos.cli import output, tables
     from thanos.cli import progress as display
 
     display.hush()
@@ -109,4 +109,4 @@ def model(
             typer.echo(text, nl=False)
             return
         json_file.write_text(text, encoding="utf-8")
-    tables.show_model_time(result)
+    output.show_model_time(result)

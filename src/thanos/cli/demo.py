@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from thanos.cli import output as tables
+from thanos.cli import output, tables
 from thanos.cli import progress as display
 
 _RECIPE = {"sparsity": 0.5, "calibration": "pydoc", "samples": 32, "sequence_length": 512}
@@ -47,7 +47,7 @@ def demo(model: str, out: Path) -> None:
         ("written to", str(out)),
     ]
     tables.print_table(("", ""), rows, title=f"{Path(model).name}, pruned with Thanos on the CPU")
-    tables.show_warnings(report)
+    output.show_warnings(report)
 
 
 if __name__ == "__main__":

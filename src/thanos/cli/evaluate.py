@@ -75,7 +75,7 @@ def evaluate(
     **settings: Any,
 ) -> None:
     """Measure the perplexity of MODEL, and its distance to a dense model; or its zero-shot accuracy."""
-    from thanos.cli import output as tables
+    from thanos.cli import output, tables
     from thanos.cli import progress as display
 
     display.hush()
@@ -101,7 +101,7 @@ def evaluate(
                 on_event=watcher,
                 **common,
             )
-        tables.show_zero_shot(scores, json_file)
+        output.show_zero_shot(scores, json_file)
         return
     if task_folder is not None or limit is not None or no_cache:
         raise DataError("--task-folder, --limit and --no-cache belong to --tasks; name the tasks")
@@ -115,4 +115,4 @@ def evaluate(
             on_event=watcher,
             **common,
         )
-    tables.show_evaluation(result, json_file)
+    output.show_evaluation(result, json_file)

@@ -31,7 +31,7 @@ def inspect(
 
     Exits with 1 if a parameter holds NaN or infinity, or if a layer violates --require.
     """
-    from thanos.cli import output as tables
+    from thanos.cli import output, tables
     from thanos.cli import progress as display
 
     display.hush()
@@ -40,6 +40,6 @@ def inspect(
     tables.check_writable(json_file)
     with display.watch(quiet=quiet) as watcher:
         found = inspect_checkpoint(model, require=require, on_event=watcher, **given(settings))
-    tables.show_inspection(found, json_file)
+    output.show_inspection(found, json_file)
     if found.violations or found.damaged:
         raise typer.Exit(1)

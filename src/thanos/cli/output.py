@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from thanos.errors import ResourceError
-from thanos.system.documents import json_text
+from thanos.cli.tables import (
+    cost,
+    number,
+    phase_rows,
+    print_table,
+    room,
+    score,
+    share,
+    show_rows,
+    to_stdout,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from thanos.bench.layer import LayerTime
@@ -21,10 +30,6 @@ if TYPE_CHECKING:
     from thanos.recovery.report import RecoveryReport
     from thanos.run.report import PruningReport
     from thanos.study.report.build import Report
-    from thanos.system.meter import PhaseRecord
-
-_PLAIN_WIDTH = 140
-"""Width in characters if the output is not a terminal: wide enough that nothing is cut."""
 
 _SHOWN_WARNINGS = 5
 
@@ -43,12 +48,12 @@ def show_report(report: PruningReport, out: Path, *, complete: bool = False) -> 
     totals, recipe = report.totals, report.recipe
     rows = [
         ("method, pattern", f"{recipe['method']}, {recipe['pattern']}"),
-        ("sparsity of the pruned layers", _share(totals["zeros_targeted"], totals["targeted_parameters"])),
-        ("sparsity of all parameters", _share(totals["zeros_all"], totals["parameters"])),
-        ("mean layer error, zeros alone", _number(totals["mean_error_before_compensation"])),
-        ("mean layer error, as written", _number(totals["mean_error_after_compensation"])),
+        ("sparsity of the pruned layers", share(totals["zeros_targeted"], totals["targeted_parameters"])),
+        ("sparsity of all parameters", share(totals["zeros_all"], totals["parameters"])),
+        ("mean layer error, zeros alone", number(totals["mean_error_before_compensation"])),
+        ("mean layer error, as written", number(totals["mean_error_after_compensation"])),
         *phase_rows(report.phases),
-        ("total", _cost(report.seconds, report.host_peak_bytes, report.device_peak_bytes)),
+        ("total", cost(report.seconds, report.host_peak_bytes, report.device_peak_bytes)),
         ("already complete, in" if complete else "written to", str(out)),
     ]
     print_table(("", ""), rows)
@@ -70,7 +75,7 @@ def show_recovery(report: RecoveryReport, out: Path, json_file: Path | None, *, 
         *phase_rows(report.phases),
         ("already complete, in" if complete else "written to", str(out)),
     ]
-    _finish(rows, report.to_dict(), json_file)
+    show_rows(rows, report.to_dict(), json_file)
     for line in report.warnings:
         print(f"warning: {line}", file=sys.stderr)
 
@@ -82,29 +87,20 @@ def show_plan(plan: Plan, json_file: Path | None) -> None:
         ("hidden states", f"{plan.activations_bytes / 2**30:.2f} GiB, kept on: {plan.activations}"),
         ("sequences in a batch", str(plan.batch)),
         *phase_rows(plan.phases),
-        ("total", _cost(plan.seconds, plan.host_peak_bytes, plan.device_peak_bytes)),
-        ("disk", _room(plan.disk_bytes + plan.disk_besides_bytes, plan.disk_free_bytes)),
-        ("host memory beside the process", _room(plan.host_peak_bytes - plan.host_base_bytes, plan.host_free_bytes)),
+        ("total", cost(plan.seconds, plan.host_peak_bytes, plan.device_peak_bytes)),
+        ("disk", room(plan.disk_bytes + plan.disk_besides_bytes, plan.disk_free_bytes)),
+        ("host memory beside the process", room(plan.host_peak_bytes - plan.host_base_bytes, plan.host_free_bytes)),
     ]
     if plan.device_peak_bytes is not None and plan.device_free_bytes is not None:
-        rows.append(("device memory", _room(plan.device_peak_bytes, plan.device_free_bytes)))
-    _finish(rows, plan.to_dict(), json_file)
+        rows.append(("device memory", room(plan.device_peak_bytes, plan.device_free_bytes)))
+    show_rows(rows, plan.to_dict(), json_file)
     for line in plan.does_not_fit:
         print(f"warning: {line}", file=sys.stderr)
 
 
-def _room(needed: int, free: int) -> str:
-    return f"{needed / 2**30:.2f} GiB of {free / 2**30:.2f} GiB free"
-
-
-def phase_rows(phases: dict[str, PhaseRecord]) -> list[tuple[str, str]]:
-    """Return a row for each phase: name, and its seconds and peak memory."""
-    return [(name, _cost(p.seconds, p.host_peak_bytes, p.device_peak_bytes)) for name, p in phases.items()]
-
-
 def show_warnings(report: PruningReport) -> None:
     """Print the first warnings on the standard error, and the file with all of them."""
-    from thanos.engine.records import warning_lines
+    from thanos.engine.layer_warnings import warning_lines
 
     lines = [*report.warnings, *warning_lines(report.layers)]
     for line in lines[:_SHOWN_WARNINGS]:
@@ -123,29 +119,27 @@ def show_evaluation(result: Evaluation, json_file: Path | None) -> None:
     ]
     if result.kl_divergence is not None and result.top1_agreement is not None:
         rows[1:1] = [
-            ("perplexity of the dense model", _number(result.dense_perplexity, 4)),
+            ("perplexity of the dense model", number(result.dense_perplexity, 4)),
             ("KL divergence to it, nats a token", f"{result.kl_divergence:.5f}"),
             ("same most probable token", f"{100 * result.top1_agreement:.2f} %"),
         ]
-    _finish(rows, result.to_dict(), json_file)
+    show_rows(rows, result.to_dict(), json_file)
 
 
 def show_zero_shot(result: ZeroShot, json_file: Path | None) -> None:
     """Print accuracies with their standard errors, and write them as JSON if a file is given."""
     head = ("task", "accuracy", "±", "normalised", "±", "documents")
     keys = ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")
-    rows = [
-        (name, *(_score(score[key]) for key in keys), f"{score['samples']:,}") for name, score in result.tasks.items()
-    ]
-    rows.append(("average", *(_score(result.average[key]) for key in keys), ""))
-    _write_json(result.to_dict(), json_file)
-    if not _to_stdout(json_file):
+    rows = [(name, *(score(task[key]) for key in keys), f"{task['samples']:,}") for name, task in result.tasks.items()]
+    rows.append(("average", *(score(result.average[key]) for key in keys), ""))
+    write_json(result.to_dict(), json_file)
+    if not to_stdout(json_file):
         print_table(head, rows, title=f"{Path(result.model).name}, zero-shot (lm_eval {result.versions['lm_eval']})")
 
 
 def show_inspection(found: Inspection, json_file: Path | None) -> None:
     """Print the inspection of a checkpoint, and write it as JSON if a file is given."""
-    if not _to_stdout(json_file):
+    if not to_stdout(json_file):
         rows = [
             (
                 layer.name,
@@ -166,8 +160,8 @@ def show_inspection(found: Inspection, json_file: Path | None) -> None:
         )
     totals = found.totals
     rows = [
-        ("sparsity of the targeted layers", _share(totals["zeros_targeted"], totals["targeted_parameters"])),
-        ("sparsity of all parameters", _share(totals["zeros_all"], totals["parameters"])),
+        ("sparsity of the targeted layers", share(totals["zeros_targeted"], totals["targeted_parameters"])),
+        ("sparsity of all parameters", share(totals["zeros_all"], totals["parameters"])),
     ]
     if found.require:
         rows.append((f"pattern {found.require}", "broken" if found.violations else "satisfied by every targeted layer"))
@@ -175,7 +169,7 @@ def show_inspection(found: Inspection, json_file: Path | None) -> None:
     rows.append(("NaN, infinity in parameters", _not_finite(damaged)))
     if others:
         rows.append(("NaN, infinity in other tensors", f"{_not_finite(others)}; this is allowed"))
-    _finish(rows, found.to_dict(), json_file)
+    show_rows(rows, found.to_dict(), json_file)
     for tensor in damaged:
         print(
             f"{tensor.name}: {tensor.nan:,} NaN and {tensor.infinite:,} infinite entries; the checkpoint is damaged: "
@@ -249,72 +243,3 @@ def show_layer_times(results: Sequence[LayerTime]) -> None:
     ]
     head = ("layer", "method", "pattern", "B", "seconds", "of factoring H", "of model", "error", "sparsity", "peak")
     print_table(head, rows)
-
-
-def check_writable(path: Path | None) -> None:
-    """Check that a file can be written, before the work begins.
-
-    Raises:
-        ResourceError: the file's folder does not exist, the path is a folder, or it is not writable.
-    """
-    if path is None or _to_stdout(path):
-        return
-    if path.is_dir():
-        raise ResourceError(f"--json {path} is a folder; give a file, or - for the standard output")
-    folder = path.resolve().parent
-    if not folder.is_dir():
-        raise ResourceError(f"--json {path} cannot be written: there is no folder {folder}; make it first")
-    if not os.access(path if path.exists() else folder, os.W_OK):
-        raise ResourceError(f"--json {path} cannot be written: you may not write there; give another place")
-
-
-def _to_stdout(path: Path | None) -> bool:
-    return path is not None and str(path) == "-"
-
-
-def _finish(rows: Sequence[tuple[str, str]], values: dict[str, Any], json_file: Path | None) -> None:
-    _write_json(values, json_file)
-    if not _to_stdout(json_file):
-        print_table(("", ""), rows)
-
-
-def _write_json(values: dict[str, Any], json_file: Path | None) -> None:
-    if json_file is None:
-        return
-    text = json_text(values)
-    if _to_stdout(json_file):
-        sys.stdout.write(text)
-    else:
-        json_file.write_text(text, encoding="utf-8")
-
-
-def _score(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
-
-
-def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
-    """Print a table on the standard output."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH, highlight=False)
-    table = Table(box=box.SIMPLE, show_header=any(head), title=title, title_justify="left")
-    for index, name in enumerate(head):
-        table.add_column(name, overflow="fold", justify="left" if index == 0 or len(head) == 2 else "right")
-    for row in rows:
-        table.add_row(*(cell.replace("[", r"\[") for cell in row))
-    console.print(table)
-
-
-def _share(zeros: int, of: int) -> str:
-    return f"{100 * zeros / of if of else 0.0:.4f} %  ({zeros:,} of {of:,})"
-
-
-def _number(value: float | None, digits: int = 5) -> str:
-    return "not measured" if value is None else f"{value:.{digits}f}"
-
-
-def _cost(seconds: float, host: int, device: int | None) -> str:
-    on_device = "" if device is None else f", device peak {device / 2**30:.2f} GiB"
-    return f"{seconds:.1f} s, host peak {host / 2**30:.2f} GiB{on_device}"

@@ -98,7 +98,7 @@ def prune(
         raise RecipeError("--plan is of a whole run, not of a resumed one; leave out --resume, or --plan")
     use_threads(threads)
     from thanos.cli import interrupts as ending
-    from thanos.cli import output as tables
+    from thanos.cli import output, tables
     from thanos.cli import progress as display
     from thanos.cli import torchrun as ranks
 
@@ -110,7 +110,7 @@ def prune(
         tables.check_writable(json_file)
         with display.watch(quiet=quiet) as watcher:
             found = thanos.plan(model, out, chosen, overwrite=overwrite, activations=activations, on_event=watcher)
-        tables.show_plan(found, json_file)
+        output.show_plan(found, json_file)
         return
     work = WorkFolder(out)
     complete = resume and not overwrite and work.is_complete
@@ -119,7 +119,7 @@ def prune(
             model, out, chosen, overwrite=overwrite, resume=resume, activations=activations, on_event=watcher
         )
     if ranks.is_first():
-        tables.show_report(report, out, complete=complete)
+        output.show_report(report, out, complete=complete)
 
 
 def _error_setting(which: str | None) -> dict[str, bool | None]:

@@ -59,7 +59,7 @@ def recover(
     recipe = RecoveryRecipe(**given(settings))
     use_threads(threads)
     from thanos.cli import interrupts as ending
-    from thanos.cli import output as tables
+    from thanos.cli import output, tables
     from thanos.cli import progress as display
     from thanos.cli import torchrun as ranks
 
@@ -75,4 +75,4 @@ def recover(
             pruned, out, dense=dense, recipe=recipe, overwrite=overwrite, resume=resume, on_event=watcher
         )
     if ranks.is_first():
-        tables.show_recovery(report, out, json_file, complete=complete)
+        output.show_recovery(report, out, json_file, complete=complete)

@@ -25,7 +25,7 @@ def report(
     quiet: Quiet = False,
 ) -> None:
     """Write the report of the study in OUT: report.html, tables and figures."""
-    from thanos.cli import output as tables
+    from thanos.cli import output
     from thanos.cli import progress as display
     from thanos.study.report.build import write_report
     from thanos.study.report.readme import update_readme
@@ -36,4 +36,4 @@ def report(
         found = write_report(out, on_event=watcher)
     if readme is not None:
         update_readme(readme, store_path(out).parent)
-    tables.show_study_report(found, out, warnings, readme)
+    output.show_study_report(found, out, warnings, readme)

@@ -71,8 +71,8 @@ def study(
     Exits with 1 if cells failed; their reasons are kept.
     """
     check_threads(threads)
-    from thanos.cli import output as tables
     from thanos.cli import progress as display
+    from thanos.cli import tables
 
     display.hush()
     from thanos.study.run import list_cells, run_study
@@ -115,7 +115,7 @@ def _failures(found: StudyResult, without: int, out: Path) -> str:
 
 
 def _show(found: StudyResult, out: Path) -> None:
-    from thanos.cli import output as tables
+    from thanos.cli import tables
 
     rows = [(name, str(found.count(name))) for name in ("done", "failed", "impossible") if found.count(name)]
     tables.print_table(

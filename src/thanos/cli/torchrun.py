@@ -40,8 +40,8 @@ def may_complain() -> bool:
     """Whether this process reports its failure: only the first failure of a run is reported, since it causes the others."""
     if not launched():
         return True
-    distributed = sys.modules.get("thanos.engine.distributed")
-    return is_first() if distributed is None else distributed.first_to_fail()
+    joining = sys.modules.get("thanos.engine.joining")
+    return is_first() if joining is None else joining.first_to_fail()
 
 
 def watch() -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from thanos.engine.picture import Picture, draw_picture, hidden_states
+from thanos.engine.block_arguments import hidden_states
+from thanos.engine.picture import Picture, draw_picture
 from thanos.engine.weightless import replaced_forwards
 from thanos.errors import ModelError
 

@@ -6,15 +6,13 @@ solves its own rows of every layer (:mod:`thanos.solvers.row_shards`) and receiv
 writes the output, and only rank 0 prints.
 
 torchrun starts the processes, and ends all of them when one fails. Tensors are sent by gloo on the CPU and by NCCL between
-GPUs, with one GPU per process.
+GPUs, with one GPU per process (:mod:`thanos.engine.joining`).
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -22,17 +20,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from thanos.calibration.statistics import InputGroup
-from thanos.engine import leaving
-from thanos.errors import RecipeError, ResourceError, UserError
+from thanos.errors import ResourceError, UserError
 from thanos.solvers.row_shards import Alone, row_range
 
 if TYPE_CHECKING:
     from thanos.model.layers import LinearLayer
 
 T = TypeVar("T")
-
-_TIMEOUT = timedelta(minutes=30)
-"""Longest wait for the other processes; longer than any of them works between two collectives, as in a forward pass."""
 
 _BUCKET_BYTES = 32 << 20
 """Small statistics are sent together, up to this size. Such a message takes longer to send than to set up."""
@@ -87,7 +81,7 @@ class Group(World):
     def from_first(self, make: Callable[[], T]) -> T:
         """See :meth:`World.from_first`."""
         box = [make() if self.rank == 0 else None]
-        with _lost_peers():
+        with lost_peers():
             dist.broadcast_object_list(box, src=0)
         return box[0]  # type: ignore[return-value]
 
@@ -98,7 +92,7 @@ class Group(World):
             UserError: a process differs from rank 0; names the first such process and the fact.
         """
         everyone: list[Any] = [None] * self.size
-        with _lost_peers():
+        with lost_peers():
             dist.all_gather_object(everyone, dict(facts))
         for rank, other in enumerate(everyone):
             for name, value in everyone[0].items():
@@ -114,7 +108,7 @@ class Group(World):
         """See :meth:`World.merge`. A process contributes zeros for an expert that its sequences never reached."""
         # First agree on the groups: all processes must sum the same tensors in the same order.
         seen: list[Any] = [None] * self.size
-        with _lost_peers():
+        with lost_peers():
             dist.all_gather_object(seen, [([layer.name for layer in group.layers], _tokens(group)) for group in groups])
         tokens: dict[tuple[str, ...], list[int]] = {}
         for names, counts in (item for process in seen for item in process):
@@ -143,14 +137,14 @@ class Group(World):
 
     def sum_(self, counts: Tensor) -> Tensor:
         """Replace a tensor, in place, by its sum over all processes; return it."""
-        with _lost_peers():
+        with lost_peers():
             dist.all_reduce(counts)
         return counts
 
     def before(self, counts: Tensor) -> Tensor:
         """Return the sum of an integer tensor over the processes of lower rank."""
         everyone = [torch.empty_like(counts) for _ in range(self.size)]
-        with _lost_peers():
+        with lost_peers():
             dist.all_gather(everyone, counts.contiguous())
         return torch.stack(everyone)[: self.rank].sum(0)
 
@@ -168,7 +162,7 @@ class Group(World):
         mine = torch.zeros(max(shares) * width * rows.element_size(), dtype=torch.uint8, device=rows.device)
         mine[: rows.nbytes] = rows.contiguous().reshape(-1).view(torch.uint8)
         pieces = [torch.empty_like(mine) for _ in range(self.size)]
-        with _lost_peers():
+        with lost_peers():
             dist.all_gather(pieces, mine)
         parts = [
             pieces[rank][: length * width * rows.element_size()].view(rows.dtype) for rank, length in enumerate(shares)
@@ -204,106 +198,11 @@ class LostPeerError(ResourceError):
 
 
 @contextmanager
-def _lost_peers() -> Iterator[None]:
+def lost_peers() -> Iterator[None]:
+    """Raise :class:`LostPeerError` in place of the errors with which a collective reports that a process is lost."""
     try:
         yield
     except (RuntimeError, dist.DistBackendError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise LostPeerError(LOST) from error
-
-
-# --- joining and leaving ----------------------------------------------------------------------------------------------
-
-
-def launched() -> bool:
-    """Return whether torchrun started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
-
-
-def speaks() -> bool:
-    """Return whether this process is the only one, or rank 0 of those that torchrun started.
-
-    It reads only the environment, so it can be called before the process group exists.
-    """
-    return not launched() or os.environ["RANK"] == "0"
-
-
-def my_device(device: torch.device) -> torch.device:
-    """Return the device of this process. With several processes on GPUs, it is the GPU with the number of the local rank.
-
-    Raises:
-        RecipeError: ``device`` names one GPU by number, so that all processes would share it, or the machine has too few GPUs.
-    """
-    if not launched() or device.type != "cuda":
-        return device
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    if device.index is not None:
-        raise RecipeError(f"--device {device} is one GPU, but torchrun started several processes; give --device cuda")
-    if local >= torch.cuda.device_count():
-        raise RecipeError(
-            f"torchrun started a process number {local + 1} on a machine with {torch.cuda.device_count()} GPUs; give "
-            "--nproc-per-node at most their number, or --device cpu"
-        )
-    return torch.device("cuda", local)
-
-
-@contextmanager
-def join(device: torch.device) -> Iterator[World]:
-    """Yield the processes of this run.
-
-    These are the processes of a group that the caller has initialised, else those that torchrun started, else this one alone.
-
-    Args:
-        device: device of this process; see :func:`my_device`.
-    """
-    if dist.is_available() and dist.is_initialized():
-        yield Group() if dist.get_world_size() > 1 else SINGLE
-        return
-    if not launched():
-        yield SINGLE
-        return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    leaving.load_what_keeps_the_group()
-    global _first
-    _first = None
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        timeout=_TIMEOUT,
-        device_id=device if device.type == "cuda" else None,
-    )
-    leaving.remember_group()
-    try:
-        yield Group()
-        with _lost_peers():
-            dist.barrier()  # no process leaves while another still works
-    except BaseException:
-        # Before the abort: it makes the other processes fail too, and closes the store that first_to_fail() reads.
-        first_to_fail()
-        leaving.abort()
-        raise
-    dist.destroy_process_group()
-
-
-# --- one line for all processes -----------------------------------------------------------------------------------------
-
-_first: bool | None = None
-"""Whether this process was the first to fail; None until :func:`first_to_fail` has read it from the store."""
-
-
-def first_to_fail() -> bool:
-    """Return whether this process is the first of the run to fail. Only that process should report its error.
-
-    Repeated calls return the same answer.
-    """
-    global _first
-    if not launched():
-        return True
-    if _first is None:
-        try:
-            _first = dist.distributed_c10d._get_default_store().add("thanos/failed", 1) == 1
-        except (RuntimeError, ValueError):
-            # There was no process group, or its store is gone. All processes have the same error, so rank 0 reports it.
-            return os.environ["RANK"] == "0"
-    return _first

@@ -15,8 +15,9 @@ from thanos.engine.block_error import INHERITED, BlockErrors, BlockMeter
 from thanos.engine.dense_end import dense_end
 from thanos.engine.dense_stream import DenseStream
 from thanos.engine.inputs import EngineInputs
+from thanos.engine.layer_warnings import expert_notes
 from thanos.engine.output import Output
-from thanos.engine.records import BlockRecord, LayerRecord, expert_notes, mean_known
+from thanos.engine.records import BlockRecord, LayerRecord, mean_known
 from thanos.engine.stages.base import BlockContext, BlockStage
 from thanos.engine.stages.prune import ERROR_SEQUENCES, PruneStage
 from thanos.engine.tuning_record import TuningRecord

@@ -11,32 +11,25 @@ input must equal them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
+from thanos.engine.block_arguments import (
+    Arguments,
+    copied,
+    hidden_states,
+    holds_unread,
+    same_arguments,
+    shared_values,
+    unread,
+    with_entries,
+)
 from thanos.engine.weightless import replaced_forwards, some_ids, weightless
 from thanos.errors import ModelError
-
-
-class Unread:
-    """Placeholder for a value that a block returns in addition to its hidden states.
-
-    A later block may receive it as an argument. Any use of it raises TypeError, because the loop does not keep the value.
-    """
-
-    def _refuse(self, *_: object) -> NoReturn:
-        raise TypeError("what a block returns beside its hidden states is not kept")
-
-    __getattr__ = __getitem__ = __bool__ = __len__ = __iter__ = __add__ = __radd__ = __mul__ = __rmul__ = _refuse
-
-
-UNREAD = Unread()
-
-_Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +53,7 @@ class Picture:
         form = self.forms[index]
         if form is None:
             return hidden
-        make = getattr(type(form), "_make", type(form))  # a named tuple takes its fields one by one
-        return make([hidden, *form[1:]])
+        return with_entries(form, [hidden, *form[1:]])
 
 
 @dataclass(slots=True)
@@ -78,7 +70,7 @@ class _Trace:
 
     blocks: list[int] = field(default_factory=list)
     inputs: list[Tensor] = field(default_factory=list)
-    arguments: list[_Arguments] = field(default_factory=list)
+    arguments: list[Arguments] = field(default_factory=list)
     forms: dict[int, Any] = field(default_factory=dict)
     shares: bool = False
 
@@ -112,19 +104,6 @@ def draw_picture(model: nn.Module, blocks: Sequence[nn.Module], device: torch.de
             f"the hidden states of 1 and 2 sequences are {list(one)} and {list(two)}; the first size must count them",
         )
     return Picture(tuple(full.blocks), full.forms, full.shares)
-
-
-def hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...], dict[str, Any], str]:
-    """Separate the hidden states from a block's other arguments.
-
-    Returns:
-        Hidden states, other positional arguments, other keyword arguments, and the hidden states' keyword (empty if they are
-        positional).
-    """
-    if "hidden_states" in kwargs or (kwargs and not args):
-        name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
-        return kwargs[name], args, {key: value for key, value in kwargs.items() if key != name}, name
-    return (args[0] if args else None), args[1:], kwargs, ""
 
 
 def _refuse(model: nn.Module, reason: str) -> NoReturn:
@@ -168,15 +147,15 @@ def _traced(model: nn.Module, blocks: Sequence[nn.Module], ids: Tensor, forms: d
             _check_call(model, index, trace.blocks, states, returned)
             trace.blocks.append(index)
             trace.inputs.append(states.clone())
-            trace.arguments.append(_copied(others, named))
+            trace.arguments.append(copied(others, named))
             output_like = states
             if forms is None:
-                shared = _shared(args, kwargs)
+                shared = shared_values(args, kwargs)
                 output_like, trace.forms[index] = _form(
                     model, index, states, _attempt(model, index, real, args, kwargs)
                 )
                 # A changed mapping among the arguments holds values for later blocks.
-                trace.shares |= shared != _shared(args, kwargs)
+                trace.shares |= shared != shared_values(args, kwargs)
             # Drawn in float32 and converted: not every device can draw bfloat16 and float16.
             noise = torch.randn(states.shape, generator=generator, device=ids.device).to(output_like.dtype)
             returned[:] = [noise]
@@ -212,17 +191,17 @@ def _check_call(model: nn.Module, index: int, before: list[int], states: Any, re
 def _attempt(
     model: nn.Module, index: int, real: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Run a block; refuse it if it reads an :class:`Unread` value or modifies its arguments."""
-    before = _copied(args, kwargs)
+    """Run a block; refuse it if it reads an :data:`~thanos.engine.block_arguments.UNREAD` value or modifies its arguments."""
+    before = copied(args, kwargs)
     try:
         output = real(*args, **kwargs)
     except (ModelError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        if _holds_unread([*args, *kwargs.values()]):
+        if holds_unread([*args, *kwargs.values()]):
             _refuse(model, f"block {index} reads what another block returns beside its hidden states")
         _refuse_error(model, f"block {index} fails", error)
-    if not _same_arguments(before, (args, kwargs)):
+    if not same_arguments(before, (args, kwargs)):
         _refuse(model, f"block {index} writes into its arguments")
     return output
 
@@ -239,7 +218,7 @@ def _form(model: nn.Module, index: int, states: Tensor, output: Any) -> tuple[Te
         )
     if not several:
         return first, None
-    return first, _with_entries(output, [None, *(_unread(value) for value in output[1:])])
+    return first, with_entries(output, [None, *(unread(value) for value in output[1:])])
 
 
 def _check_independent(model: nn.Module, full: _Trace, stubbed: _Trace) -> None:
@@ -247,7 +226,7 @@ def _check_independent(model: nn.Module, full: _Trace, stubbed: _Trace) -> None:
     if full.blocks != stubbed.blocks:
         _refuse(model, "which blocks it calls depends on what they return")
     for index, one, other in zip(full.blocks, full.arguments, stubbed.arguments, strict=True):
-        if not _same_arguments(one, other):
+        if not same_arguments(one, other):
             _refuse(model, f"block {index} is handed what depends on the blocks before it, beside the hidden states")
 
 
@@ -257,61 +236,3 @@ def _refuse_error(model: nn.Module, what: str, error: Exception) -> NoReturn:
         _refuse(model, f"{what} with {type(error).__name__}: {line}")
     except ModelError as refusal:
         raise refusal from error
-
-
-def _with_entries(like: Any, entries: list[Any]) -> Any:
-    make = getattr(type(like), "_make", type(like))
-    return make(entries)
-
-
-def _unread(value: Any) -> Any:
-    if isinstance(value, tuple | list):
-        return _with_entries(value, [_unread(item) for item in value])
-    return value if value is None or isinstance(value, bool | int | float | str) else UNREAD
-
-
-def _holds_unread(value: Any) -> bool:
-    if isinstance(value, MutableMapping):
-        value = list(value.values())
-    return any(map(_holds_unread, value)) if isinstance(value, tuple | list) else value is UNREAD
-
-
-def _copied(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Arguments:
-    """Return a copy of arguments that later writes do not change; mappings are not copied."""
-    return tuple(map(_copy, args)), {name: _copy(value) for name, value in kwargs.items()}
-
-
-def _copy(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.clone()
-    return [_copy(item) for item in value] if isinstance(value, tuple | list) else value
-
-
-def _shared(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[dict[Any, int]]:
-    """Return the contents of each mapping among the arguments, as key → ``id`` of the value."""
-    found = [value for value in (*args, *kwargs.values()) if isinstance(value, MutableMapping)]
-    return [{key: id(item) for key, item in mapping.items()} for mapping in found]
-
-
-def _same_arguments(one: _Arguments, other: _Arguments) -> bool:
-    named, others = one[1], other[1]
-    return _same(one[0], other[0]) and named.keys() == others.keys() and all(_same(named[k], others[k]) for k in named)
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Return whether arguments are equal.
-
-    Tensors, tuples, lists, numbers and strings are compared by value, any other object only by type.
-    """
-    if isinstance(one, Tensor):
-        return (
-            isinstance(other, Tensor)
-            and one.shape == other.shape
-            and one.dtype == other.dtype
-            and bool(torch.allclose(one, other, rtol=0, atol=0, equal_nan=True))
-        )
-    if isinstance(one, tuple | list):
-        return isinstance(other, tuple | list) and len(one) == len(other) and all(map(_same, one, other))
-    if isinstance(one, bool | int | float | str):
-        return one == other
-    return type(one) is type(other)

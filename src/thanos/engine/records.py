@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 
-from thanos import registry
 from thanos.calibration.statistics import Need, need_of
 from thanos.engine.block_error import BlockErrors
+from thanos.engine.layer_warnings import layer_warnings
 from thanos.engine.tuning_record import TuningRecord
 from thanos.model.layers import LinearLayer
 from thanos.recipe import LayerRecipe
 from thanos.solvers.hessian import InputStatistics
 from thanos.solvers.prune_layer import PrunedWeight
 from thanos.system.meter import PhaseRecord
-
-_BAD_CONDITION = 1e6
-"""Above this, float32 solves keep fewer than one digit in ten of their precision."""
 
 
 def layer_record(
@@ -72,71 +68,8 @@ def layer_record(
         target_change=([*pruned.target_changes.values()] or [None])[-1],
         warnings=[]
         if inputs is None or need_of(settings) is Need.NOTHING
-        else _warnings(pruned, inputs, tokens, settings),
+        else layer_warnings(pruned, inputs, tokens, settings),
     )
-
-
-def _warnings(pruned: PrunedWeight, inputs: InputStatistics, tokens: int, settings: LayerRecipe) -> list[str]:
-    """Return the warnings about one layer, for a reader of the report."""
-    columns = len(inputs.dead)
-    lines = []
-    if pruned.method != settings.method:
-        cause = (
-            f"all {tokens} calibration tokens were zero here" if tokens else "no calibration token reached this layer"
-        )
-        lines.append(f"{cause}: pruned by {pruned.method}, not {settings.method}")
-    elif 0 < tokens < columns and pruned.damping is not None:  # a method without a Hessian needs no rank
-        lines.append(f"only {tokens} calibration tokens for {columns} input columns: {_FEW}")
-    dead = inputs.dead_columns
-    if 0 < dead < columns:
-        lines.append(f"{dead} of {columns} input columns were never excited")
-    if pruned.damping_reason:
-        lines.append(f"damping raised to {pruned.damping:g}: {pruned.damping_reason}")
-    if pruned.condition is not None and pruned.condition > _BAD_CONDITION:
-        lines.append(f"the damped Hessian is badly conditioned: condition number about {pruned.condition:.1e}")
-    return lines
-
-
-def warning_lines(layers: Iterable[LayerRecord], *, quote: str = "") -> list[str]:
-    """Return one line for each kind of warning. Warnings that differ only in their numbers are of one kind.
-
-    Args:
-        layers: records of layers, in the order of the model.
-        quote: string before and after a layer's name.
-    """
-    kinds: dict[str, list[tuple[LayerRecord, str]]] = {}
-    for layer in layers:
-        for line in layer.warnings:
-            kinds.setdefault(_kind(line), []).append((layer, line))
-    return [_one_line(found, quote) for found in kinds.values()]
-
-
-_NUMBER = r"\d+(?:\.\d+)?(?:e[+-]?\d+)?"
-
-
-_NUMBERS = re.compile(f"{_NUMBER}(?:, {_NUMBER})*")
-
-
-def _kind(line: str) -> str:
-    return _NUMBERS.sub("#", line)
-
-
-_FEW = "the Hessian is singular but for damping"
-
-
-def _one_line(found: list[tuple[LayerRecord, str]], quote: str) -> str:
-    layer, line = found[0]
-    if line.endswith(_FEW):
-        layer = min((layer for layer, _ in found), key=lambda layer: layer.tokens / layer.shape[1])
-        who = "1 layer has" if len(found) == 1 else f"{len(found)} layers have"
-        return (
-            f"{who} fewer calibration tokens than input columns, at worst {layer.tokens / layer.shape[1]:.2g} a column "
-            f"({layer.tokens} for {layer.shape[1]} in {quote}{layer.name}{quote}), so that a Hessian is singular but for "
-            "damping; raise --samples"
-        )
-    if len(found) == 1:
-        return f"{quote}{layer.name}{quote}: {line}"
-    return f"{len(found)} layers, the first of them {quote}{layer.name}{quote}: {line}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -255,32 +188,6 @@ def mean_known(values: Sequence[float | None]) -> float | None:
     """Return the mean of the values that are not None; None if all are None."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
-
-
-def expert_notes(experts: Mapping[str, str], records: Sequence[LayerRecord]) -> list[str]:
-    """Return notes with the number of experts that received too few calibration tokens, or none.
-
-    Args:
-        experts: layer name → name of the expert that the layer belongs to.
-        records: records of all pruned layers, those of other modules included.
-    """
-    total, few, none = set(experts.values()), set(), set()
-    for record in records:
-        if record.name in experts and record.tokens < record.shape[1]:
-            if not record.tokens:
-                none.add(experts[record.name])
-            elif record.damping is not None:  # a method without a Hessian needs no rank
-                few.add(experts[record.name])
-    lines = []
-    by = registry.method_without_inputs(registry.parse_pattern(registry.DEFAULT_PATTERN)).name
-    if few:
-        lines.append(
-            f"{len(few):,} of {len(total):,} experts saw fewer calibration tokens than they have input columns: their Hessians "
-            "are singular but for damping; give more --samples"
-        )
-    if none:
-        lines.append(f"{len(none):,} of {len(total):,} experts saw no calibration token: pruned by {by}")
-    return lines
 
 
 class BlockJournal(Protocol):

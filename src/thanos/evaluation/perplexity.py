@@ -128,16 +128,16 @@ def evaluate(
     """
     tell = EventStream(on_event)
     _check_options(text, sequence_length, max_windows, dtype)
-    find_local(model, trust_remote_code=trust_remote_code)
+    find_local(model, trust_remote_code=trust_remote_code, packed=True)
     dense = dense if reference is None else None
     if dense is not None:
-        find_local(dense, trust_remote_code=trust_remote_code, what="the dense model")
+        find_local(dense, trust_remote_code=trust_remote_code, packed=True, what="the dense model")
     where = choose_device(device) if network is None else network.device
     if reference is None:
         check_bos(bos)
         check_text_exists(text, evaluation=True)
-    source = resolve_model(model, trust_remote_code=trust_remote_code)
-    dense_source = None if dense is None else resolve_model(dense, trust_remote_code=trust_remote_code)
+    source = resolve_model(model, trust_remote_code=trust_remote_code, packed=True)
+    dense_source = None if dense is None else resolve_model(dense, trust_remote_code=trust_remote_code, packed=True)
     tokenizer, joined = None, ""
     if reference is None:
         for each in (source, dense_source):
@@ -155,7 +155,7 @@ def evaluate(
             other = None
             if dense_source is not None:
                 other = load_model(dense_source, dtype=dtype, device=where)
-            chosen = choose_bos(bos, joined, tokenizer, other or network, sequence_length, tell)
+            chosen = choose_bos(bos, joined, tokenizer, other or network, sequence_length, tell, max_windows)
             windows = cut_windows(joined, tokenizer, network, text, sequence_length, max_windows, chosen)
             name = None if dense is None else str(dense)
             reference = Reference(text=text, windows=windows, dense=name, model=other, bos=chosen)
@@ -209,6 +209,7 @@ def choose_bos(
     model: PreTrainedModel,
     sequence_length: int,
     tell: Callable[[Event], None],
+    max_windows: int | None = None,
 ) -> Bos:
     """Return the position of BOS in the windows of a text, by the losses of ``model``.
 
@@ -234,6 +235,7 @@ def choose_bos(
         sequence_length,
         mean_loss,
         lambda line: tell(Event(kind="note", phase="evaluate", message=line)),
+        max_windows,
     )
 
 

@@ -36,6 +36,7 @@ def decide_bos(
     sequence_length: int,
     mean_loss: Callable[[Tensor], float | None],
     note: Callable[[str], None],
+    max_windows: int | None = None,
 ) -> Bos:
     """Return the position of BOS. For ``auto`` it is chosen by the loss on the first windows of a text.
 
@@ -49,6 +50,7 @@ def decide_bos(
         sequence_length: tokens per window, T.
         mean_loss: function that returns the loss of windows (n, T) in nats per token; None if it cannot score them.
         note: function called with a line on what was measured.
+        max_windows: largest number of windows of the evaluation; None for all.
 
     Raises:
         DataError: ``asked`` is ``window``, and the tokenizer defines no BOS.
@@ -62,11 +64,13 @@ def decide_bos(
         return "none"
     if asked != "auto":
         return "window" if asked == "window" else "text"
+    if max_windows == 1:  # a single window begins with BOS either way
+        return "text"
     length, most = sequence_length, 1 + max(1, _TRIED_TOKENS // sequence_length)
     head = text[: most * length * _TRIED_CHARACTERS]
     ids = without_bos(plain_ids(tokenizer, head), bos)
     count = min(len(ids) // length, most)
-    if count < 2:  # a single window begins with BOS either way
+    if count < 2:  # likewise
         return "text"
     usual = torch.tensor([bos, *ids])[: count * length].view(count, length)
     other = begin_windows(torch.tensor(ids)[: count * (length - 1)].view(count, length - 1), bos)

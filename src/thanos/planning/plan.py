@@ -22,7 +22,7 @@ from thanos.calibration.generation import GENERATION_BATCH
 from thanos.calibration.windows import Calibration, calibrate, make_calibration
 from thanos.checkpoint.writer import disk_shortage
 from thanos.engine.activations import check_place
-from thanos.engine.distributed import launched
+from thanos.engine.joining import launched
 from thanos.errors import RecipeError, resource_errors
 from thanos.events import Watcher
 from thanos.model.layers import find_blocks

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from thanos.recipe.override import Override, hints
 from thanos.recipe.repair import REPAIR_FIELDS, TUNE_RATE, check_held_out, check_rate, checked, held_out_of
 from thanos.recipe.repair import Repair as Repair
 from thanos.recipe.stored import underscored, without_unused
+from thanos.recipe.toml import read_toml, toml_text
 from thanos.registry import parse_pattern
 from thanos.settings import TEXT_SOURCES, Heading, setting
 from thanos.system.suggestions import near_dtype, near_whole
@@ -52,7 +52,7 @@ class Recipe(LayerRecipe):
             the layers, and their sparsities minimise the weighted sum at the same number of zeros. Not for layers whose
             override sets a sparsity.
         held_out: number of calibration sequences, the last ones, that choose the dense target and guard the tuning. None for
-             an eighth of them, at least one. Only used if a layer has dense target ``auto`` or is tuned.
+             a sixteenth of them, at least one. Only used if a layer has dense target ``auto`` or is tuned.
         tune_rate: peak learning rate of the tuning, above 0 and at most 1.
         trust_remote_code: let transformers run Python code from the checkpoint.
 
@@ -96,7 +96,7 @@ class Recipe(LayerRecipe):
         Heading.REPAIR,
         "N",
         lowest=1,
-        default="an eighth of them",
+        default="a sixteenth of them",
     )
     tune_rate: float = setting(
         TUNE_RATE, "Peak learning rate of the tuning, above 0 and at most 1", Heading.REPAIR, "RATE"
@@ -238,17 +238,7 @@ class Recipe(LayerRecipe):
     def from_toml(cls, path: str | Path) -> Recipe:
         """Read a recipe from a TOML file. Its names are those of the command's options."""
         path = expanded(path)
-        try:
-            values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-        except OSError as error:
-            inside = f", such as {path / 'recipe.toml'}" if (path / "recipe.toml").is_file() else ""
-            raise RecipeError(f"recipe {path} cannot be read: {error.strerror}; give a TOML file{inside}") from error
-        except UnicodeDecodeError as error:
-            raise RecipeError(f"recipe {path} is not valid TOML: it is no text in UTF-8; give another file") from error
-        except tomllib.TOMLDecodeError as error:
-            raise RecipeError(
-                f'recipe {path} is not valid TOML: {error}; a setting is a line such as sparsity = 0.5 or method = "wanda"'
-            ) from error
+        values = read_toml(path)
         try:
             return cls.from_dict(values)
         except RecipeError as error:
@@ -258,23 +248,13 @@ class Recipe(LayerRecipe):
         """Return the recipe as TOML text that :meth:`from_toml` reads back to an equal recipe."""
         values = self.to_dict()
         overrides = values.pop("override")
-        lines = [f"{name} = {_toml(value)}" for name, value in values.items() if value is not None]
-        for table in overrides:
-            lines += ["", "[[override]]"]
-            lines += [f"{name} = {_toml(value)}" for name, value in table.items() if value is not None]
-        return "\n".join(lines) + "\n"
+        return toml_text(values, overrides)
 
 
 _NEW = ("scope", "allocation", *REPAIR_FIELDS, "held_out", "tune_rate")
 """Settings that are written only where they differ from their defaults."""
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-
-def _toml(value: Any) -> str:
-    # TOML writes basic strings, booleans, numbers and arrays of strings exactly as JSON does.
-    # The one exception is DEL, which JSON does not escape and TOML forbids.
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _suited(pattern: str, changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from pathlib import PurePath
 from typing import Any
 
 from thanos.calibration.text_files import SUFFIXES, Part, split_source
-from thanos.engine.records import LayerRecord, warning_lines
+from thanos.engine.layer_warnings import warning_lines
+from thanos.engine.records import LayerRecord
 from thanos.engine.tuning_record import tuning_line
 from thanos.run.report import PruningReport
 

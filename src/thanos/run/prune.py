@@ -14,7 +14,8 @@ from thanos.calibration.text_files import text_paths
 from thanos.calibration.windows import Calibration, calibrate
 from thanos.checkpoint.writer import CheckpointWriter
 from thanos.engine.activations import check_place
-from thanos.engine.distributed import World, join, my_device, speaks
+from thanos.engine.distributed import World
+from thanos.engine.joining import join, my_device, speaks
 from thanos.engine.loop import Engine
 from thanos.engine.rank_zero import SharedJournal, SharedWriter
 from thanos.errors import NumericsError, RecipeError, resource_errors

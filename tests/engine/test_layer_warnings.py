@@ -10,7 +10,7 @@ import thanos
 from helpers import save_tiny
 from reports import layer
 from thanos.cli import run
-from thanos.engine.records import expert_notes, warning_lines
+from thanos.engine.layer_warnings import expert_notes, warning_lines
 from thanos.run.model_card import model_card
 
 _FEW = "only {} calibration tokens for {} input columns: the Hessian is singular but for damping"
