@@ -19,6 +19,7 @@ from helpers import save_tiny, tiny_tokenizer
 from thanos.bench.synthetic import Shape, write_checkpoint
 from thanos.cli import run
 from thanos.engine import activations, block_runner
+from thanos.engine.stages import tune
 from thanos.engine.stages.base import BlockContext
 from thanos.errors import UserError
 from thanos.events import Event
@@ -107,6 +108,57 @@ class TestThePlan:
     ) -> None:
         planned = thanos.plan(tiny_llama, tmp_path / "out", recipe(text_file, method=method, pattern=pattern))
         assert planned.phases["solve"].seconds > 0
+
+
+class TestRepair:
+    """Settings of the recipe's repair, which need the dense model's hidden states and hold sequences out."""
+
+    @pytest.mark.parametrize("effort", ["high", "max"])
+    def test_the_phases_are_those_of_the_run(
+        self, effort: str, tiny_llama: Path, text_file: Path, tmp_path: Path, plan: thanos.Plan
+    ) -> None:
+        asked = recipe(text_file, effort=effort, samples=16)
+        planned = thanos.plan(tiny_llama, tmp_path / "out", asked)
+        report = thanos.prune(tiny_llama, tmp_path / "out", asked)
+        assert set(planned.phases) == set(report.phases)
+        assert planned.activations_bytes == 3 * 4 * plan.activations_bytes, "two buffers more, four times the sequences"
+
+    def test_the_tuning_is_tried_with_one_epoch_on_few_sequences(
+        self, tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        tried: list[tuple[int, int, int]] = []
+        original = tune.tune
+
+        def watched(work: Any, **settings: Any) -> Any:
+            tried.append((len(work.training), len(work.held_out), settings["epochs"]))
+            return original(work, **settings)
+
+        monkeypatch.setattr(tune, "tune", watched)
+        monkeypatch.setitem(block_runner.BATCH_TOKENS, "cpu", 64)  # two sequences in a batch
+        thanos.plan(tiny_llama, tmp_path / "out", recipe(text_file, effort="max", samples=32))
+        assert {epochs for _, _, epochs in tried} == {1}
+        assert {held_out for _, held_out, _ in tried} == {1, 2}, "of the run's 4"
+        assert 8 == max(training for training, _, _ in tried) < 28, "a whole step of the tuning"
+
+    def test_the_buffers_take_the_tiers_that_have_room(
+        self, tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plan: thanos.Plan
+    ) -> None:
+        monkeypatch.setattr(activations, "free_host_bytes", lambda: 3 * plan.activations_bytes)
+        planned = thanos.plan(tiny_llama, tmp_path / "out", recipe(text_file, tune=1))
+        assert planned.activations == "host"
+        assert planned.activations_bytes == 3 * plan.activations_bytes
+        assert planned.disk_besides_bytes - plan.disk_besides_bytes == plan.activations_bytes, (
+            "the third is on the disk"
+        )
+
+    def test_the_pass_that_chooses_sparsities_is_a_phase(
+        self, tiny_llama: Path, text_file: Path, tmp_path: Path
+    ) -> None:
+        asked = recipe(text_file, allocation="error")
+        planned = thanos.plan(tiny_llama, tmp_path / "out", asked)
+        assert set(planned.phases) == {*PHASES, "allocate"}
+        assert planned.phases["allocate"].seconds > 0
+        assert set(thanos.prune(tiny_llama, tmp_path / "out", asked).phases) == set(planned.phases)
 
 
 class TestPlaces:
@@ -288,6 +340,26 @@ class TestExtrapolation:
         pairs = [(sample(2, 2, 4.0, slower=1.5), sample(6, 4, 6.0, slower=2.25))]
         assert Kind([0], pairs).seconds("statistics", Amount(128)) == pytest.approx((3.0 + 128 * 0.5) * 19.5 / 10)
 
+    def test_held_out_sequences_have_a_cost_of_their_own(self) -> None:
+        def one(training: int, held_out: int) -> Sample:
+            amount, cost = Amount(training, held_out), 3.0 + training * 0.5 + held_out * 2.0
+            seconds = {"dense": cost, "choose": 1.0 + held_out * 4.0}
+            return Sample(amount, 2, seconds, seconds, {}, frozenset(seconds), 1, 3, None)
+
+        kind = Kind([0], [(one(2, 1), one(6, 1), one(2, 2))])
+        assert kind.seconds("dense", Amount(112, 16)) == pytest.approx(3.0 + 112 * 0.5 + 16 * 2.0)
+        assert kind.seconds("choose", Amount(112, 16)) == pytest.approx(1.0 + 16 * 4.0)
+
+    def test_the_tuning_grows_with_its_passes(self) -> None:
+        def one(training: int, held_out: int, epochs: int) -> Sample:
+            passes = epochs * (3 * training + 2 * held_out) + held_out + 2 * min(held_out, training)
+            seconds = {"tune": 0.25 * passes}
+            return Sample(Amount(training, held_out, epochs), 2, seconds, seconds, {}, frozenset(seconds), 1, 3, None)
+
+        whole = one(112, 16, 10)
+        for tries in ((one(2, 1, 1), one(8, 1, 1), one(2, 2, 1)), (one(3, 1, 1),)):
+            assert Kind([0], [tries]).seconds("tune", whole.amount) == pytest.approx(whole.seconds["tune"])
+
     @pytest.mark.parametrize(("few", "more", "expected"), [(5.0, 4.0, 4.0), (1.0, 6.0, 128.0)])
     def test_noise_makes_no_part_negative(self, few: float, more: float, expected: float) -> None:
         kind = Kind([0], [(sample(2, 2, few), sample(6, 4, more))])
@@ -304,7 +376,14 @@ class TestExtrapolation:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [["--targets", "q_proj", "--targets", "down_proj"], ["--method", "wanda"]])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["--targets", "q_proj", "--targets", "down_proj"],
+        ["--method", "wanda"],
+        ["--targets", "q_proj", "--effort", "max"],
+    ],
+)
 def test_the_peak_is_within_a_quarter_of_the_plan(settings: list[str], tmp_path: Path) -> None:
     draw, text = random.Random(0), tmp_path / "numbers.txt"
     text.write_text(" ".join(str(draw.randrange(2, 512)) for _ in range(2000)), encoding="utf-8")

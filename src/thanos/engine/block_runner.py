@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from thanos.engine.activations import Activations, choose_place
 from thanos.engine.block_calls import BlockCalls
 from thanos.engine.early_end import stopping_after, stopping_at
 from thanos.engine.picture import Picture
+from thanos.engine.stream_states import StreamStates
 from thanos.errors import ResourceError
 from thanos.model.attention import fast_attention
 from thanos.model.layers import LinearLayer
@@ -39,7 +40,7 @@ class Step:
     note: str = ""
 
 
-class Passes:
+class Passes(StreamStates):
     """Runs blocks over the calibration sequences, and keeps the sequences' hidden states between blocks.
 
     Args:
@@ -58,7 +59,7 @@ class Passes:
             on. More than one pair if the device ran out of memory during the pass.
         fits: number of sequences that fit in the device's memory together, as measured; None before, and on the CPU.
         streams: number of streams of hidden states that one batch may hold at the same time: 2 with a dense stream.
-        buffers: number of buffers of hidden states of all sequences: one, and two of a dense stream.
+        buffers: see :class:`~thanos.engine.stream_states.StreamStates`.
     """
 
     def __init__(
@@ -72,41 +73,19 @@ class Passes:
         place: str = "auto",
         picture: Picture | None = None,
     ) -> None:
-        self._model, self._blocks, self._ids, self._device, self._folder = model, blocks, ids, device, folder
-        self._asked = place
+        super().__init__(ids, device, folder, place)
+        self._model, self._blocks = model, blocks
         self.batch: int | None = None
         self.starts: list[tuple[int, int]] = []
         self.fits: int | None = None
-        self.streams = self.buffers = 1
+        self.streams = 1
         self._calls = BlockCalls(blocks, picture)
         self._own_calls: BlockCalls | None = None
-        self._states: Activations | None = None
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(samples, T)."""
-        samples, length = self._ids.shape
-        return samples, length
-
-    @property
-    def place(self) -> str:
-        """Storage tier of the hidden states; empty before :meth:`record`."""
-        return "" if self._states is None else self._states.place
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the hidden states."""
-        return self._activations.dtype
 
     @property
     def shares(self) -> bool:
         """Whether the batches must be the same for all blocks; see :class:`~thanos.engine.picture.Picture`."""
         return self._calls.shares
-
-    @property
-    def state_bytes(self) -> int:
-        """Size of the hidden states of all sequences in all buffers, in bytes; 0 before :meth:`record`."""
-        return 0 if self._states is None else self._states.nbytes * self.buffers
 
     def record(self) -> None:
         """Run the modules before the first block on every sequence; keep the first block's inputs and all blocks' arguments."""
@@ -125,11 +104,6 @@ class Passes:
     def reaches(self, index: int) -> bool:
         """Return whether text reaches block ``index``. The model never calls the others, so the loop skips them."""
         return self._calls.reaches(index)
-
-    @property
-    def device(self) -> torch.device:
-        """Device on which the blocks run."""
-        return self._device
 
     def settle_batch(self, index: int) -> None:
         """Choose the batch size if there is none yet. On CUDA that runs the block, so call it before hooks are registered."""
@@ -170,17 +144,6 @@ class Passes:
         with fast_attention(self._device, hidden.dtype):
             self._calls.observe(index, hidden, first)
 
-    def batches(self, size: int, first: int = 0, end: int | None = None) -> Iterator[tuple[int, Tensor]]:
-        """Yield (index of the batch's first sequence, hidden states (≤ size, T, d) on the device). Do not modify the states.
-
-        Only the sequences [first, end), by default all.
-        """
-        return self._activations.batches(size, first, end)
-
-    def gather(self, batches: Iterable[Sequence[int]]) -> Iterator[Tensor]:
-        """Yield the hidden states (B, T, d) of each list of sequences, on the device."""
-        return self._activations.gather(batches)
-
     def run(self, index: int, hidden: Tensor, first: int | Sequence[int]) -> Tensor:
         """See :meth:`~thanos.engine.block_calls.BlockCalls.run`; with the fast attention kernels."""
         with fast_attention(self._device, hidden.dtype):
@@ -195,25 +158,6 @@ class Passes:
         """The same as :meth:`run_other`, only for the hooks on the block; a hook may end the pass."""
         with fast_attention(self._device, hidden.dtype):
             (self._own_calls or self._calls).observe(index, hidden, first)
-
-    def storage_like(self) -> Activations:
-        """Return storage for another stream of hidden states of all sequences, in the tier that has room."""
-        states = self._activations
-        return states.empty_like(choose_place(states.nbytes, self._device, self._folder, self._asked), self._folder)
-
-    def copied(self) -> Activations:
-        """Return a copy of the hidden states of all sequences."""
-        copy = self.storage_like()
-        copy.fill_from(self._activations)
-        return copy
-
-    def off_device(self, states: Activations) -> Activations:
-        """Return the same hidden states in host memory or on the disk, and free ``states``, which are on the device."""
-        place = choose_place(states.nbytes, torch.device("cpu"), self._folder)
-        moved = states.empty_like(place, self._folder)
-        moved.fill_from(states)
-        states.close()
-        return moved
 
     def propagate(self, index: int, starts: Sequence[tuple[int, int]] = ()) -> Iterator[Step]:
         """Run block ``index``; its outputs become the next block's inputs. Yield a step after each batch.
@@ -313,18 +257,6 @@ class Passes:
         torch.cuda.empty_cache()
         return f"out of memory on the device: batches of {before} sequences become batches of {self.batch}"
 
-    def spill(self) -> str | None:
-        """Move the hidden states from the device to host memory or disk; return the note for the user.
-
-        Return None, and do nothing, if they are not on the device.
-        """
-        states = self._activations
-        if states.place != "device":
-            return None
-        self._states = moved = self.off_device(states)
-        torch.cuda.empty_cache()
-        return f"out of memory on the device: the activations move to the {moved.place}"
-
     def batches_that_fit(self, index: int) -> int:
         """Measure the block's peak memory for one sequence; return how many sequences fit in addition to the Hessians."""
         columns = [module.in_features for module in self._blocks[index].modules() if isinstance(module, nn.Linear)]
@@ -342,26 +274,13 @@ class Passes:
         taken = torch.cuda.max_memory_allocated(self._device) - before + 2 * hidden.nbytes
         return int(_BATCH_SHARE * (free_device_bytes(self._device) - hessians) / (taken * self.streams))
 
-    def close(self) -> None:
-        """Free the hidden states."""
-        if self._states is not None:
-            self._states.close()
-
     # --- helpers ----------------------------------------------------------------------------------------------------
-
-    @property
-    def _activations(self) -> Activations:
-        assert self._states is not None
-        return self._states
 
     def _too_small(self) -> ResourceError:
         return ResourceError(
             f"out of memory on the device with one sequence of {self._ids.shape[1]} tokens: lower --sequence-length, or use a "
             "device with more memory or --device cpu"
         )
-
-    def _row(self, index: int) -> Tensor:
-        return self._ids[index : index + 1].to(self._device)
 
     @staticmethod
     def _example(states: Activations) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 
 from thanos.calibration.statistics import Need, need_of
 from thanos.engine.block_error import INHERITED, BlockErrors, BlockMeter
+from thanos.engine.dense_end import dense_end
 from thanos.engine.dense_stream import DenseStream
 from thanos.engine.inputs import EngineInputs
 from thanos.engine.layer_warnings import expert_notes
@@ -19,7 +20,6 @@ from thanos.engine.output import Output
 from thanos.engine.records import BlockRecord, LayerRecord, mean_known
 from thanos.engine.stages.base import BlockContext, BlockStage
 from thanos.engine.stages.prune import ERROR_SEQUENCES, PruneStage
-from thanos.engine.stages.prune_order import has_target_after_blocks
 from thanos.engine.tuning_record import TuningRecord
 from thanos.errors import ModelError
 from thanos.events import Event
@@ -55,7 +55,7 @@ class Engine:
         self.notes = list(notes)
         self.place = ""
         self._tail = inputs.layers_of(None)
-        self._dense_end = _dense_end(inputs)
+        self._dense_end = dense_end(inputs)
         self._dense = DenseStream(inputs.runner, inputs.weights) if self._dense_end else None
 
     def run(self, blocks: Collection[int | None] | None = None) -> Iterator[Event]:
@@ -292,17 +292,6 @@ class Engine:
 
     def _mean_error(self) -> float | None:
         return mean_known([record.error_after_compensation for record in self.records])
-
-
-def _dense_end(inputs: EngineInputs) -> int:
-    """Return the number of blocks for which the dense stream is needed; one more if the layers after them need it, too."""
-    after = len(inputs.blocks)
-    wanting = [
-        layer.block
-        for layer, settings in inputs.layers.items()
-        if (has_target_after_blocks(settings) if layer.block is None else settings.repair.needs_dense_stream)
-    ]
-    return 1 + max((after if block is None else block for block in wanting), default=-1)
 
 
 def _refuse_early(layer: LinearLayer) -> Callable[..., None]:

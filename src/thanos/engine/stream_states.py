@@ -1,0 +1,111 @@
+"""The hidden states of a stream between two blocks: of all calibration sequences of this process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from thanos.engine.activations import Activations, choose_place
+
+
+class StreamStates:
+    """The hidden states of all sequences in one stream, and storage for further streams.
+
+    Args:
+        ids: calibration token ids, (samples, T) int64, on the CPU.
+        device: device on which the blocks run.
+        folder: folder for the file of hidden states, if they are kept on the disk.
+        place: storage tier of the hidden states; see :func:`~thanos.engine.activations.choose_place`.
+
+    Attributes:
+        buffers: number of buffers of hidden states of all sequences: one, and two of a dense stream.
+    """
+
+    def __init__(self, ids: Tensor, device: torch.device, folder: Path, place: str) -> None:
+        self._ids, self._device, self._folder, self._asked = ids, device, folder, place
+        self._states: Activations | None = None
+        self.buffers = 1
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(samples, T)."""
+        samples, length = self._ids.shape
+        return samples, length
+
+    @property
+    def place(self) -> str:
+        """Storage tier of the hidden states; empty before :meth:`record`."""
+        return "" if self._states is None else self._states.place
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the hidden states."""
+        return self._activations.dtype
+
+    @property
+    def state_bytes(self) -> int:
+        """Size of the hidden states of all sequences in all buffers, in bytes; 0 before :meth:`record`."""
+        return 0 if self._states is None else self._states.nbytes * self.buffers
+
+    @property
+    def device(self) -> torch.device:
+        """Device on which the blocks run."""
+        return self._device
+
+    def batches(self, size: int, first: int = 0, end: int | None = None) -> Iterator[tuple[int, Tensor]]:
+        """Yield (index of the batch's first sequence, hidden states (≤ size, T, d) on the device). Do not modify the states.
+
+        Only the sequences [first, end), by default all.
+        """
+        return self._activations.batches(size, first, end)
+
+    def gather(self, batches: Iterable[Sequence[int]]) -> Iterator[Tensor]:
+        """Yield the hidden states (B, T, d) of each list of sequences, on the device."""
+        return self._activations.gather(batches)
+
+    def storage_like(self) -> Activations:
+        """Return storage for another stream of hidden states of all sequences, in the tier that has room."""
+        states = self._activations
+        return states.empty_like(choose_place(states.nbytes, self._device, self._folder, self._asked), self._folder)
+
+    def copied(self) -> Activations:
+        """Return a copy of the hidden states of all sequences."""
+        copy = self.storage_like()
+        copy.fill_from(self._activations)
+        return copy
+
+    def off_device(self, states: Activations) -> Activations:
+        """Return the same hidden states in host memory or on the disk, and free ``states``, which are on the device."""
+        place = choose_place(states.nbytes, torch.device("cpu"), self._folder)
+        moved = states.empty_like(place, self._folder)
+        moved.fill_from(states)
+        states.close()
+        return moved
+
+    def spill(self) -> str | None:
+        """Move the hidden states from the device to host memory or disk; return the note for the user.
+
+        Return None, and do nothing, if they are not on the device.
+        """
+        states = self._activations
+        if states.place != "device":
+            return None
+        self._states = moved = self.off_device(states)
+        torch.cuda.empty_cache()
+        return f"out of memory on the device: the activations move to the {moved.place}"
+
+    def close(self) -> None:
+        """Free the hidden states."""
+        if self._states is not None:
+            self._states.close()
+
+    @property
+    def _activations(self) -> Activations:
+        assert self._states is not None
+        return self._states
+
+    def _row(self, index: int) -> Tensor:
+        return self._ids[index : index + 1].to(self._device)
