@@ -49,6 +49,7 @@ THE_PROGRAM = {
     "evaluation/score_cache.py": 1,  # the cache's folder
     "evaluation/tasks.py": 1,  # versions
     "run/setup.py": 1,  # versions
+    "sparse/ops.py": 1,  # the operators' library
     "study/report/figures/draw.py": 1,  # a figure's creator
 }
 """File → number of strings ``thanos`` in it that mean the program, not the method."""

@@ -35,7 +35,10 @@ EXAMPLES = examples(
 _SHAPES = "as in the shape"
 
 
-@with_settings("method", "pattern", "sparsity", "block_size", "samples", "sequence_length", "device")
+@with_settings(
+    *("method", "pattern", "sparsity", "block_size", "scope", "effort", "dense_target", "sequential", "refit", "tune"),
+    *("samples", "sequence_length", "device"),
+)
 def model(
     *,
     shape: Annotated[

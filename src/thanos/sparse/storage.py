@@ -48,7 +48,7 @@ def settings_of(specs: Mapping[str, PackedSpec]) -> dict[str, Any]:
 def _entry(spec: PackedSpec) -> dict[str, Any]:
     size = {"n": spec.n} if spec.format == "fixed" else {"words": spec.words}
     dtype = next(name for name, dtype in DTYPES.items() if dtype == spec.dtype)
-    return {"format": spec.format, "rows": spec.rows, "columns": spec.columns, "dtype": dtype, **size}
+    return {"format": spec.format, "shape": [spec.rows, spec.columns], "dtype": dtype, **size}
 
 
 def is_packed(config: Any) -> bool:
@@ -89,9 +89,10 @@ def _parse_entry(name: str, entry: Any, where: str) -> PackedSpec:
         raise refuse(f"the format {entry.get('format')!r}, not fixed or bitmap")
     if entry.get("dtype") not in DTYPES:
         raise refuse(f"the dtype {entry.get('dtype')!r}, not {' or '.join(DTYPES)}")
-    rows, columns = entry.get("rows"), entry.get("columns")
-    if not _is_size(rows) or not _is_size(columns):
-        raise refuse(f"the shape {rows!r} × {columns!r}")
+    shape = entry.get("shape")
+    if not isinstance(shape, list) or len(shape) != 2 or not all(_is_size(size) for size in shape):
+        raise refuse(f"the shape {shape!r}, not the numbers of rows and of columns")
+    rows, columns = shape
     count = -(-rows // SIDE) * -(-columns // SIDE)
     if entry["format"] == "fixed":
         n = entry.get("n")
