@@ -77,9 +77,7 @@ class Engine:
             with torch.inference_mode(False), torch.no_grad():
                 if self._is_read_after(-1):
                     yield from self._record_calls(BlockContext(inputs, output, None))
-                for index in range(len(inputs.blocks)):
-                    if blocks is not None and index not in blocks:
-                        continue
+                for index in [one for one in range(len(inputs.blocks)) if blocks is None or one in blocks]:
                     context, record = self._context(index, output), inputs.journal.finished.get(index)
                     if record is None:
                         yield from self._work_on_block(context, index, output)
