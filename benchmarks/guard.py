@@ -24,7 +24,7 @@ from torch import Tensor
 
 from thanos import prune_weight
 from thanos.bench.measure import machine
-from thanos.planning.synthetic_layer import synthetic_layer
+from thanos.solvers.synthetic_layer import synthetic_layer
 
 STORED = Path(__file__).with_name("guard.json")
 

@@ -23,9 +23,9 @@ import torch
 import thanos.solvers.prune_layer as solvers
 from thanos.bench.measure import machine
 from thanos.bench.references import load_reference
-from thanos.planning.synthetic_layer import synthetic_layer
 from thanos.recipe import LayerRecipe
 from thanos.solvers.hessian import InputStatistics
+from thanos.solvers.synthetic_layer import synthetic_layer
 
 
 def least(work: Callable[[], Any], repeats: int) -> float:

@@ -88,27 +88,21 @@ def run_cell(arguments: argparse.Namespace, cell: dict[str, Any], recipe: Any, f
     from thanos import prune
 
     out = folder / cell["name"]
-    row = {"name": cell["name"], "recipe": recipe.to_dict()}
-    seconds, peak = timed(lambda: prune(arguments.model, out, recipe, overwrite=True))
-    pruned = json.loads((out / "pruning.json").read_text())
-    blocks = {
-        "errors": [layer["error_after_compensation"] for layer in pruned["layers"]],
-        "tuning": pruned.get("tuning"),
-    }
-    report(arguments, row | {"seconds": seconds, "peak_device_bytes": peak} | measured(arguments, out) | blocks)
+    began = time.monotonic()
+    made = prune(arguments.model, out, recipe, overwrite=True)
+    row = {"name": cell["name"], "recipe": cell["recipe"], **cost(made, began), **measured(arguments, out)}
+    targets = sorted({layer.dense_target for layer in made.layers if layer.dense_target is not None})
+    chosen = {str(alpha): sum(layer.dense_target == alpha for layer in made.layers) for alpha in targets}
+    report(arguments, row | {"layers_by_dense_target": chosen, "kept_epochs": [one.kept_epoch for one in made.tuning]})
     for number, settings in enumerate(cell.get("recover", [])):
         from thanos import RecoveryRecipe, recover
 
         values = {"samples": recipe.samples, "sequence_length": recipe.sequence_length, "seed": recipe.seed}
         training = RecoveryRecipe.from_dict(values | settings | {"calibration": arguments.calibration})
-        better = folder / f"{cell['name']}-recovered-{number}"
-        seconds, peak = timed(
-            lambda better=better, training=training: recover(
-                out, better, dense=arguments.model, recipe=training, overwrite=True
-            )
-        )
-        row = {"name": better.name, "recipe": recipe.to_dict(), "recover": training.to_dict()}
-        report(arguments, row | {"seconds": seconds, "peak_device_bytes": peak} | measured(arguments, better))
+        better, began = folder / f"{cell['name']}-recovered-{number}", time.monotonic()
+        trained = recover(out, better, dense=arguments.model, recipe=training, overwrite=True)
+        row = {"name": better.name, "recipe": cell["recipe"], "recover": settings, **cost(trained, began)}
+        report(arguments, row | measured(arguments, better) | {"history": trained.history})
 
 
 def measured(arguments: argparse.Namespace, model: str | Path) -> dict[str, Any]:
@@ -126,16 +120,14 @@ def measured(arguments: argparse.Namespace, model: str | Path) -> dict[str, Any]
     return result
 
 
-def timed(run: Any) -> tuple[float, int | None]:
-    """Return the wall-clock seconds of a function, and the peak of allocated device memory in bytes; None without CUDA."""
-    import torch
-
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    began = time.monotonic()
-    run()
-    return round(time.monotonic() - began, 2), torch.cuda.max_memory_allocated() if cuda else None
+def cost(made: Any, began: float) -> dict[str, Any]:
+    """Return seconds of a run, by phase too, and the peak of allocated device memory in bytes; None without CUDA."""
+    peaks = [phase.device_peak_bytes for phase in made.phases.values() if phase.device_peak_bytes]
+    return {
+        "seconds": round(time.monotonic() - began, 2),
+        "phases": {name: round(phase.seconds, 2) for name, phase in made.phases.items()},
+        "peak_device_bytes": max(peaks, default=None),
+    }
 
 
 def report(arguments: argparse.Namespace, row: dict[str, Any]) -> None:
@@ -147,7 +139,7 @@ def report(arguments: argparse.Namespace, row: dict[str, Any]) -> None:
     row |= {
         "commit": arguments.commit
         or subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True).strip(),
-        "command": " ".join(["python", *sys.argv[:-2]]),
+        "command": " ".join(["python", *(Path(word).name if "/" in word else word for word in sys.argv[:-2])]),
         "hardware": torch.cuda.get_device_name() if cuda else f"{platform.processor()}, {os.cpu_count()} cores",
         "torch": torch.__version__,
         "transformers": transformers.__version__,

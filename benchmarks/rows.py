@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from thanos.bench.measure import machine, median_seconds
-from thanos.planning.synthetic_layer import synthetic_layer
 from thanos.solvers.hessian import factorize
 from thanos.solvers.kernels import solve as kernels
 from thanos.solvers.masked_cg import RowSolver
 from thanos.solvers.precision import full_float32
+from thanos.solvers.synthetic_layer import synthetic_layer
 
 _GROUP = 256
 """Rows of a similar number of removed weights that are solved as one batch."""

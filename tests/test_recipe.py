@@ -455,8 +455,8 @@ def test_a_recipe_without_repair_is_written_as_before():
     assert Recipe.from_dict({**Recipe().to_dict()}, stored=True).repair == OFF
 
 
-@pytest.mark.parametrize(("samples", "held_out", "expected"), [(128, None, 16), (2, None, 1), (20, None, 2), (5, 4, 4)])
-def test_an_eighth_of_the_sequences_is_held_out(samples, held_out, expected):
+@pytest.mark.parametrize(("samples", "held_out", "expected"), [(128, None, 8), (2, None, 1), (40, None, 2), (5, 4, 4)])
+def test_a_sixteenth_of_the_sequences_is_held_out(samples, held_out, expected):
     assert held_out_of(samples, held_out) == expected
 
 

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from thanos.evaluation.tasks import ZeroShot as ZeroShot
     from thanos.evaluation.tasks import zero_shot as zero_shot
     from thanos.events import Event as Event
+    from thanos.export.pack import pack as pack
+    from thanos.export.record import Packing as Packing
+    from thanos.export.unpack import unpack as unpack
     from thanos.planning.plan import Plan as Plan
     from thanos.planning.plan import plan as plan
     from thanos.recipe import LayerRecipe as LayerRecipe
@@ -37,6 +40,7 @@ _EXPORTS = {
     "LayerRecipe": "recipe",
     "Override": "recipe",
     "PAPER_TASKS": "evaluation.tasks",
+    "Packing": "export.record",
     "Plan": "planning.plan",
     "PrunedWeight": "solvers.prune_layer",
     "PruningReport": "run.report",
@@ -46,12 +50,14 @@ _EXPORTS = {
     "ZeroShot": "evaluation.tasks",
     "evaluate": "evaluation.perplexity",
     "inspect_checkpoint": "evaluation.inspect",
+    "pack": "export.pack",
     "plan": "planning.plan",
     "prune": "run.prune",
     "prune_weight": "solvers.prune_layer",
     "read_store": "study.store",
     "recover": "recovery.run",
     "run_study": "study.run",
+    "unpack": "export.unpack",
     "zero_shot": "evaluation.tasks",
 }
 

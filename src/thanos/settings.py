@@ -29,6 +29,8 @@ class Heading(StrEnum):
     LAYER = "Layer and timing"
     PERPLEXITY = "Perplexity"
     TASKS = "Accuracy on tasks"
+    PACKING = "What to pack"
+    DECODING = "What to time"
     RUN = "Where and how it runs"
     OUTPUT = "Output"
 

@@ -12,16 +12,16 @@ import torch
 
 import oracles
 from thanos import prune_weight
+from thanos.bench import cost_model as costs
 from thanos.bench.layer import LayerSettings, relative_error, report, run
 from thanos.bench.references import load_reference
 from thanos.cli import run as command
 from thanos.errors import DataError, RecipeError
 from thanos.patterns.columns import Columns
 from thanos.patterns.unstructured import Unstructured
-from thanos.planning import cost_model as costs
-from thanos.planning.synthetic_layer import synthetic_layer
 from thanos.recipe import LayerRecipe
 from thanos.registry import parse_pattern
+from thanos.solvers.synthetic_layer import synthetic_layer
 
 FAKE = """
 import torch

@@ -12,13 +12,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import thanos
 from thanos.bench import model as module
+from thanos.bench.device_rates import Rates, measure_rates
 from thanos.bench.model import floor_seconds, time_model
 from thanos.bench.synthetic import SHAPES, Shape, random_checkpoint, write_checkpoint
 from thanos.checkpoint.reader import SafetensorsCheckpoint
 from thanos.cli import run
 from thanos.errors import RecipeError
 from thanos.events import Event
-from thanos.planning.device_rates import Rates, measure_rates
 
 CPU = torch.device("cpu")
 TINY = Shape(hidden=32, intermediate=48, heads=4, kv_heads=2, blocks=3, vocabulary=64)

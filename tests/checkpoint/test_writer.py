@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from helpers import save_tiny
 from thanos.bench.synthetic import RandomCheckpoint
 from thanos.checkpoint.in_memory import LoadedCheckpoint
-from thanos.checkpoint.layout import CHUNK_ENTRIES, Checkpoint, Layout, TensorSpec, plan_layout
+from thanos.checkpoint.layout import Checkpoint, Layout, TensorSpec, plan_layout
 from thanos.checkpoint.reader import SafetensorsCheckpoint
 from thanos.checkpoint.weight_files import INDEX_NAME, SINGLE_NAME
 from thanos.checkpoint.writer import CheckpointWriter
@@ -332,15 +332,3 @@ def test_every_checkpoint_says_the_same_by_each_way_of_reading(
     assert read.keys() == {"m", "norm", "fused"}
     assert torch.equal(read["m"], checkpoint.read("m"))
     assert torch.equal(read["fused"].view(2, 12)[1], checkpoint.read("second"))
-
-
-@pytest.mark.parametrize("kind", ["files", "memory"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_bytes_of_a_chunk_are_stated_by_its_owner(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
-    """The plan adds these up, so they must be what a chunk takes: 64 MiB of float32, 32 MiB of bfloat16."""
-    state = {"large": torch.zeros(CHUNK_ENTRIES + 3, dtype=dtype), "small": torch.zeros(3, dtype=dtype)}
-    save_file(state, tmp_path / SINGLE_NAME)
-    checkpoint: Checkpoint = SafetensorsCheckpoint(tmp_path) if kind == "files" else LoadedCheckpoint(state)
-    for name, spec in checkpoint.tensors.items():
-        assert spec.chunk_bytes == max(chunk.nbytes for chunk in checkpoint.chunks(name))
-    assert checkpoint.tensors["large"].chunk_bytes == (1 << 24) * dtype.itemsize

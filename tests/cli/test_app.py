@@ -40,6 +40,8 @@ OPTIONS = {
     "study": {"--data", "--devices", "--workers", "--threads", "--list", "--quiet", "--help"},
     "inspect": {"--require", "--json", "--trust-remote-code", "--quiet", "--help"},
     "report": {"--readme", "--quiet", "--help"},
+    "pack": {"--least-weights", "--trust-remote-code", "--overwrite", "--json", "--quiet", "--help"},
+    "unpack": {"--overwrite", "--quiet", "--help"},
 }  # fmt: skip
 
 

@@ -50,11 +50,22 @@ HEADINGS = {
         "Output": {"--quiet", "--help"},
     },
     "report": {"Output": {"--readme", "--quiet", "--help"}},
+    "pack": {
+        "What to pack": {"--least-weights"},
+        "Where and how it runs": {"--trust-remote-code"},
+        "Output": {"--overwrite", "--json", "--quiet", "--help"},
+    },
+    "unpack": {"Output": {"--overwrite", "--quiet", "--help"}},
     "bench layer": {
         "Method and sparsity": {"--method", "--pattern", "--sparsity", "--block-size", "--damping"},
         "Layer and timing": {"--seed", "--shape", "--tokens", "--repeats", "--peer"},
         "Where and how it runs": {"--device", "--threads"},
         "Output": {"--json", "--help"},
+    },
+    "bench decode": {
+        "What to time": {"--dense", "--context", "--new-tokens"},
+        "Where and how it runs": {"--device", "--trust-remote-code", "--threads"},
+        "Output": {"--json", "--quiet", "--help"},
     },
     "bench model": {
         "Method and sparsity": {"--method", "--pattern", "--sparsity", "--block-size"},

@@ -35,7 +35,7 @@ def recipe(text: Path, **changes: Any) -> thanos.Recipe:
 
 
 def use(monkeypatch: pytest.MonkeyPatch, *stages: BlockStage) -> None:
-    monkeypatch.setattr("thanos.run.prune.stages_of", lambda recipe: stages)
+    monkeypatch.setattr("thanos.run.engine_setup.stages_of", lambda recipe: stages)
 
 
 @dataclass

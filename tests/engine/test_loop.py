@@ -25,8 +25,11 @@ from thanos.engine.block_calls import BlockCalls
 from thanos.engine.block_runner import Passes, most_sequences
 from thanos.engine.output import Output
 from thanos.engine.stages import prune as engine
+from thanos.model.source import resolve_model
+from thanos.run import engine_setup, setup
 from thanos.solvers.hessian import InputStatistics
 from thanos.solvers.prune_layer import PrunedWeight, prune_layer
+from thanos.system.meter import PhaseMeter
 
 SAMPLES, LENGTH = 4, 32
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -66,6 +69,34 @@ def test_layers_are_pruned_block_by_block_in_the_order_in_which_they_are_called(
     assert [layer.block for layer in report.layers] == [0] * 7 + [2] * 7 + [None]
     kinds = [layer.name.rsplit(".", 1)[-1] for layer in report.layers]
     assert kinds == [*KINDS, *KINDS, "lm_head"]
+
+
+def test_a_part_of_the_blocks_can_be_run(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
+    chosen = recipe(text_file, targets=("layers.*", "lm_head"))
+    prepared = setup.prepare(resolve_model(tiny_llama), chosen, lambda event: None, look=False)
+
+    class Nowhere:
+        def __init__(self) -> None:
+            self.written: list[str] = []
+            self.finished: dict[int | None, Any] = {}
+
+        def write(self, name: str, tensor: Tensor) -> None:
+            self.written.append(name)
+
+        def record(self, block: int | None, **details: object) -> None:
+            assert block in wanted
+
+    cpu, ids = torch.device("cpu"), torch.randint(2, 100, (SAMPLES, LENGTH))
+    for wanted in ([1], [0, 2], [None]):
+        out: Any = Nowhere()
+        loop = engine_setup.build_engine(
+            prepared, chosen, ids, cpu, tmp_path, activations="auto", writer=out, journal=out, meter=PhaseMeter(cpu)
+        )
+        blocks = [event.block for event in loop.run(wanted) if event.kind == "block"]
+        assert blocks == [block for block in wanted if block is not None]
+        names = [layer.name for layer in prepared.layers if layer.block in wanted]
+        assert [record.name for record in loop.records] == names
+        assert out.written == [prepared.opened.key_of[f"{name}.weight"] for name in names]
 
 
 def test_events_tell_every_phase_layer_and_block(run) -> None:

@@ -35,7 +35,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def use(monkeypatch: pytest.MonkeyPatch, *stages: BlockStage) -> None:
-    monkeypatch.setattr("thanos.run.prune.stages_of", lambda recipe: stages)
+    monkeypatch.setattr("thanos.run.engine_setup.stages_of", lambda recipe: stages)
 
 
 def weights(folder: Path) -> dict[str, Tensor]:

@@ -6,23 +6,27 @@ import json
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import thanos
-from helpers import save_tiny
+from helpers import save_tiny, tiny_tokenizer
 from thanos.bench.synthetic import Shape, write_checkpoint
-from thanos.checkpoint.in_memory import LoadedCheckpoint
 from thanos.cli import run
-from thanos.engine import activations
+from thanos.engine import activations, block_runner
+from thanos.engine.stages.base import BlockContext
 from thanos.errors import UserError
+from thanos.events import Event
+from thanos.model.source import resolve_model
 from thanos.planning import plan as planning
-from thanos.planning.memory_model import LayerWork, hessian_bytes, largest_sum, solve_bytes, solving_bytes
-from thanos.planning.phases import Job, transfer_bytes
-from thanos.recipe import LayerRecipe, Recipe
+from thanos.planning.kinds import Amount, Job, Kind, Sample
+from thanos.recipe import Override, Recipe
+from thanos.run import engine_setup, setup
 
 KEYS = [
     "schema", "thanos_version", "recipe", "device", "blocks", "layers", "activations", "activations_bytes", "batch",
@@ -183,35 +187,120 @@ class TestTheCommand:
         assert "--json belongs to --plan" in capsys.readouterr().err
 
 
-class TestFootprint:
-    def work(self, group: int, rows: int, columns: int) -> LayerWork:
-        return LayerWork(f"layer{group}", rows, columns, 2, LayerRecipe(), group)
+class TestWhatIsTried:
+    def test_a_stage_that_the_recipe_lists_is_predicted(
+        self, tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        seen: list[tuple[int | None, int]] = []
 
-    def test_hessians_go_one_by_one(self) -> None:
-        first, second = self.work(0, 8, 100), self.work(1, 8, 10)
-        assert solving_bytes([first, second]) == hessian_bytes(100) + hessian_bytes(10) + solve_bytes(first)
-        assert solving_bytes([second, first]) == hessian_bytes(100) + max(
-            hessian_bytes(10) + solve_bytes(second), solve_bytes(first)
-        )
+        class Extra:
+            name = "extra"
 
-    def test_layers_that_share_an_input_share_its_hessian(self) -> None:
-        one, other = self.work(0, 8, 100), self.work(0, 4, 100)
-        assert solving_bytes([one, other]) == hessian_bytes(100) + solve_bytes(one)
+            def __call__(self, context: BlockContext) -> Iterator[Event]:
+                with context.meter.phase("extra"):
+                    for first, hidden in context.batches(1):
+                        yield context.progress("extra", first + len(hidden))  # type: ignore[arg-type]
+                    seen.append((context.index, context.runner.shape[0]))
 
-    def test_a_blocks_weights_and_those_read_ahead(self) -> None:
-        assert largest_sum([3, 1, 4, 1, 5]) == 6
-        assert largest_sum([7]) == 7
-        assert largest_sum([]) == 0
+        listed = engine_setup.stages_of(recipe(text_file))
+        monkeypatch.setattr(engine_setup, "stages_of", lambda _: (*listed, Extra()))
+        monkeypatch.setitem(block_runner.BATCH_TOKENS, "cpu", 64)  # two sequences in a batch
+        planned = thanos.plan(tiny_llama, tmp_path / "out", recipe(text_file, samples=16))
+        assert list(planned.phases)[-1] == "finish"
+        assert planned.phases["extra"].seconds > 0
+        assert planned.phases["extra"].host_peak_bytes > planned.host_base_bytes
+        sizes = {samples for _, samples in seen[2:]}
+        assert len(sizes) == 2, "fewer and more sequences"
+        assert max(sizes) < 16, "few tokens"
 
-    @pytest.mark.parametrize(("dtype", "mib"), [(torch.float32, 64), (torch.bfloat16, 32)])
-    def test_the_memory_of_a_transfer_is_a_chunk_and_two_pairs_of_buffers(self, dtype: torch.dtype, mib: int) -> None:
-        state = {"large": torch.empty(1 << 25, dtype=dtype), "small": torch.empty(4, dtype=dtype)}
-        job = object.__new__(Job)
-        job.prepared = SimpleNamespace(opened=SimpleNamespace(checkpoint=LoadedCheckpoint(state)))  # type: ignore[assignment]
-        assert job.chunk_bytes(["large", "small"]) == mib << 20
-        assert job.chunk_bytes(["small"]) == 4 * dtype.itemsize
-        assert job.chunk_bytes([]) == 0
-        assert transfer_bytes(job) == (mib << 20) + 4 * (16 << 20)
+    def test_blocks_are_of_one_kind_if_structure_and_settings_are_the_same(
+        self, tiny_llama: Path, text_file: Path
+    ) -> None:
+        def blocks(*overrides: Override, **settings: Any) -> list[list[int | None]]:
+            chosen = recipe(text_file, overrides=overrides, **settings)
+            prepared = setup.prepare(resolve_model(tiny_llama), chosen, lambda event: None, look=False)
+            job = Job(prepared, chosen, torch.device("cpu"), torch.zeros(1, 1), Path(), "auto")
+            return [kind.blocks for kind in job.kinds()]
+
+        assert blocks() == [[0, 1, 2]]
+        assert blocks(Override(match="*.0.*", settings={"sparsity": 0.25})) == [[0, 1, 2]]
+        assert blocks(Override(match="*.0.*", settings={"method": "wanda"})) == [[0], [1, 2]]
+        assert blocks(Override(match="*.1.*down_proj", skip=True)) == [[0, 2], [1]]
+        assert blocks(targets=("lm_head", "*")) == [[0, 1, 2], [None]]
+
+    def test_a_mixture_of_experts(self, text_file: Path, tmp_path: Path) -> None:
+        model = save_tiny(tmp_path / "model", "mixtral")
+        assert thanos.plan(model, tmp_path / "out", recipe(text_file)).phases["solve"].seconds > 0
+
+    @pytest.mark.skipif(not hasattr(transformers, "Gemma4TextConfig"), reason="needs a newer transformers")
+    def test_blocks_that_read_the_keys_of_earlier_blocks(self, text_file: Path, tmp_path: Path) -> None:
+        config = transformers.Gemma4TextConfig(
+            vocab_size=512, vocab_size_per_layer_input=512, hidden_size=32, hidden_size_per_layer_input=8,
+            intermediate_size=64, num_attention_heads=2, num_key_value_heads=1, head_dim=16, global_head_dim=16,
+            num_hidden_layers=4, num_kv_shared_layers=2, layer_types=["sliding_attention", "full_attention"] * 2,
+        )  # fmt: skip
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+        tiny_tokenizer().save_pretrained(tmp_path / "model")
+        planned = thanos.plan(tmp_path / "model", tmp_path / "out", recipe(text_file))
+        assert set(planned.phases) == PHASES
+
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+    def test_a_device(self, tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
+        asked = recipe(text_file, device="cuda")
+        planned = thanos.plan(tiny_llama, tmp_path / "out", asked)
+        report = thanos.prune(tiny_llama, tmp_path / "out", asked)
+        assert planned.batch == report.execution["batch"]
+        assert planned.activations == report.execution["activations"] == "device"
+        assert planned.device_peak_bytes is not None
+        assert report.device_peak_bytes is not None
+        assert planned.device_peak_bytes == pytest.approx(report.device_peak_bytes, rel=0.25)
+
+    def test_text_that_the_model_generates(self, tiny_llama: Path, tmp_path: Path) -> None:
+        planned = thanos.plan(tiny_llama, tmp_path / "out", recipe(Path("self")))
+        assert planned.phases["calibration"].seconds > 0
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_model_that_generates_counts_whole_where_it_does_not_fit(
+        self, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(planning, "free_host_bytes", lambda: 0)
+        planned = thanos.plan(tiny_llama, tmp_path / "out", recipe(Path("self")))
+        whole = sum(path.stat().st_size for path in tiny_llama.glob("*.safetensors"))
+        assert planned.phases["calibration"].host_peak_bytes >= planned.host_base_bytes + 0.9 * whole
+        assert "out of memory on the host" in planned.does_not_fit[0]
+
+
+def sample(sequences: int, batch: int, busy: float, *, slower: float = 1.0, growth: int = 0) -> Sample:
+    return Sample(
+        Amount(sequences), batch, {"statistics": busy * slower, "solve": 5.0}, {"statistics": busy, "solve": 4.0},
+        {"statistics": (growth, 2 * growth)}, frozenset({"statistics"}), 1, 1, None,
+    )  # fmt: skip
+
+
+class TestExtrapolation:
+    def test_a_cost_that_grows_with_the_sequences(self) -> None:
+        kind = Kind([0], [(sample(2, 2, 3.0 + 2 * 0.5), sample(6, 4, 3.0 + 6 * 0.5))])
+        assert kind.seconds("statistics", Amount(128)) == pytest.approx(3.0 + 128 * 0.5)
+        assert kind.seconds("solve", Amount(128)) == 5.0
+        assert kind.seconds("tune", Amount(128)) == 0.0
+
+    def test_other_programs_count_as_in_the_trial(self) -> None:
+        pairs = [(sample(2, 2, 4.0, slower=1.5), sample(6, 4, 6.0, slower=2.25))]
+        assert Kind([0], pairs).seconds("statistics", Amount(128)) == pytest.approx((3.0 + 128 * 0.5) * 19.5 / 10)
+
+    @pytest.mark.parametrize(("few", "more", "expected"), [(5.0, 4.0, 4.0), (1.0, 6.0, 128.0)])
+    def test_noise_makes_no_part_negative(self, few: float, more: float, expected: float) -> None:
+        kind = Kind([0], [(sample(2, 2, few), sample(6, 4, more))])
+        assert kind.seconds("statistics", Amount(128)) == pytest.approx(expected)
+
+    def test_blocks_of_a_kind_are_averaged(self) -> None:
+        pairs = [(sample(2, 2, 4.0), sample(6, 4, 6.0)), (sample(2, 2, 8.0), sample(6, 4, 12.0))]
+        assert Kind([0, 1], pairs).seconds("statistics", Amount(10)) == pytest.approx(4.5 + 0.75 * 10)
+
+    @pytest.mark.parametrize(("batch", "expected"), [(4, 500), (8, 900), (2, 500)])
+    def test_memory_grows_with_the_batch(self, batch: int, expected: int) -> None:
+        kind = Kind([0], [(sample(2, 2, 1.0, growth=300), sample(6, 4, 1.0, growth=500))])
+        assert kind.peak("statistics", batch) == (expected, 2 * expected)
 
 
 @pytest.mark.slow

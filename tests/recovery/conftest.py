@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 import thanos
 from recovering import prune, settings
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _checkpoint_after_each_epoch() -> Iterator[None]:
+    """Interrupted runs here last seconds; so they save at the end of each epoch, however soon it comes."""
+    if find_spec("accelerate") is None:
+        yield
+        return
+    from thanos.recovery import trainer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "CHECKPOINT_SECONDS", 0.0)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,8 @@ from thanos.recovery.states import MARK, RecoveryFolder
 
 pytest.importorskip("accelerate", reason="the extra recover is not installed")
 
+from thanos.recovery import trainer
+
 TIMED = ("phases", "seconds")
 
 
@@ -101,6 +103,18 @@ def test_one_checkpoint_and_one_best_state_are_kept(
     work = interrupted(pruned, tmp_path / "out2", tiny_llama, settings(text_file), -1)
     assert [path.name for path in work.steps.iterdir()] == ["checkpoint-6"]
     assert [path.name for path in work.path.glob("best-*")] == ["best-4"]
+
+
+def test_no_checkpoint_is_written_sooner_than_it_pays(
+    pruned: Path, recovered: Any, tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", 1e9)
+    work = interrupted(pruned, tmp_path / "out2", tiny_llama, settings(text_file), 5)
+    assert not work.path.exists(), "without a checkpoint there is nothing to resume"
+    report = thanos.recover(pruned, tmp_path / "out2", dense=tiny_llama, recipe=settings(text_file), resume=True)
+    assert untimed(report) == untimed(recovered[1])
+    for path in recovered[0].glob("*.safetensors"):
+        assert (tmp_path / "out2" / path.name).read_bytes() == path.read_bytes()
 
 
 def test_an_interrupted_run_is_neither_continued_nor_deleted_unasked(

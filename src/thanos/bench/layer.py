@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from thanos import registry
+from thanos.bench import cost_model as costs
 from thanos.bench.measure import machine, median_seconds, with_peak
 from thanos.bench.references import Solver, load_reference
 from thanos.errors import RecipeError
-from thanos.planning import cost_model as costs
-from thanos.planning.synthetic_layer import synthetic_layer
 from thanos.recipe import LayerRecipe
 from thanos.solvers.hessian import InputStatistics
 from thanos.solvers.precision import full_float32
 from thanos.solvers.prune_layer import prune_weight
+from thanos.solvers.synthetic_layer import synthetic_layer
 
 _RATE_SIZE = {"cpu": 1024, "cuda": 8192}
 """Columns of the square matrix product and of the copied matrix, which measure a device's rates; by device type."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from thanos import registry
+from thanos.bench.device_rates import Rates, measure_rates
 from thanos.bench.measure import machine
 from thanos.bench.synthetic import RandomCheckpoint, Shape, random_checkpoint
 from thanos.checkpoint.writer import CheckpointWriter
@@ -25,11 +26,10 @@ from thanos.engine.stages.prune import observed_fractions
 from thanos.engine.weights import ModelWeights
 from thanos.events import Event
 from thanos.model.layers import find_blocks, linear_layers, select_layers
-from thanos.planning.device_rates import Rates, measure_rates
 from thanos.recipe import Recipe
+from thanos.run.engine_setup import held_out_here, stages_of
 from thanos.run.journal import Journal
 from thanos.run.resume import RunJournal
-from thanos.run.setup import held_out_here, stages_of
 from thanos.system.documents import Document
 from thanos.system.event_stream import EventStream
 from thanos.system.meter import PhaseMeter, PhaseRecord

@@ -179,7 +179,7 @@ def write_checkpoint(folder: Path, shape: Shape, *, length: int = 2048, seed: in
     meta_model, checkpoint = random_checkpoint(shape, length, seed=seed, keep=False)
     folder.mkdir(parents=True, exist_ok=True)
     meta_model.config.save_pretrained(folder)
-    _write_tokenizer(folder, shape.vocabulary)
+    write_tokenizer(folder, shape.vocabulary)
     for shard in checkpoint.layout.shards:
         names = [name for name, info in checkpoint.tensors.items() if info.shard == shard.name]
         with (folder / shard.name).open("wb") as file:
@@ -196,7 +196,7 @@ def write_checkpoint(folder: Path, shape: Shape, *, length: int = 2048, seed: in
     return checkpoint.layout.nbytes
 
 
-def _write_tokenizer(folder: Path, vocabulary: int) -> None:
+def write_tokenizer(folder: Path, vocabulary: int) -> None:
     """Write a tokenizer with one token for every integer from 0 to ``vocabulary`` - 1, so that numbers are valid text."""
     words = {str(number): number for number in range(vocabulary)}
     tokenizer = {

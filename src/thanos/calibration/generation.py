@@ -13,7 +13,8 @@ from thanos.events import Event
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_GENERATION_BATCH = 16
+GENERATION_BATCH = 16
+"""Number of sequences that the model generates together."""
 
 
 def generate(
@@ -24,8 +25,8 @@ def generate(
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.inference_mode():
         torch.manual_seed(seed)
-        for first in range(0, samples, _GENERATION_BATCH):
-            size = min(_GENERATION_BATCH, samples - first)
+        for first in range(0, samples, GENERATION_BATCH):
+            size = min(GENERATION_BATCH, samples - first)
             prompt = torch.full((size, 1), start, device=model.device)
             ids = model.generate(  # type: ignore[operator]
                 prompt,

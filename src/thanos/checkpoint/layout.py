@@ -79,11 +79,6 @@ class TensorSpec:
         """Length in bytes."""
         return self.numel * self.dtype.itemsize
 
-    @property
-    def chunk_bytes(self) -> int:
-        """Bytes of the largest chunk that :meth:`Checkpoint.chunks` yields of the tensor."""
-        return min(self.numel, CHUNK_ENTRIES) * self.dtype.itemsize
-
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo(TensorSpec):

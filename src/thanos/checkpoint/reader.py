@@ -153,9 +153,23 @@ def _read_shard(path: Path) -> tuple[ShardLayout, dict[str, TensorInfo]]:
         length = int.from_bytes(start, "little")
         if len(start) < 8 or length > min(_MAX_HEADER, size - 8):
             raise ModelError(f"{path} is truncated or not a safetensors file ({size} bytes); {AGAIN}")
-        header = file.read(length)
+        return parse_shard(path, start + file.read(length), size)
+
+
+def parse_shard(path: Path, header: bytes, size: int | None = None) -> tuple[ShardLayout, dict[str, TensorInfo]]:
+    """Return what the header of a shard says, after checking it.
+
+    Args:
+        path: of the shard, for messages; its last part becomes the shard's name.
+        header: all bytes before the tensors: 8 bytes of length, then JSON of that length.
+        size: bytes of the file; None if there is none, and the header alone decides.
+
+    Raises:
+        ModelError: the header is corrupt, the tensors overlap or leave gaps, or the file has another size.
+    """
+    length = len(header) - 8
     try:
-        entries: dict[str, Any] = json.loads(header)
+        entries: dict[str, Any] = json.loads(header[8:])
         entries.pop("__metadata__", None)
         for name, entry in entries.items():
             if entry["dtype"] in UNSUPPORTED:
@@ -173,6 +187,6 @@ def _read_shard(path: Path) -> tuple[ShardLayout, dict[str, TensorInfo]]:
         if info.offset != end:
             raise ModelError(f"{path} has a corrupt header (a gap or overlap at {name}); {AGAIN}")
         end += info.nbytes
-    if end != size:
+    if size is not None and end != size:
         raise ModelError(f"{path} is {'truncated' if size < end else 'too long'}: {size} bytes, not {end}; {AGAIN}")
-    return ShardLayout(path.name, start + header, size), infos
+    return ShardLayout(path.name, header, end), infos

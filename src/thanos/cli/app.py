@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from thanos._version import __version__
-from thanos.cli import evaluate, inspect, prune, recover, report, study
+from thanos.cli import evaluate, inspect, pack, prune, recover, report, study
 from thanos.cli.arguments import Command, Group
 from thanos.cli.bench import bench
 
@@ -37,6 +37,8 @@ for _name, _function, _examples, _help in (
     ("recover", recover.recover, recover.EXAMPLES, "Train OUT towards its dense parent; zeros stay zero."),
     ("eval", evaluate.evaluate, evaluate.EXAMPLES, "Measure perplexity, or zero-shot accuracy."),
     ("inspect", inspect.inspect, inspect.EXAMPLES, "Show which weights are zero, and in which pattern."),
+    ("pack", pack.pack, pack.EXAMPLES, "Write a pruned model with fewer bytes."),
+    ("unpack", pack.unpack, pack.UNPACK_EXAMPLES, "Turn a packed model into the dense folder again."),
     ("study", study.study, study.EXAMPLES, "Prune and measure a grid of models and settings."),
     ("report", report.report, report.EXAMPLES, "Write the report of a study."),
 ):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import mmap
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal
@@ -50,7 +50,9 @@ def check_place(asked: str) -> str:
     return asked
 
 
-def choose_place(needed: int, device: torch.device, folder: Path, asked: str = "auto") -> Place:
+def choose_place(
+    needed: int, device: torch.device, folder: Path, asked: str = "auto", taken: Mapping[str, int] | None = None
+) -> Place:
     """Choose the storage tier of the activations by measured free memory.
 
     On the CPU, device and host memory are the same, and the tier is called ``host``.
@@ -60,20 +62,21 @@ def choose_place(needed: int, device: torch.device, folder: Path, asked: str = "
         device: device on which the blocks run.
         folder: folder on the disk that would hold the file.
         asked: ``auto``, or a storage tier, which is then used without a check of free memory (disk space is always checked).
+        taken: storage tier → bytes of it that are free now and will be taken before; default: none.
 
     Raises:
         RecipeError: ``asked`` is not one of :data:`PLACES`.
         ResourceError: the disk was chosen and has too little free space.
     """
-    place = check_place(asked)
+    place, before = check_place(asked), taken or {}
     if place == "auto":
-        if device.type == "cuda" and needed <= DEVICE_SHARE * free_device_bytes(device):
+        if device.type == "cuda" and needed <= DEVICE_SHARE * (free_device_bytes(device) - before.get("device", 0)):
             place = "device"
         else:
-            place = "host" if needed <= HOST_SHARE * free_host_bytes() else "disk"
+            place = "host" if needed <= HOST_SHARE * (free_host_bytes() - before.get("host", 0)) else "disk"
     if place == "device" and device.type == "cpu":
         place = "host"
-    if place == "disk" and needed > free_disk_bytes(folder):
+    if place == "disk" and needed > free_disk_bytes(folder) - before.get("disk", 0):
         raise ResourceError(
             f"the activations need {needed / 1e9:.2f} GB and {folder} has {free_disk_bytes(folder) / 1e9:.2f} GB free; "
             "lower --samples or --sequence-length, or write OUT to another disk"

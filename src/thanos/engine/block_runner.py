@@ -56,7 +56,9 @@ class Passes:
             chooses it by free memory. A resumed run sets it to the size in the journal.
         starts: batch sizes of the last propagating pass: pairs (first sequence, batch size), each valid from that sequence
             on. More than one pair if the device ran out of memory during the pass.
+        fits: number of sequences that fit in the device's memory together, as measured; None before, and on the CPU.
         streams: number of streams of hidden states that one batch may hold at the same time: 2 with a dense stream.
+        buffers: number of buffers of hidden states of all sequences: one, and two of a dense stream.
     """
 
     def __init__(
@@ -74,7 +76,8 @@ class Passes:
         self._asked = place
         self.batch: int | None = None
         self.starts: list[tuple[int, int]] = []
-        self.streams = 1
+        self.fits: int | None = None
+        self.streams = self.buffers = 1
         self._calls = BlockCalls(blocks, picture)
         self._own_calls: BlockCalls | None = None
         self._states: Activations | None = None
@@ -102,8 +105,8 @@ class Passes:
 
     @property
     def state_bytes(self) -> int:
-        """Size of the hidden states of all sequences, in bytes; 0 before :meth:`record`."""
-        return 0 if self._states is None else self._states.nbytes
+        """Size of the hidden states of all sequences in all buffers, in bytes; 0 before :meth:`record`."""
+        return 0 if self._states is None else self._states.nbytes * self.buffers
 
     def record(self) -> None:
         """Run the modules before the first block on every sequence; keep the first block's inputs and all blocks' arguments."""
@@ -368,7 +371,8 @@ class Passes:
         if self.batch is None:
             self.batch = most_sequences(*self.shape, self._device)
             if self._device.type == "cuda":
-                self.batch = max(1, min(self.batch, self.batches_that_fit(index)))
+                self.fits = max(1, self.batches_that_fit(index))
+                self.batch = min(self.batch, self.fits)
         return self.batch
 
 

@@ -35,7 +35,7 @@ class DenseStream:
 
     def __init__(self, runner: Passes, weights: ModelWeights) -> None:
         self._runner, self._weights = runner, weights
-        runner.streams = 2
+        runner.streams, runner.buffers = 2, 3
         self.starts: list[tuple[int, int]] = []
         self._states: Activations | None = None
         self._outputs: Activations | None = None

@@ -5,7 +5,7 @@ The stages (:mod:`thanos.engine.stages`) do the work on a block, such as pruning
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -58,8 +58,12 @@ class Engine:
         self._dense_end = _dense_end(inputs)
         self._dense = DenseStream(inputs.runner, inputs.weights) if self._dense_end else None
 
-    def run(self) -> Iterator[Event]:
+    def run(self, blocks: Collection[int | None] | None = None) -> Iterator[Event]:
         """Prune the model and yield events. Afterwards ``records`` is complete, and every changed tensor is written.
+
+        Args:
+            blocks: indices of the blocks to work on, None for the layers after the blocks; default: all. Other blocks are
+                skipped: a block's inputs are the outputs of the block before it in ``blocks``, or the first block's inputs.
 
         Raises:
             NumericsError: weights or activations hold NaN or infinity.
@@ -74,12 +78,15 @@ class Engine:
                 if self._is_read_after(-1):
                     yield from self._record_calls(BlockContext(inputs, output, None))
                 for index in range(len(inputs.blocks)):
+                    if blocks is not None and index not in blocks:
+                        continue
                     context, record = self._context(index, output), inputs.journal.finished.get(index)
                     if record is None:
                         yield from self._work_on_block(context, index, output)
                     else:
                         yield from self._replay_block(context, index, record)
-                yield from self._work_on_tail(output)
+                if blocks is None or None in blocks:
+                    yield from self._work_on_tail(output)
         finally:
             for helper in (output, inputs.weights, inputs.runner, *([self._dense] if self._dense else [])):
                 helper.close()

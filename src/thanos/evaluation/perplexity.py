@@ -128,16 +128,16 @@ def evaluate(
     """
     tell = EventStream(on_event)
     _check_options(text, sequence_length, max_windows, dtype)
-    find_local(model, trust_remote_code=trust_remote_code)
+    find_local(model, trust_remote_code=trust_remote_code, packed=True)
     dense = dense if reference is None else None
     if dense is not None:
-        find_local(dense, trust_remote_code=trust_remote_code, what="the dense model")
+        find_local(dense, trust_remote_code=trust_remote_code, packed=True, what="the dense model")
     where = choose_device(device) if network is None else network.device
     if reference is None:
         check_bos(bos)
         check_text_exists(text, evaluation=True)
-    source = resolve_model(model, trust_remote_code=trust_remote_code)
-    dense_source = None if dense is None else resolve_model(dense, trust_remote_code=trust_remote_code)
+    source = resolve_model(model, trust_remote_code=trust_remote_code, packed=True)
+    dense_source = None if dense is None else resolve_model(dense, trust_remote_code=trust_remote_code, packed=True)
     tokenizer, joined = None, ""
     if reference is None:
         for each in (source, dense_source):

@@ -119,7 +119,7 @@ def zero_shot(
         raise DataError(f"limit must be at least 1 document a task; got {limit}")
     if dtype != "auto":
         parse_dtype(dtype)
-    local = find_local(model, trust_remote_code=trust_remote_code)
+    local = find_local(model, trust_remote_code=trust_remote_code, packed=True)
     check_bos(bos)
     _check_task_words(tasks, task_folder)
     where = choose_device(device) if network is None else network.device
@@ -196,7 +196,7 @@ def _check_task_words(tasks: Sequence[str], task_folder: str | Path | None) -> N
 
 def _checked_source(model: str | Path, add_bos: bool, *, trust_remote_code: bool) -> ModelSource:
     """Find a model, and check its config and tokenizer."""
-    source = resolve_model(model, trust_remote_code=trust_remote_code)
+    source = resolve_model(model, trust_remote_code=trust_remote_code, packed=True)
     if added_bos(source.tokenizer()) is None and add_bos:
         raise DataError(
             f"the tokenizer of {source.name} begins no text with a beginning-of-text token; leave out bos 'window'"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,9 +46,10 @@ def load_model(
         SafetensorsCheckpoint(source.folder)
         arguments = {"use_safetensors": True}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source.folder, dtype=dtype, output_loading_info=True, **arguments, **source._arguments()
-        )
+        with _loader(source, device):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source.folder, dtype=dtype, output_loading_info=True, **arguments, **source._arguments()
+            )
     except (Exception, SystemExit) as error:  # a checkpoint's own code may raise anything
         if is_out_of_memory(error):
             raise
@@ -81,6 +83,15 @@ def load_model(
                 delattr(owner, mark)
         model.is_quantized = False
     return model.to(device).eval().requires_grad_(False)
+
+
+def _loader(source: ModelSource, device: torch.device | str) -> AbstractContextManager[None]:
+    """Return a context in which transformers loads the model: for a packed one, with the loader of this package."""
+    if not source.is_packed:
+        return nullcontext()
+    from thanos.sparse.loader import bound_for
+
+    return bound_for(device)
 
 
 def parse_dtype(name: str) -> torch.dtype:

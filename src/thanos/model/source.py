@@ -49,6 +49,18 @@ class ModelSource:
     trust_remote_code: bool = False
 
     @property
+    def is_packed(self) -> bool:
+        """Whether the model is one that ``thanos pack`` wrote."""
+        if self.gguf is not None:
+            return False
+        config = json.loads((self.folder / "config.json").read_bytes())
+        if "quantization_config" not in config:
+            return False
+        from thanos.sparse.storage import is_packed  # with it comes the loader, which imports transformers
+
+        return is_packed(config)
+
+    @property
     def is_local(self) -> bool:
         """Whether the user named a file or folder rather than a hub name."""
         return self.gguf is not None or self.folder == Path(self.name)
@@ -142,32 +154,36 @@ class ModelSource:
             raise ModelError(f"{self.name}/generation_config.json cannot be used: {first_line(error)}") from error
 
 
-def resolve_model(model: str | Path, *, trust_remote_code: bool = False) -> ModelSource:
+def resolve_model(model: str | Path, *, trust_remote_code: bool = False, packed: bool = False) -> ModelSource:
     """Find a model and refuse what cannot be pruned, before anything is loaded.
 
     Args:
         model: a hub name, a local Hugging Face folder, or a ``.gguf`` file.
         trust_remote_code: let transformers run Python code that the checkpoint carries.
+        packed: allow a model that ``thanos pack`` wrote.
 
     Raises:
         ModelError: nothing is there, or it is not a causal language model in safetensors or GGUF form.
     """
-    source = find_local(model, trust_remote_code=trust_remote_code)
+    source = find_local(model, trust_remote_code=trust_remote_code, packed=packed)
     if source is None:
         name = model_name(model)
         source = ModelSource(name, download(name, code=trust_remote_code), None, trust_remote_code)
-        _check_folder(source)
+        _check_folder(source, packed=packed)
     _check_causal(source)
     return source
 
 
-def find_local(model: str | Path, *, trust_remote_code: bool = False, what: str = "MODEL") -> ModelSource | None:
+def find_local(
+    model: str | Path, *, trust_remote_code: bool = False, what: str = "MODEL", packed: bool = False
+) -> ModelSource | None:
     """Find a local model and check its files; None for a hub name. This is fast: no config is built, nothing is loaded.
 
     Args:
         model: as for :func:`resolve_model`.
         trust_remote_code: as for :func:`resolve_model`.
         what: the argument's name in messages.
+        packed: as for :func:`resolve_model`.
 
     Raises:
         ModelError: nothing is there, or it is not in safetensors or GGUF form.
@@ -176,7 +192,7 @@ def find_local(model: str | Path, *, trust_remote_code: bool = False, what: str 
     path = Path(name)
     if path.is_dir():
         source = ModelSource(name, path, None, trust_remote_code)
-        _check_folder(source)
+        _check_folder(source, packed=packed)
         return source
     if path.is_file():
         check_gguf(path)
@@ -190,7 +206,7 @@ def _looks_like_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.endswith(".gguf") or name.count("/") > 1 or os.sep * 2 in name
 
 
-def _check_folder(source: ModelSource) -> None:
+def _check_folder(source: ModelSource, *, packed: bool) -> None:
     folder = source.folder
     refuse_lone_adapter(folder, source.name)
     if not (folder / "config.json").is_file():
@@ -204,7 +220,10 @@ def _check_folder(source: ModelSource) -> None:
             raise ValueError("not an object")
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{source.name}/config.json is not valid JSON: {error}") from error
-    if "quantization_config" in config:
+    if source.is_packed:
+        if not packed:
+            raise ModelError(f"{source.name} is packed; give the dense model: thanos unpack {source.name} OUT")
+    elif "quantization_config" in config:
         settings = config["quantization_config"]
         method = settings.get("quant_method", "unknown method") if isinstance(settings, dict) else settings
         raise ModelError(f"{source.name} is quantised ({method}); give the model before quantisation")

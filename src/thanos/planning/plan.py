@@ -1,14 +1,16 @@
 """Prediction of a pruning run, before it begins: memory, disk space and time, and which of them do not suffice.
 
-Bytes come from shapes, dtypes and the recipe (memory_model.py), plus the present memory of this process. Seconds come from a
-trial of a few seconds on the device (trial.py). The code that prunes also opens the model, reads the calibration text and
-chooses the storage tier here, so this prediction refuses what a run would refuse. Only weights are not checked for NaN.
+Seconds and memory come from a trial on the device (trial.py). The code that prunes also opens the model, reads the
+calibration text and chooses the storage tier here, so this prediction refuses what a run would refuse. Only not all weights
+are checked for NaN.
 """
 
 from __future__ import annotations
 
 import gc
-from dataclasses import dataclass
+import math
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +18,24 @@ import torch
 from torch import Tensor
 
 from thanos._version import __version__
-from thanos.calibration.windows import Calibration, calibrate, check_positions
-from thanos.checkpoint.entries import count_zeros
+from thanos.calibration.generation import GENERATION_BATCH
+from thanos.calibration.windows import Calibration, calibrate, make_calibration
 from thanos.checkpoint.writer import disk_shortage
-from thanos.engine.activations import check_place, choose_place
-from thanos.engine.block_runner import most_sequences
+from thanos.engine.activations import check_place
 from thanos.engine.joining import launched
-from thanos.engine.weights import ModelWeights
 from thanos.errors import RecipeError, resource_errors
 from thanos.events import Watcher
-from thanos.model.layers import LinearLayer, find_blocks
-from thanos.model.loading import context_length
+from thanos.model.layers import find_blocks
 from thanos.model.source import find_local, resolve_model
-from thanos.planning.device_rates import Rates, measure_rates
-from thanos.planning.memory_model import LayerWork
-from thanos.planning.phases import Job, Pace, inner_name, phase_bytes, phase_seconds, transfer_bytes
-from thanos.planning.trial import BlockTrial, TrialModel, few_tokens, survey_rate, time_solve, try_block, write_seconds
+from thanos.planning.kinds import Amount, Job, block_seconds
+from thanos.planning.scratch import scan_seconds
+from thanos.planning.trial import Trial, run_trial
 from thanos.recipe import Recipe
+from thanos.run.allocation import PHASE as ALLOCATION
+from thanos.run.allocation import SEQUENCES
 from thanos.run.auxiliary_files import auxiliary_files
 from thanos.run.setup import (
     LOG_BYTES_PER_LAYER,
-    Prepared,
     check_calibration,
     check_text_settings,
     checked_recipe,
@@ -47,11 +46,14 @@ from thanos.run.work_folder import WorkFolder, check_interrupted, check_output
 from thanos.system.device import choose_device
 from thanos.system.documents import Document
 from thanos.system.files import free_disk_bytes
-from thanos.system.memory import free_device_bytes, free_host_bytes, host_bytes
+from thanos.system.memory import free_device_bytes, free_host_bytes, give_back, host_bytes
 from thanos.system.meter import PhaseMeter, PhaseRecord
 from thanos.system.user_paths import model_name, output_path
 
 SCHEMA = 1
+
+_POSITIONS = (4, 12)
+"""Lengths of the sequences that the model generates, to measure the seconds per position."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,7 +67,7 @@ class Plan(Document):
         blocks: number of decoder blocks.
         layers: number of layers to prune.
         activations: storage tier of the hidden states between blocks.
-        activations_bytes: bytes of the hidden states of all sequences.
+        activations_bytes: bytes of the hidden states of all sequences, those of the dense model included.
         batch: number of sequences in a forward pass.
         disk_bytes: bytes of the output's weights, which are reserved before the work begins.
         disk_besides_bytes: bytes of the auxiliary files, the journal and the report, and of hidden states kept on the disk.
@@ -137,90 +139,80 @@ def plan(
                 check_text_settings(source, recipe)
             check_calibration(recipe, calibration, source)
             prepared = prepare(source, recipe, watch, look=False)
+        job = Job(prepared, recipe, device, torch.empty(0), _existing(work.out.parent), activations)
+        generates = recipe.calibration == "self" and calibration is None
         with meter.phase("calibration"):
-            if recipe.calibration == "self" and calibration is None:
-                ids = _stand_in(prepared, recipe)
+            if generates:
+                ids, generating = _generate(job, watch)
             else:
-                ids = calibrate(prepared.opened, recipe, device, watch, calibration).ids
-        return _predict(Job(prepared, recipe, device, ids), work, activations, meter.records())
+                ids, generating = calibrate(prepared.opened, recipe, device, watch, calibration).ids, None
+        with meter.phase("load"):
+            scan = scan_seconds(job)
+        measured = meter.records()
+        if generating is not None:
+            measured["calibration"] = replace(measured["calibration"], seconds=generating)
+        return _predict(replace(job, ids=ids), work.out, measured, scan, job.block_bytes(None) if generates else 0)
 
 
-def _stand_in(prepared: Prepared, recipe: Recipe) -> Tensor:
-    """Return random ids, (samples, T), instead of the text that the model would generate."""
-    check_positions(recipe.sequence_length, context_length(prepared.opened.source.config()))
+def _generate(job: Job, watch: Watcher) -> tuple[Tensor, float]:
+    """Let the model generate a few tokens of calibration text.
+
+    Returns:
+        Random ids instead of the whole text, (samples, T), and the predicted seconds for the whole text; 0 if the model does
+        not fit in memory.
+    """
+    recipe, opened = job.recipe, job.prepared.opened
+    vocabulary = opened.meta_model.get_input_embeddings().get_parameter("weight").shape[0]
     generator = torch.Generator().manual_seed(recipe.seed)
-    vocabulary = prepared.opened.meta_model.get_input_embeddings().get_parameter("weight").shape[0]
-    return torch.randint(vocabulary, (recipe.samples, recipe.sequence_length), generator=generator)
+    ids = torch.randint(vocabulary, (recipe.samples, recipe.sequence_length), generator=generator)
+    free = free_device_bytes(job.device) if job.device.type == "cuda" else free_host_bytes()
+    if job.block_bytes(None) > free:
+        return ids, 0.0
+    spent, samples = list[float](), min(GENERATION_BATCH, recipe.samples)
+    for length in _POSITIONS:
+        began = time.perf_counter()
+        few = replace(recipe, samples=samples, sequence_length=min(length, recipe.sequence_length))
+        make_calibration(opened.source, few, job.device, watch)
+        spent.append(time.perf_counter() - began)
+    each = max(0.0, spent[1] - spent[0]) / (_POSITIONS[1] - _POSITIONS[0])
+    positions = math.ceil(recipe.samples / samples) * recipe.sequence_length
+    return ids, spent[0] + each * max(0, positions - _POSITIONS[0])
 
 
-def _measure(job: Job, folder: Path, measured: dict[str, PhaseRecord]) -> tuple[BlockTrial, Pace]:
-    """Run the trial of one block and of one layer of each kind, and measure the disk. Their tensors are freed afterwards."""
-    opened, device = job.prepared.opened, job.device
-    meta_model, (_, blocks) = opened.meta_model, find_blocks(opened.meta_model)
-    rates = measure_rates(device, meta_model.dtype)
-    index = job.largest_block()
-    layers = (job.gathered(index) or [[]])[0]
-    # On CUDA one whole sequence: it also measures how many sequences fit in a batch.
-    few = job.ids[:1] if job.on_cuda else _few_tokens(job, index, layers, rates)
-    weights = ModelWeights(meta_model, opened.checkpoint, opened.key_of, device)
-    try:
-        inside, picture = job.inside(index), job.prepared.picture
-        model = TrialModel(meta_model, blocks, picture, weights, job.outer(head=False), index, inside, layers)
-        trial = try_block(model, few, device)
-    finally:
-        weights.close()
-    hessians = {layer.name: group.hessian for group in trial.groups for layer in group.layers}
-    job.shared = {inner_name(layer): number for number, group in enumerate(trial.groups) for layer in group.layers}
-    kinds: dict[Any, LayerWork] = {}
-    for part in (*job.all_parts(), *job.parts(None)):
-        for work in part:
-            if work.kind not in kinds or (work.name in hessians and kinds[work.kind].name not in hessians):
-                kinds[work.kind] = work
-    solves = {
-        kind: time_solve(work, trial.weights.get(work.name), hessians.get(work.name), rates, device)
-        for kind, work in kinds.items()
-    }
-    trial.groups.clear()
-    trial.weights.clear()
-    write, checksum = write_seconds(folder)
-    look = survey_rate(job.untouched_chunks(), count_zeros)
-    return trial, Pace(rates, solves, look, write, checksum, measured["load"].seconds, measured["calibration"].seconds)
-
-
-def _few_tokens(job: Job, index: int, layers: list[LinearLayer], rates: Rates) -> Tensor:
-    parameters = job.block_bytes[index] // job.prepared.opened.meta_model.dtype.itemsize
-    most = most_sequences(*job.shape, job.device)
-    return few_tokens(parameters, [layer.shape[1] for layer in layers], job.ids, most, rates)
-
-
-def _predict(job: Job, work: WorkFolder, asked: str, measured: dict[str, PhaseRecord]) -> Plan:
+def _predict(job: Job, out: Path, measured: dict[str, PhaseRecord], scan: float, generating: int) -> Plan:
     """Run the trial and compute the prediction.
 
     Args:
         job: the work of the run.
-        work: work folder of the output.
-        asked: storage tier of the hidden states, or ``auto``.
+        out: the output folder.
         measured: phases that this process has already run and measured: ``load`` and ``calibration``.
+        scan: seconds per byte of the check of tensors that are not pruned.
+        generating: bytes of the model that generates the calibration text.
     """
-    folder = _existing(work.out.parent)
-    trial, pace = _measure(job, folder, measured)
+    trial = run_trial(job)
     gc.collect()
-    base = host_bytes()
-    batch = most_sequences(*job.shape, job.device)
-    batch = batch if trial.batch is None else max(1, min(batch, trial.batch))
-    kept = trial.hidden_bytes * job.tokens
-    place = choose_place(kept, job.device, folder, asked)
-    phases = _phases(job, trial, pace, batch, base, kept, place, measured)
+    give_back()
+    base, cuda = host_bytes(), job.device.type == "cuda"
+    seconds = _seconds(job, trial, scan)
+    for name in measured:
+        seconds[name] += measured[name].seconds
+    memory = {name: _memory(name, trial, base, measured, generating, cuda) for name in seconds}
+    phases = {
+        name: PhaseRecord(
+            seconds=seconds[name], host_peak_bytes=memory[name][0], device_peak_bytes=memory[name][1] if cuda else None
+        )
+        for name in seconds
+    }
     opened = job.prepared.opened
     layout = opened.checkpoint.layout
     besides = LOG_BYTES_PER_LAYER * len(job.prepared.layers) + len(layout.index or b"")
     besides += sum(path.stat().st_size for path in auxiliary_files(opened.source))
-    besides += kept if place == "disk" else 0
-    host = max(record.host_peak_bytes for record in phases.values())
-    on_device = max(record.device_peak_bytes or 0 for record in phases.values()) if job.on_cuda else None
-    free = free_disk_bytes(folder), free_host_bytes(), free_device_bytes(job.device) if job.on_cuda else None
+    besides += trial.states.get("disk", 0)
+    host = max(one for one, _ in memory.values())
+    on_device = max(one for _, one in memory.values()) if cuda else None
+    free = free_disk_bytes(job.folder), free_host_bytes(), free_device_bytes(job.device) if cuda else None
     lines = [
-        disk_shortage(layout.nbytes + besides, free[0], work.out.parent),
+        disk_shortage(layout.nbytes + besides, free[0], out.parent),
         _memory_shortage("host", host - base, free[1], "--samples, or give --activations disk"),
         _memory_shortage("device", on_device or 0, free[2] or 0, "--sequence-length, or use --device cpu"),
     ]
@@ -228,11 +220,11 @@ def _predict(job: Job, work: WorkFolder, asked: str, measured: dict[str, PhaseRe
         thanos_version=__version__,
         recipe=job.recipe.to_dict(),
         device=str(job.device),
-        blocks=len(job.block_bytes),
+        blocks=len(find_blocks(opened.meta_model)[1]),
         layers=len(job.prepared.layers),
-        activations=place,
-        activations_bytes=kept,
-        batch=batch,
+        activations=trial.place,
+        activations_bytes=sum(trial.states.values()),
+        batch=trial.batch,
         disk_bytes=layout.nbytes,
         disk_besides_bytes=besides,
         disk_free_bytes=free[0],
@@ -242,39 +234,44 @@ def _predict(job: Job, work: WorkFolder, asked: str, measured: dict[str, PhaseRe
         device_peak_bytes=on_device,
         device_free_bytes=free[2],
         phases=phases,
-        seconds=sum(record.seconds for record in phases.values()),
+        seconds=sum(seconds.values()),
         does_not_fit=[line for line in lines if line],
     )
 
 
-_WITH_STATES = ("calibration", "statistics", "solve", "write", "propagate")
+def _memory(
+    name: str, trial: Trial, base: int, measured: dict[str, PhaseRecord], generating: int, cuda: bool
+) -> tuple[int, int]:
+    """Return the peak bytes of a phase on host and device: of the process (``base``), a block, and the hidden states."""
+    if name == ALLOCATION:
+        peaks = [kind.peak(phase, trial.batch) for kind in trial.allocation for phase in kind.phases]
+    else:
+        peaks = [kind.peak(name, trial.batch) for kind in trial.kinds]
+    host, on_device = (max(peak[i] for peak in peaks) for i in (0, 1))
+    states = {} if name in ("load", "finish", ALLOCATION) else trial.states
+    host += base + states.get("host", 0)
+    on_device += states.get("device", 0)
+    if name == "calibration" and generating:  # the whole model is in memory
+        host, on_device = (host, max(on_device, generating)) if cuda else (max(host, base + generating), 0)
+    if name in measured:
+        host = max(host, measured[name].host_peak_bytes)
+        on_device = max(on_device, measured[name].device_peak_bytes or 0)
+    return host, on_device
 
 
-def _phases(
-    job: Job,
-    trial: BlockTrial,
-    pace: Pace,
-    batch: int,
-    base: int,
-    kept: int,
-    place: str,
-    measured: dict[str, PhaseRecord],
-) -> dict[str, PhaseRecord]:
-    held = phase_bytes(job, trial, batch)
-    records = {}
-    for name, seconds in phase_seconds(job, trial, pace, batch).items():
-        states = kept if name in _WITH_STATES else 0
-        there = held[name] + (states if place == "device" else 0)
-        host = base + (states if place == "host" else 0) + (transfer_bytes(job) if job.on_cuda else there)
-        # To generate the calibration text, the whole model is in memory.
-        if name == "calibration" and job.recipe.calibration == "self" and not job.on_cuda:
-            host = max(host, base + job.whole_bytes())
-        if name in measured:  # this process has opened the model and read the text itself
-            host = max(host, measured[name].host_peak_bytes)
-        records[name] = PhaseRecord(
-            seconds=seconds, host_peak_bytes=host, device_peak_bytes=there if job.on_cuda else None
-        )
-    return records
+def _seconds(job: Job, trial: Trial, scan: float) -> dict[str, float]:
+    """Return the seconds of each phase, without what this process has already done."""
+    tensors = job.prepared.opened.checkpoint.tensors
+    untouched = sum(tensors[key].nbytes for key in job.untouched())
+    seconds = {"load": untouched * scan, "calibration": 0.0}
+    if trial.allocation:
+        few = Amount(min(SEQUENCES, job.samples))
+        seconds[ALLOCATION] = sum(block_seconds(job, trial.allocation, lambda _: few).values())
+    for name, value in block_seconds(job, trial.kinds, job.amount).items():
+        seconds[name] = seconds.get(name, 0.0) + value
+    for name, value in trial.once.items():
+        seconds[name] = seconds.get(name, 0.0) + value
+    return seconds | {"finish": untouched * trial.copy}
 
 
 def _existing(folder: Path) -> Path:

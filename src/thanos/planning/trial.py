@@ -1,273 +1,237 @@
-"""A trial of a run: one block on a few tokens and one small layer of each kind, timed with the code that prunes."""
+"""A trial of a run: the engine and its stages work on single blocks and few sequences, with the model's weights.
+
+The trial runs the code that prunes, so it covers every stage that the recipe lists. A block runs on two numbers of sequences.
+The difference gives the cost per sequence; the rest does not depend on the number of sequences. Output goes to a file without
+a name, which the system deletes when it is closed. Where sequences are held out, a third sample gives the cost of one of them.
+"""
 
 from __future__ import annotations
 
 import gc
-import hashlib
 import math
-import os
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from itertools import count
 
 import torch
-from torch import Tensor, nn
 
-from thanos.calibration.statistics import InputGroup, gather
-from thanos.engine.block_runner import Passes
-from thanos.engine.picture import Picture
-from thanos.engine.weights import ModelWeights
+from thanos.engine.activations import choose_place
+from thanos.engine.block_runner import most_sequences
+from thanos.engine.records import BlockRecord
+from thanos.engine.stages.base import BlockStage
+from thanos.engine.stages.measure import MeasureStage
+from thanos.engine.stages.prune import sampled_sequences
+from thanos.engine.tuning_passes import BATCH
 from thanos.model.layers import LinearLayer
-from thanos.planning import cost_model as costs
-from thanos.planning.device_rates import Rates
-from thanos.planning.memory_model import LayerWork
-from thanos.planning.synthetic_layer import synthetic_layer
+from thanos.planning.kinds import Amount, Job, Kind, Sample
+from thanos.planning.scratch import Scratch, TrialMeter, copy_seconds
 from thanos.recipe import LayerRecipe
-from thanos.solvers.hessian import InputStatistics
-from thanos.solvers.prune_layer import prune_layer
-from thanos.system.memory import host_bytes, host_peak_bytes, reset_host_peak
+from thanos.run.allocation import SEQUENCES, measured_layers
+from thanos.run.engine_setup import build_engine
+from thanos.system.memory import device_memory, free_device_bytes, give_back, host_bytes
 
-T = TypeVar("T")
+SECONDS = 8.0
+"""Seconds after which no further block is tried. Each kind of block is tried once in any case."""
 
-_PASS_SECONDS = 0.4
-"""Approximate seconds of a forward pass of the block."""
+EPOCHS = 1
+"""Epochs of the tuning of a tried block. Its cost grows with the number of passes over the sequences."""
 
-_SOLVE_SECONDS = 0.2
-"""Approximate seconds to solve one kind of layer, and to check tensors for NaN."""
+_ALLOCATION_TRIED = 4
+"""Sequences of the smaller of the two samples of the pass that chooses sparsities."""
 
-_FEWEST_TOKENS, _SMALLEST = 32, 64
-_DISK_BYTES = 16 << 20
-
-
-@dataclass(slots=True)
-class BlockTrial:
-    """Measurements of one block on a few tokens.
-
-    Attributes:
-        tokens: number of tokens in the pass.
-        hidden_bytes: bytes of one token's hidden state.
-        record_seconds: seconds per sequence of the modules before the first block.
-        read_rate: rate of loading weights, in bytes/s.
-        observe_seconds: seconds per token of the pass that gathers statistics.
-        run_seconds: seconds per token of the pass that computes the block's outputs.
-        working_bytes: peak bytes of the pass in addition to weights and Hessians, on the device (on the CPU: on the host).
-        spared_seconds: seconds per token that batches after the first save, because they end before the last layer's product.
-        batch: number of sequences that fit in a pass; None if memory does not limit it.
-        groups: groups of layers that share an input, with the statistics of this input.
-        weights: layer name → weight of each layer to prune, (c, b), on the device.
-    """
-
-    tokens: int
-    hidden_bytes: int
-    record_seconds: float
-    read_rate: float
-    observe_seconds: float
-    run_seconds: float
-    working_bytes: int
-    spared_seconds: float
-    batch: int | None
-    groups: list[InputGroup] = field(default_factory=list)
-    weights: dict[str, Tensor] = field(default_factory=dict)
+_GOLDEN = 0.618034
+"""Fractional parts of its multiples are spread evenly: the tried blocks lie at all depths of the model."""
 
 
 @dataclass(frozen=True, slots=True)
-class TrialModel:
-    """The model and the block of a trial.
+class Trial:
+    """The result of a trial.
 
     Attributes:
-        meta_model: the meta model.
-        blocks: its decoder blocks.
-        picture: the data flow between its blocks.
-        weights: its weights.
-        outer: names of the parameters outside the blocks, without those that only the output embedding has.
-        index: index of the block to run.
-        inside: names of this block's parameters.
-        layers: layers of this block whose statistics are gathered.
+        kinds: the kinds of blocks, with their samples.
+        once: phase → seconds that only the first block takes, in which threads start and kernels are compiled.
+        batch: number of sequences in a forward pass of the run.
+        place: storage tier of the hidden states of the pruned model in the run.
+        states: storage tier → bytes of hidden states, of all sequences and streams.
+        copy: seconds per byte of a tensor that is copied from the input to the output.
+        allocation: the kinds of blocks of the pass that chooses sparsities, with their samples; empty without the pass.
     """
 
-    meta_model: nn.Module
-    blocks: list[nn.Module]
-    picture: Picture
-    weights: ModelWeights
-    outer: list[str]
-    index: int
-    inside: list[str]
-    layers: list[LinearLayer]
+    kinds: list[Kind]
+    once: dict[str, float]
+    batch: int
+    place: str
+    states: dict[str, int]
+    copy: float
+    allocation: list[Kind] = field(default_factory=list)
 
 
-def few_tokens(parameters: int, columns: Sequence[int], ids: Tensor, most: int, rates: Rates) -> Tensor:
-    """Return token ids, (n, t), for a pass over a block of about ``_PASS_SECONDS``, and at most one batch.
+def run_trial(job: Job) -> Trial:
+    """Try blocks of each kind."""
+    kinds, cuda = job.kinds(), job.device.type == "cuda"
+    heaviest = max((kind.blocks[0] for kind in kinds if kind.blocks[0] is not None), key=job.block_bytes)
+    # On CUDA every layer, since its kernels are compiled. On the CPU one small layer, to start the threads.
+    layers = {layer: settings for layer, settings in job.prepared.layers.items() if layer.block == heaviest}
+    some = layers if cuda else dict(sorted(layers.items(), key=lambda item: item[0].shape)[:1])
+    with closing(Scratch(job.folder)) as scratch:
+        least = Amount(1, min(1, job.held_out), min(EPOCHS, job.amount(heaviest).epochs))
+        cold, warm = (_measure(job, scratch, heaviest, least, None, job.activations, some) for _ in range(2))
+        once = {phase: max(0.0, seconds - warm.seconds.get(phase, 0.0)) for phase, seconds in cold.seconds.items()}
+        place, states = _tiers(job, warm)
+        batch = most_sequences(job.samples, job.ids.shape[1], job.device)
+        if cold.fits is not None:  # measured without the hidden states of all sequences
+            left = 1 - states.get("device", 0) / free_device_bytes(job.device)
+            batch = max(1, min(batch, int(left * cold.fits)))
+        each = sum(warm.busy.get(phase, 0.0) for phase in warm.over_sequences - {"calibration"})
+        each /= least.sequences * (1 if cuda else torch.get_num_threads())
+        size = min(batch, int(SECONDS / (8 * len(kinds) * max(1e-4, each))))
+        size = max(size, math.ceil(batch / 4))  # memory is not extrapolated to much larger batches
+        began = time.perf_counter()
+        for done in count(1):
+            for kind in kinds:
+                _try(job, scratch, kind, done, _amounts(job, kind, size, batch), place)
+            spent = time.perf_counter() - began
+            if spent + spent / done > SECONDS or done >= max(len(kind.blocks) for kind in kinds):
+                break
+        allocation = _try_allocation(job, scratch, place)
+        return Trial(kinds, once, batch, place, states, copy_seconds(job, scratch), allocation)
+
+
+def _tiers(job: Job, sample: Sample) -> tuple[str, dict[str, int]]:
+    """Return the storage tier of the pruned stream in the run, and tier → bytes of all streams."""
+    each, places, states = sample.state_bytes * job.samples // sample.buffers, list[str](), dict[str, int]()
+    for _ in range(sample.buffers):
+        places.append(choose_place(each, job.device, job.folder, job.activations, states))
+        states[places[-1]] = states.get(places[-1], 0) + each
+    return places[0], states
+
+
+def _amounts(job: Job, kind: Kind, size: int, batch: int) -> list[tuple[Amount, int]]:
+    """Return the amounts that a block of a kind is tried with, each with the batch size; one if the run itself is as small.
 
     Args:
-        parameters: number of parameters of the block.
-        columns: width of each of its Hessians.
-        ids: token ids of the whole calibration, (samples, T).
-        most: number of sequences in a batch.
-        rates: rates of the device.
+        job: the work of the run.
+        kind: the kind of the block.
+        size: number of sequences of the first amount.
+        batch: largest batch size.
     """
-    # Seconds per token: two operations per parameter, and XᵀX of each input.
-    each = 2 * parameters / rates.model_flops + sum(2 * size**2 for size in columns) / rates.gram_flops
-    tokens = max(_FEWEST_TOKENS, int(_PASS_SECONDS / each))
-    length = min(ids.shape[1], tokens)
-    return ids[: max(1, min(most, tokens // length)), :length]
+    whole = job.amount(kind.blocks[0])
+    held_out, epochs = min(1, whole.held_out), min(EPOCHS, whole.epochs)
+    larger = min(batch, 2 * size)
+    few = min(whole.training, max(size, sampled_sequences(job.prepared.layers.values(), job.recipe.measure_error)))
+    # A step of the tuning takes as many sequences, and its memory is not extrapolated.
+    more = min(whole.training, max(few + larger, BATCH if epochs else 0))
+    amounts = [(Amount(few, held_out, epochs), size)]
+    if more > few:
+        amounts.append((Amount(more, held_out, epochs), larger))
+    if whole.held_out > held_out:
+        amounts.append((Amount(few, 2, epochs), size))
+    return amounts
 
 
-@torch.no_grad()
-def try_block(model: TrialModel, ids: Tensor, device: torch.device) -> BlockTrial:
-    """Run and measure one block with the engine's code, on token ids (n, t)."""
-    weights = model.weights
-    passes = Passes(model.meta_model, model.blocks, ids, device, Path(), place="device", picture=model.picture)
-    try:
-        weights.load(model.outer)
-        seconds, _ = _timed(passes.record, device)
-        weights.release(model.outer)
-        read, _ = _timed(lambda: weights.load(model.inside), device)
-
-        def observe() -> list[InputGroup]:
-            with gather(model.layers) as groups:
-                for _ in passes.observe(model.index, model.layers):
-                    pass
-            return groups
-
-        def run() -> None:
-            for _ in passes.propagate(model.index):
-                pass
-
-        observe()  # warm-up
-        with _growth(device) as grown:
-            observing, groups = _timed(observe, device)
-        running, _ = _timed(run, device)
-        nbytes = sum(weights.parameter(name).nbytes for name in model.inside)
-        # Batches of a block with experts never end early, so they save nothing.
-        last = groups[-1].layers[-1] if groups and not any(layer.expert for layer in model.layers) else None
-        hidden, running = passes.state_bytes // ids.numel(), running / ids.numel()
-        return BlockTrial(
-            tokens=ids.numel(),
-            hidden_bytes=hidden,
-            record_seconds=seconds / len(ids),
-            read_rate=nbytes / read,
-            observe_seconds=observing / ids.numel(),
-            run_seconds=running,
-            working_bytes=max(0, grown[0] - sum(group.hessian.nbytes for group in groups)),
-            spared_seconds=0.0 if last is None else running * weights.parameter(last.weight_name).nbytes / nbytes,
-            batch=passes.batches_that_fit(model.index) if device.type == "cuda" else None,
-            groups=groups,
-            weights={layer.name: layer.oriented(weights.parameter(layer.weight_name)) for layer in model.layers},
-        )
-    finally:
-        passes.close()
-        weights.release([*model.outer, *model.inside])
+def _try(
+    job: Job,
+    scratch: Scratch,
+    kind: Kind,
+    done: int,
+    amounts: Sequence[tuple[Amount, int]],
+    place: str,
+    stages: Sequence[BlockStage] | None = None,
+) -> None:
+    """Add the samples of one block of a kind; ``done`` counts from 1 and chooses the block."""
+    usual = kind.blocks[:-1] or kind.blocks  # the outputs of the last block may not be needed
+    block = usual[int(len(usual) * (done * _GOLDEN % 1))]
+    kind.tries.append([_measure(job, scratch, block, *one, place, stages=stages) for one in amounts])
 
 
-def solve_cost(layer: LayerWork, rates: Rates) -> float:
-    """Return the modelled seconds of a layer's solve, from its operations and bytes, without the factor."""
-    return _model_seconds(layer.rows, layer.columns, layer.settings, rates)
+def _try_allocation(job: Job, scratch: Scratch, place: str) -> list[Kind]:
+    """Try the pass that chooses sparsities on one block of each kind; return its kinds, none without the pass."""
+    layers = measured_layers(job.prepared, job.recipe)
+    if not layers:
+        return []
+    measuring = replace(job, prepared=replace(job.prepared, layers=layers))
+    kinds, most = measuring.kinds(), min(SEQUENCES, job.samples)
+    few, more = min(most, _ALLOCATION_TRIED), min(most, 2 * _ALLOCATION_TRIED)
+    for kind in kinds:
+        amounts = [(Amount(number), number) for number in dict.fromkeys((few, more))]
+        _try(measuring, scratch, kind, 1, amounts, place, (MeasureStage(),))
+    return kinds
 
 
-def _model_seconds(rows: int, columns: int, settings: LayerRecipe, rates: Rates) -> float:
-    size = min(settings.resolved_block_size, columns)
-    parts = costs.solve(settings.method, settings.parsed_pattern, rows, columns, size)
-    parts.pop("factor", None)
-    return sum(part.seconds(rates.float32_flops, rates.memory_bytes) for part in parts.values())
-
-
-def time_solve(
-    layer: LayerWork, weight: Tensor | None, hessian: Tensor | None, rates: Rates, device: torch.device
-) -> tuple[float, float]:
-    """Return the seconds of a layer's solve without the factor, and the seconds of the factor.
-
-    Only a corner of the weight is solved if the whole would take too long; the cost model scales the time.
+def _measure(
+    job: Job,
+    scratch: Scratch,
+    block: int | None,
+    amount: Amount,
+    batch: int | None,
+    place: str,
+    layers: Mapping[LinearLayer, LayerRecipe] | None = None,
+    stages: Sequence[BlockStage] | None = None,
+) -> Sample:
+    """Run the engine on one block and the first sequences.
 
     Args:
-        layer: layer of the kind to time.
-        weight: stored weight, (c, b); None for a random one.
-        hessian: XᵀX of the trial's tokens, (b, b); None for a random one.
-        rates: rates of the device.
-        device: device on which layers are solved.
+        job: the work of the run.
+        scratch: stands for the output.
+        block: index of the block; None for the layers after the blocks.
+        amount: number of sequences, and epochs of the tuning.
+        batch: number of sequences in a forward pass; None to choose it as a run does.
+        place: storage tier of the hidden states.
+        layers: the layers to prune; default: all.
+        stages: stages that take the place of the recipe's.
     """
-    settings, group = layer.settings, layer.settings.parsed_pattern.group
-    rows, columns = layer.rows, layer.columns
-    while _model_seconds(rows, columns, settings, rates) > _SOLVE_SECONDS and max(rows, columns) > _SMALLEST:
-        if rows >= columns:
-            rows = max(_SMALLEST, rows // 2)
-        else:
-            columns = max(_SMALLEST, columns // 2 // group * group)
-    if hessian is None or weight is None:
-        weight, hessian = synthetic_layer(rows, columns, tokens=max(_SMALLEST, 4 * columns), device=str(device))
-    corner = weight[:rows, :columns].contiguous()
-    inputs = InputStatistics(hessian[:columns, :columns].clone(), hand_over=True)
-    factor = 0.0
-    if layer.has_factor and not inputs.empty:
-        factor, _ = _timed(lambda: inputs.factor(settings.damping), device)
-        factor *= (layer.columns / columns) ** 3
-    seconds, _ = _timed(lambda: prune_layer(corner, inputs, settings, name=layer.name), device)
-    scale = solve_cost(layer, rates) / _model_seconds(rows, columns, settings, rates)
-    return seconds * scale, factor
-
-
-def write_seconds(folder: Path) -> tuple[float, float]:
-    """Return the seconds per byte of a write that is forced to the disk of ``folder``, and of a checksum.
-
-    The write goes to a file without a name, which is deleted when it is closed.
-    """
-    data, cpu = os.urandom(_DISK_BYTES), torch.device("cpu")
-    with tempfile.TemporaryFile(dir=folder) as file:
-
-        def write() -> None:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-
-        writing, _ = _timed(write, cpu)
-    hashing, _ = _timed(lambda: hashlib.blake2b(data, digest_size=16).digest(), cpu)
-    return writing / _DISK_BYTES, hashing / _DISK_BYTES
-
-
-def survey_rate(chunks: Iterator[tuple[str, Tensor]], look: Callable[[str, Tensor], int]) -> float:
-    """Return the rate of the NaN check in bytes/s, measured on the first few chunks; infinity without chunks.
-
-    Args:
-        chunks: (tensor name, chunk) of the tensors that are not pruned.
-        look: the check.
-    """
-    seen, began = 0, time.perf_counter()
-    for name, chunk in chunks:
-        look(name, chunk)
-        seen += chunk.nbytes
-        if time.perf_counter() - began > _SOLVE_SECONDS:
-            break
-    return seen / max(1e-9, time.perf_counter() - began) if seen else math.inf
-
-
-def _timed(work: Callable[[], T], device: torch.device) -> tuple[float, T]:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    began = time.perf_counter()
-    result = work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - began, result
-
-
-@contextmanager
-def _growth(device: torch.device) -> Iterator[list[int]]:
-    """Yield a list of one number: after the context, the peak growth of memory in bytes.
-
-    It is the device's memory on CUDA, and the process's memory on the CPU.
-    """
-    grown = [0]
+    cuda, meter = job.device.type == "cuda", TrialMeter(job.device)
     gc.collect()
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        yield grown
-        grown[0] = torch.cuda.max_memory_allocated(device) - before
-        return
-    reset_host_peak()
-    before = host_bytes()
-    yield grown
-    grown[0] = host_peak_bytes() - before
+    give_back()
+    host, device = host_bytes(), device_memory(job.device)[0] if cuda else 0
+    scratch.meter = meter
+    given = job.prepared.layers if layers is None else layers
+    tried = {
+        layer: replace(settings, tune=amount.epochs) if settings.repair.tune > amount.epochs else settings
+        for layer, settings in given.items()
+    }
+    engine = build_engine(
+        replace(job.prepared, layers=tried),
+        replace(job.recipe, held_out=amount.held_out) if amount.held_out else job.recipe,
+        job.ids[: amount.sequences],
+        job.device,
+        job.folder,
+        activations=place,
+        writer=scratch,  # type: ignore[arg-type]
+        journal=scratch,
+        meter=meter,
+        stages=stages,
+    )
+    runner = engine.inputs.runner
+    runner.batch = batch
+    over = {"calibration", "choose"}  # report no progress
+    # If blocks hand values to later ones, the blocks before run too, but are not counted.
+    before = [i for i in job.prepared.picture.reached if job.prepared.picture.shares and i < (block or 0)]
+    scratch.finished = {i: BlockRecord(block=i, layers=[], tensors={}, batch=batch) for i in before}
+    for event in engine.run([*before, block]):
+        if event.replayed:
+            meter.forget("load", "propagate")
+        elif event.tokens:
+            over.add(event.phase)
+    records, states = meter.records(), runner.state_bytes
+    on_host, on_device = (states if runner.place == tier else 0 for tier in ("host", "device"))
+    seconds = {phase: record.seconds for phase, record in records.items()}
+    return Sample(
+        amount=amount,
+        batch=min(amount.sequences, runner.batch or 1),
+        seconds=seconds,
+        busy=seconds if cuda else meter.busy,
+        peaks={
+            phase: (
+                max(0, record.host_peak_bytes - host - on_host),
+                max(0, (record.device_peak_bytes or 0) - device - on_device),
+            )
+            for phase, record in records.items()
+        },
+        over_sequences=frozenset(over),
+        state_bytes=states // amount.sequences,
+        buffers=runner.buffers,
+        fits=runner.fits,
+    )

@@ -52,7 +52,7 @@ class Recipe(LayerRecipe):
             the layers, and their sparsities minimise the weighted sum at the same number of zeros. Not for layers whose
             override sets a sparsity.
         held_out: number of calibration sequences, the last ones, that choose the dense target and guard the tuning. None for
-             an eighth of them, at least one. Only used if a layer has dense target ``auto`` or is tuned.
+             a sixteenth of them, at least one. Only used if a layer has dense target ``auto`` or is tuned.
         tune_rate: peak learning rate of the tuning, above 0 and at most 1.
         trust_remote_code: let transformers run Python code from the checkpoint.
 
@@ -96,7 +96,7 @@ class Recipe(LayerRecipe):
         Heading.REPAIR,
         "N",
         lowest=1,
-        default="an eighth of them",
+        default="a sixteenth of them",
     )
     tune_rate: float = setting(
         TUNE_RATE, "Peak learning rate of the tuning, above 0 and at most 1", Heading.REPAIR, "RATE"

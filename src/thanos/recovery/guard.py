@@ -1,9 +1,9 @@
-"""The guard of a training: it measures the loss on held-out sequences, and keeps the best state."""
+"""The guard of a training: it measures the loss on held-out sequences, and keeps the best state in host memory."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,7 +27,8 @@ class Guard:
         size: number of sequences in a forward pass.
         device: device of the training.
         world: the processes; each measures its own part of the sequences.
-        write: function that stores a state, given its step and its tensors by parameter name.
+        write: function that writes a state to the disk, given its step and its tensors by parameter name; None in processes
+            that write nothing.
         history: earlier measurements, of a resumed run.
 
     Attributes:
@@ -42,12 +43,13 @@ class Guard:
         size: int,
         device: torch.device,
         world: World,
-        write: Callable[[int, Iterator[tuple[str, Tensor]]], None],
+        write: Callable[[int, Iterable[tuple[str, Tensor]]], None] | None,
         history: list[dict[str, Any]],
     ) -> None:
         self._ids, self._dtypes, self._size, self._device = ids, dtypes, size, device
         self._world, self._write = world, write
         self.history = list(history)
+        self._unwritten: tuple[int, dict[str, Tensor]] | None = None
 
     @property
     def best(self) -> dict[str, Any]:
@@ -55,7 +57,7 @@ class Guard:
         return min(self.history, key=lambda entry: math.inf if entry[HELD_OUT] is None else entry[HELD_OUT])
 
     def measure(self, module: nn.Module, prefix: str, step: int, epoch: int, loss: float | None) -> dict[str, Any]:
-        """Measure the held-out loss, add it to the history, and store the state if it is the best so far.
+        """Measure the held-out loss, add it to the history, and keep the state if it is the best so far.
 
         Args:
             module: the module in training; its forward returns the loss of token ids.
@@ -78,8 +80,16 @@ class Guard:
             }
             self.history.append(entry)
             if step and self.best is entry and entry[HELD_OUT] is not None:
-                self._write(step, self._tensors(parameters))
+                kept = {name: tensor for name, tensor in self._tensors(parameters) if self._write is not None}
+                self._unwritten = (step, kept)
         return entry
+
+    def store(self) -> None:
+        """Write the best state to the disk, unless it is there."""
+        if self._unwritten is not None and self._write is not None:
+            step, tensors = self._unwritten
+            self._write(step, tensors.items())
+        self._unwritten = None
 
     def _held_out(self, module: nn.Module) -> float:
         """Return the mean loss over all held-out sequences, in nats a token."""
@@ -97,7 +107,7 @@ class Guard:
 
     def _tensors(self, parameters: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in parameters.items():
-            yield name, whole(parameter.detach()).to(self._dtypes[name])
+            yield name, whole(parameter.detach()).to("cpu", self._dtypes[name], copy=True)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -254,6 +254,7 @@ def _train(pair: Pair, calibration: Calibration, job: _Job) -> tuple[Guard, str]
             for opened in (pruned, pair.dense):
                 name_damage(opened, None)
             raise
+        guard.store()
     if ended:
         job.tell(
             Event(kind="note", phase="train", message=f"{ended}: the training ends, and the best earlier state is kept")
@@ -261,16 +262,12 @@ def _train(pair: Pair, calibration: Calibration, job: _Job) -> tuple[Guard, str]
     return guard, ended
 
 
-def _writer(pair: Pair, job: _Job) -> Callable[[int, Iterator[tuple[str, Tensor]]], None]:
-    """Return the function by which the guard stores a state. Every process takes part, and rank 0 writes."""
+def _writer(pair: Pair, job: _Job) -> Callable[[int, Iterable[tuple[str, Tensor]]], None] | None:
+    """Return the function by which the guard writes a state; None in all processes but rank 0."""
     pruned = pair.pruned
 
-    def write(step: int, tensors: Iterator[tuple[str, Tensor]]) -> None:
-        if job.leads:
-            named = ((pruned.key_of[name], tensor) for name, tensor in tensors)
-            job.work.write_best(step, pruned.checkpoint, named)
-        else:
-            for _ in tensors:
-                pass
+    def write(step: int, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        named = ((pruned.key_of[name], tensor) for name, tensor in tensors)
+        job.work.write_best(step, pruned.checkpoint, named)
 
-    return write
+    return write if job.leads else None

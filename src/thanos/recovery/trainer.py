@@ -6,16 +6,13 @@ Import this module only after :func:`require_trainer`: the Trainer needs acceler
 from __future__ import annotations
 
 import math
-import os
-import random
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -31,12 +28,17 @@ from thanos.model.experts import mixtures
 from thanos.model.layers import find_blocks
 from thanos.recovery.distance import Distillation
 from thanos.recovery.guard import HELD_OUT, Guard
+from thanos.recovery.isolation import own_state
 from thanos.recovery.recipe import RecoveryRecipe, one_cycle
 from thanos.recovery.sequences import Sequences
 from thanos.recovery.states import RecoveryFolder
 
 PREFIX = "student."
 """Prefix of the pruned model's parameter names in the trained module."""
+
+CHECKPOINT_SECONDS = 60.0
+"""Least time between two checkpoints, in seconds; they are written at the end of an epoch. An epoch of a small model takes less
+time than its checkpoint, so a checkpoint after each would take most of the run."""
 
 _WEIGHTS = "weights.safetensors"
 
@@ -85,7 +87,7 @@ class Training:
         Returns:
             Why the training ended early; empty if it did not.
         """
-        with _own_state(self.device):
+        with own_state(self.device):
             watch = _Watch(self)
             trainer = _RecoveryTrainer(self, _arguments(self), watch)
             trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
@@ -114,8 +116,7 @@ def _arguments(training: Training) -> TrainingArguments:
         optim="adamw_torch_fused" if cuda else "adamw_torch",
         bf16=cuda,
         use_cpu=not cuda,
-        save_strategy="steps",
-        save_steps=recipe.steps_per_epoch,
+        save_strategy="no",  # the callback says when
         logging_strategy="no",
         eval_strategy="no",
         report_to="none",
@@ -138,29 +139,6 @@ def _arguments(training: Training) -> TrainingArguments:
         # Of several GPUs the run takes one: without this the Trainer would copy the model to all of them.
         arguments._n_gpu = min(1, arguments.n_gpu)
     return arguments
-
-
-@contextmanager
-def _own_state(device: torch.device) -> Iterator[None]:
-    """Leave no trace of the Trainer in the process: random states, the current device, accelerate's variables and state."""
-    import numpy
-
-    before, fresh = (random.getstate(), numpy.random.get_state()), not PartialState._shared_state
-    environment = dict(os.environ)
-    devices = [device] if device.type == "cuda" else []
-    if device.index is not None:
-        torch.cuda.set_device(device)
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        random.setstate(before[0])
-        numpy.random.set_state(before[1])
-        os.environ.clear()
-        os.environ.update(environment)
-        if fresh:
-            AcceleratorState._reset_state(reset_partial_state=True)
-            GradientState._reset_state()
 
 
 class _RecoveryTrainer(Trainer):
@@ -229,6 +207,7 @@ class _Watch(TrainerCallback):
         self.ended = ""
         self._loss: Any = 0.0
         self._epoch_loss, self._resumed = 0.0, 0
+        self._saved = time.monotonic()
 
     def add(self, loss: Tensor) -> None:
         """Add the loss of a micro-batch, already divided by the number of micro-batches in a step."""
@@ -268,12 +247,15 @@ class _Watch(TrainerCallback):
         if step % one.recipe.steps_per_epoch == 0:
             self._measure(state, self._epoch_loss)
             self._epoch_loss = 0.0
+            control.should_save = one.world.from_first(lambda: time.monotonic() - self._saved >= CHECKPOINT_SECONDS)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         one = self._training
+        one.guard.store()
         one.world.sum_(torch.zeros(1, device=one.device))  # every process has written its part
         if one.world.rank == 0:
             one.folder.complete_checkpoint(state.global_step, one.guard.best["step"])
+        self._saved = time.monotonic()
 
     def _measure(self, state: Any, loss: float | None) -> None:
         one = self._training

@@ -37,7 +37,6 @@ METHODS: tuple[MethodRow, ...] = (
         dark_colour="#ff8a4c",
         marker="o",
         cost="thanos.solvers.methods.thanos:cost",
-        memory="thanos.solvers.methods.thanos:memory",
         reference_class="Thanos",
     ),
     MethodRow(
@@ -53,7 +52,6 @@ METHODS: tuple[MethodRow, ...] = (
         dark_colour="#62b8f0",
         marker="s",
         cost="thanos.solvers.methods.sparsegpt:cost",
-        memory="thanos.solvers.methods.sparsegpt:memory",
         reference_class="SparseGPT",
     ),
     MethodRow(
@@ -78,7 +76,6 @@ METHODS: tuple[MethodRow, ...] = (
         colour="#a4518a",
         dark_colour="#e59fcd",
         marker="D",
-        memory="thanos.solvers.methods.scored:magnitude_bytes",
     ),
     MethodRow(
         name="admm",
@@ -92,7 +89,6 @@ METHODS: tuple[MethodRow, ...] = (
         dark_colour="#e3c04f",
         marker="v",
         cost="thanos.solvers.methods.admm:cost",
-        memory="thanos.solvers.methods.admm:memory",
     ),
 )
 """The methods of this package; the first is the default."""

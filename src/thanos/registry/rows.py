@@ -47,7 +47,6 @@ class MethodRow(Row):
         marker: marker in figures, by matplotlib's name; empty for an automatic one.
         cost: function (pattern, :class:`~thanos.solvers.cost.Size`) → dict with the :class:`~thanos.solvers.cost.Cost` of each
             part of the solve.
-        memory: function (pattern, Size) → bytes that the method holds in addition to the weight, the masks and the factor.
         in_paper: whether the Thanos paper compares the method: reports ask for its cells, and check the paper's claims on it.
         reference_class: the solver's class in the method's reference repository, for ``bench layer --peer``; empty without one.
     """
@@ -63,7 +62,6 @@ class MethodRow(Row):
     dark_colour: str = ""
     marker: str = ""
     cost: str | Callable[..., Any] = "thanos.solvers.cost:scoring"
-    memory: str | Callable[..., Any] = "thanos.solvers.cost:sorting_bytes"
     in_paper: bool = False
     reference_class: str = ""
 

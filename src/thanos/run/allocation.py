@@ -12,19 +12,17 @@ import torch
 
 from thanos import registry
 from thanos.calibration.windows import Calibration
-from thanos.engine.block_runner import Passes
 from thanos.engine.distributed import World
-from thanos.engine.inputs import EngineInputs
 from thanos.engine.loop import Engine
 from thanos.engine.rank_zero import SharedWriter
 from thanos.engine.records import BlockRecord
 from thanos.engine.stages.measure import MeasureStage
-from thanos.engine.weights import ModelWeights
 from thanos.events import Event, Watcher
-from thanos.model.layers import LinearLayer, find_blocks
+from thanos.model.layers import LinearLayer
 from thanos.patterns.budget import Budget
 from thanos.recipe import LayerRecipe, Recipe
 from thanos.recipe.allocation import is_allocated
+from thanos.run.engine_setup import build_engine
 from thanos.run.setup import Prepared
 from thanos.solvers.allocation import Curve, allocate
 from thanos.system.documents import json_text
@@ -82,9 +80,22 @@ def choose_sparsities(
     record: dict[str, Any] | None = world.from_first(lambda: _read(store))
     if record is None:
         own = PhaseMeter(device)
-        bare = {layer: _without_repair(settings) for layer, settings in layers.items()}
-        inputs = _inputs(plan, bare, calibration, device, world, folder, activations, own)
-        curves = _measure(inputs, tell)
+        stage = MeasureStage()
+        engine = build_engine(
+            replace(plan, layers=measured_layers(plan, recipe)),
+            recipe,
+            calibration.ids[: max(SEQUENCES, world.size)],
+            device,
+            folder,
+            activations=activations,
+            writer=SharedWriter(None, world),
+            journal=_NoJournal(),
+            meter=own,
+            world=world,
+            stages=(stage,),
+        )
+        _measure(engine, tell)
+        curves = stage.curves
         record = world.from_first(lambda: _choice(layers, curves, min(SEQUENCES, len(calibration.ids))))
         meter.add({PHASE: _total(own)})
         if store is not None:
@@ -96,6 +107,13 @@ def choose_sparsities(
         for layer, settings in plan.layers.items()
     }
     return replace(plan, layers=changed), record
+
+
+def measured_layers(plan: Prepared, recipe: Recipe) -> dict[LinearLayer, LayerRecipe]:
+    """Return the layers that the pass measures, each with the settings of the method alone."""
+    return {
+        layer: _without_repair(settings) for layer, settings in plan.layers.items() if is_allocated(recipe, layer.name)
+    }
 
 
 def summary(record: Mapping[str, Any]) -> str:
@@ -115,47 +133,15 @@ def _without_repair(settings: LayerRecipe) -> LayerRecipe:
     return replace(settings, effort=registry.DEFAULT_EFFORT, scope=settings.resolved_scope, **off)
 
 
-def _inputs(
-    plan: Prepared,
-    layers: Mapping[LinearLayer, LayerRecipe],
-    calibration: Calibration,
-    device: torch.device,
-    world: World,
-    folder: Path,
-    activations: str,
-    meter: PhaseMeter,
-) -> EngineInputs:
-    """Return the inputs of an engine that runs the dense model on the first calibration sequences and writes nothing."""
-    opened = plan.opened
-    name, blocks = find_blocks(opened.meta_model)
-    count = min(len(calibration.ids), max(SEQUENCES, world.size))
-    share = world.share(count)
-    ids = calibration.ids[share.start : share.stop]
-    return EngineInputs(
-        model=opened.meta_model,
-        blocks_name=name,
-        blocks=blocks,
-        layers=layers,
-        weights=ModelWeights(opened.meta_model, opened.checkpoint, opened.key_of, device),
-        writer=SharedWriter(None, world),
-        journal=_NoJournal(),
-        runner=Passes(opened.meta_model, blocks, ids, device, folder, place=activations, picture=plan.picture),
-        device=device,
-        meter=meter,
-        world=world,
-    )
-
-
-def _measure(inputs: EngineInputs, tell: Watcher) -> dict[str, Curve]:
+def _measure(engine: Engine, tell: Watcher) -> None:
     """Run the pass; tell its notes, and the number of finished blocks."""
-    stage, total = MeasureStage(), len(inputs.blocks)
+    total = len(engine.inputs.blocks)
     tell(Event(kind="phase", phase=PHASE, blocks=total))
-    for event in Engine(inputs, (stage,)).run():
+    for event in engine.run():
         if event.kind == "note":
             tell(replace(event, phase=PHASE, block=None))
         elif event.kind == "block" and event.block is not None:
             tell(Event(kind="progress", phase=PHASE, blocks=total, done=event.block + 1, total=total))
-    return stage.curves
 
 
 def _choice(layers: Mapping[LinearLayer, LayerRecipe], curves: Mapping[str, Curve], sequences: int) -> dict[str, Any]:

@@ -19,6 +19,11 @@ _INDICES = (".safetensors.index.", ".bin.index.")
 _OURS = ("README.md", "pruning.json", "recipe.toml", LOG_NAME, RUN_NAME)
 
 
+def is_weight_file(name: str) -> bool:
+    """Return whether a file holds weights in any format, or is an index of such files."""
+    return name.endswith(_NOT_COPIED) or any(part in name for part in _INDICES)
+
+
 def copy_auxiliary_files(opened: OpenedModel, folder: Path) -> None:
     """Copy config, tokenizer, chat template and generation config unchanged. For a GGUF file, create them.
 
@@ -61,8 +66,7 @@ def auxiliary_files(source: ModelSource) -> list[Path]:
     for path in sorted(source.folder.iterdir()):
         if path.name in _OURS or path.name.startswith("."):
             continue
-        weights = path.name.endswith(_NOT_COPIED) or any(part in path.name for part in _INDICES)
-        if path.is_file() and not weights:
+        if path.is_file() and not is_weight_file(path.name):
             found.append(path)
         elif path.is_dir() and path.name == "additional_chat_templates":
             found += sorted(file for file in path.rglob("*") if file.is_file())

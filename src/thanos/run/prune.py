@@ -14,13 +14,10 @@ from thanos.calibration.text_files import text_paths
 from thanos.calibration.windows import Calibration, calibrate
 from thanos.checkpoint.writer import CheckpointWriter
 from thanos.engine.activations import check_place
-from thanos.engine.block_runner import Passes
 from thanos.engine.distributed import World
-from thanos.engine.inputs import EngineInputs
 from thanos.engine.joining import join, my_device, speaks
 from thanos.engine.loop import Engine
 from thanos.engine.rank_zero import SharedJournal, SharedWriter
-from thanos.engine.weights import ModelWeights
 from thanos.errors import NumericsError, RecipeError, resource_errors
 from thanos.events import LOG_NAME, Event, Watcher
 from thanos.model.layers import find_blocks
@@ -29,6 +26,7 @@ from thanos.recipe import Recipe
 from thanos.run.allocation import choose_sparsities
 from thanos.run.auxiliary_files import copy_auxiliary_files
 from thanos.run.documents import write_documents
+from thanos.run.engine_setup import build_engine
 from thanos.run.lock import locked
 from thanos.run.report import PruningReport
 from thanos.run.resume import RunJournal, check_completed, check_same_run, describe_run
@@ -38,11 +36,9 @@ from thanos.run.setup import (
     check_calibration,
     check_text_settings,
     checked_recipe,
-    held_out_here,
     prepare,
     shared_facts,
     smaller_calibration,
-    stages_of,
 )
 from thanos.run.survey import name_damage
 from thanos.run.work_folder import WorkFolder, check_interrupted, check_output, kept
@@ -279,22 +275,17 @@ def _engine(
     journal: SharedJournal,
     notes: list[str],
 ) -> Engine:
-    """Return the engine of this process, which runs blocks on the process's own range of sequences."""
-    opened, device, share = plan.opened, job.device, job.world.share(len(calibration.ids))
-    name, blocks = find_blocks(opened.meta_model)
-    ids = calibration.ids[share.start : share.stop]
-    inputs = EngineInputs(
-        model=opened.meta_model,
-        blocks_name=name,
-        blocks=blocks,
-        layers=plan.layers,
-        weights=ModelWeights(opened.meta_model, opened.checkpoint, opened.key_of, device),
+    """See :func:`~thanos.run.engine_setup.build_engine`."""
+    return build_engine(
+        plan,
+        job.recipe,
+        calibration.ids,
+        job.device,
+        folder,
+        activations=job.activations,
         writer=writer,
         journal=journal,
-        runner=Passes(opened.meta_model, blocks, ids, device, folder, place=job.activations, picture=plan.picture),
-        device=device,
         meter=job.meter,
         world=job.world,
-        **held_out_here(job.recipe, len(calibration.ids), share),
+        notes=[*plan.opened.notes, *notes],
     )
-    return Engine(inputs, stages_of(job.recipe), notes=[*opened.notes, *notes])

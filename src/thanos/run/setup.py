@@ -16,9 +16,6 @@ from thanos.calibration.windows import Calibration, check_positions
 from thanos.checkpoint.writer import check_room
 from thanos.engine.picture import Picture, draw_picture
 from thanos.engine.routing import Routing
-from thanos.engine.stages.base import BlockStage
-from thanos.engine.stages.prune import PruneStage
-from thanos.engine.stages.tune import TuneStage
 from thanos.errors import ModelError, RecipeError
 from thanos.events import Event, Watcher
 from thanos.model.layers import LinearLayer, find_blocks, linear_layers, select_layers
@@ -208,30 +205,9 @@ def check_calibration(recipe: Recipe, given: Calibration | None, source: ModelSo
         check_text_source(recipe.calibration, tokenizer=None if source is None else source.tokenizer)
 
 
-def held_out_here(recipe: Recipe, samples: int, share: range) -> dict[str, Any]:
-    """Return the values of ``first``, ``held_out`` and ``held_out_of_all`` in :class:`~thanos.engine.inputs.EngineInputs`.
-
-    Args:
-        recipe: the recipe.
-        samples: number of sequences of all processes.
-        share: the range of this process's sequences among them.
-    """
-    count = held_out_of(samples, recipe.held_out) if recipe.holds_out else 0
-    first = min(max(samples - count - share.start, 0), len(share))
-    return {"first": share.start, "held_out": range(first, len(share)), "held_out_of_all": count}
-
-
 def smaller_calibration(recipe: Recipe) -> str:
     """Return the advice for a run that is out of memory; see :func:`~thanos.errors.resource_errors`."""
     return f"lower --samples (now {recipe.samples}) or --sequence-length (now {recipe.sequence_length})"
-
-
-def stages_of(recipe: Recipe) -> tuple[BlockStage, ...]:
-    """Return the stages that a recipe runs on each block, in order."""
-    prune = PruneStage(measure_error=recipe.measure_error)
-    if any(repair.tune for repair in recipe.repairs):
-        return prune, TuneStage(rate=recipe.tune_rate, seed=recipe.seed)
-    return (prune,)
 
 
 def shared_facts(recipe: Recipe, opened: OpenedModel) -> dict[str, Any]:

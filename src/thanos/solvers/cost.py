@@ -9,12 +9,6 @@ from thanos.patterns.base import Pattern
 STEPS = 10
 """Steps of the conjugate gradients for many inputs (docs/cost.md)."""
 
-_SLAB = 1024
-"""Columns of the product with the Hessian that are held at once for squared output norms (layer_error.py)."""
-
-_ROW_VECTORS = 10
-"""Number of (c, B) matrices that the conjugate gradients hold at once (masked_cg.py)."""
-
 
 @dataclass(frozen=True, slots=True)
 class Cost:
@@ -60,11 +54,6 @@ class Size:
         b, size = float(self.columns), float(self.block)
         return b * (b + size) / (2 * size)
 
-    @property
-    def image_bytes(self) -> int:
-        """Bytes of the product with the Hessian that are held at once for squared output norms."""
-        return 4 * self.rows * min(_SLAB, self.columns)
-
 
 def scoring(pattern: Pattern, size: Size) -> dict[str, Cost]:
     """Return the cost of computing and choosing all scores once."""
@@ -79,37 +68,7 @@ def block_update(size: Size) -> Cost:
     return Cost(2 * c * block * size.rest, 8 * c * size.rest)
 
 
-def sorting_bytes(pattern: Pattern, size: Size) -> int:
-    """Return the bytes that a sort of the scores by rows holds: scores, sorted values and 64-bit indices."""
-    del pattern
-    return (4 + 4 + 8) * size.entries
-
-
-def compensating_bytes(size: Size, scores: int = 0) -> int:
-    """Return the bytes that a blockwise method holds: the peak of the solve and of the error measurement after it.
-
-    The solve holds the method's own matrices. The measurement holds the result and the change of the weight.
-
-    Args:
-        size: size of the layer.
-        scores: bytes of the scores of all entries, if the method keeps them.
-    """
-    inside = (4 + 1) * size.entries + scores
-    inside += max(3 * size.entries if scores else 0, 4 * _ROW_VECTORS * size.rows * size.block)
-    after = (4 + 1 + 4 + 4) * size.entries + size.image_bytes
-    return max(inside, after)
-
-
 def support_fit(size: Size, steps: float) -> Cost:
     """Return the cost of ``steps`` conjugate gradients on the support, and of three residuals: see ``support_cg.py``."""
     c, b = float(size.rows), float(size.columns)
     return Cost((steps + 3) * 2 * c * b**2, (steps + 3) * 4 * (10 * c * b + b**2))
-
-
-def support_fit_bytes(size: Size) -> int:
-    """Return the bytes that the conjugate gradients on the support hold.
-
-    They hold the start, the first residual and six matrices of their own, and two masks; the measurement of the error after
-    them holds the result and the change of the weight.
-    """
-    return max((4 * 8 + 2) * size.entries, (4 + 1 + 4 + 4) * size.entries + size.image_bytes)

@@ -35,12 +35,12 @@ from thanos.model.layers import LinearLayer, linear_layers, select_layers
 from thanos.model.loading import load_model
 from thanos.model.opening import meta_model_of
 from thanos.model.source import resolve_model
-from thanos.planning.synthetic_layer import synthetic_layer
 from thanos.recipe import Recipe
 from thanos.run.model_card import public_name as public
 from thanos.run.prune import prune
 from thanos.solvers.hessian import InputStatistics
 from thanos.solvers.prune_layer import prune_layer
+from thanos.solvers.synthetic_layer import synthetic_layer
 from thanos.study.calibration_cache import read_windows, write_windows
 from thanos.study.grid import DENSE, Cell, Study, public_cell
 from thanos.study.paths import Places

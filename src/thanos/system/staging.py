@@ -14,9 +14,6 @@ from torch import Tensor
 BUFFER_BYTES = 16 << 20
 """Bytes of each of the two buffers. A copy takes milliseconds, so the microseconds of its launch do not matter."""
 
-STAGING_BYTES = 2 * BUFFER_BYTES
-"""Bytes of pinned host memory that one :class:`Staging` holds."""
-
 
 class Staging:
     """Two pinned buffers, allocated at their first use. While one is copied over the bus, the host fills or empties the other.

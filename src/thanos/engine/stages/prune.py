@@ -6,7 +6,7 @@ No method is named here: each layer's :class:`~thanos.recipe.LayerRecipe` select
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,6 +19,7 @@ from thanos.calibration.statistics import (
     check_finite,
     empty_group,
     gather,
+    need_of,
     need_of_all,
 )
 from thanos.engine.dense_choice import Choice
@@ -177,6 +178,15 @@ class PruneStage:
         for line in context.spill():
             yield context.note(line, "solve")
         return _prune_layer(context, layer, inputs, group, choice, held)
+
+
+def sampled_sequences(settings: Iterable[LayerRecipe], measure_error: bool | None) -> int:
+    """Return the number of first sequences that cost more than the later ones, because they alone measure errors."""
+    known = list(settings)
+    layers = measure_error is None and any(need_of(one) < Need.GRAM for one in known)
+    repairs = [one.repair for one in known]
+    blocks = any(one.needs_dense_stream for one in repairs) and not any(one.holds_out for one in repairs)
+    return ERROR_SEQUENCES if layers or blocks else 0
 
 
 def observed_fractions(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from thanos.patterns.base import Pattern
-from thanos.solvers.cost import Cost, Size, support_fit, support_fit_bytes
+from thanos.solvers.cost import Cost, Size, support_fit
 from thanos.solvers.masking import without
 from thanos.solvers.problem import Problem, Solution
 from thanos.solvers.support_cg import fit_support
@@ -162,14 +162,3 @@ def cost(pattern: Pattern, size: Size) -> dict[str, Cost]:
         "iterations": Cost(iterations * 2 * c * b**2, iterations * 4 * 12 * c * b),
         "refit": support_fit(size, _USUAL_REFIT_STEPS),
     }
-
-
-def memory(pattern: Pattern, size: Size) -> int:
-    """Return the bytes that a solve holds.
-
-    The iteration holds W, S, four more matrices of their size, or the selection's, and two masks; in addition, the scaled
-    Hessian and its factor, or the factor and the inverse.
-    """
-    del pattern
-    inside = (4 * 6 + 2) * size.entries + 2 * 4 * size.columns**2
-    return max(inside, support_fit_bytes(size))

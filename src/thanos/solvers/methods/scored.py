@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from thanos.patterns.base import Pattern
-from thanos.solvers.cost import Size
 from thanos.solvers.problem import Problem, Solution
 
 
@@ -17,9 +15,3 @@ def magnitude(problem: Problem) -> Solution:
 def wanda(problem: Problem) -> Solution:
     """Remove the smallest |W_ij|·‖X_j‖₂ (Sun et al., 2023), of each output row by default; whole columns by their sums."""
     return problem.without(problem.choose(lambda weight: weight.abs() * problem.norms))
-
-
-def magnitude_bytes(pattern: Pattern, size: Size) -> int:
-    """Return the bytes that pruning by magnitude holds: the result, its mask and the change of the weight."""
-    del pattern
-    return (4 + 1 + 4) * size.entries + size.image_bytes

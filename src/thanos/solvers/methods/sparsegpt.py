@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from thanos.patterns.base import Pattern
-from thanos.solvers.cost import Cost, Size, block_update, compensating_bytes, scoring
+from thanos.solvers.cost import Cost, Size, block_update, scoring
 from thanos.solvers.kernels import solve as kernels
 from thanos.solvers.masking import clear_
 from thanos.solvers.problem import Problem, Solution
@@ -191,9 +191,3 @@ def cost(pattern: Pattern, size: Size) -> dict[str, Cost]:
         "rows": Cost(c * b * size.block, 20 * c * b),
         "update": block_update(size),
     }
-
-
-def memory(pattern: Pattern, size: Size) -> int:
-    """Return the bytes that a solve holds."""
-    del pattern
-    return compensating_bytes(size)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from thanos.patterns.base import Pattern
-from thanos.solvers.cost import Cost, Size, block_update, compensating_bytes, scoring
+from thanos.solvers.cost import Cost, Size, block_update, scoring
 from thanos.solvers.masked_cg import RowSolver
 from thanos.solvers.masking import clear_
 from thanos.solvers.problem import Problem, Solution
@@ -111,8 +111,3 @@ def cost(pattern: Pattern, size: Size) -> dict[str, Cost]:
         "rows": Cost(size.steps * 2 * c * block * b + 2 * block**2 * rest, 4 * 4 * c * b),
         "update": block_update(size),
     }
-
-
-def memory(pattern: Pattern, size: Size) -> int:
-    """Return the bytes that a solve holds; if any entries may be removed, with the scores of all remaining columns."""
-    return compensating_bytes(size, scores=4 * size.entries if pattern.any_entries else 0)

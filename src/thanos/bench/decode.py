@@ -1,0 +1,255 @@
+"""Time decoding, one token at a time, of a packed model and of a dense one in the same run."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thanos.bench.measure import machine, synchronize
+from thanos.errors import DataError, ModelError
+from thanos.events import Event, Watcher
+from thanos.model.loading import context_length, load_model
+from thanos.model.source import find_local, resolve_model
+from thanos.sparse.modules import packed_modules
+from thanos.system.documents import Document
+
+SCHEMA = 1
+
+_WARM_STEPS = 3
+"""Steps before a CUDA graph is captured, in which kernels are compiled and chosen."""
+
+_READ_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
+"""Bytes of the buffer whose reading measures the device's memory: more than its caches hold."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecodeTime:
+    """One model.
+
+    Attributes:
+        model: as the user named it.
+        packed_layers: number of layers that stayed packed on the device.
+        tokens_per_second: new tokens a second, batch 1; from the median step.
+        weight_bytes: bytes of all parameters and buffers on the device, tied ones once.
+        read_bytes: bytes of weights that one step reads: all but an input embedding of its own.
+        bytes_per_second: ``read_bytes`` · ``tokens_per_second``.
+        tokens: the generated ids.
+    """
+
+    model: str
+    packed_layers: int
+    tokens_per_second: float
+    weight_bytes: int
+    read_bytes: int
+    bytes_per_second: float
+    tokens: list[int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecodeReport(Document):
+    """The result of :func:`time_decoding`; the attributes are the keys of ``bench decode --json``.
+
+    Attributes:
+        machine: hardware, versions and date.
+        device: device of the models.
+        context: tokens before the first new one; random ids.
+        new_tokens: number of timed steps.
+        read_rate: bytes a second at which the device reads a large buffer.
+        models: the packed model first, then the dense one if there is one.
+        same_tokens: number of first new tokens that both models have in common; None without a dense model.
+    """
+
+    machine: dict[str, Any]
+    device: str
+    context: int
+    new_tokens: int
+    read_rate: float
+    models: list[DecodeTime]
+    same_tokens: int | None
+    schema: int = SCHEMA
+
+
+def time_decoding(
+    packed: str,
+    *,
+    dense: str | None = None,
+    device: torch.device,
+    context: int = 128,
+    new_tokens: int = 64,
+    trust_remote_code: bool = False,
+    on_event: Watcher | None = None,
+) -> DecodeReport:
+    """Time greedy decoding at batch 1, one model after the other.
+
+    On CUDA a step is a CUDA graph over a static cache; elsewhere it is a plain call.
+
+    Args:
+        packed: the packed model.
+        dense: another model, packed or not, to compare with; None to time one alone.
+        device: where the models run.
+        context: tokens before the first new one.
+        new_tokens: steps to time.
+        trust_remote_code: let transformers run Python code that a checkpoint carries.
+        on_event: function that is called with events of progress.
+
+    Raises:
+        ModelError: a model cannot be read.
+        DataError: the tokens are more than the model's positions, or there are none to time.
+    """
+    if context < 1 or new_tokens < 1:
+        raise DataError(f"context and new tokens must be at least 1; got {context} and {new_tokens}")
+    tell = on_event or (lambda event: None)
+    names = [packed] if dense is None else [packed, dense]
+    for name in names:
+        find_local(name, trust_remote_code=trust_remote_code, packed=True)
+    results = []
+    for done, name in enumerate(names, 1):
+        tell(Event(kind="phase", phase="evaluate"))
+        results.append(_time_model(name, device, context, new_tokens, trust_remote_code=trust_remote_code))
+        tell(Event(kind="progress", phase="evaluate", done=done, total=len(names)))
+    return DecodeReport(
+        machine=machine(str(device)),
+        device=str(device),
+        context=context,
+        new_tokens=new_tokens,
+        read_rate=read_rate(device),
+        models=results,
+        same_tokens=_common(results[0].tokens, results[1].tokens) if len(results) > 1 else None,
+    )
+
+
+@torch.inference_mode()
+def _time_model(
+    name: str, device: torch.device, context: int, new_tokens: int, *, trust_remote_code: bool
+) -> DecodeTime:
+    model: Any = load_model(resolve_model(name, trust_remote_code=trust_remote_code, packed=True), device=device)
+    positions = context_length(model.config)
+    if positions is not None and context + new_tokens + _WARM_STEPS + 1 > positions:
+        raise DataError(
+            f"{name} has {positions} positions; lower --context (now {context}) or --new-tokens (now {new_tokens})"
+        )
+    draw = torch.Generator().manual_seed(0)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    prompt = torch.randint(0, vocabulary, (1, context), generator=draw).to(device)
+    decode = _graph_steps if device.type == "cuda" else _plain_steps
+    seconds, tokens = decode(model, prompt, new_tokens)
+    rate = 1 / statistics.median(seconds)
+    total, read = weight_bytes(model)
+    return DecodeTime(
+        model=name,
+        packed_layers=len(packed_modules(model)),
+        tokens_per_second=rate,
+        weight_bytes=total,
+        read_bytes=read,
+        bytes_per_second=read * rate,
+        tokens=tokens,
+    )
+
+
+def _plain_steps(model: Any, prompt: Tensor, count: int) -> tuple[list[float], list[int]]:
+    """Return the seconds of each step, and the new tokens."""
+    output = model(input_ids=prompt, use_cache=True)
+    token = output.logits[:, -1:].argmax(-1)
+    seconds, tokens = [], [int(token)]
+    for _ in range(count):
+        began = time.perf_counter()
+        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+        token = output.logits[:, -1:].argmax(-1)
+        tokens.append(int(token))  # waits for the device
+        seconds.append(time.perf_counter() - began)
+    return seconds, tokens
+
+
+def _graph_steps(model: Any, prompt: Tensor, count: int) -> tuple[list[float], list[int]]:
+    """As :func:`_plain_steps`, with a step captured as a CUDA graph."""
+    from transformers import StaticCache
+
+    length = prompt.shape[1] + _WARM_STEPS + count + 1
+    cache = StaticCache(config=model.config, max_cache_len=length)
+    place = torch.arange(prompt.shape[1], device=prompt.device)[None]
+    first = model(input_ids=prompt, position_ids=place, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+    token, place = first.clone(), place[:, -1:] + 1
+
+    def step() -> None:
+        output = model(input_ids=token, position_ids=place, past_key_values=cache, use_cache=True)
+        token.copy_(output.logits[:, -1:].argmax(-1))
+        place.add_(1)
+
+    tokens = [int(first)]
+    side: Any = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(_WARM_STEPS):
+            step()
+            tokens.append(int(token))
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            step()
+    except RuntimeError as error:
+        raise ModelError(
+            f"{type(model).__name__} cannot be captured as a CUDA graph ({str(error).splitlines()[0]}); time it on the CPU"
+        ) from error
+    seconds = []
+    for _ in range(count):
+        synchronize(str(prompt.device))
+        began = time.perf_counter()
+        graph.replay()
+        synchronize(str(prompt.device))
+        seconds.append(time.perf_counter() - began)
+        tokens.append(int(token))
+    return seconds, tokens[: count + 1]
+
+
+def weight_bytes(model: Any) -> tuple[int, int]:
+    """Return the bytes of a model's parameters and buffers, and how many of them one step reads."""
+    held: dict[int, int] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        held[tensor.data_ptr()] = tensor.nbytes
+    total = sum(held.values())
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    tied = head is not None and head in set(model.modules()) and _weight_pointer(head) == embedding.data_ptr()
+    return total, total if tied else total - embedding.nbytes
+
+
+def _weight_pointer(module: Any) -> int | None:
+    own = dict(module.named_parameters(recurse=False)).get("weight")
+    return None if own is None else own.data_ptr()
+
+
+def read_rate(device: torch.device) -> float:
+    """Return the bytes a second at which a device reads a buffer that is larger than its caches."""
+    data = torch.ones(_READ_BYTES.get(device.type, 256 << 20) // 4, device=device)
+
+    def read() -> None:
+        data.sum()
+
+    return data.nbytes / _fastest(read, device)
+
+
+def _fastest(work: Callable[[], None], device: torch.device) -> float:
+    seconds = []
+    for _ in range(5):
+        synchronize(str(device))
+        began = time.perf_counter()
+        work()
+        synchronize(str(device))
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
+
+
+def _common(a: list[int], b: list[int]) -> int:
+    """Return the length of the common beginning of two lists, without the token that the prompt gives."""
+    count = 0
+    for one, other in zip(a[1:], b[1:], strict=False):
+        if one != other:
+            break
+        count += 1
+    return count

@@ -1,0 +1,1 @@
+"""Turn a finished checkpoint into another form: packed, and back."""

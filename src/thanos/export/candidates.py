@@ -1,0 +1,107 @@
+"""The layers of a checkpoint that can be packed, and the reason why each other linear layer stays dense."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from thanos.checkpoint.reader import SafetensorsCheckpoint
+from thanos.events import Event, Watcher
+from thanos.model.layers import LinearLayer, linear_layers
+from thanos.model.opening import OpenedModel
+from thanos.sparse.formats import DTYPES, PackedSpec, choose_format, fullest_rows
+
+LEAST_WEIGHTS = 1 << 16
+"""Smaller layers stay dense: the launch of a kernel costs more than their bytes."""
+
+MOST_BYTES = 0.9
+"""A layer is packed if it then takes at most this fraction of its dense bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A linear layer, and what becomes of it.
+
+    Attributes:
+        name: full module name.
+        key: name of its weight in the checkpoint; empty if it has no tensor of its own.
+        shape: (rows, columns), as (outputs, inputs).
+        dense_bytes: bytes of its weight in the checkpoint.
+        spec: how it is packed; None if it stays dense.
+        fullest: entries of each tile's fullest row, from :func:`~thanos.sparse.formats.fullest_rows`; None if it stays dense.
+        reason: why it stays dense; empty if it is packed.
+    """
+
+    name: str
+    key: str
+    shape: tuple[int, int]
+    dense_bytes: int
+    spec: PackedSpec | None
+    fullest: Tensor | None
+    reason: str
+
+
+def find_candidates(
+    opened: OpenedModel, stored: SafetensorsCheckpoint, least_weights: int, tell: Watcher
+) -> list[Candidate]:
+    """Return every linear layer of a model, each with its format or the reason why it stays dense.
+
+    All weights are read once, and their entries are counted: a pattern that a report states is not believed.
+
+    Args:
+        opened: the model, one to one with ``stored``.
+        stored: the checkpoint's files as they are.
+        least_weights: smallest number of weights of a packed layer.
+        tell: function that is called with progress events.
+    """
+    layers = linear_layers(opened.meta_model)
+    embedding = getattr(opened.meta_model.get_input_embeddings(), "weight", None)
+    found = []
+    for done, layer in enumerate(layers, 1):
+        key = opened.key_of.get(layer.weight_name, "")
+        own = key in stored.tensors and not layer.expert
+        tied = layer.module.get_parameter("weight") is embedding or not key
+        dense_bytes = stored.tensors[key].nbytes if own and not tied else 0
+        reason = _reason(layer, stored, key if own else "", least_weights, tied=tied)
+        spec, fullest = None, None
+        if not reason:
+            spec, fullest, reason = _measure(stored.read(key))
+        found.append(Candidate(layer.name, key if own else "", layer.shape, dense_bytes, spec, fullest, reason))
+        tell(Event(kind="progress", phase="load", done=done, total=len(layers)))
+    return found
+
+
+def _measure(weight: Tensor) -> tuple[PackedSpec | None, Tensor | None, str]:
+    """Return the spec and the counts of a weight that is worth packing, or the reason why it is not."""
+    fullest = fullest_rows(weight)
+    spec = choose_format(fullest, (weight.shape[0], weight.shape[1]), weight.dtype)
+    share = spec.nbytes / spec.dense_bytes
+    if share <= MOST_BYTES:
+        return spec, fullest, ""
+    negative = int((weight.view(torch.int16) == torch.iinfo(torch.int16).min).sum())
+    signed = f"; {negative:,} zeros are negative, which count as entries" if negative else ""
+    return None, None, f"too dense: packed it would take {100 * share:.0f} % of its bytes{signed}"
+
+
+def _reason(layer: LinearLayer, stored: SafetensorsCheckpoint, key: str, least_weights: int, *, tied: bool) -> str:
+    """Return why a layer cannot be packed, whatever its entries are; empty if it can."""
+    if layer.router:
+        return "routes tokens to experts"
+    if layer.expert:
+        return "an expert: transformers runs the experts of a mixture as one tensor"
+    if layer.transposed:
+        return "stored transposed"
+    if tied:
+        return "shares its weight with the input embedding"
+    if not key:
+        return "a part of a larger tensor"
+    info = stored.tensors[key]
+    if info.dtype not in DTYPES.values():
+        return f"{str(info.dtype).removeprefix('torch.')}: only {' and '.join(DTYPES)} are packed"
+    if not key.endswith(".weight"):
+        return "its tensor is not named weight"
+    if info.numel < least_weights:
+        return f"too small: fewer than {least_weights:,} weights"
+    return ""

@@ -1,0 +1,65 @@
+"""The folder that an export writes: all or nothing, next to the files that are copied as they are."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from thanos.errors import UserError, resource_errors
+from thanos.run.auxiliary_files import is_weight_file
+from thanos.run.lock import locked
+from thanos.run.work_folder import WorkFolder, check_interrupted, check_output
+
+
+@contextmanager
+def written(out: Path, *, model: Path | None, overwrite: bool, what: str) -> Iterator[Path]:
+    """Yield a hidden folder next to ``out`` that is renamed to it at the end; after an error nothing is left.
+
+    Args:
+        out: the output folder.
+        model: folder of the model that is read; None if it is not local.
+        overwrite: replace ``out`` if it is a checkpoint.
+        what: the command, as in ``{"command": "pack"}`` of the work folder's description.
+
+    Raises:
+        UserError: ``out`` may not be written, or another process writes it.
+        ResourceError: the disk is full or read-only.
+    """
+    work = WorkFolder(out)
+    check_output(out, model=model, overwrite=overwrite)
+    check_interrupted(work, resume=False, overwrite=overwrite)
+    with resource_errors(), locked(out):
+        work.tidy(resume=False)
+        check_output(out, model=model, overwrite=overwrite)
+        check_interrupted(work, resume=False, overwrite=overwrite)
+        try:
+            work.start({"command": what})
+            yield work.model
+            if not overwrite and work.out.is_dir() and any(work.out.iterdir()):
+                raise UserError(f"OUT {out} came into being during the run; move it away and run again")
+            work.publish(overwrite=overwrite)
+        except BaseException:
+            with suppress(OSError):
+                work.remove()
+            raise
+
+
+def copy_others(source: Path, target: Path, skip: Collection[str]) -> None:
+    """Copy every file that is neither a weight file, nor hidden, nor named in ``skip``.
+
+    Args:
+        source: folder of the model.
+        target: folder that is written.
+        skip: names of files that the caller writes.
+    """
+    for path in sorted(source.rglob("*")):
+        inside = path.relative_to(source)
+        if path.is_dir() or any(part.startswith(".") for part in inside.parts):
+            continue
+        if str(inside) in skip or is_weight_file(path.name):
+            continue
+        copy = target / inside
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)

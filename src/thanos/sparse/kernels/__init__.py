@@ -1,0 +1,18 @@
+"""Products of packed matrices on devices, and whether a device has one."""
+
+from __future__ import annotations
+
+import torch
+
+
+def lacking(device: torch.device, dtype: torch.dtype) -> str:
+    """Return why a device has no kernel for packed weights of a dtype; empty if it has one."""
+    if device.type == "cuda":
+        from thanos.sparse.kernels import cuda
+
+        return cuda.lacking(device)
+    if device.type == "cpu":
+        from thanos.sparse.kernels import cpu
+
+        return cpu.lacking()
+    return f"there is no kernel for the device {device.type} and {str(dtype).removeprefix('torch.')}"

@@ -1,0 +1,304 @@
+/* Products of packed matrices (docs/formats.md) on x86-64 processors with AVX-512 VBMI2: VPEXPANDW spreads the values of a row
+ * over the 32 columns of its tile. Sums are float32, and their order depends on the shape alone.
+ *
+ * The extension is optional. Without a suitable compiler it is not built; without a suitable processor support() is 0. */
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define SUPPORTED 1
+#include <immintrin.h>
+#else
+#define SUPPORTED 0
+#endif
+
+/* Kinds of arithmetic: bfloat16 by VDPBF16PS, bfloat16 and float16 by conversion to float32. */
+enum { DOT_BFLOAT16 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+
+#if SUPPORTED
+
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2,f16c,fma")))
+#define TARGET_DOT __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2,avx512bf16,f16c,fma")))
+#define INLINE static inline __attribute__((always_inline))
+
+enum {
+  SIDE = 32,
+  ROWS = 8,    /* rows at once where every tile stores 16 values a row */
+  BLOCK = 16,  /* tiles after which the next rows follow; they stay in the first cache */
+  AHEAD = 4096 /* bytes between the tile that is read and the one that is asked for */
+};
+
+typedef struct {
+  const char *words;
+  const int32_t *offsets; /* NULL: every tile stores n values a row */
+  const uint16_t *bias;   /* NULL: none */
+  uint16_t *y;
+  const char *x; /* tokens × tiles × 32, padded with zeros: 16 bits wide for DOT_BFLOAT16, else float32 */
+  int64_t rows, tokens, tiles;
+  int n;
+} Product;
+
+INLINE const char *find(const Product *p, int64_t index, int *n) {
+  if (!p->offsets) {
+    *n = p->n;
+    return p->words + index * (128 + 64 * (int64_t)p->n);
+  }
+  int64_t first = p->offsets[index];
+  *n = (int)(p->offsets[index + 1] - first) - 2;
+  return p->words + first * 64;
+}
+
+/* The last n % 8 values of a row, from the pieces of 4, 2 and 1. */
+INLINE TARGET __m128i tail_of(const char *at, int n, int row) {
+  uint64_t low = 0, high = 0;
+  uint32_t two = 0;
+  uint16_t one = 0;
+  if (n & 4) {
+    memcpy(&low, at + 8 * row, 8);
+    at += 256;
+  }
+  if (n & 2) {
+    memcpy(&two, at + 4 * row, 4);
+    at += 128;
+  }
+  if (n & 1) memcpy(&one, at + 2 * row, 2);
+  const uint64_t rest = n & 2 ? (uint64_t)one << 32 | two : one;
+  if (n & 4)
+    high = rest;
+  else
+    low = rest;
+  return _mm_set_epi64x((long long)high, (long long)low);
+}
+
+/* The values of one row of a tile, in the order of its columns, in the lower lanes. */
+INLINE TARGET __m512i values_of(const char *tile, int n, int row) {
+  const char *at = tile + 128;
+#define EIGHT(k) _mm_loadu_si128((const __m128i *)(at + 512 * (k) + 16 * row))
+  const int full = n >> 3;
+  const __m128i tail = n & 7 ? tail_of(at + 512 * full, n, row) : _mm_setzero_si128();
+  __m512i v = _mm512_castsi128_si512(full > 0 ? EIGHT(0) : tail);
+  if (full > 0 && n > 8) v = _mm512_inserti64x2(v, full > 1 ? EIGHT(1) : tail, 1);
+  if (full > 1 && n > 16) v = _mm512_inserti64x2(v, full > 2 ? EIGHT(2) : tail, 2);
+  if (full > 2 && n > 24) v = _mm512_inserti64x2(v, full > 3 ? EIGHT(3) : tail, 3);
+#undef EIGHT
+  return v; /* lanes that no value fills are not read by the expansion */
+}
+
+INLINE TARGET __m512 widen(__m256i half, int kind) {
+  if (kind == FLOAT16) return _mm512_cvtph_ps(half);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+/* Add the products of tiles first to last − 1 for ROWS rows to their sums; every tile stores 16 values a row. */
+#define SPAN(name, attribute, KIND, ADD)                                                                              \
+  INLINE attribute void name(const Product *p, int64_t strip, int64_t first, int64_t last, int row, const char *x,    \
+                             float *sums) {                                                                           \
+    const int64_t size = 128 + 64 * 16;                                                                               \
+    __m512 a[ROWS];                                                                                                   \
+    for (int i = 0; i < ROWS; i++) a[i] = _mm512_load_ps(sums + 16 * (row + i));                                      \
+    for (int64_t g = first; g < last; g++) {                                                                          \
+      const char *tile = p->words + (strip * p->tiles + g) * size;                                                    \
+      /* Each of the four passes over a block asks for a part of the tile that comes BLOCK tiles later. */            \
+      for (int at = 320 * (row / ROWS); at < 320 * (row / ROWS + 1); at += 64)                                        \
+        _mm_prefetch(tile + BLOCK * size + at, _MM_HINT_T0);                                                          \
+      const uint32_t *masks = (const uint32_t *)tile + row;                                                           \
+      const char *xs = x + g * SIDE * (KIND == DOT_BFLOAT16 ? 2 : 4);                                                 \
+      for (int i = 0; i < ROWS; i++) {                                                                                \
+        __m512i w = _mm512_maskz_expand_epi16(reversed(masks[i]), values_of(tile, 16, row + i));                      \
+        ADD                                                                                                           \
+      }                                                                                                               \
+    }                                                                                                                 \
+    for (int i = 0; i < ROWS; i++) _mm512_store_ps(sums + 16 * (row + i), a[i]);                                      \
+  }
+
+/* Add the products of one tile for all its rows; n is a constant in each case of EVERY. */
+#define TILE(name, attribute, KIND, ADD)                                                                              \
+  INLINE attribute void name(const char *tile, int n, const char *xs, float *sums) {                                  \
+    const uint32_t *masks = (const uint32_t *)tile;                                                                   \
+    for (int row = 0; row < SIDE; row++) {                                                                            \
+      enum { i = 0 };                                                                                                 \
+      __m512 a[1] = {_mm512_load_ps(sums + 16 * row)};                                                                \
+      __m512i w = _mm512_maskz_expand_epi16(reversed(masks[row]), values_of(tile, n, row));                           \
+      ADD                                                                                                             \
+      _mm512_store_ps(sums + 16 * row, a[0]);                                                                         \
+    }                                                                                                                 \
+  }
+
+#define EVERY(DO)                                                                                                     \
+  DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7) DO(8) DO(9) DO(10) DO(11) DO(12) DO(13) DO(14) DO(15) DO(16) DO(17)       \
+  DO(18) DO(19) DO(20) DO(21) DO(22) DO(23) DO(24) DO(25) DO(26) DO(27) DO(28) DO(29) DO(30) DO(31) DO(32)
+
+/* Masks hold the first column in their highest bit, and the processor wants it in its lowest. */
+INLINE uint32_t reversed(uint32_t m) {
+  m = (m >> 1 & 0x55555555u) | (m & 0x55555555u) << 1;
+  m = (m >> 2 & 0x33333333u) | (m & 0x33333333u) << 2;
+  m = (m >> 4 & 0x0f0f0f0fu) | (m & 0x0f0f0f0fu) << 4;
+  return __builtin_bswap32(m);
+}
+
+#define ADD_DOT a[i] = _mm512_dpbf16_ps(a[i], (__m512bh)w, (__m512bh)_mm512_loadu_si512(xs));
+#define ADD_WIDE(KIND)                                                                                                \
+  a[i] = _mm512_fmadd_ps(widen(_mm512_castsi512_si256(w), KIND), _mm512_loadu_ps(xs), a[i]);                          \
+  a[i] = _mm512_fmadd_ps(widen(_mm512_extracti64x4_epi64(w, 1), KIND), _mm512_loadu_ps(xs + 64), a[i]);
+
+SPAN(span_dot, TARGET_DOT, DOT_BFLOAT16, ADD_DOT)
+SPAN(span_bfloat16, TARGET, BFLOAT16, ADD_WIDE(BFLOAT16))
+SPAN(span_float16, TARGET, FLOAT16, ADD_WIDE(FLOAT16))
+TILE(tile_dot, TARGET_DOT, DOT_BFLOAT16, ADD_DOT)
+TILE(tile_bfloat16, TARGET, BFLOAT16, ADD_WIDE(BFLOAT16))
+TILE(tile_float16, TARGET, FLOAT16, ADD_WIDE(FLOAT16))
+
+INLINE TARGET float to_float(uint16_t v, int kind) {
+  if (kind == FLOAT16) return _cvtsh_ss(v);
+  uint32_t bits = (uint32_t)v << 16;
+  float f;
+  memcpy(&f, &bits, 4);
+  return f;
+}
+
+INLINE TARGET uint16_t from_float(float f, int kind) {
+  if (kind == FLOAT16) return _cvtss_sh(f, _MM_FROUND_TO_NEAREST_INT);
+  uint32_t bits;
+  memcpy(&bits, &f, 4);
+  if (f != f) return 0x7fc0; /* rounding would carry some NaN into the sign */
+  return (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
+}
+
+/* All rows of one strip, for all tokens: the tiles of a block are read from the first cache for every token. */
+#define STRIP(name, attribute, span, tile, KIND)                                                                      \
+  attribute static void name(const Product *p, int64_t strip, float *sums) {                                          \
+    const int64_t each = SIDE * (KIND == DOT_BFLOAT16 ? 2 : 4);                                                       \
+    memset(sums, 0, sizeof(float) * 16 * SIDE * p->tokens);                                                           \
+    for (int64_t first = 0; first < p->tiles; first += BLOCK) {                                                       \
+      const int64_t last = first + BLOCK < p->tiles ? first + BLOCK : p->tiles;                                       \
+      for (int64_t t = 0; t < p->tokens; t++) {                                                                       \
+        const char *x = p->x + t * p->tiles * each;                                                                   \
+        float *own = sums + t * 16 * SIDE;                                                                            \
+        if (!p->offsets && p->n == 16) {                                                                              \
+          for (int row = 0; row < SIDE; row += ROWS) span(p, strip, first, last, row, x, own);                        \
+          continue;                                                                                                   \
+        }                                                                                                             \
+        for (int64_t g = first; g < last; g++) {                                                                      \
+          int n;                                                                                                      \
+          const char *at = find(p, strip * p->tiles + g, &n);                                                         \
+          for (int line = 0; line < 128 + 64 * n; line += 64) _mm_prefetch(at + AHEAD + line, _MM_HINT_T0);           \
+          switch (n) { EVERY(CASE_##tile) }                                                                           \
+        }                                                                                                             \
+      }                                                                                                               \
+    }                                                                                                                 \
+    for (int64_t t = 0; t < p->tokens; t++)                                                                           \
+      for (int64_t i = 0; i < SIDE && strip * SIDE + i < p->rows; i++) {                                              \
+        const int64_t row = strip * SIDE + i;                                                                         \
+        float sum = _mm512_reduce_add_ps(_mm512_load_ps(sums + (t * SIDE + i) * 16));                                 \
+        if (p->bias) sum += to_float(p->bias[row], KIND);                                                             \
+        p->y[t * p->rows + row] = from_float(sum, KIND);                                                              \
+      }                                                                                                               \
+  }
+
+#define CASE_tile_dot(k) case k: tile_dot(at, k, x + g * each, own); break;
+#define CASE_tile_bfloat16(k) case k: tile_bfloat16(at, k, x + g * each, own); break;
+#define CASE_tile_float16(k) case k: tile_float16(at, k, x + g * each, own); break;
+
+STRIP(strip_dot, TARGET_DOT, span_dot, tile_dot, DOT_BFLOAT16)
+STRIP(strip_bfloat16, TARGET, span_bfloat16, tile_bfloat16, BFLOAT16)
+STRIP(strip_float16, TARGET, span_float16, tile_float16, FLOAT16)
+
+/* Copy x, padded with zeros to whole tiles. */
+TARGET static void pad(char *to, const uint16_t *x, int64_t tokens, int64_t columns, int64_t tiles, int kind) {
+  const int64_t width = tiles * SIDE;
+  for (int64_t t = 0; t < tokens; t++) {
+    const uint16_t *from = x + t * columns;
+    if (kind == DOT_BFLOAT16) {
+      uint16_t *row = (uint16_t *)to + t * width;
+      memcpy(row, from, 2 * columns);
+      memset(row + columns, 0, 2 * (width - columns));
+    } else {
+      float *row = (float *)to + t * width;
+      for (int64_t i = 0; i < columns; i++) row[i] = to_float(from[i], kind);
+      memset(row + columns, 0, 4 * (width - columns));
+    }
+  }
+}
+
+static int multiply(Product *p, const uint16_t *x, int64_t columns, int kind, int threads) {
+  const int64_t strips = (p->rows + SIDE - 1) / SIDE;
+  const size_t wide = (size_t)p->tokens * p->tiles * SIDE * 4 + 64;
+  const size_t own = ((size_t)p->tokens * 16 * SIDE * sizeof(float) + 63) & ~(size_t)63;
+  char *memory = aligned_alloc(64, ((wide + 63) & ~(size_t)63) + own * threads);
+  if (!memory) return -1;
+  pad(memory, x, p->tokens, columns, p->tiles, kind);
+  p->x = memory;
+  char *sums = memory + ((wide + 63) & ~(size_t)63);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (int thread = 0; thread < threads; thread++) {
+    const int64_t first = strips * thread / threads, last = strips * (thread + 1) / threads;
+    float *mine = (float *)(sums + own * thread);
+    for (int64_t strip = first; strip < last; strip++) {
+      if (kind == DOT_BFLOAT16)
+        strip_dot(p, strip, mine);
+      else if (kind == BFLOAT16)
+        strip_bfloat16(p, strip, mine);
+      else
+        strip_float16(p, strip, mine);
+    }
+  }
+  free(memory);
+  return 0;
+}
+
+#endif
+
+/* support() → 0: no kernel; 1: all kinds but DOT_BFLOAT16; 2: all kinds. */
+static PyObject *support(PyObject *self, PyObject *unused) {
+  (void)self, (void)unused;
+  long level = 0;
+#if SUPPORTED
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi2"))
+    level = __builtin_cpu_supports("avx512bf16") ? 2 : 1;
+#endif
+  return PyLong_FromLong(level);
+}
+
+/* linear(words, offsets, x, bias, y, rows, columns, tokens, n, kind, threads): addresses and sizes. The caller has checked them. */
+static PyObject *linear(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+  (void)self;
+  long long a[11];
+  if (count != 11) {
+    PyErr_SetString(PyExc_TypeError, "linear takes 11 whole numbers");
+    return NULL;
+  }
+  for (int i = 0; i < 11; i++) {
+    a[i] = PyLong_AsLongLong(args[i]);
+    if (a[i] == -1 && PyErr_Occurred()) return NULL;
+  }
+#if SUPPORTED
+  int failed;
+  Product p = {.words = (const char *)(intptr_t)a[0], .offsets = (const int32_t *)(intptr_t)a[1],
+               .bias = (const uint16_t *)(intptr_t)a[3], .y = (uint16_t *)(intptr_t)a[4],
+               .rows = a[5], .tokens = a[7], .tiles = (a[6] + SIDE - 1) / SIDE, .n = (int)a[8]};
+  Py_BEGIN_ALLOW_THREADS
+  failed = multiply(&p, (const uint16_t *)(intptr_t)a[2], a[6], (int)a[9], (int)a[10]);
+  Py_END_ALLOW_THREADS
+  if (failed) return PyErr_NoMemory();
+  Py_RETURN_NONE;
+#else
+  PyErr_SetString(PyExc_RuntimeError, "this build has no kernel");
+  return NULL;
+#endif
+}
+
+static PyMethodDef METHODS[] = {
+    {"support", support, METH_NOARGS, "0: no kernel for this processor; 1: by conversion to float32; 2: also by VDPBF16PS."},
+    {"linear", (PyCFunction)(void (*)(void))linear, METH_FASTCALL, "Product of a packed matrix, by addresses."},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef MODULE = {PyModuleDef_HEAD_INIT, "_cpu", "Products of packed matrices.", -1, METHODS, NULL, NULL, NULL, NULL};
+
+PyMODINIT_FUNC PyInit__cpu(void) { return PyModule_Create(&MODULE); }

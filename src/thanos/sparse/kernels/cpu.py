@@ -1,0 +1,68 @@
+"""Products of packed matrices on x86-64 processors with AVX-512, by the optional extension ``_cpu``, written in C."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thanos.sparse.tiles import SIDE
+
+MOST_TOKENS = 16
+"""Tokens up to which the matrix is read packed; above, it is decoded in parts and the library multiplies."""
+
+_DOT_BFLOAT16, _BFLOAT16, _FLOAT16 = 0, 1, 2
+"""Kinds of arithmetic in ``_cpu.c``."""
+
+_BYTES_PER_THREAD = 1 << 16
+"""A thread gets at least this many bytes of the matrix: starting one costs about a microsecond."""
+
+
+@cache
+def _extension() -> Any:
+    """Return the extension, or None if it was not built."""
+    try:
+        return import_module("thanos.sparse.kernels._cpu")
+    except ImportError:
+        return None
+
+
+@cache
+def lacking() -> str:
+    """Return why this machine cannot run the kernels; empty if it can."""
+    extension = _extension()
+    if extension is None:
+        return "the extension for CPUs was not built: no C compiler was there when the package was installed"
+    return "" if extension.support() else "the processor has no AVX-512 with VBMI2"
+
+
+def linear(
+    x: Tensor, words: Tensor, offsets: Tensor | None, bias: Tensor | None, rows: int, n: int, *, dot: bool = True
+) -> Tensor:
+    """Return x Wᵀ + bias for a packed W whose content was checked.
+
+    Args:
+        x: (tokens, columns), contiguous, bfloat16 or float16, the dtype of the packed values.
+        words: the tiles, int32, contiguous.
+        offsets: for ``bitmap``, int32, contiguous; None for ``fixed``.
+        bias: (rows,) in the dtype of x, contiguous, or None.
+        rows: of W.
+        n: values a row of each tile; 0 for ``bitmap``.
+        dot: use the bfloat16 dot product of the processor if it has one. It takes subnormal numbers for zero.
+
+    Returns:
+        (tokens, rows).
+    """
+    tokens, columns = x.shape
+    y = x.new_empty(tokens, rows)
+    extension = _extension()
+    kind = _DOT_BFLOAT16 if dot and extension.support() > 1 else _BFLOAT16
+    kind = _FLOAT16 if x.dtype == torch.float16 else kind
+    if tokens and rows:
+        addresses = (0 if tensor is None else tensor.data_ptr() for tensor in (offsets, x, bias, y))
+        threads = max(1, min(torch.get_num_threads(), -(-rows // SIDE), 4 * words.numel() // _BYTES_PER_THREAD))
+        extension.linear(words.data_ptr(), *addresses, rows, columns, tokens, n, kind, threads)
+    return y

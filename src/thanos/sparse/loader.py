@@ -1,0 +1,175 @@
+"""The loader of packed models: a quantiser that is registered with transformers when this module is imported."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from thanos.errors import ModelError, UserError
+from thanos.sparse.formats import PackedSpec
+from thanos.sparse.kernels import lacking
+from thanos.sparse.modules import PackedLinear, packed_modules
+from thanos.sparse.storage import METHOD, VERSION, parse_settings
+
+UNPACK = "THANOS_UNPACK"
+"""Environment variable: ``auto`` (default) unpacks layers on devices without a kernel, ``always`` all, ``never`` none."""
+
+_CHOICES = ("auto", "always", "never")
+
+
+@register_quantization_config(METHOD)
+class SparseConfig(QuantizationConfigMixin):
+    """The ``quantization_config`` of a packed model; docs/formats.md describes it.
+
+    Args:
+        format_version: version of the layout.
+        layers: layer's full module name → entry.
+        others: keys of later versions; kept.
+    """
+
+    def __init__(self, format_version: int = VERSION, layers: dict[str, Any] | None = None, **others: Any) -> None:
+        self.quant_method: Any = METHOD
+        self.format_version = format_version
+        self.layers = layers or {}
+        self.others = {key: value for key, value in others.items() if key != "quant_method"}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON values."""
+        own = {"quant_method": METHOD, "format_version": self.format_version, "layers": self.layers}
+        return {**own, **self.others}
+
+
+@register_quantizer(METHOD)
+class SparseQuantizer(HfQuantizer):
+    """Replaces linear layers by packed ones before the weights are loaded, and checks the weights afterwards."""
+
+    requires_calibration = True  # a dense model is packed by ``thanos pack``, not while it is loaded
+
+    @property
+    def _layers(self) -> dict[str, Any]:
+        """The entries of the packed layers, by full module name; layers that are unpacked are removed from it."""
+        config: Any = self.quantization_config
+        return config.layers
+
+    def _specs(self) -> dict[str, PackedSpec]:
+        return parse_settings(self.quantization_config.to_dict(), "the model")
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Return the dtype of the packed values, in which the model has to run; warn if the caller asked for another."""
+        dtypes = {spec.dtype for spec in self._specs().values()}
+        if len(dtypes) > 1:
+            return dtype
+        own = next(iter(dtypes))
+        if dtype != own:
+            warnings.warn(f"the packed weights are {own}, so the model runs in {own}, not in {dtype}", stacklevel=2)
+        return own
+
+    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
+        for name, spec in self._specs().items():
+            parent, last, layer = _find(model, name)
+            if not isinstance(layer, nn.Linear) or (layer.out_features, layer.in_features) != (spec.rows, spec.columns):
+                raise ModelError(
+                    f"config.json packs {name} as a linear layer of {spec.rows} × {spec.columns}, but the model has "
+                    f"{layer if layer is not None else 'no such layer'}; the config belongs to another checkpoint"
+                )
+            setattr(parent, last, PackedLinear(spec, bias=layer.bias is not None, device="meta"))
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        choice = _choice()
+        reasons: dict[str, int] = {}
+        for name, layer in packed_modules(model).items():
+            if layer.weight_words.device.type == "meta":
+                raise ModelError(
+                    f"{name} would be kept outside its device, which packed layers cannot be; give a device_map that places "
+                    "all layers on devices, or unpack the model first: thanos unpack PACKED OUT"
+                )
+            layer.check(name)
+            reason = lacking(_TARGET[-1] or layer.weight_words.device, layer.spec.dtype) if choice == "auto" else ""
+            if reason or choice == "always":
+                self._unpack(model, name, layer)
+                reasons[reason] = reasons.get(reason, 0) + 1
+        for reason, count in reasons.items():
+            if reason:
+                _say_once(f"{count} packed layers were turned into dense ones: {reason}")
+        if not self._layers:
+            self.remove_quantization_config(model)
+        return model
+
+    def _unpack(self, model: Any, name: str, layer: PackedLinear) -> None:
+        model.set_submodule(name, layer.dense())
+        for listed in (name, *(one for one in self._layers if one.partition(".")[2] == name)):
+            self._layers.pop(listed, None)
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        for name, layer in packed_modules(model).items():
+            self._unpack(model, name, layer)
+            model.get_submodule(name).to(dtype)  # not the whole model: its buffers may be float32 on purpose
+        return model
+
+    def is_serializable(self, *_: Any, **__: Any) -> Any:
+        """Whether ``save_pretrained`` works: it writes the packed tensors."""
+        return True
+
+    @property
+    def is_trainable(self) -> Any:
+        """Whether the model can be trained: packed layers have no derivative."""
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether ``torch.compile`` works."""
+        return True
+
+
+def _find(model: Any, name: str) -> tuple[Any, str, Any]:
+    """Return parent, attribute and module of a layer. A model without its head lacks the first part of the name."""
+    for path in (name, name.partition(".")[2]):
+        parent, _, last = path.rpartition(".")
+        try:
+            layer = model.get_submodule(path) if path else None
+        except AttributeError:
+            continue
+        if layer is not None:
+            return model.get_submodule(parent), last, layer
+    return model, name, None
+
+
+def _choice() -> str:
+    choice = os.environ.get(UNPACK, "auto")
+    if choice not in _CHOICES:
+        raise UserError(f"{UNPACK} is {choice!r}; set it to {', '.join(_CHOICES[:-1])} or {_CHOICES[-1]}")
+    return choice
+
+
+_TARGET: list[torch.device | None] = [None]
+
+
+@contextmanager
+def bound_for(device: torch.device | str) -> Iterator[None]:
+    """Load packed models for a device to which the caller moves them: its kernels decide what stays packed."""
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    _TARGET.append(device)
+    try:
+        yield
+    finally:
+        _TARGET.pop()
+
+
+_SAID: set[str] = set()
+
+
+def _say_once(message: str) -> None:
+    if message not in _SAID:
+        _SAID.add(message)
+        warnings.warn(message, stacklevel=2)

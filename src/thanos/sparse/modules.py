@@ -1,0 +1,89 @@
+"""Linear layers whose weight stays packed, as modules of a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from thanos.sparse.formats import PackedSpec, PackedWeight, decode
+from thanos.sparse.ops import packed_linear
+from thanos.sparse.storage import OFFSETS, WORDS, check_weight
+
+
+class PackedLinear(nn.Module):
+    """A linear layer for inference with a packed weight. Its parameters are not initialised.
+
+    Args:
+        spec: of the weight.
+        bias: whether there is a bias.
+        device: of the parameters.
+    """
+
+    weight_words: nn.Parameter
+    weight_offsets: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    def __init__(self, spec: PackedSpec, *, bias: bool, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.spec = spec
+        self.in_features, self.out_features = spec.columns, spec.rows
+        sizes = {WORDS: (spec.words, torch.int32), OFFSETS: (spec.offsets, torch.int32)}
+        sizes["bias"] = (spec.rows if bias else 0, spec.dtype)
+        for name, (size, dtype) in sizes.items():
+            tensor = torch.empty(size, dtype=dtype, device=device) if size else None
+            self.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
+
+    @property
+    def packed(self) -> PackedWeight:
+        """The packed weight."""
+        offsets = self.weight_offsets
+        return PackedWeight(self.spec, self.weight_words.data, None if offsets is None else offsets.data)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, (out_features, in_features), decoded at each access: for code that reads it, not for speed."""
+        return decode(self.packed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's output, (..., out_features).
+
+        Raises:
+            TypeError: ``x`` has another dtype than the packed values.
+        """
+        if x.dtype != self.spec.dtype:
+            raise TypeError(
+                f"a packed layer holds {self.spec.dtype} values and got {x.dtype}; run the model in {self.spec.dtype}, or "
+                "turn it into a dense one with model.dequantize()"
+            )
+        spec = self.spec
+        return packed_linear(x, self.weight_words, self.weight_offsets, self.bias, spec.rows, spec.n)
+
+    def check(self, name: str) -> None:
+        """Check the content of the packed weight.
+
+        Raises:
+            ModelError: see :func:`~thanos.sparse.storage.check_weight`.
+        """
+        check_weight(self.packed, name)
+
+    def dense(self) -> nn.Linear:
+        """Return a plain linear layer with the same weight and bias, on the same device."""
+        device, spec = self.weight_words.device, self.spec
+        layer = nn.Linear(spec.columns, spec.rows, bias=self.bias is not None, device="meta", dtype=spec.dtype)
+        layer.weight = nn.Parameter(self.weight, requires_grad=False)
+        if self.bias is not None:
+            layer.bias = nn.Parameter(self.bias.data.to(device), requires_grad=False)
+        layer.training = self.training
+        return layer
+
+    def extra_repr(self) -> str:
+        """Return the text that ``print(model)`` shows."""
+        kind = f"{self.spec.n}:32" if self.spec.n else "bitmap"
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, packed={kind}"
+
+
+def packed_modules(model: Any) -> dict[str, PackedLinear]:
+    """Return the packed layers of a model by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}

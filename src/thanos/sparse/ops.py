@@ -1,0 +1,80 @@
+"""The product of a packed matrix as an operator of torch: ``thanos::packed_linear``.
+
+It has an implementation for each type of device and one for fake tensors, so that ``torch.compile`` and CUDA graphs work. It
+has no derivative.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from thanos.sparse.formats import PackedSpec, PackedWeight, decode_strips
+from thanos.sparse.kernels import cpu
+from thanos.sparse.tiles import SIDE
+
+_STRIPS_ENTRIES = 1 << 20
+"""Entries of the rows that are decoded at once, where no kernel reads them packed: 2 MiB."""
+
+_LIBRARY = torch.library.Library("thanos", "FRAGMENT")
+_LIBRARY.define("packed_linear(Tensor x, Tensor words, Tensor? offsets, Tensor? bias, SymInt rows, SymInt n) -> Tensor")
+
+
+def packed_linear(x: Tensor, words: Tensor, offsets: Tensor | None, bias: Tensor | None, rows: int, n: int) -> Tensor:
+    """Return x Wᵀ + bias for a packed W whose content was checked; see :func:`~thanos.sparse.storage.check_weight`.
+
+    Args:
+        x: (..., columns), bfloat16 or float16: the dtype of W's values.
+        words: W's tiles, int32.
+        offsets: W's offsets if it is ``bitmap``, else None.
+        bias: (rows,) in the dtype of x, or None.
+        rows: of W.
+        n: values a row of each tile; 0 for ``bitmap``.
+
+    Returns:
+        (..., rows) in the dtype of x. Sums are float32.
+    """
+    return _OPERATOR(x, words, offsets, bias, rows, n)
+
+
+def _by_parts(x: Tensor, words: Tensor, offsets: Tensor | None, bias: Tensor | None, rows: int, n: int) -> Tensor:
+    """Decode a few strips after another, and let the library multiply: on any device, for any number of tokens."""
+    spec = PackedSpec("fixed" if offsets is None else "bitmap", rows, x.shape[-1], x.dtype, n, words.numel())
+    packed, flat = PackedWeight(spec, words, offsets), x.reshape(-1, x.shape[-1])
+    out = x.new_empty(len(flat), rows)
+    step = max(1, _STRIPS_ENTRIES // (SIDE * max(1, spec.columns)))
+    for first in range(0, spec.strips, step):
+        part = decode_strips(packed, first, min(first + step, spec.strips))
+        here = slice(SIDE * first, SIDE * first + len(part))
+        out[:, here] = F.linear(flat, part, None if bias is None else bias[here])
+    return out.view(*x.shape[:-1], rows)
+
+
+def _on_cpu(x: Tensor, words: Tensor, offsets: Tensor | None, bias: Tensor | None, rows: int, n: int) -> Tensor:
+    if cpu.lacking() or x.numel() > cpu.MOST_TOKENS * x.shape[-1]:
+        return _by_parts(x, words, offsets, bias, rows, n)
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    return cpu.linear(flat, words, offsets, bias, rows, n).view(*x.shape[:-1], rows)
+
+
+def _on_cuda(x: Tensor, words: Tensor, offsets: Tensor | None, bias: Tensor | None, rows: int, n: int) -> Tensor:
+    from thanos.sparse.kernels import cuda
+
+    if cuda.lacking(x.device):
+        return _by_parts(x, words, offsets, bias, rows, n)
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    return cuda.linear(flat, words, offsets, bias, rows, n).view(*x.shape[:-1], rows)
+
+
+def _fake(x: Tensor, words: Tensor, offsets: Tensor | None, bias: Tensor | None, rows: int, n: int) -> Tensor:
+    del words, offsets, bias, n
+    return x.new_empty(*x.shape[:-1], rows)
+
+
+# ``torch.library.custom_op`` would add about 30 µs of Python to each call, as much as a small layer takes.
+_LIBRARY.impl("packed_linear", _by_parts, "CompositeExplicitAutograd")
+_LIBRARY.impl("packed_linear", _on_cpu, "CPU")
+_LIBRARY.impl("packed_linear", _on_cuda, "CUDA")
+torch.library.register_fake("thanos::packed_linear", _fake, lib=_LIBRARY)
+_OPERATOR = torch.ops.thanos.packed_linear.default

@@ -1,0 +1,195 @@
+"""Packed matrices in safetensors files: names, the entry in ``config.json``, and the checks of everything that is read.
+
+docs/formats.md describes the layout. Nothing of a packed folder is used before it is checked: sizes, dtypes, offsets, the count
+of each mask word, and the padding. After these checks a kernel cannot read or write outside its tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeGuard
+
+import torch
+
+from thanos.checkpoint.layout import Checkpoint, TensorSpec
+from thanos.errors import ModelError
+from thanos.sparse import tiles
+from thanos.sparse.formats import DTYPES, UNIT, PackedSpec, PackedWeight, mask_words, padding_is_zero, tile_counts
+from thanos.sparse.tiles import SIDE, tile_words
+
+METHOD = "thanos_sparse"
+"""Value of ``quant_method`` in ``config.json``."""
+
+VERSION = 1
+"""Version of the layout. Increase it if a reader of the old one would misread the new one."""
+
+WORDS, OFFSETS = "weight_words", "weight_offsets"
+"""Last parts of the tensors' names, in place of ``weight``."""
+
+_MOST = 1 << 31
+"""Sizes must be below this."""
+
+_DAMAGED = "the packed model is damaged: pack it again"
+
+
+def settings_of(specs: Mapping[str, PackedSpec]) -> dict[str, Any]:
+    """Return the ``quantization_config`` of ``config.json``.
+
+    Args:
+        specs: layer's full module name → spec.
+    """
+    return {
+        "quant_method": METHOD,
+        "format_version": VERSION,
+        "layers": {name: _entry(spec) for name, spec in specs.items()},
+    }
+
+
+def _entry(spec: PackedSpec) -> dict[str, Any]:
+    size = {"n": spec.n} if spec.format == "fixed" else {"words": spec.words}
+    dtype = next(name for name, dtype in DTYPES.items() if dtype == spec.dtype)
+    return {"format": spec.format, "rows": spec.rows, "columns": spec.columns, "dtype": dtype, **size}
+
+
+def is_packed(config: Any) -> bool:
+    """Return whether the values of a ``config.json`` are those of a packed model."""
+    settings = config.get("quantization_config") if isinstance(config, dict) else None
+    return isinstance(settings, dict) and settings.get("quant_method") == METHOD
+
+
+def parse_settings(settings: Any, where: str) -> dict[str, PackedSpec]:
+    """Return layer name → spec of a ``quantization_config``.
+
+    Args:
+        settings: the JSON values.
+        where: name of the model, for messages.
+
+    Raises:
+        ModelError: the version is another, or an entry is not valid.
+    """
+    version = settings.get("format_version") if isinstance(settings, Mapping) else None
+    if version != VERSION:
+        raise ModelError(
+            f"{where} is packed in version {version!r} of the format; this version of thanos reads {VERSION}: upgrade thanos, "
+            "or pack the model again"
+        )
+    layers = settings.get("layers")
+    if not isinstance(layers, Mapping) or not layers:
+        raise ModelError(f"{where}: config.json lists no packed layers; {_DAMAGED}")
+    return {name: _parse_entry(name, entry, where) for name, entry in layers.items()}
+
+
+def _parse_entry(name: str, entry: Any, where: str) -> PackedSpec:
+    def refuse(what: str) -> ModelError:
+        return ModelError(f"{where}: config.json gives the packed layer {name} {what}; {_DAMAGED}")
+
+    if not isinstance(name, str) or not name or not isinstance(entry, Mapping):
+        raise refuse("no valid entry")
+    if entry.get("format") not in ("fixed", "bitmap"):
+        raise refuse(f"the format {entry.get('format')!r}, not fixed or bitmap")
+    if entry.get("dtype") not in DTYPES:
+        raise refuse(f"the dtype {entry.get('dtype')!r}, not {' or '.join(DTYPES)}")
+    rows, columns = entry.get("rows"), entry.get("columns")
+    if not _is_size(rows) or not _is_size(columns):
+        raise refuse(f"the shape {rows!r} × {columns!r}")
+    count = -(-rows // SIDE) * -(-columns // SIDE)
+    if entry["format"] == "fixed":
+        n = entry.get("n")
+        if type(n) is not int or not 1 <= n < SIDE:
+            raise refuse(f"n = {n!r}, not 1 to {SIDE - 1}")
+        return PackedSpec("fixed", rows, columns, DTYPES[entry["dtype"]], n, count * tile_words(n))
+    words = entry.get("words")
+    if type(words) is not int or not tile_words(0) * count <= words <= tile_words(SIDE) * count:
+        raise refuse(f"{words!r} words, which do not suit {rows} × {columns}")
+    return PackedSpec("bitmap", rows, columns, DTYPES[entry["dtype"]], 0, words)
+
+
+def _is_size(value: Any) -> TypeGuard[int]:
+    return type(value) is int and 1 <= value < _MOST
+
+
+def tensor_specs(prefix: str, spec: PackedSpec) -> dict[str, TensorSpec]:
+    """Return the stored tensors of a packed layer: name → dtype and shape.
+
+    Args:
+        prefix: name of the layer in the checkpoint, whose weight would be ``prefix.weight``.
+        spec: of the layer.
+    """
+    tensors = {f"{prefix}.{WORDS}": TensorSpec(torch.int32, (spec.words,))}
+    if spec.offsets:
+        tensors[f"{prefix}.{OFFSETS}"] = TensorSpec(torch.int32, (spec.offsets,))
+    return tensors
+
+
+def find_prefixes(specs: Mapping[str, PackedSpec], checkpoint: Checkpoint, where: str) -> dict[str, str]:
+    """Return layer name → prefix of its tensors in a checkpoint. A checkpoint may lack the first part of the model's names.
+
+    Raises:
+        ModelError: tensors and layers do not correspond, or a tensor has another dtype or shape than the spec says.
+    """
+    stored = {name.removesuffix(f".{WORDS}") for name in checkpoint.tensors if name.endswith(f".{WORDS}")}
+    found: dict[str, str] = {}
+    for name, spec in specs.items():
+        candidates = [one for one in (name, name.partition(".")[2]) if one in stored]
+        candidates += [one for one in stored if one.partition(".")[2] == name]
+        if not candidates:
+            raise ModelError(f"{where} has no tensor {name}.{WORDS}, though config.json lists the layer; {_DAMAGED}")
+        found[name] = candidates[0]
+        for key, expected in tensor_specs(found[name], spec).items():
+            actual = checkpoint.tensors.get(key)
+            if actual is None or (actual.dtype, actual.shape) != (expected.dtype, expected.shape):
+                got = "is missing" if actual is None else f"is {_words(actual)}"
+                raise ModelError(f"{where}: {key} {got}, but config.json asks for {_words(expected)}; {_DAMAGED}")
+    expected_names = {key for name, spec in specs.items() for key in tensor_specs(found[name], spec)}
+    left = {name for name in checkpoint.tensors if name.endswith((f".{WORDS}", f".{OFFSETS}"))} - expected_names
+    if left:
+        raise ModelError(f"{where}: config.json lists no packed layer that has a tensor {min(left)}; {_DAMAGED}")
+    if len(set(found.values())) < len(found):
+        raise ModelError(f"{where}: config.json lists two packed layers for one tensor; {_DAMAGED}")
+    return found
+
+
+def _words(spec: TensorSpec) -> str:
+    return f"{str(spec.dtype).removeprefix('torch.')} {list(spec.shape)}"
+
+
+def read_weight(checkpoint: Checkpoint, prefix: str, spec: PackedSpec, where: str) -> PackedWeight:
+    """Read one packed matrix and check it. The tensors are those that :func:`find_prefixes` has checked.
+
+    Raises:
+        ModelError: see :func:`check_weight`.
+    """
+    offsets = checkpoint.read(f"{prefix}.{OFFSETS}") if spec.offsets else None
+    packed = PackedWeight(spec, checkpoint.read(f"{prefix}.{WORDS}"), offsets)
+    check_weight(packed, f"{where}: {prefix}")
+    return packed
+
+
+def check_weight(packed: PackedWeight, name: str) -> None:
+    """Check the content of a packed matrix, on whatever device it is.
+
+    Args:
+        packed: tensors of any content.
+        name: of the layer, for messages.
+
+    Raises:
+        ModelError: a size or dtype is not the spec's, an offset does not suit, a mask word has another count than its tile, or
+            an entry beyond the matrix is not zero.
+    """
+    spec, offsets = packed.spec, packed.offsets
+    present = 0 if offsets is None else offsets.numel()
+    kinds = {packed.words.dtype} | ({offsets.dtype} if offsets is not None else set())
+    if packed.words.shape != (spec.words,) or present != spec.offsets or kinds != {torch.int32}:
+        raise ModelError(
+            f"{name} has {packed.words.numel()} words and {present} offsets, not as config.json; {_DAMAGED}"
+        )
+    if offsets is not None:
+        counts = tile_counts(packed)
+        valid = (counts >= 0).all() & (counts <= SIDE).all() & (offsets[0] == 0)
+        if not bool(valid) or int(offsets[-1]) * UNIT != spec.words:
+            raise ModelError(f"{name} has offsets that do not suit its tiles; {_DAMAGED}")
+    for n, masks in mask_words(packed):
+        if bool((tiles.count_bits(masks) != n).any()):
+            raise ModelError(f"{name} has a mask whose count is not its tile's {n}; {_DAMAGED}")
+    if not padding_is_zero(packed):
+        raise ModelError(f"{name} has entries beyond its last row or column; {_DAMAGED}")

@@ -1,0 +1,157 @@
+"""Encoding and decoding, against an oracle that reads the stored words one by one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sparse_matrices import same_bits, sparse_weight
+from thanos.sparse.formats import (
+    PackedWeight,
+    choose_format,
+    decode,
+    decode_strips,
+    encode,
+    fullest_rows,
+    padding_is_zero,
+)
+
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+def read_words(packed: PackedWeight) -> Tensor:
+    """The dense matrix's bits, read value by value from the documented layout."""
+    spec = packed.spec
+    words = [word & 0xFFFFFFFF for word in packed.words.tolist()]
+    halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
+    out = torch.zeros(spec.strips * 32, spec.tiles * 32, dtype=torch.int64)
+    for strip in range(spec.strips):
+        for tile in range(spec.tiles):
+            index = strip * spec.tiles + tile
+            if packed.offsets is None:
+                first, n = index * (32 + 16 * spec.n), spec.n
+            else:
+                first, end = (16 * int(unit) for unit in packed.offsets[index : index + 2])
+                n = (end - first - 32) // 16
+            for row in range(32):
+                mask, value = words[first + row], 2 * (first + 32)
+                columns = [column for column in range(32) if mask >> (31 - column) & 1]
+                assert len(columns) == n
+                taken = 0
+                for size in (8,) * (n // 8) + tuple(size for size in (4, 2, 1) if n & size):
+                    for column, half in zip(
+                        columns[taken : taken + size],
+                        halves[value + row * size : value + (row + 1) * size],
+                        strict=True,
+                    ):
+                        out[strip * 32 + row, tile * 32 + column] = half
+                    value, taken = value + 32 * size, taken + size
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", range(1, 32))
+def test_a_fixed_count_round_trips_and_has_the_documented_layout(n, dtype):
+    weight = sparse_weight(40, 64, n=n, dtype=dtype, seed=n)
+    packed = encode(weight)
+    assert packed.spec.format == "fixed"
+    assert packed.spec.n == n
+    assert packed.spec.nbytes == packed.words.numel() * 4 == 2 * 2 * (128 + 64 * n)
+    assert same_bits(decode(packed), weight)
+    expected = torch.zeros(64, 64, dtype=torch.int64)
+    expected[:40] = weight.view(torch.int16).long() & 0xFFFF
+    assert torch.equal(read_words(packed), expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 32), (32, 1), (31, 33), (33, 31), (64, 96), (100, 70), (5, 300)])
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.7, 0.95, 1.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_matrix_round_trips(shape, sparsity, dtype):
+    draw = torch.Generator().manual_seed(7)
+    weight = torch.randn(shape, generator=draw).to(dtype)
+    weight[torch.rand(shape, generator=draw) < sparsity] = 0
+    packed = encode(weight)
+    assert packed.words.dtype == torch.int32
+    assert packed.words.shape == (packed.spec.words,)
+    assert (0 if packed.offsets is None else packed.offsets.numel()) == packed.spec.offsets
+    assert same_bits(decode(packed), weight)
+    assert padding_is_zero(packed)
+    expected = torch.zeros(packed.spec.strips * 32, packed.spec.tiles * 32, dtype=torch.int64)
+    expected[: shape[0], : shape[1]] = weight.view(torch.int16).long() & 0xFFFF
+    assert torch.equal(read_words(packed), expected)
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8), (8, 16), (16, 32), (1, 4), (1, 2)])
+def test_every_pattern_whose_width_divides_32_has_a_fixed_count(n, m):
+    packed = encode(sparse_weight(64, 128, n=n, m=m))
+    assert packed.spec.format == "fixed"
+    assert packed.spec.n == n * 32 // m
+    assert packed.spec.nbytes / packed.spec.dense_bytes == (2 + packed.spec.n) / 32
+
+
+def test_values_that_are_not_numbers_keep_their_bits():
+    weight = sparse_weight(64, 64)
+    bits = weight.view(torch.int16)
+    special = torch.tensor(
+        [-32768, 0x7FC1, -1, 0x7F80, -128, 1], dtype=torch.int16
+    )  # -0, NaN, NaN, inf, -inf, subnormal
+    bits[0, bits[0].nonzero()[:6, 0]] = special
+    packed = encode(weight)
+    assert packed.spec.n == 16
+    assert same_bits(decode(packed), weight)
+
+
+def test_a_negative_zero_counts_as_an_entry():
+    weight = sparse_weight(32, 32, n=4)
+    column = (weight[3] == 0).nonzero()[0, 0]
+    weight[3, column] = -0.0
+    packed = encode(weight)
+    assert packed.spec.n == 5
+    assert same_bits(decode(packed), weight)
+
+
+def test_the_format_with_fewer_bytes_is_chosen():
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.randn(128, 256, generator=draw).bfloat16()
+    weight[torch.rand(weight.shape, generator=draw) < 0.6] = 0
+    fullest = fullest_rows(weight)
+    assert fullest.shape == (4, 8)
+    kept = (weight != 0).view(4, 32, 8, 32).sum(-1).amax(1)
+    assert torch.equal(fullest.long(), kept)
+    spec = choose_format(fullest, (128, 256), weight.dtype)
+    assert spec.format == "bitmap"
+    assert spec.nbytes == sum(128 + 64 * int(n) for n in kept.flatten()) + 4 * (4 * 8 + 1)
+    assert spec.nbytes < 32 * (128 + 64 * int(kept.max()))
+
+
+def test_a_count_that_is_too_small_is_refused():
+    weight = sparse_weight(32, 64, n=16)
+    spec = choose_format(fullest_rows(sparse_weight(32, 64, n=15)), (32, 64), weight.dtype)
+    with pytest.raises(ValueError, match="holds 16 entries, more than n = 15"):
+        encode(weight, spec)
+
+
+def test_strips_are_the_rows_of_the_matrix():
+    weight = sparse_weight(70, 64)
+    packed = encode(weight)
+    assert same_bits(decode_strips(packed, 1, 3), weight[32:])
+    assert same_bits(decode_strips(packed, 0, 1), weight[:32])
+
+
+def test_a_matrix_of_several_chunks_round_trips(monkeypatch):
+    monkeypatch.setattr("thanos.sparse.formats._CHUNK_ENTRIES", 1 << 12)
+    for weight in (sparse_weight(200, 96), sparse_weight(200, 90, n=9, m=40)):
+        assert same_bits(decode(encode(weight)), weight)
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows=st.integers(1, 70), columns=st.integers(1, 70), share=st.floats(0, 1), seed=st.integers(0, 2**31))
+def test_round_trip_of_random_bits(rows, columns, share, seed):
+    draw = torch.Generator().manual_seed(seed)
+    bits = torch.randint(-32768, 32768, (rows, columns), generator=draw, dtype=torch.int16)
+    bits[torch.rand(rows, columns, generator=draw) < share] = 0
+    weight = bits.view(torch.float16)
+    assert same_bits(decode(encode(weight)), weight)

@@ -1,0 +1,181 @@
+"""Packed models in transformers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM
+
+import thanos
+from helpers import windows
+from sparse_matrices import save_pruned
+from thanos.errors import ModelError, UserError
+from thanos.export.pack import pack
+from thanos.export.unpack import unpack
+from thanos.sparse import loader, packed_modules
+
+
+@pytest.fixture
+def stay_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(loader.UNPACK, "never")
+
+
+def load(folder: Path, **arguments: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **arguments).eval()
+
+
+def both(tmp_path: Path, architecture: str = "llama", **changes: Any) -> tuple[Path, Path]:
+    source = save_pruned(tmp_path / "model", architecture, **changes)
+    pack(source, tmp_path / "packed", least_weights=1)
+    return source, tmp_path / "packed"
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model(windows(2, 17)).logits
+
+
+@pytest.mark.usefixtures("stay_packed")
+@pytest.mark.parametrize("architecture", ["llama", "tinyllama", "opt-350m", "qwen2", "gemma-2", "gpt-neox", "mixtral"])
+def test_a_packed_model_computes_what_the_dense_one_does(architecture, tmp_path):
+    source, packed = both(tmp_path, architecture)
+    dense, model = load(source), load(packed)
+    layers = packed_modules(model)
+    assert len(layers) == len(json.loads((packed / "config.json").read_text())["quantization_config"]["layers"])
+    for name, layer in layers.items():
+        assert torch.equal(layer.weight, dense.get_submodule(name).weight)
+    assert torch.allclose(logits(model).float(), logits(dense).float(), atol=0.05)
+    ids = windows(1, 9)
+    tokens = [m.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0) for m in (model, dense)]
+    assert torch.equal(*tokens)
+
+
+@pytest.mark.usefixtures("stay_packed")
+def test_a_loaded_model_is_saved_packed_and_can_be_unpacked(tmp_path):
+    source, packed = both(tmp_path, "opt-350m")
+    model = load(packed)
+    model.save_pretrained(tmp_path / "saved")
+    again = load(tmp_path / "saved")
+    assert packed_modules(again).keys() == packed_modules(model).keys()
+    assert torch.equal(logits(again), logits(model))
+    unpack(tmp_path / "saved", tmp_path / "dense")
+    assert torch.equal(logits(load(tmp_path / "dense")), logits(load(source)))
+
+
+@pytest.mark.usefixtures("stay_packed")
+def test_a_device_map_places_packed_layers(tmp_path):
+    pytest.importorskip("accelerate")
+    _, packed = both(tmp_path)
+    model = load(packed, device_map="cpu")
+    assert packed_modules(model)
+    assert torch.equal(logits(model), logits(load(packed)))
+
+
+@pytest.mark.usefixtures("stay_packed")
+def test_layers_that_are_offloaded_are_refused(tmp_path):
+    pytest.importorskip("accelerate")
+    _, packed = both(tmp_path)
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    places |= {f"model.layers.{index}": "cpu" if index else "disk" for index in range(3)}
+    with pytest.raises(ModelError, match="outside its device"):
+        load(packed, device_map=places, offload_folder=tmp_path / "offload")
+
+
+@pytest.mark.usefixtures("stay_packed")
+def test_the_base_model_keeps_its_layers_packed(tmp_path):
+    _, packed = both(tmp_path)
+    assert len(packed_modules(AutoModel.from_pretrained(packed, dtype="auto"))) == len(packed_modules(load(packed)))
+
+
+@pytest.mark.usefixtures("stay_packed")
+def test_dequantize_gives_the_dense_model(tmp_path):
+    source, packed = both(tmp_path)
+    model = load(packed).dequantize()
+    assert not packed_modules(model)
+    assert torch.equal(logits(model), logits(load(source)))
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(load(tmp_path / "saved")), logits(load(source)))
+
+
+def test_a_device_without_a_kernel_gets_a_dense_model_and_one_message(tmp_path, monkeypatch):
+    source, packed = both(tmp_path)
+    monkeypatch.setattr(loader, "lacking", lambda device, dtype: "it is of another age")
+    monkeypatch.setattr(loader, "_SAID", set())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        models = [AutoModelForCausalLM.from_pretrained(packed, dtype="auto") for _ in range(2)]
+    said = [str(one.message) for one in caught if "another age" in str(one.message)]
+    assert said == ["21 packed layers were turned into dense ones: it is of another age"]
+    for model in models:
+        assert not packed_modules(model)
+        assert torch.equal(logits(model), logits(load(source)))
+    models[0].save_pretrained(tmp_path / "saved")
+    assert "quantization_config" not in json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert torch.equal(logits(load(tmp_path / "saved")), logits(load(source)))
+
+
+def test_the_environment_chooses_and_is_checked(tmp_path, monkeypatch):
+    _, packed = both(tmp_path)
+    monkeypatch.setenv(loader.UNPACK, "always")
+    assert not packed_modules(load(packed))
+    monkeypatch.setenv(loader.UNPACK, "sometimes")
+    with pytest.raises(UserError, match="'sometimes'; set it to auto, always or never"):
+        load(packed)
+
+
+@pytest.mark.usefixtures("stay_packed")
+def test_another_dtype_is_named_and_not_taken(tmp_path):
+    _, packed = both(tmp_path)
+    with pytest.warns(UserWarning, match=r"runs in torch\.bfloat16, not in torch\.float32"):
+        model = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float32)
+    assert model.dtype == torch.bfloat16
+
+
+@pytest.mark.usefixtures("stay_packed")
+@pytest.mark.parametrize(
+    ("name", "index", "value"),
+    [("model.layers.0.mlp.up_proj.weight_words", 3, -1), ("model.layers.1.mlp.up_proj.weight_offsets", 1, 10**9)],
+)
+def test_a_hostile_file_is_refused_before_it_is_used(name, index, value, tmp_path):
+    _, packed = both(tmp_path)
+    tensors = load_file(packed / "model.safetensors")
+    tensors[name][index] = value
+    save_file(tensors, packed / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="the packed model is damaged"):
+        load(packed)
+
+
+@pytest.mark.usefixtures("stay_packed")
+def test_a_config_of_another_model_is_refused(tmp_path):
+    _, packed = both(tmp_path)
+    for layer, words in (("model.norm", "RMSNorm"), ("model.absent", "no such layer"), ("model.layers.0", "Layer")):
+        config = json.loads((packed / "config.json").read_text())
+        entries = config["quantization_config"]["layers"]
+        entries[layer] = entries.pop("model.layers.0.mlp.up_proj")
+        folder = shutil.copytree(packed, tmp_path / layer)
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ModelError, match=words):
+            load(folder)
+
+
+def test_evaluate_reads_packed_models_and_others_say_what_to_do(tmp_path, text_file, monkeypatch):
+    source, packed = both(tmp_path)
+    settings: dict[str, Any] = {"text": str(text_file), "sequence_length": 32, "max_windows": 4, "device": "cpu"}
+    expected = thanos.evaluate(source, **settings)
+    monkeypatch.setenv(loader.UNPACK, "never")
+    got = thanos.evaluate(packed, dense=str(source), **settings)
+    assert got.perplexity == pytest.approx(expected.perplexity, rel=0.01)
+    assert got.kl_divergence == pytest.approx(0, abs=1e-3)
+    out = tmp_path / "o"
+    for refused in (thanos.inspect_checkpoint, lambda m: thanos.prune(m, out), lambda m: thanos.plan(m, out)):
+        with pytest.raises(ModelError, match="is packed; give the dense model: thanos unpack"):
+            refused(packed)

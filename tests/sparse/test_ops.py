@@ -1,0 +1,228 @@
+"""The product of a packed matrix, against float64, on every device that is there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparse_matrices import random_weight, sparse_weight
+from thanos.sparse.formats import PackedWeight, decode, encode
+from thanos.sparse.kernels import cpu, lacking
+from thanos.sparse.modules import PackedLinear
+from thanos.sparse.ops import packed_linear
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+DTYPES = (torch.bfloat16, torch.float16)
+EPSILON = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
+
+SHAPES = [(1, 1), (1, 64), (33, 31), (64, 576), (100, 1000), (257, 129), (96, 2080)]
+
+
+@pytest.fixture(autouse=True)
+def _device_is_there(request: pytest.FixtureRequest) -> None:
+    if getattr(request.node, "callspec", None) and request.node.callspec.params.get("device") == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+        reason = lacking(torch.device("cuda", 0), torch.bfloat16)
+        assert not reason
+
+
+def product(packed: PackedWeight, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    return packed_linear(x, packed.words, packed.offsets, bias, packed.spec.rows, packed.spec.n)
+
+
+def on(packed: PackedWeight, device: str) -> PackedWeight:
+    offsets = None if packed.offsets is None else packed.offsets.to(device)
+    return PackedWeight(packed.spec, packed.words.to(device), offsets)
+
+
+def assert_close(got: Tensor, weight: Tensor, x: Tensor, bias: Tensor | None = None) -> None:
+    """The result is the float64 product up to float32 sums of that length and one rounding."""
+    wide = weight.double().cpu()
+    exact = x.double().cpu() @ wide.T + (0 if bias is None else bias.double().cpu())
+    size = x.double().abs().cpu() @ wide.abs().T + (0 if bias is None else bias.double().abs().cpu())
+    allowed = EPSILON[got.dtype] * exact.abs() + 1e-5 * size + 1e-7
+    assert got.shape == exact.shape
+    assert bool(((got.double().cpu() - exact).abs() <= allowed).all())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 2, 3, 5, 20])
+def test_the_product_is_that_of_the_dense_matrix(shape, dtype, tokens, device):
+    draw = torch.Generator().manual_seed(1)
+    x = torch.randn(tokens, shape[1], generator=draw).to(dtype)
+    bias = torch.randn(shape[0], generator=draw).to(dtype)
+    for weight in (sparse_weight(*shape, dtype=dtype), random_weight(*shape, 0.6, dtype=dtype)):
+        packed = on(encode(weight), device)
+        assert_close(product(packed, x.to(device)), weight, x)
+        assert_close(product(packed, x.to(device), bias.to(device)), weight, x, bias)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("n", range(1, 32))
+def test_every_count_of_32(n, device):
+    weight = sparse_weight(70, 300, n=n, dtype=DTYPES[n % 2], seed=n)
+    packed = on(encode(weight), device)
+    x = torch.randn(2, 300, generator=torch.Generator().manual_seed(n)).to(weight.dtype)
+    assert_close(product(packed, x.to(device)), weight, x)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.9, 0.99, 1.0])
+def test_every_sparsity_with_empty_and_full_rows(sparsity, device):
+    weight = random_weight(80, 200, sparsity)
+    weight[7], weight[40], weight[:, 33] = 0, 0.5, 0
+    weight[32:64, 64:96] = 0
+    packed = on(encode(weight), device)
+    x = torch.randn(1, 200, generator=torch.Generator().manual_seed(3)).bfloat16()
+    assert_close(product(packed, x.to(device)), weight, x)
+    assert product(packed, x.to(device))[0, 7] == 0
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_reaches_the_rows_that_read_it(value, device):
+    weight = sparse_weight(64, 96)
+    x = torch.randn(1, 96, generator=torch.Generator().manual_seed(5)).bfloat16()
+    x[0, 40] = value
+    got = product(on(encode(weight), device), x.to(device)).cpu()[0]
+    reads = weight[:, 40] != 0
+    assert not got[reads].isfinite().any()
+    if device == "cuda":  # the kernel of CPUs spreads a row of values over all columns, as the dense product does
+        assert got[~reads].isfinite().all()
+        assert_close(got[~reads][None], weight[~reads], x.nan_to_num(0, 0, 0))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_other_dimensions_and_strides_of_the_input(device):
+    weight = sparse_weight(64, 96)
+    packed = on(encode(weight), device)
+    x = torch.randn(3, 96, 2, generator=torch.Generator().manual_seed(5)).bfloat16().to(device).transpose(1, 2)
+    got = product(packed, x)
+    assert got.shape == (3, 2, 64)
+    assert_close(got.reshape(6, 64), weight, x.reshape(6, 96))
+    assert product(packed, x[:0]).shape == (0, 2, 64)
+    assert product(packed, x[0, 0]).shape == (64,)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("shape", [(64, 4096), (4096, 4096)])
+def test_a_token_has_the_same_bits_alone_and_in_a_batch(shape, device):
+    for weight in (sparse_weight(*shape), random_weight(*shape, 0.7)):
+        packed = on(encode(weight), device)
+        x = torch.randn(8, shape[1], device=device).bfloat16()
+        whole = product(packed, x)
+        for count in (1, 2, 3, 5):
+            assert torch.equal(product(packed, x[:count]), whole[:count])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_graph_replays_the_product(device):
+    weight = sparse_weight(64, 4096)
+    packed, x = on(encode(weight), device), torch.randn(1, 4096, device=device).bfloat16()
+    expected = product(packed, x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = product(packed, x)
+    for _ in range(3):
+        y.zero_()
+        graph.replay()
+        assert torch.equal(y, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("shape", [(33, 31), (100, 1000)])
+def test_the_device_expands_the_matrix_bit_by_bit(shape, device):
+    from thanos.sparse.kernels.cuda import expand
+
+    for weight in (sparse_weight(*shape), random_weight(*shape, 0.5, dtype=torch.float16)):
+        packed = on(encode(weight), device)
+        got = expand(packed.words, packed.offsets, *shape, packed.spec.n, weight.dtype)
+        assert torch.equal(got.cpu().view(torch.int16), weight.view(torch.int16))
+        assert torch.equal(decode(packed).cpu().view(torch.int16), weight.view(torch.int16))
+
+
+needs_extension = pytest.mark.skipif(bool(cpu.lacking()), reason=cpu.lacking())
+
+
+@needs_extension
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dot", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_extension_and_the_plain_way_are_the_float64_product(shape, dot, dtype, monkeypatch):
+    draw = torch.Generator().manual_seed(2)
+    x, bias = torch.randn(3, shape[1], generator=draw).to(dtype), torch.randn(shape[0], generator=draw).to(dtype)
+    for weight in (sparse_weight(*shape, dtype=dtype), random_weight(*shape, 0.7, dtype=dtype)):
+        packed = encode(weight)
+        got = cpu.linear(x, packed.words, packed.offsets, bias, shape[0], packed.spec.n, dot=dot)
+        assert_close(got, weight, x, bias)
+        with monkeypatch.context() as patch:
+            patch.setattr(cpu, "lacking", lambda: "as if it were not built")
+            assert_close(product(packed, x, bias), weight, x, bias)
+
+
+@needs_extension
+def test_the_extension_gives_a_token_the_same_bits_with_any_batch_and_threads():
+    threads = torch.get_num_threads()
+    for weight in (sparse_weight(640, 1000), random_weight(640, 1000, 0.6)):
+        packed = encode(weight)
+        x = torch.randn(8, 1000).bfloat16()
+        whole = product(packed, x)
+        try:
+            for count in (1, 2):
+                torch.set_num_threads(count)
+                assert torch.equal(torch.cat([product(packed, row[None]) for row in x]), whole)
+        finally:
+            torch.set_num_threads(threads)
+
+
+@needs_extension
+def test_the_extension_rounds_what_is_not_finite_and_too_large():
+    weight = torch.zeros(32, 32, dtype=torch.float16)
+    weight[:, 0] = 60000
+    weight[3, 0], weight[4, 0] = float("nan"), float("inf")
+    packed = encode(weight)
+    y = product(packed, torch.full((1, 32), 2.0, dtype=torch.float16))[0]
+    assert y[3].isnan()
+    assert torch.isinf(y[[0, 4, 31]]).all()
+    assert product(encode(weight.bfloat16()), torch.full((1, 32), 2.0).bfloat16())[0, 3].isnan()
+
+
+def test_the_operator_follows_the_rules_of_torch():
+    for weight in (sparse_weight(40, 70), random_weight(40, 70, 0.6)):
+        packed = encode(weight)
+        x, bias = torch.randn(3, 70).bfloat16(), torch.randn(40).bfloat16()
+        arguments = (x, packed.words, packed.offsets, bias, packed.spec.rows, packed.spec.n)
+        torch.library.opcheck(
+            torch.ops.thanos.packed_linear.default, arguments, test_utils=("test_schema", "test_faketensor")
+        )
+
+
+def test_a_compiled_module_gives_the_same():
+    weight = sparse_weight(64, 96)
+    packed = encode(weight)
+    module = PackedLinear(packed.spec, bias=True)
+    module.load_state_dict({"weight_words": packed.words, "bias": torch.randn(64).bfloat16()})
+    x = torch.randn(2, 96).bfloat16()
+    compiled = torch.compile(lambda x: module(x).float() + 1, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x), module(x).float() + 1)
+
+
+def test_a_module_is_a_linear_layer_that_knows_its_weight():
+    weight = sparse_weight(64, 96)
+    packed = encode(weight)
+    module = PackedLinear(packed.spec, bias=False)
+    module.load_state_dict({"weight_words": packed.words})
+    assert torch.equal(module.weight, weight)
+    assert "16:32" in repr(module)
+    x = torch.randn(2, 96).bfloat16()
+    assert torch.equal(module.dense()(x), F.linear(x, weight))
+    with pytest.raises(TypeError, match="dequantize"):
+        module(x.float())

@@ -1,0 +1,79 @@
+"""Checks of packed tensors: what passes them can be used, whatever it holds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparse_matrices import random_weight, sparse_weight
+from thanos.errors import ModelError
+from thanos.sparse.formats import PackedWeight, decode, encode
+from thanos.sparse.ops import packed_linear
+from thanos.sparse.storage import check_weight, parse_settings, settings_of
+
+PACKED = (encode(sparse_weight(40, 70)), encode(random_weight(64, 96, 0.6)), encode(sparse_weight(64, 96)))
+
+
+def use(packed: PackedWeight) -> None:
+    decode(packed)
+    x = torch.ones(1, packed.spec.columns, dtype=packed.spec.dtype)
+    packed_linear(x, packed.words, packed.offsets, None, packed.spec.rows, packed.spec.n)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    which=st.sampled_from(PACKED),
+    where=st.integers(0, 10**6),
+    value=st.integers(-(2**31), 2**31 - 1),
+    masks=st.booleans(),
+)
+def test_a_changed_word_is_refused_or_harmless(which, where, value, masks):
+    words = which.words.clone()
+    words[where % 32 if masks else where % len(words)] = value
+    changed = PackedWeight(which.spec, words, which.offsets)
+    try:
+        check_weight(changed, "layer")
+    except ModelError:
+        return
+    use(changed)
+
+
+@settings(max_examples=150, deadline=None)
+@given(where=st.integers(0, 6), value=st.one_of(st.integers(-(2**31), 2**31 - 1), st.integers(-5, 200)))
+def test_a_changed_offset_is_refused_unless_it_is_the_same(where, value):
+    packed = PACKED[1]
+    assert packed.offsets is not None
+    offsets = packed.offsets.clone()
+    same = int(offsets[where]) == value
+    offsets[where] = value
+    changed = PackedWeight(packed.spec, packed.words, offsets)
+    try:
+        check_weight(changed, "layer")
+    except ModelError:
+        assert not same
+        return
+    use(changed)
+
+
+@pytest.mark.parametrize("packed", PACKED)
+def test_other_sizes_and_dtypes_are_refused(packed):
+    check_weight(packed, "layer")
+    for words in (packed.words[:-1], packed.words.view(torch.float32), packed.words[None]):
+        with pytest.raises(ModelError, match="layer has"):
+            check_weight(PackedWeight(packed.spec, words, packed.offsets), "layer")
+    other = None if packed.offsets is not None else packed.words[:5]
+    with pytest.raises(ModelError, match="layer has"):
+        check_weight(PackedWeight(packed.spec, packed.words, other), "layer")
+
+
+def test_settings_come_back():
+    specs = {f"layer.{index}": packed.spec for index, packed in enumerate(PACKED)}
+    assert parse_settings(settings_of(specs), "model") == specs
+
+
+@pytest.mark.parametrize("settings", [None, 3, [], {}, {"format_version": 1}, {"format_version": 1, "layers": [1]}])
+def test_settings_that_are_none_are_refused(settings):
+    with pytest.raises(ModelError):
+        parse_settings(settings, "model")

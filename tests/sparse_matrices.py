@@ -1,0 +1,60 @@
+"""Matrices that are sparse in a pattern, and their comparison bit by bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from helpers import tiny_model, tiny_tokenizer
+
+
+def sparse_weight(
+    rows: int, columns: int, *, n: int = 16, m: int = 32, dtype: torch.dtype = torch.bfloat16, seed: int = 0
+) -> Tensor:
+    """Random weights of which n in each m of a row stay; a last group that is shorter keeps n at most."""
+    draw = torch.Generator().manual_seed(seed)
+    wide = -(-columns // m) * m
+    scores = torch.rand(rows, wide // m, m, generator=draw)
+    kept = (scores.argsort(-1).argsort(-1) < n).view(rows, wide)[:, :columns]
+    weight = torch.randn(rows, columns, generator=draw) / (n * columns / m) ** 0.5
+    return weight.masked_fill(~kept, 0).to(dtype)  # a product would give -0
+
+
+def random_weight(
+    rows: int, columns: int, sparsity: float, *, dtype: torch.dtype = torch.bfloat16, seed: int = 0
+) -> Tensor:
+    """Random weights without a pattern."""
+    draw = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=draw) / columns**0.5
+    return weight.masked_fill(torch.rand(rows, columns, generator=draw) < sparsity, 0).to(dtype)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two 16-bit tensors are equal bit by bit."""
+    return a.dtype == b.dtype and torch.equal(a.view(torch.int16), b.view(torch.int16))
+
+
+def save_pruned(
+    folder: Path, architecture: str = "llama", *, dtype: torch.dtype = torch.bfloat16, **changes: Any
+) -> Path:
+    """Save a tiny model whose linear layers keep 16 of 32 weights; every second block has no pattern instead."""
+    saving = {key: changes.pop(key) for key in ("max_shard_size",) if key in changes}
+    model = tiny_model(architecture, dtype=dtype, **changes)
+    for index, (name, module) in enumerate(model.named_modules()):
+        if isinstance(module, torch.nn.Linear) and "lm_head" not in name and "embed_out" not in name:
+            shape = tuple(module.weight.shape)
+            new = sparse_weight(*shape, dtype=dtype, seed=index)
+            if ".1." in name:
+                new = random_weight(*shape, 0.7, dtype=dtype, seed=index)
+            module.weight.data = new
+    model.save_pretrained(folder, **saving)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Relative path → content of every file below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
