@@ -68,7 +68,8 @@ HEADINGS = {
         "Output": {"--json", "--quiet", "--help"},
     },
     "bench model": {
-        "Method and sparsity": {"--method", "--pattern", "--sparsity", "--block-size"},
+        "Method and sparsity": {"--method", "--pattern", "--sparsity", "--block-size", "--scope"},
+        "Repair": {"--effort", "--dense-target", "--sequential", "--refit", "--tune"},
         "Calibration": {"--samples", "--sequence-length"},
         "Sizes of the model": {
             "--shape", "--hidden", "--intermediate", "--heads", "--kv-heads", "--vocabulary", "--model-blocks",
