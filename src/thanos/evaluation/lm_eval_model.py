@@ -8,8 +8,8 @@ Why lm_eval's ``HFLM`` alone does not suffice: it costs 2 ms of CPU time more pe
 LLaMA on one CPU core, lm_eval 0.4.13, five tasks with 200 documents each, equal scores: every model after the first takes
 0.5 to 0.9 s here and 2.7 to 2.9 s with ``HFLM`` (1.2 to 1.6 s without compiled templates alone, 0.8 to 1.0 s without kept token
 ids alone). For all 7153 documents of these tasks that is 14 s a model. A cell of the study of SmolLM2-135M on an H200 takes
-22 s, 11 s of them for these tasks, so it would be slower by more than 20 % (computed, not measured on a GPU). On a CPU, where the
-forward passes of that model take 0.5 s a document, the difference does not matter.
+22 s, 11 s of them for these tasks, so it would be more than 20 % slower (computed, not measured on a GPU). On a CPU the forward
+passes of that model take 0.6 s a document, and the difference does not matter.
 """
 
 from __future__ import annotations
