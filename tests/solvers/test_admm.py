@@ -12,7 +12,6 @@ from torch.testing import assert_close
 
 import oracles
 from thanos import prune_weight
-from thanos.patterns.nm import NM
 from thanos.patterns.unstructured import Unstructured
 from thanos.recipe.layer import LayerRecipe
 from thanos.solvers.cost import Size
@@ -93,7 +92,6 @@ def test_the_cost_grows_as_its_products() -> None:
     assert wide["inverses"].flops == 8 * one["inverses"].flops
     assert wide["iterations"].flops == 4 * one["iterations"].flops
     assert wide["refit"].flops == 4 * one["refit"].flops
-    assert module.memory(NM(2, 4), Size(64, 200, 128)) >= 4 * 6 * 64 * 200 + 2 * 4 * 200**2
 
 
 # --- the demo model's layers --------------------------------------------------------------------------------------------
