@@ -149,7 +149,8 @@ def test_states_on_disk_do_not_stay_in_this_process(tmp_path: Path) -> None:
     for first, got in kept.batches(8):
         kept.write(first, got + 1)
     kept.flush()
-    assert host_bytes() < before + (4 * 32 << 20)  # a few batches of 32 MiB
+    # Batches of 32 MiB: one read, one read ahead, one computed, one being written. If the states stayed, it were 8 of them.
+    assert host_bytes() < before + (6 * 32 << 20)
     assert all(bool((got == 2).all()) for _, got in kept.batches(8))
     kept.close()
 

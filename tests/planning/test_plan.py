@@ -73,7 +73,8 @@ class TestThePlan:
         assert plan.layers == len(report.layers)
         assert (plan.activations, plan.batch) == (report.execution["activations"], report.execution["batch"])
         assert set(plan.phases) == set(report.phases) == PHASES
-        assert plan.recipe == report.recipe
+        assert plan.recipe["calibration"] == str(text_file)
+        assert plan.recipe | {"calibration": text_file.name} == report.recipe, "OUT names no local folder"
 
     def test_hidden_states_are_counted_to_the_byte(self, plan: thanos.Plan, tiny_llama: Path) -> None:
         width = json.loads((tiny_llama / "config.json").read_text())["hidden_size"]
