@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from thanos.study.report.figures.charts import Figure, Point
 from thanos.study.report.numbers import Number, Prose, count, setting
-from thanos.study.report.ranking import comparable, verdict
-from thanos.study.report.results import Results, Row, pattern_order, row_of
+from thanos.study.report.ranking import change_of, comparable, one_seed, verdict
+from thanos.study.report.results import Results, Row, over_common_seeds, pattern_order, row_of
 from thanos.study.report.tables import Table
 from thanos.study.store import CellRecord
 
@@ -216,3 +216,18 @@ BAR_NOTE = (
     "Bars: spread over calibration seeds; a row with one seed has that of its method, pattern and sparsity, if known."
 )
 BEST_NOTE = "Bold: no row of equal measured sparsity is better by more than the spread, over the seeds that both have."
+
+
+def beside_own(results: Results, row: Row) -> tuple[Row, Number | None, str]:
+    """Compare a row with that of the same method, pattern and budget without any other setting.
+
+    Returns:
+        The row over the seeds that both have, the change of the perplexity, and the sign of the verdict. Without a comparable
+        row: the row itself, None and a dash.
+    """
+    names = ("method", "pattern", "sparsity", "alpha", "keep_budget", "block_size")
+    own = results.find(**{name: getattr(row, name) for name in names})
+    change = change_of(row, own) if own is not None and comparable(row, own) else None
+    if own is None or change is None:
+        return row, None, "–"
+    return over_common_seeds(row, own)[0], change, SIGNS[verdict(row, own)] + one_seed(row, own)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from thanos.study.report.ranking import change_of, comparable, one_seed, verdict
-from thanos.study.report.results import Results, Row, over_common_seeds
-from thanos.study.report.sections.common import SIGNS, SPREAD_NOTE, Section, note
+from thanos.study.report.results import Results, Row
+from thanos.study.report.sections.common import SPREAD_NOTE, Section, beside_own, note
 from thanos.study.report.tables import Line, measures, table
 
 _FIELDS = ("perplexity", "kl_divergence", "zero_shot", "seconds")
@@ -39,12 +38,5 @@ def repair(results: Results) -> Section:
 
 
 def _line(results: Results, row: Row) -> Line:
-    names = ("method", "pattern", "sparsity", "alpha", "keep_budget", "block_size")
-    alone = results.find(**{name: getattr(row, name) for name in names})
-    change, sign, shown = None, "–", row
-    if alone is not None and comparable(row, alone):
-        change = change_of(row, alone)
-        if change is not None:
-            shown = over_common_seeds(row, alone)[0]
-            sign = SIGNS[verdict(row, alone)] + one_seed(row, alone)
+    shown, change, sign = beside_own(results, row)
     return (row.pattern_label, row.label, *measures(shown, _FIELDS), change, sign)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from thanos.study.report.ranking import change_of, comparable, one_seed, verdict
-from thanos.study.report.results import Results, Row, over_common_seeds
-from thanos.study.report.sections.common import SIGNS, SPREAD_NOTE, Section, note
+from thanos.study.report.results import Results, Row
+from thanos.study.report.sections.common import SPREAD_NOTE, Section, beside_own, note
 from thanos.study.report.tables import Line, measures, table
 
 _FIELDS = ("sparsity", "layer_error", "perplexity", "kl_divergence")
@@ -38,12 +37,5 @@ def scope(results: Results) -> Section:
 
 
 def _line(results: Results, row: Row) -> Line:
-    names = ("method", "pattern", "sparsity", "alpha", "keep_budget", "block_size")
-    base = results.find(**{name: getattr(row, name) for name in names})
-    change, sign, shown = None, "–", row
-    if base is not None and comparable(row, base):
-        change = change_of(row, base)
-        if change is not None:
-            shown = over_common_seeds(row, base)[0]
-            sign = SIGNS[verdict(row, base)] + one_seed(row, base)
+    shown, change, sign = beside_own(results, row)
     return (row.pattern_label, row.label, row.scope, *measures(shown, _FIELDS), change, sign)
