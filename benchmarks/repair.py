@@ -50,10 +50,11 @@ def main() -> int:
     arguments.results.parent.mkdir(parents=True, exist_ok=True)
     claims = Path(tempfile.mkdtemp())
     runs = []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
     for rank in range(max(1, torch.cuda.device_count())):
         environment = os.environ | {"CLAIMS": str(claims)}
         if torch.cuda.is_available():
-            environment["CUDA_VISIBLE_DEVICES"] = str(rank)
+            environment["CUDA_VISIBLE_DEVICES"] = visible[rank]
         runs.append(subprocess.Popen([sys.executable, *sys.argv, "--rank", str(rank)], env=environment))
     return max(run.wait() for run in runs)
 
