@@ -52,8 +52,10 @@ def main() -> int:
     claims = Path(tempfile.mkdtemp())
     runs = []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
-    for rank in range(max(1, torch.cuda.device_count())):
+    count = max(1, torch.cuda.device_count())
+    for rank in range(count):
         environment = os.environ | {"CLAIMS": str(claims)}
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
         if torch.cuda.is_available():
             environment["CUDA_VISIBLE_DEVICES"] = visible[rank]
         runs.append(subprocess.Popen([sys.executable, *sys.argv, "--rank", str(rank)], env=environment))
