@@ -99,7 +99,7 @@ def epochs_of(context: BlockContext) -> int:
 
 def _on_device(context: BlockContext) -> bool:
     streams = (context.runner, context.dense_stream)
-    return any(stream is not None and stream.place == "device" for stream in streams)
+    return any(stream is not None and stream.tier == "device" for stream in streams)
 
 
 def tunables(context: BlockContext) -> list[Tunable]:
