@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Self
 
 from thanos.errors import RecipeError
-from thanos.patterns.units import HEAD, Units
+from thanos.patterns.units import HEADS, Units
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,8 +19,8 @@ class Heads(Units):
     model.
     """
 
-    kind: ClassVar[str] = HEAD
-    unit_kinds: ClassVar[tuple[str, ...]] = (HEAD,)
+    kind: ClassVar[str] = HEADS
+    unit_kinds: ClassVar[tuple[str, ...]] = (HEADS,)
 
     @classmethod
     def parse(cls, text: str) -> Self | None:

@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
-from thanos.patterns.units import NEURON, Units
+from thanos.patterns.units import NEURONS, Units
 
 
 @dataclass(frozen=True, slots=True)
 class Neurons(Units):
     """Input columns of an MLP's second matrix are removed, one for each neuron, with the neuron's weights in the first."""
 
-    kind: ClassVar[str] = NEURON
-    unit_kinds: ClassVar[tuple[str, ...]] = (NEURON,)
+    kind: ClassVar[str] = NEURONS
+    unit_kinds: ClassVar[tuple[str, ...]] = (NEURONS,)
 
     @classmethod
     def parse(cls, text: str) -> Self | None:
@@ -22,7 +22,7 @@ class Neurons(Units):
 
     def of_writer(self, kind: str, count: int, groups: int) -> Self:
         """Return the pattern itself: every column is a unit."""
-        assert (kind, groups) == (NEURON, 1)
+        assert (kind, groups) == (NEURONS, 1)
         del count
         return self
 

@@ -19,13 +19,13 @@ from thanos.patterns.rounding import floor_count
 if TYPE_CHECKING:
     from torch import Tensor
 
-NEURON = "neuron"
+NEURONS = "neurons"
 """A column of the second matrix of an MLP."""
 
-HEAD = "head"
+HEADS = "heads"
 """Columns of the attention's output matrix: an attention head, or several that go together."""
 
-BLOCK = "block"
+BLOCKS = "blocks"
 """A decoder block."""
 
 
