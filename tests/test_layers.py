@@ -22,7 +22,7 @@ LAYERS = (
     "checkpoint solvers",
     "sparse",
     "model",
-    "calibration",
+    "calibration shrink",
     "engine",
     "run",
     "evaluation export planning recovery",
