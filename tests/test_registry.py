@@ -54,8 +54,12 @@ THE_PROGRAM = {
 }
 """File → number of strings ``thanos`` in it that mean the program, not the method."""
 
-OWN_FILES = {"registry/__init__.py", *(f"patterns/{name}.py" for name in ("unstructured", "columns", "nm"))}
-PATTERN_CLASSES = {"Unstructured", "Columns", "NM"}
+OWN_FILES = {
+    *("registry/__init__.py", "registry/pattern_rows.py"),
+    "patterns/units.py",  # the kinds of units, which have the names of their patterns
+    *(f"patterns/{name}.py" for name in ("unstructured", "columns", "nm", "neurons", "heads")),
+}
+PATTERN_CLASSES = {"Unstructured", "Columns", "NM", "Neurons", "Heads"}
 METHOD_MODULES = "thanos.solvers.methods"
 
 

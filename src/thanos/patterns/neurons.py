@@ -20,7 +20,7 @@ class Neurons(Units):
         """Return the pattern for the text ``neurons``, else None."""
         return cls() if text == "neurons" else None
 
-    def of_writer(self, kind: str, count: int, groups: int) -> Self:
+    def of_writer(self, kind: str, count: int, groups: int) -> Units:
         """Return the pattern itself: every column is a unit."""
         assert (kind, groups) == (NEURONS, 1)
         del count

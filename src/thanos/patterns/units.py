@@ -8,8 +8,9 @@ run. Inside a run of the engine the columns of a unit that goes are zeroed; the 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar
 
 from thanos.errors import RecipeError
 from thanos.patterns.base import Choice, Pattern
@@ -30,8 +31,26 @@ BLOCKS = "blocks"
 
 
 @dataclass(frozen=True, slots=True)
-class Units(Pattern):
-    """Whole units are removed; the base of the patterns of one kind of units.
+class ModelUnits(Pattern):
+    """Whole units of a model are removed; the base of such patterns."""
+
+    default_sparsity: ClassVar[float] = 0.2
+    whole_columns: ClassVar[bool] = True
+    can_be_required: ClassVar[bool] = False
+
+    @abstractmethod
+    def of_writer(self, kind: str, count: int, groups: int) -> Units:
+        """Return the pattern of a writer with this number of units of a kind, each with this number of runs of columns."""
+
+    def violation(self, zero: Tensor) -> str:
+        """Return an empty text: in a model that was cut, nothing is zero."""
+        del zero
+        return ""
+
+
+@dataclass(frozen=True, slots=True)
+class Units(ModelUnits):
+    """Units of one kind are removed.
 
     Attributes:
         count: number of units of the writer; 0 if every column is a unit.
@@ -41,14 +60,11 @@ class Units(Pattern):
     count: int = 0
     groups: int = 1
 
-    default_sparsity: ClassVar[float] = 0.2
-    whole_columns: ClassVar[bool] = True
-    can_be_required: ClassVar[bool] = False
     kind: ClassVar[str]
     """The kind of the units."""
 
-    def of_writer(self, kind: str, count: int, groups: int) -> Self:
-        """Return the pattern of a writer with this number of units, each with this number of runs of columns."""
+    def of_writer(self, kind: str, count: int, groups: int) -> Units:
+        """See :meth:`ModelUnits.of_writer`."""
         assert kind == self.kind
         return replace(self, count=count, groups=groups)
 
@@ -107,8 +123,3 @@ class Units(Pattern):
         groups, _, run = self.layout(len(scores))
         units = choice.smallest_columns(self.unit_scores(scores), choice.budget.columns // (groups * run))
         return self.columns_of(units, len(scores))
-
-    def violation(self, zero: Tensor) -> str:
-        """Return an empty text: in a model that was cut, nothing is zero."""
-        del zero
-        return ""
