@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,13 +11,16 @@ from torch import Tensor
 
 from thanos.engine.records import LayerRecord
 from thanos.errors import ModelError, RecipeError
+from thanos.events import Event, Watcher
 from thanos.model.layers import LinearLayer, find_blocks, linear_layers, select_layers
 from thanos.model.opening import OpenedModel
 from thanos.patterns.rounding import floor_count
 from thanos.patterns.units import HEADS, NEURONS, ModelUnits
 from thanos.recipe import LayerRecipe, Recipe
 from thanos.recipe.units import HEAD_UNITS
+from thanos.run.work_folder import WorkFolder
 from thanos.shrink.config import smaller_config
+from thanos.shrink.folder import write_smaller
 from thanos.shrink.units import Units, units_of
 
 MULTIPLES = {NEURONS: 64, HEADS: 1}
@@ -73,7 +77,7 @@ class Cutting:
         share = self.removed.get(units.kind, 0) / len(units)
         return replace(settings, pattern=str(own), sparsity=share)
 
-    def kept(self, layers: list[LayerRecord]) -> dict[str, Tensor]:
+    def kept(self, layers: Sequence[LayerRecord]) -> dict[str, Tensor]:
         """Return for each writer the indices of the units that stay, ascending, (units that stay,) int64."""
         import torch
 
@@ -102,9 +106,7 @@ class Cutting:
         }
 
 
-def plan_cutting(
-    opened: OpenedModel, recipe: Recipe
-) -> tuple[Cutting, dict[LinearLayer, LayerRecipe], dict[str, str]]:
+def plan_cutting(opened: OpenedModel, recipe: Recipe) -> tuple[Cutting, dict[LinearLayer, LayerRecipe], dict[str, str]]:
     """Return what a run removes, the layers that lose columns with their settings, and the others with the reason.
 
     Raises:
@@ -131,6 +133,36 @@ def plan_cutting(
     left |= {layer.name: why for layer in chosen if layer.name not in writers}
     layers = {layer: settings for layer, settings in chosen.items() if layer.name in writers}
     return cutting, cutting.settings(layers), left
+
+
+def write_cut(cutting: Cutting, records: Sequence[LayerRecord], work: WorkFolder, tell: Watcher) -> dict[str, Any]:
+    """Write the smaller model from the finished one of full size; return what was cut, for the report.
+
+    Args:
+        cutting: the units that go.
+        records: records of the writers.
+        work: the work folder; ``model`` is complete, and ``unsealed`` becomes the smaller model.
+        tell: called with events.
+    """
+    shutil.rmtree(work.unsealed, ignore_errors=True)  # of a run that ended during this step
+
+    def watch(event: Event) -> None:
+        tell(replace(event, phase="finish"))
+
+    made = write_smaller(
+        work.model,
+        work.unsealed,
+        cutting.kept(records),
+        head_unit=cutting.head_unit,
+        trust_remote_code=cutting.recipe.trust_remote_code,
+        on_event=watch,
+    )
+    return cutting.to_dict() | {
+        "parameters_before": made.dense_parameters,
+        "parameters_after": made.parameters,
+        "bytes_before": made.dense_nbytes,
+        "bytes_after": made.nbytes,
+    }
 
 
 def check_config(opened: OpenedModel, cutting: Cutting) -> None:
@@ -181,9 +213,7 @@ def _writers(opened: OpenedModel, recipe: Recipe) -> dict[str, Units]:
     name, blocks = find_blocks(opened.meta_model)
     found: dict[str, Units] = {}
     for kind in recipe.parsed_pattern.unit_kinds:
-        for index, writers in enumerate(
-            units_of(opened.meta_model, blocks, kind, recipe.head_unit or HEAD_UNITS[0])
-        ):
+        for index, writers in enumerate(units_of(opened.meta_model, blocks, kind, recipe.head_unit or HEAD_UNITS[0])):
             found |= {f"{name}.{index}.{units.writer}": units for units in writers}
     return found
 
