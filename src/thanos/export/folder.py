@@ -1,14 +1,12 @@
-"""The folder that an export writes: all or nothing, next to the files that are copied as they are."""
+"""The folder that an export writes: all or nothing."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from thanos.errors import UserError, resource_errors
-from thanos.run.auxiliary_files import is_weight_file
 from thanos.run.lock import locked
 from thanos.run.work_folder import WorkFolder, check_interrupted, check_output
 
@@ -44,22 +42,3 @@ def written(out: Path, *, model: Path | None, overwrite: bool, what: str) -> Ite
             with suppress(OSError):
                 work.remove()
             raise
-
-
-def copy_others(source: Path, target: Path, skip: Collection[str]) -> None:
-    """Copy every file that is neither a weight file, nor hidden, nor named in ``skip``.
-
-    Args:
-        source: folder of the model.
-        target: folder that is written.
-        skip: names of files that the caller writes.
-    """
-    for path in sorted(source.rglob("*")):
-        inside = path.relative_to(source)
-        if path.is_dir() or any(part.startswith(".") for part in inside.parts):
-            continue
-        if str(inside) in skip or is_weight_file(path.name):
-            continue
-        copy = target / inside
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, copy)

@@ -9,12 +9,13 @@ from typing import Any
 
 from thanos._version import __version__
 from thanos.checkpoint.layout import DEFAULT_SHARD_BYTES, TensorSpec, plan_layout
+from thanos.checkpoint.other_files import copy_others
 from thanos.checkpoint.reader import SafetensorsCheckpoint
 from thanos.checkpoint.writer import CheckpointWriter
 from thanos.errors import ModelError, UserError
 from thanos.events import Event, Watcher
 from thanos.export.candidates import LEAST_WEIGHTS, Candidate, find_candidates
-from thanos.export.folder import copy_others, written
+from thanos.export.folder import written
 from thanos.export.record import CHANGED, NAME, LayerPacking, Packing, describe_dense
 from thanos.model.opening import CONVERTED, open_model
 from thanos.model.source import find_local, resolve_model

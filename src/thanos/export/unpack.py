@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 
 from thanos.checkpoint.layout import DEFAULT_SHARD_BYTES, TensorSpec, plan_layout
+from thanos.checkpoint.other_files import copy_others
 from thanos.checkpoint.reader import SafetensorsCheckpoint
 from thanos.checkpoint.writer import CheckpointWriter
 from thanos.errors import ModelError
 from thanos.events import Event, Watcher
-from thanos.export.folder import copy_others, written
+from thanos.export.folder import written
 from thanos.export.record import CHANGED, NAME, DenseFolder, read_dense
 from thanos.sparse.formats import PackedSpec, decode
 from thanos.sparse.storage import OFFSETS, WORDS, find_prefixes, is_packed, parse_settings, read_weight

@@ -6,22 +6,12 @@ import json
 import shutil
 from pathlib import Path
 
+from thanos.checkpoint.other_files import is_weight_file
 from thanos.events import LOG_NAME, RUN_NAME
 from thanos.model.opening import OpenedModel
 from thanos.model.source import ModelSource
 
-_NOT_COPIED = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ckpt")
-"""Endings of weight files in any format. The output has its own weights."""
-
-_INDICES = (".safetensors.index.", ".bin.index.")
-"""Parts of the names of weight indices, including those of variants (``model.safetensors.index.fp16.json``)."""
-
 _OURS = ("README.md", "pruning.json", "recipe.toml", LOG_NAME, RUN_NAME)
-
-
-def is_weight_file(name: str) -> bool:
-    """Return whether a file holds weights in any format, or is an index of such files."""
-    return name.endswith(_NOT_COPIED) or any(part in name for part in _INDICES)
 
 
 def copy_auxiliary_files(opened: OpenedModel, folder: Path) -> None:

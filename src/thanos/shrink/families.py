@@ -48,6 +48,11 @@ class Family:
     layers: str = "num_hidden_layers"
     place: str = ""
 
+    @property
+    def has_experts(self) -> bool:
+        """Whether the neurons are those of experts."""
+        return "*" in self.mlp.writer
+
 
 _GATED = (("gate_proj", "g"), ("up_proj", "u"))
 _MLP = Cut("mlp.down_proj", _GATED)

@@ -1,0 +1,171 @@
+"""The config of a smaller model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from thanos.errors import ModelError
+from thanos.shrink.families import family_of
+from thanos.shrink.units import GROUP, HEADS, NEURONS, QUERY, attention_of, width_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+_OF_EACH_BLOCK = ("layer_types", "mlp_layer_types", "no_rope_layers")
+"""Fields that hold a list with one entry for each block."""
+
+_EXPERT_MULTIPLE = 8
+"""Numbers of neurons of an expert in 16-bit floats that make 16 bytes, which torch's ``grouped_mm`` needs of every row."""
+
+
+def smaller_config(
+    config: PreTrainedConfig, removed: Mapping[str, int], dropped_blocks: Sequence[int] = (), head_unit: str = GROUP
+) -> dict[str, Any]:
+    """Return the config of a smaller model, as ``to_dict`` returns it.
+
+    Args:
+        config: of the model. Of a model with several parts, the text model's config changes.
+        removed: kind of units → how many of them each writer loses.
+        dropped_blocks: indices of the blocks that go.
+        head_unit: what a head means; see :func:`~thanos.shrink.units.units_of`.
+
+    Raises:
+        ModelError: nothing would be left, the blocks depend on their places, or the config's class refuses the sizes.
+    """
+    return changed_config(config, config.to_dict(), removed, dropped_blocks, head_unit)
+
+
+def changed_config(
+    config: PreTrainedConfig,
+    values: Mapping[str, Any],
+    removed: Mapping[str, int],
+    dropped_blocks: Sequence[int] = (),
+    head_unit: str = GROUP,
+) -> dict[str, Any]:
+    """As :func:`smaller_config`, but change ``values``, which are what ``config.json`` says of the same config.
+
+    Raises:
+        ModelError: likewise.
+    """
+    changes = _changes(config, removed, dropped_blocks, head_unit)
+    found = _with_changes(config, values, changes)
+    if reason := _refusal(config, found):
+        hint = _possible_heads(config, values, removed, dropped_blocks, head_unit)
+        raise ModelError(f"{type(config).__name__} refuses the smaller sizes: {reason}{hint}")
+    return found
+
+
+def _changes(
+    config: PreTrainedConfig, removed: Mapping[str, int], dropped_blocks: Sequence[int], head_unit: str
+) -> dict[str, Any]:
+    """Return the fields of the text model's config that change."""
+    text: Any = config.get_text_config(decoder=True)
+    family = family_of(text.model_type, type(config).__name__)
+    changes: dict[str, Any] = {}
+    if neurons := removed.get(NEURONS, 0):
+        width = width_of(text, family.width)
+        changes[family.width] = left = _left(width, neurons, "neurons in each MLP")
+        if left % _EXPERT_MULTIPLE and family.has_experts:
+            raise ModelError(
+                f"experts of {left} neurons cannot run, because torch's product over experts reads rows of 16 bytes; keep a "
+                f"multiple of {_EXPERT_MULTIPLE}"
+            )
+    if heads := removed.get(HEADS, 0):
+        if isinstance(family.attention, str):
+            raise ModelError(f"{type(config).__name__} cannot lose heads: {family.attention}")
+        now = attention_of(text)
+        queries, keys = (now.keys, 0) if head_unit == QUERY and now.shared > 1 else (now.shared, 1)
+        units = now.queries // queries
+        changes["num_attention_heads"] = _left(units, heads, f"{_unit(queries, keys)} in each block") * queries
+        changes["num_key_value_heads"] = now.keys - heads * keys
+        changes["head_dim"] = now.width
+    if dropped_blocks:
+        if family.place and getattr(text, family.place, False):
+            raise ModelError(f"no block can be removed: with {family.place} a block's function depends on its place")
+        changes |= _fewer_blocks(text, family.layers, dropped_blocks)
+    return changes
+
+
+def _unit(queries: int, keys: int) -> str:
+    if keys and queries == 1:
+        return "heads"
+    return f"key-value heads with {queries} query heads each" if keys else f"query heads of each of {queries} groups"
+
+
+def _left(units: int, removed: int, what: str) -> int:
+    if not 0 < removed < units:
+        allowed = f"1 to {units - 1} can" if units > 1 else "the last one has to stay"
+        raise ModelError(f"{removed} of {units} {what} cannot be removed; {allowed}")
+    return units - removed
+
+
+def _fewer_blocks(text: Any, layers: str, dropped_blocks: Sequence[int]) -> dict[str, Any]:
+    """Return the fields that say how many blocks there are, and of which kind each is."""
+    count, gone = text.num_hidden_layers, set(dropped_blocks)
+    if wrong := sorted(index for index in gone if not 0 <= index < count):
+        raise ModelError(f"there is no block {wrong[0]}; the blocks are 0 to {count - 1}")
+    changes: dict[str, Any] = {layers: _left(count, len(gone), "blocks")}
+    stay = [index for index in range(count) if index not in gone]
+    for name in _OF_EACH_BLOCK:
+        values = getattr(text, name, None)
+        if values is not None:
+            changes[name] = [values[index] for index in stay]
+    windows = getattr(text, "max_window_layers", None) or 0  # blocks before it have no sliding window
+    if 0 < windows < count:
+        changes["max_window_layers"] = windows - sum(index < windows for index in gone)
+    if hasattr(text, "mlp_only_layers"):
+        step = getattr(text, "decoder_sparse_step", 1)
+        alone = set(text.mlp_only_layers or ())
+        changes["mlp_only_layers"] = [
+            new for new, old in enumerate(stay) if old in alone or (step > 0 and (old + 1) % step)
+        ]
+        changes["decoder_sparse_step"] = 1
+    return changes
+
+
+def _with_changes(config: PreTrainedConfig, values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config's values with the text model's fields changed, under one name each."""
+    found = copy.deepcopy(dict(values))
+    text = config.get_text_config(decoder=True)
+    inner = [name for name, part in vars(config).items() if part is text]
+    target = found.setdefault(inner[0], {}) if inner else found
+    for alias, field in text.attribute_map.items():
+        if field in changes:
+            target.pop(alias, None)
+    target.update(changes)
+    return found
+
+
+def _refusal(config: PreTrainedConfig, values: Mapping[str, Any]) -> str:
+    """Return why the config's class refuses values; empty if it accepts them."""
+    try:
+        type(config).from_dict(copy.deepcopy(dict(values)))
+    except Exception as error:  # whatever its checks raise
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return lines[-1].removeprefix("ValueError: ").rstrip(".") if lines else type(error).__name__
+    return ""
+
+
+def _possible_heads(
+    config: PreTrainedConfig,
+    values: Mapping[str, Any],
+    removed: Mapping[str, int],
+    dropped_blocks: Sequence[int],
+    head_unit: str,
+) -> str:
+    """Return the end of a message that says how many heads could be removed; empty if that is not the reason."""
+    if not removed.get(HEADS):
+        return ""
+    now = attention_of(config.get_text_config(decoder=True))
+    units = now.shared if head_unit == QUERY and now.shared > 1 else now.keys
+
+    def accepted() -> Iterable[int]:
+        for heads in range(1, units):
+            changes = _changes(config, {**removed, HEADS: heads}, dropped_blocks, head_unit)
+            if not _refusal(config, _with_changes(config, values, changes)):
+                yield heads
+
+    possible = ", ".join(map(str, accepted()))
+    return f"; of {units} units of heads, {possible or 'none'} can be removed"

@@ -1,0 +1,269 @@
+"""A finished folder whose units are zeroed → a smaller folder without them, one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from thanos.checkpoint.layout import Checkpoint, RawSource, TensorSpec, plan_layout
+from thanos.checkpoint.other_files import copy_others
+from thanos.checkpoint.reader import parse_shard
+from thanos.checkpoint.writer import CheckpointWriter
+from thanos.errors import ModelError, UserError
+from thanos.events import Event, Watcher
+from thanos.model.layers import find_blocks
+from thanos.model.opening import OpenedModel, open_model
+from thanos.model.source import find_local
+from thanos.shrink.config import changed_config
+from thanos.shrink.units import GROUP, HEADS, NEURONS, Units, units_of
+from thanos.system.documents import json_text
+from thanos.system.event_stream import EventStream
+
+
+@dataclass(frozen=True, slots=True)
+class SmallerFolder:
+    """What was written.
+
+    Attributes:
+        parameters: number of entries of all tensors.
+        nbytes: bytes of the weight files, headers included.
+        dense_parameters, dense_nbytes: the same of the full-size folder.
+    """
+
+    parameters: int
+    nbytes: int
+    dense_parameters: int
+    dense_nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """The positions along one axis of a parameter that stay."""
+
+    axis: int
+    stay: Tensor
+
+
+def write_smaller(
+    folder: Path,
+    out: Path,
+    kept: Mapping[str, Tensor],
+    *,
+    head_unit: str = GROUP,
+    dropped_blocks: Sequence[int] = (),
+    trust_remote_code: bool = False,
+    on_event: Watcher | None = None,
+) -> SmallerFolder:
+    """Write a folder without the units and blocks that go. Other entries are the same, bit by bit.
+
+    Nothing is compensated here: a unit's columns of the writer count as zero, and a block that goes as the identity.
+
+    Args:
+        folder: a local folder of safetensors of full size.
+        out: the output folder, which must not exist. It appears by one rename when it is complete.
+        kept: full name of each writer → int64, the units that stay, ascending; the same number for every writer of a kind.
+        head_unit: what a head means; see :func:`~thanos.shrink.units.units_of`.
+        dropped_blocks: indices of the blocks that go. Their writers may be absent from ``kept``.
+        trust_remote_code: let transformers run Python code from the checkpoint.
+        on_event: function that is called with events of progress.
+
+    Raises:
+        ModelError: the folder cannot be read, or its architecture cannot lose these units.
+        UserError: ``out`` exists.
+        ResourceError: the disk has too little room.
+        ValueError: a kind's writers are not all in ``kept``, or with different numbers of units.
+    """
+    if out.exists():
+        raise UserError(f"{out} exists; give a folder that does not")
+    source = find_local(folder, trust_remote_code=trust_remote_code)
+    if source is None or source.gguf is not None:
+        raise ModelError(f"{folder} is no local folder of safetensors")
+    opened = open_model(source)
+    cuts, removed = _cuts(opened, kept, head_unit, frozenset(dropped_blocks))
+    values = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+    config = changed_config(source.config(), values, removed, dropped_blocks, head_unit)
+    partial = out.with_name(f".{out.name}.smaller")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        found = _write_tensors(opened, cuts, frozenset(dropped_blocks), partial, EventStream(on_event))
+        (partial / "config.json").write_text(json_text(config), encoding="utf-8")
+        copy_others(source.folder, partial, ("config.json",))
+        partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return found
+
+
+def _cuts(
+    opened: OpenedModel, kept: Mapping[str, Tensor], head_unit: str, gone: frozenset[int]
+) -> tuple[dict[str, _Cut], dict[str, int]]:
+    """Return parameter name → cut, and kind → number of units that each writer loses."""
+    prefix, blocks = find_blocks(opened.meta_model)
+    left = set(kept)
+    cuts: dict[str, _Cut] = {}
+    removed: dict[str, int] = {}
+    for kind in (NEURONS, HEADS):
+        if not left:
+            break
+        full = {
+            f"{prefix}.{number}": units
+            for number, units in enumerate(units_of(opened.meta_model, blocks, kind, head_unit))
+            if number not in gone
+        }
+        writers = {f"{block}.{one.writer}": (block, one) for block, units in full.items() for one in units}
+        if left.isdisjoint(writers):
+            continue
+        for writer, (block, units) in writers.items():
+            if writer not in kept:
+                raise ValueError(f"kept lacks {writer}")
+            lost = len(units) - len(kept[writer])
+            if removed.setdefault(kind, lost) != lost:
+                raise ValueError(f"{writer} loses {lost} units, others {removed[kind]}")
+            cuts |= {f"{block}.{name}": cut for name, cut in _cuts_of(opened, block, units, kept[writer]).items()}
+        left -= writers.keys()
+    if left:
+        raise ValueError(f"{min(left)} is no writer of units")
+    return cuts, {kind: lost for kind, lost in removed.items() if lost}
+
+
+def _cuts_of(opened: OpenedModel, block: str, units: Units, kept: Tensor) -> dict[str, _Cut]:
+    """Return parameter name, relative to the block → cut, for the units of one writer."""
+    gone = torch.ones(len(units), dtype=torch.bool)
+    gone[kept] = False
+    cuts = {}
+    for one in units.slices:
+        size = opened.meta_model.get_parameter(f"{block}.{one.name}").shape[one.axis]
+        stay = torch.ones(size, dtype=torch.bool)
+        stay[one.index[gone].flatten()] = False
+        cuts[one.name] = _Cut(one.axis, stay.nonzero().flatten())
+    return cuts
+
+
+def _write_tensors(
+    opened: OpenedModel, cuts: Mapping[str, _Cut], gone: frozenset[int], folder: Path, tell: EventStream
+) -> SmallerFolder:
+    """Write the weight files."""
+    checkpoint = opened.checkpoint
+    cut_of = {opened.key_of[name]: cut for name, cut in cuts.items()}
+    new_name = _Renaming(opened, gone)
+    wholes, largest = _whole_tensors(checkpoint)
+    specs: dict[str, TensorSpec] = {}
+    parts: dict[str, dict[str, tuple[int, ...]]] = {}
+    for whole, (spec, names) in wholes.items():
+        name = new_name(whole)
+        if name is None:
+            continue
+        shapes = {new_name(part) or part: _new_shape(checkpoint, part, cut_of) for part in names}
+        if list(names) != [whole]:
+            parts[name] = shapes
+        specs[name] = TensorSpec(spec.dtype, _joined(spec.shape, list(shapes.values())))
+    layout = plan_layout(specs, largest)
+    sizes = SmallerFolder(
+        sum(spec.numel for spec in specs.values()),
+        layout.nbytes,
+        sum(spec.numel for spec, _ in wholes.values()),
+        checkpoint.layout.nbytes,
+    )
+    for name, shapes in parts.items():
+        layout.split(name, shapes)
+    renamed = {new: key for key in checkpoint.tensors if (new := new_name(key)) is not None}
+    writer = CheckpointWriter(layout, _Renamed(checkpoint, renamed), folder)
+    tell(Event(kind="phase", phase="write"))
+    todo = {name: cut_of[key] for name, key in renamed.items() if key in cut_of}
+    for done, (name, cut) in enumerate(todo.items(), 1):
+        writer.write(name, checkpoint.read(renamed[name]).index_select(cut.axis, cut.stay))
+        tell(Event(kind="progress", phase="write", done=done, total=len(todo)))
+    writer.finish()
+    return sizes
+
+
+def _whole_tensors(checkpoint: Checkpoint) -> tuple[dict[str, tuple[TensorSpec, list[str]]], int]:
+    """Return the tensors as the files hold them, and the most bytes of a file.
+
+    Returns:
+        name → dtype and shape, and the names of the parts that it was split into, in order (itself, if it was not); and the
+        bytes of the largest file.
+    """
+    tensors = checkpoint.layout.tensors
+    found: dict[str, tuple[TensorSpec, list[str]]] = {}
+    for shard in checkpoint.layout.shards:
+        _, infos = parse_shard(Path(shard.name), shard.header)
+        new = [(info.offset, name) for name, info in tensors.items() if info.shard == shard.name and name not in infos]
+        for whole, info in infos.items():
+            end = info.offset + info.nbytes
+            inside = [whole] if whole in tensors else [name for at, name in sorted(new) if info.offset <= at < end]
+            found[whole] = (TensorSpec(info.dtype, info.shape), inside)
+    return found, max((shard.size for shard in checkpoint.layout.shards), default=1)
+
+
+def _new_shape(checkpoint: Checkpoint, key: str, cut_of: Mapping[str, _Cut]) -> tuple[int, ...]:
+    shape = list(checkpoint.tensors[key].shape)
+    if key in cut_of:
+        shape[cut_of[key].axis] = len(cut_of[key].stay)
+    return tuple(shape)
+
+
+def _joined(whole: tuple[int, ...], parts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """Return the shape of a fused tensor (experts, rows, columns) with parts of these shapes, or that of its only part."""
+    if len(parts) == 1:
+        return parts[0]
+    columns = parts[0][-1]
+    return (whole[0], sum(map(math.prod, parts)) // columns // whole[0], columns)
+
+
+class _Renaming:
+    """Renumbers the names of a checkpoint's tensors after blocks have gone.
+
+    Args:
+        opened: the model.
+        gone: indices of the blocks that go.
+    """
+
+    def __init__(self, opened: OpenedModel, gone: frozenset[int]) -> None:
+        prefix, _ = find_blocks(opened.meta_model)
+        last = re.escape(prefix.rpartition(".")[2])
+        stems = set()
+        for name, key in opened.key_of.items():
+            if name.startswith(f"{prefix}."):
+                index = name[len(prefix) + 1 :].split(".")[0]
+                if found := re.search(rf"(?:^|\.){last}\.(?={index}\.)", key):
+                    stems.add(re.escape(key[: found.end()]))
+        self._pattern = re.compile(rf"({'|'.join(sorted(stems))})(\d+)\.")
+        self._gone = gone
+
+    def __call__(self, key: str) -> str | None:
+        """Return the new name of a tensor; None if its block goes."""
+        found = self._pattern.match(key) if self._gone else None
+        if found is None:
+            return key
+        index = int(found[2])
+        if index in self._gone:
+            return None
+        return f"{found[1]}{index - sum(one < index for one in self._gone)}.{key[found.end() :]}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Renamed:
+    """Hands out the bytes of tensors under new names.
+
+    Attributes:
+        source: of the bytes.
+        names: new name → name in the source.
+    """
+
+    source: RawSource
+    names: Mapping[str, str]
+
+    def raw_spans(self, name: str) -> Iterator[memoryview]:
+        """As :meth:`RawSource.raw_spans <thanos.checkpoint.layout.RawSource.raw_spans>`."""
+        return self.source.raw_spans(self.names[name])
