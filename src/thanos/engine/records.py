@@ -14,6 +14,7 @@ from thanos.engine.block_error import BlockErrors
 from thanos.engine.layer_warnings import layer_warnings
 from thanos.engine.tuning_record import TuningRecord
 from thanos.model.layers import LinearLayer
+from thanos.patterns.units import Units
 from thanos.recipe import LayerRecipe
 from thanos.solvers.hessian import InputStatistics
 from thanos.solvers.prune_layer import PrunedWeight
@@ -66,10 +67,18 @@ def layer_record(
         errors=dict(pruned.errors) if measured and len(pruned.errors) > 2 else None,
         residual=([*pruned.residuals.values()] or [None])[-1],
         target_change=([*pruned.target_changes.values()] or [None])[-1],
+        removed_units=_removed_units(pruned, settings),
         warnings=[]
         if inputs is None or need_of(settings) is Need.NOTHING
         else layer_warnings(pruned, inputs, tokens, settings),
     )
+
+
+def _removed_units(pruned: PrunedWeight, settings: LayerRecipe) -> list[int] | None:
+    pattern = settings.parsed_pattern
+    if not isinstance(pattern, Units):
+        return None
+    return pattern.removed_units(~pruned.kept.any(0), settings.resolved_sparsity)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,6 +160,8 @@ class LayerRecord:
         errors: the errors by step, see :class:`~thanos.solvers.pruned_weight.PrunedWeight`; None if only the method ran.
         residual: the last of the ``residuals`` there; None if there are none.
         target_change: the last of the ``target_changes`` there; None without a dense target.
+        removed_units: indices of the units of the model that went, ascending; None if the pattern removes no units. The other
+            attributes describe the layer before the model was cut.
     """
 
     name: str
@@ -176,11 +187,12 @@ class LayerRecord:
     errors: dict[str, float | None] | None = None
     residual: float | None = None
     target_change: float | None = None
+    removed_units: list[int] | None = None
 
 
 def without_unset(layer: Mapping[str, Any]) -> dict[str, Any]:
     """Return the plain values of a :class:`LayerRecord` without the fields of repairs that did not run."""
-    unset = ("dense_target", "errors", "residual", "target_change")
+    unset = ("dense_target", "errors", "residual", "target_change", "removed_units")
     return {name: value for name, value in layer.items() if name not in unset or value is not None}
 
 

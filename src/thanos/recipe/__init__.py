@@ -25,6 +25,7 @@ from thanos.recipe.repair import Repair as Repair
 from thanos.recipe.repair import held_out_of, repairs_of, unused_values, with_effort
 from thanos.recipe.stored import underscored, without_unused
 from thanos.recipe.toml import read_toml, toml_text
+from thanos.recipe.units import HEAD_UNITS, check_units
 from thanos.registry import parse_pattern
 from thanos.settings import TEXT_SOURCES, Heading, setting
 from thanos.system.suggestions import near_dtype, near_whole
@@ -53,6 +54,10 @@ class Recipe(LayerRecipe):
         allocation: ``uniform``: every layer has the recipe's sparsity; ``error``: a pass before pruning measures the errors of
             the layers, and their sparsities minimise the weighted sum at the same number of zeros. Not for layers whose
             override sets a sparsity.
+        multiple_of: the number of units that stay in a block, for patterns that remove units, is a multiple of this. None for
+            64 neurons, or any number of heads.
+        head_unit: which heads go together with grouped-query attention: ``group``, a key-value head with its query heads, or
+            ``query``, one query head of every group. None for ``group``.
         held_out: number of calibration sequences, the last ones, that choose the dense target and guard the tuning. None for
              a sixteenth of them, at least one. Refused if no layer has dense target ``auto`` or is tuned.
         tune_rate: peak learning rate of the tuning, above 0 and at most 1. Refused if no layer is tuned.
@@ -91,6 +96,22 @@ class Recipe(LayerRecipe):
         Heading.METHOD,
         "NAME",
         choices=lambda: ALLOCATIONS,
+    )
+    multiple_of: int | None = setting(
+        None,
+        "Round the units that stay in a block to a multiple of this; patterns of units only",
+        Heading.METHOD,
+        "N",
+        lowest=1,
+        default="64 for neurons, 1 for heads",
+    )
+    head_unit: str | None = setting(
+        None,
+        "Heads that go together: a key-value group, or one query head of every group",
+        Heading.METHOD,
+        "UNIT",
+        choices=lambda: HEAD_UNITS,
+        default=HEAD_UNITS[0],
     )
     held_out: int | None = setting(
         None,
@@ -134,6 +155,7 @@ class Recipe(LayerRecipe):
         if self.measure_error is not None and not isinstance(self.measure_error, bool):
             raise RecipeError(f"measure_error must be true, false or left out; got {self.measure_error!r}")
         check_allocation(self)
+        check_units(self)
         check_held_out(self.held_out)
         check_rate(self.tune_rate)
         for override in self.overrides:
@@ -272,7 +294,7 @@ class Recipe(LayerRecipe):
         return toml_text(values, overrides)
 
 
-_NEW = ("scope", "allocation", *REPAIR_FIELDS, "held_out", "tune_rate")
+_NEW = ("scope", "allocation", "multiple_of", "head_unit", *REPAIR_FIELDS, "held_out", "tune_rate")
 """Settings that are written only where they differ from their defaults."""
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")

@@ -35,6 +35,7 @@ def write_documents(
     device: torch.device,
     meter: PhaseMeter,
     allocation: Mapping[str, Any] | None = None,
+    cut: Mapping[str, Any] | None = None,
 ) -> PruningReport:
     """Write the documents of a run whose shards are complete; return the report.
 
@@ -48,6 +49,7 @@ def write_documents(
         device: the run's device.
         meter: the run's meter.
         allocation: the sparsities that were chosen by layer; None if all layers have the recipe's.
+        cut: what was cut out of the model; None if its pattern removes no units.
     """
     completed = completed_run(run, recipe, folder)
     text_sha256 = completed["text"].get(TEXT_HASH)
@@ -55,6 +57,7 @@ def write_documents(
     report = _report(plan, engine, calibration, published, text_sha256, device, meter)
     if allocation is not None:
         report.execution["allocation"] = dict(allocation)
+    report.cut.update(cut or {})
     report.write(folder / "pruning.json")
     (folder / "recipe.toml").write_text(_recipe_text(published, text_sha256), encoding="utf-8")
     (folder / "README.md").write_text(model_card(report), encoding="utf-8")

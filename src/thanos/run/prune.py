@@ -25,14 +25,15 @@ from thanos.model.source import find_local, resolve_model
 from thanos.recipe import Recipe
 from thanos.run.allocation import choose_sparsities
 from thanos.run.auxiliary_files import copy_auxiliary_files
+from thanos.run.cutting import write_cut
 from thanos.run.documents import write_documents
 from thanos.run.engine_setup import build_engine
 from thanos.run.lock import locked
 from thanos.run.report import PruningReport
 from thanos.run.resume import RunJournal, check_completed, check_same_run, describe_run
 from thanos.run.setup import (
-    LOG_BYTES_PER_LAYER,
     Prepared,
+    bytes_besides,
     check_calibration,
     check_text_settings,
     checked_recipe,
@@ -176,7 +177,8 @@ def _choose(job: _Job) -> None:
 def _prune(model: str, job: _Job, given: Calibration | None) -> PruningReport:
     recipe, work, emit = job.recipe, job.work, job.emit
     before = work.run if job.resume else {}
-    if not (before and work.published):
+    done = bool(before) and (work.published or work.sealed)
+    if not done:
         check_calibration(recipe, given)
     emit(Event(kind="phase", phase="load"))
     with job.meter.phase("load"):
@@ -185,8 +187,10 @@ def _prune(model: str, job: _Job, given: Calibration | None) -> PruningReport:
         run["machine"]["processes"] = job.world.size
         if before:
             check_same_run(before, run)
-        # If the output was published, only the cleanup after it was interrupted: there is nothing left to prune.
-        published = PruningReport.read(work.out / "pruning.json") if before and work.published else None
+        # If the output was complete, only the end of the run was interrupted: there is nothing left to prune.
+        if done and work.sealed:
+            work.publish(overwrite=job.overwrite)
+        published = PruningReport.read(work.out / "pruning.json") if done else None
         job.world.from_first(lambda: published)
         if published is not None:
             work.remove()
@@ -214,6 +218,8 @@ def _prune(model: str, job: _Job, given: Calibration | None) -> PruningReport:
             for note in notes:
                 emit(Event(kind="note", phase="load", message=note))
             report = _run(plan, job, calibration, notes)
+        if plan.cutting is not None:
+            work.seal()
         work.publish(overwrite=job.overwrite)
     return job.world.from_first(lambda: report)
 
@@ -223,7 +229,7 @@ def _run(plan: Prepared, job: _Job, calibration: Calibration, notes: list[str]) 
     opened, folder, world, meter = plan.opened, job.work.model, job.world, job.meter
     plan, allocation = _allocated(plan, job, calibration, job.work.path, job.work.path / "allocation.json")
     writer = CheckpointWriter(
-        opened.checkpoint.layout, opened.checkpoint, folder, besides=LOG_BYTES_PER_LAYER * len(plan.layers)
+        opened.checkpoint.layout, opened.checkpoint, folder, besides=bytes_besides(plan.layers, plan.cutting)
     )
     journal = RunJournal(job.work.journal, writer, meter)
     if job.work.finished:
@@ -243,8 +249,11 @@ def _run(plan: Prepared, job: _Job, calibration: Calibration, notes: list[str]) 
         job.emit(Event(kind="phase", phase="finish", blocks=len(engine.inputs.blocks)))
         writer.finish()
         copy_auxiliary_files(opened, folder)
+        cut = None
+        if plan.cutting is not None:
+            folder, cut = job.work.unsealed, write_cut(plan.cutting, engine.records, job.work, job.tell)
     return write_documents(
-        folder, job.work.run, plan, engine, calibration, job.recipe, job.device, meter, allocation=allocation
+        folder, job.work.run, plan, engine, calibration, job.recipe, job.device, meter, allocation=allocation, cut=cut
     )
 
 

@@ -1,0 +1,242 @@
+"""What a run removes from every block if its pattern removes units: which layers it prunes, and how many units go."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from thanos.engine.records import LayerRecord
+from thanos.errors import ModelError, RecipeError
+from thanos.events import Event, Watcher
+from thanos.model.layers import LinearLayer, find_blocks, linear_layers, select_layers
+from thanos.model.opening import OpenedModel
+from thanos.patterns.rounding import floor_count
+from thanos.patterns.units import HEADS, NEURONS, ModelUnits
+from thanos.recipe import LayerRecipe, Recipe
+from thanos.recipe.units import HEAD_UNITS
+from thanos.run.work_folder import WorkFolder
+from thanos.shrink.config import smaller_config
+from thanos.shrink.folder import write_smaller
+from thanos.shrink.units import Units, units_of
+
+MULTIPLES = {NEURONS: 64, HEADS: 1}
+"""Kind → the number of which the units that stay are a multiple, unless the recipe says otherwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cutting:
+    """The units that a run removes from a model.
+
+    Attributes:
+        recipe: the recipe.
+        writers: full name of each layer that loses columns → its units.
+        counts: kind → number of units of a writer.
+        removed: kind → number of them that go, the same from every writer.
+        sizes: kind → number of parameters and of bytes of one unit of every writer together.
+        parameters: number of parameters of the model before.
+        block_parameters: number of those in its blocks.
+        bytes: bytes of the tensors of the model before.
+    """
+
+    recipe: Recipe
+    writers: Mapping[str, Units]
+    counts: Mapping[str, int]
+    removed: Mapping[str, int]
+    sizes: Mapping[str, tuple[int, int]]
+    parameters: int
+    block_parameters: int
+    bytes: int
+
+    @property
+    def head_unit(self) -> str:
+        """Which heads go together."""
+        return self.recipe.head_unit or HEAD_UNITS[0]
+
+    @property
+    def parameters_gone(self) -> int:
+        """Number of parameters that go."""
+        return sum(self.sizes[kind][0] * number for kind, number in self.removed.items())
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of the tensors that stay."""
+        return self.bytes - sum(self.sizes[kind][1] * number for kind, number in self.removed.items())
+
+    def settings(self, layers: Mapping[LinearLayer, LayerRecipe]) -> dict[LinearLayer, LayerRecipe]:
+        """Return the settings of the writers, with the pattern and the sparsity of their units."""
+        return {layer: self._settings(layer.name, settings) for layer, settings in layers.items()}
+
+    def _settings(self, name: str, settings: LayerRecipe) -> LayerRecipe:
+        pattern, units = self.recipe.parsed_pattern, self.writers[name]
+        assert isinstance(pattern, ModelUnits)
+        own = pattern.of_writer(units.kind, len(units), runs_of(units.columns))
+        share = self.removed.get(units.kind, 0) / len(units)
+        return replace(settings, pattern=str(own), sparsity=share)
+
+    def kept(self, layers: Sequence[LayerRecord]) -> dict[str, Tensor]:
+        """Return for each writer the indices of the units that stay, ascending, (units that stay,) int64."""
+        import torch
+
+        found = {}
+        for layer in layers:
+            units = self.writers[layer.name]
+            stays = torch.ones(len(units), dtype=torch.bool)
+            stays[layer.removed_units or []] = False
+            found[layer.name] = stays.nonzero().squeeze(1)
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for the report."""
+        return {
+            "asked": self.recipe.resolved_sparsity,
+            "units": {
+                kind: {"before": count, "after": count - self.removed.get(kind, 0)}
+                for kind, count in self.counts.items()
+            },
+            **({"head_unit": self.head_unit} if HEADS in self.counts else {}),
+            "parameters_before": self.parameters,
+            "parameters_after": self.parameters - self.parameters_gone,
+            "share_of_block_parameters": self.parameters_gone / self.block_parameters,
+            "bytes_before": self.bytes,
+            "bytes_after": self.bytes_after,
+        }
+
+
+def plan_cutting(opened: OpenedModel, recipe: Recipe) -> tuple[Cutting, dict[LinearLayer, LayerRecipe], dict[str, str]]:
+    """Return what a run removes, the layers that lose columns with their settings, and the others with the reason.
+
+    Raises:
+        ModelError: the model cannot lose such units from all blocks alike, or its config cannot state the smaller size.
+        RecipeError: the recipe would remove none or all of the units.
+    """
+    chosen, left = select_layers(linear_layers(opened.meta_model), recipe)
+    writers = _writers(opened, recipe)
+    counts = {units.kind: len(units) for units in writers.values()}
+    cutting = Cutting(
+        recipe=recipe,
+        writers=writers,
+        counts=counts,
+        removed={kind: _removed(recipe, kind, count) for kind, count in counts.items()},
+        sizes=_sizes(opened, writers),
+        parameters=sum(info.numel for info in opened.checkpoint.tensors.values()),
+        block_parameters=_block_parameters(opened),
+        bytes=sum(info.nbytes for info in opened.checkpoint.tensors.values()),
+    )
+    check_config(opened, cutting)
+    if missing := writers.keys() - {layer.name for layer in chosen}:
+        raise ModelError(f"{min(missing)} is not a linear layer that can be pruned, so no units can be removed")
+    why = f"has no {' and '.join(counts)} as its inputs"
+    left |= {layer.name: why for layer in chosen if layer.name not in writers}
+    layers = {layer: settings for layer, settings in chosen.items() if layer.name in writers}
+    return cutting, cutting.settings(layers), left
+
+
+def write_cut(cutting: Cutting, records: Sequence[LayerRecord], work: WorkFolder, tell: Watcher) -> dict[str, Any]:
+    """Write the smaller model from the finished one of full size; return what was cut, for the report.
+
+    Args:
+        cutting: the units that go.
+        records: records of the writers.
+        work: the work folder; ``model`` is complete, and ``unsealed`` becomes the smaller model.
+        tell: called with events.
+    """
+    shutil.rmtree(work.unsealed, ignore_errors=True)  # of a run that ended during this step
+
+    def watch(event: Event) -> None:
+        tell(replace(event, phase="finish"))
+
+    made = write_smaller(
+        work.model,
+        work.unsealed,
+        cutting.kept(records),
+        head_unit=cutting.head_unit,
+        trust_remote_code=cutting.recipe.trust_remote_code,
+        on_event=watch,
+    )
+    return cutting.to_dict() | {
+        "parameters_before": made.dense_parameters,
+        "parameters_after": made.parameters,
+        "bytes_before": made.dense_nbytes,
+        "bytes_after": made.nbytes,
+    }
+
+
+def check_config(opened: OpenedModel, cutting: Cutting) -> None:
+    """Refuse a model whose config cannot state the sizes that are left.
+
+    Raises:
+        ModelError: its config's class refuses them.
+    """
+    smaller_config(opened.meta_model.config, dict(cutting.removed), (), cutting.head_unit)
+
+
+def units_that_stay(count: int, share: float, multiple: int, kind: str) -> int:
+    """Return how many of ``count`` units stay: the multiple nearest to the share that stays.
+
+    Raises:
+        RecipeError: none or all of them would stay.
+    """
+    wanted = count * (1 - share)
+    stays = multiple * floor_count(wanted / multiple + 0.5)
+    if 0 < stays < count:
+        return stays
+    what = f"of {count} {kind} in each block, sparsity {share:g} leaves {wanted:g}"
+    if multiple > 1:
+        most = (count - 1) // multiple * multiple
+        possible = f"from {multiple} to {most} of them may stay" if most else f"lower it, since there are only {count}"
+        raise RecipeError(f"{what}, and the nearest multiple of {multiple} is {stays}; {possible} (multiple_of)")
+    possible = f"from 1 to {count - 1} may go" if count > 1 else "there is only one, which has to stay"
+    raise RecipeError(f"{what}, which is {'none' if stays <= 0 else 'all of them'} in whole {kind}; {possible}")
+
+
+def runs_of(columns: Tensor) -> int:
+    """Return the number of runs of consecutive columns of each unit, from the units' columns (units, columns of a unit).
+
+    Raises:
+        ModelError: the columns are not ordered by run, unit and place in the run.
+    """
+    import torch
+
+    runs = 1 + int((columns[0].diff() != 1).sum())
+    count, width = columns.shape
+    ordered = torch.arange(columns.numel()).view(runs, count, width // runs).transpose(0, 1).reshape(count, width)
+    if not torch.equal(ordered, columns):
+        raise ModelError("the columns of the units are in an unknown order")
+    return runs
+
+
+def _writers(opened: OpenedModel, recipe: Recipe) -> dict[str, Units]:
+    name, blocks = find_blocks(opened.meta_model)
+    found: dict[str, Units] = {}
+    for kind in recipe.parsed_pattern.unit_kinds:
+        for index, writers in enumerate(units_of(opened.meta_model, blocks, kind, recipe.head_unit or HEAD_UNITS[0])):
+            found |= {f"{name}.{index}.{units.writer}": units for units in writers}
+    return found
+
+
+def _removed(recipe: Recipe, kind: str, count: int) -> int:
+    return count - units_that_stay(count, recipe.resolved_sparsity, recipe.multiple_of or MULTIPLES[kind], kind)
+
+
+def _sizes(opened: OpenedModel, writers: Mapping[str, Units]) -> dict[str, tuple[int, int]]:
+    """Return kind → parameters and bytes that go if every writer loses one unit."""
+    sizes: dict[str, tuple[int, int]] = {}
+    for name, units in writers.items():
+        block = name.removesuffix(units.writer)
+        parameters, size = sizes.get(units.kind, (0, 0))
+        for one in units.slices:
+            weight = opened.meta_model.get_parameter(f"{block}{one.name}")
+            entries = one.index.shape[1] * weight.numel() // weight.shape[one.axis]
+            parameters += entries
+            size += entries * opened.checkpoint.tensors[opened.key_of[f"{block}{one.name}"]].dtype.itemsize
+        sizes[units.kind] = (parameters, size)
+    return sizes
+
+
+def _block_parameters(opened: OpenedModel) -> int:
+    _, blocks = find_blocks(opened.meta_model)
+    return sum(parameter.numel() for block in blocks for parameter in block.parameters())
