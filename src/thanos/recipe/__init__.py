@@ -20,9 +20,19 @@ from thanos.recipe.globs import matches
 from thanos.recipe.layer import DEFAULT_DAMPING as DEFAULT_DAMPING
 from thanos.recipe.layer import LAYER_FIELDS, LayerRecipe, check_used, check_values, used
 from thanos.recipe.override import Override, hints
-from thanos.recipe.repair import REPAIR_FIELDS, TUNE_RATE, check_held_out, check_rate, check_repair_used, checked
+from thanos.recipe.repair import (
+    REPAIR_FIELDS,
+    TUNE_RATE,
+    check_held_out,
+    check_rate,
+    check_repair_used,
+    checked,
+    held_out_of,
+    repairs_of,
+    unused_values,
+    with_effort,
+)
 from thanos.recipe.repair import Repair as Repair
-from thanos.recipe.repair import held_out_of, repairs_of, unused_values, with_effort
 from thanos.recipe.stored import underscored, without_unused
 from thanos.recipe.toml import read_toml, toml_text
 from thanos.recipe.units import HEAD_UNITS, check_units
@@ -183,7 +193,7 @@ class Recipe(LayerRecipe):
 
     def _repairs(self, changes: Mapping[str, Any]) -> list[Repair]:
         """Return the repairs of the recipe with some fields changed."""
-        settings = {name: getattr(self, name) for name in REPAIR_FIELDS} | changes
+        settings = {name: getattr(self, name) for name in REPAIR_FIELDS} | dict(changes)
         return repairs_of(settings, [override.settings for override in self.overrides if not override.skip])
 
     def _methods(self) -> tuple[str, ...]:
@@ -302,7 +312,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 def _suited(pattern: str, changes: Mapping[str, Any]) -> dict[str, Any]:
     """Return changes; a new pattern than ``pattern`` resets its sparsity, block size and scope, an effort resets its parts."""
-    changes = with_effort(changes)
+    changes = dict(with_effort(changes))
     if str(parse_pattern(changes.get("pattern", pattern))) == str(parse_pattern(pattern)):
         return changes
     return {"sparsity": None, "block_size": None, "scope": None, **changes}
