@@ -51,10 +51,12 @@ def write_model(result: Trained, work: RecoveryFolder) -> dict[str, int]:
     pruned, folder, best = result.pair.pruned, work.model, result.guard.best["step"]
     writer = CheckpointWriter(pruned.checkpoint.layout, pruned.checkpoint, folder)
     if best:
-        read = work.read_best(best, pruned.checkpoint)
+        in_memory = result.guard.unwritten
+        read = work.read_best(best, pruned.checkpoint) if in_memory is None else None
         for name, parameter in pruned.meta_model.named_parameters():
             if parameter.is_floating_point():
-                writer.write(pruned.key_of[name], read(pruned.key_of[name]))
+                key = pruned.key_of[name]
+                writer.write(key, read(key) if read is not None else in_memory[name])
     writer.finish()
     copy_auxiliary_files(pruned, folder)
     recipe = pruned.source.folder / "recipe.toml"
