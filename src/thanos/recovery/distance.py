@@ -235,7 +235,7 @@ class _SumFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *outer: Tensor) -> Any:
+    def backward(ctx: Any, *outer: Tensor) -> Any:  # type: ignore[override]
         gradients, ctx.gradients = ctx.gradients, None  # they are freed as soon as they are used
         scaled = (
             None if gradient is None else gradient.mul_(outer[0]).to(dtype)

@@ -51,12 +51,14 @@ def write_model(result: Trained, work: RecoveryFolder) -> dict[str, int]:
     pruned, folder, best = result.pair.pruned, work.model, result.guard.best["step"]
     writer = CheckpointWriter(pruned.checkpoint.layout, pruned.checkpoint, folder)
     if best:
-        in_memory = result.guard.unwritten
-        read = work.read_best(best, pruned.checkpoint) if in_memory is None else None
+        unwritten = result.guard.unwritten
+        if unwritten is None:
+            read = work.read_best(best, pruned.checkpoint)
+        else:
+            read = {pruned.key_of[name]: tensor for name, tensor in unwritten.items()}.__getitem__
         for name, parameter in pruned.meta_model.named_parameters():
             if parameter.is_floating_point():
-                key = pruned.key_of[name]
-                writer.write(key, read(key) if read is not None else in_memory[name])
+                writer.write(pruned.key_of[name], read(pruned.key_of[name]))
     writer.finish()
     copy_auxiliary_files(pruned, folder)
     recipe = pruned.source.folder / "recipe.toml"

@@ -66,7 +66,8 @@ class Watch(TrainerCallback):
             self._masked = [(parameter, _local(_sharded_like(mask, parameter))) for parameter, mask in named]
         pairs = [(_local(p.grad), mask) for p, mask in self._masked if p.grad is not None]
         if pairs:
-            torch._foreach_mul_([gradient for gradient, _ in pairs], [mask for _, mask in pairs])
+            gradients, masks = zip(*pairs, strict=True)
+            torch._foreach_mul_(gradients, masks)  # type: ignore[reportPrivateImportUsage]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Measure the model before the training, unless the run is resumed."""
