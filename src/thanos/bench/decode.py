@@ -104,15 +104,15 @@ def time_decoding(
     """
     if context < 1 or new_tokens < 1:
         raise DataError(f"context and new tokens must be at least 1; got {context} and {new_tokens}")
-    tell = on_event or (lambda event: None)
+    emit = on_event or (lambda event: None)
     names = [packed] if dense is None else [packed, dense]
     for name in names:
         find_local(name, trust_remote_code=trust_remote_code, packed=True)
     results = []
     for done, name in enumerate(names, 1):
-        tell(Event(kind="phase", phase="evaluate"))
+        emit(Event(kind="phase", phase="evaluate"))
         results.append(_time_model(name, device, context, new_tokens, trust_remote_code=trust_remote_code))
-        tell(Event(kind="progress", phase="evaluate", done=done, total=len(names)))
+        emit(Event(kind="progress", phase="evaluate", done=done, total=len(names)))
     return DecodeReport(
         machine=machine(str(device)),
         device=str(device),
@@ -172,14 +172,16 @@ def _graph_steps(model: Any, prompt: Tensor, count: int) -> tuple[list[float], l
 
     length = prompt.shape[1] + _WARM_STEPS + count + 1
     cache = StaticCache(config=model.config, max_cache_len=length)
-    place = torch.arange(prompt.shape[1], device=prompt.device)[None]
-    first = model(input_ids=prompt, position_ids=place, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
-    token, place = first.clone(), place[:, -1:] + 1
+    position = torch.arange(prompt.shape[1], device=prompt.device)[None]
+    first = (
+        model(input_ids=prompt, position_ids=position, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+    )
+    token, position = first.clone(), position[:, -1:] + 1
 
     def step() -> None:
-        output = model(input_ids=token, position_ids=place, past_key_values=cache, use_cache=True)
+        output = model(input_ids=token, position_ids=position, past_key_values=cache, use_cache=True)
         token.copy_(output.logits[:, -1:].argmax(-1))
-        place.add_(1)
+        position.add_(1)
 
     tokens = [int(first)]
     side: Any = torch.cuda.Stream()

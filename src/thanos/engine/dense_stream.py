@@ -86,14 +86,14 @@ class DenseStream:
 
         Return None, and do nothing, if none of them are on the device.
         """
-        if self.place != "device":
+        if self.tier != "device":
             return None
         for name in ("_states", "_outputs"):
             states: Activations | None = getattr(self, name)
-            if states is not None and states.place == "device":
+            if states is not None and states.tier == "device":
                 setattr(self, name, self._runner.off_device(states))
         torch.cuda.empty_cache()
-        return f"out of memory on the device: the activations of the dense model move to the {self.place}"
+        return f"out of memory on the device: the activations of the dense model move to the {self.tier}"
 
     def close(self) -> None:
         """Free the hidden states and the dense version of the block."""
@@ -106,9 +106,9 @@ class DenseStream:
     # --- use by the stages ------------------------------------------------------------------------------------------
 
     @property
-    def place(self) -> str:
+    def tier(self) -> str:
         """Storage tier of the hidden states: ``device`` if any of them are there, else that of the inputs."""
-        known = [states.place for states in (self._states, self._outputs) if states is not None]
+        known = [states.tier for states in (self._states, self._outputs) if states is not None]
         return "device" if "device" in known else known[0] if known else ""
 
     @contextmanager

@@ -42,7 +42,7 @@ class Engine:
         block_errors: errors of the finished blocks that have a dense stream, in order.
         tunings: records of the blocks that were tuned, in order.
         notes: warnings about the whole run.
-        place: storage tier of the activations in the last finished block; empty before.
+        tier: storage tier of the activations in the last finished block; empty before.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Engine:
         self.block_errors: list[BlockErrors] = []
         self.tunings: list[TuningRecord] = []
         self.notes = list(notes)
-        self.place = ""
+        self.tier = ""
         self._tail = inputs.layers_of(None)
         self._dense_end = dense_end(inputs)
         self._dense = DenseStream(inputs.runner, inputs.weights) if self._dense_end else None
@@ -243,7 +243,7 @@ class Engine:
             batch=runner.batch,
             starts=runner.starts,
             dense_starts=context.dense_stream.starts if context.dense_stream and context.index is not None else [],
-            place=runner.place,
+            tier=runner.tier,
             errors=context.block_errors,
             tuning=context.tuning,
         )
@@ -251,21 +251,21 @@ class Engine:
         self.block_errors += [] if context.block_errors is None else [context.block_errors]
         self.tunings += [] if context.tuning is None else [context.tuning]
         self.notes += context.notes
-        self.place = runner.place
+        self.tier = runner.tier
 
     def _take_over(self, record: BlockRecord) -> None:
         self.records += record.layers
         self.block_errors += [] if record.errors is None else [record.errors]
         self.tunings += [] if record.tuning is None else [record.tuning]
         self.notes += record.notes
-        self.inputs.runner.batch, self.place = record.batch, record.place
+        self.inputs.runner.batch, self.tier = record.batch, record.tier
 
     # --- helpers ----------------------------------------------------------------------------------------------------
 
     def _context(self, index: int | None, output: Output) -> BlockContext:
         """Return the context of a block, or of the layers after the blocks, with the dense stream if it is needed there."""
-        place = len(self.inputs.blocks) if index is None else index
-        return BlockContext(self.inputs, output, index, self._dense if place < self._dense_end else None)
+        position = len(self.inputs.blocks) if index is None else index
+        return BlockContext(self.inputs, output, index, self._dense if position < self._dense_end else None)
 
     def _names_to_load(self, index: int) -> list[str]:
         """Return the parameters of a block to read from the checkpoint: without finished ones if nothing needs those."""

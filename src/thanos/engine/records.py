@@ -92,7 +92,7 @@ class BlockRecord:
         batch: number of sequences in a forward pass; the last bits of results depend on it. None if there was no pass.
         starts: batch sizes of the pass that gave the block's outputs; see :class:`~thanos.engine.block_runner.Passes`.
         dense_starts: batch sizes of the pass that gave the dense block's outputs; empty without a dense stream.
-        place: storage tier of the activations.
+        tier: storage tier of the activations.
         notes: warnings that arose in this block.
         errors: the block's error after each stage; None without a dense stream.
         phases: seconds and peak memory of the whole run so far, by phase.
@@ -105,7 +105,7 @@ class BlockRecord:
     batch: int | None = None
     starts: list[tuple[int, int]] = field(default_factory=list)
     dense_starts: list[tuple[int, int]] = field(default_factory=list)
-    place: str = ""
+    tier: str = ""
     notes: list[str] = field(default_factory=list)
     errors: BlockErrors | None = None
     phases: dict[str, PhaseRecord] = field(default_factory=dict)
@@ -221,7 +221,7 @@ class BlockJournal(Protocol):
         batch: int | None,
         starts: Sequence[tuple[int, int]],
         dense_starts: Sequence[tuple[int, int]],
-        place: str,
+        tier: str,
         errors: BlockErrors | None,
         tuning: TuningRecord | None = None,
     ) -> None:
@@ -235,7 +235,7 @@ class BlockJournal(Protocol):
             batch: see :class:`BlockRecord`.
             starts: see :class:`BlockRecord`.
             dense_starts: see :class:`BlockRecord`.
-            place: see :class:`BlockRecord`.
+            tier: see :class:`BlockRecord`.
             errors: see :class:`BlockRecord`.
             tuning: see :class:`BlockRecord`.
         """

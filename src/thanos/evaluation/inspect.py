@@ -134,9 +134,9 @@ def inspect_checkpoint(
         RecipeError: ``require`` is not a pattern that can be checked.
     """
     wanted = None if require is None else _required(require)
-    tell = EventStream(on_event)
+    emit = EventStream(on_event)
     find_local(model, trust_remote_code=trust_remote_code)
-    tell(Event(kind="phase", phase="load"))
+    emit(Event(kind="phase", phase="load"))
     opened = open_model(resolve_model(model, trust_remote_code=trust_remote_code))
     known = _read_report(opened)
     infos, total = opened.checkpoint.tensors, len(opened.checkpoint.tensors)
@@ -167,7 +167,7 @@ def inspect_checkpoint(
             found, broken = _inspect_layer(layer, tensor, wanted)
             layers.append(found)
             violations += [Violation(name=layer.name, reason=broken)] if broken else []
-        tell(Event(kind="progress", phase="load", done=done, total=total))
+        emit(Event(kind="progress", phase="load", done=done, total=total))
     if wanted is not None and not layers:
         raise ModelError(
             f"{model} has no pruned layer that could satisfy pattern {wanted}; give a pruned model, or leave --require out"
@@ -263,8 +263,8 @@ def _in_model_order(
     layers: Sequence[LayerInspection], violations: Sequence[Violation], order: Sequence[LinearLayer]
 ) -> tuple[list[LayerInspection], list[Violation]]:
     """Sort by the layers' order in the model, since a checkpoint stores its tensors in another order."""
-    place = {layer.name: index for index, layer in enumerate(order)}
+    position = {layer.name: index for index, layer in enumerate(order)}
     return (
-        sorted(layers, key=lambda layer: place[layer.name]),
-        sorted(violations, key=lambda violation: place[violation.name]),
+        sorted(layers, key=lambda layer: position[layer.name]),
+        sorted(violations, key=lambda violation: position[violation.name]),
     )

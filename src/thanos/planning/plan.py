@@ -21,7 +21,7 @@ from thanos._version import __version__
 from thanos.calibration.generation import GENERATION_BATCH
 from thanos.calibration.windows import Calibration, calibrate, make_calibration
 from thanos.checkpoint.writer import disk_shortage
-from thanos.engine.activations import check_place
+from thanos.engine.activations import check_tier
 from thanos.engine.joining import launched
 from thanos.errors import RecipeError, resource_errors
 from thanos.events import Watcher
@@ -124,7 +124,7 @@ def plan(
     watch = on_event or (lambda event: None)
     if launched():
         raise RecipeError("a plan is made for one process; run it without torchrun")
-    check_place(activations)
+    check_tier(activations)
     local = find_local(model, trust_remote_code=recipe.trust_remote_code)
     work = WorkFolder(out)
     check_interrupted(work, resume=False, overwrite=overwrite)
@@ -222,7 +222,7 @@ def _predict(job: Job, out: Path, measured: dict[str, PhaseRecord], scan: float,
         device=str(job.device),
         blocks=len(find_blocks(opened.meta_model)[1]),
         layers=len(job.prepared.layers),
-        activations=trial.place,
+        activations=trial.tier,
         activations_bytes=sum(trial.states.values()),
         batch=trial.batch,
         disk_bytes=layout.nbytes,

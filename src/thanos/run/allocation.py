@@ -55,7 +55,7 @@ def choose_sparsities(
     folder: Path,
     activations: str,
     meter: PhaseMeter,
-    tell: Watcher,
+    emit: Watcher,
     store: Path | None,
 ) -> tuple[Prepared, dict[str, Any] | None]:
     """Return the plan with the sparsities that the recipe's allocation chooses, and their record.
@@ -71,7 +71,7 @@ def choose_sparsities(
         folder: folder for hidden states that are kept on the disk.
         activations: storage tier of the hidden states.
         meter: meter to which the pass is added as one phase.
-        tell: called with events.
+        emit: called with events.
         store: file that keeps the choice for a resumed run; None on ranks other than 0.
     """
     layers = {layer: settings for layer, settings in plan.layers.items() if is_allocated(recipe, layer.name)}
@@ -94,13 +94,13 @@ def choose_sparsities(
             world=world,
             stages=(stage,),
         )
-        _measure(engine, tell)
+        _measure(engine, emit)
         curves = stage.curves
         record = world.from_first(lambda: _choice(layers, curves, min(SEQUENCES, len(calibration.ids))))
         meter.add({PHASE: _total(own)})
         if store is not None:
             write_atomically(store, json_text(record).encode(), durable=True)
-    tell(Event(kind="note", phase=PHASE, message=summary(record)))
+    emit(Event(kind="note", phase=PHASE, message=summary(record)))
     chosen = {name: layer["sparsity"] for name, layer in record["layers"].items()}
     changed = {
         layer: replace(settings, sparsity=chosen[layer.name]) if layer.name in chosen else settings
@@ -133,15 +133,15 @@ def _without_repair(settings: LayerRecipe) -> LayerRecipe:
     return replace(settings, effort=registry.DEFAULT_EFFORT, scope=settings.resolved_scope, **off)
 
 
-def _measure(engine: Engine, tell: Watcher) -> None:
-    """Run the pass; tell its notes, and the number of finished blocks."""
+def _measure(engine: Engine, emit: Watcher) -> None:
+    """Run the pass; emit its notes, and the number of finished blocks."""
     total = len(engine.inputs.blocks)
-    tell(Event(kind="phase", phase=PHASE, blocks=total))
+    emit(Event(kind="phase", phase=PHASE, blocks=total))
     for event in engine.run():
         if event.kind == "note":
-            tell(replace(event, phase=PHASE, block=None))
+            emit(replace(event, phase=PHASE, block=None))
         elif event.kind == "block" and event.block is not None:
-            tell(Event(kind="progress", phase=PHASE, blocks=total, done=event.block + 1, total=total))
+            emit(Event(kind="progress", phase=PHASE, blocks=total, done=event.block + 1, total=total))
 
 
 def _choice(layers: Mapping[LinearLayer, LayerRecipe], curves: Mapping[str, Curve], sequences: int) -> dict[str, Any]:

@@ -123,5 +123,5 @@ def _report(
         device_peak_bytes=max((record.device_peak_bytes or 0 for record in phases.values()), default=0) or None,
         warnings=engine.notes,
         block_errors=engine.block_errors,
-        execution={"activations": engine.place, "batch": engine.inputs.runner.batch},
+        execution={"activations": engine.tier, "batch": engine.inputs.runner.batch},
     )

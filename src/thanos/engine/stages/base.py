@@ -161,8 +161,8 @@ class BlockContext:
     @property
     def on_device(self) -> bool:
         """Whether hidden states of a stream are kept on the device; see :meth:`spill`."""
-        dense = "" if self.dense_stream is None else self.dense_stream.place
-        return "device" in (self.runner.place, dense)
+        dense = "" if self.dense_stream is None else self.dense_stream.tier
+        return "device" in (self.runner.tier, dense)
 
     def spill(self) -> list[str]:
         """Move the hidden states of both streams off the device; return the notes for the user."""
@@ -198,7 +198,7 @@ class BlockContext:
         """
         value = value.detach().to(self.weights.stored_dtype(name)).contiguous()
         self.write(name, value)
-        self.place(name, value)
+        self.assign(name, value)
         record = self.records.get(name.removesuffix(".weight"))
         if record is not None:
             zeros = value.numel() - int(value.count_nonzero())
@@ -213,7 +213,7 @@ class BlockContext:
             self.written.append(key)
         self._output.write(key, value)
 
-    def place(self, name: str, value: Tensor) -> None:
+    def assign(self, name: str, value: Tensor) -> None:
         """Set a parameter in all modules that hold it. The output does not change."""
         self.weights.put(name, value)
 

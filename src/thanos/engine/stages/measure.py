@@ -192,13 +192,13 @@ def _gains(context: BlockContext, probes: dict[LinearLayer, _Probe]) -> dict[str
         for layer in layers:
             weight = layer.oriented(held[layer.weight_name].detach())
             removed = _probe(weight.to(probes[layer].norms.dtype), probes[layer].norms, _sparsity(context, layer))
-            context.place(layer.weight_name, layer.oriented(weight.masked_fill(removed, 0.0)).contiguous())
+            context.assign(layer.weight_name, layer.oriented(weight.masked_fill(removed, 0.0)).contiguous())
         changed = [
             _relative_change(context.forward(hidden, first), before)
             for (first, hidden), before in zip(_first_sequences(context, count), outputs, strict=True)
         ]
         for name, value in held.items():
-            context.place(name, value.detach())
+            context.assign(name, value.detach())
         effect = _mean(context, changed)
         tokens = sum(probes[layer].tokens for layer in layers)
         shares = {layer: probes[layer].tokens / tokens for layer in layers}

@@ -68,7 +68,7 @@ class PruneStage:
                 groups = yield from self._gather(context, plan, part)
             yield from self._solve(context, plan, part, groups, held)
         for name, weight in (held or {}).items():
-            context.place(name, weight)
+            context.assign(name, weight)
 
     def _gather(
         self, context: BlockContext, plan: Plan, layers: list[LinearLayer]
