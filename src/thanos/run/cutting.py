@@ -135,19 +135,19 @@ def plan_cutting(opened: OpenedModel, recipe: Recipe) -> tuple[Cutting, dict[Lin
     return cutting, cutting.settings(layers), left
 
 
-def write_cut(cutting: Cutting, records: Sequence[LayerRecord], work: WorkFolder, tell: Watcher) -> dict[str, Any]:
+def write_cut(cutting: Cutting, records: Sequence[LayerRecord], work: WorkFolder, emit: Watcher) -> dict[str, Any]:
     """Write the smaller model from the finished one of full size; return what was cut, for the report.
 
     Args:
         cutting: the units that go.
         records: records of the writers.
         work: the work folder; ``model`` is complete, and ``unsealed`` becomes the smaller model.
-        tell: called with events.
+        emit: called with events.
     """
     shutil.rmtree(work.unsealed, ignore_errors=True)  # of a run that ended during this step
 
     def watch(event: Event) -> None:
-        tell(replace(event, phase="finish"))
+        emit(replace(event, phase="finish"))
 
     made = write_smaller(
         work.model,

@@ -251,7 +251,7 @@ def _run(plan: Prepared, job: _Job, calibration: Calibration, notes: list[str]) 
         copy_auxiliary_files(opened, folder)
         cut = None
         if plan.cutting is not None:
-            folder, cut = job.work.unsealed, write_cut(plan.cutting, engine.records, job.work, job.tell)
+            folder, cut = job.work.unsealed, write_cut(plan.cutting, engine.records, job.work, job.emit)
     return write_documents(
         folder, job.work.run, plan, engine, calibration, job.recipe, job.device, meter, allocation=allocation, cut=cut
     )
