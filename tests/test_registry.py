@@ -63,9 +63,9 @@ ORDINARY = {
 OWN_FILES = {
     *("registry/__init__.py", "registry/pattern_rows.py"),
     "patterns/units.py",  # the kinds of units, which have the names of their patterns
-    *(f"patterns/{name}.py" for name in ("unstructured", "columns", "nm", "neurons", "heads")),
+    *(f"patterns/{name}.py" for name in ("unstructured", "columns", "nm", "neurons", "heads", "width")),
 }
-PATTERN_CLASSES = {"Unstructured", "Columns", "NM", "Neurons", "Heads"}
+PATTERN_CLASSES = {"Unstructured", "Columns", "NM", "Neurons", "Heads", "Width"}
 METHOD_MODULES = "thanos.solvers.methods"
 
 

@@ -33,12 +33,12 @@ from thanos.recipe.repair import (
     with_effort,
 )
 from thanos.recipe.repair import Repair as Repair
+from thanos.recipe.run_fields import DTYPES, check_run_fields
 from thanos.recipe.stored import underscored, without_unused
 from thanos.recipe.toml import read_toml, toml_text
 from thanos.recipe.units import HEAD_UNITS, check_units
 from thanos.registry import parse_pattern
 from thanos.settings import TEXT_SOURCES, Heading, setting
-from thanos.system.suggestions import near_dtype, near_whole
 from thanos.system.user_paths import expanded
 
 
@@ -145,25 +145,9 @@ class Recipe(LayerRecipe):
         # First a tuple: the checks of LayerRecipe call _methods, which reads the overrides.
         object.__setattr__(self, "overrides", tuple(self.overrides))
         LayerRecipe.__post_init__(self)
-        for name, lowest in (("samples", 1), ("sequence_length", 2), ("seed", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
-                raise RecipeError(f"{name} must be a whole number, at least {lowest}; got {value!r}{near_whole(value)}")
-        if self.dtype not in DTYPES:
-            hint = near_dtype(self.dtype, DTYPES)
-            raise RecipeError(f"dtype {self.dtype!r} is unknown; choose one of {', '.join(DTYPES)}{hint}")
-        for name in ("calibration", "device"):
-            if not isinstance(getattr(self, name), str) or not getattr(self, name):
-                raise RecipeError(f"{name} must be a name; got {getattr(self, name)!r}")
+        check_run_fields(self)
         for name in ("targets", "skip"):
-            value = getattr(self, name)
-            if not isinstance(value, list | tuple) or not all(isinstance(glob, str) and glob for glob in value):
-                raise RecipeError(f"{name} must be a list of globs over layer names; got {value!r}")
-            object.__setattr__(self, name, tuple(value))
-        if not isinstance(self.trust_remote_code, bool):
-            raise RecipeError(f"trust_remote_code must be true or false; got {self.trust_remote_code!r}")
-        if self.measure_error is not None and not isinstance(self.measure_error, bool):
-            raise RecipeError(f"measure_error must be true, false or left out; got {self.measure_error!r}")
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         check_allocation(self)
         check_units(self)
         check_held_out(self.held_out)
@@ -306,8 +290,6 @@ class Recipe(LayerRecipe):
 
 _NEW = ("scope", "allocation", "multiple_of", "head_unit", *REPAIR_FIELDS, "held_out", "tune_rate")
 """Settings that are written only where they differ from their defaults."""
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def _suited(pattern: str, changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -44,5 +44,13 @@ PATTERNS: tuple[PatternRow, ...] = (
         examples=("heads",),
         other_names=("head", "attention-heads", "kv-heads"),
     ),
+    PatternRow(
+        name="width",
+        title="neurons and heads",
+        help="both, in the better proportion: a smaller model",
+        source="thanos.patterns.width:Width",
+        examples=("width",),
+        other_names=("widths", "neurons-and-heads"),
+    ),
 )
 """The patterns of this package; the first is the default."""

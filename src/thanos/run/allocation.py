@@ -1,8 +1,9 @@
-"""The pass before the loop that chooses the layers' sparsities by their errors (``allocation`` of a recipe)."""
+"""The pass before the loop that measures the layers' errors, and chooses their sparsities or the split of units by them."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -22,8 +23,11 @@ from thanos.model.layers import LinearLayer
 from thanos.patterns.budget import Budget
 from thanos.recipe import LayerRecipe, Recipe
 from thanos.recipe.allocation import is_allocated
+from thanos.run.cutting import Cutting
 from thanos.run.engine_setup import build_engine
+from thanos.run.report import DenseRecord
 from thanos.run.setup import Prepared
+from thanos.run.split import chosen_split
 from thanos.solvers.allocation import Curve, allocate
 from thanos.system.documents import json_text
 from thanos.system.files import write_atomically
@@ -74,15 +78,16 @@ def choose_sparsities(
         emit: called with events.
         store: file that keeps the choice for a resumed run; None on ranks other than 0.
     """
-    layers = {layer: settings for layer, settings in plan.layers.items() if is_allocated(recipe, layer.name)}
+    layers = measured_layers(plan, recipe)
     if not layers:
         return plan, None
+    cutting, sequences = plan.cutting, min(SEQUENCES, len(calibration.ids))
     record: dict[str, Any] | None = world.from_first(lambda: _read(store))
     if record is None:
         own = PhaseMeter(device)
         stage = MeasureStage()
         engine = build_engine(
-            replace(plan, layers=measured_layers(plan, recipe)),
+            replace(plan, layers=layers),
             recipe,
             calibration.ids[: max(SEQUENCES, world.size)],
             device,
@@ -96,10 +101,18 @@ def choose_sparsities(
         )
         _measure(engine, emit)
         curves = stage.curves
-        record = world.from_first(lambda: _choice(layers, curves, min(SEQUENCES, len(calibration.ids))))
+        record = world.from_first(
+            lambda: (
+                _choice(layers, curves, sequences)
+                if cutting is None
+                else chosen_split([*cutting.candidates], cutting.kinds(layers), curves, sequences)
+            )
+        )
         meter.add({PHASE: _total(own)})
         if store is not None:
             write_atomically(store, json_text(record).encode(), durable=True)
+    if cutting is not None:
+        return _with_split(plan, cutting, record, emit), record
     emit(Event(kind="note", phase=PHASE, message=summary(record)))
     chosen = {name: layer["sparsity"] for name, layer in record["layers"].items()}
     changed = {
@@ -111,8 +124,11 @@ def choose_sparsities(
 
 def measured_layers(plan: Prepared, recipe: Recipe) -> dict[LinearLayer, LayerRecipe]:
     """Return the layers that the pass measures, each with the settings of the method alone."""
+    every = plan.cutting is not None and plan.cutting.is_open
     return {
-        layer: _without_repair(settings) for layer, settings in plan.layers.items() if is_allocated(recipe, layer.name)
+        layer: _without_repair(settings)
+        for layer, settings in plan.layers.items()
+        if every or is_allocated(recipe, layer.name)
     }
 
 
@@ -127,10 +143,31 @@ def summary(record: Mapping[str, Any]) -> str:
     )
 
 
+def _with_split(plan: Prepared, cutting: Cutting, record: Mapping[str, Any], emit: Watcher) -> Prepared:
+    """Return the plan with the best of the measured splits; layers that lose nothing are left out."""
+    removed = record["splits"][0]["removed"]
+    settled = replace(cutting, candidates=(removed,))
+    share = ", ".join(f"{number} of {cutting.counts[kind]} {kind}" for kind, number in removed.items())
+    emit(Event(kind="note", phase=PHASE, message=f"every block loses {share}: the split of the least predicted error"))
+    layers = settled.settings(plan.layers)
+    left = [
+        DenseRecord(name=layer.weight_name, parameters=math.prod(layer.shape), reason="the split leaves its units")
+        for layer, settings in layers.items()
+        if not settings.sparsity
+    ]
+    return replace(
+        plan,
+        layers={layer: settings for layer, settings in layers.items() if settings.sparsity},
+        dense=[*plan.dense, *left],
+        cutting=settled,
+    )
+
+
 def _without_repair(settings: LayerRecipe) -> LayerRecipe:
     """Return the settings of the method alone: the pass needs no hidden states of a second model."""
     off = dict.fromkeys(("dense_target", "sequential", "refit", "tune"))
-    return replace(settings, effort=registry.DEFAULT_EFFORT, scope=settings.resolved_scope, **off)
+    scope = settings.resolved_scope if settings.parsed_pattern.any_entries else None
+    return replace(settings, effort=registry.DEFAULT_EFFORT, scope=scope, **off)
 
 
 def _measure(engine: Engine, emit: Watcher) -> None:

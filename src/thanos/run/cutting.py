@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from thanos.patterns.rounding import floor_count
 from thanos.patterns.units import HEADS, NEURONS, ModelUnits
 from thanos.recipe import LayerRecipe, Recipe
 from thanos.recipe.units import HEAD_UNITS
+from thanos.run.split import splits
 from thanos.run.work_folder import WorkFolder
 from thanos.shrink.config import smaller_config
 from thanos.shrink.folder import write_smaller
@@ -35,7 +36,7 @@ class Cutting:
         recipe: the recipe.
         writers: full name of each layer that loses columns → its units.
         counts: kind → number of units of a writer.
-        removed: kind → number of them that go, the same from every writer.
+        candidates: the numbers of units that may go, by kind; several if they are to be chosen by error.
         sizes: kind → number of parameters and of bytes of one unit of every writer together.
         parameters: number of parameters of the model before.
         block_parameters: number of those in its blocks.
@@ -45,11 +46,21 @@ class Cutting:
     recipe: Recipe
     writers: Mapping[str, Units]
     counts: Mapping[str, int]
-    removed: Mapping[str, int]
+    candidates: tuple[Mapping[str, int], ...]
     sizes: Mapping[str, tuple[int, int]]
     parameters: int
     block_parameters: int
     bytes: int
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the numbers of units are still to be chosen."""
+        return len(self.candidates) > 1
+
+    @property
+    def removed(self) -> Mapping[str, int]:
+        """Kind → number of units that go from every writer; of several candidates the largest number of each kind."""
+        return {kind: max(one[kind] for one in self.candidates) for kind in self.counts}
 
     @property
     def head_unit(self) -> str:
@@ -63,8 +74,9 @@ class Cutting:
 
     @property
     def bytes_after(self) -> int:
-        """Bytes of the tensors that stay."""
-        return self.bytes - sum(self.sizes[kind][1] * number for kind, number in self.removed.items())
+        """Bytes of the tensors that stay, at most."""
+        gone = (sum(self.sizes[kind][1] * number for kind, number in one.items()) for one in self.candidates)
+        return self.bytes - min(gone)
 
     def settings(self, layers: Mapping[LinearLayer, LayerRecipe]) -> dict[LinearLayer, LayerRecipe]:
         """Return the settings of the writers, with the pattern and the sparsity of their units."""
@@ -74,8 +86,12 @@ class Cutting:
         pattern, units = self.recipe.parsed_pattern, self.writers[name]
         assert isinstance(pattern, ModelUnits)
         own = pattern.of_writer(units.kind, len(units), runs_of(units.columns))
-        share = self.removed.get(units.kind, 0) / len(units)
+        share = self.removed[units.kind] / len(units)
         return replace(settings, pattern=str(own), sparsity=share)
+
+    def kinds(self, layers: Iterable[LinearLayer]) -> dict[LinearLayer, str]:
+        """Return the kind of the units of each layer."""
+        return {layer: self.writers[layer.name].kind for layer in layers}
 
     def kept(self, layers: Sequence[LayerRecord]) -> dict[str, Tensor]:
         """Return for each writer the indices of the units that stay, ascending, (units that stay,) int64."""
@@ -94,8 +110,7 @@ class Cutting:
         return {
             "asked": self.recipe.resolved_sparsity,
             "units": {
-                kind: {"before": count, "after": count - self.removed.get(kind, 0)}
-                for kind, count in self.counts.items()
+                kind: {"before": count, "after": count - self.removed[kind]} for kind, count in self.counts.items()
             },
             **({"head_unit": self.head_unit} if HEADS in self.counts else {}),
             "parameters_before": self.parameters,
@@ -116,17 +131,17 @@ def plan_cutting(opened: OpenedModel, recipe: Recipe) -> tuple[Cutting, dict[Lin
     chosen, left = select_layers(linear_layers(opened.meta_model), recipe)
     writers = _writers(opened, recipe)
     counts = {units.kind: len(units) for units in writers.values()}
+    sizes = _sizes(opened, writers)
     cutting = Cutting(
         recipe=recipe,
         writers=writers,
         counts=counts,
-        removed={kind: _removed(recipe, kind, count) for kind, count in counts.items()},
-        sizes=_sizes(opened, writers),
+        candidates=_candidates(opened, recipe, counts, {kind: size for kind, (size, _) in sizes.items()}),
+        sizes=sizes,
         parameters=sum(info.numel for info in opened.checkpoint.tensors.values()),
         block_parameters=_block_parameters(opened),
         bytes=sum(info.nbytes for info in opened.checkpoint.tensors.values()),
     )
-    check_config(opened, cutting)
     if missing := writers.keys() - {layer.name for layer in chosen}:
         raise ModelError(f"{min(missing)} is not a linear layer that can be pruned, so no units can be removed")
     why = f"has no {' and '.join(counts)} as its inputs"
@@ -135,19 +150,19 @@ def plan_cutting(opened: OpenedModel, recipe: Recipe) -> tuple[Cutting, dict[Lin
     return cutting, cutting.settings(layers), left
 
 
-def write_cut(cutting: Cutting, records: Sequence[LayerRecord], work: WorkFolder, tell: Watcher) -> dict[str, Any]:
+def write_cut(cutting: Cutting, records: Sequence[LayerRecord], work: WorkFolder, emit: Watcher) -> dict[str, Any]:
     """Write the smaller model from the finished one of full size; return what was cut, for the report.
 
     Args:
         cutting: the units that go.
         records: records of the writers.
         work: the work folder; ``model`` is complete, and ``unsealed`` becomes the smaller model.
-        tell: called with events.
+        emit: called with events.
     """
     shutil.rmtree(work.unsealed, ignore_errors=True)  # of a run that ended during this step
 
     def watch(event: Event) -> None:
-        tell(replace(event, phase="finish"))
+        emit(replace(event, phase="finish"))
 
     made = write_smaller(
         work.model,
@@ -163,15 +178,6 @@ def write_cut(cutting: Cutting, records: Sequence[LayerRecord], work: WorkFolder
         "bytes_before": made.dense_nbytes,
         "bytes_after": made.nbytes,
     }
-
-
-def check_config(opened: OpenedModel, cutting: Cutting) -> None:
-    """Refuse a model whose config cannot state the sizes that are left.
-
-    Raises:
-        ModelError: its config's class refuses them.
-    """
-    smaller_config(opened.meta_model.config, dict(cutting.removed), (), cutting.head_unit)
 
 
 def units_that_stay(count: int, share: float, multiple: int, kind: str) -> int:
@@ -218,8 +224,23 @@ def _writers(opened: OpenedModel, recipe: Recipe) -> dict[str, Units]:
     return found
 
 
-def _removed(recipe: Recipe, kind: str, count: int) -> int:
-    return count - units_that_stay(count, recipe.resolved_sparsity, recipe.multiple_of or MULTIPLES[kind], kind)
+def _candidates(
+    opened: OpenedModel, recipe: Recipe, counts: Mapping[str, int], sizes: Mapping[str, int]
+) -> tuple[Mapping[str, int], ...]:
+    """Return the numbers of units that may go, by kind, that the model's config can state."""
+
+    def check(removed: Mapping[str, int]) -> None:
+        some = {kind: number for kind, number in removed.items() if number}
+        smaller_config(opened.meta_model.config, some, (), recipe.head_unit or HEAD_UNITS[0])
+
+    share, multiple = recipe.resolved_sparsity, recipe.multiple_of
+    if len(counts) > 1:
+        target = share * _block_parameters(opened)
+        return tuple(splits(counts, sizes, target, multiple or MULTIPLES[NEURONS], check))
+    ((kind, count),) = counts.items()
+    removed = {kind: count - units_that_stay(count, share, multiple or MULTIPLES[kind], kind)}
+    check(removed)
+    return (removed,)
 
 
 def _sizes(opened: OpenedModel, writers: Mapping[str, Units]) -> dict[str, tuple[int, int]]:

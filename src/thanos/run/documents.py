@@ -35,7 +35,7 @@ def write_documents(
     device: torch.device,
     meter: PhaseMeter,
     allocation: Mapping[str, Any] | None = None,
-    cut: Mapping[str, Any] | None = None,
+    cut: dict[str, Any] | None = None,
 ) -> PruningReport:
     """Write the documents of a run whose shards are complete; return the report.
 
@@ -55,9 +55,10 @@ def write_documents(
     text_sha256 = completed["text"].get(TEXT_HASH)
     published = recipe.replace(calibration=public_name(recipe.calibration))
     report = _report(plan, engine, calibration, published, text_sha256, device, meter)
-    if allocation is not None:
+    if cut is not None:
+        report.cut.update(cut | ({} if allocation is None else {"split": dict(allocation)}))
+    elif allocation is not None:
         report.execution["allocation"] = dict(allocation)
-    report.cut.update(cut or {})
     report.write(folder / "pruning.json")
     (folder / "recipe.toml").write_text(_recipe_text(published, text_sha256), encoding="utf-8")
     (folder / "README.md").write_text(model_card(report), encoding="utf-8")

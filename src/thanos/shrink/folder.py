@@ -71,7 +71,7 @@ def write_smaller(
         out: the output folder, which must not exist. It appears by one rename when it is complete.
         kept: full name of each writer → int64, the units that stay, ascending; the same number for every writer of a kind.
         head_unit: what a head means; see :func:`~thanos.shrink.units.units_of`.
-        dropped_blocks: indices of the blocks that go. Their writers may be absent from ``kept``.
+        dropped_blocks: indices of the blocks that go. Nothing is asked of their writers.
         trust_remote_code: let transformers run Python code from the checkpoint.
         on_event: function that is called with events of progress.
 
@@ -109,7 +109,7 @@ def _cuts(
 ) -> tuple[dict[str, _Cut], dict[str, int]]:
     """Return parameter name → cut, and kind → number of units that each writer loses."""
     prefix, blocks = find_blocks(opened.meta_model)
-    left = set(kept)
+    left = {name for name in kept if not name.startswith(tuple(f"{prefix}.{number}." for number in gone))}
     cuts: dict[str, _Cut] = {}
     removed: dict[str, int] = {}
     for kind in (NEURONS, HEADS):
@@ -188,11 +188,11 @@ def _write_tensors(
 
 
 def _whole_tensors(checkpoint: Checkpoint) -> tuple[dict[str, tuple[TensorSpec, list[str]]], int]:
-    """Return the tensors as the files hold them, and the most bytes of a file.
+    """Return the tensors as the files hold them, and the most bytes of tensors in a file.
 
     Returns:
         name → dtype and shape, and the names of the parts that it was split into, in order (itself, if it was not); and the
-        bytes of the largest file.
+        bytes.
     """
     tensors = checkpoint.layout.tensors
     found: dict[str, tuple[TensorSpec, list[str]]] = {}
@@ -203,7 +203,7 @@ def _whole_tensors(checkpoint: Checkpoint) -> tuple[dict[str, tuple[TensorSpec, 
             end = info.offset + info.nbytes
             inside = [whole] if whole in tensors else [name for at, name in sorted(new) if info.offset <= at < end]
             found[whole] = (TensorSpec(info.dtype, info.shape), inside)
-    return found, max((shard.size for shard in checkpoint.layout.shards), default=1)
+    return found, max(shard.size - len(shard.header) for shard in checkpoint.layout.shards)
 
 
 def _new_shape(checkpoint: Checkpoint, key: str, cut_of: Mapping[str, _Cut]) -> tuple[int, ...]:

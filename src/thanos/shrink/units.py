@@ -127,19 +127,9 @@ def attention_of(config: Any) -> _Attention:
 
 
 def width_of(config: Any, field: str) -> int:
-    """Return the number of neurons that a text model's config states.
-
-    Raises:
-        ModelError: it states several.
-    """
+    """Return the number of neurons that a text model's config states in a field; GPT-2 leaves it out if it is the usual one."""
     width = getattr(config, field)
-    if width is None:  # GPT-2
-        width = 4 * config.hidden_size
-    if type(width) is not int:
-        raise ModelError(
-            f"the config's {field} differs from block to block ({width}), so no uniform size can be stated"
-        )
-    return width
+    return 4 * config.hidden_size if width is None else width
 
 
 def _writers(block: nn.Module, pattern: str) -> Iterator[str]:

@@ -107,11 +107,14 @@ def _on_device(context: BlockContext) -> bool:
 def tunables(context: BlockContext) -> list[Tunable]:
     """Return the parameters of a block that are tuned, in the order of the checkpoint's names.
 
-    A linear layer without settings here was left dense by the recipe. Nothing of it changes, its bias included.
+    A linear layer without settings here was left dense by the recipe. Nothing of it changes, its bias included. If units are
+    removed, the other layers lose their part of them at the end of the run. They were not left dense, and are tuned.
     """
     assert context.index is not None, "what follows the blocks is no block"
     tuned = {layer.name for layer, settings in context.layers.items() if settings.repair.tune}
-    untuned = {f"{context.prefix}{name}" for name in linear_names(context.module)} - tuned
+    cuts = any(settings.parsed_pattern.unit_kinds for settings in context.layers.values())
+    linear = {layer.name for layer in context.layers} if cuts else _linear(context)
+    untuned = linear - tuned
     routers = {f"{context.prefix}{name}" for name in router_parameters(context.module)}
     weights, found = context.weights, []
     for name in context.parameter_names:
@@ -120,6 +123,10 @@ def tunables(context: BlockContext) -> list[Tunable]:
         if not fixed and weights.is_own(name) and value.is_floating_point():
             found.append(Tunable(name, value, weights.stored_dtype(name), sparse=value.dim() > 1))
     return found
+
+
+def _linear(context: BlockContext) -> set[str]:
+    return {f"{context.prefix}{name}" for name in linear_names(context.module)}
 
 
 def _work(context: BlockContext) -> Work:
