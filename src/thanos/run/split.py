@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -82,7 +82,7 @@ def error_at(curve: Curve, share: float) -> float:
 
 
 def chosen_split(
-    candidates: list[dict[str, int]], kinds: Mapping[LinearLayer, str], curves: Mapping[str, Curve], sequences: int
+    candidates: Sequence[Mapping[str, int]], kinds: Mapping[LinearLayer, str], curves: Mapping[str, Curve], sequences: int
 ) -> dict[str, Any]:
     """Return the record of the choice: the number of measured sequences, and the error of each split, the best first."""
     errors = [(predicted_error(removed, kinds, curves), dict(removed)) for removed in candidates]
