@@ -114,7 +114,7 @@ def open_pair(source: ModelSource, parent: ModelSource, device: torch.device, wa
         watch(Event(kind="progress", phase="load", done=done, total=len(layers)))
     if within <= STRAY * total and not smaller:
         raise ModelError(
-            f"OUT {source.name} has no zeros to keep fixed ({within:,} of {total:,} weights of its linear layers), and it is as "
+            f"OUT {source.name} has no zeros to keep fixed ({within:,} of {total:,} weights of its linear layers), and is as "
             "large as the dense model; give a pruned model"
         )
     pair = Pair(pruned, dense, smaller, masked, sum(counts))
