@@ -40,6 +40,7 @@ def run(model: Path, dense: Path, out: Path, settings: dict[str, Any], moment: t
         if kind == "step" and event.kind == "progress" and event.phase == "train" and event.done == number:
             die()
 
-    RecoveryFolder.write_best, RecoveryFolder.complete_checkpoint = write_best, complete_checkpoint
+    folder: Any = RecoveryFolder
+    folder.write_best, folder.complete_checkpoint = write_best, complete_checkpoint
     recipe = thanos.RecoveryRecipe.from_dict(settings)
     thanos.recover(model, out, dense=dense, recipe=recipe, resume=True, on_event=look)

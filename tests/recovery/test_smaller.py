@@ -100,7 +100,8 @@ def test_it_is_trained_without_masks_and_keeps_its_sizes(
     before, after = read(child), read(out)
     assert {name: w.shape for name, w in after.items()} == {name: w.shape for name, w in before.items()}
     assert all((after[name] != before[name]).any() for name in before)
-    model, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    both: Any = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    model, info = both
     assert not any(info.values())
     assert model.config.intermediate_size == before["model.layers.0.mlp.up_proj.weight"].shape[0]
     card = (out / "README.md").read_text()
@@ -122,7 +123,8 @@ def test_the_guards_loss_is_that_of_the_written_model(
 
 
 def test_its_gradient_is_that_of_a_reference_with_all_logits(child: Path, tiny_llama: Path) -> None:
-    student, teacher = (AutoModelForCausalLM.from_pretrained(folder).double().eval() for folder in (child, tiny_llama))
+    models: list[Any] = [AutoModelForCausalLM.from_pretrained(folder).double().eval() for folder in (child, tiny_llama)]
+    student, teacher = models
     ids = torch.arange(60).view(3, 20) % 50
     with torch.no_grad():
         p = teacher(input_ids=ids).logits.log_softmax(-1)
