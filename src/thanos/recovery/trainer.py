@@ -129,7 +129,8 @@ def _arguments(training: Training) -> TrainingArguments:
         disable_tqdm=True,
         remove_unused_columns=False,
         logging_nan_inf_filter=False,
-        dataloader_pin_memory=False,
+        dataloader_pin_memory=cuda,  # with non_blocking: the host does not wait for the copy of a batch
+        accelerator_config={"non_blocking": cuda},
         ddp_find_unused_parameters=any(mixtures(training.module.student)),  # an expert may get no token of a batch
         fsdp=shard,  # type: ignore[arg-type]
         fsdp_config={"version": 2, "transformer_layer_cls_to_wrap": layers, "state_dict_type": "SHARDED_STATE_DICT"},
