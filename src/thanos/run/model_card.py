@@ -99,10 +99,14 @@ def recovery_sentence(recovery: Mapping[str, Any]) -> str:
     """Return the sentences about a recovery, from the values of ``recovery.json``."""
     before, after = recovery["held_out_before"], recovery["held_out_after"]
     text, sequences = recovery["calibration"], recovery["sequences"]
+    rate = recovery.get("rate") or recovery["recipe"]["rate"]
+    what = (
+        "surviving weights were trained with the zeros fixed" if recovery["masked_layers"] else "weights were trained"
+    )
     how = (
-        f"After pruning, the surviving weights were trained with the zeros fixed, to give the next-token distributions of "
+        f"After pruning, the {what}, to give the next-token distributions of "
         f"{public_name(str(recovery['dense']))} on {sequences['trained']} × {text['sequence_length']} tokens of "
-        f"{public_name(str(text['source']))} (epochs: {recovery['recipe']['epochs']}, rate {recovery['recipe']['rate']:g})"
+        f"{public_name(str(text['source']))} (epochs: {recovery['recipe']['epochs']}, rate {rate:g})"
     )
     held_out = f"{sequences['held_out']} × {text['sequence_length']} held-out tokens"
     if not recovery["best_step"]:
