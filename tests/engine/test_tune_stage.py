@@ -24,7 +24,6 @@ from thanos.engine.stages import tune as stage_module
 from thanos.engine.stages.tune_cost import tuning_passes
 from thanos.model.experts import router_parameters, unfuse
 from thanos.model.layers import find_blocks
-from thanos.recipe.repair import TUNE_RATE
 
 SAMPLES, HELD_OUT, LENGTH = 24, 4, 48
 
@@ -37,6 +36,8 @@ def recipe(text: Path, **changes: Any) -> thanos.Recipe:
     """A recipe whose method compensates nothing, so that a few steps on a few sequences gain something."""
     settings = {"calibration": str(text), "samples": SAMPLES, "sequence_length": LENGTH, "device": "cpu"}
     tuning = {"method": "magnitude", "tune": 3, "held_out": HELD_OUT, "tune_rate": 0.003}
+    if changes.get("tune", 1) in (0, None):  # then nothing uses the others
+        tuning = {"method": "magnitude"}
     return thanos.Recipe(**settings | tuning | changes)
 
 
@@ -102,9 +103,8 @@ def test_the_errors_are_those_of_whole_models_and_fall(dtype: torch.dtype, text_
 
 def test_zeros_stay_and_every_other_parameter_of_the_blocks_may_change(text_file: Path, tmp_path: Path) -> None:
     dense = save_dense(tmp_path / "dense", "qwen2", torch.bfloat16)  # with biases
-    settings = recipe(text_file, pattern="2:4")
-    thanos.prune(dense, tmp_path / "plain", settings.replace(tune=0, held_out=None, tune_rate=TUNE_RATE))
-    report = thanos.prune(dense, tmp_path / "tuned", settings)
+    thanos.prune(dense, tmp_path / "plain", recipe(text_file, pattern="2:4", tune=0))
+    report = thanos.prune(dense, tmp_path / "tuned", recipe(text_file, pattern="2:4"))
     before, after, given = weights(tmp_path / "plain"), weights(tmp_path / "tuned"), weights(dense)
     pruned = {f"{layer.name}.weight" for layer in report.layers}
     assert all(layer.changed_by == ["tune"] for layer in report.layers)
@@ -171,7 +171,7 @@ def test_a_layer_whose_own_setting_is_0_keeps_its_weight(text_file: Path, tmp_pa
 
 def test_with_no_epochs_the_output_is_that_of_a_run_without_the_setting(text_file: Path, tmp_path: Path) -> None:
     dense = save_tiny(tmp_path / "dense")
-    plain = recipe(text_file).replace(tune=None, held_out=None)
+    plain = recipe(text_file, tune=None)
     thanos.prune(dense, tmp_path / "plain", plain)
     thanos.prune(dense, tmp_path / "zero", plain.replace(tune=0))
     one, other = weights(tmp_path / "plain"), weights(tmp_path / "zero")
@@ -261,7 +261,7 @@ def test_where_nothing_is_gained_the_report_says_so(text_file: Path, tmp_path: P
     dense = save_tiny(tmp_path / "dense", dtype=torch.bfloat16)
     settings = recipe(text_file, tune_rate=1e-9)
     report = thanos.prune(dense, tmp_path / "out", settings)
-    thanos.prune(dense, tmp_path / "plain", settings.replace(tune=0))
+    thanos.prune(dense, tmp_path / "plain", recipe(text_file, tune=0))
     one, other = weights(tmp_path / "out"), weights(tmp_path / "plain")
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert report.warnings == [
