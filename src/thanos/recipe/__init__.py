@@ -20,9 +20,19 @@ from thanos.recipe.globs import matches
 from thanos.recipe.layer import DEFAULT_DAMPING as DEFAULT_DAMPING
 from thanos.recipe.layer import LAYER_FIELDS, LayerRecipe, check_used, check_values, used
 from thanos.recipe.override import Override, hints
-from thanos.recipe.repair import REPAIR_FIELDS, TUNE_RATE, check_held_out, check_rate, check_repair_used, checked
+from thanos.recipe.repair import (
+    REPAIR_FIELDS,
+    TUNE_RATE,
+    check_held_out,
+    check_rate,
+    check_repair_used,
+    checked,
+    held_out_of,
+    repairs_of,
+    unused_values,
+    with_effort,
+)
 from thanos.recipe.repair import Repair as Repair
-from thanos.recipe.repair import held_out_of, repairs_of, unused_values, with_effort
 from thanos.recipe.stored import underscored, without_unused
 from thanos.recipe.toml import read_toml, toml_text
 from thanos.registry import parse_pattern
