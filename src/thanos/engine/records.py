@@ -151,6 +151,8 @@ class LayerRecord:
         errors: the errors by step, see :class:`~thanos.solvers.pruned_weight.PrunedWeight`; None if only the method ran.
         residual: the last of the ``residuals`` there; None if there are none.
         target_change: the last of the ``target_changes`` there; None without a dense target.
+        choice: candidate for the dense target, as text → error of the layer's outputs with stand-ins; None for a layer in a
+            block, whose record has the choice, and without a choice.
     """
 
     name: str
@@ -176,11 +178,12 @@ class LayerRecord:
     errors: dict[str, float | None] | None = None
     residual: float | None = None
     target_change: float | None = None
+    choice: dict[str, float | None] | None = None
 
 
 def without_unset(layer: Mapping[str, Any]) -> dict[str, Any]:
     """Return the plain values of a :class:`LayerRecord` without the fields of repairs that did not run."""
-    unset = ("dense_target", "errors", "residual", "target_change")
+    unset = ("dense_target", "errors", "residual", "target_change", "choice")
     return {name: value for name, value in layer.items() if name not in unset or value is not None}
 
 
