@@ -107,6 +107,23 @@ _OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
             "init_std": 0.15,
         },
     ),
+    "phi": (
+        "PhiConfig",
+        {
+            **_COMMON,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "max_position_embeddings": POSITIONS,
+            "initializer_range": 0.15,
+        },
+    ),
+    "falcon": (
+        "FalconConfig",
+        {**_GPT, "hidden_size": 32, "ffn_hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4},
+    ),
+    "cohere": ("CohereConfig", {**_LLAMA_LIKE, "num_key_value_heads": 2}),
     "rwkv": (
         "RwkvConfig",
         {

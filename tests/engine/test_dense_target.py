@@ -233,6 +233,59 @@ def test_products_are_those_of_the_dense_model_and_of_the_model_pruned_so_far(
     assert checked == len(report.layers)
 
 
+PARALLEL = {
+    "gpt-neox": ("gpt_neox.layers", "attention.dense", "mlp.dense_4h_to_h"),
+    "falcon": ("transformer.h", "self_attention.dense", "mlp.dense_4h_to_h"),
+    "cohere": ("model.layers", "self_attn.o_proj", "mlp.down_proj"),
+}
+
+
+@pytest.mark.parametrize("architecture", PARALLEL)
+def test_the_stream_of_a_parallel_block_has_the_output_of_the_branch_beside(
+    architecture: str, text_file: Path, tmp_path: Path, targets: Targets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second branch is pruned after the first: else both would fill the same gap."""
+    monkeypatch.setitem(block_runner.BATCH_TOKENS, "cpu", 3 * LENGTH)  # batches of 3 and 1
+    place, *branches = PARALLEL[architecture]
+    folder = save_tiny(tmp_path / "model", architecture)
+    report = thanos.prune(folder, tmp_path / "out", recipe(text_file, sequential=True, dense_target=0.25))
+    dense, now = (AutoModelForCausalLM.from_pretrained(folder) for _ in range(2))
+    done, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "out"), calibration_ids(folder, text_file)
+    for block in range(2):
+        names = [f"{place}.{block}.{branch}" for branch in branches]
+        assert report.block_errors[block].writers == names
+        inside = now.get_submodule(f"{place}.{block}")
+        for name, module in inside.named_modules():  # what comes before both branches is pruned
+            if hasattr(module, "weight") and f"{place}.{block}.{name}" not in names:
+                module.load_state_dict(done.get_submodule(f"{place}.{block}.{name}").state_dict())
+        for name, other in (names, names[::-1]):
+            streams, inputs = [], []
+            for model in (dense, now):
+                outputs: list[Tensor] = []
+                handle = model.get_submodule(other).register_forward_hook(
+                    lambda _, args, out, kept=outputs: kept.append(out.detach().clone())
+                )
+                modules = {"": model.get_submodule(f"{place}.{block}"), "layer": model.get_submodule(name)}
+                seen = seen_by(model, ids, modules)
+                handle.remove()
+                streams.append(seen[""] + outputs[0].reshape(seen[""].shape).double())
+                inputs.append(seen["layer"])
+            expected = (streams[0] - streams[1]).T @ inputs[1]
+            scale = inputs[1].square().sum() ** 0.5
+            torch.testing.assert_close(targets.residual[name].double(), expected, rtol=1e-3, atol=1e-3 * scale)
+            now.get_submodule(name).load_state_dict(done.get_submodule(name).state_dict())
+
+
+def test_a_layer_whose_output_is_normalised_first_has_no_term_of_the_stream(
+    text_file: Path, tmp_path: Path, targets: Targets
+) -> None:
+    folder = save_tiny(tmp_path / "model", "gemma-2")
+    report = thanos.prune(folder, tmp_path / "out", recipe(text_file, dense_target=0.5))
+    assert not targets.residual
+    assert [errors.writers for errors in report.block_errors] == [[]] * 4
+    assert {layer.dense_target for layer in report.layers} == {0.5}
+
+
 def test_experts_are_paired_token_by_token_by_the_routing_of_the_pruned_block(
     text_file: Path, tmp_path: Path, targets: Targets
 ) -> None:

@@ -55,6 +55,8 @@ class PruneStage:
     def __call__(self, context: BlockContext) -> Iterator[Event]:
         """See :class:`~thanos.engine.stages.base.BlockStage`."""
         plan = plan_of(context)
+        if context.block_errors is not None:
+            context.block_errors = replace(context.block_errors, writers=[*plan.streams])
         for step in plan.steps:
             yield from self._prune_step(context, plan, step)
 
