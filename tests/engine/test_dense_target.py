@@ -513,6 +513,27 @@ def test_block_errors_are_those_of_the_written_model_on_the_held_out_sequences(
     assert thanos.PruningReport.from_dict(values) == report
 
 
+def test_the_residual_of_a_refit_in_the_report_is_that_of_the_written_weights(
+    tiny_llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """In float64: the largest relative residual of a row's equations ŵ H_SS = (w H)_S, where H has a unit diagonal."""
+    settings = recipe(text_file, method="wanda", refit=3, targets=("layers.0.*",))
+    thanos.prune(tiny_llama, tmp_path / "out", settings)
+    written, stored = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", tiny_llama))
+    model, ids = AutoModelForCausalLM.from_pretrained(tiny_llama), calibration_ids(tiny_llama, text_file)
+    told = {one["name"]: one for one in json.loads((tmp_path / "out/pruning.json").read_text())["layers"]}
+    inputs = seen_by(model, ids, {name: model.get_submodule(name) for name in told})
+    assert len(told) == 7
+    for name, record in told.items():
+        gram = inputs[name].T @ inputs[name]
+        gram += settings.damping * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+        weight, pruned = (tensors[f"{name}.weight"].double() for tensors in (stored, written))
+        left, whole = (((rows @ gram) * (pruned != 0)) / gram.diagonal().sqrt() for rows in (weight - pruned, weight))
+        expected = (left.norm(dim=1) / whole.norm(dim=1)).max().item()
+        assert expected > 1e-4
+        assert record["residual"] == pytest.approx(expected, rel=1e-2)
+
+
 # --- resuming, and several processes ----------------------------------------------------------------------------------------
 
 
