@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import thanos
-from helpers import prose, save_tiny
+from helpers import prose, save_tiny, tiny_model, tiny_tokenizer
 from reports import contents
+from thanos.cli import run
 from thanos.engine import block_runner, dense_choice
 from thanos.engine.routing import Routing
 from thanos.engine.stages import prune, prune_target
@@ -468,6 +469,30 @@ def test_held_out_sequences_are_refused_where_batches_belong_together(
     thanos.prune(tiny_llama, tmp_path / "out", recipe(text_file, dense_target=0.5, sequential=True))
 
 
+@pytest.mark.parametrize("words", [["--effort", "high"], ["--tune", "1"]])
+def test_a_model_whose_blocks_pass_values_on_is_refused_by_the_command(
+    words: list[str], text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny_model("gemma-4")
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    place = [
+        "prune",
+        str(tmp_path / "model"),
+        str(tmp_path / "out"),
+        "--calibration",
+        str(text_file),
+        "--device",
+        "cpu",
+    ]
+    few = ["--samples", "4", "--sequence-length", "32", "--quiet"]
+    assert run([*place, *few, *words]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: Gemma4ForCausalLM passes values between blocks batch by batch")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert run([*place, *few, "--dense-target", "0.5", "--sequential", "--targets", "layers.3.mlp.*"]) == 0
+
+
 def test_experts_whose_tokens_cannot_be_paired_are_pruned_without_a_dense_target(
     text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -575,13 +600,13 @@ def test_two_processes_repair_like_one(architecture: str, target: str, tmp_path:
         device="cpu",
         effort="high",
         dense_target=target,
-        held_out=3,
+        held_out=3 if target == "auto" else None,
     )
     report = thanos.prune(dense, tmp_path / "one", settings)
     (tmp_path / "recipe.toml").write_text(settings.to_toml(), encoding="utf-8")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "thanos"]
     words = ["prune", dense, tmp_path / "two", "--recipe", tmp_path / "recipe.toml", "--quiet"]
-    run = subprocess.run(
+    ended = subprocess.run(
         [*launcher, *map(str, words)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -589,7 +614,7 @@ def test_two_processes_repair_like_one(architecture: str, target: str, tmp_path:
         timeout=900,  # however busy the machine
         check=False,
     )
-    assert run.returncode == 0, run.stderr
+    assert ended.returncode == 0, ended.stderr
     found = thanos.PruningReport.read(tmp_path / "two/pruning.json")
     assert [(layer.name, layer.tokens, layer.dense_target) for layer in found.layers] == [
         (layer.name, layer.tokens, layer.dense_target) for layer in report.layers

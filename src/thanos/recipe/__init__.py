@@ -171,7 +171,7 @@ class Recipe(LayerRecipe):
 
     def _repairs(self, changes: Mapping[str, Any]) -> list[Repair]:
         """Return the repairs of the recipe with some fields changed."""
-        settings = {name: getattr(self, name) for name in REPAIR_FIELDS} | changes
+        settings = {**{name: getattr(self, name) for name in REPAIR_FIELDS}, **changes}
         return repairs_of(settings, [override.settings for override in self.overrides if not override.skip])
 
     def _methods(self) -> tuple[str, ...]:
