@@ -36,6 +36,7 @@ class PairedPass:
             :func:`~thanos.engine.block_flow.residual_streams`.
         pairable: names of the layers that need products with the dense model's inputs.
         groups: the groups of the layers.
+        calls: names of the block's layers in the order of their calls; the first pass over a block fills it.
     """
 
     def __init__(
@@ -45,11 +46,12 @@ class PairedPass:
         streams: Mapping[str, Stream],
         pairable: Collection[str],
         groups: Gathered,
+        calls: list[str],
     ) -> None:
         assert context.dense_stream is not None
         self._runner, self._dense, self._index = context.runner, context.dense_stream, context.index
         self._block, self._prefix, self._groups, self._pairable = context.module, context.prefix, groups, pairable
-        self._layers = list(layers)
+        self._layers, self._all, self._calls_before = list(layers), list(context.layers), calls
         self._routing = Routing(context.module)
         self._streams = {layer.name: streams[layer.name] for layer in layers if layer.name in streams}
         self._inputs: dict[str, list[Tensor]] = {}  # group's first layer → its inputs in this batch, in order
@@ -98,7 +100,7 @@ class PairedPass:
             return stopping_at(self._layers[0])
         if any(stream.beside for stream in self._streams.values()):
             return nullcontext(lambda: None)  # the layer beside may be called last, and its output is needed
-        return stopping_after(self._layers)
+        return stopping_after(self._layers, self._all, self._calls_before)
 
     # --- hooks ------------------------------------------------------------------------------------------------------
 

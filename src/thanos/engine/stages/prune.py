@@ -88,7 +88,8 @@ class PruneStage:
                 with gather(layers, need, sample=self._samples) as groups:
                     if plan.pairs(layers):
                         most = plan.fitted(layers)
-                        passed = PairedPass(context, layers, plan.streams, plan.pairable, groups).run(most)
+                        streams, calls = plan.streams, plan.calls
+                        passed = PairedPass(context, layers, streams, plan.pairable, groups, calls).run(most)
                     else:
                         passed = context.observe(layers, most)
                     for done in passed:

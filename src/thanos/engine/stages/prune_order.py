@@ -30,6 +30,7 @@ class Plan:
         chosen: names of those whose target is chosen on held-out sequences.
         samples: number of this process's sequences.
         rest: number of them that are not held out.
+        calls: names of the layers in the order of their calls; see :func:`~thanos.engine.early_end.stopping_after`.
     """
 
     steps: list[Step]
@@ -38,6 +39,7 @@ class Plan:
     chosen: Collection[str] = frozenset()
     samples: int = 0
     rest: int = 0
+    calls: list[str] = field(default_factory=list)
 
     def pairs(self, layers: Sequence[LinearLayer]) -> bool:
         """Return whether a layer of a part needs products with the dense model's inputs."""
