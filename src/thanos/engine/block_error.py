@@ -119,4 +119,4 @@ def token_errors(change: Tensor, whole: Tensor) -> Tensor:
         change: squared norm of each token's error.
         whole: squared norm of each token's wanted output, of the same shape.
     """
-    return torch.where(whole > 0, change / whole, 0.0)
+    return torch.where(whole > 0, change / torch.where(whole > 0, whole, 1.0), 0.0)
