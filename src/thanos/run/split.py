@@ -82,12 +82,9 @@ def error_at(curve: Curve, share: float) -> float:
 
 
 def chosen_split(
-    candidates: list[dict[str, int]], kinds: Mapping[LinearLayer, str], curves: Mapping[str, Curve], sequences: int
+    candidates: list[Mapping[str, int]], kinds: Mapping[LinearLayer, str], curves: Mapping[str, Curve]
 ) -> dict[str, Any]:
-    """Return the record of the choice: the number of measured sequences, and the error of each split, the best first."""
+    """Return the record of the choice: the predicted error of each split, the best first."""
     errors = [(predicted_error(removed, kinds, curves), dict(removed)) for removed in candidates]
     ranked = sorted(errors, key=lambda pair: pair[0])
-    return {
-        "sequences": sequences,
-        "splits": [{"removed": removed, "predicted_error": error} for error, removed in ranked],
-    }
+    return {"splits": [{"removed": removed, "predicted_error": error} for error, removed in ranked]}
