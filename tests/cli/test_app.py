@@ -38,7 +38,7 @@ OPTIONS = {
         "--threads", "--quiet", "--help",
     },
     "study": {"--data", "--devices", "--workers", "--threads", "--list", "--quiet", "--help"},
-    "inspect": {"--require", "--json", "--trust-remote-code", "--quiet", "--help"},
+    "inspect": {"--require", "--dense", "--json", "--trust-remote-code", "--quiet", "--help"},
     "report": {"--readme", "--quiet", "--help"},
     "pack": {"--least-weights", "--trust-remote-code", "--overwrite", "--json", "--quiet", "--help"},
     "unpack": {"--overwrite", "--quiet", "--help"},

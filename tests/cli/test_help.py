@@ -44,7 +44,7 @@ HEADINGS = {
         "Where and how it runs": {"--device", "--dtype", "--trust-remote-code", "--threads"},
         "Output": {"--json", "--quiet", "--help"},
     },
-    "inspect": {"Where and how it runs": {"--trust-remote-code", "--require"}, "Output": {"--json", "--quiet", "--help"}},
+    "inspect": {"Where and how it runs": {"--trust-remote-code", "--dense", "--require"}, "Output": {"--json", "--quiet", "--help"}},
     "study": {
         "Where and how it runs": {"--data", "--devices", "--workers", "--threads", "--list"},
         "Output": {"--quiet", "--help"},

@@ -12,6 +12,7 @@ from thanos.settings import Heading
 EXAMPLES = examples(
     ("Show how many weights of each layer are zero, and in which pattern", "thanos inspect pruned"),
     ("Exit with 1 unless every pruned layer keeps at most 2 of 4 weights", "thanos inspect pruned --require 2:4"),
+    ("Show what a smaller model lacks of the model that it was made from", "thanos inspect smaller --dense MODEL"),
 )
 
 
@@ -22,6 +23,10 @@ def inspect(
     require: Annotated[
         str | None,
         option("Exit with 1 unless every pruned layer satisfies this pattern: N:M or columns", Heading.RUN, "PATTERN"),
+    ] = None,
+    dense: Annotated[
+        str | None,
+        option("Also count what MODEL, if it is smaller, lacks of this dense model", Heading.RUN, "MODEL"),
     ] = None,
     json_file: JsonFile = None,
     quiet: Quiet = False,
@@ -39,7 +44,7 @@ def inspect(
 
     tables.check_writable(json_file)
     with display.watch(quiet=quiet) as watcher:
-        found = inspect_checkpoint(model, require=require, on_event=watcher, **given(settings))
+        found = inspect_checkpoint(model, require=require, dense=dense, on_event=watcher, **given(settings))
     output.show_inspection(found, json_file)
     if found.violations or found.damaged:
         raise typer.Exit(1)

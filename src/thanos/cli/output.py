@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from thanos.cli.shrunk_output import show_shrinkage
 from thanos.cli.tables import (
     cost,
     number,
@@ -184,6 +185,8 @@ def show_inspection(found: Inspection, json_file: Path | None) -> None:
             ("left dense because", "tensors", "parameters"),
             [(reason, str(len(sizes)), f"{sum(sizes):,}") for reason, sizes in groups.items()],
         )
+        if found.smaller is not None:
+            show_shrinkage(found.smaller)
     totals = found.totals
     rows = [
         ("sparsity of the targeted layers", share(totals["zeros_targeted"], totals["targeted_parameters"])),

@@ -13,6 +13,7 @@ from torch import Tensor
 from thanos._version import __version__
 from thanos.checkpoint.entries import count_not_finite
 from thanos.errors import ModelError, RecipeError
+from thanos.evaluation.shrunk import Shrinkage, compare_with_dense
 from thanos.events import Event
 from thanos.model.layers import LinearLayer, linear_layers
 from thanos.model.opening import OpenedModel, open_model
@@ -94,6 +95,7 @@ class Inspection(Document):
             the decoder blocks that hold more than stray zeros, or all of them if a pattern is required.
         dense: all other tensors, with the reason why each was left dense.
         not_finite: the tensors that hold NaN or infinity.
+        smaller: what the model lacks of its dense parent; None unless one was given.
     """
 
     model: str
@@ -104,7 +106,13 @@ class Inspection(Document):
     layers: list[LayerInspection]
     dense: list[DenseRecord]
     not_finite: list[NotFinite] = field(default_factory=list)
+    smaller: Shrinkage | None = None
     schema: int = SCHEMA
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, without ``smaller`` if no dense parent was given."""
+        values = Document.to_dict(self)
+        return {name: value for name, value in values.items() if name != "smaller" or value is not None}
 
     @property
     def damaged(self) -> list[NotFinite]:
@@ -116,6 +124,7 @@ def inspect_checkpoint(
     model: str | Path,
     *,
     require: str | None = None,
+    dense: str | Path | None = None,
     on_event: Callable[[Event], None] | None = None,
     trust_remote_code: bool = False,
 ) -> Inspection:
@@ -126,6 +135,7 @@ def inspect_checkpoint(
         require: ``N:M``, ``columns`` or a registered pattern; layers that violate it are listed. Outlier rows violate it too,
             since software that needs the pattern needs it in every row. A layer of the blocks without zeros also violates it,
             unless ``pruning.json`` gives a reason why it was left dense.
+        dense: the dense parent of a smaller model; what the model lacks of it is counted.
         on_event: function called with events of progress.
         trust_remote_code: let transformers run Python code from the checkpoint.
 
@@ -138,6 +148,7 @@ def inspect_checkpoint(
     find_local(model, trust_remote_code=trust_remote_code)
     emit(Event(kind="phase", phase="load"))
     opened = open_model(resolve_model(model, trust_remote_code=trust_remote_code))
+    smaller = None if dense is None else compare_with_dense(opened, dense, trust_remote_code=trust_remote_code)
     known = _read_report(opened)
     infos, total = opened.checkpoint.tensors, len(opened.checkpoint.tensors)
     linear = {opened.key_of.get(layer.weight_name): layer for layer in linear_layers(opened.meta_model)}
@@ -187,6 +198,7 @@ def inspect_checkpoint(
         layers=layers,
         dense=dense,
         not_finite=not_finite,
+        smaller=smaller,
     )
 
 

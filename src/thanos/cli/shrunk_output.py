@@ -1,0 +1,49 @@
+"""What ``inspect --dense`` prints."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from thanos.cli.tables import print_table
+
+if TYPE_CHECKING:
+    from thanos.evaluation.shrunk import Change, Shrinkage
+
+_SIZES = {
+    "block_count": "blocks",
+    "mlp_width": "neurons of each MLP or expert",
+    "query_heads": "query heads of each block",
+    "key_value_heads": "key-value heads of each block",
+}
+
+
+def show_shrinkage(found: Shrinkage) -> None:
+    """Print what a smaller model lacks of its dense parent: by block, and altogether."""
+    rows = []
+    for one in found.blocks:
+        if one.parameters is None:
+            continue
+        removed = [f"{name.split('.', 3)[-1]}: {len(units)} units" for name, units in one.removed.items()]
+        rows.append(
+            (
+                str(one.dense_block),
+                "gone" if one.block is None else str(one.block),
+                *_cells(one.parameters),
+                ", ".join(removed[:2]) + (f" and {len(removed) - 2} more" if len(removed) > 2 else "") or "-",
+            )
+        )
+    head = ("dense block", "block", "parameters before", "after", "removed", "pruning.json says")
+    print_table(head, rows) if rows else print("which blocks are gone is not known without pruning.json")
+    sizes = [(_SIZES[name], *_cells(change)) for name, change in found.sizes.items()]
+    totals = [
+        ("parameters", *_cells(found.parameters)),
+        ("parameters of the blocks", *_cells(found.block_parameters)),
+        ("bytes of all tensors", *_cells(found.tensor_bytes)),
+        ("bytes of the weight files", *_cells(found.file_bytes)),
+    ]
+    print_table((f"against {found.dense}", "before", "after", "removed"), [*sizes, *totals])
+
+
+def _cells(change: Change) -> tuple[str, str, str]:
+    gone = change.before - change.after
+    return f"{change.before:,}", f"{change.after:,}", f"{gone:,} ({100 * gone / change.before:.2f} %)"
