@@ -163,7 +163,7 @@ def _found(
         assert cutting is not None
         return chosen_blocks(stage.effects, cutting.drops)
     if cutting is not None:
-        return chosen_split([*cutting.candidates], cutting.kinds(layers), stage.curves)
+        return chosen_split(cutting.candidates, cutting.parameters, cutting.target, cutting.kinds(layers), stage.curves)
     return _choice(layers, stage.curves)
 
 

@@ -64,6 +64,16 @@ class Cutting:
         return self.candidates[0].get(BLOCKS, 0)
 
     @property
+    def parameters(self) -> dict[str, int]:
+        """Kind → number of parameters of one unit of every writer together."""
+        return {kind: size for kind, (size, _) in self.sizes.items()}
+
+    @property
+    def target(self) -> float:
+        """Number of parameters to remove, if the sparsity is a share of those of the blocks."""
+        return self.recipe.resolved_sparsity * self.block_parameters
+
+    @property
     def removed(self) -> Mapping[str, int]:
         """Kind → number of units that go from every writer; of several candidates the largest number of each kind."""
         return {kind: max(one[kind] for one in self.candidates) for kind in self.counts}
