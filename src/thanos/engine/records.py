@@ -162,6 +162,8 @@ class LayerRecord:
         target_change: the last of the ``target_changes`` there; None without a dense target.
         removed_units: indices of the units of the model that went, ascending; None if the pattern removes no units. The other
             attributes describe the layer before the model was cut.
+        choice: candidate for the dense target, as text → error of the layer's outputs with stand-ins; None for a layer in a
+            block, whose record has the choice, and without a choice.
     """
 
     name: str
@@ -188,11 +190,12 @@ class LayerRecord:
     residual: float | None = None
     target_change: float | None = None
     removed_units: list[int] | None = None
+    choice: dict[str, float | None] | None = None
 
 
 def without_unset(layer: Mapping[str, Any]) -> dict[str, Any]:
     """Return the plain values of a :class:`LayerRecord` without the fields of repairs that did not run."""
-    unset = ("dense_target", "errors", "residual", "target_change", "removed_units")
+    unset = ("dense_target", "errors", "residual", "target_change", "removed_units", "choice")
     return {name: value for name, value in layer.items() if name not in unset or value is not None}
 
 

@@ -177,7 +177,7 @@ class Recipe(LayerRecipe):
 
     def _repairs(self, changes: Mapping[str, Any]) -> list[Repair]:
         """Return the repairs of the recipe with some fields changed."""
-        settings = {name: getattr(self, name) for name in REPAIR_FIELDS} | changes
+        settings = {name: getattr(self, name) for name in REPAIR_FIELDS} | dict(changes)
         return repairs_of(settings, [override.settings for override in self.overrides if not override.skip])
 
     def _methods(self) -> tuple[str, ...]:
@@ -294,7 +294,7 @@ _NEW = ("scope", "allocation", "multiple_of", "head_unit", *REPAIR_FIELDS, "held
 
 def _suited(pattern: str, changes: Mapping[str, Any]) -> dict[str, Any]:
     """Return changes; a new pattern than ``pattern`` resets its sparsity, block size and scope, an effort resets its parts."""
-    changes = with_effort(changes)
+    changes = dict(with_effort(changes))
     if str(parse_pattern(changes.get("pattern", pattern))) == str(parse_pattern(pattern)):
         return changes
     return {"sparsity": None, "block_size": None, "scope": None, **changes}

@@ -227,8 +227,9 @@ class BlockContext:
         self.records[record.name] = record
 
     def add_choice(self, layers: Sequence[LinearLayer], errors: Mapping[float, float]) -> None:
-        """Add the choice of a dense target to the block's record: the block's error by candidate."""
-        assert self.block_errors is not None
+        """Add the choice of a dense target to the block's record: the error by candidate. After the blocks there is none."""
+        if self.block_errors is None:
+            return
         choice = {
             "layers": [layer.name for layer in layers],
             "errors": {f"{a:g}": error for a, error in errors.items()},

@@ -1,8 +1,8 @@
 """Tuning of a pruned block with its zeros fixed; see :mod:`thanos.engine.tuning`.
 
-Tuned are the weights that pruning kept, the biases of the pruned layers, and all other parameters of the block, such as gains.
-Not tuned are zeros of matrices, linear layers that the recipe leaves dense (``skip`` or ``targets``) or whose own ``tune`` is
-0, routers of a mixture of experts, parameters that another module shares, and buffers. Not tuned at all are models whose blocks
+Tuned are the weights that pruning kept, the biases of the pruned layers, and other parameters of the block, such as gains. Not
+tuned are zeros of matrices, linear layers that the recipe leaves dense (``skip``, ``targets``) or whose own ``tune`` is 0,
+routers of a mixture of experts, parameters that another module shares, and buffers. Not tuned at all are models whose blocks
 leave values for later blocks (Gemma 4).
 """
 
