@@ -406,7 +406,9 @@ def test_a_split_comes_as_near_to_the_share_as_whole_units_allow() -> None:
 
     with pytest.raises(ModelError, match="the first reason"):
         splits(counts, sizes, 340.0, 4, refuse)
-    with pytest.raises(UserError, match="no split of whole heads and a multiple of 64 neurons removes 2,000 parameters"):
+    with pytest.raises(
+        UserError, match="no split of whole heads and a multiple of 64 neurons removes 2,000 parameters"
+    ):
         splits(counts, sizes, 2000.0, 64, refuse_two)
 
 
