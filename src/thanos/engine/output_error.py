@@ -1,4 +1,4 @@
-"""The error of a layer after the blocks, such as lm_head, on held-out sequences: how far its outputs are from the dense model's.
+"""The error of a layer after the blocks, such as lm_head, on held-out sequences: the distance of its outputs from the dense ones.
 
 There is no block whose error could choose its dense target. But its outputs are what the model returns, or almost.
 """
