@@ -55,17 +55,22 @@ THE_PROGRAM = {
 """File → number of strings ``thanos`` in it that mean the program, not the method."""
 
 ORDINARY = {
-    "cli/bench_model.py": ["heads"],  # number of heads of the timed model
-    "shrink/config.py": ["heads"],  # in a message
+    "cli/bench_model.py": ["blocks", "heads"],  # sizes of the timed model
+    "cli/interrupts.py": ["blocks"],
+    "run/prune.py": ["blocks"],
+    "run/work_folder.py": ["blocks"],
+    "shrink/config.py": ["blocks", "heads"],  # in messages
+    "study/report/figures/charts.py": ["blocks"],
+    "study/report/sections/blocks.py": ["blocks"],  # in prose
 }
 """File → strings in it that are also the name of a pattern, but mean the word."""
 
 OWN_FILES = {
     *("registry/__init__.py", "registry/pattern_rows.py"),
     "patterns/units.py",  # the kinds of units, which have the names of their patterns
-    *(f"patterns/{name}.py" for name in ("unstructured", "columns", "nm", "neurons", "heads", "width")),
+    *(f"patterns/{name}.py" for name in ("unstructured", "columns", "nm", "neurons", "heads", "width", "blocks")),
 }
-PATTERN_CLASSES = {"Unstructured", "Columns", "NM", "Neurons", "Heads", "Width"}
+PATTERN_CLASSES = {"Unstructured", "Columns", "NM", "Neurons", "Heads", "Width", "Blocks"}
 METHOD_MODULES = "thanos.solvers.methods"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,14 @@ import thanos
 from helpers import ARCHITECTURES, save_tiny, tiny_model
 from reports import contents
 from thanos.cli import run
-from thanos.errors import UserError
+from thanos.errors import ModelError, UserError
 from thanos.registry import method_names
 from thanos.run import cutting as cutting_module
 from thanos.run.cutting import runs_of, units_that_stay
 from thanos.run.model_card import model_card
+from thanos.run.split import error_at, splits
 from thanos.run.work_folder import WorkFolder
+from thanos.solvers.allocation import Curve
 from whole_models import LENGTH, SAMPLES, calibration_ids, prune_modules, recipe
 
 WIDTH = 64  # neurons of the tiny models
@@ -382,3 +385,170 @@ def test_an_unknown_architecture_is_refused_before_the_calibration(
     with pytest.raises(UserError, match="no such units"):
         thanos.prune(tiny_llama, tmp_path / "out", units(text_file))
     assert not list(tmp_path.iterdir())
+
+
+# --- width: one split between neurons and heads -----------------------------------------------------------------------
+
+
+def test_a_split_comes_as_near_to_the_share_as_whole_units_allow() -> None:
+    counts, sizes = {"neurons": 64, "heads": 4}, {"neurons": 10, "heads": 170}
+
+    def refuse_two(removed: Any) -> None:
+        if removed["heads"] == 2:
+            raise ModelError("two")
+
+    found = splits(counts, sizes, 400.0, 4, refuse_two)
+    assert found == [{"neurons": 40, "heads": 0}, {"neurons": 24, "heads": 1}]
+    assert all(abs(10 * one["neurons"] + 170 * one["heads"] - 400) <= 4 / 2 * 10 for one in found)
+
+    def refuse(_: Any) -> None:
+        raise ModelError("the first reason")
+
+    with pytest.raises(ModelError, match="the first reason"):
+        splits(counts, sizes, 340.0, 4, refuse)
+    with pytest.raises(
+        UserError, match="no split of whole heads and a multiple of 64 neurons removes 2,000 parameters"
+    ):
+        splits(counts, sizes, 2000.0, 64, refuse_two)
+
+
+def test_the_split_of_the_least_predicted_error_is_taken(grouped: Path, text_file: Path, tmp_path: Path) -> None:
+    made = recipe(text_file, pattern="width", sparsity=0.3, multiple_of=1)
+    report = thanos.prune(grouped, tmp_path / "out", made)
+    ranked = report.cut["split"]["splits"]
+    assert len(ranked) == 2
+    assert [one["predicted_error"] for one in ranked] == sorted(one["predicted_error"] for one in ranked)
+    removed = ranked[0]["removed"]
+    for kind, size in report.cut["units"].items():
+        assert size["before"] - size["after"] == removed[kind]
+    assert report.cut["share_of_block_parameters"] == pytest.approx(0.3, abs=0.01)
+    for layer in report.layers:
+        kind = "neurons" if layer.name.endswith("down_proj") else "heads"
+        assert len(layer.removed_units or []) == removed[kind] > 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.intermediate_size == WIDTH - removed["neurons"]
+
+
+def test_an_error_between_two_measured_shares_is_their_geometric_mean() -> None:
+    curve = Curve(10, (0.2, 0.4), (0.01, 0.04))
+    assert error_at(curve, 0.3) == pytest.approx(0.02)
+    assert [error_at(curve, share) for share in (0.0, 0.1, 0.2, 0.4, 0.5)] == pytest.approx(
+        [0, 0.005, 0.01, 0.04, 0.08]
+    )
+
+
+@pytest.mark.parametrize("where", ["split", "block"])
+def test_a_resumed_run_keeps_its_split(
+    where: str, grouped: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = recipe(text_file, pattern="width", sparsity=0.3, multiple_of=1)
+    thanos.prune(grouped, tmp_path / "whole", made)
+    out = tmp_path / "out"
+    stopped(grouped, out, made, lambda event: event.kind == "layer" and event.block == 1)
+    monkeypatch.setattr("thanos.run.allocation.MeasureStage", stop)
+    thanos.prune(grouped, out, made, resume=True)
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+# --- blocks -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("deep") / "model", num_hidden_layers=6)
+
+
+def states(folder: Path, ids: Tensor) -> list[Tensor]:
+    """Inputs of every block, and the last outputs before the norm, in float64, each (tokens, d)."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    found: list[Tensor] = []
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(lambda _, args: found.append(args[0].flatten(0, 1)))
+    model.model.layers[-1].register_forward_hook(lambda _, __, out: found.append(out.flatten(0, 1)))
+    with torch.inference_mode():
+        model(ids)
+    return found
+
+
+def test_the_blocks_that_turn_the_hidden_states_least_go(deep: Path, text_file: Path, tmp_path: Path) -> None:
+    report = thanos.prune(deep, tmp_path / "out", recipe(text_file, pattern="blocks", sparsity=0.34))
+    hidden = states(deep, calibration_ids(deep, text_file))
+    effects = [float((1 - torch.cosine_similarity(before, after, dim=-1)).mean()) for before, after in pairwise(hidden)]
+    assert report.cut["split"]["effects"] == pytest.approx(effects, rel=1e-4)
+    dropped = sorted(sorted(range(1, 6), key=effects.__getitem__)[:2])
+    assert report.cut["dropped_blocks"] == dropped
+    assert report.cut["units"] == {"blocks": {"before": 6, "after": 4}}
+    dense, written = load_file(deep / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
+    stay = [index for index in range(6) if index not in dropped]
+    for new, old in enumerate(stay):  # without a repair nothing else changes
+        for name in ("mlp.down_proj", "self_attn.q_proj"):
+            assert torch.equal(written[f"model.layers.{new}.{name}.weight"], dense[f"model.layers.{old}.{name}.weight"])
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.num_hidden_layers == 4
+
+
+def test_the_layer_before_is_fitted_to_the_outputs_of_the_blocks_that_go(
+    deep: Path, text_file: Path, tmp_path: Path
+) -> None:
+    made = recipe(text_file, pattern="blocks", sparsity=0.34, dense_target=1.0, damping=0.02)
+    report = thanos.prune(deep, tmp_path / "out", made)
+    dropped = report.cut["dropped_blocks"]
+    assert dropped == [4, 5]
+    before = 3
+    assert [layer.name for layer in report.layers] == [f"model.layers.{before}.mlp.down_proj"]
+    ids = calibration_ids(deep, text_file)
+    wanted = states(deep, ids)[-1]
+    model = AutoModelForCausalLM.from_pretrained(deep, dtype=torch.float64).eval()
+    seen: dict[str, Tensor] = {}
+    block = model.model.layers[before]
+    block.mlp.down_proj.register_forward_pre_hook(lambda _, args: seen.update(x=args[0].flatten(0, 1)))
+    block.post_attention_layernorm.register_forward_pre_hook(lambda _, args: seen.update(r=args[0].flatten(0, 1)))
+    with torch.inference_mode():
+        model(ids)
+    gram = seen["x"].T @ seen["x"]
+    ridge = 0.02 * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+    weight = block.mlp.down_proj.weight.detach()
+    # ‖Y − X Vᵀ‖² + λ‖V − W‖² with Y = h* − r
+    expected = torch.linalg.solve(gram + ridge, seen["x"].T @ (wanted - seen["r"]) + ridge @ weight.T).T
+    got = load_file(tmp_path / "out/model.safetensors")[f"model.layers.{before}.mlp.down_proj.weight"]
+    torch.testing.assert_close(got.double(), expected, rtol=2e-3, atol=2e-4)
+    errors = report.block_errors[-1].errors
+    assert (errors["prune"] or 0.0) < 0.5 * (errors["dense"] or 0.0)
+
+
+@pytest.mark.parametrize("settings", [{"effort": "high"}, {"effort": "max", "tune": 2}])
+def test_a_run_that_drops_blocks_resumes_to_the_same_bytes(
+    settings: dict[str, Any], deep: Path, text_file: Path, tmp_path: Path
+) -> None:
+    made = recipe(text_file, pattern="blocks", sparsity=0.34, **settings)
+    report = thanos.prune(deep, tmp_path / "whole", made)
+    for errors in report.block_errors[-1:]:
+        *_, last = errors.errors.values()
+        assert (last or 0.0) < (errors.errors["dense"] or 0.0)
+    for block in (1, 3):
+        out = tmp_path / f"out{block}"
+        stopped(deep, out, made, lambda event, block=block: event.kind == "stage" and event.block == block)
+        thanos.prune(deep, out, made, resume=True)
+        assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_scattered_blocks_go_too(deep: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("thanos.run.allocation.chosen_blocks", lambda *_: {"dropped": [1, 3, 4], "effects": []})
+    report = thanos.prune(deep, tmp_path / "out", recipe(text_file, pattern="blocks", sparsity=0.5, dense_target=1.0))
+    assert [layer.block for layer in report.layers] == [0, 2]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert model.config.num_hidden_layers == 3
+    plain = AutoModelForCausalLM.from_pretrained(deep).eval()
+    plain.model.layers = torch.nn.ModuleList([plain.model.layers[index] for index in (0, 2, 5)])
+    for number, layer in enumerate(plain.model.layers):
+        layer.self_attn.layer_idx = number
+    ids = calibration_ids(deep, text_file)
+    dense = AutoModelForCausalLM.from_pretrained(deep).eval()
+    with torch.inference_mode():
+        wanted, fitted, dropped = (one(ids, use_cache=False).logits for one in (dense, model, plain))
+    assert (fitted - wanted).square().mean() < (dropped - wanted).square().mean()
+
+
+def test_all_blocks_cannot_go(deep: Path, text_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="from 1 to 5 may go"):
+        thanos.prune(deep, tmp_path / "out", recipe(text_file, pattern="blocks", sparsity=0.95))
+    with pytest.raises(UserError, match="from 1 to 5 may go"):
+        thanos.prune(deep, tmp_path / "out", recipe(text_file, pattern="blocks", sparsity=0.05))

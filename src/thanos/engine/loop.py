@@ -111,7 +111,7 @@ class Engine:
                 self._dense.begin()
 
     def _work_on_block(self, context: BlockContext, index: int, output: Output) -> Iterator[Event]:
-        if not self.inputs.runner.reaches(index):  # the model never calls this block: the hidden states stay
+        if not self.inputs.runs(index):  # the hidden states stay
             self._finish(context, output)
             yield context.event("block", "propagate", error=self._mean_error())
             return
@@ -145,7 +145,7 @@ class Engine:
     def _replay_block(self, context: BlockContext, index: int, record: BlockRecord) -> Iterator[Event]:
         """Skip the stages of a finished block: its tensors are on the disk. Compute its outputs if a later block needs them."""
         self._take_over(record)
-        if self._is_read_after(index) and self.inputs.runner.reaches(index):
+        if self._is_read_after(index) and self.inputs.runs(index):
             self._load(index)
             yield from self._advance_dense(context, index, record.dense_starts)
             self._take_finished(index)
@@ -167,8 +167,8 @@ class Engine:
         with inputs.meter.phase("load"):
             inputs.weights.load(self._names_to_load(index))
         later = range(index + 1, len(inputs.blocks))
-        after = next((block for block in later if inputs.runner.reaches(block)), None)
-        if after is not None:
+        after = next((block for block in later if inputs.runs(block)), None)
+        if after is not None and not inputs.dropped_after(index):
             inputs.weights.prefetch(self._names_to_load(after))
 
     def _take_finished(self, index: int) -> None:
@@ -187,7 +187,8 @@ class Engine:
         yield context.event("phase", "dense")
         with context.meter.phase("dense"):
             context.dense_stream.hold(self.inputs.block_names(index))
-            for step in context.dense_stream.advance(index, starts):
+            beyond = {later: self.inputs.block_names(later) for later in self.inputs.dropped_after(index)}
+            for step in context.dense_stream.advance(index, starts, beyond):
                 yield context.note(step.note, "dense") if step.note else context.progress("dense", step.done)
         inputs, held_out = self.inputs, bool(self.inputs.held_out_of_all)
         sample = range(max(0, min(inputs.runner.shape[0], ERROR_SEQUENCES - inputs.first)))  # the first of the run

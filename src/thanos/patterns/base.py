@@ -78,6 +78,9 @@ class Pattern(ABC):
     unit_kinds: ClassVar[tuple[str, ...]] = ()
     """The kinds of units that the pattern removes, so that the model becomes smaller; empty if it only sets weights to zero."""
 
+    keeps_all: ClassVar[bool] = False
+    """Whether no layer loses an entry: with a sparsity of 0 it still takes the weights of its dense target."""
+
     can_be_required: ClassVar[bool] = True
     """Whether a matrix with zeros can violate the pattern, so that ``inspect --require`` makes sense."""
 

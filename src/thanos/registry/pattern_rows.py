@@ -52,5 +52,13 @@ PATTERNS: tuple[PatternRow, ...] = (
         examples=("width",),
         other_names=("widths", "neurons-and-heads"),
     ),
+    PatternRow(
+        name="blocks",
+        title="decoder blocks",
+        help="whole decoder blocks go: a smaller model",
+        source="thanos.patterns.blocks:Blocks",
+        examples=("blocks",),
+        other_names=("block", "layers", "depth"),
+    ),
 )
 """The patterns of this package; the first is the default."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from thanos.engine.distributed import World
 from thanos.engine.loop import Engine
 from thanos.engine.rank_zero import SharedWriter
 from thanos.engine.records import BlockRecord
+from thanos.engine.stages.effects import EffectStage
 from thanos.engine.stages.measure import MeasureStage
 from thanos.events import Event, Watcher
 from thanos.model.layers import LinearLayer
@@ -25,7 +25,7 @@ from thanos.recipe import LayerRecipe, Recipe
 from thanos.recipe.allocation import is_allocated
 from thanos.run.cutting import Cutting
 from thanos.run.engine_setup import build_engine
-from thanos.run.report import DenseRecord
+from thanos.run.settling import chosen_blocks, settled
 from thanos.run.setup import Prepared
 from thanos.run.split import chosen_split
 from thanos.solvers.allocation import Curve, allocate
@@ -78,14 +78,15 @@ def choose_sparsities(
         emit: called with events.
         store: file that keeps the choice for a resumed run; None on ranks other than 0.
     """
-    layers = measured_layers(plan, recipe)
-    if not layers:
+    layers, cutting = measured_layers(plan, recipe), plan.cutting
+    drops = cutting is not None and cutting.drops > 0
+    if not layers and not drops:
         return plan, None
-    cutting, sequences = plan.cutting, min(SEQUENCES, len(calibration.ids))
+    sequences = min(SEQUENCES, len(calibration.ids))
     record: dict[str, Any] | None = world.from_first(lambda: _read(store))
     if record is None:
         own = PhaseMeter(device)
-        stage = MeasureStage()
+        stage = EffectStage() if drops else MeasureStage()
         engine = build_engine(
             replace(plan, layers=layers),
             recipe,
@@ -100,19 +101,12 @@ def choose_sparsities(
             stages=(stage,),
         )
         _measure(engine, emit)
-        curves = stage.curves
-        record = world.from_first(
-            lambda: (
-                _choice(layers, curves, sequences)
-                if cutting is None
-                else chosen_split([*cutting.candidates], cutting.kinds(layers), curves, sequences)
-            )
-        )
+        record = world.from_first(lambda: {"sequences": sequences} | _found(layers, cutting, stage))
         meter.add({PHASE: _total(own)})
         if store is not None:
             write_atomically(store, json_text(record).encode(), durable=True)
     if cutting is not None:
-        return _with_split(plan, cutting, record, emit), record
+        return settled(plan, cutting, record, PHASE, emit), record
     emit(Event(kind="note", phase=PHASE, message=summary(record)))
     chosen = {name: layer["sparsity"] for name, layer in record["layers"].items()}
     changed = {
@@ -143,26 +137,6 @@ def summary(record: Mapping[str, Any]) -> str:
     )
 
 
-def _with_split(plan: Prepared, cutting: Cutting, record: Mapping[str, Any], emit: Watcher) -> Prepared:
-    """Return the plan with the best of the measured splits; layers that lose nothing are left out."""
-    removed = record["splits"][0]["removed"]
-    settled = replace(cutting, candidates=(removed,))
-    share = ", ".join(f"{number} of {cutting.counts[kind]} {kind}" for kind, number in removed.items())
-    emit(Event(kind="note", phase=PHASE, message=f"every block loses {share}: the split of the least predicted error"))
-    layers = settled.settings(plan.layers)
-    left = [
-        DenseRecord(name=layer.weight_name, parameters=math.prod(layer.shape), reason="the split leaves its units")
-        for layer, settings in layers.items()
-        if not settings.sparsity
-    ]
-    return replace(
-        plan,
-        layers={layer: settings for layer, settings in layers.items() if settings.sparsity},
-        dense=[*plan.dense, *left],
-        cutting=settled,
-    )
-
-
 def _without_repair(settings: LayerRecipe) -> LayerRecipe:
     """Return the settings of the method alone: the pass needs no hidden states of a second model."""
     off = dict.fromkeys(("dense_target", "sequential", "refit", "tune"))
@@ -181,7 +155,19 @@ def _measure(engine: Engine, emit: Watcher) -> None:
             emit(Event(kind="progress", phase=PHASE, blocks=total, done=event.block + 1, total=total))
 
 
-def _choice(layers: Mapping[LinearLayer, LayerRecipe], curves: Mapping[str, Curve], sequences: int) -> dict[str, Any]:
+def _found(
+    layers: Mapping[LinearLayer, LayerRecipe], cutting: Cutting | None, stage: MeasureStage | EffectStage
+) -> dict[str, Any]:
+    """Return what the pass measured and what follows from it."""
+    if isinstance(stage, EffectStage):
+        assert cutting is not None
+        return chosen_blocks(stage.effects, cutting.drops)
+    if cutting is not None:
+        return chosen_split(cutting.candidates, cutting.parameters, cutting.target, cutting.kinds(layers), stage.curves)
+    return _choice(layers, stage.curves)
+
+
+def _choice(layers: Mapping[LinearLayer, LayerRecipe], curves: Mapping[str, Curve]) -> dict[str, Any]:
     """Return the record: for each measured layer its sparsity, the recipe's, its gain and its errors by sparsity.
 
     The measured layers have together as many zeros as with the recipe's sparsity.
@@ -191,7 +177,6 @@ def _choice(layers: Mapping[LinearLayer, LayerRecipe], curves: Mapping[str, Curv
     ordered = [curves[layer.name] for layer in known]
     chosen = allocate(ordered, total)
     return {
-        "sequences": sequences,
         "zeros": total,
         "layers": {
             layer.name: {

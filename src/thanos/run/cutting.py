@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,16 +16,16 @@ from thanos.events import Event, Watcher
 from thanos.model.layers import LinearLayer, find_blocks, linear_layers, select_layers
 from thanos.model.opening import OpenedModel
 from thanos.patterns.rounding import floor_count
-from thanos.patterns.units import HEADS, NEURONS, ModelUnits
+from thanos.patterns.units import BLOCKS, HEADS, NEURONS, ModelUnits
 from thanos.recipe import LayerRecipe, Recipe
 from thanos.recipe.units import HEAD_UNITS
 from thanos.run.split import splits
 from thanos.run.work_folder import WorkFolder
 from thanos.shrink.config import smaller_config
-from thanos.shrink.folder import write_smaller
+from thanos.shrink.folder import SmallerFolder, write_smaller
 from thanos.shrink.units import Units, units_of
 
-MULTIPLES = {NEURONS: 64, HEADS: 1}
+MULTIPLES = {NEURONS: 64, HEADS: 1, BLOCKS: 1}
 """Kind → the number of which the units that stay are a multiple, unless the recipe says otherwise."""
 
 
@@ -38,9 +39,9 @@ class Cutting:
         counts: kind → number of units of a writer.
         candidates: the numbers of units that may go, by kind; several if they are to be chosen by error.
         sizes: kind → number of parameters and of bytes of one unit of every writer together.
-        parameters: number of parameters of the model before.
-        block_parameters: number of those in its blocks.
+        block_parameters: number of parameters of the model's blocks.
         bytes: bytes of the tensors of the model before.
+        dropped: indices of the blocks that go, ascending; empty until they are chosen.
     """
 
     recipe: Recipe
@@ -48,14 +49,29 @@ class Cutting:
     counts: Mapping[str, int]
     candidates: tuple[Mapping[str, int], ...]
     sizes: Mapping[str, tuple[int, int]]
-    parameters: int
     block_parameters: int
     bytes: int
+    dropped: tuple[int, ...] = ()
 
     @property
     def is_open(self) -> bool:
         """Whether the numbers of units are still to be chosen."""
         return len(self.candidates) > 1
+
+    @property
+    def drops(self) -> int:
+        """Number of blocks that go."""
+        return self.candidates[0].get(BLOCKS, 0)
+
+    @property
+    def parameters(self) -> dict[str, int]:
+        """Kind → number of parameters of one unit of every writer together."""
+        return {kind: size for kind, (size, _) in self.sizes.items()}
+
+    @property
+    def target(self) -> float:
+        """Number of parameters to remove, if the sparsity is a share of those of the blocks."""
+        return self.recipe.resolved_sparsity * self.block_parameters
 
     @property
     def removed(self) -> Mapping[str, int]:
@@ -66,11 +82,6 @@ class Cutting:
     def head_unit(self) -> str:
         """Which heads go together."""
         return self.recipe.head_unit or HEAD_UNITS[0]
-
-    @property
-    def parameters_gone(self) -> int:
-        """Number of parameters that go."""
-        return sum(self.sizes[kind][0] * number for kind, number in self.removed.items())
 
     @property
     def bytes_after(self) -> int:
@@ -84,6 +95,8 @@ class Cutting:
 
     def _settings(self, name: str, settings: LayerRecipe) -> LayerRecipe:
         pattern, units = self.recipe.parsed_pattern, self.writers[name]
+        if pattern.keeps_all:
+            return replace(settings, sparsity=0.0)
         assert isinstance(pattern, ModelUnits)
         own = pattern.of_writer(units.kind, len(units), runs_of(units.columns))
         share = self.removed[units.kind] / len(units)
@@ -98,26 +111,27 @@ class Cutting:
         import torch
 
         found = {}
-        for layer in layers:
+        for layer in () if self.drops else layers:
             units = self.writers[layer.name]
             stays = torch.ones(len(units), dtype=torch.bool)
             stays[layer.removed_units or []] = False
             found[layer.name] = stays.nonzero().squeeze(1)
         return found
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values for the report."""
+    def to_dict(self, made: SmallerFolder) -> dict[str, Any]:
+        """Return plain values for the report, with the sizes of what was made."""
         return {
             "asked": self.recipe.resolved_sparsity,
             "units": {
                 kind: {"before": count, "after": count - self.removed[kind]} for kind, count in self.counts.items()
             },
             **({"head_unit": self.head_unit} if HEADS in self.counts else {}),
-            "parameters_before": self.parameters,
-            "parameters_after": self.parameters - self.parameters_gone,
-            "share_of_block_parameters": self.parameters_gone / self.block_parameters,
-            "bytes_before": self.bytes,
-            "bytes_after": self.bytes_after,
+            **({"dropped_blocks": list(self.dropped)} if self.drops else {}),
+            "parameters_before": made.dense_parameters,
+            "parameters_after": made.parameters,
+            "share_of_block_parameters": (made.dense_parameters - made.parameters) / self.block_parameters,
+            "bytes_before": made.dense_nbytes,
+            "bytes_after": made.nbytes,
         }
 
 
@@ -130,21 +144,23 @@ def plan_cutting(opened: OpenedModel, recipe: Recipe) -> tuple[Cutting, dict[Lin
     """
     chosen, left = select_layers(linear_layers(opened.meta_model), recipe)
     writers = _writers(opened, recipe)
-    counts = {units.kind: len(units) for units in writers.values()}
-    sizes = _sizes(opened, writers)
+    if recipe.parsed_pattern.keeps_all:
+        counts, sizes = _blocks(opened)
+    else:
+        counts = {units.kind: len(units) for units in writers.values()}
+        sizes = _sizes(opened, writers)
     cutting = Cutting(
         recipe=recipe,
         writers=writers,
         counts=counts,
         candidates=_candidates(opened, recipe, counts, {kind: size for kind, (size, _) in sizes.items()}),
         sizes=sizes,
-        parameters=sum(info.numel for info in opened.checkpoint.tensors.values()),
         block_parameters=_block_parameters(opened),
         bytes=sum(info.nbytes for info in opened.checkpoint.tensors.values()),
     )
     if missing := writers.keys() - {layer.name for layer in chosen}:
         raise ModelError(f"{min(missing)} is not a linear layer that can be pruned, so no units can be removed")
-    why = f"has no {' and '.join(counts)} as its inputs"
+    why = "loses nothing itself" if cutting.drops else f"has no {' and '.join(counts)} as its inputs"
     left |= {layer.name: why for layer in chosen if layer.name not in writers}
     layers = {layer: settings for layer, settings in chosen.items() if layer.name in writers}
     return cutting, cutting.settings(layers), left
@@ -169,15 +185,11 @@ def write_cut(cutting: Cutting, records: Sequence[LayerRecord], work: WorkFolder
         work.unsealed,
         cutting.kept(records),
         head_unit=cutting.head_unit,
+        dropped_blocks=cutting.dropped,
         trust_remote_code=cutting.recipe.trust_remote_code,
         on_event=watch,
     )
-    return cutting.to_dict() | {
-        "parameters_before": made.dense_parameters,
-        "parameters_after": made.parameters,
-        "bytes_before": made.dense_nbytes,
-        "bytes_after": made.nbytes,
-    }
+    return cutting.to_dict(made)
 
 
 def units_that_stay(count: int, share: float, multiple: int, kind: str) -> int:
@@ -190,7 +202,7 @@ def units_that_stay(count: int, share: float, multiple: int, kind: str) -> int:
     stays = multiple * floor_count(wanted / multiple + 0.5)
     if 0 < stays < count:
         return stays
-    what = f"of {count} {kind} in each block, sparsity {share:g} leaves {wanted:g}"
+    what = f"of {count} {kind}{'' if kind == BLOCKS else ' in each block'}, sparsity {share:g} leaves {wanted:g}"
     if multiple > 1:
         most = (count - 1) // multiple * multiple
         possible = f"from {multiple} to {most} of them may stay" if most else f"lower it, since there are only {count}"
@@ -216,8 +228,14 @@ def runs_of(columns: Tensor) -> int:
 
 
 def _writers(opened: OpenedModel, recipe: Recipe) -> dict[str, Units]:
+    """Return the layers that lose columns; if blocks go, those that can be fitted to what the blocks after them gave."""
     name, blocks = find_blocks(opened.meta_model)
     found: dict[str, Units] = {}
+    if recipe.parsed_pattern.keeps_all:
+        with suppress(ModelError):  # of models that cannot lose neurons
+            for index, writers in enumerate(units_of(opened.meta_model, blocks, NEURONS)):
+                found |= {f"{name}.{index}.{units.writer}": units for units in writers if len(writers) == 1}
+        return found
     for kind in recipe.parsed_pattern.unit_kinds:
         for index, writers in enumerate(units_of(opened.meta_model, blocks, kind, recipe.head_unit or HEAD_UNITS[0])):
             found |= {f"{name}.{index}.{units.writer}": units for units in writers}
@@ -230,8 +248,10 @@ def _candidates(
     """Return the numbers of units that may go, by kind, that the model's config can state."""
 
     def check(removed: Mapping[str, int]) -> None:
-        some = {kind: number for kind, number in removed.items() if number}
-        smaller_config(opened.meta_model.config, some, (), recipe.head_unit or HEAD_UNITS[0])
+        some = {kind: number for kind, number in removed.items() if number and kind != BLOCKS}
+        blocks = counts.get(BLOCKS, 0)
+        dropped = range(blocks - removed.get(BLOCKS, 0), blocks)  # which ones makes no difference to the check
+        smaller_config(opened.meta_model.config, some, dropped, recipe.head_unit or HEAD_UNITS[0])
 
     share, multiple = recipe.resolved_sparsity, recipe.multiple_of
     if len(counts) > 1:
@@ -256,6 +276,21 @@ def _sizes(opened: OpenedModel, writers: Mapping[str, Units]) -> dict[str, tuple
             size += entries * opened.checkpoint.tensors[opened.key_of[f"{block}{one.name}"]].dtype.itemsize
         sizes[units.kind] = (parameters, size)
     return sizes
+
+
+def _blocks(opened: OpenedModel) -> tuple[dict[str, int], dict[str, tuple[int, int]]]:
+    """Return the number of blocks, and the parameters and bytes of the smallest, each by kind."""
+    name, blocks = find_blocks(opened.meta_model)
+    found = []
+    for index, block in enumerate(blocks):
+        names = [(f"{name}.{index}.{one}", parameter.numel()) for one, parameter in block.named_parameters()]
+        size = sum(
+            numel * opened.checkpoint.tensors[opened.key_of[one]].dtype.itemsize
+            for one, numel in names
+            if one in opened.key_of
+        )
+        found.append((sum(numel for _, numel in names), size))
+    return {BLOCKS: len(blocks)}, {BLOCKS: min(found, key=lambda pair: pair[1])}
 
 
 def _block_parameters(opened: OpenedModel) -> int:

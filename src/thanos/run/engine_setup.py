@@ -86,6 +86,7 @@ def build_engine(
         device=device,
         meter=meter,
         world=world,
+        dropped=frozenset() if prepared.cutting is None else frozenset(prepared.cutting.dropped),
         **(held_out_here(recipe, len(ids), share) if stages is None else {}),
     )
     return Engine(inputs, stages_of(recipe) if stages is None else stages, notes=notes)

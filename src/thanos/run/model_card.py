@@ -62,7 +62,7 @@ def model_card(report: PruningReport) -> str:
 
 def _what(report: PruningReport) -> str:
     if report.cut:
-        return f"{cut_words(report.cut)} left in each block"
+        return cut_words(report.cut)
     share = _percent(report.totals["sparsity_targeted"])
     return f"{share} of the weights of its {len(report.layers)} pruned layers set to zero"
 
@@ -71,7 +71,7 @@ def _size(report: PruningReport) -> str:
     if report.cut:
         return (
             "What was removed is gone from the files: `config.json` states the smaller sizes, and every program runs a smaller "
-            "model. `pruning.json` names the removed units of each layer (`removed_units`)."
+            "model. `pruning.json` names what was removed (`cut`, and `removed_units` of the layers)."
         )
     return (
         "The zeros are stored like any other number: the files are as large as before, and a program that does not look for "

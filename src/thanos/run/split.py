@@ -56,11 +56,13 @@ def splits(
     )
 
 
-def predicted_error(removed: Mapping[str, int], kinds: Mapping[LinearLayer, str], curves: Mapping[str, Curve]) -> float:
+def predicted_error(
+    removed: Mapping[str, float], kinds: Mapping[LinearLayer, str], curves: Mapping[str, Curve]
+) -> float:
     """Return the sum of gain · error over the layers whose curve is known.
 
     Args:
-        removed: kind → number of units that go.
+        removed: kind → number of units that go, which need not be whole.
         kinds: layer → kind of its units.
         curves: layer name → error by share of its units, ``size`` the number of its units.
     """
@@ -72,22 +74,36 @@ def predicted_error(removed: Mapping[str, int], kinds: Mapping[LinearLayer, str]
 
 
 def error_at(curve: Curve, share: float) -> float:
-    """Return a curve's error at a share: 0 at 0, geometric between measured shares, linear before the first of them."""
+    """Return a curve's error at a share: 0 at 0, linear up to the first measured share, geometric from there on."""
     points = [(0.0, 0.0), *zip(curve.sparsities, curve.errors, strict=True)]
-    for (x0, y0), (x1, y1) in pairwise(points):
-        if share <= x1 + 1e-12:
-            part = (share - x0) / (x1 - x0)
-            return y0 ** (1 - part) * y1**part if y0 > 0 and y1 > 0 else y0 + (y1 - y0) * part
-    return curve.errors[-1]
+    pieces = list(pairwise(points))
+    (x0, y0), (x1, y1) = next((piece for piece in pieces if share <= piece[1][0]), pieces[-1])
+    part = (share - x0) / (x1 - x0)
+    return y0 ** (1 - part) * y1**part if y0 > 0 and y1 > 0 else y0 + (y1 - y0) * part
 
 
 def chosen_split(
-    candidates: Sequence[Mapping[str, int]], kinds: Mapping[LinearLayer, str], curves: Mapping[str, Curve], sequences: int
+    candidates: Sequence[Mapping[str, int]],
+    sizes: Mapping[str, int],
+    target: float,
+    kinds: Mapping[LinearLayer, str],
+    curves: Mapping[str, Curve],
 ) -> dict[str, Any]:
-    """Return the record of the choice: the number of measured sequences, and the error of each split, the best first."""
-    errors = [(predicted_error(removed, kinds, curves), dict(removed)) for removed in candidates]
+    """Return the record of the choice: the predicted error of each split, the best first.
+
+    Splits of whole units differ by some parameters. So they are compared with the number of neurons that meets the target.
+
+    Args:
+        candidates: from :func:`splits`.
+        sizes: see :func:`splits`.
+        target: see :func:`splits`.
+        kinds: see :func:`predicted_error`.
+        curves: see :func:`predicted_error`.
+    """
+
+    def exact(removed: Mapping[str, int]) -> dict[str, float]:
+        return {**removed, NEURONS: max(0.0, (target - removed[HEADS] * sizes[HEADS]) / sizes[NEURONS])}
+
+    errors = [(predicted_error(exact(removed), kinds, curves), dict(removed)) for removed in candidates]
     ranked = sorted(errors, key=lambda pair: pair[0])
-    return {
-        "sequences": sequences,
-        "splits": [{"removed": removed, "predicted_error": error} for error, removed in ranked],
-    }
+    return {"splits": [{"removed": removed, "predicted_error": error} for error, removed in ranked]}

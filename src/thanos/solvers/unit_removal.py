@@ -3,7 +3,7 @@
 W is the weight to fit to, (c, b), H the damped Hessian, (b, b), and K = H⁻¹. If the unit with the columns S is removed and all
 other columns compensate, the error rises by
 
-    loss(S) = tr(W_S (K_SS)⁻¹ W_Sᵀ).                                                                               (H)
+    loss(S) = tr(W_S (K_SS)⁻¹ W_Sᵀ).                                                                               (L)
 
 Units are removed a part of the budget at a time: those of the least loss, together. Then W and K become those of the
 columns that are left:
@@ -78,7 +78,7 @@ def greedy_units(weight: Tensor, inverse: Tensor, members: Tensor, number: int, 
 
 
 def unit_losses(weight: Tensor, inverse: Tensor, width: int) -> Tensor:
-    """Return the loss of each unit, (units,); a unit has ``width`` consecutive columns. See (H)."""
+    """Return the loss of each unit, (units,); a unit has ``width`` consecutive columns. See (L)."""
     if width == 1:
         return weight.square().sum(0) / inverse.diagonal()
     count = len(inverse) // width

@@ -73,6 +73,8 @@ class BlockContext:
         tuning: record of the block's tuning; None if it was not tuned.
         notes: warnings that arose here.
         written: names in the checkpoint of the tensors written so far.
+        stands_for_more: whether the pruned model leaves out the blocks right after this one, and the dense stream has passed
+            them: then the dense outputs are theirs.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class BlockContext:
         self.tuning: TuningRecord | None = None
         self.notes: list[str] = []
         self.written: list[str] = []
+        self.stands_for_more = index is not None and dense_stream is not None and bool(inputs.dropped_after(index))
         self.prefix = "" if index is None else f"{inputs.blocks_name}.{index}."
         self.parameter_names = [] if index is None else inputs.block_names(index)
         self._output, self._blocks = output, len(inputs.blocks)

@@ -225,7 +225,7 @@ def _gains(context: BlockContext, probes: dict[LinearLayer, _Probe]) -> dict[str
         ]
         for name, value in held.items():
             context.assign(name, value.detach())
-        effect = _mean(context, changed)
+        effect = token_mean(context, changed)
         tokens = sum(probes[layer].tokens for layer in layers)
         shares = {layer: probes[layer].tokens / tokens for layer in layers}
         own = sum(share * probes[layer].error for layer, share in shares.items())
@@ -258,7 +258,7 @@ def _relative_change(after: Tensor, before: Tensor) -> Tensor:
     return (change / norm)[norm > 0].cpu()
 
 
-def _mean(context: BlockContext, values: Sequence[Tensor]) -> float:
+def token_mean(context: BlockContext, values: Sequence[Tensor]) -> float:
     """Return the mean over the tokens of all processes, the same bits on each."""
     every = torch.cat([torch.zeros(0, dtype=torch.float64), *values])
     sums = torch.tensor([round(float(every.sum()) * _FIXED), every.numel()], dtype=torch.int64)
