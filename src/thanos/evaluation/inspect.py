@@ -157,7 +157,7 @@ def inspect_checkpoint(
     parameters = {name for name, _ in opened.meta_model.named_parameters()}
     not_finite: list[NotFinite] = []
     layers: list[LayerInspection] = []
-    dense: list[DenseRecord] = []
+    untargeted: list[DenseRecord] = []
     violations: list[Violation] = []
     zeros_all = 0
     for done, (key, info) in enumerate(infos.items(), 1):
@@ -173,7 +173,7 @@ def inspect_checkpoint(
         else:
             reason = unused.why(key)
         if reason or layer is None:
-            dense.append(DenseRecord(name=name, parameters=info.numel, reason=reason))
+            untargeted.append(DenseRecord(name=name, parameters=info.numel, reason=reason))
         else:
             found, broken = _inspect_layer(layer, tensor, wanted)
             layers.append(found)
@@ -196,7 +196,7 @@ def inspect_checkpoint(
             sum(info.numel for info in infos.values()),
         ),
         layers=layers,
-        dense=dense,
+        dense=untargeted,
         not_finite=not_finite,
         smaller=smaller,
     )
