@@ -3,8 +3,9 @@
     python benchmarks/repair.py CELLS.json RESULTS.jsonl --model MODEL --text TEXT --calibration SOURCE
 
 CELLS.json is a list of objects: ``name``; ``recipe``, settings of `thanos.Recipe`; ``recover``, a list of settings of
-`thanos recover`, each applied to the pruned model. Each process takes the next cell that nobody has, and appends one line for
-each model that it measured: the dense one first. The lines name the commit, the hardware, the versions and the date.
+`thanos recover`, each applied to the pruned model; ``zero_shot``, true if the models of the cell answer the tasks too. Each
+process takes the next cell that nobody has, and appends one line for each model that it measured: the dense one first. The
+lines name the commit, the hardware, the versions and the date.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--sequence-length", type=int, default=2048)
     parser.add_argument(
-        "--tasks", default="", help="also the zero-shot accuracy of these lm_eval tasks, comma-separated"
+        "--tasks", default="", help="lm_eval tasks for the dense model and the cells that ask for them, comma-separated"
     )
     parser.add_argument("--task-folder", default=None, help="folder of local lm_eval tasks")
     parser.add_argument("--commit", default="", help="for a machine without the repository")
@@ -50,10 +51,13 @@ def main() -> int:
     arguments.results.parent.mkdir(parents=True, exist_ok=True)
     claims = Path(tempfile.mkdtemp())
     runs = []
-    for rank in range(max(1, torch.cuda.device_count())):
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
+    count = max(1, torch.cuda.device_count())
+    for rank in range(count):
         environment = os.environ | {"CLAIMS": str(claims)}
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
         if torch.cuda.is_available():
-            environment["CUDA_VISIBLE_DEVICES"] = str(rank)
+            environment["CUDA_VISIBLE_DEVICES"] = visible[rank]
         runs.append(subprocess.Popen([sys.executable, *sys.argv, "--rank", str(rank)], env=environment))
     return max(run.wait() for run in runs)
 
@@ -64,7 +68,7 @@ def work(arguments: argparse.Namespace) -> int:
 
     began, failed = time.monotonic(), 0
     if arguments.rank == 0:
-        report(arguments, {"name": "dense"} | measured(arguments, arguments.model))
+        report(arguments, {"name": "dense"} | measured(arguments, arguments.model, tasks=True))
     for number, cell in enumerate(json.loads(arguments.cells.read_text())):
         if time.monotonic() - began > arguments.seconds:
             break
@@ -87,10 +91,10 @@ def run_cell(arguments: argparse.Namespace, cell: dict[str, Any], recipe: Any, f
     """Prune, recover and measure one cell."""
     from thanos import prune
 
-    out = folder / cell["name"]
+    out, tasks = folder / cell["name"], cell.get("zero_shot", False)
     began = time.monotonic()
     made = prune(arguments.model, out, recipe, overwrite=True)
-    row = {"name": cell["name"], "recipe": cell["recipe"], **cost(made, began), **measured(arguments, out)}
+    row = {"name": cell["name"], "recipe": cell["recipe"], **cost(made, began), **measured(arguments, out, tasks=tasks)}
     targets = sorted({layer.dense_target for layer in made.layers if layer.dense_target is not None})
     chosen = {str(alpha): sum(layer.dense_target == alpha for layer in made.layers) for alpha in targets}
     report(arguments, row | {"layers_by_dense_target": chosen, "kept_epochs": [one.kept_epoch for one in made.tuning]})
@@ -102,21 +106,24 @@ def run_cell(arguments: argparse.Namespace, cell: dict[str, Any], recipe: Any, f
         better, began = folder / f"{cell['name']}-recovered-{number}", time.monotonic()
         trained = recover(out, better, dense=arguments.model, recipe=training, overwrite=True)
         row = {"name": better.name, "recipe": cell["recipe"], "recover": settings, **cost(trained, began)}
-        report(arguments, row | measured(arguments, better) | {"history": trained.history})
+        report(arguments, row | measured(arguments, better, tasks=tasks) | {"history": trained.history})
 
 
-def measured(arguments: argparse.Namespace, model: str | Path) -> dict[str, Any]:
-    """Return the perplexity of a model, and its zero-shot accuracies if tasks were given."""
+def measured(arguments: argparse.Namespace, model: str | Path, *, tasks: bool) -> dict[str, Any]:
+    """Return the perplexity of a model, and its zero-shot accuracies if they are asked for."""
     from thanos import evaluate
 
     result: dict[str, Any] = {
         "perplexity": evaluate(model, text=arguments.text, max_windows=arguments.windows, dtype="float32").perplexity
     }
-    if arguments.tasks:
+    if tasks and arguments.tasks:
         from thanos import zero_shot
 
-        tasks = arguments.tasks.split(",")
-        result["zero_shot"] = zero_shot(model, tasks=tasks, task_folder=arguments.task_folder).to_dict()
+        names = arguments.tasks.split(",")
+        try:
+            result["zero_shot"] = zero_shot(model, tasks=names, task_folder=arguments.task_folder).to_dict()
+        except Exception:  # the perplexity is not lost with the tasks
+            result["zero_shot_failed"] = traceback.format_exc()
     return result
 
 

@@ -12,7 +12,7 @@ from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 
 import thanos
-from thanos.recovery import run, trainer
+from thanos.recovery import run, watch
 from thanos.recovery.guard import Guard
 
 
@@ -33,7 +33,7 @@ def main(job: dict[str, Any]) -> None:
             os._exit(7)
 
     Guard.measure = watched
-    trainer.CHECKPOINT_SECONDS = 0.0
+    watch.CHECKPOINT_SECONDS = 0.0
     recipe = thanos.RecoveryRecipe(**job["settings"])
     thanos.recover(job["model"], job["out"], dense=job["dense"], recipe=recipe, resume=True, on_event=stop)
 

@@ -455,11 +455,68 @@ def test_an_override_changes_the_repair_of_its_layers_alone():
     found = {name: recipe.for_layer(f"model.layers.{name}").repair for name in ("1.mlp.up_proj", "1.mlp.down_proj")}
     assert found == {"1.mlp.up_proj": MAX, "1.mlp.down_proj": dataclasses.replace(MAX, dense_target=0.5, refit=0)}
     assert recipe.for_layer("model.layers.0.mlp.up_proj").repair == dataclasses.replace(OFF, sequential=True)
-    assert recipe.for_layer("model.layers.0.mlp.down_proj").repair == Repair(
-        dense_target=0.5, sequential=True, refit=0, tune=0
-    )
+    # The later override's effort sets every part, also what the earlier one set.
+    assert recipe.for_layer("model.layers.0.mlp.down_proj").repair == dataclasses.replace(OFF, sequential=True)
     assert recipe.holds_out
     assert not Recipe(dense_target=0.5, refit=2, sequential=True).holds_out
+
+
+GIVEN = {"dense_target": 0.5, "sequential": False, "refit": 3, "tune": 4, "scope": "layer"}
+
+
+@pytest.mark.parametrize("effort", registry.effort_names())
+@pytest.mark.parametrize("own", [{}, {"tune": 2}, {"scope": "row", "refit": 0}])
+def test_an_effort_of_an_override_sets_every_part_that_the_override_does_not(effort: str, own: dict[str, Any]) -> None:
+    """As a recipe of its own would, whatever the recipe itself sets."""
+    override = Override(match="a", settings={"effort": effort, **own})
+    recipe = Recipe(**GIVEN, overrides=(override,))
+    alone = Recipe(effort=effort, **own)
+    for name in ("repair", "resolved_scope"):
+        assert getattr(recipe.for_layer("a"), name) == getattr(alone, name)
+        assert getattr(recipe.for_layer("b"), name) == getattr(Recipe(**GIVEN), name)
+    # So does an effort that changes a recipe: that of the command line, beside a file.
+    changed = Recipe(**GIVEN).suited({"effort": effort, **own})
+    assert Recipe(**GIVEN).replace(**changed).repair == alone.repair
+
+
+def test_what_a_new_effort_no_longer_uses_is_reset():
+    base = Recipe(method="wanda", effort="max", held_out=3, tune_rate=0.1, damping=0.2)
+    fast = base.replace(**base.suited({"effort": "fast"}))
+    assert fast == Recipe(method="wanda")
+    high = base.replace(**base.suited({"effort": "high"}))
+    assert (high.held_out, high.tune_rate, high.damping) == (3, Recipe().tune_rate, 0.2)
+    with pytest.raises(RecipeError, match="no layer uses held_out"):
+        base.replace(**base.suited({"effort": "fast", "held_out": 4}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"held_out": 2}, "held_out"),
+        ({"held_out": 2, "dense_target": 0.5, "refit": 5, "sequential": True}, "held_out"),
+        ({"held_out": 2, "effort": "max", "tune": 0, "dense_target": 0}, "held_out"),
+        ({"tune_rate": 0.1}, "tune_rate"),
+        ({"tune_rate": 0.1, "effort": "high"}, "tune_rate"),
+        ({"tune_rate": 0.1, "overrides": (Override(match="a", skip=True, settings={"tune": 1}),)}, "tune_rate"),
+    ],
+)
+def test_settings_of_a_run_that_no_layer_uses_are_refused(settings: dict[str, Any], name: str) -> None:
+    with pytest.raises(RecipeError, match=f"no layer uses {name}"):
+        Recipe(**settings)
+    stored = {k: v for k, v in settings.items() if k != "overrides"}
+    assert getattr(Recipe.from_dict(stored, stored=True), name) == getattr(Recipe(), name)
+
+
+@pytest.mark.parametrize("where", ["recipe", "override"])
+@pytest.mark.parametrize(
+    ("repair", "settings"),
+    [({"tune": 1}, {"held_out": 2, "tune_rate": 0.1}), ({"dense_target": "auto"}, {"held_out": 2})],
+)
+def test_settings_that_a_layer_uses_are_kept(repair: dict[str, Any], settings: dict[str, Any], where: str) -> None:
+    by = repair if where == "recipe" else {"overrides": (Override(match="a", settings=repair),)}
+    recipe = Recipe(**by, **settings)
+    assert {name: getattr(recipe, name) for name in settings} == settings
+    assert Recipe.from_dict(recipe.to_dict(), stored=True) == recipe
 
 
 def test_a_recipe_without_repair_is_written_as_before():
@@ -507,7 +564,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
         return Override(match=draw(TEXT), skip=draw(st.booleans()), settings=chosen)
 
     samples = draw(st.integers(1, 10**9))
-    return Recipe(
+    repaired = Recipe(
         **draw(layer_settings()),
         calibration=draw(TEXT),
         samples=samples,
@@ -520,13 +577,14 @@ def recipes(draw: st.DrawFn) -> Recipe:
         sequential=draw(st.none() | st.booleans()),
         refit=draw(st.none() | st.integers(0, 50)),
         tune=draw(st.none() | st.integers(0, 50)) if samples > 1 else None,
-        held_out=draw(st.none() | st.integers(1, samples - 1)) if samples > 1 else None,
-        tune_rate=draw(st.floats(1e-6, 1)),
         targets=tuple(draw(st.lists(TEXT, max_size=3))),
         skip=tuple(draw(st.lists(TEXT, max_size=3))),
         overrides=tuple(overrides() for _ in range(draw(st.integers(0, 2)))),
         trust_remote_code=draw(st.booleans()),
     )
+    rate = draw(st.floats(1e-6, 1)) if any(one.tune for one in repaired.repairs) else repaired.tune_rate
+    held_out = draw(st.none() | st.integers(1, samples - 1)) if repaired.holds_out else None
+    return repaired.replace(held_out=held_out, tune_rate=rate)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)

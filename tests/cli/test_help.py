@@ -23,7 +23,7 @@ HEADINGS = {
         "What to prune": {"--targets", "--skip", "--recipe"},
         "Method and sparsity": {
             "--method", "--pattern", "--sparsity", "--outlier-rows", "--keep-budget", "--block-size", "--damping", "--scope",
-            "--allocation",
+            "--allocation", "--multiple-of", "--head-unit",
         },
         "Repair": {"--effort", "--dense-target", "--sequential", "--refit", "--tune", "--held-out", "--tune-rate"},
         "Calibration": {"--calibration", "--samples", "--sequence-length", "--seed", "--measure-error"},
@@ -44,7 +44,10 @@ HEADINGS = {
         "Where and how it runs": {"--device", "--dtype", "--trust-remote-code", "--threads"},
         "Output": {"--json", "--quiet", "--help"},
     },
-    "inspect": {"Where and how it runs": {"--trust-remote-code", "--dense", "--require"}, "Output": {"--json", "--quiet", "--help"}},
+    "inspect": {
+        "Where and how it runs": {"--trust-remote-code", "--dense", "--require"},
+        "Output": {"--json", "--quiet", "--help"},
+    },
     "study": {
         "Where and how it runs": {"--data", "--devices", "--workers", "--threads", "--list"},
         "Output": {"--quiet", "--help"},
@@ -138,7 +141,8 @@ def test_the_examples_can_be_copied(name: str, capsys: pytest.CaptureFixture[str
 def test_the_defaults_shown_are_those_of_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     found = entries(shown("prune", capsys))
     for option, default in {
-        "--method": "thanos", "--pattern": "unstructured", "--sparsity": "0.5; N:M sets its own", "--outlier-rows": "0",
+        "--method": "thanos", "--pattern": "unstructured", "--outlier-rows": "0",
+        "--sparsity": "0.5, or 0.2 for units of the model; N:M sets its own",
         "--keep-budget": "off", "--block-size": "the method's own, 128 or 512", "--damping": "0.01", "--calibration": "c4",
         "--samples": "128", "--sequence-length": "2048", "--seed": "0", "--skip": "none", "--activations": "auto",
     }.items():  # fmt: skip
@@ -169,7 +173,8 @@ def test_every_setting_of_a_recipe_but_two_is_an_option_of_prune() -> None:
 @pytest.mark.parametrize(("name", "described"), NUMBERS, ids=[name for name, _ in NUMBERS])
 def test_a_recipe_keeps_to_the_bounds_that_the_help_states(name: str, described: Any) -> None:
     def recipe(value: float) -> Recipe:
-        return Recipe(**{"pattern": "2:4"} if name == "block_size" else {}, **{name: value})  # type: ignore[arg-type]
+        pattern = {"block_size": "2:4", "multiple_of": "neurons"}.get(name, "unstructured")
+        return Recipe(pattern=pattern, **{name: value})  # type: ignore[arg-type]
 
     kind, _ = value_types(Recipe)[name]
     least = kind(described.lowest)

@@ -1,4 +1,4 @@
-"""Hidden states come back as they were put, wherever they are kept, and the place follows from the memory that is free."""
+"""Hidden states come back as they were put, wherever they are kept, and the tier follows from the memory that is free."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 from thanos.engine import activations as module
-from thanos.engine.activations import Activations, Place, choose_place
+from thanos.engine.activations import Activations, Tier, choose_tier
 from thanos.errors import RecipeError, ResourceError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 GIB = 1 << 30
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-ON_CPU = [(place, CPU) for place in ("host", "disk")]
+ON_CPU = [(tier, CPU) for tier in ("host", "disk")]
 ON_CUDA = [
-    pytest.param(place, CUDA, marks=[pytest.mark.gpu, needs_cuda], id=f"{place}-cuda")
-    for place in ("device", "host", "disk")
+    pytest.param(tier, CUDA, marks=[pytest.mark.gpu, needs_cuda], id=f"{tier}-cuda")
+    for tier in ("device", "host", "disk")
 ]
 
 
@@ -29,14 +29,14 @@ def states(samples: int, dtype: torch.dtype = torch.float32, length: int = 5, wi
     return torch.randn(samples, length, width, generator=torch.Generator().manual_seed(3)).to(dtype)
 
 
-@pytest.mark.parametrize(("place", "device"), [*ON_CPU, *ON_CUDA])
+@pytest.mark.parametrize(("tier", "device"), [*ON_CPU, *ON_CUDA])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [1, 3, 8])
 def test_two_passes_over_the_states(
-    place: Place, device: torch.device, dtype: torch.dtype, size: int, tmp_path: Path
+    tier: Tier, device: torch.device, dtype: torch.dtype, size: int, tmp_path: Path
 ) -> None:
     given = states(8, dtype)
-    kept = Activations(8, given[:1].to(device), place, device, tmp_path)
+    kept = Activations(8, given[:1].to(device), tier, device, tmp_path)
     for first in range(0, 8, 2):
         kept.write(first, given[first : first + 2].to(device))
     for first, batch in kept.batches(size):  # in place, as the engine does it
@@ -45,15 +45,15 @@ def test_two_passes_over_the_states(
     got = [(first, batch.cpu().clone()) for first, batch in kept.batches(size)]
     assert [first for first, _ in got] == list(range(0, 8, size))
     assert torch.equal(torch.cat([batch for _, batch in got]), given * 2)
-    assert kept.place == place
+    assert kept.tier == tier
     assert kept.nbytes == given.nbytes
     kept.close()
 
 
-@pytest.mark.parametrize(("place", "device"), [*ON_CPU, *ON_CUDA])
-def test_sequences_in_any_order(place: Place, device: torch.device, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("tier", "device"), [*ON_CPU, *ON_CUDA])
+def test_sequences_in_any_order(tier: Tier, device: torch.device, tmp_path: Path) -> None:
     given = states(8, torch.bfloat16)
-    kept = Activations(8, given[:1].to(device), place, device, tmp_path)
+    kept = Activations(8, given[:1].to(device), tier, device, tmp_path)
     kept.write(0, given.to(device))
     kept.flush()
     lists = [[3, 1], [7], [0, 5, 2], [4]]
@@ -68,10 +68,10 @@ def test_sequences_in_any_order(place: Place, device: torch.device, tmp_path: Pa
     kept.close()
 
 
-@pytest.mark.parametrize("place", ["host", "disk"])
-def test_batches_may_begin_anywhere(place: Place, tmp_path: Path) -> None:
+@pytest.mark.parametrize("tier", ["host", "disk"])
+def test_batches_may_begin_anywhere(tier: Tier, tmp_path: Path) -> None:
     given = states(8)
-    kept = Activations(8, given[:1], place, CPU, tmp_path)
+    kept = Activations(8, given[:1], tier, CPU, tmp_path)
     kept.write(0, given)
     assert [first for first, _ in kept.batches(2, 5)] == [5, 7]
     assert torch.equal(torch.cat([batch for _, batch in kept.batches(2, 5)]), given[5:])
@@ -106,7 +106,7 @@ def free(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
 
 @pytest.mark.parametrize(
-    ("device", "needed", "place"),
+    ("device", "needed", "tier"),
     [
         (CUDA, 4 * GIB, "device"),
         (CUDA, 4 * GIB + 1, "host"),
@@ -116,24 +116,24 @@ def free(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     ],
 )
 def test_the_place_follows_from_free_memory(
-    device: torch.device, needed: int, place: str, free: dict[str, int], tmp_path: Path
+    device: torch.device, needed: int, tier: str, free: dict[str, int], tmp_path: Path
 ) -> None:
-    assert choose_place(needed, device, tmp_path) == place
+    assert choose_tier(needed, device, tmp_path) == tier
 
 
 def test_a_place_that_is_asked_for_is_taken(free: dict[str, int], tmp_path: Path) -> None:
     for asked in ("device", "host", "disk"):
-        assert choose_place(50 * GIB, CUDA, tmp_path, asked) == asked
-    assert choose_place(1, CPU, tmp_path, "device") == "host"  # the CPU's memory is the host's
+        assert choose_tier(50 * GIB, CUDA, tmp_path, asked) == asked
+    assert choose_tier(1, CPU, tmp_path, "device") == "host"  # the CPU's memory is the host's
     with pytest.raises(RecipeError, match="auto, device, host, disk"):
-        choose_place(1, CPU, tmp_path, "swap")
+        choose_tier(1, CPU, tmp_path, "swap")
 
 
 @pytest.mark.parametrize("asked", ["auto", "disk"])
 def test_too_little_disk_is_refused_with_the_numbers(asked: str, free: dict[str, int], tmp_path: Path) -> None:
     free["disk"] = 6 * GIB
     with pytest.raises(ResourceError, match=r"need 8\.59 GB .* has 6\.44 GB free"):
-        choose_place(8 * GIB, CPU, tmp_path, asked)
+        choose_tier(8 * GIB, CPU, tmp_path, asked)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="/proc")

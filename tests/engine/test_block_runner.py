@@ -38,11 +38,11 @@ def same(a: Path, b: Path) -> bool:
 def test_the_place_of_the_activations_changes_nothing(
     targets: tuple[str, ...], tiny_llama: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    for place in ("auto", "device", "host", "disk"):
-        report = thanos.prune(tiny_llama, tmp_path / place, recipe(text_file, targets=targets), activations=place)
-        assert report.execution["activations"] == ("disk" if place == "disk" else "host")
+    for tier in ("auto", "device", "host", "disk"):
+        report = thanos.prune(tiny_llama, tmp_path / tier, recipe(text_file, targets=targets), activations=tier)
+        assert report.execution["activations"] == ("disk" if tier == "disk" else "host")
         assert report.execution["batch"] == SAMPLES
-        assert same(tmp_path / place, tmp_path / "auto")
+        assert same(tmp_path / tier, tmp_path / "auto")
         assert {path.name for path in tmp_path.iterdir()} <= {"auto", "device", "host", "disk"}
 
 
@@ -75,16 +75,16 @@ class Device:
         monkeypatch.setattr(BlockCalls, "run", run)
 
 
-@pytest.mark.parametrize("place", ["host", "disk"])
+@pytest.mark.parametrize("tier", ["host", "disk"])
 def test_out_of_memory_halves_the_batch_and_redoes_the_statistics(
-    place: str, tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tier: str, tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batched(monkeypatch, 2)
     thanos.prune(tiny_llama, tmp_path / "small", recipe(text_file))
     batched(monkeypatch, 8)
     events: list[thanos.Event] = []
     device = Device(monkeypatch, room=2)
-    report = thanos.prune(tiny_llama, tmp_path / "out", recipe(text_file), activations=place, on_event=events.append)
+    report = thanos.prune(tiny_llama, tmp_path / "out", recipe(text_file), activations=tier, on_event=events.append)
     assert same(tmp_path / "out", tmp_path / "small")  # what the failed batches had added is gone
     assert {size for _, size in device.sizes} == {2}
     lines = [
@@ -170,7 +170,7 @@ def test_a_batch_given_by_an_earlier_run_is_kept(tmp_path: Path) -> None:
     with torch.inference_mode():
         run.record()
         assert list(run.propagate(0)) == [Step(4), Step(6)]
-    assert (run.batch, run.starts, run.shape, run.place) == (4, [(0, 4)], (6, 2), "host")
+    assert (run.batch, run.starts, run.shape, run.tier) == (4, [(0, 4)], (6, 2), "host")
     run.close()
 
 
@@ -205,10 +205,10 @@ def test_states_on_the_device_move_to_the_host_when_a_solve_needs_the_room(tmp_p
         assert run.spill() is None  # they are on the host already
         assert isinstance(run._states, Activations)
         before = torch.cat([hidden for _, hidden in run._states.batches(6)])
-        run._states.place = "device"
+        run._states.tier = "device"
         line = run.spill()
         assert line == "out of memory on the device: the activations move to the host"
-        assert run.place == "host"
+        assert run.tier == "host"
         assert torch.equal(torch.cat([hidden for _, hidden in run._states.batches(6)]), before)
         assert list(run.propagate(0)) == [Step(6)]
     run.close()

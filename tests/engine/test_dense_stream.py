@@ -231,9 +231,9 @@ def test_the_tier_changes_nothing(
     tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use(monkeypatch, PruneStage(), Follow())
-    for place in ("host", "disk"):
-        thanos.prune(tiny_llama, tmp_path / place, recipe(text_file), activations=place)
-    host, disk = (load_file(tmp_path / place / "model.safetensors") for place in ("host", "disk"))
+    for tier in ("host", "disk"):
+        thanos.prune(tiny_llama, tmp_path / tier, recipe(text_file), activations=tier)
+    host, disk = (load_file(tmp_path / tier / "model.safetensors") for tier in ("host", "disk"))
     assert all(torch.equal(host[name], disk[name]) for name in host)
 
 
@@ -242,8 +242,8 @@ def test_on_a_gpu_the_tier_changes_nothing_and_both_streams_leave_the_device(
     tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use(monkeypatch, PruneStage(), Follow())
-    for place in ("device", "host", "disk"):
-        thanos.prune(tiny_llama, tmp_path / place, recipe(text_file, device="cuda"), activations=place)
+    for tier in ("device", "host", "disk"):
+        thanos.prune(tiny_llama, tmp_path / tier, recipe(text_file, device="cuda"), activations=tier)
 
     spilled: list[str] = []
 

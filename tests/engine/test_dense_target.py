@@ -274,28 +274,38 @@ def test_a_layer_after_the_blocks_has_a_dense_target_too(
     wanted, inputs = (seen_by(model, ids, {"lm_head": model.lm_head})["lm_head"] for model in (dense, now))
     torch.testing.assert_close(targets.cross["lm_head"].double(), wanted.T @ inputs, rtol=1e-3, atol=1e-2)
     assert report.layers[-1].dense_target == 0.5
-    auto = thanos.prune(tiny_llama, tmp_path / "auto", settings.replace(dense_target="auto"))
-    assert auto.layers[-1].dense_target is None  # no block whose error could choose it
 
 
 # --- the choice -----------------------------------------------------------------------------------------------------------
 
 
+NAN, INF = float("nan"), float("inf")
+
+
 @pytest.mark.parametrize(
-    ("errors", "alpha", "tried"),
+    ("errors", "alpha"),
     [
-        ({0: 0.5, 0.25: 0.4, 0.5: 0.3, 1: 0.2}, 1.0, 4),
-        ({0: 0.5, 0.25: 0.4, 0.5: 0.45, 1: 0.1}, 0.25, 3),
-        ({0: 0.5, 0.25: 0.6, 0.5: 0.1, 1: 0.1}, 0.0, 2),
-        ({0: 0.5, 0.25: 0.5, 0.5: 0.5, 1: 0.5}, 0.0, 4),
+        ((0.5, 0.4, 0.3, 0.2), 1.0),
+        ((0.5, 0.6, 0.4, 0.1), 1.0),  # a rise at the beginning ends nothing
+        ((0.1, 0.6, 0.5, 0.4), 0.0),
+        ((0.5, 0.2, 0.6, 0.9), 0.25),
+        ((0.301, 0.298, 0.3, 0.299), 0.5),  # none is clearly better
+        ((0.5, 0.5, 0.5, 0.5), 0.5),
+        ((0.2, 0.2, 0.5, 0.2), 0.0),  # of equal ones the smallest
+        ((0.0, 0.0, 0.0, 0.0), 0.5),
+        ((NAN, 0.4, 0.3, INF), 0.5),
+        ((0.4, 0.3, NAN, 0.5), 0.25),
+        ((NAN, NAN, INF, NAN), 0.0),
     ],
 )
-def test_the_candidate_with_the_smallest_error_is_chosen_and_the_first_that_raises_it_ends_the_search(
-    errors: dict[float, float], alpha: float, tried: int
+def test_every_candidate_is_tried_and_0_5_gives_way_to_a_clearly_better_one(
+    errors: tuple[float, ...], alpha: float
 ) -> None:
     weights = {value: {"w": torch.full((1,), value)} for value in DENSE_TARGETS}
-    choice = dense_choice.choose(weights.__getitem__, lambda values: errors[values["w"].item()])
-    assert (choice.alpha, len(choice.errors)) == (alpha, tried)
+    by_alpha = dict(zip(DENSE_TARGETS, errors, strict=True))
+    choice = dense_choice.choose(weights.__getitem__, lambda values: by_alpha[values["w"].item()])
+    assert choice.alpha == alpha
+    assert list(choice.errors) == list(DENSE_TARGETS)
 
 
 def test_a_choice_is_made_for_each_step_on_sequences_that_nothing_is_fitted_to(
@@ -324,10 +334,10 @@ def test_a_choice_is_made_for_each_step_on_sequences_that_nothing_is_fitted_to(
     assert [errors.tokens for errors in report.block_errors] == [LENGTH] * 3
 
 
-def test_the_error_of_a_candidate_is_that_of_the_block_with_the_stand_ins_in_place(
+def test_the_error_of_a_candidate_is_the_mean_of_the_tokens_errors_with_the_stand_ins_in_place(
     tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last step of a block: with what becomes of its weight as the only stand-in, the error is the block's in the end."""
+    """The last step of a block: with what becomes of its weight as the only stand-in, the error is that of whole models."""
     found: list[tuple[list[str], float]] = []
     name = "model.layers.0.mlp.down_proj.weight"
     settings = recipe(text_file, effort="high", targets=("layers.0.*",), held_out=1)
@@ -342,8 +352,55 @@ def test_the_error_of_a_candidate_is_that_of_the_block_with_the_stand_ins_in_pla
         return original(stand_ins, error)
 
     monkeypatch.setattr(prune_target, "choose", choose)
-    report = thanos.prune(tiny_llama, tmp_path / "out", settings)
-    assert found[-1] == ([name], report.block_errors[0].errors["prune"])
+    thanos.prune(tiny_llama, tmp_path / "out", settings)
+    dense, now = (
+        after_block(folder, 0, calibration_ids(tiny_llama, text_file)[-1:]) for folder in (tiny_llama, tmp_path / "out")
+    )
+    expected = ((now - dense).square().sum(-1) / dense.square().sum(-1)).mean().item()
+    assert found[-1] == ([name], pytest.approx(expected, rel=1e-4))
+
+
+def after_block(folder: Path, block: int, ids: Tensor) -> Tensor:
+    """The outputs of one block of a LLaMA that transformers runs, float64."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    outputs: list[Tensor] = []
+    model.model.layers[block].register_forward_hook(lambda _, args, out: outputs.append(out.double()))
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    return outputs[0]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt-350m"])  # the second has project_out before its head
+def test_after_the_blocks_the_error_of_a_candidate_is_that_of_the_layers_own_outputs(
+    architecture: str, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: dict[str, Any] = {}
+    original = prune_target.stand_in
+
+    def spy(*arguments: Any, name: str, **others: Any) -> Any:
+        made[name] = original(*arguments, name=name, **others)
+        return made[name]
+
+    monkeypatch.setattr(prune_target, "stand_in", spy)
+    folder = save_tiny(tmp_path / "model", architecture, tie_word_embeddings=False)
+    last = "lm_head" if architecture == "llama" else "model.decoder.project_out"
+    settings = recipe(text_file, targets=("layers.*", last), effort="high", held_out=2)
+    report = thanos.prune(folder, tmp_path / "out", settings)
+    (layer,) = (layer for layer in report.layers if layer.name == last)
+    dense, now = (AutoModelForCausalLM.from_pretrained(each) for each in (folder, tmp_path / "out"))
+    ids = calibration_ids(folder, text_file)[-2:]
+    wanted, inputs = (seen_by(model, ids, {last: model.get_submodule(last)})[last] for model in (dense, now))
+    outputs = wanted @ dense.get_submodule(last).weight.double().T
+    for alpha in DENSE_TARGETS:
+        lost = inputs @ made[last].at(alpha).double().T - outputs
+        expected = (lost.square().sum(-1) / outputs.square().sum(-1)).mean().item()
+        assert layer.choice[f"{alpha:g}"] == pytest.approx(expected, rel=1e-4)
+    assert layer.tokens == TOKENS - 2 * LENGTH
+    assert layer.dense_target == dense_choice.Choice({float(a): e for a, e in layer.choice.items()}).alpha
+    assert thanos.PruningReport.from_dict(json.loads((tmp_path / "out/pruning.json").read_text())) == report
+    inside = [one for one in report.layers if one is not layer]
+    assert all(one.choice is None for one in inside)
+    assert "choice" not in json.loads((tmp_path / "out/pruning.json").read_text())["layers"][0]
 
 
 def test_held_out_sequences_are_refused_where_batches_belong_together(

@@ -23,6 +23,7 @@ from helpers import prose, save_tiny
 from oracles import BLOCKWISE, METHODS
 from thanos.calibration.accumulators import Gram
 from thanos.calibration.statistics import InputGroup, Need, empty_group
+from thanos.cli import run as command
 from thanos.engine.distributed import SINGLE, Group
 from thanos.engine.joining import my_device
 from thanos.engine.rank_zero import SharedWriter
@@ -321,6 +322,28 @@ def alone(tmp_path_factory: pytest.TempPathFactory, text: Path) -> dict[str, tup
             thanos.prune(dense, base / f"{architecture}-pruned", recipe),
         )
     return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "units",
+    [["neurons", "--effort", "max", "--tune", "1"], ["width", "--sparsity", "0.3"], ["blocks", "--effort", "high"]],
+)
+def test_many_processes_cut_like_one(
+    units: list[str], alone: dict[str, tuple[Path, Path, PruningReport]], text: Path, tmp_path: Path
+) -> None:
+    dense, _, _ = alone["llama"]
+    given = ["--sparsity", "0.34"] if units[0] == "blocks" else ["--multiple-of", "8"]
+    words = ["prune", str(dense), *map(str, flags(text)), "--pattern", *units, *given]
+    assert command([*words, str(tmp_path / "one")]) == 0
+    run = torchrun(2, ["-m", "thanos"], [*words, tmp_path / "two"])
+    assert run.returncode == 0, run.stderr
+    one, two = (PruningReport.read(tmp_path / name / "pruning.json") for name in ("one", "two"))
+    assert one.cut["units"] == two.cut["units"]
+    assert [layer.removed_units for layer in one.layers] == [layer.removed_units for layer in two.layers]
+    expected, written = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    for name, weight in expected.items():
+        torch.testing.assert_close(written[name], weight, rtol=1e-2, atol=2e-3)
 
 
 @pytest.mark.slow

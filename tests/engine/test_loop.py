@@ -227,7 +227,7 @@ def test_what_ran_out_of_memory_is_gone_before_it_is_tried_again(
         return "the activations move to the host"
 
     monkeypatch.setattr(engine, "prune_layer", pruned)
-    monkeypatch.setattr(Passes, "place", "device")
+    monkeypatch.setattr(Passes, "tier", "device")
     monkeypatch.setattr(Passes, "spill", spill)
     report = thanos.prune(tiny_llama, tmp_path / "out", recipe(text_file))
     assert spilled == [True]

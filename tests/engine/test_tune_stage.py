@@ -36,6 +36,8 @@ def recipe(text: Path, **changes: Any) -> thanos.Recipe:
     """A recipe whose method compensates nothing, so that a few steps on a few sequences gain something."""
     settings = {"calibration": str(text), "samples": SAMPLES, "sequence_length": LENGTH, "device": "cpu"}
     tuning = {"method": "magnitude", "tune": 3, "held_out": HELD_OUT, "tune_rate": 0.003}
+    if changes.get("tune", 1) in (0, None):  # then nothing uses the others
+        tuning = {"method": "magnitude"}
     return thanos.Recipe(**settings | tuning | changes)
 
 
@@ -101,9 +103,8 @@ def test_the_errors_are_those_of_whole_models_and_fall(dtype: torch.dtype, text_
 
 def test_zeros_stay_and_every_other_parameter_of_the_blocks_may_change(text_file: Path, tmp_path: Path) -> None:
     dense = save_dense(tmp_path / "dense", "qwen2", torch.bfloat16)  # with biases
-    settings = recipe(text_file, pattern="2:4", skip=("v_proj",))
-    thanos.prune(dense, tmp_path / "plain", settings.replace(tune=0))
-    report = thanos.prune(dense, tmp_path / "tuned", settings)
+    thanos.prune(dense, tmp_path / "plain", recipe(text_file, pattern="2:4", tune=0))
+    report = thanos.prune(dense, tmp_path / "tuned", recipe(text_file, pattern="2:4"))
     before, after, given = weights(tmp_path / "plain"), weights(tmp_path / "tuned"), weights(dense)
     pruned = {f"{layer.name}.weight" for layer in report.layers}
     assert all(layer.changed_by == ["tune"] for layer in report.layers)
@@ -115,10 +116,31 @@ def test_zeros_stay_and_every_other_parameter_of_the_blocks_may_change(text_file
         assert not torch.equal(value, before[name]), name
         if name in pruned and ".layers.0." in name:  # the mask of a later block depends on the tuned ones before it
             assert torch.equal(value == 0, before[name] == 0)
-    violations = thanos.inspect_checkpoint(tmp_path / "tuned", require="2:4").violations
-    assert all(violation.name.endswith("v_proj") for violation in violations)
+    assert not thanos.inspect_checkpoint(tmp_path / "tuned", require="2:4").violations
     elsewhere = sum(int((value == 0).sum()) for name, value in after.items() if name not in pruned)
     assert report.totals["zeros_all"] == sum(layer.zeros for layer in report.layers) + elsewhere
+
+
+@pytest.mark.parametrize(
+    ("choice", "left"),
+    [
+        ({"skip": ("v_proj",)}, ("v_proj",)),
+        ({"overrides": (thanos.Override(match="layers.1.self_attn.q_proj", skip=True),)}, ("1.self_attn.q_proj",)),
+        ({"targets": ("*.mlp.*", "k_proj")}, ("q_proj", "v_proj", "o_proj")),
+    ],
+)
+def test_a_layer_that_the_recipe_leaves_dense_keeps_its_bytes(
+    choice: dict[str, Any], left: tuple[str, ...], text_file: Path, tmp_path: Path
+) -> None:
+    dense = save_dense(tmp_path / "dense", "qwen2", torch.bfloat16)  # q, k and v have biases
+    report = thanos.prune(dense, tmp_path / "tuned", recipe(text_file, **choice))
+    assert all(record.kept_epoch for record in report.tuning)
+    given, after = weights(dense), weights(tmp_path / "tuned")
+    kept = {name for name in given if ".layers." in name and name.rpartition(".")[0].endswith(left)}
+    assert len({name.rpartition(".")[2] for name in kept}) == 2  # weights and biases
+    for name, value in given.items():
+        stays = name in kept or ".layers." not in name
+        assert torch.equal(value.view(torch.uint8), after[name].view(torch.uint8)) == stays, name
 
 
 def test_zeros_of_a_bias_that_are_tuned_are_counted_again(text_file: Path, tmp_path: Path) -> None:
@@ -149,7 +171,7 @@ def test_a_layer_whose_own_setting_is_0_keeps_its_weight(text_file: Path, tmp_pa
 
 def test_with_no_epochs_the_output_is_that_of_a_run_without_the_setting(text_file: Path, tmp_path: Path) -> None:
     dense = save_tiny(tmp_path / "dense")
-    plain = recipe(text_file).replace(tune=None, held_out=None)
+    plain = recipe(text_file, tune=None)
     thanos.prune(dense, tmp_path / "plain", plain)
     thanos.prune(dense, tmp_path / "zero", plain.replace(tune=0))
     one, other = weights(tmp_path / "plain"), weights(tmp_path / "zero")
@@ -239,7 +261,7 @@ def test_where_nothing_is_gained_the_report_says_so(text_file: Path, tmp_path: P
     dense = save_tiny(tmp_path / "dense", dtype=torch.bfloat16)
     settings = recipe(text_file, tune_rate=1e-9)
     report = thanos.prune(dense, tmp_path / "out", settings)
-    thanos.prune(dense, tmp_path / "plain", settings.replace(tune=0))
+    thanos.prune(dense, tmp_path / "plain", recipe(text_file, tune=0))
     one, other = weights(tmp_path / "out"), weights(tmp_path / "plain")
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert report.warnings == [

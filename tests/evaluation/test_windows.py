@@ -272,7 +272,7 @@ def test_ten_percent_decide(monkeypatch: pytest.MonkeyPatch, text_file: Path) ->
     for factor, expected in ((0.89, "window"), (0.91, "text"), (1.2, "text")):
         seen: list[list[list[int]]] = []
 
-        def score(model: Any, reference: Any, tell: Any, seen: Any = seen, factor: float = factor) -> list[float]:
+        def score(model: Any, reference: Any, emit: Any, seen: Any = seen, factor: float = factor) -> list[float]:
             seen.append(reference.windows.tolist())
             loss = 3.0 + (math.log(factor) if reference.windows[0, 0] == BOS else 0.0)
             return [loss * reference.windows[:, 1:].numel(), 0, 0, 0]

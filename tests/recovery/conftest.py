@@ -18,10 +18,10 @@ def _checkpoint_after_each_epoch() -> Iterator[None]:
     if find_spec("accelerate") is None:
         yield
         return
-    from thanos.recovery import trainer
+    from thanos.recovery import watch
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "CHECKPOINT_SECONDS", 0.0)
+        patch.setattr(watch, "CHECKPOINT_SECONDS", 0.0)
         yield
 
 

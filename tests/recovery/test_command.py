@@ -46,7 +46,13 @@ def test_the_command(
     report = json.loads(file.read_bytes())
     assert report == json.loads((out / "recovery.json").read_bytes())
     lines = [line.split("] ", 1)[1] for line in shown.err.splitlines()]
-    assert [line for line in lines if "epoch" not in line] == ["load model", "calibrate", "train", "finish"]
+    assert [line for line in lines if "epoch" not in line] == [
+        "load model",
+        "calibrate",
+        "dense model",
+        "train",
+        "finish",
+    ]
     epochs = [line for line in lines if "epoch" in line]
     assert epochs[0].startswith(f"before the first epoch, held-out loss {report['held_out_before']:.4g}, host ")
     third = report["history"][3]

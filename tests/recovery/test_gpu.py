@@ -23,15 +23,15 @@ def test_a_recovery_on_a_gpu(
     dense = save_tiny(tmp_path / "dense", dtype=dtype)
     pruned = prune(dense, tmp_path / "out", text_file, pattern="2:4")
     kinds: set[tuple[torch.dtype, torch.dtype]] = set()
-    original = Distillation._divergence
+    original = Distillation.forward
 
-    def watch(self: Distillation, hidden: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        weight = self.student.get_submodule("model.layers.0.mlp.up_proj").get_parameter("weight")
-        product = self.student.get_submodule("model.layers.0.mlp.up_proj")(hidden[:1])
-        kinds.add((weight.dtype, product.dtype))
-        return original(self, hidden, wanted)
+    def watch(self: Distillation, *args: torch.Tensor) -> torch.Tensor:
+        layer = self.student.get_submodule("model.layers.0.mlp.up_proj")
+        hidden = torch.ones(1, layer.get_parameter("weight").shape[1], device="cuda")
+        kinds.add((layer.get_parameter("weight").dtype, layer(hidden).dtype))
+        return original(self, *args)
 
-    monkeypatch.setattr(Distillation, "_divergence", watch)
+    monkeypatch.setattr(Distillation, "forward", watch)
     recipe = settings(text_file, device="cuda", rate=1e-3)
     report = thanos.recover(pruned, tmp_path / "out2", dense=dense, recipe=recipe)
     assert kinds == {(torch.float32, torch.bfloat16)}

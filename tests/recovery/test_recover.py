@@ -125,9 +125,9 @@ def test_the_held_out_loss_is_that_of_the_written_model(
 def test_zeros_stay_zeros_after_every_step(
     pruned: Path, tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from thanos.recovery.trainer import _Watch
+    from thanos.recovery.watch import Watch
 
-    fixed, checked, original = zeros(pruned), [], _Watch.on_step_end
+    fixed, checked, original = zeros(pruned), [], Watch.on_step_end
 
     def check(self: Any, *args: Any, **kwargs: Any) -> None:
         weights = dict(self.trainer.model.named_parameters())
@@ -136,7 +136,7 @@ def test_zeros_stay_zeros_after_every_step(
         checked.append(1)
         original(self, *args, **kwargs)
 
-    monkeypatch.setattr(_Watch, "on_step_end", check)
+    monkeypatch.setattr(Watch, "on_step_end", check)
     thanos.recover(pruned, tmp_path / "o", dense=tiny_llama, recipe=settings(text_file))
     assert len(checked) == 6
 
@@ -230,8 +230,8 @@ def test_a_loss_that_is_not_a_number_ends_the_training_and_keeps_what_was_before
 ) -> None:
     calls, original = [], Distillation.forward
 
-    def forward(self: Distillation, ids: Tensor) -> Tensor:
-        loss = original(self, ids)
+    def forward(self: Distillation, *args: Tensor) -> Tensor:
+        loss = original(self, *args)
         if torch.is_grad_enabled():
             calls.append(1)
             loss = loss * math.nan if len(calls) == 4 * step - 1 else loss

@@ -18,7 +18,7 @@ from thanos.recovery.states import MARK, RecoveryFolder
 
 pytest.importorskip("accelerate", reason="the extra recover is not installed")
 
-from thanos.recovery import trainer
+from thanos.recovery import watch
 
 TIMED = ("phases", "seconds")
 
@@ -108,7 +108,7 @@ def test_one_checkpoint_and_one_best_state_are_kept(
 def test_no_checkpoint_is_written_sooner_than_it_pays(
     pruned: Path, recovered: Any, tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", 1e9)
+    monkeypatch.setattr(watch, "CHECKPOINT_SECONDS", 1e9)
     work = interrupted(pruned, tmp_path / "out2", tiny_llama, settings(text_file), 5)
     assert not work.path.exists(), "without a checkpoint there is nothing to resume"
     report = thanos.recover(pruned, tmp_path / "out2", dense=tiny_llama, recipe=settings(text_file), resume=True)

@@ -40,7 +40,7 @@ def record(block: int | None, content: str = "a") -> BlockRecord:
         tensors={f"layers.{block}.weight": content},
         batch=8,
         starts=[(0, 8), (16, 4)],
-        place="host",
+        tier="host",
         notes=["smaller batches"],
         phases={"solve": PhaseRecord(seconds=0.7, host_peak_bytes=2**40)},
     )

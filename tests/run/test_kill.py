@@ -59,14 +59,23 @@ class Runs:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Runs:
+    return undisturbed(tmp_path_factory.mktemp("kill"), text_file, targets=killed.TARGETS)
+
+
+@pytest.fixture(scope="module")
+def smaller(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Runs:
+    """Runs that end by writing a smaller model from the finished one."""
+    return undisturbed(tmp_path_factory.mktemp("smaller"), text_file, pattern="neurons", multiple_of=8)
+
+
+def undisturbed(folder: Path, text_file: Path, **changes: Any) -> Runs:
     SERVER.set_forkserver_preload(["killed_server"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # Python 3.11's server gets no other
         forkserver.ensure_running()
-    folder = tmp_path_factory.mktemp("kill")
     model = save_tiny(folder / "model", num_hidden_layers=4, max_shard_size="40KB")
     settings = {"calibration": str(text_file), "samples": 4, "sequence_length": 32, "device": "cpu"}
-    settings |= {"targets": killed.TARGETS}
+    settings |= changes
     counting = SERVER.Process(target=killed.count_calls, args=(model, folder / "out", settings, folder / "calls"))
     counting.start()
     counting.join()
@@ -142,3 +151,15 @@ def test_killed_while_it_replaces_an_old_output(before_last: int, runs: Runs, tm
         assert runs(out, resume=True, overwrite=True) == 0
     assert contents(out) == runs.whole
     assert {path.name for path in tmp_path.iterdir()} <= {"out", ".out.lock"}
+
+
+@pytest.mark.parametrize("before_last", range(-90, 0, 5))
+def test_killed_while_the_smaller_model_is_written_and_published(
+    before_last: int, smaller: Runs, tmp_path: Path
+) -> None:
+    """OUT never looks finished before it is, and a resumed run makes it the undisturbed one."""
+    out = tmp_path / "out"
+    smaller(out, kill=("calls", smaller.calls + before_last))
+    if out.exists():
+        assert contents(out) == smaller.whole
+    finish(smaller, out)

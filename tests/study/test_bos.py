@@ -44,17 +44,17 @@ def run(path: Path, data: Path) -> runner.StudyResult:
 def test_only_cells_of_models_with_bos_have_other_keys_than_before(tmp_path: Path, data: Path) -> None:
     path = write(tmp_path, HEAD + GRID)
     study = read_study(path)
-    places = runner.find_places(study, tmp_path / "out", data)
-    assert places.begun == {"begun"}
+    locations = runner.find_locations(study, tmp_path / "out", data)
+    assert locations.begun == {"begun"}
     for cell in study.cells:
         before = study.asked(cell)
         assert set(before["evaluation"]) == {"text", "sequence_length", "max_windows", "compare"}, (
             "as older stores have it"
         )
         begun = {"bos": "auto"} if cell.model == "begun" else {}
-        assert places.asked(study, cell) == {**before, **begun}
+        assert locations.asked(study, cell) == {**before, **begun}
     by_hand = read_study(write(tmp_path, HEAD.replace("max_windows = 4", 'max_windows = 4\nbos = "window"') + GRID))
-    assert [places.asked(by_hand, cell).get("bos") for cell in by_hand.cells] == ["window", None, "window", None]
+    assert [locations.asked(by_hand, cell).get("bos") for cell in by_hand.cells] == ["window", None, "window", None]
     with pytest.raises(StudyError, match=r"line 4, \[evaluation\] bos: must be one of auto, window, text; got 'never'"):
         read_study(write(tmp_path, HEAD.replace("sequence_length = 64", 'bos = "never"') + GRID))
 

@@ -60,7 +60,7 @@ def write(tmp_path: Path, grids: str, head: str = HEAD) -> Path:
 def session(path: Path, data: Path, out: Path) -> tuple[Session, tuple[Cell, ...]]:
     study = read_study(path)
     (out / "cache").mkdir(parents=True, exist_ok=True)
-    return Session(study, runner.find_places(study, out, data), "cpu"), study.cells
+    return Session(study, runner.find_locations(study, out, data), "cpu"), study.cells
 
 
 def quiet(event: Any) -> None:
@@ -441,12 +441,12 @@ def test_other_task_files_are_other_cells_and_older_records_still_count(tmp_path
     head = HEAD + '[zero_shot]\ntasks = "own"\ntask_folder = "tasks"\n'
     path = write(tmp_path, GRID + 'method = "magnitude"\nzero_shot = true\n' + GRID + 'method = "wanda"\n', head)
     study = read_study(path)
-    places = runner.find_places(study, out, data)
+    locations = runner.find_locations(study, out, data)
 
     def states() -> list[str]:
-        return list(runner._states(study, runner.find_places(study, out, data), quiet).values())
+        return list(runner._states(study, runner.find_locations(study, out, data), quiet).values())
 
-    records = [make_record(study, places, cell, torch.device("cpu"), {}) for cell in study.cells]
+    records = [make_record(study, locations, cell, torch.device("cpu"), {}) for cell in study.cells]
     assert [record.sources["tasks"] is None for record in records] == [False, False, True]
     writer = StoreWriter(out)
     for record in records:
@@ -515,10 +515,10 @@ def test_only_texts_of_cells_that_are_left_have_to_be_there(tmp_path: Path, data
         tmp_path, GRID.replace("prose", "moved") + 'method = "magnitude"\n', HEAD.replace("prose.txt", "pydoc")
     )
     study = read_study(path)
-    places = runner.find_places(study, out, data)
+    locations = runner.find_locations(study, out, data)
     writer = StoreWriter(out)
     for cell in study.cells:
-        writer.append(make_record(study, places, cell, torch.device("cpu"), {"status": "done"}))
+        writer.append(make_record(study, locations, cell, torch.device("cpu"), {"status": "done"}))
     result, _ = go(path, data, out)
     assert (result.ran, result.count("done")) == (0, 2)
     path.write_text(path.read_text().replace('"magnitude"', '["magnitude", "wanda"]'))
@@ -588,9 +588,9 @@ def test_an_unknown_task_lists_near_names(tmp_path: Path, data: Path, capsys: py
 def test_a_gguf_model_is_converted_once(tmp_path: Path, demo_gguf: Path) -> None:
     study = read_study(write(tmp_path, GRID, HEAD.replace("tiny", str(demo_gguf)).replace("prose.txt", "pydoc")))
     messages: list[str] = []
-    places = runner.find_places(study, tmp_path / "out", None)
+    locations = runner.find_locations(study, tmp_path / "out", None)
     for _ in range(2):
-        found = runner.convert(places, set(study.models), lambda event: messages.append(event.message))
+        found = runner.convert(locations, set(study.models), lambda event: messages.append(event.message))
     assert messages == [f"converting {demo_gguf.name} to safetensors, once"]
     folder = found.models[study.models[0]]
     source = resolve_model(folder)

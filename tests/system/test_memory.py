@@ -70,6 +70,14 @@ def test_order_is_that_of_the_first_entry(meter: PhaseMeter) -> None:
     assert list(meter.records()) == ["write", "load", "solve"]
 
 
+def test_an_inner_phase_counts_for_itself_alone(meter: PhaseMeter, monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter([0.0, 1.0, 10.0, 12.0, 100.0, 103.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(ticks))
+    with meter.phase("outer"), meter.phase("inner"):
+        pass
+    assert {name: record.seconds for name, record in meter.records().items()} == {"outer": 4.0, "inner": 2.0}
+
+
 def test_no_device_peak_on_the_cpu(meter: PhaseMeter) -> None:
     with meter.phase("load"):
         pass

@@ -119,12 +119,12 @@ def time_model(
     part = replace(shape, blocks=min(blocks or shape.blocks, shape.blocks))
     rates = measure_rates(device, torch.bfloat16)
     meter, ended = PhaseMeter(device), list[float]()
-    tell = EventStream(on_event, meter)
+    emit = EventStream(on_event, meter)
     with _engine(part, recipe, device, meter, out=out, activations=activations) as engine:
         for event in engine.run():
             if event.kind == "block":
                 ended.append(sum(phase.seconds for phase in meter.records().values()))
-            tell(event)
+            emit(event)
     phases = meter.records()
     seconds = sum(phase.seconds for phase in phases.values())
     before = phases["calibration"].seconds
@@ -142,7 +142,7 @@ def time_model(
         rates=rates,
         mean_error=mean_known([record.error_after_compensation for record in engine.records]),
         batch=engine.inputs.runner.batch,
-        activations=engine.inputs.runner.place,
+        activations=engine.inputs.runner.tier,
         written=out is not None,
         machine=machine(str(device)),
     )
@@ -171,7 +171,7 @@ def _engine(
                 weights=ModelWeights(meta_model, checkpoint, {key: key for key in checkpoint.tensors}, device),
                 writer=writer,
                 journal=journal,
-                runner=Passes(meta_model, modules, ids, device, Path(scratch), place=activations),
+                runner=Passes(meta_model, modules, ids, device, Path(scratch), tier=activations),
                 device=device,
                 meter=meter,
                 **held_out_here(recipe, len(ids), range(len(ids))),

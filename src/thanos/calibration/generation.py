@@ -18,7 +18,7 @@ GENERATION_BATCH = 16
 
 
 def generate(
-    model: PreTrainedModel, samples: int, length: int, seed: int, start: int, pad: int, tell: Callable[[Event], None]
+    model: PreTrainedModel, samples: int, length: int, seed: int, start: int, pad: int, emit: Callable[[Event], None]
 ) -> Tensor:
     """Sample sequences from the model at temperature 1. Each begins with the token ``start``: BOS, else end-of-text."""
     batches = []
@@ -40,7 +40,7 @@ def generate(
                 pad_token_id=pad,
             )
             batches.append(ids.cpu())
-            tell(
+            emit(
                 Event(
                     kind="progress",
                     phase="calibration",

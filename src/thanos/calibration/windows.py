@@ -122,18 +122,18 @@ def build_calibration(
         DataError: too little text, or a sequence longer than the model's positions.
     """
     check_positions(sequence_length, context_length)
-    tell, bos = on_event or (lambda event: None), added_bos(tokenizer)
+    emit, bos = on_event or (lambda event: None), added_bos(tokenizer)
     if source == "self":
         if model is None:
             raise DataError("calibration 'self' needs the dense model")
         start = end_of_text_id if bos is None else bos
-        ids = generate(model, samples, sequence_length, seed, start, end_of_text_id, tell)
+        ids = generate(model, samples, sequence_length, seed, start, end_of_text_id, emit)
         return Calibration(ids, source, "generated", seed, 0, bos)
     documents = calibration_documents(
-        source, tokenizer, lambda line: tell(Event(kind="note", phase="calibration", message=line))
+        source, tokenizer, lambda line: emit(Event(kind="note", phase="calibration", message=line))
     )
     length = sequence_length if bos is None else sequence_length - 1  # tokens of text in a window
-    windows = _random_windows(documents, tokenizer, samples, length, seed, tell)
+    windows = _random_windows(documents, tokenizer, samples, length, seed, emit)
     if windows is not None:
         return Calibration(begin_windows(windows, bos), source, "random-window", seed, samples, bos)
     order, draw, needed = list(range(len(documents))), random.Random(seed), samples * length
@@ -176,7 +176,7 @@ def _random_windows(
     samples: int,
     length: int,
     seed: int,
-    tell: Callable[[Event], None],
+    emit: Callable[[Event], None],
 ) -> Tensor | None:
     """Return windows by the paper's rule, (samples, length); None if fewer than ``samples`` documents are long enough."""
     draw, bos = random.Random(seed), added_bos(tokenizer)
@@ -193,7 +193,7 @@ def _random_windows(
         if len(ids) > length:
             start = draw.randrange(len(ids) - length)
             windows.append(ids[start : start + length])
-            tell(Event(kind="progress", phase="calibration", done=len(windows), total=samples))
+            emit(Event(kind="progress", phase="calibration", done=len(windows), total=samples))
         if len(windows) == samples:
             return torch.tensor(windows)
     return None

@@ -78,7 +78,7 @@ def model(
     display.hush()
     from thanos.bench.model import time_model
     from thanos.bench.synthetic import SHAPES
-    from thanos.engine.activations import check_place
+    from thanos.engine.activations import check_tier
     from thanos.system.device import choose_device
 
     if shape not in SHAPES:
@@ -97,7 +97,7 @@ def model(
     recipe = Recipe(**chosen)
     if blocks is not None and blocks < 1:
         raise RecipeError(f"--blocks must be at least 1; got {blocks}")
-    check_place(activations)
+    check_tier(activations)
     use_threads(threads)
     tables.check_writable(json_file)
     if out is not None and not out.is_dir():

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from thanos.cli.shrunk_output import show_shrinkage
 from thanos.cli.tables import (
@@ -20,6 +20,7 @@ from thanos.cli.tables import (
     to_stdout,
     write_json,
 )
+from thanos.run.cut_words import cut_rows
 
 if TYPE_CHECKING:
     from thanos.bench.layer import LayerTime
@@ -49,8 +50,7 @@ def show_report(report: PruningReport, out: Path, *, complete: bool = False) -> 
     totals, recipe = report.totals, report.recipe
     rows = [
         ("method, pattern", f"{recipe['method']}, {recipe['pattern']}"),
-        ("sparsity of the pruned layers", share(totals["zeros_targeted"], totals["targeted_parameters"])),
-        ("sparsity of all parameters", share(totals["zeros_all"], totals["parameters"])),
+        *(cut_rows(report.cut) or _sparsity_rows(totals)),
         ("mean layer error, zeros alone", number(totals["mean_error_before_compensation"])),
         (f"mean layer error, {_last_step(report)}", number(totals["mean_error_after_compensation"])),
         *_repair_rows(report),
@@ -60,6 +60,13 @@ def show_report(report: PruningReport, out: Path, *, complete: bool = False) -> 
     ]
     print_table(("", ""), rows)
     show_warnings(report)
+
+
+def _sparsity_rows(totals: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [
+        ("sparsity of the pruned layers", share(totals["zeros_targeted"], totals["targeted_parameters"])),
+        ("sparsity of all parameters", share(totals["zeros_all"], totals["parameters"])),
+    ]
 
 
 def _last_step(report: PruningReport) -> str:

@@ -21,10 +21,10 @@ from thanos.errors import RecipeError, ResourceError
 from thanos.system.background import Background
 from thanos.system.files import free_disk_bytes, reserve
 from thanos.system.memory import free_device_bytes, free_host_bytes
-from thanos.system.suggestions import near_place
+from thanos.system.suggestions import near_tier
 
-Place = Literal["device", "host", "disk"]
-PLACES = ("auto", "device", "host", "disk")
+Tier = Literal["device", "host", "disk"]
+TIERS = ("auto", "device", "host", "disk")
 
 DEVICE_SHARE = 0.4
 """Fraction of the device's free memory that the activations may use. The rest is for a block, its Hessians and its solves."""
@@ -39,20 +39,20 @@ _CANNOT_UNPIN = (
 )
 
 
-def check_place(asked: str) -> str:
-    """Return ``asked`` if it is one of :data:`PLACES`.
+def check_tier(asked: str) -> str:
+    """Return ``asked`` if it is one of :data:`TIERS`.
 
     Raises:
         RecipeError: it is not.
     """
-    if asked not in PLACES:
-        raise RecipeError(f"activations must be one of {', '.join(PLACES)}; got {asked!r}{near_place(asked, PLACES)}")
+    if asked not in TIERS:
+        raise RecipeError(f"activations must be one of {', '.join(TIERS)}; got {asked!r}{near_tier(asked, TIERS)}")
     return asked
 
 
-def choose_place(
+def choose_tier(
     needed: int, device: torch.device, folder: Path, asked: str = "auto", taken: Mapping[str, int] | None = None
-) -> Place:
+) -> Tier:
     """Choose the storage tier of the activations by measured free memory.
 
     On the CPU, device and host memory are the same, and the tier is called ``host``.
@@ -65,23 +65,23 @@ def choose_place(
         taken: storage tier → bytes of it that are free now and will be taken before; default: none.
 
     Raises:
-        RecipeError: ``asked`` is not one of :data:`PLACES`.
+        RecipeError: ``asked`` is not one of :data:`TIERS`.
         ResourceError: the disk was chosen and has too little free space.
     """
-    place, before = check_place(asked), taken or {}
-    if place == "auto":
+    tier, before = check_tier(asked), taken or {}
+    if tier == "auto":
         if device.type == "cuda" and needed <= DEVICE_SHARE * (free_device_bytes(device) - before.get("device", 0)):
-            place = "device"
+            tier = "device"
         else:
-            place = "host" if needed <= HOST_SHARE * (free_host_bytes() - before.get("host", 0)) else "disk"
-    if place == "device" and device.type == "cpu":
-        place = "host"
-    if place == "disk" and needed > free_disk_bytes(folder) - before.get("disk", 0):
+            tier = "host" if needed <= HOST_SHARE * (free_host_bytes() - before.get("host", 0)) else "disk"
+    if tier == "device" and device.type == "cpu":
+        tier = "host"
+    if tier == "disk" and needed > free_disk_bytes(folder) - before.get("disk", 0):
         raise ResourceError(
             f"the activations need {needed / 1e9:.2f} GB and {folder} has {free_disk_bytes(folder) / 1e9:.2f} GB free; "
             "lower --samples or --sequence-length, or write OUT to another disk"
         )
-    return place  # type: ignore[return-value]
+    return tier  # type: ignore[return-value]
 
 
 class Activations:
@@ -90,7 +90,7 @@ class Activations:
     Args:
         samples: number of sequences.
         like: hidden states of one sequence, (1, T, d); gives shape and dtype.
-        place: storage tier; see :func:`choose_place`.
+        tier: storage tier; see :func:`choose_tier`.
         device: device on which the blocks run.
         folder: existing folder for the file of tier ``disk``. The file has no name, so it is deleted when the process ends.
 
@@ -98,14 +98,14 @@ class Activations:
         ResourceError: the disk has no room, or CUDA cannot pin the host memory.
     """
 
-    def __init__(self, samples: int, like: Tensor, place: Place, device: torch.device, folder: Path) -> None:
-        self.place: Place = place
+    def __init__(self, samples: int, like: Tensor, tier: Tier, device: torch.device, folder: Path) -> None:
+        self.tier: Tier = tier
         self._device = device
         self._shape, self._dtype = (samples, *like.shape[1:]), like.dtype
         self._pages: mmap.mmap | None = None
         self._pinned = False
         self._copier = Background("thanos-activations", device, limit=3)
-        self._store = self._map(folder) if place == "disk" else self._allocate()
+        self._store = self._map(folder) if tier == "disk" else self._allocate()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -160,10 +160,10 @@ class Activations:
         """Wait until everything passed to :meth:`write` is stored."""
         self._copier.flush()
 
-    def empty_like(self, place: Place, folder: Path) -> Activations:
+    def empty_like(self, tier: Tier, folder: Path) -> Activations:
         """Return storage for hidden states of the same shape and dtype, in another tier; its values are undefined."""
         one = torch.empty((), dtype=self._dtype).expand(1, *self._shape[1:])
-        return Activations(self._shape[0], one, place, self._device, folder)
+        return Activations(self._shape[0], one, tier, self._device, folder)
 
     def fill_from(self, other: Activations) -> None:
         """Copy all hidden states of ``other``."""
@@ -186,11 +186,11 @@ class Activations:
     @property
     def _at_hand(self) -> bool:
         """Whether blocks can compute on the stored tensor without a copy."""
-        return self.place == "device" or (self.place == "host" and self._device.type == "cpu")
+        return self.tier == "device" or (self.tier == "host" and self._device.type == "cpu")
 
     def _allocate(self) -> Tensor:
-        store = torch.empty(self._shape, dtype=self._dtype, device=self._device if self.place == "device" else "cpu")
-        if self.place == "host" and self._device.type == "cuda" and store.nbytes:
+        store = torch.empty(self._shape, dtype=self._dtype, device=self._device if self.tier == "device" else "cpu")
+        if self.tier == "host" and self._device.type == "cuda" and store.nbytes:
             # Ordinary memory, pinned afterwards: the allocator of pinned memory would round the size up to a power of two.
             _check(_cudart().cudaHostRegister(store.data_ptr(), store.nbytes, 0), _CANNOT_PIN)
             self._pinned = True
@@ -231,8 +231,8 @@ class Activations:
             states, ready = self._store[rows], None
         elif self._pinned:
             states = torch.empty((len(rows), *self._shape[1:]), dtype=self._dtype, device=self._device)
-            for place, row in zip(states, rows, strict=True):
-                place.copy_(self._store[row], non_blocking=True)
+            for state, row in zip(states, rows, strict=True):
+                state.copy_(self._store[row], non_blocking=True)
             ready = torch.cuda.current_stream(self._device).record_event()
         else:
             states = self._store[rows].pin_memory().to(self._device, non_blocking=True)

@@ -31,8 +31,8 @@ class BlockErrors:
             sequences, and everything is fitted to them.
         tokens: number of tokens of the sequences.
         errors: name of the stage → error after it; first ``dense``, before all stages.
-        choices: each choice of a dense target, in order: ``layers``, the names of the layers, and ``errors``, the block's error
-            with stand-ins by candidate, as text; see :mod:`thanos.engine.dense_choice`.
+        choices: each choice of a dense target, in order: ``layers``, the names of the layers, and ``errors``, the mean error of
+            a token with stand-ins by candidate, as text; see :mod:`thanos.engine.dense_choice`.
     """
 
     block: int
@@ -70,16 +70,17 @@ class BlockMeter:
         return notes
 
     @torch.no_grad()
-    def error(self, values: Mapping[str, Tensor] | None = None) -> float:
+    def error(self, values: Mapping[str, Tensor] | None = None, *, by_token: bool = False) -> float:
         """Return the block's relative squared error over the sequences of all processes.
 
         Args:
             values: parameters that are used in place of the present ones.
+            by_token: return the mean of the tokens' own relative errors instead.
         """
         while True:
             try:
                 with self._weights.replaced(values or {}):
-                    sums = self._sums()
+                    sums = self._sums(by_token)
                 break
             except torch.OutOfMemoryError as error:
                 self._notes.append(self._runner.halve(error))
@@ -87,8 +88,11 @@ class BlockMeter:
         self.tokens = round(sequences) * self._runner.shape[1]
         return lost / whole if whole else 0.0
 
-    def _sums(self) -> Tensor:
-        """Return ‖F(X̂) − F*(X*)‖² and ‖F*(X*)‖² over this process's sequences, and their number, (3,) float64."""
+    def _sums(self, by_token: bool) -> Tensor:
+        """Return two sums over this process's sequences, and the number of these, (3,) float64.
+
+        The sums are ‖F(X̂) − F*(X*)‖² and ‖F*(X*)‖²; with ``by_token`` their ratio for each token, and the number of tokens.
+        """
         runner, size = self._runner, self._runner.settled(self._index)
         sums = torch.zeros(3, dtype=torch.float64, device=runner.device)
         sums[2] = len(self._sequences)
@@ -97,6 +101,19 @@ class BlockMeter:
         for (first, hidden), (_, wanted) in pairs:
             outputs = runner.run(self._index, hidden, first).to(torch.float32)
             wanted = wanted.to(torch.float32)
-            change = (outputs - wanted).square_().sum(-1, dtype=torch.float64).sum()
-            sums[:2] += torch.stack([change, wanted.square().sum(-1, dtype=torch.float64).sum()])
+            change = (outputs - wanted).square_().sum(-1, dtype=torch.float64)
+            whole = wanted.square().sum(-1, dtype=torch.float64)
+            if by_token:
+                change, whole = token_errors(change, whole), torch.ones_like(whole)
+            sums[:2] += torch.stack([change.sum(), whole.sum()])
         return sums
+
+
+def token_errors(change: Tensor, whole: Tensor) -> Tensor:
+    """Return the relative squared errors of tokens, 0 for a token whose wanted output is 0.
+
+    Args:
+        change: squared norm of each token's error.
+        whole: squared norm of each token's wanted output, of the same shape.
+    """
+    return torch.where(whole > 0, change / whole, 0.0)

@@ -43,21 +43,21 @@ def levels(run: Run, layers: Sequence[LinearLayer]) -> dict[str, int]:
         run: runs the block.
         layers: linear layers of the block.
     """
-    places = _places(layers)
-    trace = _Trace(places)
+    keys = _shared_keys(layers)
+    trace = _Trace(keys)
     try:
         with torch.enable_grad(), trace.follow(layers):
             run()
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        trace = _Trace(places, differentiates=False)
+        trace = _Trace(keys, differentiates=False)
         with torch.no_grad(), trace.follow(layers):
             run()
     found = trace.levels
-    known = {places.get(name, name): level for name, level in found.items()}
+    known = {keys.get(name, name): level for name, level in found.items()}
     last = max(found.values(), default=0)
-    return {layer.name: known.get(places.get(layer.name, layer.name), last) for layer in layers}
+    return {layer.name: known.get(keys.get(layer.name, layer.name), last) for layer in layers}
 
 
 @dataclass(slots=True)
@@ -65,15 +65,15 @@ class _Trace:
     """The levels of the layers that were called so far.
 
     Attributes:
-        places: see :func:`_places`.
+        keys: see :func:`_shared_keys`.
         differentiates: whether autograd determines the dependencies.
         levels: layer name → level.
     """
 
-    places: Mapping[str, str]
+    keys: Mapping[str, str]
     differentiates: bool = True
     levels: dict[str, int] = field(default_factory=dict)
-    _of_place: dict[str, int] = field(default_factory=dict)
+    _of_key: dict[str, int] = field(default_factory=dict)
     _leaves: list[tuple[Tensor, int]] = field(default_factory=list)
     _inputs: list[tuple[Tensor, int]] = field(default_factory=list)
 
@@ -83,10 +83,10 @@ class _Trace:
 
         def enter(name: str) -> Callable[..., None]:
             def see(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-                place = self.places.get(name, name)
-                if place not in self._of_place:
-                    self._of_place[place] = self._level(args[0])
-                self.levels[name] = self._of_place[place]
+                key = self.keys.get(name, name)
+                if key not in self._of_key:
+                    self._of_key[key] = self._level(args[0])
+                self.levels[name] = self._of_key[key]
 
             return see
 
@@ -125,15 +125,15 @@ class _Trace:
         return 1 + max((level for gradient, (_, level) in found if gradient is not None), default=-1)
 
 
-def _places(layers: Iterable[LinearLayer]) -> dict[str, str]:
+def _shared_keys(layers: Iterable[LinearLayer]) -> dict[str, str]:
     """Return name of an expert's layer → a key that the corresponding layers of all experts of a mixture share."""
-    places: dict[str, str] = {}
+    keys: dict[str, str] = {}
     counts: dict[str, int] = {}
     for layer in layers:
         if layer.expert:
-            place = counts.get(layer.expert, 0)
-            places[layer.name], counts[layer.expert] = f"{layer.expert.rpartition('.')[0]} {place}", place + 1
-    return places
+            key = counts.get(layer.expert, 0)
+            keys[layer.name], counts[layer.expert] = f"{layer.expert.rpartition('.')[0]} {key}", key + 1
+    return keys
 
 
 # --- layers that write into the residual stream ---------------------------------------------------------------------------

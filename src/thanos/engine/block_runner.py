@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from thanos.engine.activations import Activations, choose_place
+from thanos.engine.activations import Activations, choose_tier
 from thanos.engine.block_calls import BlockCalls
 from thanos.engine.early_end import stopping_after, stopping_at
 from thanos.engine.picture import Picture
@@ -49,7 +49,7 @@ class Passes(StreamStates):
         ids: calibration token ids, (samples, T) int64, on the CPU.
         device: device on which the blocks run.
         folder: folder for the file of hidden states, if they are kept on the disk.
-        place: storage tier of the hidden states; see :func:`~thanos.engine.activations.choose_place`.
+        tier: storage tier of the hidden states; see :func:`~thanos.engine.activations.choose_tier`.
         picture: the model's data flow; default: computed by :meth:`record`.
 
     Attributes:
@@ -70,10 +70,10 @@ class Passes(StreamStates):
         device: torch.device,
         folder: Path,
         *,
-        place: str = "auto",
+        tier: str = "auto",
         picture: Picture | None = None,
     ) -> None:
-        super().__init__(ids, device, folder, place)
+        super().__init__(ids, device, folder, tier)
         self._model, self._blocks = model, blocks
         self.batch: int | None = None
         self.starts: list[tuple[int, int]] = []
@@ -97,8 +97,8 @@ class Passes(StreamStates):
                 self._own_calls.record(self._model, self._row(index))
             if self._states is None:
                 needed = hidden.nbytes * len(self._ids)
-                place = choose_place(needed, self._device, self._folder, self._asked)
-                self._states = Activations(len(self._ids), hidden, place, self._device, self._folder)
+                tier = choose_tier(needed, self._device, self._folder, self._asked)
+                self._states = Activations(len(self._ids), hidden, tier, self._device, self._folder)
             self._states.write(index, hidden)
 
     def reaches(self, index: int) -> bool:

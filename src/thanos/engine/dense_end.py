@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from thanos.engine.inputs import EngineInputs
-from thanos.engine.stages.prune_order import has_target_after_blocks
 
 
 def dense_end(inputs: EngineInputs) -> int:
@@ -12,6 +11,6 @@ def dense_end(inputs: EngineInputs) -> int:
     wanting = [
         layer.block
         for layer, settings in inputs.layers.items()
-        if (has_target_after_blocks(settings) if layer.block is None else settings.repair.needs_dense_stream)
+        if (settings.repair.retargets if layer.block is None else settings.repair.needs_dense_stream)
     ]
     return 1 + max((after if block is None else block for block in wanting), default=-1)

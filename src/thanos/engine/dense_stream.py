@@ -7,7 +7,7 @@ shares them with the pruned version until a stage replaces them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -60,12 +60,16 @@ class DenseStream:
             is_parameter = isinstance(held, nn.Parameter)
             self._dense[name] = nn.Parameter(value, requires_grad=False) if is_parameter else value
 
-    def advance(self, index: int, starts: Sequence[tuple[int, int]] = ()) -> Iterator[Step]:
+    def advance(
+        self, index: int, starts: Sequence[tuple[int, int]] = (), beyond: Mapping[int, Sequence[str]] | None = None
+    ) -> Iterator[Step]:
         """Compute the outputs of block ``index`` for all sequences; yield a step after each batch.
 
         Args:
             index: index of the block.
             starts: batch sizes of an earlier pass, as in :attr:`starts`. With them the outputs equal that pass's bit for bit.
+            beyond: indices of the blocks right after it that the pruned model leaves out → their parameters. They run as well,
+                and the outputs become those of the last of them.
 
         Raises:
             ResourceError: as for :meth:`~thanos.engine.block_runner.Passes.propagate`.
@@ -73,6 +77,11 @@ class DenseStream:
         self._outputs = self._outputs or self._runner.storage_like()
         self.starts = []
         yield from self._runner.through(index, self._inputs, self._outputs, self.run, starts, self.starts)
+        for later, names in (beyond or {}).items():
+            self._weights.load(names)
+            states, run = self._outputs, self._runner.run_other
+            yield from self._runner.through(later, states, states, run, tuple(self.starts), [])
+            self._weights.release(names)
         self._known = True
 
     def turn(self) -> None:
@@ -86,14 +95,14 @@ class DenseStream:
 
         Return None, and do nothing, if none of them are on the device.
         """
-        if self.place != "device":
+        if self.tier != "device":
             return None
         for name in ("_states", "_outputs"):
             states: Activations | None = getattr(self, name)
-            if states is not None and states.place == "device":
+            if states is not None and states.tier == "device":
                 setattr(self, name, self._runner.off_device(states))
         torch.cuda.empty_cache()
-        return f"out of memory on the device: the activations of the dense model move to the {self.place}"
+        return f"out of memory on the device: the activations of the dense model move to the {self.tier}"
 
     def close(self) -> None:
         """Free the hidden states and the dense version of the block."""
@@ -106,9 +115,9 @@ class DenseStream:
     # --- use by the stages ------------------------------------------------------------------------------------------
 
     @property
-    def place(self) -> str:
+    def tier(self) -> str:
         """Storage tier of the hidden states: ``device`` if any of them are there, else that of the inputs."""
-        known = [states.place for states in (self._states, self._outputs) if states is not None]
+        known = [states.tier for states in (self._states, self._outputs) if states is not None]
         return "device" if "device" in known else known[0] if known else ""
 
     @contextmanager

@@ -38,6 +38,7 @@ class EngineInputs:
         first: index of this process's first sequence among those of all processes.
         held_out: indices of this process's sequences that are held out.
         held_out_of_all: number of held-out sequences of all processes.
+        dropped: indices of the blocks that the pruned model leaves out.
     """
 
     model: nn.Module
@@ -54,6 +55,17 @@ class EngineInputs:
     first: int = 0
     held_out: range = field(default=range(0))
     held_out_of_all: int = 0
+    dropped: frozenset[int] = frozenset()
+
+    def runs(self, index: int) -> bool:
+        """Return whether the pruned model runs a block; else the hidden states stay as they are."""
+        return index not in self.dropped and self.runner.reaches(index)
+
+    def dropped_after(self, index: int) -> list[int]:
+        """Return the indices of the blocks right after a block that the pruned model leaves out."""
+        later = range(index + 1, len(self.blocks))
+        end = next((other for other in later if other not in self.dropped), len(self.blocks))
+        return [other for other in range(index + 1, end) if self.runner.reaches(other)]
 
     def layers_of(self, block: int | None) -> dict[LinearLayer, LayerRecipe]:
         """Return the layers to prune in a block, with their settings; None for the modules outside the blocks."""

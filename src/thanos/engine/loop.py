@@ -42,7 +42,7 @@ class Engine:
         block_errors: errors of the finished blocks that have a dense stream, in order.
         tunings: records of the blocks that were tuned, in order.
         notes: warnings about the whole run.
-        place: storage tier of the activations in the last finished block; empty before.
+        tier: storage tier of the activations in the last finished block; empty before.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Engine:
         self.block_errors: list[BlockErrors] = []
         self.tunings: list[TuningRecord] = []
         self.notes = list(notes)
-        self.place = ""
+        self.tier = ""
         self._tail = inputs.layers_of(None)
         self._dense_end = dense_end(inputs)
         self._dense = DenseStream(inputs.runner, inputs.weights) if self._dense_end else None
@@ -111,7 +111,7 @@ class Engine:
                 self._dense.begin()
 
     def _work_on_block(self, context: BlockContext, index: int, output: Output) -> Iterator[Event]:
-        if not self.inputs.runner.reaches(index):  # the model never calls this block: the hidden states stay
+        if not self.inputs.runs(index):  # the hidden states stay
             self._finish(context, output)
             yield context.event("block", "propagate", error=self._mean_error())
             return
@@ -145,7 +145,7 @@ class Engine:
     def _replay_block(self, context: BlockContext, index: int, record: BlockRecord) -> Iterator[Event]:
         """Skip the stages of a finished block: its tensors are on the disk. Compute its outputs if a later block needs them."""
         self._take_over(record)
-        if self._is_read_after(index) and self.inputs.runner.reaches(index):
+        if self._is_read_after(index) and self.inputs.runs(index):
             self._load(index)
             yield from self._advance_dense(context, index, record.dense_starts)
             self._take_finished(index)
@@ -167,8 +167,8 @@ class Engine:
         with inputs.meter.phase("load"):
             inputs.weights.load(self._names_to_load(index))
         later = range(index + 1, len(inputs.blocks))
-        after = next((block for block in later if inputs.runner.reaches(block)), None)
-        if after is not None:
+        after = next((block for block in later if inputs.runs(block)), None)
+        if after is not None and not inputs.dropped_after(index):
             inputs.weights.prefetch(self._names_to_load(after))
 
     def _take_finished(self, index: int) -> None:
@@ -187,7 +187,8 @@ class Engine:
         yield context.event("phase", "dense")
         with context.meter.phase("dense"):
             context.dense_stream.hold(self.inputs.block_names(index))
-            for step in context.dense_stream.advance(index, starts):
+            beyond = {later: self.inputs.block_names(later) for later in self.inputs.dropped_after(index)}
+            for step in context.dense_stream.advance(index, starts, beyond):
                 yield context.note(step.note, "dense") if step.note else context.progress("dense", step.done)
         inputs, held_out = self.inputs, bool(self.inputs.held_out_of_all)
         sample = range(max(0, min(inputs.runner.shape[0], ERROR_SEQUENCES - inputs.first)))  # the first of the run
@@ -243,7 +244,7 @@ class Engine:
             batch=runner.batch,
             starts=runner.starts,
             dense_starts=context.dense_stream.starts if context.dense_stream and context.index is not None else [],
-            place=runner.place,
+            tier=runner.tier,
             errors=context.block_errors,
             tuning=context.tuning,
         )
@@ -251,21 +252,21 @@ class Engine:
         self.block_errors += [] if context.block_errors is None else [context.block_errors]
         self.tunings += [] if context.tuning is None else [context.tuning]
         self.notes += context.notes
-        self.place = runner.place
+        self.tier = runner.tier
 
     def _take_over(self, record: BlockRecord) -> None:
         self.records += record.layers
         self.block_errors += [] if record.errors is None else [record.errors]
         self.tunings += [] if record.tuning is None else [record.tuning]
         self.notes += record.notes
-        self.inputs.runner.batch, self.place = record.batch, record.place
+        self.inputs.runner.batch, self.tier = record.batch, record.tier
 
     # --- helpers ----------------------------------------------------------------------------------------------------
 
     def _context(self, index: int | None, output: Output) -> BlockContext:
         """Return the context of a block, or of the layers after the blocks, with the dense stream if it is needed there."""
-        place = len(self.inputs.blocks) if index is None else index
-        return BlockContext(self.inputs, output, index, self._dense if place < self._dense_end else None)
+        position = len(self.inputs.blocks) if index is None else index
+        return BlockContext(self.inputs, output, index, self._dense if position < self._dense_end else None)
 
     def _names_to_load(self, index: int) -> list[str]:
         """Return the parameters of a block to read from the checkpoint: without finished ones if nothing needs those."""

@@ -55,6 +55,9 @@ class PairedPass:
         self._calls: dict[str, int] = {}  # group's first layer → its calls by the dense block in this batch
         self._residuals: list[dict[str, Tensor]] = [{}, {}]  # of the pruned and of the dense block: module → its input
         self._on_dense = False
+        self._beyond: Tensor | None = None
+        # The outputs of later blocks that are left out, to which the layers that write into the residual stream are fitted.
+        self._stands_for_more = context.stands_for_more
 
     def run(self, end: int) -> Iterator[int]:
         """Run this process's sequences before ``end``; yield the number of finished sequences after each batch.
@@ -65,8 +68,10 @@ class PairedPass:
         # The modules after the blocks run one sequence at a time.
         size = 1 if self._index is None else self._runner.settled(self._index)
         pruned, dense = self._runner.batches(size, 0, end), self._dense.inputs(size, 0, end)
+        beyond = self._dense.outputs(size, 0, end) if self._stands_for_more else None
         with self._hooks(), self._ending() as batch_ended:
             for (first, hidden), (_, wanted) in zip(pruned, dense, strict=True):
+                self._beyond = None if beyond is None else next(beyond)[1]
                 self._residuals = [{BLOCK_INPUT: hidden}, {BLOCK_INPUT: wanted}]
                 self._inputs, self._calls = {}, {}
                 with self._routing.record():
@@ -81,7 +86,7 @@ class PairedPass:
                     self._groups.paused = self._on_dense = False
                 self._add_residuals()
                 yield min(first + size, end)
-        self._inputs, self._residuals = {}, [{}, {}]
+        self._inputs, self._residuals, self._beyond = {}, [{}, {}], None
 
     def _observe(self, hidden: Tensor, first: int) -> None:
         if self._index is None:
@@ -117,7 +122,7 @@ class PairedPass:
                 return
             if not self._on_dense:
                 self._inputs.setdefault(layer.name, []).append(args[0])
-            elif group.pairs is not None:
+            elif group.pairs is not None and not (self._stands_for_more and layer.name in self._streams):
                 self._add_cross(group, args[0])
 
         return see
@@ -154,7 +159,13 @@ class PairedPass:
             if group is None or group.pairs is None:
                 continue
             (inputs,) = self._inputs[group.layers[0].name]
-            group.pairs.residuals[name].add_difference(_rows(dense[source]), _rows(pruned[source]), _rows(inputs))
+            wanted = dense[source]
+            if self._beyond is not None:
+                # The wanted output is all that is missing from the later blocks' outputs, so nothing is added to the cross
+                # products: W (0 − G) + R in the place of W (C − G) + R.
+                bias = getattr(group.layers[0].module, "bias", None)
+                wanted = self._beyond if bias is None else self._beyond - bias
+            group.pairs.residuals[name].add_difference(_rows(wanted), _rows(pruned[source]), _rows(inputs))
 
 
 def _rows(states: Tensor) -> Tensor:

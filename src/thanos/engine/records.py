@@ -14,6 +14,7 @@ from thanos.engine.block_error import BlockErrors
 from thanos.engine.layer_warnings import layer_warnings
 from thanos.engine.tuning_record import TuningRecord
 from thanos.model.layers import LinearLayer
+from thanos.patterns.units import Units
 from thanos.recipe import LayerRecipe
 from thanos.solvers.hessian import InputStatistics
 from thanos.solvers.prune_layer import PrunedWeight
@@ -66,10 +67,18 @@ def layer_record(
         errors=dict(pruned.errors) if measured and len(pruned.errors) > 2 else None,
         residual=([*pruned.residuals.values()] or [None])[-1],
         target_change=([*pruned.target_changes.values()] or [None])[-1],
+        removed_units=_removed_units(pruned, settings),
         warnings=[]
         if inputs is None or need_of(settings) is Need.NOTHING
         else layer_warnings(pruned, inputs, tokens, settings),
     )
+
+
+def _removed_units(pruned: PrunedWeight, settings: LayerRecipe) -> list[int] | None:
+    pattern = settings.parsed_pattern
+    if not isinstance(pattern, Units):
+        return None
+    return pattern.removed_units(~pruned.kept.any(0), settings.resolved_sparsity)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,7 +92,7 @@ class BlockRecord:
         batch: number of sequences in a forward pass; the last bits of results depend on it. None if there was no pass.
         starts: batch sizes of the pass that gave the block's outputs; see :class:`~thanos.engine.block_runner.Passes`.
         dense_starts: batch sizes of the pass that gave the dense block's outputs; empty without a dense stream.
-        place: storage tier of the activations.
+        tier: storage tier of the activations.
         notes: warnings that arose in this block.
         errors: the block's error after each stage; None without a dense stream.
         phases: seconds and peak memory of the whole run so far, by phase.
@@ -96,7 +105,7 @@ class BlockRecord:
     batch: int | None = None
     starts: list[tuple[int, int]] = field(default_factory=list)
     dense_starts: list[tuple[int, int]] = field(default_factory=list)
-    place: str = ""
+    tier: str = ""
     notes: list[str] = field(default_factory=list)
     errors: BlockErrors | None = None
     phases: dict[str, PhaseRecord] = field(default_factory=dict)
@@ -151,6 +160,10 @@ class LayerRecord:
         errors: the errors by step, see :class:`~thanos.solvers.pruned_weight.PrunedWeight`; None if only the method ran.
         residual: the last of the ``residuals`` there; None if there are none.
         target_change: the last of the ``target_changes`` there; None without a dense target.
+        removed_units: indices of the units of the model that went, ascending; None if the pattern removes no units. The other
+            attributes describe the layer before the model was cut.
+        choice: candidate for the dense target, as text → error of the layer's outputs with stand-ins; None for a layer in a
+            block, whose record has the choice, and without a choice.
     """
 
     name: str
@@ -176,11 +189,13 @@ class LayerRecord:
     errors: dict[str, float | None] | None = None
     residual: float | None = None
     target_change: float | None = None
+    removed_units: list[int] | None = None
+    choice: dict[str, float | None] | None = None
 
 
 def without_unset(layer: Mapping[str, Any]) -> dict[str, Any]:
     """Return the plain values of a :class:`LayerRecord` without the fields of repairs that did not run."""
-    unset = ("dense_target", "errors", "residual", "target_change")
+    unset = ("dense_target", "errors", "residual", "target_change", "removed_units", "choice")
     return {name: value for name, value in layer.items() if name not in unset or value is not None}
 
 
@@ -209,7 +224,7 @@ class BlockJournal(Protocol):
         batch: int | None,
         starts: Sequence[tuple[int, int]],
         dense_starts: Sequence[tuple[int, int]],
-        place: str,
+        tier: str,
         errors: BlockErrors | None,
         tuning: TuningRecord | None = None,
     ) -> None:
@@ -223,7 +238,7 @@ class BlockJournal(Protocol):
             batch: see :class:`BlockRecord`.
             starts: see :class:`BlockRecord`.
             dense_starts: see :class:`BlockRecord`.
-            place: see :class:`BlockRecord`.
+            tier: see :class:`BlockRecord`.
             errors: see :class:`BlockRecord`.
             tuning: see :class:`BlockRecord`.
         """

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from thanos.engine.activations import Activations, choose_place
+from thanos.engine.activations import Activations, choose_tier
 
 
 class StreamStates:
@@ -18,14 +18,14 @@ class StreamStates:
         ids: calibration token ids, (samples, T) int64, on the CPU.
         device: device on which the blocks run.
         folder: folder for the file of hidden states, if they are kept on the disk.
-        place: storage tier of the hidden states; see :func:`~thanos.engine.activations.choose_place`.
+        tier: storage tier of the hidden states; see :func:`~thanos.engine.activations.choose_tier`.
 
     Attributes:
         buffers: number of buffers of hidden states of all sequences: one, and two of a dense stream.
     """
 
-    def __init__(self, ids: Tensor, device: torch.device, folder: Path, place: str) -> None:
-        self._ids, self._device, self._folder, self._asked = ids, device, folder, place
+    def __init__(self, ids: Tensor, device: torch.device, folder: Path, tier: str) -> None:
+        self._ids, self._device, self._folder, self._asked = ids, device, folder, tier
         self._states: Activations | None = None
         self.buffers = 1
 
@@ -36,9 +36,9 @@ class StreamStates:
         return samples, length
 
     @property
-    def place(self) -> str:
+    def tier(self) -> str:
         """Storage tier of the hidden states; empty before :meth:`record`."""
-        return "" if self._states is None else self._states.place
+        return "" if self._states is None else self._states.tier
 
     @property
     def dtype(self) -> torch.dtype:
@@ -69,7 +69,7 @@ class StreamStates:
     def storage_like(self) -> Activations:
         """Return storage for another stream of hidden states of all sequences, in the tier that has room."""
         states = self._activations
-        return states.empty_like(choose_place(states.nbytes, self._device, self._folder, self._asked), self._folder)
+        return states.empty_like(choose_tier(states.nbytes, self._device, self._folder, self._asked), self._folder)
 
     def copied(self) -> Activations:
         """Return a copy of the hidden states of all sequences."""
@@ -79,8 +79,8 @@ class StreamStates:
 
     def off_device(self, states: Activations) -> Activations:
         """Return the same hidden states in host memory or on the disk, and free ``states``, which are on the device."""
-        place = choose_place(states.nbytes, torch.device("cpu"), self._folder)
-        moved = states.empty_like(place, self._folder)
+        tier = choose_tier(states.nbytes, torch.device("cpu"), self._folder)
+        moved = states.empty_like(tier, self._folder)
         moved.fill_from(states)
         states.close()
         return moved
@@ -91,11 +91,11 @@ class StreamStates:
         Return None, and do nothing, if they are not on the device.
         """
         states = self._activations
-        if states.place != "device":
+        if states.tier != "device":
             return None
         self._states = moved = self.off_device(states)
         torch.cuda.empty_cache()
-        return f"out of memory on the device: the activations move to the {moved.place}"
+        return f"out of memory on the device: the activations move to the {moved.tier}"
 
     def close(self) -> None:
         """Free the hidden states."""

@@ -76,22 +76,22 @@ class ModelWeights:
         """
         self._forget_ahead()
         try:
-            places = self._allocate(names)
+            tensors = self._allocate(names)
         except torch.OutOfMemoryError:
             return
-        self._ahead = places, self._reader.submit(self._fill, places)
+        self._ahead = tensors, self._reader.submit(self._fill, tensors)
 
     def load(self, names: Iterable[str]) -> None:
         """Load parameters in the meta model's dtype. Wait for the background reading of the same names, if any."""
         names = list(names)
         if self._ahead is not None and list(self._ahead[0]) == names:
-            (places, future), self._ahead = self._ahead, None
+            (tensors, future), self._ahead = self._ahead, None
             exact = future.result()
         else:
             self._forget_ahead()
-            places = self._allocate(names)
-            exact = self._fill(places)
-        for name, value in places.items():
+            tensors = self._allocate(names)
+            exact = self._fill(tensors)
+        for name, value in tensors.items():
             self._set(name, value)
             if name in exact:
                 self._as_stored[name] = value, exact[name]
@@ -141,31 +141,31 @@ class ModelWeights:
 
     def _allocate(self, names: Iterable[str]) -> dict[str, Tensor]:
         # In the caller's thread and on its stream, so that the CUDA allocator reuses the memory of an earlier block.
-        places = {}
+        tensors = {}
         for name in names:
             like = self._meta[name] if name in self._meta else self._current(name)
-            places[name] = torch.empty(like.shape, dtype=like.dtype, device=self._device)
-        return places
+            tensors[name] = torch.empty(like.shape, dtype=like.dtype, device=self._device)
+        return tensors
 
-    def _fill(self, places: dict[str, Tensor]) -> dict[str, torch.dtype]:
+    def _fill(self, tensors: dict[str, Tensor]) -> dict[str, torch.dtype]:
         """Read the tensors into the allocated memory.
 
         Return name → stored dtype, for tensors from which the stored values can be recovered exactly.
         """
         exact = {}
         try:
-            for name, place in places.items():
-                flat, done, dtype = place.view(-1), 0, place.dtype
+            for name, tensor in tensors.items():
+                flat, done, dtype = tensor.view(-1), 0, tensor.dtype
                 for chunk in self._source.chunks(self._key_of[name]):
                     target = flat[done : done + len(chunk)]
-                    if place.is_cuda:
+                    if tensor.is_cuda:
                         self._staging.fill(target, chunk)
                     else:
                         target.copy_(chunk)
                     done, dtype = done + len(chunk), chunk.dtype
                 assert done == flat.numel(), f"{name} has {flat.numel()} entries, and the checkpoint {done}"
                 # On the CPU, a tensor of another dtype is read again: the source gives it without a conversion.
-                if dtype == place.dtype or (place.is_cuda and widens(dtype, place.dtype)):
+                if dtype == tensor.dtype or (tensor.is_cuda and widens(dtype, tensor.dtype)):
                     exact[name] = dtype
         finally:
             self._staging.wait()  # also after an error: a pending copy would write into memory that is reused
@@ -197,9 +197,9 @@ def widens(stored: torch.dtype, held: torch.dtype) -> bool:
 
 def _owners(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
     """Return the first name of each persistent tensor → all (module, attribute) pairs that hold the tensor."""
-    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for attribute, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if tensor is not None:
-                places.setdefault(id(tensor), []).append((module, attribute))
-    return {name: places[id(tensor)] for name, tensor in named_tensors(model)}
+                owners.setdefault(id(tensor), []).append((module, attribute))
+    return {name: owners[id(tensor)] for name, tensor in named_tensors(model)}

@@ -144,9 +144,9 @@ def inspect_checkpoint(
         RecipeError: ``require`` is not a pattern that can be checked.
     """
     wanted = None if require is None else _required(require)
-    tell = EventStream(on_event)
+    emit = EventStream(on_event)
     find_local(model, trust_remote_code=trust_remote_code)
-    tell(Event(kind="phase", phase="load"))
+    emit(Event(kind="phase", phase="load"))
     opened = open_model(resolve_model(model, trust_remote_code=trust_remote_code))
     smaller = None if dense is None else compare_with_dense(opened, dense, trust_remote_code=trust_remote_code)
     known = _read_report(opened)
@@ -157,7 +157,7 @@ def inspect_checkpoint(
     parameters = {name for name, _ in opened.meta_model.named_parameters()}
     not_finite: list[NotFinite] = []
     layers: list[LayerInspection] = []
-    untargeted: list[DenseRecord] = []
+    others: list[DenseRecord] = []
     violations: list[Violation] = []
     zeros_all = 0
     for done, (key, info) in enumerate(infos.items(), 1):
@@ -173,12 +173,12 @@ def inspect_checkpoint(
         else:
             reason = unused.why(key)
         if reason or layer is None:
-            untargeted.append(DenseRecord(name=name, parameters=info.numel, reason=reason))
+            others.append(DenseRecord(name=name, parameters=info.numel, reason=reason))
         else:
             found, broken = _inspect_layer(layer, tensor, wanted)
             layers.append(found)
             violations += [Violation(name=layer.name, reason=broken)] if broken else []
-        tell(Event(kind="progress", phase="load", done=done, total=total))
+        emit(Event(kind="progress", phase="load", done=done, total=total))
     if wanted is not None and not layers:
         raise ModelError(
             f"{model} has no pruned layer that could satisfy pattern {wanted}; give a pruned model, or leave --require out"
@@ -196,7 +196,7 @@ def inspect_checkpoint(
             sum(info.numel for info in infos.values()),
         ),
         layers=layers,
-        dense=untargeted,
+        dense=others,
         not_finite=not_finite,
         smaller=smaller,
     )
@@ -275,8 +275,8 @@ def _in_model_order(
     layers: Sequence[LayerInspection], violations: Sequence[Violation], order: Sequence[LinearLayer]
 ) -> tuple[list[LayerInspection], list[Violation]]:
     """Sort by the layers' order in the model, since a checkpoint stores its tensors in another order."""
-    place = {layer.name: index for index, layer in enumerate(order)}
+    position = {layer.name: index for index, layer in enumerate(order)}
     return (
-        sorted(layers, key=lambda layer: place[layer.name]),
-        sorted(violations, key=lambda violation: place[violation.name]),
+        sorted(layers, key=lambda layer: position[layer.name]),
+        sorted(violations, key=lambda violation: position[violation.name]),
     )

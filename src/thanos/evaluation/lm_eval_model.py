@@ -97,13 +97,13 @@ def _ids_of(identity: str) -> TokenIds:
 # --- the model --------------------------------------------------------------------------------------------------------
 
 
-def wrap(network: PreTrainedModel, tokenizer: Any, tell: Callable[[Event], None], *, bos: bool = False) -> Any:
+def wrap(network: PreTrainedModel, tokenizer: Any, emit: Callable[[Event], None], *, bos: bool = False) -> Any:
     """Return lm_eval's model around a loaded one.
 
     Args:
         network: the loaded model, on its device, in eval mode.
         tokenizer: tokenizer of the model.
-        tell: function called with events of progress: the number of requests answered.
+        emit: function called with events of progress: the number of requests answered.
         bos: whether lm_eval adds a beginning-of-text token before each request (its ``add_bos_token``). Otherwise a request
             begins as the tokenizer begins a text.
     """
@@ -168,7 +168,7 @@ def wrap(network: PreTrainedModel, tokenizer: Any, tell: Callable[[Event], None]
             self.done += len(inps)
             # One sequence answers all requests that share a context, so `done` may end below `total`.
             if self.total:
-                tell(Event(kind="progress", phase="tasks", done=min(self.done, self.total), total=self.total))
+                emit(Event(kind="progress", phase="tasks", done=min(self.done, self.total), total=self.total))
             with fast_attention(network.device, network.dtype):
                 return super()._model_call(inps, *arguments, **others)
 

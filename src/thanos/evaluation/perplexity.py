@@ -126,7 +126,7 @@ def evaluate(
     Raises:
         UserError: the model, the text or the device cannot be used.
     """
-    tell = EventStream(on_event)
+    emit = EventStream(on_event)
     _check_options(text, sequence_length, max_windows, dtype)
     find_local(model, trust_remote_code=trust_remote_code, packed=True)
     dense = dense if reference is None else None
@@ -145,7 +145,7 @@ def evaluate(
                 check_window(sequence_length, each.config())
         tokenizer = source.tokenizer()
         check_text_source(text, evaluation=True, tokenizer=source.tokenizer)  # the first rows, before all of them
-        joined = _text(text, tokenizer, tell)
+        joined = _text(text, tokenizer, emit)
     length = sequence_length if reference is None else reference.windows.shape[1]
     with resource_errors(f"lower --sequence-length (now {length})", device=where):
         if network is None:
@@ -155,13 +155,13 @@ def evaluate(
             other = None
             if dense_source is not None:
                 other = load_model(dense_source, dtype=dtype, device=where)
-            chosen = choose_bos(bos, joined, tokenizer, other or network, sequence_length, tell, max_windows)
+            chosen = choose_bos(bos, joined, tokenizer, other or network, sequence_length, emit, max_windows)
             windows = cut_windows(joined, tokenizer, network, text, sequence_length, max_windows, chosen)
             name = None if dense is None else str(dense)
             reference = Reference(text=text, windows=windows, dense=name, model=other, bos=chosen)
         reference.check(network)
         began = time.perf_counter()
-        sums = score(network, reference, tell)
+        sums = score(network, reference, emit)
     return _evaluation(str(model), network, reference, sums, time.perf_counter() - began)
 
 
@@ -197,8 +197,8 @@ def _evaluation(
     )
 
 
-def _text(text: str, tokenizer: PreTrainedTokenizerBase, tell: Callable[[Event], None]) -> str:
-    rows = evaluation_rows(text, tokenizer, lambda line: tell(Event(kind="note", phase="evaluate", message=line)))
+def _text(text: str, tokenizer: PreTrainedTokenizerBase, emit: Callable[[Event], None]) -> str:
+    rows = evaluation_rows(text, tokenizer, lambda line: emit(Event(kind="note", phase="evaluate", message=line)))
     return "\n\n".join(rows)
 
 
@@ -208,7 +208,7 @@ def choose_bos(
     tokenizer: PreTrainedTokenizerBase,
     model: PreTrainedModel,
     sequence_length: int,
-    tell: Callable[[Event], None],
+    emit: Callable[[Event], None],
     max_windows: int | None = None,
 ) -> Bos:
     """Return the position of BOS in the windows of a text, by the losses of ``model``.
@@ -234,7 +234,7 @@ def choose_bos(
         tokenizer,
         sequence_length,
         mean_loss,
-        lambda line: tell(Event(kind="note", phase="evaluate", message=line)),
+        lambda line: emit(Event(kind="note", phase="evaluate", message=line)),
         max_windows,
     )
 

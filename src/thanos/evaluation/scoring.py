@@ -77,17 +77,17 @@ class Reference:
         """
         if self.model is None:
             return None
-        decoder, place = self.model.get_decoder(), (first, len(ids))
+        decoder, span = self.model.get_decoder(), (first, len(ids))
         if decoder is self.model:  # the decoder and the head cannot be separated
             return _logits(self.model, ids)
-        with _watched(decoder, self._kept.get(place)) as outputs:
+        with _watched(decoder, self._kept.get(span)) as outputs:
             logits = _logits(self.model, ids)
-        if place not in self._kept and len(outputs) == 1:
+        if span not in self._kept and len(outputs) == 1:
             own = _bytes(outputs[0])
             # Entries for another batch size stay, so what is held can be more than all windows need.
             held = sum(_bytes(kept) for kept in self._kept.values())
             if own / len(ids) * len(self.windows) <= self.keep_bytes and held + own <= self.keep_bytes:
-                self._kept[place] = outputs[0]
+                self._kept[span] = outputs[0]
         return logits
 
 
@@ -118,7 +118,7 @@ def _bytes(outputs: Any) -> float:
 
 
 @torch.inference_mode()
-def score(model: PreTrainedModel, reference: Reference, tell: Callable[[Event], None]) -> list[float]:
+def score(model: PreTrainedModel, reference: Reference, emit: Callable[[Event], None]) -> list[float]:
     """Return four sums over all predicted tokens: loss, KL divergence, equal most probable tokens, loss of the dense model."""
     total, length = reference.windows.shape
     batch = _batch_size(model, reference)
@@ -139,7 +139,7 @@ def score(model: PreTrainedModel, reference: Reference, tell: Callable[[Event], 
             if not bool(torch.isfinite(window).all()):
                 raise NumericsError(_complaint(window, index, model.dtype))
         sums, done = sums + found.sum(0), done + len(ids)
-        tell(Event(kind="progress", phase="evaluate", done=done, total=total, tokens=done * (length - 1)))
+        emit(Event(kind="progress", phase="evaluate", done=done, total=total, tokens=done * (length - 1)))
     return sums.tolist()
 
 

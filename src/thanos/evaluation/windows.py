@@ -78,10 +78,10 @@ def decide_bos(
     if losses[0] is None or losses[1] is None:
         return "text"
     choice: Bos = "window" if losses[1] <= losses[0] + math.log(LOWER) else "text"
-    place = "at the start of each window" if choice == "window" else "at the start of the text alone"
+    where = "at the start of each window" if choice == "window" else "at the start of the text alone"
     shown = [f"{math.exp(min(loss, 700)):.4g}" for loss in losses if loss is not None]
     note(
-        f"perplexity of the first windows is {shown[0]} without BOS and {shown[1]} with BOS in each: BOS stands {place}"
+        f"perplexity of the first windows is {shown[0]} without BOS and {shown[1]} with BOS in each: BOS stands {where}"
     )
     return choice
 

@@ -44,7 +44,7 @@ class Candidate:
 
 
 def find_candidates(
-    opened: OpenedModel, stored: SafetensorsCheckpoint, least_weights: int, tell: Watcher
+    opened: OpenedModel, stored: SafetensorsCheckpoint, least_weights: int, emit: Watcher
 ) -> list[Candidate]:
     """Return every linear layer of a model, each with its format or the reason why it stays dense.
 
@@ -54,7 +54,7 @@ def find_candidates(
         opened: the model, one to one with ``stored``.
         stored: the checkpoint's files as they are.
         least_weights: smallest number of weights of a packed layer.
-        tell: function that is called with progress events.
+        emit: function that is called with progress events.
     """
     layers = linear_layers(opened.meta_model)
     embedding = getattr(opened.meta_model.get_input_embeddings(), "weight", None)
@@ -69,7 +69,7 @@ def find_candidates(
         if not reason:
             spec, fullest, reason = _measure(stored.read(key))
         found.append(Candidate(layer.name, key if own else "", layer.shape, dense_bytes, spec, fullest, reason))
-        tell(Event(kind="progress", phase="load", done=done, total=len(layers)))
+        emit(Event(kind="progress", phase="load", done=done, total=len(layers)))
     return found
 
 

@@ -65,9 +65,9 @@ def pack(
 
 
 def _pack(
-    model: str, folder: Path, least_weights: int, max_shard_bytes: int, tell: EventStream, *, trust_remote_code: bool
+    model: str, folder: Path, least_weights: int, max_shard_bytes: int, emit: EventStream, *, trust_remote_code: bool
 ) -> Packing:
-    tell(Event(kind="phase", phase="load"))
+    emit(Event(kind="phase", phase="load"))
     source = resolve_model(model, trust_remote_code=trust_remote_code)
     if source.gguf is not None:
         raise ModelError(f"{source.name} is a GGUF file; give the folder of safetensors that thanos prune wrote")
@@ -75,7 +75,7 @@ def _pack(
     if CONVERTED in opened.notes:
         raise ModelError(f"{source.name} cannot be packed: {CONVERTED}")
     stored = SafetensorsCheckpoint(source.folder)  # ``opened`` may have split fused tensors
-    candidates = find_candidates(opened, stored, least_weights, tell)
+    candidates = find_candidates(opened, stored, least_weights, emit)
     packed = {one.key: one for one in candidates if one.spec is not None}
     if not packed:
         reasons = sorted({one.reason for one in candidates})
@@ -86,15 +86,15 @@ def _pack(
     layout = plan_layout(specs, max_shard_bytes)
     report = _describe(candidates, specs, stored, source.folder)
     writer = CheckpointWriter(layout, stored, folder)
-    tell(Event(kind="phase", phase="write"))
+    emit(Event(kind="phase", phase="write"))
     for done, (key, one) in enumerate(packed.items(), 1):
         prefix = key.removesuffix(".weight")
         weight = encode(stored.read(key), one.spec, one.fullest)
         writer.write(f"{prefix}.{WORDS}", weight.words)
         if weight.offsets is not None:
             writer.write(f"{prefix}.{OFFSETS}", weight.offsets)
-        tell(Event(kind="progress", phase="write", done=done, total=len(packed)))
-    tell(Event(kind="phase", phase="finish"))
+        emit(Event(kind="progress", phase="write", done=done, total=len(packed)))
+    emit(Event(kind="phase", phase="finish"))
     writer.finish()
     copy_others(source.folder, folder, (*CHANGED, NAME))
     (folder / "config.json").write_text(json_text(_config(source.folder, candidates)), encoding="utf-8")

@@ -54,21 +54,21 @@ def unpack(
 
 
 def _unpack(
-    folder: Path, name: str, specs: dict[str, PackedSpec], target: Path, tell: EventStream
+    folder: Path, name: str, specs: dict[str, PackedSpec], target: Path, emit: EventStream
 ) -> DenseFolder | None:
-    tell(Event(kind="phase", phase="load"))
+    emit(Event(kind="phase", phase="load"))
     stored = SafetensorsCheckpoint(folder)
     prefixes = find_prefixes(specs, stored, name)
     tensors = _dense_specs(stored, {prefixes[layer]: spec for layer, spec in specs.items()}, name)
     dense = read_dense(folder, tensors)
     layout = plan_layout(tensors, DEFAULT_SHARD_BYTES) if dense is None else dense.layout
     writer = CheckpointWriter(layout, stored, target)
-    tell(Event(kind="phase", phase="write"))
+    emit(Event(kind="phase", phase="write"))
     for done, (layer, spec) in enumerate(specs.items(), 1):
         prefix = prefixes[layer]
         writer.write(f"{prefix}.weight", decode(read_weight(stored, prefix, spec, name)))
-        tell(Event(kind="progress", phase="write", done=done, total=len(specs)))
-    tell(Event(kind="phase", phase="finish"))
+        emit(Event(kind="progress", phase="write", done=done, total=len(specs)))
+    emit(Event(kind="phase", phase="finish"))
     writer.finish()
     if dense is None:
         copy_others(folder, target, ("config.json", NAME))

@@ -129,6 +129,11 @@ def _linear_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, child
 
 
+def linear_names(module: nn.Module) -> list[str]:
+    """Return the names of the linear layers within a module, in the order of its modules."""
+    return [name for name, _ in _linear_modules(module)]
+
+
 def linear_layers(model: nn.Module) -> list[LinearLayer]:
     """Return every linear layer of the model, in the order of its modules.
 

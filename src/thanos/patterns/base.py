@@ -7,6 +7,8 @@ A pattern defines which sets of entries may be zero. Three attributes decide how
   so a method may decide a group when it reaches it;
 - ``whole_columns``: every row loses the same columns, chosen by one score per column.
 
+A pattern with ``unit_kinds`` removes whole units of a model, see :mod:`thanos.patterns.units`.
+
 Without any of them, :meth:`Pattern.mask` decides once, on the scores of the whole weight.
 """
 
@@ -72,6 +74,12 @@ class Pattern(ABC):
 
     whole_columns: ClassVar[bool] = False
     """Whether every row loses the same columns."""
+
+    unit_kinds: ClassVar[tuple[str, ...]] = ()
+    """The kinds of units that the pattern removes, so that the model becomes smaller; empty if it only sets weights to zero."""
+
+    keeps_all: ClassVar[bool] = False
+    """Whether no layer loses an entry: with a sparsity of 0 it still takes the weights of its dense target."""
 
     can_be_required: ClassVar[bool] = True
     """Whether a matrix with zeros can violate the pattern, so that ``inspect --require`` makes sense."""

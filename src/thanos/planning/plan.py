@@ -21,7 +21,7 @@ from thanos._version import __version__
 from thanos.calibration.generation import GENERATION_BATCH
 from thanos.calibration.windows import Calibration, calibrate, make_calibration
 from thanos.checkpoint.writer import disk_shortage
-from thanos.engine.activations import check_place
+from thanos.engine.activations import check_tier
 from thanos.engine.joining import launched
 from thanos.errors import RecipeError, resource_errors
 from thanos.events import Watcher
@@ -35,7 +35,7 @@ from thanos.run.allocation import PHASE as ALLOCATION
 from thanos.run.allocation import SEQUENCES
 from thanos.run.auxiliary_files import auxiliary_files
 from thanos.run.setup import (
-    LOG_BYTES_PER_LAYER,
+    bytes_besides,
     check_calibration,
     check_text_settings,
     checked_recipe,
@@ -70,7 +70,8 @@ class Plan(Document):
         activations_bytes: bytes of the hidden states of all sequences, those of the dense model included.
         batch: number of sequences in a forward pass.
         disk_bytes: bytes of the output's weights, which are reserved before the work begins.
-        disk_besides_bytes: bytes of the auxiliary files, the journal and the report, and of hidden states kept on the disk.
+        disk_besides_bytes: bytes of the auxiliary files, the journal and the report, of hidden states kept on the disk, and of
+            the smaller model if units are removed.
         disk_free_bytes: free bytes on the output's disk.
         host_peak_bytes: peak resident memory of the process, in bytes.
         host_base_bytes: the part of it without the model: Python, torch, transformers, the tokenizer.
@@ -124,7 +125,7 @@ def plan(
     watch = on_event or (lambda event: None)
     if launched():
         raise RecipeError("a plan is made for one process; run it without torchrun")
-    check_place(activations)
+    check_tier(activations)
     local = find_local(model, trust_remote_code=recipe.trust_remote_code)
     work = WorkFolder(out)
     check_interrupted(work, resume=False, overwrite=overwrite)
@@ -205,7 +206,7 @@ def _predict(job: Job, out: Path, measured: dict[str, PhaseRecord], scan: float,
     }
     opened = job.prepared.opened
     layout = opened.checkpoint.layout
-    besides = LOG_BYTES_PER_LAYER * len(job.prepared.layers) + len(layout.index or b"")
+    besides = bytes_besides(job.prepared.layers, job.prepared.cutting) + len(layout.index or b"")
     besides += sum(path.stat().st_size for path in auxiliary_files(opened.source))
     besides += trial.states.get("disk", 0)
     host = max(one for one, _ in memory.values())
@@ -222,7 +223,7 @@ def _predict(job: Job, out: Path, measured: dict[str, PhaseRecord], scan: float,
         device=str(job.device),
         blocks=len(find_blocks(opened.meta_model)[1]),
         layers=len(job.prepared.layers),
-        activations=trial.place,
+        activations=trial.tier,
         activations_bytes=sum(trial.states.values()),
         batch=trial.batch,
         disk_bytes=layout.nbytes,

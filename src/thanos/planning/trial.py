@@ -17,7 +17,7 @@ from itertools import count
 
 import torch
 
-from thanos.engine.activations import choose_place
+from thanos.engine.activations import choose_tier
 from thanos.engine.block_runner import most_sequences
 from thanos.engine.records import BlockRecord
 from thanos.engine.stages.base import BlockStage
@@ -53,7 +53,7 @@ class Trial:
         kinds: the kinds of blocks, with their samples.
         once: phase → seconds that only the first block takes, in which threads start and kernels are compiled.
         batch: number of sequences in a forward pass of the run.
-        place: storage tier of the hidden states of the pruned model in the run.
+        tier: storage tier of the hidden states of the pruned model in the run.
         states: storage tier → bytes of hidden states, of all sequences and streams.
         copy: seconds per byte of a tensor that is copied from the input to the output.
         allocation: the kinds of blocks of the pass that chooses sparsities, with their samples; empty without the pass.
@@ -62,7 +62,7 @@ class Trial:
     kinds: list[Kind]
     once: dict[str, float]
     batch: int
-    place: str
+    tier: str
     states: dict[str, int]
     copy: float
     allocation: list[Kind] = field(default_factory=list)
@@ -79,7 +79,7 @@ def run_trial(job: Job) -> Trial:
         least = Amount(1, min(1, job.held_out), min(EPOCHS, job.amount(heaviest).epochs))
         cold, warm = (_measure(job, scratch, heaviest, least, None, job.activations, some) for _ in range(2))
         once = {phase: max(0.0, seconds - warm.seconds.get(phase, 0.0)) for phase, seconds in cold.seconds.items()}
-        place, states = _tiers(job, warm)
+        tier, states = _tiers(job, warm)
         batch = most_sequences(job.samples, job.ids.shape[1], job.device)
         if cold.fits is not None:  # measured without the hidden states of all sequences
             left = 1 - states.get("device", 0) / free_device_bytes(job.device)
@@ -91,21 +91,21 @@ def run_trial(job: Job) -> Trial:
         began = time.perf_counter()
         for done in count(1):
             for kind in kinds:
-                _try(job, scratch, kind, done, _amounts(job, kind, size, batch), place)
+                _try(job, scratch, kind, done, _amounts(job, kind, size, batch), tier)
             spent = time.perf_counter() - began
             if spent + spent / done > SECONDS or done >= max(len(kind.blocks) for kind in kinds):
                 break
-        allocation = _try_allocation(job, scratch, place)
-        return Trial(kinds, once, batch, place, states, copy_seconds(job, scratch), allocation)
+        allocation = _try_allocation(job, scratch, tier)
+        return Trial(kinds, once, batch, tier, states, copy_seconds(job, scratch), allocation)
 
 
 def _tiers(job: Job, sample: Sample) -> tuple[str, dict[str, int]]:
     """Return the storage tier of the pruned stream in the run, and tier → bytes of all streams."""
-    each, places, states = sample.state_bytes * job.samples // sample.buffers, list[str](), dict[str, int]()
+    each, tiers, states = sample.state_bytes * job.samples // sample.buffers, list[str](), dict[str, int]()
     for _ in range(sample.buffers):
-        places.append(choose_place(each, job.device, job.folder, job.activations, states))
-        states[places[-1]] = states.get(places[-1], 0) + each
-    return places[0], states
+        tiers.append(choose_tier(each, job.device, job.folder, job.activations, states))
+        states[tiers[-1]] = states.get(tiers[-1], 0) + each
+    return tiers[0], states
 
 
 def _amounts(job: Job, kind: Kind, size: int, batch: int) -> list[tuple[Amount, int]]:
@@ -137,16 +137,16 @@ def _try(
     kind: Kind,
     done: int,
     amounts: Sequence[tuple[Amount, int]],
-    place: str,
+    tier: str,
     stages: Sequence[BlockStage] | None = None,
 ) -> None:
     """Add the samples of one block of a kind; ``done`` counts from 1 and chooses the block."""
     usual = kind.blocks[:-1] or kind.blocks  # the outputs of the last block may not be needed
     block = usual[int(len(usual) * (done * _GOLDEN % 1))]
-    kind.tries.append([_measure(job, scratch, block, *one, place, stages=stages) for one in amounts])
+    kind.tries.append([_measure(job, scratch, block, *one, tier, stages=stages) for one in amounts])
 
 
-def _try_allocation(job: Job, scratch: Scratch, place: str) -> list[Kind]:
+def _try_allocation(job: Job, scratch: Scratch, tier: str) -> list[Kind]:
     """Try the pass that chooses sparsities on one block of each kind; return its kinds, none without the pass."""
     layers = measured_layers(job.prepared, job.recipe)
     if not layers:
@@ -156,7 +156,7 @@ def _try_allocation(job: Job, scratch: Scratch, place: str) -> list[Kind]:
     few, more = min(most, _ALLOCATION_TRIED), min(most, 2 * _ALLOCATION_TRIED)
     for kind in kinds:
         amounts = [(Amount(number), number) for number in dict.fromkeys((few, more))]
-        _try(measuring, scratch, kind, 1, amounts, place, (MeasureStage(),))
+        _try(measuring, scratch, kind, 1, amounts, tier, (MeasureStage(),))
     return kinds
 
 
@@ -166,7 +166,7 @@ def _measure(
     block: int | None,
     amount: Amount,
     batch: int | None,
-    place: str,
+    tier: str,
     layers: Mapping[LinearLayer, LayerRecipe] | None = None,
     stages: Sequence[BlockStage] | None = None,
 ) -> Sample:
@@ -178,7 +178,7 @@ def _measure(
         block: index of the block; None for the layers after the blocks.
         amount: number of sequences, and epochs of the tuning.
         batch: number of sequences in a forward pass; None to choose it as a run does.
-        place: storage tier of the hidden states.
+        tier: storage tier of the hidden states.
         layers: the layers to prune; default: all.
         stages: stages that take the place of the recipe's.
     """
@@ -198,7 +198,7 @@ def _measure(
         job.ids[: amount.sequences],
         job.device,
         job.folder,
-        activations=place,
+        activations=tier,
         writer=scratch,  # type: ignore[arg-type]
         journal=scratch,
         meter=meter,
@@ -216,7 +216,7 @@ def _measure(
         elif event.tokens:
             over.add(event.phase)
     records, states = meter.records(), runner.state_bytes
-    on_host, on_device = (states if runner.place == tier else 0 for tier in ("host", "device"))
+    on_host, on_device = (states if runner.tier == one else 0 for one in ("host", "device"))
     seconds = {phase: record.seconds for phase, record in records.items()}
     return Sample(
         amount=amount,

@@ -20,13 +20,25 @@ from thanos.recipe.globs import matches
 from thanos.recipe.layer import DEFAULT_DAMPING as DEFAULT_DAMPING
 from thanos.recipe.layer import LAYER_FIELDS, LayerRecipe, check_used, check_values, used
 from thanos.recipe.override import Override, hints
-from thanos.recipe.repair import REPAIR_FIELDS, TUNE_RATE, check_held_out, check_rate, checked, held_out_of
+from thanos.recipe.repair import (
+    REPAIR_FIELDS,
+    TUNE_RATE,
+    check_held_out,
+    check_rate,
+    check_repair_used,
+    checked,
+    held_out_of,
+    repairs_of,
+    unused_values,
+    with_effort,
+)
 from thanos.recipe.repair import Repair as Repair
+from thanos.recipe.run_fields import DTYPES, check_run_fields
 from thanos.recipe.stored import underscored, without_unused
 from thanos.recipe.toml import read_toml, toml_text
+from thanos.recipe.units import HEAD_UNITS, check_units
 from thanos.registry import parse_pattern
 from thanos.settings import TEXT_SOURCES, Heading, setting
-from thanos.system.suggestions import near_dtype, near_whole
 from thanos.system.user_paths import expanded
 
 
@@ -44,16 +56,21 @@ class Recipe(LayerRecipe):
             ``bfloat16`` or ``float16``. The written checkpoint keeps its own dtype.
         targets: globs over the names of the layers to prune; empty means every linear layer of the decoder blocks.
         skip: globs over the names of layers that stay dense.
-        overrides: per-layer settings, in order; a later match wins.
+        overrides: per-layer settings, in order; a later match wins. An effort there sets all of its parts for these layers,
+            the scope too, also those that the recipe itself sets.
         measure_error: tokens on which the layer errors are measured. None: all tokens if the method needs XᵀX, else a sample of
             the sequences. True: all tokens. False: all tokens if the method needs XᵀX, else the error is not measured. Does not
             change any weight.
         allocation: ``uniform``: every layer has the recipe's sparsity; ``error``: a pass before pruning measures the errors of
             the layers, and their sparsities minimise the weighted sum at the same number of zeros. Not for layers whose
             override sets a sparsity.
+        multiple_of: the number of units that stay in a block, for patterns that remove units, is a multiple of this. None for
+            64 neurons, or any number of heads.
+        head_unit: which heads go together with grouped-query attention: ``group``, a key-value head with its query heads, or
+            ``query``, one query head of every group. None for ``group``.
         held_out: number of calibration sequences, the last ones, that choose the dense target and guard the tuning. None for
-             a sixteenth of them, at least one. Only used if a layer has dense target ``auto`` or is tuned.
-        tune_rate: peak learning rate of the tuning, above 0 and at most 1.
+             a sixteenth of them, at least one. Refused if no layer has dense target ``auto`` or is tuned.
+        tune_rate: peak learning rate of the tuning, above 0 and at most 1. Refused if no layer is tuned.
         trust_remote_code: let transformers run Python code from the checkpoint.
 
     Raises:
@@ -90,6 +107,22 @@ class Recipe(LayerRecipe):
         "NAME",
         choices=lambda: ALLOCATIONS,
     )
+    multiple_of: int | None = setting(
+        None,
+        "Round the units that stay in a block to a multiple of this; patterns of units only",
+        Heading.METHOD,
+        "N",
+        lowest=1,
+        default="64 for neurons, 1 for heads",
+    )
+    head_unit: str | None = setting(
+        None,
+        "Heads that go together: a key-value group, or one query head of every group",
+        Heading.METHOD,
+        "UNIT",
+        choices=lambda: HEAD_UNITS,
+        default=HEAD_UNITS[0],
+    )
     held_out: int | None = setting(
         None,
         "Calibration sequences that choose the dense target and guard the tuning",
@@ -112,26 +145,11 @@ class Recipe(LayerRecipe):
         # First a tuple: the checks of LayerRecipe call _methods, which reads the overrides.
         object.__setattr__(self, "overrides", tuple(self.overrides))
         LayerRecipe.__post_init__(self)
-        for name, lowest in (("samples", 1), ("sequence_length", 2), ("seed", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
-                raise RecipeError(f"{name} must be a whole number, at least {lowest}; got {value!r}{near_whole(value)}")
-        if self.dtype not in DTYPES:
-            hint = near_dtype(self.dtype, DTYPES)
-            raise RecipeError(f"dtype {self.dtype!r} is unknown; choose one of {', '.join(DTYPES)}{hint}")
-        for name in ("calibration", "device"):
-            if not isinstance(getattr(self, name), str) or not getattr(self, name):
-                raise RecipeError(f"{name} must be a name; got {getattr(self, name)!r}")
+        check_run_fields(self)
         for name in ("targets", "skip"):
-            value = getattr(self, name)
-            if not isinstance(value, list | tuple) or not all(isinstance(glob, str) and glob for glob in value):
-                raise RecipeError(f"{name} must be a list of globs over layer names; got {value!r}")
-            object.__setattr__(self, name, tuple(value))
-        if not isinstance(self.trust_remote_code, bool):
-            raise RecipeError(f"trust_remote_code must be true or false; got {self.trust_remote_code!r}")
-        if self.measure_error is not None and not isinstance(self.measure_error, bool):
-            raise RecipeError(f"measure_error must be true, false or left out; got {self.measure_error!r}")
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         check_allocation(self)
+        check_units(self)
         check_held_out(self.held_out)
         check_rate(self.tune_rate)
         for override in self.overrides:
@@ -143,18 +161,24 @@ class Recipe(LayerRecipe):
             methods = self._methods() if own is None else (own,)
             damps = merged.repair.needs_gram
             check_used(override.settings, methods, where, damps=lambda damps=damps: damps)
+        check_repair_used(self.repairs, self.held_out, self.tune_rate)
         if self.holds_out:
             held_out_of(self.samples, self.held_out)
 
     @property
     def repairs(self) -> list[Repair]:
         """The repair of the recipe itself, then that of each override."""
-        return [self.repair, *(self._merged([override]).repair for override in self.overrides if not override.skip)]
+        return self._repairs({})
 
     @property
     def holds_out(self) -> bool:
         """Whether sequences are held out, for the recipe itself or for an override."""
         return any(repair.holds_out for repair in self.repairs)
+
+    def _repairs(self, changes: Mapping[str, Any]) -> list[Repair]:
+        """Return the repairs of the recipe with some fields changed."""
+        settings = {name: getattr(self, name) for name in REPAIR_FIELDS} | dict(changes)
+        return repairs_of(settings, [override.settings for override in self.overrides if not override.skip])
 
     def _methods(self) -> tuple[str, ...]:
         return (self.method, *(o.settings["method"] for o in self.overrides if "method" in o.settings))
@@ -169,20 +193,27 @@ class Recipe(LayerRecipe):
         return LayerRecipe(**used(values))
 
     def suited(self, changes: Mapping[str, Any]) -> dict[str, Any]:
-        """Return changes of fields, with defaults added for a new pattern or method.
+        """Return changes of fields, with defaults added for a new pattern, method or repair.
 
         The recipe's sparsity, block size and scope belong to its own pattern. With a new pattern they are reset to their
-        defaults, unless ``changes`` sets them. With a new method, settings that no method of the changed recipe uses are reset
-        too.
+        defaults, unless ``changes`` sets them. With a new effort, its parts are. With a new method or repair, settings that
+        nothing in the changed recipe uses are reset too.
 
         Raises:
-            RecipeError: the pattern is malformed, or the method is unknown.
+            RecipeError: the pattern is malformed, or the method or the effort is unknown.
         """
+        suited = _suited(self.pattern, changes)
         methods = (changes.get("method", self.method), *self._methods()[1:])
+        repairs = self._repairs({name: value for name, value in suited.items() if name in REPAIR_FIELDS})
         needed = {setting for name in methods for setting in registry.method(name).settings}
-        needed |= {"damping"} if self._damps() else set()
+        needed |= {"damping"} if any(repair.needs_gram for repair in repairs) else set()
         unused = {name: default for name, default in registry.LAYER_SETTINGS.items() if name not in needed}
-        return {**(unused if "method" in changes else {}), **_suited(self.pattern, changes)}
+        repairing = any(name in changes for name in REPAIR_FIELDS)
+        return {
+            **(unused if repairing or "method" in changes else {}),
+            **(unused_values(repairs) if repairing else {}),
+            **suited,
+        }
 
     def for_layer(self, name: str) -> LayerRecipe | None:
         """Return the settings of the layer ``name`` (full module name); None if its last matching override skips it."""
@@ -257,14 +288,13 @@ class Recipe(LayerRecipe):
         return toml_text(values, overrides)
 
 
-_NEW = ("scope", "allocation", *REPAIR_FIELDS, "held_out", "tune_rate")
+_NEW = ("scope", "allocation", "multiple_of", "head_unit", *REPAIR_FIELDS, "held_out", "tune_rate")
 """Settings that are written only where they differ from their defaults."""
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def _suited(pattern: str, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return changes; if they bring another pattern than ``pattern``, its sparsity, block size and scope are reset."""
+    """Return changes; a new pattern than ``pattern`` resets its sparsity, block size and scope, an effort resets its parts."""
+    changes = dict(with_effort(changes))
     if str(parse_pattern(changes.get("pattern", pattern))) == str(parse_pattern(pattern)):
-        return dict(changes)
+        return changes
     return {"sparsity": None, "block_size": None, "scope": None, **changes}

@@ -10,6 +10,7 @@ from thanos import registry
 from thanos.errors import RecipeError
 from thanos.patterns.base import Pattern
 from thanos.recipe.repair import REPAIR_FIELDS, Repair, checked, resolved
+from thanos.recipe.units import check_outlier_rows
 from thanos.registry import parse_pattern
 from thanos.settings import Heading, setting
 from thanos.system.suggestions import near, near_number, near_whole
@@ -75,7 +76,7 @@ class LayerRecipe:
         "FRACTION",
         lowest=0,
         below=1,
-        default="0.5; N:M sets its own",
+        default="0.5, or 0.2 for units of the model; N:M sets its own",
     )
     outlier_rows: float = setting(
         0.0, "Fraction of the output rows to leave dense", Heading.METHOD, "FRACTION", lowest=0, below=1
@@ -141,6 +142,7 @@ class LayerRecipe:
         registry.check_pattern(method, pattern)
         object.__setattr__(self, "pattern", str(pattern))
         check_number("outlier_rows", self.outlier_rows, 0.0, 1.0)
+        check_outlier_rows(pattern, self.outlier_rows)
         check_values({"block_size": self.block_size, "damping": self.damping})
         for name, value in checked({name: getattr(self, name) for name in REPAIR_FIELDS}).items():
             object.__setattr__(self, name, value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +19,9 @@ DENSE_TARGETS = (0.0, 0.25, 0.5, 1.0)
 
 REPAIR_FIELDS = ("effort", "dense_target", "sequential", "refit", "tune")
 """The fields of :class:`~thanos.recipe.layer.LayerRecipe` from which a :class:`Repair` is made."""
+
+EFFORT_PARTS = ("scope", *REPAIR_FIELDS[1:])
+"""The settings that an effort sets where they are not given."""
 
 HELD_OUT_SHARE = 1 / 16
 """Fraction of the calibration sequences that are held out unless the recipe says otherwise: 8 of 128."""
@@ -75,6 +78,53 @@ def resolved(settings: Mapping[str, Any]) -> Repair:
     row: EffortRow = registry.effort(settings["effort"])
     parts = {name: getattr(row, name) for name in Repair.__dataclass_fields__}
     return Repair(**parts | {name: settings[name] for name in parts if settings[name] is not None})
+
+
+def with_effort(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return changes of settings; if they bring an effort, every part of it that they do not set is reset to None.
+
+    So a new effort replaces what was set before it, part by part.
+    """
+    return {**(dict.fromkeys(EFFORT_PARTS) if "effort" in changes else {}), **changes}
+
+
+def repairs_of(settings: Mapping[str, Any], overrides: Iterable[Mapping[str, Any]]) -> list[Repair]:
+    """Return the repair of some settings, then for each override that of the settings with its changes.
+
+    Args:
+        settings: any settings of a recipe; the others have their defaults.
+        overrides: the changes of each override.
+
+    Raises:
+        RecipeError: a value is outside its range.
+    """
+    base = {name: settings.get(name) for name in REPAIR_FIELDS} | {
+        "effort": settings.get("effort", registry.DEFAULT_EFFORT)
+    }
+    return [resolved(checked(base | with_effort(changes))) for changes in ({}, *overrides)]
+
+
+def unused_values(repairs: Iterable[Repair]) -> dict[str, Any]:
+    """Return the defaults, by name, of the settings of a run that none of its repairs uses.
+
+    The settings are ``held_out``, for a chosen dense target and for tuning, and ``tune_rate``, for tuning.
+    """
+    repairs = list(repairs)
+    held_out = {} if any(repair.holds_out for repair in repairs) else {"held_out": None}
+    return held_out | ({} if any(repair.tune for repair in repairs) else {"tune_rate": TUNE_RATE})
+
+
+def check_repair_used(repairs: Iterable[Repair], held_out: int | None, tune_rate: float) -> None:
+    """Refuse settings of a run that differ from their default and that none of its repairs uses.
+
+    Raises:
+        RecipeError: there is such a setting.
+    """
+    given, users = {"held_out": held_out, "tune_rate": tune_rate}, {"held_out": f"dense_target {AUTO} or tune"}
+    for name, default in unused_values(repairs).items():
+        if given[name] != default:
+            users_of = users.get(name, "tune")
+            raise RecipeError(f"no layer uses {name} (got {given[name]!r}); leave it out, or set {users_of}")
 
 
 def checked(settings: Mapping[str, Any]) -> dict[str, Any]:

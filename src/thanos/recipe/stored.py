@@ -9,7 +9,7 @@ from typing import Any
 from thanos import registry
 from thanos.errors import RecipeError
 from thanos.recipe.override import Override
-from thanos.recipe.repair import REPAIR_FIELDS
+from thanos.recipe.repair import repairs_of, unused_values
 
 
 def underscored(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -28,14 +28,16 @@ def underscored(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def without_unused(values: dict[str, Any], overrides: list[Override]) -> tuple[dict[str, Any], list[Override]]:
-    """Drop the settings of :data:`~thanos.registry.LAYER_SETTINGS` that no method of the recipe or the override uses."""
+    """Drop settings that nothing in the recipe or the override uses.
+
+    They are those of :data:`~thanos.registry.LAYER_SETTINGS`, and those of :func:`~thanos.recipe.repair.unused_values`.
+    """
     base = values.get("method", registry.DEFAULT_METHOD)
     rows = [registry.method(name) for name in (base, *(o.settings.get("method", base) for o in overrides))]
     used = {setting for row in rows for setting in row.settings}
-    repaired = any(
-        settings.get(name) for settings in (values, *(o.settings for o in overrides)) for name in REPAIR_FIELDS
-    )
-    damping = {"damping"} if repaired else set[str]()  # a repair may use it, whatever the method
+    repairs = repairs_of(values, [override.settings for override in overrides if not override.skip])
+    damping = {"damping"} if any(repair.needs_gram for repair in repairs) else set[str]()  # whatever the method
+    values = {name: value for name, value in values.items() if name not in unused_values(repairs)}
 
     def kept(settings: Mapping[str, Any], allowed: Iterable[str]) -> dict[str, Any]:
         return {

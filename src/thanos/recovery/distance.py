@@ -1,7 +1,11 @@
 """The loss of recovery: KL(dense ‖ pruned) of the next-token distributions.
 
 The logits of all tokens are never in memory. The decoders run once and give one hidden state per token. The heads then run on
-chunks of tokens, and again in the backward pass (activation checkpointing), so at most one chunk's logits of each model exist.
+chunks of tokens. The gradient at a chunk's logits is known in closed form, so it is taken back through the head at once: the
+heads run once a token, and at most one chunk's logits of each model exist.
+
+The dense model is fixed and so are the sequences. So its decoder's outputs can be computed once for all epochs
+(:mod:`~thanos.recovery.dense_outputs`); then only its head is needed.
 
 Shapes: B sequences, T tokens a sequence, d width of the hidden states (of each model), V entries of the vocabulary.
 """
@@ -14,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from thanos.errors import ModelError
 
@@ -23,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _CHUNK_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 26}
-"""Entries of one chunk's logits, by type of device: 16 MiB and 256 MiB in float32. About six such tensors exist at once."""
+"""Entries of one chunk's logits, by type of device: 16 MiB and 256 MiB in float32. About five such tensors exist at once."""
 
 
 class SplitModel:
@@ -72,6 +76,31 @@ class SplitModel:
         with _replaced(self._decoder, lambda original, *args, **kwargs: given):
             return self._model(input_ids=ids, use_cache=False).logits[0]
 
+    def head_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters of all modules outside the decoder. One that is tied to the decoder's embedding is among them.
+
+        They are looked up at each call: a sharded model has other parameters inside its forward pass.
+        """
+        inside = set(self._decoder.modules())
+        found = {
+            id(p): p for m in self._model.modules() if m not in inside for p in m._parameters.values() if p is not None
+        }
+        return list(found.values())
+
+    def release_decoder(self) -> None:
+        """Free the decoder's weights, except those that the head shares. Only :meth:`logits` can run from now on."""
+        shared = {id(parameter) for parameter in self.head_parameters()}
+        for module in self._decoder.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None and id(parameter) not in shared:
+                    module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    @property
+    def decoder_bytes(self) -> int:
+        """Bytes of the weights that :meth:`release_decoder` frees."""
+        shared = {id(parameter) for parameter in self.head_parameters()}
+        return sum(p.nbytes for p in self._decoder.parameters() if id(p) not in shared)
+
     @staticmethod
     def _outputs(kind: type[Any], hidden: Tensor) -> Any:
         return kind(last_hidden_state=hidden)
@@ -104,39 +133,42 @@ class Distillation(nn.Module):
         student: the pruned model.
         teacher: the dense model; same vocabulary, any other sizes.
         chunk: tokens whose logits are computed at once; None to choose by the vocabulary and the device.
+
+    Attributes:
+        teacher: the dense model in two parts.
+        outputs: the dense decoder's outputs for all sequences, (n, T, d); None to compute them in each pass.
     """
 
     def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel, chunk: int | None = None) -> None:
         super().__init__()
         self.student = student
-        self._models = SplitModel(student, "the pruned model"), SplitModel(teacher, "the dense model")
-        self._chunk = chunk
+        self.teacher = SplitModel(teacher, "the dense model")
+        self.outputs: Tensor | None = None
+        self._split, self._chunk = SplitModel(student, "the pruned model"), chunk
+        super().train(False)
 
     def train(self, mode: bool = True) -> Distillation:
         """Stay in evaluation mode for both values of ``mode``."""
         del mode
-        return super().train(False)
+        return self
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """Return the mean KL divergence, in nats a token, for token ids (B, T): a scalar, float32 (float64 for such models)."""
-        student, teacher = self._models
-        with torch.no_grad():
-            wanted = teacher.hidden(ids)
-        hidden = student.hidden(ids)
-        size = self._chunk or self._default_chunk(ids.device)
-        total: Any = 0.0
-        for rows, target in zip(hidden.split(size), wanted.split(size), strict=True):
-            part = checkpoint(self._divergence, rows, target, use_reentrant=False, preserve_rng_state=False)
-            total = total + part
-        return total / len(hidden)
+    def forward(self, ids: Tensor, numbers: Tensor | None = None) -> Tensor:
+        """Return the mean KL divergence, in nats a token: a scalar, float32 (float64 for such models).
 
-    def _divergence(self, hidden: Tensor, wanted: Tensor) -> Tensor:
-        """Return the sum of the KL divergences of n tokens, from the two decoders' outputs (n, d)."""
-        student, teacher = self._models
-        with torch.no_grad():
-            dense = F.log_softmax(_wide(teacher.logits(wanted)), dim=-1)
-        own = F.log_softmax(_wide(student.logits(hidden)), dim=-1)
-        return F.kl_div(own, dense, reduction="sum", log_target=True)
+        Args:
+            ids: token ids, (B, T).
+            numbers: positions of the sequences in ``outputs``, (B,); not used without ``outputs``.
+        """
+        if self.outputs is None or numbers is None:
+            with torch.no_grad():
+                wanted = self.teacher.hidden(ids)
+        else:
+            wanted = self.outputs[numbers].flatten(0, 1)
+        hidden = self._split.hidden(ids)
+        sums = _Sums(self._split, self.teacher, self._chunk or self._default_chunk(ids.device), wanted)
+        if torch.is_grad_enabled():
+            return sums.with_gradient(hidden) / len(hidden)
+        return sums.value(hidden) / len(hidden)
 
     def _default_chunk(self, device: torch.device) -> int:
         head: Any = self.student.get_output_embeddings()
@@ -144,6 +176,91 @@ class Distillation(nn.Module):
         return max(16, _CHUNK_LOGITS.get(device.type, _CHUNK_LOGITS["cuda"]) // vocabulary)
 
 
-def _wide(logits: Tensor) -> Tensor:
-    """Return logits in float32, in which the divergence is computed; float64 stays."""
-    return logits if logits.dtype == torch.float64 else logits.float()
+class _Sums:
+    """The sum of the divergences of n tokens, chunk by chunk.
+
+    Args:
+        student: the pruned model.
+        teacher: the dense model.
+        size: tokens of a chunk.
+        wanted: the dense decoder's outputs, (n, d of the dense model).
+    """
+
+    def __init__(self, student: SplitModel, teacher: SplitModel, size: int, wanted: Tensor) -> None:
+        self._student, self._teacher, self._size, self._wanted = student, teacher, size, wanted
+
+    def value(self, hidden: Tensor) -> Tensor:
+        """Return the sum for the pruned decoder's outputs, (n, d of the pruned model), without a gradient."""
+        total: Any = 0.0
+        for rows, wanted in zip(hidden.split(self._size), self._wanted.split(self._size), strict=True):
+            total = total + divergence(self._student.logits(rows), self._teacher.logits(wanted))[0]
+        return total
+
+    def with_gradient(self, hidden: Tensor) -> Tensor:
+        """Return the same sum as a function of ``hidden`` and of the head's parameters."""
+        return _SumFunction.apply(self, hidden, *self._student.head_parameters())  # type: ignore[no-any-return]
+
+    def gradients(self, hidden: Tensor, parameters: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor | None]]:
+        """Return the sum, and its gradients for ``hidden`` and for the parameters (None where it does not depend on one)."""
+        total: Any = 0.0
+        inner = torch.empty_like(hidden)
+        sums: list[Tensor | None] = [None for _ in parameters]
+        trained = [number for number, parameter in enumerate(parameters) if parameter.requires_grad]
+        pieces = (tensor.split(self._size) for tensor in (hidden, self._wanted, inner))
+        for rows, wanted, place in zip(*pieces, strict=True):
+            leaf = rows.detach().requires_grad_(True)
+            with torch.enable_grad():
+                own = self._student.logits(leaf)
+            part, slope = divergence(own.detach(), self._teacher.logits(wanted))
+            total = total + part
+            first, *others = torch.autograd.grad(
+                own, [leaf, *(parameters[number] for number in trained)], slope, allow_unused=True
+            )
+            place.copy_(first)
+            for number, gradient in zip(trained, others, strict=True):
+                if gradient is not None:
+                    before = sums[number]
+                    sums[number] = _wide(gradient) if before is None else before.add_(gradient)
+        return total, [inner, *sums]
+
+
+class _SumFunction(torch.autograd.Function):
+    """The sum as one step of autograd, whose gradients are computed together with its value."""
+
+    @staticmethod
+    def forward(ctx: Any, sums: _Sums, hidden: Tensor, *parameters: Tensor) -> Tensor:
+        total, ctx.gradients = sums.gradients(hidden, parameters)
+        ctx.dtypes = [tensor.dtype for tensor in (hidden, *parameters)]
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *outer: Tensor) -> Any:  # type: ignore[override]
+        gradients, ctx.gradients = ctx.gradients, None  # they are freed as soon as they are used
+        scaled = (
+            None if gradient is None else gradient.mul_(outer[0]).to(dtype)
+            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
+        )
+        return None, *scaled
+
+
+def divergence(own: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
+    """Return Σ KL(p ‖ q) over n tokens, and its gradient q − p at the logits of q.
+
+    It is computed in float32 (float64 for such logits); the gradient has the dtype of ``own``.
+
+    Args:
+        own: logits of q, (n, V).
+        dense: logits of p, (n, V).
+    """
+    wide = torch.float64 if own.dtype == torch.float64 else torch.float32
+    log_q = F.log_softmax(own, dim=-1, dtype=wide)
+    log_p = F.log_softmax(dense, dim=-1, dtype=wide)
+    p = log_p.exp()
+    total = log_p.sub_(log_q).mul_(p).sum(-1).sum()
+    return total, log_q.exp_().sub_(p).to(own.dtype)
+
+
+def _wide(gradient: Tensor) -> Tensor:
+    """Return a new tensor to which the gradients of all chunks are added: at least float32."""
+    return gradient.to(torch.promote_types(gradient.dtype, torch.float32), copy=True)

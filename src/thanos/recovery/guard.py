@@ -1,4 +1,4 @@
-"""The guard of a training: it measures the loss on held-out sequences, and keeps the best state in host memory."""
+"""The guard of a training: it measures the loss on held-out sequences, and keeps the best state in memory."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from thanos.engine.distributed import World
 HELD_OUT = "held_out"
 """Key of the held-out loss in an entry of the history."""
 
+ON_DEVICE_BYTES = 2 << 30
+"""Largest best state that stays on the device. A larger one is copied to the host, which takes longer."""
+
 
 class Guard:
     """The held-out loss over the training, and the step with the smallest one.
@@ -22,7 +25,8 @@ class Guard:
     A state is measured as it would be written: its weights rounded to the dtypes of the checkpoint.
 
     Args:
-        ids: token ids of the held-out sequences, (n, T), on the CPU.
+        ids: token ids of all sequences, (n, T), on the CPU.
+        first: number of the first held-out sequence; it and all after it are held out.
         dtypes: parameter name → dtype in which the checkpoint stores it.
         size: number of sequences in a forward pass.
         device: device of the training.
@@ -39,6 +43,7 @@ class Guard:
     def __init__(
         self,
         ids: Tensor,
+        first: int,
         dtypes: Mapping[str, torch.dtype],
         size: int,
         device: torch.device,
@@ -46,7 +51,7 @@ class Guard:
         write: Callable[[int, Iterable[tuple[str, Tensor]]], None] | None,
         history: list[dict[str, Any]],
     ) -> None:
-        self._ids, self._dtypes, self._size, self._device = ids, dtypes, size, device
+        self._ids, self._first, self._dtypes, self._size, self._device = ids, first, dtypes, size, device
         self._world, self._write = world, write
         self.history = list(history)
         self._unwritten: tuple[int, dict[str, Tensor]] | None = None
@@ -80,8 +85,7 @@ class Guard:
             }
             self.history.append(entry)
             if step and self.best is entry and entry[HELD_OUT] is not None:
-                kept = {name: tensor for name, tensor in self._tensors(parameters) if self._write is not None}
-                self._unwritten = (step, kept)
+                self._unwritten = (step, self._copies(parameters))
         return entry
 
     def store(self) -> None:
@@ -91,23 +95,36 @@ class Guard:
             self._write(step, tensors.items())
         self._unwritten = None
 
+    @property
+    def unwritten(self) -> Mapping[str, Tensor] | None:
+        """The best state by parameter name, in the checkpoint's dtypes; None if it is on the disk or the original."""
+        return None if self._unwritten is None else self._unwritten[1]
+
     def _held_out(self, module: nn.Module) -> float:
         """Return the mean loss over all held-out sequences, in nats a token."""
-        share = self._world.share(len(self._ids))
+        count = len(self._ids) - self._first
+        share = self._world.share(count)
         # Sharded weights need the same number of passes in every process. A pass without an own sequence has weight 0.
-        passes = math.ceil(math.ceil(len(self._ids) / self._world.size) / self._size)
+        passes = math.ceil(math.ceil(count / self._world.size) / self._size)
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         for number in range(passes):
             first = share.start + number * self._size
             rows = range(first, min(first + self._size, share.stop))
-            ids = self._ids[rows.start : rows.stop] if len(rows) else self._ids[:1]
-            loss = module(ids.to(self._device)).double()
+            numbers = self._first + torch.tensor(list(rows) or [0])
+            loss = module(self._ids[numbers].to(self._device), numbers.to(self._device)).double()
             total += len(rows) * loss if len(rows) else 0.0
-        return float(self._world.sum_(total)) / len(self._ids)
+        return float(self._world.sum_(total)) / count
 
-    def _tensors(self, parameters: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    def _copies(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return copies in the checkpoint's dtypes; nothing in processes that write nothing, which only send their shards."""
+        size = sum(p.numel() * self._dtypes[name].itemsize for name, p in parameters.items())
+        place = self._device if size <= ON_DEVICE_BYTES else torch.device("cpu")
+        copies = {}
         for name, parameter in parameters.items():
-            yield name, whole(parameter.detach()).to("cpu", self._dtypes[name], copy=True)
+            tensor = whole(parameter.detach())
+            if self._write is not None:
+                copies[name] = tensor.to(place, self._dtypes[name], copy=True)
+        return copies
 
 
 def whole(tensor: Tensor) -> Tensor:

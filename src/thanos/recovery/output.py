@@ -51,7 +51,11 @@ def write_model(result: Trained, work: RecoveryFolder) -> dict[str, int]:
     pruned, folder, best = result.pair.pruned, work.model, result.guard.best["step"]
     writer = CheckpointWriter(pruned.checkpoint.layout, pruned.checkpoint, folder)
     if best:
-        read = work.read_best(best, pruned.checkpoint)
+        unwritten = result.guard.unwritten
+        if unwritten is None:
+            read = work.read_best(best, pruned.checkpoint)
+        else:
+            read = {pruned.key_of[name]: tensor for name, tensor in unwritten.items()}.__getitem__
         for name, parameter in pruned.meta_model.named_parameters():
             if parameter.is_floating_point():
                 writer.write(pruned.key_of[name], read(pruned.key_of[name]))

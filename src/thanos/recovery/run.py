@@ -237,14 +237,12 @@ def _train(pair: Pair, calibration: Calibration, job: _Job) -> tuple[Guard, str]
         dtypes = {name: pruned.checkpoint.tensors[pruned.key_of[name]].dtype for name in parameters}
         masks = masks_of(pair, job.device)
     size = micro_batch(recipe, job.device, job.world.size)
-    held_out = calibration.ids[recipe.trained :]
-    guard = Guard(held_out, dtypes, size, job.device, job.world, _writer(pair, job), history)
+    ids = calibration.ids
+    guard = Guard(ids, recipe.trained, dtypes, size, job.device, job.world, _writer(pair, job), history)
     if job.leads:
         work.tidy_states(guard.best["step"] if history else 0)
     module = Distillation(pruned.meta_model, pair.dense.meta_model)
-    training = Training(
-        module, masks, calibration.ids[: recipe.trained], guard, recipe, work, job.device, job.world, job.tell
-    )
+    training = Training(module, masks, ids, guard, recipe, work, job.device, job.world, job.tell, job.meter)
     if newest is not None and history[-1]["step"] >= recipe.steps:
         return guard, ""
     with job.meter.phase("train"):
@@ -254,7 +252,6 @@ def _train(pair: Pair, calibration: Calibration, job: _Job) -> tuple[Guard, str]
             for opened in (pruned, pair.dense):
                 name_damage(opened, None)
             raise
-        guard.store()
     if ended:
         job.tell(
             Event(kind="note", phase="train", message=f"{ended}: the training ends, and the best earlier state is kept")

@@ -12,6 +12,8 @@ from thanos.recovery.recipe import RecoveryRecipe
 class Sequences(Dataset[dict[str, Tensor]]):
     """The sequences of all epochs, one after another, each epoch in an order of its own.
 
+    An item has its token ids and its number, from 0.
+
     The position in the training alone determines the sequence, so a resumed training needs no state for the order.
 
     Args:
@@ -28,4 +30,5 @@ class Sequences(Dataset[dict[str, Tensor]]):
         return len(self._order)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"ids": self._ids[self._order[index]]}
+        number = self._order[index]
+        return {"ids": self._ids[number], "numbers": number}

@@ -5,8 +5,6 @@ Import this module only after :func:`require_trainer`: the Trainer needs acceler
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,29 +14,23 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import SequentialSampler
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from thanos.engine.distributed import World
-from thanos.errors import NumericsError
 from thanos.events import Event
 from thanos.model.experts import mixtures
 from thanos.model.layers import find_blocks
+from thanos.recovery.dense_outputs import keep_outputs
 from thanos.recovery.distance import Distillation
-from thanos.recovery.guard import HELD_OUT, Guard
+from thanos.recovery.guard import Guard
 from thanos.recovery.isolation import own_state
 from thanos.recovery.recipe import RecoveryRecipe, one_cycle
 from thanos.recovery.sequences import Sequences
 from thanos.recovery.states import RecoveryFolder
-
-PREFIX = "student."
-"""Prefix of the pruned model's parameter names in the trained module."""
-
-CHECKPOINT_SECONDS = 60.0
-"""Least time between two checkpoints, in seconds; they are written at the end of an epoch. An epoch of a small model takes less
-time than its checkpoint, so a checkpoint after each would take most of the run."""
+from thanos.recovery.watch import Watch
+from thanos.system.meter import PhaseMeter
 
 _WEIGHTS = "weights.safetensors"
 
@@ -54,13 +46,14 @@ class Training:
     Attributes:
         module: the student with its loss, loaded in float32.
         masks: parameter name in the student → bool mask of the weights that stay, on the device.
-        ids: token ids of the sequences that are trained on, (n, T), on the CPU.
+        ids: token ids of all sequences, (n, T), on the CPU; the first ones are trained on.
         guard: measures the held-out loss.
         recipe: the settings.
         folder: for the checkpoints.
         device: device of this process.
         world: the processes.
         tell: function that is called with events.
+        meter: counts the seconds of the parts.
     """
 
     module: Distillation
@@ -72,6 +65,7 @@ class Training:
     device: torch.device
     world: World
     tell: Callable[[Event], None]
+    meter: PhaseMeter
 
     @property
     def micro_batch(self) -> int:
@@ -87,11 +81,23 @@ class Training:
         Returns:
             Why the training ended early; empty if it did not.
         """
+        with self.meter.phase("dense"):
+            self._keep_outputs()
         with own_state(self.device):
-            watch = _Watch(self)
+            watch = Watch(self)
             trainer = _RecoveryTrainer(self, _arguments(self), watch)
             trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
         return watch.ended
+
+    def _keep_outputs(self) -> None:
+        """Run the dense decoder once over all sequences."""
+        total, length = len(self.ids), self.ids.shape[1]
+
+        def tell(done: int) -> None:
+            self.tell(Event(kind="progress", phase="dense", done=done, total=total, tokens=done * length))
+
+        self.tell(Event(kind="phase", phase="dense", total=total))
+        keep_outputs(self.module, self.ids, self.micro_batch, self.device, self.world, tell)
 
 
 def micro_batch(recipe: RecoveryRecipe, device: torch.device, processes: int) -> int:
@@ -144,12 +150,12 @@ def _arguments(training: Training) -> TrainingArguments:
 class _RecoveryTrainer(Trainer):
     """The Trainer with the loss, the schedule and the checkpoints of a recovery, and with masked gradients."""
 
-    def __init__(self, training: Training, arguments: TrainingArguments, watch: _Watch) -> None:
+    def __init__(self, training: Training, arguments: TrainingArguments, watch: Watch) -> None:
         self._training, self._watch = training, watch
         super().__init__(
             model=training.module,
             args=arguments,
-            train_dataset=Sequences(training.ids, training.recipe),
+            train_dataset=Sequences(training.ids[: training.recipe.trained], training.recipe),
             callbacks=[watch],
         )
         self.remove_callback(PrinterCallback)
@@ -157,14 +163,18 @@ class _RecoveryTrainer(Trainer):
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         del args, kwargs
-        return model(inputs["ids"])
+        return model(inputs["ids"], inputs["numbers"])
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
         self._watch.add(loss)
-        # Before the gradient's norm is clipped: removed weights must not contribute to it, nor to AdamW's moments.
-        self._watch.mask(gradients=True)
+        if self.accelerator.sync_gradients:  # the last micro-batch of a step
+            self._watch.mask_gradients()
         return loss
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with self._training.meter.phase("checkpoint"):
+            super()._save_checkpoint(*args, **kwargs)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         if self.lr_scheduler is None:
@@ -192,88 +202,3 @@ class _RecoveryTrainer(Trainer):
         with torch.no_grad():
             for name, parameter in self._training.module.named_parameters():
                 parameter.copy_(stored[name])
-
-
-class _Watch(TrainerCallback):
-    """The callbacks around a step: masks, events, the guard, and the marks of checkpoints.
-
-    Attributes:
-        ended: why the training ended early; empty if it did not.
-    """
-
-    def __init__(self, training: Training) -> None:
-        self._training = training
-        self.trainer: Any = None
-        self.ended = ""
-        self._loss: Any = 0.0
-        self._epoch_loss, self._resumed = 0.0, 0
-        self._saved = time.monotonic()
-
-    def add(self, loss: Tensor) -> None:
-        """Add the loss of a micro-batch, already divided by the number of micro-batches in a step."""
-        self._loss = self._loss + loss.detach().double()
-
-    @torch.no_grad()
-    def mask(self, *, gradients: bool = False) -> None:
-        """Set the removed weights, or their gradients, to zero."""
-        parameters = dict(self.trainer.model.named_parameters())
-        for name, mask in self._training.masks.items():
-            parameter = parameters[PREFIX + name]
-            value = parameter.grad if gradients else parameter
-            if value is not None:
-                value.mul_(_sharded_like(mask, value))
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        one = self._training
-        self._resumed = state.global_step
-        one.tell(Event(kind="phase", phase="train", done=state.global_step, total=one.recipe.steps))
-        if not one.guard.history:
-            self._measure(state, None)
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.mask()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        one, step = self._training, state.global_step
-        loss = float(one.world.sum_(self._loss)) / one.world.size
-        self._loss = 0.0
-        if not math.isfinite(loss):
-            self.ended = f"the loss of step {step} is not a number"
-            control.should_training_stop, control.should_save = True, False
-            return
-        tokens = (step - self._resumed) * one.recipe.batch * one.ids.shape[1]
-        one.tell(Event(kind="progress", phase="train", done=step, total=one.recipe.steps, tokens=tokens, loss=loss))
-        self._epoch_loss += loss / one.recipe.steps_per_epoch
-        if step % one.recipe.steps_per_epoch == 0:
-            self._measure(state, self._epoch_loss)
-            self._epoch_loss = 0.0
-            control.should_save = one.world.from_first(lambda: time.monotonic() - self._saved >= CHECKPOINT_SECONDS)
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        one = self._training
-        one.guard.store()
-        one.world.sum_(torch.zeros(1, device=one.device))  # every process has written its part
-        if one.world.rank == 0:
-            one.folder.complete_checkpoint(state.global_step, one.guard.best["step"])
-        self._saved = time.monotonic()
-
-    def _measure(self, state: Any, loss: float | None) -> None:
-        one = self._training
-        epoch = state.global_step // one.recipe.steps_per_epoch
-        entry = one.guard.measure(self.trainer.model, PREFIX, state.global_step, epoch, loss)
-        if not state.global_step and entry[HELD_OUT] is None:
-            raise NumericsError(
-                "the divergence from the dense model is not a number before any training: a weight of one of the models holds "
-                "NaN or infinity, or its activations overflow"
-            )
-        state.log_history = list(one.guard.history)  # saved and restored with the checkpoint
-        one.tell(
-            Event(kind="epoch", phase="train", done=epoch, total=one.recipe.epochs, loss=loss, held_out=entry[HELD_OUT])
-        )
-
-
-def _sharded_like(mask: Tensor, value: Tensor) -> Tensor:
-    """Return a mask, sharded like ``value`` if that is sharded. Nothing is sent: each process has the whole mask."""
-    if not isinstance(value, DTensor):
-        return mask
-    return distribute_tensor(mask, value.device_mesh, value.placements, src_data_rank=None)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from thanos.errors import RecipeError
 from thanos.patterns.base import Pattern
+from thanos.registry.pattern_rows import PATTERNS as PATTERNS
 from thanos.registry.rows import LAYER_SETTINGS as LAYER_SETTINGS
 from thanos.registry.rows import SCOPES as SCOPES
 from thanos.registry.rows import EffortRow as EffortRow
@@ -102,33 +103,6 @@ REFINEMENTS: tuple[RefinementRow, ...] = (
     ),
 )
 """The refinements of this package, in the order in which they are applied after the method."""
-
-PATTERNS: tuple[PatternRow, ...] = (
-    PatternRow(
-        name="unstructured",
-        title="unstructured",
-        help="any weights",
-        source="thanos.patterns.unstructured:Unstructured",
-        examples=("unstructured",),
-    ),
-    PatternRow(
-        name="N:M",
-        title="n:m",
-        help="at most N of M weights stay",
-        source="thanos.patterns.nm:NM",
-        examples=("2:4", "4:8"),
-        other_names=("nm", "n:m", "semi-structured", "semistructured", "semi"),
-    ),
-    PatternRow(
-        name="columns",
-        title="whole columns",
-        help="whole input columns go",
-        source="thanos.patterns.columns:Columns",
-        examples=("columns",),
-        other_names=("structured", "column", "col", "cols", "input-columns"),
-    ),
-)
-"""The patterns of this package; the first is the default."""
 
 EFFORTS: tuple[EffortRow, ...] = (
     EffortRow(name="fast", title="fast", help="the method alone"),

@@ -1,4 +1,4 @@
-"""The pass before the loop that chooses the layers' sparsities by their errors (``allocation`` of a recipe)."""
+"""The pass before the loop that measures the layers' errors, and chooses their sparsities or the split of units by them."""
 
 from __future__ import annotations
 
@@ -16,14 +16,18 @@ from thanos.engine.distributed import World
 from thanos.engine.loop import Engine
 from thanos.engine.rank_zero import SharedWriter
 from thanos.engine.records import BlockRecord
+from thanos.engine.stages.effects import EffectStage
 from thanos.engine.stages.measure import MeasureStage
 from thanos.events import Event, Watcher
 from thanos.model.layers import LinearLayer
 from thanos.patterns.budget import Budget
 from thanos.recipe import LayerRecipe, Recipe
 from thanos.recipe.allocation import is_allocated
+from thanos.run.cutting import Cutting
 from thanos.run.engine_setup import build_engine
+from thanos.run.settling import chosen_blocks, settled
 from thanos.run.setup import Prepared
+from thanos.run.split import chosen_split
 from thanos.solvers.allocation import Curve, allocate
 from thanos.system.documents import json_text
 from thanos.system.files import write_atomically
@@ -55,7 +59,7 @@ def choose_sparsities(
     folder: Path,
     activations: str,
     meter: PhaseMeter,
-    tell: Watcher,
+    emit: Watcher,
     store: Path | None,
 ) -> tuple[Prepared, dict[str, Any] | None]:
     """Return the plan with the sparsities that the recipe's allocation chooses, and their record.
@@ -71,18 +75,20 @@ def choose_sparsities(
         folder: folder for hidden states that are kept on the disk.
         activations: storage tier of the hidden states.
         meter: meter to which the pass is added as one phase.
-        tell: called with events.
+        emit: called with events.
         store: file that keeps the choice for a resumed run; None on ranks other than 0.
     """
-    layers = {layer: settings for layer, settings in plan.layers.items() if is_allocated(recipe, layer.name)}
-    if not layers:
+    layers, cutting = measured_layers(plan, recipe), plan.cutting
+    drops = cutting is not None and cutting.drops > 0
+    if not layers and not drops:
         return plan, None
+    sequences = min(SEQUENCES, len(calibration.ids))
     record: dict[str, Any] | None = world.from_first(lambda: _read(store))
     if record is None:
         own = PhaseMeter(device)
-        stage = MeasureStage()
+        stage = EffectStage() if drops else MeasureStage()
         engine = build_engine(
-            replace(plan, layers=measured_layers(plan, recipe)),
+            replace(plan, layers=layers),
             recipe,
             calibration.ids[: max(SEQUENCES, world.size)],
             device,
@@ -94,13 +100,14 @@ def choose_sparsities(
             world=world,
             stages=(stage,),
         )
-        _measure(engine, tell)
-        curves = stage.curves
-        record = world.from_first(lambda: _choice(layers, curves, min(SEQUENCES, len(calibration.ids))))
+        _measure(engine, emit)
+        record = world.from_first(lambda: {"sequences": sequences} | _found(layers, cutting, stage))
         meter.add({PHASE: _total(own)})
         if store is not None:
             write_atomically(store, json_text(record).encode(), durable=True)
-    tell(Event(kind="note", phase=PHASE, message=summary(record)))
+    if cutting is not None:
+        return settled(plan, cutting, record, PHASE, emit), record
+    emit(Event(kind="note", phase=PHASE, message=summary(record)))
     chosen = {name: layer["sparsity"] for name, layer in record["layers"].items()}
     changed = {
         layer: replace(settings, sparsity=chosen[layer.name]) if layer.name in chosen else settings
@@ -111,8 +118,11 @@ def choose_sparsities(
 
 def measured_layers(plan: Prepared, recipe: Recipe) -> dict[LinearLayer, LayerRecipe]:
     """Return the layers that the pass measures, each with the settings of the method alone."""
+    every = plan.cutting is not None and plan.cutting.is_open
     return {
-        layer: _without_repair(settings) for layer, settings in plan.layers.items() if is_allocated(recipe, layer.name)
+        layer: _without_repair(settings)
+        for layer, settings in plan.layers.items()
+        if every or is_allocated(recipe, layer.name)
     }
 
 
@@ -130,21 +140,34 @@ def summary(record: Mapping[str, Any]) -> str:
 def _without_repair(settings: LayerRecipe) -> LayerRecipe:
     """Return the settings of the method alone: the pass needs no hidden states of a second model."""
     off = dict.fromkeys(("dense_target", "sequential", "refit", "tune"))
-    return replace(settings, effort=registry.DEFAULT_EFFORT, scope=settings.resolved_scope, **off)
+    scope = settings.resolved_scope if settings.parsed_pattern.any_entries else None
+    return replace(settings, effort=registry.DEFAULT_EFFORT, scope=scope, **off)
 
 
-def _measure(engine: Engine, tell: Watcher) -> None:
-    """Run the pass; tell its notes, and the number of finished blocks."""
+def _measure(engine: Engine, emit: Watcher) -> None:
+    """Run the pass; emit its notes, and the number of finished blocks."""
     total = len(engine.inputs.blocks)
-    tell(Event(kind="phase", phase=PHASE, blocks=total))
+    emit(Event(kind="phase", phase=PHASE, blocks=total))
     for event in engine.run():
         if event.kind == "note":
-            tell(replace(event, phase=PHASE, block=None))
+            emit(replace(event, phase=PHASE, block=None))
         elif event.kind == "block" and event.block is not None:
-            tell(Event(kind="progress", phase=PHASE, blocks=total, done=event.block + 1, total=total))
+            emit(Event(kind="progress", phase=PHASE, blocks=total, done=event.block + 1, total=total))
 
 
-def _choice(layers: Mapping[LinearLayer, LayerRecipe], curves: Mapping[str, Curve], sequences: int) -> dict[str, Any]:
+def _found(
+    layers: Mapping[LinearLayer, LayerRecipe], cutting: Cutting | None, stage: MeasureStage | EffectStage
+) -> dict[str, Any]:
+    """Return what the pass measured and what follows from it."""
+    if isinstance(stage, EffectStage):
+        assert cutting is not None
+        return chosen_blocks(stage.effects, cutting.drops)
+    if cutting is not None:
+        return chosen_split(cutting.candidates, cutting.parameters, cutting.target, cutting.kinds(layers), stage.curves)
+    return _choice(layers, stage.curves)
+
+
+def _choice(layers: Mapping[LinearLayer, LayerRecipe], curves: Mapping[str, Curve]) -> dict[str, Any]:
     """Return the record: for each measured layer its sparsity, the recipe's, its gain and its errors by sparsity.
 
     The measured layers have together as many zeros as with the recipe's sparsity.
@@ -154,7 +177,6 @@ def _choice(layers: Mapping[LinearLayer, LayerRecipe], curves: Mapping[str, Curv
     ordered = [curves[layer.name] for layer in known]
     chosen = allocate(ordered, total)
     return {
-        "sequences": sequences,
         "zeros": total,
         "layers": {
             layer.name: {

@@ -35,6 +35,7 @@ def write_documents(
     device: torch.device,
     meter: PhaseMeter,
     allocation: Mapping[str, Any] | None = None,
+    cut: dict[str, Any] | None = None,
 ) -> PruningReport:
     """Write the documents of a run whose shards are complete; return the report.
 
@@ -48,12 +49,15 @@ def write_documents(
         device: the run's device.
         meter: the run's meter.
         allocation: the sparsities that were chosen by layer; None if all layers have the recipe's.
+        cut: what was cut out of the model; None if its pattern removes no units.
     """
     completed = completed_run(run, recipe, folder)
     text_sha256 = completed["text"].get(TEXT_HASH)
     published = recipe.replace(calibration=public_name(recipe.calibration))
     report = _report(plan, engine, calibration, published, text_sha256, device, meter)
-    if allocation is not None:
+    if cut is not None:
+        report.cut.update(cut | ({} if allocation is None else {"split": dict(allocation)}))
+    elif allocation is not None:
         report.execution["allocation"] = dict(allocation)
     report.write(folder / "pruning.json")
     (folder / "recipe.toml").write_text(_recipe_text(published, text_sha256), encoding="utf-8")
@@ -120,5 +124,5 @@ def _report(
         device_peak_bytes=max((record.device_peak_bytes or 0 for record in phases.values()), default=0) or None,
         warnings=engine.notes,
         block_errors=engine.block_errors,
-        execution={"activations": engine.place, "batch": engine.inputs.runner.batch},
+        execution={"activations": engine.tier, "batch": engine.inputs.runner.batch},
     )

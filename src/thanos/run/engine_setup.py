@@ -60,7 +60,7 @@ def build_engine(
         ids: token ids of the calibration sequences of all processes, (samples, T).
         device: device on which blocks run and layers are solved.
         folder: folder for the file of hidden states, if they are kept on the disk.
-        activations: storage tier of the hidden states; see :func:`~thanos.engine.activations.choose_place`.
+        activations: storage tier of the hidden states; see :func:`~thanos.engine.activations.choose_tier`.
         writer: writer of finished tensors.
         journal: journal of finished blocks.
         meter: meter of seconds and peak memory by phase.
@@ -82,10 +82,11 @@ def build_engine(
         weights=ModelWeights(opened.meta_model, opened.checkpoint, opened.key_of, device),
         writer=writer,
         journal=journal,
-        runner=Passes(opened.meta_model, blocks, mine, device, folder, place=activations, picture=prepared.picture),
+        runner=Passes(opened.meta_model, blocks, mine, device, folder, tier=activations, picture=prepared.picture),
         device=device,
         meter=meter,
         world=world,
+        dropped=frozenset() if prepared.cutting is None else frozenset(prepared.cutting.dropped),
         **(held_out_here(recipe, len(ids), share) if stages is None else {}),
     )
     return Engine(inputs, stages_of(recipe) if stages is None else stages, notes=notes)

@@ -13,6 +13,7 @@ from thanos.calibration.text_files import SUFFIXES, Part, split_source
 from thanos.engine.layer_warnings import warning_lines
 from thanos.engine.records import LayerRecord
 from thanos.engine.tuning_record import tuning_line
+from thanos.run.cut_words import cut_rows, cut_words
 from thanos.run.report import PruningReport
 
 _FILES = (".gguf", ".safetensors", ".bin", ".json", *SUFFIXES)
@@ -32,14 +33,13 @@ tokenizer = AutoTokenizer.from_pretrained("PATH")
 def model_card(report: PruningReport) -> str:
     """Return the text of ``README.md`` for the output folder."""
     name = public_name(str(report.model["name"]))
-    recipe, totals = report.recipe, report.totals
+    recipe = report.recipe
     trained = "" if report.tuning or report.recovery else ", without retraining"
     local = report.calibration.get("text_sha256") is not None  # the recipe has only the name of a local text
     sections = [
         _front_matter(report),
         f"# {name}, pruned",
-        f"This is {name} ({report.model['architecture']}) with {_percent(totals['sparsity_targeted'])} of the weights of its "
-        f"{len(report.layers)} pruned layers set to zero{trained}, by "
+        f"This is {name} ({report.model['architecture']}) with {_what(report)}{trained}, by "
         f"[Thanos](https://arxiv.org/abs/2504.05346) {report.thanos_version} "
         f"(method {recipe['method']}, pattern {recipe['pattern']}).",
         _tuning(report),
@@ -47,8 +47,7 @@ def model_card(report: PruningReport) -> str:
         "## Use",
         "A plain Hugging Face checkpoint; nothing of ours is needed to load it:",
         _USE,
-        "The zeros are stored like any other number: the files are as large as before, and a program that does not look for "
-        "zeros runs as fast as before.",
+        _size(report),
         "## How it was made",
         _recipe_table(report),
         f"Run it again with `thanos prune {name} OUT --recipe recipe.toml{' --calibration PATH' if local else ''}`. Everything "
@@ -59,6 +58,25 @@ def model_card(report: PruningReport) -> str:
         *_warnings(report),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _what(report: PruningReport) -> str:
+    if report.cut:
+        return cut_words(report.cut)
+    share = _percent(report.totals["sparsity_targeted"])
+    return f"{share} of the weights of its {len(report.layers)} pruned layers set to zero"
+
+
+def _size(report: PruningReport) -> str:
+    if report.cut:
+        return (
+            "What was removed is gone from the files: `config.json` states the smaller sizes, and every program runs a smaller "
+            "model. `pruning.json` names what was removed (`cut`, and `removed_units` of the layers)."
+        )
+    return (
+        "The zeros are stored like any other number: the files are as large as before, and a program that does not look for "
+        "zeros runs as fast as before."
+    )
 
 
 def public_name(name: str) -> str:
@@ -100,7 +118,8 @@ def _front_matter(report: PruningReport) -> str:
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     if report.model.get("origin") == "hub":
         lines.append(f"base_model: {name}")
-    return "\n".join([*lines, "tags:", "- pruned", "- sparse", "- thanos", "---"])
+    sparse = [] if report.cut else ["- sparse"]
+    return "\n".join([*lines, "tags:", "- pruned", *sparse, "- thanos", "---"])
 
 
 def _tuning(report: PruningReport) -> str:
@@ -110,6 +129,12 @@ def _tuning(report: PruningReport) -> str:
 
 def _totals_table(report: PruningReport) -> str:
     totals = report.totals
+    errors = [
+        ("mean relative layer error, before compensation", _number(totals["mean_error_before_compensation"])),
+        ("mean relative layer error, after compensation", _number(totals["mean_error_after_compensation"])),
+    ]
+    if report.cut:
+        return _table(("", ""), [*cut_rows(report.cut), *errors])
     return _table(
         ("", ""),
         [
@@ -117,8 +142,7 @@ def _totals_table(report: PruningReport) -> str:
             ("zeros among the pruned layers", f"{totals['zeros_targeted']:,} of {totals['targeted_parameters']:,}"),
             ("sparsity of the pruned layers", _percent(totals["sparsity_targeted"])),
             ("sparsity of all parameters", _percent(totals["sparsity_all"])),
-            ("mean relative layer error, before compensation", _number(totals["mean_error_before_compensation"])),
-            ("mean relative layer error, after compensation", _number(totals["mean_error_after_compensation"])),
+            *errors,
         ],
     )
 

@@ -13,7 +13,7 @@ import torch
 from thanos.calibration.text_files import text_paths
 from thanos.calibration.windows import Calibration, calibrate
 from thanos.checkpoint.writer import CheckpointWriter
-from thanos.engine.activations import check_place
+from thanos.engine.activations import check_tier
 from thanos.engine.distributed import World
 from thanos.engine.joining import join, my_device, speaks
 from thanos.engine.loop import Engine
@@ -25,14 +25,15 @@ from thanos.model.source import find_local, resolve_model
 from thanos.recipe import Recipe
 from thanos.run.allocation import choose_sparsities
 from thanos.run.auxiliary_files import copy_auxiliary_files
+from thanos.run.cutting import write_cut
 from thanos.run.documents import write_documents
 from thanos.run.engine_setup import build_engine
 from thanos.run.lock import locked
 from thanos.run.report import PruningReport
 from thanos.run.resume import RunJournal, check_completed, check_same_run, describe_run
 from thanos.run.setup import (
-    LOG_BYTES_PER_LAYER,
     Prepared,
+    bytes_besides,
     check_calibration,
     check_text_settings,
     checked_recipe,
@@ -59,7 +60,7 @@ class _Job:
     overwrite: bool
     work: WorkFolder
     meter: PhaseMeter
-    tell: EventStream
+    emit: EventStream
     world: World
 
 
@@ -100,7 +101,7 @@ def prune(
         ResourceError: memory or disk is exhausted.
     """
     recipe, model, out = checked_recipe(recipe), model_name(model), output_path(out)
-    check_place(activations)
+    check_tier(activations)
     work = WorkFolder(out)
     local = Path(model) if find_local(model, trust_remote_code=recipe.trust_remote_code) else None
     complete = resume and not overwrite and work.is_complete
@@ -113,13 +114,13 @@ def prune(
         check_interrupted(work, resume=resume, overwrite=overwrite)
     device = my_device(choose_device(recipe.device))
     meter = PhaseMeter(device)
-    tell = EventStream(on_event, meter, keep_log=True)
+    emit = EventStream(on_event, meter, keep_log=True)
     with resource_errors(smaller_calibration(recipe)), join(device) as world:
         if recipe.samples < world.size:
             raise RecipeError(
                 f"{world.size} processes cannot share {recipe.samples} calibration sequences; raise --samples"
             )
-        job = _Job(recipe, device, activations, resume, overwrite, work, meter, tell, world)
+        job = _Job(recipe, device, activations, resume, overwrite, work, meter, emit, world)
         if world.rank > 0:
             return _assist(model, job)
         if complete:
@@ -138,7 +139,7 @@ def _completed(model: str, job: _Job, given: Calibration | None) -> PruningRepor
     check_completed(job.work, job.recipe, describe_run(job.recipe, source, job.device), given)
     report = PruningReport.read(job.work.out / "pruning.json")
     message = f"OUT {job.work.out} is already complete, made by the same run: nothing to do"
-    job.tell(Event(kind="note", phase="load", message=message))
+    job.emit(Event(kind="note", phase="load", message=message))
     return job.world.from_first(lambda: report)
 
 
@@ -170,23 +171,26 @@ def _choose(job: _Job) -> None:
     work = job.work
     check_interrupted(work, resume=job.resume, overwrite=job.overwrite)
     if job.resume and not work.finished and not work.published:
-        job.tell(Event(kind="note", phase="load", message="there is nothing to resume: starting from the beginning"))
+        job.emit(Event(kind="note", phase="load", message="there is nothing to resume: starting from the beginning"))
 
 
 def _prune(model: str, job: _Job, given: Calibration | None) -> PruningReport:
-    recipe, work, tell = job.recipe, job.work, job.tell
+    recipe, work, emit = job.recipe, job.work, job.emit
     before = work.run if job.resume else {}
-    if not (before and work.published):
+    done = bool(before) and (work.published or work.sealed)
+    if not done:
         check_calibration(recipe, given)
-    tell(Event(kind="phase", phase="load"))
+    emit(Event(kind="phase", phase="load"))
     with job.meter.phase("load"):
         source = resolve_model(model, trust_remote_code=recipe.trust_remote_code)
         run = describe_run(recipe, source, job.device)
         run["machine"]["processes"] = job.world.size
         if before:
             check_same_run(before, run)
-        # If the output was published, only the cleanup after it was interrupted: there is nothing left to prune.
-        published = PruningReport.read(work.out / "pruning.json") if before and work.published else None
+        # If the output was complete, only the end of the run was interrupted: there is nothing left to prune.
+        if done and work.sealed:
+            work.publish(overwrite=job.overwrite)
+        published = PruningReport.read(work.out / "pruning.json") if done else None
         job.world.from_first(lambda: published)
         if published is not None:
             work.remove()
@@ -194,10 +198,10 @@ def _prune(model: str, job: _Job, given: Calibration | None) -> PruningReport:
         if given is None:
             check_text_settings(source, recipe)
         check_calibration(recipe, given, source)
-        plan = prepare(source, recipe, tell, folder=work.model)
+        plan = prepare(source, recipe, emit, folder=work.model)
         job.world.check_equal(shared_facts(recipe, plan.opened))
     with job.meter.phase("calibration"):
-        calibration = calibrate(plan.opened, recipe, job.device, tell, given)
+        calibration = calibrate(plan.opened, recipe, job.device, emit, given)
         job.world.from_first(lambda: calibration)
     run |= {"calibration": calibration.to_dict(), "blocks": len(find_blocks(plan.opened.meta_model)[1])}
     notes = check_same_run(before, run) if before else []
@@ -206,14 +210,16 @@ def _prune(model: str, job: _Job, given: Calibration | None) -> PruningReport:
             work.take_up({shard.name for shard in plan.opened.checkpoint.layout.shards})
         else:
             work.start(run)
-        with closing(tell):
+        with closing(emit):
             local = [str(work.out), *([source.name] if source.is_local else [])]
-            tell.log_to(
+            emit.log_to(
                 work.model / LOG_NAME, lambda line: without_folders(line, [*local, *text_paths(recipe.calibration)])
             )
             for note in notes:
-                tell(Event(kind="note", phase="load", message=note))
+                emit(Event(kind="note", phase="load", message=note))
             report = _run(plan, job, calibration, notes)
+        if plan.cutting is not None:
+            work.seal()
         work.publish(overwrite=job.overwrite)
     return job.world.from_first(lambda: report)
 
@@ -223,28 +229,31 @@ def _run(plan: Prepared, job: _Job, calibration: Calibration, notes: list[str]) 
     opened, folder, world, meter = plan.opened, job.work.model, job.world, job.meter
     plan, allocation = _allocated(plan, job, calibration, job.work.path, job.work.path / "allocation.json")
     writer = CheckpointWriter(
-        opened.checkpoint.layout, opened.checkpoint, folder, besides=LOG_BYTES_PER_LAYER * len(plan.layers)
+        opened.checkpoint.layout, opened.checkpoint, folder, besides=bytes_besides(plan.layers, plan.cutting)
     )
     journal = RunJournal(job.work.journal, writer, meter)
     if job.work.finished:
-        journal.verify(job.tell)
+        journal.verify(job.emit)
     shared = SharedWriter(writer, world), SharedJournal(journal, world)
     engine = _engine(plan, job, calibration, job.work.path, *shared, notes)
     block = None
     try:
         for event in engine.run():
-            job.tell(event)
+            job.emit(event)
             block = event.block
     except NumericsError:
         # A NaN in a weight is first detected in the inputs of another layer: name the weight instead, if there is one.
         name_damage(opened, block)
         raise
     with meter.phase("finish"):
-        job.tell(Event(kind="phase", phase="finish", blocks=len(engine.inputs.blocks)))
+        job.emit(Event(kind="phase", phase="finish", blocks=len(engine.inputs.blocks)))
         writer.finish()
         copy_auxiliary_files(opened, folder)
+        cut = None
+        if plan.cutting is not None:
+            folder, cut = job.work.unsealed, write_cut(plan.cutting, engine.records, job.work, job.emit)
     return write_documents(
-        folder, job.work.run, plan, engine, calibration, job.recipe, job.device, meter, allocation=allocation
+        folder, job.work.run, plan, engine, calibration, job.recipe, job.device, meter, allocation=allocation, cut=cut
     )
 
 
@@ -261,7 +270,7 @@ def _allocated(
         folder=folder,
         activations=job.activations,
         meter=job.meter,
-        tell=job.tell if job.world.rank == 0 else lambda event: None,
+        emit=job.emit if job.world.rank == 0 else lambda event: None,
         store=store,
     )
 

@@ -54,13 +54,14 @@ class PruningReport(Document):
     block_errors: list[BlockErrors] = field(default_factory=list)
     tuning: list[TuningRecord] = field(default_factory=list)
     recovery: dict[str, Any] = field(default_factory=dict)
+    cut: dict[str, Any] = field(default_factory=dict)
     schema: int = SCHEMA
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values; what is only known with a repair is left out without one."""
         values = Document.to_dict(self)
         values["layers"] = [without_unset(layer) for layer in values["layers"]]
-        only_repaired = ("block_errors", "tuning", "recovery")
+        only_repaired = ("block_errors", "tuning", "recovery", "cut")
         return {name: value for name, value in values.items() if name not in only_repaired or value}
 
     @classmethod

@@ -227,13 +227,13 @@ class RunJournal:
         self.finished: dict[int | None, BlockRecord] = {}
         self._damaged: dict[int | None, BlockRecord] = {}
 
-    def verify(self, tell: Callable[[Event], None]) -> None:
+    def verify(self, emit: Callable[[Event], None]) -> None:
         """Read the journal, and compare every finished tensor with its checksum. A note event reports each damaged block."""
         records = self._journal.read()
         if records:
             self._meter.add(records[-1].phases)
         held = current(records)
-        tell(Event(kind="phase", phase="verify", total=len(held)))
+        emit(Event(kind="phase", phase="verify", total=len(held)))
         for done, (block, record) in enumerate(held.items(), 1):
             with self._meter.phase("verify"):
                 damaged = [name for name, known in record.tensors.items() if self._writer.checksum(name) != known]
@@ -241,12 +241,12 @@ class RunJournal:
                 self._damaged[block] = record
                 again = "what follows the blocks" if block is None else f"block {block + 1}"
                 line = f"{damaged[0]} is not as it was written (checksum); {again} is done again"
-                tell(Event(kind="note", phase="verify", message=line))
+                emit(Event(kind="note", phase="verify", message=line))
             else:
                 self.finished[block] = record
                 for name in record.tensors:
                     self._writer.accept(name)
-            tell(Event(kind="progress", phase="verify", done=done, total=len(held)))
+            emit(Event(kind="progress", phase="verify", done=done, total=len(held)))
 
     def record(
         self,
@@ -258,7 +258,7 @@ class RunJournal:
         batch: int | None,
         starts: Sequence[tuple[int, int]],
         dense_starts: Sequence[tuple[int, int]],
-        place: str,
+        tier: str,
         errors: BlockErrors | None,
         tuning: TuningRecord | None = None,
     ) -> None:
@@ -273,7 +273,7 @@ class RunJournal:
             batch=batch,
             starts=list(starts),
             dense_starts=list(dense_starts),
-            place=place,
+            tier=tier,
             notes=list(notes),
             errors=errors,
             phases=self._meter.records(),

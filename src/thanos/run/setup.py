@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from thanos.model.unused import Unused
 from thanos.patterns.budget import Budget
 from thanos.recipe import LayerRecipe, Recipe, check_globs
 from thanos.recipe.repair import held_out_of
+from thanos.run.cutting import Cutting, plan_cutting
 from thanos.run.report import DenseRecord
 from thanos.run.survey import sampled_sparsity, survey
 from thanos.system.device import choose_device
@@ -45,6 +46,7 @@ class Prepared:
         dense: record of each tensor that is not pruned.
         zeros_elsewhere: number of zeros in the tensors that are not pruned.
         sparsity: fraction of zeros in ``layers`` before pruning, estimated from a sample.
+        cutting: the units that go, if the pattern removes units; else None.
     """
 
     opened: OpenedModel
@@ -53,6 +55,7 @@ class Prepared:
     dense: list[DenseRecord]
     zeros_elsewhere: int
     sparsity: float
+    cutting: Cutting | None = None
 
 
 def checked_recipe(recipe: Any) -> Recipe:
@@ -107,9 +110,17 @@ def prepare(
         opened.notes.extend(Unused(opened.meta_model, tensors, opened.key_of).notes(spare))
     for note in opened.notes:
         watch(Event(kind="note", phase="load", message=note))
-    chosen, left_dense = select_layers(linear_layers(opened.meta_model), recipe)
+    cutting = None
+    if recipe.parsed_pattern.unit_kinds:
+        cutting, chosen, left_dense = plan_cutting(opened, recipe)
+    else:
+        chosen, left_dense = select_layers(linear_layers(opened.meta_model), recipe)
     picture = draw_picture(opened.meta_model, find_blocks(opened.meta_model)[1], choose_device(recipe.device))
-    if unreached := _unreached(picture, chosen):
+    if (unreached := _unreached(picture, chosen)) and cutting is not None:
+        raise ModelError(
+            f"text does not reach block {unreached[0].block}, so its units cannot be chosen, and all blocks must lose as many"
+        )
+    if unreached:
         left_dense |= dict.fromkeys((layer.name for layer in unreached), "text does not reach its decoder block")
         chosen = {layer: settings for layer, settings in chosen.items() if layer.name not in left_dense}
         opened.notes.append(_say_unreached(unreached, left=bool(chosen)))
@@ -128,10 +139,15 @@ def prepare(
             raise RecipeError(f"{layer.name}: {error}") from error
     # Before all tensors are read and the calibration text is made, which may take an hour.
     if folder is not None:
-        check_room(opened.checkpoint.layout, folder, besides=LOG_BYTES_PER_LAYER * len(chosen))
+        check_room(opened.checkpoint.layout, folder, besides=bytes_besides(chosen, cutting))
     sparsity = _note_zeros(opened, list(chosen), watch)
     dense, zeros = survey(opened, chosen, left_dense, watch) if look else ([], 0)
-    return Prepared(opened, chosen, picture, dense, zeros, sparsity)
+    return Prepared(opened, chosen, picture, dense, zeros, sparsity, cutting)
+
+
+def bytes_besides(layers: Collection[LinearLayer], cutting: Cutting | None) -> int:
+    """Return the bytes on the disk that a run needs besides the output of full size: the journal, and a smaller model."""
+    return LOG_BYTES_PER_LAYER * len(layers) + (0 if cutting is None else cutting.bytes_after)
 
 
 def _check_repair(

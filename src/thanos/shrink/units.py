@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from thanos.errors import ModelError
+from thanos.patterns.units import HEADS as HEADS
+from thanos.patterns.units import NEURONS as NEURONS
 from thanos.shrink.families import Cut, family_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-NEURONS, HEADS = "neurons", "heads"
-"""The kinds of units."""
 
 GROUP, QUERY = "group", "query"
 """What a head means with grouped-query attention: a key-value head with its query heads, or one query head of every group."""

@@ -136,7 +136,12 @@ class LayerSolve:
             rows=rows[bounds],
             unit=self.unit,
         )
-        if self.recipe.resolved_sparsity <= 0:
+        if self.recipe.parsed_pattern.keeps_all:
+            problem = self._retargeted(problem, rows)
+            solutions = [problem.without(problem.zeros)]
+            for refine in self.refinements.values():
+                solutions.append(refine(problem, solutions[-1]))
+        elif self.recipe.resolved_sparsity <= 0:
             solutions = [Solution(own, problem.zeros)]
             solutions *= 1 + len(self.refinements)
         else:

@@ -139,12 +139,12 @@ def group_mask(lines: Tensor, count: int) -> Tensor:
     """Return the mask of the ``count`` smallest of every column of ``lines`` (m, any); of equal ones, the upper first."""
     # An entry's rank is the number of entries before it. It starts as the number of lines above; a pair whose lower entry
     # is smaller swaps its order.
-    places = len(lines)
+    size = len(lines)
     kind = lines.dtype if lines.device.type == "cpu" else torch.uint8  # the CPU is slow at booleans and small integers
-    rank = torch.arange(places, dtype=kind, device=lines.device)[:, None].repeat(1, lines.shape[1])
+    rank = torch.arange(size, dtype=kind, device=lines.device)[:, None].repeat(1, lines.shape[1])
     after = torch.empty_like(rank[0])
-    for i in range(places):
-        for j in range(i + 1, places):
+    for i in range(size):
+        for j in range(i + 1, size):
             torch.gt(lines[i], lines[j], out=after)
             rank[i] += after
             rank[j] -= after

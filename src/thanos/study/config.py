@@ -123,25 +123,25 @@ class _Reader:
         return found
 
     def _error(self, table: str, index: int, key: str, message: str) -> StudyError:
-        return StudyError(f"{_place(self._path, self._text, table, index, key)}: {message}")
+        return StudyError(f"{_location(self._path, self._text, table, index, key)}: {message}")
 
 
-def place_of(study: Study, table: str, key: str) -> str:
+def location_of(study: Study, table: str, key: str) -> str:
     """Return the location of a field, ``study FILE, line N, [table] key``; of the table's head if the field is absent."""
-    return _place(study.path, study.text, table, 0, key)
+    return _location(study.path, study.text, table, 0, key)
 
 
-def place_of_calibration(study: Study, name: str) -> str:
-    """Return the location of a calibration text in the first grid that names it, as :func:`place_of` does."""
+def location_of_calibration(study: Study, name: str) -> str:
+    """Return the location of a calibration text in the first grid that names it, as :func:`location_of` does."""
     values = tomllib.loads(study.text)
     for index, grid in enumerate(values["grid"]):
         given = grid.get("calibration", [])
         if name in ([given] if isinstance(given, str) else given):
-            return _place(study.path, study.text, "grid", index, "calibration")
-    return place_of(study, "grid", "calibration")
+            return _location(study.path, study.text, "grid", index, "calibration")
+    return location_of(study, "grid", "calibration")
 
 
-def _place(path: Path, text: str, table: str, index: int, key: str) -> str:
+def _location(path: Path, text: str, table: str, index: int, key: str) -> str:
     where = f"[{table}] {key}".strip() if table else key
     return f"study {path}, line {_line_of(text, table, index, key)}, {where}"
 

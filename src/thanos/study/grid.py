@@ -135,7 +135,7 @@ class Study:
         if cell.model in self.cost_only:
             return {"dtype": self.dtype, "evaluation": None, "zero_shot": None}
         evaluation = asdict(self.evaluation) | {"text": public(self.evaluation.text)}
-        del evaluation["bos"]  # only some tokenizers have one: Places.asked adds it
+        del evaluation["bos"]  # only some tokenizers have one: Locations.asked adds it
         zero_shot = None
         if self.zero_shot is not None and cell in self.zero_shot_cells:
             zero_shot = {"tasks": list(self.zero_shot.tasks), "limit": self.zero_shot.limit}

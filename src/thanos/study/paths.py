@@ -17,7 +17,7 @@ from thanos.model.bos import added_bos
 from thanos.model.fingerprint import model_sha256, source_commit, task_files_sha256
 from thanos.model.loading import load_model
 from thanos.model.source import ModelSource, resolve_model
-from thanos.study.config import place_of
+from thanos.study.config import location_of
 from thanos.study.events import StudyEvent, Watcher
 from thanos.study.grid import Cell, Study
 from thanos.system.suggestions import near
@@ -25,7 +25,7 @@ from thanos.system.user_paths import without_folders
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Places:
+class Locations:
     """Locations on this machine. Only the hashes and the commit enter the store.
 
     Attributes:
@@ -86,14 +86,14 @@ class Places:
 def _check_text(study: Study, texts: dict[str, str], searched: str) -> None:
     """Raise StudyError if the text for evaluation cannot be used."""
     text = study.evaluation.text
-    place = place_of(study, "evaluation", "text")
+    location = location_of(study, "evaluation", "text")
     if is_absent(text, texts[text]):
         hint = near(text, [name for name in NAMED if name != "self"], OTHER_NAMES)
-        raise StudyError(f"{place}: {text} is in none of {searched}; give its folder with --data{hint}")
+        raise StudyError(f"{location}: {text} is in none of {searched}; give its folder with --data{hint}")
     try:
         check_text_source(texts[text], evaluation=True)
     except DataError as error:
-        raise StudyError(f"{place}: {error}") from error
+        raise StudyError(f"{location}: {error}") from error
 
 
 def _check_evaluation(study: Study, source: ModelSource, texts: dict[str, str]) -> None:
@@ -114,7 +114,7 @@ def is_absent(name: str, found: str) -> bool:
 # --- finding models and texts -----------------------------------------------------------------------------------------
 
 
-def find_places(study: Study, out: Path, data: str | Path | None) -> Places:
+def find_locations(study: Study, out: Path, data: str | Path | None) -> Locations:
     """Find a study's models and texts in ``data`` (default ``THANOS_DATA``), else in the folder of ``study.toml``.
 
     A name that exists in neither folder is kept, as a hub name, a named text or a path.
@@ -135,8 +135,10 @@ def find_places(study: Study, out: Path, data: str | Path | None) -> Places:
     if text:
         _check_text(study, texts, searched)
     if task_folder and not Path(find(task_folder)).is_dir():
-        place = place_of(study, "zero_shot", "task_folder")
-        raise StudyError(f"{place}: {task_folder} is in none of {searched}; give the folder that holds it with --data")
+        location = location_of(study, "zero_shot", "task_folder")
+        raise StudyError(
+            f"{location}: {task_folder} is in none of {searched}; give the folder that holds it with --data"
+        )
     task_folder = find(task_folder) if task_folder else None
     hashes: dict[str, str | None] = {
         name: None if name in NAMED else text_sha256(found) for name, found in texts.items()
@@ -157,7 +159,7 @@ def find_places(study: Study, out: Path, data: str | Path | None) -> Places:
         except UserError as error:
             hint = "" if exists(models[model]) else f"; it is in none of {searched}: give its folder with --data"
             failures[model] = f"{error}{hint}"
-    return Places(
+    return Locations(
         out=out.resolve(),
         models=models,
         texts=texts,
@@ -188,19 +190,19 @@ def _find_text(name: str, folders: Sequence[Path]) -> str:
     return whole.path if whole != Part(name) else ",".join(str(find(part)) for part in split_source(name))
 
 
-def convert(places: Places, wanted: set[str], tell: Watcher) -> Places:
+def convert(locations: Locations, wanted: set[str], emit: Watcher) -> Locations:
     """Convert GGUF models into safetensors folders in the cache, once, instead of at every opening."""
-    models = dict(places.models)
+    models = dict(locations.models)
     for name in sorted(wanted):
         source = resolve_model(models[name])
         if source.gguf is None:
             continue
-        folder = _converted(places.out, places.hashes[name])
+        folder = _converted(locations.out, locations.hashes[name])
         if not (folder / "config.json").exists():
-            tell(StudyEvent(message=f"converting {source.gguf.name} to safetensors, once"))
+            emit(StudyEvent(message=f"converting {source.gguf.name} to safetensors, once"))
             _save(source, folder)
         models[name] = str(folder)
-    return replace(places, models=models)
+    return replace(locations, models=models)
 
 
 def _converted(out: Path, model_hash: str | None) -> Path:

@@ -16,7 +16,7 @@ from thanos._version import __version__
 from thanos.evaluation.perplexity import Evaluation
 from thanos.run.report import PruningReport
 from thanos.study.grid import Cell, Study, public_cell
-from thanos.study.paths import Places
+from thanos.study.paths import Locations
 from thanos.study.store import CellRecord, cell_key
 from thanos.system.meter import PhaseRecord
 
@@ -30,20 +30,20 @@ _PACKAGES = ("torch", "transformers", "safetensors", "lm_eval")
 
 
 def make_record(
-    study: Study, places: Places, cell: Cell, device: torch.device, results: dict[str, Any], *, sharers: int = 1
+    study: Study, locations: Locations, cell: Cell, device: torch.device, results: dict[str, Any], *, sharers: int = 1
 ) -> CellRecord:
     """Return the record of a cell; ``results`` are fields of :class:`~thanos.study.store.CellRecord`."""
-    values, asked = public_cell(cell), places.asked(study, cell)
+    values, asked = public_cell(cell), locations.asked(study, cell)
     return CellRecord(
         key=cell_key(values, asked),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
-        commit=places.commit,
+        commit=locations.commit,
         thanos_version=__version__,
         versions=_versions(),
         machine={**_machine(device), "sharers": sharers},
         cell=values,
         asked=asked,
-        sources=places.sources(study, cell),
+        sources=locations.sources(study, cell),
         **{"status": "done", "reason": None, **results},
     )
 

@@ -14,10 +14,10 @@ import torch
 from thanos.calibration.text import check_text_source
 from thanos.errors import DataError, RecipeError, ResourceError, StudyError, UserError
 from thanos.run.lock import locked
-from thanos.study.config import place_of, place_of_calibration, read_study
+from thanos.study.config import location_of, location_of_calibration, read_study
 from thanos.study.events import StudyEvent, Watcher
 from thanos.study.grid import DENSE, Cell, Study, public_cell
-from thanos.study.paths import Places, convert, find_places, is_absent
+from thanos.study.paths import Locations, convert, find_locations, is_absent
 from thanos.study.store import CellRecord, StoreWriter, cell_key, read_store, store_path
 from thanos.study.workers import Pool
 from thanos.system.device import choose_device
@@ -67,30 +67,30 @@ def run_study(
     Raises:
         UserError: the study is malformed, another process runs it, or the store cannot be read (damaged, or newer).
     """
-    study, out, tell = read_study(path), Path(out), on_event or (lambda event: None)
+    study, out, emit = read_study(path), Path(out), on_event or (lambda event: None)
     devices = _spread(devices, workers)
     if threads is not None and threads < 1:
         raise ResourceError(f"threads must be at least 1, or None for torch's own choice; got {threads}")
     with locked(out):
         _check_folder(out)
-        places = find_places(study, out, data)
-        _check_tasks(study, places)
-        states = _states(study, places, tell)  # may raise an error, so nothing is written before it
+        locations = find_locations(study, out, data)
+        _check_tasks(study, locations)
+        states = _states(study, locations, emit)  # may raise an error, so nothing is written before it
         todo = [cell for cell, state in states.items() if state in ("new", "failed")]
-        _check_inputs(study, places, todo)
+        _check_inputs(study, locations, todo)
         (out / "cache").mkdir(parents=True, exist_ok=True)
         (out / STUDY_NAME).write_text(study.text, encoding="utf-8")
-        shutil.rmtree(places.scratch, ignore_errors=True)
+        shutil.rmtree(locations.scratch, ignore_errors=True)
         writer = StoreWriter(out)
         if todo:
-            places = convert(places, {cell.model for cell in todo}, tell)
-            pool = Pool(study, places, devices[: len(todo)], initialise, threads)
+            locations = convert(locations, {cell.model for cell in todo}, emit)
+            pool = Pool(study, locations, devices[: len(todo)], initialise, threads)
             for done, event in pool.run(todo):
                 if event.record is not None and event.cell is not None:
                     writer.append(event.record)
                     states[event.cell] = _state(event.cell, event.record)
-                tell(replace(event, done=done, total=len(todo)))
-        shutil.rmtree(places.scratch, ignore_errors=True)
+                emit(replace(event, done=done, total=len(todo)))
+        shutil.rmtree(locations.scratch, ignore_errors=True)
         return StudyResult(states=states, with_tasks=study.zero_shot_cells, ran=len(todo))
 
 
@@ -101,26 +101,26 @@ def list_cells(path: str | Path, out: str | Path, *, data: str | Path | None = N
         UserError: the study is malformed, or the store cannot be read. Tasks are checked only if lm_eval is installed.
     """
     study, out = read_study(path), Path(out)
-    places = find_places(study, out, data)
+    locations = find_locations(study, out, data)
     if find_spec("lm_eval") is not None:  # the list needs no lm_eval
-        _check_tasks(study, places)
-    states = _states(study, places, lambda event: None)
+        _check_tasks(study, locations)
+    states = _states(study, locations, lambda event: None)
     return StudyResult(states=states, with_tasks=study.zero_shot_cells, ran=0)
 
 
 # --- the cells to run -------------------------------------------------------------------------------------------------
 
 
-def _states(study: Study, places: Places, tell: Watcher) -> dict[Cell, State]:
+def _states(study: Study, locations: Locations, emit: Watcher) -> dict[Cell, State]:
     """Return the state of each cell by the store. A result is ignored if its model, text or tasks have changed since."""
-    contents = read_store(places.out) if store_path(places.out).exists() else None
+    contents = read_store(locations.out) if store_path(locations.out).exists() else None
     for warning in contents.warnings if contents else ():
-        tell(StudyEvent(message=warning))
+        emit(StudyEvent(message=warning))
     known = {record.key: record for record in (contents.records if contents else ())}
     states: dict[Cell, State] = {}
     for cell in study.cells:
-        record = known.get(cell_key(public_cell(cell), places.asked(study, cell)))
-        if record is None or _changed(record.sources, places.sources(study, cell)):
+        record = known.get(cell_key(public_cell(cell), locations.asked(study, cell)))
+        if record is None or _changed(record.sources, locations.sources(study, cell)):
             states[cell] = "new"
         else:
             states[cell] = _state(cell, record)
@@ -169,22 +169,22 @@ def _check_folder(out: Path) -> None:
         raise UserError(f"OUT {out} is not empty and no study's folder; choose another one")
 
 
-def _check_tasks(study: Study, places: Places) -> None:
+def _check_tasks(study: Study, locations: Locations) -> None:
     if study.zero_shot is not None and study.zero_shot_cells:
         from thanos.evaluation.tasks import check_tasks
 
         try:
-            check_tasks(study.zero_shot.tasks, places.task_folder)
+            check_tasks(study.zero_shot.tasks, locations.task_folder)
         except DataError as error:
-            raise StudyError(f"{place_of(study, 'zero_shot', 'tasks')}: {error}") from error
+            raise StudyError(f"{location_of(study, 'zero_shot', 'tasks')}: {error}") from error
 
 
-def _check_inputs(study: Study, places: Places, todo: Sequence[Cell]) -> None:
+def _check_inputs(study: Study, locations: Locations, todo: Sequence[Cell]) -> None:
     """Refuse models and calibration texts that cannot be used, before any cell runs. A study may take hours.
 
     Args:
         study: the study.
-        places: locations of its models and texts.
+        locations: locations of its models and texts.
         todo: cells to run; models and texts that only other cells need are not checked.
 
     Raises:
@@ -192,14 +192,14 @@ def _check_inputs(study: Study, places: Places, todo: Sequence[Cell]) -> None:
     """
     refused = []
     for name in dict.fromkeys(cell.model for cell in todo):
-        if name in places.failures:
-            refused.append(f"{place_of(study, '', 'models')}: {places.failures[name]}")
+        if name in locations.failures:
+            refused.append(f"{location_of(study, '', 'models')}: {locations.failures[name]}")
     for name in dict.fromkeys(cell.calibration for cell in todo if cell.calibration):
         try:
-            check_text_source(places.texts[name])
+            check_text_source(locations.texts[name])
         except DataError as error:
-            absent = is_absent(name, places.texts[name])
-            said = f"{name} is in none of {places.searched}; give its folder with --data" if absent else str(error)
-            refused.append(f"{place_of_calibration(study, name)}: {said}")
+            absent = is_absent(name, locations.texts[name])
+            said = f"{name} is in none of {locations.searched}; give its folder with --data" if absent else str(error)
+            refused.append(f"{location_of_calibration(study, name)}: {said}")
     if refused:
         raise StudyError("; ".join(refused))

@@ -43,7 +43,7 @@ from thanos.solvers.prune_layer import prune_layer
 from thanos.solvers.synthetic_layer import synthetic_layer
 from thanos.study.calibration_cache import read_windows, write_windows
 from thanos.study.grid import DENSE, Cell, Study, public_cell
-from thanos.study.paths import Places
+from thanos.study.paths import Locations
 from thanos.study.records import evaluation_fields, make_record, phase_fields, pruning_fields
 from thanos.study.store import CellRecord, cell_key
 from thanos.system.device import choose_device
@@ -61,13 +61,13 @@ class Session:
 
     Args:
         study: the study.
-        places: locations of its models and texts.
+        locations: locations of its models and texts.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         sharers: number of workers that share the device's memory, this one included.
     """
 
-    def __init__(self, study: Study, places: Places, device: str, *, sharers: int = 1) -> None:
-        self._study, self._places = study, places
+    def __init__(self, study: Study, locations: Locations, device: str, *, sharers: int = 1) -> None:
+        self._study, self._locations = study, locations
         self._device, self._name = choose_device(device), device
         self._sharers = sharers
         self._reference: tuple[str, Reference] | None = None
@@ -76,75 +76,75 @@ class Session:
         self._layers: dict[str, list[LinearLayer]] = {}
         self._met: set[object] = set()
 
-    def run(self, cell: Cell, tell: Watcher) -> CellRecord:
+    def run(self, cell: Cell, emit: Watcher) -> CellRecord:
         """Run one cell and return its record. Any error becomes the reason of a failed record, with the results so far."""
         results: dict[str, Any] = {}
         try:
-            (self._dense if cell.method == DENSE else self._pruned)(cell, results, tell)
+            (self._dense if cell.method == DENSE else self._pruned)(cell, results, emit)
         except Exception as error:
             reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             if isinstance(error, ResourceError) or is_out_of_memory(error):
                 self._reference = None  # free its memory for the next cell
-            results |= {"status": "failed", "reason": self._places.without_paths(reason)}
+            results |= {"status": "failed", "reason": self._locations.without_paths(reason)}
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
-        return make_record(self._study, self._places, cell, self._device, results, sharers=self._sharers)
+        return make_record(self._study, self._locations, cell, self._device, results, sharers=self._sharers)
 
     # --- the kinds of cells: each adds a measurement to the results immediately, so that a later failure does not lose it -
 
-    def _dense(self, cell: Cell, results: dict[str, Any], tell: Watcher) -> None:
-        model = self._places.models[cell.model]
+    def _dense(self, cell: Cell, results: dict[str, Any], emit: Watcher) -> None:
+        model = self._locations.models[cell.model]
         totals = inspect_checkpoint(model).totals
         results["effective_sparsity"] = {"targeted": totals["sparsity_targeted"], "all": totals["sparsity_all"]}
         results["phases"] = {}
-        self._measure(cell, model, results, tell)
+        self._measure(cell, model, results, emit)
 
-    def _pruned(self, cell: Cell, results: dict[str, Any], tell: Watcher) -> None:
-        source = self._places.texts.get(cell.calibration or "", cell.calibration)
+    def _pruned(self, cell: Cell, results: dict[str, Any], emit: Watcher) -> None:
+        source = self._locations.texts.get(cell.calibration or "", cell.calibration)
         # The report compares the errors of methods, so every method measures them on all tokens.
         settings = {"calibration": source, "device": self._name, "dtype": self._study.dtype}
         recipe = cell.recipe(**settings, measure_error=True)
         self._warm_up(cell, recipe)
-        key = cell_key(public_cell(cell), self._places.asked(self._study, cell))
-        folder = self._places.out / "models" if self._study.keep_models else self._places.scratch
+        key = cell_key(public_cell(cell), self._locations.asked(self._study, cell))
+        folder = self._locations.out / "models" if self._study.keep_models else self._locations.scratch
         model = folder / key[:16]
         try:
             report = prune(
-                self._places.models[cell.model],
+                self._locations.models[cell.model],
                 model,
                 recipe,
                 overwrite=True,
-                on_event=tell,
-                calibration=self._windows(cell, recipe, tell),
+                on_event=emit,
+                calibration=self._windows(cell, recipe, emit),
             )
             results |= pruning_fields(report, public(cell.calibration or ""))
-            self._measure(cell, str(model), results, tell)
+            self._measure(cell, str(model), results, emit)
         finally:
             if not self._study.keep_models:
                 shutil.rmtree(model, ignore_errors=True)
 
-    def _measure(self, cell: Cell, model: str, results: dict[str, Any], tell: Watcher) -> None:
+    def _measure(self, cell: Cell, model: str, results: dict[str, Any], emit: Watcher) -> None:
         """Evaluate a model and add the scores and phases to the results; a failure adds its phases too."""
         if self._study.asked(cell)["evaluation"] is None:
             return
         meter = PhaseMeter(self._device)
         try:
-            self._score(cell, model, results, meter, tell)
+            self._score(cell, model, results, meter, emit)
         finally:
             results["phases"] |= phase_fields(meter.records())
 
-    def _score(self, cell: Cell, model: str, results: dict[str, Any], meter: PhaseMeter, tell: Watcher) -> None:
+    def _score(self, cell: Cell, model: str, results: dict[str, Any], meter: PhaseMeter, emit: Watcher) -> None:
         tasks = self._study.asked(cell)["zero_shot"]
         with meter.phase("reference"):
             reference = self._shared_reference(cell)
-        tell(Event(kind="phase", phase="evaluate"))
+        emit(Event(kind="phase", phase="evaluate"))
         network = reference.model if cell.method == DENSE else None
         with meter.phase("evaluate"):
             if network is None:
                 with resource_errors(device=self._device):
                     network = load_model(resolve_model(model), dtype=self._study.dtype, device=self._device)
-            found = evaluate(model, reference=reference, network=network, on_event=tell)
+            found = evaluate(model, reference=reference, network=network, on_event=emit)
         if not math.isfinite(found.perplexity):
             raise NumericsError(f"the perplexity is infinite: the mean loss is {found.mean_loss:.4g} nats per token")
         results["evaluation"] = evaluation_fields(found)
@@ -154,11 +154,11 @@ class Session:
 
         with meter.phase("zero_shot"):
             others = {
-                "task_folder": self._places.task_folder,
+                "task_folder": self._locations.task_folder,
                 "network": network,
                 "bos": "window" if reference.bos == "window" else "auto",
             }
-            scores = zero_shot(model, **tasks, **others, on_event=tell)
+            scores = zero_shot(model, **tasks, **others, on_event=emit)
         results["zero_shot"] = {"tasks": scores.to_dict()["tasks"], "average": scores.to_dict()["average"]}
 
     def _warm_up(self, cell: Cell, recipe: Recipe) -> None:
@@ -173,7 +173,7 @@ class Session:
         if not compiles(self._device):
             return
         if cell.model not in self._layers:
-            source = resolve_model(self._places.models[cell.model])
+            source = resolve_model(self._locations.models[cell.model])
             self._layers[cell.model] = linear_layers(meta_model_of(source, source.config(), torch.float32))
         for layer, settings in select_layers(self._layers[cell.model], recipe)[0].items():
             if (layer.shape, settings) in self._met:
@@ -189,7 +189,7 @@ class Session:
     def _forward_once(self, cell: Cell) -> None:
         """Run the dense model on one window: of the evaluation, or of zeros if the model is not evaluated."""
         if cell.model in self._study.cost_only:
-            opened = resolve_model(self._places.models[cell.model])
+            opened = resolve_model(self._locations.models[cell.model])
             model: Any = load_model(opened, dtype=self._study.dtype, device=self._device)
             with torch.inference_mode():
                 model(input_ids=torch.zeros(1, cell.sequence_length or 1, dtype=torch.long, device=self._device))
@@ -206,11 +206,11 @@ class Session:
         if self._reference is not None and self._reference[0] == cell.model:
             return self._reference[1]
         self._reference = None
-        plan, source = self._study.evaluation, resolve_model(self._places.models[cell.model])
+        plan, source = self._study.evaluation, resolve_model(self._locations.models[cell.model])
         model = load_model(source, dtype=self._study.dtype, device=self._device)
         tokenizer = source.tokenizer()
-        text, asked = "\n\n".join(evaluation_rows(self._places.texts[plan.text], tokenizer)), plan.bos
-        if asked == "window" and cell.model not in self._places.begun:
+        text, asked = "\n\n".join(evaluation_rows(self._locations.texts[plan.text], tokenizer)), plan.bos
+        if asked == "window" and cell.model not in self._locations.begun:
             asked = "auto"  # the study's setting only affects tokenizers that add the token
         bos = choose_bos(asked, text, tokenizer, model, plan.sequence_length, lambda event: None)
         windows = cut_windows(text, tokenizer, model, plan.text, plan.sequence_length, plan.max_windows, bos)
@@ -222,22 +222,22 @@ class Session:
         self._reference = (cell.model, reference)
         return reference
 
-    def _windows(self, cell: Cell, recipe: Recipe, tell: Watcher) -> Calibration:
+    def _windows(self, cell: Cell, recipe: Recipe, emit: Watcher) -> Calibration:
         """Return the calibration windows of a cell: from this process, else from the study's cache, else made now."""
         # The cache key: everything that affects the windows, the code itself included.
         shaping = {
-            "model": self._places.hashes[cell.model],
-            "calibration": self._places.hashes.get(cell.calibration or "") or cell.calibration,
+            "model": self._locations.hashes[cell.model],
+            "calibration": self._locations.hashes.get(cell.calibration or "") or cell.calibration,
             "shape": [cell.samples, cell.sequence_length, cell.seed],
             "generated_in": self._study.dtype if cell.calibration == "self" else None,
-            "version": [__version__, self._places.commit],
+            "version": [__version__, self._locations.commit],
         }
         key = hashlib.sha256(json.dumps(shaping).encode()).hexdigest()
         if key not in self._calibration:
-            path = self._places.out / "cache" / f"calibration-{key[:24]}.safetensors"
+            path = self._locations.out / "cache" / f"calibration-{key[:24]}.safetensors"
             made = read_windows(path, recipe.calibration)
             if made is None:
-                made = make_calibration(resolve_model(self._places.models[cell.model]), recipe, self._device, tell)
+                made = make_calibration(resolve_model(self._locations.models[cell.model]), recipe, self._device, emit)
                 write_windows(path, made)
             self._calibration[key] = made
         return self._calibration[key]
@@ -248,7 +248,7 @@ def compiles(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def throttled(tell: Watcher, seconds: float = 0.2, clock: Callable[[], float] = time.monotonic) -> Watcher:
+def throttled(emit: Watcher, seconds: float = 0.2, clock: Callable[[], float] = time.monotonic) -> Watcher:
     """Return a watcher that passes on a progress or layer event at most every ``seconds``, and every other event."""
     last: float | None = (
         None  # not a number: a monotone clock has an arbitrary start, such as 0 when the machine starts
@@ -259,6 +259,6 @@ def throttled(tell: Watcher, seconds: float = 0.2, clock: Callable[[], float] = 
         now = clock()
         if event.kind not in ("progress", "layer") or last is None or now - last >= seconds:
             last = now
-            tell(event)
+            emit(event)
 
     return pass_on

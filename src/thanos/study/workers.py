@@ -21,7 +21,7 @@ import torch
 from thanos.events import Event
 from thanos.study.events import StudyEvent
 from thanos.study.grid import Cell, Study
-from thanos.study.paths import Places
+from thanos.study.paths import Locations
 from thanos.study.records import make_record
 from thanos.study.session import Session, throttled
 from thanos.study.store import CellRecord
@@ -52,14 +52,14 @@ class Pool:
 
     Args:
         study: the study.
-        places: locations of its models and texts.
+        locations: locations of its models and texts.
         devices: names of devices, each for one worker.
         initialise: called first in each process.
         threads: number of torch's threads in each process; None divides torch's default among the processes.
     """
 
     study: Study
-    places: Places
+    locations: Locations
     devices: Sequence[str]
     initialise: Callable[[], None] | None
     threads: int | None = None
@@ -108,7 +108,7 @@ class Pool:
         reason = f"the worker process ended {how}; if nobody ended it, memory was exhausted: use fewer workers"
         results = {"status": "failed", "reason": reason}
         device, sharers = choose_device(worker.device), self._sharers(worker.device)
-        record = make_record(self.study, self.places, worker.cell, device, results, sharers=sharers)
+        record = make_record(self.study, self.locations, worker.cell, device, results, sharers=sharers)
         fresh = self._start(worker.number, worker.device)
         worker.process, worker.pipe = fresh.process, fresh.pipe
         return record
@@ -145,7 +145,16 @@ class Pool:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         sharers = self._sharers(device)
-        arguments = (theirs, self.study, self.places, device, sharers, len(self.devices), self.initialise, self.threads)
+        arguments = (
+            theirs,
+            self.study,
+            self.locations,
+            device,
+            sharers,
+            len(self.devices),
+            self.initialise,
+            self.threads,
+        )
         process = context.Process(target=_work, args=arguments, name=f"worker {number}", daemon=True)
         process.start()
         theirs.close()
@@ -158,7 +167,7 @@ class Pool:
 def _work(
     pipe: Connection,
     study: Study,
-    places: Places,
+    locations: Locations,
     device: str,
     sharers: int,
     workers: int,
@@ -172,10 +181,10 @@ def _work(
     if initialise is not None:
         initialise()
     torch.set_num_threads(threads or max(1, torch.get_num_threads() // workers))
-    session = Session(study, places, device, sharers=sharers)
-    tell = throttled(pipe.send)
+    session = Session(study, locations, device, sharers=sharers)
+    emit = throttled(pipe.send)
     while (cell := pipe.recv()) is not None:
-        pipe.send(session.run(cell, tell))
+        pipe.send(session.run(cell, emit))
 
 
 def _end_with_parent() -> None:

@@ -13,7 +13,9 @@ from thanos.system.memory import Memory, device_memory, host_memory, host_peak_b
 
 
 class PhaseMeter:
-    """Measures the total seconds and the memory peak of each phase. A phase may be entered many times, but not nested.
+    """Measures the total seconds and the memory peak of each phase. A phase may be entered many times.
+
+    A phase may contain others. Their seconds and peaks count for them alone, so the seconds of all phases add up to the whole.
 
     On Linux the kernel's peak of resident memory is reset at the start of a phase. If it cannot be reset, the host peak of a
     phase is the process's peak so far.
@@ -28,23 +30,38 @@ class PhaseMeter:
         self._seconds: dict[str, float] = {}
         self._host: dict[str, int] = {}
         self._on_device: dict[str, int] = {}
+        self._entered: list[str] = []
+        self._began = 0.0
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Measure the seconds and the memory peak of the body, and count them for a phase."""
+        if self._entered:
+            self._stop()
+        self._entered.append(name)
+        self._start()
+        try:
+            yield
+        finally:
+            self._stop()
+            self._entered.pop()
+            if self._entered:
+                self._start()
+
+    def _start(self) -> None:
         reset_host_peak()
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
             torch.cuda.reset_peak_memory_stats(self._device)
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            if self._device.type == "cuda":
-                torch.cuda.synchronize(self._device)
-                self._on_device[name] = max(self._on_device.get(name, 0), device_memory(self._device)[1])
-            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - began
-            self._host[name] = max(self._host.get(name, 0), host_peak_bytes())
+        self._began = time.perf_counter()
+
+    def _stop(self) -> None:
+        name = self._entered[-1]
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+            self._on_device[name] = max(self._on_device.get(name, 0), device_memory(self._device)[1])
+        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - self._began
+        self._host[name] = max(self._host.get(name, 0), host_peak_bytes())
 
     def memory(self) -> Memory:
         """Return host and device memory now, and the peaks so far, over all phases."""

@@ -17,7 +17,7 @@ _DEVICES = {
     "cuda": ("gpu", "cuda:x", "cuda:n", "nvidia", "cuda:"),
     "cpu": ("cpu:0", "host"),
 }
-_PLACES = {"device": ("gpu", "cuda", "vram"), "host": ("cpu", "ram", "memory"), "disk": ("ssd", "file")}
+_TIERS = {"device": ("gpu", "cuda", "vram"), "host": ("cpu", "ram", "memory"), "disk": ("ssd", "file")}
 
 
 def near(given: Any, allowed: Iterable[str], others: Mapping[str, Iterable[str]] | None = None) -> str:
@@ -56,9 +56,9 @@ def near_device(given: str) -> str:
     return near(text, ("auto", "cpu", "cuda"), _DEVICES)
 
 
-def near_place(given: str, allowed: Iterable[str]) -> str:
+def near_tier(given: str, allowed: Iterable[str]) -> str:
     """Return the hint for the storage tier of the hidden states."""
-    return near(given, allowed, _PLACES)
+    return near(given, allowed, _TIERS)
 
 
 def near_pattern(given: Any, plain: str, others: Mapping[str, Iterable[str]]) -> str:

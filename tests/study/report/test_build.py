@@ -193,8 +193,8 @@ def test_every_number_that_is_shown_is_its_value_rounded(page: Page) -> None:
         kind = one["data-field"].partition(":")[0]
         scale = 100 if one["data-how"] == "gain" or kind in ("task", "zeros") else scales.get(kind, 1)
         value = float(one["value"]) * (1 if one["data-how"] == "price" else scale)
-        places = len(shown.partition("e")[0].partition(".")[2])
-        unit = 10.0 ** (int(shown.partition("e")[2] or 0) - places)
+        locations = len(shown.partition("e")[0].partition(".")[2])
+        unit = 10.0 ** (int(shown.partition("e")[2] or 0) - locations)
         assert abs(float(shown) - value) <= 0.5000001 * unit + 1e-12 * abs(value), one
 
 

@@ -126,12 +126,12 @@ def test_nothing_covers_anything_else(figure: Chart) -> None:
         assert len(texts) > 8
         marks, bars = [], []
         for line in axes.lines:
-            places = line.get_transform().transform(line.get_xydata())
+            locations = line.get_transform().transform(line.get_xydata())
             if (
                 line.get_marker() in ("o", "s", "^", "D", "v", "P", "X") and line.get_markersize() < 9
             ):  # rings go around markers
                 size = line.get_markersize() * (2**0.5 if line.get_marker() == "D" else 1)
-                marks += [(tuple(place), size * unit / 2) for place in places]
+                marks += [(tuple(place), size * unit / 2) for place in locations]
         for group in axes.collections:  # the error bars
             bars += [group.get_transform().transform_path(path).get_extents() for path in group.get_paths()]
         page = canvas.bbox

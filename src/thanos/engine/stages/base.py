@@ -73,6 +73,8 @@ class BlockContext:
         tuning: record of the block's tuning; None if it was not tuned.
         notes: warnings that arose here.
         written: names in the checkpoint of the tensors written so far.
+        stands_for_more: whether the pruned model leaves out the blocks right after this one, and the dense stream has passed
+            them: then the dense outputs are theirs.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class BlockContext:
         self.tuning: TuningRecord | None = None
         self.notes: list[str] = []
         self.written: list[str] = []
+        self.stands_for_more = index is not None and dense_stream is not None and bool(inputs.dropped_after(index))
         self.prefix = "" if index is None else f"{inputs.blocks_name}.{index}."
         self.parameter_names = [] if index is None else inputs.block_names(index)
         self._output, self._blocks = output, len(inputs.blocks)
@@ -161,8 +164,8 @@ class BlockContext:
     @property
     def on_device(self) -> bool:
         """Whether hidden states of a stream are kept on the device; see :meth:`spill`."""
-        dense = "" if self.dense_stream is None else self.dense_stream.place
-        return "device" in (self.runner.place, dense)
+        dense = "" if self.dense_stream is None else self.dense_stream.tier
+        return "device" in (self.runner.tier, dense)
 
     def spill(self) -> list[str]:
         """Move the hidden states of both streams off the device; return the notes for the user."""
@@ -198,7 +201,7 @@ class BlockContext:
         """
         value = value.detach().to(self.weights.stored_dtype(name)).contiguous()
         self.write(name, value)
-        self.place(name, value)
+        self.assign(name, value)
         record = self.records.get(name.removesuffix(".weight"))
         if record is not None:
             zeros = value.numel() - int(value.count_nonzero())
@@ -213,7 +216,7 @@ class BlockContext:
             self.written.append(key)
         self._output.write(key, value)
 
-    def place(self, name: str, value: Tensor) -> None:
+    def assign(self, name: str, value: Tensor) -> None:
         """Set a parameter in all modules that hold it. The output does not change."""
         self.weights.put(name, value)
 
@@ -224,8 +227,9 @@ class BlockContext:
         self.records[record.name] = record
 
     def add_choice(self, layers: Sequence[LinearLayer], errors: Mapping[float, float]) -> None:
-        """Add the choice of a dense target to the block's record: the block's error by candidate."""
-        assert self.block_errors is not None
+        """Add the choice of a dense target to the block's record: the error by candidate. After the blocks there is none."""
+        if self.block_errors is None:
+            return
         choice = {
             "layers": [layer.name for layer in layers],
             "errors": {f"{a:g}": error for a, error in errors.items()},

@@ -29,6 +29,7 @@ from thanos.calibration.statistics import (
 from thanos.engine.stages.base import BlockContext
 from thanos.events import Event
 from thanos.model.layers import LinearLayer
+from thanos.patterns.units import Units
 from thanos.recipe import LayerRecipe
 from thanos.solvers.allocation import Curve
 from thanos.solvers.hessian import InputStatistics
@@ -45,6 +46,9 @@ SPREAD = 0.15
 
 STEPS = 3
 """Sparsities that are measured on either side of the recipe's."""
+
+UNIT_STEPS = 5
+"""Numbers of units that are measured, if a layer loses whole units."""
 
 _GAIN_SEQUENCES = 4
 """Sequences of all processes on which the gains are measured: a gain is a mean over their tokens."""
@@ -126,6 +130,9 @@ def error_curve(weight: Tensor, inputs: InputStatistics, settings: LayerRecipe, 
         settings: settings of the layer; the sparsities lie around theirs.
         name: name of the layer, for messages.
     """
+    pattern = settings.parsed_pattern
+    if isinstance(pattern, Units):
+        return _unit_curve(weight, inputs, settings, pattern, name)
     rows = len(weight)
     draw = torch.randperm(rows, generator=torch.Generator().manual_seed(0))[:ROWS].sort().values
     sample = weight[draw.to(weight.device)]
@@ -138,6 +145,25 @@ def error_curve(weight: Tensor, inputs: InputStatistics, settings: LayerRecipe, 
             return None
         errors.append(pruned.error_after_compensation)
     return Curve(weight.numel(), sparsities, tuple(errors))
+
+
+def _unit_curve(
+    weight: Tensor, inputs: InputStatistics, settings: LayerRecipe, pattern: Units, name: str
+) -> Curve | None:
+    """Return the error by share of the units, from few of them up to the settings' share.
+
+    All rows count: they choose the units together. ``size`` of the curve is the number of units.
+    """
+    _, count, _ = pattern.layout(weight.shape[1])
+    most = round(settings.resolved_sparsity * count)
+    numbers = sorted({max(1, most * step // UNIT_STEPS) for step in range(1, UNIT_STEPS + 1)})
+    errors = []
+    for number in numbers:
+        pruned = prune_layer(weight, inputs, replace(settings, sparsity=number / count), name=name)
+        if pruned.error_after_compensation is None:
+            return None
+        errors.append(pruned.error_after_compensation)
+    return Curve(count, tuple(number / count for number in numbers), tuple(errors))
 
 
 def _around(sparsity: float, most: float) -> tuple[float, ...]:
@@ -192,14 +218,14 @@ def _gains(context: BlockContext, probes: dict[LinearLayer, _Probe]) -> dict[str
         for layer in layers:
             weight = layer.oriented(held[layer.weight_name].detach())
             removed = _probe(weight.to(probes[layer].norms.dtype), probes[layer].norms, _sparsity(context, layer))
-            context.place(layer.weight_name, layer.oriented(weight.masked_fill(removed, 0.0)).contiguous())
+            context.assign(layer.weight_name, layer.oriented(weight.masked_fill(removed, 0.0)).contiguous())
         changed = [
             _relative_change(context.forward(hidden, first), before)
             for (first, hidden), before in zip(_first_sequences(context, count), outputs, strict=True)
         ]
         for name, value in held.items():
-            context.place(name, value.detach())
-        effect = _mean(context, changed)
+            context.assign(name, value.detach())
+        effect = token_mean(context, changed)
         tokens = sum(probes[layer].tokens for layer in layers)
         shares = {layer: probes[layer].tokens / tokens for layer in layers}
         own = sum(share * probes[layer].error for layer, share in shares.items())
@@ -232,7 +258,7 @@ def _relative_change(after: Tensor, before: Tensor) -> Tensor:
     return (change / norm)[norm > 0].cpu()
 
 
-def _mean(context: BlockContext, values: Sequence[Tensor]) -> float:
+def token_mean(context: BlockContext, values: Sequence[Tensor]) -> float:
     """Return the mean over the tokens of all processes, the same bits on each."""
     every = torch.cat([torch.zeros(0, dtype=torch.float64), *values])
     sums = torch.tensor([round(float(every.sum()) * _FIXED), every.numel()], dtype=torch.int64)

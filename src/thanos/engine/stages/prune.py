@@ -31,6 +31,7 @@ from thanos.engine.stages.prune_target import alpha_of, choose_target, is_open, 
 from thanos.events import Event
 from thanos.model.layers import LinearLayer
 from thanos.recipe import LayerRecipe
+from thanos.recipe.repair import AUTO
 from thanos.solvers.hessian import InputStatistics
 from thanos.solvers.prune_layer import prune_layer
 
@@ -68,7 +69,7 @@ class PruneStage:
                 groups = yield from self._gather(context, plan, part)
             yield from self._solve(context, plan, part, groups, held)
         for name, weight in (held or {}).items():
-            context.place(name, weight)
+            context.assign(name, weight)
 
     def _gather(
         self, context: BlockContext, plan: Plan, layers: list[LinearLayer]
@@ -131,8 +132,7 @@ class PruneStage:
                 known = {id(group): _statistics(group) for group in groups}
                 choice = choose_target(context, groups, known)
                 context.add_choice(opened, choice.errors)
-            assert context.block_meter is not None
-            for line in context.block_meter.take_notes():
+            for line in context.block_meter.take_notes() if context.block_meter else ():
                 yield context.note(line, "choose")
         done = 0
         yield context.event("phase", "solve", total=len(layers))
@@ -250,6 +250,8 @@ def _prune_layer(
     measured = 0 if group.gram is None else group.gram.tokens
     record = layer_record(layer, pruned, inputs, settings, stored.dtype, group.tokens, measured, seconds)
     record = replace(record, dense_target=alpha)
+    if context.index is None and choice is not None and settings.repair.dense_target == AUTO:
+        record = replace(record, choice={f"{candidate:g}": error for candidate, error in choice.errors.items()})
     if held is None:
         context.put(name, result)
     else:

@@ -10,7 +10,6 @@ from thanos.engine.block_flow import levels, residual_streams
 from thanos.engine.routing import Routing
 from thanos.engine.stages.base import BlockContext
 from thanos.model.layers import LinearLayer
-from thanos.recipe import LayerRecipe
 from thanos.recipe.repair import AUTO
 
 Step = list[list[LinearLayer]]
@@ -59,12 +58,18 @@ def plan_of(context: BlockContext) -> Plan:
     layers = list(context.layers)
     samples, _ = context.runner.shape
     if context.index is None:
-        targeted = {layer.name for layer in layers if has_target_after_blocks(context.layers[layer])}
-        return Plan([[[layer]] for layer in layers], pairable=targeted, samples=samples)
+        targeted = [layer for layer in layers if context.layers[layer].repair.retargets]
+        return Plan(
+            [[[layer]] for layer in layers],
+            pairable={layer.name for layer in targeted},
+            chosen=_chosen(context, targeted),
+            samples=samples,
+            rest=samples - len(context.held_out),
+        )
     targeted = [layer for layer in layers if context.layers[layer].repair.retargets]
     routing = Routing(context.module)
     pairable = {layer.name for layer in targeted if routing.covers(layer)}
-    chosen = {layer.name for layer in targeted if context.layers[layer].repair.dense_target == AUTO} & pairable
+    chosen = _chosen(context, targeted) & pairable
     steps = [
         plan_passes(step, statistics_budget(context.device), matrices=_PAIRED_MATRICES if pairable else 1)
         for step in _steps(context, layers)
@@ -72,9 +77,8 @@ def plan_of(context: BlockContext) -> Plan:
     return Plan(steps, _streams(context, targeted), pairable, chosen, samples, samples - len(context.held_out))
 
 
-def has_target_after_blocks(settings: LayerRecipe) -> bool:
-    """Return whether a layer after the blocks has a dense target. ``auto`` does not count: it needs the error of a block."""
-    return settings.repair.retargets and settings.repair.dense_target != AUTO
+def _chosen(context: BlockContext, targeted: Sequence[LinearLayer]) -> set[str]:
+    return {layer.name for layer in targeted if context.layers[layer].repair.dense_target == AUTO}
 
 
 def _steps(context: BlockContext, layers: list[LinearLayer]) -> list[list[LinearLayer]]:

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from thanos.calibration.statistics import InputGroup
 from thanos.engine.dense_choice import Choice, choose
+from thanos.engine.output_error import output_errors
 from thanos.engine.stages.base import BlockContext
 from thanos.model.layers import LinearLayer
-from thanos.recipe.repair import AUTO
+from thanos.recipe.repair import AUTO, DENSE_TARGETS
 from thanos.solvers.hessian import InputStatistics
 from thanos.solvers.retarget import DenseTarget
 from thanos.solvers.stand_in import StandIn, stand_in
@@ -25,7 +26,6 @@ def choose_target(
     context: BlockContext, groups: Sequence[InputGroup], known: Mapping[int, InputStatistics | None]
 ) -> Choice:
     """Choose one dense target for all layers of the groups whose target is to be chosen."""
-    assert context.block_meter is not None
     found: dict[LinearLayer, StandIn] = {}
     for group in groups:
         inputs = known[id(group)]
@@ -36,6 +36,11 @@ def choose_target(
                 found[layer] = stand_in(
                     stored, inputs, context.layers[layer], target, name=layer.name, row_shards=context.world
                 )
+    if context.index is None:
+        ((layer, one),) = found.items()  # after the blocks each layer is a step of its own
+        return Choice(output_errors(context, layer, one, DENSE_TARGETS))
+    meter = context.block_meter
+    assert meter is not None
 
     def stand_ins(alpha: float) -> dict[str, Tensor]:
         present = {layer: context.weights.parameter(layer.weight_name) for layer in found}
@@ -44,7 +49,7 @@ def choose_target(
             for layer, one in found.items()
         }
 
-    return choose(stand_ins, context.block_meter.error)
+    return choose(stand_ins, lambda values: meter.error(values, by_token=True))
 
 
 def target_of(layer: LinearLayer, group: InputGroup, alpha: float) -> DenseTarget | None:

@@ -1,8 +1,9 @@
 """Tuning of a pruned block with its zeros fixed; see :mod:`thanos.engine.tuning`.
 
-All parameters of the block are tuned: the weights that pruning kept, the weights of layers that were left dense, gains and
-biases. Not tuned are zeros of matrices, routers of a mixture of experts, parameters that another module shares, buffers, and
-the layers whose own ``tune`` is 0. Not tuned at all are models whose blocks leave values for later blocks (Gemma 4).
+Tuned are the weights that pruning kept, the biases of the pruned layers, and other parameters of the block, such as gains. Not
+tuned are zeros of matrices, linear layers that the recipe leaves dense (``skip``, ``targets``) or whose own ``tune`` is 0,
+routers of a mixture of experts, parameters that another module shares, and buffers. Not tuned at all are models whose blocks
+leave values for later blocks (Gemma 4).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from thanos.engine.tuning_passes import Work
 from thanos.engine.tuning_record import TuningRecord
 from thanos.events import Event
 from thanos.model.experts import router_parameters
+from thanos.model.layers import linear_names
 
 _SHARES = "the blocks of this model leave values for later blocks, which the batches of tuning would overwrite"
 
@@ -99,20 +101,32 @@ def epochs_of(context: BlockContext) -> int:
 
 def _on_device(context: BlockContext) -> bool:
     streams = (context.runner, context.dense_stream)
-    return any(stream is not None and stream.place == "device" for stream in streams)
+    return any(stream is not None and stream.tier == "device" for stream in streams)
 
 
 def tunables(context: BlockContext) -> list[Tunable]:
-    """Return the parameters of a block that are tuned, in the order of the checkpoint's names."""
+    """Return the parameters of a block that are tuned, in the order of the checkpoint's names.
+
+    A linear layer without settings here was left dense by the recipe. Nothing of it changes, its bias included. If units are
+    removed, the other layers lose their part of them at the end of the run. They were not left dense, and are tuned.
+    """
     assert context.index is not None, "what follows the blocks is no block"
-    fixed = {layer.weight_name for layer, settings in context.layers.items() if not settings.repair.tune}
-    fixed |= {f"{context.prefix}{name}" for name in router_parameters(context.module)}
+    tuned = {layer.name for layer, settings in context.layers.items() if settings.repair.tune}
+    cuts = any(settings.parsed_pattern.unit_kinds for settings in context.layers.values())
+    linear = {layer.name for layer in context.layers} if cuts else _linear(context)
+    untuned = linear - tuned
+    routers = {f"{context.prefix}{name}" for name in router_parameters(context.module)}
     weights, found = context.weights, []
     for name in context.parameter_names:
         value = weights.parameter(name)
-        if name not in fixed and weights.is_own(name) and value.is_floating_point():
+        fixed = name in routers or name.rpartition(".")[0] in untuned
+        if not fixed and weights.is_own(name) and value.is_floating_point():
             found.append(Tunable(name, value, weights.stored_dtype(name), sparse=value.dim() > 1))
     return found
+
+
+def _linear(context: BlockContext) -> set[str]:
+    return {f"{context.prefix}{name}" for name in linear_names(context.module)}
 
 
 def _work(context: BlockContext) -> Work:

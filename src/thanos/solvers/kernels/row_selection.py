@@ -71,9 +71,9 @@ if triton is not None:
             column = start + tile
             key = _row_keys(weight, norms, zeros, columns, column, HAS_ZEROS)
             equal = (key == found).to(tl.int32)
-            place = ties + tl.cumsum(equal, 0)
+            position = ties + tl.cumsum(equal, 0)
             ties += tl.sum(equal, 0)
-            chosen = ((key < found) | ((equal != 0) & (place <= missing))) & (wanted > 0)
+            chosen = ((key < found) | ((equal != 0) & (position <= missing))) & (wanted > 0)
             tl.store(mask + row * width + column, chosen.to(tl.int8), mask=column < width)
 
 

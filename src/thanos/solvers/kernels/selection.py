@@ -42,8 +42,8 @@ if triton is not None:
     ):  # fmt: skip
         """Return the ordered bits of a tile's scores, with the bits of −1 at ``zeros``, and the mask of entries that exist."""
         inside = (row < rows)[:, None] & (column < columns)[None, :]
-        place = row.to(tl.int64)[:, None] * weight_stride + column[None, :]
-        score = tl.load(weight + place, mask=inside, other=0.0) + 0.0  # −0 becomes 0
+        offset = row.to(tl.int64)[:, None] * weight_stride + column[None, :]
+        score = tl.load(weight + offset, mask=inside, other=0.0) + 0.0  # −0 becomes 0
         if HAS_NORMS:
             score = tl.abs(score) * tl.load(norms + column, mask=column < columns, other=0.0)[None, :]
         key = score.to(tl.int32, bitcast=True)
@@ -185,8 +185,8 @@ if triton is not None:
                 weight, norms, zeros, rows, columns, row, column, weight_stride, zeros_stride, HAS_NORMS, HAS_ZEROS
             )
             equal = (inside & (key == key_wanted)).to(tl.int64)
-            place = rank[:, None] + tl.cumsum(equal, 1)
-            chosen = (key < key_wanted) | ((equal != 0) & (place <= missing))
+            position = rank[:, None] + tl.cumsum(equal, 1)
+            chosen = (key < key_wanted) | ((equal != 0) & (position <= missing))
             chosen = chosen & (wanted_count > 0)
             rank += tl.sum(equal, 1)
             spot = row.to(tl.int64)[:, None] * columns + column[None, :]

@@ -87,7 +87,7 @@ if triton is not None:
         column = tl.arange(0, K)
         inside = (row < rows)[:, None] & (column < columns)[None, :]
         wide = row.to(tl.int64)[:, None]
-        place = wide * columns + column[None, :]
+        offset = wide * columns + column[None, :]
         support = tl.load(mask + wide * mask_stride + column[None, :], mask=inside, other=0) != 0
         unit = tl.load(scale + column, mask=column < columns, other=0.0)[None, :]
         w = tl.load(rhs + wide * rhs_stride + column[None, :], mask=inside, other=0.0) * unit
@@ -101,7 +101,7 @@ if triton is not None:
         step = 0
         going = tl.sum((squares > limit).to(tl.int32), 0)
         while going > 0:
-            tl.store(scratch + place, d, mask=inside)
+            tl.store(scratch + offset, d, mask=inside)
             tl.debug_barrier()
             image = _product(scratch, gram, row, column, rows, columns, BR, K, BK)
             tl.debug_barrier()
@@ -117,14 +117,14 @@ if triton is not None:
             squares = new
             step += 1
             going = tl.where(step < steps, tl.sum((squares > limit).to(tl.int32), 0), 0)
-        tl.store(scratch + place, x, mask=inside)
+        tl.store(scratch + offset, x, mask=inside)
         tl.debug_barrier()
         image = _product(scratch, gram, row, column, rows, columns, BR, K, BK)
         rest = tl.where(support, image, 0.0) - w
         bound = backward * (tl.sqrt(size) + tl.load(norm) * tl.sqrt(tl.sum(x * x, 1)))
         good = (squares <= limit) & (tl.sum(rest * rest, 1) <= bound * bound)  # NaN is not good
         tl.store(failed + row, (~good).to(tl.int8), mask=row < rows)
-        tl.store(solution + place, x * unit, mask=inside)
+        tl.store(solution + offset, x * unit, mask=inside)
 
     @triton.jit
     def _gradient_step_kernel(
@@ -133,19 +133,19 @@ if triton is not None:
         row = tl.program_id(0) * BR + tl.arange(0, BR)
         column = tl.arange(0, BC)
         inside = (row < rows)[:, None] & (column < columns)[None, :]
-        place = row.to(tl.int64)[:, None] * columns + column[None, :]
-        d = tl.load(direction + place, mask=inside, other=0.0)
-        support = tl.load(mask + place, mask=inside, other=0) != 0
-        a = tl.where(support, tl.load(image + place, mask=inside, other=0.0), 0.0)
+        offset = row.to(tl.int64)[:, None] * columns + column[None, :]
+        d = tl.load(direction + offset, mask=inside, other=0.0)
+        support = tl.load(mask + offset, mask=inside, other=0) != 0
+        a = tl.where(support, tl.load(image + offset, mask=inside, other=0.0), 0.0)
         old = tl.load(squares + row, mask=row < rows, other=0.0)
         curvature = tl.sum(d * a, 1)
         alpha = tl.where(curvature > 0, old / tl.where(curvature > 0, curvature, 1.0), 0.0)
-        tl.store(solution + place, tl.load(solution + place, mask=inside) + alpha[:, None] * d, mask=inside)
-        r = tl.load(residual + place, mask=inside, other=0.0) - alpha[:, None] * a
-        tl.store(residual + place, r, mask=inside)
+        tl.store(solution + offset, tl.load(solution + offset, mask=inside) + alpha[:, None] * d, mask=inside)
+        r = tl.load(residual + offset, mask=inside, other=0.0) - alpha[:, None] * a
+        tl.store(residual + offset, r, mask=inside)
         new = tl.sum(r * r, 1)
         beta = tl.where(old > 0, new / tl.where(old > 0, old, 1.0), 0.0)
-        tl.store(direction + place, r + beta[:, None] * d, mask=inside)
+        tl.store(direction + offset, r + beta[:, None] * d, mask=inside)
         tl.store(squares + row, new, mask=row < rows)
 
     @triton.jit

@@ -2,7 +2,8 @@
 
 The matrix is pruned one block of columns at a time, from left to right. In a block, each row loses a set of entries, and the
 row's weights from the block's first column on are updated by equation (A) of docs/math.md. The columns pattern instead removes
-whole columns from all rows in one step, by equation (B).
+whole columns from all rows in one step, by equation (B). Whole units, neurons or heads, go in several such steps, each by its
+exact loss (:mod:`thanos.solvers.unit_removal`).
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ from thanos.solvers.cost import Cost, Size, block_update, scoring
 from thanos.solvers.masked_cg import RowSolver
 from thanos.solvers.masking import clear_
 from thanos.solvers.problem import Problem, Solution
+from thanos.solvers.unit_removal import remove_units
 
 
 def thanos(problem: Problem) -> Solution:
-    """Prune by the paper's Algorithm 1 (unstructured), 8 (n:m) or 2 (columns).
+    """Prune by the paper's Algorithm 1 (unstructured), 8 (n:m) or 2 (columns); whole units by greedy removal.
 
     Other patterns choose the whole mask before the first block.
     """
+    if problem.pattern.unit_kinds:
+        return remove_units(problem)
     if problem.pattern.whole_columns:
         return _columns(problem)
     # Assume that every row converges, so that no block waits for the host; if one did not, solve all blocks again.

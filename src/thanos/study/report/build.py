@@ -105,14 +105,14 @@ def write_report(folder: str | Path, on_event: Callable[[Event], None] | None = 
         raise ResourceError(f"{error.filename or path.parent} cannot be written: {error.strerror}") from error
 
 
-def _write(report: Report, out: Path, tell: Callable[[Event], None]) -> Report:
+def _write(report: Report, out: Path, emit: Callable[[Event], None]) -> Report:
     pictures: dict[str, str] = {}
     figures = _emptied(out / "figures", {f"{f.name}.{ending}" for f in report.figures for ending in ("svg", "png")})
     for done, figure in enumerate(report.figures, 1):
         pictures[figure.name], png = draw(figure)
         write_atomically(figures / f"{figure.name}.svg", pictures[figure.name].encode())
         write_atomically(figures / f"{figure.name}.png", png)
-        tell(Event(kind="progress", phase="draw", done=done, total=len(report.figures)))
+        emit(Event(kind="progress", phase="draw", done=done, total=len(report.figures)))
     tables = _emptied(out / "tables", {f"{t.name}.{ending}" for t in report.tables for ending in WRITERS})
     for table in report.tables:
         for ending, writer in WRITERS.items():

@@ -88,11 +88,11 @@ class Row:
     def order(self) -> tuple[Any, ...]:
         """The sort key of rows."""
         methods = ("dense", *registry.method_names())
-        place = methods.index(self.method) if self.method in methods else len(methods)
+        position = methods.index(self.method) if self.method in methods else len(methods)
         return (
             *pattern_order(self.pattern),
             self.sparsity,
-            place,
+            position,
             self.method,
             self.alpha,
             self.keep_budget,

@@ -172,10 +172,10 @@ def to_csv(table: Table) -> str:
     for index, row in enumerate(table.rows):
         band = table.bands.get(index, band)
         line = [band] if table.bands else []
-        for place, cell in enumerate(row):
-            unknown = cell.number is None and cell.text == UNKNOWN and not table.columns[place].is_text
+        for position, cell in enumerate(row):
+            unknown = cell.number is None and cell.text == UNKNOWN and not table.columns[position].is_text
             line.append("" if unknown else cell.shown if cell.number is None else repr(cell.number.value))
-            if place in spreads:
+            if position in spreads:
                 line.append("" if cell.spread is None else repr(cell.spread.value))
         writer.writerow(line)
     return out.getvalue()

@@ -24,27 +24,27 @@ if TYPE_CHECKING:
 
 def draw_dots(canvas: Any, axes: Axes, chart: Chart) -> None:
     """Draw a dot plot: a line for each point, grouped by series, with the label to the left and the number to the right."""
-    others, place, log = other_methods(chart), 0.0, chart.scale("y") == "log"
+    others, height, log = other_methods(chart), 0.0, chart.scale("y") == "log"
     ticks: list[tuple[float, str, str, str]] = []
     numbers: list[tuple[float, str]] = []
     axes.set_xscale("log" if log else "linear")
     for series in chart.series:
-        ticks.append((place, series.label, INK, "bold"))
+        ticks.append((height, series.label, INK, "bold"))
         for point in series.points:
-            place += 1.0
+            height += 1.0
             look, spread = look_of(point.style or series.style, others), point.spread
-            axes.plot([point.y.scaled], [place], **look, zorder=3)
+            axes.plot([point.y.scaled], [height], **look, zorder=3)
             if spread is not None:
                 bar = {"color": look["color"], "elinewidth": 1, "capsize": 2, "zorder": 2}
-                axes.errorbar(point.y.scaled, place, xerr=spread.scaled, **bar)
-            numbers.append((place, point.y.text))
-            ticks.append((place, point.label, look["color"], "normal"))
-        place += 1.1
+                axes.errorbar(point.y.scaled, height, xerr=spread.scaled, **bar)
+            numbers.append((height, point.y.text))
+            ticks.append((height, point.label, look["color"], "normal"))
+        height += 1.1
     axes.set_yticks([tick[0] for tick in ticks], [tick[1] for tick in ticks])
     for label, (_, _, color, weight) in zip(axes.get_yticklabels(), ticks, strict=True):
         label.set_color(color)
         label.set_fontweight(weight)
-    axes.set_ylim(place - 0.4, -0.7)
+    axes.set_ylim(height - 0.4, -0.7)
     right = axes.secondary_yaxis("right")
     right.set_yticks(*zip(*numbers, strict=True))
     right.tick_params(length=0, labelcolor=INK)

@@ -40,14 +40,14 @@ def draw_plane(canvas: Any, axes: Axes, chart: Chart) -> None:
     others, handles, rows = other_methods(chart), [], 0
     seen: Counter[str] = Counter()
     _scales(axes, chart)
-    for series, places in zip(chart.series, _side_by_side(chart), strict=True):
+    for series, positions in zip(chart.series, _side_by_side(chart), strict=True):
         look = look_of(series.style, others, seen[series.style])
         seen[series.style] += 1
         line = {"color": look["color"], "linestyle": _DASHES[series.variant % len(_DASHES)]}
-        points = list(zip(places, series.points, strict=True))
+        points = list(zip(positions, series.points, strict=True))
         above = [(x, point) for x, point in points if chart.is_above(point)]
         if chart.kind == "lines":
-            axes.plot(places, [point.y.scaled for point in series.points], **line, zorder=2)
+            axes.plot(positions, [point.y.scaled for point in series.points], **line, zorder=2)
         for x, point in points:
             if not chart.is_above(point):
                 axes.plot([x], [point.y.scaled], **look, clip_on=False, zorder=4)
@@ -74,14 +74,16 @@ def draw_plane(canvas: Any, axes: Axes, chart: Chart) -> None:
 
 def _side_by_side(chart: Chart) -> list[list[float]]:
     """Return the x at which each series' points are drawn. Lines are shifted, so that points of equal x do not overlap."""
-    places = [[point.x.scaled for point in series.points] for series in chart.series]
-    every = [x for each in places for x in each]
-    if chart.kind != "lines" or len(places) < 2 or min(every) == max(every):
-        return places
+    positions = [[point.x.scaled for point in series.points] for series in chart.series]
+    every = [x for each in positions for x in each]
+    if chart.kind != "lines" or len(positions) < 2 or min(every) == max(every):
+        return positions
     log = chart.scale("x") != "linear"  # a shift on a logarithmic axis is a factor
     span = math.log(max(every) / min(every)) if log else max(every) - min(every)
-    steps = [_SIDE_STEP * span * (index - (len(places) - 1) / 2) for index in range(len(places))]
-    return [[x * math.exp(step) if log else x + step for x in each] for each, step in zip(places, steps, strict=True)]
+    steps = [_SIDE_STEP * span * (index - (len(positions) - 1) / 2) for index in range(len(positions))]
+    return [
+        [x * math.exp(step) if log else x + step for x in each] for each, step in zip(positions, steps, strict=True)
+    ]
 
 
 def _bar(axes: Axes, x: float, point: Point, color: str) -> None:
@@ -94,11 +96,11 @@ def _row_above(canvas: Any, axes: Axes, row: int, points: list[tuple[float, Poin
     """Draw the markers of one series above the ceiling, in a row of their own. Marked points have a ring, as in the plane."""
     from matplotlib.transforms import ScaledTranslation
 
-    place = axes.get_xaxis_transform() + ScaledTranslation(0, (row - 0.3) * _ROW / 72, canvas.dpi_scale_trans)
+    transform = axes.get_xaxis_transform() + ScaledTranslation(0, (row - 0.3) * _ROW / 72, canvas.dpi_scale_trans)
     for x, point in points:
-        axes.plot([x], [1], **look, transform=place, clip_on=False)
+        axes.plot([x], [1], **look, transform=transform, clip_on=False)
         if point.marked:
-            axes.plot([x], [1], **_RING, transform=place, clip_on=False)
+            axes.plot([x], [1], **_RING, transform=transform, clip_on=False)
 
 
 def _scales(axes: Axes, chart: Chart) -> None:

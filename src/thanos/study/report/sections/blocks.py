@@ -143,11 +143,11 @@ def _table(found: dict[str, list[Row]], whole: list[Row], *, cost_only: bool) ->
 
 def _chart(found: list[tuple[str, list[Row]]], field: str, name: str, label: str) -> Chart:
     series = []
-    for place, (pattern, rows) in enumerate(found):
+    for index, (pattern, rows) in enumerate(found):
         drawn = points(rows, "block_size", field, Row.noise)
         if drawn:
             name_of, style = (pattern, pattern) if len(found) > 1 else ("Thanos", "thanos")
-            series.append(Series(name_of, style, drawn, place))
+            series.append(Series(name_of, style, drawn, index))
     title = {"perplexity": "Perplexity", "layer_error": "Layer error", "seconds": "Pruning time"}[field]
     return Chart(
         "lines",

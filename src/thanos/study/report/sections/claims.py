@@ -112,8 +112,8 @@ def _gap_grows(results: Results) -> Claim:
         return Claim(claim, _WORDS[""], ())
     claim += f", over {counted([percent(own.sparsity) for own, _ in pairs], 'sparsity', 'sparsities')}"
     steps = [
-        _beyond(later.value - earlier.value, [_value(larger_noise(*pairs[place], *pairs[place + 1]))])
-        for place, (earlier, later) in enumerate(pairwise(gaps))
+        _beyond(later.value - earlier.value, [_value(larger_noise(*pairs[index], *pairs[index + 1]))])
+        for index, (earlier, later) in enumerate(pairwise(gaps))
     ]
     parts: list[str | Number] = []
     for (own, _), gap in zip(pairs, gaps, strict=True):

@@ -52,21 +52,21 @@ def where(results: Results) -> Section:
 
 
 def _map(row: Row, record: CellRecord, kind: str) -> HeatMap | None:
-    places: dict[tuple[int, str], Number] = {}
+    numbers: dict[tuple[int, str], Number] = {}
     for layer in record.layers:
         value = setting(record, f"{kind}:{layer['name']}")
-        place = (layer["block"], layer["name"].rsplit(".", 1)[-1])
+        key = (layer["block"], layer["name"].rsplit(".", 1)[-1])
         # Several layers of one kind in a block are experts: the map shows the worst of them.
         if (
             layer["block"] is not None
             and value is not None
-            and (place not in places or value.value > places[place].value)
+            and (key not in numbers or value.value > numbers[key].value)
         ):
-            places[place] = value
-    if not places:
+            numbers[key] = value
+    if not numbers:
         return None
-    kinds = list(dict.fromkeys(name for _, name in places))
-    blocks = sorted({block for block, _ in places})
+    kinds = list(dict.fromkeys(name for _, name in numbers))
+    blocks = sorted({block for block, _ in numbers})
     label, title = _MAPS[kind]
     return HeatMap(
         f"where_{file_name(row.pattern)}_{'error' if kind == 'error' else 'sparsity'}",
@@ -74,7 +74,7 @@ def _map(row: Row, record: CellRecord, kind: str) -> HeatMap | None:
         label,
         tuple(kinds),
         tuple(str(block) for block in blocks),
-        tuple(tuple(places.get((block, name)) for name in kinds) for block in blocks),
+        tuple(tuple(numbers.get((block, name)) for name in kinds) for block in blocks),
     )
 
 
@@ -87,8 +87,8 @@ def _ends(found: HeatMap) -> tuple[Number, Number]:
 def _evenly(even: list[tuple[str, Number, Number]]) -> Prose:
     """Return a sentence with the sparsities of layers that differ too little for a map."""
     words: list[str | Number] = [f"The layers' measured sparsities differ by less than {100 * GROUP_WIDTH:g} points:"]
-    for place, (label, low, high) in enumerate(even):
-        words += [f"{';' if place else ''} {label} from ", low, " to ", high, " %"]
+    for index, (label, low, high) in enumerate(even):
+        words += [f"{';' if index else ''} {label} from ", low, " to ", high, " %"]
     return (*words, ".")
 
 

@@ -1,0 +1,121 @@
+"""Fill the tables of a results page from the lines that repair.py wrote.
+
+    python benchmarks/repair_page.py docs/results/repair.md [--check]
+
+A table stands between ``<!-- table FILE: NAME NAME … -->`` and ``<!-- end -->``: one row for each named line of FILE, a path
+relative to the page. ``NAME*`` stands for the lines that begin so, in the order of the file. Below the table stand the commit,
+the hardware, the versions, the date and the command of its lines. ``--check`` writes nothing, and fails if the page differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+TABLE = re.compile(r"(<!-- table (\S+): ([^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+Row = dict[str, Any]
+
+
+def main() -> int:
+    """Write the page, or compare it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("page", type=Path)
+    parser.add_argument("--check", action="store_true")
+    arguments = parser.parse_args()
+    before = arguments.page.read_text(encoding="utf-8")
+    after = filled(before, arguments.page.parent)
+    if arguments.check:
+        return int(before != after)
+    arguments.page.write_text(after, encoding="utf-8")
+    return 0
+
+
+def filled(page: str, folder: Path) -> str:
+    """Return the page with its tables made anew."""
+
+    def table(match: re.Match[str]) -> str:
+        head, file, names, end = match.groups()
+        return f"{head}{markdown(chosen(read(folder / file), names.split()))}{end}"
+
+    return TABLE.sub(table, page)
+
+
+def read(path: Path) -> list[Row]:
+    """Return the lines of a results file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def chosen(rows: list[Row], names: list[str]) -> list[Row]:
+    """Return the rows with these names, in the order of the names.
+
+    Raises:
+        KeyError: no line has a name.
+    """
+    found: list[Row] = []
+    for name in names:
+        of_name = [row for row in rows if fnmatchcase(row["name"], name) and row not in found]
+        if not of_name:
+            raise KeyError(f"no line is called {name}; there are {', '.join(row['name'] for row in rows)}")
+        found += of_name
+    return found
+
+
+def markdown(rows: list[Row]) -> str:
+    """Return the table of some rows and the lines below it. A column without any value is left out."""
+    columns: dict[str, Callable[[Row], str]] = {
+        "": lambda row: row["name"],
+        "settings": lambda row: words(row.get("recipe", {})),
+        "recovery": lambda row: words(row["recover"]) or "default" if "recover" in row else "",
+        "perplexity": lambda row: f"{row['perplexity']:.2f}" if "perplexity" in row else "failed",
+        "zero-shot, %": zero_shot,
+        "seconds": lambda row: f"{row['seconds']:.0f}" if "seconds" in row else "",
+        "of them training": lambda row: training(row),
+        "peak device GiB": lambda row: (
+            f"{row['peak_device_bytes'] / 2**30:.1f}" if row.get("peak_device_bytes") else ""
+        ),
+    }
+    cells = {title: [column(row) for row in rows] for title, column in columns.items()}
+    shown = {title: values for title, values in cells.items() if any(values)}
+    lines = ["| " + " | ".join(shown) + " |", "|" + "---|" * len(shown)]
+    lines += ["| " + " | ".join(values) + " |" for values in zip(*shown.values(), strict=True)]
+    return "\n".join([*lines, "", *origins(rows), ""])
+
+
+def words(settings: dict[str, Any]) -> str:
+    """Return settings in one line."""
+    return ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None)
+
+
+def zero_shot(row: Row) -> str:
+    """Return the average zero-shot accuracy with its standard error, in percent."""
+    average = row.get("zero_shot", {}).get("average")
+    return f"{100 * average['acc']:.1f} ± {100 * average['acc_stderr']:.1f}" if average else ""
+
+
+def training(row: Row) -> str:
+    """Return the seconds of the phases that train."""
+    phases = row.get("phases", {})
+    seconds = sum(phases.get(name, 0) for name in ("tune", "train"))
+    return f"{seconds:.0f}" if seconds else ""
+
+
+def origins(rows: list[Row]) -> list[str]:
+    """Return what the lines name besides their numbers, each combination once."""
+    found: dict[str, None] = {}
+    for row in rows:
+        if "command" not in row:
+            raise KeyError(f"the line {row['name']} does not name its command")
+        versions = f"torch {row['torch']}, transformers {row['transformers']}"
+        found[f"`{row['command']}` at {row['commit']}, {row['hardware']}, {versions}, {row['date']}"] = None
+    return [f"<sub>{origin}</sub>" for origin in found]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,39 @@
+"""The heads pattern: whole attention heads go, and the model becomes smaller."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+from thanos.errors import RecipeError
+from thanos.patterns.units import HEADS, Units
+
+
+@dataclass(frozen=True, slots=True)
+class Heads(Units):
+    """Input columns of the attention's output matrix are removed, those of whole heads.
+
+    The text ``heads:N`` is the pattern of a matrix whose columns belong to N heads one after the other, and ``heads:G*N`` that
+    of G groups of N heads of which the same go from every group. A recipe says ``heads``; a run takes the numbers from the
+    model.
+    """
+
+    kind: ClassVar[str] = HEADS
+    unit_kinds: ClassVar[tuple[str, ...]] = (HEADS,)
+
+    @classmethod
+    def parse(cls, text: str) -> Self | None:
+        """Return the pattern for the text ``heads``, with numbers or without, else None."""
+        found = re.fullmatch(r"heads(?::(?:([1-9]\d*)\*)?([1-9]\d*))?", text)
+        return None if found is None else cls(count=int(found[2] or 0), groups=int(found[1] or 1))
+
+    def check_width(self, columns: int) -> None:
+        """Refuse a pattern without the number of heads, and columns that the heads do not fill evenly."""
+        if not self.count:
+            raise RecipeError("pattern heads needs the number of heads of a single matrix, such as heads:9")
+        Units.check_width(self, columns)
+
+    def __str__(self) -> str:
+        groups = f"{self.groups}*" if self.groups > 1 else ""
+        return f"heads:{groups}{self.count}" if self.count else "heads"

@@ -1,0 +1,49 @@
+"""The width pattern: neurons and heads go, in the proportion of the least predicted error, and the model becomes smaller."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Self
+
+from thanos.errors import RecipeError
+from thanos.patterns.heads import Heads
+from thanos.patterns.neurons import Neurons
+from thanos.patterns.units import HEADS, NEURONS, ModelUnits, Units
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from thanos.patterns.base import Choice
+
+_OF_KIND: dict[str, type[Units]] = {NEURONS: Neurons, HEADS: Heads}
+
+
+@dataclass(frozen=True, slots=True)
+class Width(ModelUnits):
+    """Neurons and heads are removed; the sparsity is the share of the parameters of the blocks.
+
+    A run chooses one split for the whole model, and every layer gets the pattern of its own units.
+    """
+
+    unit_kinds: ClassVar[tuple[str, ...]] = (NEURONS, HEADS)
+
+    @classmethod
+    def parse(cls, text: str) -> Self | None:
+        """Return the pattern for the text ``width``, else None."""
+        return cls() if text == "width" else None
+
+    def __str__(self) -> str:
+        return "width"
+
+    def of_writer(self, kind: str, count: int, groups: int) -> Units:
+        """Return the pattern of the writer's own units."""
+        return _OF_KIND[kind]().of_writer(kind, count, groups)
+
+    def check_width(self, columns: int) -> None:
+        """Refuse a single matrix: it has neurons or heads."""
+        del columns
+        raise RecipeError("pattern width is for a whole model; for a single matrix give neurons, or heads:N")
+
+    def mask(self, choice: Choice, scores: Tensor, *, by_row: bool = False) -> Tensor:
+        """See :meth:`check_width`, which refuses every matrix before."""
+        raise NotImplementedError

@@ -1,0 +1,84 @@
+"""The settings of patterns that remove whole units of a model, and what such a pattern does not allow."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from thanos.errors import RecipeError
+from thanos.patterns.base import Pattern
+from thanos.patterns.units import HEADS, NEURONS, Units
+from thanos.registry import parse_pattern
+from thanos.system.suggestions import near, near_whole
+
+if TYPE_CHECKING:
+    from thanos.recipe import Recipe
+
+HEAD_UNITS = ("group", "query")
+"""What goes together with grouped-query attention: a key-value head with its query heads, or one query head of every group."""
+
+_FIXED = ("pattern", "sparsity")
+"""Settings that are the same for all layers, so that the model has one size in all blocks."""
+
+
+def check_outlier_rows(pattern: Pattern, outlier_rows: float) -> None:
+    """Refuse outlier rows for a pattern that removes units.
+
+    Raises:
+        RecipeError: a row that stays dense needs the units that go.
+    """
+    if pattern.unit_kinds and outlier_rows > 0:
+        raise RecipeError(
+            f"outlier_rows {outlier_rows:g} is impossible with pattern {pattern}: a row that stays dense would need the units "
+            "that go; leave outlier_rows out"
+        )
+
+
+def check_units(recipe: Recipe) -> None:
+    """Check a recipe's ``multiple_of`` and ``head_unit``, and what its pattern of units excludes.
+
+    Raises:
+        RecipeError: a value is outside its range, or a setting contradicts the pattern.
+    """
+    pattern = recipe.parsed_pattern
+    _check_values(recipe, pattern)
+    for override in recipe.overrides:
+        other = override.settings.get("pattern")
+        if other is not None and not pattern.unit_kinds and parse_pattern(other).unit_kinds:
+            raise RecipeError(
+                f"the override of {override.match!r} has pattern {other}, which removes units from all blocks alike; make it "
+                "the recipe's own pattern"
+            )
+    if not pattern.unit_kinds:
+        return
+    if isinstance(pattern, Units) and pattern.count:
+        raise RecipeError(f"pattern {pattern} is for a single matrix; for a model give {pattern.kind}, without numbers")
+    if not recipe.resolved_sparsity > 0:
+        raise RecipeError(f"sparsity 0 with pattern {pattern} removes nothing; give a share above 0")
+    for name in ("targets", "skip"):
+        if getattr(recipe, name):
+            raise RecipeError(
+                f"{name} contradicts pattern {pattern}, which chooses its layers itself and takes as much from every block; "
+                f"leave {name} out"
+            )
+    for override in recipe.overrides:
+        fixed = [name for name in _FIXED if name in override.settings]
+        if override.skip or fixed:
+            raise RecipeError(
+                f"the override of {override.match!r} sets {'skip' if override.skip else fixed[0]}, but pattern {pattern} takes "
+                "as much from every block; leave it out"
+            )
+
+
+def _check_values(recipe: Recipe, pattern: Pattern) -> None:
+    multiple, unit = recipe.multiple_of, recipe.head_unit
+    if multiple is not None and (isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1):
+        raise RecipeError(f"multiple_of must be a whole number, at least 1; got {multiple!r}{near_whole(multiple)}")
+    if unit is not None and unit not in HEAD_UNITS:
+        raise RecipeError(f"head_unit must be {' or '.join(HEAD_UNITS)}; got {unit!r}{near(str(unit), HEAD_UNITS)}")
+    _check_use("multiple_of", multiple, pattern, {NEURONS, HEADS})
+    _check_use("head_unit", unit, pattern, {HEADS})
+
+
+def _check_use(name: str, value: Any, pattern: Pattern, kinds: set[str]) -> None:
+    if value is not None and not kinds & {*pattern.unit_kinds}:
+        raise RecipeError(f"{name} has no meaning for pattern {pattern}, which removes no such units; leave {name} out")

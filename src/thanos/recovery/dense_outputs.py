@@ -1,0 +1,63 @@
+"""The outputs of the dense model's decoder for all sequences, computed once, before the training.
+
+The dense model and the sequences stay the same over all epochs. So its decoder runs once over each sequence, and its weights
+are freed before gradients and the optimizer's state take their place. Its head still runs in each pass, so the logits of all
+tokens are never in memory.
+
+On a CPU each sequence runs alone. So its outputs have the same bits in a resumed run, whatever ran before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from thanos.engine.distributed import World
+from thanos.recovery.distance import Distillation
+from thanos.solvers.row_shards import row_range
+
+SPARE_BYTES = {"cpu": 1 << 30, "cuda": 4 << 30}
+"""Bytes that the outputs may take besides those of the decoder's weights, which they replace; by type of device."""
+
+
+def keep_outputs(
+    module: Distillation, ids: Tensor, size: int, device: torch.device, world: World, tell: Callable[[int], None]
+) -> bool:
+    """Compute the outputs, let the module use them, and free the dense decoder.
+
+    If they need more memory than the decoder and :data:`SPARE_BYTES`, nothing happens: the decoder then runs in each pass. The
+    decision depends on the sizes alone, not on the memory that is free, so a resumed run makes the same one.
+
+    Args:
+        module: the student with its loss.
+        ids: token ids of all sequences, (n, T), on the CPU.
+        size: sequences of a pass.
+        device: device of the training.
+        world: the processes; each computes its own share, and gets those of the others.
+        tell: function that is called with the number of this process's finished sequences.
+
+    Returns:
+        Whether the outputs are kept.
+    """
+    cuda = device.type == "cuda"
+    share, batch = row_range(len(ids), world.rank, world.size), size if cuda else 1
+    kept: Tensor | None = None
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=cuda):
+        for first in range(share.start, max(share.stop, share.start + 1), batch):
+            rows = ids[first : min(first + batch, share.stop)] if len(share) else ids[:1]
+            hidden = module.teacher.hidden(rows.to(device)).view(*rows.shape, -1)
+            # Autocast rounds what enters the head to bfloat16 in any case.
+            hidden = hidden.to(torch.bfloat16) if cuda else hidden
+            if kept is None:
+                if len(ids) * hidden[0].nbytes > module.teacher.decoder_bytes + SPARE_BYTES[device.type]:
+                    return False
+                kept = hidden.new_empty(len(share), *hidden.shape[1:])
+            if len(share):
+                kept[first - share.start : first - share.start + len(rows)] = hidden
+                tell(first - share.start + len(rows))
+    assert kept is not None
+    module.outputs = world.gather(kept, len(ids))
+    module.teacher.release_decoder()
+    return True

@@ -1,0 +1,149 @@
+"""The callbacks of a training around its steps: masks, losses, events, the guard, and the marks of checkpoints.
+
+Import this module only after :func:`~thanos.recovery.setup.require_trainer`: the Trainer needs accelerate.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import TrainerCallback
+
+from thanos.errors import NumericsError
+from thanos.events import Event
+from thanos.recovery.guard import HELD_OUT
+
+if TYPE_CHECKING:
+    from thanos.recovery.trainer import Training
+
+PREFIX = "student."
+"""Prefix of the pruned model's parameter names in the trained module."""
+
+CHECKPOINT_SECONDS = 60.0
+"""Least time between two checkpoints, in seconds; they are written at the end of an epoch. An epoch of a small model takes less
+time than its checkpoint, so a checkpoint after each would take most of the run."""
+
+READ_SECONDS = 0.5
+"""Seconds between two readings of the losses on CUDA."""
+
+
+class Watch(TrainerCallback):
+    """The callbacks around a step of one training.
+
+    Attributes:
+        ended: why the training ended early; empty if it did not.
+    """
+
+    def __init__(self, training: Training) -> None:
+        self._training = training
+        self.trainer: Any = None
+        self.ended = ""
+        self._loss: Any = 0.0
+        self._unread: list[Tensor] = []
+        self._read = self._saved = time.monotonic()
+        self._epoch_loss, self._resumed = 0.0, 0
+        self._masked: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, loss: Tensor) -> None:
+        """Add the loss of a micro-batch, already divided by the number of micro-batches in a step."""
+        self._loss = self._loss + loss.detach().double()
+
+    @torch.no_grad()
+    def mask_gradients(self) -> None:
+        """Set the gradients of removed weights to zero.
+
+        It happens before the norm is clipped, so they contribute neither to it nor to AdamW's moments. AdamW's step of a weight
+        whose gradients were all zero is exactly zero, so the weights themselves need no mask.
+        """
+        if not self._masked:
+            parameters = dict(self.trainer.model.named_parameters())
+            named = ((parameters[PREFIX + name], mask) for name, mask in self._training.masks.items())
+            self._masked = [(parameter, _local(_sharded_like(mask, parameter))) for parameter, mask in named]
+        pairs = [(_local(p.grad), mask) for p, mask in self._masked if p.grad is not None]
+        if pairs:
+            gradients, masks = zip(*pairs, strict=True)
+            torch._foreach_mul_(gradients, masks)  # type: ignore[reportPrivateImportUsage]
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Measure the model before the training, unless the run is resumed."""
+        one = self._training
+        self._resumed = state.global_step
+        one.tell(Event(kind="phase", phase="train", done=state.global_step, total=one.recipe.steps))
+        if not one.guard.history:
+            self._measure(state, None)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Report the step; at the end of an epoch measure the held-out loss."""
+        one, step = self._training, state.global_step
+        self._unread.append(torch.as_tensor(self._loss))
+        self._loss = 0.0
+        whole_epoch = step % one.recipe.steps_per_epoch == 0
+        if not (whole_epoch or self._reads()):
+            return
+        if not self._report(step):
+            control.should_training_stop, control.should_save = True, False
+        elif whole_epoch:
+            self._measure(state, self._epoch_loss)
+            self._epoch_loss = 0.0
+            control.should_save = one.world.from_first(lambda: time.monotonic() - self._saved >= CHECKPOINT_SECONDS)
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Write the best state, and mark the checkpoint as complete."""
+        one = self._training
+        with one.meter.phase("checkpoint"):
+            one.guard.store()
+            one.world.sum_(torch.zeros(1, device=one.device))  # every process has written its part
+            if one.world.rank == 0:
+                one.folder.complete_checkpoint(state.global_step, one.guard.best["step"])
+        self._saved = time.monotonic()
+
+    def _reads(self) -> bool:
+        """Whether to read the losses of the last steps now. On CUDA that waits for the device, so not every step does it."""
+        one = self._training
+        return one.device.type != "cuda" or one.world.size > 1 or time.monotonic() - self._read >= READ_SECONDS
+
+    def _report(self, last: int) -> bool:
+        """Report the steps since the last report, up to step ``last``; return whether all their losses are numbers."""
+        one = self._training
+        losses = (one.world.sum_(torch.stack(self._unread)) / one.world.size).tolist()
+        self._unread, self._read = [], time.monotonic()
+        for step, loss in enumerate(losses, last - len(losses) + 1):
+            if not math.isfinite(loss):
+                self.ended = f"the loss of step {step} is not a number"
+                return False
+            tokens = (step - self._resumed) * one.recipe.batch * one.ids.shape[1]
+            one.tell(Event(kind="progress", phase="train", done=step, total=one.recipe.steps, tokens=tokens, loss=loss))
+            self._epoch_loss += loss / one.recipe.steps_per_epoch
+        return True
+
+    def _measure(self, state: Any, loss: float | None) -> None:
+        one = self._training
+        epoch = state.global_step // one.recipe.steps_per_epoch
+        with one.meter.phase("held-out"):
+            entry = one.guard.measure(self.trainer.model, PREFIX, state.global_step, epoch, loss)
+        if not state.global_step and entry[HELD_OUT] is None:
+            raise NumericsError(
+                "the divergence from the dense model is not a number before any training: a weight of one of the models holds "
+                "NaN or infinity, or its activations overflow"
+            )
+        state.log_history = list(one.guard.history)  # saved and restored with the checkpoint
+        one.tell(
+            Event(kind="epoch", phase="train", done=epoch, total=one.recipe.epochs, loss=loss, held_out=entry[HELD_OUT])
+        )
+
+
+def _sharded_like(mask: Tensor, value: Tensor) -> Tensor:
+    """Return a mask, sharded like ``value`` if that is sharded. Nothing is sent: each process has the whole mask."""
+    if not isinstance(value, DTensor):
+        return mask
+    return distribute_tensor(mask, value.device_mesh, value.placements, src_data_rank=None)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """Return this process's part of a tensor that may be sharded; the same memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

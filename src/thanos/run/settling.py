@@ -1,0 +1,65 @@
+"""What a run removes once it is chosen: the plan with the chosen split, or without the chosen blocks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from thanos.events import Event, Phase, Watcher
+from thanos.run.cutting import Cutting
+from thanos.run.report import DenseRecord
+from thanos.run.setup import Prepared
+
+
+def chosen_blocks(effects: Mapping[int, float], number: int) -> dict[str, Any]:
+    """Return the record of the blocks that go: those of the least effect, but never the first, and the effects of all.
+
+    Args:
+        effects: index of the block → how much it changes the hidden states.
+        number: number of blocks that go.
+    """
+    later = sorted((effect, index) for index, effect in effects.items() if index > 0)
+    return {
+        "dropped": sorted(index for _, index in later[:number]),
+        "effects": [effects[one] for one in sorted(effects)],
+    }
+
+
+def settled(plan: Prepared, cutting: Cutting, record: Mapping[str, Any], phase: Phase, emit: Watcher) -> Prepared:
+    """Return the plan with what the record of a pass chose. Layers for which nothing is left to do are left out.
+
+    Args:
+        plan: the plan before the pass.
+        cutting: its cutting.
+        record: from :func:`chosen_blocks` or :func:`~thanos.run.split.chosen_split`.
+        phase: of the note that tells the choice.
+        emit: called with the note.
+    """
+    if "dropped" in record:
+        found = replace(cutting, dropped=tuple(record["dropped"]))
+        message = (
+            f"blocks {', '.join(str(index + 1) for index in found.dropped)} go: they change the hidden states least"
+        )
+        before = {index - 1 for index in found.dropped} - set(found.dropped)
+        layers = {
+            layer: settings
+            for layer, settings in plan.layers.items()
+            if layer.block in before and settings.repair.needs_dense_stream
+        }
+        reason = "loses nothing itself"
+    else:
+        removed = record["splits"][0]["removed"]
+        found = replace(cutting, candidates=(removed,))
+        share = ", ".join(f"{number} of {cutting.counts[kind]} {kind}" for kind, number in removed.items())
+        message = f"every block loses {share}: the split of the least predicted error"
+        layers = {layer: settings for layer, settings in found.settings(plan.layers).items() if settings.sparsity}
+        reason = "the split leaves its units"
+    emit(Event(kind="note", phase=phase, message=message))
+    left = [
+        DenseRecord(name=layer.weight_name, parameters=math.prod(layer.shape), reason=reason)
+        for layer in plan.layers
+        if layer not in layers
+    ]
+    return replace(plan, layers=layers, dense=[*plan.dense, *left], cutting=found)

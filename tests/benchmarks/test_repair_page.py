@@ -1,0 +1,57 @@
+"""The pages that benchmarks/repair_page.py fills show what their result files say."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT
+
+_SPEC = importlib.util.spec_from_file_location("repair_page", ROOT / "benchmarks" / "repair_page.py")
+assert _SPEC is not None
+assert _SPEC.loader is not None
+repair_page = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(repair_page)
+
+PAGES = [page for page in sorted((ROOT / "docs" / "results").glob("*.md")) if "<!-- table " in page.read_text("utf-8")]
+LINE = {"command": "c", "commit": "abc", "hardware": "h", "torch": "2", "transformers": "5", "date": "2026-01-01"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tables_are_what_the_lines_say(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert repair_page.filled(text, page.parent) == text, f"run: python benchmarks/repair_page.py {page}"
+
+
+def test_rows_columns_and_origin() -> None:
+    rows = [
+        LINE | {"name": "dense", "perplexity": 21.6081},
+        LINE
+        | {
+            "name": "a",
+            "perplexity": 30.0,
+            "recipe": {"sparsity": 0.5, "scope": None},
+            "seconds": 61.4,
+            "phases": {"tune": 20.2},
+        },
+        LINE
+        | {
+            "name": "a-recovered-0",
+            "perplexity": 28.5,
+            "recover": {},
+            "zero_shot": {"average": {"acc": 0.4, "acc_stderr": 0.01}},
+        },
+    ]
+    table = repair_page.markdown(repair_page.chosen(rows, ["a*", "dense"])).splitlines()
+    assert table[0] == "|  | settings | recovery | perplexity | zero-shot, % | seconds | of them training |"
+    assert table[2] == "| a | sparsity 0.5 |  | 30.00 |  | 61 | 20 |"
+    assert table[3] == "| a-recovered-0 |  | default | 28.50 | 40.0 ± 1.0 |  |  |"
+    assert table[4].startswith("| dense |")
+    assert table[-1] == "<sub>`c` at abc, h, torch 2, transformers 5, 2026-01-01</sub>"
+
+
+def test_a_name_without_a_line_is_refused() -> None:
+    with pytest.raises(KeyError, match="no line is called b; there are a"):
+        repair_page.chosen([LINE | {"name": "a"}], ["b"])

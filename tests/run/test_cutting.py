@@ -1,0 +1,554 @@
+"""Runs that remove whole units: what is cut, what is left, how a run goes on, and what is refused before any work."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import thanos
+from helpers import ARCHITECTURES, save_tiny, tiny_model
+from reports import contents
+from thanos.cli import run
+from thanos.errors import ModelError, UserError
+from thanos.registry import method_names
+from thanos.run import cutting as cutting_module
+from thanos.run.cutting import runs_of, units_that_stay
+from thanos.run.model_card import model_card
+from thanos.run.split import error_at, splits
+from thanos.run.work_folder import WorkFolder
+from thanos.solvers.allocation import Curve
+from whole_models import LENGTH, SAMPLES, calibration_ids, prune_modules, recipe
+
+WIDTH = 64  # neurons of the tiny models
+
+
+def units(text: Path, **changes: Any) -> thanos.Recipe:
+    return recipe(text, **{"pattern": "neurons", "sparsity": 0.25, "multiple_of": 8} | changes)
+
+
+@pytest.fixture(scope="module")
+def grouped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LLaMA with four query heads and two key-value heads."""
+    return save_tiny(tmp_path_factory.mktemp("grouped") / "model", num_key_value_heads=2)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The output of a run that nothing disturbed."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    thanos.prune(tiny_llama, out, units(text_file))
+    return contents(out)
+
+
+# --- what is cut ------------------------------------------------------------------------------------------------------
+
+
+def test_the_written_model_is_the_one_pruned_block_by_block_without_its_zeros(
+    tiny_llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    report = thanos.prune(tiny_llama, tmp_path / "out", units(text_file))
+    written, dense = load_file(tmp_path / "out/model.safetensors"), load_file(tiny_llama / "model.safetensors")
+    model = tiny_model()
+    expected: dict[str, Tensor] = dict(dense)
+    for block in range(3):
+        name = f"model.layers.{block}.mlp.down_proj"
+        modules = {name: model.get_submodule(name)}
+        ids = calibration_ids(tiny_llama, text_file)
+        prune_modules(model, modules, ids, expected, None, pattern="neurons", sparsity=0.25)
+        stays = (expected[f"{name}.weight"] != 0).any(0)
+        assert (~stays).nonzero().flatten().tolist() == report.layers[block].removed_units
+        prefix = f"model.layers.{block}.mlp"
+        torch.testing.assert_close(
+            written[f"{name}.weight"], expected[f"{name}.weight"][:, stays], rtol=1e-3, atol=1e-5
+        )
+        for maker in ("gate_proj", "up_proj"):
+            assert torch.equal(written[f"{prefix}.{maker}.weight"], dense[f"{prefix}.{maker}.weight"][stays])
+    unchanged = [name for name in dense if ".mlp." not in name]
+    assert unchanged
+    assert all(torch.equal(written[name], dense[name]) for name in unchanged)
+
+
+def test_the_report_counts_what_went_exactly(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
+    report = thanos.prune(tiny_llama, tmp_path / "out", units(text_file))
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(folder).num_parameters() for folder in (tiny_llama, tmp_path / "out")
+    )
+    cut = report.cut
+    assert (cut["parameters_before"], cut["parameters_after"]) == (before, after)
+    assert before - after == 3 * 16 * 3 * 32  # blocks, neurons, matrices, hidden size
+    assert cut["units"] == {"neurons": {"before": WIDTH, "after": 48}}
+    assert cut["asked"] == 0.25
+    sizes = [(folder / "model.safetensors").stat().st_size for folder in (tiny_llama, tmp_path / "out")]
+    assert [cut["bytes_before"], cut["bytes_after"]] == sizes
+    assert all(len(layer.removed_units or []) == 16 for layer in report.layers)
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["intermediate_size"] == 48
+    again = thanos.PruningReport.read(tmp_path / "out/pruning.json")
+    assert again == report
+
+
+def test_the_card_says_what_went(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
+    report = thanos.prune(tiny_llama, tmp_path / "out", units(text_file))
+    card = model_card(report)
+    assert (tmp_path / "out/README.md").read_text() == card
+    assert "48 of 64 neurons" in card
+    assert f"{report.cut['parameters_after']:,}" in card
+    assert "the files are as large as before" not in card
+    assert "- sparse" not in card
+
+
+@pytest.mark.parametrize(("unit", "heads", "keys"), [("group", 2, 1), ("query", 2, 2)])
+def test_heads_go_in_groups_or_one_of_every_group(
+    unit: str, heads: int, keys: int, grouped: Path, text_file: Path, tmp_path: Path
+) -> None:
+    made = recipe(text_file, pattern="heads", sparsity=0.5, head_unit=unit)
+    report = thanos.prune(grouped, tmp_path / "out", made)
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert (config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]) == (heads, keys, 8)
+    assert report.cut["units"] == {"heads": {"before": 2, "after": 1}}
+    assert report.cut["head_unit"] == unit
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    dense, written = load_file(grouped / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
+    for block, layer in enumerate(report.layers):
+        (gone,) = layer.removed_units or []
+        rows = torch.arange(32).view(2, 2, 8)
+        stay = (rows[1 - gone] if unit == "group" else rows[:, 1 - gone]).flatten()
+        name = f"model.layers.{block}.self_attn"
+        assert torch.equal(written[f"{name}.q_proj.weight"], dense[f"{name}.q_proj.weight"][stay])
+    assert model(torch.arange(4)[None]).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("method", method_names())
+def test_every_method_removes_as_many_from_every_block(
+    method: str, tiny_llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    report = thanos.prune(tiny_llama, tmp_path / "out", units(text_file, method=method))
+    assert {layer.method for layer in report.layers} == {method}
+    assert [len(layer.removed_units or []) for layer in report.layers] == [16] * 3
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.intermediate_size == 48
+
+
+@pytest.mark.parametrize("settings", [{"effort": "high"}, {"effort": "max", "tune": 2}, {"sequential": True}])
+def test_the_repair_works_with_units(
+    settings: dict[str, Any], tiny_llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    report = thanos.prune(tiny_llama, tmp_path / "out", units(text_file, **settings))
+    written = load_file(tmp_path / "out/model.safetensors")
+    for block in range(3):
+        assert written[f"model.layers.{block}.mlp.down_proj.weight"].shape == (32, 48)
+        assert bool((written[f"model.layers.{block}.mlp.down_proj.weight"] != 0).all())
+    if "effort" in settings:
+        assert [layer.dense_target is not None for layer in report.layers] == [True] * 3
+        for errors in report.block_errors:
+            *_, first, last = [errors.errors["dense"], *errors.errors.values()]
+            assert last is not None
+            assert first is not None
+
+
+def test_every_expert_loses_as_many_neurons(text_file: Path, tmp_path: Path) -> None:
+    dense = save_tiny(tmp_path / "model", "qwen3-moe")
+    before = AutoModelForCausalLM.from_pretrained(dense).config.moe_intermediate_size
+    report = thanos.prune(dense, tmp_path / "out", units(text_file, sparsity=1 / 3))
+    gone = {len(layer.removed_units or []) for layer in report.layers}
+    assert gone == {before // 3}
+    assert len({layer.name.rpartition(".")[0] for layer in report.layers}) == len(report.layers) > 3
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert after.config.moe_intermediate_size == before - before // 3
+    assert after(torch.arange(4)[None]).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_smaller_model_gives_the_logits_of_the_zeroed_one(
+    architecture: str, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = save_tiny(tmp_path / "model", architecture)
+    seal = WorkFolder.seal
+
+    def keep(work: WorkFolder) -> None:
+        shutil.copytree(work.model, tmp_path / "zeroed")
+        seal(work)
+
+    monkeypatch.setattr(WorkFolder, "seal", keep)
+    report = thanos.prune(dense, tmp_path / "out", units(text_file, effort="high"))
+    ids = torch.arange(1, 40)[None]
+    with torch.inference_mode():
+        zeroed, smaller, before = (
+            AutoModelForCausalLM.from_pretrained(folder).eval()(ids).logits
+            for folder in (tmp_path / "zeroed", tmp_path / "out", dense)
+        )
+    torch.testing.assert_close(smaller, zeroed, rtol=1e-5, atol=1e-5 * float(zeroed.abs().max()))
+    assert not torch.allclose(smaller, before, rtol=1e-3)
+    assert report.cut["parameters_after"] < report.cut["parameters_before"]
+
+
+# --- how a run goes on ------------------------------------------------------------------------------------------------
+
+
+class Stop(Exception):  # noqa: N818  it is a signal, not an error
+    """Ends a run in a test."""
+
+
+def stopped(model: Path, out: Path, settings: thanos.Recipe, when: Any, **how: Any) -> Path:
+    def watch(event: thanos.Event) -> None:
+        if when(event):
+            raise Stop
+
+    with pytest.raises(Stop):
+        thanos.prune(model, out, settings, on_event=watch, **how)
+    assert not out.exists()
+    return out.parent / f".{out.name}.partial"
+
+
+@pytest.mark.parametrize("block", range(3))
+def test_a_resumed_run_gives_the_same_bytes(
+    block: int, whole: Any, tiny_llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    stopped(
+        tiny_llama, out, units(text_file), lambda event: event.kind == "layer" and event.block == block, resume=True
+    )
+    thanos.prune(tiny_llama, out, units(text_file), resume=True)
+    assert contents(out) == whole
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_run_that_ended_while_the_smaller_model_was_written_goes_on(
+    whole: Any, tiny_llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    for done in (1, 3):
+        work = stopped(
+            tiny_llama,
+            out,
+            units(text_file),
+            lambda event, done=done: event.phase == "finish" and event.done == done,
+            resume=True,
+        )
+        assert not (work / "cut").exists()
+    thanos.prune(tiny_llama, out, units(text_file), resume=True)
+    assert contents(out) == whole
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_run_that_ended_before_it_published_only_publishes(
+    whole: Any, tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("thanos.run.work_folder.WorkFolder.publish", stop)
+        with pytest.raises(Stop):
+            thanos.prune(tiny_llama, out, units(text_file))
+    assert (tmp_path / ".out.partial/cut").is_dir()
+    with pytest.raises(UserError, match="--resume"):
+        thanos.prune(tiny_llama, out, units(text_file))
+    with pytest.raises(UserError, match="not the run"):
+        thanos.prune(tiny_llama, out, units(text_file, sparsity=0.5), resume=True)
+    monkeypatch.setattr("thanos.run.prune.build_engine", stop)
+    thanos.prune(tiny_llama, out, units(text_file), resume=True)
+    assert contents(out) == whole
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    thanos.prune(tiny_llama, out, units(text_file), resume=True)  # complete: nothing to do
+    assert contents(out) == whole
+
+
+def stop(*_: Any, **__: Any) -> None:
+    raise Stop
+
+
+def test_a_plan_predicts_the_room_for_both_models(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
+    plan = thanos.plan(tiny_llama, tmp_path / "out", units(text_file))
+    plain = thanos.plan(tiny_llama, tmp_path / "out", recipe(text_file, targets=("*.down_proj",)))
+    assert plan.layers == plain.layers == 3
+    smaller = plan.disk_bytes + plan.disk_besides_bytes - plain.disk_bytes - plain.disk_besides_bytes
+    cut = thanos.prune(tiny_llama, tmp_path / "out", units(text_file)).cut
+    assert smaller == pytest.approx(cut["bytes_after"], rel=0.05)
+
+
+# --- budgets ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("count", "share", "multiple", "stays"),
+    [
+        (1536, 0.2, 64, 1216),  # 1228.8 is nearer to 19 · 64 than to 20 · 64
+        (1536, 0.2, 256, 1280),
+        (1536, 0.2, 1, 1229),
+        (14336, 0.25, 64, 10752),
+        (9, 0.2, 1, 7),
+        (3, 0.2, 1, 2),
+        (8, 0.5, 4, 4),
+    ],
+)
+def test_the_units_that_stay_are_the_nearest_multiple(count: int, share: float, multiple: int, stays: int) -> None:
+    assert units_that_stay(count, share, multiple, "neurons") == stays
+
+
+@pytest.mark.parametrize(
+    ("count", "share", "multiple", "words"),
+    [
+        (64, 0.2, 64, "lower it, since there are only 64"),
+        (1536, 0.01, 64, "from 64 to 1472 of them may stay"),
+        (1536, 0.99, 64, "nearest multiple of 64 is 0"),
+        (4, 0.1, 1, "all of them in whole heads; from 1 to 3 may go"),
+        (4, 0.9, 1, "none in whole heads"),
+        (1, 0.5, 1, "only one, which has to stay"),
+    ],
+)
+def test_budgets_of_none_or_all_are_refused(count: int, share: float, multiple: int, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        units_that_stay(count, share, multiple, "heads")
+
+
+def test_the_runs_of_columns_are_found() -> None:
+    columns = torch.arange(24)
+    assert runs_of(columns[:, None]) == 1
+    assert runs_of(columns.view(4, 6)) == 1
+    assert runs_of(columns.view(2, 4, 3).transpose(0, 1).reshape(4, 6)) == 2
+    with pytest.raises(UserError):
+        runs_of(columns.view(6, 4).flip(0))
+
+
+# --- refused before any work ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--sparsity", "0"], "removes nothing"),
+        (["--sparsity", "0.99"], "nearest multiple of 64 is 0"),
+        (["--multiple-of", "0"], "multiple_of must be"),
+        (["--multiple-of", "128"], "multiple of 128"),
+        (["--outlier-rows", "0.1"], "outlier_rows"),
+        (["--targets", "*.down_proj"], "targets contradicts"),
+        (["--skip", "*.down_proj"], "skip contradicts"),
+        (["--scope", "row"], "scope"),
+        (["--allocation", "error"], "allocation"),
+        (["--head-unit", "group"], "head_unit has no meaning"),
+        (["--pattern", "heads", "--head-unit", "pair"], "group or query"),
+        (["--pattern", "heads", "--sparsity", "0.05"], "from 1 to 3 may go"),
+        (["--pattern", "heads", "--sparsity", "0.95"], "from 1 to 3 may go"),
+        (["--pattern", "heads:2"], "single matrix"),
+        (["--pattern", "unstructured", "--multiple-of", "8"], "multiple_of has no meaning"),
+    ],
+)
+def test_what_units_exclude_is_one_line(
+    flags: list[str], words: str, tiny_llama: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fixed = ["--calibration", str(text_file), "--samples", str(SAMPLES), "--sequence-length", str(LENGTH)]
+    pattern = [] if "--pattern" in flags else ["--pattern", "neurons"]
+    code = run(
+        ["prune", str(tiny_llama), str(tmp_path / "out"), "--quiet", "--device", "cpu", *fixed, *pattern, *flags]
+    )
+    error = capsys.readouterr().err.strip()
+    assert code == 2
+    assert words in error
+    assert len(error.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("setting", [{"sparsity": 0.1}, {"pattern": "unstructured"}, None])
+def test_an_override_must_not_make_blocks_unequal(setting: dict[str, Any] | None, text_file: Path) -> None:
+    from thanos.recipe.override import Override
+
+    one = Override(match="*.down_proj", skip=setting is None, settings=setting or {})
+    with pytest.raises(UserError, match="as much from every block"):
+        units(text_file, overrides=(one,))
+    with pytest.raises(UserError, match="the recipe's own pattern"):
+        recipe(text_file, overrides=(Override(match="*.down_proj", settings={"pattern": "neurons"}),))
+
+
+def test_an_override_may_change_the_damping(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
+    from thanos.recipe.override import Override
+
+    one = Override(match="*.layers.0.*.down_proj", settings={"damping": 0.1})
+    report = thanos.prune(tiny_llama, tmp_path / "out", units(text_file, overrides=(one,)))
+    assert [layer.damping for layer in report.layers] == [0.1, 0.01, 0.01]
+
+
+def test_an_unknown_architecture_is_refused_before_the_calibration(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_llama: Path
+) -> None:
+    def refuse(*_: Any) -> Any:
+        raise UserError("no such units")
+
+    monkeypatch.setattr(cutting_module, "units_of", refuse)
+    monkeypatch.setattr("thanos.run.prune.calibrate", stop)
+    with pytest.raises(UserError, match="no such units"):
+        thanos.prune(tiny_llama, tmp_path / "out", units(text_file))
+    assert not list(tmp_path.iterdir())
+
+
+# --- width: one split between neurons and heads -----------------------------------------------------------------------
+
+
+def test_a_split_comes_as_near_to_the_share_as_whole_units_allow() -> None:
+    counts, sizes = {"neurons": 64, "heads": 4}, {"neurons": 10, "heads": 170}
+
+    def refuse_two(removed: Any) -> None:
+        if removed["heads"] == 2:
+            raise ModelError("two")
+
+    found = splits(counts, sizes, 400.0, 4, refuse_two)
+    assert found == [{"neurons": 40, "heads": 0}, {"neurons": 24, "heads": 1}]
+    assert all(abs(10 * one["neurons"] + 170 * one["heads"] - 400) <= 4 / 2 * 10 for one in found)
+
+    def refuse(_: Any) -> None:
+        raise ModelError("the first reason")
+
+    with pytest.raises(ModelError, match="the first reason"):
+        splits(counts, sizes, 340.0, 4, refuse)
+    with pytest.raises(
+        UserError, match="no split of whole heads and a multiple of 64 neurons removes 2,000 parameters"
+    ):
+        splits(counts, sizes, 2000.0, 64, refuse_two)
+
+
+def test_the_split_of_the_least_predicted_error_is_taken(grouped: Path, text_file: Path, tmp_path: Path) -> None:
+    made = recipe(text_file, pattern="width", sparsity=0.3, multiple_of=1)
+    report = thanos.prune(grouped, tmp_path / "out", made)
+    ranked = report.cut["split"]["splits"]
+    assert len(ranked) == 2
+    assert [one["predicted_error"] for one in ranked] == sorted(one["predicted_error"] for one in ranked)
+    removed = ranked[0]["removed"]
+    for kind, size in report.cut["units"].items():
+        assert size["before"] - size["after"] == removed[kind]
+    assert report.cut["share_of_block_parameters"] == pytest.approx(0.3, abs=0.01)
+    for layer in report.layers:
+        kind = "neurons" if layer.name.endswith("down_proj") else "heads"
+        assert len(layer.removed_units or []) == removed[kind] > 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.intermediate_size == WIDTH - removed["neurons"]
+
+
+def test_an_error_between_two_measured_shares_is_their_geometric_mean() -> None:
+    curve = Curve(10, (0.2, 0.4), (0.01, 0.04))
+    assert error_at(curve, 0.3) == pytest.approx(0.02)
+    assert [error_at(curve, share) for share in (0.0, 0.1, 0.2, 0.4, 0.5)] == pytest.approx(
+        [0, 0.005, 0.01, 0.04, 0.08]
+    )
+
+
+@pytest.mark.parametrize("where", ["split", "block"])
+def test_a_resumed_run_keeps_its_split(
+    where: str, grouped: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = recipe(text_file, pattern="width", sparsity=0.3, multiple_of=1)
+    thanos.prune(grouped, tmp_path / "whole", made)
+    out = tmp_path / "out"
+    stopped(grouped, out, made, lambda event: event.kind == "layer" and event.block == 1)
+    monkeypatch.setattr("thanos.run.allocation.MeasureStage", stop)
+    thanos.prune(grouped, out, made, resume=True)
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+# --- blocks -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("deep") / "model", num_hidden_layers=6)
+
+
+def states(folder: Path, ids: Tensor) -> list[Tensor]:
+    """Inputs of every block, and the last outputs before the norm, in float64, each (tokens, d)."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    found: list[Tensor] = []
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(lambda _, args: found.append(args[0].flatten(0, 1)))
+    model.model.layers[-1].register_forward_hook(lambda _, __, out: found.append(out.flatten(0, 1)))
+    with torch.inference_mode():
+        model(ids)
+    return found
+
+
+def test_the_blocks_that_turn_the_hidden_states_least_go(deep: Path, text_file: Path, tmp_path: Path) -> None:
+    report = thanos.prune(deep, tmp_path / "out", recipe(text_file, pattern="blocks", sparsity=0.34))
+    hidden = states(deep, calibration_ids(deep, text_file))
+    effects = [float((1 - torch.cosine_similarity(before, after, dim=-1)).mean()) for before, after in pairwise(hidden)]
+    assert report.cut["split"]["effects"] == pytest.approx(effects, rel=1e-4)
+    dropped = sorted(sorted(range(1, 6), key=effects.__getitem__)[:2])
+    assert report.cut["dropped_blocks"] == dropped
+    assert report.cut["units"] == {"blocks": {"before": 6, "after": 4}}
+    dense, written = load_file(deep / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
+    stay = [index for index in range(6) if index not in dropped]
+    for new, old in enumerate(stay):  # without a repair nothing else changes
+        for name in ("mlp.down_proj", "self_attn.q_proj"):
+            assert torch.equal(written[f"model.layers.{new}.{name}.weight"], dense[f"model.layers.{old}.{name}.weight"])
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.num_hidden_layers == 4
+
+
+def test_the_layer_before_is_fitted_to_the_outputs_of_the_blocks_that_go(
+    deep: Path, text_file: Path, tmp_path: Path
+) -> None:
+    made = recipe(text_file, pattern="blocks", sparsity=0.34, dense_target=1.0, damping=0.02)
+    report = thanos.prune(deep, tmp_path / "out", made)
+    dropped = report.cut["dropped_blocks"]
+    assert dropped == [4, 5]
+    before = 3
+    assert [layer.name for layer in report.layers] == [f"model.layers.{before}.mlp.down_proj"]
+    ids = calibration_ids(deep, text_file)
+    wanted = states(deep, ids)[-1]
+    model = AutoModelForCausalLM.from_pretrained(deep, dtype=torch.float64).eval()
+    seen: dict[str, Tensor] = {}
+    block = model.model.layers[before]
+    block.mlp.down_proj.register_forward_pre_hook(lambda _, args: seen.update(x=args[0].flatten(0, 1)))
+    block.post_attention_layernorm.register_forward_pre_hook(lambda _, args: seen.update(r=args[0].flatten(0, 1)))
+    with torch.inference_mode():
+        model(ids)
+    gram = seen["x"].T @ seen["x"]
+    ridge = 0.02 * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+    weight = block.mlp.down_proj.weight.detach()
+    # ‖Y − X Vᵀ‖² + λ‖V − W‖² with Y = h* − r
+    expected = torch.linalg.solve(gram + ridge, seen["x"].T @ (wanted - seen["r"]) + ridge @ weight.T).T
+    got = load_file(tmp_path / "out/model.safetensors")[f"model.layers.{before}.mlp.down_proj.weight"]
+    torch.testing.assert_close(got.double(), expected, rtol=2e-3, atol=2e-4)
+    errors = report.block_errors[-1].errors
+    assert (errors["prune"] or 0.0) < 0.5 * (errors["dense"] or 0.0)
+
+
+@pytest.mark.parametrize("settings", [{"effort": "high"}, {"effort": "max", "tune": 2}])
+def test_a_run_that_drops_blocks_resumes_to_the_same_bytes(
+    settings: dict[str, Any], deep: Path, text_file: Path, tmp_path: Path
+) -> None:
+    made = recipe(text_file, pattern="blocks", sparsity=0.34, **settings)
+    report = thanos.prune(deep, tmp_path / "whole", made)
+    for errors in report.block_errors[-1:]:
+        *_, last = errors.errors.values()
+        assert (last or 0.0) < (errors.errors["dense"] or 0.0)
+    for block in (1, 3):
+        out = tmp_path / f"out{block}"
+        stopped(deep, out, made, lambda event, block=block: event.kind == "stage" and event.block == block)
+        thanos.prune(deep, out, made, resume=True)
+        assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_scattered_blocks_go_too(deep: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("thanos.run.allocation.chosen_blocks", lambda *_: {"dropped": [1, 3, 4], "effects": []})
+    report = thanos.prune(deep, tmp_path / "out", recipe(text_file, pattern="blocks", sparsity=0.5, dense_target=1.0))
+    assert [layer.block for layer in report.layers] == [0, 2]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert model.config.num_hidden_layers == 3
+    plain = AutoModelForCausalLM.from_pretrained(deep).eval()
+    plain.model.layers = torch.nn.ModuleList([plain.model.layers[index] for index in (0, 2, 5)])
+    for number, layer in enumerate(plain.model.layers):
+        layer.self_attn.layer_idx = number
+    ids = calibration_ids(deep, text_file)
+    dense = AutoModelForCausalLM.from_pretrained(deep).eval()
+    with torch.inference_mode():
+        wanted, fitted, dropped = (one(ids, use_cache=False).logits for one in (dense, model, plain))
+    assert (fitted - wanted).square().mean() < (dropped - wanted).square().mean()
+
+
+def test_all_blocks_cannot_go(deep: Path, text_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="from 1 to 5 may go"):
+        thanos.prune(deep, tmp_path / "out", recipe(text_file, pattern="blocks", sparsity=0.95))
+    with pytest.raises(UserError, match="from 1 to 5 may go"):
+        thanos.prune(deep, tmp_path / "out", recipe(text_file, pattern="blocks", sparsity=0.05))
