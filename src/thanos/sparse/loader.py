@@ -18,6 +18,7 @@ from thanos.errors import ModelError, UserError
 from thanos.sparse.formats import PackedSpec
 from thanos.sparse.kernels import lacking
 from thanos.sparse.modules import PackedLinear, packed_modules
+from thanos.sparse.siblings import find_siblings, join
 from thanos.sparse.storage import METHOD, VERSION, parse_settings
 
 UNPACK = "THANOS_UNPACK"
@@ -74,14 +75,18 @@ class SparseQuantizer(HfQuantizer):
         return own
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
-        for name, spec in self._specs().items():
-            parent, last, layer = _find(model, name)
+        specs = self._specs()
+        found = {name: _find(model, name) for name in specs}
+        paths = [path for path, layer in found.values() if isinstance(layer, nn.Linear)]
+        self._siblings = find_siblings(model, paths)
+        for name, spec in specs.items():
+            path, layer = found[name]
             if not isinstance(layer, nn.Linear) or (layer.out_features, layer.in_features) != (spec.rows, spec.columns):
                 raise ModelError(
                     f"config.json packs {name} as a linear layer of {spec.rows} × {spec.columns}, but the model has "
                     f"{layer if layer is not None else 'no such layer'}; the config belongs to another checkpoint"
                 )
-            setattr(parent, last, PackedLinear(spec, bias=layer.bias is not None, device="meta"))
+            model.set_submodule(path, PackedLinear(spec, bias=layer.bias is not None, device="meta"))
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         choice = _choice()
@@ -100,6 +105,9 @@ class SparseQuantizer(HfQuantizer):
         for reason, count in reasons.items():
             if reason:
                 _say_once(f"{count} packed layers were turned into dense ones: {reason}")
+        packed = packed_modules(model)
+        for group in self._siblings:
+            join([packed[name] for name in group if name in packed])
         if not self._layers:
             self.remove_quantization_config(model)
         return model
@@ -130,17 +138,16 @@ class SparseQuantizer(HfQuantizer):
         return True
 
 
-def _find(model: Any, name: str) -> tuple[Any, str, Any]:
-    """Return parent, attribute and module of a layer. A model without its head lacks the first part of the name."""
+def _find(model: Any, name: str) -> tuple[str, Any]:
+    """Return path and module of a layer. A model without its head lacks the first part of the name."""
     for path in (name, name.partition(".")[2]):
-        parent, _, last = path.rpartition(".")
         try:
             layer = model.get_submodule(path) if path else None
         except AttributeError:
             continue
         if layer is not None:
-            return model.get_submodule(parent), last, layer
-    return model, name, None
+            return path, layer
+    return name, None
 
 
 def _choice() -> str:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from thanos.sparse.formats import PackedSpec, PackedWeight, decode
 from thanos.sparse.ops import packed_linear
+from thanos.sparse.siblings import Siblings
 from thanos.sparse.storage import OFFSETS, WORDS, check_weight
 
 
@@ -19,6 +20,10 @@ class PackedLinear(nn.Module):
         spec: of the weight.
         bias: whether there is a bias.
         device: of the parameters.
+
+    Attributes:
+        siblings: the layers that read the same input and run as one launch with this one; None: it runs alone.
+        place: its index among them.
     """
 
     weight_words: nn.Parameter
@@ -28,6 +33,8 @@ class PackedLinear(nn.Module):
     def __init__(self, spec: PackedSpec, *, bias: bool, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.spec = spec
+        self.siblings: Siblings | None = None
+        self.place = 0
         self.in_features, self.out_features = spec.columns, spec.rows
         sizes = {WORDS: (spec.words, torch.int32), OFFSETS: (spec.offsets, torch.int32)}
         sizes["bias"] = (spec.rows if bias else 0, spec.dtype)
@@ -57,6 +64,10 @@ class PackedLinear(nn.Module):
                 f"a packed layer holds {self.spec.dtype} values and got {x.dtype}; run the model in {self.spec.dtype}, or "
                 "turn it into a dense one with model.dequantize()"
             )
+        return self.alone(x) if self.siblings is None else self.siblings.output(self.place, x)
+
+    def alone(self, x: Tensor) -> Tensor:
+        """Return the layer's output, computed without its siblings."""
         spec = self.spec
         return packed_linear(x, self.weight_words, self.weight_offsets, self.bias, spec.rows, spec.n)
 

@@ -1,10 +1,12 @@
-"""The product of a packed matrix as an operator of torch: ``thanos::packed_linear``.
+"""The product of packed matrices as operators of torch: ``thanos::packed_linear``, and ``thanos::packed_linears`` for several.
 
-It has an implementation for each type of device and one for fake tensors, so that ``torch.compile`` and CUDA graphs work. It
-has no derivative.
+They have an implementation for each type of device and one for fake tensors, so that ``torch.compile`` and CUDA graphs work.
+They have no derivative.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,11 +16,17 @@ from thanos.sparse.formats import PackedSpec, PackedWeight, decode_strips
 from thanos.sparse.kernels import cpu
 from thanos.sparse.tiles import SIDE
 
+MOST_MATRICES = 4
+"""Matrices of one call of :func:`packed_linears`."""
+
 _STRIPS_ENTRIES = 1 << 20
 """Entries of the rows that are decoded at once, where no kernel reads them packed: 2 MiB."""
 
 _LIBRARY = torch.library.Library("thanos", "FRAGMENT")
 _LIBRARY.define("packed_linear(Tensor x, Tensor words, Tensor? offsets, Tensor? bias, SymInt rows, SymInt n) -> Tensor")
+_LIBRARY.define(
+    "packed_linears(Tensor x, Tensor[] words, Tensor?[] offsets, Tensor?[] biases, SymInt[] rows, SymInt n) -> Tensor[]"
+)
 
 
 def packed_linear(x: Tensor, words: Tensor, offsets: Tensor | None, bias: Tensor | None, rows: int, n: int) -> Tensor:
@@ -36,6 +44,32 @@ def packed_linear(x: Tensor, words: Tensor, offsets: Tensor | None, bias: Tensor
         (..., rows) in the dtype of x. Sums are float32.
     """
     return _OPERATOR(x, words, offsets, bias, rows, n)
+
+
+def packed_linears(
+    x: Tensor,
+    words: Sequence[Tensor],
+    offsets: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None],
+    rows: Sequence[int],
+    n: int,
+) -> list[Tensor]:
+    """Return the products of several packed matrices with the same x, on CUDA by one launch.
+
+    Each result has the bits that :func:`packed_linear` gives for a matrix of the size of all of them together.
+
+    Args:
+        x: (..., columns), bfloat16 or float16: the dtype of the values.
+        words: the tiles of each matrix, int32; at most :data:`MOST_MATRICES`.
+        offsets: of each matrix if they are ``bitmap``, else None.
+        biases: of each matrix, (rows,) in the dtype of x, or None.
+        rows: of each matrix.
+        n: values a row of each tile, the same in all; 0 for ``bitmap``.
+
+    Returns:
+        (..., rows) for each matrix in the dtype of x. Sums are float32.
+    """
+    return _OPERATOR_OF_SEVERAL(x, list(words), list(offsets), list(biases), list(rows), n)
 
 
 def _by_parts(x: Tensor, words: Tensor, offsets: Tensor | None, bias: Tensor | None, rows: int, n: int) -> Tensor:
@@ -59,12 +93,36 @@ def _on_cpu(x: Tensor, words: Tensor, offsets: Tensor | None, bias: Tensor | Non
 
 
 def _on_cuda(x: Tensor, words: Tensor, offsets: Tensor | None, bias: Tensor | None, rows: int, n: int) -> Tensor:
+    return _several_on_cuda(x, [words], [offsets], [bias], [rows], n)[0]
+
+
+def _several_on_cuda(
+    x: Tensor,
+    words: list[Tensor],
+    offsets: list[Tensor | None],
+    biases: list[Tensor | None],
+    rows: list[int],
+    n: int,
+) -> list[Tensor]:
     from thanos.sparse.kernels import cuda
 
     if cuda.lacking(x.device):
-        return _by_parts(x, words, offsets, bias, rows, n)
+        parts = zip(words, offsets, biases, rows, strict=True)
+        return [_by_parts(x, *part, n) for part in parts]
     flat = x.reshape(-1, x.shape[-1]).contiguous()
-    return cuda.linear(flat, words, offsets, bias, rows, n).view(*x.shape[:-1], rows)
+    results = cuda.linears(flat, words, offsets, biases, rows, n)
+    return [one.view(*x.shape[:-1], count) for one, count in zip(results, rows, strict=True)]
+
+
+def _one_by_one(
+    x: Tensor,
+    words: list[Tensor],
+    offsets: list[Tensor | None],
+    biases: list[Tensor | None],
+    rows: list[int],
+    n: int,
+) -> list[Tensor]:
+    return [_OPERATOR(x, *part, n) for part in zip(words, offsets, biases, rows, strict=True)]
 
 
 def _fake(x: Tensor, words: Tensor, offsets: Tensor | None, bias: Tensor | None, rows: int, n: int) -> Tensor:
@@ -72,9 +130,25 @@ def _fake(x: Tensor, words: Tensor, offsets: Tensor | None, bias: Tensor | None,
     return x.new_empty(*x.shape[:-1], rows)
 
 
+def _fake_several(
+    x: Tensor,
+    words: list[Tensor],
+    offsets: list[Tensor | None],
+    biases: list[Tensor | None],
+    rows: list[int],
+    n: int,
+) -> list[Tensor]:
+    del words, offsets, biases, n
+    return [x.new_empty(*x.shape[:-1], count) for count in rows]
+
+
 # ``torch.library.custom_op`` would add about 30 µs of Python to each call, as much as a small layer takes.
 _LIBRARY.impl("packed_linear", _by_parts, "CompositeExplicitAutograd")
 _LIBRARY.impl("packed_linear", _on_cpu, "CPU")
 _LIBRARY.impl("packed_linear", _on_cuda, "CUDA")
+_LIBRARY.impl("packed_linears", _one_by_one, "CompositeExplicitAutograd")
+_LIBRARY.impl("packed_linears", _several_on_cuda, "CUDA")
 torch.library.register_fake("thanos::packed_linear", _fake, lib=_LIBRARY)
+torch.library.register_fake("thanos::packed_linears", _fake_several, lib=_LIBRARY)
 _OPERATOR = torch.ops.thanos.packed_linear.default
+_OPERATOR_OF_SEVERAL = torch.ops.thanos.packed_linears.default

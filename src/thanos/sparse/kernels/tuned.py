@@ -1,0 +1,107 @@
+"""How the CUDA kernels divide their work, by device and size of the matrix: ``tuned.json``, and rules where it says nothing.
+
+``benchmarks/packed.py --tune`` measures and writes the file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from thanos.sparse.tiles import SIDE
+
+FEW, MANY = "few", "many"
+"""Names of the kernels: a lane is a row, or tensor cores."""
+
+FILE = Path(__file__).parent / "tuned.json"
+
+_NEAR = 1.0
+"""A measured size is used for sizes whose rows and columns differ from it by at most a factor of 2 to this power."""
+
+_WARPS_OF_DEVICE = 2048
+"""Warps that occupy a large device, for the rules."""
+
+
+class Launch(NamedTuple):
+    """How one kernel divides its work. The order of the sums, and so the result's last bits, depend on it.
+
+    Attributes:
+        flight: tiles of a warp whose loads are under way.
+        splits: parts of the columns; each is a block of a cluster. At most 8.
+        warps: of a block: at most 16 (``few``) or 8 (``many``).
+    """
+
+    flight: int
+    splits: int
+    warps: int
+
+
+class Settings(NamedTuple):
+    """What holds for all matrices on a device.
+
+    Attributes:
+        few_tokens: tokens up to which ``few`` runs.
+        most_tokens: tokens up to which the matrix is read packed; above, it is expanded and the library multiplies.
+        expanded_bytes: bytes of the rows that are expanded at once.
+    """
+
+    few_tokens: int = 4
+    most_tokens: int = 32
+    expanded_bytes: int = 1 << 40
+
+
+def kind_of(n: int) -> str:
+    """Return the kind of a matrix by the values of a tile's row, 0 for ``bitmap``; a kind takes similar registers."""
+    return "bitmap" if n == 0 else "to16" if n <= 16 else "to31"
+
+
+@cache
+def _table() -> dict[str, Any]:
+    return json.loads(FILE.read_text(encoding="utf-8"))
+
+
+@cache
+def device_settings(device: str) -> Settings:
+    """Return the settings of a device by its name."""
+    return Settings(**_table().get(device, {}).get("settings", {}))
+
+
+@cache
+def launch_for(device: str, family: str, n: int, strips: int, tiles: int) -> Launch:
+    """Return how a kernel divides its work. It depends on the matrix and the device, not on the number of tokens.
+
+    Args:
+        device: its name.
+        family: :data:`FEW` or :data:`MANY`.
+        n: values a row of each tile; 0 for ``bitmap``.
+        strips: strips of 32 rows of all matrices of the launch.
+        tiles: tiles of a strip.
+    """
+
+    def distance(row: dict[str, Any]) -> float:
+        rows, columns = SIDE * strips / row["rows"], SIDE * tiles / row["columns"]
+        return max(abs(math.log2(rows)), abs(math.log2(columns)))
+
+    rows = [
+        row
+        for row in _table().get(device, {}).get("launches", [])
+        if (row["family"], row["kind"]) == (family, kind_of(n)) and distance(row) <= _NEAR
+    ]
+    if rows:
+        best = min(rows, key=distance)
+        return Launch(best["flight"], best["splits"], best["warps"])
+    return _by_rule(family, n, strips, tiles)
+
+
+def _by_rule(family: str, n: int, strips: int, tiles: int) -> Launch:
+    most = 16 if family == FEW else 8
+    splits = 1
+    while splits < 8 and strips * splits * most < _WARPS_OF_DEVICE and tiles >= 4 * most * splits:
+        splits *= 2
+    warps = 4
+    while warps < most and warps * 4 * splits <= tiles:
+        warps *= 2
+    return Launch(2 if 0 < n <= 16 else 1, splits, warps)

@@ -1,0 +1,135 @@
+"""Packed layers that read the same input, such as q, k and v: they run as one launch.
+
+Which layers these are is found without names of architectures: the model runs once with tensors that have no content, so that
+nothing is computed, and layers whose input is the same tensor are siblings. At run time the first of them computes the outputs
+of all and leaves them for the others, which take them if their input is that same tensor, and otherwise compute their own. The
+last sibling clears what was left, so nothing stays behind. ``torch.compile`` traces all of this away, since it knows while it
+traces whether two inputs are the same.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from thanos.sparse.ops import MOST_MATRICES, packed_linears
+
+if TYPE_CHECKING:
+    from thanos.sparse.modules import PackedLinear
+
+_TOKENS = 2
+"""Tokens of the run without content."""
+
+
+class Siblings:
+    """Layers of one kind that read the same input; the state that passes their outputs from the first to the others.
+
+    Args:
+        layers: in the order of their calls; all ``fixed`` with the same n, or all ``bitmap``; of one dtype and input size.
+    """
+
+    def __init__(self, layers: list[PackedLinear]) -> None:
+        self.layers = layers
+        self.x: Tensor | None = None
+        self.outputs: list[Tensor | None] = []
+        self.left = 0
+
+    def output(self, place: int, x: Tensor) -> Tensor:
+        """Return the output of one of the layers.
+
+        Args:
+            place: its index.
+            x: its input.
+        """
+        if self.x is x:
+            taken = self.outputs[place]
+            if taken is not None:
+                self.outputs[place] = None
+                self.left -= 1
+                if not self.left:
+                    self.x, self.outputs = None, []
+                return taken
+        if place:
+            return self.layers[place].alone(x)
+        layers = self.layers
+        outputs: list[Tensor | None] = list(
+            packed_linears(
+                x,
+                [layer.weight_words for layer in layers],
+                [layer.weight_offsets for layer in layers],
+                [layer.bias for layer in layers],
+                [layer.spec.rows for layer in layers],
+                layers[0].spec.n,
+            )
+        )
+        own = outputs[0]
+        assert own is not None
+        outputs[0] = None
+        self.x, self.outputs, self.left = x, outputs, len(layers) - 1
+        return own
+
+
+@torch.no_grad()
+def find_siblings(model: Any, names: Iterable[str]) -> list[list[str]]:
+    """Return the groups of linear layers that read the same tensor, each in the order of the calls.
+
+    Args:
+        model: on the meta device, with plain linear layers. It is not changed.
+        names: of the layers that count.
+
+    Returns:
+        Groups of two or more names; none if the model cannot run so, or not from token ids alone.
+    """
+    twin = copy.deepcopy(model)
+    inputs: dict[int, tuple[Tensor, int, list[str]]] = {}
+    calls: dict[str, int] = {}
+
+    def watch(name: str) -> Any:
+        def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+            del module
+            x = arguments[0]
+            _, version, group = inputs.setdefault(
+                id(x), (x, x._version, [])
+            )  # it holds x, so that no other gets its id
+            calls[name] = calls.get(name, 0) + (1 if x._version == version else 2)  # what has changed is another input
+            group.append(name)
+
+        return hook
+
+    for name in names:
+        twin.get_submodule(name).register_forward_pre_hook(watch(name))
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            twin.to_empty(device="cpu")
+            twin(input_ids=torch.zeros(1, _TOKENS, dtype=torch.long), use_cache=False)
+    except (
+        Exception
+    ):  # whatever a model of any kind may raise: then its layers run one by one, which is slower and no less right
+        return []
+    groups = [[name for name in group if calls[name] == 1] for _, _, group in inputs.values()]
+    return [group for group in groups if len(group) > 1]
+
+
+def join(layers: list[PackedLinear]) -> None:
+    """Let layers that read the same input run as one launch, as far as their kinds agree.
+
+    Args:
+        layers: in the order of their calls, on any devices.
+    """
+    kinds: dict[Any, list[PackedLinear]] = {}
+    for layer in layers:
+        spec = layer.spec
+        key = (spec.format, spec.n, spec.dtype, spec.columns, layer.weight_words.device)
+        kinds.setdefault(key, []).append(layer)
+    for alike in kinds.values():
+        for first in range(0, len(alike), MOST_MATRICES):
+            part = alike[first : first + MOST_MATRICES]
+            if len(part) > 1:
+                siblings = Siblings(part)
+                for place, layer in enumerate(part):
+                    layer.siblings, layer.place = siblings, place

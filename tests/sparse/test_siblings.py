@@ -1,0 +1,307 @@
+"""Packed layers that share their input run as one launch."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from helpers import windows
+from sparse_matrices import random_weight, save_pruned, sparse_weight
+from thanos.export.pack import pack
+from thanos.sparse import loader, packed_modules
+from thanos.sparse.formats import encode
+from thanos.sparse.modules import PackedLinear
+from thanos.sparse.ops import packed_linear, packed_linears
+from thanos.sparse.siblings import Siblings, find_siblings, join
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(autouse=True)
+def _device_is_there(request: pytest.FixtureRequest) -> None:
+    callspec = getattr(request.node, "callspec", None)
+    if callspec and callspec.params.get("device") == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture
+def stay_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(loader.UNPACK, "never")
+
+
+def layer_of(weight: Tensor, *, bias: bool, device: str = "cpu") -> PackedLinear:
+    packed = encode(weight)
+    layer = PackedLinear(packed.spec, bias=bias, device=device)
+    state = {"weight_words": packed.words}
+    if packed.offsets is not None:
+        state["weight_offsets"] = packed.offsets
+    if bias:
+        state["bias"] = torch.randn(len(weight), generator=torch.Generator().manual_seed(9)).to(weight.dtype)
+    layer.load_state_dict(state)
+    return layer
+
+
+class Block(nn.Module):
+    """Three layers that read one tensor, in another order than their registration, and one that reads another."""
+
+    def __init__(self, *, bitmap: bool = False, device: str = "cpu") -> None:
+        super().__init__()
+        rows = {"k": 33, "q": 96, "v": 70, "o": 96}
+        for index, (name, count) in enumerate(rows.items()):
+            weight = random_weight(count, 96, 0.7, seed=index) if bitmap else sparse_weight(count, 96, seed=index)
+            setattr(self, name, layer_of(weight, bias=name == "v", device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        return self.o(q) + k.sum(-1, keepdim=True) * v.mean(-1, keepdim=True)
+
+
+def alone(block: Block, x: Tensor) -> Tensor:
+    """The block's output, each layer by itself."""
+    block = copy.deepcopy(block)
+    for layer in packed_modules(block).values():
+        layer.siblings = None
+    return block(x)
+
+
+def joined(block: Block) -> Block:
+    join([block.q, block.k, block.v])
+    return block
+
+
+class Calls(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count[function._schema.name] += 1
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("bitmap", [False, True])
+@pytest.mark.parametrize("tokens", [1, 3, 12, 40])
+def test_a_joint_call_gives_what_the_layers_give(tokens, bitmap, device):
+    block = Block(bitmap=bitmap, device=device)
+    x = torch.randn(2, tokens, 96, generator=torch.Generator().manual_seed(1)).bfloat16().to(device)
+    layers = [block.q, block.k, block.v]
+    together = packed_linears(
+        x,
+        [layer.weight_words for layer in layers],
+        [layer.weight_offsets for layer in layers],
+        [layer.bias for layer in layers],
+        [layer.spec.rows for layer in layers],
+        layers[0].spec.n,
+    )
+    for layer, got in zip(layers, together, strict=True):
+        own = packed_linear(x, layer.weight_words, layer.weight_offsets, layer.bias, layer.spec.rows, layer.spec.n)
+        assert got.shape == own.shape
+        assert got.is_contiguous()
+        if device == "cpu":
+            assert torch.equal(got, own)
+        assert torch.allclose(got.float(), own.float(), atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_block_computes_the_same_with_one_call_for_three(device):
+    block = Block(device=device)
+    x = torch.randn(2, 96, generator=torch.Generator().manual_seed(2)).bfloat16().to(device)
+    expected = alone(block, x)
+    joined(block)
+    assert block.q.siblings is block.k.siblings is block.v.siblings
+    assert block.o.siblings is None
+    for _ in range(2):
+        with Calls() as calls:
+            got = block(x)
+        assert torch.allclose(got.float(), expected.float(), atol=0.05, rtol=0.02)
+        assert calls.count["thanos::packed_linears"] == 1
+        assert block.q.siblings.x is None
+        assert not block.q.siblings.outputs
+
+
+def test_other_inputs_and_other_orders_are_computed_for_themselves():
+    block = joined(Block())
+    a, b = torch.randn(2, 96).bfloat16(), torch.randn(2, 96).bfloat16()
+    own = {name: [getattr(block, name).alone(x) for x in (a, b)] for name in "qkv"}
+    for order in ("vkq", "qkkv", "kq", "qqv"):
+        for name in order:
+            assert torch.equal(getattr(block, name)(a), own[name][0])
+            assert torch.equal(getattr(block, name)(b), own[name][1])
+    assert torch.equal(block.q(a), own["q"][0])
+    assert torch.equal(block.q(b), own["q"][1])
+    assert torch.equal(block.k(a), own["k"][0])
+    assert torch.equal(block.v(b), own["v"][1])
+
+
+def test_copies_of_a_block_have_siblings_of_their_own():
+    block = joined(Block())
+    twin = copy.deepcopy(block)
+    assert twin.q.siblings is not block.q.siblings
+    assert twin.q.siblings.layers == [twin.q, twin.k, twin.v]
+
+
+def test_compilation_leaves_one_call_and_no_state():
+    block = Block()
+    x = torch.randn(2, 96).bfloat16()
+    expected = alone(block, x)
+    joined(block)
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        del inputs
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(block, backend=backend, fullgraph=True)
+    for _ in range(3):
+        assert torch.equal(compiled(x), expected)
+    assert len(graphs) == 1  # and no recompilation
+    calls = Counter(str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function")
+    assert calls["thanos.packed_linears.default"] == 1
+    assert calls["thanos.packed_linear.default"] == 1
+    [output] = [node for node in graphs[0].graph.nodes if node.op == "output"]
+    assert len(output.args[0]) == 1  # the outputs of the siblings do not leave the graph
+    assert block.q.siblings.x is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_a_compiled_block_on_a_device_gives_the_same(mode):
+    block = joined(Block(device="cuda"))
+    x = torch.randn(2, 96, device="cuda").bfloat16()
+    expected = alone(block, x)
+    torch._dynamo.reset()
+    with torch.inference_mode():
+        compiled = torch.compile(block, mode=mode, fullgraph=True)
+        for _ in range(4):
+            assert torch.allclose(compiled(x).float(), expected.float(), atol=0.05, rtol=0.02)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_graph_replays_a_joint_call():
+    block = joined(Block(device="cuda"))
+    x = torch.randn(2, 96, device="cuda").bfloat16()
+    expected = block(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = block(x)
+    y.zero_()
+    graph.replay()
+    assert torch.equal(y, expected)
+
+
+def test_the_operator_of_several_follows_the_rules_of_torch():
+    for bitmap in (False, True):
+        block = Block(bitmap=bitmap)
+        layers = [block.q, block.v]
+        arguments = (
+            torch.randn(3, 96).bfloat16(),
+            [layer.weight_words for layer in layers],
+            [layer.weight_offsets for layer in layers],
+            [layer.bias for layer in layers],
+            [layer.spec.rows for layer in layers],
+            layers[0].spec.n,
+        )
+        torch.library.opcheck(
+            torch.ops.thanos.packed_linears.default, arguments, test_utils=("test_schema", "test_faketensor")
+        )
+
+
+def test_only_layers_of_one_kind_are_joined():
+    layers = [layer_of(sparse_weight(32, 64, n=n), bias=False) for n in (16, 8, 16, 8, 4)]
+    join(layers)
+    assert layers[0].siblings is layers[2].siblings
+    assert layers[1].siblings is layers[3].siblings
+    assert layers[0].siblings is not layers[1].siblings
+    assert layers[4].siblings is None
+    many = [layer_of(sparse_weight(32, 64), bias=False) for _ in range(6)]
+    join(many)
+    assert [len(layer.siblings.layers) for layer in many if isinstance(layer.siblings, Siblings)] == [4, 4, 4, 4, 2, 2]
+
+
+class Changing(nn.Module):
+    """Two layers read one tensor, which changes in place between their calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Linear(8, 8, bias=False) for _ in range(4))
+        self.embedding = nn.Embedding(4, 8)
+
+    def forward(self, input_ids: Tensor, use_cache: bool) -> Tensor:
+        del use_cache
+        x = self.embedding(input_ids)
+        y = self.a(x)
+        x.add_(1)
+        z = self.b(x)
+        return self.c(y) + self.c(z) + self.d(y)
+
+
+def test_inputs_that_change_in_place_and_layers_that_are_called_twice_are_no_siblings():
+    with torch.device("meta"):
+        model = Changing()
+    assert find_siblings(model, ["a", "b", "c", "d"]) == []
+
+
+def test_a_model_that_cannot_run_without_weights_has_no_siblings():
+    with torch.device("meta"):
+        model = Changing()
+    model.forward = lambda **_: 1 / 0  # type: ignore[method-assign]
+    assert find_siblings(model, ["a"]) == []
+
+
+EXPECTED = {
+    "llama": [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]],
+    "qwen2": [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]],
+    "gemma-2": [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]],
+    "opt-350m": [["q_proj", "k_proj", "v_proj"]],
+    "gpt-neox": [],
+}
+
+
+@pytest.mark.usefixtures("stay_packed")
+@pytest.mark.parametrize("architecture", EXPECTED)
+def test_siblings_are_found_in_real_architectures(architecture, tmp_path):
+    source = save_pruned(tmp_path / "model", architecture)
+    pack(source, tmp_path / "packed", least_weights=1)
+    model = load(tmp_path / "packed")
+    layers = packed_modules(model)
+    groups = {id(layer.siblings): layer.siblings for layer in layers.values() if layer.siblings is not None}
+    names = {id(layer): name for name, layer in layers.items()}
+    found = [[names[id(layer)] for layer in group.layers] for group in groups.values()]
+    first_block = [group for group in found if ".0." in group[0]]
+    assert sorted([name.rpartition(".")[2] for name in group] for group in first_block) == sorted(
+        EXPECTED[architecture]
+    )
+    assert all(len({name.rpartition(".")[0] for name in group}) == 1 for group in found)
+
+
+@pytest.mark.usefixtures("stay_packed")
+def test_joint_layers_change_neither_the_logits_nor_the_names(tmp_path):
+    source = save_pruned(tmp_path / "model", "llama")
+    pack(source, tmp_path / "packed", least_weights=1)
+    model, plain = load(tmp_path / "packed"), load(tmp_path / "packed")
+    for layer in packed_modules(plain).values():
+        layer.siblings = None
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    with torch.no_grad():
+        assert torch.equal(model(windows(2, 17)).logits, plain(windows(2, 17)).logits)
+    moved = model.to("meta")
+    assert all(tensor.device.type == "meta" for tensor in moved.state_dict().values())
+
+
+def load(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
