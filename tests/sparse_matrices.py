@@ -1,4 +1,4 @@
-"""Matrices that are sparse in a pattern, and their comparison bit by bit."""
+"""Matrices that are sparse in a pattern, their packed products, and comparisons."""
 
 from __future__ import annotations
 
@@ -9,6 +9,13 @@ import torch
 from torch import Tensor
 
 from helpers import tiny_model, tiny_tokenizer
+from thanos.sparse.formats import PackedWeight
+from thanos.sparse.ops import packed_linear
+
+DTYPES = (torch.bfloat16, torch.float16)
+EPSILON = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
+
+SHAPES = [(1, 1), (1, 64), (33, 31), (64, 576), (100, 1000), (257, 129), (96, 2080)]
 
 
 def sparse_weight(
@@ -30,6 +37,25 @@ def random_weight(
     draw = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, columns, generator=draw) / columns**0.5
     return weight.masked_fill(torch.rand(rows, columns, generator=draw) < sparsity, 0).to(dtype)
+
+
+def product(packed: PackedWeight, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    return packed_linear(x, packed.words, packed.offsets, bias, packed.spec.rows, packed.spec.n)
+
+
+def on(packed: PackedWeight, device: str) -> PackedWeight:
+    offsets = None if packed.offsets is None else packed.offsets.to(device)
+    return PackedWeight(packed.spec, packed.words.to(device), offsets)
+
+
+def assert_close(got: Tensor, weight: Tensor, x: Tensor, bias: Tensor | None = None) -> None:
+    """The result is the float64 product up to float32 sums of that length and one rounding."""
+    wide = weight.double().cpu()
+    exact = x.double().cpu() @ wide.T + (0 if bias is None else bias.double().cpu())
+    size = x.double().abs().cpu() @ wide.abs().T + (0 if bias is None else bias.double().abs().cpu())
+    allowed = EPSILON[got.dtype] * exact.abs() + 1e-5 * size + 1e-7
+    assert got.shape == exact.shape
+    assert bool(((got.double().cpu() - exact).abs() <= allowed).all())
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
-from sparse_matrices import random_weight, sparse_weight
-from thanos.sparse.formats import PackedWeight, decode, encode
+from sparse_matrices import DTYPES, SHAPES, assert_close, on, product, random_weight, sparse_weight
+from thanos.sparse.formats import encode
 from thanos.sparse.kernels import cpu, lacking
 from thanos.sparse.modules import PackedLinear
-from thanos.sparse.ops import packed_linear
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-DTYPES = (torch.bfloat16, torch.float16)
-EPSILON = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
-
-SHAPES = [(1, 1), (1, 64), (33, 31), (64, 576), (100, 1000), (257, 129), (96, 2080)]
 
 
 @pytest.fixture(autouse=True)
@@ -29,29 +23,10 @@ def _device_is_there(request: pytest.FixtureRequest) -> None:
         assert not reason
 
 
-def product(packed: PackedWeight, x: Tensor, bias: Tensor | None = None) -> Tensor:
-    return packed_linear(x, packed.words, packed.offsets, bias, packed.spec.rows, packed.spec.n)
-
-
-def on(packed: PackedWeight, device: str) -> PackedWeight:
-    offsets = None if packed.offsets is None else packed.offsets.to(device)
-    return PackedWeight(packed.spec, packed.words.to(device), offsets)
-
-
-def assert_close(got: Tensor, weight: Tensor, x: Tensor, bias: Tensor | None = None) -> None:
-    """The result is the float64 product up to float32 sums of that length and one rounding."""
-    wide = weight.double().cpu()
-    exact = x.double().cpu() @ wide.T + (0 if bias is None else bias.double().cpu())
-    size = x.double().abs().cpu() @ wide.abs().T + (0 if bias is None else bias.double().abs().cpu())
-    allowed = EPSILON[got.dtype] * exact.abs() + 1e-5 * size + 1e-7
-    assert got.shape == exact.shape
-    assert bool(((got.double().cpu() - exact).abs() <= allowed).all())
-
-
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens", [1, 2, 3, 5, 20])
+@pytest.mark.parametrize("tokens", [1, 3, 5, 20, 40])
 def test_the_product_is_that_of_the_dense_matrix(shape, dtype, tokens, device):
     draw = torch.Generator().manual_seed(1)
     x = torch.randn(tokens, shape[1], generator=draw).to(dtype)
@@ -92,9 +67,6 @@ def test_what_is_not_finite_reaches_the_rows_that_read_it(value, device):
     got = product(on(encode(weight), device), x.to(device)).cpu()[0]
     reads = weight[:, 40] != 0
     assert not got[reads].isfinite().any()
-    if device == "cuda":  # the kernel of CPUs spreads a row of values over all columns, as the dense product does
-        assert got[~reads].isfinite().all()
-        assert_close(got[~reads][None], weight[~reads], x.nan_to_num(0, 0, 0))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -107,46 +79,6 @@ def test_other_dimensions_and_strides_of_the_input(device):
     assert_close(got.reshape(6, 64), weight, x.reshape(6, 96))
     assert product(packed, x[:0]).shape == (0, 2, 64)
     assert product(packed, x[0, 0]).shape == (64,)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("shape", [(64, 4096), (4096, 4096)])
-def test_a_token_has_the_same_bits_alone_and_in_a_batch(shape, device):
-    for weight in (sparse_weight(*shape), random_weight(*shape, 0.7)):
-        packed = on(encode(weight), device)
-        x = torch.randn(8, shape[1], device=device).bfloat16()
-        whole = product(packed, x)
-        for count in (1, 2, 3, 5):
-            assert torch.equal(product(packed, x[:count]), whole[:count])
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_a_graph_replays_the_product(device):
-    weight = sparse_weight(64, 4096)
-    packed, x = on(encode(weight), device), torch.randn(1, 4096, device=device).bfloat16()
-    expected = product(packed, x)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = product(packed, x)
-    for _ in range(3):
-        y.zero_()
-        graph.replay()
-        assert torch.equal(y, expected)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("shape", [(33, 31), (100, 1000)])
-def test_the_device_expands_the_matrix_bit_by_bit(shape, device):
-    from thanos.sparse.kernels.cuda import expand
-
-    for weight in (sparse_weight(*shape), random_weight(*shape, 0.5, dtype=torch.float16)):
-        packed = on(encode(weight), device)
-        got = expand(packed.words, packed.offsets, *shape, packed.spec.n, weight.dtype)
-        assert torch.equal(got.cpu().view(torch.int16), weight.view(torch.int16))
-        assert torch.equal(decode(packed).cpu().view(torch.int16), weight.view(torch.int16))
 
 
 needs_extension = pytest.mark.skipif(bool(cpu.lacking()), reason=cpu.lacking())

@@ -60,6 +60,7 @@ class DecodeReport(Document):
         device: device of the models.
         context: tokens before the first new one; random ids.
         new_tokens: number of timed steps.
+        compiled: whether the steps ran through ``torch.compile``.
         read_rate: bytes a second at which the device reads a large buffer.
         models: the packed model first, then the dense one if there is one.
         same_tokens: number of first new tokens that both models have in common; None without a dense model.
@@ -69,6 +70,7 @@ class DecodeReport(Document):
     device: str
     context: int
     new_tokens: int
+    compiled: bool
     read_rate: float
     models: list[DecodeTime]
     same_tokens: int | None
@@ -82,6 +84,7 @@ def time_decoding(
     device: torch.device,
     context: int = 128,
     new_tokens: int = 64,
+    compiled: bool = False,
     trust_remote_code: bool = False,
     on_event: Watcher | None = None,
 ) -> DecodeReport:
@@ -95,6 +98,7 @@ def time_decoding(
         device: where the models run.
         context: tokens before the first new one.
         new_tokens: steps to time.
+        compiled: run the steps through ``torch.compile``.
         trust_remote_code: let transformers run Python code that a checkpoint carries.
         on_event: function that is called with events of progress.
 
@@ -111,13 +115,17 @@ def time_decoding(
     results = []
     for done, name in enumerate(names, 1):
         tell(Event(kind="phase", phase="evaluate"))
-        results.append(_time_model(name, device, context, new_tokens, trust_remote_code=trust_remote_code))
+        source = resolve_model(name, trust_remote_code=trust_remote_code, packed=True)
+        model: Any = load_model(source, device=device)
+        results.append(time_model(model, name, device, context, new_tokens, compiled=compiled))
+        del model
         tell(Event(kind="progress", phase="evaluate", done=done, total=len(names)))
     return DecodeReport(
         machine=machine(str(device)),
         device=str(device),
         context=context,
         new_tokens=new_tokens,
+        compiled=compiled,
         read_rate=read_rate(device),
         models=results,
         same_tokens=_common(results[0].tokens, results[1].tokens) if len(results) > 1 else None,
@@ -125,10 +133,22 @@ def time_decoding(
 
 
 @torch.inference_mode()
-def _time_model(
-    name: str, device: torch.device, context: int, new_tokens: int, *, trust_remote_code: bool
+def time_model(
+    model: Any, name: str, device: torch.device, context: int, new_tokens: int, *, compiled: bool = False
 ) -> DecodeTime:
-    model: Any = load_model(resolve_model(name, trust_remote_code=trust_remote_code, packed=True), device=device)
+    """Time greedy decoding of a loaded model at batch 1.
+
+    Args:
+        model: on the device.
+        name: what to call it.
+        device: where it is.
+        context: tokens before the first new one.
+        new_tokens: steps to time.
+        compiled: run the steps through ``torch.compile``.
+
+    Raises:
+        DataError: the tokens are more than the model's positions.
+    """
     positions = context_length(model.config)
     if positions is not None and context + new_tokens + _WARM_STEPS + 1 > positions:
         raise DataError(
@@ -138,7 +158,8 @@ def _time_model(
     vocabulary = model.get_input_embeddings().weight.shape[0]
     prompt = torch.randint(0, vocabulary, (1, context), generator=draw).to(device)
     decode = _graph_steps if device.type == "cuda" else _plain_steps
-    seconds, tokens = decode(model, prompt, new_tokens)
+    step: Any = torch.compile(model, dynamic=None if device.type == "cpu" else False) if compiled else model
+    seconds, tokens = decode(model, step, prompt, new_tokens)
     rate = 1 / statistics.median(seconds)
     total, read = weight_bytes(model)
     return DecodeTime(
@@ -152,21 +173,21 @@ def _time_model(
     )
 
 
-def _plain_steps(model: Any, prompt: Tensor, count: int) -> tuple[list[float], list[int]]:
-    """Return the seconds of each step, and the new tokens."""
+def _plain_steps(model: Any, call: Any, prompt: Tensor, count: int) -> tuple[list[float], list[int]]:
+    """Return the seconds of each step, and the new tokens. ``call`` is the model as the steps run it."""
     output = model(input_ids=prompt, use_cache=True)
     token = output.logits[:, -1:].argmax(-1)
     seconds, tokens = [], [int(token)]
     for _ in range(count):
         began = time.perf_counter()
-        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+        output = call(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
         token = output.logits[:, -1:].argmax(-1)
         tokens.append(int(token))  # waits for the device
         seconds.append(time.perf_counter() - began)
     return seconds, tokens
 
 
-def _graph_steps(model: Any, prompt: Tensor, count: int) -> tuple[list[float], list[int]]:
+def _graph_steps(model: Any, call: Any, prompt: Tensor, count: int) -> tuple[list[float], list[int]]:
     """As :func:`_plain_steps`, with a step captured as a CUDA graph."""
     from transformers import StaticCache
 
@@ -177,7 +198,7 @@ def _graph_steps(model: Any, prompt: Tensor, count: int) -> tuple[list[float], l
     token, place = first.clone(), place[:, -1:] + 1
 
     def step() -> None:
-        output = model(input_ids=token, position_ids=place, past_key_values=cache, use_cache=True)
+        output = call(input_ids=token, position_ids=place, past_key_values=cache, use_cache=True)
         token.copy_(output.logits[:, -1:].argmax(-1))
         place.add_(1)
 

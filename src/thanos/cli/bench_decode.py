@@ -26,6 +26,9 @@ def decode(
     ] = None,
     context: Annotated[int, option("Tokens before the first new one", Heading.DECODING, "N")] = 128,
     new_tokens: Annotated[int, option("New tokens to time", Heading.DECODING, "N")] = 64,
+    compiled: Annotated[
+        bool, option("Run the steps through torch.compile", Heading.DECODING, None, "--compile")
+    ] = False,
     threads: Threads = None,
     json_file: JsonFile = None,
     quiet: Quiet = False,
@@ -48,6 +51,13 @@ def decode(
     device = choose_device(chosen.pop("device", "auto"))
     with display.watch(quiet=quiet) as watcher:
         report = time_decoding(
-            packed, dense=dense, device=device, context=context, new_tokens=new_tokens, on_event=watcher, **chosen
+            packed,
+            dense=dense,
+            device=device,
+            context=context,
+            new_tokens=new_tokens,
+            compiled=compiled,
+            on_event=watcher,
+            **chosen,
         )
     packed_output.show_decoding(report, json_file)
