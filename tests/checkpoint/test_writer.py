@@ -325,6 +325,7 @@ def test_every_checkpoint_says_the_same_by_each_way_of_reading(
         assert spec.numel == whole.numel()
         assert spec.nbytes == whole.nbytes
         assert torch.equal(torch.cat(chunks).view(whole.shape), whole)
+        assert torch.equal(checkpoint.entries(name, 2, 3), whole.reshape(-1)[2:5])
         assert b"".join(checkpoint.raw_spans(name)) == whole.reshape(-1).view(torch.uint8).numpy().tobytes()
     (tmp_path / "out").mkdir()
     mirror(checkpoint, tmp_path / "out").finish()

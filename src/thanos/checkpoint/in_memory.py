@@ -36,6 +36,10 @@ class LoadedCheckpoint:
         """Return a tensor on the CPU. It shares memory with the model that it came from: do not modify it."""
         return self._state[name]
 
+    def entries(self, name: str, first: int, count: int) -> Tensor:
+        """Return consecutive entries of a tensor, flat; a view of its memory where that is contiguous."""
+        return self._state[name].reshape(-1)[first : first + count]
+
     def chunks(self, name: str) -> Iterator[Tensor]:
         """Yield a tensor's entries in order, in flat chunks."""
         yield from self._state[name].reshape(-1).split(CHUNK_ENTRIES)

@@ -259,6 +259,10 @@ class Checkpoint(TensorSource, RawSource, Protocol):
         """Name → dtype and shape."""
         ...
 
+    def entries(self, name: str, first: int, count: int) -> Tensor:
+        """Return ``count`` consecutive entries of a tensor from the entry ``first`` on, flat. Little else is read."""
+        ...
+
     @property
     def layout(self) -> Layout:
         """The layout of an output that holds the same tensors: a mirror of the input's files, or planned."""

@@ -13,6 +13,7 @@ from thanos.checkpoint.layout import Checkpoint
 from thanos.checkpoint.reader import SafetensorsCheckpoint
 from thanos.errors import ModelError
 from thanos.model.experts import Experts
+from thanos.model.gguf_mapping import BY_BLOCK, gguf_checkpoint, untied_note
 from thanos.model.loading import load_model, parse_dtype
 from thanos.model.meta_model import build_meta_model, persistent_tensors
 from thanos.model.names import match_parameters, rename_keys, split_fused
@@ -48,8 +49,9 @@ class OpenedModel:
 def open_model(source: ModelSource, dtype: str = "auto") -> OpenedModel:
     """Open a model so that its tensors can be read one by one.
 
-    The tensors of a safetensors folder are read from disk if they correspond one to one to the model's parameters. Otherwise
-    transformers loads and converts the model, and the tensors are read from memory.
+    The tensors of a safetensors folder are read from disk if they correspond one to one to the model's parameters, and those of
+    a GGUF file are dequantised one by one if its architecture allows it. Otherwise transformers loads and converts the model,
+    and the tensors are read from memory.
 
     Args:
         source: from :func:`~thanos.model.source.resolve_model`.
@@ -59,7 +61,7 @@ def open_model(source: ModelSource, dtype: str = "auto") -> OpenedModel:
         ModelError: a file is truncated or corrupt, or the model cannot be built.
     """
     if source.gguf is not None:
-        return _open_whole(source, dtype, [])
+        return _open_gguf(source, dtype) or _open_whole(source, dtype, _gguf_notes(source, whole=True))
     return _open_streamed(source, dtype) or _open_whole(source, dtype, [CONVERTED])
 
 
@@ -87,6 +89,38 @@ def _open_streamed(source: ModelSource, dtype: str) -> OpenedModel | None:
             f"{source.name} has no tensor for {missing[0]}, though config.json asks for it; download or save it again"
         )
     return None
+
+
+def _open_gguf(source: ModelSource, dtype: str) -> OpenedModel | None:
+    """Match a meta model with the tensors of a GGUF file; return None if transformers has to load them."""
+    config = source.config()
+    config.dtype = torch.float32
+    meta_model = meta_model_of(source, config, _resolve_dtype(dtype, torch.float32, None))
+    checkpoint = gguf_checkpoint(source.gguf_header, meta_model)
+    if checkpoint is None:
+        return None
+    split_fused(meta_model, checkpoint, {name: name for name in checkpoint.tensors})
+    key_of = {name: name for name in persistent_tensors(meta_model)}
+    return OpenedModel(source, meta_model, checkpoint, key_of, _gguf_notes(source, whole=False))
+
+
+def _gguf_notes(source: ModelSource, *, whole: bool) -> list[str]:
+    """Return notes on a GGUF file.
+
+    Args:
+        source: the model.
+        whole: whether transformers loads the file whole.
+    """
+    header = source.gguf_header
+    notes = []
+    if whole:
+        notes.append(
+            "transformers loads this GGUF file whole, in float32: files of the architecture "
+            f"{header.architecture} are not read block by block, only those of {', '.join(BY_BLOCK)}"
+        )
+    if note := untied_note(header):
+        notes.append(note)
+    return notes
 
 
 def meta_model_of(source: ModelSource, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
