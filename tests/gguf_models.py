@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers.pre_tokenizers import ByteLevel
 
-from helpers import POSITIONS, WORDS, tiny_model
+from helpers import POSITIONS, tiny_model
 
 ARCHITECTURES = {
     "llama": "llama",
@@ -150,11 +151,12 @@ def _write_metadata(writer: Any, config: Any, architecture: str, metadata: Mappi
             writer.add_string(key, value)
         else:
             writer.add_array(key, value)
-    words = ["<unk>", "<s>", "</s>", *(f"▁{word}" for word in WORDS)]
+    letters = sorted(ByteLevel.alphabet())
+    words = ["<unk>", "<s>", "</s>", *letters, "an"]
     words += [f"<extra{number}>" for number in range(config.vocab_size - len(words))]
-    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_model("gpt2")
     writer.add_token_list(words)
-    writer.add_token_scores([float(-number) for number in range(config.vocab_size)])
+    writer.add_token_merges(["a n"])
     writer.add_token_types([2, 3, 3, *[1] * (config.vocab_size - 3)])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)

@@ -164,8 +164,7 @@ class ModelWeights:
                         target.copy_(chunk)
                     done, dtype = done + len(chunk), chunk.dtype
                 assert done == flat.numel(), f"{name} has {flat.numel()} entries, and the checkpoint {done}"
-                # On the CPU, a tensor of another dtype is read again: the source gives it without a conversion.
-                if dtype == place.dtype or (place.is_cuda and widens(dtype, place.dtype)):
+                if dtype == place.dtype or widens(dtype, place.dtype):
                     exact[name] = dtype
         finally:
             self._staging.wait()  # also after an error: a pending copy would write into memory that is reused

@@ -41,7 +41,9 @@ class Recipe(LayerRecipe):
         seed: seed of the draw of calibration sequences.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: data type of the model's forward passes during calibration: ``auto`` (the checkpoint's), ``float32``,
-            ``bfloat16`` or ``float16``. The written checkpoint keeps its own dtype.
+            ``bfloat16`` or ``float16``.
+        output_dtype: data type of the written checkpoint: ``auto`` (the input's; bfloat16 for GGUF), ``float32``, ``bfloat16``
+            or ``float16``. The model is converted to it before it is pruned.
         targets: globs over the names of the layers to prune; empty means every linear layer of the decoder blocks.
         skip: globs over the names of layers that stay dense.
         overrides: per-layer settings, in order; a later match wins.
@@ -76,6 +78,14 @@ class Recipe(LayerRecipe):
         "DTYPE",
         choices=lambda: DTYPES,
         default="auto, the checkpoint's",
+    )
+    output_dtype: str = setting(
+        "auto",
+        "Data type in which the weights are written",
+        Heading.OUTPUT,
+        "DTYPE",
+        choices=lambda: DTYPES,
+        default="auto, the input's; bfloat16 for GGUF",
     )
     targets: tuple[str, ...] = setting(
         (), "Prune only layers whose name matches", Heading.WHAT, "GLOB", default="every linear layer of the blocks"
@@ -116,9 +126,10 @@ class Recipe(LayerRecipe):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
                 raise RecipeError(f"{name} must be a whole number, at least {lowest}; got {value!r}{near_whole(value)}")
-        if self.dtype not in DTYPES:
-            hint = near_dtype(self.dtype, DTYPES)
-            raise RecipeError(f"dtype {self.dtype!r} is unknown; choose one of {', '.join(DTYPES)}{hint}")
+        for name in ("dtype", "output_dtype"):
+            if (value := getattr(self, name)) not in DTYPES:
+                hint = near_dtype(value, DTYPES)
+                raise RecipeError(f"{name} {value!r} is unknown; choose one of {', '.join(DTYPES)}{hint}")
         for name in ("calibration", "device"):
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
                 raise RecipeError(f"{name} must be a name; got {getattr(self, name)!r}")
@@ -257,7 +268,7 @@ class Recipe(LayerRecipe):
         return toml_text(values, overrides)
 
 
-_NEW = ("scope", "allocation", *REPAIR_FIELDS, "held_out", "tune_rate")
+_NEW = ("scope", "allocation", *REPAIR_FIELDS, "held_out", "tune_rate", "output_dtype")
 """Settings that are written only where they differ from their defaults."""
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
