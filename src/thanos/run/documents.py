@@ -52,7 +52,7 @@ def write_documents(
     completed = completed_run(run, recipe, folder)
     text_sha256 = completed["text"].get(TEXT_HASH)
     published = recipe.replace(calibration=public_name(recipe.calibration))
-    report = _report(plan, engine, calibration, published, text_sha256, device, meter)
+    report = make_report(plan, engine, calibration, published, text_sha256, device, meter)
     if allocation is not None:
         report.execution["allocation"] = dict(allocation)
     report.write(folder / "pruning.json")
@@ -72,7 +72,7 @@ def _recipe_text(recipe: Recipe, text_sha256: str | None) -> str:
     )
 
 
-def _report(
+def make_report(
     plan: Prepared,
     engine: Engine,
     calibration: Calibration,
@@ -81,6 +81,17 @@ def _report(
     device: torch.device,
     meter: PhaseMeter,
 ) -> PruningReport:
+    """Return the report of a run whose blocks are done.
+
+    Args:
+        plan: as for :func:`write_documents`, like the other arguments.
+        engine: see there.
+        calibration: see there.
+        recipe: the recipe, without local folders.
+        text_sha256: hash of the calibration text; None if it is not local files.
+        device: see there.
+        meter: see there.
+    """
     import safetensors
     import transformers
 

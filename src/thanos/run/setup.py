@@ -109,6 +109,13 @@ def prepare(
     opened = open_model(source, recipe.dtype, _written_dtype(source, recipe.output_dtype))
     if source.gguf is not None and recipe.output_dtype == "auto":
         opened.notes.append(GGUF_DTYPE)
+    return prepare_opened(opened, recipe, watch, look=look, folder=folder)
+
+
+def prepare_opened(
+    opened: OpenedModel, recipe: Recipe, watch: Watcher, *, look: bool = True, folder: Path | None = None
+) -> Prepared:
+    """Select the layers of an opened model to prune and their settings; see :func:`prepare`."""
     tensors = opened.checkpoint.tensors
     if spare := tensors.keys() - set(opened.key_of.values()):
         opened.notes.extend(Unused(opened.meta_model, tensors, opened.key_of).notes(spare))
