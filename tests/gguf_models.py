@@ -55,7 +55,7 @@ def write_gguf(
         name: of the tiny model.
         kinds: quantisations of the matrices, in turn.
         head: quantisation in which a tied model's embedding is stored again as the head.
-        metadata: more keys → strings or lists of strings.
+        metadata: more keys → strings, numbers or lists of strings.
         parts: number of files.
 
     Returns:
@@ -147,10 +147,8 @@ def _write_metadata(writer: Any, config: Any, architecture: str, metadata: Mappi
     writer.add_rope_freq_base(_rope_base(config))
     writer.add_vocab_size(config.vocab_size)
     for key, value in metadata.items():
-        if isinstance(value, str):
-            writer.add_string(key, value)
-        else:
-            writer.add_array(key, value)
+        add = {str: writer.add_string, int: writer.add_uint32, list: writer.add_array}[type(value)]
+        add(key, value)
     letters = sorted(ByteLevel.alphabet())
     words = ["<unk>", "<s>", "</s>", *letters, "an"]
     words += [f"<extra{number}>" for number in range(config.vocab_size - len(words))]

@@ -17,6 +17,7 @@ from thanos._version import __version__
 from thanos.calibration.windows import Calibration
 from thanos.engine.loop import Engine
 from thanos.events import RUN_NAME
+from thanos.model.stated import stated_facts
 from thanos.recipe import Recipe
 from thanos.run.model_card import model_card, public_name
 from thanos.run.report import PruningReport, compute_totals
@@ -106,6 +107,7 @@ def make_report(
             "architecture": type(opened.meta_model).__name__,
             "parameters": parameters,
             "sparsity": plan.sparsity,
+            **({"stated": stated} if (stated := stated_facts(opened.source)) else {}),
         },
         recipe=recipe.to_dict(),
         versions={
