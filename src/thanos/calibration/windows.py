@@ -128,7 +128,7 @@ def build_calibration(
     """
     check_positions(sequence_length, context_length)
     tell, bos = on_event or (lambda event: None), added_bos(tokenizer)
-    if source == "self":
+    if isinstance(source, str) and source == "self":
         if model is None:
             raise DataError("calibration 'self' needs the dense model")
         start = end_of_text_id if bos is None else bos

@@ -38,10 +38,9 @@ def gguf_checkpoint(header: GGUFHeader, model: PreTrainedModel) -> GGUFCheckpoin
         float32 tensors, or None if transformers has to load the file: the architecture is not one of :data:`BY_BLOCK`, a
         parameter has no tensor, or one of another shape.
     """
-    counts = [
-        header.metadata.get(f"{header.architecture}.attention.{count}") for count in ("head_count", "head_count_kv")
-    ]
-    if header.architecture not in BY_BLOCK or not all(type(count) is int for count in counts):
+    stated = (header.metadata.get(f"{header.architecture}.attention.{key}") for key in ("head_count", "head_count_kv"))
+    counts = [count for count in stated if isinstance(count, int)]
+    if header.architecture not in BY_BLOCK or len(counts) != 2:
         return None
     mapping = _Mapping(header, model, counts)
     shapes, pieces = _stored_shapes(model), {}

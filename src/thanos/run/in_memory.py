@@ -109,14 +109,15 @@ def _run(
     plan, allocation = choose_sparsities(
         plan, recipe, calibration, device=device, folder=folder, tell=tell, store=None, **common
     )
+    output: Any = written
     engine = build_engine(
         plan,
         recipe,
         calibration.ids,
         device,
         folder,
-        writer=written,
-        journal=written,
+        writer=output,
+        journal=output,
         notes=plan.opened.notes,
         **common,
     )
@@ -240,7 +241,7 @@ def _windows(
         raise DataError(
             "calibration by text needs the model's tokenizer: give tokenizer=AutoTokenizer.from_pretrained(...)"
         )
-    if not texts:
+    if isinstance(given, str):
         check_text_source(given, tokenizer=lambda: tokenizer)
     training = model.training
     try:
