@@ -30,7 +30,7 @@ HEADINGS = {
         "Where and how it runs": {
             "--device", "--dtype", "--trust-remote-code", "--activations", "--threads", "--resume", "--plan",
         },
-        "Output": {"--overwrite", "--json", "--quiet", "--help"},
+        "Output": {"--output-dtype", "--overwrite", "--json", "--quiet", "--help"},
     },
     "recover": {
         "Recovery": {"--epochs", "--rate", "--train", "--batch", "--micro-batch", "--held-out", "--shard", "--dense"},

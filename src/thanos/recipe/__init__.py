@@ -53,7 +53,9 @@ class Recipe(LayerRecipe):
         seed: seed of the draw of calibration sequences.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: data type of the model's forward passes during calibration: ``auto`` (the checkpoint's), ``float32``,
-            ``bfloat16`` or ``float16``. The written checkpoint keeps its own dtype.
+            ``bfloat16`` or ``float16``.
+        output_dtype: data type of the written checkpoint: ``auto`` (the input's; bfloat16 for GGUF), ``float32``, ``bfloat16``
+            or ``float16``. The model is converted to it before it is pruned.
         targets: globs over the names of the layers to prune; empty means every linear layer of the decoder blocks.
         skip: globs over the names of layers that stay dense.
         overrides: per-layer settings, in order; a later match wins. An effort there sets all of its parts for these layers,
@@ -93,6 +95,14 @@ class Recipe(LayerRecipe):
         "DTYPE",
         choices=lambda: DTYPES,
         default="auto, the checkpoint's",
+    )
+    output_dtype: str = setting(
+        "auto",
+        "Data type in which the weights are written",
+        Heading.OUTPUT,
+        "DTYPE",
+        choices=lambda: DTYPES,
+        default="auto, the input's; bfloat16 for GGUF",
     )
     targets: tuple[str, ...] = setting(
         (), "Prune only layers whose name matches", Heading.WHAT, "GLOB", default="every linear layer of the blocks"
@@ -288,7 +298,7 @@ class Recipe(LayerRecipe):
         return toml_text(values, overrides)
 
 
-_NEW = ("scope", "allocation", "multiple_of", "head_unit", *REPAIR_FIELDS, "held_out", "tune_rate")
+_NEW = ("scope", "allocation", "multiple_of", "head_unit", *REPAIR_FIELDS, "held_out", "tune_rate", "output_dtype")
 """Settings that are written only where they differ from their defaults."""
 
 
