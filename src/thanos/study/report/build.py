@@ -22,6 +22,8 @@ from thanos.study.store import Contents, read_store, store_path
 from thanos.system.event_stream import EventStream
 from thanos.system.files import write_atomically
 
+PAGE = "report.html"
+
 
 @dataclass(frozen=True, slots=True)
 class Report:
@@ -100,12 +102,24 @@ def write_report(folder: str | Path, on_event: Callable[[Event], None] | None = 
         raise DataError(f"{path} holds no record; run the study first: thanos study STUDY.toml {path.parent}")
     report = build_report(contents)
     try:
-        return _write(report, path.parent, EventStream(on_event))
+        return write_files(report, path.parent, EventStream(on_event))
     except OSError as error:
         raise ResourceError(f"{error.filename or path.parent} cannot be written: {error.strerror}") from error
 
 
-def _write(report: Report, out: Path, tell: Callable[[Event], None]) -> Report:
+def write_files(report: Report, out: Path, tell: Callable[[Event], None], *, page: str = PAGE) -> Report:
+    """Write a report's page, ``tables/`` and ``figures/`` into a folder, and remove those of an earlier one.
+
+    Args:
+        report: the report.
+        out: the folder.
+        tell: called with each progress event.
+        page: name of the page's file.
+
+    Raises:
+        OSError: a file cannot be written.
+        ResourceError: matplotlib is not installed.
+    """
     pictures: dict[str, str] = {}
     figures = _emptied(out / "figures", {f"{f.name}.{ending}" for f in report.figures for ending in ("svg", "png")})
     for done, figure in enumerate(report.figures, 1):
@@ -117,7 +131,7 @@ def _write(report: Report, out: Path, tell: Callable[[Event], None]) -> Report:
     for table in report.tables:
         for ending, writer in WRITERS.items():
             write_atomically(tables / f"{table.name}.{ending}", writer(table).encode())
-    write_atomically(out / "report.html", render_page(report.title, report.lead, report.chapters, pictures).encode())
+    write_atomically(out / page, render_page(report.title, report.lead, report.chapters, pictures).encode())
     return report
 
 

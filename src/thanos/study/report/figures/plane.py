@@ -146,5 +146,6 @@ def _front(axes: Axes, chart: Chart) -> list[Any]:
         top = axes.get_ylim()[1]
         axes.set_ylim(top=top)  # the front's line to a point above the axes ends at their upper edge
         line = [(point.x.scaled, top if chart.is_above(point) else point.y.scaled) for point in front]
-        axes.step(*zip(*line, strict=True), where="post", **_FRONT, zorder=1)
+        where = "pre" if chart.rising else "post"  # the best y for at least, or at most, this x
+        axes.step(*zip(*line, strict=True), where=where, **_FRONT, zorder=1)
     return [Line2D([], [], **_FRONT, **{**_RING, "markersize": 7}, label="Pareto front")]
