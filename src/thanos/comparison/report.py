@@ -226,7 +226,7 @@ def _texts(rows: Sequence[Row], ending: str) -> list[Table]:
 
 
 def _origin(group: Sequence[Comparison]) -> Section:
-    section = Section("origin", "Where the numbers come from")
+    section = Section("origin", "Where the numbers come from", folded=True)
     for run in group:
         machine = run.machine
         versions = {**machine["versions"], **{n: machine[n] for n in ("transformers", "torchao") if n in machine}}
