@@ -26,7 +26,8 @@ def parts(tensor: Tensor) -> list[Tensor]:
     """Return the plain tensors that hold a tensor's data: itself, or those of a subclass that wraps others."""
     if type(tensor) in (Tensor, torch.nn.Parameter) or not hasattr(tensor, "__tensor_flatten__"):
         return [tensor]
-    names, _ = tensor.__tensor_flatten__()
+    wrapper: Any = tensor
+    names, _ = wrapper.__tensor_flatten__()
     return [part for name in names for part in parts(getattr(tensor, name))]
 
 

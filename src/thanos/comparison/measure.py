@@ -56,7 +56,8 @@ class Facts:
         plain = {id(tensor): tensor.numel() for tensor in network.parameters() if id(tensor) not in inside}
         layers = sum(layer.in_features * layer.out_features for layer in packed.values())
         layers += sum(layer.bias.numel() for layer in packed.values() if layer.bias is not None)
-        embedding, head = network.get_input_embeddings().weight, network.get_output_embeddings()
+        embedding: Any = network.get_input_embeddings().weight
+        head = network.get_output_embeddings()
         ends = {id(embedding): embedding.numel()}
         if isinstance(head, nn.Linear):
             ends[id(head.weight)] = head.weight.numel()
