@@ -145,7 +145,7 @@ def _table(rows: Sequence[Row], run: Comparison, ending: str) -> Table:
     for row in rows:
         cells: list[Cell | Number | str | None] = [row.label, *(number(number_of(row, field)) for field in shown)]
         if notes:
-            cells.append(Cell(prose=(_notes(row),)))
+            cells.append(Cell(prose=(found,)) if (found := _notes(row)) else "")
         lines.append(cells)
     heads = f"<Model|model; {'; '.join(_HEADS.get(field, field) for field in shown)}"
     heads += "; <notes" if notes else ""
@@ -174,7 +174,7 @@ _HEADS = {
 def _notes(row: Row) -> str:
     parts = [*row.notes, *([f"failed: {row.reason}"] if row.reason else [])]
     text = ". ".join(part[:1].upper() + part[1:] for part in parts)
-    return f"{text}." if text else "–"
+    return f"{text}." if text else ""
 
 
 _CHARTS = (
@@ -219,10 +219,16 @@ def _texts(rows: Sequence[Row], ending: str) -> list[Table]:
     prompts = dict.fromkeys(prompt for row in rows for prompt in row.texts)
     found = []
     for place, prompt in enumerate(prompts, 1):
-        lines = [(row.label, Cell(prose=(row.texts[prompt].strip("\n"),))) for row in rows if prompt in row.texts]
+        lines = [(row.label, Cell(prose=(_shown(row.texts[prompt]),))) for row in rows if prompt in row.texts]
         heads = columns("<Model|model", "<text")
         found.append(table(f"text_{place}{ending}", f"“{prompt.strip()}”", heads, lines))
     return found
+
+
+def _shown(text: str) -> str:
+    """Return a continuation without the line breaks around it, and without the space that divides it from the prompt."""
+    text = text.strip("\n")
+    return text if text.startswith("  ") else text.removeprefix(" ")
 
 
 def _origin(group: Sequence[Comparison]) -> Section:
