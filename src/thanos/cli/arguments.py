@@ -141,6 +141,8 @@ class _Words:
     def _argument(self, word: str) -> str:
         self._positional += 1
         names = [argument.metavar or argument.name.upper() for argument in self._arguments]
+        if self._arguments and self._arguments[-1].nargs == -1:  # the last one may be repeated
+            self._positional = min(self._positional, len(names))
         if self._positional > len(names):
             quote = "; a glob needs quotes, else the shell replaces it" if "--skip" in self._options else ""
             raise self._refusal(

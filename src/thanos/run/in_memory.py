@@ -16,7 +16,7 @@ from torch import Tensor
 from thanos.calibration.text import check_text_source, text_sha256
 from thanos.calibration.windows import GIVEN_TEXTS, GIVEN_TOKENS, Calibration, build_calibration, check_positions
 from thanos.checkpoint.in_memory import LoadedCheckpoint
-from thanos.engine.activations import check_place
+from thanos.engine.activations import check_tier
 from thanos.engine.distributed import SINGLE
 from thanos.engine.records import BlockRecord
 from thanos.errors import DataError, ModelError, NumericsError, RecipeError, resource_errors
@@ -75,22 +75,27 @@ def prune_model(
         ResourceError: memory is exhausted.
     """
     recipe = checked_recipe(recipe)
-    check_place(activations)
+    check_tier(activations)
     if recipe.output_dtype != "auto":
         raise RecipeError(
             f"output_dtype {recipe.output_dtype} is for a folder that is written; convert the model itself: model.to(dtype)"
         )
     device = _device(model, recipe)
     meter = PhaseMeter(device)
-    tell = EventStream(on_event, meter, keep_log=False)
+    emit = EventStream(on_event, meter, keep_log=False)
     with resource_errors(smaller_calibration(recipe)), tempfile.TemporaryDirectory() as folder:
-        tell(Event(kind="phase", phase="load"))
+        emit(Event(kind="phase", phase="load"))
         with meter.phase("load"):
             checkpoint, opened = _open(model, recipe)
-            windows, recipe = _windows(model, calibration, recipe, tokenizer, tell)
+            windows, recipe = _windows(model, calibration, recipe, tokenizer, emit)
             check_token_ids(windows.ids, opened.meta_model)
-            plan = prepare_opened(opened, recipe, tell)
-        return _run(plan, _InPlace(checkpoint), windows, recipe, device, meter, tell, activations, Path(folder))
+            plan = prepare_opened(opened, recipe, emit)
+            if plan.cutting is not None:
+                raise RecipeError(
+                    f"pattern {recipe.pattern} makes tensors smaller, which a loaded model cannot follow; use thanos.prune, "
+                    "which writes a folder"
+                )
+        return _run(plan, _InPlace(checkpoint), windows, recipe, device, meter, emit, activations, Path(folder))
 
 
 def _run(
@@ -100,14 +105,14 @@ def _run(
     recipe: Recipe,
     device: torch.device,
     meter: PhaseMeter,
-    tell: EventStream,
+    emit: EventStream,
     activations: str,
     folder: Path,
 ) -> PruningReport:
     """Run the engine on the prepared model; return the report."""
     common: dict[str, Any] = {"activations": activations, "world": SINGLE, "meter": meter}
     plan, allocation = choose_sparsities(
-        plan, recipe, calibration, device=device, folder=folder, tell=tell, store=None, **common
+        plan, recipe, calibration, device=device, folder=folder, emit=emit, store=None, **common
     )
     output: Any = written
     engine = build_engine(
@@ -124,7 +129,7 @@ def _run(
     block = None
     try:
         for event in engine.run():
-            tell(event)
+            emit(event)
             block = event.block
     except NumericsError:
         name_damage(plan.opened, block)
@@ -217,7 +222,7 @@ def _open(model: Any, recipe: Recipe) -> tuple[LoadedCheckpoint, OpenedModel]:
 
 
 def _windows(
-    model: PreTrainedModel, given: Any, recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, tell: Watcher
+    model: PreTrainedModel, given: Any, recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, emit: Watcher
 ) -> tuple[Calibration, Recipe]:
     """Return the calibration windows, and the recipe that says what they are.
 
@@ -254,7 +259,7 @@ def _windows(
             end_of_text_id=end_of_text_id(tokenizer, model.config),
             context_length=positions,
             model=model.eval(),
-            on_event=tell,
+            on_event=emit,
         )
     finally:
         model.train(training)
