@@ -11,8 +11,8 @@ from typer.core import TyperCommand, TyperGroup
 
 from thanos.cli.help import state_defaults, write_examples, write_options
 from thanos.cli.options import NUMBERS, SETTINGS
-from thanos.cli.torchrun import is_first
 from thanos.errors import UserError
+from thanos.system.ranks import speaks
 from thanos.system.suggestions import near, near_number, near_whole
 
 _HELP = ("-h", "--help")
@@ -44,7 +44,7 @@ class Command(TyperCommand):
         if args and not any(word in _HELP for word in args):
             words = _Words(self, ctx.command_path, args)
             args = list(words)
-            for note in words.notes if is_first() else ():
+            for note in words.notes if speaks() else ():
                 print(f"warning: {note}", file=sys.stderr)
         try:
             return super().parse_args(ctx, args)

@@ -77,7 +77,11 @@ def _int4(model: PreTrainedModel, layers: dict[str, nn.Linear]) -> tuple[Any, st
     HQQ chooses scales and zero points, which is the more accurate of torchao's two ways, with the same kernels.
     """
     group = _group_size(layers)
-    settings: dict[str, Any] = {"group_size": group, "int4_choose_qparams_algorithm": "hqq", "set_inductor_config": False}
+    settings: dict[str, Any] = {
+        "group_size": group,
+        "int4_choose_qparams_algorithm": "hqq",
+        "set_inductor_config": False,
+    }
     words = f"HQQ, groups of {group}"
     if model.device.type == "cuda":
         if model.dtype != torch.bfloat16:
