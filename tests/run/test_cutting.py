@@ -184,7 +184,7 @@ def test_the_smaller_model_gives_the_logits_of_the_zeroed_one(
 
     monkeypatch.setattr(WorkFolder, "seal", keep)
     # Given windows, because transformers reads every Qwen2 tokenizer as byte-level BPE.
-    given = Calibration(windows(SAMPLES, LENGTH), "words", "packed", 0, 1)
+    given = Calibration(windows(SAMPLES, LENGTH), str(text_file), "packed", 0, 1)
     report = thanos.prune(dense, tmp_path / "out", units(text_file, effort="high"), calibration=given)
     ids = torch.arange(1, 40)[None]
     with torch.inference_mode():
