@@ -163,8 +163,7 @@ def tune(arguments: argparse.Namespace) -> None:
                 works = [product_of(shape, tokens, packed, words, family, launch, device) for launch in tried]
                 took = rounds(works, count, device, 5)
                 best = min(range(len(tried)), key=took.__getitem__)
-                size = {"rows": shape[0], "columns": shape[1]}
-                row = {"family": family, "kind": kind_of(packed.spec.n), **size, **tried[best]._asdict()}
+                row = {"family": family, "kind": kind_of(packed.spec.n), "size": shape, **tried[best]._asdict()}
                 rows.append(row)
                 slowest = round(max(took), 2)
                 print(json.dumps({**row, "us": round(took[best], 2), "slowest_us": slowest}), flush=True)
@@ -180,7 +179,7 @@ def settings(rows: list[dict[str, Any]], device: str) -> Settings:
     shape = (4096, 14336)
     _, packed = repeated(make((1024, shape[1]), 0.0, torch.bfloat16), shape[0], device)
     words = [packed.words, *(packed.words.clone() for _ in range(7))]
-    here = [row for row in rows if (row["rows"], row["columns"], row["kind"]) == (*shape, "to16")]
+    here = [row for row in rows if (row["size"], row["kind"]) == (shape, "to16")]
     best = {row["family"]: Launch(row["flight"], row["splits"], row["warps"]) for row in here}
 
     def library(tokens: int, expanded: int) -> Callable[[int], Any]:

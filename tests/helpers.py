@@ -107,6 +107,42 @@ _OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
             "init_std": 0.15,
         },
     ),
+    "phi": (
+        "PhiConfig",
+        {
+            **_COMMON,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "max_position_embeddings": POSITIONS,
+            "initializer_range": 0.15,
+        },
+    ),
+    "falcon": (
+        "FalconConfig",
+        {**_GPT, "hidden_size": 32, "ffn_hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4},
+    ),
+    "cohere": ("CohereConfig", {**_LLAMA_LIKE, "num_key_value_heads": 2}),
+    "gemma-4": (
+        "Gemma4TextConfig",
+        {
+            **_COMMON,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "global_head_dim": 8,
+            "max_position_embeddings": POSITIONS,
+            "sliding_window": 24,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "vocab_size_per_layer_input": VOCABULARY,
+            "hidden_size_per_layer_input": 8,
+            "num_kv_shared_layers": 2,
+        },
+    ),
     "rwkv": (
         "RwkvConfig",
         {

@@ -45,6 +45,7 @@ def test_the_defaults_are_those_that_are_documented():
         "seed": 0,
         "device": "auto",
         "dtype": "auto",
+        "output_dtype": "auto",
         "targets": (),
         "skip": (),
         "overrides": (),

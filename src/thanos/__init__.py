@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from thanos.recovery.recipe import RecoveryRecipe as RecoveryRecipe
     from thanos.recovery.report import RecoveryReport as RecoveryReport
     from thanos.recovery.run import recover as recover
+    from thanos.run.in_memory import prune_model as prune_model
     from thanos.run.prune import prune as prune
     from thanos.run.report import PruningReport as PruningReport
     from thanos.solvers.prune_layer import PrunedWeight as PrunedWeight
@@ -53,6 +54,7 @@ _EXPORTS = {
     "pack": "export.pack",
     "plan": "planning.plan",
     "prune": "run.prune",
+    "prune_model": "run.in_memory",
     "prune_weight": "solvers.prune_layer",
     "read_store": "study.store",
     "recover": "recovery.run",

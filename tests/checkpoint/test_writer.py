@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from helpers import save_tiny
 from thanos.bench.synthetic import RandomCheckpoint
+from thanos.checkpoint.cast import in_dtype
 from thanos.checkpoint.in_memory import LoadedCheckpoint
 from thanos.checkpoint.layout import Checkpoint, Layout, TensorSpec, plan_layout
 from thanos.checkpoint.reader import SafetensorsCheckpoint
@@ -300,7 +301,7 @@ def test_the_writer_asks_its_source_for_bytes_alone(tmp_path: Path) -> None:
 # --- every checkpoint ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["files", "memory", "random"])
+@pytest.fixture(params=["files", "memory", "random", "cast"])
 def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Checkpoint:
     state = {"m": torch.randn(6, 4).bfloat16(), "norm": torch.ones(5), "fused": torch.randn(2, 3, 4)}
     if request.param == "memory":
@@ -308,7 +309,8 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Checkpoint:
     if request.param == "random":
         return RandomCheckpoint({name: tensor.to("meta") for name, tensor in state.items()})
     save_file(state, tmp_path / SINGLE_NAME)
-    return SafetensorsCheckpoint(tmp_path)
+    stored = SafetensorsCheckpoint(tmp_path)
+    return in_dtype(stored, torch.float16) if request.param == "cast" else stored
 
 
 def test_every_checkpoint_says_the_same_by_each_way_of_reading(
@@ -325,6 +327,7 @@ def test_every_checkpoint_says_the_same_by_each_way_of_reading(
         assert spec.numel == whole.numel()
         assert spec.nbytes == whole.nbytes
         assert torch.equal(torch.cat(chunks).view(whole.shape), whole)
+        assert torch.equal(checkpoint.entries(name, 2, 3), whole.reshape(-1)[2:5])
         assert b"".join(checkpoint.raw_spans(name)) == whole.reshape(-1).view(torch.uint8).numpy().tobytes()
     (tmp_path / "out").mkdir()
     mirror(checkpoint, tmp_path / "out").finish()

@@ -30,10 +30,10 @@ HEADINGS = {
         "Where and how it runs": {
             "--device", "--dtype", "--trust-remote-code", "--activations", "--threads", "--resume", "--plan",
         },
-        "Output": {"--overwrite", "--json", "--quiet", "--help"},
+        "Output": {"--output-dtype", "--overwrite", "--json", "--quiet", "--help"},
     },
     "recover": {
-        "Recovery": {"--epochs", "--rate", "--batch", "--micro-batch", "--held-out", "--shard", "--dense"},
+        "Recovery": {"--epochs", "--rate", "--train", "--batch", "--micro-batch", "--held-out", "--shard", "--dense"},
         "Calibration": {"--calibration", "--samples", "--sequence-length", "--seed"},
         "Where and how it runs": {"--device", "--trust-remote-code", "--threads", "--resume"},
         "Output": {"--overwrite", "--json", "--quiet", "--help"},

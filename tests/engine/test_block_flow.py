@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from helpers import ARCHITECTURES, MIXTURES, tiny_config, tiny_model, windows
 from thanos.engine.block_calls import BlockCalls
-from thanos.engine.block_flow import BLOCK_INPUT, levels, residual_streams
+from thanos.engine.block_flow import BLOCK_INPUT, Stream, levels, residual_streams
 from thanos.model.layers import LinearLayer, find_blocks, linear_layers
 from thanos.model.meta_model import build_meta_model
 
@@ -31,7 +31,20 @@ STREAMS = {
     "opt-350m": {"out_proj": BLOCK_INPUT, "fc2": "fc1"},
     "opt-6.7b": {"out_proj": BLOCK_INPUT, "fc2": "final_layer_norm"},
     "gpt-2": {"attn.c_proj": BLOCK_INPUT, "mlp.c_proj": "ln_2"},
-    "gpt-neox": {},  # the output of attention is added to that of the MLP first
+    # Attention and MLP side by side: both outputs are added to the block's input.
+    "gpt-neox": {
+        "dense": Stream(BLOCK_INPUT, "mlp.dense_4h_to_h"),
+        "dense_4h_to_h": Stream(BLOCK_INPUT, "attention.dense"),
+    },
+    "phi": {"dense": Stream(BLOCK_INPUT, "mlp.fc2"), "fc2": Stream(BLOCK_INPUT, "self_attn.dense")},
+    "falcon": {
+        "dense": Stream(BLOCK_INPUT, "mlp.dense_4h_to_h"),
+        "dense_4h_to_h": Stream(BLOCK_INPUT, "self_attention.dense"),
+    },
+    "cohere": {
+        "o_proj": Stream(BLOCK_INPUT, "mlp.down_proj"),
+        "down_proj": Stream(BLOCK_INPUT, "self_attn.o_proj"),
+    },
     "gemma-2": {},  # what is added is normalised first
     "gemma-3": {},
 }
@@ -108,20 +121,23 @@ def test_a_block_that_autograd_cannot_follow_is_ordered_by_its_calls(monkeypatch
     )
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "phi", "falcon", "cohere"])
 def test_layers_that_write_into_the_residual_stream_are_found(architecture: str) -> None:
     run, hidden, block, layers = block_of(architecture)
     found = residual_streams(run, hidden, block, layers)
     expected = STREAMS.get(architecture, {"o_proj": BLOCK_INPUT, "down_proj": NORM})
     parts = 2 if architecture == "gpt-2" else 1
-    assert {".".join(name.split(".")[-parts:]): stream for name, stream in found.items()} == expected
+    assert {
+        ".".join(name.split(".")[-parts:]): Stream(stream.source, ".".join(stream.beside.split(".")[-2:]))
+        for name, stream in found.items()
+    } == {name: one if isinstance(one, Stream) else Stream(one) for name, one in expected.items()}
 
 
 @pytest.mark.parametrize("architecture", MIXTURES)
 def test_what_is_summed_over_experts_is_not_taken_for_one_layer(architecture: str) -> None:
     run, hidden, block, layers = block_of(architecture)
     found = residual_streams(run, hidden, block, layers)
-    assert {name.split(".")[-1]: stream for name, stream in found.items()} == {"o_proj": BLOCK_INPUT}
+    assert {name.split(".")[-1]: stream for name, stream in found.items()} == {"o_proj": Stream(BLOCK_INPUT)}
 
 
 def test_a_layer_without_output_is_no_writer() -> None:

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import thanos
-from helpers import prose, save_tiny
+from helpers import prose, save_tiny, tiny_model, tiny_tokenizer
 from reports import contents
+from thanos.cli import run
 from thanos.engine import block_runner, dense_choice
 from thanos.engine.routing import Routing
 from thanos.engine.stages import prune, prune_target
@@ -233,6 +234,59 @@ def test_products_are_those_of_the_dense_model_and_of_the_model_pruned_so_far(
     assert checked == len(report.layers)
 
 
+PARALLEL = {
+    "gpt-neox": ("gpt_neox.layers", "attention.dense", "mlp.dense_4h_to_h"),
+    "falcon": ("transformer.h", "self_attention.dense", "mlp.dense_4h_to_h"),
+    "cohere": ("model.layers", "self_attn.o_proj", "mlp.down_proj"),
+}
+
+
+@pytest.mark.parametrize("architecture", PARALLEL)
+def test_the_stream_of_a_parallel_block_has_the_output_of_the_branch_beside(
+    architecture: str, text_file: Path, tmp_path: Path, targets: Targets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second branch is pruned after the first: else both would fill the same gap."""
+    monkeypatch.setitem(block_runner.BATCH_TOKENS, "cpu", 3 * LENGTH)  # batches of 3 and 1
+    place, *branches = PARALLEL[architecture]
+    folder = save_tiny(tmp_path / "model", architecture)
+    report = thanos.prune(folder, tmp_path / "out", recipe(text_file, sequential=True, dense_target=0.25))
+    dense, now = (AutoModelForCausalLM.from_pretrained(folder) for _ in range(2))
+    done, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "out"), calibration_ids(folder, text_file)
+    for block in range(2):
+        names = [f"{place}.{block}.{branch}" for branch in branches]
+        assert report.block_errors[block].writers == names
+        inside = now.get_submodule(f"{place}.{block}")
+        for name, module in inside.named_modules():  # what comes before both branches is pruned
+            if hasattr(module, "weight") and f"{place}.{block}.{name}" not in names:
+                module.load_state_dict(done.get_submodule(f"{place}.{block}.{name}").state_dict())
+        for name, other in (names, names[::-1]):
+            streams, inputs = [], []
+            for model in (dense, now):
+                outputs: list[Tensor] = []
+                handle = model.get_submodule(other).register_forward_hook(
+                    lambda _, args, out, kept=outputs: kept.append(out.detach().clone())
+                )
+                modules = {"": model.get_submodule(f"{place}.{block}"), "layer": model.get_submodule(name)}
+                seen = seen_by(model, ids, modules)
+                handle.remove()
+                streams.append(seen[""] + outputs[0].reshape(seen[""].shape).double())
+                inputs.append(seen["layer"])
+            expected = (streams[0] - streams[1]).T @ inputs[1]
+            scale = inputs[1].square().sum() ** 0.5
+            torch.testing.assert_close(targets.residual[name].double(), expected, rtol=1e-3, atol=1e-3 * scale)
+            now.get_submodule(name).load_state_dict(done.get_submodule(name).state_dict())
+
+
+def test_a_layer_whose_output_is_normalised_first_has_no_term_of_the_stream(
+    text_file: Path, tmp_path: Path, targets: Targets
+) -> None:
+    folder = save_tiny(tmp_path / "model", "gemma-2")
+    report = thanos.prune(folder, tmp_path / "out", recipe(text_file, dense_target=0.5))
+    assert not targets.residual
+    assert [errors.writers for errors in report.block_errors] == [[]] * 4
+    assert {layer.dense_target for layer in report.layers} == {0.5}
+
+
 def test_experts_are_paired_token_by_token_by_the_routing_of_the_pruned_block(
     text_file: Path, tmp_path: Path, targets: Targets
 ) -> None:
@@ -415,6 +469,30 @@ def test_held_out_sequences_are_refused_where_batches_belong_together(
     thanos.prune(tiny_llama, tmp_path / "out", recipe(text_file, dense_target=0.5, sequential=True))
 
 
+@pytest.mark.parametrize("words", [["--effort", "high"], ["--tune", "1"]])
+def test_a_model_whose_blocks_pass_values_on_is_refused_by_the_command(
+    words: list[str], text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny_model("gemma-4")
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    place = [
+        "prune",
+        str(tmp_path / "model"),
+        str(tmp_path / "out"),
+        "--calibration",
+        str(text_file),
+        "--device",
+        "cpu",
+    ]
+    few = ["--samples", "4", "--sequence-length", "32", "--quiet"]
+    assert run([*place, *few, *words]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: Gemma4ForCausalLM passes values between blocks batch by batch")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert run([*place, *few, "--dense-target", "0.5", "--sequential", "--targets", "layers.3.mlp.*"]) == 0
+
+
 def test_experts_whose_tokens_cannot_be_paired_are_pruned_without_a_dense_target(
     text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -460,6 +538,27 @@ def test_block_errors_are_those_of_the_written_model_on_the_held_out_sequences(
     assert thanos.PruningReport.from_dict(values) == report
 
 
+def test_the_residual_of_a_refit_in_the_report_is_that_of_the_written_weights(
+    tiny_llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """In float64: the largest relative residual of a row's equations ŵ H_SS = (w H)_S, where H has a unit diagonal."""
+    settings = recipe(text_file, method="wanda", refit=3, targets=("layers.0.*",))
+    thanos.prune(tiny_llama, tmp_path / "out", settings)
+    written, stored = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", tiny_llama))
+    model, ids = AutoModelForCausalLM.from_pretrained(tiny_llama), calibration_ids(tiny_llama, text_file)
+    told = {one["name"]: one for one in json.loads((tmp_path / "out/pruning.json").read_text())["layers"]}
+    inputs = seen_by(model, ids, {name: model.get_submodule(name) for name in told})
+    assert len(told) == 7
+    for name, record in told.items():
+        gram = inputs[name].T @ inputs[name]
+        gram += settings.damping * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+        weight, pruned = (tensors[f"{name}.weight"].double() for tensors in (stored, written))
+        left, whole = (((rows @ gram) * (pruned != 0)) / gram.diagonal().sqrt() for rows in (weight - pruned, weight))
+        expected = (left.norm(dim=1) / whole.norm(dim=1)).max().item()
+        assert expected > 1e-4
+        assert record["residual"] == pytest.approx(expected, rel=1e-2)
+
+
 # --- resuming, and several processes ----------------------------------------------------------------------------------------
 
 
@@ -501,13 +600,13 @@ def test_two_processes_repair_like_one(architecture: str, target: str, tmp_path:
         device="cpu",
         effort="high",
         dense_target=target,
-        held_out=3,
+        held_out=3 if target == "auto" else None,
     )
     report = thanos.prune(dense, tmp_path / "one", settings)
     (tmp_path / "recipe.toml").write_text(settings.to_toml(), encoding="utf-8")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "thanos"]
     words = ["prune", dense, tmp_path / "two", "--recipe", tmp_path / "recipe.toml", "--quiet"]
-    run = subprocess.run(
+    ended = subprocess.run(
         [*launcher, *map(str, words)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -515,7 +614,7 @@ def test_two_processes_repair_like_one(architecture: str, target: str, tmp_path:
         timeout=900,  # however busy the machine
         check=False,
     )
-    assert run.returncode == 0, run.stderr
+    assert ended.returncode == 0, ended.stderr
     found = thanos.PruningReport.read(tmp_path / "two/pruning.json")
     assert [(layer.name, layer.tokens, layer.dense_target) for layer in found.layers] == [
         (layer.name, layer.tokens, layer.dense_target) for layer in report.layers

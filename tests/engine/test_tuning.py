@@ -139,6 +139,21 @@ def test_zeros_stay_and_the_held_out_error_falls_in_the_stored_dtype(dtype: torc
     assert record.parameters == free
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_rounding_costs_is_the_difference_to_the_weights_that_were_not_rounded(dtype: torch.dtype) -> None:
+    """The oracle is the same training of the same numbers, stored in float32."""
+    rounding = Toy(torch.float32, stored=dtype)
+    exact = Toy(torch.float32, stored=torch.float32)
+    exact.dense, exact.values, exact.zeros = rounding.dense, rounding.values, rounding.zeros
+    exact.inputs, exact.targets = rounding.inputs, rounding.targets
+    one, other = run(rounding.work(), epochs=1), run(exact.work(), epochs=1)
+    assert one.record.kept_epoch == other.record.kept_epoch == 1
+    assert all(torch.equal(one.values[name], value.to(dtype)) for name, value in other.values.items())
+    assert one.record.held_out_unrounded == pytest.approx(exact.error(other.values, HELD), rel=1e-5)
+    assert one.record.held_out_after == pytest.approx(exact.error(one.values, HELD), rel=1e-5)
+    assert one.record.held_out_after != one.record.held_out_unrounded
+
+
 @pytest.mark.parametrize("rate", [1e-9, 1e-4, 1e-2, 3.0, 1e4])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_held_out_error_never_rises(dtype: torch.dtype, rate: float) -> None:

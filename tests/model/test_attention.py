@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from transformers import masking_utils
 
-from helpers import VOCABULARY, tiny_model
-from thanos.model.attention import RepeatedHeads, fast_attention
+from helpers import VOCABULARY, tiny_model, windows
+from thanos.model.attention import RepeatedHeads, fast_attention, one_sequence_a_row
 
 
 class Look(TorchFunctionMode):
@@ -73,3 +74,32 @@ def test_the_kernel_holds_no_matrix_of_scores() -> None:
         F.scaled_dot_product_attention(query, shared, shared, is_causal=True, enable_gqa=True)
     torch.cuda.synchronize()
     assert torch.cuda.max_memory_allocated() - before < 8 * 4096 * 4096, "a quarter of the scores in float32"
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma-2", "qwen3", "gpt-2", "opt-350m", "qwen3-moe"])
+def test_without_the_search_for_packed_rows_logits_are_the_same(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searches: list[int] = []
+    original = masking_utils.find_packed_sequence_indices
+
+    def search(positions: torch.Tensor) -> torch.Tensor | None:
+        searches.append(1)
+        return original(positions)
+
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", search)
+    model, ids = tiny_model(architecture), windows(3, 40)
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits
+        before = len(searches)
+        with one_sequence_a_row():
+            found = model(input_ids=ids, use_cache=False).logits
+    assert len(searches) == before
+    assert masking_utils.find_packed_sequence_indices is search
+    assert torch.equal(found, expected)
+
+
+def test_a_release_that_does_not_search_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(masking_utils, "find_packed_sequence_indices")
+    with one_sequence_a_row():
+        assert not hasattr(masking_utils, "find_packed_sequence_indices")

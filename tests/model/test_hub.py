@@ -31,11 +31,11 @@ AUXILIARY = {
     "tokenizer.model",
     "chat_template.jinja",
     "LICENSE",
+    "README.md",
     "additional_chat_templates/tool.jinja",
 }
 CODE = {"modeling_x.py", "parts/helper.py"}
 NEVER = {
-    "README.md",
     "consolidated.safetensors",
     "consolidated.00.pth",
     "original/consolidated.00.pth",

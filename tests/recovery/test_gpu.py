@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import thanos
-from helpers import save_tiny
+from helpers import ROOT, save_tiny
 from recovering import prune, read, settings
 from thanos.recovery.distance import Distillation
 
@@ -44,6 +48,29 @@ def test_a_recovery_on_a_gpu(
     on_cpu = thanos.recover(pruned, tmp_path / "cpu", dense=dense, recipe=settings(text_file, rate=1e-3))
     for entry, other in zip(report.history, on_cpu.history, strict=True):
         assert entry["held_out"] == pytest.approx(other["held_out"], rel=0.05)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("shard", [False, True], ids=["copies", "shards"])
+def test_two_gpus_give_the_result_of_one(shard: bool, text_file: Path, tmp_path: Path) -> None:
+    dense = save_tiny(tmp_path / "dense")
+    pruned = prune(dense, tmp_path / "out", text_file, pattern="2:4")
+    one = thanos.recover(pruned, tmp_path / "one", dense=dense, recipe=settings(text_file, device="cuda:0"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "thanos"]
+    command += ["recover", str(pruned), str(tmp_path / "two"), "--dense", str(dense), "--calibration", str(text_file)]
+    command += ["--samples", "10", "--sequence-length", "32", "--epochs", "3", "--rate", "1e-3"]
+    command += ["--shard"] if shard else []
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    two = thanos.RecoveryReport.from_dict(json.loads((tmp_path / "two" / "recovery.json").read_bytes()))
+    for entry, other in zip(two.history, one.history, strict=True):
+        assert entry["held_out"] == pytest.approx(other["held_out"], rel=0.02)
+    assert two.best_step > 0
+    before = read(pruned)
+    for name, tensor in read(tmp_path / "two").items():
+        if name.endswith("_proj.weight"):
+            assert not ((before[name] == 0) & (tensor != 0)).any(), name
 
 
 def test_an_interrupted_recovery_on_a_gpu_goes_on(text_file: Path, tmp_path: Path) -> None:

@@ -22,11 +22,14 @@ from thanos.recovery.states import RecoveryFolder
 pytest.importorskip("accelerate", reason="the extra recover is not installed")
 
 
-def torchrun(job: dict[str, Any]) -> int:
+def launch(words: list[str]) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    script = [str(ROOT / "tests" / "recovering_ranks.py"), json.dumps(job)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
-    done = subprocess.run([*command, *script], env=environment, capture_output=True, text=True, timeout=600)
+    return subprocess.run([*command, *words], env=environment, capture_output=True, text=True, timeout=600)
+
+
+def torchrun(job: dict[str, Any]) -> int:
+    done = launch([str(ROOT / "tests" / "recovering_ranks.py"), json.dumps(job)])
     assert "warning" not in done.stderr.lower(), done.stderr
     return done.returncode
 
@@ -57,6 +60,25 @@ def test_two_processes_interrupted_and_resumed_give_the_result_of_one(
         moved = (one[name] - before[name]).abs().max()
         assert (tensor - one[name]).abs().mean() < 2e-3 * moved, name
     assert [path.name for path in tmp_path.iterdir()] == ["out2"]
+
+
+@pytest.mark.slow
+def test_the_command_on_two_processes(
+    recovered: tuple[Path, thanos.RecoveryReport], pruned: Path, tiny_llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """One process speaks; a mistake is one line and exit code 2 there too, and nothing is written."""
+    words = ["-m", "thanos", "recover", str(pruned), str(tmp_path / "out2"), "--dense", str(tiny_llama)]
+    words += ["--calibration", str(text_file), "--device", "cpu", "--samples", "10", "--sequence-length", "32"]
+    done = launch([*words, "--epochs", "3", "--rate", "1e-3", "--batch", "3"])
+    assert done.returncode != 0
+    assert done.stderr.count("a batch of 3 cannot be split over 2 processes; give --batch a multiple of 2") == 1
+    assert not list(tmp_path.iterdir())
+    done = launch([*words, "--epochs", "3", "--rate", "1e-3"])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("written to") == 1
+    report = thanos.RecoveryReport.from_dict(json.loads((tmp_path / "out2" / "recovery.json").read_bytes()))
+    assert report.best_step == recovered[1].best_step
+    assert report.held_out_after == pytest.approx(recovered[1].held_out_after, rel=1e-3)
 
 
 def test_a_batch_must_divide(text_file: Path) -> None:

@@ -35,7 +35,7 @@ def zeros(folder: Path) -> dict[str, Tensor]:
 
 def reference_training(pruned: Path, dense: Path, recipe: thanos.RecoveryRecipe) -> dict[int, dict[str, Tensor]]:
     """The training written out: all logits at once, plain AdamW, and the mask applied by hand. Step → weights."""
-    student = AutoModelForCausalLM.from_pretrained(pruned).eval()
+    student: Any = AutoModelForCausalLM.from_pretrained(pruned).eval()
     teacher = AutoModelForCausalLM.from_pretrained(dense).eval().requires_grad_(False)
     ids = make_calibration(resolve_model(dense), recipe.text, torch.device("cpu"), lambda event: None).ids
     masks = {name: p.detach() != 0 for name, p in student.named_parameters() if name.endswith("_proj.weight")}
@@ -55,7 +55,7 @@ def reference_training(pruned: Path, dense: Path, recipe: thanos.RecoveryRecipe)
             loss.backward()
             gradients = {n: w.grad * masks.get(n, 1.0) for n, w in student.named_parameters()}
             norm = math.sqrt(sum(float((g**2).sum()) for g in gradients.values()))
-            rate = recipe.rate * one_cycle(step, recipe.epochs * count // batch)
+            rate = float(recipe.rate) * one_cycle(step, recipe.epochs * count // batch)
             step += 1
             with torch.no_grad():
                 for name, weight in student.named_parameters():
@@ -175,7 +175,8 @@ def test_architectures(architecture: str, text_file: Path, tmp_path: Path) -> No
     before, after = read(pruned), read(tmp_path / "out2")
     assert before.keys() == after.keys()
     assert report.zeros == sum(layer.zeros for layer in thanos.PruningReport.read(pruned / "pruning.json").layers)
-    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out2", output_loading_info=True)
+    both: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out2", output_loading_info=True)
+    loaded, info = both
     assert not any(info.values())
     assert loaded is not None
 

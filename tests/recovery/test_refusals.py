@@ -45,7 +45,7 @@ def refused(
 
 
 def test_other_shapes(pruned: Path, text_file: Path, tmp_path: Path) -> None:
-    dense = save_tiny(tmp_path / "dense", intermediate_size=72)
+    dense = save_tiny(tmp_path / "dense", intermediate_size=56)
     refused(
         pruned,
         dense,
@@ -110,7 +110,9 @@ def test_a_dense_model_that_is_pruned_itself(pruned: Path, tiny_llama: Path, tex
 
 def test_a_folder_without_zeros(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
     other = copy(tiny_llama, tmp_path / "other")
-    refused(tiny_llama, other, text_file, tmp_path, r"has no zeros to keep fixed \(0 of [\d,]+ weights")
+    refused(
+        tiny_llama, other, text_file, tmp_path, r"has no zeros to keep fixed \(0 of [\d,]+ weights .*as large as the"
+    )
     # Strays do not make a pruned model.
     stray = edit(copy(tiny_llama, tmp_path / "stray"), lambda t: t["model.layers.0.mlp.up_proj.weight"][0, :3].zero_())
     refused(stray, other, text_file, tmp_path, "has no zeros to keep fixed")
@@ -122,6 +124,12 @@ def test_quantised_and_packed_folders(pruned: Path, tiny_llama: Path, text_file:
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
     refused(folder, tiny_llama, text_file, tmp_path, r"is quantised \(gptq\)")
     refused(pruned, folder, text_file, tmp_path, r"is quantised \(gptq\)")
+    half = edit(copy(pruned, tmp_path / "half"), lambda t: t.update({k: v.bfloat16() for k, v in t.items()}))
+    thanos.pack(half, tmp_path / "packed", least_weights=1)
+    refused(
+        tmp_path / "packed", tiny_llama, text_file, tmp_path, "packed is packed; give the dense model: thanos unpack"
+    )
+    refused(pruned, tmp_path / "packed", text_file, tmp_path, "packed is packed; give the dense model: thanos unpack")
     pytest.importorskip("gguf")
     refused(
         small_gguf(tmp_path / "m.gguf"), tiny_llama, text_file, tmp_path, "is a GGUF file, whose weights are quantised"
@@ -140,8 +148,12 @@ def test_quantised_and_packed_folders(pruned: Path, tiny_llama: Path, text_file:
         ({"held_out": 7}, "10 sequences are too few: 7 to hold out and a batch of 4 need 11"),
         ({"held_out": 0}, "held_out must be a whole number, at least 1; got 0"),
         ({"epochs": 0}, "epochs must be a whole number, at least 1; got 0"),
-        ({"rate": 0}, "rate must be a number above 0 and below 1"),
-        ({"rate": float("nan")}, "rate must be a number above 0 and below 1"),
+        ({"rate": 0}, "rate must be auto or a number above 0 and below 1"),
+        ({"rate": float("nan")}, "rate must be auto or a number above 0 and below 1"),
+        ({"rate": "best"}, "rate must be auto or a number above 0 and below 1, such as 2e-4; got 'best'"),
+        ({"rate": True}, "rate must be auto or a number above 0 and below 1"),
+        ({"train": "block"}, r"train must be all, blocks or linear; got 'block' \(did you mean blocks\?\)"),
+        ({"train": 3}, "train must be all, blocks or linear; got 3"),
         ({"batch": 6, "micro_batch": 4}, "micro_batch 4 does not divide batch 6"),
         ({"sequence_length": 1}, "sequence_length must be a whole number, at least 2"),
         ({"device": ""}, "device must be a name"),

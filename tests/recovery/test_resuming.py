@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import shutil
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+import recovering_killed
 import thanos
 from helpers import save_tiny
 from recovering import prune, settings
@@ -62,6 +66,29 @@ def test_interrupted_and_resumed_equals_uninterrupted(
 ) -> None:
     out, recipe = tmp_path / "out2", settings(text_file)
     assert interrupted(pruned, out, tiny_llama, recipe, step).finished == kept
+    report = thanos.recover(pruned, out, dense=tiny_llama, recipe=recipe, resume=True)
+    whole, expected = recovered
+    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert untimed(report) == untimed(expected)
+    assert [path.name for path in tmp_path.iterdir()] == ["out2"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="sends SIGKILL")
+def test_killed_and_resumed_equals_uninterrupted(
+    recovered: Any, pruned: Path, tiny_llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """Killed again and again: in the middle of an epoch, and while a best state and a checkpoint are written."""
+    out, recipe = tmp_path / "out2", settings(text_file)
+    moments = [("step", 1), ("best", 2), ("step", 3), ("checkpoint", 4), ("step", 5)]
+    for moment, kept in zip(moments, (0, 0, 2, 2, 4), strict=True):
+        arguments = (pruned, tiny_llama, out, recipe.to_dict(), moment)
+        process = multiprocessing.get_context("spawn").Process(target=recovering_killed.run, args=arguments)
+        process.start()
+        process.join(300)
+        assert process.exitcode == -signal.SIGKILL, moment
+        assert RecoveryFolder(out).finished == kept, moment
+        assert not out.exists()
     report = thanos.recover(pruned, out, dense=tiny_llama, recipe=recipe, resume=True)
     whole, expected = recovered
     assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()

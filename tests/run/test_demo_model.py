@@ -86,7 +86,8 @@ def test_from_gguf_to_a_plain_folder(demo_gguf: Path, tmp_path: Path) -> None:
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert "quantization_config" not in config
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    dense = load_model(resolve_model(demo_gguf))
+    dense = load_model(resolve_model(demo_gguf), dtype="bfloat16")
+    assert config["dtype"] == "bfloat16"
     assert model.get_input_embeddings().weight.data_ptr() == model.get_output_embeddings().weight.data_ptr()
     assert torch.equal(model.get_input_embeddings().weight, dense.get_input_embeddings().weight)
     assert torch.equal(model.model.norm.weight, dense.model.norm.weight)

@@ -56,7 +56,7 @@ LAYER = {
     "changed_by",
     "error_tokens",
 }
-REPAIRED = {"dense_target", "errors", "residual", "target_change"}
+REPAIRED = {"dense_target", "errors", "residual", "target_change", "choice"}
 """Keys of a layer that are there only where they apply."""
 
 
@@ -121,6 +121,7 @@ def test_keys() -> None:
     repaired_layer = replace(
         report().layers[0],
         errors={"removed": 0.2, "a": 0.1, "b": 0.05},
+        choice={"0": 0.2, "0.5": 0.1},
         residual=1e-6,
         target_change=-0.01,
         dense_target=0.5,

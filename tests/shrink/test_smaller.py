@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -293,3 +293,21 @@ def test_units_that_do_not_fit_together(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="lm_head is no writer"):
         write_smaller(folder, out, kept | {"lm_head": some(64, 33, 0)})
     assert not out.exists()
+
+
+def test_names_as_old_checkpoints_have_them(tmp_path: Path) -> None:
+    """GPT-2 on the hub lacks the prefix of the base model and holds masks, which no parameter has."""
+    folder = save_tiny(tmp_path / "full", "gpt-2", n_layer=4)
+    model = load(folder)
+    kept = zero_neurons(model, "gpt-2", 50)
+    model.save_pretrained(folder)
+    old = {name.removeprefix("transformer."): one for name, one in load_file(folder / "model.safetensors").items()}
+    old |= {f"h.{number}.attn.bias": torch.full((1, 1), float(number)) for number in range(4)}
+    save_file(old, folder / "model.safetensors", {"format": "pt"})
+    write_smaller(folder, tmp_path / "smaller", kept, dropped_blocks=[0, 2])
+    skip(model.transformer.h[0])
+    skip(model.transformer.h[2])
+    assert_equal_logits(tmp_path / "smaller", model)
+    new = load_file(tmp_path / "smaller/model.safetensors")
+    assert {name for name in new if name.endswith(".attn.bias")} == {"h.0.attn.bias", "h.1.attn.bias"}
+    assert [new[f"h.{number}.attn.bias"].item() for number in range(2)] == [1.0, 3.0]

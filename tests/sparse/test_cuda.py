@@ -11,6 +11,7 @@ from torch import Tensor
 from sparse_matrices import DTYPES, SHAPES, assert_close, on, product, random_weight, sparse_weight
 from thanos.sparse.formats import PackedWeight, decode, encode
 from thanos.sparse.kernels.tuned import FEW, MANY, Launch, launch_for
+from thanos.sparse.ops import packed_linear
 
 pytestmark = [
     pytest.mark.gpu,
@@ -181,9 +182,10 @@ def test_matrices_on_another_device_than_the_current_one():
 
 
 def test_compilation_by_inductor():
-    weight = sparse_weight(64, 96)
-    packed, x = on(encode(weight), DEVICE), torch.randn(2, 96, device=DEVICE).bfloat16()
+    packed, x = on(encode(sparse_weight(64, 96)), DEVICE), torch.randn(2, 96, device=DEVICE).bfloat16()
+    words, n = packed.words, packed.spec.n
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        got = torch.compile(lambda x: product(packed, x).float() + 1, fullgraph=True)(x)
+        compiled = torch.compile(lambda x: packed_linear(x, words, None, None, 64, n).float() + 1, fullgraph=True)
+        got = compiled(x)
     assert torch.equal(got, product(packed, x).float() + 1)

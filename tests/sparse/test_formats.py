@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparse_matrices import same_bits, sparse_weight
+from sparse_matrices import random_weight, same_bits, sparse_weight
 from thanos.sparse.formats import (
     PackedWeight,
     choose_format,
@@ -18,6 +18,7 @@ from thanos.sparse.formats import (
     fullest_rows,
     padding_is_zero,
 )
+from thanos.sparse.kernels import encoder
 
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -155,3 +156,55 @@ def test_round_trip_of_random_bits(rows, columns, share, seed):
     bits[torch.rand(rows, columns, generator=draw) < share] = 0
     weight = bits.view(torch.float16)
     assert same_bits(decode(encode(weight)), weight)
+
+
+def special(weight: Tensor) -> Tensor:
+    """The same with entries that are not numbers, negative zeros, empty and full rows."""
+    weight[0] = 0
+    weight[-1, : weight.shape[1] // 2] = 1.5
+    weight[len(weight) // 2, 0] = float("nan")
+    weight[len(weight) // 2, -1] = -0.0
+    return weight
+
+
+@pytest.mark.skipif(not encoder.available(torch.zeros(1, dtype=torch.float16)), reason="the extension was not built")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (33, 31), (64, 96), (100, 1000), (257, 129)])
+def test_the_extension_and_the_plain_way_write_the_same_words(shape, dtype, monkeypatch):
+    for sparsity in (0.0, 0.3, 0.6, 0.95, 1.0):
+        weight = special(random_weight(*shape, sparsity, dtype=dtype))
+        for one in (weight, weight.T.contiguous().T):
+            fullest, packed = fullest_rows(one), encode(one)
+            with monkeypatch.context() as patch:
+                patch.setattr(encoder, "available", lambda weight: False)
+                assert torch.equal(fullest, fullest_rows(weight))
+                plain = encode(weight)
+            assert packed.spec == plain.spec
+            assert torch.equal(packed.words, plain.words)
+            assert (packed.offsets is None) == (plain.offsets is None)
+            assert packed.offsets is None or torch.equal(packed.offsets, plain.offsets)
+
+
+def test_counts_that_do_not_suit_the_matrix_are_refused(monkeypatch):
+    weight = random_weight(64, 96, 0.5)
+    spec, counts = choose_format(fullest_rows(weight), (64, 96), weight.dtype), fullest_rows(weight)
+    for available in (encoder.available(weight), False):
+        monkeypatch.setattr(encoder, "available", lambda weight, available=available: available)
+        with pytest.raises((ValueError, RuntimeError)):
+            encode(weight, spec, counts - 1)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_change_no_word(threads, monkeypatch):
+    weight = random_weight(2048, 4096, 0.6)
+    expected = encode(weight)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for available in (encoder.available(weight), False):
+            monkeypatch.setattr(encoder, "available", lambda weight, available=available: available)
+            packed = encode(weight)
+            assert torch.equal(packed.words, expected.words)
+            assert same_bits(decode(packed), weight)
+    finally:
+        torch.set_num_threads(before)

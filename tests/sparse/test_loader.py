@@ -179,3 +179,51 @@ def test_evaluate_reads_packed_models_and_others_say_what_to_do(tmp_path, text_f
     for refused in (thanos.inspect_checkpoint, lambda m: thanos.prune(m, out), lambda m: thanos.plan(m, out)):
         with pytest.raises(ModelError, match="is packed; give the dense model: thanos unpack"):
             refused(packed)
+
+
+def on_devices(model: Any) -> set[torch.device]:
+    return {layer.weight_words.device for layer in packed_modules(model).values()}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("architecture", ["llama", "tinyllama", "qwen2", "opt-350m"])
+def test_a_model_on_a_device_stays_packed_and_gives_the_tokens_of_the_dense_one(architecture, tmp_path):
+    source, packed = both(tmp_path, architecture)
+    dense, model = load(source, device_map="cuda:0"), load(packed, device_map="cuda:0")
+    assert on_devices(model) == {torch.device("cuda", 0)}
+    ids = windows(2, 17).to("cuda")
+    with torch.no_grad():
+        assert torch.allclose(model(ids).logits.float(), dense(ids).logits.float(), atol=0.05)
+        assert torch.allclose(model(ids[:1, :5]).logits.float(), dense(ids[:1, :5]).logits.float(), atol=0.05)
+    unpacked = load(packed, device_map="cuda:0").dequantize()
+    assert torch.equal(unpacked(ids).logits, dense(ids).logits)
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(load(tmp_path / "saved", device_map="cuda:0")(ids).logits, model(ids).logits)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_device_map_spreads_packed_layers_over_devices(tmp_path):
+    source, packed = both(tmp_path)
+    places = {"model.embed_tokens": 0, "model.norm": 1, "model.rotary_emb": 0, "lm_head": 1}
+    places |= {f"model.layers.{index}": min(index, 1) for index in range(3)}
+    dense, model = load(source, device_map=places), load(packed, device_map=places)
+    assert on_devices(model) == {torch.device("cuda", 0), torch.device("cuda", 1)}
+    ids = windows(2, 17).to("cuda:0")
+    with torch.no_grad():
+        assert torch.allclose(model(ids).logits.float().cpu(), dense(ids).logits.float().cpu(), atol=0.05)
+
+
+def test_every_launch_of_the_table_and_of_the_rules_is_possible():
+    from thanos.sparse.kernels.tuned import FEW, MANY, device_settings, launch_for
+
+    for family, most in ((FEW, 16), (MANY, 8)):
+        for device in ("NVIDIA H100 80GB HBM3", "NVIDIA H200", "another"):
+            assert device_settings(device).most_tokens >= 16
+            for n in (0, 1, 16, 31):
+                for strips, across in ((1, 1), (32, 128), (128, 448), (896, 128), (256, 896)):
+                    launch = launch_for(device, family, n, strips, across)
+                    assert launch.flight in (1, 2, 4)
+                    assert launch.splits in (1, 2, 4, 8)
+                    assert 1 <= launch.warps <= most

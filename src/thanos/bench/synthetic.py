@@ -134,6 +134,10 @@ class RandomCheckpoint:
             self._made[key] = self._make(info.shape, info.dtype)
         return self._made[key]
 
+    def entries(self, name: str, first: int, count: int) -> Tensor:
+        """Return consecutive entries of a tensor, flat."""
+        return self.read(name).reshape(-1)[first : first + count]
+
     def chunks(self, name: str) -> Iterator[Tensor]:
         """Yield a tensor's entries in order, in flat chunks."""
         yield from self.read(name).reshape(-1).split(CHUNK_ENTRIES)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,7 +26,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-Rule = Literal["random-window", "packed", "generated"]
+Rule = Literal["random-window", "packed", "generated", "given"]
+
+
+GIVEN_TEXTS, GIVEN_TOKENS = "texts", "tokens"
+"""Names of sources that are no files: texts or token ids of the caller."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +42,8 @@ class Calibration:
         source: the source of the text, as the user named it.
         rule: how the windows were made. ``random-window`` (the paper's rule): a random window of a random document that is
             longer than the window; each document is used at most once. ``packed``: documents in order, joined by the
-            end-of-text token and cut into windows in order. ``generated``: sampled from the dense model.
+            end-of-text token and cut into windows in order. ``generated``: sampled from the dense model. ``given``: token ids
+            of the caller.
         seed: seed of the random draw.
         documents: number of documents used.
         bos: id of the beginning-of-text token (BOS) at the start of each window; None if the tokenizer adds none to texts.
@@ -89,7 +94,7 @@ class Calibration:
 
 
 def build_calibration(
-    source: str,
+    source: str | Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     *,
     samples: int,
@@ -108,7 +113,7 @@ def build_calibration(
     a beginning-of-text token (BOS), BOS is the first token of each window, and the text fills the rest.
 
     Args:
-        source: see :mod:`thanos.calibration.text`; ``self`` needs ``model``.
+        source: see :mod:`thanos.calibration.text`; ``self`` needs ``model``. Or the documents themselves.
         tokenizer: the model's: it determines whether windows begin with BOS; its chat template turns chats into text.
         samples: number of windows.
         sequence_length: number of tokens in a window.
@@ -123,15 +128,18 @@ def build_calibration(
     """
     check_positions(sequence_length, context_length)
     emit, bos = on_event or (lambda event: None), added_bos(tokenizer)
-    if source == "self":
+    if isinstance(source, str) and source == "self":
         if model is None:
             raise DataError("calibration 'self' needs the dense model")
         start = end_of_text_id if bos is None else bos
         ids = generate(model, samples, sequence_length, seed, start, end_of_text_id, emit)
         return Calibration(ids, source, "generated", seed, 0, bos)
-    documents = calibration_documents(
-        source, tokenizer, lambda line: emit(Event(kind="note", phase="calibration", message=line))
-    )
+    if isinstance(source, str):
+        documents = calibration_documents(
+            source, tokenizer, lambda line: emit(Event(kind="note", phase="calibration", message=line))
+        )
+    else:
+        documents, source = [text for text in source if text.strip()], GIVEN_TEXTS
     length = sequence_length if bos is None else sequence_length - 1  # tokens of text in a window
     windows = _random_windows(documents, tokenizer, samples, length, seed, emit)
     if windows is not None:

@@ -1,4 +1,4 @@
-"""GGUF files: check that a file is complete, and that the packages which read it are installed."""
+"""GGUF files: the parts of one, the check that they are there, and that the packages which read them are installed."""
 
 from __future__ import annotations
 
@@ -8,41 +8,54 @@ from pathlib import Path
 from thanos.errors import ModelError
 from thanos.system.extras import install_command
 
+_PART = re.compile(r"(.*)-(\d+)-of-(\d+)\.gguf$")
 
-def check_gguf(path: Path) -> None:
+
+def check_gguf(path: Path) -> Path:
     """Refuse a file that is not a complete GGUF file, judged by its name and its first bytes.
 
+    Args:
+        path: the file, or any part of one in several parts.
+
+    Returns:
+        The file, or its first part.
+
     Raises:
-        ModelError: the file is not GGUF, it is one of several parts, or a package is missing.
+        ModelError: the file is not GGUF, a part of it is missing, or a package is missing.
     """
     if path.suffix != ".gguf":
         raise ModelError(f"{path} is a file, but not a .gguf file; MODEL is a hub name, a local folder or a .gguf file")
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise ModelError(f"{path} is not a GGUF file, or is truncated; download it again")
-    part = re.search(r"-(\d+)-of-(\d+)\.gguf$", path.name)
-    if part is not None and int(part.group(2)) > 1:
-        raise ModelError(say_merge(path, int(part.group(2))))
+    parts = gguf_parts(path)
+    for part in parts:
+        if not part.is_file():
+            raise ModelError(
+                f"{path} is one of {len(parts)} parts of a GGUF file, but {part.name} is missing; download it too"
+            )
+        with part.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise ModelError(f"{part} is not a GGUF file, or is truncated; download it again")
     require_packages()
+    return parts[0]
 
 
-def say_merge(path: Path, parts: int) -> str:
-    """Say how to merge the parts of a GGUF file."""
-    return (
-        f"{path} is one of {parts} parts of a GGUF file, which transformers does not put together; merge them by "
-        "llama.cpp's tool: llama-gguf-split --merge FIRST_PART WHOLE.gguf"
+def gguf_parts(path: Path) -> tuple[Path, ...]:
+    """Return all parts of a GGUF file by their names, such as ``m-00001-of-00003.gguf``; the file itself if it has one part."""
+    named = _PART.fullmatch(path.name)
+    if named is None or int(named.group(3)) < 2:
+        return (path,)
+    stem, digits, count = named.group(1), len(named.group(2)), int(named.group(3))
+    return tuple(
+        path.with_name(f"{stem}-{number:0{digits}d}-of-{named.group(3)}.gguf") for number in range(1, count + 1)
     )
 
 
-def count_parts(path: Path) -> int:
-    """Return into how many parts a GGUF file was split, as this part's header states; 1 if it cannot be read."""
-    import gguf
-
-    try:
-        field = gguf.GGUFReader(path).fields.get("split.count")
-        return 1 if field is None else int(field.parts[-1][0])
-    except Exception:  # a truncated file makes the reader fail in many ways; the caller's error says more
-        return 1
+def say_parts(path: Path, parts: int) -> str:
+    """Say what to do with a part of a GGUF file that was renamed, or whose architecture transformers has to read."""
+    return (
+        f"{path} is one of {parts} parts of a GGUF file, which can be read as one only under their names "
+        f"(…-00001-of-{parts:05d}.gguf), and only of some architectures; merge them by llama.cpp's tool: "
+        "llama-gguf-split --merge FIRST_PART WHOLE.gguf"
+    )
 
 
 def require_packages() -> None:

@@ -1,4 +1,4 @@
-"""A checkpoint whose tensors are in memory, because transformers had to convert them."""
+"""A checkpoint whose tensors are in memory: transformers had to convert them, or the user has loaded the model."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from thanos.checkpoint.layout import CHUNK_ENTRIES, DEFAULT_SHARD_BYTES, Layout,
 
 
 class LoadedCheckpoint:
-    """A :class:`~thanos.checkpoint.layout.Checkpoint` of tensors in memory: dequantised from GGUF, or with converted keys.
+    """A :class:`~thanos.checkpoint.layout.Checkpoint` of tensors in memory.
 
     Args:
-        state: name → CPU tensor. Give tensors that share memory once.
+        state: name → tensor. Give tensors that share memory once.
         max_shard_bytes: see :func:`~thanos.checkpoint.layout.plan_layout`.
 
     Attributes:
@@ -33,12 +33,22 @@ class LoadedCheckpoint:
         return self.layout.tensors
 
     def read(self, name: str) -> Tensor:
-        """Return a tensor on the CPU. It shares memory with the model that it came from: do not modify it."""
-        return self._state[name]
+        """Return a tensor on the CPU. There it shares memory with the model that it came from: do not modify it."""
+        return self._state[name].detach().cpu()
+
+    def assign(self, name: str, value: Tensor) -> None:
+        """Copy values into a tensor, and so into the model that it came from."""
+        with torch.no_grad():
+            self._state[name].copy_(value)
+
+    def entries(self, name: str, first: int, count: int) -> Tensor:
+        """Return consecutive entries of a tensor, flat; a view of its memory where that is contiguous."""
+        return self._state[name].detach().reshape(-1)[first : first + count].cpu()
 
     def chunks(self, name: str) -> Iterator[Tensor]:
         """Yield a tensor's entries in order, in flat chunks."""
-        yield from self._state[name].reshape(-1).split(CHUNK_ENTRIES)
+        for chunk in self._state[name].detach().reshape(-1).split(CHUNK_ENTRIES):
+            yield chunk.cpu()
 
     def raw_spans(self, name: str) -> Iterator[memoryview]:
         """Yield a tensor's bytes in order, chunk by chunk."""
@@ -48,7 +58,7 @@ class LoadedCheckpoint:
     def split(self, name: str, parts: Mapping[str, tuple[int, ...]]) -> None:
         """As :meth:`Checkpoint.split <thanos.checkpoint.layout.Checkpoint.split>`. The parts share the tensor's memory."""
         self.layout.split(name, parts)
-        values = self._state.pop(name).reshape(-1).split([math.prod(shape) for shape in parts.values()])
+        values = self._state.pop(name).detach().reshape(-1).split([math.prod(shape) for shape in parts.values()])
         self._state |= {key: value.view(parts[key]) for key, value in zip(parts, values, strict=True)}
 
 

@@ -182,9 +182,21 @@ def plan_layout(tensors: Mapping[str, TensorSpec], max_shard_bytes: int = DEFAUL
             filled = 0
         groups[-1][name] = spec
         filled += spec.nbytes
+    if len(groups) == 1:
+        return plan_groups({SINGLE_NAME: groups[0]})
+    return plan_groups(
+        {f"model-{number:05d}-of-{len(groups):05d}.safetensors": group for number, group in enumerate(groups, 1)}
+    )
+
+
+def plan_groups(groups: Mapping[str, Mapping[str, TensorSpec]]) -> Layout:
+    """Plan the files of a checkpoint.
+
+    Args:
+        groups: file name → name, dtype and shape of each of its tensors. Several files get an index.
+    """
     shards, infos = [], dict[str, TensorInfo]()
-    for number, group in enumerate(groups, 1):
-        file = SINGLE_NAME if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+    for file, group in groups.items():
         shard, placed = _plan_shard(file, group)
         shards.append(shard)
         infos |= placed
@@ -257,6 +269,10 @@ class Checkpoint(TensorSource, RawSource, Protocol):
     @property
     def tensors(self) -> Mapping[str, TensorSpec]:
         """Name → dtype and shape."""
+        ...
+
+    def entries(self, name: str, first: int, count: int) -> Tensor:
+        """Return ``count`` consecutive entries of a tensor from the entry ``first`` on, flat. Little else is read."""
         ...
 
     @property

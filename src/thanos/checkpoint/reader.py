@@ -84,11 +84,15 @@ class SafetensorsCheckpoint:
 
     def chunks(self, name: str) -> Iterator[Tensor]:
         """Yield a tensor's entries in order, in flat chunks. Each is mapped alone, so it leaves memory when it is dropped."""
+        entries = self.tensors[name].numel
+        for first in range(0, entries, CHUNK_ENTRIES):
+            yield self.entries(name, first, min(CHUNK_ENTRIES, entries - first))
+
+    def entries(self, name: str, first: int, count: int) -> Tensor:
+        """Return consecutive entries of a tensor, flat, mapped from the file."""
         info = self.tensors[name]
-        for first in range(0, info.numel, CHUNK_ENTRIES):
-            count = min(CHUNK_ENTRIES, info.numel - first)
-            part = replace(info, shape=(count,), offset=info.offset + first * info.dtype.itemsize)
-            yield read_tensor(self.folder / info.shard, part)
+        part = replace(info, shape=(count,), offset=info.offset + first * info.dtype.itemsize)
+        return read_tensor(self.folder / info.shard, part)
 
     def raw_spans(self, name: str) -> Iterator[memoryview]:
         """Yield a tensor's bytes in order, as the file holds them.

@@ -98,7 +98,7 @@ def show_recovery(report: RecoveryReport, out: Path, json_file: Path | None, *, 
             "weights written",
             f"of step {report.best_step} of {report.steps}" if report.best_step else "the original ones",
         ),
-        ("layers with fixed zeros, zeros", f"{report.masked_layers}, {report.zeros:,}"),
+        *([("layers with fixed zeros, zeros", f"{report.masked_layers}, {report.zeros:,}")] if report.zeros else []),
         *phase_rows(report.phases),
         ("already complete, in" if complete else "written to", str(out)),
     ]

@@ -33,6 +33,8 @@ class BlockErrors:
         errors: name of the stage → error after it; first ``dense``, before all stages.
         choices: each choice of a dense target, in order: ``layers``, the names of the layers, and ``errors``, the mean error of
             a token with stand-ins by candidate, as text; see :mod:`thanos.engine.dense_choice`.
+        writers: names of the layers with a dense target that write into the residual stream, so that their target has what the
+            stream lost. Not among them are layers whose output is normalised or scaled first.
     """
 
     block: int
@@ -40,6 +42,7 @@ class BlockErrors:
     tokens: int
     errors: dict[str, float] = field(default_factory=dict)
     choices: list[dict[str, Any]] = field(default_factory=list)
+    writers: list[str] = field(default_factory=list)
 
 
 class BlockMeter:
@@ -116,4 +119,4 @@ def token_errors(change: Tensor, whole: Tensor) -> Tensor:
         change: squared norm of each token's error.
         whole: squared norm of each token's wanted output, of the same shape.
     """
-    return torch.where(whole > 0, change / whole, 0.0)
+    return torch.where(whole > 0, change / torch.where(whole > 0, whole, 1.0), 0.0)

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import combinations
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -139,12 +140,25 @@ def _shared_keys(layers: Iterable[LinearLayer]) -> dict[str, str]:
 # --- layers that write into the residual stream ---------------------------------------------------------------------------
 
 
-def residual_streams(run: Run, hidden: Tensor, block: nn.Module, layers: Sequence[LinearLayer]) -> dict[str, str]:
-    """Return, for each layer that writes into the residual stream, the module whose input is the stream before the layer.
+class Stream(NamedTuple):
+    """The residual stream to which a layer's output is added, apart from that output.
+
+    Attributes:
+        source: name of the module within the block whose input is the stream before the layer, or :data:`BLOCK_INPUT`.
+        beside: full name of the layer whose output is added to the stream too, in the same sum: attention and MLP of a
+            parallel block. Empty if there is none.
+    """
+
+    source: str
+    beside: str = ""
+
+
+def residual_streams(run: Run, hidden: Tensor, block: nn.Module, layers: Sequence[LinearLayer]) -> dict[str, Stream]:
+    """Return, for each layer that writes into the residual stream, the stream that its output is added to.
 
     A layer writes into it if its output plus a tensor r that was known before equals a later module's input, or the block's
-    output. r is the block's input or the input of an earlier module. A layer whose output is scaled, normalised or added to
-    others first is not found.
+    output. r is the block's input or the input of an earlier module. So do two layers side by side if their outputs and r,
+    summed in any order, do. A layer whose output is scaled or normalised first, or added to more than one other, is not found.
 
     Args:
         run: runs the block.
@@ -153,7 +167,7 @@ def residual_streams(run: Run, hidden: Tensor, block: nn.Module, layers: Sequenc
         layers: linear layers of the block.
 
     Returns:
-        Layer name → name of a module within the block, or :data:`BLOCK_INPUT`.
+        Layer name → its stream.
     """
     known: list[tuple[str, Tensor]] = [(BLOCK_INPUT, _few(hidden))]
     outputs: dict[str, tuple[int, Tensor]] = {}  # layer → number of tensors known before it ended, its output
@@ -185,19 +199,28 @@ def residual_streams(run: Run, hidden: Tensor, block: nn.Module, layers: Sequenc
     finally:
         for handle in handles:
             handle.remove()
-    found: dict[str, str] = {}
+    outputs = {name: one for name, one in outputs.items() if one[1].any()}
+    found: dict[str, Stream] = {}
     for name, (count, output) in outputs.items():
-        if output.any():
-            with suppress(StopIteration):
-                found[name] = next(_sources(known[:count], known[count:], output))
+        with suppress(StopIteration):
+            found[name] = Stream(next(_sources(known[:count], known[count:], output)))
+    for one, other in combinations([name for name in outputs if name not in found], 2):
+        (first, a), (last, b) = outputs[one], outputs[other]
+        with suppress(StopIteration):
+            source = next(_sources(known[: min(first, last)], known[max(first, last) :], a, b))
+            found |= {one: Stream(source, other), other: Stream(source, one)}
     return found
 
 
-def _sources(before: list[tuple[str, Tensor]], after: list[tuple[str, Tensor]], output: Tensor) -> Iterator[str]:
-    """Yield the names of the tensors r in ``before`` whose sum with ``output`` is one of ``after``."""
+def _sources(before: list[tuple[str, Tensor]], after: list[tuple[str, Tensor]], *outputs: Tensor) -> Iterator[str]:
+    """Yield the names of the tensors r in ``before`` whose sum with one or two outputs, in any order, is one of ``after``."""
     for name, stream in before:
-        total = stream + output
-        if any(torch.equal(total, later) for _, later in after):
+        if len(outputs) == 1:
+            totals = [stream + outputs[0]]
+        else:  # the order of a sum affects its last bits
+            a, b = outputs
+            totals = [a + b + stream, a + stream + b, b + stream + a]
+        if any(torch.equal(total, later) for total in totals for _, later in after):
             yield name
 
 

@@ -24,20 +24,41 @@ def stopping_at(layer: LinearLayer) -> Iterator[Callable[[], None]]:
 
 
 @contextmanager
-def stopping_after(layers: Sequence[LinearLayer]) -> Iterator[Callable[[], None]]:
+def stopping_after(
+    layers: Sequence[LinearLayer], block: Sequence[LinearLayer] = (), calls: list[str] | None = None
+) -> Iterator[Callable[[], None]]:
     """Record in the first batch which layer is called last, and end later batches at its input.
 
     Later batches end early only if the first one called every layer exactly once and no layer belongs to an expert, whose
     calls depend on the tokens. Otherwise another layer with a hook may be called after that point.
 
+    Args:
+        layers: the layers that have hooks.
+        block: further layers of the block, whose calls are recorded too.
+        calls: names of the block's layers in the order of their calls, from an earlier pass; then the first batch ends early
+            too. If the list is empty, the first batch fills it.
+
     Yields:
         A function to call after each batch.
     """
+    known = [] if calls is None else calls
     called: list[str] = []
+    watched = {layer.name: layer for layer in (*layers, *block)}.values()
     handles = [
-        layer.module.register_forward_pre_hook(lambda *_, layer=layer: called.append(layer.name)) for layer in layers
+        layer.module.register_forward_pre_hook(lambda *_, layer=layer: called.append(layer.name))
+        for layer in (watched if not known else ())
     ]
-    learned = False
+
+    def stop_at_last() -> None:
+        names = {layer.name for layer in layers}
+        own = [name for name in known if name in names]
+        if own and len(own) == len(names) == len(set(own)) and not any(layer.expert for layer in layers):
+            last = next(layer for layer in layers if layer.name == own[-1])
+            handles.append(last.module.register_forward_pre_hook(lambda *_: stop()))
+
+    learned = bool(known)
+    if learned:
+        stop_at_last()
 
     def batch_ended() -> None:
         nonlocal learned
@@ -46,10 +67,8 @@ def stopping_after(layers: Sequence[LinearLayer]) -> Iterator[Callable[[], None]
         learned = True
         while handles:
             handles.pop().remove()
-        experts = any(layer.expert for layer in layers)
-        if called and not experts and len(called) == len(layers) and set(called) == {layer.name for layer in layers}:
-            last = next(layer for layer in layers if layer.name == called[-1])
-            handles.append(last.module.register_forward_pre_hook(lambda *_: stop()))
+        known.extend(called)
+        stop_at_last()
 
     try:
         yield batch_ended

@@ -1,4 +1,4 @@
-"""The error of a layer after the blocks, such as lm_head, on held-out sequences: the distance of its outputs from the dense ones.
+"""The error of a layer after the blocks, such as lm_head, on held-out sequences: its outputs against those of the dense model.
 
 There is no block whose error could choose its dense target. But its outputs are what the model returns, or almost.
 """

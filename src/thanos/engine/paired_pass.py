@@ -7,14 +7,14 @@ are added at once, so that the inputs of one batch alone are kept.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from thanos.calibration.statistics import Gathered, InputGroup, Pairs
-from thanos.engine.block_flow import BLOCK_INPUT
+from thanos.engine.block_flow import BLOCK_INPUT, Stream
 from thanos.engine.early_end import stopping_after, stopping_at
 from thanos.engine.routing import Routing
 from thanos.model.layers import LinearLayer
@@ -32,28 +32,32 @@ class PairedPass:
     Args:
         context: the context of the block, with a dense stream.
         layers: layers whose statistics are gathered.
-        streams: layer that writes into the residual stream → module whose input is the stream before it; see
+        streams: layer that writes into the residual stream → the stream to which its output is added; see
             :func:`~thanos.engine.block_flow.residual_streams`.
         pairable: names of the layers that need products with the dense model's inputs.
         groups: the groups of the layers.
+        calls: names of the block's layers in the order of their calls; the first pass over a block fills it.
     """
 
     def __init__(
         self,
         context: BlockContext,
         layers: Sequence[LinearLayer],
-        streams: Mapping[str, str],
+        streams: Mapping[str, Stream],
         pairable: Collection[str],
         groups: Gathered,
+        calls: list[str],
     ) -> None:
         assert context.dense_stream is not None
         self._runner, self._dense, self._index = context.runner, context.dense_stream, context.index
-        self._block, self._layers, self._groups, self._pairable = context.module, list(layers), groups, pairable
+        self._block, self._prefix, self._groups, self._pairable = context.module, context.prefix, groups, pairable
+        self._layers, self._all, self._calls_before = list(layers), list(context.layers), calls
         self._routing = Routing(context.module)
         self._streams = {layer.name: streams[layer.name] for layer in layers if layer.name in streams}
         self._inputs: dict[str, list[Tensor]] = {}  # group's first layer → its inputs in this batch, in order
         self._calls: dict[str, int] = {}  # group's first layer → its calls by the dense block in this batch
         self._residuals: list[dict[str, Tensor]] = [{}, {}]  # of the pruned and of the dense block: module → its input
+        self._beside: list[dict[str, Tensor]] = [{}, {}]  # the same: layer beside one of these → its output
         self._on_dense = False
         self._beyond: Tensor | None = None
         # The outputs of later blocks that are left out, to which the layers that write into the residual stream are fitted.
@@ -73,7 +77,7 @@ class PairedPass:
             for (first, hidden), (_, wanted) in zip(pruned, dense, strict=True):
                 self._beyond = None if beyond is None else next(beyond)[1]
                 self._residuals = [{BLOCK_INPUT: hidden}, {BLOCK_INPUT: wanted}]
-                self._inputs, self._calls = {}, {}
+                self._inputs, self._calls, self._beside = {}, {}, [{}, {}]
                 with self._routing.record():
                     self._observe(hidden, first)
                 batch_ended()
@@ -86,7 +90,8 @@ class PairedPass:
                     self._groups.paused = self._on_dense = False
                 self._add_residuals()
                 yield min(first + size, end)
-        self._inputs, self._residuals, self._beyond = {}, [{}, {}], None
+        self._inputs, self._residuals, self._beside = {}, [{}, {}], [{}, {}]
+        self._beyond = None
 
     def _observe(self, hidden: Tensor, first: int) -> None:
         if self._index is None:
@@ -97,7 +102,11 @@ class PairedPass:
             self._runner.observe_batch(self._index, hidden, first)
 
     def _ending(self) -> AbstractContextManager[Callable[[], None]]:
-        return stopping_after(self._layers) if self._index is not None else stopping_at(self._layers[0])
+        if self._index is None:
+            return stopping_at(self._layers[0])
+        if any(stream.beside for stream in self._streams.values()):
+            return nullcontext(lambda: None)  # the layer beside may be called last, and its output is needed
+        return stopping_after(self._layers, self._all, self._calls_before)
 
     # --- hooks ------------------------------------------------------------------------------------------------------
 
@@ -106,9 +115,12 @@ class PairedPass:
         handles: list[Any] = []
         for layer in self._layers:
             handles.append(layer.module.register_forward_pre_hook(self._at_layer(layer)))
-        for name in set(self._streams.values()) - {BLOCK_INPUT}:
+        for name in {stream.source for stream in self._streams.values()} - {BLOCK_INPUT}:
             module = self._block.get_submodule(name)
             handles.append(module.register_forward_pre_hook(self._at_stream(name), with_kwargs=True))
+        for name in {stream.beside for stream in self._streams.values() if stream.beside}:
+            module = self._block.get_submodule(name.removeprefix(self._prefix))
+            handles.append(module.register_forward_hook(self._after_beside(name)))
         try:
             yield
         finally:
@@ -134,6 +146,12 @@ class PairedPass:
 
         return see
 
+    def _after_beside(self, name: str) -> Callable[..., None]:
+        def see(_: nn.Module, args: Any, output: Tensor) -> None:
+            self._beside[self._on_dense][name] = output.clone()  # a block may add to it in place
+
+        return see
+
     # --- products ---------------------------------------------------------------------------------------------------
 
     def _make_room(self, device: torch.device) -> None:
@@ -153,19 +171,23 @@ class PairedPass:
         group.pairs.cross.add(wanted, inputs)
 
     def _add_residuals(self) -> None:
-        pruned, dense = self._residuals
-        for name, source in self._streams.items():
+        for name, stream in self._streams.items():
             group = self._groups.of.get(name)
             if group is None or group.pairs is None:
                 continue
             (inputs,) = self._inputs[group.layers[0].name]
-            wanted = dense[source]
+            pruned, dense = (self._before(stream, number) for number in range(2))
             if self._beyond is not None:
                 # The wanted output is all that is missing from the later blocks' outputs, so nothing is added to the cross
                 # products: W (0 − G) + R in the place of W (C − G) + R.
                 bias = getattr(group.layers[0].module, "bias", None)
-                wanted = self._beyond if bias is None else self._beyond - bias
-            group.pairs.residuals[name].add_difference(_rows(wanted), _rows(pruned[source]), _rows(inputs))
+                dense = _rows(self._beyond if bias is None else self._beyond - bias)
+            group.pairs.residuals[name].add_difference(dense, pruned, _rows(inputs))
+
+    def _before(self, stream: Stream, number: int) -> Tensor:
+        """Return the residual stream to which a layer's output is added, (tokens, c); ``number`` 1 for the dense block."""
+        states = _rows(self._residuals[number][stream.source])
+        return states + _rows(self._beside[number][stream.beside]) if stream.beside else states
 
 
 def _rows(states: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from thanos.checkpoint.layout import TensorSource
-from thanos.model.meta_model import named_tensors
+from thanos.model.meta_model import named_tensors, tensor_owners
 from thanos.system.background import Background
 from thanos.system.staging import Staging
 
@@ -32,7 +32,7 @@ class ModelWeights:
 
     def __init__(self, model: nn.Module, source: TensorSource, key_of: dict[str, str], device: torch.device) -> None:
         self._source, self._key_of, self._device = source, key_of, device
-        self._owners = _owners(model)
+        self._owners = tensor_owners(model)
         self._meta: dict[str, Tensor] = {
             name: tensor for name, tensor in named_tensors(model) if tensor.device.type == "meta"
         }
@@ -164,8 +164,7 @@ class ModelWeights:
                         target.copy_(chunk)
                     done, dtype = done + len(chunk), chunk.dtype
                 assert done == flat.numel(), f"{name} has {flat.numel()} entries, and the checkpoint {done}"
-                # On the CPU, a tensor of another dtype is read again: the source gives it without a conversion.
-                if dtype == tensor.dtype or (tensor.is_cuda and widens(dtype, tensor.dtype)):
+                if dtype == tensor.dtype or widens(dtype, tensor.dtype):
                     exact[name] = dtype
         finally:
             self._staging.wait()  # also after an error: a pending copy would write into memory that is reused
@@ -193,13 +192,3 @@ class ModelWeights:
 def widens(stored: torch.dtype, held: torch.dtype) -> bool:
     """Return whether ``held`` represents every value of ``stored``, so that converting there and back is exact."""
     return stored in (torch.bfloat16, torch.float16) and held in (torch.float32, torch.float64)
-
-
-def _owners(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
-    """Return the first name of each persistent tensor → all (module, attribute) pairs that hold the tensor."""
-    owners: dict[int, list[tuple[nn.Module, str]]] = {}
-    for module in model.modules():
-        for attribute, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if tensor is not None:
-                owners.setdefault(id(tensor), []).append((module, attribute))
-    return {name: owners[id(tensor)] for name, tensor in named_tensors(model)}

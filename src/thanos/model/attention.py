@@ -1,19 +1,26 @@
-"""Attention of grouped-query models in float32 on CUDA.
+"""Attention on CUDA: grouped-query models in float32, and masks without a look at the positions.
 
 In float32 on CUDA, torch has one kernel in which several heads share keys and values (``enable_gqa``). It holds all T × T
 scores in memory. If the shared heads are repeated, which is a small copy, torch uses its memory-efficient kernel, which is
 several times as fast.
+
+transformers looks for several sequences in one row, by their positions. The answer decides which mask is made, so the host
+waits for the device in each forward pass.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+
+_SEARCH = "find_packed_sequence_indices"
+"""Name of the function of transformers that looks for several sequences in one row."""
 
 _POSITIONAL = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 """Arguments of torch's attention that a caller may give by position, in order."""
@@ -39,6 +46,23 @@ class RepeatedHeads(TorchFunctionMode):
 def fast_attention(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
     """Return a context for forward passes of a model of this dtype on this device; it changes only float32 on CUDA."""
     return RepeatedHeads() if device.type == "cuda" and dtype == torch.float32 else nullcontext()
+
+
+@contextmanager
+def one_sequence_a_row() -> Iterator[None]:
+    """While active, transformers takes each row of a batch for one sequence, as it finds after looking at default positions."""
+    from transformers import masking_utils
+
+    module: Any = masking_utils
+    original = getattr(module, _SEARCH, None)
+    if original is None:  # a release that does not look
+        yield
+        return
+    setattr(module, _SEARCH, lambda position_ids: None)
+    try:
+        yield
+    finally:
+        setattr(module, _SEARCH, original)
 
 
 def _repeated(shared: Tensor, query: Tensor) -> Tensor:

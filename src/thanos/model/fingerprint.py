@@ -31,9 +31,13 @@ def model_sha256(source: ModelSource) -> str:
     Raises:
         ModelError: there are no weights, or two sets of them.
     """
-    if source.gguf is not None:
+    if source.gguf is not None and source.gguf_parts == (source.gguf,):
         return file_sha256(source.gguf)
     digest = hashlib.sha256()
+    for part in source.gguf_parts:
+        digest.update(f"{file_sha256(part)}\n".encode())
+    if source.gguf is not None:
+        return digest.hexdigest()
     weights = {source.folder / name for name in find_weights(source.folder, source.name).names}
     for path in sorted(weights | {path for glob in _SHAPING for path in source.folder.glob(glob)}):
         digest.update(f"{path.name} {file_sha256(path)}\n".encode())

@@ -10,7 +10,7 @@ from thanos.checkpoint.weight_files import INDEX_NAME, SINGLE_NAME, parse_index
 from thanos.errors import ModelError
 from thanos.model.transformers_errors import first_line
 
-_AUXILIARY = ["*.json", "*.txt", "*.model", "*.jinja", "LICENSE*"]
+_AUXILIARY = ["*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "README.md"]
 _TEMPLATES = "additional_chat_templates/*"
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from thanos.checkpoint.gguf_files import count_parts, require_packages, say_merge
+from thanos.checkpoint.gguf_files import require_packages, say_parts
 from thanos.checkpoint.reader import SafetensorsCheckpoint
 from thanos.errors import DataError, ModelError, is_out_of_memory
+from thanos.model.gguf_mapping import gguf_checkpoint
+from thanos.model.meta_model import build_fused_model, tensor_owners
 from thanos.model.source import ModelSource
 from thanos.model.transformers_errors import brings_code, describe_building_error, describe_import_error, first_line
 from thanos.system.suggestions import near_dtype
@@ -26,6 +29,8 @@ def load_model(
 ) -> PreTrainedModel:
     """Load the whole model, in eval mode and without gradients.
 
+    A GGUF file is read tensor by tensor if its architecture allows it: then the model is in memory once, in its own dtype.
+
     Args:
         source: from :func:`resolve_model`.
         dtype: ``auto`` (the checkpoint's; float32 for a GGUF file), ``float32``, ``bfloat16``, ``float16`` or a dtype.
@@ -40,7 +45,10 @@ def load_model(
         dtype = parse_dtype(dtype)
     if source.gguf is not None:
         require_packages()
-        dtype = torch.float32 if dtype == "auto" else dtype
+        dtype = torch.float32 if not isinstance(dtype, torch.dtype) else dtype
+        loaded = _load_gguf(source, dtype, torch.device(device))
+        if loaded is not None:
+            return loaded
         arguments = {"config": source.config()}  # read once, because reading it from a GGUF file takes seconds
     else:
         SafetensorsCheckpoint(source.folder)
@@ -53,8 +61,8 @@ def load_model(
     except (Exception, SystemExit) as error:  # a checkpoint's own code may raise anything
         if is_out_of_memory(error):
             raise
-        if source.gguf is not None and (parts := count_parts(source.gguf)) > 1:
-            raise ModelError(say_merge(source.gguf, parts)) from error
+        if parts := _parts_elsewhere(source):
+            raise ModelError(say_parts(Path(source.name), parts)) from error
         line = f"{source.name} cannot be loaded: {first_line(error)}"
         if "ignore_mismatched_sizes" in str(error):  # transformers refers to what it printed
             shapes = "tensors have other shapes than config.json makes them"
@@ -65,8 +73,8 @@ def load_model(
         raise ModelError(describe_import_error(source.name, error) or line) from error
     model, info = loaded
     absent = sorted(info["missing_keys"])
-    if absent and source.gguf is not None and (parts := count_parts(source.gguf)) > 1:
-        raise ModelError(say_merge(source.gguf, parts))
+    if absent and (parts := _parts_elsewhere(source)):
+        raise ModelError(say_parts(Path(source.name), parts))
     if absent:  # transformers fills them with random numbers
         raise ModelError(
             f"{source.name} lacks {len(absent)} of the model's tensors, {absent[0]} for one; config.json belongs to another "
@@ -83,6 +91,35 @@ def load_model(
                 delattr(owner, mark)
         model.is_quantized = False
     return model.to(device).eval().requires_grad_(False)
+
+
+def _load_gguf(source: ModelSource, dtype: torch.dtype, device: torch.device) -> PreTrainedModel | None:
+    """Load a model from a GGUF file tensor by tensor, in chunks; None if transformers has to load it."""
+    config = source.config()
+    config.dtype = dtype
+    model: Any = build_fused_model(config, dtype, name=source.name)
+    checkpoint = gguf_checkpoint(source.gguf_header, model)
+    if checkpoint is None:
+        return None
+    owners = tensor_owners(model)
+    for name in checkpoint.tensors:
+        module, attribute = owners[name][0]
+        like = module._parameters[attribute]
+        assert like is not None
+        value, done = torch.empty(like.shape, dtype=like.dtype, device=device), 0
+        for chunk in checkpoint.chunks(name):
+            value.view(-1)[done : done + len(chunk)] = chunk.to(like.dtype)
+            done += len(chunk)
+        parameter = torch.nn.Parameter(value, requires_grad=False)
+        for owner, attribute in owners[name]:
+            owner._parameters[attribute] = parameter
+    return model.to(device)
+
+
+def _parts_elsewhere(source: ModelSource) -> int:
+    """Return into how many parts a GGUF file was split, as its header states; 0 for a folder, or a file in one part."""
+    count = source.gguf_header.metadata.get("split.count", 0) if source.gguf is not None else 0
+    return count if type(count) is int and count > 1 else 0
 
 
 def _loader(source: ModelSource, device: torch.device | str) -> AbstractContextManager[None]:

@@ -39,15 +39,27 @@ def build_meta_model(
         ModelError: a package that the model needs is missing, its code or config fails, or a mixture of experts has a
             layout that is not supported.
     """
-    from transformers import AutoModelForCausalLM
-
     if getattr(config, "rescale_every", 0):
         # RWKV halves hidden states between blocks, and weights to match, so that float16 holds them: the function is the same.
         config = copy.deepcopy(config)
         config.rescale_every = 0
+    model = build_fused_model(config, dtype, trust_remote_code=trust_remote_code, name=name)
+    unfuse(model)
+    return model
+
+
+def build_fused_model(
+    config: PreTrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False, name: str = "the model"
+) -> PreTrainedModel:
+    """Build a meta model as :func:`build_meta_model` does, with transformers' own fused mixtures of experts.
+
+    Raises:
+        ModelError: a package that the model needs is missing, or its code or config fails.
+    """
+    from transformers import AutoModelForCausalLM
+
     with building_errors(name, config), _parameters_on_meta():
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    unfuse(model)
     return model.eval().requires_grad_(False)
 
 
@@ -82,3 +94,13 @@ def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
             if name not in module._non_persistent_buffers_set:
                 found.append((f"{prefix}.{name}" if prefix else name, buffer))
     return found
+
+
+def tensor_owners(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
+    """Return the first name of each persistent tensor → all (module, attribute) pairs that hold the tensor."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for attribute, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is not None:
+                places.setdefault(id(tensor), []).append((module, attribute))
+    return {name: places[id(tensor)] for name, tensor in named_tensors(model)}

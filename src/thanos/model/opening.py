@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from thanos.checkpoint.cast import in_dtype
 from thanos.checkpoint.in_memory import LoadedCheckpoint
 from thanos.checkpoint.layout import Checkpoint
 from thanos.checkpoint.reader import SafetensorsCheckpoint
 from thanos.errors import ModelError
 from thanos.model.experts import Experts
+from thanos.model.gguf_mapping import BY_BLOCK, gguf_checkpoint, untied_note
 from thanos.model.loading import load_model, parse_dtype
 from thanos.model.meta_model import build_meta_model, persistent_tensors
 from thanos.model.names import match_parameters, rename_keys, split_fused
@@ -36,6 +38,7 @@ class OpenedModel:
         checkpoint: the tensors.
         key_of: parameter name → tensor name in the checkpoint. Tied parameters have one entry.
         notes: remarks for the user on how the model was opened.
+        written_in: dtype of an output's floating-point tensors; None for the dtypes of the source.
     """
 
     source: ModelSource
@@ -43,30 +46,35 @@ class OpenedModel:
     checkpoint: Checkpoint
     key_of: dict[str, str]
     notes: list[str]
+    written_in: torch.dtype | None = None
 
 
-def open_model(source: ModelSource, dtype: str = "auto") -> OpenedModel:
+def open_model(source: ModelSource, dtype: str = "auto", written_in: torch.dtype | None = None) -> OpenedModel:
     """Open a model so that its tensors can be read one by one.
 
-    The tensors of a safetensors folder are read from disk if they correspond one to one to the model's parameters. Otherwise
-    transformers loads and converts the model, and the tensors are read from memory.
+    The tensors of a safetensors folder are read from disk if they correspond one to one to the model's parameters, and those of
+    a GGUF file are dequantised one by one if its architecture allows it. Otherwise transformers loads and converts the model,
+    and the tensors are read from memory.
 
     Args:
         source: from :func:`~thanos.model.source.resolve_model`.
         dtype: of the meta model: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``.
+        written_in: dtype to which the floating-point tensors are converted when they are read; None to leave them.
 
     Raises:
         ModelError: a file is truncated or corrupt, or the model cannot be built.
     """
     if source.gguf is not None:
-        return _open_whole(source, dtype, [])
-    return _open_streamed(source, dtype) or _open_whole(source, dtype, [CONVERTED])
+        whole = _gguf_notes(source, whole=True)
+        return _open_gguf(source, dtype, written_in) or _open_whole(source, dtype, written_in, whole)
+    return _open_streamed(source, dtype, written_in) or _open_whole(source, dtype, written_in, [CONVERTED])
 
 
-def _open_streamed(source: ModelSource, dtype: str) -> OpenedModel | None:
+def _open_streamed(source: ModelSource, dtype: str, written_in: torch.dtype | None) -> OpenedModel | None:
     """Match a meta model with the tensors on disk; return None if they do not correspond one to one."""
-    config, checkpoint = source.config(), SafetensorsCheckpoint(source.folder)
-    resolved = _resolve_dtype(dtype, getattr(config, "dtype", None), checkpoint)
+    config, stored = source.config(), SafetensorsCheckpoint(source.folder)
+    resolved = _resolve_dtype(dtype, getattr(config, "dtype", None), stored)
+    checkpoint = in_dtype(stored, written_in)
     meta_model = meta_model_of(source, config, resolved)
     prefix = getattr(meta_model, "base_model_prefix", "")
     parameters = persistent_tensors(meta_model)
@@ -77,7 +85,7 @@ def _open_streamed(source: ModelSource, dtype: str) -> OpenedModel | None:
         if match is not None:
             key_of = {name: stored_as[match[name]] for name in parameters}  # in the model's order, in every process
             _check_tensors(source, parameters, checkpoint, key_of)
-            return OpenedModel(source, meta_model, checkpoint, key_of, [])
+            return OpenedModel(source, meta_model, checkpoint, key_of, [], written_in)
     if not understood:
         return None
     missing = [name for name in parameters if name not in renamed]
@@ -87,6 +95,39 @@ def _open_streamed(source: ModelSource, dtype: str) -> OpenedModel | None:
             f"{source.name} has no tensor for {missing[0]}, though config.json asks for it; download or save it again"
         )
     return None
+
+
+def _open_gguf(source: ModelSource, dtype: str, written_in: torch.dtype | None) -> OpenedModel | None:
+    """Match a meta model with the tensors of a GGUF file; return None if transformers has to load them."""
+    config = source.config()
+    config.dtype = torch.float32
+    meta_model = meta_model_of(source, config, _resolve_dtype(dtype, torch.float32, None))
+    dequantised = gguf_checkpoint(source.gguf_header, meta_model)
+    if dequantised is None:
+        return None
+    checkpoint = in_dtype(dequantised, written_in)
+    split_fused(meta_model, checkpoint, {name: name for name in checkpoint.tensors})
+    key_of = {name: name for name in persistent_tensors(meta_model)}
+    return OpenedModel(source, meta_model, checkpoint, key_of, _gguf_notes(source, whole=False), written_in)
+
+
+def _gguf_notes(source: ModelSource, *, whole: bool) -> list[str]:
+    """Return notes on a GGUF file.
+
+    Args:
+        source: the model.
+        whole: whether transformers loads the file whole.
+    """
+    header = source.gguf_header
+    notes = []
+    if whole:
+        notes.append(
+            "transformers loads this GGUF file whole, in float32: files of the architecture "
+            f"{header.architecture} are not read block by block, only those of {', '.join(BY_BLOCK)}"
+        )
+    if note := untied_note(header):
+        notes.append(note)
+    return notes
 
 
 def meta_model_of(source: ModelSource, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -116,7 +157,7 @@ def _check_tensors(
             )
 
 
-def _open_whole(source: ModelSource, dtype: str, notes: list[str]) -> OpenedModel:
+def _open_whole(source: ModelSource, dtype: str, written_in: torch.dtype | None, notes: list[str]) -> OpenedModel:
     """Let transformers load and convert the whole model, and serve its tensors from memory."""
     dense = load_model(source, dtype="auto", device=torch.device("cpu"))
     resolved = _resolve_dtype(dtype, dense.dtype, None)
@@ -125,9 +166,10 @@ def _open_whole(source: ModelSource, dtype: str, notes: list[str]) -> OpenedMode
     tensors = {name: state[name] for name in persistent_tensors(dense)}
     if source.gguf is None:
         tensors |= _prediction_layers(source, meta_model, tensors)
-    checkpoint = LoadedCheckpoint(tensors)
+    checkpoint = in_dtype(LoadedCheckpoint(tensors), written_in)
     split_fused(meta_model, checkpoint, {name: name for name in checkpoint.tensors})
-    return OpenedModel(source, meta_model, checkpoint, {name: name for name in persistent_tensors(meta_model)}, notes)
+    key_of = {name: name for name in persistent_tensors(meta_model)}
+    return OpenedModel(source, meta_model, checkpoint, key_of, notes, written_in)
 
 
 def _prediction_layers(

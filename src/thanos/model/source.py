@@ -11,9 +11,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from thanos.checkpoint.gguf_files import check_gguf
+from thanos.checkpoint.gguf_files import check_gguf, gguf_parts
+from thanos.checkpoint.gguf_header import GGUFHeader, read_headers
 from thanos.checkpoint.weight_files import find_weights, refuse_lone_adapter
 from thanos.errors import ModelError
+from thanos.model.gguf_config import complete_config
 from thanos.model.hub import download
 from thanos.model.transformers_errors import describe_import_error, first_line, package_errors
 from thanos.system.extras import is_installed
@@ -39,7 +41,7 @@ class ModelSource:
     Attributes:
         name: as the user gave it.
         folder: the local folder with config and tokenizer (for a GGUF file, the folder it lies in).
-        gguf: the GGUF file, or None.
+        gguf: the GGUF file, the first of them if it has several parts, or None.
         trust_remote_code: whether code that the checkpoint carries may run.
     """
 
@@ -65,6 +67,20 @@ class ModelSource:
         """Whether the user named a file or folder rather than a hub name."""
         return self.gguf is not None or self.folder == Path(self.name)
 
+    @property
+    def gguf_parts(self) -> tuple[Path, ...]:
+        """All parts of the GGUF file, in order; empty for a folder."""
+        return () if self.gguf is None else gguf_parts(self.gguf)
+
+    @cached_property
+    def gguf_header(self) -> GGUFHeader:
+        """The header of the GGUF file, of all parts together.
+
+        Raises:
+            ModelError: it is truncated or corrupt.
+        """
+        return read_headers(self.gguf_parts)
+
     def _arguments(self) -> dict[str, Any]:
         arguments: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
         if self.gguf is not None:
@@ -85,7 +101,10 @@ class ModelSource:
         from transformers import AutoConfig
 
         try:
-            return AutoConfig.from_pretrained(self.folder, **self._arguments())
+            config = AutoConfig.from_pretrained(self.folder, **self._arguments())
+            return config if self.gguf is None else complete_config(config, self.gguf_header, len(self.gguf_parts))
+        except ModelError:
+            raise
         except Exception as error:  # a truncated file makes the GGUF reader fail in many ways
             raise ModelError(describe_import_error(self.name, error) or self._config_fault(error)) from error
 
@@ -195,8 +214,7 @@ def find_local(
         _check_folder(source, packed=packed)
         return source
     if path.is_file():
-        check_gguf(path)
-        return ModelSource(name, path.parent, path, trust_remote_code)
+        return ModelSource(name, path.parent, check_gguf(path), trust_remote_code)
     if _looks_like_path(name):
         raise ModelError(f"{model} does not exist; {what} is a hub name, a local folder or a .gguf file")
     return None

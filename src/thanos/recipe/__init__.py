@@ -53,7 +53,9 @@ class Recipe(LayerRecipe):
         seed: seed of the draw of calibration sequences.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: data type of the model's forward passes during calibration: ``auto`` (the checkpoint's), ``float32``,
-            ``bfloat16`` or ``float16``. The written checkpoint keeps its own dtype.
+            ``bfloat16`` or ``float16``.
+        output_dtype: data type of the written checkpoint: ``auto`` (the input's; bfloat16 for GGUF), ``float32``, ``bfloat16``
+            or ``float16``. The model is converted to it before it is pruned.
         targets: globs over the names of the layers to prune; empty means every linear layer of the decoder blocks.
         skip: globs over the names of layers that stay dense.
         overrides: per-layer settings, in order; a later match wins. An effort there sets all of its parts for these layers,
@@ -93,6 +95,14 @@ class Recipe(LayerRecipe):
         "DTYPE",
         choices=lambda: DTYPES,
         default="auto, the checkpoint's",
+    )
+    output_dtype: str = setting(
+        "auto",
+        "Data type in which the weights are written",
+        Heading.OUTPUT,
+        "DTYPE",
+        choices=lambda: DTYPES,
+        default="auto, the input's; bfloat16 for GGUF",
     )
     targets: tuple[str, ...] = setting(
         (), "Prune only layers whose name matches", Heading.WHAT, "GLOB", default="every linear layer of the blocks"
@@ -177,7 +187,7 @@ class Recipe(LayerRecipe):
 
     def _repairs(self, changes: Mapping[str, Any]) -> list[Repair]:
         """Return the repairs of the recipe with some fields changed."""
-        settings = {name: getattr(self, name) for name in REPAIR_FIELDS} | dict(changes)
+        settings = {**{name: getattr(self, name) for name in REPAIR_FIELDS}, **changes}
         return repairs_of(settings, [override.settings for override in self.overrides if not override.skip])
 
     def _methods(self) -> tuple[str, ...]:
@@ -288,13 +298,13 @@ class Recipe(LayerRecipe):
         return toml_text(values, overrides)
 
 
-_NEW = ("scope", "allocation", "multiple_of", "head_unit", *REPAIR_FIELDS, "held_out", "tune_rate")
+_NEW = ("scope", "allocation", "multiple_of", "head_unit", *REPAIR_FIELDS, "held_out", "tune_rate", "output_dtype")
 """Settings that are written only where they differ from their defaults."""
 
 
 def _suited(pattern: str, changes: Mapping[str, Any]) -> dict[str, Any]:
     """Return changes; a new pattern than ``pattern`` resets its sparsity, block size and scope, an effort resets its parts."""
-    changes = dict(with_effort(changes))
+    changes = with_effort(changes)
     if str(parse_pattern(changes.get("pattern", pattern))) == str(parse_pattern(pattern)):
         return changes
     return {"sparsity": None, "block_size": None, "scope": None, **changes}

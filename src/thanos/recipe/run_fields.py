@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from thanos.recipe import Recipe
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-"""Data types in which a model can run."""
+"""Data types in which a model can run and be written."""
 
 
 def check_run_fields(recipe: Recipe) -> None:
@@ -24,9 +24,11 @@ def check_run_fields(recipe: Recipe) -> None:
         value = getattr(recipe, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
             raise RecipeError(f"{name} must be a whole number, at least {lowest}; got {value!r}{near_whole(value)}")
-    if recipe.dtype not in DTYPES:
-        hint = near_dtype(recipe.dtype, DTYPES)
-        raise RecipeError(f"dtype {recipe.dtype!r} is unknown; choose one of {', '.join(DTYPES)}{hint}")
+    for name in ("dtype", "output_dtype"):
+        if (value := getattr(recipe, name)) not in DTYPES:
+            raise RecipeError(
+                f"{name} {value!r} is unknown; choose one of {', '.join(DTYPES)}{near_dtype(value, DTYPES)}"
+            )
     for name in ("calibration", "device"):
         if not isinstance(getattr(recipe, name), str) or not getattr(recipe, name):
             raise RecipeError(f"{name} must be a name; got {getattr(recipe, name)!r}")

@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from thanos.errors import ModelError
+from thanos.model.attention import one_sequence_a_row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -63,7 +64,7 @@ class SplitModel:
             # The head runs on a single token here; its result is not used.
             return self._outputs(type(kept[0]), kept[0][0][:, :1])
 
-        with _replaced(self._decoder, decode):
+        with _replaced(self._decoder, decode), one_sequence_a_row():
             self._model(input_ids=ids, use_cache=False)
         self._kind = type(kept[0])
         return kept[0][0].flatten(0, 1)

@@ -57,7 +57,7 @@ def write_model(result: Trained, work: RecoveryFolder) -> dict[str, int]:
         else:
             read = {pruned.key_of[name]: tensor for name, tensor in unwritten.items()}.__getitem__
         for name, parameter in pruned.meta_model.named_parameters():
-            if parameter.is_floating_point():
+            if parameter.requires_grad:
                 writer.write(pruned.key_of[name], read(pruned.key_of[name]))
     writer.finish()
     copy_auxiliary_files(pruned, folder)
@@ -93,6 +93,7 @@ def make_report(result: Trained, device: torch.device, meter: PhaseMeter, zeros:
         calibration=result.calibration.to_dict() | {"source": public_name(result.calibration.source)},
         sequences={"trained": recipe.trained, "held_out": recipe.samples - recipe.trained},
         steps=recipe.steps,
+        rate=recipe.largest_rate(guard.history),
         history=guard.history,
         best_step=guard.best["step"],
         ended=result.ended,

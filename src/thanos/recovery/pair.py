@@ -12,7 +12,7 @@ from thanos.engine.weights import ModelWeights
 from thanos.errors import ModelError
 from thanos.events import Event, Watcher
 from thanos.model.bos import added_bos
-from thanos.model.layers import LinearLayer, linear_layers
+from thanos.model.layers import LinearLayer, find_blocks, linear_layers
 from thanos.model.meta_model import persistent_tensors
 from thanos.model.opening import OpenedModel, open_model
 from thanos.model.source import ModelSource, find_local, resolve_model
@@ -33,12 +33,14 @@ class Pair:
     Attributes:
         pruned: the pruned model; its meta model is float32.
         dense: the dense model.
+        smaller: whether the pruned model has fewer blocks, or smaller sizes, than the dense one.
         masked: the linear layers of the pruned model whose weights hold zeros.
         zeros: number of zeros in these weights.
     """
 
     pruned: OpenedModel
     dense: OpenedModel
+    smaller: bool
     masked: list[LinearLayer]
     zeros: int
 
@@ -84,16 +86,16 @@ def open_pair(source: ModelSource, parent: ModelSource, device: torch.device, wa
         parent: the dense model.
         device: device of the training. The dense model runs in its own dtype on CUDA and in float32 on a CPU.
         watch: function that is called with notes and progress events.
-        look: also compare the weights, layer by layer; see :func:`_check_weights`.
+        look: also compare the weights; see :func:`_check_weights` and :func:`_check_embeddings`.
 
     Raises:
-        ModelError: the models do not belong together, or the pruned one has no zeros.
+        ModelError: the models do not belong together, or the pruned one has neither zeros nor smaller sizes.
     """
     pruned = open_model(source, "float32")
     dense = open_model(parent, "auto" if device.type == "cuda" else "float32")
     for note in pruned.notes:
         watch(Event(kind="note", phase="load", message=f"OUT: {note}"))
-    _check_shapes(pruned, dense)
+    smaller = _check_shapes(pruned, dense)
     embedding = getattr(pruned.meta_model.get_input_embeddings(), "weight", None)
     layers = [
         layer
@@ -110,29 +112,67 @@ def open_pair(source: ModelSource, parent: ModelSource, device: torch.device, wa
             masked.append(layer)
             counts.append(zeros)
         watch(Event(kind="progress", phase="load", done=done, total=len(layers)))
-    if within <= STRAY * total:
+    if within <= STRAY * total and not smaller:
         raise ModelError(
-            f"OUT {source.name} has no zeros to keep fixed ({within:,} of {total:,} weights of its linear layers); give a "
-            "pruned model"
+            f"OUT {source.name} has no zeros to keep fixed ({within:,} of {total:,} weights of its linear layers), and is as "
+            "large as the dense model; give a pruned model"
         )
-    pair = Pair(pruned, dense, masked, sum(counts))
-    if look:
+    pair = Pair(pruned, dense, smaller, masked, sum(counts))
+    if look and smaller:
+        _check_embeddings(pair)
+    elif look:
         _check_weights(pair)
     return pair
 
 
-def _check_shapes(pruned: OpenedModel, dense: OpenedModel) -> None:
-    """Refuse a dense model with other parameters. The zeros are positions in its weights, so all shapes must agree."""
+def _check_shapes(pruned: OpenedModel, dense: OpenedModel) -> bool:
+    """Refuse a dense model with other parameters; return whether the pruned one is smaller.
+
+    A child has the parameters of its parent, all in the same shapes, or it was made smaller: then it may have fewer blocks, and
+    fewer neurons or heads in each. Nothing else may differ, and nothing may be larger.
+
+    Raises:
+        ModelError: the dense model cannot be the parent.
+    """
     ours, theirs = (persistent_tensors(opened.meta_model) for opened in (pruned, dense))
+    blocks = [find_blocks(opened.meta_model) for opened in (pruned, dense)]
+    (prefix, kept), (_, all_blocks) = blocks
+    gone = tuple(f"{prefix}.{index}." for index in range(len(kept), len(all_blocks)))
     for own, other, where in ((ours, theirs, "the dense model"), (theirs, ours, "OUT")):
-        missing = [name for name in own if name not in other]
+        missing = [name for name in own if name not in other and not (gone and name.startswith(gone))]
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise _not_parent(pruned.source, dense.source, f"{where} has no {missing[0]}{more}")
+    smaller = bool(gone)
     for name, tensor in ours.items():
-        if tensor.shape != theirs[name].shape:
-            shapes = f"{list(tensor.shape)} in OUT and {list(theirs[name].shape)} in the dense model"
+        sizes, whole = tuple(tensor.shape), tuple(theirs[name].shape)
+        fits = len(sizes) == len(whole) and all(size <= limit for size, limit in zip(sizes, whole, strict=True))
+        if sizes != whole and not (fits and name.startswith(f"{prefix}.")):
+            shapes = f"{list(sizes)} in OUT and {list(whole)} in the dense model"
             raise _not_parent(pruned.source, dense.source, f"{name} has shape {shapes}")
+        smaller |= sizes != whole
+    return smaller
+
+
+def _check_embeddings(pair: Pair) -> None:
+    """Refuse a dense model whose embeddings do not resemble those of the smaller model.
+
+    Blocks of a smaller model have lost entries, but no row or column of the embedding, whatever was removed.
+
+    Raises:
+        ModelError: they do not.
+    """
+    ours, theirs = (_embedding(opened) for opened in (pair.pruned, pair.dense))
+    if (cosine := torch.cosine_similarity(ours, theirs, dim=0).item()) < _LEAST_COSINE:
+        raise _not_parent(
+            pair.pruned.source, pair.dense.source, f"their embeddings do not resemble each other (cosine {cosine:.2f})"
+        )
+
+
+def _embedding(opened: OpenedModel) -> Tensor:
+    table = opened.meta_model.get_input_embeddings().get_parameter("weight")
+    name = next(name for name, parameter in opened.meta_model.named_parameters() if parameter is table)
+    return opened.checkpoint.read(opened.key_of[name]).flatten().float()
 
 
 def _check_weights(pair: Pair) -> None:
@@ -153,7 +193,7 @@ def _check_weights(pair: Pair) -> None:
         extra += int((there & ~kept).sum())
         filled += int((kept & ~there).sum())
         survivors += int(kept.sum())
-        a, b = child[kept].float(), parent[kept].float()
+        a, b = child.flatten().float(), (parent * kept).flatten().float()
         product, ours, theirs = product + float(a @ b), ours + float(a @ a), theirs + float(b @ b)
     sources = pair.pruned.source, pair.dense.source
     if not extra or extra <= STRAY * pair.zeros:
@@ -184,10 +224,21 @@ def load(opened: OpenedModel, device: torch.device) -> None:
         weights.close()
 
 
-def trainable(opened: OpenedModel) -> dict[str, Tensor]:
-    """Let all floating-point parameters of a loaded model train; return them by name, tied ones once."""
+def trainable(opened: OpenedModel, parts: str) -> dict[str, Tensor]:
+    """Let parameters of a loaded model train; return them by name, tied ones once.
+
+    Args:
+        opened: the model.
+        parts: ``all``: all floating-point parameters; ``blocks``: those of the decoder blocks, so neither the embeddings (tied
+            ones included) nor the head; ``linear``: the weights of the blocks' linear layers.
+    """
+    model = opened.meta_model
+    if parts == "linear":
+        within = tuple(layer.weight_name for layer in linear_layers(model) if layer.block is not None)
+    else:
+        within = (f"{find_blocks(model)[0]}." if parts == "blocks" else "",)
     parameters: dict[str, Tensor] = {
-        name: p for name, p in opened.meta_model.named_parameters() if p.is_floating_point()
+        name: p for name, p in model.named_parameters() if p.is_floating_point() and name.startswith(within)
     }
     for parameter in parameters.values():
         parameter.requires_grad_(True)

@@ -80,12 +80,14 @@ def recover(
     """Train the surviving weights of a pruned model so that its next-token distributions approach those of the dense model.
 
     The loss is KL(dense ‖ pruned), averaged over all tokens of the training sequences. All parameters are trained, norms and
-    embeddings included; an exact zero in the weight of a linear layer stays zero. The weights are float32 during training; on
-    CUDA the matrix products run in bfloat16. After every epoch the loss on held-out sequences is measured with the weights
-    rounded as they would be stored, and the best state is written; if none is better, the original weights.
+    embeddings included, unless the recipe says otherwise; an exact zero in the weight of a linear layer stays zero. The
+    weights are float32 during training; on CUDA the matrix products run in bfloat16. After every epoch the loss on held-out
+    sequences is measured with the weights rounded as they would be stored, and the best state is written; if none is better,
+    the original weights.
 
     Args:
-        model: the pruned model: a local folder or a hub name; made by any method, pattern or tool.
+        model: the pruned model: a local folder or a hub name; made by any method, pattern or tool. It has zeros, or fewer
+            blocks, neurons or heads than ``dense``.
         out: the output folder. It appears only when it is complete.
         dense: the model that ``model`` was pruned from: a hub name, a local folder or a ``.gguf`` file.
         recipe: the settings; default :class:`RecoveryRecipe`.
@@ -233,7 +235,7 @@ def _train(pair: Pair, calibration: Calibration, job: _Job) -> tuple[Guard, str]
         newest = job.world.from_first(lambda: work.newest if job.resume else None)
         for opened in (pruned, pair.dense):
             load(opened, job.device)
-        parameters = trainable(pruned)
+        parameters = trainable(pruned, recipe.train)
         dtypes = {name: pruned.checkpoint.tensors[pruned.key_of[name]].dtype for name in parameters}
         masks = masks_of(pair, job.device)
     size = micro_batch(recipe, job.device, job.world.size)

@@ -114,7 +114,7 @@ def _arguments(training: Training) -> TrainingArguments:
         per_device_train_batch_size=training.micro_batch,
         gradient_accumulation_steps=recipe.batch // (training.micro_batch * training.world.size),
         max_steps=recipe.steps,
-        learning_rate=recipe.rate,
+        learning_rate=1.0,  # the callbacks set the rate once the loss before the training is known
         weight_decay=0.0,
         adam_beta1=BETAS[0],
         adam_beta2=BETAS[1],
@@ -129,7 +129,8 @@ def _arguments(training: Training) -> TrainingArguments:
         disable_tqdm=True,
         remove_unused_columns=False,
         logging_nan_inf_filter=False,
-        dataloader_pin_memory=False,
+        dataloader_pin_memory=cuda,  # with non_blocking: the host does not wait for the copy of a batch
+        accelerator_config={"non_blocking": cuda},
         ddp_find_unused_parameters=any(mixtures(training.module.student)),  # an expert may get no token of a batch
         fsdp=shard,  # type: ignore[arg-type]
         fsdp_config={"version": 2, "transformer_layer_cls_to_wrap": layers, "state_dict_type": "SHARDED_STATE_DICT"},
@@ -191,7 +192,8 @@ class _RecoveryTrainer(Trainer):
         del state_dict  # with tied weights it names tensors twice, which safetensors refuses
         if self.args.should_save and output_dir is not None:
             Path(output_dir).mkdir(parents=True, exist_ok=True)
-            weights = {name: p.detach().contiguous() for name, p in self._training.module.named_parameters()}
+            named = self._training.module.named_parameters()
+            weights = {name: p.detach().contiguous() for name, p in named if p.requires_grad}
             save_file(weights, Path(output_dir) / _WEIGHTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -201,4 +203,12 @@ class _RecoveryTrainer(Trainer):
         stored = load_file(Path(resume_from_checkpoint) / _WEIGHTS)
         with torch.no_grad():
             for name, parameter in self._training.module.named_parameters():
-                parameter.copy_(stored[name])
+                if parameter.requires_grad:
+                    parameter.copy_(stored[name])
+
+    def set_rate(self, rate: float, step: int) -> None:
+        """Set the largest learning rate, and the rate of the next step; ``step`` steps are finished."""
+        scheduler: Any = self.lr_scheduler
+        scheduler.base_lrs = [rate for _ in scheduler.base_lrs]
+        for group in scheduler.optimizer.param_groups:
+            group["initial_lr"], group["lr"] = rate, rate * one_cycle(step, self._training.recipe.steps)

@@ -70,12 +70,13 @@ class Watch(TrainerCallback):
             torch._foreach_mul_(gradients, masks)  # type: ignore[reportPrivateImportUsage]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Measure the model before the training, unless the run is resumed."""
+        """Measure the model before the training, unless the run is resumed; set the learning rate."""
         one = self._training
         self._resumed = state.global_step
         one.tell(Event(kind="phase", phase="train", done=state.global_step, total=one.recipe.steps))
         if not one.guard.history:
             self._measure(state, None)
+        self.trainer.set_rate(one.recipe.largest_rate(one.guard.history), state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Report the step; at the end of an epoch measure the held-out loss."""

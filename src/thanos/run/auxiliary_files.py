@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
+
+import torch
 
 from thanos.checkpoint.other_files import is_weight_file
 from thanos.events import LOG_NAME, RUN_NAME
@@ -17,11 +20,13 @@ _OURS = ("README.md", "pruning.json", "recipe.toml", LOG_NAME, RUN_NAME)
 def copy_auxiliary_files(opened: OpenedModel, folder: Path) -> None:
     """Copy config, tokenizer, chat template and generation config unchanged. For a GGUF file, create them.
 
-    One exception: a reference to Python code is removed from the config if the code is missing.
+    Two exceptions in the config: a reference to Python code is removed if the code is missing, and the dtype is that of the
+    weights that were written.
     """
     source = opened.source
     if source.gguf is not None:
-        config = opened.meta_model.config
+        config = copy.deepcopy(opened.meta_model.config)
+        config.dtype = opened.written_in or torch.float32
         config.architectures = [type(opened.meta_model).__name__]
         config.save_pretrained(folder)
         source.tokenizer().save_pretrained(folder)
@@ -34,6 +39,8 @@ def copy_auxiliary_files(opened: OpenedModel, folder: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
     _drop_absent_code(folder / "config.json")
+    if opened.written_in is not None:
+        _state_dtype(folder / "config.json", str(opened.written_in).removeprefix("torch."))
 
 
 def _drop_absent_code(config: Path) -> None:
@@ -46,6 +53,19 @@ def _drop_absent_code(config: Path) -> None:
     if not all("--" in module or (config.parent / f"{module}.py").is_file() for module in modules):
         del values["auto_map"]
         config.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _state_dtype(config: Path, dtype: str) -> None:
+    """State the dtype of the weights in a config, and in the configs of its parts that state one."""
+    values = json.loads(config.read_text(encoding="utf-8"))
+    parts = [part for part in values.values() if isinstance(part, dict)]
+    for part in (values, *parts):
+        for key in ("dtype", "torch_dtype"):
+            if key in part:
+                part[key] = dtype
+    if "torch_dtype" not in values:
+        values["dtype"] = dtype
+    config.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def auxiliary_files(source: ModelSource) -> list[Path]:

@@ -17,6 +17,7 @@ from thanos._version import __version__
 from thanos.calibration.windows import Calibration
 from thanos.engine.loop import Engine
 from thanos.events import RUN_NAME
+from thanos.model.stated import stated_facts
 from thanos.recipe import Recipe
 from thanos.run.model_card import model_card, public_name
 from thanos.run.report import PruningReport, compute_totals
@@ -54,7 +55,7 @@ def write_documents(
     completed = completed_run(run, recipe, folder)
     text_sha256 = completed["text"].get(TEXT_HASH)
     published = recipe.replace(calibration=public_name(recipe.calibration))
-    report = _report(plan, engine, calibration, published, text_sha256, device, meter)
+    report = make_report(plan, engine, calibration, published, text_sha256, device, meter)
     if cut is not None:
         report.cut.update(cut | ({} if allocation is None else {"split": dict(allocation)}))
     elif allocation is not None:
@@ -76,7 +77,7 @@ def _recipe_text(recipe: Recipe, text_sha256: str | None) -> str:
     )
 
 
-def _report(
+def make_report(
     plan: Prepared,
     engine: Engine,
     calibration: Calibration,
@@ -85,6 +86,17 @@ def _report(
     device: torch.device,
     meter: PhaseMeter,
 ) -> PruningReport:
+    """Return the report of a run whose blocks are done.
+
+    Args:
+        plan: as for :func:`write_documents`, like the other arguments.
+        engine: see there.
+        calibration: see there.
+        recipe: the recipe, without local folders.
+        text_sha256: hash of the calibration text; None if it is not local files.
+        device: see there.
+        meter: see there.
+    """
     import safetensors
     import transformers
 
@@ -99,6 +111,7 @@ def _report(
             "architecture": type(opened.meta_model).__name__,
             "parameters": parameters,
             "sparsity": plan.sparsity,
+            **({"stated": stated} if (stated := stated_facts(opened.source)) else {}),
         },
         recipe=recipe.to_dict(),
         versions={

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -18,6 +20,8 @@ from thanos.run.report import PruningReport
 
 _FILES = (".gguf", ".safetensors", ".bin", ".json", *SUFFIXES)
 """Endings of local files that a user may give as model or calibration text."""
+_LICENCE = ("license", "license_name", "license_link")
+_WORDS_OF_YAML = ("y", "yes", "n", "no", "true", "false", "on", "off", "null")
 _WORST = 5
 _BEGUN = ", each window begun with the beginning-of-text token"
 _KEPT = ", the other rows making up for them"
@@ -99,10 +103,14 @@ def recovery_sentence(recovery: Mapping[str, Any]) -> str:
     """Return the sentences about a recovery, from the values of ``recovery.json``."""
     before, after = recovery["held_out_before"], recovery["held_out_after"]
     text, sequences = recovery["calibration"], recovery["sequences"]
+    rate = recovery.get("rate") or recovery["recipe"]["rate"]
+    what = (
+        "surviving weights were trained with the zeros fixed" if recovery["masked_layers"] else "weights were trained"
+    )
     how = (
-        f"After pruning, the surviving weights were trained with the zeros fixed, to give the next-token distributions of "
+        f"After pruning, the {what}, to give the next-token distributions of "
         f"{public_name(str(recovery['dense']))} on {sequences['trained']} × {text['sequence_length']} tokens of "
-        f"{public_name(str(text['source']))} (epochs: {recovery['recipe']['epochs']}, rate {recovery['recipe']['rate']:g})"
+        f"{public_name(str(text['source']))} (epochs: {recovery['recipe']['epochs']}, rate {rate:g})"
     )
     held_out = f"{sequences['held_out']} × {text['sequence_length']} held-out tokens"
     if not recovery["best_step"]:
@@ -116,10 +124,25 @@ def recovery_sentence(recovery: Mapping[str, Any]) -> str:
 def _front_matter(report: PruningReport) -> str:
     name = str(report.model["name"])
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    if report.model.get("origin") == "hub":
-        lines.append(f"base_model: {name}")
+    stated: Mapping[str, Any] = report.model.get("stated", {})
+    lines += [f"{key}: {_yaml(stated[key])}" for key in _LICENCE if key in stated]
+    lines += _yaml_list("language", stated.get("language", []))
+    lines += _yaml_list("base_model", [name] if report.model.get("origin") == "hub" else stated.get("base_model", []))
     sparse = [] if report.cut else ["- sparse"]
     return "\n".join([*lines, "tags:", "- pruned", *sparse, "- thanos", "---"])
+
+
+def _yaml_list(key: str, values: Sequence[str]) -> list[str]:
+    """Return a key of the front matter: one value on its line, several below it; nothing for none."""
+    if len(values) == 1:
+        return [f"{key}: {_yaml(values[0])}"]
+    return [f"{key}:", *(f"- {_yaml(value)}" for value in values)] if values else []
+
+
+def _yaml(value: str) -> str:
+    """Return a string as YAML reads it back: with quotes if it could be read as something else, as the language ``no``."""
+    plain = re.fullmatch(r"[A-Za-z][\w.\-/]*", value) and value.lower() not in _WORDS_OF_YAML
+    return value if plain else json.dumps(value, ensure_ascii=False)
 
 
 def _tuning(report: PruningReport) -> str:

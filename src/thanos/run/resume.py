@@ -73,7 +73,7 @@ def describe(recipe: dict[str, Any], model: dict[str, Any], device: torch.device
 
 def describe_model(source: ModelSource) -> dict[str, Any]:
     """Return the descriptions of a model's config and weight files, by file name."""
-    files = [source.gguf] if source.gguf else [source.folder / "config.json", *source.folder.glob("*.safetensors*")]
+    files = source.gguf_parts or [source.folder / "config.json", *source.folder.glob("*.safetensors*")]
     return {path.name: _describe_file(path) for path in sorted(files)}
 
 

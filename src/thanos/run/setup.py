@@ -19,7 +19,7 @@ from thanos.engine.routing import Routing
 from thanos.errors import ModelError, RecipeError
 from thanos.events import Event, Watcher
 from thanos.model.layers import LinearLayer, find_blocks, linear_layers, select_layers
-from thanos.model.loading import context_length, end_of_text_id
+from thanos.model.loading import context_length, end_of_text_id, parse_dtype
 from thanos.model.opening import OpenedModel, open_model
 from thanos.model.source import ModelSource
 from thanos.model.unused import Unused
@@ -33,6 +33,11 @@ from thanos.system.device import choose_device
 
 LOG_BYTES_PER_LAYER = 4096
 """Bytes on the disk per pruned layer for the journal, the event log and the report."""
+
+
+GGUF_DTYPE = (
+    "the weights are written in bfloat16; --output-dtype float32 keeps every bit of what the GGUF file's numbers are"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +109,16 @@ def prepare(
         NumericsError: ``look`` is set, and a parameter that is not pruned holds NaN or infinity.
         ResourceError: the disk has too little room.
     """
-    opened = open_model(source, recipe.dtype)
+    opened = open_model(source, recipe.dtype, _written_dtype(source, recipe.output_dtype))
+    if source.gguf is not None and recipe.output_dtype == "auto":
+        opened.notes.append(GGUF_DTYPE)
+    return prepare_opened(opened, recipe, watch, look=look, folder=folder)
+
+
+def prepare_opened(
+    opened: OpenedModel, recipe: Recipe, watch: Watcher, *, look: bool = True, folder: Path | None = None
+) -> Prepared:
+    """Select the layers of an opened model to prune and their settings; see :func:`prepare`."""
     tensors = opened.checkpoint.tensors
     if spare := tensors.keys() - set(opened.key_of.values()):
         opened.notes.extend(Unused(opened.meta_model, tensors, opened.key_of).notes(spare))
@@ -148,6 +162,13 @@ def prepare(
 def bytes_besides(layers: Collection[LinearLayer], cutting: Cutting | None) -> int:
     """Return the bytes on the disk that a run needs besides the output of full size: the journal, and a smaller model."""
     return LOG_BYTES_PER_LAYER * len(layers) + (0 if cutting is None else cutting.bytes_after)
+
+
+def _written_dtype(source: ModelSource, asked: str) -> torch.dtype | None:
+    """Return the dtype in which a model is written; None for the input's own dtypes."""
+    if asked == "auto":
+        return None if source.gguf is None else torch.bfloat16
+    return parse_dtype(asked)
 
 
 def _check_repair(

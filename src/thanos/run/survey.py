@@ -64,12 +64,16 @@ def sampled_sparsity(opened: OpenedModel, layers: Sequence[LinearLayer]) -> tupl
     """
     zeros, shares = 0.0, []
     for layer in layers:
-        flat = opened.checkpoint.read(opened.key_of[layer.weight_name]).reshape(-1)
-        step = max(_SAMPLE_ENTRIES, len(flat) // _SAMPLES)
-        parts = [flat[start : start + _SAMPLE_ENTRIES] for start in range(0, len(flat), step)]
+        key = opened.key_of[layer.weight_name]
+        numel = opened.checkpoint.tensors[key].numel
+        step = max(_SAMPLE_ENTRIES, numel // _SAMPLES)
+        parts = [
+            opened.checkpoint.entries(key, start, min(_SAMPLE_ENTRIES, numel - start))
+            for start in range(0, numel, step)
+        ]
         share = sum(int((part == 0).sum()) for part in parts) / max(1, sum(len(part) for part in parts))
         shares.append(share)
-        zeros += share * len(flat)
+        zeros += share * numel
     entries = sum(layer.shape[0] * layer.shape[1] for layer in layers)
     return zeros / max(1, entries), 2 * sum(share >= _MANY_ZEROS for share in shares) > len(shares)
 

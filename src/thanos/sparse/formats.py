@@ -16,17 +16,22 @@ A stored value may be zero: a row with fewer values than its tile stores is fill
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from thanos.sparse import tiles
+from thanos.sparse.kernels import encoder
 from thanos.sparse.tiles import SIDE, tile_words
 
 Format = Literal["fixed", "bitmap"]
+
+A = TypeVar("A")
+B = TypeVar("B")
 
 UNIT = 16
 """32-bit words of a unit of ``offsets``, 64 bytes; every tile takes a whole number of units."""
@@ -110,14 +115,17 @@ def fullest_rows(weight: Tensor) -> Tensor:
     Args:
         weight: (rows, columns), bfloat16 or float16, on the CPU.
     """
+    if encoder.available(weight):
+        return encoder.fullest_rows(weight.contiguous())
     columns = weight.shape[1]
     across = -(-columns // SIDE)
-    parts = []
-    for part in weight.view(torch.int16).split(_chunk_rows(columns)):
+
+    def fullest(part: Tensor) -> Tensor:
         kept = torch.zeros(-(-len(part) // SIDE) * SIDE, across * SIDE, dtype=torch.bool)
         torch.ne(part, 0, out=kept[: len(part), :columns])
-        parts.append(tiles.count_flags(kept).view(-1, SIDE, across).amax(1))
-    return torch.cat(parts)
+        return tiles.count_flags(kept).view(-1, SIDE, across).amax(1)
+
+    return torch.cat(_each(fullest, weight.view(torch.int16).split(_chunk_rows(columns))))
 
 
 def choose_format(fullest: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> PackedSpec:
@@ -158,17 +166,23 @@ def encode(weight: Tensor, spec: PackedSpec | None = None, fullest: Tensor | Non
         counts = torch.full_like(counts, spec.n)
     offsets = torch.cat([counts.new_zeros(1), torch.cumsum(counts + SIDE // UNIT, 0)]) * UNIT
     words = torch.empty(int(offsets[-1]), dtype=torch.int32)
-    tile = 0
-    for bits in _chunks(weight.view(torch.int16)):
+    units = (offsets // UNIT).to(torch.int32) if spec.format == "bitmap" else None
+    if encoder.available(weight):
+        encoder.encode(weight.contiguous(), counts.to(torch.uint8), offsets, words)
+        return PackedWeight(spec, words, units)
+    step = _chunk_rows(shape[1])
+
+    def put(row: int) -> None:
+        bits = _tiles_of(weight[row : row + step].view(torch.int16))
+        tile = row // SIDE * spec.tiles
         n = counts[tile : tile + len(bits)]
         kept = bits != 0
         stored = tiles.fill_up(kept, tiles.count_flags(kept).squeeze(-1), n)
         for value, where in _by_count(n):
             encoded = tiles.encode_tiles(bits[where], stored[where], value)
-            first = offsets[tile : tile + len(bits)][where]
-            _put(words, first, encoded)
-        tile += len(bits)
-    units = (offsets // UNIT).to(torch.int32) if spec.format == "bitmap" else None
+            _put(words, offsets[tile : tile + len(bits)][where], encoded)
+
+    _each(put, range(0, shape[0], step))
     return PackedWeight(spec, words, units)
 
 
@@ -178,9 +192,17 @@ def decode(packed: PackedWeight, out: Tensor | None = None) -> Tensor:
     if out is None:
         out = torch.empty(spec.rows, spec.columns, dtype=spec.dtype, device=packed.words.device)
     step = max(1, _chunk_rows(spec.columns) // SIDE)
-    for first in range(0, spec.strips, step):
+
+    def put(first: int) -> None:
         part = decode_strips(packed, first, min(first + step, spec.strips))
         out[SIDE * first : SIDE * first + len(part)] = part
+
+    firsts = range(0, spec.strips, step)
+    if out.device.type == "cpu":
+        _each(put, firsts)
+    else:
+        for first in firsts:
+            put(first)
     return out
 
 
@@ -257,14 +279,21 @@ def _chunk_rows(columns: int) -> int:
     return max(1, _CHUNK_ENTRIES // max(1, columns * SIDE)) * SIDE
 
 
-def _chunks(bits: Tensor) -> Iterator[Tensor]:
-    """Yield the tiles of a matrix (rows, columns) int16 in order, (tiles, 32, 32), padded with zeros."""
+def _tiles_of(bits: Tensor) -> Tensor:
+    """Return the tiles of a matrix (rows, columns) int16 in order, (tiles, 32, 32), padded with zeros."""
     columns = bits.shape[1]
-    across = -(-columns // SIDE)
-    for part in bits.split(_chunk_rows(columns)):
-        down = -(-len(part) // SIDE)
-        if part.shape != (down * SIDE, across * SIDE):
-            whole = part.new_zeros(down * SIDE, across * SIDE)
-            whole[: len(part), :columns] = part
-            part = whole
-        yield part.reshape(down, SIDE, across, SIDE).transpose(1, 2).reshape(-1, SIDE, SIDE)
+    across, down = -(-columns // SIDE), -(-len(bits) // SIDE)
+    if bits.shape != (down * SIDE, across * SIDE):
+        whole = bits.new_zeros(down * SIDE, across * SIDE)
+        whole[: len(bits), :columns] = bits
+        bits = whole
+    return bits.reshape(down, SIDE, across, SIDE).transpose(1, 2).reshape(-1, SIDE, SIDE)
+
+
+def _each(work: Callable[[A], B], parts: Sequence[A]) -> list[B]:
+    """Return the result of each part, computed on torch's number of threads: much of the work is single-threaded by itself."""
+    threads = min(torch.get_num_threads(), len(parts))
+    if threads < 2:
+        return [work(part) for part in parts]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(work, parts))

@@ -55,6 +55,8 @@ class PruneStage:
     def __call__(self, context: BlockContext) -> Iterator[Event]:
         """See :class:`~thanos.engine.stages.base.BlockStage`."""
         plan = plan_of(context)
+        if context.block_errors is not None:
+            context.block_errors = replace(context.block_errors, writers=[*plan.streams])
         for step in plan.steps:
             yield from self._prune_step(context, plan, step)
 
@@ -86,7 +88,8 @@ class PruneStage:
                 with gather(layers, need, sample=self._samples) as groups:
                     if plan.pairs(layers):
                         most = plan.fitted(layers)
-                        passed = PairedPass(context, layers, plan.streams, plan.pairable, groups).run(most)
+                        streams, calls = plan.streams, plan.calls
+                        passed = PairedPass(context, layers, streams, plan.pairable, groups, calls).run(most)
                     else:
                         passed = context.observe(layers, most)
                     for done in passed:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from thanos.calibration.statistics import plan_passes, statistics_budget
-from thanos.engine.block_flow import levels, residual_streams
+from thanos.engine.block_flow import Stream, levels, residual_streams
 from thanos.engine.routing import Routing
 from thanos.engine.stages.base import BlockContext
 from thanos.model.layers import LinearLayer
@@ -25,19 +25,21 @@ class Plan:
 
     Attributes:
         steps: the steps, in order.
-        streams: layer that writes into the residual stream → module whose input is the stream before it.
+        streams: layer that writes into the residual stream → the stream to which its output is added.
         pairable: names of the layers that have a dense target, for which products with the dense model's inputs exist.
         chosen: names of those whose target is chosen on held-out sequences.
         samples: number of this process's sequences.
         rest: number of them that are not held out.
+        calls: names of the layers in the order of their calls; see :func:`~thanos.engine.early_end.stopping_after`.
     """
 
     steps: list[Step]
-    streams: Mapping[str, str] = field(default_factory=dict)
+    streams: Mapping[str, Stream] = field(default_factory=dict)
     pairable: Collection[str] = frozenset()
     chosen: Collection[str] = frozenset()
     samples: int = 0
     rest: int = 0
+    calls: list[str] = field(default_factory=list)
 
     def pairs(self, layers: Sequence[LinearLayer]) -> bool:
         """Return whether a layer of a part needs products with the dense model's inputs."""
@@ -70,37 +72,40 @@ def plan_of(context: BlockContext) -> Plan:
     routing = Routing(context.module)
     pairable = {layer.name for layer in targeted if routing.covers(layer)}
     chosen = _chosen(context, targeted) & pairable
+    streams = _streams(context, layers, {layer.name for layer in targeted})
     steps = [
         plan_passes(step, statistics_budget(context.device), matrices=_PAIRED_MATRICES if pairable else 1)
-        for step in _steps(context, layers)
+        for step in _steps(context, layers, streams)
     ]
-    return Plan(steps, _streams(context, targeted), pairable, chosen, samples, samples - len(context.held_out))
+    return Plan(steps, streams, pairable, chosen, samples, samples - len(context.held_out))
 
 
 def _chosen(context: BlockContext, targeted: Sequence[LinearLayer]) -> set[str]:
     return {layer.name for layer in targeted if context.layers[layer].repair.dense_target == AUTO}
 
 
-def _steps(context: BlockContext, layers: list[LinearLayer]) -> list[list[LinearLayer]]:
+def _steps(context: BlockContext, layers: list[LinearLayer], streams: Mapping[str, Stream]) -> list[list[LinearLayer]]:
     waiting = {layer.name for layer in layers if context.layers[layer].repair.sequential}
     if not layers or not waiting:
         return [layers] if layers else []
     hidden = context.first_sequences()
     level = context.world.from_first(lambda: levels(lambda: context.forward(hidden, 0), layers))
-    numbers = sorted({level[name] for name in waiting})
-    first = numbers[0]
-    return [
-        [layer for layer in layers if (level[layer.name] if layer.name in waiting else first) == number]
-        for number in numbers
-    ]
+    first = min(level[name] for name in waiting), False
+    # Two layers that fill the same gap of the residual stream, each in ignorance of the other, would fill it twice. So the
+    # second of them gets a step of its own.
+    names = [layer.name for layer in layers]
+    second = {name for name in names if name in streams and streams[name].beside in names[: names.index(name)]}
+    step = {name: (level[name], name in second) if name in waiting else first for name in names}
+    return [[layer for layer in layers if step[layer.name] == number] for number in sorted(set(step.values()))]
 
 
-def _streams(context: BlockContext, targeted: Sequence[LinearLayer]) -> dict[str, str]:
+def _streams(context: BlockContext, layers: Sequence[LinearLayer], targeted: Collection[str]) -> dict[str, Stream]:
+    """Return the streams of the layers with a dense target."""
     if not targeted:
         return {}
     hidden = context.first_sequences()
 
-    def find() -> dict[str, str]:
-        return residual_streams(lambda: context.forward(hidden, 0), hidden, context.module, targeted)
+    def find() -> dict[str, Stream]:
+        return residual_streams(lambda: context.forward(hidden, 0), hidden, context.module, layers)
 
-    return context.world.from_first(find)
+    return {name: stream for name, stream in context.world.from_first(find).items() if name in targeted}

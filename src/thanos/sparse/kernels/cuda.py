@@ -54,7 +54,8 @@ def _kernel(name: str, device: torch.device, n: int, tokens: int, launch: Launch
     lines = [f"#define {key} {value}" for key, value in macros.items()]
     with torch.cuda.device(device):
         compiled: Any = torch.cuda._compile_kernel  # private, but in all releases that are supported
-        return compiled("\n".join([*lines, source]), name)
+        # Some releases put 'extern "C"' before a source that does not begin with it.
+        return compiled("\n".join(['extern "C" {}', *lines, source]), name)
 
 
 def linears(

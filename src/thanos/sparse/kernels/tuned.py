@@ -82,8 +82,8 @@ def launch_for(device: str, family: str, n: int, strips: int, tiles: int) -> Lau
     """
 
     def distance(row: dict[str, Any]) -> float:
-        rows, columns = SIDE * strips / row["rows"], SIDE * tiles / row["columns"]
-        return max(abs(math.log2(rows)), abs(math.log2(columns)))
+        rows, columns = row["size"]
+        return max(abs(math.log2(SIDE * strips / rows)), abs(math.log2(SIDE * tiles / columns)))
 
     rows = [
         row

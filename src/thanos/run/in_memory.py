@@ -1,0 +1,274 @@
+"""Pruning of a model that is loaded already, in place, for notebooks and programs."""
+
+from __future__ import annotations
+
+import copy
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from thanos.calibration.text import check_text_source, text_sha256
+from thanos.calibration.windows import GIVEN_TEXTS, GIVEN_TOKENS, Calibration, build_calibration, check_positions
+from thanos.checkpoint.in_memory import LoadedCheckpoint
+from thanos.engine.activations import check_place
+from thanos.engine.distributed import SINGLE
+from thanos.engine.records import BlockRecord
+from thanos.errors import DataError, ModelError, NumericsError, RecipeError, resource_errors
+from thanos.events import Event, Watcher
+from thanos.model.loading import check_token_ids, context_length, end_of_text_id, parse_dtype
+from thanos.model.meta_model import build_meta_model, persistent_tensors
+from thanos.model.names import split_fused
+from thanos.model.opening import OpenedModel
+from thanos.model.source import ModelSource
+from thanos.recipe import Recipe
+from thanos.run.allocation import choose_sparsities
+from thanos.run.documents import make_report
+from thanos.run.engine_setup import build_engine
+from thanos.run.model_card import public_name
+from thanos.run.report import PruningReport
+from thanos.run.setup import Prepared, checked_recipe, prepare_opened, smaller_calibration
+from thanos.run.survey import name_damage
+from thanos.system.device import choose_device
+from thanos.system.event_stream import EventStream
+from thanos.system.meter import PhaseMeter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def prune_model(
+    model: PreTrainedModel,
+    calibration: str | Sequence[str] | Sequence[Tensor] | Tensor | None = None,
+    recipe: Recipe | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    activations: str = "auto",
+    on_event: Watcher | None = None,
+) -> PruningReport:
+    """Prune a loaded causal language model in place. Nothing is written to the disk.
+
+    The weights are those that :func:`thanos.prune` gives for the same model in a folder, recipe and calibration. Each block's
+    weights change when the block is done: if the run fails later, the blocks before stay pruned.
+
+    Args:
+        model: as transformers loads it, not quantised, on any device, in any mode. Its parameters stay the same objects.
+        calibration: token ids, as a tensor (samples, T) or a list of tensors (T,) of one length, int64; or a list of texts, or
+            a source of text as in ``recipe.calibration``, both of which need ``tokenizer``. Default: the recipe's source.
+        recipe: method and settings; default :class:`Recipe`. Token ids decide ``samples`` and ``sequence_length``. ``device``
+            and ``dtype`` ``auto`` are the model's own. ``output_dtype`` must be ``auto``.
+        tokenizer: the model's.
+        activations: storage tier of the hidden states between blocks; see :func:`thanos.prune`.
+        on_event: function that is called with each :class:`~thanos.events.Event`.
+
+    Returns:
+        The report, as ``pruning.json`` has it for a folder.
+
+    Raises:
+        UserError: an argument cannot be used; the model is unchanged.
+        NumericsError: weights or activations hold NaN or infinity.
+        ResourceError: memory is exhausted.
+    """
+    recipe = checked_recipe(recipe)
+    check_place(activations)
+    if recipe.output_dtype != "auto":
+        raise RecipeError(
+            f"output_dtype {recipe.output_dtype} is for a folder that is written; convert the model itself: model.to(dtype)"
+        )
+    device = _device(model, recipe)
+    meter = PhaseMeter(device)
+    tell = EventStream(on_event, meter, keep_log=False)
+    with resource_errors(smaller_calibration(recipe)), tempfile.TemporaryDirectory() as folder:
+        tell(Event(kind="phase", phase="load"))
+        with meter.phase("load"):
+            checkpoint, opened = _open(model, recipe)
+            windows, recipe = _windows(model, calibration, recipe, tokenizer, tell)
+            check_token_ids(windows.ids, opened.meta_model)
+            plan = prepare_opened(opened, recipe, tell)
+        return _run(plan, _InPlace(checkpoint), windows, recipe, device, meter, tell, activations, Path(folder))
+
+
+def _run(
+    plan: Prepared,
+    written: _InPlace,
+    calibration: Calibration,
+    recipe: Recipe,
+    device: torch.device,
+    meter: PhaseMeter,
+    tell: EventStream,
+    activations: str,
+    folder: Path,
+) -> PruningReport:
+    """Run the engine on the prepared model; return the report."""
+    common: dict[str, Any] = {"activations": activations, "world": SINGLE, "meter": meter}
+    plan, allocation = choose_sparsities(
+        plan, recipe, calibration, device=device, folder=folder, tell=tell, store=None, **common
+    )
+    output: Any = written
+    engine = build_engine(
+        plan,
+        recipe,
+        calibration.ids,
+        device,
+        folder,
+        writer=output,
+        journal=output,
+        notes=plan.opened.notes,
+        **common,
+    )
+    block = None
+    try:
+        for event in engine.run():
+            tell(event)
+            block = event.block
+    except NumericsError:
+        name_damage(plan.opened, block)
+        raise
+    published = recipe.replace(calibration=public_name(recipe.calibration))
+    report = make_report(plan, engine, calibration, published, text_sha256(recipe.calibration), device, meter)
+    if allocation is not None:
+        report.execution["allocation"] = dict(allocation)
+    return report
+
+
+class _InPlace:
+    """Takes the tensors of a block, and copies them into the model when the block is finished.
+
+    It stands for the writer and the journal of a run. A stage may read the dense weights of its block until then.
+    """
+
+    def __init__(self, checkpoint: LoadedCheckpoint) -> None:
+        self._checkpoint = checkpoint
+        self._pending: dict[str, Tensor] = {}
+        self.finished: dict[int | None, BlockRecord] = {}
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Keep a copy of a tensor: its memory may be used again."""
+        self._pending[name] = tensor.detach().clone()
+
+    def read(self, name: str) -> Tensor:
+        """Return a tensor that was written."""
+        return self._pending[name] if name in self._pending else self._checkpoint.read(name)
+
+    def record(self, block: int | None, **what: Any) -> None:
+        """Copy the block's tensors into the model."""
+        del block, what
+        for name, tensor in self._pending.items():
+            self._checkpoint.assign(name, tensor)
+        self._pending.clear()
+
+
+def _device(model: PreTrainedModel, recipe: Recipe) -> torch.device:
+    """Return the device on which blocks run: the recipe's, or the model's own.
+
+    Raises:
+        ModelError: the argument is no model of transformers, or it is not loaded.
+    """
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise ModelError(
+            f"prune_model takes a model of transformers, such as AutoModelForCausalLM.from_pretrained(...); got "
+            f"{type(model).__name__}; thanos.prune takes names and folders"
+        )
+    devices = {parameter.device for parameter in model.parameters()}
+    if torch.device("meta") in devices:
+        raise ModelError(
+            "some of the model's parameters are on the meta device: load the whole model, without offloading"
+        )
+    return choose_device(recipe.device) if recipe.device != "auto" else model.device
+
+
+def _open(model: Any, recipe: Recipe) -> tuple[LoadedCheckpoint, OpenedModel]:
+    """Return the model's tensors, which share its memory, and a meta model of the same config that has them.
+
+    Raises:
+        ModelError: the model is not what its config makes, such as one that is quantised or wrapped.
+    """
+    name = str(getattr(model.config, "name_or_path", "") or type(model).__name__)
+    local = Path(name).is_dir()
+    source = ModelSource(name, Path(name) if local else Path(os.devnull), None, recipe.trust_remote_code)
+    dtype = model.dtype if recipe.dtype == "auto" else parse_dtype(recipe.dtype)
+    config = copy.deepcopy(model.config)
+    meta_model = build_meta_model(config, dtype, trust_remote_code=recipe.trust_remote_code, name=name)
+    if type(meta_model) is not type(model):
+        raise ModelError(
+            f"prune_model takes a causal language model as transformers loads it, {type(meta_model).__name__} for this config; "
+            f"got {type(model).__name__}"
+        )
+    tensors = persistent_tensors(model)
+    for key, tensor in tensors.items():
+        if isinstance(tensor, torch.nn.Parameter) and not (tensor.is_floating_point() and tensor.dtype.itemsize > 1):
+            raise ModelError(f"{key} is {str(tensor.dtype).removeprefix('torch.')}: give the model before quantisation")
+        if not tensor.is_contiguous():
+            raise ModelError(f"{key} is not contiguous; make it so first: parameter.data = parameter.data.contiguous()")
+    checkpoint = LoadedCheckpoint(tensors)
+    split_fused(meta_model, checkpoint, {key: key for key in checkpoint.tensors})
+    expected = persistent_tensors(meta_model)
+    for key, tensor in expected.items():
+        if key not in checkpoint.tensors or checkpoint.tensors[key].shape != tuple(tensor.shape):
+            raise ModelError(f"the model has no {key} of shape {list(tensor.shape)}, though its config asks for it")
+    return checkpoint, OpenedModel(source, meta_model, checkpoint, {key: key for key in expected}, [])
+
+
+def _windows(
+    model: PreTrainedModel, given: Any, recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, tell: Watcher
+) -> tuple[Calibration, Recipe]:
+    """Return the calibration windows, and the recipe that says what they are.
+
+    Raises:
+        DataError: there is too little text, or what is given is neither token ids nor texts.
+    """
+    given = recipe.calibration if given is None else given
+    positions = context_length(model.config)
+    if isinstance(given, Tensor) or (isinstance(given, list | tuple) and given and isinstance(given[0], Tensor)):
+        ids = _token_ids(given)
+        check_positions(ids.shape[1], positions)
+        recipe = recipe.replace(calibration=GIVEN_TOKENS, samples=len(ids), sequence_length=ids.shape[1])
+        return Calibration(ids, GIVEN_TOKENS, "given", recipe.seed, len(ids)), recipe
+    texts = isinstance(given, list | tuple) and bool(given) and all(isinstance(text, str) for text in given)
+    if not texts and not isinstance(given, str):
+        raise DataError(
+            "calibration must be token ids (a tensor or a list of tensors), a list of texts, or a source of text such as "
+            f"{recipe.calibration!r}; got {type(given).__name__} {str(given)[:60]!r}"
+        )
+    if tokenizer is None:
+        raise DataError(
+            "calibration by text needs the model's tokenizer: give tokenizer=AutoTokenizer.from_pretrained(...)"
+        )
+    if isinstance(given, str):
+        check_text_source(given, tokenizer=lambda: tokenizer)
+    training = model.training
+    try:
+        windows = build_calibration(
+            given,
+            tokenizer,
+            samples=recipe.samples,
+            sequence_length=recipe.sequence_length,
+            seed=recipe.seed,
+            end_of_text_id=end_of_text_id(tokenizer, model.config),
+            context_length=positions,
+            model=model.eval(),
+            on_event=tell,
+        )
+    finally:
+        model.train(training)
+    recipe = recipe.replace(calibration=GIVEN_TEXTS if texts else given)
+    return replace(windows, source=recipe.calibration), recipe
+
+
+def _token_ids(given: Tensor | Sequence[Tensor]) -> Tensor:
+    """Return token ids as one tensor (samples, T) int64 on the CPU."""
+    rows = [given] if isinstance(given, Tensor) else list(given)
+    rows = [row[None] if isinstance(row, Tensor) and row.dim() == 1 else row for row in rows]
+    if not all(isinstance(row, Tensor) and row.dim() == 2 and not row.is_floating_point() for row in rows):
+        raise DataError("token ids must be whole numbers: a tensor (samples, T), or a list of tensors (T,)")
+    lengths = sorted({row.shape[1] for row in rows})
+    if len(lengths) > 1 or lengths[0] < 2:
+        raise DataError(f"the calibration sequences must have one length, at least 2 tokens; got lengths {lengths}")
+    return torch.cat([row.to("cpu", torch.int64) for row in rows])

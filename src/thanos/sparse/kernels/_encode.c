@@ -1,0 +1,149 @@
+/* Encoding of packed matrices (docs/formats.md) on x86-64 processors with AVX-512 VBMI2: VPCOMPRESSW collects a row's values.
+ *
+ * The extension is optional. Without a suitable compiler it is not built; without a suitable processor support() is 0. */
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define SUPPORTED 1
+#include <immintrin.h>
+#else
+#define SUPPORTED 0
+#endif
+
+#if SUPPORTED
+
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2,bmi2,popcnt")))
+#define INLINE static inline __attribute__((always_inline))
+
+enum { SIDE = 32 };
+
+typedef struct {
+  const uint16_t *weight; /* rows × columns */
+  int64_t rows, columns, tiles;
+} Dense;
+
+/* The 32 entries of a row of a tile; zeros beyond the matrix. */
+INLINE TARGET __m512i entries(const Dense *d, int64_t row, int64_t tile) {
+  const int64_t left = d->columns - SIDE * tile;
+  if (row >= d->rows) return _mm512_setzero_si512();
+  const __mmask32 there = left >= SIDE ? 0xffffffffu : (1u << left) - 1;
+  return _mm512_maskz_loadu_epi16(there, d->weight + row * d->columns + SIDE * tile);
+}
+
+/* Masks hold the first column in their highest bit, and the processor wants it in its lowest. */
+INLINE uint32_t reversed(uint32_t m) {
+  m = (m >> 1 & 0x55555555u) | (m & 0x55555555u) << 1;
+  m = (m >> 2 & 0x33333333u) | (m & 0x33333333u) << 2;
+  m = (m >> 4 & 0x0f0f0f0fu) | (m & 0x0f0f0f0fu) << 4;
+  return __builtin_bswap32(m);
+}
+
+/* Write one row of a tile that stores n values a row; 0 if the row has more. */
+INLINE TARGET int put(char *tile, int row, int n, __m512i v) {
+  const uint32_t kept = _mm512_test_epi16_mask(v, v);
+  const int missing = n - __builtin_popcount(kept);
+  if (missing < 0) return 0;
+  const uint32_t stored = kept | _pdep_u32(missing < 32 ? (1u << missing) - 1 : 0xffffffffu, ~kept);
+  const uint32_t mask = reversed(stored);
+  memcpy(tile + 4 * row, &mask, 4);
+  char values[64] __attribute__((aligned(64)));
+  _mm512_store_si512(values, _mm512_maskz_compress_epi16(stored, v));
+  const char *from = values;
+  tile += 4 * SIDE;
+  for (int i = 0; i < n >> 3; i++, from += 16, tile += 16 * SIDE) memcpy(tile + 16 * row, from, 16);
+  if (n & 4) {
+    memcpy(tile + 8 * row, from, 8);
+    from += 8, tile += 8 * SIDE;
+  }
+  if (n & 2) {
+    memcpy(tile + 4 * row, from, 4);
+    from += 4, tile += 4 * SIDE;
+  }
+  if (n & 1) memcpy(tile + 2 * row, from, 2);
+  return 1;
+}
+
+TARGET static int encode_strip(const Dense *d, int64_t strip, const uint8_t *counts, const int64_t *offsets, char *words) {
+  int fits = 1;
+  for (int64_t tile = 0; tile < d->tiles; tile++) {
+    const int64_t index = strip * d->tiles + tile;
+    for (int row = 0; row < SIDE; row++)
+      fits &= put(words + 4 * offsets[index], row, counts[index], entries(d, strip * SIDE + row, tile));
+  }
+  return fits;
+}
+
+TARGET static void count_strip(const Dense *d, int64_t strip, uint8_t *fullest) {
+  for (int64_t tile = 0; tile < d->tiles; tile++) {
+    int most = 0;
+    for (int row = 0; row < SIDE; row++) {
+      const __m512i v = entries(d, strip * SIDE + row, tile);
+      const int count = __builtin_popcount(_mm512_test_epi16_mask(v, v));
+      most = count > most ? count : most;
+    }
+    fullest[strip * d->tiles + tile] = (uint8_t)most;
+  }
+}
+
+#endif
+
+/* support() → whether this processor can run the functions. */
+static PyObject *support(PyObject *self, PyObject *unused) {
+  (void)self, (void)unused;
+  long level = 0;
+#if SUPPORTED
+  __builtin_cpu_init();
+  level = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("bmi2");
+#endif
+  return PyLong_FromLong(level);
+}
+
+/* run(weight, rows, columns, counts, offsets, words, threads): addresses and sizes. The caller has checked them.
+ *
+ * Without words (0) the fullest rows are counted into counts. Returns whether every row fitted. */
+static PyObject *run(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+  (void)self;
+  long long a[7];
+  if (count != 7) {
+    PyErr_SetString(PyExc_TypeError, "run takes 7 whole numbers");
+    return NULL;
+  }
+  for (int i = 0; i < 7; i++) {
+    a[i] = PyLong_AsLongLong(args[i]);
+    if (a[i] == -1 && PyErr_Occurred()) return NULL;
+  }
+#if SUPPORTED
+  int fits = 1;
+  const Dense d = {.weight = (const uint16_t *)(intptr_t)a[0], .rows = a[1], .columns = a[2], .tiles = (a[2] + SIDE - 1) / SIDE};
+  const int64_t strips = (a[1] + SIDE - 1) / SIDE;
+  const int threads = (int)a[6];
+  Py_BEGIN_ALLOW_THREADS
+#pragma omp parallel for schedule(static) num_threads(threads) reduction(& : fits) if (threads > 1)
+  for (int64_t strip = 0; strip < strips; strip++) {
+    if (a[5])
+      fits &= encode_strip(&d, strip, (const uint8_t *)(intptr_t)a[3], (const int64_t *)(intptr_t)a[4], (char *)(intptr_t)a[5]);
+    else
+      count_strip(&d, strip, (uint8_t *)(intptr_t)a[3]);
+  }
+  Py_END_ALLOW_THREADS
+  return PyBool_FromLong(fits);
+#else
+  PyErr_SetString(PyExc_RuntimeError, "this build has no encoder");
+  return NULL;
+#endif
+}
+
+static PyMethodDef METHODS[] = {
+    {"support", support, METH_NOARGS, "Whether this processor can run the functions."},
+    {"run", (PyCFunction)(void (*)(void))run, METH_FASTCALL, "Count or encode the tiles of a matrix, by addresses."},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef MODULE = {PyModuleDef_HEAD_INIT, "_encode", "Encoding of packed matrices.", -1, METHODS, NULL, NULL, NULL, NULL};
+
+PyMODINIT_FUNC PyInit__encode(void) { return PyModule_Create(&MODULE); }
