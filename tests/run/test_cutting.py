@@ -362,6 +362,12 @@ def test_what_units_exclude_is_one_line(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("pattern", ["neurons", "heads", "width", "blocks"])
+def test_a_loaded_model_cannot_become_smaller_in_place(pattern: str) -> None:
+    with pytest.raises(UserError, match="cannot be done in place"):
+        thanos.prune_model(tiny_model(), recipe=thanos.Recipe(pattern=pattern))
+
+
 @pytest.mark.parametrize("setting", [{"sparsity": 0.1}, {"pattern": "unstructured"}, None])
 def test_an_override_must_not_make_blocks_unequal(setting: dict[str, Any] | None, text_file: Path) -> None:
     from thanos.recipe.override import Override
@@ -546,7 +552,7 @@ def test_scattered_blocks_go_too(deep: Path, text_file: Path, tmp_path: Path, mo
     plain = AutoModelForCausalLM.from_pretrained(deep).eval()
     plain.model.layers = torch.nn.ModuleList([plain.model.layers[index] for index in (0, 2, 5)])
     for number, layer in enumerate(plain.model.layers):
-        layer.self_attn.layer_idx = number
+        setattr(layer.self_attn, "layer_idx", number)  # noqa: B010, unknown to the type checker
     ids = calibration_ids(deep, text_file)
     dense = AutoModelForCausalLM.from_pretrained(deep).eval()
     with torch.inference_mode():

@@ -16,7 +16,7 @@ from torch import Tensor
 from thanos.calibration.text import check_text_source, text_sha256
 from thanos.calibration.windows import GIVEN_TEXTS, GIVEN_TOKENS, Calibration, build_calibration, check_positions
 from thanos.checkpoint.in_memory import LoadedCheckpoint
-from thanos.engine.activations import check_place
+from thanos.engine.activations import check_tier
 from thanos.engine.distributed import SINGLE
 from thanos.engine.records import BlockRecord
 from thanos.errors import DataError, ModelError, NumericsError, RecipeError, resource_errors
@@ -75,7 +75,11 @@ def prune_model(
         ResourceError: memory is exhausted.
     """
     recipe = checked_recipe(recipe)
-    check_place(activations)
+    if recipe.parsed_pattern.unit_kinds:
+        raise RecipeError(
+            f"pattern {recipe.pattern} makes a model smaller, which cannot be done in place; write a folder with thanos.prune"
+        )
+    check_tier(activations)
     if recipe.output_dtype != "auto":
         raise RecipeError(
             f"output_dtype {recipe.output_dtype} is for a folder that is written; convert the model itself: model.to(dtype)"
@@ -107,7 +111,7 @@ def _run(
     """Run the engine on the prepared model; return the report."""
     common: dict[str, Any] = {"activations": activations, "world": SINGLE, "meter": meter}
     plan, allocation = choose_sparsities(
-        plan, recipe, calibration, device=device, folder=folder, tell=tell, store=None, **common
+        plan, recipe, calibration, device=device, folder=folder, emit=tell, store=None, **common
     )
     output: Any = written
     engine = build_engine(
