@@ -15,15 +15,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import thanos
-from helpers import ARCHITECTURES, save_tiny, tiny_model
+from helpers import ARCHITECTURES, save_tiny, tiny_model, windows
 from reports import contents
+from thanos.calibration.windows import Calibration
 from thanos.cli import run
 from thanos.errors import ModelError, UserError
 from thanos.registry import method_names
 from thanos.run import cutting as cutting_module
-from thanos.run.cutting import runs_of, units_that_stay
 from thanos.run.model_card import model_card
 from thanos.run.split import error_at, splits
+from thanos.run.unit_counts import runs_of, units_that_stay
 from thanos.run.work_folder import WorkFolder
 from thanos.solvers.allocation import Curve
 from whole_models import LENGTH, SAMPLES, calibration_ids, prune_modules, recipe
@@ -147,7 +148,11 @@ def test_the_repair_works_with_units(
         assert written[f"model.layers.{block}.mlp.down_proj.weight"].shape == (32, 48)
         assert bool((written[f"model.layers.{block}.mlp.down_proj.weight"] != 0).all())
     if "effort" in settings:
-        assert [layer.dense_target is not None for layer in report.layers] == [True] * 3
+        # The attention's output matrices lose nothing, and take the weights of their dense target.
+        assert [layer.name.rpartition(".")[2] for layer in report.layers] == ["o_proj", "down_proj"] * 3
+        assert [layer.dense_target is not None for layer in report.layers] == [True] * 6
+        assert [layer.removed_units is None for layer in report.layers] == [True, False] * 3
+        assert all(bool((written[f"{layer.name}.weight"] != 0).all()) for layer in report.layers)
         for errors in report.block_errors:
             *_, first, last = [errors.errors["dense"], *errors.errors.values()]
             assert last is not None
@@ -178,7 +183,9 @@ def test_the_smaller_model_gives_the_logits_of_the_zeroed_one(
         seal(work)
 
     monkeypatch.setattr(WorkFolder, "seal", keep)
-    report = thanos.prune(dense, tmp_path / "out", units(text_file, effort="high"))
+    # Given windows, because transformers reads every Qwen2 tokenizer as byte-level BPE.
+    given = Calibration(windows(SAMPLES, LENGTH), str(text_file), "packed", 0, 1)
+    report = thanos.prune(dense, tmp_path / "out", units(text_file, effort="high"), calibration=given)
     ids = torch.arange(1, 40)[None]
     with torch.inference_mode():
         zeroed, smaller, before = (
@@ -353,6 +360,12 @@ def test_what_units_exclude_is_one_line(
     assert words in error
     assert len(error.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("pattern", ["neurons", "heads", "width", "blocks"])
+def test_a_loaded_model_cannot_become_smaller_in_place(pattern: str) -> None:
+    with pytest.raises(UserError, match="cannot be done in place"):
+        thanos.prune_model(tiny_model(), recipe=thanos.Recipe(pattern=pattern))
 
 
 @pytest.mark.parametrize("setting", [{"sparsity": 0.1}, {"pattern": "unstructured"}, None])
@@ -539,7 +552,7 @@ def test_scattered_blocks_go_too(deep: Path, text_file: Path, tmp_path: Path, mo
     plain = AutoModelForCausalLM.from_pretrained(deep).eval()
     plain.model.layers = torch.nn.ModuleList([plain.model.layers[index] for index in (0, 2, 5)])
     for number, layer in enumerate(plain.model.layers):
-        layer.self_attn.layer_idx = number
+        setattr(layer.self_attn, "layer_idx", number)  # noqa: B010, unknown to the type checker
     ids = calibration_ids(deep, text_file)
     dense = AutoModelForCausalLM.from_pretrained(deep).eval()
     with torch.inference_mode():

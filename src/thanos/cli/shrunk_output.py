@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from thanos.evaluation.shrunk import Change, Shrinkage
 
 _SIZES = {
-    "block_count": "blocks",
+    "block_count": "decoder blocks",
     "mlp_width": "neurons of each MLP or expert",
     "query_heads": "query heads of each block",
     "key_value_heads": "key-value heads of each block",

@@ -79,7 +79,7 @@ class Pattern(ABC):
     """The kinds of units that the pattern removes, so that the model becomes smaller; empty if it only sets weights to zero."""
 
     keeps_all: ClassVar[bool] = False
-    """Whether no layer loses an entry: with a sparsity of 0 it still takes the weights of its dense target."""
+    """Whether no layer loses an entry."""
 
     can_be_required: ClassVar[bool] = True
     """Whether a matrix with zeros can violate the pattern, so that ``inspect --require`` makes sense."""

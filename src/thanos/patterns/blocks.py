@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from thanos.errors import RecipeError
-from thanos.patterns.units import BLOCKS, ModelUnits, Units
+from thanos.patterns.units import BLOCKS, ModelUnits
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,10 +29,6 @@ class Blocks(ModelUnits):
 
     def __str__(self) -> str:
         return "blocks"
-
-    def of_writer(self, kind: str, count: int, groups: int) -> Units:
-        """No layer loses units."""
-        raise NotImplementedError
 
     def budget(self, request: Request) -> Budget:
         """Refuse to remove anything from a single matrix."""

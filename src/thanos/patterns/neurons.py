@@ -20,9 +20,9 @@ class Neurons(Units):
         """Return the pattern for the text ``neurons``, else None."""
         return cls() if text == "neurons" else None
 
-    def of_writer(self, kind: str, count: int, groups: int) -> Units:
+    def of_writer(self, count: int, groups: int) -> Self:
         """Return the pattern itself: every column is a unit."""
-        assert (kind, groups) == (NEURONS, 1)
+        assert groups == 1
         del count
         return self
 

@@ -8,9 +8,8 @@ run. Inside a run of the engine the columns of a unit that goes are zeroed; the 
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from thanos.errors import RecipeError
 from thanos.patterns.base import Choice, Pattern
@@ -38,10 +37,6 @@ class ModelUnits(Pattern):
     whole_columns: ClassVar[bool] = True
     can_be_required: ClassVar[bool] = False
 
-    @abstractmethod
-    def of_writer(self, kind: str, count: int, groups: int) -> Units:
-        """Return the pattern of a writer with this number of units of a kind, each with this number of runs of columns."""
-
     def violation(self, zero: Tensor) -> str:
         """Return an empty text: in a model that was cut, nothing is zero."""
         del zero
@@ -63,9 +58,8 @@ class Units(ModelUnits):
     kind: ClassVar[str]
     """The kind of the units."""
 
-    def of_writer(self, kind: str, count: int, groups: int) -> Units:
-        """See :meth:`ModelUnits.of_writer`."""
-        assert kind == self.kind
+    def of_writer(self, count: int, groups: int) -> Self:
+        """Return the pattern of a writer with this number of units, each with this number of runs of columns."""
         return replace(self, count=count, groups=groups)
 
     def layout(self, columns: int) -> tuple[int, int, int]:

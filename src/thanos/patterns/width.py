@@ -6,16 +6,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from thanos.errors import RecipeError
-from thanos.patterns.heads import Heads
-from thanos.patterns.neurons import Neurons
-from thanos.patterns.units import HEADS, NEURONS, ModelUnits, Units
+from thanos.patterns.units import HEADS, NEURONS, ModelUnits
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from thanos.patterns.base import Choice
-
-_OF_KIND: dict[str, type[Units]] = {NEURONS: Neurons, HEADS: Heads}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +30,6 @@ class Width(ModelUnits):
 
     def __str__(self) -> str:
         return "width"
-
-    def of_writer(self, kind: str, count: int, groups: int) -> Units:
-        """Return the pattern of the writer's own units."""
-        return _OF_KIND[kind]().of_writer(kind, count, groups)
 
     def check_width(self, columns: int) -> None:
         """Refuse a single matrix: it has neurons or heads."""

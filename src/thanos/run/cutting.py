@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,15 +11,17 @@ from typing import Any
 from torch import Tensor
 
 from thanos.engine.records import LayerRecord
-from thanos.errors import ModelError, RecipeError
+from thanos.errors import ModelError
 from thanos.events import Event, Watcher
 from thanos.model.layers import LinearLayer, find_blocks, linear_layers, select_layers
 from thanos.model.opening import OpenedModel
-from thanos.patterns.rounding import floor_count
-from thanos.patterns.units import BLOCKS, HEADS, NEURONS, ModelUnits
+from thanos.patterns.units import BLOCKS, HEADS, NEURONS
+from thanos.patterns.units import Units as UnitPattern
 from thanos.recipe import LayerRecipe, Recipe
 from thanos.recipe.units import HEAD_UNITS
+from thanos.registry import parse_pattern
 from thanos.run.split import splits
+from thanos.run.unit_counts import runs_of, units_that_stay
 from thanos.run.work_folder import WorkFolder
 from thanos.shrink.config import smaller_config
 from thanos.shrink.folder import SmallerFolder, write_smaller
@@ -35,7 +37,8 @@ class Cutting:
 
     Attributes:
         recipe: the recipe.
-        writers: full name of each layer that loses columns → its units.
+        writers: full name of each layer that writes the outputs of units into the residual stream → its units. Layers of other
+            units than those that go lose nothing, but may take the weights of a dense target.
         counts: kind → number of units of a writer.
         candidates: the numbers of units that may go, by kind; several if they are to be chosen by error.
         sizes: kind → number of parameters and of bytes of one unit of every writer together.
@@ -94,12 +97,13 @@ class Cutting:
         return {layer: self._settings(layer.name, settings) for layer, settings in layers.items()}
 
     def _settings(self, name: str, settings: LayerRecipe) -> LayerRecipe:
-        pattern, units = self.recipe.parsed_pattern, self.writers[name]
-        if pattern.keeps_all:
+        units = self.writers[name]
+        if self.recipe.parsed_pattern.keeps_all:
             return replace(settings, sparsity=0.0)
-        assert isinstance(pattern, ModelUnits)
-        own = pattern.of_writer(units.kind, len(units), runs_of(units.columns))
-        share = self.removed[units.kind] / len(units)
+        pattern = parse_pattern(units.kind)  # a kind has the name of its pattern
+        assert isinstance(pattern, UnitPattern)
+        own = pattern.of_writer(len(units), runs_of(units.columns))
+        share = self.removed.get(units.kind, 0) / len(units)
         return replace(settings, pattern=str(own), sparsity=share)
 
     def kinds(self, layers: Iterable[LinearLayer]) -> dict[LinearLayer, str]:
@@ -113,6 +117,8 @@ class Cutting:
         found = {}
         for layer in () if self.drops else layers:
             units = self.writers[layer.name]
+            if units.kind not in self.counts:
+                continue
             stays = torch.ones(len(units), dtype=torch.bool)
             stays[layer.removed_units or []] = False
             found[layer.name] = stays.nonzero().squeeze(1)
@@ -149,6 +155,7 @@ def plan_cutting(opened: OpenedModel, recipe: Recipe) -> tuple[Cutting, dict[Lin
     else:
         counts = {units.kind: len(units) for units in writers.values()}
         sizes = _sizes(opened, writers)
+        writers |= _others(opened, counts)
     cutting = Cutting(
         recipe=recipe,
         writers=writers,
@@ -161,8 +168,12 @@ def plan_cutting(opened: OpenedModel, recipe: Recipe) -> tuple[Cutting, dict[Lin
     if missing := writers.keys() - {layer.name for layer in chosen}:
         raise ModelError(f"{min(missing)} is not a linear layer that can be pruned, so no units can be removed")
     why = "loses nothing itself" if cutting.drops else f"has no {' and '.join(counts)} as its inputs"
-    left |= {layer.name: why for layer in chosen if layer.name not in writers}
-    layers = {layer: settings for layer, settings in chosen.items() if layer.name in writers}
+    layers = {
+        layer: settings
+        for layer, settings in chosen.items()
+        if layer.name in writers and (writers[layer.name].kind in counts or settings.repair.retargets or cutting.drops)
+    }
+    left |= {layer.name: why for layer in chosen if layer not in layers}
     return cutting, cutting.settings(layers), left
 
 
@@ -192,53 +203,26 @@ def write_cut(cutting: Cutting, records: Sequence[LayerRecord], work: WorkFolder
     return cutting.to_dict(made)
 
 
-def units_that_stay(count: int, share: float, multiple: int, kind: str) -> int:
-    """Return how many of ``count`` units stay: the multiple nearest to the share that stays.
-
-    Raises:
-        RecipeError: none or all of them would stay.
-    """
-    wanted = count * (1 - share)
-    stays = multiple * floor_count(wanted / multiple + 0.5)
-    if 0 < stays < count:
-        return stays
-    what = f"of {count} {kind}{'' if kind == BLOCKS else ' in each block'}, sparsity {share:g} leaves {wanted:g}"
-    if multiple > 1:
-        most = (count - 1) // multiple * multiple
-        possible = f"from {multiple} to {most} of them may stay" if most else f"lower it, since there are only {count}"
-        raise RecipeError(f"{what}, and the nearest multiple of {multiple} is {stays}; {possible} (multiple_of)")
-    possible = f"from 1 to {count - 1} may go" if count > 1 else "there is only one, which has to stay"
-    raise RecipeError(f"{what}, which is {'none' if stays <= 0 else 'all of them'} in whole {kind}; {possible}")
-
-
-def runs_of(columns: Tensor) -> int:
-    """Return the number of runs of consecutive columns of each unit, from the units' columns (units, columns of a unit).
-
-    Raises:
-        ModelError: the columns are not ordered by run, unit and place in the run.
-    """
-    import torch
-
-    runs = 1 + int((columns[0].diff() != 1).sum())
-    count, width = columns.shape
-    ordered = torch.arange(columns.numel()).view(runs, count, width // runs).transpose(0, 1).reshape(count, width)
-    if not torch.equal(ordered, columns):
-        raise ModelError("the columns of the units are in an unknown order")
-    return runs
-
-
 def _writers(opened: OpenedModel, recipe: Recipe) -> dict[str, Units]:
     """Return the layers that lose columns; if blocks go, those that can be fitted to what the blocks after them gave."""
     name, blocks = find_blocks(opened.meta_model)
     found: dict[str, Units] = {}
     if recipe.parsed_pattern.keeps_all:
-        with suppress(ModelError):  # of models that cannot lose neurons
-            for index, writers in enumerate(units_of(opened.meta_model, blocks, NEURONS)):
-                found |= {f"{name}.{index}.{units.writer}": units for units in writers if len(writers) == 1}
-        return found
+        return _others(opened, {HEADS})
     for kind in recipe.parsed_pattern.unit_kinds:
         for index, writers in enumerate(units_of(opened.meta_model, blocks, kind, recipe.head_unit or HEAD_UNITS[0])):
             found |= {f"{name}.{index}.{units.writer}": units for units in writers}
+    return found
+
+
+def _others(opened: OpenedModel, kinds: Container[str]) -> dict[str, Units]:
+    """Return the writers of other units than those that go, one for each block; none of models that could not lose them."""
+    name, blocks = find_blocks(opened.meta_model)
+    found: dict[str, Units] = {}
+    for kind in (NEURONS, HEADS):
+        with suppress(ModelError):
+            for index, writers in enumerate(units_of(opened.meta_model, blocks, kind) if kind not in kinds else []):
+                found |= {f"{name}.{index}.{units.writer}": units for units in writers if len(writers) == 1}
     return found
 
 

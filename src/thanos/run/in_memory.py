@@ -75,6 +75,10 @@ def prune_model(
         ResourceError: memory is exhausted.
     """
     recipe = checked_recipe(recipe)
+    if recipe.parsed_pattern.unit_kinds:
+        raise RecipeError(
+            f"pattern {recipe.pattern} makes a model smaller, which cannot be done in place; write a folder with thanos.prune"
+        )
     check_tier(activations)
     if recipe.output_dtype != "auto":
         raise RecipeError(
@@ -90,11 +94,6 @@ def prune_model(
             windows, recipe = _windows(model, calibration, recipe, tokenizer, emit)
             check_token_ids(windows.ids, opened.meta_model)
             plan = prepare_opened(opened, recipe, emit)
-            if plan.cutting is not None:
-                raise RecipeError(
-                    f"pattern {recipe.pattern} makes tensors smaller, which a loaded model cannot follow; use thanos.prune, "
-                    "which writes a folder"
-                )
         return _run(plan, _InPlace(checkpoint), windows, recipe, device, meter, emit, activations, Path(folder))
 
 
