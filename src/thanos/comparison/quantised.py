@@ -77,7 +77,11 @@ def _int4(model: PreTrainedModel, layers: dict[str, nn.Linear]) -> tuple[Any, st
     HQQ chooses scales and zero points, which is the more accurate of torchao's two ways, with the same kernels.
     """
     group = _group_size(layers)
-    settings = {"group_size": group, "int4_choose_qparams_algorithm": "hqq", "set_inductor_config": False}
+    settings: dict[str, Any] = {
+        "group_size": group,
+        "int4_choose_qparams_algorithm": "hqq",
+        "set_inductor_config": False,
+    }
     words = f"HQQ, groups of {group}"
     if model.device.type == "cuda":
         if model.dtype != torch.bfloat16:
@@ -87,7 +91,8 @@ def _int4(model: PreTrainedModel, layers: dict[str, nn.Linear]) -> tuple[Any, st
             )
         from torchao.quantization import Int4WeightOnlyConfig
 
-        return Int4WeightOnlyConfig(int4_packing_format="tile_packed_to_4d", **settings), words
+        settings["int4_packing_format"] = "tile_packed_to_4d"
+        return Int4WeightOnlyConfig(**settings), words
     if model.device.type != "cpu":
         raise ModelError(f"torchao has no int4 for {model.device.type}; use a CUDA device or the CPU")
     try:
