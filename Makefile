@@ -13,7 +13,7 @@ help: ## Show the targets
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -c 'import sys; sys.exit("Thanos needs Python 3.11 or newer, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[gguf,recover,data,report,eval,dev]'
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[gguf,recover,data,report,eval,quantised,dev]'
 	touch $@
 
 install: $(VENV)/.installed ## Make .venv with the pinned dependencies
@@ -48,7 +48,7 @@ check: lint test bench-guard ## What CI runs
 
 lock: ## Update constraints.txt to the newest versions that pyproject.toml allows
 	$(PYTHON) -m venv $(VENV)-lock
-	$(VENV)-lock/bin/python -m pip install --quiet --upgrade 'torch==2.13.0' -e '.[gguf,recover,data,report,eval,dev]'
+	$(VENV)-lock/bin/python -m pip install --quiet --upgrade 'torch==2.13.0' -e '.[gguf,recover,data,report,eval,quantised,dev]'
 	{ echo '# Versions that make installs; update with: make lock'; \
 	  $(VENV)-lock/bin/python -m pip freeze --exclude-editable | sed -E 's/^(torch==[0-9.]+).*/\1/' | grep -viE '^(nvidia|cuda|triton)'; } > $(CONSTRAINTS)
 	rm -r $(VENV)-lock

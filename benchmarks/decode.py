@@ -20,7 +20,7 @@ from packed import drawn_rows, make, repeated
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from thanos.bench.decode import read_rate, time_model
+from thanos.bench.decode import read_rate, time_network
 from thanos.bench.measure import machine
 from thanos.bench.synthetic import SHAPES
 from thanos.sparse.formats import PackedWeight
@@ -96,7 +96,9 @@ def main() -> int:
         if name == "packed":
             replace(model, packed, groups)
             torch._dynamo.reset()
-        one = time_model(model, name, device, arguments.context, arguments.new_tokens, compiled=arguments.compile)
+        one = time_network(
+            model, name, context=arguments.context, new_tokens=arguments.new_tokens, compiled=arguments.compile
+        )
         figures.append(one)
         row = {"shape": arguments.shape, "compiled": arguments.compile, **dataclasses.asdict(one)}
         print(json.dumps({**row, "tokens": one.tokens[:8]}), flush=True)

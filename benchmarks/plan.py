@@ -4,10 +4,10 @@ r"""Compare what ``thanos prune --plan`` predicts with what the run then takes: 
     OMP_NUM_THREADS=2 python benchmarks/plan.py /data/models --busy
     OMP_NUM_THREADS=1 python benchmarks/plan.py /data/models --processor-time
 
-FOLDER gets models of random weights, which later calls use again: a Llama, a GPT-2 and a mixture of experts. ``--model`` adds
-another one. The plan and the run are processes of their own, one right after the other. ``--busy`` keeps another program
-running on one core. With ``--processor-time`` both count the processor's seconds instead of those that pass: what a machine
-without other programs would take with one thread.
+FOLDER gets models of random weights, which later calls use again: a Llama, a GPT-2, a mixture of experts, and a Llama whose
+blocks take milliseconds. ``--model`` adds another one. The plan and the run are processes of their own, one right after the
+other. ``--busy`` keeps another program running on one core. With ``--processor-time`` both count the processor's seconds
+instead of those that pass: what a machine without other programs would take with one thread.
 """
 
 from __future__ import annotations
@@ -40,6 +40,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "model_type": "mixtral", "hidden_size": 384, "intermediate_size": 768, "num_attention_heads": 6,
         "num_key_value_heads": 2, "num_hidden_layers": 4, "num_local_experts": 8, "num_experts_per_tok": 2,
         "max_position_embeddings": 2048,
+    },
+    "tiny": {
+        "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "num_hidden_layers": 4, "max_position_embeddings": 2048,
     },
 }  # fmt: skip
 

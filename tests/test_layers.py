@@ -28,6 +28,7 @@ LAYERS = (
     "evaluation export planning recovery",
     "bench",
     "study",
+    "comparison",
     "cli",
 )
 """Packages of each layer, the lowest layer first. A package imports only from itself and from lower layers."""

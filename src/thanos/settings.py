@@ -31,6 +31,7 @@ class Heading(StrEnum):
     TASKS = "Accuracy on tasks"
     PACKING = "What to pack"
     DECODING = "What to time"
+    COMPARISON = "What to compare"
     RUN = "Where and how it runs"
     OUTPUT = "Output"
 

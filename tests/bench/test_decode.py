@@ -11,7 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from sparse_matrices import save_pruned
-from thanos.bench.decode import read_rate, time_decoding, weight_bytes
+from thanos.bench.decode import read_rate, time_decoding
+from thanos.bench.weights import weight_bytes
 from thanos.cli import run
 from thanos.errors import DataError
 from thanos.export.pack import pack

@@ -44,6 +44,14 @@ HEADINGS = {
         "Where and how it runs": {"--device", "--dtype", "--trust-remote-code", "--threads"},
         "Output": {"--json", "--quiet", "--help"},
     },
+    "compare": {
+        "What to compare": {"--quantised", "--prompts"},
+        "What to time": {"--context", "--new-tokens", "--compile"},
+        "Perplexity": {"--text", "--sequence-length", "--max-windows", "--bos"},
+        "Accuracy on tasks": {"--tasks", "--task-folder", "--limit"},
+        "Where and how it runs": {"--device", "--dtype", "--trust-remote-code", "--threads"},
+        "Output": {"--out", "--quiet", "--help"},
+    },
     "inspect": {
         "Where and how it runs": {"--trust-remote-code", "--dense", "--require"},
         "Output": {"--json", "--quiet", "--help"},

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import thanos
 from helpers import prose, save_tiny, tiny_model, tiny_tokenizer
+from launching import torchrun
 from reports import contents
 from thanos.cli import run
 from thanos.engine import block_runner, dense_choice
@@ -604,16 +602,8 @@ def test_two_processes_repair_like_one(architecture: str, target: str, tmp_path:
     )
     report = thanos.prune(dense, tmp_path / "one", settings)
     (tmp_path / "recipe.toml").write_text(settings.to_toml(), encoding="utf-8")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "thanos"]
     words = ["prune", dense, tmp_path / "two", "--recipe", tmp_path / "recipe.toml", "--quiet"]
-    ended = subprocess.run(
-        [*launcher, *map(str, words)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,  # however busy the machine
-        check=False,
-    )
+    ended = torchrun(2, ["-m", "thanos"], words)
     assert ended.returncode == 0, ended.stderr
     found = thanos.PruningReport.read(tmp_path / "two/pruning.json")
     assert [(layer.name, layer.tokens, layer.dense_target) for layer in found.layers] == [

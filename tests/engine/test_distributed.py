@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 import thanos
 from helpers import prose, save_tiny
+from launching import error_lines, torchrun
 from oracles import BLOCKWISE, METHODS
 from thanos.calibration.accumulators import Gram
 from thanos.calibration.statistics import InputGroup, Need, empty_group
@@ -275,28 +275,6 @@ def test_processes_that_would_do_different_work_are_told_apart(tmp_path: Path) -
 # --- the command ----------------------------------------------------------------------------------------------------------
 
 
-def torchrun(
-    processes: int, program: list[str], arguments: list[Any], **environment: str
-) -> subprocess.CompletedProcess[str]:
-    words = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(processes),
-        *program,
-    ]
-    return subprocess.run(
-        [*words, *map(str, arguments)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-        capture_output=True,
-        text=True,
-        timeout=900,  # however busy the machine
-        check=False,
-    )
-
-
 def flags(text: Path) -> list[Any]:
     return ["--calibration", text, "--samples", SAMPLES, "--sequence-length", LENGTH, "--device", "cpu", "--quiet"]
 
@@ -394,7 +372,7 @@ def test_a_complete_run_given_again_ends_all_processes_well_and_writes_nothing(
     assert len(re.findall("already complete", again.stdout)) == 1
     other = torchrun(2, ["-m", "thanos"], ["prune", dense, one, *flags(text), "--resume", "--seed", "5"])
     assert other.returncode != 0
-    (line,) = lines_of(other)
+    (line,) = error_lines(other)
     assert "seed 0 → 5" in line
     assert {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in one.iterdir()} == before
     assert sorted(one.parent.iterdir()) == beside
@@ -457,10 +435,6 @@ main()
 """
 
 
-def lines_of(run: subprocess.CompletedProcess[str]) -> list[str]:
-    return [line for line in (run.stdout + run.stderr).splitlines() if line.startswith("error:")]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("size", "dies", "then"), [(2, 1, 1), (4, 0, 2)])
 def test_a_process_that_dies_ends_all_with_one_line_and_another_number_goes_on(
@@ -471,7 +445,7 @@ def test_a_process_that_dies_ends_all_with_one_line_and_another_number_goes_on(
     out = tmp_path / "out"
     run = torchrun(size, [str(script)], ["prune", alone["llama"][0], out, *flags(text)], DIES=str(dies))
     assert run.returncode != 0
-    (line,) = lines_of(run)
+    (line,) = error_lines(run)
     assert "another process" in line or "another of its processes" in line
     assert "--resume" in line
     assert not out.exists()
@@ -512,6 +486,6 @@ def test_a_mistake_is_told_once(
 ) -> None:
     run = torchrun(2, ["-m", "thanos"], ["prune", alone["llama"][0], tmp_path / "out", *flags(text), *changes])
     assert run.returncode != 0
-    (line,) = lines_of(run)
+    (line,) = error_lines(run)
     assert re.search(message, line)
     assert not (tmp_path / "out").exists()

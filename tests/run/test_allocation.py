@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ import transformers
 import oracles
 import thanos
 from helpers import save_tiny
+from launching import torchrun
 from reports import contents
 from thanos.calibration.windows import build_calibration
 from thanos.cli import run
@@ -194,17 +192,9 @@ def test_the_same_run_chooses_the_same(model, whole, text_file, tmp_path):
 
 @pytest.mark.slow
 def test_several_processes_agree_on_one_choice(model, whole, text_file, tmp_path):
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "thanos"]
     options = ["--calibration", text_file, "--samples", 6, "--sequence-length", 32, "--device", "cpu", "--quiet"]
     options += ["--sparsity", 0.6, "--allocation", "error"]
-    done = subprocess.run(
-        [*words, "prune", *map(str, [model, tmp_path / "out", *options])],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
+    done = torchrun(2, ["-m", "thanos"], ["prune", model, tmp_path / "out", *options])
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "out" / "pruning.json").read_text())
     assert report["totals"]["zeros_targeted"] == whole[1].totals["zeros_targeted"]

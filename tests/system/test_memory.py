@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import mmap
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -20,6 +22,7 @@ from thanos.system.meter import PhaseMeter
 
 MIB = 1 << 20
 SIZE = 100 * MIB
+LIMITS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 
 
 def can_reset() -> bool:
@@ -214,3 +217,29 @@ def test_free_disk_is_that_of_the_nearest_folder(tmp_path: Path) -> None:
 
     expected = shutil.disk_usage(tmp_path).free
     assert files.free_disk_bytes(tmp_path / "not" / "yet") == pytest.approx(expected, rel=0.05)
+
+
+_PRODUCTS = """
+import os, sys
+import torch
+from thanos.system.memory import host_bytes
+
+weight = torch.randn(384, 768, dtype=torch.bfloat16)
+torch.randn(99, 768, dtype=torch.bfloat16) @ weight.T
+before = host_bytes()
+for rows in range(100, 500):  # as experts, which get another number of tokens in each batch
+    torch.nn.functional.linear(torch.ones(rows, 768, dtype=torch.bfloat16), weight)
+print(host_bytes() - before, os.environ["LRU_CACHE_CAPACITY"])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(("given", "kept"), [({}, "64"), ({"LRU_CACHE_CAPACITY": "9"}, "9")])
+def test_products_of_many_sizes_fill_no_memory_with_their_kernels(given: dict[str, str], kept: str) -> None:
+    """Without a limit 400 sizes take about 250 MB, where oneDNN has kernels for 16 bits."""
+    known = {name: value for name, value in os.environ.items() if name not in LIMITS}
+    environment = known | given | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run([sys.executable, "-c", _PRODUCTS], env=environment, capture_output=True, text=True, check=True)
+    grown, said = run.stdout.split()
+    assert int(grown) < 100e6
+    assert said == kept

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thanos.bench.measure import machine, synchronize
+from thanos.bench.measure import machine, median_seconds, synchronize
+from thanos.bench.weights import weight_bytes
 from thanos.errors import DataError, ModelError
 from thanos.events import Event, Watcher
 from thanos.model.loading import context_length, load_model
@@ -23,6 +24,9 @@ SCHEMA = 1
 
 _WARM_STEPS = 3
 """Steps before a CUDA graph is captured, in which kernels are compiled and chosen."""
+
+_FIRST_TOKENS = 5
+"""Most runs of the pass over the prompt that are timed."""
 
 _READ_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
 """Bytes of the buffer whose reading measures the device's memory: more than its caches hold."""
@@ -36,6 +40,7 @@ class DecodeTime:
         model: as the user named it.
         packed_layers: number of layers that stayed packed on the device.
         tokens_per_second: new tokens a second, batch 1; from the median step.
+        first_token_seconds: seconds from the prompt to its first new token; median.
         weight_bytes: bytes of all parameters and buffers on the device, tied ones once.
         read_bytes: bytes of weights that one step reads: all but an input embedding of its own.
         bytes_per_second: ``read_bytes`` · ``tokens_per_second``.
@@ -45,6 +50,7 @@ class DecodeTime:
     model: str
     packed_layers: int
     tokens_per_second: float
+    first_token_seconds: float
     weight_bytes: int
     read_bytes: int
     bytes_per_second: float
@@ -117,7 +123,7 @@ def time_decoding(
         emit(Event(kind="phase", phase="evaluate"))
         source = resolve_model(name, trust_remote_code=trust_remote_code, packed=True)
         model: Any = load_model(source, device=device)
-        results.append(time_model(model, name, device, context, new_tokens, compiled=compiled))
+        results.append(time_network(model, name, context=context, new_tokens=new_tokens, compiled=compiled))
         del model
         emit(Event(kind="progress", phase="evaluate", done=done, total=len(names)))
     return DecodeReport(
@@ -133,22 +139,23 @@ def time_decoding(
 
 
 @torch.inference_mode()
-def time_model(
-    model: Any, name: str, device: torch.device, context: int, new_tokens: int, *, compiled: bool = False
+def time_network(
+    model: Any, name: str, *, context: int = 128, new_tokens: int = 64, compiled: bool = False
 ) -> DecodeTime:
-    """Time greedy decoding of a loaded model at batch 1.
+    """Time greedy decoding at batch 1 of a loaded model, on its own device.
 
     Args:
-        model: on the device.
-        name: what to call it.
-        device: where it is.
-        context: tokens before the first new one.
+        model: a causal language model of transformers.
+        name: the model's name in the result and in messages.
+        context: tokens of the prompt; random ids.
         new_tokens: steps to time.
-        compiled: run the steps through ``torch.compile``.
+        compiled: run the steps through ``torch.compile``; the time to compile does not count.
 
     Raises:
         DataError: the tokens are more than the model's positions.
+        ModelError: a step cannot be captured as a CUDA graph.
     """
+    device = model.device
     positions = context_length(model.config)
     if positions is not None and context + new_tokens + _WARM_STEPS + 1 > positions:
         raise DataError(
@@ -166,11 +173,21 @@ def time_model(
         model=name,
         packed_layers=len(packed_modules(model)),
         tokens_per_second=rate,
+        first_token_seconds=_first_token_seconds(model, prompt),
         weight_bytes=total,
         read_bytes=read,
         bytes_per_second=read * rate,
         tokens=tokens,
     )
+
+
+def _first_token_seconds(model: Any, prompt: Tensor) -> float:
+    """Return the median seconds of a pass over the prompt that ends when its most probable next token is known."""
+
+    def first() -> None:
+        int(model(input_ids=prompt, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1))
+
+    return median_seconds(first, repeats=_FIRST_TOKENS, device=str(prompt.device))
 
 
 def _plain_steps(model: Any, call: Any, prompt: Tensor, count: int) -> tuple[list[float], list[int]]:
@@ -229,22 +246,6 @@ def _graph_steps(model: Any, call: Any, prompt: Tensor, count: int) -> tuple[lis
         seconds.append(time.perf_counter() - began)
         tokens.append(int(token))
     return seconds, tokens[: count + 1]
-
-
-def weight_bytes(model: Any) -> tuple[int, int]:
-    """Return the bytes of a model's parameters and buffers, and how many of them one step reads."""
-    held: dict[int, int] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        held[tensor.data_ptr()] = tensor.nbytes
-    total = sum(held.values())
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
-    tied = head is not None and head in set(model.modules()) and _weight_pointer(head) == embedding.data_ptr()
-    return total, total if tied else total - embedding.nbytes
-
-
-def _weight_pointer(module: Any) -> int | None:
-    own = dict(module.named_parameters(recurse=False)).get("weight")
-    return None if own is None else own.data_ptr()
 
 
 def read_rate(device: torch.device) -> float:

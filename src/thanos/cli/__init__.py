@@ -99,9 +99,7 @@ def _outcome(error: BaseException, hint: str, terminated: bool) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    from thanos.cli.torchrun import may_complain
+    from thanos.cli.torchrun import report_failure
 
-    if not may_complain():
-        return code
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    report_failure(message)
     return code

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from thanos._version import __version__
-from thanos.cli import evaluate, inspect, pack, prune, recover, report, study
+from thanos.cli import compare, evaluate, inspect, pack, prune, recover, report, study
 from thanos.cli.arguments import Command, Group
 from thanos.cli.bench import bench
 
@@ -36,6 +36,7 @@ for _name, _function, _examples, _help in (
     ("prune", prune.prune, prune.EXAMPLES, "Prune MODEL and write it to OUT."),
     ("recover", recover.recover, recover.EXAMPLES, "Train OUT towards its dense parent; zeros stay zero."),
     ("eval", evaluate.evaluate, evaluate.EXAMPLES, "Measure perplexity, or zero-shot accuracy."),
+    ("compare", compare.compare, compare.EXAMPLES, "Compare models by size, speed, quality and text."),
     ("inspect", inspect.inspect, inspect.EXAMPLES, "Show which weights are zero, and in which pattern."),
     ("pack", pack.pack, pack.EXAMPLES, "Write a pruned model with fewer bytes."),
     ("unpack", pack.unpack, pack.UNPACK_EXAMPLES, "Turn a packed model into the dense folder again."),

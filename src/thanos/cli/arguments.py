@@ -11,8 +11,8 @@ from typer.core import TyperCommand, TyperGroup
 
 from thanos.cli.help import state_defaults, write_examples, write_options
 from thanos.cli.options import NUMBERS, SETTINGS
-from thanos.cli.torchrun import is_first
 from thanos.errors import UserError
+from thanos.system.ranks import speaks
 from thanos.system.suggestions import near, near_number, near_whole
 
 _HELP = ("-h", "--help")
@@ -44,7 +44,7 @@ class Command(TyperCommand):
         if args and not any(word in _HELP for word in args):
             words = _Words(self, ctx.command_path, args)
             args = list(words)
-            for note in words.notes if is_first() else ():
+            for note in words.notes if speaks() else ():
                 print(f"warning: {note}", file=sys.stderr)
         try:
             return super().parse_args(ctx, args)
@@ -141,6 +141,8 @@ class _Words:
     def _argument(self, word: str) -> str:
         self._positional += 1
         names = [argument.metavar or argument.name.upper() for argument in self._arguments]
+        if self._arguments and self._arguments[-1].nargs == -1:  # the last one may be repeated
+            self._positional = min(self._positional, len(names))
         if self._positional > len(names):
             quote = "; a glob needs quotes, else the shell replaces it" if "--skip" in self._options else ""
             raise self._refusal(

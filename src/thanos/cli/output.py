@@ -217,7 +217,7 @@ def _not_finite(tensors: Sequence[NotFinite]) -> str:
 
 
 def show_study_report(report: Report, out: Path, warnings: Sequence[str], readme: Path | None) -> None:
-    """Print the contents of a report, and the cells that its sections lack."""
+    """Print the contents of a report, and warnings about its store."""
     folder = out if out.is_dir() else out.parent
     rows = [
         ("page", str(folder / "report.html")),
@@ -225,9 +225,6 @@ def show_study_report(report: Report, out: Path, warnings: Sequence[str], readme
         ("figures", f"{len(report.figures)} in {folder / 'figures'}"),
         *([("headline", f"in {readme}")] if readme else []),
     ]
-    lacking = [section.title for chapter in report.chapters for section in chapter.sections if section.missing]
-    if lacking:
-        rows.append(("sections that lack cells", "; ".join(dict.fromkeys(lacking))))
     print_table(("", ""), rows)
     for line in warnings:
         print(f"warning: {line}", file=sys.stderr)

@@ -49,7 +49,12 @@ def hush() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")  # the GGUF reader draws its bar unconditionally
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    for name in (
+        "lm_eval",
+        "torchao",
+        "torch.utils._pytree",
+    ):  # torchao tells of kernels for other devices when imported
+        logging.getLogger(name).setLevel(logging.ERROR)
     import transformers
 
     transformers.logging.set_verbosity_error()

@@ -98,7 +98,7 @@ def prune(
     from thanos.cli import interrupts as ending
     from thanos.cli import output, tables
     from thanos.cli import progress as display
-    from thanos.cli import torchrun as ranks
+    from thanos.system import ranks
 
     display.hush()
     import thanos
@@ -112,11 +112,11 @@ def prune(
         return
     work = WorkFolder(out)
     complete = resume and not overwrite and work.is_complete
-    with ending.resumable(work), display.watch(quiet=quiet, silent=not ranks.is_first()) as watcher:
+    with ending.resumable(work), display.watch(quiet=quiet, silent=not ranks.speaks()) as watcher:
         report = thanos.prune(
             model, out, chosen, overwrite=overwrite, resume=resume, activations=activations, on_event=watcher
         )
-    if ranks.is_first():
+    if ranks.speaks():
         output.show_report(report, out, complete=complete)
 
 

@@ -61,7 +61,7 @@ def recover(
     from thanos.cli import interrupts as ending
     from thanos.cli import output, tables
     from thanos.cli import progress as display
-    from thanos.cli import torchrun as ranks
+    from thanos.system import ranks
 
     display.hush()
     tables.check_writable(json_file)
@@ -70,9 +70,9 @@ def recover(
 
     work = RecoveryFolder(out)
     complete = resume and not overwrite and work.is_complete
-    with ending.resumable(work), display.watch(quiet=quiet or not ranks.is_first()) as watcher:
+    with ending.resumable(work), display.watch(quiet=quiet or not ranks.speaks()) as watcher:
         report = thanos.recover(
             pruned, out, dense=dense, recipe=recipe, overwrite=overwrite, resume=resume, on_event=watcher
         )
-    if ranks.is_first():
+    if ranks.speaks():
         output.show_recovery(report, out, json_file, complete=complete)

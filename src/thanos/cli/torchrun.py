@@ -9,6 +9,8 @@ import threading
 import time
 from contextlib import suppress
 
+from thanos.system.ranks import first_to_fail, has_failed, launched
+
 _ENDED = "torchrun ended the run: another process failed, or torchrun received a signal"
 _ORPHANED = "the torchrun that started this process was killed"
 _KEPT = "finished work is kept: run the same command with --resume; the number of processes may change"
@@ -16,10 +18,8 @@ _KEPT = "finished work is kept: run the same command with --resume; the number o
 _FOLLOW_SECONDS = 1.0
 """Seconds between two checks that torchrun still runs: a killed torchrun sends no signal to its processes."""
 
-
-def launched() -> bool:
-    """Whether torchrun started this process as one of several. Needs no heavy import."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+_REPORT_SECONDS = 20.0
+"""Longest wait for an error line of the main thread; torchrun kills a process 30 seconds after its signal."""
 
 
 def program() -> list[str]:
@@ -31,17 +31,22 @@ def program() -> list[str]:
     return ["torchrun", *nodes, "--nproc-per-node", local or size, "-m", "thanos"]
 
 
-def is_first() -> bool:
-    """Whether this process shows progress and results: rank 0, or the only process."""
-    return not launched() or os.environ["RANK"] == "0"
+_printing = threading.Lock()
+_reported = threading.Event()
 
 
-def may_complain() -> bool:
-    """Whether this process reports its failure. Only the first failure of a run is reported: it causes the others."""
-    if not launched():
-        return True
-    joining = sys.modules.get("thanos.engine.joining")
-    return is_first() if joining is None else joining.first_to_fail()
+def report_failure(message: str) -> None:
+    """Print the error line of this process, or nothing if another process of the run has failed before.
+
+    Of several processes and their threads, only one call prints.
+    """
+    if not first_to_fail():
+        return
+    with _printing:
+        if launched() and _reported.is_set():
+            return
+        print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+        _reported.set()
 
 
 def watch() -> None:
@@ -69,9 +74,11 @@ def watch() -> None:
 
 
 def _end(why: str) -> None:
+    """End the process, with ``why`` as its error unless the main thread has one of its own."""
     with suppress(Exception):
-        if may_complain():
-            print(f"error: {why}; {_KEPT}", file=sys.stderr, flush=True)
+        if has_failed() and first_to_fail():
+            _reported.wait(_REPORT_SECONDS)  # the main thread is about to report its error: the cause of the signal
+        report_failure(f"{why}; {_KEPT}")
     os._exit(128 + signal.SIGTERM)
 
 

@@ -1,4 +1,4 @@
-"""How a process joins and leaves a run on several processes, and which of them reports the run's error."""
+"""How a process joins and leaves a run on several processes."""
 
 from __future__ import annotations
 
@@ -13,22 +13,10 @@ import torch.distributed as dist
 from thanos.engine import leaving
 from thanos.engine.distributed import SINGLE, Group, World, lost_peers
 from thanos.errors import RecipeError
+from thanos.system.ranks import count_failed_machines, first_to_fail, launched
 
 _TIMEOUT = timedelta(minutes=30)
 """Longest wait for the other processes; longer than any of them works between two collectives, as in a forward pass."""
-
-
-def launched() -> bool:
-    """Return whether torchrun started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
-
-
-def speaks() -> bool:
-    """Return whether this process is the only one, or rank 0 of those that torchrun started.
-
-    It reads only the environment, so it can be called before the process group exists.
-    """
-    return not launched() or os.environ["RANK"] == "0"
 
 
 def my_device(device: torch.device) -> torch.device:
@@ -68,8 +56,7 @@ def join(device: torch.device) -> Iterator[World]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     leaving.load_what_keeps_the_group()
-    global _first
-    _first = None
+    count_failed_machines(_count_failed_machine)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         timeout=_TIMEOUT,
@@ -81,29 +68,19 @@ def join(device: torch.device) -> Iterator[World]:
         with lost_peers():
             dist.barrier()  # no process leaves while another still works
     except BaseException:
-        # Before the abort: it makes the other processes fail too, and closes the store that first_to_fail() reads.
+        # Before the abort, which makes the other processes fail too.
         first_to_fail()
         leaving.abort()
         raise
     dist.destroy_process_group()
 
 
-_first: bool | None = None
-"""Whether this process was the first to fail; None until :func:`first_to_fail` has read it from the store."""
+def _count_failed_machine() -> int:
+    """Add one to the number of machines on which the run has failed, in the store of all processes; return the sum.
 
-
-def first_to_fail() -> bool:
-    """Return whether this process is the first of the run to fail. Only that process should report its error.
-
-    Repeated calls return the same answer.
+    Returns 1 without the store: then each machine reports the error.
     """
-    global _first
-    if not launched():
-        return True
-    if _first is None:
-        try:
-            _first = dist.distributed_c10d._get_default_store().add("thanos/failed", 1) == 1
-        except (RuntimeError, ValueError):
-            # There was no process group, or its store is gone. All processes have the same error, so rank 0 reports it.
-            return os.environ["RANK"] == "0"
-    return _first
+    try:
+        return dist.distributed_c10d._get_default_store().add("thanos/failed", 1)
+    except (RuntimeError, ValueError):  # there is no process group yet, or the machine that has the store is gone
+        return 1

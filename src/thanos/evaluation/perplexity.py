@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Callable
@@ -178,7 +177,7 @@ def _evaluation(
     return Evaluation(
         model=model,
         text=reference.text,
-        text_sha256=hashlib.sha256(reference.windows.numpy().astype("<i8").tobytes()).hexdigest(),
+        text_sha256=reference.sha256,
         sequence_length=length,
         bos=reference.bos,
         windows=count,

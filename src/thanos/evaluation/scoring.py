@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -58,6 +59,11 @@ class Reference:
     bos: Bos = "text"
     # (index of the first window, number of windows) → the decoder's outputs, of this dense model only.
     _kept: dict[tuple[int, int], Any] = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def sha256(self) -> str:
+        """The hash of the windows' token ids (little-endian int64)."""
+        return hashlib.sha256(self.windows.numpy().astype("<i8").tobytes()).hexdigest()
 
     def check(self, model: PreTrainedModel) -> None:
         """Refuse windows that the given model or the dense model cannot process.

@@ -22,7 +22,6 @@ from thanos.calibration.generation import GENERATION_BATCH
 from thanos.calibration.windows import Calibration, calibrate, make_calibration
 from thanos.checkpoint.writer import disk_shortage
 from thanos.engine.activations import check_tier
-from thanos.engine.joining import launched
 from thanos.errors import RecipeError, resource_errors
 from thanos.events import Watcher
 from thanos.model.layers import find_blocks
@@ -48,6 +47,7 @@ from thanos.system.documents import Document
 from thanos.system.files import free_disk_bytes
 from thanos.system.memory import free_device_bytes, free_host_bytes, give_back, host_bytes
 from thanos.system.meter import PhaseMeter, PhaseRecord
+from thanos.system.ranks import launched
 from thanos.system.user_paths import model_name, output_path
 
 SCHEMA = 1

@@ -15,7 +15,7 @@ from torch import Tensor
 from thanos.calibration.windows import Calibration, make_calibration
 from thanos.checkpoint.writer import check_room
 from thanos.engine.distributed import World
-from thanos.engine.joining import join, my_device, speaks
+from thanos.engine.joining import join, my_device
 from thanos.errors import NumericsError, resource_errors
 from thanos.events import LOG_NAME, RUN_NAME, Event, Watcher
 from thanos.model.loading import check_token_ids
@@ -44,6 +44,7 @@ from thanos.run.work_folder import check_interrupted, check_output, kept
 from thanos.system.device import choose_device
 from thanos.system.event_stream import EventStream
 from thanos.system.meter import PhaseMeter
+from thanos.system.ranks import speaks
 from thanos.system.user_paths import model_name, output_path
 
 

@@ -86,15 +86,15 @@ def prune_model(
         )
     device = _device(model, recipe)
     meter = PhaseMeter(device)
-    tell = EventStream(on_event, meter, keep_log=False)
+    emit = EventStream(on_event, meter, keep_log=False)
     with resource_errors(smaller_calibration(recipe)), tempfile.TemporaryDirectory() as folder:
-        tell(Event(kind="phase", phase="load"))
+        emit(Event(kind="phase", phase="load"))
         with meter.phase("load"):
             checkpoint, opened = _open(model, recipe)
-            windows, recipe = _windows(model, calibration, recipe, tokenizer, tell)
+            windows, recipe = _windows(model, calibration, recipe, tokenizer, emit)
             check_token_ids(windows.ids, opened.meta_model)
-            plan = prepare_opened(opened, recipe, tell)
-        return _run(plan, _InPlace(checkpoint), windows, recipe, device, meter, tell, activations, Path(folder))
+            plan = prepare_opened(opened, recipe, emit)
+        return _run(plan, _InPlace(checkpoint), windows, recipe, device, meter, emit, activations, Path(folder))
 
 
 def _run(
@@ -104,14 +104,14 @@ def _run(
     recipe: Recipe,
     device: torch.device,
     meter: PhaseMeter,
-    tell: EventStream,
+    emit: EventStream,
     activations: str,
     folder: Path,
 ) -> PruningReport:
     """Run the engine on the prepared model; return the report."""
     common: dict[str, Any] = {"activations": activations, "world": SINGLE, "meter": meter}
     plan, allocation = choose_sparsities(
-        plan, recipe, calibration, device=device, folder=folder, emit=tell, store=None, **common
+        plan, recipe, calibration, device=device, folder=folder, emit=emit, store=None, **common
     )
     output: Any = written
     engine = build_engine(
@@ -128,7 +128,7 @@ def _run(
     block = None
     try:
         for event in engine.run():
-            tell(event)
+            emit(event)
             block = event.block
     except NumericsError:
         name_damage(plan.opened, block)
@@ -221,7 +221,7 @@ def _open(model: Any, recipe: Recipe) -> tuple[LoadedCheckpoint, OpenedModel]:
 
 
 def _windows(
-    model: PreTrainedModel, given: Any, recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, tell: Watcher
+    model: PreTrainedModel, given: Any, recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, emit: Watcher
 ) -> tuple[Calibration, Recipe]:
     """Return the calibration windows, and the recipe that says what they are.
 
@@ -258,7 +258,7 @@ def _windows(
             end_of_text_id=end_of_text_id(tokenizer, model.config),
             context_length=positions,
             model=model.eval(),
-            on_event=tell,
+            on_event=emit,
         )
     finally:
         model.train(training)

@@ -15,7 +15,7 @@ from thanos.calibration.windows import Calibration, calibrate
 from thanos.checkpoint.writer import CheckpointWriter
 from thanos.engine.activations import check_tier
 from thanos.engine.distributed import World
-from thanos.engine.joining import join, my_device, speaks
+from thanos.engine.joining import join, my_device
 from thanos.engine.loop import Engine
 from thanos.engine.rank_zero import SharedJournal, SharedWriter
 from thanos.errors import NumericsError, RecipeError, resource_errors
@@ -46,6 +46,7 @@ from thanos.run.work_folder import WorkFolder, check_interrupted, check_output, 
 from thanos.system.device import choose_device
 from thanos.system.event_stream import EventStream
 from thanos.system.meter import PhaseMeter
+from thanos.system.ranks import speaks
 from thanos.system.user_paths import model_name, output_path, without_folders
 
 

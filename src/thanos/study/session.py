@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from thanos._version import __version__
-from thanos.calibration.text import evaluation_rows
 from thanos.calibration.windows import Calibration, make_calibration
 from thanos.errors import (
     NumericsError,
@@ -27,9 +26,9 @@ from thanos.errors import (
     resource_errors,
 )
 from thanos.evaluation.inspect import inspect_checkpoint
-from thanos.evaluation.perplexity import choose_bos, evaluate
+from thanos.evaluation.perplexity import evaluate
+from thanos.evaluation.reference import make_reference
 from thanos.evaluation.scoring import Reference
-from thanos.evaluation.windows import cut_windows
 from thanos.events import Event
 from thanos.model.layers import LinearLayer, linear_layers, select_layers
 from thanos.model.loading import load_model
@@ -208,13 +207,19 @@ class Session:
         self._reference = None
         plan, source = self._study.evaluation, resolve_model(self._locations.models[cell.model])
         model = load_model(source, dtype=self._study.dtype, device=self._device)
-        tokenizer = source.tokenizer()
-        text, asked = "\n\n".join(evaluation_rows(self._locations.texts[plan.text], tokenizer)), plan.bos
+        asked = plan.bos
         if asked == "window" and cell.model not in self._locations.begun:
             asked = "auto"  # the study's setting only affects tokenizers that add the token
-        bos = choose_bos(asked, text, tokenizer, model, plan.sequence_length, lambda event: None)
-        windows = cut_windows(text, tokenizer, model, plan.text, plan.sequence_length, plan.max_windows, bos)
-        reference = Reference(text=public(plan.text), windows=windows, bos=bos)
+        reference = make_reference(
+            source,
+            model,
+            text=self._locations.texts[plan.text],
+            name=public(plan.text),
+            sequence_length=plan.sequence_length,
+            max_windows=plan.max_windows,
+            bos=asked,
+            tell=lambda event: None,
+        )
         if plan.compare:
             free = free_host_bytes() if self._device.type == "cpu" else free_device_bytes(self._device)
             room = int(_KEEP_SHARE * free) // self._sharers

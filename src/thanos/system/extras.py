@@ -9,6 +9,7 @@ EXTRAS = {
     "recover": ("accelerate>=1.6",),
     "data": ("datasets>=4",),
     "eval": ("lm_eval==0.4.13",),
+    "quantised": ("torchao>=0.18,<0.19",),
     "report": ("matplotlib>=3.10", "jinja2>=3.1"),
 }
 """Extra → its packages, with the ranges of pyproject.toml."""

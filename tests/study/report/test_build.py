@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import html
 import io
 import json
 import random
@@ -17,12 +18,15 @@ from typing import Any
 
 import pytest
 
+import study_records
 from study_records import MODEL, cell, contents, cost_study, failed, full_study, record, write_store
 from thanos.cli import run
 from thanos.errors import DataError
 from thanos.study.report.build import build_report, write_report
 from thanos.study.report.numbers import Number, plain
 from thanos.study.report.readme import update_readme, with_results
+from thanos.study.report.sections.common import FOOTNOTES
+from thanos.study.store import CellRecord
 
 PATHS = {
     "perplexity": ("evaluation", "perplexity"),
@@ -295,14 +299,65 @@ def test_a_store_of_failures_alone_is_reported(tmp_path: Path) -> None:
     assert report.table("failed") is not None
 
 
-def test_the_lead_says_where_cells_are_missing() -> None:
-    lead = plain(build_report(contents([record(cell()), record(cell("dense", None))])).lead)
-    assert "The study is not complete" in lead
-    assert "“Summary”" in lead
-    assert "“Is the block-wise formulation worth it, and where?”" in lead
-    whole = build_report(contents(cost_study("other")))
-    assert not any(section.missing for chapter in whole.chapters for section in chapter.sections)
-    assert "not complete" not in plain(whole.lead)
+def own_study(*, seeds: int = 1) -> list[CellRecord]:
+    """A user's study: two methods, a pattern of the paper and one that it lacks, two sparsities."""
+    cells = [cell(m, sparsity=share, seed=s) for m in ("thanos", "wanda") for share in (0.3, 0.5) for s in range(seeds)]
+    cells += [cell(m, "16:32", seed=s) for m in ("thanos", "wanda") for s in range(seeds)]
+    return [record(cell("dense", None)), *(record(one) for one in cells)]
+
+
+@pytest.fixture
+def small_patterns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The synthetic numbers have no harm of their own for 16:32."""
+    monkeypatch.setitem(study_records._PATTERN_HARM, "16:32", 1.3)
+
+
+@pytest.mark.usefixtures("small_patterns")
+def test_a_users_study_is_shown_as_a_whole_and_nothing_else(tmp_path: Path) -> None:
+    report = write_report(write_store(tmp_path / "study", own_study()))
+    sections = [s for chapter in report.chapters for s in chapter.sections]
+    assert all(s.tables or s.figures for s in sections)
+    assert not {"alpha", "blocks", "outliers", "noise", "scope", "repair"} & {s.name for s in sections}
+    table = report.table("summary")
+    assert table is not None
+    assert list(table.bands.values()) == ["unstructured 30 %", "unstructured 50 %", "16:32"]
+    assert len(table.rows) == 7
+    page = (tmp_path / "study" / "report.html").read_text(encoding="utf-8")
+    claims = report.table("claims")
+    assert claims is not None
+    assert all(row[1].shown != "not measured" for row in claims.rows)
+    assert not any("SparseGPT" in row[0].shown or "α" in row[0].shown for row in claims.rows)
+    shown = re.sub(r"<script.*?</script>|<svg.*?</svg>|<style.*?</style>", "", page, flags=re.DOTALL)
+    for each in FOOTNOTES:
+        assert html.unescape(shown).count(each) <= 1, each
+
+
+@pytest.mark.usefixtures("small_patterns")
+def test_the_conclusion_says_what_to_use_what_it_costs_and_what_is_noise() -> None:
+    lead = plain(build_report(contents(own_study())).lead)
+    assert lead.startswith("Lowest perplexity: Thanos at unstructured 30 % (")
+    assert " s), unstructured 50 % (" in lead
+    assert "), 16:32 (" in lead
+    assert "; the dense model has 21.97." in lead
+    assert lead.endswith("unknown: they rest on one seed.")
+    assert lead.count(". ") == 1  # two sentences
+    several = plain(build_report(contents(own_study(seeds=3))).lead)
+    assert "larger than the noise at unstructured 30 %, unstructured 50 % and 16:32." in several
+    near = [
+        record(cell(m, seed=s), perplexity=44 + s + (m == "wanda") / 9) for m in ("thanos", "wanda") for s in (0, 1)
+    ]
+    assert "within the noise at unstructured 50 % (Wanda)." in plain(build_report(contents(near)).lead)
+    alone = plain(build_report(contents([record(cell())])).lead)
+    assert "Nothing of equal sparsity was measured beside it" in alone
+    cost = plain(build_report(contents(cost_study("other"))).lead)
+    assert cost.endswith("cells without a perplexity: it tells what pruning costs.")
+
+
+def test_missing_cells_are_listed_once_at_the_end(study_report: Path, tmp_path: Path) -> None:
+    report = build_report(contents([one for one in full_study(blocks=1) if one.cell["method"] != "sparsegpt"]))
+    last = report.chapters[-1].sections[-1]
+    assert last.name == "data"
+    assert any(line.startswith("Summary: unstructured 50 %: SparseGPT") for line in last.missing)
 
 
 def test_a_method_of_another_version_is_shown(tmp_path: Path) -> None:
@@ -384,12 +439,13 @@ def test_models_are_named_in_the_title(study_report: Path) -> None:
 
 
 def test_a_model_of_which_the_cost_alone_counts_stands_beside_an_evaluated_one(tmp_path: Path) -> None:
-    folder = write_store(tmp_path, [*full_study(blocks=2), *cost_study("other")])
+    both = [record(cell(method, model=model)) for model in ("second", MODEL) for method in ("thanos", "wanda")]
+    folder = write_store(tmp_path, [*both, *cost_study("other")])
     report = write_report(folder)
-    assert [s.name for s in report.chapters[1].sections] == ["blocks", "cost"]
+    assert [s.name for s in report.chapters[2].sections] == ["blocks", "cost"]
     table = report.table("table2")
     assert table is not None
-    assert [c.head for c in table.columns] == ["Method", MODEL]
+    assert [c.head for c in table.columns] == ["Method", "second", MODEL]
     page, store = Page((folder / "report.html").read_text(encoding="utf-8")), Store(folder)
     for one in page.numbers:
         how = (one["data-how"], one["data-field"], one["data-cells"].split(), one.get("data-minus", "").split())

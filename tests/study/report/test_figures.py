@@ -153,7 +153,7 @@ def test_a_legend_names_every_series_and_the_numbers_above_the_axes() -> None:
     from thanos.study.report.figures.draw import drawn
 
     with drawn(crowded()[0]) as canvas:
-        words = [text.get_text().replace("\n", " ") for text in canvas.legends[0].get_texts()]
+        words = [text.get_text().replace("\n", " ").replace("\u00a0", " ") for text in canvas.legends[0].get_texts()]
     assert words == [
         "thanos with a long name 0",
         "thanos with a long name 1",

@@ -11,16 +11,23 @@ from thanos.errors import DataError, ResourceError
 from thanos.events import Event
 from thanos.study.report.figures.charts import Figure
 from thanos.study.report.figures.draw import draw
-from thanos.study.report.numbers import Prose, count
+from thanos.study.report.numbers import Number, Prose, count
 from thanos.study.report.page import Chapter, render_page, slug
 from thanos.study.report.results import Results, models_of
 from thanos.study.report.sections import COST_SECTIONS, MODEL_SECTIONS, data
 from thanos.study.report.sections.common import Section
+from thanos.study.report.sections.conclusion import conclusion
 from thanos.study.report.sections.paper import perplexity_table
 from thanos.study.report.tables import WRITERS, Table
 from thanos.study.store import Contents, read_store, store_path
 from thanos.system.event_stream import EventStream
 from thanos.system.files import write_atomically
+
+PAGE = "report.html"
+
+_SHOWN = ("sparsity_", "cost_")
+_FOLDED = "_memory"
+"""Beginnings of the names of the figures that stand behind the main table, and the end of those that do not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,40 +54,59 @@ class Report:
 
 
 def build_report(contents: Contents) -> Report:
-    """Return the report of a store's contents."""
+    """Return the report of a store's contents: conclusion, table and figures of each model, and folded what is behind them.
+
+    A section without table and figure is left out: the store has no cells for it.
+    """
     models = models_of(contents.records)
     studies = [Results(model, contents.done) for model in models]
     chapters = []
     for results in studies:
         sections = [section(results) for section in (COST_SECTIONS if results.cost_only else MODEL_SECTIONS)]
-        sections = [s for s in sections if s.tables or s.figures or s.missing]
         ending = "" if len(models) == 1 else f"_{slug(results.model)}"
-        chapters.append(Chapter(results.model, [_renamed(section, ending) for section in sections]))
+        shown = _ordered([section for section in sections if not section.empty])
+        chapters.append(Chapter(results.model, [_renamed(section, ending) for section in shown]))
     evaluated = [results for results in studies if not results.cost_only]
-    shared = [perplexity_table(evaluated)] if evaluated else []
-    chapters.append(Chapter("", [*shared, data(contents.done, contents.failed, studies)]))
+    shared = [perplexity_table(evaluated)] if len(evaluated) > 1 else []
+    shared = [section for section in shared if not section.empty]
+    for section in (*shared, rest := data(contents.done, contents.failed, studies)):
+        section.folded = True
+    rest.missing = [f"{s.title}: {line}" for chapter in chapters for s in chapter.sections for line in s.missing]
+    chapters.append(Chapter("", [*shared, rest]))
     title = f"Pruning {', '.join(models)}" if models else "An empty study"
-    done, failed = len(contents.done), len(contents.failed)
-    lead: Prose = (
-        "A study of ",
-        count(contents.done),
-        f" {'cell' if done == 1 else 'cells'}",
-        *([", ", count(contents.failed), " more failed"] if failed else []),
-        ". Every number on this page is read from its store or derived from it.",
-        *_incomplete(chapters),
-    )
-    return Report(title, lead, tuple(chapters))
+    return Report(title, _lead(contents, evaluated), tuple(chapters))
 
 
-def _incomplete(chapters: list[Chapter]) -> Prose:
-    """Return a sentence that names the sections with missing cells; each section lists its own at the end."""
-    lacking = dict.fromkeys(s.title for chapter in chapters for s in chapter.sections if s.missing)
-    if not lacking:
-        return ()
-    names = ", ".join(f"“{title}”" for title in lacking)
-    return (
-        f" The study is not complete: the cells that are missing are listed at the end of these sections: {names}.",
-    )
+def _lead(contents: Contents, studies: list[Results]) -> Prose:
+    """Return the conclusion about each model, and the number of failed cells."""
+    parts: list[str | Number] = []
+    for results in studies:
+        found = conclusion(results)
+        if found:
+            parts += [*([" "] if parts else []), *([f"{results.model}: "] if len(studies) > 1 else []), *found]
+    if not parts:
+        noun = "cell" if len(contents.done) == 1 else "cells"
+        parts = ["A study of ", count(contents.done), f" {noun} without a perplexity: it tells what pruning costs."]
+    if contents.failed:
+        failed = len(contents.failed)
+        parts += [
+            " ",
+            count(contents.failed),
+            f" {'cell' if failed == 1 else 'cells'} failed; the reasons are at the end.",
+        ]
+    return tuple(parts)
+
+
+def _ordered(sections: list[Section]) -> list[Section]:
+    """Move the figures of accuracy into the first section, behind its table, and fold the other sections."""
+    first, *others = sections or [Section("summary", "Summary")]
+    for start in _SHOWN:
+        for section in others:
+            section.folded = True
+            moved = [f for f in section.figures if f.name.startswith(start) and not f.name.endswith(_FOLDED)]
+            first.figures += moved
+            section.figures = [figure for figure in section.figures if figure not in moved]
+    return [section for section in (first, *others) if not section.empty]
 
 
 def write_report(folder: str | Path, on_event: Callable[[Event], None] | None = None) -> Report:
@@ -100,12 +126,24 @@ def write_report(folder: str | Path, on_event: Callable[[Event], None] | None = 
         raise DataError(f"{path} holds no record; run the study first: thanos study STUDY.toml {path.parent}")
     report = build_report(contents)
     try:
-        return _write(report, path.parent, EventStream(on_event))
+        return write_files(report, path.parent, EventStream(on_event))
     except OSError as error:
         raise ResourceError(f"{error.filename or path.parent} cannot be written: {error.strerror}") from error
 
 
-def _write(report: Report, out: Path, emit: Callable[[Event], None]) -> Report:
+def write_files(report: Report, out: Path, emit: Callable[[Event], None], *, page: str = PAGE) -> Report:
+    """Write a report's page, ``tables/`` and ``figures/`` into a folder, and remove those of an earlier one.
+
+    Args:
+        report: the report.
+        out: the folder.
+        emit: called with each progress event.
+        page: name of the page's file.
+
+    Raises:
+        OSError: a file cannot be written.
+        ResourceError: matplotlib is not installed.
+    """
     pictures: dict[str, str] = {}
     figures = _emptied(out / "figures", {f"{f.name}.{ending}" for f in report.figures for ending in ("svg", "png")})
     for done, figure in enumerate(report.figures, 1):
@@ -117,7 +155,7 @@ def _write(report: Report, out: Path, emit: Callable[[Event], None]) -> Report:
     for table in report.tables:
         for ending, writer in WRITERS.items():
             write_atomically(tables / f"{table.name}.{ending}", writer(table).encode())
-    write_atomically(out / "report.html", render_page(report.title, report.lead, report.chapters, pictures).encode())
+    write_atomically(out / page, render_page(report.title, report.lead, report.chapters, pictures).encode())
     return report
 
 

@@ -13,7 +13,7 @@ from thanos.study.report.figures.charts import Figure
 from thanos.study.report.figures.theme import DARK, GRID, INK, MUTED, PAPER, STYLES, dark_rules
 from thanos.study.report.numbers import Prose
 from thanos.study.report.render import environment
-from thanos.study.report.sections.common import Section
+from thanos.study.report.sections.common import FOOTNOTES, Section
 from thanos.study.report.tables import Table, to_csv
 
 _COLOURS = {"ink": INK, "muted": MUTED, "rule": GRID, "paper": PAPER, "accent": STYLES[registry.DEFAULT_METHOD][0]}
@@ -41,8 +41,18 @@ def render_page(title: str, lead: Prose, chapters: Sequence[Chapter], pictures: 
     def anchor(chapter: Chapter, section: Section) -> str:
         return f"{slug(chapter.title)}-{section.name}" if several and chapter.title else section.name
 
-    filters = {"anchor": anchor, "csv_base64": _csv_base64, "inline": _inline, "repr": repr}
-    figures = [figure for chapter in chapters for section in chapter.sections for figure in section.figures]
+    filters = {
+        "anchor": anchor,
+        "css_text": _css_text,
+        "csv_base64": _csv_base64,
+        "inline": _inline,
+        "own": _own_note,
+        "repr": repr,
+    }
+    sections = [section for chapter in chapters for section in chapter.sections]
+    figures = [figure for section in sections for figure in section.figures]
+    notes = [part for section in sections for each in (*section.tables, *section.figures) for part in each.note]
+    said = {part.strip() for part in notes if isinstance(part, str)}
     return (
         environment(**filters)
         .get_template("page.html")
@@ -56,8 +66,19 @@ def render_page(title: str, lead: Prose, chapters: Sequence[Chapter], pictures: 
             light=_COLOURS,
             dark={name: DARK[colour] for name, colour in _COLOURS.items()},
             recolour=dark_rules(),
+            footnotes=[each for each in FOOTNOTES if each in said],
         )
     )
+
+
+def _own_note(note: Prose) -> Prose:
+    """Return a note without the footnotes that the page has once."""
+    return tuple(part for part in note if not (isinstance(part, str) and part.strip() in FOOTNOTES))
+
+
+def _css_text(words: str) -> str:
+    """Return words as a string of CSS, for a heading that a narrow screen repeats in each row."""
+    return '"' + words.replace("\\", "\\\\").replace('"', '\\"').replace("<", "\\3c ") + '"'
 
 
 def _inline(svg: str, figure: Figure) -> str:

@@ -63,7 +63,7 @@ def legend(canvas: Any, handles: Sequence[Any]) -> None:
     if not handles:
         return
     for handle in handles:
-        handle.set_label(textwrap.fill(handle.get_label(), int((_LEGEND_WIDTH - _HANDLE) / _LETTER)))
+        handle.set_label(textwrap.fill(unbroken(handle.get_label()), int((_LEGEND_WIDTH - _HANDLE) / _LETTER)))
     texts = [handle.get_label().splitlines() for handle in handles]
     width = _HANDLE + _LETTER * max(len(line) for lines in texts for line in lines)
     across = max(1, min(len(handles), int(_LEGEND_WIDTH / width)))
@@ -71,6 +71,11 @@ def legend(canvas: Any, handles: Sequence[Any]) -> None:
     canvas.set_figheight(canvas.get_figheight() + 0.165 * sum(lines) + 0.05)
     style = {"frameon": False, "fontsize": 8, "handlelength": 2.6, "columnspacing": 1.2, "borderpad": 0.2}
     canvas.legend(handles=handles, loc="outside lower left", ncols=across, **style)
+
+
+def unbroken(text: str) -> str:
+    """Return a text whose numbers stay on one line with their unit or power: with no-break spaces around ``%`` and ``×``."""
+    return text.replace(" %", "\u00a0%").replace(" × ", "\u00a0×\u00a0")
 
 
 def bare(axes: Axes) -> None:

@@ -66,6 +66,8 @@ class Chart:
         x_scale: ``linear``, ``log`` or ``log2``; ``auto`` is log if the numbers span more than :data:`SPAN_FOR_LOG`.
         note: text below the figure in the page.
         capped: whether lines end at :attr:`ceiling`.
+        rising: whether larger x are better, as tokens a second are.
+        directed: whether larger y are better, so that no point is far above the others.
     """
 
     kind: Literal["lines", "scatter", "dots"]
@@ -78,6 +80,8 @@ class Chart:
     x_scale: Literal["linear", "log", "log2", "auto"] = "linear"
     note: Prose = ()
     capped: bool = False
+    rising: bool = False
+    directed: bool = False
 
     @property
     def ceiling(self) -> float | None:
@@ -88,7 +92,7 @@ class Chart:
         the limit are drawn above the axes, with their numbers in the legend.
         """
         values = [p.y.scaled for series in self.series for p in series.points]
-        if self.kind == "scatter" and len(values) > 2:
+        if self.kind == "scatter" and len(values) > 2 and not self.directed:
             limit = FAR * statistics.median(values)
         elif self.kind == "lines" and self.capped and len(self.series) > 2:
             limit = ROOM * sorted(max(p.y.scaled for p in series.points) for series in self.series if series.points)[1]

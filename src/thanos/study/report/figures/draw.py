@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from thanos.errors import ResourceError
+from thanos.study.report.figures.axes import unbroken
 from thanos.study.report.figures.charts import Figure, HeatMap
 from thanos.study.report.figures.panels import draw_dots, draw_heat_map
 from thanos.study.report.figures.plane import draw_plane
@@ -72,7 +73,7 @@ def drawn(figure: Figure) -> Iterator[Any]:
     except ImportError as error:
         raise ResourceError(f"figures need matplotlib; install it with: {install_command('report')}") from error
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": figure.name}):
-        title = textwrap.fill(figure.title, _TITLE_LETTERS)
+        title = textwrap.fill(unbroken(figure.title), _TITLE_LETTERS)
         height = _height(figure) + 0.16 * (1 + title.count("\n"))
         canvas = Canvas(figsize=(_WIDTH, height), layout="constrained")
         FigureCanvasAgg(canvas)

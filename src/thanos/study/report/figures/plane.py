@@ -29,6 +29,12 @@ _RING: dict[str, Any] = {"marker": "o", "markersize": 9.5, "markerfacecolor": "n
 _SIDE_STEP = 0.0215
 """Horizontal shift between two lines, as a fraction of the x axis: a marker and a gap. x differs a little between them."""
 
+_APART = 6.0
+"""Least distance in points between two markers of a scatter: a marker's width and a gap."""
+
+_AXES = {"x": 270.0, "y": 130.0}
+"""Size in points of the rectangle in which a scatter's points lie."""
+
 _ROW = 11.0
 """Distance in points between rows of markers above the axes: a ring's height and a gap."""
 
@@ -39,6 +45,7 @@ def draw_plane(canvas: Any, axes: Axes, chart: Chart) -> None:
 
     others, handles, rows = other_methods(chart), [], 0
     seen: Counter[str] = Counter()
+    shifts = _shifts(chart)
     _scales(axes, chart)
     for series, positions in zip(chart.series, _side_by_side(chart), strict=True):
         look = look_of(series.style, others, seen[series.style])
@@ -50,8 +57,7 @@ def draw_plane(canvas: Any, axes: Axes, chart: Chart) -> None:
             axes.plot(positions, [point.y.scaled for point in series.points], **line, zorder=2)
         for x, point in points:
             if not chart.is_above(point):
-                axes.plot([x], [point.y.scaled], **look, clip_on=False, zorder=4)
-                _bar(axes, x, point, look["color"])
+                _mark(canvas, axes, x, point, look, shifts.get(id(point), 0.0))
         if above:
             rows += 1
             _row_above(canvas, axes, rows, above, look)
@@ -63,7 +69,7 @@ def draw_plane(canvas: Any, axes: Axes, chart: Chart) -> None:
     caption(axes, chart.y_label + log_note(chart.scale("y")), rows * _ROW)
     axes.set_xlabel(chart.x_label + log_note(chart.scale("x")), fontsize=8)
     if chart.kind == "scatter":
-        handles += _front(axes, chart)
+        handles += _front(canvas, axes, chart, shifts)
     elif len(handles) == 1:
         handles = []  # no legend: the title names the only line
     if chart.reference is not None:
@@ -86,10 +92,63 @@ def _side_by_side(chart: Chart) -> list[list[float]]:
     ]
 
 
-def _bar(axes: Axes, x: float, point: Point, color: str) -> None:
-    if point.spread is not None:
-        bar = {"color": color, "elinewidth": 1, "capsize": 2, "zorder": 3}
-        axes.errorbar(x, point.y.scaled, yerr=point.spread.scaled, **bar)
+def _mark(canvas: Any, axes: Axes, x: float, point: Point, look: dict[str, Any], shift: float) -> None:
+    """Draw a marker with its bar; a moved one beside the place of its number, with a line to it."""
+    y, spread = point.y.scaled, point.spread
+    if not shift:
+        axes.plot([x], [y], **look, clip_on=False, zorder=4)
+        if spread is not None:
+            bar = {"color": look["color"], "elinewidth": 1, "capsize": 2, "zorder": 3}
+            axes.errorbar(x, y, yerr=spread.scaled, **bar)
+        return
+    style = {"arrowstyle": "-", "color": MUTED, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 0}
+    axes.annotate("", xy=(x, y), xytext=(shift, 0), textcoords="offset points", arrowprops=style, annotation_clip=False)
+    _moved(canvas, axes, shift, [x], [y], **look, zorder=4)
+    if spread is not None:
+        ends = [y - spread.scaled, y + spread.scaled]
+        _moved(canvas, axes, shift, [x, x], ends, color=look["color"], linewidth=1, marker="_", markersize=4, zorder=3)
+        axes.update_datalim([(x, end) for end in ends])
+
+
+def _moved(canvas: Any, axes: Axes, shift: float, xs: list[float], ys: list[float], **look: Any) -> None:
+    """Draw a line or marker that is moved to the right by some points. The limits are those of the unmoved one."""
+    from matplotlib.lines import Line2D
+    from matplotlib.transforms import ScaledTranslation
+
+    place = axes.transData + ScaledTranslation(shift / 72, 0, canvas.dpi_scale_trans)
+    axes.add_artist(Line2D(xs, ys, transform=place, clip_on=False, **look))
+    axes.update_datalim([(xs[0], ys[0])])
+    axes.autoscale_view()
+
+
+def _shifts(chart: Chart) -> dict[int, float]:
+    """Return by how many points the markers of a scatter are moved to the right, so that none lies over another.
+
+    The distances are those on axes of the usual size; the marks of an axis do not change them by more than a few points.
+    """
+    if chart.kind != "scatter":
+        return {}
+    inside = [point for series in chart.series for point in series.points if not chart.is_above(point)]
+    spots = list(zip(*(_spread_out(chart, axis, inside) for axis in ("x", "y")), strict=True))
+    found: dict[int, float] = {}
+    taken: list[tuple[float, float]] = []
+    for point, (x, y) in zip(inside, spots, strict=True):
+        shift = 0.0
+        while any(math.hypot(x + shift - other, y - height) < _APART for other, height in taken):
+            shift += 1.0
+        taken.append((x + shift, y))
+        if shift:
+            found[id(point)] = shift
+    return found
+
+
+def _spread_out(chart: Chart, axis: Literal["x", "y"], points: list[Point]) -> list[float]:
+    """Return the places of points along an axis, in points of print."""
+    values = [(point.x if axis == "x" else point.y).scaled for point in points]
+    if chart.scale(axis) != "linear":
+        values = [math.log(value) for value in values]
+    span = max(values, default=0.0) - min(values, default=0.0)
+    return [(value - min(values)) / span * _AXES[axis] if span else 0.0 for value in values]
 
 
 def _row_above(canvas: Any, axes: Axes, row: int, points: list[tuple[float, Point]], look: dict[str, Any]) -> None:
@@ -134,7 +193,7 @@ def _limits(axes: Axes, chart: Chart) -> None:
         axes.set_ylim(below, high)
 
 
-def _front(axes: Axes, chart: Chart) -> list[Any]:
+def _front(canvas: Any, axes: Axes, chart: Chart, shifts: dict[int, float]) -> list[Any]:
     """Draw rings around the points of the Pareto front, join them, and return the front's legend handles, if any."""
     from matplotlib.lines import Line2D
 
@@ -142,11 +201,17 @@ def _front(axes: Axes, chart: Chart) -> list[Any]:
     if not front:
         return []
     inside = [(point.x.scaled, point.y.scaled) for point in front if not chart.is_above(point)]
-    for x, y in inside:
-        axes.plot([x], [y], **_RING, clip_on=False, zorder=2)
+    for point in front:
+        if not chart.is_above(point):
+            x, y, shift = point.x.scaled, point.y.scaled, shifts.get(id(point), 0.0)
+            if shift:
+                _moved(canvas, axes, shift, [x], [y], **_RING, zorder=2)
+            else:
+                axes.plot([x], [y], **_RING, clip_on=False, zorder=2)
     if len(front) > 1 and inside:
         top = axes.get_ylim()[1]
         axes.set_ylim(top=top)  # the front's line to a point above the axes ends at their upper edge
         line = [(point.x.scaled, top if chart.is_above(point) else point.y.scaled) for point in front]
-        axes.step(*zip(*line, strict=True), where="post", **_FRONT, zorder=1)
+        where = "pre" if chart.rising else "post"  # the best y for at least, or at most, this x
+        axes.step(*zip(*line, strict=True), where=where, **_FRONT, zorder=1)
     return [Line2D([], [], **_FRONT, **{**_RING, "markersize": 7}, label="Pareto front")]

@@ -13,6 +13,16 @@ PAPER = "#ffffff"
 STYLES: dict[str, tuple[str, str]] = {row.name: (row.colour, row.marker) for row in registry.METHODS}
 """Method of this package → colour and marker."""
 
+KINDS: dict[str, tuple[str, str]] = {
+    "dense": ("#1f2328", "o"),
+    "sparse": ("#8a6d00", "v"),
+    "packed": ("#d1490c", "s"),
+    "shrunk": ("#008a63", "^"),
+    "int8": ("#0072b2", "D"),
+    "int4": ("#a4518a", "P"),
+}
+"""Kind of model in a comparison → colour and marker. The colours are those of the registry, and of the text."""
+
 OTHERS: tuple[tuple[str, str], ...] = (("#6b4f3a", "<"), ("#56606b", "P"), ("#3d5a99", "X"))
 """Styles for methods without their own, assigned in order."""
 
@@ -36,7 +46,9 @@ def style_of(method: str, known: list[str]) -> tuple[str, str]:
 
 
 def own_style(method: str) -> tuple[str, str] | None:
-    """Return colour and marker from a method's registry row; None if the row has none."""
+    """Return colour and marker of a kind, or from a method's registry row; None if the row has none."""
+    if method in KINDS:
+        return KINDS[method]
     row = registry.find_method(method)
     return None if row is None or not (row.colour and row.marker) else (row.colour, row.marker)
 

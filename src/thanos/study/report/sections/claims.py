@@ -47,6 +47,10 @@ def claims(results: Results) -> Section:
         )
     )
     found = all_claims(results)
+    section.missing += [f"cells for the claim “{c.claim}”" for c in found if c.verdict == _WORDS[""]]
+    found = [c for c in found if c.verdict != _WORDS[""]]
+    if not found:
+        return section
     lines: list[tuple[Cell, ...]] = [(text(c.claim), text(c.verdict), Cell(prose=c.evidence)) for c in found]
     cells = {
         key for c in found for part in c.evidence if isinstance(part, Number) for key in (*part.cells, *part.minus)
@@ -57,7 +61,6 @@ def claims(results: Results) -> Section:
     )
     heads = columns("<Claim|claim", "<verdict", "<numbers")
     section.tables.append(Table("claims", "Claims for Thanos", heads, tuple(lines), note=about if cells else ()))
-    section.missing += [f"cells for the claim “{c.claim}”" for c in found if c.verdict == _WORDS[""]]
     return section
 
 

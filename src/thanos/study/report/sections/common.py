@@ -13,7 +13,7 @@ from thanos.study.report.tables import Table
 from thanos.study.store import CellRecord
 
 HEADLINE = ("unstructured", "2:4", "4:8", "columns")
-"""Patterns of the headline table; :func:`headline_sparsity` gives their sparsity."""
+"""Patterns of the paper, in the order of its tables. :func:`headline_patterns` adds the others of a study."""
 
 USUAL_SPARSITY = {"columns": 0.3}
 """Pattern → the paper's sparsity, a fraction, if it is not 50 %."""
@@ -32,6 +32,7 @@ class Section:
         prose: paragraphs.
         tables, figures: tables and figures of the section.
         missing: descriptions of cells that the section needs and the store lacks.
+        folded: whether the section is closed in the page until the reader opens it.
     """
 
     name: str
@@ -40,6 +41,12 @@ class Section:
     tables: list[Table] = field(default_factory=list)
     figures: list[Figure] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
+    folded: bool = False
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to show; prose alone only explains what would be shown."""
+        return not self.tables and not self.figures
 
 
 COST_ONLY: Prose = (
@@ -47,6 +54,12 @@ COST_ONLY: Prose = (
     "what pruning costs, and how far the layers' outputs moved, and nothing about accuracy.",
 )
 """First paragraph about a model that was pruned but not evaluated."""
+
+
+def headline_patterns(results: Results) -> list[str]:
+    """Return the patterns of a study: the paper's in its order, then the others."""
+    others = [pattern for pattern in patterns_of(results.rows) if pattern not in HEADLINE]
+    return [*HEADLINE, *others]
 
 
 def headline_sparsity(results: Results, pattern: str) -> float | None:
@@ -216,6 +229,12 @@ BAR_NOTE = (
     "Bars: spread over calibration seeds; a row with one seed has that of its method, pattern and sparsity, if known."
 )
 BEST_NOTE = "Bold: no row of equal measured sparsity is better by more than the spread, over the seeds that both have."
+VERDICT_NOTE = (
+    "Verdict: < better than the row beside which it stands, > worse, = a difference within the noise, – not comparable; over "
+    "the seeds that both have, ° only one."
+)
+FOOTNOTES = (SPREAD_NOTE, BEST_NOTE, RANK_NOTE, VERDICT_NOTE, BAR_NOTE)
+"""Notes of several tables and figures. The page has each once; the tables' files have their own."""
 
 
 def beside_own(results: Results, row: Row) -> tuple[Row, Number | None, str]:

@@ -13,10 +13,10 @@ from thanos.study.report.results import Results, Row, over_common_seeds
 from thanos.study.report.sections.alpha import file_name
 from thanos.study.report.sections.common import (
     COST_ONLY,
-    HEADLINE,
     SPREAD_NOTE,
     Section,
     counted,
+    headline_patterns,
     headline_sparsity,
     note,
     points,
@@ -79,7 +79,7 @@ def cost(results: Results) -> Section:
 
 def noise_of_seconds(results: Results) -> Number | None:
     """Return the largest spread of seconds among the rows of the table; rows with one seed use it as theirs."""
-    rows = [row for pattern in HEADLINE for row in _rows(results, pattern)]
+    rows = [row for pattern in headline_patterns(results) for row in _rows(results, pattern)]
     spreads = [found for row in rows if (found := row.spread("seconds")) is not None]
     return max(spreads, key=lambda number: number.value, default=None)
 
@@ -135,7 +135,7 @@ def _more(row: Row, other: Row, lent: Number | None) -> Cell:
 
 def _measured_alike(results: Results, section: Section) -> Iterator[tuple[str, list[Row]]]:
     """Yield each headline pattern with its rows from one device. Patterns with fewer than two are listed as missing."""
-    for pattern in HEADLINE:
+    for pattern in headline_patterns(results):
         rows = _rows(results, pattern)
         if len(rows) < 2:
             section.missing.append(f"{pattern}: at least two methods at one sparsity on one device")

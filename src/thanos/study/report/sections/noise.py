@@ -7,7 +7,7 @@ from itertools import combinations
 from thanos.study.report.numbers import count
 from thanos.study.report.ranking import change_of, comparable, larger_noise, one_seed, verdict
 from thanos.study.report.results import Results, Row
-from thanos.study.report.sections.common import HEADLINE, SIGNS, Section, headline_rows, note
+from thanos.study.report.sections.common import SIGNS, Section, headline_patterns, headline_rows, note
 from thanos.study.report.tables import Line, Table, table
 
 SEEDS = 3
@@ -23,7 +23,7 @@ def noise(results: Results) -> Section:
             "deviations) is a tie and drawn as =.",
         )
     )
-    groups = [rows for pattern in HEADLINE if (rows := headline_rows(results, pattern))]
+    groups = [rows for pattern in headline_patterns(results) if (rows := headline_rows(results, pattern))]
     few = [row for rows in groups for row in rows if len(row.draws) < SEEDS]
     section.missing += [f"{row.setting}: {SEEDS} seeds with windows of their own, not {len(row.draws)}" for row in few]
     if not groups:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from thanos.study.report.ranking import change_of, comparable, one_seed, verdict
 from thanos.study.report.results import Results, Row, over_common_seeds
-from thanos.study.report.sections.common import SIGNS, SPREAD_NOTE, Section, note, own
+from thanos.study.report.sections.common import SIGNS, SPREAD_NOTE, VERDICT_NOTE, Section, note, own
 from thanos.study.report.tables import Line, measures, table
 
 _HEADS = (
@@ -32,8 +32,7 @@ def outliers(results: Results) -> Section:
     about = note(
         rows,
         SPREAD_NOTE,
-        "< better than α = 0, > worse, = a difference within the noise, – not comparable; over the seeds that both have, "
-        "° only one.",
+        VERDICT_NOTE,
     )
     section.tables.append(table("budget_kept", "Outlier rows at the full sparsity", _HEADS, lines, about))
     return section

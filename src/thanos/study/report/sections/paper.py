@@ -8,11 +8,11 @@ from thanos.study.report.ranking import comparable, ranks
 from thanos.study.report.results import Results, Row, percent
 from thanos.study.report.sections.common import (
     BEST_NOTE,
-    HEADLINE,
     RANK_NOTE,
     SPREAD_NOTE,
     Section,
     best_by,
+    headline_patterns,
     headline_sparsity,
     note,
 )
@@ -22,7 +22,10 @@ from thanos.study.report.tables import Cell, Column, Line, columns, number, tabl
 def perplexity_table(studies: Sequence[Results]) -> Section:
     """Return the paper's Table 2: perplexity, patterns and methods downwards, models across."""
     section = Section("table2", "Perplexity by model (the paper's Table 2)")
-    rows = {results.model: [row for pattern in HEADLINE for row in _rows(results, pattern)] for results in studies}
+    rows = {
+        results.model: [row for pattern in headline_patterns(results) for row in _rows(results, pattern)]
+        for results in studies
+    }
     keys = sorted({_key(row): row.order for own in rows.values() for row in own}.items(), key=lambda item: item[1])
     if not keys:
         section.missing.append("the headline cells with an evaluation")
@@ -44,7 +47,12 @@ def perplexity_table(studies: Sequence[Results]) -> Section:
 def zero_shot_table(results: Results) -> Section:
     """Return the paper's Table 3: zero-shot accuracy, patterns and methods downwards, tasks across."""
     section = Section("zero_shot", "Zero-shot accuracy by task (the paper's Table 3)")
-    rows = [row for pattern in HEADLINE for row in _rows(results, pattern) if row.mean("zero_shot") is not None]
+    rows = [
+        row
+        for pattern in headline_patterns(results)
+        for row in _rows(results, pattern)
+        if row.mean("zero_shot") is not None
+    ]
     known = [results.dense, *rows] if results.dense is not None and results.dense.mean("zero_shot") else list(rows)
     if not known:
         section.missing.append("headline cells with zero-shot tasks")

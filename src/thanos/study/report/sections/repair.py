@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from thanos.study.report.results import Results, Row
-from thanos.study.report.sections.common import SPREAD_NOTE, Section, beside_own, note
+from thanos.study.report.sections.common import SPREAD_NOTE, VERDICT_NOTE, Section, beside_own, note
 from thanos.study.report.tables import Line, measures, table
 
 _FIELDS = ("perplexity", "kl_divergence", "zero_shot", "seconds")
@@ -28,8 +28,7 @@ def repair(results: Results) -> Section:
     about = note(
         rows,
         SPREAD_NOTE,
-        "< better than the method alone, > worse, = a difference within the noise, – not comparable; over the seeds that both "
-        "have, ° only one.",
+        VERDICT_NOTE,
     )
     section.tables.append(
         table("repair", "Runs with a repair or an allocation", _HEADS, [_line(results, row) for row in rows], about)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from thanos.study.report.results import Results, Row
-from thanos.study.report.sections.common import SPREAD_NOTE, Section, beside_own, note
+from thanos.study.report.sections.common import SPREAD_NOTE, VERDICT_NOTE, Section, beside_own, note
 from thanos.study.report.tables import Line, measures, table
 
 _FIELDS = ("sparsity", "layer_error", "perplexity", "kl_divergence")
@@ -28,8 +28,7 @@ def scope(results: Results) -> Section:
     about = note(
         rows,
         SPREAD_NOTE,
-        "< better than the method's own scope, > worse, = a difference within the noise, – not comparable; over the seeds "
-        "that both have, ° only one.",
+        VERDICT_NOTE,
     )
     lines = [_line(results, row) for row in rows]
     section.tables.append(table("scope", "Budgets of layers and of rows", _HEADS, lines, about))

@@ -1,4 +1,4 @@
-"""The headline: every method at 50 %, 2:4, 4:8 and columns, and the dense model."""
+"""The rows of a study side by side: all of a small one, the methods at the headline's sparsities of a large one."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from thanos.study.report.sections.common import (
     SPREAD_NOTE,
     Section,
     best_by,
+    headline_patterns,
     headline_rows,
     note,
     points,
@@ -23,17 +24,19 @@ from thanos.study.report.tables import Line, Table, measures, table
 _FIELDS = ("perplexity", "kl_divergence", "top1_agreement", "zero_shot", "zero_shot_stderr", "layer_error", "seconds")
 _RANKED = ("perplexity", "kl_divergence", "top1_agreement", "zero_shot", "layer_error")
 
+FEW_ROWS = 24
+"""A study with no more rows is shown as a whole; of a larger one, the headline shows a part."""
+
 METHODS = tuple(row.name for row in registry.METHODS if row.in_paper)
 """The methods that the paper compares."""
 
 
 def summary(results: Results) -> Section:
-    """Return the headline table and figure."""
-    groups = {pattern: headline_rows(results, pattern) for pattern in HEADLINE}
+    """Return the main table and figure."""
+    groups = groups_of(results)
     section = Section("summary", "Summary")
-    section.missing = _missing(results, groups)
-    rows = [row for group in groups.values() for row in group]
-    if not rows and results.dense is None:
+    section.missing = _missing(results)
+    if not groups and results.dense is None:
         return section
     section.tables.append(_table(results, groups))
     section.prose.append(_settings(results))
@@ -43,19 +46,40 @@ def summary(results: Results) -> Section:
     return section
 
 
+def groups_of(results: Results) -> dict[str, list[Row]]:
+    """Return the rows that the summary shows, by the label of their pattern and sparsity.
+
+    All rows of a study of up to :data:`FEW_ROWS`, repaired ones too; else each method's row with α = 0 and the default block
+    size, at the headline's sparsity of each pattern.
+    """
+    rows = sorted((*results.rows, *results.scoped, *results.repaired), key=lambda row: row.order)
+    if len(rows) > FEW_ROWS:
+        rows = [row for pattern in headline_patterns(results) for row in headline_rows(results, pattern)]
+    else:
+        place = {pattern: index for index, pattern in enumerate(headline_patterns(results))}
+        rows.sort(key=lambda row: place.get(row.pattern, len(place)))
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.pattern_label, []).append(row)
+    return groups
+
+
 def _table(results: Results, groups: dict[str, list[Row]]) -> Table:
     lines: dict[str, list[Line]] = {}
+    rows = [row for group in groups.values() for row in group]
+    known = [row for row in (results.dense, *rows) if row is not None]
+    fields = [field for field in _FIELDS if any(row.mean(field) is not None for row in known)]
     if results.dense is not None:
-        lines[""] = [("Dense", "", results.dense.mean("sparsity"), *measures(results.dense, _FIELDS), "–")]
-    for group in filter(None, groups.values()):
+        lines[""] = [("Dense", "", results.dense.mean("sparsity"), *measures(results.dense, fields), "–")]
+    for label, group in groups.items():
         best = best_by(group, _RANKED)
-        lines[group[0].pattern_label] = [
-            (row.name, rank, row.mean("sparsity"), *measures(row, _FIELDS, best), count(row.draws))
+        lines[label] = [
+            (row.label, rank, row.mean("sparsity"), *measures(row, fields, best), count(row.draws))
             for row, rank in zip(group, ranks(group), strict=True)
         ]
-    about = note([row for group in groups.values() for row in group], SPREAD_NOTE, BEST_NOTE, RANK_NOTE)
-    heads = f"<Method|method; <rank; sparsity; {'; '.join(_FIELDS)}; seeds"
-    return table("summary", "Methods at the headline settings", heads, lines, about)
+    about = note(rows, SPREAD_NOTE, BEST_NOTE, RANK_NOTE)
+    heads = f"<Method|method; <rank; sparsity; {'; '.join([*fields, 'seeds'])}"
+    return table("summary", "Models side by side", heads, lines, about)
 
 
 def _settings(results: Results) -> Prose:
@@ -65,27 +89,29 @@ def _settings(results: Results) -> Prose:
     words = [f"Calibration: {samples} × {length} tokens of {calibration}{damped}." if calibration else ""]
     if first is not None and first.evaluation is not None:
         found = first.evaluation
+        compared = " KL divergence and top-1 agreement compare with the dense model."
         words.append(
             f" Perplexity: {found['text']}, {found['windows']} windows of {found['sequence_length']} tokens "
-            f"({found['tokens']:,} scored). KL divergence and top-1 agreement compare with the dense model."
+            f"({found['tokens']:,} scored).{compared if found['kl_divergence'] is not None else ''}"
         )
     return ("".join(words).strip(),)
 
 
 def _chart(results: Results, groups: dict[str, list[Row]]) -> Chart:
     series = []
-    for group in groups.values():
-        found = points(group, "sparsity", "perplexity", label=lambda row: row.name)
+    for label, group in groups.items():
+        found = points(group, "sparsity", "perplexity", label=lambda row: row.label)
         if found:
-            series.append(Series(group[0].pattern_label, found[0].style, found))
+            series.append(Series(label, found[0].style, found))
     dense = None if results.dense is None else results.dense.mean("perplexity")
     reference = None if dense is None else ("dense", dense)
     return Chart("dots", "summary", "Perplexity by pattern and method", "", "perplexity", tuple(series), reference)
 
 
-def _missing(results: Results, groups: dict[str, list[Row]]) -> list[str]:
+def _missing(results: Results) -> list[str]:
     found = [] if results.dense is not None else ["the dense model"]
-    for pattern, group in groups.items():
+    for pattern in HEADLINE:
+        group = headline_rows(results, pattern)
         have = {row.method for row in group}
         lacking = [title_of(method) for method in METHODS if method not in have]
         if lacking:

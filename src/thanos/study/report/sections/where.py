@@ -7,7 +7,7 @@ from thanos.study.report.numbers import Number, Prose, setting
 from thanos.study.report.ranking import GROUP_WIDTH
 from thanos.study.report.results import Results, Row
 from thanos.study.report.sections.alpha import file_name
-from thanos.study.report.sections.common import HEADLINE, Section, headline_rows, note
+from thanos.study.report.sections.common import Section, headline_patterns, headline_rows, note
 from thanos.study.report.tables import Line, table
 from thanos.study.store import CellRecord
 
@@ -20,7 +20,12 @@ _MAPS = {"error": ("relative error", "Relative error"), "zeros": ("sparsity (%)"
 def where(results: Results) -> Section:
     """Return heat maps of Thanos at each headline pattern, for the first seed, and the worst layers."""
     section = Section("where", "Where it hurts")
-    rows = [row for pattern in HEADLINE for row in headline_rows(results, pattern) if row.method == "thanos"]
+    rows = [
+        row
+        for pattern in headline_patterns(results)
+        for row in headline_rows(results, pattern)
+        if row.method == "thanos"
+    ]
     rows = [row for row in rows if row.records[0].layers]
     if not rows:
         section.missing.append("a headline cell of Thanos")

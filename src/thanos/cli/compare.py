@@ -1,0 +1,164 @@
+"""``thanos compare``: size, speed, quality and texts of several models, in one table and one page."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from thanos.cli.options import Quiet, Threads, examples, given, option, use_threads, with_settings
+from thanos.errors import DataError
+from thanos.settings import TEXT_SOURCES, Heading
+
+if TYPE_CHECKING:
+    from thanos.comparison.document import Comparison
+
+EXAMPLES = examples(
+    ("Compare a model with what was made of it", "thanos compare MODEL pruned packed"),
+    ("And with quantised versions of two of them", "thanos compare MODEL pruned --quantised int8,int4,pruned=int8"),
+    ("Draw the page again, or one of several runs", "thanos compare first/comparison.json second --out both"),
+)
+
+
+@with_settings("device", "dtype", "trust_remote_code")
+def compare(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL...",
+            help="Models: hub names, folders, .gguf files. The others are compared with the first. Or comparison.json files "
+            "of earlier runs, from which one page is drawn.",
+            show_default=False,
+        ),
+    ],
+    *,
+    out: Annotated[
+        Path, option("Folder for comparison.html, comparison.json, tables and figures", Heading.OUTPUT, "DIR", "--out")
+    ] = Path("comparison"),
+    quantised: Annotated[
+        str,
+        option(
+            "Also measure these versions, quantised by torchao: int8 or int4 of the first model, or MODEL=int8 of another; "
+            "separated by commas",
+            Heading.COMPARISON,
+            "KINDS",
+            default="none",
+        ),
+    ] = "",
+    prompts: Annotated[
+        Path | None,
+        option(
+            "Text file of prompts that each model continues, with a blank line between two",
+            Heading.COMPARISON,
+            "FILE",
+            default="three prompts",
+        ),
+    ] = None,
+    context: Annotated[int, option("Tokens of the timed prompt", Heading.DECODING, "N")] = 128,
+    new_tokens: Annotated[int, option("New tokens to time", Heading.DECODING, "N")] = 64,
+    compiled: Annotated[
+        bool,
+        option(
+            "Compile each model by torch.compile before it is timed, which torchao's int8 needs to be fast",
+            Heading.DECODING,
+            None,
+            "--compile",
+            default="off",
+        ),
+    ] = False,
+    text: Annotated[str, option(f"Text: {TEXT_SOURCES}", Heading.PERPLEXITY, "SOURCE")] = "wikitext2",
+    sequence_length: Annotated[int, option("Tokens per window", Heading.PERPLEXITY, "TOKENS")] = 2048,
+    max_windows: Annotated[
+        int | None, option("Score only the first N windows", Heading.PERPLEXITY, "N", default="all")
+    ] = None,
+    bos: Annotated[
+        str,
+        option(
+            "Position of the beginning-of-text token: window, text or auto, as for eval", Heading.PERPLEXITY, "POSITION"
+        ),
+    ] = "auto",
+    tasks: Annotated[
+        str | None,
+        option(
+            "Also measure zero-shot accuracy on these lm_eval tasks: names separated by commas, or paper for the seven tasks "
+            "of the paper",
+            Heading.TASKS,
+            "NAMES",
+            default="none",
+        ),
+    ] = None,
+    task_folder: Annotated[
+        Path | None, option("Folder with lm_eval task files of your own", Heading.TASKS, "DIR")
+    ] = None,
+    limit: Annotated[
+        int | None, option("Only the first N documents of each task", Heading.TASKS, "N", default="all")
+    ] = None,
+    threads: Threads = None,
+    quiet: Quiet = False,
+    **settings: Any,
+) -> None:
+    """Measure models side by side, each alone: bytes, speed, perplexity, distance to the first, accuracy and texts.
+
+    Exits with 1 if a model could not be measured; the reason is in its row.
+    """
+    from thanos.cli import comparison_output
+    from thanos.cli import progress as display
+
+    display.hush()
+    from thanos.comparison.report import write_report
+
+    use_threads(threads)
+    earlier = _earlier(models)
+    with display.watch(quiet=quiet) as watcher:
+        if earlier is not None:
+            runs = earlier
+        else:
+            from thanos.comparison.prompts import PROMPTS, read_prompts
+            from thanos.comparison.run import Request, compare
+            from thanos.evaluation.tasks import task_names
+
+            if tasks is None and (task_folder is not None or limit is not None):
+                raise DataError("--task-folder and --limit belong to --tasks; name the tasks")
+            comparison_output.check_place(out)
+            request = Request(
+                text=text,
+                sequence_length=sequence_length,
+                max_windows=max_windows,
+                bos=bos,
+                tasks=() if tasks is None else task_names(tasks.split(",")),
+                task_folder=task_folder,
+                limit=limit,
+                prompts=PROMPTS if prompts is None else read_prompts(prompts),
+                context=context,
+                new_tokens=new_tokens,
+                compiled=compiled,
+                **given(settings),
+            )
+            command = shlex.join(["thanos", *sys.argv[1:]])
+            runs = [compare(models, request, quantised=quantised, command=command, on_event=watcher)]
+        write_report(runs, out, watcher)
+    comparison_output.show_comparison(runs, out)
+    if earlier is None and (failed := runs[0].failed):
+        typer.echo(
+            f"error: {len(failed)} of {len(runs[0].rows)} models were not measured completely; their rows have the reasons",
+            err=True,
+        )
+        raise typer.Exit(1)
+
+
+def _earlier(models: list[str]) -> list[Comparison] | None:
+    """Return the runs that the arguments name; None if they are models to measure."""
+    from thanos.comparison.document import NAME, read_comparisons
+
+    stored = [name.endswith(".json") or (Path(name) / NAME).is_file() for name in models]
+    if not any(stored):
+        return None
+    if not all(stored):
+        other = models[stored.index(False)]
+        raise DataError(
+            f"{other} is a model, and others are comparisons; measure models first, then draw one page of the results"
+        )
+    return read_comparisons([Path(name) for name in models])

@@ -1,0 +1,44 @@
+"""The output of ``thanos compare``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from thanos.cli.tables import print_table
+from thanos.errors import ResourceError
+
+if TYPE_CHECKING:
+    from thanos.comparison.document import Comparison
+
+
+def check_place(out: Path) -> None:
+    """Check that a folder can be written, before the work begins.
+
+    Raises:
+        ResourceError: it is a file, or may not be written.
+    """
+    if out.exists() and not out.is_dir():
+        raise ResourceError(f"--out {out} is a file; give a folder")
+    there = next((folder for folder in (out, *out.resolve().parents) if folder.is_dir()), Path())
+    if not os.access(there, os.W_OK):
+        raise ResourceError(f"--out {out} cannot be written: you may not write there; give another place")
+
+
+def show_comparison(runs: Sequence[Comparison], out: Path) -> None:
+    """Print the tables of a comparison, the reasons of what failed, and the page's place."""
+    from thanos.comparison.report import PAGE, build_report
+
+    report = build_report(runs)
+    for table in report.tables:
+        if not table.name.startswith("comparison"):
+            continue
+        kept = [index for index, column in enumerate(table.columns) if column.name != "notes"]
+        head = [table.columns[index].head for index in kept]
+        print_table(head, [[row[index].shown for index in kept] for row in table.rows])
+    for row in (row for run in runs for row in run.failed):
+        print(f"{row.label}: {row.reason}", file=sys.stderr)
+    print_table(("", ""), [("page", str(out / PAGE)), ("numbers", str(out / "comparison.json"))])

@@ -1,0 +1,180 @@
+"""The measurements of one loaded model, by the functions that the other commands use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import nn
+
+from thanos.bench.decode import time_network
+from thanos.checkpoint.weight_files import find_weights
+from thanos.errors import DataError
+from thanos.evaluation.perplexity import evaluate
+from thanos.evaluation.scoring import Reference
+from thanos.events import Watcher
+from thanos.model.source import ModelSource
+from thanos.sparse.modules import packed_modules
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from thanos.comparison.run import Request
+
+_FEW_ZEROS = 0.1
+"""Share of zeros from which a model counts as sparse. Dequantised weights hold a few percent."""
+
+_EVALUATED = ("perplexity", "mean_loss", "kl_divergence", "top1_agreement", "tokens", "windows")
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a loaded model is.
+
+    Attributes:
+        parameters: number of parameters, tied ones once; packed layers count with the entries that they stand for.
+        inner: of them, those outside embedding and head.
+        blocks: number of decoder blocks that the config states; None if it does not.
+        zeros: share of zeros in the plain linear layers outside the head.
+        packed: whether the model is one that ``thanos pack`` wrote.
+        notes: sentences for the model's row.
+    """
+
+    parameters: int
+    inner: int
+    blocks: int | None
+    zeros: float
+    packed: bool
+    notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, network: PreTrainedModel, source: ModelSource) -> Self:
+        """Return the facts of a model."""
+        packed = packed_modules(network)
+        inside = {id(tensor) for layer in packed.values() for tensor in layer.parameters(recurse=False)}
+        plain = {id(tensor): tensor.numel() for tensor in network.parameters() if id(tensor) not in inside}
+        layers = sum(layer.in_features * layer.out_features for layer in packed.values())
+        layers += sum(layer.bias.numel() for layer in packed.values() if layer.bias is not None)
+        embedding: Any = network.get_input_embeddings().weight
+        head = network.get_output_embeddings()
+        ends = {id(embedding): embedding.numel()}
+        if isinstance(head, nn.Linear):
+            ends[id(head.weight)] = head.weight.numel()
+        linear = [m.weight for m in network.modules() if type(m) is nn.Linear and id(m.weight) not in ends]
+        entries = sum(weight.numel() for weight in linear)
+        zeros = sum(int((weight == 0).sum()) for weight in linear)
+        parameters = sum(plain.values()) + layers
+        notes = []
+        if source.gguf is not None:
+            notes.append("the file's weights were dequantised when they were loaded")
+        if source.is_packed and not packed:
+            notes.append("packed on disk; this device has no kernel for its layers, so they ran dense")
+        return cls(
+            parameters=parameters,
+            inner=parameters - sum(ends.values()),
+            blocks=getattr(network.config.get_text_config(), "num_hidden_layers", None),
+            zeros=zeros / max(1, entries),
+            packed=source.is_packed,
+            notes=notes,
+        )
+
+
+def kind_of(facts: Facts, base: Facts | None) -> str:
+    """Return a row's kind, by the model alone and beside the first one."""
+    if facts.packed:
+        return "packed"
+    if base is not None and facts.blocks == base.blocks and facts.inner < base.inner:
+        return "shrunk"
+    return "sparse" if facts.zeros > _FEW_ZEROS else "dense"
+
+
+def disk_bytes(source: ModelSource) -> int:
+    """Return the bytes of a model's weight files."""
+    if source.gguf is not None:
+        return source.gguf.stat().st_size
+    return sum((source.folder / name).stat().st_size for name in find_weights(source.folder).names)
+
+
+def saved_bytes(network: PreTrainedModel) -> int:
+    """Return the bytes that ``torch.save`` writes for a model's tensors, tied ones once."""
+
+    class Counter:
+        written = 0
+
+        def write(self, data: Any) -> int:
+            size = memoryview(data).nbytes
+            self.written += size
+            return size
+
+        def flush(self) -> None:
+            pass
+
+    counter: Any = Counter()
+    torch.save(network.state_dict(), counter)
+    return counter.written
+
+
+def speed(network: PreTrainedModel, source: ModelSource, request: Request) -> dict[str, Any]:
+    """Return a row's bytes in memory and its speed."""
+    timed = time_network(
+        network, source.name, context=request.context, new_tokens=request.new_tokens, compiled=request.compiled
+    )
+    names = ("weight_bytes", "packed_layers", "tokens_per_second", "first_token_seconds")
+    return {name: getattr(timed, name) for name in names}
+
+
+def tasks(
+    network: PreTrainedModel, source: ModelSource, request: Request, reference: Reference, tell: Watcher
+) -> dict[str, Any]:
+    """Return a row's accuracy on tasks, as a study measures it."""
+    from thanos.evaluation.tasks import zero_shot
+
+    scores = zero_shot(
+        source.name,
+        tasks=request.tasks,
+        task_folder=request.task_folder,
+        limit=request.limit,
+        bos="window" if reference.bos == "window" else "auto",
+        on_event=tell,
+        trust_remote_code=request.trust_remote_code,
+        network=network,
+    ).to_dict()
+    return {"zero_shot": {"tasks": scores["tasks"], "average": scores["average"]}}
+
+
+def quality(
+    network: PreTrainedModel, source: ModelSource, reference: Reference, first: ModelSource, tell: Watcher
+) -> dict[str, Any]:
+    """Return a row's perplexity and distance to the first model, as a study measures them.
+
+    Args:
+        network: the model.
+        source: of the model.
+        reference: windows and the first model, on the device of ``network``.
+        first: source of the first model.
+        tell: function that is called with events of progress.
+
+    Raises:
+        DataError: the model has another tokenizer than the first one, so its perplexity is another quantity.
+    """
+    if not _same_tokens(source, first, reference):
+        raise DataError(
+            "its tokenizer divides the text into other tokens than the first model's, so perplexity and KL divergence "
+            "cannot be compared"
+        )
+    assert reference.model is not None
+    notes = []
+    if network.config.get_text_config().vocab_size != reference.model.config.get_text_config().vocab_size:
+        reference = replace(reference, dense=None, model=None)
+        notes = ["its vocabulary is padded to another size, so it has no KL divergence"]
+    scored = evaluate(source.name, reference=reference, network=network, on_event=tell).to_dict()
+    return {"evaluation": {name: scored[name] for name in _EVALUATED}, "notes": notes}
+
+
+def _same_tokens(source: ModelSource, first: ModelSource, reference: Reference) -> bool:
+    """Whether a tokenizer gives the ids of the first model's for a window of the text."""
+    if source is first:
+        return True
+    text = first.tokenizer().decode(reference.windows[0].tolist())
+    return source.tokenizer()(text)["input_ids"] == first.tokenizer()(text)["input_ids"]

@@ -1,0 +1,67 @@
+"""The prompts of a comparison, and the texts that a model writes for them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from thanos.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PROMPTS = (
+    "The capital of France is",
+    'def is_prime(n):\n    """Return whether n is a prime number."""\n',
+    "A robot walked into a library and asked for",
+)
+"""The default prompts: a fact, a program, and a story."""
+
+NEW_TOKENS = 64
+"""Most tokens that a model writes for a prompt."""
+
+
+def read_prompts(path: Path) -> tuple[str, ...]:
+    """Return the prompts of a text file, separated by blank lines.
+
+    Raises:
+        DataError: the file cannot be read, or holds none.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--prompts {path} cannot be read: {error}") from error
+    found = tuple(part.strip("\n") for part in re.split(r"\n[ \t]*\n", text) if part.strip())
+    if not found:
+        raise DataError(f"--prompts {path} holds no prompt; write prompts, with a blank line between two")
+    return found
+
+
+@torch.inference_mode()
+def continuations(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> dict[str, str]:
+    """Return prompt → what a model writes after it: the most probable token each time, without a chat template.
+
+    Args:
+        model: loaded.
+        tokenizer: of the model.
+        prompts: texts.
+    """
+    network: Any = model
+    written = {}
+    for prompt in prompts:
+        ids = torch.tensor([tokenizer(prompt)["input_ids"]], device=model.device)
+        found = network.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            num_beams=1,
+            repetition_penalty=1.0,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        )
+        written[prompt] = str(tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True))
+    return written

@@ -1,0 +1,50 @@
+"""The windows of a text, cut once for the evaluation of several models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from thanos.calibration.text import evaluation_rows
+from thanos.evaluation.perplexity import choose_bos
+from thanos.evaluation.scoring import Reference
+from thanos.evaluation.windows import cut_windows
+from thanos.events import Event
+from thanos.model.source import ModelSource
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def make_reference(
+    source: ModelSource,
+    network: PreTrainedModel,
+    *,
+    text: str,
+    name: str,
+    sequence_length: int,
+    max_windows: int | None,
+    bos: str,
+    tell: Callable[[Event], None],
+) -> Reference:
+    """Return the windows of a text, without a dense model. Studies and comparisons cut theirs here.
+
+    Args:
+        source: the model whose tokenizer cuts the text.
+        network: the model, loaded; it decides the position of BOS if ``bos`` is ``auto``.
+        text: source of the text.
+        name: the text's name in reports.
+        sequence_length: tokens per window.
+        max_windows: largest number of windows; None for all.
+        bos: as for :func:`~thanos.evaluation.perplexity.evaluate`.
+        tell: function called with notes.
+
+    Raises:
+        DataError: the text cannot be read, is shorter than one window, or its windows do not fit the model.
+    """
+    tokenizer = source.tokenizer()
+    rows = evaluation_rows(text, tokenizer, lambda line: tell(Event(kind="note", phase="evaluate", message=line)))
+    joined = "\n\n".join(rows)
+    chosen = choose_bos(bos, joined, tokenizer, network, sequence_length, tell)
+    windows = cut_windows(joined, tokenizer, network, name, sequence_length, max_windows, chosen)
+    return Reference(text=name, windows=windows, bos=chosen)

@@ -1,0 +1,232 @@
+"""A comparison of models: its numbers against the models themselves, and what a failure leaves alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import thanos
+from helpers import prose, save_tiny
+from sparse_matrices import save_pruned
+from thanos.cli import run
+from thanos.comparison.document import Comparison, Row, groups_of, read_comparisons
+from thanos.comparison.entries import Entry, entries_of, labels_of
+from thanos.comparison.prompts import NEW_TOKENS, PROMPTS, read_prompts
+from thanos.comparison.report import PAGE, build_report, front_of, write_report
+from thanos.comparison.run import Request, compare
+from thanos.errors import DataError, ModelError
+from thanos.export.pack import pack
+from thanos.sparse import loader
+from thanos.study.config import read_study
+from thanos.study.run import find_places
+from thanos.study.session import Session
+
+ASKED = Request(sequence_length=64, max_windows=4, context=9, new_tokens=3, device="cpu", prompts=PROMPTS[:2])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models ``dense``, ``pruned``, ``packed`` and ``narrow``, a text, and a model whose weights do not fit its config."""
+    found = tmp_path_factory.mktemp("compare")
+    save_tiny(found / "dense", dtype=torch.bfloat16)
+    save_pruned(found / "pruned")
+    pack(found / "pruned", found / "packed", least_weights=1)
+    save_tiny(found / "narrow", dtype=torch.bfloat16, intermediate_size=32)
+    shutil.copytree(found / "dense", found / "damaged")
+    config = json.loads((found / "damaged" / "config.json").read_text())
+    (found / "damaged" / "config.json").write_text(json.dumps({**config, "intermediate_size": 48}))
+    (found / "prose.txt").write_text(prose(6000, seed=1), encoding="utf-8")
+    return found
+
+
+@pytest.fixture(scope="module")
+def measured(folder: Path) -> Comparison:
+    """All five models."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(loader.UNPACK, "never")
+        names = [str(folder / name) for name in ("dense", "pruned", "packed", "narrow", "damaged")]
+        request = dataclasses.replace(ASKED, text=str(folder / "prose.txt"))
+        return compare(names, request, command="thanos compare dense pruned packed narrow damaged")
+
+
+def row(found: Comparison, label: str) -> Row:
+    return next(one for one in found.rows if one.label == label)
+
+
+def test_quality_is_what_evaluate_gives(folder: Path, measured: Comparison) -> None:
+    text = str(folder / "prose.txt")
+    for name in ("pruned", "narrow"):
+        own = row(measured, name).evaluation
+        found = thanos.evaluate(
+            folder / name, text=text, sequence_length=64, max_windows=4, dense=folder / "dense", device="cpu"
+        )
+        assert own is not None
+        assert own == {key: getattr(found, key) for key in own}
+        assert measured.settings["text_sha256"] == found.text_sha256
+    first = row(measured, "dense").evaluation
+    assert first is not None
+    assert first["perplexity"] == found.dense_perplexity
+    assert (first["kl_divergence"], first["top1_agreement"]) == (pytest.approx(0, abs=1e-6), 1)
+
+
+def test_a_study_measures_the_same_numbers(folder: Path, measured: Comparison, tmp_path: Path) -> None:
+    path = tmp_path / "study.toml"
+    path.write_text(
+        'models = ["dense"]\ndtype = "bfloat16"\n[evaluation]\ntext = "prose.txt"\nsequence_length = 64\nmax_windows = 4\n'
+        '[[grid]]\npattern = "2:4"\ncalibration = "prose.txt"\nsamples = 2\nsequence_length = 32\n'
+    )
+    study = read_study(path)
+    study = dataclasses.replace(study, keep_models=True)
+    (tmp_path / "out" / "cache").mkdir(parents=True)
+    worker = Session(study, find_places(study, tmp_path / "out", folder), "cpu")
+    dense, pruned = (worker.run(cell, lambda event: None) for cell in study.cells)
+    (model,) = (tmp_path / "out" / "models").iterdir()
+    found = compare([str(folder / "dense"), str(model)], dataclasses.replace(ASKED, text=str(folder / "prose.txt")))
+    for record, own in zip((dense, pruned), found.rows, strict=True):
+        assert record.evaluation is not None
+        assert own.evaluation is not None
+        assert {key: record.evaluation[key] for key in own.evaluation} == own.evaluation
+
+
+def test_bytes_texts_and_kinds_are_those_of_the_models(folder: Path, measured: Comparison) -> None:
+    assert [one.kind for one in measured.rows] == ["dense", "sparse", "packed", "shrunk", "dense"]
+    for name in ("dense", "pruned", "packed", "narrow"):
+        assert row(measured, name).disk_bytes == (folder / name / "model.safetensors").stat().st_size
+    model = AutoModelForCausalLM.from_pretrained(folder / "narrow", dtype=torch.bfloat16)
+    own = row(measured, "narrow")
+    assert own.weight_bytes == sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    assert own.parameters == model.num_parameters()
+    assert row(measured, "packed").parameters == row(measured, "pruned").parameters
+    assert row(measured, "packed").packed_layers == 21
+    tokenizer = AutoTokenizer.from_pretrained(folder / "narrow")
+    for prompt in PROMPTS[:2]:
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": tokenizer.eos_token_id}
+        written = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+        assert own.texts[prompt] == tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def test_a_failure_has_its_reason_and_leaves_the_others_alone(measured: Comparison) -> None:
+    assert [one.label for one in measured.failed] == ["damaged"]
+    assert "other shapes than config.json" in measured.failed[0].reason
+    assert all(one.tokens_per_second and one.first_token_seconds for one in measured.rows[:4])
+
+
+def test_another_tokenizer_has_speed_and_no_perplexity(folder: Path, tmp_path: Path) -> None:
+    other = save_tiny(tmp_path / "other", dtype=torch.bfloat16, begins=False)
+    request = dataclasses.replace(ASKED, text=str(folder / "prose.txt"))
+    found = compare([str(folder / "dense"), str(other)], request).rows[1]
+    assert "tokenizer" in found.reason
+    assert (found.evaluation, found.tokens_per_second is None) == (None, False)
+
+
+def test_the_first_model_must_load(folder: Path) -> None:
+    with pytest.raises(ModelError, match="other shapes"):
+        compare([str(folder / "damaged"), str(folder / "dense")], ASKED)
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+def test_quantised_versions_follow_their_model() -> None:
+    assert entries_of(["a", "b"], "int8, b=int4,int4") == [
+        Entry("a"), Entry("a", "int8"), Entry("a", "int4"), Entry("b"), Entry("b", "int4")
+    ]  # fmt: skip
+    with pytest.raises(DataError, match="int9"):
+        entries_of(["a"], "int9")
+    with pytest.raises(DataError, match="not among the models"):
+        entries_of(["a"], "b=int8")
+    with pytest.raises(DataError, match="named twice"):
+        entries_of(["a", "a"])
+
+
+def test_labels_name_no_folder_unless_two_models_have_the_same_name() -> None:
+    assert labels_of(entries_of(["/x/a", "/y/b"], "int8")) == ["a", "a int8", "b"]
+    assert labels_of(entries_of(["/x/a", "/y/a", "/y/b"])) == ["/x/a", "/y/a", "b"]
+
+
+def test_prompts_are_divided_by_blank_lines(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("Two\nlines\n\n\n  one more\n")
+    assert read_prompts(path) == ("Two\nlines", "  one more")
+    path.write_text("\n \n")
+    with pytest.raises(DataError, match="no prompt"):
+        read_prompts(path)
+
+
+# --- page ------------------------------------------------------------------------------------------------------------------
+
+
+def plain(label: str, size: float, perplexity: float) -> Row:
+    return Row(label=label, weight_bytes=int(size), evaluation={"perplexity": perplexity})
+
+
+def test_the_front_is_that_of_a_brute_force_search() -> None:
+    draw = torch.Generator().manual_seed(0)
+    numbers = torch.randint(1, 8, (40, 2), generator=draw).tolist()
+    rows = [plain(str(place), *pair) for place, pair in enumerate(numbers)]
+    worse = [
+        any(a <= x and b <= y and (a, b) != (x, y) for a, b in numbers) for x, y in numbers
+    ]  # fmt: skip
+    assert front_of(rows, "weight_bytes") == [one for one, beaten in zip(rows, worse, strict=True) if not beaten]
+
+
+def test_the_page_is_drawn_again_from_its_document(measured: Comparison, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the extra report is not installed")
+    write_report([measured], tmp_path / "first")
+    write_report(read_comparisons([tmp_path / "first"]), tmp_path / "second")
+    files = [path.relative_to(tmp_path / "first") for path in (tmp_path / "first").rglob("*") if path.is_file()]
+    assert len(files) > 8
+    for name in files:
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes(), name
+    page = (tmp_path / "first" / PAGE).read_text()
+    assert "other shapes than config.json" in page
+    assert all(one.label in page for one in measured.rows)
+    assert "NaN" not in page
+
+
+def test_runs_share_a_table_if_their_settings_and_first_model_agree(measured: Comparison) -> None:
+    again = dataclasses.replace(measured, rows=[measured.rows[0], dataclasses.replace(measured.rows[1], label="other")])
+    assert len(groups_of([measured, again])) == 1
+    report = build_report([measured, again])
+    shown = [line[0].shown for line in report.tables[0].rows]
+    assert shown == ["dense", "pruned", "packed", "narrow", "damaged", "other"]
+    longer = dataclasses.replace(measured, settings={**measured.settings, "context": 99})
+    assert len(groups_of([measured, longer])) == 2
+    assert len({table.name for table in build_report([measured, longer]).tables}) == len(
+        build_report([measured, longer]).tables
+    )
+
+
+def test_the_command_writes_the_page_and_exits_with_1_after_a_failure(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib", reason="the extra report is not installed")
+    words = ["compare", str(folder / "dense"), str(folder / "narrow"), "--device", "cpu", "--quiet", "--out"]
+    settings = [
+        "--text",
+        str(folder / "prose.txt"),
+        "--sequence-length",
+        "64",
+        "--max-windows",
+        "2",
+        "--new-tokens",
+        "2",
+    ]
+    assert run([*words, str(tmp_path / "c"), *settings]) == 0
+    assert "narrow" in capsys.readouterr().out
+    assert run([*words[:2], str(folder / "damaged"), *words[3:], str(tmp_path / "d"), *settings]) == 1
+    assert "1 of 2 models" in capsys.readouterr().err
+    assert (
+        run(["compare", str(tmp_path / "c"), str(tmp_path / "d" / "comparison.json"), "--out", str(tmp_path / "e")])
+        == 0
+    )
+    assert (tmp_path / "e" / PAGE).is_file()
+    assert run(["compare", str(tmp_path / "c"), str(folder / "dense"), "--out", str(tmp_path / "f")]) == 2
+    assert "is a model" in capsys.readouterr().err
