@@ -74,7 +74,7 @@ HEADINGS = {
         "Output": {"--json", "--help"},
     },
     "bench decode": {
-        "What to time": {"--dense", "--context", "--new-tokens"},
+        "What to time": {"--dense", "--context", "--new-tokens", "--compile"},
         "Where and how it runs": {"--device", "--trust-remote-code", "--threads"},
         "Output": {"--json", "--quiet", "--help"},
     },

@@ -584,6 +584,21 @@ def test_a_run_with_every_part_but_tuning_resumes_to_the_byte(
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+def test_a_run_that_stopped_at_the_choice_after_the_blocks_resumes_to_the_byte(
+    tiny_llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    def watch(event: thanos.Event) -> None:
+        if event.block is None and event.phase == "choose":
+            raise Stop
+
+    settings = recipe(text_file, targets=("layers.*", "lm_head"), effort="high", held_out=1)
+    thanos.prune(tiny_llama, tmp_path / "whole", settings)
+    with pytest.raises(Stop):
+        thanos.prune(tiny_llama, tmp_path / "out", settings, on_event=watch)
+    thanos.prune(tiny_llama, tmp_path / "out", settings, resume=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "olmoe"])
 @pytest.mark.parametrize("target", ["0.5", "auto"])

@@ -14,6 +14,7 @@ import gguf_models
 from gguf_models import ARCHITECTURES, model_of, write_gguf
 from helpers import VOCABULARY
 from thanos.checkpoint.gguf_checkpoint import GGUFCheckpoint, Piece
+from thanos.checkpoint.gguf_files import quick_reader
 from thanos.checkpoint.gguf_header import StoredTensor, read_headers
 from thanos.errors import ModelError, ResourceError
 from thanos.model.loading import load_model
@@ -245,6 +246,23 @@ def test_the_header_is_that_of_the_package(tmp_path: Path) -> None:
         assert reader.fields[key].contents() == value
     assert header.metadata["general.languages"] == ["en", "de"]
     assert "x.y" not in header.metadata
+
+
+def test_the_quick_reader_reads_the_same_and_is_put_away(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", "qwen2", KINDS)
+    original, plain = gguf.GGUFReader, gguf.GGUFReader(path)
+    with quick_reader():
+        quick = gguf.GGUFReader(path)
+    assert gguf.GGUFReader is original
+    assert type(quick.data) is np.ndarray
+    assert quick.fields.keys() == plain.fields.keys()
+    assert all(quick.fields[key].contents() == field.contents() for key, field in plain.fields.items())
+    for one, other in zip(quick.tensors, plain.tensors, strict=True):
+        assert one.name == other.name
+        assert np.array_equal(one.data, other.data)
+    with pytest.raises(RuntimeError, match="inside"), quick_reader():
+        raise RuntimeError("inside")
+    assert gguf.GGUFReader is original
 
 
 @pytest.mark.parametrize("cut", [5, 23, 24, 60, 300, 4000, -33])

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from thanos.checkpoint.gguf_files import check_gguf, gguf_parts
+from thanos.checkpoint.gguf_files import check_gguf, gguf_parts, quick_reader
 from thanos.checkpoint.gguf_header import GGUFHeader, read_headers
 from thanos.checkpoint.weight_files import find_weights, refuse_lone_adapter
 from thanos.errors import ModelError
@@ -27,9 +27,7 @@ if TYPE_CHECKING:
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
-
 _SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model")
-
 
 _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\s*")
 
@@ -101,7 +99,8 @@ class ModelSource:
         from transformers import AutoConfig
 
         try:
-            config = AutoConfig.from_pretrained(self.folder, **self._arguments())
+            with quick_reader(used=self.gguf is not None):
+                config = AutoConfig.from_pretrained(self.folder, **self._arguments())
             return config if self.gguf is None else complete_config(config, self.gguf_header, len(self.gguf_parts))
         except ModelError:
             raise
@@ -147,7 +146,8 @@ class ModelSource:
                 "the weights (tokenizer.save_pretrained)"
             )
         try:
-            return AutoTokenizer.from_pretrained(self.folder, **self._arguments())
+            with quick_reader(used=self.gguf is not None):
+                return AutoTokenizer.from_pretrained(self.folder, **self._arguments())
         except Exception as error:  # tokenizers raises bare Exception for a broken file
             who = f"the tokenizer of {self.name}"
             if lacking := _lacking(self):  # transformers may name packages of other formats
