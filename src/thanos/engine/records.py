@@ -76,7 +76,7 @@ def layer_record(
 
 def _removed_units(pruned: PrunedWeight, settings: LayerRecipe) -> list[int] | None:
     pattern = settings.parsed_pattern
-    if not isinstance(pattern, Units) or not settings.resolved_sparsity:
+    if not isinstance(pattern, Units):
         return None
     return pattern.removed_units(~pruned.kept.any(0), settings.resolved_sparsity)
 

@@ -21,6 +21,7 @@ from thanos.engine.activations import choose_tier
 from thanos.engine.block_runner import most_sequences
 from thanos.engine.records import BlockRecord
 from thanos.engine.stages.base import BlockStage
+from thanos.engine.stages.effects import EffectStage
 from thanos.engine.stages.measure import MeasureStage
 from thanos.engine.stages.prune import sampled_sequences
 from thanos.engine.tuning_passes import BATCH
@@ -147,16 +148,17 @@ def _try(
 
 
 def _try_allocation(job: Job, scratch: Scratch, tier: str) -> list[Kind]:
-    """Try the pass that chooses sparsities on one block of each kind; return its kinds, none without the pass."""
-    layers = measured_layers(job.prepared, job.recipe)
-    if not layers:
+    """Try the pass before the loop on one block of each kind; return its kinds, none without the pass."""
+    layers, cutting = measured_layers(job.prepared, job.recipe), job.prepared.cutting
+    drops = cutting is not None and cutting.drops > 0
+    if not layers and not drops:
         return []
     measuring = replace(job, prepared=replace(job.prepared, layers=layers))
     kinds, most = measuring.kinds(), min(SEQUENCES, job.samples)
     few, more = min(most, _ALLOCATION_TRIED), min(most, 2 * _ALLOCATION_TRIED)
     for kind in kinds:
         amounts = [(Amount(number), number) for number in dict.fromkeys((few, more))]
-        _try(measuring, scratch, kind, 1, amounts, tier, (MeasureStage(),))
+        _try(measuring, scratch, kind, 1, amounts, tier, (EffectStage() if drops else MeasureStage(),))
     return kinds
 
 

@@ -19,7 +19,7 @@ from thanos.recipe.globs import check_globs as check_globs
 from thanos.recipe.globs import matches
 from thanos.recipe.layer import DEFAULT_DAMPING as DEFAULT_DAMPING
 from thanos.recipe.layer import LAYER_FIELDS, LayerRecipe, check_used, check_values, used
-from thanos.recipe.override import Override, hints
+from thanos.recipe.override import Override, hints, suited_to
 from thanos.recipe.repair import (
     REPAIR_FIELDS,
     TUNE_RATE,
@@ -30,14 +30,12 @@ from thanos.recipe.repair import (
     held_out_of,
     repairs_of,
     unused_values,
-    with_effort,
 )
 from thanos.recipe.repair import Repair as Repair
 from thanos.recipe.run_fields import DTYPES, check_run_fields
 from thanos.recipe.stored import underscored, without_unused
 from thanos.recipe.toml import read_toml, toml_text
 from thanos.recipe.units import HEAD_UNITS, check_units
-from thanos.registry import parse_pattern
 from thanos.settings import TEXT_SOURCES, Heading, setting
 from thanos.system.user_paths import expanded
 
@@ -199,7 +197,7 @@ class Recipe(LayerRecipe):
     def _merged(self, overrides: Iterable[Override]) -> LayerRecipe:
         values: dict[str, Any] = {name: getattr(self, name) for name in LAYER_FIELDS}
         for override in overrides:
-            values |= _suited(values["pattern"], override.settings)
+            values |= suited_to(values["pattern"], override.settings)
         return LayerRecipe(**used(values))
 
     def suited(self, changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -212,7 +210,7 @@ class Recipe(LayerRecipe):
         Raises:
             RecipeError: the pattern is malformed, or the method or the effort is unknown.
         """
-        suited = _suited(self.pattern, changes)
+        suited = suited_to(self.pattern, changes)
         methods = (changes.get("method", self.method), *self._methods()[1:])
         repairs = self._repairs({name: value for name, value in suited.items() if name in REPAIR_FIELDS})
         needed = {setting for name in methods for setting in registry.method(name).settings}
@@ -300,11 +298,3 @@ class Recipe(LayerRecipe):
 
 _NEW = ("scope", "allocation", "multiple_of", "head_unit", *REPAIR_FIELDS, "held_out", "tune_rate", "output_dtype")
 """Settings that are written only where they differ from their defaults."""
-
-
-def _suited(pattern: str, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return changes; a new pattern than ``pattern`` resets its sparsity, block size and scope, an effort resets its parts."""
-    changes = with_effort(changes)
-    if str(parse_pattern(changes.get("pattern", pattern))) == str(parse_pattern(pattern)):
-        return changes
-    return {"sparsity": None, "block_size": None, "scope": None, **changes}

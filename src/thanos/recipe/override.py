@@ -8,6 +8,8 @@ from typing import Any
 
 from thanos.errors import RecipeError
 from thanos.recipe.layer import LAYER_FIELDS
+from thanos.recipe.repair import with_effort
+from thanos.registry import parse_pattern
 from thanos.system.suggestions import near
 
 _OTHER_NAMES = {
@@ -52,3 +54,11 @@ def hints(unknown: Iterable[str], known: Iterable[str]) -> str:
     """Return the hints for unknown names of settings: the nearest of those ``known``."""
     known = [*known]
     return "".join(near(name, known, _OTHER_NAMES) for name in unknown)
+
+
+def suited_to(pattern: str, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return changes; a new pattern than ``pattern`` resets its sparsity, block size and scope, an effort resets its parts."""
+    changes = with_effort(changes)
+    if str(parse_pattern(changes.get("pattern", pattern))) == str(parse_pattern(pattern)):
+        return changes
+    return {"sparsity": None, "block_size": None, "scope": None, **changes}

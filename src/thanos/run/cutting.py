@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -37,8 +37,8 @@ class Cutting:
 
     Attributes:
         recipe: the recipe.
-        writers: full name of each layer that writes the outputs of units into the residual stream → its units. Layers of other
-            units than those that go lose nothing, but may take the weights of a dense target.
+        writers: full name of each layer that loses columns → its units; if blocks go, the layers that may be fitted to what the
+            blocks gave.
         counts: kind → number of units of a writer.
         candidates: the numbers of units that may go, by kind; several if they are to be chosen by error.
         sizes: kind → number of parameters and of bytes of one unit of every writer together.
@@ -103,7 +103,7 @@ class Cutting:
         pattern = parse_pattern(units.kind)  # a kind has the name of its pattern
         assert isinstance(pattern, UnitPattern)
         own = pattern.of_writer(len(units), runs_of(units.columns))
-        share = self.removed.get(units.kind, 0) / len(units)
+        share = self.removed[units.kind] / len(units)
         return replace(settings, pattern=str(own), sparsity=share)
 
     def kinds(self, layers: Iterable[LinearLayer]) -> dict[LinearLayer, str]:
@@ -117,8 +117,6 @@ class Cutting:
         found = {}
         for layer in () if self.drops else layers:
             units = self.writers[layer.name]
-            if units.kind not in self.counts:
-                continue
             stays = torch.ones(len(units), dtype=torch.bool)
             stays[layer.removed_units or []] = False
             found[layer.name] = stays.nonzero().squeeze(1)
@@ -155,7 +153,6 @@ def plan_cutting(opened: OpenedModel, recipe: Recipe) -> tuple[Cutting, dict[Lin
     else:
         counts = {units.kind: len(units) for units in writers.values()}
         sizes = _sizes(opened, writers)
-        writers |= _others(opened, counts)
     cutting = Cutting(
         recipe=recipe,
         writers=writers,
@@ -168,11 +165,7 @@ def plan_cutting(opened: OpenedModel, recipe: Recipe) -> tuple[Cutting, dict[Lin
     if missing := writers.keys() - {layer.name for layer in chosen}:
         raise ModelError(f"{min(missing)} is not a linear layer that can be pruned, so no units can be removed")
     why = "loses nothing itself" if cutting.drops else f"has no {' and '.join(counts)} as its inputs"
-    layers = {
-        layer: settings
-        for layer, settings in chosen.items()
-        if layer.name in writers and (writers[layer.name].kind in counts or settings.repair.retargets or cutting.drops)
-    }
+    layers = {layer: settings for layer, settings in chosen.items() if layer.name in writers}
     left |= {layer.name: why for layer in chosen if layer not in layers}
     return cutting, cutting.settings(layers), left
 
@@ -208,21 +201,13 @@ def _writers(opened: OpenedModel, recipe: Recipe) -> dict[str, Units]:
     name, blocks = find_blocks(opened.meta_model)
     found: dict[str, Units] = {}
     if recipe.parsed_pattern.keeps_all:
-        return _others(opened, {HEADS})
+        with suppress(ModelError):  # of models that cannot lose neurons
+            for index, writers in enumerate(units_of(opened.meta_model, blocks, NEURONS)):
+                found |= {f"{name}.{index}.{units.writer}": units for units in writers if len(writers) == 1}
+        return found
     for kind in recipe.parsed_pattern.unit_kinds:
         for index, writers in enumerate(units_of(opened.meta_model, blocks, kind, recipe.head_unit or HEAD_UNITS[0])):
             found |= {f"{name}.{index}.{units.writer}": units for units in writers}
-    return found
-
-
-def _others(opened: OpenedModel, kinds: Container[str]) -> dict[str, Units]:
-    """Return the writers of other units than those that go, one for each block; none of models that could not lose them."""
-    name, blocks = find_blocks(opened.meta_model)
-    found: dict[str, Units] = {}
-    for kind in (NEURONS, HEADS):
-        with suppress(ModelError):
-            for index, writers in enumerate(units_of(opened.meta_model, blocks, kind) if kind not in kinds else []):
-                found |= {f"{name}.{index}.{units.writer}": units for units in writers if len(writers) == 1}
     return found
 
 

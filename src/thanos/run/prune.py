@@ -191,8 +191,7 @@ def _prune(model: str, job: _Job, given: Calibration | None) -> PruningReport:
         # If the output was complete, only the end of the run was interrupted: there is nothing left to prune.
         if done and work.sealed:
             work.publish(overwrite=job.overwrite)
-        published = PruningReport.read(work.out / "pruning.json") if done else None
-        job.world.from_first(lambda: published)
+        published = job.world.from_first(lambda: PruningReport.read(work.out / "pruning.json") if done else None)
         if published is not None:
             work.remove()
             return published
@@ -246,11 +245,11 @@ def _run(plan: Prepared, job: _Job, calibration: Calibration, notes: list[str]) 
         # A NaN in a weight is first detected in the inputs of another layer: name the weight instead, if there is one.
         name_damage(opened, block)
         raise
+    cut = None
     with meter.phase("finish"):
         job.emit(Event(kind="phase", phase="finish", blocks=len(engine.inputs.blocks)))
         writer.finish()
         copy_auxiliary_files(opened, folder)
-        cut = None
         if plan.cutting is not None:
             folder, cut = job.work.unsealed, write_cut(plan.cutting, engine.records, job.work, job.emit)
     return write_documents(

@@ -54,11 +54,7 @@ def settled(plan: Prepared, cutting: Cutting, record: Mapping[str, Any], phase: 
         found = replace(cutting, candidates=(removed,))
         share = ", ".join(f"{number} of {cutting.counts[kind]} {kind}" for kind, number in removed.items())
         message = f"every block loses {share}: the split of the least predicted error"
-        layers = {
-            layer: settings
-            for layer, settings in found.settings(plan.layers).items()
-            if settings.sparsity or settings.repair.retargets
-        }
+        layers = {layer: settings for layer, settings in found.settings(plan.layers).items() if settings.sparsity}
         reason = "the split leaves its units"
     emit(Event(kind="note", phase=phase, message=message))
     left = [

@@ -136,7 +136,7 @@ class LayerSolve:
             rows=rows[bounds],
             unit=self.unit,
         )
-        if self.recipe.resolved_sparsity <= 0 and self.recipe.parsed_pattern.unit_kinds:
+        if self.recipe.parsed_pattern.keeps_all:
             # The model is cut elsewhere: this layer loses nothing, but takes the weights of its dense target.
             problem = self._retargeted(problem, rows)
             solutions = [problem.without(problem.zeros)]
