@@ -10,7 +10,6 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from thanos import registry
 from thanos.errors import UserError
 from thanos.recipe import Recipe
 from thanos.settings import Heading, Setting, either, flags_with_off, settings_of, value_types
@@ -161,8 +160,3 @@ def check_threads(threads: int | None) -> None:
         raise UserError(
             f"--threads must be a whole number, 1 to {_MOST_THREADS}; got {threads}; best is at most the number of cores"
         )
-
-
-def using(setting: str) -> str:
-    """Return the methods that use a setting, as a part of a help text."""
-    return f", for {', '.join(row.name for row in registry.methods() if setting in row.settings)}"
