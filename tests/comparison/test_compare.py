@@ -24,7 +24,7 @@ from thanos.errors import DataError, ModelError
 from thanos.export.pack import pack
 from thanos.sparse import loader
 from thanos.study.config import read_study
-from thanos.study.run import find_places
+from thanos.study.run import find_locations
 from thanos.study.session import Session
 
 ASKED = Request(sequence_length=64, max_windows=4, context=9, new_tokens=3, device="cpu", prompts=PROMPTS[:2])
@@ -84,7 +84,7 @@ def test_a_study_measures_the_same_numbers(folder: Path, measured: Comparison, t
     study = read_study(path)
     study = dataclasses.replace(study, keep_models=True)
     (tmp_path / "out" / "cache").mkdir(parents=True)
-    worker = Session(study, find_places(study, tmp_path / "out", folder), "cpu")
+    worker = Session(study, find_locations(study, tmp_path / "out", folder), "cpu")
     dense, pruned = (worker.run(cell, lambda event: None) for cell in study.cells)
     (model,) = (tmp_path / "out" / "models").iterdir()
     found = compare([str(folder / "dense"), str(model)], dataclasses.replace(ASKED, text=str(folder / "prose.txt")))

@@ -25,7 +25,7 @@ pytest.importorskip("accelerate", reason="the extra recover is not installed")
 def launch(words: list[str]) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
-    return subprocess.run([*command, *words], env=environment, capture_output=True, text=True, timeout=600)
+    return subprocess.run([*command, *words], env=environment, capture_output=True, text=True, timeout=900)
 
 
 def torchrun(job: dict[str, Any]) -> int:

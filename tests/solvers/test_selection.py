@@ -47,7 +47,7 @@ class Threads:
 
 def together(size: int, work) -> list:
     """Run ``work(row_shards)`` in ``size`` threads; return the results by rank."""
-    board, barrier = [None] * size, threading.Barrier(size, timeout=60)
+    board, barrier = [None] * size, threading.Barrier(size, timeout=600)  # however busy the machine
     with ThreadPoolExecutor(size) as pool:
         return list(pool.map(work, [Threads(rank, board, barrier) for rank in range(size)]))
 

@@ -54,12 +54,13 @@ def test_every_kernel_is_the_float64_product(shape, dtype, family, launch, token
 def test_every_count_of_32(n):
     from thanos.sparse.kernels.cuda import expand
 
-    weight = sparse_weight(70, 300, n=n, dtype=DTYPES[n % 2], seed=n)
+    weight = sparse_weight(70, 320, n=n, dtype=DTYPES[n % 2], seed=n)
     packed = on(encode(weight), DEVICE)
-    x = torch.randn(9, 300, generator=torch.Generator().manual_seed(n)).to(weight.dtype)
+    assert packed.spec.n == n
+    x = torch.randn(9, 320, generator=torch.Generator().manual_seed(n)).to(weight.dtype)
     assert_close(by_kernel(packed, x[:1].to(DEVICE), FEW, Launch(2, 1, 4)), weight, x[:1])
     assert_close(by_kernel(packed, x.to(DEVICE), MANY, Launch(1, 1, 4)), weight, x)
-    got = expand(packed.words, None, 0, 70, 300, n, weight.dtype)
+    got = expand(packed.words, None, 0, 70, 320, n, weight.dtype)
     assert torch.equal(got.cpu().view(torch.int16), weight.view(torch.int16))
 
 

@@ -295,5 +295,11 @@ def _each(work: Callable[[A], B], parts: Sequence[A]) -> list[B]:
     threads = min(torch.get_num_threads(), len(parts))
     if threads < 2:
         return [work(part) for part in parts]
+    inference = torch.is_inference_mode_enabled()  # a mode belongs to a thread
+
+    def here(part: A) -> B:
+        with torch.inference_mode(inference):
+            return work(part)
+
     with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(work, parts))
+        return list(pool.map(here, parts))
