@@ -67,7 +67,7 @@ def test_the_share_that_was_meant(given: Any, meant: float | None) -> None:
         (hint_of("Unstructured"), "unstructured"),
         (hint_of("unstructred"), "unstructured"),
         (hint_of("50%"), "unstructured with sparsity 0.5"),
-        (hint_of("blocks"), None),
+        (hint_of("diagonal"), None),
         (near_device("gpu"), "cuda"),
         (near_device("GPU"), "cuda"),
         (near_device("gpu:1"), "cuda:1"),
