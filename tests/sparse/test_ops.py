@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -23,14 +25,22 @@ def _device_is_there(request: pytest.FixtureRequest) -> None:
         assert not reason
 
 
+@pytest.fixture
+def library_adds_in_float32() -> Iterator[None]:
+    """Many tokens are multiplied by the library, which may add partial sums of its own in 16 bits unless told not to."""
+    settings = torch.backends.cuda.matmul
+    before = settings.allow_bf16_reduced_precision_reduction, settings.allow_fp16_reduced_precision_reduction
+    settings.allow_bf16_reduced_precision_reduction = settings.allow_fp16_reduced_precision_reduction = False
+    yield
+    settings.allow_bf16_reduced_precision_reduction, settings.allow_fp16_reduced_precision_reduction = before
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [1, 3, 5, 20, 40])
-def test_the_product_is_that_of_the_dense_matrix(shape, dtype, tokens, device, monkeypatch):
-    # Many tokens are multiplied by the library, which may add partial sums of its own in 16 bits unless told not to.
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction", False)
+@pytest.mark.usefixtures("library_adds_in_float32")
+def test_the_product_is_that_of_the_dense_matrix(shape, dtype, tokens, device):
     draw = torch.Generator().manual_seed(1)
     x = torch.randn(tokens, shape[1], generator=draw).to(dtype)
     bias = torch.randn(shape[0], generator=draw).to(dtype)
