@@ -4,7 +4,8 @@
 
 A table stands between ``<!-- table FILE: NAME NAME … -->`` and ``<!-- end -->``: one row for each named line of FILE, a path
 relative to the page. ``NAME*`` stands for the lines that begin so, in the order of the file. Below the table stand the commit,
-the hardware, the versions, the date and the command of its lines. ``--check`` writes nothing, and fails if the page differs.
+the hardware, the versions, the date and the command of its lines. ``<!-- short FILE: NAME LABEL; NAME LABEL … -->`` makes a
+table of labels, perplexities, zero-shot accuracies and seconds only. ``--check`` writes nothing, and fails if the page differs.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-TABLE = re.compile(r"(<!-- table (\S+): ([^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+TABLE = re.compile(r"(<!-- (table|short) (\S+): ([^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Row = dict[str, Any]
 
@@ -41,8 +42,10 @@ def filled(page: str, folder: Path) -> str:
     """Return the page with its tables made anew."""
 
     def table(match: re.Match[str]) -> str:
-        head, file, names, end = match.groups()
-        return f"{head}{markdown(chosen(read(folder / file), names.split()))}{end}"
+        head, kind, file, names, end = match.groups()
+        rows = read(folder / file)
+        made = short(rows, names) if kind == "short" else markdown(chosen(rows, names.split()))
+        return f"{head}{made}{end}"
 
     return TABLE.sub(table, page)
 
@@ -86,6 +89,16 @@ def markdown(rows: list[Row]) -> str:
     lines = ["| " + " | ".join(shown) + " |", "|" + "---|" * len(shown)]
     lines += ["| " + " | ".join(values) + " |" for values in zip(*shown.values(), strict=True)]
     return "\n".join([*lines, "", *origins(rows), ""])
+
+
+def short(rows: list[Row], names: str) -> str:
+    """Return a table with labels; ``names`` has a name and its label for each row, separated by semicolons."""
+    lines = ["| | perplexity | zero-shot, % | seconds |", "|---|---|---|---|"]
+    for name, _, label in (entry.strip().partition(" ") for entry in names.split(";")):
+        (row,) = chosen(rows, [name])
+        seconds = f"{row['seconds']:.0f}" if "seconds" in row else "–"
+        lines.append(f"| {label} | {row['perplexity']:.2f} | {zero_shot(row) or '–'} | {seconds} |")
+    return "\n".join(lines) + "\n"
 
 
 def words(settings: dict[str, Any]) -> str:

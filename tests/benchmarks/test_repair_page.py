@@ -15,7 +15,11 @@ assert _SPEC.loader is not None
 repair_page = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(repair_page)
 
-PAGES = [page for page in sorted((ROOT / "docs" / "results").glob("*.md")) if "<!-- table " in page.read_text("utf-8")]
+PAGES = [
+    page
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs" / "results").glob("*.md"))]
+    if repair_page.TABLE.search(page.read_text("utf-8"))
+]
 LINE = {"command": "c", "commit": "abc", "hardware": "h", "torch": "2", "transformers": "5", "date": "2026-01-01"}
 
 
@@ -50,6 +54,14 @@ def test_rows_columns_and_origin() -> None:
     assert table[3] == "| a-recovered-0 |  | default | 28.50 | 40.0 ± 1.0 |  |  |"
     assert table[4].startswith("| dense |")
     assert table[-1] == "<sub>`c` at abc, h, torch 2, transformers 5, 2026-01-01</sub>"
+
+
+def test_a_short_table_has_labels() -> None:
+    rows = [LINE | {"name": "dense", "perplexity": 21.608}, LINE | {"name": "a", "perplexity": 30.0, "seconds": 61.4}]
+    assert repair_page.short(rows, "dense the dense model; a half of it").splitlines()[2:] == [
+        "| the dense model | 21.61 | – | – |",
+        "| half of it | 30.00 | – | 61 |",
+    ]
 
 
 def test_a_name_without_a_line_is_refused() -> None:
