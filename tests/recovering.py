@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -12,11 +13,35 @@ import thanos
 
 SAMPLES, LENGTH = 10, 32
 
+VARIED = {"train": "auto", "vary": True}
+"""The defaults, which :func:`settings` changes."""
+
 
 def settings(text: Path, **changes: Any) -> thanos.RecoveryRecipe:
-    """Three epochs of two steps; the last two of ten sequences are held out."""
+    """All parameters for three epochs of two steps on the same text; the last two of ten sequences are held out."""
     values = {"samples": SAMPLES, "sequence_length": LENGTH, "device": "cpu", "epochs": 3, "rate": 1e-3}
+    values |= {"train": "all", "vary": False}
     return thanos.RecoveryRecipe(**{"calibration": str(text), **values} | changes)
+
+
+def vary(rows: list[list[int]], bos: int | None, draw: torch.Generator) -> list[list[int]]:
+    """The varied text of an epoch, token by token: a reference that uses no operation on tensors but the draws."""
+    begin = [] if bos is None else [bos]
+    stream = [token for row in rows for token in row[len(begin) :]]
+    length, total = len(rows[0]) - len(begin), len(stream)
+    offset = int(torch.randint(total, (), generator=draw))
+    stream = [stream[(place - offset) % total] for place in range(total)]
+    size = min(256, length)
+    segments = [stream[first : first + size] for first in range(0, total, size)]
+    order = torch.randperm(len(segments), generator=draw).tolist()
+    stream = [token for number in order for token in segments[number]]
+    chances = torch.rand(total, generator=draw).tolist()
+    sources = torch.randint(total, (total,), generator=draw).tolist()
+    stream = [
+        stream[source] if chance < 0.05 else stream[i]
+        for i, (chance, source) in enumerate(zip(chances, sources, strict=True))
+    ]
+    return [begin + stream[first : first + length] for first in range(0, total, length)]
 
 
 def prune(dense: Path, out: Path, text: Path, **changes: Any) -> Path:

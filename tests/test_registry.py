@@ -59,7 +59,7 @@ ORDINARY = {
     "cli/bench_model.py": ["blocks", "heads"],  # sizes of the timed model
     "cli/interrupts.py": ["blocks"],
     "recovery/pair.py": ["blocks"],  # the parameters that are trained
-    "recovery/recipe.py": ["blocks"],
+    "recovery/recipe.py": ["blocks", "blocks"],
     "run/prune.py": ["blocks"],
     "run/setup.py": ["blocks"],
     "run/work_folder.py": ["blocks"],

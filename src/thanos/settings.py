@@ -85,9 +85,10 @@ def settings_of(owner: type[Any]) -> dict[str, Setting]:
 
 
 def flags_with_off(owner: type[Any]) -> set[str]:
-    """Return the names of the described fields that are true, false or None, so that false differs from not given."""
-    hints = typing.get_type_hints(owner)
-    return {name for name in settings_of(owner) if hints[name] == bool | None}
+    """Return the names of the described flags whose false differs from not given: true by default, or true, false or None."""
+    hints, described = typing.get_type_hints(owner), settings_of(owner)
+    on = {f.name for f in dataclasses.fields(owner) if f.default is True}
+    return {name for name in described if hints[name] == bool | None or name in on}
 
 
 def value_types(owner: type[Any]) -> dict[str, tuple[type[Any], bool]]:

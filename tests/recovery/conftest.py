@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import thanos
-from recovering import prune, settings
+from recovering import VARIED, prune, settings
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -38,3 +38,12 @@ def recovered(
     """Output and report of a plain recovery. Not to be modified."""
     out = tmp_path_factory.mktemp("recovered") / "out2"
     return out, thanos.recover(pruned, out, dense=tiny_llama, recipe=settings(text_file))
+
+
+@pytest.fixture(scope="session")
+def varied(
+    pruned: Path, tiny_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, thanos.RecoveryReport]:
+    """Output and report of a recovery with the defaults of ``vary`` and ``train``. Not to be modified."""
+    out = tmp_path_factory.mktemp("varied") / "out2"
+    return out, thanos.recover(pruned, out, dense=tiny_llama, recipe=settings(text_file, **VARIED))

@@ -20,7 +20,19 @@ pytest.importorskip("accelerate", reason="the extra recover is not installed")
 
 
 def words(pruned: Path, out: Path, dense: Path, text: Path) -> list[str]:
-    shape = ["--samples", "10", "--sequence-length", "32", "--epochs", "3", "--rate", "1e-3"]
+    shape = [
+        "--samples",
+        "10",
+        "--sequence-length",
+        "32",
+        "--epochs",
+        "3",
+        "--rate",
+        "1e-3",
+        "--train",
+        "all",
+        "--no-vary",
+    ]
     return [
         "recover",
         str(pruned),

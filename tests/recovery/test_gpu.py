@@ -7,13 +7,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import thanos
 from helpers import ROOT, save_tiny
-from recovering import prune, read, settings
+from recovering import VARIED, prune, read, settings
 from thanos.recovery.distance import Distillation
 
 pytest.importorskip("accelerate", reason="the extra recover is not installed")
@@ -59,6 +60,7 @@ def test_two_gpus_give_the_result_of_one(shard: bool, text_file: Path, tmp_path:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "thanos"]
     command += ["recover", str(pruned), str(tmp_path / "two"), "--dense", str(dense), "--calibration", str(text_file)]
     command += ["--samples", "10", "--sequence-length", "32", "--epochs", "3", "--rate", "1e-3"]
+    command += ["--train", "all", "--no-vary"]
     command += ["--shard"] if shard else []
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
@@ -73,9 +75,10 @@ def test_two_gpus_give_the_result_of_one(shard: bool, text_file: Path, tmp_path:
             assert not ((before[name] == 0) & (tensor != 0)).any(), name
 
 
-def test_an_interrupted_recovery_on_a_gpu_goes_on(text_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("changes", [{}, VARIED], ids=["same", "varied"])
+def test_an_interrupted_recovery_on_a_gpu_goes_on(changes: dict[str, Any], text_file: Path, tmp_path: Path) -> None:
     dense = save_tiny(tmp_path / "dense")
-    pruned, recipe = prune(dense, tmp_path / "out", text_file), settings(text_file, device="cuda:0")
+    pruned, recipe = prune(dense, tmp_path / "out", text_file), settings(text_file, device="cuda:0", **changes)
 
     def stop(event: thanos.Event) -> None:
         if event.phase == "train" and event.kind == "progress" and event.done == 3:

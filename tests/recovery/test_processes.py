@@ -14,7 +14,7 @@ import torch
 
 import thanos
 from helpers import ROOT
-from recovering import read, settings
+from recovering import VARIED, read, settings
 from thanos.errors import RecipeError
 from thanos.recovery.setup import check_shard, check_split
 from thanos.recovery.states import RecoveryFolder
@@ -35,21 +35,23 @@ def torchrun(job: dict[str, Any]) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("run", ["recovered", "varied"])
 @pytest.mark.parametrize("shard", [False, True], ids=["copies", "shards"])
 def test_two_processes_interrupted_and_resumed_give_the_result_of_one(
     shard: bool,
-    recovered: tuple[Path, thanos.RecoveryReport],
+    run: str,
+    request: pytest.FixtureRequest,
     pruned: Path,
     tiny_llama: Path,
     text_file: Path,
     tmp_path: Path,
 ) -> None:
-    out, recipe = tmp_path / "out2", settings(text_file, shard=shard)
+    whole, expected = request.getfixturevalue(run)
+    out, recipe = tmp_path / "out2", settings(text_file, shard=shard, **(VARIED if run == "varied" else {}))
     job = {"model": str(pruned), "out": str(out), "dense": str(tiny_llama), "settings": recipe.to_dict(), "stop": 5}
     assert torchrun(job) != 0
     assert RecoveryFolder(out).finished == 4
     assert torchrun(job | {"stop": 0}) == 0
-    whole, expected = recovered
     report = thanos.RecoveryReport.from_dict(json.loads((out / "recovery.json").read_bytes()))
     assert report.best_step == expected.best_step
     for entry, other in zip(report.history, expected.history, strict=True):
@@ -69,6 +71,7 @@ def test_the_command_on_two_processes(
     """One process speaks; a mistake is one line and exit code 2 there too, and nothing is written."""
     words = ["-m", "thanos", "recover", str(pruned), str(tmp_path / "out2"), "--dense", str(tiny_llama)]
     words += ["--calibration", str(text_file), "--device", "cpu", "--samples", "10", "--sequence-length", "32"]
+    words += ["--train", "all", "--no-vary"]
     done = launch([*words, "--epochs", "3", "--rate", "1e-3", "--batch", "3"])
     assert done.returncode != 0
     assert done.stderr.count("a batch of 3 cannot be split over 2 processes; give --batch a multiple of 2") == 1

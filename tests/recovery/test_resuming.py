@@ -16,7 +16,7 @@ import torch
 import recovering_killed
 import thanos
 from helpers import save_tiny
-from recovering import prune, settings
+from recovering import VARIED, prune, settings
 from thanos.errors import UserError
 from thanos.recovery.states import MARK, RecoveryFolder
 
@@ -60,14 +60,20 @@ def half(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     return dense, pruned, folder / "out2"
 
 
+@pytest.fixture(params=["recovered", "varied"])
+def whole_run(request: pytest.FixtureRequest) -> tuple[Any, dict[str, Any]]:
+    """An uninterrupted recovery, on the same text in all epochs or on a varied one, and its settings."""
+    return request.getfixturevalue(request.param), VARIED if request.param == "varied" else {}
+
+
 @pytest.mark.parametrize(("step", "kept"), [(1, 0), (2, 0), (3, 2), (4, 2), (6, 4), (-1, 6)])
 def test_interrupted_and_resumed_equals_uninterrupted(
-    step: int, kept: int, recovered: Any, pruned: Path, tiny_llama: Path, text_file: Path, tmp_path: Path
+    step: int, kept: int, whole_run: Any, pruned: Path, tiny_llama: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    out, recipe = tmp_path / "out2", settings(text_file)
+    (whole, expected), changes = whole_run
+    out, recipe = tmp_path / "out2", settings(text_file, **changes)
     assert interrupted(pruned, out, tiny_llama, recipe, step).finished == kept
     report = thanos.recover(pruned, out, dense=tiny_llama, recipe=recipe, resume=True)
-    whole, expected = recovered
     assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     assert untimed(report) == untimed(expected)
     assert [path.name for path in tmp_path.iterdir()] == ["out2"]
@@ -76,10 +82,11 @@ def test_interrupted_and_resumed_equals_uninterrupted(
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="sends SIGKILL")
 def test_killed_and_resumed_equals_uninterrupted(
-    recovered: Any, pruned: Path, tiny_llama: Path, text_file: Path, tmp_path: Path
+    whole_run: Any, pruned: Path, tiny_llama: Path, text_file: Path, tmp_path: Path
 ) -> None:
     """Killed again and again: in the middle of an epoch, and while a best state and a checkpoint are written."""
-    out, recipe = tmp_path / "out2", settings(text_file)
+    (whole, expected), changes = whole_run
+    out, recipe = tmp_path / "out2", settings(text_file, **changes)
     moments = [("step", 1), ("best", 2), ("step", 3), ("checkpoint", 4), ("step", 5)]
     for moment, kept in zip(moments, (0, 0, 2, 2, 4), strict=True):
         arguments = (pruned, tiny_llama, out, recipe.to_dict(), moment)
@@ -90,7 +97,6 @@ def test_killed_and_resumed_equals_uninterrupted(
         assert RecoveryFolder(out).finished == kept, moment
         assert not out.exists()
     report = thanos.recover(pruned, out, dense=tiny_llama, recipe=recipe, resume=True)
-    whole, expected = recovered
     assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     assert untimed(report) == untimed(expected)
     assert [path.name for path in tmp_path.iterdir()] == ["out2"]

@@ -39,7 +39,22 @@ def test_a_part_is_trained_with_the_gradients_of_the_whole(
     """The other weights stand still, so the loss falls by less in the first epoch, but it falls."""
     report = thanos.recover(pruned, tmp_path / "o", dense=tiny_llama, recipe=settings(text_file, train="linear"))
     assert recovered[1].held_out_after < report.held_out_after < report.held_out_before
-    assert report.recipe["train"] == "linear"
+    assert report.recipe["train"] == report.train == "linear"
+
+
+def test_where_pruning_set_weights_to_zero_the_linear_layers_train(
+    varied: tuple[Path, thanos.RecoveryReport], recovered: tuple[Path, thanos.RecoveryReport]
+) -> None:
+    assert varied[1].recipe["train"] == "auto"
+    assert varied[1].train == "linear"
+    assert recovered[1].train == "all"
+
+
+@pytest.mark.parametrize(
+    ("train", "sparse", "parts"), [("auto", True, "linear"), ("auto", False, "blocks"), ("all", True, "all")]
+)
+def test_the_parts_follow_from_what_pruning_changed(train: str, sparse: bool, parts: str, text_file: Path) -> None:
+    assert settings(text_file, train=train).parts(sparse=sparse) == parts
 
 
 @pytest.mark.parametrize("train", ["blocks", "linear"])
@@ -60,9 +75,9 @@ def test_a_part_resumed_equals_uninterrupted(
 
 
 def test_the_rate_grows_with_the_loss_between_two_bounds() -> None:
-    rates = [rate_for(loss) for loss in (0.0, 0.1, 0.4, 0.8, 1.4, 2.25, 50.0)]
+    rates = [rate_for(loss) for loss in (0.0, 0.22, 0.4, 0.66, 1.0, 1.4, 50.0)]
     assert rates == sorted(rates)
-    assert rates == [1e-4, 1.4e-4, 2.6e-4, 4.2e-4, 6.6e-4, 1e-3, 1e-3]
+    assert rates == [2.5e-4, 3.7e-4, 4.7e-4, 6.1e-4, 8e-4, 1e-3, 1e-3]
 
 
 def test_the_chosen_rate_is_recorded_and_is_that_of_the_loss_before(
@@ -79,13 +94,15 @@ def test_the_chosen_rate_is_recorded_and_is_that_of_the_loss_before(
 
 
 def test_auto_is_the_default_and_a_number_may_be_a_text() -> None:
-    assert thanos.RecoveryRecipe().rate == "auto"
+    plain = thanos.RecoveryRecipe()
+    assert (plain.rate, plain.train, plain.vary) == ("auto", "auto", True)
     assert thanos.RecoveryRecipe(rate="3e-4").rate == 3e-4
 
 
-def test_a_report_of_an_earlier_version_has_no_rate_of_its_own(
+def test_a_report_of_an_earlier_version_has_no_rate_and_no_parts_of_its_own(
     recovered: tuple[Path, thanos.RecoveryReport],
 ) -> None:
     stored = json.loads((recovered[0] / "recovery.json").read_bytes())
-    assert stored.pop("rate") == 1e-3
-    assert thanos.RecoveryReport.from_dict(stored).rate is None
+    assert (stored.pop("rate"), stored.pop("train")) == (1e-3, "all")
+    report = thanos.RecoveryReport.from_dict(stored)
+    assert report.rate is report.train is None

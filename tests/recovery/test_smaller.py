@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import thanos
 from helpers import save_tiny
-from recovering import read, settings
+from recovering import VARIED, read, settings
 from thanos.calibration.windows import make_calibration
 from thanos.errors import ModelError
 from thanos.model.source import resolve_model
@@ -109,6 +109,16 @@ def test_it_is_trained_without_masks_and_keeps_its_sizes(
     assert "zeros fixed" not in card
 
 
+def test_by_default_the_parameters_of_its_blocks_train(
+    child: Path, tiny_llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    report = thanos.recover(child, tmp_path / "out2", dense=tiny_llama, recipe=settings(text_file, **VARIED))
+    assert report.train == "blocks"
+    assert report.best_step > 0
+    before, after = read(child), read(tmp_path / "out2")
+    assert all((after[name] != before[name]).any() == (".layers." in name) for name in before)
+
+
 def test_the_guards_loss_is_that_of_the_written_model(
     grown: tuple[Path, thanos.RecoveryReport], child: Path, tiny_llama: Path, text_file: Path
 ) -> None:
@@ -172,6 +182,8 @@ def test_zeros_of_a_smaller_model_stay(child: Path, tiny_llama: Path, text_file:
     for name, w in read(both).items():
         assert torch.equal(after[name] == 0, w == 0), name
     assert report.zeros > 0
+    recipe = settings(text_file, epochs=1, train="auto")
+    assert thanos.recover(both, tmp_path / "auto", dense=tiny_llama, recipe=recipe).train == "linear"
 
 
 def test_what_is_no_child_is_refused(child: Path, tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:

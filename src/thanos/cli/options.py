@@ -12,12 +12,13 @@ import typer
 
 from thanos.errors import UserError
 from thanos.recipe import Recipe
+from thanos.recovery.recipe import RecoveryRecipe
 from thanos.settings import Heading, Setting, either, flags_with_off, settings_of, value_types
 
 NUMBERS = {"FRACTION": float, "RATE": float, "N": int, "TOKENS": int, "COLUMNS": int}
 """Metavar → type of the option's value."""
 
-SETTINGS, _WITH_OFF = settings_of(Recipe), flags_with_off(Recipe)
+SETTINGS, _WITH_OFF = settings_of(Recipe), flags_with_off(Recipe) | flags_with_off(RecoveryRecipe)
 
 C = TypeVar("C", bound=Callable[..., None])
 

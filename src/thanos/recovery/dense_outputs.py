@@ -1,8 +1,8 @@
-"""The outputs of the dense model's decoder for all sequences, computed once, before the training.
+"""The outputs of the dense model's decoder for all sequences, computed once, before the training, if the text is not varied.
 
-The dense model and the sequences stay the same over all epochs. So its decoder runs once over each sequence, and its weights
-are freed before gradients and the optimizer's state take their place. Its head still runs in each pass, so the logits of all
-tokens are never in memory.
+The dense model and the sequences then stay the same over all epochs. So its decoder runs once over each sequence, and its
+weights are freed before gradients and the optimizer's state take their place. Its head still runs in each pass, so the logits
+of all tokens are never in memory.
 
 On a CPU each sequence runs alone. So its outputs have the same bits in a resumed run, whatever ran before.
 """

@@ -4,7 +4,7 @@ The logits of all tokens are never in memory. The decoders run once and give one
 chunks of tokens. The gradient at a chunk's logits is known in closed form, so it is taken back through the head at once: the
 heads run once a token, and at most one chunk's logits of each model exist.
 
-The dense model is fixed and so are the sequences. So its decoder's outputs can be computed once for all epochs
+The dense model is fixed. If the sequences are the same in all epochs too, its decoder's outputs can be computed once
 (:mod:`~thanos.recovery.dense_outputs`); then only its head is needed.
 
 Shapes: B sequences, T tokens a sequence, d width of the hidden states (of each model), V entries of the vocabulary.

@@ -94,6 +94,7 @@ def make_report(result: Trained, device: torch.device, meter: PhaseMeter, zeros:
         sequences={"trained": recipe.trained, "held_out": recipe.samples - recipe.trained},
         steps=recipe.steps,
         rate=recipe.largest_rate(guard.history),
+        train=recipe.parts(sparse=result.pair.sparse),
         history=guard.history,
         best_step=guard.best["step"],
         ended=result.ended,

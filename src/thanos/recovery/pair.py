@@ -36,6 +36,7 @@ class Pair:
         smaller: whether the pruned model has fewer blocks, or smaller sizes, than the dense one.
         masked: the linear layers of the pruned model whose weights hold zeros.
         zeros: number of zeros in these weights.
+        sparse: whether the linear layers of the blocks hold more zeros than dense weights have by chance.
     """
 
     pruned: OpenedModel
@@ -43,6 +44,7 @@ class Pair:
     smaller: bool
     masked: list[LinearLayer]
     zeros: int
+    sparse: bool
 
 
 def resolve_pair(model: str | Path, dense: str | Path, *, trust_remote_code: bool) -> tuple[ModelSource, ModelSource]:
@@ -112,12 +114,13 @@ def open_pair(source: ModelSource, parent: ModelSource, device: torch.device, wa
             masked.append(layer)
             counts.append(zeros)
         watch(Event(kind="progress", phase="load", done=done, total=len(layers)))
-    if within <= STRAY * total and not smaller:
+    sparse = within > STRAY * total
+    if not sparse and not smaller:
         raise ModelError(
             f"OUT {source.name} has no zeros to keep fixed ({within:,} of {total:,} weights of its linear layers), and is as "
             "large as the dense model; give a pruned model"
         )
-    pair = Pair(pruned, dense, smaller, masked, sum(counts))
+    pair = Pair(pruned, dense, smaller, masked, sum(counts), sparse)
     if look and smaller:
         _check_embeddings(pair)
     elif look:

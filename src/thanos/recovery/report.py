@@ -34,6 +34,7 @@ class RecoveryReport(Document):
         sequences: ``trained`` and ``held_out``, numbers of sequences.
         steps: number of steps that were planned.
         rate: the largest learning rate, as given or as chosen; None in reports of earlier versions.
+        train: the parameters that were trained, as given or as chosen; None in reports of earlier versions.
         history: measurements of the held-out loss: ``step``, ``epoch``, ``loss`` (mean training loss of the epoch),
             ``held_out`` (KL(dense ‖ model), nats a token). Step 0 is the model before the recovery.
         best_step: step whose weights were written; 0 for the original weights.
@@ -68,6 +69,7 @@ class RecoveryReport(Document):
     seconds: float
     warnings: list[str] = field(default_factory=list)
     rate: float | None = None
+    train: str | None = None
     schema: int = SCHEMA
 
     @classmethod

@@ -80,11 +80,11 @@ def recover(
 ) -> RecoveryReport:
     """Train the surviving weights of a pruned model so that its next-token distributions approach those of the dense model.
 
-    The loss is KL(dense ‖ pruned), averaged over all tokens of the training sequences. All parameters are trained, norms and
-    embeddings included, unless the recipe says otherwise; an exact zero in the weight of a linear layer stays zero. The
-    weights are float32 during training; on CUDA the matrix products run in bfloat16. After every epoch the loss on held-out
-    sequences is measured with the weights rounded as they would be stored, and the best state is written; if none is better,
-    the original weights.
+    The loss is KL(dense ‖ pruned), averaged over all tokens of the training sequences. The weights of the blocks' linear layers
+    are trained, unless the recipe says otherwise; an exact zero among them stays zero. In each epoch the text is cut elsewhere
+    and put in a new order, and a few tokens are replaced, unless the recipe says otherwise. The weights are float32 during
+    training; on CUDA the matrix products run in bfloat16. After every epoch the loss on held-out sequences is measured with the
+    weights rounded as they would be stored, and the best state is written; if none is better, the original weights.
 
     Args:
         model: the pruned model: a local folder or a hub name; made by any method, pattern or tool. It has zeros, or fewer
@@ -236,7 +236,7 @@ def _train(pair: Pair, calibration: Calibration, job: _Job) -> tuple[Guard, str]
         newest = job.world.from_first(lambda: work.newest if job.resume else None)
         for opened in (pruned, pair.dense):
             load(opened, job.device)
-        parameters = trainable(pruned, recipe.train)
+        parameters = trainable(pruned, recipe.parts(sparse=pair.sparse))
         dtypes = {name: pruned.checkpoint.tensors[pruned.key_of[name]].dtype for name in parameters}
         masks = masks_of(pair, job.device)
     size = micro_batch(recipe, job.device, job.world.size)
@@ -245,7 +245,9 @@ def _train(pair: Pair, calibration: Calibration, job: _Job) -> tuple[Guard, str]
     if job.leads:
         work.tidy_states(guard.best["step"] if history else 0)
     module = Distillation(pruned.meta_model, pair.dense.meta_model)
-    training = Training(module, masks, ids, guard, recipe, work, job.device, job.world, job.tell, job.meter)
+    training = Training(
+        module, masks, ids, calibration.bos, guard, recipe, work, job.device, job.world, job.tell, job.meter
+    )
     if newest is not None and history[-1]["step"] >= recipe.steps:
         return guard, ""
     with job.meter.phase("train"):

@@ -47,6 +47,7 @@ class Training:
         module: the student with its loss, loaded in float32.
         masks: parameter name in the student → bool mask of the weights that stay, on the device.
         ids: token ids of all sequences, (n, T), on the CPU; the first ones are trained on.
+        bos: id of the token with which each sequence begins; None without one.
         guard: measures the held-out loss.
         recipe: the settings.
         folder: for the checkpoints.
@@ -59,6 +60,7 @@ class Training:
     module: Distillation
     masks: Mapping[str, Tensor]
     ids: Tensor
+    bos: int | None
     guard: Guard
     recipe: RecoveryRecipe
     folder: RecoveryFolder
@@ -81,8 +83,9 @@ class Training:
         Returns:
             Why the training ended early; empty if it did not.
         """
-        with self.meter.phase("dense"):
-            self._keep_outputs()
+        if not self.recipe.vary:  # the dense model sees the same text in all epochs
+            with self.meter.phase("dense"):
+                self._keep_outputs()
         with own_state(self.device):
             watch = Watch(self)
             trainer = _RecoveryTrainer(self, _arguments(self), watch)
@@ -156,7 +159,7 @@ class _RecoveryTrainer(Trainer):
         super().__init__(
             model=training.module,
             args=arguments,
-            train_dataset=Sequences(training.ids[: training.recipe.trained], training.recipe),
+            train_dataset=Sequences(training.ids[: training.recipe.trained], training.bos, training.recipe),
             callbacks=[watch],
         )
         self.remove_callback(PrinterCallback)
@@ -164,7 +167,7 @@ class _RecoveryTrainer(Trainer):
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         del args, kwargs
-        return model(inputs["ids"], inputs["numbers"])
+        return model(inputs["ids"], inputs.get("numbers"))
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
