@@ -60,7 +60,7 @@ def test_two_processes_interrupted_and_resumed_give_the_result_of_one(
     for name, tensor in read(out).items():
         assert torch.equal(tensor == 0, before[name] == 0) or not name.endswith("_proj.weight"), name
         moved = (one[name] - before[name]).abs().max()
-        assert (tensor - one[name]).abs().mean() < 2e-3 * moved, name
+        assert (tensor - one[name]).abs().mean() <= 2e-3 * moved, name
     assert [path.name for path in tmp_path.iterdir()] == ["out2"]
 
 
