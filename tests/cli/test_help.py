@@ -182,7 +182,8 @@ def test_every_setting_of_a_recipe_but_two_is_an_option_of_prune() -> None:
 def test_a_recipe_keeps_to_the_bounds_that_the_help_states(name: str, described: Any) -> None:
     def recipe(value: float) -> Recipe:
         pattern = {"block_size": "2:4", "multiple_of": "neurons"}.get(name, "unstructured")
-        return Recipe(pattern=pattern, **{name: value})  # type: ignore[arg-type]
+        uses = {"held_out": {"tune": 1}, "tune_rate": {"tune": 1}}.get(name, {})
+        return Recipe(pattern=pattern, **{name: value}, **uses)  # type: ignore[arg-type]
 
     kind, _ = value_types(Recipe)[name]
     least = kind(described.lowest)
@@ -221,9 +222,8 @@ def test_a_part_of_the_repair_can_be_switched_off_where_the_effort_has_it_on(tmp
     assert recipe().repair == Repair(dense_target=0.5, sequential=True, refit=4, tune=10)
     off = recipe("--no-sequential", "--tune", "0", "--dense-target", "auto", "--refit", "0")
     assert off.repair == Repair(dense_target="auto", sequential=False, refit=0, tune=0)
-    assert recipe("--effort", "fast", "--sequential").repair == Repair(
-        dense_target=0.5, sequential=True, refit=4, tune=0
-    )
+    # An effort sets all of its parts, those that the file gives too.
+    assert recipe("--effort", "fast", "--sequential").repair == Repair(dense_target=0, sequential=True, refit=0, tune=0)
     with pytest.raises(RecipeError, match=r"dense_target must be auto or a number, .*; got '1\.5'"):
         recipe("--dense-target", "1.5")
 

@@ -16,10 +16,9 @@ A stored value may be zero: a row with fewer values than its tile stores is fill
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -27,11 +26,10 @@ from torch import Tensor
 from thanos.sparse import tiles
 from thanos.sparse.kernels import encoder
 from thanos.sparse.tiles import SIDE, tile_words
+from thanos.system.background import on_threads
 
 Format = Literal["fixed", "bitmap"]
 
-A = TypeVar("A")
-B = TypeVar("B")
 
 UNIT = 16
 """32-bit words of a unit of ``offsets``, 64 bytes; every tile takes a whole number of units."""
@@ -125,7 +123,7 @@ def fullest_rows(weight: Tensor) -> Tensor:
         torch.ne(part, 0, out=kept[: len(part), :columns])
         return tiles.count_flags(kept).view(-1, SIDE, across).amax(1)
 
-    return torch.cat(_each(fullest, weight.view(torch.int16).split(_chunk_rows(columns))))
+    return torch.cat(on_threads(fullest, weight.view(torch.int16).split(_chunk_rows(columns))))
 
 
 def choose_format(fullest: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> PackedSpec:
@@ -182,7 +180,7 @@ def encode(weight: Tensor, spec: PackedSpec | None = None, fullest: Tensor | Non
             encoded = tiles.encode_tiles(bits[where], stored[where], value)
             _put(words, offsets[tile : tile + len(bits)][where], encoded)
 
-    _each(put, range(0, shape[0], step))
+    on_threads(put, range(0, shape[0], step))
     return PackedWeight(spec, words, units)
 
 
@@ -199,7 +197,7 @@ def decode(packed: PackedWeight, out: Tensor | None = None) -> Tensor:
 
     firsts = range(0, spec.strips, step)
     if out.device.type == "cpu":
-        _each(put, firsts)
+        on_threads(put, firsts)
     else:
         for first in firsts:
             put(first)
@@ -288,18 +286,3 @@ def _tiles_of(bits: Tensor) -> Tensor:
         whole[: len(bits), :columns] = bits
         bits = whole
     return bits.reshape(down, SIDE, across, SIDE).transpose(1, 2).reshape(-1, SIDE, SIDE)
-
-
-def _each(work: Callable[[A], B], parts: Sequence[A]) -> list[B]:
-    """Return the result of each part, computed on torch's number of threads: much of the work is single-threaded by itself."""
-    threads = min(torch.get_num_threads(), len(parts))
-    if threads < 2:
-        return [work(part) for part in parts]
-    inference = torch.is_inference_mode_enabled()  # a mode belongs to a thread
-
-    def here(part: A) -> B:
-        with torch.inference_mode(inference):
-            return work(part)
-
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(here, parts))

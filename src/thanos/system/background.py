@@ -1,15 +1,16 @@
-"""A background thread, so that copies and file access overlap with running blocks and solving layers."""
+"""Threads: one in the background, where copies and file access overlap with computation; several for other work."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
 
+A = TypeVar("A")
 T = TypeVar("T")
 
 
@@ -78,3 +79,18 @@ class Background:
         if self._error is not None:
             error, self._error = self._error, None
             raise error
+
+
+def on_threads(work: Callable[[A], T], parts: Sequence[A]) -> list[T]:
+    """Return the result of each part, computed on torch's number of threads: for work that is single-threaded by itself."""
+    threads = min(torch.get_num_threads(), len(parts))
+    if threads < 2:
+        return [work(part) for part in parts]
+    inference = torch.is_inference_mode_enabled()  # a mode belongs to a thread
+
+    def here(part: A) -> T:
+        with torch.inference_mode(inference):
+            return work(part)
+
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(here, parts))
