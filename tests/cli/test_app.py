@@ -29,7 +29,7 @@ OPTIONS = {
         "--samples", "--sequence-length", "--seed", "--device", "--dtype", "--targets", "--skip", "--recipe", "--overwrite",
         "--resume", "--activations", "--measure-error", "--plan", "--json", "--trust-remote-code", "--threads", "--quiet",
         "--help",
-        "--scope", "--allocation",
+        "--scope", "--allocation", "--multiple-of", "--head-unit", "--output-dtype",
         "--effort", "--dense-target", "--sequential", "--no-sequential", "--refit", "--tune", "--held-out", "--tune-rate",
     },
     "eval": {
@@ -144,7 +144,7 @@ def test_python_m_thanos_and_the_version_are_quick() -> None:
         (["prune", "a", "b", "--sparsity", "much"], "sparsity"),
         (["prune", "{model}", "{out}", "--method", "obs"], "thanos, sparsegpt, wanda, magnitude, admm"),
         (["prune", "{model}", "{out}", "--pattern", "4:2"], "0 < n < m"),
-        (["prune", "{model}", "{out}", "--pattern", "blocks"], "unstructured, N:M such as 2:4"),
+        (["prune", "{model}", "{out}", "--pattern", "diagonal"], "unstructured, N:M such as 2:4"),
         (["prune", "{model}", "{out}", "--sparsity", "1.0"], "below 1"),
         (["prune", "{model}", "{out}", "--sparsity", "-0.1"], "at least 0"),
         (["prune", "{model}", "{out}", "--sparsity", "nan"], "sparsity"),
