@@ -421,6 +421,16 @@ def test_a_split_comes_as_near_to_the_share_as_whole_units_allow() -> None:
         splits(counts, sizes, 2000.0, 64, refuse_two)
 
 
+@pytest.mark.parametrize("target", [1.0, 50.0, 85.0])
+def test_a_target_below_half_of_the_smallest_split_is_refused(target: float) -> None:
+    """Half of 64 neurons have 320 parameters and a head 170: to remove nothing is nearer to the target than a head is."""
+    with pytest.raises(UserError, match="no split of whole heads"):
+        splits({"neurons": 64, "heads": 4}, {"neurons": 10, "heads": 170}, target, 64, lambda _: None)
+    assert splits({"neurons": 64, "heads": 4}, {"neurons": 10, "heads": 170}, 86.0, 64, lambda _: None) == [
+        {"neurons": 0, "heads": 1}
+    ]
+
+
 def test_the_split_of_the_least_predicted_error_is_taken(grouped: Path, text_file: Path, tmp_path: Path) -> None:
     made = recipe(text_file, pattern="width", sparsity=0.3, multiple_of=1)
     report = thanos.prune(grouped, tmp_path / "out", made)

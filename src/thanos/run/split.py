@@ -22,6 +22,8 @@ def splits(
 ) -> list[dict[str, int]]:
     """Return the splits that come as near to the target as the neurons' multiple allows: one for each number of heads.
 
+    Removing nothing must not be as near to the target. So no split removes twice the target or more.
+
     Args:
         counts: kind → number of units of a block.
         sizes: kind → parameters that go with one unit of every block.
@@ -39,6 +41,8 @@ def splits(
         stays = min(counts[NEURONS], multiple * floor_count((counts[NEURONS] - wanted) / multiple + 0.5))
         removed = {NEURONS: counts[NEURONS] - stays, HEADS: heads}
         if stays <= 0 or abs(removed[NEURONS] - wanted) > multiple / 2 + 1e-9 or not any(removed.values()):
+            continue
+        if sum(number * sizes[kind] for kind, number in removed.items()) >= 2 * target:
             continue
         try:
             check(removed)
