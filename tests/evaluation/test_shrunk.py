@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 from helpers import save_tiny
 from shrinking import WITH_HEADS, load, some, zero_heads
 from thanos.cli import run
+from thanos.cli.shrunk_output import show_shrinkage
 from thanos.errors import ModelError
 from thanos.evaluation.inspect import inspect_checkpoint
-from thanos.evaluation.shrunk import Change, Shrinkage
+from thanos.evaluation.shrunk import BlockChange, Change, Shrinkage
 from thanos.run.report import SCHEMA
 from thanos.shrink.folder import write_smaller
 
@@ -74,10 +75,14 @@ def test_which_units_are_gone_comes_from_the_report(dense: Path, smaller: Path, 
     for path in smaller.iterdir():
         (folder / path.name).symlink_to(path)
     name = "model.layers.1.mlp.down_proj"
-    report = {"layers": [{"name": name, "removed_units": [3, 5]}, {"name": "lm_head"}], "dense": []}
-    (folder / "pruning.json").write_text(json.dumps(report | {"schema": SCHEMA}))
+    layer = {"name": name, "shape": [64, 64], "removed_units": [3, 5]}
+    report = {"layers": [layer, {"name": "lm_head"}], "dense": [], "schema": SCHEMA}
+    (folder / "pruning.json").write_text(json.dumps(report))
     found = shrinkage(folder, dense)
     assert [block.removed for block in found.blocks] == [{}, {name: [3, 5]}, {}]
+    # The second of two runs counted neurons that were left: its indices are not the dense model's.
+    (folder / "pruning.json").write_text(json.dumps(report | {"layers": [layer | {"shape": [64, 52]}]}))
+    assert [block.removed for block in shrinkage(folder, dense).blocks] == [{}, {}, {}]
 
 
 def test_blocks_that_are_gone(dense: Path, shorter: Path, tmp_path: Path) -> None:
@@ -115,9 +120,50 @@ def test_the_command_shows_them(
     gone = [f"{before - after:,}", f"({100 * (before - after) / before:.2f}", "%)"]
     assert ["parameters", f"{before:,}", f"{after:,}", *gone] in lines
     assert run(["inspect", str(shorter), "--dense", str(dense), "--quiet"]) == 0
-    assert "which blocks are gone is not known without pruning.json" in capsys.readouterr().out
+    assert "which blocks are gone is not known: the model has no pruning.json" in capsys.readouterr().out
     file = tmp_path / "found.json"
     assert run(["inspect", str(smaller), "--dense", str(dense), "--quiet", "--json", str(file)]) == 0
     values = json.loads(file.read_text())["smaller"]
     assert values["parameters"] == {"before": before, "after": after}
     assert len(values["blocks"]) == 3
+
+
+def test_the_command_counts_blocks_as_a_run_does(capsys: pytest.CaptureFixture[str]) -> None:
+    """From 1, and names layers relative to the block, however deep it lies."""
+    sizes = {"block_count": Change(before=3, after=2)}
+    same = Change(before=100, after=100)
+    names = ("model.decoder.layers.0.fc2", "model.language_model.layers.0.mlp.experts.1.down_proj")
+    blocks = [
+        BlockChange(dense_block=0, block=0, parameters=same, removed={names[0]: [4], names[1]: [0, 2]}),
+        BlockChange(dense_block=1, block=None, parameters=Change(before=100, after=0), removed={}),
+        BlockChange(dense_block=2, block=1, parameters=same, removed={}),
+    ]
+    show_shrinkage(
+        Shrinkage(
+            dense="dense",
+            sizes=sizes,
+            parameters=same,
+            block_parameters=same,
+            tensor_bytes=same,
+            file_bytes=same,
+            blocks=blocks,
+        )
+    )
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [
+        "1",
+        "1",
+        "100",
+        "100",
+        "0",
+        "(0.00",
+        "%)",
+        "fc2:",
+        "1",
+        "unit,",
+        "mlp.experts.1.down_proj:",
+        "2",
+        "units",
+    ] in lines
+    assert ["2", "gone", "100", "0", "100", "(100.00", "%)", "-"] in lines
+    assert ["3", "2", "100", "100", "0", "(0.00", "%)", "-"] in lines

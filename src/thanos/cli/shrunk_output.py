@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from thanos.cli.tables import print_table
@@ -16,24 +17,28 @@ _SIZES = {
     "key_value_heads": "key-value heads of each block",
 }
 
+_UNKNOWN = "which blocks are gone is not known: the model has no pruning.json that names as many"
+
 
 def show_shrinkage(found: Shrinkage) -> None:
-    """Print what a smaller model lacks of its dense parent: by block, and altogether."""
+    """Print what a smaller model lacks of its dense parent: by block, and altogether.
+
+    Blocks are counted from 1, as in the display of a run and in the model card.
+    """
     rows = []
     for one in found.blocks:
         if one.parameters is None:
             continue
-        removed = [f"{name.split('.', 3)[-1]}: {len(units)} units" for name, units in one.removed.items()]
+        removed = [f"{_inside_block(name)}: {_units(len(units))}" for name, units in one.removed.items()]
         rows.append(
             (
-                str(one.dense_block),
-                "gone" if one.block is None else str(one.block),
+                *("gone" if index is None else str(index + 1) for index in (one.dense_block, one.block)),
                 *_cells(one.parameters),
                 ", ".join(removed[:2]) + (f" and {len(removed) - 2} more" if len(removed) > 2 else "") or "-",
             )
         )
     head = ("dense block", "block", "parameters before", "after", "removed", "pruning.json says")
-    print_table(head, rows) if rows else print("which blocks are gone is not known without pruning.json")
+    print_table(head, rows) if rows else print(_UNKNOWN)
     sizes = [(_SIZES[name], *_cells(change)) for name, change in found.sizes.items()]
     totals = [
         ("parameters", *_cells(found.parameters)),
@@ -42,6 +47,15 @@ def show_shrinkage(found: Shrinkage) -> None:
         ("bytes of the weight files", *_cells(found.file_bytes)),
     ]
     print_table((f"against {found.dense}", "before", "after", "removed"), [*sizes, *totals])
+
+
+def _inside_block(name: str) -> str:
+    """Return a layer's name relative to its block, from its full name."""
+    return re.sub(r"^.*?\.\d+\.", "", name)
+
+
+def _units(number: int) -> str:
+    return f"{number} unit{'' if number == 1 else 's'}"
 
 
 def _cells(change: Change) -> tuple[str, str, str]:

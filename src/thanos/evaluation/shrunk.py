@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from thanos.errors import ModelError
-from thanos.model.layers import block_names, find_blocks
+from thanos.model.layers import block_names, find_blocks, linear_layers
 from thanos.model.opening import OpenedModel, open_model
 from thanos.model.source import resolve_model
 from thanos.shrink.families import family_of
@@ -32,7 +32,8 @@ class BlockChange:
         dense_block: its index; None if it is not known which blocks are gone.
         block: its index in the smaller model; None if it is gone.
         parameters: number of its parameters; None if the dense block is not known.
-        removed: name of each layer that lost units → their indices, if the smaller model's ``pruning.json`` has them.
+        removed: name of each layer that lost units → their indices in the dense model, if the smaller model's ``pruning.json``
+            has them.
     """
 
     dense_block: int | None
@@ -78,7 +79,7 @@ def compare_with_dense(smaller: OpenedModel, dense: str | Path, *, trust_remote_
     parent = open_model(resolve_model(dense, trust_remote_code=trust_remote_code))
     before, after = _sizes(parent), _sizes(smaller)
     _check_related(parent, smaller, before, after)
-    removed, gone = _read_removed(smaller)
+    removed, gone = _read_removed(smaller, parent)
     counts = [_block_parameters(one) for one in (parent, smaller)]
     return Shrinkage(
         dense=str(dense),
@@ -135,14 +136,23 @@ def _check_related(
             )
 
 
-def _read_removed(smaller: OpenedModel) -> tuple[dict[str, list[int]], list[int] | None]:
-    """Return from ``pruning.json`` the units that each layer lost and the blocks that are gone (None if it is not said)."""
+def _read_removed(smaller: OpenedModel, parent: OpenedModel) -> tuple[dict[str, list[int]], list[int] | None]:
+    """Return from ``pruning.json`` the units that each layer lost and the blocks that are gone (None if it is not said).
+
+    A report counts units in the model that was pruned. If a layer had another shape there than in the parent, which had been
+    cut before, then its indices say nothing of the parent, and it is left out.
+    """
     path = smaller.source.folder / "pruning.json"
     if smaller.source.gguf is not None or not path.is_file():
         return {}, None
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
-        removed = {one["name"]: list(one["removed_units"]) for one in report["layers"] if one.get("removed_units")}
+        shapes = {layer.name: list(layer.shape) for layer in linear_layers(parent.meta_model)}
+        removed = {
+            one["name"]: list(one["removed_units"])
+            for one in report["layers"]
+            if one.get("removed_units") and one["shape"] == shapes.get(one["name"])
+        }
         return removed, report.get("cut", {}).get("dropped_blocks")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
