@@ -298,11 +298,13 @@ def test_the_units_that_stay_are_the_nearest_multiple(count: int, share: float, 
 @pytest.mark.parametrize(
     ("count", "share", "multiple", "words"),
     [
-        (64, 0.2, 64, "lower it, since there are only 64"),
-        (1536, 0.01, 64, "from 64 to 1472 of them may stay"),
+        (64, 0.2, 64, "nearest multiple of 64 is 64; there are only 64; change multiple_of"),
+        (1536, 0.01, 64, "from 64 to 1472 of them may stay; change sparsity or multiple_of"),
         (1536, 0.99, 64, "nearest multiple of 64 is 0"),
-        (4, 0.1, 1, "all of them in whole heads; from 1 to 3 may go"),
-        (4, 0.9, 1, "none in whole heads"),
+        (100, 0.001, 64, "; 64 of them may stay"),
+        (4, 0.1, 1, "rounds to all of them; from 1 to 3 of them may go; change sparsity"),
+        (4, 0.9, 1, "rounds to none"),
+        (2, 0.1, 1, "; 1 of them may go"),
         (1, 0.5, 1, "only one, which has to stay"),
     ],
 )
@@ -337,8 +339,8 @@ def test_the_runs_of_columns_are_found() -> None:
         (["--allocation", "error"], "allocation"),
         (["--head-unit", "group"], "head_unit has no meaning"),
         (["--pattern", "heads", "--head-unit", "pair"], "group or query"),
-        (["--pattern", "heads", "--sparsity", "0.05"], "from 1 to 3 may go"),
-        (["--pattern", "heads", "--sparsity", "0.95"], "from 1 to 3 may go"),
+        (["--pattern", "heads", "--sparsity", "0.05"], "from 1 to 3 of them may go"),
+        (["--pattern", "heads", "--sparsity", "0.95"], "from 1 to 3 of them may go"),
         (["--pattern", "heads:2"], "single matrix"),
         (["--pattern", "unstructured", "--multiple-of", "8"], "multiple_of has no meaning"),
     ],
@@ -356,6 +358,24 @@ def test_what_units_exclude_is_one_line(
     assert words in error
     assert len(error.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("unit", "keys", "words"),
+    [
+        ("group", 2, "of 2 groups of heads with one key-value head in each block, sparsity 0.1 leaves 1.8"),
+        ("query", 2, "of 2 query heads of every group in each block, sparsity 0.1 leaves 1.8"),
+        ("group", 1, "one key-value head, which has to stay with its query heads; head_unit query"),
+        ("group", 4, "of 4 heads in each block"),
+    ],
+)
+def test_an_impossible_number_of_heads_is_told_in_units_that_go(
+    unit: str, keys: int, words: str, text_file: Path, tmp_path: Path
+) -> None:
+    model = save_tiny(tmp_path / "model", num_key_value_heads=keys)
+    made = recipe(text_file, pattern="heads", sparsity=0.1, head_unit=unit)
+    with pytest.raises(UserError, match=words):
+        thanos.prune(model, tmp_path / "out", made)
 
 
 @pytest.mark.parametrize("pattern", ["neurons", "heads", "width", "blocks"])
@@ -567,7 +587,17 @@ def test_scattered_blocks_go_too(deep: Path, text_file: Path, tmp_path: Path, mo
 
 
 def test_all_blocks_cannot_go(deep: Path, text_file: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="from 1 to 5 may go"):
+    with pytest.raises(UserError, match="from 1 to 5 of them may go"):
         thanos.prune(deep, tmp_path / "out", recipe(text_file, pattern="blocks", sparsity=0.95))
-    with pytest.raises(UserError, match="from 1 to 5 may go"):
+    with pytest.raises(UserError, match="from 1 to 5 of them may go"):
         thanos.prune(deep, tmp_path / "out", recipe(text_file, pattern="blocks", sparsity=0.05))
+
+
+@pytest.mark.parametrize(("number", "words"), [(1, "block 3 goes: it changes"), (2, "blocks 2, 3 go: they change")])
+def test_the_note_names_the_blocks_that_go(
+    number: int, words: str, tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("thanos.run.allocation.chosen_blocks", lambda *_: {"dropped": [1, 2][-number:], "effects": []})
+    made, events = recipe(text_file, pattern="blocks", sparsity=number / 3), list[Any]()
+    thanos.prune(tiny_llama, tmp_path / "out", made, on_event=events.append)
+    assert [one.message for one in events if one.kind == "note"] == [f"{words} the hidden states least"]

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from thanos.engine.records import LayerRecord
-from thanos.errors import ModelError
+from thanos.errors import ModelError, RecipeError
 from thanos.events import Event, Watcher
 from thanos.model.layers import LinearLayer, find_blocks, linear_layers, select_layers
 from thanos.model.opening import OpenedModel
@@ -20,12 +20,13 @@ from thanos.patterns.units import Units as UnitPattern
 from thanos.recipe import LayerRecipe, Recipe
 from thanos.recipe.units import HEAD_UNITS
 from thanos.registry import parse_pattern
+from thanos.run.cut_words import kind_words
 from thanos.run.split import splits
 from thanos.run.unit_counts import runs_of, units_that_stay
 from thanos.run.work_folder import WorkFolder
 from thanos.shrink.config import smaller_config
 from thanos.shrink.folder import SmallerFolder, write_smaller
-from thanos.shrink.units import Units, units_of
+from thanos.shrink.units import Units, attention_of, units_of
 
 MULTIPLES = {NEURONS: 64, HEADS: 1, BLOCKS: 1}
 """Kind → the number of which the units that stay are a multiple, unless the recipe says otherwise."""
@@ -227,9 +228,27 @@ def _candidates(
         target = share * _block_parameters(opened)
         return tuple(splits(counts, sizes, target, multiple or MULTIPLES[NEURONS], check))
     ((kind, count),) = counts.items()
-    removed = {kind: count - units_that_stay(count, share, multiple or MULTIPLES[kind], kind)}
+    what = _kind_words(opened, recipe, kind, count)
+    removed = {kind: count - units_that_stay(count, share, multiple or MULTIPLES[kind], what)}
     check(removed)
     return (removed,)
+
+
+def _kind_words(opened: OpenedModel, recipe: Recipe, kind: str, count: int) -> str:
+    """Return what the units are, in the plural: with grouped-query attention a unit is not one of the config's heads.
+
+    Raises:
+        RecipeError: there is one group of heads, and query heads could be removed from it.
+    """
+    if kind != HEADS or attention_of(opened.meta_model.config.get_text_config(decoder=True)).shared == 1:
+        return kind
+    unit = recipe.head_unit or HEAD_UNITS[0]
+    if count == 1 and unit == HEAD_UNITS[0]:
+        raise RecipeError(
+            "every block has one key-value head, which has to stay with its query heads; head_unit query removes query heads "
+            "alone"
+        )
+    return kind_words(kind, {"head_unit": unit})
 
 
 def _sizes(opened: OpenedModel, writers: Mapping[str, Units]) -> dict[str, tuple[int, int]]:

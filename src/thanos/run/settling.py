@@ -39,9 +39,9 @@ def settled(plan: Prepared, cutting: Cutting, record: Mapping[str, Any], phase: 
     """
     if "dropped" in record:
         found = replace(cutting, dropped=tuple(record["dropped"]))
-        message = (
-            f"blocks {', '.join(str(index + 1) for index in found.dropped)} go: they change the hidden states least"
-        )
+        numbers = ", ".join(str(index + 1) for index in found.dropped)
+        which = f"block {numbers} goes: it changes" if len(found.dropped) == 1 else f"blocks {numbers} go: they change"
+        message = f"{which} the hidden states least"
         before = {index - 1 for index in found.dropped} - set(found.dropped)
         layers = {
             layer: settings

@@ -13,6 +13,12 @@ from thanos.patterns.units import BLOCKS
 def units_that_stay(count: int, share: float, multiple: int, kind: str) -> int:
     """Return how many of ``count`` units stay: the multiple nearest to the share that stays.
 
+    Args:
+        count: number of units.
+        share: that goes.
+        multiple: the number of units that stay is a multiple of it.
+        kind: what the units are, in the plural, for messages.
+
     Raises:
         RecipeError: none or all of them would stay.
     """
@@ -23,10 +29,21 @@ def units_that_stay(count: int, share: float, multiple: int, kind: str) -> int:
     what = f"of {count} {kind}{'' if kind == BLOCKS else ' in each block'}, sparsity {share:g} leaves {wanted:g}"
     if multiple > 1:
         most = (count - 1) // multiple * multiple
-        possible = f"from {multiple} to {most} of them may stay" if most else f"lower it, since there are only {count}"
-        raise RecipeError(f"{what}, and the nearest multiple of {multiple} is {stays}; {possible} (multiple_of)")
-    possible = f"from 1 to {count - 1} may go" if count > 1 else "there is only one, which has to stay"
-    raise RecipeError(f"{what}, which is {'none' if stays <= 0 else 'all of them'} in whole {kind}; {possible}")
+        possible = f"{_range(multiple, most)} of them may stay" if most else f"there are only {count}"
+        raise RecipeError(
+            f"{what}, and the nearest multiple of {multiple} is {stays}; {possible}; change "
+            f"{'sparsity or ' if most else ''}multiple_of"
+        )
+    if count == 1:
+        raise RecipeError(f"{what}; there is only one, which has to stay")
+    raise RecipeError(
+        f"{what}, which rounds to {'none' if stays <= 0 else 'all of them'}; {_range(1, count - 1)} of them may go; change "
+        "sparsity"
+    )
+
+
+def _range(first: int, last: int) -> str:
+    return f"from {first} to {last}" if first < last else str(first)
 
 
 def runs_of(columns: Tensor) -> int:
