@@ -148,3 +148,16 @@ def test_the_config_says_what_its_class_would_derive() -> None:
     assert [found[name] for name in sizes] == [54, 4, 2, 8, 64]
     assert smaller_config(tiny_config("gpt-2"), {NEURONS: 28})["n_inner"] == 100
     assert smaller_config(tiny_config("gemma-3"), {}, [0, 3])["layer_types"] == ["full_attention", "sliding_attention"]
+
+
+@pytest.mark.parametrize(("dropped", "stays"), [([0], False), ([3, 4, 5], True)])
+def test_a_period_that_no_longer_describes_the_blocks_is_left_out(dropped: list[int], stays: bool) -> None:
+    """Programs that do not know the list of kinds read the period: without it they fail, with a wrong one they run amiss."""
+    types = ["sliding_attention", "sliding_attention", "full_attention"] * 2
+    changes = {"num_hidden_layers": 6, "layer_types": types, "sliding_window_pattern": 3}
+    config = tiny_config("gemma-3", **changes)
+    found = smaller_config(config, {}, dropped)
+    assert ("sliding_window_pattern" in found, "_sliding_window_pattern" in found) == (stays, stays)
+    assert found["layer_types"] == [kind for number, kind in enumerate(types) if number not in dropped]
+    assert type(config).from_dict(found).layer_types == found["layer_types"]
+    assert "sliding_window_pattern" in smaller_config(config, {NEURONS: 8})

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 _OF_EACH_BLOCK = ("layer_types", "mlp_layer_types", "no_rope_layers")
 """Fields that hold a list with one entry for each block."""
 
+_PERIODS = ("sliding_window_pattern", "_sliding_window_pattern")
+"""Fields of Gemma 3: every block whose number is a multiple of it has full attention, unless ``layer_types`` says otherwise."""
+
 _EXPERT_MULTIPLE = 8
 """Numbers of neurons of an expert in 16-bit floats that make 16 bytes, which torch's ``grouped_mm`` needs of every row."""
 
@@ -135,7 +138,17 @@ def _with_changes(config: PreTrainedConfig, values: Mapping[str, Any], changes: 
         if field in changes:
             target.pop(alias, None)
     target.update(changes)
+    if "layer_types" in changes:
+        for name in _PERIODS:
+            if not _is_periodic(changes["layer_types"], target.get(name)):
+                target.pop(name, None)  # a program that reads it instead of the list would run another model
     return found
+
+
+def _is_periodic(layer_types: Sequence[str], period: int | None) -> bool:
+    """Whether every block whose number is a multiple of the period has full attention, and no other has."""
+    full = [number for number, kind in enumerate(layer_types, 1) if kind == "full_attention"]
+    return bool(period) and full == list(range(period, len(layer_types) + 1, period))
 
 
 def _refusal(config: PreTrainedConfig, values: Mapping[str, Any]) -> str:
