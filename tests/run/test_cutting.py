@@ -105,6 +105,8 @@ def test_the_card_says_what_went(tiny_llama: Path, text_file: Path, tmp_path: Pa
     assert f"{report.cut['parameters_after']:,}" in card
     assert "the files are as large as before" not in card
     assert "- sparse" not in card
+    assert "outlier rows" not in card
+    assert "| units left are a multiple of | 8 |" in card
 
 
 @pytest.mark.parametrize(("unit", "heads", "keys"), [("group", 2, 1), ("query", 2, 2)])
@@ -147,6 +149,9 @@ def test_the_repair_works_with_units(
     for block in range(3):
         assert written[f"model.layers.{block}.mlp.down_proj.weight"].shape == (32, 48)
         assert bool((written[f"model.layers.{block}.mlp.down_proj.weight"] != 0).all())
+    card = (tmp_path / "out/README.md").read_text()
+    assert ("blocks were then tuned towards" in card) == (settings.get("effort") == "max")
+    assert "zeros fixed" not in card
     if "effort" in settings:
         assert [layer.dense_target is not None for layer in report.layers] == [True] * 3
         for errors in report.block_errors:

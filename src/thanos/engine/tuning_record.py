@@ -52,15 +52,21 @@ class TuningRecord:
     seconds: float = 0.0
 
 
-def tuning_line(records: Sequence[TuningRecord]) -> str:
-    """Return a sentence about the tuning of all blocks; empty if none was tuned."""
+def tuning_line(records: Sequence[TuningRecord], *, has_zeros: bool = True) -> str:
+    """Return a sentence about the tuning of all blocks; empty if none was tuned.
+
+    Args:
+        records: of the blocks.
+        has_zeros: whether the model has zeros that were kept; a smaller one has none.
+    """
     pairs = [(one.held_out_before, one.held_out_after) for one in records]
     ratios = sorted(after / before for before, after in pairs if before and after is not None)
     if not ratios:
         return ""
     kept = sum(bool(one.kept_epoch) for one in records)
+    how = " with their zeros fixed," if has_zeros else ""
     text = (
-        f"{kept} of {len(records)} blocks were then tuned with their zeros fixed, towards the dense blocks' outputs; "
+        f"{kept} of {len(records)} blocks were then tuned{how} towards the dense blocks' outputs; "
         f"the median block's error on held-out sequences became {ratios[len(ratios) // 2]:.3g} times what it was"
     )
     return text if kept == len(records) else f"{text} (the others gained nothing and were left as they were)"

@@ -146,7 +146,7 @@ def _yaml(value: str) -> str:
 
 
 def _tuning(report: PruningReport) -> str:
-    line = tuning_line(report.tuning)
+    line = tuning_line(report.tuning, has_zeros=not report.cut)
     return f"{line}. The errors of the layers, below, are those before that step." if line else ""
 
 
@@ -170,6 +170,10 @@ def _totals_table(report: PruningReport) -> str:
     )
 
 
+def _outliers(recipe: Mapping[str, Any]) -> str:
+    return _percent(recipe["outlier_rows"]) + (_KEPT if recipe.get("keep_budget") else "")
+
+
 def _recipe_table(report: PruningReport) -> str:
     recipe, calibration, versions = report.recipe, report.calibration, report.versions
     source = public_name(str(calibration["source"]))
@@ -177,10 +181,8 @@ def _recipe_table(report: PruningReport) -> str:
     return _table(
         ("setting", "value"),
         [
-            (
-                "outlier rows left dense",
-                _percent(recipe["outlier_rows"]) + (_KEPT if recipe.get("keep_budget") else ""),
-            ),
+            *([("units left are a multiple of", str(multiple))] if (multiple := recipe.get("multiple_of")) else []),
+            *([] if report.cut else [("outlier rows left dense", _outliers(recipe))]),
             *([("scope of the budget", f"one for every {scope}")] if (scope := _scope(recipe)) else []),
             *(
                 [("allocation of the zeros", _allocated(chosen))]
