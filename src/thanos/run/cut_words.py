@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from thanos import registry
 from thanos.patterns.units import BLOCKS, HEADS
+from thanos.recipe import LayerRecipe
 from thanos.recipe.units import HEAD_UNITS
 
 _TOGETHER = dict(
@@ -24,6 +26,26 @@ def cut_words(cut: Mapping[str, Any]) -> str:
 def kind_words(kind: str, cut: Mapping[str, Any]) -> str:
     """Return the plural of a kind of units."""
     return _TOGETHER[cut["head_unit"]] if kind == HEADS else kind
+
+
+def uncompensated(layers: Iterable[LayerRecipe]) -> str:
+    """Return a sentence if nothing makes up for what goes from some of the layers, from their settings; else nothing."""
+    methods = set[str]()
+    for layer in layers:
+        if layer.parsed_pattern.keeps_all:
+            if not layer.repair.needs_dense_stream:
+                return (
+                    "nothing makes up for the blocks that go; effort high fits the block before them to what they gave"
+                )
+        elif not (registry.method(layer.method).compensates or layer.repair.refit or layer.repair.needs_dense_stream):
+            methods.add(layer.method)
+    if not methods:
+        return ""
+    names = " and ".join(sorted(methods))
+    return (
+        f"nothing compensates for the units that go: method {names} leaves the other weights as they are; effort high, refit "
+        "or a method that compensates gives them better values"
+    )
 
 
 def cut_rows(cut: Mapping[str, Any]) -> list[tuple[str, str]]:
