@@ -60,4 +60,5 @@ def _units(number: int) -> str:
 
 def _cells(change: Change) -> tuple[str, str, str]:
     gone = change.before - change.after
-    return f"{change.before:,}", f"{change.after:,}", f"{gone:,} ({100 * gone / change.before:.2f} %)"
+    more = "more by " if gone < 0 else ""  # bytes against a quantised dense model
+    return f"{change.before:,}", f"{change.after:,}", f"{more}{abs(gone):,} ({100 * abs(gone) / change.before:.2f} %)"

@@ -57,7 +57,7 @@ def cut_rows(cut: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("cut", f"{cut_words(cut)} (asked: {100 * cut['asked']:g} % less)"),
         *([("removed blocks", ", ".join(str(index + 1) for index in gone))] if gone else []),
         ("parameters", _fewer(cut["parameters_before"], cut["parameters_after"])),
-        ("bytes of the weights", _fewer(cut["bytes_before"], cut["bytes_after"])),
+        ("bytes of the weights as written", _fewer(cut["bytes_before"], cut["bytes_after"])),
         ("removed from the blocks", f"{100 * cut['share_of_block_parameters']:.2f} % of their parameters"),
     ]
 
