@@ -631,3 +631,13 @@ def test_a_run_says_that_nothing_compensates(
     assert len(found) == bool(words)
     assert words in "".join(found)
     assert all(line in (tmp_path / "out/README.md").read_text() for line in found)
+
+
+def test_a_mixture_without_some_blocks_says_that_nothing_compensates(text_file: Path, tmp_path: Path) -> None:
+    """Whatever the effort: its blocks have a matrix for each expert, and none of them is fitted."""
+    dense = save_tiny(tmp_path / "model", "mixtral", num_hidden_layers=3)
+    report = thanos.prune(dense, tmp_path / "out", recipe(text_file, pattern="blocks", sparsity=0.34, effort="high"))
+    assert [
+        line for line in report.warnings if line.startswith("nothing makes up for the blocks that go: in this model")
+    ]
+    assert not report.layers

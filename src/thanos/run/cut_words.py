@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from thanos import registry
@@ -28,8 +28,13 @@ def kind_words(kind: str, cut: Mapping[str, Any]) -> str:
     return _TOGETHER[cut["head_unit"]] if kind == HEADS else kind
 
 
-def uncompensated(layers: Iterable[LayerRecipe]) -> str:
-    """Return a sentence if nothing makes up for what goes from some of the layers, from their settings; else nothing."""
+def uncompensated(layers: Collection[LayerRecipe]) -> str:
+    """Return a sentence if nothing makes up for what goes from some of the layers, from their settings; else nothing.
+
+    There are no layers only if blocks go, and none of them has a layer that can be fitted to what they gave.
+    """
+    if not layers:
+        return "nothing makes up for the blocks that go: in this model no matrix can be fitted to what they gave"
     methods = set[str]()
     for layer in layers:
         if layer.parsed_pattern.keeps_all:
