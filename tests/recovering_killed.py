@@ -7,6 +7,8 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import thanos
 from thanos.recovery import watch
 from thanos.recovery.states import RecoveryFolder
@@ -16,12 +18,13 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def run(model: Path, dense: Path, out: Path, settings: dict[str, Any], moment: tuple[str, int]) -> None:
+def run(model: Path, dense: Path, out: Path, settings: dict[str, Any], moment: tuple[str, int], threads: int) -> None:
     """Recover, and die at ``("step", n)`` of the training, or while the states of a step are written.
 
     ``("best", n)``: the best state of step n is written, its checkpoint is not marked. ``("checkpoint", n)``: the checkpoint's
-    files are written, but it is not marked.
+    files are written, but it is not marked. ``threads``: those of the process that will resume it, whose bits are compared.
     """
+    torch.set_num_threads(threads)
     kind, number = moment
     watch.CHECKPOINT_SECONDS = 0.0
     write, complete = RecoveryFolder.write_best, RecoveryFolder.complete_checkpoint

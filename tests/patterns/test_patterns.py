@@ -58,7 +58,8 @@ def test_leading_zeros_are_numbers_all_the_same():
     ],
 )
 def test_what_is_no_pattern_is_refused_with_the_choices(bad):
-    with pytest.raises(RecipeError, match=r"is unknown; choose unstructured, N:M such as 2:4 .*, or columns") as caught:
+    choices = r"is unknown; choose unstructured, N:M such as 2:4 .*, columns, neurons, heads, width, or blocks"
+    with pytest.raises(RecipeError, match=choices) as caught:
         parse_pattern(bad)
     assert repr(bad) in str(caught.value)
     assert isinstance(caught.value, UserError)

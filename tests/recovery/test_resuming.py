@@ -89,7 +89,7 @@ def test_killed_and_resumed_equals_uninterrupted(
     out, recipe = tmp_path / "out2", settings(text_file, **changes)
     moments = [("step", 1), ("best", 2), ("step", 3), ("checkpoint", 4), ("step", 5)]
     for moment, kept in zip(moments, (0, 0, 2, 2, 4), strict=True):
-        arguments = (pruned, tiny_llama, out, recipe.to_dict(), moment)
+        arguments = (pruned, tiny_llama, out, recipe.to_dict(), moment, torch.get_num_threads())
         process = multiprocessing.get_context("spawn").Process(target=recovering_killed.run, args=arguments)
         process.start()
         process.join(300)

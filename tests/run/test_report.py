@@ -56,7 +56,7 @@ LAYER = {
     "changed_by",
     "error_tokens",
 }
-REPAIRED = {"dense_target", "errors", "residual", "target_change", "choice"}
+REPAIRED = {"dense_target", "errors", "residual", "target_change", "choice", "removed_units"}
 """Keys of a layer that are there only where they apply."""
 
 
@@ -115,7 +115,9 @@ def test_keys() -> None:
     assert next(iter(values)) == "schema"
     assert values["schema"] == SCHEMA == 1
     assert (
-        set(values) == TOP == {field.name for field in fields(PruningReport)} - {"block_errors", "tuning", "recovery"}
+        set(values)
+        == TOP
+        == {field.name for field in fields(PruningReport)} - {"block_errors", "tuning", "recovery", "cut"}
     )
     assert set(values["layers"][0]) == LAYER == {field.name for field in fields(LayerRecord)} - REPAIRED
     repaired_layer = replace(
@@ -125,6 +127,7 @@ def test_keys() -> None:
         residual=1e-6,
         target_change=-0.01,
         dense_target=0.5,
+        removed_units=[1, 3],
     )
     errors = BlockErrors(block=0, held_out=True, tokens=64, errors={"dense": 0.2, "prune": 0.1})
     repaired = replace(report(), layers=[repaired_layer], block_errors=[errors])

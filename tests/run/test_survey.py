@@ -229,7 +229,7 @@ def test_they_are_kept_where_transformers_loads_the_whole_model(
 ) -> None:
     architecture, keys, changes = PREDICTION["Qwen: under a name of its own"]
     folder = with_prediction_layer(architecture, tmp_path / "model", keys, **changes)
-    monkeypatch.setattr("thanos.model.opening._open_streamed", lambda source, dtype: None)
+    monkeypatch.setattr("thanos.model.opening._open_streamed", lambda source, dtype, written_in: None)
     report, out = run(folder, text_file)
     assert {record.name: record.reason for record in report.dense}.items() >= dict.fromkeys(keys, MTP).items()
     for key in keys:

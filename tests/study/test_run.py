@@ -217,8 +217,9 @@ def test_shared_work_is_done_once(tmp_path: Path, data: Path, monkeypatch: pytes
 
         monkeypatch.setattr(sys.modules[module], name, counted)
 
-    for name in ("make_calibration", "cut_windows", "load_model"):
+    for name in ("make_calibration", "load_model"):
         count("thanos.study.session", name)
+    count("thanos.evaluation.reference", "cut_windows")
     monkeypatch.setattr("thanos.evaluation.perplexity.load_model", None)
     worker, cells = session(path, data, tmp_path / "out")
     assert [worker.run(cell, quiet).status for cell in cells] == ["done"] * 5
