@@ -37,5 +37,6 @@ class Blocks(ModelUnits):
         return ModelUnits.budget(self, request)
 
     def mask(self, choice: Choice, scores: Tensor, *, by_row: bool = False) -> Tensor:
-        """No entry is chosen, since the budget of every matrix is 0."""
-        raise NotImplementedError
+        """Choose no column: the budget of every matrix is 0."""
+        del by_row
+        return choice.smallest_columns(scores, choice.budget.columns)

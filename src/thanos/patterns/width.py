@@ -34,8 +34,13 @@ class Width(ModelUnits):
     def check_width(self, columns: int) -> None:
         """Refuse a single matrix: it has neurons or heads."""
         del columns
-        raise RecipeError("pattern width is for a whole model; for a single matrix give neurons, or heads:N")
+        raise self._no_matrix()
 
     def mask(self, choice: Choice, scores: Tensor, *, by_row: bool = False) -> Tensor:
-        """See :meth:`check_width`, which refuses every matrix before."""
-        raise NotImplementedError
+        """Refuse, as :meth:`check_width` does before."""
+        del choice, scores, by_row
+        raise self._no_matrix()
+
+    @staticmethod
+    def _no_matrix() -> RecipeError:
+        return RecipeError("pattern width is for a whole model; for a single matrix give neurons, or heads:N")
