@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from thanos.cli.options import Quiet, Threads, examples, given, option, use_threads, with_settings
+from thanos.cli.options import (
+    Quiet,
+    TaskFolder,
+    TaskLimit,
+    Threads,
+    examples,
+    given,
+    option,
+    use_threads,
+    with_settings,
+)
 from thanos.errors import DataError
 from thanos.settings import TEXT_SOURCES, Heading
 
@@ -90,12 +100,8 @@ def compare(
             default="none",
         ),
     ] = None,
-    task_folder: Annotated[
-        Path | None, option("Folder with lm_eval task files of your own", Heading.TASKS, "DIR")
-    ] = None,
-    limit: Annotated[
-        int | None, option("Only the first N documents of each task", Heading.TASKS, "N", default="all")
-    ] = None,
+    task_folder: TaskFolder = None,
+    limit: TaskLimit = None,
     threads: Threads = None,
     quiet: Quiet = False,
     **settings: Any,

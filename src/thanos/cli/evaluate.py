@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
-from thanos.cli.options import JsonFile, Model, Quiet, Threads, examples, given, option, use_threads, with_settings
+from thanos.cli.options import (
+    JsonFile,
+    Model,
+    Quiet,
+    TaskFolder,
+    TaskLimit,
+    Threads,
+    examples,
+    given,
+    option,
+    use_threads,
+    with_settings,
+)
 from thanos.errors import DataError
 from thanos.settings import TEXT_SOURCES, Heading
 
@@ -57,12 +68,8 @@ def evaluate(
             "NAMES",
         ),
     ] = None,
-    task_folder: Annotated[
-        Path | None, option("Folder with lm_eval task files of your own", Heading.TASKS, "DIR")
-    ] = None,
-    limit: Annotated[
-        int | None, option("Only the first N documents of each task", Heading.TASKS, "N", default="all")
-    ] = None,
+    task_folder: TaskFolder = None,
+    limit: TaskLimit = None,
     no_cache: Annotated[
         bool,
         option(

@@ -125,6 +125,8 @@ Activations = Annotated[
         "TIER",
     ),
 ]
+TaskFolder = Annotated[Path | None, option("Folder with lm_eval task files of your own", Heading.TASKS, "DIR")]
+TaskLimit = Annotated[int | None, option("Only the first N documents of each task", Heading.TASKS, "N", default="all")]
 Threads = Annotated[
     int | None,
     option(
