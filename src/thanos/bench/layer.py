@@ -104,9 +104,8 @@ class LayerTime:
 def run(settings: LayerSettings) -> Iterator[LayerTime]:
     """Run the measurements, and yield them one by one.
 
-    Raises:
-        RecipeError: a setting is out of range, or a pattern does not fit a shape.
-        DataError: the folder of a reference implementation does not contain it.
+    Raises RecipeError if a setting is out of range or a pattern does not fit a shape, and DataError if the folder of a
+    reference implementation does not contain it.
     """
     if settings.repeats < 1:
         raise RecipeError(f"--repeats must be at least 1; got {settings.repeats}")

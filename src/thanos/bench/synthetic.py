@@ -167,18 +167,9 @@ def random_checkpoint(shape: Shape, length: int, *, seed: int = 0, keep: bool = 
 
 
 def write_checkpoint(folder: Path, shape: Shape, *, length: int = 2048, seed: int = 0) -> int:
-    """Write a checkpoint of random weights, with a tokenizer that has one token per number.
+    """Write a checkpoint of random weights, with a tokenizer that has one token per number; return the bytes of the weights.
 
-    One tensor is in memory at a time.
-
-    Args:
-        folder: output folder.
-        shape: shape of the model.
-        length: longest sequence, in tokens.
-        seed: seed of the random numbers.
-
-    Returns:
-        Bytes of the weights.
+    One tensor is in memory at a time. ``length`` is the longest sequence, in tokens.
     """
     meta_model, checkpoint = random_checkpoint(shape, length, seed=seed, keep=False)
     folder.mkdir(parents=True, exist_ok=True)

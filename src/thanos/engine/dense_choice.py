@@ -53,8 +53,6 @@ def choose(
 ) -> Choice:
     """Try each α of :data:`~thanos.recipe.repair.DENSE_TARGETS`.
 
-    Args:
-        stand_ins: returns the stand-ins for α, by parameter name.
-        error: returns the block's error with such parameters in place.
+    ``stand_ins`` returns the stand-ins for α, by parameter name; ``error`` the block's error with such parameters in place.
     """
     return Choice({alpha: error(stand_ins(alpha)) for alpha in DENSE_TARGETS})

@@ -78,13 +78,8 @@ class _Trace:
 def draw_picture(model: nn.Module, blocks: Sequence[nn.Module], device: torch.device) -> Picture:
     """Determine which blocks text reaches, and check that running them one by one gives the model's result.
 
-    Args:
-        model: the model; its parameters may be on the meta device. It is unchanged afterwards.
-        blocks: its decoder blocks.
-        device: device for the forward passes, which need little memory.
-
-    Raises:
-        ModelError: the blocks cannot be run one by one; the message names the model's class and the reason.
+    The model's parameters may be on the meta device. The forward passes run on ``device`` and need little memory. Raises
+    ModelError, which names the model's class and the reason, if the blocks cannot be run one by one.
     """
     _check_owned(model, blocks)
     ids = some_ids(model, device)

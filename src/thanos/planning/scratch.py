@@ -6,7 +6,7 @@ import hashlib
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -75,7 +75,7 @@ class Scratch:
         write_at(self._file.fileno(), data, self._end)
         self._end += len(data)
 
-    def record(self, block: int | None, **details: object) -> None:
+    def record(self, record: BlockRecord, written: Sequence[str]) -> None:
         """Force a block's tensors to the disk, as the journal of a run does."""
         assert self.meter is not None
         with self.meter.phase("write"):
