@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from thanos.calibration.text import evaluation_rows
-from thanos.evaluation.perplexity import choose_bos
+from thanos.evaluation.perplexity import choose_bos, joined_text
 from thanos.evaluation.scoring import Reference
 from thanos.evaluation.windows import cut_windows
 from thanos.events import Event
@@ -43,8 +42,7 @@ def make_reference(
         DataError: the text cannot be read, is shorter than one window, or its windows do not fit the model.
     """
     tokenizer = source.tokenizer()
-    rows = evaluation_rows(text, tokenizer, lambda line: tell(Event(kind="note", phase="evaluate", message=line)))
-    joined = "\n\n".join(rows)
+    joined = joined_text(text, tokenizer, tell)
     chosen = choose_bos(bos, joined, tokenizer, network, sequence_length, tell)
     windows = cut_windows(joined, tokenizer, network, name, sequence_length, max_windows, chosen)
     return Reference(text=name, windows=windows, bos=chosen)
