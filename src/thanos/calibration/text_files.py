@@ -55,12 +55,7 @@ def _names_files(path: str) -> bool:
 def find_files(source: str, allowed: str) -> list[tuple[Path, str | None]]:
     """Return the files of a source, each with its column; the column is None if none is named.
 
-    Args:
-        source: the source.
-        allowed: the other valid sources, for the message.
-
-    Raises:
-        DataError: the source names no files, or they do not exist.
+    ``allowed`` are the other valid sources, for the message of the DataError if the source names no files or they do not exist.
     """
     parts = [Part(source)] if exists(source) else split_source(source)
     return [(path, part.column) for part in parts for path in _files_of(part.path, allowed)]

@@ -135,11 +135,7 @@ def linear_names(module: nn.Module) -> list[str]:
 
 
 def linear_layers(model: nn.Module) -> list[LinearLayer]:
-    """Return every linear layer of the model, in the order of its modules.
-
-    Raises:
-        ModelError: see :func:`find_blocks`.
-    """
+    """Return every linear layer of the model, in the order of its modules. Raises ModelError as :func:`find_blocks`."""
     prefix, _ = find_blocks(model)
     experts = {f"{prefix}.{name}": size for name, size in mixtures(model.get_submodule(prefix))}
     router_outputs: dict[str, set[int]] = {}
@@ -155,15 +151,11 @@ def linear_layers(model: nn.Module) -> list[LinearLayer]:
 
 
 def _with_role(layer: LinearLayer, mixtures: Set[str], router_outputs: dict[str, set[int]]) -> LinearLayer:
-    """Return the layer with its role in a mixture of experts: part of an expert, router, or neither.
+    """Return a layer of the blocks with its role in a mixture of experts: part of an expert, router, or neither.
 
     A router has one output for each expert, or a single one if it weighs an expert that all tokens share. It lies somewhere
-    below the module that holds the mixture.
-
-    Args:
-        layer: within the blocks.
-        mixtures: full names of the mixtures.
-        router_outputs: module that holds a mixture → numbers of outputs that a router there may have.
+    below the module that holds the mixture. ``mixtures`` are full names; ``router_outputs`` maps the module that holds a
+    mixture to the numbers of outputs that a router there may have.
     """
     parts = layer.name.split(".")
     for end in range(len(parts) - 1, 0, -1):
