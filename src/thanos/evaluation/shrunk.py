@@ -92,7 +92,7 @@ def _change(parent: OpenedModel, smaller: OpenedModel, count: Any) -> Change:
 
 def _file_bytes(opened: OpenedModel) -> int:
     if opened.source.gguf is not None:
-        return opened.source.gguf.stat().st_size
+        return sum(part.stat().st_size for part in opened.source.gguf_parts)
     return opened.checkpoint.layout.nbytes
 
 
