@@ -24,7 +24,7 @@ def make_reference(
     sequence_length: int,
     max_windows: int | None,
     bos: str,
-    tell: Callable[[Event], None],
+    emit: Callable[[Event], None],
 ) -> Reference:
     """Return the windows of a text, without a dense model. Studies and comparisons cut theirs here.
 
@@ -36,13 +36,13 @@ def make_reference(
         sequence_length: tokens per window.
         max_windows: largest number of windows; None for all.
         bos: as for :func:`~thanos.evaluation.perplexity.evaluate`.
-        tell: function called with notes.
+        emit: function called with notes.
 
     Raises:
         DataError: the text cannot be read, is shorter than one window, or its windows do not fit the model.
     """
     tokenizer = source.tokenizer()
-    joined = joined_text(text, tokenizer, tell)
-    chosen = choose_bos(bos, joined, tokenizer, network, sequence_length, tell)
+    joined = joined_text(text, tokenizer, emit)
+    chosen = choose_bos(bos, joined, tokenizer, network, sequence_length, emit)
     windows = cut_windows(joined, tokenizer, network, name, sequence_length, max_windows, chosen)
     return Reference(text=name, windows=windows, bos=chosen)

@@ -209,7 +209,7 @@ class Session:
             sequence_length=plan.sequence_length,
             max_windows=plan.max_windows,
             bos=asked,
-            tell=lambda event: None,
+            emit=lambda event: None,
         )
         if plan.compare:
             free = free_host_bytes() if self._device.type == "cpu" else free_device_bytes(self._device)
