@@ -96,7 +96,9 @@ class RowSolver:
 
     def _iterate(self, gram: Tensor, rhs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the solutions of the scaled systems, and the indices of the rows that are not solved; None if all are."""
-        step = _fused_step if kernels.usable(rhs) and rhs.shape[1] <= kernels.WIDEST_STEP else _Step(rhs, mask)
+        step = (
+            kernels.gradient_step if kernels.usable(rhs) and rhs.shape[1] <= kernels.WIDEST_STEP else _Step(rhs, mask)
+        )
         solution, residual, direction = torch.zeros_like(rhs), rhs.clone(), rhs.clone()
         image = torch.empty_like(rhs)
         start = _squares(rhs)
@@ -162,10 +164,6 @@ class _Step:
         beta = torch.where(squares > 0, following / squares, 0.0)[:, None]
         torch.addcmul(residual, beta, direction, out=direction)
         squares.copy_(following)
-
-
-def _fused_step(*arguments: Tensor) -> None:
-    kernels.gradient_step(*arguments)
 
 
 def _norm(gram: Tensor) -> Tensor:
