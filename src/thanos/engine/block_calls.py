@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from thanos.engine.block_arguments import hidden_states
+from thanos.engine.block_arguments import hidden_states, with_entries
 from thanos.engine.picture import Picture, draw_picture
 from thanos.engine.weightless import replaced_forwards
 from thanos.errors import ModelError
@@ -35,7 +35,7 @@ class _Interned:
                 self._seen[id(value)] = value, self._find(value)
             return self._seen[id(value)][1]
         if isinstance(value, tuple | list):
-            return type(value)(self(item) for item in value)
+            return with_entries(value, [self(item) for item in value])
         return value
 
     def forget(self) -> None:
@@ -227,5 +227,5 @@ def _join(values: list[Any], of_two: Any) -> Any:
             return first
         return first.expand(len(values), *first.shape[1:]) if first.shape[0] == 1 else torch.cat(values)
     if isinstance(first, tuple | list):
-        return type(first)(_join(list(items), part) for *items, part in zip(*values, of_two, strict=True))
+        return with_entries(first, [_join(list(items), part) for *items, part in zip(*values, of_two, strict=True)])
     return first
