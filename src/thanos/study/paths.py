@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from thanos.calibration.text import NAMED, check_text_source, text_sha256
-from thanos.calibration.text_files import OTHER_NAMES, Part, exists, matching, split_source
+from thanos.calibration.text_files import OTHER_NAMES, Part, exists, matching, parts_of, split_source
 from thanos.errors import DataError, StudyError, UserError
 from thanos.evaluation.windows import check_window
 from thanos.model.bos import added_bos
@@ -107,7 +107,7 @@ def _check_evaluation(study: Study, source: ModelSource, texts: dict[str, str]) 
 
 def is_absent(name: str, found: str) -> bool:
     """Whether a text names files that do not exist; ``found`` is its source after the search."""
-    return name not in NAMED and any(not (exists(part.path) or matching(part.path)) for part in _parts_of(found))
+    return name not in NAMED and any(not (exists(part.path) or matching(part.path)) for part in parts_of(found))
 
 
 # --- finding models and texts -----------------------------------------------------------------------------------------
@@ -213,7 +213,3 @@ def _save(source: ModelSource, folder: Path) -> None:
     load_model(source).save_pretrained(partial)
     source.tokenizer().save_pretrained(partial)
     partial.rename(folder)
-
-
-def _parts_of(source: str) -> list[Part]:
-    return [Part(source)] if exists(source) else split_source(source)
