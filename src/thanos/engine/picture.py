@@ -180,7 +180,7 @@ def _check_call(model: nn.Module, index: int, before: list[int], states: Any, re
     if not isinstance(states, Tensor) or states.dim() < 2 or not states.is_floating_point():
         _refuse(model, f"the first argument of block {index} is not a tensor of hidden states")
     if returned and not (states.shape == returned[0].shape and torch.equal(states, returned[0])):
-        _refuse(model, f"block {index} is not handed what block {before[-1]} returned")
+        _refuse(model, f"the input of block {index} is not the output of block {before[-1]}")
 
 
 def _attempt(
@@ -222,7 +222,7 @@ def _check_independent(model: nn.Module, full: _Trace, stubbed: _Trace) -> None:
         _refuse(model, "which blocks it calls depends on what they return")
     for index, one, other in zip(full.blocks, full.arguments, stubbed.arguments, strict=True):
         if not same_arguments(one, other):
-            _refuse(model, f"block {index} is handed what depends on the blocks before it, beside the hidden states")
+            _refuse(model, f"an argument of block {index} besides its hidden states depends on the blocks before it")
 
 
 def _refuse_error(model: nn.Module, what: str, error: Exception) -> NoReturn:

@@ -68,7 +68,7 @@ class Shrinkage:
 def compare_with_dense(smaller: OpenedModel, dense: str | Path, *, trust_remote_code: bool = False) -> Shrinkage:
     """Say what a smaller model lacks of its dense parent. No weight is read, only their names, shapes and dtypes.
 
-    Raises ModelError if a model cannot be read, or the one is not the other with fewer units.
+    Raises ModelError if a model cannot be read, or the smaller model is not the dense one with fewer units.
     """
     parent = open_model(resolve_model(dense, trust_remote_code=trust_remote_code))
     before, after = _sizes(parent), _sizes(smaller)

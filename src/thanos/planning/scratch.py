@@ -44,7 +44,7 @@ class TrialMeter(PhaseMeter):
         self.busy[name] = self.busy.get(name, 0.0) + time.process_time() - began
 
     def forget(self, *names: str) -> None:
-        """Start again with the seconds and peaks of phases."""
+        """Discard the seconds and peaks of phases."""
         for name in names:
             for known in (self.busy, self._seconds, self._host, self._on_device):
                 known.pop(name, None)

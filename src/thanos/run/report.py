@@ -58,7 +58,7 @@ class PruningReport(Document):
     schema: int = SCHEMA
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values; what is only known with a repair is left out without one."""
+        """Return plain values, without the fields about repairs, recovery and cuts that are empty."""
         values = Document.to_dict(self)
         values["layers"] = [without_unset(layer) for layer in values["layers"]]
         only_repaired = ("block_errors", "tuning", "recovery", "cut")
