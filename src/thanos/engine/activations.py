@@ -33,7 +33,9 @@ HOST_SHARE = 0.5
 """Fraction of the host's free memory that the activations may use."""
 
 _CANNOT_PIN = "CUDA cannot pin the activations in host memory (error {}); use --activations disk"
-_CANNOT_UNPIN = "CUDA cannot unpin the activations (error {}), because of an earlier error of the device: look for that one"
+_CANNOT_UNPIN = (
+    "CUDA cannot unpin the activations (error {}), because of an earlier error of the device: look for that one"
+)
 
 
 def check_tier(asked: str) -> str:
