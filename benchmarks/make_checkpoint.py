@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import sys
 from pathlib import Path
@@ -20,7 +21,9 @@ from typing import Any
 
 import torch
 
-from thanos.bench.synthetic import SHAPES, Shape, write_checkpoint
+from thanos.bench.synthetic import SHAPES, Shape, random_checkpoint
+from thanos.checkpoint.in_memory import raw_bytes
+from thanos.checkpoint.weight_files import INDEX_NAME
 from thanos.model.source import resolve_model
 
 
@@ -29,6 +32,50 @@ def write_text(path: Path, vocabulary: int, tokens: int, *, seed: int = 0) -> Pa
     draw = random.Random(seed)
     path.write_text(" ".join(str(draw.randrange(2, vocabulary)) for _ in range(tokens)), encoding="utf-8")
     return path
+
+
+def write_checkpoint(folder: Path, shape: Shape, *, length: int = 2048, seed: int = 0) -> int:
+    """Write a checkpoint of random weights, with a tokenizer that has one token per number; return the bytes of the weights.
+
+    One tensor is in memory at a time. ``length`` is the longest sequence, in tokens.
+    """
+    meta_model, checkpoint = random_checkpoint(shape, length, seed=seed, keep=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    meta_model.config.save_pretrained(folder)
+    write_tokenizer(folder, shape.vocabulary)
+    for shard in checkpoint.layout.shards:
+        names = [name for name, info in checkpoint.tensors.items() if info.shard == shard.name]
+        with (folder / shard.name).open("wb") as file:
+            file.write(shard.header)
+            for name in sorted(names, key=lambda name: checkpoint.tensors[name].offset):
+                file.write(raw_bytes(checkpoint.read(name)))
+            file.flush()
+            # Drop the file from the page cache, so that a later benchmark reads the disk.
+            if hasattr(os, "posix_fadvise"):
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if checkpoint.layout.index is not None:
+        (folder / INDEX_NAME).write_bytes(checkpoint.layout.index)
+    return checkpoint.layout.nbytes
+
+
+def write_tokenizer(folder: Path, vocabulary: int) -> None:
+    """Write a tokenizer with one token for every integer from 0 to ``vocabulary`` - 1, so that numbers are valid text."""
+    words = {str(number): number for number in range(vocabulary)}
+    tokenizer = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Whitespace"},
+        "post_processor": None,
+        "decoder": None,
+        "model": {"type": "WordLevel", "vocab": words, "unk_token": "0"},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "1", "unk_token": "0"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
 
 
 def write_initial(folder: Path, config: Path, tokenizer: Path, *, seed: int = 0) -> int:

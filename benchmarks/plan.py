@@ -24,9 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from make_checkpoint import write_text
-
-from thanos.bench.synthetic import write_tokenizer
+from make_checkpoint import write_text, write_tokenizer
 
 VOCABULARY = 4096
 

@@ -11,10 +11,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import thanos
+from random_model import write_checkpoint
 from thanos.bench import model as module
 from thanos.bench.device_rates import Rates, measure_rates
 from thanos.bench.model import floor_seconds, time_model
-from thanos.bench.synthetic import SHAPES, Shape, random_checkpoint, write_checkpoint
+from thanos.bench.synthetic import SHAPES, Shape, random_checkpoint
 from thanos.checkpoint.reader import SafetensorsCheckpoint
 from thanos.cli import run
 from thanos.errors import RecipeError

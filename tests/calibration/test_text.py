@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from helpers import tiny_tokenizer
-from thanos.calibration.text import calibration_documents, check_text_source, evaluation_rows
+from thanos.calibration.text import NAMED, calibration_documents, check_text_source, evaluation_rows, text_sha256
 from thanos.errors import DataError
 
 ROWS = ["first row", "", "dritte Zeile: äöü 😀", "  ", "line\nbreak\r\nhere", "last\n"]
@@ -604,3 +604,14 @@ def test_pydoc_topics_with_several_names_stay_on_one_side(monkeypatch: pytest.Mo
     calibration, evaluation = calibration_documents("pydoc"), evaluation_rows("pydoc")
     assert evaluation == [f"text {i}" for i in range(0, 20, 3)]
     assert calibration == [f"text {i}" for i in range(20) if i % 3]
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_folder_with_the_name_of_a_data_set_has_no_part_in_its_hash(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "a.txt").write_text("not the text that is read")
+    monkeypatch.chdir(tmp_path)
+    assert text_sha256(name) is None
+    assert text_sha256(f"{name}/a.txt") == hashlib.sha256(b"not the text that is read").hexdigest()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import re
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +24,7 @@ from thanos.engine import block_runner as passes
 from thanos.engine.block_calls import BlockCalls
 from thanos.engine.block_runner import Passes, most_sequences
 from thanos.engine.output import Output
+from thanos.engine.records import BlockRecord
 from thanos.engine.stages import prune as engine
 from thanos.model.source import resolve_model
 from thanos.run import engine_setup, setup
@@ -83,8 +84,8 @@ def test_a_part_of_the_blocks_can_be_run(tiny_llama: Path, text_file: Path, tmp_
         def write(self, name: str, tensor: Tensor) -> None:
             self.written.append(name)
 
-        def record(self, block: int | None, **details: object) -> None:
-            assert block in wanted
+        def record(self, record: BlockRecord, written: Sequence[str]) -> None:
+            assert record.block in wanted
 
     cpu, ids = torch.device("cpu"), torch.randint(2, 100, (SAMPLES, LENGTH))
     for wanted in ([1], [0, 2], [None]):
@@ -400,7 +401,7 @@ def test_measuring_what_fits_on_a_device_counts_no_token(
     tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On CUDA the first block is run once to see how many sequences fit; its statistics must not see that."""
-    choose, measured = Passes._batch_size, []
+    choose, measured = Passes.settled, []
 
     def measuring(self: Passes, index: int) -> int:
         if self.batch is None:
@@ -411,7 +412,7 @@ def test_measuring_what_fits_on_a_device_counts_no_token(
 
     settings = thanos.Recipe(method="wanda", calibration=str(text_file), samples=4, sequence_length=32, device="cpu")
     expected = thanos.prune(tiny_llama, tmp_path / "plain", settings)
-    monkeypatch.setattr(Passes, "_batch_size", measuring)
+    monkeypatch.setattr(Passes, "settled", measuring)
     report = thanos.prune(tiny_llama, tmp_path / "measured", settings)
     assert measured == [0]
     assert {layer.tokens for layer in report.layers} == {4 * 32}

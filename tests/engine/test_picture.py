@@ -202,9 +202,12 @@ REFUSED: dict[str, tuple[Callable[[], Toy], str]] = {
         lambda: Toy(lambda _, hidden: hidden),
         "text reaches none of its 3 blocks in layers, the list with most weights",
     ),
-    "between": (lambda: Toy(between), "block 1 is not handed what block 0 returned"),
-    "parallel": (lambda: Toy(parallel), "block 1 is not handed what block 0 returned"),
-    "by argument": (lambda: Toy(by_argument), "block 1 is handed what depends on the blocks before it"),
+    "between": (lambda: Toy(between), "the input of block 1 is not the output of block 0"),
+    "parallel": (lambda: Toy(parallel), "the input of block 1 is not the output of block 0"),
+    "by argument": (
+        lambda: Toy(by_argument),
+        "an argument of block 1 besides its hidden states depends on the blocks before it",
+    ),
     "second output": (
         lambda: Toy(pairs, Reader),
         "block 1 reads what another block returns beside its hidden states",

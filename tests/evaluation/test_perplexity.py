@@ -387,6 +387,7 @@ def test_a_tokenizer_of_another_model(rows: tuple[Path, str], tmp_path: Path) ->
     [
         ({"text": 3}, "text must be a name or path as a string; got int '3'"),
         ({"text": Path("a.txt")}, "text must be a name or path as a string; got PosixPath 'a.txt'"),
+        ({"sequence_length": None}, r"sequence_length must be a whole number; got None"),
         ({"sequence_length": "64"}, r"sequence_length must be a whole number; got '64' \(did you mean 64\?\)"),
         ({"max_windows": 1.5}, "max_windows must be a whole number; got 1.5"),
     ],

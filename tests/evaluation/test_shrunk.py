@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from gguf_models import write_gguf
 from helpers import save_tiny
 from shrinking import WITH_HEADS, load, some, zero_heads
 from thanos.cli import run
@@ -67,6 +68,12 @@ def test_counts_are_exact(dense: Path, smaller: Path) -> None:
         assert block.parameters == Change(before=count(dense, part), after=count(smaller, part))
         # 24 neurons of gate, up and down; q and o lose 4 heads of 8 rows each, k and v lose 2.
         assert block.parameters.before - block.parameters.after == 64 * (24 * 3 + 2 * 32 + 2 * 16)
+
+
+def test_the_bytes_of_a_gguf_file_are_those_of_all_parts(tmp_path: Path) -> None:
+    first = write_gguf(tmp_path / "m.gguf", "llama", parts=3)
+    total = sum(path.stat().st_size for path in tmp_path.glob("*.gguf"))
+    assert shrinkage(first, first).file_bytes == Change(before=total, after=total)
 
 
 def test_which_units_are_gone_comes_from_the_report(dense: Path, smaller: Path, tmp_path: Path) -> None:

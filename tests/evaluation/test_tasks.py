@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 import thanos
 from helpers import save_tiny, tiny_model, tiny_tokenizer
 from thanos.cli import run
 from thanos.errors import DataError
+from thanos.evaluation import score_cache
 from thanos.evaluation import tasks as harness
+from thanos.model.source import resolve_model
 
 lm_eval = pytest.importorskip("lm_eval")
 
@@ -48,6 +53,21 @@ def test_the_numbers_are_those_of_lm_eval_alone(tiny_llama: Path, task_folder: P
             assert found[metric] == expected.get(f"{metric},none"), (task, metric)
         assert found["samples"] == LIMIT
     assert ours.tasks["local_winogrande"]["acc_norm"] is None
+
+
+@pytest.mark.parametrize("package", ["lm_eval", "transformers"])
+def test_another_version_of_a_package_has_scores_of_its_own(
+    package: str, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, tasks = resolve_model(tiny_llama), {"one": SimpleNamespace(dump_config=dict, eval_docs=[])}
+
+    def keys() -> dict[str, str]:
+        return score_cache.keys_of(source, tasks, None, "float32", torch.device("cpu"), bos=False)
+
+    before, version = keys(), metadata.version
+    assert keys() == before
+    monkeypatch.setattr(metadata, "version", lambda name: "0" if name == package else version(name))
+    assert keys() != before
 
 
 @pytest.mark.slow

@@ -16,7 +16,8 @@ import transformers
 
 import thanos
 from helpers import save_tiny, tiny_tokenizer
-from thanos.bench.synthetic import Shape, write_checkpoint
+from random_model import write_checkpoint
+from thanos.bench.synthetic import Shape
 from thanos.cli import run
 from thanos.engine import activations, block_runner
 from thanos.engine.stages import tune

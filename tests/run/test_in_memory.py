@@ -96,6 +96,18 @@ def test_each_form_of_calibration(tmp_path: Path) -> None:
     assert report.recipe["calibration"] == "tokens"
 
 
+@pytest.mark.parametrize("name", ["texts", "tokens"])
+def test_a_folder_with_the_name_of_given_texts_or_tokens_has_no_part_in_the_report(
+    name: str, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "a.txt").write_text("not the text that is read")
+    monkeypatch.chdir(tmp_path)
+    given = [prose(60, seed=seed) for seed in range(9)] if name == "texts" else tokens_of(text_file)
+    report = thanos.prune_model(load(save_tiny(tmp_path / "model")), given, recipe(), tokenizer=tiny_tokenizer())
+    assert (report.calibration["source"], report.calibration["text_sha256"]) == (name, None)
+
+
 def test_the_model_generates_its_own_text(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "model")
     thanos.prune(folder, tmp_path / "out", recipe(calibration="self"))

@@ -496,7 +496,7 @@ def test_a_folder_that_came_into_being_meanwhile_is_not_replaced(model: Path, te
             (tmp_path / "out").mkdir(exist_ok=True)
             (tmp_path / "out/other.txt").write_text("somebody else's")
 
-    with pytest.raises(UserError, match="came into being during the run"):
+    with pytest.raises(UserError, match="was created during the run"):
         thanos.prune(model, tmp_path / "out", recipe(text_file), on_event=watch)
     assert tree(tmp_path / "out") == {"other.txt": b"somebody else's"}
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.partial", "model", "out"]

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from thanos.bench.synthetic import Shape, write_checkpoint
+from random_model import write_checkpoint
+from thanos.bench.synthetic import Shape
 
 # A process of its own, so that nothing but the run counts; its children's figure is what the system saw.
 _RUN = """

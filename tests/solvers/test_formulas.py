@@ -13,7 +13,7 @@ from thanos import prune_weight
 from thanos.errors import NumericsError
 from thanos.patterns.rounding import ceil_count, floor_count
 from thanos.solvers.hessian import SMALLEST_RAISED_DAMPING, InputStatistics, factorize
-from thanos.solvers.masked_cg import MAX_STEPS, solve_rows
+from thanos.solvers.masked_cg import MAX_STEPS, RowSolver
 from thanos.solvers.row_selection import even_rows_mask, nm_mask, row_smallest_mask
 from thanos.solvers.selection import smallest_mask
 
@@ -280,7 +280,7 @@ def test_rows_are_solved_on_their_own_supports(rows, size, share, seed):
     rhs = oracles.layer(rows, size, seed=seed + 1).weight
     mask = random_mask(rows, size, share, seed)
     before = gram.clone(), rhs.clone(), mask.clone()
-    solution = solve_rows(gram, rhs, mask)
+    solution = RowSolver().solve(gram, rhs, mask)
     assert all(torch.equal(a, b) for a, b in zip(before, (gram, rhs, mask), strict=True))
     for i in range(rows):
         p = mask[i].nonzero().squeeze(1)
@@ -300,7 +300,7 @@ def test_systems_that_the_iteration_cannot_solve_are_solved_directly(dtype, with
     rhs = oracles.layer(3, size, seed=4).weight
     mask = random_mask(3, size, 0.9, 5)
     mask[2] = False
-    solution = solve_rows(gram.to(dtype), rhs.to(dtype), mask, root if with_root else None)
+    solution = RowSolver().solve(gram.to(dtype), rhs.to(dtype), mask, root if with_root else None)
     assert solution.dtype == dtype
     assert size > 2 * MAX_STEPS
     exact = gram if with_root or dtype == torch.float64 else gram.to(dtype).double()
@@ -317,7 +317,7 @@ def test_a_singular_system_still_gives_a_finite_solution_that_fits():
     gram = torch.ones(4, 4, dtype=torch.float64)
     rhs = torch.tensor([[2.0, 2.0, 2.0, 2.0], [3.0, 3.0, 0.0, 0.0]], dtype=torch.float64)
     mask = torch.tensor([[True] * 4, [True, True, False, False]])
-    solution = solve_rows(gram, rhs, mask)
+    solution = RowSolver().solve(gram, rhs, mask)
     assert_close(torch.where(mask, solution @ gram, 0.0), rhs)
 
 

@@ -15,7 +15,7 @@ from thanos.solvers.kernels import solve as kernels
 from thanos.solvers.masked_cg import RowSolver
 from thanos.solvers.residual_mask import ResidualMask, RowResidualMask
 from thanos.solvers.row_selection import row_smallest_mask, smallest_of_rows
-from thanos.solvers.row_shards import Alone
+from thanos.solvers.row_shards import RowShards
 from thanos.solvers.selection import KernelSearch, smallest_mask
 
 pytestmark = [
@@ -258,7 +258,7 @@ def test_kernels_refuse_matrices_whose_rows_are_not_contiguous():
     assert int(smallest_mask(scores, 3).sum()) == 3
 
 
-class Recording(Alone):
+class Recording(RowShards):
     """Notes what this process would add up with the others'; between processes these must match call by call."""
 
     size = 2

@@ -45,7 +45,7 @@ def test_only_cells_of_models_with_bos_have_other_keys_than_before(tmp_path: Pat
     path = write(tmp_path, HEAD + GRID)
     study = read_study(path)
     locations = runner.find_locations(study, tmp_path / "out", data)
-    assert locations.begun == {"begun"}
+    assert locations.with_bos == {"begun"}
     for cell in study.cells:
         before = study.asked(cell)
         assert set(before["evaluation"]) == {"text", "sequence_length", "max_windows", "compare"}, (

@@ -25,16 +25,7 @@ def output_norms(rows: int, columns: int) -> Cost:
 def solve(
     method: str, pattern: Pattern, rows: int, columns: int, block_size: int, steps: float = STEPS
 ) -> dict[str, Cost]:
-    """Return the cost of each part of ``prune_weight``, by name.
-
-    Args:
-        method: name of the method.
-        pattern: sparsity pattern.
-        rows: output rows, c.
-        columns: input columns, b.
-        block_size: columns per block, B; at most b is used.
-        steps: iterations of the row solver.
-    """
+    """Return the cost of each part of ``prune_weight``, by name; ``steps`` are iterations of the row solver."""
     row = registry.method(method)
     # Output norms: of the weight, of the removed weights and, if the method compensates, of the change.
     forms, form = 3 if row.compensates else 2, output_norms(rows, columns)

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from thanos.solvers.precision import full_float32
+
 _SECONDS = 0.15
 """Minimum seconds for which one rate is measured."""
 
@@ -46,12 +48,16 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     hessian = torch.zeros(size, size, device=device)
     host = torch.randn(32 << 20 if device.type == "cuda" else 4 << 20)
     there = torch.empty_like(host, device=device)
+    wide = x if device.type == "cuda" else x.repeat(8, 1)  # more than the caches hold
+    copied = torch.empty_like(wide)
     product = 2.0 * size**3
+    with full_float32():
+        float32_flops = product / _seconds(lambda: x @ y, device)
     return Rates(
         model_flops=product / _seconds(lambda: a @ b, device),
-        float32_flops=product / _seconds(lambda: x @ y, device),
+        float32_flops=float32_flops,
         gram_flops=product / _seconds(lambda: add_gram(hessian, a), device),
-        memory_bytes=2 * x.nbytes / _seconds(lambda: y.copy_(x), device),
+        memory_bytes=2 * wide.nbytes / _seconds(lambda: copied.copy_(wide), device),
         to_device_bytes=host.nbytes / _seconds(lambda: there.copy_(host), device),
     )
 

@@ -14,17 +14,14 @@ from torch import Tensor
 
 from thanos import registry
 from thanos.bench import cost_model as costs
+from thanos.bench.device_rates import measure_rates
 from thanos.bench.measure import machine, median_seconds, with_peak
 from thanos.bench.references import Solver, load_reference
 from thanos.errors import RecipeError
 from thanos.recipe import LayerRecipe
 from thanos.solvers.hessian import InputStatistics
-from thanos.solvers.precision import full_float32
 from thanos.solvers.prune_layer import prune_weight
 from thanos.solvers.synthetic_layer import synthetic_layer
-
-_RATE_SIZE = {"cpu": 1024, "cuda": 8192}
-"""Columns of the square matrix product and of the copied matrix, which measure a device's rates; by device type."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,9 +101,8 @@ class LayerTime:
 def run(settings: LayerSettings) -> Iterator[LayerTime]:
     """Run the measurements, and yield them one by one.
 
-    Raises:
-        RecipeError: a setting is out of range, or a pattern does not fit a shape.
-        DataError: the folder of a reference implementation does not contain it.
+    Raises RecipeError if a setting is out of range or a pattern does not fit a shape, and DataError if the folder of a
+    reference implementation does not contain it.
     """
     if settings.repeats < 1:
         raise RecipeError(f"--repeats must be at least 1; got {settings.repeats}")
@@ -140,19 +136,9 @@ def report(settings: LayerSettings, results: list[LayerTime]) -> dict[str, Any]:
 
 @cache
 def device_rates(device: str) -> dict[str, float]:
-    """Return the rates of float32 arithmetic (a square product) and of memory traffic (a copy, bytes read plus written).
-
-    They are measured once per process and device.
-    """
-    size = _RATE_SIZE[torch.device(device).type]
-    matrix = torch.randn(size, size, device=device)
-    target = torch.empty_like(matrix)
-    with full_float32():
-        product = median_seconds(lambda: torch.mm(matrix, matrix, out=target), repeats=5, device=device)
-    wide = matrix.repeat(8, 1)
-    into = torch.empty_like(wide)
-    copy = median_seconds(lambda: into.copy_(wide), repeats=5, device=device)
-    return {"flops_per_second": 2.0 * size**3 / product, "bytes_per_second": 2.0 * 4 * wide.numel() / copy}
+    """Return the rates of float32 arithmetic and of memory traffic, measured once per process and device."""
+    rates = measure_rates(torch.device(device), torch.float32)
+    return {"flops_per_second": rates.float32_flops, "bytes_per_second": rates.memory_bytes}
 
 
 def relative_error(weight: Tensor, pruned: Tensor, hessian: Tensor) -> float:

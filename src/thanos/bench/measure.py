@@ -46,13 +46,9 @@ _ENOUGH_SECONDS = 5.0
 
 
 def median_seconds(work: Callable[[], Any], *, repeats: int, device: str, warm_up: bool = True) -> float:
-    """Return the median seconds of synchronised runs.
+    """Return the median seconds of synchronised runs, after one call as a warm-up unless ``warm_up`` is False.
 
-    Args:
-        work: function to time.
-        repeats: number of runs; fewer if they take more than ``_ENOUGH_SECONDS`` in total.
-        device: device of the work.
-        warm_up: call ``work`` once before the timed runs.
+    There are ``repeats`` runs, or fewer if they take more than ``_ENOUGH_SECONDS`` in total.
     """
     if warm_up:
         work()

@@ -21,7 +21,7 @@ from thanos.checkpoint.writer import CheckpointWriter
 from thanos.engine.block_runner import Passes
 from thanos.engine.inputs import EngineInputs
 from thanos.engine.loop import Engine
-from thanos.engine.records import BlockRecord, LayerRecord, mean_known
+from thanos.engine.records import LayerRecord, NoJournal, mean_known
 from thanos.engine.stages.prune import observed_fractions
 from thanos.engine.weights import ModelWeights
 from thanos.events import Event
@@ -83,16 +83,6 @@ class _Discard:
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Discard one tensor."""
-
-
-class _Forget:
-    """A journal that records nothing, for a run that is never resumed."""
-
-    def __init__(self) -> None:
-        self.finished: dict[int | None, BlockRecord] = {}
-
-    def record(self, block: int | None, **details: object) -> None:
-        """Record nothing."""
 
 
 def time_model(
@@ -192,7 +182,7 @@ def _by_kind(records: Sequence[LayerRecord]) -> dict[str, float]:
 def _output(checkpoint: RandomCheckpoint, folder: Path, meter: PhaseMeter, *, kept: bool) -> tuple[Any, Any]:
     """Return the writer and the journal: with ``kept`` those of a real run, else ones that keep nothing."""
     if not kept:
-        return _Discard(), _Forget()
+        return _Discard(), NoJournal()
     writer = CheckpointWriter(checkpoint.layout, checkpoint, folder)
     return writer, RunJournal(Journal(folder / "journal.jsonl"), writer, meter)
 

@@ -31,15 +31,10 @@ _ROWS_AT_ONCE = 256
 
 
 def load_reference(name: str, folder: Path) -> Solver:
-    """Return the solver of a reference repository.
+    """Return the solver of a method's reference repository.
 
-    Args:
-        name: name of the method.
-        folder: folder of the repository.
-
-    Raises:
-        RecipeError: the name is unknown.
-        DataError: the folder does not contain that repository, or its file cannot be imported.
+    Raises RecipeError if the name is unknown, and DataError if the folder does not contain that repository, or its file cannot
+    be imported.
     """
     classes = registry.reference_classes()  # each class is in a file with the method's name, at the root or in lib/
     if name not in classes:

@@ -1,13 +1,10 @@
-"""Models of a given shape with random weights, written to a folder or generated when they are read."""
+"""Models of a given shape with random weights, which are generated when they are read."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +12,6 @@ from torch import Tensor
 
 from thanos.checkpoint.in_memory import raw_bytes
 from thanos.checkpoint.layout import CHUNK_ENTRIES, Layout, TensorInfo, TensorSpec, plan_layout
-from thanos.checkpoint.weight_files import INDEX_NAME
 from thanos.errors import RecipeError
 from thanos.model.meta_model import build_meta_model, persistent_tensors
 
@@ -164,56 +160,3 @@ def random_checkpoint(shape: Shape, length: int, *, seed: int = 0, keep: bool = 
     """Return a bfloat16 meta model of the shape, and the checkpoint of its tensors; ``length`` as in :meth:`Shape.config`."""
     meta_model = build_meta_model(shape.config(length), torch.bfloat16)
     return meta_model, RandomCheckpoint(dict(persistent_tensors(meta_model)), seed=seed, keep=keep)
-
-
-def write_checkpoint(folder: Path, shape: Shape, *, length: int = 2048, seed: int = 0) -> int:
-    """Write a checkpoint of random weights, with a tokenizer that has one token per number.
-
-    One tensor is in memory at a time.
-
-    Args:
-        folder: output folder.
-        shape: shape of the model.
-        length: longest sequence, in tokens.
-        seed: seed of the random numbers.
-
-    Returns:
-        Bytes of the weights.
-    """
-    meta_model, checkpoint = random_checkpoint(shape, length, seed=seed, keep=False)
-    folder.mkdir(parents=True, exist_ok=True)
-    meta_model.config.save_pretrained(folder)
-    write_tokenizer(folder, shape.vocabulary)
-    for shard in checkpoint.layout.shards:
-        names = [name for name, info in checkpoint.tensors.items() if info.shard == shard.name]
-        with (folder / shard.name).open("wb") as file:
-            file.write(shard.header)
-            for name in sorted(names, key=lambda name: checkpoint.tensors[name].offset):
-                file.write(raw_bytes(checkpoint.read(name)))
-            file.flush()
-            # Drop the file from the page cache, so that a later benchmark reads the disk.
-            if hasattr(os, "posix_fadvise"):
-                os.fsync(file.fileno())
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    if checkpoint.layout.index is not None:
-        (folder / INDEX_NAME).write_bytes(checkpoint.layout.index)
-    return checkpoint.layout.nbytes
-
-
-def write_tokenizer(folder: Path, vocabulary: int) -> None:
-    """Write a tokenizer with one token for every integer from 0 to ``vocabulary`` - 1, so that numbers are valid text."""
-    words = {str(number): number for number in range(vocabulary)}
-    tokenizer = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [],
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Whitespace"},
-        "post_processor": None,
-        "decoder": None,
-        "model": {"type": "WordLevel", "vocab": words, "unk_token": "0"},
-    }
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "1", "unk_token": "0"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")

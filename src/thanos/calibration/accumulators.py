@@ -6,8 +6,8 @@ and those of the model pruned so far, X̂.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,7 +19,8 @@ _GRAM_ROWS = {"cpu": 256, "cuda": 2048}
 wide matrix is multiplied. Narrower panels would make the products slow."""
 
 
-class Sum(Protocol):
+@dataclass(slots=True)
+class Sum:
     """A sum over tokens.
 
     Attributes:
@@ -28,31 +29,34 @@ class Sum(Protocol):
     """
 
     sums: Tensor
-    tokens: int
+    tokens: int = 0
 
     def finite(self) -> Tensor:
         """Return whether the sums hold no NaN and no infinity, a 0-d bool tensor."""
-        ...
+        return torch.isfinite(self.sums).all()
 
 
-class Accumulator(Sum, Protocol):
+class Accumulator(Sum, ABC):
     """A sum over the tokens of one input."""
 
+    __slots__ = ()
+
+    def finite(self) -> Tensor:
+        """See :class:`Sum`; a column of NaN or infinity shows in its diagonal entry."""
+        return torch.isfinite(self.squared_norms()).all()
+
+    @abstractmethod
     def add(self, rows: Tensor) -> None:
         """Add the rows of X (T, b)."""
-        ...
 
+    @abstractmethod
     def squared_norms(self) -> Tensor:
         """Return the squared norms of the columns, (b,) float32."""
-        ...
 
 
 @dataclass(slots=True)
-class Gram:
+class Gram(Accumulator):
     """XᵀX; ``sums`` is (b, b) float32."""
-
-    sums: Tensor
-    tokens: int = 0
 
     @classmethod
     def empty(cls, columns: int, device: torch.device) -> Gram:
@@ -68,13 +72,9 @@ class Gram:
         """See :class:`Accumulator`."""
         return self.sums.diagonal()
 
-    def finite(self) -> Tensor:
-        """See :class:`Sum`; a column of NaN or infinity shows in its diagonal entry."""
-        return torch.isfinite(self.squared_norms()).all()
-
 
 @dataclass(slots=True)
-class SquaredNorms:
+class SquaredNorms(Accumulator):
     """The diagonal of XᵀX, with the same bits as in :class:`Gram`.
 
     A sum of squares would be cheaper but rounds differently: a score at the threshold would move to the other side of it.
@@ -84,16 +84,14 @@ class SquaredNorms:
     ``sums`` is (blocks, width, width) float32.
     """
 
-    sums: Tensor
-    columns: int
-    tokens: int = 0
+    columns: int = 0
 
     @classmethod
     def empty(cls, columns: int, device: torch.device) -> SquaredNorms:
         """Return the sums over no tokens."""
         width = min(columns, _GRAM_ROWS.get(device.type, _GRAM_ROWS["cpu"]))
         blocks = -(-columns // max(1, width))
-        return cls(torch.zeros(blocks, width, width, dtype=torch.float32, device=device), columns)
+        return cls(torch.zeros(blocks, width, width, dtype=torch.float32, device=device), columns=columns)
 
     @staticmethod
     def suits(columns: int, dtype: torch.dtype, device: torch.device) -> bool:
@@ -116,20 +114,13 @@ class SquaredNorms:
         """See :class:`Accumulator`."""
         return self.sums.diagonal(dim1=1, dim2=2).reshape(-1)[: self.columns]
 
-    def finite(self) -> Tensor:
-        """See :class:`Sum`."""
-        return torch.isfinite(self.squared_norms()).all()
-
 
 @dataclass(slots=True)
-class CrossGram:
+class CrossGram(Sum):
     """AᵀB of two tensors with the same tokens, (a, b) float32: of the dense inputs X* and the pruned inputs X̂, for example.
 
     Products are exact in float32, as those of :class:`Gram`.
     """
-
-    sums: Tensor
-    tokens: int = 0
 
     @classmethod
     def empty(cls, rows: int, columns: int, device: torch.device) -> CrossGram:
@@ -151,10 +142,6 @@ class CrossGram:
         else:
             _add_product(self.sums, (left.to(torch.float32) - other.to(torch.float32)).T, right.to(torch.float32))
         self.tokens += right.shape[0]
-
-    def finite(self) -> Tensor:
-        """See :class:`Sum`."""
-        return torch.isfinite(self.sums).all()
 
 
 def add_gram(hessian: Tensor, rows: Tensor) -> None:

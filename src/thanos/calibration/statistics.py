@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -59,12 +59,7 @@ def need_of(settings: LayerRecipe) -> Need:
 
 
 def need_of_all(settings: Iterable[LayerRecipe], measure_error: bool | None) -> Need:
-    """Return the statistics to accumulate over all tokens for layers that are observed together.
-
-    Args:
-        settings: the settings of each layer.
-        measure_error: see :class:`~thanos.recipe.Recipe`.
-    """
+    """Return the statistics to accumulate over all tokens for layers that are observed together."""
     return Need.GRAM if measure_error else max(map(need_of, settings), default=Need.NOTHING)
 
 
@@ -83,12 +78,9 @@ class Pairs:
 
     @classmethod
     def empty(cls, layers: Sequence[LinearLayer], writers: Collection[str], device: torch.device) -> Pairs:
-        """Return the sums over no tokens.
+        """Return the sums over no tokens, for ``layers`` that read one input.
 
-        Args:
-            layers: the layers that read the input.
-            writers: names of the layers that write into the residual stream, and of others.
-            device: device of the inputs.
+        ``writers`` are names of layers that write into the residual stream; they may include other layers.
         """
         columns = layers[0].shape[1]
         residuals = {
@@ -159,13 +151,10 @@ class InputGroup:
 def empty_group(
     layers: list[LinearLayer], device: torch.device, need: Need = Need.GRAM, *, sample: bool = True
 ) -> InputGroup:
-    """Return a group of layers with statistics of no tokens.
+    """Return a group of layers that read one input, with statistics of no tokens.
 
-    Args:
-        layers: the layers that read one input.
-        device: device of the inputs.
-        need: the least statistics to accumulate over all tokens.
-        sample: also accumulate XᵀX over a sample, unless it is accumulated over all tokens.
+    ``need`` is the least to accumulate over all tokens. With ``sample``, XᵀX is also accumulated over a sample, unless it is
+    accumulated over all tokens.
     """
     columns = layers[0].shape[1]
     dtype = layers[0].module.get_parameter("weight").dtype
@@ -179,12 +168,8 @@ def plan_passes(layers: Sequence[LinearLayer], budget: int, *, matrices: int = 1
     """Split the layers of a block into passes, each with statistics of at most ``budget`` bytes.
 
     The layers of one module stay in one pass, so that layers with the same input do. A single module may exceed the budget.
-    Layers of one module and shape, such as an expert's gate and up, are assumed to share their input.
-
-    Args:
-        layers: the layers.
-        budget: number of bytes.
-        matrices: number of (b, b) matrices for each input: 1 for the Hessian alone.
+    Layers of one module and shape, such as an expert's gate and up, are assumed to share their input, which needs ``matrices``
+    (b, b) float32 matrices: 1 for the Hessian alone.
     """
     modules: dict[str, list[LinearLayer]] = {}
     for layer in layers:
@@ -248,22 +233,21 @@ def gather(layers: Sequence[LinearLayer], need: Need = Need.GRAM, *, sample: boo
 
         return see
 
-    handles = [layer.module.register_forward_pre_hook(hook(layer)) for layer in layers]
     try:
-        yield groups
+        with ExitStack() as hooks:
+            for layer in layers:
+                hooks.enter_context(layer.module.register_forward_pre_hook(hook(layer)))
+            yield groups
     finally:
-        for handle in handles:
-            handle.remove()
         groups.of.clear()  # a group's statistics go when its layers are solved
         for group in groups:
             group.current = None
 
 
 def check_finite(groups: Sequence[InputGroup]) -> None:
-    """Refuse statistics that hold NaN or infinity. One synchronisation with the device checks all of them.
+    """Raise NumericsError for statistics that hold NaN or infinity; it names the first layer that reads the first such input.
 
-    Raises:
-        NumericsError: a statistic is not finite. The message names the first layer that reads the first such input.
+    One synchronisation with the device checks all of them.
     """
     known = [(group, one) for group in groups for one in group.sums]
     if not known:

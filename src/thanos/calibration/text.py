@@ -16,6 +16,7 @@ from thanos.calibration.text_rows import Note, Row, read_rows
 from thanos.errors import DataError
 from thanos.model.bos import added_bos
 from thanos.model.fingerprint import file_sha256
+from thanos.model.transformers_errors import first_line
 from thanos.system.extras import install_command, is_installed
 
 if TYPE_CHECKING:
@@ -38,14 +39,9 @@ _C4_EVALUATION_ROWS = 1100
 
 
 def check_text_exists(source: str, *, evaluation: bool = False) -> None:
-    """Refuse a source that is unknown or missing. The check reads no row and does not query the hub.
+    """Raise DataError for a source that is unknown or missing, or that needs a package that is missing.
 
-    Args:
-        source: as for :func:`calibration_documents`.
-        evaluation: whether the text is for evaluation.
-
-    Raises:
-        DataError: the source is unknown or missing, or needs a package that is missing.
+    The check reads no row and does not query the hub. ``source`` is as for :func:`calibration_documents`.
     """
     if evaluation and source == "self":
         raise DataError("text 'self' is for calibration: a model's own text does not measure it; choose another source")
@@ -56,20 +52,12 @@ def check_text_exists(source: str, *, evaluation: bool = False) -> None:
 
 
 def check_text_source(
-    source: str,
-    *,
-    evaluation: bool = False,
-    tokenizer: Callable[[], PreTrainedTokenizerBase] | None = None,
+    source: str, *, evaluation: bool = False, tokenizer: Callable[[], PreTrainedTokenizerBase] | None = None
 ) -> None:
-    """Refuse a source that cannot be used. The check reads first rows only and does not query the hub.
+    """Raise DataError for a source that cannot be used: also one that is empty, or whose first row has no text.
 
-    Args:
-        source: as for :func:`calibration_documents`.
-        evaluation: whether the text is for evaluation.
-        tokenizer: returns the model's tokenizer; called only if the first row is a chat. None skips the check of the chat.
-
-    Raises:
-        DataError: the source is unknown, missing or empty, or the first row has no text or no chat template.
+    The check reads first rows only and does not query the hub. ``source`` is as for :func:`calibration_documents`. If the first
+    row is a chat, ``tokenizer`` returns the tokenizer whose chat template must render it; None skips this check.
     """
     check_text_exists(source, evaluation=evaluation)
     if source in NAMED:
@@ -119,13 +107,7 @@ def evaluation_rows(
 ) -> list[str]:
     """Return the rows of a source in order, empty rows included; evaluation joins them with a blank line.
 
-    Args:
-        source: as for :func:`calibration_documents`.
-        tokenizer: as there.
-        on_note: as there.
-
-    Raises:
-        DataError: the source is unknown, missing, unreadable or empty.
+    The arguments and the DataError are those of :func:`calibration_documents`.
     """
     if source == "self":
         check_text_source(source, evaluation=True)
@@ -159,9 +141,8 @@ def _hub_rows(source: str, repository: str, **arguments: Any) -> list[str]:
     try:
         return list(load_dataset(repository, **arguments)["text"])
     except Exception as error:  # datasets raises its own, the hub's and the network's errors
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(
-            f"{source} cannot be had from the hub ({line}); without a network give a local file instead: "
+            f"{source} cannot be had from the hub ({first_line(error)}); without a network give a local file instead: "
             "--calibration FILE or --text FILE, one of " + ", ".join(SUFFIXES)
         ) from error
 
@@ -199,21 +180,20 @@ def _rendered(messages: list[dict[str, Any]], source: str, tokenizer: PreTrained
     try:
         text = str(tokenizer.apply_chat_template(messages, tokenize=False))
     except Exception as error:  # Jinja's own errors, and those that a template raises
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(
-            f"{source} holds a chat that the tokenizer's chat template refuses ({line}); a message has role and content"
+            f"{source} holds a chat that the tokenizer's chat template refuses ({first_line(error)}); a message has role and "
+            "content"
         ) from error
     return text.removeprefix(str(tokenizer.bos_token)) if added_bos(tokenizer) is not None else text
 
 
 def text_sha256(source: str) -> str | None:
-    """Return a hash of the files of a text source; None if the source names no files, for example a data set.
+    """Return a hash of the files of a text source, see :func:`calibration_documents`; None for a data set or another name.
 
     For a single file this is the hash of its content.
-
-    Args:
-        source: as for :func:`~thanos.calibration.text.calibration_documents`.
     """
+    if source in NAMED:  # also if a local folder has the same name, since the data set is read
+        return None
     try:
         files = [path for path, _ in find_files(source, "")]
     except DataError:

@@ -52,25 +52,23 @@ def _names_files(path: str) -> bool:
     return path.lower().endswith(SUFFIXES) or path.endswith("/") or bool(_GLOB & set(path))
 
 
+def parts_of(source: str) -> list[Part]:
+    """Return the parts of a source; a file or folder that has the whole text as its name is one part."""
+    return [Part(source)] if exists(source) else split_source(source)
+
+
 def find_files(source: str, allowed: str) -> list[tuple[Path, str | None]]:
     """Return the files of a source, each with its column; the column is None if none is named.
 
-    Args:
-        source: the source.
-        allowed: the other valid sources, for the message.
-
-    Raises:
-        DataError: the source names no files, or they do not exist.
+    ``allowed`` are the other valid sources, for the message of the DataError if the source names no files or they do not exist.
     """
-    parts = [Part(source)] if exists(source) else split_source(source)
-    return [(path, part.column) for part in parts for path in _files_of(part.path, allowed)]
+    return [(path, part.column) for part in parts_of(source) for path in _files_of(part.path, allowed)]
 
 
 def text_paths(source: str) -> list[str]:
     """Return the paths of a source, as the user wrote them, and of its files; none if it is no local text."""
-    parts = [Part(source)] if exists(source) else split_source(source)
     with suppress(DataError):
-        return [*(part.path for part in parts), *(str(path) for path, _ in find_files(source, ""))]
+        return [*(part.path for part in parts_of(source)), *(str(path) for path, _ in find_files(source, ""))]
     return []
 
 

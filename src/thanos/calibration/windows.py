@@ -64,11 +64,7 @@ class Calibration:
         return digest.hexdigest()
 
     def check_made_by(self, recipe: Recipe) -> None:
-        """Refuse these windows if a recipe would make others.
-
-        Raises:
-            DataError: the source, the shape or the seed differs.
-        """
+        """Raise DataError if a recipe would make other windows: its source, shape or seed differs."""
         made = (self.source, *self.ids.shape, self.seed)
         asked = (recipe.calibration, recipe.samples, recipe.sequence_length, recipe.seed)
         if made != asked:
@@ -166,11 +162,7 @@ def begin_windows(text: Tensor, bos: int | None) -> Tensor:
 
 
 def check_positions(sequence_length: int, context_length: int | None) -> None:
-    """Refuse windows that are longer than the number of a model's positions.
-
-    Raises:
-        DataError: the windows are longer.
-    """
+    """Raise DataError for windows that are longer than a model's number of positions; None for no limit."""
     if context_length is not None and sequence_length > context_length:
         raise DataError(
             f"sequence_length {sequence_length} is beyond the model's {context_length} positions; give --sequence-length "
@@ -241,8 +233,7 @@ def calibrate(
 ) -> Calibration:
     """Make the windows, or check the windows ``given``.
 
-    Raises:
-        DataError: there is too little text, or the windows are not those of the recipe.
+    Raises DataError if there is too little text, or if the windows are not those of the recipe.
     """
     watch(Event(kind="phase", phase="calibration"))
     if given is not None:
@@ -255,17 +246,10 @@ def calibrate(
 
 
 def make_calibration(source: ModelSource, recipe: Recipe, device: torch.device, watch: Watcher) -> Calibration:
-    """Make the calibration windows of a recipe with a model's own tokenizer.
+    """Make the calibration windows of a recipe with a model's own tokenizer; for calibration ``self``, generate them.
 
-    Args:
-        source: the source of the model.
-        recipe: gives the source of the text, the shape of the windows, the seed and the dtype.
-        device: device on which the model generates, for calibration ``self``.
-        watch: called with events: the progress, and notes.
-
-    Raises:
-        DataError: see :func:`~thanos.calibration.windows.build_calibration`.
-        NumericsError: a parameter of the model that generates holds NaN or infinity.
+    The model generates on ``device``. Raises DataError as :func:`build_calibration`, and NumericsError if the model that
+    generates holds NaN or infinity.
     """
     tokenizer, config = source.tokenizer(), source.config()
     dense = load_model(source, dtype=recipe.dtype, device=device) if recipe.calibration == "self" else None

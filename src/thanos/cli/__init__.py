@@ -57,9 +57,7 @@ def _mendable(action: Callable[[], Any]) -> Any:
 def guard(action: Callable[[], Any], *, again: str = "") -> int:
     """Run an action and return the exit code of its outcome. An error is printed as one line on the standard error.
 
-    Args:
-        action: function to run; SIGTERM ends it as Ctrl-C does.
-        again: command that resumes the action if it ends early.
+    SIGTERM ends the action as Ctrl-C does. ``again`` is the command that resumes it if it ends early.
     """
     from thanos.cli.interrupts import EndedEarly, terminable
 

@@ -7,9 +7,20 @@ from typing import Annotated, Any
 import typer
 
 from thanos._version import __version__
-from thanos.cli import compare, evaluate, inspect, pack, prune, recover, report, study
+from thanos.cli import (
+    bench_decode,
+    bench_layer,
+    bench_model,
+    compare,
+    evaluate,
+    inspect,
+    pack,
+    prune,
+    recover,
+    report,
+    study,
+)
 from thanos.cli.arguments import Command, Group
-from thanos.cli.bench import bench
 
 app = typer.Typer(
     name="thanos",
@@ -20,30 +31,38 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+bench = typer.Typer(
+    name="bench",
+    cls=Group,
+    help="Measure how fast this machine prunes, and how fast packed models decode, beside the least time needed.",
+    short_help="Measure how fast this machine prunes.",
+    rich_markup_mode=None,
+)
 app.add_typer(bench)
 
 
 @app.callback(invoke_without_command=True)
-def _root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
-) -> None:
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
     if version:
         typer.echo(f"thanos {__version__}")
         raise typer.Exit
 
 
-for _name, _function, _examples, _help in (
-    ("prune", prune.prune, prune.EXAMPLES, "Prune MODEL and write it to OUT."),
-    ("recover", recover.recover, recover.EXAMPLES, "Train OUT towards its dense parent; zeros stay zero."),
-    ("eval", evaluate.evaluate, evaluate.EXAMPLES, "Measure perplexity, or zero-shot accuracy."),
-    ("compare", compare.compare, compare.EXAMPLES, "Compare models by size, speed, quality and text."),
-    ("inspect", inspect.inspect, inspect.EXAMPLES, "Show which weights are zero, and in which pattern."),
-    ("pack", pack.pack, pack.EXAMPLES, "Write a pruned model with fewer bytes."),
-    ("unpack", pack.unpack, pack.UNPACK_EXAMPLES, "Turn a packed model into the dense folder again."),
-    ("study", study.study, study.EXAMPLES, "Prune and measure a grid of models and settings."),
-    ("report", report.report, report.EXAMPLES, "Write the report of a study."),
+for _group, _name, _function, _examples, _help in (
+    (app, "prune", prune.prune, prune.EXAMPLES, "Prune MODEL and write it to OUT."),
+    (app, "recover", recover.recover, recover.EXAMPLES, "Train OUT towards its dense parent; zeros stay zero."),
+    (app, "eval", evaluate.evaluate, evaluate.EXAMPLES, "Measure perplexity, or zero-shot accuracy."),
+    (app, "compare", compare.compare, compare.EXAMPLES, "Compare models by size, speed, quality and text."),
+    (app, "inspect", inspect.inspect, inspect.EXAMPLES, "Show which weights are zero, and in which pattern."),
+    (app, "pack", pack.pack, pack.EXAMPLES, "Write a pruned model with fewer bytes."),
+    (app, "unpack", pack.unpack, pack.UNPACK_EXAMPLES, "Turn a packed model into the dense folder again."),
+    (app, "study", study.study, study.EXAMPLES, "Prune and measure a grid of models and settings."),
+    (app, "report", report.report, report.EXAMPLES, "Write the report of a study."),
+    (bench, "layer", bench_layer.layer, bench_layer.EXAMPLES, "Time the solvers on one layer."),
+    (bench, "model", bench_model.model, bench_model.EXAMPLES, "Time pruning a whole model of random weights."),
+    (bench, "decode", bench_decode.decode, bench_decode.EXAMPLES, "Time decoding of a packed model."),
 ):
-    app.command(name=_name, cls=Command, short_help=_help, epilog=_examples)(_function)
+    _group.command(name=_name, cls=Command, short_help=_help, epilog=_examples)(_function)
 
 
 def usage_line(error: Any) -> str:

@@ -1,4 +1,7 @@
-"""Check a command's words before the argument parser, which accepts some mistakes and reports others unclearly."""
+"""Commands that check their words before the argument parser, which accepts some mistakes and reports others unclearly.
+
+Their help shows the options under headings, each with its default, and examples at the end.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,9 @@ from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
 
-from thanos.cli.help import state_defaults, write_examples, write_options
 from thanos.cli.options import NUMBERS, SETTINGS
 from thanos.errors import UserError
+from thanos.settings import Heading, words
 from thanos.system.ranks import speaks
 from thanos.system.suggestions import near, near_number, near_whole
 
@@ -24,22 +27,41 @@ class Command(TyperCommand):
 
     def __init__(self, *args: Any, **others: Any) -> None:
         super().__init__(*args, **others)
-        state_defaults(self.params)
+        parameters: list[Any] = self.params
+        for one in parameters:  # the help states each default: the text of ``show_default``, else the value
+            if one.param_type_name == "option" and one.name != "help":
+                default = one.show_default if isinstance(one.show_default, str) else words(one.default)
+                one.help, one.show_default = f"{one.help} (default: {default}).", False
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write the arguments, then the options under their headings."""
-        write_options(self.get_params(ctx), ctx, formatter)
+        """Write the arguments, then the options under their headings. Options without a heading are under the last one."""
+        arguments: list[Any] = []
+        options: dict[str, list[Any]] = {heading: [] for heading in Heading}
+        parameters: list[Any] = self.get_params(ctx)
+        for one in parameters:
+            record = one.get_help_record(ctx)
+            if record is not None:
+                is_option = one.param_type_name == "option"
+                (options[one.rich_help_panel or Heading.OUTPUT] if is_option else arguments).append(record)
+        if arguments:
+            with formatter.section("Arguments"):
+                formatter.write_dl(arguments)
+        formatter.write("\nOptions:\n")
+        for heading, records in options.items():
+            if records:
+                formatter.write(f"\n {heading}:\n")
+                with formatter.indentation():
+                    formatter.write_dl(records)
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
-        """Write the examples."""
-        write_examples(self.epilog, formatter)
+        """Write the examples without wrapping: a wrapped command cannot be copied."""
+        if self.epilog:
+            formatter.write(f"\nExamples:\n{self.epilog}\n")
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the words. Print a warning if an option is given twice; the last one counts.
 
-        Raises:
-            UserError: an option is unknown or has no value, a value is empty or not a number, or there are too many
-                arguments.
+        Raises UserError for an unknown option, a missing, empty or non-numeric value, and for too many arguments.
         """
         if args and not any(word in _HELP for word in args):
             words = _Words(self, ctx.command_path, args)
@@ -58,11 +80,7 @@ class Group(TyperGroup):
     """A group of commands that suggests the nearest command for an unknown one."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the words. Without any, show the help.
-
-        Raises:
-            UserError: an option before the command is unknown.
-        """
+        """Parse the words; without any, show the help. Raises UserError for an unknown option before the command."""
         args = [] if args == ["--"] else args
         options = [name for param in self.params for name in (*param.opts, *param.secondary_opts)] + ["--help"]
         word = (args or ["--help"])[0].partition("=")[0]
@@ -74,11 +92,7 @@ class Group(TyperGroup):
         return super().parse_args(ctx, args or ["--help"])
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Return the command that the first word names.
-
-        Raises:
-            UserError: there is no such command.
-        """
+        """Return the command that the first word names. Raises UserError if there is none."""
         name, commands = args[0], self.list_commands(ctx)
         if not name.startswith("-") and self.get_command(ctx, name) is None:
             raise UserError(

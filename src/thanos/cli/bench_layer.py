@@ -5,13 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
 from thanos import registry
 from thanos.cli.options import JsonFile, Threads, examples, given, option, use_threads, with_settings
 from thanos.errors import RecipeError
 from thanos.settings import Heading
-from thanos.system.documents import json_text
 
 _METHODS = registry.blockwise_methods()
 _PATTERNS = registry.example_patterns()[:2]  # unstructured, and the most common n:m
@@ -90,20 +87,13 @@ def layer(
     )
     results = list(run(asked))
     if json_file is not None:
-        text = json_text(report(asked, results))
-        if str(json_file) == "-":
-            typer.echo(text, nl=False)
-            return
-        json_file.write_text(text, encoding="utf-8")
-    output.show_layer_times(results)
+        tables.write_json(report(asked, results), json_file)
+    if not tables.to_stdout(json_file):
+        output.show_layer_times(results)
 
 
 def parse_shape(text: str) -> tuple[int, int]:
-    """Return the rows and columns of a text such as ``4096x14336``.
-
-    Raises:
-        RecipeError: the text has another form.
-    """
+    """Return the rows and columns of a text such as ``4096x14336``. Raises RecipeError for another form."""
     rows, _, columns = text.lower().replace("×", "x").partition("x")
     if not (rows.isdecimal() and columns.isdecimal() and int(rows) and int(columns)):
         raise RecipeError(f"--shape {text!r} must be rows x columns, such as 4096x14336")
@@ -111,11 +101,7 @@ def parse_shape(text: str) -> tuple[int, int]:
 
 
 def parse_peer(text: str) -> tuple[str, Path]:
-    """Return the name and the folder of ``NAME=DIR``.
-
-    Raises:
-        RecipeError: the text has another form.
-    """
+    """Return the name and the folder of ``NAME=DIR``. Raises RecipeError for another form."""
     name, equals, folder = text.partition("=")
     if not (name and equals and folder):
         raise RecipeError(f"--peer {text!r} must be NAME=DIR, such as {_REFERENCES[0]}")

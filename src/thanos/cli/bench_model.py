@@ -6,8 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
 from thanos.cli.options import (
     Activations,
     JsonFile,
@@ -106,10 +104,6 @@ def model(
         result = time_model(
             sizes, recipe, choose_device(device), blocks=blocks, out=out, activations=activations, on_event=watcher
         )
-    if json_file is not None:
-        text = result.to_json()
-        if str(json_file) == "-":
-            typer.echo(text, nl=False)
-            return
-        json_file.write_text(text, encoding="utf-8")
-    output.show_model_time(result)
+    tables.write_json(result.to_dict(), json_file)
+    if not tables.to_stdout(json_file):
+        output.show_model_time(result)

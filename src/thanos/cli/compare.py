@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from thanos.cli.options import (
+    MaxWindows,
     Quiet,
+    SequenceLength,
     TaskFolder,
     TaskLimit,
     Threads,
@@ -80,10 +82,8 @@ def compare(
         ),
     ] = False,
     text: Annotated[str, option(f"Text: {TEXT_SOURCES}", Heading.PERPLEXITY, "SOURCE")] = "wikitext2",
-    sequence_length: Annotated[int, option("Tokens per window", Heading.PERPLEXITY, "TOKENS")] = 2048,
-    max_windows: Annotated[
-        int | None, option("Score only the first N windows", Heading.PERPLEXITY, "N", default="all")
-    ] = None,
+    sequence_length: SequenceLength = 2048,
+    max_windows: MaxWindows = None,
     bos: Annotated[
         str,
         option(

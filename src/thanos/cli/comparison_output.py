@@ -16,11 +16,7 @@ if TYPE_CHECKING:
 
 
 def check_place(out: Path) -> None:
-    """Check that a folder can be written, before the work begins.
-
-    Raises:
-        ResourceError: it is a file, or may not be written.
-    """
+    """Raise ResourceError, before the work begins, if ``out`` is a file or may not be written."""
     if out.exists() and not out.is_dir():
         raise ResourceError(f"--out {out} is a file; give a folder")
     there = next((folder for folder in (out, *out.resolve().parents) if folder.is_dir()), Path())

@@ -6,8 +6,10 @@ from typing import Annotated, Any
 
 from thanos.cli.options import (
     JsonFile,
+    MaxWindows,
     Model,
     Quiet,
+    SequenceLength,
     TaskFolder,
     TaskLimit,
     Threads,
@@ -37,10 +39,8 @@ def evaluate(
     text: Annotated[
         str | None, option(f"Text: {TEXT_SOURCES}", Heading.PERPLEXITY, "SOURCE", default="wikitext2")
     ] = None,
-    sequence_length: Annotated[int, option("Tokens per window", Heading.PERPLEXITY, "TOKENS")] = 2048,
-    max_windows: Annotated[
-        int | None, option("Score only the first N windows", Heading.PERPLEXITY, "N", default="all")
-    ] = None,
+    sequence_length: SequenceLength = 2048,
+    max_windows: MaxWindows = None,
     dense: Annotated[
         str | None,
         option(

@@ -25,8 +25,7 @@ def inspect(
         option("Exit with 1 unless every pruned layer satisfies this pattern: N:M or columns", Heading.RUN, "PATTERN"),
     ] = None,
     dense: Annotated[
-        str | None,
-        option("Also count what MODEL, if it is smaller, lacks of this dense model", Heading.RUN, "MODEL"),
+        str | None, option("Also count what MODEL, if it is smaller, lacks of this dense model", Heading.RUN, "MODEL")
     ] = None,
     json_file: JsonFile = None,
     quiet: Quiet = False,

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from thanos.errors import recurs
+from thanos.errors import ResourceError, UserError, recurs, resource_errors
 
 if TYPE_CHECKING:
     from thanos.run.work_folder import WorkFolder
@@ -41,8 +41,6 @@ def resumable(work: WorkFolder) -> Iterator[None]:
 
     An error of the request itself is raised unchanged. The finished blocks are in the work folder.
     """
-    from thanos.errors import ResourceError, UserError, resource_errors
-
     try:
         with resource_errors():
             yield

@@ -125,27 +125,33 @@ Activations = Annotated[
         "TIER",
     ),
 ]
+SequenceLength = Annotated[int, option("Tokens per window", Heading.PERPLEXITY, "TOKENS")]
+MaxWindows = Annotated[int | None, option("Score only the first N windows", Heading.PERPLEXITY, "N", default="all")]
 TaskFolder = Annotated[Path | None, option("Folder with lm_eval task files of your own", Heading.TASKS, "DIR")]
 TaskLimit = Annotated[int | None, option("Only the first N documents of each task", Heading.TASKS, "N", default="all")]
 Threads = Annotated[
     int | None,
     option(
-        "Number of CPU threads for torch; lower it on a shared machine",
-        Heading.RUN,
-        "N",
-        default="torch's default",
+        "Number of CPU threads for torch; lower it on a shared machine", Heading.RUN, "N", default="torch's default"
     ),
 ]
 
 _MOST_THREADS = 1024
 
 
-def use_threads(threads: int | None) -> None:
-    """Set the number of threads that torch uses for one operation, in this process. None keeps torch's default.
+def resume_option(out: str) -> Any:
+    """Return the option ``--resume`` of a command that writes the folder ``out``."""
+    text = f"Continue an interrupted run of this command; start it if there is none, do nothing if {out} is complete"
+    return option(text, Heading.RUN, None, "--resume", default="refuse to")
 
-    Raises:
-        UserError: as for :func:`check_threads`.
-    """
+
+def overwrite_option(text: str) -> Any:
+    """Return the option ``--overwrite`` of a command that writes a folder."""
+    return option(text, Heading.OUTPUT, None, "--overwrite", default="refuse to")
+
+
+def use_threads(threads: int | None) -> None:
+    """Set the number of threads that torch uses for one operation, in this process; None keeps torch's default."""
     check_threads(threads)
     if threads is not None:
         import torch
@@ -154,11 +160,7 @@ def use_threads(threads: int | None) -> None:
 
 
 def check_threads(threads: int | None) -> None:
-    """Check a number of threads.
-
-    Raises:
-        UserError: the number is below 1 or above 1024.
-    """
+    """Raise UserError for a number of threads below 1 or above 1024."""
     if threads is not None and not 1 <= threads <= _MOST_THREADS:
         raise UserError(
             f"--threads must be a whole number, 1 to {_MOST_THREADS}; got {threads}; best is at most the number of cores"

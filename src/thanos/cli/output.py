@@ -50,7 +50,7 @@ def show_report(report: PruningReport, out: Path, *, complete: bool = False) -> 
     totals, recipe = report.totals, report.recipe
     rows = [
         ("method, pattern", f"{recipe['method']}, {recipe['pattern']}"),
-        *(cut_rows(report.cut) or _sparsity_rows(totals)),
+        *(cut_rows(report.cut) or _sparsity_rows(totals, "pruned")),
         ("mean layer error, zeros alone", number(totals["mean_error_before_compensation"])),
         (f"mean layer error, {_last_step(report)}", number(totals["mean_error_after_compensation"])),
         *_repair_rows(report),
@@ -62,9 +62,9 @@ def show_report(report: PruningReport, out: Path, *, complete: bool = False) -> 
     show_warnings(report)
 
 
-def _sparsity_rows(totals: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _sparsity_rows(totals: Mapping[str, Any], which: str) -> list[tuple[str, str]]:
     return [
-        ("sparsity of the pruned layers", share(totals["zeros_targeted"], totals["targeted_parameters"])),
+        (f"sparsity of the {which} layers", share(totals["zeros_targeted"], totals["targeted_parameters"])),
         ("sparsity of all parameters", share(totals["zeros_all"], totals["parameters"])),
     ]
 
@@ -187,11 +187,7 @@ def show_inspection(found: Inspection, json_file: Path | None) -> None:
         )
         if found.smaller is not None:
             show_shrinkage(found.smaller)
-    totals = found.totals
-    rows = [
-        ("sparsity of the targeted layers", share(totals["zeros_targeted"], totals["targeted_parameters"])),
-        ("sparsity of all parameters", share(totals["zeros_all"], totals["parameters"])),
-    ]
+    rows = _sparsity_rows(found.totals, "targeted")
     if found.require:
         rows.append((f"pattern {found.require}", "broken" if found.violations else "satisfied by every targeted layer"))
     damaged, others = found.damaged, [tensor for tensor in found.not_finite if not tensor.parameter]

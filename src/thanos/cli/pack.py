@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from thanos.cli.options import JsonFile, Quiet, examples, given, option, with_settings
+from thanos.cli.options import JsonFile, Quiet, examples, given, option, overwrite_option, with_settings
 from thanos.settings import Heading
 
 EXAMPLES = examples(
@@ -20,22 +20,18 @@ UNPACK_EXAMPLES = examples(
 )
 
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; appears when it is complete.")]
-Overwrite = Annotated[
-    bool, option("Replace OUT if it is a model", Heading.OUTPUT, None, "--overwrite", default="refuse to")
-]
+Overwrite = Annotated[bool, overwrite_option("Replace OUT if it is a model")]
 
 
 @with_settings("trust_remote_code")
 def pack(
     model: Annotated[
-        str,
-        typer.Argument(metavar="MODEL", help="The pruned model: a folder of safetensors.", show_default=False),
+        str, typer.Argument(metavar="MODEL", help="The pruned model: a folder of safetensors.", show_default=False)
     ],
     out: Out,
     *,
     least_weights: Annotated[
-        int | None,
-        option("Layers with fewer weights stay dense", Heading.PACKING, "N", default="65,536"),
+        int | None, option("Layers with fewer weights stay dense", Heading.PACKING, "N", default="65,536")
     ] = None,
     overwrite: Overwrite = False,
     json_file: JsonFile = None,
@@ -61,8 +57,7 @@ def pack(
 
 def unpack(
     packed: Annotated[
-        str,
-        typer.Argument(metavar="PACKED", help="A folder that thanos pack wrote.", show_default=False),
+        str, typer.Argument(metavar="PACKED", help="A folder that thanos pack wrote.", show_default=False)
     ],
     out: Out,
     *,

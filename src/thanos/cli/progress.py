@@ -49,11 +49,7 @@ def hush() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")  # the GGUF reader draws its bar unconditionally
-    for name in (
-        "lm_eval",
-        "torchao",
-        "torch.utils._pytree",
-    ):  # torchao tells of kernels for other devices when imported
+    for name in ("lm_eval", "torchao", "torch.utils._pytree"):  # torchao warns of kernels for other devices
         logging.getLogger(name).setLevel(logging.ERROR)
     import transformers
 
@@ -130,13 +126,13 @@ class PlainLines:
             what += [self._position.block_error] if self._position.block_error else []
             what += [] if self._position.tuning is None else [_losses(self._position.tuning)]
             left = self._position.remaining(event.seconds)
-            what += [_memory(event), *([f"{_clock(left)} left"] if left else [])]
+            what += [_memory(event), *([f"{clock(left)} left"] if left else [])]
             self._write(event, f"block {event.block + 1} of {event.blocks}, {', '.join(what)}")
         elif event.kind == "epoch":
             what = [] if event.loss is None else [f"loss {event.loss:.4g}"]
             what.append("held-out loss " + ("not a number" if event.held_out is None else f"{event.held_out:.4g}"))
             left = self._position.remaining(event.seconds)
-            what += [_memory(event), *([f"{_clock(left)} left"] if left else [])]
+            what += [_memory(event), *([f"{clock(left)} left"] if left else [])]
             where = f"epoch {event.done} of {event.total}" if event.done else "before the first epoch"
             self._write(event, f"{where}, {', '.join(what)}")
         elif event.kind == "phase" and event.block is None and event.phase != self._phase:
@@ -151,17 +147,14 @@ class PlainLines:
 
     def _write(self, event: Event, text: str) -> None:
         self._last = event.seconds
-        self._stream.write(f"[{_clock(event.seconds)}] {text}\n")
+        self._stream.write(f"[{clock(event.seconds)}] {text}\n")
         self._stream.flush()
 
 
 def live_lines(position: Position, now: float, width: int = 120) -> tuple[str, str]:
     """Return the two lines of the live display: the position of the run, and its time and memory.
 
-    Args:
-        position: position of the run.
-        now: seconds since the run began.
-        width: width of the terminal in characters; on a narrow one the bar is shortened first.
+    ``now`` is in seconds since the run began; ``width`` is in characters: on a narrow terminal the bar is shortened first.
     """
     event = position.event
     if event is None:
@@ -180,7 +173,7 @@ def live_lines(position: Position, now: float, width: int = 120) -> tuple[str, s
     head = " · ".join(part for part in parts if part)
     done = position.done
     left = position.remaining(now)
-    times = f"{_clock(now)} elapsed" + ("" if left is None else f", {_clock(left)} left")
+    times = f"{clock(now)} elapsed" + ("" if left is None else f", {clock(left)} left")
     figures = f"{times} · {_memory(event)}"
     cells = min(_BAR_CELLS, width - len(figures) - 1)
     if cells < _LEAST_CELLS:
@@ -238,7 +231,8 @@ def _size(count: int) -> str:
     return f"{count / 2**30:.1f} GiB"
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Return seconds as ``M:SS``, or ``H:MM:SS`` from an hour on."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

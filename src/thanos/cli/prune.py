@@ -16,6 +16,8 @@ from thanos.cli.options import (
     examples,
     given,
     option,
+    overwrite_option,
+    resume_option,
     use_threads,
     with_settings,
 )
@@ -59,26 +61,14 @@ def prune(
     ] = None,
     activations: Activations = "auto",
     threads: Threads = None,
-    resume: Annotated[
-        bool,
-        option(
-            "Continue an interrupted run of this command; start it if there is none, do nothing if OUT is complete",
-            Heading.RUN,
-            None,
-            "--resume",
-            default="refuse to",
-        ),
-    ] = False,
+    resume: Annotated[bool, resume_option("OUT")] = False,
     plan: Annotated[
         bool,
         option(
             "Only predict memory, disk and time, and what does not fit", Heading.RUN, None, "--plan", default="prune"
         ),
     ] = False,
-    overwrite: Annotated[
-        bool,
-        option("Replace OUT, and discard an interrupted run", Heading.OUTPUT, None, "--overwrite", default="refuse to"),
-    ] = False,
+    overwrite: Annotated[bool, overwrite_option("Replace OUT, and discard an interrupted run")] = False,
     json_file: Annotated[
         Path | None,
         option("With --plan, write it as JSON, - for the standard output", Heading.OUTPUT, "FILE", "--json"),
@@ -134,9 +124,7 @@ def merge_recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
     """Return the recipe of a file, or the default one, overridden by the settings of the command line.
 
     If a flag changes the pattern, the file's sparsity and block size are dropped, since they belong to the file's pattern.
-
-    Raises:
-        RecipeError: the file or the result is not a valid recipe.
+    Raises RecipeError if the file or the result is not a valid recipe.
     """
     if path is None:
         return Recipe(**flags)

@@ -7,15 +7,23 @@ from typing import Annotated, Any
 
 import typer
 
-from thanos.cli.options import JsonFile, Quiet, Threads, examples, given, option, use_threads, with_settings
+from thanos.cli.options import (
+    JsonFile,
+    Quiet,
+    Threads,
+    examples,
+    given,
+    option,
+    overwrite_option,
+    resume_option,
+    use_threads,
+    with_settings,
+)
 from thanos.recovery.recipe import RecoveryRecipe
 from thanos.settings import Heading, settings_of
 
 EXAMPLES = examples(
-    (
-        "Recover what prune wrote, on the same text",
-        "thanos recover pruned recovered --dense meta-llama/Llama-3.2-1B",
-    ),
+    ("Recover what prune wrote, on the same text", "thanos recover pruned recovered --dense meta-llama/Llama-3.2-1B"),
     (
         "Train longer on your own text, with less memory",
         "thanos recover pruned recovered --dense ./model --calibration text.jsonl --epochs 20 --micro-batch 1",
@@ -31,26 +39,11 @@ def recover(
     out: Annotated[Path, typer.Argument(metavar="OUT2", help="The folder to write; appears when it is complete.")],
     *,
     dense: Annotated[
-        str,
-        option("The model that OUT was pruned from", Heading.RECOVERY, "MODEL", default="none, it must be given"),
+        str, option("The model that OUT was pruned from", Heading.RECOVERY, "MODEL", default="none, it must be given")
     ],
     threads: Threads = None,
-    resume: Annotated[
-        bool,
-        option(
-            "Continue an interrupted run of this command; start it if there is none, do nothing if OUT2 is complete",
-            Heading.RUN,
-            None,
-            "--resume",
-            default="refuse to",
-        ),
-    ] = False,
-    overwrite: Annotated[
-        bool,
-        option(
-            "Replace OUT2, and discard an interrupted run", Heading.OUTPUT, None, "--overwrite", default="refuse to"
-        ),
-    ] = False,
+    resume: Annotated[bool, resume_option("OUT2")] = False,
+    overwrite: Annotated[bool, overwrite_option("Replace OUT2, and discard an interrupted run")] = False,
     json_file: JsonFile = None,
     quiet: Quiet = False,
     **settings: Any,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
+from thanos.cli import progress as display
 from thanos.cli.options import Quiet, Threads, check_threads, examples, option
 from thanos.settings import Heading
 
@@ -61,8 +62,7 @@ def study(
     workers: Annotated[int, option("Workers on each of these devices", Heading.RUN, "N")] = 1,
     threads: Threads = None,
     list_only: Annotated[
-        bool,
-        option("Show the cells and their state, and run nothing", Heading.RUN, None, "--list", default="run"),
+        bool, option("Show the cells and their state, and run nothing", Heading.RUN, None, "--list", default="run")
     ] = False,
     quiet: Quiet = False,
 ) -> None:
@@ -71,7 +71,6 @@ def study(
     Exits with 1 if cells failed; their reasons are kept.
     """
     check_threads(threads)
-    from thanos.cli import progress as display
     from thanos.cli import tables
 
     display.hush()
@@ -126,8 +125,6 @@ def _show(found: StudyResult, out: Path) -> None:
 @contextmanager
 def watch(*, quiet: bool = False, stream: TextIO | None = None) -> Iterator[Callable[[StudyEvent], None]]:
     """Yield a function that shows a study's events on the standard error."""
-    from thanos.cli import progress as display
-
     with display.shown(_live, PlainLines, lambda event: bool(event.message), quiet=quiet, stream=stream) as show:
         yield show
 
@@ -154,24 +151,24 @@ class PlainLines:
         elif event.record is not None:
             self._running.pop(event.worker, None)
             left = (now - self._began) / event.done * (event.total - event.done)
-            rest = f", {_minutes(left)} left" if event.done < event.total else ""
+            rest = f", {display.clock(left)} left" if event.done < event.total else ""
             self._write(f"{event.done} of {event.total}: {outcome(event)}{rest}")
         elif event.event is None:
             self._begun += 1
-            self._running[event.worker] = _Running(self._begun, began=now, told=now)
+            self._running[event.worker] = _Running(self._begun, began=now, reported=now)
         elif event.event.kind != "note" and event.worker in self._running:
-            self._tell_progress(event, event.event, self._running[event.worker], now)
+            self._report_progress(event, event.event, self._running[event.worker], now)
 
-    def _tell_progress(self, event: StudyEvent, inside: Event, cell: _Running, now: float) -> None:
-        if now - cell.told < _PROGRESS_SECONDS:
+    def _report_progress(self, event: StudyEvent, inside: Event, cell: _Running, now: float) -> None:
+        if now - cell.reported < _PROGRESS_SECONDS:
             return
-        cell.told = now
+        cell.reported = now
         title = event.cell.title() if event.cell else ""
         where = f"cell {cell.number} of {event.total}, {title}: {_within(inside)}"
-        self._write(f"{where}, {_minutes(now - cell.began)} in this cell")
+        self._write(f"{where}, {display.clock(now - cell.began)} in this cell")
 
     def _write(self, text: str) -> None:
-        self._stream.write(f"[{_minutes(self._clock() - self._began)}] {text}\n")
+        self._stream.write(f"[{display.clock(self._clock() - self._began)}] {text}\n")
         self._stream.flush()
 
 
@@ -181,7 +178,7 @@ class _Running:
 
     number: int
     began: float
-    told: float
+    reported: float
 
 
 def _within(event: Event) -> str:
@@ -245,17 +242,11 @@ class _LiveLines:
             self._show(event)
 
     def _show(self, event: StudyEvent) -> None:
-        told = event.event
-        assert told is not None
-        if told.block is not None and told.blocks:
-            completed, total = told.block + (told.kind == "block"), told.blocks
-            details = f"{told.phase} block {told.block + 1} of {told.blocks}"
+        inside = event.event
+        assert inside is not None
+        if inside.block is not None and inside.blocks:
+            completed, total = inside.block + (inside.kind == "block"), inside.blocks
+            details = f"{inside.phase} block {inside.block + 1} of {inside.blocks}"
         else:
-            completed, total, details = told.done or None, told.total or None, told.phase
+            completed, total, details = inside.done or None, inside.total or None, inside.phase
         self._progress.update(self._tasks[event.worker], completed=completed, total=total, details=details)
-
-
-def _minutes(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -34,10 +34,7 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], title: str |
 
 
 def show_rows(rows: Sequence[tuple[str, str]], values: dict[str, Any], json_file: Path | None) -> None:
-    """Print a table of two columns, and write ``values`` as JSON if a file is given.
-
-    JSON on the standard output replaces the table.
-    """
+    """Print a table of two columns; write ``values`` as JSON if a file is given: the standard output then has JSON alone."""
     write_json(values, json_file)
     if not to_stdout(json_file):
         print_table(("", ""), rows)
@@ -60,11 +57,7 @@ def to_stdout(path: Path | None) -> bool:
 
 
 def check_writable(path: Path | None) -> None:
-    """Check that a file can be written, before the work begins.
-
-    Raises:
-        ResourceError: the file's folder does not exist, the path is a folder, or it is not writable.
-    """
+    """Raise ResourceError, before the work begins, for a file that cannot be written or whose folder does not exist."""
     if path is None or to_stdout(path):
         return
     if path.is_dir():

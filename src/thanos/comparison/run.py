@@ -201,7 +201,7 @@ class _Run:
                 sequence_length=request.sequence_length,
                 max_windows=request.max_windows,
                 bos=request.bos,
-                tell=tell,
+                emit=tell,
             )
             self._reference = replace(self._reference, dense=source.name, model=network)
             self._first = source, facts

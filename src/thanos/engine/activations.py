@@ -34,17 +34,12 @@ HOST_SHARE = 0.5
 
 _CANNOT_PIN = "CUDA cannot pin the activations in host memory (error {}); use --activations disk"
 _CANNOT_UNPIN = (
-    "CUDA cannot let the activations in host memory go (error {}); that follows an earlier error of the device: look for the "
-    "one before this"
+    "CUDA cannot unpin the activations (error {}), because of an earlier error of the device: look for that one"
 )
 
 
 def check_tier(asked: str) -> str:
-    """Return ``asked`` if it is one of :data:`TIERS`.
-
-    Raises:
-        RecipeError: it is not.
-    """
+    """Return ``asked`` if it is one of :data:`TIERS`; else raise RecipeError."""
     if asked not in TIERS:
         raise RecipeError(f"activations must be one of {', '.join(TIERS)}; got {asked!r}{near_tier(asked, TIERS)}")
     return asked
@@ -53,20 +48,12 @@ def check_tier(asked: str) -> str:
 def choose_tier(
     needed: int, device: torch.device, folder: Path, asked: str = "auto", taken: Mapping[str, int] | None = None
 ) -> Tier:
-    """Choose the storage tier of the activations by measured free memory.
+    """Choose the storage tier of the activations, ``needed`` bytes, by measured free memory.
 
-    On the CPU, device and host memory are the same, and the tier is called ``host``.
-
-    Args:
-        needed: size of the hidden states of all sequences, in bytes.
-        device: device on which the blocks run.
-        folder: folder on the disk that would hold the file.
-        asked: ``auto``, or a storage tier, which is then used without a check of free memory (disk space is always checked).
-        taken: storage tier → bytes of it that are free now and will be taken before; default: none.
-
-    Raises:
-        RecipeError: ``asked`` is not one of :data:`TIERS`.
-        ResourceError: the disk was chosen and has too little free space.
+    On the CPU, device and host memory are the same, and the tier is called ``host``. ``folder`` is on the disk that would hold
+    the file. A tier that is ``asked`` for is used without a check of free memory; disk space is always checked. ``taken`` maps
+    a tier to bytes of it that are free now and will be taken before. Raises RecipeError for an unknown tier, and ResourceError
+    if the disk was chosen and has too little free space.
     """
     tier, before = check_tier(asked), taken or {}
     if tier == "auto":

@@ -29,9 +29,8 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 def hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...], dict[str, Any], str]:
     """Separate the hidden states from a block's other arguments.
 
-    Returns:
-        Hidden states, other positional arguments, other keyword arguments, and the hidden states' keyword (empty if they are
-        positional).
+    Return the hidden states, the other positional arguments, the other keyword arguments, and the hidden states' keyword
+    (empty if they are positional).
     """
     if "hidden_states" in kwargs or (kwargs and not args):
         name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
@@ -83,10 +82,7 @@ def same_arguments(one: Arguments, other: Arguments) -> bool:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Return whether arguments are equal.
-
-    Tensors, tuples, lists, numbers and strings are compared by value, any other object only by type.
-    """
+    """Return whether arguments are equal: tensors, sequences, numbers and strings by value, any other object by its type."""
     if isinstance(one, Tensor):
         return (
             isinstance(other, Tensor)

@@ -74,11 +74,9 @@ class BlockMeter:
 
     @torch.no_grad()
     def error(self, values: Mapping[str, Tensor] | None = None, *, by_token: bool = False) -> float:
-        """Return the block's relative squared error over the sequences of all processes.
+        """Return the block's relative squared error over the sequences of all processes, with other ``values`` of parameters.
 
-        Args:
-            values: parameters that are used in place of the present ones.
-            by_token: return the mean of the tokens' own relative errors instead.
+        With ``by_token``, return the mean of the tokens' own relative errors instead.
         """
         while True:
             try:
@@ -113,10 +111,5 @@ class BlockMeter:
 
 
 def token_errors(change: Tensor, whole: Tensor) -> Tensor:
-    """Return the relative squared errors of tokens, 0 for a token whose wanted output is 0.
-
-    Args:
-        change: squared norm of each token's error.
-        whole: squared norm of each token's wanted output, of the same shape.
-    """
+    """Return the relative squared errors of tokens, from the squared norms of error and wanted output; 0 if both are 0."""
     return torch.where(whole > 0, change / torch.where(whole > 0, whole, 1.0), 0.0)

@@ -6,7 +6,7 @@ Both are found by running the block on one sequence, never from names.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any, NamedTuple
@@ -32,17 +32,13 @@ _TOKENS = 16
 def levels(run: Run, layers: Sequence[LinearLayer]) -> dict[str, int]:
     """Return layer name → level. A layer's input depends on outputs of layers of lower levels alone.
 
-    Level 0 depends on the block's input alone: q, k and v. Each layer on the path adds a level: o, then gate and up,
-    then down. Each layer's output is made a leaf of autograd's graph. So the gradient of another layer's input exists only for
-    the layers that it depends on directly.
+    Level 0 depends on the block's input alone: q, k and v. Each layer on the path adds a level: o, then gate and up, then
+    down. Each layer's output is made a leaf of autograd's graph. So the gradient of another layer's input exists only for the
+    layers that it depends on directly.
 
     Corresponding layers of the experts of one mixture have the same level. A layer that the sequence does not reach has the
     level of its counterparts, else the highest. If autograd cannot follow the block, every input is a level of its own, in the
     order of calls.
-
-    Args:
-        run: runs the block.
-        layers: linear layers of the block.
     """
     keys = _shared_keys(layers)
     trace = _Trace(keys)
@@ -101,13 +97,11 @@ class _Trace:
 
             return see
 
-        handles = [layer.module.register_forward_pre_hook(enter(layer.name)) for layer in layers]
-        handles += [layer.module.register_forward_hook(leave(layer.name)) for layer in layers]
-        try:
+        with ExitStack() as hooks:
+            for layer in layers:
+                hooks.enter_context(layer.module.register_forward_pre_hook(enter(layer.name)))
+                hooks.enter_context(layer.module.register_forward_hook(leave(layer.name)))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _level(self, inputs: Tensor) -> int:
         for known, level in self._inputs:
@@ -159,15 +153,7 @@ def residual_streams(run: Run, hidden: Tensor, block: nn.Module, layers: Sequenc
     A layer writes into it if its output plus a tensor r that was known before equals a later module's input, or the block's
     output. r is the block's input or the input of an earlier module. So do two layers side by side if their outputs and r,
     summed in any order, do. A layer whose output is scaled or normalised first, or added to more than one other, is not found.
-
-    Args:
-        run: runs the block.
-        hidden: the block's input, (1, T, d).
-        block: the block.
-        layers: linear layers of the block.
-
-    Returns:
-        Layer name → its stream.
+    ``hidden`` is the block's input, (1, T, d).
     """
     known: list[tuple[str, Tensor]] = [(BLOCK_INPUT, _few(hidden))]
     outputs: dict[str, tuple[int, Tensor]] = {}  # layer → number of tensors known before it ended, its output
@@ -187,18 +173,15 @@ def residual_streams(run: Run, hidden: Tensor, block: nn.Module, layers: Sequenc
 
         return see
 
-    handles = [
-        module.register_forward_pre_hook(enter(name), with_kwargs=True)
-        for name, module in block.named_modules()
-        if name and not any(module is layer.module for layer in layers if layer.expert)
-    ]
-    handles += [layer.module.register_forward_hook(leave(layer.name)) for layer in layers if not layer.expert]
-    try:
-        with torch.no_grad():
-            known.append((BLOCK_INPUT, _few(run())))
-    finally:
-        for handle in handles:
-            handle.remove()
+    experts = [layer.module for layer in layers if layer.expert]
+    with ExitStack() as hooks, torch.no_grad():
+        for name, module in block.named_modules():
+            if name and not any(module is expert for expert in experts):
+                hooks.enter_context(module.register_forward_pre_hook(enter(name), with_kwargs=True))
+        for layer in layers:
+            if not layer.expert:
+                hooks.enter_context(layer.module.register_forward_hook(leave(layer.name)))
+        known.append((BLOCK_INPUT, _few(run())))
     outputs = {name: one for name, one in outputs.items() if one[1].any()}
     found: dict[str, Stream] = {}
     for name, (count, output) in outputs.items():

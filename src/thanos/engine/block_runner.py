@@ -107,29 +107,17 @@ class Passes(StreamStates):
 
     def settle_batch(self, index: int) -> None:
         """Choose the batch size if there is none yet. On CUDA that runs the block, so call it before hooks are registered."""
-        self._batch_size(index)
-
-    def settled(self, index: int) -> int:
-        """Return the batch size; see :meth:`settle_batch`."""
-        return self._batch_size(index)
+        self.settled(index)
 
     def observe(self, index: int, layers: Sequence[LinearLayer], most: int | None = None) -> Iterator[int]:
         """Run block ``index`` only for the hooks on ``layers``; yield the number of finished sequences after each batch.
 
         From the second batch on, the pass ends at the input of the last layer that has a hook. The rest of the block,
-        including that layer's own product, would be discarded.
-
-        Call :meth:`settle_batch` before you register the hooks.
-
-        Args:
-            index: index of the block.
-            layers: layers that have hooks.
-            most: stop after the batch that brings the finished sequences to this number; default: all sequences.
-
-        Raises:
-            torch.OutOfMemoryError: the device has no room; start again after :meth:`halve`.
+        including that layer's own product, would be discarded. With ``most``, the pass stops after the batch that brings the
+        finished sequences to this number. Call :meth:`settle_batch` before you register the hooks. After a
+        torch.OutOfMemoryError start again with :meth:`halve`.
         """
-        size = self._batch_size(index)
+        size = self.settled(index)
         with stopping_after(layers) as batch_ended:
             for first, hidden in self._activations.batches(size):
                 self.observe_batch(index, hidden, first)
@@ -163,14 +151,9 @@ class Passes(StreamStates):
         """Run block ``index``; its outputs become the next block's inputs. Yield a step after each batch.
 
         If the device runs out of memory, the batch size is halved for the failed batch and all later ones, and a step with a
-        note reports it.
-
-        Args:
-            index: index of the block.
-            starts: batch sizes of an earlier pass, as in :attr:`starts`. With them the outputs equal that pass's bit for bit.
-
-        Raises:
-            ResourceError: one sequence does not fit, or the model does not allow smaller batches; see :meth:`halve`.
+        note reports it. ``starts`` are the batch sizes of an earlier pass, as in :attr:`starts`: with them the outputs equal
+        that pass's bit for bit. Raises ResourceError if one sequence does not fit, or the model does not allow smaller
+        batches; see :meth:`halve`.
         """
         self.starts = []
         yield from self.through(index, self._activations, self._activations, self.run, starts, self.starts)
@@ -186,24 +169,14 @@ class Passes(StreamStates):
     ) -> Iterator[Step]:
         """Run block ``index`` on all sequences of ``source``, and store the outputs in ``target``, which may be ``source``.
 
-        Args:
-            index: index of the block.
-            source: the inputs.
-            target: storage for the outputs.
-            run: function that runs the block; see :meth:`run`.
-            starts: see :meth:`propagate`.
-            used: the batch sizes are added to this list, in the form of :attr:`starts`.
-
-        Raises:
-            ResourceError: as for :meth:`propagate`.
+        ``run`` runs the block, see :meth:`run`. ``starts`` and the errors are those of :meth:`propagate`. The batch sizes are
+        added to the list ``used``, in the form of :attr:`starts`.
         """
         sizes, first = dict(starts), 0
         while first < len(self._ids):
             self.batch = sizes.get(first, self.batch)
-            size, end = (
-                self._batch_size(index),
-                min((start for start in sizes if start > first), default=len(self._ids)),
-            )
+            size = self.settled(index)
+            end = min((start for start in sizes if start > first), default=len(self._ids))
             used.append((first, size))
             try:
                 for begin, hidden in source.batches(size, first):
@@ -230,19 +203,13 @@ class Passes(StreamStates):
                     return
 
     def observe_tail_of(self, index: int, hidden: Tensor) -> None:
-        """Run the modules after the blocks on sequence ``index``, for the hooks on them.
-
-        Args:
-            index: the sequence.
-            hidden: the last block's outputs, (1, T, d).
-        """
+        """Run the modules after the blocks on sequence ``index``, for the hooks on them; ``hidden``, (1, T, d): their input."""
         self._calls.run_tail(self._model, self._row(index), hidden)
 
     def halve(self, error: torch.OutOfMemoryError) -> str:
         """Halve the batch size after ``error``; return the note for the user.
 
-        Raises:
-            ResourceError: a batch is one sequence already, or the batch size must be the same for all blocks.
+        Raises ResourceError if a batch is one sequence already, or the batch size must be the same for all blocks.
         """
         if self.batch is None or self.batch <= 1:
             raise self._too_small() from error
@@ -286,7 +253,8 @@ class Passes(StreamStates):
     def _example(states: Activations) -> Tensor:
         return next(hidden for _, hidden in states.batches(1))
 
-    def _batch_size(self, index: int) -> int:
+    def settled(self, index: int) -> int:
+        """Return the batch size; see :meth:`settle_batch`."""
         if self.batch is None:
             self.batch = most_sequences(*self.shape, self._device)
             if self._device.type == "cuda":

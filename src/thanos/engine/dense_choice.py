@@ -2,12 +2,12 @@
 
 Each candidate is tried with stand-ins for the pruned weights (:mod:`thanos.solvers.stand_in`), which are fitted to the other
 sequences. The block runs over the held-out ones with the stand-ins in place, and its outputs are compared with those of the
-dense block in the dense model. The error of a token is divided by the token's own norm. For the next block normalises each
-token, and a plain sum would be that of the few tokens whose norms are a hundred times those of the others.
+dense block in the dense model. The error of a token is divided by the token's own norm, since the next block normalises each
+token. A plain sum would be that of the few tokens whose norms are a hundred times those of the others.
 
-Most candidates differ by less than a thousandth of the error, which was there before the step. Such differences say little:
-stand-ins are not the pruned weights, and no later layer is pruned yet. So :data:`PREFERRED` is chosen unless another candidate
-is better by :data:`MARGIN`.
+Most of the error was there before the step, and most candidates differ by less than a thousandth of it. Such differences say
+little: stand-ins are not the pruned weights, and no later layer is pruned yet. So :data:`PREFERRED` is chosen unless another
+candidate is better by :data:`MARGIN`.
 """
 
 from __future__ import annotations
@@ -53,8 +53,6 @@ def choose(
 ) -> Choice:
     """Try each α of :data:`~thanos.recipe.repair.DENSE_TARGETS`.
 
-    Args:
-        stand_ins: returns the stand-ins for α, by parameter name.
-        error: returns the block's error with such parameters in place.
+    ``stand_ins`` returns the stand-ins for α, by parameter name; ``error`` the block's error with such parameters in place.
     """
     return Choice({alpha: error(stand_ins(alpha)) for alpha in DENSE_TARGETS})

@@ -65,14 +65,9 @@ class DenseStream:
     ) -> Iterator[Step]:
         """Compute the outputs of block ``index`` for all sequences; yield a step after each batch.
 
-        Args:
-            index: index of the block.
-            starts: batch sizes of an earlier pass, as in :attr:`starts`. With them the outputs equal that pass's bit for bit.
-            beyond: indices of the blocks right after it that the pruned model leaves out → their parameters. They run as well,
-                and the outputs become those of the last of them.
-
-        Raises:
-            ResourceError: as for :meth:`~thanos.engine.block_runner.Passes.propagate`.
+        ``starts`` and the errors are as for :meth:`~thanos.engine.block_runner.Passes.propagate`. ``beyond`` maps the indices
+        of the blocks right after it that the pruned model leaves out to their parameters. They run as well, and the outputs
+        become those of the last of them.
         """
         self._outputs = self._outputs or self._runner.storage_like()
         self.starts = []
@@ -91,10 +86,7 @@ class DenseStream:
         self._dense = {}
 
     def spill(self) -> str | None:
-        """Move the hidden states from the device to host memory or disk; return the note for the user.
-
-        Return None, and do nothing, if none of them are on the device.
-        """
+        """Move the hidden states from the device to host memory or disk; return a note for the user, None if none are there."""
         if self.tier != "device":
             return None
         for name in ("_states", "_outputs"):

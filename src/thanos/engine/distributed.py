@@ -21,7 +21,7 @@ from torch import Tensor
 
 from thanos.calibration.statistics import InputGroup
 from thanos.errors import ResourceError, UserError
-from thanos.solvers.row_shards import Alone, row_range
+from thanos.solvers.row_shards import RowShards, row_range
 
 if TYPE_CHECKING:
     from thanos.model.layers import LinearLayer
@@ -37,7 +37,7 @@ LOST = (
 )
 
 
-class World(Alone):
+class World(RowShards):
     """The processes of a run. For the solvers, each process holds one row shard of a weight. This class is a single process.
 
     Every process must make the same calls in the same order.
@@ -59,10 +59,8 @@ class World(Alone):
     ) -> list[InputGroup]:
         """Return the statistics over the sequences of all processes. A layer without statistics in any process is in no group.
 
-        Args:
-            groups: this process's statistics; all groups have the same accumulators.
-            layers: layers that were observed.
-            empty: function that makes a group without tokens, for layers that share an input.
+        All of this process's ``groups`` have the same accumulators. ``layers`` are those that were observed. ``empty`` makes a
+        group without tokens, for layers that share an input.
         """
         del layers, empty
         return groups
@@ -86,11 +84,7 @@ class Group(World):
         return box[0]  # type: ignore[return-value]
 
     def check_equal(self, facts: Mapping[str, Any]) -> None:
-        """See :meth:`World.check_equal`.
-
-        Raises:
-            UserError: a process differs from rank 0; names the first such process and the fact.
-        """
+        """See :meth:`World.check_equal`. Raises UserError, which names the fact and the first rank that differs from rank 0."""
         everyone: list[Any] = [None] * self.size
         with lost_peers():
             dist.all_gather_object(everyone, dict(facts))
@@ -149,13 +143,9 @@ class Group(World):
         return torch.stack(everyone)[: self.rank].sum(0)
 
     def gather(self, rows: Tensor, count: int) -> Tensor:
-        """Gather the row shards of all processes: return all ``count`` rows.
+        """Gather the row shards of all processes, see :func:`~thanos.solvers.row_shards.row_range`: return all ``count`` rows.
 
         The rows are sent as bytes, since not every backend supports every dtype. Shards are padded to the same length.
-
-        Args:
-            rows: this process's rows, those of :func:`~thanos.solvers.row_shards.row_range`.
-            count: number of rows of all processes.
         """
         shares = [len(row_range(count, rank, self.size)) for rank in range(self.size)]
         width = rows[:1].numel() if len(rows) else rows.new_empty(1, *rows.shape[1:]).numel()

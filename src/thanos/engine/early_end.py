@@ -13,14 +13,10 @@ from thanos.model.layers import LinearLayer
 def stopping_at(layer: LinearLayer) -> Iterator[Callable[[], None]]:
     """End every pass at the input of ``layer``. Hooks that were registered before still see it.
 
-    Yields:
-        A function that does nothing, for the same interface as :func:`stopping_after`.
+    The yielded function does nothing: the interface is that of :func:`stopping_after`.
     """
-    handle = layer.module.register_forward_pre_hook(lambda *_: stop())
-    try:
+    with layer.module.register_forward_pre_hook(lambda *_: stop()):
         yield lambda: None
-    finally:
-        handle.remove()
 
 
 @contextmanager

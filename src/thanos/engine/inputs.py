@@ -71,6 +71,17 @@ class EngineInputs:
         """Return the layers to prune in a block, with their settings; None for the modules outside the blocks."""
         return {layer: settings for layer, settings in self.layers.items() if layer.block == block}
 
+    @property
+    def dense_end(self) -> int:
+        """Number of blocks for which the dense stream is needed; one more if the layers after them need it, too."""
+        after = len(self.blocks)
+        wanting = [
+            layer.block
+            for layer, settings in self.layers.items()
+            if (settings.repair.retargets if layer.block is None else settings.repair.needs_dense_stream)
+        ]
+        return 1 + max((after if block is None else block for block in wanting), default=-1)
+
     def block_names(self, index: int) -> list[str]:
         """Return the names of a block's parameters and buffers; see :func:`~thanos.model.layers.block_names`."""
         return block_names(self.weights.names, self.blocks_name, index)

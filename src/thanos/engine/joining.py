@@ -22,8 +22,8 @@ _TIMEOUT = timedelta(minutes=30)
 def my_device(device: torch.device) -> torch.device:
     """Return the device of this process. With several processes on GPUs, it is the GPU with the number of the local rank.
 
-    Raises:
-        RecipeError: ``device`` names one GPU by number, so that all processes would share it, or the machine has too few GPUs.
+    Raises RecipeError if ``device`` names one GPU by number, so that all processes would share it, or the machine has too few
+    GPUs.
     """
     if not launched() or device.type != "cuda":
         return device
@@ -40,12 +40,9 @@ def my_device(device: torch.device) -> torch.device:
 
 @contextmanager
 def join(device: torch.device) -> Iterator[World]:
-    """Yield the processes of this run.
+    """Yield the processes of this run, this one on ``device``.
 
     These are the processes of a group that the caller has initialised, else those that torchrun started, else this one alone.
-
-    Args:
-        device: device of this process; see :func:`my_device`.
     """
     if dist.is_available() and dist.is_initialized():
         yield Group() if dist.get_world_size() > 1 else SINGLE
@@ -55,7 +52,7 @@ def join(device: torch.device) -> Iterator[World]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    leaving.load_what_keeps_the_group()
+    leaving.import_group_holders()
     count_failed_machines(_count_failed_machine)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",

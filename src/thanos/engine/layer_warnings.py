@@ -45,11 +45,9 @@ def layer_warnings(pruned: PrunedWeight, inputs: InputStatistics, tokens: int, s
 
 
 def warning_lines(layers: Iterable[LayerRecord], *, quote: str = "") -> list[str]:
-    """Return one line for each kind of warning. Warnings that differ only in their numbers are of one kind.
+    """Return one line for each kind of warning about layers in the order of the model; ``quote`` surrounds their names.
 
-    Args:
-        layers: records of layers, in the order of the model.
-        quote: string before and after a layer's name.
+    Warnings that differ only in their numbers are of one kind.
     """
     kinds: dict[str, list[tuple[LayerRecord, str]]] = {}
     for layer in layers:
@@ -80,9 +78,8 @@ def _one_line(found: list[tuple[LayerRecord, str]], quote: str) -> str:
 def expert_notes(experts: Mapping[str, str], records: Sequence[LayerRecord]) -> list[str]:
     """Return notes with the number of experts that received too few calibration tokens, or none.
 
-    Args:
-        experts: layer name → name of the expert that the layer belongs to.
-        records: records of all pruned layers, those of other modules included.
+    ``experts`` maps a layer to the expert that it belongs to. ``records`` are those of all pruned layers, other modules
+    included.
     """
     total, few, none = set(experts.values()), set(), set()
     for record in records:

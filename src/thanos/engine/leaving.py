@@ -23,7 +23,7 @@ _group: weakref.ref[Any] | None = None
 """Weak reference to the process group of the last run; None before the first."""
 
 
-def load_what_keeps_the_group() -> None:
+def import_group_holders() -> None:
     """Import ``torch.distributed.nn.functional`` before the group exists, so that the module keeps no reference to it.
 
     Its functions have the group as a default argument, which is evaluated at the import. Models import the module late.

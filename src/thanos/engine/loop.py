@@ -6,13 +6,13 @@ The stages (:mod:`thanos.engine.stages`) do the work on a block, such as pruning
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
 
 from thanos.calibration.statistics import Need, need_of
 from thanos.engine.block_error import INHERITED, BlockErrors, BlockMeter
-from thanos.engine.dense_end import dense_end
 from thanos.engine.dense_stream import DenseStream
 from thanos.engine.inputs import EngineInputs
 from thanos.engine.layer_warnings import expert_notes
@@ -55,7 +55,7 @@ class Engine:
         self.notes = list(notes)
         self.tier = ""
         self._tail = inputs.layers_of(None)
-        self._dense_end = dense_end(inputs)
+        self._dense_end = inputs.dense_end
         self._dense = DenseStream(inputs.runner, inputs.weights) if self._dense_end else None
 
     def run(self, blocks: Collection[int | None] | None = None) -> Iterator[Event]:
@@ -102,10 +102,10 @@ class Engine:
         with context.meter.phase("calibration"):
             outer = self.inputs.outer_names(head=False)
             weights.load(outer)
-            handles = [layer.module.register_forward_pre_hook(_refuse_early(layer)) for layer in self._tail]
-            context.runner.record()
-            for handle in handles:
-                handle.remove()
+            with ExitStack() as hooks:
+                for layer in self._tail:
+                    hooks.enter_context(layer.module.register_forward_pre_hook(_refuse_early(layer)))
+                context.runner.record()
             weights.release(outer)
             if self._dense is not None:
                 self._dense.begin()
@@ -235,24 +235,20 @@ class Engine:
         """Wait for the block's tensors, then record the block in the journal, and add its records and notes to the run's."""
         with context.meter.phase("write"):
             output.flush()
-        runner, records = context.runner, list(context.records.values())
-        self.inputs.journal.record(
-            context.index,
-            layers=records,
-            written=context.written,
-            notes=context.notes,
+        runner, dense = context.runner, None if context.index is None else context.dense_stream
+        record = BlockRecord(
+            block=context.index,
+            layers=list(context.records.values()),
             batch=runner.batch,
-            starts=runner.starts,
-            dense_starts=context.dense_stream.starts if context.dense_stream and context.index is not None else [],
+            starts=list(runner.starts),
+            dense_starts=list(dense.starts) if dense else [],
             tier=runner.tier,
+            notes=list(context.notes),
             errors=context.block_errors,
             tuning=context.tuning,
         )
-        self.records += records
-        self.block_errors += [] if context.block_errors is None else [context.block_errors]
-        self.tunings += [] if context.tuning is None else [context.tuning]
-        self.notes += context.notes
-        self.tier = runner.tier
+        self.inputs.journal.record(record, context.written)
+        self._take_over(record)
 
     def _take_over(self, record: BlockRecord) -> None:
         self.records += record.layers

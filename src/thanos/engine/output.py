@@ -30,14 +30,9 @@ class Output:
         self._thread, self._staging = Background("thanos-writer", device), Staging(device)
 
     def write(self, key: str, tensor: Tensor) -> None:
-        """Begin to write a tensor; a second write under the same name replaces the first.
+        """Begin to write a contiguous tensor in its stored dtype under its name in the checkpoint; a second write replaces it.
 
-        Args:
-            key: name in the checkpoint.
-            tensor: contiguous tensor in its stored dtype.
-
-        Raises:
-            Exception: the error of an earlier write, if one failed; else :meth:`flush` raises it.
+        Raises the error of an earlier write, if one failed; else :meth:`flush` does.
         """
         self._thread.post(self._write, key, tensor)
 

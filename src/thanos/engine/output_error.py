@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from thanos.engine.block_error import token_errors
 from thanos.engine.early_end import stopping_at
@@ -29,13 +29,8 @@ def output_errors(
 ) -> dict[float, float]:
     """Return α → mean of the tokens' relative squared errors ‖x̂ V(α)ᵀ − x* Wᵀ‖² / ‖x* Wᵀ‖² over the held-out sequences.
 
-    A bias is the same in both models and is left out.
-
-    Args:
-        context: the context of the layers after the blocks, with a dense stream.
-        layer: the layer; W is its weight in the checkpoint.
-        stand_in: its stand-ins V(α).
-        alphas: the values of α.
+    W is the weight in the checkpoint of ``layer``, which follows the blocks; V(α) are its stand-ins. A bias is the same in
+    both models and is left out. ``context`` has a dense stream.
     """
     alphas = list(alphas)
     dtype = stand_in.slope.dtype
@@ -61,18 +56,17 @@ def _held_out_inputs(context: BlockContext, layer: LinearLayer) -> Iterator[tupl
     runner, stream, held_out = context.runner, context.dense_stream, context.held_out
     assert stream is not None
     seen: list[Tensor] = []
-    handle = layer.module.register_forward_pre_hook(lambda _, args: seen.append(args[0].reshape(-1, args[0].shape[-1])))
-    try:
-        with stopping_at(layer):
-            pruned = runner.batches(1, held_out.start, held_out.stop)
-            for (index, hidden), (_, wanted) in zip(
-                pruned, stream.inputs(1, held_out.start, held_out.stop), strict=True
-            ):
-                runner.observe_tail_of(index, hidden)
-                with stream.weights():
-                    runner.observe_tail_of(index, wanted)
-                now, dense = seen
-                seen.clear()
-                yield now, dense
-    finally:
-        handle.remove()
+
+    def see(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen.append(args[0].reshape(-1, args[0].shape[-1]))
+
+    begin, end = held_out.start, held_out.stop
+    with layer.module.register_forward_pre_hook(see), stopping_at(layer):
+        both = zip(runner.batches(1, begin, end), stream.inputs(1, begin, end), strict=True)
+        for (index, hidden), (_, wanted) in both:
+            runner.observe_tail_of(index, hidden)
+            with stream.weights():
+                runner.observe_tail_of(index, wanted)
+            now, dense = seen
+            seen.clear()
+            yield now, dense

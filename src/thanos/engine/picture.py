@@ -78,13 +78,8 @@ class _Trace:
 def draw_picture(model: nn.Module, blocks: Sequence[nn.Module], device: torch.device) -> Picture:
     """Determine which blocks text reaches, and check that running them one by one gives the model's result.
 
-    Args:
-        model: the model; its parameters may be on the meta device. It is unchanged afterwards.
-        blocks: its decoder blocks.
-        device: device for the forward passes, which need little memory.
-
-    Raises:
-        ModelError: the blocks cannot be run one by one; the message names the model's class and the reason.
+    The model's parameters may be on the meta device. The forward passes run on ``device`` and need little memory. Raises
+    ModelError, which names the model's class and the reason, if the blocks cannot be run one by one.
     """
     _check_owned(model, blocks)
     ids = some_ids(model, device)
@@ -185,7 +180,7 @@ def _check_call(model: nn.Module, index: int, before: list[int], states: Any, re
     if not isinstance(states, Tensor) or states.dim() < 2 or not states.is_floating_point():
         _refuse(model, f"the first argument of block {index} is not a tensor of hidden states")
     if returned and not (states.shape == returned[0].shape and torch.equal(states, returned[0])):
-        _refuse(model, f"block {index} is not handed what block {before[-1]} returned")
+        _refuse(model, f"the input of block {index} is not the output of block {before[-1]}")
 
 
 def _attempt(
@@ -227,7 +222,7 @@ def _check_independent(model: nn.Module, full: _Trace, stubbed: _Trace) -> None:
         _refuse(model, "which blocks it calls depends on what they return")
     for index, one, other in zip(full.blocks, full.arguments, stubbed.arguments, strict=True):
         if not same_arguments(one, other):
-            _refuse(model, f"block {index} is handed what depends on the blocks before it, beside the hidden states")
+            _refuse(model, f"an argument of block {index} besides its hidden states depends on the blocks before it")
 
 
 def _refuse_error(model: nn.Module, what: str, error: Exception) -> NoReturn:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -61,13 +62,13 @@ class SharedJournal:
         assert self._journal is not None
         return self._journal
 
-    def record(self, block: int | None, **what: Any) -> None:
+    def record(self, record: BlockRecord, written: Sequence[str]) -> None:
         """See :meth:`~thanos.engine.records.BlockJournal.record`.
 
         If a block was solved again with another result, rank 0 drops the records of later blocks. The other ranks follow it.
         """
         if self._journal is not None:
-            self._journal.record(block, **what)
+            self._journal.record(record, written)
         held = self._world.from_first(lambda: set(self.finished))
         if self._journal is None:
-            self.finished = {number: record for number, record in self.finished.items() if number in held}
+            self.finished = {block: known for block, known in self.finished.items() if block in held}

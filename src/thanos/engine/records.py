@@ -33,15 +33,8 @@ def layer_record(
 ) -> LayerRecord:
     """Return the record of a pruned layer.
 
-    Args:
-        layer: the layer.
-        pruned: result of its solve.
-        inputs: statistics of its inputs; None if nothing was gathered.
-        settings: its settings.
-        stored: dtype of the stored weight.
-        tokens: calibration tokens that reached the layer.
-        error_tokens: tokens among them that measured the errors.
-        seconds: seconds of the solve.
+    ``inputs`` is None if nothing was gathered; ``stored`` is the dtype of the stored weight. ``tokens`` calibration tokens
+    reached the layer, and ``error_tokens`` among them measured the errors.
     """
     rows, columns = layer.shape
     # If tokens reached the layer, but none of the sample that measures the errors, nothing was measured.
@@ -101,7 +94,7 @@ class BlockRecord:
 
     block: int | None
     layers: list[LayerRecord]
-    tensors: dict[str, str]
+    tensors: dict[str, str] = field(default_factory=dict)
     batch: int | None = None
     starts: list[tuple[int, int]] = field(default_factory=list)
     dense_starts: list[tuple[int, int]] = field(default_factory=list)
@@ -214,32 +207,19 @@ class BlockJournal(Protocol):
 
     finished: dict[int | None, BlockRecord]
 
-    def record(
-        self,
-        block: int | None,
-        *,
-        layers: Sequence[LayerRecord],
-        written: Sequence[str],
-        notes: Sequence[str],
-        batch: int | None,
-        starts: Sequence[tuple[int, int]],
-        dense_starts: Sequence[tuple[int, int]],
-        tier: str,
-        errors: BlockErrors | None,
-        tuning: TuningRecord | None = None,
-    ) -> None:
+    def record(self, record: BlockRecord, written: Sequence[str]) -> None:
         """Write a block's tensors durably to the disk, then record that the block is finished.
 
-        Args:
-            block: see :class:`BlockRecord`.
-            layers: see :class:`BlockRecord`.
-            written: names of the block's tensors in the checkpoint.
-            notes: see :class:`BlockRecord`.
-            batch: see :class:`BlockRecord`.
-            starts: see :class:`BlockRecord`.
-            dense_starts: see :class:`BlockRecord`.
-            tier: see :class:`BlockRecord`.
-            errors: see :class:`BlockRecord`.
-            tuning: see :class:`BlockRecord`.
+        ``record`` has neither ``tensors`` nor ``phases`` yet; ``written`` are the names of the tensors in the checkpoint.
         """
         ...
+
+
+class NoJournal:
+    """The journal of a run that is never resumed: it records nothing."""
+
+    def __init__(self) -> None:
+        self.finished: dict[int | None, BlockRecord] = {}
+
+    def record(self, record: BlockRecord, written: Sequence[str]) -> None:
+        """Record nothing."""

@@ -8,7 +8,7 @@ same tokens in the same order.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -61,12 +61,10 @@ class Routing:
 
     @contextmanager
     def _hooked(self, hook: Any) -> Iterator[None]:
-        handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in self.mixtures]
-        try:
+        with ExitStack() as hooks:
+            for module in self.mixtures:
+                hooks.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 def _arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:

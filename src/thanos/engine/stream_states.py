@@ -56,9 +56,9 @@ class StreamStates:
         return self._device
 
     def batches(self, size: int, first: int = 0, end: int | None = None) -> Iterator[tuple[int, Tensor]]:
-        """Yield (index of the batch's first sequence, hidden states (≤ size, T, d) on the device). Do not modify the states.
+        """Yield (index of the batch's first sequence, hidden states (≤ size, T, d) on the device), for sequences [first, end).
 
-        Only the sequences [first, end), by default all.
+        Do not modify the states.
         """
         return self._activations.batches(size, first, end)
 
@@ -86,10 +86,7 @@ class StreamStates:
         return moved
 
     def spill(self) -> str | None:
-        """Move the hidden states from the device to host memory or disk; return the note for the user.
-
-        Return None, and do nothing, if they are not on the device.
-        """
+        """Move the hidden states from the device to host memory or disk; return a note for the user, else None."""
         states = self._activations
         if states.tier != "device":
             return None

@@ -124,12 +124,10 @@ class TuningPasses:
     def measure(
         self, parameters: Mapping[str, Tensor], positions: Sequence[int], *, training: bool = False
     ) -> Measured:
-        """Measure the block's error on sequences of all processes.
+        """Measure the block's error on sequences of all processes at ``positions``.
 
-        Args:
-            parameters: see :class:`Forward`; empty for the block as it is.
-            positions: the sequences.
-            training: run the block in float32 or mixed precision, as in training.
+        ``parameters`` are as for :class:`Forward`; empty for the block as it is. With ``training``, the block runs in float32
+        or mixed precision, as in training.
         """
         device = self._work.device
         sums = torch.zeros(3, dtype=torch.float64, device=device)
@@ -147,24 +145,13 @@ class TuningPasses:
         return Measured(*self._world.sum_(sums).tolist())
 
     def gradients(
-        self,
-        masters: Masters,
-        batch: Sequence[int],
-        inputs: Tensor | None,
-        targets: Tensor | None,
-        mean_square: float,
+        self, masters: Masters, batch: Sequence[int], inputs: Tensor | None, targets: Tensor | None, mean_square: float
     ) -> Tensor:
-        """Set the gradients of the loss of a batch of all processes: the mean squared error, divided by ``mean_square``.
+        """Set the gradients of the loss of a batch of all processes; return the loss, a scalar on the device.
 
-        Args:
-            masters: the parameters.
-            batch: positions of the batch's sequences.
-            inputs: inputs of this process's sequences among them, (B, T, d); None if it has none.
-            targets: their wanted outputs.
-            mean_square: mean square of the wanted outputs of a typical sequence.
-
-        Returns:
-            The loss, a scalar on the device.
+        The loss is the mean squared error, divided by ``mean_square``, that of the wanted outputs of a typical sequence.
+        ``batch`` are the positions of the sequences. ``inputs`` and their wanted outputs ``targets`` are those of this
+        process's sequences among them, (B, T, d); None if it has none.
         """
         loss = torch.zeros((), dtype=torch.float32, device=self._work.device)
         masters.gradient.zero_()

@@ -55,9 +55,7 @@ class TuningRecord:
 def tuning_line(records: Sequence[TuningRecord], *, has_zeros: bool = True) -> str:
     """Return a sentence about the tuning of all blocks; empty if none was tuned.
 
-    Args:
-        records: of the blocks.
-        has_zeros: whether the model has zeros that were kept; a smaller one has none.
+    ``has_zeros`` says whether the model has zeros that were kept; a smaller one has none.
     """
     pairs = [(one.held_out_before, one.held_out_after) for one in records]
     ratios = sorted(after / before for before, after in pairs if before and after is not None)

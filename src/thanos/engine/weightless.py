@@ -54,9 +54,9 @@ def weightless(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def _zeros(like: Tensor, device: torch.device) -> Tensor:
-    """Return zeros in the shape and dtype of ``like``.
+    """Return zeros in the shape and dtype of ``like``. A matrix is one number in memory, expanded.
 
-    A matrix is one number in memory, expanded. Other tensors are small, and kernels may need their real strides.
+    Other tensors are small, and kernels may need their real strides.
     """
     if like.dim() != 2:
         return torch.zeros(like.shape, dtype=like.dtype, device=device)

@@ -105,11 +105,7 @@ class ModelWeights:
 
     @contextmanager
     def replaced(self, values: Mapping[str, Tensor]) -> Iterator[None]:
-        """Use other values of some parameters inside the context; afterwards the same tensor objects as before are in place.
-
-        Args:
-            values: parameter name → parameter or buffer on the device.
-        """
+        """Use other values of some parameters inside the context; afterwards the same tensor objects as before are in place."""
         before: list[tuple[dict[str, Any], str, Any]] = []
         for name, value in values.items():
             for module, attribute in self._owners[name]:
@@ -148,10 +144,7 @@ class ModelWeights:
         return tensors
 
     def _fill(self, tensors: dict[str, Tensor]) -> dict[str, torch.dtype]:
-        """Read the tensors into the allocated memory.
-
-        Return name → stored dtype, for tensors from which the stored values can be recovered exactly.
-        """
+        """Read the tensors into the allocated memory; return name → stored dtype, where the stored value can be recovered."""
         exact = {}
         try:
             for name, tensor in tensors.items():

@@ -229,12 +229,8 @@ def _read_report(opened: OpenedModel) -> dict[str, str] | None:
 def _reason(name: str, layer: LinearLayer | None, zeros: float, known: dict[str, str] | None, *, required: bool) -> str:
     """Return the reason why a tensor counts as left dense; empty if it is targeted.
 
-    Args:
-        name: name of the tensor's parameter.
-        layer: linear layer of the tensor; None if it is not the weight of one.
-        zeros: fraction of zero entries.
-        known: the result of :func:`_read_report`.
-        required: whether a pattern is required; if so, layers of the blocks without zeros are targeted too.
+    ``layer`` is None if the tensor is not the weight of a linear layer. ``zeros`` is the fraction of zero entries, ``known``
+    the result of :func:`_read_report`. If a pattern is ``required``, layers of the blocks without zeros are targeted too.
     """
     if layer is None:
         return NOT_LINEAR

@@ -98,14 +98,10 @@ def _ids_of(identity: str) -> TokenIds:
 
 
 def wrap(network: PreTrainedModel, tokenizer: Any, emit: Callable[[Event], None], *, bos: bool = False) -> Any:
-    """Return lm_eval's model around a loaded one.
+    """Return lm_eval's model around a loaded one, which is on its device and in eval mode.
 
-    Args:
-        network: the loaded model, on its device, in eval mode.
-        tokenizer: tokenizer of the model.
-        emit: function called with events of progress: the number of requests answered.
-        bos: whether lm_eval adds a beginning-of-text token before each request (its ``add_bos_token``). Otherwise a request
-            begins as the tokenizer begins a text.
+    ``emit`` gets events with the number of requests answered. ``bos`` says whether lm_eval adds a beginning-of-text token
+    before each request (its ``add_bos_token``). Otherwise a request begins as the tokenizer begins a text.
     """
     from lm_eval.models import huggingface
 

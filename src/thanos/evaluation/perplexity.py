@@ -144,7 +144,7 @@ def evaluate(
                 check_window(sequence_length, each.config())
         tokenizer = source.tokenizer()
         check_text_source(text, evaluation=True, tokenizer=source.tokenizer)  # the first rows, before all of them
-        joined = _text(text, tokenizer, emit)
+        joined = joined_text(text, tokenizer, emit)
     length = sequence_length if reference is None else reference.windows.shape[1]
     with resource_errors(f"lower --sequence-length (now {length})", device=where):
         if network is None:
@@ -196,7 +196,8 @@ def _evaluation(
     )
 
 
-def _text(text: str, tokenizer: PreTrainedTokenizerBase, emit: Callable[[Event], None]) -> str:
+def joined_text(text: str, tokenizer: PreTrainedTokenizerBase, emit: Callable[[Event], None]) -> str:
+    """Return the text of a source: its rows, joined with a blank line."""
     rows = evaluation_rows(text, tokenizer, lambda line: emit(Event(kind="note", phase="evaluate", message=line)))
     return "\n\n".join(rows)
 
@@ -212,10 +213,8 @@ def choose_bos(
 ) -> Bos:
     """Return the position of BOS in the windows of a text, by the losses of ``model``.
 
-    See :func:`~thanos.evaluation.windows.decide_bos`.
-
-    Raises:
-        DataError: ``asked`` is ``window`` and the tokenizer has no BOS, or the windows do not fit the model.
+    See :func:`~thanos.evaluation.windows.decide_bos`. Raises DataError if ``asked`` is ``window`` and the tokenizer has no
+    BOS, or if the windows do not fit the model.
     """
 
     def mean_loss(windows: Tensor) -> float | None:
@@ -242,7 +241,7 @@ def _check_options(text: str, sequence_length: int, max_windows: int | None, dty
     if not isinstance(text, str):
         raise DataError(f"text must be a name or path as a string; got {type(text).__name__} {str(text)[:60]!r}")
     for name, value in (("sequence_length", sequence_length), ("max_windows", max_windows)):
-        if isinstance(value, bool) or not isinstance(value, int | None):
+        if isinstance(value, bool) or not isinstance(value, int if name == "sequence_length" else int | None):
             raise DataError(f"{name} must be a whole number; got {value!r}{near_whole(value)}")
     if sequence_length < 2:
         raise DataError(f"sequence_length must be at least 2, to predict one token; got {sequence_length}")

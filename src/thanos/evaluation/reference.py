@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from thanos.calibration.text import evaluation_rows
-from thanos.evaluation.perplexity import choose_bos
+from thanos.evaluation.perplexity import choose_bos, joined_text
 from thanos.evaluation.scoring import Reference
 from thanos.evaluation.windows import cut_windows
 from thanos.events import Event
@@ -25,7 +24,7 @@ def make_reference(
     sequence_length: int,
     max_windows: int | None,
     bos: str,
-    tell: Callable[[Event], None],
+    emit: Callable[[Event], None],
 ) -> Reference:
     """Return the windows of a text, without a dense model. Studies and comparisons cut theirs here.
 
@@ -37,14 +36,13 @@ def make_reference(
         sequence_length: tokens per window.
         max_windows: largest number of windows; None for all.
         bos: as for :func:`~thanos.evaluation.perplexity.evaluate`.
-        tell: function called with notes.
+        emit: function called with notes.
 
     Raises:
         DataError: the text cannot be read, is shorter than one window, or its windows do not fit the model.
     """
     tokenizer = source.tokenizer()
-    rows = evaluation_rows(text, tokenizer, lambda line: tell(Event(kind="note", phase="evaluate", message=line)))
-    joined = "\n\n".join(rows)
-    chosen = choose_bos(bos, joined, tokenizer, network, sequence_length, tell)
+    joined = joined_text(text, tokenizer, emit)
+    chosen = choose_bos(bos, joined, tokenizer, network, sequence_length, emit)
     windows = cut_windows(joined, tokenizer, network, name, sequence_length, max_windows, chosen)
     return Reference(text=name, windows=windows, bos=chosen)

@@ -1,7 +1,7 @@
 """The cache of zero-shot scores: one file for each score, whose name is the score's key.
 
 The key is a hash of everything that determines the score: the model's weights, config and tokenizer, the task's settings and
-documents, the limit, the dtype, the type of device, the added BOS, and the versions of lm_eval and torch.
+documents, the limit, the dtype, the type of device, the added BOS, and the versions of lm_eval, transformers and torch.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def keys_of(
     source: ModelSource, tasks: dict[str, Any], limit: int | None, dtype: str, where: torch.device, *, bos: bool
 ) -> dict[str, str]:
     """Return task name → key of its score in the cache."""
-    shaping = [model_sha256(source), limit, dtype, where.type, metadata.version("lm_eval"), torch.__version__]
+    versions = [metadata.version("lm_eval"), metadata.version("transformers"), torch.__version__]
+    shaping = [model_sha256(source), limit, dtype, where.type, *versions]
     shaping += ["add_bos_token"] if bos else []
     return {name: _key(task, shaping) for name, task in tasks.items()}
 

@@ -66,10 +66,9 @@ class Reference:
         return hashlib.sha256(self.windows.numpy().astype("<i8").tobytes()).hexdigest()
 
     def check(self, model: PreTrainedModel) -> None:
-        """Refuse windows that the given model or the dense model cannot process.
+        """Raise DataError for windows that the given model or the dense model cannot process.
 
-        Raises:
-            DataError: the windows are longer than a model's number of positions, or hold token ids that it does not embed.
+        They are longer than a model's number of positions, or hold token ids that it does not embed.
         """
         for each in (model, self.model):
             if each is not None:

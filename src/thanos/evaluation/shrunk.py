@@ -68,13 +68,7 @@ class Shrinkage:
 def compare_with_dense(smaller: OpenedModel, dense: str | Path, *, trust_remote_code: bool = False) -> Shrinkage:
     """Say what a smaller model lacks of its dense parent. No weight is read, only their names, shapes and dtypes.
 
-    Args:
-        smaller: the smaller model.
-        dense: the dense model: a hub name, a local folder or a ``.gguf`` file.
-        trust_remote_code: let transformers run Python code from the checkpoint.
-
-    Raises:
-        ModelError: a model cannot be read, or the one is not the other with fewer units.
+    Raises ModelError if a model cannot be read, or the smaller model is not the dense one with fewer units.
     """
     parent = open_model(resolve_model(dense, trust_remote_code=trust_remote_code))
     before, after = _sizes(parent), _sizes(smaller)
@@ -98,7 +92,7 @@ def _change(parent: OpenedModel, smaller: OpenedModel, count: Any) -> Change:
 
 def _file_bytes(opened: OpenedModel) -> int:
     if opened.source.gguf is not None:
-        return opened.source.gguf.stat().st_size
+        return sum(part.stat().st_size for part in opened.source.gguf_parts)
     return opened.checkpoint.layout.nbytes
 
 
@@ -173,12 +167,9 @@ def _blocks(
 ) -> list[BlockChange]:
     """Return the blocks in order.
 
-    Args:
-        before: number of parameters of each block of the dense model.
-        after: the same of the smaller one.
-        gone: indices of the blocks that are gone; None if it is not known.
-        removed: full name of a layer in the dense model → the units that it lost.
-        prefix: name of the list of blocks.
+    ``before`` and ``after`` are the numbers of parameters of each block, ``gone`` the indices of the blocks that are gone
+    (None if it is not known), ``removed`` the units that each layer of the dense model lost, ``prefix`` the name of the list
+    of blocks.
     """
     if len(before) == len(after):
         gone = []

@@ -27,6 +27,7 @@ from thanos.model.bos import added_bos, check_bos
 from thanos.model.loading import load_model, parse_dtype
 from thanos.model.opening import running_dtype
 from thanos.model.source import ModelSource, find_local, resolve_model
+from thanos.model.transformers_errors import first_line
 from thanos.system.device import choose_device
 from thanos.system.documents import Document
 from thanos.system.extras import install_command, is_installed
@@ -168,8 +169,7 @@ def task_names(names: Sequence[str]) -> tuple[str, ...]:
 def check_tasks(tasks: Sequence[str], task_folder: str | Path | None = None) -> None:
     """Refuse tasks that lm_eval does not have, before any work.
 
-    Raises:
-        DataError: lm_eval is not installed, the folder does not exist, or a task is unknown; the message lists similar names.
+    Raises DataError if lm_eval is not installed, the folder does not exist, or a task is unknown; it lists similar names.
     """
     _check_task_words(tasks, task_folder)
     known = _register(tasks, None if task_folder is None else str(task_folder)).all_tasks
@@ -255,10 +255,9 @@ def _load_tasks(tasks: tuple[str, ...], task_folder: str | None) -> dict[str, An
     try:
         found = _register(tasks, task_folder).load(list(tasks))["tasks"]
     except Exception as error:  # datasets raises errors of its own, of the hub and of the network
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(
-            f"the data of {', '.join(tasks)} cannot be had ({line}); without a network give local task files: --task-folder "
-            "DIR with lm_eval's YAML files, and their names as --tasks"
+            f"the data of {', '.join(tasks)} cannot be had ({first_line(error)}); without a network give local task files: "
+            "--task-folder DIR with lm_eval's YAML files, and their names as --tasks"
         ) from error
     return {name: keep_requests(task) for name, task in found.items()}
 

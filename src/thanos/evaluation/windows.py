@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from thanos.calibration.windows import begin_windows
+from thanos.calibration.windows import begin_windows, check_positions
 from thanos.errors import DataError
 from thanos.model.bos import Bos, added_bos, defined_bos, plain_ids, without_bos
 from thanos.model.loading import check_token_ids, context_length
@@ -130,14 +130,5 @@ def _ids(text: str, tokenizer: PreTrainedTokenizerBase, begin: int | None) -> Te
 
 
 def check_window(sequence_length: int, config: PreTrainedConfig) -> None:
-    """Refuse windows that are longer than a model's number of positions.
-
-    Raises:
-        DataError: they are longer.
-    """
-    positions = context_length(config)
-    if positions is not None and sequence_length > positions:
-        raise DataError(
-            f"sequence_length {sequence_length} is beyond the model's {positions} positions; give --sequence-length "
-            f"{positions} or less"
-        )
+    """Raise DataError for windows that are longer than a model's number of positions."""
+    check_positions(sequence_length, context_length(config))

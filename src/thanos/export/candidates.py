@@ -48,13 +48,8 @@ def find_candidates(
 ) -> list[Candidate]:
     """Return every linear layer of a model, each with its format or the reason why it stays dense.
 
-    All weights are read once, and their entries are counted: a pattern that a report states is not believed.
-
-    Args:
-        opened: the model, one to one with ``stored``.
-        stored: the checkpoint's files as they are.
-        least_weights: smallest number of weights of a packed layer.
-        emit: function that is called with progress events.
+    All weights are read once and their entries counted, whatever a report states. ``stored`` are the checkpoint's files as
+    they are, ``least_weights`` the smallest number of weights of a packed layer.
     """
     layers = linear_layers(opened.meta_model)
     embedding = getattr(opened.meta_model.get_input_embeddings(), "weight", None)

@@ -15,15 +15,9 @@ from thanos.run.work_folder import WorkFolder, check_interrupted, check_output
 def written(out: Path, *, model: Path | None, overwrite: bool, what: str) -> Iterator[Path]:
     """Yield a hidden folder next to ``out`` that is renamed to it at the end; after an error nothing is left.
 
-    Args:
-        out: the output folder.
-        model: folder of the model that is read; None if it is not local.
-        overwrite: replace ``out`` if it is a checkpoint.
-        what: the command, as in ``{"command": "pack"}`` of the work folder's description.
-
-    Raises:
-        UserError: ``out`` may not be written, or another process writes it.
-        ResourceError: the disk is full or read-only.
+    ``model`` is the folder of the model that is read; None if it is not local. ``what`` is the command, as in ``{"command":
+    "pack"}`` of the work folder's description. Raises UserError if ``out`` may not be written, or another process writes it,
+    and ResourceError if the disk is full or read-only.
     """
     work = WorkFolder(out)
     check_output(out, model=model, overwrite=overwrite)
@@ -36,7 +30,7 @@ def written(out: Path, *, model: Path | None, overwrite: bool, what: str) -> Ite
             work.start({"command": what})
             yield work.model
             if not overwrite and work.out.is_dir() and any(work.out.iterdir()):
-                raise UserError(f"OUT {out} came into being during the run; move it away and run again")
+                raise UserError(f"OUT {out} was created during the run; move it away and run again")
             work.publish(overwrite=overwrite)
         except BaseException:
             with suppress(OSError):

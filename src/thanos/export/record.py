@@ -97,14 +97,10 @@ class DenseFolder:
 
 
 def read_dense(folder: Path, tensors: dict[str, TensorSpec]) -> DenseFolder | None:
-    """Return what ``packing.json`` says of the dense folder; None without the file.
+    """Return what ``packing.json`` in the packed folder says of the dense folder; None without the file.
 
-    Args:
-        folder: the packed folder.
-        tensors: name → dtype and shape of each tensor that the dense folder must hold.
-
-    Raises:
-        ModelError: the file is damaged, or speaks of other tensors.
+    ``tensors`` are the dtypes and shapes that the dense folder must hold. Raises ModelError if the file is damaged, or
+    describes other tensors.
     """
     path = folder / NAME
     if not path.is_file():

@@ -85,10 +85,7 @@ def _unpack(
 def _dense_specs(stored: SafetensorsCheckpoint, packed: dict[str, PackedSpec], name: str) -> dict[str, TensorSpec]:
     """Return the tensors of the dense folder, in the order of the packed one.
 
-    Args:
-        stored: the packed folder's tensors.
-        packed: prefix of the layer's tensors → spec.
-        name: of the model, for messages.
+    ``packed`` maps the prefix of a layer's tensors to its spec. ``name`` is the model's, for messages.
     """
     specs: dict[str, TensorSpec] = {}
     for key, info in stored.tensors.items():

@@ -1,10 +1,10 @@
-"""Attention on CUDA: grouped-query models in float32, and masks without a look at the positions.
+"""Attention on CUDA: grouped-query models in float32, and masks without a synchronisation.
 
 In float32 on CUDA, torch has one kernel in which several heads share keys and values (``enable_gqa``). It holds all T × T
 scores in memory. If the shared heads are repeated, which is a small copy, torch uses its memory-efficient kernel, which is
 several times as fast.
 
-transformers looks for several sequences in one row, by their positions. The answer decides which mask is made, so the host
+transformers searches the positions of a row for several sequences in it. The answer decides which mask is made, so the host
 waits for the device in each forward pass.
 """
 
@@ -50,7 +50,7 @@ def fast_attention(device: torch.device, dtype: torch.dtype) -> AbstractContextM
 
 @contextmanager
 def one_sequence_a_row() -> Iterator[None]:
-    """While active, transformers takes each row of a batch for one sequence, as it finds after looking at default positions."""
+    """While active, transformers takes each row of a batch for one sequence, as it does for the default positions."""
     from transformers import masking_utils
 
     module: Any = masking_utils

@@ -19,11 +19,7 @@ _PROBE = "a"
 
 
 def check_bos(asked: str) -> None:
-    """Refuse a choice that is not in :data:`BOS_CHOICES`.
-
-    Raises:
-        DataError: the choice is unknown.
-    """
+    """Raise DataError for a choice that is not in :data:`BOS_CHOICES`."""
     if asked not in BOS_CHOICES:
         raise DataError(f"bos {asked!r} is unknown; choose one of {', '.join(BOS_CHOICES)}")
 

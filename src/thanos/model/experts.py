@@ -126,11 +126,7 @@ def _layout(fused: nn.Module, name: str) -> dict[str, dict[str, tuple[int, int]]
 
 
 def unfuse(model: nn.Module) -> None:
-    """Replace every fused mixture of a meta model by :class:`Experts`, in place.
-
-    Raises:
-        ModelError: a mixture's layout is not supported.
-    """
+    """Replace every fused mixture of a meta model by :class:`Experts`, in place. Raises ModelError for an unknown layout."""
     counts = _expert_counts(model)
     for name, module in list(model.named_modules()):
         if _is_fused(module, counts):
@@ -206,14 +202,8 @@ def rename_expert(key: str, converters: Sequence[Any]) -> str | None:
     """Translate the name of one expert's matrix in a checkpoint by transformers' table of conversions.
 
     Two conversions are supported, both of which stack matrices: [gate, up] → ``gate_up_proj`` and [down] → ``down_proj``.
-
-    Args:
-        key: the name after pure renamings.
-        converters: transformers' ``WeightConverter`` objects.
-
-    Returns:
-        Its name in :class:`Experts`; the key itself if no conversion applies to it; None if one applies that is not
-        supported.
+    ``key`` is the name after pure renamings. Returns its name in :class:`Experts`; the key itself if no conversion applies to
+    it; None if one applies that is not supported.
     """
     for converter in converters:
         if converter.rename_source_key(key)[1] is None:

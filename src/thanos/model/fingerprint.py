@@ -25,11 +25,7 @@ def file_sha256(path: str | Path) -> str:
 def model_sha256(source: ModelSource) -> str:
     """Return a hash of a model's weights, config and tokenizer. It does not depend on the folder's name.
 
-    Args:
-        source: from :func:`~thanos.model.source.resolve_model`.
-
-    Raises:
-        ModelError: there are no weights, or two sets of them.
+    Raises ModelError if there are no weights, or two sets of them.
     """
     if source.gguf is not None and source.gguf_parts == (source.gguf,):
         return file_sha256(source.gguf)
@@ -45,11 +41,10 @@ def model_sha256(source: ModelSource) -> str:
 
 
 def task_files_sha256(folder: str | Path) -> str:
-    """Return a hash of a folder of lm_eval's task files, and of the data files that these name.
+    """Return a hash of a folder of lm_eval's task files (YAML), and of the data files that these name.
 
-    Args:
-        folder: with YAML files. Hidden files and compiled Python are ignored. A word in a YAML file names a data file if it
-            is the path of a file, relative to the folder.
+    Hidden files and compiled Python are ignored. A word in a YAML file names a data file if it is the path of a file, relative
+    to the folder.
     """
     folder = Path(folder)
     found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}

@@ -15,17 +15,11 @@ _TEMPLATES = "additional_chat_templates/*"
 
 
 def download(name: str, *, code: bool) -> Path:
-    """Return the local folder of a hub model; download what is not in the cache.
+    """Return the local folder of a hub model; download what is not in the cache, Python code only with ``code``.
 
     The first download holds the index, config, tokenizer and licence. The index names the weights, which come second. Other
-    files of the repository, such as the same weights in other formats, are not downloaded.
-
-    Args:
-        name: of the repository.
-        code: whether to download the Python code that comes with the model.
-
-    Raises:
-        ModelError: the name is not valid, or the hub does not give the files.
+    files of the repository, such as the same weights in other formats, are not downloaded. Raises ModelError if the name is
+    not valid, or the hub does not give the files.
     """
     from huggingface_hub.errors import HFValidationError
 

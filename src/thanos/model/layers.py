@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
 
 from thanos.errors import ModelError
-from thanos.model.experts import mixtures
+from thanos.model.experts import mixtures, router_parameters
 from thanos.recipe import LayerRecipe, Recipe, matches
 
 
@@ -135,44 +136,20 @@ def linear_names(module: nn.Module) -> list[str]:
 
 
 def linear_layers(model: nn.Module) -> list[LinearLayer]:
-    """Return every linear layer of the model, in the order of its modules.
-
-    Raises:
-        ModelError: see :func:`find_blocks`.
-    """
+    """Return every linear layer of the model, in the order of its modules. Raises ModelError as :func:`find_blocks`."""
     prefix, _ = find_blocks(model)
-    experts = {f"{prefix}.{name}": size for name, size in mixtures(model.get_submodule(prefix))}
-    router_outputs: dict[str, set[int]] = {}
-    for name, size in experts.items():
-        router_outputs.setdefault(name.rpartition(".")[0], {1}).add(size)
+    blocks = model.get_submodule(prefix)
+    groups = {f"{prefix}.{name}" for name, _ in mixtures(blocks)}
+    routers = {f"{prefix}.{name}" for name in router_parameters(blocks)} if groups else set[str]()
     layers = []
     for name, module in _linear_modules(model):
-        inside = name.startswith(f"{prefix}.")
+        parts, inside = name.split("."), name.startswith(f"{prefix}.")
         block = int(name[len(prefix) + 1 :].split(".")[0]) if inside else None
-        layer = LinearLayer(name, module, block, not isinstance(module, nn.Linear))
-        layers.append(_with_role(layer, experts.keys(), router_outputs) if inside and experts else layer)
+        above = [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
+        expert = next((one for one, parent in pairwise(above) if parent in groups), "")
+        is_plain, router = isinstance(module, nn.Linear), f"{name}.weight" in routers
+        layers.append(LinearLayer(name, module, block, transposed=not is_plain, expert=expert, router=router))
     return layers
-
-
-def _with_role(layer: LinearLayer, mixtures: Set[str], router_outputs: dict[str, set[int]]) -> LinearLayer:
-    """Return the layer with its role in a mixture of experts: part of an expert, router, or neither.
-
-    A router has one output for each expert, or a single one if it weighs an expert that all tokens share. It lies somewhere
-    below the module that holds the mixture.
-
-    Args:
-        layer: within the blocks.
-        mixtures: full names of the mixtures.
-        router_outputs: module that holds a mixture → numbers of outputs that a router there may have.
-    """
-    parts = layer.name.split(".")
-    for end in range(len(parts) - 1, 0, -1):
-        name = ".".join(parts[:end])
-        if name in mixtures:
-            return replace(layer, expert=".".join(parts[: end + 1]))
-        if layer.shape[0] in router_outputs.get(name, ()):
-            return replace(layer, router=True)
-    return layer
 
 
 def select_layers(layers: list[LinearLayer], recipe: Recipe) -> tuple[dict[LinearLayer, LayerRecipe], dict[str, str]]:

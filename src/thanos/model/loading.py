@@ -132,11 +132,7 @@ def _loader(source: ModelSource, device: torch.device | str) -> AbstractContextM
 
 
 def parse_dtype(name: str) -> torch.dtype:
-    """Return the dtype called ``float32``, ``bfloat16`` or ``float16``.
-
-    Raises:
-        ModelError: the name is another.
-    """
+    """Return the dtype called ``float32``, ``bfloat16`` or ``float16``. Raises ModelError for another name."""
     if name not in _DTYPES:
         hint = near_dtype(name, _DTYPES)
         raise ModelError(f"dtype {name!r} is unknown; choose one of auto, {', '.join(_DTYPES)}{hint}")
@@ -144,11 +140,7 @@ def parse_dtype(name: str) -> torch.dtype:
 
 
 def end_of_text_id(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> int:
-    """Return the token that separates documents: the tokenizer's end of sequence, or else the config's.
-
-    Raises:
-        DataError: neither names one.
-    """
+    """Return the token that separates documents: the tokenizer's end of sequence, else the config's, else raise DataError."""
     for candidate in (getattr(tokenizer, "eos_token_id", None), getattr(config, "eos_token_id", None)):
         if isinstance(candidate, list | tuple) and candidate:
             candidate = candidate[0]
@@ -171,11 +163,7 @@ def context_length(config: PreTrainedConfig) -> int | None:
 
 
 def check_token_ids(ids: torch.Tensor, model: PreTrainedModel) -> None:
-    """Refuse token ids that the model does not embed.
-
-    Raises:
-        DataError: the tokenizer and the model do not belong together.
-    """
+    """Raise DataError for token ids that the model does not embed: the tokenizer and the model do not belong together."""
     embedded = model.get_input_embeddings().get_parameter("weight").shape[0]
     if int(ids.max()) >= embedded:
         raise DataError(

@@ -24,20 +24,12 @@ _PATCHING = threading.Lock()
 def build_meta_model(
     config: PreTrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False, name: str = "the model"
 ) -> PreTrainedModel:
-    """Build the causal LM of a config with every parameter on the meta device and every buffer real.
+    """Build the causal LM of a config with every parameter on the meta device, in ``dtype``, and every buffer real.
 
     Parameters are read from the checkpoint later. Buffers such as rotary frequencies are not in checkpoints, so they are
-    computed here. Fused mixtures of experts are unfused into linear layers.
-
-    Args:
-        config: of the model.
-        dtype: of its parameters.
-        trust_remote_code: whether code that the checkpoint carries may run.
-        name: of the model, for messages.
-
-    Raises:
-        ModelError: a package that the model needs is missing, its code or config fails, or a mixture of experts has a
-            layout that is not supported.
+    computed here. Fused mixtures of experts are unfused into linear layers. Raises ModelError if a package that the model
+    needs is missing, its code or config fails, or a mixture of experts has a layout that is not supported. ``name`` is for
+    messages.
     """
     if getattr(config, "rescale_every", 0):
         # RWKV halves hidden states between blocks, and weights to match, so that float16 holds them: the function is the same.
@@ -51,11 +43,7 @@ def build_meta_model(
 def build_fused_model(
     config: PreTrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False, name: str = "the model"
 ) -> PreTrainedModel:
-    """Build a meta model as :func:`build_meta_model` does, with transformers' own fused mixtures of experts.
-
-    Raises:
-        ModelError: a package that the model needs is missing, or its code or config fails.
-    """
+    """Build a meta model as :func:`build_meta_model` does, with transformers' own fused mixtures of experts."""
     from transformers import AutoModelForCausalLM
 
     with building_errors(name, config), _parameters_on_meta():

@@ -13,13 +13,10 @@ if TYPE_CHECKING:
 
 
 def match_parameters(parameters: set[str], tensors: set[str], base_model_prefix: str) -> dict[str, str] | None:
-    """Map parameter names one to one onto a checkpoint's tensor names.
+    """Map parameter names one to one onto a checkpoint's tensor names; None if a parameter has no tensor.
 
     Names are equal, or differ by the base model's prefix: hub checkpoints of GPT-2 lack ``transformer.``. A tensor without a
     parameter, such as a buffer or a tied copy, is ignored.
-
-    Returns:
-        parameter name → tensor name; None if a parameter has no tensor. Then transformers must load the model.
     """
     prefix = f"{base_model_prefix}."
     candidates = (
@@ -34,13 +31,10 @@ def match_parameters(parameters: set[str], tensors: set[str], base_model_prefix:
 
 
 def rename_keys(meta_model: PreTrainedModel, keys: Iterable[str]) -> tuple[dict[str, str], bool]:
-    """Translate a checkpoint's names by transformers' tables.
+    """Translate a checkpoint's names by transformers' tables; return them by the model's name, and whether all were translated.
 
     The tables hold pure renamings, such as GPT-NeoX's head, and conversions. The only conversion that is supported is the
     stacking of experts' matrices.
-
-    Returns:
-        The model's name → the checkpoint's name; and whether every tensor was translated, so that none needs a conversion.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming

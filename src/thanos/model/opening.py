@@ -112,12 +112,7 @@ def _open_gguf(source: ModelSource, dtype: str, written_in: torch.dtype | None) 
 
 
 def _gguf_notes(source: ModelSource, *, whole: bool) -> list[str]:
-    """Return notes on a GGUF file.
-
-    Args:
-        source: the model.
-        whole: whether transformers loads the file whole.
-    """
+    """Return notes on a GGUF file; ``whole`` says whether transformers loads it whole."""
     header = source.gguf_header
     notes = []
     if whole:
@@ -131,11 +126,7 @@ def _gguf_notes(source: ModelSource, *, whole: bool) -> list[str]:
 
 
 def meta_model_of(source: ModelSource, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """Build the meta model of a model; see :func:`~thanos.model.meta_model.build_meta_model`.
-
-    Raises:
-        ModelError: likewise.
-    """
+    """Build the meta model of a model; see :func:`~thanos.model.meta_model.build_meta_model`."""
     return build_meta_model(config, dtype, trust_remote_code=source.trust_remote_code, name=source.name)
 
 
@@ -184,15 +175,7 @@ def _prediction_layers(
 
 
 def running_dtype(source: ModelSource, dtype: str) -> torch.dtype:
-    """Return the dtype in which a model runs.
-
-    Args:
-        source: from :func:`~thanos.model.source.resolve_model`.
-        dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
-
-    Raises:
-        ModelError: the dtype is unknown, or a file is truncated or corrupt.
-    """
+    """Return the dtype in which a model runs. Raises ModelError if it is unknown, or a file is truncated or corrupt."""
     if source.gguf is not None:
         return _resolve_dtype(dtype, torch.float32, None)
     return _resolve_dtype(dtype, getattr(source.config(), "dtype", None), SafetensorsCheckpoint(source.folder))

@@ -72,11 +72,7 @@ class ModelSource:
 
     @cached_property
     def gguf_header(self) -> GGUFHeader:
-        """The header of the GGUF file, of all parts together.
-
-        Raises:
-            ModelError: it is truncated or corrupt.
-        """
+        """The header of the GGUF file, of all parts together. Raises ModelError if it is truncated or corrupt."""
         return read_headers(self.gguf_parts)
 
     def _arguments(self) -> dict[str, Any]:
@@ -86,11 +82,7 @@ class ModelSource:
         return arguments
 
     def config(self) -> PreTrainedConfig:
-        """Return the model's config, a copy of its own.
-
-        Raises:
-            ModelError: it cannot be read.
-        """
+        """Return the model's config, a copy of its own. Raises ModelError if it cannot be read."""
         return copy.deepcopy(self._config)
 
     @cached_property
@@ -128,11 +120,7 @@ class ModelSource:
         return f"the config of {self.name} cannot be used ({line}); correct config.json, or take the model's own"
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Return the tokenizer.
-
-        Raises:
-            ModelError: there is none, or it is broken.
-        """
+        """Return the tokenizer. Raises ModelError if there is none, or it is broken."""
         return self._tokenizer
 
     @cached_property
@@ -158,8 +146,7 @@ class ModelSource:
     def generation_config(self) -> GenerationConfig | None:
         """Return the generation config: of a folder from its file, None without one; of a GGUF file derived from the config.
 
-        Raises:
-            ModelError: the file is not valid.
+        Raises ModelError if the file is not valid.
         """
         from transformers import GenerationConfig
 
@@ -198,14 +185,8 @@ def find_local(
 ) -> ModelSource | None:
     """Find a local model and check its files; None for a hub name. This is fast: no config is built, nothing is loaded.
 
-    Args:
-        model: as for :func:`resolve_model`.
-        trust_remote_code: as for :func:`resolve_model`.
-        what: the argument's name in messages.
-        packed: as for :func:`resolve_model`.
-
-    Raises:
-        ModelError: nothing is there, or it is not in safetensors or GGUF form.
+    The other arguments are those of :func:`resolve_model`; ``what`` is the name of the first in messages. Raises ModelError if
+    nothing is there, or it is not in safetensors or GGUF form.
     """
     name = model_name(model, what)
     path = Path(name)

@@ -16,10 +16,8 @@ def stated_facts(source: ModelSource) -> dict[str, Any]:
     """Return what a model states of these keys of a model card; a key that it does not state is left out.
 
     ``license``, ``license_name``, ``license_link``: strings. ``language``, ``base_model``: lists of strings; only names of the
-    hub count as base models, so no local path gets into a card.
-
-    Args:
-        source: the model: the front matter of a folder's README.md, or the metadata of a GGUF file.
+    hub count as base models, so no local path gets into a card. The facts are in the front matter of a folder's README.md, or
+    in the metadata of a GGUF file.
     """
     facts = _from_readme(source) if source.gguf is None else _from_gguf(source.gguf_header.metadata)
     found: dict[str, Any] = {}

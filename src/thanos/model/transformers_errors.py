@@ -23,13 +23,9 @@ _PIP_NAMES = {
 
 @contextmanager
 def package_errors(model: str) -> Iterator[None]:
-    """Turn an error about a missing package into one that says how to install it. Other errors pass.
+    """Raise ModelError, which says how to install it, in place of an error about a missing package. Other errors pass.
 
-    Args:
-        model: its name, for the message.
-
-    Raises:
-        ModelError: a package is missing, or lacks what the model's code imports from it.
+    A package also counts as missing if it lacks what the model's code imports from it.
     """
     try:
         yield
@@ -44,15 +40,7 @@ def package_errors(model: str) -> Iterator[None]:
 
 @contextmanager
 def building_errors(model: str, config: Any) -> Iterator[None]:
-    """Turn whatever fails while a model is built from its config into one line; out of memory passes.
-
-    Args:
-        model: its name, for the message.
-        config: its config; the class tells whether a checkpoint's own code builds the model.
-
-    Raises:
-        ModelError: it cannot be built.
-    """
+    """Raise ModelError, in one line, in place of what fails while a model is built from its config; out of memory passes."""
     try:
         with package_errors(model):
             yield
@@ -65,7 +53,7 @@ def building_errors(model: str, config: Any) -> Iterator[None]:
 
 
 def describe_building_error(model: str, config: Any, error: BaseException) -> str:
-    """Say what failed while a model was built from its config."""
+    """Return the error line for a model that could not be built from its config."""
     import transformers
 
     version, what = transformers.__version__, f"{type(error).__name__}: {first_line(error)}"
@@ -78,7 +66,7 @@ def describe_building_error(model: str, config: Any, error: BaseException) -> st
 
 
 def brings_code(config: Any) -> bool:
-    """Tell whether a config's class is Python code that a checkpoint brings."""
+    """Return whether a config's class is Python code that a checkpoint brings."""
     return type(config).__module__.partition(".")[0] == "transformers_modules"
 
 

@@ -59,8 +59,7 @@ class Unused:
     def notes(self, keys: Iterable[str]) -> list[str]:
         """Return a note for each kind of layers that the checkpoint has and transformers does not run.
 
-        Args:
-            keys: names of the tensors without a parameter.
+        ``keys`` are the names of the tensors without a parameter.
         """
         keys = list(keys)
         predicting = [key for key in keys if self.is_prediction(key)]

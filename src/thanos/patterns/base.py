@@ -89,8 +89,7 @@ class Pattern(ABC):
     def parse(cls, text: str) -> Self | None:
         """Return the pattern of this class that a text names; None if the text names none.
 
-        Raises:
-            RecipeError: the text names an impossible pattern.
+        Raises RecipeError if the text names an impossible pattern.
         """
 
     @abstractmethod
@@ -113,24 +112,15 @@ class Pattern(ABC):
         return None
 
     def check_width(self, columns: int) -> None:  # noqa: B027, any width will do
-        """Refuse a number of input columns that the pattern does not fit.
-
-        Raises:
-            RecipeError: the pattern does not fit this width.
-        """
+        """Raise RecipeError for a number of input columns that the pattern does not fit."""
 
     def check_block_size(self, block_size: int) -> None:  # noqa: B027, any block size will do
-        """Refuse a block size that the pattern does not fit.
-
-        Raises:
-            RecipeError: a block would cut a group in two.
-        """
+        """Raise RecipeError for a block size that would cut a group in two."""
 
     def check_keep_budget(self, outlier_rows: float) -> None:
         """Refuse ``keep_budget`` if the other rows cannot make up for this fraction of outlier rows, above 0.
 
-        Raises:
-            RecipeError: they cannot, for example because the pattern fixes the number of entries that each row loses.
+        Raises RecipeError if they cannot, for example because the pattern fixes the number of entries that each row loses.
         """
         del outlier_rows
         if self.sparsity is not None:

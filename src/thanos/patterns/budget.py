@@ -74,8 +74,7 @@ class Budget:
     def plan(cls, rows: int, columns: int, settings: Settings) -> Budget:
         """Return the budget of a (rows, columns) weight.
 
-        Raises:
-            RecipeError: the pattern does not fit the width, or the rows that may be pruned hold too few entries.
+        Raises RecipeError if the pattern does not fit the width, or the rows that may be pruned hold too few entries.
         """
         pattern, p, alpha = settings.parsed_pattern, settings.resolved_sparsity, settings.outlier_rows
         pattern.check_width(columns)

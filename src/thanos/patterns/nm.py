@@ -21,11 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class NM(Pattern):
-    """At most ``n`` non-zeros in every ``m`` consecutive weights of a row, 0 < n < m.
-
-    Raises:
-        RecipeError: n is not below m, or not positive.
-    """
+    """At most ``n`` non-zeros in every ``m`` consecutive weights of a row; raises RecipeError unless 0 < n < m."""
 
     n: int
     m: int
@@ -61,11 +57,7 @@ class NM(Pattern):
         return f"{self.n}:{self.m}"
 
     def check_width(self, columns: int) -> None:
-        """Refuse a width that m does not divide.
-
-        Raises:
-            RecipeError: the last group would be partial.
-        """
+        """Raise RecipeError for a width that m does not divide: the last group would be partial."""
         if columns % self.m:
             raise RecipeError(
                 f"pattern {self} needs a multiple of {self.m} input columns, but the weight has {columns}; skip this "
@@ -73,22 +65,14 @@ class NM(Pattern):
             )
 
     def check_block_size(self, block_size: int) -> None:
-        """Refuse a block size that would cut a group of m in two.
-
-        Raises:
-            RecipeError: m does not divide the block size.
-        """
+        """Raise RecipeError for a block size that would cut a group of m in two."""
         if block_size % self.m:
             raise RecipeError(
                 f"block_size {block_size} would cut a group of pattern {self} in two; use a multiple of {self.m}"
             )
 
     def check_keep_budget(self, outlier_rows: float) -> None:
-        """Refuse an odd n, which has no half, and more outlier rows than halved rows can make up for.
-
-        Raises:
-            RecipeError: n is odd, or ``outlier_rows`` is above n / (2m − n).
-        """
+        """Raise RecipeError for an odd n, which has no half, and for ``outlier_rows`` above n / (2m − n)."""
         if self.n % 2:
             raise RecipeError(
                 f"keep_budget with outlier_rows gives some rows half of the non-zeros, but {self} keeps an odd number of "

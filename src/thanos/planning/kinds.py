@@ -121,7 +121,7 @@ class Job:
 
 
 def _flags(module: nn.Module) -> list[tuple[str, str]]:
-    """Return the texts, without numbers, and flags of a module: they tell attention in a window from full attention."""
+    """Return the texts, without numbers, and flags of a module: attention in a window and full attention differ in them."""
     return sorted((name, re.sub(r"\d", "", str(v))) for name, v in vars(module).items() if isinstance(v, str | bool))
 
 

@@ -156,11 +156,9 @@ def plan(
 
 
 def _generate(job: Job, watch: Watcher) -> tuple[Tensor, float]:
-    """Let the model generate a few tokens of calibration text.
+    """Let the model generate a few tokens of calibration text; return the ids and the predicted seconds of the whole text.
 
-    Returns:
-        Random ids instead of the whole text, (samples, T), and the predicted seconds for the whole text; 0 if the model does
-        not fit in memory.
+    The ids are random instead of the whole text, (samples, T). The seconds are 0 if the model does not fit in memory.
     """
     recipe, opened = job.recipe, job.prepared.opened
     vocabulary = opened.meta_model.get_input_embeddings().get_parameter("weight").shape[0]
@@ -183,12 +181,9 @@ def _generate(job: Job, watch: Watcher) -> tuple[Tensor, float]:
 def _predict(job: Job, out: Path, measured: dict[str, PhaseRecord], scan: float, generating: int) -> Plan:
     """Run the trial and compute the prediction.
 
-    Args:
-        job: the work of the run.
-        out: the output folder.
-        measured: phases that this process has already run and measured: ``load`` and ``calibration``.
-        scan: seconds per byte of the check of tensors that are not pruned.
-        generating: bytes of the model that generates the calibration text.
+    ``measured`` are the phases that this process has already run: ``load`` and ``calibration``. ``scan`` is the seconds per
+    byte of the check of tensors that are not pruned, ``generating`` the bytes of the model that generates the calibration
+    text.
     """
     trial = run_trial(job)
     gc.collect()

@@ -6,7 +6,7 @@ import hashlib
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -44,7 +44,7 @@ class TrialMeter(PhaseMeter):
         self.busy[name] = self.busy.get(name, 0.0) + time.process_time() - began
 
     def forget(self, *names: str) -> None:
-        """Start again with the seconds and peaks of phases."""
+        """Discard the seconds and peaks of phases."""
         for name in names:
             for known in (self.busy, self._seconds, self._host, self._on_device):
                 known.pop(name, None)
@@ -75,7 +75,7 @@ class Scratch:
         write_at(self._file.fileno(), data, self._end)
         self._end += len(data)
 
-    def record(self, block: int | None, **details: object) -> None:
+    def record(self, record: BlockRecord, written: Sequence[str]) -> None:
         """Force a block's tensors to the disk, as the journal of a run does."""
         assert self.meter is not None
         with self.meter.phase("write"):

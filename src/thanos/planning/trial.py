@@ -110,13 +110,9 @@ def _tiers(job: Job, sample: Sample) -> tuple[str, dict[str, int]]:
 
 
 def _amounts(job: Job, kind: Kind, size: int, batch: int) -> list[tuple[Amount, int]]:
-    """Return the amounts that a block of a kind is tried with, each with the batch size; one if the run itself is as small.
+    """Return the amounts that a block of a kind is tried with, each with its batch size; one if the run itself is as small.
 
-    Args:
-        job: the work of the run.
-        kind: the kind of the block.
-        size: number of sequences of the first amount.
-        batch: largest batch size.
+    ``size`` is the number of sequences of the first amount, ``batch`` the largest batch size.
     """
     whole = job.amount(kind.blocks[0])
     held_out, epochs = min(1, whole.held_out), min(EPOCHS, whole.epochs)
@@ -172,17 +168,10 @@ def _measure(
     layers: Mapping[LinearLayer, LayerRecipe] | None = None,
     stages: Sequence[BlockStage] | None = None,
 ) -> Sample:
-    """Run the engine on one block and the first sequences.
+    """Run the engine on one block and the first sequences; ``block`` None stands for the layers after the blocks.
 
-    Args:
-        job: the work of the run.
-        scratch: stands for the output.
-        block: index of the block; None for the layers after the blocks.
-        amount: number of sequences, and epochs of the tuning.
-        batch: number of sequences in a forward pass; None to choose it as a run does.
-        tier: storage tier of the hidden states.
-        layers: the layers to prune; default: all.
-        stages: stages that take the place of the recipe's.
+    ``batch`` None chooses the batch size as a run does. ``layers`` are the layers to prune, by default all. ``stages`` take the
+    place of the recipe's.
     """
     cuda, meter = job.device.type == "cuda", TrialMeter(job.device)
     gc.collect()

@@ -17,7 +17,6 @@ from thanos.errors import RecipeError
 from thanos.recipe.allocation import ALLOCATIONS, check_allocation
 from thanos.recipe.globs import check_globs as check_globs
 from thanos.recipe.globs import matches
-from thanos.recipe.layer import DEFAULT_DAMPING as DEFAULT_DAMPING
 from thanos.recipe.layer import LAYER_FIELDS, LayerRecipe, check_used, check_values, used
 from thanos.recipe.override import Override, hints, suited_to
 from thanos.recipe.repair import (

@@ -17,11 +17,7 @@ ALLOCATIONS = ("uniform", "error")
 
 
 def check_allocation(recipe: Recipe) -> None:
-    """Refuse an unknown allocation, or one that has nothing to choose.
-
-    Raises:
-        RecipeError: the allocation is unknown, or the recipe's pattern itself fixes how much each layer loses.
-    """
+    """Raise RecipeError for an unknown allocation, or one whose pattern fixes how much each layer loses."""
     if not isinstance(recipe.allocation, str) or recipe.allocation not in ALLOCATIONS:
         hint = near(recipe.allocation, ALLOCATIONS)
         raise RecipeError(f"allocation must be {' or '.join(ALLOCATIONS)}; got {recipe.allocation!r}{hint}")

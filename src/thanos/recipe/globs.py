@@ -17,11 +17,7 @@ def matches(name: str, glob: str) -> bool:
 
 
 def check_globs(recipe: Recipe) -> None:
-    """Refuse globs with characters that no layer's name has, before a model is opened.
-
-    Raises:
-        RecipeError: a glob has blanks, commas, or characters of a regular expression or a path.
-    """
+    """Raise RecipeError for globs with characters that no layer's name has, before a model is opened."""
     overrides = [("match", override.match) for override in recipe.overrides]
     for name, glob in [*(("targets", g) for g in recipe.targets), *(("skip", g) for g in recipe.skip), *overrides]:
         allowed = "a glob over layer names has letters, digits, _, -, dots, and *, ?, [abc] or [!abc]"

@@ -51,7 +51,7 @@ class Override:
 
 
 def hints(unknown: Iterable[str], known: Iterable[str]) -> str:
-    """Return the hints for unknown names of settings: the nearest of those ``known``."""
+    """Return the hints for unknown names of settings: for each the nearest of the known names."""
     known = [*known]
     return "".join(near(name, known, _OTHER_NAMES) for name in unknown)
 

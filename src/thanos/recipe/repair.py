@@ -70,33 +70,21 @@ class Repair:
 
 
 def resolved(settings: Mapping[str, Any]) -> Repair:
-    """Return the parts of a repair: each setting that is not None, else the value of the effort.
-
-    Args:
-        settings: the fields of :data:`REPAIR_FIELDS`, checked.
-    """
+    """Return the parts of a repair from checked :data:`REPAIR_FIELDS`: a setting that is None has the value of its effort."""
     row: EffortRow = registry.effort(settings["effort"])
     parts = {name: getattr(row, name) for name in Repair.__dataclass_fields__}
     return Repair(**parts | {name: settings[name] for name in parts if settings[name] is not None})
 
 
 def with_effort(changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return changes of settings; if they bring an effort, every part of it that they do not set is reset to None.
-
-    So a new effort replaces what was set before it, part by part.
-    """
+    """Return changes of settings. A new effort replaces all of its parts: those that the changes do not set become None."""
     return {**(dict.fromkeys(EFFORT_PARTS) if "effort" in changes else {}), **changes}
 
 
 def repairs_of(settings: Mapping[str, Any], overrides: Iterable[Mapping[str, Any]]) -> list[Repair]:
-    """Return the repair of some settings, then for each override that of the settings with its changes.
+    """Return the repair of some settings of a recipe, then for each override that of the settings with its changes.
 
-    Args:
-        settings: any settings of a recipe; the others have their defaults.
-        overrides: the changes of each override.
-
-    Raises:
-        RecipeError: a value is outside its range.
+    Settings that are not given have their defaults. Raises RecipeError if a value is outside its range.
     """
     base = {name: settings.get(name) for name in REPAIR_FIELDS} | {
         "effort": settings.get("effort", registry.DEFAULT_EFFORT)
@@ -105,21 +93,14 @@ def repairs_of(settings: Mapping[str, Any], overrides: Iterable[Mapping[str, Any
 
 
 def unused_values(repairs: Iterable[Repair]) -> dict[str, Any]:
-    """Return the defaults, by name, of the settings of a run that none of its repairs uses.
-
-    The settings are ``held_out``, for a chosen dense target and for tuning, and ``tune_rate``, for tuning.
-    """
+    """Return the defaults of ``held_out`` and ``tune_rate``, by name: of those that none of the repairs uses."""
     repairs = list(repairs)
     held_out = {} if any(repair.holds_out for repair in repairs) else {"held_out": None}
     return held_out | ({} if any(repair.tune for repair in repairs) else {"tune_rate": TUNE_RATE})
 
 
 def check_repair_used(repairs: Iterable[Repair], held_out: int | None, tune_rate: float) -> None:
-    """Refuse settings of a run that differ from their default and that none of its repairs uses.
-
-    Raises:
-        RecipeError: there is such a setting.
-    """
+    """Raise RecipeError if ``held_out`` or ``tune_rate`` differs from its default, and none of the repairs uses it."""
     given, users = {"held_out": held_out, "tune_rate": tune_rate}, {"held_out": f"dense_target {AUTO} or tune"}
     for name, default in unused_values(repairs).items():
         if given[name] != default:
@@ -128,10 +109,9 @@ def check_repair_used(repairs: Iterable[Repair], held_out: int | None, tune_rate
 
 
 def checked(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those of :data:`REPAIR_FIELDS` that are given, each checked; a number in a text becomes a number.
+    """Return those of :data:`REPAIR_FIELDS` that are given; a number in a text becomes a number.
 
-    Raises:
-        RecipeError: a value is outside its range; the message names the setting.
+    Raises RecipeError, which names the setting, if a value is outside its range.
     """
     found = {name: settings[name] for name in REPAIR_FIELDS if name in settings}
     if "effort" in found:
@@ -162,11 +142,7 @@ def _dense_target(value: Any) -> float | str:
 
 
 def check_rate(value: Any) -> None:
-    """Refuse a learning rate that is not a number above 0 and at most 1.
-
-    Raises:
-        RecipeError: it is not.
-    """
+    """Raise RecipeError for a learning rate that is not a number above 0 and at most 1."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
         raise RecipeError(
             f"tune_rate must be a number above 0 and at most 1; got {value!r}{near_number(value, share=True)}"
@@ -174,11 +150,7 @@ def check_rate(value: Any) -> None:
 
 
 def check_held_out(held_out: Any) -> None:
-    """Refuse a number of held-out sequences that is not a whole number above 0.
-
-    Raises:
-        RecipeError: it is not.
-    """
+    """Raise RecipeError for a number of held-out sequences that is not a whole number above 0."""
     if held_out is not None and (isinstance(held_out, bool) or not isinstance(held_out, int) or held_out < 1):
         raise RecipeError(f"held_out must be a whole number, at least 1; got {held_out!r}{near_whole(held_out)}")
 
@@ -186,12 +158,8 @@ def check_held_out(held_out: Any) -> None:
 def held_out_of(samples: int, held_out: int | None) -> int:
     """Return how many of ``samples`` calibration sequences are held out: the last ones.
 
-    Args:
-        samples: number of calibration sequences.
-        held_out: the recipe's setting; None for :data:`HELD_OUT_SHARE` of the sequences, at least one.
-
-    Raises:
-        RecipeError: no sequence would be left to prune with.
+    ``held_out`` is the recipe's setting; None means :data:`HELD_OUT_SHARE` of the sequences, at least one. Raises RecipeError
+    if no sequence would be left to prune with.
     """
     count = max(1, round(samples * HELD_OUT_SHARE)) if held_out is None else held_out
     if count >= samples:

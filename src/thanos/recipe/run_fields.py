@@ -15,11 +15,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def check_run_fields(recipe: Recipe) -> None:
-    """Refuse values of calibration, device, dtype and globs that are outside their range.
-
-    Raises:
-        RecipeError: the message names the setting.
-    """
+    """Raise RecipeError, which names the setting, for wrong values of calibration, device, dtype, globs and flags."""
     for name, lowest in (("samples", 1), ("sequence_length", 2), ("seed", 0)):
         value = getattr(recipe, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < lowest:

@@ -13,11 +13,7 @@ from thanos.recipe.repair import repairs_of, unused_values
 
 
 def underscored(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a table's values under names with underscores.
-
-    Raises:
-        RecipeError: a name is given twice.
-    """
+    """Return a table's values under names with underscores. Raises RecipeError if a name is given twice."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         name = name.replace("-", "_")
@@ -30,7 +26,7 @@ def underscored(values: Mapping[str, Any]) -> dict[str, Any]:
 def without_unused(values: dict[str, Any], overrides: list[Override]) -> tuple[dict[str, Any], list[Override]]:
     """Drop settings that nothing in the recipe or the override uses.
 
-    They are those of :data:`~thanos.registry.LAYER_SETTINGS`, and those of :func:`~thanos.recipe.repair.unused_values`.
+    These are settings of :data:`~thanos.registry.LAYER_SETTINGS`, and those of :func:`~thanos.recipe.repair.unused_values`.
     """
     base = values.get("method", registry.DEFAULT_METHOD)
     rows = [registry.method(name) for name in (base, *(o.settings.get("method", base) for o in overrides))]

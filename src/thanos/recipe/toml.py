@@ -12,11 +12,7 @@ from thanos.errors import RecipeError
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Return the values of a TOML file.
-
-    Raises:
-        RecipeError: the file cannot be read, or is not valid TOML.
-    """
+    """Return the values of a TOML file. Raises RecipeError if it cannot be read or is not valid TOML."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:

@@ -209,11 +209,7 @@ def parse_pattern(text: str | Pattern) -> Pattern:
 
 
 def pattern_row(pattern: Pattern) -> PatternRow:
-    """Return the row of a pattern's class.
-
-    Raises:
-        RecipeError: the class is not registered.
-    """
+    """Return the row of a pattern's class. Raises RecipeError if the class is not registered."""
     for row in patterns():
         if row.load() is type(pattern):
             return row
@@ -221,11 +217,7 @@ def pattern_row(pattern: Pattern) -> PatternRow:
 
 
 def check_pattern(row: MethodRow, pattern: Pattern) -> None:
-    """Refuse a pattern that a method does not support.
-
-    Raises:
-        RecipeError: the method does not support it; the message lists the patterns that it supports.
-    """
+    """Raise RecipeError, which lists the patterns that a method supports, if it does not support ``pattern``."""
     other = pattern_row(pattern)
     if row.patterns is not None and other.name not in row.patterns:
         raise RecipeError(

@@ -55,11 +55,7 @@ class Table(Generic[R]):
         self._kind, self._rows = kind, {row.name: row for row in rows}
 
     def register(self, row: R) -> R:
-        """Add a row.
-
-        Raises:
-            RecipeError: another row has the same name.
-        """
+        """Add a row. Raises RecipeError if another row has the same name."""
         if self._rows.get(row.name, row) != row:
             raise RecipeError(f"{self._kind} {row.name} is registered already; choose another name")
         self._rows[row.name] = row
@@ -71,11 +67,7 @@ class Table(Generic[R]):
         return tuple(self._rows.values())
 
     def get(self, name: Any) -> R:
-        """Return the row with a name.
-
-        Raises:
-            RecipeError: no row has this name.
-        """
+        """Return the row with a name. Raises RecipeError if no row has it."""
         row = self.find(name)
         if row is None:
             allowed = ", ".join(row.name for row in self.rows())
@@ -101,11 +93,7 @@ _loaded: set[str] = set()
 
 
 def load_plugins() -> None:
-    """Import the modules that ``THANOS_PLUGINS`` names, each once.
-
-    Raises:
-        RecipeError: a module cannot be imported.
-    """
+    """Import the modules that ``THANOS_PLUGINS`` names, each once. Raises RecipeError if one cannot be imported."""
     for name in os.environ.get(PLUGINS_VARIABLE, "").split(","):
         if not (name := name.strip()) or name in _loaded:
             continue

@@ -15,7 +15,7 @@ from thanos.calibration.windows import Calibration
 from thanos.engine.distributed import World
 from thanos.engine.loop import Engine
 from thanos.engine.rank_zero import SharedWriter
-from thanos.engine.records import BlockRecord
+from thanos.engine.records import NoJournal
 from thanos.engine.stages.effects import EffectStage
 from thanos.engine.stages.measure import MeasureStage
 from thanos.events import Event, Watcher
@@ -39,16 +39,6 @@ SEQUENCES = 16
 PHASE = "allocate"
 
 
-class _NoJournal:
-    """A journal of a pass that is repeated as a whole if it is interrupted."""
-
-    def __init__(self) -> None:
-        self.finished: dict[int | None, BlockRecord] = {}
-
-    def record(self, block: int | None, **what: Any) -> None:
-        """Record nothing."""
-
-
 def choose_sparsities(
     plan: Prepared,
     recipe: Recipe,
@@ -62,21 +52,11 @@ def choose_sparsities(
     emit: Watcher,
     store: Path | None,
 ) -> tuple[Prepared, dict[str, Any] | None]:
-    """Return the plan with the sparsities that the recipe's allocation chooses, and their record.
+    """Return the plan with the sparsities that the recipe's allocation chooses, and their record; or the plan and None.
 
-    Without an allocation the plan is returned as it is, with None. An interrupted run that had made its choice keeps it.
-
-    Args:
-        plan: the opened model and its layers.
-        recipe: the recipe.
-        calibration: the calibration windows; the pass reads the first of them.
-        device: device on which blocks run.
-        world: the processes of the run. All of them call this function.
-        folder: folder for hidden states that are kept on the disk.
-        activations: storage tier of the hidden states.
-        meter: meter to which the pass is added as one phase.
-        emit: called with events.
-        store: file that keeps the choice for a resumed run; None on ranks other than 0.
+    All processes of the run call this function. The pass reads the first of the calibration windows, and is added to ``meter``
+    as one phase. ``folder`` is for hidden states that are kept on the disk. ``store`` is the file that keeps the choice for a
+    resumed run: an interrupted run that had made its choice keeps it. On ranks other than 0 it is None.
     """
     layers, cutting = measured_layers(plan, recipe), plan.cutting
     drops = cutting is not None and cutting.drops > 0
@@ -95,7 +75,7 @@ def choose_sparsities(
             folder,
             activations=activations,
             writer=SharedWriter(None, world),
-            journal=_NoJournal(),
+            journal=NoJournal(),
             meter=own,
             world=world,
             stages=(stage,),

@@ -23,7 +23,6 @@ from thanos.run.model_card import model_card, public_name
 from thanos.run.report import PruningReport, compute_totals
 from thanos.run.resume import TEXT_HASH, completed_run
 from thanos.run.setup import Prepared
-from thanos.system.meter import PhaseMeter
 
 
 def write_documents(
@@ -33,8 +32,6 @@ def write_documents(
     engine: Engine,
     calibration: Calibration,
     recipe: Recipe,
-    device: torch.device,
-    meter: PhaseMeter,
     allocation: Mapping[str, Any] | None = None,
     cut: dict[str, Any] | None = None,
 ) -> PruningReport:
@@ -47,15 +44,13 @@ def write_documents(
         engine: the engine, after its last block.
         calibration: the windows.
         recipe: the run's recipe.
-        device: the run's device.
-        meter: the run's meter.
         allocation: the sparsities that were chosen by layer; None if all layers have the recipe's.
         cut: what was cut out of the model; None if its pattern removes no units.
     """
     completed = completed_run(run, recipe, folder)
     text_sha256 = completed["text"].get(TEXT_HASH)
     published = recipe.replace(calibration=public_name(recipe.calibration))
-    report = make_report(plan, engine, calibration, published, text_sha256, device, meter)
+    report = make_report(plan, engine, calibration, published, text_sha256)
     if cut is not None:
         report.cut.update(cut | ({} if allocation is None else {"split": dict(allocation)}))
     elif allocation is not None:
@@ -78,31 +73,18 @@ def _recipe_text(recipe: Recipe, text_sha256: str | None) -> str:
 
 
 def make_report(
-    plan: Prepared,
-    engine: Engine,
-    calibration: Calibration,
-    recipe: Recipe,
-    text_sha256: str | None,
-    device: torch.device,
-    meter: PhaseMeter,
+    plan: Prepared, engine: Engine, calibration: Calibration, recipe: Recipe, text_sha256: str | None
 ) -> PruningReport:
     """Return the report of a run whose blocks are done.
 
-    Args:
-        plan: as for :func:`write_documents`, like the other arguments.
-        engine: see there.
-        calibration: see there.
-        recipe: the recipe, without local folders.
-        text_sha256: hash of the calibration text; None if it is not local files.
-        device: see there.
-        meter: see there.
+    ``recipe`` is without local folders. ``text_sha256`` is the hash of the calibration text; None if it is not local files.
     """
     import safetensors
     import transformers
 
-    opened = plan.opened
+    opened, device = plan.opened, engine.inputs.device
     parameters = sum(info.numel for info in opened.checkpoint.tensors.values())
-    phases = meter.records()
+    phases = engine.inputs.meter.records()
     return PruningReport(
         thanos_version=__version__,
         model={

@@ -95,10 +95,7 @@ def build_engine(
 def held_out_here(recipe: Recipe, samples: int, share: range) -> dict[str, Any]:
     """Return the values of ``first``, ``held_out`` and ``held_out_of_all`` in :class:`~thanos.engine.inputs.EngineInputs`.
 
-    Args:
-        recipe: the recipe.
-        samples: number of sequences of all processes.
-        share: the range of this process's sequences among them.
+    ``samples`` is the number of sequences of all processes; ``share`` is the range of this process's sequences among them.
     """
     count = held_out_of(samples, recipe.held_out) if recipe.holds_out else 0
     first = min(max(samples - count - share.start, 0), len(share))

@@ -84,6 +84,7 @@ def prune_model(
         raise RecipeError(
             f"output_dtype {recipe.output_dtype} is for a folder that is written; convert the model itself: model.to(dtype)"
         )
+    source = recipe.calibration if calibration is None else calibration
     device = _device(model, recipe)
     meter = PhaseMeter(device)
     emit = EventStream(on_event, meter, keep_log=False)
@@ -91,39 +92,33 @@ def prune_model(
         emit(Event(kind="phase", phase="load"))
         with meter.phase("load"):
             checkpoint, opened = _open(model, recipe)
-            windows, recipe = _windows(model, calibration, recipe, tokenizer, emit)
+            windows, recipe = _windows(model, source, recipe, tokenizer, emit)
             check_token_ids(windows.ids, opened.meta_model)
             plan = prepare_opened(opened, recipe, emit)
-        return _run(plan, _InPlace(checkpoint), windows, recipe, device, meter, emit, activations, Path(folder))
+        text_hash = text_sha256(source) if isinstance(source, str) else None
+        shared = {"device": device, "activations": activations, "meter": meter, "world": SINGLE}
+        return _run(plan, _InPlace(checkpoint), windows, recipe, text_hash, Path(folder), emit, shared)
 
 
 def _run(
     plan: Prepared,
-    written: _InPlace,
+    output: Any,
     calibration: Calibration,
     recipe: Recipe,
-    device: torch.device,
-    meter: PhaseMeter,
-    emit: EventStream,
-    activations: str,
+    text_hash: str | None,
     folder: Path,
+    emit: EventStream,
+    shared: dict[str, Any],
 ) -> PruningReport:
-    """Run the engine on the prepared model; return the report."""
-    common: dict[str, Any] = {"activations": activations, "world": SINGLE, "meter": meter}
-    plan, allocation = choose_sparsities(
-        plan, recipe, calibration, device=device, folder=folder, emit=emit, store=None, **common
-    )
-    output: Any = written
+    """Run the engine on the prepared model; return the report.
+
+    ``output`` is the writer and the journal. ``shared`` are the arguments that the pass of the allocation and the engine have
+    in common.
+    """
+    plan, allocation = choose_sparsities(plan, recipe, calibration, folder=folder, emit=emit, store=None, **shared)
+    notes = plan.opened.notes
     engine = build_engine(
-        plan,
-        recipe,
-        calibration.ids,
-        device,
-        folder,
-        writer=output,
-        journal=output,
-        notes=plan.opened.notes,
-        **common,
+        plan, recipe, calibration.ids, folder=folder, writer=output, journal=output, notes=notes, **shared
     )
     block = None
     try:
@@ -134,7 +129,7 @@ def _run(
         name_damage(plan.opened, block)
         raise
     published = recipe.replace(calibration=public_name(recipe.calibration))
-    report = make_report(plan, engine, calibration, published, text_sha256(recipe.calibration), device, meter)
+    report = make_report(plan, engine, calibration, published, text_hash)
     if allocation is not None:
         report.execution["allocation"] = dict(allocation)
     return report
@@ -159,9 +154,9 @@ class _InPlace:
         """Return a tensor that was written."""
         return self._pending[name] if name in self._pending else self._checkpoint.read(name)
 
-    def record(self, block: int | None, **what: Any) -> None:
+    def record(self, record: BlockRecord, written: Sequence[str]) -> None:
         """Copy the block's tensors into the model."""
-        del block, what
+        del record, written
         for name, tensor in self._pending.items():
             self._checkpoint.assign(name, tensor)
         self._pending.clear()
@@ -170,8 +165,7 @@ class _InPlace:
 def _device(model: PreTrainedModel, recipe: Recipe) -> torch.device:
     """Return the device on which blocks run: the recipe's, or the model's own.
 
-    Raises:
-        ModelError: the argument is no model of transformers, or it is not loaded.
+    Raises ModelError if the argument is no model of transformers, or is not loaded.
     """
     from transformers import PreTrainedModel
 
@@ -191,8 +185,7 @@ def _device(model: PreTrainedModel, recipe: Recipe) -> torch.device:
 def _open(model: Any, recipe: Recipe) -> tuple[LoadedCheckpoint, OpenedModel]:
     """Return the model's tensors, which share its memory, and a meta model of the same config that has them.
 
-    Raises:
-        ModelError: the model is not what its config makes, such as one that is quantised or wrapped.
+    Raises ModelError if the model is not what its config makes, such as one that is quantised or wrapped.
     """
     name = str(getattr(model.config, "name_or_path", "") or type(model).__name__)
     local = Path(name).is_dir()
@@ -225,10 +218,8 @@ def _windows(
 ) -> tuple[Calibration, Recipe]:
     """Return the calibration windows, and the recipe that says what they are.
 
-    Raises:
-        DataError: there is too little text, or what is given is neither token ids nor texts.
+    Raises DataError if there is too little text, or if what is given is neither token ids nor texts.
     """
-    given = recipe.calibration if given is None else given
     positions = context_length(model.config)
     if isinstance(given, Tensor) or (isinstance(given, list | tuple) and given and isinstance(given[0], Tensor)):
         ids = _token_ids(given)

@@ -35,12 +35,7 @@ def lock_path(out: Path) -> Path:
 def locked(out: Path) -> Iterator[None]:
     """Hold the lock of an output folder. Missing parent folders are created, and removed at the end if they are still empty.
 
-    Args:
-        out: the output folder of the run.
-
-    Raises:
-        UserError: another process holds the lock; the message names the process.
-        ResourceError: the folder of ``out`` cannot be written.
+    Raises UserError, which names the process, if another one holds the lock, and ResourceError if the folder cannot be written.
     """
     path = lock_path(out)
     made = [parent for parent in path.parents if not parent.exists()]

@@ -16,7 +16,6 @@ from thanos.checkpoint.writer import CheckpointWriter
 from thanos.engine.activations import check_tier
 from thanos.engine.distributed import World
 from thanos.engine.joining import join, my_device
-from thanos.engine.loop import Engine
 from thanos.engine.rank_zero import SharedJournal, SharedWriter
 from thanos.errors import NumericsError, RecipeError, resource_errors
 from thanos.events import LOG_NAME, Event, Watcher
@@ -63,6 +62,11 @@ class _Job:
     meter: PhaseMeter
     emit: EventStream
     world: World
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """The arguments that the pass of the allocation and the engine of the run have in common."""
+        return {"device": self.device, "activations": self.activations, "meter": self.meter, "world": self.world}
 
 
 def prune(
@@ -157,8 +161,11 @@ def _assist(model: str, job: _Job) -> PruningReport:
     calibration: Calibration = world.from_first(_nothing)
     parent = job.work.out.parent
     folder = parent if parent.is_dir() else Path(tempfile.gettempdir())
-    plan, _ = _allocated(plan, job, calibration, folder, None)
-    engine = _engine(plan, job, calibration, folder, SharedWriter(None, world), SharedJournal(None, world), [])
+    plan, _ = choose_sparsities(
+        plan, recipe, calibration, folder=folder, emit=lambda event: None, store=None, **job.shared
+    )
+    output = {"writer": SharedWriter(None, world), "journal": SharedJournal(None, world)}
+    engine = build_engine(plan, recipe, calibration.ids, folder=folder, **output, **job.shared)
     for _ in engine.run():
         pass
     return world.from_first(_nothing)
@@ -226,16 +233,19 @@ def _prune(model: str, job: _Job, given: Calibration | None) -> PruningReport:
 
 def _run(plan: Prepared, job: _Job, calibration: Calibration, notes: list[str]) -> PruningReport:
     """Prune the model and write the complete checkpoint to the work folder."""
-    opened, folder, world, meter = plan.opened, job.work.model, job.world, job.meter
-    plan, allocation = _allocated(plan, job, calibration, job.work.path, job.work.path / "allocation.json")
+    opened, folder, recipe, meter, hidden = plan.opened, job.work.model, job.recipe, job.meter, job.work.path
+    plan, allocation = choose_sparsities(
+        plan, recipe, calibration, folder=hidden, emit=job.emit, store=hidden / "allocation.json", **job.shared
+    )
     writer = CheckpointWriter(
         opened.checkpoint.layout, opened.checkpoint, folder, besides=bytes_besides(plan.layers, plan.cutting)
     )
     journal = RunJournal(job.work.journal, writer, meter)
     if job.work.finished:
         journal.verify(job.emit)
-    shared = SharedWriter(writer, world), SharedJournal(journal, world)
-    engine = _engine(plan, job, calibration, job.work.path, *shared, notes)
+    output = {"writer": SharedWriter(writer, job.world), "journal": SharedJournal(journal, job.world)}
+    notes = [*plan.opened.notes, *notes]
+    engine = build_engine(plan, recipe, calibration.ids, folder=hidden, notes=notes, **output, **job.shared)
     block = None
     try:
         for event in engine.run():
@@ -252,49 +262,4 @@ def _run(plan: Prepared, job: _Job, calibration: Calibration, notes: list[str]) 
         copy_auxiliary_files(opened, folder)
         if plan.cutting is not None:
             folder, cut = job.work.unsealed, write_cut(plan.cutting, engine.records, job.work, job.emit)
-    return write_documents(
-        folder, job.work.run, plan, engine, calibration, job.recipe, job.device, meter, allocation=allocation, cut=cut
-    )
-
-
-def _allocated(
-    plan: Prepared, job: _Job, calibration: Calibration, folder: Path, store: Path | None
-) -> tuple[Prepared, dict[str, Any] | None]:
-    """See :func:`~thanos.run.allocation.choose_sparsities`."""
-    return choose_sparsities(
-        plan,
-        job.recipe,
-        calibration,
-        device=job.device,
-        world=job.world,
-        folder=folder,
-        activations=job.activations,
-        meter=job.meter,
-        emit=job.emit if job.world.rank == 0 else lambda event: None,
-        store=store,
-    )
-
-
-def _engine(
-    plan: Prepared,
-    job: _Job,
-    calibration: Calibration,
-    folder: Path,
-    writer: SharedWriter,
-    journal: SharedJournal,
-    notes: list[str],
-) -> Engine:
-    """See :func:`~thanos.run.engine_setup.build_engine`."""
-    return build_engine(
-        plan,
-        job.recipe,
-        calibration.ids,
-        job.device,
-        folder,
-        activations=job.activations,
-        writer=writer,
-        journal=journal,
-        meter=job.meter,
-        world=job.world,
-        notes=[*plan.opened.notes, *notes],
-    )
+    return write_documents(folder, job.work.run, plan, engine, calibration, recipe, allocation=allocation, cut=cut)

@@ -58,7 +58,7 @@ class PruningReport(Document):
     schema: int = SCHEMA
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values; what is only known with a repair is left out without one."""
+        """Return plain values, without the fields about repairs, recovery and cuts that are empty."""
         values = Document.to_dict(self)
         values["layers"] = [without_unset(layer) for layer in values["layers"]]
         only_repaired = ("block_errors", "tuning", "recovery", "cut")
@@ -71,11 +71,7 @@ class PruningReport(Document):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PruningReport:
-        """Build a report from the values of :meth:`to_dict`.
-
-        Raises:
-            ValueError: the schema is not this version's.
-        """
+        """Build a report from the values of :meth:`to_dict`. Raises ValueError if the schema is not this version's."""
         if values.get("schema") != SCHEMA:
             raise ValueError(f"pruning.json has schema {values.get('schema')!r}; this version reads {SCHEMA}")
         values = dict(values)
@@ -90,10 +86,7 @@ class PruningReport(Document):
 def compute_totals(layers: Sequence[LayerRecord], *, parameters: int, zeros_elsewhere: int) -> dict[str, Any]:
     """Return the totals of :func:`count_totals` and the mean errors of the layers.
 
-    Args:
-        layers: records of the pruned layers.
-        parameters: number of entries of all tensors of the model.
-        zeros_elsewhere: number of zeros in the tensors that were not pruned.
+    ``zeros_elsewhere`` is the number of zeros in the tensors that were not pruned.
     """
     zeros = [layer.zeros for layer in layers]
     return {
@@ -108,11 +101,7 @@ def count_totals(
 ) -> dict[str, Any]:
     """Return the numbers of parameters and zeros, and the sparsity, of the targeted layers and of the whole model.
 
-    Args:
-        shapes: (rows, columns) of each targeted layer.
-        zeros: number of zeros in each targeted layer.
-        zeros_all: number of zeros in all tensors of the model.
-        parameters: number of entries of all tensors of the model.
+    ``shapes`` and ``zeros`` are those of each targeted layer; ``zeros_all`` and ``parameters`` count all tensors of the model.
     """
     targeted = sum(rows * columns for rows, columns in shapes)
     return {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +15,7 @@ import torch
 from thanos._version import __version__
 from thanos.calibration.text import text_sha256
 from thanos.checkpoint.writer import CheckpointWriter
-from thanos.engine.block_error import BlockErrors
-from thanos.engine.records import BlockRecord, LayerRecord
-from thanos.engine.tuning_record import TuningRecord
+from thanos.engine.records import BlockRecord
 from thanos.errors import UserError
 from thanos.events import RUN_NAME, Event
 from thanos.run.journal import Journal, comes_after, current
@@ -80,10 +79,7 @@ def describe_model(source: ModelSource) -> dict[str, Any]:
 def completed_run(run: Mapping[str, Any], recipe: Recipe, folder: Path) -> dict[str, Any]:
     """Return the description of a run for its finished output. It has no local folders, since the output may be published.
 
-    Args:
-        run: the description from :func:`describe_run`.
-        recipe: the run's recipe.
-        folder: the output folder, with all shards.
+    ``run`` comes from :func:`describe_run`. ``folder`` is the output folder, with all shards.
     """
     kept = {part: run[part] for part in _MUST_BE_EQUAL if part in run}
     return _without_folders(kept) | {"text": _describe_text(recipe), "output": _describe_output(folder)}
@@ -92,15 +88,9 @@ def completed_run(run: Mapping[str, Any], recipe: Recipe, folder: Path) -> dict[
 def check_completed(work: WorkFolder, recipe: Recipe, now: Mapping[str, Any], calibration: Calibration | None) -> None:
     """Check that a complete output was made by this run. Reads no weights.
 
-    Args:
-        work: work folder of the output.
-        recipe: this run's recipe.
-        now: this run's description, from :func:`describe_run`.
-        calibration: the windows if the user gave them. If None, local calibration files are compared by their hash.
-
-    Raises:
-        UserError: another run made the output (the message lists every difference), a shard is missing or has another size,
-            or the output has no description of its run.
+    If the user gave windows (``calibration``), they are compared; if not, local calibration files, by their hash. Raises
+    UserError if another run made the output (the message lists every difference), if a shard is missing or has another size,
+    or if the output has no description of its run.
     """
     before, out, otherwise = work.completed_run, work.out, "choose another OUT, or give --overwrite to start over"
     if not before:
@@ -136,17 +126,9 @@ def _describe_output(folder: Path) -> dict[str, int]:
 
 
 def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Check that an interrupted run and this run are the same.
+    """Return notes on differences of the machine, which may change the last bits, between an interrupted run and this one.
 
-    Args:
-        before: the interrupted run's description.
-        now: this run's description; parts that it does not have yet are not compared.
-
-    Returns:
-        Notes for the user: differences of the machine that may change the last bits of the result.
-
-    Raises:
-        UserError: the runs differ; the message lists every difference.
+    Parts that ``now`` does not have yet are not compared. Raises UserError, which lists every difference, if the runs differ.
     """
     found, now = find_differences(before, now), json.loads(json.dumps(now))
     if found:
@@ -165,9 +147,7 @@ def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[st
 def find_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Return a line for each difference between the descriptions of two runs, except differences of the machine.
 
-    Args:
-        before: the earlier run's description.
-        now: this run's description; parts that it does not have are not compared.
+    Parts that ``now`` does not have are not compared.
     """
     now = json.loads(json.dumps(now))  # lists instead of tuples, as in the description that was read from JSON
     found = []
@@ -248,43 +228,18 @@ class RunJournal:
                     self._writer.accept(name)
             emit(Event(kind="progress", phase="verify", done=done, total=len(held)))
 
-    def record(
-        self,
-        block: int | None,
-        *,
-        layers: Sequence[LayerRecord],
-        written: Sequence[str],
-        notes: Sequence[str],
-        batch: int | None,
-        starts: Sequence[tuple[int, int]],
-        dense_starts: Sequence[tuple[int, int]],
-        tier: str,
-        errors: BlockErrors | None,
-        tuning: TuningRecord | None = None,
-    ) -> None:
+    def record(self, record: BlockRecord, written: Sequence[str]) -> None:
         """See :meth:`~thanos.engine.records.BlockJournal.record`."""
         with self._meter.phase("write"):
             self._writer.flush()
             tensors = {name: self._writer.take_checksum(name) for name in written}
-        record = BlockRecord(
-            block=block,
-            layers=list(layers),
-            tensors=tensors,
-            batch=batch,
-            starts=list(starts),
-            dense_starts=list(dense_starts),
-            tier=tier,
-            notes=list(notes),
-            errors=errors,
-            phases=self._meter.records(),
-            tuning=tuning,
-        )
+        record = replace(record, tensors=tensors, phases=self._meter.records())
         with self._meter.phase("write"):
             self._journal.append(record)
-        before = self._damaged.pop(block, None)
+        before = self._damaged.pop(record.block, None)
         # With other bytes than before, the block has other outputs: the records of all later blocks are invalid.
         if before is not None and before.tensors != tensors:
             for pile in (self.finished, self._damaged):
-                for other in [other for other in pile if comes_after(other, block)]:
+                for other in [other for other in pile if comes_after(other, record.block)]:
                     del pile[other]
-        self.finished[block] = record
+        self.finished[record.block] = record

@@ -67,8 +67,7 @@ class Prepared:
 def checked_recipe(recipe: Any) -> Recipe:
     """Return ``recipe``, or the default recipe for None.
 
-    Raises:
-        RecipeError: the argument is no recipe, or has a glob that can match no layer.
+    Raises RecipeError if the argument is no recipe, or has a glob that can match no layer.
     """
     if recipe is None:
         return Recipe()
@@ -84,9 +83,8 @@ def checked_recipe(recipe: Any) -> Recipe:
 def check_text_settings(source: ModelSource, recipe: Recipe) -> None:
     """Check that a model can process the calibration text, before its weights are read.
 
-    Raises:
-        ModelError: the model has no readable tokenizer.
-        DataError: the model has fewer positions than a sequence has tokens, or it names no end-of-text token.
+    Raises ModelError if it has no readable tokenizer, and DataError if it has fewer positions than a sequence has tokens, or
+    names no end-of-text token.
     """
     config = source.config()
     check_positions(recipe.sequence_length, context_length(config))
@@ -178,10 +176,9 @@ def _written_dtype(source: ModelSource, asked: str) -> torch.dtype | None:
 def _check_repair(
     opened: OpenedModel, layers: dict[LinearLayer, LayerRecipe], picture: Picture, watch: Watcher
 ) -> None:
-    """Check that the model allows the repair of its layers. Add a note on layers whose dense target is left out.
+    """Raise RecipeError if sequences are held out, but the model's blocks need all sequences of a batch together.
 
-    Raises:
-        RecipeError: sequences are held out, but the model's blocks need all sequences of a batch together.
+    Add a note on layers whose dense target is left out.
     """
     if picture.shares and any(settings.repair.holds_out for settings in layers.values()):
         raise RecipeError(
@@ -204,11 +201,7 @@ def _unreached(picture: Picture, layers: Iterable[LinearLayer]) -> list[LinearLa
 
 
 def _say_unreached(unreached: list[LinearLayer], *, left: bool) -> str:
-    """Return the note about layers in blocks that text does not reach.
-
-    Raises:
-        ModelError: no other layer is left to prune.
-    """
+    """Return the note about layers in blocks that text does not reach. Raises ModelError if no other layer is left."""
     indices = sorted({layer.block for layer in unreached if layer.block is not None})
     blocks = f"{'block' if len(indices) == 1 else 'blocks'} {', '.join(map(str, indices))}"
     if not left:
@@ -234,11 +227,8 @@ def _note_zeros(opened: OpenedModel, layers: Sequence[LinearLayer], watch: Watch
 def check_calibration(recipe: Recipe, given: Calibration | None, source: ModelSource | None = None) -> None:
     """Check that the calibration text can be used, before a model is loaded. Of ``given`` windows, only the number is checked.
 
-    With ``source``, the check includes a chat template of its tokenizer for texts that are chats.
-
-    Raises:
-        DataError: the text cannot be used.
-        RecipeError: too few windows are given to hold any out.
+    With ``source``, the check includes a chat template of its tokenizer for texts that are chats. Raises DataError if the text
+    cannot be used, and RecipeError if too few windows are given to hold any out.
     """
     if given is not None and recipe.holds_out:
         held_out_of(len(given.ids), recipe.held_out)

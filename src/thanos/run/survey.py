@@ -23,19 +23,11 @@ _MANY_ZEROS = 0.1
 def survey(
     opened: OpenedModel, layers: Iterable[LinearLayer], left_dense: dict[str, str], watch: Callable[[Event], None]
 ) -> tuple[list[DenseRecord], int]:
-    """Read every tensor that is not pruned, before the work begins: count its zeros, and refuse NaN and infinity.
+    """Read every tensor that is not pruned, before the work begins; return a record of each, and the number of their zeros.
 
-    Args:
-        opened: the model.
-        layers: the layers to prune. Their weights are not read here: the engine checks them before it solves each layer.
-        left_dense: name of each other linear layer → why it is not pruned.
-        watch: function that is called with progress events.
-
-    Returns:
-        A record of each tensor that is not pruned, and the number of zeros in all of them.
-
-    Raises:
-        NumericsError: a parameter that is not pruned holds NaN or infinity.
+    The weights of ``layers`` are not read here: the engine checks them before it solves each layer. ``left_dense`` maps the
+    name of each other linear layer to the reason. Raises NumericsError if a parameter that is not pruned holds NaN or
+    infinity.
     """
     pruned = {opened.key_of[layer.weight_name] for layer in layers}
     named = {key: parameter for parameter, key in opened.key_of.items()}
@@ -59,8 +51,7 @@ def survey(
 def sampled_sparsity(opened: OpenedModel, layers: Sequence[LinearLayer]) -> tuple[float, bool]:
     """Estimate the zeros of layers from a sample of each weight.
 
-    Returns:
-        The fraction of zeros over all layers, and whether more than half of the layers count as pruned.
+    Return the fraction of zeros over all layers, and whether more than half of the layers count as pruned.
     """
     zeros, shares = 0.0, []
     for layer in layers:
@@ -79,14 +70,9 @@ def sampled_sparsity(opened: OpenedModel, layers: Sequence[LinearLayer]) -> tupl
 
 
 def name_damage(opened: OpenedModel, block: int | None) -> None:
-    """Raise an error that names the first parameter with NaN or infinity, if there is one.
+    """Raise NumericsError, which names the first parameter with NaN or infinity, if there is one.
 
-    Args:
-        opened: the model.
-        block: index of the block whose parameters are checked; None for all parameters of the model.
-
-    Raises:
-        NumericsError: one of these parameters holds NaN or infinity; the message names it.
+    Only the parameters of ``block`` are checked; None stands for all parameters of the model.
     """
     names = opened.key_of
     if block is not None:

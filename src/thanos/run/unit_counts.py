@@ -11,16 +11,9 @@ from thanos.patterns.units import BLOCKS
 
 
 def units_that_stay(count: int, share: float, multiple: int, kind: str) -> int:
-    """Return how many of ``count`` units stay: the multiple nearest to the share that stays.
+    """Return how many of ``count`` units stay: the multiple nearest to 1 − ``share`` of them.
 
-    Args:
-        count: number of units.
-        share: that goes.
-        multiple: the number of units that stay is a multiple of it.
-        kind: what the units are, in the plural, for messages.
-
-    Raises:
-        RecipeError: none or all of them would stay.
+    ``kind`` says what the units are, in the plural, for messages. Raises RecipeError if none or all of them would stay.
     """
     wanted = count * (1 - share)
     stays = multiple * floor_count(wanted / multiple + 0.5)
@@ -49,8 +42,7 @@ def _range(first: int, last: int) -> str:
 def runs_of(columns: Tensor) -> int:
     """Return the number of runs of consecutive columns of each unit, from the units' columns (units, columns of a unit).
 
-    Raises:
-        ModelError: the columns are not ordered by run, unit and place in the run.
+    Raises ModelError if the columns are not ordered by run, unit and place in the run.
     """
     runs = 1 + int((columns[0].diff() != 1).sum())
     count, width = columns.shape

@@ -82,13 +82,10 @@ class WorkFolder:
         return not self.published and not self.finished and (self.out / "pruning.json").is_file()
 
     def start(self, run: dict[str, Any]) -> None:
-        """Create the work folder; delete an existing one first.
+        """Create the work folder of a run; delete an existing one first.
 
-        Args:
-            run: description of the run, from :func:`~thanos.run.resume.describe_run`.
-
-        Raises:
-            ResourceError: the folder cannot be created.
+        ``run`` is the description from :func:`~thanos.run.resume.describe_run`. Raises ResourceError if the folder cannot be
+        created.
         """
         try:
             self.remove()
@@ -100,11 +97,7 @@ class WorkFolder:
             raise ResourceError(f"cannot write beside OUT {self.out}: {error.strerror}") from error
 
     def take_up(self, shards: set[str]) -> None:
-        """Prepare the work folder of an interrupted run: delete everything in ``model/`` but its shards and its event log.
-
-        Args:
-            shards: names of the output's shards.
-        """
+        """Prepare the work folder of an interrupted run: delete everything in ``model/`` but its shards and its event log."""
         for path in self.model.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
@@ -126,8 +119,7 @@ class WorkFolder:
     def tidy(self, *, resume: bool) -> None:
         """Clean up after a crash: restore an old OUT, and delete a work folder from which nothing can be resumed.
 
-        Args:
-            resume: keep the work folder of a published run, so that the run can be recognised.
+        With ``resume``, the work folder of a published run stays, so that the run can be recognised.
         """
         if self._old.is_dir():
             if self.out.exists():
@@ -143,7 +135,7 @@ class WorkFolder:
         return self.cut.with_name("cut.partial")
 
     def seal(self) -> None:
-        """Declare the smaller model in :attr:`unsealed` complete. The log of events, which nobody writes any more, joins it."""
+        """Copy the log of events, which has ended, into :attr:`unsealed`, and declare the smaller model there complete."""
         log = self.model / LOG_NAME
         if log.exists():
             shutil.copy2(log, self.unsealed / LOG_NAME)
@@ -155,13 +147,8 @@ class WorkFolder:
     def publish(self, *, overwrite: bool) -> None:
         """Rename the finished folder to OUT, and delete the work folder.
 
-        A rename is atomic, so OUT is never a half-written folder.
-
-        Args:
-            overwrite: replace an existing OUT.
-
-        Raises:
-            UserError: OUT was created during the run, and ``overwrite`` is not set.
+        A rename is atomic, so OUT is never a half-written folder. Raises UserError if OUT was created during the run, and
+        ``overwrite`` is not set.
         """
         model = self.cut if self.sealed else self.model
         for path in (*model.iterdir(), model):
@@ -170,7 +157,7 @@ class WorkFolder:
         if replaces:
             if not overwrite:
                 raise UserError(
-                    f"OUT {self.out.name} came into being during the run; move it away and give --resume, or --resume "
+                    f"OUT {self.out.name} was created during the run; move it away and give --resume, or --resume "
                     "--overwrite to replace it"
                 )
             # Two renames are not atomic together. After a crash between them, tidy() restores the old OUT.
@@ -219,15 +206,10 @@ def _read(path: Path) -> dict[str, Any]:
 def check_output(out: Path, *, model: Path | None, overwrite: bool) -> None:
     """Check that an output folder may be written. Changes nothing.
 
-    Args:
-        out: the output folder.
-        model: the input model's folder or file, which must not be overwritten; None if the model is not local.
-        overwrite: whether an existing checkpoint at ``out`` may be replaced.
-
-    Raises:
-        UserError: ``out`` is a file, is or contains the model, is inside a model's folder, or is not empty and may not be
-            replaced: ``overwrite`` is not set, or ``out`` is no checkpoint.
-        ResourceError: the parent folder is not writable, or cannot be created.
+    ``model`` is the input model's folder or file, which must not be overwritten; None if it is not local. Raises UserError if
+    ``out`` is a file, is or contains the model, is inside a model's folder, or is not empty and may not be replaced:
+    ``overwrite`` is not set, or ``out`` is no checkpoint. Raises ResourceError if the parent folder is not writable, or cannot
+    be created.
     """
     resolved = out.resolve()
     if model is not None:
@@ -270,11 +252,7 @@ def _is_model(path: Path) -> bool:
 
 
 def check_interrupted(work: WorkFolder, *, resume: bool, overwrite: bool) -> None:
-    """Check that the user has chosen what to do with an interrupted run.
-
-    Raises:
-        UserError: there is an interrupted run, and neither ``resume`` nor ``overwrite`` is set.
-    """
+    """Raise UserError if there is an interrupted run, and the user chose neither to resume it nor to overwrite it."""
     if work.finished and not (resume or overwrite):
         raise UserError(
             f"an interrupted run of OUT {work.out.name} finished {work.finished} of {work.run[work.unit]} {work.unit}; "

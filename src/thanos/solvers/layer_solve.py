@@ -18,7 +18,6 @@ from thanos.solvers.layer_error import portions, relative_errors_and_zeros, squa
 from thanos.solvers.masking import without
 from thanos.solvers.problem import Problem, Refine, Retarget, Solution
 from thanos.solvers.pruned_weight import REMOVED, PrunedWeight
-from thanos.solvers.row_parts import split_rows
 from thanos.solvers.row_shards import RowShards, row_range
 from thanos.solvers.scaling import scaled_weight
 
@@ -57,7 +56,7 @@ class LayerSolve:
         norms = squared_output_norms(self.dense[self.own_rows], inputs)
         norms = row_shards.gather(norms, len(self.dense))
         self.norm = norms.sum()
-        self.outliers, self.halved, self.parts = split_rows(norms, budget, recipe.parsed_pattern)
+        self.outliers, self.halved, self.parts = _split_rows(norms, budget, recipe.parsed_pattern)
         if zeros and len(self.outliers):
             # The zeros in outlier rows count towards the budget: the other rows lose that many fewer.
             budget = replace(budget, weights=max(0, budget.weights - int((self.dense[self.outliers] == 0).sum())))
@@ -215,3 +214,24 @@ Change = Callable[[slice], Tensor]
 def _bounds(count: int, row_shards: RowShards) -> tuple[int, int]:
     own = row_range(count, row_shards.rank, row_shards.size)
     return own.start, own.stop
+
+
+def _split_rows(norms: Tensor, budget: Budget, pattern: Pattern) -> tuple[Tensor, Tensor, list[tuple[Tensor, Pattern]]]:
+    """Split the rows by their squared output norms (c,); rows are ascending indices.
+
+    Return the outlier rows, which stay dense; the halved rows, which keep half of the pattern's non-zeros; and for each
+    problem to solve its rows and its pattern.
+    """
+    count, half = norms.numel(), budget.halved_rows
+    if half or budget.outlier_rows:
+        # Adding zero turns −0 into 0. A stable sort: among equal norms the row with the lower index comes first.
+        order = (norms.clamp_min(0) + 0.0).argsort(stable=True)
+        sizes = [half, count - half - budget.outlier_rows, budget.outlier_rows]
+        halved, others, outliers = (rows.sort().values for rows in order.split(sizes))
+    else:
+        halved = outliers = norms.new_empty(0, dtype=torch.int64)
+        others = torch.arange(count, device=norms.device)
+    parts = [(others, pattern)]
+    if half:
+        parts.append((halved, pattern.halved()))
+    return outliers, halved, [part for part in parts if len(part[0])]

@@ -40,24 +40,6 @@ _PATIENCE = 2
 """Steps between two convergence checks on a device other than the CPU, where a check costs a round trip."""
 
 
-def solve_rows(
-    gram: Tensor, rhs: Tensor, mask: Tensor, root: Tensor | None = None, row_shards: RowShards = ALONE
-) -> Tensor:
-    """Solve ``x_P gram_PP = rhs_P`` for every row.
-
-    Args:
-        gram: symmetric positive definite matrix, (k, k).
-        rhs: right-hand sides, (c, k); entries outside the mask are ignored.
-        mask: the supports, (c, k) bool.
-        root: optional R, (k, k), with gram = RᵀR, from which the direct solve forms gram in float64.
-        row_shards: see :class:`RowSolver`.
-
-    Returns:
-        The solutions, (c, k), zero outside the mask.
-    """
-    return RowSolver(row_shards=row_shards).solve(gram, rhs, mask, root)
-
-
 @dataclass(slots=True)
 class RowSolver:
     """A solver for one block after another; each block starts its convergence checks near the last block's step count.
@@ -82,7 +64,14 @@ class RowSolver:
         return self._unsolved is not None and bool(self.row_shards.sum_(self._unsolved))
 
     def solve(self, gram: Tensor, rhs: Tensor, mask: Tensor, root: Tensor | None = None) -> Tensor:
-        """See :func:`solve_rows`."""
+        """Solve ``x_P gram_PP = rhs_P`` for every row; return the solutions, (c, k), zero outside the mask.
+
+        Args:
+            gram: symmetric positive definite matrix, (k, k).
+            rhs: right-hand sides, (c, k); entries outside the mask are ignored.
+            mask: the supports, (c, k) bool.
+            root: optional R, (k, k), with gram = RᵀR, from which the direct solve forms gram in float64.
+        """
         scale = gram.diagonal().rsqrt()
         scaled = (gram * scale[:, None] * scale).contiguous()
         if kernels.usable(rhs) and gram.shape[0] <= kernels.WIDEST_SYSTEM:
@@ -107,7 +96,9 @@ class RowSolver:
 
     def _iterate(self, gram: Tensor, rhs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the solutions of the scaled systems, and the indices of the rows that are not solved; None if all are."""
-        step = _fused_step if kernels.usable(rhs) and rhs.shape[1] <= kernels.WIDEST_STEP else _Step(rhs, mask)
+        step = (
+            kernels.gradient_step if kernels.usable(rhs) and rhs.shape[1] <= kernels.WIDEST_STEP else _Step(rhs, mask)
+        )
         solution, residual, direction = torch.zeros_like(rhs), rhs.clone(), rhs.clone()
         image = torch.empty_like(rhs)
         start = _squares(rhs)
@@ -173,10 +164,6 @@ class _Step:
         beta = torch.where(squares > 0, following / squares, 0.0)[:, None]
         torch.addcmul(residual, beta, direction, out=direction)
         squares.copy_(following)
-
-
-def _fused_step(*arguments: Tensor) -> None:
-    kernels.gradient_step(*arguments)
 
 
 def _norm(gram: Tensor) -> Tensor:

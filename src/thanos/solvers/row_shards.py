@@ -11,58 +11,39 @@ statistics the weights, too, equal those of one process.
 
 from __future__ import annotations
 
-from typing import Protocol
-
+import torch
 from torch import Tensor
 
 
-class RowShards(Protocol):
-    """The collective operations of the processes that hold the rows of one weight.
+class RowShards:
+    """The processes that hold the rows of one weight. This class is a single process, which holds all rows.
 
     Every process makes the same calls in the same order.
+
+    Attributes:
+        rank: number of this process, from 0; earlier ranks hold earlier rows.
+        size: number of processes.
     """
-
-    @property
-    def rank(self) -> int:
-        """The number of this process, from 0; earlier ranks hold earlier rows."""
-        ...
-
-    @property
-    def size(self) -> int:
-        """The number of processes that hold the rows."""
-        ...
-
-    def sum_(self, counts: Tensor) -> Tensor:
-        """Replace an integer tensor, in place, by its sum over all processes; return it."""
-        ...
-
-    def before(self, counts: Tensor) -> Tensor:
-        """Return the sum of an integer tensor over the processes that hold earlier rows; zeros for rank 0."""
-        ...
-
-    def gather(self, rows: Tensor, count: int) -> Tensor:
-        """Return all ``count`` rows; ``rows`` are those of this process, see :func:`row_range`."""
-        ...
-
-
-class Alone:
-    """The :class:`RowShards` of a single process, which holds all rows."""
 
     rank = 0
     size = 1
 
     def sum_(self, counts: Tensor) -> Tensor:
-        """Return ``counts`` as it is."""
+        """Replace an integer tensor, in place, by its sum over all processes; return it."""
         return counts
 
     def before(self, counts: Tensor) -> Tensor:
-        """Return zeros."""
-        return counts.new_zeros(counts.shape)
+        """Return the sum of an integer tensor over the processes that hold earlier rows; zeros for rank 0."""
+        return torch.zeros_like(counts)
 
     def gather(self, rows: Tensor, count: int) -> Tensor:
-        """Return ``rows`` as they are."""
+        """Return all ``count`` rows; ``rows`` are those of this process, see :func:`row_range`."""
         del count
         return rows
+
+
+ALONE = RowShards()
+"""A single process, which holds all rows."""
 
 
 ROW_UNIT = 16
@@ -74,7 +55,3 @@ def row_range(count: int, rank: int, size: int, unit: int = ROW_UNIT) -> range:
     units = max(1, count // unit)
     stop = count if rank == size - 1 else units * (rank + 1) // size * unit
     return range(units * rank // size * unit, stop)
-
-
-ALONE = Alone()
-"""The one instance of :class:`Alone`."""

@@ -54,16 +54,10 @@ def stand_in(
     row_shards: RowShards = ALONE,
     steps: int = STEPS,
 ) -> StandIn:
-    """Return the stand-ins of a weight.
+    """Return the stand-ins of a weight, (c, b).
 
-    Args:
-        weight: the matrix, (c, b).
-        inputs: the statistics of the layer's inputs, with the Hessian.
-        recipe: the settings of the layer; its pattern, sparsity and outlier rows count.
-        target: the dense target with α = 1.
-        name: name of the weight, for messages.
-        row_shards: the processes that share the work.
-        steps: steps of conjugate gradients in each fit.
+    ``inputs`` has the Hessian. Of the ``recipe``, pattern, sparsity and outlier rows count. ``target`` has α = 1. Each fit
+    takes ``steps`` steps of conjugate gradients. ``name`` is for messages.
     """
     slope = torch.zeros(weight.shape, dtype=inputs.dtype, device=weight.device)
 

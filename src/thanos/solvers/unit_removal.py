@@ -46,17 +46,9 @@ def remove_units(problem: Problem) -> Solution:
 
 
 def greedy_units(weight: Tensor, inverse: Tensor, members: Tensor, number: int, steps: int = STEPS) -> Tensor:
-    """Choose units by their loss.
+    """Choose ``number`` units, fewer than all, by their loss, in ``steps`` parts; return their mask, (units,) bool.
 
-    Args:
-        weight: W, (c, b), of all rows.
-        inverse: K, (b, b).
-        members: the columns of each unit, (units, k) int64.
-        number: number of units to remove, below that of all.
-        steps: number of parts of the budget.
-
-    Returns:
-        Mask of the removed units, (units,) bool.
+    ``weight`` is W, (c, b), of all rows; ``inverse`` K, (b, b); ``members`` the columns of each unit, (units, k) int64.
     """
     width, gone = members.shape[1], torch.zeros(len(members), dtype=torch.bool, device=members.device)
     order, left = members.reshape(-1), torch.arange(len(members), device=members.device)

@@ -21,8 +21,7 @@ from thanos.system.suggestions import near, near_whole
 def read_study(path: str | Path) -> Study:
     """Read and check a study.
 
-    Raises:
-        StudyError: the file cannot be read, or a value is wrong; the message names the line and the field.
+    Raises StudyError, which names the line and the field, if the file cannot be read or a value is wrong.
     """
     path = Path(path)
     try:

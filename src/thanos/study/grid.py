@@ -52,11 +52,7 @@ class Cell:
     seed: int | None = None
 
     def recipe(self, **others: Any) -> Recipe:
-        """Return the recipe of the cell; ``others`` add or replace settings.
-
-        Raises:
-            RecipeError: its values contradict one another.
-        """
+        """Return the recipe of the cell; ``others`` add or replace settings. Raises RecipeError for a contradiction."""
         values = {name: value for name, value in asdict(self).items() if name != "model" and value is not None}
         return Recipe(**{**values, **others})
 
@@ -147,11 +143,7 @@ NEWER = ("scope", "allocation", "effort", *(field.name for field in fields(Repai
 
 
 def repair_label(cell: Mapping[str, Any]) -> str:
-    """Return the allocation and the repair of a cell in a few words: ``effort max, tune 0``; empty without either.
-
-    Args:
-        cell: values of a :class:`Cell`, or of a record's ``cell``.
-    """
+    """Return the allocation and the repair of a cell's values in a few words: ``effort max, tune 0``; empty without."""
     words = {True: "yes", False: "no"}
     found = {name: cell.get(name) for name in NEWER if name != "scope" and cell.get(name) is not None}
     texts = {
@@ -174,8 +166,7 @@ def public_cell(cell: Cell) -> dict[str, Any]:
 def product(axes: dict[str, tuple[Any, ...]]) -> Iterator[Cell]:
     """Yield the cells of one grid. The first axis varies slowest. Absent axes have the recipe's default.
 
-    Args:
-        axes: field of :class:`Cell` → its values; ``model`` must be among them.
+    ``axes`` maps fields of :class:`Cell` to their values; ``model`` must be among them.
     """
     defaults = Recipe()
     values = {f.name: (getattr(defaults, f.name),) for f in fields(Cell) if f.name != "model"} | axes

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from thanos.calibration.text import NAMED, check_text_source, text_sha256
-from thanos.calibration.text_files import OTHER_NAMES, Part, exists, matching, split_source
+from thanos.calibration.text_files import OTHER_NAMES, Part, exists, matching, parts_of, split_source
 from thanos.errors import DataError, StudyError, UserError
 from thanos.evaluation.windows import check_window
 from thanos.model.bos import added_bos
@@ -37,7 +37,7 @@ class Locations:
         hashes: name in the study → sha256 of the model or text; None if there is no file.
         searched: the folders that were searched, as the user named them, separated by commas.
         failures: name of a model that cannot be used → reason.
-        begun: names of models whose tokenizers begin texts with a beginning-of-text token.
+        with_bos: names of models whose tokenizers begin texts with a beginning-of-text token.
         commit: commit of the source tree; None if unknown.
     """
 
@@ -50,7 +50,7 @@ class Locations:
     failures: dict[str, str]
     searched: str
     commit: str | None
-    begun: frozenset[str] = frozenset()
+    with_bos: frozenset[str] = frozenset()
 
     @property
     def scratch(self) -> Path:
@@ -64,7 +64,7 @@ class Locations:
         it. So the keys of all other cells are the same as in versions without ``bos``.
         """
         asked = study.asked(cell)
-        return asked | {"bos": study.evaluation.bos} if cell.model in self.begun else asked
+        return asked | {"bos": study.evaluation.bos} if cell.model in self.with_bos else asked
 
     def sources(self, study: Study, cell: Cell) -> dict[str, str | None]:
         """Return the hashes of the files that a cell depends on."""
@@ -97,10 +97,9 @@ def _check_text(study: Study, texts: dict[str, str], searched: str) -> None:
 
 
 def _check_evaluation(study: Study, source: ModelSource, texts: dict[str, str]) -> None:
-    """Refuse a model that cannot be evaluated as the study says. Without this check its cells would fail after pruning.
+    """Raise DataError for a model that cannot be evaluated as the study says: its cells would fail after pruning.
 
-    Raises:
-        DataError: the windows are longer than the model's number of positions, or its tokenizer cannot render the text's chats.
+    Its windows are longer than its number of positions, or its tokenizer cannot render the text's chats.
     """
     check_window(study.evaluation.sequence_length, source.config())
     check_text_source(texts[study.evaluation.text], evaluation=True, tokenizer=source.tokenizer)
@@ -108,7 +107,7 @@ def _check_evaluation(study: Study, source: ModelSource, texts: dict[str, str]) 
 
 def is_absent(name: str, found: str) -> bool:
     """Whether a text names files that do not exist; ``found`` is its source after the search."""
-    return name not in NAMED and any(not (exists(part.path) or matching(part.path)) for part in _parts_of(found))
+    return name not in NAMED and any(not (exists(part.path) or matching(part.path)) for part in parts_of(found))
 
 
 # --- finding models and texts -----------------------------------------------------------------------------------------
@@ -117,10 +116,8 @@ def is_absent(name: str, found: str) -> bool:
 def find_locations(study: Study, out: Path, data: str | Path | None) -> Locations:
     """Find a study's models and texts in ``data`` (default ``THANOS_DATA``), else in the folder of ``study.toml``.
 
-    A name that exists in neither folder is kept, as a hub name, a named text or a path.
-
-    Raises:
-        StudyError: the text for evaluation, or the folder of tasks, does not exist.
+    A name that exists in neither folder is kept, as a hub name, a named text or a path. Raises StudyError if the text for
+    evaluation, or the folder of tasks, does not exist.
     """
     folders = [Path(folder) for folder in (data or os.environ.get("THANOS_DATA"), study.path.parent) if folder]
 
@@ -143,7 +140,7 @@ def find_locations(study: Study, out: Path, data: str | Path | None) -> Location
     hashes: dict[str, str | None] = {
         name: None if name in NAMED else text_sha256(found) for name, found in texts.items()
     }
-    models, failures, begun = {}, {}, set()
+    models, failures, with_bos = {}, {}, set()
     for model in study.models:
         models[model] = find(model)
         hashes[model] = None
@@ -153,7 +150,7 @@ def find_locations(study: Study, out: Path, data: str | Path | None) -> Location
             if (_converted(out, hashes[model]) / "config.json").exists():  # a GGUF file takes seconds to open
                 source = resolve_model(_converted(out, hashes[model]))
             if added_bos(source.tokenizer()) is not None:
-                begun.add(model)
+                with_bos.add(model)
             if model not in study.cost_only:
                 _check_evaluation(study, source, texts)
         except UserError as error:
@@ -169,7 +166,7 @@ def find_locations(study: Study, out: Path, data: str | Path | None) -> Location
         failures=failures,
         searched=searched,
         commit=source_commit(),
-        begun=frozenset(begun),
+        with_bos=frozenset(with_bos),
     )
 
 
@@ -216,7 +213,3 @@ def _save(source: ModelSource, folder: Path) -> None:
     load_model(source).save_pretrained(partial)
     source.tokenizer().save_pretrained(partial)
     partial.rename(folder)
-
-
-def _parts_of(source: str) -> list[Part]:
-    return [Part(source)] if exists(source) else split_source(source)

@@ -54,10 +54,7 @@ def pruning_fields(report: PruningReport, calibration: str) -> dict[str, Any]:
     return {
         "recipe": {**written["recipe"], "calibration": calibration},
         "calibration": {**written["calibration"], "source": calibration},
-        "effective_sparsity": {
-            "targeted": report.totals["sparsity_targeted"],
-            "all": report.totals["sparsity_all"],
-        },
+        "effective_sparsity": {"targeted": report.totals["sparsity_targeted"], "all": report.totals["sparsity_all"]},
         **{name: written[name] for name in ("layers", "phases", "seconds", "host_peak_bytes", "device_peak_bytes")},
     }
 

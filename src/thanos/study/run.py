@@ -180,15 +180,9 @@ def _check_tasks(study: Study, locations: Locations) -> None:
 
 
 def _check_inputs(study: Study, locations: Locations, todo: Sequence[Cell]) -> None:
-    """Refuse models and calibration texts that cannot be used, before any cell runs. A study may take hours.
+    """Refuse models and calibration texts of the cells ``todo`` that cannot be used, before any of them runs for hours.
 
-    Args:
-        study: the study.
-        locations: locations of its models and texts.
-        todo: cells to run; models and texts that only other cells need are not checked.
-
-    Raises:
-        StudyError: the message lists every such model and text, with the line of the study that names it.
+    The StudyError lists every such model and text, with the line of the study that names it.
     """
     refused = []
     for name in dict.fromkeys(cell.model for cell in todo):

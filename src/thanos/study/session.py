@@ -17,19 +17,12 @@ import torch
 
 from thanos._version import __version__
 from thanos.calibration.windows import Calibration, make_calibration
-from thanos.errors import (
-    NumericsError,
-    RecipeError,
-    ResourceError,
-    UserError,
-    is_out_of_memory,
-    resource_errors,
-)
+from thanos.errors import NumericsError, RecipeError, ResourceError, UserError, is_out_of_memory, resource_errors
 from thanos.evaluation.inspect import inspect_checkpoint
 from thanos.evaluation.perplexity import evaluate
 from thanos.evaluation.reference import make_reference
 from thanos.evaluation.scoring import Reference
-from thanos.events import Event
+from thanos.events import Event, Watcher
 from thanos.model.layers import LinearLayer, linear_layers, select_layers
 from thanos.model.loading import load_model
 from thanos.model.opening import meta_model_of
@@ -51,8 +44,6 @@ from thanos.system.meter import PhaseMeter
 
 _KEEP_SHARE = 0.25
 """Fraction of the free memory for the dense model's kept hidden states: the rest must hold two models and their logits."""
-
-Watcher = Callable[[Event], None]
 
 
 class Session:
@@ -208,7 +199,7 @@ class Session:
         plan, source = self._study.evaluation, resolve_model(self._locations.models[cell.model])
         model = load_model(source, dtype=self._study.dtype, device=self._device)
         asked = plan.bos
-        if asked == "window" and cell.model not in self._locations.begun:
+        if asked == "window" and cell.model not in self._locations.with_bos:
             asked = "auto"  # the study's setting only affects tokenizers that add the token
         reference = make_reference(
             source,
@@ -218,7 +209,7 @@ class Session:
             sequence_length=plan.sequence_length,
             max_windows=plan.max_windows,
             bos=asked,
-            tell=lambda event: None,
+            emit=lambda event: None,
         )
         if plan.compare:
             free = free_host_bytes() if self._device.type == "cpu" else free_device_bytes(self._device)
@@ -255,9 +246,7 @@ def compiles(device: torch.device) -> bool:
 
 def throttled(emit: Watcher, seconds: float = 0.2, clock: Callable[[], float] = time.monotonic) -> Watcher:
     """Return a watcher that passes on a progress or layer event at most every ``seconds``, and every other event."""
-    last: float | None = (
-        None  # not a number: a monotone clock has an arbitrary start, such as 0 when the machine starts
-    )
+    last: float | None = None  # not a number: a monotone clock has an arbitrary start
 
     def pass_on(event: Event) -> None:
         nonlocal last

@@ -179,11 +179,7 @@ class StoreWriter:
             raise _cannot_write(self._path, error) from error
 
     def append(self, record: CellRecord) -> None:
-        """Add one record and force it to the disk.
-
-        Raises:
-            ResourceError: the file cannot be written.
-        """
+        """Add one record and force it to the disk. Raises ResourceError if the file cannot be written."""
         text = json.dumps(record.to_dict(), ensure_ascii=False, allow_nan=False)
         try:
             self._append(text.encode() + b"\n")

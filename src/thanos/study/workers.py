@@ -75,9 +75,9 @@ class Pool:
                 busy = {worker.pipe: worker for worker in self._workers if worker.cell is not None}
                 for pipe in wait(list(busy)):
                     worker = busy[pipe]  # type: ignore[index]
-                    told = self._receive(worker)
-                    done += told.record is not None
-                    yield done, told
+                    event = self._receive(worker)
+                    done += event.record is not None
+                    yield done, event
                     if worker.cell is None and waiting:
                         yield done, self._hand_out(worker, waiting)
 
@@ -89,15 +89,15 @@ class Pool:
 
     def _receive(self, worker: _Worker) -> StudyEvent:
         """Return a worker's next event. A dead worker gives a failed record and is replaced by a new one."""
-        told = StudyEvent(worker=worker.number, device=worker.device, cell=worker.cell)
+        event = StudyEvent(worker=worker.number, device=worker.device, cell=worker.cell)
         try:
             received = worker.pipe.recv()
         except (EOFError, OSError):
             received = self._bury(worker)
         if isinstance(received, Event):
-            return replace(told, event=received)
+            return replace(event, event=received)
         worker.cell = None
-        return replace(told, record=received)
+        return replace(event, record=received)
 
     def _bury(self, worker: _Worker) -> CellRecord:
         assert worker.cell is not None

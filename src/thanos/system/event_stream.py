@@ -30,11 +30,7 @@ class EventStream:
     """
 
     def __init__(
-        self,
-        watcher: Callable[[Event], None] | None = None,
-        meter: PhaseMeter | None = None,
-        *,
-        keep_log: bool = False,
+        self, watcher: Callable[[Event], None] | None = None, meter: PhaseMeter | None = None, *, keep_log: bool = False
     ) -> None:
         self._watcher, self._meter, self._keeps_log = watcher or (lambda event: None), meter, keep_log
         self._began = time.perf_counter()

@@ -31,8 +31,7 @@ _count_machine: Callable[[], int] | None = None
 def count_failed_machines(count: Callable[[], int]) -> None:
     """Set the function that counts the machines on which the run has failed, for a run on several of them.
 
-    Args:
-        count: adds one to a number that all machines share, and returns the sum.
+    It adds one to a number that all machines share, and returns the sum.
     """
     global _count_machine
     _count_machine = count

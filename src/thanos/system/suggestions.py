@@ -13,10 +13,7 @@ _DTYPES = {
     "float16": ("fp16", "f16", "half"),
     "bfloat16": ("bf16",),
 }
-_DEVICES = {
-    "cuda": ("gpu", "cuda:x", "cuda:n", "nvidia", "cuda:"),
-    "cpu": ("cpu:0", "host"),
-}
+_DEVICES = {"cuda": ("gpu", "cuda:x", "cuda:n", "nvidia", "cuda:"), "cpu": ("cpu:0", "host")}
 _TIERS = {"device": ("gpu", "cuda", "vram"), "host": ("cpu", "ram", "memory"), "disk": ("ssd", "file")}
 
 
@@ -37,7 +34,7 @@ def near(given: Any, allowed: Iterable[str], others: Mapping[str, Iterable[str]]
     if found is None:
         close = difflib.get_close_matches(text, names, n=1, cutoff=0.7)
         found = names[close[0]] if close else None
-    return "" if found is None else _asked(found)
+    return "" if found is None else _did_you_mean(found)
 
 
 def near_dtype(given: Any, allowed: Iterable[str]) -> str:
@@ -50,7 +47,7 @@ def near_device(given: str) -> str:
     text = given.strip().lower()
     numbered = re.fullmatch(r"(?:cuda|gpu)[:\s_-]*([0-9]+)", text)
     if numbered:
-        return _asked(f"cuda:{int(numbered[1])}")
+        return _did_you_mean(f"cuda:{int(numbered[1])}")
     if text == "mps":
         return " (thanos does not run on Apple's GPU; did you mean cpu?)"
     return near(text, ("auto", "cpu", "cuda"), _DEVICES)
@@ -74,7 +71,7 @@ def near_pattern(given: Any, plain: str, others: Mapping[str, Iterable[str]]) ->
     text = given.strip().lower()
     parts = re.fullmatch(r"([0-9]{1,6})\s*(?:[-/_x:;.]|of|to)\s*([0-9]{1,6})", text)
     if parts and 0 < int(parts[1]) < int(parts[2]):
-        return _asked(f"{int(parts[1])}:{int(parts[2])}")
+        return _did_you_mean(f"{int(parts[1])}:{int(parts[2])}")
     share = meant_share(text)
     if share is not None:
         return f" (did you mean {plain} with sparsity {share:g}?)"
@@ -84,7 +81,7 @@ def near_pattern(given: Any, plain: str, others: Mapping[str, Iterable[str]]) ->
 def near_number(given: Any, *, share: bool) -> str:
     """Return the hint for a percentage, a decimal comma or a number in quotes; with ``share``, for a fraction in [0, 1)."""
     number = meant_share(given) if share else _number(given)
-    return "" if number is None or number == given else _asked(f"{number:g}")
+    return "" if number is None or number == given else _did_you_mean(f"{number:g}")
 
 
 def near_whole(given: Any) -> str:
@@ -93,7 +90,7 @@ def near_whole(given: Any) -> str:
     number = _number(text)
     if number is None or isinstance(given, int) or number != int(number) or number < 1:
         return ""
-    return _asked(str(int(number)))
+    return _did_you_mean(str(int(number)))
 
 
 def meant_share(given: Any) -> float | None:
@@ -126,5 +123,5 @@ def _plain(text: str) -> str:
     return re.sub(r"[\s_-]+", "", text.lower())
 
 
-def _asked(name: str) -> str:
+def _did_you_mean(name: str) -> str:
     return f" (did you mean {name}?)"

@@ -37,22 +37,16 @@ def model_name(model: Any, what: str = "MODEL") -> str:
 
 
 def output_path(out: Any) -> Path:
-    """Return the path of an output folder.
-
-    Raises:
-        UserError: ``out`` is empty, or is not a path.
-    """
+    """Return the path of an output folder. Raises UserError if ``out`` is empty or is not a path."""
     if not isinstance(out, str | os.PathLike) or not os.fsdecode(out).strip():
         raise UserError(f"OUT must be the path of a folder; got {str(out)[:60]!r}")
     return expanded(os.fsdecode(out))
 
 
 def without_folders(text: str, paths: Iterable[str]) -> str:
-    """Return a message in which the folders of some paths are left out, so that only the names of files remain.
+    """Return a message in which the paths of files and folders lack the folders that hold them.
 
-    Args:
-        text: the message.
-        paths: paths of files and folders; of each, the folder that holds it is left out.
+    ``paths`` are the paths that the message may contain.
     """
     folders = {str(Path(path).parent) for path in paths if os.sep in path} - {"/", "."}
     for folder in sorted(folders, key=len, reverse=True):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from thanos.solvers.kernels import solve as kernels
-from thanos.solvers.kernels.solve import where_it_lies
+from thanos.solvers.kernels.solve import on_its_device
 
 triton: Any = kernels.triton
 tl: Any = kernels.tl
@@ -77,7 +77,7 @@ if triton is not None:
             tl.store(mask + row * width + column, chosen.to(tl.int8), mask=column < width)
 
 
-@where_it_lies
+@on_its_device
 def row_mask(weight: Tensor, norms: Tensor, zeros: Tensor | None, counts: Tensor, width: int) -> Tensor:
     """Return the mask of the ``counts`` smallest scores |W_ij|·norm_j of each row, in the first ``width`` columns.
 

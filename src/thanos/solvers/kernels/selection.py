@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from thanos.solvers.kernels import solve as kernels
-from thanos.solvers.kernels.solve import where_it_lies
+from thanos.solvers.kernels.solve import on_its_device
 
 triton: Any = kernels.triton
 tl: Any = kernels.tl
@@ -193,7 +193,7 @@ if triton is not None:
             tl.store(mask + spot, chosen.to(tl.int8), mask=inside)
 
 
-@where_it_lies
+@on_its_device
 def score_histogram(
     weight: Tensor,
     norms: Tensor | None,
@@ -224,7 +224,7 @@ def score_histogram(
     )  # fmt: skip
 
 
-@where_it_lies
+@on_its_device
 def tie_counts(
     weight: Tensor, norms: Tensor | None, zeros: Tensor | None, histograms: Tensor, wanted: Tensor, window: Tensor
 ) -> Tensor:
@@ -239,7 +239,7 @@ def tie_counts(
     return ties
 
 
-@where_it_lies
+@on_its_device
 def block_mask(
     weight: Tensor,
     norms: Tensor | None,

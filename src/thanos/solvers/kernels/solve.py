@@ -43,7 +43,7 @@ def _is_row_major(argument: object) -> bool:
     return not isinstance(argument, Tensor) or argument.dim() < 2 or 1 in (argument.stride(1), argument.shape[1])
 
 
-def where_it_lies(launch: Callable[P, T]) -> Callable[P, T]:
+def on_its_device(launch: Callable[P, T]) -> Callable[P, T]:
     """Launch on the device of the first argument; Triton by itself launches on the current device.
 
     The arguments are checked too: the kernels expect matrices whose rows are contiguous, and read wrong values otherwise.
@@ -194,7 +194,7 @@ WIDEST_SYSTEM = 256
 """Most columns that :func:`conjugate_gradients` accepts: four matrices of a tile of rows stay in registers."""
 
 
-@where_it_lies
+@on_its_device
 def conjugate_gradients(
     gram: Tensor, scale: Tensor, norm: Tensor, rhs: Tensor, mask: Tensor, tolerance: float, backward: float, steps: int
 ) -> tuple[Tensor, Tensor]:
@@ -215,7 +215,7 @@ def conjugate_gradients(
     return solution, failed
 
 
-@where_it_lies
+@on_its_device
 def gradient_step(
     direction: Tensor, image: Tensor, mask: Tensor, solution: Tensor, residual: Tensor, squares: Tensor
 ) -> None:
@@ -236,7 +236,7 @@ WIDEST_STEP = 8192
 """Most columns that :func:`gradient_step` accepts."""
 
 
-@where_it_lies
+@on_its_device
 def eliminate(
     weight: Tensor, removed: Tensor, zeros: Tensor, upper: Tensor, dead: Tensor, errors: Tensor, n: int, m: int
 ) -> None:

@@ -65,11 +65,7 @@ def admm(problem: Problem) -> Solution:
 def _iterate(problem: Problem, basis: _UnitBasis, target: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
     """Iterate until the mask rests; return S and the mask of its removed entries, each (c, b).
 
-    Args:
-        problem: the problem.
-        basis: the basis of ``target``.
-        target: W in that basis.
-        first: mask to start with: that of the entries to remove from ``target``.
+    ``target`` is W in ``basis``; ``first`` is the mask to start with: that of the entries to remove from it.
     """
     start = penalty = last = _FIRST_PENALTY
     values, removed, moved, restarts = target, first, False, 0
@@ -97,15 +93,10 @@ def _iterate(problem: Problem, basis: _UnitBasis, target: Tensor, first: Tensor)
 
 
 def _step(target: Tensor, inverse: Tensor, values: Tensor, removed: Tensor, last: float, penalty: float) -> Tensor:
-    """Return the next S, (c, b).
+    """Return the next S, (c, b), from S and the mask of the iteration before.
 
-    Args:
-        target: W.
-        inverse: K = (H + penalty·I)⁻¹.
-        values: S of the iteration before.
-        removed: the mask of its removed entries.
-        last: ρ of the iteration before.
-        penalty: ρ of this iteration.
+    ``target`` is W, ``inverse`` K = (H + penalty·I)⁻¹, ``last`` the ρ of the iteration before, ``penalty`` that of this
+    iteration.
     """
     kept = without(values, removed)
     pull = (values - kept).mul_(last / penalty)  # V / ρ

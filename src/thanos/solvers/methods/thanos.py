@@ -62,11 +62,8 @@ def _by_blocks(problem: Problem, rows: RowSolver) -> Solution:
 def _remove(weight: Tensor, chosen: Tensor, upper_rows: Tensor, rows: RowSolver) -> None:
     """Apply equation (A) to every row in place.
 
-    Args:
-        weight: W[:, j1:], the block's k columns and all columns on its right.
-        chosen: mask of the entries of the block to remove, (c, k) bool.
-        upper_rows: U[j1:j2, j1:].
-        rows: solves the rows' systems.
+    ``weight`` is W[:, j1:], the block's k columns and all columns on its right; ``chosen``, (c, k) bool, the mask of the
+    entries of the block to remove; ``upper_rows`` is U[j1:j2, j1:]. ``rows`` solves the rows' systems.
     """
     width = chosen.shape[1]
     root, block = upper_rows[:, :width], weight[:, :width]
