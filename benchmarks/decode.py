@@ -2,8 +2,9 @@
 
     python benchmarks/decode.py [--shape llama-3-8b] [--blocks N] [--device cuda] [--context 128] [--compile] [--results FILE]
 
-The weights of a layer repeat 1024 random rows, since many rows are slow to pack. Prints a JSON line for each model, as
-``thanos bench decode`` measures it, then tokens a second and resident bytes of the packed one over those of the dense one.
+Layers of one size have the same weights, which repeat at most 1024 random rows, since many rows are slow to pack. Prints a JSON
+line for each model, as ``thanos bench decode`` measures it, then a line that compares the packed one with the dense one: tokens
+a second, resident bytes, and the number of groups of layers that run as one launch.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from packed import drawn_rows, make, repeated
+from packed_weights import drawn_rows, make, repeated
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -37,7 +38,7 @@ def random_model(config: LlamaConfig, device: str) -> tuple[Any, dict[str, Packe
     rotary = type(model.model.rotary_emb)(config).to(device)
     model.to_empty(device=device).eval()
     model.model.rotary_emb = rotary
-    drawn: dict[tuple[int, int], torch.Tensor] = {}
+    made: dict[tuple[int, int], tuple[torch.Tensor, PackedWeight]] = {}
     packed = {}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(False)
@@ -46,11 +47,12 @@ def random_model(config: LlamaConfig, device: str) -> tuple[Any, dict[str, Packe
             parameter.fill_(1) if parameter.dim() == 1 else parameter.normal_(0, parameter.shape[1] ** -0.5)
             continue
         rows, columns = parameter.shape
-        size = (drawn_rows(rows), columns)
-        if size not in drawn:
-            drawn[size] = make(size, 0.0, torch.float32)
-        weight, packed[layer] = repeated((drawn[size] * (2 / columns) ** 0.5).bfloat16(), rows, device)
+        if (rows, columns) not in made:
+            drawn = make((drawn_rows(rows), columns), 0.0, torch.float32, device) * (2 / columns) ** 0.5
+            made[rows, columns] = repeated(drawn.bfloat16(), rows, device)
+        weight, one = made[rows, columns]
         parameter.copy_(weight)
+        packed[layer] = PackedWeight(one.spec, one.words.clone(), None)
     return model, packed, groups
 
 
@@ -109,6 +111,7 @@ def main() -> int:
     summary = {
         "speed": round(ours.tokens_per_second / dense.tokens_per_second, 3),
         "bytes": round(ours.weight_bytes / dense.weight_bytes, 4),
+        "joint_groups": len(groups),
         "read_rate": round(read_rate(device) / 1e9, 1),
         "same_tokens": sum(1 for a, b in zip(dense.tokens, ours.tokens, strict=True) if a == b),
     }

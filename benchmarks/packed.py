@@ -4,35 +4,33 @@
     python benchmarks/packed.py --tune src/thanos/sparse/kernels/tuned.json
 
 Prints one JSON line for each shape, pattern and number of tokens: microseconds of both products, their ratio, the fraction of
-bytes, and the relative error. On CUDA all products of a round are one CUDA graph. Dense and packed rounds alternate.
+bytes, and the relative error. On CUDA the products are captured as a CUDA graph. Dense and packed rounds alternate.
 
-``--tune`` (CUDA) times every division of the kernels' work for every shape, and writes the fastest into the file.
+``--tune`` (CUDA) times every division of the kernels' work for every shape, and writes the fastest into the file, after each
+shape what is known by then.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import itertools
 import json
 import statistics
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from packed_weights import PATTERNS, Weights, weights
 from torch import Tensor
 from torch.nn import functional as F
 
 from thanos.bench.measure import machine, synchronize
-from thanos.sparse.formats import PackedWeight, encode
+from thanos.sparse.formats import PackedWeight
 from thanos.sparse.kernels.tuned import FEW, MANY, Launch, Settings, kind_of
 from thanos.sparse.ops import packed_linear
-
-PATTERNS = {"16:32": 0.0, "50 %": 0.5, "60 %": 0.6, "70 %": 0.7}
-"""Pattern → sparsity of one without a pattern; 0 for 16:32."""
 
 SHAPES = {
     "cuda": "6144x4096,4096x4096,28672x4096,4096x14336,8192x28672",
@@ -41,86 +39,75 @@ SHAPES = {
 
 TUNED_SHAPES = "1024x4096,4096x4096,6144x4096,14336x4096,28672x4096,4096x14336,8192x28672"
 
-ROTATED_BYTES = {"cuda": 3 << 27, "cpu": 3 << 26}
-"""Bytes of packed weights among which the products rotate: more than the last cache."""
+TUNED_PATTERNS = ("16:32", "60 %")
+"""One for each kind of kernel that is tuned."""
 
+SETTINGS_SHAPE = (4096, 14336)
+"""Size at which the settings of a device are measured."""
 
-def make(shape: tuple[int, int], sparsity: float, dtype: torch.dtype) -> Tensor:
-    """Return random weights in a pattern."""
-    weight = torch.randn(shape)
-    if sparsity:
-        return weight.masked_fill(torch.rand(shape) < sparsity, 0).to(dtype)
-    rank = torch.rand(shape[0], shape[1] // 32, 32).argsort(-1).argsort(-1)
-    return weight.masked_fill((rank >= 16).view(shape), 0).to(dtype)
+_GRAPH_CALLS = 16
+"""Least calls in a CUDA graph, so that the gap between two graphs does not count."""
 
-
-def repeated(weight: Tensor, rows: int, device: str) -> tuple[Tensor, PackedWeight]:
-    """Return a dense matrix that repeats the rows of another, and the same packed: large ones are slow to draw and to pack."""
-    packed, times = encode(weight), -(-rows // len(weight))
-    if times == 1:
-        offsets = None if packed.offsets is None else packed.offsets.to(device)
-        return weight.to(device), PackedWeight(packed.spec, packed.words.to(device), offsets)
-    if rows % len(weight) or len(weight) % 32:
-        raise ValueError(f"{rows} rows are not a multiple of {len(weight)}")
-    spec = dataclasses.replace(packed.spec, rows=rows, words=times * packed.spec.words)
-    words, offsets = packed.words.to(device).repeat(times), None
-    if packed.offsets is not None:
-        begins = torch.arange(times, dtype=torch.int32)[:, None] * packed.offsets[-1]
-        offsets = torch.cat([(packed.offsets[:-1] + begins).view(-1), packed.offsets[-1:] * times]).to(device)
-    return weight.to(device).repeat(times, 1), PackedWeight(spec, words, offsets)
-
-
-def drawn_rows(rows: int) -> int:
-    """Return how many rows of a matrix are drawn; the others repeat them."""
-    return next((count for count in (1024, 768, 576) if rows % count == 0 and rows > 4096), rows)
+_ROUND_SECONDS = 0.005
+"""Least seconds of a timed round: beside it, waiting for the device does not count."""
 
 
 def rounds(works: list[Callable[[int], Any]], count: int, device: str, repeats: int) -> list[float]:
-    """Return the median microseconds of one call of each work, called with 0 to count − 1 in each round."""
+    """Return the median microseconds of one call of each work, over rounds in which the works alternate.
 
-    def plain(work: Callable[[int], Any]) -> Callable[[], None]:
+    Args:
+        works: functions of a number from 0 to count − 1; the calls go through all of them again and again.
+        count: of these numbers.
+        device: of the works. On CUDA the calls are captured as a graph.
+        repeats: rounds.
+    """
+    cuda = torch.device(device).type == "cuda"
+    calls = max(count, _GRAPH_CALLS) if cuda else count
+
+    def all_calls(work: Callable[[int], Any]) -> Callable[[], None]:
         def run() -> None:
-            for index in range(count):
-                work(index)
+            for index in range(calls):
+                work(index % count)
 
         return run
 
-    runs = [plain(work) for work in works]
+    runs = [all_calls(work) for work in works]
     for run in runs:
-        run()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
+        run()  # compiles, and lets the library choose
+    if cuda:
         graphs = [torch.cuda.CUDAGraph() for _ in runs]
         for graph, run in zip(graphs, runs, strict=True):
             with torch.cuda.graph(graph):
                 run()
         runs = [graph.replay for graph in graphs]
-    seconds: list[list[float]] = [[] for _ in runs]
-    for _ in range(repeats):
-        for index, run in enumerate(runs):
-            synchronize(device)
-            began = time.perf_counter()
+
+    def seconds(run: Callable[[], None], times: int) -> float:
+        synchronize(device)
+        began = time.perf_counter()
+        for _ in range(times):
             run()
-            synchronize(device)
-            seconds[index].append((time.perf_counter() - began) / count)
-    return [1e6 * statistics.median(times) for times in seconds]
+        synchronize(device)
+        return (time.perf_counter() - began) / times
+
+    times = [1 + int(_ROUND_SECONDS / min(seconds(run, 1) for _ in range(2))) for run in runs]
+    took: list[list[float]] = [[] for _ in runs]
+    for _ in range(repeats):
+        for run, often, each in zip(runs, times, took, strict=True):
+            each.append(seconds(run, often))
+    return [1e6 * statistics.median(each) / calls for each in took]
 
 
-def measure(shape: tuple[int, int], pattern: str, tokens: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the figures of one shape and pattern."""
-    dtype, device = getattr(torch, arguments.dtype), arguments.device
-    first, packed = repeated(make((drawn_rows(shape[0]), shape[1]), PATTERNS[pattern], dtype), shape[0], device)
-    count = max(2, min(48, ROTATED_BYTES[torch.device(device).type] // packed.spec.nbytes + 1))
-    dense = [first, *(first.clone() for _ in range(count - 1))]
-    words = [packed.words, *(packed.words.clone() for _ in range(count - 1))]
-    x = torch.randn(tokens, shape[1]).to(device, dtype)
+def measure(shape: tuple[int, int], pattern: str, tokens: int, held: Weights, arguments: Namespace) -> dict[str, Any]:
+    """Return the figures of one shape, pattern and number of tokens."""
+    device, (dense, packed, words) = arguments.device, held
+    x = torch.randn(tokens, shape[1]).to(device, dense[0].dtype)
     rest = (packed.offsets, None, shape[0], packed.spec.n)
-    exact = x[:16].double() @ first.double().T
+    exact = x[:16].double() @ dense[0].double().T
     error = (packed_linear(x, words[0], *rest)[:16].double() - exact).norm() / exact.norm()
     del exact
     theirs, ours = rounds(
         [lambda i: F.linear(x, dense[i]), lambda i: packed_linear(x, words[i], *rest)],
-        count,
+        len(words),
         device,
         arguments.repeats,
     )
@@ -137,6 +124,12 @@ def measure(shape: tuple[int, int], pattern: str, tokens: int, arguments: argpar
     }
 
 
+def sizes(text: str) -> list[tuple[int, int]]:
+    """Return (rows, columns) of each size in a list such as ``4096x4096,4096x14336``."""
+    pairs = (one.split("x") for one in text.split(","))
+    return [(int(rows), int(columns)) for rows, columns in pairs]
+
+
 def launches(family: str, n: int) -> Iterator[Launch]:
     """Yield the divisions of a kernel's work that are tried."""
     for flight in (1, 2, 4) if family == FEW and 0 < n <= 16 else (1, 2):
@@ -145,41 +138,39 @@ def launches(family: str, n: int) -> Iterator[Launch]:
                 yield Launch(flight, splits, warps)
 
 
-def tune(arguments: argparse.Namespace) -> None:
-    """Time all divisions for all shapes, and write the fastest into the file."""
-    device, name = arguments.device, torch.cuda.get_device_name(torch.device(arguments.device))
-    table = json.loads(arguments.tune.read_text()) if arguments.tune.is_file() else {}
-    rows = []
-    for text in (arguments.shapes or TUNED_SHAPES).split(","):
-        shape = tuple(map(int, text.split("x")))
-        for pattern in ("16:32", "60 %"):
-            _, packed = repeated(
-                make((drawn_rows(shape[0]), shape[1]), PATTERNS[pattern], torch.bfloat16), shape[0], device
-            )
-            count = max(2, min(48, ROTATED_BYTES["cuda"] // packed.spec.nbytes + 1))
-            words = [packed.words, *(packed.words.clone() for _ in range(count - 1))]
+def tune(arguments: Namespace) -> None:
+    """Time all divisions for all shapes, and write the fastest into the file, after each shape what is known."""
+    device, file = arguments.device, arguments.tune
+    name = torch.cuda.get_device_name(torch.device(device))
+    table = json.loads(file.read_text()) if file.is_file() else {}
+    shapes = sizes(arguments.shapes or TUNED_SHAPES)
+    rows: list[dict[str, Any]] = []
+    for shape in [*shapes, *([] if SETTINGS_SHAPE in shapes else [SETTINGS_SHAPE])]:
+        for pattern in TUNED_PATTERNS:
+            _, packed, words = weights(shape, pattern, torch.bfloat16, device, dense=False)
             for family, tokens in ((FEW, 1), (MANY, 16)):
                 tried = list(launches(family, packed.spec.n))
                 works = [product_of(shape, tokens, packed, words, family, launch, device) for launch in tried]
-                took = rounds(works, count, device, 5)
+                took = rounds(works, len(words), device, 5)
                 best = min(range(len(tried)), key=took.__getitem__)
                 row = {"family": family, "kind": kind_of(packed.spec.n), "size": shape, **tried[best]._asdict()}
                 rows.append(row)
                 slowest = round(max(took), 2)
                 print(json.dumps({**row, "us": round(took[best], 2), "slowest_us": slowest}), flush=True)
-    table[name] = {"settings": settings(rows, device)._asdict(), "launches": rows}
+        table[name] = {"settings": Settings()._asdict(), "launches": rows}
+        file.write_text(as_text(table))
+    table[name]["settings"] = settings(rows, device)._asdict()
     print(json.dumps(table[name]["settings"]), flush=True)
-    arguments.tune.write_text(as_text(table))
+    file.write_text(as_text(table))
 
 
 def settings(rows: list[dict[str, Any]], device: str) -> Settings:
-    """Return what is best for all matrices on a device, measured with 16:32 at 4096 × 14336 with the fastest launches."""
+    """Return what is best for all matrices on a device, measured with 16:32 at one size with the fastest launches."""
     from thanos.sparse.kernels.cuda import by_library
 
-    shape = (4096, 14336)
-    _, packed = repeated(make((1024, shape[1]), 0.0, torch.bfloat16), shape[0], device)
-    words = [packed.words, *(packed.words.clone() for _ in range(7))]
-    here = [row for row in rows if (row["size"], row["kind"]) == (shape, "to16")]
+    shape = SETTINGS_SHAPE
+    _, packed, words = weights(shape, "16:32", torch.bfloat16, device, dense=False)
+    here = [row for row in rows if (row["size"], row["kind"]) == (shape, kind_of(packed.spec.n))]
     best = {row["family"]: Launch(row["flight"], row["splits"], row["warps"]) for row in here}
 
     def library(tokens: int, expanded: int) -> Callable[[int], Any]:
@@ -189,19 +180,25 @@ def settings(rows: list[dict[str, Any]], device: str) -> Settings:
     def kernel(family: str, tokens: int) -> Callable[[int], Any]:
         return product_of(shape, tokens, packed, words, family, best[family], device)
 
-    sizes = [8 << 20, 16 << 20, 32 << 20, Settings().expanded_bytes]
-    took = rounds([library(2048, size) for size in sizes], len(words), device, 5)
-    print(json.dumps({"tokens": 2048, "expanded_bytes": sizes, "us": [round(one, 1) for one in took]}), flush=True)
-    expanded = sizes[min(range(len(sizes)), key=took.__getitem__)]
+    bytes_tried = [8 << 20, 16 << 20, 32 << 20, Settings().expanded_bytes]
+    took = rounds([library(2048, size) for size in bytes_tried], len(words), device, 5)
+    print(
+        json.dumps({"tokens": 2048, "expanded_bytes": bytes_tried, "us": [round(one, 1) for one in took]}), flush=True
+    )
+    expanded = bytes_tried[min(range(len(took)), key=took.__getitem__)]
     few_tokens, most_tokens = 0, 16
     for tokens in (1, 2, 4):
         few, many = rounds([kernel(FEW, tokens), kernel(MANY, tokens)], len(words), device, 9)
         print(json.dumps({"tokens": tokens, FEW: round(few, 2), MANY: round(many, 2)}), flush=True)
-        few_tokens = tokens if few < 0.97 * many else few_tokens
+        if few > 0.97 * many:
+            break
+        few_tokens = tokens
     for tokens in (32, 48, 64, 96, 128):
         many, theirs = rounds([kernel(MANY, tokens), library(tokens, expanded)], len(words), device, 9)
         print(json.dumps({"tokens": tokens, MANY: round(many, 2), "library": round(theirs, 2)}), flush=True)
-        most_tokens = tokens if many < theirs else most_tokens
+        if many > theirs:
+            break
+        most_tokens = tokens
     return Settings(few_tokens, most_tokens, expanded)
 
 
@@ -216,7 +213,7 @@ def as_text(table: dict[str, Any]) -> str:
 
 
 def product_of(
-    shape: tuple[int, ...],
+    shape: tuple[int, int],
     tokens: int,
     packed: PackedWeight,
     words: list[Tensor],
@@ -249,17 +246,19 @@ def main() -> int:
     if arguments.tune is not None:
         tune(arguments)
         return 0
-    shapes = arguments.shapes or SHAPES[torch.device(arguments.device).type]
-    environment = machine(arguments.device)
+    dtype, device = getattr(torch, arguments.dtype), arguments.device
+    environment = machine(device)
     print(json.dumps(environment), flush=True)
-    for text in shapes.split(","):
-        rows, columns = map(int, text.split("x"))
-        for pattern, tokens in itertools.product(arguments.patterns.split(","), arguments.tokens.split(",")):
-            row = measure((rows, columns), pattern, int(tokens), arguments)
-            print(json.dumps(row), flush=True)
-            if arguments.results is not None:
-                with arguments.results.open("a") as file:
-                    file.write(json.dumps(row | {"machine": environment}) + "\n")
+    for shape in sizes(arguments.shapes or SHAPES[torch.device(device).type]):
+        for pattern in arguments.patterns.split(","):
+            held = weights(shape, pattern, dtype, device)
+            for tokens in map(int, arguments.tokens.split(",")):
+                row = measure(shape, pattern, tokens, held, arguments)
+                print(json.dumps(row), flush=True)
+                if arguments.results is not None:
+                    with arguments.results.open("a") as file:
+                        file.write(json.dumps(row | {"machine": environment}) + "\n")
+            del held
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +86,29 @@ def test_the_command_prints_both_models(models, capsys):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_graph_gives_the_tokens_of_plain_steps(models):
-    report = time_decoding(models[0], dense=models[1], device=torch.device("cuda", 0), context=9, new_tokens=8)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_steps_of_a_graph_are_greedy_decoding(models, compiled):
+    torch._dynamo.reset()
+    report = time_decoding(
+        models[0], dense=models[1], device=torch.device("cuda", 0), context=9, new_tokens=8, compiled=compiled
+    )
     assert report.models[0].packed_layers == 21
     plain = AutoModelForCausalLM.from_pretrained(models[1]).cuda()
+    prompt = torch.randint(0, 320, (1, 9), generator=torch.Generator().manual_seed(0))
+    for one in report.models:
+        assert len(one.tokens) == 9
+        tokens = torch.tensor([one.tokens])
+        with torch.no_grad():
+            logits = plain(torch.cat([prompt, tokens], 1).cuda()).logits[0, 8:-1].float().cpu()
+        chosen = logits.gather(1, tokens.T).squeeze(1)
+        assert bool((chosen >= logits.amax(1) - 0.1).all())  # other kernels round otherwise
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_packed_model_decodes_in_a_thread_of_its_own(models):
+    model = AutoModelForCausalLM.from_pretrained(models[0], device_map="cuda:0").eval()
     prompt = torch.randint(0, 320, (1, 9), generator=torch.Generator().manual_seed(0)).cuda()
-    expected = continued(plain, prompt, 9)
-    assert report.models[1].tokens == expected.tolist()
+    expected = continued(model, prompt, 5)
+    with ThreadPoolExecutor(1) as pool:
+        assert torch.equal(pool.submit(continued, model, prompt, 5).result(), expected)

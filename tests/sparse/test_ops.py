@@ -140,6 +140,17 @@ def test_the_extension_rounds_what_is_not_finite_and_too_large():
     assert product(encode(weight.bfloat16()), torch.full((1, 32), 2.0).bfloat16())[0, 3].isnan()
 
 
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_an_input_that_wants_a_gradient_is_multiplied_and_gets_none(tokens):
+    weight = sparse_weight(64, 96)
+    x = torch.randn(tokens, 96).bfloat16().requires_grad_()
+    y = product(encode(weight), x)
+    assert_close(y.detach(), weight, x.detach())
+    with pytest.warns(UserWarning, match="thanos::packed_linear"):
+        y.float().sum().backward()
+    assert x.grad is None
+
+
 def test_the_operator_follows_the_rules_of_torch():
     for weight in (sparse_weight(40, 70), random_weight(40, 70, 0.6)):
         packed = encode(weight)

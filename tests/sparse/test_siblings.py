@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from helpers import windows
+from helpers import tiny_model, windows
 from sparse_matrices import random_weight, save_pruned, sparse_weight
 from thanos.export.pack import pack
 from thanos.sparse import loader, packed_modules
@@ -135,8 +135,7 @@ def test_the_block_computes_the_same_with_one_call_for_three(device):
             got = block(x)
         assert torch.allclose(got.float(), expected.float(), atol=0.05, rtol=0.02)
         assert calls.count["thanos::packed_linears"] == 1
-        assert siblings_of(block.q).x is None
-        assert not siblings_of(block.q).outputs
+        assert siblings_of(block.q).held is None
 
 
 def test_other_inputs_and_other_orders_are_computed_for_themselves():
@@ -182,7 +181,7 @@ def test_compilation_leaves_one_call_and_no_state():
     assert calls["thanos.packed_linear.default"] == 1
     [output] = [node for node in graphs[0].graph.nodes if node.op == "output"]
     assert len(output.args[0]) == 1  # the outputs of the siblings do not leave the graph
-    assert siblings_of(block.q).x is None
+    assert siblings_of(block.q).held is None
 
 
 @pytest.mark.gpu
@@ -263,6 +262,16 @@ def test_inputs_that_change_in_place_and_layers_that_are_called_twice_are_no_sib
     with torch.device("meta"):
         model = Changing()
     assert find_siblings(model, ["a", "b", "c", "d"]) == []
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_siblings_are_found_in_inference_mode_too(inference):
+    with torch.inference_mode(inference), torch.device("meta"):
+        model = tiny_model("llama", num_hidden_layers=1)
+    with torch.inference_mode(inference):
+        found = find_siblings(model, [name for name, one in model.named_modules() if isinstance(one, nn.Linear)])
+    parts = [[name.rpartition(".")[2] for name in group] for group in found]
+    assert parts == [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]]
 
 
 def test_a_model_that_cannot_run_without_weights_has_no_siblings():

@@ -77,3 +77,23 @@ def test_settings_come_back():
 def test_settings_that_are_none_are_refused(settings):
     with pytest.raises(ModelError):
         parse_settings(settings, "model")
+
+
+@pytest.mark.parametrize(
+    "value", [None, True, 1.5, float("nan"), -1, 10**30, "", [], {}, [[1]], [64, 64.0], [True, 64]]
+)
+@pytest.mark.parametrize("key", ["format_version", "layers", "entry", "format", "shape", "dtype", "n", "words"])
+def test_any_other_value_in_the_settings_is_refused(key, value):
+    for packed in PACKED:
+        changed = settings_of({"layer": packed.spec})
+        entry = changed["layers"]["layer"]
+        if key in changed:
+            changed[key] = value
+        elif key == "entry":
+            changed["layers"]["layer"] = value
+        elif key in entry:
+            entry[key] = value
+        else:
+            continue
+        with pytest.raises(ModelError):
+            parse_settings(changed, "model")

@@ -16,9 +16,6 @@ from thanos.sparse.formats import PackedSpec, PackedWeight, decode_strips
 from thanos.sparse.kernels import cpu
 from thanos.sparse.tiles import SIDE
 
-MOST_MATRICES = 4
-"""Matrices of one call of :func:`packed_linears`."""
-
 _STRIPS_ENTRIES = 1 << 20
 """Entries of the rows that are decoded at once, where no kernel reads them packed: 2 MiB."""
 
@@ -60,7 +57,7 @@ def packed_linears(
 
     Args:
         x: (..., columns), bfloat16 or float16: the dtype of the values.
-        words: the tiles of each matrix, int32; at most :data:`MOST_MATRICES`.
+        words: the tiles of each matrix, int32; at most :data:`~thanos.sparse.kernels.tuned.MOST_MATRICES`.
         offsets: of each matrix if they are ``bitmap``, else None.
         biases: of each matrix, (rows,) in the dtype of x, or None.
         rows: of each matrix.
@@ -72,8 +69,9 @@ def packed_linears(
     return _OPERATOR_OF_SEVERAL(x, list(words), list(offsets), list(biases), list(rows), n)
 
 
+@torch.no_grad()
 def _by_parts(x: Tensor, words: Tensor, offsets: Tensor | None, bias: Tensor | None, rows: int, n: int) -> Tensor:
-    """Decode a few strips after another, and let the library multiply: on any device, for any number of tokens."""
+    """Decode a few strips at a time and let the library multiply by them: on any device, for any number of tokens."""
     spec = PackedSpec("fixed" if offsets is None else "bitmap", rows, x.shape[-1], x.dtype, n, words.numel())
     packed, flat = PackedWeight(spec, words, offsets), x.reshape(-1, x.shape[-1])
     out = x.new_empty(len(flat), rows)

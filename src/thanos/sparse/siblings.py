@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from thanos.sparse.ops import MOST_MATRICES, packed_linears
+from thanos.sparse.kernels.tuned import MOST_MATRICES
+from thanos.sparse.ops import packed_linears
 
 if TYPE_CHECKING:
     from thanos.sparse.modules import PackedLinear
@@ -35,9 +36,7 @@ class Siblings:
 
     def __init__(self, layers: list[PackedLinear]) -> None:
         self.layers = layers
-        self.x: Tensor | None = None
-        self.outputs: list[Tensor | None] = []
-        self.left = 0
+        self.held: tuple[Tensor, dict[int, Tensor]] | None = None  # one tuple, so that threads do not mix inputs
 
     def output(self, place: int, x: Tensor) -> Tensor:
         """Return the output of one of the layers.
@@ -46,34 +45,29 @@ class Siblings:
             place: its index.
             x: its input.
         """
-        if self.x is x:
-            taken = self.outputs[place]
+        held = self.held
+        if held is not None and held[0] is x:
+            taken = held[1].pop(place, None)
             if taken is not None:
-                self.outputs[place] = None
-                self.left -= 1
-                if not self.left:
-                    self.x, self.outputs = None, []
+                if not held[1]:
+                    self.held = None
                 return taken
-        if place:
-            return self.layers[place].alone(x)
         layers = self.layers
-        outputs: list[Tensor | None] = list(
-            packed_linears(
-                x,
-                [layer.weight_words for layer in layers],
-                [layer.weight_offsets for layer in layers],
-                [layer.bias for layer in layers],
-                [layer.spec.rows for layer in layers],
-                layers[0].spec.n,
-            )
+        if place:
+            return layers[place].alone(x)
+        own, *others = packed_linears(
+            x,
+            [layer.weight_words for layer in layers],
+            [layer.weight_offsets for layer in layers],
+            [layer.bias for layer in layers],
+            [layer.spec.rows for layer in layers],
+            layers[0].spec.n,
         )
-        own = outputs[0]
-        assert own is not None
-        outputs[0] = None
-        self.x, self.outputs, self.left = x, outputs, len(layers) - 1
+        self.held = (x, dict(enumerate(others, 1)))
         return own
 
 
+@torch.inference_mode(mode=False)  # inference tensors do not count their changes
 @torch.no_grad()
 def find_siblings(model: Any, names: Iterable[str]) -> list[list[str]]:
     """Return the groups of linear layers that read the same tensor, each in the order of the calls.

@@ -68,7 +68,7 @@ def parse_settings(settings: Any, where: str) -> dict[str, PackedSpec]:
         ModelError: the version is another, or an entry is not valid.
     """
     version = settings.get("format_version") if isinstance(settings, Mapping) else None
-    if version != VERSION:
+    if type(version) is not int or version != VERSION:
         raise ModelError(
             f"{where} is packed in version {version!r} of the format; this version of thanos reads {VERSION}: upgrade thanos, "
             "or pack the model again"
@@ -87,7 +87,7 @@ def _parse_entry(name: str, entry: Any, where: str) -> PackedSpec:
         raise refuse("no valid entry")
     if entry.get("format") not in ("fixed", "bitmap"):
         raise refuse(f"the format {entry.get('format')!r}, not fixed or bitmap")
-    if entry.get("dtype") not in DTYPES:
+    if entry.get("dtype") not in list(DTYPES):
         raise refuse(f"the dtype {entry.get('dtype')!r}, not {' or '.join(DTYPES)}")
     shape = entry.get("shape")
     if not isinstance(shape, list) or len(shape) != 2 or not all(_is_size(size) for size in shape):

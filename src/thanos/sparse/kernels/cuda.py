@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import ctypes
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from thanos.sparse.kernels.tuned import FEW, MANY, Launch, device_settings, launch_for
-from thanos.sparse.tiles import SIDE
-
-_MOST_MATRICES = 4
-"""Matrices of one launch."""
-
-_TOKENS_OF_MANY = 16
-"""Most tokens of one pass of the kernel for many tokens; up to 8, a pass of half the size suffices."""
+from thanos.sparse.kernels.tuned import FEW, MANY, MOST_MATRICES, Launch, device_settings, launch_for, plan
+from thanos.sparse.tiles import SIDE, tile_words
 
 _LEAST_CAPABILITY = (8, 0)
 """The kernels use instructions of this compute capability."""
@@ -26,7 +21,11 @@ _LEAST_CAPABILITY = (8, 0)
 _CLUSTERS = (9, 0)
 """Blocks can share their sums from this compute capability on; below, columns are not split."""
 
-_NO_STRIP = (1 << 31) - 1
+_NO_CONTEXT = 201
+"""What the driver answers in a thread that has not used the device yet."""
+
+_TILES_OF_EXPAND = 8
+"""Tiles of a block of the kernel that expands: one for each warp."""
 
 
 @cache
@@ -40,22 +39,27 @@ def lacking(device: torch.device) -> str:
     if not hasattr(torch.cuda, "_compile_kernel"):
         return f"torch {torch.__version__} cannot compile kernels at run time"
     try:
-        _kernel(FEW, device, 16, 1, Launch(2, 1, 16), half=False)
+        _kernel(FEW, device, n=16, tokens=1, flight=2, splits=1, half=False)
     except (RuntimeError, OSError) as error:
-        return f"the kernels cannot be compiled ({str(error).strip().splitlines()[0]})"
+        return f"the kernels cannot be compiled ({' '.join(str(error).split())[:200]})"
     return ""
 
 
 @cache
-def _kernel(name: str, device: torch.device, n: int, tokens: int, launch: Launch, *, half: bool) -> Any:
+def _kernel(name: str, device: torch.device, *, n: int, tokens: int, flight: int, splits: int, half: bool) -> Any:
     """Compile a kernel of ``packed.cu`` for a device, once in a process."""
-    macros = {"N": n, "B": tokens, "U": launch.flight, "SPLITS": launch.splits, "HALF": int(half)}
-    source = (Path(__file__).parent / "packed.cu").read_text(encoding="utf-8")
-    lines = [f"#define {key} {value}" for key, value in macros.items()]
     with torch.cuda.device(device):
         compiled: Any = torch.cuda._compile_kernel  # private, but in all releases that are supported
-        # Some releases put 'extern "C"' before a source that does not begin with it.
-        return compiled("\n".join(['extern "C" {}', *lines, source]), name)
+        return compiled(source(n=n, tokens=tokens, flight=flight, splits=splits, half=half), name)
+
+
+def source(*, n: int, tokens: int, flight: int, splits: int, half: bool) -> str:
+    """Return ``packed.cu`` with the values of its macros."""
+    macros = {"N": n, "B": tokens, "U": flight, "SPLITS": splits, "HALF": int(half)}
+    lines = [f"#define {key} {value}" for key, value in macros.items()]
+    text = (Path(__file__).parent / "packed.cu").read_text(encoding="utf-8")
+    # Some releases of torch put 'extern "C"' before a source that does not begin with it.
+    return "\n".join(['extern "C" {}', *lines, text])
 
 
 def linears(
@@ -79,13 +83,14 @@ def linears(
     Returns:
         (tokens, rows) for each matrix.
     """
-    settings = device_settings(_device_name(x.device))
+    device = _device_name(x.device)
+    settings = device_settings(device)
     if len(x) > settings.most_tokens:
         parts = zip(words, offsets, biases, rows, strict=True)
         return [by_library(x, *part, n, settings.expanded_bytes) for part in parts]
     family = FEW if len(x) <= settings.few_tokens else MANY
     strips = sum(-(-count // SIDE) for count in rows)
-    launch = launch_for(_device_name(x.device), family, n, strips, -(-x.shape[1] // SIDE))
+    launch = launch_for(device, family, n, strips, -(-x.shape[1] // SIDE))
     return multiply(x, words, offsets, biases, rows, n, family, launch)
 
 
@@ -118,44 +123,73 @@ def multiply(
     outputs = [torch.empty(tokens, count, dtype=x.dtype, device=x.device) for count in rows]
     if not tokens:
         return outputs
-    if family == FEW:
-        at_once = 1 if tokens == 1 else 2 if tokens == 2 else 4
-    else:
-        at_once = _TOKENS_OF_MANY // (2 if tokens <= _TOKENS_OF_MANY // 2 else 1)
-    if not _has_clusters(x.device):
-        launch = launch._replace(splits=1)
-    strips = [-(-count // SIDE) for count in rows]
-    firsts = [sum(strips[:index]) if index < len(strips) else _NO_STRIP for index in range(1, _MOST_MATRICES)]
+    how = plan(tokens, tuple(rows), family, launch, clusters=_has_clusters(x.device))
     held = [_aligned(one) for one in words]
-    stand_ins: list[Sequence[Tensor | None]] = [held, offsets, biases, outputs]
-    pointers = [one for several in stand_ins for one in _fill(several, held[0])]
-    flags = sum(1 << index for index, bias in enumerate(biases) if bias is not None)
-    arguments = [*pointers, *_fill(rows, 0), *firsts, flags, x, columns, tokens, -(-columns // SIDE)]
+    tensors: list[Sequence[Tensor | None]] = [held, offsets, biases, outputs]
+    pointers = [address for several in tensors for address in _fill(map(_address, several))]
+    numbers = [columns, tokens, -(-columns // SIDE)]
     if family == MANY:
-        arguments.append(int(columns % 8 == 0 and x.data_ptr() % 16 == 0))
+        numbers.append(int(columns % 8 == 0 and x.data_ptr() % 16 == 0))
     with torch.cuda.device(x.device):
-        kernel = _kernel(family, x.device, n, at_once, launch, half=x.dtype == torch.float16)
-        kernel(
-            grid=(sum(strips), launch.splits, -(-tokens // at_once)),
-            block=(launch.warps * SIDE, 1, 1),
-            args=arguments,
-            stream=torch.cuda.current_stream(),
+        kernel = _kernel(
+            family,
+            x.device,
+            n=n,
+            tokens=how.at_once,
+            flight=launch.flight,
+            splits=how.grid[1],
+            half=x.dtype == torch.float16,
         )
+        _run(kernel, how.grid, how.block, [*pointers, *_fill(rows), *how.firsts, x.data_ptr(), *numbers])
     return outputs
 
 
-def _fill(values: Sequence[Any], other: Any) -> list[Any]:
-    """Return one value for each matrix of a launch; those that are absent are never used."""
-    there = [other if value is None else value for value in values]
-    return there + [other] * (_MOST_MATRICES - len(there))
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
+def _fill(values: Iterable[int]) -> list[int]:
+    """Return one value for each matrix that a launch can have: zero for those that it has not, which the kernel never uses."""
+    there = list(values)
+    return there + [0] * (MOST_MATRICES - len(there))
+
+
+@cache
+def _driver() -> Any:
+    """Return the library of the device's driver."""
+    return torch.cuda._utils._get_gpu_runtime_library()
+
+
+def _run(kernel: Any, grid: tuple[int, int, int], block: tuple[int, int, int], values: Sequence[int]) -> None:
+    """Launch a kernel on the current stream of the current device.
+
+    The compiled kernel's own call takes several times as long, longer than a small product.
+
+    Args:
+        kernel: from :func:`_kernel`.
+        grid: blocks in each dimension.
+        block: threads in each dimension.
+        values: the kernel's arguments: addresses, and whole numbers from 0 to 2³¹ − 1.
+    """
+    slots = (ctypes.c_uint64 * len(values))(*values)  # a parameter of 32 bits is the first half of its slot
+    first = ctypes.addressof(slots)
+    parameters = (ctypes.c_void_p * len(values))(*range(first, first + 8 * len(values), 8))
+    stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+    arguments = (kernel.func, *grid, *block, 0, stream, parameters, None)
+    result = _driver().cuLaunchKernel(*arguments)
+    if result == _NO_CONTEXT:
+        torch.cuda.synchronize()  # gives this thread the context
+        result = _driver().cuLaunchKernel(*arguments)
+    torch.cuda._utils._check_cuda(result)
+
+
+@torch.no_grad()  # for the library's ``out``
 def by_library(
     x: Tensor, words: Tensor, offsets: Tensor | None, bias: Tensor | None, rows: int, n: int, expanded_bytes: int
 ) -> Tensor:
-    """Return the product by the library, of some rows after another that are expanded.
+    """Return the product by the library, for which some rows are expanded at a time.
 
-    ``expanded_bytes`` is that of the rows that are expanded at once: few enough, and they stay in the last cache. The other
+    ``expanded_bytes`` is the most that is expanded at once: a part that is small enough stays in the last cache. The other
     arguments are those of :func:`linears`.
     """
     columns = x.shape[1]
@@ -181,21 +215,16 @@ def expand(
     tiles = -(-columns // SIDE)
     count = -(-rows // SIDE) * tiles
     if offsets is None:
-        words = words[strip * tiles * (SIDE + SIDE * n // 2) :]
+        first = strip * tiles * tile_words(n)
+        words = words[first : first + count * tile_words(n)]
+    else:
+        offsets = offsets[strip * tiles :]
+    held = _aligned(words)
+    values = [_address(one) for one in (held, offsets, out)] + [rows, columns, tiles, count, int(columns % 8 == 0)]
     with torch.cuda.device(words.device):
-        kernel = _kernel("expand", words.device, n, 1, Launch(1, 1, 8), half=dtype == torch.float16)
-        kernel(
-            grid=(-(-count // 8), 1, 1),
-            block=(256, 1, 1),
-            args=[
-                _aligned(words),
-                words if offsets is None else offsets[strip * tiles :],
-                out,
-                *(rows, columns, tiles, count),
-                int(columns % 8 == 0),
-            ],
-            stream=torch.cuda.current_stream(),
-        )
+        kernel = _kernel("expand", words.device, n=n, tokens=1, flight=1, splits=1, half=dtype == torch.float16)
+        grid = (-(-count // _TILES_OF_EXPAND), 1, 1)
+        _run(kernel, grid, (_TILES_OF_EXPAND * SIDE, 1, 1), values)
     return out
 
 

@@ -134,11 +134,11 @@ __device__ __forceinline__ void fetch(Tile& t, const char* p, int n, int lane) {
   if (n & 1) t.one = *(const u16*)(p + 2 * lane);
 }
 
-// The matrices of a launch: their tiles, offsets, biases, outputs, rows, and (from the second on) first strips.
+// The matrices of a launch: their tiles, offsets, biases (null: none), outputs, rows, and (from the second on) first strips.
 #define MATRICES                                                                                                  \
   const char *w0, const char *w1, const char *w2, const char *w3, const int *o0, const int *o1, const int *o2,    \
       const int *o3, const u16 *b0, const u16 *b1, const u16 *b2, const u16 *b3, u16 *y0, u16 *y1, u16 *y2,       \
-      u16 *y3, int r0, int r1, int r2, int r3, int s1, int s2, int s3, int biases
+      u16 *y3, int r0, int r1, int r2, int r3, int s1, int s2, int s3
 
 struct Matrix {
   const char* words;
@@ -149,12 +149,12 @@ struct Matrix {
 };
 
 __device__ __forceinline__ Matrix choose(int strip, MATRICES) {
-  if (strip >= s3) return {w3, o3, biases & 8 ? b3 : nullptr, y3, r3, strip - s3};
-  if (strip >= s2) return {w2, o2, biases & 4 ? b2 : nullptr, y2, r2, strip - s2};
-  if (strip >= s1) return {w1, o1, biases & 2 ? b1 : nullptr, y1, r1, strip - s1};
-  return {w0, o0, biases & 1 ? b0 : nullptr, y0, r0, strip};
+  if (strip >= s3) return {w3, o3, b3, y3, r3, strip - s3};
+  if (strip >= s2) return {w2, o2, b2, y2, r2, strip - s2};
+  if (strip >= s1) return {w1, o1, b1, y1, r1, strip - s1};
+  return {w0, o0, b0, y0, r0, strip};
 }
-#define CHOOSE choose(blockIdx.x, w0, w1, w2, w3, o0, o1, o2, o3, b0, b1, b2, b3, y0, y1, y2, y3, r0, r1, r2, r3, s1, s2, s3, biases)
+#define CHOOSE choose(blockIdx.x, w0, w1, w2, w3, o0, o1, o2, o3, b0, b1, b2, b3, y0, y1, y2, y3, r0, r1, r2, r3, s1, s2, s3)
 
 __device__ __forceinline__ void store(const Matrix& m, float sum, int lane, int token, int tokens) {
   const int row = m.strip * 32 + lane;

@@ -16,7 +16,16 @@ from thanos.sparse.tiles import SIDE
 FEW, MANY = "few", "many"
 """Names of the kernels: a lane is a row, or tensor cores."""
 
+MOST_MATRICES = 4
+"""Matrices of one launch."""
+
 FILE = Path(__file__).parent / "tuned.json"
+
+_TOKENS_OF_MANY = 16
+"""Most tokens of one pass of ``many``; up to 8, a pass of half the size suffices."""
+
+_NO_STRIP = (1 << 31) - 1
+"""First strip of a matrix that a launch has not."""
 
 _NEAR = 1.0
 """A measured size is used for sizes whose rows and columns differ from it by at most a factor of 2 to this power."""
@@ -37,6 +46,43 @@ class Launch(NamedTuple):
     flight: int
     splits: int
     warps: int
+
+
+class Plan(NamedTuple):
+    """The numbers of one launch.
+
+    Attributes:
+        at_once: tokens of a pass.
+        grid: blocks: strips, parts of the columns, passes.
+        block: threads in each dimension.
+        firsts: first strip of each matrix of a launch, from the second on.
+    """
+
+    at_once: int
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    firsts: tuple[int, ...]
+
+
+@cache
+def plan(tokens: int, rows: tuple[int, ...], family: str, launch: Launch, *, clusters: bool) -> Plan:
+    """Return the numbers of a launch.
+
+    Args:
+        tokens: at least 1.
+        rows: of each matrix; at most :data:`MOST_MATRICES`.
+        family: :data:`FEW` or :data:`MANY`.
+        launch: how the work is divided.
+        clusters: whether blocks of the device can share their sums; if not, columns are not split.
+    """
+    if family == FEW:
+        at_once = min(4, 1 << (tokens - 1).bit_length())
+    else:
+        at_once = _TOKENS_OF_MANY // (2 if tokens <= _TOKENS_OF_MANY // 2 else 1)
+    strips = [-(-count // SIDE) for count in rows]
+    firsts = tuple(sum(strips[:index]) if index < len(strips) else _NO_STRIP for index in range(1, MOST_MATRICES))
+    grid = (sum(strips), launch.splits if clusters else 1, -(-tokens // at_once))
+    return Plan(at_once, grid, (launch.warps * SIDE, 1, 1), firsts)
 
 
 class Settings(NamedTuple):
