@@ -20,6 +20,7 @@ from thanos.errors import ModelError, UserError
 from thanos.export.pack import pack
 from thanos.export.unpack import unpack
 from thanos.sparse import loader, packed_modules
+from thanos.sparse.modules import DenseLinear
 
 
 @pytest.fixture
@@ -104,6 +105,16 @@ def test_dequantize_gives_the_dense_model(tmp_path):
     assert torch.equal(logits(model), logits(load(source)))
     model.save_pretrained(tmp_path / "saved")
     assert torch.equal(logits(load(tmp_path / "saved")), logits(load(source)))
+
+
+@pytest.mark.usefixtures("stay_packed")
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_head_has_the_kernel_for_dense_layers_until_the_model_is_unpacked(tied, tmp_path):
+    _, packed = both(tmp_path, tie_word_embeddings=tied)
+    model = load(packed)
+    assert type(model.lm_head) is DenseLinear
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
+    assert not any(isinstance(module, DenseLinear) for module in model.dequantize().modules())
 
 
 def test_a_device_without_a_kernel_gets_a_dense_model_and_one_message(tmp_path, monkeypatch):

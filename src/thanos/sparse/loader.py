@@ -17,7 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from thanos.errors import ModelError, UserError
 from thanos.sparse.formats import PackedSpec
 from thanos.sparse.kernels import lacking
-from thanos.sparse.modules import PackedLinear, packed_modules
+from thanos.sparse.modules import PackedLinear, packed_modules, quicken
 from thanos.sparse.siblings import find_siblings, join
 from thanos.sparse.storage import METHOD, VERSION, parse_settings
 
@@ -108,7 +108,9 @@ class SparseQuantizer(HfQuantizer):
         packed = packed_modules(model)
         for group in self._siblings:
             join([packed[name] for name in group if name in packed])
-        if not self._layers:
+        if self._layers:
+            quicken(model)
+        else:
             self.remove_quantization_config(model)
         return model
 
@@ -118,6 +120,7 @@ class SparseQuantizer(HfQuantizer):
             self._layers.pop(listed, None)
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        quicken(model, on=False)
         for name, layer in packed_modules(model).items():
             self._unpack(model, name, layer)
             model.get_submodule(name).to(dtype)  # not the whole model: its buffers may be float32 on purpose

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from thanos.sparse.formats import PackedSpec, PackedWeight, decode
-from thanos.sparse.ops import packed_linear
+from thanos.sparse.ops import dense_linear, packed_linear
 from thanos.sparse.siblings import Siblings
 from thanos.sparse.storage import OFFSETS, WORDS, check_weight
 
@@ -93,6 +93,28 @@ class PackedLinear(nn.Module):
         """Return the text that ``print(model)`` shows."""
         kind = f"{self.spec.n}:32" if self.spec.n else "bitmap"
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, packed={kind}"
+
+
+class DenseLinear(nn.Linear):
+    """A layer of a packed model that stays dense, such as a head: on a CPU it multiplies few tokens by a kernel of ours.
+
+    It is an ``nn.Linear`` in all else. Where a derivative is wanted, it computes as one too.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the layer's output, (..., out_features)."""
+        derived = torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad)
+        if derived or input.device.type != "cpu":
+            return super().forward(input)
+        return dense_linear(input, self.weight, self.bias)
+
+
+def quicken(model: nn.Module, on: bool = True) -> None:
+    """Turn the plain linear layers of a model into :class:`DenseLinear`, or back. Their parameters stay the same objects."""
+    old, new = (nn.Linear, DenseLinear) if on else (DenseLinear, nn.Linear)
+    for module in model.modules():
+        if type(module) is old:
+            object.__setattr__(module, "__class__", new)
 
 
 def packed_modules(model: Any) -> dict[str, PackedLinear]:

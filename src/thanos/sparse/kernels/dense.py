@@ -1,0 +1,60 @@
+"""Products of dense 16-bit matrices with a few tokens on x86-64 processors, by the optional extension ``_dense`` in C."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MOST_TOKENS = 4
+"""Tokens up to which the kernel is used: with more, the arithmetic counts and the library is as fast."""
+
+_DOT_BFLOAT16, _BFLOAT16, _FLOAT16 = 0, 1, 2
+"""Kinds of arithmetic in ``_dense.c``."""
+
+_BYTES_PER_THREAD = 1 << 16
+"""A thread gets at least this many bytes of the matrix: starting one costs about a microsecond."""
+
+
+@cache
+def _extension() -> Any:
+    """Return the extension; None if it was not built, or if the processor cannot run it."""
+    try:
+        extension = import_module("thanos.sparse.kernels._dense")
+    except ImportError:
+        return None
+    return extension if extension.support() else None
+
+
+def serves(x: Tensor, weight: Tensor) -> bool:
+    """Return whether the kernel multiplies these on this machine."""
+    tokens = x.numel() // max(1, x.shape[-1])
+    sound = x.dtype == weight.dtype and weight.dtype in (torch.bfloat16, torch.float16) and weight.is_contiguous()
+    return sound and 0 < tokens <= MOST_TOKENS and _extension() is not None
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, dot: bool = True) -> Tensor:
+    """Return x Wᵀ + bias; :func:`serves` must hold.
+
+    Args:
+        x: (..., columns), bfloat16 or float16.
+        weight: W, (rows, columns), contiguous, in the dtype of x.
+        bias: (rows,) in the dtype of x, or None.
+        dot: use the bfloat16 dot product of the processor if it has one. It takes subnormal numbers for zero.
+
+    Returns:
+        (..., rows). Sums are float32. A token's result does not depend on the others.
+    """
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    tokens, (rows, columns) = len(flat), weight.shape
+    y, extension = x.new_empty(tokens, rows), _extension()
+    bias = None if bias is None else bias.contiguous()
+    kind = _DOT_BFLOAT16 if dot and extension.support() > 1 else _BFLOAT16
+    kind = _FLOAT16 if x.dtype == torch.float16 else kind
+    threads = max(1, min(torch.get_num_threads(), rows, 2 * weight.numel() // _BYTES_PER_THREAD))
+    addresses = (0 if tensor is None else tensor.data_ptr() for tensor in (weight, flat, bias, y))
+    extension.linear(*addresses, rows, columns, tokens, kind, threads)
+    return y.view(*x.shape[:-1], rows)
