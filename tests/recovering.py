@@ -30,7 +30,7 @@ def vary(rows: list[list[int]], bos: int | None, draw: torch.Generator) -> list[
     stream = [token for row in rows for token in row[len(begin) :]]
     length, total = len(rows[0]) - len(begin), len(stream)
     offset = int(torch.randint(total, (), generator=draw))
-    stream = [stream[(place - offset) % total] for place in range(total)]
+    stream = [stream[(position - offset) % total] for position in range(total)]
     size = min(256, length)
     segments = [stream[first : first + size] for first in range(0, total, size)]
     order = torch.randperm(len(segments), generator=draw).tolist()

@@ -63,14 +63,16 @@ class Device:
         self.sizes: list[tuple[int, int]] = []
         original, passed = BlockCalls.run, 0
 
-        def run(calls: BlockCalls, index: int, hidden: Tensor, first: int) -> Tensor:
+        def run(calls: BlockCalls, index: int, hidden: Tensor, first: int, **how: bool) -> Tensor:
             nonlocal passed
             passed += 1
             if len(hidden) > room and passed > after:
-                original(calls, index, hidden, first)  # memory runs out late: the hooks have seen this batch already
+                original(
+                    calls, index, hidden, first, **how
+                )  # memory runs out late: the hooks have seen this batch already
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
             self.sizes.append((index, len(hidden)))
-            return original(calls, index, hidden, first)
+            return original(calls, index, hidden, first, **how)
 
         monkeypatch.setattr(BlockCalls, "run", run)
 
@@ -119,10 +121,10 @@ def test_the_failed_batch_is_gone_before_memory_is_given_back(
     calls, failed, alive = 0, [], []
     original = BlockCalls.run
 
-    def run(block: BlockCalls, index: int, hidden: Tensor, first: int) -> Tensor:
+    def run(block: BlockCalls, index: int, hidden: Tensor, first: int, **how: bool) -> Tensor:
         nonlocal calls
         calls += 1
-        found = original(block, index, hidden, first)
+        found = original(block, index, hidden, first, **how)
         if calls in (1, 4):  # of 8 sequences; then of 4, after two batches of them for the statistics
             failed.append(weakref.ref(found))
             raise torch.OutOfMemoryError("CUDA out of memory.")

@@ -272,11 +272,11 @@ def test_memory_that_runs_out_halves_the_batches_of_the_dense_pass_too(
 ) -> None:
     original, failed = passes.Passes.run_other, []
 
-    def run_other(self: Any, index: int, hidden: Tensor, first: int) -> Tensor:
+    def run_other(self: Any, index: int, hidden: Tensor, first: int, **how: bool) -> Tensor:
         if index == 1 and len(hidden) > 3:
             failed.append(first)
             raise torch.OutOfMemoryError("no room")
-        return original(self, index, hidden, first)
+        return original(self, index, hidden, first, **how)
 
     monkeypatch.setattr(passes.Passes, "run_other", run_other)
     look = Look()

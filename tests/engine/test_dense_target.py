@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,17 +15,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import thanos
-from helpers import prose, save_tiny, tiny_model, tiny_tokenizer
+from helpers import prose, save_tiny
 from launching import torchrun
 from reports import contents
-from thanos.cli import run
 from thanos.engine import block_runner, dense_choice
 from thanos.engine.routing import Routing
 from thanos.engine.stages import prune, prune_target
-from thanos.errors import RecipeError
 from thanos.recipe import Override
 from thanos.recipe.repair import DENSE_TARGETS
-from thanos.run import setup
 from whole_models import LENGTH, SAMPLES, calibration_ids, compare, prune_modules, recipe
 
 TOKENS = SAMPLES * LENGTH
@@ -455,40 +451,22 @@ def test_after_the_blocks_the_error_of_a_candidate_is_that_of_the_layers_own_out
     assert "choice" not in json.loads((tmp_path / "out/pruning.json").read_text())["layers"][0]
 
 
-def test_held_out_sequences_are_refused_where_batches_belong_together(
-    tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("changes", [{"effort": "high"}, {"dense_target": 0.5, "tune": 1}])
+def test_blocks_that_read_what_earlier_ones_stored_have_dense_targets(
+    changes: dict[str, Any], text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = setup.draw_picture
-    monkeypatch.setattr(setup, "draw_picture", lambda *args: dataclasses.replace(original(*args), shares=True))
-    for changes in ({"effort": "high"}, {"tune": 1}):
-        with pytest.raises(RecipeError, match="LlamaForCausalLM passes values between blocks batch by batch"):
-            thanos.prune(tiny_llama, tmp_path / "out", recipe(text_file, **changes))
-        assert not (tmp_path / "out").exists()
-    thanos.prune(tiny_llama, tmp_path / "out", recipe(text_file, dense_target=0.5, sequential=True))
-
-
-@pytest.mark.parametrize("words", [["--effort", "high"], ["--tune", "1"]])
-def test_a_model_whose_blocks_pass_values_on_is_refused_by_the_command(
-    words: list[str], text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model = tiny_model("gemma-4")
-    model.save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
-    place = [
-        "prune",
-        str(tmp_path / "model"),
-        str(tmp_path / "out"),
-        "--calibration",
-        str(text_file),
-        "--device",
-        "cpu",
-    ]
-    few = ["--samples", "4", "--sequence-length", "32", "--quiet"]
-    assert run([*place, *few, *words]) == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith("error: Gemma4ForCausalLM passes values between blocks batch by batch")
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-    assert run([*place, *few, "--dense-target", "0.5", "--sequential", "--targets", "layers.3.mlp.*"]) == 0
+    """Each stream has keys and values of its own; a batch gets those of its sequences, however it is made up."""
+    monkeypatch.setitem(block_runner.BATCH_TOKENS, "cpu", 3 * LENGTH)
+    folder = save_tiny(tmp_path / "model", "gemma-4")
+    settings = recipe(text_file, held_out=2, **changes)
+    report = thanos.prune(folder, tmp_path / "out", settings)
+    ids = calibration_ids(folder, text_file)[-2:]
+    last = list(report.block_errors[0].errors)[-1]
+    for block, errors in enumerate(report.block_errors):
+        dense, now = (after_block(each, block, ids) for each in (folder, tmp_path / "out"))
+        expected = ((now - dense).square().sum() / dense.square().sum()).item()
+        assert errors.errors[last] == pytest.approx(expected, rel=1e-3)
+    assert len(report.block_errors) == 4
 
 
 def test_experts_whose_tokens_cannot_be_paired_are_pruned_without_a_dense_target(

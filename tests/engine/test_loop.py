@@ -140,9 +140,9 @@ def test_the_batch_size_changes_nothing_but_rounding(
     sizes: list[int] = []
     original = BlockCalls.run
 
-    def spy(self: BlockCalls, index: int, hidden: Tensor, first: int) -> Tensor:
+    def spy(self: BlockCalls, index: int, hidden: Tensor, first: int, **how: bool) -> Tensor:
         sizes.append(len(hidden))
-        return original(self, index, hidden, first)
+        return original(self, index, hidden, first, **how)
 
     monkeypatch.setattr(BlockCalls, "run", spy)
     monkeypatch.setitem(passes.BATCH_TOKENS, "cpu", tokens)

@@ -87,9 +87,9 @@ def test_magnitude_runs_the_sample_alone_and_nothing_without_it(
     passes, grams = [], []
     run, add = BlockCalls.run, accumulators.add_gram
 
-    def counted(self: BlockCalls, index: int, hidden: Tensor, first: int) -> Tensor:
+    def counted(self: BlockCalls, index: int, hidden: Tensor, first: int, **how: bool) -> Tensor:
         passes.append(index)
-        return run(self, index, hidden, first)
+        return run(self, index, hidden, first, **how)
 
     def multiplied(hessian: Tensor, rows: Tensor) -> None:
         grams.append(len(rows))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import UserDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,12 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from helpers import tiny_model, windows
 from thanos.engine.block_calls import BlockCalls
 from thanos.engine.block_runner import Passes
 from thanos.engine.picture import draw_picture
-from thanos.errors import ModelError, ResourceError
-from thanos.model.layers import find_blocks
+from thanos.errors import ModelError
 
 CPU = torch.device("cpu")
 
@@ -68,6 +66,25 @@ class Writing(Block):
         before = extra.get("states", 0.0)
         extra["states"] = hidden = super().forward(hidden_states, before)
         return hidden
+
+
+class Turning(Block):
+    """Stores the sequences along the second dimension."""
+
+    def forward(self, hidden_states: Tensor, extra: Any = None) -> Any:
+        extra["states"] = hidden_states.transpose(0, 1)
+        return super().forward(hidden_states)
+
+
+class Removing(Block):
+    """Stores something, or removes what is there."""
+
+    def forward(self, hidden_states: Tensor, extra: Any = None) -> Any:
+        if "states" in extra:
+            del extra["states"]
+        else:
+            extra["states"] = hidden_states.clone()
+        return super().forward(hidden_states)
 
 
 class Appending(Block):
@@ -219,6 +236,14 @@ REFUSED: dict[str, tuple[Callable[[], Toy], str]] = {
     "list": (lambda: Toy(in_a_list, Appending), "block 0 writes into its arguments"),
     "in place": (lambda: Toy(in_place, Adding), "block 0 writes into its arguments"),
     "batch": (lambda: Toy(turned), r"hidden states of 1 and 2 sequences are \[8, 1, 4\] and \[8, 2, 4\]"),
+    "stored parts": (
+        lambda: Toy(with_one(dict), Turning),
+        "block 0 stores tensors for later blocks whose first size does not count the sequences",
+    ),
+    "stored and removed": (
+        lambda: Toy(with_one(dict), Removing),
+        "block 1 removes values that later blocks are handed",
+    ),
     "mapping": (lambda: Toy(in_order, Mapping), "block 0 returns dict, not hidden states"),
     "failing": (lambda: Toy(in_order, Failing), "block 0 fails with NotImplementedError: not on this device$"),
     "module": (shared_module, r"layers.0.linear.weight and layers.2.linear.weight are one parameter"),
@@ -259,66 +284,37 @@ def test_what_the_loop_can_carry_equals_the_whole_model(toy: Toy, reached: tuple
     hidden = torch.cat([calls.record(toy, row[None]) for row in ids])
     assert [calls.reaches(index) for index in range(3)] == [index in reached for index in range(3)]
     for index in reached:
-        hidden = torch.cat([calls.run(index, hidden[:3], 0), calls.run(index, hidden[3:], 3)])
+        hidden = torch.cat([calls.run(index, hidden[:3], 0, keep=True), calls.run(index, hidden[3:], 3, keep=True)])
     torch.testing.assert_close(hidden, expected)
     calls.run_tail(toy, ids, hidden)  # a model that unpacks what its blocks return gets just that
 
 
+@pytest.mark.parametrize("shared", [dict, UserDict])
 @torch.inference_mode()
-def test_batches_stay_as_they_are_where_blocks_leave_something_for_later_ones(tmp_path: Path) -> None:
-    toy = Toy(with_one(dict), Writing)
-    passes = Passes(toy, list(toy.layers), torch.arange(32).view(4, 8), CPU, tmp_path)
+def test_what_blocks_store_is_kept_for_each_sequence(shared: Callable[[], Any]) -> None:
+    """Batches may differ from block to block, and a pass that keeps nothing changes nothing."""
+    toy, ids = Toy(with_one(shared), Writing), torch.arange(35).view(5, 7)
+    expected = toy(ids)
+    calls = BlockCalls(list(toy.layers))
+    hidden = torch.cat([calls.record(toy, row[None]) for row in ids])
+    for index, batches in enumerate([[[0, 1], [2, 3, 4]], [[4, 0], [1], [3, 2]], [[2, 0, 3, 4, 1]]]):
+        calls.run(index, hidden[:2] + 1.0, 0)  # nothing is kept
+        outputs = torch.empty_like(hidden)
+        for batch in batches:
+            outputs[batch] = calls.run(index, hidden[batch], batch, keep=True)
+        calls.observe(index, hidden[2:] - 1.0, 2)
+        hidden = outputs
+    torch.testing.assert_close(hidden, expected)
+
+
+@torch.inference_mode()
+def test_batches_may_become_smaller_after_a_block_has_stored_something(tmp_path: Path) -> None:
+    toy, ids = Toy(with_one(dict), Writing), torch.arange(32).view(4, 8)
+    passes = Passes(toy, list(toy.layers), ids, CPU, tmp_path)
     passes.batch = 4
     passes.record()
-    assert "batches of 2" in passes.halve(torch.OutOfMemoryError())  # no block has run yet
-    list(passes.propagate(0))
-    with pytest.raises(ResourceError, match="batches of 2 sequences, which this model does not let become smaller"):
+    for index in range(3):
+        list(passes.propagate(index))
+        passes.batch = 3 if index else passes.batch
         passes.halve(torch.OutOfMemoryError())
-
-
-@torch.inference_mode()
-def test_a_text_that_reaches_other_blocks_is_refused() -> None:
-    def walk(toy: Any, hidden: Tensor) -> Tensor:
-        return in_order(toy, hidden) if hidden.shape[1] == 8 else middle_left_out(toy, hidden)
-
-    toy = Toy(walk)
-    calls = BlockCalls(list(toy.layers), draw_picture(toy, list(toy.layers), CPU))
-    with pytest.raises(ModelError, match="which blocks it calls depends on the text"):
-        calls.record(toy, torch.arange(9)[None])
-
-
-def tensors(model: nn.Module) -> Iterator[tuple[str, int]]:
-    for name, module in model.named_modules():
-        for attribute, tensor in (module._parameters | module._buffers).items():
-            yield f"{name}.{attribute}", id(tensor)
-
-
-@pytest.mark.parametrize("architecture", ["llama", "gpt-2", "bloom", "olmoe"])
-def test_the_model_and_the_random_numbers_are_as_before(architecture: str) -> None:
-    model = tiny_model(architecture)
-    ids, before = windows(2, 12), dict(tensors(model))
-    logits, state = model(input_ids=ids).logits, torch.get_rng_state()
-    picture = draw_picture(model, find_blocks(model)[1], CPU)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert dict(tensors(model)) == before
-    assert not any("forward" in vars(module) for module in model.modules())
-    assert torch.equal(model(input_ids=ids).logits, logits)
-    assert picture.reached == tuple(range(len(find_blocks(model)[1])))
-
-
-def test_the_model_is_as_before_after_a_refusal() -> None:
-    toy = Toy(between)
-    before = dict(tensors(toy))
-    with pytest.raises(ModelError):
-        draw_picture(toy, list(toy.layers), CPU)
-    assert dict(tensors(toy)) == before
-    assert not any("forward" in vars(module) for module in toy.modules())
-
-
-def test_no_weight_is_needed() -> None:
-    model = tiny_model("llama").to("meta")
-    rotary = model.model.rotary_emb  # buffers are computed when a meta model is built
-    for name, buffer in tiny_model("llama").model.rotary_emb.named_buffers():
-        rotary._buffers[name] = buffer
-    assert draw_picture(model, find_blocks(model)[1], CPU).reached == (0, 1, 2)
-    assert all(parameter.is_meta for parameter in model.parameters())
+    torch.testing.assert_close(torch.cat([states for _, states in passes.batches(2)]), toy(ids))

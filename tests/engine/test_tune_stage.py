@@ -222,11 +222,11 @@ def test_the_routers_of_a_block_are_found_by_their_rows() -> None:
 # --- interrupted, in several processes, with nothing gained --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("block", [0, 1, 2])
+@pytest.mark.parametrize(("architecture", "block"), [("llama", 0), ("llama", 1), ("llama", 2), ("gemma-4", 3)])
 def test_a_run_that_is_interrupted_while_it_tunes_resumes_to_the_same_bytes(
-    block: int, text_file: Path, tmp_path: Path
+    architecture: str, block: int, text_file: Path, tmp_path: Path
 ) -> None:
-    dense = save_tiny(tmp_path / "dense", dtype=torch.bfloat16)
+    dense = save_tiny(tmp_path / "dense", architecture, dtype=torch.bfloat16)
     settings = recipe(text_file)
     thanos.prune(dense, tmp_path / "whole", settings)
     seen = 0
@@ -243,7 +243,7 @@ def test_a_run_that_is_interrupted_while_it_tunes_resumes_to_the_same_bytes(
         lines = (tmp_path / ".out.partial/journal.jsonl").read_text().splitlines()
         assert [json.loads(line)["tuning"]["block"] for line in lines] == list(range(block))
     report = thanos.prune(dense, tmp_path / "out", settings, resume=bool(block))
-    assert len(report.tuning) == 3
+    assert len(report.tuning) == (4 if architecture == "gemma-4" else 3)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
@@ -271,17 +271,21 @@ def test_where_nothing_is_gained_the_report_says_so(text_file: Path, tmp_path: P
     assert all(record.held_out_after == record.held_out_before for record in report.tuning)
 
 
-def test_a_model_whose_blocks_leave_values_for_later_ones_is_not_tuned(
-    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_that_read_what_earlier_ones_stored_are_tuned_too(
+    dtype: torch.dtype, text_file: Path, tmp_path: Path
 ) -> None:
-    dense = save_tiny(tmp_path / "dense")
-    thanos.prune(dense, tmp_path / "plain", recipe(text_file, tune=0))
-    monkeypatch.setattr(Passes, "shares", True)
-    report = thanos.prune(dense, tmp_path / "out", recipe(text_file))
-    assert all("leave values for later blocks" in record.reason for record in report.tuning)
-    assert len(report.warnings) == 3
-    one, other = weights(tmp_path / "out"), weights(tmp_path / "plain")
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    """In tuning they get the keys and values of the batch's own sequences, those of the tuned blocks before."""
+    dense = save_tiny(tmp_path / "dense", "gemma-4", dtype=dtype)
+    report = thanos.prune(dense, tmp_path / "tuned", recipe(text_file))
+    ids = packed_windows(tiny_tokenizer(), text_file.read_text(), SAMPLES, LENGTH)
+    wanted, now = (hidden_states(tmp_path / name, ids, dtype) for name in ("dense", "tuned"))
+    held, loose = slice(SAMPLES - HELD_OUT, None), 1e-3 if dtype == torch.float32 else 0.05
+    assert [record.block for record in report.tuning] == [0, 1, 2, 3]
+    for block, record in enumerate(report.tuning):
+        assert record.kept_epoch
+        assert record.held_out_after == pytest.approx(error(now[block][held], wanted[block][held]), rel=loose)
+        assert record.held_out_unrounded == pytest.approx(record.held_out_after, rel=0.2)
 
 
 def test_without_room_the_hidden_states_leave_the_device_and_tuning_starts_again(

@@ -221,6 +221,15 @@ def test_experts_without_tokens_keep_the_recipes_sparsity(text_file, tmp_path):
     assert report.totals["zeros_targeted"] == uniform
 
 
+def test_blocks_that_read_what_earlier_ones_stored_are_measured_sequence_by_sequence(text_file, tmp_path):
+    folder = save_tiny(tmp_path / "model", "gemma-4")
+    report = thanos.prune(folder, tmp_path / "out", recipe(text_file, allocation="error"))
+    assert {layer.block for layer in report.layers} == {0, 1, 2, 3}
+    assert len({layer.sparsity for layer in report.layers}) > 4
+    weights = sum(layer.shape[0] * layer.shape[1] for layer in report.layers)
+    assert sum(layer.zeros for layer in report.layers) == pytest.approx(0.6 * weights, abs=len(report.layers))
+
+
 def test_a_repair_works_on_the_sparsities_that_were_chosen(model, whole, text_file, tmp_path):
     report = thanos.prune(model, tmp_path / "out", recipe(text_file, effort="high", scope="layer", held_out=1))
     assert report.execution["allocation"] == whole[1].execution["allocation"], "measured with the method alone"

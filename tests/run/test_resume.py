@@ -138,9 +138,9 @@ def test_the_batch_of_the_interrupted_run_is_used_again(
     sizes: list[int] = []
     original = BlockCalls.run
 
-    def spy(self: BlockCalls, index: int, hidden: torch.Tensor, first: int) -> torch.Tensor:
+    def spy(self: BlockCalls, index: int, hidden: torch.Tensor, first: int, **how: bool) -> torch.Tensor:
         sizes.append(len(hidden))
-        return original(self, index, hidden, first)
+        return original(self, index, hidden, first, **how)
 
     monkeypatch.setattr(BlockCalls, "run", spy)
     thanos.prune(model, tmp_path / "out", recipe(text_file), resume=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
+from copy import copy
 from typing import Any, NoReturn
 
 import torch
@@ -69,10 +70,98 @@ def _copy(value: Any) -> Any:
     return [_copy(item) for item in value] if isinstance(value, tuple | list) else value
 
 
-def shared_values(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[dict[Any, int]]:
-    """Return the contents of each mapping among the arguments, as key → ``id`` of the value."""
-    found = [value for value in (*args, *kwargs.values()) if isinstance(value, MutableMapping)]
-    return [{key: id(item) for key, item in mapping.items()} for mapping in found]
+def mappings(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[MutableMapping[Any, Any]]:
+    """Return the mappings among the arguments, in order."""
+    return [value for value in (*args, *kwargs.values()) if isinstance(value, MutableMapping)]
+
+
+def shared_values(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[dict[Any, Any]]:
+    """Return the present contents of each mapping among the arguments."""
+    return [dict(mapping) for mapping in mappings(args, kwargs)]
+
+
+def changed_values(before: list[dict[Any, Any]], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[dict[Any, Any]]:
+    """Return, for each mapping among the arguments, what a block has stored in it.
+
+    Args:
+        before: :func:`shared_values` of the same arguments before the block ran.
+        args: positional arguments.
+        kwargs: keyword arguments.
+    """
+    return [
+        {key: value for key, value in mapping.items() if key not in known or known[key] is not value}
+        for known, mapping in zip(before, mappings(args, kwargs), strict=True)
+    ]
+
+
+def mapped(mapping: MutableMapping[Any, Any], values: dict[Any, Any]) -> MutableMapping[Any, Any]:
+    """Return a copy of a mapping, of the same type, with other values for some keys."""
+    result = copy(mapping)
+    result.update(values)
+    return result
+
+
+def shapes(value: Any) -> Any:
+    """Return the shape of a tensor, and those of the tensors in a tuple, list or mapping; None for other values."""
+    if isinstance(value, MutableMapping):
+        return {key: shapes(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [shapes(item) for item in value]
+    return value.shape if isinstance(value, Tensor) else None
+
+
+def joined(values: list[Any], of_two: Any) -> Any:
+    """Build a batch's argument from the values of its sequences.
+
+    Args:
+        values: the argument's value for each sequence.
+        of_two: the argument's :func:`shapes` for a batch of two sequences.
+    """
+    first = values[0]
+    if isinstance(first, MutableMapping):
+        # A key that is not in the shapes was stored by a block: one part for each sequence.
+        parts = {
+            key: joined([one[key] for one in values], of_two[key])
+            if key in of_two
+            else concatenated([o[key] for o in values])
+            for key in first
+        }
+        return mapped(first, parts)
+    if isinstance(first, Tensor):
+        if not all(value is first for value in values):
+            return torch.cat(values)
+        # An argument grows with the batch if its first dimension is twice as large for two sequences.
+        grows = len(values) > 1 and first.dim() > 0 and of_two[0] == 2 * first.shape[0]
+        if not grows:
+            return first
+        return first.expand(len(values), *first.shape[1:]) if first.shape[0] == 1 else torch.cat(values)
+    if isinstance(first, tuple | list):
+        return with_entries(first, [joined(list(items), part) for *items, part in zip(*values, of_two, strict=True)])
+    return first
+
+
+def concatenated(parts: Sequence[Any]) -> Any:
+    """Return a value of a batch from its :func:`split` parts."""
+    first = parts[0]
+    if isinstance(first, Tensor):
+        return torch.cat(list(parts))
+    if isinstance(first, tuple | list):
+        return with_entries(first, [concatenated(items) for items in zip(*parts, strict=True)])
+    return first
+
+
+def split(value: Any, count: int) -> list[Any]:
+    """Return the parts of a value of a batch, one for each of ``count`` sequences.
+
+    A tensor is divided along its first dimension into views, and so are those in a tuple or list. Other values are the same in
+    all parts.
+    """
+    if isinstance(value, Tensor):
+        return list(value.split(len(value) // count))
+    if isinstance(value, tuple | list):
+        items = [split(item, count) for item in value]
+        return [with_entries(value, [item[number] for item in items]) for number in range(count)]
+    return [value] * count
 
 
 def same_arguments(one: Arguments, other: Arguments) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from thanos.engine.block_arguments import hidden_states, with_entries
+from thanos.engine.block_arguments import (
+    changed_values,
+    hidden_states,
+    joined,
+    mapped,
+    mappings,
+    shapes,
+    shared_values,
+    split,
+    with_entries,
+)
 from thanos.engine.picture import Picture, draw_picture
 from thanos.engine.weightless import replaced_forwards
 from thanos.errors import ModelError
@@ -21,19 +31,24 @@ class _Stop(Exception):  # noqa: N818  it is a signal, not an error
 
 
 class _Interned:
-    """Keeps one copy of equal tensors. Most arguments (positions, masks) are the same for every sequence."""
+    """Keeps one copy of equal tensors. Most arguments (positions, masks) are the same for every sequence.
+
+    A mapping is copied once a sequence: all blocks get the same copy, in which they store values for later blocks.
+    """
 
     _LOOK_BACK = 16  # compare with at most this many kept tensors of the same shape and dtype
 
     def __init__(self) -> None:
         self._known: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
-        self._seen: dict[int, tuple[Tensor, Tensor]] = {}
+        self._seen: dict[int, tuple[Any, Any]] = {}
 
     def __call__(self, value: Any) -> Any:
         if isinstance(value, Tensor):
             if id(value) not in self._seen:
                 self._seen[id(value)] = value, self._find(value)
             return self._seen[id(value)][1]
+        if isinstance(value, MutableMapping):
+            return self._seen.setdefault(id(value), (value, mapped(value, {})))[1]
         if isinstance(value, tuple | list):
             return with_entries(value, [self(item) for item in value])
         return value
@@ -76,6 +91,10 @@ class BlockCalls:
     differs between sequences or if its size grows with the batch (BLOOM's position biases, (heads, 1, T) per sequence). Any
     other argument is passed once. A trial with a batch of two sequences shows which arguments grow.
 
+    Some models hand all blocks one mapping, in which a block stores values that later blocks read, such as keys and values in
+    Gemma 4. Here each sequence has a mapping of its own, and a batch gets a new one with the joined values of its sequences. So
+    any sequences may form a batch, and what a pass stores is dropped. With ``keep``, :meth:`run` gives each sequence its part.
+
     Args:
         blocks: the model's decoder blocks.
         picture: the model's data flow; default: computed when the first sequence is recorded.
@@ -93,7 +112,7 @@ class BlockCalls:
 
     @property
     def shares(self) -> bool:
-        """Whether the batch size must be the same for all blocks; see :class:`~thanos.engine.picture.Picture`."""
+        """Whether blocks store values for later blocks; see :class:`~thanos.engine.picture.Picture`."""
         return self._picture is not None and self._picture.shares
 
     @property
@@ -118,7 +137,7 @@ class BlockCalls:
         pair = BlockCalls(self._blocks, self._picture)
         pair._record(model, ids.expand(2, -1))
         return {
-            index: (_shapes(call.args), {name: _shapes(value) for name, value in call.kwargs.items()})
+            index: (shapes(call.args), {name: shapes(value) for name, value in call.kwargs.items()})
             for index, call in pair._calls[0].items()
         }
 
@@ -151,18 +170,28 @@ class BlockCalls:
         self._calls.append(calls)
         return hidden[0]
 
-    def run(self, index: int, hidden: Tensor, first: int | Sequence[int]) -> Tensor:
-        """Run block ``index`` on its inputs ``hidden`` (B, T, d); return its outputs, (B, T, d).
+    def run(self, index: int, hidden: Tensor, first: int | Sequence[int], *, keep: bool = False) -> Tensor:
+        """Run block ``index`` on hidden states (B, T, d); return its outputs, (B, T, d).
 
-        ``first`` is the index of the batch's first sequence, if the others follow it; else the indices of all B sequences.
+        Args:
+            index: index of the block.
+            hidden: the block's inputs.
+            first: index of the batch's first sequence, if the others follow it; else the indices of all B sequences.
+            keep: let later blocks read what this block stores for them, until it runs with ``keep`` again.
         """
         rows = range(first, first + len(hidden)) if isinstance(first, int) else first
         batch = [self._calls[row][index] for row in rows]
         one, of_two = batch[0], self._of_two[index]
-        args = tuple(_join([call.args[i] for call in batch], of_two[0][i]) for i in range(len(one.args)))
-        kwargs = {name: _join([call.kwargs[name] for call in batch], of_two[1][name]) for name in one.kwargs}
-        args, kwargs = (args, {one.keyword: hidden, **kwargs}) if one.keyword else ((hidden, *args), kwargs)
-        output = self._blocks[index](*args, **kwargs)
+        args = tuple(joined([call.args[i] for call in batch], of_two[0][i]) for i in range(len(one.args)))
+        kwargs = {name: joined([call.kwargs[name] for call in batch], of_two[1][name]) for name in one.kwargs}
+        before = shared_values(args, kwargs)
+        given, named = (args, {one.keyword: hidden, **kwargs}) if one.keyword else ((hidden, *args), kwargs)
+        output = self._blocks[index](*given, **named)
+        if keep:
+            for number, values in enumerate(changed_values(before, args, kwargs)):
+                for key, value in values.items():
+                    for call, part in zip(batch, split(value, len(batch)), strict=True):
+                        mappings(call.args, call.kwargs)[number][key] = part
         return output[0] if isinstance(output, tuple | list) else output
 
     def observe(self, index: int, hidden: Tensor, first: int) -> None:
@@ -204,28 +233,3 @@ def _run(model: nn.Module, ids: Tensor) -> None:
         model(input_ids=ids, use_cache=False)
     except _Stop:
         return
-
-
-def _shapes(value: Any) -> Any:
-    if isinstance(value, tuple | list):
-        return [_shapes(item) for item in value]
-    return value.shape if isinstance(value, Tensor) else None
-
-
-def _join(values: list[Any], of_two: Any) -> Any:
-    """Build a batch's argument from the values of its sequences.
-
-    ``of_two`` is the argument's shape, or its parts' shapes, for a batch of two sequences.
-    """
-    first = values[0]
-    if isinstance(first, Tensor):
-        if not all(value is first for value in values):
-            return torch.cat(values)
-        # An argument grows with the batch if its first dimension is twice as large for two sequences.
-        grows = len(values) > 1 and first.dim() > 0 and of_two[0] == 2 * first.shape[0]
-        if not grows:
-            return first
-        return first.expand(len(values), *first.shape[1:]) if first.shape[0] == 1 else torch.cat(values)
-    if isinstance(first, tuple | list):
-        return with_entries(first, [_join(list(items), part) for *items, part in zip(*values, of_two, strict=True)])
-    return first

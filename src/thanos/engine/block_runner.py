@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -82,17 +83,12 @@ class Passes(StreamStates):
         self._calls = BlockCalls(blocks, picture)
         self._own_calls: BlockCalls | None = None
 
-    @property
-    def shares(self) -> bool:
-        """Whether the batches must be the same for all blocks; see :class:`~thanos.engine.picture.Picture`."""
-        return self._calls.shares
-
     def record(self) -> None:
         """Run the modules before the first block on every sequence; keep the first block's inputs and all blocks' arguments."""
         for index in range(len(self._ids)):
             hidden = self._calls.record(self._model, self._row(index))
             if self.streams > 1 and self._calls.shares:
-                # What blocks store for later blocks must not be overwritten by the other stream.
+                # What blocks store for later blocks differs between the streams.
                 self._own_calls = self._own_calls or BlockCalls(self._blocks, self._calls.picture)
                 self._own_calls.record(self._model, self._row(index))
             if self._states is None:
@@ -132,15 +128,15 @@ class Passes(StreamStates):
         with fast_attention(self._device, hidden.dtype):
             self._calls.observe(index, hidden, first)
 
-    def run(self, index: int, hidden: Tensor, first: int | Sequence[int]) -> Tensor:
+    def run(self, index: int, hidden: Tensor, first: int | Sequence[int], *, keep: bool = False) -> Tensor:
         """See :meth:`~thanos.engine.block_calls.BlockCalls.run`; with the fast attention kernels."""
         with fast_attention(self._device, hidden.dtype):
-            return self._calls.run(index, hidden, first)
+            return self._calls.run(index, hidden, first, keep=keep)
 
-    def run_other(self, index: int, hidden: Tensor, first: int) -> Tensor:
+    def run_other(self, index: int, hidden: Tensor, first: int, *, keep: bool = False) -> Tensor:
         """The same as :meth:`run` for another stream: what its blocks store for later blocks is kept apart."""
         with fast_attention(self._device, hidden.dtype):
-            return (self._own_calls or self._calls).run(index, hidden, first)
+            return (self._own_calls or self._calls).run(index, hidden, first, keep=keep)
 
     def observe_other(self, index: int, hidden: Tensor, first: int) -> None:
         """The same as :meth:`run_other`, only for the hooks on the block; a hook may end the pass."""
@@ -151,12 +147,18 @@ class Passes(StreamStates):
         """Run block ``index``; its outputs become the next block's inputs. Yield a step after each batch.
 
         If the device runs out of memory, the batch size is halved for the failed batch and all later ones, and a step with a
-        note reports it. ``starts`` are the batch sizes of an earlier pass, as in :attr:`starts`: with them the outputs equal
-        that pass's bit for bit. Raises ResourceError if one sequence does not fit, or the model does not allow smaller
-        batches; see :meth:`halve`.
+        note reports it.
+
+        Args:
+            index: index of the block.
+            starts: batch sizes of an earlier pass, as in :attr:`starts`. With them the outputs equal that pass's bit for bit.
+
+        Raises:
+            ResourceError: one sequence does not fit.
         """
         self.starts = []
-        yield from self.through(index, self._activations, self._activations, self.run, starts, self.starts)
+        run = partial(self.run, keep=True)
+        yield from self.through(index, self._activations, self._activations, run, starts, self.starts)
 
     def through(
         self,
@@ -169,8 +171,16 @@ class Passes(StreamStates):
     ) -> Iterator[Step]:
         """Run block ``index`` on all sequences of ``source``, and store the outputs in ``target``, which may be ``source``.
 
-        ``run`` runs the block, see :meth:`run`. ``starts`` and the errors are those of :meth:`propagate`. The batch sizes are
-        added to the list ``used``, in the form of :attr:`starts`.
+        Args:
+            index: index of the block.
+            source: the inputs.
+            target: storage for the outputs.
+            run: function that runs the block and keeps what it stores; see :meth:`run`.
+            starts: see :meth:`propagate`.
+            used: the batch sizes are added to this list, in the form of :attr:`starts`.
+
+        Raises:
+            ResourceError: as for :meth:`propagate`.
         """
         sizes, first = dict(starts), 0
         while first < len(self._ids):
@@ -209,16 +219,11 @@ class Passes(StreamStates):
     def halve(self, error: torch.OutOfMemoryError) -> str:
         """Halve the batch size after ``error``; return the note for the user.
 
-        Raises ResourceError if a batch is one sequence already, or the batch size must be the same for all blocks.
+        Raises:
+            ResourceError: a batch is one sequence already.
         """
         if self.batch is None or self.batch <= 1:
             raise self._too_small() from error
-        # Earlier blocks left values for later ones, and each such value belongs to one batch of the old size.
-        if self._calls.shares and self.starts:
-            raise ResourceError(
-                f"out of memory on the device with batches of {self.batch} sequences, which this model does not let become "
-                "smaller on the way: lower --samples or --sequence-length"
-            ) from error
         before, self.batch = self.batch, self.batch // 2
         error.__traceback__ = None  # its frames refer to the failed batch and would keep it in memory
         torch.cuda.empty_cache()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -71,10 +72,11 @@ class DenseStream:
         """
         self._outputs = self._outputs or self._runner.storage_like()
         self.starts = []
-        yield from self._runner.through(index, self._inputs, self._outputs, self.run, starts, self.starts)
+        run = partial(self.run, keep=True)
+        yield from self._runner.through(index, self._inputs, self._outputs, run, starts, self.starts)
         for later, names in (beyond or {}).items():
             self._weights.load(names)
-            states, run = self._outputs, self._runner.run_other
+            states, run = self._outputs, partial(self._runner.run_other, keep=True)
             yield from self._runner.through(later, states, states, run, tuple(self.starts), [])
             self._weights.release(names)
         self._known = True
@@ -119,10 +121,13 @@ class DenseStream:
             yield
 
     @torch.no_grad()
-    def run(self, index: int, hidden: Tensor, first: int) -> Tensor:
-        """Return the dense block's outputs, (B, T, d), for inputs (B, T, d) of the sequences from ``first`` on."""
+    def run(self, index: int, hidden: Tensor, first: int, *, keep: bool = False) -> Tensor:
+        """Return the dense block's outputs, (B, T, d), for inputs (B, T, d) of the sequences from ``first`` on.
+
+        ``keep`` is that of :meth:`~thanos.engine.block_calls.BlockCalls.run`.
+        """
         with self.weights():
-            return self._runner.run_other(index, hidden, first)
+            return self._runner.run_other(index, hidden, first, keep=keep)
 
     def inputs(self, size: int, first: int = 0, end: int | None = None) -> Iterator[tuple[int, Tensor]]:
         """Yield (index of the batch's first sequence, X* (≤ size, T, d) on the device), for sequences [first, end)."""

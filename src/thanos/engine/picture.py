@@ -20,10 +20,13 @@ from torch import Tensor, nn
 
 from thanos.engine.block_arguments import (
     Arguments,
+    changed_values,
     copied,
     hidden_states,
     holds_unread,
+    mappings,
     same_arguments,
+    shapes,
     shared_values,
     unread,
     with_entries,
@@ -41,7 +44,7 @@ class Picture:
         forms: index of each reached block → form of its return value: None for the hidden states alone, else a tuple or list
             whose first entry stands for the hidden states.
         shares: whether a block stores values for later blocks in a mapping that all blocks receive, as Gemma 4 does with keys
-            and values. A batch uses the mapping of its first sequence, so the batches must be the same for all blocks.
+            and values. Such a later block cannot run before the earlier one.
     """
 
     reached: tuple[int, ...]
@@ -65,14 +68,15 @@ class _Trace:
         inputs: its hidden states, by call.
         arguments: its other arguments, by call.
         forms: see :class:`Picture`.
-        shares: see :class:`Picture`.
+        stored: index of the block → :func:`~thanos.engine.block_arguments.shapes` of what it stored for later blocks, for each
+            mapping among its arguments.
     """
 
     blocks: list[int] = field(default_factory=list)
     inputs: list[Tensor] = field(default_factory=list)
     arguments: list[Arguments] = field(default_factory=list)
     forms: dict[int, Any] = field(default_factory=dict)
-    shares: bool = False
+    stored: dict[int, list[dict[Any, Any]]] = field(default_factory=dict)
 
 
 def draw_picture(model: nn.Module, blocks: Sequence[nn.Module], device: torch.device) -> Picture:
@@ -91,6 +95,8 @@ def draw_picture(model: nn.Module, blocks: Sequence[nn.Module], device: torch.de
             _refuse(model, f"text reaches none of its {len(blocks)} blocks in {where}, the list with most weights")
         stubbed = _traced(model, blocks, ids, full.forms)
         pair = _traced(model, blocks, ids.expand(2, -1), full.forms)
+        if full.stored:
+            _check_parts(model, full.stored, _traced(model, blocks, ids.expand(2, -1), None).stored)
     _check_independent(model, full, stubbed)
     one, two = full.inputs[0].shape, pair.inputs[0].shape
     if one[0] != 1 or two != (2, *one[1:]):
@@ -98,7 +104,7 @@ def draw_picture(model: nn.Module, blocks: Sequence[nn.Module], device: torch.de
             model,
             f"the hidden states of 1 and 2 sequences are {list(one)} and {list(two)}; the first size must count them",
         )
-    return Picture(tuple(full.blocks), full.forms, full.shares)
+    return Picture(tuple(full.blocks), full.forms, bool(full.stored))
 
 
 def _refuse(model: nn.Module, reason: str) -> NoReturn:
@@ -149,8 +155,11 @@ def _traced(model: nn.Module, blocks: Sequence[nn.Module], ids: Tensor, forms: d
                 output_like, trace.forms[index] = _form(
                     model, index, states, _attempt(model, index, real, args, kwargs)
                 )
-                # A changed mapping among the arguments holds values for later blocks.
-                trace.shares |= shared != shared_values(args, kwargs)
+                stored = changed_values(shared, args, kwargs)
+                if any(stored):
+                    trace.stored[index] = [shapes(values) for values in stored]
+                if any(known.keys() - now.keys() for known, now in zip(shared, mappings(args, kwargs), strict=True)):
+                    _refuse(model, f"block {index} removes values that later blocks are handed")
             # Drawn in float32 and converted: not every device can draw bfloat16 and float16.
             noise = torch.randn(states.shape, generator=generator, device=ids.device).to(output_like.dtype)
             returned[:] = [noise]
@@ -223,6 +232,29 @@ def _check_independent(model: nn.Module, full: _Trace, stubbed: _Trace) -> None:
     for index, one, other in zip(full.blocks, full.arguments, stubbed.arguments, strict=True):
         if not same_arguments(one, other):
             _refuse(model, f"an argument of block {index} besides its hidden states depends on the blocks before it")
+
+
+def _check_parts(model: nn.Module, one: dict[int, list[dict[Any, Any]]], two: dict[int, list[dict[Any, Any]]]) -> None:
+    """Refuse a model of which a block stores a tensor for later blocks that has no part for each sequence.
+
+    Args:
+        model: the model.
+        one: :attr:`_Trace.stored` for one sequence.
+        two: the same for two sequences.
+    """
+
+    def fits(small: Any, large: Any) -> bool:
+        if isinstance(small, torch.Size):
+            return isinstance(large, torch.Size) and len(small) > 0 and large == (2 * small[0], *small[1:])
+        if isinstance(small, dict):
+            return small.keys() == large.keys() and all(fits(small[key], large[key]) for key in small)
+        return not isinstance(small, list) or (isinstance(large, list) and all(map(fits, small, large)))
+
+    for index, stored in one.items():
+        if not fits(stored, two.get(index)):
+            _refuse(
+                model, f"block {index} stores tensors for later blocks whose first size does not count the sequences"
+            )
 
 
 def _refuse_error(model: nn.Module, what: str, error: Exception) -> NoReturn:

@@ -198,7 +198,7 @@ def _measure(
     runner = engine.inputs.runner
     runner.batch = batch
     over = {"calibration", "choose"}  # report no progress
-    # If blocks hand values to later ones, the blocks before run too, but are not counted.
+    # If blocks store values for later ones, the blocks before run too, but are not counted.
     before = [i for i in job.prepared.picture.reached if job.prepared.picture.shares and i < (block or 0)]
     scratch.finished = {i: BlockRecord(block=i, layers=[], tensors={}, batch=batch) for i in before}
     for event in engine.run([*before, block]):

@@ -1,8 +1,8 @@
-"""The outputs of the dense model's decoder for all sequences, computed once, before the training, if the text is not varied.
+"""The outputs of the dense model's decoder for all sequences, computed once before the training.
 
-The dense model and the sequences then stay the same over all epochs. So its decoder runs once over each sequence, and its
-weights are freed before gradients and the optimizer's state take their place. Its head still runs in each pass, so the logits
-of all tokens are never in memory.
+This is for a text that is not varied: the dense model's outputs are then the same in all epochs. Its decoder runs once over
+each sequence, and its weights are freed before memory is needed for gradients and the optimizer's state. Its head still runs in
+each pass, so the logits of all tokens are never in memory.
 
 On a CPU each sequence runs alone. So its outputs have the same bits in a resumed run, whatever ran before.
 """
@@ -19,16 +19,16 @@ from thanos.recovery.distance import Distillation
 from thanos.solvers.row_shards import row_range
 
 SPARE_BYTES = {"cpu": 1 << 30, "cuda": 4 << 30}
-"""Bytes that the outputs may take besides those of the decoder's weights, which they replace; by type of device."""
+"""Bytes that the outputs may need in addition to those of the decoder's weights, which are freed; by type of device."""
 
 
 def keep_outputs(
-    module: Distillation, ids: Tensor, size: int, device: torch.device, world: World, tell: Callable[[int], None]
+    module: Distillation, ids: Tensor, size: int, device: torch.device, world: World, report: Callable[[int], None]
 ) -> bool:
     """Compute the outputs, let the module use them, and free the dense decoder.
 
-    If they need more memory than the decoder and :data:`SPARE_BYTES`, nothing happens: the decoder then runs in each pass. The
-    decision depends on the sizes alone, not on the memory that is free, so a resumed run makes the same one.
+    If they need more memory than the decoder's weights and :data:`SPARE_BYTES` together, nothing happens: the decoder then runs
+    in each pass. The decision depends on sizes alone, not on the free memory, so a resumed run makes the same one.
 
     Args:
         module: the student with its loss.
@@ -36,7 +36,7 @@ def keep_outputs(
         size: sequences of a pass.
         device: device of the training.
         world: the processes; each computes its own share, and gets those of the others.
-        tell: function that is called with the number of this process's finished sequences.
+        report: function that is called with the number of this process's finished sequences.
 
     Returns:
         Whether the outputs are kept.
@@ -48,7 +48,7 @@ def keep_outputs(
         for first in range(share.start, max(share.stop, share.start + 1), batch):
             rows = ids[first : min(first + batch, share.stop)] if len(share) else ids[:1]
             hidden = module.teacher.hidden(rows.to(device)).view(*rows.shape, -1)
-            # Autocast rounds what enters the head to bfloat16 in any case.
+            # Autocast rounds the head's inputs to bfloat16 in any case.
             hidden = hidden.to(torch.bfloat16) if cuda else hidden
             if kept is None:
                 if len(ids) * hidden[0].nbytes > module.teacher.decoder_bytes + SPARE_BYTES[device.type]:
@@ -56,7 +56,7 @@ def keep_outputs(
                 kept = hidden.new_empty(len(share), *hidden.shape[1:])
             if len(share):
                 kept[first - share.start : first - share.start + len(rows)] = hidden
-                tell(first - share.start + len(rows))
+                report(first - share.start + len(rows))
     assert kept is not None
     module.outputs = world.gather(kept, len(ids))
     module.teacher.release_decoder()

@@ -1,11 +1,11 @@
 """The loss of recovery: KL(dense ‖ pruned) of the next-token distributions.
 
 The logits of all tokens are never in memory. The decoders run once and give one hidden state per token. The heads then run on
-chunks of tokens. The gradient at a chunk's logits is known in closed form, so it is taken back through the head at once: the
-heads run once a token, and at most one chunk's logits of each model exist.
+chunks of tokens. The gradient at a chunk's logits is known in closed form, so it is propagated back through the head at once.
+So the heads run once a token, and only one chunk's logits of each model exist at a time.
 
 The dense model is fixed. If the sequences are the same in all epochs too, its decoder's outputs can be computed once
-(:mod:`~thanos.recovery.dense_outputs`); then only its head is needed.
+(:mod:`~thanos.recovery.dense_outputs`). Then only its head runs in the training.
 
 Shapes: B sequences, T tokens a sequence, d width of the hidden states (of each model), V entries of the vocabulary.
 """
@@ -109,7 +109,7 @@ class SplitModel:
 
 @contextmanager
 def _replaced(decoder: nn.Module, replacement: Callable[..., Any]) -> Iterator[None]:
-    """Let ``replacement`` run in place of a module's ``forward``; it gets the original as its first argument."""
+    """Replace a module's ``forward`` by ``replacement``, which gets the original as its first argument."""
     original, own = decoder.forward, "forward" in vars(decoder)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -208,7 +208,7 @@ class _Sums:
         sums: list[Tensor | None] = [None for _ in parameters]
         trained = [number for number, parameter in enumerate(parameters) if parameter.requires_grad]
         pieces = (tensor.split(self._size) for tensor in (hidden, self._wanted, inner))
-        for rows, wanted, place in zip(*pieces, strict=True):
+        for rows, wanted, slot in zip(*pieces, strict=True):
             leaf = rows.detach().requires_grad_(True)
             with torch.enable_grad():
                 own = self._student.logits(leaf)
@@ -217,7 +217,7 @@ class _Sums:
             first, *others = torch.autograd.grad(
                 own, [leaf, *(parameters[number] for number in trained)], slope, allow_unused=True
             )
-            place.copy_(first)
+            slot.copy_(first)
             for number, gradient in zip(trained, others, strict=True):
                 if gradient is not None:
                     before = sums[number]
@@ -263,5 +263,5 @@ def divergence(own: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _wide(gradient: Tensor) -> Tensor:
-    """Return a new tensor to which the gradients of all chunks are added: at least float32."""
+    """Return a copy in float32, or in a wider dtype, to which the gradients of the other chunks are added."""
     return gradient.to(torch.promote_types(gradient.dtype, torch.float32), copy=True)

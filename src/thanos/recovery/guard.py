@@ -1,4 +1,4 @@
-"""The guard of a training: it measures the loss on held-out sequences, and keeps the best state in memory."""
+"""The guard of a training: it measures the loss on held-out sequences, and keeps the state with the smallest one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Guard:
 
     Args:
         ids: token ids of all sequences, (n, T), on the CPU.
-        first: number of the first held-out sequence; it and all after it are held out.
+        first: index of the first held-out sequence; it and all after it are held out.
         dtypes: parameter name → dtype in which the checkpoint stores it.
         size: number of sequences in a forward pass.
         device: device of the training.
@@ -97,14 +97,15 @@ class Guard:
 
     @property
     def unwritten(self) -> Mapping[str, Tensor] | None:
-        """The best state by parameter name, in the checkpoint's dtypes; None if it is on the disk or the original."""
+        """The best state by parameter name, in the checkpoint's dtypes. None if it is on the disk, or is the original model."""
         return None if self._unwritten is None else self._unwritten[1]
 
     def _held_out(self, module: nn.Module) -> float:
         """Return the mean loss over all held-out sequences, in nats a token."""
         count = len(self._ids) - self._first
         share = self._world.share(count)
-        # Sharded weights need the same number of passes in every process. A pass without an own sequence has weight 0.
+        # Sharded weights need the same number of passes in every process. A process that has no sequence left runs another one,
+        # which does not count.
         passes = math.ceil(math.ceil(count / self._world.size) / self._size)
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         for number in range(passes):
@@ -116,14 +117,14 @@ class Guard:
         return float(self._world.sum_(total)) / count
 
     def _copies(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return copies in the checkpoint's dtypes; nothing in processes that write nothing, which only send their shards."""
+        """Return copies in the checkpoint's dtypes; none in processes that write nothing, which only send their shards."""
         size = sum(p.numel() * self._dtypes[name].itemsize for name, p in parameters.items())
-        place = self._device if size <= ON_DEVICE_BYTES else torch.device("cpu")
+        device = self._device if size <= ON_DEVICE_BYTES else torch.device("cpu")
         copies = {}
         for name, parameter in parameters.items():
             tensor = whole(parameter.detach())
             if self._write is not None:
-                copies[name] = tensor.to(place, self._dtypes[name], copy=True)
+                copies[name] = tensor.to(device, self._dtypes[name], copy=True)
         return copies
 
 

@@ -160,7 +160,7 @@ def _check_shapes(pruned: OpenedModel, dense: OpenedModel) -> bool:
 def _check_embeddings(pair: Pair) -> None:
     """Refuse a dense model whose embeddings do not resemble those of the smaller model.
 
-    Blocks of a smaller model have lost entries, but no row or column of the embedding, whatever was removed.
+    Whatever was removed from the blocks of a smaller model, its embedding has all rows and columns.
 
     Raises:
         ModelError: they do not.
@@ -181,8 +181,8 @@ def _embedding(opened: OpenedModel) -> Tensor:
 def _check_weights(pair: Pair) -> None:
     """Refuse a dense model whose weights do not explain those of the pruned one.
 
-    Three facts hold for every parent. It has fewer zeros than its child. Except for a few strays its zeros
-    are zeros of the child, since pruning never fills a zero. The surviving weights resemble its own.
+    Three facts hold for every parent. It has fewer zeros than its child. Its zeros are zeros of the child too, with few
+    exceptions, since pruning never fills a zero. The child's surviving weights resemble its own.
 
     Raises:
         ModelError: one of them does not hold.

@@ -14,7 +14,7 @@ from thanos.settings import Heading, either, setting
 from thanos.system.suggestions import near, near_whole
 
 AUTO = "auto"
-"""Value of ``rate``: chosen by :func:`rate_for`; and of ``train``: see :meth:`RecoveryRecipe.parts`."""
+"""Value of ``rate`` (:func:`rate_for` chooses it) and of ``train`` (:meth:`RecoveryRecipe.parts` does)."""
 
 PARTS = {
     AUTO: "linear; blocks if OUT only has smaller sizes and no zeros",
@@ -45,7 +45,7 @@ class RecoveryRecipe:
         train: the parameters that are trained: ``all``, ``blocks`` (those of the decoder blocks, so neither the embeddings,
             tied ones included, nor the head), ``linear`` (the weights of the blocks' linear layers), or ``auto``: see
             :meth:`parts`.
-        vary: recut the text into segments in a new order, and replace a few tokens, in every epoch; see
+        vary: cut the text into segments, join them in a new order, and replace a few tokens, in every epoch; see
             :mod:`thanos.recovery.sequences`. The dense model then runs in each pass.
         batch: number of sequences in a step, over all processes.
         micro_batch: number of sequences that a process runs at once; their gradients are summed. None: on CUDA the process's
@@ -81,7 +81,7 @@ class RecoveryRecipe:
     )
     vary: bool = setting(
         True,
-        "Recut the text into segments in a new order, and replace a few tokens, in every epoch",
+        "Cut the text into segments, join them in a new order, and replace a few tokens, in every epoch",
         Heading.RECOVERY,
     )
     batch: int = setting(4, "Sequences in a step, over all processes", Heading.RECOVERY, "N", lowest=1)
@@ -154,7 +154,7 @@ class RecoveryRecipe:
 
     @property
     def trained(self) -> int:
-        """Number of sequences that are trained on, the first ones. All others are held out: they fill whole batches only."""
+        """Number of sequences that are trained on: the first ones, in whole batches. All others are held out."""
         least = self.held_out or max(1, self.samples // _HELD_OUT_SHARE)
         return max(0, self.samples - least) // self.batch * self.batch
 
@@ -224,9 +224,9 @@ def _rate(value: Any) -> float | str:
 def rate_for(divergence: float) -> float:
     """Return the largest learning rate for a model at a given divergence from the dense one, with two digits.
 
-    It is 2.5e-4, and 5.5e-4 more for each nat, but at most 1e-3: a model that lost more has a longer way to go. The constants
-    fit the best of the rates that were tried on SmolLM2-135M: 3e-4 to 4e-4 at 50 %, 4e-4 at 2:4 and 6e-4 at 70 %, where the
-    divergence was 0.22, 0.40 and 0.66 nats.
+    It is 2.5e-4, and 5.5e-4 more for each nat, but at most 1e-3: the more a model lost, the farther its weights have to move.
+    The constants fit the best of the rates that were tried on SmolLM2-135M: 3e-4 to 4e-4 at 50 %, 4e-4 at 2:4 and 6e-4 at 70 %,
+    where the divergence was 0.22, 0.40 and 0.66 nats.
 
     Args:
         divergence: KL(dense ‖ pruned) on held-out sequences before the training, in nats a token.

@@ -27,14 +27,14 @@ from thanos.recovery.pair import Pair, load, masks_of, open_pair, resolve_pair, 
 from thanos.recovery.recipe import RecoveryRecipe
 from thanos.recovery.report import NAME, NOTHING_BETTER, RecoveryReport, read_pruning_report, write_reports
 from thanos.recovery.setup import (
-    besides,
+    bytes_besides,
     check_shard,
     check_split,
     check_text,
     checked_recipe,
     describe_models,
+    memory_advice,
     require_trainer,
-    smaller,
 )
 from thanos.recovery.states import RecoveryFolder
 from thanos.run.lock import locked
@@ -58,7 +58,7 @@ class _Job:
     overwrite: bool
     work: RecoveryFolder
     meter: PhaseMeter
-    tell: EventStream
+    emit: EventStream
     world: World
 
     @property
@@ -81,10 +81,10 @@ def recover(
     """Train the surviving weights of a pruned model so that its next-token distributions approach those of the dense model.
 
     The loss is KL(dense ‖ pruned), averaged over all tokens of the training sequences. The weights of the blocks' linear layers
-    are trained, unless the recipe says otherwise; an exact zero among them stays zero. In each epoch the text is cut elsewhere
-    and put in a new order, and a few tokens are replaced, unless the recipe says otherwise. The weights are float32 during
-    training; on CUDA the matrix products run in bfloat16. After every epoch the loss on held-out sequences is measured with the
-    weights rounded as they would be stored, and the best state is written; if none is better, the original weights.
+    are trained, and an exact zero among them stays zero. In each epoch the text is cut into segments, which are joined in a new
+    order, and a few tokens are replaced. The recipe can change both. The weights are float32 during training; on CUDA the
+    matrix products run in bfloat16. After every epoch the loss on held-out sequences is measured with the weights rounded to
+    the data types in which they are stored. The state with the smallest loss is written; if no epoch lowered it, the original.
 
     Args:
         model: the pruned model: a local folder or a hub name; made by any method, pattern or tool. It has zeros, or fewer
@@ -125,11 +125,11 @@ def recover(
         check_interrupted(work, resume=resume, overwrite=overwrite)
     device = my_device(choose_device(recipe.device))
     meter = PhaseMeter(device)
-    tell = EventStream(on_event, meter, keep_log=True)
-    with resource_errors(*smaller(recipe)), join(device) as world, ExitStack() as stack:
+    emit = EventStream(on_event, meter, keep_log=True)
+    with resource_errors(*memory_advice(recipe)), join(device) as world, ExitStack() as stack:
         check_split(recipe, world.size)
         check_shard(recipe, device)
-        job = _Job(recipe, device, resume, overwrite, work, meter, tell if world.rank == 0 else EventStream(), world)
+        job = _Job(recipe, device, resume, overwrite, work, meter, emit if world.rank == 0 else EventStream(), world)
         sources = resolve_pair(model, dense, trust_remote_code=trust)
         now = describe(recipe.to_dict(), describe_models(*sources), device)
         now["machine"]["processes"] = world.size
@@ -137,7 +137,7 @@ def recover(
             if job.leads:
                 check_completed(work, recipe.text, now, calibration)
                 message = f"OUT {out} is already complete, made by the same run: nothing to do"
-                tell(Event(kind="note", phase="load", message=message))
+                emit(Event(kind="note", phase="load", message=message))
             return world.from_first(lambda: _read(work.out))
         if job.leads:
             # The work folder is created only after all other checks have passed.
@@ -146,7 +146,7 @@ def recover(
             check()
             check_interrupted(work, resume=resume, overwrite=overwrite)
             if resume and not work.finished and not work.published:
-                tell(
+                emit(
                     Event(kind="note", phase="load", message="there is nothing to resume: starting from the beginning")
                 )
         return _recover(*sources, job, now, calibration)
@@ -159,9 +159,9 @@ def _read(folder: Path) -> RecoveryReport:
 def _recover(
     source: ModelSource, parent: ModelSource, job: _Job, now: dict[str, Any], given: Calibration | None
 ) -> RecoveryReport:
-    recipe, work, tell, world = job.recipe, job.work, job.tell, job.world
+    recipe, work, emit, world = job.recipe, job.work, job.emit, job.world
     before: dict[str, Any] = work.run if job.resume and job.leads else {}
-    tell(Event(kind="phase", phase="load"))
+    emit(Event(kind="phase", phase="load"))
     with job.meter.phase("load"):
         if before:
             check_same_run(before, now)
@@ -175,11 +175,11 @@ def _recover(
         if job.leads:
             read_pruning_report(source.folder)
             check_text(recipe, parent, given)
-        pair = open_pair(source, parent, job.device, tell, look=job.leads)
+        pair = open_pair(source, parent, job.device, emit, look=job.leads)
         if job.leads:
-            check_room(pair.pruned.checkpoint.layout, work.model, besides=0 if before else besides(pair))
+            check_room(pair.pruned.checkpoint.layout, work.model, besides=0 if before else bytes_besides(pair))
     with job.meter.phase("calibration"):
-        tell(Event(kind="phase", phase="calibration"))
+        emit(Event(kind="phase", phase="calibration"))
         calibration = world.from_first(lambda: _calibrate(pair, parent, job, given))
     now |= {"calibration": calibration.to_dict(), "steps": recipe.steps}
     notes = check_same_run(before, now) if before else []
@@ -191,10 +191,10 @@ def _recover(
             else:
                 work.start(now)
                 work.steps.mkdir()
-            stack.enter_context(closing(tell))
-            tell.log_to(work.model / LOG_NAME)
+            stack.enter_context(closing(emit))
+            emit.log_to(work.model / LOG_NAME)
             for note in notes:
-                tell(Event(kind="note", phase="load", message=note))
+                emit(Event(kind="note", phase="load", message=note))
         guard, ended = _train(pair, calibration, job)
         result = Trained(pair, calibration, recipe, guard, ended, notes)
         return world.from_first(lambda: _finish(result, job))
@@ -204,11 +204,11 @@ def _finish(result: Trained, job: _Job) -> RecoveryReport:
     """Write the output from the best state, and publish it."""
     work = job.work
     with job.meter.phase("finish"):
-        job.tell(Event(kind="phase", phase="finish"))
+        job.emit(Event(kind="phase", phase="finish"))
         zeros = write_model(result, work)
     report = make_report(result, job.device, job.meter, sum(zeros.values()))
     if not report.best_step:
-        job.tell(Event(kind="note", phase="finish", message=NOTHING_BETTER))
+        job.emit(Event(kind="note", phase="finish", message=NOTHING_BETTER))
     write_reports(report, result.pair.pruned.source.folder, work.model, zeros)
     run = completed_run(work.run, job.recipe.text, work.model)
     (work.model / RUN_NAME).write_text(json.dumps(run, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -220,7 +220,7 @@ def _calibrate(pair: Pair, parent: ModelSource, job: _Job, given: Calibration | 
     """Make the windows with the tokenizer, which both models share, or check the windows that the caller has made."""
     if given is not None:
         given.check_made_by(job.recipe.text)
-    made = given or make_calibration(parent, job.recipe.text, job.device, job.tell)
+    made = given or make_calibration(parent, job.recipe.text, job.device, job.emit)
     for opened in (pair.pruned, pair.dense):
         check_token_ids(made.ids, opened.meta_model)
     return made
@@ -246,7 +246,7 @@ def _train(pair: Pair, calibration: Calibration, job: _Job) -> tuple[Guard, str]
         work.tidy_states(guard.best["step"] if history else 0)
     module = Distillation(pruned.meta_model, pair.dense.meta_model)
     training = Training(
-        module, masks, ids, calibration.bos, guard, recipe, work, job.device, job.world, job.tell, job.meter
+        module, masks, ids, calibration.bos, guard, recipe, work, job.device, job.world, job.emit, job.meter
     )
     if newest is not None and history[-1]["step"] >= recipe.steps:
         return guard, ""
@@ -258,14 +258,14 @@ def _train(pair: Pair, calibration: Calibration, job: _Job) -> tuple[Guard, str]
                 name_damage(opened, None)
             raise
     if ended:
-        job.tell(
+        job.emit(
             Event(kind="note", phase="train", message=f"{ended}: the training ends, and the best earlier state is kept")
         )
     return guard, ended
 
 
 def _writer(pair: Pair, job: _Job) -> Callable[[int, Iterable[tuple[str, Tensor]]], None] | None:
-    """Return the function by which the guard writes a state; None in all processes but rank 0."""
+    """Return the function with which the guard writes a state; None in all processes but rank 0."""
     pruned = pair.pruned
 
     def write(step: int, tensors: Iterable[tuple[str, Tensor]]) -> None:

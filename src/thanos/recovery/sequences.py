@@ -1,8 +1,8 @@
 """The text of each epoch, and the order of its sequences in the training.
 
-Few sequences that stay the same in all epochs are learned by heart: the training loss falls far below the held-out one. So the
-text is varied in each epoch (:func:`recut`, :func:`replace_some`). The dense model says what follows any text, also one that
-nobody wrote, so its outputs are right for the varied text too.
+A model learns few sequences by heart if they are the same in all epochs: the training loss falls far below the held-out one.
+So the text is varied in each epoch (:func:`recut`, :func:`replace_some`). What the dense model predicts is the right answer for
+any text, also for one that nobody wrote.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Sequences(Dataset[dict[str, Tensor]]):
 
     An item has its token ids, (T,). If the text is the same in all epochs, it also has the sequence's number, from 0.
 
-    The position in the training and the seed alone determine the item, on the CPU. So a resumed training needs no state for
-    the text, and all processes have the same one.
+    An item depends only on its index and on the seed, whatever the device. So a resumed training needs no state for the text,
+    and all processes have the same text.
 
     Args:
         ids: token ids of the sequences that are trained on, (n, T) int64, on the CPU.
@@ -45,11 +45,11 @@ class Sequences(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        epoch, place = divmod(index, len(self._ids))
+        epoch, position = divmod(index, len(self._ids))
         if self._current is None or self._current[0] != epoch:
             self._current = (epoch, *self._made(epoch))
         _, order, text = self._current
-        number = order[place]
+        number = order[position]
         return {"ids": text[number]} if self._recipe.vary else {"ids": text[number], "numbers": number}
 
     def _made(self, epoch: int) -> tuple[Tensor, Tensor]:

@@ -71,7 +71,7 @@ def checked_recipe(recipe: Any) -> RecoveryRecipe:
     return recipe
 
 
-def smaller(recipe: RecoveryRecipe) -> tuple[str, ...]:
+def memory_advice(recipe: RecoveryRecipe) -> tuple[str, ...]:
     """Return the advice for a run that is out of memory; see :func:`~thanos.errors.resource_errors`."""
     lower = [] if recipe.micro_batch == 1 else ["give --micro-batch 1"]
     return (*lower, f"lower --sequence-length (now {recipe.sequence_length})")
@@ -82,7 +82,7 @@ def describe_models(source: ModelSource, parent: ModelSource) -> dict[str, Any]:
     return describe_model(source) | {f"dense {name}": value for name, value in describe_model(parent).items()}
 
 
-def besides(pair: Pair) -> int:
+def bytes_besides(pair: Pair) -> int:
     """Return the bytes on the disk besides the output's weights: two checkpoints, two best states, and the log."""
     layout = pair.pruned.checkpoint.layout
     parameters = sum(info.numel for info in pair.pruned.checkpoint.tensors.values())

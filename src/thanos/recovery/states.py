@@ -2,8 +2,8 @@
 
 ``best-N/`` holds the trained tensors after step N as they would be written to the output: same files, offsets and dtypes.
 ``steps/checkpoint-N/`` holds what the training needs to go on: float32 weights, the optimizer's state, and the history of the
-held-out loss. A checkpoint counts only with its mark, which is written once everything is on the disk, the best state included.
-So a crash at any moment leaves a checkpoint and the best state that its history names.
+held-out loss. A checkpoint counts only with its mark. The mark is written when everything else is on the disk, the best state
+included. So whenever a crash comes, the newest checkpoint with a mark and the best state that its history names are complete.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ STATE = "trainer_state.json"
 """The Trainer's own file; ``log_history`` has an entry for each measurement of the held-out loss."""
 
 BYTES_PER_PARAMETER = 2 * 12
-"""Bytes on the disk per trained parameter for checkpoints: float32 weights and two moments, twice, since an old checkpoint is
-deleted only after the new one is complete."""
+"""Bytes on the disk for checkpoints, per trained parameter: float32 weights and two moments, twice, since an old checkpoint is
+deleted when the new one is complete."""
 
 
 class RecoveryFolder(WorkFolder):
-    """The work folder of a recovery, ``.OUT.recovery``. It is another one than pruning's, so neither deletes the other's.
+    """The work folder of a recovery, ``.OUT.recovery``. Pruning's has another name, so neither deletes the other.
 
     Attributes:
         steps: folder of the Trainer's checkpoints.

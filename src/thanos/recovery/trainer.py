@@ -1,6 +1,6 @@
 """The training of a recovery, by transformers' ``Trainer``: on a CPU, one GPU, or several processes.
 
-Import this module only after :func:`require_trainer`: the Trainer needs accelerate.
+Import this module only after :func:`~thanos.recovery.setup.require_trainer`: the Trainer needs accelerate.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from thanos.system.meter import PhaseMeter
 _WEIGHTS = "weights.safetensors"
 
 BETAS, CLIP = (0.9, 0.95), 1.0
-"""AdamW's decay rates, and the largest norm of a gradient; without weight decay, which would pull the weights
-towards zero instead of the dense model."""
+"""Decay rates of AdamW's moments, and the largest norm of the gradient. There is no weight decay, which would pull the weights
+towards zero and not towards the dense model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,15 +46,15 @@ class Training:
     Attributes:
         module: the student with its loss, loaded in float32.
         masks: parameter name in the student → bool mask of the weights that stay, on the device.
-        ids: token ids of all sequences, (n, T), on the CPU; the first ones are trained on.
+        ids: token ids of all sequences, (n, T), on the CPU. The first ``recipe.trained`` of them are for training.
         bos: id of the token with which each sequence begins; None without one.
         guard: measures the held-out loss.
         recipe: the settings.
-        folder: for the checkpoints.
+        folder: the work folder, which holds the checkpoints.
         device: device of this process.
         world: the processes.
-        tell: function that is called with events.
-        meter: counts the seconds of the parts.
+        emit: function that is called with events.
+        meter: meter of seconds and memory by phase.
     """
 
     module: Distillation
@@ -66,7 +66,7 @@ class Training:
     folder: RecoveryFolder
     device: torch.device
     world: World
-    tell: Callable[[Event], None]
+    emit: Callable[[Event], None]
     meter: PhaseMeter
 
     @property
@@ -96,11 +96,11 @@ class Training:
         """Run the dense decoder once over all sequences."""
         total, length = len(self.ids), self.ids.shape[1]
 
-        def tell(done: int) -> None:
-            self.tell(Event(kind="progress", phase="dense", done=done, total=total, tokens=done * length))
+        def report(done: int) -> None:
+            self.emit(Event(kind="progress", phase="dense", done=done, total=total, tokens=done * length))
 
-        self.tell(Event(kind="phase", phase="dense", total=total))
-        keep_outputs(self.module, self.ids, self.micro_batch, self.device, self.world, tell)
+        self.emit(Event(kind="phase", phase="dense", total=total))
+        keep_outputs(self.module, self.ids, self.micro_batch, self.device, self.world, report)
 
 
 def micro_batch(recipe: RecoveryRecipe, device: torch.device, processes: int) -> int:

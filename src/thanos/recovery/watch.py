@@ -25,8 +25,8 @@ PREFIX = "student."
 """Prefix of the pruned model's parameter names in the trained module."""
 
 CHECKPOINT_SECONDS = 60.0
-"""Least time between two checkpoints, in seconds; they are written at the end of an epoch. An epoch of a small model takes less
-time than its checkpoint, so a checkpoint after each would take most of the run."""
+"""Least time between two checkpoints, in seconds. They are written at the end of an epoch. An epoch of a small model takes less
+time than a checkpoint, so one after every epoch would take most of the run."""
 
 READ_SECONDS = 0.5
 """Seconds between two readings of the losses on CUDA."""
@@ -57,8 +57,8 @@ class Watch(TrainerCallback):
     def mask_gradients(self) -> None:
         """Set the gradients of removed weights to zero.
 
-        It happens before the norm is clipped, so they contribute neither to it nor to AdamW's moments. AdamW's step of a weight
-        whose gradients were all zero is exactly zero, so the weights themselves need no mask.
+        The norm is clipped afterwards, so these gradients contribute neither to it nor to AdamW's moments. AdamW does not move
+        a weight whose gradients were all zero, so the weights themselves need no mask.
         """
         if not self._masked:
             parameters = dict(self.trainer.model.named_parameters())
@@ -73,7 +73,7 @@ class Watch(TrainerCallback):
         """Measure the model before the training, unless the run is resumed; set the learning rate."""
         one = self._training
         self._resumed = state.global_step
-        one.tell(Event(kind="phase", phase="train", done=state.global_step, total=one.recipe.steps))
+        one.emit(Event(kind="phase", phase="train", done=state.global_step, total=one.recipe.steps))
         if not one.guard.history:
             self._measure(state, None)
         self.trainer.set_rate(one.recipe.largest_rate(one.guard.history), state.global_step)
@@ -104,7 +104,7 @@ class Watch(TrainerCallback):
         self._saved = time.monotonic()
 
     def _reads(self) -> bool:
-        """Whether to read the losses of the last steps now. On CUDA that waits for the device, so not every step does it."""
+        """Return whether to read the losses of the last steps now. On CUDA that waits for the device, so few steps do it."""
         one = self._training
         return one.device.type != "cuda" or one.world.size > 1 or time.monotonic() - self._read >= READ_SECONDS
 
@@ -118,7 +118,7 @@ class Watch(TrainerCallback):
                 self.ended = f"the loss of step {step} is not a number"
                 return False
             tokens = (step - self._resumed) * one.recipe.batch * one.ids.shape[1]
-            one.tell(Event(kind="progress", phase="train", done=step, total=one.recipe.steps, tokens=tokens, loss=loss))
+            one.emit(Event(kind="progress", phase="train", done=step, total=one.recipe.steps, tokens=tokens, loss=loss))
             self._epoch_loss += loss / one.recipe.steps_per_epoch
         return True
 
@@ -133,7 +133,7 @@ class Watch(TrainerCallback):
                 "NaN or infinity, or its activations overflow"
             )
         state.log_history = list(one.guard.history)  # saved and restored with the checkpoint
-        one.tell(
+        one.emit(
             Event(kind="epoch", phase="train", done=epoch, total=one.recipe.epochs, loss=loss, held_out=entry[HELD_OUT])
         )
 

@@ -141,7 +141,7 @@ def prepare_opened(
         chosen = {layer: settings for layer, settings in chosen.items() if layer.name not in left_dense}
         opened.notes.append(_say_unreached(unreached, left=bool(chosen)))
         watch(Event(kind="note", phase="load", message=opened.notes[-1]))
-    _check_repair(opened, chosen, picture, watch)
+    _note_unpaired(opened, chosen, watch)
     embedding = getattr(opened.meta_model.get_input_embeddings(), "weight", None)
     for layer, settings in chosen.items():
         if layer.weight_name not in opened.key_of or layer.module.get_parameter("weight") is embedding:
@@ -173,18 +173,8 @@ def _written_dtype(source: ModelSource, asked: str) -> torch.dtype | None:
     return parse_dtype(asked)
 
 
-def _check_repair(
-    opened: OpenedModel, layers: dict[LinearLayer, LayerRecipe], picture: Picture, watch: Watcher
-) -> None:
-    """Raise RecipeError if sequences are held out, but the model's blocks need all sequences of a batch together.
-
-    Add a note on layers whose dense target is left out.
-    """
-    if picture.shares and any(settings.repair.holds_out for settings in layers.values()):
-        raise RecipeError(
-            f"{type(opened.meta_model).__name__} passes values between blocks batch by batch, so that no sequences can be held "
-            "out to choose a dense target or to guard a tuning; set dense_target to a number, and tune to 0"
-        )
+def _note_unpaired(opened: OpenedModel, layers: dict[LinearLayer, LayerRecipe], watch: Watcher) -> None:
+    """Add a note on layers whose dense target is left out."""
     routing = Routing(opened.meta_model)
     left = [layer for layer, settings in layers.items() if settings.repair.retargets and not routing.covers(layer)]
     if left:

@@ -153,13 +153,9 @@ class BlockContext:
         assert self.dense_stream is not None, "no layer's repair needs the dense stream"
         return self.dense_stream
 
-    def first_sequences(self) -> Tensor:
-        """Return the block's inputs for this process's first sequence, (1, T, d).
-
-        It is the whole first batch, (B, T, d), for a model whose batches must be the same for all blocks.
-        """
-        size = self.runner.settled(self.index) if self.runner.shares and self.index is not None else 1
-        return next(hidden for _, hidden in self.batches(size))
+    def first_sequence(self) -> Tensor:
+        """Return the block's inputs for this process's first sequence, (1, T, d)."""
+        return next(hidden for _, hidden in self.batches(1))
 
     @property
     def on_device(self) -> bool:

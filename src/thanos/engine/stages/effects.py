@@ -32,7 +32,7 @@ class EffectStage:
             return
         with context.meter.phase("statistics"):
             found = []
-            for first, hidden in context.batches(context.runner.settled(context.index) if context.runner.shares else 1):
+            for first, hidden in context.batches(1):
                 outputs = context.forward(hidden, first)
                 cosine = torch.nn.functional.cosine_similarity(hidden.double(), outputs.double(), dim=-1)
                 found.append((1 - cosine).flatten().cpu())

@@ -88,7 +88,7 @@ def _steps(context: BlockContext, layers: list[LinearLayer], streams: Mapping[st
     waiting = {layer.name for layer in layers if context.layers[layer].repair.sequential}
     if not layers or not waiting:
         return [layers] if layers else []
-    hidden = context.first_sequences()
+    hidden = context.first_sequence()
     level = context.world.from_first(lambda: levels(lambda: context.forward(hidden, 0), layers))
     first = min(level[name] for name in waiting), False
     # Two layers that fill the same gap of the residual stream, each in ignorance of the other, would fill it twice. So the
@@ -103,7 +103,7 @@ def _streams(context: BlockContext, layers: Sequence[LinearLayer], targeted: Col
     """Return the streams of the layers with a dense target."""
     if not targeted:
         return {}
-    hidden = context.first_sequences()
+    hidden = context.first_sequence()
 
     def find() -> dict[str, Stream]:
         return residual_streams(lambda: context.forward(hidden, 0), hidden, context.module, layers)

@@ -2,14 +2,13 @@
 
 Tuned are the weights that pruning kept, the biases of the pruned layers, and other parameters of the block, such as gains. Not
 tuned are zeros of matrices, linear layers that the recipe leaves dense (``skip``, ``targets``) or whose own ``tune`` is 0,
-routers of a mixture of experts, parameters that another module shares, and buffers. Not tuned at all are models whose blocks
-leave values for later blocks (Gemma 4).
+routers of a mixture of experts, parameters that another module shares, and buffers.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,16 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from thanos.engine.block_arguments import mapped
 from thanos.engine.stages.base import BlockContext
 from thanos.engine.tuned_parameters import Tunable
 from thanos.engine.tuning import Tuned, TuningProgress, tune
 from thanos.engine.tuning_passes import Work
-from thanos.engine.tuning_record import TuningRecord
 from thanos.events import Event
 from thanos.model.experts import router_parameters
 from thanos.model.layers import linear_names
-
-_SHARES = "the blocks of this model leave values for later blocks, which the batches of tuning would overwrite"
 
 _SEEDS = 1_000_003
 """A prime above any number of blocks: each recipe seed and block has a seed of its own."""
@@ -56,10 +53,7 @@ class TuneStage:
         began = time.perf_counter()
         yield context.event("phase", "tune")
         with context.meter.phase("tune"):
-            if context.runner.shares:
-                tuned = Tuned({}, TuningRecord(reason=_SHARES))
-            else:
-                tuned = yield from self._tune_or_spill(context, epochs)
+            tuned = yield from self._tune_or_spill(context, epochs)
             change = sum(
                 _zeros(value) - _zeros(context.weights.parameter(name))
                 for name, value in tuned.values.items()
@@ -203,8 +197,8 @@ def _float32_arguments(block: nn.Module, device: torch.device) -> Iterator[None]
 def _float32(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.float() if value.is_floating_point() else value
-    if isinstance(value, dict):
-        return {name: _float32(item) for name, item in value.items()}
+    if isinstance(value, MutableMapping):
+        return mapped(value, {name: _float32(item) for name, item in value.items()})
     return type(value)(map(_float32, value)) if type(value) in (tuple, list) else value
 
 
