@@ -89,6 +89,28 @@ def test_a_scope_makes_cells_only_where_it_differs_from_the_methods_own(tmp_path
     assert set(public_cell(cells[1])) == before | {"scope"}
 
 
+def test_units_make_cells_only_where_the_pattern_has_them_and_they_are_not_the_default(tmp_path: Path) -> None:
+    axes = 'pattern = ["unstructured", "neurons", "heads", "width", "blocks"]\nmultiple_of = [1, 64, 256]\n'
+    cells = pruned(read(tmp_path, HEAD + "[[grid]]\n" + axes + 'head_unit = ["group", "query"]\n'))
+    found = [(c.pattern, c.multiple_of, c.head_unit) for c in cells]
+    assert found == [
+        ("unstructured", None, None),
+        ("neurons", 1, None), ("neurons", None, None), ("neurons", 256, None),
+        ("heads", None, None), ("heads", None, "query"), ("heads", 64, None), ("heads", 64, "query"),
+        ("heads", 256, None), ("heads", 256, "query"),
+        ("width", 1, None), ("width", 1, "query"), ("width", None, None), ("width", None, "query"),
+        ("width", 256, None), ("width", 256, "query"),
+        ("blocks", None, None),
+    ]  # fmt: skip
+    for cell in cells:
+        recipe = cell.recipe()
+        assert (recipe.multiple_of, recipe.head_unit) == (cell.multiple_of, cell.head_unit)
+    assert cells[1].title().endswith("neurons 20 % multiple of 1 seed 0")
+    assert cells[5].title().endswith("heads 20 % head unit query seed 0")
+    assert not {"multiple_of", "head_unit"} & set(public_cell(cells[2])), "cells of older stores keep their key"
+    assert public_cell(cells[1])["multiple_of"] == 1
+
+
 def test_equal_repairs_are_one_cell_however_they_are_written(tmp_path: Path) -> None:
     axes = 'effort = ["fast", "high", "max"]\ntune = [0, 10]\nrefit = [0, 20]\n'
     cells = pruned(read(tmp_path, HEAD + "[[grid]]\n" + axes))
@@ -128,8 +150,9 @@ def test_every_method_has_its_own_default_block_size(tmp_path: Path) -> None:
 
 def test_the_axes_of_a_grid_are_the_settings_of_a_cell(tmp_path: Path) -> None:
     names = (
-        "model, method, pattern, sparsity, outlier_rows, keep_budget, block_size, damping, scope, allocation, effort, "
-        "dense_target, sequential, refit, tune, calibration, samples, sequence_length, seed, zero_shot"
+        "model, method, pattern, sparsity, outlier_rows, keep_budget, block_size, damping, scope, multiple_of, "
+        "head_unit, allocation, effort, dense_target, sequential, refit, tune, calibration, samples, sequence_length, seed, "
+        "zero_shot"
     )
     with pytest.raises(StudyError, match=f"unknown field; allowed are {names}$"):
         read(tmp_path, HEAD + '[[grid]]\ndevice = "cpu"\n')
@@ -141,6 +164,8 @@ def test_the_axes_of_a_grid_are_the_settings_of_a_cell(tmp_path: Path) -> None:
         ("sequential = 1", "must be true or false; got 1"),
         ("refit = -1", "must be a whole number, at least 0; got -1"),
         ('allocation = "owl"', "must be one of uniform, error; got 'owl'"),
+        ("multiple_of = 0", "must be a whole number, at least 1; got 0"),
+        ('head_unit = "pair"', "must be one of group, query; got 'pair'"),
         ("keep_budget = 1", "must be true or false; got 1"),
         ("block_size = 0", "must be a whole number, at least 1; got 0"),
         ("damping = -1", "damping must be a number, at least 0; got -1"),

@@ -37,6 +37,13 @@ class ModelUnits(Pattern):
     whole_columns: ClassVar[bool] = True
     can_be_required: ClassVar[bool] = False
 
+    def check_block_size(self, block_size: int) -> None:
+        """Refuse any: units are chosen among all columns of a layer at once."""
+        raise RecipeError(
+            f"block_size {block_size} has no meaning for pattern {self}, which works on all columns of a layer at once; leave "
+            "block_size out"
+        )
+
     def violation(self, zero: Tensor) -> str:
         """Return an empty text: in a model that was cut, nothing is zero."""
         del zero

@@ -142,12 +142,12 @@ class LayerRecipe:
         registry.check_pattern(method, pattern)
         object.__setattr__(self, "pattern", str(pattern))
         check_number("outlier_rows", self.outlier_rows, 0.0, 1.0)
-        check_outlier_rows(pattern, self.outlier_rows)
         check_values({"block_size": self.block_size, "damping": self.damping})
         for name, value in checked({name: getattr(self, name) for name in REPAIR_FIELDS}).items():
             object.__setattr__(self, name, value)
         if not isinstance(self.keep_budget, bool):
             raise RecipeError(f"keep_budget must be true or false; got {self.keep_budget!r}")
+        check_outlier_rows(pattern, self.outlier_rows, self.keep_budget)
         if self.keep_budget and self.outlier_rows > 0:
             pattern.check_keep_budget(self.outlier_rows)
         check_scope(self.scope, pattern)

@@ -16,12 +16,23 @@ if TYPE_CHECKING:
 HEAD_UNITS = ("group", "query")
 """What goes together with grouped-query attention: a key-value head with its query heads, or one query head of every group."""
 
+_MULTIPLES = {NEURONS: 64, HEADS: 1}
+"""Kind → the number of which the units that stay are a multiple, unless the recipe says otherwise."""
+
 _FIXED = ("pattern", "sparsity")
 """Settings that are the same for all layers, so that the model has one size in all blocks."""
 
 
-def check_outlier_rows(pattern: Pattern, outlier_rows: float) -> None:
-    """Refuse outlier rows for a pattern that removes units.
+def default_multiple(pattern: Pattern) -> int | None:
+    """Return the number of which the units that stay are a multiple by default: of a pattern with two kinds, its neurons.
+
+    None for a pattern that removes no such units.
+    """
+    return next((_MULTIPLES[kind] for kind in pattern.unit_kinds if kind in _MULTIPLES), None)
+
+
+def check_outlier_rows(pattern: Pattern, outlier_rows: float, keep_budget: bool) -> None:
+    """Refuse outlier rows, and what makes up for them, for a pattern that removes units.
 
     Raises:
         RecipeError: a row that stays dense needs the units that go.
@@ -30,6 +41,11 @@ def check_outlier_rows(pattern: Pattern, outlier_rows: float) -> None:
         raise RecipeError(
             f"outlier_rows {outlier_rows:g} is impossible with pattern {pattern}: a row that stays dense would need the units "
             "that go; leave outlier_rows out"
+        )
+    if pattern.unit_kinds and keep_budget:
+        raise RecipeError(
+            f"keep_budget has no meaning for pattern {pattern}, which allows no outlier rows to make up for; leave keep_budget "
+            "out"
         )
 
 

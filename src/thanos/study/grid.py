@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from thanos import registry
+from thanos.patterns.units import HEADS
 from thanos.recipe import LayerRecipe, Recipe
 from thanos.recipe.allocation import ALLOCATIONS
 from thanos.recipe.repair import REPAIR_FIELDS, Repair, checked, resolved
+from thanos.recipe.units import HEAD_UNITS, default_multiple
 from thanos.registry import EffortRow, parse_pattern
 from thanos.run.model_card import public_name as public
 
@@ -27,8 +29,9 @@ class Cell:
     """One point of the grid, normalised so that equal runs are equal cells.
 
     A field that the method or pattern does not use is None: the block size and damping of Wanda, the sparsity of n:m, a scope
-    that is the method's own or the effort's, the effort ``fast``, a part of the repair that is what the effort says, all fields
-    but the model and method of ``dense``. The fields are those of :class:`~thanos.recipe.Recipe`.
+    that is the method's own or the effort's, a multiple and a unit of heads that are the pattern's defaults, the effort
+    ``fast``, a part of the repair that is what the effort says, all fields but the model and method of ``dense``. The fields
+    are those of :class:`~thanos.recipe.Recipe`.
     """
 
     model: str
@@ -40,6 +43,8 @@ class Cell:
     block_size: int | None = None
     damping: float | None = None
     scope: str | None = None
+    multiple_of: int | None = None
+    head_unit: str | None = None
     allocation: str | None = None
     effort: str | None = None
     dense_target: float | str | None = None
@@ -62,6 +67,7 @@ class Cell:
             return f"{public(self.model)} {self.method}"
         parts = [public(self.model), self.method, self.pattern]
         parts += [f"{100 * self.sparsity:g} %"] if self.sparsity is not None else []
+        parts += [units] if (units := units_label(asdict(self))) else []
         parts += [f"α {self.outlier_rows:g}{' kept' if self.keep_budget else ''}"] if self.outlier_rows else []
         parts += [f"B {self.block_size}"] if self.block_size is not None else []
         parts += [f"by {self.scope}"] if self.scope is not None else []
@@ -138,14 +144,26 @@ class Study:
         return {"dtype": self.dtype, "evaluation": evaluation, "zero_shot": zero_shot}
 
 
-NEWER = ("scope", "allocation", "effort", *(field.name for field in fields(Repair)))
+_REPAIR = ("allocation", "effort", *(field.name for field in fields(Repair)))
+NEWER = ("scope", "multiple_of", "head_unit", *_REPAIR)
 """Fields of a cell that are left out where they are None."""
+
+
+def units_label(cell: Mapping[str, Any]) -> str:
+    """Return in a few words how a cell counts the units that it removes: ``multiple of 256``; empty for the default.
+
+    Args:
+        cell: values of a :class:`Cell`, or of a record's ``cell``.
+    """
+    multiple, unit = cell.get("multiple_of"), cell.get("head_unit")
+    parts = [f"multiple of {multiple}"] if multiple is not None else []
+    return ", ".join([*parts, *([f"head unit {unit}"] if unit is not None else [])])
 
 
 def repair_label(cell: Mapping[str, Any]) -> str:
     """Return the allocation and the repair of a cell's values in a few words: ``effort max, tune 0``; empty without."""
     words = {True: "yes", False: "no"}
-    found = {name: cell.get(name) for name in NEWER if name != "scope" and cell.get(name) is not None}
+    found = {name: cell.get(name) for name in _REPAIR if cell.get(name) is not None}
     texts = {
         name: words[value] if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else value
         for name, value in found.items()
@@ -195,7 +213,9 @@ def _normal(cell: Cell) -> Cell:
         block_size = cell.block_size or method.default_block_size(pattern)
     own = registry.effort(cell.effort or registry.DEFAULT_EFFORT).scope or method.scope
     scope = None if not pattern.any_entries or cell.scope == own else cell.scope
-    return replace(cell, block_size=block_size, damping=damping, scope=scope)
+    multiple = None if default_multiple(pattern) in (None, cell.multiple_of) else cell.multiple_of
+    unit = cell.head_unit if HEADS in pattern.unit_kinds and cell.head_unit != HEAD_UNITS[0] else None
+    return replace(cell, block_size=block_size, damping=damping, scope=scope, multiple_of=multiple, head_unit=unit)
 
 
 def resolved_repair(cell: Cell) -> Repair:

@@ -36,6 +36,22 @@ def test_rows_differ_in_nothing_but_the_seed() -> None:
     assert len(keys) == len(set(keys)) == len(full_study(blocks=1)) - 1  # all but the dense model
 
 
+def test_rows_that_count_units_differently_are_apart_and_named() -> None:
+    usual = three((30.0, 31.0, 32.0), pattern="neurons", block_size=None)
+    wide = three((33.0, 34.0, 35.0), pattern="neurons", block_size=None, multiple_of=256)
+    heads = three((40.0, 41.0, 42.0), pattern="heads", block_size=None, head_unit="query")
+    results = Results(MODEL, [*usual, *wide, *heads])
+    assert [row.pattern_label for row in results.rows] == [
+        "neurons 50 %",
+        "neurons 50 %, multiple of 256",
+        "heads 50 %, head unit query",
+    ]
+    assert [len(row.records) for row in results.rows] == [3, 3, 3]
+    found = results.find(method="thanos", pattern="neurons", sparsity=0.5)
+    assert found is not None
+    assert not found.units, "a row is compared with those that count alike"
+
+
 def test_another_damping_is_a_variation_and_methods_without_damping_are_not() -> None:
     results = Results(MODEL, [*three((44.0, 45.0, 46.0)), record(cell(damping=0.1)), record(cell("wanda"))])
     assert [row.damping for row in results.variations] == [0.1]

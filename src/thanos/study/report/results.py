@@ -12,7 +12,7 @@ from thanos import registry
 from thanos.errors import RecipeError
 from thanos.recipe import LayerRecipe
 from thanos.registry import parse_pattern
-from thanos.study.grid import repair_label
+from thanos.study.grid import repair_label, units_label
 from thanos.study.report.comparable import calibration_of, damping_of, is_cost_only, most_common, select_cells
 from thanos.study.report.numbers import Number, field_of, mean, spread
 from thanos.study.store import CellRecord
@@ -24,6 +24,7 @@ class Row:
 
     Attributes:
         sparsity: requested sparsity; for n:m that of the pattern.
+        units: how the units that go are counted, see :func:`~thanos.study.grid.units_label`; empty for the default.
         repair: allocation and repair in a few words, see :func:`~thanos.study.grid.repair_label`; empty without either.
         alpha: fraction of outlier rows.
         records: the cells, sorted by seed.
@@ -35,6 +36,7 @@ class Row:
     method: str
     pattern: str
     sparsity: float
+    units: str
     alpha: float
     keep_budget: bool
     block_size: int | None
@@ -65,8 +67,10 @@ class Row:
 
     @property
     def pattern_label(self) -> str:
-        """The pattern, with the requested sparsity unless the pattern implies it: ``columns 30 %``."""
-        return self.pattern if _implies_sparsity(self.pattern) else f"{self.pattern} {percent(self.sparsity)}"
+        """The pattern, with the requested sparsity unless the pattern implies it: ``columns 30 %``, and the units."""
+        if _implies_sparsity(self.pattern):
+            return self.pattern
+        return ", ".join([f"{self.pattern} {percent(self.sparsity)}", *([self.units] if self.units else [])])
 
     @property
     def setting(self) -> str:
@@ -92,6 +96,7 @@ class Row:
         return (
             *pattern_order(self.pattern),
             self.sparsity,
+            self.units,
             position,
             self.method,
             self.alpha,
@@ -207,7 +212,7 @@ class Results:
     def find(self, **settings: Any) -> Row | None:
         """Return the row with these attributes, else None.
 
-        By default α = 0, block size and scope are the method's, and there is no repair.
+        By default α = 0, block size and scope are the method's, units are counted as usual, and there is no repair.
         """
         wanted = {"alpha": 0.0, **settings}
         return next((row for row in (*self.rows, *self.scoped, *self.repaired) if _matches(row, wanted)), None)
@@ -228,13 +233,7 @@ def over_common_seeds(*rows: Row, field: str = "perplexity") -> tuple[Row, ...]:
 
 
 def _kin(row: Row, rows: Iterable[Row]) -> tuple[Row, ...]:
-    wanted = {
-        "method": row.method,
-        "pattern": row.pattern,
-        "sparsity": row.sparsity,
-        "scope": row.scope,
-        "repair": row.repair,
-    }
+    wanted = {name: getattr(row, name) for name in ("method", "pattern", "sparsity", "units", "scope", "repair")}
     return tuple(other for other in rows if _matches(other, wanted, any_block=True))
 
 
@@ -245,6 +244,8 @@ def models_of(records: Iterable[CellRecord]) -> list[str]:
 
 def _matches(row: Row, wanted: dict[str, Any], *, any_block: bool = False) -> bool:
     if "block_size" not in wanted and not any_block and not row.has_default_block:
+        return False
+    if "units" not in wanted and not any_block and row.units:
         return False
     if "scope" not in wanted and row.scope is not None:
         return False
@@ -268,6 +269,7 @@ def row_of(records: Iterable[CellRecord]) -> Row:
         method=cell["method"],
         pattern=cell["pattern"] or "",
         sparsity=_asked_sparsity(cell),
+        units=units_label(cell),
         alpha=cell["outlier_rows"] or 0.0,
         keep_budget=bool(cell["keep_budget"]),
         block_size=cell["block_size"],

@@ -244,7 +244,7 @@ def beside_own(results: Results, row: Row) -> tuple[Row, Number | None, str]:
         The row over the seeds that both have, the change of the perplexity, and the sign of the verdict. Without a comparable
         row: the row itself, None and a dash.
     """
-    names = ("method", "pattern", "sparsity", "alpha", "keep_budget", "block_size")
+    names = ("method", "pattern", "sparsity", "units", "alpha", "keep_budget", "block_size")
     own = results.find(**{name: getattr(row, name) for name in names})
     change = change_of(row, own) if own is not None and comparable(row, own) else None
     if own is None or change is None:

@@ -22,7 +22,7 @@ def variations(results: Results) -> Section:
         "perplexity|usual_perplexity"
     )
     lines: list[Line] = []
-    names = ("method", "pattern", "sparsity", "alpha", "keep_budget", "block_size", "scope", "repair")
+    names = ("method", "pattern", "sparsity", "units", "alpha", "keep_budget", "block_size", "scope", "repair")
     for row in rows:
         usual = results.find(**{name: getattr(row, name) for name in names})
         calibration = f"{row.calibration}, {row.samples} × {row.sequence_length}"
