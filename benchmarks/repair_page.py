@@ -5,7 +5,8 @@
 A table stands between ``<!-- table FILE: NAME NAME … -->`` and ``<!-- end -->``: one row for each named line of FILE, a path
 relative to the page. ``NAME*`` stands for the lines that begin so, in the order of the file. Below the table stand the commit,
 the hardware, the versions, the date and the command of its lines. ``<!-- short FILE: NAME LABEL; NAME LABEL … -->`` makes a
-table of labels, perplexities, zero-shot accuracies and seconds only. ``--check`` writes nothing, and fails if the page differs.
+table of labels, perplexities, zero-shot accuracies and seconds only. There ``NAME+NAME`` is the last of these lines with the
+seconds of all. ``--check`` writes nothing, and fails if the page differs.
 """
 
 from __future__ import annotations
@@ -92,11 +93,12 @@ def markdown(rows: list[Row]) -> str:
 
 
 def short(rows: list[Row], names: str) -> str:
-    """Return a table with labels; ``names`` has a name and its label for each row, separated by semicolons."""
+    """Return a table with labels; ``names`` has names joined by plus signs and a label for each row, divided by semicolons."""
     lines = ["| | perplexity | zero-shot, % | seconds |", "|---|---|---|---|"]
     for name, _, label in (entry.strip().partition(" ") for entry in names.split(";")):
-        (row,) = chosen(rows, [name])
-        seconds = f"{row['seconds']:.0f}" if "seconds" in row else "–"
+        steps = chosen(rows, name.split("+"))
+        row, spent = steps[-1], sum(step.get("seconds", 0) for step in steps)
+        seconds = f"{spent:.0f}" if spent else "–"
         lines.append(f"| {label} | {row['perplexity']:.2f} | {zero_shot(row) or '–'} | {seconds} |")
     return "\n".join(lines) + "\n"
 

@@ -1,4 +1,4 @@
-"""The committed reports under docs/results/ and the results in README agree with their stores."""
+"""The committed reports under docs/results/ and the tables in its pages agree with their stores."""
 
 from __future__ import annotations
 
@@ -16,15 +16,14 @@ from thanos.study.report.tables import WRITERS
 from thanos.study.store import read_store, store_path
 
 STORES = sorted({store_path(path.parent) for path in (ROOT / "docs" / "results").glob("*/store.jsonl*")})
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGE = ROOT / "docs" / "results" / "study.md"
 
 
-def test_readme_shows_what_the_stores_say() -> None:
-    folders = result_folders(README)
-    if not folders:
-        pytest.skip("README shows no results yet")
-    assert all(store_path(ROOT / folder).is_file() for folder in folders)
-    assert with_results(README, ROOT) == README, "run: thanos report FOLDER --readme README.md"
+def test_the_page_of_the_study_shows_what_its_store_says() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    assert result_folders(text) == ["smollm2-135m"]
+    same = with_results(text, PAGE.parent) == text
+    assert same, f"run: thanos report docs/results/smollm2-135m --readme {PAGE.relative_to(ROOT)}"
 
 
 @pytest.mark.skipif(not STORES, reason="no store is committed yet")

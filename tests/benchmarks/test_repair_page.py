@@ -17,7 +17,7 @@ _SPEC.loader.exec_module(repair_page)
 
 PAGES = [
     page
-    for page in [ROOT / "README.md", *sorted((ROOT / "docs" / "results").glob("*.md"))]
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
     if repair_page.TABLE.search(page.read_text("utf-8"))
 ]
 LINE = {"command": "c", "commit": "abc", "hardware": "h", "torch": "2", "transformers": "5", "date": "2026-01-01"}
@@ -61,6 +61,17 @@ def test_a_short_table_has_labels() -> None:
     assert repair_page.short(rows, "dense the dense model; a half of it").splitlines()[2:] == [
         "| the dense model | 21.61 | – | – |",
         "| half of it | 30.00 | – | 61 |",
+    ]
+
+
+def test_a_row_of_several_steps_has_the_seconds_of_all() -> None:
+    rows = [
+        LINE | {"name": "a", "perplexity": 30.0, "seconds": 61.4},
+        LINE | {"name": "b", "perplexity": 28.0, "seconds": 50.3},
+    ]
+    assert repair_page.short(rows, "a+b both; a one").splitlines()[2:] == [
+        "| both | 28.00 | – | 112 |",
+        "| one | 30.00 | – | 61 |",
     ]
 
 

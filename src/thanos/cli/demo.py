@@ -1,53 +1,77 @@
-"""``make demo``: prune a real model on this machine and show the results in one table.
+"""``make demo``: prune a real model in two ways, and show size, speed and quality of all in one table.
 
-This is not a command of ``thanos``. It runs one prune and one evaluation with small settings, on the help of Python's standard
-library.
+This is not a command of ``thanos``. Its steps are those of ``thanos prune``, ``pack`` and ``compare`` with small settings, on
+the help of Python's standard library. Each step is announced by its command.
 """
 
 from __future__ import annotations
 
+import shlex
 import sys
+import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from thanos.cli import output, tables
 from thanos.cli import progress as display
 
-_RECIPE = {"sparsity": 0.5, "calibration": "pydoc", "samples": 32, "sequence_length": 512}
-_EVALUATION = {"text": "pydoc", "sequence_length": 512, "max_windows": 32}
+if TYPE_CHECKING:
+    from thanos.comparison.document import Row
+
+_RECIPES = {"pruned": {"pattern": "16:32"}, "shrunk": {"pattern": "neurons", "sparsity": 0.2}}
+_SETTINGS = {"effort": "high", "calibration": "pydoc", "samples": 16, "sequence_length": 512, "device": "cpu"}
+_EVALUATION = {"text": "pydoc", "sequence_length": 512, "max_windows": 32, "device": "cpu"}
 
 
 def demo(model: str, out: Path) -> None:
-    """Prune ``model`` to 50 % with Thanos, write it to ``out``, evaluate the dense and the pruned model, print the table."""
+    """Write ``model`` to ``out`` in bfloat16, packed at 16:32, and without a fifth of its neurons; print a table of all."""
     display.hush()
-    import torch
-
     import thanos
-    from thanos.system.meter import PhaseMeter
+    from thanos.comparison.report import PAGE, write_report
+    from thanos.comparison.run import Request, compare
+    from thanos.events import Event
+    from thanos.model.loading import load_model
+    from thanos.model.source import resolve_model
 
+    def say(*words: object, **settings: object) -> str:
+        options = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", value)]
+        command = shlex.join(map(str, ("thanos", *words, *options)))
+        watcher(Event(kind="note", phase="load", message=command))
+        return command
+
+    dense, pruned, packed, shrunk, page = (out / name for name in ("dense", "pruned", "packed", "shrunk", "comparison"))
+    seconds: dict[str, float] = {}
     with display.watch() as watcher:
-        report = thanos.prune(model, out, thanos.Recipe(**_RECIPE), overwrite=True, on_event=watcher)
-        meter = PhaseMeter(torch.device("cpu"))
-        with meter.phase("evaluate both"):
-            result = thanos.evaluate(out, dense=model, on_event=watcher, **_EVALUATION)
-    totals = report.totals
-    assert result.kl_divergence is not None
-    assert result.top1_agreement is not None
-    rows = [
-        ("perplexity, dense", f"{result.dense_perplexity:.3f}"),
-        ("perplexity, pruned", f"{result.perplexity:.3f}"),
-        ("KL divergence, nats a token", f"{result.kl_divergence:.4f}"),
-        ("same most probable token", f"{100 * result.top1_agreement:.1f} %"),
-        ("zeros in the pruned layers", f"{totals['zeros_targeted']:,} of {totals['targeted_parameters']:,}"),
-        ("sparsity of the pruned layers", f"{100 * totals['sparsity_targeted']:.4f} %"),
-        ("sparsity of all parameters", f"{100 * totals['sparsity_all']:.4f} %"),
-        ("mean layer error, zeros alone", f"{totals['mean_error_before_compensation']:.5f}"),
-        ("mean layer error, compensated", f"{totals['mean_error_after_compensation']:.5f}"),
-        *tables.phase_rows(report.phases),
-        *tables.phase_rows(meter.records()),
-        ("written to", str(out)),
-    ]
-    tables.print_table(("", ""), rows, title=f"{Path(model).name}, pruned with Thanos on the CPU")
-    output.show_warnings(report)
+        source = resolve_model(model)
+        load_model(source, dtype="bfloat16").save_pretrained(dense)
+        source.tokenizer().save_pretrained(dense)
+        for name, recipe in _RECIPES.items():
+            settings = recipe | _SETTINGS
+            say("prune", dense, out / name, **settings)
+            report = thanos.prune(dense, out / name, thanos.Recipe(**settings), overwrite=True, on_event=watcher)
+            output.show_warnings(report)
+            seconds[name] = report.seconds
+        say("pack", pruned, packed)
+        began = time.perf_counter()
+        thanos.pack(pruned, packed, overwrite=True, on_event=watcher)
+        seconds["packed"] = seconds.pop("pruned") + time.perf_counter() - began
+        models = [str(folder) for folder in (dense, packed, shrunk)]
+        command = say("compare", *models, out=page, **_EVALUATION)
+        found = compare(models, Request(**_EVALUATION), command=command, on_event=watcher)
+        write_report([found], page, watcher)
+    head = ("", "MB on disk", "MB in memory", "tokens/s", "perplexity", "seconds of work")
+    tables.print_table(head, [_line(row, seconds) for row in found.rows], title=f"{Path(model).name} on the CPU")
+    for row in found.rows:
+        for note in filter(None, (*row.notes, row.reason)):
+            print(f"{row.label}: {note}")
+    print(f"What each model writes for three prompts, and the figures: {page / PAGE}")
+
+
+def _line(row: Row, seconds: dict[str, float]) -> list[str]:
+    disk, memory = (tables.number(value and value / 1e6, 1) for value in (row.disk_bytes, row.weight_bytes))
+    perplexity = (row.evaluation or {}).get("perplexity")
+    work = f"{seconds[row.label]:.0f}" if row.label in seconds else "-"
+    return [row.label, disk, memory, tables.number(row.tokens_per_second, 1), tables.number(perplexity, 2), work]
 
 
 if __name__ == "__main__":

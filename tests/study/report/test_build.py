@@ -423,6 +423,7 @@ def test_a_readme_shows_what_the_store_says(tmp_path: Path) -> None:
     assert "old numbers" not in made
     assert "![Perplexity by pattern and method](docs/m/figures/summary.svg)" in made
     assert "| Dense |" in made
+    assert "made by `thanos report` from `docs/m/store.jsonl`" in made
     assert with_results(made, tmp_path) == made
     assert with_results(made.replace("21.97", "20.97"), tmp_path) == made
 

@@ -78,7 +78,7 @@ def _results(report: Report, contents: Contents, folder: str, store: str) -> str
     devices = ", ".join(dict.fromkeys(record.machine["device"] for record in records))
     dates = sorted(record.date[:10] for record in records)
     span = f", {' to '.join(dict.fromkeys((dates[0], dates[-1])))}" if dates else ""
-    parts.append(f"{devices}{span}; made by `thanos report {folder} --readme README.md` from `{folder}/{store}`.\n")
+    parts.append(f"{devices}{span}; made by `thanos report` from `{folder}/{store}`.\n")
     return "\n".join(parts)
 
 

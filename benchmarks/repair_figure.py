@@ -1,0 +1,75 @@
+"""Draw the perplexity of pruned models after each step of their repair, from the lines that repair.py wrote.
+
+    python benchmarks/repair_figure.py docs/results/repair
+
+reads ``smollm2-135m.jsonl`` in that folder and writes ``steps.svg`` beside it. The same lines give the same bytes. Needs the
+extra ``report`` (matplotlib).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from repair_page import Row, chosen, read
+
+from thanos.study.report.figures.charts import Chart, Point, Series
+from thanos.study.report.figures.draw import draw
+from thanos.study.report.numbers import Number
+
+LINES = "smollm2-135m.jsonl"
+FIGURE = "steps.svg"
+
+GROUPS = {
+    ("half of the weights", "sparse"): {"fast-thanos": "fast", "50": "max", "50-recovered-1": "recover"},
+    ("16:32", "packed"): {"16of32": "max", "16of32-recovered-1": "recover"},
+    ("2:4", "packed"): {"2of4": "max", "2of4-recovered-0": "recover"},
+    ("a fifth of the neurons", "shrunk"): {
+        "neurons20-high-0.5": "high",
+        "neurons20": "max",
+        "neurons20-recovered-0": "recover",
+    },
+}
+"""Title and style of a group → the names of its lines and their labels."""
+
+
+def main() -> int:
+    """Write the figure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder
+    svg, _ = draw(chart(read(folder / LINES)))
+    (folder / FIGURE).write_text(svg, encoding="utf-8")
+    return 0
+
+
+def chart(rows: list[Row]) -> Chart:
+    """Return the figure of some lines.
+
+    Raises:
+        KeyError: no line has a name of :data:`GROUPS`.
+    """
+    series = [
+        Series(title, style, tuple(_point(rows, name, label) for name, label in names.items()))
+        for (title, style), names in GROUPS.items()
+    ]
+    (dense,) = chosen(rows, ["dense"])
+    reference = ("dense", _number(dense, "perplexity"))
+    return Chart(
+        "dots", "steps", "Perplexity after each step, and its seconds", "", "perplexity", tuple(series), reference
+    )
+
+
+def _point(rows: list[Row], name: str, label: str) -> Point:
+    (row,) = chosen(rows, [name])
+    seconds = _number(row, "seconds")
+    return Point(seconds, _number(row, "perplexity"), label=f"{label}, {row['seconds']:.0f} s")
+
+
+def _number(row: Row, field: str) -> Number:
+    return Number(row[field], field, "value", (row["name"],))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
