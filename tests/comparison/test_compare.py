@@ -12,16 +12,19 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import thanos
+from gguf_models import write_gguf
 from helpers import prose, save_tiny
 from sparse_matrices import save_pruned
 from thanos.cli import run
 from thanos.comparison.document import Comparison, Row, groups_of, read_comparisons
 from thanos.comparison.entries import Entry, entries_of, labels_of
+from thanos.comparison.measure import disk_bytes
 from thanos.comparison.prompts import NEW_TOKENS, PROMPTS, read_prompts
 from thanos.comparison.report import PAGE, build_report, front_of, write_report
 from thanos.comparison.run import Request, compare
 from thanos.errors import DataError, ModelError
 from thanos.export.pack import pack
+from thanos.model.source import ModelSource, resolve_model
 from thanos.sparse import loader
 from thanos.study.config import read_study
 from thanos.study.run import find_locations
@@ -124,6 +127,60 @@ def test_another_tokenizer_has_speed_and_no_perplexity(folder: Path, tmp_path: P
     found = compare([str(folder / "dense"), str(other)], request).rows[1]
     assert "tokenizer" in found.reason
     assert (found.evaluation, found.tokens_per_second is None) == (None, False)
+
+
+def test_an_error_of_any_library_leaves_the_others_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(network: object, source: ModelSource, request: Request) -> None:
+        if source.name.endswith("pruned"):
+            raise AssertionError("a kernel refuses\nthis shape")
+
+    monkeypatch.setattr("thanos.comparison.run.speed", broken)
+    request = dataclasses.replace(ASKED, text=str(folder / "prose.txt"))
+    seen: list[list[str]] = []
+    found = compare(
+        [str(folder / name) for name in ("dense", "pruned", "narrow")],
+        request,
+        on_row=lambda one: seen.append([row.label for row in one.rows]),
+    )
+    assert [row.reason for row in found.rows] == ["", "AssertionError: a kernel refuses", ""]
+    assert all(row.evaluation and row.texts for row in found.rows)
+    assert seen == [["dense"], ["dense", "pruned"], ["dense", "pruned", "narrow"]]
+
+
+def test_an_interrupted_run_leaves_the_numbers_so_far(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib", reason="the extra report is not installed")
+
+    def interrupted(network: object, source: ModelSource, request: Request) -> None:
+        if source.name.endswith("narrow"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("thanos.comparison.run.speed", interrupted)
+    words = ["compare", *(str(folder / name) for name in ("dense", "pruned", "narrow")), "--text"]
+    words += [str(folder / "prose.txt"), "--sequence-length", "64", "--max-windows", "1", "--device", "cpu", "--quiet"]
+    assert run([*words, "--out", str(tmp_path / "c")]) == 130
+    (left,) = read_comparisons([tmp_path / "c"])
+    assert [row.label for row in left.rows] == ["dense", "pruned"]
+    assert all(row.evaluation for row in left.rows)
+
+
+def test_the_bytes_of_a_file_in_several_parts_are_those_of_all(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    source = resolve_model(write_gguf(tmp_path / "m.gguf", "llama", parts=3))
+    assert disk_bytes(source) == sum(part.stat().st_size for part in tmp_path.glob("m-*.gguf"))
+
+
+def test_another_dtype_than_the_first_models_is_said(folder: Path, tmp_path: Path) -> None:
+    plain = save_tiny(tmp_path / "plain", dtype=torch.float32)
+    request = dataclasses.replace(ASKED, text=str(folder / "prose.txt"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(loader.UNPACK, "never")
+        found = compare([str(plain), str(folder / "dense"), str(folder / "packed")], request)
+    assert [row.dtype for row in found.rows] == ["float32", "float32", "bfloat16"]
+    assert [("runs in bfloat16" in note) for row in found.rows for note in row.notes] == [True]
+    (summary,) = [one for one in build_report([found]).tables if one.name == "comparison"]
+    assert ", in float32" in "".join(str(part) for part in summary.note)
 
 
 def test_the_first_model_must_load(folder: Path) -> None:

@@ -11,8 +11,8 @@ from torch import nn
 from helpers import tiny_model
 from thanos.bench.weights import parts, weight_bytes
 from thanos.comparison.measure import saved_bytes
-from thanos.comparison.quantised import KINDS, check_installed, quantise
-from thanos.errors import DataError
+from thanos.comparison.quantised import KINDS, check_device, check_installed, quantise
+from thanos.errors import DataError, ModelError
 
 IDS = torch.arange(12)[None]
 
@@ -21,6 +21,20 @@ def test_a_missing_torchao_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("thanos.comparison.quantised.is_installed", lambda name: False)
     with pytest.raises(DataError, match="torchao"):
         check_installed()
+
+
+def test_what_a_device_does_not_have_is_said_before_a_model_is_loaded() -> None:
+    for kind, device, dtype in (
+        ("int4", "cuda", torch.bfloat16),
+        ("int4", "cpu", torch.float32),
+        ("int8", "cuda", torch.float32),
+        ("int8", "mps", torch.float16),
+    ):
+        check_device(kind, torch.device(device), dtype)
+    with pytest.raises(ModelError, match="the model runs in float32; give --dtype bfloat16"):
+        check_device("int4", torch.device("cuda"), torch.float32)
+    with pytest.raises(ModelError, match="no int4 for mps"):
+        check_device("int4", torch.device("mps"), torch.bfloat16)
 
 
 def test_weights_are_within_half_a_step_and_int4_is_smaller() -> None:

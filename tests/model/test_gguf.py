@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from helpers import VOCABULARY
 from thanos.checkpoint.gguf_checkpoint import GGUFCheckpoint, Piece
 from thanos.checkpoint.gguf_files import quick_reader
 from thanos.checkpoint.gguf_header import StoredTensor, read_headers
+from thanos.cli import run
 from thanos.errors import ModelError, ResourceError
+from thanos.model.gguf_mapping import gguf_checkpoint
 from thanos.model.loading import load_model
 from thanos.model.opening import open_model
 from thanos.model.source import resolve_model
@@ -263,6 +266,105 @@ def test_the_quick_reader_reads_the_same_and_is_put_away(tmp_path: Path) -> None
     with pytest.raises(RuntimeError, match="inside"), quick_reader():
         raise RuntimeError("inside")
     assert gguf.GGUFReader is original
+
+
+def word(text: str) -> bytes:
+    return struct.pack("<Q", len(text)) + text.encode()
+
+
+def value(name: str, kind: int, data: bytes) -> bytes:
+    return word(name) + struct.pack("<I", kind) + data
+
+
+def stored(name: str, sizes: tuple[int, ...], kind: int = 0, offset: int = 0) -> bytes:
+    return word(name) + struct.pack(f"<I{len(sizes)}QIQ", len(sizes), *sizes, kind, offset)
+
+
+STATED = value("general.architecture", 8, word("llama"))
+
+ARRAYS = struct.pack("<IQ", 9, 1) * 5000 + struct.pack("<IQ", 0, 0)
+"""5000 arrays, each in the one before."""
+
+
+@pytest.mark.parametrize(
+    ("values", "tensors"),
+    [
+        ([value("general.x", 9, ARRAYS)], []),
+        ([value("x.y", 9, ARRAYS)], []),
+        ([value("general.alignment", 4, struct.pack("<I", 0))], []),
+        ([value("general.alignment", 8, word("32"))], []),
+        ([value("general.x", 13, b"")], []),
+        ([value("x.y", 9, struct.pack("<IQ", 0, 1 << 60))], []),
+        ([], [stored("a", (4,)), stored("a", (4,))]),
+        ([], [stored("a", (0, 4))]),
+        ([], [stored("a", ())]),
+        ([], [stored("a", (1,) * 5)]),
+        ([], [stored("a", (33, 4), 8)]),
+        ([], [stored("a", (4,), 999)]),
+        ([], [stored("a", (1 << 63, 1 << 63))]),
+        ([], [stored("a", (4,), 0, 1 << 63)]),
+        ([], [word("a") + struct.pack("<I", 1 << 31) + bytes(4000)]),
+    ],
+)
+def test_a_header_that_makes_no_sense(
+    tmp_path: Path, values: list[bytes], tensors: list[bytes], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, values = tmp_path / "m.gguf", [STATED, *values]
+    counts = struct.pack("<IQQ", 3, len(tensors), len(values))
+    path.write_bytes(b"GGUF" + counts + b"".join(values + tensors) + bytes(4096))
+    with pytest.raises(ModelError, match="truncated or corrupt: download it again"):
+        read_headers([path])
+    assert run(["prune", str(path), str(tmp_path / "out"), "--quiet"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    assert [found.name for found in tmp_path.iterdir()] == ["m.gguf"]
+
+
+def with_number(path: Path, key: str, number: int) -> Path:
+    """Overwrite a 32-bit number of the metadata in place."""
+    raw, name = bytearray(path.read_bytes()), word(key)
+    at = raw.index(name) + len(name)
+    assert struct.unpack_from("<I", raw, at) == (4,)
+    struct.pack_into("<I", raw, at + 4, number)
+    path.write_bytes(raw)
+    return path
+
+
+def test_more_blocks_than_tensors(tmp_path: Path) -> None:
+    path = with_number(write_gguf(tmp_path / "m.gguf", "llama"), "llama.block_count", 4_000_000_000)
+    with pytest.raises(ModelError, match="states 4,000,000,000 blocks and holds 30 tensors"):
+        resolve_model(path)
+
+
+def test_a_kind_that_the_package_cannot_read(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", "llama", ("F32",))
+    raw, name = bytearray(path.read_bytes()), word("output_norm.weight")
+    at = raw.index(name) + len(name)
+    (count,) = struct.unpack_from("<I", raw, at)
+    struct.pack_into("<I", raw, at + 4 + 8 * count, int(gguf.GGMLQuantizationType.I32))
+    path.write_bytes(raw)
+    for load in (open_model, load_model):
+        with pytest.raises(ModelError, match="the kind I32, which the gguf package cannot read"):
+            load(resolve_model(path))
+
+
+def test_rows_that_do_not_divide_into_heads_are_left_to_transformers(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", "llama", metadata={"llama.attention.head_count": 1000})
+    source = resolve_model(write_gguf(tmp_path / "whole.gguf", "llama"))
+    assert gguf_checkpoint(source.gguf_header, open_model(source).meta_model) is not None
+    assert gguf_checkpoint(read_headers([path]), open_model(source).meta_model) is None
+
+
+def test_a_file_of_a_known_architecture_that_transformers_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = resolve_model(write_gguf(tmp_path / "m.gguf", "llama"))
+    monkeypatch.setattr("thanos.model.opening.gguf_checkpoint", lambda header, model: None)
+    monkeypatch.setattr("thanos.model.loading.gguf_checkpoint", lambda header, model: None)
+    assert open_model(source).notes == [
+        "transformers loads this GGUF file whole, in float32: its tensors are not one to one the model's parameters"
+    ]
 
 
 @pytest.mark.parametrize("cut", [5, 23, 24, 60, 300, 4000, -33])

@@ -12,7 +12,7 @@ import yaml
 import thanos
 from gguf_models import write_gguf
 from thanos.model.source import ModelSource, resolve_model
-from thanos.model.stated import stated_facts
+from thanos.model.stated import _from_gguf, stated_facts
 
 
 def of_readme(folder: Path, text: str) -> dict[str, Any]:
@@ -71,6 +71,19 @@ def test_gguf_metadata(tmp_path: Path) -> None:
         "base_model": ["Org/Base-1B"],
     }
     assert stated_facts(resolve_model(write_gguf(tmp_path / "plain.gguf", "llama"))) == {}
+
+
+def test_a_gguf_that_states_more_base_models_than_it_names() -> None:
+    class Counting(dict[str, Any]):
+        looked = 0
+
+        def get(self, key: str, default: Any = None) -> Any:
+            self.looked += 1
+            assert self.looked < 100
+            return super().get(key, default)
+
+    metadata = Counting(METADATA | {"general.base_model.count": 1 << 60})
+    assert _from_gguf(metadata)["base_model"] == ["Org/Base-1B"]
 
 
 def front_matter(folder: Path) -> dict[str, Any]:

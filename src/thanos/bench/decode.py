@@ -165,7 +165,10 @@ def time_network(
     vocabulary = model.get_input_embeddings().weight.shape[0]
     prompt = torch.randint(0, vocabulary, (1, context), generator=draw).to(device)
     decode = _graph_steps if device.type == "cuda" else _plain_steps
-    step: Any = torch.compile(model, dynamic=None if device.type == "cpu" else False) if compiled else model
+    step: Any = model
+    if compiled:
+        torch.compiler.reset()  # what was compiled for another model would make this one's shapes dynamic, or run instead
+        step = torch.compile(model, dynamic=None if device.type == "cpu" else False)
     seconds, tokens = decode(model, step, prompt, new_tokens)
     rate = 1 / statistics.median(seconds)
     total, read = weight_bytes(model)

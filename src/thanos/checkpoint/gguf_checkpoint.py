@@ -16,7 +16,7 @@ from torch import Tensor
 from thanos.checkpoint.gguf_header import StoredTensor
 from thanos.checkpoint.in_memory import raw_bytes
 from thanos.checkpoint.layout import DEFAULT_SHARD_BYTES, Layout, TensorInfo, TensorSpec, plan_layout
-from thanos.errors import ResourceError
+from thanos.errors import ModelError, ResourceError
 
 _CHUNK_ENTRIES = 1 << 22
 """Entries that are dequantised at once. The package needs about three times their bytes in float32."""
@@ -92,6 +92,21 @@ def _dequantise(blocks: np.ndarray, kind: int, entries: int) -> np.ndarray:
         if part.size
     ]
     return parts[0] if len(parts) == 1 else np.concatenate(parts or [np.empty(0, np.float32)])
+
+
+def check_kind(tensor: StoredTensor) -> None:
+    """Check that the gguf package can dequantise a tensor.
+
+    Raises:
+        ModelError: it cannot.
+    """
+    try:
+        _dequantise(np.zeros((1, tensor.block[1]), np.uint8), tensor.kind, tensor.block[0])
+    except NotImplementedError as error:
+        raise ModelError(
+            f"{tensor.path} holds tensors of the kind {tensor.kind_name}, which the gguf package cannot read; give a file with "
+            "another quantisation, or the model as a folder of safetensors"
+        ) from error
 
 
 class GGUFCheckpoint:

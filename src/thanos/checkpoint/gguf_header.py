@@ -19,6 +19,9 @@ from thanos.errors import ModelError
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
 _VERSIONS = (2, 3)
+_MOST_SIZES, _MOST_LEVELS = 4, 16
+"""Most sizes of a tensor, as the format has it, and most arrays inside one another: more than any writer makes."""
+
 _KEPT = "general."
 """Start of the names of the arrays that are kept; others, such as the vocabulary, are skipped."""
 
@@ -118,10 +121,16 @@ def _read_header(path: Path) -> GGUFHeader:
                 metadata[key] = value
         entries = [cursor.tensor() for _ in range(tensor_count)]
         alignment = metadata.get("general.alignment", 32)
+        if type(alignment) is not int or alignment < 1:
+            raise ValueError("the alignment is no size")
         start = -(-cursor.position // alignment) * alignment
         tensors = {name: StoredTensor(path, start + at, kind, shape) for name, shape, kind, at in entries}
+        if len(tensors) < len(entries):
+            raise ValueError("two tensors have one name")
         for tensor in tensors.values():
             entries_of_block, bytes_of_block = tensor.block
+            if tensor.numel == 0 or not tensor.shape or tensor.shape[-1] % entries_of_block:
+                raise ValueError("a tensor has no entries, or rows that are not whole blocks")
             if tensor.offset + tensor.numel // entries_of_block * bytes_of_block > len(pages):
                 raise ValueError("a tensor ends beyond the file")
         return GGUFHeader(metadata, tensors)
@@ -145,17 +154,17 @@ class _Cursor:
         self.position += length
         return self._pages[self.position - length : self.position].decode("utf-8", errors="replace")
 
-    def value(self, kind: int, *, keep: bool) -> Any:
-        """Return a value of metadata; None for an array that is not kept."""
+    def value(self, kind: int, *, keep: bool, level: int = 0) -> Any:
+        """Return a value of metadata; None for an array that is not kept. ``level``: number of arrays around it."""
         if kind == _STRING:
             return self.string()
         if kind != _ARRAY:
             return self.take(_SCALARS[kind])
         inner, count = self.take("<I"), self.take("<Q")
-        if count > len(self._pages):
-            raise ValueError("an array ends beyond the file")
+        if count > len(self._pages) or level == _MOST_LEVELS:
+            raise ValueError("an array ends beyond the file, or holds too many levels of arrays")
         if keep:
-            return [self.value(inner, keep=True) for _ in range(count)]
+            return [self.value(inner, keep=True, level=level + 1) for _ in range(count)]
         if inner in _SCALARS:
             self.position += count * struct.calcsize(_SCALARS[inner])
             return None
@@ -163,11 +172,14 @@ class _Cursor:
             if inner == _STRING:
                 self.position += 8 + struct.unpack_from("<Q", self._pages, self.position)[0]
             else:
-                self.value(inner, keep=False)
+                self.value(inner, keep=False, level=level + 1)
         return None
 
     def tensor(self) -> tuple[str, tuple[int, ...], int, int]:
         """Return name, shape (outermost size first), kind and offset of a tensor."""
         name = self.string()
-        sizes = [self.take("<Q") for _ in range(self.take("<I"))]
+        count = self.take("<I")
+        if count > _MOST_SIZES:
+            raise ValueError("a tensor has more sizes than the format allows")
+        sizes = [self.take("<Q") for _ in range(count)]
         return name, tuple(reversed(sizes)), self.take("<I"), self.take("<Q")

@@ -114,7 +114,7 @@ def compare(
     from thanos.cli import progress as display
 
     display.hush()
-    from thanos.comparison.report import write_report
+    from thanos.comparison.report import write_document, write_report
 
     use_threads(threads)
     earlier = _earlier(models)
@@ -144,7 +144,11 @@ def compare(
                 **given(settings),
             )
             command = shlex.join(["thanos", *sys.argv[1:]])
-            runs = [compare(models, request, quantised=quantised, command=command, on_event=watcher)]
+
+            def keep(found: Comparison) -> None:
+                write_document([found], out)
+
+            runs = [compare(models, request, quantised=quantised, command=command, on_event=watcher, on_row=keep)]
         write_report(runs, out, watcher)
     comparison_output.show_comparison(runs, out)
     if earlier is None and (failed := runs[0].failed):

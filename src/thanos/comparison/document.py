@@ -61,8 +61,9 @@ class Comparison(Document):
     Attributes:
         command: the command line.
         machine: hardware, versions, commit and date.
-        settings: what the numbers depend on: ``text``, ``text_sha256``, ``sequence_length``, ``windows``, ``bos``,
-            ``context``, ``new_tokens``, ``compiled``, ``tasks``, ``limit``.
+        settings: what the numbers depend on: ``dtype`` (of all models but packed ones of another dtype), ``text``,
+            ``text_sha256``, ``sequence_length``, ``windows``, ``bos``, ``context``, ``new_tokens``, ``compiled``, ``tasks``,
+            ``limit``.
         rows: the models, the one that the others are compared with first.
     """
 

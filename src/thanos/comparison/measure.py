@@ -92,7 +92,7 @@ def kind_of(facts: Facts, base: Facts | None) -> str:
 def disk_bytes(source: ModelSource) -> int:
     """Return the bytes of a model's weight files."""
     if source.gguf is not None:
-        return source.gguf.stat().st_size
+        return sum(part.stat().st_size for part in source.gguf_parts)
     return sum((source.folder / name).stat().st_size for name in find_weights(source.folder).names)
 
 

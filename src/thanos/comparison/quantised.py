@@ -28,6 +28,27 @@ def check_installed() -> None:
         raise DataError(f"--quantised needs the package torchao: {install_command('quantised')}")
 
 
+def check_device(kind: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Check that torchao has a kind of quantisation for a device and the dtype in which a model runs there.
+
+    Args:
+        kind: one of :data:`KINDS`.
+        device: of the model.
+        dtype: of the model.
+
+    Raises:
+        ModelError: it has not.
+    """
+    if kind != "int4":
+        return
+    if device.type not in ("cuda", "cpu"):
+        raise ModelError(f"torchao has no int4 for {device.type}; use a CUDA device or the CPU")
+    if device.type == "cuda" and dtype != torch.bfloat16:
+        raise ModelError(
+            f"torchao's int4 on CUDA computes in bfloat16, and the model runs in {str(dtype)[6:]}; give --dtype bfloat16"
+        )
+
+
 def quantise(model: PreTrainedModel, kind: str) -> str:
     """Quantise the weights of a model's linear layers in place, and return in words what was done.
 
@@ -42,6 +63,7 @@ def quantise(model: PreTrainedModel, kind: str) -> str:
         ModelError: torchao cannot quantise this model on this device.
     """
     check_installed()
+    check_device(kind, model.device, model.dtype)
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
     tied = head is not None and head.weight is embedding
     layers = {
@@ -84,17 +106,10 @@ def _int4(model: PreTrainedModel, layers: dict[str, nn.Linear]) -> tuple[Any, st
     }
     words = f"HQQ, groups of {group}"
     if model.device.type == "cuda":
-        if model.dtype != torch.bfloat16:
-            raise ModelError(
-                f"torchao's int4 on CUDA computes in bfloat16, and the model runs in {str(model.dtype)[6:]}; give "
-                "--dtype bfloat16"
-            )
         from torchao.quantization import Int4WeightOnlyConfig
 
         settings["int4_packing_format"] = "tile_packed_to_4d"
         return Int4WeightOnlyConfig(**settings), words
-    if model.device.type != "cpu":
-        raise ModelError(f"torchao has no int4 for {model.device.type}; use a CUDA device or the CPU")
     try:
         from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
     except ImportError as error:

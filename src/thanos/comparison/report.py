@@ -59,17 +59,29 @@ def build_report(runs: Sequence[Comparison]) -> Report:
     return Report(title, tuple(lead), tuple(chapters))
 
 
+def write_document(runs: Sequence[Comparison], folder: Path) -> None:
+    """Write the numbers alone into a folder.
+
+    Raises:
+        ResourceError: the file cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        document = {"schema": SCHEMA, "runs": [run.to_dict() for run in runs]}
+        write_atomically(folder / NAME, json_text(document).encode())
+    except OSError as error:
+        raise ResourceError(f"{error.filename or folder} cannot be written: {error.strerror}") from error
+
+
 def write_report(runs: Sequence[Comparison], folder: Path, on_event: Callable[[Event], None] | None = None) -> Report:
     """Write the document, the page, the tables and the figures into a folder. The same document gives the same bytes.
 
     Raises:
         ResourceError: matplotlib or jinja2 is not installed, or a file cannot be written.
     """
+    write_document(runs, folder)
     report = build_report(runs)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        document = {"schema": SCHEMA, "runs": [run.to_dict() for run in runs]}
-        write_atomically(folder / NAME, json_text(document).encode())
         return write_files(report, folder, EventStream(on_event), page=PAGE)
     except OSError as error:
         raise ResourceError(f"{error.filename or folder} cannot be written: {error.strerror}") from error
@@ -152,8 +164,8 @@ def _table(rows: Sequence[Row], run: Comparison, ending: str) -> Table:
     settings = run.settings
     about = (
         f"MB: 10⁶ bytes. In memory: all parameters and buffers, embeddings and head included. Speed: batch 1, "
-        f"{settings['context']} tokens of prompt, on {run.machine['device']}"
-        f"{', compiled by torch.compile' if settings['compiled'] else ''}. Perplexity: {settings['text']}, "
+        f"{settings['context']} tokens of prompt, on {run.machine['device']}, in {settings['dtype']}"
+        f"{', new tokens through torch.compile' if settings['compiled'] else ''}. Perplexity: {settings['text']}, "
         f"{settings['windows']} windows of {settings['sequence_length']} tokens. KL divergence and top-1 agreement: to the "
         f"first model."
     )

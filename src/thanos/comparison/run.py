@@ -16,7 +16,7 @@ from thanos.comparison.document import Comparison, Row
 from thanos.comparison.entries import Entry, entries_of, labels_of
 from thanos.comparison.measure import Facts, disk_bytes, kind_of, quality, saved_bytes, speed, tasks
 from thanos.comparison.prompts import PROMPTS, continuations
-from thanos.comparison.quantised import check_installed, quantise
+from thanos.comparison.quantised import check_device, check_installed, quantise
 from thanos.errors import DataError, UserError, resource_errors
 from thanos.evaluation.reference import make_reference
 from thanos.evaluation.scoring import Reference
@@ -70,6 +70,7 @@ def compare(
     quantised: str = "",
     command: str = "",
     on_event: Watcher | None = None,
+    on_row: Callable[[Comparison], None] | None = None,
 ) -> Comparison:
     """Measure models side by side, each alone on the device. The first is the one that the others are compared with.
 
@@ -82,6 +83,7 @@ def compare(
         quantised: quantised versions to measure too, see :func:`~thanos.comparison.entries.entries_of`.
         command: the command line, for the document.
         on_event: function that is called with events of progress.
+        on_row: function that is called with the rows so far after each model, so that a run that ends early leaves them.
 
     Raises:
         UserError: an argument, the text, the device or the first model cannot be used.
@@ -90,13 +92,15 @@ def compare(
     entries = entries_of(models, quantised)
     _check(request, entries)
     run = _Run(request, EventStream(on_event))
-    rows = []
+    run.check(entries)
+    about = {**machine(str(run.device)), **_packages(entries)}
+    rows: list[Row] = []
     for done, (entry, label) in enumerate(zip(entries, labels_of(entries), strict=True), 1):
         run.tell(Event(kind="note", phase="load", message=f"model {done} of {len(entries)}: {label}"))
         rows.append(run.row(entry, label))
-    return Comparison(
-        command=command, machine={**machine(str(run.device)), **_packages(entries)}, settings=run.settings(), rows=rows
-    )
+        if on_row is not None:
+            on_row(Comparison(command=command, machine=about, settings=run.settings(), rows=[*rows]))
+    return Comparison(command=command, machine=about, settings=run.settings(), rows=rows)
 
 
 def _check(request: Request, entries: Sequence[Entry]) -> None:
@@ -141,11 +145,24 @@ class _Run:
         self._first: tuple[ModelSource, Facts] | None = None
         self._dtype: torch.dtype | None = None
 
+    def check(self, entries: Sequence[Entry]) -> None:
+        """Choose the dtype of all models, and refuse quantised versions that the device has not in this dtype.
+
+        Raises:
+            ModelError: there is such a version, or the first model's config cannot be read.
+        """
+        source = resolve_model(entries[0].model, trust_remote_code=self.request.trust_remote_code, packed=True)
+        self._dtype = running_dtype(source, self.request.dtype)
+        for entry in entries:
+            if entry.quantised:
+                check_device(entry.quantised, self.device, self._dtype)
+
     def settings(self) -> dict[str, Any]:
         """Return what the numbers depend on, as the document states it."""
         request, found = self.request, self._reference
         assert found is not None
         return {
+            "dtype": str(self._dtype).removeprefix("torch."),
             "text": found.text,
             "text_sha256": found.sha256,
             "sequence_length": request.sequence_length,
@@ -174,7 +191,7 @@ class _Run:
         try:
             with resource_errors(device=self.device):
                 values = work() or {}
-        except (UserError, RuntimeError, NotImplementedError) as error:
+        except Exception as error:  # of this package, torch, torchao, transformers or lm_eval: the other models go on
             if strict and self._reference is None:
                 raise
             line = (str(error).strip().splitlines() or [""])[0]
@@ -188,7 +205,7 @@ class _Run:
         request, tell = self.request, self.tell
         source = resolve_model(entry.model, trust_remote_code=request.trust_remote_code, packed=True)
         tell(Event(kind="phase", phase="load"))
-        self._dtype = self._dtype or running_dtype(source, request.dtype)
+        assert self._dtype is not None
         network = load_model(source, dtype=self._dtype, device=self.device)
         facts = Facts.of(network, source)
         found |= {"parameters": facts.parameters, "kind": kind_of(facts, self._first and self._first[1])}
@@ -214,6 +231,8 @@ class _Run:
         found["disk_bytes"] = saved_bytes(network) if entry.quantised else disk_bytes(source)
         found["notes"] += facts.notes
         found["dtype"] = str(network.dtype).removeprefix("torch.")
+        if network.dtype != self._dtype:  # packed weights have the dtype in which they were packed
+            found["notes"].append(f"runs in {found['dtype']}, the dtype of its packed weights")
         tell(Event(kind="phase", phase="evaluate"))
         self._try(found, lambda: {"texts": continuations(network, source.tokenizer(), request.prompts)})
         self._try(found, lambda: speed(network, source, request))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from thanos.checkpoint.gguf_header import GGUFHeader
+from thanos.errors import ModelError
 
 
 def complete_config(config: Any, header: GGUFHeader, parts: int) -> Any:
@@ -12,7 +13,20 @@ def complete_config(config: Any, header: GGUFHeader, parts: int) -> Any:
 
     - Mixtral has the architecture ``llama`` in the format; transformers reads such a file as a LLaMA without experts.
     - transformers takes a model for tied if the first part of the file has no head. The head may be in another part.
+
+    Args:
+        config: as transformers read it.
+        header: of all parts.
+        parts: number of the file's parts.
+
+    Raises:
+        ModelError: the file states more blocks than it has tensors.
     """
+    blocks = header.metadata.get(f"{header.architecture}.block_count", 0)
+    if type(blocks) is int and blocks > len(header.tensors):
+        raise ModelError(
+            f"the GGUF file states {blocks:,} blocks and holds {len(header.tensors)} tensors: it is corrupt, download it again"
+        )
     experts = header.metadata.get("llama.expert_count", 0)
     if config.model_type == "llama" and type(experts) is int and experts > 1:
         from transformers import MixtralConfig

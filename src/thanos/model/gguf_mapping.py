@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from thanos.checkpoint.gguf_checkpoint import GGUFCheckpoint, Piece
+from thanos.checkpoint.gguf_checkpoint import GGUFCheckpoint, Piece, check_kind
 from thanos.checkpoint.gguf_header import GGUFHeader, StoredTensor
 from thanos.model.experts import PARTS, Experts
 from thanos.model.meta_model import named_tensors
@@ -37,6 +37,9 @@ def gguf_checkpoint(header: GGUFHeader, model: PreTrainedModel) -> GGUFCheckpoin
     Returns:
         float32 tensors, or None if transformers has to load the file: the architecture is not one of :data:`BY_BLOCK`, a
         parameter has no tensor, or one of another shape.
+
+    Raises:
+        ModelError: the gguf package cannot dequantise a tensor.
     """
     stated = (header.metadata.get(f"{header.architecture}.attention.{key}") for key in ("head_count", "head_count_kv"))
     counts = [count for count in stated if isinstance(count, int)]
@@ -49,6 +52,8 @@ def gguf_checkpoint(header: GGUFHeader, model: PreTrainedModel) -> GGUFCheckpoin
         if found is None:
             return None
         pieces[name] = found
+    for tensor in {piece.tensor.kind: piece.tensor for own in pieces.values() for piece in own}.values():
+        check_kind(tensor)
     return GGUFCheckpoint(pieces, shapes)
 
 
@@ -114,7 +119,10 @@ class _Mapping:
         """
         rows = tensor.shape[0]
         numbers = np.arange(rows, dtype=np.float64).reshape(rows, *[1] * (len(tensor.shape) - 1))
-        made = np.asarray(self._processor.process(weights=numbers, name=key).weights).reshape(-1)
+        try:
+            made = np.asarray(self._processor.process(weights=numbers, name=key).weights).reshape(-1)
+        except (ValueError, ZeroDivisionError):  # the rows do not divide into the file's heads
+            return None
         shift = float(made.min())
         order = (made - shift).astype(np.int64)
         if not np.array_equal(np.sort(order), np.arange(rows)):

@@ -64,10 +64,8 @@ def open_model(source: ModelSource, dtype: str = "auto", written_in: torch.dtype
     Raises:
         ModelError: a file is truncated or corrupt, or the model cannot be built.
     """
-    if source.gguf is not None:
-        whole = _gguf_notes(source, whole=True)
-        return _open_gguf(source, dtype, written_in) or _open_whole(source, dtype, written_in, whole)
-    return _open_streamed(source, dtype, written_in) or _open_whole(source, dtype, written_in, [CONVERTED])
+    by_tensor = _open_streamed if source.gguf is None else _open_gguf
+    return by_tensor(source, dtype, written_in) or _open_whole(source, dtype, written_in)
 
 
 def _open_streamed(source: ModelSource, dtype: str, written_in: torch.dtype | None) -> OpenedModel | None:
@@ -116,10 +114,13 @@ def _gguf_notes(source: ModelSource, *, whole: bool) -> list[str]:
     header = source.gguf_header
     notes = []
     if whole:
-        notes.append(
-            "transformers loads this GGUF file whole, in float32: files of the architecture "
-            f"{header.architecture} are not read block by block, only those of {', '.join(BY_BLOCK)}"
-        )
+        why = "its tensors are not one to one the model's parameters"
+        if header.architecture not in BY_BLOCK:
+            why = (
+                f"files of the architecture {header.architecture} are not read block by block, only those of "
+                f"{', '.join(BY_BLOCK)}"
+            )
+        notes.append(f"transformers loads this GGUF file whole, in float32: {why}")
     if note := untied_note(header):
         notes.append(note)
     return notes
@@ -148,7 +149,7 @@ def _check_tensors(
             )
 
 
-def _open_whole(source: ModelSource, dtype: str, written_in: torch.dtype | None, notes: list[str]) -> OpenedModel:
+def _open_whole(source: ModelSource, dtype: str, written_in: torch.dtype | None) -> OpenedModel:
     """Let transformers load and convert the whole model, and serve its tensors from memory."""
     dense = load_model(source, dtype="auto", device=torch.device("cpu"))
     resolved = _resolve_dtype(dtype, dense.dtype, None)
@@ -160,6 +161,7 @@ def _open_whole(source: ModelSource, dtype: str, written_in: torch.dtype | None,
     checkpoint = in_dtype(LoadedCheckpoint(tensors), written_in)
     split_fused(meta_model, checkpoint, {name: name for name in checkpoint.tensors})
     key_of = {name: name for name in persistent_tensors(meta_model)}
+    notes = [CONVERTED] if source.gguf is None else _gguf_notes(source, whole=True)
     return OpenedModel(source, meta_model, checkpoint, key_of, notes, written_in)
 
 

@@ -51,7 +51,7 @@ def _from_gguf(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Return the facts of GGUF metadata under the keys of a model card."""
     count = metadata.get("general.base_model.count", 0)
     bases = []
-    for number in range(count if type(count) is int else 0):
+    for number in range(min(count, len(metadata)) if type(count) is int else 0):  # a file may state any count
         address = str(metadata.get(f"general.base_model.{number}.repo_url", ""))
         if match := _ADDRESS.fullmatch(address):
             bases.append(match.group(1))
