@@ -4,7 +4,8 @@
     python benchmarks/packed.py --tune src/thanos/sparse/kernels/tuned.json
 
 Prints one JSON line for each shape, pattern and number of tokens: microseconds of both products, their ratio, the fraction of
-bytes, and the relative error. On CUDA the products are captured as a CUDA graph. Dense and packed rounds alternate.
+bytes, and the relative error. On CUDA the products are captured as a CUDA graph. Dense and packed rounds alternate. On a CPU
+the dense product by the kernel of ``thanos.sparse.kernels.dense`` is timed too, if it serves that many tokens.
 
 ``--tune`` (CUDA) times every division of the kernels' work for every shape, and writes the fastest into the file, after each
 shape what is known by then.
@@ -29,6 +30,7 @@ from torch.nn import functional as F
 
 from thanos.bench.measure import machine, synchronize
 from thanos.sparse.formats import PackedWeight
+from thanos.sparse.kernels import dense as dense_kernel
 from thanos.sparse.kernels.tuned import FEW, MANY, Launch, Settings, kind_of
 from thanos.sparse.ops import packed_linear
 
@@ -105,18 +107,17 @@ def measure(shape: tuple[int, int], pattern: str, tokens: int, held: Weights, ar
     exact = x[:16].double() @ dense[0].double().T
     error = (packed_linear(x, words[0], *rest)[:16].double() - exact).norm() / exact.norm()
     del exact
-    theirs, ours = rounds(
-        [lambda i: F.linear(x, dense[i]), lambda i: packed_linear(x, words[i], *rest)],
-        len(words),
-        device,
-        arguments.repeats,
-    )
+    works: list[Callable[[int], Any]] = [lambda i: F.linear(x, dense[i]), lambda i: packed_linear(x, words[i], *rest)]
+    if x.device.type == "cpu" and dense_kernel.serves(x, dense[0]):
+        works.append(lambda i: dense_kernel.linear(x, dense[i], None))
+    theirs, ours, *by_kernel = rounds(works, len(words), device, arguments.repeats)
     return {
         "shape": f"{shape[0]}x{shape[1]}",
         "pattern": pattern,
         "tokens": tokens,
         "dense_us": round(theirs, 2),
         "packed_us": round(ours, 2),
+        **{"dense_kernel_us": round(one, 2) for one in by_kernel},
         "ratio": round(theirs / ours, 3),
         "bytes": round(packed.spec.nbytes / packed.spec.dense_bytes, 4),
         "gb_per_s": round(packed.spec.nbytes / ours / 1e3, 1),
