@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from thanos.engine.block_arguments import hidden_states, with_entries
+from thanos.engine.block_arguments import hidden_states
 from thanos.engine.picture import Picture, draw_picture
 from thanos.engine.weightless import replaced_forwards
 from thanos.errors import ModelError
@@ -35,7 +35,7 @@ class _Interned:
                 self._seen[id(value)] = value, self._find(value)
             return self._seen[id(value)][1]
         if isinstance(value, tuple | list):
-            return with_entries(value, [self(item) for item in value])
+            return type(value)(self(item) for item in value)
         return value
 
     def forget(self) -> None:
@@ -104,8 +104,11 @@ class BlockCalls:
     def record(self, model: nn.Module, ids: Tensor) -> Tensor:
         """Run the model on one sequence, ids (1, T), and record the arguments of each block. The blocks do not run.
 
-        Return the first block's input hidden states, (1, T, d). Raises ModelError if the model's blocks cannot be run one by
-        one, or this sequence reaches other blocks than the picture lists.
+        Return the first block's input hidden states, (1, T, d).
+
+        Raises:
+            ModelError: the model's blocks cannot be run one by one, or this sequence reaches other blocks than the picture
+                lists.
         """
         if self._picture is None:
             self._picture = draw_picture(model, self._blocks, ids.device)
@@ -152,9 +155,12 @@ class BlockCalls:
         return hidden[0]
 
     def run(self, index: int, hidden: Tensor, first: int | Sequence[int]) -> Tensor:
-        """Run block ``index`` on its inputs ``hidden`` (B, T, d); return its outputs, (B, T, d).
+        """Run block ``index`` on hidden states (B, T, d); return its outputs, (B, T, d).
 
-        ``first`` is the index of the batch's first sequence, if the others follow it; else the indices of all B sequences.
+        Args:
+            index: index of the block.
+            hidden: the block's inputs.
+            first: index of the batch's first sequence, if the others follow it; else the indices of all B sequences.
         """
         rows = range(first, first + len(hidden)) if isinstance(first, int) else first
         batch = [self._calls[row][index] for row in rows]
@@ -173,7 +179,10 @@ class BlockCalls:
     def run_tail(self, model: nn.Module, ids: Tensor, hidden: Tensor) -> None:
         """Run the modules that follow the blocks, such as lm_head; a hook may end the pass with :func:`stop`.
 
-        ``hidden`` are the last block's outputs, (1, T, d), for ``ids``, the token ids of one sequence, (1, T).
+        Args:
+            model: the model that holds the blocks.
+            ids: token ids of one sequence, (1, T).
+            hidden: the last block's outputs for ``ids``, (1, T, d).
         """
 
         def passer(index: int, _: Callable[..., Any]) -> Callable[..., Any]:
@@ -215,7 +224,9 @@ def _shapes(value: Any) -> Any:
 def _join(values: list[Any], of_two: Any) -> Any:
     """Build a batch's argument from the values of its sequences.
 
-    ``of_two`` is the argument's shape, or its parts' shapes, for a batch of two sequences.
+    Args:
+        values: the argument's value for each sequence.
+        of_two: the argument's shape, or its parts' shapes, for a batch of two sequences.
     """
     first = values[0]
     if isinstance(first, Tensor):
@@ -227,5 +238,5 @@ def _join(values: list[Any], of_two: Any) -> Any:
             return first
         return first.expand(len(values), *first.shape[1:]) if first.shape[0] == 1 else torch.cat(values)
     if isinstance(first, tuple | list):
-        return with_entries(first, [_join(list(items), part) for *items, part in zip(*values, of_two, strict=True)])
+        return type(first)(_join(list(items), part) for *items, part in zip(*values, of_two, strict=True))
     return first

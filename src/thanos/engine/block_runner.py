@@ -151,9 +151,14 @@ class Passes(StreamStates):
         """Run block ``index``; its outputs become the next block's inputs. Yield a step after each batch.
 
         If the device runs out of memory, the batch size is halved for the failed batch and all later ones, and a step with a
-        note reports it. ``starts`` are the batch sizes of an earlier pass, as in :attr:`starts`: with them the outputs equal
-        that pass's bit for bit. Raises ResourceError if one sequence does not fit, or the model does not allow smaller
-        batches; see :meth:`halve`.
+        note reports it.
+
+        Args:
+            index: index of the block.
+            starts: batch sizes of an earlier pass, as in :attr:`starts`. With them the outputs equal that pass's bit for bit.
+
+        Raises:
+            ResourceError: one sequence does not fit, or the model does not allow smaller batches; see :meth:`halve`.
         """
         self.starts = []
         yield from self.through(index, self._activations, self._activations, self.run, starts, self.starts)
@@ -169,8 +174,16 @@ class Passes(StreamStates):
     ) -> Iterator[Step]:
         """Run block ``index`` on all sequences of ``source``, and store the outputs in ``target``, which may be ``source``.
 
-        ``run`` runs the block, see :meth:`run`. ``starts`` and the errors are those of :meth:`propagate`. The batch sizes are
-        added to the list ``used``, in the form of :attr:`starts`.
+        Args:
+            index: index of the block.
+            source: the inputs.
+            target: storage for the outputs.
+            run: function that runs the block; see :meth:`run`.
+            starts: see :meth:`propagate`.
+            used: the batch sizes are added to this list, in the form of :attr:`starts`.
+
+        Raises:
+            ResourceError: as for :meth:`propagate`.
         """
         sizes, first = dict(starts), 0
         while first < len(self._ids):
@@ -203,13 +216,19 @@ class Passes(StreamStates):
                     return
 
     def observe_tail_of(self, index: int, hidden: Tensor) -> None:
-        """Run the modules after the blocks on sequence ``index``, for the hooks on them; ``hidden``, (1, T, d): their input."""
+        """Run the modules after the blocks on sequence ``index``, for the hooks on them.
+
+        Args:
+            index: the sequence.
+            hidden: the last block's outputs, (1, T, d).
+        """
         self._calls.run_tail(self._model, self._row(index), hidden)
 
     def halve(self, error: torch.OutOfMemoryError) -> str:
         """Halve the batch size after ``error``; return the note for the user.
 
-        Raises ResourceError if a batch is one sequence already, or the batch size must be the same for all blocks.
+        Raises:
+            ResourceError: a batch is one sequence already, or the batch size must be the same for all blocks.
         """
         if self.batch is None or self.batch <= 1:
             raise self._too_small() from error

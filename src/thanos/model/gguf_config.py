@@ -8,10 +8,15 @@ from thanos.checkpoint.gguf_header import GGUFHeader
 
 
 def complete_config(config: Any, header: GGUFHeader, parts: int) -> Any:
-    """Return the config of a GGUF file with what transformers does not read, from the header of all ``parts``.
+    """Return the config of a GGUF file with what transformers does not read.
 
     - Mixtral has the architecture ``llama`` in the format; transformers reads such a file as a LLaMA without experts.
     - transformers takes a model for tied if the first part of the file has no head. The head may be in another part.
+
+    Args:
+        config: as transformers read it.
+        header: of all parts.
+        parts: number of the file's parts.
     """
     experts = header.metadata.get("llama.expert_count", 0)
     if config.model_type == "llama" and type(experts) is int and experts > 1:

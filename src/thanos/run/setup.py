@@ -176,9 +176,10 @@ def _written_dtype(source: ModelSource, asked: str) -> torch.dtype | None:
 def _check_repair(
     opened: OpenedModel, layers: dict[LinearLayer, LayerRecipe], picture: Picture, watch: Watcher
 ) -> None:
-    """Raise RecipeError if sequences are held out, but the model's blocks need all sequences of a batch together.
+    """Check that the model allows the repair of its layers. Add a note on layers whose dense target is left out.
 
-    Add a note on layers whose dense target is left out.
+    Raises:
+        RecipeError: sequences are held out, but the model's blocks need all sequences of a batch together.
     """
     if picture.shares and any(settings.repair.holds_out for settings in layers.values()):
         raise RecipeError(
