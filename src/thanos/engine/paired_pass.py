@@ -7,7 +7,7 @@ are added at once, so that the inputs of one batch alone are kept.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -66,7 +66,8 @@ class PairedPass:
     def run(self, end: int) -> Iterator[int]:
         """Run this process's sequences before ``end``; yield the number of finished sequences after each batch.
 
-        After a torch.OutOfMemoryError start again with smaller batches and new groups.
+        Raises:
+            torch.OutOfMemoryError: the device has no room; start again with smaller batches and new groups.
         """
         # The modules after the blocks run one sequence at a time.
         size = 1 if self._index is None else self._runner.settled(self._index)
@@ -111,16 +112,20 @@ class PairedPass:
 
     @contextmanager
     def _hooks(self) -> Iterator[None]:
-        with ExitStack() as hooks:
-            for layer in self._layers:
-                hooks.enter_context(layer.module.register_forward_pre_hook(self._at_layer(layer)))
-            for name in {stream.source for stream in self._streams.values()} - {BLOCK_INPUT}:
-                module = self._block.get_submodule(name)
-                hooks.enter_context(module.register_forward_pre_hook(self._at_stream(name), with_kwargs=True))
-            for name in {stream.beside for stream in self._streams.values() if stream.beside}:
-                module = self._block.get_submodule(name.removeprefix(self._prefix))
-                hooks.enter_context(module.register_forward_hook(self._after_beside(name)))
+        handles: list[Any] = []
+        for layer in self._layers:
+            handles.append(layer.module.register_forward_pre_hook(self._at_layer(layer)))
+        for name in {stream.source for stream in self._streams.values()} - {BLOCK_INPUT}:
+            module = self._block.get_submodule(name)
+            handles.append(module.register_forward_pre_hook(self._at_stream(name), with_kwargs=True))
+        for name in {stream.beside for stream in self._streams.values() if stream.beside}:
+            module = self._block.get_submodule(name.removeprefix(self._prefix))
+            handles.append(module.register_forward_hook(self._after_beside(name)))
+        try:
             yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _at_layer(self, layer: LinearLayer) -> Callable[..., None]:
         def see(_: nn.Module, args: tuple[Tensor, ...]) -> None:
