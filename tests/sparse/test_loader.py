@@ -108,7 +108,7 @@ def test_dequantize_gives_the_dense_model(tmp_path):
 
 def test_a_device_without_a_kernel_gets_a_dense_model_and_one_message(tmp_path, monkeypatch):
     source, packed = both(tmp_path)
-    monkeypatch.setattr(loader, "lacking", lambda device, dtype: "it is of another age")
+    monkeypatch.setattr(loader, "lacking", lambda device: "it is of another age")
     monkeypatch.setattr(loader, "_SAID", set())
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
