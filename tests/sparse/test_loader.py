@@ -119,7 +119,7 @@ def test_the_head_has_the_kernel_for_dense_layers_until_the_model_is_unpacked(ti
 
 def test_a_device_without_a_kernel_gets_a_dense_model_and_one_message(tmp_path, monkeypatch):
     source, packed = both(tmp_path)
-    monkeypatch.setattr(loader, "lacking", lambda device, dtype: "it is of another age")
+    monkeypatch.setattr(loader, "lacking", lambda device: "it is of another age")
     monkeypatch.setattr(loader, "_SAID", set())
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

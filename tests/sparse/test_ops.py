@@ -21,7 +21,7 @@ def _device_is_there(request: pytest.FixtureRequest) -> None:
     if getattr(request.node, "callspec", None) and request.node.callspec.params.get("device") == "cuda":
         if not torch.cuda.is_available():
             pytest.skip("needs a CUDA device")
-        reason = lacking(torch.device("cuda", 0), torch.bfloat16)
+        reason = lacking(torch.device("cuda", 0))
         assert not reason
 
 
@@ -182,3 +182,5 @@ def test_a_module_is_a_linear_layer_that_knows_its_weight():
     assert torch.equal(module.dense()(x), F.linear(x, weight))
     with pytest.raises(TypeError, match="dequantize"):
         module(x.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(module(x.float()), weight, x)

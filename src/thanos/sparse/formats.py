@@ -8,10 +8,10 @@ and columns that are missing to a multiple of 32 are filled with zeros.
     8:16 matrices have n = 16 and take 0.5625 of the bytes of a dense 16-bit matrix.
 ``bitmap``
     Each tile stores as many values a row as its fullest row has, so tiles differ, and ``offsets`` says where each begins. It
-    suits matrices without a pattern. The fullest of 32 random rows exceeds the mean, so half of the weights take 0.75 of the
-    dense bytes.
+    suits matrices without a pattern. The fullest of 32 random rows has more values than the mean row: a matrix that keeps half
+    of its weights takes 0.75 of the dense bytes, not 0.5625.
 
-A stored value may be zero: a row with fewer values than its tile stores is filled up with zeros at its first free columns.
+A row with fewer values than its tile stores is filled up: it also stores zeros, at its first columns that hold no value.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _CHUNK_ENTRIES = 1 << 21
 """Entries of the strips that are encoded or decoded at once: few enough for the processor's caches."""
 
 _BITMAP_GAIN = 0.97
-"""The bitmap format is chosen if it takes at most this fraction of the bytes of the fixed one, whose kernel is simpler."""
+"""The bitmap format is chosen if it takes at most this fraction of the bytes of the fixed format, whose kernel is simpler."""
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 """Dtypes of packed values, by name."""
@@ -142,7 +142,7 @@ def choose_format(fullest: Tensor, shape: tuple[int, int], dtype: torch.dtype) -
 
 
 def encode(weight: Tensor, spec: PackedSpec | None = None, fullest: Tensor | None = None) -> PackedWeight:
-    """Pack a matrix; :func:`decode` returns it bit by bit.
+    """Pack a matrix; :func:`decode` returns it bit for bit.
 
     Args:
         weight: (rows, columns), bfloat16 or float16, on the CPU.
@@ -184,11 +184,10 @@ def encode(weight: Tensor, spec: PackedSpec | None = None, fullest: Tensor | Non
     return PackedWeight(spec, words, units)
 
 
-def decode(packed: PackedWeight, out: Tensor | None = None) -> Tensor:
-    """Return the dense matrix, (rows, columns), on the device of the packed one; into ``out`` if given."""
+def decode(packed: PackedWeight) -> Tensor:
+    """Return the dense matrix, (rows, columns), on the device of the packed one."""
     spec = packed.spec
-    if out is None:
-        out = torch.empty(spec.rows, spec.columns, dtype=spec.dtype, device=packed.words.device)
+    out = torch.empty(spec.rows, spec.columns, dtype=spec.dtype, device=packed.words.device)
     step = max(1, _chunk_rows(spec.columns) // SIDE)
 
     def put(first: int) -> None:
@@ -213,7 +212,7 @@ def decode_strips(packed: PackedWeight, first: int, last: int) -> Tensor:
 
 
 def padding_is_zero(packed: PackedWeight) -> bool:
-    """Return whether all entries beyond the matrix's rows and columns are zero. The masks must be valid."""
+    """Return whether all entries beyond the matrix's last row and column are zero. The masks must be valid."""
     spec, device = packed.spec, packed.words.device
     clean = True
     if spec.rows % SIDE:
@@ -266,14 +265,14 @@ def _put(words: Tensor, first: Tensor, encoded: Tensor) -> None:
 
 
 def _by_count(counts: Tensor) -> Iterator[tuple[int, Tensor | slice]]:
-    """Yield each count with the indices that have it: all of them if there is one count."""
+    """Yield each count that occurs and the indices of the tiles that have it."""
     present = counts.unique().tolist()
     for value in present:
         yield value, slice(None) if len(present) == 1 else (counts == value).nonzero().squeeze(1)
 
 
 def _chunk_rows(columns: int) -> int:
-    """Return how many rows are handled at once: whole strips."""
+    """Return how many rows are encoded or decoded at once; they are whole strips."""
     return max(1, _CHUNK_ENTRIES // max(1, columns * SIDE)) * SIDE
 
 

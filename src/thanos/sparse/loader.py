@@ -98,7 +98,7 @@ class SparseQuantizer(HfQuantizer):
                     "all layers on devices, or unpack the model first: thanos unpack PACKED OUT"
                 )
             layer.check(name)
-            reason = lacking(_TARGET[-1] or layer.weight_words.device, layer.spec.dtype) if choice == "auto" else ""
+            reason = lacking(_TARGET[-1] or layer.weight_words.device) if choice == "auto" else ""
             if reason or choice == "always":
                 self._unpack(model, name, layer)
                 reasons[reason] = reasons.get(reason, 0) + 1
@@ -165,7 +165,7 @@ _TARGET: list[torch.device | None] = [None]
 
 @contextmanager
 def bound_for(device: torch.device | str) -> Iterator[None]:
-    """Load packed models for a device to which the caller moves them: its kernels decide what stays packed."""
+    """Load packed models for the device to which the caller moves them afterwards: it decides whether layers stay packed."""
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())

@@ -56,9 +56,13 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output, (..., out_features).
 
+        Under autocast ``x`` is cast to the dtype of the packed values, as a plain linear layer casts it.
+
         Raises:
-            TypeError: ``x`` has another dtype than the packed values.
+            TypeError: ``x`` has another dtype than the packed values, without autocast.
         """
+        if x.dtype != self.spec.dtype and torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.spec.dtype)
         if x.dtype != self.spec.dtype:
             raise TypeError(
                 f"a packed layer holds {self.spec.dtype} values and got {x.dtype}; run the model in {self.spec.dtype}, or "

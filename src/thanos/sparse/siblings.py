@@ -1,10 +1,9 @@
 """Packed layers that read the same input, such as q, k and v: they run as one launch.
 
-Which layers these are is found without names of architectures: the model runs once with tensors that have no content, so that
-nothing is computed, and layers whose input is the same tensor are siblings. At run time the first of them computes the outputs
-of all and leaves them for the others, which take them if their input is that same tensor, and otherwise compute their own. The
-last sibling clears what was left, so nothing stays behind. ``torch.compile`` traces all of this away, since it knows while it
-traces whether two inputs are the same.
+Layers are siblings if their input is the same tensor. A run of the model shows it, with tensors that have no content, so that
+nothing is computed; no name of an architecture is needed. At run time the first sibling computes the outputs of all and keeps
+them. Each of the others takes its output if its input is that same tensor, and otherwise computes its own. When the last one is
+taken, nothing is kept. ``torch.compile`` leaves one call, since it knows while it traces which inputs are the same tensor.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from thanos.sparse.modules import PackedLinear
 
 _TOKENS = 2
-"""Tokens of the run without content."""
+"""Tokens of the run that finds the siblings."""
 
 
 class Siblings:
@@ -77,7 +76,7 @@ def find_siblings(model: Any, names: Iterable[str]) -> list[list[str]]:
         names: of the layers that count.
 
     Returns:
-        Groups of two or more names; none if the model cannot run so, or not from token ids alone.
+        Groups of two or more names; none if the model cannot run without content, or needs more than token ids.
     """
     twin = copy.deepcopy(model)
     inputs: dict[int, tuple[Tensor, int, list[str]]] = {}
@@ -87,10 +86,9 @@ def find_siblings(model: Any, names: Iterable[str]) -> list[list[str]]:
         def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
             del module
             x = arguments[0]
-            _, version, group = inputs.setdefault(
-                id(x), (x, x._version, [])
-            )  # it holds x, so that no other gets its id
-            calls[name] = calls.get(name, 0) + (1 if x._version == version else 2)  # what has changed is another input
+            # What is held here keeps its id. An input that has changed since is another input.
+            _, version, group = inputs.setdefault(id(x), (x, x._version, []))
+            calls[name] = calls.get(name, 0) + (1 if x._version == version else 2)
             group.append(name)
 
         return hook
@@ -101,16 +99,14 @@ def find_siblings(model: Any, names: Iterable[str]) -> list[list[str]]:
         with FakeTensorMode(allow_non_fake_inputs=True):
             twin.to_empty(device="cpu")
             twin(input_ids=torch.zeros(1, _TOKENS, dtype=torch.long), use_cache=False)
-    except (
-        Exception
-    ):  # whatever a model of any kind may raise: then its layers run one by one, which is slower and no less right
+    except Exception:  # a model may raise anything; its layers then run one by one, which is slower and no less right
         return []
     groups = [[name for name in group if calls[name] == 1] for _, _, group in inputs.values()]
     return [group for group in groups if len(group) > 1]
 
 
 def join(layers: list[PackedLinear]) -> None:
-    """Let layers that read the same input run as one launch, as far as their kinds agree.
+    """Let layers that read the same input run as one launch: those of one format, n, dtype, input size and device.
 
     Args:
         layers: in the order of their calls, on any devices.

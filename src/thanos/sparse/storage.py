@@ -1,7 +1,7 @@
 """Packed matrices in safetensors files: names, the entry in ``config.json``, and the checks of everything that is read.
 
-docs/formats.md describes the layout. Nothing of a packed folder is used before it is checked: sizes, dtypes, offsets, the count
-of each mask word, and the padding. After these checks a kernel cannot read or write outside its tensors.
+docs/formats.md describes the layout. A packed weight is used only after these checks: sizes, dtypes, offsets, the bits of each
+mask word, and the zeros beyond the matrix. Then no kernel can read or write outside its tensors.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ METHOD = "thanos_sparse"
 """Value of ``quant_method`` in ``config.json``."""
 
 VERSION = 1
-"""Version of the layout. Increase it if a reader of the old one would misread the new one."""
+"""Version of the layout. Increase it if a reader of the old layout would misread the new one."""
 
 WORDS, OFFSETS = "weight_words", "weight_offsets"
-"""Last parts of the tensors' names, in place of ``weight``."""
+"""Last parts of the names of a packed layer's tensors, where a dense layer has ``weight``."""
 
 _MOST = 1 << 31
 """Sizes must be below this."""
@@ -123,7 +123,9 @@ def tensor_specs(prefix: str, spec: PackedSpec) -> dict[str, TensorSpec]:
 
 
 def find_prefixes(specs: Mapping[str, PackedSpec], checkpoint: Checkpoint, where: str) -> dict[str, str]:
-    """Return layer name → prefix of its tensors in a checkpoint. A checkpoint may lack the first part of the model's names.
+    """Return layer name → prefix of its tensors in a checkpoint.
+
+    The first part of a layer's name (``model``) may be absent in the checkpoint, or be there alone.
 
     Raises:
         ModelError: tensors and layers do not correspond, or a tensor has another dtype or shape than the spec says.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 
-def lacking(device: torch.device, dtype: torch.dtype) -> str:
-    """Return why a device has no kernel for packed weights of a dtype; empty if it has one."""
+def lacking(device: torch.device) -> str:
+    """Return why a device has no kernel for packed weights; empty if it has one."""
     if device.type == "cuda":
         from thanos.sparse.kernels import cuda
 
@@ -15,4 +15,4 @@ def lacking(device: torch.device, dtype: torch.dtype) -> str:
         from thanos.sparse.kernels import cpu
 
         return cpu.lacking()
-    return f"there is no kernel for the device {device.type} and {str(dtype).removeprefix('torch.')}"
+    return f"there is no kernel for the device {device.type}"
