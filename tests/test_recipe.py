@@ -55,6 +55,7 @@ def test_the_defaults_are_those_that_are_documented():
         "head_unit": None,
         "held_out": None,
         "tune_rate": 2e-3,
+        "tune_loss": "block",
         "trust_remote_code": False,
     }
     assert recipe.resolved_sparsity == 0.5
@@ -169,6 +170,7 @@ BAD_RUN_VALUES: list[tuple[dict[str, Any], str]] = [
         ({"tune_rate": v}, r"tune_rate must be a number above 0 and at most 1; got")
         for v in (0, -1e-4, 1.5, math.nan, "1", None)
     ],
+    *[({"tune_loss": v}, r"tune_loss must be block or token; got") for v in ("tokens", "", None, 1)],
     *[
         ({"samples": 1, **v}, r"of 1 calibration sequence, 1 would be held out")
         for v in ({"effort": "high"}, {"tune": 1})
@@ -483,11 +485,12 @@ def test_an_effort_of_an_override_sets_every_part_that_the_override_does_not(eff
 
 
 def test_what_a_new_effort_no_longer_uses_is_reset():
-    base = Recipe(method="wanda", effort="max", held_out=3, tune_rate=0.1, damping=0.2)
+    base = Recipe(method="wanda", effort="max", held_out=3, tune_rate=0.1, tune_loss="token", damping=0.2)
     fast = base.replace(**base.suited({"effort": "fast"}))
     assert fast == Recipe(method="wanda")
     high = base.replace(**base.suited({"effort": "high"}))
     assert (high.held_out, high.tune_rate, high.damping) == (3, Recipe().tune_rate, 0.2)
+    assert high.tune_loss == Recipe().tune_loss
     with pytest.raises(RecipeError, match="no layer uses held_out"):
         base.replace(**base.suited({"effort": "fast", "held_out": 4}))
 
@@ -500,6 +503,7 @@ def test_what_a_new_effort_no_longer_uses_is_reset():
         ({"held_out": 2, "effort": "max", "tune": 0, "dense_target": 0}, "held_out"),
         ({"tune_rate": 0.1}, "tune_rate"),
         ({"tune_rate": 0.1, "effort": "high"}, "tune_rate"),
+        ({"tune_loss": "token", "effort": "high"}, "tune_loss"),
         ({"tune_rate": 0.1, "overrides": (Override(match="a", skip=True, settings={"tune": 1}),)}, "tune_rate"),
     ],
 )
@@ -513,7 +517,10 @@ def test_settings_of_a_run_that_no_layer_uses_are_refused(settings: dict[str, An
 @pytest.mark.parametrize("where", ["recipe", "override"])
 @pytest.mark.parametrize(
     ("repair", "settings"),
-    [({"tune": 1}, {"held_out": 2, "tune_rate": 0.1}), ({"dense_target": "auto"}, {"held_out": 2})],
+    [
+        ({"tune": 1}, {"held_out": 2, "tune_rate": 0.1, "tune_loss": "token"}),
+        ({"dense_target": "auto"}, {"held_out": 2}),
+    ],
 )
 def test_settings_that_a_layer_uses_are_kept(repair: dict[str, Any], settings: dict[str, Any], where: str) -> None:
     by = repair if where == "recipe" else {"overrides": (Override(match="a", settings=repair),)}
@@ -524,7 +531,7 @@ def test_settings_that_a_layer_uses_are_kept(repair: dict[str, Any], settings: d
 
 def test_a_recipe_without_repair_is_written_as_before():
     """Files of versions without these settings, and the comparison with an interrupted run, have no such names."""
-    names = {"effort", "dense_target", "sequential", "refit", "tune", "held_out", "tune_rate"}
+    names = {"effort", "dense_target", "sequential", "refit", "tune", "held_out", "tune_rate", "tune_loss"}
     assert not names & set(Recipe().to_dict())
     given = Recipe(effort="high", sequential=False, held_out=3)
     assert {name: given.to_dict()[name] for name in names & set(given.to_dict())} == {
@@ -585,9 +592,11 @@ def recipes(draw: st.DrawFn) -> Recipe:
         overrides=tuple(overrides() for _ in range(draw(st.integers(0, 2)))),
         trust_remote_code=draw(st.booleans()),
     )
-    rate = draw(st.floats(1e-6, 1)) if any(one.tune for one in repaired.repairs) else repaired.tune_rate
+    tuned = any(one.tune for one in repaired.repairs)
+    rate = draw(st.floats(1e-6, 1)) if tuned else repaired.tune_rate
+    loss = draw(st.sampled_from(["block", "token"])) if tuned else repaired.tune_loss
     held_out = draw(st.none() | st.integers(1, samples - 1)) if repaired.holds_out else None
-    return repaired.replace(held_out=held_out, tune_rate=rate)
+    return repaired.replace(held_out=held_out, tune_rate=rate, tune_loss=loss)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)

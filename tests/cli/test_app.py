@@ -31,6 +31,7 @@ OPTIONS = {
         "--help",
         "--scope", "--allocation", "--multiple-of", "--head-unit", "--output-dtype",
         "--effort", "--dense-target", "--sequential", "--no-sequential", "--refit", "--tune", "--held-out", "--tune-rate",
+        "--tune-loss",
     },
     "eval": {
         "--text", "--sequence-length", "--max-windows", "--dense", "--tasks", "--task-folder",

@@ -25,7 +25,9 @@ HEADINGS = {
             "--method", "--pattern", "--sparsity", "--outlier-rows", "--keep-budget", "--block-size", "--damping", "--scope",
             "--allocation", "--multiple-of", "--head-unit",
         },
-        "Repair": {"--effort", "--dense-target", "--sequential", "--refit", "--tune", "--held-out", "--tune-rate"},
+        "Repair": {
+            "--effort", "--dense-target", "--sequential", "--refit", "--tune", "--held-out", "--tune-rate", "--tune-loss",
+        },
         "Calibration": {"--calibration", "--samples", "--sequence-length", "--seed", "--measure-error"},
         "Where and how it runs": {
             "--device", "--dtype", "--trust-remote-code", "--activations", "--threads", "--resume", "--plan",

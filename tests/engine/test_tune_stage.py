@@ -101,6 +101,19 @@ def test_the_errors_are_those_of_whole_models_and_fall(dtype: torch.dtype, text_
     assert error(last[-1][held], wanted[-1][held]) < 0.9 * error(first[-1][held], wanted[-1][held])
 
 
+def test_the_errors_by_token_are_those_of_whole_models(text_file: Path, tmp_path: Path) -> None:
+    dense = save_tiny(tmp_path / "dense")
+    report = thanos.prune(dense, tmp_path / "out", recipe(text_file, tune_loss="token"))
+    ids = packed_windows(tiny_tokenizer(), text_file.read_text(), SAMPLES, LENGTH)[-HELD_OUT:]
+    wanted, now = (hidden_states(tmp_path / name, ids, torch.float32) for name in ("dense", "out"))
+    for block, record in enumerate(report.tuning):
+        change, whole = ((now[block] - wanted[block]).double(), wanted[block].double())
+        expected = (change.square().sum(-1) / whole.square().sum(-1)).mean().item()
+        assert record.kept_epoch
+        assert record.held_out_after == pytest.approx(expected, rel=1e-3)
+    assert 'tune_loss = "token"' in (tmp_path / "out/recipe.toml").read_text()
+
+
 def test_zeros_stay_and_every_other_parameter_of_the_blocks_may_change(text_file: Path, tmp_path: Path) -> None:
     dense = save_dense(tmp_path / "dense", "qwen2", torch.bfloat16)  # with biases
     thanos.prune(dense, tmp_path / "plain", recipe(text_file, pattern="2:4", tune=0))

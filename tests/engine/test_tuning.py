@@ -18,7 +18,7 @@ from thanos.engine import tuning_passes
 from thanos.engine.distributed import SINGLE, Group, World
 from thanos.engine.tuned_parameters import Masters, Tunable
 from thanos.engine.tuning import Tuned, evenly, one_cycle, shuffled_batches, tune
-from thanos.engine.tuning_passes import Work, deterministic
+from thanos.engine.tuning_passes import TuningPasses, Work, deterministic
 from thanos.solvers.row_shards import row_range
 
 SEQUENCES, HELD_OUT, LENGTH, WIDTH, INNER = 20, 4, 12, 16, 24
@@ -250,6 +250,48 @@ def test_a_linear_block_comes_near_to_its_least_squares() -> None:
     assert tuned.record.error_after == pytest.approx(least, rel=1e-3)
     assert tuned.record.error_after is not None
     assert tuned.record.error_after >= least * (1 - 1e-6)
+
+
+def by_token(outputs: Tensor, wanted: Tensor) -> Tensor:
+    """The mean of the tokens' relative squared errors, token by token."""
+    errors = []
+    for row, goal in zip(outputs.reshape(-1, WIDTH), wanted.reshape(-1, WIDTH), strict=True):
+        norm = sum(entry**2 for entry in goal.tolist())
+        errors.append((row - goal).square().sum() / norm if norm else row.sum() * 0)
+    return torch.stack(errors).mean()
+
+
+def test_the_loss_by_token_and_its_gradient_are_those_of_a_reference() -> None:
+    toy = Toy()
+    toy.targets[:, 0] *= 100.0  # the first tokens would be all of a sum
+    toy.targets[3, 1] = 0.0
+    work, batch = toy.work(by_token=True), [1, 3, 6]
+    masters, passes = Masters(work.tunables, (0.9, 0.95)), TuningPasses(work, SINGLE)
+    measured = passes.measure({}, batch)
+    loss = passes.gradients(masters, batch, toy.inputs[batch], toy.targets[batch], measured.mean_square)
+    leaves = {name: value.double().requires_grad_() for name, value in toy.values.items()}
+    expected = by_token(block(leaves, toy.inputs[batch].double()), toy.targets[batch].double())
+    expected.backward()
+    assert (loss.item(), measured.error) == (pytest.approx(expected.item()), pytest.approx(expected.item()))
+    for name, leaf in leaves.items():
+        assert leaf.grad is not None
+        torch.testing.assert_close(masters.leaves[name].grad, leaf.grad.float(), rtol=1e-4, atol=1e-6)
+
+
+def test_the_guard_by_token_judges_by_the_loss_by_token() -> None:
+    toy = Toy()
+    toy.targets[:, 0] *= 100.0
+    tuned = run(toy.work(by_token=True))
+    held = {name: value.to(toy.values[name].dtype) for name, value in tuned.values.items()}
+    after, before = (
+        by_token(block({**toy.values, **values}, toy.inputs[HELD]).double(), toy.targets[HELD].double()).item()
+        for values in (held, {})
+    )
+    assert tuned.record.kept_epoch
+    assert tuned.record.held_out_before == pytest.approx(before, rel=1e-5)
+    assert tuned.record.held_out_after == pytest.approx(after, rel=1e-5)
+    assert after < before
+    assert run(toy.work()).record.held_out_after != pytest.approx(after, rel=0.1)
 
 
 def test_a_rate_means_the_same_whatever_the_scale_of_the_outputs() -> None:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from thanos.engine.block_error import token_errors
 from thanos.engine.block_runner import BATCH_TOKENS
 from thanos.engine.distributed import World
 from thanos.engine.tuned_parameters import Masters, Tunable
@@ -56,6 +57,7 @@ class Work:
         held_out: positions of the sequences that only measure.
         mine: positions of this process's sequences; row r is position ``mine[r]``.
         device: device of the parameters.
+        by_token: whether the error is the mean of the tokens' relative errors, not that of all tokens together.
     """
 
     forward: Forward
@@ -65,6 +67,7 @@ class Work:
     held_out: Sequence[int]
     mine: range
     device: torch.device
+    by_token: bool = False
 
     def rows(self, positions: Sequence[int]) -> list[int]:
         """Return the rows of those positions that this process holds."""
@@ -76,9 +79,9 @@ class Measured:
     """Sums over the sequences of all processes.
 
     Attributes:
-        difference: ‖F(X̂) − F*(X*)‖².
-        power: ‖F*(X*)‖².
-        entries: number of entries of F*(X*).
+        difference: ‖F(X̂) − F*(X*)‖²; by token, the sum of the tokens' relative squared errors.
+        power: ‖F*(X*)‖²; by token, the number of tokens.
+        entries: number of entries of F*(X*); by token, the number of tokens.
     """
 
     difference: float
@@ -94,7 +97,7 @@ class Measured:
 
     @property
     def mean_square(self) -> float:
-        """Mean square of the wanted outputs."""
+        """Mean square of the wanted outputs; by token 1."""
         return self.power / self.entries
 
 
@@ -139,24 +142,32 @@ class TuningPasses:
                 hidden, wanted = inputs[part], targets[part].float()
                 with torch.no_grad(), deterministic(device), precision(device) if training else nullcontext():
                     outputs = self._work.forward(parameters, hidden.float() if training else hidden, rows[part])
-                sums[0] += (outputs.float() - wanted).square().sum(dtype=torch.float64)
-                sums[1] += wanted.square().sum(dtype=torch.float64)
-                sums[2] += wanted.numel()
+                errors = squared_errors(outputs.float(), wanted, by_token=self._work.by_token)
+                sums[0] += errors.sum(dtype=torch.float64)
+                sums[1] += errors.numel() if self._work.by_token else wanted.square().sum(dtype=torch.float64)
+                sums[2] += errors.numel()
         return Measured(*self._world.sum_(sums).tolist())
 
     def gradients(
         self, masters: Masters, batch: Sequence[int], inputs: Tensor | None, targets: Tensor | None, mean_square: float
     ) -> Tensor:
-        """Set the gradients of the loss of a batch of all processes; return the loss, a scalar on the device.
+        """Set the gradients of the loss of a batch of all processes: the mean of the :func:`squared_errors`, relative.
 
-        The loss is the mean squared error, divided by ``mean_square``, that of the wanted outputs of a typical sequence.
-        ``batch`` are the positions of the sequences. ``inputs`` and their wanted outputs ``targets`` are those of this
-        process's sequences among them, (B, T, d); None if it has none.
+        Args:
+            masters: the parameters.
+            batch: positions of the batch's sequences.
+            inputs: inputs of this process's sequences among them, (B, T, d); None if it has none.
+            targets: their wanted outputs.
+            mean_square: what the mean is divided by: :attr:`Measured.mean_square` of typical sequences.
+
+        Returns:
+            The loss, a scalar on the device.
         """
         loss = torch.zeros((), dtype=torch.float32, device=self._work.device)
         masters.gradient.zero_()
         if inputs is not None and targets is not None:
-            scale = 1.0 / (mean_square * targets[0].numel() * len(batch))
+            entries = targets[0, :, 0].numel() if self._work.by_token else targets[0].numel()
+            scale = 1.0 / (mean_square * entries * len(batch))
             loss = self._backward(masters, inputs, targets, self._work.rows(batch), scale)
         if self._world.size > 1:
             self._world.sum_(masters.gradient)
@@ -189,7 +200,7 @@ class TuningPasses:
         with torch.enable_grad(), deterministic(device):
             with precision(device):
                 outputs = self._work.forward(masters.leaves, inputs.float(), rows)
-            loss = (outputs.float() - targets.float()).square().sum() * scale
+            loss = squared_errors(outputs.float(), targets.float(), by_token=self._work.by_token).sum() * scale
             loss.backward()
         return loss.detach()
 
@@ -206,6 +217,12 @@ class TuningPasses:
         taken = torch.cuda.max_memory_allocated(device) - before
         masters.gradient.zero_()
         return max(1, min(BATCH, int(FREE_SHARE * free_device_bytes(device) / max(1, taken))))
+
+
+def squared_errors(outputs: Tensor, wanted: Tensor, *, by_token: bool) -> Tensor:
+    """Return the squared errors of the entries, (B, T, d); by token those of the tokens, relative to their squares, (B, T)."""
+    errors = (outputs - wanted).square()
+    return token_errors(errors.sum(-1), wanted.square().sum(-1)) if by_token else errors
 
 
 def precision(device: torch.device) -> AbstractContextManager[object]:

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 class TuningRecord:
     """The tuning of one block.
 
-    An error is ‖F(X̂) − F*(X*)‖² / ‖F*(X*)‖² over sequences. Unless stated otherwise it is measured with weights in their stored
-    dtype, and the block runs as it does for the next block's inputs. The training sequences are measured on an evenly spaced
-    sample of as many as are held out.
+    An error is ‖F(X̂) − F*(X*)‖² / ‖F*(X*)‖² over sequences; with the loss ``token`` it is the mean of the tokens' own errors.
+    Unless stated otherwise it is measured with weights in their stored dtype, and the block runs as it does for the next
+    block's inputs. The training sequences are measured on an evenly spaced sample of as many as are held out.
 
     Attributes:
         block: index of the block.

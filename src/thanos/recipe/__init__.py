@@ -21,18 +21,16 @@ from thanos.recipe.layer import LAYER_FIELDS, LayerRecipe, check_used, check_val
 from thanos.recipe.override import Override, hints, suited_to
 from thanos.recipe.repair import (
     REPAIR_FIELDS,
+    TUNE_LOSSES,
     TUNE_RATE,
-    check_held_out,
-    check_rate,
-    check_repair_used,
+    check_run_repair,
     checked,
-    held_out_of,
     repairs_of,
     unused_values,
 )
 from thanos.recipe.repair import Repair as Repair
 from thanos.recipe.run_fields import DTYPES, check_run_fields
-from thanos.recipe.stored import underscored, without_unused
+from thanos.recipe.stored import ADDED, underscored, without_unused
 from thanos.recipe.toml import read_toml, toml_text
 from thanos.recipe.units import HEAD_UNITS, check_units
 from thanos.settings import TEXT_SOURCES, Heading, setting
@@ -69,7 +67,9 @@ class Recipe(LayerRecipe):
             ``query``, one query head of every group. None for ``group``.
         held_out: number of calibration sequences, the last ones, that choose the dense target and guard the tuning. None for
              a sixteenth of them, at least one. Refused if no layer has dense target ``auto`` or is tuned.
-        tune_rate: peak learning rate of the tuning, above 0 and at most 1. Refused if no layer is tuned.
+        tune_rate: peak learning rate of the tuning, above 0 and at most 1. This and the next are refused if no layer is tuned.
+        tune_loss: what the tuning minimises: ``block``, the squared error of the block's outputs relative to their squares;
+            ``token``, the mean of the tokens' own relative squared errors.
         trust_remote_code: let transformers run Python code from the checkpoint.
 
     Raises:
@@ -141,6 +141,13 @@ class Recipe(LayerRecipe):
     tune_rate: float = setting(
         TUNE_RATE, "Peak learning rate of the tuning, above 0 and at most 1", Heading.REPAIR, "RATE"
     )
+    tune_loss: str = setting(
+        TUNE_LOSSES[0],
+        "Relative error that the tuning minimises: that of the block's outputs, or the mean of the tokens' own",
+        Heading.REPAIR,
+        "NAME",
+        choices=lambda: TUNE_LOSSES,
+    )
     trust_remote_code: bool = setting(
         False,
         "Run Python code that comes with the checkpoint",
@@ -157,8 +164,6 @@ class Recipe(LayerRecipe):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         check_allocation(self)
         check_units(self)
-        check_held_out(self.held_out)
-        check_rate(self.tune_rate)
         for override in self.overrides:
             own = override.settings.get("method")
             check_values(override.settings)
@@ -168,9 +173,7 @@ class Recipe(LayerRecipe):
             methods = self._methods() if own is None else (own,)
             damps = merged.repair.needs_gram
             check_used(override.settings, methods, where, damps=lambda damps=damps: damps)
-        check_repair_used(self.repairs, self.held_out, self.tune_rate)
-        if self.holds_out:
-            held_out_of(self.samples, self.held_out)
+        check_run_repair(self)
 
     @property
     def repairs(self) -> list[Repair]:
@@ -239,7 +242,7 @@ class Recipe(LayerRecipe):
         values = {
             f.name: getattr(self, f.name)
             for f in dataclasses.fields(self)
-            if f.name != "overrides" and (f.name not in _NEW or getattr(self, f.name) != f.default)
+            if f.name != "overrides" and (f.name not in ADDED or getattr(self, f.name) != f.default)
         }
         values["targets"], values["skip"] = list(self.targets), list(self.skip)
         values["override"] = [
@@ -293,7 +296,3 @@ class Recipe(LayerRecipe):
         values = self.to_dict()
         overrides = values.pop("override")
         return toml_text(values, overrides)
-
-
-_NEW = ("scope", "allocation", "multiple_of", "head_unit", *REPAIR_FIELDS, "held_out", "tune_rate", "output_dtype")
-"""Settings that are written only where they differ from their defaults."""

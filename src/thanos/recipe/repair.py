@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from thanos import registry
 from thanos.errors import RecipeError
 from thanos.registry import EffortRow
 from thanos.system.suggestions import near, near_number, near_whole
+
+if TYPE_CHECKING:
+    from thanos.recipe import Recipe
 
 AUTO: Literal["auto"] = "auto"
 """The dense target that is chosen on held-out sequences."""
@@ -29,6 +32,10 @@ HELD_OUT_SHARE = 1 / 16
 TUNE_RATE = 2e-3
 """Peak learning rate of the tuning. It was the best of three on SmolLM2-135M at 50 %: perplexity 31.4 with 3e-4, 30.1 with
 1e-3, 29.7 with 2e-3."""
+
+TUNE_LOSSES = ("block", "token")
+"""What the tuning minimises: the squared error of all tokens together, relative to their squares, or the mean of the tokens'
+own relative squared errors."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,19 +100,33 @@ def repairs_of(settings: Mapping[str, Any], overrides: Iterable[Mapping[str, Any
 
 
 def unused_values(repairs: Iterable[Repair]) -> dict[str, Any]:
-    """Return the defaults of ``held_out`` and ``tune_rate``, by name: of those that none of the repairs uses."""
+    """Return the defaults, by name, of the settings of a run that none of its repairs uses.
+
+    The settings are ``held_out``, for a chosen dense target and for tuning, and ``tune_rate`` and ``tune_loss``, for tuning.
+    """
     repairs = list(repairs)
     held_out = {} if any(repair.holds_out for repair in repairs) else {"held_out": None}
-    return held_out | ({} if any(repair.tune for repair in repairs) else {"tune_rate": TUNE_RATE})
+    tuning = {"tune_rate": TUNE_RATE, "tune_loss": TUNE_LOSSES[0]}
+    return held_out | ({} if any(repair.tune for repair in repairs) else tuning)
 
 
-def check_repair_used(repairs: Iterable[Repair], held_out: int | None, tune_rate: float) -> None:
-    """Raise RecipeError if ``held_out`` or ``tune_rate`` differs from its default, and none of the repairs uses it."""
-    given, users = {"held_out": held_out, "tune_rate": tune_rate}, {"held_out": f"dense_target {AUTO} or tune"}
-    for name, default in unused_values(repairs).items():
-        if given[name] != default:
-            users_of = users.get(name, "tune")
-            raise RecipeError(f"no layer uses {name} (got {given[name]!r}); leave it out, or set {users_of}")
+def check_run_repair(recipe: Recipe) -> None:
+    """Refuse settings of a run's repair that are outside their range, or that differ from their default and are not used.
+
+    Raises:
+        RecipeError: there is such a setting, or too few sequences to hold any out.
+    """
+    check_held_out(recipe.held_out)
+    check_rate(recipe.tune_rate)
+    if recipe.tune_loss not in TUNE_LOSSES:
+        hint = near(str(recipe.tune_loss), TUNE_LOSSES)
+        raise RecipeError(f"tune_loss must be {' or '.join(TUNE_LOSSES)}; got {recipe.tune_loss!r}{hint}")
+    users = {"held_out": f"dense_target {AUTO} or tune"}
+    for name, default in unused_values(recipe.repairs).items():
+        if (given := getattr(recipe, name)) != default:
+            raise RecipeError(f"no layer uses {name} (got {given!r}); leave it out, or set {users.get(name, 'tune')}")
+    if recipe.holds_out:
+        held_out_of(recipe.samples, recipe.held_out)
 
 
 def checked(settings: Mapping[str, Any]) -> dict[str, Any]:

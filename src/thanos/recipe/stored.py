@@ -9,7 +9,13 @@ from typing import Any
 from thanos import registry
 from thanos.errors import RecipeError
 from thanos.recipe.override import Override
-from thanos.recipe.repair import repairs_of, unused_values
+from thanos.recipe.repair import REPAIR_FIELDS, repairs_of, unused_values
+
+ADDED = (
+    *("scope", "allocation", "multiple_of", "head_unit", *REPAIR_FIELDS, "held_out", "tune_rate", "tune_loss"),
+    "output_dtype",
+)
+"""Settings that came after the first version. They are written only where they differ from their defaults."""
 
 
 def underscored(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def stages_of(recipe: Recipe) -> tuple[BlockStage, ...]:
     """Return the stages that a recipe runs on each block, in order."""
     prune = PruneStage(measure_error=recipe.measure_error)
     if any(repair.tune for repair in recipe.repairs):
-        return prune, TuneStage(rate=recipe.tune_rate, seed=recipe.seed)
+        return prune, TuneStage(rate=recipe.tune_rate, seed=recipe.seed, by_token=recipe.tune_loss == "token")
     return (prune,)
 
 

@@ -38,11 +38,13 @@ class TuneStage:
     Args:
         rate: highest learning rate.
         seed: seed of the recipe.
+        by_token: whether the error is the mean of the tokens' own relative errors.
         name: name of the stage in the records.
     """
 
     rate: float
     seed: int
+    by_token: bool = False
     name: str = "tune"
 
     def __call__(self, context: BlockContext) -> Iterator[Event]:
@@ -73,7 +75,7 @@ class TuneStage:
         seed = self.seed * _SEEDS + context.index
 
         def steps() -> Generator[TuningProgress, None, Tuned]:
-            return tune(_work(context), epochs=epochs, rate=self.rate, seed=seed, world=context.world)
+            return tune(_work(context, self.by_token), epochs=epochs, rate=self.rate, seed=seed, world=context.world)
 
         try:
             return (yield from _events(context, steps()))
@@ -123,7 +125,7 @@ def _linear(context: BlockContext) -> set[str]:
     return {f"{context.prefix}{name}" for name in linear_names(context.module)}
 
 
-def _work(context: BlockContext) -> Work:
+def _work(context: BlockContext, by_token: bool) -> Work:
     found = tunables(context)
     names = {tunable.name for tunable in found}
     # In training everything is float32. What is not tuned is converted once.
@@ -151,6 +153,7 @@ def _work(context: BlockContext) -> Work:
         held_out=range(samples - held_out, samples),
         mine=context.world.share(samples),
         device=context.device,
+        by_token=by_token,
     )
 
 
