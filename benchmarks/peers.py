@@ -28,6 +28,7 @@ from thanos.calibration.windows import make_calibration
 from thanos.model.layers import find_blocks
 from thanos.model.loading import load_model
 from thanos.model.source import ModelSource, resolve_model
+from thanos.run.unit_counts import units_that_stay
 from thanos.shrink.folder import write_smaller
 from thanos.shrink.units import GROUP, HEADS, NEURONS, QUERY, Units, units_of
 
@@ -123,6 +124,9 @@ def main() -> int:
         sequence_length=arguments.sequence_length,
         device=arguments.device,
     )
+    if arguments.out.exists():
+        parser.error(f"OUT {arguments.out} exists; give a folder that does not")
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     source, device = resolve_model(arguments.model), torch.device(arguments.device)
     ids = make_calibration(source, recipe, device, lambda event: None).ids.to(device)
     model: Any = load_model(source, dtype="float32", device=device)
@@ -132,11 +136,13 @@ def main() -> int:
         for number, found in enumerate(units_of(model, blocks, arguments.kind, arguments.head_unit))
         for one in found
     }
+    if not units:
+        parser.error(f"{type(model).__name__} is a mixture of experts, whose neurons are not scored here")
     multiple = arguments.multiple_of or (64 if arguments.kind == NEURONS else 1)
-    kept = {}
-    for name, score in SCORES[arguments.score](model, units, ids).items():
-        stay = round((1 - arguments.share) * len(score) / multiple) * multiple
-        kept[name] = score.topk(stay).indices.sort().values.cpu()
+    count = len(next(iter(units.values())))
+    stay = units_that_stay(count, arguments.share, multiple, arguments.kind)
+    scores = SCORES[arguments.score](model, units, ids)
+    kept = {name: score.topk(stay).indices.sort().values.cpu() for name, score in scores.items()}
     with folder_of(source, model, arguments.out) as folder:
         made = write_smaller(folder, arguments.out, kept, head_unit=arguments.head_unit)
     print(json.dumps({"score": arguments.score, "kind": arguments.kind, "units_that_stay": stay} | vars_of(made)))

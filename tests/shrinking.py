@@ -32,6 +32,16 @@ def blocks_of(model: Any, architecture: str) -> tuple[str, nn.ModuleList]:
     return prefix, model.get_submodule(prefix)
 
 
+def skip(block: nn.Module) -> None:
+    """Let a block hand on its inputs."""
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        given = args[0] if args else kwargs["hidden_states"]
+        return (given, *output[1:]) if isinstance(output, tuple) else given
+
+    block.register_forward_hook(hook, with_kwargs=True)
+
+
 def some(count: int, stay: int, seed: int) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:stay].sort().values
 

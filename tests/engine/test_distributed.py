@@ -318,6 +318,7 @@ def test_many_processes_cut_like_one(
     assert run.returncode == 0, run.stderr
     one, two = (PruningReport.read(tmp_path / name / "pruning.json") for name in ("one", "two"))
     assert one.cut["units"] == two.cut["units"]
+    assert one.cut.get("dropped_blocks") == two.cut.get("dropped_blocks")
     assert [layer.removed_units for layer in one.layers] == [layer.removed_units for layer in two.layers]
     expected, written = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     for name, weight in expected.items():

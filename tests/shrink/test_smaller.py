@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from helpers import ARCHITECTURES, MIXTURES, save_tiny, windows
-from shrinking import HEADS, WITH_HEADS, blocks_of, load, others, some, zero_columns, zero_heads, zero_neurons
+from shrinking import HEADS, WITH_HEADS, blocks_of, load, others, skip, some, zero_columns, zero_heads, zero_neurons
 from thanos.checkpoint.reader import SafetensorsCheckpoint
 from thanos.errors import UserError
 from thanos.shrink.folder import SmallerFolder, write_smaller
@@ -27,16 +27,6 @@ WIDTH = {
     "qwen2-moe": "moe_intermediate_size",
     "qwen3-moe": "moe_intermediate_size",
 } | dict.fromkeys(("opt-125m", "opt-350m", "opt-6.7b"), "ffn_dim")
-
-
-def skip(block: nn.Module) -> None:
-    """Let a block hand on its inputs."""
-
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        given = args[0] if args else kwargs["hidden_states"]
-        return (given, *output[1:]) if isinstance(output, tuple) else given
-
-    block.register_forward_hook(hook, with_kwargs=True)
 
 
 def assert_equal_logits(smaller: Path, zeroed: Any) -> None:

@@ -20,7 +20,7 @@ from thanos.cli.tables import (
     to_stdout,
     write_json,
 )
-from thanos.run.cut_words import cut_rows
+from thanos.run.cut_words import cut_rows, plan_rows
 
 if TYPE_CHECKING:
     from thanos.bench.layer import LayerTime
@@ -111,6 +111,7 @@ def show_plan(plan: Plan, json_file: Path | None) -> None:
     """Print the plan of a run, and on the standard error the resources that are too small."""
     rows = [
         ("blocks, layers to prune", f"{plan.blocks}, {plan.layers}"),
+        *plan_rows(plan.cut),
         ("hidden states", f"{plan.activations_bytes / 2**30:.2f} GiB, kept on: {plan.activations}"),
         ("sequences in a batch", str(plan.batch)),
         *phase_rows(plan.phases),

@@ -199,17 +199,23 @@ class BlockCalls:
         with suppress(_Stop):
             self.run(index, hidden, first)
 
-    def run_tail(self, model: nn.Module, ids: Tensor, hidden: Tensor) -> None:
+    def run_tail(self, model: nn.Module, ids: Tensor, hidden: Tensor) -> Any:
         """Run the modules that follow the blocks, such as lm_head; a hook may end the pass with :func:`stop`.
 
-        ``hidden`` are the last block's outputs, (1, T, d), for ``ids``, the token ids of one sequence, (1, T).
+        Args:
+            model: the model that holds the blocks.
+            ids: token ids of one sequence, (1, T).
+            hidden: the last block's outputs for ``ids``, (1, T, d).
+
+        Returns:
+            What the model returns; None if a hook ended the pass.
         """
 
         def passer(index: int, _: Callable[..., Any]) -> Callable[..., Any]:
             return lambda *args, **kwargs: self._drawn.returned(index, hidden)
 
         with replaced_forwards(self._blocks, passer):
-            _run(model, ids)
+            return _run(model, ids)
 
     @property
     def _drawn(self) -> Picture:
@@ -228,8 +234,8 @@ def stop() -> None:
     raise _Stop
 
 
-def _run(model: nn.Module, ids: Tensor) -> None:
+def _run(model: nn.Module, ids: Tensor) -> Any:
     try:
-        model(input_ids=ids, use_cache=False)
+        return model(input_ids=ids, use_cache=False)
     except _Stop:
-        return
+        return None

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +22,7 @@ from thanos.model.layers import LinearLayer
 from thanos.system.memory import free_device_bytes
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
-"""Largest number of tokens in a forward pass, by device type. More tokens use more memory and are expected to gain little
-speed; on the CPU they no longer fit in its caches."""
+"""Largest number of tokens in a forward pass. More use more memory and gain little speed: a CPU's caches cannot hold them."""
 
 _BATCH_SHARE = 0.7
 """Fraction of the device's free memory that one batch may use. The rest is for the next batch and the next block's weights."""
@@ -212,9 +212,14 @@ class Passes(StreamStates):
                 if index + 1 == most:
                     return
 
-    def observe_tail_of(self, index: int, hidden: Tensor) -> None:
-        """Run the modules after the blocks on sequence ``index``, for the hooks on them; ``hidden``, (1, T, d): their input."""
-        self._calls.run_tail(self._model, self._row(index), hidden)
+    def observe_tail_of(self, index: int, hidden: Tensor) -> Any:
+        """Run the modules after the blocks on sequence ``index``, for the hooks on them; return what the model returns.
+
+        Args:
+            index: the sequence.
+            hidden: the last block's outputs, (1, T, d); those of some tokens suffice.
+        """
+        return self._calls.run_tail(self._model, self._row(index)[:, : hidden.shape[1]], hidden)
 
     def halve(self, error: torch.OutOfMemoryError) -> str:
         """Halve the batch size after ``error``; return the note for the user.

@@ -59,9 +59,11 @@ class PairedPass:
         self._residuals: list[dict[str, Tensor]] = [{}, {}]  # of the pruned and of the dense block: module → its input
         self._beside: list[dict[str, Tensor]] = [{}, {}]  # the same: layer beside one of these → its output
         self._on_dense = False
-        self._beyond: Tensor | None = None
         # The outputs of later blocks that are left out, to which the layers that write into the residual stream are fitted.
         self._stands_for_more = context.stands_for_more
+        self._beyond: Tensor | None = None
+        self._output: Tensor | None = None  # of the pruned block, for the same batch
+        self._own: dict[str, Tensor] = {}  # layer that writes into the residual stream → its output in that block
 
     def run(self, end: int) -> Iterator[int]:
         """Run this process's sequences before ``end``; yield the number of finished sequences after each batch.
@@ -79,7 +81,11 @@ class PairedPass:
                 self._residuals = [{BLOCK_INPUT: hidden}, {BLOCK_INPUT: wanted}]
                 self._inputs, self._calls, self._beside = {}, {}, [{}, {}]
                 with self._routing.record():
-                    self._observe(hidden, first)
+                    if beyond is None:
+                        self._observe(hidden, first)
+                    else:
+                        assert self._index is not None
+                        self._output = self._runner.run(self._index, hidden, first)
                 batch_ended()
                 self._make_room(hidden.device)
                 self._groups.paused = self._on_dense = True
@@ -91,7 +97,7 @@ class PairedPass:
                 self._add_residuals()
                 yield min(first + size, end)
         self._inputs, self._residuals, self._beside = {}, [{}, {}], [{}, {}]
-        self._beyond = None
+        self._beyond, self._output, self._own = None, None, {}
 
     def _observe(self, hidden: Tensor, first: int) -> None:
         if self._index is None:
@@ -104,8 +110,8 @@ class PairedPass:
     def _ending(self) -> AbstractContextManager[Callable[[], None]]:
         if self._index is None:
             return stopping_at(self._layers[0])
-        if any(stream.beside for stream in self._streams.values()):
-            return nullcontext(lambda: None)  # the layer beside may be called last, and its output is needed
+        if self._stands_for_more or any(stream.beside for stream in self._streams.values()):
+            return nullcontext(lambda: None)  # the layer beside, or the block's output, is needed and may come last
         return stopping_after(self._layers, self._all, self._calls_before)
 
     # --- hooks ------------------------------------------------------------------------------------------------------
@@ -115,6 +121,8 @@ class PairedPass:
         handles: list[Any] = []
         for layer in self._layers:
             handles.append(layer.module.register_forward_pre_hook(self._at_layer(layer)))
+            if self._stands_for_more and layer.name in self._streams:
+                handles.append(layer.module.register_forward_hook(self._after_own(layer.name)))
         for name in {stream.source for stream in self._streams.values()} - {BLOCK_INPUT}:
             module = self._block.get_submodule(name)
             handles.append(module.register_forward_pre_hook(self._at_stream(name), with_kwargs=True))
@@ -152,6 +160,13 @@ class PairedPass:
 
         return see
 
+    def _after_own(self, name: str) -> Callable[..., None]:
+        def see(_: nn.Module, args: Any, output: Tensor) -> None:
+            if not self._on_dense:
+                self._own[name] = output.clone()  # a block may add to it in place
+
+        return see
+
     # --- products ---------------------------------------------------------------------------------------------------
 
     def _make_room(self, device: torch.device) -> None:
@@ -176,12 +191,15 @@ class PairedPass:
             if group is None or group.pairs is None:
                 continue
             (inputs,) = self._inputs[group.layers[0].name]
-            pruned, dense = (self._before(stream, number) for number in range(2))
-            if self._beyond is not None:
-                # The wanted output is all that is missing from the later blocks' outputs, so nothing is added to the cross
-                # products: W (0 − G) + R in the place of W (C − G) + R.
+            if self._beyond is None:
+                pruned, dense = (self._before(stream, number) for number in range(2))
+            else:
+                # The wanted output is all that the block's other layers leave missing from the later blocks' outputs, so
+                # nothing is added to the cross products: W (0 − G) + R in the place of W (C − G) + R.
+                assert self._output is not None
                 bias = getattr(group.layers[0].module, "bias", None)
                 dense = _rows(self._beyond if bias is None else self._beyond - bias)
+                pruned = _rows(self._output).float() - _rows(self._own[name]).float()
             group.pairs.residuals[name].add_difference(dense, pruned, _rows(inputs))
 
     def _before(self, stream: Stream, number: int) -> Tensor:

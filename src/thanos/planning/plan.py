@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,14 @@ from thanos.errors import RecipeError, resource_errors
 from thanos.events import Watcher
 from thanos.model.layers import find_blocks
 from thanos.model.source import find_local, resolve_model
-from thanos.planning.kinds import Amount, Job, block_seconds
+from thanos.planning.allocation import allocation_seconds, stream_bytes
+from thanos.planning.kinds import Job, block_seconds
 from thanos.planning.scratch import scan_seconds
 from thanos.planning.trial import Trial, run_trial
 from thanos.recipe import Recipe
 from thanos.run.allocation import PHASE as ALLOCATION
-from thanos.run.allocation import SEQUENCES
 from thanos.run.auxiliary_files import auxiliary_files
+from thanos.run.cut_plan import planned_cut
 from thanos.run.setup import (
     bytes_besides,
     check_calibration,
@@ -80,6 +81,7 @@ class Plan(Document):
         device_free_bytes: free memory of the CUDA device, in bytes; None without one.
         phases: predicted seconds and peak memory, by phase.
         seconds: seconds of all phases together.
+        cut: what the run will cut, see :func:`~thanos.run.cut_plan.planned_cut`; empty unless the pattern removes units.
         does_not_fit: one line for each resource that does not suffice; empty if the run fits.
         schema: version of this format.
     """
@@ -103,6 +105,7 @@ class Plan(Document):
     phases: dict[str, PhaseRecord]
     seconds: float
     does_not_fit: list[str]
+    cut: dict[str, Any] = field(default_factory=dict)
     schema: int = SCHEMA
 
 
@@ -189,10 +192,10 @@ def _predict(job: Job, out: Path, measured: dict[str, PhaseRecord], scan: float,
     gc.collect()
     give_back()
     base, cuda = host_bytes(), job.device.type == "cuda"
-    seconds = _seconds(job, trial, scan)
+    seconds, measuring = _seconds(job, trial, scan), stream_bytes(job, trial.allocation)
     for name in measured:
         seconds[name] += measured[name].seconds
-    memory = {name: _memory(name, trial, base, measured, generating, cuda) for name in seconds}
+    memory = {name: _memory(name, trial, base, measured, generating, cuda, measuring) for name in seconds}
     phases = {
         name: PhaseRecord(
             seconds=seconds[name], host_peak_bytes=memory[name][0], device_peak_bytes=memory[name][1] if cuda else None
@@ -203,7 +206,7 @@ def _predict(job: Job, out: Path, measured: dict[str, PhaseRecord], scan: float,
     layout = opened.checkpoint.layout
     besides = bytes_besides(job.prepared.layers, job.prepared.cutting) + len(layout.index or b"")
     besides += sum(path.stat().st_size for path in auxiliary_files(opened.source))
-    besides += trial.states.get("disk", 0)
+    besides += max(trial.states.get("disk", 0), measuring.get("disk", 0))
     host = max(one for one, _ in memory.values())
     on_device = max(one for _, one in memory.values()) if cuda else None
     free = free_disk_bytes(job.folder), free_host_bytes(), free_device_bytes(job.device) if cuda else None
@@ -232,11 +235,18 @@ def _predict(job: Job, out: Path, measured: dict[str, PhaseRecord], scan: float,
         phases=phases,
         seconds=sum(seconds.values()),
         does_not_fit=[line for line in lines if line],
+        cut={} if job.prepared.cutting is None else planned_cut(opened, job.prepared.cutting),
     )
 
 
 def _memory(
-    name: str, trial: Trial, base: int, measured: dict[str, PhaseRecord], generating: int, cuda: bool
+    name: str,
+    trial: Trial,
+    base: int,
+    measured: dict[str, PhaseRecord],
+    generating: int,
+    cuda: bool,
+    measuring: dict[str, int],
 ) -> tuple[int, int]:
     """Return the peak bytes of a phase on host and device: of the process (``base``), a block, and the hidden states."""
     if name == ALLOCATION:
@@ -244,7 +254,7 @@ def _memory(
     else:
         peaks = [kind.peak(name, trial.batch) for kind in trial.kinds]
     host, on_device = (max(peak[i] for peak in peaks) for i in (0, 1))
-    states = {} if name in ("load", "finish", ALLOCATION) else trial.states
+    states = measuring if name == ALLOCATION else {} if name in ("load", "finish") else trial.states
     host += base + states.get("host", 0)
     on_device += states.get("device", 0)
     if name == "calibration" and generating:  # the whole model is in memory
@@ -261,8 +271,7 @@ def _seconds(job: Job, trial: Trial, scan: float) -> dict[str, float]:
     untouched = sum(tensors[key].nbytes for key in job.untouched())
     seconds = {"load": untouched * scan, "calibration": 0.0}
     if trial.allocation:
-        few = Amount(min(SEQUENCES, job.samples))
-        seconds[ALLOCATION] = sum(block_seconds(job, trial.allocation, lambda _: few).values())
+        seconds[ALLOCATION] = allocation_seconds(job, trial.allocation)
     for name, value in block_seconds(job, trial.kinds, job.amount).items():
         seconds[name] = seconds.get(name, 0.0) + value
     for name, value in trial.once.items():

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -29,7 +29,7 @@ from thanos.model.layers import LinearLayer
 from thanos.planning.kinds import Amount, Job, Kind, Sample
 from thanos.planning.scratch import Scratch, TrialMeter, copy_seconds
 from thanos.recipe import LayerRecipe
-from thanos.run.allocation import SEQUENCES, measured_layers
+from thanos.run.allocation import measured_layers, sequences_of
 from thanos.run.engine_setup import build_engine
 from thanos.system.memory import device_memory, free_device_bytes, give_back, host_bytes
 
@@ -135,12 +135,19 @@ def _try(
     done: int,
     amounts: Sequence[tuple[Amount, int]],
     tier: str,
-    stages: Sequence[BlockStage] | None = None,
+    stages_of: Callable[[int], Sequence[BlockStage]] | None = None,
 ) -> None:
-    """Add the samples of one block of a kind; ``done`` counts from 1 and chooses the block."""
+    """Add the samples of one block of a kind; ``done`` counts from 1 and chooses the block.
+
+    ``stages_of`` returns the stages for a block that take the place of the recipe's.
+    """
     usual = kind.blocks[:-1] or kind.blocks  # the outputs of the last block may not be needed
     block = usual[int(len(usual) * (done * _GOLDEN % 1))]
-    kind.tries.append([_measure(job, scratch, block, *one, tier, stages=stages) for one in amounts])
+
+    def stages() -> Sequence[BlockStage] | None:
+        return None if stages_of is None or block is None else stages_of(block)
+
+    kind.tries.append([_measure(job, scratch, block, *one, tier, stages=stages()) for one in amounts])
 
 
 def _try_allocation(job: Job, scratch: Scratch, tier: str) -> list[Kind]:
@@ -150,11 +157,15 @@ def _try_allocation(job: Job, scratch: Scratch, tier: str) -> list[Kind]:
     if not layers and not drops:
         return []
     measuring = replace(job, prepared=replace(job.prepared, layers=layers))
-    kinds, most = measuring.kinds(), min(SEQUENCES, job.samples)
+    kinds, most = measuring.kinds(), min(sequences_of(cutting), job.samples)
     few, more = min(most, _ALLOCATION_TRIED), min(most, 2 * _ALLOCATION_TRIED)
+
+    def stages(block: int) -> Sequence[BlockStage]:
+        return (EffectStage([block], [block - 1]) if drops else MeasureStage(),)  # one stream runs through the block
+
     for kind in kinds:
         amounts = [(Amount(number), number) for number in dict.fromkeys((few, more))]
-        _try(measuring, scratch, kind, 1, amounts, tier, (EffectStage() if drops else MeasureStage(),))
+        _try(measuring, scratch, kind, 1, amounts, tier, stages)
     return kinds
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from thanos import registry
 from thanos.calibration.windows import Calibration
@@ -16,6 +18,7 @@ from thanos.engine.distributed import World
 from thanos.engine.loop import Engine
 from thanos.engine.rank_zero import SharedWriter
 from thanos.engine.records import NoJournal
+from thanos.engine.stages.base import BlockStage
 from thanos.engine.stages.effects import EffectStage
 from thanos.engine.stages.measure import MeasureStage
 from thanos.events import Event, Watcher
@@ -23,9 +26,11 @@ from thanos.model.layers import LinearLayer
 from thanos.patterns.budget import Budget
 from thanos.recipe import LayerRecipe, Recipe
 from thanos.recipe.allocation import is_allocated
+from thanos.run import block_choice
+from thanos.run.block_choice import chosen_blocks
 from thanos.run.cutting import Cutting
 from thanos.run.engine_setup import build_engine
-from thanos.run.settling import chosen_blocks, settled
+from thanos.run.settling import settled
 from thanos.run.setup import Prepared
 from thanos.run.split import chosen_split
 from thanos.solvers.allocation import Curve, allocate
@@ -62,26 +67,35 @@ def choose_sparsities(
     drops = cutting is not None and cutting.drops > 0
     if not layers and not drops:
         return plan, None
-    sequences = min(SEQUENCES, len(calibration.ids))
     record: dict[str, Any] | None = world.from_first(lambda: _read(store))
     if record is None:
-        own = PhaseMeter(device)
-        stage = EffectStage() if drops else MeasureStage()
-        engine = build_engine(
-            replace(plan, layers=layers),
-            recipe,
-            calibration.ids[: max(SEQUENCES, world.size)],
-            device,
-            folder,
-            activations=activations,
-            writer=SharedWriter(None, world),
-            journal=NoJournal(),
-            meter=own,
-            world=world,
-            stages=(stage,),
-        )
-        _measure(engine, emit)
-        record = world.from_first(lambda: {"sequences": sequences} | _found(layers, cutting, stage))
+        own, ids = PhaseMeter(device), calibration.ids[: max(sequences_of(cutting), world.size)]
+
+        def run(stage: BlockStage, dropped: Sequence[int] = ()) -> None:
+            engine = build_engine(
+                replace(
+                    plan, layers=layers, cutting=None if cutting is None else replace(cutting, dropped=tuple(dropped))
+                ),
+                recipe,
+                ids,
+                device,
+                folder,
+                activations=activations,
+                writer=SharedWriter(None, world),
+                journal=NoJournal(),
+                meter=own,
+                world=world,
+                stages=(stage,),
+            )
+            _measure(engine, emit)
+
+        if cutting is not None and drops:
+            found = _blocks(plan.picture.reached, cutting.drops, run)
+        else:
+            stage = MeasureStage()
+            run(stage)
+            found = _found(layers, cutting, stage)
+        record = world.from_first(lambda: {"sequences": len(ids)} | found)
         meter.add({PHASE: _total(own)})
         if store is not None:
             write_atomically(store, json_text(record).encode(), durable=True)
@@ -94,6 +108,11 @@ def choose_sparsities(
         for layer, settings in plan.layers.items()
     }
     return replace(plan, layers=changed), record
+
+
+def sequences_of(cutting: Cutting | None) -> int:
+    """Return the number of calibration sequences on which the pass measures, if there are as many."""
+    return SEQUENCES if cutting is None or not cutting.drops else block_choice.SEQUENCES
 
 
 def measured_layers(plan: Prepared, recipe: Recipe) -> dict[LinearLayer, LayerRecipe]:
@@ -135,13 +154,22 @@ def _measure(engine: Engine, emit: Watcher) -> None:
             emit(Event(kind="progress", phase=PHASE, blocks=total, done=event.block + 1, total=total))
 
 
-def _found(
-    layers: Mapping[LinearLayer, LayerRecipe], cutting: Cutting | None, stage: MeasureStage | EffectStage
-) -> dict[str, Any]:
+def _blocks(blocks: Sequence[int], number: int, run: Callable[[BlockStage, Sequence[int]], None]) -> dict[str, Any]:
+    """Return the record of the blocks that go; ``run`` makes a pass with a stage over the model without some blocks."""
+    wanted: list[Tensor] | None = None
+
+    def measure(gone: Sequence[int], candidates: Sequence[int]) -> dict[int, float]:
+        nonlocal wanted
+        with closing(EffectStage([block for block in blocks if block not in gone], candidates, wanted)) as stage:
+            run(stage, gone)
+        wanted = stage.wanted
+        return stage.effects
+
+    return chosen_blocks(blocks, number, measure)
+
+
+def _found(layers: Mapping[LinearLayer, LayerRecipe], cutting: Cutting | None, stage: MeasureStage) -> dict[str, Any]:
     """Return what the pass measured and what follows from it."""
-    if isinstance(stage, EffectStage):
-        assert cutting is not None
-        return chosen_blocks(stage.effects, cutting.drops)
     if cutting is not None:
         return chosen_split(cutting.candidates, cutting.parameters, cutting.target, cutting.kinds(layers), stage.curves)
     return _choice(layers, stage.curves)

@@ -14,6 +14,9 @@ _TOGETHER = dict(
     zip(HEAD_UNITS, ("groups of heads with one key-value head", "query heads of every group"), strict=True)
 )
 
+_WIDTH_FROM_HIDDEN_SIZE = ("llama", "qwen2")
+"""Types of models whose ``head_dim`` CTranslate2's converter ignores: it takes hidden_size / num_attention_heads."""
+
 
 def cut_words(cut: Mapping[str, Any]) -> str:
     """Return what stays, from ``cut`` of a report: ``1,216 of 1,536 neurons left in each block``."""
@@ -23,18 +26,27 @@ def cut_words(cut: Mapping[str, Any]) -> str:
     return f"{sizes} left" if BLOCKS in cut["units"] else f"{sizes} left in each block"
 
 
+def share_words(cut: Mapping[str, Any]) -> str:
+    """Return what was asked and what goes, from ``cut`` of a report: ``asked 20 % of the neurons, removed 20.83 %: …``."""
+    asked, came, multiple, units = cut["asked"], cut["came"], cut["multiple_of"], cut["units"]
+    mixed, (kind, size) = len(units) > 1, next(iter(units.items()))
+    what = "parameters of the blocks" if mixed else kind_words(kind, cut)
+    text = f"asked {100 * asked:g} % of the {what}, removed {100 * came:.2f} %"
+    if abs(came - asked) < 5e-5:
+        return text
+    if multiple == 1:
+        return f"{text}: whole units come no nearer"
+    nearer = not mixed and abs(came - asked) * size["before"] > 0.5
+    return f"{text}: what stays is a multiple of {multiple}{'; multiple_of 1 comes nearer' if nearer else ''}"
+
+
 def kind_words(kind: str, cut: Mapping[str, Any]) -> str:
     """Return the plural of a kind of units."""
     return _TOGETHER[cut["head_unit"]] if kind == HEADS else kind
 
 
 def uncompensated(layers: Collection[LayerRecipe]) -> str:
-    """Return a sentence if nothing makes up for what goes from some of the layers, from their settings; else nothing.
-
-    There are no layers only if blocks go, and none of them has a layer that can be fitted to what they gave.
-    """
-    if not layers:
-        return "nothing makes up for the blocks that go: in this model no matrix can be fitted to what they gave"
+    """Return a sentence if nothing makes up for what goes from some of the layers, from their settings; else nothing."""
     methods = set[str]()
     for layer in layers:
         if layer.parsed_pattern.keeps_all:
@@ -53,14 +65,71 @@ def uncompensated(layers: Collection[LayerRecipe]) -> str:
     )
 
 
+def engine_caution(model_type: str, cut: Mapping[str, Any]) -> str:
+    """Return a sentence about a program that cannot run the smaller model, or runs it wrongly; empty if none is known.
+
+    Args:
+        model_type: of the text model's config.
+        cut: ``cut`` of a report.
+    """
+    heads = cut["units"].get(HEADS)
+    if model_type not in _WIDTH_FROM_HIDDEN_SIZE or not heads or heads["after"] == heads["before"]:
+        return ""
+    what = "gives other tokens without an error" if cut["head_unit"] == HEAD_UNITS[1] else "refuses the model"
+    return (
+        f"CTranslate2 (4.8.5) takes the width of a head from hidden_size for this architecture, and {what}: use programs that "
+        "read head_dim, such as transformers and llama.cpp"
+    )
+
+
+def order_caution(lists: Collection[str]) -> str:
+    """Return a sentence about programs that do not read the config's ``lists``, whose order has changed; empty for none."""
+    if not lists:
+        return ""
+    names = " and ".join(lists)
+    return (
+        f"the blocks that stay have other kinds in {names} than as many first blocks of the dense model: a program that tells "
+        f"the kind of a block by its number instead of reading {names}, as llama.cpp does for Gemma, runs another model, "
+        "without an error"
+    )
+
+
 def cut_rows(cut: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return rows of a table about what was cut; none if ``cut`` is empty."""
     if not cut:
         return []
     gone = cut.get("dropped_blocks", [])
     return [
-        ("cut", f"{cut_words(cut)} (asked: {100 * cut['asked']:g} % less)"),
+        ("cut", cut_words(cut)),
+        ("share", share_words(cut)),
         *([("removed blocks", ", ".join(str(index + 1) for index in gone))] if gone else []),
+        *_size_rows(cut),
+    ]
+
+
+def plan_rows(cut: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return rows of a table about what will be cut, from ``cut`` of a plan; none if ``cut`` is empty."""
+    if not cut:
+        return []
+    if "splits" in cut:
+        rows = [("cut", f"the run chooses one of {len(cut['splits'])} splits by their predicted error")]
+        for split in cut["splits"]:
+            gone = ", ".join(f"{number:,} {kind}" for kind, number in split["removed"].items())
+            removed = 100 * split["share_of_block_parameters"]
+            size = _fewer(split["bytes_before"], split["bytes_after"])
+            rows.append((f"without {gone}", f"{removed:.2f} % of the blocks' parameters; bytes {size}"))
+        return rows
+    which = "; the run chooses which" if BLOCKS in cut["units"] else ""
+    return [
+        ("cut", f"{cut_words(cut)}{which}"),
+        ("share", share_words(cut)),
+        *((name, f"{size['before']:,} → {size['after']:,}") for name, size in cut["config"].items()),
+        *_size_rows(cut),
+    ]
+
+
+def _size_rows(cut: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [
         ("parameters", _fewer(cut["parameters_before"], cut["parameters_after"])),
         ("bytes of the weights as written", _fewer(cut["bytes_before"], cut["bytes_after"])),
         ("removed from the blocks", f"{100 * cut['share_of_block_parameters']:.2f} % of their parameters"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,21 +14,20 @@ from thanos.errors import ModelError, RecipeError
 from thanos.events import Event, Watcher
 from thanos.model.layers import LinearLayer, find_blocks, linear_layers, select_layers
 from thanos.model.opening import OpenedModel
-from thanos.patterns.units import BLOCKS, HEADS, NEURONS
+from thanos.patterns.units import BLOCKS, HEADS
 from thanos.patterns.units import Units as UnitPattern
 from thanos.recipe import LayerRecipe, Recipe
-from thanos.recipe.units import HEAD_UNITS
+from thanos.recipe.units import HEAD_UNITS, default_multiple
 from thanos.registry import parse_pattern
-from thanos.run.cut_words import kind_words
+from thanos.run.cut_sizes import block_parameters, sizes_by_block, unit_sizes
+from thanos.run.cut_words import engine_caution, kind_words, order_caution
 from thanos.run.split import splits
 from thanos.run.unit_counts import runs_of, units_that_stay
 from thanos.run.work_folder import WorkFolder
-from thanos.shrink.config import smaller_config
+from thanos.shrink.config import lists_out_of_order, smaller_config
+from thanos.shrink.families import family_of
 from thanos.shrink.folder import SmallerFolder, write_smaller
 from thanos.shrink.units import Units, attention_of, units_of
-
-MULTIPLES = {NEURONS: 64, HEADS: 1, BLOCKS: 1}
-"""Kind → the number of which the units that stay are a multiple, unless the recipe says otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +36,8 @@ class Cutting:
 
     Attributes:
         recipe: the recipe.
-        writers: full name of each layer that loses columns → its units; if blocks go, the layers that may be fitted to what the
-            blocks gave.
+        writers: full name of each layer that loses columns → its units; empty if blocks go.
+        fitted: full names of the layers that may be fitted to what the blocks after them gave; empty unless blocks go.
         counts: kind → number of units of a writer.
         candidates: the numbers of units that may go, by kind; several if they are to be chosen by error.
         sizes: kind → number of parameters and of bytes of one unit of every writer together.
@@ -50,6 +48,7 @@ class Cutting:
 
     recipe: Recipe
     writers: Mapping[str, Units]
+    fitted: frozenset[str]
     counts: Mapping[str, int]
     candidates: tuple[Mapping[str, int], ...]
     sizes: Mapping[str, tuple[int, int]]
@@ -98,9 +97,9 @@ class Cutting:
         return {layer: self._settings(layer.name, settings) for layer, settings in layers.items()}
 
     def _settings(self, name: str, settings: LayerRecipe) -> LayerRecipe:
-        units = self.writers[name]
         if self.recipe.parsed_pattern.keeps_all:
             return replace(settings, sparsity=0.0)
+        units = self.writers[name]
         pattern = parse_pattern(units.kind)  # a kind has the name of its pattern
         assert isinstance(pattern, UnitPattern)
         own = pattern.of_writer(len(units), runs_of(units.columns))
@@ -123,15 +122,38 @@ class Cutting:
             found[layer.name] = stays.nonzero().squeeze(1)
         return found
 
-    def to_dict(self, made: SmallerFolder) -> dict[str, Any]:
-        """Return plain values for the report, with the sizes of what was made."""
+    @property
+    def multiple(self) -> int:
+        """The number of which the units that stay are a multiple; with neurons and heads, the neurons."""
+        return _multiple(self.recipe)
+
+    @property
+    def came(self) -> float:
+        """The share that goes, of what the sparsity counts: the units, or of several kinds the parameters of the blocks."""
+        if len(self.counts) > 1:
+            return sum(self.removed[kind] * size for kind, size in self.parameters.items()) / self.block_parameters
+        ((kind, count),) = self.counts.items()
+        return self.removed[kind] / count
+
+    def counted(self) -> dict[str, Any]:
+        """Return plain values of what was asked and what goes, as in the report. The number of units must be chosen."""
         return {
             "asked": self.recipe.resolved_sparsity,
+            "came": self.came,
+            "multiple_of": self.multiple,
             "units": {
                 kind: {"before": count, "after": count - self.removed[kind]} for kind, count in self.counts.items()
             },
             **({"head_unit": self.head_unit} if HEADS in self.counts else {}),
-            **({"dropped_blocks": list(self.dropped)} if self.drops else {}),
+        }
+
+    def to_dict(self, made: SmallerFolder) -> dict[str, Any]:
+        """Return plain values for the report, with the sizes of what was made."""
+        return self.counted() | self.sizes_of(made) | ({"dropped_blocks": list(self.dropped)} if self.drops else {})
+
+    def sizes_of(self, made: SmallerFolder) -> dict[str, Any]:
+        """Return plain values of the sizes of a smaller folder."""
+        return {
             "parameters_before": made.dense_parameters,
             "parameters_after": made.parameters,
             "share_of_block_parameters": (made.dense_parameters - made.parameters) / self.block_parameters,
@@ -148,27 +170,43 @@ def plan_cutting(opened: OpenedModel, recipe: Recipe) -> tuple[Cutting, dict[Lin
         RecipeError: the recipe would remove none or all of the units.
     """
     chosen, left = select_layers(linear_layers(opened.meta_model), recipe)
-    writers = _writers(opened, recipe)
+    writers, fitted = dict[str, Units](), frozenset[str]()
     if recipe.parsed_pattern.keeps_all:
-        counts, sizes = _blocks(opened)
+        fitted, blocks = _fitted(opened), sizes_by_block(opened)
+        counts, sizes = {BLOCKS: len(blocks)}, {BLOCKS: min(blocks, key=lambda pair: pair[1])}
     else:
+        writers = _writers(opened, recipe)
         counts = {units.kind: len(units) for units in writers.values()}
-        sizes = _sizes(opened, writers)
+        sizes = unit_sizes(opened, writers)
     cutting = Cutting(
         recipe=recipe,
         writers=writers,
+        fitted=fitted,
         counts=counts,
         candidates=_candidates(opened, recipe, counts, {kind: size for kind, (size, _) in sizes.items()}),
         sizes=sizes,
-        block_parameters=_block_parameters(opened),
+        block_parameters=block_parameters(opened),
         bytes=sum(info.nbytes for info in opened.checkpoint.tensors.values()),
     )
-    if missing := writers.keys() - {layer.name for layer in chosen}:
+    names = fitted or writers.keys()
+    if missing := names - {layer.name for layer in chosen}:
         raise ModelError(f"{min(missing)} is not a linear layer that can be pruned, so no units can be removed")
     why = "loses nothing itself" if cutting.drops else f"has no {' and '.join(counts)} as its inputs"
-    layers = {layer: settings for layer, settings in chosen.items() if layer.name in writers}
+    layers = {layer: settings for layer, settings in chosen.items() if layer.name in names}
     left |= {layer.name: why for layer in chosen if layer not in layers}
     return cutting, cutting.settings(layers), left
+
+
+def cautions_of(opened: OpenedModel, cutting: Cutting) -> list[str]:
+    """Return sentences about programs that run the smaller model wrongly or not at all; none before all is chosen."""
+    if cutting.is_open or len(cutting.dropped) < cutting.drops:
+        return []
+    config: Any = opened.meta_model.config.get_text_config(decoder=True)
+    found = [
+        engine_caution(config.model_type, cutting.counted()),
+        order_caution(lists_out_of_order(config, cutting.dropped)),
+    ]
+    return [line for line in found if line]
 
 
 def write_cut(cutting: Cutting, records: Sequence[LayerRecord], work: WorkFolder, emit: Watcher) -> dict[str, Any]:
@@ -197,15 +235,18 @@ def write_cut(cutting: Cutting, records: Sequence[LayerRecord], work: WorkFolder
     return cutting.to_dict(made)
 
 
+def _fitted(opened: OpenedModel) -> frozenset[str]:
+    """Return the layers that can be fitted to what the blocks after them gave."""
+    prefix, blocks = find_blocks(opened.meta_model)
+    config: Any = opened.meta_model.config.get_text_config(decoder=True)
+    writer = family_of(config.model_type, type(opened.meta_model).__name__).last_writer
+    return frozenset(f"{prefix}.{index}.{writer}" for index in range(len(blocks)))
+
+
 def _writers(opened: OpenedModel, recipe: Recipe) -> dict[str, Units]:
-    """Return the layers that lose columns; if blocks go, those that can be fitted to what the blocks after them gave."""
+    """Return the layers that lose columns, with their units."""
     name, blocks = find_blocks(opened.meta_model)
     found: dict[str, Units] = {}
-    if recipe.parsed_pattern.keeps_all:
-        with suppress(ModelError):  # of models that cannot lose neurons
-            for index, writers in enumerate(units_of(opened.meta_model, blocks, NEURONS)):
-                found |= {f"{name}.{index}.{units.writer}": units for units in writers if len(writers) == 1}
-        return found
     for kind in recipe.parsed_pattern.unit_kinds:
         for index, writers in enumerate(units_of(opened.meta_model, blocks, kind, recipe.head_unit or HEAD_UNITS[0])):
             found |= {f"{name}.{index}.{units.writer}": units for units in writers}
@@ -223,15 +264,19 @@ def _candidates(
         dropped = range(blocks - removed.get(BLOCKS, 0), blocks)  # which ones makes no difference to the check
         smaller_config(opened.meta_model.config, some, dropped, recipe.head_unit or HEAD_UNITS[0])
 
-    share, multiple = recipe.resolved_sparsity, recipe.multiple_of
+    share, multiple = recipe.resolved_sparsity, _multiple(recipe)
     if len(counts) > 1:
-        target = share * _block_parameters(opened)
-        return tuple(splits(counts, sizes, target, multiple or MULTIPLES[NEURONS], check))
+        target = share * block_parameters(opened)
+        return tuple(splits(counts, sizes, target, multiple, check))
     ((kind, count),) = counts.items()
     what = _kind_words(opened, recipe, kind, count)
-    removed = {kind: count - units_that_stay(count, share, multiple or MULTIPLES[kind], what)}
+    removed = {kind: count - units_that_stay(count, share, multiple, what)}
     check(removed)
     return (removed,)
+
+
+def _multiple(recipe: Recipe) -> int:
+    return recipe.multiple_of or default_multiple(recipe.parsed_pattern) or 1
 
 
 def _kind_words(opened: OpenedModel, recipe: Recipe, kind: str, count: int) -> str:
@@ -249,38 +294,3 @@ def _kind_words(opened: OpenedModel, recipe: Recipe, kind: str, count: int) -> s
             "alone"
         )
     return kind_words(kind, {"head_unit": unit})
-
-
-def _sizes(opened: OpenedModel, writers: Mapping[str, Units]) -> dict[str, tuple[int, int]]:
-    """Return kind → parameters and bytes that go if every writer loses one unit."""
-    sizes: dict[str, tuple[int, int]] = {}
-    for name, units in writers.items():
-        block = name.removesuffix(units.writer)
-        parameters, size = sizes.get(units.kind, (0, 0))
-        for one in units.slices:
-            weight = opened.meta_model.get_parameter(f"{block}{one.name}")
-            entries = one.index.shape[1] * weight.numel() // weight.shape[one.axis]
-            parameters += entries
-            size += entries * opened.checkpoint.tensors[opened.key_of[f"{block}{one.name}"]].dtype.itemsize
-        sizes[units.kind] = (parameters, size)
-    return sizes
-
-
-def _blocks(opened: OpenedModel) -> tuple[dict[str, int], dict[str, tuple[int, int]]]:
-    """Return the number of blocks, and the parameters and bytes of the smallest, each by kind."""
-    name, blocks = find_blocks(opened.meta_model)
-    found = []
-    for index, block in enumerate(blocks):
-        names = [(f"{name}.{index}.{one}", parameter.numel()) for one, parameter in block.named_parameters()]
-        size = sum(
-            numel * opened.checkpoint.tensors[opened.key_of[one]].dtype.itemsize
-            for one, numel in names
-            if one in opened.key_of
-        )
-        found.append((sum(numel for _, numel in names), size))
-    return {BLOCKS: len(blocks)}, {BLOCKS: min(found, key=lambda pair: pair[1])}
-
-
-def _block_parameters(opened: OpenedModel) -> int:
-    _, blocks = find_blocks(opened.meta_model)
-    return sum(parameter.numel() for block in blocks for parameter in block.parameters())

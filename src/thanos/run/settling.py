@@ -8,23 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 from thanos.events import Event, Phase, Watcher
-from thanos.run.cutting import Cutting
+from thanos.run.cut_words import share_words
+from thanos.run.cutting import Cutting, cautions_of
 from thanos.run.report import DenseRecord
 from thanos.run.setup import Prepared
-
-
-def chosen_blocks(effects: Mapping[int, float], number: int) -> dict[str, Any]:
-    """Return the record of the blocks that go: those of the least effect, but never the first, and the effects of all.
-
-    Args:
-        effects: index of the block → how much it changes the hidden states.
-        number: number of blocks that go.
-    """
-    later = sorted((effect, index) for index, effect in effects.items() if index > 0)
-    return {
-        "dropped": sorted(index for _, index in later[:number]),
-        "effects": [effects[one] for one in sorted(effects)],
-    }
 
 
 def settled(plan: Prepared, cutting: Cutting, record: Mapping[str, Any], phase: Phase, emit: Watcher) -> Prepared:
@@ -33,7 +20,7 @@ def settled(plan: Prepared, cutting: Cutting, record: Mapping[str, Any], phase: 
     Args:
         plan: the plan before the pass.
         cutting: its cutting.
-        record: from :func:`chosen_blocks` or :func:`~thanos.run.split.chosen_split`.
+        record: from :func:`~thanos.run.block_choice.chosen_blocks` or :func:`~thanos.run.split.chosen_split`.
         phase: of the note that tells the choice.
         emit: called with the note.
     """
@@ -41,7 +28,7 @@ def settled(plan: Prepared, cutting: Cutting, record: Mapping[str, Any], phase: 
         found = replace(cutting, dropped=tuple(record["dropped"]))
         numbers = ", ".join(str(index + 1) for index in found.dropped)
         which = f"block {numbers} goes: it changes" if len(found.dropped) == 1 else f"blocks {numbers} go: they change"
-        message = f"{which} the hidden states least"
+        message = f"{which} the outputs least ({share_words(found.counted())})"
         before = {index - 1 for index in found.dropped} - set(found.dropped)
         layers = {
             layer: settings
@@ -53,10 +40,13 @@ def settled(plan: Prepared, cutting: Cutting, record: Mapping[str, Any], phase: 
         removed = record["splits"][0]["removed"]
         found = replace(cutting, candidates=(removed,))
         share = ", ".join(f"{number} of {cutting.counts[kind]} {kind}" for kind, number in removed.items())
-        message = f"every block loses {share}: the split of the least predicted error"
+        message = f"every block loses {share}: the split of the least predicted error ({share_words(found.counted())})"
         layers = {layer: settings for layer, settings in found.settings(plan.layers).items() if settings.sparsity}
         reason = "the split leaves its units"
     emit(Event(kind="note", phase=phase, message=message))
+    for caution in cautions_of(plan.opened, found):
+        plan.opened.notes.append(caution)
+        emit(Event(kind="note", phase=phase, message=caution))
     left = [
         DenseRecord(name=layer.weight_name, parameters=math.prod(layer.shape), reason=reason)
         for layer in plan.layers

@@ -26,8 +26,8 @@ from thanos.model.unused import Unused
 from thanos.patterns.budget import Budget
 from thanos.recipe import LayerRecipe, Recipe, check_globs
 from thanos.recipe.repair import held_out_of
-from thanos.run.cut_words import uncompensated
-from thanos.run.cutting import Cutting, plan_cutting
+from thanos.run.cut_words import cut_words, share_words, uncompensated
+from thanos.run.cutting import Cutting, cautions_of, plan_cutting
 from thanos.run.report import DenseRecord
 from thanos.run.survey import sampled_sparsity, survey
 from thanos.system.device import choose_device
@@ -126,9 +126,13 @@ def prepare_opened(
     cutting = None
     if recipe.parsed_pattern.unit_kinds:
         cutting, chosen, left_dense = plan_cutting(opened, recipe)
-        if note := uncompensated(chosen.values()):
-            opened.notes.append(note)
-            watch(Event(kind="note", phase="load", message=note))
+        if not cutting.is_open and not cutting.drops:
+            cut = cutting.counted()
+            watch(Event(kind="note", phase="load", message=f"{cut_words(cut)}: {share_words(cut)}"))
+        for note in (uncompensated(chosen.values()), *cautions_of(opened, cutting)):
+            if note:
+                opened.notes.append(note)
+                watch(Event(kind="note", phase="load", message=note))
     else:
         chosen, left_dense = select_layers(linear_layers(opened.meta_model), recipe)
     picture = draw_picture(opened.meta_model, find_blocks(opened.meta_model)[1], choose_device(recipe.device))

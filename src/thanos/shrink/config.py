@@ -60,6 +60,44 @@ def changed_config(
     return found
 
 
+def lists_out_of_order(config: PreTrainedConfig, dropped_blocks: Sequence[int]) -> list[str]:
+    """Return the fields with one entry for each block whose new list is not the beginning of the old one.
+
+    A program that computes the kind of a block from its number, and does not read the list, then runs another model.
+
+    Args:
+        config: of the text model.
+        dropped_blocks: indices of the blocks that go.
+    """
+    gone, found = set(dropped_blocks), []
+    for name in _OF_EACH_BLOCK:
+        values = getattr(config, name, None) or []
+        left = [value for index, value in enumerate(values) if index not in gone]
+        if left != values[: len(left)]:
+            found.append(name)
+    return found
+
+
+def changed_sizes(
+    config: PreTrainedConfig, removed: Mapping[str, int], dropped_blocks: Sequence[int] = (), head_unit: str = GROUP
+) -> dict[str, tuple[int, int]]:
+    """Return the sizes in the config that change: name of the field → number before and after.
+
+    The arguments are those of :func:`smaller_config`.
+
+    Raises:
+        ModelError: likewise, but nothing is asked of the config's class.
+    """
+    text: Any = config.get_text_config(decoder=True)
+    family = family_of(text.model_type, type(config).__name__)
+    before = {family.width: width_of(text, family.width), family.layers: text.num_hidden_layers}
+    if removed.get(HEADS):
+        heads = attention_of(text)
+        before |= {"num_attention_heads": heads.queries, "num_key_value_heads": heads.keys}
+    after = _changes(config, removed, dropped_blocks, head_unit)
+    return {name: (size, after[name]) for name, size in before.items() if after.get(name, size) != size}
+
+
 def _changes(
     config: PreTrainedConfig, removed: Mapping[str, int], dropped_blocks: Sequence[int], head_unit: str
 ) -> dict[str, Any]:

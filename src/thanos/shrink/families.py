@@ -53,6 +53,11 @@ class Family:
         """Whether the neurons are those of experts."""
         return "*" in self.mlp.writer
 
+    @property
+    def last_writer(self) -> str:
+        """Name of the last layer of a block that writes into the residual stream alone; experts write together."""
+        return "self_attn.o_proj" if self.has_experts else self.mlp.writer
+
 
 _GATED = (("gate_proj", "g"), ("up_proj", "u"))
 _MLP = Cut("mlp.down_proj", _GATED)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from thanos.checkpoint.layout import Checkpoint, RawSource, TensorSpec, plan_layout
+from thanos.checkpoint.layout import Checkpoint, Layout, TensorSpec, plan_layout
 from thanos.checkpoint.other_files import copy_others
 from thanos.checkpoint.reader import parse_shard
 from thanos.checkpoint.writer import CheckpointWriter
@@ -23,6 +22,7 @@ from thanos.model.layers import find_blocks
 from thanos.model.opening import OpenedModel, open_model
 from thanos.model.source import find_local
 from thanos.shrink.config import changed_config
+from thanos.shrink.renaming import Renamed, Renaming
 from thanos.shrink.units import GROUP, HEADS, NEURONS, Units, units_of
 from thanos.system.documents import json_text
 from thanos.system.event_stream import EventStream
@@ -104,6 +104,19 @@ def write_smaller(
     return found
 
 
+def smaller_size(
+    opened: OpenedModel,
+    kept: Mapping[str, Tensor],
+    *,
+    head_unit: str = GROUP,
+    dropped_blocks: Sequence[int] = (),
+) -> SmallerFolder:
+    """Return the sizes of what :func:`write_smaller` would write from the folder of an opened model. No weight is read."""
+    gone = frozenset(dropped_blocks)
+    cuts, _ = _cuts(opened, kept, head_unit, gone)
+    return _plan(opened, cuts, gone).sizes
+
+
 def _cuts(
     opened: OpenedModel, kept: Mapping[str, Tensor], head_unit: str, gone: frozenset[int]
 ) -> tuple[dict[str, _Cut], dict[str, int]]:
@@ -149,13 +162,27 @@ def _cuts_of(opened: OpenedModel, block: str, units: Units, kept: Tensor) -> dic
     return cuts
 
 
-def _write_tensors(
-    opened: OpenedModel, cuts: Mapping[str, _Cut], gone: frozenset[int], folder: Path, tell: EventStream
-) -> SmallerFolder:
-    """Write the weight files."""
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """The weight files to be written.
+
+    Attributes:
+        layout: the tensors under their new names, with the parts of fused ones.
+        renamed: new name of a tensor or part → name in the checkpoint.
+        cuts: new name → cut, of those that are cut.
+        sizes: parameters and bytes before and after.
+    """
+
+    layout: Layout
+    renamed: dict[str, str]
+    cuts: dict[str, _Cut]
+    sizes: SmallerFolder
+
+
+def _plan(opened: OpenedModel, cuts: Mapping[str, _Cut], gone: frozenset[int]) -> _Plan:
     checkpoint = opened.checkpoint
     cut_of = {opened.key_of[name]: cut for name, cut in cuts.items()}
-    new_name = _Renaming(opened, gone)
+    new_name = Renaming(opened, gone)
     wholes, largest = _whole_tensors(checkpoint)
     specs: dict[str, TensorSpec] = {}
     parts: dict[str, dict[str, tuple[int, ...]]] = {}
@@ -177,14 +204,21 @@ def _write_tensors(
     for name, shapes in parts.items():
         layout.split(name, shapes)
     renamed = {new: key for key in checkpoint.tensors if (new := new_name(key)) is not None}
-    writer = CheckpointWriter(layout, _Renamed(checkpoint, renamed), folder)
+    return _Plan(layout, renamed, {name: cut_of[key] for name, key in renamed.items() if key in cut_of}, sizes)
+
+
+def _write_tensors(
+    opened: OpenedModel, cuts: Mapping[str, _Cut], gone: frozenset[int], folder: Path, tell: EventStream
+) -> SmallerFolder:
+    """Write the weight files."""
+    plan = _plan(opened, cuts, gone)
+    writer = CheckpointWriter(plan.layout, Renamed(opened.checkpoint, plan.renamed), folder)
     tell(Event(kind="phase", phase="write"))
-    todo = {name: cut_of[key] for name, key in renamed.items() if key in cut_of}
-    for done, (name, cut) in enumerate(todo.items(), 1):
-        writer.write(name, checkpoint.read(renamed[name]).index_select(cut.axis, cut.stay))
-        tell(Event(kind="progress", phase="write", done=done, total=len(todo)))
+    for done, (name, cut) in enumerate(plan.cuts.items(), 1):
+        writer.write(name, opened.checkpoint.read(plan.renamed[name]).index_select(cut.axis, cut.stay))
+        tell(Event(kind="progress", phase="write", done=done, total=len(plan.cuts)))
     writer.finish()
-    return sizes
+    return plan.sizes
 
 
 def _whole_tensors(checkpoint: Checkpoint) -> tuple[dict[str, tuple[TensorSpec, list[str]]], int]:
@@ -219,51 +253,3 @@ def _joined(whole: tuple[int, ...], parts: Sequence[tuple[int, ...]]) -> tuple[i
         return parts[0]
     columns = parts[0][-1]
     return (whole[0], sum(map(math.prod, parts)) // columns // whole[0], columns)
-
-
-class _Renaming:
-    """Renumbers the names of a checkpoint's tensors after blocks have gone.
-
-    Args:
-        opened: the model.
-        gone: indices of the blocks that go.
-    """
-
-    def __init__(self, opened: OpenedModel, gone: frozenset[int]) -> None:
-        prefix, _ = find_blocks(opened.meta_model)
-        last = re.escape(prefix.rpartition(".")[2])
-        stems = set()
-        for name, key in opened.key_of.items():
-            if name.startswith(f"{prefix}."):
-                index = name[len(prefix) + 1 :].split(".")[0]
-                if found := re.search(rf"(?:^|\.){last}\.(?={index}\.)", key):
-                    stems.add(re.escape(key[: found.end()]))
-        self._pattern = re.compile(rf"({'|'.join(sorted(stems))})(\d+)\.")
-        self._gone = gone
-
-    def __call__(self, key: str) -> str | None:
-        """Return the new name of a tensor; None if its block goes."""
-        found = self._pattern.match(key) if self._gone else None
-        if found is None:
-            return key
-        index = int(found[2])
-        if index in self._gone:
-            return None
-        return f"{found[1]}{index - sum(one < index for one in self._gone)}.{key[found.end() :]}"
-
-
-@dataclass(frozen=True, slots=True)
-class _Renamed:
-    """Hands out the bytes of tensors under new names.
-
-    Attributes:
-        source: of the bytes.
-        names: new name → name in the source.
-    """
-
-    source: RawSource
-    names: Mapping[str, str]
-
-    def raw_spans(self, name: str) -> Iterator[memoryview]:
-        """As :meth:`RawSource.raw_spans <thanos.checkpoint.layout.RawSource.raw_spans>`."""
-        return self.source.raw_spans(self.names[name])

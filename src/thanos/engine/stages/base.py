@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Protocol
 
@@ -96,7 +97,7 @@ class BlockContext:
         self.stands_for_more = index is not None and dense_stream is not None and bool(inputs.dropped_after(index))
         self.prefix = "" if index is None else f"{inputs.blocks_name}.{index}."
         self.parameter_names = [] if index is None else inputs.block_names(index)
-        self._output, self._blocks = output, len(inputs.blocks)
+        self._output, self._blocks, self._outer_names = output, len(inputs.blocks), inputs.outer_names
 
     # --- calibration sequences --------------------------------------------------------------------------------------
 
@@ -179,6 +180,16 @@ class BlockContext:
             return self.runner.observe(self.index, layers, most)
         (layer,) = layers
         return self.runner.observe_tail(layer, most)
+
+    @contextmanager
+    def outer_weights(self) -> Iterator[None]:
+        """Inside the context, the modules before and after the blocks have their weights."""
+        names = self._outer_names()
+        self.weights.load(names)
+        try:
+            yield
+        finally:
+            self.weights.release(names)
 
     # --- weights ----------------------------------------------------------------------------------------------------
 

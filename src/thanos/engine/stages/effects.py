@@ -1,40 +1,115 @@
-"""How much each decoder block changes the hidden states: the stage of the pass before blocks are removed."""
+"""What the removal of each decoder block does to the model's outputs: the stage of the passes before blocks are removed.
+
+One pass over the blocks measures all of them. Beside the hidden states of the model there is a stream for each block that might
+go: it starts with that block's inputs, which it hands on, and goes through all later blocks. So one block is in memory at a
+time, and runs on as many streams as there are candidates before it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
+from torch import Tensor
 
+from thanos.engine.activations import Activations
 from thanos.engine.stages.base import BlockContext
 from thanos.engine.stages.measure import token_mean
 from thanos.events import Event
 
+TOKENS = 512
+"""Tokens of a sequence whose outputs are compared, evenly spread."""
+
+_ROWS = 128
+"""Tokens whose outputs are held at once: a vocabulary has up to 256,000 entries."""
+
+_MOST = 1e4
+"""Largest divergence of a token, in nats; it also stands for outputs that are not finite."""
+
 
 class EffectStage:
-    """Measures 1 − cos(h, F(h)), the mean over all tokens, for the inputs h and the outputs F(h) of each block.
+    """Measures the divergence KL(dense ‖ model without the block), in nats a token, for some blocks. It changes no weight.
 
-    The cosine ignores the norm, as the normalisation in the next block does.
+    Args:
+        blocks: indices of the blocks that run, ascending.
+        candidates: those of them that might go. One that comes before all that run counts as skipped already.
+        wanted: the dense model's last hidden states, from :attr:`wanted` of an earlier pass over all blocks with the same
+            sequences; None if this is that pass.
 
     Attributes:
         name: name of the stage.
-        effects: index of the block → effect, in [0, 2]; filled block by block.
+        effects: candidate → divergence; filled after the last block.
+        wanted: the last outputs of the dense model at the compared tokens, (1, tokens, d) for each sequence of this process.
     """
 
     name = "effect"
 
-    def __init__(self) -> None:
+    def __init__(self, blocks: Sequence[int], candidates: Collection[int], wanted: list[Tensor] | None = None) -> None:
         self.effects: dict[int, float] = {}
+        self.wanted: list[Tensor] = [] if wanted is None else wanted
+        self._candidates, self._last = sorted(candidates), blocks[-1]
+        self._streams: dict[int, Activations] = {}
 
     def __call__(self, context: BlockContext) -> Iterator[Event]:
         """See :class:`~thanos.engine.stages.base.BlockStage`."""
         if context.index is None:
             return
         with context.meter.phase("statistics"):
-            found = []
-            for first, hidden in context.batches(1):
-                outputs = context.forward(hidden, first)
-                cosine = torch.nn.functional.cosine_similarity(hidden.double(), outputs.double(), dim=-1)
-                found.append((1 - cosine).flatten().cpu())
-                yield context.progress("statistics", first + len(hidden))
-            self.effects[context.index] = token_mean(context, found)
+            self._start(context, [block for block in self._candidates if block < context.index])
+            yield from self._advance(context)
+            self._start(context, [block for block in self._candidates if block == context.index])
+        if context.index == self._last:
+            with context.meter.phase("dense"):
+                yield from self._compare(context)
+            self.close()
+
+    def close(self) -> None:
+        """Free the streams."""
+        for stream in self._streams.values():
+            stream.close()
+        self._streams = {}
+
+    def _start(self, context: BlockContext, blocks: Sequence[int]) -> None:
+        """Begin the streams of blocks that have none with the present inputs."""
+        self._streams |= {block: context.runner.copied() for block in blocks if block not in self._streams}
+
+    def _advance(self, context: BlockContext) -> Iterator[Event]:
+        """Run the block on all streams, one sequence at a time."""
+        streams = [(stream, stream.batches(1)) for stream in self._streams.values()]
+        for row in range(context.runner.shape[0]):
+            for stream, states in streams:
+                _, hidden = next(states)
+                stream.write(row, context.forward(hidden, row))
+            yield context.progress("statistics", row + 1)
+        for stream, _ in streams:
+            stream.flush()
+
+    def _compare(self, context: BlockContext) -> Iterator[Event]:
+        """Compare the outputs of all streams with those of the dense model."""
+        samples, length = context.runner.shape
+        picks = torch.linspace(0, length - 1, min(TOKENS, length), device=context.device).round().long()
+        if not self.wanted:
+            self.wanted = [context.forward(hidden, row)[:, picks] for row, hidden in context.batches(1)]
+        found: dict[int, list[Tensor]] = {block: [] for block in self._streams}
+        streams = {block: stream.batches(1) for block, stream in self._streams.items()}
+        with context.outer_weights():
+            for row in range(samples):
+                states = {block: next(stream)[1][:, picks] for block, stream in streams.items()}
+                for rows in torch.arange(len(picks), device=context.device).split(_ROWS):
+                    wanted = _log_probabilities(context, row, self.wanted[row][:, rows])
+                    for block, hidden in states.items():
+                        lost = _divergence(wanted, _log_probabilities(context, row, hidden[:, rows]))
+                        found[block].append(lost)
+                yield context.progress("dense", row + 1)
+        self.effects = {block: token_mean(context, values) for block, values in found.items()}
+
+
+def _log_probabilities(context: BlockContext, row: int, hidden: Tensor) -> Tensor:
+    """Return the logarithms of the probabilities of the next token, (tokens, V) float32."""
+    return context.runner.observe_tail_of(row, hidden).logits[0].float().log_softmax(-1)
+
+
+def _divergence(wanted: Tensor, found: Tensor) -> Tensor:
+    """Return KL(wanted ‖ found) of each token, (tokens,) float64 on the CPU."""
+    lost = (wanted.exp() * (wanted - found)).sum(-1, dtype=torch.float64)
+    return lost.nan_to_num(nan=_MOST).clamp(max=_MOST).cpu()
