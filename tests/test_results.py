@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -24,6 +25,22 @@ def test_the_page_of_the_study_shows_what_its_store_says() -> None:
     assert result_folders(text) == ["smollm2-135m"]
     same = with_results(text, PAGE.parent) == text
     assert same, f"run: thanos report docs/results/smollm2-135m --readme {PAGE.relative_to(ROOT)}"
+
+
+def test_the_page_of_accuracies_shows_what_its_records_say() -> None:
+    text = (PAGE.parent / "accuracy.md").read_text(encoding="utf-8")
+    lines = (PAGE.parent / "accuracy" / "concatenated.jsonl").read_text(encoding="utf-8").splitlines()
+    measured = [
+        (
+            {f"{one['concatenated']:,.{digits}f}" for digits in (0, 2)},
+            {f"{one['blank_line']:,.{digits}f}" for digits in (0, 2)},
+        )
+        for one in map(json.loads, lines)
+    ]
+    shown = re.findall(r"^\|[^|]*\|[^|]*\| \*\*(.*?)\*\* \|[^|]*\| (.*?) \|", text, re.M)
+    assert len(shown) == 22
+    for ours, blank_line in shown:
+        assert any(ours in own and blank_line in joined for own, joined in measured), (ours, blank_line)
 
 
 @pytest.mark.skipif(not STORES, reason="no store is committed yet")
