@@ -53,10 +53,12 @@ def build_report(runs: Sequence[Comparison]) -> Report:
         chapters.append(Chapter(f"{rows[0].label} and others", _sections(rows, group, ending)))
     names = dict.fromkeys(row.label for group in groups for row in merged(group)[:1])
     title = f"{', '.join(names)}: size, speed and quality"
-    lead: list[str | Number] = []
-    for group in groups:
-        lead += [*(" " for _ in lead[:1]), *_conclusion(merged(group))]
-    return Report(title, tuple(lead), tuple(chapters))
+    lead: Prose = _conclusion(merged(groups[0])) if groups else ()
+    if len(groups) > 1:
+        lead = (f"{len(groups)} groups of models; the numbers of one group compare with each other alone.",)
+        for chapter, group in zip(chapters, groups, strict=True):
+            chapter.sections[0].prose.insert(0, _conclusion(merged(group)))
+    return Report(title, lead, tuple(chapters))
 
 
 def write_document(runs: Sequence[Comparison], folder: Path) -> None:

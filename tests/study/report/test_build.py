@@ -360,6 +360,27 @@ def test_missing_cells_are_listed_once_at_the_end(study_report: Path, tmp_path: 
     assert any(line.startswith("Summary: unstructured 50 %: SparseGPT") for line in last.missing)
 
 
+def test_a_study_of_two_methods_speaks_of_nothing_else() -> None:
+    """No outlier rows, no marginal cost of a method that did not run, no list of what the paper has and the study has not."""
+    found = [record(cell("dense", None))]
+    found += [record(cell(m, sparsity=s, seed=n)) for m in ("sparsegpt", "wanda") for s in (0.5, 0.6) for n in (0, 1)]
+    report = build_report(contents(found))
+    sections = [section for chapter in report.chapters for section in chapter.sections]
+    assert [section.name for section in sections] == [
+        "summary", "fairness", "cost", "sparsity", "zero_shot", "noise", "data"
+    ]  # fmt: skip
+    assert not any(section.missing for section in sections if section.name == "data")
+    words = [plain(prose) for section in sections for prose in section.prose]
+    words += [plain(one.note) for one in (*report.tables, *report.figures)]
+    words += [one.title for one in (*sections, *report.tables, *report.figures)]
+    words += [head.head for one in report.tables for head in one.columns]
+    for word in ("α", "Thanos", "marginal", "more than SparseGPT", "per point", "far above"):
+        assert not any(word in text for text in words), word
+    whole = build_report(contents(full_study(blocks=1)))
+    heads = {head.head for one in whole.tables for head in one.columns}
+    assert {"α", "s per point of perplexity"} <= heads
+
+
 def test_a_method_of_another_version_is_shown(tmp_path: Path) -> None:
     new = record(cell("wanda")).cell | {"method": "alps"}
     dense = record(cell("dense", None))

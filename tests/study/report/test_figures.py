@@ -149,6 +149,31 @@ def test_nothing_covers_anything_else(figure: Chart) -> None:
             assert max(abs(x - to_x), abs(y - to_y)) >= half + other - 0.5, "one marker lies over another"
 
 
+def test_no_bar_of_a_scatter_goes_through_another_marker() -> None:
+    """Sparse weights take the same bytes whatever made them, so their points lie above one another."""
+    from thanos.study.report.figures.draw import drawn
+
+    values = (46.9, 46.4, 48.4, 43.0, 51.0)
+    points = [Point(number(269.0, "seconds"), number(value), number(0.6), "p") for value in values]
+    series = tuple(Series(f"s{i}", "thanos", (point,), i) for i, point in enumerate(points))
+    far = Series("far", "wanda", (Point(number(120.0, "seconds"), number(49.0), number(0.6)),))
+    with drawn(Chart("scatter", "bars", "Bars", "x", "y", (*series, far), directed=True)) as canvas:
+        axes, unit = canvas.axes[0], canvas.dpi / 72
+        marks, bars = [], []
+        for line in axes.lines:
+            (x, *_), ys = line.get_transform().transform(line.get_xydata()).T
+            if line.get_marker() == "_" and len(ys) == 2:
+                bars.append((x, min(ys), max(ys)))
+            elif line.get_marker() in ("o", "^"):
+                marks.append((x, ys[0]))
+        for group in axes.collections:
+            boxes = [group.get_transform().transform_path(path).get_extents() for path in group.get_paths()]
+            bars += [(box.x0, box.y0, box.y1) for box in boxes]
+        assert len(marks) == len(bars) == 6
+        for x, y in marks:
+            assert sum(abs(x - at) < 3 * unit and low - 2 * unit < y < high + 2 * unit for at, low, high in bars) == 1
+
+
 def test_a_legend_names_every_series_and_the_numbers_above_the_axes() -> None:
     from thanos.study.report.figures.draw import drawn
 

@@ -15,9 +15,10 @@ from thanos.study.report.numbers import Number, Prose, count
 from thanos.study.report.page import Chapter, render_page, slug
 from thanos.study.report.results import Results, models_of
 from thanos.study.report.sections import COST_SECTIONS, MODEL_SECTIONS, data
-from thanos.study.report.sections.common import Section
+from thanos.study.report.sections.common import HEADLINE, Section
 from thanos.study.report.sections.conclusion import conclusion
 from thanos.study.report.sections.paper import perplexity_table
+from thanos.study.report.sections.summary import METHODS
 from thanos.study.report.tables import WRITERS, Table
 from thanos.study.store import Contents, read_store, store_path
 from thanos.system.event_stream import EventStream
@@ -71,10 +72,21 @@ def build_report(contents: Contents) -> Report:
     shared = [section for section in shared if not section.empty]
     for section in (*shared, rest := data(contents.done, contents.failed, studies)):
         section.folded = True
-    rest.missing = [f"{s.title}: {line}" for chapter in chapters for s in chapter.sections for line in s.missing]
+    rest.missing = [
+        f"{section.title}: {line}"
+        for results, chapter in zip(studies, chapters, strict=True)
+        for section in (chapter.sections if _repeats_the_paper(results) else ())
+        for line in section.missing
+    ]
     chapters.append(Chapter("", [*shared, rest]))
     title = f"Pruning {', '.join(models)}" if models else "An empty study"
     return Report(title, _lead(contents, evaluated), tuple(chapters))
+
+
+def _repeats_the_paper(results: Results) -> bool:
+    """Return whether a study has most of the paper's methods and patterns, so that it may want the cells that it lacks."""
+    methods, patterns = {row.method for row in results.rows}, {row.pattern for row in results.rows}
+    return len(methods & set(METHODS)) > len(METHODS) // 2 and len(patterns & set(HEADLINE)) > len(HEADLINE) // 2
 
 
 def _lead(contents: Contents, studies: list[Results]) -> Prose:

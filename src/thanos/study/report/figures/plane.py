@@ -122,29 +122,38 @@ def _moved(canvas: Any, axes: Axes, shift: float, xs: list[float], ys: list[floa
 
 
 def _shifts(chart: Chart) -> dict[int, float]:
-    """Return by how many points the markers of a scatter are moved to the right, so that none lies over another.
+    """Return by how many points the markers of a scatter are moved to the right, so that none lies over another or its bar.
 
     The distances are those on axes of the usual size; the marks of an axis do not change them by more than a few points.
     """
     if chart.kind != "scatter":
         return {}
     inside = [point for series in chart.series for point in series.points if not chart.is_above(point)]
-    spots = list(zip(*(_spread_out(chart, axis, inside) for axis in ("x", "y")), strict=True))
+    places = _spread_out(chart, "x", [point.x.scaled for point in inside])
+    ends = _spread_out(chart, "y", [end for point in inside for end in _ends(chart, point)])
     found: dict[int, float] = {}
-    taken: list[tuple[float, float]] = []
-    for point, (x, y) in zip(inside, spots, strict=True):
+    taken: list[tuple[float, float, float]] = []
+    for point, x, low, high in zip(inside, places, ends[::2], ends[1::2], strict=True):
         shift = 0.0
-        while any(math.hypot(x + shift - other, y - height) < _APART for other, height in taken):
+        while any(
+            math.hypot(x + shift - other, max(low - top, bottom - high, 0.0)) < _APART for other, bottom, top in taken
+        ):
             shift += 1.0
-        taken.append((x + shift, y))
+        taken.append((x + shift, low, high))
         if shift:
             found[id(point)] = shift
     return found
 
 
-def _spread_out(chart: Chart, axis: Literal["x", "y"], points: list[Point]) -> list[float]:
-    """Return the places of points along an axis, in points of print."""
-    values = [(point.x if axis == "x" else point.y).scaled for point in points]
+def _ends(chart: Chart, point: Point) -> tuple[float, float]:
+    """Return the lower and the upper end of a point's bar; twice its y without one."""
+    y, spread = point.y.scaled, 0.0 if point.spread is None else point.spread.scaled
+    below = y - spread
+    return below if below > 0 or chart.scale("y") == "linear" else y, y + spread
+
+
+def _spread_out(chart: Chart, axis: Literal["x", "y"], values: list[float]) -> list[float]:
+    """Return the places of values along an axis, in points of print."""
     if chart.scale(axis) != "linear":
         values = [math.log(value) for value in values]
     span = max(values, default=0.0) - min(values, default=0.0)

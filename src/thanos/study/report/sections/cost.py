@@ -68,12 +68,14 @@ def cost(results: Results) -> Section:
     if lines:
         section.prose.append((f"Device: {usual_device(results)}.",))
         section.prose.append(_noise_note(lent))
-        heads = (
-            "<Method|method; sparsity; perplexity; seconds; peak_bytes; <Pareto front|front; seconds_difference; "
-            "s per point of perplexity|price"
-        )
-        about = note(used, SPREAD_NOTE, _DIFFERENCE, _PRICE)
-        section.tables.append(table("cost", "Cost and marginal cost", heads, lines, about))
+        heads = "<Method|method; sparsity; perplexity; seconds; peak_bytes; <Pareto front|front"
+        if {"thanos", "sparsegpt"} <= {row.method for row in used}:
+            heads += "; seconds_difference; s per point of perplexity|price"
+            about, title = note(used, SPREAD_NOTE, _DIFFERENCE, _PRICE), "Cost and marginal cost"
+        else:  # the marginal cost is that of one of them beside the other
+            lines = {label: [line[:-2] for line in own] for label, own in lines.items()}
+            about, title = note(used, SPREAD_NOTE), "Cost"
+        section.tables.append(table("cost", title, heads, lines, about))
     return section
 
 

@@ -21,21 +21,24 @@ _SEEDS = "Each number is the mean over all seeds of its row; those without ± ha
 def curves(results: Results) -> Section:
     """Return a figure and a table of perplexity over sparsity, for unstructured and for columns."""
     section = Section("sparsity", "Perplexity over sparsity")
-    section.prose.append(
-        (
-            "As in the paper's Figure 1. Points are drawn at the measured sparsity, those of several methods side by side; "
-            "lines only join them. Lines with α > 0 are rows with the budget kept. A point far above the others is drawn above "
-            "the axes; its number is in the legend.",
-        )
-    )
+    alpha = False
     for pattern, letter in (("unstructured", "a"), ("columns", "b")):
         found = lines_of(results, pattern)
         lacking = _missing(found, pattern)
         if lacking:
             section.missing.append(f"{pattern}: {lacking}")
         if any(len(rows) > 1 for rows in found.values()):
+            alpha = alpha or any(key[1] for key in found)
             section.figures.append(_chart(results, found, pattern, letter))
             section.tables.append(_table(found, pattern, letter))
+    words = (
+        "As in the paper's Figure 1. Points are drawn at the measured sparsity, those of several methods side by side; lines "
+        "only join them."
+    )
+    words += " Lines with α > 0 are rows with the budget kept." if alpha else ""
+    if any(isinstance(figure, Chart) and figure.ceiling is not None for figure in section.figures):
+        words += " A point far above the others is drawn above the axes; its number is in the legend."
+    section.prose.append((words,))
     return section
 
 

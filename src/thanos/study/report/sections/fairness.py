@@ -22,9 +22,12 @@ from thanos.study.report.sections.summary import METHODS
 from thanos.study.report.tables import Line, Table, measures, table
 
 _FIELDS = ("perplexity", "kl_divergence", "top1_agreement", "zero_shot")
-_HEADS = (
-    "<Method|method; <rank; alpha; <budget|keep_budget; measured sparsity (%)|sparsity; perplexity; kl_divergence; "
-    "top1_agreement; zero_shot; <seeds"
+_ALPHA_HEADS = "alpha; <budget|keep_budget; "
+_HEADS = "<Method|method; <rank; {}measured sparsity (%)|sparsity; perplexity; kl_divergence; top1_agreement; zero_shot; <seeds"
+
+_OUTLIERS = (
+    " Outlier rows (α > 0) left dense lower the sparsity of n:m patterns, so α is judged both ways: as asked beside other rows "
+    "of the lowered sparsity, with the budget kept at the full one."
 )
 
 
@@ -35,8 +38,7 @@ def fairness(results: Results) -> Section:
     section.prose.append(
         (
             f"Rows are grouped by measured sparsity of the pruned layers and never ranked across more than {points}: fewer "
-            "zeros make any method look better. Outlier rows (α > 0) left dense lower the sparsity of n:m patterns, so α is "
-            "judged both ways: as asked beside other rows of the lowered sparsity, with the budget kept at the full one.",
+            f"zeros make any method look better.{_OUTLIERS if any(row.alpha for row in results.rows) else ''}",
         )
     )
     if results.left_out:
@@ -65,6 +67,7 @@ def _both_ways(group: list[Row]) -> list[Row]:
 
 def _table(name: str, title: str, groups: list[list[Row]], *, folded: bool = False) -> Table:
     lines: dict[str, list[Line]] = {}
+    with_alpha = any(row.alpha for group in groups for row in group)
     for group in groups:
         shares = [row.value("sparsity") for row in group]
         low, high = f"{100 * min(shares):.1f}", f"{100 * max(shares):.1f}"
@@ -72,17 +75,18 @@ def _table(name: str, title: str, groups: list[list[Row]], *, folded: bool = Fal
         for pattern in patterns_of(group):
             rows = [row for row in group if row.pattern == pattern]
             best, ranked = best_by(rows, _FIELDS), zip(rows, ranks(rows), strict=True)
-            lines[f"{span} % measured, {pattern}"] = [_line(row, rank, best) for row, rank in ranked]
+            lines[f"{span} % measured, {pattern}"] = [_line(row, rank, best, with_alpha) for row, rank in ranked]
     rows = [row for group in groups for row in group]
     about = note(rows, SPREAD_NOTE, "Ranked within one pattern.", BEST_NOTE, RANK_NOTE)
-    return table(name, title, _HEADS, lines, about, folded=folded)
+    return table(name, title, _HEADS.format(_ALPHA_HEADS if with_alpha else ""), lines, about, folded=folded)
 
 
-def _line(row: Row, rank: str, best: dict[str, list[Row]]) -> Line:
+def _line(row: Row, rank: str, best: dict[str, list[Row]], with_alpha: bool) -> Line:
     budget = "" if not row.alpha else "kept" if row.keep_budget else "as asked"
+    alpha = (own(row, "alpha"), budget) if with_alpha else ()
     cells = measures(row, ("sparsity", *_FIELDS), best)
     seeds = ", ".join(str(record.cell["seed"]) for record in row.records)
-    return (row.name, rank, own(row, "alpha"), budget, *cells, seeds)
+    return (row.name, rank, *alpha, *cells, seeds)
 
 
 def _apart(results: Results) -> Table | None:
