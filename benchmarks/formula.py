@@ -35,7 +35,8 @@ from thanos.model.fingerprint import source_commit
 from thanos.model.layers import linear_layers
 from thanos.model.loading import load_model
 from thanos.model.source import resolve_model
-from thanos.recipe import DEFAULT_DAMPING, Recipe, matches
+from thanos.recipe import Recipe, matches
+from thanos.recipe.layer import DEFAULT_DAMPING
 from thanos.system.device import choose_device
 
 if TYPE_CHECKING:
