@@ -147,11 +147,17 @@ class TuningPasses:
     def gradients(
         self, masters: Masters, batch: Sequence[int], inputs: Tensor | None, targets: Tensor | None, mean_square: float
     ) -> Tensor:
-        """Set the gradients of the loss of a batch of all processes; return the loss, a scalar on the device.
+        """Set the gradients of the loss of a batch of all processes: the mean squared error, divided by ``mean_square``.
 
-        The loss is the mean squared error, divided by ``mean_square``, that of the wanted outputs of a typical sequence.
-        ``batch`` are the positions of the sequences. ``inputs`` and their wanted outputs ``targets`` are those of this
-        process's sequences among them, (B, T, d); None if it has none.
+        Args:
+            masters: the parameters.
+            batch: positions of the batch's sequences.
+            inputs: inputs of this process's sequences among them, (B, T, d); None if it has none.
+            targets: their wanted outputs.
+            mean_square: mean square of the wanted outputs of a typical sequence.
+
+        Returns:
+            The loss, a scalar on the device.
         """
         loss = torch.zeros((), dtype=torch.float32, device=self._work.device)
         masters.gradient.zero_()

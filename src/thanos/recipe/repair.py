@@ -93,14 +93,21 @@ def repairs_of(settings: Mapping[str, Any], overrides: Iterable[Mapping[str, Any
 
 
 def unused_values(repairs: Iterable[Repair]) -> dict[str, Any]:
-    """Return the defaults of ``held_out`` and ``tune_rate``, by name: of those that none of the repairs uses."""
+    """Return the defaults, by name, of the settings of a run that none of its repairs uses.
+
+    The settings are ``held_out``, for a chosen dense target and for tuning, and ``tune_rate``, for tuning.
+    """
     repairs = list(repairs)
     held_out = {} if any(repair.holds_out for repair in repairs) else {"held_out": None}
     return held_out | ({} if any(repair.tune for repair in repairs) else {"tune_rate": TUNE_RATE})
 
 
 def check_repair_used(repairs: Iterable[Repair], held_out: int | None, tune_rate: float) -> None:
-    """Raise RecipeError if ``held_out`` or ``tune_rate`` differs from its default, and none of the repairs uses it."""
+    """Refuse settings of a run that differ from their default and that none of its repairs uses.
+
+    Raises:
+        RecipeError: there is such a setting.
+    """
     given, users = {"held_out": held_out, "tune_rate": tune_rate}, {"held_out": f"dense_target {AUTO} or tune"}
     for name, default in unused_values(repairs).items():
         if given[name] != default:
