@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from helpers import ROOT
+from sparse_matrices import save_pruned
+from thanos.export.pack import pack
 from thanos.sparse.formats import decode
 from thanos.sparse.kernels import tuned
 from thanos.sparse.kernels.tuned import FEW, MANY, Settings
@@ -20,7 +22,7 @@ from thanos.sparse.kernels.tuned import FEW, MANY, Settings
 def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     yield
-    for name in ("packed", "packed_weights", "decode"):
+    for name in ("packed", "packed_weights", "decode", "same_tokens"):
         sys.modules.pop(name, None)
 
 
@@ -123,3 +125,21 @@ def test_decoding_of_random_weights_runs_both_models_with_joint_layers(tmp_path,
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert summary["joint_groups"] == 2 * 2
     assert 0.5 < summary["bytes"] < 1
+
+
+def test_greedy_tokens_are_compared_with_float32(tmp_path, monkeypatch, capsys):
+    import same_tokens
+
+    save_pruned(tmp_path / "dense")
+    pack(tmp_path / "dense", tmp_path / "packed", least_weights=1)
+    monkeypatch.setenv("THANOS_UNPACK", "never")
+    file = tmp_path / "results.jsonl"
+    words = ["same_tokens.py", str(tmp_path / "dense"), str(tmp_path / "packed"), "--new-tokens", "4", "--prompts", "1"]
+    monkeypatch.setattr(sys, "argv", [*words, "--results", str(file)])
+    assert same_tokens.main() == 0
+    row, summary = (json.loads(line) for line in file.read_text().splitlines())
+    assert (summary["packed_layers"], summary["dtype"], summary["tokens"]) == (21, "bfloat16", 4)
+    assert 0 < row["distance_dense"] < 0.1
+    assert 0 < row["distance_packed"] < 0.1
+    assert row["same"] == 4 or row["gap"] < 0.1
+    assert capsys.readouterr().out.count("\n") >= 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from thanos.errors import ModelError, UserError
 from thanos.export.pack import pack
 from thanos.export.unpack import unpack
 from thanos.run.lock import locked
+from thanos.sparse import formats
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +97,20 @@ def test_a_saved_model_without_its_record_gives_the_same_tensors(pruned, packed,
 def test_the_same_input_gives_the_same_bytes(pruned, packed, tmp_path):
     pack(pruned, tmp_path / "second", least_weights=1)
     assert files_of(tmp_path / "second") == files_of(packed)
+
+
+def test_a_packed_layer_is_gone_before_the_next_one_is_packed(pruned, tmp_path, monkeypatch):
+    made: list[weakref.ref[Any]] = []
+
+    def encode(*arguments: Any) -> Any:
+        assert all(one() is None for one in made)
+        packed = formats.encode(*arguments)
+        made.append(weakref.ref(packed.words))
+        return packed
+
+    monkeypatch.setattr("thanos.export.pack.encode", encode)
+    pack(pruned, tmp_path / "packed", least_weights=1)
+    assert len(made) > 2
 
 
 def test_shards_have_the_size_that_is_asked_for(pruned, tmp_path):

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from thanos._version import __version__
 from thanos.checkpoint.layout import DEFAULT_SHARD_BYTES, TensorSpec, plan_layout
 from thanos.checkpoint.other_files import copy_others
@@ -88,11 +90,7 @@ def _pack(
     writer = CheckpointWriter(layout, stored, folder)
     emit(Event(kind="phase", phase="write"))
     for done, (key, one) in enumerate(packed.items(), 1):
-        prefix = key.removesuffix(".weight")
-        weight = encode(stored.read(key), one.spec, one.fullest)
-        writer.write(f"{prefix}.{WORDS}", weight.words)
-        if weight.offsets is not None:
-            writer.write(f"{prefix}.{OFFSETS}", weight.offsets)
+        _write_layer(writer, key, stored.read(key), one)
         emit(Event(kind="progress", phase="write", done=done, total=len(packed)))
     emit(Event(kind="phase", phase="finish"))
     writer.finish()
@@ -101,6 +99,14 @@ def _pack(
     (folder / "README.md").write_text(_card(source.folder, report), encoding="utf-8")
     report.write(folder / NAME)
     return report
+
+
+def _write_layer(writer: CheckpointWriter, key: str, dense: Tensor, one: Candidate) -> None:
+    prefix = key.removesuffix(".weight")
+    weight = encode(dense, one.spec, one.fullest)
+    writer.write(f"{prefix}.{WORDS}", weight.words)
+    if weight.offsets is not None:
+        writer.write(f"{prefix}.{OFFSETS}", weight.offsets)
 
 
 def _packed_specs(stored: SafetensorsCheckpoint, packed: dict[str, Candidate]) -> dict[str, TensorSpec]:
