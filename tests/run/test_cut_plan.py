@@ -136,3 +136,7 @@ def test_a_run_warns_of_a_program_that_cannot_run_the_model(
 def test_the_words_for_what_was_asked_and_what_came(cut: dict[str, Any], words: str) -> None:
     size = {"before": 64, "after": round(64 * (1 - cut["came"]))}
     assert share_words(cut | {"units": {"neurons": size}}).endswith(words)
+
+
+def test_a_report_of_an_earlier_version_says_what_was_asked() -> None:
+    assert share_words({"asked": 0.2, "units": {"neurons": {"before": 64, "after": 48}}}) == "asked 20 % of the neurons"

@@ -28,10 +28,13 @@ def cut_words(cut: Mapping[str, Any]) -> str:
 
 def share_words(cut: Mapping[str, Any]) -> str:
     """Return what was asked and what goes, from ``cut`` of a report: ``asked 20 % of the neurons, removed 20.83 %: …``."""
-    asked, came, multiple, units = cut["asked"], cut["came"], cut["multiple_of"], cut["units"]
+    asked, units = cut["asked"], cut["units"]
     mixed, (kind, size) = len(units) > 1, next(iter(units.items()))
-    what = "parameters of the blocks" if mixed else kind_words(kind, cut)
-    text = f"asked {100 * asked:g} % of the {what}, removed {100 * came:.2f} %"
+    text = f"asked {100 * asked:g} % of the {'parameters of the blocks' if mixed else kind_words(kind, cut)}"
+    if "came" not in cut:  # a report of an earlier version
+        return text
+    came, multiple = cut["came"], cut["multiple_of"]
+    text += f", removed {100 * came:.2f} %"
     if abs(came - asked) < 5e-5:
         return text
     if multiple == 1:
