@@ -9,8 +9,9 @@ from typing import Any
 
 from thanos.events import Event, Phase, Watcher
 from thanos.model.layers import find_blocks
+from thanos.run.cautions import cautions_of
 from thanos.run.cut_words import share_words
-from thanos.run.cutting import Cutting, cautions_of
+from thanos.run.cutting import Cutting
 from thanos.run.report import DenseRecord
 from thanos.run.setup import Prepared
 
