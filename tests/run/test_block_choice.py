@@ -77,6 +77,18 @@ def test_a_run_warns_if_kinds_of_attention_no_longer_follow_from_the_number_of_a
     assert written == [kind for index, kind in enumerate(kinds) if index not in dropped]
 
 
+@pytest.mark.parametrize(
+    ("scalar", "pattern", "warns"), [(8, "blocks", False), (24, "blocks", True), (24, "neurons", False)]
+)
+def test_a_run_warns_if_the_scale_of_attention_cannot_be_told_from_the_sizes(
+    scalar: int, pattern: str, warns: bool, text_file: Path, tmp_path: Path
+) -> None:
+    dense = save_tiny(tmp_path / "model", "gemma-2", query_pre_attn_scalar=scalar, head_dim=8)
+    made = recipe(text_file, pattern=pattern, sparsity=0.5, **({} if pattern == "blocks" else {"multiple_of": 8}))
+    report = thanos.prune(dense, tmp_path / "out", made)
+    assert any(line.startswith("query_pre_attn_scalar is 24") for line in report.warnings) == warns
+
+
 def test_a_removal_is_measured_again_once_another_block_has_gone() -> None:
     """Blocks 2 and 3 matter little alone and much together; the second to go is 4, which was third."""
     alone = {1: 9.0, 2: 1.0, 3: 2.0, 4: 3.0}

@@ -136,3 +136,21 @@ def test_a_run_warns_of_a_program_that_cannot_run_the_model(
 def test_the_words_for_what_was_asked_and_what_came(cut: dict[str, Any], words: str) -> None:
     size = {"before": 64, "after": round(64 * (1 - cut["came"]))}
     assert share_words(cut | {"units": {"neurons": size}}).endswith(words)
+
+
+def test_a_report_of_an_earlier_version_says_what_was_asked() -> None:
+    assert share_words({"asked": 0.2, "units": {"neurons": {"before": 64, "after": 48}}}) == "asked 20 % of the neurons"
+
+
+@pytest.mark.parametrize(("effort", "layers"), [("fast", 0), ("high", 2)])
+def test_a_plan_without_some_blocks_counts_the_layers_that_may_be_fitted(
+    effort: str, layers: int, text_file: Path, tmp_path: Path
+) -> None:
+    model = save_tiny(tmp_path / "model", num_hidden_layers=6)
+    made = recipe(text_file, pattern="blocks", sparsity=0.34, effort=effort)
+    found = thanos.plan(model, tmp_path / "out", made)
+    assert found.layers == layers
+    assert {"allocate", "propagate", "finish"} <= found.phases.keys()
+    report = thanos.prune(model, tmp_path / "out", made)
+    assert len(report.layers) <= layers
+    assert report.phases.keys() - {"finish"} <= found.phases.keys() | {"write"}

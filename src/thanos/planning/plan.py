@@ -34,6 +34,7 @@ from thanos.recipe import Recipe
 from thanos.run.allocation import PHASE as ALLOCATION
 from thanos.run.auxiliary_files import auxiliary_files
 from thanos.run.cut_plan import planned_cut
+from thanos.run.settling import forecast
 from thanos.run.setup import (
     bytes_besides,
     check_calibration,
@@ -142,7 +143,7 @@ def plan(
             if calibration is None:
                 check_text_settings(source, recipe)
             check_calibration(recipe, calibration, source)
-            prepared = prepare(source, recipe, watch, look=False)
+            prepared = forecast(prepare(source, recipe, watch, look=False))
         job = Job(prepared, recipe, device, torch.empty(0), _existing(work.out.parent), activations)
         generates = recipe.calibration == "self" and calibration is None
         with meter.phase("calibration"):

@@ -14,9 +14,6 @@ _TOGETHER = dict(
     zip(HEAD_UNITS, ("groups of heads with one key-value head", "query heads of every group"), strict=True)
 )
 
-_WIDTH_FROM_HIDDEN_SIZE = ("llama", "qwen2")
-"""Types of models whose ``head_dim`` CTranslate2's converter ignores: it takes hidden_size / num_attention_heads."""
-
 
 def cut_words(cut: Mapping[str, Any]) -> str:
     """Return what stays, from ``cut`` of a report: ``1,216 of 1,536 neurons left in each block``."""
@@ -28,10 +25,13 @@ def cut_words(cut: Mapping[str, Any]) -> str:
 
 def share_words(cut: Mapping[str, Any]) -> str:
     """Return what was asked and what goes, from ``cut`` of a report: ``asked 20 % of the neurons, removed 20.83 %: …``."""
-    asked, came, multiple, units = cut["asked"], cut["came"], cut["multiple_of"], cut["units"]
+    asked, units = cut["asked"], cut["units"]
     mixed, (kind, size) = len(units) > 1, next(iter(units.items()))
-    what = "parameters of the blocks" if mixed else kind_words(kind, cut)
-    text = f"asked {100 * asked:g} % of the {what}, removed {100 * came:.2f} %"
+    text = f"asked {100 * asked:g} % of the {'parameters of the blocks' if mixed else kind_words(kind, cut)}"
+    if "came" not in cut:  # a report of an earlier version
+        return text
+    came, multiple = cut["came"], cut["multiple_of"]
+    text += f", removed {100 * came:.2f} %"
     if abs(came - asked) < 5e-5:
         return text
     if multiple == 1:
@@ -62,35 +62,6 @@ def uncompensated(layers: Collection[LayerRecipe]) -> str:
     return (
         f"nothing compensates for the units that go: method {names} leaves the other weights as they are; effort high, refit "
         "or a method that compensates gives them better values"
-    )
-
-
-def engine_caution(model_type: str, cut: Mapping[str, Any]) -> str:
-    """Return a sentence about a program that cannot run the smaller model, or runs it wrongly; empty if none is known.
-
-    Args:
-        model_type: of the text model's config.
-        cut: ``cut`` of a report.
-    """
-    heads = cut["units"].get(HEADS)
-    if model_type not in _WIDTH_FROM_HIDDEN_SIZE or not heads or heads["after"] == heads["before"]:
-        return ""
-    what = "gives other tokens without an error" if cut["head_unit"] == HEAD_UNITS[1] else "refuses the model"
-    return (
-        f"CTranslate2 (4.8.5) takes the width of a head from hidden_size for this architecture, and {what}: use programs that "
-        "read head_dim, such as transformers and llama.cpp"
-    )
-
-
-def order_caution(lists: Collection[str]) -> str:
-    """Return a sentence about programs that do not read the config's ``lists``, whose order has changed; empty for none."""
-    if not lists:
-        return ""
-    names = " and ".join(lists)
-    return (
-        f"the blocks that stay have other kinds in {names} than as many first blocks of the dense model: a program that tells "
-        f"the kind of a block by its number instead of reading {names}, as llama.cpp does for Gemma, runs another model, "
-        "without an error"
     )
 
 

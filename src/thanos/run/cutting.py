@@ -20,11 +20,11 @@ from thanos.recipe import LayerRecipe, Recipe
 from thanos.recipe.units import HEAD_UNITS, default_multiple
 from thanos.registry import parse_pattern
 from thanos.run.cut_sizes import block_parameters, sizes_by_block, unit_sizes
-from thanos.run.cut_words import engine_caution, kind_words, order_caution
+from thanos.run.cut_words import kind_words
 from thanos.run.split import splits
 from thanos.run.unit_counts import runs_of, units_that_stay
 from thanos.run.work_folder import WorkFolder
-from thanos.shrink.config import lists_out_of_order, smaller_config
+from thanos.shrink.config import smaller_config
 from thanos.shrink.families import family_of
 from thanos.shrink.folder import SmallerFolder, write_smaller
 from thanos.shrink.units import Units, attention_of, units_of
@@ -195,18 +195,6 @@ def plan_cutting(opened: OpenedModel, recipe: Recipe) -> tuple[Cutting, dict[Lin
     layers = {layer: settings for layer, settings in chosen.items() if layer.name in names}
     left |= {layer.name: why for layer in chosen if layer not in layers}
     return cutting, cutting.settings(layers), left
-
-
-def cautions_of(opened: OpenedModel, cutting: Cutting) -> list[str]:
-    """Return sentences about programs that run the smaller model wrongly or not at all; none before all is chosen."""
-    if cutting.is_open or len(cutting.dropped) < cutting.drops:
-        return []
-    config: Any = opened.meta_model.config.get_text_config(decoder=True)
-    found = [
-        engine_caution(config.model_type, cutting.counted()),
-        order_caution(lists_out_of_order(config, cutting.dropped)),
-    ]
-    return [line for line in found if line]
 
 
 def write_cut(cutting: Cutting, records: Sequence[LayerRecord], work: WorkFolder, emit: Watcher) -> dict[str, Any]:

@@ -8,10 +8,29 @@ from dataclasses import replace
 from typing import Any
 
 from thanos.events import Event, Phase, Watcher
+from thanos.model.layers import find_blocks
+from thanos.run.cautions import cautions_of
 from thanos.run.cut_words import share_words
-from thanos.run.cutting import Cutting, cautions_of
+from thanos.run.cutting import Cutting
 from thanos.run.report import DenseRecord
 from thanos.run.setup import Prepared
+
+
+def forecast(plan: Prepared) -> Prepared:
+    """Return the plan as far as a forecast needs it before blocks are chosen: with as many layers as may be fitted at most.
+
+    They are those of the last blocks, so that the dense stream is as long as it may be.
+    """
+    if plan.cutting is None or not plan.cutting.drops:
+        return plan
+    last = len(find_blocks(plan.opened.meta_model)[1]) - 1
+    before = range(last - plan.cutting.drops, last)
+    layers = {
+        layer: settings
+        for layer, settings in plan.layers.items()
+        if layer.block in before and settings.repair.needs_dense_stream
+    }
+    return replace(plan, layers=layers)
 
 
 def settled(plan: Prepared, cutting: Cutting, record: Mapping[str, Any], phase: Phase, emit: Watcher) -> Prepared:

@@ -26,8 +26,9 @@ from thanos.model.unused import Unused
 from thanos.patterns.budget import Budget
 from thanos.recipe import LayerRecipe, Recipe, check_globs
 from thanos.recipe.repair import held_out_of
+from thanos.run.cautions import cautions_of
 from thanos.run.cut_words import cut_words, share_words, uncompensated
-from thanos.run.cutting import Cutting, cautions_of, plan_cutting
+from thanos.run.cutting import Cutting, plan_cutting
 from thanos.run.report import DenseRecord
 from thanos.run.survey import sampled_sparsity, survey
 from thanos.system.device import choose_device

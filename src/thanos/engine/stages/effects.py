@@ -90,18 +90,19 @@ class EffectStage:
         picks = torch.linspace(0, length - 1, min(TOKENS, length), device=context.device).round().long()
         if not self.wanted:
             self.wanted = [context.forward(hidden, row)[:, picks] for row, hidden in context.batches(1)]
-        found: dict[int, list[Tensor]] = {block: [] for block in self._streams}
+        # Allocated before: small tensors that stay, between the large ones that go, would keep the memory of those from reuse.
+        found = {block: torch.zeros(samples, len(picks), dtype=torch.float64) for block in self._streams}
         streams = {block: stream.batches(1) for block, stream in self._streams.items()}
         with context.outer_weights():
             for row in range(samples):
                 states = {block: next(stream)[1][:, picks] for block, stream in streams.items()}
-                for rows in torch.arange(len(picks), device=context.device).split(_ROWS):
+                for start in range(0, len(picks), _ROWS):
+                    rows = slice(start, start + _ROWS)
                     wanted = _log_probabilities(context, row, self.wanted[row][:, rows])
                     for block, hidden in states.items():
-                        lost = _divergence(wanted, _log_probabilities(context, row, hidden[:, rows]))
-                        found[block].append(lost)
+                        found[block][row, rows] = _divergence(wanted, _log_probabilities(context, row, hidden[:, rows]))
                 yield context.progress("dense", row + 1)
-        self.effects = {block: token_mean(context, values) for block, values in found.items()}
+        self.effects = {block: token_mean(context, [values.flatten()]) for block, values in found.items()}
 
 
 def _log_probabilities(context: BlockContext, row: int, hidden: Tensor) -> Tensor:
@@ -110,6 +111,6 @@ def _log_probabilities(context: BlockContext, row: int, hidden: Tensor) -> Tenso
 
 
 def _divergence(wanted: Tensor, found: Tensor) -> Tensor:
-    """Return KL(wanted ‖ found) of each token, (tokens,) float64 on the CPU."""
+    """Return KL(wanted ‖ found) of each token, (tokens,) float64."""
     lost = (wanted.exp() * (wanted - found)).sum(-1, dtype=torch.float64)
-    return lost.nan_to_num(nan=_MOST).clamp(max=_MOST).cpu()
+    return lost.nan_to_num(nan=_MOST).clamp(max=_MOST)
