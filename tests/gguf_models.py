@@ -22,6 +22,7 @@ ARCHITECTURES = {
     "phi-3": "phi3",
     "mixtral": "llama",
     "qwen3-moe": "qwen3moe",
+    "qwen2-moe": "qwen2moe",
 }
 """Tiny model → the format's name of its architecture, for each architecture that is read block by block."""
 
@@ -31,6 +32,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "gemma-3": {"layer_types": None},  # the file does not state them
     "phi-3": {"vocab_size": 32064},  # transformers' padding token is 32000
     "qwen3-moe": {"moe_intermediate_size": 768, "norm_topk_prob": True},  # the file states neither
+    "qwen2-moe": {"moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632},  # the same
 }
 
 
@@ -114,6 +116,8 @@ def _tensors(model: Any, name: str, architecture: str) -> dict[str, np.ndarray]:
         if architecture == "llama" and (".attn_q." in stored or ".attn_k." in stored):
             heads = model.config.num_attention_heads if ".attn_q." in stored else model.config.num_key_value_heads
             value = _permute(value, heads)
+        if "ffn_gate_inp_shexp" in stored:
+            value = value.squeeze(0)
         if name.startswith("gemma") and stored.endswith("norm.weight"):
             value = value + np.float32(1)
         found[stored] = np.ascontiguousarray(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,8 +12,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from helpers import tiny_model
 from sparse_matrices import save_pruned
-from thanos.bench.decode import read_rate, time_decoding
+from thanos.bench.decode import read_rate, time_decoding, time_network
 from thanos.bench.weights import weight_bytes
 from thanos.cli import run
 from thanos.errors import DataError
@@ -68,6 +70,21 @@ def test_too_many_tokens_are_refused(models):
         time_decoding(models[0], device=CPU, context=250, new_tokens=20)
     with pytest.raises(DataError, match="at least 1"):
         time_decoding(models[0], device=CPU, context=0)
+
+
+def test_each_model_is_compiled_as_if_it_were_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[int] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        compiled[-1] += 1
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    for width in (64, 32):
+        model = tiny_model("llama", intermediate_size=width).eval().requires_grad_(False)
+        compiled.append(0)
+        assert len(time_network(model, "m", context=4, new_tokens=4, compiled=True).tokens) == 5
+    assert compiled[0] == compiled[1] > 0
 
 
 def test_reading_has_a_rate():

@@ -167,7 +167,8 @@ def time_network(
     decode = _graph_steps if device.type == "cuda" else _plain_steps
     step: Any = model
     if compiled:
-        torch.compiler.reset()  # what was compiled for another model would make this one's shapes dynamic, or run instead
+        # As if the model were alone: torch compiles one forward for a few models only, and then runs it as it is.
+        torch.compiler.reset()
         step = torch.compile(model, dynamic=None if device.type == "cpu" else False)
     seconds, tokens = decode(model, step, prompt, new_tokens)
     rate = 1 / statistics.median(seconds)

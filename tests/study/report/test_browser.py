@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from thanos.comparison.document import Comparison, Row
+from thanos.comparison.report import PAGE, write_report
 from thanos.study.report.figures.theme import DARK
 
 CHROMIUM = next(
@@ -52,13 +54,13 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     driver.quit()
 
 
-def show(browser: Any, folder: Path, width: int, theme: str) -> Any:
+def show(browser: Any, folder: Path, width: int, theme: str, page: str = "report.html") -> Any:
     """Open the page anew at a width and in a theme."""
     metrics = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 500}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     feature = {"features": [{"name": "prefers-color-scheme", "value": theme}]}
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", feature)
-    browser.get((folder / "report.html").as_uri())
+    browser.get((folder / page).as_uri())
     return browser
 
 
@@ -158,3 +160,45 @@ def test_figures_have_no_colour_of_the_light_theme_in_the_dark_one(browser: Any,
         pixels = Image.open(io.BytesIO(base64.b64decode(shot["data"]))).convert("RGB").getcolors(2**24)
         assert len(pixels) > 10
         assert {color for _, color in pixels} & light == set()
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of a comparison with long names, long notes and every column."""
+    names = ("", " int8", "-16-32-recovered-packed", "-shrunk-20-recovered int4")
+    note = "quantised by torchao 0.18.0, HQQ, groups of 128; the head, tied to the embedding, stays dense"
+    rows = [
+        Row(
+            label=f"Qwen2.5-Coder-1.5B{name}",
+            kind=kind,
+            disk_bytes=3_087_000_000,
+            weight_bytes=3_087_000_000,
+            tokens_per_second=190.0 + place,
+            first_token_seconds=1.234,
+            evaluation={"perplexity": 113.9 + place, "kl_divergence": 0.1, "top1_agreement": 0.9},
+            zero_shot={"average": {"acc": 0.55, "acc_stderr": 0.006}},
+            texts={"def add(a, b):": "    return a + b\n" * 3},
+            notes=[note],
+        )
+        for place, (name, kind) in enumerate(zip(names, ("dense", "int8", "packed", "int4"), strict=True))
+    ]
+    settings = {"dtype": "bfloat16", "text": "t", "windows": 4, "sequence_length": 2048, "context": 128}
+    settings |= {"compiled": False, "tasks": ["piqa"], "limit": None}
+    machine = {"device": "cpu", "versions": {}, "date": "2026-01-01", "commit": "", "threads": 1}
+    folder = tmp_path_factory.mktemp("comparison")
+    write_report([Comparison(command="", machine=machine, settings=settings, rows=rows)], folder)
+    return folder
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_comparison_fits(browser: Any, comparison: Path, width: int, theme: str) -> None:
+    show(browser, comparison, width, theme, PAGE)
+    browser.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
+    page, window = browser.execute_script("return [document.documentElement.scrollWidth, window.innerWidth]")
+    assert page <= window
+    hidden = browser.execute_script(
+        "return [...document.querySelectorAll('.box')].filter(e => e.scrollWidth > e.clientWidth + 1).length"
+    )
+    assert hidden == 0
+    assert browser.get_log("browser") == []
