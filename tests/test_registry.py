@@ -45,6 +45,7 @@ THE_PROGRAM = {
     "cli/__init__.py": 1,
     "cli/app.py": 2,
     "cli/compare.py": 1,  # the command line of a comparison
+    "cli/demo.py": 1,  # likewise
     "cli/torchrun.py": 2,
     "evaluation/perplexity.py": 1,  # versions
     "evaluation/score_cache.py": 1,  # the cache's folder
