@@ -128,6 +128,7 @@ def test_an_option_before_the_command(words: list[str], says: str, capsys: pytes
         (["--sparsity", "50%"], "got '50%' (did you mean 0.5?)"),
         (["--sparsity", "0,5"], "got '0,5' (did you mean 0.5?)"),
         (["--outlier-rows", "10"], "got 10.0 (did you mean 0.1?)"),
+        (["--sparsity", "1.5"], "got 1.5\n"),
         (["--samples", "1e3"], "got '1e3' (did you mean 1000?)"),
         (["--samples", "-1"], "got -1\n"),
         (["--method", "sparse-gpt"], "(did you mean sparsegpt?)"),
