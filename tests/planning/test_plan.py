@@ -33,7 +33,7 @@ from thanos.run import engine_setup, setup
 KEYS = [
     "schema", "thanos_version", "recipe", "device", "blocks", "layers", "activations", "activations_bytes", "batch",
     "disk_bytes", "disk_besides_bytes", "disk_free_bytes", "host_peak_bytes", "host_base_bytes", "host_free_bytes",
-    "device_peak_bytes", "device_free_bytes", "phases", "seconds", "does_not_fit",
+    "device_peak_bytes", "device_free_bytes", "phases", "seconds", "does_not_fit", "cut",
 ]  # fmt: skip
 PHASES = {"load", "calibration", "statistics", "solve", "write", "propagate", "finish"}
 
