@@ -52,6 +52,7 @@ def main() -> int:
     parser.add_argument("--samples", default="128")
     parser.add_argument("--sequence-length", default="2048")
     parser.add_argument("--max-windows", default=None)
+    parser.add_argument("--window", default="2048", help="tokens of a window of the evaluation")
     parser.add_argument("--effort", default="max", help="effort of every chain but fast50")
     parser.add_argument("--quantised", default="int8,int4")
     parser.add_argument("--tasks", default=None)
@@ -64,8 +65,9 @@ def main() -> int:
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     arguments.result.mkdir(parents=True, exist_ok=True)
-    lines = make(arguments)
-    (arguments.result / "commands.json").write_text(json.dumps(lines, indent=1))
+    record = arguments.result / "commands.json"
+    lines = json.loads(record.read_text()) if record.exists() else []
+    record.write_text(json.dumps(lines + make(arguments), indent=1))
     return compare(arguments)
 
 
@@ -120,6 +122,7 @@ def compare(arguments: argparse.Namespace) -> int:
     if smaller in made and quantised:
         quantised += f",{smaller}=int8"
     words = ["compare", arguments.model, *made, "--out", str(arguments.result), "--text", arguments.text]
+    words += ["--sequence-length", arguments.window]
     words += ["--quantised", quantised] if quantised else []
     words += ["--compile"] if arguments.compile else []
     for name in ("max_windows", "tasks", "task_folder", "limit"):
