@@ -24,6 +24,7 @@ from oracles import BLOCKWISE, METHODS
 from thanos.calibration.accumulators import Gram
 from thanos.calibration.statistics import InputGroup, Need, empty_group
 from thanos.cli import run as command
+from thanos.engine import leaving
 from thanos.engine.distributed import SINGLE, Group
 from thanos.engine.joining import my_device
 from thanos.engine.rank_zero import SharedWriter
@@ -92,6 +93,7 @@ def spawn(work: Any, size: int, folder: Path, *arguments: Any) -> list[Any]:
 
 def _enter(rank: int, work: Any, size: int, folder: Path, arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
+    leaving.import_group_holders()  # else their reference keeps its threads alive while Python ends
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
     torch.save(work(*arguments), folder / f"result{rank}")
     dist.destroy_process_group()

@@ -19,6 +19,7 @@ import thanos
 from helpers import ARCHITECTURES, MIXTURES, packed_windows, prose, save_tiny, tiny_model, tiny_tokenizer
 from reports import contents
 from thanos import errors as thanos_errors
+from thanos.engine import leaving
 from thanos.engine.block_runner import Passes
 from thanos.engine.stages import tune as stage_module
 from thanos.engine.stages.tune_cost import tuning_passes
@@ -342,6 +343,7 @@ def test_events_tell_the_losses(text_file: Path, tmp_path: Path) -> None:
 
 def _enter(rank: int, size: int, meet: Path, dense: Path, out: Path, settings: thanos.Recipe) -> None:
     torch.set_num_threads(1)
+    leaving.import_group_holders()  # else their reference keeps its threads alive while Python ends
     dist.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=size)
     thanos.prune(dense, out, settings)
     dist.destroy_process_group()

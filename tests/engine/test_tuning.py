@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from torch.nn import functional as F
 
-from thanos.engine import tuning_passes
+from thanos.engine import leaving, tuning_passes
 from thanos.engine.distributed import SINGLE, Group, World
 from thanos.engine.tuned_parameters import Masters, Tunable
 from thanos.engine.tuning import Tuned, evenly, one_cycle, shuffled_batches, tune
@@ -501,6 +501,7 @@ def test_masters_clear_a_weight_that_became_nan() -> None:
 
 def _enter(rank: int, size: int, folder: Path, dtype: torch.dtype, bad: bool) -> None:
     torch.set_num_threads(1)
+    leaving.import_group_holders()  # else their reference keeps its threads alive while Python ends
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
     world, toy = Group(), Toy(dtype)
     if bad:
