@@ -76,6 +76,11 @@ def test_everything_else_is_left_to_the_library():
     assert not dense.serves(x[:0], weight)
     assert not dense.serves(x[:1].float(), weight.float())
     assert not dense.serves(x[:1, :6], weight.T)
+    assert not dense.serves(x[:1], weight, bias.float())
+    assert not dense.serves(x[:1], weight, bias[:5])
+    assert not dense.serves(x[:1, :39], weight)
+    with pytest.raises(RuntimeError):
+        dense_linear(x[:1, :39], weight, bias)
     assert dense_linear(x, weight, bias).equal(F.linear(x, weight, bias))
     assert dense_linear(x[:1, :6], weight.T, None).equal(F.linear(x[:1, :6], weight.T))
 
@@ -112,3 +117,16 @@ def test_layers_of_other_classes_stay_as_they_are():
     model = nn.Sequential(Half(4, 4), nn.Linear(4, 4))
     quicken(model)
     assert [type(layer) for layer in model] == [Half, DenseLinear]
+
+
+def test_a_layer_that_is_quantised_later_computes_with_its_quantised_weight():
+    quantization = pytest.importorskip("torchao.quantization")
+    draw = torch.Generator().manual_seed(0)
+    layers = [nn.Linear(64, 32).bfloat16().requires_grad_(False) for _ in range(2)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    x, models = torch.randn(1, 64, generator=draw).bfloat16(), [nn.Sequential(layer) for layer in layers]
+    quicken(models[1])
+    for model in models:
+        quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    assert type(layers[1]) is DenseLinear
+    assert models[1](x).equal(models[0](x))

@@ -108,7 +108,8 @@ class DenseLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Return the layer's output, (..., out_features)."""
         derived = torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad)
-        if derived or input.device.type != "cpu":
+        # A weight of another class may be no plain matrix in memory: that of a quantised layer, or a part of one.
+        if derived or input.device.type != "cpu" or type(self.weight) is not nn.Parameter:
             return super().forward(input)
         return dense_linear(input, self.weight, self.bias)
 

@@ -108,7 +108,7 @@ def _on_cpu(x: Tensor, words: Tensor, offsets: Tensor | None, bias: Tensor | Non
 
 
 def _dense_on_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return dense.linear(x, weight, bias) if dense.serves(x, weight) else F.linear(x, weight, bias)
+    return dense.linear(x, weight, bias) if dense.serves(x, weight, bias) else F.linear(x, weight, bias)
 
 
 def _dense_by_library(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -29,11 +29,14 @@ def _extension() -> Any:
     return extension if extension.support() else None
 
 
-def serves(x: Tensor, weight: Tensor) -> bool:
-    """Return whether the kernel multiplies these on this machine."""
-    tokens = x.numel() // max(1, x.shape[-1])
+def serves(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    """Return whether the kernel multiplies these on this machine; False too for what does not fit together."""
+    rows, columns = weight.shape
+    fits = (
+        x.dim() > 0 and x.shape[-1] == columns and (bias is None or (bias.shape == (rows,) and bias.dtype == x.dtype))
+    )
     sound = x.dtype == weight.dtype and weight.dtype in (torch.bfloat16, torch.float16) and weight.is_contiguous()
-    return sound and 0 < tokens <= MOST_TOKENS and _extension() is not None
+    return fits and sound and 0 < x.numel() <= MOST_TOKENS * columns and _extension() is not None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, dot: bool = True) -> Tensor:
