@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from sparse_matrices import save_pruned
 from thanos.cli import run
 from thanos.comparison.document import Comparison, Row, groups_of, read_comparisons
 from thanos.comparison.entries import Entry, entries_of, labels_of
-from thanos.comparison.measure import disk_bytes
+from thanos.comparison.measure import Facts, disk_bytes, kind_of
 from thanos.comparison.prompts import NEW_TOKENS, PROMPTS, read_prompts
 from thanos.comparison.report import PAGE, build_report, front_of, write_report
 from thanos.comparison.run import Request, compare
@@ -95,6 +96,26 @@ def test_a_study_measures_the_same_numbers(folder: Path, measured: Comparison, t
         assert record.evaluation is not None
         assert own.evaluation is not None
         assert {key: record.evaluation[key] for key in own.evaluation} == own.evaluation
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind"),
+    [
+        ({"inner": 70}, "shrunk"),
+        ({"inner": 70, "blocks": 3}, "shrunk"),
+        ({"inner": 70, "blocks": 3, "parameters": 120}, "dense"),  # another embedding: another model
+        ({"inner": 70, "blocks": 5}, "dense"),
+        ({}, "dense"),
+        ({"zeros": 0.5}, "sparse"),
+        ({"packed": True}, "packed"),
+    ],
+)
+def test_the_kind_of_a_model_beside_the_first(changes: dict[str, Any], kind: str) -> None:
+    base = Facts(parameters=100, inner=80, blocks=4, zeros=0.0, packed=False)
+    facts = dataclasses.replace(base, **changes)
+    if "inner" in changes and "parameters" not in changes:
+        facts = dataclasses.replace(facts, parameters=20 + facts.inner)
+    assert kind_of(facts, base) == kind
 
 
 def test_bytes_texts_and_kinds_are_those_of_the_models(folder: Path, measured: Comparison) -> None:

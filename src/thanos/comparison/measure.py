@@ -15,7 +15,7 @@ from thanos.evaluation.perplexity import evaluate
 from thanos.evaluation.scoring import Reference
 from thanos.events import Watcher
 from thanos.model.source import ModelSource
-from thanos.sparse.modules import packed_modules
+from thanos.sparse.modules import is_plain, packed_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,7 +61,7 @@ class Facts:
         ends = {id(embedding): embedding.numel()}
         if isinstance(head, nn.Linear):
             ends[id(head.weight)] = head.weight.numel()
-        linear = [m.weight for m in network.modules() if type(m) is nn.Linear and id(m.weight) not in ends]
+        linear = [m.weight for m in network.modules() if is_plain(m) and id(m.weight) not in ends]
         entries = sum(weight.numel() for weight in linear)
         zeros = sum(int((weight == 0).sum()) for weight in linear)
         parameters = sum(plain.values()) + layers
@@ -84,9 +84,17 @@ def kind_of(facts: Facts, base: Facts | None) -> str:
     """Return a row's kind, by the model alone and beside the first one."""
     if facts.packed:
         return "packed"
-    if base is not None and facts.blocks == base.blocks and facts.inner < base.inner:
+    if base is not None and facts.inner < base.inner and _of_one_shape(facts, base):
         return "shrunk"
     return "sparse" if facts.zeros > _FEW_ZEROS else "dense"
+
+
+def _of_one_shape(facts: Facts, base: Facts) -> bool:
+    """Return whether a model has the blocks of another one, or fewer of them between an embedding and a head of its size."""
+    if facts.blocks == base.blocks:
+        return True
+    ends = facts.parameters - facts.inner == base.parameters - base.inner
+    return ends and facts.blocks is not None and base.blocks is not None and facts.blocks < base.blocks
 
 
 def disk_bytes(source: ModelSource) -> int:

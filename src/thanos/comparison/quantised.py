@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from thanos.errors import DataError, ModelError
+from thanos.sparse.modules import is_plain
 from thanos.system.extras import install_command, is_installed
 
 if TYPE_CHECKING:
@@ -67,9 +68,7 @@ def quantise(model: PreTrainedModel, kind: str) -> str:
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
     tied = head is not None and head.weight is embedding
     layers = {
-        name: module
-        for name, module in model.named_modules()
-        if type(module) is nn.Linear and not (tied and module is head)
+        name: module for name, module in model.named_modules() if is_plain(module) and not (tied and module is head)
     }
     if not layers:
         raise ModelError(f"{kind}: the model has no linear layer that torchao could quantise")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -112,6 +112,11 @@ class DenseLinear(nn.Linear):
         if derived or input.device.type != "cpu" or type(self.weight) is not nn.Parameter:
             return super().forward(input)
         return dense_linear(input, self.weight, self.bias)
+
+
+def is_plain(module: object) -> TypeGuard[nn.Linear]:
+    """Return whether a module is an ``nn.Linear`` or a :class:`DenseLinear`, and of no class of somebody else."""
+    return type(module) in (nn.Linear, DenseLinear)
 
 
 def quicken(model: nn.Module, on: bool = True) -> None:
