@@ -189,14 +189,22 @@ def test_a_link_to_the_old_checkpoint_is_replaced_where_it_points(tmp_path: Path
     assert list(target.parent.iterdir()) == [target]
 
 
-def test_out_inside_the_folder_of_another_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("config", "weights"),
+    [
+        ("config.json", "model.safetensors"),
+        ("config.json", "pytorch_model.bin"),
+        ("adapter_config.json", "adapter_model.safetensors"),
+    ],
+)
+def test_out_inside_the_folder_of_another_model(config: str, weights: str, tmp_path: Path) -> None:
     """The other's weights would be beside OUT, or OUT in a copy of its folder."""
     other = tmp_path / "other"
     other.mkdir()
-    (other / "config.json").write_text("{}")
+    (other / config).write_text("{}")
     for out in (other / "out", other / "deep" / "er" / "out"):
         check_output(out, model=None, overwrite=False)  # a config alone is no model
-    (other / "model.safetensors").write_text("weights")
+    (other / weights).write_text("weights")
     link = tmp_path / "link"
     link.symlink_to(other)
     for out in (other / "out", other / "deep" / "er" / "out", link / "out"):

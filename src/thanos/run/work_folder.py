@@ -21,6 +21,9 @@ from thanos.run.journal import Journal, current
 from thanos.system.documents import json_text
 from thanos.system.files import sync, write_atomically
 
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth"}
+"""Endings of files of weights, readable or not: beside a config they make a folder a model's."""
+
 
 class WorkFolder:
     """The hidden folder next to an output folder, on the same file system.
@@ -219,7 +222,8 @@ def check_output(out: Path, *, model: Path | None, overwrite: bool) -> None:
         if resolved in model.parents:
             raise UserError(f"OUT {out} holds the model {model}, which would be lost; choose another folder")
     for folder in resolved.parents:
-        if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
+        configured = any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
+        if configured and any(path.suffix in _WEIGHTS for path in folder.glob("*.*")):
             raise UserError(f"OUT {out} is inside the folder of another model, {folder}; choose a folder outside it")
     swapped = "; MODEL comes first, then OUT" if model is None and _is_model(resolved) else ""
     if resolved.exists() and not resolved.is_dir():
