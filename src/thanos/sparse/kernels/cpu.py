@@ -15,10 +15,22 @@ MOST_TOKENS = 16
 """Tokens up to which the matrix is read packed; above, it is decoded in parts and the library multiplies."""
 
 _DOT_BFLOAT16, _BFLOAT16, _FLOAT16 = 0, 1, 2
-"""Kinds of arithmetic in ``_cpu.c``."""
+"""Kinds of arithmetic in ``_cpu.c`` and ``_dense.c``."""
 
 _BYTES_PER_THREAD = 1 << 16
 """A thread gets at least this many bytes of the matrix: starting one costs about a microsecond."""
+
+
+def arithmetic_of(dtype: torch.dtype, support: int, *, dot: bool) -> int:
+    """Return the kind of arithmetic for values of a dtype, on a processor of which an extension said ``support``."""
+    if dtype == torch.float16:
+        return _FLOAT16
+    return _DOT_BFLOAT16 if dot and support > 1 else _BFLOAT16
+
+
+def threads_for(parts: int, nbytes: int) -> int:
+    """Return the number of threads that share the parts of a matrix of this size."""
+    return max(1, min(torch.get_num_threads(), parts, nbytes // _BYTES_PER_THREAD))
 
 
 @cache
@@ -59,10 +71,9 @@ def linear(
     tokens, columns = x.shape
     y = x.new_empty(tokens, rows)
     extension = _extension()
-    kind = _DOT_BFLOAT16 if dot and extension.support() > 1 else _BFLOAT16
-    kind = _FLOAT16 if x.dtype == torch.float16 else kind
+    kind = arithmetic_of(x.dtype, extension.support(), dot=dot)
     if tokens and rows:
         addresses = (0 if tensor is None else tensor.data_ptr() for tensor in (offsets, x, bias, y))
-        threads = max(1, min(torch.get_num_threads(), -(-rows // SIDE), 4 * words.numel() // _BYTES_PER_THREAD))
+        threads = threads_for(-(-rows // SIDE), 4 * words.numel())
         extension.linear(words.data_ptr(), *addresses, rows, columns, tokens, n, kind, threads)
     return y

@@ -9,14 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from thanos.sparse.kernels.cpu import arithmetic_of, threads_for
+
 MOST_TOKENS = 4
 """Tokens up to which the kernel is used: with more, the arithmetic counts and the library is as fast."""
-
-_DOT_BFLOAT16, _BFLOAT16, _FLOAT16 = 0, 1, 2
-"""Kinds of arithmetic in ``_dense.c``."""
-
-_BYTES_PER_THREAD = 1 << 16
-"""A thread gets at least this many bytes of the matrix: starting one costs about a microsecond."""
 
 
 @cache
@@ -55,9 +51,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, dot: bool = True) 
     tokens, (rows, columns) = len(flat), weight.shape
     y, extension = x.new_empty(tokens, rows), _extension()
     bias = None if bias is None else bias.contiguous()
-    kind = _DOT_BFLOAT16 if dot and extension.support() > 1 else _BFLOAT16
-    kind = _FLOAT16 if x.dtype == torch.float16 else kind
-    threads = max(1, min(torch.get_num_threads(), rows, 2 * weight.numel() // _BYTES_PER_THREAD))
+    kind, threads = arithmetic_of(x.dtype, extension.support(), dot=dot), threads_for(rows, 2 * weight.numel())
     addresses = (0 if tensor is None else tensor.data_ptr() for tensor in (weight, flat, bias, y))
     extension.linear(*addresses, rows, columns, tokens, kind, threads)
     return y.view(*x.shape[:-1], rows)
