@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from sparse_matrices import DTYPES, SHAPES, assert_close, on, product, random_we
 from thanos.sparse.formats import encode
 from thanos.sparse.kernels import cpu, lacking
 from thanos.sparse.modules import PackedLinear
+from thanos.sparse.ops import packed_linear, packed_linears
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -138,6 +140,52 @@ def test_the_extension_rounds_what_is_not_finite_and_too_large():
     assert y[3].isnan()
     assert torch.isinf(y[[0, 4, 31]]).all()
     assert product(encode(weight.bfloat16()), torch.full((1, 32), 2.0).bfloat16())[0, 3].isnan()
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("bitmap", [False, True])
+def test_arguments_that_do_not_fit_together_are_refused_before_anything_is_read(bitmap, device, tokens):
+    packed = on(encode(random_weight(64, 96, 0.7) if bitmap else sparse_weight(64, 96)), device)
+    words, offsets, n = packed.words, packed.offsets, packed.spec.n
+    x, bias = torch.ones(tokens, 96).bfloat16().to(device), torch.ones(64).bfloat16().to(device)
+    ends = torch.zeros(7, dtype=torch.int32, device=device)
+    for changed in (
+        (x[:, :64], words, offsets, bias, 64, n),
+        (x.repeat(1, 2), words, offsets, bias, 64, n),
+        (x.float(), words, offsets, None, 64, n),
+        (x[0, 0], words, offsets, bias, 64, n),
+        (x, words, offsets, bias.half(), 64, n),
+        (x, words, offsets, bias[:63], 64, n),
+        (x, words, offsets, bias.repeat(2)[::2], 64, n),
+        (x, words, offsets, bias, 63, n),
+        (x, words, offsets, None, 97, n),
+        (x, words.view(2, -1), offsets, bias, 64, n),
+        (x, words.repeat(2)[::2], offsets, bias, 64, n),
+        (x, words.float(), offsets, bias, 64, n),
+        (x, words, offsets, bias, 64, n + 1),
+        (x, words[1:], ends[:6], bias, 64, n),
+        (x, words, None if bitmap else ends, bias, 64, n),
+        (x, words, ends.long(), bias, 64, 0),
+        (x, words, ends[:6], bias, 64, 0),
+    ):
+        with pytest.raises(RuntimeError, match="does not fit a packed matrix"):
+            packed_linear(*changed)
+        several: list[Any] = [changed[0], *([one] for one in changed[1:5]), changed[5]]
+        with pytest.raises(RuntimeError, match="does not fit a packed matrix"):
+            packed_linears(*several)
+    if device == "meta":
+        with pytest.raises(RuntimeError, match="at most 4"):
+            packed_linears(x, [words] * 5, [offsets] * 5, [None] * 5, [64] * 5, n)
+
+
+@pytest.mark.parametrize("columns", [64, 95, 97, 192])
+def test_a_layer_refuses_an_input_of_another_width(columns):
+    packed = encode(sparse_weight(64, 96))
+    module = PackedLinear(packed.spec, bias=False)
+    module.load_state_dict({"weight_words": packed.words})
+    with pytest.raises(RuntimeError, match=f"of 96 inputs got an input of shape \\(2, {columns}\\)"):
+        module(torch.ones(2, columns).bfloat16())
 
 
 @pytest.mark.parametrize("tokens", [1, 40])

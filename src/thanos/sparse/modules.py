@@ -60,6 +60,7 @@ class PackedLinear(nn.Module):
 
         Raises:
             TypeError: ``x`` has another dtype than the packed values, without autocast.
+            RuntimeError: ``x`` has another last size than ``in_features``.
         """
         if x.dtype != self.spec.dtype and torch.is_autocast_enabled(x.device.type):
             x = x.to(self.spec.dtype)
@@ -68,6 +69,8 @@ class PackedLinear(nn.Module):
                 f"a packed layer holds {self.spec.dtype} values and got {x.dtype}; run the model in {self.spec.dtype}, or "
                 "turn it into a dense one with model.dequantize()"
             )
+        if not x.dim() or x.shape[-1] != self.in_features:
+            raise RuntimeError(f"a packed layer of {self.in_features} inputs got an input of shape {tuple(x.shape)}")
         return self.alone(x) if self.siblings is None else self.siblings.output(self.place, x)
 
     def alone(self, x: Tensor) -> Tensor:

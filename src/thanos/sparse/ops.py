@@ -16,7 +16,10 @@ from torch.nn import functional as F
 
 from thanos.sparse.formats import PackedSpec, PackedWeight, decode_strips
 from thanos.sparse.kernels import cpu, dense
-from thanos.sparse.tiles import SIDE
+from thanos.sparse.kernels.tuned import MOST_MATRICES
+from thanos.sparse.tiles import SIDE, tile_words
+
+_DTYPES = (torch.bfloat16, torch.float16)
 
 _STRIPS_ENTRIES = 1 << 20
 """Entries of the rows that are decoded at once, where no kernel reads them packed: 2 MiB."""
@@ -42,6 +45,10 @@ def packed_linear(x: Tensor, words: Tensor, offsets: Tensor | None, bias: Tensor
 
     Returns:
         (..., rows) in the dtype of x. Sums are float32.
+
+    Raises:
+        RuntimeError: the arguments do not fit together. The words do not tell a number of columns from another one with as
+            many tiles.
     """
     return _OPERATOR(x, words, offsets, bias, rows, n)
 
@@ -68,6 +75,9 @@ def packed_linears(
 
     Returns:
         (..., rows) for each matrix in the dtype of x. Sums are float32.
+
+    Raises:
+        RuntimeError: the arguments do not fit together; see :func:`packed_linear`.
     """
     return _OPERATOR_OF_SEVERAL(x, list(words), list(offsets), list(biases), list(rows), n)
 
@@ -86,9 +96,51 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _OPERATOR_OF_DENSE(x, weight, bias)
 
 
+def _check(x: Tensor, words: Tensor, offsets: Tensor | None, bias: Tensor | None, rows: int, n: int) -> None:
+    """Raise a RuntimeError unless the arguments fit together: kernels read by addresses, beyond the end if they do not."""
+    device, dtype = x.device, x.dtype
+    sound = dtype in _DTYPES and x.dim() and _is_vector(words, torch.int32, device)
+    if sound:
+        tiles = -(-rows // SIDE) * -(-x.shape[-1] // SIDE)
+        if offsets is None:
+            sound = 1 <= n <= SIDE and words.numel() == tiles * tile_words(n)
+        else:
+            sound = n == 0 and _is_vector(offsets, torch.int32, device) and offsets.numel() == tiles + 1
+    if bias is not None:
+        sound = sound and _is_vector(bias, dtype, device) and bias.numel() == rows
+    if not sound:
+        kind = f"{n} of {SIDE}" if offsets is None else f"bitmap with {tuple(offsets.shape)} {offsets.dtype} offsets"
+        end = "no bias" if bias is None else f"a bias {tuple(bias.shape)} {bias.dtype}"
+        raise RuntimeError(
+            f"an input {tuple(x.shape)} {x.dtype} on {x.device} does not fit a packed matrix of {rows} rows, {kind}, with "
+            f"{tuple(words.shape)} {words.dtype} words on {words.device} and {end}"
+        )
+
+
+def _is_vector(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> bool:
+    return tensor.dtype is dtype and tensor.dim() == 1 and tensor.device == device and tensor.is_contiguous()
+
+
+def _check_several(
+    x: Tensor,
+    words: list[Tensor],
+    offsets: list[Tensor | None],
+    biases: list[Tensor | None],
+    rows: list[int],
+    n: int,
+) -> None:
+    if not len(words) == len(offsets) == len(biases) == len(rows) <= MOST_MATRICES:
+        raise RuntimeError(
+            f"a joint product takes lists of one length, at most {MOST_MATRICES}; got {len(words)} words"
+        )
+    for part in zip(words, offsets, biases, rows, strict=True):
+        _check(x, *part, n)
+
+
 @torch.no_grad()
 def _by_parts(x: Tensor, words: Tensor, offsets: Tensor | None, bias: Tensor | None, rows: int, n: int) -> Tensor:
     """Decode a few strips at a time and let the library multiply by them: on any device, for any number of tokens."""
+    _check(x, words, offsets, bias, rows, n)
     spec = PackedSpec("fixed" if offsets is None else "bitmap", rows, x.shape[-1], x.dtype, n, words.numel())
     packed, flat = PackedWeight(spec, words, offsets), x.reshape(-1, x.shape[-1])
     out = x.new_empty(len(flat), rows)
@@ -101,6 +153,7 @@ def _by_parts(x: Tensor, words: Tensor, offsets: Tensor | None, bias: Tensor | N
 
 
 def _on_cpu(x: Tensor, words: Tensor, offsets: Tensor | None, bias: Tensor | None, rows: int, n: int) -> Tensor:
+    _check(x, words, offsets, bias, rows, n)
     if cpu.lacking() or x.numel() > cpu.MOST_TOKENS * x.shape[-1]:
         return _by_parts(x, words, offsets, bias, rows, n)
     flat = x.reshape(-1, x.shape[-1]).contiguous()
@@ -132,6 +185,7 @@ def _several_on_cuda(
     if cuda.lacking(x.device):
         parts = zip(words, offsets, biases, rows, strict=True)
         return [_by_parts(x, *part, n) for part in parts]
+    _check_several(x, words, offsets, biases, rows, n)
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     results = cuda.linears(flat, words, offsets, biases, rows, n)
     return [one.view(*x.shape[:-1], count) for one, count in zip(results, rows, strict=True)]
@@ -149,7 +203,7 @@ def _one_by_one(
 
 
 def _fake(x: Tensor, words: Tensor, offsets: Tensor | None, bias: Tensor | None, rows: int, n: int) -> Tensor:
-    del words, offsets, bias, n
+    _check(x, words, offsets, bias, rows, n)
     return x.new_empty(*x.shape[:-1], rows)
 
 
@@ -161,7 +215,7 @@ def _fake_several(
     rows: list[int],
     n: int,
 ) -> list[Tensor]:
-    del words, offsets, biases, n
+    _check_several(x, words, offsets, biases, rows, n)
     return [x.new_empty(*x.shape[:-1], count) for count in rows]
 
 
