@@ -139,6 +139,16 @@ def test_refusals_say_what_to_do(pruned, packed, tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_layers_of_two_dtypes_are_refused(tmp_path):
+    source = save_pruned(tmp_path / "model")
+    tensors = load_file(source / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file({**tensors, name: tensors[name].half()}, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"layers of torch\.bfloat16 and torch\.float16; a model runs in one dtype"):
+        pack(source, tmp_path / "packed", least_weights=1)
+    assert not (tmp_path / "packed").exists()
+
+
 def test_an_output_is_replaced_only_when_asked(pruned, packed, tmp_path):
     out = shutil.copytree(pruned, tmp_path / "out")
     pack(pruned, out, least_weights=1, overwrite=True)

@@ -165,6 +165,56 @@ def test_a_hostile_file_is_refused_before_it_is_used(name, index, value, tmp_pat
         load(packed)
 
 
+UP = "model.layers.0.mlp.up_proj"
+
+
+@pytest.mark.usefixtures("stay_packed")
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda tensors, layers: tensors.pop(f"{UP}.weight_words"), "lacks a tensor weight_words"),
+        (
+            lambda tensors, layers: tensors.update({f"x.{UP}.weight_words": tensors[f"{UP}.weight_words"].clone()}),
+            "no layer",
+        ),
+        (lambda tensors, layers: tensors.update({f"{UP}.weight": torch.zeros(64, 32).bfloat16()}), "packed and dense"),
+        (
+            lambda tensors, layers: tensors.update({f"{UP}.weight_words": tensors[f"{UP}.weight_words"].double()}),
+            "float64",
+        ),
+        (lambda tensors, layers: layers.update({f"model.{UP}": layers[UP]}), "lacks a tensor"),
+        (
+            lambda tensors, layers: layers[UP].update(dtype="float16"),
+            "torch.bfloat16 and torch.float16; a model runs in one",
+        ),
+        (lambda tensors, layers: layers[UP].update(dtype=[]), r"the dtype \[\], not bfloat16"),
+        (lambda tensors, layers: layers.update({"a\nb": layers.pop(UP)}), r"'a\\nb', which cannot be a name"),
+    ],
+)
+def test_files_that_do_not_suit_the_config_are_refused_in_one_line(change, words, tmp_path, text_file):
+    _, packed = both(tmp_path)
+    tensors, config = load_file(packed / "model.safetensors"), json.loads((packed / "config.json").read_text())
+    change(tensors, config["quantization_config"]["layers"])
+    save_file(tensors, packed / "model.safetensors", metadata={"format": "pt"})
+    (packed / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=words) as caught:
+        thanos.evaluate(packed, text=str(text_file), sequence_length=32, max_windows=4, device="cpu")
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.usefixtures("stay_packed")
+def test_a_layer_that_is_listed_twice_is_refused(tmp_path):
+    _, packed = both(tmp_path)
+    tensors, config = load_file(packed / "model.safetensors"), json.loads((packed / "config.json").read_text())
+    layers = config["quantization_config"]["layers"]
+    layers[f"model.{UP}"] = layers[UP]
+    tensors[f"model.{UP}.weight_words"] = tensors[f"{UP}.weight_words"].clone()
+    save_file(tensors, packed / "model.safetensors", metadata={"format": "pt"})
+    (packed / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="lists a packed layer twice"):
+        load(packed)
+
+
 @pytest.mark.usefixtures("stay_packed")
 def test_a_config_of_another_model_is_refused(tmp_path):
     _, packed = both(tmp_path)

@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_matrices import random_weight, sparse_weight
+from thanos.checkpoint.layout import TensorSpec
 from thanos.errors import ModelError
 from thanos.sparse.formats import PackedWeight, decode, encode
 from thanos.sparse.ops import packed_linear
-from thanos.sparse.storage import check_weight, parse_settings, settings_of
+from thanos.sparse.storage import check_stored, check_weight, parse_settings, settings_of, tensor_specs
 
 PACKED = (encode(sparse_weight(40, 70)), encode(random_weight(64, 96, 0.6)), encode(sparse_weight(64, 96)))
 
@@ -97,3 +98,46 @@ def test_any_other_value_in_the_settings_is_refused(key, value):
             continue
         with pytest.raises(ModelError):
             parse_settings(changed, "model")
+
+
+@pytest.mark.parametrize("name", ["", "a\nb", "\x1b[2J"])
+def test_names_that_would_break_a_message_are_refused_in_one_line(name):
+    with pytest.raises(ModelError) as caught:
+        parse_settings(settings_of({name: PACKED[0].spec}), "model")
+    assert str(caught.value).isprintable()
+
+
+LAYERS = {f"layer.{index}": packed.spec for index, packed in enumerate(PACKED)}
+
+
+def stored() -> dict[str, TensorSpec]:
+    found = {"norm.weight": TensorSpec(torch.bfloat16, (0,))}
+    for name, spec in LAYERS.items():
+        found |= tensor_specs(f"another.prefix.{name}", spec)
+    return found
+
+
+def test_the_tensors_of_the_layers_are_accepted_under_any_prefix():
+    check_stored(LAYERS.values(), stored(), "model")
+
+
+@pytest.mark.parametrize(
+    ("name", "spec", "words"),
+    [
+        ("layer.0.weight_words", None, "lacks a tensor weight_words, int32"),
+        ("layer.1.weight_offsets", None, "lacks a tensor weight_offsets, int32"),
+        ("layer.0.weight_words", TensorSpec(torch.float8_e4m3fn, (1728,)), r"layer\.0\.weight_words, float8_e4m3fn"),
+        ("layer.0.weight_words", TensorSpec(torch.int32, (1, 1728)), "lists no layer for"),
+        ("layer.1.weight_offsets", TensorSpec(torch.int64, (7,)), "int64"),
+        ("layer.0.weight_offsets", TensorSpec(torch.int32, (0,)), "lists no layer for"),
+        ("layer.9.weight_words", TensorSpec(torch.int32, (1728,)), "lists no layer for"),
+        ("layer.1.weight", TensorSpec(torch.bfloat16, (64, 96)), "both packed and dense"),
+    ],
+)
+def test_other_tensors_than_those_of_the_layers_are_refused(name, spec, words):
+    tensors = stored()
+    tensors.pop(f"another.prefix.{name}", None)
+    if spec is not None:
+        tensors[f"another.prefix.{name}"] = spec
+    with pytest.raises(ModelError, match=words):
+        check_stored(LAYERS.values(), tensors, "model")

@@ -22,7 +22,7 @@ from thanos.export.record import CHANGED, NAME, LayerPacking, Packing, describe_
 from thanos.model.opening import CONVERTED, open_model
 from thanos.model.source import find_local, resolve_model
 from thanos.sparse.formats import encode
-from thanos.sparse.storage import OFFSETS, WORDS, settings_of, tensor_specs
+from thanos.sparse.storage import OFFSETS, ONE_DTYPE, WORDS, settings_of, tensor_specs
 from thanos.system.documents import json_text
 from thanos.system.event_stream import EventStream
 from thanos.system.user_paths import model_name, output_path
@@ -84,6 +84,9 @@ def _pack(
         raise ModelError(
             f"{source.name} has no layer that is worth packing ({reasons[0]}); prune it first, for example with --pattern 16:32"
         )
+    dtypes = sorted({str(one.spec.dtype) for one in packed.values() if one.spec is not None})
+    if len(dtypes) > 1:
+        raise ModelError(f"{source.name} has layers of {' and '.join(dtypes)}; {ONE_DTYPE}")
     specs = _packed_specs(stored, packed)
     layout = plan_layout(specs, max_shard_bytes)
     report = _describe(candidates, specs, stored, source.folder)

@@ -6,7 +6,8 @@ mask word, and the zeros beyond the matrix. Then no kernel can read or write out
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
 from typing import Any, TypeGuard
 
 import torch
@@ -28,6 +29,9 @@ WORDS, OFFSETS = "weight_words", "weight_offsets"
 
 _MOST = 1 << 31
 """Sizes must be below this."""
+
+ONE_DTYPE = "a model runs in one dtype: save the dense model in one, then pack it"
+"""What to do about packed layers of two dtypes."""
 
 _DAMAGED = "the packed model is damaged: pack it again"
 
@@ -79,11 +83,13 @@ def parse_settings(settings: Any, where: str) -> dict[str, PackedSpec]:
     return {name: _parse_entry(name, entry, where) for name, entry in layers.items()}
 
 
-def _parse_entry(name: str, entry: Any, where: str) -> PackedSpec:
+def _parse_entry(name: Any, entry: Any, where: str) -> PackedSpec:
     def refuse(what: str) -> ModelError:
         return ModelError(f"{where}: config.json gives the packed layer {name} {what}; {_DAMAGED}")
 
-    if not isinstance(name, str) or not name or not isinstance(entry, Mapping):
+    if not isinstance(name, str) or not name.isprintable():  # it would break the lines of messages
+        raise ModelError(f"{where}: config.json lists a packed layer {name!r}, which cannot be a name; {_DAMAGED}")
+    if not name or not isinstance(entry, Mapping):
         raise refuse("no valid entry")
     if entry.get("format") not in ("fixed", "bitmap"):
         raise refuse(f"the format {entry.get('format')!r}, not fixed or bitmap")
@@ -150,6 +156,35 @@ def find_prefixes(specs: Mapping[str, PackedSpec], checkpoint: Checkpoint, where
     if len(set(found.values())) < len(found):
         raise ModelError(f"{where}: config.json lists two packed layers for one tensor; {_DAMAGED}")
     return found
+
+
+def check_stored(specs: Collection[PackedSpec], tensors: Mapping[str, TensorSpec], where: str) -> None:
+    """Check that files hold the packed tensors of these specs and no others, whatever their names before the last part are.
+
+    Args:
+        specs: of all packed layers.
+        tensors: name → dtype and shape of each tensor of the files.
+        where: name of the model, for messages.
+
+    Raises:
+        ModelError: a tensor is missing, has another dtype or shape, belongs to no layer, or is there dense too.
+    """
+    listed = Counter(part for spec in specs for part in tensor_specs("", spec).items())
+    for name, info in tensors.items():
+        prefix, _, last = name.rpartition(".")
+        if last not in (WORDS, OFFSETS):
+            continue
+        kind = (f".{last}", TensorSpec(info.dtype, info.shape))
+        if not listed[kind]:
+            raise ModelError(f"{where}: config.json lists no layer for {name}, {_words(kind[1])}; {_DAMAGED}")
+        listed[kind] -= 1
+        if f"{prefix}.weight" in tensors:
+            raise ModelError(f"{where} holds {prefix} both packed and dense; {_DAMAGED}")
+    for (last, spec), count in listed.items():
+        if count:
+            raise ModelError(
+                f"{where} lacks a tensor {last[1:]}, {_words(spec)}, of a layer in config.json; {_DAMAGED}"
+            )
 
 
 def _words(spec: TensorSpec) -> str:
