@@ -18,7 +18,7 @@ from thanos.errors import ModelError, UserError
 from thanos.export.pack import pack
 from thanos.export.unpack import unpack
 from thanos.run.lock import locked
-from thanos.sparse import formats
+from thanos.sparse import encoding
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_a_packed_layer_is_gone_before_the_next_one_is_packed(pruned, tmp_path, 
 
     def encode(*arguments: Any) -> Any:
         assert all(one() is None for one in made)
-        packed = formats.encode(*arguments)
+        packed = encoding.encode(*arguments)
         made.append(weakref.ref(packed.words))
         return packed
 
@@ -194,7 +194,7 @@ def set_item(name: str, index: int, value: int) -> Any:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda tensors, settings: settings.__setitem__("format_version", 2), "version 2"),
+        (lambda tensors, settings: settings.__setitem__("format_version", 3), "version 3"),
         (lambda tensors, settings: settings.__setitem__("layers", {}), "no packed layers"),
         (lambda tensors, settings: settings["layers"].pop(FIXED), "lists no packed layer"),
         (lambda tensors, settings: settings["layers"].__setitem__("x", settings["layers"][FIXED]), "has no tensor"),
@@ -213,7 +213,7 @@ def set_item(name: str, index: int, value: int) -> Any:
         (set_item(f"{FIXED}.weight_words", 5, -1), "mask"),
         (set_item(f"{FIXED}.weight_words", 5, 0), "mask"),
         (set_item(f"{BITMAP}.weight_words", 31, 0x7FFFFFFF), "mask"),
-        (set_item(f"{BITMAP}.weight_offsets", 0, 1), "offsets"),
+        (set_item(f"{BITMAP}.weight_offsets", 0, 4), "offsets"),
         (set_item(f"{BITMAP}.weight_offsets", 1, 2**31 - 1), "offsets"),
         (set_item(f"{BITMAP}.weight_offsets", 1, -(2**31)), "offsets"),
         (set_item(f"{BITMAP}.weight_offsets", 2, 0), "offsets"),
@@ -233,12 +233,10 @@ def test_entries_beyond_the_matrix_are_refused(tmp_path):
     pack(source, tmp_path / "packed", least_weights=1)
 
     def change(tensors: Any, settings: Any) -> None:
-        first = 16 * int(
-            tensors["model.layers.0.mlp.up_proj.weight_offsets"][4]
-        )  # 72 × 40: the last strip's first tile
-        tensors["model.layers.0.mlp.up_proj.weight_words"][first + 32 + 4 * 31] = (
-            0x3F803F80  # two values of its last row
-        )
+        begin, end = tensors[f"{BITMAP}.weight_offsets"][4:6].tolist()  # 72 × 40: the last strip's first tile
+        first, n = 16 * (begin // 4) + 32, end // 4 - begin // 4 - 2 - begin % 4
+        assert n > 0
+        tensors[f"{BITMAP}.weight_words"][first : first + 16 * n] = 0x3F803F80  # ones in all rows
 
     unpack(tmp_path / "packed", tmp_path / "fine")
     assert files_of(tmp_path / "fine") == files_of(source)

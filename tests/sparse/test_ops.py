@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from sparse_matrices import DTYPES, SHAPES, assert_close, on, product, random_weight, sparse_weight
-from thanos.sparse.formats import encode
+from thanos.sparse.encoding import encode
 from thanos.sparse.kernels import cpu, lacking
 from thanos.sparse.modules import PackedLinear
 from thanos.sparse.ops import packed_linear, packed_linears

@@ -21,7 +21,7 @@ from thanos.export.folder import written
 from thanos.export.record import CHANGED, NAME, LayerPacking, Packing, describe_dense
 from thanos.model.opening import CONVERTED, open_model
 from thanos.model.source import find_local, resolve_model
-from thanos.sparse.formats import encode
+from thanos.sparse.encoding import encode
 from thanos.sparse.storage import OFFSETS, ONE_DTYPE, WORDS, settings_of, tensor_specs
 from thanos.system.documents import json_text
 from thanos.system.event_stream import EventStream
@@ -106,7 +106,7 @@ def _pack(
 
 def _write_layer(writer: CheckpointWriter, key: str, dense: Tensor, one: Candidate) -> None:
     prefix = key.removesuffix(".weight")
-    weight = encode(dense, one.spec, one.fullest)
+    weight = encode(dense, one.spec, one.counts)
     writer.write(f"{prefix}.{WORDS}", weight.words)
     if weight.offsets is not None:
         writer.write(f"{prefix}.{OFFSETS}", weight.offsets)

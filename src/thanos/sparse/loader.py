@@ -18,11 +18,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from thanos.checkpoint.layout import TensorSpec
 from thanos.checkpoint.reader import read_shard
 from thanos.errors import ModelError, UserError
-from thanos.sparse.formats import PackedSpec
+from thanos.sparse.formats import VERSION, PackedSpec
 from thanos.sparse.kernels import lacking
 from thanos.sparse.modules import PackedLinear, packed_modules, quicken
 from thanos.sparse.siblings import find_siblings, join
-from thanos.sparse.storage import METHOD, ONE_DTYPE, VERSION, check_stored, parse_settings
+from thanos.sparse.storage import METHOD, ONE_DTYPE, check_stored, parse_settings
 
 UNPACK = "THANOS_UNPACK"
 """Environment variable: ``auto`` (default) unpacks layers on devices without a kernel, ``always`` all, ``never`` none."""
@@ -112,6 +112,8 @@ class SparseQuantizer(HfQuantizer):
             if reason or choice == "always":
                 self._unpack(model, name, layer)
                 reasons[reason] = reasons.get(reason, 0) + 1
+        config: Any = self.quantization_config
+        config.format_version = VERSION  # of what the layers hold now, and ``save_pretrained`` writes
         for reason, count in reasons.items():
             if reason:
                 _say_once(f"{count} packed layers were turned into dense ones: {reason}")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from thanos.sparse.formats import PackedSpec, PackedWeight, decode
 from thanos.sparse.ops import dense_linear, packed_linear
 from thanos.sparse.siblings import Siblings
-from thanos.sparse.storage import OFFSETS, WORDS, check_weight
+from thanos.sparse.storage import OFFSETS, WORDS, as_latest, check_weight
 
 
 class PackedLinear(nn.Module):
@@ -79,12 +79,15 @@ class PackedLinear(nn.Module):
         return packed_linear(x, self.weight_words, self.weight_offsets, self.bias, spec.rows, spec.n)
 
     def check(self, name: str) -> None:
-        """Check the content of the packed weight.
+        """Check the content of the packed weight, once it is loaded; from then on it has this version's layout.
 
         Raises:
-            ModelError: see :func:`~thanos.sparse.storage.check_weight`.
+            ModelError: see :func:`~thanos.sparse.storage.check_weight` and :func:`~thanos.sparse.storage.as_latest`.
         """
-        check_weight(self.packed, name)
+        packed = as_latest(self.packed, name)
+        check_weight(packed, name)
+        if packed.offsets is not None and self.weight_offsets is not None:
+            self.spec, self.weight_offsets.data = packed.spec, packed.offsets
 
     def dense(self) -> nn.Linear:
         """Return a plain linear layer with the same weight and bias, on the same device."""

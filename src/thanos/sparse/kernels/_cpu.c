@@ -42,13 +42,15 @@ typedef struct {
   int n;
 } Product;
 
-INLINE const char *find(const Product *p, int64_t index, int *n) {
+/* Where a tile is, how many values a row it stores, and how many units its tail takes. */
+INLINE const char *find(const Product *p, int64_t index, int *n, int *tail) {
   if (!p->offsets) {
-    *n = p->n;
+    *n = p->n, *tail = 0;
     return p->words + index * (128 + 64 * (int64_t)p->n);
   }
-  int64_t first = p->offsets[index];
-  *n = (int)(p->offsets[index + 1] - first) - 2;
+  const int64_t first = p->offsets[index] >> 2;
+  *tail = p->offsets[index] & 3;
+  *n = (int)((p->offsets[index + 1] >> 2) - first) - 2 - *tail;
   return p->words + first * 64;
 }
 
@@ -115,21 +117,32 @@ INLINE TARGET __m512 widen(__m256i half, int kind) {
     for (int i = 0; i < ROWS; i++) _mm512_store_ps(sums + 16 * (row + i), a[i]);                                      \
   }
 
+/* Values of a row with, behind the n-th, those of the tail from ``surplus`` on; it moves to those of the next row. */
+INLINE TARGET __m512i with_surplus(__m512i v, uint32_t mask, int n, const char **surplus) {
+  const int more = __builtin_popcount(mask) - n;
+  const __m512i others = _mm512_maskz_loadu_epi16((__mmask32)((1ull << more) - 1), *surplus);
+  *surplus += 2 * more;
+  return n < SIDE ? _mm512_mask_expand_epi16(v, 0xffffffffu << n % SIDE, others) : v;
+}
+
 /* Add the products of one tile for all its rows; n is a constant in each case of EVERY. */
 #define TILE(name, attribute, KIND, ADD)                                                                              \
-  INLINE attribute void name(const char *tile, int n, const char *xs, float *sums) {                                  \
+  INLINE attribute void name(const char *tile, int n, int tail, const char *xs, float *sums) {                        \
     const uint32_t *masks = (const uint32_t *)tile;                                                                   \
+    const char *surplus = tile + 128 + 64 * n;                                                                        \
     for (int row = 0; row < SIDE; row++) {                                                                            \
       enum { i = 0 };                                                                                                 \
       __m512 a[1] = {_mm512_load_ps(sums + 16 * row)};                                                                \
-      __m512i w = _mm512_maskz_expand_epi16(reversed(masks[row]), values_of(tile, n, row));                           \
+      __m512i v = values_of(tile, n, row);                                                                            \
+      if (tail) v = with_surplus(v, masks[row], n, &surplus);                                                         \
+      __m512i w = _mm512_maskz_expand_epi16(reversed(masks[row]), v);                                                 \
       ADD                                                                                                             \
       _mm512_store_ps(sums + 16 * row, a[0]);                                                                         \
     }                                                                                                                 \
   }
 
 #define EVERY(DO)                                                                                                     \
-  DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7) DO(8) DO(9) DO(10) DO(11) DO(12) DO(13) DO(14) DO(15) DO(16) DO(17)       \
+  DO(0) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7) DO(8) DO(9) DO(10) DO(11) DO(12) DO(13) DO(14) DO(15) DO(16) DO(17) \
   DO(18) DO(19) DO(20) DO(21) DO(22) DO(23) DO(24) DO(25) DO(26) DO(27) DO(28) DO(29) DO(30) DO(31) DO(32)
 
 /* Masks hold the first column in their highest bit, and the processor wants it in its lowest. */
@@ -183,9 +196,9 @@ INLINE TARGET uint16_t from_float(float f, int kind) {
           continue;                                                                                                   \
         }                                                                                                             \
         for (int64_t g = first; g < last; g++) {                                                                      \
-          int n;                                                                                                      \
-          const char *at = find(p, strip * p->tiles + g, &n);                                                         \
-          for (int line = 0; line < 128 + 64 * n; line += 64) _mm_prefetch(at + AHEAD + line, _MM_HINT_T0);           \
+          int n, tail;                                                                                                \
+          const char *at = find(p, strip * p->tiles + g, &n, &tail);                                                  \
+          for (int line = 0; line < 128 + 64 * (n + tail); line += 64) _mm_prefetch(at + AHEAD + line, _MM_HINT_T0);  \
           switch (n) { EVERY(CASE_##tile) }                                                                           \
         }                                                                                                             \
       }                                                                                                               \
@@ -199,9 +212,9 @@ INLINE TARGET uint16_t from_float(float f, int kind) {
       }                                                                                                               \
   }
 
-#define CASE_tile_dot(k) case k: tile_dot(at, k, x + g * each, own); break;
-#define CASE_tile_bfloat16(k) case k: tile_bfloat16(at, k, x + g * each, own); break;
-#define CASE_tile_float16(k) case k: tile_float16(at, k, x + g * each, own); break;
+#define CASE_tile_dot(k) case k: tile_dot(at, k, tail, x + g * each, own); break;
+#define CASE_tile_bfloat16(k) case k: tile_bfloat16(at, k, tail, x + g * each, own); break;
+#define CASE_tile_float16(k) case k: tile_float16(at, k, tail, x + g * each, own); break;
 
 STRIP(strip_dot, TARGET_DOT, span_dot, tile_dot, DOT_BFLOAT16)
 STRIP(strip_bfloat16, TARGET, span_bfloat16, tile_bfloat16, BFLOAT16)
