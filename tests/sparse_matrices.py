@@ -61,12 +61,16 @@ def version_1(weight: Tensor) -> PackedWeight:
     return PackedWeight(dataclasses.replace(spec, version=1), packed.words, packed.offsets // 4)
 
 
-def assert_close(got: Tensor, weight: Tensor, x: Tensor, bias: Tensor | None = None) -> None:
-    """The result is the float64 product up to float32 sums of that length and one rounding."""
+def assert_close(got: Tensor, weight: Tensor, x: Tensor, bias: Tensor | None = None, *, rounded: bool = False) -> None:
+    """The result is the float64 product up to float32 sums of that length and one rounding.
+
+    ``rounded``: the product may be rounded before the bias is added, as torch's own linear layer does with many tokens.
+    """
     wide = weight.double().cpu()
-    exact = x.double().cpu() @ wide.T + (0 if bias is None else bias.double().cpu())
+    product = x.double().cpu() @ wide.T
+    exact = product + (0 if bias is None else bias.double().cpu())
     size = x.double().abs().cpu() @ wide.abs().T + (0 if bias is None else bias.double().abs().cpu())
-    allowed = EPSILON[got.dtype] * exact.abs() + 1e-5 * size + 1e-7
+    allowed = EPSILON[got.dtype] * (exact.abs() + (product.abs() if rounded else 0)) + 1e-5 * size + 1e-7
     assert got.shape == exact.shape
     assert bool(((got.double().cpu() - exact).abs() <= allowed).all())
 

@@ -322,7 +322,7 @@ def test_every_launch_of_the_table_and_of_the_rules_is_possible():
             assert device_settings(device).most_tokens >= 16
             for n in (0, 1, 16, 31):
                 for strips, across in ((1, 1), (32, 128), (128, 448), (896, 128), (256, 896)):
-                    launch = launch_for(device, family, n, strips, across)
+                    launch = launch_for(device, family, n, 18, strips, across)
                     assert launch.flight in (1, 2, 4)
                     assert launch.splits in (1, 2, 4, 8)
                     assert 1 <= launch.warps <= most

@@ -415,33 +415,27 @@ many(MATRICES, const u16* x, int columns, int tokens, int tiles, int aligned) {
 #pragma unroll
       for (int j = 0; j < 4; j++) c[i][k][j] = 0.0f;
   Tile t[U];
-  uint4 xs[U][B / 8];
   Ahead ahead(m.words, m.offsets, (i64)m.strip * tiles, tiles);
-  auto load = [&](int u, int tile) {
-    ahead.fetch(t[u], tile, u, lane);
-#pragma unroll
-    for (int k = 0; k < B / 8; k++) {
-      const int token = first + 8 * k + row;
-      xs[u][k] = make_uint4(0, 0, 0, 0);
-      if (token < tokens) xs[u][k] = eight(x + (i64)token * columns, tile * 32 + 8 * part, columns, aligned);
-    }
-  };
   int g = blockIdx.y * each + w * U;
   ahead.look(g);
 #pragma unroll
   for (int u = 0; u < U; u++)
-    if (g + u < end) load(u, g + u);
+    if (g + u < end) ahead.fetch(t[u], g + u, u, lane);
   for (; g < end; g += step) {
     ahead.look(g + step);
 #pragma unroll
     for (int u = 0; u < U; u++)
       if (g + u < end) {
+        uint4 xs[B / 8];
+#pragma unroll
+        for (int k = 0; k < B / 8; k++) {
+          const int token = first + 8 * k + row;
+          xs[k] = make_uint4(0, 0, 0, 0);
+          if (token < tokens) xs[k] = eight(x + (i64)token * columns, (g + u) * 32 + 8 * part, columns, aligned);
+        }
         stage(own, tails[N ? 0 : w], t[u], lane);
         const u32 mask = t[u].mask;
-        uint4 now[B / 8];
-#pragma unroll
-        for (int k = 0; k < B / 8; k++) now[k] = xs[u][k];
-        if (g + step + u < end) load(u, g + step + u);  // while this tile is gathered and multiplied
+        if (g + step + u < end) ahead.fetch(t[u], g + step + u, u, lane);  // while this tile is gathered and multiplied
         __syncwarp();
         uint4 q[4];
 #pragma unroll
@@ -452,8 +446,8 @@ many(MATRICES, const u16* x, int columns, int tokens, int tiles, int aligned) {
         for (int i = 0; i < 2; i++)
 #pragma unroll
           for (int k = 0; k < B / 8; k++) {
-            mma(c[i][k], q[2 * i].x, q[2 * i + 1].x, q[2 * i].y, q[2 * i + 1].y, now[k].x, now[k].y);
-            mma(c[i][k], q[2 * i].z, q[2 * i + 1].z, q[2 * i].w, q[2 * i + 1].w, now[k].z, now[k].w);
+            mma(c[i][k], q[2 * i].x, q[2 * i + 1].x, q[2 * i].y, q[2 * i + 1].y, xs[k].x, xs[k].y);
+            mma(c[i][k], q[2 * i].z, q[2 * i + 1].z, q[2 * i].w, q[2 * i + 1].w, xs[k].z, xs[k].w);
           }
       }
   }
