@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from sparse_matrices import DTYPES, SHAPES, assert_close, on, product, random_weight, sparse_weight
-from thanos.sparse.formats import PackedWeight, decode, encode
+from thanos.sparse.encoding import encode
+from thanos.sparse.formats import PackedWeight, decode
 from thanos.sparse.kernels.tuned import FEW, MANY, Launch, launch_for
 from thanos.sparse.ops import packed_linear
 

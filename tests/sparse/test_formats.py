@@ -9,15 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparse_matrices import random_weight, same_bits, sparse_weight
-from thanos.sparse.formats import (
-    PackedWeight,
-    choose_format,
-    decode,
-    decode_strips,
-    encode,
-    fullest_rows,
-    padding_is_zero,
-)
+from thanos.sparse.encoding import choose_format, encode, fullest_rows
+from thanos.sparse.formats import PackedWeight, decode, decode_strips, padding_is_zero
 from thanos.sparse.kernels import encoder
 
 DTYPES = (torch.bfloat16, torch.float16)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sparse_matrices import assert_close, random_weight, sparse_weight
-from thanos.sparse.formats import encode
+from thanos.sparse.encoding import encode
 from thanos.sparse.kernels import cuda
 from thanos.sparse.kernels.tuned import FEW, MANY, MOST_MATRICES, Launch, launch_for, plan
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from sparse_matrices import random_weight, sparse_weight
 from thanos.checkpoint.layout import TensorSpec
 from thanos.errors import ModelError
-from thanos.sparse.formats import PackedWeight, decode, encode
+from thanos.sparse.encoding import encode
+from thanos.sparse.formats import PackedWeight, decode
 from thanos.sparse.ops import packed_linear
 from thanos.sparse.storage import check_stored, check_weight, parse_settings, settings_of, tensor_specs
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,9 @@ from thanos.checkpoint.reader import SafetensorsCheckpoint
 from thanos.events import Event, Watcher
 from thanos.model.layers import LinearLayer, linear_layers
 from thanos.model.opening import OpenedModel
-from thanos.sparse.formats import DTYPES, PackedSpec, choose_format, fullest_rows
+from thanos.sparse.encoding import choose_format, fullest_rows
+from thanos.sparse.formats import DTYPES, PackedSpec, strip_parts
+from thanos.sparse.tiles import SIDE
 
 LEAST_WEIGHTS = 1 << 16
 """Smaller layers stay dense: the launch of a kernel costs more than their bytes."""
@@ -30,7 +33,7 @@ class Candidate:
         shape: (rows, columns), as (outputs, inputs).
         dense_bytes: bytes of its weight in the checkpoint.
         spec: how it is packed; None if it stays dense.
-        fullest: entries of each tile's fullest row, from :func:`~thanos.sparse.formats.fullest_rows`; None if it stays dense.
+        fullest: entries of each tile's fullest row, from :func:`~thanos.sparse.encoding.fullest_rows`; None if it stays dense.
         reason: why it stays dense; empty if it is packed.
     """
 
@@ -62,20 +65,30 @@ def find_candidates(
         reason = _reason(layer, stored, key if own else "", least_weights, tied=tied)
         spec, fullest = None, None
         if not reason:
-            spec, fullest, reason = _measure(stored.read(key))
+            spec, fullest, reason = _measure(stored, key)
         found.append(Candidate(layer.name, key if own else "", layer.shape, dense_bytes, spec, fullest, reason))
         emit(Event(kind="progress", phase="load", done=done, total=len(layers)))
     return found
 
 
-def _measure(weight: Tensor) -> tuple[PackedSpec | None, Tensor | None, str]:
+def matrix_parts(stored: SafetensorsCheckpoint, key: str) -> Iterator[tuple[int, int, Tensor]]:
+    """Yield (first strip, end, rows) of the parts of a matrix; each is mapped alone and leaves memory when it is dropped."""
+    rows, columns = stored.tensors[key].shape
+    for first, last in strip_parts(rows, columns):
+        count = min(SIDE * last, rows) - SIDE * first
+        yield first, last, stored.entries(key, SIDE * first * columns, count * columns).view(count, columns)
+
+
+def _measure(stored: SafetensorsCheckpoint, key: str) -> tuple[PackedSpec | None, Tensor | None, str]:
     """Return the spec and the counts of a weight that is worth packing, or the reason why it is not."""
-    fullest = fullest_rows(weight)
-    spec = choose_format(fullest, (weight.shape[0], weight.shape[1]), weight.dtype)
+    info = stored.tensors[key]
+    fullest = torch.cat([fullest_rows(rows) for _, _, rows in matrix_parts(stored, key)])
+    spec = choose_format(fullest, (info.shape[0], info.shape[1]), info.dtype)
     share = spec.nbytes / spec.dense_bytes
     if share <= MOST_BYTES:
         return spec, fullest, ""
-    negative = int((weight.view(torch.int16) == torch.iinfo(torch.int16).min).sum())
+    least = torch.iinfo(torch.int16).min
+    negative = sum(int((rows.view(torch.int16) == least).sum()) for _, _, rows in matrix_parts(stored, key))
     signed = f"; {negative:,} zeros are negative, which count as entries" if negative else ""
     return None, None, f"too dense: packed it would take {100 * share:.0f} % of its bytes{signed}"
 

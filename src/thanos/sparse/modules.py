@@ -7,6 +7,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from thanos.errors import ModelError
 from thanos.sparse.formats import PackedSpec, PackedWeight, decode
 from thanos.sparse.ops import dense_linear, packed_linear
 from thanos.sparse.siblings import Siblings
@@ -78,6 +79,29 @@ class PackedLinear(nn.Module):
         spec = self.spec
         return packed_linear(x, self.weight_words, self.weight_offsets, self.bias, spec.rows, spec.n)
 
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Take tensors as any module does, but check packed ones first: kernels read by what they say."""
+        given = {name: state_dict.get(prefix + name) for name in (WORDS, OFFSETS)}
+        words, offsets = (getattr(self, name) if one is None else one for name, one in given.items())
+        if any(one is not None for one in given.values()) and not any(_is_meta(one) for one in (words, offsets)):
+            try:
+                check_weight(PackedWeight(self.spec, words, offsets), prefix.removesuffix("."))
+            except ModelError as error:
+                error_msgs.append(str(error))
+                return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
     def check(self, name: str) -> None:
         """Check the content of the packed weight.
 
@@ -100,6 +124,10 @@ class PackedLinear(nn.Module):
         """Return the text that ``print(model)`` shows."""
         kind = f"{self.spec.n}:32" if self.spec.n else "bitmap"
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, packed={kind}"
+
+
+def _is_meta(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.device.type == "meta"
 
 
 class DenseLinear(nn.Linear):
