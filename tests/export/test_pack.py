@@ -18,7 +18,8 @@ from thanos.errors import ModelError, UserError
 from thanos.export.pack import pack
 from thanos.export.unpack import unpack
 from thanos.run.lock import locked
-from thanos.sparse import encoding
+from thanos.sparse import formats
+from thanos.sparse.encoding import encode_strips
 
 
 @pytest.fixture(scope="module")
@@ -99,18 +100,26 @@ def test_the_same_input_gives_the_same_bytes(pruned, packed, tmp_path):
     assert files_of(tmp_path / "second") == files_of(packed)
 
 
-def test_a_packed_layer_is_gone_before_the_next_one_is_packed(pruned, tmp_path, monkeypatch):
-    made: list[weakref.ref[Any]] = []
+@pytest.mark.parametrize("entries", [1, 2048, 1 << 23])
+def test_layers_are_packed_and_unpacked_in_parts_one_after_another(pruned, packed, tmp_path, monkeypatch, entries):
+    """Whatever the size of the parts, the files are the same, and one part is in memory: its rows and its words."""
+    alive: list[weakref.ref[Any]] = []
+    largest: list[int] = []
 
-    def encode(*arguments: Any) -> Any:
-        assert all(one() is None for one in made)
-        packed = encoding.encode(*arguments)
-        made.append(weakref.ref(packed.words))
-        return packed
+    def encode(rows: torch.Tensor, *others: Any) -> torch.Tensor:
+        assert all(one() is None for one in alive)
+        words = encode_strips(rows, *others)
+        alive.extend((weakref.ref(rows), weakref.ref(words)))
+        largest.append(rows.numel())
+        return words
 
-    monkeypatch.setattr("thanos.export.pack.encode", encode)
+    monkeypatch.setattr(formats, "_PART_ENTRIES", entries)
+    monkeypatch.setattr("thanos.export.pack.encode_strips", encode)
     pack(pruned, tmp_path / "packed", least_weights=1)
-    assert len(made) > 2
+    assert max(largest) <= max(entries, 32 * 64)  # a strip at least; the layers are 64 wide
+    assert files_of(tmp_path / "packed") == files_of(packed)
+    unpack(tmp_path / "packed", tmp_path / "again")
+    assert files_of(tmp_path / "again") == files_of(pruned)
 
 
 def test_shards_have_the_size_that_is_asked_for(pruned, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from thanos.events import Event, Watcher
 from thanos.model.layers import LinearLayer, linear_layers
 from thanos.model.opening import OpenedModel
 from thanos.sparse.encoding import choose_format, count_entries
-from thanos.sparse.formats import DTYPES, MOST_UNITS, PackedSpec
+from thanos.sparse.formats import DTYPES, MOST_UNITS, PackedSpec, strip_parts
 from thanos.sparse.tiles import SIDE, UNIT
 
 LEAST_WEIGHTS = 1 << 16
@@ -64,22 +65,32 @@ def find_candidates(
         reason = _reason(layer, stored, key if own else "", least_weights, tied=tied)
         spec, counts = None, None
         if not reason:
-            spec, counts, reason = _measure(stored.read(key))
+            spec, counts, reason = _measure(stored, key)
         found.append(Candidate(layer.name, key if own else "", layer.shape, dense_bytes, spec, counts, reason))
         emit(Event(kind="progress", phase="load", done=done, total=len(layers)))
     return found
 
 
-def _measure(weight: Tensor) -> tuple[PackedSpec | None, Tensor | None, str]:
+def matrix_parts(stored: SafetensorsCheckpoint, key: str) -> Iterator[tuple[int, int, Tensor]]:
+    """Yield (first strip, end, rows) of the parts of a matrix; each is mapped alone and leaves memory when it is dropped."""
+    rows, columns = stored.tensors[key].shape
+    for first, last in strip_parts(rows, columns):
+        count = min(SIDE * last, rows) - SIDE * first
+        yield first, last, stored.entries(key, SIDE * first * columns, count * columns).view(count, columns)
+
+
+def _measure(stored: SafetensorsCheckpoint, key: str) -> tuple[PackedSpec | None, Tensor | None, str]:
     """Return the spec and the counts of a weight that is worth packing, or the reason why it is not."""
-    counts = count_entries(weight)
-    spec = choose_format(counts, (weight.shape[0], weight.shape[1]), weight.dtype)
+    info = stored.tensors[key]
+    counts = torch.cat([count_entries(rows) for _, _, rows in matrix_parts(stored, key)], 1)
+    spec = choose_format(counts, (info.shape[0], info.shape[1]), info.dtype)
     share = spec.nbytes / spec.dense_bytes
     if share <= MOST_BYTES:
         return spec, counts, ""
     if spec.n == SIDE:
         return None, None, f"too large: the bitmap format holds {4 * UNIT * MOST_UNITS / 2**30:.0f} GiB at most"
-    negative = int((weight.view(torch.int16) == torch.iinfo(torch.int16).min).sum())
+    least = torch.iinfo(torch.int16).min
+    negative = sum(int((rows.view(torch.int16) == least).sum()) for _, _, rows in matrix_parts(stored, key))
     signed = f"; {negative:,} zeros are negative, which count as entries" if negative else ""
     return None, None, f"too dense: packed it would take {100 * share:.0f} % of its bytes{signed}"
 

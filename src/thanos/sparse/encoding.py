@@ -1,4 +1,4 @@
-"""Packing of a weight matrix, and the choice between the two formats by bytes (:mod:`thanos.sparse.formats`)."""
+"""Packing of dense matrices on the CPU: the choice between the formats by bytes, and encoding, whole or in parts."""
 
 from __future__ import annotations
 
@@ -91,38 +91,58 @@ def encode(weight: Tensor, spec: PackedSpec | None = None, counts: Tensor | None
     spec = choose_format(counts, shape, weight.dtype) if spec is None else spec
     if (spec.rows, spec.columns, spec.dtype) != (*shape, weight.dtype):
         raise ValueError(f"{spec} is not the spec of a {weight.dtype} matrix {shape}")
+    return PackedWeight(spec, encode_strips(weight, spec, counts), offsets_of(spec, counts))
+
+
+def encode_strips(rows: Tensor, spec: PackedSpec, counts: Tensor) -> Tensor:
+    """Return the words of some strips of a matrix, int32. Those of all strips, one after another, are the matrix's.
+
+    Args:
+        rows: of the strips, (count, columns), on the CPU.
+        spec: of the matrix.
+        counts: of the strips, from :func:`count_entries`.
+
+    Raises:
+        ValueError: a tile has more entries than ``spec`` or ``counts`` say.
+    """
+    n, tail, first = _stored_sizes(spec, counts)
+    words = torch.empty(int(first[-1]), dtype=torch.int32)
+    if encoder.available(rows):
+        encoder.encode(rows.contiguous(), torch.stack([n, tail]), first, words)
+        return words
+    step = chunk_rows(spec.columns)
+
+    def put(row: int) -> None:
+        bits = _tiles_of(rows[row : row + step].view(torch.int16))
+        here = slice(row // SIDE * spec.tiles, row // SIDE * spec.tiles + len(bits))
+        kept = bits != 0
+        stored = tiles.fill_up(kept, tiles.count_flags(kept).squeeze(-1), n[here].to(torch.int16))
+        for value, units, where in by_size(n[here].long(), tail[here].long()):
+            _put(words, first[here][where], tiles.encode_tiles(bits[where], stored[where], value, units))
+
+    on_threads(put, range(0, len(rows), step))
+    return words
+
+
+def offsets_of(spec: PackedSpec, counts: Tensor) -> Tensor | None:
+    """Return a packed matrix's ``offsets``; ``counts`` is from :func:`count_entries`, of the whole matrix."""
+    if spec.format == "fixed":
+        return None
+    _, tail, first = _stored_sizes(spec, counts)
+    offsets = (first // UNIT * 4).to(torch.int32)
+    offsets[:-1] += tail
+    return offsets
+
+
+def _stored_sizes(spec: PackedSpec, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return values a row and units of the tail of each tile, uint8, and the first word of each tile and the end, int64."""
     fullest, n, tail = counts.reshape(3, -1)
     if spec.format == "fixed":
         if int(fullest.max()) > spec.n:
             raise ValueError(f"a row of 32 columns holds {int(fullest.max())} entries, more than n = {spec.n}")
         n, tail = torch.full_like(n, spec.n), torch.zeros_like(tail)
     sizes = (n.long() + tail + SIDE // UNIT) * UNIT
-    offsets = torch.cat([sizes.new_zeros(1), torch.cumsum(sizes, 0)])
-    words = torch.empty(int(offsets[-1]), dtype=torch.int32)
-    stored = None
-    if spec.format == "bitmap":
-        stored = (offsets // UNIT * 4).to(torch.int32)
-        stored[:-1] += tail
-    if encoder.available(weight):
-        encoder.encode(weight.contiguous(), torch.stack([n, tail]), offsets, words)
-    else:
-        _encode(weight, spec.tiles, n, tail, offsets, words)
-    return PackedWeight(spec, words, stored)
-
-
-def _encode(weight: Tensor, across: int, n: Tensor, tail: Tensor, offsets: Tensor, words: Tensor) -> None:
-    """Write the tiles of a matrix as :func:`thanos.sparse.kernels.encoder.encode` does, with ``across`` tiles in a strip."""
-    step = chunk_rows(weight.shape[1])
-
-    def put(row: int) -> None:
-        bits = _tiles_of(weight[row : row + step].view(torch.int16))
-        here = slice(row // SIDE * across, row // SIDE * across + len(bits))
-        kept = bits != 0
-        stored = tiles.fill_up(kept, tiles.count_flags(kept).squeeze(-1), n[here].to(torch.int16))
-        for value, units, where in by_size(n[here].long(), tail[here].long()):
-            _put(words, offsets[here][where], tiles.encode_tiles(bits[where], stored[where], value, units))
-
-    on_threads(put, range(0, len(weight), step))
+    return n, tail, torch.cat([sizes.new_zeros(1), torch.cumsum(sizes, 0)])
 
 
 def _put(words: Tensor, first: Tensor, encoded: Tensor) -> None:

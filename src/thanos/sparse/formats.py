@@ -41,6 +41,9 @@ MOST_UNITS = (1 << 29) - 1
 CHUNK_ENTRIES = 1 << 21
 """Entries of the strips that are encoded or decoded at once: few enough for the processor's caches."""
 
+_PART_ENTRIES = 1 << 23
+"""Entries of the parts in which a matrix is read from a file and written to another: 16 MiB."""
+
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 """Dtypes of packed values, by name."""
 
@@ -109,17 +112,30 @@ class PackedWeight:
     offsets: Tensor | None
 
 
-def decode(packed: PackedWeight) -> Tensor:
-    """Return the dense matrix, (rows, columns), on the device of the packed one."""
+def strip_parts(rows: int, columns: int) -> Iterator[tuple[int, int]]:
+    """Yield (first, last) of consecutive strips, last excluded, for work on a matrix that need not be in memory whole."""
+    strips, step = -(-rows // SIDE), max(1, _PART_ENTRIES // (SIDE * max(1, columns)))
+    for first in range(0, strips, step):
+        yield first, min(first + step, strips)
+
+
+def decode(packed: PackedWeight, first: int = 0, last: int | None = None) -> Tensor:
+    """Return the dense matrix, (rows, columns), on the device of the packed one.
+
+    ``first`` and ``last``: only the rows of strips ``first`` to ``last`` − 1.
+    """
     spec = packed.spec
-    out = torch.empty(spec.rows, spec.columns, dtype=spec.dtype, device=packed.words.device)
+    last = spec.strips if last is None else last
+    out = torch.empty(
+        min(SIDE * last, spec.rows) - SIDE * first, spec.columns, dtype=spec.dtype, device=packed.words.device
+    )
     step = max(1, chunk_rows(spec.columns) // SIDE)
 
-    def put(first: int) -> None:
-        part = decode_strips(packed, first, min(first + step, spec.strips))
-        out[SIDE * first : SIDE * first + len(part)] = part
+    def put(strip: int) -> None:
+        part = decode_strips(packed, strip, min(strip + step, last))
+        out[SIDE * (strip - first) :][: len(part)] = part
 
-    firsts = range(0, spec.strips, step)
+    firsts = range(first, last, step)
     if out.device.type == "cpu":
         on_threads(put, firsts)
     else:
@@ -149,15 +165,16 @@ def padding_is_zero(packed: PackedWeight) -> bool:
     return clean
 
 
-def tile_sizes(packed: PackedWeight) -> tuple[Tensor, Tensor]:
-    """Return values a row and units of the tail of each tile, (strips · tiles,) int64, as ``offsets`` or the spec say."""
+def tile_sizes(packed: PackedWeight, indices: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return values a row and units of the tail of tiles by index (default: all), int64, as ``offsets`` or the spec say."""
     spec = packed.spec
+    if indices is None:
+        indices = torch.arange(spec.strips * spec.tiles, device=packed.words.device)
     if packed.offsets is None:
-        n = torch.full((spec.strips * spec.tiles,), spec.n, device=packed.words.device)
-        return n, torch.zeros_like(n)
-    offsets = packed.offsets.long()
-    tail = offsets[:-1] & 3
-    return (offsets >> 2).diff() - SIDE // UNIT - tail, tail
+        return torch.full_like(indices, spec.n), torch.zeros_like(indices)
+    begin, end = packed.offsets[indices].long(), packed.offsets[indices + 1].long()
+    tail = begin & 3
+    return (end >> 2) - (begin >> 2) - SIDE // UNIT - tail, tail
 
 
 def masks_and_tails(packed: PackedWeight) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -183,8 +200,7 @@ def chunk_rows(columns: int) -> int:
 def _tiles_at(packed: PackedWeight, indices: Tensor) -> Tensor:
     """Return the entries' bits of tiles by index, (tiles, 32, 32) int16."""
     out = torch.empty(len(indices), SIDE, SIDE, dtype=torch.int16, device=indices.device)
-    counts, tails = tile_sizes(packed)
-    for n, tail, where in by_size(counts[indices], tails[indices]):
+    for n, tail, where in by_size(*tile_sizes(packed, indices)):
         words = _rows_of_words(packed, indices[where], 0, tile_words(n, tail))
         out[where] = tiles.decode_tiles(words, n, tail)
     return out

@@ -131,12 +131,13 @@ class SparseQuantizer(HfQuantizer):
         for listed in (name, *(one for one in self._layers if one.partition(".")[2] == name)):
             self._layers.pop(listed, None)
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         quicken(model, on=False)
+        own = model.dtype
         for name, layer in packed_modules(model).items():
             self._unpack(model, name, layer)
-            model.get_submodule(name).to(dtype)  # not the whole model: its buffers may be float32 on purpose
-        return model
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # transformers' config after a save
+        return model if dtype in (None, own) else model.to(dtype)  # without a reason no float32 buffer is changed
 
     def is_serializable(self, *_: Any, **__: Any) -> Any:
         """Whether ``save_pretrained`` works: it writes the packed tensors."""

@@ -7,6 +7,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from thanos.errors import ModelError
 from thanos.sparse.formats import PackedSpec, PackedWeight, decode
 from thanos.sparse.ops import dense_linear, packed_linear
 from thanos.sparse.siblings import Siblings
@@ -78,6 +79,32 @@ class PackedLinear(nn.Module):
         spec = self.spec
         return packed_linear(x, self.weight_words, self.weight_offsets, self.bias, spec.rows, spec.n)
 
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Take tensors as any module does, but check packed ones first: kernels read by what they say."""
+        given, packed = {name: state_dict.get(prefix + name) for name in (WORDS, OFFSETS)}, None
+        words, offsets = (getattr(self, name) if one is None else one for name, one in given.items())
+        if any(one is not None for one in given.values()) and not any(_is_meta(one) for one in (words, offsets)):
+            try:
+                packed = as_latest(PackedWeight(self.spec, words, offsets), prefix.removesuffix("."))
+                check_weight(packed, prefix.removesuffix("."))
+            except ModelError as error:
+                error_msgs.append(str(error))
+                return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if packed is not None:
+            self._hold(packed)
+
     def check(self, name: str) -> None:
         """Check the content of the packed weight, once it is loaded; from then on it has this version's layout.
 
@@ -86,8 +113,12 @@ class PackedLinear(nn.Module):
         """
         packed = as_latest(self.packed, name)
         check_weight(packed, name)
-        if packed.offsets is not None and self.weight_offsets is not None:
-            self.spec, self.weight_offsets.data = packed.spec, packed.offsets
+        self._hold(packed)
+
+    def _hold(self, packed: PackedWeight) -> None:
+        """Take over the offsets of this version's layout, if the ones that were loaded are of another."""
+        if packed.spec != self.spec and packed.offsets is not None and self.weight_offsets is not None:
+            self.spec, self.weight_offsets.data = packed.spec, packed.offsets.to(self.weight_offsets.device)
 
     def dense(self) -> nn.Linear:
         """Return a plain linear layer with the same weight and bias, on the same device."""
@@ -103,6 +134,10 @@ class PackedLinear(nn.Module):
         """Return the text that ``print(model)`` shows."""
         kind = f"{self.spec.n}:32" if self.spec.n else "bitmap"
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, packed={kind}"
+
+
+def _is_meta(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.device.type == "meta"
 
 
 class DenseLinear(nn.Linear):

@@ -1,23 +1,10 @@
-/* Encoding of packed matrices (docs/formats.md) on x86-64 processors with AVX-512 VBMI2: VPCOMPRESSW collects a row's values.
- *
- * The extension is optional. Without a suitable compiler it is not built; without a suitable processor support() is 0. */
+/* Encoding of packed matrices (docs/formats.md) on x86-64 processors with AVX-512 VBMI2: VPCOMPRESSW collects a row's values. */
 
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
-#include <stdint.h>
-#include <string.h>
-
-#if defined(__x86_64__) && defined(__GNUC__)
-#define SUPPORTED 1
-#include <immintrin.h>
-#else
-#define SUPPORTED 0
-#endif
+#include "_shared.h"
 
 #if SUPPORTED
 
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2,bmi2,popcnt")))
-#define INLINE static inline __attribute__((always_inline))
+#define TARGET WITH(",avx512vbmi2,bmi2,popcnt")
 
 enum { SIDE = 32, MOST_TAIL = 2 };
 
@@ -32,14 +19,6 @@ INLINE TARGET __m512i entries(const Dense *d, int64_t row, int64_t tile) {
   if (row >= d->rows) return _mm512_setzero_si512();
   const __mmask32 there = left >= SIDE ? 0xffffffffu : (1u << left) - 1;
   return _mm512_maskz_loadu_epi16(there, d->weight + row * d->columns + SIDE * tile);
-}
-
-/* Masks hold the first column in their highest bit, and the processor wants it in its lowest. */
-INLINE uint32_t reversed(uint32_t m) {
-  m = (m >> 1 & 0x55555555u) | (m & 0x55555555u) << 1;
-  m = (m >> 2 & 0x33333333u) | (m & 0x33333333u) << 2;
-  m = (m >> 4 & 0x0f0f0f0fu) | (m & 0x0f0f0f0fu) << 4;
-  return __builtin_bswap32(m);
 }
 
 /* Write one row of a tile that stores n values a row, and the values beyond them at ``surplus``; 0 if they would pass ``end``. */
@@ -115,9 +94,7 @@ static PyObject *support(PyObject *self, PyObject *unused) {
   (void)self, (void)unused;
   long level = 0;
 #if SUPPORTED
-  __builtin_cpu_init();
-  level = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("bmi2");
+  level = has_avx512() && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("bmi2");
 #endif
   return PyLong_FromLong(level);
 }
@@ -128,14 +105,7 @@ static PyObject *support(PyObject *self, PyObject *unused) {
 static PyObject *run(PyObject *self, PyObject *const *args, Py_ssize_t count) {
   (void)self;
   long long a[7];
-  if (count != 7) {
-    PyErr_SetString(PyExc_TypeError, "run takes 7 whole numbers");
-    return NULL;
-  }
-  for (int i = 0; i < 7; i++) {
-    a[i] = PyLong_AsLongLong(args[i]);
-    if (a[i] == -1 && PyErr_Occurred()) return NULL;
-  }
+  if (!read_numbers(args, count, a, 7)) return NULL;
 #if SUPPORTED
   int fits = 1;
   const Dense d = {.weight = (const uint16_t *)(intptr_t)a[0], .rows = a[1], .columns = a[2], .tiles = (a[2] + SIDE - 1) / SIDE};
