@@ -23,16 +23,18 @@ from thanos.sparse.kernels.tuned import FEW, MANY, Launch
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a compiler of C++")
 
 LANES = Path(__file__).parent / "lanes.h"
+INSTRUCTIONS = Path(cuda.__file__).parent / "instructions.cu"
 
 
 def compiled(name: str, folder: Path, macros: dict[str, Any]) -> Any:
     """Compile one kernel for the CPU; the function takes grid, threads of a block, arguments, and whether to go backwards."""
-    source = cuda.source(**macros)
-    begin, end = source.index("typedef unsigned int u32;"), source.index("struct Tile {")
-    source = source[:begin] + f'#include "{LANES}"\n' + source[end:]  # the instructions in assembler
-    [matrices] = re.findall(r"#define MATRICES(.*?)\n\n", source, re.DOTALL)
+    source, instructions = cuda.source(name, **macros), INSTRUCTIONS.read_text(encoding="utf-8")
+    assert instructions in source
+    source = source.replace(instructions, f'#include "{LANES}"\n')
     [text] = re.findall(rf"^(?:.* )?{name}\((.*?)\) {{$", source, re.MULTILINE | re.DOTALL)
-    declared = text.replace("MATRICES", matrices.replace("\\\n", " ")).split(",")
+    for matrices in re.findall(r"#define MATRICES(.*?)\n\n", source, re.DOTALL):
+        text = text.replace("MATRICES", matrices.replace("\\\n", " "))
+    declared = text.split(",")
     kinds = [re.sub(r"\w+$", "", one.strip()) for one in declared]
     values = ", ".join(f"({kind})v[{index}]" for index, kind in enumerate(kinds))
     source += f"""

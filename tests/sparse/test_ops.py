@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from sparse_matrices import DTYPES, SHAPES, assert_close, on, product, random_weight, sparse_weight, version_1
+from sparse_matrices import DTYPES, SHAPES, assert_close, on, product, random_weight, sparse_weight
 from thanos.sparse.encoding import encode
 from thanos.sparse.formats import decode
 from thanos.sparse.kernels import cpu, lacking
@@ -294,16 +294,3 @@ def test_a_module_is_a_linear_layer_that_knows_its_weight():
         module(x.float())
     with torch.autocast("cpu", torch.bfloat16):
         assert_close(module(x.float()), weight, x)
-
-
-def test_a_module_takes_tensors_of_the_version_before():
-    weight = random_weight(64, 96, 0.6)
-    old = version_1(weight)
-    module = PackedLinear(old.spec, bias=False)
-    module.load_state_dict({"weight_words": old.words, "weight_offsets": old.offsets})
-    assert module.spec.version == 2
-    x = torch.randn(2, 96).bfloat16()
-    assert torch.equal(module.weight, weight)
-    assert_close(module(x), weight, x)
-    module.load_state_dict(module.state_dict())
-    assert torch.equal(module.weight, weight)

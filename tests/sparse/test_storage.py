@@ -7,11 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparse_matrices import random_weight, sparse_weight, version_1
+from sparse_matrices import assert_close, random_weight, sparse_weight, version_1
 from thanos.checkpoint.layout import TensorSpec
 from thanos.errors import ModelError
 from thanos.sparse.encoding import encode
 from thanos.sparse.formats import PackedWeight, decode
+from thanos.sparse.modules import PackedLinear
 from thanos.sparse.ops import packed_linear
 from thanos.sparse.storage import as_latest, check_stored, check_weight, parse_settings, settings_of, tensor_specs
 
@@ -209,3 +210,16 @@ def test_other_tensors_than_those_of_the_layers_are_refused(name, spec, words):
         tensors[f"another.prefix.{name}"] = spec
     with pytest.raises(ModelError, match=words):
         check_stored(LAYERS.values(), tensors, "model")
+
+
+def test_a_module_takes_tensors_of_the_version_before():
+    weight = random_weight(64, 96, 0.6)
+    old = version_1(weight)
+    module = PackedLinear(old.spec, bias=False)
+    module.load_state_dict({"weight_words": old.words, "weight_offsets": old.offsets})
+    assert module.spec.version == 2
+    x = torch.randn(2, 96).bfloat16()
+    assert torch.equal(module.weight, weight)
+    assert_close(module(x), weight, x)
+    module.load_state_dict(module.state_dict())
+    assert torch.equal(module.weight, weight)
