@@ -143,7 +143,7 @@ class SparseQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> Any:
-        """Whether the model can be trained: packed layers have no derivative."""
+        """Whether the model can be trained: its packed weights cannot."""
         return False
 
     @property
