@@ -91,6 +91,14 @@ def test_layers_that_are_offloaded_are_refused(tmp_path):
 
 
 @pytest.mark.usefixtures("stay_packed")
+def test_layers_that_processes_would_divide_are_refused(tmp_path, monkeypatch):
+    _, packed = both(tmp_path)
+    monkeypatch.setattr("transformers.PreTrainedModel._tp_size", 2)  # as tp_plan sets it
+    with pytest.raises(ModelError, match="cannot be divided among processes"):
+        load(packed)
+
+
+@pytest.mark.usefixtures("stay_packed")
 def test_the_base_model_keeps_its_layers_packed(tmp_path):
     _, packed = both(tmp_path)
     assert len(packed_modules(AutoModel.from_pretrained(packed, dtype="auto"))) == len(packed_modules(load(packed)))

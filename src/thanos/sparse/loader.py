@@ -99,6 +99,11 @@ class SparseQuantizer(HfQuantizer):
             model.set_submodule(path, PackedLinear(spec, bias=layer.bias is not None, device="meta"))
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        if getattr(model, "_tp_size", None):
+            raise ModelError(
+                "packed layers cannot be divided among processes, as tp_plan does; place whole layers by device_map, "
+                "or unpack the model first: thanos unpack PACKED OUT"
+            )
         choice = _choice()
         reasons: dict[str, int] = {}
         for name, layer in packed_modules(model).items():
