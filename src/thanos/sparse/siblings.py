@@ -62,7 +62,7 @@ class Siblings:
             x,
             [layer.weight_words for layer in layers],
             [layer.weight_offsets for layer in layers],
-            [layer.bias for layer in layers],
+            [layer.cast_bias() for layer in layers],
             [layer.spec.rows for layer in layers],
             layers[0].spec.n,
         )
