@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 import thanos
 from helpers import windows
-from sparse_matrices import save_pruned, version_1
+from sparse_matrices import save_pruned, sparse_weight, version_1
 from thanos.errors import ModelError, UserError
 from thanos.export.pack import pack
 from thanos.export.unpack import unpack
@@ -130,9 +130,30 @@ def test_layers_that_are_offloaded_are_refused(tmp_path):
 
 
 @pytest.mark.usefixtures("stay_packed")
-def test_the_base_model_keeps_its_layers_packed(tmp_path):
+def test_layers_that_processes_would_divide_are_refused(tmp_path, monkeypatch):
     _, packed = both(tmp_path)
-    assert len(packed_modules(AutoModel.from_pretrained(packed, dtype="auto"))) == len(packed_modules(load(packed)))
+    monkeypatch.setattr("transformers.PreTrainedModel._tp_size", 2)  # as tp_plan sets it
+    with pytest.raises(ModelError, match="cannot be divided among processes"):
+        load(packed)
+
+
+@pytest.mark.usefixtures("stay_packed")
+@pytest.mark.parametrize("head", [False, True])
+def test_the_base_model_keeps_its_layers_packed(tmp_path, head):
+    source, packed = both(tmp_path)
+    if head:  # packed too
+        tensors = load_file(source / "model.safetensors")
+        tensors["lm_head.weight"] = sparse_weight(*tensors["lm_head.weight"].shape)
+        save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+        packed = tmp_path / "with_head"
+        pack(source, packed, least_weights=1)
+    whole, base = load(packed), AutoModel.from_pretrained(packed, dtype="auto")
+    assert len(packed_modules(base)) == len(packed_modules(whole)) - head
+    base.save_pretrained(tmp_path / "saved")
+    again = AutoModel.from_pretrained(tmp_path / "saved", dtype="auto")
+    with torch.no_grad():
+        expected = whole.model(windows(1, 5)).last_hidden_state
+        assert all(torch.equal(one(windows(1, 5)).last_hidden_state, expected) for one in (base, again))
 
 
 @pytest.mark.usefixtures("stay_packed")
@@ -224,8 +245,9 @@ def test_a_config_of_another_model_is_refused(tmp_path):
         entries[layer] = entries.pop("model.layers.0.mlp.up_proj")
         folder = shutil.copytree(packed, tmp_path / layer)
         (folder / "config.json").write_text(json.dumps(config))
-        with pytest.raises(ModelError, match=words):
+        with pytest.raises(ModelError, match=words) as caught:
             load(folder)
+        assert str(caught.value).isprintable()
 
 
 def test_evaluate_reads_packed_models_and_others_say_what_to_do(tmp_path, text_file, monkeypatch):
