@@ -107,7 +107,8 @@ CASES = [
     (FEW, Launch(2, 1, 2), 3, torch.float16),
     (MANY, Launch(1, 1, 4), 5, torch.bfloat16),
     (MANY, Launch(2, 1, 2), 13, torch.float16),
-    (MANY, Launch(1, 1, 2), 35, torch.bfloat16),
+    (MANY, Launch(1, 1, 2), 17, torch.bfloat16),
+    (MANY, Launch(2, 1, 3), 70, torch.bfloat16),
 ]
 
 

@@ -44,7 +44,7 @@ def test_a_plan_covers_every_row_and_token_within_the_limits_of_a_device(rows, f
         assert strips == sum(-(-count // 32) for count in rows)
         assert splits == (launch.splits if clusters else 1) <= 8  # blocks of a cluster that every device allows
         assert (passes - 1) * how.at_once < tokens <= passes * how.at_once
-        assert how.at_once in ((1, 2, 4) if family == FEW else (8, 16, 32))
+        assert how.at_once in ((1, 2, 4) if family == FEW else (8, 16, 32, 64))
         assert strips < 1 << 31
         assert passes < 1 << 16
         assert how.block == (32 * launch.warps, 1, 1)
@@ -254,7 +254,13 @@ VARIANTS = [
     (FEW, 0, 4, 2, 2, 0),
 ]
 VARIANTS += [(MANY, 16, 8, 2, 2, 0), (MANY, 0, 16, 2, 4, 0), (MANY, 8, 16, 1, 1, 1), (MANY, 0, 32, 2, 1, 0)]
-VARIANTS += [(MANY, 31, 32, 2, 8, 1), ("expand", 0, 1, 1, 1, 0), ("expand", 16, 1, 1, 1, 1)]
+VARIANTS += [
+    (MANY, 31, 32, 2, 8, 1),
+    (MANY, 0, 64, 1, 1, 0),
+    (MANY, 16, 64, 2, 2, 1),
+    ("expand", 0, 1, 1, 1, 0),
+    ("expand", 16, 1, 1, 1, 1),
+]
 
 
 @pytest.mark.slow

@@ -11,6 +11,9 @@ __device__ __forceinline__ uint4 eight(const u16* row, int column, int columns, 
   return make_uint4(q[0], q[1], q[2], q[3]);
 }
 
+// Tokens whose sums are added at once, for which shared memory has room.
+#define SUMMED (B < 32 ? B : 32)
+
 // Many tokens: the tensor cores multiply the gathered tile. Grid as above; at most 8 warps a block. ``aligned``: every eight
 // columns of x begin at a multiple of 16 bytes. The order of the columns within a product is that of the lanes, for both factors.
 extern "C" __global__ void CLUSTER __launch_bounds__(256)
@@ -18,7 +21,7 @@ many(MATRICES, const u16* x, int columns, int tokens, int tiles, int aligned) {
   const int lane = threadIdx.x & 31, w = threadIdx.x >> 5, warps = blockDim.x >> 5;
   const int first = blockIdx.z * B, row = lane >> 2, part = lane & 3;
   __shared__ float totals[B * 32];
-  __shared__ __align__(16) char memory[8 * (STRIDE > 4 * B ? STRIDE * 32 : 128 * B) + 16];
+  __shared__ __align__(16) char memory[8 * (STRIDE > 4 * SUMMED ? STRIDE * 32 : 128 * SUMMED) + 16];
   __shared__ u32 tails[N ? 1 : 8][32];
   const Matrix m = CHOOSE;
   const int each = (tiles + SPLITS - 1) / SPLITS, end = min(tiles, ((int)blockIdx.y + 1) * each), step = warps * U;
@@ -67,20 +70,23 @@ many(MATRICES, const u16* x, int columns, int tokens, int tiles, int aligned) {
           }
       }
   }
-  __syncthreads();  // the warps' sums take the place of the staged values
-  float* sums = (float*)memory;
 #pragma unroll
-  for (int i = 0; i < 2; i++)
+  for (int begin = 0; begin < B; begin += SUMMED) {
+    __syncthreads();  // the warps' sums take the place of the staged values, or of those before
+    float* sums = (float*)memory;
 #pragma unroll
-    for (int k = 0; k < B / 8; k++)
+    for (int i = 0; i < 2; i++)
 #pragma unroll
-      for (int j = 0; j < 4; j++)
-        sums[(w * B + 8 * k + 2 * part + (j & 1)) * 32 + 16 * i + 8 * (j >> 1) + row] = c[i][k][j];
-  __syncthreads();
-  for (int i = threadIdx.x; i < B * 32; i += blockDim.x) {
-    float sum = 0.0f;
-    for (int k = 0; k < warps; k++) sum += sums[k * B * 32 + i];
-    totals[i] = sum;
+      for (int k = 0; k < SUMMED / 8; k++)
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+          sums[(w * SUMMED + 8 * k + 2 * part + (j & 1)) * 32 + 16 * i + 8 * (j >> 1) + row] = c[i][begin / 8 + k][j];
+    __syncthreads();
+    for (int i = threadIdx.x; i < SUMMED * 32; i += blockDim.x) {
+      float sum = 0.0f;
+      for (int k = 0; k < warps; k++) sum += sums[k * SUMMED * 32 + i];
+      totals[begin * 32 + i] = sum;
+    }
   }
   finish(m, totals, first, tokens);
 }
