@@ -15,14 +15,12 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 import thanos
 from helpers import windows
-from sparse_matrices import save_pruned, sparse_weight, version_1
+from sparse_matrices import save_pruned, sparse_weight
 from thanos.errors import ModelError, UserError
 from thanos.export.pack import pack
 from thanos.export.unpack import unpack
 from thanos.sparse import loader, packed_modules
-from thanos.sparse.formats import PackedWeight, decode
 from thanos.sparse.modules import DenseLinear
-from thanos.sparse.storage import parse_settings
 
 
 @pytest.fixture
@@ -72,42 +70,6 @@ def test_a_loaded_model_is_saved_packed_and_can_be_unpacked(tmp_path):
     assert torch.equal(logits(again), logits(model))
     unpack(tmp_path / "saved", tmp_path / "dense")
     assert torch.equal(logits(load(tmp_path / "dense")), logits(load(source)))
-
-
-def make_version_1(folder: Path) -> int:
-    """Turn a packed folder into what version 1 of the format was; return how many layers are otherwise now."""
-    config, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
-    settings, changed = config["quantization_config"], 0
-    for name, spec in parse_settings(settings, "model").items():
-        if spec.format == "bitmap":
-            packed = PackedWeight(spec, tensors[f"{name}.weight_words"], tensors[f"{name}.weight_offsets"])
-            old = version_1(decode(packed))
-            assert old.offsets is not None
-            tensors[f"{name}.weight_words"], tensors[f"{name}.weight_offsets"] = old.words, old.offsets
-            settings["layers"][name]["words"], changed = old.spec.words, changed + 1
-    settings["format_version"] = 1
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config))
-    return changed
-
-
-@pytest.mark.usefixtures("stay_packed")
-def test_a_folder_of_the_version_before_is_read_and_saved_in_this_one(tmp_path):
-    source, packed = both(tmp_path)
-    expected = logits(load(packed))
-    assert make_version_1(packed) > 2
-    model = load(packed)
-    assert all(layer.spec.version == 2 for layer in packed_modules(model).values())
-    assert torch.equal(logits(model), expected)
-    unpack(packed, tmp_path / "dense")
-    model.save_pretrained(tmp_path / "saved")
-    assert json.loads((tmp_path / "saved" / "config.json").read_text())["quantization_config"]["format_version"] == 2
-    assert torch.equal(logits(load(tmp_path / "saved")), expected)
-    unpack(tmp_path / "saved", tmp_path / "again")
-    wanted = load_file(source / "model.safetensors")
-    for folder in ("dense", "again"):
-        got = load_file(tmp_path / folder / "model.safetensors")
-        assert all(torch.equal(got[name], wanted[name]) for name in wanted)
 
 
 @pytest.mark.usefixtures("stay_packed")

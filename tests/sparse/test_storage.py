@@ -7,14 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparse_matrices import assert_close, random_weight, sparse_weight, version_1
+from sparse_matrices import random_weight, sparse_weight
 from thanos.checkpoint.layout import TensorSpec
 from thanos.errors import ModelError
 from thanos.sparse.encoding import encode
 from thanos.sparse.formats import PackedWeight, decode
-from thanos.sparse.modules import PackedLinear
 from thanos.sparse.ops import packed_linear
-from thanos.sparse.storage import as_latest, check_stored, check_weight, parse_settings, settings_of, tensor_specs
+from thanos.sparse.storage import check_stored, check_weight, parse_settings, settings_of, tensor_specs
 
 PACKED = (encode(sparse_weight(40, 70)), encode(random_weight(64, 96, 0.6)), encode(sparse_weight(64, 96)))
 
@@ -106,21 +105,6 @@ def test_the_end_has_no_tail_and_the_first_tile_begins_at_zero():
             check_weight(PackedWeight(TAILED.spec, TAILED.words, offsets), "layer")
 
 
-@pytest.mark.parametrize("value", [-1, 1 << 29, (1 << 31) - 1, -(1 << 31)])
-def test_offsets_of_version_1_that_no_matrix_has_are_refused(value):
-    weight = random_weight(64, 96, 0.6)
-    old = version_1(weight)
-    new = as_latest(old, "layer")
-    check_weight(new, "layer")
-    assert torch.equal(decode(new), weight)
-    assert old.offsets is not None
-    for index in range(7):
-        offsets = old.offsets.clone()
-        offsets[index] = value
-        with pytest.raises(ModelError, match="offsets that do not suit"):
-            as_latest(PackedWeight(old.spec, old.words, offsets), "layer")
-
-
 @pytest.mark.parametrize("version", [1, 2])
 def test_settings_keep_the_version_of_a_layout(version):
     changed = settings_of({"layer": TAILED.spec}) | {"format_version": version}
@@ -210,16 +194,3 @@ def test_other_tensors_than_those_of_the_layers_are_refused(name, spec, words):
         tensors[f"another.prefix.{name}"] = spec
     with pytest.raises(ModelError, match=words):
         check_stored(LAYERS.values(), tensors, "model")
-
-
-def test_a_module_takes_tensors_of_the_version_before():
-    weight = random_weight(64, 96, 0.6)
-    old = version_1(weight)
-    module = PackedLinear(old.spec, bias=False)
-    module.load_state_dict({"weight_words": old.words, "weight_offsets": old.offsets})
-    assert module.spec.version == 2
-    x = torch.randn(2, 96).bfloat16()
-    assert torch.equal(module.weight, weight)
-    assert_close(module(x), weight, x)
-    module.load_state_dict(module.state_dict())
-    assert torch.equal(module.weight, weight)
