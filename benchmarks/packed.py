@@ -204,7 +204,7 @@ def settings(rows: list[dict[str, Any]], device: str) -> Settings:
         if few > 0.97 * many:
             break
         few_tokens = tokens
-    for tokens in (32, 48, 64, 96, 128):
+    for tokens in (32, 48, 64, 96, 128, 192):
         many, theirs = rounds([kernel(MANY, tokens), library(tokens, 1)], len(words), device, 9)
         print(json.dumps({"tokens": tokens, MANY: round(many, 2), "library": round(theirs, 2)}), flush=True)
         if many > theirs:

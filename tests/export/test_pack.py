@@ -18,7 +18,7 @@ from thanos.errors import ModelError, UserError
 from thanos.export.pack import pack
 from thanos.export.unpack import unpack
 from thanos.run.lock import locked
-from thanos.sparse import formats
+from thanos.sparse import encoding, formats
 from thanos.sparse.encoding import encode_strips
 
 
@@ -120,6 +120,17 @@ def test_layers_are_packed_and_unpacked_in_parts_one_after_another(pruned, packe
     assert files_of(tmp_path / "packed") == files_of(packed)
     unpack(tmp_path / "packed", tmp_path / "again")
     assert files_of(tmp_path / "again") == files_of(pruned)
+
+
+def test_a_layer_without_a_format_that_holds_it_stays_dense_with_a_reason(tmp_path, monkeypatch):
+    source = save_pruned(tmp_path / "model")
+    tensors = load_file(source / "model.safetensors")
+    tensors[f"{BITMAP}.weight"][0] = 1  # full rows: no fixed format
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    monkeypatch.setattr(encoding, "MOST_UNITS", 1)
+    report = pack(source, tmp_path / "packed", least_weights=1)
+    [layer] = [one for one in report.layers if one.name == BITMAP]
+    assert (layer.format, layer.reason) == ("", "too large: the bitmap format holds 32 GiB at most")
 
 
 def test_shards_have_the_size_that_is_asked_for(pruned, tmp_path):

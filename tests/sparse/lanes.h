@@ -1,5 +1,5 @@
-// What packed.cu needs to run on a CPU: each thread of a block is a fiber, and those of a warp wait for one another where they
-// exchange values. Blocks run one after another, so that variables they share can be static. Instructions that are written in
+// What the CUDA kernels need to run on a CPU: each thread of a block is a fiber, and those of a warp wait for one another where
+// they exchange values. Blocks run one after another, so that variables they share can be static. Instructions that are written in
 // assembler have their meaning in C++ here.
 #include <ucontext.h>
 

@@ -42,6 +42,7 @@ def by_kernel(packed: PackedWeight, x: Tensor, family: str, launch: Launch, bias
         (MANY, Launch(2, 4, 8), 13),
         (MANY, Launch(1, 8, 1), 33),
         (MANY, Launch(2, 1, 8), 20),
+        (MANY, Launch(1, 2, 8), 70),
     ],
 )
 def test_every_kernel_is_the_float64_product(shape, dtype, family, launch, tokens):

@@ -7,7 +7,6 @@ import itertools
 import re
 import shutil
 import subprocess
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,18 +19,18 @@ from thanos.sparse.encoding import encode
 from thanos.sparse.kernels import cuda
 from thanos.sparse.kernels.tuned import FEW, MANY, MOST_MATRICES, Launch, launch_for, plan
 
-SOURCE = (Path(cuda.__file__).parent / "packed.cu").read_text(encoding="utf-8")
 ROWS = [(1,), (33,), (6144,), (8192,), (28672,), (128256,), (4096, 1024, 1024), (14336, 14336), (1, 32, 33, 64)]
 LAUNCHES = [Launch(1, 1, 4), Launch(2, 2, 8), Launch(4, 8, 16)]
 
 
 def parameters(name: str) -> list[str]:
-    """The declarations of a kernel's parameters, as packed.cu has them."""
-    [text] = re.findall(rf"^{name}\((.*?)\) {{$", SOURCE, re.MULTILINE | re.DOTALL) or re.findall(
-        rf"\b{name}\((.*?)\) {{$", SOURCE, re.MULTILINE
+    """The declarations of a kernel's parameters, as its source has them."""
+    source = cuda.source(name, n=0, tokens=1, flight=1, splits=1, half=False)
+    [text] = re.findall(rf"^{name}\((.*?)\) {{$", source, re.MULTILINE | re.DOTALL) or re.findall(
+        rf"\b{name}\((.*?)\) {{$", source, re.MULTILINE
     )
-    [matrices] = re.findall(r"#define MATRICES(.*?)\n\n", SOURCE, re.DOTALL)
-    text = text.replace("MATRICES", matrices.replace("\\\n", " "))
+    for matrices in re.findall(r"#define MATRICES(.*?)\n\n", source, re.DOTALL):
+        text = text.replace("MATRICES", matrices.replace("\\\n", " "))
     return [" ".join(one.split()) for one in text.split(",")]
 
 
@@ -45,7 +44,7 @@ def test_a_plan_covers_every_row_and_token_within_the_limits_of_a_device(rows, f
         assert strips == sum(-(-count // 32) for count in rows)
         assert splits == (launch.splits if clusters else 1) <= 8  # blocks of a cluster that every device allows
         assert (passes - 1) * how.at_once < tokens <= passes * how.at_once
-        assert how.at_once in ((1, 2, 4) if family == FEW else (8, 16, 32))
+        assert how.at_once in ((1, 2, 4) if family == FEW else (8, 16, 32, 64))
         assert strips < 1 << 31
         assert passes < 1 << 16
         assert how.block == (32 * launch.warps, 1, 1)
@@ -60,7 +59,7 @@ def test_the_warps_of_a_strip_read_each_tile_once(family, tiles):
     for strips in (1, 18, 128, 256, 896):
         for n in (0, 16, 31):
             flight, splits, warps = launch_for("an unknown device", family, n, 18, strips, tiles)
-            each = -(-tiles // splits)  # the loops of packed.cu
+            each = -(-tiles // splits)  # the loops of the kernels
             read = [
                 tile + ahead
                 for part in range(splits)
@@ -247,18 +246,31 @@ def test_a_part_has_enough_outputs_for_a_device(tokens, rows, most, parts):
     assert cuda.parts_of(tokens, rows, most) == parts
 
 
-VARIANTS = [(16, 1, 4, 1, 0), (0, 2, 2, 4, 1), (31, 4, 1, 8, 0), (16, 8, 2, 2, 0), (0, 16, 2, 4, 0), (8, 16, 1, 1, 1)]
-VARIANTS += [(0, 1, 2, 1, 0), (0, 4, 2, 2, 0), (0, 32, 2, 1, 0), (31, 32, 2, 8, 1)]
+VARIANTS = [
+    (FEW, 16, 1, 4, 1, 0),
+    (FEW, 0, 2, 2, 4, 1),
+    (FEW, 31, 4, 1, 8, 0),
+    (FEW, 0, 1, 2, 1, 0),
+    (FEW, 0, 4, 2, 2, 0),
+]
+VARIANTS += [(MANY, 16, 8, 2, 2, 0), (MANY, 0, 16, 2, 4, 0), (MANY, 8, 16, 1, 1, 1), (MANY, 0, 32, 2, 1, 0)]
+VARIANTS += [
+    (MANY, 31, 32, 2, 8, 1),
+    (MANY, 0, 64, 1, 1, 0),
+    (MANY, 16, 64, 2, 2, 1),
+    ("expand", 0, 1, 1, 1, 0),
+    ("expand", 16, 1, 1, 1, 1),
+]
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs CUDA's compiler")
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 def test_the_kernels_compile_without_spilled_registers(architecture, tmp_path):
-    for index, (n, tokens, flight, splits, half) in enumerate(VARIANTS):
+    for index, (name, n, tokens, flight, splits, half) in enumerate(VARIANTS):
         file = tmp_path / f"{index}.cu"
         splits = splits if architecture == "sm_90" else 1
-        file.write_text(cuda.source(n=n, tokens=tokens, flight=flight, splits=splits, half=bool(half)))
+        file.write_text(cuda.source(name, n=n, tokens=tokens, flight=flight, splits=splits, half=bool(half)))
         command = ["nvcc", "-cubin", f"-arch={architecture}", "-Xptxas=-v", "-o", str(tmp_path / "out"), str(file)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr

@@ -15,14 +15,12 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 import thanos
 from helpers import windows
-from sparse_matrices import save_pruned, version_1
+from sparse_matrices import save_pruned, sparse_weight
 from thanos.errors import ModelError, UserError
 from thanos.export.pack import pack
 from thanos.export.unpack import unpack
 from thanos.sparse import loader, packed_modules
-from thanos.sparse.formats import PackedWeight, decode
 from thanos.sparse.modules import DenseLinear
-from thanos.sparse.storage import parse_settings
 
 
 @pytest.fixture
@@ -74,42 +72,6 @@ def test_a_loaded_model_is_saved_packed_and_can_be_unpacked(tmp_path):
     assert torch.equal(logits(load(tmp_path / "dense")), logits(load(source)))
 
 
-def make_version_1(folder: Path) -> int:
-    """Turn a packed folder into what version 1 of the format was; return how many layers are otherwise now."""
-    config, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
-    settings, changed = config["quantization_config"], 0
-    for name, spec in parse_settings(settings, "model").items():
-        if spec.format == "bitmap":
-            packed = PackedWeight(spec, tensors[f"{name}.weight_words"], tensors[f"{name}.weight_offsets"])
-            old = version_1(decode(packed))
-            assert old.offsets is not None
-            tensors[f"{name}.weight_words"], tensors[f"{name}.weight_offsets"] = old.words, old.offsets
-            settings["layers"][name]["words"], changed = old.spec.words, changed + 1
-    settings["format_version"] = 1
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config))
-    return changed
-
-
-@pytest.mark.usefixtures("stay_packed")
-def test_a_folder_of_the_version_before_is_read_and_saved_in_this_one(tmp_path):
-    source, packed = both(tmp_path)
-    expected = logits(load(packed))
-    assert make_version_1(packed) > 2
-    model = load(packed)
-    assert all(layer.spec.version == 2 for layer in packed_modules(model).values())
-    assert torch.equal(logits(model), expected)
-    unpack(packed, tmp_path / "dense")
-    model.save_pretrained(tmp_path / "saved")
-    assert json.loads((tmp_path / "saved" / "config.json").read_text())["quantization_config"]["format_version"] == 2
-    assert torch.equal(logits(load(tmp_path / "saved")), expected)
-    unpack(tmp_path / "saved", tmp_path / "again")
-    wanted = load_file(source / "model.safetensors")
-    for folder in ("dense", "again"):
-        got = load_file(tmp_path / folder / "model.safetensors")
-        assert all(torch.equal(got[name], wanted[name]) for name in wanted)
-
-
 @pytest.mark.usefixtures("stay_packed")
 def test_a_device_map_places_packed_layers(tmp_path):
     pytest.importorskip("accelerate")
@@ -130,9 +92,30 @@ def test_layers_that_are_offloaded_are_refused(tmp_path):
 
 
 @pytest.mark.usefixtures("stay_packed")
-def test_the_base_model_keeps_its_layers_packed(tmp_path):
+def test_layers_that_processes_would_divide_are_refused(tmp_path, monkeypatch):
     _, packed = both(tmp_path)
-    assert len(packed_modules(AutoModel.from_pretrained(packed, dtype="auto"))) == len(packed_modules(load(packed)))
+    monkeypatch.setattr("transformers.PreTrainedModel._tp_size", 2)  # as tp_plan sets it
+    with pytest.raises(ModelError, match="cannot be divided among processes"):
+        load(packed)
+
+
+@pytest.mark.usefixtures("stay_packed")
+@pytest.mark.parametrize("head", [False, True])
+def test_the_base_model_keeps_its_layers_packed(tmp_path, head):
+    source, packed = both(tmp_path)
+    if head:  # packed too
+        tensors = load_file(source / "model.safetensors")
+        tensors["lm_head.weight"] = sparse_weight(*tensors["lm_head.weight"].shape)
+        save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+        packed = tmp_path / "with_head"
+        pack(source, packed, least_weights=1)
+    whole, base = load(packed), AutoModel.from_pretrained(packed, dtype="auto")
+    assert len(packed_modules(base)) == len(packed_modules(whole)) - head
+    base.save_pretrained(tmp_path / "saved")
+    again = AutoModel.from_pretrained(tmp_path / "saved", dtype="auto")
+    with torch.no_grad():
+        expected = whole.model(windows(1, 5)).last_hidden_state
+        assert all(torch.equal(one(windows(1, 5)).last_hidden_state, expected) for one in (base, again))
 
 
 @pytest.mark.usefixtures("stay_packed")
@@ -224,8 +207,9 @@ def test_a_config_of_another_model_is_refused(tmp_path):
         entries[layer] = entries.pop("model.layers.0.mlp.up_proj")
         folder = shutil.copytree(packed, tmp_path / layer)
         (folder / "config.json").write_text(json.dumps(config))
-        with pytest.raises(ModelError, match=words):
+        with pytest.raises(ModelError, match=words) as caught:
             load(folder)
+        assert str(caught.value).isprintable()
 
 
 def test_evaluate_reads_packed_models_and_others_say_what_to_do(tmp_path, text_file, monkeypatch):

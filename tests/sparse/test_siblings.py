@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,29 @@ def test_copies_of_a_block_have_siblings_of_their_own():
     twin = copy.deepcopy(block)
     assert siblings_of(twin.q) is not block.q.siblings
     assert siblings_of(twin.q).layers == [twin.q, twin.k, twin.v]
+
+
+def test_a_bias_of_another_dtype_is_cast_under_autocast_and_refused_without():
+    block = joined(Block())
+    x = torch.randn(2, 96, generator=torch.Generator().manual_seed(3)).bfloat16()
+    expected = block(x)
+    assert block.v.bias is not None
+    block.v.bias.data = block.v.bias.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(block(x.float()), expected)
+        assert torch.equal(block.v.alone(x), block.v(x))
+    with pytest.raises(RuntimeError, match="does not fit"):
+        block(x)
+
+
+def test_copies_and_files_hold_no_outputs_of_a_run_that_has_not_ended():
+    block = joined(Block())
+    x = torch.randn(2, 96).bfloat16().requires_grad_()
+    block.q(x)
+    assert siblings_of(block.q).held is not None
+    for twin in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
+        assert siblings_of(twin.q).held is None
+        assert torch.equal(twin(x), block(x))
 
 
 def test_compilation_leaves_one_call_and_no_state():

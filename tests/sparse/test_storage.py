@@ -7,13 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparse_matrices import random_weight, sparse_weight, version_1
+from sparse_matrices import random_weight, sparse_weight
 from thanos.checkpoint.layout import TensorSpec
 from thanos.errors import ModelError
 from thanos.sparse.encoding import encode
 from thanos.sparse.formats import PackedWeight, decode
 from thanos.sparse.ops import packed_linear
-from thanos.sparse.storage import as_latest, check_stored, check_weight, parse_settings, settings_of, tensor_specs
+from thanos.sparse.storage import check_stored, check_weight, parse_settings, settings_of, tensor_specs
 
 PACKED = (encode(sparse_weight(40, 70)), encode(random_weight(64, 96, 0.6)), encode(sparse_weight(64, 96)))
 
@@ -103,21 +103,6 @@ def test_the_end_has_no_tail_and_the_first_tile_begins_at_zero():
         offsets[index] += change
         with pytest.raises(ModelError, match="offsets that do not suit"):
             check_weight(PackedWeight(TAILED.spec, TAILED.words, offsets), "layer")
-
-
-@pytest.mark.parametrize("value", [-1, 1 << 29, (1 << 31) - 1, -(1 << 31)])
-def test_offsets_of_version_1_that_no_matrix_has_are_refused(value):
-    weight = random_weight(64, 96, 0.6)
-    old = version_1(weight)
-    new = as_latest(old, "layer")
-    check_weight(new, "layer")
-    assert torch.equal(decode(new), weight)
-    assert old.offsets is not None
-    for index in range(7):
-        offsets = old.offsets.clone()
-        offsets[index] = value
-        with pytest.raises(ModelError, match="offsets that do not suit"):
-            as_latest(PackedWeight(old.spec, old.words, offsets), "layer")
 
 
 @pytest.mark.parametrize("version", [1, 2])

@@ -85,6 +85,9 @@ class SparseQuantizer(HfQuantizer):
         specs = self._specs()
         _check_files(others.get("checkpoint_files") or (), specs)
         found = {name: _find(model, name) for name in specs}
+        for name in [one for one, (_, layer) in found.items() if layer is None and "." not in one]:
+            # A head that this model has not, as of AutoModel: transformers leaves out its tensors too.
+            del specs[name], found[name], self._layers[name]
         if len({path for path, _ in found.values()}) < len(found):
             raise ModelError("config.json lists a packed layer twice; the packed model is damaged: pack it again")
         paths = [path for path, layer in found.values() if isinstance(layer, nn.Linear)]
@@ -92,13 +95,19 @@ class SparseQuantizer(HfQuantizer):
         for name, spec in specs.items():
             path, layer = found[name]
             if not isinstance(layer, nn.Linear) or (layer.out_features, layer.in_features) != (spec.rows, spec.columns):
+                other = str(layer) if isinstance(layer, nn.Linear) else f"a {type(layer).__name__}"
                 raise ModelError(
                     f"config.json packs {name} as a linear layer of {spec.rows} × {spec.columns}, but the model has "
-                    f"{layer if layer is not None else 'no such layer'}; the config belongs to another checkpoint"
+                    f"{'no such layer' if layer is None else other}; the config belongs to another checkpoint"
                 )
             model.set_submodule(path, PackedLinear(spec, bias=layer.bias is not None, device="meta"))
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        if getattr(model, "_tp_size", None):
+            raise ModelError(
+                "packed layers cannot be divided among processes, as tp_plan does; place whole layers by device_map, "
+                "or unpack the model first: thanos unpack PACKED OUT"
+            )
         choice = _choice()
         reasons: dict[str, int] = {}
         for name, layer in packed_modules(model).items():
@@ -145,7 +154,7 @@ class SparseQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> Any:
-        """Whether the model can be trained: packed layers have no derivative."""
+        """Whether the model can be trained: its packed weights cannot."""
         return False
 
     @property

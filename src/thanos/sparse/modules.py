@@ -57,7 +57,7 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output, (..., out_features).
 
-        Under autocast ``x`` is cast to the dtype of the packed values, as a plain linear layer casts it.
+        Under autocast ``x`` and the bias are cast to the dtype of the packed values, as a plain linear layer casts them.
 
         Raises:
             TypeError: ``x`` has another dtype than the packed values, without autocast.
@@ -75,9 +75,16 @@ class PackedLinear(nn.Module):
         return self.alone(x) if self.siblings is None else self.siblings.output(self.place, x)
 
     def alone(self, x: Tensor) -> Tensor:
-        """Return the layer's output, computed without its siblings."""
+        """Return the layer's output, computed without its siblings; ``x`` has the dtype of the packed values."""
         spec = self.spec
-        return packed_linear(x, self.weight_words, self.weight_offsets, self.bias, spec.rows, spec.n)
+        return packed_linear(x, self.weight_words, self.weight_offsets, self.cast_bias(), spec.rows, spec.n)
+
+    def cast_bias(self) -> Tensor | None:
+        """Return the bias; under autocast in the dtype of the packed values."""
+        bias, dtype = self.bias, self.spec.dtype
+        if bias is None or bias.dtype == dtype or not torch.is_autocast_enabled(bias.device.type):
+            return bias
+        return bias.to(dtype)
 
     def _load_from_state_dict(
         self,

@@ -37,6 +37,10 @@ class Siblings:
         self.layers = layers
         self.held: tuple[Tensor, dict[int, Tensor]] | None = None  # one tuple, so that threads do not mix inputs
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or a file of the model has: the layers, and no outputs of a run that has not ended."""
+        return {"layers": self.layers, "held": None}
+
     def output(self, place: int, x: Tensor) -> Tensor:
         """Return the output of one of the layers.
 
@@ -58,7 +62,7 @@ class Siblings:
             x,
             [layer.weight_words for layer in layers],
             [layer.weight_offsets for layer in layers],
-            [layer.bias for layer in layers],
+            [layer.cast_bias() for layer in layers],
             [layer.spec.rows for layer in layers],
             layers[0].spec.n,
         )

@@ -103,19 +103,41 @@ INLINE TARGET __m512i with_surplus(__m512i v, uint32_t mask, int n, const char *
   return n < SIDE ? _mm512_mask_expand_epi16(v, 0xffffffffu << n % SIDE, others) : v;
 }
 
-/* Add the products of one tile for all its rows; n is a constant in each case of EVERY. */
+/* The masks of a tile, as the processor wants them. */
+INLINE TARGET void reverse_all(uint32_t *to, const char *tile) {
+  const __m512i low = _mm512_set1_epi8(15); /* tables: the reverse of four bits, as the upper and as the lower half of a byte */
+  const __m512i upper = _mm512_broadcast_i32x4(
+      _mm_setr_epi8(0, -128, 64, -64, 32, -96, 96, -32, 16, -112, 80, -48, 48, -80, 112, -16));
+  const __m512i lower = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15));
+  const __m512i bytes = _mm512_broadcast_i32x4(_mm_setr_epi8(3, 2, 1, 0, 7, 6, 5, 4, 11, 10, 9, 8, 15, 14, 13, 12));
+  for (int i = 0; i < 2; i++) {
+    const __m512i m = _mm512_loadu_si512(tile + 64 * i);
+    const __m512i first = _mm512_shuffle_epi8(upper, _mm512_and_si512(m, low));
+    const __m512i second = _mm512_shuffle_epi8(lower, _mm512_and_si512(_mm512_srli_epi16(m, 4), low));
+    _mm512_store_si512(to + 16 * i, _mm512_shuffle_epi8(_mm512_or_si512(first, second), bytes));
+  }
+}
+
+/* Add the products of one tile for all its rows and tokens, whose x lie ``apart`` bytes apart; n is a constant in each case of
+ * EVERY. */
 #define TILE(name, attribute, KIND, ADD)                                                                              \
-  INLINE attribute void name(const char *tile, int n, int tail, const char *xs, float *sums) {                        \
-    const uint32_t *masks = (const uint32_t *)tile;                                                                   \
+  INLINE attribute void name(const char *tile, int n, int tail, const char *x, int64_t apart, int64_t tokens,         \
+                             float *sums) {                                                                           \
     const char *surplus = tile + 128 + 64 * n;                                                                        \
+    uint32_t masks[SIDE] __attribute__((aligned(64)));                                                                \
+    reverse_all(masks, tile);                                                                                         \
     for (int row = 0; row < SIDE; row++) {                                                                            \
       enum { i = 0 };                                                                                                 \
-      __m512 a[1] = {_mm512_load_ps(sums + 16 * row)};                                                                \
       __m512i v = values_of(tile, n, row);                                                                            \
       if (tail) v = with_surplus(v, masks[row], n, &surplus);                                                         \
-      __m512i w = _mm512_maskz_expand_epi16(reversed(masks[row]), v);                                                 \
-      ADD                                                                                                             \
-      _mm512_store_ps(sums + 16 * row, a[0]);                                                                         \
+      __m512i w = _mm512_maskz_expand_epi16(masks[row], v);                                                           \
+      float *own = sums + 16 * row;                                                                                   \
+      const char *xs = x;                                                                                             \
+      for (int64_t t = 0; t < tokens; t++, xs += apart, own += 16 * SIDE) {                                           \
+        __m512 a[1] = {_mm512_load_ps(own)};                                                                          \
+        ADD                                                                                                           \
+        _mm512_store_ps(own, a[0]);                                                                                   \
+      }                                                                                                               \
     }                                                                                                                 \
   }
 
@@ -142,19 +164,17 @@ TILE(tile_float16, TARGET, FLOAT16, ADD_WIDE(FLOAT16))
     memset(sums, 0, sizeof(float) * 16 * SIDE * p->tokens);                                                           \
     for (int64_t first = 0; first < p->tiles; first += BLOCK) {                                                       \
       const int64_t last = first + BLOCK < p->tiles ? first + BLOCK : p->tiles;                                       \
-      for (int64_t t = 0; t < p->tokens; t++) {                                                                       \
-        const char *x = p->x + t * p->tiles * each;                                                                   \
-        float *own = sums + t * 16 * SIDE;                                                                            \
-        if (!p->offsets && p->n == 16) {                                                                              \
-          for (int row = 0; row < SIDE; row += ROWS) span(p, strip, first, last, row, x, own);                        \
-          continue;                                                                                                   \
-        }                                                                                                             \
-        for (int64_t g = first; g < last; g++) {                                                                      \
-          int n, tail;                                                                                                \
-          const char *at = find(p, strip * p->tiles + g, &n, &tail);                                                  \
-          for (int line = 0; line < 128 + 64 * (n + tail); line += 64) _mm_prefetch(at + AHEAD + line, _MM_HINT_T0);  \
-          switch (n) { EVERY(CASE_##tile) }                                                                           \
-        }                                                                                                             \
+      if (!p->offsets && p->n == 16) {                                                                                \
+        for (int64_t t = 0; t < p->tokens; t++)                                                                       \
+          for (int row = 0; row < SIDE; row += ROWS)                                                                  \
+            span(p, strip, first, last, row, p->x + t * p->tiles * each, sums + t * 16 * SIDE);                       \
+        continue;                                                                                                     \
+      }                                                                                                               \
+      for (int64_t g = first; g < last; g++) {                                                                        \
+        int n, tail;                                                                                                  \
+        const char *at = find(p, strip * p->tiles + g, &n, &tail);                                                    \
+        for (int line = 0; line < 128 + 64 * (n + tail); line += 64) _mm_prefetch(at + AHEAD + line, _MM_HINT_T0);    \
+        switch (n) { EVERY(CASE_##tile) }                                                                             \
       }                                                                                                               \
     }                                                                                                                 \
     for (int64_t t = 0; t < p->tokens; t++)                                                                           \
@@ -166,9 +186,9 @@ TILE(tile_float16, TARGET, FLOAT16, ADD_WIDE(FLOAT16))
       }                                                                                                               \
   }
 
-#define CASE_tile_dot(k) case k: tile_dot(at, k, tail, x + g * each, own); break;
-#define CASE_tile_bfloat16(k) case k: tile_bfloat16(at, k, tail, x + g * each, own); break;
-#define CASE_tile_float16(k) case k: tile_float16(at, k, tail, x + g * each, own); break;
+#define CASE_tile_dot(k) case k: tile_dot(at, k, tail, p->x + g * each, p->tiles * each, p->tokens, sums); break;
+#define CASE_tile_bfloat16(k) case k: tile_bfloat16(at, k, tail, p->x + g * each, p->tiles * each, p->tokens, sums); break;
+#define CASE_tile_float16(k) case k: tile_float16(at, k, tail, p->x + g * each, p->tiles * each, p->tokens, sums); break;
 
 STRIP(strip_dot, TARGET_DOT, span_dot, tile_dot, DOT_BFLOAT16)
 STRIP(strip_bfloat16, TARGET, span_bfloat16, tile_bfloat16, BFLOAT16)

@@ -24,6 +24,13 @@ _CLUSTERS = (9, 0)
 _NO_CONTEXT = 201
 """What the driver answers in a thread that has not used the device yet."""
 
+_FILES = {
+    FEW: ("instructions", "tile", "product", "few"),
+    MANY: ("instructions", "tile", "product", "gather", "many"),
+    "expand": ("instructions", "tile", "gather", "expand"),
+}
+"""Kernel → the files, in order, that make up its source."""
+
 _ROWS_OF_PART = 256
 """Parts of a matrix that is expanded have a multiple of this many rows: no tile of the library's product is cut."""
 
@@ -53,19 +60,19 @@ def lacking(device: torch.device) -> str:
 
 @cache
 def _kernel(name: str, device: torch.device, *, n: int, tokens: int, flight: int, splits: int, half: bool) -> Any:
-    """Compile a kernel of ``packed.cu`` for a device, once in a process."""
+    """Compile a kernel for a device, once in a process."""
     with torch.cuda.device(device):
         compiled: Any = torch.cuda._compile_kernel  # private, but in all releases that are supported
-        return compiled(source(n=n, tokens=tokens, flight=flight, splits=splits, half=half), name)
+        return compiled(source(name, n=n, tokens=tokens, flight=flight, splits=splits, half=half), name)
 
 
-def source(*, n: int, tokens: int, flight: int, splits: int, half: bool) -> str:
-    """Return ``packed.cu`` with the values of its macros."""
+def source(name: str, *, n: int, tokens: int, flight: int, splits: int, half: bool) -> str:
+    """Return the source of a kernel with the values of its macros."""
     macros = {"N": n, "B": tokens, "U": flight, "SPLITS": splits, "HALF": int(half)}
     lines = [f"#define {key} {value}" for key, value in macros.items()]
-    text = (Path(__file__).parent / "packed.cu").read_text(encoding="utf-8")
+    files = (Path(__file__).parent / f"{file}.cu" for file in _FILES[name])
     # Some releases of torch put 'extern "C"' before a source that does not begin with it.
-    return "\n".join(['extern "C" {}', *lines, text])
+    return "\n".join(['extern "C" {}', *lines, *(file.read_text(encoding="utf-8") for file in files)])
 
 
 def linears(

@@ -21,7 +21,7 @@ MOST_MATRICES = 4
 
 FILE = Path(__file__).parent / "tuned.json"
 
-_TOKENS_OF_MANY = (8, 16, 32)
+_TOKENS_OF_MANY = (8, 16, 32, 64)
 """Tokens of one pass of ``many``: the first that all fit into, or the last. A larger pass needs more registers."""
 
 _NO_STRIP = (1 << 31) - 1
