@@ -580,7 +580,7 @@ def test_an_unknown_task_lists_near_names(tmp_path: Path, data: Path, capsys: py
     assert run(["study", str(path), str(tmp_path / "out"), "--data", str(data), "--quiet"]) == 2
     refused = capsys.readouterr().err
     assert "my.toml, line 7, [zero_shot] tasks: task 'piqaa'" in refused
-    assert "near names: piqa" in refused
+    assert "similar names: piqa" in refused
     assert run(["study", str(path), str(tmp_path / "out"), "--data", str(data), "--list"]) == 2
     assert capsys.readouterr().err == refused
 
