@@ -472,7 +472,7 @@ def test_other_task_files_are_other_cells_and_older_records_still_count(tmp_path
 def test_a_folder_that_is_no_studys_is_refused(tmp_path: Path, data: Path) -> None:
     (tmp_path / "file").write_text("x")
     for out in (data, tmp_path / "file"):
-        with pytest.raises(UserError, match=r"no study's folder|is a file"):
+        with pytest.raises(UserError, match=r"not the folder of a study|is a file"):
             go(write(tmp_path, GRID), data, out)
 
 
