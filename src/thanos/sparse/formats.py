@@ -1,17 +1,17 @@
 """The two packed formats of a weight matrix, and the choice between them by bytes.
 
-Both store strips of 32 rows, from the top, each as its tiles of 32 × 32 from left to right (:mod:`thanos.sparse.tiles`). Rows
-and columns that are missing to a multiple of 32 are filled with zeros.
+Both divide the matrix into strips of 32 rows, and a strip into tiles of 32 × 32 (:mod:`thanos.sparse.tiles`), which are stored
+from left to right. The matrix is padded with zeros to multiples of 32.
 
 ``fixed``
-    Every tile stores the same number n of values a row. It suits n:m patterns whose m divides 32: 16:32 and all 2:4, 4:8 and
-    8:16 matrices have n = 16 and take 0.5625 of the bytes of a dense 16-bit matrix.
+    Every tile stores the same number n of values per row. It suits n:m patterns whose m divides 32: 16:32, 2:4, 4:8 and 8:16
+    have n = 16 and take 0.5625 of the bytes of a dense 16-bit matrix.
 ``bitmap``
-    Each tile stores as many values a row as its fullest row has, so tiles differ, and ``offsets`` says where each begins. It
-    suits matrices without a pattern. The fullest of 32 random rows has more values than the mean row: a matrix that keeps half
-    of its weights takes 0.75 of the dense bytes, not 0.5625.
+    Each tile stores as many values per row as its fullest row has, so tiles have different sizes, and ``offsets`` has the start
+    of each. It suits matrices without a pattern. A matrix with half of its weights at random positions takes 0.75 of the dense
+    bytes and not 0.5625, since the fullest of 32 rows has more values than the mean row.
 
-A row with fewer values than its tile stores is filled up: it also stores zeros, at its first columns that hold no value.
+A row with fewer values than its tile stores also stores zeros, at its first columns without a value.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ Format = Literal["fixed", "bitmap"]
 
 
 UNIT = 16
-"""32-bit words of a unit of ``offsets``, 64 bytes; every tile takes a whole number of units."""
+"""Number of 32-bit words in a unit of ``offsets``, 64 bytes; every tile takes a whole number of units."""
 
 _CHUNK_ENTRIES = 1 << 21
-"""Entries of the strips that are encoded or decoded at once: few enough for the processor's caches."""
+"""Number of entries that are encoded or decoded at once; they fit into the processor's caches."""
 
 _BITMAP_GAIN = 0.97
 """The bitmap format is chosen if it takes at most this fraction of the bytes of the fixed format, whose kernel is simpler."""
@@ -46,14 +46,14 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 @dataclass(frozen=True, slots=True)
 class PackedSpec:
-    """What a packed matrix is, without its content.
+    """Format, sizes and dtype of a packed matrix.
 
     Attributes:
         format: ``fixed`` or ``bitmap``.
         rows: rows of the dense matrix (outputs).
         columns: columns of the dense matrix (inputs).
         dtype: dtype of the values, bfloat16 or float16.
-        n: values a row of each tile; 0 for ``bitmap``, whose tiles differ.
+        n: number of values per row of each tile; 0 for ``bitmap``, whose tiles differ.
         words: number of 32-bit words of all tiles.
     """
 
@@ -76,7 +76,7 @@ class PackedSpec:
 
     @property
     def offsets(self) -> int:
-        """Number of entries of ``offsets``: one a tile and the end; 0 for ``fixed``."""
+        """Number of entries of ``offsets``: one per tile, and the end; 0 for ``fixed``."""
         return self.strips * self.tiles + 1 if self.format == "bitmap" else 0
 
     @property
@@ -225,7 +225,7 @@ def padding_is_zero(packed: PackedWeight) -> bool:
 
 
 def tile_counts(packed: PackedWeight) -> Tensor:
-    """Return the number of values a row of each tile, (strips · tiles,) int64, as ``offsets`` or the spec say."""
+    """Return the number of values per row of each tile, (strips · tiles,) int64, from ``offsets`` or the spec."""
     spec = packed.spec
     if packed.offsets is None:
         return torch.full((spec.strips * spec.tiles,), spec.n, device=packed.words.device)
@@ -233,7 +233,7 @@ def tile_counts(packed: PackedWeight) -> Tensor:
 
 
 def mask_words(packed: PackedWeight) -> Iterator[tuple[int, Tensor]]:
-    """Yield (n, mask words (tiles, 32) int32) of the tiles that store n values a row."""
+    """Yield n and the mask words, (tiles, 32) int32, of the tiles that store n values per row, for each n."""
     for n, where in _by_count(tile_counts(packed)):
         yield n, _rows_of_words(packed, where, SIDE)
 
@@ -265,14 +265,14 @@ def _put(words: Tensor, first: Tensor, encoded: Tensor) -> None:
 
 
 def _by_count(counts: Tensor) -> Iterator[tuple[int, Tensor | slice]]:
-    """Yield each count that occurs and the indices of the tiles that have it."""
+    """Yield each distinct count, and the indices of the tiles with it."""
     present = counts.unique().tolist()
     for value in present:
         yield value, slice(None) if len(present) == 1 else (counts == value).nonzero().squeeze(1)
 
 
 def _chunk_rows(columns: int) -> int:
-    """Return how many rows are encoded or decoded at once; they are whole strips."""
+    """Return the number of rows that are encoded or decoded at once, a multiple of 32."""
     return max(1, _CHUNK_ENTRIES // max(1, columns * SIDE)) * SIDE
 
 

@@ -34,7 +34,7 @@ class SparseConfig(QuantizationConfigMixin):
     Args:
         format_version: version of the layout.
         layers: layer's full module name → entry.
-        others: keys of later versions; kept.
+        others: keys of later versions, which are kept.
     """
 
     def __init__(self, format_version: int = VERSION, layers: dict[str, Any] | None = None, **others: Any) -> None:
@@ -65,7 +65,7 @@ class SparseQuantizer(HfQuantizer):
         return parse_settings(self.quantization_config.to_dict(), "the model")
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Return the dtype of the packed values, in which the model has to run; warn if the caller asked for another."""
+        """Return the dtype of the packed values, in which the model must run. Warn if the caller requested another."""
         dtypes = {spec.dtype for spec in self._specs().values()}
         if len(dtypes) > 1:
             return dtype

@@ -1,7 +1,7 @@
-"""Packed matrices in safetensors files: names, the entry in ``config.json``, and the checks of everything that is read.
+"""Packed matrices in safetensors files: names, the entry in ``config.json``, and checks of what is read.
 
-docs/formats.md describes the layout. A packed weight is used only after these checks: sizes, dtypes, offsets, the bits of each
-mask word, and the zeros beyond the matrix. Then no kernel can read or write outside its tensors.
+docs/formats.md describes the layout. A packed weight is used only after checks of sizes, dtypes, offsets, the number of bits in
+each mask word, and the zeros outside the matrix. So no kernel can read or write outside its tensors.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ VERSION = 1
 """Version of the layout. Increase it if a reader of the old layout would misread the new one."""
 
 WORDS, OFFSETS = "weight_words", "weight_offsets"
-"""Last parts of the names of a packed layer's tensors, where a dense layer has ``weight``."""
+"""Last parts of the names of a packed layer's tensors, which replace ``weight``."""
 
 _MOST = 1 << 31
 """Sizes must be below this."""
@@ -65,7 +65,7 @@ def parse_settings(settings: Any, where: str) -> dict[str, PackedSpec]:
         where: name of the model, for messages.
 
     Raises:
-        ModelError: the version is another, or an entry is not valid.
+        ModelError: the version is not supported, or an entry is not valid.
     """
     version = settings.get("format_version") if isinstance(settings, Mapping) else None
     if type(version) is not int or version != VERSION:
@@ -113,8 +113,8 @@ def tensor_specs(prefix: str, spec: PackedSpec) -> dict[str, TensorSpec]:
     """Return the stored tensors of a packed layer: name → dtype and shape.
 
     Args:
-        prefix: name of the layer in the checkpoint, whose weight would be ``prefix.weight``.
-        spec: of the layer.
+        prefix: name of the layer in the checkpoint.
+        spec: spec of its weight.
     """
     tensors = {f"{prefix}.{WORDS}": TensorSpec(torch.int32, (spec.words,))}
     if spec.offsets:
@@ -125,7 +125,7 @@ def tensor_specs(prefix: str, spec: PackedSpec) -> dict[str, TensorSpec]:
 def find_prefixes(specs: Mapping[str, PackedSpec], checkpoint: Checkpoint, where: str) -> dict[str, str]:
     """Return layer name → prefix of its tensors in a checkpoint.
 
-    The first part of a layer's name (``model``) may be absent in the checkpoint, or be there alone.
+    The first part of a name (``model``) may exist only in the model or only in the checkpoint.
 
     Raises:
         ModelError: tensors and layers do not correspond, or a tensor has another dtype or shape than the spec says.
@@ -157,7 +157,7 @@ def _words(spec: TensorSpec) -> str:
 
 
 def read_weight(checkpoint: Checkpoint, prefix: str, spec: PackedSpec, where: str) -> PackedWeight:
-    """Read one packed matrix and check it. The tensors are those that :func:`find_prefixes` has checked.
+    """Read and check one packed matrix. :func:`find_prefixes` must have checked its tensors' shapes and dtypes.
 
     Raises:
         ModelError: see :func:`check_weight`.
@@ -169,15 +169,15 @@ def read_weight(checkpoint: Checkpoint, prefix: str, spec: PackedSpec, where: st
 
 
 def check_weight(packed: PackedWeight, name: str) -> None:
-    """Check the content of a packed matrix, on whatever device it is.
+    """Check the content of a packed matrix, on any device.
 
     Args:
         packed: tensors of any content.
-        name: of the layer, for messages.
+        name: name of the layer, for messages.
 
     Raises:
-        ModelError: a size or dtype is not the spec's, an offset does not suit, a mask word has another count than its tile, or
-            an entry beyond the matrix is not zero.
+        ModelError: a size or dtype differs from the spec, offsets are wrong, a mask word has not as many bits as its tile has
+            values per row, or an entry outside the matrix is not zero.
     """
     spec, offsets = packed.spec, packed.offsets
     present = 0 if offsets is None else offsets.numel()

@@ -1,12 +1,12 @@
 """Tiles of 32 rows × 32 columns, the unit of both packed formats: their masks and their values as 32-bit words.
 
-A tile that stores n values a row takes 32 + 16·n words: 32 mask words, one a row, then the values. The most significant bit of
-a mask word is the tile's first column, and each word has exactly n bits set. The values of a row are in the order of its
-columns. They are cut into pieces of 8, and what is left of n into at most one piece each of 4, 2 and 1. A piece holds the
-values of row 0, then those of row 1, and so on to row 31: 32 lanes of a GPU's warp, a row each, read one contiguous range.
+A tile that stores n values per row takes 32 + 16·n words: 32 mask words, one per row, then the values. The most significant bit
+of a mask word is the tile's first column, and each word has exactly n bits set. The values of a row are in the order of its
+columns. They are divided into pieces of 8, and the remainder into at most one piece each of 4, 2 and 1. A piece has the values
+of row 0, then those of row 1, and so on to row 31. So the 32 lanes of a GPU's warp, one per row, read a contiguous range.
 
-Values are 16 bits wide and never looked at as numbers here, so that negative zeros and NaN pass unchanged. Letters: B tiles,
-n values a row. Encoding runs on the CPU, decoding on any device.
+Values are handled as 16 bits and not as numbers, so negative zeros and NaN do not change. Letters: B tiles, n values per row.
+Encoding runs on the CPU, decoding on any device.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ SIDE = 32
 """Rows and columns of a tile."""
 
 PIECES = (8, 4, 2, 1)
-"""Sizes of the pieces, in values a row."""
+"""Sizes of the pieces, in values per row."""
 
 _ONES = 0x0101010101010101
 """Factor that sums 8 bytes in the top byte."""
 
 
 def tile_words(n: int) -> int:
-    """Return the number of 32-bit words of a tile with ``n`` values a row."""
+    """Return the number of 32-bit words of a tile with ``n`` values per row."""
     return SIDE + SIDE * n // 2
 
 
@@ -56,14 +56,14 @@ def unpack_bits(words: Tensor) -> Tensor:
 
 
 def true_positions(flags: Tensor) -> Tensor:
-    """Return the flat positions of true flags, in order, int64; on the CPU without the slow path of ``Tensor.nonzero``."""
+    """Return the flat positions of true flags in order, int64. NumPy is used on the CPU, where ``Tensor.nonzero`` is slow."""
     if flags.device.type == "cpu":
         return torch.from_numpy(np.flatnonzero(flags.numpy()))
     return flags.reshape(-1).nonzero().squeeze(-1)
 
 
 def count_flags(flags: Tensor) -> Tensor:
-    """Return the number of true flags in each 32 of (…, 32·k) bool, contiguous: (…, k) uint8."""
+    """Return the number of true flags in each group of 32 of (…, 32·k) bool, contiguous: (…, k) uint8."""
     sums = (flags.view(torch.int64) * _ONES) >> 56
     return sums.to(torch.uint8).unflatten(-1, (-1, 4)).sum(-1, dtype=torch.uint8)
 
@@ -77,7 +77,7 @@ def count_bits(words: Tensor) -> Tensor:
 
 
 def fill_up(kept: Tensor, counts: Tensor, n: Tensor | int) -> Tensor:
-    """Add the first columns that are not kept to the mask of each row until it has ``n``.
+    """Extend the mask of each row to ``n`` columns, by its first columns that are not kept.
 
     Args:
         kept: (B, 32, 32) bool.

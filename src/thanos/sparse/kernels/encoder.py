@@ -45,9 +45,9 @@ def encode(weight: Tensor, counts: Tensor, offsets: Tensor, words: Tensor) -> No
 
     Args:
         weight: as for :func:`fullest_rows`.
-        counts: values a row that each tile stores, (strips · tiles,) uint8.
+        counts: number of values per row of each tile, (strips · tiles,) uint8.
         offsets: first word of each tile, and the end, (strips · tiles + 1,) int64.
-        words: where the tiles go, (offsets[-1],) int32.
+        words: output for the tiles, (offsets[-1],) int32.
 
     Raises:
         ValueError: a row has more entries than its tile stores, or a tile stores more than 32.
