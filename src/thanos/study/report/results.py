@@ -183,14 +183,11 @@ class Results:
         records: the done cells of a store, of any model.
 
     Attributes:
-        rows: rows with the calibration and damping of most rows, without a repair, and with the method's scope.
-        scoped: rows like these with another scope.
-        repaired: rows like these with a repair or an allocation.
+        rows: rows with the calibration and damping of most rows (``base``), without a repair, and with the method's scope.
+        scoped, repaired: the same with another scope, and with a repair or an allocation.
         variations: rows with another calibration or damping.
-        dense: the row of the dense model; None without one.
         left_out: cells that are not compared, see comparable.py.
         cost_only: whether the study lists the model in ``cost_only``, so that none of its cells was evaluated.
-        base: calibration text, number and length of its sequences, and damping of most rows.
     """
 
     def __init__(self, model: str, records: Iterable[CellRecord]) -> None:
