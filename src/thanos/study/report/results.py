@@ -228,8 +228,7 @@ class Results:
 def over_common_seeds(*rows: Row, field: str = "perplexity") -> tuple[Row, ...]:
     """Return the rows restricted to the seeds for which each of them has the field.
 
-    Every comparison of a report uses these, since a seed that only one row has says nothing about the difference. Rows without
-    a common seed have no cells left.
+    Every comparison of a report uses these. Rows without a common seed have no cells left.
     """
     common = set.intersection(*(row.seeds_with(field) for row in rows)) if rows else set()
     return tuple(row.only(common) for row in rows)
