@@ -33,6 +33,7 @@ from thanos.sparse.formats import PackedWeight
 from thanos.sparse.kernels import dense as dense_kernel
 from thanos.sparse.kernels.tuned import FEW, MANY, Launch, Settings, kind_of
 from thanos.sparse.ops import packed_linear
+from thanos.sparse.tiles import UNIT
 
 SHAPES = {
     "cuda": "6144x4096,4096x4096,28672x4096,4096x14336,8192x28672",
@@ -41,8 +42,14 @@ SHAPES = {
 
 TUNED_SHAPES = "1024x4096,4096x4096,6144x4096,14336x4096,28672x4096,4096x14336,8192x28672"
 
-TUNED_PATTERNS = ("16:32", "60 %")
-"""One for each kind of kernel that is tuned."""
+TUNED_PATTERNS = ("16:32", "50 %", "60 %", "70 %")
+"""What is tuned: a kind of kernel, and the units of a tile that are nearest, decide which of them a matrix follows."""
+
+TRIED_PARTS = (1, 2, 4)
+"""Numbers of parts of an expanded matrix that are tried."""
+
+PARTS_GAIN = 0.99
+"""More parts must take less than this fraction of the time of fewer."""
 
 SETTINGS_SHAPE = (4096, 14336)
 """Size at which the settings of a device are measured."""
@@ -154,7 +161,9 @@ def tune(arguments: Namespace) -> None:
                 works = [product_of(shape, tokens, packed, words, family, launch, device) for launch in tried]
                 took = rounds(works, len(words), device, 5)
                 best = min(range(len(tried)), key=took.__getitem__)
-                row = {"family": family, "kind": kind_of(packed.spec.n), "size": shape, **tried[best]._asdict()}
+                units = packed.spec.words // (UNIT * packed.spec.strips * packed.spec.tiles)
+                kind = {"family": family, "kind": kind_of(packed.spec.n), "units": units}
+                row = {**kind, "size": shape, **tried[best]._asdict()}
                 rows.append(row)
                 slowest = round(max(took), 2)
                 print(json.dumps({**row, "us": round(took[best], 2), "slowest_us": slowest}), flush=True)
@@ -174,19 +183,20 @@ def settings(rows: list[dict[str, Any]], device: str) -> Settings:
     here = [row for row in rows if (row["size"], row["kind"]) == (shape, kind_of(packed.spec.n))]
     best = {row["family"]: Launch(row["flight"], row["splits"], row["warps"]) for row in here}
 
-    def library(tokens: int, expanded: int) -> Callable[[int], Any]:
+    def library(tokens: int, parts: int) -> Callable[[int], Any]:
         x = torch.randn(tokens, shape[1]).to(device, torch.bfloat16)
-        return lambda i: by_library(x, words[i], None, None, shape[0], packed.spec.n, expanded)
+        return lambda i: by_library(x, words[i], None, None, shape[0], packed.spec.n, parts)
 
     def kernel(family: str, tokens: int) -> Callable[[int], Any]:
         return product_of(shape, tokens, packed, words, family, best[family], device)
 
-    bytes_tried = [8 << 20, 16 << 20, 32 << 20, Settings().expanded_bytes]
-    took = rounds([library(2048, size) for size in bytes_tried], len(words), device, 5)
-    print(
-        json.dumps({"tokens": 2048, "expanded_bytes": bytes_tried, "us": [round(one, 1) for one in took]}), flush=True
+    took = dict(
+        zip(TRIED_PARTS, rounds([library(2048, one) for one in TRIED_PARTS], len(words), device, 9), strict=True)
     )
-    expanded = bytes_tried[min(range(len(took)), key=took.__getitem__)]
+    print(json.dumps({"tokens": 2048, "parts": {one: round(us, 1) for one, us in took.items()}}), flush=True)
+    parts = 1
+    for one, us in took.items():
+        parts = one if us < PARTS_GAIN * took[parts] else parts
     few_tokens, most_tokens = 0, 16
     for tokens in (1, 2, 4):
         few, many = rounds([kernel(FEW, tokens), kernel(MANY, tokens)], len(words), device, 9)
@@ -195,12 +205,12 @@ def settings(rows: list[dict[str, Any]], device: str) -> Settings:
             break
         few_tokens = tokens
     for tokens in (32, 48, 64, 96, 128):
-        many, theirs = rounds([kernel(MANY, tokens), library(tokens, expanded)], len(words), device, 9)
+        many, theirs = rounds([kernel(MANY, tokens), library(tokens, 1)], len(words), device, 9)
         print(json.dumps({"tokens": tokens, MANY: round(many, 2), "library": round(theirs, 2)}), flush=True)
         if many > theirs:
             break
         most_tokens = tokens
-    return Settings(few_tokens, most_tokens, expanded)
+    return Settings(few_tokens, most_tokens, parts)
 
 
 def as_text(table: dict[str, Any]) -> str:

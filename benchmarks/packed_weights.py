@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from thanos.sparse.formats import PackedWeight, encode
+from thanos.sparse.encoding import encode
+from thanos.sparse.formats import PackedWeight
 
 PATTERNS = {"16:32": 0.0, "50 %": 0.5, "60 %": 0.6, "70 %": 0.7}
 """Pattern → sparsity of one without a pattern; 0 for 16:32."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 
 from helpers import tiny_model, tiny_tokenizer
-from thanos.sparse.formats import PackedWeight
+from thanos.sparse.encoding import count_entries, encode
+from thanos.sparse.formats import PackedSpec, PackedWeight
 from thanos.sparse.ops import packed_linear
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -48,12 +50,27 @@ def on(packed: PackedWeight, device: str) -> PackedWeight:
     return PackedWeight(packed.spec, packed.words.to(device), offsets)
 
 
-def assert_close(got: Tensor, weight: Tensor, x: Tensor, bias: Tensor | None = None) -> None:
-    """The result is the float64 product up to float32 sums of that length and one rounding."""
+def version_1(weight: Tensor) -> PackedWeight:
+    """The bitmap format as version 1 stored it: every tile as wide as its fullest row, no tails, offsets in units."""
+    counts = count_entries(weight)
+    counts[1], counts[2] = counts[0], 0
+    words = 16 * int((counts[0].long() + 2).sum())
+    spec = PackedSpec("bitmap", weight.shape[0], weight.shape[1], weight.dtype, 0, words)
+    packed = encode(weight, spec, counts)
+    assert packed.offsets is not None
+    return PackedWeight(dataclasses.replace(spec, version=1), packed.words, packed.offsets // 4)
+
+
+def assert_close(got: Tensor, weight: Tensor, x: Tensor, bias: Tensor | None = None, *, rounded: bool = False) -> None:
+    """The result is the float64 product up to float32 sums of that length and one rounding.
+
+    ``rounded``: the product may be rounded before the bias is added, as torch's own linear layer does with many tokens.
+    """
     wide = weight.double().cpu()
-    exact = x.double().cpu() @ wide.T + (0 if bias is None else bias.double().cpu())
+    product = x.double().cpu() @ wide.T
+    exact = product + (0 if bias is None else bias.double().cpu())
     size = x.double().abs().cpu() @ wide.abs().T + (0 if bias is None else bias.double().abs().cpu())
-    allowed = EPSILON[got.dtype] * exact.abs() + 1e-5 * size + 1e-7
+    allowed = EPSILON[got.dtype] * (exact.abs() + (product.abs() if rounded else 0)) + 1e-5 * size + 1e-7
     assert got.shape == exact.shape
     assert bool(((got.double().cpu() - exact).abs() <= allowed).all())
 

@@ -54,7 +54,7 @@ def test_the_defaults_are_those_that_are_documented():
         "multiple_of": None,
         "head_unit": None,
         "held_out": None,
-        "tune_rate": 2e-3,
+        "tune_rate": 8e-3,
         "tune_loss": "block",
         "trust_remote_code": False,
     }

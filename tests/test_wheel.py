@@ -1,4 +1,4 @@
-"""A built wheel, installed into an environment that has the dependencies and not this checkout."""
+"""A wheel built from the source package, installed into an environment that has the dependencies and not this checkout."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from helpers import ROOT
+
+EXTENSIONS = ("_cpu", "_dense", "_encode")
 
 _NEEDED = 77
 """Least major version of setuptools, as in pyproject.toml."""
@@ -41,13 +43,24 @@ def test_a_wheel_installs_and_its_command_runs(tmp_path: Path) -> None:
         shutil.copyfile(ROOT / name, source / name)
     shutil.copytree(ROOT / "src", source / "src", ignore=shutil.ignore_patterns("*.egg-info", "__pycache__", "*.so"))
     offline = ("--no-deps", "--no-index", "--quiet", "--disable-pip-version-check")
-    run(sys.executable, "-m", "pip", "wheel", *offline, "--no-build-isolation", "-w", tmp_path, source, cwd=tmp_path)
+    run(
+        sys.executable,
+        "-c",
+        f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})",
+        cwd=source,
+    )
+    (package,) = tmp_path.glob("*.tar.gz")
+    run(sys.executable, "-m", "pip", "wheel", *offline, "--no-build-isolation", "-w", tmp_path, package, cwd=tmp_path)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     for needed in ("study/report/templates/page.html", "study/report/templates/page.css", "py.typed"):
         assert f"thanos/{needed}" in names
     assert any(name.endswith(".cu") for name in names)
     assert not any(name.startswith("tests/") for name in names)
+    compiler = (sysconfig.get_config_var("CC") or "cc").split()[0]
+    built = [f"thanos/sparse/kernels/{name}{sysconfig.get_config_var('EXT_SUFFIX')}" for name in EXTENSIONS]
+    if shutil.which(compiler):  # without one an installation goes on, and so it would without a file that they include
+        assert set(built) <= set(names)
 
     run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "empty", cwd=tmp_path)
     binaries = tmp_path / "empty" / ("Scripts" if os.name == "nt" else "bin")
@@ -59,5 +72,7 @@ def test_a_wheel_installs_and_its_command_runs(tmp_path: Path) -> None:
     (Path(site) / "dependencies.pth").write_text("\n".join(sorted(paths)) + "\n")
     where = run(python, "-c", "import thanos; print(thanos.__file__)", cwd=tmp_path).strip()
     assert Path(where).is_relative_to(tmp_path / "empty")
+    if shutil.which(compiler):
+        run(python, "-c", f"from thanos.sparse.kernels import {', '.join(EXTENSIONS)}", cwd=tmp_path)
     assert "compare" in run(binaries / "thanos", "--help", cwd=tmp_path)
     assert run(binaries / "thanos", "--version", cwd=tmp_path).startswith("thanos ")

@@ -92,15 +92,15 @@ def test_tuning_writes_launches_that_the_kernels_then_use(tmp_path, monkeypatch,
     assert packed.main() == 0
     table = json.loads(file.read_text())
     assert table.keys() == {"another", "a new GPU"}
-    assert table["a new GPU"]["settings"] == {"few_tokens": 2, "most_tokens": 32, "expanded_bytes": 1 << 40}
-    assert len(table["a new GPU"]["launches"]) == 2 * 2 * 2  # sizes, patterns, kernels
+    assert table["a new GPU"]["settings"] == {"few_tokens": 2, "most_tokens": 32, "parts": 4}
+    assert len(table["a new GPU"]["launches"]) == 2 * 4 * 2  # sizes, patterns, kernels
     monkeypatch.setattr(tuned, "FILE", file)
     for function in (tuned._table, tuned.device_settings, tuned.launch_for):
         function.cache_clear()
     try:
-        assert tuned.device_settings("a new GPU") == Settings(2, 32, 1 << 40)
+        assert tuned.device_settings("a new GPU") == Settings(2, 32, 4)
         for family, n in ((FEW, 16), (FEW, 0), (MANY, 16), (MANY, 0)):
-            assert tuned.launch_for("a new GPU", family, n, 1, 2) == list(packed.launches(family, n))[-1]
+            assert tuned.launch_for("a new GPU", family, n, 18, 1, 2) == list(packed.launches(family, n))[-1]
     finally:
         for function in (tuned._table, tuned.device_settings, tuned.launch_for):
             function.cache_clear()

@@ -177,6 +177,33 @@ def test_a_tensor_that_does_not_fit_is_refused(tmp_path: Path, wrong: torch.Tens
     assert writer.written == set()
 
 
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_a_tensor_written_in_parts_has_the_same_bytes(tmp_path: Path, rows: int) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    old, new = torch.zeros(8, 6, dtype=torch.bfloat16), torch.randn(8, 6).bfloat16()
+    save_file({"a": old, "b": old.clone()}, source / SINGLE_NAME)
+    writer = mirror(SafetensorsCheckpoint(source), tmp_path)
+    writer.write_parts("a", (part.T.contiguous().T for part in new.split(rows)))
+    writer.finish()
+    written = load_file(tmp_path / SINGLE_NAME)
+    assert torch.equal(written["a"], new)
+    assert torch.equal(written["b"], old)
+
+
+@pytest.mark.parametrize("parts", [[(5,), (4,)], [(3,)], [], [(4,), (4,), (1,)]])
+def test_parts_that_do_not_fill_the_tensor_are_refused(tmp_path: Path, parts: list[tuple[int, ...]]) -> None:
+    checkpoint = LoadedCheckpoint({"a": torch.zeros(8), "b": torch.zeros(8)})
+    writer = mirror(checkpoint, tmp_path)
+    writer.write("b", torch.full((8,), 7.0))
+    with pytest.raises(ValueError, match="part"):
+        writer.write_parts("a", (torch.ones(shape) for shape in parts))
+    with pytest.raises(ValueError, match="part does not fit"):
+        writer.write_parts("a", [torch.ones(8).double()])
+    assert writer.written == {"b"}
+    assert torch.equal(writer.read("b"), torch.full((8,), 7.0))
+
+
 def test_an_input_that_shrinks_during_the_run(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "out").mkdir()

@@ -92,7 +92,7 @@ class Toy:
         return ((outputs.double() - wanted).square().sum() / wanted.square().sum()).item()
 
 
-def run(work: Work, *, epochs: int = 6, rate: float = 0.01, seed: int = 0, world: World = SINGLE) -> Tuned:
+def run(work: Work, *, epochs: int = 6, rate: float = 0.04, seed: int = 0, world: World = SINGLE) -> Tuned:
     steps = tune(work, epochs=epochs, rate=rate, seed=seed, world=world)
     while True:
         try:
@@ -204,6 +204,8 @@ def test_the_steps_are_those_of_masked_adam_written_out() -> None:
     first = {name: torch.zeros_like(value) for name, value in theta.items()}
     second = {name: torch.zeros_like(value) for name, value in theta.items()}
     power = toy.targets[[0, 4, 8, 12]].double().square().mean()
+    kept = torch.cat([toy.values[name][~zeros] for name, zeros in toy.zeros.items()])
+    rate *= kept.double().square().mean().sqrt().item()
     draw, step = torch.Generator().manual_seed(3), 0
     for _ in range(epochs):
         for batch in shuffled_batches(range(SEQUENCES - HELD_OUT), 8, draw):
@@ -222,6 +224,31 @@ def test_the_steps_are_those_of_masked_adam_written_out() -> None:
     assert step == 4
     for name, value in tuned.values.items():
         torch.testing.assert_close(value.double(), theta[name], rtol=0, atol=2e-6)
+
+
+def linear_block(scale: float = 1.0) -> Work:
+    """A pruned matrix whose outputs are to be those of the dense one; weights and outputs have a scale."""
+    draw = torch.Generator().manual_seed(1)
+    weight = scale * torch.randn(6, WIDTH, generator=draw)
+    pruned = weight.masked_fill(torch.rand(weight.shape, generator=draw) < 0.5, 0)
+    inputs = torch.randn(SEQUENCES, LENGTH, WIDTH, generator=draw)
+    targets = inputs @ weight.T
+    return Work(
+        forward=lambda parameters, hidden, rows: hidden @ parameters.get("weight", pruned).T,
+        tunables=[Tunable("weight", pruned, torch.float32, True)],
+        read=lambda batches: iter([(inputs[batch], targets[batch]) for batch in batches]),
+        training=range(SEQUENCES - HELD_OUT),
+        held_out=range(SEQUENCES - HELD_OUT, SEQUENCES),
+        mine=range(SEQUENCES),
+        device=torch.device("cpu"),
+    )
+
+
+def test_a_rate_means_the_same_whatever_the_size_of_the_weights() -> None:
+    one, other = (run(linear_block(scale), rate=0.02, epochs=3) for scale in (1.0, 1 / 64))
+    assert one.record.kept_epoch
+    assert other.record.losses == pytest.approx(one.record.losses, rel=1e-3)
+    torch.testing.assert_close(64 * other.values["weight"], one.values["weight"], rtol=1e-3, atol=1e-4)
 
 
 def test_a_linear_block_comes_near_to_its_least_squares() -> None:

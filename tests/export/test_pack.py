@@ -19,6 +19,7 @@ from thanos.export.pack import pack
 from thanos.export.unpack import unpack
 from thanos.run.lock import locked
 from thanos.sparse import formats
+from thanos.sparse.encoding import encode_strips
 
 
 @pytest.fixture(scope="module")
@@ -99,18 +100,26 @@ def test_the_same_input_gives_the_same_bytes(pruned, packed, tmp_path):
     assert files_of(tmp_path / "second") == files_of(packed)
 
 
-def test_a_packed_layer_is_gone_before_the_next_one_is_packed(pruned, tmp_path, monkeypatch):
-    made: list[weakref.ref[Any]] = []
+@pytest.mark.parametrize("entries", [1, 2048, 1 << 23])
+def test_layers_are_packed_and_unpacked_in_parts_one_after_another(pruned, packed, tmp_path, monkeypatch, entries):
+    """Whatever the size of the parts, the files are the same, and one part is in memory: its rows and its words."""
+    alive: list[weakref.ref[Any]] = []
+    largest: list[int] = []
 
-    def encode(*arguments: Any) -> Any:
-        assert all(one() is None for one in made)
-        packed = formats.encode(*arguments)
-        made.append(weakref.ref(packed.words))
-        return packed
+    def encode(rows: torch.Tensor, *others: Any) -> torch.Tensor:
+        assert all(one() is None for one in alive)
+        words = encode_strips(rows, *others)
+        alive.extend((weakref.ref(rows), weakref.ref(words)))
+        largest.append(rows.numel())
+        return words
 
-    monkeypatch.setattr("thanos.export.pack.encode", encode)
+    monkeypatch.setattr(formats, "_PART_ENTRIES", entries)
+    monkeypatch.setattr("thanos.export.pack.encode_strips", encode)
     pack(pruned, tmp_path / "packed", least_weights=1)
-    assert len(made) > 2
+    assert max(largest) <= max(entries, 32 * 64)  # a strip at least; the layers are 64 wide
+    assert files_of(tmp_path / "packed") == files_of(packed)
+    unpack(tmp_path / "packed", tmp_path / "again")
+    assert files_of(tmp_path / "again") == files_of(pruned)
 
 
 def test_shards_have_the_size_that_is_asked_for(pruned, tmp_path):
@@ -137,6 +146,16 @@ def test_refusals_say_what_to_do(pruned, packed, tmp_path):
             call()
     assert not (tmp_path / "o").exists()
     assert not list(tmp_path.glob(".*"))
+
+
+def test_layers_of_two_dtypes_are_refused(tmp_path):
+    source = save_pruned(tmp_path / "model")
+    tensors = load_file(source / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file({**tensors, name: tensors[name].half()}, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"layers of torch\.bfloat16 and torch\.float16; a model runs in one dtype"):
+        pack(source, tmp_path / "packed", least_weights=1)
+    assert not (tmp_path / "packed").exists()
 
 
 def test_an_output_is_replaced_only_when_asked(pruned, packed, tmp_path):
@@ -184,7 +203,7 @@ def set_item(name: str, index: int, value: int) -> Any:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda tensors, settings: settings.__setitem__("format_version", 2), "version 2"),
+        (lambda tensors, settings: settings.__setitem__("format_version", 3), "version 3"),
         (lambda tensors, settings: settings.__setitem__("layers", {}), "no packed layers"),
         (lambda tensors, settings: settings["layers"].pop(FIXED), "lists no packed layer"),
         (lambda tensors, settings: settings["layers"].__setitem__("x", settings["layers"][FIXED]), "has no tensor"),
@@ -203,7 +222,7 @@ def set_item(name: str, index: int, value: int) -> Any:
         (set_item(f"{FIXED}.weight_words", 5, -1), "mask"),
         (set_item(f"{FIXED}.weight_words", 5, 0), "mask"),
         (set_item(f"{BITMAP}.weight_words", 31, 0x7FFFFFFF), "mask"),
-        (set_item(f"{BITMAP}.weight_offsets", 0, 1), "offsets"),
+        (set_item(f"{BITMAP}.weight_offsets", 0, 4), "offsets"),
         (set_item(f"{BITMAP}.weight_offsets", 1, 2**31 - 1), "offsets"),
         (set_item(f"{BITMAP}.weight_offsets", 1, -(2**31)), "offsets"),
         (set_item(f"{BITMAP}.weight_offsets", 2, 0), "offsets"),
@@ -223,12 +242,10 @@ def test_entries_beyond_the_matrix_are_refused(tmp_path):
     pack(source, tmp_path / "packed", least_weights=1)
 
     def change(tensors: Any, settings: Any) -> None:
-        first = 16 * int(
-            tensors["model.layers.0.mlp.up_proj.weight_offsets"][4]
-        )  # 72 × 40: the last strip's first tile
-        tensors["model.layers.0.mlp.up_proj.weight_words"][first + 32 + 4 * 31] = (
-            0x3F803F80  # two values of its last row
-        )
+        begin, end = tensors[f"{BITMAP}.weight_offsets"][4:6].tolist()  # 72 × 40: the last strip's first tile
+        first, n = 16 * (begin // 4) + 32, end // 4 - begin // 4 - 2 - begin % 4
+        assert n > 0
+        tensors[f"{BITMAP}.weight_words"][first : first + 16 * n] = 0x3F803F80  # ones in all rows
 
     unpack(tmp_path / "packed", tmp_path / "fine")
     assert files_of(tmp_path / "fine") == files_of(source)

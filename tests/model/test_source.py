@@ -194,10 +194,15 @@ def test_quantised(copy: Path, quantisation: dict[str, Any], says: str) -> None:
     refused(copy, f"is quantised .*{says}.*before quantisation")
 
 
-@pytest.mark.parametrize("quantisation", ["gptq", ["gptq"], 4])
+@pytest.mark.parametrize("quantisation", ["gptq", ["gptq"], 4, {"quant_method": "a\nb"}])
 def test_quantised_in_a_strange_way(copy: Path, quantisation: Any) -> None:
     edit_config(copy, quantization_config=quantisation)
     refused(copy, "is quantised")
+
+
+def test_no_quantisation_is_a_plain_model(copy: Path) -> None:
+    edit_config(copy, quantization_config=None)
+    assert resolve_model(copy).folder == copy
 
 
 def test_remote_code_needs_the_flag(copy: Path) -> None:

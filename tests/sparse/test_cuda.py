@@ -7,9 +7,11 @@ import warnings
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from sparse_matrices import DTYPES, SHAPES, assert_close, on, product, random_weight, sparse_weight
-from thanos.sparse.formats import PackedWeight, decode, encode
+from thanos.sparse.encoding import encode
+from thanos.sparse.formats import PackedWeight, decode
 from thanos.sparse.kernels.tuned import FEW, MANY, Launch, launch_for
 from thanos.sparse.ops import packed_linear
 
@@ -39,6 +41,7 @@ def by_kernel(packed: PackedWeight, x: Tensor, family: str, launch: Launch, bias
         (MANY, Launch(2, 2, 4), 8),
         (MANY, Launch(2, 4, 8), 13),
         (MANY, Launch(1, 8, 1), 33),
+        (MANY, Launch(2, 1, 8), 20),
     ],
 )
 def test_every_kernel_is_the_float64_product(shape, dtype, family, launch, tokens):
@@ -78,18 +81,37 @@ def test_the_device_expands_the_matrix_bit_by_bit(shape):
         assert torch.equal(decode(packed).cpu().view(torch.int16), weight.view(torch.int16))
 
 
-@pytest.mark.parametrize("expanded", [1, 1 << 16, 1 << 30])
-def test_the_library_multiplies_in_parts(expanded):
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_the_library_multiplies_in_parts(parts):
     from thanos.sparse.kernels.cuda import by_library
 
     draw = torch.Generator().manual_seed(4)
-    x, bias = torch.randn(70, 520, generator=draw).bfloat16(), torch.randn(100, generator=draw).bfloat16()
-    for weight in (sparse_weight(100, 520), random_weight(100, 520, 0.6)):
+    x, bias = torch.randn(70, 520, generator=draw).bfloat16(), torch.randn(1000, generator=draw).bfloat16()
+    for weight in (sparse_weight(1000, 520), random_weight(1000, 520, 0.6)):
         packed = on(encode(weight), DEVICE)
         for one in (None, bias):
             held = None if one is None else one.to(DEVICE)
-            got = by_library(x.to(DEVICE), packed.words, packed.offsets, held, 100, packed.spec.n, expanded)
-            assert_close(got, weight, x, one)
+            got = by_library(x.to(DEVICE), packed.words, packed.offsets, held, 1000, packed.spec.n, parts)
+            assert_close(got, weight, x, one, rounded=one is not None)
+            if parts == 1:
+                assert torch.equal(got, F.linear(x.to(DEVICE), weight.to(DEVICE), held))
+
+
+def test_a_graph_replays_a_product_in_parts():
+    from thanos.sparse.kernels.cuda import by_library
+
+    weight = random_weight(1000, 520, 0.6)
+    packed, x = on(encode(weight), DEVICE), torch.randn(70, 520, device=DEVICE).bfloat16()
+    arguments = (packed.words, packed.offsets, None, 1000, 0, 4)
+    by_library(x, *arguments)  # compiles, and makes the stream
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = by_library(x, *arguments)
+    for _ in range(3):
+        x.normal_()
+        y.zero_()
+        graph.replay()
+        assert_close(y, weight, x)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -121,7 +143,7 @@ def test_a_token_has_the_same_bits_in_any_batch(shape, family):
     for weight in (sparse_weight(*shape), random_weight(*shape, 0.7)):
         packed = on(encode(weight), DEVICE)
         strips, tiles = shape[0] // 32, shape[1] // 32
-        launch = launch_for(torch.cuda.get_device_name(), family, packed.spec.n, strips, tiles)
+        launch = launch_for(torch.cuda.get_device_name(), family, packed.spec.n, 18, strips, tiles)
         x = torch.randn(33, shape[1], device=DEVICE).bfloat16()
         whole = by_kernel(packed, x, family, launch)
         assert torch.equal(by_kernel(packed, x, family, launch), whole)

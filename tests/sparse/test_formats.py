@@ -9,15 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparse_matrices import random_weight, same_bits, sparse_weight
-from thanos.sparse.formats import (
-    PackedWeight,
-    choose_format,
-    decode,
-    decode_strips,
-    encode,
-    fullest_rows,
-    padding_is_zero,
-)
+from thanos.sparse import encoding, formats
+from thanos.sparse.encoding import choose_format, count_entries, encode
+from thanos.sparse.formats import PackedWeight, decode, decode_strips, padding_is_zero
 from thanos.sparse.kernels import encoder
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -33,15 +27,19 @@ def read_words(packed: PackedWeight) -> Tensor:
         for tile in range(spec.tiles):
             index = strip * spec.tiles + tile
             if packed.offsets is None:
-                first, n = index * (32 + 16 * spec.n), spec.n
+                first, n, tail = index * (32 + 16 * spec.n), spec.n, 0
             else:
-                first, end = (16 * int(unit) for unit in packed.offsets[index : index + 2])
-                n = (end - first - 32) // 16
+                begin, end = packed.offsets[index : index + 2].tolist()
+                first, tail = 16 * (begin // 4), begin % 4
+                n = end // 4 - begin // 4 - 2 - tail
+            rest = halves[2 * (first + 32 + 16 * n) : 2 * (first + 32 + 16 * (n + tail))]
             for row in range(32):
                 mask, value = words[first + row], 2 * (first + 32)
                 columns = [column for column in range(32) if mask >> (31 - column) & 1]
-                assert len(columns) == n
-                taken = 0
+                assert len(columns) >= n
+                for column in columns[n:]:
+                    out[strip * 32 + row, tile * 32 + column] = rest.pop(0)
+                columns, taken = columns[:n], 0
                 for size in (8,) * (n // 8) + tuple(size for size in (4, 2, 1) if n & size):
                     for column, half in zip(
                         columns[taken : taken + size],
@@ -50,6 +48,8 @@ def read_words(packed: PackedWeight) -> Tensor:
                     ):
                         out[strip * 32 + row, tile * 32 + column] = half
                     value, taken = value + 32 * size, taken + size
+            assert len(rest) < 32
+            assert not any(rest)
     return out
 
 
@@ -114,23 +114,58 @@ def test_a_negative_zero_counts_as_an_entry():
     assert same_bits(decode(packed), weight)
 
 
+def smallest(counts: list[int]) -> tuple[int, int]:
+    """n and the tail's units that store rows with these numbers of values in the fewest units; the largest n of several."""
+    sizes = {n: -(-sum(max(0, count - n) for count in counts) // 32) for n in range(33)}
+    n = min((n for n in sizes if sizes[n] <= 2), key=lambda n: (n + sizes[n], -n))
+    return n, sizes[n]
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.7, 0.9, 0.99])
+def test_every_tile_takes_the_fewest_units(sparsity):
+    weight = random_weight(128, 256, sparsity)
+    weight[3, 32:64] = 1.0  # a full row among others
+    kept = (weight != 0).view(4, 32, 8, 32).sum(-1)
+    counts = count_entries(weight)
+    assert counts.shape == (3, 4, 8)
+    assert torch.equal(counts[0].long(), kept.amax(1))
+    for strip in range(4):
+        for tile in range(8):
+            assert (*counts[1:, strip, tile].tolist(),) == smallest(kept[strip, :, tile].tolist())
+
+
 def test_the_format_with_fewer_bytes_is_chosen():
-    draw = torch.Generator().manual_seed(0)
-    weight = torch.randn(128, 256, generator=draw).bfloat16()
-    weight[torch.rand(weight.shape, generator=draw) < 0.6] = 0
-    fullest = fullest_rows(weight)
-    assert fullest.shape == (4, 8)
-    kept = (weight != 0).view(4, 32, 8, 32).sum(-1).amax(1)
-    assert torch.equal(fullest.long(), kept)
-    spec = choose_format(fullest, (128, 256), weight.dtype)
+    weight = random_weight(128, 256, 0.6)
+    kept = (weight != 0).view(4, 32, 8, 32).sum(-1)
+    spec = choose_format(count_entries(weight), (128, 256), weight.dtype)
+    units = sum(2 + sum(smallest(kept[strip, :, tile].tolist())) for strip in range(4) for tile in range(8))
     assert spec.format == "bitmap"
-    assert spec.nbytes == sum(128 + 64 * int(n) for n in kept.flatten()) + 4 * (4 * 8 + 1)
+    assert spec.nbytes == 64 * units + 4 * (4 * 8 + 1)
     assert spec.nbytes < 32 * (128 + 64 * int(kept.max()))
+    assert encode(weight).spec == spec
+
+
+@pytest.mark.parametrize(("sparsity", "most"), [(0.5, 0.605), (0.6, 0.505), (0.7, 0.4), (0.9, 0.19)])
+def test_random_matrices_take_the_documented_bytes(sparsity, most):
+    spec = encode(random_weight(512, 512, sparsity)).spec
+    assert spec.format == "bitmap"
+    assert most - 0.015 < spec.nbytes / spec.dense_bytes < most
+
+
+def test_a_matrix_that_is_too_large_for_offsets_has_no_bitmap_format(monkeypatch):
+    sparse, dense = random_weight(64, 96, 0.7), random_weight(64, 96, 0.0)
+    spec = choose_format(count_entries(sparse), (64, 96), sparse.dtype)
+    monkeypatch.setattr(encoding, "MOST_UNITS", spec.words // 16)
+    assert choose_format(count_entries(sparse), (64, 96), sparse.dtype) == spec
+    monkeypatch.setattr(encoding, "MOST_UNITS", spec.words // 16 - 1)
+    assert choose_format(count_entries(sparse), (64, 96), sparse.dtype).format == "fixed"
+    assert choose_format(count_entries(dense), (64, 96), sparse.dtype).n == 32
+    assert 4 * formats.MOST_UNITS + 3 < 1 << 31
 
 
 def test_a_count_that_is_too_small_is_refused():
     weight = sparse_weight(32, 64, n=16)
-    spec = choose_format(fullest_rows(sparse_weight(32, 64, n=15)), (32, 64), weight.dtype)
+    spec = choose_format(count_entries(sparse_weight(32, 64, n=15)), (32, 64), weight.dtype)
     with pytest.raises(ValueError, match="holds 16 entries, more than n = 15"):
         encode(weight, spec)
 
@@ -143,7 +178,7 @@ def test_strips_are_the_rows_of_the_matrix():
 
 
 def test_a_matrix_of_several_chunks_round_trips(monkeypatch):
-    monkeypatch.setattr("thanos.sparse.formats._CHUNK_ENTRIES", 1 << 12)
+    monkeypatch.setattr(formats, "CHUNK_ENTRIES", 1 << 12)
     for weight in (sparse_weight(200, 96), sparse_weight(200, 90, n=9, m=40)):
         assert same_bits(decode(encode(weight)), weight)
 
@@ -174,10 +209,10 @@ def test_the_extension_and_the_plain_way_write_the_same_words(shape, dtype, monk
     for sparsity in (0.0, 0.3, 0.6, 0.95, 1.0):
         weight = special(random_weight(*shape, sparsity, dtype=dtype))
         for one in (weight, weight.T.contiguous().T):
-            fullest, packed = fullest_rows(one), encode(one)
+            counts, packed = count_entries(one), encode(one)
             with monkeypatch.context() as patch:
                 patch.setattr(encoder, "available", lambda weight: False)
-                assert torch.equal(fullest, fullest_rows(weight))
+                assert torch.equal(counts, count_entries(weight))
                 plain = encode(weight)
             assert packed.spec == plain.spec
             assert torch.equal(packed.words, plain.words)
@@ -187,11 +222,18 @@ def test_the_extension_and_the_plain_way_write_the_same_words(shape, dtype, monk
 
 def test_counts_that_do_not_suit_the_matrix_are_refused(monkeypatch):
     weight = random_weight(64, 96, 0.5)
-    spec, counts = choose_format(fullest_rows(weight), (64, 96), weight.dtype), fullest_rows(weight)
+    counts = count_entries(weight)
+    spec = choose_format(counts, (64, 96), weight.dtype)
+    assert spec.format == "bitmap"
+    lacking = [counts.clone() for _ in range(3)]
+    lacking[0][1] -= 2
+    lacking[1][1, 0, 0] = counts[1, 0, 0] - 3
+    lacking[2][2] = 0
     for available in (encoder.available(weight), False):
         monkeypatch.setattr(encoder, "available", lambda weight, available=available: available)
-        with pytest.raises((ValueError, RuntimeError)):
-            encode(weight, spec, counts - 1)
+        for changed in lacking:
+            with pytest.raises((ValueError, RuntimeError)):
+                encode(weight, spec, changed)
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sparse_matrices import assert_close, random_weight, sparse_weight
-from thanos.sparse.formats import encode
+from thanos.sparse.encoding import encode
 from thanos.sparse.kernels import cuda
 from thanos.sparse.kernels.tuned import FEW, MANY, MOST_MATRICES, Launch, launch_for, plan
 
@@ -45,7 +45,7 @@ def test_a_plan_covers_every_row_and_token_within_the_limits_of_a_device(rows, f
         assert strips == sum(-(-count // 32) for count in rows)
         assert splits == (launch.splits if clusters else 1) <= 8  # blocks of a cluster that every device allows
         assert (passes - 1) * how.at_once < tokens <= passes * how.at_once
-        assert how.at_once in ((1, 2, 4) if family == FEW else (8, 16))
+        assert how.at_once in ((1, 2, 4) if family == FEW else (8, 16, 32))
         assert strips < 1 << 31
         assert passes < 1 << 16
         assert how.block == (32 * launch.warps, 1, 1)
@@ -59,7 +59,7 @@ def test_a_plan_covers_every_row_and_token_within_the_limits_of_a_device(rows, f
 def test_the_warps_of_a_strip_read_each_tile_once(family, tiles):
     for strips in (1, 18, 128, 256, 896):
         for n in (0, 16, 31):
-            flight, splits, warps = launch_for("an unknown device", family, n, strips, tiles)
+            flight, splits, warps = launch_for("an unknown device", family, n, 18, strips, tiles)
             each = -(-tiles // splits)  # the loops of packed.cu
             read = [
                 tile + ahead
@@ -167,21 +167,88 @@ def test_words_that_are_not_aligned_are_copied(device):
     assert driver.values[0] != words.data_ptr()
 
 
-@pytest.mark.parametrize("expanded", [1, 1 << 13, 1 << 30])
-def test_the_library_multiplies_by_parts_of_the_matrix_also_where_gradients_are_wanted(expanded, monkeypatch):
-    weight, bias = sparse_weight(100, 96), torch.randn(100).bfloat16()
+class Stream:
+    """A stream that notes what it waits for."""
+
+    def __init__(self, name: str, notes: list[str]) -> None:
+        self.name, self.notes = name, notes
+
+    def wait_stream(self, other: Stream) -> None:
+        self.notes.append(f"{self.name} waits for {other.name}")
+
+    def __enter__(self) -> None:
+        self.notes.append(f"into {self.name}")
+
+    def __exit__(self, *_: object) -> None:
+        self.notes.append(f"out of {self.name}")
+
+
+@pytest.fixture
+def notes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Notes of two streams on which the library's products and the kernel that expands would run."""
+    notes: list[str] = []
+    first, second = Stream("first", notes), Stream("second", notes)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: first)
+    monkeypatch.setattr(cuda, "_second_stream", lambda device: second)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    return notes
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4, 50])
+def test_the_library_multiplies_by_parts_of_the_matrix_also_where_gradients_are_wanted(parts, notes, monkeypatch):
+    weight, bias = sparse_weight(1000, 96), torch.randn(1000).bfloat16()
+    expanded: list[tuple[int, int]] = []
 
     def expand(words: Tensor, offsets: Tensor | None, strip: int, rows: int, *_: Any) -> Tensor:
+        notes.append("expand")
+        expanded.append((32 * strip, 32 * strip + rows))
         return weight[32 * strip : 32 * strip + rows]
 
     monkeypatch.setattr(cuda, "expand", expand)
     x = torch.randn(40, 96).bfloat16().requires_grad_()
     for one in (None, bias):
-        got = cuda.by_library(x, weight, None, one, 100, 16, expanded)
-        assert_close(got, weight, x.detach(), one)
+        notes.clear()
+        expanded.clear()
+        got = cuda.by_library(x, weight, None, one, 1000, 16, parts)
+        assert_close(got, weight, x.detach(), one, rounded=one is not None)
+        assert [begin for begin, _ in expanded] == [0, *(end for _, end in expanded[:-1])]
+        assert expanded[-1][1] == 1000
+        assert len(expanded) == min(parts, 4)  # of 256 rows
+        each = ["expand", "second waits for first", "into second", "out of second"]
+        assert notes == (["expand"] if parts == 1 else each * len(expanded) + ["first waits for second"])
+
+
+def test_the_streams_meet_also_if_a_part_cannot_be_expanded(notes, monkeypatch):
+    weight = sparse_weight(512, 96)
+
+    def expand(words: Tensor, offsets: Tensor | None, strip: int, rows: int, *_: Any) -> Tensor:
+        if strip:
+            raise RuntimeError("out of memory")
+        return weight[:rows]
+
+    monkeypatch.setattr(cuda, "expand", expand)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        cuda.by_library(torch.randn(40, 96).bfloat16(), weight, None, None, 512, 16, 2)
+    assert notes[-1] == "first waits for second"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rows", "most", "parts"),
+    [
+        (2048, 4096, 1, 1),
+        (2048, 4096, 4, 2),
+        (2048, 28672, 4, 4),
+        (512, 4096, 4, 1),
+        (2047, 4096, 4, 1),
+        (33, 32, 2, 1),
+    ],
+)
+def test_a_part_has_enough_outputs_for_a_device(tokens, rows, most, parts):
+    assert cuda.parts_of(tokens, rows, most) == parts
 
 
 VARIANTS = [(16, 1, 4, 1, 0), (0, 2, 2, 4, 1), (31, 4, 1, 8, 0), (16, 8, 2, 2, 0), (0, 16, 2, 4, 0), (8, 16, 1, 1, 1)]
+VARIANTS += [(0, 1, 2, 1, 0), (0, 4, 2, 2, 0), (0, 32, 2, 1, 0), (31, 32, 2, 8, 1)]
 
 
 @pytest.mark.slow

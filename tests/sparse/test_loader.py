@@ -15,12 +15,14 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 import thanos
 from helpers import windows
-from sparse_matrices import save_pruned
+from sparse_matrices import save_pruned, version_1
 from thanos.errors import ModelError, UserError
 from thanos.export.pack import pack
 from thanos.export.unpack import unpack
 from thanos.sparse import loader, packed_modules
+from thanos.sparse.formats import PackedWeight, decode
 from thanos.sparse.modules import DenseLinear
+from thanos.sparse.storage import parse_settings
 
 
 @pytest.fixture
@@ -72,6 +74,42 @@ def test_a_loaded_model_is_saved_packed_and_can_be_unpacked(tmp_path):
     assert torch.equal(logits(load(tmp_path / "dense")), logits(load(source)))
 
 
+def make_version_1(folder: Path) -> int:
+    """Turn a packed folder into what version 1 of the format was; return how many layers are otherwise now."""
+    config, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    settings, changed = config["quantization_config"], 0
+    for name, spec in parse_settings(settings, "model").items():
+        if spec.format == "bitmap":
+            packed = PackedWeight(spec, tensors[f"{name}.weight_words"], tensors[f"{name}.weight_offsets"])
+            old = version_1(decode(packed))
+            assert old.offsets is not None
+            tensors[f"{name}.weight_words"], tensors[f"{name}.weight_offsets"] = old.words, old.offsets
+            settings["layers"][name]["words"], changed = old.spec.words, changed + 1
+    settings["format_version"] = 1
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    return changed
+
+
+@pytest.mark.usefixtures("stay_packed")
+def test_a_folder_of_the_version_before_is_read_and_saved_in_this_one(tmp_path):
+    source, packed = both(tmp_path)
+    expected = logits(load(packed))
+    assert make_version_1(packed) > 2
+    model = load(packed)
+    assert all(layer.spec.version == 2 for layer in packed_modules(model).values())
+    assert torch.equal(logits(model), expected)
+    unpack(packed, tmp_path / "dense")
+    model.save_pretrained(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["quantization_config"]["format_version"] == 2
+    assert torch.equal(logits(load(tmp_path / "saved")), expected)
+    unpack(tmp_path / "saved", tmp_path / "again")
+    wanted = load_file(source / "model.safetensors")
+    for folder in ("dense", "again"):
+        got = load_file(tmp_path / folder / "model.safetensors")
+        assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+
+
 @pytest.mark.usefixtures("stay_packed")
 def test_a_device_map_places_packed_layers(tmp_path):
     pytest.importorskip("accelerate")
@@ -117,6 +155,32 @@ def test_the_head_has_the_kernel_for_dense_layers_until_the_model_is_unpacked(ti
     assert not any(isinstance(module, DenseLinear) for module in model.dequantize().modules())
 
 
+@pytest.mark.usefixtures("stay_packed")
+def test_gradients_go_through_packed_layers(tmp_path):
+    """As under an adapter, or where the embedding is trained; on every path through a block."""
+    source, packed = both(tmp_path, "qwen2")
+    found = []
+    for folder in (source, packed):
+        model = load(folder)
+        model(windows(2, 9), labels=windows(2, 9)).loss.backward()
+        found.append(
+            {name: one.grad.float() for name, one in model.named_parameters() if "norm" in name or "embed" in name}
+        )
+    assert all(
+        torch.allclose(found[1][name], grad, rtol=0.05, atol=0.05 * grad.abs().max()) for name, grad in found[0].items()
+    )
+
+
+@pytest.mark.usefixtures("stay_packed")
+def test_dequantize_takes_a_dtype_and_works_after_saving(tmp_path):
+    source, packed = both(tmp_path)
+    model = load(packed)
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(model.dequantize()), logits(load(source)))
+    wide = load(packed).dequantize(torch.float32)
+    assert torch.equal(logits(wide), logits(load(source).float()))
+
+
 def test_a_device_without_a_kernel_gets_a_dense_model_and_one_message(tmp_path, monkeypatch):
     source, packed = both(tmp_path)
     monkeypatch.setattr(loader, "lacking", lambda device: "it is of another age")
@@ -149,20 +213,6 @@ def test_another_dtype_is_named_and_not_taken(tmp_path):
     with pytest.warns(UserWarning, match=r"runs in torch\.bfloat16, not in torch\.float32"):
         model = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float32)
     assert model.dtype == torch.bfloat16
-
-
-@pytest.mark.usefixtures("stay_packed")
-@pytest.mark.parametrize(
-    ("name", "index", "value"),
-    [("model.layers.0.mlp.up_proj.weight_words", 3, -1), ("model.layers.1.mlp.up_proj.weight_offsets", 1, 10**9)],
-)
-def test_a_hostile_file_is_refused_before_it_is_used(name, index, value, tmp_path):
-    _, packed = both(tmp_path)
-    tensors = load_file(packed / "model.safetensors")
-    tensors[name][index] = value
-    save_file(tensors, packed / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match="the packed model is damaged"):
-        load(packed)
 
 
 @pytest.mark.usefixtures("stay_packed")
@@ -234,7 +284,7 @@ def test_every_launch_of_the_table_and_of_the_rules_is_possible():
             assert device_settings(device).most_tokens >= 16
             for n in (0, 1, 16, 31):
                 for strips, across in ((1, 1), (32, 128), (128, 448), (896, 128), (256, 896)):
-                    launch = launch_for(device, family, n, strips, across)
+                    launch = launch_for(device, family, n, 18, strips, across)
                     assert launch.flight in (1, 2, 4)
                     assert launch.splits in (1, 2, 4, 8)
                     assert 1 <= launch.warps <= most

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from sparse_matrices import DTYPES, SHAPES, assert_close, on, product, random_weight, sparse_weight
-from thanos.sparse.formats import encode
+from sparse_matrices import DTYPES, SHAPES, assert_close, on, product, random_weight, sparse_weight, version_1
+from thanos.sparse.encoding import encode
+from thanos.sparse.formats import decode
 from thanos.sparse.kernels import cpu, lacking
+from thanos.sparse.kernels.tuned import device_settings
 from thanos.sparse.modules import PackedLinear
+from thanos.sparse.ops import packed_linear, packed_linears
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -38,7 +42,7 @@ def library_adds_in_float32() -> Iterator[None]:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens", [1, 3, 5, 20, 40])
+@pytest.mark.parametrize("tokens", [1, 3, 5, 20, 40, 300])
 @pytest.mark.usefixtures("library_adds_in_float32")
 def test_the_product_is_that_of_the_dense_matrix(shape, dtype, tokens, device):
     draw = torch.Generator().manual_seed(1)
@@ -46,8 +50,13 @@ def test_the_product_is_that_of_the_dense_matrix(shape, dtype, tokens, device):
     bias = torch.randn(shape[0], generator=draw).to(dtype)
     for weight in (sparse_weight(*shape, dtype=dtype), random_weight(*shape, 0.6, dtype=dtype)):
         packed = on(encode(weight), device)
-        assert_close(product(packed, x.to(device)), weight, x)
-        assert_close(product(packed, x.to(device), bias.to(device)), weight, x, bias)
+        by_library = device == "cuda" and tokens > device_settings(torch.cuda.get_device_name()).most_tokens
+        for one in (None, bias):
+            held = None if one is None else one.to(device)
+            got = product(packed, x.to(device), held)
+            assert_close(got, weight, x, one, rounded=by_library)
+            if by_library:
+                assert torch.equal(got, F.linear(x.to(device), weight.to(device), held))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -141,14 +150,86 @@ def test_the_extension_rounds_what_is_not_finite_and_too_large():
 
 
 @pytest.mark.parametrize("tokens", [1, 40])
-def test_an_input_that_wants_a_gradient_is_multiplied_and_gets_none(tokens):
-    weight = sparse_weight(64, 96)
-    x = torch.randn(tokens, 96).bfloat16().requires_grad_()
-    y = product(encode(weight), x)
-    assert_close(y.detach(), weight, x.detach())
-    with pytest.warns(UserWarning, match="thanos::packed_linear"):
-        y.float().sum().backward()
-    assert x.grad is None
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("bitmap", [False, True])
+def test_arguments_that_do_not_fit_together_are_refused_before_anything_is_read(bitmap, device, tokens):
+    packed = on(encode(random_weight(64, 96, 0.7) if bitmap else sparse_weight(64, 96)), device)
+    words, offsets, n = packed.words, packed.offsets, packed.spec.n
+    x, bias = torch.ones(tokens, 96).bfloat16().to(device), torch.ones(64).bfloat16().to(device)
+    ends = torch.zeros(7, dtype=torch.int32, device=device)
+    for changed in (
+        (x[:, :64], words, offsets, bias, 64, n),
+        (x.repeat(1, 2), words, offsets, bias, 64, n),
+        (x.float(), words, offsets, None, 64, n),
+        (x[0, 0], words, offsets, bias, 64, n),
+        (x, words, offsets, bias.half(), 64, n),
+        (x, words, offsets, bias[:63], 64, n),
+        (x, words, offsets, bias.repeat(2)[::2], 64, n),
+        (x, words, offsets, bias, 63, n),
+        (x, words, offsets, None, 97, n),
+        (x, words.view(2, -1), offsets, bias, 64, n),
+        (x, words.repeat(2)[::2], offsets, bias, 64, n),
+        (x, words.float(), offsets, bias, 64, n),
+        (x, words, offsets, bias, 64, n + 1),
+        (x, words[1:], ends[:6], bias, 64, n),
+        (x, words, None if bitmap else ends, bias, 64, n),
+        (x, words, ends.long(), bias, 64, 0),
+        (x, words, ends[:6], bias, 64, 0),
+    ):
+        with pytest.raises(RuntimeError, match="does not fit a packed matrix"):
+            packed_linear(*changed)
+        several: list[Any] = [changed[0], *([one] for one in changed[1:5]), changed[5]]
+        with pytest.raises(RuntimeError, match="does not fit a packed matrix"):
+            packed_linears(*several)
+    if device == "meta":
+        with pytest.raises(RuntimeError, match="at most 4"):
+            packed_linears(x, [words] * 5, [offsets] * 5, [None] * 5, [64] * 5, n)
+
+
+@pytest.mark.parametrize("columns", [64, 95, 97, 192])
+def test_a_layer_refuses_an_input_of_another_width(columns):
+    packed = encode(sparse_weight(64, 96))
+    module = PackedLinear(packed.spec, bias=False)
+    module.load_state_dict({"weight_words": packed.words})
+    with pytest.raises(RuntimeError, match=f"of 96 inputs got an input of shape \\(2, {columns}\\)"):
+        module(torch.ones(2, columns).bfloat16())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("bitmap", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_gradients_by_input_and_bias_are_those_of_the_dense_product(tokens, compiled, bitmap, device):
+    draw = torch.Generator().manual_seed(4)
+    weight = random_weight(64, 96, 0.7) if bitmap else sparse_weight(64, 96)
+    packed = on(encode(weight), device)
+    x, bias, grad = (
+        torch.randn(*size, generator=draw).bfloat16().to(device) for size in ((tokens, 96), (64,), (tokens, 64))
+    )
+    x.requires_grad_()
+    bias.requires_grad_()
+
+    def two(x: torch.Tensor, bias: torch.Tensor) -> list[torch.Tensor]:
+        return packed_linears(x, [packed.words] * 2, [packed.offsets] * 2, [bias, None], [64] * 2, packed.spec.n)
+
+    torch._dynamo.reset()
+    run = torch.compile(two, backend="aot_eager", fullgraph=True) if compiled else two
+    outputs = run(x, bias)
+    torch.autograd.backward(outputs, [grad, grad])
+    assert_close(outputs[0].detach(), weight, x.detach(), bias.detach())
+    assert x.grad is not None
+    assert bias.grad is not None
+    exact = 2 * grad.double().cpu() @ weight.double()
+    assert torch.allclose(x.grad.double().cpu(), exact, rtol=2**-6, atol=1e-2)
+    assert torch.allclose(bias.grad.double().cpu(), grad.double().cpu().sum(0), rtol=2**-6, atol=1e-1)
+
+
+def test_a_second_derivative_is_refused():
+    packed = encode(sparse_weight(64, 96))
+    x = torch.randn(2, 96).bfloat16().requires_grad_()
+    (first,) = torch.autograd.grad(product(packed, x).float().square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.float().sum().backward()
 
 
 def test_the_operator_follows_the_rules_of_torch():
@@ -159,6 +240,35 @@ def test_the_operator_follows_the_rules_of_torch():
         torch.library.opcheck(
             torch.ops.thanos.packed_linear.default, arguments, test_utils=("test_schema", "test_faketensor")
         )
+
+
+@pytest.mark.parametrize(
+    ("name", "where", "value"),
+    [
+        ("weight_words", 3, -1),
+        ("weight_offsets", 2, 10**6),
+        ("weight_offsets", 0, -1),
+        ("weight_words", slice(1, None), None),
+    ],
+)
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_layer_takes_no_tensors_that_a_kernel_cannot_read(assign, name, where, value):
+    packed = encode(random_weight(64, 96, 0.7))
+    assert packed.offsets is not None
+    module = PackedLinear(packed.spec, bias=False)
+    state = {"weight_words": packed.words, "weight_offsets": packed.offsets}
+    module.load_state_dict(state, assign=assign)
+    changed = state[name].clone()
+    if value is None:
+        changed = changed[where]
+    else:
+        changed[where] = value
+    with pytest.raises(RuntimeError, match="the packed model is damaged"):
+        module.load_state_dict({**state, name: changed}, assign=assign)
+    with pytest.raises(RuntimeError, match="the packed model is damaged"):
+        module.load_state_dict({name: changed}, assign=assign, strict=False)
+    assert torch.equal(module.weight_words, packed.words)
+    assert torch.equal(decode(module.packed), decode(packed))
 
 
 def test_a_compiled_module_gives_the_same():
@@ -184,3 +294,16 @@ def test_a_module_is_a_linear_layer_that_knows_its_weight():
         module(x.float())
     with torch.autocast("cpu", torch.bfloat16):
         assert_close(module(x.float()), weight, x)
+
+
+def test_a_module_takes_tensors_of_the_version_before():
+    weight = random_weight(64, 96, 0.6)
+    old = version_1(weight)
+    module = PackedLinear(old.spec, bias=False)
+    module.load_state_dict({"weight_words": old.words, "weight_offsets": old.offsets})
+    assert module.spec.version == 2
+    x = torch.randn(2, 96).bfloat16()
+    assert torch.equal(module.weight, weight)
+    assert_close(module(x), weight, x)
+    module.load_state_dict(module.state_dict())
+    assert torch.equal(module.weight, weight)

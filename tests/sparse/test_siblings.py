@@ -16,7 +16,7 @@ from helpers import tiny_model, windows
 from sparse_matrices import random_weight, save_pruned, sparse_weight
 from thanos.export.pack import pack
 from thanos.sparse import loader, packed_modules
-from thanos.sparse.formats import encode
+from thanos.sparse.encoding import encode
 from thanos.sparse.modules import PackedLinear
 from thanos.sparse.ops import packed_linear, packed_linears
 from thanos.sparse.siblings import Siblings, find_siblings, join

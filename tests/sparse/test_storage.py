@@ -7,13 +7,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparse_matrices import random_weight, sparse_weight
+from sparse_matrices import random_weight, sparse_weight, version_1
+from thanos.checkpoint.layout import TensorSpec
 from thanos.errors import ModelError
-from thanos.sparse.formats import PackedWeight, decode, encode
+from thanos.sparse.encoding import encode
+from thanos.sparse.formats import PackedWeight, decode
 from thanos.sparse.ops import packed_linear
-from thanos.sparse.storage import check_weight, parse_settings, settings_of
+from thanos.sparse.storage import as_latest, check_stored, check_weight, parse_settings, settings_of, tensor_specs
 
 PACKED = (encode(sparse_weight(40, 70)), encode(random_weight(64, 96, 0.6)), encode(sparse_weight(64, 96)))
+
+
+TAILED = next(packed for packed in PACKED if packed.offsets is not None)
 
 
 def use(packed: PackedWeight) -> None:
@@ -57,6 +62,70 @@ def test_a_changed_offset_is_refused_unless_it_is_the_same(where, value):
     use(changed)
 
 
+def parts(packed: PackedWeight, tile: int) -> tuple[int, int, int, int]:
+    """First word, n, units of the tail and values in the tail of a tile."""
+    assert packed.offsets is not None
+    begin, end = packed.offsets[tile : tile + 2].tolist()
+    first, tail = 16 * (begin // 4), begin % 4
+    n = end // 4 - begin // 4 - 2 - tail
+    masks = [word & 0xFFFFFFFF for word in packed.words[first : first + 32].tolist()]
+    return first, n, tail, sum(mask.bit_count() for mask in masks) - 32 * n
+
+
+@pytest.mark.parametrize("tile", range(6))
+def test_every_rule_of_a_tail_is_checked(tile):
+    assert TAILED.offsets is not None
+    first, n, tail, used = parts(TAILED, tile)
+    assert tail
+    assert 32 * (tail - 1) < used < 32 * tail  # the seed of this matrix
+    words, offsets = TAILED.words.clone(), TAILED.offsets.clone()
+    behind = words[first + 32 + 16 * n :].view(torch.int16)
+    behind[used] = 1  # the first place that must be zero
+    with pytest.raises(ModelError, match="values behind the last one"):
+        check_weight(PackedWeight(TAILED.spec, words, offsets), "layer")
+    offsets[tile] -= tail  # as if the tail's units were n's
+    with pytest.raises(ModelError, match="masks that do not suit"):
+        check_weight(PackedWeight(TAILED.spec, TAILED.words, offsets), "layer")
+    offsets[tile] += 3
+    with pytest.raises(ModelError, match="offsets that do not suit"):
+        check_weight(PackedWeight(TAILED.spec, TAILED.words, offsets), "layer")
+    for row in range(32):
+        words = TAILED.words.clone()
+        words[first + row] = 0  # fewer than n
+        with pytest.raises(ModelError, match="masks that do not suit"):
+            check_weight(PackedWeight(TAILED.spec, words, TAILED.offsets), "layer")
+
+
+def test_the_end_has_no_tail_and_the_first_tile_begins_at_zero():
+    assert TAILED.offsets is not None
+    for index, change in ((-1, 1), (0, 4), (0, -4)):
+        offsets = TAILED.offsets.clone()
+        offsets[index] += change
+        with pytest.raises(ModelError, match="offsets that do not suit"):
+            check_weight(PackedWeight(TAILED.spec, TAILED.words, offsets), "layer")
+
+
+@pytest.mark.parametrize("value", [-1, 1 << 29, (1 << 31) - 1, -(1 << 31)])
+def test_offsets_of_version_1_that_no_matrix_has_are_refused(value):
+    weight = random_weight(64, 96, 0.6)
+    old = version_1(weight)
+    new = as_latest(old, "layer")
+    check_weight(new, "layer")
+    assert torch.equal(decode(new), weight)
+    assert old.offsets is not None
+    for index in range(7):
+        offsets = old.offsets.clone()
+        offsets[index] = value
+        with pytest.raises(ModelError, match="offsets that do not suit"):
+            as_latest(PackedWeight(old.spec, old.words, offsets), "layer")
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_settings_keep_the_version_of_a_layout(version):
+    changed = settings_of({"layer": TAILED.spec}) | {"format_version": version}
+    assert parse_settings(changed, "model")["layer"].version == version
+
+
 @pytest.mark.parametrize("packed", PACKED)
 def test_other_sizes_and_dtypes_are_refused(packed):
     check_weight(packed, "layer")
@@ -97,3 +166,46 @@ def test_any_other_value_in_the_settings_is_refused(key, value):
             continue
         with pytest.raises(ModelError):
             parse_settings(changed, "model")
+
+
+@pytest.mark.parametrize("name", ["", "a\nb", "\x1b[2J"])
+def test_names_that_would_break_a_message_are_refused_in_one_line(name):
+    with pytest.raises(ModelError) as caught:
+        parse_settings(settings_of({name: PACKED[0].spec}), "model")
+    assert str(caught.value).isprintable()
+
+
+LAYERS = {f"layer.{index}": packed.spec for index, packed in enumerate(PACKED)}
+
+
+def stored() -> dict[str, TensorSpec]:
+    found = {"norm.weight": TensorSpec(torch.bfloat16, (0,))}
+    for name, spec in LAYERS.items():
+        found |= tensor_specs(f"another.prefix.{name}", spec)
+    return found
+
+
+def test_the_tensors_of_the_layers_are_accepted_under_any_prefix():
+    check_stored(LAYERS.values(), stored(), "model")
+
+
+@pytest.mark.parametrize(
+    ("name", "spec", "words"),
+    [
+        ("layer.0.weight_words", None, "lacks a tensor weight_words, int32"),
+        ("layer.1.weight_offsets", None, "lacks a tensor weight_offsets, int32"),
+        ("layer.0.weight_words", TensorSpec(torch.float8_e4m3fn, (1728,)), r"layer\.0\.weight_words, float8_e4m3fn"),
+        ("layer.0.weight_words", TensorSpec(torch.int32, (1, 1728)), "lists no layer for"),
+        ("layer.1.weight_offsets", TensorSpec(torch.int64, (7,)), "int64"),
+        ("layer.0.weight_offsets", TensorSpec(torch.int32, (0,)), "lists no layer for"),
+        ("layer.9.weight_words", TensorSpec(torch.int32, (1728,)), "lists no layer for"),
+        ("layer.1.weight", TensorSpec(torch.bfloat16, (64, 96)), "both packed and dense"),
+    ],
+)
+def test_other_tensors_than_those_of_the_layers_are_refused(name, spec, words):
+    tensors = stored()
+    tensors.pop(f"another.prefix.{name}", None)
+    if spec is not None:
+        tensors[f"another.prefix.{name}"] = spec
+    with pytest.raises(ModelError, match=words):
+        check_stored(LAYERS.values(), tensors, "model")

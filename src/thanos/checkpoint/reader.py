@@ -56,7 +56,7 @@ class SafetensorsCheckpoint:
         shards: list[ShardLayout] = []
         tensors: dict[str, TensorInfo] = {}
         for name in files.names:
-            shard, infos = _read_shard(folder / name)
+            shard, infos = read_shard(folder / name)
             shards.append(shard)
             for tensor, info in infos.items():
                 if tensor in tensors:
@@ -148,7 +148,12 @@ def read_tensor(path: Path, info: TensorInfo) -> Tensor:
     return data.view(info.dtype).reshape(info.shape)
 
 
-def _read_shard(path: Path) -> tuple[ShardLayout, dict[str, TensorInfo]]:
+def read_shard(path: Path) -> tuple[ShardLayout, dict[str, TensorInfo]]:
+    """Return what the header of a file says, after checking it.
+
+    Raises:
+        ModelError: the file is missing or truncated, or see :func:`parse_shard`.
+    """
     if not path.is_file():
         raise ModelError(f"{path} is missing, though the index names it; {AGAIN}")
     size = path.stat().st_size

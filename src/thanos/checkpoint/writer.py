@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -58,10 +59,34 @@ class CheckpointWriter:
             raise ValueError(
                 f"{name} is {info.dtype} {info.shape} in the layout, got {tensor.dtype} {tuple(tensor.shape)}"
             )
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        data = _bytes_of(tensor)
         with (self._folder / info.shard).open("r+b", buffering=0) as file:
             write_at(file.fileno(), memoryview(data.numpy().data), info.offset)
         self._checksums[name] = _checksum(data)
+        self._unsynced.add(info.shard)
+        self.written.add(name)
+
+    def write_parts(self, name: str, parts: Iterable[Tensor]) -> None:
+        """Write one tensor, given as consecutive parts of its entries; each is dropped when it is written.
+
+        It has no checksum for :meth:`take_checksum`.
+
+        Raises:
+            ValueError: a part has another dtype than the layout's, or all of them have another size.
+        """
+        info = self._layout.tensors[name]
+        offset, end = info.offset, info.offset + info.nbytes
+        with (self._folder / info.shard).open("r+b", buffering=0) as file:
+            for part in parts:
+                if part.dtype != info.dtype or offset + part.nbytes > end:  # never into the next tensor
+                    raise ValueError(
+                        f"{name} is {info.dtype} {info.shape} in the layout, and a part does not fit: {part.dtype}"
+                    )
+                write_at(file.fileno(), memoryview(_bytes_of(part).numpy().data), offset)
+                offset += part.nbytes
+                del part  # before the next one is made
+        if offset != end:
+            raise ValueError(f"{name} has {info.nbytes} bytes in the layout, but its parts have {offset - info.offset}")
         self._unsynced.add(info.shard)
         self.written.add(name)
 
@@ -144,6 +169,10 @@ def check_room(layout: Layout, folder: Path, *, besides: int = 0) -> None:
     shortage = disk_shortage(needed, free_disk_bytes(folder), folder.parent)
     if shortage:
         raise ResourceError(shortage)
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
 
 
 def _checksum(data: Tensor) -> str:

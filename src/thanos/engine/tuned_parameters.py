@@ -44,6 +44,8 @@ class Masters:
             :attr:`gradient`.
         gradient: all gradients, (entries,) float32.
         free: number of entries that may change.
+        size: root mean square of the entries of the matrices that may change; of all entries if there is no matrix. It is
+            the scale of a learning rate: Adam moves every entry by about the rate, whatever the size of the weights.
     """
 
     def __init__(self, tunables: Sequence[Tunable], betas: tuple[float, float]) -> None:
@@ -64,6 +66,7 @@ class Masters:
             self.leaves[tunable.name] = leaf
         self._flat.grad = self.gradient
         self.free = count - int(self._zeros.count_nonzero())
+        self.size = _root_mean_square([tunable.value for tunable in tunables if tunable.sparse] or [self._flat])
         self._adam = torch.optim.Adam([self._flat], betas=betas, fused=True)
 
     def step(self, rate: float) -> None:
@@ -78,6 +81,12 @@ class Masters:
         return {
             tunable.name: self.leaves[tunable.name].detach().to(tunable.stored, copy=True) for tunable in self._tunables
         }
+
+
+def _root_mean_square(values: Sequence[Tensor]) -> float:
+    """Return the root mean square of the non-zero entries of tensors."""
+    squares = sum(float(value.float().square().sum(dtype=torch.float64)) for value in values)
+    return (squares / max(1, sum(int(value.count_nonzero()) for value in values))) ** 0.5
 
 
 def held(tunables: Sequence[Tunable], values: Mapping[str, Tensor]) -> dict[str, Tensor]:

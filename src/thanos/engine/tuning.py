@@ -75,7 +75,7 @@ def tune(
     Args:
         work: the block and its sequences.
         epochs: number of passes over the training sequences.
-        rate: highest learning rate.
+        rate: highest learning rate, as a share of :attr:`~thanos.engine.tuned_parameters.Masters.size`.
         seed: seed of the order of sequences.
         world: the processes that share the work.
     """
@@ -99,7 +99,7 @@ def tune(
         summed = torch.zeros((), dtype=torch.float64, device=work.device)
         for batch, inputs, targets in passes.read(batches):
             loss = passes.gradients(masters, batch, inputs, targets, training.mean_square)
-            masters.step(one_cycle(step, epochs * len(batches), rate))
+            masters.step(one_cycle(step, epochs * len(batches), rate * masters.size))
             summed += loss.double() * len(batch)  # on the device: a step does not wait for its loss
             step, done = step + 1, done + len(batch)
             yield TuningProgress(done, epochs * len(work.training), record.losses[-1] if record.losses else None, best)

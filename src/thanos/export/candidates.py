@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,9 @@ from thanos.checkpoint.reader import SafetensorsCheckpoint
 from thanos.events import Event, Watcher
 from thanos.model.layers import LinearLayer, linear_layers
 from thanos.model.opening import OpenedModel
-from thanos.sparse.formats import DTYPES, PackedSpec, choose_format, fullest_rows
+from thanos.sparse.encoding import choose_format, count_entries
+from thanos.sparse.formats import DTYPES, MOST_UNITS, PackedSpec, strip_parts
+from thanos.sparse.tiles import SIDE, UNIT
 
 LEAST_WEIGHTS = 1 << 16
 """Smaller layers stay dense: the launch of a kernel costs more than their bytes."""
@@ -30,7 +33,7 @@ class Candidate:
         shape: (rows, columns), as (outputs, inputs).
         dense_bytes: bytes of its weight in the checkpoint.
         spec: how it is packed; None if it stays dense.
-        fullest: entries of each tile's fullest row, from :func:`~thanos.sparse.formats.fullest_rows`; None if it stays dense.
+        counts: sizes of its tiles, from :func:`~thanos.sparse.encoding.count_entries`; None if it stays dense.
         reason: why it stays dense; empty if it is packed.
     """
 
@@ -39,7 +42,7 @@ class Candidate:
     shape: tuple[int, int]
     dense_bytes: int
     spec: PackedSpec | None
-    fullest: Tensor | None
+    counts: Tensor | None
     reason: str
 
 
@@ -60,22 +63,34 @@ def find_candidates(
         tied = layer.module.get_parameter("weight") is embedding or not key
         dense_bytes = stored.tensors[key].nbytes if own and not tied else 0
         reason = _reason(layer, stored, key if own else "", least_weights, tied=tied)
-        spec, fullest = None, None
+        spec, counts = None, None
         if not reason:
-            spec, fullest, reason = _measure(stored.read(key))
-        found.append(Candidate(layer.name, key if own else "", layer.shape, dense_bytes, spec, fullest, reason))
+            spec, counts, reason = _measure(stored, key)
+        found.append(Candidate(layer.name, key if own else "", layer.shape, dense_bytes, spec, counts, reason))
         emit(Event(kind="progress", phase="load", done=done, total=len(layers)))
     return found
 
 
-def _measure(weight: Tensor) -> tuple[PackedSpec | None, Tensor | None, str]:
+def matrix_parts(stored: SafetensorsCheckpoint, key: str) -> Iterator[tuple[int, int, Tensor]]:
+    """Yield (first strip, end, rows) of the parts of a matrix; each is mapped alone and leaves memory when it is dropped."""
+    rows, columns = stored.tensors[key].shape
+    for first, last in strip_parts(rows, columns):
+        count = min(SIDE * last, rows) - SIDE * first
+        yield first, last, stored.entries(key, SIDE * first * columns, count * columns).view(count, columns)
+
+
+def _measure(stored: SafetensorsCheckpoint, key: str) -> tuple[PackedSpec | None, Tensor | None, str]:
     """Return the spec and the counts of a weight that is worth packing, or the reason why it is not."""
-    fullest = fullest_rows(weight)
-    spec = choose_format(fullest, (weight.shape[0], weight.shape[1]), weight.dtype)
+    info = stored.tensors[key]
+    counts = torch.cat([count_entries(rows) for _, _, rows in matrix_parts(stored, key)], 1)
+    spec = choose_format(counts, (info.shape[0], info.shape[1]), info.dtype)
     share = spec.nbytes / spec.dense_bytes
     if share <= MOST_BYTES:
-        return spec, fullest, ""
-    negative = int((weight.view(torch.int16) == torch.iinfo(torch.int16).min).sum())
+        return spec, counts, ""
+    if spec.n == SIDE:
+        return None, None, f"too large: the bitmap format holds {4 * UNIT * MOST_UNITS / 2**30:.0f} GiB at most"
+    least = torch.iinfo(torch.int16).min
+    negative = sum(int((rows.view(torch.int16) == least).sum()) for _, _, rows in matrix_parts(stored, key))
     signed = f"; {negative:,} zeros are negative, which count as entries" if negative else ""
     return None, None, f"too dense: packed it would take {100 * share:.0f} % of its bytes{signed}"
 

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from thanos._version import __version__
 from thanos.checkpoint.layout import DEFAULT_SHARD_BYTES, TensorSpec, plan_layout
 from thanos.checkpoint.other_files import copy_others
@@ -16,13 +14,13 @@ from thanos.checkpoint.reader import SafetensorsCheckpoint
 from thanos.checkpoint.writer import CheckpointWriter
 from thanos.errors import ModelError, UserError
 from thanos.events import Event, Watcher
-from thanos.export.candidates import LEAST_WEIGHTS, Candidate, find_candidates
+from thanos.export.candidates import LEAST_WEIGHTS, Candidate, find_candidates, matrix_parts
 from thanos.export.folder import written
 from thanos.export.record import CHANGED, NAME, LayerPacking, Packing, describe_dense
 from thanos.model.opening import CONVERTED, open_model
 from thanos.model.source import find_local, resolve_model
-from thanos.sparse.formats import encode
-from thanos.sparse.storage import OFFSETS, WORDS, settings_of, tensor_specs
+from thanos.sparse.encoding import encode_strips, offsets_of
+from thanos.sparse.storage import OFFSETS, ONE_DTYPE, WORDS, settings_of, tensor_specs
 from thanos.system.documents import json_text
 from thanos.system.event_stream import EventStream
 from thanos.system.user_paths import model_name, output_path
@@ -84,13 +82,16 @@ def _pack(
         raise ModelError(
             f"{source.name} has no layer that is worth packing ({reasons[0]}); prune it first, for example with --pattern 16:32"
         )
+    dtypes = sorted({str(one.spec.dtype) for one in packed.values() if one.spec is not None})
+    if len(dtypes) > 1:
+        raise ModelError(f"{source.name} has layers of {' and '.join(dtypes)}; {ONE_DTYPE}")
     specs = _packed_specs(stored, packed)
     layout = plan_layout(specs, max_shard_bytes)
     report = _describe(candidates, specs, stored, source.folder)
     writer = CheckpointWriter(layout, stored, folder)
     emit(Event(kind="phase", phase="write"))
     for done, (key, one) in enumerate(packed.items(), 1):
-        _write_layer(writer, key, stored.read(key), one)
+        _write_layer(writer, stored, key, one)
         emit(Event(kind="progress", phase="write", done=done, total=len(packed)))
     emit(Event(kind="phase", phase="finish"))
     writer.finish()
@@ -101,12 +102,16 @@ def _pack(
     return report
 
 
-def _write_layer(writer: CheckpointWriter, key: str, dense: Tensor, one: Candidate) -> None:
-    prefix = key.removesuffix(".weight")
-    weight = encode(dense, one.spec, one.fullest)
-    writer.write(f"{prefix}.{WORDS}", weight.words)
-    if weight.offsets is not None:
-        writer.write(f"{prefix}.{OFFSETS}", weight.offsets)
+def _write_layer(writer: CheckpointWriter, stored: SafetensorsCheckpoint, key: str, one: Candidate) -> None:
+    """Encode and write a layer in parts, so that neither its dense nor its packed weight is in memory whole."""
+    spec, counts, prefix = one.spec, one.counts, key.removesuffix(".weight")
+    assert spec is not None
+    assert counts is not None
+    parts = (encode_strips(rows, spec, counts[:, first:last]) for first, last, rows in matrix_parts(stored, key))
+    writer.write_parts(f"{prefix}.{WORDS}", parts)
+    offsets = offsets_of(spec, counts)
+    if offsets is not None:
+        writer.write(f"{prefix}.{OFFSETS}", offsets)
 
 
 def _packed_specs(stored: SafetensorsCheckpoint, packed: dict[str, Candidate]) -> dict[str, TensorSpec]:

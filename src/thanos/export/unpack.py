@@ -13,7 +13,7 @@ from thanos.errors import ModelError
 from thanos.events import Event, Watcher
 from thanos.export.folder import written
 from thanos.export.record import CHANGED, NAME, DenseFolder, read_dense
-from thanos.sparse.formats import PackedSpec, decode
+from thanos.sparse.formats import PackedSpec, decode, strip_parts
 from thanos.sparse.storage import OFFSETS, WORDS, find_prefixes, is_packed, parse_settings, read_weight
 from thanos.system.documents import json_text
 from thanos.system.event_stream import EventStream
@@ -66,7 +66,8 @@ def _unpack(
     emit(Event(kind="phase", phase="write"))
     for done, (layer, spec) in enumerate(specs.items(), 1):
         prefix = prefixes[layer]
-        writer.write(f"{prefix}.weight", decode(read_weight(stored, prefix, spec, name)))
+        packed = read_weight(stored, prefix, spec, name)
+        writer.write_parts(f"{prefix}.weight", (decode(packed, *part) for part in strip_parts(spec.rows, spec.columns)))
         emit(Event(kind="progress", phase="write", done=done, total=len(specs)))
     emit(Event(kind="phase", phase="finish"))
     writer.finish()

@@ -222,9 +222,13 @@ def _check_folder(source: ModelSource, *, packed: bool) -> None:
     if source.is_packed:
         if not packed:
             raise ModelError(f"{source.name} is packed; give the dense model: thanos unpack {source.name} OUT")
-    elif "quantization_config" in config:
+        from thanos.sparse.storage import parse_settings
+
+        parse_settings(config["quantization_config"], source.name)
+    elif config.get("quantization_config") is not None:
         settings = config["quantization_config"]
         method = settings.get("quant_method", "unknown method") if isinstance(settings, dict) else settings
+        method = method if isinstance(method, str) and method.isprintable() else repr(method)[:80]
         raise ModelError(f"{source.name} is quantised ({method}); give the model before quantisation")
     if "auto_map" in config and not source.trust_remote_code and not _is_native(source.name, config.get("model_type")):
         raise ModelError(

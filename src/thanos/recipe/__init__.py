@@ -67,7 +67,8 @@ class Recipe(LayerRecipe):
             ``query``, one query head of every group. None for ``group``.
         held_out: number of calibration sequences, the last ones, that choose the dense target and guard the tuning. None for
              a sixteenth of them, at least one. Refused if no layer has dense target ``auto`` or is tuned.
-        tune_rate: peak learning rate of the tuning, above 0 and at most 1. This and the next are refused if no layer is tuned.
+        tune_rate: peak learning rate of the tuning, as a share of the root mean square of the block's weights that stay,
+            above 0 and at most 1. This and the next are refused if no layer is tuned.
         tune_loss: what the tuning minimises: ``block``, the squared error of the block's outputs relative to their squares;
             ``token``, the mean of the tokens' own relative squared errors.
         trust_remote_code: let transformers run Python code from the checkpoint.
@@ -139,7 +140,10 @@ class Recipe(LayerRecipe):
         default="a sixteenth of them",
     )
     tune_rate: float = setting(
-        TUNE_RATE, "Peak learning rate of the tuning, above 0 and at most 1", Heading.REPAIR, "RATE"
+        TUNE_RATE,
+        "Peak learning rate of the tuning, as a share of the root mean square of the block's weights; above 0 and at most 1",
+        Heading.REPAIR,
+        "RATE",
     )
     tune_loss: str = setting(
         TUNE_LOSSES[0],

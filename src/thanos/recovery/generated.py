@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 PROMPT = 32
 """Tokens of a piece of the calibration text that the dense model continues, to :data:`~thanos.recovery.sequences.SEGMENT`."""
 
-_BATCH = {"cpu": 16, "cuda": 512}
-"""Pieces that are continued together, by type of device."""
+_BATCH = {"cpu": 16, "cuda": 2048}
+"""Pieces that are continued together, by type of device; fewer if memory does not suffice."""
 
 
 def generate_sequences(
@@ -57,6 +57,15 @@ def generate_sequences(
     columns = torch.randint(width - prompt + 1, (pieces, 1), generator=draw) + torch.arange(prompt)
     begun = begin_windows(text[rows, columns], bos)
     length = segment + (bos is not None)
-    made = continue_prompts(model, begun, length, seed, pad, _BATCH[model.device.type], "generate", emit)
+    made, batch = None, _BATCH[model.device.type]
+    while made is None:
+        try:
+            made = continue_prompts(model, begun, length, seed, pad, batch, "generate", emit)
+        except torch.OutOfMemoryError:
+            if batch == 1:
+                raise
+        if made is None:  # outside the except block, where the error's traceback still refers to tensors
+            torch.cuda.empty_cache()
+            batch //= 2
     text_only = made if bos is None else made[:, 1:]
     return begin_windows(text_only.flatten()[: count * width].view(count, width), bos)

@@ -1,17 +1,17 @@
-"""The two packed formats of a weight matrix, and the choice between them by bytes.
+"""The two packed formats of a weight matrix: what a packed matrix is, and how it is read.
 
 Both divide the matrix into strips of 32 rows, and a strip into tiles of 32 × 32 (:mod:`thanos.sparse.tiles`), which are stored
 from left to right. The matrix is padded with zeros to multiples of 32.
 
 ``fixed``
-    Every tile stores the same number n of values per row. It suits n:m patterns whose m divides 32: 16:32, 2:4, 4:8 and 8:16
-    have n = 16 and take 0.5625 of the bytes of a dense 16-bit matrix.
+    Every tile stores the same number n of values a row and has no tail. It suits n:m patterns whose m divides 32: 16:32 and all
+    2:4, 4:8 and 8:16 matrices have n = 16 and take 0.5625 of the bytes of a dense 16-bit matrix.
 ``bitmap``
-    Each tile stores as many values per row as its fullest row has, so tiles have different sizes, and ``offsets`` has the start
-    of each. It suits matrices without a pattern. A matrix with half of its weights at random positions takes 0.75 of the dense
-    bytes and not 0.5625, since the fullest of 32 rows has more values than the mean row.
+    Tiles differ in n, and what a row has beyond n is in the tile's tail; ``offsets`` says where each tile begins and how long
+    its tail is. It suits matrices without a pattern: one that keeps a random half of its weights takes 0.6 of the dense bytes.
 
-A row with fewer values than its tile stores also stores zeros, at its first columns without a value.
+A row with fewer values than its tile stores is filled up: it also stores zeros, at its first columns that hold no value.
+:mod:`thanos.sparse.encoding` makes packed matrices.
 """
 
 from __future__ import annotations
@@ -24,21 +24,25 @@ import torch
 from torch import Tensor
 
 from thanos.sparse import tiles
-from thanos.sparse.kernels import encoder
-from thanos.sparse.tiles import SIDE, tile_words
+from thanos.sparse.tiles import SIDE, UNIT, tile_words
 from thanos.system.background import on_threads
 
 Format = Literal["fixed", "bitmap"]
 
+VERSION = 2
+"""Version of the layout. Increase it if a reader of the old layout would misread the new one.
 
-UNIT = 16
-"""Number of 32-bit words in a unit of ``offsets``, 64 bytes; every tile takes a whole number of units."""
+Version 1 had no tails: its offsets were the first units themselves, where now they are four times that, plus the tail's units.
+"""
 
-_CHUNK_ENTRIES = 1 << 21
-"""Number of entries that are encoded or decoded at once; they fit into the processor's caches."""
+MOST_UNITS = (1 << 29) - 1
+"""Units of the largest ``bitmap`` matrix, 32 GiB: four times as much must fit an offset of 32 bits."""
 
-_BITMAP_GAIN = 0.97
-"""The bitmap format is chosen if it takes at most this fraction of the bytes of the fixed format, whose kernel is simpler."""
+CHUNK_ENTRIES = 1 << 21
+"""Entries of the strips that are encoded or decoded at once: few enough for the processor's caches."""
+
+_PART_ENTRIES = 1 << 23
+"""Entries of the parts in which a matrix is read from a file and written to another: 16 MiB."""
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 """Dtypes of packed values, by name."""
@@ -55,6 +59,7 @@ class PackedSpec:
         dtype: dtype of the values, bfloat16 or float16.
         n: number of values per row of each tile; 0 for ``bitmap``, whose tiles differ.
         words: number of 32-bit words of all tiles.
+        version: of the layout of its offsets. Only a stored matrix has another than :data:`VERSION`.
     """
 
     format: Format
@@ -63,6 +68,7 @@ class PackedSpec:
     dtype: torch.dtype
     n: int
     words: int
+    version: int = VERSION
 
     @property
     def strips(self) -> int:
@@ -97,7 +103,8 @@ class PackedWeight:
     Attributes:
         spec: format, sizes and dtype.
         words: the tiles, (spec.words,) int32.
-        offsets: for ``bitmap``: first unit of 64 bytes of each tile, and the end, (spec.offsets,) int32; None for ``fixed``.
+        offsets: for ``bitmap``, of each tile: four times its first unit of 64 bytes, plus the units of its tail; and four times
+            the end; (spec.offsets,) int32. None for ``fixed``.
     """
 
     spec: PackedSpec
@@ -105,96 +112,30 @@ class PackedWeight:
     offsets: Tensor | None
 
 
-def fullest_rows(weight: Tensor) -> Tensor:
-    """Return the number of entries of the fullest row of each tile, (strips, tiles) uint8.
+def strip_parts(rows: int, columns: int) -> Iterator[tuple[int, int]]:
+    """Yield (first, last) of consecutive strips, last excluded, for work on a matrix that need not be in memory whole."""
+    strips, step = -(-rows // SIDE), max(1, _PART_ENTRIES // (SIDE * max(1, columns)))
+    for first in range(0, strips, step):
+        yield first, min(first + step, strips)
 
-    An entry counts unless all its bits are zero, so a negative zero counts.
 
-    Args:
-        weight: (rows, columns), bfloat16 or float16, on the CPU.
+def decode(packed: PackedWeight, first: int = 0, last: int | None = None) -> Tensor:
+    """Return the dense matrix, (rows, columns), on the device of the packed one.
+
+    ``first`` and ``last``: only the rows of strips ``first`` to ``last`` − 1.
     """
-    if encoder.available(weight):
-        return encoder.fullest_rows(weight.contiguous())
-    columns = weight.shape[1]
-    across = -(-columns // SIDE)
-
-    def fullest(part: Tensor) -> Tensor:
-        kept = torch.zeros(-(-len(part) // SIDE) * SIDE, across * SIDE, dtype=torch.bool)
-        torch.ne(part, 0, out=kept[: len(part), :columns])
-        return tiles.count_flags(kept).view(-1, SIDE, across).amax(1)
-
-    return torch.cat(on_threads(fullest, weight.view(torch.int16).split(_chunk_rows(columns))))
-
-
-def choose_format(fullest: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> PackedSpec:
-    """Return the format with fewer bytes.
-
-    Args:
-        fullest: from :func:`fullest_rows`.
-        shape: (rows, columns) of the matrix.
-        dtype: of the matrix.
-    """
-    count, most = fullest.numel(), max(1, int(fullest.max()))
-    fixed = PackedSpec("fixed", *shape, dtype, most, count * tile_words(most))
-    words = SIDE * count + UNIT * int(fullest.sum(dtype=torch.int64))
-    bitmap = PackedSpec("bitmap", *shape, dtype, 0, words)
-    return bitmap if bitmap.nbytes <= _BITMAP_GAIN * fixed.nbytes or most == SIDE else fixed
-
-
-def encode(weight: Tensor, spec: PackedSpec | None = None, fullest: Tensor | None = None) -> PackedWeight:
-    """Pack a matrix; :func:`decode` returns it bit for bit.
-
-    Args:
-        weight: (rows, columns), bfloat16 or float16, on the CPU.
-        spec: from :func:`choose_format`; default: chosen now.
-        fullest: from :func:`fullest_rows`; default: counted now.
-
-    Raises:
-        ValueError: a row of a tile has more entries than ``spec.n``.
-    """
-    fullest = fullest_rows(weight) if fullest is None else fullest
-    shape = (weight.shape[0], weight.shape[1])
-    spec = choose_format(fullest, shape, weight.dtype) if spec is None else spec
-    if (spec.rows, spec.columns, spec.dtype) != (*shape, weight.dtype):
-        raise ValueError(f"{spec} is not the spec of a {weight.dtype} matrix {shape}")
-    counts = fullest.reshape(-1).to(torch.int64)
-    if spec.format == "fixed":
-        if int(counts.max()) > spec.n:
-            raise ValueError(f"a row of 32 columns holds {int(counts.max())} entries, more than n = {spec.n}")
-        counts = torch.full_like(counts, spec.n)
-    offsets = torch.cat([counts.new_zeros(1), torch.cumsum(counts + SIDE // UNIT, 0)]) * UNIT
-    words = torch.empty(int(offsets[-1]), dtype=torch.int32)
-    units = (offsets // UNIT).to(torch.int32) if spec.format == "bitmap" else None
-    if encoder.available(weight):
-        encoder.encode(weight.contiguous(), counts.to(torch.uint8), offsets, words)
-        return PackedWeight(spec, words, units)
-    step = _chunk_rows(shape[1])
-
-    def put(row: int) -> None:
-        bits = _tiles_of(weight[row : row + step].view(torch.int16))
-        tile = row // SIDE * spec.tiles
-        n = counts[tile : tile + len(bits)]
-        kept = bits != 0
-        stored = tiles.fill_up(kept, tiles.count_flags(kept).squeeze(-1), n)
-        for value, where in _by_count(n):
-            encoded = tiles.encode_tiles(bits[where], stored[where], value)
-            _put(words, offsets[tile : tile + len(bits)][where], encoded)
-
-    on_threads(put, range(0, shape[0], step))
-    return PackedWeight(spec, words, units)
-
-
-def decode(packed: PackedWeight) -> Tensor:
-    """Return the dense matrix, (rows, columns), on the device of the packed one."""
     spec = packed.spec
-    out = torch.empty(spec.rows, spec.columns, dtype=spec.dtype, device=packed.words.device)
-    step = max(1, _chunk_rows(spec.columns) // SIDE)
+    last = spec.strips if last is None else last
+    out = torch.empty(
+        min(SIDE * last, spec.rows) - SIDE * first, spec.columns, dtype=spec.dtype, device=packed.words.device
+    )
+    step = max(1, chunk_rows(spec.columns) // SIDE)
 
-    def put(first: int) -> None:
-        part = decode_strips(packed, first, min(first + step, spec.strips))
-        out[SIDE * first : SIDE * first + len(part)] = part
+    def put(strip: int) -> None:
+        part = decode_strips(packed, strip, min(strip + step, last))
+        out[SIDE * (strip - first) :][: len(part)] = part
 
-    firsts = range(0, spec.strips, step)
+    firsts = range(first, last, step)
     if out.device.type == "cpu":
         on_threads(put, firsts)
     else:
@@ -224,64 +165,50 @@ def padding_is_zero(packed: PackedWeight) -> bool:
     return clean
 
 
-def tile_counts(packed: PackedWeight) -> Tensor:
-    """Return the number of values per row of each tile, (strips · tiles,) int64, from ``offsets`` or the spec."""
+def tile_sizes(packed: PackedWeight, indices: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return values a row and units of the tail of tiles by index (default: all), int64, as ``offsets`` or the spec say."""
     spec = packed.spec
+    if indices is None:
+        indices = torch.arange(spec.strips * spec.tiles, device=packed.words.device)
     if packed.offsets is None:
-        return torch.full((spec.strips * spec.tiles,), spec.n, device=packed.words.device)
-    return packed.offsets.long().diff() - SIDE // UNIT
+        return torch.full_like(indices, spec.n), torch.zeros_like(indices)
+    begin, end = packed.offsets[indices].long(), packed.offsets[indices + 1].long()
+    tail = begin & 3
+    return (end >> 2) - (begin >> 2) - SIDE // UNIT - tail, tail
 
 
-def mask_words(packed: PackedWeight) -> Iterator[tuple[int, Tensor]]:
-    """Yield n and the mask words, (tiles, 32) int32, of the tiles that store n values per row, for each n."""
-    for n, where in _by_count(tile_counts(packed)):
-        yield n, _rows_of_words(packed, where, SIDE)
+def masks_and_tails(packed: PackedWeight) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Yield n, mask words (tiles, 32) int32 and tails (tiles, 32·t) int16 of the tiles that have the same n and t."""
+    for n, tail, where in by_size(*tile_sizes(packed)):
+        masks = _rows_of_words(packed, where, 0, SIDE)
+        yield n, masks, _rows_of_words(packed, where, tile_words(n), tile_words(n, tail)).contiguous().view(torch.int16)
+
+
+def by_size(n: Tensor, tail: Tensor) -> Iterator[tuple[int, int, Tensor | slice]]:
+    """Yield n, the units of the tail, and the indices of the tiles that have them, for each pair that occurs."""
+    key = 4 * n + tail
+    present = key.unique().tolist()
+    for value in present:
+        yield value >> 2, value & 3, slice(None) if len(present) == 1 else (key == value).nonzero().squeeze(1)
+
+
+def chunk_rows(columns: int) -> int:
+    """Return how many rows are encoded or decoded at once; they are whole strips."""
+    return max(1, CHUNK_ENTRIES // max(1, columns * SIDE)) * SIDE
 
 
 def _tiles_at(packed: PackedWeight, indices: Tensor) -> Tensor:
     """Return the entries' bits of tiles by index, (tiles, 32, 32) int16."""
     out = torch.empty(len(indices), SIDE, SIDE, dtype=torch.int16, device=indices.device)
-    for n, where in _by_count(tile_counts(packed)[indices]):
-        out[where] = tiles.decode_tiles(_rows_of_words(packed, indices[where], tile_words(n)), n)
+    for n, tail, where in by_size(*tile_sizes(packed, indices)):
+        words = _rows_of_words(packed, indices[where], 0, tile_words(n, tail))
+        out[where] = tiles.decode_tiles(words, n, tail)
     return out
 
 
-def _rows_of_words(packed: PackedWeight, indices: Tensor | slice, length: int) -> Tensor:
-    """Return the first ``length`` words of tiles by index, (tiles, length) int32."""
+def _rows_of_words(packed: PackedWeight, indices: Tensor | slice, start: int, end: int) -> Tensor:
+    """Return words ``start`` to ``end`` − 1 of tiles by index, (tiles, end − start) int32."""
     if packed.offsets is None:
-        return packed.words.view(-1, tile_words(packed.spec.n))[indices, :length]
-    first = packed.offsets[:-1][indices].long() * UNIT
-    return packed.words[first[:, None] + torch.arange(length, device=first.device)]
-
-
-def _put(words: Tensor, first: Tensor, encoded: Tensor) -> None:
-    """Write tiles (B, k) at their first words."""
-    length = encoded.shape[1]
-    start, count = int(first[0]), len(first)
-    if int(first[-1]) - start == (count - 1) * length:  # one after another, as in the fixed format
-        words[start : start + count * length] = encoded.view(-1)
-    else:
-        words[(first[:, None] + torch.arange(length)).view(-1)] = encoded.view(-1)
-
-
-def _by_count(counts: Tensor) -> Iterator[tuple[int, Tensor | slice]]:
-    """Yield each distinct count, and the indices of the tiles with it."""
-    present = counts.unique().tolist()
-    for value in present:
-        yield value, slice(None) if len(present) == 1 else (counts == value).nonzero().squeeze(1)
-
-
-def _chunk_rows(columns: int) -> int:
-    """Return the number of rows that are encoded or decoded at once, a multiple of 32."""
-    return max(1, _CHUNK_ENTRIES // max(1, columns * SIDE)) * SIDE
-
-
-def _tiles_of(bits: Tensor) -> Tensor:
-    """Return the tiles of a matrix (rows, columns) int16 in order, (tiles, 32, 32), padded with zeros."""
-    columns = bits.shape[1]
-    across, down = -(-columns // SIDE), -(-len(bits) // SIDE)
-    if bits.shape != (down * SIDE, across * SIDE):
-        whole = bits.new_zeros(down * SIDE, across * SIDE)
-        whole[: len(bits), :columns] = bits
-        bits = whole
-    return bits.reshape(down, SIDE, across, SIDE).transpose(1, 2).reshape(-1, SIDE, SIDE)
+        return packed.words.view(-1, tile_words(packed.spec.n))[indices, start:end]
+    first = (packed.offsets[:-1][indices].long() >> 2) * UNIT
+    return packed.words[first[:, None] + torch.arange(start, end, device=first.device)]

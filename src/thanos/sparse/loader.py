@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,12 +15,14 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from thanos.checkpoint.layout import TensorSpec
+from thanos.checkpoint.reader import read_shard
 from thanos.errors import ModelError, UserError
-from thanos.sparse.formats import PackedSpec
+from thanos.sparse.formats import VERSION, PackedSpec
 from thanos.sparse.kernels import lacking
 from thanos.sparse.modules import PackedLinear, packed_modules, quicken
 from thanos.sparse.siblings import find_siblings, join
-from thanos.sparse.storage import METHOD, VERSION, parse_settings
+from thanos.sparse.storage import METHOD, ONE_DTYPE, check_stored, parse_settings
 
 UNPACK = "THANOS_UNPACK"
 """Environment variable: ``auto`` (default) unpacks layers on devices without a kernel, ``always`` all, ``never`` none."""
@@ -65,18 +68,25 @@ class SparseQuantizer(HfQuantizer):
         return parse_settings(self.quantization_config.to_dict(), "the model")
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Return the dtype of the packed values, in which the model must run. Warn if the caller requested another."""
+        """Return the dtype of the packed values, in which the model has to run; warn if the caller asked for another.
+
+        Raises:
+            ModelError: the layers hold values of two dtypes.
+        """
         dtypes = {spec.dtype for spec in self._specs().values()}
         if len(dtypes) > 1:
-            return dtype
-        own = next(iter(dtypes))
+            raise ModelError(f"config.json has packed layers of {' and '.join(sorted(map(str, dtypes)))}; {ONE_DTYPE}")
+        own = dtypes.pop()
         if dtype != own:
             warnings.warn(f"the packed weights are {own}, so the model runs in {own}, not in {dtype}", stacklevel=2)
         return own
 
-    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
+    def _process_model_before_weight_loading(self, model: Any, **others: Any) -> None:
         specs = self._specs()
+        _check_files(others.get("checkpoint_files") or (), specs)
         found = {name: _find(model, name) for name in specs}
+        if len({path for path, _ in found.values()}) < len(found):
+            raise ModelError("config.json lists a packed layer twice; the packed model is damaged: pack it again")
         paths = [path for path, layer in found.values() if isinstance(layer, nn.Linear)]
         self._siblings = find_siblings(model, paths)
         for name, spec in specs.items():
@@ -102,6 +112,8 @@ class SparseQuantizer(HfQuantizer):
             if reason or choice == "always":
                 self._unpack(model, name, layer)
                 reasons[reason] = reasons.get(reason, 0) + 1
+        config: Any = self.quantization_config
+        config.format_version = VERSION  # of what the layers hold now, and ``save_pretrained`` writes
         for reason, count in reasons.items():
             if reason:
                 _say_once(f"{count} packed layers were turned into dense ones: {reason}")
@@ -119,12 +131,13 @@ class SparseQuantizer(HfQuantizer):
         for listed in (name, *(one for one in self._layers if one.partition(".")[2] == name)):
             self._layers.pop(listed, None)
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         quicken(model, on=False)
+        own = model.dtype
         for name, layer in packed_modules(model).items():
             self._unpack(model, name, layer)
-            model.get_submodule(name).to(dtype)  # not the whole model: its buffers may be float32 on purpose
-        return model
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # transformers' config after a save
+        return model if dtype in (None, own) else model.to(dtype)  # without a reason no float32 buffer is changed
 
     def is_serializable(self, *_: Any, **__: Any) -> Any:
         """Whether ``save_pretrained`` works: it writes the packed tensors."""
@@ -139,6 +152,15 @@ class SparseQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """Whether ``torch.compile`` works."""
         return True
+
+
+def _check_files(files: Sequence[str], specs: dict[str, PackedSpec]) -> None:
+    """Check the headers of the model's files, before anything is made for their tensors."""
+    if files and all(file.endswith(".safetensors") for file in files):
+        tensors: dict[str, TensorSpec] = {}
+        for file in files:
+            tensors |= read_shard(Path(file))[1]
+        check_stored(specs.values(), tensors, str(Path(files[0]).parent))
 
 
 def _find(model: Any, name: str) -> tuple[str, Any]:

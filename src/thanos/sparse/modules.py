@@ -7,10 +7,11 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from thanos.errors import ModelError
 from thanos.sparse.formats import PackedSpec, PackedWeight, decode
 from thanos.sparse.ops import dense_linear, packed_linear
 from thanos.sparse.siblings import Siblings
-from thanos.sparse.storage import OFFSETS, WORDS, check_weight
+from thanos.sparse.storage import OFFSETS, WORDS, as_latest, check_weight
 
 
 class PackedLinear(nn.Module):
@@ -60,6 +61,7 @@ class PackedLinear(nn.Module):
 
         Raises:
             TypeError: ``x`` has another dtype than the packed values, without autocast.
+            RuntimeError: ``x`` has another last size than ``in_features``.
         """
         if x.dtype != self.spec.dtype and torch.is_autocast_enabled(x.device.type):
             x = x.to(self.spec.dtype)
@@ -68,6 +70,8 @@ class PackedLinear(nn.Module):
                 f"a packed layer holds {self.spec.dtype} values and got {x.dtype}; run the model in {self.spec.dtype}, or "
                 "turn it into a dense one with model.dequantize()"
             )
+        if not x.dim() or x.shape[-1] != self.in_features:
+            raise RuntimeError(f"a packed layer of {self.in_features} inputs got an input of shape {tuple(x.shape)}")
         return self.alone(x) if self.siblings is None else self.siblings.output(self.place, x)
 
     def alone(self, x: Tensor) -> Tensor:
@@ -75,13 +79,46 @@ class PackedLinear(nn.Module):
         spec = self.spec
         return packed_linear(x, self.weight_words, self.weight_offsets, self.bias, spec.rows, spec.n)
 
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Take tensors as any module does, but check packed ones first: kernels read by what they say."""
+        given, packed = {name: state_dict.get(prefix + name) for name in (WORDS, OFFSETS)}, None
+        words, offsets = (getattr(self, name) if one is None else one for name, one in given.items())
+        if any(one is not None for one in given.values()) and not any(_is_meta(one) for one in (words, offsets)):
+            try:
+                packed = as_latest(PackedWeight(self.spec, words, offsets), prefix.removesuffix("."))
+                check_weight(packed, prefix.removesuffix("."))
+            except ModelError as error:
+                error_msgs.append(str(error))
+                return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if packed is not None:
+            self._hold(packed)
+
     def check(self, name: str) -> None:
-        """Check the content of the packed weight.
+        """Check the content of the packed weight, once it is loaded; from then on it has this version's layout.
 
         Raises:
-            ModelError: see :func:`~thanos.sparse.storage.check_weight`.
+            ModelError: see :func:`~thanos.sparse.storage.check_weight` and :func:`~thanos.sparse.storage.as_latest`.
         """
-        check_weight(self.packed, name)
+        packed = as_latest(self.packed, name)
+        check_weight(packed, name)
+        self._hold(packed)
+
+    def _hold(self, packed: PackedWeight) -> None:
+        """Take over the offsets of this version's layout, if the ones that were loaded are of another."""
+        if packed.spec != self.spec and packed.offsets is not None and self.weight_offsets is not None:
+            self.spec, self.weight_offsets.data = packed.spec, packed.offsets.to(self.weight_offsets.device)
 
     def dense(self) -> nn.Linear:
         """Return a plain linear layer with the same weight and bias, on the same device."""
@@ -97,6 +134,10 @@ class PackedLinear(nn.Module):
         """Return the text that ``print(model)`` shows."""
         kind = f"{self.spec.n}:32" if self.spec.n else "bitmap"
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, packed={kind}"
+
+
+def _is_meta(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.device.type == "meta"
 
 
 class DenseLinear(nn.Linear):

@@ -2,21 +2,26 @@
 
 ``thanos::dense_linear`` is the product of a few tokens with a matrix that stays dense in a packed model, on a CPU.
 
-The operators have an implementation for each type of device and one for fake tensors, so ``torch.compile`` and CUDA graphs
-work. They have no derivative.
+They have an implementation for each type of device and one for fake tensors, so that ``torch.compile`` and CUDA graphs work.
+The operators have no derivative. The functions :func:`packed_linear` and :func:`packed_linears` have one by input and bias.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from thanos.sparse.formats import PackedSpec, PackedWeight, decode_strips
+from thanos.sparse.formats import PackedSpec, PackedWeight, decode, decode_strips
 from thanos.sparse.kernels import cpu, dense
-from thanos.sparse.tiles import SIDE
+from thanos.sparse.kernels.tuned import MOST_MATRICES
+from thanos.sparse.tiles import SIDE, tile_words
+
+_DTYPES = (torch.bfloat16, torch.float16)
 
 _STRIPS_ENTRIES = 1 << 20
 """Number of entries that are decoded at once if no kernel multiplies the packed matrix: 2 MiB."""
@@ -26,6 +31,7 @@ _LIBRARY.define("packed_linear(Tensor x, Tensor words, Tensor? offsets, Tensor? 
 _LIBRARY.define(
     "packed_linears(Tensor x, Tensor[] words, Tensor?[] offsets, Tensor?[] biases, SymInt[] rows, SymInt n) -> Tensor[]"
 )
+_LIBRARY.define("packed_input_gradient(Tensor grad, Tensor words, Tensor? offsets, SymInt columns, SymInt n) -> Tensor")
 _LIBRARY.define("dense_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 
 
@@ -42,7 +48,13 @@ def packed_linear(x: Tensor, words: Tensor, offsets: Tensor | None, bias: Tensor
 
     Returns:
         (..., rows) in the dtype of x. Sums are float32.
+
+    Raises:
+        RuntimeError: the arguments do not fit together. The words do not tell a number of columns from another one with as
+            many tiles.
     """
+    if _is_derived(x, bias):
+        return _Derived.apply(x, words, offsets, bias, rows, n)
     return _OPERATOR(x, words, offsets, bias, rows, n)
 
 
@@ -68,8 +80,49 @@ def packed_linears(
 
     Returns:
         (..., rows) for each matrix in the dtype of x. Sums are float32.
+
+    Raises:
+        RuntimeError: the arguments do not fit together; see :func:`packed_linear`.
     """
+    if _is_derived(x, *biases):
+        return [packed_linear(x, *part, n) for part in zip(words, offsets, biases, rows, strict=True)]
     return _OPERATOR_OF_SEVERAL(x, list(words), list(offsets), list(biases), list(rows), n)
+
+
+def _is_derived(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in tensors)
+
+
+class _Derived(torch.autograd.Function):
+    """The product where a gradient by the input or the bias is wanted, to which the matrix is a constant.
+
+    A function of autograd only here: as a part of the operator it would cost each call without gradients some microseconds.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, words: Tensor, offsets: Tensor | None, bias: Tensor | None, rows: int, n: int) -> Tensor:
+        return _OPERATOR(x, words, offsets, bias, rows, n)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        del output
+        x, words, offsets, _, _, ctx.n = inputs
+        ctx.columns = x.shape[-1]
+        ctx.save_for_backward(words, offsets)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] (the decorator has no types)
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        words, offsets = ctx.saved_tensors
+        by_input, by_bias = None, None
+        if ctx.needs_input_grad[0]:
+            by_input = _OPERATOR_OF_GRADIENT(grad, words, offsets, ctx.columns, ctx.n)
+        if ctx.needs_input_grad[3]:
+            by_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+        return by_input, None, None, by_bias, None, None
 
 
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -86,9 +139,51 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _OPERATOR_OF_DENSE(x, weight, bias)
 
 
+def _check(x: Tensor, words: Tensor, offsets: Tensor | None, bias: Tensor | None, rows: int, n: int) -> None:
+    """Raise a RuntimeError unless the arguments fit together: kernels read by addresses, beyond the end if they do not."""
+    device, dtype = x.device, x.dtype
+    sound = dtype in _DTYPES and x.dim() and _is_vector(words, torch.int32, device)
+    if sound:
+        tiles = -(-rows // SIDE) * -(-x.shape[-1] // SIDE)
+        if offsets is None:
+            sound = 1 <= n <= SIDE and words.numel() == tiles * tile_words(n)
+        else:
+            sound = n == 0 and _is_vector(offsets, torch.int32, device) and offsets.numel() == tiles + 1
+    if bias is not None:
+        sound = sound and _is_vector(bias, dtype, device) and bias.numel() == rows
+    if not sound:
+        kind = f"{n} of {SIDE}" if offsets is None else f"bitmap with {tuple(offsets.shape)} {offsets.dtype} offsets"
+        end = "no bias" if bias is None else f"a bias {tuple(bias.shape)} {bias.dtype}"
+        raise RuntimeError(
+            f"an input {tuple(x.shape)} {x.dtype} on {x.device} does not fit a packed matrix of {rows} rows, {kind}, with "
+            f"{tuple(words.shape)} {words.dtype} words on {words.device} and {end}"
+        )
+
+
+def _is_vector(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> bool:
+    return tensor.dtype is dtype and tensor.dim() == 1 and tensor.device == device and tensor.is_contiguous()
+
+
+def _check_several(
+    x: Tensor,
+    words: list[Tensor],
+    offsets: list[Tensor | None],
+    biases: list[Tensor | None],
+    rows: list[int],
+    n: int,
+) -> None:
+    if not len(words) == len(offsets) == len(biases) == len(rows) <= MOST_MATRICES:
+        raise RuntimeError(
+            f"a joint product takes lists of one length, at most {MOST_MATRICES}; got {len(words)} words"
+        )
+    for part in zip(words, offsets, biases, rows, strict=True):
+        _check(x, *part, n)
+
+
 @torch.no_grad()
 def _by_parts(x: Tensor, words: Tensor, offsets: Tensor | None, bias: Tensor | None, rows: int, n: int) -> Tensor:
     """Decode a few strips at a time and let the library multiply by them: on any device, for any number of tokens."""
+    _check(x, words, offsets, bias, rows, n)
     spec = PackedSpec("fixed" if offsets is None else "bitmap", rows, x.shape[-1], x.dtype, n, words.numel())
     packed, flat = PackedWeight(spec, words, offsets), x.reshape(-1, x.shape[-1])
     out = x.new_empty(len(flat), rows)
@@ -101,10 +196,18 @@ def _by_parts(x: Tensor, words: Tensor, offsets: Tensor | None, bias: Tensor | N
 
 
 def _on_cpu(x: Tensor, words: Tensor, offsets: Tensor | None, bias: Tensor | None, rows: int, n: int) -> Tensor:
+    _check(x, words, offsets, bias, rows, n)
     if cpu.lacking() or x.numel() > cpu.MOST_TOKENS * x.shape[-1]:
         return _by_parts(x, words, offsets, bias, rows, n)
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     return cpu.linear(flat, words, offsets, bias, rows, n).view(*x.shape[:-1], rows)
+
+
+def _input_gradient(grad: Tensor, words: Tensor, offsets: Tensor | None, columns: int, n: int) -> Tensor:
+    """Return grad W, (..., columns), by the library: W is decoded whole."""
+    rows = grad.shape[-1]
+    spec = PackedSpec("fixed" if offsets is None else "bitmap", rows, columns, grad.dtype, n, words.numel())
+    return grad @ decode(PackedWeight(spec, words, offsets))
 
 
 def _dense_on_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -132,6 +235,7 @@ def _several_on_cuda(
     if cuda.lacking(x.device):
         parts = zip(words, offsets, biases, rows, strict=True)
         return [_by_parts(x, *part, n) for part in parts]
+    _check_several(x, words, offsets, biases, rows, n)
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     results = cuda.linears(flat, words, offsets, biases, rows, n)
     return [one.view(*x.shape[:-1], count) for one, count in zip(results, rows, strict=True)]
@@ -149,7 +253,7 @@ def _one_by_one(
 
 
 def _fake(x: Tensor, words: Tensor, offsets: Tensor | None, bias: Tensor | None, rows: int, n: int) -> Tensor:
-    del words, offsets, bias, n
+    _check(x, words, offsets, bias, rows, n)
     return x.new_empty(*x.shape[:-1], rows)
 
 
@@ -161,8 +265,13 @@ def _fake_several(
     rows: list[int],
     n: int,
 ) -> list[Tensor]:
-    del words, offsets, biases, n
+    _check_several(x, words, offsets, biases, rows, n)
     return [x.new_empty(*x.shape[:-1], count) for count in rows]
+
+
+def _fake_gradient(grad: Tensor, words: Tensor, offsets: Tensor | None, columns: int, n: int) -> Tensor:
+    del words, offsets, n
+    return grad.new_empty(*grad.shape[:-1], columns)
 
 
 def _fake_dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -176,11 +285,14 @@ _LIBRARY.impl("packed_linear", _on_cpu, "CPU")
 _LIBRARY.impl("packed_linear", _on_cuda, "CUDA")
 _LIBRARY.impl("packed_linears", _one_by_one, "CompositeExplicitAutograd")
 _LIBRARY.impl("packed_linears", _several_on_cuda, "CUDA")
+_LIBRARY.impl("packed_input_gradient", _input_gradient, "CompositeExplicitAutograd")
 _LIBRARY.impl("dense_linear", _dense_by_library, "CompositeExplicitAutograd")
 _LIBRARY.impl("dense_linear", _dense_on_cpu, "CPU")
+torch.library.register_fake("thanos::packed_input_gradient", _fake_gradient, lib=_LIBRARY)
 torch.library.register_fake("thanos::dense_linear", _fake_dense, lib=_LIBRARY)
 torch.library.register_fake("thanos::packed_linear", _fake, lib=_LIBRARY)
 torch.library.register_fake("thanos::packed_linears", _fake_several, lib=_LIBRARY)
 _OPERATOR = torch.ops.thanos.packed_linear.default
 _OPERATOR_OF_SEVERAL = torch.ops.thanos.packed_linears.default
+_OPERATOR_OF_GRADIENT = torch.ops.thanos.packed_input_gradient.default
 _OPERATOR_OF_DENSE = torch.ops.thanos.dense_linear.default

@@ -6,7 +6,9 @@ each mask word, and the zeros outside the matrix. So no kernel can read or write
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections import Counter
+from collections.abc import Collection, Mapping
 from typing import Any, TypeGuard
 
 import torch
@@ -14,20 +16,29 @@ import torch
 from thanos.checkpoint.layout import Checkpoint, TensorSpec
 from thanos.errors import ModelError
 from thanos.sparse import tiles
-from thanos.sparse.formats import DTYPES, UNIT, PackedSpec, PackedWeight, mask_words, padding_is_zero, tile_counts
-from thanos.sparse.tiles import SIDE, tile_words
+from thanos.sparse.formats import (
+    DTYPES,
+    MOST_UNITS,
+    VERSION,
+    PackedSpec,
+    PackedWeight,
+    masks_and_tails,
+    padding_is_zero,
+    tile_sizes,
+)
+from thanos.sparse.tiles import MOST_TAIL, SIDE, UNIT, tile_words
 
 METHOD = "thanos_sparse"
 """Value of ``quant_method`` in ``config.json``."""
-
-VERSION = 1
-"""Version of the layout. Increase it if a reader of the old layout would misread the new one."""
 
 WORDS, OFFSETS = "weight_words", "weight_offsets"
 """Last parts of the names of a packed layer's tensors, which replace ``weight``."""
 
 _MOST = 1 << 31
 """Sizes must be below this."""
+
+ONE_DTYPE = "a model runs in one dtype: save the dense model in one, then pack it"
+"""What to do about packed layers of two dtypes."""
 
 _DAMAGED = "the packed model is damaged: pack it again"
 
@@ -68,22 +79,24 @@ def parse_settings(settings: Any, where: str) -> dict[str, PackedSpec]:
         ModelError: the version is not supported, or an entry is not valid.
     """
     version = settings.get("format_version") if isinstance(settings, Mapping) else None
-    if type(version) is not int or version != VERSION:
+    if type(version) is not int or not 1 <= version <= VERSION:
         raise ModelError(
-            f"{where} is packed in version {version!r} of the format; this version of thanos reads {VERSION}: upgrade thanos, "
-            "or pack the model again"
+            f"{where} is packed in version {version!r} of the format; this version of thanos reads 1 to {VERSION}: upgrade "
+            "thanos, or pack the model again"
         )
     layers = settings.get("layers")
     if not isinstance(layers, Mapping) or not layers:
         raise ModelError(f"{where}: config.json lists no packed layers; {_DAMAGED}")
-    return {name: _parse_entry(name, entry, where) for name, entry in layers.items()}
+    return {name: _parse_entry(name, entry, where, version) for name, entry in layers.items()}
 
 
-def _parse_entry(name: str, entry: Any, where: str) -> PackedSpec:
+def _parse_entry(name: Any, entry: Any, where: str, version: int) -> PackedSpec:
     def refuse(what: str) -> ModelError:
         return ModelError(f"{where}: config.json gives the packed layer {name} {what}; {_DAMAGED}")
 
-    if not isinstance(name, str) or not name or not isinstance(entry, Mapping):
+    if not isinstance(name, str) or not name.isprintable():  # it would break the lines of messages
+        raise ModelError(f"{where}: config.json lists a packed layer {name!r}, which cannot be a name; {_DAMAGED}")
+    if not name or not isinstance(entry, Mapping):
         raise refuse("no valid entry")
     if entry.get("format") not in ("fixed", "bitmap"):
         raise refuse(f"the format {entry.get('format')!r}, not fixed or bitmap")
@@ -102,7 +115,7 @@ def _parse_entry(name: str, entry: Any, where: str) -> PackedSpec:
     words = entry.get("words")
     if type(words) is not int or not tile_words(0) * count <= words <= tile_words(SIDE) * count:
         raise refuse(f"{words!r} words, which do not suit {rows} × {columns}")
-    return PackedSpec("bitmap", rows, columns, DTYPES[entry["dtype"]], 0, words)
+    return PackedSpec("bitmap", rows, columns, DTYPES[entry["dtype"]], 0, words, version)
 
 
 def _is_size(value: Any) -> TypeGuard[int]:
@@ -152,6 +165,35 @@ def find_prefixes(specs: Mapping[str, PackedSpec], checkpoint: Checkpoint, where
     return found
 
 
+def check_stored(specs: Collection[PackedSpec], tensors: Mapping[str, TensorSpec], where: str) -> None:
+    """Check that files hold the packed tensors of these specs and no others, whatever their names before the last part are.
+
+    Args:
+        specs: of all packed layers.
+        tensors: name → dtype and shape of each tensor of the files.
+        where: name of the model, for messages.
+
+    Raises:
+        ModelError: a tensor is missing, has another dtype or shape, belongs to no layer, or is there dense too.
+    """
+    listed = Counter(part for spec in specs for part in tensor_specs("", spec).items())
+    for name, info in tensors.items():
+        prefix, _, last = name.rpartition(".")
+        if last not in (WORDS, OFFSETS):
+            continue
+        kind = (f".{last}", TensorSpec(info.dtype, info.shape))
+        if not listed[kind]:
+            raise ModelError(f"{where}: config.json lists no layer for {name}, {_words(kind[1])}; {_DAMAGED}")
+        listed[kind] -= 1
+        if f"{prefix}.weight" in tensors:
+            raise ModelError(f"{where} holds {prefix} both packed and dense; {_DAMAGED}")
+    for (last, spec), count in listed.items():
+        if count:
+            raise ModelError(
+                f"{where} lacks a tensor {last[1:]}, {_words(spec)}, of a layer in config.json; {_DAMAGED}"
+            )
+
+
 def _words(spec: TensorSpec) -> str:
     return f"{str(spec.dtype).removeprefix('torch.')} {list(spec.shape)}"
 
@@ -163,21 +205,39 @@ def read_weight(checkpoint: Checkpoint, prefix: str, spec: PackedSpec, where: st
         ModelError: see :func:`check_weight`.
     """
     offsets = checkpoint.read(f"{prefix}.{OFFSETS}") if spec.offsets else None
-    packed = PackedWeight(spec, checkpoint.read(f"{prefix}.{WORDS}"), offsets)
+    packed = as_latest(PackedWeight(spec, checkpoint.read(f"{prefix}.{WORDS}"), offsets), f"{where}: {prefix}")
     check_weight(packed, f"{where}: {prefix}")
     return packed
 
 
-def check_weight(packed: PackedWeight, name: str) -> None:
-    """Check the content of a packed matrix, on any device.
+def as_latest(packed: PackedWeight, name: str) -> PackedWeight:
+    """Return a matrix with the offsets of this version's layout; its words are the same in both.
 
     Args:
         packed: tensors of any content.
         name: name of the layer, for messages.
 
     Raises:
-        ModelError: a size or dtype differs from the spec, offsets are wrong, a mask word has not as many bits as its tile has
-            values per row, or an entry outside the matrix is not zero.
+        ModelError: an offset is not one of the older version.
+    """
+    spec, offsets = packed.spec, packed.offsets
+    if spec.version == VERSION or offsets is None:
+        return packed
+    if bool(((offsets < 0) | (offsets > MOST_UNITS)).any()):
+        raise ModelError(f"{name} has offsets that do not suit its tiles; {_DAMAGED}")
+    return PackedWeight(dataclasses.replace(spec, version=VERSION), packed.words, 4 * offsets)
+
+
+def check_weight(packed: PackedWeight, name: str) -> None:
+    """Check the content of a packed matrix in this version's layout, on whatever device it is.
+
+    Args:
+        packed: tensors of any content.
+        name: of the layer, for messages.
+
+    Raises:
+        ModelError: a size or dtype is not the spec's, an offset does not suit, the mask words of a tile do not store what the
+            offsets say, the end of a tail is not zero, or an entry beyond the matrix is not zero.
     """
     spec, offsets = packed.spec, packed.offsets
     present = 0 if offsets is None else offsets.numel()
@@ -187,12 +247,17 @@ def check_weight(packed: PackedWeight, name: str) -> None:
             f"{name} has {packed.words.numel()} words and {present} offsets, not as config.json; {_DAMAGED}"
         )
     if offsets is not None:
-        counts = tile_counts(packed)
-        valid = (counts >= 0).all() & (counts <= SIDE).all() & (offsets[0] == 0)
-        if not bool(valid) or int(offsets[-1]) * UNIT != spec.words:
+        counts, tails = tile_sizes(packed)
+        valid = (counts >= 0).all() & (counts + tails <= SIDE).all() & (tails <= MOST_TAIL).all()
+        valid = valid & (offsets[0] >= 0) & (offsets[0] < 4)  # the first tile begins at unit 0
+        if not bool(valid) or int(offsets[-1]) * UNIT != 4 * spec.words:
             raise ModelError(f"{name} has offsets that do not suit its tiles; {_DAMAGED}")
-    for n, masks in mask_words(packed):
-        if bool((tiles.count_bits(masks) != n).any()):
-            raise ModelError(f"{name} has a mask whose count is not its tile's {n}; {_DAMAGED}")
+    for n, masks, tails in masks_and_tails(packed):
+        surplus = tiles.count_bits(masks) - n
+        used, there = surplus.sum(1), tails.shape[1]
+        if bool((surplus < 0).any() | (used > there).any() | (used <= there - SIDE).any()):
+            raise ModelError(f"{name} has masks that do not suit their tiles of {n} values a row; {_DAMAGED}")
+        if bool((tails.ne(0) & (torch.arange(there, device=used.device) >= used[:, None])).any()):
+            raise ModelError(f"{name} has values behind the last one of a tile; {_DAMAGED}")
     if not padding_is_zero(packed):
         raise ModelError(f"{name} has entries beyond its last row or column; {_DAMAGED}")

@@ -1,12 +1,14 @@
 """Tiles of 32 rows × 32 columns, the unit of both packed formats: their masks and their values as 32-bit words.
 
-A tile that stores n values per row takes 32 + 16·n words: 32 mask words, one per row, then the values. The most significant bit
-of a mask word is the tile's first column, and each word has exactly n bits set. The values of a row are in the order of its
-columns. They are divided into pieces of 8, and the remainder into at most one piece each of 4, 2 and 1. A piece has the values
-of row 0, then those of row 1, and so on to row 31. So the 32 lanes of a GPU's warp, one per row, read a contiguous range.
+A tile that stores n values a row and a tail of t units takes 32 + 16·(n + t) words: 32 mask words, one a row, then the first n
+values of every row, then the tail. The most significant bit of a mask word is the tile's first column, and each word has at
+least n bits set. The values of a row are in the order of its columns. The first n are cut into pieces of 8, and what is left of
+n into at most one piece each of 4, 2 and 1. A piece holds the values of row 0, then those of row 1, and so on to row 31: 32
+lanes of a GPU's warp, a row each, read one contiguous range. The tail holds the surplus, the values of a row behind its n-th:
+those of row 0 first, without gaps, and zeros up to the end of its last unit of 32 values.
 
-Values are handled as 16 bits and not as numbers, so negative zeros and NaN do not change. Letters: B tiles, n values per row.
-Encoding runs on the CPU, decoding on any device.
+Values are 16 bits wide and never looked at as numbers here, so that negative zeros and NaN pass unchanged. Letters: B tiles,
+n values a row, t units of the tail. Encoding runs on the CPU, decoding on any device.
 """
 
 from __future__ import annotations
@@ -18,6 +20,12 @@ from torch import Tensor
 SIDE = 32
 """Rows and columns of a tile."""
 
+UNIT = 16
+"""32-bit words of a unit, 64 bytes: 32 values. Every tile takes a whole number of units."""
+
+MOST_TAIL = 2
+"""Units of the longest tail: 64 values, two for each lane of a warp."""
+
 PIECES = (8, 4, 2, 1)
 """Sizes of the pieces, in values per row."""
 
@@ -25,9 +33,9 @@ _ONES = 0x0101010101010101
 """Factor that sums 8 bytes in the top byte."""
 
 
-def tile_words(n: int) -> int:
-    """Return the number of 32-bit words of a tile with ``n`` values per row."""
-    return SIDE + SIDE * n // 2
+def tile_words(n: int, tail: int = 0) -> int:
+    """Return the number of 32-bit words of a tile with ``n`` values a row and ``tail`` units of further values."""
+    return SIDE + UNIT * (n + tail)
 
 
 def pieces(n: int) -> list[tuple[int, int]]:
@@ -77,7 +85,7 @@ def count_bits(words: Tensor) -> Tensor:
 
 
 def fill_up(kept: Tensor, counts: Tensor, n: Tensor | int) -> Tensor:
-    """Extend the mask of each row to ``n`` columns, by its first columns that are not kept.
+    """Add the first columns that are not kept to the mask of each row that has fewer than ``n``, until it has ``n``.
 
     Args:
         kept: (B, 32, 32) bool.
@@ -89,42 +97,72 @@ def fill_up(kept: Tensor, counts: Tensor, n: Tensor | int) -> Tensor:
     """
     wanted = n[:, None] if isinstance(n, Tensor) else n
     missing = (wanted - counts.to(torch.int16)).to(torch.int8)
-    if not missing.any():
+    if not (missing > 0).any():
         return kept
     rank = torch.cumsum(~kept, -1, dtype=torch.int8)
     return kept | (rank <= missing[..., None])
 
 
-def encode_tiles(bits: Tensor, stored: Tensor, n: int) -> Tensor:
+def encode_tiles(bits: Tensor, stored: Tensor, n: int, tail: int = 0) -> Tensor:
     """Return the words of tiles.
 
     Args:
         bits: the entries' 16 bits, (B, 32, 32) int16.
-        stored: which entries to store, (B, 32, 32) bool, ``n`` in each row.
+        stored: which entries to store, (B, 32, 32) bool, at least ``n`` in each row.
         n: values a row, 0 to 32.
+        tail: units of the tail, 0 to 2.
 
     Returns:
-        (B, 32 + 16·n) int32.
+        (B, 32 + 16·(n + tail)) int32.
+
+    Raises:
+        ValueError, RuntimeError: a tile has more surplus than its tail holds.
     """
-    masks = pack_bits(stored).squeeze(-1)
-    if not n:
-        return masks
-    values = bits.reshape(-1).index_select(0, true_positions(stored)).view(-1, SIDE, n)
-    parts = [values[:, :, first : first + size].reshape(len(values), -1) for first, size in pieces(n)]
-    return torch.cat([masks, torch.cat(parts, 1).view(torch.int32)], 1)
+    parts, flat = [pack_bits(stored).squeeze(-1)], bits.reshape(-1)
+    surplus = _surplus(stored, n) if tail else torch.zeros_like(stored)
+    if n:
+        values = flat.index_select(0, true_positions(stored & ~surplus)).view(-1, SIDE, n)
+        cut = [values[:, :, first : first + size].reshape(len(values), -1) for first, size in pieces(n)]
+        parts.append(torch.cat(cut, 1).view(torch.int32))
+    if tail:
+        used, end = surplus.sum((1, 2)), flat.new_zeros(len(bits), SIDE * tail)
+        if bool((used > SIDE * tail).any()):
+            raise ValueError(f"a tile has {int(used.max())} values beyond {n} a row, more than {tail} units hold")
+        end.view(-1).index_copy_(0, _places(used, tail), flat.index_select(0, true_positions(surplus)))
+        parts.append(end.view(torch.int32))
+    return torch.cat(parts, 1)
 
 
-def decode_tiles(words: Tensor, n: int) -> Tensor:
-    """Return the entries' 16 bits, (B, 32, 32) int16, of tiles (B, 32 + 16·n) int32; entries that are not stored are zero.
+def decode_tiles(words: Tensor, n: int, tail: int = 0) -> Tensor:
+    """Return the entries' 16 bits, (B, 32, 32) int16, of tiles (B, 32 + 16·(n + tail)) int32; others than stored are zero.
 
-    Each mask word must have ``n`` bits set.
+    Each mask word must have at least ``n`` bits set, and those beyond must be as many as suit the tail.
     """
     count = len(words)
     out = torch.zeros(count, SIDE, SIDE, dtype=torch.int16, device=words.device)
-    if not n or not count:
+    if not n + tail or not count:
         return out
     stored = unpack_bits(words[:, :SIDE])
     values = words[:, SIDE:].contiguous().view(torch.int16)
-    parts = [values[:, SIDE * first : SIDE * (first + size)].unflatten(1, (SIDE, size)) for first, size in pieces(n)]
-    out.view(-1).index_copy_(0, true_positions(stored), torch.cat(parts, 2).view(-1))
+    flat = out.view(-1)
+    if tail:
+        surplus = _surplus(stored, n)
+        places = _places(surplus.sum((1, 2)), tail)
+        flat.index_copy_(0, true_positions(surplus), values[:, SIDE * n :].reshape(-1).index_select(0, places))
+        stored = stored & ~surplus
+    if n:
+        parts = [
+            values[:, SIDE * first : SIDE * (first + size)].unflatten(1, (SIDE, size)) for first, size in pieces(n)
+        ]
+        flat.index_copy_(0, true_positions(stored), torch.cat(parts, 2).view(-1))
     return out
+
+
+def _surplus(stored: Tensor, n: int) -> Tensor:
+    """Return which stored entries (B, 32, 32) come behind the n-th of their row."""
+    return stored & (torch.cumsum(stored, -1, dtype=torch.int8) > n)
+
+
+def _places(used: Tensor, tail: int) -> Tensor:
+    """Return the flat places in tails (B, 32·t) of tiles that use (B,) of their values each."""
+    return true_positions(torch.arange(SIDE * tail, device=used.device) < used[:, None])

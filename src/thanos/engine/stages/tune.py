@@ -36,7 +36,7 @@ class TuneStage:
     The number of epochs is the largest ``tune`` of the block's layers; a block without any is left as it is.
 
     Args:
-        rate: highest learning rate.
+        rate: highest learning rate, as a share of the size of the block's weights.
         seed: seed of the recipe.
         by_token: whether the error is the mean of the tokens' own relative errors.
         name: name of the stage in the records.

@@ -1,29 +1,12 @@
 /* Products of packed matrices (docs/formats.md) on x86-64 processors with AVX-512 VBMI2: VPEXPANDW spreads the values of a row
- * over the 32 columns of its tile. Sums are float32, and their order depends on the shape alone.
- *
- * The extension is optional. Without a suitable compiler it is not built; without a suitable processor support() is 0. */
+ * over the 32 columns of its tile. Sums are float32, and their order depends on the shape alone. */
 
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-
-#if defined(__x86_64__) && defined(__GNUC__)
-#define SUPPORTED 1
-#include <immintrin.h>
-#else
-#define SUPPORTED 0
-#endif
-
-/* Kinds of arithmetic: bfloat16 by VDPBF16PS, bfloat16 and float16 by conversion to float32. */
-enum { DOT_BFLOAT16 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+#include "_shared.h"
 
 #if SUPPORTED
 
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2,f16c,fma")))
-#define TARGET_DOT __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2,avx512bf16,f16c,fma")))
-#define INLINE static inline __attribute__((always_inline))
+#define TARGET WITH(",avx512vbmi2,f16c,fma")
+#define TARGET_DOT WITH(",avx512vbmi2,avx512bf16,f16c,fma")
 
 enum {
   SIDE = 32,
@@ -42,13 +25,15 @@ typedef struct {
   int n;
 } Product;
 
-INLINE const char *find(const Product *p, int64_t index, int *n) {
+/* Where a tile is, how many values a row it stores, and how many units its tail takes. */
+INLINE const char *find(const Product *p, int64_t index, int *n, int *tail) {
   if (!p->offsets) {
-    *n = p->n;
+    *n = p->n, *tail = 0;
     return p->words + index * (128 + 64 * (int64_t)p->n);
   }
-  int64_t first = p->offsets[index];
-  *n = (int)(p->offsets[index + 1] - first) - 2;
+  const int64_t first = p->offsets[index] >> 2;
+  *tail = p->offsets[index] & 3;
+  *n = (int)((p->offsets[index + 1] >> 2) - first) - 2 - *tail;
   return p->words + first * 64;
 }
 
@@ -88,11 +73,6 @@ INLINE TARGET __m512i values_of(const char *tile, int n, int row) {
   return v; /* lanes that no value fills are not read by the expansion */
 }
 
-INLINE TARGET __m512 widen(__m256i half, int kind) {
-  if (kind == FLOAT16) return _mm512_cvtph_ps(half);
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-}
-
 /* Add the products of tiles first to last − 1 for ROWS rows to their sums; every tile stores 16 values a row. */
 #define SPAN(name, attribute, KIND, ADD)                                                                              \
   INLINE attribute void name(const Product *p, int64_t strip, int64_t first, int64_t last, int row, const char *x,    \
@@ -115,30 +95,33 @@ INLINE TARGET __m512 widen(__m256i half, int kind) {
     for (int i = 0; i < ROWS; i++) _mm512_store_ps(sums + 16 * (row + i), a[i]);                                      \
   }
 
+/* Values of a row with, behind the n-th, those of the tail from ``surplus`` on; it moves to those of the next row. */
+INLINE TARGET __m512i with_surplus(__m512i v, uint32_t mask, int n, const char **surplus) {
+  const int more = __builtin_popcount(mask) - n;
+  const __m512i others = _mm512_maskz_loadu_epi16((__mmask32)((1ull << more) - 1), *surplus);
+  *surplus += 2 * more;
+  return n < SIDE ? _mm512_mask_expand_epi16(v, 0xffffffffu << n % SIDE, others) : v;
+}
+
 /* Add the products of one tile for all its rows; n is a constant in each case of EVERY. */
 #define TILE(name, attribute, KIND, ADD)                                                                              \
-  INLINE attribute void name(const char *tile, int n, const char *xs, float *sums) {                                  \
+  INLINE attribute void name(const char *tile, int n, int tail, const char *xs, float *sums) {                        \
     const uint32_t *masks = (const uint32_t *)tile;                                                                   \
+    const char *surplus = tile + 128 + 64 * n;                                                                        \
     for (int row = 0; row < SIDE; row++) {                                                                            \
       enum { i = 0 };                                                                                                 \
       __m512 a[1] = {_mm512_load_ps(sums + 16 * row)};                                                                \
-      __m512i w = _mm512_maskz_expand_epi16(reversed(masks[row]), values_of(tile, n, row));                           \
+      __m512i v = values_of(tile, n, row);                                                                            \
+      if (tail) v = with_surplus(v, masks[row], n, &surplus);                                                         \
+      __m512i w = _mm512_maskz_expand_epi16(reversed(masks[row]), v);                                                 \
       ADD                                                                                                             \
       _mm512_store_ps(sums + 16 * row, a[0]);                                                                         \
     }                                                                                                                 \
   }
 
 #define EVERY(DO)                                                                                                     \
-  DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7) DO(8) DO(9) DO(10) DO(11) DO(12) DO(13) DO(14) DO(15) DO(16) DO(17)       \
+  DO(0) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7) DO(8) DO(9) DO(10) DO(11) DO(12) DO(13) DO(14) DO(15) DO(16) DO(17) \
   DO(18) DO(19) DO(20) DO(21) DO(22) DO(23) DO(24) DO(25) DO(26) DO(27) DO(28) DO(29) DO(30) DO(31) DO(32)
-
-/* Masks hold the first column in their highest bit, and the processor wants it in its lowest. */
-INLINE uint32_t reversed(uint32_t m) {
-  m = (m >> 1 & 0x55555555u) | (m & 0x55555555u) << 1;
-  m = (m >> 2 & 0x33333333u) | (m & 0x33333333u) << 2;
-  m = (m >> 4 & 0x0f0f0f0fu) | (m & 0x0f0f0f0fu) << 4;
-  return __builtin_bswap32(m);
-}
 
 #define ADD_DOT a[i] = _mm512_dpbf16_ps(a[i], (__m512bh)w, (__m512bh)_mm512_loadu_si512(xs));
 #define ADD_WIDE(KIND)                                                                                                \
@@ -151,22 +134,6 @@ SPAN(span_float16, TARGET, FLOAT16, ADD_WIDE(FLOAT16))
 TILE(tile_dot, TARGET_DOT, DOT_BFLOAT16, ADD_DOT)
 TILE(tile_bfloat16, TARGET, BFLOAT16, ADD_WIDE(BFLOAT16))
 TILE(tile_float16, TARGET, FLOAT16, ADD_WIDE(FLOAT16))
-
-INLINE TARGET float to_float(uint16_t v, int kind) {
-  if (kind == FLOAT16) return _cvtsh_ss(v);
-  uint32_t bits = (uint32_t)v << 16;
-  float f;
-  memcpy(&f, &bits, 4);
-  return f;
-}
-
-INLINE TARGET uint16_t from_float(float f, int kind) {
-  if (kind == FLOAT16) return _cvtss_sh(f, _MM_FROUND_TO_NEAREST_INT);
-  uint32_t bits;
-  memcpy(&bits, &f, 4);
-  if (f != f) return 0x7fc0; /* rounding would carry some NaN into the sign */
-  return (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
-}
 
 /* All rows of one strip, for all tokens: the tiles of a block are read from the first cache for every token. */
 #define STRIP(name, attribute, span, tile, KIND)                                                                      \
@@ -183,9 +150,9 @@ INLINE TARGET uint16_t from_float(float f, int kind) {
           continue;                                                                                                   \
         }                                                                                                             \
         for (int64_t g = first; g < last; g++) {                                                                      \
-          int n;                                                                                                      \
-          const char *at = find(p, strip * p->tiles + g, &n);                                                         \
-          for (int line = 0; line < 128 + 64 * n; line += 64) _mm_prefetch(at + AHEAD + line, _MM_HINT_T0);           \
+          int n, tail;                                                                                                \
+          const char *at = find(p, strip * p->tiles + g, &n, &tail);                                                  \
+          for (int line = 0; line < 128 + 64 * (n + tail); line += 64) _mm_prefetch(at + AHEAD + line, _MM_HINT_T0);  \
           switch (n) { EVERY(CASE_##tile) }                                                                           \
         }                                                                                                             \
       }                                                                                                               \
@@ -199,30 +166,13 @@ INLINE TARGET uint16_t from_float(float f, int kind) {
       }                                                                                                               \
   }
 
-#define CASE_tile_dot(k) case k: tile_dot(at, k, x + g * each, own); break;
-#define CASE_tile_bfloat16(k) case k: tile_bfloat16(at, k, x + g * each, own); break;
-#define CASE_tile_float16(k) case k: tile_float16(at, k, x + g * each, own); break;
+#define CASE_tile_dot(k) case k: tile_dot(at, k, tail, x + g * each, own); break;
+#define CASE_tile_bfloat16(k) case k: tile_bfloat16(at, k, tail, x + g * each, own); break;
+#define CASE_tile_float16(k) case k: tile_float16(at, k, tail, x + g * each, own); break;
 
 STRIP(strip_dot, TARGET_DOT, span_dot, tile_dot, DOT_BFLOAT16)
 STRIP(strip_bfloat16, TARGET, span_bfloat16, tile_bfloat16, BFLOAT16)
 STRIP(strip_float16, TARGET, span_float16, tile_float16, FLOAT16)
-
-/* Copy x, padded with zeros to whole tiles. */
-TARGET static void pad(char *to, const uint16_t *x, int64_t tokens, int64_t columns, int64_t tiles, int kind) {
-  const int64_t width = tiles * SIDE;
-  for (int64_t t = 0; t < tokens; t++) {
-    const uint16_t *from = x + t * columns;
-    if (kind == DOT_BFLOAT16) {
-      uint16_t *row = (uint16_t *)to + t * width;
-      memcpy(row, from, 2 * columns);
-      memset(row + columns, 0, 2 * (width - columns));
-    } else {
-      float *row = (float *)to + t * width;
-      for (int64_t i = 0; i < columns; i++) row[i] = to_float(from[i], kind);
-      memset(row + columns, 0, 4 * (width - columns));
-    }
-  }
-}
 
 static int multiply(Product *p, const uint16_t *x, int64_t columns, int kind, int threads) {
   const int64_t strips = (p->rows + SIDE - 1) / SIDE;
@@ -230,7 +180,7 @@ static int multiply(Product *p, const uint16_t *x, int64_t columns, int kind, in
   const size_t own = ((size_t)p->tokens * 16 * SIDE * sizeof(float) + 63) & ~(size_t)63;
   char *memory = aligned_alloc(64, ((wide + 63) & ~(size_t)63) + own * threads);
   if (!memory) return -1;
-  pad(memory, x, p->tokens, columns, p->tiles, kind);
+  pad(memory, x, p->tokens, columns, p->tiles * SIDE, kind);
   p->x = memory;
   char *sums = memory + ((wide + 63) & ~(size_t)63);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
@@ -257,10 +207,7 @@ static PyObject *support(PyObject *self, PyObject *unused) {
   (void)self, (void)unused;
   long level = 0;
 #if SUPPORTED
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi2"))
-    level = __builtin_cpu_supports("avx512bf16") ? 2 : 1;
+  if (has_avx512() && __builtin_cpu_supports("avx512vbmi2")) level = __builtin_cpu_supports("avx512bf16") ? 2 : 1;
 #endif
   return PyLong_FromLong(level);
 }
@@ -269,14 +216,7 @@ static PyObject *support(PyObject *self, PyObject *unused) {
 static PyObject *linear(PyObject *self, PyObject *const *args, Py_ssize_t count) {
   (void)self;
   long long a[11];
-  if (count != 11) {
-    PyErr_SetString(PyExc_TypeError, "linear takes 11 whole numbers");
-    return NULL;
-  }
-  for (int i = 0; i < 11; i++) {
-    a[i] = PyLong_AsLongLong(args[i]);
-    if (a[i] == -1 && PyErr_Occurred()) return NULL;
-  }
+  if (!read_numbers(args, count, a, 11)) return NULL;
 #if SUPPORTED
   int failed;
   Product p = {.words = (const char *)(intptr_t)a[0], .offsets = (const int32_t *)(intptr_t)a[1],

@@ -1,29 +1,12 @@
 /* Products of dense 16-bit matrices with a few tokens, on x86-64 processors with AVX-512. Each row is read once, in order, so the
- * memory's rate is the limit. Sums are float32, and their order depends on the number of columns alone.
- *
- * The extension is optional. Without a suitable compiler it is not built; without a suitable processor support() is 0. */
+ * memory's rate is the limit. Sums are float32, and their order depends on the number of columns alone. */
 
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-
-#if defined(__x86_64__) && defined(__GNUC__)
-#define SUPPORTED 1
-#include <immintrin.h>
-#else
-#define SUPPORTED 0
-#endif
-
-/* Kinds of arithmetic: bfloat16 by VDPBF16PS, bfloat16 and float16 by conversion to float32. */
-enum { DOT_BFLOAT16 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+#include "_shared.h"
 
 #if SUPPORTED
 
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,f16c,fma")))
-#define TARGET_DOT __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,f16c,fma")))
-#define INLINE static inline __attribute__((always_inline))
+#define TARGET WITH(",f16c,fma")
+#define TARGET_DOT WITH(",avx512bf16,f16c,fma")
 
 enum {
   WIDE = 32, /* entries of a vector */
@@ -37,27 +20,6 @@ typedef struct {
   const char *x; /* tokens × width, padded with zeros: 16 bits wide for DOT_BFLOAT16, else float32 */
   int64_t rows, columns, width, tokens;
 } Product;
-
-INLINE TARGET __m512 widen(__m256i half, int kind) {
-  if (kind == FLOAT16) return _mm512_cvtph_ps(half);
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-}
-
-INLINE TARGET float to_float(uint16_t v, int kind) {
-  if (kind == FLOAT16) return _cvtsh_ss(v);
-  uint32_t bits = (uint32_t)v << 16;
-  float f;
-  memcpy(&f, &bits, 4);
-  return f;
-}
-
-INLINE TARGET uint16_t from_float(float f, int kind) {
-  if (kind == FLOAT16) return _cvtss_sh(f, _MM_FROUND_TO_NEAREST_INT);
-  uint32_t bits;
-  memcpy(&bits, &f, 4);
-  if (f != f) return 0x7fc0; /* rounding would carry some NaN into the sign */
-  return (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
-}
 
 #define ADD_DOT(s, w, at) a[s] = _mm512_dpbf16_ps(a[s], (__m512bh)(w), (__m512bh)_mm512_loadu_si512(x + 2 * (at)));
 #define ADD_WIDE(KIND)                                                                                                \
@@ -97,26 +59,10 @@ ROWS(rows_dot, TARGET_DOT, DOT_BFLOAT16, ADD_DOT)
 ROWS(rows_bfloat16, TARGET, BFLOAT16, ADD_BFLOAT16)
 ROWS(rows_float16, TARGET, FLOAT16, ADD_FLOAT16)
 
-/* Copy x, padded with zeros to whole vectors. */
-TARGET static void pad(char *to, const uint16_t *x, const Product *p, int kind) {
-  for (int64_t t = 0; t < p->tokens; t++) {
-    const uint16_t *from = x + t * p->columns;
-    if (kind == DOT_BFLOAT16) {
-      uint16_t *row = (uint16_t *)to + t * p->width;
-      memcpy(row, from, 2 * p->columns);
-      memset(row + p->columns, 0, 2 * (p->width - p->columns));
-    } else {
-      float *row = (float *)to + t * p->width;
-      for (int64_t i = 0; i < p->columns; i++) row[i] = to_float(from[i], kind);
-      memset(row + p->columns, 0, 4 * (p->width - p->columns));
-    }
-  }
-}
-
 static int multiply(Product *p, const uint16_t *x, int kind, int threads) {
   char *memory = aligned_alloc(64, ((size_t)p->tokens * p->width * 4 + 63) & ~(size_t)63);
   if (!memory) return -1;
-  pad(memory, x, p, kind);
+  pad(memory, x, p->tokens, p->columns, p->width, kind);
   p->x = memory;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int thread = 0; thread < threads; thread++) {
@@ -139,10 +85,7 @@ static PyObject *support(PyObject *self, PyObject *unused) {
   (void)self, (void)unused;
   long level = 0;
 #if SUPPORTED
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
-    level = __builtin_cpu_supports("avx512bf16") ? 2 : 1;
+  if (has_avx512()) level = __builtin_cpu_supports("avx512bf16") ? 2 : 1;
 #endif
   return PyLong_FromLong(level);
 }
@@ -151,14 +94,7 @@ static PyObject *support(PyObject *self, PyObject *unused) {
 static PyObject *linear(PyObject *self, PyObject *const *args, Py_ssize_t count) {
   (void)self;
   long long a[9];
-  if (count != 9) {
-    PyErr_SetString(PyExc_TypeError, "linear takes 9 whole numbers");
-    return NULL;
-  }
-  for (int i = 0; i < 9; i++) {
-    a[i] = PyLong_AsLongLong(args[i]);
-    if (a[i] == -1 && PyErr_Occurred()) return NULL;
-  }
+  if (!read_numbers(args, count, a, 9)) return NULL;
 #if SUPPORTED
   int failed;
   Product p = {.weight = (const uint16_t *)(intptr_t)a[0], .bias = (const uint16_t *)(intptr_t)a[2],

@@ -1,25 +1,12 @@
-/* Encoding of packed matrices (docs/formats.md) on x86-64 processors with AVX-512 VBMI2: VPCOMPRESSW collects a row's values.
- *
- * The extension is optional. Without a suitable compiler it is not built; without a suitable processor support() is 0. */
+/* Encoding of packed matrices (docs/formats.md) on x86-64 processors with AVX-512 VBMI2: VPCOMPRESSW collects a row's values. */
 
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
-#include <stdint.h>
-#include <string.h>
-
-#if defined(__x86_64__) && defined(__GNUC__)
-#define SUPPORTED 1
-#include <immintrin.h>
-#else
-#define SUPPORTED 0
-#endif
+#include "_shared.h"
 
 #if SUPPORTED
 
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2,bmi2,popcnt")))
-#define INLINE static inline __attribute__((always_inline))
+#define TARGET WITH(",avx512vbmi2,bmi2,popcnt")
 
-enum { SIDE = 32 };
+enum { SIDE = 32, MOST_TAIL = 2 };
 
 typedef struct {
   const uint16_t *weight; /* rows × columns */
@@ -34,20 +21,12 @@ INLINE TARGET __m512i entries(const Dense *d, int64_t row, int64_t tile) {
   return _mm512_maskz_loadu_epi16(there, d->weight + row * d->columns + SIDE * tile);
 }
 
-/* Masks hold the first column in their highest bit, and the processor wants it in its lowest. */
-INLINE uint32_t reversed(uint32_t m) {
-  m = (m >> 1 & 0x55555555u) | (m & 0x55555555u) << 1;
-  m = (m >> 2 & 0x33333333u) | (m & 0x33333333u) << 2;
-  m = (m >> 4 & 0x0f0f0f0fu) | (m & 0x0f0f0f0fu) << 4;
-  return __builtin_bswap32(m);
-}
-
-/* Write one row of a tile that stores n values a row; 0 if the row has more. */
-INLINE TARGET int put(char *tile, int row, int n, __m512i v) {
+/* Write one row of a tile that stores n values a row, and the values beyond them at ``surplus``; 0 if they would pass ``end``. */
+INLINE TARGET int put(char *tile, int row, int n, char **surplus, const char *end, __m512i v) {
   const uint32_t kept = _mm512_test_epi16_mask(v, v);
   const int missing = n - __builtin_popcount(kept);
-  if (missing < 0) return 0;
-  const uint32_t stored = kept | _pdep_u32(missing < 32 ? (1u << missing) - 1 : 0xffffffffu, ~kept);
+  uint32_t stored = kept;
+  if (missing > 0) stored |= _pdep_u32(missing < 32 ? (1u << missing) - 1 : 0xffffffffu, ~kept);
   const uint32_t mask = reversed(stored);
   memcpy(tile + 4 * row, &mask, 4);
   char values[64] __attribute__((aligned(64)));
@@ -64,28 +43,47 @@ INLINE TARGET int put(char *tile, int row, int n, __m512i v) {
     from += 4, tile += 4 * SIDE;
   }
   if (n & 1) memcpy(tile + 2 * row, from, 2);
+  if (missing >= 0) return 1;
+  if (end - *surplus < -2 * missing) return 0;
+  memcpy(*surplus, values + 2 * n, -2 * missing);
+  *surplus -= 2 * missing;
   return 1;
 }
 
-TARGET static int encode_strip(const Dense *d, int64_t strip, const uint8_t *counts, const int64_t *offsets, char *words) {
+/* sizes: values a row of every tile, then the units of every tile's tail. */
+TARGET static int encode_strip(const Dense *d, int64_t strip, int64_t all, const uint8_t *sizes, const int64_t *offsets, char *words) {
   int fits = 1;
   for (int64_t tile = 0; tile < d->tiles; tile++) {
     const int64_t index = strip * d->tiles + tile;
-    for (int row = 0; row < SIDE; row++)
-      fits &= put(words + 4 * offsets[index], row, counts[index], entries(d, strip * SIDE + row, tile));
+    const int n = sizes[index];
+    char *at = words + 4 * offsets[index], *surplus = at + 128 + 64 * n;
+    const char *end = surplus + 64 * sizes[all + index];
+    for (int row = 0; row < SIDE; row++) fits &= put(at, row, n, &surplus, end, entries(d, strip * SIDE + row, tile));
+    memset(surplus, 0, end - surplus);
   }
   return fits;
 }
 
-TARGET static void count_strip(const Dense *d, int64_t strip, uint8_t *fullest) {
+/* counts: of every tile the entries of the fullest row, then n of every tile, then the units of every tile's tail. */
+TARGET static void count_strip(const Dense *d, int64_t strip, int64_t all, uint8_t *counts) {
   for (int64_t tile = 0; tile < d->tiles; tile++) {
-    int most = 0;
+    int most = 0, rows[SIDE + 1] = {0}; /* rows by their number of entries */
     for (int row = 0; row < SIDE; row++) {
       const __m512i v = entries(d, strip * SIDE + row, tile);
       const int count = __builtin_popcount(_mm512_test_epi16_mask(v, v));
+      rows[count]++;
       most = count > most ? count : most;
     }
-    fullest[strip * d->tiles + tile] = (uint8_t)most;
+    int best = most, tail = 0;
+    for (int n = most - 1, fuller = 0, surplus = 0; n >= 0; n--) {
+      fuller += rows[n + 1]; /* rows that hold more than n */
+      surplus += fuller;
+      const int units = (surplus + SIDE - 1) / SIDE;
+      if (units > MOST_TAIL) break;
+      if (n + units < best + tail) best = n, tail = units;
+    }
+    uint8_t *at = counts + strip * d->tiles + tile;
+    at[0] = (uint8_t)most, at[all] = (uint8_t)best, at[2 * all] = (uint8_t)tail;
   }
 }
 
@@ -96,27 +94,18 @@ static PyObject *support(PyObject *self, PyObject *unused) {
   (void)self, (void)unused;
   long level = 0;
 #if SUPPORTED
-  __builtin_cpu_init();
-  level = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("bmi2");
+  level = has_avx512() && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("bmi2");
 #endif
   return PyLong_FromLong(level);
 }
 
-/* run(weight, rows, columns, counts, offsets, words, threads): addresses and sizes. The caller has checked them.
+/* run(weight, rows, columns, sizes, offsets, words, threads): addresses and sizes. The caller has checked them.
  *
- * Without words (0) the fullest rows are counted into counts. Returns whether every row fitted. */
+ * Without words (0) the sizes are counted, as count_strip says, else used, as encode_strip says. Returns whether all fitted. */
 static PyObject *run(PyObject *self, PyObject *const *args, Py_ssize_t count) {
   (void)self;
   long long a[7];
-  if (count != 7) {
-    PyErr_SetString(PyExc_TypeError, "run takes 7 whole numbers");
-    return NULL;
-  }
-  for (int i = 0; i < 7; i++) {
-    a[i] = PyLong_AsLongLong(args[i]);
-    if (a[i] == -1 && PyErr_Occurred()) return NULL;
-  }
+  if (!read_numbers(args, count, a, 7)) return NULL;
 #if SUPPORTED
   int fits = 1;
   const Dense d = {.weight = (const uint16_t *)(intptr_t)a[0], .rows = a[1], .columns = a[2], .tiles = (a[2] + SIDE - 1) / SIDE};
@@ -125,10 +114,11 @@ static PyObject *run(PyObject *self, PyObject *const *args, Py_ssize_t count) {
   Py_BEGIN_ALLOW_THREADS
 #pragma omp parallel for schedule(static) num_threads(threads) reduction(& : fits) if (threads > 1)
   for (int64_t strip = 0; strip < strips; strip++) {
+    uint8_t *sizes = (uint8_t *)(intptr_t)a[3];
     if (a[5])
-      fits &= encode_strip(&d, strip, (const uint8_t *)(intptr_t)a[3], (const int64_t *)(intptr_t)a[4], (char *)(intptr_t)a[5]);
+      fits &= encode_strip(&d, strip, strips * d.tiles, sizes, (const int64_t *)(intptr_t)a[4], (char *)(intptr_t)a[5]);
     else
-      count_strip(&d, strip, (uint8_t *)(intptr_t)a[3]);
+      count_strip(&d, strip, strips * d.tiles, sizes);
   }
   Py_END_ALLOW_THREADS
   return PyBool_FromLong(fits);

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from thanos.sparse.kernels.tuned import FEW, MANY, MOST_MATRICES, Launch, device_settings, launch_for, plan
-from thanos.sparse.tiles import SIDE, tile_words
+from thanos.sparse.tiles import SIDE, UNIT, tile_words
 
 _LEAST_CAPABILITY = (8, 0)
 """Least compute capability, whose instructions the kernels use."""
@@ -23,6 +23,12 @@ _CLUSTERS = (9, 0)
 
 _NO_CONTEXT = 201
 """Error code of the driver in a thread that has not used the device yet."""
+
+_ROWS_OF_PART = 256
+"""Parts of a matrix that is expanded have a multiple of this many rows: no tile of the library's product is cut."""
+
+_OUTPUTS_OF_PART = 1 << 22
+"""Least outputs of a part, so that its product occupies a large device: 128 tiles of 256 × 128."""
 
 _TILES_OF_EXPAND = 8
 """Number of tiles of a block of the kernel ``expand``, one for each warp."""
@@ -86,11 +92,12 @@ def linears(
     device = _device_name(x.device)
     settings = device_settings(device)
     if len(x) > settings.most_tokens:
-        parts = zip(words, offsets, biases, rows, strict=True)
-        return [by_library(x, *part, n, settings.expanded_bytes) for part in parts]
+        matrices = zip(words, offsets, biases, rows, strict=True)
+        return [by_library(x, *one, n, parts_of(len(x), one[-1], settings.parts)) for one in matrices]
     family = FEW if len(x) <= settings.few_tokens else MANY
-    strips = sum(-(-count // SIDE) for count in rows)
-    launch = launch_for(device, family, n, strips, -(-x.shape[1] // SIDE))
+    strips, tiles = sum(-(-count // SIDE) for count in rows), -(-x.shape[1] // SIDE)
+    units = sum(one.numel() for one in words) // (UNIT * strips * tiles)
+    launch = launch_for(device, family, n, units, strips, tiles)
     return multiply(x, words, offsets, biases, rows, n, family, launch)
 
 
@@ -183,27 +190,45 @@ def _run(kernel: Any, grid: tuple[int, int, int], block: tuple[int, int, int], v
     torch.cuda._utils._check_cuda(result)
 
 
+def parts_of(tokens: int, rows: int, most: int) -> int:
+    """Return into how many parts a matrix with that many rows is cut for the library, at most ``most``."""
+    return max(1, min(most, tokens * rows // _OUTPUTS_OF_PART))
+
+
+@cache
+def _second_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream of the library's products: they go before the kernels that expand, which take what they leave."""
+    return torch.cuda.Stream(device, priority=-1)
+
+
 @torch.no_grad()  # for the library's ``out``
 def by_library(
-    x: Tensor, words: Tensor, offsets: Tensor | None, bias: Tensor | None, rows: int, n: int, expanded_bytes: int
+    x: Tensor, words: Tensor, offsets: Tensor | None, bias: Tensor | None, rows: int, n: int, parts: int
 ) -> Tensor:
-    """Return the product, computed by the library from rows that are expanded first.
+    """Return the product by the library, for which the matrix is expanded in parts, each while the one before is multiplied.
 
-    At most ``expanded_bytes`` are expanded at once, so that they can stay in the last-level cache. The other arguments are
-    those of :func:`linears`.
+    The other arguments are those of :func:`linears`. With one part the result is that of the dense matrix, bit for bit.
     """
     columns = x.shape[1]
-    step = max(1, expanded_bytes // (SIDE * columns * x.element_size())) * SIDE
+    step = -(-rows // (parts * _ROWS_OF_PART)) * _ROWS_OF_PART
     if step >= rows:
         return F.linear(x, expand(words, offsets, 0, rows, columns, n, x.dtype), bias)
     out = torch.empty(len(x), rows, dtype=x.dtype, device=x.device)
-    for first in range(0, rows, step):
-        last = min(first + step, rows)
-        part = expand(words, offsets, first // SIDE, last - first, columns, n, x.dtype)
-        if bias is None:
-            torch.mm(x, part.T, out=out[:, first:last])
-        else:
-            torch.addmm(bias[first:last], x, part.T, out=out[:, first:last])
+    stream, second = torch.cuda.current_stream(x.device), _second_stream(x.device)
+    held = []  # the memory of a part goes back to this stream's, which must have waited for its product
+    try:
+        for first in range(0, rows, step):
+            here = slice(first, min(first + step, rows))
+            part = expand(words, offsets, first // SIDE, here.stop - first, columns, n, x.dtype)
+            held.append(part)
+            second.wait_stream(stream)
+            with torch.cuda.stream(second):
+                if bias is None:
+                    torch.mm(x, part.T, out=out[:, here])
+                else:
+                    torch.addmm(bias[here], x, part.T, out=out[:, here])
+    finally:
+        stream.wait_stream(second)
     return out
 
 

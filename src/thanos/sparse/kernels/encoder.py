@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thanos.sparse.tiles import SIDE
+from thanos.sparse.tiles import MOST_TAIL, SIDE
 
 
 @cache
@@ -27,34 +27,40 @@ def available(weight: Tensor) -> bool:
     return weight.device.type == "cpu" and weight.element_size() == 2 and _extension() is not None
 
 
-def fullest_rows(weight: Tensor) -> Tensor:
-    """Return the number of entries of the fullest row of each tile, (strips, tiles) uint8.
+def count_entries(weight: Tensor) -> Tensor:
+    """Return of each tile the entries of its fullest row, and n and the units of the tail that store it in the fewest bytes.
 
     Args:
         weight: (rows, columns), 16 bits wide, contiguous, on the CPU.
+
+    Returns:
+        (3, strips, tiles) uint8.
     """
     rows, columns = weight.shape
-    fullest = torch.zeros(-(-rows // SIDE), -(-columns // SIDE), dtype=torch.uint8)
+    counts = torch.zeros(3, -(-rows // SIDE), -(-columns // SIDE), dtype=torch.uint8)
     if weight.numel():
-        _extension().run(weight.data_ptr(), rows, columns, fullest.data_ptr(), 0, 0, torch.get_num_threads())
-    return fullest
+        _extension().run(weight.data_ptr(), rows, columns, counts.data_ptr(), 0, 0, torch.get_num_threads())
+    return counts
 
 
-def encode(weight: Tensor, counts: Tensor, offsets: Tensor, words: Tensor) -> None:
+def encode(weight: Tensor, sizes: Tensor, offsets: Tensor, words: Tensor) -> None:
     """Write the tiles of a matrix.
 
     Args:
-        weight: as for :func:`fullest_rows`.
-        counts: number of values per row of each tile, (strips · tiles,) uint8.
+        weight: as for :func:`count_entries`.
+        sizes: values a row and units of the tail of each tile, (2, strips · tiles) uint8, contiguous.
         offsets: first word of each tile, and the end, (strips · tiles + 1,) int64.
         words: output for the tiles, (offsets[-1],) int32.
 
     Raises:
-        ValueError: a row has more entries than its tile stores, or a tile stores more than 32.
+        ValueError: a tile has more entries than its size holds, or a size is none.
     """
-    if counts.numel() and int(counts.max()) > SIDE:
-        raise ValueError(f"a tile of 32 columns cannot store {int(counts.max())} values a row")
+    most = sizes.amax(1).tolist() if sizes.numel() else [0, 0]
+    if most[0] > SIDE or most[1] > MOST_TAIL:
+        raise ValueError(
+            f"a tile cannot store {most[0]} values in each of its rows of 32, or {most[1]} units of others"
+        )
     rows, columns = weight.shape
-    addresses = (tensor.data_ptr() for tensor in (counts, offsets, words))
+    addresses = (tensor.data_ptr() for tensor in (sizes, offsets, words))
     if not _extension().run(weight.data_ptr(), rows, columns, *addresses, torch.get_num_threads()):
-        raise ValueError("a row of 32 columns holds more entries than its tile stores")
+        raise ValueError("a tile has more entries than it stores")

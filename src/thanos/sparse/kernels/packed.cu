@@ -1,7 +1,7 @@
 // Products of packed matrices (docs/formats.md), compiled at run time.
 //
-// Macros set by the caller: N values a row of each tile, 0 if tiles differ (bitmap); B tokens of a pass; U tiles of a warp in
-// flight; SPLITS parts of the columns, each a block of a cluster; HALF 1 for float16, 0 for bfloat16.
+// Macros set by the caller: N values a row of each tile, 0 if tiles differ (bitmap); B tokens of a pass; U tiles of a warp whose
+// loads are under way; SPLITS parts of the columns, each a block of a cluster; HALF 1 for float16, 0 for bfloat16.
 //
 // A block multiplies one strip of 32 rows. Sums are float32, and their order depends on the shape and the macros alone, not on
 // the number of tokens: a warp adds its tiles from left to right, then the warps' sums are added, then those of the splits. No
@@ -64,6 +64,13 @@ __device__ __forceinline__ u32 load4(const char* p) {
   return v;
 }
 
+// An offset: a block reads neighbours, which the first cache may keep.
+__device__ __forceinline__ int load_offset(const int* p) {
+  int v;
+  asm volatile("ld.global.nc.s32 %0, [%1];" : "=r"(v) : "l"(p));
+  return v;
+}
+
 #if SPLITS > 1
 #define CLUSTER __cluster_dims__(1, SPLITS, 1)
 // All blocks of the cluster have come here, and what they wrote can be read.
@@ -101,37 +108,83 @@ struct Tile {
   uint2 four;
   u32 two;
   u16 one;
+  u32 rest;     // two values of the tail, in the lanes that it reaches
+  int n, tail;  // values a row, units of the tail
 };
 
-// Where a tile is, and how many values a row it stores.
-__device__ __forceinline__ const char* find(const char* words, const int* offsets, i64 index, int& n) {
 #if N
-  n = N;
-  return words + index * (128 + 64 * N);
+#define VALUES(t) N
+#define TAIL(t) 0
 #else
-  int first = offsets[index];
-  n = offsets[index + 1] - first - 2;
-  return words + (i64)first * 64;
+#define VALUES(t) (t).n
+#define TAIL(t) (t).tail
 #endif
-}
 
-// A lane reads its row: every load of the warp is one contiguous range.
-__device__ __forceinline__ void fetch(Tile& t, const char* p, int n, int lane) {
-  t.mask = load4(p + 4 * lane);
-  p += 128;
+// Where a warp's next tiles begin, read a round of U tiles before they are. ``first``: the strip's first tile.
+struct Ahead {
+  const char* words;
+  const int* offsets;
+  i64 first;
+  int tiles;
+  int ends[U + 1];
+
+  __device__ __forceinline__ Ahead(const char* words, const int* offsets, i64 first, int tiles)
+      : words(words), offsets(offsets), first(first), tiles(tiles) {}
+
+  __device__ __forceinline__ void look(int tile) {
+#if !N
 #pragma unroll
-  for (int i = 0; i < 4; i++)
-    if (i < (n >> 3)) t.eights[i] = load16(p + 512 * i + 16 * lane);
-  p += 512 * (n >> 3);
-  if (n & 4) {
-    t.four = load8(p + 8 * lane);
-    p += 256;
+    for (int u = 0; u <= U; u++) ends[u] = load_offset(offsets + first + min(tile + u, tiles));
+#endif
   }
-  if (n & 2) {
-    t.two = load4(p + 4 * lane);
+
+  // A lane reads its row of a tile, the u-th from where ``look`` looked: every load of the warp is one contiguous range.
+  __device__ __forceinline__ void fetch(Tile& t, int tile, int u, int lane) const {
+#if N
+    const int n = N;
+    const char* p = words + (first + tile) * (128 + 64 * N);
+#else
+    const int begin = ends[u] >> 2;
+    const int tail = ends[u] & 3, n = (ends[u + 1] >> 2) - begin - 2 - tail;
+    const char* p = words + (i64)begin * 64;
+    t.n = n;
+    t.tail = tail;
+#endif
+    t.mask = load4(p + 4 * lane);
     p += 128;
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      if (i < (n >> 3)) t.eights[i] = load16(p + 512 * i + 16 * lane);
+    p += 512 * (n >> 3);
+    if (n & 4) {
+      t.four = load8(p + 8 * lane);
+      p += 256;
+    }
+    if (n & 2) {
+      t.two = load4(p + 4 * lane);
+      p += 128;
+    }
+    if (n & 1) t.one = *(const u16*)(p + 2 * lane);
+#if !N
+    if (lane < 16 * tail) t.rest = load4(p + 64 * (n & 1) + 4 * lane);
+#endif
   }
-  if (n & 1) t.one = *(const u16*)(p + 2 * lane);
+};
+
+// Put a tile's tail into shared memory, 32 words of the warp; return where the lane's ``more`` values begin: behind those of the
+// lanes below, at most 32 each.
+__device__ __forceinline__ const u16* spread(u32* to, const Tile& t, int more, int lane) {
+  __syncwarp();
+  to[lane] = t.rest;
+  __syncwarp();
+  const u32 below = (1u << lane) - 1;
+  int sum = 0;
+#pragma unroll
+  for (int bit = 0; bit < 3; bit++) sum += __popc(__ballot_sync(ALL, more >> bit & 1) & below) << bit;
+  if (__any_sync(ALL, more > 7))
+#pragma unroll
+    for (int bit = 3; bit < 6; bit++) sum += __popc(__ballot_sync(ALL, more >> bit & 1) & below) << bit;
+  return (const u16*)to + sum;
 }
 
 // The matrices of a launch: their tiles, offsets, biases (null: none), outputs, rows, and (from the second on) first strips.
@@ -195,7 +248,22 @@ __device__ __forceinline__ void finish(const Matrix& m, const float* totals, int
   }
 #define PAIR(q) { STEP(low(q), 0) STEP(high(q), 1) }
 
-__device__ __forceinline__ void add(float (&a)[B][2], const Tile& t, int n, const float (&x)[B]) {
+// One of the values in the tail, for the lanes that have any left. The others only lend their entry of x.
+#define TAKE(value, which)                                                  \
+  {                                                                         \
+    const int c = __clz(m);                                                 \
+    const bool mine = m != 0;                                               \
+    float v = 0.0f;                                                         \
+    if (mine) v = value;                                                    \
+    m &= 0x7fffffffu >> (c & 31);                                           \
+    _Pragma("unroll") for (int b = 0; b < B; b++) {                         \
+      const float other = __shfl_sync(ALL, x[b], c);                        \
+      if (mine) a[b][which] += v * other;                                   \
+    }                                                                       \
+  }
+
+__device__ __forceinline__ void add(float (&a)[B][2], const Tile& t, u32* tails, int lane, const float (&x)[B]) {
+  const int n = VALUES(t);
   u32 m = t.mask;
 #pragma unroll
   for (int i = 0; i < 4; i++)
@@ -207,6 +275,13 @@ __device__ __forceinline__ void add(float (&a)[B][2], const Tile& t, int n, cons
   }
   if (n & 2) PAIR(t.two)
   if (n & 1) STEP(widen(t.one), 0)
+  if (TAIL(t)) {
+    const u16* from = spread(tails, t, __popc(m), lane);
+    for (; __any_sync(ALL, m); from += 2) {
+      TAKE(widen(from[0]), 0)
+      TAKE(widen(from[1]), 1)
+    }
+  }
 }
 
 // Grid: strips × SPLITS × groups of B tokens. At most 16 warps a block.
@@ -215,28 +290,35 @@ few(MATRICES, const u16* x, int columns, int tokens, int tiles) {
   const int lane = threadIdx.x & 31, w = threadIdx.x >> 5, warps = blockDim.x >> 5;
   const int first = blockIdx.z * B;
   __shared__ float sums[16][B][32], totals[B * 32];
+  __shared__ u32 tails[N ? 1 : 16][32];
   const Matrix m = CHOOSE;
-  const int each = (tiles + SPLITS - 1) / SPLITS, end = min(tiles, ((int)blockIdx.y + 1) * each);
+  const int each = (tiles + SPLITS - 1) / SPLITS, end = min(tiles, ((int)blockIdx.y + 1) * each), step = warps * U;
   float a[B][2];
 #pragma unroll
   for (int b = 0; b < B; b++) a[b][0] = a[b][1] = 0.0f;
-  for (int g = blockIdx.y * each + w * U; g < end; g += warps * U) {
-    Tile t[U];
-    int n[U];
-    float xs[U][B];
+  Tile t[U];
+  float xs[U][B];
+  Ahead ahead(m.words, m.offsets, (i64)m.strip * tiles, tiles);
+  auto load = [&](int u, int tile) {
+    ahead.fetch(t[u], tile, u, lane);
+    const int column = tile * 32 + lane;
+#pragma unroll
+    for (int b = 0; b < B; b++)
+      xs[u][b] = column < columns ? widen(x[(i64)min(first + b, tokens - 1) * columns + column]) : 0.0f;
+  };
+  int g = blockIdx.y * each + w * U;
+  ahead.look(g);
+#pragma unroll
+  for (int u = 0; u < U; u++)
+    if (g + u < end) load(u, g + u);
+  for (; g < end; g += step) {
+    ahead.look(g + step);
 #pragma unroll
     for (int u = 0; u < U; u++)
       if (g + u < end) {
-        const char* p = find(m.words, m.offsets, (i64)m.strip * tiles + g + u, n[u]);
-        fetch(t[u], p, n[u], lane);
-        int column = (g + u) * 32 + lane;
-#pragma unroll
-        for (int b = 0; b < B; b++)
-          xs[u][b] = column < columns ? widen(x[(i64)min(first + b, tokens - 1) * columns + column]) : 0.0f;
+        add(a, t[u], tails[N ? 0 : w], lane, xs[u]);
+        if (g + step + u < end) load(u, g + step + u);  // while the other tiles are added
       }
-#pragma unroll
-    for (int u = 0; u < U; u++)
-      if (g + u < end) add(a, t[u], n[u], xs[u]);
   }
 #pragma unroll
   for (int b = 0; b < B; b++) sums[w][b][lane] = a[b][0] + a[b][1];
@@ -254,7 +336,8 @@ few(MATRICES, const u16* x, int columns, int tokens, int tiles) {
 // rows. The rows lie an odd number of 16 bytes apart, so that they begin in different banks.
 #define STRIDE (N == 0 || N > 24 ? 80 : N > 8 ? 48 : 16)
 
-__device__ __forceinline__ void stage(char* to, const Tile& t, int n, int lane) {
+__device__ __forceinline__ void stage(char* to, u32* tails, const Tile& t, int lane) {
+  const int n = VALUES(t);
   to += STRIDE * lane;
 #pragma unroll
   for (int i = 0; i < 4; i++)
@@ -268,7 +351,15 @@ __device__ __forceinline__ void stage(char* to, const Tile& t, int n, int lane) 
     *(u32*)to = t.two;
     to += 4;
   }
-  if (n & 1) *(u16*)to = t.one;
+  if (n & 1) {
+    *(u16*)to = t.one;
+    to += 2;
+  }
+  if (TAIL(t)) {
+    const int more = __popc(t.mask) - n;
+    const u16* from = spread(tails, t, more, lane);
+    for (int i = 0; i < more; i++) ((u16*)to)[i] = from[i];
+  }
 }
 
 // Columns 8·part to 8·part + 7 of a row with this mask, from its staged values. Every column reads the next value, kept or not:
@@ -312,8 +403,9 @@ many(MATRICES, const u16* x, int columns, int tokens, int tiles, int aligned) {
   const int first = blockIdx.z * B, row = lane >> 2, part = lane & 3;
   __shared__ float totals[B * 32];
   __shared__ __align__(16) char memory[8 * (STRIDE > 4 * B ? STRIDE * 32 : 128 * B) + 16];
+  __shared__ u32 tails[N ? 1 : 8][32];
   const Matrix m = CHOOSE;
-  const int each = (tiles + SPLITS - 1) / SPLITS, end = min(tiles, ((int)blockIdx.y + 1) * each);
+  const int each = (tiles + SPLITS - 1) / SPLITS, end = min(tiles, ((int)blockIdx.y + 1) * each), step = warps * U;
   char* own = memory + STRIDE * 32 * w;
   float c[2][B / 8][4];
 #pragma unroll
@@ -322,38 +414,40 @@ many(MATRICES, const u16* x, int columns, int tokens, int tiles, int aligned) {
     for (int k = 0; k < B / 8; k++)
 #pragma unroll
       for (int j = 0; j < 4; j++) c[i][k][j] = 0.0f;
-  for (int g = blockIdx.y * each + w * U; g < end; g += warps * U) {
-    Tile t[U];
-    int n[U];
-    uint4 xs[U][B / 8];
+  Tile t[U];
+  Ahead ahead(m.words, m.offsets, (i64)m.strip * tiles, tiles);
+  int g = blockIdx.y * each + w * U;
+  ahead.look(g);
+#pragma unroll
+  for (int u = 0; u < U; u++)
+    if (g + u < end) ahead.fetch(t[u], g + u, u, lane);
+  for (; g < end; g += step) {
+    ahead.look(g + step);
 #pragma unroll
     for (int u = 0; u < U; u++)
       if (g + u < end) {
-        const char* p = find(m.words, m.offsets, (i64)m.strip * tiles + g + u, n[u]);
-        fetch(t[u], p, n[u], lane);
+        uint4 xs[B / 8];
 #pragma unroll
         for (int k = 0; k < B / 8; k++) {
           const int token = first + 8 * k + row;
-          xs[u][k] = make_uint4(0, 0, 0, 0);
-          if (token < tokens) xs[u][k] = eight(x + (i64)token * columns, (g + u) * 32 + 8 * part, columns, aligned);
+          xs[k] = make_uint4(0, 0, 0, 0);
+          if (token < tokens) xs[k] = eight(x + (i64)token * columns, (g + u) * 32 + 8 * part, columns, aligned);
         }
-      }
-#pragma unroll
-    for (int u = 0; u < U; u++)
-      if (g + u < end) {
-        stage(own, t[u], n[u], lane);
+        stage(own, tails[N ? 0 : w], t[u], lane);
+        const u32 mask = t[u].mask;
+        if (g + step + u < end) ahead.fetch(t[u], g + step + u, u, lane);  // while this tile is gathered and multiplied
         __syncwarp();
         uint4 q[4];
 #pragma unroll
         for (int i = 0; i < 4; i++)
-          q[i] = gather(own + STRIDE * (row + 8 * i), __shfl_sync(ALL, t[u].mask, row + 8 * i), part);
+          q[i] = gather(own + STRIDE * (row + 8 * i), __shfl_sync(ALL, mask, row + 8 * i), part);
         __syncwarp();
 #pragma unroll
         for (int i = 0; i < 2; i++)
 #pragma unroll
           for (int k = 0; k < B / 8; k++) {
-            mma(c[i][k], q[2 * i].x, q[2 * i + 1].x, q[2 * i].y, q[2 * i + 1].y, xs[u][k].x, xs[u][k].y);
-            mma(c[i][k], q[2 * i].z, q[2 * i + 1].z, q[2 * i].w, q[2 * i + 1].w, xs[u][k].z, xs[u][k].w);
+            mma(c[i][k], q[2 * i].x, q[2 * i + 1].x, q[2 * i].y, q[2 * i + 1].y, xs[k].x, xs[k].y);
+            mma(c[i][k], q[2 * i].z, q[2 * i + 1].z, q[2 * i].w, q[2 * i + 1].w, xs[k].z, xs[k].w);
           }
       }
   }
@@ -380,15 +474,16 @@ many(MATRICES, const u16* x, int columns, int tokens, int tiles, int aligned) {
 extern "C" __global__ void __launch_bounds__(256)
 expand(const char* words, const int* offsets, u16* out, int rows, int columns, int tiles, int count, int aligned) {
   __shared__ __align__(16) char memory[8 * STRIDE * 32 + 16];
+  __shared__ u32 tails[N ? 1 : 8][32];
   const int lane = threadIdx.x & 31, w = threadIdx.x >> 5;
   const int index = blockIdx.x * 8 + w;
   if (index >= count) return;
   char* own = memory + STRIDE * 32 * w;
-  int n;
-  const char* p = find(words, offsets, index, n);
+  Ahead ahead(words, offsets, 0, count);
+  ahead.look(index);
   Tile t;
-  fetch(t, p, n, lane);
-  stage(own, t, n, lane);
+  ahead.fetch(t, index, 0, lane);
+  stage(own, tails[N ? 0 : w], t, lane);
   __syncwarp();
   const int top = index / tiles * 32, column = index % tiles * 32 + 8 * (lane & 3);
 #pragma unroll

@@ -21,8 +21,8 @@ MOST_MATRICES = 4
 
 FILE = Path(__file__).parent / "tuned.json"
 
-_TOKENS_OF_MANY = 16
-"""Largest number of tokens in one pass of ``many``; for at most 8 tokens a pass has half the size."""
+_TOKENS_OF_MANY = (8, 16, 32)
+"""Tokens of one pass of ``many``: the first that all fit into, or the last. A larger pass needs more registers."""
 
 _NO_STRIP = (1 << 31) - 1
 """Stands for the first strip of a matrix that a launch does not have."""
@@ -78,7 +78,7 @@ def plan(tokens: int, rows: tuple[int, ...], family: str, launch: Launch, *, clu
     if family == FEW:
         at_once = min(4, 1 << (tokens - 1).bit_length())
     else:
-        at_once = _TOKENS_OF_MANY // (2 if tokens <= _TOKENS_OF_MANY // 2 else 1)
+        at_once = next((size for size in _TOKENS_OF_MANY if tokens <= size), _TOKENS_OF_MANY[-1])
     strips = [-(-count // SIDE) for count in rows]
     firsts = tuple(sum(strips[:index]) if index < len(strips) else _NO_STRIP for index in range(1, MOST_MATRICES))
     grid = (sum(strips), launch.splits if clusters else 1, -(-tokens // at_once))
@@ -89,16 +89,14 @@ class Settings(NamedTuple):
     """Settings for all matrices on a device.
 
     Attributes:
-        few_tokens: largest number of tokens for ``few``.
-        most_tokens: largest number of tokens for which the packed matrix is multiplied directly. For more, it is expanded, and
-            the
-            library multiplies it.
-        expanded_bytes: bytes of the rows that are expanded at once.
+        few_tokens: tokens up to which ``few`` runs.
+        most_tokens: tokens up to which the matrix is read packed; above, it is expanded and the library multiplies.
+        parts: most parts of a matrix that is expanded. Each is multiplied while the next one is expanded.
     """
 
     few_tokens: int = 4
     most_tokens: int = 32
-    expanded_bytes: int = 1 << 40
+    parts: int = 1
 
 
 def kind_of(n: int) -> str:
@@ -118,25 +116,27 @@ def device_settings(device: str) -> Settings:
 
 
 @cache
-def launch_for(device: str, family: str, n: int, strips: int, tiles: int) -> Launch:
-    """Return the division of a kernel's work, which depends on the matrix and the device, not on the number of tokens.
+def launch_for(device: str, family: str, n: int, units: int, strips: int, tiles: int) -> Launch:
+    """Return how a kernel divides its work. It depends on the matrix and the device, not on the number of tokens.
 
     Args:
         device: name of the device.
         family: :data:`FEW` or :data:`MANY`.
-        n: number of values per row of each tile; 0 for ``bitmap``.
-        strips: number of strips of 32 rows of all matrices of the launch.
-        tiles: number of tiles of a strip.
+        n: values a row of each tile; 0 for ``bitmap``.
+        units: mean units of 64 bytes of a tile; of the measured sizes that are equally near, the one nearest in this counts.
+        strips: strips of 32 rows of all matrices of the launch.
+        tiles: tiles of a strip.
     """
 
-    def distance(row: dict[str, Any]) -> float:
+    def distance(row: dict[str, Any]) -> tuple[float, int]:
         rows, columns = row["size"]
-        return max(abs(math.log2(SIDE * strips / rows)), abs(math.log2(SIDE * tiles / columns)))
+        apart = max(abs(math.log2(SIDE * strips / rows)), abs(math.log2(SIDE * tiles / columns)))
+        return apart, abs(row["units"] - units)
 
     rows = [
         row
         for row in _table().get(device, {}).get("launches", [])
-        if (row["family"], row["kind"]) == (family, kind_of(n)) and distance(row) <= _NEAR
+        if (row["family"], row["kind"]) == (family, kind_of(n)) and distance(row)[0] <= _NEAR
     ]
     if rows:
         best = min(rows, key=distance)

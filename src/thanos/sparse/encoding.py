@@ -1,0 +1,166 @@
+"""Packing of dense matrices on the CPU: the choice between the formats by bytes, and encoding, whole or in parts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from thanos.sparse import tiles
+from thanos.sparse.formats import MOST_UNITS, PackedSpec, PackedWeight, by_size, chunk_rows
+from thanos.sparse.kernels import encoder
+from thanos.sparse.tiles import MOST_TAIL, SIDE, UNIT, tile_words
+from thanos.system.background import on_threads
+
+_BITMAP_GAIN = 0.97
+"""The bitmap format is chosen if its whole tiles take at most this fraction of the fixed format's, whose kernel is simpler."""
+
+
+def count_entries(weight: Tensor) -> Tensor:
+    """Return of each tile the entries of its fullest row, and n and the units of the tail that store it in the fewest bytes.
+
+    Of several pairs of the same bytes it is the one with the largest n. An entry counts unless all its bits are zero, so a
+    negative zero counts.
+
+    Args:
+        weight: (rows, columns), bfloat16 or float16, on the CPU.
+
+    Returns:
+        (3, strips, tiles) uint8.
+    """
+    if encoder.available(weight):
+        return encoder.count_entries(weight.contiguous())
+    columns = weight.shape[1]
+    across = -(-columns // SIDE)
+
+    def count(part: Tensor) -> Tensor:
+        kept = torch.zeros(-(-len(part) // SIDE) * SIDE, across * SIDE, dtype=torch.bool)
+        torch.ne(part, 0, out=kept[: len(part), :columns])
+        return _sizes_of(tiles.count_flags(kept).view(-1, SIDE, across))
+
+    return torch.cat(on_threads(count, weight.view(torch.int16).split(chunk_rows(columns))), 1)
+
+
+def _sizes_of(counts: Tensor) -> Tensor:
+    """Return what :func:`count_entries` returns, from the entries of each row of each tile, (strips, 32, tiles) uint8."""
+    fullest = counts.amax(1)
+    best, tail = fullest.clone(), torch.zeros_like(fullest)
+    surplus = torch.zeros_like(fullest, dtype=torch.int16)
+    for n in range(SIDE - 1, -1, -1):
+        surplus += (counts > n).sum(1, dtype=torch.int16)
+        units = ((surplus + SIDE - 1) // SIDE).to(torch.uint8)
+        better = (units <= MOST_TAIL) & (n + units < best + tail)
+        best.masked_fill_(better, n)
+        torch.where(better, units, tail, out=tail)
+    return torch.stack([fullest, best, tail])
+
+
+def choose_format(counts: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> PackedSpec:
+    """Return the format with fewer bytes.
+
+    Tiles that reach beyond the matrix count only if there are no others: they gain by the bitmap format in any pattern. The n
+    of the result is 32 only if the matrix has full rows and is too large for the bitmap format.
+
+    Args:
+        counts: from :func:`count_entries`.
+        shape: (rows, columns) of the matrix.
+        dtype: of the matrix.
+    """
+    count, most = counts[0].numel(), max(1, int(counts[0].max()))
+    fixed = PackedSpec("fixed", *shape, dtype, most, count * tile_words(most))
+    units = SIDE // UNIT * count + int(counts[1:].sum(dtype=torch.int64))
+    bitmap = PackedSpec("bitmap", *shape, dtype, 0, UNIT * units)
+    whole = counts[1:, : shape[0] // SIDE or None, : shape[1] // SIDE or None]
+    mean = tile_words(0) + 1 + UNIT * whole.sum(dtype=torch.int64) / whole[0].numel()  # with the offset
+    pays = most == SIDE or bool(mean <= _BITMAP_GAIN * tile_words(most))
+    return bitmap if pays and units <= MOST_UNITS else fixed
+
+
+def encode(weight: Tensor, spec: PackedSpec | None = None, counts: Tensor | None = None) -> PackedWeight:
+    """Pack a matrix; :func:`~thanos.sparse.formats.decode` returns it bit for bit.
+
+    Args:
+        weight: (rows, columns), bfloat16 or float16, on the CPU.
+        spec: from :func:`choose_format`; default: chosen now.
+        counts: from :func:`count_entries`; default: counted now.
+
+    Raises:
+        ValueError: a tile has more entries than ``spec`` or ``counts`` say.
+    """
+    counts = count_entries(weight) if counts is None else counts
+    shape = (weight.shape[0], weight.shape[1])
+    spec = choose_format(counts, shape, weight.dtype) if spec is None else spec
+    if (spec.rows, spec.columns, spec.dtype) != (*shape, weight.dtype):
+        raise ValueError(f"{spec} is not the spec of a {weight.dtype} matrix {shape}")
+    return PackedWeight(spec, encode_strips(weight, spec, counts), offsets_of(spec, counts))
+
+
+def encode_strips(rows: Tensor, spec: PackedSpec, counts: Tensor) -> Tensor:
+    """Return the words of some strips of a matrix, int32. Those of all strips, one after another, are the matrix's.
+
+    Args:
+        rows: of the strips, (count, columns), on the CPU.
+        spec: of the matrix.
+        counts: of the strips, from :func:`count_entries`.
+
+    Raises:
+        ValueError: a tile has more entries than ``spec`` or ``counts`` say.
+    """
+    n, tail, first = _stored_sizes(spec, counts)
+    words = torch.empty(int(first[-1]), dtype=torch.int32)
+    if encoder.available(rows):
+        encoder.encode(rows.contiguous(), torch.stack([n, tail]), first, words)
+        return words
+    step = chunk_rows(spec.columns)
+
+    def put(row: int) -> None:
+        bits = _tiles_of(rows[row : row + step].view(torch.int16))
+        here = slice(row // SIDE * spec.tiles, row // SIDE * spec.tiles + len(bits))
+        kept = bits != 0
+        stored = tiles.fill_up(kept, tiles.count_flags(kept).squeeze(-1), n[here].to(torch.int16))
+        for value, units, where in by_size(n[here].long(), tail[here].long()):
+            _put(words, first[here][where], tiles.encode_tiles(bits[where], stored[where], value, units))
+
+    on_threads(put, range(0, len(rows), step))
+    return words
+
+
+def offsets_of(spec: PackedSpec, counts: Tensor) -> Tensor | None:
+    """Return a packed matrix's ``offsets``; ``counts`` is from :func:`count_entries`, of the whole matrix."""
+    if spec.format == "fixed":
+        return None
+    _, tail, first = _stored_sizes(spec, counts)
+    offsets = (first // UNIT * 4).to(torch.int32)
+    offsets[:-1] += tail
+    return offsets
+
+
+def _stored_sizes(spec: PackedSpec, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return values a row and units of the tail of each tile, uint8, and the first word of each tile and the end, int64."""
+    fullest, n, tail = counts.reshape(3, -1)
+    if spec.format == "fixed":
+        if int(fullest.max()) > spec.n:
+            raise ValueError(f"a row of 32 columns holds {int(fullest.max())} entries, more than n = {spec.n}")
+        n, tail = torch.full_like(n, spec.n), torch.zeros_like(tail)
+    sizes = (n.long() + tail + SIDE // UNIT) * UNIT
+    return n, tail, torch.cat([sizes.new_zeros(1), torch.cumsum(sizes, 0)])
+
+
+def _put(words: Tensor, first: Tensor, encoded: Tensor) -> None:
+    """Write tiles (B, k) at their first words."""
+    length = encoded.shape[1]
+    start, count = int(first[0]), len(first)
+    if int(first[-1]) - start == (count - 1) * length:  # one after another, as in the fixed format
+        words[start : start + count * length] = encoded.view(-1)
+    else:
+        words[(first[:, None] + torch.arange(length)).view(-1)] = encoded.view(-1)
+
+
+def _tiles_of(bits: Tensor) -> Tensor:
+    """Return the tiles of a matrix (rows, columns) int16 in order, (tiles, 32, 32), padded with zeros."""
+    columns = bits.shape[1]
+    across, down = -(-columns // SIDE), -(-len(bits) // SIDE)
+    if bits.shape != (down * SIDE, across * SIDE):
+        whole = bits.new_zeros(down * SIDE, across * SIDE)
+        whole[: len(bits), :columns] = bits
+        bits = whole
+    return bits.reshape(down, SIDE, across, SIDE).transpose(1, 2).reshape(-1, SIDE, SIDE)
