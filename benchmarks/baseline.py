@@ -1,7 +1,7 @@
-"""A plain column-by-column pruner from SparseGPT's formulas, not optimised on purpose: what the guard measures against.
+"""A plain column-by-column pruner with SparseGPT's formulas, deliberately not optimised. It is the baseline of guard.py.
 
-With H⁻¹ = UᵀU, columns left to right; a block's mask is its smallest W² / diag(U)², an n:m group's is decided when its first
-column is reached; removing W_ij changes row i by −(W_ij / U_jj) · U[j, j:].
+H⁻¹ = UᵀU. Columns are processed from left to right. A block's mask has its smallest W² / diag(U)²; an n:m group's mask is
+chosen at its first column. Removing W_ij changes row i by −(W_ij / U_jj) · U[j, j:].
 """
 
 from __future__ import annotations

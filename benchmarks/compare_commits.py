@@ -2,10 +2,11 @@ r"""Prove that two commits write the same pruned models, byte for byte, on this 
 
     python benchmarks/compare_commits.py OLD NEW --demo .demo/model.gguf
 
-Each commit's source is unpacked beside the other and prunes the same models: a tiny random Llama, GPT-2 and Mixtral, by every
-method, unstructured, 2:4, in columns and with outlier rows; one run is interrupted and resumed, one runs on two processes; with
-``--demo``, a real model at 50 % on 4 × 256 tokens. Tensors must be equal byte for byte, ``pruning.json`` too, but for times,
-memory and the schema number; it may have new keys. Exit code 1 and one line for each difference otherwise.
+The source of each commit is unpacked and prunes the same models: a tiny random Llama, GPT-2 and Mixtral, with every method,
+unstructured, 2:4, in columns and with outlier rows. One run is interrupted and resumed, and one runs on two processes. With
+``--demo`` it also prunes a real model at 50 % with 4 × 256 tokens. Tensors must be equal byte for byte. ``pruning.json`` must
+be equal except for times, memory, the schema number and new keys. Otherwise the exit code is 1, with one line for each
+difference.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Perplexity of a study's pruned models on rows that are simply concatenated, as the reference figures were taken.
+"""Measure the perplexity of a study's pruned models on rows that are joined without a separator, as for the reference figures.
 
     python benchmarks/concatenated.py STUDY --dense MODEL --text test.jsonl --out concatenated.jsonl [--device cuda:0]
 

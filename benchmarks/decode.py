@@ -2,9 +2,9 @@
 
     python benchmarks/decode.py [--shape llama-3-8b] [--blocks N] [--device cuda] [--context 128] [--compile] [--results FILE]
 
-Layers of one size have the same weights, which repeat at most 1024 random rows, since many rows are slow to pack. Prints a JSON
-line for each model, as ``thanos bench decode`` measures it, then a line that compares the packed one with the dense one: tokens
-a second, resident bytes, and the number of groups of layers that run as one launch.
+Layers of one size have the same weights, which repeat at most 1024 random rows, since packing many rows is slow. The script
+prints a JSON line for each model, measured as by ``thanos bench decode``. A last line compares the packed model with the dense
+one: tokens per second, resident bytes, and the number of groups of layers that run as one launch.
 """
 
 from __future__ import annotations

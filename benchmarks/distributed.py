@@ -1,10 +1,11 @@
-"""Seconds by phase of one pruning run on 1, 2, 4, … processes, with speed-up and efficiency.
+"""Measure the seconds by phase of a pruning run on 1, 2, 4, … processes, with speed-up and efficiency.
 
     python benchmarks/distributed.py --processes 1 2 4 --layers 4 --hidden 512              # gloo on the CPU
     python benchmarks/distributed.py --processes 1 2 --device cuda --hidden 4096 --layers 4 # NCCL, one GPU a process
 
-Makes a LLaMA-style checkpoint of random weights and windows of random tokens, then runs ``torchrun`` on itself for each
-number of processes; every process has one thread on the CPU. The weights of all runs are compared with the first's.
+The script makes a LLaMA-style checkpoint of random weights and windows of random tokens. Then it runs itself by ``torchrun``
+with each number of processes. On the CPU every process has one thread. The weights of all runs are compared with those of the
+first.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Count how the processes of many short runs end: each must exit with 0 once the work of all is done.
+"""Count the exit codes of the processes of many short runs. Each must be 0.
 
     python benchmarks/exits.py --runs 100 --processes 2 4
 
-Every second run has a program beside it that takes a core. The processes are forked from this one, which has imported the
-command, so a run takes a second or two; a store outside of them is the meeting point of each, as torchrun's is, and each leaves
-Python in the usual way. Prints what the failed ones said, and exits with 1 if there are any.
+During every second run another program occupies a core. The processes are forked from this one, which has imported the command,
+so a run takes only a second or two. As with torchrun, they meet at a store in another process, and each ends Python in the
+usual way. The script prints the output of failed processes, and exits with 1 if there are any.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python benchmarks/exponents.py LAYER.json
 
-prints, for each solver and block size, the slope of log seconds against log columns (least squares), that of the cost
-model (docs/cost.md) in brackets, and the slope over the three widest alone; as a Markdown table.
+prints a Markdown table with three slopes of log seconds against log columns (least squares) for each solver and block size: the
+measured one, the cost model's (docs/cost.md) in brackets, and the measured one over the three largest widths.
 """
 
 from __future__ import annotations

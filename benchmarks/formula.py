@@ -1,6 +1,6 @@
-"""Which way to compensate removed columns is right: the paper prints its structured step in three ways.
+"""Compare the formulas for the compensation of removed columns. The paper prints its structured step in three ways.
 
-With the same set P removed from every row and K the columns that stay, each way sets Ŵ_:P = 0 and
+The same set P of columns is removed from every row, and K are the kept columns. Each formula sets Ŵ_:P = 0 and
 
     Eq. 13, Algorithm 2     Ŵ = W − W_:P ((H⁻¹)_PP)⁻¹ (H⁻¹)_P:        the inverse of a sub-block of the inverse
     least squares           Ŵ_:K = W_:K + W_:P H_PK (H_KK)⁻¹          the optimum by definition
@@ -13,7 +13,7 @@ The relative error of each is tr(Δ H Δᵀ) / tr(W H Wᵀ), Δ = Ŵ − W.
     python benchmarks/formula.py MODEL LAYER --calibration FILE --json docs/results/formula.json
     python benchmarks/formula.py --show docs/results/formula.json
 
-The first measures one layer of a model and writes what it found; both print it as a Markdown table.
+The first command measures one layer of a model and writes the result. Both print the result as a Markdown table.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Guard the solvers' speed: each against a plain column-by-column baseline in the same run, as a ratio.
+"""Check that no solver became slower, relative to a plain column-by-column baseline in the same run.
 
-    python benchmarks/guard.py            compare with guard.json; exit 1 if a ratio has grown by half
+    python benchmarks/guard.py            compare with guard.json; exit 1 if a ratio is 1.5 times as large or more
     python benchmarks/guard.py --store    measure and store the ratios
 
-Ratios, not seconds: a slower machine slows both. Solver and baseline take turns, the median of the pairs' ratios counts, and
-what looks like a regression is measured again before it is called one.
+Ratios of seconds are compared, since a slower machine slows both. Solver and baseline alternate, and the median of the pairs'
+ratios is used. A ratio that is too large is measured again before it is reported.
 """
 
 from __future__ import annotations

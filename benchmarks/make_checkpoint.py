@@ -4,9 +4,9 @@ r"""Write a checkpoint of random bfloat16 weights: Llama-style, one tensor in me
         --vocabulary 4096
     python benchmarks/make_checkpoint.py FOLDER --config studies/opt-125m.json --tokenizer MODEL
 
-With sizes, a tokenizer of one token a number goes with it, and ``numbers.txt`` beside the folder: text to calibrate on. With
-``--config``, the weights are what transformers starts a training from, and the tokenizer is another model's (a folder or a GGUF
-file), so that real text can be calibrated on.
+With sizes, the checkpoint gets a tokenizer with one token per number, and a text for calibration is written to ``numbers.txt``
+next to the folder. With ``--config``, the weights are those with which transformers starts a training, and the tokenizer is
+that of another model (a folder or a GGUF file), so that real text can be used for calibration.
 """
 
 from __future__ import annotations

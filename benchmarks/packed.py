@@ -1,14 +1,14 @@
-"""Time the product of packed matrices beside torch's dense one, on random weights that no cache holds.
+"""Time the product of packed matrices and torch's dense product, on random weights that are larger than the caches.
 
     python benchmarks/packed.py [--device cuda] [--tokens 1,16] [--shapes 4096x4096,4096x14336] [--results FILE]
     python benchmarks/packed.py --tune src/thanos/sparse/kernels/tuned.json
 
-Prints one JSON line for each shape, pattern and number of tokens: microseconds of both products, their ratio, the fraction of
-bytes, and the relative error. On CUDA the products are captured as a CUDA graph. Dense and packed rounds alternate. On a CPU
-the dense product by the kernel of ``thanos.sparse.kernels.dense`` is timed too, if it serves that many tokens.
+The script prints one JSON line for each shape, pattern and number of tokens: microseconds of both products, their ratio, the
+fraction of bytes, and the relative error. On CUDA the products are captured as a CUDA graph. Dense and packed rounds alternate.
+On a CPU the dense product by ``thanos.sparse.kernels.dense`` is timed too, if that kernel supports the number of tokens.
 
-``--tune`` (CUDA) times every division of the kernels' work for every shape, and writes the fastest into the file, after each
-shape what is known by then.
+``--tune`` (CUDA) times every division of the kernels' work for every shape, and writes the fastest into the file. The file is
+written after each shape.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ _DRAWN_ROWS = (1024, 768, 576)
 
 
 class Weights(NamedTuple):
-    """One matrix, dense and packed, each several times, since no cache is to hold what the next call reads.
+    """Several copies of one matrix, dense and packed, so that the copy of the next call is in no cache.
 
     Attributes:
         dense: (rows, columns).

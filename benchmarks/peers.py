@@ -1,12 +1,12 @@
-"""Delete neurons or heads by the scores of FLAP or LLM-Pruner, without compensation: what those peers' choices cost alone.
+"""Remove neurons or heads by the scores of FLAP or LLM-Pruner, without compensation, to measure their selection alone.
 
     python benchmarks/peers.py MODEL OUT --score flap --kind neurons --share 0.2 --calibration c4
     thanos eval OUT --text wikitext2
 
 FLAP (arXiv 2312.11983): a unit's score is the variance of the writer's input times the squared norm of its column, summed over
-the unit's columns. LLM-Pruner (arXiv 2305.11627), first order: the sum of |weight · gradient of the loss| over every
-parameter of the unit. The same share of every block goes, as everywhere in this project; FLAP's bias and LLM-Pruner's
-fine-tuning are left out.
+the unit's columns. LLM-Pruner (arXiv 2305.11627), first order: a unit's score is the sum of |weight · gradient of the loss|
+over all parameters of the unit. The same fraction of every block is removed, as everywhere in this project. FLAP's bias and
+LLM-Pruner's fine-tuning are left out.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def flap_scores(model: Any, units: dict[str, Units], ids: Tensor) -> dict[str, T
 
 
 def taylor_scores(model: Any, units: dict[str, Units], ids: Tensor) -> dict[str, Tensor]:
-    """As :func:`flap_scores`, by LLM-Pruner's first-order score. The gradient is that of the mean loss."""
+    """Like :func:`flap_scores`, with LLM-Pruner's first-order score. The gradient is that of the mean loss."""
     named = dict(model.named_parameters())
     cut = {f"{writer.removesuffix(one.writer)}{part.name}" for writer, one in units.items() for part in one.slices}
     for name in cut:

@@ -1,13 +1,13 @@
-r"""Compare what ``thanos prune --plan`` predicts with what the run then takes: seconds and peak memory of several models.
+r"""Compare the predictions of ``thanos prune --plan`` with runs: seconds and peak memory of several models.
 
     OMP_NUM_THREADS=1 python benchmarks/plan.py /data/models
     OMP_NUM_THREADS=2 python benchmarks/plan.py /data/models --busy
     OMP_NUM_THREADS=1 python benchmarks/plan.py /data/models --processor-time
 
-FOLDER gets models of random weights, which later calls use again: a Llama, a GPT-2, a mixture of experts, and a Llama whose
-blocks take milliseconds. ``--model`` adds another one. The plan and the run are processes of their own, one right after the
-other. ``--busy`` keeps another program running on one core. With ``--processor-time`` both count the processor's seconds
-instead of those that pass: what a machine without other programs would take with one thread.
+The script writes models of random weights into the folder, which later calls reuse: a Llama, a GPT-2, a mixture of experts, and
+a Llama whose blocks take milliseconds. ``--model`` adds another model. The plan and the run are separate processes, one after
+the other. ``--busy`` runs another program on one core. With ``--processor-time`` both are measured in processor seconds instead
+of elapsed seconds; with one thread these are about the seconds on an idle machine.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Draw what ``thanos bench layer --json`` measured: time against width and block size, peak memory, share of the floor.
+"""Draw the results of ``thanos bench layer --json``: time against width and block size, peak memory, fraction of the floor.
 
     python benchmarks/plots.py FOLDER LAYER.json [LAYER.json ...]
 
-writes ``time-width``, ``time-block``, ``peak`` and ``floor`` into FOLDER, as SVG and, with ``--png``, as PNG. What a file does
-not hold is left out; a figure that would have no lines is not written. Needs the extra ``report`` (matplotlib).
+writes ``time-width``, ``time-block``, ``peak`` and ``floor`` into FOLDER, as SVG and, with ``--png``, as PNG. A figure without
+lines is not written. The script needs the extra ``report`` (matplotlib).
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
-"""Processor time of one layer on the CPU, ours beside the SparseGPT reference, and of the parts that all of ours share.
+"""Measure the processor time of one layer on the CPU, by this package and by the SparseGPT reference, and of the common parts.
 
     python benchmarks/processor.py --peer sparsegpt-folder --json processor.json
 
-One thread, and its own time rather than the wall's, so that a machine shared with other work can measure it; caches and
-memory are shared all the same, so the load is written beside. The least of ``--repeats`` runs counts: others
-only add.
+The processor time of one thread is measured, and not elapsed time, so that other programs disturb it less. They still share the
+caches and the memory, so the load is recorded too. The smallest of ``--repeats`` runs is used.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     python benchmarks/projection.py docs/scale-out.md [--check]
 
-Nothing is measured here. The rates are those of ``docs/results/speed/h200`` and ``docs/results/repair``; the page has the
+The script measures nothing. The rates are those in ``docs/results/speed/h200`` and ``docs/results/repair``; the page has the
 formulas. ``--check`` writes nothing, and fails if the page differs.
 """
 

@@ -2,9 +2,9 @@
 
     python benchmarks/quality.py MODEL WORK RESULT --text TEXT --calibration SOURCE [--tasks NAMES] [--task-folder FOLDER]
 
-WORK gets the models, RESULT the page, the figures and ``comparison.json`` of ``thanos compare``. Each chain of commands below
-has a GPU of its own; the chains wait for free ones. A command that fails ends its chain, and what the chain made before is
-compared. RESULT/commands.json has each command with its seconds. A model that WORK already has is not made again.
+The models are written to WORK, and the page, the figures and ``comparison.json`` of ``thanos compare`` to RESULT. Each chain of
+commands below runs on one GPU, and waits for a free one. If a command fails, its chain ends, and the models that the chain has
+made are compared. RESULT/commands.json has each command with its seconds. A model that is already in WORK is not made again.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
     python benchmarks/repair.py CELLS.json RESULTS.jsonl --model MODEL --text TEXT --calibration SOURCE
 
 CELLS.json is a list of objects: ``name``; ``recipe``, settings of `thanos.Recipe`; ``recover``, a list of settings of
-`thanos recover`, each applied to the pruned model; ``zero_shot``, true if the models of the cell answer the tasks too. Each
-process takes the next cell that nobody has, and appends one line for each model that it measured: the dense one first. The
-lines name the commit, the hardware, the versions and the date.
+`thanos recover`, each applied to the pruned model; ``zero_shot``, true if the models of the cell are also measured on the
+tasks. Each process takes the next free cell, and appends one line for each measured model. The dense model is measured first.
+The lines name the commit, the hardware, the versions and the date.
 """
 
 from __future__ import annotations

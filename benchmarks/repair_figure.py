@@ -2,8 +2,8 @@
 
     python benchmarks/repair_figure.py docs/results/repair
 
-reads ``smollm2-135m.jsonl`` in that folder and writes ``steps.svg`` beside it. The same lines give the same bytes. Needs the
-extra ``report`` (matplotlib).
+reads ``smollm2-135m.jsonl`` in that folder and writes ``steps.svg`` there. The same lines give the same bytes. The script needs
+the extra ``report`` (matplotlib).
 """
 
 from __future__ import annotations

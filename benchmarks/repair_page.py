@@ -2,11 +2,11 @@
 
     python benchmarks/repair_page.py docs/results/repair.md [--check]
 
-A table stands between ``<!-- table FILE: NAME NAME … -->`` and ``<!-- end -->``: one row for each named line of FILE, a path
-relative to the page. ``NAME*`` stands for the lines that begin so, in the order of the file. Below the table stand the commit,
-the hardware, the versions, the date and the command of its lines. ``<!-- short FILE: NAME LABEL; NAME LABEL … -->`` makes a
-table of labels, perplexities, zero-shot accuracies and seconds only. There ``NAME+NAME`` is the last of these lines with the
-seconds of all. ``--check`` writes nothing, and fails if the page differs.
+A table is between ``<!-- table FILE: NAME NAME … -->`` and ``<!-- end -->``. It has one row for each named line of FILE, a path
+relative to the page. ``NAME*`` means all lines whose names begin with NAME, in the order of the file. Below the table are the
+command, commit, hardware, versions and date of its lines. ``<!-- short FILE: NAME LABEL; NAME LABEL … -->`` makes a table with
+only labels, perplexities, zero-shot accuracies and seconds. In it ``NAME+NAME`` is the last of these lines, with the seconds of
+all. ``--check`` writes nothing, and fails if the page differs.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Ways of solving the rows' small systems, side by side: time and error against float64.
+"""Compare ways of solving the rows' small systems: time, and error against float64.
 
     python benchmarks/rows.py --device cuda --rows 4096 --block-size 128 --json rows.json
 
-The candidates: the masked iteration with a matrix product a step; what the solvers do, which on a GPU is the same iteration in
-one kernel up to 256 columns; batched Cholesky padded to the row that loses most; batched Cholesky of rows grouped by how many
-weights they lose. The
-Hessians: many tokens; few tokens; near-duplicate columns with a damping of 1e-6.
+The candidates are the masked iteration with one matrix product per step; the solvers' own way, which on a GPU is the same
+iteration in one kernel for up to 256 columns; batched Cholesky, padded to the row that loses most weights; and batched Cholesky
+of rows grouped by the number of weights that they lose. The Hessians are from many tokens, from few tokens, and with
+near-duplicate columns and a damping of 1e-6.
 """
 
 from __future__ import annotations

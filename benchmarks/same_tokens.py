@@ -2,10 +2,10 @@
 
     python benchmarks/same_tokens.py DENSE PACKED [--new-tokens 64] [--prompts 3] [--results FILE]
 
-Prints a JSON line for each prompt: the number of first tokens that are the same, and how far the logits of both models are
-from those of the same weights in float32, along the dense model's tokens (root mean square). Where they part, it shows the
-token of each and the gap between the two largest logits in float32: a gap below the distances means that rounding decides.
-A last line sums up. DENSE is what ``thanos unpack`` gives of PACKED. Models run on the CPU.
+The script prints a JSON line for each prompt: the number of equal first tokens, and the root mean square difference of both
+models' logits from those of the same weights in float32, along the dense model's tokens. At the first different token it shows
+the token of each model and the gap between the two largest logits in float32. If the gap is smaller than the differences,
+rounding decides. A last line is a summary. DENSE is the folder that ``thanos unpack`` makes of PACKED. Models run on the CPU.
 """
 
 from __future__ import annotations

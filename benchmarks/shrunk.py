@@ -1,11 +1,11 @@
-"""Time a smaller model beside its dense parent: bytes, memory, decoding and prefill, in one run.
+"""Compare a smaller model with its dense parent in one run: bytes, memory, decoding and prefill.
 
     python benchmarks/shrunk.py DENSE SMALLER [--device cuda] [--rounds 3] [--results FILE]
     python benchmarks/shrunk.py DENSE SMALLER --cut 0.2     first write SMALLER: DENSE without its last neurons
 
-Each measurement has a process of its own, so that resident memory is that of one model; dense and smaller take turns, and
-medians count. Prints one JSON object: the figures of both, and the ratio of their speeds beside the inverse ratio of the bytes
-that one step of decoding reads. Which units are gone does not change the speed, so ``--cut`` needs no pruning.
+Each measurement runs in its own process, so that the resident memory is that of one model. The two models alternate, and
+medians are used. The script prints one JSON object: the results of both, the ratio of their speeds, and the inverse ratio of
+the bytes that one decoding step reads. The speed does not depend on which units were removed, so ``--cut`` needs no pruning.
 """
 
 from __future__ import annotations

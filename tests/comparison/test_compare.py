@@ -275,11 +275,11 @@ def test_runs_share_a_table_if_their_settings_and_first_model_agree(measured: Co
     report = build_report([measured, again])
     shown = [line[0].shown for line in report.tables[0].rows]
     assert shown == ["dense", "pruned", "packed", "narrow", "damaged", "other"]
-    assert "lowest perplexity" in "".join(map(str, report.lead))
+    assert "lower perplexity than" in "".join(map(str, report.lead))
     longer = dataclasses.replace(measured, settings={**measured.settings, "context": 99})
     apart = build_report([measured, longer])
     assert "".join(map(str, apart.lead)).startswith("2 groups of models")
-    assert all("lowest perplexity" in "".join(map(str, one.sections[0].prose[0])) for one in apart.chapters)
+    assert all("lower perplexity than" in "".join(map(str, one.sections[0].prose[0])) for one in apart.chapters)
     assert len(groups_of([measured, longer])) == 2
     assert len({table.name for table in build_report([measured, longer]).tables}) == len(
         build_report([measured, longer]).tables

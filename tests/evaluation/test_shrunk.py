@@ -109,9 +109,9 @@ def test_blocks_that_are_gone(dense: Path, shorter: Path, tmp_path: Path) -> Non
 
 
 def test_other_models_are_refused(dense: Path, smaller: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"mlp_width 40, fewer than .* \(64\); give the models the other way round"):
+    with pytest.raises(ModelError, match=r"mlp_width 40, fewer than .* \(64\); exchange the two models"):
         inspect_checkpoint(dense, dense=smaller)
-    with pytest.raises(ModelError, match=r"has hidden_size 32, but .* has 64; give the model that it was made from"):
+    with pytest.raises(ModelError, match=r"has hidden_size 32, but .* has 64; give as --dense the model"):
         inspect_checkpoint(smaller, dense=save_tiny(tmp_path / "narrow", "qwen3"))
     with pytest.raises(ModelError, match="has model_type llama, but"):
         inspect_checkpoint(smaller, dense=save_tiny(tmp_path / "llama", **WITH_HEADS))

@@ -135,7 +135,7 @@ def test_a_bos_that_is_asked_for_is_lm_evals_own_option_with_scores_of_its_own(
 
     other = save_tiny(tmp_path / "other")
     tiny_tokenizer(begins=False).save_pretrained(other)
-    with pytest.raises(DataError, match="begins no text with a beginning-of-text token; leave out"):
+    with pytest.raises(DataError, match="adds no beginning-of-text token; leave out"):
         score(other, task_folder, tasks=one, bos="window")
 
 
@@ -208,8 +208,8 @@ def test_a_task_whose_data_is_not_here_names_the_way_without_a_network(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tasks", "arc_eazy"], "near names: arc_easy"),
-        (["--tasks", "qqqqqqqq"], "no name is near"),
+        (["--tasks", "arc_eazy"], "similar names: arc_easy"),
+        (["--tasks", "qqqqqqqq"], "no name is similar"),
         (["--tasks", "piqa", "--task-folder", "/nowhere"], "/nowhere does not exist"),
         (["--tasks", "piqa", "--limit", "0"], "limit must be at least 1"),
         (["--tasks", "piqa", "--text", "pydoc"], "instead of perplexity"),

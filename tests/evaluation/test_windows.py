@@ -248,7 +248,7 @@ def test_a_model_that_needs_bos_gets_it_in_each_window(needy: Path, text_file: P
     assert (found.bos, found.tokens) == ("window", tokens)
     assert found.perplexity == pytest.approx(within, rel=1e-4)
     (note,) = notes
-    assert "BOS stands at the start of each window" in note
+    assert "BOS is put at the start of each window" in note
     assert found.to_dict()["bos"] == "window"
 
 

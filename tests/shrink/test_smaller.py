@@ -280,7 +280,7 @@ def test_units_that_do_not_fit_together(tmp_path: Path) -> None:
         write_smaller(folder, out, {key: value for key, value in kept.items() if key != name(2)})
     with pytest.raises(ValueError, match=r"model\.layers\.2\.mlp\.down_proj loses 31 units, others 32"):
         write_smaller(folder, out, kept | {name(2): some(64, 33, 0)})
-    with pytest.raises(ValueError, match="lm_head is no writer"):
+    with pytest.raises(ValueError, match="lm_head is not the writer"):
         write_smaller(folder, out, kept | {"lm_head": some(64, 33, 0)})
     assert not out.exists()
 

@@ -103,8 +103,8 @@ def changed(case: str) -> tuple[Any, list[nn.Module]]:
     [
         ("shared", NEURONS, r"share a parameter \(0\.mlp\.gate_proj\.weight and 2\.mlp\.gate_proj\.weight\)"),
         ("tied", NEURONS, r"share a parameter \(1\.mlp\.gate_proj\.weight and 1\.mlp\.up_proj\.weight\)"),
-        ("wide", NEURONS, r"mlp\.down_proj of block 1 has 48 columns, but the config makes it 64"),
-        ("sink", HEADS, r"block 1: self_attn\.sinks is a parameter that smaller models do not know"),
+        ("wide", NEURONS, r"mlp\.down_proj of block 1 has 48 columns, but 64 by the config"),
+        ("sink", HEADS, r"block 1: it is not known how self_attn\.sinks depends on the units"),
     ],
 )
 def test_refused_blocks(case: str, kind: str, message: str) -> None:
@@ -118,7 +118,7 @@ def test_refused_blocks(case: str, kind: str, message: str) -> None:
     [
         ("llama", {}, ({NEURONS: 64},), r"64 of 64 neurons in each MLP cannot be removed; 1 to 63 can"),
         ("llama", {}, ({HEADS: 5},), r"5 of 4 heads in each block cannot be removed; 1 to 3 can"),
-        ("tinyllama", {}, ({HEADS: 1},), r"1 of 1 key-value heads with 4 query heads each .* the last one has to stay"),
+        ("tinyllama", {}, ({HEADS: 1},), r"1 of 1 key-value heads with 4 query heads each .* the last one must stay"),
         (
             "llama",
             {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 6},
@@ -132,7 +132,7 @@ def test_refused_blocks(case: str, kind: str, message: str) -> None:
             "gpt-2",
             {"scale_attn_by_inverse_layer_idx": True},
             ({}, [1]),
-            r"with scale_attn_by_inverse_layer_idx a block's function depends on its place",
+            r"with scale_attn_by_inverse_layer_idx a block's function depends on its index",
         ),
         ("gpt-2", {}, ({HEADS: 1},), r"GPT2Config cannot lose heads"),
     ],

@@ -281,7 +281,7 @@ MISTAKES: list[tuple[str, int, str]] = [
     (
         HEAD + "cost_only = 'a/model'\n[zero_shot]\ntasks = ['piqa']\n[[grid]]\nzero_shot = true\n",
         6,
-        "[grid] zero_shot: no tasks are put to models that are cost_only",
+        "[grid] zero_shot: models in cost_only are not evaluated; remove zero_shot",
     ),
     (HEAD + "[grid]\n", 2, "two brackets"),
     (

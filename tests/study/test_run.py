@@ -472,7 +472,7 @@ def test_other_task_files_are_other_cells_and_older_records_still_count(tmp_path
 def test_a_folder_that_is_no_studys_is_refused(tmp_path: Path, data: Path) -> None:
     (tmp_path / "file").write_text("x")
     for out in (data, tmp_path / "file"):
-        with pytest.raises(UserError, match=r"no study's folder|is a file"):
+        with pytest.raises(UserError, match=r"not the folder of a study|is a file"):
             go(write(tmp_path, GRID), data, out)
 
 
@@ -580,7 +580,7 @@ def test_an_unknown_task_lists_near_names(tmp_path: Path, data: Path, capsys: py
     assert run(["study", str(path), str(tmp_path / "out"), "--data", str(data), "--quiet"]) == 2
     refused = capsys.readouterr().err
     assert "my.toml, line 7, [zero_shot] tasks: task 'piqaa'" in refused
-    assert "near names: piqa" in refused
+    assert "similar names: piqa" in refused
     assert run(["study", str(path), str(tmp_path / "out"), "--data", str(data), "--list"]) == 2
     assert capsys.readouterr().err == refused
 

@@ -91,13 +91,13 @@ def test_cells_that_only_the_packed_store_has_are_warned_of(tmp_path: Path) -> N
     contents = read_store(tmp_path)
     assert [r.cell["seed"] for r in contents.records] == [0]
     (warning,) = contents.warnings
-    assert f"{packed} holds 1 cell that {path} lacks" in warning
+    assert f"{packed} has 1 cell not in {path}" in warning
     assert "remove store.jsonl " in warning
     assert (read_store(path).warnings, read_store(packed).warnings) == ([], []), "a file that is named is read alone"
     packed.write_bytes(b"torn")
     (warning,) = read_store(tmp_path).warnings
     assert str(packed) in warning
-    assert "keep one of the two" in warning
+    assert "remove one of the two" in warning
 
 
 @pytest.mark.parametrize("content", [b"{}", gzip.compress(b"{}\n" * 99)[:-9]], ids=["not packed", "cut short"])
@@ -211,7 +211,7 @@ def test_a_field_of_another_type_is_damage(tmp_path: Path, name: str, value: Any
     path = write(tmp_path, record())
     line = json.dumps({**record(cell={"seed": 1}).to_dict(), name: value})
     path.write_text(path.read_text(encoding="utf-8") + line + "\n", encoding="utf-8")
-    with pytest.raises(DataError, match=rf"line 2: not a record.*{name} must be .*remove that line"):
+    with pytest.raises(DataError, match=rf"line 2: not a record.*{name} must be .*remove this line"):
         read_store(tmp_path)
 
 

@@ -8,7 +8,7 @@ from thanos.solvers.cost import STEPS, Cost, Size
 
 
 def statistics(columns: int, tokens: int, element_size: int) -> Cost:
-    """Return the cost of XᵀX, (columns, columns) float32, of ``tokens`` rows with ``element_size`` bytes per entry."""
+    """Return the cost of XᵀX, (columns, columns) float32, for X with ``tokens`` rows and ``element_size`` bytes per entry."""
     return Cost(2.0 * tokens * columns**2, element_size * tokens * columns + 8.0 * columns**2)
 
 
@@ -18,7 +18,7 @@ def factor(columns: int) -> Cost:
 
 
 def output_norms(rows: int, columns: int) -> Cost:
-    """Return the cost of (Δ H Δᵀ)_ii for every row i. H is symmetric, so half of the product Δ H is enough."""
+    """Return the cost of (Δ H Δᵀ)_ii for every row i. Half of the product Δ H is enough, since H is symmetric."""
     return Cost(1.0 * rows * columns**2, 4.0 * (2 * rows * columns + columns**2 / 2))
 
 

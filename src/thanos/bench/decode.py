@@ -1,4 +1,4 @@
-"""Time decoding, one token at a time, of a packed model and of a dense one in the same run."""
+"""``thanos bench decode``: times decoding, one token at a time, of a packed model and of a dense one in the same run."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ _WARM_STEPS = 3
 """Steps before a CUDA graph is captured, in which kernels are compiled and chosen."""
 
 _FIRST_TOKENS = 5
-"""Most runs of the pass over the prompt that are timed."""
+"""Largest number of timed passes over the prompt."""
 
 _READ_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
-"""Bytes of the buffer whose reading measures the device's memory: more than its caches hold."""
+"""Bytes of the buffer that is read to measure the memory bandwidth; it is larger than the caches."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecodeTime:
-    """One model.
+    """The times of one model.
 
     Attributes:
         model: as the user named it.
         packed_layers: number of layers that stayed packed on the device.
-        tokens_per_second: new tokens a second, batch 1; from the median step.
-        first_token_seconds: seconds from the prompt to its first new token; median.
-        weight_bytes: bytes of all parameters and buffers on the device, tied ones once.
-        read_bytes: bytes of weights that one step reads: all but an input embedding of its own.
+        tokens_per_second: new tokens per second at batch 1, from the median step.
+        first_token_seconds: median seconds from the prompt to its first new token.
+        weight_bytes: bytes of all parameters and buffers on the device, tied ones counted once.
+        read_bytes: bytes of weights that one step reads: all but an input embedding that is not tied to the head.
         bytes_per_second: ``read_bytes`` · ``tokens_per_second``.
         tokens: the generated ids.
     """
@@ -64,12 +64,12 @@ class DecodeReport(Document):
     Attributes:
         machine: hardware, versions and date.
         device: device of the models.
-        context: tokens before the first new one; random ids.
+        context: number of tokens of the prompt, which has random ids.
         new_tokens: number of timed steps.
-        compiled: whether the steps ran through ``torch.compile``.
-        read_rate: bytes a second at which the device reads a large buffer.
+        compiled: whether ``torch.compile`` compiled the steps.
+        read_rate: bytes per second at which the device reads a large buffer.
         models: the packed model first, then the dense one if there is one.
-        same_tokens: number of first new tokens that both models have in common; None without a dense model.
+        same_tokens: number of first new tokens that are equal in both models; None without a dense model.
     """
 
     machine: dict[str, Any]
@@ -100,17 +100,17 @@ def time_decoding(
 
     Args:
         packed: the packed model.
-        dense: another model, packed or not, to compare with; None to time one alone.
-        device: where the models run.
-        context: tokens before the first new one.
-        new_tokens: steps to time.
-        compiled: run the steps through ``torch.compile``.
-        trust_remote_code: let transformers run Python code that a checkpoint carries.
+        dense: another model to compare with, packed or not; None to time only one.
+        device: device of the models.
+        context: number of tokens of the prompt.
+        new_tokens: number of steps to time.
+        compiled: compile the steps by ``torch.compile``.
+        trust_remote_code: let transformers run Python code from a checkpoint.
         on_event: function that is called with events of progress.
 
     Raises:
         ModelError: a model cannot be read.
-        DataError: the tokens are more than the model's positions, or there are none to time.
+        DataError: prompt and new tokens exceed the model's positions, or a number is below 1.
     """
     if context < 1 or new_tokens < 1:
         raise DataError(f"context and new tokens must be at least 1; got {context} and {new_tokens}")
@@ -147,12 +147,12 @@ def time_network(
     Args:
         model: a causal language model of transformers.
         name: the model's name in the result and in messages.
-        context: tokens of the prompt; random ids.
-        new_tokens: steps to time.
-        compiled: run the steps through ``torch.compile``; the time to compile does not count.
+        context: number of tokens of the prompt, which has random ids.
+        new_tokens: number of steps to time.
+        compiled: compile the steps by ``torch.compile``; the time of compiling is not included.
 
     Raises:
-        DataError: the tokens are more than the model's positions.
+        DataError: prompt and new tokens exceed the model's positions.
         ModelError: a step cannot be captured as a CUDA graph.
     """
     device = model.device
@@ -167,7 +167,7 @@ def time_network(
     decode = _graph_steps if device.type == "cuda" else _plain_steps
     step: Any = model
     if compiled:
-        # As if the model were alone: torch compiles one forward for a few models only, and then runs it as it is.
+        # torch compiles the same forward function only for a few models of a process, so forget the earlier ones.
         torch.compiler.reset()
         step = torch.compile(model, dynamic=None if device.type == "cpu" else False)
     seconds, tokens = decode(model, step, prompt, new_tokens)
@@ -186,7 +186,7 @@ def time_network(
 
 
 def _first_token_seconds(model: Any, prompt: Tensor) -> float:
-    """Return the median seconds of a pass over the prompt that ends when its most probable next token is known."""
+    """Return the median seconds of a pass over the prompt, until its most probable next token is on the host."""
 
     def first() -> None:
         int(model(input_ids=prompt, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1))
@@ -195,7 +195,7 @@ def _first_token_seconds(model: Any, prompt: Tensor) -> float:
 
 
 def _plain_steps(model: Any, call: Any, prompt: Tensor, count: int) -> tuple[list[float], list[int]]:
-    """Return the seconds of each step, and the new tokens. ``call`` is the model as the steps run it."""
+    """Return the seconds of each step, and the new tokens. ``call`` is the model or its compiled form."""
     output = model(input_ids=prompt, use_cache=True)
     token = output.logits[:, -1:].argmax(-1)
     seconds, tokens = [], [int(token)]
@@ -209,7 +209,7 @@ def _plain_steps(model: Any, call: Any, prompt: Tensor, count: int) -> tuple[lis
 
 
 def _graph_steps(model: Any, call: Any, prompt: Tensor, count: int) -> tuple[list[float], list[int]]:
-    """As :func:`_plain_steps`, with a step captured as a CUDA graph."""
+    """Like :func:`_plain_steps`, with a step captured as a CUDA graph."""
     from transformers import StaticCache
 
     length = prompt.shape[1] + _WARM_STEPS + count + 1
@@ -253,7 +253,7 @@ def _graph_steps(model: Any, call: Any, prompt: Tensor, count: int) -> tuple[lis
 
 
 def read_rate(device: torch.device) -> float:
-    """Return the bytes a second at which a device reads a buffer that is larger than its caches."""
+    """Return the bytes per second at which a device reads a buffer that is larger than its caches."""
     data = torch.ones(_READ_BYTES.get(device.type, 256 << 20) // 4, device=device)
 
     def read() -> None:
@@ -274,7 +274,7 @@ def _fastest(work: Callable[[], None], device: torch.device) -> float:
 
 
 def _common(a: list[int], b: list[int]) -> int:
-    """Return the length of the common beginning of two lists, without the token that the prompt gives."""
+    """Return the length of the common prefix of two lists of tokens, without the first token, which follows the prompt."""
     count = 0
     for one, other in zip(a[1:], b[1:], strict=False):
         if one != other:

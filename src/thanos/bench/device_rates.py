@@ -21,7 +21,7 @@ class Rates:
     Attributes:
         model_flops: operations/s of a matrix product in the model's dtype.
         float32_flops: operations/s of a matrix product in full float32, in which layers are solved.
-        gram_flops: operations/s of XᵀX in float32 from the model's dtype. They are counted as 2ab², though about half are done.
+        gram_flops: operations/s of XᵀX in float32 from the model's dtype, counted as 2ab², of which about half are executed.
         memory_bytes: bytes/s, read plus written, of a copy within the device's memory.
         to_device_bytes: bytes/s of a copy from host memory to the device; on the CPU, of a copy within host memory.
     """
@@ -48,7 +48,7 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     hessian = torch.zeros(size, size, device=device)
     host = torch.randn(32 << 20 if device.type == "cuda" else 4 << 20)
     there = torch.empty_like(host, device=device)
-    wide = x if device.type == "cuda" else x.repeat(8, 1)  # more than the caches hold
+    wide = x if device.type == "cuda" else x.repeat(8, 1)  # larger than the caches
     copied = torch.empty_like(wide)
     product = 2.0 * size**3
     with full_float32():

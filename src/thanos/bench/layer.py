@@ -1,4 +1,4 @@
-"""``thanos bench layer``: seconds per layer of our solvers and of reference implementations, with error and floor."""
+"""``thanos bench layer``: seconds per layer of this package's solvers and of reference implementations, with their errors."""
 
 from __future__ import annotations
 
@@ -76,9 +76,10 @@ class LayerTime:
         rows: rows of the weight.
         columns: columns of the weight.
         block_size: columns per block.
-        seconds: median seconds from weight and Hessian to the pruned weight; ours include both errors and the mask.
-        floor_seconds: seconds to factorise this Hessian, measured in the same run; every compensating method needs it.
-        modelled_seconds: seconds of our cost model at the rates measured in the same run; None for references.
+        seconds: median seconds from weight and Hessian to the pruned weight. Those of this package include both errors and
+            the mask.
+        floor_seconds: seconds to factorise this Hessian, measured in the same run; every compensating method needs that.
+        modelled_seconds: seconds by the cost model at the rates measured in the same run; None for references.
         error: relative output error tr(Δ H Δᵀ) / tr(W H Wᵀ), measured in float64.
         sparsity: fraction of zeros.
         peak_bytes: peak device memory in addition to weight and Hessian, in bytes; on the CPU the process's peak.

@@ -42,7 +42,7 @@ def synchronize(device: str) -> None:
 
 
 _ENOUGH_SECONDS = 5.0
-"""Total seconds after which a measurement is not repeated: the noise of such long work is relatively small."""
+"""Total seconds after which a measurement is not repeated, since the relative noise of long runs is small."""
 
 
 def median_seconds(work: Callable[[], Any], *, repeats: int, device: str, warm_up: bool = True) -> float:

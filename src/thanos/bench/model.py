@@ -1,4 +1,4 @@
-"""``thanos bench model``: seconds of a whole random model in the engine that prunes checkpoints, and the device's minimum."""
+"""``thanos bench model``: seconds of pruning a model with random weights, and a lower bound of them on the device."""
 
 from __future__ import annotations
 
@@ -43,14 +43,15 @@ class ModelTime(Document):
 
     Attributes:
         shape: shape of the whole model.
-        recipe: the recipe, as plain values.
+        recipe: the recipe as plain values.
         blocks: number of measured blocks.
         seconds: seconds of the measured run, from the first calibration sequence to the last written tensor.
         block_seconds: seconds of each measured block, in order.
-        whole_seconds: seconds of the whole model. Blocks that were not measured count as the median block.
+        whole_seconds: estimated seconds of the whole model. A block that was not measured counts as the median block.
         phases: seconds and peak memory of the measured run, by phase.
         solve_seconds: kind of linear layer → seconds of its solves, summed over the blocks.
-        floor_seconds: minimum seconds of the measured blocks, by phase: operations and bytes over ``rates``, without overlap.
+        floor_seconds: lower bound of the measured blocks' seconds, by phase: operations and bytes divided by ``rates``, without
+            overlap.
         rates: rates of this device, measured in the same run.
         mean_error: mean relative output error of the layers after compensation.
         batch: number of sequences in a forward pass.
@@ -180,7 +181,7 @@ def _by_kind(records: Sequence[LayerRecord]) -> dict[str, float]:
 
 
 def _output(checkpoint: RandomCheckpoint, folder: Path, meter: PhaseMeter, *, kept: bool) -> tuple[Any, Any]:
-    """Return the writer and the journal: with ``kept`` those of a real run, else ones that keep nothing."""
+    """Return the writer and the journal: those of a real run if ``kept``, else ones that discard everything."""
     if not kept:
         return _Discard(), NoJournal()
     writer = CheckpointWriter(checkpoint.layout, checkpoint, folder)
@@ -188,11 +189,11 @@ def _output(checkpoint: RandomCheckpoint, folder: Path, meter: PhaseMeter, *, ke
 
 
 def floor_seconds(shape: Shape, recipe: Recipe, rates: Rates) -> dict[str, float]:
-    """Return the minimum seconds of each phase at the measured rates, for all linear layers of all blocks.
+    """Return a lower bound of the seconds of each phase at the measured rates, for all linear layers of all blocks.
 
     - load and write: copies of the blocks' bytes between host and device.
     - statistics: all products of a block except the last, whose result is not needed; causal attention; XᵀX of the block's four
-      inputs. Each counts only the sequences for which the method needs it.
+      inputs. Each is counted for the sequences for which the method needs it.
     - solve, for methods with a factor: a Cholesky factor of H⁻¹ per input (⅔ b³), and a product of the weight with a triangular
       b × b matrix per layer (c b²).
     - solve, for the errors: three times half a product of c × b by b × b (c b² each); twice for methods without compensation.

@@ -65,7 +65,7 @@ def _load(file: Path, folder: Path) -> types.ModuleType:
     module = importlib.util.module_from_spec(spec)
     stand_ins = {name: types.ModuleType(name) for name in _UNUSED if name not in sys.modules}
     if "sklearn.cluster" in stand_ins:
-        vars(stand_ins["sklearn.cluster"])["KMeans"] = None  # the one name taken from it
+        vars(stand_ins["sklearn.cluster"])["KMeans"] = None  # the only name that is imported from it
     here, before = folder.resolve(), set(sys.modules)
     sys.path.insert(0, str(here))  # the file imports other files of its folder
     sys.modules.update(stand_ins)

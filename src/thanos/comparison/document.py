@@ -1,4 +1,4 @@
-"""The numbers of a comparison as a JSON document, and several of them as one."""
+"""The numbers of a comparison as a JSON document, and the merging of several comparisons."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ SCHEMA = 1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One model. What was not measured is None.
+    """One model. A value that was not measured is None.
 
     Attributes:
         label: name in tables and figures.
-        kind: ``dense``, ``sparse`` (zeros in plain weights), ``packed``, ``shrunk`` (smaller layers than the first model, in
-            as many blocks), or the kind of quantisation.
-        parameters: number of parameters, tied ones once; of a packed or quantised model that of the dense one.
-        dtype: dtype in which it runs.
-        disk_bytes: bytes of the weight files; of a quantised model those of its tensors as ``torch.save`` writes them.
-        weight_bytes: bytes of all parameters and buffers on the device, embeddings and head included, tied ones once.
+        kind: ``dense``, ``sparse`` (zeros in plain weights), ``packed``, ``shrunk`` (smaller layers or fewer blocks than the
+            first model), or the kind of quantisation.
+        parameters: number of parameters, tied ones counted once; for a packed or quantised model that of the dense one.
+        dtype: dtype in which the model runs.
+        disk_bytes: bytes of the weight files; for a quantised model the bytes that ``torch.save`` writes for its tensors.
+        weight_bytes: bytes of all parameters and buffers on the device, embeddings and head included, tied ones counted once.
         packed_layers: number of layers that stayed packed on the device.
         tokens_per_second: new tokens a second at batch 1, from the median step.
         first_token_seconds: seconds from the prompt to its first new token; median.
-        evaluation: ``perplexity``, ``mean_loss``, ``tokens`` and ``windows`` as of ``thanos eval``; ``kl_divergence`` and
-            ``top1_agreement`` compare with the first model of the comparison.
-        zero_shot: ``tasks`` and ``average`` as of ``thanos eval --tasks``.
-        texts: prompt → what the model wrote after it.
-        notes: sentences about this row that a reader needs.
+        evaluation: ``perplexity``, ``mean_loss``, ``tokens`` and ``windows`` as in ``thanos eval --json``; ``kl_divergence``
+            and ``top1_agreement`` compare with the first model of the comparison.
+        zero_shot: ``tasks`` and ``average`` as in ``thanos eval --tasks … --json``.
+        texts: prompt → continuation.
+        notes: sentences shown with the row.
         reason: why the measurement failed; empty if it did not.
     """
 
@@ -56,15 +56,15 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison(Document):
-    """Models that were measured in one run.
+    """The measurements of one run.
 
     Attributes:
-        command: the command line.
+        command: the command line; empty if Python called.
         machine: hardware, versions, commit and date.
-        settings: what the numbers depend on: ``dtype`` (of all models but packed ones of another dtype), ``text``,
-            ``text_sha256``, ``sequence_length``, ``windows``, ``bos``, ``context``, ``new_tokens``, ``compiled``, ``tasks``,
-            ``limit``.
-        rows: the models, the one that the others are compared with first.
+        settings: the settings of the measurements: ``dtype`` (of all models except packed ones stored in another dtype),
+            ``text``, ``text_sha256``, ``sequence_length``, ``windows``, ``bos``, ``context``, ``new_tokens``, ``compiled``,
+            ``tasks``, ``limit``.
+        rows: the models; the others are compared with the first.
     """
 
     command: str
@@ -88,7 +88,7 @@ class Comparison(Document):
 
     @property
     def failed(self) -> list[Row]:
-        """The rows with a reason."""
+        """The rows of models of which a measurement failed."""
         return [row for row in self.rows if row.reason]
 
 
@@ -97,15 +97,15 @@ NAME = "comparison.json"
 
 
 def read_comparisons(paths: Sequence[Path]) -> list[Comparison]:
-    """Read documents, one or several in each file.
+    """Read the comparisons from files; a file contains one or several.
 
     Args:
         paths: files, or folders with :data:`NAME`.
 
     Raises:
-        DataError: a file cannot be read, or is not such a document.
+        DataError: a file cannot be read, or is not a document of a comparison.
     """
-    found: list[Comparison] = []
+    comparisons: list[Comparison] = []
     for path in paths:
         file = path / NAME if path.is_dir() else path
         try:
@@ -113,7 +113,7 @@ def read_comparisons(paths: Sequence[Path]) -> list[Comparison]:
             runs = values["runs"]
             if values["schema"] != SCHEMA:
                 raise ValueError(f"schema {values['schema']}; this version reads {SCHEMA}")
-            found += [Comparison.from_dict(run) for run in runs]
+            comparisons += [Comparison.from_dict(run) for run in runs]
         except OSError as error:
             raise DataError(f"{file} cannot be read: {error.strerror}") from error
         except (ValueError, KeyError, TypeError) as error:
@@ -121,14 +121,11 @@ def read_comparisons(paths: Sequence[Path]) -> list[Comparison]:
                 f"{file} is not the JSON of a comparison ({type(error).__name__}: {error}); give a {NAME} that "
                 "thanos compare wrote"
             ) from error
-    return found
+    return comparisons
 
 
 def groups_of(runs: Sequence[Comparison]) -> list[list[Comparison]]:
-    """Divide runs into groups whose numbers may stand in one table.
-
-    They have the same first model, text and windows, tasks, timing and device.
-    """
+    """Group the runs whose numbers are comparable: those with the same first model, settings and device."""
     groups: dict[str, list[Comparison]] = {}
     for run in runs:
         first = run.rows[0].label if run.rows else ""
@@ -138,7 +135,7 @@ def groups_of(runs: Sequence[Comparison]) -> list[list[Comparison]]:
 
 
 def merged(runs: Sequence[Comparison]) -> list[Row]:
-    """Return the rows of one group. Of a model that several runs measured, the last measurement counts."""
+    """Return the rows of one group. If several runs measured a model, its last row without a failure is used."""
     rows: dict[str, Row] = {}
     for run in runs:
         for row in run.rows:

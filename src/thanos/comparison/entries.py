@@ -1,4 +1,4 @@
-"""What a comparison measures: models as the user named them, and quantised versions of them."""
+"""The models of a comparison, and the quantised versions of them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def entries_of(models: Sequence[str], quantised: str = "") -> list[Entry]:
     """Return the entries in order: each model, followed by its quantised versions.
 
     Args:
-        models: the models; the first is the one that the others are compared with.
+        models: the models; the others are compared with the first.
         quantised: kinds separated by commas. ``int8`` quantises the first model, ``MODEL=int8`` another one of ``models``.
 
     Raises:
@@ -48,11 +48,11 @@ def entries_of(models: Sequence[str], quantised: str = "") -> list[Entry]:
         if kind not in KINDS:
             raise DataError(
                 f"--quantised {word}: there is no kind {kind!r}{near(kind, KINDS)}; choose {either(KINDS)}, for another model "
-                "than the first MODEL=KIND"
+                "than the first as MODEL=KIND"
             )
         if name not in wanted:
             raise DataError(
-                f"--quantised {word}: {name} is not among the models{near(name, wanted)}; name it there too"
+                f"--quantised {word}: {name} is not among the models{near(name, wanted)}; add it to the models"
             )
         if kind not in wanted[name]:
             wanted[name].append(kind)
@@ -60,7 +60,7 @@ def entries_of(models: Sequence[str], quantised: str = "") -> list[Entry]:
 
 
 def labels_of(entries: Sequence[Entry]) -> list[str]:
-    """Return a name for each entry without the user's folders, or with them where two would have the same name."""
+    """Return a label for each entry: the model's name without its folder, or with it if two labels would be the same."""
     short = [f"{public_name(entry.model)} {entry.quantised}".strip() for entry in entries]
     counts = Counter(short)
     whole = [f"{entry.model} {entry.quantised}".strip() for entry in entries]

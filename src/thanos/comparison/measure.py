@@ -1,4 +1,4 @@
-"""The measurements of one loaded model, by the functions that the other commands use."""
+"""The measurements of one loaded model, with the functions of ``thanos eval`` and ``thanos bench decode``."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ if TYPE_CHECKING:
     from thanos.comparison.run import Request
 
 _FEW_ZEROS = 0.1
-"""Share of zeros from which a model counts as sparse. Dequantised weights hold a few percent."""
+"""Fraction of zeros above which a model counts as sparse. Dequantised weights have a few percent of zeros."""
 
 _EVALUATED = ("perplexity", "mean_loss", "kl_divergence", "top1_agreement", "tokens", "windows")
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What a loaded model is.
+    """Sizes and contents of a loaded model.
 
     Attributes:
-        parameters: number of parameters, tied ones once; packed layers count with the entries that they stand for.
-        inner: of them, those outside embedding and head.
-        blocks: number of decoder blocks that the config states; None if it does not.
-        zeros: share of zeros in the plain linear layers outside the head.
-        packed: whether the model is one that ``thanos pack`` wrote.
+        parameters: number of parameters, tied ones counted once; a packed layer counts with all entries of its dense matrix.
+        inner: number of parameters outside embedding and head.
+        blocks: number of decoder blocks in the config; None if it does not state one.
+        zeros: fraction of zeros in the plain linear layers outside the head.
+        packed: whether ``thanos pack`` wrote the model.
         notes: sentences for the model's row.
     """
 
@@ -69,7 +69,7 @@ class Facts:
         if source.gguf is not None:
             notes.append("the file's weights were dequantised when they were loaded")
         if source.is_packed and not packed:
-            notes.append("packed on disk; this device has no kernel for its layers, so they ran dense")
+            notes.append("packed on disk; this device has no kernel for packed layers, so they ran dense")
         return cls(
             parameters=parameters,
             inner=parameters - sum(ends.values()),
@@ -81,20 +81,20 @@ class Facts:
 
 
 def kind_of(facts: Facts, base: Facts | None) -> str:
-    """Return a row's kind, by the model alone and beside the first one."""
+    """Return the kind of a model that is not quantised; ``base``: the facts of the first model, None for itself."""
     if facts.packed:
         return "packed"
-    if base is not None and facts.inner < base.inner and _of_one_shape(facts, base):
+    if base is not None and facts.inner < base.inner and _can_be_cut_from(facts, base):
         return "shrunk"
     return "sparse" if facts.zeros > _FEW_ZEROS else "dense"
 
 
-def _of_one_shape(facts: Facts, base: Facts) -> bool:
-    """Return whether a model has the blocks of another one, or fewer of them between an embedding and a head of its size."""
+def _can_be_cut_from(facts: Facts, base: Facts) -> bool:
+    """Whether a model has as many blocks as ``base``, or fewer of them and an embedding and a head of the same size."""
     if facts.blocks == base.blocks:
         return True
-    ends = facts.parameters - facts.inner == base.parameters - base.inner
-    return ends and facts.blocks is not None and base.blocks is not None and facts.blocks < base.blocks
+    same_ends = facts.parameters - facts.inner == base.parameters - base.inner
+    return same_ends and facts.blocks is not None and base.blocks is not None and facts.blocks < base.blocks
 
 
 def disk_bytes(source: ModelSource) -> int:
@@ -105,7 +105,7 @@ def disk_bytes(source: ModelSource) -> int:
 
 
 def saved_bytes(network: PreTrainedModel) -> int:
-    """Return the bytes that ``torch.save`` writes for a model's tensors, tied ones once."""
+    """Return the bytes that ``torch.save`` writes for a model's tensors, tied ones counted once."""
 
     class Counter:
         written = 0
@@ -124,7 +124,7 @@ def saved_bytes(network: PreTrainedModel) -> int:
 
 
 def speed(network: PreTrainedModel, source: ModelSource, request: Request) -> dict[str, Any]:
-    """Return a row's bytes in memory and its speed."""
+    """Return the row's fields of bytes in memory and speed."""
     timed = time_network(
         network, source.name, context=request.context, new_tokens=request.new_tokens, compiled=request.compiled
     )
@@ -135,7 +135,7 @@ def speed(network: PreTrainedModel, source: ModelSource, request: Request) -> di
 def tasks(
     network: PreTrainedModel, source: ModelSource, request: Request, reference: Reference, tell: Watcher
 ) -> dict[str, Any]:
-    """Return a row's accuracy on tasks, as a study measures it."""
+    """Return the row's field ``zero_shot``."""
     from thanos.evaluation.tasks import zero_shot
 
     scores = zero_shot(
@@ -154,17 +154,17 @@ def tasks(
 def quality(
     network: PreTrainedModel, source: ModelSource, reference: Reference, first: ModelSource, tell: Watcher
 ) -> dict[str, Any]:
-    """Return a row's perplexity and distance to the first model, as a study measures them.
+    """Return the row's field ``evaluation``: perplexity, and distance to the first model.
 
     Args:
         network: the model.
-        source: of the model.
+        source: the model's source.
         reference: windows and the first model, on the device of ``network``.
         first: source of the first model.
         tell: function that is called with events of progress.
 
     Raises:
-        DataError: the model has another tokenizer than the first one, so its perplexity is another quantity.
+        DataError: the tokenizers of the two models give other tokens, so their perplexities cannot be compared.
     """
     if not _same_tokens(source, first, reference):
         raise DataError(
@@ -175,13 +175,13 @@ def quality(
     notes = []
     if network.config.get_text_config().vocab_size != reference.model.config.get_text_config().vocab_size:
         reference = replace(reference, dense=None, model=None)
-        notes = ["its vocabulary is padded to another size, so it has no KL divergence"]
+        notes = ["its vocabulary has another size than the first model's, so it has no KL divergence"]
     scored = evaluate(source.name, reference=reference, network=network, on_event=tell).to_dict()
     return {"evaluation": {name: scored[name] for name in _EVALUATED}, "notes": notes}
 
 
 def _same_tokens(source: ModelSource, first: ModelSource, reference: Reference) -> bool:
-    """Whether a tokenizer gives the ids of the first model's for a window of the text."""
+    """Whether both tokenizers give the same ids for one window of the text."""
     if source is first:
         return True
     text = first.tokenizer().decode(reference.windows[0].tolist())

@@ -22,39 +22,33 @@ PROMPTS = (
 """The default prompts: a fact, a program, and a story."""
 
 NEW_TOKENS = 64
-"""Most tokens that a model writes for a prompt."""
+"""Largest number of tokens that a model generates for a prompt."""
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:
     """Return the prompts of a text file, separated by blank lines.
 
     Raises:
-        DataError: the file cannot be read, or holds none.
+        DataError: the file cannot be read, or contains no prompt.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"--prompts {path} cannot be read: {error}") from error
-    found = tuple(part.strip("\n") for part in re.split(r"\n[ \t]*\n", text) if part.strip())
-    if not found:
-        raise DataError(f"--prompts {path} holds no prompt; write prompts, with a blank line between two")
-    return found
+    prompts = tuple(part.strip("\n") for part in re.split(r"\n[ \t]*\n", text) if part.strip())
+    if not prompts:
+        raise DataError(f"--prompts {path} contains no prompt; write at least one, separated by blank lines")
+    return prompts
 
 
 @torch.inference_mode()
 def continuations(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> dict[str, str]:
-    """Return prompt → what a model writes after it: the most probable token each time, without a chat template.
-
-    Args:
-        model: loaded.
-        tokenizer: of the model.
-        prompts: texts.
-    """
+    """Return prompt → continuation by greedy decoding, without a chat template."""
     network: Any = model
     written = {}
     for prompt in prompts:
         ids = torch.tensor([tokenizer(prompt)["input_ids"]], device=model.device)
-        found = network.generate(
+        generated = network.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=NEW_TOKENS,
@@ -63,5 +57,5 @@ def continuations(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pr
             repetition_penalty=1.0,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         )
-        written[prompt] = str(tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True))
+        written[prompt] = str(tokenizer.decode(generated[0, ids.shape[1] :], skip_special_tokens=True))
     return written

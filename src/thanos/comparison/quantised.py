@@ -1,4 +1,4 @@
-"""Weight-only quantisation of a loaded model by torchao (the extra ``quantised``). Nothing here quantises by itself."""
+"""Weight-only quantisation of a loaded model by torchao (the extra ``quantised``)."""
 
 from __future__ import annotations
 
@@ -16,30 +16,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _GROUPS = (128, 64, 32)
-"""Sizes of int4's groups of weights with one scale, the largest first: those for which torchao has a kernel on each device."""
+"""Numbers of int4 weights that share one scale, the largest first. torchao has kernels for these on CUDA and on the CPU."""
 
 
 def check_installed() -> None:
-    """Check that torchao is there.
-
-    Raises:
-        DataError: it is not.
-    """
+    """Raise DataError if torchao is not installed."""
     if not is_installed("torchao"):
         raise DataError(f"--quantised needs the package torchao: {install_command('quantised')}")
 
 
 def check_device(kind: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Check that torchao has a kind of quantisation for a device and the dtype in which a model runs there.
-
-    Args:
-        kind: one of :data:`KINDS`.
-        device: of the model.
-        dtype: of the model.
-
-    Raises:
-        ModelError: it has not.
-    """
+    """Raise ModelError if torchao does not support a kind of quantisation for a model on this device, in this dtype."""
     if kind != "int4":
         return
     if device.type not in ("cuda", "cpu"):
@@ -51,9 +38,9 @@ def check_device(kind: str, device: torch.device, dtype: torch.dtype) -> None:
 
 
 def quantise(model: PreTrainedModel, kind: str) -> str:
-    """Quantise the weights of a model's linear layers in place, and return in words what was done.
+    """Quantise the weights of a model's linear layers in place, and return a sentence for the model's notes.
 
-    A head that shares its weight with the embedding stays as it is: quantised, it would be a second copy.
+    A head that shares its weight with the embedding is not quantised, since that would add a second copy of the weight.
 
     Args:
         model: loaded, on the device where it runs.
@@ -71,13 +58,13 @@ def quantise(model: PreTrainedModel, kind: str) -> str:
         name: module for name, module in model.named_modules() if is_plain(module) and not (tied and module is head)
     }
     if not layers:
-        raise ModelError(f"{kind}: the model has no linear layer that torchao could quantise")
+        raise ModelError(f"{kind}: the model has no plain linear layer, so torchao has nothing to quantise")
     config, words = _CONFIGS[kind](model, layers)
     from torchao.quantization import quantize_
 
     try:
         quantize_(model, config, filter_fn=lambda module, name: name in layers)
-    except Exception as error:  # a missing kernel shows in many ways
+    except Exception as error:  # torchao raises errors of many types for a missing kernel
         raise ModelError(f"torchao cannot quantise to {kind} on {model.device.type}: {_first_line(error)}") from error
     left = [name for name, module in layers.items() if type(module.weight) in (torch.Tensor, nn.Parameter)]
     if len(left) == len(layers):
@@ -93,9 +80,9 @@ def _int8(model: PreTrainedModel, layers: dict[str, nn.Linear]) -> tuple[Any, st
 
 
 def _int4(model: PreTrainedModel, layers: dict[str, nn.Linear]) -> tuple[Any, str]:
-    """Return torchao's int4 for the device: tinygemm's tiles on CUDA, the layout of torch's own kernel on a CPU.
+    """Return torchao's int4 config for the device: tinygemm's tiles on CUDA, the layout of torch's own kernel on a CPU.
 
-    HQQ chooses scales and zero points, which is the more accurate of torchao's two ways, with the same kernels.
+    HQQ chooses the scales and zero points. It is the more accurate of torchao's two algorithms and uses the same kernels.
     """
     group = _group_size(layers)
     settings: dict[str, Any] = {
@@ -117,7 +104,7 @@ def _int4(model: PreTrainedModel, layers: dict[str, nn.Linear]) -> tuple[Any, st
 
 
 def _group_size(layers: dict[str, nn.Linear]) -> int:
-    """Return the largest group that divides the width of every layer, or else of most of them."""
+    """Return the group size that divides the width of the most layers; of several, the largest."""
     widths = [layer.in_features for layer in layers.values()]
     return max(_GROUPS, key=lambda size: (sum(width % size == 0 for width in widths), size))
 

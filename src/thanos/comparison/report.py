@@ -1,4 +1,4 @@
-"""The table, figures and page of a comparison, drawn from its document alone."""
+"""The table, figures and page of a comparison, made from its document alone."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _TASK_MEASURES = ("zero_shot", "zero_shot_stderr")
 
 
 def value_of(row: Row, field: str) -> float | None:
-    """Return one quantity of a row, in the unit of the document; None if it was not measured."""
+    """Return the value of a field of a row, or of ``evaluation`` or ``zero_shot`` in it; None if it was not measured."""
     if field in _TASK_MEASURES:
         average = (row.zero_shot or {}).get("average", {})
         return average.get("acc" if field == "zero_shot" else "acc_stderr")
@@ -38,31 +38,31 @@ def value_of(row: Row, field: str) -> float | None:
 
 
 def number_of(row: Row, field: str) -> Number | None:
-    """Return one quantity of a row with the row's label as its origin."""
+    """Return :func:`value_of` with the row's label as its origin."""
     value = value_of(row, field)
     return None if value is None else Number(float(value), field, "value", (row.label,))
 
 
 def build_report(runs: Sequence[Comparison]) -> Report:
-    """Return the report of one comparison, or of several: a chapter for each group that may be compared."""
+    """Return the report, with one chapter for each group of comparable runs."""
     groups = groups_of(runs)
     chapters = []
-    for place, group in enumerate(groups):
+    for position, group in enumerate(groups, 1):
         rows = merged(group)
-        ending = "" if len(groups) == 1 else f"_{place + 1}_{slug(rows[0].label)}"
+        ending = "" if len(groups) == 1 else f"_{position}_{slug(rows[0].label)}"
         chapters.append(Chapter(f"{rows[0].label} and others", _sections(rows, group, ending)))
     names = dict.fromkeys(row.label for group in groups for row in merged(group)[:1])
     title = f"{', '.join(names)}: size, speed and quality"
     lead: Prose = _conclusion(merged(groups[0])) if groups else ()
     if len(groups) > 1:
-        lead = (f"{len(groups)} groups of models; the numbers of one group compare with each other alone.",)
+        lead = (f"{len(groups)} groups of models. Compare numbers only within a group.",)
         for chapter, group in zip(chapters, groups, strict=True):
             chapter.sections[0].prose.insert(0, _conclusion(merged(group)))
     return Report(title, lead, tuple(chapters))
 
 
 def write_document(runs: Sequence[Comparison], folder: Path) -> None:
-    """Write the numbers alone into a folder.
+    """Write only the JSON document into a folder.
 
     Raises:
         ResourceError: the file cannot be written.
@@ -93,41 +93,41 @@ def write_report(runs: Sequence[Comparison], folder: Path, on_event: Callable[[E
 
 
 def front_of(rows: Sequence[Row], cost: str, quality: str = "perplexity") -> list[Row]:
-    """Return the Pareto front: the rows that no other row equals or beats in cost and in quality, and beats in one of both.
+    """Return the Pareto front: the rows that no other row dominates.
 
-    Larger tokens a second and accuracies are better; of everything else less is.
+    A row dominates another if it is at least as good in cost and in quality, and better in one of them. More tokens a second
+    and a higher accuracy are better; of all other fields, a lower value is.
     """
-    able = [row for row in rows if value_of(row, cost) is not None and value_of(row, quality) is not None]
+    measured = [row for row in rows if value_of(row, cost) is not None and value_of(row, quality) is not None]
 
     def loss(row: Row, field: str) -> float:
         value = value_of(row, field)
         assert value is not None
         return -value if field in ("tokens_per_second", "zero_shot") else value
 
-    def beats(one: Row, other: Row) -> bool:
+    def dominates(one: Row, other: Row) -> bool:
         pairs = [(loss(one, field), loss(other, field)) for field in (cost, quality)]
         return all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)
 
-    return [row for row in able if not any(beats(other, row) for other in able)]
+    return [row for row in measured if not any(dominates(other, row) for other in measured)]
 
 
 def _conclusion(rows: Sequence[Row]) -> Prose:
-    """Return two sentences: the models that no other beats in bytes and perplexity, and in speed and perplexity."""
+    """Return two sentences: the Pareto front of bytes and perplexity, and that of speed and perplexity."""
     parts: list[str | Number] = []
     for cost, words, unit in (
-        ("weight_bytes", "For their bytes in memory", " MB"),
-        ("tokens_per_second", "For their speed", " tokens/s"),
+        ("weight_bytes", "No smaller model has a lower perplexity than", " MB"),
+        ("tokens_per_second", "No faster model has a lower perplexity than", " tokens/s"),
     ):
         front = sorted(front_of(rows, cost), key=lambda row: value_of(row, cost) or 0.0)
         if not front:
             continue
-        verb = "this model has" if len(front) == 1 else "these models have"
-        parts.append(f"{' ' if parts else ''}{words} {verb} the lowest perplexity: ")
-        for place, row in enumerate(front):
+        parts.append(f"{' ' if parts else ''}{words} {'this one' if len(front) == 1 else 'these'}: ")
+        for position, row in enumerate(front):
             size, quality = number_of(row, cost), number_of(row, "perplexity")
             assert size is not None
             assert quality is not None
-            parts += ["; " if place else "", f"{row.label} (", size, f"{unit}, perplexity ", quality, ")"]
+            parts += ["; " if position else "", f"{row.label} (", size, f"{unit}, perplexity ", quality, ")"]
         parts.append(".")
     return tuple(parts) or ("No model has both a size and a perplexity.",)
 
@@ -142,7 +142,7 @@ def _sections(rows: list[Row], group: Sequence[Comparison], ending: str) -> list
     sections = [summary]
     texts = _texts(rows, ending)
     if texts:
-        words = "Each model continues the prompt with its most probable token each time."
+        words = "Each model continues the prompt by greedy decoding."
         sections.append(Section("texts", "What the models write", prose=[(words,)], tables=texts))
     sections.append(_origin(group))
     return sections
@@ -159,7 +159,7 @@ def _table(rows: Sequence[Row], run: Comparison, ending: str) -> Table:
     for row in rows:
         cells: list[Cell | Number | str | None] = [row.label, *(number(number_of(row, field)) for field in shown)]
         if notes:
-            cells.append(Cell(prose=(found,)) if (found := _notes(row)) else "")
+            cells.append(Cell(prose=(text,)) if (text := _notes(row)) else "")
         lines.append(cells)
     heads = f"<Model|model; {'; '.join(_HEADS.get(field, field) for field in shown)}"
     heads += "; <notes" if notes else ""
@@ -167,9 +167,9 @@ def _table(rows: Sequence[Row], run: Comparison, ending: str) -> Table:
     about = (
         f"MB: 10⁶ bytes. In memory: all parameters and buffers, embeddings and head included. Speed: batch 1, "
         f"{settings['context']} tokens of prompt, on {run.machine['device']}, in {settings['dtype']}"
-        f"{', new tokens through torch.compile' if settings['compiled'] else ''}. Perplexity: {settings['text']}, "
-        f"{settings['windows']} windows of {settings['sequence_length']} tokens. KL divergence and top-1 agreement: to the "
-        f"first model."
+        f"{', decoding compiled by torch.compile' if settings['compiled'] else ''}. Perplexity: {settings['text']}, "
+        f"{settings['windows']} windows of {settings['sequence_length']} tokens. KL divergence and top-1 agreement: with "
+        f"the first model."
     )
     if settings["tasks"]:
         limit = "" if settings["limit"] is None else f", the first {settings['limit']} documents of each"
@@ -200,19 +200,19 @@ _CHARTS = (
 
 
 def _charts(rows: Sequence[Row], ending: str) -> list[Chart]:
-    found = []
+    charts = []
     for x, y, x_label, y_label, title in _CHARTS:
         front = front_of(rows, x, y)
         series = []
         for row in rows:
-            at, height = number_of(row, x), number_of(row, y)
-            if at is None or height is None:
+            x_value, y_value = number_of(row, x), number_of(row, y)
+            if x_value is None or y_value is None:
                 continue
             spread = number_of(row, "zero_shot_stderr") if y == "zero_shot" else None
-            series.append(Series(row.label, row.kind, (Point(at, height, spread, row.label, row in front),)))
+            series.append(Series(row.label, row.kind, (Point(x_value, y_value, spread, row.label, row in front),)))
         if len(series) > 1:
             higher = y == "zero_shot"
-            found.append(
+            charts.append(
                 Chart(
                     "scatter",
                     f"{y}_{x}{ending}",
@@ -226,21 +226,21 @@ def _charts(rows: Sequence[Row], ending: str) -> list[Chart]:
                     note=("Bars: standard error over the tasks' documents.",) if higher else (),
                 )
             )
-    return found
+    return charts
 
 
 def _texts(rows: Sequence[Row], ending: str) -> list[Table]:
     prompts = dict.fromkeys(prompt for row in rows for prompt in row.texts)
-    found = []
-    for place, prompt in enumerate(prompts, 1):
+    tables = []
+    for position, prompt in enumerate(prompts, 1):
         lines = [(row.label, Cell(prose=(_shown(row.texts[prompt]),))) for row in rows if prompt in row.texts]
         heads = columns("<Model|model", "<text")
-        found.append(table(f"text_{place}{ending}", f"“{prompt.strip()}”", heads, lines))
-    return found
+        tables.append(table(f"text_{position}{ending}", f"“{prompt.strip()}”", heads, lines))
+    return tables
 
 
 def _shown(text: str) -> str:
-    """Return a continuation without the line breaks around it, and without the space that divides it from the prompt."""
+    """Return a continuation without line breaks at its ends, and without a single space at its start."""
     text = text.strip("\n")
     return text if text.startswith("  ") else text.removeprefix(" ")
 
@@ -258,6 +258,6 @@ def _origin(group: Sequence[Comparison]) -> Section:
             )
         )
     section.prose.append(
-        (f"The numbers of this page are in {NAME}, beside it; thanos compare draws it again from there.",)
+        (f"The numbers of this page are in {NAME} in the same folder; thanos compare {NAME} makes the page again.",)
     )
     return section

@@ -1,4 +1,4 @@
-"""Measure the models of a comparison, one after the other."""
+"""The run of a comparison: its models are measured one after the other."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ from thanos.system.event_stream import EventStream
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """What is measured.
+    """The settings of a comparison.
 
     Attributes:
-        text: text of the perplexity, as for :func:`~thanos.evaluation.perplexity.evaluate`; also ``sequence_length``,
-            ``max_windows`` and ``bos``.
-        tasks: names of lm_eval's tasks; empty for none. ``task_folder`` and ``limit`` as for
-            :func:`~thanos.evaluation.tasks.zero_shot`.
+        text, sequence_length, max_windows, bos: text and windows of the perplexity, as for
+            :func:`~thanos.evaluation.perplexity.evaluate`.
+        tasks, task_folder, limit: tasks of lm_eval, as for :func:`~thanos.evaluation.tasks.zero_shot`; no tasks if empty.
         prompts: texts that each model continues.
-        context, new_tokens: tokens of the timed prompt, and timed steps.
-        compiled: whether models are compiled by torch.compile before they are timed.
+        context: tokens of the timed prompt.
+        new_tokens: number of timed decoding steps.
+        compiled: whether torch.compile compiles the models before they are timed.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: dtype of every model; ``auto`` is the first model's.
         trust_remote_code: let transformers run Python code from a checkpoint.
@@ -72,18 +72,19 @@ def compare(
     on_event: Watcher | None = None,
     on_row: Callable[[Comparison], None] | None = None,
 ) -> Comparison:
-    """Measure models side by side, each alone on the device. The first is the one that the others are compared with.
+    """Measure models one after the other, and compare each with the first.
 
-    A model that fails has the reason in its row, and the others go on. If the first one cannot be loaded, nothing can be
-    compared, and its error is raised.
+    If a measurement fails, the row states the reason, and the comparison continues with the next one. If the first model
+    cannot be loaded, its error is raised, since the others could not be compared with it.
 
     Args:
         models: hub names, folders (packed ones too) or ``.gguf`` files.
-        request: what is measured; default: :class:`Request`.
+        request: the settings; default: :class:`Request`.
         quantised: quantised versions to measure too, see :func:`~thanos.comparison.entries.entries_of`.
         command: the command line, for the document.
         on_event: function that is called with events of progress.
-        on_row: function that is called with the rows so far after each model, so that a run that ends early leaves them.
+        on_row: function that is called after each model with the comparison of all models so far, which a caller can save
+            in case the run ends early.
 
     Raises:
         UserError: an argument, the text, the device or the first model cannot be used.
@@ -104,7 +105,7 @@ def compare(
 
 
 def _check(request: Request, entries: Sequence[Entry]) -> None:
-    """Check everything that needs no model, before the first is loaded."""
+    """Check all settings that can be checked before a model is loaded."""
     for entry in entries:
         find_local(entry.model, trust_remote_code=request.trust_remote_code, packed=True)
     if request.sequence_length < 2:
@@ -136,7 +137,7 @@ def _packages(entries: Sequence[Entry]) -> dict[str, Any]:
 
 
 class _Run:
-    """The models of one run. The first model stays on the host, for the comparisons with it."""
+    """One run. The first model stays in the host's memory between comparisons with it."""
 
     def __init__(self, request: Request, tell: Watcher) -> None:
         self.request, self.tell = request, tell
@@ -146,10 +147,10 @@ class _Run:
         self._dtype: torch.dtype | None = None
 
     def check(self, entries: Sequence[Entry]) -> None:
-        """Choose the dtype of all models, and refuse quantised versions that the device has not in this dtype.
+        """Set the dtype of all models, and check that the device supports the quantised versions in this dtype.
 
         Raises:
-            ModelError: there is such a version, or the first model's config cannot be read.
+            ModelError: the device does not support one, or the first model's config cannot be read.
         """
         source = resolve_model(entries[0].model, trust_remote_code=self.request.trust_remote_code, packed=True)
         self._dtype = running_dtype(source, self.request.dtype)
@@ -158,16 +159,16 @@ class _Run:
                 check_device(entry.quantised, self.device, self._dtype)
 
     def settings(self) -> dict[str, Any]:
-        """Return what the numbers depend on, as the document states it."""
-        request, found = self.request, self._reference
-        assert found is not None
+        """Return :attr:`Comparison.settings <thanos.comparison.document.Comparison>`."""
+        request, reference = self.request, self._reference
+        assert reference is not None
         return {
             "dtype": str(self._dtype).removeprefix("torch."),
-            "text": found.text,
-            "text_sha256": found.sha256,
+            "text": reference.text,
+            "text_sha256": reference.sha256,
             "sequence_length": request.sequence_length,
-            "windows": len(found.windows),
-            "bos": found.bos,
+            "windows": len(reference.windows),
+            "bos": reference.bos,
             "context": request.context,
             "new_tokens": request.new_tokens,
             "compiled": request.compiled,
@@ -176,39 +177,42 @@ class _Run:
         }
 
     def row(self, entry: Entry, label: str) -> Row:
-        """Measure one model. A measurement that fails has its reason in the row; the others go on.
+        """Measure one model. If a measurement fails, the row states the reason, and the next measurement follows.
 
         Raises:
-            UserError: the first model cannot be loaded, or the text cannot be used: nothing could be compared.
+            UserError: the first model cannot be loaded, or the text cannot be used.
         """
-        found: dict[str, Any] = {"label": label, "kind": entry.quantised or "dense", "notes": [], "reason": ""}
-        self._try(found, lambda: self._measure(entry, found), strict=self._reference is None)
-        self._park()
-        return Row(**found)
+        fields: dict[str, Any] = {"label": label, "kind": entry.quantised or "dense", "notes": [], "reason": ""}
+        self._try(fields, lambda: self._measure(entry, fields), strict=self._reference is None)
+        self._free()
+        return Row(**fields)
 
-    def _try(self, found: dict[str, Any], work: Callable[[], Any], *, strict: bool = False) -> None:
-        """Do one part of the work and add the values that it returns to the row, or the reason why it failed."""
+    def _try(self, fields: dict[str, Any], measure: Callable[[], Any], *, strict: bool = False) -> None:
+        """Call ``measure`` and add the fields that it returns to the row, or the reason why it failed.
+
+        If ``strict``, an error is raised as long as there is no first model to compare with.
+        """
         try:
             with resource_errors(device=self.device):
-                values = work() or {}
-        except Exception as error:  # of this package, torch, torchao, transformers or lm_eval: the other models go on
+                values = measure() or {}
+        except Exception as error:  # from this package, torch, torchao, transformers or lm_eval
             if strict and self._reference is None:
                 raise
             line = (str(error).strip().splitlines() or [""])[0]
             reason = line if isinstance(error, UserError) else f"{type(error).__name__}: {line}"
-            found["reason"] = "; ".join(filter(None, (found["reason"], reason)))
+            fields["reason"] = "; ".join(filter(None, (fields["reason"], reason)))
         else:
-            found["notes"] += values.pop("notes", [])
-            found |= values
+            fields["notes"] += values.pop("notes", [])
+            fields |= values
 
-    def _measure(self, entry: Entry, found: dict[str, Any]) -> None:
+    def _measure(self, entry: Entry, fields: dict[str, Any]) -> None:
         request, tell = self.request, self.tell
         source = resolve_model(entry.model, trust_remote_code=request.trust_remote_code, packed=True)
         tell(Event(kind="phase", phase="load"))
         assert self._dtype is not None
         network = load_model(source, dtype=self._dtype, device=self.device)
         facts = Facts.of(network, source)
-        found |= {"parameters": facts.parameters, "kind": kind_of(facts, self._first and self._first[1])}
+        fields |= {"parameters": facts.parameters, "kind": kind_of(facts, self._first and self._first[1])}
         if self._first is None:
             self._reference = make_reference(
                 source,
@@ -226,23 +230,23 @@ class _Run:
         assert reference is not None
         assert reference.model is not None
         if entry.quantised:
-            found["kind"] = entry.quantised
-            found["notes"].append(quantise(network, entry.quantised))
-        found["disk_bytes"] = saved_bytes(network) if entry.quantised else disk_bytes(source)
-        found["notes"] += facts.notes
-        found["dtype"] = str(network.dtype).removeprefix("torch.")
-        if network.dtype != self._dtype:  # packed weights have the dtype in which they were packed
-            found["notes"].append(f"runs in {found['dtype']}, the dtype of its packed weights")
+            fields["kind"] = entry.quantised
+            fields["notes"].append(quantise(network, entry.quantised))
+        fields["disk_bytes"] = saved_bytes(network) if entry.quantised else disk_bytes(source)
+        fields["notes"] += facts.notes
+        fields["dtype"] = str(network.dtype).removeprefix("torch.")
+        if network.dtype != self._dtype:  # packed weights keep the dtype in which they were packed
+            fields["notes"].append(f"runs in {fields['dtype']}, the dtype of its packed weights")
         tell(Event(kind="phase", phase="evaluate"))
-        self._try(found, lambda: {"texts": continuations(network, source.tokenizer(), request.prompts)})
-        self._try(found, lambda: speed(network, source, request))
+        self._try(fields, lambda: {"texts": continuations(network, source.tokenizer(), request.prompts)})
+        self._try(fields, lambda: speed(network, source, request))
         if request.tasks:
-            self._try(found, lambda: tasks(network, source, request, reference, tell))
+            self._try(fields, lambda: tasks(network, source, request, reference, tell))
         reference.model.to(self.device)  # type: ignore[arg-type]
-        self._try(found, lambda: quality(network, source, reference, first, tell))
+        self._try(fields, lambda: quality(network, source, reference, first, tell))
 
-    def _park(self) -> None:
-        """Move the first model off the device, and free the measured one."""
+    def _free(self) -> None:
+        """Move the first model to the host's memory, and free the device's memory of the measured one."""
         if self._reference is not None and self._reference.model is not None:
             self._reference.model.to("cpu")  # type: ignore[arg-type]
         gc.collect()

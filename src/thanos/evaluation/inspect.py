@@ -1,4 +1,4 @@
-"""The inspection of a checkpoint: zeros, patterns, NaN and infinity, counted in the weights and not taken from a report."""
+"""The inspection of a checkpoint: zeros, patterns, NaN and infinity, counted in the stored weights."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class LayerInspection:
         zeros: number of zero entries.
         sparsity: fraction of zero entries.
         patterns: the patterns that all rows except the outlier rows satisfy.
-        outlier_rows: number of rows left dense in a layer that is otherwise pruned.
-        zero_columns: number of input columns that are zero in all other rows.
+        outlier_rows: number of dense rows in a layer that is otherwise pruned.
+        zero_columns: number of input columns that are zero in all rows except the outlier rows.
     """
 
     name: str
@@ -65,14 +65,14 @@ class Violation:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NotFinite:
-    """A tensor that holds NaN or infinity.
+    """A tensor that contains NaN or infinity.
 
     Attributes:
-        name: name of the parameter, or of the tensor in the file if the model has no such parameter.
+        name: name of the parameter, or of the tensor in the file if it belongs to no parameter.
         nan: number of NaN entries.
         infinite: number of infinite entries.
-        parameter: whether it is a parameter, so that the checkpoint is damaged. Another tensor, such as a mask with −∞, may
-            hold any value.
+        parameter: whether the tensor is a parameter. If so, the checkpoint is damaged; another tensor, such as a mask with −∞,
+            may contain any value.
     """
 
     name: str
@@ -91,11 +91,11 @@ class Inspection(Document):
         require: the required pattern; None without one.
         violations: the targeted layers that violate the required pattern.
         totals: numbers of zeros and of parameters, over the targeted layers and over all tensors.
-        layers: the targeted layers. With a ``pruning.json``: the layers that it lists as pruned. Without: the linear layers of
-            the decoder blocks that hold more than stray zeros, or all of them if a pattern is required.
+        layers: the targeted layers. If there is a ``pruning.json``: the layers that it lists as pruned. Otherwise: the linear
+            layers of the decoder blocks with more than stray zeros, or all of them if a pattern is required.
         dense: all other tensors, with the reason why each was left dense.
-        not_finite: the tensors that hold NaN or infinity.
-        smaller: what the model lacks of its dense parent; None unless one was given.
+        not_finite: the tensors that contain NaN or infinity.
+        smaller: the comparison with the dense parent; None unless one was given.
     """
 
     model: str
@@ -116,7 +116,7 @@ class Inspection(Document):
 
     @property
     def damaged(self) -> list[NotFinite]:
-        """The parameters that hold NaN or infinity."""
+        """The parameters that contain NaN or infinity."""
         return [tensor for tensor in self.not_finite if tensor.parameter]
 
 
@@ -128,14 +128,14 @@ def inspect_checkpoint(
     on_event: Callable[[Event], None] | None = None,
     trust_remote_code: bool = False,
 ) -> Inspection:
-    """Read every weight of a checkpoint, one tensor at a time, and report its zeros, and any NaN and infinity.
+    """Read a checkpoint, one tensor at a time, and count zeros, NaN and infinity.
 
     Args:
         model: a hub name, a local folder or a ``.gguf`` file.
-        require: ``N:M``, ``columns`` or a registered pattern; layers that violate it are listed. Outlier rows violate it too,
-            since software that needs the pattern needs it in every row. A layer of the blocks without zeros also violates it,
-            unless ``pruning.json`` gives a reason why it was left dense.
-        dense: the dense parent of a smaller model; what the model lacks of it is counted.
+        require: ``N:M``, ``columns`` or a registered pattern. Layers that violate it are listed. An outlier row violates it,
+            since software that needs the pattern needs it in every row. So does a layer of the blocks without zeros, unless
+            ``pruning.json`` states why it was left dense.
+        dense: the dense parent of a smaller model, with which its sizes are compared.
         on_event: function called with events of progress.
         trust_remote_code: let transformers run Python code from the checkpoint.
 
@@ -205,7 +205,9 @@ def inspect_checkpoint(
 def _required(text: str) -> Pattern:
     pattern = parse_pattern(text)
     if not pattern.can_be_required:
-        raise RecipeError(f"--require {pattern} cannot be broken; require {required_patterns()}")
+        raise RecipeError(
+            f"--require {pattern} cannot be violated, so there is nothing to check; require {required_patterns()}"
+        )
     return pattern
 
 
@@ -222,15 +224,19 @@ def _read_report(opened: OpenedModel) -> dict[str, str] | None:
         return dense | {layer["name"]: "" for layer in report["layers"]}
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(
-            f"{path} is not a report of this version ({error}); move it away to inspect without"
+            f"{path} is not a report of this version ({error}); move it away to inspect without it"
         ) from error
 
 
 def _reason(name: str, layer: LinearLayer | None, zeros: float, known: dict[str, str] | None, *, required: bool) -> str:
     """Return the reason why a tensor counts as left dense; empty if it is targeted.
 
-    ``layer`` is None if the tensor is not the weight of a linear layer. ``zeros`` is the fraction of zero entries, ``known``
-    the result of :func:`_read_report`. If a pattern is ``required``, layers of the blocks without zeros are targeted too.
+    Args:
+        name: name of the tensor.
+        layer: its linear layer; None if it is not the weight of one.
+        zeros: fraction of zero entries.
+        known: result of :func:`_read_report`.
+        required: whether a pattern is required, so that layers of the blocks without zeros are targeted too.
     """
     if layer is None:
         return NOT_LINEAR
@@ -248,7 +254,7 @@ def _inspect_layer(layer: LinearLayer, stored: Tensor, wanted: Pattern | None) -
     zero = weight == 0
     zeros = int(zero.sum())
     rows, columns = layer.shape
-    # Rows with stray zeros at most are outlier rows, if the layer as a whole has more than stray zeros.
+    # In a layer with more than stray zeros, a row with at most stray zeros is an outlier row.
     dense_rows = zero.sum(1) <= STRAY * columns if zeros > STRAY * weight.numel() else zero.new_zeros(rows)
     rest = zero[~dense_rows]
     zero_columns = rest.all(0) if len(rest) else zero.new_zeros(columns)

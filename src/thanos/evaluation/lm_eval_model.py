@@ -1,15 +1,15 @@
-"""Faster evaluation with lm_eval: its own tasks and model class, with everything reused that does not depend on the weights.
+"""Faster evaluation with lm_eval. Its tasks and model class are used, and what does not depend on the weights is reused.
 
-lm_eval repeats three steps for every model that a process evaluates: it renders the tasks' documents and compiles a Jinja
-template for each of them; it tokenises every text; and it forms batches. Here requests and token ids are made once and kept,
-templates are compiled once, and the bytes of their logits limit the batches on CUDA. Log-likelihoods and metrics are lm_eval's.
+For every model, lm_eval renders the tasks' documents with one compiled Jinja template each, and tokenises every text. Here
+requests and token ids are kept for the next model, and each template is compiled once. On CUDA the size of the logits limits
+the batches. Log-likelihoods and metrics are lm_eval's own.
 
-Why lm_eval's ``HFLM`` alone does not suffice: it costs 2 ms of CPU time more per document, for any model. Measured with a tiny
-LLaMA on one CPU core, lm_eval 0.4.13, five tasks with 200 documents each, equal scores: every model after the first takes
-0.5 to 0.9 s here and 2.7 to 2.9 s with ``HFLM`` (1.2 to 1.6 s without compiled templates alone, 0.8 to 1.0 s without kept token
-ids alone). For all 7153 documents of these tasks that is 14 s a model. A cell of the study of SmolLM2-135M on an H200 takes
-22 s, 11 s of them for these tasks, so it would be more than 20 % slower (computed, not measured on a GPU). On a CPU the forward
-passes of that model take 0.6 s a document, and the difference does not matter.
+Reason: lm_eval's ``HFLM`` takes 2 ms more of CPU time per document, for any model. Measured with a tiny LLaMA on one CPU core,
+lm_eval 0.4.13, five tasks of 200 documents, equal scores: every model after the first takes 0.5 to 0.9 s here and 2.7 to 2.9 s
+with ``HFLM``. It takes 1.2 to 1.6 s here if templates are compiled again, and 0.8 to 1.0 s if token ids are not kept. All 7153
+documents of these tasks would take 14 s more per model. A cell of the study of SmolLM2-135M takes 22 s on an H200, 11 s of them
+for these tasks, so it would be more than 20 % slower (computed, not measured on a GPU). On a CPU the difference does not
+matter: the forward passes of that model take 0.6 s per document.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _SEQUENCES = {"cpu": 16, "cuda": 64}
-"""Sequences per forward pass, by type of device. On a CPU larger batches gain nothing. On CUDA this is the size only for
-requests that are not log-likelihoods."""
+"""Sequences per forward pass, by type of device. Larger batches are not faster on a CPU. On CUDA the number holds only for
+requests that are not log-likelihoods; :data:`_LOGITS_BYTES` limits the others."""
 
 _LOGITS_BYTES = 2 << 30
-"""Bytes of the logits of one forward pass on CUDA; their log-softmax takes as much again. This is a constant and not a fraction
-of the free memory, so that scores do not depend on other programs on the device."""
+"""Bytes of the logits of one forward pass on CUDA; their log-softmax needs the same again. It is not a fraction of the free
+memory, since scores should not depend on other programs on the device."""
 
 TokenIds = dict[tuple[str, bool | None, bool | None, int | None], array]
 """(text, add_special_tokens, add_bos_token, left_truncate_len) → token ids."""
@@ -45,7 +45,7 @@ TokenIds = dict[tuple[str, bool | None, bool | None, int | None], array]
 
 
 def keep_requests(task: Any) -> Any:
-    """Make a task of lm_eval build its requests once and reuse them, without their answers; return the task."""
+    """Make a task of lm_eval build its requests once and reuse them with empty answers; return the task."""
     build = task.build_all_requests
     kept: dict[str, list[Any]] = {}
 
@@ -65,7 +65,7 @@ def keep_requests(task: Any) -> Any:
 
 @contextmanager
 def templates_compiled_once() -> Iterator[None]:
-    """Compile each of lm_eval's Jinja templates once. lm_eval itself compiles one for each field of each document."""
+    """Compile each of lm_eval's Jinja templates once. Without this, lm_eval compiles it for every field of every document."""
     from lm_eval import utils
 
     environment: Any = utils.env
@@ -80,9 +80,9 @@ def templates_compiled_once() -> Iterator[None]:
 
 
 def kept_ids(tokenizer: Any) -> TokenIds:
-    """Return the store of a tokenizer's token ids. Equal tokenizers share it; only the store of the last one is kept."""
+    """Return the dict that keeps a tokenizer's token ids. Equal tokenizers share it; only that of the last one is kept."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:  # written in Python: two of them cannot be compared
+    if backend is None:  # a tokenizer written in Python: equality cannot be determined
         return {}
     settings = {name: str(value) for name, value in tokenizer.init_kwargs.items() if name != "name_or_path"}
     described = f"{type(tokenizer).__qualname__} {sorted(settings.items())} {backend.to_str()}"
@@ -98,10 +98,10 @@ def _ids_of(identity: str) -> TokenIds:
 
 
 def wrap(network: PreTrainedModel, tokenizer: Any, emit: Callable[[Event], None], *, bos: bool = False) -> Any:
-    """Return lm_eval's model around a loaded one, which is on its device and in eval mode.
+    """Return lm_eval's model class around a loaded model, which is on its device and in eval mode.
 
-    ``emit`` gets events with the number of requests answered. ``bos`` says whether lm_eval adds a beginning-of-text token
-    before each request (its ``add_bos_token``). Otherwise a request begins as the tokenizer begins a text.
+    ``emit`` gets events with the number of answered requests. ``bos``: whether lm_eval adds a beginning-of-text token before
+    each request (its ``add_bos_token``). Otherwise a request begins as the tokenizer begins a text.
     """
     from lm_eval.models import huggingface
 
@@ -120,7 +120,7 @@ def wrap(network: PreTrainedModel, tokenizer: Any, emit: Callable[[Event], None]
                 self.done = 0
                 try:
                     return super().loglikelihood(requests, disable_tqdm=True)
-                except torch.OutOfMemoryError:  # mostly in the first batch: it has the longest sequences
+                except torch.OutOfMemoryError:  # most likely in the first batch, which has the longest sequences
                     if not self.halve():
                         raise
                 torch.cuda.empty_cache()  # outside the handler, whose traceback keeps the batch alive

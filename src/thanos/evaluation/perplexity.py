@@ -1,4 +1,4 @@
-"""Perplexity by the field's convention, and the distance to the dense model."""
+"""Perplexity, and the distance to the dense model."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class Evaluation(Document):
         text: source of the text.
         text_sha256: hash of the scored text's token ids (little-endian int64).
         sequence_length: tokens per window.
-        bos: position of the beginning-of-text token: ``window``, at the start of each window; ``text``, at the start of the
-            text only; ``none``, nowhere, since the tokenizer adds none.
+        bos: position of the beginning-of-text token: ``window`` (start of each window), ``text`` (start of the text only) or
+            ``none`` (the tokenizer adds none).
         windows: number of windows.
         tokens: number of tokens scored, sequence_length − 1 per window.
         perplexity: exp of the mean loss.
@@ -97,13 +97,12 @@ def evaluate(
 ) -> Evaluation:
     """Measure perplexity and, with ``dense``, the distance to the dense model.
 
-    Rows of the text are joined with a blank line and tokenised once, with the tokenizer's own special tokens. The ids are cut
-    into windows that do not overlap; the remainder is left out. All tokens of a window except the first are predicted. The
-    perplexity is the exponential of the mean loss over all windows. Log-probabilities are float32.
+    The rows of the text are joined with blank lines and tokenised once, with the tokenizer's own special tokens. The ids are
+    cut into windows that do not overlap; the remainder is left out. All tokens of a window except the first are predicted.
+    The perplexity is the exponential of the mean loss over all windows. Log-probabilities are float32.
 
-    If the tokenizer begins texts with a beginning-of-text token (BOS), BOS is at the start of the text only. If the dense model
-    (without one, this model) needs it in each window, every window is BOS and sequence_length − 1 tokens of the text. BOS is
-    never predicted.
+    If the tokenizer adds a beginning-of-text token (BOS), it is at the start of the text only, or at the start of each window
+    (``bos``). In the second case a window has sequence_length − 1 tokens of the text. BOS is never predicted.
 
     Args:
         model: a hub name, a local folder or a ``.gguf`` file.
@@ -113,8 +112,8 @@ def evaluate(
         dense: the model to compare with; must have the same vocabulary.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``.
-        bos: position of BOS: ``window`` or ``text``; ``auto``: in each window if that lowers the perplexity of the first
-            windows by 10 %.
+        bos: position of BOS: ``window`` or ``text``; ``auto``: ``window`` if that lowers the perplexity of the dense model
+            (without one, of this model) on the first windows by at least 10 %.
         on_event: function called with events of progress.
         trust_remote_code: let transformers run Python code from a checkpoint.
         reference: windows and dense model that replace ``text``, ``sequence_length``, ``max_windows``, ``dense`` and ``bos``;
@@ -222,7 +221,7 @@ def choose_bos(
         tried.check(model)
         try:
             return score(model, tried, lambda event: None)[0] / (len(windows) * (sequence_length - 1))
-        except NumericsError:  # scoring the whole text reports it better
+        except NumericsError:  # scoring the whole text reports it with the window's index
             return None
 
     check_window(sequence_length, model.config)

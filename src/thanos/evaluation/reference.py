@@ -1,4 +1,4 @@
-"""The windows of a text, cut once for the evaluation of several models."""
+"""The windows of a text, made once for the evaluation of several models."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def make_reference(
     bos: str,
     emit: Callable[[Event], None],
 ) -> Reference:
-    """Return the windows of a text, without a dense model. Studies and comparisons cut theirs here.
+    """Return the windows of a text, without a dense model.
 
     Args:
-        source: the model whose tokenizer cuts the text.
-        network: the model, loaded; it decides the position of BOS if ``bos`` is ``auto``.
+        source: the model whose tokenizer is used.
+        network: the model, loaded; its losses decide the position of BOS if ``bos`` is ``auto``.
         text: source of the text.
         name: the text's name in reports.
         sequence_length: tokens per window.

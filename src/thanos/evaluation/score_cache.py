@@ -21,9 +21,9 @@ from thanos.system.files import write_atomically
 
 
 def cache_folder() -> Path:
-    """Return the folder of cached scores, ``zero-shot`` in the cache of this package.
+    """Return the folder of cached scores: ``$THANOS_CACHE/zero-shot``.
 
-    The cache is ``THANOS_CACHE``, or else ``thanos`` in ``XDG_CACHE_HOME`` or ``~/.cache``.
+    Without ``THANOS_CACHE`` it is ``thanos/zero-shot`` in ``$XDG_CACHE_HOME``, or else in ``~/.cache``.
     """
     own = os.environ.get("THANOS_CACHE")
     return (
@@ -36,14 +36,14 @@ def keys_of(
 ) -> dict[str, str]:
     """Return task name → key of its score in the cache."""
     versions = [metadata.version("lm_eval"), metadata.version("transformers"), torch.__version__]
-    shaping = [model_sha256(source), limit, dtype, where.type, *versions]
-    shaping += ["add_bos_token"] if bos else []
-    return {name: _key(task, shaping) for name, task in tasks.items()}
+    common = [model_sha256(source), limit, dtype, where.type, *versions]
+    common += ["add_bos_token"] if bos else []
+    return {name: _key(task, common) for name, task in tasks.items()}
 
 
-def _key(task: Any, shaping: list[Any]) -> str:
-    """Return the hash of a task's settings and documents, and of ``shaping``, the other values that determine its score."""
-    digest = hashlib.sha256(json.dumps(shaping).encode())
+def _key(task: Any, common: list[Any]) -> str:
+    """Return the hash of a task's settings and documents, and of ``common``: the values that all tasks' scores depend on."""
+    digest = hashlib.sha256(json.dumps(common).encode())
     digest.update(json.dumps(task.dump_config(), sort_keys=True, default=str).encode())
     for document in task.eval_docs:
         digest.update(json.dumps(document, sort_keys=True, default=str).encode())
@@ -59,7 +59,7 @@ def read_score(key: str) -> dict[str, Any] | None:
 
 
 def write_score(key: str, score: dict[str, Any]) -> None:
-    """Write a score into the cache, if it can be written."""
+    """Write a score into the cache. An OSError is ignored."""
     folder = cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Losses of a model on windows of token ids, and their distance to those of the dense model."""
+"""Losses of a model on windows of token ids, and its distance to the dense model on them."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _SCORED_POSITIONS = {"cpu": 256, "cuda": 1024}
-"""Number of positions whose float32 log-probabilities are held at once, by type of device. 1024 positions × a vocabulary of
-256 k take 1 GiB."""
+"""Number of positions whose float32 log-probabilities are in memory at once, by type of device. 1024 positions × a vocabulary
+of 256 k take 1 GiB."""
 
 _BATCH_TOKENS = {"cuda": 16384}
-"""Largest number of tokens per forward pass. Other devices take one window at a time, which fills them."""
+"""Largest number of tokens per forward pass. On other devices one window at a time is as fast."""
 
 _LOGITS_SHARE = 0.25
 """Fraction of the device's free memory that the logits of one batch may take, including the dense model's logits."""
@@ -37,7 +37,7 @@ _LOGITS_SHARE = 0.25
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class Reference:
-    """The windows of a text and the dense model, made once for the evaluation of several models.
+    """The windows of a text and the dense model, for the evaluation of several models.
 
     Args:
         text: source of the text, as the report names it.
@@ -45,9 +45,9 @@ class Reference:
             :func:`~thanos.evaluation.windows.cut_windows`.
         dense: name of the dense model; None without one.
         model: the dense model, loaded; None without one.
-        keep_bytes: bytes on the dense model's device for the inputs of its head, one vector per token. If the inputs for all
-            windows fit, they are kept, and only the head runs again for the next model; the results have the same digits.
-            Otherwise the whole dense model runs again.
+        keep_bytes: memory on the dense model's device for the inputs of its head, one vector per token, in bytes. If those of
+            all windows fit, they are kept, and only the head runs again for the next model, with identical results. Otherwise
+            the whole dense model runs again.
         bos: position of the beginning-of-text token in the windows.
     """
 
@@ -66,19 +66,16 @@ class Reference:
         return hashlib.sha256(self.windows.numpy().astype("<i8").tobytes()).hexdigest()
 
     def check(self, model: PreTrainedModel) -> None:
-        """Raise DataError for windows that the given model or the dense model cannot process.
-
-        They are longer than a model's number of positions, or hold token ids that it does not embed.
-        """
+        """Raise DataError if the windows are too long for ``model`` or the dense model, or contain ids outside a vocabulary."""
         for each in (model, self.model):
             if each is not None:
                 check_window(self.windows.shape[1], each.config)
                 check_token_ids(self.windows, each)
 
     def logits(self, first: int, ids: Tensor) -> Tensor | None:
-        """Return the dense model's logits, (n, T, vocabulary), of ``ids``, the n windows (n, T) from index ``first`` on.
+        """Return the dense model's logits, (n, T, vocabulary); None without a dense model.
 
-        Returns None without a dense model.
+        ``ids``, (n, T), are the n windows from index ``first`` on.
         """
         if self.model is None:
             return None
@@ -89,16 +86,16 @@ class Reference:
             logits = _logits(self.model, ids)
         if span not in self._kept and len(outputs) == 1:
             own = _bytes(outputs[0])
-            # Entries for another batch size stay, so what is held can be more than all windows need.
-            held = sum(_bytes(kept) for kept in self._kept.values())
-            if own / len(ids) * len(self.windows) <= self.keep_bytes and held + own <= self.keep_bytes:
+            # Entries of another batch size stay, so the sum can exceed the bytes of all windows.
+            used = sum(_bytes(kept) for kept in self._kept.values())
+            if own / len(ids) * len(self.windows) <= self.keep_bytes and used + own <= self.keep_bytes:
                 self._kept[span] = outputs[0]
         return logits
 
 
 @contextmanager
 def _watched(decoder: nn.Module, kept: Any) -> Iterator[list[Any]]:
-    """Record the outputs of ``decoder``. If ``kept`` is not None, the decoder returns it and computes nothing."""
+    """Record the outputs of ``decoder``. If ``kept`` is not None, the decoder returns it instead of computing outputs."""
     outputs: list[Any] = []
     original, own = decoder.forward, "forward" in vars(decoder)
 
@@ -124,32 +121,36 @@ def _bytes(outputs: Any) -> float:
 
 @torch.inference_mode()
 def score(model: PreTrainedModel, reference: Reference, emit: Callable[[Event], None]) -> list[float]:
-    """Return four sums over all predicted tokens: loss, KL divergence, equal most probable tokens, loss of the dense model."""
+    """Return four sums over all predicted tokens.
+
+    They are the loss, the KL divergence, the number of positions with the same most probable token, and the loss of the dense
+    model.
+    """
     total, length = reference.windows.shape
     batch = _batch_size(model, reference)
     sums, done = torch.zeros(4, dtype=torch.float64), 0
     while done < total:
         ids = reference.windows[done : done + batch].to(model.device)
-        found = None
+        window_sums = None
         try:
-            found = _score_batch(model, reference, done, ids)
+            window_sums = _score_batch(model, reference, done, ids)
         except torch.OutOfMemoryError:
             if batch == 1:
                 raise
-        if found is None:
+        if window_sums is None:
             batch //= 2
             torch.cuda.empty_cache()  # outside the handler, whose traceback keeps the batch alive
             continue
-        for index, window in enumerate(found, start=done):
+        for index, window in enumerate(window_sums, start=done):
             if not bool(torch.isfinite(window).all()):
-                raise NumericsError(_complaint(window, index, model.dtype))
-        sums, done = sums + found.sum(0), done + len(ids)
+                raise NumericsError(_not_finite(window, index, model.dtype))
+        sums, done = sums + window_sums.sum(0), done + len(ids)
         emit(Event(kind="progress", phase="evaluate", done=done, total=total, tokens=done * (length - 1)))
     return sums.tolist()
 
 
-def _complaint(sums: Tensor, index: int, dtype: torch.dtype) -> str:
-    """Return the error message for a window with sums, (4,), that are not all finite."""
+def _not_finite(sums: Tensor, index: int, dtype: torch.dtype) -> str:
+    """Return the error message for a window whose sums, (4,), are not all finite."""
     wide = dtype in (torch.float32, torch.float64)
     remedy = "its weights may be damaged: download or save it again" if wide else "try --dtype float32"
     for which, loss in (("model", sums[0]), ("dense model", sums[3])):
@@ -157,7 +158,7 @@ def _complaint(sums: Tensor, index: int, dtype: torch.dtype) -> str:
             return f"the {which} gives NaN or infinite logits in window {index}; {remedy}"
     return (
         f"the KL divergence is infinite in window {index}: the model gives probability 0 (a logit of −∞) to a token that the "
-        f"dense model holds possible; {'' if wide else 'try --dtype float32, or '}leave out --dense"
+        f"dense model gives a positive probability; {'' if wide else 'try --dtype float32, or '}leave out --dense"
     )
 
 
@@ -172,8 +173,8 @@ def _batch_size(model: PreTrainedModel, reference: Reference) -> int:
         * model.dtype.itemsize
         * (1 if reference.model is None else 2)
     )
-    room = int(_LOGITS_SHARE * free_device_bytes(model.device)) // window
-    return max(1, min(total, _BATCH_TOKENS[model.device.type] // length, room))
+    fitting = int(_LOGITS_SHARE * free_device_bytes(model.device)) // window
+    return max(1, min(total, _BATCH_TOKENS[model.device.type] // length, fitting))
 
 
 def _score_batch(model: PreTrainedModel, reference: Reference, first: int, ids: Tensor) -> Tensor:
@@ -181,17 +182,17 @@ def _score_batch(model: PreTrainedModel, reference: Reference, first: int, ids: 
     logits, dense = _logits(model, ids), reference.logits(first, ids)
     if dense is not None and dense.shape != logits.shape:
         raise DataError(
-            f"the dense model predicts {dense.shape[-1]} tokens, the model {logits.shape[-1]}, so they cannot be compared; "
-            "give as --dense the model that this one was pruned from"
+            f"the dense model has a vocabulary of {dense.shape[-1]} tokens, the model one of {logits.shape[-1]}, so they "
+            "cannot be compared; give as --dense the model that this one was pruned from"
         )
     length, chunk = ids.shape[1], _SCORED_POSITIONS.get(ids.device.type, _SCORED_POSITIONS["cpu"])
-    found = torch.zeros(len(ids), 4, dtype=torch.float64, device=ids.device)
+    sums = torch.zeros(len(ids), 4, dtype=torch.float64, device=ids.device)
     for row in range(len(ids)):
         for start in range(0, length - 1, chunk):
             stop = min(start + chunk, length - 1)
             part = None if dense is None else dense[row, start:stop]
-            found[row] += _score_chunk(logits[row, start:stop], part, ids[row, start + 1 : stop + 1])
-    return found.cpu()
+            sums[row] += _score_chunk(logits[row, start:stop], part, ids[row, start + 1 : stop + 1])
+    return sums.cpu()
 
 
 def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
@@ -200,7 +201,7 @@ def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 
 def _score_chunk(logits: Tensor, dense: Tensor | None, targets: Tensor) -> Tensor:
-    """Return the four sums, (4,) float64, over P positions: logits (P, vocabulary), target token ids (P,)."""
+    """Return the four sums, (4,) float64, over P positions. Logits: (P, vocabulary); targets: token ids, (P,)."""
     log_p = logits.float().log_softmax(-1)
     loss = F.nll_loss(log_p, targets, reduction="none").double().sum()
     if dense is None:

@@ -1,4 +1,4 @@
-"""What a smaller model lacks of its dense parent: counted in the weights and the configs of both, not taken from a report."""
+"""The differences in size between a smaller model and its dense parent, counted in the tensors and the configs of both."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class Change:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlockChange:
-    """One block of the dense model.
+    """One block.
 
     Attributes:
-        dense_block: its index; None if it is not known which blocks are gone.
-        block: its index in the smaller model; None if it is gone.
-        parameters: number of its parameters; None if the dense block is not known.
-        removed: name of each layer that lost units → their indices in the dense model, if the smaller model's ``pruning.json``
-            has them.
+        dense_block: its index in the dense model; None if it is not known which blocks were removed.
+        block: its index in the smaller model; None if it was removed.
+        parameters: number of its parameters; None if ``dense_block`` is.
+        removed: layer name → indices of the removed units in the dense model, if the smaller model's ``pruning.json`` lists
+            them.
     """
 
     dense_block: int | None
@@ -44,7 +44,7 @@ class BlockChange:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shrinkage:
-    """A smaller model beside its dense parent.
+    """A smaller model compared with its dense parent.
 
     Attributes:
         dense: the dense model as the user named it.
@@ -53,7 +53,7 @@ class Shrinkage:
         block_parameters: number of parameters in the blocks.
         tensor_bytes: bytes of all tensors.
         file_bytes: bytes of the weight files.
-        blocks: one entry for each block of the dense model; if it is not known which are gone, for each of the smaller one.
+        blocks: one entry for each block of the dense model, or of the smaller one if it is not known which blocks were removed.
     """
 
     dense: str
@@ -66,14 +66,14 @@ class Shrinkage:
 
 
 def compare_with_dense(smaller: OpenedModel, dense: str | Path, *, trust_remote_code: bool = False) -> Shrinkage:
-    """Say what a smaller model lacks of its dense parent. No weight is read, only their names, shapes and dtypes.
+    """Compare the sizes of a smaller model and its dense parent. Only names, shapes and dtypes are read.
 
     Raises ModelError if a model cannot be read, or the smaller model is not the dense one with fewer units.
     """
     parent = open_model(resolve_model(dense, trust_remote_code=trust_remote_code))
     before, after = _sizes(parent), _sizes(smaller)
     _check_related(parent, smaller, before, after)
-    removed, gone = _read_removed(smaller, parent)
+    removed, dropped = _read_removed(smaller, parent)
     counts = [_block_parameters(one) for one in (parent, smaller)]
     return Shrinkage(
         dense=str(dense),
@@ -82,7 +82,7 @@ def compare_with_dense(smaller: OpenedModel, dense: str | Path, *, trust_remote_
         block_parameters=Change(before=sum(counts[0]), after=sum(counts[1])),
         tensor_bytes=_change(parent, smaller, lambda one: sum(info.nbytes for info in one.checkpoint.tensors.values())),
         file_bytes=_change(parent, smaller, _file_bytes),
-        blocks=_blocks(counts[0], counts[1], gone, removed, find_blocks(parent.meta_model)[0]),
+        blocks=_blocks(counts[0], counts[1], dropped, removed, find_blocks(parent.meta_model)[0]),
     )
 
 
@@ -116,25 +116,28 @@ def _check_related(
         one, other = (getattr(config, name) for config in configs)
         if one != other:
             raise ModelError(
-                f"--dense {parent.source.name} has {name} {one}, but {smaller.source.name} has {other}; give the model that it "
-                "was made from"
+                f"--dense {parent.source.name} has {name} {one}, but {smaller.source.name} has {other}; give as --dense the "
+                "model that the smaller one was made from"
             )
     widths = [attention_of(config).width for config in configs]
     if widths[0] != widths[1]:
-        raise ModelError(f"heads of --dense {parent.source.name} are {widths[0]} wide, those of the model {widths[1]}")
+        raise ModelError(
+            f"--dense {parent.source.name} has head_dim {widths[0]}, but {smaller.source.name} has {widths[1]}; give as "
+            "--dense the model that the smaller one was made from"
+        )
     for name in before:
         if after[name] > before[name]:
             raise ModelError(
                 f"--dense {parent.source.name} has {name} {before[name]}, fewer than {smaller.source.name} ({after[name]}); "
-                "give the models the other way round"
+                "exchange the two models"
             )
 
 
 def _read_removed(smaller: OpenedModel, parent: OpenedModel) -> tuple[dict[str, list[int]], list[int] | None]:
-    """Return from ``pruning.json`` the units that each layer lost and the blocks that are gone (None if it is not said).
+    """Return the units that each layer lost and the blocks that were removed (None if unknown), from ``pruning.json``.
 
-    A report counts units in the model that was pruned. If a layer had another shape there than in the parent, which had been
-    cut before, then its indices say nothing of the parent, and it is left out.
+    The report has indices in the model that was pruned. If that model had been made smaller before, they are not the parent's.
+    So a layer is left out if its shape in the report differs from its shape in the parent.
     """
     path = smaller.source.folder / "pruning.json"
     if smaller.source.gguf is not None or not path.is_file():
@@ -150,7 +153,7 @@ def _read_removed(smaller: OpenedModel, parent: OpenedModel) -> tuple[dict[str, 
         return removed, report.get("cut", {}).get("dropped_blocks")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
-            f"{path} is not a report of this version ({error}); move it away to compare without"
+            f"{path} is not a report of this version ({error}); move it away to compare without it"
         ) from error
 
 
@@ -163,29 +166,32 @@ def _block_parameters(opened: OpenedModel) -> list[int]:
 
 
 def _blocks(
-    before: list[int], after: list[int], gone: list[int] | None, removed: Mapping[str, list[int]], prefix: str
+    before: list[int], after: list[int], dropped: list[int] | None, removed: Mapping[str, list[int]], prefix: str
 ) -> list[BlockChange]:
     """Return the blocks in order.
 
-    ``before`` and ``after`` are the numbers of parameters of each block, ``gone`` the indices of the blocks that are gone
-    (None if it is not known), ``removed`` the units that each layer of the dense model lost, ``prefix`` the name of the list
-    of blocks.
+    Args:
+        before: number of parameters of each block of the dense model.
+        after: number of parameters of each block of the smaller model.
+        dropped: indices of the blocks that were removed; None if unknown.
+        removed: layer name in the dense model → indices of the units that it lost.
+        prefix: name of the list of blocks in the dense model.
     """
     if len(before) == len(after):
-        gone = []
-    if gone is None or len(before) - len(gone) != len(after):
+        dropped = []
+    if dropped is None or len(before) - len(dropped) != len(after):
         return [BlockChange(dense_block=None, block=index, parameters=None, removed={}) for index in range(len(after))]
-    found, index = [], 0
-    for number, parameters in enumerate(before):
-        stays = number not in gone
-        start = f"{prefix}.{number}."
-        found.append(
+    changes, index = [], 0
+    for dense_index, parameters in enumerate(before):
+        stays = dense_index not in dropped
+        start = f"{prefix}.{dense_index}."
+        changes.append(
             BlockChange(
-                dense_block=number,
+                dense_block=dense_index,
                 block=index if stays else None,
                 parameters=Change(before=parameters, after=after[index] if stays else 0),
                 removed={name: units for name, units in removed.items() if stays and name.startswith(start)},
             )
         )
         index += stays
-    return found
+    return changes

@@ -1,6 +1,6 @@
 """Zero-shot accuracy, measured by EleutherAI's lm-evaluation-harness, lm_eval (the extra ``eval``).
 
-This package has no scorer of its own. Scores are cached, see score_cache.py.
+Scores are cached, see score_cache.py.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def zero_shot(
         limit: largest number of documents per task, from the first on; None for all.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``.
-        bos: ``window``: lm_eval adds a beginning-of-text token before each request; the tokenizer must be one that adds it to
+        bos: ``window``: lm_eval adds a beginning-of-text token before each request, which needs a tokenizer that adds it to
             texts. ``auto``, ``text``: a request begins as the tokenizer begins a text.
         cache: read earlier scores from :func:`~thanos.evaluation.score_cache.cache_folder`, and write new ones there.
         on_event: function called with events of progress.
@@ -126,7 +126,7 @@ def zero_shot(
     where = choose_device(device) if network is None else network.device
     cache = cache and network is None  # the weights of a loaded model have no hash
     add_bos = bos == "window"
-    # The list of tasks takes seconds: longer than a local model's config and tokenizer, and less than a download.
+    # Reading lm_eval's tasks takes seconds: longer than reading a local model's config, shorter than a download.
     if local is not None:
         source = _checked_source(model, add_bos, trust_remote_code=trust_remote_code)
         check_tasks(tasks, task_folder)
@@ -134,7 +134,7 @@ def zero_shot(
         check_tasks(tasks, task_folder)
         source = _checked_source(model, add_bos, trust_remote_code=trust_remote_code)
     runs_in = running_dtype(source, dtype) if network is None else network.dtype
-    dtype = str(runs_in).removeprefix("torch.")  # auto and the dtype that it stands for share a cache key
+    dtype = str(runs_in).removeprefix("torch.")  # so "auto" has the same cache key as the dtype it means
     loaded = _load_tasks(tuple(tasks), None if task_folder is None else str(task_folder))
     keys = keys_of(source, loaded, limit, dtype, where, bos=add_bos) if cache else {}
     scores = {name: found for name, key in keys.items() if (found := read_score(key)) is not None}
@@ -167,23 +167,20 @@ def task_names(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def check_tasks(tasks: Sequence[str], task_folder: str | Path | None = None) -> None:
-    """Refuse tasks that lm_eval does not have, before any work.
-
-    Raises DataError if lm_eval is not installed, the folder does not exist, or a task is unknown; it lists similar names.
-    """
+    """Raise DataError if lm_eval is not installed, the folder does not exist, or a task is unknown."""
     _check_task_words(tasks, task_folder)
     known = _register(tasks, None if task_folder is None else str(task_folder)).all_tasks
     for task in tasks:
         if task not in known:
             near = difflib.get_close_matches(task, known, n=5, cutoff=0.5)
-            hint = f"near names: {', '.join(near)}" if near else "no name is near; see lm_eval ls tasks"
+            hint = f"similar names: {', '.join(near)}" if near else "no name is similar; see lm_eval ls tasks"
             raise DataError(
-                f"task {task!r} is unknown to lm_eval; {hint}. Your own tasks need --task-folder, in a study task_folder"
+                f"task {task!r} is unknown to lm_eval; {hint}. Your own tasks need --task-folder, or task_folder in a study"
             )
 
 
 def _check_task_words(tasks: Sequence[str], task_folder: str | Path | None) -> None:
-    """Check what needs no list of tasks: the folder exists, a task is named, and lm_eval is installed."""
+    """Check, without reading lm_eval's tasks, that the folder exists, a task is named, and lm_eval is installed."""
     if task_folder is not None and not Path(task_folder).is_dir():
         raise DataError(f"the task folder {task_folder} does not exist; give a folder with lm_eval's YAML files")
     if not all(tasks) or not tasks:
@@ -198,9 +195,7 @@ def _checked_source(model: str | Path, add_bos: bool, *, trust_remote_code: bool
     """Find a model, and check its config and tokenizer."""
     source = resolve_model(model, trust_remote_code=trust_remote_code, packed=True)
     if added_bos(source.tokenizer()) is None and add_bos:
-        raise DataError(
-            f"the tokenizer of {source.name} begins no text with a beginning-of-text token; leave out bos 'window'"
-        )
+        raise DataError(f"the tokenizer of {source.name} adds no beginning-of-text token; leave out bos 'window'")
     return source
 
 
@@ -231,7 +226,7 @@ def _versions() -> dict[str, str]:
 
 
 def _register(tasks: Sequence[str], task_folder: str | None) -> Any:
-    """Return a task manager that has these tasks. If the folder has them all, lm_eval's own tasks are left out."""
+    """Return a task manager for these tasks. If the folder has them all, lm_eval's own tasks are not read."""
     if task_folder is not None:
         own = _manager(task_folder, defaults=False)
         if set(tasks) <= set(own.all_subtasks):  # no tag or group: it may have more tasks elsewhere
@@ -241,7 +236,7 @@ def _register(tasks: Sequence[str], task_folder: str | None) -> Any:
 
 @lru_cache(maxsize=4)
 def _manager(task_folder: str | None, *, defaults: bool = True) -> Any:
-    """Return a task manager of lm_eval. With ``defaults``, lm_eval's own tasks, it reads thousands of files, so it is kept."""
+    """Return a task manager of lm_eval, with its own tasks if ``defaults``. It reads thousands of files, so it is cached."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
@@ -251,12 +246,12 @@ def _manager(task_folder: str | None, *, defaults: bool = True) -> Any:
 
 @lru_cache(maxsize=4)
 def _load_tasks(tasks: tuple[str, ...], task_folder: str | None) -> dict[str, Any]:
-    """Return name → single task with its data, for names of tasks, tags or groups. The result is kept for the next model."""
+    """Return name → task with its data, for names of tasks, tags or groups. The result is cached for the next model."""
     try:
         found = _register(tasks, task_folder).load(list(tasks))["tasks"]
-    except Exception as error:  # datasets raises errors of its own, of the hub and of the network
+    except Exception as error:  # datasets raises errors of many types
         raise DataError(
-            f"the data of {', '.join(tasks)} cannot be had ({first_line(error)}); without a network give local task files: "
+            f"the data of {', '.join(tasks)} cannot be loaded ({first_line(error)}); without a network use local tasks: "
             "--task-folder DIR with lm_eval's YAML files, and their names as --tasks"
         ) from error
     return {name: keep_requests(task) for name, task in found.items()}
@@ -275,7 +270,7 @@ def _score(
     """Return the scores of tasks as in :attr:`ZeroShot.tasks`."""
     import lm_eval
 
-    # As lm_eval.simple_evaluate does, which would also spend seconds on a description of the machine.
+    # lm_eval.simple_evaluate does the same, but also spends seconds on a description of the machine.
     for task in tasks:
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)

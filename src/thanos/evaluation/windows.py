@@ -18,15 +18,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 LOWER = 0.9
-"""A model needs BOS in each window if that lowers its perplexity to this fraction or less."""
+"""``auto`` puts BOS in each window if the perplexity with it is at most this fraction of the perplexity without it."""
 
 _TRIED_TOKENS = 8192
-"""Tokens of the windows on which BOS is tried; there is at least one window. They are few enough to cost little, and enough to
-detect a difference of a tenth reliably."""
+"""Tokens of the windows on which ``auto`` is decided; at least one window. They cost little, and are enough to detect a
+difference of 10 % reliably."""
 
 _TRIED_CHARACTERS = 24
-"""Characters of the text that are tokenised for each token of these windows: more than a token has in any language. The rest of
-the text is not read."""
+"""Characters of the text that are tokenised for each token of these windows: more than a token has in any language."""
 
 
 def decide_bos(
@@ -38,10 +37,10 @@ def decide_bos(
     note: Callable[[str], None],
     max_windows: int | None = None,
 ) -> Bos:
-    """Return the position of BOS. For ``auto`` it is chosen by the loss on the first windows of a text.
+    """Return the position of BOS. ``auto`` compares the losses on the first windows of a text, with and without BOS in each.
 
-    The field's convention has one BOS, at the start of the text. The first window is the same either way, so only the windows
-    after it are scored, with and without BOS.
+    By convention there is one BOS, at the start of the text. So the first window is the same in both cases, and only the
+    windows after it are scored.
 
     Args:
         asked: one of :data:`~thanos.model.bos.BOS_CHOICES`.
@@ -49,7 +48,7 @@ def decide_bos(
         tokenizer: tokenizer of the model.
         sequence_length: tokens per window, T.
         mean_loss: function that returns the loss of windows (n, T) in nats per token; None if it cannot score them.
-        note: function called with a line on what was measured.
+        note: function called with a line that states both perplexities.
         max_windows: largest number of windows of the evaluation; None for all.
 
     Raises:
@@ -70,18 +69,18 @@ def decide_bos(
     head = text[: most * length * _TRIED_CHARACTERS]
     ids = without_bos(plain_ids(tokenizer, head), bos)
     count = min(len(ids) // length, most)
-    if count < 2:  # likewise
+    if count < 2:  # the same holds here
         return "text"
-    usual = torch.tensor([bos, *ids])[: count * length].view(count, length)
-    other = begin_windows(torch.tensor(ids)[: count * (length - 1)].view(count, length - 1), bos)
-    losses = mean_loss(usual[1:]), mean_loss(other[1:])
+    without = torch.tensor([bos, *ids])[: count * length].view(count, length)
+    with_bos = begin_windows(torch.tensor(ids)[: count * (length - 1)].view(count, length - 1), bos)
+    losses = mean_loss(without[1:]), mean_loss(with_bos[1:])
     if losses[0] is None or losses[1] is None:
         return "text"
     choice: Bos = "window" if losses[1] <= losses[0] + math.log(LOWER) else "text"
-    where = "at the start of each window" if choice == "window" else "at the start of the text alone"
+    where = "at the start of each window" if choice == "window" else "only at the start of the text"
     shown = [f"{math.exp(min(loss, 700)):.4g}" for loss in losses if loss is not None]
     note(
-        f"perplexity of the first windows is {shown[0]} without BOS and {shown[1]} with BOS in each: BOS stands {where}"
+        f"the first windows have perplexity {shown[0]} without BOS and {shown[1]} with BOS in each: BOS is put {where}"
     )
     return choice
 
@@ -97,8 +96,8 @@ def cut_windows(
 ) -> Tensor:
     """Tokenise a text once and cut it into windows, (windows, sequence_length) int64.
 
-    With ``bos`` ``window``, each window is BOS and sequence_length − 1 tokens of the text. Otherwise the tokenizer's output is
-    cut as it is.
+    If ``bos`` is ``window``, each window consists of BOS and sequence_length − 1 tokens of the text. Otherwise the tokenizer's
+    output is cut unchanged.
 
     Raises:
         DataError: the text is shorter than one window, or a window is longer than the model's number of positions.
@@ -109,9 +108,9 @@ def cut_windows(
     length = sequence_length if begin is None else sequence_length - 1  # tokens of the text per window
     count = len(ids) // length
     if count == 0:
-        besides = "" if begin is None else ", of which the first is the beginning-of-text token"
+        begins = "" if begin is None else ", of which the first is the beginning-of-text token"
         raise DataError(
-            f"the text {name} has {len(ids)} tokens, fewer than one window of {sequence_length}{besides}; lower "
+            f"the text {name} has {len(ids)} tokens, fewer than one window of {sequence_length}{begins}; lower "
             "--sequence-length"
         )
     count = min(count, max_windows or count)

@@ -1,10 +1,10 @@
 """The outputs of the dense model's decoder for all sequences, computed once before the training.
 
-This is for a text that is not varied: the dense model's outputs are then the same in all epochs. Its decoder runs once over
-each sequence, and its weights are freed before memory is needed for gradients and the optimizer's state. Its head still runs in
-each pass, so the logits of all tokens are never in memory.
+This is for a text that is not varied: then the dense model's outputs are the same in all epochs. Its decoder runs once over
+each sequence. Its weights are freed before memory is needed for gradients and the optimizer's state. The head still runs in
+each pass, so the logits of all tokens are never in memory at once.
 
-On a CPU each sequence runs alone. So its outputs have the same bits in a resumed run, whatever ran before.
+On a CPU each sequence runs alone, so a resumed run computes the same bits.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from thanos.recovery.distance import Distillation
 from thanos.solvers.row_shards import row_range
 
 SPARE_BYTES = {"cpu": 1 << 30, "cuda": 4 << 30}
-"""Bytes that the outputs may need in addition to those of the decoder's weights, which are freed; by type of device."""
+"""Bytes that the outputs may need in addition to the bytes of the decoder's weights, which are freed; by type of device."""
 
 
 def keep_outputs(
     module: Distillation, ids: Tensor, size: int, device: torch.device, world: World, report: Callable[[int], None]
 ) -> bool:
-    """Compute the outputs, let the module use them, and free the dense decoder.
+    """Compute the outputs, set ``module.outputs``, and free the dense decoder.
 
-    If they need more memory than the decoder's weights and :data:`SPARE_BYTES` together, nothing happens: the decoder then runs
-    in each pass. The decision depends on sizes alone, not on the free memory, so a resumed run makes the same one.
+    If the outputs need more memory than the decoder's weights and :data:`SPARE_BYTES` together, they are not kept: the decoder
+    then runs in each pass. The decision depends on sizes and not on the free memory, so a resumed run makes the same one.
 
     Args:
         module: the student with its loss.
         ids: token ids of all sequences, (n, T), on the CPU.
         size: sequences of a pass.
         device: device of the training.
-        world: the processes; each computes its own share, and gets those of the others.
+        world: the processes; each computes the outputs of a part of the sequences, and all get all outputs.
         report: function that is called with the number of this process's finished sequences.
 
     Returns:

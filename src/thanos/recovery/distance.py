@@ -1,13 +1,13 @@
 """The loss of recovery: KL(dense ‖ pruned) of the next-token distributions.
 
-The logits of all tokens are never in memory. The decoders run once and give one hidden state per token. The heads then run on
-chunks of tokens. The gradient at a chunk's logits is known in closed form, so it is propagated back through the head at once.
-So the heads run once a token, and only one chunk's logits of each model exist at a time.
+The logits of all tokens are never in memory at once. The decoders run once and give one hidden state per token. The heads then
+run on chunks of tokens. The gradient with respect to a chunk's logits has a closed form, so it is propagated back through the
+head immediately. Therefore the heads run once per token, and only one chunk of logits of each model exists at a time.
 
-The dense model is fixed. If the sequences are the same in all epochs too, its decoder's outputs can be computed once
+The dense model is fixed. If the sequences are the same in all epochs, its decoder's outputs can be computed once
 (:mod:`~thanos.recovery.dense_outputs`). Then only its head runs in the training.
 
-Shapes: B sequences, T tokens a sequence, d width of the hidden states (of each model), V entries of the vocabulary.
+Shapes: B sequences, T tokens per sequence, d width of the hidden states (of each model), V entries of the vocabulary.
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ _CHUNK_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 26}
 
 
 class SplitModel:
-    """A causal language model whose decoder and head run apart.
+    """A causal language model whose decoder and head run separately.
 
-    Both parts run inside the model's own ``forward``, so that all operations of an architecture on the hidden states and
-    the logits (a projection, a scale, a soft cap) are included.
+    Both parts run inside the model's own ``forward``. So all operations of an architecture on the hidden states and the logits
+    (a projection, a scale, a soft cap) are included.
 
     Args:
         model: the model.
         name: its name, for messages.
 
     Raises:
-        ModelError: the model has no decoder apart from its head.
+        ModelError: the decoder and the head cannot be separated.
     """
 
     def __init__(self, model: PreTrainedModel, name: str = "the model") -> None:
         decoder: Any = model.get_decoder()
         if decoder is None or decoder is model:
             raise ModelError(
-                f"{name} ({type(model).__name__}) has no decoder apart from its head, which recovery needs; give a model of "
-                "an architecture that transformers splits in this way"
+                f"{name} ({type(model).__name__}) has no decoder that is separate from its head, which recovery needs; give a "
+                "model whose get_decoder() returns one"
             )
         self._model, self._decoder = model, decoder
         self._kind: type[Any] | None = None
@@ -72,15 +72,15 @@ class SplitModel:
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the head's logits, (n, V), for n rows of :meth:`hidden`, (n, d)."""
         assert self._kind is not None, "hidden() runs first"
-        given = self._outputs(self._kind, hidden[None])
+        outputs = self._outputs(self._kind, hidden[None])
         ids = torch.zeros(1, 1, dtype=torch.long, device=hidden.device)
-        with _replaced(self._decoder, lambda original, *args, **kwargs: given):
+        with _replaced(self._decoder, lambda original, *args, **kwargs: outputs):
             return self._model(input_ids=ids, use_cache=False).logits[0]
 
     def head_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters of all modules outside the decoder. One that is tied to the decoder's embedding is among them.
+        """Return the parameters of all modules outside the decoder, including one tied to the decoder's embedding.
 
-        They are looked up at each call: a sharded model has other parameters inside its forward pass.
+        They are looked up at each call, since a sharded model has other parameter objects inside its forward pass.
         """
         inside = set(self._decoder.modules())
         found = {
@@ -89,7 +89,7 @@ class SplitModel:
         return list(found.values())
 
     def release_decoder(self) -> None:
-        """Free the decoder's weights, except those that the head shares. Only :meth:`logits` can run from now on."""
+        """Free the decoder's weights, except those that the head shares. Afterwards only :meth:`logits` can run."""
         shared = {id(parameter) for parameter in self.head_parameters()}
         for module in self._decoder.modules():
             for name, parameter in module._parameters.items():
@@ -154,19 +154,19 @@ class Distillation(nn.Module):
         return self
 
     def forward(self, ids: Tensor, numbers: Tensor | None = None) -> Tensor:
-        """Return the mean KL divergence, in nats a token: a scalar, float32 (float64 for such models).
+        """Return the mean KL divergence, in nats per token: a scalar, float32 (float64 if the models are float64).
 
         Args:
             ids: token ids, (B, T).
-            numbers: positions of the sequences in ``outputs``, (B,); not used without ``outputs``.
+            numbers: indices of the sequences in ``outputs``, (B,); not used without ``outputs``.
         """
         if self.outputs is None or numbers is None:
             with torch.no_grad():
-                wanted = self.teacher.hidden(ids)
+                dense = self.teacher.hidden(ids)
         else:
-            wanted = self.outputs[numbers].flatten(0, 1)
+            dense = self.outputs[numbers].flatten(0, 1)
         hidden = self._split.hidden(ids)
-        sums = _Sums(self._split, self.teacher, self._chunk or self._default_chunk(ids.device), wanted)
+        sums = _Sums(self._split, self.teacher, self._chunk or self._default_chunk(ids.device), dense)
         if torch.is_grad_enabled():
             return sums.with_gradient(hidden) / len(hidden)
         return sums.value(hidden) / len(hidden)
@@ -184,17 +184,17 @@ class _Sums:
         student: the pruned model.
         teacher: the dense model.
         size: tokens of a chunk.
-        wanted: the dense decoder's outputs, (n, d of the dense model).
+        dense: the dense decoder's outputs, (n, d of the dense model).
     """
 
-    def __init__(self, student: SplitModel, teacher: SplitModel, size: int, wanted: Tensor) -> None:
-        self._student, self._teacher, self._size, self._wanted = student, teacher, size, wanted
+    def __init__(self, student: SplitModel, teacher: SplitModel, size: int, dense: Tensor) -> None:
+        self._student, self._teacher, self._size, self._dense = student, teacher, size, dense
 
     def value(self, hidden: Tensor) -> Tensor:
         """Return the sum for the pruned decoder's outputs, (n, d of the pruned model), without a gradient."""
         total: Any = 0.0
-        for rows, wanted in zip(hidden.split(self._size), self._wanted.split(self._size), strict=True):
-            total = total + divergence(self._student.logits(rows), self._teacher.logits(wanted))[0]
+        for rows, dense in zip(hidden.split(self._size), self._dense.split(self._size), strict=True):
+            total = total + divergence(self._student.logits(rows), self._teacher.logits(dense))[0]
         return total
 
     def with_gradient(self, hidden: Tensor) -> Tensor:
@@ -204,29 +204,29 @@ class _Sums:
     def gradients(self, hidden: Tensor, parameters: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor | None]]:
         """Return the sum, and its gradients for ``hidden`` and for the parameters (None where it does not depend on one)."""
         total: Any = 0.0
-        inner = torch.empty_like(hidden)
+        hidden_gradient = torch.empty_like(hidden)
         sums: list[Tensor | None] = [None for _ in parameters]
         trained = [number for number, parameter in enumerate(parameters) if parameter.requires_grad]
-        pieces = (tensor.split(self._size) for tensor in (hidden, self._wanted, inner))
-        for rows, wanted, slot in zip(*pieces, strict=True):
+        chunks = (tensor.split(self._size) for tensor in (hidden, self._dense, hidden_gradient))
+        for rows, dense, rows_gradient in zip(*chunks, strict=True):
             leaf = rows.detach().requires_grad_(True)
             with torch.enable_grad():
                 own = self._student.logits(leaf)
-            part, slope = divergence(own.detach(), self._teacher.logits(wanted))
+            part, at_logits = divergence(own.detach(), self._teacher.logits(dense))
             total = total + part
             first, *others = torch.autograd.grad(
-                own, [leaf, *(parameters[number] for number in trained)], slope, allow_unused=True
+                own, [leaf, *(parameters[number] for number in trained)], at_logits, allow_unused=True
             )
-            slot.copy_(first)
+            rows_gradient.copy_(first)
             for number, gradient in zip(trained, others, strict=True):
                 if gradient is not None:
                     before = sums[number]
                     sums[number] = _wide(gradient) if before is None else before.add_(gradient)
-        return total, [inner, *sums]
+        return total, [hidden_gradient, *sums]
 
 
 class _SumFunction(torch.autograd.Function):
-    """The sum as one step of autograd, whose gradients are computed together with its value."""
+    """The sum as an autograd function. Its gradients are computed in the forward pass, together with its value."""
 
     @staticmethod
     def forward(ctx: Any, sums: _Sums, hidden: Tensor, *parameters: Tensor) -> Tensor:
@@ -246,9 +246,9 @@ class _SumFunction(torch.autograd.Function):
 
 
 def divergence(own: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
-    """Return Σ KL(p ‖ q) over n tokens, and its gradient q − p at the logits of q.
+    """Return Σ KL(p ‖ q) over n tokens, and its gradient with respect to the logits of q, which is q − p.
 
-    It is computed in float32 (float64 for such logits); the gradient has the dtype of ``own``.
+    Both are computed in float32 (float64 if ``own`` is); the gradient has the dtype of ``own``.
 
     Args:
         own: logits of q, (n, V).
@@ -263,5 +263,5 @@ def divergence(own: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _wide(gradient: Tensor) -> Tensor:
-    """Return a copy in float32, or in a wider dtype, to which the gradients of the other chunks are added."""
+    """Return a copy in float32, or in its own dtype if that is wider. The gradients of the other chunks are added to it."""
     return gradient.to(torch.promote_types(gradient.dtype, torch.float32), copy=True)

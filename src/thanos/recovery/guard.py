@@ -1,4 +1,4 @@
-"""The guard of a training: it measures the loss on held-out sequences, and keeps the state with the smallest one."""
+"""The guard of a training: it measures the loss on held-out sequences, and keeps the state with the smallest loss."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ HELD_OUT = "held_out"
 """Key of the held-out loss in an entry of the history."""
 
 ON_DEVICE_BYTES = 2 << 30
-"""Largest best state that stays on the device. A larger one is copied to the host, which takes longer."""
+"""Bytes of the largest best state that is kept on the device. A larger one is copied to the host, which takes longer."""
 
 
 class Guard:
-    """The held-out loss over the training, and the step with the smallest one.
+    """The history of the held-out loss, and the state with the smallest loss.
 
-    A state is measured as it would be written: its weights rounded to the dtypes of the checkpoint.
+    A state is measured with its weights rounded to the dtypes of the checkpoint, as they would be written.
 
     Args:
         ids: token ids of all sequences, (n, T), on the CPU.
@@ -30,14 +30,14 @@ class Guard:
         dtypes: parameter name → dtype in which the checkpoint stores it.
         size: number of sequences in a forward pass.
         device: device of the training.
-        world: the processes; each measures its own part of the sequences.
-        write: function that writes a state to the disk, given its step and its tensors by parameter name; None in processes
-            that write nothing.
-        history: earlier measurements, of a resumed run.
+        world: the processes; each measures a part of the sequences.
+        write: function that writes a state to the disk; its arguments are the step and pairs of parameter name and tensor.
+            None in processes that write nothing.
+        history: the measurements before the interruption if the run is resumed, otherwise empty.
 
     Attributes:
         history: measurements in order: ``step``, ``epoch``, ``loss`` (mean training loss of the epoch, None for step 0) and
-            ``held_out`` (nats a token; None if it is not a number).
+            ``held_out`` (nats per token; None if it is NaN or infinite).
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Guard:
         return entry
 
     def store(self) -> None:
-        """Write the best state to the disk, unless it is there."""
+        """Write the best state to the disk, unless it was written before."""
         if self._unwritten is not None and self._write is not None:
             step, tensors = self._unwritten
             self._write(step, tensors.items())
@@ -101,11 +101,11 @@ class Guard:
         return None if self._unwritten is None else self._unwritten[1]
 
     def _held_out(self, module: nn.Module) -> float:
-        """Return the mean loss over all held-out sequences, in nats a token."""
+        """Return the mean loss over all held-out sequences, in nats per token."""
         count = len(self._ids) - self._first
         share = self._world.share(count)
-        # Sharded weights need the same number of passes in every process. A process that has no sequence left runs another one,
-        # which does not count.
+        # Sharded weights need the same number of passes in every process. A process without a sequence left runs one whose loss
+        # is not added.
         passes = math.ceil(math.ceil(count / self._world.size) / self._size)
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         for number in range(passes):
@@ -117,7 +117,7 @@ class Guard:
         return float(self._world.sum_(total)) / count
 
     def _copies(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return copies in the checkpoint's dtypes; none in processes that write nothing, which only send their shards."""
+        """Return copies in the checkpoint's dtypes. It is empty in processes that write nothing: they only send shards."""
         size = sum(p.numel() * self._dtypes[name].itemsize for name, p in parameters.items())
         device = self._device if size <= ON_DEVICE_BYTES else torch.device("cpu")
         copies = {}

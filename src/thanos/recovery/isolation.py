@@ -1,4 +1,4 @@
-"""The state of the process around a training by the Trainer, which changes random states, the environment and more.
+"""The process's global state, restored after a training: the Trainer changes random states, the environment and more.
 
 Import this module only where accelerate is installed.
 """
@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 
 @contextmanager
 def own_state(device: torch.device) -> Iterator[None]:
-    """Leave no trace of the Trainer in the process: random states, the current device, accelerate's variables and state."""
+    """Restore random states, environment variables and accelerate's state on exit; make ``device`` the current one."""
     import numpy
 
     before, fresh = (random.getstate(), numpy.random.get_state()), not PartialState._shared_state

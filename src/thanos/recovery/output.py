@@ -43,7 +43,7 @@ class Trained:
 
 
 def write_model(result: Trained, work: RecoveryFolder) -> dict[str, int]:
-    """Write the model to the work folder: tensors, config, tokenizer. What was not trained is copied byte for byte.
+    """Write the model to the work folder: tensors, config, tokenizer. Tensors that were not trained are copied.
 
     Returns:
         Layer name → number of zeros in the written weight, for the layers with fixed zeros.
@@ -71,8 +71,8 @@ def make_report(result: Trained, device: torch.device, meter: PhaseMeter, zeros:
     """Return the report.
 
     Args:
-        result: the training.
-        device: on which it ran.
+        result: the finished training.
+        device: device of the training.
         meter: seconds and memory of the run.
         zeros: number of zeros in the written weights of the layers with fixed zeros.
     """

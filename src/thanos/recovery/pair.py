@@ -1,4 +1,4 @@
-"""The pruned model and its dense parent: they are opened, compared, and loaded for training."""
+"""Opening, comparing and loading the pruned model and its dense parent."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from thanos.model.source import ModelSource, find_local, resolve_model
 from thanos.patterns.base import STRAY
 
 _LEAST_COSINE = 0.2
-"""Cosine between a child's surviving weights and the parent's at the same positions, below which they count as unrelated.
-Unrelated weights have about 0, weights that were only removed have 1, and updates of the survivors leave it far above this."""
+"""Least cosine between the kept weights of a child and the parent's weights at the same positions. It is about 0 for unrelated
+weights, 1 if pruning did not update the kept weights, and far above this limit if it did."""
 
 _PROBE = "The quick brown fox jumps over 13 lazy dogs.\n\tÉlan, naïveté — 你好! def f(x): return x**2"
-"""Text that both tokenizers must turn into the same ids: words, digits, white space, other scripts, code."""
+"""Text for which both tokenizers must give the same ids: words, digits, white space, other scripts, code."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +34,9 @@ class Pair:
         pruned: the pruned model; its meta model is float32.
         dense: the dense model.
         smaller: whether the pruned model has fewer blocks, or smaller sizes, than the dense one.
-        masked: the linear layers of the pruned model whose weights hold zeros.
+        masked: the linear layers of the pruned model whose weights contain zeros.
         zeros: number of zeros in these weights.
-        sparse: whether the linear layers of the blocks hold more zeros than dense weights have by chance.
+        sparse: whether the linear layers of the blocks have more zeros than dense weights have by chance.
     """
 
     pruned: OpenedModel
@@ -75,12 +75,14 @@ def _check_tokenizers(source: ModelSource, parent: ModelSource) -> None:
     if ours.get_vocab() != theirs.get_vocab():
         why = f"{len(ours)} and {len(theirs)} entries" if len(ours) != len(theirs) else "entries differ"
     elif ours(_PROBE)["input_ids"] != theirs(_PROBE)["input_ids"] or added_bos(ours) != added_bos(theirs):
-        why = "they split a text differently"
+        why = "they give other tokens for a text"
     if why:
         raise _not_parent(source, parent, f"their tokenizers differ ({why})")
 
 
-def open_pair(source: ModelSource, parent: ModelSource, device: torch.device, watch: Watcher, *, look: bool) -> Pair:
+def open_pair(
+    source: ModelSource, parent: ModelSource, device: torch.device, watch: Watcher, *, compare_weights: bool
+) -> Pair:
     """Open both models and compare them.
 
     Args:
@@ -88,7 +90,7 @@ def open_pair(source: ModelSource, parent: ModelSource, device: torch.device, wa
         parent: the dense model.
         device: device of the training. The dense model runs in its own dtype on CUDA and in float32 on a CPU.
         watch: function that is called with notes and progress events.
-        look: also compare the weights; see :func:`_check_weights` and :func:`_check_embeddings`.
+        compare_weights: also compare the weights; see :func:`_check_weights` and :func:`_check_embeddings`.
 
     Raises:
         ModelError: the models do not belong together, or the pruned one has neither zeros nor smaller sizes.
@@ -121,18 +123,18 @@ def open_pair(source: ModelSource, parent: ModelSource, device: torch.device, wa
             "large as the dense model; give a pruned model"
         )
     pair = Pair(pruned, dense, smaller, masked, sum(counts), sparse)
-    if look and smaller:
+    if compare_weights and smaller:
         _check_embeddings(pair)
-    elif look:
+    elif compare_weights:
         _check_weights(pair)
     return pair
 
 
 def _check_shapes(pruned: OpenedModel, dense: OpenedModel) -> bool:
-    """Refuse a dense model with other parameters; return whether the pruned one is smaller.
+    """Compare the parameters' names and shapes; return whether the pruned model is smaller than the dense one.
 
-    A child has the parameters of its parent, all in the same shapes, or it was made smaller: then it may have fewer blocks, and
-    fewer neurons or heads in each. Nothing else may differ, and nothing may be larger.
+    A pruned model has the parameters of its parent. Within the blocks they may be smaller, and there may be fewer blocks. All
+    other shapes are equal.
 
     Raises:
         ModelError: the dense model cannot be the parent.
@@ -140,13 +142,13 @@ def _check_shapes(pruned: OpenedModel, dense: OpenedModel) -> bool:
     ours, theirs = (persistent_tensors(opened.meta_model) for opened in (pruned, dense))
     blocks = [find_blocks(opened.meta_model) for opened in (pruned, dense)]
     (prefix, kept), (_, all_blocks) = blocks
-    gone = tuple(f"{prefix}.{index}." for index in range(len(kept), len(all_blocks)))
+    dropped = tuple(f"{prefix}.{index}." for index in range(len(kept), len(all_blocks)))
     for own, other, where in ((ours, theirs, "the dense model"), (theirs, ours, "OUT")):
-        missing = [name for name in own if name not in other and not (gone and name.startswith(gone))]
+        missing = [name for name in own if name not in other and not (dropped and name.startswith(dropped))]
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise _not_parent(pruned.source, dense.source, f"{where} has no {missing[0]}{more}")
-    smaller = bool(gone)
+    smaller = bool(dropped)
     for name, tensor in ours.items():
         sizes, whole = tuple(tensor.shape), tuple(theirs[name].shape)
         fits = len(sizes) == len(whole) and all(size <= limit for size, limit in zip(sizes, whole, strict=True))
@@ -158,12 +160,9 @@ def _check_shapes(pruned: OpenedModel, dense: OpenedModel) -> bool:
 
 
 def _check_embeddings(pair: Pair) -> None:
-    """Refuse a dense model whose embeddings do not resemble those of the smaller model.
+    """Raise ModelError if the embeddings of the dense and the smaller model do not resemble each other.
 
-    Whatever was removed from the blocks of a smaller model, its embedding has all rows and columns.
-
-    Raises:
-        ModelError: they do not.
+    The embeddings have the same shape, since a smaller model only lost parts of its blocks.
     """
     ours, theirs = (_embedding(opened) for opened in (pair.pruned, pair.dense))
     if (cosine := torch.cosine_similarity(ours, theirs, dim=0).item()) < _LEAST_COSINE:
@@ -179,13 +178,10 @@ def _embedding(opened: OpenedModel) -> Tensor:
 
 
 def _check_weights(pair: Pair) -> None:
-    """Refuse a dense model whose weights do not explain those of the pruned one.
+    """Raise ModelError if the dense model's weights cannot be those before pruning.
 
-    Three facts hold for every parent. It has fewer zeros than its child. Its zeros are zeros of the child too, with few
-    exceptions, since pruning never fills a zero. The child's surviving weights resemble its own.
-
-    Raises:
-        ModelError: one of them does not hold.
+    Three facts hold for every parent. It has fewer zeros than the pruned model. Its zeros are zeros of the pruned model too,
+    with few exceptions, since pruning never changes a zero. The kept weights resemble the parent's weights.
     """
     extra, filled, survivors = 0, 0, 0
     product, ours, theirs = 0.0, 0.0, 0.0
@@ -204,12 +200,12 @@ def _check_weights(pair: Pair) -> None:
     if filled > STRAY * survivors:
         raise _not_parent(
             *sources,
-            f"{filled:,} of the weights that OUT keeps are zero in the dense model, and pruning never fills a zero",
+            f"{filled:,} non-zero weights of OUT are zero in the dense model, and pruning never changes a zero",
         )
     cosine = product / max(1e-30, (ours * theirs) ** 0.5)
     if cosine < _LEAST_COSINE:
         raise _not_parent(
-            *sources, f"the weights that OUT keeps do not resemble the dense model's (cosine {cosine:.2f})"
+            *sources, f"the non-zero weights of OUT do not resemble the dense model's (cosine {cosine:.2f})"
         )
 
 
@@ -228,7 +224,7 @@ def load(opened: OpenedModel, device: torch.device) -> None:
 
 
 def trainable(opened: OpenedModel, parts: str) -> dict[str, Tensor]:
-    """Let parameters of a loaded model train; return them by name, tied ones once.
+    """Set ``requires_grad`` of parameters of a loaded model; return them by name, tied ones once.
 
     Args:
         opened: the model.

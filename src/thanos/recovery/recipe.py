@@ -25,7 +25,7 @@ PARTS = {
 """The values of ``train``, each with an explanation."""
 
 _HELD_OUT_SHARE = 16
-"""By default one sequence in 16 is held out: 8 of 128."""
+"""By default one of so many sequences is held out: 8 of 128."""
 
 
 def _as_prune(name: str) -> Any:
@@ -50,10 +50,10 @@ class RecoveryRecipe:
         generate: number of sequences that the dense model generates in addition, for the training only; see
             :mod:`thanos.recovery.generated`.
         batch: number of sequences in a step, over all processes.
-        micro_batch: number of sequences that a process runs at once; their gradients are summed. None: on CUDA the process's
-            whole part of the batch, on a CPU one. It changes the result by rounding only.
-        held_out: least number of sequences that are not trained on. Their loss selects the state to keep. None: one in 16,
-            at least one.
+        micro_batch: number of sequences that a process runs at once; the gradients of several runs are summed. None: on CUDA
+            the process's whole part of the batch, on a CPU one. It changes the result only by rounding errors.
+        held_out: least number of sequences that are not trained on. The state with the smallest loss on them is kept. None:
+            one in 16, at least one.
         shard: with several processes, each holds a part of the pruned model, its gradients and the optimizer's state (FSDP),
             instead of a copy. Each process holds the dense model whole in any case.
         calibration: source of the text, as for pruning.
@@ -200,8 +200,8 @@ class RecoveryRecipe:
     def parts(self, *, sparse: bool) -> str:
         """Return the parameters that are trained, chosen if ``train`` is ``auto``.
 
-        They are the weights of the blocks' linear layers, which pruning changed. A model that only lost neurons, heads or
-        blocks has no masks, and other activations behind every gap: there the norms and biases of the blocks train too.
+        ``auto`` chooses the weights of the blocks' linear layers if pruning set some of them to zero. If the model only lost
+        neurons, heads or blocks, it chooses all parameters of the blocks, so norms and biases too: the activations changed.
 
         Args:
             sparse: whether weights of the pruned model's blocks were set to zero.
@@ -245,12 +245,12 @@ def _rate(value: Any) -> float | str:
 def rate_for(divergence: float) -> float:
     """Return the largest learning rate for a model at a given divergence from the dense one, with two digits.
 
-    It is 2.5e-4, and 5.5e-4 more for each nat, but at most 1e-3: the more a model lost, the farther its weights have to move.
-    The constants fit the best of the rates that were tried on SmolLM2-135M: 3e-4 to 4e-4 at 50 %, 4e-4 at 2:4 and 6e-4 at 70 %,
-    where the divergence was 0.22, 0.40 and 0.66 nats.
+    It is 2.5e-4, plus 5.5e-4 for each nat, but at most 1e-3: with a larger loss the weights have to change more. The constants
+    are fitted to the best rates tried on SmolLM2-135M: 3e-4 to 4e-4 at 50 %, 4e-4 at 2:4 and 6e-4 at 70 %, where the divergence
+    was 0.22, 0.40 and 0.66 nats.
 
     Args:
-        divergence: KL(dense ‖ pruned) on held-out sequences before the training, in nats a token.
+        divergence: KL(dense ‖ pruned) on held-out sequences before the training, in nats per token.
     """
     return float(f"{min(1e-3, 2.5e-4 + 5.5e-4 * divergence):.1e}")
 
@@ -258,8 +258,9 @@ def rate_for(divergence: float) -> float:
 def one_cycle(step: int, steps: int) -> float:
     """Return the learning rate of a step as a fraction of the largest rate.
 
-    A cosine rises from 1/25 to 1 over the first 30 % of the steps, and another falls to 1/250,000 over the rest (L. Smith,
-    arXiv 1708.07120; the shape and constants of torch's ``OneCycleLR``). No state is needed to resume it.
+    It rises from 1/25 to 1 over the first 30 % of the steps, and falls to 1/250,000 over the rest, both as a cosine (L. Smith,
+    arXiv 1708.07120; shape and constants of torch's ``OneCycleLR``). It depends only on the step, so a resumed run needs no
+    state.
 
     Args:
         step: number of finished steps.

@@ -1,4 +1,4 @@
-"""``recovery.json``, the report of a recovery; the same values extend ``pruning.json`` and the model card."""
+"""``recovery.json``, the report of a recovery, which is also added to ``pruning.json`` and the model card."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class RecoveryReport(Document):
         rate: the largest learning rate, as given or as chosen; None in reports of earlier versions.
         train: the parameters that were trained, as given or as chosen; None in reports of earlier versions.
         history: measurements of the held-out loss: ``step``, ``epoch``, ``loss`` (mean training loss of the epoch),
-            ``held_out`` (KL(dense ‖ model), nats a token). Step 0 is the model before the recovery.
+            ``held_out`` (KL(dense ‖ model), nats per token). Step 0 is the model before the recovery.
         best_step: step whose weights were written; 0 for the original weights.
         ended: why the training ended early; empty if it did not.
         held_out_before: held-out loss before the recovery.
@@ -44,9 +44,9 @@ class RecoveryReport(Document):
         masked_layers: number of layers whose zeros were fixed.
         zeros: number of zeros in these layers, as written.
         versions: versions of the packages, and the device.
-        phases: seconds and peak memory by phase, of the last part if the run was resumed.
+        phases: seconds and peak memory by phase; only of the last part if the run was resumed.
         seconds: sum over the phases.
-        warnings: lines that a person should read.
+        warnings: lines for the user.
         schema: version of this format.
     """
 
@@ -124,17 +124,17 @@ def write_reports(report: RecoveryReport, source: Path, folder: Path, zeros: Map
 
 
 def extended(pruning: PruningReport, report: RecoveryReport, zeros: Mapping[str, int]) -> PruningReport:
-    """Return a pruning report extended by a recovery. The records of changed layers count the zeros again.
+    """Return a pruning report with a recovery added. The records of changed layers have the new numbers of zeros.
 
     Args:
         pruning: report of the run that pruned the model.
         report: report of the recovery.
-        zeros: layer name → number of zeros in the written weight; of the layers with fixed zeros.
+        zeros: layer name → number of zeros in the written weight, for the layers with fixed zeros.
     """
     layers = pruning.layers
     if report.best_step:
         layers = [_changed(layer, zeros.get(layer.name, layer.zeros)) for layer in layers]
-    # A weight that was trained may round to zero when it is stored, so there may be a few more zeros.
+    # A trained weight may round to zero when it is stored, so there may be a few more zeros.
     more = sum(layer.zeros for layer in layers) - sum(layer.zeros for layer in pruning.layers)
     totals = dict(pruning.totals)
     totals |= {

@@ -82,15 +82,15 @@ def recover(
 ) -> RecoveryReport:
     """Train the surviving weights of a pruned model so that its next-token distributions approach those of the dense model.
 
-    The loss is KL(dense ‖ pruned), averaged over all tokens of the training sequences. The weights of the blocks' linear layers
-    are trained, and an exact zero among them stays zero. In each epoch the text is cut into segments, which are joined in a new
-    order, and a few tokens are replaced. The recipe can change both. The weights are float32 during training; on CUDA the
-    matrix products run in bfloat16. After every epoch the loss on held-out sequences is measured with the weights rounded to
-    the data types in which they are stored. The state with the smallest loss is written; if no epoch lowered it, the original.
+    The loss is KL(dense ‖ pruned), averaged over all tokens of the training sequences. By default the weights of the blocks'
+    linear layers are trained. In each epoch the segments of the text are joined in a new order, and a few tokens are replaced.
+    Weights that are exactly zero stay zero. The weights are float32 during training; on CUDA the matrix products
+    run in bfloat16. After every epoch the loss on held-out sequences is measured, with the weights rounded to the data types in
+    which they are stored. The state with the smallest loss is written, or the original if no epoch lowered the loss.
 
     Args:
-        model: the pruned model: a local folder or a hub name; made by any method, pattern or tool. It has zeros, or fewer
-            blocks, neurons or heads than ``dense``.
+        model: the pruned model: a local folder or a hub name, pruned by any tool. It has zeros, or fewer blocks, neurons or
+            heads than ``dense``.
         out: the output folder. It appears only when it is complete.
         dense: the model that ``model`` was pruned from: a hub name, a local folder or a ``.gguf`` file.
         recipe: the settings; default :class:`RecoveryRecipe`.
@@ -167,7 +167,7 @@ def _recover(
     with job.meter.phase("load"):
         if before:
             check_same_run(before, now)
-        # If the output was published, only the cleanup after it was interrupted: there is nothing left to train.
+        # If the output was published, only the cleanup afterwards was interrupted, so nothing is left to train.
         published = _read(work.out) if before and work.published else None
         published = world.from_first(lambda: published)
         if published is not None:
@@ -177,7 +177,7 @@ def _recover(
         if job.leads:
             read_pruning_report(source.folder)
             check_text(recipe, parent, given)
-        pair = open_pair(source, parent, job.device, emit, look=job.leads)
+        pair = open_pair(source, parent, job.device, emit, compare_weights=job.leads)
         if job.leads:
             check_room(pair.pruned.checkpoint.layout, work.model, besides=0 if before else bytes_besides(pair))
     with job.meter.phase("calibration"):
@@ -219,7 +219,7 @@ def _finish(result: Trained, job: _Job) -> RecoveryReport:
 
 
 def _calibrate(pair: Pair, parent: ModelSource, job: _Job, given: Calibration | None) -> Calibration:
-    """Make the windows with the tokenizer, which both models share, or check the windows that the caller has made."""
+    """Return the windows that the caller gave, after checks, or make them with the tokenizer of both models."""
     if given is not None:
         given.check_made_by(job.recipe.text)
     made = given or make_calibration(parent, job.recipe.text, job.device, job.emit)
@@ -265,7 +265,11 @@ def _train(pair: Pair, calibration: Calibration, job: _Job) -> tuple[Guard, str]
             raise
     if ended:
         job.emit(
-            Event(kind="note", phase="train", message=f"{ended}: the training ends, and the best earlier state is kept")
+            Event(
+                kind="note",
+                phase="train",
+                message=f"{ended}: the training stops, and the best earlier state is written",
+            )
         )
     return guard, ended
 
@@ -285,7 +289,7 @@ def _generated(dense: OpenedModel, calibration: Calibration, job: _Job) -> Tenso
 
 
 def _writer(pair: Pair, job: _Job) -> Callable[[int, Iterable[tuple[str, Tensor]]], None] | None:
-    """Return the function with which the guard writes a state; None in all processes but rank 0."""
+    """Return the function with which the guard writes a state; None in all processes except rank 0."""
     pruned = pair.pruned
 
     def write(step: int, tensors: Iterable[tuple[str, Tensor]]) -> None:

@@ -1,8 +1,8 @@
 """The text of each epoch, and the order of its sequences in the training.
 
-A model learns few sequences by heart if they are the same in all epochs: the training loss falls far below the held-out one.
-So the text is varied in each epoch (:func:`recut`, :func:`replace_some`). What the dense model predicts is the right answer for
-any text, also for one that nobody wrote.
+If the sequences are the same in all epochs, the model overfits to them: the training loss falls far below the held-out one. So
+the text is varied in each epoch (:func:`recut`, :func:`replace_some`). The target is the dense model's prediction, which exists
+for any text, so the varied text need not be natural.
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ from thanos.calibration.windows import begin_windows
 from thanos.recovery.recipe import RecoveryRecipe
 
 SEGMENT = 256
-"""Tokens of a segment of the text that is moved as a whole."""
+"""Tokens of a segment; the segments of the text are put into a new order."""
 
 REPLACED = 0.05
 """Probability with which a token is replaced."""
 
 
 class Sequences(Dataset[dict[str, Tensor]]):
-    """The sequences of all epochs, one after another, each epoch in an order of its own.
+    """The sequences of all epochs, one epoch after another, each in another order.
 
-    An item has its token ids, (T,). If the text is the same in all epochs, it also has the sequence's number, from 0.
+    An item is a dict of ``ids``, token ids (T,). If the text is the same in all epochs, it also has the sequence's index in
+    ``numbers``.
 
-    An item depends only on its index and on the seed, whatever the device. So a resumed training needs no state for the text,
-    and all processes have the same text.
+    An item depends only on its index and on the seed. So a resumed training needs no state for the text, and all processes have
+    the same text.
 
     Args:
         ids: token ids of the sequences that are trained on, (n, T) int64, on the CPU.
@@ -47,59 +48,58 @@ class Sequences(Dataset[dict[str, Tensor]]):
             raise IndexError(index)
         epoch, position = divmod(index, len(self._ids))
         if self._current is None or self._current[0] != epoch:
-            self._current = (epoch, *self._made(epoch))
+            self._current = (epoch, *self._make_epoch(epoch))
         _, order, text = self._current
         number = order[position]
         return {"ids": text[number]} if self._recipe.vary else {"ids": text[number], "numbers": number}
 
-    def _made(self, epoch: int) -> tuple[Tensor, Tensor]:
+    def _make_epoch(self, epoch: int) -> tuple[Tensor, Tensor]:
         """Return the order (n,) and the token ids (n, T) of an epoch."""
-        draw = torch.Generator().manual_seed(1_000_003 * self._recipe.seed + epoch)
-        order = torch.randperm(len(self._ids), generator=draw)
+        generator = torch.Generator().manual_seed(1_000_003 * self._recipe.seed + epoch)
+        order = torch.randperm(len(self._ids), generator=generator)
         if not self._recipe.vary:
             return order, self._ids
-        return order, replace_some(recut(self._ids, self._bos, draw), self._bos, draw)
+        return order, replace_some(recut(self._ids, self._bos, generator), self._bos, generator)
 
 
-def recut(ids: Tensor, bos: int | None, draw: torch.Generator) -> Tensor:
-    """Cut the text elsewhere, and join the segments in a new order.
+def recut(ids: Tensor, bos: int | None, generator: torch.Generator) -> Tensor:
+    """Cut the text into segments at other positions, and join them in a random order.
 
-    All sequences in order are one stream of tokens. It is rolled by a random offset and cut into segments of :data:`SEGMENT`
-    tokens, or of a whole sequence's if that is shorter; the last segment takes the rest. The segments in random order are the
-    new stream. BOS is no part of it: each sequence begins with BOS, as before.
+    All sequences in order are one stream of tokens. It is rolled by a random offset and cut into segments of
+    min(:data:`SEGMENT`, T) tokens; the last segment may be shorter. The segments in random order are the new stream. BOS is not
+    part of the stream: each sequence begins with BOS, as before.
 
     Args:
         ids: token ids, (n, T) int64, on the CPU.
         bos: id of the token with which each sequence begins; None without one.
-        draw: the random numbers.
+        generator: gives the random numbers.
 
     Returns:
         The same tokens in another order, (n, T).
     """
-    text = _text(ids, bos)
-    stream = text.flatten().roll(int(torch.randint(text.numel(), (), generator=draw)))
+    text = _without_bos(ids, bos)
+    stream = text.flatten().roll(int(torch.randint(text.numel(), (), generator=generator)))
     segments = stream.split(min(SEGMENT, text.shape[1]))
-    order = torch.randperm(len(segments), generator=draw).tolist()
+    order = torch.randperm(len(segments), generator=generator).tolist()
     return begin_windows(torch.cat([segments[number] for number in order]).view(text.shape), bos)
 
 
-def replace_some(ids: Tensor, bos: int | None, draw: torch.Generator) -> Tensor:
-    """Replace each token, with probability :data:`REPLACED`, by one that is drawn from all tokens; never the BOS at the start.
+def replace_some(ids: Tensor, bos: int | None, generator: torch.Generator) -> Tensor:
+    """Replace each token, with probability :data:`REPLACED`, by a random one of all tokens of the text, except BOS.
 
     Args:
         ids: token ids, (n, T) int64, on the CPU.
         bos: id of the token with which each sequence begins; None without one.
-        draw: the random numbers.
+        generator: gives the random numbers.
 
     Returns:
         Token ids, (n, T).
     """
-    text = _text(ids, bos)
-    chosen = torch.rand(text.shape, generator=draw) < REPLACED
-    drawn = text.flatten()[torch.randint(text.numel(), text.shape, generator=draw)]
+    text = _without_bos(ids, bos)
+    chosen = torch.rand(text.shape, generator=generator) < REPLACED
+    drawn = text.flatten()[torch.randint(text.numel(), text.shape, generator=generator)]
     return begin_windows(torch.where(chosen, drawn, text), bos)
 
 
-def _text(ids: Tensor, bos: int | None) -> Tensor:
-    """Return the sequences without the BOS at their start."""
+def _without_bos(ids: Tensor, bos: int | None) -> Tensor:
     return ids if bos is None else ids[:, 1:]

@@ -22,21 +22,13 @@ _LOG_BYTES = 4 << 20
 
 
 def require_trainer() -> None:
-    """Check that accelerate is installed, which transformers needs for training.
-
-    Raises:
-        ModelError: it is missing.
-    """
+    """Raise ModelError if accelerate is not installed, which transformers needs for training."""
     if not is_installed("accelerate"):
         raise ModelError(f"recovery needs the package accelerate: {install_command('recover')}")
 
 
 def check_split(recipe: RecoveryRecipe, processes: int) -> None:
-    """Refuse a batch that cannot be split evenly over the processes, in whole micro-batches.
-
-    Raises:
-        RecipeError: it cannot.
-    """
+    """Raise RecipeError if the batch cannot be split evenly over the processes, in whole micro-batches."""
     unit = (recipe.micro_batch or 1) * processes
     if recipe.batch % unit:
         each = f" in micro-batches of {recipe.micro_batch}" if recipe.micro_batch else ""
@@ -46,21 +38,13 @@ def check_split(recipe: RecoveryRecipe, processes: int) -> None:
 
 
 def check_shard(recipe: RecoveryRecipe, device: torch.device) -> None:
-    """Refuse to shard on a CPU, where accelerate would silently make copies.
-
-    Raises:
-        RecipeError: the recipe shards and the device is a CPU.
-    """
+    """Raise RecipeError if the recipe shards on a CPU, where accelerate would silently copy the model instead."""
     if recipe.shard and device.type != "cuda":
         raise RecipeError("shard needs CUDA devices; leave --shard out, so that each process holds a copy of the model")
 
 
 def checked_recipe(recipe: Any) -> RecoveryRecipe:
-    """Return ``recipe``, or the default recipe for None.
-
-    Raises:
-        RecipeError: the argument is no recipe of a recovery.
-    """
+    """Return ``recipe``, or the default recipe for None. Raise RecipeError for any other type."""
     if recipe is None:
         return RecoveryRecipe()
     if not isinstance(recipe, RecoveryRecipe):
@@ -90,11 +74,7 @@ def bytes_besides(pair: Pair) -> int:
 
 
 def check_text(recipe: RecoveryRecipe, parent: ModelSource, given: Calibration | None) -> None:
-    """Check that the text can be used, before weights are read.
-
-    Raises:
-        DataError: it cannot.
-    """
+    """Raise DataError if the text cannot be used. No weight is read."""
     if given is None:
         config = parent.config()
         check_positions(recipe.sequence_length, context_length(config))

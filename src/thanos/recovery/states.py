@@ -1,9 +1,9 @@
-"""The states of a training on the disk, in the work folder: the best one for the output, and the Trainer's checkpoints.
+"""The states of a training in the work folder: the best one for the output, and the Trainer's checkpoints.
 
-``best-N/`` holds the trained tensors after step N as they would be written to the output: same files, offsets and dtypes.
-``steps/checkpoint-N/`` holds what the training needs to go on: float32 weights, the optimizer's state, and the history of the
-held-out loss. A checkpoint counts only with its mark. The mark is written when everything else is on the disk, the best state
-included. So whenever a crash comes, the newest checkpoint with a mark and the best state that its history names are complete.
+``best-N/`` contains the trained tensors after step N in the files, offsets and dtypes of the output. ``steps/checkpoint-N/``
+contains the state from which the training continues: float32 weights, the optimizer's state, and the history of the held-out
+loss. A checkpoint is complete if it has its mark. The mark is written after everything else is on the disk, the best state
+included. So at any moment, the newest checkpoint with a mark and the best state in its history are complete.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MARK = "finished"
 """Empty file of a complete checkpoint."""
 
 STATE = "trainer_state.json"
-"""The Trainer's own file; ``log_history`` has an entry for each measurement of the held-out loss."""
+"""File of the Trainer; its ``log_history`` has an entry for each measurement of the held-out loss."""
 
 BYTES_PER_PARAMETER = 2 * 12
 """Bytes on the disk for checkpoints, per trained parameter: float32 weights and two moments, twice, since an old checkpoint is
@@ -34,7 +34,7 @@ deleted when the new one is complete."""
 
 
 class RecoveryFolder(WorkFolder):
-    """The work folder of a recovery, ``.OUT.recovery``. Pruning's has another name, so neither deletes the other.
+    """The work folder of a recovery, ``.OUT.recovery``. That of a pruning run has another name.
 
     Attributes:
         steps: folder of the Trainer's checkpoints.
@@ -87,8 +87,8 @@ class RecoveryFolder(WorkFolder):
         """Force the checkpoint of a step to the disk and mark it. Then delete older checkpoints and best states.
 
         Args:
-            step: its number.
-            keep_best: step of the best state, which the checkpoint's history names; 0 for the original.
+            step: number of the step.
+            keep_best: step of the best state, which is kept; 0 for the original model.
         """
         folder = self.steps / f"checkpoint-{step}"
         for path in [*folder.rglob("*"), folder]:
@@ -102,7 +102,7 @@ class RecoveryFolder(WorkFolder):
         self._delete_best(but=keep_best)
 
     def tidy_states(self, best: int) -> None:
-        """Delete checkpoints without a mark, and best states other than that of step ``best``, which a crash may have left."""
+        """Delete what a crash may have left: checkpoints without a mark, and best states other than that of step ``best``."""
         for path in self._checkpoints():
             if not (path / MARK).is_file():
                 shutil.rmtree(path)
@@ -112,9 +112,9 @@ class RecoveryFolder(WorkFolder):
         """Write a best state.
 
         Args:
-            step: its number.
-            checkpoint: of the pruned model; gives layout and dtypes.
-            tensors: name in the checkpoint, tensor in the checkpoint's dtype.
+            step: number of the step.
+            checkpoint: checkpoint of the pruned model, whose layout and dtypes are used.
+            tensors: pairs of the name in the checkpoint and the tensor in the checkpoint's dtype.
         """
         folder = self._best(step)
         shutil.rmtree(folder, ignore_errors=True)

@@ -35,8 +35,8 @@ from thanos.system.meter import PhaseMeter
 _WEIGHTS = "weights.safetensors"
 
 BETAS, CLIP = (0.9, 0.95), 1.0
-"""Decay rates of AdamW's moments, and the largest norm of the gradient. There is no weight decay, which would pull the weights
-towards zero and not towards the dense model."""
+"""Decay rates of AdamW's moments, and the largest norm of the gradient. There is no weight decay: it would pull the weights
+towards zero, not towards the dense model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +146,7 @@ def _arguments(training: Training) -> TrainingArguments:
             param_dtype=torch.bfloat16 if cuda else None, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
     if arguments.world_size == 1:
-        # Of several GPUs the run takes one: without this the Trainer would copy the model to all of them.
+        # Without this the Trainer would copy the model to all GPUs of the machine.
         arguments._n_gpu = min(1, arguments.n_gpu)
     return arguments
 

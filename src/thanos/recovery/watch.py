@@ -1,4 +1,4 @@
-"""The callbacks of a training around its steps: masks, losses, events, the guard, and the marks of checkpoints.
+"""The callbacks of a training: they mask gradients, report losses, call the guard, and mark complete checkpoints.
 
 Import this module only after :func:`~thanos.recovery.setup.require_trainer`: the Trainer needs accelerate.
 """
@@ -26,14 +26,14 @@ PREFIX = "student."
 
 CHECKPOINT_SECONDS = 60.0
 """Least time between two checkpoints, in seconds. They are written at the end of an epoch. An epoch of a small model takes less
-time than a checkpoint, so one after every epoch would take most of the run."""
+time than a checkpoint, so a checkpoint after every epoch would take most of the run."""
 
 READ_SECONDS = 0.5
 """Seconds between two readings of the losses on CUDA."""
 
 
 class Watch(TrainerCallback):
-    """The callbacks around a step of one training.
+    """The callbacks of one training.
 
     Attributes:
         ended: why the training ended early; empty if it did not.
@@ -57,8 +57,8 @@ class Watch(TrainerCallback):
     def mask_gradients(self) -> None:
         """Set the gradients of removed weights to zero.
 
-        The norm is clipped afterwards, so these gradients contribute neither to it nor to AdamW's moments. AdamW does not move
-        a weight whose gradients were all zero, so the weights themselves need no mask.
+        This happens before the norm is clipped, so these gradients count neither in the norm nor in AdamW's moments. AdamW does
+        not change a weight whose gradients were all zero, so the weights themselves need no mask.
         """
         if not self._masked:
             parameters = dict(self.trainer.model.named_parameters())
@@ -104,7 +104,7 @@ class Watch(TrainerCallback):
         self._saved = time.monotonic()
 
     def _reads(self) -> bool:
-        """Return whether to read the losses of the last steps now. On CUDA that waits for the device, so few steps do it."""
+        """Whether to read the losses of the last steps now. On CUDA that synchronises with the device, so it is done rarely."""
         one = self._training
         return one.device.type != "cuda" or one.world.size > 1 or time.monotonic() - self._read >= READ_SECONDS
 
@@ -129,8 +129,8 @@ class Watch(TrainerCallback):
             entry = one.guard.measure(self.trainer.model, PREFIX, state.global_step, epoch, loss)
         if not state.global_step and entry[HELD_OUT] is None:
             raise NumericsError(
-                "the divergence from the dense model is not a number before any training: a weight of one of the models holds "
-                "NaN or infinity, or its activations overflow"
+                "the divergence from the dense model is not a number before the training: a weight of one of the models is "
+                "NaN or infinite, or its activations overflow"
             )
         state.log_history = list(one.guard.history)  # saved and restored with the checkpoint
         one.emit(
@@ -139,12 +139,12 @@ class Watch(TrainerCallback):
 
 
 def _sharded_like(mask: Tensor, value: Tensor) -> Tensor:
-    """Return a mask, sharded like ``value`` if that is sharded. Nothing is sent: each process has the whole mask."""
+    """Return the mask, sharded if ``value`` is. Each process has the whole mask, so nothing is sent."""
     if not isinstance(value, DTensor):
         return mask
     return distribute_tensor(mask, value.device_mesh, value.placements, src_data_rank=None)
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """Return this process's part of a tensor that may be sharded; the same memory."""
+    """Return this process's part of a tensor that may be sharded, without a copy."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

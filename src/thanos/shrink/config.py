@@ -13,29 +13,30 @@ from thanos.shrink.units import GROUP, HEADS, NEURONS, QUERY, attention_of, widt
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-_OF_EACH_BLOCK = ("layer_types", "mlp_layer_types", "no_rope_layers")
-"""Fields that hold a list with one entry for each block."""
+_BLOCK_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")
+"""Fields with a list that has one entry for each block."""
 
 _PERIODS = ("sliding_window_pattern", "_sliding_window_pattern")
-"""Fields of Gemma 3: every block whose number is a multiple of it has full attention, unless ``layer_types`` says otherwise."""
+"""Fields of Gemma 3 for the period of the blocks with full attention, if there is no ``layer_types``."""
 
 _EXPERT_MULTIPLE = 8
-"""Numbers of neurons of an expert in 16-bit floats that make 16 bytes, which torch's ``grouped_mm`` needs of every row."""
+"""The number of neurons of an expert must be a multiple of this: torch's ``grouped_mm`` needs rows of a multiple of 16 bytes,
+which are 8 floats of 16 bits."""
 
 
 def smaller_config(
     config: PreTrainedConfig, removed: Mapping[str, int], dropped_blocks: Sequence[int] = (), head_unit: str = GROUP
 ) -> dict[str, Any]:
-    """Return the config of a smaller model, as ``to_dict`` returns it.
+    """Return the config of a smaller model, in the form of ``to_dict``.
 
     Args:
-        config: of the model. Of a model with several parts, the text model's config changes.
-        removed: kind of units → how many of them each writer loses.
-        dropped_blocks: indices of the blocks that go.
-        head_unit: what a head means; see :func:`~thanos.shrink.units.units_of`.
+        config: config of the model. If the model has several parts, the text model's config is changed.
+        removed: kind of units → number of units that each writer loses.
+        dropped_blocks: indices of the removed blocks.
+        head_unit: the unit of heads; see :func:`~thanos.shrink.units.units_of`.
 
     Raises:
-        ModelError: nothing would be left, the blocks depend on their places, or the config's class refuses the sizes.
+        ModelError: nothing would be left, a block's function depends on its index, or the config's class refuses the sizes.
     """
     return changed_config(config, config.to_dict(), removed, dropped_blocks, head_unit)
 
@@ -47,35 +48,31 @@ def changed_config(
     dropped_blocks: Sequence[int] = (),
     head_unit: str = GROUP,
 ) -> dict[str, Any]:
-    """As :func:`smaller_config`, but change ``values``, which are what ``config.json`` says of the same config.
-
-    Raises:
-        ModelError: likewise.
-    """
+    """Like :func:`smaller_config`, but return the given ``values``, those of ``config.json``, with the changes."""
     changes = _changes(config, removed, dropped_blocks, head_unit)
-    found = _with_changes(config, values, changes)
-    if reason := _refusal(config, found):
+    changed = _with_changes(config, values, changes)
+    if reason := _refusal(config, changed):
         hint = _possible_heads(config, values, removed, dropped_blocks, head_unit)
         raise ModelError(f"{type(config).__name__} refuses the smaller sizes: {reason}{hint}")
-    return found
+    return changed
 
 
 def lists_out_of_order(config: PreTrainedConfig, dropped_blocks: Sequence[int]) -> list[str]:
     """Return the fields with one entry for each block whose new list is not the beginning of the old one.
 
-    A program that computes the kind of a block from its number, and does not read the list, then runs another model.
+    A program that does not read the list, but computes the kind of a block from its index, would run another model.
 
     Args:
-        config: of the text model.
-        dropped_blocks: indices of the blocks that go.
+        config: config of the text model.
+        dropped_blocks: indices of the removed blocks.
     """
-    gone, found = set(dropped_blocks), []
-    for name in _OF_EACH_BLOCK:
+    dropped, names = set(dropped_blocks), []
+    for name in _BLOCK_LISTS:
         values = getattr(config, name, None) or []
-        left = [value for index, value in enumerate(values) if index not in gone]
+        left = [value for index, value in enumerate(values) if index not in dropped]
         if left != values[: len(left)]:
-            found.append(name)
-    return found
+            names.append(name)
+    return names
 
 
 def changed_sizes(
@@ -83,10 +80,7 @@ def changed_sizes(
 ) -> dict[str, tuple[int, int]]:
     """Return the sizes in the config that change: name of the field → number before and after.
 
-    The arguments are those of :func:`smaller_config`.
-
-    Raises:
-        ModelError: likewise, but nothing is asked of the config's class.
+    Arguments and errors are those of :func:`smaller_config`, but the config's class does not check the sizes.
     """
     text: Any = config.get_text_config(decoder=True)
     family = family_of(text.model_type, type(config).__name__)
@@ -110,8 +104,8 @@ def _changes(
         changes[family.width] = left = _left(width, neurons, "neurons in each MLP")
         if left % _EXPERT_MULTIPLE and family.has_experts:
             raise ModelError(
-                f"experts of {left} neurons cannot run, because torch's product over experts reads rows of 16 bytes; keep a "
-                f"multiple of {_EXPERT_MULTIPLE}"
+                f"experts of {left} neurons cannot run: torch's grouped_mm needs rows of a multiple of 16 bytes; keep a "
+                f"multiple of {_EXPERT_MULTIPLE} neurons"
             )
     if heads := removed.get(HEADS, 0):
         if isinstance(family.attention, str):
@@ -123,8 +117,10 @@ def _changes(
         changes["num_key_value_heads"] = now.keys - heads * keys
         changes["head_dim"] = now.width
     if dropped_blocks:
-        if family.place and getattr(text, family.place, False):
-            raise ModelError(f"no block can be removed: with {family.place} a block's function depends on its place")
+        if family.uses_index and getattr(text, family.uses_index, False):
+            raise ModelError(
+                f"no block can be removed: with {family.uses_index} a block's function depends on its index"
+            )
         changes |= _fewer_blocks(text, family.layers, dropped_blocks)
     return changes
 
@@ -137,41 +133,41 @@ def _unit(queries: int, keys: int) -> str:
 
 def _left(units: int, removed: int, what: str) -> int:
     if not 0 < removed < units:
-        allowed = f"1 to {units - 1} can" if units > 1 else "the last one has to stay"
+        allowed = f"1 to {units - 1} can" if units > 1 else "the last one must stay"
         raise ModelError(f"{removed} of {units} {what} cannot be removed; {allowed}")
     return units - removed
 
 
 def _fewer_blocks(text: Any, layers: str, dropped_blocks: Sequence[int]) -> dict[str, Any]:
-    """Return the fields that say how many blocks there are, and of which kind each is."""
-    count, gone = text.num_hidden_layers, set(dropped_blocks)
-    if wrong := sorted(index for index in gone if not 0 <= index < count):
+    """Return the changed fields for the number of blocks and the kind of each block."""
+    count, dropped = text.num_hidden_layers, set(dropped_blocks)
+    if wrong := sorted(index for index in dropped if not 0 <= index < count):
         raise ModelError(f"there is no block {wrong[0]}; the blocks are 0 to {count - 1}")
-    changes: dict[str, Any] = {layers: _left(count, len(gone), "blocks")}
-    stay = [index for index in range(count) if index not in gone]
-    for name in _OF_EACH_BLOCK:
+    changes: dict[str, Any] = {layers: _left(count, len(dropped), "blocks")}
+    stay = [index for index in range(count) if index not in dropped]
+    for name in _BLOCK_LISTS:
         values = getattr(text, name, None)
         if values is not None:
             changes[name] = [values[index] for index in stay]
     windows = getattr(text, "max_window_layers", None) or 0  # blocks before it have no sliding window
     if 0 < windows < count:
-        changes["max_window_layers"] = windows - sum(index < windows for index in gone)
+        changes["max_window_layers"] = windows - sum(index < windows for index in dropped)
     if hasattr(text, "mlp_only_layers"):
         step = getattr(text, "decoder_sparse_step", 1)
-        alone = set(text.mlp_only_layers or ())
+        without_experts = set(text.mlp_only_layers or ())
         changes["mlp_only_layers"] = [
-            new for new, old in enumerate(stay) if old in alone or (step > 0 and (old + 1) % step)
+            new for new, old in enumerate(stay) if old in without_experts or (step > 0 and (old + 1) % step)
         ]
         changes["decoder_sparse_step"] = 1
     return changes
 
 
 def _with_changes(config: PreTrainedConfig, values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the config's values with the text model's fields changed, under one name each."""
-    found = copy.deepcopy(dict(values))
+    """Return the config's values with the text model's fields changed. Aliases of a changed field are removed."""
+    changed = copy.deepcopy(dict(values))
     text = config.get_text_config(decoder=True)
     inner = [name for name, part in vars(config).items() if part is text]
-    target = found.setdefault(inner[0], {}) if inner else found
+    target = changed.setdefault(inner[0], {}) if inner else changed
     for alias, field in text.attribute_map.items():
         if field in changes:
             target.pop(alias, None)
@@ -180,20 +176,20 @@ def _with_changes(config: PreTrainedConfig, values: Mapping[str, Any], changes: 
         for name in _PERIODS:
             if not _is_periodic(changes["layer_types"], target.get(name)):
                 target.pop(name, None)  # a program that reads it instead of the list would run another model
-    return found
+    return changed
 
 
 def _is_periodic(layer_types: Sequence[str], period: int | None) -> bool:
-    """Whether every block whose number is a multiple of the period has full attention, and no other has."""
+    """Whether exactly the blocks whose number, from 1, is a multiple of the period have full attention."""
     full = [number for number, kind in enumerate(layer_types, 1) if kind == "full_attention"]
     return bool(period) and full == list(range(period, len(layer_types) + 1, period))
 
 
 def _refusal(config: PreTrainedConfig, values: Mapping[str, Any]) -> str:
-    """Return why the config's class refuses values; empty if it accepts them."""
+    """Return the reason why the config's class refuses the values; empty if it accepts them."""
     try:
         type(config).from_dict(copy.deepcopy(dict(values)))
-    except Exception as error:  # whatever its checks raise
+    except Exception as error:  # the checks of the classes raise errors of many types
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         return lines[-1].removeprefix("ValueError: ").rstrip(".") if lines else type(error).__name__
     return ""
@@ -206,7 +202,7 @@ def _possible_heads(
     dropped_blocks: Sequence[int],
     head_unit: str,
 ) -> str:
-    """Return the end of a message that says how many heads could be removed; empty if that is not the reason."""
+    """Return the end of a message that states how many heads can be removed; empty if no heads are."""
     if not removed.get(HEADS):
         return ""
     now = attention_of(config.get_text_config(decoder=True))

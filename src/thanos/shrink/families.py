@@ -1,7 +1,8 @@
-"""What can be removed from which architecture, as data: one row for each family of models with the same blocks.
+"""The units that can be removed from each architecture: one row for each family of models with the same blocks.
 
-A row says which layer reads the outputs of the units (the writer, since it writes them into the residual stream), which
-layers compute them (the makers, beside the writer in the same module), and which fields of the config state the sizes.
+A unit is a neuron of an MLP or an attention head. A row has the names of the layers around the units, and the fields of the
+config that state the sizes. The *writer* reads the units' outputs and writes its own into the residual stream, such as
+``down_proj``. The *makers* compute the units, such as ``gate_proj`` and ``up_proj``; they are in the writer's module.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from thanos.errors import ModelError
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """The layers that lose rows or columns with a unit.
+    """The layers that lose rows or columns when a unit is removed.
 
     Attributes:
-        writer: name of the writer relative to the block; ``*`` stands for the number of an expert.
-        makers: name beside the writer → the matrices that its rows hold, in order: ``g`` and ``u`` (gate and up, one row for
-            each neuron), ``q`` (one piece of ``head_dim`` rows for each query head), ``k`` and ``v`` (one for each key-value
-            head).
-        uncut: other parameters of the writer's module that are the same for every unit.
+        writer: name of the writer relative to the block; ``*`` stands for the index of an expert.
+        makers: name of each maker in the writer's module, and the matrices that its rows consist of, in order: ``g`` and ``u``
+            (gate and up: one row for each neuron), ``q`` (``head_dim`` rows for each query head), ``k`` and ``v``
+            (``head_dim`` rows for each key-value head).
+        uncut: other parameters of the writer's module, which all units share.
     """
 
     writer: str
@@ -38,7 +39,7 @@ class Family:
         width: the config's field for the number of neurons.
         attention: the layers that lose heads, or the reason why heads cannot be removed.
         layers: the config's field for the number of blocks.
-        place: the config's field that, if true, makes a block's function depend on its place; empty without one.
+        uses_index: the config's field that, if true, makes a block's function depend on its index; empty without one.
     """
 
     types: tuple[str, ...]
@@ -46,7 +47,7 @@ class Family:
     width: str
     attention: Cut | str
     layers: str = "num_hidden_layers"
-    place: str = ""
+    uses_index: str = ""
 
     @property
     def has_experts(self) -> bool:
@@ -55,7 +56,7 @@ class Family:
 
     @property
     def last_writer(self) -> str:
-        """Name of the last layer of a block that writes into the residual stream alone; experts write together."""
+        """Name of the last layer of a block whose output alone is added to the residual stream, so no expert."""
         return "self_attn.o_proj" if self.has_experts else self.mlp.writer
 
 
@@ -87,7 +88,7 @@ FAMILIES = (
         "n_inner",
         _NO_HEAD_DIM,
         layers="n_layer",
-        place="scale_attn_by_inverse_layer_idx",
+        uses_index="scale_attn_by_inverse_layer_idx",
     ),
     Family(("gpt_neox",), Cut("mlp.dense_4h_to_h", (("dense_h_to_4h", "u"),)), "intermediate_size", _NO_HEAD_DIM),
     Family(("mixtral",), _EXPERTS, "intermediate_size", _ATTENTION),
@@ -102,17 +103,17 @@ def family_of(model_type: str, name: str) -> Family:
     """Return the family of a model.
 
     Args:
-        model_type: of the text model's config.
-        name: of the model's class, for messages.
+        model_type: field of the text model's config.
+        name: name of the model's class, for messages.
 
     Raises:
-        ModelError: there is none.
+        ModelError: no family has the type.
     """
     for family in FAMILIES:
         if model_type in family.types:
             return family
     known = ", ".join(sorted(one for family in FAMILIES for one in family.types))
     raise ModelError(
-        f"{name} (model_type {model_type}) cannot be made smaller: which of its parameters belong together is not known; "
-        f"known are {known}"
+        f"{name} (model_type {model_type}) cannot be made smaller: there is no description of its units; supported types are "
+        f"{known}"
     )

@@ -1,4 +1,4 @@
-"""A finished folder whose units are zeroed → a smaller folder without them, one tensor at a time."""
+"""Writing a smaller folder from a finished folder whose units are zero, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -30,12 +30,13 @@ from thanos.system.event_stream import EventStream
 
 @dataclass(frozen=True, slots=True)
 class SmallerFolder:
-    """What was written.
+    """Sizes of a smaller folder.
 
     Attributes:
         parameters: number of entries of all tensors.
         nbytes: bytes of the weight files, headers included.
-        dense_parameters, dense_nbytes: the same of the full-size folder.
+        dense_parameters: number of entries of all tensors of the full-size folder.
+        dense_nbytes: bytes of its weight files.
     """
 
     parameters: int
@@ -46,7 +47,7 @@ class SmallerFolder:
 
 @dataclass(frozen=True, slots=True)
 class _Cut:
-    """The positions along one axis of a parameter that stay."""
+    """The positions along one axis of a parameter that are kept."""
 
     axis: int
     stay: Tensor
@@ -62,16 +63,17 @@ def write_smaller(
     trust_remote_code: bool = False,
     on_event: Watcher | None = None,
 ) -> SmallerFolder:
-    """Write a folder without the units and blocks that go. Other entries are the same, bit by bit.
+    """Write a folder without the removed units and blocks. All other entries stay the same, bit by bit.
 
-    Nothing is compensated here: a unit's columns of the writer count as zero, and a block that goes as the identity.
+    Nothing compensates the removal. So the columns of a removed unit in the writer should be zero, and a removed block should
+    be close to the identity.
 
     Args:
         folder: a local folder of safetensors of full size.
         out: the output folder, which must not exist. It appears by one rename when it is complete.
-        kept: full name of each writer → int64, the units that stay, ascending; the same number for every writer of a kind.
-        head_unit: what a head means; see :func:`~thanos.shrink.units.units_of`.
-        dropped_blocks: indices of the blocks that go. Nothing is asked of their writers.
+        kept: full name of each writer → indices of the kept units, int64, ascending; as many for every writer of a kind.
+        head_unit: the unit of heads; see :func:`~thanos.shrink.units.units_of`.
+        dropped_blocks: indices of the removed blocks. ``kept`` need not have their writers.
         trust_remote_code: let transformers run Python code from the checkpoint.
         on_event: function that is called with events of progress.
 
@@ -79,13 +81,13 @@ def write_smaller(
         ModelError: the folder cannot be read, or its architecture cannot lose these units.
         UserError: ``out`` exists.
         ResourceError: the disk has too little room.
-        ValueError: a kind's writers are not all in ``kept``, or with different numbers of units.
+        ValueError: ``kept`` lacks a writer, or has different numbers of units for writers of a kind.
     """
     if out.exists():
         raise UserError(f"{out} exists; give a folder that does not")
     source = find_local(folder, trust_remote_code=trust_remote_code)
     if source is None or source.gguf is not None:
-        raise ModelError(f"{folder} is no local folder of safetensors")
+        raise ModelError(f"{folder} is not a local folder of safetensors; give one")
     opened = open_model(source)
     cuts, removed = _cuts(opened, kept, head_unit, frozenset(dropped_blocks))
     values = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
@@ -94,14 +96,14 @@ def write_smaller(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        found = _write_tensors(opened, cuts, frozenset(dropped_blocks), partial, EventStream(on_event))
+        sizes = _write_tensors(opened, cuts, frozenset(dropped_blocks), partial, EventStream(on_event))
         (partial / "config.json").write_text(json_text(config), encoding="utf-8")
         copy_others(source.folder, partial, ("config.json",))
         partial.rename(out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    return found
+    return sizes
 
 
 def smaller_size(
@@ -111,30 +113,30 @@ def smaller_size(
     head_unit: str = GROUP,
     dropped_blocks: Sequence[int] = (),
 ) -> SmallerFolder:
-    """Return the sizes of what :func:`write_smaller` would write from the folder of an opened model. No weight is read."""
-    gone = frozenset(dropped_blocks)
-    cuts, _ = _cuts(opened, kept, head_unit, gone)
-    return _plan(opened, cuts, gone).sizes
+    """Return the sizes of the folder that :func:`write_smaller` would write from an opened model. No weight is read."""
+    dropped = frozenset(dropped_blocks)
+    cuts, _ = _cuts(opened, kept, head_unit, dropped)
+    return _plan(opened, cuts, dropped).sizes
 
 
 def _cuts(
-    opened: OpenedModel, kept: Mapping[str, Tensor], head_unit: str, gone: frozenset[int]
+    opened: OpenedModel, kept: Mapping[str, Tensor], head_unit: str, dropped: frozenset[int]
 ) -> tuple[dict[str, _Cut], dict[str, int]]:
     """Return parameter name → cut, and kind → number of units that each writer loses."""
     prefix, blocks = find_blocks(opened.meta_model)
-    left = {name for name in kept if not name.startswith(tuple(f"{prefix}.{number}." for number in gone))}
+    unmatched = {name for name in kept if not name.startswith(tuple(f"{prefix}.{number}." for number in dropped))}
     cuts: dict[str, _Cut] = {}
     removed: dict[str, int] = {}
     for kind in (NEURONS, HEADS):
-        if not left:
+        if not unmatched:
             break
-        full = {
+        by_block = {
             f"{prefix}.{number}": units
             for number, units in enumerate(units_of(opened.meta_model, blocks, kind, head_unit))
-            if number not in gone
+            if number not in dropped
         }
-        writers = {f"{block}.{one.writer}": (block, one) for block, units in full.items() for one in units}
-        if left.isdisjoint(writers):
+        writers = {f"{block}.{one.writer}": (block, one) for block, units in by_block.items() for one in units}
+        if unmatched.isdisjoint(writers):
             continue
         for writer, (block, units) in writers.items():
             if writer not in kept:
@@ -143,21 +145,21 @@ def _cuts(
             if removed.setdefault(kind, lost) != lost:
                 raise ValueError(f"{writer} loses {lost} units, others {removed[kind]}")
             cuts |= {f"{block}.{name}": cut for name, cut in _cuts_of(opened, block, units, kept[writer]).items()}
-        left -= writers.keys()
-    if left:
-        raise ValueError(f"{min(left)} is no writer of units")
+        unmatched -= writers.keys()
+    if unmatched:
+        raise ValueError(f"{min(unmatched)} is not the writer of any units")
     return cuts, {kind: lost for kind, lost in removed.items() if lost}
 
 
 def _cuts_of(opened: OpenedModel, block: str, units: Units, kept: Tensor) -> dict[str, _Cut]:
-    """Return parameter name, relative to the block → cut, for the units of one writer."""
-    gone = torch.ones(len(units), dtype=torch.bool)
-    gone[kept] = False
+    """Return parameter name relative to the block → cut, for the units of one writer."""
+    removed = torch.ones(len(units), dtype=torch.bool)
+    removed[kept] = False
     cuts = {}
     for one in units.slices:
         size = opened.meta_model.get_parameter(f"{block}.{one.name}").shape[one.axis]
         stay = torch.ones(size, dtype=torch.bool)
-        stay[one.index[gone].flatten()] = False
+        stay[one.index[removed].flatten()] = False
         cuts[one.name] = _Cut(one.axis, stay.nonzero().flatten())
     return cuts
 
@@ -169,7 +171,7 @@ class _Plan:
     Attributes:
         layout: the tensors under their new names, with the parts of fused ones.
         renamed: new name of a tensor or part → name in the checkpoint.
-        cuts: new name → cut, of those that are cut.
+        cuts: new name → cut, for the tensors that are cut.
         sizes: parameters and bytes before and after.
     """
 
@@ -179,10 +181,10 @@ class _Plan:
     sizes: SmallerFolder
 
 
-def _plan(opened: OpenedModel, cuts: Mapping[str, _Cut], gone: frozenset[int]) -> _Plan:
+def _plan(opened: OpenedModel, cuts: Mapping[str, _Cut], dropped: frozenset[int]) -> _Plan:
     checkpoint = opened.checkpoint
     cut_of = {opened.key_of[name]: cut for name, cut in cuts.items()}
-    new_name = Renaming(opened, gone)
+    new_name = Renaming(opened, dropped)
     wholes, largest = _whole_tensors(checkpoint)
     specs: dict[str, TensorSpec] = {}
     parts: dict[str, dict[str, tuple[int, ...]]] = {}
@@ -208,10 +210,10 @@ def _plan(opened: OpenedModel, cuts: Mapping[str, _Cut], gone: frozenset[int]) -
 
 
 def _write_tensors(
-    opened: OpenedModel, cuts: Mapping[str, _Cut], gone: frozenset[int], folder: Path, tell: EventStream
+    opened: OpenedModel, cuts: Mapping[str, _Cut], dropped: frozenset[int], folder: Path, tell: EventStream
 ) -> SmallerFolder:
     """Write the weight files."""
-    plan = _plan(opened, cuts, gone)
+    plan = _plan(opened, cuts, dropped)
     writer = CheckpointWriter(plan.layout, Renamed(opened.checkpoint, plan.renamed), folder)
     tell(Event(kind="phase", phase="write"))
     for done, (name, cut) in enumerate(plan.cuts.items(), 1):
@@ -222,22 +224,21 @@ def _write_tensors(
 
 
 def _whole_tensors(checkpoint: Checkpoint) -> tuple[dict[str, tuple[TensorSpec, list[str]]], int]:
-    """Return the tensors as the files hold them, and the most bytes of tensors in a file.
+    """Return the tensors as they are stored in the files, and the largest number of bytes of tensors in one file.
 
-    Returns:
-        name → dtype and shape, and the names of the parts that it was split into, in order (itself, if it was not); and the
-        bytes.
+    A tensor has its dtype and shape, and the names of the parts into which the layout splits it, in order. An unsplit tensor
+    has only its own name.
     """
     tensors = checkpoint.layout.tensors
-    found: dict[str, tuple[TensorSpec, list[str]]] = {}
+    wholes: dict[str, tuple[TensorSpec, list[str]]] = {}
     for shard in checkpoint.layout.shards:
         _, infos = parse_shard(Path(shard.name), shard.header)
         new = [(info.offset, name) for name, info in tensors.items() if info.shard == shard.name and name not in infos]
         for whole, info in infos.items():
             end = info.offset + info.nbytes
             inside = [whole] if whole in tensors else [name for at, name in sorted(new) if info.offset <= at < end]
-            found[whole] = (TensorSpec(info.dtype, info.shape), inside)
-    return found, max(shard.size - len(shard.header) for shard in checkpoint.layout.shards)
+            wholes[whole] = (TensorSpec(info.dtype, info.shape), inside)
+    return wholes, max(shard.size - len(shard.header) for shard in checkpoint.layout.shards)
 
 
 def _new_shape(checkpoint: Checkpoint, key: str, cut_of: Mapping[str, _Cut]) -> tuple[int, ...]:
@@ -248,7 +249,10 @@ def _new_shape(checkpoint: Checkpoint, key: str, cut_of: Mapping[str, _Cut]) -> 
 
 
 def _joined(whole: tuple[int, ...], parts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """Return the shape of a fused tensor (experts, rows, columns) with parts of these shapes, or that of its only part."""
+    """Return the shape of a fused tensor (experts, rows, columns) that consists of parts of these shapes.
+
+    A tensor with one part has the part's shape.
+    """
     if len(parts) == 1:
         return parts[0]
     columns = parts[0][-1]

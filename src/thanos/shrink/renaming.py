@@ -1,4 +1,4 @@
-"""The names of a checkpoint's tensors after blocks have gone."""
+"""The names of a checkpoint's tensors after blocks were removed."""
 
 from __future__ import annotations
 
@@ -12,43 +12,43 @@ from thanos.model.opening import OpenedModel
 
 
 class Renaming:
-    """Renumbers the names of a checkpoint's tensors after blocks have gone.
+    """Maps the names of a checkpoint's tensors to the names after blocks were removed.
 
     Args:
         opened: the model.
-        gone: indices of the blocks that go.
+        dropped: indices of the removed blocks.
     """
 
-    def __init__(self, opened: OpenedModel, gone: frozenset[int]) -> None:
+    def __init__(self, opened: OpenedModel, dropped: frozenset[int]) -> None:
         prefix, _ = find_blocks(opened.meta_model)
         last = re.escape(prefix.rpartition(".")[2])
         stems = set()
         for name, key in opened.key_of.items():
             if name.startswith(f"{prefix}."):
                 index = name[len(prefix) + 1 :].split(".")[0]
-                if found := re.search(rf"(?:^|\.){last}\.(?={index}\.)", key):
-                    stems.add(re.escape(key[: found.end()]))
+                if match := re.search(rf"(?:^|\.){last}\.(?={index}\.)", key):
+                    stems.add(re.escape(key[: match.end()]))
         self._pattern = re.compile(rf"({'|'.join(sorted(stems))})(\d+)\.")
-        self._gone = gone
+        self._dropped = dropped
 
     def __call__(self, key: str) -> str | None:
-        """Return the new name of a tensor; None if its block goes."""
-        found = self._pattern.match(key) if self._gone else None
-        if found is None:
+        """Return the new name of a tensor; None if its block was removed."""
+        match = self._pattern.match(key) if self._dropped else None
+        if match is None:
             return key
-        index = int(found[2])
-        if index in self._gone:
+        index = int(match[2])
+        if index in self._dropped:
             return None
-        return f"{found[1]}{index - sum(one < index for one in self._gone)}.{key[found.end() :]}"
+        return f"{match[1]}{index - sum(one < index for one in self._dropped)}.{key[match.end() :]}"
 
 
 @dataclass(frozen=True, slots=True)
 class Renamed:
-    """Hands out the bytes of tensors under new names.
+    """A source of tensors' bytes under new names.
 
     Attributes:
-        source: of the bytes.
-        names: new name → name in the source.
+        source: the source under the old names.
+        names: new name → old name.
     """
 
     source: RawSource

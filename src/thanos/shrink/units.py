@@ -1,4 +1,4 @@
-"""The removable units of a model, neurons and heads, and the parameters that go with them."""
+"""The removable units of a model, neurons and heads, and the entries of parameters that belong to them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 GROUP, QUERY = "group", "query"
-"""What a head means with grouped-query attention: a key-value head with its query heads, or one query head of every group."""
+"""The unit of heads with grouped-query attention: a key-value head with its query heads, or one query head of every group."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +27,8 @@ class Slice:
     """A parameter of a block that loses entries along one axis with the units.
 
     Attributes:
-        name: of the parameter, relative to the block.
-        axis: along which entries go.
+        name: name of the parameter relative to the block.
+        axis: the axis along which entries are removed.
         index: int64 (units, entries per unit), the positions along ``axis`` that belong to each unit.
     """
 
@@ -39,7 +39,7 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class Units:
-    """The removable units of one writer: the layer whose input columns they are.
+    """The removable units of one writer, the layer whose input columns belong to them (see families.py).
 
     Attributes:
         kind: ``NEURONS`` or ``HEADS``.
@@ -68,7 +68,7 @@ class _Attention:
 
     @property
     def shared(self) -> int:
-        """Number of query heads of a key-value head."""
+        """Number of query heads for each key-value head."""
         return self.queries // self.keys
 
 
@@ -84,11 +84,11 @@ def units_of(
         head_unit: ``GROUP`` or ``QUERY``. Without grouped-query attention both mean a head.
 
     Returns:
-        For each block its writers: one, or one for each expert. A block of a mixture of experts without experts has none, and
-        a shared expert does not count: their sizes are other fields of the config.
+        For each block the units of its writer, or of one writer for each expert. In a mixture of experts, the list is empty for
+        a block without experts, and a shared expert is left out: the config has other fields for their sizes.
 
     Raises:
-        ModelError: the architecture is not known, its config cannot state the smaller size, or a block is not as expected.
+        ModelError: the architecture is not known, its config cannot state the smaller size, or a block differs from its family.
     """
     config: Any = model.config.get_text_config(decoder=True)
     name = type(model).__name__
@@ -102,20 +102,20 @@ def units_of(
         cut, heads = family.attention, attention_of(config)
         expected = heads.queries * heads.width
     _check_unshared(blocks, name)
-    found = []
+    by_block = []
     for number, block in enumerate(blocks):
         units = []
         for writer in _writers(block, cut.writer):
             what = f"{name}: {writer} of block {number}"
             if _columns(block, writer) != expected:
-                raise ModelError(f"{what} has {_columns(block, writer)} columns, but the config makes it {expected}")
+                raise ModelError(f"{what} has {_columns(block, writer)} columns, but {expected} by the config")
             columns = torch.arange(expected).unsqueeze(1) if heads is None else _query_rows(heads, head_unit)
             slices = _slices(block, writer, cut, columns, heads, head_unit, what)
             units.append(Units(kind, writer, columns, slices))
-        found.append(units)
-    if not any(found):
+        by_block.append(units)
+    if not any(by_block):
         raise ModelError(f"{name} has no layer {cut.writer}, so no {kind} can be removed")
-    return found
+    return by_block
 
 
 def attention_of(config: Any) -> _Attention:
@@ -127,9 +127,9 @@ def attention_of(config: Any) -> _Attention:
 
 
 def width_of(config: Any, field: str) -> int:
-    """Return the number of neurons that a text model's config states in a field; GPT-2 leaves it out if it is the usual one."""
+    """Return the number of neurons that a field of a text model's config states."""
     width = getattr(config, field)
-    return 4 * config.hidden_size if width is None else width
+    return 4 * config.hidden_size if width is None else width  # None in GPT-2 means the default
 
 
 def _writers(block: nn.Module, pattern: str) -> Iterator[str]:
@@ -138,7 +138,7 @@ def _writers(block: nn.Module, pattern: str) -> Iterator[str]:
 
 
 def _transposed(layer: nn.Module) -> bool:
-    """Whether a layer stores its weight as (inputs, outputs)."""
+    """Whether a layer stores its weight as (inputs, outputs), like GPT-2's Conv1D."""
     return not isinstance(layer, nn.Linear)
 
 
@@ -153,7 +153,7 @@ def _slices(
     """Return the parameters that are cut with a writer's columns.
 
     Raises:
-        ModelError: the writer's module has another parameter, or a maker has another number of rows.
+        ModelError: the writer's module has a parameter that its family lacks, or a maker has another number of rows.
     """
     prefix = writer.rpartition(".")[0]
     dot = f"{prefix}." if prefix else ""
@@ -161,30 +161,30 @@ def _slices(
     known = {f"{writer}.weight", f"{writer}.bias", *(f"{dot}{name}" for name in cut.uncut)}
     for maker, matrices in cut.makers:
         layer = block.get_submodule(f"{dot}{maker}")
-        pieces, start = [], 0
+        indices, start = [], 0
         for matrix in matrices:
             index, rows = _matrix_rows(matrix, columns, heads, head_unit)
-            pieces += [] if index is None else [index + start]
+            indices += [] if index is None else [index + start]
             start += rows
         weight = layer.get_parameter("weight")
         axis = 1 if _transposed(layer) else 0
         if weight.shape[axis] != start:
-            raise ModelError(f"{what}: {maker} has {weight.shape[axis]} rows, but the config makes it {start}")
+            raise ModelError(f"{what}: {maker} has {weight.shape[axis]} rows, but {start} by the config")
         known |= {f"{dot}{maker}.{name}" for name, _ in layer.named_parameters()}
-        if pieces:
-            index = torch.cat(pieces, 1)
+        if indices:
+            index = torch.cat(indices, 1)
             slices.append(Slice(f"{dot}{maker}.weight", axis, index))
             if getattr(layer, "bias", None) is not None:
                 slices.append(Slice(f"{dot}{maker}.bias", 0, index))
     if prefix:
         own = {f"{dot}{name}" for name, _ in block.get_submodule(prefix).named_parameters()}
         if strange := sorted(own - known):
-            raise ModelError(f"{what}: {strange[0]} is a parameter that smaller models do not know")
+            raise ModelError(f"{what}: it is not known how {strange[0]} depends on the units")
     return tuple(slices)
 
 
 def _matrix_rows(matrix: str, columns: Tensor, heads: _Attention | None, head_unit: str) -> tuple[Tensor | None, int]:
-    """Return the rows of one matrix of a maker that belong to each unit (None: no row does), and how many rows it has."""
+    """Return the rows of a maker's matrix that belong to each unit (None if no row does), and its number of rows."""
     if heads is None:
         return columns, len(columns)
     if matrix == "q":
@@ -196,7 +196,7 @@ def _matrix_rows(matrix: str, columns: Tensor, heads: _Attention | None, head_un
 
 
 def _query_rows(heads: _Attention, head_unit: str) -> Tensor:
-    """Return the rows of q, which are the columns of the writer, that belong to each unit."""
+    """Return the rows of q that belong to each unit. They are also the columns of the writer."""
     rows = torch.arange(heads.queries * heads.width).view(heads.keys, heads.shared, heads.width)
     if head_unit == QUERY and heads.shared > 1:
         rows = rows.transpose(0, 1)
@@ -204,7 +204,7 @@ def _query_rows(heads: _Attention, head_unit: str) -> Tensor:
 
 
 def _check_unshared(blocks: Sequence[nn.Module], name: str) -> None:
-    """Refuse blocks that share a parameter: it could not be cut for one of them alone."""
+    """Raise ModelError if blocks share a parameter, since it cannot be cut for one of them alone."""
     seen: dict[int, str] = {}
     for number, block in enumerate(blocks):
         for key, parameter in block.named_parameters(remove_duplicate=False):

@@ -1,7 +1,7 @@
 """Packed sparse weights: storage formats, kernels, and the loader for transformers.
 
-``import thanos.sparse`` registers the loader: ``AutoModelForCausalLM.from_pretrained`` then loads what ``thanos pack`` wrote,
-and the weights stay packed.
+``import thanos.sparse`` registers the loader. ``AutoModelForCausalLM.from_pretrained`` then loads models that ``thanos pack``
+wrote, and the weights stay packed.
 """
 
 from thanos.sparse.loader import SparseConfig as SparseConfig

@@ -1,7 +1,7 @@
 """The two packed formats of a weight matrix: what a packed matrix is, and how it is read.
 
-Both store strips of 32 rows, from the top, each as its tiles of 32 × 32 from left to right (:mod:`thanos.sparse.tiles`). Rows
-and columns that are missing to a multiple of 32 are filled with zeros.
+Both divide the matrix into strips of 32 rows, and a strip into tiles of 32 × 32 (:mod:`thanos.sparse.tiles`), which are stored
+from left to right. The matrix is padded with zeros to multiples of 32.
 
 ``fixed``
     Every tile stores the same number n of values a row and has no tail. It suits n:m patterns whose m divides 32: 16:32 and all
@@ -50,14 +50,14 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 @dataclass(frozen=True, slots=True)
 class PackedSpec:
-    """What a packed matrix is, without its content.
+    """Format, sizes and dtype of a packed matrix.
 
     Attributes:
         format: ``fixed`` or ``bitmap``.
         rows: rows of the dense matrix (outputs).
         columns: columns of the dense matrix (inputs).
         dtype: dtype of the values, bfloat16 or float16.
-        n: values a row of each tile; 0 for ``bitmap``, whose tiles differ.
+        n: number of values per row of each tile; 0 for ``bitmap``, whose tiles differ.
         words: number of 32-bit words of all tiles.
         version: of the layout of its offsets. Only a stored matrix has another than :data:`VERSION`.
     """
@@ -82,7 +82,7 @@ class PackedSpec:
 
     @property
     def offsets(self) -> int:
-        """Number of entries of ``offsets``: one a tile and the end; 0 for ``fixed``."""
+        """Number of entries of ``offsets``: one per tile, and the end; 0 for ``fixed``."""
         return self.strips * self.tiles + 1 if self.format == "bitmap" else 0
 
     @property

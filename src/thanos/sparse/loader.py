@@ -37,7 +37,7 @@ class SparseConfig(QuantizationConfigMixin):
     Args:
         format_version: version of the layout.
         layers: layer's full module name → entry.
-        others: keys of later versions; kept.
+        others: keys of later versions, which are kept.
     """
 
     def __init__(self, format_version: int = VERSION, layers: dict[str, Any] | None = None, **others: Any) -> None:

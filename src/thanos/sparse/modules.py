@@ -18,13 +18,13 @@ class PackedLinear(nn.Module):
     """A linear layer for inference with a packed weight. Its parameters are not initialised.
 
     Args:
-        spec: of the weight.
+        spec: spec of the weight.
         bias: whether there is a bias.
-        device: of the parameters.
+        device: device of the parameters.
 
     Attributes:
-        siblings: the layers that read the same input and run as one launch with this one; None: it runs alone.
-        place: its index among them.
+        siblings: the layers that run as one launch with this one; None if it runs alone.
+        place: index of this layer in ``siblings``.
     """
 
     weight_words: nn.Parameter
@@ -51,7 +51,7 @@ class PackedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, (out_features, in_features), decoded at each access: for code that reads it, not for speed."""
+        """The dense weight, (out_features, in_features). It is decoded at each access, which is slow."""
         return decode(self.packed)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -148,22 +148,22 @@ def _is_meta(tensor: Tensor | None) -> bool:
 
 
 class DenseLinear(nn.Linear):
-    """A layer of a packed model that stays dense, such as a head: on a CPU it multiplies few tokens by a kernel of ours.
+    """A layer of a packed model that stays dense, such as a head. On a CPU this package's kernel multiplies few tokens.
 
-    It is an ``nn.Linear`` in all else. Where a derivative is wanted, it computes as one too.
+    Otherwise, and if a derivative is required, it behaves as ``nn.Linear``.
     """
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the layer's output, (..., out_features)."""
         derived = torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad)
-        # A weight of another class may be no plain matrix in memory: that of a quantised layer, or a part of one.
+        # A weight of another class need not be a plain matrix in memory, for example in a quantised or sharded layer.
         if derived or input.device.type != "cpu" or type(self.weight) is not nn.Parameter:
             return super().forward(input)
         return dense_linear(input, self.weight, self.bias)
 
 
 def is_plain(module: object) -> TypeGuard[nn.Linear]:
-    """Return whether a module is an ``nn.Linear`` or a :class:`DenseLinear`, and of no class of somebody else."""
+    """Whether a module is exactly an ``nn.Linear`` or a :class:`DenseLinear`, and not of another subclass."""
     return type(module) in (nn.Linear, DenseLinear)
 
 

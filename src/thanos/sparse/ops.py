@@ -1,6 +1,6 @@
-"""The product of packed matrices as operators of torch: ``thanos::packed_linear``, and ``thanos::packed_linears`` for several.
+"""Torch operators for products: ``thanos::packed_linear`` with a packed matrix, ``thanos::packed_linears`` with several.
 
-``thanos::dense_linear`` is the product of a matrix that stays dense in a packed model, with few tokens on a CPU.
+``thanos::dense_linear`` is the product of a few tokens with a matrix that stays dense in a packed model, on a CPU.
 
 They have an implementation for each type of device and one for fake tensors, so that ``torch.compile`` and CUDA graphs work.
 The operators have no derivative. The functions :func:`packed_linear` and :func:`packed_linears` have one by input and bias.
@@ -24,7 +24,7 @@ from thanos.sparse.tiles import SIDE, tile_words
 _DTYPES = (torch.bfloat16, torch.float16)
 
 _STRIPS_ENTRIES = 1 << 20
-"""Entries of the rows that are decoded at once, where no kernel reads them packed: 2 MiB."""
+"""Number of entries that are decoded at once if no kernel multiplies the packed matrix: 2 MiB."""
 
 _LIBRARY = torch.library.Library("thanos", "FRAGMENT")
 _LIBRARY.define("packed_linear(Tensor x, Tensor words, Tensor? offsets, Tensor? bias, SymInt rows, SymInt n) -> Tensor")
@@ -68,7 +68,7 @@ def packed_linears(
 ) -> list[Tensor]:
     """Return the products of several packed matrices with the same x, on CUDA by one launch.
 
-    Each result has the bits that :func:`packed_linear` gives for a matrix of the size of all of them together.
+    The bits of the results are those of :func:`packed_linear` for one matrix of the total size.
 
     Args:
         x: (..., columns), bfloat16 or float16: the dtype of the values.

@@ -1,9 +1,10 @@
-"""Packed layers that read the same input, such as q, k and v: they run as one launch.
+"""Packed layers that read the same input, such as q, k and v, run as one launch.
 
-Layers are siblings if their input is the same tensor. A run of the model shows it, with tensors that have no content, so that
-nothing is computed; no name of an architecture is needed. At run time the first sibling computes the outputs of all and keeps
-them. Each of the others takes its output if its input is that same tensor, and otherwise computes its own. When the last one is
-taken, nothing is kept. ``torch.compile`` leaves one call, since it knows while it traces which inputs are the same tensor.
+Layers are siblings if their input is the same tensor. They are found by running the model with tensors that have no content, so
+nothing is computed, and names of architectures are not needed. At run time the first sibling computes the outputs of all and
+keeps them. Each of the others takes its output if its input is the same tensor, and otherwise computes its own. After the last
+output is taken, nothing is kept. With ``torch.compile`` one call remains, since the compiler knows which inputs are the same
+tensor.
 """
 
 from __future__ import annotations
@@ -27,10 +28,12 @@ _TOKENS = 2
 
 
 class Siblings:
-    """Layers of one kind that read the same input; the state that passes their outputs from the first to the others.
+    """Layers that read the same input, and the outputs that the first of them has computed for the others.
 
     Args:
-        layers: in the order of their calls; all ``fixed`` with the same n, or all ``bitmap``; of one dtype and input size.
+        layers: the layers in the order of their calls. All are ``fixed`` with the same n, or all are ``bitmap``; they have the
+            same
+            dtype and input size.
     """
 
     def __init__(self, layers: list[PackedLinear]) -> None:
@@ -45,8 +48,8 @@ class Siblings:
         """Return the output of one of the layers.
 
         Args:
-            place: its index.
-            x: its input.
+            place: index of the layer.
+            x: input of the layer.
         """
         held = self.held
         if held is not None and held[0] is x:
@@ -70,7 +73,7 @@ class Siblings:
         return own
 
 
-@torch.inference_mode(mode=False)  # inference tensors do not count their changes
+@torch.inference_mode(mode=False)  # inference tensors have no version counter
 @torch.no_grad()
 def find_siblings(model: Any, names: Iterable[str]) -> list[list[str]]:
     """Return the groups of linear layers that read the same tensor, each in the order of the calls.
@@ -90,7 +93,7 @@ def find_siblings(model: Any, names: Iterable[str]) -> list[list[str]]:
         def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
             del module
             x = arguments[0]
-            # What is held here keeps its id. An input that has changed since is another input.
+            # ``inputs`` keeps the tensors alive, so their ids stay unique. An input that was modified since counts as another.
             _, version, group = inputs.setdefault(id(x), (x, x._version, []))
             calls[name] = calls.get(name, 0) + (1 if x._version == version else 2)
             group.append(name)
@@ -103,17 +106,17 @@ def find_siblings(model: Any, names: Iterable[str]) -> list[list[str]]:
         with FakeTensorMode(allow_non_fake_inputs=True):
             twin.to_empty(device="cpu")
             twin(input_ids=torch.zeros(1, _TOKENS, dtype=torch.long), use_cache=False)
-    except Exception:  # a model may raise anything; its layers then run one by one, which is slower and no less right
+    except Exception:  # of any type; then the layers run one by one, which is slower but correct
         return []
     groups = [[name for name in group if calls[name] == 1] for _, _, group in inputs.values()]
     return [group for group in groups if len(group) > 1]
 
 
 def join(layers: list[PackedLinear]) -> None:
-    """Let layers that read the same input run as one launch: those of one format, n, dtype, input size and device.
+    """Let layers that read the same input run as one launch, if they have the same format, n, dtype, input size and device.
 
     Args:
-        layers: in the order of their calls, on any devices.
+        layers: the layers in the order of their calls, on any devices.
     """
     kinds: dict[Any, list[PackedLinear]] = {}
     for layer in layers:

@@ -1,7 +1,7 @@
-"""Packed matrices in safetensors files: names, the entry in ``config.json``, and the checks of everything that is read.
+"""Packed matrices in safetensors files: names, the entry in ``config.json``, and checks of what is read.
 
-docs/formats.md describes the layout. A packed weight is used only after these checks: sizes, dtypes, offsets, the bits of each
-mask word, and the zeros beyond the matrix. Then no kernel can read or write outside its tensors.
+docs/formats.md describes the layout. A packed weight is used only after checks of sizes, dtypes, offsets, the number of bits in
+each mask word, and the zeros outside the matrix. So no kernel can read or write outside its tensors.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ METHOD = "thanos_sparse"
 """Value of ``quant_method`` in ``config.json``."""
 
 WORDS, OFFSETS = "weight_words", "weight_offsets"
-"""Last parts of the names of a packed layer's tensors, where a dense layer has ``weight``."""
+"""Last parts of the names of a packed layer's tensors, which replace ``weight``."""
 
 _MOST = 1 << 31
 """Sizes must be below this."""
@@ -76,7 +76,7 @@ def parse_settings(settings: Any, where: str) -> dict[str, PackedSpec]:
         where: name of the model, for messages.
 
     Raises:
-        ModelError: the version is another, or an entry is not valid.
+        ModelError: the version is not supported, or an entry is not valid.
     """
     version = settings.get("format_version") if isinstance(settings, Mapping) else None
     if type(version) is not int or not 1 <= version <= VERSION:
@@ -126,8 +126,8 @@ def tensor_specs(prefix: str, spec: PackedSpec) -> dict[str, TensorSpec]:
     """Return the stored tensors of a packed layer: name → dtype and shape.
 
     Args:
-        prefix: name of the layer in the checkpoint, whose weight would be ``prefix.weight``.
-        spec: of the layer.
+        prefix: name of the layer in the checkpoint.
+        spec: spec of its weight.
     """
     tensors = {f"{prefix}.{WORDS}": TensorSpec(torch.int32, (spec.words,))}
     if spec.offsets:
@@ -138,7 +138,7 @@ def tensor_specs(prefix: str, spec: PackedSpec) -> dict[str, TensorSpec]:
 def find_prefixes(specs: Mapping[str, PackedSpec], checkpoint: Checkpoint, where: str) -> dict[str, str]:
     """Return layer name → prefix of its tensors in a checkpoint.
 
-    The first part of a layer's name (``model``) may be absent in the checkpoint, or be there alone.
+    The first part of a name (``model``) may exist only in the model or only in the checkpoint.
 
     Raises:
         ModelError: tensors and layers do not correspond, or a tensor has another dtype or shape than the spec says.
@@ -199,7 +199,7 @@ def _words(spec: TensorSpec) -> str:
 
 
 def read_weight(checkpoint: Checkpoint, prefix: str, spec: PackedSpec, where: str) -> PackedWeight:
-    """Read one packed matrix and check it. The tensors are those that :func:`find_prefixes` has checked.
+    """Read and check one packed matrix. :func:`find_prefixes` must have checked its tensors' shapes and dtypes.
 
     Raises:
         ModelError: see :func:`check_weight`.
@@ -215,7 +215,7 @@ def as_latest(packed: PackedWeight, name: str) -> PackedWeight:
 
     Args:
         packed: tensors of any content.
-        name: of the layer, for messages.
+        name: name of the layer, for messages.
 
     Raises:
         ModelError: an offset is not one of the older version.

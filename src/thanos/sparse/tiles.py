@@ -27,7 +27,7 @@ MOST_TAIL = 2
 """Units of the longest tail: 64 values, two for each lane of a warp."""
 
 PIECES = (8, 4, 2, 1)
-"""Sizes of the pieces, in values a row."""
+"""Sizes of the pieces, in values per row."""
 
 _ONES = 0x0101010101010101
 """Factor that sums 8 bytes in the top byte."""
@@ -64,14 +64,14 @@ def unpack_bits(words: Tensor) -> Tensor:
 
 
 def true_positions(flags: Tensor) -> Tensor:
-    """Return the flat positions of true flags, in order, int64; on the CPU without the slow path of ``Tensor.nonzero``."""
+    """Return the flat positions of true flags in order, int64. NumPy is used on the CPU, where ``Tensor.nonzero`` is slow."""
     if flags.device.type == "cpu":
         return torch.from_numpy(np.flatnonzero(flags.numpy()))
     return flags.reshape(-1).nonzero().squeeze(-1)
 
 
 def count_flags(flags: Tensor) -> Tensor:
-    """Return the number of true flags in each 32 of (…, 32·k) bool, contiguous: (…, k) uint8."""
+    """Return the number of true flags in each group of 32 of (…, 32·k) bool, contiguous: (…, k) uint8."""
     sums = (flags.view(torch.int64) * _ONES) >> 56
     return sums.to(torch.uint8).unflatten(-1, (-1, 4)).sum(-1, dtype=torch.uint8)
 

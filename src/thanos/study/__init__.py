@@ -1,1 +1,1 @@
-"""The study: a grid of pruning runs, one store of their results."""
+"""Studies: grids of pruning runs, with their results in one store."""

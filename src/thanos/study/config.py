@@ -1,4 +1,4 @@
-"""Read ``study.toml``. An error names the line and field of the wrong value. docs/formats.md describes the format."""
+"""Reading ``study.toml``. An error names the line and field of the wrong value. docs/formats.md describes the format."""
 
 from __future__ import annotations
 
@@ -76,11 +76,13 @@ class _Reader:
         self, grids: Any, models: tuple[str, ...], cost_only: tuple[str, ...], tasks: ZeroShotPlan | None
     ) -> tuple[dict[Cell, None], set[Cell]]:
         if not isinstance(grids, list):
-            raise self._error("grid", 0, "", "write [[grid]], with two brackets: there may be several")
+            raise self._error("grid", 0, "", "must be a list of tables; write [[grid]] with two brackets")
         names = [public(model) for model in models]
         for name in names:
             if names.count(name) > 1:
-                raise self._error("", 0, "models", f"two models are called {name}; the store could not tell them apart")
+                raise self._error(
+                    "", 0, "models", f"two models are called {name}; rename one, since the store has only names"
+                )
         dense = {model: Cell(model=model, method=DENSE) for model in models if model not in cost_only}
         cells: dict[Cell, None] = dict.fromkeys(dense.values())
         with_tasks: set[Cell] = set()
@@ -89,7 +91,7 @@ class _Reader:
             zero_shot = axes.pop("zero_shot", False)
             if zero_shot and tasks is None:
                 raise self._error(
-                    "grid", index, "zero_shot", "there is no [zero_shot] table; an empty one asks for paper"
+                    "grid", index, "zero_shot", "there is no [zero_shot] table; add one (empty: the tasks of the paper)"
                 )
             for model in axes.get("model", ()):
                 if model not in models:
@@ -99,7 +101,9 @@ class _Reader:
             if zero_shot:
                 evaluated = [cell for cell in found if cell.model in dense]
                 if not evaluated:
-                    raise self._error("grid", index, "zero_shot", "no tasks are put to models that are cost_only")
+                    raise self._error(
+                        "grid", index, "zero_shot", "models in cost_only are not evaluated; remove zero_shot"
+                    )
                 with_tasks.update(evaluated, (dense[cell.model] for cell in evaluated))
         return cells, with_tasks
 

@@ -12,7 +12,7 @@ from thanos.study.store import CellRecord
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StudyEvent:
-    """One step of a study; displays are drawn from these events.
+    """One step of a study, for displays.
 
     Attributes:
         worker: number of the worker, from 0.

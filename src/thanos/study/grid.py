@@ -1,7 +1,7 @@
 """The contents of a study: the cells of its grids, and their evaluation.
 
-A combination that no recipe allows is a cell too, for example 80 % sparsity with 30 % of the rows left dense. That cell fails
-with its reason. The other cells of the product still run.
+A combination that no recipe allows is a cell too, for example 80 % sparsity with 30 % of the rows left dense. It becomes a
+failed cell with a reason. The other cells of the product still run.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ DENSE = "dense"
 class Cell:
     """One point of the grid, normalised so that equal runs are equal cells.
 
-    A field that the method or pattern does not use is None: the block size and damping of Wanda, the sparsity of n:m, a scope
-    that is the method's own or the effort's, a multiple and a unit of heads that are the pattern's defaults, the effort
-    ``fast``, a part of the repair that is what the effort says, all fields but the model and method of ``dense``. The fields
-    are those of :class:`~thanos.recipe.Recipe`.
+    A field is None if the method or pattern does not use it: the block size and damping of Wanda, the sparsity of n:m, and for
+    ``dense`` all fields except the model and the method. It is None too if it equals its default: a scope that is the method's
+    or the effort's, ``multiple_of`` and ``head_unit`` of the pattern, the effort ``fast``, a part of the repair that the effort
+    sets. The fields are those of :class:`~thanos.recipe.Recipe`.
     """
 
     model: str
@@ -62,7 +62,7 @@ class Cell:
         return Recipe(**{**values, **others})
 
     def title(self) -> str:
-        """Return the cell in a few words."""
+        """Return a short description of the cell."""
         if self.method == DENSE:
             return f"{public(self.model)} {self.method}"
         parts = [public(self.model), self.method, self.pattern]
@@ -146,11 +146,11 @@ class Study:
 
 _REPAIR = ("allocation", "effort", *(field.name for field in fields(Repair)))
 NEWER = ("scope", "multiple_of", "head_unit", *_REPAIR)
-"""Fields of a cell that are left out where they are None."""
+"""Fields of a cell that a record lacks if they are None, since stores of older versions do not have these fields."""
 
 
 def units_label(cell: Mapping[str, Any]) -> str:
-    """Return in a few words how a cell counts the units that it removes: ``multiple of 256``; empty for the default.
+    """Return a short text with ``multiple_of`` and ``head_unit`` of a cell: ``multiple of 256``; empty for the defaults.
 
     Args:
         cell: values of a :class:`Cell`, or of a record's ``cell``.
@@ -161,7 +161,7 @@ def units_label(cell: Mapping[str, Any]) -> str:
 
 
 def repair_label(cell: Mapping[str, Any]) -> str:
-    """Return the allocation and the repair of a cell's values in a few words: ``effort max, tune 0``; empty without."""
+    """Return a short text with the allocation and the repair of a cell: ``effort max, tune 0``; empty without them."""
     words = {True: "yes", False: "no"}
     found = {name: cell.get(name) for name in _REPAIR if cell.get(name) is not None}
     texts = {
@@ -172,9 +172,9 @@ def repair_label(cell: Mapping[str, Any]) -> str:
 
 
 def public_cell(cell: Cell) -> dict[str, Any]:
-    """Return the cell as written to the store: without local paths, and without newer fields that are None.
+    """Return the cell as written to the store: without local paths, and without fields of :data:`NEWER` that are None.
 
-    So such cells are equal to those of stores that were written before there were these fields.
+    So cells without these settings are equal to those in stores of older versions.
     """
     values = asdict(cell) | {"model": public(cell.model)}
     values = {name: value for name, value in values.items() if value is not None or name not in NEWER}
@@ -219,15 +219,15 @@ def _normal(cell: Cell) -> Cell:
 
 
 def resolved_repair(cell: Cell) -> Repair:
-    """Return the parts of a cell's repair, each as it runs."""
+    """Return the parts of a cell's repair, with the effort's values for parts that are None."""
     return resolved(checked(_repair_settings(cell)))
 
 
 def _normal_repair(cell: Cell) -> Cell:
-    """Return the cell with the effort that says most of its repair, and with None for the parts that this effort says.
+    """Return the cell with the effort that sets most parts of its repair as they are, and None for these parts.
 
-    Of efforts that say equally much the first is taken, and only those with the scope of the cell's own. So two ways to write
-    the same repair give equal cells. The effort ``fast`` is None.
+    Only efforts with the same scope as the cell's are considered; of several the first is chosen. So two ways to write the same
+    repair give equal cells. The effort ``fast`` is None.
     """
     repair, given = resolved_repair(cell), registry.effort(cell.effort or registry.DEFAULT_EFFORT)
     parts = {part.name: getattr(repair, part.name) for part in fields(Repair)}

@@ -26,7 +26,7 @@ from thanos.system.user_paths import without_folders
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Locations:
-    """Locations on this machine. Only the hashes and the commit enter the store.
+    """Locations on this machine. The store gets only the hashes and the commit.
 
     Attributes:
         out: the study's folder.
@@ -60,8 +60,8 @@ class Locations:
     def asked(self, study: Study, cell: Cell) -> dict[str, Any]:
         """Return the settings besides the cell that affect its record: those of :meth:`Study.asked`, and ``bos``.
 
-        ``bos`` exists only for models whose tokenizers add a beginning-of-text token; their calibration windows begin with
-        it. So the keys of all other cells are the same as in versions without ``bos``.
+        ``bos`` exists only for models whose tokenizers add a beginning-of-text token, with which their calibration windows
+        begin. So the keys of all other cells are the same as in versions without ``bos``.
         """
         asked = study.asked(cell)
         return asked | {"bos": study.evaluation.bos} if cell.model in self.with_bos else asked
@@ -76,7 +76,7 @@ class Locations:
         }
 
     def without_paths(self, text: str) -> str:
-        """Return a message in one line, without the paths of this machine's folders."""
+        """Return a message as one line, without the paths of local folders."""
         texts = [part.path for text in self.texts.values() for part in split_source(text)]
         inside = [str(out / "store.jsonl") for out in (self.out, self.out.resolve())]
         paths = [*self.models.values(), *texts, *inside, *([self.task_folder] if self.task_folder else [])]
@@ -97,9 +97,9 @@ def _check_text(study: Study, texts: dict[str, str], searched: str) -> None:
 
 
 def _check_evaluation(study: Study, source: ModelSource, texts: dict[str, str]) -> None:
-    """Raise DataError for a model that cannot be evaluated as the study says: its cells would fail after pruning.
+    """Raise DataError if the evaluation of a model would fail after pruning.
 
-    Its windows are longer than its number of positions, or its tokenizer cannot render the text's chats.
+    This is the case if its windows are longer than its number of positions, or if its tokenizer cannot render the text's chats.
     """
     check_window(study.evaluation.sequence_length, source.config())
     check_text_source(texts[study.evaluation.text], evaluation=True, tokenizer=source.tokenizer)
@@ -134,7 +134,7 @@ def find_locations(study: Study, out: Path, data: str | Path | None) -> Location
     if task_folder and not Path(find(task_folder)).is_dir():
         location = location_of(study, "zero_shot", "task_folder")
         raise StudyError(
-            f"{location}: {task_folder} is in none of {searched}; give the folder that holds it with --data"
+            f"{location}: {task_folder} is in none of {searched}; give the folder that contains it with --data"
         )
     task_folder = find(task_folder) if task_folder else None
     hashes: dict[str, str | None] = {
@@ -188,7 +188,7 @@ def _find_text(name: str, folders: Sequence[Path]) -> str:
 
 
 def convert(locations: Locations, wanted: set[str], emit: Watcher) -> Locations:
-    """Convert GGUF models into safetensors folders in the cache, once, instead of at every opening."""
+    """Convert the GGUF models among ``wanted`` into safetensors folders in the cache, so that opening them is fast."""
     models = dict(locations.models)
     for name in sorted(wanted):
         source = resolve_model(models[name])
@@ -203,7 +203,7 @@ def convert(locations: Locations, wanted: set[str], emit: Watcher) -> Locations:
 
 
 def _converted(out: Path, model_hash: str | None) -> Path:
-    """Return the folder for a converted model; it exists once the model is converted."""
+    """Return the folder of a converted model; it exists if the model was converted."""
     return out / "cache" / "models" / str(model_hash)[:24]
 
 

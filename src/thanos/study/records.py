@@ -1,4 +1,4 @@
-"""Build a cell's record: the cell, its results, and the versions and machine behind them."""
+"""Building the record of a cell: its settings and results, the versions, and the machine."""
 
 from __future__ import annotations
 

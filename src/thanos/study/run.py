@@ -1,4 +1,4 @@
-"""Run a study: select the cells that have no result, find their models and texts, run them, and write the store."""
+"""Running a study: select the cells without a result, find their models and texts, run the cells, and write the store."""
 
 from __future__ import annotations
 
@@ -30,7 +30,13 @@ State = Literal["done", "failed", "impossible", "new"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StudyResult:
-    """Result of a run: the state of every cell, the cells with tasks, and the number of cells that this run ran."""
+    """Result of a run.
+
+    Attributes:
+        states: state of every cell.
+        with_tasks: cells on which the tasks are run.
+        ran: number of cells that this run ran.
+    """
 
     states: dict[Cell, State]
     with_tasks: frozenset[Cell]
@@ -56,10 +62,10 @@ def run_study(
 
     Args:
         path: the ``study.toml``.
-        out: the study's folder; made if it does not exist, else its study is continued.
+        out: the study's folder. It is created if it does not exist; otherwise its study is continued.
         data: folder that is searched for models and texts before the folder of ``study.toml``; default ``THANOS_DATA``.
-        devices: names of devices, each for one worker; a device may be named several times.
-        workers: number of workers on each of the devices.
+        devices: names of devices, with repetitions for several workers on one device.
+        workers: number of workers for each name in ``devices``.
         threads: number of torch's threads in each worker; None divides torch's default among the workers.
         on_event: called with each :class:`StudyEvent`.
         initialise: called first in each worker process; must be importable.
@@ -112,7 +118,7 @@ def list_cells(path: str | Path, out: str | Path, *, data: str | Path | None = N
 
 
 def _states(study: Study, locations: Locations, emit: Watcher) -> dict[Cell, State]:
-    """Return the state of each cell by the store. A result is ignored if its model, text or tasks have changed since."""
+    """Return the state of each cell in the store. A result is ignored if its model, text or tasks have changed."""
     contents = read_store(locations.out) if store_path(locations.out).exists() else None
     for warning in contents.warnings if contents else ():
         emit(StudyEvent(message=warning))
@@ -128,13 +134,13 @@ def _states(study: Study, locations: Locations, emit: Watcher) -> dict[Cell, Sta
 
 
 def _state(cell: Cell, record: CellRecord) -> State:
-    """Return the state of a cell by its record. A cell recorded as impossible is not tried again."""
+    """Return the state of a cell from its record. ``impossible``: no recipe allows it, so it does not run again."""
     impossible = record.status == "failed" and record.reason == _impossible(cell)
     return "impossible" if impossible else record.status
 
 
 def _changed(recorded: dict[str, str | None], now: dict[str, str | None]) -> bool:
-    """Whether a source has changed. Sources that an older version did not record, such as tasks, are not compared."""
+    """Whether a source has changed. Sources that the record lacks, such as tasks in older versions, are not compared."""
     return any(recorded[name] != now[name] for name in recorded.keys() & now.keys())
 
 
@@ -166,7 +172,7 @@ def _check_folder(out: Path) -> None:
     if out.is_file():
         raise UserError(f"OUT {out} is a file; give the name of a folder")
     if out.is_dir() and any(out.iterdir()) and not ((out / STUDY_NAME).exists() or store_path(out).exists()):
-        raise UserError(f"OUT {out} is not empty and no study's folder; choose another one")
+        raise UserError(f"OUT {out} is not empty and is not the folder of a study; choose another one")
 
 
 def _check_tasks(study: Study, locations: Locations) -> None:
@@ -180,9 +186,9 @@ def _check_tasks(study: Study, locations: Locations) -> None:
 
 
 def _check_inputs(study: Study, locations: Locations, todo: Sequence[Cell]) -> None:
-    """Refuse models and calibration texts of the cells ``todo`` that cannot be used, before any of them runs for hours.
+    """Raise StudyError if models or calibration texts of the cells ``todo`` cannot be used, before any cell runs.
 
-    The StudyError lists every such model and text, with the line of the study that names it.
+    The error lists all of them, with the line of the study that names each.
     """
     refused = []
     for name in dict.fromkeys(cell.model for cell in todo):

@@ -1,4 +1,4 @@
-"""Run cells one after another, in one process on one device. Objects that several cells need are made once and kept."""
+"""Running cells one after another, in one process on one device. Objects that several cells need are kept."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from thanos.system.memory import free_device_bytes, free_host_bytes
 from thanos.system.meter import PhaseMeter
 
 _KEEP_SHARE = 0.25
-"""Fraction of the free memory for the dense model's kept hidden states: the rest must hold two models and their logits."""
+"""Fraction of the free memory for the dense model's kept hidden states. The rest is for two models and their logits."""
 
 
 class Session:
@@ -64,10 +64,10 @@ class Session:
         self._calibration: dict[str, Calibration] = {}
         self._warm: set[str] = set()
         self._layers: dict[str, list[LinearLayer]] = {}
-        self._met: set[object] = set()
+        self._warmed_layers: set[object] = set()
 
     def run(self, cell: Cell, emit: Watcher) -> CellRecord:
-        """Run one cell and return its record. Any error becomes the reason of a failed record, with the results so far."""
+        """Run one cell and return its record. An error gives a failed record with the reason and the results so far."""
         results: dict[str, Any] = {}
         try:
             (self._dense if cell.method == DENSE else self._pruned)(cell, results, emit)
@@ -81,7 +81,7 @@ class Session:
             torch.cuda.empty_cache()
         return make_record(self._study, self._locations, cell, self._device, results, sharers=self._sharers)
 
-    # --- the kinds of cells: each adds a measurement to the results immediately, so that a later failure does not lose it -
+    # --- the kinds of cells; each adds its measurements to the results immediately, so a later failure does not lose them -
 
     def _dense(self, cell: Cell, results: dict[str, Any], emit: Watcher) -> None:
         model = self._locations.models[cell.model]
@@ -115,7 +115,7 @@ class Session:
                 shutil.rmtree(model, ignore_errors=True)
 
     def _measure(self, cell: Cell, model: str, results: dict[str, Any], emit: Watcher) -> None:
-        """Evaluate a model and add the scores and phases to the results; a failure adds its phases too."""
+        """Evaluate a model, and add the scores and the phases to the results; the phases also after a failure."""
         if self._study.asked(cell)["evaluation"] is None:
             return
         meter = PhaseMeter(self._device)
@@ -152,9 +152,9 @@ class Session:
         results["zero_shot"] = {"tasks": scores.to_dict()["tasks"], "average": scores.to_dict()["average"]}
 
     def _warm_up(self, cell: Cell, recipe: Recipe) -> None:
-        """Load libraries and compile kernels before a cell is timed, so that its seconds do not include them.
+        """Load libraries and compile kernels before a cell is timed, so that its seconds do not include this.
 
-        Kernels are compiled for shapes, patterns and block sizes. So a synthetic layer of each of the model's shapes is solved
+        Kernels are compiled for shapes, patterns and block sizes. So a synthetic layer of each shape of the model is solved
         with the settings of the recipe, unless an earlier cell has done that.
         """
         if cell.model not in self._warm:
@@ -166,9 +166,9 @@ class Session:
             source = resolve_model(self._locations.models[cell.model])
             self._layers[cell.model] = linear_layers(meta_model_of(source, source.config(), torch.float32))
         for layer, settings in select_layers(self._layers[cell.model], recipe)[0].items():
-            if (layer.shape, settings) in self._met:
+            if (layer.shape, settings) in self._warmed_layers:
                 continue
-            self._met.add((layer.shape, settings))
+            self._warmed_layers.add((layer.shape, settings))
             weight, hessian = synthetic_layer(*layer.shape, tokens=4 * layer.shape[1], device=str(self._device))
             inputs = InputStatistics(hessian, hand_over=True)
             with suppress(RecipeError):  # prune raises it again, with the layer's name
@@ -177,7 +177,7 @@ class Session:
                 prune_layer(weight, inputs, settings)
 
     def _forward_once(self, cell: Cell) -> None:
-        """Run the dense model on one window: of the evaluation, or of zeros if the model is not evaluated."""
+        """Run the dense model on one window of the evaluation, or on a sequence of zeros if the model is not evaluated."""
         if cell.model in self._study.cost_only:
             opened = resolve_model(self._locations.models[cell.model])
             model: Any = load_model(opened, dtype=self._study.dtype, device=self._device)
@@ -192,7 +192,7 @@ class Session:
     # --- shared work ----------------------------------------------------------------------------------------------------
 
     def _shared_reference(self, cell: Cell) -> Reference:
-        """Return the evaluation windows and the dense model of a cell. Those of the last model are kept."""
+        """Return the evaluation windows and the dense model of a cell. They are kept for the next cells of the model."""
         if self._reference is not None and self._reference[0] == cell.model:
             return self._reference[1]
         self._reference = None
@@ -219,16 +219,16 @@ class Session:
         return reference
 
     def _windows(self, cell: Cell, recipe: Recipe, emit: Watcher) -> Calibration:
-        """Return the calibration windows of a cell: from this process, else from the study's cache, else made now."""
-        # The cache key: everything that affects the windows, the code itself included.
-        shaping = {
+        """Return the calibration windows of a cell: those kept in this process or in the study's cache, or new ones."""
+        # The cache key covers everything that affects the windows, the code included.
+        key_values = {
             "model": self._locations.hashes[cell.model],
             "calibration": self._locations.hashes.get(cell.calibration or "") or cell.calibration,
             "shape": [cell.samples, cell.sequence_length, cell.seed],
             "generated_in": self._study.dtype if cell.calibration == "self" else None,
             "version": [__version__, self._locations.commit],
         }
-        key = hashlib.sha256(json.dumps(shaping).encode()).hexdigest()
+        key = hashlib.sha256(json.dumps(key_values).encode()).hexdigest()
         if key not in self._calibration:
             path = self._locations.out / "cache" / f"calibration-{key[:24]}.safetensors"
             made = read_windows(path, recipe.calibration)
@@ -245,14 +245,14 @@ def compiles(device: torch.device) -> bool:
 
 
 def throttled(emit: Watcher, seconds: float = 0.2, clock: Callable[[], float] = time.monotonic) -> Watcher:
-    """Return a watcher that passes on a progress or layer event at most every ``seconds``, and every other event."""
-    last: float | None = None  # not a number: a monotone clock has an arbitrary start
+    """Return a watcher that forwards progress and layer events at most every ``seconds``, and all other events."""
+    last: float | None = None  # None and not 0, since a monotonic clock has an arbitrary start
 
-    def pass_on(event: Event) -> None:
+    def forward(event: Event) -> None:
         nonlocal last
         now = clock()
         if event.kind not in ("progress", "layer") or last is None or now - last >= seconds:
             last = now
             emit(event)
 
-    return pass_on
+    return forward

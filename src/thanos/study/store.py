@@ -1,6 +1,6 @@
 """``store.jsonl``: one record per cell of a study, appended and never changed. docs/formats.md describes the format.
 
-A cell may have several records, since the next run tries a failed cell again. The last record counts.
+A cell may have several records, since the next run repeats a failed cell. The last record is valid.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ SCHEMA = 1
 STORE_NAME = "store.jsonl"
 
 PACKED_NAME = "store.jsonl.gz"
-"""The store compressed to a tenth by gzip, for archiving. It is read if there is no plain store, and unpacked to continue."""
+"""The store compressed by gzip to a tenth. It is read if there is no plain store, and unpacked when the study continues."""
 
-_FORMER_METHODS = ("formula",)  # methods of cells that older versions measured; their records are kept and skipped
+_FORMER_METHODS = ("formula",)  # methods of older versions; their records stay in the store but are not read
 
 _OBJECTS = ("versions", "machine", "cell", "asked", "sources", "phases")
 _OBJECTS_OR_NULL = ("recipe", "calibration", "effective_sparsity", "evaluation", "zero_shot")
@@ -38,14 +38,14 @@ _TYPES: dict[str, tuple[str, type | UnionType]] = {
     **dict.fromkeys(_OBJECTS_OR_NULL, ("an object or null", dict | None)),
     "layers": ("a list", list),
 }
-"""Field of a record → its type in words and in Python; checked, since readers rely on it."""
+"""Field of a record → its type in words and in Python, which the parser checks."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CellRecord(Document):
     """One cell of a study: its settings and its results. The attributes are the keys of a line.
 
-    A failed record keeps the results that were complete before the failure. They are only for a person to look at.
+    A failed record keeps the results that were complete before the failure. Reports do not use them.
 
     Attributes:
         key: hash of ``cell`` and ``asked``, see :func:`cell_key`.
@@ -113,7 +113,7 @@ class Contents:
 
     Attributes:
         records: the last record of each cell, in the order in which the cells were first recorded.
-        warnings: messages for the user, for example of a torn last line, or of cells that only the packed store has.
+        warnings: messages for the user, for example about an incomplete last line.
     """
 
     records: list[CellRecord]
@@ -131,13 +131,13 @@ class Contents:
 
 
 def cell_key(cell: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
-    """Return the sha256 of a record's ``cell`` and ``asked``; the order of their keys does not matter."""
+    """Return the sha256 of a record's ``cell`` and ``asked``, independent of the order of their keys."""
     text = json.dumps({"cell": cell, "asked": asked}, sort_keys=True, ensure_ascii=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_store(folder: str | Path) -> Contents:
-    """Read the store of a study folder. Writes nothing, and may be called while a study runs.
+    """Read the store of a study folder. This is safe while a study runs.
 
     Args:
         folder: the study's folder, or the path of a ``store.jsonl``; then only that file is read.
@@ -157,7 +157,7 @@ class StoreWriter:
     """Appends records to the store of a study folder. The study's lock ensures that there is one writer at a time.
 
     Args:
-        folder: the study's folder; it must exist. A torn last line and blank lines at the end of its store are cut off.
+        folder: the study's folder; it must exist. An incomplete last line and blank lines at the end of its store are removed.
 
     Raises:
         ResourceError: the file cannot be written.
@@ -194,9 +194,9 @@ class StoreWriter:
 
 
 def store_path(folder: str | Path) -> Path:
-    """Return the path of the store in a study's folder. The path of a store is returned unchanged.
+    """Return the path of the store in a study's folder: of the packed store if the plain one does not exist or is empty.
 
-    The packed store is used if the plain one does not exist or is empty.
+    If ``folder`` is the path of a store, it is returned unchanged.
     """
     path = Path(folder)
     if path.name in (STORE_NAME, PACKED_NAME):
@@ -215,14 +215,14 @@ def _records(path: Path) -> tuple[dict[str, CellRecord], list[str]]:
         if record.cell.get("method") not in _FORMER_METHODS:
             records[record.key] = record
     for record in list(records.values()):
-        if "bos" in record.asked:  # supersedes the cell's record by an older version, made without that token
+        if "bos" in record.asked:  # replaces an older version's record of the cell, measured without that token
             records.pop(
                 cell_key(record.cell, {name: each for name, each in record.asked.items() if name != "bos"}), None
             )
     if not torn:
         return records, []
     number = data.count(b"\n") + 1
-    line = f"the last record is torn ({len(torn)} bytes) and was left out; its cell will run again"
+    line = f"the last record is incomplete ({len(torn)} bytes) and was ignored; its cell will run again"
     return records, [f"{path}, line {number}: {line}"]
 
 
@@ -231,12 +231,12 @@ def _left_out(path: Path, records: Mapping[str, CellRecord], packed: Path) -> li
     try:
         lacking = len(_records(packed)[0].keys() - records.keys())
     except DataError as error:
-        return [f"{path} alone was read, since {packed} is refused ({error}); keep one of the two in the folder"]
+        return [f"only {path} was read, since {packed} cannot be read ({error}); remove one of the two"]
     if not lacking:
         return []
     return [
-        f"{packed} holds {lacking} {'cell' if lacking == 1 else 'cells'} that {path} lacks; the latter alone was read: remove "
-        f"{path.name} to go on with {packed.name}, or {packed.name} if it is of no more use"
+        f"{packed} has {lacking} {'cell' if lacking == 1 else 'cells'} not in {path}; only {path.name} was read: "
+        f"remove {path.name} to continue with {packed.name}, or {packed.name} if it is not needed"
     ]
 
 
@@ -246,11 +246,13 @@ def _read(path: Path) -> bytes:
         return gzip.decompress(data) if path.name == PACKED_NAME else data
     except (OSError, EOFError, zlib.error) as error:
         said = getattr(error, "strerror", None) or error
-        raise DataError(f"{path} cannot be read ({said}); a study's folder holds {STORE_NAME}") from error
+        raise DataError(
+            f"{path} cannot be read ({said}); give the folder of a study, which contains {STORE_NAME}"
+        ) from error
 
 
 def _split(data: bytes) -> tuple[list[bytes], bytes]:
-    """Return the complete lines, and the torn line at the end. A whole record without a line end counts as complete.
+    """Return the complete lines, and the incomplete last line. A whole record without a line end counts as complete.
 
     White space at the end, which editors add, is dropped.
     """
@@ -287,8 +289,8 @@ def _parse(path: Path, number: int, line: bytes) -> CellRecord:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(
-            f"{path}, line {number}: not a record of a study ({type(error).__name__}: {error}); the file was damaged: remove "
-            "that line, and its cell will run again"
+            f"{path}, line {number}: not a record of a study ({type(error).__name__}: {error}); the file is damaged: remove "
+            "this line, and its cell will run again"
         ) from error
 
 

@@ -1,6 +1,6 @@
-"""The worker processes of a study: one for each named device. They take cells in order.
+"""The worker processes of a study: one for each entry of ``devices``. They run the cells in order.
 
-Each worker is a separate process. If the system kills it, the study loses one cell only.
+Each worker is a separate process. If the system kills it, the study loses only one cell.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
 
 
-_PATIENCE = 10.0
-"""Seconds in which a worker may end by itself, before it is killed."""
+_END_SECONDS = 10.0
+"""Seconds in which a worker can end by itself before it is killed."""
 
 
 @dataclass(slots=True)
@@ -70,7 +70,7 @@ class Pool:
         waiting, done = list(cells), 0
         with self._started():
             for worker in self._workers:
-                yield done, self._hand_out(worker, waiting)
+                yield done, self._send_cell(worker, waiting)
             while any(worker.cell is not None for worker in self._workers):
                 busy = {worker.pipe: worker for worker in self._workers if worker.cell is not None}
                 for pipe in wait(list(busy)):
@@ -79,33 +79,33 @@ class Pool:
                     done += event.record is not None
                     yield done, event
                     if worker.cell is None and waiting:
-                        yield done, self._hand_out(worker, waiting)
+                        yield done, self._send_cell(worker, waiting)
 
-    def _hand_out(self, worker: _Worker, waiting: list[Cell]) -> StudyEvent:
+    def _send_cell(self, worker: _Worker, waiting: list[Cell]) -> StudyEvent:
         worker.cell = waiting.pop(0)
         with suppress(OSError):  # the worker has died: _receive detects it
             worker.pipe.send(worker.cell)
         return StudyEvent(worker=worker.number, device=worker.device, cell=worker.cell)
 
     def _receive(self, worker: _Worker) -> StudyEvent:
-        """Return a worker's next event. A dead worker gives a failed record and is replaced by a new one."""
+        """Return a worker's next event. If the worker has died, return a failed record and start a new worker."""
         event = StudyEvent(worker=worker.number, device=worker.device, cell=worker.cell)
         try:
             received = worker.pipe.recv()
         except (EOFError, OSError):
-            received = self._bury(worker)
+            received = self._replace_dead(worker)
         if isinstance(received, Event):
             return replace(event, event=received)
         worker.cell = None
         return replace(event, record=received)
 
-    def _bury(self, worker: _Worker) -> CellRecord:
+    def _replace_dead(self, worker: _Worker) -> CellRecord:
         assert worker.cell is not None
         worker.process.join(timeout=10)
         _kill_group(worker.process)  # kill the worker's own child processes
         code = worker.process.exitcode
         how = f"by signal {-code}" if code is not None and code < 0 else f"with exit code {code}"
-        reason = f"the worker process ended {how}; if nobody ended it, memory was exhausted: use fewer workers"
+        reason = f"the worker process ended {how}; if no user ended it, memory was exhausted: use fewer workers"
         results = {"status": "failed", "reason": reason}
         device, sharers = choose_device(worker.device), self._sharers(worker.device)
         record = make_record(self.study, self.locations, worker.cell, device, results, sharers=sharers)
@@ -131,7 +131,7 @@ class Pool:
                         worker.pipe.send(None)
                 else:
                     worker.process.terminate()
-            deadline = time.monotonic() + _PATIENCE
+            deadline = time.monotonic() + _END_SECONDS
             for worker in self._workers:
                 worker.process.join(max(0.0, deadline - time.monotonic()))
         finally:  # also if a second interruption arrives during the wait
@@ -174,7 +174,7 @@ def _work(
     initialise: Callable[[], None] | None,
     threads: int | None,
 ) -> None:
-    """The body of a worker process: cells come in, events and records go out."""
+    """The body of a worker process: it receives cells, and sends events and records."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the study's process handles an interrupt and ends its workers
     os.setpgid(0, 0)  # a signal to the group then reaches this process and its children, and no other
     threading.Thread(target=_end_with_parent, daemon=True).start()

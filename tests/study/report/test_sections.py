@@ -70,7 +70,7 @@ def test_numbers_of_one_seed_in_a_row_of_several_are_marked() -> None:
     marked = {c.name: row.shown.endswith("°") for c, row in zip(table.columns, table.rows[0], strict=True)}
     assert [name for name, mark in marked.items() if mark] == ["zero_shot", "seconds"]
     assert not any(cell.mark for cell in table.rows[1])
-    assert "° after a number: one seed, of a row that has several" in plain(table.note)
+    assert "° after a number: from one seed, in a row that has several" in plain(table.note)
     whole = summary(Results(MODEL, seeds((44.0, 45.0, 46.0)))).tables[0]
     assert all("±" in column(whole, name)[0] for name in ("zero_shot", "seconds", "perplexity"))
 
@@ -190,10 +190,10 @@ def test_alphas_are_judged_over_the_seeds_that_all_of_them_have() -> None:
     section = alpha(Results(MODEL, lone))
     words = plain(section.prose[1])
     assert words.startswith(
-        "2:4: by one draw, recommended α = 0° (perplexity 90.00); it is the best of 3, over seed 0. Noise: 3.04, known"
+        "2:4: from one seed, recommended α = 0° (perplexity 90.00); it is the best of 3, over seed 0. Noise: 3.04, from"
     )
     assert column(section.tables[0], "perplexity") == ["90.00", "90.00", "90.50"]
-    assert "Over seed 0, which all of these rows have; the others of rows with more" in plain(section.tables[0].note)
+    assert "Over seed 0, which all of these rows have; further seeds of single rows" in plain(section.tables[0].note)
     drawn = section.figures[0].series[0].points  # type: ignore[union-attr]
     assert [point.y.value for point in drawn] == [90.0, 90.0, 90.5]
     whole = [*by_seed(0.0, (90.0, 95.0, 95.5)), *by_seed(0.1, (85.0, 90.0, 90.5))]
@@ -237,14 +237,14 @@ def test_alphas_that_lower_the_sparsity_are_not_on_the_curve() -> None:
 
 @pytest.mark.parametrize(
     ("small", "large", "word"),
-    [(44.0, 46.0, "worth it"), (46.0, 44.0, "not worth it"), (44.0, 43.3, "a tie, which time decides against blocks")],
+    [(44.0, 46.0, "worth it"), (46.0, 44.0, "not worth it"), (44.0, 43.3, "a tie, and slower, so not worth it")],
 )
 def test_block_sizes_are_judged_by_the_largest(small: float, large: float, word: str) -> None:
     found = seeds((43.5, 44.5, 43.9) if small == 44.0 else (45.5, 46.5, 46.1))
     found += [record(cell(block_size=8), perplexity=60.0), record(cell(block_size=2048), perplexity=large)]
     section = blocks(Results(MODEL, found))
     answer = plain(section.prose[1])
-    assert answer.startswith(f"unstructured 50 %: by one draw, {word}°. B = 128 against 2048")
+    assert answer.startswith(f"unstructured 50 %: from one seed, {word}°. B = 128 against 2048")
     assert answer.endswith(", over seed 0; noise 0.50.")
     assert column(section.tables[0], "block_size") == ["8", "128", "2048"]
 
@@ -252,7 +252,7 @@ def test_block_sizes_are_judged_by_the_largest(small: float, large: float, word:
 def test_block_sizes_are_judged_over_the_seeds_that_all_of_them_have() -> None:
     sizes = [record(cell(block_size=size), perplexity=43.0, seconds=9.0) for size in (8, 2048)]
     section = blocks(Results(MODEL, [*seeds((43.0, 45.0, 46.5), seconds=9.0), *sizes]))
-    assert "a tie, in time too°. B = 8 against 2048" in plain(section.prose[1])
+    assert "a tie, also in time°. B = 8 against 2048" in plain(section.prose[1])
     assert column(section.tables[0], "perplexity") == ["43.00", "43.00", "43.00"]
     assert column(section.tables[0], "verdict") == ["=°", "=°", ""]
     drawn = section.figures[0].series[0].points  # type: ignore[union-attr]
@@ -277,9 +277,9 @@ def test_a_recommendation_from_single_draws_says_so() -> None:
     section = alpha(Results(MODEL, [*by_seed(0.0, (96.0,)), *by_seed(0.1, (94.0,))]))
     words = plain(section.prose[1])
     assert words.startswith(
-        "2:4: by one draw, recommended α = 0.1° (perplexity 94.00); it is the best of 2, over seed 0. No row has several"
+        "2:4: from one seed, recommended α = 0.1° (perplexity 94.00); it is the best of 2, over seed 0. No row has several"
     )
-    assert "the recommendation rests on single draws (°)" in words
+    assert "the recommendation is from one seed (°)" in words
     assert column(section.tables[0], "recommended") == ["", "recommended°"]
 
 
@@ -366,7 +366,7 @@ def test_seconds_within_their_spread_are_a_tie() -> None:
     assert column(table, "seconds_difference") == ["+0.30=", "–", "–"]
     assert column(table, "price") == ["=", "–", "–"]
     assert column(table, "front") == ["time", "", "time"]  # SparseGPT is not faster than Thanos, and worse
-    assert "of a row with one seed it is taken as 0.40 s." in " ".join(plain(prose) for prose in section.prose)
+    assert "For a row with one seed it is set to 0.40 s." in " ".join(plain(prose) for prose in section.prose)
     slower = timed("thanos", [(44.0, 8.5), (45.0, 8.9), (46.0, 9.3)]) + found[3:]
     table = cost(Results(MODEL, slower)).tables[0]
     assert (column(table, "seconds_difference")[0], column(table, "price")[0]) == ("+1.80", "0.45")
@@ -407,7 +407,7 @@ def test_memory_within_one_percent_is_equal_and_has_no_figure() -> None:
     section = cost(Results(MODEL, found))
     assert [figure.name for figure in section.figures] == ["cost_unstructured_seconds"]
     names = "Thanos, SparseGPT, Wanda and Magnitude (4 rows)"
-    words = f"unstructured 50 %: {names} take the same memory within 1 %, 2.01 GiB at most."
+    words = f"unstructured 50 %: {names} need the same memory within 1 %, at most 2.01 GiB."
     assert words in [plain(prose) for prose in section.prose]
     assert column(section.tables[0], "front") == ["time", "", "", ""]
 
@@ -472,7 +472,7 @@ def test_a_model_of_which_the_cost_alone_counts_has_no_accuracy() -> None:
 def test_where_accuracy_was_not_measured_the_least_time_is_named() -> None:
     found = [cost_record(cell(block_size=size), seconds=s) for size, s in ((8, 40.0), (128, 12.0), (2048, 31.0))]
     words = plain(blocks(Results(MODEL, found)).prose[1])
-    assert words == "unstructured 50 %: pruning takes least with B = 128, 12.0 s; B = 8: 40.0 s; B = 2048: 31.0 s."
+    assert words == "unstructured 50 %: pruning is fastest with B = 128, 12.0 s; B = 8: 40.0 s; B = 2048: 31.0 s."
     lone = cost(Results(MODEL, [cost_record(cell(), seconds=40.0), cost_record(cell("sparsegpt"), seconds=30.0)]))
     assert column(lone.tables[0], "seconds_difference") == ["+10.0°", "–"]
     assert lone.missing == [
@@ -520,13 +520,13 @@ def test_fairness_asks_for_the_kept_budget_alone() -> None:
     assert fairness(FULL).missing == []
     lone = fairness(Results(MODEL, seeds((90.0,), pattern="2:4")))
     assert "Thanos, 2:4, α = 0.1, budget kept, beside α = 0" in lone.missing
-    assert not any("as asked" in line for line in lone.missing)
+    assert not any("as requested" in line for line in lone.missing)
 
 
 def test_fairness_names_the_methods_that_lack_where_one_has_outlier_rows() -> None:
     found = seeds((90.0,), pattern="2:4")
     found += [record(cell(method, "2:4", outlier_rows=0.1), perplexity=70.0) for method in ("thanos", "wanda")]
-    assert "SparseGPT, Magnitude, 2:4, α = 0.1, as asked" in fairness(Results(MODEL, found)).missing
+    assert "SparseGPT, Magnitude, 2:4, α = 0.1, as requested" in fairness(Results(MODEL, found)).missing
 
 
 def test_zero_shot_tables_have_a_column_for_each_task() -> None:
@@ -589,7 +589,7 @@ def test_the_papers_table_does_not_hide_a_lower_sparsity() -> None:
 
 def test_fewer_than_three_seeds_are_asked_for() -> None:
     section = noise(Results(MODEL, [*seeds((44.0, 45.0)), *seeds((50.0, 51.0, 52.0), "wanda")]))
-    assert section.missing == ["unstructured 50 %, Thanos: 3 seeds with windows of their own, not 2"]
+    assert section.missing == ["unstructured 50 %, Thanos: 3 seeds with distinct windows, not 2"]
     pairs = next(table for table in section.tables if table.name == "differences")
     assert column(pairs, "verdict") == ["<"]
 
@@ -654,9 +654,9 @@ def test_a_claim_names_what_ran_and_nothing_else() -> None:
     assert found["three"][0] == f"unstructured 50 %: lower perplexity than {names}"
     assert "unstructured: the gap to SparseGPT grows with sparsity" in found["one"]
     assert "unstructured: the gap to SparseGPT grows with sparsity, over 50 % and 60 % (2 sparsities)" in found["both"]
-    claim = "The gain over SparseGPT, as a share of perplexity, is largest for columns"
+    claim = "The gain over SparseGPT, as a fraction of the perplexity, is largest for columns"
     assert claim in found["one"]
-    assert f"{claim}, beside unstructured 50 % (1 other pattern)" in found["both"]
+    assert f"{claim}, compared with unstructured 50 % (1 other pattern)" in found["both"]
     assert not any(word in claim for claims in found.values() for claim in claims for word in ("every", "all "))
 
 

@@ -1,4 +1,4 @@
-"""Products of packed matrices on devices, and whether a device has one."""
+"""Kernels for products of packed matrices, and the check whether a device has one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 def lacking(device: torch.device) -> str:
-    """Return why a device has no kernel for packed weights; empty if it has one."""
+    """Return the reason why a device has no kernel for packed weights; empty if it has one."""
     if device.type == "cuda":
         from thanos.sparse.kernels import cuda
 

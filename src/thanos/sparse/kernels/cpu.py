@@ -12,26 +12,25 @@ from torch import Tensor
 from thanos.sparse.tiles import SIDE
 
 MOST_TOKENS = 32
-"""Tokens up to which the matrix is read packed; above, it is decoded in parts and the library multiplies.
-
-With 32 tokens on one core the kernel takes half to four fifths of the other way's time, and with 48 about as long."""
+"""Largest number of tokens for which the packed matrix is multiplied directly. For more, it is decoded in parts, which the
+library multiplies. With 32 tokens on one core the kernel takes half to four fifths of that time, and with 48 about as long."""
 
 _DOT_BFLOAT16, _BFLOAT16, _FLOAT16 = 0, 1, 2
 """Kinds of arithmetic in ``_cpu.c`` and ``_dense.c``."""
 
 _BYTES_PER_THREAD = 1 << 16
-"""A thread gets at least this many bytes of the matrix: starting one costs about a microsecond."""
+"""Least number of bytes of the matrix for each thread, since starting a thread takes about a microsecond."""
 
 
 def arithmetic_of(dtype: torch.dtype, support: int, *, dot: bool) -> int:
-    """Return the kind of arithmetic for values of a dtype, on a processor of which an extension said ``support``."""
+    """Return the kind of arithmetic for values of a dtype; ``support`` is the result of the extension's ``support()``."""
     if dtype == torch.float16:
         return _FLOAT16
     return _DOT_BFLOAT16 if dot and support > 1 else _BFLOAT16
 
 
 def threads_for(parts: int, nbytes: int) -> int:
-    """Return the number of threads that share the parts of a matrix of this size."""
+    """Return the number of threads for a matrix of this size that consists of ``parts`` independent parts."""
     return max(1, min(torch.get_num_threads(), parts, nbytes // _BYTES_PER_THREAD))
 
 
@@ -46,7 +45,7 @@ def _extension() -> Any:
 
 @cache
 def lacking() -> str:
-    """Return why this machine cannot run the kernels; empty if it can."""
+    """Return the reason why this machine cannot run the kernels; empty if it can."""
     extension = _extension()
     if extension is None:
         return "the extension for CPUs was not built: no C compiler was there when the package was installed"
@@ -63,9 +62,9 @@ def linear(
         words: the tiles, int32, contiguous.
         offsets: for ``bitmap``, int32, contiguous; None for ``fixed``.
         bias: (rows,) in the dtype of x, contiguous, or None.
-        rows: of W.
-        n: values a row of each tile; 0 for ``bitmap``.
-        dot: use the bfloat16 dot product of the processor if it has one. It takes subnormal numbers for zero.
+        rows: number of rows of W.
+        n: number of values per row of each tile; 0 for ``bitmap``.
+        dot: use the bfloat16 dot product of the processor if it has one. It treats subnormal numbers as zero.
 
     Returns:
         (tokens, rows).

@@ -1,4 +1,4 @@
-"""Products of packed matrices on CUDA devices: kernels in CUDA C, compiled by the NVRTC that torch carries."""
+"""Products of packed matrices on CUDA devices: kernels in CUDA C, compiled at run time by the NVRTC in torch."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from thanos.sparse.kernels.tuned import FEW, MANY, MOST_MATRICES, Launch, device
 from thanos.sparse.tiles import SIDE, UNIT, tile_words
 
 _LEAST_CAPABILITY = (8, 0)
-"""The kernels use instructions of this compute capability."""
+"""Least compute capability, whose instructions the kernels use."""
 
 _CLUSTERS = (9, 0)
-"""Blocks can share their sums from this compute capability on; below, columns are not split."""
+"""Least compute capability at which blocks can share their sums; below it, columns are not split."""
 
 _NO_CONTEXT = 201
-"""What the driver answers in a thread that has not used the device yet."""
+"""Error code of the driver in a thread that has not used the device yet."""
 
 _FILES = {
     FEW: ("instructions", "tile", "product", "few"),
@@ -38,12 +38,12 @@ _OUTPUTS_OF_PART = 1 << 22
 """Least outputs of a part, so that its product occupies a large device: 128 tiles of 256 × 128."""
 
 _TILES_OF_EXPAND = 8
-"""Tiles of a block of the kernel that expands: one for each warp."""
+"""Number of tiles of a block of the kernel ``expand``, one for each warp."""
 
 
 @cache
 def lacking(device: torch.device) -> str:
-    """Return why a device cannot run the kernels; empty if it can. The answer comes from compiling one."""
+    """Return the reason why a device cannot run the kernels; empty if it can. One kernel is compiled to find out."""
     if torch.version.hip is not None:
         return "the kernels are for NVIDIA GPUs"
     capability = torch.cuda.get_device_capability(device)
@@ -130,8 +130,8 @@ def multiply(
 ) -> list[Tensor]:
     """Run one of the kernels.
 
-    The other arguments are those of :func:`linears`. ``family`` is :data:`~thanos.sparse.kernels.tuned.FEW`, a lane a row, or
-    ``MANY``, for tensor cores; ``launch`` says how the work is divided.
+    ``family`` is :data:`~thanos.sparse.kernels.tuned.FEW` (one row per lane) or ``MANY`` (tensor cores), and ``launch`` the
+    division of the work. The other arguments are those of :func:`linears`.
     """
     tokens, columns = x.shape
     outputs = [torch.empty(tokens, count, dtype=x.dtype, device=x.device) for count in rows]
@@ -163,7 +163,7 @@ def _address(tensor: Tensor | None) -> int:
 
 
 def _fill(values: Iterable[int]) -> list[int]:
-    """Return one value for each matrix that a launch can have: zero for those that it has not, which the kernel never uses."""
+    """Return the values of a launch's matrices, padded with zeros to the largest number, which the kernel does not use."""
     there = list(values)
     return there + [0] * (MOST_MATRICES - len(there))
 
@@ -177,7 +177,7 @@ def _driver() -> Any:
 def _run(kernel: Any, grid: tuple[int, int, int], block: tuple[int, int, int], values: Sequence[int]) -> None:
     """Launch a kernel on the current stream of the current device.
 
-    The compiled kernel's own call takes several times as long, longer than a small product.
+    Calling the compiled kernel directly takes several times as long, longer than a small product.
 
     Args:
         kernel: from :func:`_kernel`.
@@ -261,5 +261,5 @@ def expand(
 
 
 def _aligned(words: Tensor) -> Tensor:
-    """Return the words at an address that is a multiple of 16, which vector loads need; a copy if they are not."""
+    """Return the words, or a copy if their address is not a multiple of 16, which vector loads need."""
     return words if words.data_ptr() % 16 == 0 else words.clone()

@@ -12,7 +12,7 @@ from torch import Tensor
 from thanos.sparse.kernels.cpu import arithmetic_of, threads_for
 
 MOST_TOKENS = 4
-"""Tokens up to which the kernel is used: with more, the arithmetic counts and the library is as fast."""
+"""Largest number of tokens for which the kernel is used. With more, arithmetic dominates, and the library is as fast."""
 
 
 @cache
@@ -26,7 +26,7 @@ def _extension() -> Any:
 
 
 def serves(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    """Return whether the kernel multiplies these on this machine; False too for what does not fit together."""
+    """Whether the kernel can multiply these on this machine. It is False too if shapes or dtypes do not match."""
     rows, columns = weight.shape
     fits = (
         x.dim() > 0 and x.shape[-1] == columns and (bias is None or (bias.shape == (rows,) and bias.dtype == x.dtype))
@@ -42,7 +42,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, dot: bool = True) 
         x: (..., columns), bfloat16 or float16.
         weight: W, (rows, columns), contiguous, in the dtype of x.
         bias: (rows,) in the dtype of x, or None.
-        dot: use the bfloat16 dot product of the processor if it has one. It takes subnormal numbers for zero.
+        dot: use the bfloat16 dot product of the processor if it has one. It treats subnormal numbers as zero.
 
     Returns:
         (..., rows). Sums are float32. A token's result does not depend on the others.

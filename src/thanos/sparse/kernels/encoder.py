@@ -50,7 +50,7 @@ def encode(weight: Tensor, sizes: Tensor, offsets: Tensor, words: Tensor) -> Non
         weight: as for :func:`count_entries`.
         sizes: values a row and units of the tail of each tile, (2, strips · tiles) uint8, contiguous.
         offsets: first word of each tile, and the end, (strips · tiles + 1,) int64.
-        words: where the tiles go, (offsets[-1],) int32.
+        words: output for the tiles, (offsets[-1],) int32.
 
     Raises:
         ValueError: a tile has more entries than its size holds, or a size is none.

@@ -1,4 +1,4 @@
-"""How the CUDA kernels divide their work, by device and size of the matrix: ``tuned.json``, and rules where it says nothing.
+"""The division of the CUDA kernels' work, by device and size of the matrix: from ``tuned.json``, or by a rule.
 
 ``benchmarks/packed.py --tune`` measures and writes the file.
 """
@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 from thanos.sparse.tiles import SIDE
 
 FEW, MANY = "few", "many"
-"""Names of the kernels: a lane is a row, or tensor cores."""
+"""Names of the kernels: ``few`` computes one row per lane, ``many`` uses tensor cores."""
 
 MOST_MATRICES = 4
-"""Matrices of one launch."""
+"""Largest number of matrices in one launch."""
 
 FILE = Path(__file__).parent / "tuned.json"
 
@@ -25,22 +25,22 @@ _TOKENS_OF_MANY = (8, 16, 32, 64)
 """Tokens of one pass of ``many``: the first that all fit into, or the last. A larger pass needs more registers."""
 
 _NO_STRIP = (1 << 31) - 1
-"""First strip of a matrix that a launch has not."""
+"""Stands for the first strip of a matrix that a launch does not have."""
 
 _NEAR = 1.0
 """A measured size is used for sizes whose rows and columns differ from it by at most a factor of 2 to this power."""
 
 _WARPS_OF_DEVICE = 2048
-"""Warps that occupy a large device, for the rules."""
+"""Number of warps that fill a large device; the rule uses it."""
 
 
 class Launch(NamedTuple):
-    """How one kernel divides its work. The order of the sums, and so the result's last bits, depend on it.
+    """The division of one kernel's work. The order of the sums depends on it, and so do the result's last bits.
 
     Attributes:
-        flight: tiles of a warp whose loads are under way.
-        splits: parts of the columns; each is a block of a cluster. At most 8.
-        warps: of a block: at most 16 (``few``) or 8 (``many``).
+        flight: number of tiles that a warp loads at the same time.
+        splits: number of parts of the columns, at most 8; each is a block of a cluster.
+        warps: number of warps of a block, at most 16 (``few``) or 8 (``many``).
     """
 
     flight: int
@@ -49,13 +49,13 @@ class Launch(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The numbers of one launch.
+    """The sizes of one launch.
 
     Attributes:
-        at_once: tokens of a pass.
-        grid: blocks: strips, parts of the columns, passes.
-        block: threads in each dimension.
-        firsts: first strip of each matrix of a launch, from the second on.
+        at_once: number of tokens of a pass.
+        grid: numbers of blocks: strips, parts of the columns, passes.
+        block: numbers of threads in each dimension.
+        firsts: first strip of each matrix of the launch, from the second on.
     """
 
     at_once: int
@@ -86,7 +86,7 @@ def plan(tokens: int, rows: tuple[int, ...], family: str, launch: Launch, *, clu
 
 
 class Settings(NamedTuple):
-    """What holds for all matrices on a device.
+    """Settings for all matrices on a device.
 
     Attributes:
         few_tokens: tokens up to which ``few`` runs.
@@ -100,7 +100,7 @@ class Settings(NamedTuple):
 
 
 def kind_of(n: int) -> str:
-    """Return the kind of a matrix by the values of a tile's row, 0 for ``bitmap``; a kind takes similar registers."""
+    """Return the kind of a matrix by the values per row of a tile (0: ``bitmap``). Kernels of a kind need similar registers."""
     return "bitmap" if n == 0 else "to16" if n <= 16 else "to31"
 
 
@@ -120,7 +120,7 @@ def launch_for(device: str, family: str, n: int, units: int, strips: int, tiles:
     """Return how a kernel divides its work. It depends on the matrix and the device, not on the number of tokens.
 
     Args:
-        device: its name.
+        device: name of the device.
         family: :data:`FEW` or :data:`MANY`.
         n: values a row of each tile; 0 for ``bitmap``.
         units: mean units of 64 bytes of a tile; of the measured sizes that are equally near, the one nearest in this counts.

@@ -1,4 +1,4 @@
-"""Build a report from a store, and write its files."""
+"""Building a report from a store, and writing its files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PAGE = "report.html"
 
 _SHOWN = ("sparsity_", "cost_")
 _FOLDED = "_memory"
-"""Beginnings of the names of the figures that stand behind the main table, and the end of those that do not."""
+"""Figures whose names begin with one of ``_SHOWN`` follow the main table, unless they end with ``_FOLDED``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +55,9 @@ class Report:
 
 
 def build_report(contents: Contents) -> Report:
-    """Return the report of a store's contents: conclusion, table and figures of each model, and folded what is behind them.
+    """Return the report of a store's contents: the conclusion, the table and the figures of each model, and folded sections.
 
-    A section without table and figure is left out: the store has no cells for it.
+    A section without a table and a figure is left out, since the store has no cells for it.
     """
     models = models_of(contents.records)
     studies = [Results(model, contents.done) for model in models]
@@ -84,7 +84,7 @@ def build_report(contents: Contents) -> Report:
 
 
 def _repeats_the_paper(results: Results) -> bool:
-    """Return whether a study has most of the paper's methods and patterns, so that it may want the cells that it lacks."""
+    """Whether a study has most of the paper's methods and patterns, so that its missing cells are of interest."""
     methods, patterns = {row.method for row in results.rows}, {row.pattern for row in results.rows}
     return len(methods & set(METHODS)) > len(METHODS) // 2 and len(patterns & set(HEADLINE)) > len(HEADLINE) // 2
 
@@ -98,7 +98,7 @@ def _lead(contents: Contents, studies: list[Results]) -> Prose:
             parts += [*([" "] if parts else []), *([f"{results.model}: "] if len(studies) > 1 else []), *found]
     if not parts:
         noun = "cell" if len(contents.done) == 1 else "cells"
-        parts = ["A study of ", count(contents.done), f" {noun} without a perplexity: it tells what pruning costs."]
+        parts = ["A study of ", count(contents.done), f" {noun} without a perplexity. It shows the cost of pruning."]
     if contents.failed:
         failed = len(contents.failed)
         parts += [
@@ -110,7 +110,7 @@ def _lead(contents: Contents, studies: list[Results]) -> Prose:
 
 
 def _ordered(sections: list[Section]) -> list[Section]:
-    """Move the figures of accuracy into the first section, behind its table, and fold the other sections."""
+    """Move the figures of accuracy into the first section, below its table, and fold the other sections."""
     first, *others = sections or [Section("summary", "Summary")]
     for start in _SHOWN:
         for section in others:
@@ -125,7 +125,7 @@ def write_report(folder: str | Path, on_event: Callable[[Event], None] | None = 
     """Write ``report.html``, ``tables/`` and ``figures/`` into a study's folder. The same store gives the same bytes.
 
     Args:
-        folder: the study's folder, which holds ``store.jsonl``.
+        folder: the study's folder, which contains ``store.jsonl``.
         on_event: called with each progress event.
 
     Raises:
@@ -135,7 +135,7 @@ def write_report(folder: str | Path, on_event: Callable[[Event], None] | None = 
     path = store_path(folder)
     contents = read_store(path)
     if not contents.records:
-        raise DataError(f"{path} holds no record; run the study first: thanos study STUDY.toml {path.parent}")
+        raise DataError(f"{path} has no record; run the study first: thanos study STUDY.toml {path.parent}")
     report = build_report(contents)
     try:
         return write_files(report, path.parent, EventStream(on_event))
@@ -172,7 +172,7 @@ def write_files(report: Report, out: Path, emit: Callable[[Event], None], *, pag
 
 
 def _emptied(folder: Path, keep: set[str]) -> Path:
-    """Make a folder. Remove the files of an earlier report that this one does not write again."""
+    """Create a folder, or remove the files of an earlier report from it, except those in ``keep``."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():
         if path.suffix in (".svg", ".png", ".csv", ".md", ".tex") and path.name not in keep:

@@ -1,6 +1,6 @@
-"""Select the cells of a model that can be compared: one evaluation, one dtype, one set of tasks, each cell and seed once.
+"""The cells of a model that can be compared: same evaluation, same dtype, same tasks, and each cell and seed once.
 
-The report shows the value that most cells share. It names the other cells as left out (:class:`LeftOut`).
+The report uses the evaluation, dtype and tasks of most cells. It lists the other cells as left out (:class:`LeftOut`).
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from thanos.study.store import CellRecord
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """Cells that no comparison shows, or whose zero-shot accuracies no comparison shows.
+    """Cells that the comparisons leave out, entirely or only their zero-shot accuracies.
 
     Attributes:
-        reason: how they differ, as a predicate that follows "N cells that".
+        reason: how they differ, as a predicate for "N cells that …".
         records: the cells.
     """
 
@@ -29,7 +29,7 @@ class LeftOut:
 
 
 def select_cells(records: Sequence[CellRecord]) -> tuple[list[CellRecord], list[LeftOut]]:
-    """Return the cells that may be compared, in the order given, and the cells that are left out."""
+    """Return the cells that can be compared, in the given order, and the cells that are left out."""
     left_out: list[LeftOut] = []
 
     def keep(cells: list[CellRecord], what: Callable[[CellRecord], Any], reason: str) -> list[CellRecord]:
@@ -45,13 +45,13 @@ def select_cells(records: Sequence[CellRecord]) -> tuple[list[CellRecord], list[
     kept = [r if r.key in same_tasks else dataclasses.replace(r, zero_shot=None) for r in kept]
     kept, again = _once(kept)
     if again:
-        reason = "repeated a cell and seed of which another record holds as much or more"
+        reason = "repeated a cell and seed of another record with as many or more results"
         left_out.append(LeftOut(reason, again))
     return kept, left_out
 
 
 def most_common(what: Callable[[CellRecord], Any], records: Iterable[CellRecord]) -> Any:
-    """Return the most common value of ``what`` over records, as a tuple; None if it is None for all of them."""
+    """Return the most common value of the function ``what`` over records, as a tuple; None if it is None for all."""
     found = Counter(json.dumps(value) for record in records if (value := what(record)) is not None)
     if not found:
         return None
@@ -82,23 +82,23 @@ def _tasks_of(record: CellRecord) -> tuple[Any, ...] | None:
 
 
 def _once(records: Sequence[CellRecord]) -> tuple[list[CellRecord], tuple[CellRecord, ...]]:
-    """Return one record of each cell and seed, and the other records. The one with most results counts, else the last."""
+    """Return one record of each cell and seed, and the other records. The one with the most results is used, else the last."""
     chosen: dict[str, CellRecord] = {}
     for record in records:
         cell = json.dumps(record.cell, sort_keys=True)
-        if cell not in chosen or _holds(record) >= _holds(chosen[cell]):
+        if cell not in chosen or _completeness(record) >= _completeness(chosen[cell]):
             chosen[cell] = record
     kept = {record.key for record in chosen.values()}
     return [r for r in records if r.key in kept], tuple(r for r in records if r.key not in kept)
 
 
-def _holds(record: CellRecord) -> tuple[bool, bool, bool]:
+def _completeness(record: CellRecord) -> tuple[bool, bool, bool]:
     compared = (record.evaluation or {}).get("kl_divergence") is not None
     return record.zero_shot is not None, record.evaluation is not None, compared
 
 
 def is_cost_only(record: CellRecord) -> bool:
-    """Return whether the study lists the model among those that are not evaluated."""
+    """Whether the study lists the model in ``cost_only``, so that it was not evaluated."""
     return record.asked.get("evaluation", {}) is None
 
 

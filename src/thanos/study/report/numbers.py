@@ -1,4 +1,4 @@
-"""Numbers of a report. Each keeps the keys of its cells in the store, and how it was computed from them.
+"""Numbers of a report. Each has the keys of its cells in the store, and the operation that computed it from them.
 
 A report prints no other numbers. ``how`` names the operation on one field of the cells:
 
@@ -32,7 +32,7 @@ class Field:
         label: label in tables and on axes, with the unit.
         show: function from a value in the label's unit to its text.
         scale: factor from the store's unit to the label's unit.
-        higher: whether larger is better.
+        higher: whether a larger value is better.
     """
 
     read: Callable[[CellRecord], float | None]
@@ -47,7 +47,7 @@ class Number:
     """A number and its origin.
 
     Attributes:
-        value: unrounded value in the store's unit; for ``gain`` a fraction, for ``price`` seconds a point.
+        value: unrounded value in the store's unit; for ``gain`` a fraction, for ``price`` seconds per point.
         field: name of the field, see :func:`field_of`.
         how: operation, see the module's docstring.
         cells: short keys of the cells.
@@ -131,9 +131,14 @@ def gain(first: Number, second: Number) -> Number:
 
 
 def price(seconds: tuple[Number, Number], quality: tuple[Number, Number]) -> Number | None:
-    """Return the price of quality: additional seconds of the first of each pair for each point by which it is better.
+    """Return the price of quality: the additional seconds of the first row, divided by the difference in quality.
 
-    Lower quality values, such as perplexities, are better. None if the first is not better.
+    Args:
+        seconds: seconds of the first and the second row.
+        quality: values of which lower is better, such as perplexities, of both rows.
+
+    Returns:
+        The price; None if the first row is not better.
     """
     better = quality[1].value - quality[0].value
     if better <= 0:
@@ -198,7 +203,7 @@ def _peak(record: CellRecord) -> float | None:
 
 
 def _alone(read: Callable[[CellRecord], float | None]) -> Callable[[CellRecord], float | None]:
-    """Return a reader of seconds that gives None if other cells ran on the same device: such times are not comparable."""
+    """Return a reader of seconds that returns None if the device was shared with other cells, so times are not comparable."""
     return lambda record: read(record) if record.machine.get("sharers", 1) == 1 else None
 
 
@@ -264,7 +269,7 @@ COMPARED = (
     ("tokens_per_second", "tokens/s", _seconds, 1.0, True),
     ("first_token_seconds", "first token (ms)", _seconds, 1e3, False),
 )
-"""Name, label, text, scale and direction of the quantities that comparisons have and cells of a study do not."""
+"""Name, label, formatter, scale and direction of the quantities of a comparison that cells of a study do not have."""
 
 FIELDS: dict[str, Field] = {
     "cells": Field(lambda r: 1, "cells", _plain),
@@ -274,12 +279,12 @@ FIELDS: dict[str, Field] = {
     "zero_shot": Field(lambda r: _dig(r.zero_shot, "average", "acc"), "zero-shot (%)", _one, 100, higher=True),
     "zero_shot_stderr": Field(lambda r: _dig(r.zero_shot, "average", "acc_stderr"), "standard error (%)", _one, 100),
     "sparsity": Field(lambda r: _dig(r.effective_sparsity, "targeted"), "measured sparsity (%)", _two, 100),
-    "sparsity_asked": Field(lambda r: r.cell["sparsity"], "sparsity asked (%)", _plain, 100),
+    "sparsity_asked": Field(lambda r: r.cell["sparsity"], "requested sparsity (%)", _plain, 100),
     "sparsity_all": Field(lambda r: _dig(r.effective_sparsity, "all"), "of all parameters (%)", _two, 100),
     "layer_error": Field(_layer_error, "mean layer error", _significant),
     "seconds": Field(_alone(lambda r: r.seconds), "pruning (s)", _seconds),
-    "solve_seconds": Field(_alone(lambda r: _dig(r.phases, "solve", "seconds")), "of it solving (s)", _seconds),
-    "peak_bytes": Field(_peak, "peak memory above what the process holds (GiB)", _two, 2**-30),
+    "solve_seconds": Field(_alone(lambda r: _dig(r.phases, "solve", "seconds")), "solving (s)", _seconds),
+    "peak_bytes": Field(_peak, "additional peak memory (GiB)", _two, 2**-30),
     "alpha": Field(lambda r: r.cell["outlier_rows"], "α", _plain),
     "block_size": Field(lambda r: r.cell["block_size"], "B", _plain),
     "damping": Field(lambda r: r.cell["damping"], "damping", _plain),

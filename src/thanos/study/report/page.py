@@ -72,7 +72,7 @@ def render_page(title: str, lead: Prose, chapters: Sequence[Chapter], pictures: 
 
 
 def _own_note(note: Prose) -> Prose:
-    """Return a note without the footnotes that the page has once."""
+    """Return a note without the footnotes, which the page shows in a section of their own."""
     return tuple(part for part in note if not (isinstance(part, str) and part.strip() in FOOTNOTES))
 
 

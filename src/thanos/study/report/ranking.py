@@ -1,4 +1,4 @@
-"""Ranking: only rows of equal measured sparsity are compared, and only differences beyond the noise count."""
+"""Ranking: only rows of equal measured sparsity are compared, and only differences larger than the noise count."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ GROUP_WIDTH = 0.002
 
 
 def groups_by_sparsity(rows: Iterable[Row]) -> list[list[Row]]:
-    """Divide rows into groups by measured sparsity, from the lowest up. A group is no wider than :data:`GROUP_WIDTH`."""
+    """Group rows by measured sparsity, ascending. The sparsities of a group differ by at most :data:`GROUP_WIDTH`."""
     groups: list[list[Row]] = []
     measured = [row for row in rows if row.mean("sparsity") is not None]
     for row in sorted(measured, key=lambda row: (row.value("sparsity"), row.order)):
@@ -31,8 +31,8 @@ def comparable(first: Row, second: Row) -> bool:
 def verdict(first: Row, second: Row, field: str = "perplexity", lent: Number | None = None) -> str:
     """Compare two rows by the means of a field; return ``better``, ``worse``, or ``tie``.
 
-    The means are over the seeds that both rows have. A difference within :func:`larger_noise` is a tie. If no spread is
-    known, the means alone decide. The result is empty if no common seed has the field in both rows.
+    The means are over the seeds that both rows have. A difference of at most :func:`larger_noise` is a tie. If no spread is
+    known, every difference counts. The result is empty if no common seed has the field in both rows.
     """
     change = change_of(first, second, field)
     if change is None:
@@ -52,7 +52,7 @@ def change_of(first: Row, second: Row, field: str = "perplexity") -> Number | No
 def larger_noise(*rows: Row, field: str = "perplexity", lent: Number | None = None) -> Number | None:
     """Return the largest :meth:`~thanos.study.report.results.Row.noise` of some rows; None if none is known.
 
-    ``lent`` replaces an unknown noise. For accuracies the standard errors over their items are candidates too.
+    ``lent`` replaces an unknown noise. For accuracies the standard errors over the tasks' items are included.
     """
     kind, _, task = field.partition(":")
     error = {"zero_shot": "zero_shot_stderr", "task": f"task_stderr:{task}"}.get(kind)
@@ -61,14 +61,14 @@ def larger_noise(*rows: Row, field: str = "perplexity", lent: Number | None = No
 
 
 def one_seed(*rows: Row, field: str = "perplexity") -> str:
-    """Return the mark ``°`` if a row has fewer than two draws over the common seeds, else an empty text."""
+    """Return the mark ``°`` if a row has fewer than two distinct samples over the common seeds, else an empty text."""
     return "°" if any(row.spread(field) is None for row in over_common_seeds(*rows, field=field)) else ""
 
 
 def pareto(rows: Sequence[Row], costs: Callable[[Row, Row], str], field: str = "perplexity") -> list[Row]:
-    """Return the Pareto front: the rows that no other row beats.
+    """Return the Pareto front: the rows that no other row dominates.
 
-    A row beats another if it is not worse in cost and in the field, and better in one of the two.
+    A row dominates another if it is not worse in cost and in the field, and better in one of the two.
 
     Args:
         rows: rows that are comparable with each other.
@@ -76,11 +76,11 @@ def pareto(rows: Sequence[Row], costs: Callable[[Row, Row], str], field: str = "
         field: name of the quality field.
     """
 
-    def beats(first: Row, second: Row) -> bool:
+    def dominates(first: Row, second: Row) -> bool:
         results = (costs(first, second), verdict(first, second, field))
         return "better" in results and all(result in ("better", "tie") for result in results)
 
-    return [row for row in rows if not any(beats(other, row) for other in rows if other is not row)]
+    return [row for row in rows if not any(dominates(other, row) for other in rows if other is not row)]
 
 
 def ranks(rows: Sequence[Row], field: str = "perplexity") -> list[str]:
@@ -89,10 +89,10 @@ def ranks(rows: Sequence[Row], field: str = "perplexity") -> list[str]:
     ``=`` after it marks a tie, ``°`` a row with one seed. Rows without the field, or without a comparable row, get an empty
     text.
     """
-    able = [row for row in rows if row.mean(field) is not None]
+    known = [row for row in rows if row.mean(field) is not None]
     found = []
     for row in rows:
-        others = [other for other in able if other is not row and row in able and comparable(row, other)]
+        others = [other for other in known if other is not row and row in known and comparable(row, other)]
         results = [result for other in others if (result := verdict(row, other, field))]
         if not results:
             found.append("")

@@ -1,7 +1,7 @@
-"""The results block of a README, generated from a store between two markers, so that a test detects a stale block.
+"""The results block of a README, generated from a store between two markers. A test detects a stale block.
 
 <!-- results: docs/results/MODEL -->
-…headline table, figure and where they come from…
+…headline table, figure, device and date…
 <!-- end of results -->
 """
 
@@ -27,7 +27,7 @@ def result_folders(text: str) -> list[str]:
 
 
 def with_results(text: str, root: Path) -> str:
-    """Return a README's text with every results block made anew from its store.
+    """Return a README's text with every results block generated again from its store.
 
     Args:
         text: text of the README.
@@ -61,8 +61,8 @@ def update_readme(readme: Path, folder: Path) -> None:
         shown = folder.resolve()
         shown = shown.relative_to(root) if shown.is_relative_to(root) else shown
         raise DataError(
-            f"--readme {readme} has no place for these results; add the lines <!-- results: {shown} --> and "
-            "<!-- end of results --> where they should stand"
+            f"--readme {readme} has no markers for these results; add the lines <!-- results: {shown} --> and "
+            "<!-- end of results --> where the results should be"
         )
     readme.write_text(with_results(text, root), encoding="utf-8")
 

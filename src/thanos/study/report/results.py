@@ -24,12 +24,12 @@ class Row:
 
     Attributes:
         sparsity: requested sparsity; for n:m that of the pattern.
-        units: how the units that go are counted, see :func:`~thanos.study.grid.units_label`; empty for the default.
-        repair: allocation and repair in a few words, see :func:`~thanos.study.grid.repair_label`; empty without either.
+        units: ``multiple_of`` and ``head_unit``, see :func:`~thanos.study.grid.units_label`; empty for the defaults.
+        repair: allocation and repair, see :func:`~thanos.study.grid.repair_label`; empty without either.
         alpha: fraction of outlier rows.
         records: the cells, sorted by seed.
         whole: the row of which this one is a part, see :meth:`only`; None for a whole row.
-        kin: rows of the same method, pattern and sparsity; a row with one seed takes its spread from them.
+        related: rows of the same method, pattern and sparsity, whose spread is used if this row has only one seed.
     """
 
     model: str
@@ -48,7 +48,7 @@ class Row:
     repair: str
     records: tuple[CellRecord, ...]
     whole: Row | None = None
-    kin: tuple[Row, ...] = ()
+    related: tuple[Row, ...] = ()
 
     @property
     def name(self) -> str:
@@ -111,18 +111,18 @@ class Row:
         return mean(self.records, field)
 
     def spread(self, field: str) -> Number | None:
-        """Return the spread of a field over the seeds; None for fewer than two. Seeds with the same windows count once."""
+        """Return the spread of a field over the seeds; None for fewer than two. Seeds with equal windows count as one."""
         return spread(self.draws, field)
 
     def noise(self, field: str = "perplexity") -> Number | None:
-        """Return how much the draw of calibration text alone changes a field; None if it is unknown.
+        """Return the spread of a field that is caused by the sample of calibration text; None if it is unknown.
 
-        This is the spread of the whole row, or, for a row with one seed, the largest spread of its :attr:`kin`.
+        This is the spread of the whole row, or, for a row with one seed, the largest spread of the :attr:`related` rows.
         """
         own = (self.whole or self).spread(field)
         if own is not None:
             return own
-        spreads = [found for row in self.kin if (found := row.spread(field)) is not None]
+        spreads = [found for row in self.related if (found := row.spread(field)) is not None]
         return max(spreads, key=lambda number: number.value, default=None)
 
     def only(self, seeds: Iterable[int | None]) -> Row:
@@ -138,7 +138,7 @@ class Row:
 
     @property
     def draws(self) -> tuple[CellRecord, ...]:
-        """The cells with distinct calibration windows: the first cell of each. A cell without their hash counts as distinct."""
+        """The first cell for each set of calibration windows. A cell without a hash of its windows is always included."""
         found: dict[str, CellRecord] = {}
         for record in self.records:
             windows = (record.calibration or {}).get("sha256") or record.key
@@ -146,7 +146,7 @@ class Row:
         return tuple(found.values())
 
     def value(self, field: str) -> float:
-        """Return the mean of a field as a plain number; every done cell must have the field."""
+        """Return the mean of a field that every done cell has, as a float."""
         number = self.mean(field)
         assert number is not None, f"{self.setting} has no {field}"
         return number.value
@@ -176,15 +176,18 @@ def _implies_sparsity(pattern: str) -> bool:
 
 
 class Results:
-    """The cells of one model that can be compared: same evaluation and dtype, and rows of the same calibration and damping.
-
-    ``left_out`` has the cells that are not compared, see comparable.py. ``variations`` are the rows with another calibration
-    or damping, ``repaired`` those with a repair or an allocation, ``scoped`` the others with another scope of the budget than
-    the method's own. ``cost_only`` is true if no cell of the model was evaluated, since the study lists the model there.
+    """The cells of one model that can be compared.
 
     Args:
         model: name of the model.
         records: the done cells of a store, of any model.
+
+    Attributes:
+        rows: rows with the calibration and damping of most rows (``base``), without a repair, and with the method's scope.
+        scoped, repaired: the same with another scope, and with a repair or an allocation.
+        variations: rows with another calibration or damping.
+        left_out: cells that are not compared, see comparable.py.
+        cost_only: whether the study lists the model in ``cost_only``, so that none of its cells was evaluated.
     """
 
     def __init__(self, model: str, records: Iterable[CellRecord]) -> None:
@@ -199,7 +202,7 @@ class Results:
         damping = most_common(damping_of, cells) or (None,)
         self.base = (*text, *damping)
         base = [row for row in pruned if self._is_base(row)]
-        base = [dataclasses.replace(row, kin=_kin(row, base)) for row in base]
+        base = [dataclasses.replace(row, related=_related(row, base)) for row in base]
         self.repaired = [row for row in base if row.repair]
         self.rows = [row for row in base if row.scope is None and not row.repair]
         self.scoped = [row for row in base if row.scope is not None and not row.repair]
@@ -212,7 +215,7 @@ class Results:
     def find(self, **settings: Any) -> Row | None:
         """Return the row with these attributes, else None.
 
-        By default α = 0, block size and scope are the method's, units are counted as usual, and there is no repair.
+        By default α is 0, block size, scope and units are the defaults, and there is no repair.
         """
         wanted = {"alpha": 0.0, **settings}
         return next((row for row in (*self.rows, *self.scoped, *self.repaired) if _matches(row, wanted)), None)
@@ -225,14 +228,13 @@ class Results:
 def over_common_seeds(*rows: Row, field: str = "perplexity") -> tuple[Row, ...]:
     """Return the rows restricted to the seeds for which each of them has the field.
 
-    Every comparison of a report uses these: a seed of one row alone says nothing about the difference. Rows without a common
-    seed have no cells left.
+    Every comparison of a report uses these. Rows without a common seed have no cells left.
     """
     common = set.intersection(*(row.seeds_with(field) for row in rows)) if rows else set()
     return tuple(row.only(common) for row in rows)
 
 
-def _kin(row: Row, rows: Iterable[Row]) -> tuple[Row, ...]:
+def _related(row: Row, rows: Iterable[Row]) -> tuple[Row, ...]:
     wanted = {name: getattr(row, name) for name in ("method", "pattern", "sparsity", "units", "scope", "repair")}
     return tuple(other for other in rows if _matches(other, wanted, any_block=True))
 

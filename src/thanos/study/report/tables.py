@@ -13,7 +13,7 @@ from thanos.study.report.numbers import Number, Prose, plain
 from thanos.study.report.render import environment
 
 _WITHOUT_SPREAD = ("zero_shot_stderr", "layer_error", "solve_seconds", "sparsity", "peak_bytes")
-"""Fields shown without spread, to keep tables narrow. The table of noise has the spread of the layer error."""
+"""Fields that tables show without spread, to stay narrow. The table of noise has the spread of the layer error."""
 
 
 UNKNOWN = "–"
@@ -104,8 +104,8 @@ HEADS = {
     "zero_shot_stderr": "standard error (%)",
     "layer_error": "layer error",
     "seconds": "pruning (s)",
-    "solve_seconds": "of it solving (s)",
-    "peak_bytes": "peak memory above what is held (GiB)",
+    "solve_seconds": "solving (s)",
+    "peak_bytes": "additional peak memory (GiB)",
     "seconds_difference": "s more than SparseGPT",
 }
 """Name of a column → its heading in every table."""
@@ -248,10 +248,10 @@ WRITERS = {"csv": to_csv, "md": to_markdown, "tex": to_latex}
 
 
 def measures(row: Any, fields: Sequence[str], best: dict[str, Any] | None = None) -> list[Cell]:
-    """Return a cell for each field of a row: mean and spread, bold if ``best`` has this row for the field.
+    """Return a cell for each field of a row: mean and spread, bold if ``best`` contains this row for the field.
 
-    ``°`` marks a field with one draw in a row with several. Tasks, and seconds of cells that ran alone, may be fewer than the
-    draws.
+    ``°`` marks a field that only one seed has, in a row with several. Some seeds may have no tasks, or no seconds since they
+    shared their device.
     """
     found = []
     for name in fields:

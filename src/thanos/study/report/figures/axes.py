@@ -42,7 +42,7 @@ def look_of(method: str, others: list[str], variant: int = 0) -> dict[str, Any]:
 
 
 def caption(axes: Axes, text: str, space: float = 0.0) -> None:
-    """Write the label of y horizontally above its axis, with ``space`` points left free between them."""
+    """Write the label of y horizontally above its axis, ``space`` points higher than usual."""
     axes.set_title(text, loc="left", fontsize=8, color=MUTED, pad=8 + space)
 
 
@@ -52,14 +52,14 @@ def log_note(scale: str) -> str:
 
 
 def draw_reference(line: Callable[..., Any], reference: tuple[str, Number]) -> Any:
-    """Draw the reference number as a line, by ``axhline`` or ``axvline``, with its own label in the legend."""
+    """Draw the reference number with ``line`` (``axhline`` or ``axvline``), with a label for the legend."""
     label, number = reference
     style = {"color": MUTED, "linewidth": 0.9, "linestyle": (0, (2, 2)), "zorder": 1}
     return line(number.scaled, **style, label=f"{label} {number.text}")
 
 
 def legend(canvas: Any, handles: Sequence[Any]) -> None:
-    """Add a legend below the figure, and make the figure higher by the legend's height. Without handles do nothing."""
+    """Add a legend below the figure, and increase the figure's height by that of the legend. Without handles do nothing."""
     if not handles:
         return
     for handle in handles:

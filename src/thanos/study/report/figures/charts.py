@@ -17,7 +17,7 @@ FAR = 3.0
 
 
 ROOM = 1.6
-"""Capped lines end at this many times the peak of the line with the second lowest peak."""
+"""Lines of a capped chart end at this many times the second lowest of their peaks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,16 +58,16 @@ class Chart:
 
     Attributes:
         kind: ``lines`` joins the points, ``scatter`` joins the marked ones (the Pareto front). ``dots`` draws each point in a
-            line of its own: label to the left, number to the right. The series' label is above its first point.
+            separate line: label to the left, number to the right. The series' label is above its first point.
         name: name of its files, without ending.
         title: title of the figure.
         x_label, y_label: labels of the axes, with units.
-        reference: a number that y is read against, with its label: the dense model.
+        reference: a number to compare y with, such as the dense model's, and its label.
         x_scale: ``linear``, ``log`` or ``log2``; ``auto`` is log if the numbers span more than :data:`SPAN_FOR_LOG`.
         note: text below the figure in the page.
         capped: whether lines end at :attr:`ceiling`.
-        rising: whether larger x are better, as tokens a second are.
-        directed: whether larger y are better, so that no point is far above the others.
+        rising: whether larger x are better, such as tokens per second.
+        directed: whether larger y are better; then there is no :attr:`ceiling`.
     """
 
     kind: Literal["lines", "scatter", "dots"]

@@ -1,4 +1,4 @@
-"""Draw figures as SVG and PNG with matplotlib. The same data gives the same bytes on any date.
+"""Drawing figures as SVG and PNG with matplotlib. The same data gives the same bytes.
 
 An SVG has the figure's data as JSON in its metadata (``dc:description``), and CSS rules for a dark background.
 """
@@ -54,7 +54,7 @@ def draw(figure: Figure) -> tuple[str, bytes]:
     with drawn(figure) as canvas:
         svg, png = io.StringIO(), io.BytesIO()
         data = json.dumps(figure.to_dict(), ensure_ascii=False, separators=(",", ":"))
-        # No date and no version, so that the bytes depend on the data alone.
+        # No date and no version, so that the bytes depend only on the data.
         about = {"Date": None, "Creator": "thanos", "Title": figure.title, "Description": data}
         canvas.savefig(svg, format="svg", transparent=True, metadata=about)
         canvas.savefig(png, format="png", dpi=_PNG_DPI, facecolor=PAPER, metadata={"Software": None})

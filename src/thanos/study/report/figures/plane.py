@@ -27,13 +27,13 @@ _DASHES = ("-", (0, (5, 1.6)), (0, (1.4, 1.4)), (0, (5, 1.4, 1.2, 1.4)), (0, (9,
 _FRONT: dict[str, Any] = {"color": MUTED, "linewidth": 1, "linestyle": (0, (4, 2))}
 _RING: dict[str, Any] = {"marker": "o", "markersize": 9.5, "markerfacecolor": "none", "markeredgecolor": MUTED}
 _SIDE_STEP = 0.0215
-"""Horizontal shift between two lines, as a fraction of the x axis: a marker and a gap. x differs a little between them."""
+"""Horizontal shift of the points of a line against those of the next, as a fraction of the x axis: a marker and a gap."""
 
 _APART = 6.0
 """Least distance in points between two markers of a scatter: a marker's width and a gap."""
 
 _AXES = {"x": 270.0, "y": 130.0}
-"""Size in points of the rectangle in which a scatter's points lie."""
+"""Size in points of the rectangle with a scatter's points."""
 
 _ROW = 11.0
 """Distance in points between rows of markers above the axes: a ring's height and a gap."""
@@ -93,7 +93,7 @@ def _side_by_side(chart: Chart) -> list[list[float]]:
 
 
 def _mark(canvas: Any, axes: Axes, x: float, point: Point, look: dict[str, Any], shift: float) -> None:
-    """Draw a marker with its bar; a moved one beside the place of its number, with a line to it."""
+    """Draw a marker with its bar. If it is shifted, a line connects it to its true position."""
     y, spread = point.y.scaled, point.spread
     if not shift:
         axes.plot([x], [y], **look, clip_on=False, zorder=4)
@@ -111,29 +111,29 @@ def _mark(canvas: Any, axes: Axes, x: float, point: Point, look: dict[str, Any],
 
 
 def _moved(canvas: Any, axes: Axes, shift: float, xs: list[float], ys: list[float], **look: Any) -> None:
-    """Draw a line or marker that is moved to the right by some points. The limits are those of the unmoved one."""
+    """Draw a line or marker, shifted to the right by some points. The axes' limits are those without the shift."""
     from matplotlib.lines import Line2D
     from matplotlib.transforms import ScaledTranslation
 
-    place = axes.transData + ScaledTranslation(shift / 72, 0, canvas.dpi_scale_trans)
-    axes.add_artist(Line2D(xs, ys, transform=place, clip_on=False, **look))
+    shifted = axes.transData + ScaledTranslation(shift / 72, 0, canvas.dpi_scale_trans)
+    axes.add_artist(Line2D(xs, ys, transform=shifted, clip_on=False, **look))
     axes.update_datalim([(xs[0], ys[0])])
     axes.autoscale_view()
 
 
 def _shifts(chart: Chart) -> dict[int, float]:
-    """Return by how many points the markers of a scatter are moved to the right, so that none lies over another or its bar.
+    """Return the shift to the right, in points, of each marker of a scatter that would overlap another marker or its bar.
 
-    The distances are those on axes of the usual size; the marks of an axis do not change them by more than a few points.
+    Distances are computed for axes of the usual size; the labels of an axis change them by only a few points.
     """
     if chart.kind != "scatter":
         return {}
     inside = [point for series in chart.series for point in series.points if not chart.is_above(point)]
-    places = _spread_out(chart, "x", [point.x.scaled for point in inside])
-    ends = _spread_out(chart, "y", [end for point in inside for end in _ends(chart, point)])
+    positions = _in_points(chart, "x", [point.x.scaled for point in inside])
+    ends = _in_points(chart, "y", [end for point in inside for end in _ends(chart, point)])
     found: dict[int, float] = {}
     taken: list[tuple[float, float, float]] = []
-    for point, x, low, high in zip(inside, places, ends[::2], ends[1::2], strict=True):
+    for point, x, low, high in zip(inside, positions, ends[::2], ends[1::2], strict=True):
         shift = 0.0
         while any(
             math.hypot(x + shift - other, max(low - top, bottom - high, 0.0)) < _APART for other, bottom, top in taken
@@ -146,14 +146,14 @@ def _shifts(chart: Chart) -> dict[int, float]:
 
 
 def _ends(chart: Chart, point: Point) -> tuple[float, float]:
-    """Return the lower and the upper end of a point's bar; twice its y without one."""
+    """Return the lower and the upper end of a point's bar; without a bar both are y."""
     y, spread = point.y.scaled, 0.0 if point.spread is None else point.spread.scaled
     below = y - spread
     return below if below > 0 or chart.scale("y") == "linear" else y, y + spread
 
 
-def _spread_out(chart: Chart, axis: Literal["x", "y"], values: list[float]) -> list[float]:
-    """Return the places of values along an axis, in points of print."""
+def _in_points(chart: Chart, axis: Literal["x", "y"], values: list[float]) -> list[float]:
+    """Return the positions of values along an axis, in typographic points."""
     if chart.scale(axis) != "linear":
         values = [math.log(value) for value in values]
     span = max(values, default=0.0) - min(values, default=0.0)
@@ -161,7 +161,7 @@ def _spread_out(chart: Chart, axis: Literal["x", "y"], values: list[float]) -> l
 
 
 def _row_above(canvas: Any, axes: Axes, row: int, points: list[tuple[float, Point]], look: dict[str, Any]) -> None:
-    """Draw the markers of one series above the ceiling, in a row of their own. Marked points have a ring, as in the plane."""
+    """Draw the markers of one series above the ceiling, in a separate row. Marked points have a ring."""
     from matplotlib.transforms import ScaledTranslation
 
     transform = axes.get_xaxis_transform() + ScaledTranslation(0, (row - 0.3) * _ROW / 72, canvas.dpi_scale_trans)

@@ -1,4 +1,4 @@
-"""Colours of a report, light and dark. They are distinct for any colour vision; in print the markers distinguish them."""
+"""Colours of a report, light and dark. They can be distinguished with any colour vision; the markers differ too."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def own_style(method: str) -> tuple[str, str] | None:
 def dark_rules() -> str:
     """Return CSS that recolours an SVG by the colours written in its ``style`` attributes.
 
-    The selectors name no ancestors, since ancestor selectors do not match elements that ``<use>`` shows. Programs without
-    CSS media queries show the light colours, which stay in the file.
+    The selectors name no ancestors, since these do not match elements that ``<use>`` shows. Programs without CSS media queries
+    show the light colours.
     """
     rules = []
     own = {row.colour: row.dark_colour for row in registry.methods() if row.colour and row.dark_colour}

@@ -34,9 +34,9 @@ def alpha(results: Results) -> Section:
     section = Section("alpha", "How many outlier rows?")
     section.prose.append(
         (
-            "Rule: the recommended α is the smallest whose perplexity is within the noise of the best: the larger of the two "
-            "rows' spreads over seeds. All rows of a pattern are judged over the seeds that all of them have; ° marks what "
-            "rests on one seed.",
+            "Rule: the recommended α is the smallest one whose perplexity differs from the best by at most the noise, the "
+            "larger of the two rows' spreads over seeds. All rows of a pattern are compared over the seeds that all of them "
+            "have; °: only one seed.",
         )
     )
     within: dict[str, list[Row]] = {}
@@ -69,7 +69,7 @@ def _common(within: dict[str, list[Row]]) -> Prose:
     common = sorted(set.intersection(*(set(each) for each in shares)))
     names = " and ".join(within)
     if not common:
-        return (f"No one α is within the noise of the best for {names}: choose by pattern.",)
+        return (f"No single α is within the noise of the best for {names}: choose by pattern.",)
     number = own(shares[0][common[0]], "alpha")
     mark = "°" if any(one_seed(each[common[0]]) for each in shares) else ""
     assert number is not None
@@ -106,7 +106,7 @@ def _advice(label: str, rows: Sequence[Row], chosen: Row, best: Row) -> Prose:
     means = [row.mean("perplexity") for row in (chosen, best)]
     noise, mark = larger_noise(chosen, best), one_seed(*rows)
     words: list[str | Number | None] = [
-        f"{label}: {'by one draw, ' * bool(mark)}recommended α = ",
+        f"{label}: {'from one seed, ' * bool(mark)}recommended α = ",
         numbers[0],
         f"{mark} (perplexity ",
         means[0],
@@ -116,12 +116,12 @@ def _advice(label: str, rows: Sequence[Row], chosen: Row, best: Row) -> Prose:
     words += [] if chosen is best else [numbers[1], " (", means[1], f") of {len(rows)}"]
     words += [f", over {seeds_of(rows)}. "]
     if noise is None:
-        words += ["No row has several seeds: the noise is unknown, and the recommendation rests on single draws (°)."]
+        words += ["No row has several seeds, so the noise is unknown, and the recommendation is from one seed (°)."]
     else:
         words += [
             "Noise: ",
             noise,
-            f"{', known from other rows with several seeds; α is judged by one draw (°)' * bool(mark)}.",
+            f"{', from other rows with several seeds; α is compared over one seed (°)' * bool(mark)}.",
         ]
     return (*(word for word in words if word is not None), *_by_divergence(rows, chosen))
 
@@ -166,7 +166,7 @@ def _chart(results: Results, field: str, label: str, pattern: str, shared: Seque
         "lines",
         name,
         f"{title} of Thanos over α, {label}",
-        "α, share of output rows left dense",
+        "α, fraction of output rows left dense",
         y_label,
         tuple(series),
         note=(BAR_NOTE,),

@@ -26,21 +26,21 @@ PATTERNS = ("unstructured", "4:8", "2:4")
 _FIELDS = ("layer_error", "perplexity", "kl_divergence", "seconds", "solve_seconds")
 _COST_FIELDS = ("layer_error", "seconds", "solve_seconds")
 _RULE: Prose = (
-    "Rule: it is worth it where some smaller block has a lower perplexity than the largest one measured, by more than the "
-    "noise; a tie is decided by the seconds.",
+    "Rule: smaller blocks are worth it if one has a lower perplexity than the largest measured block, by more than the noise. "
+    "If it is a tie, the seconds decide.",
 )
 _SIGN_NOTE = (
-    "< lower perplexity than the largest B, > higher, = within the noise, which is the larger of the two spreads. ° one seed "
-    "only; its spread is taken from the same pattern with another B."
+    "< lower perplexity than the largest B, > higher, = within the noise, which is the larger of the two spreads. ° only one "
+    "seed; its spread is taken from the same pattern with another B."
 )
 _CHARTS = {"perplexity": "perplexity", "layer_error": "mean relative layer error", "seconds": "pruning (s)"}
 
 
 def blocks(results: Results) -> Section:
     """Return tables and figures over the block size, and a verdict for each pattern."""
-    section = Section("blocks", "Is the block-wise formulation worth it, and where?")
+    section = Section("blocks", "Block size: are small blocks worth it?")
     if results.cost_only:
-        section = Section("blocks", "What does the block size cost?", prose=[COST_ONLY])
+        section = Section("blocks", "Cost of the block size", prose=[COST_ONLY])
     else:
         section.prose.append(_RULE)
     found: dict[str, list[Row]] = {}
@@ -92,7 +92,7 @@ def _answer(label: str, rows: list[Row]) -> Prose:
     s, t = best.mean("seconds"), whole.mean("seconds")
     noise, mark = larger_noise(best, whole), one_seed(*rows)
     word = {"better": "worth it", "worse": "not worth it"}.get(verdict(best, whole), _by_time(best, whole))
-    word = f"by one draw, {word}" if mark else word
+    word = f"from one seed, {word}" if mark else word
     words: list[str | Number | None] = [f"{label}: {word}{mark}. B = ", own(best, "block_size")]
     words += [" against ", own(whole, "block_size"), ": perplexity ", means[0], " against ", means[1]]
     words += [" (", change_of(best, whole), ")"]
@@ -106,22 +106,22 @@ def _by_time(best: Row, whole: Row) -> str:
     """Return in words which of two rows of equal perplexity is faster."""
     faster = verdict(best, whole, "seconds")
     if faster in ("better", "worse"):
-        return f"a tie, which time decides {'for' if faster == 'better' else 'against'} blocks"
-    return "a tie, in time too" if faster else "a tie, time being unknown"
+        return f"a tie, and {'faster, so worth it' if faster == 'better' else 'slower, so not worth it'}"
+    return "a tie, also in time" if faster else "a tie, with unknown time"
 
 
 def _costs(label: str, rows: list[Row]) -> Prose:
-    able = [row for row in rows if row.mean("seconds") is not None]
-    if not able:
+    timed = [row for row in rows if row.mean("seconds") is not None]
+    if not timed:
         return (f"{label}: time was not measured.",)
-    least = min(able, key=lambda row: row.value("seconds"))
+    fastest = min(timed, key=lambda row: row.value("seconds"))
     words: list[str | Number | None] = [
-        f"{label}: pruning takes least with B = ",
-        own(least, "block_size"),
+        f"{label}: pruning is fastest with B = ",
+        own(fastest, "block_size"),
     ]
-    words += [", ", least.mean("seconds"), " s"]
-    for row in (able[0], able[-1]):
-        if row is not least:
+    words += [", ", fastest.mean("seconds"), " s"]
+    for row in (timed[0], timed[-1]):
+        if row is not fastest:
             words += ["; B = ", own(row, "block_size"), ": ", row.mean("seconds"), " s"]
     return tuple(word for word in (*words, ".") if word is not None)
 

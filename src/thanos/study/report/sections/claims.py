@@ -40,10 +40,9 @@ def claims(results: Results) -> Section:
     section = Section("claims", "The paper's claims on this model")
     section.prose.append(
         (
-            "Each claim is a rule evaluated on the store: it holds or does not where a difference exceeds the larger spread "
-            "over seeds, and is a tie within it; ° marks claims that rest on one seed. A claim of several parts holds if each "
-            "does, and does not if one does not. Only rows of equal measured sparsity are compared, over the seeds that all "
-            "rows of the claim have.",
+            "Each claim is a rule that is evaluated on the store. It is a tie if the difference is within the larger spread "
+            "over seeds; otherwise it holds or does not hold. °: from one seed only. A claim of several parts holds if all "
+            "parts hold. Only rows of equal measured sparsity are compared, over the seeds that all rows of the claim have.",
         )
     )
     found = all_claims(results)
@@ -139,7 +138,7 @@ def _alpha_helps(results: Results, pattern: str) -> Claim:
 
 
 def _structured_gain_largest(results: Results) -> Claim:
-    claim = "The gain over SparseGPT, as a share of perplexity, is largest for columns"
+    claim = "The gain over SparseGPT, as a fraction of the perplexity, is largest for columns"
     pairs: list[tuple[Row, Row]] = []
     for pattern in HEADLINE:
         rows = {row.method: row for row in headline_rows(results, pattern) if row.mean("perplexity")}
@@ -156,7 +155,7 @@ def _structured_gain_largest(results: Results) -> Claim:
         return Claim(claim, _WORDS[""], ())
     most, noise = gains.pop("columns")
     labels = [own.pattern_label for own, _ in pairs if own.pattern in gains]
-    claim += f", beside {counted(labels, 'other pattern')}"
+    claim += f", compared with {counted(labels, 'other pattern')}"
     results_by_pattern = [_beyond(most.value - value.value, [noise, other]) for value, other in gains.values()]
     mark = one_seed(*(row for pair in _shared(pairs) for row in pair))
     return Claim(claim, _WORDS[_worst(results_by_pattern)] + mark, tuple(parts))
@@ -175,7 +174,7 @@ def _shared(pairs: list[tuple[Row, Row]]) -> list[tuple[Row, Row]]:
 
 
 def _beyond(change: float, noises: list[float]) -> str:
-    """Return ``tie`` for a change within the largest noise, else ``better`` if it is positive and ``worse`` if negative."""
+    """Return ``tie`` if a change is within the largest noise, else ``better`` if it is positive, ``worse`` if negative."""
     return "tie" if abs(change) <= max(noises) else "better" if change > 0 else "worse"
 
 

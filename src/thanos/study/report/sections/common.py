@@ -45,13 +45,13 @@ class Section:
 
     @property
     def empty(self) -> bool:
-        """Whether there is nothing to show; prose alone only explains what would be shown."""
+        """Whether there is no table and no figure. Prose alone does not count, since it only explains these."""
         return not self.tables and not self.figures
 
 
 COST_ONLY: Prose = (
-    "This model was pruned and not evaluated (cost_only in the study), as models with random weights are: its numbers tell "
-    "what pruning costs, and how far the layers' outputs moved, and nothing about accuracy.",
+    "This model was pruned but not evaluated (cost_only in the study), for example because its weights are random. Its "
+    "numbers show the cost of pruning and the change of the layers' outputs, and nothing about accuracy.",
 )
 """First paragraph about a model that was pruned but not evaluated."""
 
@@ -65,8 +65,8 @@ def headline_patterns(results: Results) -> list[str]:
 def headline_sparsity(results: Results, pattern: str) -> float | None:
     """Return the sparsity at which the headline shows a pattern; None if the store has no row of the pattern.
 
-    It is the paper's if at least two methods have it. Otherwise it is the sparsity with the most methods, then with the most
-    seeds, then nearest to the paper's. So single cells at other sparsities do not change the headline.
+    It is the paper's if at least two methods have rows with it. Otherwise it is the sparsity with the most methods, then with
+    the most seeds, then the one nearest to the paper's. So single cells at other sparsities do not change the headline.
     """
     rows = [row for row in results.select(pattern=pattern, alpha=0.0) if row.has_default_block]
     usual = USUAL_SPARSITY.get(pattern, 0.5)
@@ -142,16 +142,16 @@ def points(
 
 
 def best_by(rows: Sequence[Row], fields: Iterable[str]) -> dict[str, list[Row]]:
-    """Return for each field the rows that no comparable row beats. A row without a comparable row is not returned.
+    """Return for each field the rows that are not worse than any comparable row. Rows without a comparable row are left out.
 
     The comparison is that of :func:`~thanos.study.report.ranking.ranks`: equal measured sparsity, over common seeds.
     """
     found: dict[str, list[Row]] = {}
     for name in fields:
-        able = [row for row in rows if row.mean(name) is not None]
-        results = {row: [verdict(o, row, name) for o in able if o is not row and comparable(o, row)] for row in able}
+        known = [row for row in rows if row.mean(name) is not None]
+        results = {row: [verdict(o, row, name) for o in known if o is not row and comparable(o, row)] for row in known}
         # An empty verdict means that two rows have no common seed.
-        found[name] = [row for row in able if any(results[row]) and "better" not in results[row]]
+        found[name] = [row for row in known if any(results[row]) and "better" not in results[row]]
     return found
 
 
@@ -187,9 +187,9 @@ def seeds_of(rows: Iterable[Row]) -> str:
 
 
 def common_note(rows: Sequence[Row], shared: Sequence[Row]) -> str:
-    """Return a note with the seeds of a table's rows, by pattern if they differ. It says if some rows have more seeds."""
+    """Return a note with the seeds of a table's rows, by pattern if they differ, and a remark if some rows have more seeds."""
     more = any(len(part.records) < len(row.records) for row, part in zip(rows, shared, strict=True))
-    rest = "; the others of rows with more count for the noise alone" if more else ""
+    rest = "; further seeds of single rows are used only for the noise" if more else ""
     found = {row.pattern_label: seeds_of([row]) for row in shared}
     if len(set(found.values())) == 1:
         return f"Over {seeds_of(shared)}, which all of these rows have{rest}."
@@ -220,33 +220,34 @@ def _named(record: CellRecord) -> str:
 
 RANK_NOTE = (
     "Rank: 1 + the number of rows that are better by more than the larger of the two spreads, over the seeds that both have. "
-    "= marks a tie. ° one seed only; its spread is taken from the row with the same method, pattern and sparsity, if known."
+    "=: a tie. °: one seed only; its spread is taken from the row with the same method, pattern and sparsity, if known."
 )
 SPREAD_NOTE = (
-    "±: sample standard deviation over calibration seeds. ° after a number: one seed, of a row that has several."
+    "±: sample standard deviation over calibration seeds. ° after a number: from one seed, in a row that has several."
 )
 BAR_NOTE = (
-    "Bars: spread over calibration seeds; a row with one seed has that of its method, pattern and sparsity, if known."
+    "Bars: spread over calibration seeds. For a row with one seed, it is the spread of another row of the same method, "
+    "pattern and sparsity, if known."
 )
 BEST_NOTE = "Bold: no row of equal measured sparsity is better by more than the spread, over the seeds that both have."
 VERDICT_NOTE = (
-    "Verdict: < better than the row beside which it stands, > worse, = a difference within the noise, – not comparable; over "
-    "the seeds that both have, ° only one."
+    "Verdict: < better than the row it is compared with, > worse, = a difference within the noise, – not comparable. It is "
+    "over the seeds that both rows have; °: only one."
 )
 FOOTNOTES = (SPREAD_NOTE, BEST_NOTE, RANK_NOTE, VERDICT_NOTE, BAR_NOTE)
-"""Notes of several tables and figures. The page has each once; the tables' files have their own."""
+"""Notes of several tables and figures. The page shows each once, the tables' files with each table."""
 
 
-def beside_own(results: Results, row: Row) -> tuple[Row, Number | None, str]:
-    """Compare a row with that of the same method, pattern and budget without any other setting.
+def compared_with_plain(results: Results, row: Row) -> tuple[Row, Number | None, str]:
+    """Compare a row with the row of the same method, pattern and budget without scope, repair and allocation.
 
     Returns:
         The row over the seeds that both have, the change of the perplexity, and the sign of the verdict. Without a comparable
         row: the row itself, None and a dash.
     """
     names = ("method", "pattern", "sparsity", "units", "alpha", "keep_budget", "block_size")
-    own = results.find(**{name: getattr(row, name) for name in names})
-    change = change_of(row, own) if own is not None and comparable(row, own) else None
-    if own is None or change is None:
+    plain = results.find(**{name: getattr(row, name) for name in names})
+    change = change_of(row, plain) if plain is not None and comparable(row, plain) else None
+    if plain is None or change is None:
         return row, None, "–"
-    return over_common_seeds(row, own)[0], change, SIGNS[verdict(row, own)] + one_seed(row, own)
+    return over_common_seeds(row, plain)[0], change, SIGNS[verdict(row, plain)] + one_seed(row, plain)

@@ -1,4 +1,4 @@
-"""Two sentences on top of a report: what to use at which sparsity and what it costs, and whether the differences are noise."""
+"""The two sentences at the top of a report: the best row at each sparsity with its cost, and the significance of its lead."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from thanos.study.report.sections.common import headline_sparsity
 from thanos.study.report.sections.summary import groups_of
 
 _MOST = 6
-"""Sparsities that the sentences name; of more, those of the headline."""
+"""If there are more sparsities than this, the sentences name only those of the headline."""
 
 
 def conclusion(results: Results) -> Prose:
     """Return the two sentences about one model; empty if no row has a perplexity."""
     best: dict[str, tuple[Row, Row | None]] = {}
     for label, rows in groups_of(results).items():
-        able = [row for row in rows if row.mean("perplexity") is not None]
-        if able:
-            first, second = _best_two(able)
+        known = [row for row in rows if row.mean("perplexity") is not None]
+        if known:
+            first, second = _best_two(known)
             best[label] = first, second
     if not best:
         return ()
     if len(best) > _MOST:
         usual = {label for label, (row, _) in best.items() if row.sparsity == headline_sparsity(results, row.pattern)}
         best = {label: pair for label, pair in best.items() if label in usual} or best
-    return (*_use(results, best), *_sure(best))
+    return (*_lowest(results, best), *_significance(best))
 
 
 def _best_two(rows: list[Row]) -> tuple[Row, Row | None]:
-    """Return the row with the lowest perplexity at the group's largest sparsity, and the next row that compares with it."""
+    """Return the row with the lowest perplexity at the group's largest sparsity, and the next comparable row."""
     most = max(rows, key=lambda row: row.value("sparsity"))
     alike = [row for row in rows if comparable(row, most)]
     ordered = sorted(alike, key=lambda row: (row.value("perplexity"), row.order))
@@ -37,27 +37,27 @@ def _best_two(rows: list[Row]) -> tuple[Row, Row | None]:
     return ordered[0], others[0] if others else None
 
 
-def _use(results: Results, best: dict[str, tuple[Row, Row | None]]) -> Prose:
-    """Return which row has the lowest perplexity at each sparsity, with its perplexity and its pruning time."""
+def _lowest(results: Results, best: dict[str, tuple[Row, Row | None]]) -> Prose:
+    """Return a sentence with the row of the lowest perplexity at each sparsity, its perplexity and its pruning time."""
     by_name: dict[str, list[str]] = {}
     for label, (row, _) in best.items():
         by_name.setdefault(row.label, []).append(label)
     parts: list[str | Number] = []
     for name, labels in by_name.items():
         parts.append(f"{'; ' if parts else 'Lowest perplexity: '}{name} at ")
-        for place, label in enumerate(labels):
+        for position, label in enumerate(labels):
             row = best[label][0]
             quality, seconds = row.mean("perplexity"), row.mean("seconds")
             assert quality is not None
-            parts += [*([", "] if place else []), f"{label} (", quality]
+            parts += [*([", "] if position else []), f"{label} (", quality]
             parts += [] if seconds is None else [", pruned in ", seconds, " s"]
             parts.append(")")
     dense = None if results.dense is None else results.dense.mean("perplexity")
     return (*parts, *(() if dense is None else ("; the dense model has ", dense)), ".")
 
 
-def _sure(best: dict[str, tuple[Row, Row | None]]) -> Prose:
-    """Return where the next row is worse by more than the noise, where it is not, and where the noise is unknown."""
+def _significance(best: dict[str, tuple[Row, Row | None]]) -> Prose:
+    """Return a sentence: at which sparsities the next row is worse by more than the noise, is not, or the noise is unknown."""
     found: dict[str, list[str]] = {"beyond": [], "tie": [], "unknown": []}
     for label, (row, other) in best.items():
         if other is None:
@@ -69,19 +69,17 @@ def _sure(best: dict[str, tuple[Row, Row | None]]) -> Prose:
         else:
             found["beyond"].append(label)
     if not any(found.values()):
-        return (" Nothing of equal sparsity was measured beside it, so no difference can be judged.",)
+        return (" No other row of equal sparsity was measured, so there is no difference to judge.",)
     if not found["beyond"] and not found["tie"]:
-        return (" Whether the differences to the next best exceed the noise is unknown: they rest on one seed.",)
+        return (
+            " It is unknown whether the differences to the next best row exceed the noise: each has only one seed.",
+        )
     parts = [
         *([f"larger than the noise at {_and(found['beyond'])}"] if found["beyond"] else []),
         *([f"within the noise at {_and(found['tie'])}"] if found["tie"] else []),
-        *(
-            [f"from one seed at {_and(found['unknown'])}, so that the noise there is unknown"]
-            if found["unknown"]
-            else []
-        ),
+        *([f"from one seed, with unknown noise, at {_and(found['unknown'])}"] if found["unknown"] else []),
     ]
-    return (f" The difference to the next best is {'; '.join(parts)}.",)
+    return (f" The difference to the next best row is {'; '.join(parts)}.",)
 
 
 def _and(names: list[str]) -> str:

@@ -27,13 +27,13 @@ _COSTS = {"seconds": "pruning time (s)", "peak_bytes": FIELDS["peak_bytes"].labe
 _SHORT = {"seconds": "time", "peak_bytes": "memory"}
 _COST_FIELDS = ("sparsity", "layer_error", "seconds", "solve_seconds", "peak_bytes")
 _MEMORY: Prose = (
-    "Memory is the peak while pruning less the least peak among the phases of pruning, on the host where there is no device: "
-    "the study's process keeps the dense model and its outputs from one cell to the next, and no method has a part in that.",
+    "Memory is the peak of pruning minus the smallest peak among its phases, of the device, or of the host without one. So it "
+    "leaves out what the study's process keeps between cells, the dense model and its outputs, which no method needs.",
 )
-_DIFFERENCE = "Seconds more than SparseGPT: over the seeds that both have; = within the noise, ° one seed only."
+_DIFFERENCE = "Seconds more than SparseGPT: over the seeds that both rows have; = within the noise, ° only one seed."
 _PRICE = (
-    "Last column: seconds more than SparseGPT for each point of perplexity less. = the seconds are a tie. – the perplexity is "
-    "not lower by more than the noise."
+    "Last column: additional seconds over SparseGPT for each point by which the perplexity is lower. =: the seconds are a tie. "
+    "–: the perplexity is not lower by more than the noise."
 )
 SAME_MEMORY = 0.01
 """Peaks that differ by no more than this fraction count as equal."""
@@ -46,8 +46,8 @@ def cost(results: Results) -> Section:
     section = Section("cost", "Accuracy against cost")
     section.prose.append(
         (
-            "Rows of one pattern and equal measured sparsity, measured on one device. Ringed and joined: the Pareto front. No "
-            "other row is better than these by more than the noise in one of the two without being worse in the other. Cells "
+            "Rows of one pattern and equal measured sparsity, measured on one device. Rings and a line mark the Pareto front: "
+            "the rows that no other row beats in one quantity, by more than the noise, without being worse in the other. Cells "
             "that shared their device with others have no seconds.",
         )
     )
@@ -72,7 +72,7 @@ def cost(results: Results) -> Section:
         if {"thanos", "sparsegpt"} <= {row.method for row in used}:
             heads += "; seconds_difference; s per point of perplexity|price"
             about, title = note(used, SPREAD_NOTE, _DIFFERENCE, _PRICE), "Cost and marginal cost"
-        else:  # the marginal cost is that of one of them beside the other
+        else:  # the marginal cost compares the two methods
             lines = {label: [line[:-2] for line in own] for label, own in lines.items()}
             about, title = note(used, SPREAD_NOTE), "Cost"
         section.tables.append(table("cost", title, heads, lines, about))
@@ -80,7 +80,7 @@ def cost(results: Results) -> Section:
 
 
 def noise_of_seconds(results: Results) -> Number | None:
-    """Return the largest spread of seconds among the rows of the table; rows with one seed use it as theirs."""
+    """Return the largest spread of seconds among the rows of the table, which is used for rows with one seed."""
     rows = [row for pattern in headline_patterns(results) for row in _rows(results, pattern)]
     spreads = [found for row in rows if (found := row.spread("seconds")) is not None]
     return max(spreads, key=lambda number: number.value, default=None)
@@ -88,9 +88,9 @@ def noise_of_seconds(results: Results) -> Number | None:
 
 def _noise_note(lent: Number | None) -> Prose:
     if lent is None:
-        return ("No row has seconds of several seeds: how much they differ by themselves is unknown.",)
+        return ("No row has seconds of several seeds, so their noise is unknown.",)
     return (
-        "Seconds that differ by no more than the larger spread are equal; of a row with one seed it is taken as ",
+        "Seconds count as equal if they differ by no more than the larger spread. For a row with one seed it is set to ",
         lent,
         " s.",
     )
@@ -98,7 +98,7 @@ def _noise_note(lent: Number | None) -> Prose:
 
 def _without_accuracy(results: Results) -> Section:
     """Return seconds and memory of every method, for a model that was not evaluated."""
-    section = Section("cost", "What do the methods cost?", prose=[COST_ONLY, _MEMORY])
+    section = Section("cost", "Cost of the methods", prose=[COST_ONLY, _MEMORY])
     lent = noise_of_seconds(results)
     lines: dict[str, list[Line]] = {}
     series: list[Series] = []
@@ -185,12 +185,12 @@ def _front(rows: list[Row], field: str, lent: Number | None) -> list[Row]:
 
 
 def _same_memory(label: str, rows: list[Row]) -> Prose:
-    """Return a sentence that all rows need the same memory; empty if they do not, or if fewer than two are known."""
+    """Return a sentence that states that all rows need the same memory; empty if they do not, or fewer than two are known."""
     known = sorted((n for row in rows if (n := row.mean("peak_bytes")) is not None), key=lambda number: number.value)
     if len(known) < 2 or known[-1].value > known[0].value * (1 + SAME_MEMORY):
         return ()
     names = counted([row.label for row in rows if row.mean("peak_bytes") is not None], "row")
-    return (f"{label}: {names} take the same memory within {100 * SAME_MEMORY:g} %, ", known[-1], " GiB at most.")
+    return (f"{label}: {names} need the same memory within {100 * SAME_MEMORY:g} %, at most ", known[-1], " GiB.")
 
 
 def _chart(rows: list[Row], field: str, front: list[Row], pattern: str, label: str) -> Chart:

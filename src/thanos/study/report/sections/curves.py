@@ -12,10 +12,10 @@ SPARSITIES = {
     "unstructured": tuple(step / 10 for step in range(1, 9)),
     "columns": tuple(step / 10 for step in range(1, 5)),
 }
-"""Pattern → sparsities of a complete study. Columns end early: a model without half of its columns is of no use."""
+"""Pattern → sparsities of a complete study. Columns end at 40 %: models with fewer columns are unusable."""
 
 
-_SEEDS = "Each number is the mean over all seeds of its row; those without ± have one. Nothing is ranked here."
+_SEEDS = "Each number is the mean over all seeds of its row; numbers without ± have one seed. Rows are not ranked here."
 
 
 def curves(results: Results) -> Section:
@@ -32,10 +32,10 @@ def curves(results: Results) -> Section:
             section.figures.append(_chart(results, found, pattern, letter))
             section.tables.append(_table(found, pattern, letter))
     words = (
-        "As in the paper's Figure 1. Points are drawn at the measured sparsity, those of several methods side by side; lines "
-        "only join them."
+        "As in the paper's Figure 1. Points are at the measured sparsity; points of several methods are shifted a little to "
+        "be visible. Lines only connect them."
     )
-    words += " Lines with α > 0 are rows with the budget kept." if alpha else ""
+    words += " Lines with α > 0 have the budget kept." if alpha else ""
     if any(isinstance(figure, Chart) and figure.ceiling is not None for figure in section.figures):
         words += " A point far above the others is drawn above the axes; its number is in the legend."
     section.prose.append((words,))
@@ -91,7 +91,7 @@ def _chart(results: Results, found: dict[tuple[str, float], list[Row]], pattern:
 
 def _table(found: dict[tuple[str, float], list[Row]], pattern: str, letter: str) -> Table:
     mixed = any(alpha for _, alpha in found)
-    heads = [Column("sparsity asked (%)", "sparsity_asked", is_text=False)]
+    heads = [Column("requested sparsity (%)", "sparsity_asked", is_text=False)]
     heads += [Column(_label(*key, mixed=mixed), f"{key[0]}_alpha_{key[1]:g}" if key[1] else key[0]) for key in found]
     lines: list[Line] = []
     for sparsity in sorted({row.sparsity for rows in found.values() for row in rows}):

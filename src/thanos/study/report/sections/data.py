@@ -37,10 +37,10 @@ def variations(results: Results) -> Section:
             (row.setting, own(row, "damping"), calibration, *fields, "" if usual is None else usual.label, other)
         )
     section.prose.append(
-        ("These rows stand in no other table, since they differ in more than what is compared there.",)
+        ("These rows are in no other table, since they differ from its rows in calibration or damping.",)
     )
     title = "Rows with another calibration or damping"
-    about = note(rows, SPREAD_NOTE, "Side by side over the seeds that both rows have.")
+    about = note(rows, SPREAD_NOTE, "Both perplexities are over the seeds that both rows have.")
     section.tables.append(table("variations", title, heads, lines, about))
     return section
 
@@ -80,7 +80,7 @@ def _versions(record: CellRecord) -> str:
 
 def _failed(failed: Sequence[CellRecord]) -> Table:
     lines = [(short(record), _setting(record), record.reason or "") for record in failed]
-    about = (count(failed), " cells; the next run tries them again.")
+    about = (count(failed), " cells; the next run repeats them.")
     return table("failed", "Cells that failed", "<Cell|cell; <setting; <reason", lines, about)
 
 

@@ -26,19 +26,20 @@ _ALPHA_HEADS = "alpha; <budget|keep_budget; "
 _HEADS = "<Method|method; <rank; {}measured sparsity (%)|sparsity; perplexity; kl_divergence; top1_agreement; zero_shot; <seeds"
 
 _OUTLIERS = (
-    " Outlier rows (α > 0) left dense lower the sparsity of n:m patterns, so α is judged both ways: as asked beside other rows "
-    "of the lowered sparsity, with the budget kept at the full one."
+    " Outlier rows (α > 0) stay dense, which lowers the sparsity of n:m patterns. So there are two comparisons of α: as "
+    "requested, with other rows of the lower sparsity; and with the budget kept, at the full sparsity."
 )
 
 
 def fairness(results: Results) -> Section:
     """Return the comparisons by measured sparsity, and the pairs that are not compared."""
-    section = Section("fairness", "Who is compared with whom")
+    section = Section("fairness", "Which rows are compared")
     points = f"{100 * GROUP_WIDTH:g} points"
     section.prose.append(
         (
-            f"Rows are grouped by measured sparsity of the pruned layers and never ranked across more than {points}: fewer "
-            f"zeros make any method look better.{_OUTLIERS if any(row.alpha for row in results.rows) else ''}",
+            f"Rows are grouped by the measured sparsity of the pruned layers. Rows that differ by more than {points} are not "
+            "ranked against each other, since fewer zeros improve any method."
+            f"{_OUTLIERS if any(row.alpha for row in results.rows) else ''}",
         )
     )
     if results.left_out:
@@ -82,7 +83,7 @@ def _table(name: str, title: str, groups: list[list[Row]], *, folded: bool = Fal
 
 
 def _line(row: Row, rank: str, best: dict[str, list[Row]], with_alpha: bool) -> Line:
-    budget = "" if not row.alpha else "kept" if row.keep_budget else "as asked"
+    budget = "" if not row.alpha else "kept" if row.keep_budget else "as requested"
     alpha = (own(row, "alpha"), budget) if with_alpha else ()
     cells = measures(row, ("sparsity", *_FIELDS), best)
     seeds = ", ".join(str(record.cell["seed"]) for record in row.records)
@@ -106,7 +107,7 @@ def _apart(results: Results) -> Table | None:
     if not lines:
         return None
     heads = "<Row|row; sparsity; <not ranked against|other; sparsity (%)|other_sparsity; points apart|difference"
-    title = "Not ranked: the same request, another sparsity"
+    title = "Not ranked: same requested sparsity, another measured sparsity"
     return table("not_ranked", title, heads, lines, note(dict.fromkeys(used)), folded=len(lines) > 8)
 
 
@@ -124,6 +125,6 @@ def _missing(results: Results) -> list[str]:
             have = {row.method for row in rows if row.keep_budget == kept}
             lacking = [title_of(method) for method in METHODS if method not in have]
             if have and lacking:
-                how = "budget kept" if kept else "as asked"
+                how = "budget kept" if kept else "as requested"
                 found.append(f"{', '.join(lacking)}, {rows[0].pattern_label}, α = 0.1, {how}")
     return found

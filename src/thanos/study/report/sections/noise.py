@@ -16,16 +16,16 @@ SEEDS = 3
 
 def noise(results: Results) -> Section:
     """Return mean and spread of the headline rows, and every pair's difference with the larger of the two spreads."""
-    section = Section("noise", "What is noise?")
+    section = Section("noise", "Noise")
     section.prose.append(
         (
-            "Each seed draws other calibration text. A difference no larger than the larger of two spreads (sample standard "
-            "deviations) is a tie and drawn as =.",
+            "Each seed draws another calibration text. A difference is a tie (=) if it is not larger than the larger of the "
+            "two rows' spreads (sample standard deviations).",
         )
     )
     groups = [rows for pattern in headline_patterns(results) if (rows := headline_rows(results, pattern))]
     few = [row for rows in groups for row in rows if len(row.draws) < SEEDS]
-    section.missing += [f"{row.setting}: {SEEDS} seeds with windows of their own, not {len(row.draws)}" for row in few]
+    section.missing += [f"{row.setting}: {SEEDS} seeds with distinct windows, not {len(row.draws)}" for row in few]
     if not groups:
         section.missing.append(f"headline rows with {SEEDS} seeds each")
     if not any(row.spread("perplexity") for rows in groups for row in rows):
@@ -68,6 +68,6 @@ def _pairs(groups: list[list[Row]]) -> Table:
             if comparable(row, other)
         ]
     used = [row for rows in groups for row in rows]
-    about = note(used, "Perplexity, over the seeds that both have; < lower, > higher, = a tie, ° over one seed.")
+    about = note(used, "Perplexity over the seeds that both rows have: < lower, > higher, = a tie, ° only one seed.")
     heads = "<Method|first; <|verdict; <against|second; difference; larger spread|spread"
-    return table("differences", "Differences between methods, beside the noise", heads, lines, about, folded=True)
+    return table("differences", "Differences between methods, and the noise", heads, lines, about, folded=True)

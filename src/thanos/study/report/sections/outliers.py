@@ -1,4 +1,4 @@
-"""Outlier rows with the budget kept: the effect of dense rows if the other rows are pruned more to compensate."""
+"""Outlier rows with the budget kept: the effect of dense rows if more weights are removed from the other rows."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ def outliers(results: Results) -> Section:
     section = Section("outliers", "Outlier rows with the budget kept")
     section.prose.append(
         (
-            "With the budget kept, the other rows are pruned harder until the total is met: unstructured and columns raise "
-            "their sparsity; for n:m, the 2α rows of smallest squared output norm keep half the non-zeros (1:4 in a 2:4 "
-            "model). "
-            "Only rows of equal measured sparsity are compared.",
+            "With the budget kept, more weights are removed from the other rows, so that the total stays the same. For "
+            "unstructured and columns their sparsity is higher. For n:m, the fraction 2α of the rows with the smallest squared "
+            "output norm keeps half of the non-zeros (1:4 in a 2:4 model). Only rows of equal measured sparsity are compared.",
         )
     )
     rows = [row for row in results.rows if row.alpha and row.keep_budget and row.has_default_block]

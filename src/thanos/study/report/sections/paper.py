@@ -74,7 +74,7 @@ def zero_shot_table(results: Results) -> Section:
     about = note(
         scored,
         _draws(scored),
-        "The standard error is the evaluation's, over the tasks' items, and counts as noise too.",
+        "The standard error is over the tasks' items; it is part of the noise.",
         BEST_NOTE,
         RANK_NOTE,
     )
@@ -101,7 +101,7 @@ def _rows(results: Results, pattern: str) -> list[Row]:
 
 
 def _label(rows: list[Row], row: Row) -> str:
-    """Return a row's label, with the measured sparsity if it differs from α = 0; the paper's tables do not show it."""
+    """Return a row's label, with the measured sparsity if it differs from that of α = 0, which the paper does not show."""
     plain = next((o for o in rows if o.pattern == row.pattern and o.alpha == 0 and o.sparsity == row.sparsity), row)
     return (
         row.label if comparable(plain, row) else f"{row.label}, only {percent(round(row.value('sparsity'), 4))} sparse"

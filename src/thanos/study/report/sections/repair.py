@@ -1,9 +1,9 @@
-"""Repair and allocation: each setting beside the method alone."""
+"""Repair and allocation: each setting compared with the method alone."""
 
 from __future__ import annotations
 
 from thanos.study.report.results import Results, Row
-from thanos.study.report.sections.common import SPREAD_NOTE, VERDICT_NOTE, Section, beside_own, note
+from thanos.study.report.sections.common import SPREAD_NOTE, VERDICT_NOTE, Section, compared_with_plain, note
 from thanos.study.report.tables import Line, measures, table
 
 _FIELDS = ("perplexity", "kl_divergence", "zero_shot", "seconds")
@@ -14,15 +14,15 @@ _HEADS = (
 
 
 def repair(results: Results) -> Section:
-    """Return the rows with a repair or an allocation, each compared with the same method without."""
+    """Return the rows with a repair or an allocation, each compared with the same method without them."""
     section = Section("repair", "Repair and allocation")
     rows = results.repaired
     if not rows:
         return section
     section.prose.append(
         (
-            "An effort sets the parts of the repair: dense targets, the order of the data, the refit and the tuning. A part "
-            "that is named beside the effort differs from what the effort says.",
+            "An effort sets the parts of the repair: dense targets, the order of the layers, the refit and the tuning. A part "
+            "that is listed with the effort has another value than the effort sets.",
         )
     )
     about = note(
@@ -37,5 +37,5 @@ def repair(results: Results) -> Section:
 
 
 def _line(results: Results, row: Row) -> Line:
-    shown, change, sign = beside_own(results, row)
+    shown, change, sign = compared_with_plain(results, row)
     return (row.pattern_label, row.label, *measures(shown, _FIELDS), change, sign)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from thanos.study.report.results import Results, Row
-from thanos.study.report.sections.common import SPREAD_NOTE, VERDICT_NOTE, Section, beside_own, note
+from thanos.study.report.sections.common import SPREAD_NOTE, VERDICT_NOTE, Section, compared_with_plain, note
 from thanos.study.report.tables import Line, measures, table
 
 _FIELDS = ("sparsity", "layer_error", "perplexity", "kl_divergence")
@@ -36,5 +36,5 @@ def scope(results: Results) -> Section:
 
 
 def _line(results: Results, row: Row) -> Line:
-    shown, change, sign = beside_own(results, row)
+    shown, change, sign = compared_with_plain(results, row)
     return (row.pattern_label, row.label, row.scope, *measures(shown, _FIELDS), change, sign)

@@ -1,4 +1,4 @@
-"""The rows of a study side by side: all of a small one, the methods at the headline's sparsities of a large one."""
+"""The main table of a study: all rows of a small study, or each method at the headline's sparsities."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _FIELDS = ("perplexity", "kl_divergence", "top1_agreement", "zero_shot", "zero_s
 _RANKED = ("perplexity", "kl_divergence", "top1_agreement", "zero_shot", "layer_error")
 
 FEW_ROWS = 24
-"""A study with no more rows is shown as a whole; of a larger one, the headline shows a part."""
+"""The main table shows all rows of a study with at most this many rows, and otherwise only the headline's rows."""
 
 METHODS = tuple(row.name for row in registry.METHODS if row.in_paper)
 """The methods that the paper compares."""
@@ -49,15 +49,15 @@ def summary(results: Results) -> Section:
 def groups_of(results: Results) -> dict[str, list[Row]]:
     """Return the rows that the summary shows, by the label of their pattern and sparsity.
 
-    All rows of a study of up to :data:`FEW_ROWS`, repaired ones too; else each method's row with α = 0 and the default block
-    size, at the headline's sparsity of each pattern.
+    These are all rows, repaired ones included, if there are at most :data:`FEW_ROWS`. Otherwise they are each method's row with
+    α = 0 and the default block size, at the headline's sparsity of each pattern.
     """
     rows = sorted((*results.rows, *results.scoped, *results.repaired), key=lambda row: row.order)
     if len(rows) > FEW_ROWS:
         rows = [row for pattern in headline_patterns(results) for row in headline_rows(results, pattern)]
     else:
-        place = {pattern: index for index, pattern in enumerate(headline_patterns(results))}
-        rows.sort(key=lambda row: place.get(row.pattern, len(place)))
+        order = {pattern: index for index, pattern in enumerate(headline_patterns(results))}
+        rows.sort(key=lambda row: order.get(row.pattern, len(order)))
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(row.pattern_label, []).append(row)
@@ -79,7 +79,7 @@ def _table(results: Results, groups: dict[str, list[Row]]) -> Table:
         ]
     about = note(rows, SPREAD_NOTE, BEST_NOTE, RANK_NOTE)
     heads = f"<Method|method; <rank; sparsity; {'; '.join([*fields, 'seeds'])}"
-    return table("summary", "Models side by side", heads, lines, about)
+    return table("summary", "Results of the pruned models", heads, lines, about)
 
 
 def _settings(results: Results) -> Prose:

@@ -19,7 +19,7 @@ _MAPS = {"error": ("relative error", "Relative error"), "zeros": ("sparsity (%)"
 
 def where(results: Results) -> Section:
     """Return heat maps of Thanos at each headline pattern, for the first seed, and the worst layers."""
-    section = Section("where", "Where it hurts")
+    section = Section("where", "Errors by layer")
     rows = [
         row
         for pattern in headline_patterns(results)
@@ -32,8 +32,8 @@ def where(results: Results) -> Section:
         return section
     section.prose.append(
         (
-            "Thanos, first seed of each pattern. Relative error is the squared norm of the change of a layer's output, "
-            "relative to that of the output.",
+            "Thanos, first seed of each pattern. The relative error is the squared norm of the change of a layer's output, "
+            "divided by the squared norm of the output.",
         )
     )
     lines: dict[str, list[Line]] = {}
@@ -51,7 +51,7 @@ def where(results: Results) -> Section:
     if even:
         section.prose.append(_evenly(even))
     heads = "<Layer|layer; error|error_after; without compensation|error_before; sparsity"
-    title = f"The {WORST} worst layers of each pattern"
+    title = f"The {WORST} layers with the largest errors, by pattern"
     section.tables.append(table("worst_layers", title, heads, lines, note(rows, "First seed of each.")))
     return section
 
@@ -61,7 +61,7 @@ def _map(row: Row, record: CellRecord, kind: str) -> HeatMap | None:
     for layer in record.layers:
         value = setting(record, f"{kind}:{layer['name']}")
         key = (layer["block"], layer["name"].rsplit(".", 1)[-1])
-        # Several layers of one kind in a block are experts: the map shows the worst of them.
+        # Several layers of one kind in a block are experts: the map shows the one with the largest value.
         if (
             layer["block"] is not None
             and value is not None
@@ -90,7 +90,7 @@ def _ends(found: HeatMap) -> tuple[Number, Number]:
 
 
 def _evenly(even: list[tuple[str, Number, Number]]) -> Prose:
-    """Return a sentence with the sparsities of layers that differ too little for a map."""
+    """Return a sentence with the range of the layers' sparsities, if they differ too little for a map."""
     words: list[str | Number] = [f"The layers' measured sparsities differ by less than {100 * GROUP_WIDTH:g} points:"]
     for index, (label, low, high) in enumerate(even):
         words += [f"{';' if index else ''} {label} from ", low, " to ", high, " %"]
