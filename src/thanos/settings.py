@@ -44,8 +44,10 @@ class Setting:
         help: meaning of the setting in one line, without a full stop.
         heading: heading under which the command's help shows the setting.
         metavar: unit or kind of the value, in capitals; empty for a setting that is true or false.
-        lowest: smallest allowed value; None for no lower bound.
-        below: exclusive upper bound of the value; None for no upper bound.
+        lowest: smallest allowed value; None if the setting has another lower bound, or none.
+        above: exclusive lower bound.
+        highest: largest allowed value; None if the setting has another upper bound, or none.
+        below: exclusive upper bound.
         choices: function that returns the allowed values, patterns with a short explanation; None if they cannot be listed.
             It is called when it is needed.
         default: the default in words, if the field's value does not explain it; empty to show the value.
@@ -55,6 +57,8 @@ class Setting:
     heading: Heading
     metavar: str = ""
     lowest: float | None = None
+    above: float | None = None
+    highest: float | None = None
     below: float | None = None
     choices: Callable[[], Iterable[str]] | None = None
     default: str = ""
@@ -62,8 +66,22 @@ class Setting:
     @property
     def bounds(self) -> str:
         """The bounds in words, as a recipe's error messages state them; empty without bounds."""
-        lowest = "" if self.lowest is None else f"at least {self.lowest:g}"
-        return lowest if self.below is None else f"{lowest} and below {self.below:g}"
+        bounds = {"at least": self.lowest, "above": self.above, "at most": self.highest, "below": self.below}
+        return " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None)
+
+    @property
+    def bounded_above(self) -> bool:
+        """Whether the value has an upper bound."""
+        return self.highest is not None or self.below is not None
+
+    def allows(self, number: float) -> bool:
+        """Return whether a number is finite and within the bounds."""
+        return (
+            (self.lowest is None or number >= self.lowest)
+            and (self.above is None or number > self.above)
+            and (self.highest is None or number <= self.highest)
+            and number < (float("inf") if self.below is None else self.below)
+        )
 
 
 _KEY = "setting"

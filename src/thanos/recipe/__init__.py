@@ -15,17 +15,16 @@ from typing import Any
 from thanos import registry
 from thanos.errors import RecipeError
 from thanos.recipe.allocation import ALLOCATIONS, check_allocation
+from thanos.recipe.checks import check_settings
 from thanos.recipe.globs import check_globs as check_globs
 from thanos.recipe.globs import matches
-from thanos.recipe.layer import LAYER_FIELDS, LayerRecipe, check_used, check_values, used
+from thanos.recipe.layer import LAYER_FIELDS, LayerRecipe, check_used, checked, repairs_of, used
 from thanos.recipe.override import Override, hints, suited_to
 from thanos.recipe.repair import (
     REPAIR_FIELDS,
     TUNE_LOSSES,
     TUNE_RATE,
     check_run_repair,
-    checked,
-    repairs_of,
     unused_values,
 )
 from thanos.recipe.repair import Repair as Repair
@@ -139,7 +138,7 @@ class Recipe(LayerRecipe):
         default="a sixteenth of them",
     )
     tune_rate: float = setting(
-        TUNE_RATE, "Peak learning rate of the tuning, above 0 and at most 1", Heading.REPAIR, "RATE"
+        TUNE_RATE, "Peak learning rate of the tuning", Heading.REPAIR, "RATE", above=0, highest=1
     )
     tune_loss: str = setting(
         TUNE_LOSSES[0],
@@ -166,7 +165,7 @@ class Recipe(LayerRecipe):
         check_units(self)
         for override in self.overrides:
             own = override.settings.get("method")
-            check_values(override.settings)
+            check_settings(LayerRecipe, {k: v for k, v in override.settings.items() if k in registry.LAYER_SETTINGS})
             checked(override.settings)
             where = f" in the override of {override.match!r}"
             merged = self._merged([override])  # raises if the override contradicts the recipe

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from thanos import registry
 from thanos.errors import RecipeError
 from thanos.recipe.globs import matches
-from thanos.system.suggestions import near
 
 if TYPE_CHECKING:
     from thanos.recipe import Recipe
@@ -17,10 +16,7 @@ ALLOCATIONS = ("uniform", "error")
 
 
 def check_allocation(recipe: Recipe) -> None:
-    """Raise RecipeError for an unknown allocation, or one whose pattern fixes how much each layer loses."""
-    if not isinstance(recipe.allocation, str) or recipe.allocation not in ALLOCATIONS:
-        hint = near(recipe.allocation, ALLOCATIONS)
-        raise RecipeError(f"allocation must be {' or '.join(ALLOCATIONS)}; got {recipe.allocation!r}{hint}")
+    """Raise RecipeError for an allocation other than ``uniform`` if the pattern fixes the sparsity of each layer."""
     if recipe.allocation != ALLOCATIONS[0] and not recipe.parsed_pattern.any_entries:
         raise RecipeError(
             f"allocation {recipe.allocation} has nothing to choose with pattern {recipe.pattern}, which must have the same "

@@ -9,19 +9,19 @@ from typing import Any
 from thanos import registry
 from thanos.errors import RecipeError
 from thanos.patterns.base import Pattern
-from thanos.recipe.repair import REPAIR_FIELDS, Repair, checked, resolved
+from thanos.recipe.checks import check_settings
+from thanos.recipe.repair import REPAIR_FIELDS, Repair, checked_target, resolved, with_effort
 from thanos.recipe.units import check_outlier_rows
 from thanos.registry import parse_pattern
 from thanos.settings import Heading, setting
-from thanos.system.suggestions import near, near_number, near_whole
 
 DEFAULT_DAMPING: float = registry.LAYER_SETTINGS["damping"]
 """Damping added to the Hessian's diagonal, as a fraction of the diagonal's mean."""
 
-LAYER_FIELDS = (
-    *("method", "pattern", "sparsity", "outlier_rows", "keep_budget", "block_size", "damping", "scope"),
-    *REPAIR_FIELDS,
-)
+_DESCRIBED = ("sparsity", "outlier_rows", "keep_budget", "block_size", "damping", "scope")
+"""Fields whose descriptions state every value that is allowed for some pattern and method."""
+
+LAYER_FIELDS = ("method", "pattern", *_DESCRIBED, *REPAIR_FIELDS)
 
 
 _EFFORT = "set by the effort"
@@ -141,18 +141,13 @@ class LayerRecipe:
         pattern = parse_pattern(self.pattern)
         registry.check_pattern(method, pattern)
         object.__setattr__(self, "pattern", str(pattern))
-        check_number("outlier_rows", self.outlier_rows, 0.0, 1.0)
-        check_values({"block_size": self.block_size, "damping": self.damping})
+        check_settings(LayerRecipe, {name: getattr(self, name) for name in _DESCRIBED})
         for name, value in checked({name: getattr(self, name) for name in REPAIR_FIELDS}).items():
             object.__setattr__(self, name, value)
-        if not isinstance(self.keep_budget, bool):
-            raise RecipeError(f"keep_budget must be true or false; got {self.keep_budget!r}")
         check_outlier_rows(pattern, self.outlier_rows, self.keep_budget)
         if self.keep_budget and self.outlier_rows > 0:
             pattern.check_keep_budget(self.outlier_rows)
         check_scope(self.scope, pattern)
-        if self.sparsity is not None:
-            check_number("sparsity", self.sparsity, 0.0, 1.0)
         implied = pattern.sparsity
         if implied is None:
             self._check_room(pattern.default_sparsity if self.sparsity is None else self.sparsity)
@@ -229,30 +224,35 @@ def used(values: Mapping[str, Any]) -> dict[str, Any]:
     return found | ({"damping": values["damping"]} if damps else {})
 
 
-def check_values(settings: Mapping[str, Any]) -> None:
-    """Refuse a block size or damping outside its range, for any method.
+def checked(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the given settings among :data:`REPAIR_FIELDS`. A dense target that is a number in a text becomes a number.
 
     Raises:
         RecipeError: a value is outside its range; the message names the setting.
     """
-    size = settings.get("block_size")
-    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
-        raise RecipeError(f"block_size must be a whole number of columns, at least 1; got {size!r}{near_whole(size)}")
-    check_number("damping", settings.get("damping", DEFAULT_DAMPING), 0.0, None)
+    found = {name: settings[name] for name in REPAIR_FIELDS if name in settings}
+    if "effort" in found:
+        registry.effort(found["effort"])
+    if found.get("dense_target") is not None:
+        found["dense_target"] = checked_target(found["dense_target"])
+    check_settings(LayerRecipe, {name: found[name] for name in REPAIR_FIELDS[2:] if name in found})
+    return found
 
 
-def check_scope(scope: Any, pattern: Pattern) -> None:
-    """Refuse an unknown scope, or a scope for a pattern that fixes the number of zeros of each row.
+def repairs_of(settings: Mapping[str, Any], overrides: Iterable[Mapping[str, Any]]) -> list[Repair]:
+    """Return the repair of some settings of a recipe, then for each override that of the settings with its changes.
 
-    Raises:
-        RecipeError: the scope is unknown, or the pattern has no use for it.
+    Settings that are not given have their defaults. Raises RecipeError if a value is outside its range.
     """
-    if scope is None:
-        return
-    if scope not in registry.SCOPES:
-        hint = near(str(scope), registry.SCOPES)
-        raise RecipeError(f"scope must be {' or '.join(registry.SCOPES)}; got {scope!r}{hint}")
-    if not pattern.any_entries:
+    base = {name: settings.get(name) for name in REPAIR_FIELDS} | {
+        "effort": settings.get("effort", registry.DEFAULT_EFFORT)
+    }
+    return [resolved(checked(base | with_effort(changes))) for changes in ({}, *overrides)]
+
+
+def check_scope(scope: str | None, pattern: Pattern) -> None:
+    """Raise RecipeError for a scope if the pattern fixes the number of zeros in each row."""
+    if scope is not None and not pattern.any_entries:
         raise RecipeError(
             f"scope {scope!r} has no meaning for pattern {pattern}, which fixes the zeros of each row; leave scope out, "
             f"or choose a pattern that may remove any weight, such as {registry.DEFAULT_PATTERN}"
@@ -280,16 +280,3 @@ def check_used(
                 f"method {' or '.join(row.name for row in rows)} does not use {name}{where}; leave it out (it uses "
                 f"{', '.join(name for name in LAYER_FIELDS[1:] if all(name in row.used({name: None}) for row in rows))})"
             )
-
-
-def check_number(name: str, value: Any, lowest: float, below: float | None) -> None:
-    """Refuse a value that is not a finite number in [lowest, below); ``below`` None means no upper bound.
-
-    Raises:
-        RecipeError: it is not.
-    """
-    ok = isinstance(value, int | float) and not isinstance(value, bool) and value >= lowest
-    if not ok or (below is not None and not value < below) or value == float("inf"):
-        allowed = f"at least {lowest:g}" if below is None else f"at least {lowest:g} and below {below:g}"
-        hint = near_number(value, share=below is not None)
-        raise RecipeError(f"{name} must be a number, {allowed}; got {value!r}{hint}")

@@ -8,8 +8,9 @@ from typing import Any
 
 from thanos import registry
 from thanos.errors import RecipeError
+from thanos.recipe.layer import repairs_of
 from thanos.recipe.override import Override
-from thanos.recipe.repair import REPAIR_FIELDS, repairs_of, unused_values
+from thanos.recipe.repair import REPAIR_FIELDS, unused_values
 
 ADDED = (
     *("scope", "allocation", "multiple_of", "head_unit", *REPAIR_FIELDS, "held_out", "tune_rate", "tune_loss"),

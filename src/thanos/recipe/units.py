@@ -8,7 +8,6 @@ from thanos.errors import RecipeError
 from thanos.patterns.base import Pattern
 from thanos.patterns.units import HEADS, NEURONS, Units
 from thanos.registry import parse_pattern
-from thanos.system.suggestions import near, near_whole
 
 if TYPE_CHECKING:
     from thanos.recipe import Recipe
@@ -53,10 +52,11 @@ def check_units(recipe: Recipe) -> None:
     """Check a recipe's ``multiple_of`` and ``head_unit``, and what its pattern of units excludes.
 
     Raises:
-        RecipeError: a value is outside its range, or a setting contradicts the pattern.
+        RecipeError: a setting contradicts the pattern.
     """
     pattern = recipe.parsed_pattern
-    _check_values(recipe, pattern)
+    _check_use("multiple_of", recipe.multiple_of, pattern, {NEURONS, HEADS})
+    _check_use("head_unit", recipe.head_unit, pattern, {HEADS})
     for override in recipe.overrides:
         other = override.settings.get("pattern")
         if other is not None and not pattern.unit_kinds and parse_pattern(other).unit_kinds:
@@ -83,16 +83,6 @@ def check_units(recipe: Recipe) -> None:
                 f"the override of {override.match!r} sets {'skip' if override.skip else fixed[0]}, but pattern {pattern} takes "
                 "as much from every block; leave it out"
             )
-
-
-def _check_values(recipe: Recipe, pattern: Pattern) -> None:
-    multiple, unit = recipe.multiple_of, recipe.head_unit
-    if multiple is not None and (isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1):
-        raise RecipeError(f"multiple_of must be a whole number, at least 1; got {multiple!r}{near_whole(multiple)}")
-    if unit is not None and unit not in HEAD_UNITS:
-        raise RecipeError(f"head_unit must be {' or '.join(HEAD_UNITS)}; got {unit!r}{near(str(unit), HEAD_UNITS)}")
-    _check_use("multiple_of", multiple, pattern, {NEURONS, HEADS})
-    _check_use("head_unit", unit, pattern, {HEADS})
 
 
 def _check_use(name: str, value: Any, pattern: Pattern, kinds: set[str]) -> None:
