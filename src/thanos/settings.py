@@ -48,8 +48,7 @@ class Setting:
         above: exclusive lower bound.
         highest: largest allowed value; None if the setting has another upper bound, or none.
         below: exclusive upper bound.
-        choices: function that returns the allowed values, patterns with a short explanation; None if they cannot be listed.
-            It is called when it is needed.
+        choices: function that returns the allowed values, called when they are needed; None if they cannot be listed.
         default: the default in words, if the field's value does not explain it; empty to show the value.
     """
 
@@ -103,7 +102,7 @@ def settings_of(owner: type[Any]) -> dict[str, Setting]:
 
 
 def flags_with_off(owner: type[Any]) -> set[str]:
-    """Return the names of the described flags whose false differs from not given: true by default, or true, false or None."""
+    """Return the names of the described flags for which false and no value differ: those that are true or None by default."""
     hints, described = typing.get_type_hints(owner), settings_of(owner)
     on = {f.name for f in dataclasses.fields(owner) if f.default is True}
     return {name for name in described if hints[name] == bool | None or name in on}

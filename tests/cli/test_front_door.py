@@ -150,7 +150,7 @@ def test_an_option_before_the_command(words: list[str], says: str, capsys: pytes
         (["--threads", "9999"], "got 9999"),
         (["--targets", "q_proj,k_proj"], "looks like several globs"),
         (["--targets", "layers\\.0"], "has \\; a glob over layer names has"),
-        (["--skip", "layers.[0-3"], "bracket without its partner"),
+        (["--skip", "layers.[0-3"], "unmatched bracket"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -221,7 +221,7 @@ def test_every_number_is_checked_before_the_parser_reads_it() -> None:
     ("content", "expected"),
     [
         (b"", "is empty; write a setting"),
-        (b"\x80\x81\x82", "no text in UTF-8"),
+        (b"\x80\x81\x82", "not UTF-8 text"),
         (b"sparsity = 50", "did you mean 0.5?"),
         (b'sparsity = "50%"', "did you mean 0.5?"),
         (b"sparsety = 0.5", "did you mean sparsity?"),

@@ -397,7 +397,7 @@ def test_an_override_must_not_make_blocks_unequal(setting: dict[str, Any] | None
     from thanos.recipe.override import Override
 
     one = Override(match="*.down_proj", skip=setting is None, settings=setting or {})
-    with pytest.raises(UserError, match="as much from every block"):
+    with pytest.raises(UserError, match="removes the same number of units from every block"):
         units(text_file, overrides=(one,))
     with pytest.raises(UserError, match="the recipe's own pattern"):
         recipe(text_file, overrides=(Override(match="*.down_proj", settings={"pattern": "neurons"}),))

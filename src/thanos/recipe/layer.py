@@ -36,22 +36,22 @@ class LayerRecipe:
     Args:
         method: name of a method in :mod:`thanos.registry`.
         pattern: ``unstructured``, ``columns``, ``N:M`` (at most N non-zeros in M consecutive inputs), or a registered one.
-        sparsity: fraction of the matrix's entries that become zero, in [0, 1). An n:m pattern sets it itself; for the other two
-            patterns None means 0.5.
+        sparsity: fraction of the matrix's entries that become zero, in [0, 1). An n:m pattern determines it; for other patterns
+            None means the pattern's default.
         outlier_rows: fraction of output rows left dense, in [0, 1).
-        keep_budget: let the other rows make up for the outlier rows, so that the whole matrix has the same sparsity as without
-            outlier rows; see :class:`~thanos.patterns.budget.Budget`. For n:m it needs an even n: the rows with the smallest
-            squared output norm keep n/2 of m.
+        keep_budget: remove more from the other rows, so that the whole matrix has the same sparsity as without outlier rows;
+            see :class:`~thanos.patterns.budget.Budget`. For n:m, n must be even: the rows with the smallest squared output norm
+            keep n/2 of m.
         block_size: number of input columns handled together (Thanos, SparseGPT); None means 128, or 512 for Thanos with n:m.
         damping: fraction of the Hessian's mean diagonal added to its diagonal, at least 0 (Thanos, SparseGPT, ADMM,
             and the repair of any method).
-        scope: unit that reaches the sparsity, for patterns that may remove any entries: ``layer``, the whole matrix, or
-            ``row``, every row, up to one entry. None means the scope of ``effort``, else the method's own: ``row`` for Wanda.
-        effort: name of a preset of the next four settings; ``fast`` has them off.
-        dense_target: share α, in [0, 1], of the dense model's outputs in what the layer is fitted to; ``auto`` chooses it on
-            held-out sequences. For this and the next three settings, None means the value of ``effort``.
-        sequential: gather the statistics of the layer's inputs with the layers before it in its block pruned.
-        refit: steps of conjugate gradients on the weights that stay, after the method; 0 for none.
+        scope: unit that has the sparsity, for patterns that may remove any entries: ``layer``, the whole matrix, or ``row``,
+            each row, up to one entry. None means the scope of ``effort``, else the method's own: ``row`` for Wanda.
+        effort: name of a preset of the next four settings; ``fast`` turns them off.
+        dense_target: fraction α, in [0, 1], of the dense model's outputs in the target that the layer is fitted to; ``auto``
+            chooses it on held-out sequences. For this and the next three settings, None means the value of ``effort``.
+        sequential: gather the statistics of the layer's inputs after the earlier layers of its block are pruned.
+        refit: conjugate-gradient steps on the remaining weights, after the method; 0 for none.
         tune: epochs of training of the layer's pruned block; 0 for none.
 
     Raises:
@@ -101,7 +101,7 @@ class LayerRecipe:
     )
     scope: str | None = setting(
         None,
-        "Unit that reaches the sparsity: the whole layer, or every row; unstructured only",
+        "Unit that has the sparsity: the whole layer, or each row; unstructured only",
         Heading.METHOD,
         "SCOPE",
         choices=lambda: registry.SCOPES,
@@ -116,17 +116,17 @@ class LayerRecipe:
     )
     dense_target: float | str | None = setting(
         None,
-        "Share of the dense model's outputs in the target of a layer's fit, 0 (off) to 1; auto: chosen on held-out sequences",
+        "Fraction of the dense model's outputs in the target of a layer, 0 (off) to 1; auto: chosen on held-out sequences",
         Heading.REPAIR,
         "SHARE",
         default=_EFFORT,
     )
     sequential: bool | None = setting(
-        None, "Prune the layers of a block in the order of the data", Heading.REPAIR, default=_EFFORT
+        None, "Prune the layers of a block in the order of the forward pass", Heading.REPAIR, default=_EFFORT
     )
     refit: int | None = setting(
         None,
-        "Steps of conjugate gradients on the weights that stay, 0 for none",
+        "Conjugate-gradient steps on the remaining weights, 0 for none",
         Heading.REPAIR,
         "N",
         lowest=0,
@@ -166,7 +166,7 @@ class LayerRecipe:
         return self.repair.needs_gram
 
     def _methods(self) -> tuple[str, ...]:
-        """Return the methods that may prune a layer. At least one of them has to use a setting that is not its default."""
+        """Return the methods that may prune a layer. One of them must use each setting that differs from its default."""
         return (self.method,)
 
     def _check_room(self, sparsity: float) -> None:
@@ -240,9 +240,10 @@ def checked(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def repairs_of(settings: Mapping[str, Any], overrides: Iterable[Mapping[str, Any]]) -> list[Repair]:
-    """Return the repair of some settings of a recipe, then for each override that of the settings with its changes.
+    """Return the repair of a recipe, then for each override the repair of the recipe with its changes.
 
-    Settings that are not given have their defaults. Raises RecipeError if a value is outside its range.
+    Missing settings have
+    their defaults. Raises RecipeError if a value is outside its range.
     """
     base = {name: settings.get(name) for name in REPAIR_FIELDS} | {
         "effort": settings.get("effort", registry.DEFAULT_EFFORT)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from thanos.recipe import Recipe
 
 AUTO: Literal["auto"] = "auto"
-"""The dense target that is chosen on held-out sequences."""
+"""The value of ``dense_target`` for a choice on held-out sequences."""
 
 DENSE_TARGETS = (0.0, 0.25, 0.5, 1.0)
 """The values of α among which ``auto`` chooses."""
@@ -34,8 +34,8 @@ TUNE_RATE = 2e-3
 1e-3, 29.7 with 2e-3."""
 
 TUNE_LOSSES = ("block", "token")
-"""What the tuning minimises: the squared error of all tokens together, relative to their squares, or the mean of the tokens'
-own relative squared errors."""
+"""The error that the tuning minimises: the squared error of all tokens together, relative to their squares, or the mean of the
+tokens' own relative squared errors."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,10 +43,10 @@ class Repair:
     """The parts of a layer's repair, each with its value: the setting, or the value of the effort.
 
     Attributes:
-        dense_target: share α of the dense model's outputs in what the layer is fitted to, in [0, 1], or ``auto``: chosen on
-            held-out sequences. 0 is off.
-        sequential: whether the statistics of the layer's inputs are gathered with the layers before it in its block pruned.
-        refit: steps of conjugate gradients on the weights that stay; 0 is off.
+        dense_target: fraction α of the dense model's outputs in the target that the layer is fitted to, in [0, 1], or ``auto``:
+            chosen on held-out sequences. 0 is off.
+        sequential: whether the statistics of the layer's inputs are gathered after the earlier layers of its block are pruned.
+        refit: conjugate-gradient steps on the remaining weights; 0 is off.
         tune: epochs of training of the layer's block; 0 is off.
     """
 
@@ -57,7 +57,7 @@ class Repair:
 
     @property
     def retargets(self) -> bool:
-        """Whether the layer may be fitted to other outputs than those of its own weights on its own inputs."""
+        """Whether the layer may be fitted to outputs other than those of its own weights on its own inputs."""
         return self.dense_target != 0
 
     @property
