@@ -442,7 +442,7 @@ def test_digits_that_are_no_numbers(name: str, two_cuda: None) -> None:
 
 @pytest.mark.parametrize("name", ["cuda", "cuda:0", "cuda:7"])
 def test_cuda_asked_for_and_absent(name: str, no_cuda: None) -> None:
-    with pytest.raises(CudaUnavailableError, match=f"device {name} was asked for.*no CUDA.*--device cpu"):
+    with pytest.raises(CudaUnavailableError, match=f"device {name} needs CUDA.*no CUDA.*--device cpu"):
         choose_device(name)
 
 

@@ -186,7 +186,7 @@ def test_a_model_too_large_for_the_memory_says_so(tmp_path: Path, data: Path, mo
     monkeypatch.setattr("thanos.study.session.load_model", load)
     worker, cells = session(write(tmp_path, GRID + 'method = "magnitude"\n'), data, tmp_path / "out")
     record = worker.run(cells[1], quiet)
-    assert (record.status, record.reason) == ("failed", "out of memory on the host: end what else uses it")
+    assert (record.status, record.reason) == ("failed", "out of memory on the host: close other programs that use it")
     assert record.layers
 
 

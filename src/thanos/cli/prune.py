@@ -102,11 +102,11 @@ def prune(
         return
     work = WorkFolder(out)
     complete = resume and not overwrite and work.is_complete
-    with ending.resumable(work), display.watch(quiet=quiet, silent=not ranks.speaks()) as watcher:
+    with ending.resumable(work), display.watch(quiet=quiet, silent=not ranks.is_main_process()) as watcher:
         report = thanos.prune(
             model, out, chosen, overwrite=overwrite, resume=resume, activations=activations, on_event=watcher
         )
-    if ranks.speaks():
+    if ranks.is_main_process():
         output.show_report(report, out, complete=complete)
 
 

@@ -63,9 +63,9 @@ def recover(
 
     work = RecoveryFolder(out)
     complete = resume and not overwrite and work.is_complete
-    with ending.resumable(work), display.watch(quiet=quiet or not ranks.speaks()) as watcher:
+    with ending.resumable(work), display.watch(quiet=quiet or not ranks.is_main_process()) as watcher:
         report = thanos.recover(
             pruned, out, dense=dense, recipe=recipe, overwrite=overwrite, resume=resume, on_event=watcher
         )
-    if ranks.speaks():
+    if ranks.is_main_process():
         output.show_recovery(report, out, json_file, complete=complete)

@@ -24,7 +24,7 @@ from thanos.engine.tuning_record import TuningRecord
 from thanos.errors import ModelError
 from thanos.events import Event
 from thanos.model.layers import LinearLayer
-from thanos.system.memory import give_back
+from thanos.system.memory import release_free_heap
 
 
 class Engine:
@@ -122,7 +122,7 @@ class Engine:
         if index + 1 < len(self.inputs.blocks) or self._tail:
             yield from self._propagate(context, index)
         self._release(context, index)
-        give_back()
+        release_free_heap()
         self._finish(context, output)
         yield context.event("block", "propagate", error=self._mean_error())
 

@@ -47,7 +47,7 @@ from thanos.run.work_folder import WorkFolder, check_interrupted, check_output
 from thanos.system.device import choose_device
 from thanos.system.documents import Document
 from thanos.system.files import free_disk_bytes
-from thanos.system.memory import free_device_bytes, free_host_bytes, give_back, host_bytes
+from thanos.system.memory import free_device_bytes, free_host_bytes, host_bytes, release_free_heap
 from thanos.system.meter import PhaseMeter, PhaseRecord
 from thanos.system.ranks import launched
 from thanos.system.user_paths import model_name, output_path
@@ -191,7 +191,7 @@ def _predict(job: Job, out: Path, measured: dict[str, PhaseRecord], scan: float,
     """
     trial = run_trial(job)
     gc.collect()
-    give_back()
+    release_free_heap()
     base, cuda = host_bytes(), job.device.type == "cuda"
     seconds, measuring = _seconds(job, trial, scan), stream_bytes(job, trial.allocation)
     for name in measured:

@@ -31,7 +31,7 @@ from thanos.planning.scratch import Scratch, TrialMeter, copy_seconds
 from thanos.recipe import LayerRecipe
 from thanos.run.allocation import measured_layers, sequences_of
 from thanos.run.engine_setup import build_engine
-from thanos.system.memory import device_memory, free_device_bytes, give_back, host_bytes
+from thanos.system.memory import device_memory, free_device_bytes, host_bytes, release_free_heap
 
 SECONDS = 8.0
 """Seconds after which no further block is tried. Each kind of block is tried once in any case."""
@@ -186,7 +186,7 @@ def _measure(
     """
     cuda, meter = job.device.type == "cuda", TrialMeter(job.device)
     gc.collect()
-    give_back()
+    release_free_heap()
     host, device = host_bytes(), device_memory(job.device)[0] if cuda else 0
     scratch.meter = meter
     given = job.prepared.layers if layers is None else layers

@@ -13,8 +13,8 @@ def launched() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
 
 
-def speaks() -> bool:
-    """Return whether this process shows progress and results: it is the only one, or rank 0 of those that torchrun started."""
+def is_main_process() -> bool:
+    """Return whether this process is the only one, or rank 0 of a torchrun: the one that shows progress and results."""
     return not launched() or os.environ["RANK"] == "0"
 
 
