@@ -94,9 +94,9 @@ def test_exactly_enough_text(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text(prose(57))
     assert build(path, samples=3, length=20).ids[:, 1:].flatten().tolist() == encode(prose(57))
-    with pytest.raises(DataError, match="2 windows of 21 tokens, and --samples is 3"):
+    with pytest.raises(DataError, match="2 windows of 21 tokens, but --samples is 3"):
         build(path, samples=3, length=21)
-    with pytest.raises(DataError, match=r"57 tokens, and --sequence-length is 59, of which the first is the beginning"):
+    with pytest.raises(DataError, match=r"57 tokens, but --sequence-length is 59, of which the first is the beginning"):
         build(path, samples=1, length=59)
 
 
