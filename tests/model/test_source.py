@@ -81,7 +81,7 @@ def test_missing_tokenizer(copy: Path) -> None:
     for path in copy.glob("tokenizer*"):
         path.unlink()
     source = resolve_model(copy)
-    with pytest.raises(ModelError, match=f"{re.escape(str(copy))} has no tokenizer.*put the tokenizer's files beside"):
+    with pytest.raises(ModelError, match=f"{re.escape(str(copy))} has no tokenizer.*put the tokenizer's files next to"):
         source.tokenizer()
 
 
@@ -283,12 +283,12 @@ def test_a_small_gguf_loads(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["-", "a b", "näme/x", "a//b", "x..y/..", "name!", "a" * 200])
 def test_junk_hub_names(name: str) -> None:
-    refused(name, "no hub name, and no such folder|does not exist")
+    refused(name, "not a hub name, and no such folder|does not exist")
 
 
 def test_a_hub_name_without_network_says_what_to_give() -> None:
-    refused("some-org/some-model", r"some-org/some-model is no local .*give the local folder or a \.gguf file")
-    refused("some-model", r"some-model is no local .*give the local folder or a \.gguf file")
+    refused("some-org/some-model", r"some-org/some-model is not a local .*give the local folder or a \.gguf file")
+    refused("some-model", r"some-model is not a local .*give the local folder or a \.gguf file")
 
 
 def test_every_refusal_is_a_users_mistake() -> None:
