@@ -298,11 +298,11 @@ def test_model_and_out_in_the_wrong_order(tiny_llama: Path, tmp_path: Path, caps
 
 def test_out_in_a_place_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(ResourceError, match="file is a file; choose a place in a folder"):
+    with pytest.raises(ResourceError, match="file is a file; choose a path in a folder"):
         check_output(tmp_path / "file/a/out", model=None, overwrite=False)
     check_output(tmp_path / "a/b/out", model=None, overwrite=False)
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
-    with pytest.raises(ResourceError, match=f"you may not write in {re.escape(str(tmp_path))}"):
+    with pytest.raises(ResourceError, match=f"you have no permission to write in {re.escape(str(tmp_path))}"):
         check_output(tmp_path / "a/b/out", model=None, overwrite=False)
 
 

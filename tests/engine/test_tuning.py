@@ -354,7 +354,7 @@ def test_nothing_is_trained_where_the_error_before_is_not_finite(what: str) -> N
 def test_nothing_is_trained_without_need_or_means() -> None:
     toy = Toy()
     toy.targets = block(toy.values, toy.inputs)
-    assert run(toy.work()).record.reason == "the block's outputs are the wanted ones already"
+    assert run(toy.work()).record.reason == "the block's outputs equal the wanted ones already"
     toy = Toy()
     assert run(toy.work(tunables=[])).record.reason == "there is nothing to tune"
     assert run(toy.work(training=range(0))).record.reason == "too few sequences"

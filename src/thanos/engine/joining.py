@@ -1,4 +1,4 @@
-"""How a process joins and leaves a run on several processes."""
+"""Joining and leaving a run on several processes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from thanos.errors import RecipeError
 from thanos.system.ranks import count_failed_machines, first_to_fail, launched
 
 _TIMEOUT = timedelta(minutes=30)
-"""Longest wait for the other processes; longer than any of them works between two collectives, as in a forward pass."""
+"""Longest wait for the other processes; longer than any work between two collectives, such as a forward pass."""
 
 
 def my_device(device: torch.device) -> torch.device:

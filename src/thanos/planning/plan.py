@@ -1,8 +1,8 @@
 """Prediction of a pruning run, before it begins: memory, disk space and time, and which of them do not suffice.
 
 Seconds and memory come from a trial on the device (trial.py). The code that prunes also opens the model, reads the
-calibration text and chooses the storage tier here, so this prediction refuses what a run would refuse. Only not all weights
-are checked for NaN.
+calibration text and chooses the storage tier here, so this prediction refuses whatever a run would refuse. The exception: not
+all weights are checked for NaN.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Plan(Document):
         device_free_bytes: free memory of the CUDA device, in bytes; None without one.
         phases: predicted seconds and peak memory, by phase.
         seconds: seconds of all phases together.
-        cut: what the run will cut, see :func:`~thanos.run.cut_plan.planned_cut`; empty unless the pattern removes units.
+        cut: the predicted cut, see :func:`~thanos.run.cut_plan.planned_cut`; empty unless the pattern removes units.
         does_not_fit: one line for each resource that does not suffice; empty if the run fits.
         schema: version of this format.
     """

@@ -52,7 +52,7 @@ class Trial:
 
     Attributes:
         kinds: the kinds of blocks, with their samples.
-        once: phase → seconds that only the first block takes, in which threads start and kernels are compiled.
+        once: phase → additional seconds of the first block, in which threads start and kernels are compiled.
         batch: number of sequences in a forward pass of the run.
         tier: storage tier of the hidden states of the pruned model in the run.
         states: storage tier → bytes of hidden states, of all sequences and streams.
@@ -118,7 +118,7 @@ def _amounts(job: Job, kind: Kind, size: int, batch: int) -> list[tuple[Amount, 
     held_out, epochs = min(1, whole.held_out), min(EPOCHS, whole.epochs)
     larger = min(batch, 2 * size)
     few = min(whole.training, max(size, sampled_sequences(job.prepared.layers.values(), job.recipe.measure_error)))
-    # A step of the tuning takes as many sequences, and its memory is not extrapolated.
+    # At least as many as a tuning step uses, since its memory is not extrapolated.
     more = min(whole.training, max(few + larger, BATCH if epochs else 0))
     amounts = [(Amount(few, held_out, epochs), size)]
     if more > few:
@@ -210,7 +210,7 @@ def _measure(
     runner.batch = batch
     over = {"calibration", "choose"}  # report no progress
     # If blocks store values for later ones, the blocks before run too, but are not counted.
-    before = [i for i in job.prepared.picture.reached if job.prepared.picture.shares and i < (block or 0)]
+    before = [i for i in job.prepared.data_flow.reached if job.prepared.data_flow.shares and i < (block or 0)]
     scratch.finished = {i: BlockRecord(block=i, layers=[], tensors={}, batch=batch) for i in before}
     for event in engine.run([*before, block]):
         if event.replayed:

@@ -134,7 +134,7 @@ def prune(
         with locked(out):
             work.tidy(resume=resume)
             check()
-            _choose(job)
+            _check_interrupted_run(job)
             return _prune(model, job, calibration)
 
 
@@ -172,10 +172,10 @@ def _assist(model: str, job: _Job) -> PruningReport:
 
 
 def _nothing() -> Any:
-    raise AssertionError("only rank 0 makes what it shares")
+    raise AssertionError("only rank 0 computes shared objects")
 
 
-def _choose(job: _Job) -> None:
+def _check_interrupted_run(job: _Job) -> None:
     work = job.work
     check_interrupted(work, resume=job.resume, overwrite=job.overwrite)
     if job.resume and not work.finished and not work.published:
