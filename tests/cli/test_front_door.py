@@ -108,11 +108,11 @@ def test_apples_gpu_is_named(capsys: pytest.CaptureFixture[str], tiny_llama: Pat
     [
         (["--verion"], "no option --verion before the command (did you mean --version?); see thanos --help"),
         (["-version"], "no option -version before the command (did you mean --version?); see thanos --help"),
-        (["--threads", "1", "prune"], "no option --threads before the command; it goes after the command; see thanos"),
+        (["--threads", "1", "prune"], "no option --threads before the command; give it after the command; see thanos"),
         (["--nonesuch"], "no option --nonesuch before the command; see thanos --help"),
         (
             ["bench", "--shape=8x8", "layer"],
-            "no option --shape before the command; it goes after the command; see thanos bench",
+            "no option --shape before the command; give it after the command; see thanos bench",
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -143,7 +143,7 @@ def test_an_option_before_the_command(words: list[str], says: str, capsys: pytes
             ["--json", "--plan"],
             "--json needs a value: --json FILE, or - for the standard output; got the option --plan",
         ),
-        (["--json", "-"], "--json belongs to --plan"),
+        (["--json", "-"], "--json needs --plan"),
         (["--plan", "--resume"], "leave out --resume"),
         (["extra"], "'extra' is one argument too many: thanos prune takes MODEL OUT"),
         (["--threads", "0"], "--threads must be a whole number, 1 to 1024; got 0"),

@@ -647,8 +647,8 @@ def test_a_plain_line_now_and_then_for_a_cell_that_runs(tmp_path: Path) -> None:
     [
         (["done"] * 3, 0, ""),
         (["done", "failed", "failed"], 1, "2 of 3 cells failed; the reasons are in OUT/store.jsonl .* runs them again"),
-        (["done", "failed", "impossible"], 1, "2 of 3 cells failed; 1 of them because no .* runs the others again"),
-        (["done", "done", "impossible"], 1, "1 of 3 cells failed; 1 of them because no .*thanos report OUT$"),
+        (["done", "failed", "impossible"], 1, "2 of 3 cells failed; 1 of them because .* runs the others again"),
+        (["done", "done", "impossible"], 1, "1 of 3 cells failed; 1 of them because .*thanos report OUT$"),
     ],
 )
 def test_a_study_with_failed_cells_exits_with_1(

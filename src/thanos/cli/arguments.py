@@ -87,7 +87,7 @@ class Group(TyperGroup):
         if word.startswith("-") and word not in (*options, "-h", "--"):
             commands = [self.get_command(ctx, name) for name in self.list_commands(ctx)]
             later = any(word in param.opts for command in commands if command for param in command.params)
-            hint = "; it goes after the command" if later else near(word, options)
+            hint = "; give it after the command" if later else near(word, options)
             raise UserError(f"there is no option {word} before the command{hint}; see {ctx.command_path} --help")
         return super().parse_args(ctx, args or ["--help"])
 

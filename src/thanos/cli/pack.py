@@ -15,7 +15,7 @@ EXAMPLES = examples(
     ("Pack small layers too", "thanos pack pruned packed --least-weights 1"),
 )
 UNPACK_EXAMPLES = examples(
-    ("Get the dense folder back", "thanos unpack packed pruned"),
+    ("Restore the dense folder", "thanos unpack packed pruned"),
     ("Replace an earlier copy of it", "thanos unpack packed pruned --overwrite"),
 )
 

@@ -1,4 +1,4 @@
-"""``thanos prune``: prune a model, or predict the time and memory of that."""
+"""``thanos prune``: prune a model, or predict the time and memory that this takes."""
 
 from __future__ import annotations
 
@@ -65,7 +65,11 @@ def prune(
     plan: Annotated[
         bool,
         option(
-            "Only predict memory, disk and time, and what does not fit", Heading.RUN, None, "--plan", default="prune"
+            "Only predict memory, disk and time, and name resources that do not suffice",
+            Heading.RUN,
+            None,
+            "--plan",
+            default="prune",
         ),
     ] = False,
     overwrite: Annotated[bool, overwrite_option("Replace OUT, and discard an interrupted run")] = False,
@@ -80,7 +84,7 @@ def prune(
     chosen = merge_recipe(recipe, given(settings) | _error_setting(measure_error))
     if json_file is not None and not plan:
         raise RecipeError(
-            "--json belongs to --plan: give --plan too, or leave --json out; a run reports in OUT/pruning.json"
+            "--json needs --plan: give --plan too, or leave --json out; the report of a run is OUT/pruning.json"
         )
     if plan and resume:
         raise RecipeError("--plan predicts a whole run, not a resumed one; leave out --resume or --plan")
@@ -133,7 +137,7 @@ def merge_recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
         raise RecipeError(f"recipe {path} is empty; write a setting such as sparsity = 0.5, or leave --recipe out")
     if base.trust_remote_code and not flags.get("trust_remote_code"):
         raise RecipeError(
-            f"recipe {path} asks to run Python code that comes with the checkpoint, which a file cannot allow; read that code, "
-            "then give --trust-remote-code"
+            f"recipe {path} sets trust_remote_code, which a file cannot allow; read the Python code that comes with the "
+            "checkpoint, then give --trust-remote-code"
         )
     return base.replace(**base.suited(flags))

@@ -39,7 +39,7 @@ def recover(
     out: Annotated[Path, typer.Argument(metavar="OUT2", help="The folder to write; appears when it is complete.")],
     *,
     dense: Annotated[
-        str, option("The model that OUT was pruned from", Heading.RECOVERY, "MODEL", default="none, it must be given")
+        str, option("The model that OUT was pruned from", Heading.RECOVERY, "MODEL", default="none; required")
     ],
     threads: Threads = None,
     resume: Annotated[bool, resume_option("OUT2")] = False,
