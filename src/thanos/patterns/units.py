@@ -95,7 +95,7 @@ class Units(ModelUnits):
         return budget.columns >= columns
 
     def unit_scores(self, scores: Tensor) -> Tensor:
-        """Return the scores of the units, (units,), from those of the columns, (b,): their sums."""
+        """Return the scores of the units, (units,): the sums of the scores of their columns, (b,)."""
         return scores.view(self.layout(len(scores))).sum((0, 2))
 
     def columns_of(self, units: Tensor, columns: int) -> Tensor:

@@ -242,8 +242,7 @@ def checked(settings: Mapping[str, Any]) -> dict[str, Any]:
 def repairs_of(settings: Mapping[str, Any], overrides: Iterable[Mapping[str, Any]]) -> list[Repair]:
     """Return the repair of a recipe, then for each override the repair of the recipe with its changes.
 
-    Missing settings have
-    their defaults. Raises RecipeError if a value is outside its range.
+    Missing settings have their defaults. Raises RecipeError if a value is outside its range.
     """
     base = {name: settings.get(name) for name in REPAIR_FIELDS} | {
         "effort": settings.get("effort", registry.DEFAULT_EFFORT)

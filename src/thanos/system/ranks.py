@@ -59,7 +59,7 @@ def first_to_fail() -> bool:
 
 
 def _is_first_here() -> bool:
-    """Create a file next to those in which torchrun collects errors; return whether no other process has created it before.
+    """Create a file in the folder of torchrun's error files; return whether no other process has created it before.
 
     Without such a folder, as with another launcher, rank 0 counts as the first.
     """

@@ -1,4 +1,4 @@
-"""Hints at the end of an error message: what a user may have meant by a value that is not allowed."""
+"""Hints at the end of an error message: the allowed value that a user may have meant."""
 
 from __future__ import annotations
 
