@@ -15,7 +15,7 @@ class LoadedCheckpoint:
     """A :class:`~thanos.checkpoint.layout.Checkpoint` of tensors in memory.
 
     Args:
-        state: name → tensor. Of tensors that share memory, give one.
+        state: name → tensor; only one of several tensors that share memory.
         max_shard_bytes: see :func:`~thanos.checkpoint.layout.plan_layout`.
     """
 

@@ -34,7 +34,7 @@ app = typer.Typer(
 bench = typer.Typer(
     name="bench",
     cls=Group,
-    help="Measure how fast this machine prunes, and how fast packed models decode, against the least time needed.",
+    help="Measure how fast this machine prunes, and how fast packed models decode, compared with the least time.",
     short_help="Measure how fast this machine prunes.",
     rich_markup_mode=None,
 )

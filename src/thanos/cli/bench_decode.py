@@ -34,7 +34,7 @@ def decode(
     quiet: Quiet = False,
     **settings: Any,
 ) -> None:
-    """Time greedy decoding of PACKED, one token at a time; show its bytes and the fraction of the memory bandwidth.
+    """Time greedy decoding of PACKED, one token at a time; show the bytes of its weights and the memory bandwidth used.
 
     On CUDA each step is a CUDA graph.
     """

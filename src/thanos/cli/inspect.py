@@ -26,7 +26,7 @@ def inspect(
     ] = None,
     dense: Annotated[
         str | None,
-        option("Also count the parts of this dense model that MODEL, if it is smaller, lacks", Heading.RUN, "MODEL"),
+        option("If MODEL is smaller, also count the parts of this dense model that it lacks", Heading.RUN, "MODEL"),
     ] = None,
     json_file: JsonFile = None,
     quiet: Quiet = False,

@@ -141,7 +141,7 @@ _MOST_THREADS = 1024
 
 def resume_option(out: str) -> Any:
     """Return the option ``--resume`` of a command that writes the folder ``out``."""
-    text = f"Continue an interrupted run of this command; start it if there is none, do nothing if {out} is complete"
+    text = f"Continue an interrupted run of this command; start one if there is none, do nothing if {out} is complete"
     return option(text, Heading.RUN, None, "--resume", default="refuse")
 
 

@@ -75,7 +75,9 @@ def prune(
     overwrite: Annotated[bool, overwrite_option("Replace OUT, and discard an interrupted run")] = False,
     json_file: Annotated[
         Path | None,
-        option("With --plan, write it as JSON, - for the standard output", Heading.OUTPUT, "FILE", "--json"),
+        option(
+            "With --plan, write the prediction as JSON, - for the standard output", Heading.OUTPUT, "FILE", "--json"
+        ),
     ] = None,
     quiet: Quiet = False,
     **settings: Any,

@@ -23,7 +23,10 @@ from thanos.recovery.recipe import RecoveryRecipe
 from thanos.settings import Heading, settings_of
 
 EXAMPLES = examples(
-    ("Recover what prune wrote, on the same text", "thanos recover pruned recovered --dense meta-llama/Llama-3.2-1B"),
+    (
+        "Recover a model that prune wrote, on the same text",
+        "thanos recover pruned recovered --dense meta-llama/Llama-3.2-1B",
+    ),
     (
         "Train longer on your own text, with less memory",
         "thanos recover pruned recovered --dense ./model --calibration text.jsonl --epochs 20 --micro-batch 1",

@@ -42,7 +42,7 @@ def my_device(device: torch.device) -> torch.device:
 def join(device: torch.device) -> Iterator[World]:
     """Yield the processes of this run, this one on ``device``.
 
-    These are the processes of a group that the caller has initialised, else those that torchrun started, else this one alone.
+    They are the group that the caller has initialised, else the processes that torchrun started, else this process alone.
     """
     if dist.is_available() and dist.is_initialized():
         yield Group() if dist.get_world_size() > 1 else SINGLE

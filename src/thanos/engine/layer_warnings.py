@@ -92,9 +92,9 @@ def expert_notes(experts: Mapping[str, str], records: Sequence[LayerRecord]) -> 
     by = registry.method_without_inputs(registry.parse_pattern(registry.DEFAULT_PATTERN)).name
     if few:
         lines.append(
-            f"{len(few):,} of {len(total):,} experts saw fewer calibration tokens than they have input columns: their Hessians "
-            "are singular without damping; give more --samples"
+            f"{len(few):,} of {len(total):,} experts received fewer calibration tokens than they have input columns: their "
+            "Hessians are singular without damping; give more --samples"
         )
     if none:
-        lines.append(f"{len(none):,} of {len(total):,} experts saw no calibration token: pruned by {by}")
+        lines.append(f"{len(none):,} of {len(total):,} experts received no calibration token: pruned by {by}")
     return lines

@@ -36,8 +36,6 @@ class Engine:
         notes: warnings from before the loop.
 
     Attributes:
-        inputs: see above.
-        stages: see above.
         records: records of the pruned layers, in order; a block's records are added when it is finished.
         block_errors: errors of the finished blocks that have a dense stream, in order.
         tunings: records of the blocks that were tuned, in order.

@@ -50,7 +50,7 @@ class LayerPacking:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Packing(Document):
-    """What a run of ``pack`` did; the attributes are the keys of ``packing.json`` and of ``pack --json``.
+    """The result of a run of ``pack``; the attributes are the keys of ``packing.json`` and of ``pack --json``.
 
     Attributes:
         thanos_version: version of this package.

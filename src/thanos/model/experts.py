@@ -180,8 +180,8 @@ def _is_list(name: str, length: int, counts: Set[int]) -> bool:
 def router_parameters(block: nn.Module) -> set[str]:
     """Return the names, relative to a block, of the parameters that score experts.
 
-    They have one row for each expert, or a single row if they weigh an expert that all tokens share, and lie below the module
-    that holds the mixture, outside of the experts.
+    They belong to the module that holds the mixture, outside of the experts. They have one row for each expert, or a single row
+    if they weigh an expert that all tokens share.
     """
     found = dict(mixtures(block))
     rows: dict[str, set[int]] = {}

@@ -52,9 +52,9 @@ class OpenedModel:
 def open_model(source: ModelSource, dtype: str = "auto", written_in: torch.dtype | None = None) -> OpenedModel:
     """Open a model so that its tensors can be read one by one.
 
-    The tensors of a safetensors folder are read from disk if they correspond one to one to the model's parameters, and those of
-    a GGUF file are dequantised one by one if its architecture allows it. Otherwise transformers loads and converts the model,
-    and the tensors are read from memory.
+    The tensors of a safetensors folder are read from disk if they match the model's parameters one to one. The tensors of a
+    GGUF file are dequantised one by one if its architecture allows it. Otherwise transformers loads and converts the model, and
+    the tensors are read from memory.
 
     Args:
         source: from :func:`~thanos.model.source.resolve_model`.

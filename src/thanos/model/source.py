@@ -34,7 +34,7 @@ _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\s*")
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model is.
+    """The location of a model.
 
     Attributes:
         name: name as the user gave it.

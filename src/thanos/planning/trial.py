@@ -2,7 +2,7 @@
 
 The trial runs the code that prunes, so it covers every stage that the recipe lists. A block runs on two numbers of sequences.
 The difference gives the cost per sequence; the rest does not depend on the number of sequences. Output goes to a file without
-a name, which the system deletes when it is closed. Where sequences are held out, a third sample gives the cost of one of them.
+a name, which the system deletes when it is closed. If sequences are held out, a third sample gives the cost of one of them.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ class Recipe(LayerRecipe):
     )
     samples: int = setting(128, "Number of calibration sequences", Heading.CALIBRATION, "N", lowest=1)
     sequence_length: int = setting(2048, "Tokens per calibration sequence", Heading.CALIBRATION, "TOKENS", lowest=2)
-    seed: int = setting(0, "Seed of the draw of calibration sequences", Heading.CALIBRATION, "N", lowest=0)
+    seed: int = setting(0, "Seed of the random choice of calibration sequences", Heading.CALIBRATION, "N", lowest=0)
     device: str = setting(
         "auto", "auto, cpu, cuda or cuda:N", Heading.RUN, "DEVICE", default="auto, which is CUDA if there is any"
     )
@@ -103,7 +103,7 @@ class Recipe(LayerRecipe):
     targets: tuple[str, ...] = setting(
         (), "Prune only layers whose name matches", Heading.WHAT, "GLOB", default="every linear layer of the blocks"
     )
-    skip: tuple[str, ...] = setting((), "Leave layers dense whose name matches", Heading.WHAT, "GLOB")
+    skip: tuple[str, ...] = setting((), "Leave layers dense if their name matches", Heading.WHAT, "GLOB")
     overrides: tuple[Override, ...] = ()
     measure_error: bool | None = None
     allocation: str = setting(

@@ -101,7 +101,7 @@ class LayerRecipe:
     )
     scope: str | None = setting(
         None,
-        "Unit that has the sparsity: the whole layer, or each row; unstructured only",
+        "Unit in which the sparsity holds; for pattern unstructured only",
         Heading.METHOD,
         "SCOPE",
         choices=lambda: registry.SCOPES,

@@ -15,7 +15,7 @@ PATTERNS: tuple[PatternRow, ...] = (
     PatternRow(
         name="N:M",
         title="n:m",
-        help="at most N of M weights stay",
+        help="at most N of M weights are kept",
         source="thanos.patterns.nm:NM",
         examples=("2:4", "4:8"),
         other_names=("nm", "n:m", "semi-structured", "semistructured", "semi"),
@@ -47,7 +47,7 @@ PATTERNS: tuple[PatternRow, ...] = (
     PatternRow(
         name="width",
         title="neurons and heads",
-        help="both, in the better proportion: a smaller model",
+        help="neurons and heads, in the better proportion: a smaller model",
         source="thanos.patterns.width:Width",
         examples=("width",),
         other_names=("widths", "neurons-and-heads"),

@@ -218,7 +218,7 @@ def _note_zeros(opened: OpenedModel, layers: Sequence[LinearLayer], watch: Watch
 
 
 def check_calibration(recipe: Recipe, given: Calibration | None, source: ModelSource | None = None) -> None:
-    """Check that the calibration text can be used, before a model is loaded. Of ``given`` windows, only the number is checked.
+    """Check that the calibration text can be used, before a model is loaded. Only the number of ``given`` windows is checked.
 
     With ``source``, the check includes a chat template of its tokenizer for texts that are chats. Raises DataError if the text
     cannot be used, and RecipeError if too few windows are given to hold any out.

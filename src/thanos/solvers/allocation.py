@@ -1,8 +1,8 @@
 """Sparsities of layers that minimise the sum of their weighted errors, at a fixed number of zeros.
 
 docs/math.md derives the method. A layer's error is known at a few sparsities. Between them it is interpolated, and the lower
-convex hull of the result is used: a sum of convex functions with one linear constraint is minimised by taking the cheapest
-piece of any layer next, until the total is reached.
+convex hull of the result is used. A sum of convex functions with one linear constraint is minimised greedily: the cheapest
+piece of any layer is taken next, until the total is reached.
 """
 
 from __future__ import annotations

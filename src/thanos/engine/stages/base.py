@@ -54,7 +54,6 @@ class BlockContext:
         dense_stream: the dense stream; None if no layer here or later needs it.
 
     Attributes:
-        index: see above.
         module: the block; the whole model if ``index`` is None.
         layers: the layers to prune here, each with its settings.
         runner: forward passes over this process's calibration sequences.
@@ -64,7 +63,6 @@ class BlockContext:
         device: device of the weights.
         meter: meter of seconds and peak memory by phase.
         world: the processes that share the work.
-        dense_stream: see above.
         held_out: indices of this process's sequences that are held out: the last of the run. Their error selects the dense
             target and the tuned state, so the tuning must not train on them. With several processes, a process may have no
             others, or none.
