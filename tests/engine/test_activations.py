@@ -171,5 +171,5 @@ def test_a_failure_to_let_go_is_not_told_as_one_to_pin(tmp_path: Path, monkeypat
     kept._pinned = True
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(module, "_cudart", lambda: SimpleNamespace(cudaHostUnregister=lambda address: 719))
-    with pytest.raises(ResourceError, match=r"cannot unpin .*\(error 719\), because of an earlier error"):
+    with pytest.raises(ResourceError, match=r"cannot unpin .*\(error 719\), after an earlier error"):
         kept.close()

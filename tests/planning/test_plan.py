@@ -238,7 +238,7 @@ class TestTheCommand:
 
     def test_json_without_a_plan(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert run(["prune", "a", str(tmp_path / "b"), "--json", "-"]) == 2
-        assert "--json belongs to --plan" in capsys.readouterr().err
+        assert "--json needs --plan" in capsys.readouterr().err
 
 
 class TestWhatIsTried:

@@ -33,9 +33,7 @@ HOST_SHARE = 0.5
 """Fraction of the host's free memory that the activations may use."""
 
 _CANNOT_PIN = "CUDA cannot pin the activations in host memory (error {}); use --activations disk"
-_CANNOT_UNPIN = (
-    "CUDA cannot unpin the activations (error {}), because of an earlier error of the device: look for that one"
-)
+_CANNOT_UNPIN = "CUDA cannot unpin the activations (error {}), after an earlier error of the device: see that error"
 
 
 def check_tier(asked: str) -> str:
@@ -51,8 +49,8 @@ def choose_tier(
     """Choose the storage tier of the activations, ``needed`` bytes, by measured free memory.
 
     On the CPU, device and host memory are the same, and the tier is called ``host``. ``folder`` is on the disk that would hold
-    the file. A tier that is ``asked`` for is used without a check of free memory; disk space is always checked. ``taken`` maps
-    a tier to bytes of it that are free now and will be taken before. Raises RecipeError for an unknown tier, and ResourceError
+    the file. If ``asked`` names a tier, it is used without a check of free memory; disk space is always checked. ``taken`` maps
+    a tier to the bytes that are free now and will be in use by then. Raises RecipeError for an unknown tier, and ResourceError
     if the disk was chosen and has too little free space.
     """
     tier, before = check_tier(asked), taken or {}

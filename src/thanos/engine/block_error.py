@@ -1,4 +1,4 @@
-"""The error of a block: how far its outputs are from those of the dense block in the dense model."""
+"""The error of a block: the distance of its outputs from the dense block's outputs in the dense model."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ class BlockErrors:
 
     Attributes:
         block: index of the block.
-        held_out: whether the sequences are the held-out ones. The block is not tuned on them, nor are layers fitted to them
-            whose dense target is chosen; layers with a given dense target, or none, are. Otherwise they are the first
-            sequences, and everything is fitted to them.
+        held_out: whether the sequences are the held-out ones. Neither the tuning nor layers whose dense target is chosen use
+            these; layers with a given dense target, or none, are fitted to them too. False: they are the first sequences, and
+            everything is fitted to them.
         tokens: number of tokens of the sequences.
         errors: name of the stage → error after it; first ``dense``, before all stages.
         choices: each choice of a dense target, in order: ``layers``, the names of the layers, and ``errors``, the mean error of
             a token with stand-ins by candidate, as text; see :mod:`thanos.engine.dense_choice`.
-        writers: names of the layers with a dense target that write into the residual stream, so that their target has what the
-            stream lost. Not among them are layers whose output is normalised or scaled first.
+        writers: names of the layers with a dense target that write into the residual stream; their target includes the error of
+            the stream. Layers whose output is normalised or scaled first are not among them.
     """
 
     block: int
@@ -68,7 +68,7 @@ class BlockMeter:
         self.tokens, self._notes = 0, list[str]()
 
     def take_notes(self) -> list[str]:
-        """Return the warnings that arose, once."""
+        """Return the warnings since the last call."""
         notes, self._notes = self._notes, []
         return notes
 

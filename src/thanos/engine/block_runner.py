@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from thanos.engine.activations import Activations, choose_tier
 from thanos.engine.block_calls import BlockCalls
+from thanos.engine.data_flow import DataFlow
 from thanos.engine.early_end import stopping_after, stopping_at
-from thanos.engine.picture import Picture
 from thanos.engine.stream_states import StreamStates
 from thanos.errors import ResourceError
 from thanos.model.attention import fast_attention
@@ -51,7 +51,7 @@ class Passes(StreamStates):
         device: device on which the blocks run.
         folder: folder for the file of hidden states, if they are kept on the disk.
         tier: storage tier of the hidden states; see :func:`~thanos.engine.activations.choose_tier`.
-        picture: the model's data flow; default: computed by :meth:`record`.
+        data_flow: the model's data flow; default: computed by :meth:`record`.
 
     Attributes:
         batch: number of sequences in a forward pass; the last bits of results depend on it. None until the first pass, which
@@ -72,7 +72,7 @@ class Passes(StreamStates):
         folder: Path,
         *,
         tier: str = "auto",
-        picture: Picture | None = None,
+        data_flow: DataFlow | None = None,
     ) -> None:
         super().__init__(ids, device, folder, tier)
         self._model, self._blocks = model, blocks
@@ -80,7 +80,7 @@ class Passes(StreamStates):
         self.starts: list[tuple[int, int]] = []
         self.fits: int | None = None
         self.streams = 1
-        self._calls = BlockCalls(blocks, picture)
+        self._calls = BlockCalls(blocks, data_flow)
         self._own_calls: BlockCalls | None = None
 
     def record(self) -> None:
@@ -88,8 +88,8 @@ class Passes(StreamStates):
         for index in range(len(self._ids)):
             hidden = self._calls.record(self._model, self._row(index))
             if self.streams > 1 and self._calls.shares:
-                # What blocks store for later blocks differs between the streams.
-                self._own_calls = self._own_calls or BlockCalls(self._blocks, self._calls.picture)
+                # The values that blocks store for later blocks differ between the streams.
+                self._own_calls = self._own_calls or BlockCalls(self._blocks, self._calls.data_flow)
                 self._own_calls.record(self._model, self._row(index))
             if self._states is None:
                 needed = hidden.nbytes * len(self._ids)
@@ -134,7 +134,7 @@ class Passes(StreamStates):
             return self._calls.run(index, hidden, first, keep=keep)
 
     def run_other(self, index: int, hidden: Tensor, first: int, *, keep: bool = False) -> Tensor:
-        """The same as :meth:`run` for another stream: what its blocks store for later blocks is kept apart."""
+        """The same as :meth:`run` for another stream: values that its blocks store for later blocks are kept separately."""
         with fast_attention(self._device, hidden.dtype):
             return (self._own_calls or self._calls).run(index, hidden, first, keep=keep)
 
@@ -175,12 +175,12 @@ class Passes(StreamStates):
             index: index of the block.
             source: the inputs.
             target: storage for the outputs.
-            run: function that runs the block and keeps what it stores; see :meth:`run`.
+            run: function that runs the block and keeps the values that it stores; see :meth:`run`.
             starts: see :meth:`propagate`.
             used: the batch sizes are added to this list, in the form of :attr:`starts`.
 
         Raises:
-            ResourceError: as for :meth:`propagate`.
+            ResourceError: one sequence does not fit.
         """
         sizes, first = dict(starts), 0
         while first < len(self._ids):

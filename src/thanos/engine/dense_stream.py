@@ -1,8 +1,8 @@
 """The dense stream: the hidden states of the unpruned model for every calibration sequence, block by block.
 
-It goes beside the pruned stream (:class:`~thanos.engine.block_runner.Passes`) and exists only if a layer's repair needs it. One
-block of the model is in memory, in two versions: the dense version keeps the tensors that were loaded from the checkpoint, and
-shares them with the pruned version until a stage replaces them.
+It runs in parallel to the pruned stream (:class:`~thanos.engine.block_runner.Passes`) and exists only if a layer's repair needs
+it. One block of the model is in memory, in two versions: the dense version keeps the tensors that were loaded from the
+checkpoint, and shares them with the pruned version until a stage replaces them.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class DenseStream:
         self._dense = {}
 
     def spill(self) -> str | None:
-        """Move the hidden states from the device to host memory or disk; return a note for the user, None if none are there."""
+        """Move the hidden states from the device to host memory or disk; return a note for the user, else None."""
         if self.tier != "device":
             return None
         for name in ("_states", "_outputs"):

@@ -2,7 +2,7 @@
 
 The trial runs the code that prunes, so it covers every stage that the recipe lists. A block runs on two numbers of sequences.
 The difference gives the cost per sequence; the rest does not depend on the number of sequences. Output goes to a file without
-a name, which the system deletes when it is closed. Where sequences are held out, a third sample gives the cost of one of them.
+a name, which the system deletes when it is closed. If sequences are held out, a third sample gives the cost of one of them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from thanos.planning.scratch import Scratch, TrialMeter, copy_seconds
 from thanos.recipe import LayerRecipe
 from thanos.run.allocation import measured_layers, sequences_of
 from thanos.run.engine_setup import build_engine
-from thanos.system.memory import device_memory, free_device_bytes, give_back, host_bytes
+from thanos.system.memory import device_memory, free_device_bytes, host_bytes, release_free_heap
 
 SECONDS = 8.0
 """Seconds after which no further block is tried. Each kind of block is tried once in any case."""
@@ -52,7 +52,7 @@ class Trial:
 
     Attributes:
         kinds: the kinds of blocks, with their samples.
-        once: phase → seconds that only the first block takes, in which threads start and kernels are compiled.
+        once: phase → additional seconds of the first block, in which threads start and kernels are compiled.
         batch: number of sequences in a forward pass of the run.
         tier: storage tier of the hidden states of the pruned model in the run.
         states: storage tier → bytes of hidden states, of all sequences and streams.
@@ -118,7 +118,7 @@ def _amounts(job: Job, kind: Kind, size: int, batch: int) -> list[tuple[Amount, 
     held_out, epochs = min(1, whole.held_out), min(EPOCHS, whole.epochs)
     larger = min(batch, 2 * size)
     few = min(whole.training, max(size, sampled_sequences(job.prepared.layers.values(), job.recipe.measure_error)))
-    # A step of the tuning takes as many sequences, and its memory is not extrapolated.
+    # At least as many as a tuning step uses, since its memory is not extrapolated.
     more = min(whole.training, max(few + larger, BATCH if epochs else 0))
     amounts = [(Amount(few, held_out, epochs), size)]
     if more > few:
@@ -186,7 +186,7 @@ def _measure(
     """
     cuda, meter = job.device.type == "cuda", TrialMeter(job.device)
     gc.collect()
-    give_back()
+    release_free_heap()
     host, device = host_bytes(), device_memory(job.device)[0] if cuda else 0
     scratch.meter = meter
     given = job.prepared.layers if layers is None else layers
@@ -210,7 +210,7 @@ def _measure(
     runner.batch = batch
     over = {"calibration", "choose"}  # report no progress
     # If blocks store values for later ones, the blocks before run too, but are not counted.
-    before = [i for i in job.prepared.picture.reached if job.prepared.picture.shares and i < (block or 0)]
+    before = [i for i in job.prepared.data_flow.reached if job.prepared.data_flow.shares and i < (block or 0)]
     scratch.finished = {i: BlockRecord(block=i, layers=[], tensors={}, batch=batch) for i in before}
     for event in engine.run([*before, block]):
         if event.replayed:

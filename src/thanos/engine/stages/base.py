@@ -54,7 +54,6 @@ class BlockContext:
         dense_stream: the dense stream; None if no layer here or later needs it.
 
     Attributes:
-        index: see above.
         module: the block; the whole model if ``index`` is None.
         layers: the layers to prune here, each with its settings.
         runner: forward passes over this process's calibration sequences.
@@ -64,9 +63,9 @@ class BlockContext:
         device: device of the weights.
         meter: meter of seconds and peak memory by phase.
         world: the processes that share the work.
-        dense_stream: see above.
-        held_out: indices of this process's sequences that are held out: the last of the run. They choose the dense target and
-            guard the tuning, which must not train on them. With several processes, some have none or nothing else.
+        held_out: indices of this process's sequences that are held out: the last of the run. Their error selects the dense
+            target and the tuned state, so the tuning must not train on them. With several processes, a process may have no
+            others, or none.
         block_meter: measures the block's error, on the held-out sequences if there are any; None without a dense stream.
         block_errors: the block's error after each stage so far; None without a dense stream.
         stage: name of the running stage.
@@ -74,8 +73,8 @@ class BlockContext:
         tuning: record of the block's tuning; None if it was not tuned.
         notes: warnings that arose here.
         written: names in the checkpoint of the tensors written so far.
-        stands_for_more: whether the pruned model leaves out the blocks right after this one, and the dense stream has passed
-            them: then the dense outputs are theirs.
+        stands_for_more: whether the pruned model leaves out the blocks right after this one and there is a dense stream. The
+            dense outputs are then those of the last block left out.
     """
 
     def __init__(
@@ -138,7 +137,7 @@ class BlockContext:
 
         The block runs with its present weights. Only for decoder blocks: ``index`` must not be None.
         """
-        assert self.index is not None, "what follows the blocks is no block"
+        assert self.index is not None, "the modules after the blocks are not a block"
         return self.runner.run(self.index, hidden, first)
 
     def dense_forward(self, hidden: Tensor, first: int) -> Tensor:
@@ -146,7 +145,7 @@ class BlockContext:
 
         It has no gradients. Only with a dense stream, for decoder blocks.
         """
-        assert self.index is not None, "what follows the blocks is no block"
+        assert self.index is not None, "the modules after the blocks are not a block"
         return self._stream.run(self.index, hidden, first)
 
     @property

@@ -1,4 +1,4 @@
-"""The order in which a block's layers are pruned: steps in the order of the data, and parts whose statistics fit in memory."""
+"""The order in which a block's layers are pruned: steps in the order of the forward pass, in parts that fit in memory."""
 
 from __future__ import annotations
 
@@ -91,10 +91,10 @@ def _steps(context: BlockContext, layers: list[LinearLayer], streams: Mapping[st
     hidden = context.first_sequence()
     level = context.world.from_first(lambda: levels(lambda: context.forward(hidden, 0), layers))
     first = min(level[name] for name in waiting), False
-    # Two layers that fill the same gap of the residual stream, each in ignorance of the other, would fill it twice. So the
-    # second of them gets a step of its own.
+    # Two layers that are added in the same sum would both correct the same error of the residual stream. So the second of them
+    # is pruned in a later step, which sees the correction by the first.
     names = [layer.name for layer in layers]
-    second = {name for name in names if name in streams and streams[name].beside in names[: names.index(name)]}
+    second = {name for name in names if name in streams and streams[name].parallel in names[: names.index(name)]}
     step = {name: (level[name], name in second) if name in waiting else first for name in names}
     return [[layer for layer in layers if step[layer.name] == number] for number in sorted(set(step.values()))]
 
