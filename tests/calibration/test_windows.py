@@ -246,6 +246,9 @@ def test_wide_characters_do_not_hide_a_long_document(tmp_path: Path) -> None:
     """A tokenizer may make several tokens of one character; counting characters would drop such documents."""
 
     class ByteTokenizer:
+        all_special_ids = ()
+        unk_token_id = None
+
         def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
             return {"input_ids": list(text.encode())}
 
@@ -384,7 +387,7 @@ def test_to_dict() -> None:
         "samples": 2,
         "sequence_length": 3,
         "tokens": 6,
-        "bos": None,
+        "bos_ids": [],
         "sha256": made.sha256,
     }
 

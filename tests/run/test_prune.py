@@ -284,7 +284,7 @@ def test_the_report_says_what_ran(plain, tiny_llama: Path, text_file: Path) -> N
         "samples": SAMPLES,
         "sequence_length": LENGTH,
         "tokens": SAMPLES * LENGTH,
-        "bos": 1,
+        "bos_ids": [1],
         "sha256": digest,
         "text_sha256": hashlib.sha256(text_file.read_bytes()).hexdigest(),
     }

@@ -18,16 +18,22 @@ GENERATION_BATCH = 16
 
 
 def generate(
-    model: PreTrainedModel, samples: int, length: int, seed: int, start: int, pad: int, emit: Callable[[Event], None]
+    model: PreTrainedModel,
+    samples: int,
+    length: int,
+    seed: int,
+    start: tuple[int, ...],
+    pad: int,
+    emit: Callable[[Event], None],
 ) -> Tensor:
-    """Sample sequences from the model at temperature 1. Each begins with the token ``start``: BOS, else end-of-text."""
+    """Sample sequences from the model at temperature 1. Each begins with the tokens ``start``: BOS, else end-of-text."""
     batches = []
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.inference_mode():
         torch.manual_seed(seed)
         for first in range(0, samples, GENERATION_BATCH):
             size = min(GENERATION_BATCH, samples - first)
-            prompt = torch.full((size, 1), start, device=model.device)
+            prompt = torch.tensor(start, device=model.device).repeat(size, 1)
             ids = model.generate(  # type: ignore[operator]
                 prompt,
                 attention_mask=torch.ones_like(prompt),
@@ -35,8 +41,8 @@ def generate(
                 temperature=1.0,
                 top_k=0,
                 top_p=1.0,
-                min_new_tokens=length - 1,
-                max_new_tokens=length - 1,
+                min_new_tokens=length - len(start),
+                max_new_tokens=length - len(start),
                 pad_token_id=pad,
             )
             batches.append(ids.cpu())

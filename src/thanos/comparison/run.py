@@ -168,6 +168,7 @@ class _Run:
             "sequence_length": request.sequence_length,
             "windows": len(found.windows),
             "bos": found.bos,
+            "bos_ids": list(found.bos_ids),
             "context": request.context,
             "new_tokens": request.new_tokens,
             "compiled": request.compiled,

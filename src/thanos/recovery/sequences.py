@@ -31,11 +31,11 @@ class Sequences(Dataset[dict[str, Tensor]]):
 
     Args:
         ids: token ids of the sequences that are trained on, (n, T) int64, on the CPU.
-        bos: id of the token with which each sequence begins; None without one.
+        bos: ids of the tokens with which each sequence begins; empty without any.
         recipe: gives the number of epochs, the seed, and whether the text is varied.
     """
 
-    def __init__(self, ids: Tensor, bos: int | None, recipe: RecoveryRecipe) -> None:
+    def __init__(self, ids: Tensor, bos: tuple[int, ...], recipe: RecoveryRecipe) -> None:
         self._ids, self._bos, self._recipe = ids, bos, recipe
         self._current: tuple[int, Tensor, Tensor] | None = None
 
@@ -61,7 +61,7 @@ class Sequences(Dataset[dict[str, Tensor]]):
         return order, replace_some(recut(self._ids, self._bos, draw), self._bos, draw)
 
 
-def recut(ids: Tensor, bos: int | None, draw: torch.Generator) -> Tensor:
+def recut(ids: Tensor, bos: tuple[int, ...], draw: torch.Generator) -> Tensor:
     """Cut the text elsewhere, and join the segments in a new order.
 
     All sequences in order are one stream of tokens. It is rolled by a random offset and cut into segments of :data:`SEGMENT`
@@ -70,7 +70,7 @@ def recut(ids: Tensor, bos: int | None, draw: torch.Generator) -> Tensor:
 
     Args:
         ids: token ids, (n, T) int64, on the CPU.
-        bos: id of the token with which each sequence begins; None without one.
+        bos: ids of the tokens with which each sequence begins; empty without any.
         draw: the random numbers.
 
     Returns:
@@ -83,12 +83,12 @@ def recut(ids: Tensor, bos: int | None, draw: torch.Generator) -> Tensor:
     return begin_windows(torch.cat([segments[number] for number in order]).view(text.shape), bos)
 
 
-def replace_some(ids: Tensor, bos: int | None, draw: torch.Generator) -> Tensor:
+def replace_some(ids: Tensor, bos: tuple[int, ...], draw: torch.Generator) -> Tensor:
     """Replace each token, with probability :data:`REPLACED`, by one that is drawn from all tokens; never the BOS at the start.
 
     Args:
         ids: token ids, (n, T) int64, on the CPU.
-        bos: id of the token with which each sequence begins; None without one.
+        bos: ids of the tokens with which each sequence begins; empty without any.
         draw: the random numbers.
 
     Returns:
@@ -100,6 +100,6 @@ def replace_some(ids: Tensor, bos: int | None, draw: torch.Generator) -> Tensor:
     return begin_windows(torch.where(chosen, drawn, text), bos)
 
 
-def _text(ids: Tensor, bos: int | None) -> Tensor:
+def _text(ids: Tensor, bos: tuple[int, ...]) -> Tensor:
     """Return the sequences without the BOS at their start."""
-    return ids if bos is None else ids[:, 1:]
+    return ids[:, len(bos) :]

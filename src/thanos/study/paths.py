@@ -149,7 +149,7 @@ def find_locations(study: Study, out: Path, data: str | Path | None) -> Location
             hashes[model] = model_sha256(source)
             if (_converted(out, hashes[model]) / "config.json").exists():  # a GGUF file takes seconds to open
                 source = resolve_model(_converted(out, hashes[model]))
-            if added_bos(source.tokenizer()) is not None:
+            if added_bos(source.tokenizer()):
                 with_bos.add(model)
             if model not in study.cost_only:
                 _check_evaluation(study, source, texts)
