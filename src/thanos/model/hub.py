@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from thanos.checkpoint.weight_files import INDEX_NAME, SINGLE_NAME, parse_index
+from thanos.checkpoint.weight_files import INDEX_NAME, SINGLE_NAME, find_weights, refuse_lone_adapter
 from thanos.errors import ModelError
 from thanos.model.transformers_errors import first_line
 
@@ -17,18 +17,20 @@ _TEMPLATES = "additional_chat_templates/*"
 def download(name: str, *, code: bool) -> Path:
     """Return the local folder of a hub model; download what is not in the cache, Python code only with ``code``.
 
-    The first download holds the index, config, tokenizer and licence. The index names the weights, which come second. Other
-    files of the repository, such as the same weights in other formats, are not downloaded. Raises ModelError if the name is
-    not valid, or the hub does not give the files.
+    The first download holds the index, config, tokenizer and licence. The weights come second: those
+    from which a local folder with these files would be read, see :func:`~thanos.checkpoint.weight_files.find_weights`. Other
+    files, such as the same weights in other formats, are not downloaded. Raises ModelError if the name is not valid, the hub
+    does not give the files, or such a folder would be refused.
     """
     from huggingface_hub.errors import HFValidationError
 
     try:
         folder = Path(_snapshot(name, allow_patterns=_AUXILIARY, ignore_patterns=["*/*"]))
-        index = folder / INDEX_NAME
-        weights = dict.fromkeys(parse_index(index, index.read_bytes()).values()) if index.is_file() else [SINGLE_NAME]
         # Both downloads must be of one commit, whatever is pushed in between. The folder's name is its hash.
         commit = folder.name if re.fullmatch("[0-9a-f]{40}", folder.name) else None
+        listed = _listed(name, commit, folder)
+        refuse_lone_adapter(folder, name, listed=listed)
+        weights = find_weights(folder, name, listed=listed).names
         wanted = [*map(_literally, weights), _TEMPLATES, *(["*.py"] if code else [])]
         return Path(_snapshot(name, revision=commit, allow_patterns=wanted))
     except HFValidationError as error:
@@ -40,6 +42,22 @@ def download(name: str, *, code: bool) -> Path:
             f"{name} is no local folder or file, and the hub cannot give it ({first_line(error)}); check the name, or "
             "download it elsewhere and give the local folder or a .gguf file"
         ) from error
+
+
+def _listed(name: str, commit: str | None, folder: Path) -> list[str]:
+    """Return the paths of a repository's files.
+
+    Returns none if the hub cannot be reached and ``folder``, of the cache, has weights or an index: these are then all there
+    is, for transformers too.
+    """
+    from huggingface_hub import list_repo_files
+
+    try:
+        return list_repo_files(name, revision=commit)
+    except Exception:  # as in download
+        if (folder / INDEX_NAME).is_file() or (folder / SINGLE_NAME).is_file():
+            return []
+        raise
 
 
 def _literally(name: str) -> str:
