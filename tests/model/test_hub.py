@@ -13,9 +13,9 @@ import torch
 from huggingface_hub.utils import filter_repo_objects
 
 from helpers import save_tiny, tiny_model
-from thanos.checkpoint.weight_files import INDEX_NAME, SINGLE_NAME
+from thanos.checkpoint.weight_files import INDEX_NAME, SINGLE_NAME, find_weights
 from thanos.errors import ModelError
-from thanos.model.hub import download
+from thanos.model import hub as client
 from thanos.model.loading import load_model
 from thanos.model.opening import open_model
 from thanos.model.source import resolve_model
@@ -96,6 +96,10 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     return made
 
 
+def download(name: str, *, code: bool) -> Path:
+    return client.download(name, code=code, check=lambda folder, listed: find_weights(folder, name, listed=listed))
+
+
 def index(*shards: str) -> str:
     return json.dumps({"metadata": {}, "weight_map": {f"tensor{n}": shard for n, shard in enumerate(shards)}})
 
@@ -146,6 +150,29 @@ def test_config_that_names_other_weights_is_refused_before_they_are_fetched(hub:
     with pytest.raises(ModelError, match=r"config\.json names the weights 'other\.safetensors'"):
         download("org/model", code=False)
     assert SINGLE_NAME not in hub.names
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"quantization_config": {"quant_method": "gptq"}}, r"is quantised \(gptq\)"),
+        ({"auto_map": {"AutoModel": "x.X"}}, "needs Python code"),
+    ],
+)
+def test_a_config_that_is_refused_costs_no_download_of_weights(hub: Hub, config: dict[str, Any], said: str) -> None:
+    hub.add(SINGLE_NAME)
+    hub.add("config.json", text=json.dumps(config))
+    with pytest.raises(ModelError, match=said):
+        resolve_model("org/model")
+    assert SINGLE_NAME not in hub.names
+
+
+def test_a_repository_of_gguf_files_is_named_as_one(hub: Hub) -> None:
+    (hub.repository / "config.json").unlink()
+    with pytest.raises(
+        ModelError, match=r"^org/model has no config\.json; download one of its GGUF files, such as model-q4"
+    ):
+        resolve_model("org/model")
 
 
 def test_a_repository_of_pickles_is_named_as_one(hub: Hub) -> None:

@@ -139,6 +139,11 @@ def _stated_weights(folder: Path) -> str | None:
         return None  # the error is raised where the config is read
 
 
+def adapter_beside(file: Path) -> str | None:
+    """Return the name of an adapter's file in the folder of a file; None if there is none."""
+    return next((name for name in _ADAPTERS if (file.parent / name).exists()), None)
+
+
 def _names(folder: Path, listed: Collection[str]) -> set[str]:
     """Return the names of the files in a folder, and of those that the hub lists for its root."""
     here = folder.iterdir() if folder.is_dir() else ()

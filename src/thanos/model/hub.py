@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from thanos.checkpoint.weight_files import INDEX_NAME, SINGLE_NAME, find_weights, refuse_lone_adapter
+from thanos.checkpoint.weight_files import INDEX_NAME, SINGLE_NAME, WeightFiles
 from thanos.errors import ModelError
 from thanos.model.transformers_errors import first_line
 
@@ -14,13 +15,20 @@ _AUXILIARY = ["*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "README.md"]
 _TEMPLATES = "additional_chat_templates/*"
 
 
-def download(name: str, *, code: bool) -> Path:
-    """Return the local folder of a hub model; download what is not in the cache, Python code only with ``code``.
+def download(name: str, *, code: bool, check: Callable[[Path, list[str]], WeightFiles]) -> Path:
+    """Return the local folder of a hub model; download what is not in the cache.
 
-    The first download holds the index, config, tokenizer and licence. The weights come second: those
-    from which a local folder with these files would be read, see :func:`~thanos.checkpoint.weight_files.find_weights`. Other
-    files, such as the same weights in other formats, are not downloaded. Raises ModelError if the name is not valid, the hub
-    does not give the files, or such a folder would be refused.
+    The first download holds the index, config, tokenizer and licence; the weights come second. Other files, such as the same
+    weights in other formats, are not downloaded.
+
+    Args:
+        name: of the model.
+        code: download its Python code too.
+        check: refuses a model, or returns its weights, by the folder of the first download and the paths of all files of the
+            repository.
+
+    Raises:
+        ModelError: the name is not valid, or the hub does not give the files; or the error of ``check``.
     """
     from huggingface_hub.errors import HFValidationError
 
@@ -28,9 +36,7 @@ def download(name: str, *, code: bool) -> Path:
         folder = Path(_snapshot(name, allow_patterns=_AUXILIARY, ignore_patterns=["*/*"]))
         # Both downloads must be of one commit, whatever is pushed in between. The folder's name is its hash.
         commit = folder.name if re.fullmatch("[0-9a-f]{40}", folder.name) else None
-        listed = _listed(name, commit, folder)
-        refuse_lone_adapter(folder, name, listed=listed)
-        weights = find_weights(folder, name, listed=listed).names
+        weights = check(folder, _listed(name, commit, folder)).names
         wanted = [*map(_literally, weights), _TEMPLATES, *(["*.py"] if code else [])]
         return Path(_snapshot(name, revision=commit, allow_patterns=wanted))
     except HFValidationError as error:

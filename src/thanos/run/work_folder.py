@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from thanos.checkpoint.gguf_files import is_gguf
 from thanos.errors import NumericsError, ResourceError, UserError, recurs
 from thanos.events import LOG_NAME, RUN_NAME
 from thanos.run.journal import Journal, current
@@ -252,7 +253,7 @@ def _check_parent(out: Path, resolved: Path) -> None:
 
 
 def _is_model(path: Path) -> bool:
-    return path.suffix == ".gguf" if path.is_file() else (path / "config.json").is_file()
+    return is_gguf(path) if path.is_file() else (path / "config.json").is_file()
 
 
 def check_interrupted(work: WorkFolder, *, resume: bool, overwrite: bool) -> None:
