@@ -320,6 +320,87 @@ def test_chats_become_text_by_the_tokenizers_template(read: Any, tmp_path: Path,
     )
 
 
+PLAIN = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}"
+
+
+@READERS
+@pytest.mark.parametrize("column", ["conversations", "messages"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_sharegpt_is_read_as_roles_and_contents(read: Any, tmp_path: Path, suffix: str, column: str) -> None:
+    chats = [
+        [{"from": "system", "value": "a"}, {"from": "human", "value": "b"}, {"from": "gpt", "value": "c"}],
+        [{"from": "user", "value": "d"}, {"from": "observation", "value": "e"}, {"from": "assistant", "value": ""}],
+    ]
+    path = with_nulls(tmp_path / f"a{suffix}", [{"id": str(n), column: chat} for n, chat in enumerate(chats)])
+    expected = ["[system] a [user] b [assistant] c ", "[user] d [tool] e [assistant]  "]
+    for source in (str(path), f"{path}:{column}"):
+        assert read(source, talkative(begins=False, template=PLAIN)) == expected
+
+
+def test_a_chat_keeps_what_a_template_may_read(tmp_path: Path) -> None:
+    said = "{{ m.tool_calls[0].name if m.tool_calls else m.content }}"
+    template = f"{{% for m in messages %}}{{{{ m.role }}}} {said} {{{{ m.weight }}}} {{% endfor %}}"
+    row = [
+        {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}], "weight": 1},
+        {"role": "user", "content": [{"type": "text", "text": "x"}], "weight": 2},
+    ]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": row}))
+    found = calibration_documents(str(tmp_path / "a.jsonl"), talkative(begins=False, template=template))
+    assert found == ["assistant f 1 user [{'type': 'text', 'text': 'x'}] 2 "]
+
+
+@READERS
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        (
+            {"speaker": "x", "text": "y"},
+            "message 2 holds 'speaker', 'text'; a message has role and content, or from and",
+        ),
+        ({"role": "user", "text": "y"}, "message 2 holds 'role', 'text'; a message has"),
+        ({"role": "user", "content": None}, "message 2 holds 'role'; a message has"),
+        ({"content": "y"}, "message 2 holds 'content'; a message has"),
+        ({"from": "human"}, "message 2 holds 'from'; a message has"),
+        ({"from": "narrator", "value": "y"}, "message 2 is from 'narrator'; choose one of human, user, gpt"),
+    ],
+)
+def test_no_message_becomes_an_empty_turn(
+    read: Any, tmp_path: Path, suffix: str, message: dict[str, Any], said: str
+) -> None:
+    path = with_nulls(tmp_path / f"a{suffix}", [{"messages": [{"role": "user", "content": "x"}, message]}])
+    place = "line" if suffix == ".jsonl" else "row"
+    refused(lambda source: read(source, talkative(begins=False)), path, f"^{re.escape(str(path))}, {place} 1, {said}")
+    with pytest.raises(DataError, match=said):
+        check_text_source(str(path))
+
+
+@READERS
+def test_messages_that_are_none(read: Any, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"messages": ["hello"]}\n')
+    refused(read, path, "line 1, message 1 is no object; a chat is a list of messages with role and content")
+    path.write_text('{"text": ["hello"]}\n')
+    refused(read, path, "line 1: no string under 'text'; it is a JSON list")
+    path.write_text(json.dumps({"messages": CHATS[0]}))
+    refused(
+        lambda source: read(source, talkative(begins=True, template=" ")), path, "template writes nothing; check its"
+    )
+
+
+@READERS
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
+def test_a_chat_without_messages_is_an_empty_row(read: Any, tmp_path: Path, suffix: str) -> None:
+    path = with_nulls(tmp_path / f"a{suffix}", [{"messages": []}, {"messages": CHATS[0]}])
+    assert [row for row in read(str(path), talkative(begins=False, template=PLAIN)) if row] == [
+        "[user] ban [assistant] bar "
+    ]
+    with_nulls(path, [{"messages": []}])
+    refused(read, path, re.escape(f"{path} holds no text (rows that are empty or null do not count)"))
+    with pytest.raises(DataError, match="holds no text"):
+        check_text_source(str(path))
+
+
 # --- a glance before anything is loaded -------------------------------------------------------------------------------
 
 

@@ -184,6 +184,10 @@ def _rendered(messages: list[dict[str, Any]], source: str, tokenizer: PreTrained
             f"{source} holds a chat that the tokenizer's chat template refuses ({first_line(error)}); a message has role and "
             "content"
         ) from error
+    if not text.strip():
+        raise DataError(
+            f"{source} holds a chat for which the tokenizer's chat template writes nothing; check its roles"
+        )
     return text.removeprefix(bos_text(tokenizer))
 
 
