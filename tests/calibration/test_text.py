@@ -134,8 +134,10 @@ def test_half_a_surrogate_pair_is_replaced_and_told(read: Any, tmp_path: Path) -
     assert rows == ["a\ufffd b", "whole 😀", "\ufffd\ufffd"]
     "".join(rows).encode()  # as every tokenizer does
     (note,) = notes
-    assert "3 halves of surrogate pairs" in note
-    assert str(path) in note
+    assert note == f"{path} holds 3 halves of surrogate pairs, no character by itself; U+FFFD stands there instead"
+    path.write_text(json.dumps({"text": "a\ud83d"}) + "\n")
+    assert read(str(path), on_note=notes.append) == ["a\ufffd"]
+    assert notes[1].startswith(f"{path} holds 1 half of a surrogate pair, no character")
 
 
 # --- several files ----------------------------------------------------------------------------------------------------
@@ -470,6 +472,17 @@ def test_what_was_meant_by_a_source_that_is_not_there(
     for other in ("good.jsonl", "goood.png", ".goood.txt"):
         (tmp_path / other).write_text(json_lines(["a"]))
     refused(read, name, re.escape(f"(did you mean {meant}?)"))
+
+
+@READERS
+def test_an_ending_alone_resembles_no_other_file(read: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for other in ("news.jsonl", "abc.jsonl.gz", "prose.txt"):
+        (tmp_path / other).write_text(json_lines(["a"]))
+    for name in ("nope.jsonl", "x.jsonl.gz", "a.txt"):
+        refused(read, name, f"text file {re.escape(name)} does not exist$")
+    refused(read, "newz.jsonl", re.escape("(did you mean news.jsonl?)"))
+    refused(read, "prose.tx", re.escape("(did you mean prose.txt?)"))
 
 
 @READERS

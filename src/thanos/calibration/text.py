@@ -163,9 +163,8 @@ def _file_rows(source: str, allowed: str, tokenizer: PreTrainedTokenizerBase | N
         rows.append(text)
         halves += found
     if halves:
-        note(
-            f"{source} holds {halves:,} halves of surrogate pairs, which are no characters; each was replaced by U+FFFD"
-        )
+        what = "1 half of a surrogate pair" if halves == 1 else f"{halves:,} halves of surrogate pairs"
+        note(f"{source} holds {what}, no character by itself; U+FFFD stands there instead")
     return rows
 
 
