@@ -283,9 +283,7 @@ def test_fewer_windows_than_samples(short_source: str, short_documents: list[str
 
 
 def test_beyond_the_models_positions(text_file: Path) -> None:
-    with pytest.raises(
-        DataError, match="sequence_length 257 is beyond the model's 256 positions; give --sequence-length 256 or less"
-    ):
+    with pytest.raises(DataError, match="sequence_length 257 is beyond the model's 256 positions; give 256 or less"):
         build(str(text_file), samples=1, length=257, context_length=POSITIONS)
     with pytest.raises(DataError, match="beyond the model's 256 positions"):
         build("self", samples=1, length=257, context_length=POSITIONS, model=tiny_model())

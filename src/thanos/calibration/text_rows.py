@@ -12,7 +12,7 @@ import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from thanos.calibration.chats import CHAT_COLUMNS, messages_of
 from thanos.errors import DataError
@@ -56,7 +56,9 @@ def read_rows(path: Path, column: str | None, note: Note) -> Iterator[Row]:
         line = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"text file {path} cannot be read: {line}") from error
     except UnicodeDecodeError as error:
-        raise DataError(f"text file {path} is not UTF-8: {error.reason} at byte {error.start}") from error
+        raise DataError(
+            f"text file {path} is not UTF-8: {error.reason} at byte {error.start}; save it as UTF-8"
+        ) from error
     if nulls:
         note(f"{path} has {nulls:,} {'row' if nulls == 1 else 'rows'} whose text is null, left out")
 
@@ -103,7 +105,9 @@ def _whole(path: Path, text: str) -> list[Any]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not valid JSON ({error}); it holds a list of rows, or one row a line") from error
+        raise DataError(
+            f"{path}: not valid JSON ({_fault(error)}); it holds a list of rows, or one row a line"
+        ) from error
     return value if isinstance(value, list) else [value]
 
 
@@ -112,9 +116,18 @@ def _parsed_lines(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, Any]]
         if not line.strip():
             continue
         try:
-            yield number, json.loads(line)
+            yield number, json.loads(line.strip())
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}, line {number}: not valid JSON ({error})") from error
+            raise DataError(
+                f"{path}, line {number}: not valid JSON ({_fault(error, line=False)}); correct the line"
+            ) from error
+
+
+def _fault(error: Exception, *, line: bool = True) -> str:
+    """Return what is wrong with JSON and where; ``line`` says whether the place is in a file of several lines."""
+    if not isinstance(error, json.JSONDecodeError):
+        return str(error)
+    return f"{error.msg} at {f'line {error.lineno}, ' if line else ''}column {error.colno}"
 
 
 def _column_of(
@@ -135,7 +148,7 @@ def _column_of(
         yield _row(value, f"{path}, {unit} {number}")
 
 
-def _is_row(value: Any, column: str) -> bool:
+def _is_row(value: Any, column: str) -> TypeGuard[str | list[Any]]:
     return isinstance(value, str) or (isinstance(value, list) and column != DEFAULT_COLUMN)
 
 
@@ -160,11 +173,16 @@ def _kind(name: str, value: Any) -> str | None:
 
 def _complaint(row: Any, column: str) -> str:
     if not isinstance(row, dict):
-        return "it is no object"
+        return f'it is {_name_of(row)}, not an object such as {{"text": "…"}}'
     if column not in row:
         return f"there are {', '.join(map(repr, row)) or 'no columns'}; name one with FILE:COLUMN"
-    what = f"a JSON {type(row[column]).__name__}"
-    return f"it is {what}; take such rows out, or name another column with FILE:COLUMN"
+    return f"it is {_name_of(row[column])}; take such rows out, or name another column with FILE:COLUMN"
+
+
+def _name_of(value: Any) -> str:
+    """Return JSON's name for a kind of value."""
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
 
 
 def _choose(path: Path, kinds: dict[str, str], note: Note) -> str | None:

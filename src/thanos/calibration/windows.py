@@ -166,7 +166,7 @@ def check_room(sequence_length: int, bos: tuple[int, ...]) -> None:
     if sequence_length <= len(bos):
         raise DataError(
             f"sequence_length {sequence_length} leaves no room for text: the tokenizer begins a text with {say_bos(bos)}; "
-            f"give --sequence-length {len(bos) + 1} or more"
+            f"give {len(bos) + 1} or more"
         )
 
 
@@ -180,8 +180,8 @@ def check_positions(sequence_length: int, context_length: int | None) -> None:
     """Raise DataError for windows that are longer than a model's number of positions; None for no limit."""
     if context_length is not None and sequence_length > context_length:
         raise DataError(
-            f"sequence_length {sequence_length} is beyond the model's {context_length} positions; give --sequence-length "
-            f"{context_length} or less"
+            f"sequence_length {sequence_length} is beyond the model's {context_length} positions; give {context_length} "
+            "or less"
         )
 
 
@@ -241,12 +241,13 @@ def _check_length(source: str, tokens: int, samples: int, sequence_length: int, 
     besides = besides_text(sequence_length - length)
     if tokens < length:
         raise DataError(
-            f"calibration text {source} is shorter than one sequence: {tokens} tokens, and --sequence-length is "
-            f"{sequence_length}{besides}"
+            f"calibration text {source} is shorter than one sequence: {tokens} {'token' if tokens == 1 else 'tokens'}, and "
+            f"--sequence-length is {sequence_length}{besides}; lower --sequence-length, or give more text"
         )
     if tokens < samples * length:
         raise DataError(
-            f"calibration text {source} gives {tokens // length} windows of {sequence_length} tokens, and --samples is "
+            f"calibration text {source} gives {tokens // length} {'window' if tokens < 2 * length else 'windows'} of "
+            f"{sequence_length} tokens, and --samples is "
             f"{samples}; lower --samples or --sequence-length, or give more text"
         )
 

@@ -197,7 +197,7 @@ def _check_task_words(tasks: Sequence[str], task_folder: str | Path | None) -> N
 def _checked_source(model: str | Path, add_bos: bool, *, trust_remote_code: bool) -> ModelSource:
     """Find a model, and check its config and tokenizer."""
     source = resolve_model(model, trust_remote_code=trust_remote_code, packed=True)
-    if add_bos and not added_bos(source.tokenizer()):
+    if not added_bos(source.tokenizer()) and add_bos:
         raise DataError(
             f"the tokenizer of {source.name} begins no text with a beginning-of-text token; leave out --bos"
         )

@@ -114,8 +114,8 @@ def cut_windows(
     if count == 0:
         besides = besides_text(len(begin))
         raise DataError(
-            f"the text {name} has {len(ids)} tokens, fewer than one window of {sequence_length}{besides}; lower "
-            "--sequence-length"
+            f"the text {name} has {len(ids)} {'token' if len(ids) == 1 else 'tokens'}, fewer than one window of "
+            f"{sequence_length}{besides}; lower --sequence-length"
         )
     count = min(count, max_windows or count)
     windows = begin_windows(ids[: count * length].view(count, length), begin)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from thanos.errors import DataError
+from thanos.system.suggestions import near
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,7 +25,7 @@ _PROBE = "a"
 def check_bos(asked: str) -> None:
     """Raise DataError for a choice that is not in :data:`BOS_CHOICES`."""
     if asked not in BOS_CHOICES:
-        raise DataError(f"--bos: must be one of {', '.join(BOS_CHOICES)}; got {asked!r}")
+        raise DataError(f"--bos: must be one of {', '.join(BOS_CHOICES)}; got {asked!r}{near(asked, BOS_CHOICES)}")
 
 
 def defined_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -224,7 +224,9 @@ def _check_folder(source: ModelSource, *, packed: bool, listed: Sequence[str] = 
         if not isinstance(config, dict):
             raise ValueError("not an object")
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{source.name}/config.json is not valid JSON: {error}") from error
+        raise ModelError(
+            f"{source.name}/config.json is not valid JSON: {error}; correct it, or download it again"
+        ) from error
     if source.is_packed:
         if not packed:
             raise ModelError(f"{source.name} is packed; give the dense model: thanos unpack {source.name} OUT")

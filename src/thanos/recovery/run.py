@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from thanos.calibration.text import check_text_exists
 from thanos.calibration.windows import Calibration, make_calibration
 from thanos.checkpoint.writer import check_room
 from thanos.engine.distributed import World
@@ -121,6 +122,8 @@ def recover(
             check_output(out, model=None, overwrite=overwrite or (resume and work.published))
 
     if speaks() and not complete:
+        if calibration is None:
+            check_text_exists(recipe.calibration)
         check()
         check_interrupted(work, resume=resume, overwrite=overwrite)
     device = my_device(choose_device(recipe.device))

@@ -22,7 +22,7 @@ from thanos.run.journal import Journal, current
 from thanos.system.documents import json_text
 from thanos.system.files import sync, write_atomically
 
-_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth"}
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
 """Endings of files of weights, readable or not: beside a config they make a folder a model's."""
 
 
@@ -222,10 +222,7 @@ def check_output(out: Path, *, model: Path | None, overwrite: bool) -> None:
             raise UserError(f"OUT {out} is the model's own folder, or inside it; choose a folder outside {model}")
         if resolved in model.parents:
             raise UserError(f"OUT {out} holds the model {model}, which would be lost; choose another folder")
-    for folder in resolved.parents:
-        configured = any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
-        if configured and any(path.suffix in _WEIGHTS for path in folder.glob("*.*")):
-            raise UserError(f"OUT {out} is inside the folder of another model, {folder}; choose a folder outside it")
+    refuse_inside_model(out)
     swapped = "; MODEL comes first, then OUT" if model is None and _is_model(resolved) else ""
     if resolved.exists() and not resolved.is_dir():
         raise UserError(f"OUT {out} is a file; give the name of a folder{swapped}")
@@ -237,6 +234,19 @@ def check_output(out: Path, *, model: Path | None, overwrite: bool) -> None:
             raise UserError(
                 f"OUT {out} is no model checkpoint, so --overwrite will not delete it; choose another folder"
             )
+
+
+def refuse_inside_model(out: Path, name: str = "OUT") -> None:
+    """Raise UserError if ``out`` lies in a model's folder; ``name`` is what the command calls it."""
+    for folder in out.resolve().parents:
+        if holds_model(folder):
+            raise UserError(f"{name} {out} is inside the folder of another model, {folder}; choose a folder outside it")
+
+
+def holds_model(folder: Path) -> bool:
+    """Return whether a folder holds a model or an adapter, with its weights."""
+    configured = any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
+    return configured and any(path.suffix.lower() in _WEIGHTS for path in folder.glob("*.*"))
 
 
 def _check_parent(out: Path, resolved: Path) -> None:
