@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from thanos.calibration.text import check_text_exists
 from thanos.calibration.windows import Calibration, make_calibration
 from thanos.checkpoint.writer import check_room
 from thanos.engine.distributed import World
@@ -123,6 +124,8 @@ def recover(
             check_output(out, model=None, overwrite=overwrite or (resume and work.published))
 
     if is_main_process() and not complete:
+        if calibration is None:
+            check_text_exists(recipe.calibration)
         check()
         check_interrupted(work, resume=resume, overwrite=overwrite)
     device = my_device(choose_device(recipe.device))
@@ -252,7 +255,7 @@ def _train(pair: Pair, calibration: Calibration, job: _Job) -> tuple[Guard, str]
         work.tidy_states(guard.best["step"] if history else 0)
     module = Distillation(pruned.meta_model, pair.dense.meta_model)
     training = Training(
-        module, masks, ids, calibration.bos, guard, recipe, work, job.device, job.world, job.emit, job.meter
+        module, masks, ids, calibration.bos_ids, guard, recipe, work, job.device, job.world, job.emit, job.meter
     )
     if newest is not None and history[-1]["step"] >= recipe.steps:
         return guard, ""
@@ -283,7 +286,7 @@ def _generated(dense: OpenedModel, calibration: Calibration, job: _Job) -> Tenso
     job.emit(Event(kind="phase", phase="generate"))
     text, pad = calibration.ids[: recipe.trained], end_of_text_id(tokenizer, config)
     model: Any = dense.meta_model
-    made = generate_sequences(model, text, calibration.bos, recipe.generate, recipe.seed, pad, job.emit)
+    made = generate_sequences(model, text, calibration.bos_ids, recipe.generate, recipe.seed, pad, job.emit)
     job.work.keep_generated(made)
     return made
 

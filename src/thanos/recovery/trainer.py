@@ -47,7 +47,7 @@ class Training:
         module: the student with its loss, loaded in float32.
         masks: parameter name in the student → bool mask of the weights that stay, on the device.
         ids: token ids of all sequences, (n, T), on the CPU. The first ``recipe.rows`` are for training.
-        bos: id of the token with which each sequence begins; None without one.
+        bos: ids of the tokens with which each sequence begins; empty without any.
         guard: measures the held-out loss.
         recipe: the settings.
         folder: the work folder, which holds the checkpoints.
@@ -60,7 +60,7 @@ class Training:
     module: Distillation
     masks: Mapping[str, Tensor]
     ids: Tensor
-    bos: int | None
+    bos: tuple[int, ...]
     guard: Guard
     recipe: RecoveryRecipe
     folder: RecoveryFolder
