@@ -1,4 +1,4 @@
-"""Calibration ``self``: sequences that are sampled from the dense model."""
+"""Text that the dense model writes: calibration ``self``, and continuations of prompts."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from thanos.events import Event
+from thanos.events import Event, Phase
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 GENERATION_BATCH = 16
-"""Number of sequences that the model generates together."""
+"""Number of sequences that the model generates together for calibration ``self``."""
 
 
 def generate(
@@ -27,32 +27,53 @@ def generate(
     emit: Callable[[Event], None],
 ) -> Tensor:
     """Sample sequences from the model at temperature 1. Each begins with the tokens ``start``: BOS, else end-of-text."""
+    prompts = torch.tensor(start).repeat(samples, 1)
+    return continue_prompts(model, prompts, length, seed, pad, GENERATION_BATCH, "calibration", emit)
+
+
+def continue_prompts(
+    model: PreTrainedModel,
+    prompts: Tensor,
+    length: int,
+    seed: int,
+    pad: int,
+    batch: int,
+    phase: Phase,
+    emit: Callable[[Event], None],
+) -> Tensor:
+    """Sample a continuation of each prompt from the model at temperature 1. End-of-text is never sampled.
+
+    Args:
+        model: the dense model.
+        prompts: token ids, (n, p) int64, on any device.
+        length: tokens of a prompt and its continuation, more than p.
+        seed: seed of the samples. The global random state is not changed.
+        pad: any token id; the model asks for one, and no sequence is padded.
+        batch: prompts that the model continues together.
+        phase: of the progress events.
+        emit: function that is called with them.
+
+    Returns:
+        Token ids, (n, length) int64, on the CPU; each row begins with its prompt.
+    """
     batches = []
     devices = [model.device] if model.device.type == "cuda" else []
+    new, done = length - prompts.shape[1], 0
     with torch.random.fork_rng(devices), torch.inference_mode():
         torch.manual_seed(seed)
-        for first in range(0, samples, GENERATION_BATCH):
-            size = min(GENERATION_BATCH, samples - first)
-            prompt = torch.tensor(start, device=model.device).repeat(size, 1)
+        for part in prompts.split(batch):
             ids = model.generate(  # type: ignore[operator]
-                prompt,
-                attention_mask=torch.ones_like(prompt),
+                part.to(model.device),
+                attention_mask=torch.ones_like(part, device=model.device),
                 do_sample=True,
                 temperature=1.0,
                 top_k=0,
                 top_p=1.0,
-                min_new_tokens=length - len(start),
-                max_new_tokens=length - len(start),
+                min_new_tokens=new,
+                max_new_tokens=new,
                 pad_token_id=pad,
             )
             batches.append(ids.cpu())
-            emit(
-                Event(
-                    kind="progress",
-                    phase="calibration",
-                    done=first + size,
-                    total=samples,
-                    tokens=(first + size) * length,
-                )
-            )
+            done += len(part)
+            emit(Event(kind="progress", phase=phase, done=done, total=len(prompts), tokens=done * length))
     return torch.cat(batches)

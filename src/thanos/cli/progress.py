@@ -32,6 +32,7 @@ _LABELS = {
     "propagate": "propagate",
     "evaluate": "evaluate",
     "tasks": "score tasks",
+    "generate": "generate text",
     "finish": "finish",
     "draw": "draw figures",
     "train": "train",

@@ -47,6 +47,8 @@ class RecoveryRecipe:
             :meth:`parts`.
         vary: cut the text into segments, join them in a new order, and replace a few tokens, in every epoch; see
             :mod:`thanos.recovery.sequences`. The dense model then runs in each pass.
+        generate: number of sequences that the dense model generates in addition, for the training only; see
+            :mod:`thanos.recovery.generated`.
         batch: number of sequences in a step, over all processes.
         micro_batch: number of sequences that a process runs at once; their gradients are summed. None: on CUDA the process's
             whole part of the batch, on a CPU one. It changes the result by rounding only.
@@ -83,6 +85,13 @@ class RecoveryRecipe:
         True,
         "Cut the text into segments, join them in a new order, and replace a few tokens, in every epoch",
         Heading.RECOVERY,
+    )
+    generate: int = setting(
+        0,
+        "Sequences that the dense model generates in addition, as continuations of pieces of the text",
+        Heading.RECOVERY,
+        "N",
+        lowest=0,
     )
     batch: int = setting(4, "Sequences in a step, over all processes", Heading.RECOVERY, "N", lowest=1)
     micro_batch: int | None = setting(
@@ -121,6 +130,13 @@ class RecoveryRecipe:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise RecipeError(f"{name} must be a whole number, at least 1; got {value!r}{near_whole(value)}")
+        value = self.generate
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise RecipeError(f"generate must be a whole number, at least 0; got {value!r}{near_whole(value)}")
+        if value % self.batch:
+            raise RecipeError(
+                f"generate {value} is not a multiple of batch {self.batch}; give a multiple of {self.batch}"
+            )
         object.__setattr__(self, "rate", _rate(self.rate))
         if self.train not in PARTS:
             raise RecipeError(f"train must be {either(PARTS)}; got {self.train!r}{near(self.train, PARTS)}")
@@ -154,14 +170,19 @@ class RecoveryRecipe:
 
     @property
     def trained(self) -> int:
-        """Number of sequences that are trained on: the first ones, in whole batches. All others are held out."""
+        """Number of sequences of the text that are trained on: the first ones, in whole batches. All others are held out."""
         least = self.held_out or max(1, self.samples // _HELD_OUT_SHARE)
         return max(0, self.samples - least) // self.batch * self.batch
 
     @property
+    def rows(self) -> int:
+        """Number of sequences of an epoch: those of the text, and those that the dense model generates."""
+        return self.trained + self.generate
+
+    @property
     def steps_per_epoch(self) -> int:
         """Number of steps of the optimizer in a pass over the sequences."""
-        return self.trained // self.batch
+        return self.rows // self.batch
 
     @property
     def steps(self) -> int:

@@ -31,7 +31,7 @@ class RecoveryReport(Document):
         dense: name of the dense model.
         recipe: all settings.
         calibration: the text; as in ``pruning.json``.
-        sequences: ``trained`` and ``held_out``, numbers of sequences.
+        sequences: ``trained`` (those that the dense model generated included) and ``held_out``, numbers of sequences.
         steps: number of steps that were planned.
         rate: the largest learning rate, as given or as chosen; None in reports of earlier versions.
         train: the parameters that were trained, as given or as chosen; None in reports of earlier versions.

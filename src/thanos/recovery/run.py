@@ -19,9 +19,11 @@ from thanos.engine.distributed import World
 from thanos.engine.joining import join, my_device
 from thanos.errors import NumericsError, resource_errors
 from thanos.events import LOG_NAME, RUN_NAME, Event, Watcher
-from thanos.model.loading import check_token_ids
+from thanos.model.loading import check_token_ids, end_of_text_id
+from thanos.model.opening import OpenedModel
 from thanos.model.source import ModelSource, find_local
 from thanos.recovery.distance import Distillation
+from thanos.recovery.generated import generate_sequences
 from thanos.recovery.guard import Guard
 from thanos.recovery.output import Trained, make_report, write_model
 from thanos.recovery.pair import Pair, load, masks_of, open_pair, resolve_pair, trainable
@@ -243,8 +245,12 @@ def _train(pair: Pair, calibration: Calibration, job: _Job) -> tuple[Guard, str]
         dtypes = {name: pruned.checkpoint.tensors[pruned.key_of[name]].dtype for name in parameters}
         masks = masks_of(pair, job.device)
     size = micro_batch(recipe, job.device, job.world.size)
-    ids = calibration.ids
-    guard = Guard(ids, recipe.trained, dtypes, size, job.device, job.world, _writer(pair, job), history)
+    ids, first = calibration.ids, recipe.trained
+    if recipe.generate:
+        with job.meter.phase("generate"):
+            generated = job.world.from_first(lambda: _generated(pair.dense, calibration, job))
+        ids, first = torch.cat([ids[:first], generated, ids[first:]]), first + recipe.generate
+    guard = Guard(ids, first, dtypes, size, job.device, job.world, _writer(pair, job), history)
     if job.leads:
         work.tidy_states(guard.best["step"] if history else 0)
     module = Distillation(pruned.meta_model, pair.dense.meta_model)
@@ -265,6 +271,20 @@ def _train(pair: Pair, calibration: Calibration, job: _Job) -> tuple[Guard, str]
             Event(kind="note", phase="train", message=f"{ended}: the training ends, and the best earlier state is kept")
         )
     return guard, ended
+
+
+def _generated(dense: OpenedModel, calibration: Calibration, job: _Job) -> Tensor:
+    """Return the sequences that the dense model writes, or has written before an interruption."""
+    recipe, tokenizer, config = job.recipe, dense.source.tokenizer(), dense.source.config()
+    before = job.work.generated if job.resume else None
+    if before is not None:
+        return before
+    job.emit(Event(kind="phase", phase="generate"))
+    text, pad = calibration.ids[: recipe.trained], end_of_text_id(tokenizer, config)
+    model: Any = dense.meta_model
+    made = generate_sequences(model, text, calibration.bos_ids, recipe.generate, recipe.seed, pad, job.emit)
+    job.work.keep_generated(made)
+    return made
 
 
 def _writer(pair: Pair, job: _Job) -> Callable[[int, Iterable[tuple[str, Tensor]]], None] | None:

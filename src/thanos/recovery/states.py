@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from thanos.checkpoint.layout import Checkpoint
@@ -45,6 +46,7 @@ class RecoveryFolder(WorkFolder):
     def __init__(self, out: Path) -> None:
         super().__init__(out)
         self.steps = self.path / "steps"
+        self._generated = self.steps / "generated.safetensors"
 
     @property
     def finished(self) -> int:
@@ -67,6 +69,19 @@ class RecoveryFolder(WorkFolder):
         """Return the guard's history up to the newest checkpoint; see :class:`~thanos.recovery.guard.Guard`."""
         newest = self.newest
         return [] if newest is None else json.loads((newest / STATE).read_bytes())["log_history"]
+
+    @property
+    def generated(self) -> Tensor | None:
+        """The sequences that the dense model generated, (n, T) int64; None without them."""
+        return load_file(self._generated)["ids"] if self._generated.is_file() else None
+
+    def keep_generated(self, ids: Tensor) -> None:
+        """Store the sequences that the dense model generated: on a GPU it would not generate the same ones again."""
+        part = self._generated.with_suffix(".part")
+        save_file({"ids": ids}, part)
+        sync(part)
+        part.replace(self._generated)
+        sync(self.steps)
 
     def complete_checkpoint(self, step: int, keep_best: int) -> None:
         """Force the checkpoint of a step to the disk and mark it. Then delete older checkpoints and best states.

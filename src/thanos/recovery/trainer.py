@@ -46,7 +46,7 @@ class Training:
     Attributes:
         module: the student with its loss, loaded in float32.
         masks: parameter name in the student → bool mask of the weights that stay, on the device.
-        ids: token ids of all sequences, (n, T), on the CPU. The first ``recipe.trained`` of them are for training.
+        ids: token ids of all sequences, (n, T), on the CPU. The first ``recipe.rows`` are for training.
         bos: ids of the tokens with which each sequence begins; empty without any.
         guard: measures the held-out loss.
         recipe: the settings.
@@ -159,7 +159,7 @@ class _RecoveryTrainer(Trainer):
         super().__init__(
             model=training.module,
             args=arguments,
-            train_dataset=Sequences(training.ids[: training.recipe.trained], training.bos, training.recipe),
+            train_dataset=Sequences(training.ids[: training.recipe.rows], training.bos, training.recipe),
             callbacks=[watch],
         )
         self.remove_callback(PrinterCallback)

@@ -1,0 +1,99 @@
+"""Sequences that the dense model generates for the training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import thanos
+from recovering import VARIED, prune, read, settings
+from thanos.errors import RecipeError
+from thanos.recovery.generated import PROMPT, generate_sequences
+from thanos.recovery.sequences import SEGMENT
+
+
+@pytest.mark.parametrize("bos", [(), (1,), (1, 3)])
+def test_pieces_of_the_text_are_continued_by_the_model(bos: tuple[int, ...], tiny_llama: Path) -> None:
+    """With logits so far apart that sampling has no choice, the continuation is the greedy one, token by token."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e6)
+    end = model.generation_config.eos_token_id
+    begin = list(bos)
+    text = torch.randint(3, model.config.vocab_size, (3, 40), generator=torch.Generator().manual_seed(0))
+    text[:, : len(bos)] = torch.tensor(bos)
+    places = {tuple(row[i : i + 16]) for row in text[:, len(begin) :].tolist() for i in range(len(row))}
+    made = generate_sequences(model, text, bos, 5, 0, 0, lambda event: None)
+    assert made.shape == (5, 40)
+    assert made.dtype == torch.int64
+    for row in made.tolist():
+        assert row[: len(begin)] == begin
+        tokens = row[len(begin) :]
+        half = min(PROMPT, len(tokens) // 2)
+        assert any(place[:16] == tuple(tokens[:16]) for place in places)
+        ids = torch.tensor([begin + tokens[:half]])
+        for token in tokens[half:]:
+            logits = model(input_ids=ids).logits[0, -1]
+            if end is not None:
+                logits[end] = -torch.inf
+            assert int(logits.argmax()) == token
+            ids = torch.cat([ids, torch.tensor([[token]])], 1)
+
+
+def test_long_sequences_are_made_of_pieces(tiny_llama: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    text = torch.randint(3, model.config.vocab_size, (2, SEGMENT + 70), generator=torch.Generator().manual_seed(0))
+    events: list[thanos.Event] = []
+    made = generate_sequences(model, text, (), 3, 7, 0, events.append)
+    stream, rows = made.flatten().tolist(), [row.tolist() for row in text]
+    for first in range(0, len(stream) - PROMPT, SEGMENT):
+        prompt = stream[first : first + PROMPT]
+        assert any(prompt == row[i : i + PROMPT] for row in rows for i in range(len(row)))
+    assert [(event.phase, event.done, event.total) for event in events] == [("generate", 4, 4)]
+    again, other = (generate_sequences(model, text, (), 3, seed, 0, lambda event: None) for seed in (7, 8))
+    assert torch.equal(again, made)
+    assert not torch.equal(other, made)
+
+
+@pytest.mark.parametrize("changes", [{}, VARIED], ids=["same", "varied"])
+def test_an_interrupted_recovery_goes_on_with_the_same_sequences(
+    changes: dict[str, object], tiny_llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    pruned = prune(tiny_llama, tmp_path / "out", text_file)
+    recipe = settings(text_file, generate=8, **changes)
+
+    def stop(event: thanos.Event) -> None:
+        if event.phase == "train" and event.kind == "progress" and event.done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        thanos.recover(pruned, tmp_path / "out2", dense=tiny_llama, recipe=recipe, on_event=stop)
+    phases: set[str] = set()
+    report = thanos.recover(
+        pruned, tmp_path / "out2", dense=tiny_llama, recipe=recipe, resume=True, on_event=lambda e: phases.add(e.phase)
+    )
+    assert "generate" not in phases
+    whole = thanos.recover(pruned, tmp_path / "whole", dense=tiny_llama, recipe=recipe)
+    assert report.sequences == {"trained": 16, "held_out": 2}
+    assert report.steps == whole.steps == 3 * 4
+    assert report.history == whole.history
+    first, second = read(tmp_path / "out2"), read(tmp_path / "whole")
+    assert all(torch.equal(first[name], second[name]) for name in second)
+    assert not list((tmp_path / "out2").glob("generated*"))
+
+
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        (-4, "generate must be a whole number, at least 0; got -4"),
+        (1.5, "generate must be a whole number, at least 0; got 1.5"),
+        (True, "generate must be a whole number, at least 0; got True"),
+        (6, "generate 6 is not a multiple of batch 4; give a multiple of 4"),
+    ],
+)
+def test_refusals(value: object, why: str, text_file: Path) -> None:
+    with pytest.raises(RecipeError, match=why):
+        settings(text_file, generate=value)
