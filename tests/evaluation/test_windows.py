@@ -344,7 +344,7 @@ def test_the_command_says_where_bos_stands(
     for given, stored, shown in (
         ([], "window", "at the start of each window"),
         (["--bos", "window"], "window", "at the start of each window"),
-        (["--bos", "text"], "text", "only at the start of the text"),
+        (["--bos", "text"], "text", "at the start of the text alone"),
     ):
         assert run([*arguments, *given, "--json", str(path)]) == 0
         assert shown in capsys.readouterr().out
