@@ -87,7 +87,8 @@ def linears(
     settings = device_settings(device)
     if len(x) > settings.most_tokens:
         parts = zip(words, offsets, biases, rows, strict=True)
-        return [by_library(x, *part, n, settings.expanded_bytes) for part in parts]
+        with torch.autocast("cuda", enabled=False):  # the library keeps the dtype of its operands, as the kernels do
+            return [by_library(x, *part, n, settings.expanded_bytes) for part in parts]
     family = FEW if len(x) <= settings.few_tokens else MANY
     strips = sum(-(-count // SIDE) for count in rows)
     launch = launch_for(device, family, n, strips, -(-x.shape[1] // SIDE))
