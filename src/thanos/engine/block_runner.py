@@ -108,8 +108,8 @@ class Passes(StreamStates):
     def observe(self, index: int, layers: Sequence[LinearLayer], most: int | None = None) -> Iterator[int]:
         """Run block ``index`` only for the hooks on ``layers``; yield the number of finished sequences after each batch.
 
-        From the second batch on, the pass ends at the input of the last layer that has a hook. The rest of the block,
-        including that layer's own product, would be discarded. With ``most``, the pass stops after the batch that brings the
+        From the second batch on, the pass ends when the inputs of all these layers have been seen. The rest of the block would
+        be discarded. With ``most``, the pass stops after the batch that brings the
         finished sequences to this number. Call :meth:`settle_batch` before you register the hooks. After a
         torch.OutOfMemoryError start again with :meth:`halve`.
         """
