@@ -10,8 +10,9 @@ from typing import Any
 
 from thanos.errors import RecipeError
 from thanos.recipe import Recipe
+from thanos.recipe.checks import check_settings
 from thanos.settings import Heading, either, setting
-from thanos.system.suggestions import near, near_whole
+from thanos.system.suggestions import near
 
 AUTO = "auto"
 """Value of ``rate`` (:func:`rate_for` chooses it) and of ``train`` (:meth:`RecoveryRecipe.parts` does)."""
@@ -26,6 +27,10 @@ PARTS = {
 
 _HELD_OUT_SHARE = 16
 """By default one of so many sequences is held out: 8 of 128."""
+
+
+_DESCRIBED = ("epochs", "vary", "batch", "micro_batch", "held_out", "generate", "shard")
+"""Fields whose descriptions state every allowed value."""
 
 
 def _as_prune(name: str) -> Any:
@@ -124,25 +129,14 @@ class RecoveryRecipe:
     trust_remote_code: bool = _as_prune("trust_remote_code")
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch", "micro_batch", "held_out"):
-            value = getattr(self, name)
-            if value is None and name in ("micro_batch", "held_out"):
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise RecipeError(f"{name} must be a whole number, at least 1; got {value!r}{near_whole(value)}")
-        value = self.generate
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise RecipeError(f"generate must be a whole number, at least 0; got {value!r}{near_whole(value)}")
-        if value % self.batch:
+        check_settings(RecoveryRecipe, {name: getattr(self, name) for name in _DESCRIBED})
+        if self.generate % self.batch:
             raise RecipeError(
-                f"generate {value} is not a multiple of batch {self.batch}; give a multiple of {self.batch}"
+                f"generate {self.generate} is not a multiple of batch {self.batch}; give a multiple of {self.batch}"
             )
         object.__setattr__(self, "rate", _rate(self.rate))
         if self.train not in PARTS:
             raise RecipeError(f"train must be {either(PARTS)}; got {self.train!r}{near(self.train, PARTS)}")
-        for name in ("vary", "shard"):
-            if not isinstance(value := getattr(self, name), bool):
-                raise RecipeError(f"{name} must be true or false; got {value!r}")
         if self.micro_batch is not None and self.batch % self.micro_batch:
             raise RecipeError(
                 f"micro_batch {self.micro_batch} does not divide batch {self.batch}; give a divisor of {self.batch}"
