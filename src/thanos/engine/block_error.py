@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,7 +81,7 @@ class BlockMeter:
         while True:
             try:
                 with self._weights.replaced(values or {}):
-                    sums = self._sums(by_token)
+                    sums = self._sums(by_token, list(values or {}))
                 break
             except torch.OutOfMemoryError as error:
                 self._notes.append(self._runner.halve(error))
@@ -89,10 +89,11 @@ class BlockMeter:
         self.tokens = round(sequences) * self._runner.shape[1]
         return lost / whole if whole else 0.0
 
-    def _sums(self, by_token: bool) -> Tensor:
+    def _sums(self, by_token: bool, changed: Sequence[str]) -> Tensor:
         """Return two sums over this process's sequences, and the number of these, (3,) float64.
 
         The sums are ‖F(X̂) − F*(X*)‖² and ‖F*(X*)‖²; with ``by_token`` their ratio for each token, and the number of tokens.
+        ``changed`` are the names of parameters that have other values for now.
         """
         runner, size = self._runner, self._runner.settled(self._index)
         sums = torch.zeros(3, dtype=torch.float64, device=runner.device)
@@ -100,7 +101,8 @@ class BlockMeter:
         begin, end = self._sequences.start, self._sequences.stop
         pairs = zip(runner.batches(size, begin, end), self._dense.outputs(size, begin, end), strict=True)
         for (first, hidden), (_, wanted) in pairs:
-            outputs = runner.run(self._index, hidden, first).to(torch.float32)
+            with runner.branches.used(first, len(hidden), changed=changed):
+                outputs = runner.run(self._index, hidden, first).to(torch.float32)
             wanted = wanted.to(torch.float32)
             change = (outputs - wanted).square_().sum(-1, dtype=torch.float64)
             whole = wanted.square().sum(-1, dtype=torch.float64)

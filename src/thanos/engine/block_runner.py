@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,31 +93,40 @@ class Passes(StreamStates):
             if self._states is None:
                 needed = hidden.nbytes * len(self._ids)
                 tier = choose_tier(needed, self._device, self._folder, self._asked)
-                self._states = Activations(len(self._ids), hidden, tier, self._device, self._folder)
+                self._states = Activations(len(self._ids), hidden, tier, self._device, self._folder, self.boundary)
             self._states.write(index, hidden)
 
     def reaches(self, index: int) -> bool:
         """Return whether text reaches block ``index``. The model never calls the others, so the loop skips them."""
         return self._calls.reaches(index)
 
+    @property
+    def shares(self) -> bool:
+        """Whether blocks store values for later blocks, so that every module must run in each pass."""
+        return self._calls.shares
+
     def settle_batch(self, index: int) -> None:
         """Choose the batch size if there is none yet. On CUDA that runs the block, so call it before hooks are registered."""
         self.settled(index)
 
-    def observe(self, index: int, layers: Sequence[LinearLayer], most: int | None = None) -> Iterator[int]:
+    def observe(
+        self, index: int, layers: Sequence[LinearLayer], most: int | None = None, calls: Sequence[str] = ()
+    ) -> Iterator[int]:
         """Run block ``index`` only for the hooks on ``layers``; yield the number of finished sequences after each batch.
 
-        From the second batch on, the pass ends at the input of the last layer that has a hook. The rest of the block,
-        including that layer's own product, would be discarded. With ``most``, the pass stops after the batch that brings the
-        finished sequences to this number. Call :meth:`settle_batch` before you register the hooks. After a
-        torch.OutOfMemoryError start again with :meth:`halve`.
+        From the second batch on, the pass ends when the inputs of all these layers have been seen. The rest of the block would
+        be discarded. With ``calls``, the layers in the order of their calls, so does the first batch, at the last layer. With
+        ``most``, the pass stops after the batch that brings the finished sequences to this number. Call :meth:`settle_batch`
+        before you register the hooks. After a torch.OutOfMemoryError start again with :meth:`halve`.
         """
         size = self.settled(index)
-        with stopping_after(layers) as batch_ended:
+        names = [layer.name for layer in layers]
+        with stopping_after(layers, calls=list(calls)) as batch_ended:
             for first, hidden in self._activations.batches(size):
-                self.observe_batch(index, hidden, first)
+                with self.branches.used(first, len(hidden), names):
+                    self.observe_batch(index, hidden, first)
                 batch_ended()
-                done = min(first + size, len(self._ids))
+                done = first + len(hidden)
                 yield done
                 if most is not None and done >= most:
                     return
@@ -157,7 +165,11 @@ class Passes(StreamStates):
             ResourceError: one sequence does not fit.
         """
         self.starts = []
-        run = partial(self.run, keep=True)
+
+        def run(index: int, hidden: Tensor, first: int) -> Tensor:
+            with self.branches.used(first, len(hidden), keep=False):
+                return self.run(index, hidden, first, keep=True)
+
         yield from self.through(index, self._activations, self._activations, run, starts, self.starts)
 
     def through(
@@ -191,7 +203,7 @@ class Passes(StreamStates):
             try:
                 for begin, hidden in source.batches(size, first):
                     target.write(begin, run(index, hidden, begin))
-                    first = min(begin + size, len(self._ids))
+                    first = begin + len(hidden)
                     yield Step(first)
                     if first >= end:
                         break

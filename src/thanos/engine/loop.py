@@ -54,6 +54,8 @@ class Engine:
         self.tier = ""
         self._tail = inputs.layers_of(None)
         self._dense_end = inputs.dense_end
+        sequential = any(settings.repair.sequential for settings in inputs.layers.values())
+        inputs.runner.boundary = inputs.held_out.start if sequential and inputs.held_out else None
         self._dense = DenseStream(inputs.runner, inputs.weights) if self._dense_end else None
 
     def run(self, blocks: Collection[int | None] | None = None) -> Iterator[Event]:
@@ -114,6 +116,7 @@ class Engine:
             yield context.event("block", "propagate", error=self._mean_error())
             return
         self._load(index)
+        context.find_order()
         yield from self._advance_dense(context, index)
         yield from self._run_stages(context)
         yield context.event("phase", "propagate")
@@ -133,6 +136,7 @@ class Engine:
             self._add_record(record)
             return
         context, outer = self._context(None, output), self.inputs.outer_names()
+        context.runner.close_branches()
         self.inputs.weights.load(outer)
         if context.dense_stream is not None:
             context.dense_stream.hold(outer)

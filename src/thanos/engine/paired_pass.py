@@ -54,6 +54,8 @@ class PairedPass:
         self._layers, self._all, self._calls_before = list(layers), list(context.layers), calls
         self._routing = Routing(context.module)
         self._streams = {layer.name: streams[layer.name] for layer in layers if layer.name in streams}
+        sources = [f"{context.prefix}{stream.source}" for stream in self._streams.values()]
+        self._needed = [*(layer.name for layer in layers), *sources]
         self._inputs: dict[str, list[Tensor]] = {}  # group's first layer → its inputs in this batch, in order
         self._calls: dict[str, int] = {}  # group's first layer → its calls by the dense block in this batch
         self._residuals: list[dict[str, Tensor]] = [{}, {}]  # of the pruned and of the dense block: module → its input
@@ -80,7 +82,8 @@ class PairedPass:
                 self._beyond = None if beyond is None else next(beyond)[1]
                 self._residuals = [{BLOCK_INPUT: hidden}, {BLOCK_INPUT: wanted}]
                 self._inputs, self._calls, self._parallel = {}, {}, [{}, {}]
-                with self._routing.record():
+                used = first, len(hidden), self._needed
+                with self._routing.record(), self._runner.branches.used(*used):
                     if beyond is None:
                         self._observe(hidden, first)
                     else:
@@ -90,12 +93,12 @@ class PairedPass:
                 self._allocate_pairs(hidden.device)
                 self._groups.paused = self._on_dense = True
                 try:
-                    with self._dense.weights(), self._routing.replay():
+                    with self._dense.weights(), self._routing.replay(), self._dense.branches.used(*used):
                         self._observe(wanted, first)
                 finally:
                     self._groups.paused = self._on_dense = False
                 self._add_residuals()
-                yield min(first + size, end)
+                yield first + len(hidden)
         self._inputs, self._residuals, self._parallel = {}, [{}, {}], [{}, {}]
         self._beyond, self._output, self._own = None, None, {}
 

@@ -138,6 +138,7 @@ class Sample:
         over_sequences: phases that run over the sequences.
         state_bytes: bytes of the hidden states of one sequence in all streams.
         buffers: number of buffers of hidden states: the streams keep as many copies.
+        branch_bytes: bytes of each input of a branch's last layer that is kept, for one sequence.
         fits: see :class:`~thanos.engine.block_runner.Passes`.
     """
 
@@ -149,6 +150,7 @@ class Sample:
     over_sequences: frozenset[str]
     state_bytes: int
     buffers: int
+    branch_bytes: list[int]
     fits: int | None
 
 

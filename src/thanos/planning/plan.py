@@ -69,7 +69,8 @@ class Plan(Document):
         blocks: number of decoder blocks.
         layers: number of layers to prune.
         activations: storage tier of the hidden states between blocks.
-        activations_bytes: bytes of the hidden states of all sequences, those of the dense model included.
+        activations_bytes: bytes of the hidden states of all sequences, those of the dense model included, and of the inputs of
+            branches that are kept (:mod:`thanos.engine.branches`).
         batch: number of sequences in a forward pass.
         disk_bytes: bytes of the output's weights, which are reserved before the work begins.
         disk_besides_bytes: bytes of the auxiliary files, the journal and the report, of hidden states kept on the disk, and of

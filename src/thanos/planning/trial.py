@@ -17,7 +17,7 @@ from itertools import count
 
 import torch
 
-from thanos.engine.activations import choose_tier
+from thanos.engine.activations import choose_tier, has_spare_room
 from thanos.engine.block_runner import most_sequences
 from thanos.engine.records import BlockRecord
 from thanos.engine.stages.base import BlockStage
@@ -55,7 +55,7 @@ class Trial:
         once: phase → additional seconds of the first block, in which threads start and kernels are compiled.
         batch: number of sequences in a forward pass of the run.
         tier: storage tier of the hidden states of the pruned model in the run.
-        states: storage tier → bytes of hidden states, of all sequences and streams.
+        states: storage tier → bytes of hidden states, of all sequences and streams, and of what is kept beside them.
         copy: seconds per byte of a tensor that is copied from the input to the output.
         allocation: the kinds of blocks of the pass that chooses sparsities, with their samples; empty without the pass.
     """
@@ -96,6 +96,7 @@ def run_trial(job: Job) -> Trial:
             spent = time.perf_counter() - began
             if spent + spent / done > SECONDS or done >= max(len(kind.blocks) for kind in kinds):
                 break
+        _add_branches(job, kinds, tier, states)
         allocation = _try_allocation(job, scratch, tier)
         return Trial(kinds, once, batch, tier, states, copy_seconds(job, scratch), allocation)
 
@@ -107,6 +108,14 @@ def _tiers(job: Job, sample: Sample) -> tuple[str, dict[str, int]]:
         tiers.append(choose_tier(each, job.device, job.folder, job.activations, states))
         states[tiers[-1]] = states.get(tiers[-1], 0) + each
     return tiers[0], states
+
+
+def _add_branches(job: Job, kinds: Sequence[Kind], tier: str, states: dict[str, int]) -> None:
+    """Add to ``states`` the bytes of the inputs of branches that a run keeps; see :mod:`thanos.engine.branches`."""
+    samples = [sample for kind in kinds for tried in kind.tries for sample in tried]
+    for size in max((sample.branch_bytes for sample in samples), key=sum, default=[]):
+        if tier != "disk" and has_spare_room(tier, size * job.samples, job.device, states.get(tier, 0)):
+            states[tier] = states.get(tier, 0) + size * job.samples
 
 
 def _amounts(job: Job, kind: Kind, size: int, batch: int) -> list[tuple[Amount, int]]:
@@ -207,7 +216,7 @@ def _measure(
         stages=stages,
     )
     runner = engine.inputs.runner
-    runner.batch = batch
+    runner.batch, runner.asked_for = batch, job.samples
     over = {"calibration", "choose"}  # report no progress
     # If blocks store values for later ones, the blocks before run too, but are not counted.
     before = [i for i in job.prepared.data_flow.reached if job.prepared.data_flow.shares and i < (block or 0)]
@@ -218,7 +227,8 @@ def _measure(
         elif event.tokens:
             over.add(event.phase)
     records, states = meter.records(), runner.state_bytes
-    on_host, on_device = (states if runner.tier == one else 0 for one in ("host", "device"))
+    kept = states + sum(runner.branch_bytes)
+    on_host, on_device = (kept if runner.tier == one else 0 for one in ("host", "device"))
     seconds = {phase: record.seconds for phase, record in records.items()}
     return Sample(
         amount=amount,
@@ -235,5 +245,6 @@ def _measure(
         over_sequences=frozenset(over),
         state_bytes=states // amount.sequences,
         buffers=runner.buffers,
+        branch_bytes=[size // amount.sequences for size in runner.branch_bytes],
         fits=runner.fits,
     )

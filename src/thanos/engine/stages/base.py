@@ -10,6 +10,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from thanos.engine.block_error import BlockErrors, BlockMeter
+from thanos.engine.branches import BlockOrder, Branch, block_order
 from thanos.engine.dense_stream import DenseStream
 from thanos.engine.inputs import EngineInputs
 from thanos.engine.output import Output
@@ -73,6 +74,7 @@ class BlockContext:
         tuning: record of the block's tuning; None if it was not tuned.
         notes: warnings that arose here.
         written: names in the checkpoint of the tensors written so far.
+        order: the order of the data in the block; None before :meth:`find_order`.
         stands_for_more: whether the pruned model leaves out the blocks right after this one and there is a dense stream. The
             dense outputs are then those of the last block left out.
     """
@@ -88,6 +90,7 @@ class BlockContext:
         self.dense_stream, self.held_out = dense_stream, inputs.held_out
         self.block_meter: BlockMeter | None = None
         self.block_errors: BlockErrors | None = None
+        self.order: BlockOrder | None = None
         self.stage = ""
         self.records: dict[str, LayerRecord] = {}
         self.tuning: TuningRecord | None = None
@@ -97,6 +100,23 @@ class BlockContext:
         self.prefix = "" if index is None else f"{inputs.blocks_name}.{index}."
         self.parameter_names = [] if index is None else inputs.block_names(index)
         self._output, self._blocks, self._outer_names = output, len(inputs.blocks), inputs.outer_names
+
+    def find_order(self) -> None:
+        """Find the order of the data in the block if a layer is ``sequential``.
+
+        Then the block runs several times, and from now on the inputs of its branches' last layers are kept; see
+        :mod:`thanos.engine.branches`.
+        """
+        branches: Sequence[Branch] = ()
+        if any(settings.repair.sequential for settings in self.layers.values()):
+            hidden, layers = self.first_sequence(), list(self.layers)
+            self.order = self.world.from_first(
+                lambda: block_order(lambda: self.forward(hidden, 0), self.module, layers, self.prefix)
+            )
+            branches = () if self.runner.shares else self.order.branches
+        for stream in (self.runner, self.dense_stream):
+            if stream is not None:
+                stream.branches.begin(self.module, branches, self.prefix)
 
     # --- calibration sequences --------------------------------------------------------------------------------------
 
@@ -176,7 +196,7 @@ class BlockContext:
         For the modules after the blocks, ``layers`` must be a single layer, and the pass ends at its input.
         """
         if self.index is not None:
-            return self.runner.observe(self.index, layers, most)
+            return self.runner.observe(self.index, layers, most, self.order.calls if self.order else ())
         (layer,) = layers
         return self.runner.observe_tail(layer, most)
 
@@ -224,6 +244,7 @@ class BlockContext:
 
     def assign(self, name: str, value: Tensor) -> None:
         """Set a parameter in all modules that hold it. The output does not change."""
+        self.runner.branches.changed(name)
         self.weights.put(name, value)
 
     # --- records and events -----------------------------------------------------------------------------------------

@@ -53,6 +53,7 @@ class TuneStage:
         if context.index is None or not epochs:
             return
         began = time.perf_counter()
+        context.runner.close_branches()  # the weights before the branches' last layers change
         yield context.event("phase", "tune")
         with context.meter.phase("tune"):
             tuned = yield from self._tune_or_spill(context, epochs)
