@@ -383,7 +383,7 @@ def test_messages_that_are_none(read: Any, tmp_path: Path) -> None:
     path.write_text('{"messages": ["hello"]}\n')
     refused(read, path, "line 1, message 1 is not an object; a chat is a list of messages with role and content")
     path.write_text('{"text": ["hello"]}\n')
-    refused(read, path, "line 1: no string under 'text'; it is a list; remove such rows out")
+    refused(read, path, "line 1: no string under 'text'; it is a list; remove such rows, or name")
     path.write_text(json.dumps({"messages": CHATS[0]}))
     refused(
         lambda source: read(source, talkative(begins=True, template=" ")), path, "template writes nothing; check its"
