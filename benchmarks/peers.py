@@ -28,7 +28,7 @@ from thanos.calibration.windows import make_calibration
 from thanos.model.layers import find_blocks
 from thanos.model.loading import load_model
 from thanos.model.source import ModelSource, resolve_model
-from thanos.run.unit_counts import units_that_stay
+from thanos.run.unit_counts import remaining_units
 from thanos.shrink.folder import write_smaller
 from thanos.shrink.units import GROUP, HEADS, NEURONS, QUERY, Units, units_of
 
@@ -140,7 +140,7 @@ def main() -> int:
         parser.error(f"{type(model).__name__} is a mixture of experts, whose neurons are not scored here")
     multiple = arguments.multiple_of or (64 if arguments.kind == NEURONS else 1)
     count = len(next(iter(units.values())))
-    stay = units_that_stay(count, arguments.share, multiple, arguments.kind)
+    stay = remaining_units(count, arguments.share, multiple, arguments.kind)
     scores = SCORES[arguments.score](model, units, ids)
     kept = {name: score.topk(stay).indices.sort().values.cpu() for name, score in scores.items()}
     with folder_of(source, model, arguments.out) as folder:

@@ -52,6 +52,6 @@ def test_the_cpu_is_a_remedy_for_the_memory_of_another_device_only() -> None:
         lines.append(str(caught.value))
     assert lines == [
         "out of memory on cuda:1: use --device cpu",
-        "out of memory on cpu: end what else uses it",
-        "out of memory on the host: end what else uses it",
+        "out of memory on cpu: close other programs that use it",
+        "out of memory on the host: close other programs that use it",
     ]

@@ -128,7 +128,7 @@ BAD_LAYER_VALUES: list[tuple[dict[str, Any], str]] = [
     *[({"outlier_rows": v}, r"outlier_rows must be a number, at least 0 and below 1; got") for v in (1, 1.0, -0.1)],
     *[({"outlier_rows": v}, r"outlier_rows must be a number") for v in (math.nan, math.inf, "0", False, None)],
     *[({"damping": v}, r"damping must be a number, at least 0; got") for v in (-1e-9, math.nan, math.inf, "1", None)],
-    *[({"block_size": v}, r"block_size must be a whole number of columns, at least 1") for v in (0, -4, 128.0, "128")],
+    *[({"block_size": v}, r"block_size must be a whole number, at least 1") for v in (0, -4, 128.0, "128")],
     ({"block_size": True}, r"block_size must be a whole number"),
     ({"pattern": "2:4", "block_size": 130}, r"block_size 130 would cut a group of pattern 2:4 in two.*multiple of 4"),
     ({"pattern": "2:4", "block_size": 2}, r"block_size 2 would cut a group"),
@@ -167,7 +167,7 @@ BAD_RUN_VALUES: list[tuple[dict[str, Any], str]] = [
     *[({"skip": v}, r"skip must be a list of globs over layer names") for v in ("*.q_proj", ("a", ""), True, 1.5)],
     *[({"held_out": v}, r"held_out must be a whole number, at least 1; got") for v in (0, -1, 2.0, "2", True)],
     *[
-        ({"tune_rate": v}, r"tune_rate must be a number above 0 and at most 1; got")
+        ({"tune_rate": v}, r"tune_rate must be a number, above 0 and at most 1; got")
         for v in (0, -1e-4, 1.5, math.nan, "1", None)
     ],
     *[({"tune_loss": v}, r"tune_loss must be block or token; got") for v in ("tokens", "", None, 1)],

@@ -209,7 +209,7 @@ def test_a_compensating_method_reaches_the_optimum_for_the_new_patterns_mask(toy
 
 
 def test_the_new_pattern_keeps_no_budget_and_refuses_odd_widths(toys: ModuleType) -> None:
-    with pytest.raises(RecipeError, match="row-halves lets no row make up"):
+    with pytest.raises(RecipeError, match="row-halves fixes what each row loses"):
         LayerRecipe(pattern="row-halves", outlier_rows=0.1, keep_budget=True)
     with pytest.raises(RecipeError, match="needs an even number"):
         thanos.prune_weight(torch.ones(2, 5), torch.eye(5), pattern="row-halves")

@@ -65,8 +65,8 @@ _REMEDIES = {
     errno.EDQUOT: "free some space, or write to another disk",
     errno.EFBIG: "raise the limit on file sizes (ulimit -f), or write to another disk",
     errno.ENAMETOOLONG: "give a shorter name",
-    errno.EACCES: "give a place that you may read and write",
-    errno.EPERM: "give a place that you may read and write",
+    errno.EACCES: "choose a folder where you may read and write",
+    errno.EPERM: "choose a folder where you may read and write",
     errno.EROFS: "write to another disk",
 }
 
@@ -83,16 +83,16 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _is_of_device(error: BaseException) -> bool:
-    # By the class's name, so that this module does not import torch.
+    # Compare the names of the classes: this module does not import torch.
     return any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)
 
 
 @contextmanager
 def resource_errors(*remedies: str, device: object = "the device") -> Iterator[None]:
-    """Turn out-of-memory and operating-system errors that a user can fix into one line with the remedy; other errors pass.
+    """Convert errors that a user can fix, of memory and of the operating system, to one line with a remedy; others pass.
 
     Args:
-        remedies: changes that lower the use of memory. For the memory of a device, ``--device cpu`` is added.
+        remedies: changes that lower memory use. If the memory of a device is exhausted, ``--device cpu`` is added.
         device: name of the device.
 
     Raises:
@@ -113,7 +113,7 @@ def resource_errors(*remedies: str, device: object = "the device") -> Iterator[N
             raise
         on_device = _is_of_device(error)
         cpu = ["use --device cpu"] if on_device and str(device) != "cpu" else []
-        choices = [*remedies, *cpu] or ["end what else uses it"]
+        choices = [*remedies, *cpu] or ["close other programs that use it"]
         raise ResourceError(
             f"out of memory on {device if on_device else 'the host'}: {', or '.join(choices)}"
         ) from error

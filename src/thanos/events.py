@@ -49,7 +49,7 @@ class Event:
         stage: for ``stage``, its name; ``dense`` before the first stage.
         loss: for ``progress`` of the phase ``tune``, the mean relative error of the batches in the last finished epoch;
             in a recovery, the training loss of the step, or for ``epoch`` the mean of the epoch.
-        held_out: for ``tune``, the least relative error of the block on held-out sequences so far; for ``epoch``, the loss on
+        held_out: for ``tune``, the lowest relative error of the block on held-out sequences so far; for ``epoch``, the loss on
             held-out sequences.
         held_out_before: for ``tune``, that error before the block was tuned.
         replayed: whether an earlier run finished the block; only its outputs are computed again.
@@ -92,7 +92,7 @@ class Event:
 
 
 def read_events(lines: Iterable[str]) -> Iterator[Event]:
-    """Yield the events of a log. A last line without a newline is incomplete and left out.
+    """Yield the events of a log. A last line without a newline is incomplete; it is skipped.
 
     Raises:
         ValueError: the schema is not this version's, or a line is not JSON.

@@ -44,10 +44,11 @@ class Setting:
         help: meaning of the setting in one line, without a full stop.
         heading: heading under which the command's help shows the setting.
         metavar: unit or kind of the value, in capitals; empty for a setting that is true or false.
-        lowest: smallest allowed value; None for no lower bound.
-        below: exclusive upper bound of the value; None for no upper bound.
-        choices: function that returns the allowed values, patterns with a short explanation; None if they cannot be listed.
-            It is called when it is needed.
+        lowest: smallest allowed value; None if the setting has another lower bound, or none.
+        above: exclusive lower bound.
+        highest: largest allowed value; None if the setting has another upper bound, or none.
+        below: exclusive upper bound.
+        choices: function that returns the allowed values, called when they are needed; None if they cannot be listed.
         default: the default in words, if the field's value does not explain it; empty to show the value.
     """
 
@@ -55,6 +56,8 @@ class Setting:
     heading: Heading
     metavar: str = ""
     lowest: float | None = None
+    above: float | None = None
+    highest: float | None = None
     below: float | None = None
     choices: Callable[[], Iterable[str]] | None = None
     default: str = ""
@@ -62,8 +65,22 @@ class Setting:
     @property
     def bounds(self) -> str:
         """The bounds in words, as a recipe's error messages state them; empty without bounds."""
-        lowest = "" if self.lowest is None else f"at least {self.lowest:g}"
-        return lowest if self.below is None else f"{lowest} and below {self.below:g}"
+        bounds = {"at least": self.lowest, "above": self.above, "at most": self.highest, "below": self.below}
+        return " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None)
+
+    @property
+    def bounded_above(self) -> bool:
+        """Whether the value has an upper bound."""
+        return self.highest is not None or self.below is not None
+
+    def allows(self, number: float) -> bool:
+        """Return whether a number is finite and within the bounds."""
+        return (
+            (self.lowest is None or number >= self.lowest)
+            and (self.above is None or number > self.above)
+            and (self.highest is None or number <= self.highest)
+            and number < (float("inf") if self.below is None else self.below)
+        )
 
 
 _KEY = "setting"
@@ -85,7 +102,7 @@ def settings_of(owner: type[Any]) -> dict[str, Setting]:
 
 
 def flags_with_off(owner: type[Any]) -> set[str]:
-    """Return the names of the described flags whose false differs from not given: true by default, or true, false or None."""
+    """Return the names of the described flags for which false and no value differ: those that are true or None by default."""
     hints, described = typing.get_type_hints(owner), settings_of(owner)
     on = {f.name for f in dataclasses.fields(owner) if f.default is True}
     return {name for name in described if hints[name] == bool | None or name in on}

@@ -211,7 +211,7 @@ def test_the_only_column_of_strings_is_taken_and_told(read: Any, tmp_path: Path,
         path.write_text('{"id": 1, "content": "x"}\n{"id": 2, "content": "y", "more": "z"}\n')
     notes: list[str] = []
     assert read(str(path), on_note=notes.append) == ["x", "y"]
-    assert notes == [f"{path} has no column 'text'; 'content' is taken, the only one that holds strings"]
+    assert notes == [f"{path} has no column 'text'; 'content' is read, the only one that holds strings"]
 
 
 @READERS
@@ -422,16 +422,20 @@ BAD = {
         b'{"text": "ok"}\n\n{"content": "x", "id": 3}\n',
         "line 3: no string under 'text'.*'content', 'id'",
     ),
-    "a list": ("a.jsonl", b'["text"]\n', "line 1: no string under 'text'.*no object"),
+    "a list": ("a.jsonl", b'["text"]\n', "line 1: no string under 'text'.*not an object"),
     "a number": ("a.jsonl", b'{"text": 3}\n', "line 1: no string under 'text'"),
     "a list of nulls": (
         "a.jsonl",
         b'{"text": "ok"}\n{"text": [null]}\n',
         "line 2: no string under 'text'; it is a JSON list",
     ),
-    "null in place of a row": ("a.jsonl", b'{"text": "ok"}\nnull\n', "line 2: no string under 'text'; it is no object"),
+    "null in place of a row": (
+        "a.jsonl",
+        b'{"text": "ok"}\nnull\n',
+        "line 2: no string under 'text'; it is not an object",
+    ),
     "no rows": ("a.json", b'{"data": [1]}', "line 1: no string under 'text'; there are 'data'"),
-    "a list of lists": ("a.json", b'[["text"]]', "row 1: no string under 'text'.*no object"),
+    "a list of lists": ("a.json", b'[["text"]]', "row 1: no string under 'text'.*not an object"),
     "a cut list": ("a.json", b'[{"text": "ok"}, {"te', "not valid JSON.*a list of rows, or one row a line"),
     "json with a bad line": ("a.json", b'{"text": "ok"}\n{"te\n', "line 2: not valid JSON"),
     "json that is not gzip": ("a.json.gz", b'{"text": "ok"}\n', "cannot be read"),
@@ -523,7 +527,7 @@ def test_data_sets_without_a_network_say_what_to_give(
     refused(
         read,
         source,
-        rf"{source} cannot be had from the hub .*give a local file.*--calibration FILE or --text FILE.*\.txt",
+        rf"{source} cannot be downloaded from the hub .*give a local file.*--calibration FILE or --text FILE.*\.txt",
     )
 
 

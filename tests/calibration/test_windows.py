@@ -238,7 +238,7 @@ def test_exactly_enough_tokens(tmp_path: Path) -> None:
     path.write_text(prose(60))
     made = build(str(path), samples=3, length=20)
     assert made.ids.flatten().tolist() == encode(prose(60))
-    with pytest.raises(DataError, match="2 windows of 21 tokens, and --samples is 3"):
+    with pytest.raises(DataError, match="2 windows of 21 tokens, but --samples is 3"):
         build(str(path), samples=3, length=21)
 
 
@@ -267,14 +267,14 @@ def test_wide_characters_do_not_hide_a_long_document(tmp_path: Path) -> None:
 def test_shorter_than_one_sequence(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text(prose(19))
-    says = f"{re.escape(str(path))} is shorter than one sequence: 19 tokens, and --sequence-length is 20"
+    says = f"{re.escape(str(path))} is shorter than one sequence: 19 tokens, but --sequence-length is 20"
     with pytest.raises(DataError, match=says):
         build(str(path), samples=1, length=20)
 
 
 def test_fewer_windows_than_samples(short_source: str, short_documents: list[str]) -> None:
     tokens = sum(len(encode(text)) for text in short_documents) + len(short_documents) - 1
-    says = f"gives {tokens // 30} windows of 30 tokens, and --samples is 128; lower --samples or --sequence-length"
+    says = f"gives {tokens // 30} windows of 30 tokens, but --samples is 128; lower --samples or --sequence-length"
     with pytest.raises(DataError, match=says):
         build(short_source, samples=128, length=30)
 

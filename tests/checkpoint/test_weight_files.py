@@ -73,7 +73,7 @@ def refused(folder: Path, *says: str) -> None:
 
 def test_a_single_file_of_another_model_beside_the_shards(sharded: Path) -> None:
     another(sharded / SINGLE_NAME)
-    refused(sharded, INDEX_NAME, SINGLE_NAME, "move away")
+    refused(sharded, INDEX_NAME, SINGLE_NAME, "to another folder")
 
 
 def test_every_command_refuses_two_sets(sharded: Path, text_file: Path, tmp_path: Path, tiny_llama: Path) -> None:
@@ -223,10 +223,10 @@ def test_a_link_to_nothing(single: Path) -> None:
 @pytest.mark.parametrize(
     ("shard", "says"),
     [
-        ("sub/a.safetensors", "beside it"),
-        ("../a.safetensors", "beside it"),
-        ("/a.safetensors", "beside it"),
-        ("pytorch_model.bin", "no .safetensors file"),
+        ("sub/a.safetensors", "not in the same folder"),
+        ("../a.safetensors", "not in the same folder"),
+        ("/a.safetensors", "not in the same folder"),
+        ("pytorch_model.bin", "not a .safetensors file"),
     ],
 )
 def test_an_index_that_names_what_it_must_not(sharded: Path, shard: str, says: str) -> None:

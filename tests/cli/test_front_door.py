@@ -108,11 +108,11 @@ def test_apples_gpu_is_named(capsys: pytest.CaptureFixture[str], tiny_llama: Pat
     [
         (["--verion"], "no option --verion before the command (did you mean --version?); see thanos --help"),
         (["-version"], "no option -version before the command (did you mean --version?); see thanos --help"),
-        (["--threads", "1", "prune"], "no option --threads before the command; it goes after the command; see thanos"),
+        (["--threads", "1", "prune"], "no option --threads before the command; give it after the command; see thanos"),
         (["--nonesuch"], "no option --nonesuch before the command; see thanos --help"),
         (
             ["bench", "--shape=8x8", "layer"],
-            "no option --shape before the command; it goes after the command; see thanos bench",
+            "no option --shape before the command; give it after the command; see thanos bench",
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -143,14 +143,14 @@ def test_an_option_before_the_command(words: list[str], says: str, capsys: pytes
             ["--json", "--plan"],
             "--json needs a value: --json FILE, or - for the standard output; got the option --plan",
         ),
-        (["--json", "-"], "--json belongs to --plan"),
+        (["--json", "-"], "--json needs --plan"),
         (["--plan", "--resume"], "leave out --resume"),
         (["extra"], "'extra' is one argument too many: thanos prune takes MODEL OUT"),
         (["--threads", "0"], "--threads must be a whole number, 1 to 1024; got 0"),
         (["--threads", "9999"], "got 9999"),
         (["--targets", "q_proj,k_proj"], "looks like several globs"),
         (["--targets", "layers\\.0"], "has \\; a glob over layer names has"),
-        (["--skip", "layers.[0-3"], "bracket without its partner"),
+        (["--skip", "layers.[0-3"], "unmatched bracket"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -221,7 +221,7 @@ def test_every_number_is_checked_before_the_parser_reads_it() -> None:
     ("content", "expected"),
     [
         (b"", "is empty; write a setting"),
-        (b"\x80\x81\x82", "no text in UTF-8"),
+        (b"\x80\x81\x82", "not UTF-8 text"),
         (b"sparsity = 50", "did you mean 0.5?"),
         (b'sparsity = "50%"', "did you mean 0.5?"),
         (b"sparsety = 0.5", "did you mean sparsity?"),
@@ -298,11 +298,11 @@ def test_model_and_out_in_the_wrong_order(tiny_llama: Path, tmp_path: Path, caps
 
 def test_out_in_a_place_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(ResourceError, match="file is a file; choose a place in a folder"):
+    with pytest.raises(ResourceError, match="file is a file; choose a path in a folder"):
         check_output(tmp_path / "file/a/out", model=None, overwrite=False)
     check_output(tmp_path / "a/b/out", model=None, overwrite=False)
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
-    with pytest.raises(ResourceError, match=f"you may not write in {re.escape(str(tmp_path))}"):
+    with pytest.raises(ResourceError, match=f"you have no permission to write in {re.escape(str(tmp_path))}"):
         check_output(tmp_path / "a/b/out", model=None, overwrite=False)
 
 

@@ -71,7 +71,7 @@ def test_a_signal_ends_cleanly_and_the_line_says_how_to_go_on(
 def test_a_signal_before_a_block_is_finished_leaves_nothing(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
     arguments = ["prune", str(tiny_llama), str(tmp_path / "new/out"), "--calibration", str(text_file), "--samples", "4"]
     arguments += ["--sequence-length", "32", "--device", "cpu", "--quiet"]
-    assert ended(signal.SIGINT, 0, arguments) == (130, "error: interrupted; nothing was left behind\n")
+    assert ended(signal.SIGINT, 0, arguments) == (130, "error: interrupted; no files are left\n")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -80,7 +80,7 @@ def test_a_signal_before_a_block_is_finished_leaves_nothing(tiny_llama: Path, te
     [
         (KeyboardInterrupt(), 2, "; 2 of 9 blocks are finished, continue with: again"),
         (RuntimeError(), 2, "; 2 of 9 blocks are finished, continue with: again"),
-        (KeyboardInterrupt(), 0, "; nothing was left behind"),
+        (KeyboardInterrupt(), 0, "; no files are left"),
         (RuntimeError(), 0, ""),
         (ResourceError(), 2, "; 2 of 9 blocks are finished, continue with: again"),
         (OSError(), 2, "; 2 of 9 blocks are finished, continue with: again"),

@@ -52,6 +52,40 @@ def test_two_passes_over_the_states(
 
 
 @pytest.mark.parametrize(("tier", "device"), [*ON_CPU, *ON_CUDA])
+@pytest.mark.parametrize(
+    ("boundary", "first", "end", "batches"),
+    [
+        (5, 0, None, [(0, 3), (3, 2), (5, 3)]),
+        (5, 5, None, [(5, 3)]),
+        (5, 0, 5, [(0, 3), (3, 2)]),
+        (5, 6, 8, [(6, 2)]),
+        (2, 1, 7, [(1, 1), (2, 3), (5, 2)]),
+        (0, 0, None, [(0, 3), (3, 3), (6, 2)]),
+        (8, 0, None, [(0, 3), (3, 3), (6, 2)]),
+        (None, 0, None, [(0, 3), (3, 3), (6, 2)]),
+    ],
+)
+def test_no_batch_reaches_over_the_boundary(
+    tier: Tier,
+    device: torch.device,
+    boundary: int | None,
+    first: int,
+    end: int | None,
+    batches: list[tuple[int, int]],
+    tmp_path: Path,
+) -> None:
+    given = states(8)
+    one = Activations(8, given[:1].to(device), tier, device, tmp_path, boundary)
+    for kept in (one, one.empty_like(tier, tmp_path)):
+        kept.write(0, given.to(device))
+        kept.flush()
+        got = list(kept.batches(3, first, end))
+        assert [(start, len(batch)) for start, batch in got] == batches
+        assert torch.equal(torch.cat([batch.cpu() for _, batch in got]), given[first:end])
+        kept.close()
+
+
+@pytest.mark.parametrize(("tier", "device"), [*ON_CPU, *ON_CUDA])
 def test_sequences_in_any_order(tier: Tier, device: torch.device, tmp_path: Path) -> None:
     given = states(8, torch.bfloat16)
     kept = Activations(8, given[:1].to(device), tier, device, tmp_path)
@@ -171,5 +205,5 @@ def test_a_failure_to_let_go_is_not_told_as_one_to_pin(tmp_path: Path, monkeypat
     kept._pinned = True
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(module, "_cudart", lambda: SimpleNamespace(cudaHostUnregister=lambda address: 719))
-    with pytest.raises(ResourceError, match=r"cannot unpin .*\(error 719\), because of an earlier error"):
+    with pytest.raises(ResourceError, match=r"cannot unpin .*\(error 719\), after an earlier error"):
         kept.close()

@@ -128,7 +128,7 @@ def test_layers_that_write_into_the_residual_stream_are_found(architecture: str)
     expected = STREAMS.get(architecture, {"o_proj": BLOCK_INPUT, "down_proj": NORM})
     parts = 2 if architecture == "gpt-2" else 1
     assert {
-        ".".join(name.split(".")[-parts:]): Stream(stream.source, ".".join(stream.beside.split(".")[-2:]))
+        ".".join(name.split(".")[-parts:]): Stream(stream.source, ".".join(stream.parallel.split(".")[-2:]))
         for name, stream in found.items()
     } == {name: one if isinstance(one, Stream) else Stream(one) for name, one in expected.items()}
 

@@ -12,19 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import thanos
 from helpers import prose, save_tiny
-from launching import error_lines, torchrun
+from launching import error_lines, spawn, torchrun
 from oracles import BLOCKWISE, METHODS
 from thanos.calibration.accumulators import Gram
 from thanos.calibration.statistics import InputGroup, Need, empty_group
 from thanos.cli import run as command
-from thanos.engine import leaving
 from thanos.engine.distributed import SINGLE, Group
 from thanos.engine.joining import my_device
 from thanos.engine.rank_zero import SharedWriter
@@ -83,20 +80,6 @@ def test_a_numbered_gpu_cannot_be_everybodys(monkeypatch: pytest.MonkeyPatch) ->
 
 
 # --- processes without a model ------------------------------------------------------------------------------------------
-
-
-def spawn(work: Any, size: int, folder: Path, *arguments: Any) -> list[Any]:
-    """Run ``work(*arguments)`` in ``size`` processes joined by gloo; return what each returned."""
-    mp.spawn(_enter, (work, size, folder, arguments), nprocs=size)
-    return [torch.load(folder / f"result{rank}", weights_only=False) for rank in range(size)]
-
-
-def _enter(rank: int, work: Any, size: int, folder: Path, arguments: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
-    leaving.import_group_holders()  # else their reference keeps its threads alive while Python ends
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
-    torch.save(work(*arguments), folder / f"result{rank}")
-    dist.destroy_process_group()
 
 
 def recipes() -> list[LayerRecipe]:

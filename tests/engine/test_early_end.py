@@ -68,3 +68,31 @@ def test_a_layer_that_is_called_twice_ends_nothing(known: bool) -> None:
             batch_ended()
     with stopping_after(block.linear(1), block.linear(0, 1, 2), calls):
         assert reached(block) == 1
+
+
+def test_a_pass_ends_at_the_first_layer_that_reads_the_last_input() -> None:
+    """Layers 1 and 2 read the same tensor: once that is known, layer 1 need not run."""
+
+    class Fork(Block):
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            self.reached = 0
+            hidden = self.layers[0](hidden)
+            self.reached = 1
+            first = self.layers[1](hidden)
+            self.reached = 2
+            return first + self.layers[2](hidden)
+
+    block, seen = Fork(), list[torch.Tensor]()
+    layers = block.linear(0, 1, 2)
+    block.layers[1].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with stopping_after(layers, layers, ["layers.0", "layers.1", "layers.2"]) as batch_ended:
+        assert reached(block) == 2
+        batch_ended()
+        assert reached(block) == 1
+        batch_ended()
+        assert reached(block) == 1
+    assert len(seen) == 3
+    with stopping_after(block.linear(2), layers, ["layers.0", "layers.1", "layers.2"]) as batch_ended:
+        for _ in range(2):  # layer 1 reads the same input, and has no hook
+            assert reached(block) == 2
+            batch_ended()

@@ -13,7 +13,7 @@ from thanos.cli import run
 from thanos.engine.layer_warnings import expert_notes, warning_lines
 from thanos.run.model_card import model_card
 
-_FEW = "only {} calibration tokens for {} input columns: the Hessian is singular but for damping"
+_FEW = "only {} calibration tokens for {} input columns: the Hessian is singular without damping"
 
 
 def test_layers_with_few_tokens_are_one_line_with_the_worst_of_them() -> None:
@@ -22,7 +22,7 @@ def test_layers_with_few_tokens_are_one_line_with_the_worst_of_them() -> None:
     [line] = warning_lines([*layers, layer("e")])
     assert line == (
         "4 layers have fewer calibration tokens than input columns, at worst 0.31 a column (20 for 64 in b), so that a "
-        "Hessian is singular but for damping; raise --samples"
+        "Hessian is singular without damping; raise --samples"
     )
     [line] = warning_lines(layers[:1], quote="`")
     assert line.startswith(
@@ -33,7 +33,7 @@ def test_layers_with_few_tokens_are_one_line_with_the_worst_of_them() -> None:
 @pytest.mark.parametrize(
     ("first", "second"),
     [
-        ("3 of 64 input columns were never excited", "17 of 1024 input columns were never excited"),
+        ("3 of 64 input columns were always zero", "17 of 1024 input columns were always zero"),
         (
             "damping raised to 0.1: not positive definite with damping 0.01",
             "damping raised to 10: not positive definite with damping 0.01, 0.1, 1",

@@ -300,14 +300,14 @@ def test_dead_columns_are_counted(text_file: Path, tmp_path: Path) -> None:
 
     report = thanos.prune(edited(tmp_path / "m", change), tmp_path / "out", recipe(text_file))
     dead = {
-        layer.name.removeprefix("model.layers."): [line for line in layer.warnings if "never excited" in line]
+        layer.name.removeprefix("model.layers."): [line for line in layer.warnings if "always zero" in line]
         for layer in report.layers
     }
     for kind in ("q", "k", "v"):
-        assert dead.pop(f"1.self_attn.{kind}_proj") == ["2 of 32 input columns were never excited"]
+        assert dead.pop(f"1.self_attn.{kind}_proj") == ["2 of 32 input columns were always zero"]
     [line] = dead.pop("2.mlp.down_proj")  # pruning may empty further rows of up_proj, never fewer
     assert int(line.split()[0]) >= 1
-    assert line.endswith("of 64 input columns were never excited")
+    assert line.endswith("of 64 input columns were always zero")
     assert not any(dead.values())
     written = load_file(tmp_path / "out/model.safetensors")
     assert all(torch.isfinite(tensor).all() for tensor in written.values())

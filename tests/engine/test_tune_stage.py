@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor, nn
@@ -17,9 +15,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import thanos
 from helpers import ARCHITECTURES, MIXTURES, packed_windows, prose, save_tiny, tiny_model, tiny_tokenizer
+from launching import spawn
 from reports import contents
 from thanos import errors as thanos_errors
-from thanos.engine import leaving
 from thanos.engine.block_runner import Passes
 from thanos.engine.stages import tune as stage_module
 from thanos.engine.stages.tune_cost import tuning_passes
@@ -341,21 +339,13 @@ def test_events_tell_the_losses(text_file: Path, tmp_path: Path) -> None:
     assert "3 of 3 blocks were then tuned with their zeros fixed" in card
 
 
-def _enter(rank: int, size: int, meet: Path, dense: Path, out: Path, settings: thanos.Recipe) -> None:
-    torch.set_num_threads(1)
-    leaving.import_group_holders()  # else their reference keeps its threads alive while Python ends
-    dist.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=size)
-    thanos.prune(dense, out, settings)
-    dist.destroy_process_group()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("architecture", "size"), [("llama", 2), ("olmoe", 3)])
 def test_several_processes_tune_like_one(architecture: str, size: int, text_file: Path, tmp_path: Path) -> None:
     dense = save_tiny(tmp_path / "dense", architecture)
     settings = recipe(text_file, targets=("layers.0.*",))  # the masks of later blocks could differ
     alone = thanos.prune(dense, tmp_path / "alone", settings)
-    mp.spawn(_enter, (size, tmp_path / "meet", dense, tmp_path / "out", settings), nprocs=size)
+    spawn(thanos.prune, size, tmp_path, dense, tmp_path / "out", settings)
     together = thanos.PruningReport.read(tmp_path / "out/pruning.json")
     assert together.tuning[0].kept_epoch == alone.tuning[0].kept_epoch > 0
     assert together.tuning[0].held_out_after == pytest.approx(alone.tuning[0].held_out_after, rel=1e-3)

@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 from torch.nn import functional as F
 
-from thanos.engine import leaving, tuning_passes
+from launching import spawn
+from thanos.engine import tuning_passes
 from thanos.engine.distributed import SINGLE, Group, World
 from thanos.engine.tuned_parameters import Masters, Tunable
 from thanos.engine.tuning import Tuned, evenly, one_cycle, shuffled_batches, tune
@@ -382,7 +381,7 @@ def test_nothing_is_trained_where_the_error_before_is_not_finite(what: str) -> N
 def test_nothing_is_trained_without_need_or_means() -> None:
     toy = Toy()
     toy.targets = block(toy.values, toy.inputs)
-    assert run(toy.work()).record.reason == "the block's outputs are the wanted ones already"
+    assert run(toy.work()).record.reason == "the block's outputs equal the wanted ones already"
     toy = Toy()
     assert run(toy.work(tunables=[])).record.reason == "there is nothing to tune"
     assert run(toy.work(training=range(0))).record.reason == "too few sequences"
@@ -526,21 +525,16 @@ def test_masters_clear_a_weight_that_became_nan() -> None:
 # --- several processes --------------------------------------------------------------------------------------------------
 
 
-def _enter(rank: int, size: int, folder: Path, dtype: torch.dtype, bad: bool) -> None:
-    torch.set_num_threads(1)
-    leaving.import_group_holders()  # else their reference keeps its threads alive while Python ends
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
+def tune_in_group(dtype: torch.dtype, bad: bool) -> tuple[Tuned, list[list[int]]]:
     world, toy = Group(), Toy(dtype)
     if bad:
         toy.targets[5, 3, 2] = math.nan
-    torch.save((run(toy.work(world), world=world), toy.rows), folder / f"result{rank}")
-    dist.destroy_process_group()
+    return run(toy.work(world), world=world), toy.rows
 
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_several_processes_take_the_steps_of_one(size: int, tmp_path: Path) -> None:
-    mp.spawn(_enter, (size, tmp_path, torch.float32, False), nprocs=size)
-    results = [torch.load(tmp_path / f"result{rank}", weights_only=False) for rank in range(size)]
+    results = spawn(tune_in_group, size, tmp_path, torch.float32, False)
     alone = run(Toy().work())
     for tuned, rows in results:
         assert tuned.record == results[0][0].record
@@ -554,9 +548,7 @@ def test_several_processes_take_the_steps_of_one(size: int, tmp_path: Path) -> N
 
 
 def test_a_loss_that_is_not_finite_ends_it_in_every_process(tmp_path: Path) -> None:
-    mp.spawn(_enter, (2, tmp_path, torch.float32, True), nprocs=2)
-    for rank in range(2):
-        tuned, _ = torch.load(tmp_path / f"result{rank}", weights_only=False)
+    for tuned, _ in spawn(tune_in_group, 2, tmp_path, torch.float32, True):
         assert tuned.values == {}
         assert tuned.record.reason == "the loss was not finite in epoch 1"
 

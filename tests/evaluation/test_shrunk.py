@@ -127,7 +127,7 @@ def test_the_command_shows_them(
     gone = [f"{before - after:,}", f"({100 * (before - after) / before:.2f}", "%)"]
     assert ["parameters", f"{before:,}", f"{after:,}", *gone] in lines
     assert run(["inspect", str(shorter), "--dense", str(dense), "--quiet"]) == 0
-    assert "which blocks are gone is not known: the model has no pruning.json" in capsys.readouterr().out
+    assert "the removed blocks are not known: the model has no pruning.json" in capsys.readouterr().out
     file = tmp_path / "found.json"
     assert run(["inspect", str(smaller), "--dense", str(dense), "--quiet", "--json", str(file)]) == 0
     values = json.loads(file.read_text())["smaller"]
@@ -172,7 +172,7 @@ def test_the_command_counts_blocks_as_a_run_does(capsys: pytest.CaptureFixture[s
         "2",
         "units",
     ] in lines
-    assert ["2", "gone", "100", "0", "100", "(100.00", "%)", "-"] in lines
+    assert ["2", "removed", "100", "0", "100", "(100.00", "%)", "-"] in lines
     assert ["3", "2", "100", "100", "0", "(0.00", "%)", "-"] in lines
     # Of a quantised dense model the smaller one in bfloat16 may have more bytes.
     assert ["bytes", "of", "the", "weight", "files", "100", "150", "more", "by", "50", "(50.00", "%)"] in lines

@@ -213,7 +213,7 @@ def test_a_task_whose_data_is_not_here_names_the_way_without_a_network(
         (["--tasks", "piqa", "--task-folder", "/nowhere"], "/nowhere does not exist"),
         (["--tasks", "piqa", "--limit", "0"], "limit must be at least 1"),
         (["--tasks", "piqa", "--text", "pydoc"], "instead of perplexity"),
-        (["--limit", "3"], "belong to --tasks"),
+        (["--limit", "3"], "need --tasks"),
     ],
 )
 def test_mistakes_are_refused(

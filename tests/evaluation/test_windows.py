@@ -94,9 +94,9 @@ def test_exactly_enough_text(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text(prose(57))
     assert build(path, samples=3, length=20).ids[:, 1:].flatten().tolist() == encode(prose(57))
-    with pytest.raises(DataError, match="2 windows of 21 tokens, and --samples is 3"):
+    with pytest.raises(DataError, match="2 windows of 21 tokens, but --samples is 3"):
         build(path, samples=3, length=21)
-    with pytest.raises(DataError, match=r"57 tokens, and --sequence-length is 59, of which the first is the beginning"):
+    with pytest.raises(DataError, match=r"57 tokens, but --sequence-length is 59, of which the first is the beginning"):
         build(path, samples=1, length=59)
 
 
@@ -153,13 +153,13 @@ def test_a_run_records_that_its_windows_begin_with_bos(tiny_llama: Path, text_fi
     report = thanos.prune(tiny_llama, tmp_path / "out", recipe)
     assert json.loads((tmp_path / "out" / "pruning.json").read_text())["calibration"]["bos"] == BOS
     assert report.calibration["sha256"] == build(text_file, samples=4, length=32).sha256
-    assert "begun with the beginning-of-text token" in (tmp_path / "out" / "README.md").read_text()
+    assert "begins with the beginning-of-text token" in (tmp_path / "out" / "README.md").read_text()
     tiny_tokenizer(begins=False).save_pretrained(tmp_path / "other")
     tiny_model().save_pretrained(tmp_path / "other")
     report = thanos.prune(tmp_path / "other", tmp_path / "out2", recipe)
     assert report.calibration["bos"] is None
     assert report.calibration["sha256"] == build(text_file, samples=4, length=32, begins=False).sha256
-    assert "begun with" not in (tmp_path / "out2" / "README.md").read_text()
+    assert "begins with" not in (tmp_path / "out2" / "README.md").read_text()
 
 
 # --- evaluation ---------------------------------------------------------------------------------------------------------

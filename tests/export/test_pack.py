@@ -150,7 +150,7 @@ def test_refusals_say_what_to_do(pruned, packed, tmp_path):
         (lambda: pack(pruned, packed), "--overwrite"),
         (lambda: pack(pruned, tmp_path / "o", least_weights=0), "at least 1"),
         (lambda: unpack(pruned, tmp_path / "o"), "is not packed"),
-        (lambda: unpack(tmp_path, tmp_path / "o"), "no folder with a config.json"),
+        (lambda: unpack(tmp_path, tmp_path / "o"), "not a folder with a config.json"),
         (lambda: unpack(packed, packed), "own folder"),
     ):
         with pytest.raises(UserError, match=words):

@@ -176,7 +176,7 @@ def test_a_head_that_is_the_embedding_again(tmp_path: Path, kind: str) -> None:
     opened = open_model(resolve_model(write_gguf(tmp_path / "m.gguf", "tinyllama", ("Q4_0",), head=kind)))
     assert opened.notes == [
         f"the file stores the embedding twice, as Q4_0 and {kind}, the second time for the head: the two are not tied, so the "
-        f"model has {32 * VOCABULARY:,} parameters more than with tied ones"
+        f"model has {32 * VOCABULARY:,} more parameters than with tied embeddings"
     ]
     assert "lm_head.weight" in opened.key_of
 
@@ -363,7 +363,7 @@ def test_a_file_of_a_known_architecture_that_transformers_loads(
     monkeypatch.setattr("thanos.model.opening.gguf_checkpoint", lambda header, model: None)
     monkeypatch.setattr("thanos.model.loading.gguf_checkpoint", lambda header, model: None)
     assert open_model(source).notes == [
-        "transformers loads this GGUF file whole, in float32: its tensors are not one to one the model's parameters"
+        "transformers loads this GGUF file whole, in float32: its tensors do not match the model's parameters one to one"
     ]
 
 

@@ -142,7 +142,7 @@ def test_what_the_hub_raises_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch
         raise RuntimeError("no route\nto host")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(ModelError, match=r"org/model .*hub cannot give it \(no route\)"):
+    with pytest.raises(ModelError, match=r"org/model .*cannot be downloaded from the hub \(no route\)"):
         download("org/model", code=False)
 
 

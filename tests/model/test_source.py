@@ -81,7 +81,7 @@ def test_missing_tokenizer(copy: Path) -> None:
     for path in copy.glob("tokenizer*"):
         path.unlink()
     source = resolve_model(copy)
-    with pytest.raises(ModelError, match=f"{re.escape(str(copy))} has no tokenizer.*put the tokenizer's files beside"):
+    with pytest.raises(ModelError, match=f"{re.escape(str(copy))} has no tokenizer.*put the tokenizer's files next to"):
         source.tokenizer()
 
 
@@ -288,12 +288,12 @@ def test_a_small_gguf_loads(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["-", "a b", "näme/x", "a//b", "x..y/..", "name!", "a" * 200])
 def test_junk_hub_names(name: str) -> None:
-    refused(name, "no hub name, and no such folder|does not exist")
+    refused(name, "not a hub name, and no such folder|does not exist")
 
 
 def test_a_hub_name_without_network_says_what_to_give() -> None:
-    refused("some-org/some-model", r"some-org/some-model is no local .*give the local folder or a \.gguf file")
-    refused("some-model", r"some-model is no local .*give the local folder or a \.gguf file")
+    refused("some-org/some-model", r"some-org/some-model is not a local .*give the local folder or a \.gguf file")
+    refused("some-model", r"some-model is not a local .*give the local folder or a \.gguf file")
 
 
 def test_every_refusal_is_a_users_mistake() -> None:
@@ -447,7 +447,7 @@ def test_digits_that_are_no_numbers(name: str, two_cuda: None) -> None:
 
 @pytest.mark.parametrize("name", ["cuda", "cuda:0", "cuda:7"])
 def test_cuda_asked_for_and_absent(name: str, no_cuda: None) -> None:
-    with pytest.raises(CudaUnavailableError, match=f"device {name} was asked for.*no CUDA.*--device cpu"):
+    with pytest.raises(CudaUnavailableError, match=f"device {name} needs CUDA.*no CUDA.*--device cpu"):
         choose_device(name)
 
 

@@ -211,7 +211,7 @@ def test_code_of_a_checkpoint_that_fails_with_anything_while_the_model_is_built(
     ):
         assert run(words) == 2
         line = capsys.readouterr().err.splitlines()[-1]
-        assert line.startswith(f"error: the Python code that {copy} brings fails with transformers")
+        assert line.startswith(f"error: the Python code of {copy} fails with transformers")
         assert f"({says}" in line
     assert not (tmp_path / "out").exists()
 

@@ -123,7 +123,8 @@ class TestRepair:
         planned = thanos.plan(tiny_llama, tmp_path / "out", asked)
         report = thanos.prune(tiny_llama, tmp_path / "out", asked)
         assert set(planned.phases) == set(report.phases)
-        assert planned.activations_bytes == 3 * 4 * plan.activations_bytes, "two buffers more, four times the sequences"
+        # Two buffers more, and in both streams the inputs of o_proj and, twice as wide, of down_proj; four times the sequences.
+        assert planned.activations_bytes == (3 + 2 * (1 + 2)) * 4 * plan.activations_bytes
 
     def test_the_tuning_is_tried_with_one_epoch_on_few_sequences(
         self, tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -152,6 +153,17 @@ class TestRepair:
         assert planned.disk_besides_bytes - plan.disk_besides_bytes == plan.activations_bytes, (
             "the third is on the disk"
         )
+
+    def test_inputs_of_branches_are_planned_where_the_run_keeps_them(
+        self, tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plan: thanos.Plan
+    ) -> None:
+        asked, one = recipe(text_file, sequential=True), plan.activations_bytes
+        assert thanos.plan(tiny_llama, tmp_path / "out", asked).activations_bytes == (1 + 1 + 2) * one
+        assert thanos.plan(tiny_llama, tmp_path / "out", asked, activations="disk").activations_bytes == one
+        for free, kept in ((15 * one, 1), (10 * one, 0)):  # the hidden states, then the input of o_proj take a part
+            monkeypatch.setattr(activations, "free_host_bytes", lambda free=free: free)
+            planned = thanos.plan(tiny_llama, tmp_path / "out", asked)
+            assert (planned.activations, planned.activations_bytes) == ("host", (1 + kept) * one)
 
     def test_the_pass_that_chooses_sparsities_is_a_phase(
         self, tiny_llama: Path, text_file: Path, tmp_path: Path
@@ -238,7 +250,7 @@ class TestTheCommand:
 
     def test_json_without_a_plan(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert run(["prune", "a", str(tmp_path / "b"), "--json", "-"]) == 2
-        assert "--json belongs to --plan" in capsys.readouterr().err
+        assert "--json needs --plan" in capsys.readouterr().err
 
 
 class TestWhatIsTried:

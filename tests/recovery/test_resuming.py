@@ -155,9 +155,7 @@ def test_an_interrupted_run_is_neither_continued_nor_deleted_unasked(
 ) -> None:
     out, recipe = tmp_path / "out2", settings(text_file)
     work = interrupted(pruned, out, tiny_llama, recipe, 3)
-    with pytest.raises(
-        UserError, match="an interrupted run of OUT out2 finished 2 of 6 steps; --resume goes on with it"
-    ):
+    with pytest.raises(UserError, match="an interrupted run of OUT out2 finished 2 of 6 steps; --resume continues it"):
         thanos.recover(pruned, out, dense=tiny_llama, recipe=recipe)
     with pytest.raises(UserError, match=r"this is not the run that was interrupted: rate 0\.001 → 0\.002"):
         thanos.recover(pruned, out, dense=tiny_llama, recipe=settings(text_file, rate=2e-3), resume=True)

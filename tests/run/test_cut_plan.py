@@ -78,7 +78,9 @@ def test_a_plan_of_width_has_the_splits_of_which_the_run_takes_one(
 def test_what_was_asked_and_what_came_is_said_everywhere(
     tiny_llama: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = "asked 20 % of the neurons, removed 25.00 %: what stays is a multiple of 16; multiple_of 1 comes nearer"
+    words = (
+        "asked 20 % of the neurons, removed 25.00 %: the rest is a multiple of 16; multiple_of 1 gives a nearer number"
+    )
     made = ["--calibration", str(text_file), "--samples", str(SAMPLES), "--sequence-length", str(LENGTH)]
     made += ["--device", "cpu", "--pattern", "neurons", "--multiple-of", "16"]
     assert run(["prune", str(tiny_llama), str(tmp_path / "out"), *made, "--plan"]) == 0
@@ -129,8 +131,8 @@ def test_a_run_warns_of_a_program_that_cannot_run_the_model(
     ("cut", "words"),
     [
         ({"asked": 0.25, "came": 0.25, "multiple_of": 64}, "asked 25 % of the neurons, removed 25.00 %"),
-        ({"asked": 0.2, "came": 0.19921875, "multiple_of": 1}, "removed 19.92 %: whole units come no nearer"),
-        ({"asked": 0.2, "came": 0.203125, "multiple_of": 2}, "removed 20.31 %: what stays is a multiple of 2"),
+        ({"asked": 0.2, "came": 0.19921875, "multiple_of": 1}, "removed 19.92 %: no number of whole units is nearer"),
+        ({"asked": 0.2, "came": 0.203125, "multiple_of": 2}, "removed 20.31 %: the rest is a multiple of 2"),
     ],
 )
 def test_the_words_for_what_was_asked_and_what_came(cut: dict[str, Any], words: str) -> None:

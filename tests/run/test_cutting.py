@@ -23,7 +23,7 @@ from thanos.registry import method_names
 from thanos.run import cutting as cutting_module
 from thanos.run.model_card import model_card
 from thanos.run.split import error_at, splits
-from thanos.run.unit_counts import runs_of, units_that_stay
+from thanos.run.unit_counts import remaining_units, runs_of
 from thanos.run.work_folder import WorkFolder
 from thanos.solvers.allocation import Curve
 from whole_models import LENGTH, SAMPLES, calibration_ids, prune_modules, recipe
@@ -296,25 +296,25 @@ def test_a_plan_predicts_the_room_for_both_models(tiny_llama: Path, text_file: P
     ],
 )
 def test_the_units_that_stay_are_the_nearest_multiple(count: int, share: float, multiple: int, stays: int) -> None:
-    assert units_that_stay(count, share, multiple, "neurons") == stays
+    assert remaining_units(count, share, multiple, "neurons") == stays
 
 
 @pytest.mark.parametrize(
     ("count", "share", "multiple", "words"),
     [
         (64, 0.2, 64, "nearest multiple of 64 is 64; there are only 64; change multiple_of"),
-        (1536, 0.01, 64, "from 64 to 1472 of them may stay; change sparsity or multiple_of"),
+        (1536, 0.01, 64, "from 64 to 1472 of them may remain; change sparsity or multiple_of"),
         (1536, 0.99, 64, "nearest multiple of 64 is 0"),
-        (100, 0.001, 64, "; 64 of them may stay"),
-        (4, 0.1, 1, "rounds to all of them; from 1 to 3 of them may go; change sparsity"),
+        (100, 0.001, 64, "; 64 of them may remain"),
+        (4, 0.1, 1, "rounds to all of them; from 1 to 3 of them may be removed; change sparsity"),
         (4, 0.9, 1, "rounds to none"),
-        (2, 0.1, 1, "; 1 of them may go"),
-        (1, 0.5, 1, "only one, which has to stay"),
+        (2, 0.1, 1, "; 1 of them may be removed"),
+        (1, 0.5, 1, "only one, which must remain"),
     ],
 )
 def test_budgets_of_none_or_all_are_refused(count: int, share: float, multiple: int, words: str) -> None:
     with pytest.raises(UserError, match=words):
-        units_that_stay(count, share, multiple, "heads")
+        remaining_units(count, share, multiple, "heads")
 
 
 def test_the_runs_of_columns_are_found() -> None:
@@ -347,8 +347,8 @@ def test_the_runs_of_columns_are_found() -> None:
         (["--allocation", "error"], "allocation"),
         (["--head-unit", "group"], "head_unit has no meaning"),
         (["--pattern", "heads", "--head-unit", "pair"], "group or query"),
-        (["--pattern", "heads", "--sparsity", "0.05"], "from 1 to 3 of them may go"),
-        (["--pattern", "heads", "--sparsity", "0.95"], "from 1 to 3 of them may go"),
+        (["--pattern", "heads", "--sparsity", "0.05"], "from 1 to 3 of them may be removed"),
+        (["--pattern", "heads", "--sparsity", "0.95"], "from 1 to 3 of them may be removed"),
         (["--pattern", "heads:2"], "single matrix"),
         (["--pattern", "unstructured", "--multiple-of", "8"], "multiple_of has no meaning"),
     ],
@@ -373,7 +373,7 @@ def test_what_units_exclude_is_one_line(
     [
         ("group", 2, "of 2 groups of heads with one key-value head in each block, sparsity 0.1 leaves 1.8"),
         ("query", 2, "of 2 query heads of every group in each block, sparsity 0.1 leaves 1.8"),
-        ("group", 1, "one key-value head, which has to stay with its query heads; head_unit query"),
+        ("group", 1, "one key-value head, which must stay with its query heads; give head_unit query"),
         ("group", 4, "of 4 heads in each block"),
     ],
 )
@@ -397,7 +397,7 @@ def test_an_override_must_not_make_blocks_unequal(setting: dict[str, Any] | None
     from thanos.recipe.override import Override
 
     one = Override(match="*.down_proj", skip=setting is None, settings=setting or {})
-    with pytest.raises(UserError, match="as much from every block"):
+    with pytest.raises(UserError, match="removes the same number of units from every block"):
         units(text_file, overrides=(one,))
     with pytest.raises(UserError, match="the recipe's own pattern"):
         recipe(text_file, overrides=(Override(match="*.down_proj", settings={"pattern": "neurons"}),))
@@ -600,13 +600,15 @@ def test_scattered_blocks_go_too(deep: Path, text_file: Path, tmp_path: Path, mo
 
 
 def test_all_blocks_cannot_go(deep: Path, text_file: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="from 1 to 5 of them may go"):
+    with pytest.raises(UserError, match="from 1 to 5 of them may be removed"):
         thanos.prune(deep, tmp_path / "out", recipe(text_file, pattern="blocks", sparsity=0.95))
-    with pytest.raises(UserError, match="from 1 to 5 of them may go"):
+    with pytest.raises(UserError, match="from 1 to 5 of them may be removed"):
         thanos.prune(deep, tmp_path / "out", recipe(text_file, pattern="blocks", sparsity=0.05))
 
 
-@pytest.mark.parametrize(("number", "words"), [(1, "block 3 goes: it changes"), (2, "blocks 2, 3 go: they change")])
+@pytest.mark.parametrize(
+    ("number", "words"), [(1, "block 3 is removed: it changes"), (2, "blocks 2, 3 are removed: they change")]
+)
 def test_the_note_names_the_blocks_that_go(
     number: int, words: str, tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -619,9 +621,9 @@ def test_the_note_names_the_blocks_that_go(
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"method": "wanda"}, "nothing compensates for the units that go: method wanda leaves"),
+        ({"method": "wanda"}, "nothing compensates for the removed units: method wanda does not change"),
         ({"method": "magnitude", "pattern": "heads"}, "method magnitude leaves"),
-        ({"pattern": "blocks"}, "nothing makes up for the blocks that go; effort high"),
+        ({"pattern": "blocks"}, "nothing compensates for the removed blocks; effort high"),
         ({"method": "wanda", "refit": 2}, ""),
         ({"method": "wanda", "effort": "high"}, ""),
         ({"pattern": "blocks", "effort": "high"}, ""),

@@ -103,7 +103,7 @@ def test_parents_are_made_and_removed(tmp_path: Path) -> None:
 
 def test_a_place_where_nothing_can_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ResourceError, match="cannot write beside OUT"), locked(tmp_path / "file/out"):
+    with pytest.raises(ResourceError, match="cannot write next to OUT"), locked(tmp_path / "file/out"):
         pass
 
 
@@ -115,7 +115,7 @@ def test_a_file_system_that_allows_no_new_files_is_not_another_process(
         pass
     assert run(["prune", str(tiny_llama), "/proc/out", "--calibration", "pydoc", "--device", "cpu", "--quiet"]) == 2
     said = capsys.readouterr().err
-    assert "cannot write beside OUT /proc/out" in said
+    assert "cannot write next to OUT /proc/out" in said
     assert "another process" not in said
     assert len(said.splitlines()) == 1
 

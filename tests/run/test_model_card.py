@@ -242,7 +242,7 @@ def test_the_card_tells_of_tuning_where_there_was_any() -> None:
     card = model_card(report(tuning=tuned))
     assert "without retraining" not in card
     assert "2 of 3 blocks were then tuned with their zeros fixed" in card
-    assert "became 0.8 times what it was (the others gained nothing and were left as they were)." in card
+    assert "became 0.8 times its former value (the others did not improve and were left unchanged)." in card
     assert "2 of 2 blocks" in model_card(report(tuning=tuned[:2]))
     assert "the others" not in model_card(report(tuning=tuned[:2]))
     nothing = [TuningRecord(block=0, reason="too few sequences")]

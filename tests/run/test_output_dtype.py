@@ -126,7 +126,7 @@ def test_a_gguf_file_is_written_in_bfloat16(tmp_path: Path, text_file: Path, nam
         recipe(text_file, pattern="2:4"),
         on_event=lambda event: notes.append(event.message) if event.kind == "note" else None,
     )
-    said = "the weights are written in bfloat16; --output-dtype float32 keeps every bit of what the GGUF file's numbers are"
+    said = "the weights are written in bfloat16; --output-dtype float32 keeps the exact values of the GGUF file"
     assert said in notes
     assert said in report.warnings
     written, opened = read(tmp_path / "out"), open_model(resolve_model(path))

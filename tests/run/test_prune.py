@@ -535,7 +535,7 @@ def test_out_that_is_not_empty(model: Path, text_file: Path, tmp_path: Path) -> 
     (tmp_path / "out").mkdir()
     (tmp_path / "out/thesis.txt").write_text("five years of work")
     refused(UserError, model, recipe(text_file), str(tmp_path / "out"), "not empty", "--overwrite")
-    message = refused(UserError, model, recipe(text_file), "no model checkpoint", overwrite=True)
+    message = refused(UserError, model, recipe(text_file), "not a model checkpoint", overwrite=True)
     assert "--overwrite" in message
 
 
@@ -818,7 +818,7 @@ def test_whatever_ends_a_run_later_leaves_what_is_finished_and_nothing_else(
     break_solver(monkeypatch, error)
     with pytest.raises(ResourceError if isinstance(error, MemoryError) else type(error)) as caught:
         thanos.prune(model, tmp_path / "out", recipe(text_file))
-    assert caught.value.__notes__ == ["1 of 3 blocks are finished; resume=True goes on with them"]
+    assert caught.value.__notes__ == ["1 of 3 blocks are finished; resume=True continues from them"]
     assert besides_work(tmp_path) == before
     assert (tmp_path / ".out.partial/model").is_dir()
 

@@ -244,7 +244,7 @@ def test_experts_that_saw_little_are_counted_once_each() -> None:
     records = [layer(name, tokens=tokens[expert]) for name, expert in experts.items()]
     lines = expert_notes(experts, [*records, layer("attention", tokens=2)])  # not an expert: not counted here
     assert len(lines) == 2
-    assert lines[0].startswith("2 of 4 experts saw fewer calibration tokens than they have input columns")
-    assert lines[1] == "1 of 4 experts saw no calibration token: pruned by magnitude"
+    assert lines[0].startswith("2 of 4 experts received fewer calibration tokens than they have input columns")
+    assert lines[1] == "1 of 4 experts received no calibration token: pruned by magnitude"
     assert expert_notes(experts, [layer(name, tokens=6) for name in experts]) == []
     assert expert_notes({}, [layer("attention", tokens=0)]) == []

@@ -300,7 +300,7 @@ def refuses(left: Path, model: Path, settings: thanos.Recipe, **how: Any) -> str
 def test_an_interrupted_run_is_neither_continued_nor_deleted_unasked(left: Path, model: Path, text_file: Path) -> None:
     line = refuses(left, model, recipe(text_file))
     assert "finished 2 of 4 blocks" in line
-    assert "--resume goes on with it, --overwrite starts over" in line
+    assert "--resume continues it, --overwrite starts over" in line
 
 
 def test_another_recipe_is_refused_naming_every_difference(left: Path, model: Path, text_file: Path) -> None:
@@ -440,7 +440,7 @@ def test_a_flipped_byte_in_a_finished_block_is_found_and_only_that_block_done_ag
     thanos.prune(model, tmp_path / "out", recipe(text_file), resume=True, on_event=events.append)
     assert blocks_of(solved) == ["1", "3", "lm_head"]
     assert [event.message for event in events if event.kind == "note"] == [
-        f"{name} is not as it was written (checksum); block 2 is done again"
+        f"{name} differs from what was written (checksum); block 2 is processed again"
     ]
     assert contents(tmp_path / "out") == whole
 

@@ -219,7 +219,7 @@ def test_layers_that_are_left_out_are_printed_at_the_end_of_the_run(
     arguments = ["--calibration", str(text_file), "--samples", "1", "--sequence-length", "16", "--method", "magnitude"]
     assert command(["prune", str(folder), str(tmp_path / "out"), *arguments, "--quiet"]) == 0
     said = capsys.readouterr().err.splitlines()
-    stay = "transformers does not run them, so they stay as they are, not pruned"
+    stay = "transformers does not run them, so they are copied without pruning"
     assert f"warning: the checkpoint has layers for multi-token prediction (2 tensors): {stay}" in said
     assert f"warning: the checkpoint has layers beyond the 3 of config.json (3 to 4): {stay}" in said
 

@@ -87,7 +87,7 @@ def test_out_is_not_empty(tmp_path: Path) -> None:
 
 def test_overwrite_deletes_only_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match="no model checkpoint"):
+    with pytest.raises(UserError, match="not a model checkpoint"):
         check_output(tmp_path, model=None, overwrite=True)
     assert (tmp_path / "thesis.tex").exists()
 
@@ -108,7 +108,7 @@ def test_work_folder_is_a_new_hidden_sibling(tmp_path: Path) -> None:
 
 def test_work_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(ResourceError, match="cannot write beside OUT"):
+    with pytest.raises(ResourceError, match="cannot write next to OUT"):
         WorkFolder(tmp_path / "file" / "out").start(RUN)
 
 

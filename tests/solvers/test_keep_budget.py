@@ -191,4 +191,4 @@ def test_a_pruned_model_verifies_and_reports_its_budget(
     assert all("2:4" in layer.patterns and layer.outlier_rows == layer.shape[0] // 8 for layer in found.layers)
     assert found.totals["sparsity_targeted"] == 0.5
     assert thanos.Recipe.from_toml(out / "recipe.toml").keep_budget
-    assert "12.50 %, the other rows making up for them" in (out / "README.md").read_text()
+    assert "12.50 %, more removed from the other rows" in (out / "README.md").read_text()

@@ -100,6 +100,22 @@ def test_layers_that_processes_would_divide_are_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("stay_packed")
+@pytest.mark.parametrize("every", [False, True])
+def test_layers_that_somebody_made_dense_are_saved_dense(tmp_path, every):
+    _, packed = both(tmp_path)
+    model = load(packed)
+    for name, layer in packed_modules(model).items():
+        if every or name.endswith("up_proj"):
+            model.set_submodule(name, layer.dense())
+    kept = packed_modules(model).keys()
+    assert bool(kept) != every
+    model.save_pretrained(tmp_path / "saved")
+    again = load(tmp_path / "saved")
+    assert packed_modules(again).keys() == kept
+    assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.usefixtures("stay_packed")
 @pytest.mark.parametrize("head", [False, True])
 def test_the_base_model_keeps_its_layers_packed(tmp_path, head):
     source, packed = both(tmp_path)
@@ -201,7 +217,12 @@ def test_another_dtype_is_named_and_not_taken(tmp_path):
 @pytest.mark.usefixtures("stay_packed")
 def test_a_config_of_another_model_is_refused(tmp_path):
     _, packed = both(tmp_path)
-    for layer, words in (("model.norm", "RMSNorm"), ("model.absent", "no such layer"), ("model.layers.0", "Layer")):
+    for layer, words in (
+        ("model.norm", "RMSNorm"),
+        ("model.absent", "no such layer"),
+        ("absent", "no such"),
+        ("model.layers.0", "Layer"),
+    ):
         config = json.loads((packed / "config.json").read_text())
         entries = config["quantization_config"]["layers"]
         entries[layer] = entries.pop("model.layers.0.mlp.up_proj")

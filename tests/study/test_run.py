@@ -186,7 +186,7 @@ def test_a_model_too_large_for_the_memory_says_so(tmp_path: Path, data: Path, mo
     monkeypatch.setattr("thanos.study.session.load_model", load)
     worker, cells = session(write(tmp_path, GRID + 'method = "magnitude"\n'), data, tmp_path / "out")
     record = worker.run(cells[1], quiet)
-    assert (record.status, record.reason) == ("failed", "out of memory on the host: end what else uses it")
+    assert (record.status, record.reason) == ("failed", "out of memory on the host: close other programs that use it")
     assert record.layers
 
 
@@ -647,8 +647,8 @@ def test_a_plain_line_now_and_then_for_a_cell_that_runs(tmp_path: Path) -> None:
     [
         (["done"] * 3, 0, ""),
         (["done", "failed", "failed"], 1, "2 of 3 cells failed; the reasons are in OUT/store.jsonl .* runs them again"),
-        (["done", "failed", "impossible"], 1, "2 of 3 cells failed; 1 of them because no .* runs the others again"),
-        (["done", "done", "impossible"], 1, "1 of 3 cells failed; 1 of them because no .*thanos report OUT$"),
+        (["done", "failed", "impossible"], 1, "2 of 3 cells failed; 1 of them because .* runs the others again"),
+        (["done", "done", "impossible"], 1, "1 of 3 cells failed; 1 of them because .*thanos report OUT$"),
     ],
 )
 def test_a_study_with_failed_cells_exits_with_1(

@@ -33,7 +33,8 @@ from thanos.recipe import LayerRecipe
 from thanos.registry import Needs
 
 _STATISTICS_BYTES = {"cpu": 4 << 30, "cuda": 16 << 30}
-"""Bytes of Hessians held at once, by device type. A block with many experts needs more: it runs once for each part of them."""
+"""Bytes of Hessians held at once, by device type. A block with many experts needs more: it then runs once for each part of its
+layers."""
 
 
 class Need(IntEnum):
@@ -191,7 +192,7 @@ class Gathered(list[InputGroup]):
 
     Attributes:
         of: layer name → its group; empty once the statistics are gathered.
-        paused: whether inputs are ignored. The caller sets it while it runs the block for something else.
+        paused: whether inputs are ignored. The caller sets it while it runs the block for another purpose.
         sampling: whether tokens are still added to the statistics of the sample. The caller that runs the block clears it
             between two batches.
     """
@@ -239,7 +240,7 @@ def gather(layers: Sequence[LinearLayer], need: Need = Need.GRAM, *, sample: boo
                 hooks.enter_context(layer.module.register_forward_pre_hook(hook(layer)))
             yield groups
     finally:
-        groups.of.clear()  # a group's statistics go when its layers are solved
+        groups.of.clear()  # so that a group's statistics are freed once its layers are solved
         for group in groups:
             group.current = None
 

@@ -44,7 +44,9 @@ def check_text_exists(source: str, *, evaluation: bool = False) -> None:
     The check reads no row and does not query the hub. ``source`` is as for :func:`calibration_documents`.
     """
     if evaluation and source == "self":
-        raise DataError("text 'self' is for calibration: a model's own text does not measure it; choose another source")
+        raise DataError(
+            "text 'self' is for calibration only: a model's own text cannot measure its quality; choose another source"
+        )
     if source in _FROM_HUB and not is_installed("datasets"):
         raise DataError(f"{source} needs the package datasets: {install_command('data')}")
     if source not in NAMED:
@@ -62,7 +64,7 @@ def check_text_source(
     check_text_exists(source, evaluation=evaluation)
     if source in NAMED:
         return
-    for row in _raw_rows(source, allowed=_EVALUATION if evaluation else _CALIBRATION, note=_unheard):
+    for row in _raw_rows(source, allowed=_EVALUATION if evaluation else _CALIBRATION, note=_ignore_note):
         if not isinstance(row, str):
             if tokenizer is not None:
                 _rendered(row, source, tokenizer())
@@ -95,7 +97,7 @@ def calibration_documents(
     elif source == "pydoc":
         rows = [text for index, text in enumerate(_topics()) if index % _PYDOC_EVALUATION_EVERY]
     else:
-        rows = _file_rows(source, _CALIBRATION, tokenizer, on_note or _unheard)
+        rows = _file_rows(source, _CALIBRATION, tokenizer, on_note or _ignore_note)
     documents = [row for row in rows if row.strip()]
     if not documents:
         raise DataError(f"{source} holds no text (rows that are empty or null do not count)")
@@ -120,7 +122,7 @@ def evaluation_rows(
     elif source == "pydoc":
         rows = _topics()[::_PYDOC_EVALUATION_EVERY]
     else:
-        rows = _file_rows(source, _EVALUATION, tokenizer, on_note or _unheard)
+        rows = _file_rows(source, _EVALUATION, tokenizer, on_note or _ignore_note)
     if not any(row.strip() for row in rows):
         raise DataError(f"{source} holds no text (rows that are empty or null do not count)")
     return rows
@@ -142,12 +144,12 @@ def _hub_rows(source: str, repository: str, **arguments: Any) -> list[str]:
         return list(load_dataset(repository, **arguments)["text"])
     except Exception as error:  # datasets raises its own, the hub's and the network's errors
         raise DataError(
-            f"{source} cannot be had from the hub ({first_line(error)}); without a network give a local file instead: "
+            f"{source} cannot be downloaded from the hub ({first_line(error)}); without a network give a local file instead: "
             "--calibration FILE or --text FILE, one of " + ", ".join(SUFFIXES)
         ) from error
 
 
-def _unheard(note: str) -> None:
+def _ignore_note(note: str) -> None:
     pass
 
 
@@ -164,7 +166,7 @@ def _file_rows(source: str, allowed: str, tokenizer: PreTrainedTokenizerBase | N
         halves += found
     if halves:
         note(
-            f"{source} holds {halves:,} halves of surrogate pairs, which are no characters; each was replaced by U+FFFD"
+            f"{source} holds {halves:,} halves of surrogate pairs, which are not characters; each was replaced by U+FFFD"
         )
     return rows
 

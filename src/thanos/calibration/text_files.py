@@ -105,7 +105,7 @@ def _files_of(name: str, allowed: str) -> list[Path]:
         if not found:
             deeper = f"'{path}/**/*.jsonl'"
             raise DataError(
-                f"text folder {name} holds no file ending in {endings}; for the folders in it give a pattern, {deeper}"
+                f"text folder {name} holds no file ending in {endings}; to read its subfolders give a pattern, {deeper}"
             )
         return found
     if not exists(name) and _GLOB & set(name):
@@ -126,8 +126,8 @@ def _meant(name: str, allowed: str = "") -> str:
     """Return a hint for a source that does not exist: a data set, or a text file or folder in the same folder."""
     folder = Path(name).parent
     with suppress(OSError, ValueError):
-        beside = folder.iterdir() if name and folder.is_dir() else ()
-        there = [each.name for each in beside if _is_text(each) or (each.is_dir() and not each.name.startswith("."))]
+        siblings = folder.iterdir() if name and folder.is_dir() else ()
+        there = [each.name for each in siblings if _is_text(each) or (each.is_dir() and not each.name.startswith("."))]
         sets = allowed.split(", ") if allowed else []
         return near(name, sets, OTHER_NAMES if sets else None) or near(Path(name).name, sorted(there))
     return ""

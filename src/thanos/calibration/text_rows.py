@@ -27,7 +27,7 @@ Note = Callable[[str], None]
 
 
 def read_rows(path: Path, column: str | None, note: Note) -> Iterator[Row]:
-    """Yield the rows of a file in order, without rows whose text is null. Half surrogate pairs stay as they are.
+    """Yield the rows of a file in order, without rows whose text is null. Half surrogate pairs are unchanged.
 
     Args:
         path: path of the file.
@@ -36,7 +36,7 @@ def read_rows(path: Path, column: str | None, note: Note) -> Iterator[Row]:
             null, if there are any.
 
     Raises:
-        DataError: the file cannot be read or is damaged, or a row has neither a text nor a null instead of it.
+        DataError: the file cannot be read or is damaged, or a row has neither a text nor null.
     """
     name, nulls = path.name.lower(), 0
     try:
@@ -151,11 +151,11 @@ def _kind(value: Any) -> str | None:
 
 def _complaint(row: Any, column: str) -> str:
     if not isinstance(row, dict):
-        return "it is no object"
+        return "it is not an object"
     if column not in row:
         return f"there are {', '.join(map(repr, row)) or 'no columns'}; name one with FILE:COLUMN"
     what = f"a JSON {type(row[column]).__name__}"
-    return f"it is {what}; take such rows out, or name another column with FILE:COLUMN"
+    return f"it is {what}; remove such rows, or name another column with FILE:COLUMN"
 
 
 def _choose(path: Path, kinds: dict[str, str], note: Note) -> str | None:
@@ -167,7 +167,7 @@ def _choose(path: Path, kinds: dict[str, str], note: Note) -> str | None:
     strings = [name for name, kind in kinds.items() if kind == "string"]
     if len(strings) != 1:
         return None
-    note(f"{path} has no column {DEFAULT_COLUMN!r}; {strings[0]!r} is taken, the only one that holds strings")
+    note(f"{path} has no column {DEFAULT_COLUMN!r}; {strings[0]!r} is read, the only one that holds strings")
     return strings[0]
 
 

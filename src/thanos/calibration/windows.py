@@ -1,4 +1,4 @@
-"""Calibration windows: the token ids on which the model runs while it is pruned, the rule that made them, and a hash."""
+"""Calibration windows: the token ids on which the model runs during pruning, the rule by which they were made, and a hash."""
 
 from __future__ import annotations
 
@@ -66,10 +66,10 @@ class Calibration:
     def check_made_by(self, recipe: Recipe) -> None:
         """Raise DataError if a recipe would make other windows: its source, shape or seed differs."""
         made = (self.source, *self.ids.shape, self.seed)
-        asked = (recipe.calibration, recipe.samples, recipe.sequence_length, recipe.seed)
-        if made != asked:
+        wanted = (recipe.calibration, recipe.samples, recipe.sequence_length, recipe.seed)
+        if made != wanted:
             raise DataError(
-                f"the calibration given is (source, samples, sequence_length, seed) {made}, but the recipe says {asked}; make "
+                f"the given calibration is (source, samples, sequence_length, seed) {made}, but the recipe says {wanted}; make "
                 "it with the recipe's settings, or leave it out"
             )
 
@@ -218,12 +218,12 @@ def _check_length(source: str, tokens: int, samples: int, sequence_length: int, 
     besides = "" if length == sequence_length else ", of which the first is the beginning-of-text token"
     if tokens < length:
         raise DataError(
-            f"calibration text {source} is shorter than one sequence: {tokens} tokens, and --sequence-length is "
+            f"calibration text {source} is shorter than one sequence: {tokens} tokens, but --sequence-length is "
             f"{sequence_length}{besides}"
         )
     if tokens < samples * length:
         raise DataError(
-            f"calibration text {source} gives {tokens // length} windows of {sequence_length} tokens, and --samples is "
+            f"calibration text {source} gives {tokens // length} windows of {sequence_length} tokens, but --samples is "
             f"{samples}; lower --samples or --sequence-length, or give more text"
         )
 

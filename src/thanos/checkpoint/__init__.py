@@ -1,1 +1,1 @@
-"""Checkpoints on disk and in memory: where tensors come from, and where they go."""
+"""Checkpoints on disk and in memory: the sources of tensors, and the writer of the output."""

@@ -15,11 +15,11 @@ from thanos.errors import NumericsError
 def in_dtype(source: Checkpoint, dtype: torch.dtype | None) -> Checkpoint:
     """Return a checkpoint's tensors in another dtype, or the checkpoint itself if nothing has to change.
 
-    Tensors of integers and of 8-bit numbers stay as they are. The files keep their names, and each its tensors.
+    Tensors of integers and of 8-bit numbers are unchanged. Each file keeps its name and its tensors.
 
     Args:
         source: the checkpoint, before any tensor was split.
-        dtype: of the floating-point tensors; None for the dtypes of the source.
+        dtype: dtype of the floating-point tensors; None for the dtypes of the source.
     """
     if dtype is None or not any(_changes(info, dtype) for info in source.tensors.values()):
         return source

@@ -12,7 +12,7 @@ def count_zeros(name: str, part: Tensor) -> int:
     """Return the number of zeros in a part of a tensor.
 
     Args:
-        name: of the tensor, for messages.
+        name: name of the tensor, for messages.
         part: any shape and dtype.
 
     Raises:

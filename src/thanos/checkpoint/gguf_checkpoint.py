@@ -22,7 +22,7 @@ _CHUNK_ENTRIES = 1 << 22
 """Entries that are dequantised at once. The package needs about three times their bytes in float32."""
 
 _RUN_ENTRIES = 4096
-"""Entries of a row that the package is given. It works on 16 rows at a time, so short rows would take twice as long."""
+"""Entries of a row that is passed to the package. It works on 16 rows at a time, so short rows would take twice as long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +32,11 @@ class Piece:
     A vector in the file counts as rows of one entry.
 
     Attributes:
-        tensor: where the rows are.
+        tensor: the tensor that holds the rows.
         first: first row.
         rows: number of rows.
-        order: for each row of the model's tensor, the row of the piece that it is, int64 (rows,); None for the file's order.
+        order: for each row of the model's tensor, its index among the rows of the piece, int64 (rows,); None for the file's
+            order.
         shift: added to every entry in float32.
     """
 
@@ -65,7 +66,7 @@ class Piece:
         width = self.columns // entries * size  # bytes of a row
         if self.order is None:
             raw = self._bytes(self.first + start, stop - start, width)
-        else:  # quantised rows are reordered before they are dequantised: each row stands for itself
+        else:  # each row is quantised by itself, so rows can be reordered before they are dequantised
             raw = self._bytes(self.first, self.rows, width)[self.order[start:stop]]
         values = _dequantise(raw.reshape(-1, size), self.tensor.kind, entries)
         return values + np.float32(self.shift) if self.shift else values
@@ -113,12 +114,9 @@ class GGUFCheckpoint:
     """A :class:`~thanos.checkpoint.layout.Checkpoint` of float32 tensors that are read from GGUF files.
 
     Args:
-        pieces: the model's name of each tensor → the pieces that are its entries, in order.
-        shapes: the model's name → sizes.
+        pieces: name of a tensor in the model → the pieces that hold its entries, in order.
+        shapes: name of a tensor in the model → its shape.
         max_shard_bytes: see :func:`~thanos.checkpoint.layout.plan_layout`.
-
-    Attributes:
-        layout: planned.
 
     Raises:
         ValueError: the pieces of a tensor do not fill it.

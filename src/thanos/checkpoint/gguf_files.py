@@ -1,4 +1,4 @@
-"""GGUF files: the parts of one, the check that they are there, and that the packages which read them are installed."""
+"""GGUF files: their parts, and checks that the parts exist and that the packages to read them are installed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def check_gguf(path: Path) -> Path:
     """Refuse a file that is not a complete GGUF file, judged by its name and its first bytes.
 
     Args:
-        path: the file, or any part of one in several parts.
+        path: the file, or any part of a file in several parts.
 
     Returns:
         The file, or its first part.
@@ -91,11 +91,11 @@ def quick_reader(*, used: bool = True) -> Iterator[None]:
             gguf.GGUFReader = original
 
 
-def say_parts(path: Path, parts: int) -> str:
-    """Say what to do with a part of a GGUF file that was renamed, or whose architecture transformers has to read."""
+def describe_split_file(path: Path, parts: int) -> str:
+    """Return the error line for a part of a GGUF file that was renamed, or whose architecture only transformers reads."""
     return (
-        f"{path} is one of {parts} parts of a GGUF file, which can be read as one only under their names "
-        f"(…-00001-of-{parts:05d}.gguf), and only of some architectures; merge them by llama.cpp's tool: "
+        f"{path} is one of {parts} parts of a GGUF file, which are read together only under their own names "
+        f"(…-00001-of-{parts:05d}.gguf), and only for some architectures; merge them with llama.cpp's tool: "
         "llama-gguf-split --merge FIRST_PART WHOLE.gguf"
     )
 

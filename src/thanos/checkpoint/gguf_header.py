@@ -1,4 +1,4 @@
-"""The header of a GGUF file: metadata, and which bytes hold which tensor.
+"""The header of a GGUF file: metadata, and the location of each tensor.
 
 The gguf package reads headers too, but makes objects of every word of the vocabulary, which takes seconds and hundreds of
 megabytes. Here the vocabulary is skipped. Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
@@ -20,7 +20,7 @@ _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<
 _STRING, _ARRAY = 8, 9
 _VERSIONS = (2, 3)
 _MOST_SIZES, _MOST_LEVELS = 4, 16
-"""Most sizes of a tensor, as the format has it, and most arrays inside one another: more than any writer makes."""
+"""Most dimensions of a tensor, by the format, and most levels of nested arrays, which is more than any writer uses."""
 
 _KEPT = "general."
 """Start of the names of the arrays that are kept; others, such as the vocabulary, are skipped."""
@@ -33,7 +33,7 @@ class StoredTensor:
     Attributes:
         path: the file.
         offset: first byte in the file.
-        kind: number of the quantisation, as the gguf package's ``GGMLQuantizationType`` numbers them.
+        kind: number of the quantisation, a value of the gguf package's ``GGMLQuantizationType``.
         shape: sizes, outermost first as torch has them.
     """
 
@@ -64,11 +64,11 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True)
 class GGUFHeader:
-    """What the header of a GGUF file says; for a file in several parts, the headers together.
+    """The content of the header of a GGUF file; for a file in several parts, of all headers together.
 
     Attributes:
         metadata: key → number, string, or list of strings. Arrays are kept only if the key begins with ``general.``.
-        tensors: name → where it is.
+        tensors: name → file and bytes of the tensor.
     """
 
     metadata: dict[str, Any]

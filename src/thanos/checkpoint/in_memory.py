@@ -15,11 +15,8 @@ class LoadedCheckpoint:
     """A :class:`~thanos.checkpoint.layout.Checkpoint` of tensors in memory.
 
     Args:
-        state: name → tensor. Give tensors that share memory once.
+        state: name → tensor; only one of several tensors that share memory.
         max_shard_bytes: see :func:`~thanos.checkpoint.layout.plan_layout`.
-
-    Attributes:
-        layout: planned.
     """
 
     def __init__(self, state: Mapping[str, Tensor], max_shard_bytes: int = DEFAULT_SHARD_BYTES) -> None:

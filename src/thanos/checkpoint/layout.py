@@ -1,8 +1,8 @@
-"""The seam between where tensors come from and where they go.
+"""The interface between the sources of tensors and the files that are written.
 
-A :class:`Checkpoint` is a source: it hands out tensors by name. A :class:`Layout` says which bytes of which output file each
-tensor takes. It mirrors the input's files (``checkpoint.layout``), or is planned for tensors of other names, shapes and
-dtypes (:func:`plan_layout`).
+A :class:`Checkpoint` is a source: it returns tensors by name. A :class:`Layout` gives each tensor its output file and bytes. It
+mirrors the input's files (``checkpoint.layout``), or is planned for tensors of other names, shapes and dtypes
+(:func:`plan_layout`).
 """
 
 from __future__ import annotations
@@ -54,17 +54,12 @@ UNSUPPORTED = ("F8_E8M0", "F6_E2M3", "F6_E3M2", "F4")
 
 
 CHUNK_ENTRIES = 1 << 24
-"""Most entries of a chunk, which is how much of a tensor is read, checked or copied at once."""
+"""Most entries of a chunk, the part of a tensor that is read, checked or copied at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """What a tensor is, wherever its bytes are.
-
-    Attributes:
-        dtype: torch dtype.
-        shape: sizes.
-    """
+    """The dtype and shape of a tensor."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -82,7 +77,7 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo(TensorSpec):
-    """A tensor, and which bytes of which file it takes.
+    """A tensor, and its location in a file.
 
     Attributes:
         shard: file name.
@@ -104,7 +99,7 @@ class ShardLayout:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Which bytes of which file each tensor of a checkpoint takes.
+    """The files of a checkpoint, and the location of each tensor in them.
 
     Attributes:
         shards: the files, in order.
@@ -125,7 +120,7 @@ class Layout:
         """Replace a fused tensor by its parts, in place. The files, their headers and the index stay the same.
 
         Args:
-            name: of the fused tensor.
+            name: name of the fused tensor.
             parts: name → shape of each part, in the order of their bytes.
 
         Raises:
@@ -204,7 +199,7 @@ def plan_groups(groups: Mapping[str, Mapping[str, TensorSpec]]) -> Layout:
 
 
 def _plan_shard(file: str, group: Mapping[str, TensorSpec]) -> tuple[ShardLayout, dict[str, TensorInfo]]:
-    # Wider dtypes first keeps every tensor aligned, as the library does.
+    # Wider dtypes come first, as in the safetensors library. This keeps every tensor aligned.
     names = sorted(group, key=lambda name: (-group[name].dtype.itemsize, name))
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -232,11 +227,11 @@ def _make_index(tensors: Mapping[str, TensorInfo]) -> bytes:
 
 
 class TensorSource(Protocol):
-    """Hands out tensors by name."""
+    """A source of tensors by name."""
 
     @property
     def tensors(self) -> Mapping[str, Any]:
-        """What is known of each tensor by name, such as its ``dtype``."""
+        """Name → description of the tensor, such as its ``dtype``."""
         ...
 
     def read(self, name: str) -> Tensor:
@@ -246,13 +241,13 @@ class TensorSource(Protocol):
     def chunks(self, name: str) -> Iterator[Tensor]:
         """Yield a tensor's entries in order, in flat chunks of at most ``CHUNK_ENTRIES``.
 
-        Chunks let a caller go through a tensor that is larger than the memory.
+        With chunks a caller can process a tensor that is larger than the memory.
         """
         ...
 
 
 class RawSource(Protocol):
-    """Hands out the bytes of tensors by name."""
+    """A source of the bytes of tensors by name."""
 
     def raw_spans(self, name: str) -> Iterator[memoryview]:
         """Yield a tensor's bytes in order, as safetensors stores them: contiguous, row by row, little-endian.
@@ -264,7 +259,7 @@ class RawSource(Protocol):
 
 
 class Checkpoint(TensorSource, RawSource, Protocol):
-    """A model's stored tensors: in files, in memory, or made up on the way."""
+    """A model's stored tensors: in files, in memory, or computed when they are read."""
 
     @property
     def tensors(self) -> Mapping[str, TensorSpec]:
@@ -272,7 +267,7 @@ class Checkpoint(TensorSource, RawSource, Protocol):
         ...
 
     def entries(self, name: str, first: int, count: int) -> Tensor:
-        """Return ``count`` consecutive entries of a tensor from the entry ``first`` on, flat. Little else is read."""
+        """Return ``count`` consecutive entries of a tensor from ``first`` on, flat. Hardly any other entry is read."""
         ...
 
     @property

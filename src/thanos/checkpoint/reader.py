@@ -43,10 +43,10 @@ class SafetensorsCheckpoint:
         folder: holds ``model.safetensors``, or shards and ``model.safetensors.index.json``.
 
     Attributes:
-        layout: of the files, shards in the index's order.
+        layout: layout of the files, shards in the index's order.
 
     Raises:
-        ModelError: a file is missing, truncated or corrupt, names the file; or see
+        ModelError: a file is missing, truncated or corrupt; the message names it. Or see
             :func:`~thanos.checkpoint.weight_files.find_weights`.
     """
 
@@ -61,8 +61,8 @@ class SafetensorsCheckpoint:
             for tensor, info in infos.items():
                 if tensor in tensors:
                     raise ModelError(
-                        f"tensor {tensor} is in both {tensors[tensor].shard} and {name}, and only one can be meant; save "
-                        "the model again, or take it out of one"
+                        f"tensor {tensor} is in both {tensors[tensor].shard} and {name}; save "
+                        "the model again, or remove the tensor from one of them"
                     )
                 tensors[tensor] = info
         _check_index(folder, files, tensors)
@@ -166,10 +166,10 @@ def read_shard(path: Path) -> tuple[ShardLayout, dict[str, TensorInfo]]:
 
 
 def parse_shard(path: Path, header: bytes, size: int | None = None) -> tuple[ShardLayout, dict[str, TensorInfo]]:
-    """Return what the header of a shard says, after checking it.
+    """Check the header of a shard; return the layout of the shard, and its tensors by name.
 
     Args:
-        path: of the shard, for messages; its last part becomes the shard's name.
+        path: path of the shard, for messages; its last part becomes the shard's name.
         header: all bytes before the tensors: 8 bytes of length, then JSON of that length.
         size: bytes of the file; None if there is none, and the header alone decides.
 

@@ -1,4 +1,4 @@
-"""Find the files of a folder that hold a model's weights. Every command gets the same answer, which is transformers' too."""
+"""Find the files of a folder that hold a model's weights. Every command reads the files that transformers reads."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def find_weights(folder: Path, name: str | None = None) -> WeightFiles:
 
     Args:
         folder: holds ``model.safetensors``, or shards and ``model.safetensors.index.json``.
-        name: of the model, for messages; default: the folder.
+        name: name of the model, for messages; None for the folder.
 
     Raises:
         ModelError: there are no weights, the index is not valid, transformers would read other files, or there is an adapter.
@@ -63,20 +63,20 @@ def find_weights(folder: Path, name: str | None = None) -> WeightFiles:
     if found.index is not None and single.is_file() and found.names != (SINGLE_NAME,):
         raise ModelError(
             f"{name} holds weights twice: {INDEX_NAME} names {len(found.names)} other files, and transformers would read "
-            f"{SINGLE_NAME} instead; move away the one that is not the model's"
+            f"{SINGLE_NAME} instead; move the file that is not the model's to another folder"
         )
     stated = _stated_weights(folder)
     ours = SINGLE_NAME if found.index is None else INDEX_NAME
     if stated not in (None, ours):
         raise ModelError(
-            f"{name}: config.json names the weights {stated!r} (transformers_weights), but {ours} lies there; remove that "
-            f"line, or rename the file that is the model's to {ours}"
+            f"{name}: config.json names the weights {stated!r} (transformers_weights), but the folder holds {ours}; remove "
+            f"that line, or rename the file that is the model's to {ours}"
         )
     adapter = _adapter(folder, found.names)
     if adapter is not None:
         raise ModelError(
-            f"{name} holds an adapter, {adapter}, beside the base weights, {ours}: it would be left out here, and "
-            "loaded by transformers where peft is installed; merge it first (peft's merge_and_unload, then save_pretrained), "
+            f"{name} holds an adapter, {adapter}, and the base weights, {ours}: thanos ignores adapters, "
+            "and transformers loads them if peft is installed; merge it first (peft's merge_and_unload, then save_pretrained), "
             "or move the adapter's files away"
         )
     return found
@@ -86,7 +86,7 @@ def parse_index(path: Path, data: bytes) -> dict[str, str]:
     """Return tensor → file name of a safetensors index.
 
     Args:
-        path: of the index, for messages.
+        path: path of the index, for messages.
         data: its bytes.
 
     Raises:
@@ -101,11 +101,11 @@ def parse_index(path: Path, data: bytes) -> dict[str, str]:
     for shard in dict.fromkeys(shard_of.values()):
         if Path(shard).name != shard or shard == "..":
             raise ModelError(
-                f"{path} names {shard!r}, which does not lie beside it; move the shards into the index's own folder, and name "
-                "them without a path"
+                f"{path} names {shard!r}, which is not in the same folder; move the shards into the folder of the index, and "
+                "name them without a path"
             )
         if not shard.endswith(".safetensors"):
-            raise ModelError(f"{path} names {shard!r}, which is no .safetensors file; save the model as safetensors")
+            raise ModelError(f"{path} names {shard!r}, which is not a .safetensors file; save the model as safetensors")
     return shard_of
 
 
@@ -113,7 +113,7 @@ def refuse_lone_adapter(folder: Path, name: str) -> None:
     """Refuse a folder that holds an adapter and no base weights.
 
     Raises:
-        ModelError: says how to merge the adapter.
+        ModelError: there is one; the message says how to merge it.
     """
     if (folder / SINGLE_NAME).exists() or (folder / INDEX_NAME).exists():
         return
@@ -158,7 +158,7 @@ def _keys(path: Path) -> list[str]:
 
 
 def _no_weights(folder: Path, name: str) -> str:
-    """Return the error line for a folder without readable weights: what the folder holds, and what to do."""
+    """Return the error line for a folder without readable weights, with its files and a remedy."""
     if any(file for glob in _PICKLES for file in folder.glob(glob)):
         return (
             f"{name} holds its weights as pickle files, which can run any code when they are read; convert them "
@@ -171,7 +171,7 @@ def _no_weights(folder: Path, name: str) -> str:
     if any("-of-" in other and other.startswith("model-") for other in others):
         remedy = f"its shards need their index, {INDEX_NAME}: download it"
     elif any(other.startswith("model.") for other in others):
-        remedy = "rename the files of the variant that you want so that these names come out"
+        remedy = "rename the files of the variant that you want to these names"
     else:
-        remedy = "save the model by save_pretrained, or download the files of transformers' own form"
+        remedy = "save the model with save_pretrained, or download the files that transformers reads"
     return f"{lacking}, only {', '.join(others[:3])}; {remedy}"

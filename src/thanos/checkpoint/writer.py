@@ -24,8 +24,8 @@ class CheckpointWriter:
     """The shards of an output folder.
 
     Args:
-        layout: of the output.
-        source: gives the bytes of the tensors that are never written, under the layout's names.
+        layout: layout of the output.
+        source: source of the bytes of tensors that are never written. It uses the names of the layout.
         folder: an existing folder. The shard files are created at their full size, and the disk reserves room for them. Files
             that an interrupted run left there keep their tensors.
         besides: bytes that others will write to the same disk during the run.
@@ -100,7 +100,7 @@ class CheckpointWriter:
         return _checksum(self.read(name).reshape(-1).view(torch.uint8))
 
     def take_checksum(self, name: str) -> str:
-        """Return, once, the checksum of the tensor that :meth:`write` was given. Nothing is read for it."""
+        """Return the checksum that :meth:`write` computed for a tensor, and forget it. Nothing is read."""
         return self._checksums.pop(name)
 
     def accept(self, name: str) -> None:
@@ -108,14 +108,14 @@ class CheckpointWriter:
         self.written.add(name)
 
     def flush(self) -> None:
-        """Force what was written to the disk."""
+        """Force all written bytes to the disk."""
         for shard in sorted(self._unsynced):
             sync(self._folder / shard)
         sync(self._folder)
         self._unsynced.clear()
 
     def finish(self) -> None:
-        """Copy what was never written from the source, write the index, and force everything to the disk.
+        """Copy the tensors that were not written from the source, write the index, and force everything to the disk.
 
         Raises:
             ResourceError: the input became shorter during the run.
@@ -145,7 +145,7 @@ class CheckpointWriter:
 
 
 def disk_shortage(needed: int, free: int, folder: Path) -> str:
-    """Return the line that says that a disk has too little room; empty if it has enough."""
+    """Return the error line for a disk with too little room; empty if there is enough."""
     if needed <= free:
         return ""
     return (
@@ -158,8 +158,8 @@ def check_room(layout: Layout, folder: Path, *, besides: int = 0) -> None:
     """Refuse a disk without room for an output. Changes nothing.
 
     Args:
-        layout: of the output.
-        folder: of the output; it need not exist. Shards that it holds already need no more room.
+        layout: layout of the output.
+        folder: folder of the output; it need not exist. Shards that exist already need no more room.
         besides: bytes that others will write to the same disk.
 
     Raises:

@@ -18,7 +18,7 @@ EXIT_TERMINATED = 143
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the ``thanos`` command and exit.
 
-    Exit codes: 0 fine, 2 a user's mistake, 130 interrupted (Ctrl-C), 143 terminated (SIGTERM), 1 anything else.
+    Exit codes: 0 success, 2 a user's mistake, 130 interrupted (Ctrl-C), 143 terminated (SIGTERM), 1 anything else.
     """
     from thanos.cli import torchrun as ranks
 
@@ -37,7 +37,7 @@ def run(arguments: Sequence[str]) -> int:
     # The command raises instead of exiting, so that _outcome maps every outcome to its exit code.
     again = shlex.join([*ranks.program(), *(word for word in arguments if word != "--resume"), "--resume"])
     words = list(arguments) or ["--help"]
-    return guard(lambda: _mendable(lambda: _command(words)), again=again)
+    return guard(lambda: _with_resource_errors(lambda: _command(words)), again=again)
 
 
 def _command(words: list[str]) -> Any:
@@ -46,8 +46,8 @@ def _command(words: list[str]) -> Any:
     return app(words, prog_name="thanos", standalone_mode=False)
 
 
-def _mendable(action: Callable[[], Any]) -> Any:
-    """Run an action. Turn errors of the operating system that a user can fix into a UserError."""
+def _with_resource_errors(action: Callable[[], Any]) -> Any:
+    """Run an action. Convert errors of the operating system that a user can fix to a UserError."""
     from thanos.errors import resource_errors
 
     with resource_errors():
@@ -75,7 +75,7 @@ def guard(action: Callable[[], Any], *, again: str = "") -> int:
 
 
 def _outcome(error: BaseException, hint: str, terminated: bool) -> int:
-    """Print in one line what ended an action, and return the exit code."""
+    """Print in one line why an action ended, and return the exit code."""
     from thanos.errors import UserError
 
     if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":
@@ -93,7 +93,7 @@ def _outcome(error: BaseException, hint: str, terminated: bool) -> int:
     if os.environ.get("THANOS_DEBUG"):
         raise error
     line = (str(error).strip().splitlines() or [""])[0]
-    return _fail(f"unexpected {type(error).__name__}: {line} (set THANOS_DEBUG=1 to see where){hint}", EXIT_OTHER)
+    return _fail(f"unexpected {type(error).__name__}: {line} (set THANOS_DEBUG=1 for the traceback){hint}", EXIT_OTHER)
 
 
 def _fail(message: str, code: int) -> int:

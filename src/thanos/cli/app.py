@@ -34,7 +34,7 @@ app = typer.Typer(
 bench = typer.Typer(
     name="bench",
     cls=Group,
-    help="Measure how fast this machine prunes, and how fast packed models decode, beside the least time needed.",
+    help="Measure how fast this machine prunes, and how fast packed models decode, compared with the least time.",
     short_help="Measure how fast this machine prunes.",
     rich_markup_mode=None,
 )
@@ -55,7 +55,7 @@ for _group, _name, _function, _examples, _help in (
     (app, "compare", compare.compare, compare.EXAMPLES, "Compare models by size, speed, quality and text."),
     (app, "inspect", inspect.inspect, inspect.EXAMPLES, "Show which weights are zero, and in which pattern."),
     (app, "pack", pack.pack, pack.EXAMPLES, "Write a pruned model with fewer bytes."),
-    (app, "unpack", pack.unpack, pack.UNPACK_EXAMPLES, "Turn a packed model into the dense folder again."),
+    (app, "unpack", pack.unpack, pack.UNPACK_EXAMPLES, "Restore the dense folder of a packed model."),
     (app, "study", study.study, study.EXAMPLES, "Prune and measure a grid of models and settings."),
     (app, "report", report.report, report.EXAMPLES, "Write the report of a study."),
     (bench, "layer", bench_layer.layer, bench_layer.EXAMPLES, "Time the solvers on one layer."),

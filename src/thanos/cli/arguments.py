@@ -15,7 +15,7 @@ from typer.core import TyperCommand, TyperGroup
 from thanos.cli.options import NUMBERS, SETTINGS
 from thanos.errors import UserError
 from thanos.settings import Heading, words
-from thanos.system.ranks import speaks
+from thanos.system.ranks import is_main_process
 from thanos.system.suggestions import near, near_number, near_whole
 
 _HELP = ("-h", "--help")
@@ -66,7 +66,7 @@ class Command(TyperCommand):
         if args and not any(word in _HELP for word in args):
             words = _Words(self, ctx.command_path, args)
             args = list(words)
-            for note in words.notes if speaks() else ():
+            for note in words.notes if is_main_process() else ():
                 print(f"warning: {note}", file=sys.stderr)
         try:
             return super().parse_args(ctx, args)
@@ -87,7 +87,7 @@ class Group(TyperGroup):
         if word.startswith("-") and word not in (*options, "-h", "--"):
             commands = [self.get_command(ctx, name) for name in self.list_commands(ctx)]
             later = any(word in param.opts for command in commands if command for param in command.params)
-            hint = "; it goes after the command" if later else near(word, options)
+            hint = "; give it after the command" if later else near(word, options)
             raise UserError(f"there is no option {word} before the command{hint}; see {ctx.command_path} --help")
         return super().parse_args(ctx, args or ["--help"])
 

@@ -1,4 +1,4 @@
-"""``thanos bench decode``: tokens a second and bytes of a packed model, beside a dense one."""
+"""``thanos bench decode``: tokens a second and bytes of a packed model, compared with a dense one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def decode(
     dense: Annotated[
         str | None, option("Model to compare with, in the same run", Heading.DECODING, "MODEL", default="none")
     ] = None,
-    context: Annotated[int, option("Tokens before the first new one", Heading.DECODING, "N")] = 128,
+    context: Annotated[int, option("Tokens before the first new token", Heading.DECODING, "N")] = 128,
     new_tokens: Annotated[int, option("New tokens to time", Heading.DECODING, "N")] = 64,
     compiled: Annotated[
         bool, option("Run the steps through torch.compile", Heading.DECODING, None, "--compile")
@@ -34,7 +34,7 @@ def decode(
     quiet: Quiet = False,
     **settings: Any,
 ) -> None:
-    """Time greedy decoding of PACKED, one token at a time; show its weights' bytes and the share of the memory's rate.
+    """Time greedy decoding of PACKED, one token at a time; show the bytes of its weights and the memory bandwidth used.
 
     On CUDA each step is a CUDA graph.
     """

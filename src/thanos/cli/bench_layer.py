@@ -38,7 +38,7 @@ _PLURALS = {"method": "methods", "pattern": "patterns", "block_size": "block_siz
     changed={
         "method": {"default": " and ".join(_METHODS)},
         "pattern": {"default": " and ".join(_PATTERNS)},
-        "seed": {"help": "Seed of the layer", "heading": Heading.LAYER},
+        "seed": {"help": "Seed of the random layer", "heading": Heading.LAYER},
     },
 )
 def layer(
@@ -77,7 +77,7 @@ def layer(
     tables.check_writable(json_file)
     chosen = {"method": _METHODS, "pattern": _PATTERNS, **given(settings)}
     device = str(choose_device(chosen.pop("device", "auto")))
-    asked = LayerSettings(
+    layer_settings = LayerSettings(
         shapes=shapes,
         tokens=tokens,
         repeats=repeats,
@@ -85,9 +85,9 @@ def layer(
         peers=peers,
         **{_PLURALS.get(name, name): value for name, value in chosen.items()},
     )
-    results = list(run(asked))
+    results = list(run(layer_settings))
     if json_file is not None:
-        tables.write_json(report(asked, results), json_file)
+        tables.write_json(report(layer_settings, results), json_file)
     if not tables.to_stdout(json_file):
         output.show_layer_times(results)
 

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from thanos.comparison.document import Comparison
 
 EXAMPLES = examples(
-    ("Compare a model with what was made of it", "thanos compare MODEL pruned packed"),
-    ("And with quantised versions of two of them", "thanos compare MODEL pruned --quantised int8,int4,pruned=int8"),
-    ("Draw the page again, or one of several runs", "thanos compare first/comparison.json second --out both"),
+    ("Compare a model with its pruned and packed versions", "thanos compare MODEL pruned packed"),
+    ("Compare quantised versions of two of them too", "thanos compare MODEL pruned --quantised int8,int4,pruned=int8"),
+    ("Draw one page from the results of several runs", "thanos compare first/comparison.json second --out both"),
 )
 
 
@@ -41,8 +41,8 @@ def compare(
         list[str],
         typer.Argument(
             metavar="MODEL...",
-            help="Models: hub names, folders, .gguf files. The others are compared with the first. Or comparison.json files "
-            "of earlier runs, from which one page is drawn.",
+            help="Hub names, folders or .gguf files; the others are compared with the first. Or comparison.json files of "
+            "earlier runs, from which one page is drawn.",
             show_default=False,
         ),
     ],
@@ -63,7 +63,7 @@ def compare(
     prompts: Annotated[
         Path | None,
         option(
-            "Text file of prompts that each model continues, with a blank line between two",
+            "Text file of prompts that each model continues, separated by blank lines",
             Heading.COMPARISON,
             "FILE",
             default="three prompts",
@@ -74,7 +74,7 @@ def compare(
     compiled: Annotated[
         bool,
         option(
-            "Compile each model by torch.compile before it is timed, which torchao's int8 needs to be fast",
+            "Compile each model with torch.compile before it is timed; torchao's int8 is slow without",
             Heading.DECODING,
             None,
             "--compile",
@@ -106,7 +106,7 @@ def compare(
     quiet: Quiet = False,
     **settings: Any,
 ) -> None:
-    """Measure models side by side, each alone: bytes, speed, perplexity, distance to the first, accuracy and texts.
+    """Measure several models, one after another: bytes, speed, perplexity, distance to the first, accuracy and texts.
 
     Exits with 1 if a model could not be measured; the reason is in its row.
     """
@@ -127,8 +127,8 @@ def compare(
             from thanos.evaluation.tasks import task_names
 
             if tasks is None and (task_folder is not None or limit is not None):
-                raise DataError("--task-folder and --limit belong to --tasks; name the tasks")
-            comparison_output.check_place(out)
+                raise DataError("--task-folder and --limit need --tasks; name the tasks")
+            comparison_output.check_writable_folder(out)
             request = Request(
                 text=text,
                 sequence_length=sequence_length,
@@ -169,6 +169,6 @@ def _earlier(models: list[str]) -> list[Comparison] | None:
     if not all(stored):
         other = models[stored.index(False)]
         raise DataError(
-            f"{other} is a model, and others are comparisons; measure models first, then draw one page of the results"
+            f"{other} is a model, but others are comparisons; measure models first, then draw one page of the results"
         )
     return read_comparisons([Path(name) for name in models])

@@ -15,17 +15,19 @@ if TYPE_CHECKING:
     from thanos.comparison.document import Comparison
 
 
-def check_place(out: Path) -> None:
+def check_writable_folder(out: Path) -> None:
     """Raise ResourceError, before the work begins, if ``out`` is a file or may not be written."""
     if out.exists() and not out.is_dir():
         raise ResourceError(f"--out {out} is a file; give a folder")
     there = next((folder for folder in (out, *out.resolve().parents) if folder.is_dir()), Path())
     if not os.access(there, os.W_OK):
-        raise ResourceError(f"--out {out} cannot be written: you may not write there; give another place")
+        raise ResourceError(
+            f"--out {out} cannot be written: you have no permission to write there; give another folder"
+        )
 
 
 def show_comparison(runs: Sequence[Comparison], out: Path) -> None:
-    """Print the tables of a comparison, the reasons of what failed, and the page's place."""
+    """Print the tables of a comparison, the reasons of failures, and the path of the page."""
     from thanos.comparison.report import PAGE, build_report
 
     report = build_report(runs)

@@ -1,7 +1,7 @@
 """``make demo``: prune a real model in two ways, and show size, speed and quality of all in one table.
 
 This is not a command of ``thanos``. Its steps are those of ``thanos prune``, ``pack`` and ``compare`` with small settings, on
-the help of Python's standard library. Each step is announced by its command.
+the help of Python's standard library. Each step first shows its command.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def demo(model: str, out: Path) -> None:
     from thanos.model.loading import load_model
     from thanos.model.source import resolve_model
 
-    def say(*words: object, **settings: object) -> str:
+    def announce(*words: object, **settings: object) -> str:
         options = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", value)]
         command = shlex.join(map(str, ("thanos", *words, *options)))
         watcher(Event(kind="note", phase="load", message=command))
@@ -54,16 +54,16 @@ def demo(model: str, out: Path) -> None:
         source.tokenizer().save_pretrained(dense)
         for name, recipe in _RECIPES.items():
             settings = recipe | _SETTINGS
-            say("prune", dense, out / name, **settings)
+            announce("prune", dense, out / name, **settings)
             report = thanos.prune(dense, out / name, thanos.Recipe(**settings), overwrite=True, on_event=watcher)
             output.show_warnings(report)
             seconds[name] = report.seconds
-        say("pack", pruned, packed)
+        announce("pack", pruned, packed)
         began = time.perf_counter()
         thanos.pack(pruned, packed, overwrite=True, on_event=watcher)
         seconds["packed"] = seconds.pop("pruned") + time.perf_counter() - began
         models = [str(folder) for folder in (dense, packed, shrunk)]
-        command = say("compare", *models, out=page, **_EVALUATION)
+        command = announce("compare", *models, out=page, **_EVALUATION)
         found = compare(models, Request(**_EVALUATION), command=command, on_event=watcher)
         write_report([found], page, watcher)
     head = ("", "MB on disk", "MB in memory", "tokens/s", "perplexity", "seconds of work")
@@ -71,7 +71,7 @@ def demo(model: str, out: Path) -> None:
     for row in found.rows:
         for note in filter(None, (*row.notes, row.reason)):
             print(f"{row.label}: {note}")
-    print(f"What each model writes for three prompts, and the figures: {page / PAGE}")
+    print(f"The texts of the models for three prompts, and the figures: {page / PAGE}")
 
 
 def _line(row: Row, seconds: dict[str, float]) -> list[str]:

@@ -73,7 +73,11 @@ def evaluate(
     no_cache: Annotated[
         bool,
         option(
-            "Score tasks again that were scored before", Heading.TASKS, None, "--no-cache", default="reuse the scores"
+            "Score tasks again, even those with stored scores",
+            Heading.TASKS,
+            None,
+            "--no-cache",
+            default="reuse the scores",
         ),
     ] = False,
     threads: Threads = None,
@@ -111,7 +115,7 @@ def evaluate(
         output.show_zero_shot(scores, json_file)
         return
     if task_folder is not None or limit is not None or no_cache:
-        raise DataError("--task-folder, --limit and --no-cache belong to --tasks; name the tasks")
+        raise DataError("--task-folder, --limit and --no-cache need --tasks; name the tasks")
     with display.watch(quiet=quiet) as watcher:
         result = thanos.evaluate(
             model,

@@ -12,7 +12,7 @@ from thanos.settings import Heading
 EXAMPLES = examples(
     ("Show how many weights of each layer are zero, and in which pattern", "thanos inspect pruned"),
     ("Exit with 1 unless every pruned layer keeps at most 2 of 4 weights", "thanos inspect pruned --require 2:4"),
-    ("Show what a smaller model lacks of the model that it was made from", "thanos inspect smaller --dense MODEL"),
+    ("Show which parts of its dense model a smaller model lacks", "thanos inspect smaller --dense MODEL"),
 )
 
 
@@ -25,7 +25,8 @@ def inspect(
         option("Exit with 1 unless every pruned layer satisfies this pattern: N:M or columns", Heading.RUN, "PATTERN"),
     ] = None,
     dense: Annotated[
-        str | None, option("Also count what MODEL, if it is smaller, lacks of this dense model", Heading.RUN, "MODEL")
+        str | None,
+        option("If MODEL is smaller, also count the parts of this dense model that it lacks", Heading.RUN, "MODEL"),
     ] = None,
     json_file: JsonFile = None,
     quiet: Quiet = False,

@@ -32,7 +32,7 @@ class EndedEarly(Exception):  # noqa: N818  an interruption is not an error
         """Return the end of the error line: the number of finished blocks and the command to resume, if that can help."""
         if self.finished and not recurs(self.error):
             return f"; {self.finished} of {self.blocks} {self.unit} are finished, continue with: {again}"
-        return "; nothing was left behind" if isinstance(self.error, KeyboardInterrupt) else ""
+        return "; no files are left" if isinstance(self.error, KeyboardInterrupt) else ""
 
 
 @contextmanager

@@ -141,13 +141,13 @@ _MOST_THREADS = 1024
 
 def resume_option(out: str) -> Any:
     """Return the option ``--resume`` of a command that writes the folder ``out``."""
-    text = f"Continue an interrupted run of this command; start it if there is none, do nothing if {out} is complete"
-    return option(text, Heading.RUN, None, "--resume", default="refuse to")
+    text = f"Continue an interrupted run of this command; start one if there is none, do nothing if {out} is complete"
+    return option(text, Heading.RUN, None, "--resume", default="refuse")
 
 
 def overwrite_option(text: str) -> Any:
     """Return the option ``--overwrite`` of a command that writes a folder."""
-    return option(text, Heading.OUTPUT, None, "--overwrite", default="refuse to")
+    return option(text, Heading.OUTPUT, None, "--overwrite", default="refuse")
 
 
 def use_threads(threads: int | None) -> None:

@@ -51,7 +51,7 @@ def show_report(report: PruningReport, out: Path, *, complete: bool = False) -> 
     rows = [
         ("method, pattern", f"{recipe['method']}, {recipe['pattern']}"),
         *(cut_rows(report.cut) or _sparsity_rows(totals, "pruned")),
-        ("mean layer error, zeros alone", number(totals["mean_error_before_compensation"])),
+        ("mean layer error, before compensation", number(totals["mean_error_before_compensation"])),
         (f"mean layer error, {_last_step(report)}", number(totals["mean_error_after_compensation"])),
         *_repair_rows(report),
         *phase_rows(report.phases),
@@ -70,7 +70,7 @@ def _sparsity_rows(totals: Mapping[str, Any], which: str) -> list[tuple[str, str
 
 
 def _last_step(report: PruningReport) -> str:
-    """Return in words when the last error of a layer was measured: nothing measures it again after a layer was trained."""
+    """Return in words when a layer's last error was measured: it is not measured again after training."""
     changed = any(layer.changed_by for layer in report.layers)
     return "before tuning" if changed else "as written"
 
@@ -190,7 +190,9 @@ def show_inspection(found: Inspection, json_file: Path | None) -> None:
             show_shrinkage(found.smaller)
     rows = _sparsity_rows(found.totals, "targeted")
     if found.require:
-        rows.append((f"pattern {found.require}", "broken" if found.violations else "satisfied by every targeted layer"))
+        rows.append(
+            (f"pattern {found.require}", "violated" if found.violations else "satisfied by every targeted layer")
+        )
     damaged, others = found.damaged, [tensor for tensor in found.not_finite if not tensor.parameter]
     rows.append(("NaN, infinity in parameters", _not_finite(damaged)))
     if others:
@@ -238,7 +240,7 @@ def show_model_time(result: ModelTime) -> None:
         rows.append(cells)
     floor = sum(result.floor_seconds.values())
     rows.append(("total", f"{result.seconds:.2f}", f"{floor:.2f}", f"{result.seconds / floor:.1f} ×", "", ""))
-    print_table((f"{result.blocks} blocks", "seconds", "floor", "of floor", "host peak", "device peak"), rows)
+    print_table((f"{result.blocks} blocks", "seconds", "floor", "× floor", "host peak", "device peak"), rows)
     print_table(("solve", "seconds"), [(kind, f"{seconds:.2f}") for kind, seconds in result.solve_seconds.items()])
     rates = ", ".join(f"{name} {value:.3g}/s" for name, value in result.rates.to_dict().items())
     estimated = "" if result.blocks == result.shape.blocks else f", estimated from {result.blocks}"
@@ -264,5 +266,6 @@ def show_layer_times(results: Sequence[LayerTime]) -> None:
         )
         for r in results
     ]
-    head = ("layer", "method", "pattern", "B", "seconds", "× factorisation", "% of model", "error", "sparsity", "peak")
+    times = ("seconds", "× factorisation", "% of peak rate")
+    head = ("layer", "method", "pattern", "B", *times, "error", "sparsity", "peak memory")
     print_table(head, rows)

@@ -15,7 +15,7 @@ EXAMPLES = examples(
     ("Pack small layers too", "thanos pack pruned packed --least-weights 1"),
 )
 UNPACK_EXAMPLES = examples(
-    ("Get the dense folder back", "thanos unpack packed pruned"),
+    ("Restore the dense folder", "thanos unpack packed pruned"),
     ("Replace an earlier copy of it", "thanos unpack packed pruned --overwrite"),
 )
 
@@ -64,7 +64,7 @@ def unpack(
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write the dense folder of PACKED to OUT, byte by byte the one that was packed."""
+    """Write the dense folder of PACKED to OUT, equal byte for byte to the folder that was packed."""
     from thanos.cli import packed_output
     from thanos.cli import progress as display
 

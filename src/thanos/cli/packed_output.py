@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def show_packing(report: Packing, out: Path, json_file: Path | None) -> None:
-    """Print what was packed and why other layers were not, and write it as JSON if a file is given."""
+    """Print the packed layers, and why others stay dense; write the result as JSON if a file is given."""
     if not to_stdout(json_file):
         rows = [
             (
@@ -69,7 +69,7 @@ def show_decoding(report: DecodeReport, json_file: Path | None) -> None:
         )
         for one in report.models
     ]
-    head = ("model", "packed layers", "tokens/s", "speed", "weights", "bytes", "weights read", "of the memory's rate")
+    head = ("model", "packed layers", "tokens/s", "speed", "weights", "bytes", "weights read", "of memory bandwidth")
     print_table(head, rows, title=f"{report.machine['device']}, batch 1, {report.context} tokens of context")
     if report.same_tokens is not None:
         print(f"the first {report.same_tokens} of {report.new_tokens} new tokens are the same in both models")

@@ -89,8 +89,8 @@ def shown(
 ) -> Iterator[Callable[[E], None]]:
     """Yield a function that shows events on ``stream`` (default: the standard error).
 
-    It is a live display on a terminal and writes plain lines elsewhere. With ``quiet`` it hides progress: it writes the notes
-    alone, each on a plain line, since a person should read them.
+    It is a live display on a terminal and writes plain lines elsewhere. With ``quiet`` it hides progress: it writes only the
+    notes, which a person should read, each on a plain line.
     """
     target = stream or sys.stderr
     if quiet:
@@ -104,11 +104,7 @@ def shown(
 
 
 class PlainLines:
-    """Writes a line for each phase outside the blocks, each finished block and each note, and sometimes for progress.
-
-    Args:
-        stream: stream for the lines.
-    """
+    """Writes a line for each phase outside the blocks, each finished block and each note, and sometimes for progress."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream

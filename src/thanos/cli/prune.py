@@ -1,4 +1,4 @@
-"""``thanos prune``: prune a model, or predict the time and memory of that."""
+"""``thanos prune``: prune a model, or predict the time and memory that this takes."""
 
 from __future__ import annotations
 
@@ -65,13 +65,19 @@ def prune(
     plan: Annotated[
         bool,
         option(
-            "Only predict memory, disk and time, and what does not fit", Heading.RUN, None, "--plan", default="prune"
+            "Only predict memory, disk and time, and name resources that do not suffice",
+            Heading.RUN,
+            None,
+            "--plan",
+            default="prune",
         ),
     ] = False,
     overwrite: Annotated[bool, overwrite_option("Replace OUT, and discard an interrupted run")] = False,
     json_file: Annotated[
         Path | None,
-        option("With --plan, write it as JSON, - for the standard output", Heading.OUTPUT, "FILE", "--json"),
+        option(
+            "With --plan, write the prediction as JSON, - for the standard output", Heading.OUTPUT, "FILE", "--json"
+        ),
     ] = None,
     quiet: Quiet = False,
     **settings: Any,
@@ -80,7 +86,7 @@ def prune(
     chosen = merge_recipe(recipe, given(settings) | _error_setting(measure_error))
     if json_file is not None and not plan:
         raise RecipeError(
-            "--json belongs to --plan: give --plan too, or leave --json out; a run reports in OUT/pruning.json"
+            "--json needs --plan: give --plan too, or leave --json out; the report of a run is OUT/pruning.json"
         )
     if plan and resume:
         raise RecipeError("--plan predicts a whole run, not a resumed one; leave out --resume or --plan")
@@ -102,11 +108,11 @@ def prune(
         return
     work = WorkFolder(out)
     complete = resume and not overwrite and work.is_complete
-    with ending.resumable(work), display.watch(quiet=quiet, silent=not ranks.speaks()) as watcher:
+    with ending.resumable(work), display.watch(quiet=quiet, silent=not ranks.is_main_process()) as watcher:
         report = thanos.prune(
             model, out, chosen, overwrite=overwrite, resume=resume, activations=activations, on_event=watcher
         )
-    if ranks.speaks():
+    if ranks.is_main_process():
         output.show_report(report, out, complete=complete)
 
 
@@ -133,7 +139,7 @@ def merge_recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
         raise RecipeError(f"recipe {path} is empty; write a setting such as sparsity = 0.5, or leave --recipe out")
     if base.trust_remote_code and not flags.get("trust_remote_code"):
         raise RecipeError(
-            f"recipe {path} asks to run Python code that comes with the checkpoint, which a file cannot allow; read that code, "
-            "then give --trust-remote-code"
+            f"recipe {path} sets trust_remote_code, which a file cannot allow; read the Python code that comes with the "
+            "checkpoint, then give --trust-remote-code"
         )
     return base.replace(**base.suited(flags))

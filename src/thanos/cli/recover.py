@@ -23,7 +23,10 @@ from thanos.recovery.recipe import RecoveryRecipe
 from thanos.settings import Heading, settings_of
 
 EXAMPLES = examples(
-    ("Recover what prune wrote, on the same text", "thanos recover pruned recovered --dense meta-llama/Llama-3.2-1B"),
+    (
+        "Recover a model that prune wrote, on the same text",
+        "thanos recover pruned recovered --dense meta-llama/Llama-3.2-1B",
+    ),
     (
         "Train longer on your own text, with less memory",
         "thanos recover pruned recovered --dense ./model --calibration text.jsonl --epochs 20 --micro-batch 1",
@@ -39,7 +42,7 @@ def recover(
     out: Annotated[Path, typer.Argument(metavar="OUT2", help="The folder to write; appears when it is complete.")],
     *,
     dense: Annotated[
-        str, option("The model that OUT was pruned from", Heading.RECOVERY, "MODEL", default="none, it must be given")
+        str, option("The model that OUT was pruned from", Heading.RECOVERY, "MODEL", default="none; required")
     ],
     threads: Threads = None,
     resume: Annotated[bool, resume_option("OUT2")] = False,
@@ -63,9 +66,9 @@ def recover(
 
     work = RecoveryFolder(out)
     complete = resume and not overwrite and work.is_complete
-    with ending.resumable(work), display.watch(quiet=quiet or not ranks.speaks()) as watcher:
+    with ending.resumable(work), display.watch(quiet=quiet or not ranks.is_main_process()) as watcher:
         report = thanos.recover(
             pruned, out, dense=dense, recipe=recipe, overwrite=overwrite, resume=resume, on_event=watcher
         )
-    if ranks.speaks():
+    if ranks.is_main_process():
         output.show_recovery(report, out, json_file, complete=complete)

@@ -1,4 +1,4 @@
-"""What ``inspect --dense`` prints."""
+"""The output of ``inspect --dense``."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _SIZES = {
     "key_value_heads": "key-value heads of each block",
 }
 
-_UNKNOWN = "which blocks are gone is not known: the model has no pruning.json that names as many"
+_UNKNOWN = "the removed blocks are not known: the model has no pruning.json that names as many"
 
 
 def show_shrinkage(found: Shrinkage) -> None:
-    """Print what a smaller model lacks of its dense parent: by block, and altogether.
+    """Print the parts of its dense parent that a smaller model lacks: by block, and in total.
 
     Blocks are counted from 1, as in the display of a run and in the model card.
     """
@@ -32,7 +32,7 @@ def show_shrinkage(found: Shrinkage) -> None:
         removed = [f"{_inside_block(name)}: {_units(len(units))}" for name, units in one.removed.items()]
         rows.append(
             (
-                *("gone" if index is None else str(index + 1) for index in (one.dense_block, one.block)),
+                *("removed" if index is None else str(index + 1) for index in (one.dense_block, one.block)),
                 *_cells(one.parameters),
                 ", ".join(removed[:2]) + (f" and {len(removed) - 2} more" if len(removed) > 2 else "") or "-",
             )

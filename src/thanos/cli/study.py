@@ -106,7 +106,7 @@ def _failures(found: StudyResult, without: int, out: Path) -> str:
 
     parts = [f"{without} of {len(found.states)} cells failed"]
     if count := found.count("impossible"):
-        parts.append(f"{count} of them because no such recipe is possible: change the study")
+        parts.append(f"{count} of them because their recipes are impossible: change the study")
     parts.append(f'the reasons are in {out / STORE_NAME} under "reason", and in the report of: thanos report {out}')
     if found.count("failed"):
         parts.append(f"the same command runs {'the others' if found.count('impossible') else 'them'} again")

@@ -64,9 +64,11 @@ def check_writable(path: Path | None) -> None:
         raise ResourceError(f"--json {path} is a folder; give a file, or - for the standard output")
     folder = path.resolve().parent
     if not folder.is_dir():
-        raise ResourceError(f"--json {path} cannot be written: there is no folder {folder}; make it first")
+        raise ResourceError(f"--json {path} cannot be written: there is no folder {folder}; create it first")
     if not os.access(path if path.exists() else folder, os.W_OK):
-        raise ResourceError(f"--json {path} cannot be written: you may not write there; give another place")
+        raise ResourceError(
+            f"--json {path} cannot be written: you have no permission to write there; give another path"
+        )
 
 
 def phase_rows(phases: dict[str, PhaseRecord]) -> list[tuple[str, str]]:

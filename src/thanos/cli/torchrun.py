@@ -38,7 +38,7 @@ _reported = threading.Event()
 def report_failure(message: str) -> None:
     """Print the error line of this process, or nothing if another process of the run has failed before.
 
-    Of several processes and their threads, only one call prints.
+    Only one call prints, among all processes and their threads.
     """
     if not first_to_fail():
         return

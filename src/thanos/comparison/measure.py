@@ -133,7 +133,7 @@ def speed(network: PreTrainedModel, source: ModelSource, request: Request) -> di
 
 
 def tasks(
-    network: PreTrainedModel, source: ModelSource, request: Request, reference: Reference, tell: Watcher
+    network: PreTrainedModel, source: ModelSource, request: Request, reference: Reference, on_event: Watcher
 ) -> dict[str, Any]:
     """Return the row's field ``zero_shot``."""
     from thanos.evaluation.tasks import zero_shot
@@ -144,7 +144,7 @@ def tasks(
         task_folder=request.task_folder,
         limit=request.limit,
         bos="window" if reference.bos == "window" else "auto",
-        on_event=tell,
+        on_event=on_event,
         trust_remote_code=request.trust_remote_code,
         network=network,
     ).to_dict()
@@ -152,7 +152,7 @@ def tasks(
 
 
 def quality(
-    network: PreTrainedModel, source: ModelSource, reference: Reference, first: ModelSource, tell: Watcher
+    network: PreTrainedModel, source: ModelSource, reference: Reference, first: ModelSource, on_event: Watcher
 ) -> dict[str, Any]:
     """Return the row's field ``evaluation``: perplexity, and distance to the first model.
 
@@ -161,7 +161,7 @@ def quality(
         source: the model's source.
         reference: windows and the first model, on the device of ``network``.
         first: source of the first model.
-        tell: function that is called with events of progress.
+        on_event: function that is called with events of progress.
 
     Raises:
         DataError: the tokenizers of the two models give other tokens, so their perplexities cannot be compared.
@@ -176,7 +176,7 @@ def quality(
     if network.config.get_text_config().vocab_size != reference.model.config.get_text_config().vocab_size:
         reference = replace(reference, dense=None, model=None)
         notes = ["its vocabulary has another size than the first model's, so it has no KL divergence"]
-    scored = evaluate(source.name, reference=reference, network=network, on_event=tell).to_dict()
+    scored = evaluate(source.name, reference=reference, network=network, on_event=on_event).to_dict()
     return {"evaluation": {name: scored[name] for name in _EVALUATED}, "notes": notes}
 
 

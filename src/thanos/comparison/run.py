@@ -97,7 +97,7 @@ def compare(
     about = {**machine(str(run.device)), **_packages(entries)}
     rows: list[Row] = []
     for done, (entry, label) in enumerate(zip(entries, labels_of(entries), strict=True), 1):
-        run.tell(Event(kind="note", phase="load", message=f"model {done} of {len(entries)}: {label}"))
+        run.on_event(Event(kind="note", phase="load", message=f"model {done} of {len(entries)}: {label}"))
         rows.append(run.row(entry, label))
         if on_row is not None:
             on_row(Comparison(command=command, machine=about, settings=run.settings(), rows=[*rows]))
@@ -139,8 +139,8 @@ def _packages(entries: Sequence[Entry]) -> dict[str, Any]:
 class _Run:
     """One run. The first model stays in the host's memory between comparisons with it."""
 
-    def __init__(self, request: Request, tell: Watcher) -> None:
-        self.request, self.tell = request, tell
+    def __init__(self, request: Request, on_event: Watcher) -> None:
+        self.request, self.on_event = request, on_event
         self.device = choose_device(request.device)
         self._reference: Reference | None = None
         self._first: tuple[ModelSource, Facts] | None = None
@@ -206,9 +206,9 @@ class _Run:
             fields |= values
 
     def _measure(self, entry: Entry, fields: dict[str, Any]) -> None:
-        request, tell = self.request, self.tell
+        request, on_event = self.request, self.on_event
         source = resolve_model(entry.model, trust_remote_code=request.trust_remote_code, packed=True)
-        tell(Event(kind="phase", phase="load"))
+        on_event(Event(kind="phase", phase="load"))
         assert self._dtype is not None
         network = load_model(source, dtype=self._dtype, device=self.device)
         facts = Facts.of(network, source)
@@ -222,7 +222,7 @@ class _Run:
                 sequence_length=request.sequence_length,
                 max_windows=request.max_windows,
                 bos=request.bos,
-                emit=tell,
+                emit=on_event,
             )
             self._reference = replace(self._reference, dense=source.name, model=network)
             self._first = source, facts
@@ -237,13 +237,13 @@ class _Run:
         fields["dtype"] = str(network.dtype).removeprefix("torch.")
         if network.dtype != self._dtype:  # packed weights keep the dtype in which they were packed
             fields["notes"].append(f"runs in {fields['dtype']}, the dtype of its packed weights")
-        tell(Event(kind="phase", phase="evaluate"))
+        on_event(Event(kind="phase", phase="evaluate"))
         self._try(fields, lambda: {"texts": continuations(network, source.tokenizer(), request.prompts)})
         self._try(fields, lambda: speed(network, source, request))
         if request.tasks:
-            self._try(fields, lambda: tasks(network, source, request, reference, tell))
+            self._try(fields, lambda: tasks(network, source, request, reference, on_event))
         reference.model.to(self.device)  # type: ignore[arg-type]
-        self._try(fields, lambda: quality(network, source, reference, first, tell))
+        self._try(fields, lambda: quality(network, source, reference, first, on_event))
 
     def _free(self) -> None:
         """Move the first model to the host's memory, and free the device's memory of the measured one."""

@@ -11,6 +11,7 @@ import mmap
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,10 +33,11 @@ DEVICE_SHARE = 0.4
 HOST_SHARE = 0.5
 """Fraction of the host's free memory that the activations may use."""
 
+SPARE_SHARE = 0.1
+"""Fraction of a tier's free memory that states may use which only save time. Up to four such buffers are kept."""
+
 _CANNOT_PIN = "CUDA cannot pin the activations in host memory (error {}); use --activations disk"
-_CANNOT_UNPIN = (
-    "CUDA cannot unpin the activations (error {}), because of an earlier error of the device: look for that one"
-)
+_CANNOT_UNPIN = "CUDA cannot unpin the activations (error {}), after an earlier error of the device: see that error"
 
 
 def check_tier(asked: str) -> str:
@@ -51,16 +53,15 @@ def choose_tier(
     """Choose the storage tier of the activations, ``needed`` bytes, by measured free memory.
 
     On the CPU, device and host memory are the same, and the tier is called ``host``. ``folder`` is on the disk that would hold
-    the file. A tier that is ``asked`` for is used without a check of free memory; disk space is always checked. ``taken`` maps
-    a tier to bytes of it that are free now and will be taken before. Raises RecipeError for an unknown tier, and ResourceError
+    the file. If ``asked`` names a tier, it is used without a check of free memory; disk space is always checked. ``taken`` maps
+    a tier to the bytes that are free now and will be in use by then. Raises RecipeError for an unknown tier, and ResourceError
     if the disk was chosen and has too little free space.
     """
     tier, before = check_tier(asked), taken or {}
     if tier == "auto":
-        if device.type == "cuda" and needed <= DEVICE_SHARE * (free_device_bytes(device) - before.get("device", 0)):
-            tier = "device"
-        else:
-            tier = "host" if needed <= HOST_SHARE * (free_host_bytes() - before.get("host", 0)) else "disk"
+        tiers: tuple[Tier, ...] = ("device", "host") if device.type == "cuda" else ("host",)
+        shares = {"device": DEVICE_SHARE, "host": HOST_SHARE}
+        tier = next((one for one in tiers if needed <= shares[one] * (_free(one, device) - before.get(one, 0))), "disk")
     if tier == "device" and device.type == "cpu":
         tier = "host"
     if tier == "disk" and needed > free_disk_bytes(folder) - before.get("disk", 0):
@@ -69,6 +70,15 @@ def choose_tier(
             "lower --samples or --sequence-length, or write OUT to another disk"
         )
     return tier  # type: ignore[return-value]
+
+
+def has_spare_room(tier: str, needed: int, device: torch.device, taken: int = 0) -> bool:
+    """Return whether ``needed`` bytes are a small part of a tier's free memory, after ``taken`` bytes that are free now."""
+    return needed <= SPARE_SHARE * (_free(tier, device) - taken)
+
+
+def _free(tier: str, device: torch.device) -> int:
+    return free_device_bytes(device) if tier == "device" else free_host_bytes()
 
 
 class Activations:
@@ -80,14 +90,17 @@ class Activations:
         tier: storage tier; see :func:`choose_tier`.
         device: device on which the blocks run.
         folder: existing folder for the file of tier ``disk``. The file has no name, so it is deleted when the process ends.
+        boundary: a sequence before which a batch ends, None for none: the first that is held out.
 
     Raises:
         ResourceError: the disk has no room, or CUDA cannot pin the host memory.
     """
 
-    def __init__(self, samples: int, like: Tensor, tier: Tier, device: torch.device, folder: Path) -> None:
+    def __init__(
+        self, samples: int, like: Tensor, tier: Tier, device: torch.device, folder: Path, boundary: int | None = None
+    ) -> None:
         self.tier: Tier = tier
-        self._device = device
+        self._device, self._boundary = device, boundary
         self._shape, self._dtype = (samples, *like.shape[1:]), like.dtype
         self._pages: mmap.mmap | None = None
         self._pinned = False
@@ -107,19 +120,20 @@ class Activations:
     def batches(self, size: int, first: int = 0, end: int | None = None) -> Iterator[tuple[int, Tensor]]:
         """Yield (index of the batch's first sequence, states (≤ size, T, d) on the device), for sequences [first, end).
 
-        ``end`` None stands for the number of sequences. No batch reaches beyond it.
+        ``end`` None stands for the number of sequences. No batch reaches beyond it, or over the boundary.
         """
         end = self._shape[0] if end is None else end
-        starts = range(first, end, size)
+        boundary = end if self._boundary is None else min(max(first, self._boundary), end)
+        parts = pairwise((first, boundary, end))
+        spans = [(start, min(size, stop - start)) for begin, stop in parts for start in range(begin, stop, size)]
         coming: Future[tuple[Tensor, Any]] | None = None
-        for start in starts:
+        for number, (start, count) in enumerate(spans, 1):
             if self._at_hand:
-                yield start, self._read(start, min(size, end - start))
+                yield start, self._read(start, count)
                 continue
-            coming = coming or self._copier.submit(self._fetch, start, min(size, end - start))
+            coming = coming or self._copier.submit(self._fetch, start, count)
             states = self._ready(coming)
-            after = start + size
-            coming = self._copier.submit(self._fetch, after, min(size, end - after)) if after < end else None
+            coming = self._copier.submit(self._fetch, *spans[number]) if number < len(spans) else None
             yield start, states
 
     def gather(self, batches: Iterable[Sequence[int]]) -> Iterator[Tensor]:
@@ -150,7 +164,11 @@ class Activations:
     def empty_like(self, tier: Tier, folder: Path) -> Activations:
         """Return storage for hidden states of the same shape and dtype, in another tier; its values are undefined."""
         one = torch.empty((), dtype=self._dtype).expand(1, *self._shape[1:])
-        return Activations(self._shape[0], one, tier, self._device, folder)
+        return Activations(self._shape[0], one, tier, self._device, folder, self._boundary)
+
+    def takes(self, states: Tensor) -> bool:
+        """Return whether hidden states (B, T, d) have the shape and dtype of those that are stored."""
+        return states.shape[1:] == self._shape[1:] and states.dtype == self._dtype
 
     def fill_from(self, other: Activations) -> None:
         """Copy all hidden states of ``other``."""

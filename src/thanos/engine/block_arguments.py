@@ -17,7 +17,7 @@ class Unread:
     """
 
     def _refuse(self, *_: object) -> NoReturn:
-        raise TypeError("what a block returns beside its hidden states is not kept")
+        raise TypeError("values that a block returns in addition to its hidden states are not kept")
 
     __getattr__ = __getitem__ = __bool__ = __len__ = __iter__ = __add__ = __radd__ = __mul__ = __rmul__ = _refuse
 
@@ -81,7 +81,7 @@ def shared_values(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[dict[An
 
 
 def changed_values(before: list[dict[Any, Any]], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[dict[Any, Any]]:
-    """Return, for each mapping among the arguments, what a block has stored in it.
+    """Return, for each mapping among the arguments, the entries that a block has stored in it.
 
     Args:
         before: :func:`shared_values` of the same arguments before the block ran.

@@ -21,7 +21,7 @@ from thanos.engine.block_arguments import (
     split,
     with_entries,
 )
-from thanos.engine.picture import Picture, draw_picture
+from thanos.engine.data_flow import DataFlow, trace_data_flow
 from thanos.engine.weightless import replaced_forwards
 from thanos.errors import ModelError
 
@@ -91,50 +91,51 @@ class BlockCalls:
     differs between sequences or if its size grows with the batch (BLOOM's position biases, (heads, 1, T) per sequence). Any
     other argument is passed once. A trial with a batch of two sequences shows which arguments grow.
 
-    Some models hand all blocks one mapping, in which a block stores values that later blocks read, such as keys and values in
-    Gemma 4. Here each sequence has a mapping of its own, and a batch gets a new one with the joined values of its sequences. So
-    any sequences may form a batch, and what a pass stores is dropped. With ``keep``, :meth:`run` gives each sequence its part.
+    Some models pass one mapping to all blocks, in which a block stores values that later blocks read, such as keys and values
+    in Gemma 4. Here each sequence has its own mapping, and a batch gets a new one with the joined values of its sequences. So
+    any sequences may form a batch, and the values that a pass stores are dropped. With ``keep``, :meth:`run` stores each
+    sequence's part.
 
     Args:
         blocks: the model's decoder blocks.
-        picture: the model's data flow; default: computed when the first sequence is recorded.
+        data_flow: the model's data flow; default: computed when the first sequence is recorded.
     """
 
-    def __init__(self, blocks: list[nn.Module], picture: Picture | None = None) -> None:
-        self._blocks, self._picture = blocks, picture
+    def __init__(self, blocks: list[nn.Module], data_flow: DataFlow | None = None) -> None:
+        self._blocks, self._data_flow = blocks, data_flow
         self._calls: list[dict[int, _Call]] = []  # [sequence][block]
         self._intern = _Interned()
         self._of_two: dict[int, tuple[Any, Any]] = {}  # [block] → shapes of its (args, kwargs) for a batch of two
 
     def reaches(self, index: int) -> bool:
-        """Return whether text reaches block ``index``; True before the first :meth:`record` if no picture was given."""
-        return self._picture is None or index in self._picture.forms
+        """Return whether text reaches block ``index``; True before the first :meth:`record` if no data flow was given."""
+        return self._data_flow is None or index in self._data_flow.forms
 
     @property
     def shares(self) -> bool:
-        """Whether blocks store values for later blocks; see :class:`~thanos.engine.picture.Picture`."""
-        return self._picture is not None and self._picture.shares
+        """Whether blocks store values for later blocks; see :class:`~thanos.engine.data_flow.DataFlow`."""
+        return self._data_flow is not None and self._data_flow.shares
 
     @property
-    def picture(self) -> Picture | None:
+    def data_flow(self) -> DataFlow | None:
         """The model's data flow; None before the first :meth:`record` if none was given."""
-        return self._picture
+        return self._data_flow
 
     def record(self, model: nn.Module, ids: Tensor) -> Tensor:
         """Run the model on one sequence, ids (1, T), and record the arguments of each block. The blocks do not run.
 
         Return the first block's input hidden states, (1, T, d). Raises ModelError if the model's blocks cannot be run one by
-        one, or this sequence reaches other blocks than the picture lists.
+        one, or this sequence reaches other blocks than the data flow lists.
         """
-        if self._picture is None:
-            self._picture = draw_picture(model, self._blocks, ids.device)
+        if self._data_flow is None:
+            self._data_flow = trace_data_flow(model, self._blocks, ids.device)
         hidden = self._record(model, ids)
         if not self._of_two:
             self._of_two = self._shapes_of_two(model, ids)
         return hidden
 
     def _shapes_of_two(self, model: nn.Module, ids: Tensor) -> dict[int, tuple[Any, Any]]:
-        pair = BlockCalls(self._blocks, self._picture)
+        pair = BlockCalls(self._blocks, self._data_flow)
         pair._record(model, ids.expand(2, -1))
         return {
             index: (shapes(call.args), {name: shapes(value) for name, value in call.kwargs.items()})
@@ -144,7 +145,7 @@ class BlockCalls:
     def _record(self, model: nn.Module, ids: Tensor) -> Tensor:
         hidden: list[Tensor] = []
         calls: dict[int, _Call] = {}
-        reached = self._drawn.reached
+        reached = self._known_flow.reached
 
         def recorder(index: int, _: Callable[..., Any]) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
@@ -156,7 +157,7 @@ class BlockCalls:
                 calls[index] = _Call(tuple(self._intern(value) for value in args), arguments, keyword)
                 if index == reached[-1]:
                     raise _Stop
-                return self._drawn.returned(index, states)
+                return self._known_flow.returned(index, states)
 
             return forward
 
@@ -212,15 +213,15 @@ class BlockCalls:
         """
 
         def passer(index: int, _: Callable[..., Any]) -> Callable[..., Any]:
-            return lambda *args, **kwargs: self._drawn.returned(index, hidden)
+            return lambda *args, **kwargs: self._known_flow.returned(index, hidden)
 
         with replaced_forwards(self._blocks, passer):
             return _run(model, ids)
 
     @property
-    def _drawn(self) -> Picture:
-        assert self._picture is not None
-        return self._picture
+    def _known_flow(self) -> DataFlow:
+        assert self._data_flow is not None
+        return self._data_flow
 
 
 def _other_blocks(model: nn.Module) -> ModelError:

@@ -1,8 +1,8 @@
-"""The error of a block: how far its outputs are from those of the dense block in the dense model."""
+"""The error of a block: the distance of its outputs from the dense block's outputs in the dense model."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,15 +26,15 @@ class BlockErrors:
 
     Attributes:
         block: index of the block.
-        held_out: whether the sequences are the held-out ones. The block is not tuned on them, nor are layers fitted to them
-            whose dense target is chosen; layers with a given dense target, or none, are. Otherwise they are the first
-            sequences, and everything is fitted to them.
+        held_out: whether the sequences are the held-out ones. Neither the tuning nor layers whose dense target is chosen use
+            these; layers with a given dense target, or none, are fitted to them too. False: they are the first sequences, and
+            everything is fitted to them.
         tokens: number of tokens of the sequences.
         errors: name of the stage → error after it; first ``dense``, before all stages.
         choices: each choice of a dense target, in order: ``layers``, the names of the layers, and ``errors``, the mean error of
             a token with stand-ins by candidate, as text; see :mod:`thanos.engine.dense_choice`.
-        writers: names of the layers with a dense target that write into the residual stream, so that their target has what the
-            stream lost. Not among them are layers whose output is normalised or scaled first.
+        writers: names of the layers with a dense target that write into the residual stream; their target includes the error of
+            the stream. Layers whose output is normalised or scaled first are not among them.
     """
 
     block: int
@@ -68,7 +68,7 @@ class BlockMeter:
         self.tokens, self._notes = 0, list[str]()
 
     def take_notes(self) -> list[str]:
-        """Return the warnings that arose, once."""
+        """Return the warnings since the last call."""
         notes, self._notes = self._notes, []
         return notes
 
@@ -81,7 +81,7 @@ class BlockMeter:
         while True:
             try:
                 with self._weights.replaced(values or {}):
-                    sums = self._sums(by_token)
+                    sums = self._sums(by_token, list(values or {}))
                 break
             except torch.OutOfMemoryError as error:
                 self._notes.append(self._runner.halve(error))
@@ -89,10 +89,11 @@ class BlockMeter:
         self.tokens = round(sequences) * self._runner.shape[1]
         return lost / whole if whole else 0.0
 
-    def _sums(self, by_token: bool) -> Tensor:
+    def _sums(self, by_token: bool, changed: Sequence[str]) -> Tensor:
         """Return two sums over this process's sequences, and the number of these, (3,) float64.
 
         The sums are ‖F(X̂) − F*(X*)‖² and ‖F*(X*)‖²; with ``by_token`` their ratio for each token, and the number of tokens.
+        ``changed`` are the names of parameters that have other values for now.
         """
         runner, size = self._runner, self._runner.settled(self._index)
         sums = torch.zeros(3, dtype=torch.float64, device=runner.device)
@@ -100,7 +101,8 @@ class BlockMeter:
         begin, end = self._sequences.start, self._sequences.stop
         pairs = zip(runner.batches(size, begin, end), self._dense.outputs(size, begin, end), strict=True)
         for (first, hidden), (_, wanted) in pairs:
-            outputs = runner.run(self._index, hidden, first).to(torch.float32)
+            with runner.branches.used(first, len(hidden), changed=changed):
+                outputs = runner.run(self._index, hidden, first).to(torch.float32)
             wanted = wanted.to(torch.float32)
             change = (outputs - wanted).square_().sum(-1, dtype=torch.float64)
             whole = wanted.square().sum(-1, dtype=torch.float64)

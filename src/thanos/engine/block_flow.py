@@ -1,6 +1,6 @@
-"""The order of the data inside a block: which layers depend on which, and which write into the residual stream.
+"""The data flow inside a block: the dependencies of its layers, and the layers that write into the residual stream.
 
-Both are found by running the block on one sequence, never from names.
+Both are found by running the block on one sequence; names are not used.
 """
 
 from __future__ import annotations
@@ -139,21 +139,21 @@ class Stream(NamedTuple):
 
     Attributes:
         source: name of the module within the block whose input is the stream before the layer, or :data:`BLOCK_INPUT`.
-        beside: full name of the layer whose output is added to the stream too, in the same sum: attention and MLP of a
-            parallel block. Empty if there is none.
+        parallel: full name of the layer whose output is added in the same sum, such as attention and MLP of a parallel block.
+            Empty if there is none.
     """
 
     source: str
-    beside: str = ""
+    parallel: str = ""
 
 
 def residual_streams(run: Run, hidden: Tensor, block: nn.Module, layers: Sequence[LinearLayer]) -> dict[str, Stream]:
     """Return, for each layer that writes into the residual stream, the stream that its output is added to.
 
     A layer writes into it if its output plus a tensor r that was known before equals a later module's input, or the block's
-    output. r is the block's input or the input of an earlier module. So do two layers side by side if their outputs and r,
-    summed in any order, do. A layer whose output is scaled or normalised first, or added to more than one other, is not found.
-    ``hidden`` is the block's input, (1, T, d).
+    output. r is the block's input or the input of an earlier module. Two layers write into it together if the sum of their
+    outputs and r, in any order, does. A layer whose output is scaled or normalised first, or added to more than one other, is
+    not found. ``hidden`` is the block's input, (1, T, d).
     """
     known: list[tuple[str, Tensor]] = [(BLOCK_INPUT, _few(hidden))]
     outputs: dict[str, tuple[int, Tensor]] = {}  # layer → number of tensors known before it ended, its output

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,8 @@ from torch import Tensor, nn
 
 from thanos.engine.activations import Activations, choose_tier
 from thanos.engine.block_calls import BlockCalls
+from thanos.engine.data_flow import DataFlow
 from thanos.engine.early_end import stopping_after, stopping_at
-from thanos.engine.picture import Picture
 from thanos.engine.stream_states import StreamStates
 from thanos.errors import ResourceError
 from thanos.model.attention import fast_attention
@@ -51,7 +50,7 @@ class Passes(StreamStates):
         device: device on which the blocks run.
         folder: folder for the file of hidden states, if they are kept on the disk.
         tier: storage tier of the hidden states; see :func:`~thanos.engine.activations.choose_tier`.
-        picture: the model's data flow; default: computed by :meth:`record`.
+        data_flow: the model's data flow; default: computed by :meth:`record`.
 
     Attributes:
         batch: number of sequences in a forward pass; the last bits of results depend on it. None until the first pass, which
@@ -72,7 +71,7 @@ class Passes(StreamStates):
         folder: Path,
         *,
         tier: str = "auto",
-        picture: Picture | None = None,
+        data_flow: DataFlow | None = None,
     ) -> None:
         super().__init__(ids, device, folder, tier)
         self._model, self._blocks = model, blocks
@@ -80,7 +79,7 @@ class Passes(StreamStates):
         self.starts: list[tuple[int, int]] = []
         self.fits: int | None = None
         self.streams = 1
-        self._calls = BlockCalls(blocks, picture)
+        self._calls = BlockCalls(blocks, data_flow)
         self._own_calls: BlockCalls | None = None
 
     def record(self) -> None:
@@ -88,37 +87,46 @@ class Passes(StreamStates):
         for index in range(len(self._ids)):
             hidden = self._calls.record(self._model, self._row(index))
             if self.streams > 1 and self._calls.shares:
-                # What blocks store for later blocks differs between the streams.
-                self._own_calls = self._own_calls or BlockCalls(self._blocks, self._calls.picture)
+                # The values that blocks store for later blocks differ between the streams.
+                self._own_calls = self._own_calls or BlockCalls(self._blocks, self._calls.data_flow)
                 self._own_calls.record(self._model, self._row(index))
             if self._states is None:
                 needed = hidden.nbytes * len(self._ids)
                 tier = choose_tier(needed, self._device, self._folder, self._asked)
-                self._states = Activations(len(self._ids), hidden, tier, self._device, self._folder)
+                self._states = Activations(len(self._ids), hidden, tier, self._device, self._folder, self.boundary)
             self._states.write(index, hidden)
 
     def reaches(self, index: int) -> bool:
         """Return whether text reaches block ``index``. The model never calls the others, so the loop skips them."""
         return self._calls.reaches(index)
 
+    @property
+    def shares(self) -> bool:
+        """Whether blocks store values for later blocks, so that every module must run in each pass."""
+        return self._calls.shares
+
     def settle_batch(self, index: int) -> None:
         """Choose the batch size if there is none yet. On CUDA that runs the block, so call it before hooks are registered."""
         self.settled(index)
 
-    def observe(self, index: int, layers: Sequence[LinearLayer], most: int | None = None) -> Iterator[int]:
+    def observe(
+        self, index: int, layers: Sequence[LinearLayer], most: int | None = None, calls: Sequence[str] = ()
+    ) -> Iterator[int]:
         """Run block ``index`` only for the hooks on ``layers``; yield the number of finished sequences after each batch.
 
-        From the second batch on, the pass ends at the input of the last layer that has a hook. The rest of the block,
-        including that layer's own product, would be discarded. With ``most``, the pass stops after the batch that brings the
-        finished sequences to this number. Call :meth:`settle_batch` before you register the hooks. After a
-        torch.OutOfMemoryError start again with :meth:`halve`.
+        From the second batch on, the pass ends when the inputs of all these layers have been seen. The rest of the block would
+        be discarded. With ``calls``, the layers in the order of their calls, so does the first batch, at the last layer. With
+        ``most``, the pass stops after the batch that brings the finished sequences to this number. Call :meth:`settle_batch`
+        before you register the hooks. After a torch.OutOfMemoryError start again with :meth:`halve`.
         """
         size = self.settled(index)
-        with stopping_after(layers) as batch_ended:
+        names = [layer.name for layer in layers]
+        with stopping_after(layers, calls=list(calls)) as batch_ended:
             for first, hidden in self._activations.batches(size):
-                self.observe_batch(index, hidden, first)
+                with self.branches.used(first, len(hidden), names):
+                    self.observe_batch(index, hidden, first)
                 batch_ended()
-                done = min(first + size, len(self._ids))
+                done = first + len(hidden)
                 yield done
                 if most is not None and done >= most:
                     return
@@ -134,7 +142,7 @@ class Passes(StreamStates):
             return self._calls.run(index, hidden, first, keep=keep)
 
     def run_other(self, index: int, hidden: Tensor, first: int, *, keep: bool = False) -> Tensor:
-        """The same as :meth:`run` for another stream: what its blocks store for later blocks is kept apart."""
+        """The same as :meth:`run` for another stream: values that its blocks store for later blocks are kept separately."""
         with fast_attention(self._device, hidden.dtype):
             return (self._own_calls or self._calls).run(index, hidden, first, keep=keep)
 
@@ -157,7 +165,11 @@ class Passes(StreamStates):
             ResourceError: one sequence does not fit.
         """
         self.starts = []
-        run = partial(self.run, keep=True)
+
+        def run(index: int, hidden: Tensor, first: int) -> Tensor:
+            with self.branches.used(first, len(hidden), keep=False):
+                return self.run(index, hidden, first, keep=True)
+
         yield from self.through(index, self._activations, self._activations, run, starts, self.starts)
 
     def through(
@@ -175,12 +187,12 @@ class Passes(StreamStates):
             index: index of the block.
             source: the inputs.
             target: storage for the outputs.
-            run: function that runs the block and keeps what it stores; see :meth:`run`.
+            run: function that runs the block and keeps the values that it stores; see :meth:`run`.
             starts: see :meth:`propagate`.
             used: the batch sizes are added to this list, in the form of :attr:`starts`.
 
         Raises:
-            ResourceError: as for :meth:`propagate`.
+            ResourceError: one sequence does not fit.
         """
         sizes, first = dict(starts), 0
         while first < len(self._ids):
@@ -191,7 +203,7 @@ class Passes(StreamStates):
             try:
                 for begin, hidden in source.batches(size, first):
                     target.write(begin, run(index, hidden, begin))
-                    first = min(begin + size, len(self._ids))
+                    first = begin + len(hidden)
                     yield Step(first)
                     if first >= end:
                         break

@@ -1,8 +1,8 @@
 """The dense stream: the hidden states of the unpruned model for every calibration sequence, block by block.
 
-It goes beside the pruned stream (:class:`~thanos.engine.block_runner.Passes`) and exists only if a layer's repair needs it. One
-block of the model is in memory, in two versions: the dense version keeps the tensors that were loaded from the checkpoint, and
-shares them with the pruned version until a stage replaces them.
+It runs in parallel to the pruned stream (:class:`~thanos.engine.block_runner.Passes`) and exists only if a layer's repair needs
+it. One block of the model is in memory, in two versions: the dense version keeps the tensors that were loaded from the
+checkpoint, and shares them with the pruned version until a stage replaces them.
 """
 
 from __future__ import annotations
@@ -32,12 +32,14 @@ class DenseStream:
     Attributes:
         starts: batch sizes of the pass that gave the current block's outputs; see
             :class:`~thanos.engine.block_runner.Passes`.
+        branches: what is kept of this stream beside the hidden states.
     """
 
     def __init__(self, runner: Passes, weights: ModelWeights) -> None:
         self._runner, self._weights = runner, weights
         runner.streams, runner.buffers = 2, 3
         self.starts: list[tuple[int, int]] = []
+        self.branches = runner.new_branches()
         self._states: Activations | None = None
         self._outputs: Activations | None = None
         self._known = False
@@ -72,12 +74,16 @@ class DenseStream:
         """
         self._outputs = self._outputs or self._runner.storage_like()
         self.starts = []
-        run = partial(self.run, keep=True)
+
+        def run(index: int, hidden: Tensor, first: int) -> Tensor:
+            with self.branches.used(first, len(hidden)):
+                return self.run(index, hidden, first, keep=True)
+
         yield from self._runner.through(index, self._inputs, self._outputs, run, starts, self.starts)
         for later, names in (beyond or {}).items():
             self._weights.load(names)
-            states, run = self._outputs, partial(self._runner.run_other, keep=True)
-            yield from self._runner.through(later, states, states, run, tuple(self.starts), [])
+            states, other = self._outputs, partial(self._runner.run_other, keep=True)
+            yield from self._runner.through(later, states, states, other, tuple(self.starts), [])
             self._weights.release(names)
         self._known = True
 
@@ -88,7 +94,7 @@ class DenseStream:
         self._dense = {}
 
     def spill(self) -> str | None:
-        """Move the hidden states from the device to host memory or disk; return a note for the user, None if none are there."""
+        """Move the hidden states from the device to host memory or disk; return a note for the user, else None."""
         if self.tier != "device":
             return None
         for name in ("_states", "_outputs"):

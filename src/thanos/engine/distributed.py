@@ -32,7 +32,7 @@ _BUCKET_BYTES = 32 << 20
 """Small statistics are sent together, up to this size. Such a message takes longer to send than to set up."""
 
 LOST = (
-    "the connection to another process of this run was lost: the process or its machine has stopped; the cause is in that "
+    "the connection to another process of this run was lost: the process or its machine has stopped; for the cause see that "
     "process's own message, if there is one"
 )
 
@@ -93,7 +93,7 @@ class Group(World):
                 if other[name] != value:
                     raise UserError(
                         f"the processes do not do the same work: {name} is {_brief(value)} in rank 0, but "
-                        f"{_brief(other[name])} in rank {rank}; give all the same command, model files and versions"
+                        f"{_brief(other[name])} in rank {rank}; start all with the same command, model files and versions"
                     )
 
     def merge(

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
 
 from thanos.engine.block_calls import stop
 from thanos.model.layers import LinearLayer
@@ -23,7 +27,9 @@ def stopping_at(layer: LinearLayer) -> Iterator[Callable[[], None]]:
 def stopping_after(
     layers: Sequence[LinearLayer], block: Sequence[LinearLayer] = (), calls: list[str] | None = None
 ) -> Iterator[Callable[[], None]]:
-    """Record in the first batch which layer is called last, and end later batches at its input.
+    """Record in the first batch which layer is called last, and end later batches as soon as every input has been seen.
+
+    That is at the last layer whose input no layer before it reads: q, k and v share one. The first batch shows which do.
 
     Later batches end early only if the first one called every layer exactly once and no layer belongs to an expert, whose
     calls depend on the tokens. Otherwise another layer with a hook may be called after that point.
@@ -32,29 +38,31 @@ def stopping_after(
         layers: the layers that have hooks.
         block: further layers of the block, whose calls are recorded too.
         calls: names of the block's layers in the order of their calls, from an earlier pass; then the first batch ends early
-            too. If the list is empty, the first batch fills it.
+            too, at the last layer. If the list is empty, the first batch fills it.
 
     Yields:
         A function to call after each batch.
     """
     known = [] if calls is None else calls
-    called: list[str] = []
-    watched = {layer.name: layer for layer in (*layers, *block)}.values()
-    handles = [
-        layer.module.register_forward_pre_hook(lambda *_, layer=layer: called.append(layer.name))
-        for layer in (watched if not known else ())
-    ]
+    names, called = {layer.name for layer in layers}, list[str]()
+    inputs, readers = list[weakref.ref[Tensor]](), set[str]()  # each distinct input, and the layers that read it first
+    learned, handles = False, list[Any]()
 
-    def stop_at_last() -> None:
-        names = {layer.name for layer in layers}
+    def watch(layer: LinearLayer) -> Callable[..., None]:
+        def see(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            called.append(layer.name)
+            if layer.name in names and not any(one() is args[0] for one in inputs):
+                inputs.append(weakref.ref(args[0]))
+                readers.add(layer.name)
+
+        return see
+
+    def stop_at_last(wanted: Collection[str]) -> None:
         own = [name for name in known if name in names]
         if own and len(own) == len(names) == len(set(own)) and not any(layer.expert for layer in layers):
-            last = next(layer for layer in layers if layer.name == own[-1])
-            handles.append(last.module.register_forward_pre_hook(lambda *_: stop()))
-
-    learned = bool(known)
-    if learned:
-        stop_at_last()
+            last = next(name for name in reversed(own) if name in wanted)
+            module = next(layer.module for layer in layers if layer.name == last)
+            handles.append(module.register_forward_pre_hook(lambda *_: stop()))
 
     def batch_ended() -> None:
         nonlocal learned
@@ -63,9 +71,14 @@ def stopping_after(
         learned = True
         while handles:
             handles.pop().remove()
-        known.extend(called)
-        stop_at_last()
+        if not known:
+            known.extend(called)
+        stop_at_last(readers)
 
+    for layer in {layer.name: layer for layer in (*layers, *(() if known else block))}.values():
+        handles.append(layer.module.register_forward_pre_hook(watch(layer)))
+    if known:
+        stop_at_last(names)
     try:
         yield batch_ended
     finally:

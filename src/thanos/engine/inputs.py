@@ -58,7 +58,7 @@ class EngineInputs:
     dropped: frozenset[int] = frozenset()
 
     def runs(self, index: int) -> bool:
-        """Return whether the pruned model runs a block; else the hidden states stay as they are."""
+        """Return whether the pruned model runs a block. If not, the hidden states do not change."""
         return index not in self.dropped and self.runner.reaches(index)
 
     def dropped_after(self, index: int) -> list[int]:

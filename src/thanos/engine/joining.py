@@ -1,4 +1,4 @@
-"""How a process joins and leaves a run on several processes."""
+"""Joining and leaving a run on several processes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from thanos.errors import RecipeError
 from thanos.system.ranks import count_failed_machines, first_to_fail, launched
 
 _TIMEOUT = timedelta(minutes=30)
-"""Longest wait for the other processes; longer than any of them works between two collectives, as in a forward pass."""
+"""Longest wait for the other processes; longer than any work between two collectives, such as a forward pass."""
 
 
 def my_device(device: torch.device) -> torch.device:
@@ -42,7 +42,7 @@ def my_device(device: torch.device) -> torch.device:
 def join(device: torch.device) -> Iterator[World]:
     """Yield the processes of this run, this one on ``device``.
 
-    These are the processes of a group that the caller has initialised, else those that torchrun started, else this one alone.
+    They are the group that the caller has initialised, else the processes that torchrun started, else this process alone.
     """
     if dist.is_available() and dist.is_initialized():
         yield Group() if dist.get_world_size() > 1 else SINGLE

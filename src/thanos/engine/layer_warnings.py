@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _BAD_CONDITION = 1e6
 """Above this, float32 solves keep fewer than one digit in ten of their precision."""
 
-_FEW = "the Hessian is singular but for damping"
+_FEW = "the Hessian is singular without damping"
 
 _NUMBER = r"\d+(?:\.\d+)?(?:e[+-]?\d+)?"
 _NUMBERS = re.compile(f"{_NUMBER}(?:, {_NUMBER})*")
@@ -36,7 +36,7 @@ def layer_warnings(pruned: PrunedWeight, inputs: InputStatistics, tokens: int, s
         lines.append(f"only {tokens} calibration tokens for {columns} input columns: {_FEW}")
     dead = inputs.dead_columns
     if 0 < dead < columns:
-        lines.append(f"{dead} of {columns} input columns were never excited")
+        lines.append(f"{dead} of {columns} input columns were always zero")
     if pruned.damping_reason:
         lines.append(f"damping raised to {pruned.damping:g}: {pruned.damping_reason}")
     if pruned.condition is not None and pruned.condition > _BAD_CONDITION:
@@ -67,7 +67,7 @@ def _one_line(found: list[tuple[LayerRecord, str]], quote: str) -> str:
         who = "1 layer has" if len(found) == 1 else f"{len(found)} layers have"
         return (
             f"{who} fewer calibration tokens than input columns, at worst {layer.tokens / layer.shape[1]:.2g} a column "
-            f"({layer.tokens} for {layer.shape[1]} in {quote}{layer.name}{quote}), so that a Hessian is singular but for "
+            f"({layer.tokens} for {layer.shape[1]} in {quote}{layer.name}{quote}), so that a Hessian is singular without "
             "damping; raise --samples"
         )
     if len(found) == 1:
@@ -92,9 +92,9 @@ def expert_notes(experts: Mapping[str, str], records: Sequence[LayerRecord]) -> 
     by = registry.method_without_inputs(registry.parse_pattern(registry.DEFAULT_PATTERN)).name
     if few:
         lines.append(
-            f"{len(few):,} of {len(total):,} experts saw fewer calibration tokens than they have input columns: their Hessians "
-            "are singular but for damping; give more --samples"
+            f"{len(few):,} of {len(total):,} experts received fewer calibration tokens than they have input columns: their "
+            "Hessians are singular without damping; give more --samples"
         )
     if none:
-        lines.append(f"{len(none):,} of {len(total):,} experts saw no calibration token: pruned by {by}")
+        lines.append(f"{len(none):,} of {len(total):,} experts received no calibration token: pruned by {by}")
     return lines

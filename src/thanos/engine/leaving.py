@@ -6,8 +6,8 @@ unwound, so C++ aborts the process with "terminate called without an active exce
 threads end when the last reference to their group is dropped, not in ``destroy_process_group`` itself. docs/results/exits.md
 has the stack, and a program that is aborted in this way each time.
 
-Inferred: the abort that was seen once in a real run had this cause. It left no stack, but its message and its moment are the
-same.
+Inferred: the abort that was seen once in a real run had this cause. It left no stack, but its message and its time are the
+    same.
 """
 
 from __future__ import annotations

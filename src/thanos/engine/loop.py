@@ -24,7 +24,7 @@ from thanos.engine.tuning_record import TuningRecord
 from thanos.errors import ModelError
 from thanos.events import Event
 from thanos.model.layers import LinearLayer
-from thanos.system.memory import give_back
+from thanos.system.memory import release_free_heap
 
 
 class Engine:
@@ -36,8 +36,6 @@ class Engine:
         notes: warnings from before the loop.
 
     Attributes:
-        inputs: see above.
-        stages: see above.
         records: records of the pruned layers, in order; a block's records are added when it is finished.
         block_errors: errors of the finished blocks that have a dense stream, in order.
         tunings: records of the blocks that were tuned, in order.
@@ -56,6 +54,8 @@ class Engine:
         self.tier = ""
         self._tail = inputs.layers_of(None)
         self._dense_end = inputs.dense_end
+        sequential = any(settings.repair.sequential for settings in inputs.layers.values())
+        inputs.runner.boundary = inputs.held_out.start if sequential and inputs.held_out else None
         self._dense = DenseStream(inputs.runner, inputs.weights) if self._dense_end else None
 
     def run(self, blocks: Collection[int | None] | None = None) -> Iterator[Event]:
@@ -88,9 +88,9 @@ class Engine:
         finally:
             for helper in (output, inputs.weights, inputs.runner, *([self._dense] if self._dense else [])):
                 helper.close()
-        # A method that uses no input statistics gives the same result however few tokens an expert saw: no note.
-        heeds = [layer for layer, settings in inputs.layers.items() if need_of(settings) > Need.NOTHING]
-        experts = {layer.name: layer.expert for layer in heeds if layer.expert}
+        # A method without input statistics gives the same result for any number of tokens: it needs no note.
+        observed = [layer for layer, settings in inputs.layers.items() if need_of(settings) > Need.NOTHING]
+        experts = {layer.name: layer.expert for layer in observed if layer.expert}
         self.notes += expert_notes(experts, self.records)
 
     # --- phases -----------------------------------------------------------------------------------------------------
@@ -116,13 +116,14 @@ class Engine:
             yield context.event("block", "propagate", error=self._mean_error())
             return
         self._load(index)
+        context.find_order()
         yield from self._advance_dense(context, index)
         yield from self._run_stages(context)
         yield context.event("phase", "propagate")
         if index + 1 < len(self.inputs.blocks) or self._tail:
             yield from self._propagate(context, index)
         self._release(context, index)
-        give_back()
+        release_free_heap()
         self._finish(context, output)
         yield context.event("block", "propagate", error=self._mean_error())
 
@@ -132,9 +133,10 @@ class Engine:
         if not self._tail:
             return
         if record is not None:
-            self._take_over(record)
+            self._add_record(record)
             return
         context, outer = self._context(None, output), self.inputs.outer_names()
+        context.runner.close_branches()
         self.inputs.weights.load(outer)
         if context.dense_stream is not None:
             context.dense_stream.hold(outer)
@@ -144,7 +146,7 @@ class Engine:
 
     def _replay_block(self, context: BlockContext, index: int, record: BlockRecord) -> Iterator[Event]:
         """Skip the stages of a finished block: its tensors are on the disk. Compute its outputs if a later block needs them."""
-        self._take_over(record)
+        self._add_record(record)
         if self._is_read_after(index) and self.inputs.runs(index):
             self._load(index)
             yield from self._advance_dense(context, index, record.dense_starts)
@@ -248,9 +250,9 @@ class Engine:
             tuning=context.tuning,
         )
         self.inputs.journal.record(record, context.written)
-        self._take_over(record)
+        self._add_record(record)
 
-    def _take_over(self, record: BlockRecord) -> None:
+    def _add_record(self, record: BlockRecord) -> None:
         self.records += record.layers
         self.block_errors += [] if record.errors is None else [record.errors]
         self.tunings += [] if record.tuning is None else [record.tuning]

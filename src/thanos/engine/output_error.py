@@ -1,6 +1,6 @@
 """The error of a layer after the blocks, such as lm_head, on held-out sequences: its outputs against those of the dense model.
 
-There is no block whose error could choose its dense target. But its outputs are what the model returns, or almost.
+No block error can choose its dense target. But its outputs are the model's outputs, or nearly so.
 """
 
 from __future__ import annotations

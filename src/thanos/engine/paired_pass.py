@@ -1,7 +1,7 @@
-"""A pass over two streams: statistics of a block's layers with the dense model's inputs beside those of the pruned model.
+"""A pass over two streams: statistics of the inputs of a block's layers in the pruned model and in the dense model.
 
 Each batch runs through the pruned block and then, for the same sequences, through the dense block. The products of both inputs
-are added at once, so that the inputs of one batch alone are kept.
+are added at once, so that only the inputs of one batch are kept.
 """
 
 from __future__ import annotations
@@ -54,10 +54,12 @@ class PairedPass:
         self._layers, self._all, self._calls_before = list(layers), list(context.layers), calls
         self._routing = Routing(context.module)
         self._streams = {layer.name: streams[layer.name] for layer in layers if layer.name in streams}
+        sources = [f"{context.prefix}{stream.source}" for stream in self._streams.values()]
+        self._needed = [*(layer.name for layer in layers), *sources]
         self._inputs: dict[str, list[Tensor]] = {}  # group's first layer → its inputs in this batch, in order
         self._calls: dict[str, int] = {}  # group's first layer → its calls by the dense block in this batch
         self._residuals: list[dict[str, Tensor]] = [{}, {}]  # of the pruned and of the dense block: module → its input
-        self._beside: list[dict[str, Tensor]] = [{}, {}]  # the same: layer beside one of these → its output
+        self._parallel: list[dict[str, Tensor]] = [{}, {}]  # the same: parallel layer → its output
         self._on_dense = False
         # The outputs of later blocks that are left out, to which the layers that write into the residual stream are fitted.
         self._stands_for_more = context.stands_for_more
@@ -79,24 +81,25 @@ class PairedPass:
             for (first, hidden), (_, wanted) in zip(pruned, dense, strict=True):
                 self._beyond = None if beyond is None else next(beyond)[1]
                 self._residuals = [{BLOCK_INPUT: hidden}, {BLOCK_INPUT: wanted}]
-                self._inputs, self._calls, self._beside = {}, {}, [{}, {}]
-                with self._routing.record():
+                self._inputs, self._calls, self._parallel = {}, {}, [{}, {}]
+                used = first, len(hidden), self._needed
+                with self._routing.record(), self._runner.branches.used(*used):
                     if beyond is None:
                         self._observe(hidden, first)
                     else:
                         assert self._index is not None
                         self._output = self._runner.run(self._index, hidden, first)
                 batch_ended()
-                self._make_room(hidden.device)
+                self._allocate_pairs(hidden.device)
                 self._groups.paused = self._on_dense = True
                 try:
-                    with self._dense.weights(), self._routing.replay():
+                    with self._dense.weights(), self._routing.replay(), self._dense.branches.used(*used):
                         self._observe(wanted, first)
                 finally:
                     self._groups.paused = self._on_dense = False
                 self._add_residuals()
-                yield min(first + size, end)
-        self._inputs, self._residuals, self._beside = {}, [{}, {}], [{}, {}]
+                yield first + len(hidden)
+        self._inputs, self._residuals, self._parallel = {}, [{}, {}], [{}, {}]
         self._beyond, self._output, self._own = None, None, {}
 
     def _observe(self, hidden: Tensor, first: int) -> None:
@@ -110,8 +113,8 @@ class PairedPass:
     def _ending(self) -> AbstractContextManager[Callable[[], None]]:
         if self._index is None:
             return stopping_at(self._layers[0])
-        if self._stands_for_more or any(stream.beside for stream in self._streams.values()):
-            return nullcontext(lambda: None)  # the layer beside, or the block's output, is needed and may come last
+        if self._stands_for_more or any(stream.parallel for stream in self._streams.values()):
+            return nullcontext(lambda: None)  # the parallel layer, or the block's output, is needed and may come last
         return stopping_after(self._layers, self._all, self._calls_before)
 
     # --- hooks ------------------------------------------------------------------------------------------------------
@@ -126,9 +129,9 @@ class PairedPass:
         for name in {stream.source for stream in self._streams.values()} - {BLOCK_INPUT}:
             module = self._block.get_submodule(name)
             handles.append(module.register_forward_pre_hook(self._at_stream(name), with_kwargs=True))
-        for name in {stream.beside for stream in self._streams.values() if stream.beside}:
+        for name in {stream.parallel for stream in self._streams.values() if stream.parallel}:
             module = self._block.get_submodule(name.removeprefix(self._prefix))
-            handles.append(module.register_forward_hook(self._after_beside(name)))
+            handles.append(module.register_forward_hook(self._after_parallel(name)))
         try:
             yield
         finally:
@@ -154,9 +157,9 @@ class PairedPass:
 
         return see
 
-    def _after_beside(self, name: str) -> Callable[..., None]:
+    def _after_parallel(self, name: str) -> Callable[..., None]:
         def see(_: nn.Module, args: Any, output: Tensor) -> None:
-            self._beside[self._on_dense][name] = output.clone()  # a block may add to it in place
+            self._parallel[self._on_dense][name] = output.clone()  # a block may add to it in place
 
         return see
 
@@ -169,7 +172,7 @@ class PairedPass:
 
     # --- products ---------------------------------------------------------------------------------------------------
 
-    def _make_room(self, device: torch.device) -> None:
+    def _allocate_pairs(self, device: torch.device) -> None:
         """Allocate the products of the groups that were found in this batch."""
         for group in self._groups:
             if group.pairs is None and any(layer.name in self._pairable for layer in group.layers):
@@ -194,8 +197,8 @@ class PairedPass:
             if self._beyond is None:
                 pruned, dense = (self._before(stream, number) for number in range(2))
             else:
-                # The wanted output is all that the block's other layers leave missing from the later blocks' outputs, so
-                # nothing is added to the cross products: W (0 − G) + R in the place of W (C − G) + R.
+                # The wanted output is the later blocks' output minus the output of the block's other layers. So nothing is
+                # added to the cross products: W (0 − G) + R in place of W (C − G) + R.
                 assert self._output is not None
                 bias = getattr(group.layers[0].module, "bias", None)
                 dense = _rows(self._beyond if bias is None else self._beyond - bias)
@@ -205,7 +208,7 @@ class PairedPass:
     def _before(self, stream: Stream, number: int) -> Tensor:
         """Return the residual stream to which a layer's output is added, (tokens, c); ``number`` 1 for the dense block."""
         states = _rows(self._residuals[number][stream.source])
-        return states + _rows(self._beside[number][stream.beside]) if stream.beside else states
+        return states + _rows(self._parallel[number][stream.parallel]) if stream.parallel else states
 
 
 def _rows(states: Tensor) -> Tensor:

@@ -149,12 +149,13 @@ class LayerRecord:
             if no error was measured.
         changed_by: names of the stages that changed the weight after pruning, in order; None if there are none. ``sparsity``
             and ``zeros`` describe the written weight, the errors the weight before these stages.
-        dense_target: share α of the dense model's outputs in what the layer was fitted to; None if it was not.
+        dense_target: fraction α of the dense model's outputs in the target that the layer was fitted to; None without a dense
+            target.
         errors: the errors by step, see :class:`~thanos.solvers.pruned_weight.PrunedWeight`; None if only the method ran.
         residual: the last of the ``residuals`` there; None if there are none.
         target_change: the last of the ``target_changes`` there; None without a dense target.
-        removed_units: indices of the units of the model that went, ascending; None if the pattern removes no units. The other
-            attributes describe the layer before the model was cut.
+        removed_units: indices of the removed units, ascending; None if the pattern removes no units. The other attributes
+            describe the layer before the model was made smaller.
         choice: candidate for the dense target, as text → error of the layer's outputs with stand-ins; None for a layer in a
             block, whose record has the choice, and without a choice.
     """

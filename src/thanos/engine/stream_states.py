@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from thanos.engine.activations import Activations, choose_tier
+from thanos.engine.activations import Activations, choose_tier, has_spare_room
+from thanos.engine.branches import BranchInputs
 
 
 class StreamStates:
@@ -22,12 +23,21 @@ class StreamStates:
 
     Attributes:
         buffers: number of buffers of hidden states of all sequences: one, and two of a dense stream.
+        boundary: a sequence before which a batch ends, None for none; set it before :meth:`record`. Where a block runs several
+            times, no batch holds sequences that are held out and others, so that each pass has the same batches.
+        asked_for: number of sequences for which memory must have room for what is kept beside the hidden states; None for
+            those that there are. A trial of a run sets it to the run's.
+        branches: what is kept of this stream beside the hidden states.
     """
 
     def __init__(self, ids: Tensor, device: torch.device, folder: Path, tier: str) -> None:
         self._ids, self._device, self._folder, self._asked = ids, device, folder, tier
         self._states: Activations | None = None
         self.buffers = 1
+        self.boundary: int | None = None
+        self.asked_for: int | None = None
+        self._all_branches: list[BranchInputs] = []
+        self.branches = self.new_branches()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -71,6 +81,32 @@ class StreamStates:
         states = self._activations
         return states.empty_like(choose_tier(states.nbytes, self._device, self._folder, self._asked), self._folder)
 
+    def new_branches(self) -> BranchInputs:
+        """Return storage for what another stream keeps of a block's branches. This object counts, spills and closes it."""
+        self._all_branches.append(BranchInputs(self._spare))
+        return self._all_branches[-1]
+
+    @property
+    def branch_bytes(self) -> list[int]:
+        """Sizes in bytes of what all streams keep of a block's branches, also after :meth:`close`."""
+        return [size for branches in self._all_branches for size in branches.sizes]
+
+    def close_branches(self) -> None:
+        """Forget what is kept of the block's branches in all streams, and free its memory."""
+        for branches in self._all_branches:
+            branches.close()
+
+    def _spare(self, like: Tensor) -> Activations | None:
+        """Return storage for other states of all sequences, from those of one, in the tier of the hidden states.
+
+        None if memory has no room, see :func:`~thanos.engine.activations.has_spare_room`, or the tier is the disk: to read it
+        takes about as long as to compute again.
+        """
+        tier, needed = self._activations.tier, like.nbytes * (self.asked_for or len(self._ids))
+        if tier == "disk" or not has_spare_room(tier, needed, self._device):
+            return None
+        return Activations(len(self._ids), like, tier, self._device, self._folder, self.boundary)
+
     def copied(self) -> Activations:
         """Return a copy of the hidden states of all sequences."""
         copy = self.storage_like()
@@ -86,7 +122,11 @@ class StreamStates:
         return moved
 
     def spill(self) -> str | None:
-        """Move the hidden states from the device to host memory or disk; return a note for the user, else None."""
+        """Move the hidden states from the device to host memory or disk; return a note for the user, else None.
+
+        What is kept of branches is forgotten.
+        """
+        self.close_branches()
         states = self._activations
         if states.tier != "device":
             return None
@@ -95,7 +135,8 @@ class StreamStates:
         return f"out of memory on the device: the activations move to the {moved.tier}"
 
     def close(self) -> None:
-        """Free the hidden states."""
+        """Free the hidden states, and what is kept beside them."""
+        self.close_branches()
         if self._states is not None:
             self._states.close()
 

@@ -1,10 +1,10 @@
 """Tuning a pruned block with its zeros fixed, towards the outputs of the dense block.
 
 It minimises ‖F(X̂; θ ∘ mask) − F*(X*)‖² over the weights that pruning kept, the gains and the biases. F is the pruned block, X̂
-its inputs in the model pruned so far. F* is the dense block, X* its inputs in the dense model. So the block also repairs what
-the blocks before it lost. EBFT (arXiv 2402.12419) tunes blocks too, each towards the dense block's outputs.
+its inputs in the model pruned so far. F* is the dense block, X* its inputs in the dense model. So the tuning also repairs
+errors of earlier blocks. EBFT (arXiv 2402.12419) tunes blocks too, each towards the dense block's outputs.
 
-This module knows no model: a block is a function of its parameters and inputs.
+This module does not depend on models: a block is a function of its parameters and inputs.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def tune(
     if not math.isfinite(training.error) or not math.isfinite(best):
         return Tuned({}, replace(record, reason="the block's outputs, or the wanted ones, are not finite or all zero"))
     if not best:
-        return Tuned({}, replace(record, reason="the block's outputs are the wanted ones already"))
+        return Tuned({}, replace(record, reason="the block's outputs equal the wanted ones already"))
     masters = Masters(work.tunables, BETAS)
     record = replace(record, parameters=masters.free)
     values: dict[str, Tensor] = {}

@@ -54,7 +54,7 @@ class Work:
         tunables: the parameters to tune, with their present values.
         read: reader of this process's sequences.
         training: positions of the sequences to train on.
-        held_out: positions of the sequences that only measure.
+        held_out: positions of the sequences on which the error is measured, and nothing is trained.
         mine: positions of this process's sequences; row r is position ``mine[r]``.
         device: device of the parameters.
         by_token: whether the error is the mean of the tokens' relative errors, not that of all tokens together.
@@ -158,7 +158,7 @@ class TuningPasses:
             batch: positions of the batch's sequences.
             inputs: inputs of this process's sequences among them, (B, T, d); None if it has none.
             targets: their wanted outputs.
-            mean_square: what the mean is divided by: :attr:`Measured.mean_square` of typical sequences.
+            mean_square: divisor of the mean: :attr:`Measured.mean_square` of typical sequences.
 
         Returns:
             The loss, a scalar on the device.

@@ -12,7 +12,7 @@ class TuningRecord:
 
     An error is ‖F(X̂) − F*(X*)‖² / ‖F*(X*)‖² over sequences; with the loss ``token`` it is the mean of the tokens' own errors.
     Unless stated otherwise it is measured with weights in their stored dtype, and the block runs as it does for the next
-    block's inputs. The training sequences are measured on an evenly spaced sample of as many as are held out.
+    block's inputs. The training error is measured on an evenly spaced sample, as large as the held-out set.
 
     Attributes:
         block: index of the block.
@@ -65,6 +65,6 @@ def tuning_line(records: Sequence[TuningRecord], *, has_zeros: bool = True) -> s
     how = " with their zeros fixed," if has_zeros else ""
     text = (
         f"{kept} of {len(records)} blocks were then tuned{how} towards the dense blocks' outputs; "
-        f"the median block's error on held-out sequences became {ratios[len(ratios) // 2]:.3g} times what it was"
+        f"the median block's error on held-out sequences became {ratios[len(ratios) // 2]:.3g} times its former value"
     )
-    return text if kept == len(records) else f"{text} (the others gained nothing and were left as they were)"
+    return text if kept == len(records) else f"{text} (the others did not improve and were left unchanged)"

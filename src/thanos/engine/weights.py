@@ -15,7 +15,7 @@ from thanos.model.meta_model import named_tensors, tensor_owners
 from thanos.system.background import Background
 from thanos.system.staging import Staging
 
-_ALIGNMENT = 64
+ALIGNMENT = 64
 """Bytes of a cache line. On the CPU a product may sum in another order if a matrix does not begin at a multiple of it. A tensor
 that was read from a file often does not, so a resumed run would get other last bits than the run that computed the tensor."""
 
@@ -101,7 +101,7 @@ class ModelWeights:
         dtype = self._meta[name].dtype if name in self._meta else value.dtype
         self._as_stored.pop(name, None)
         value = value.to(self._device, dtype)
-        self._set(name, value if value.data_ptr() % _ALIGNMENT == 0 else value.clone())
+        self._set(name, value if value.data_ptr() % ALIGNMENT == 0 else value.clone())
 
     @contextmanager
     def replaced(self, values: Mapping[str, Tensor]) -> Iterator[None]:

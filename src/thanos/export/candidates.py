@@ -25,7 +25,7 @@ MOST_BYTES = 0.9
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A linear layer, and what becomes of it.
+    """A linear layer, with its packed format or the reason why it stays dense.
 
     Attributes:
         name: full module name.
@@ -51,8 +51,8 @@ def find_candidates(
 ) -> list[Candidate]:
     """Return every linear layer of a model, each with its format or the reason why it stays dense.
 
-    All weights are read once and their entries counted, whatever a report states. ``stored`` are the checkpoint's files as
-    they are, ``least_weights`` the smallest number of weights of a packed layer.
+    All weights are read once and their entries are counted; no report is trusted. ``stored`` are the checkpoint's files, and
+    ``least_weights`` is the smallest number of weights of a packed layer.
     """
     layers = linear_layers(opened.meta_model)
     embedding = getattr(opened.meta_model.get_input_embeddings(), "weight", None)
@@ -96,7 +96,7 @@ def _measure(stored: SafetensorsCheckpoint, key: str) -> tuple[PackedSpec | None
 
 
 def _reason(layer: LinearLayer, stored: SafetensorsCheckpoint, key: str, least_weights: int, *, tied: bool) -> str:
-    """Return why a layer cannot be packed, whatever its entries are; empty if it can."""
+    """Return why a layer cannot be packed, regardless of its entries; empty if it can."""
     if layer.router:
         return "routes tokens to experts"
     if layer.expert:

@@ -1,4 +1,4 @@
-"""The folder that an export writes: all or nothing."""
+"""The output folder of an export: written completely, or not at all."""
 
 from __future__ import annotations
 

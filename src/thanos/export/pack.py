@@ -44,7 +44,7 @@ def pack(
         overwrite: replace ``out`` if it exists.
         least_weights: layers with fewer weights stay dense.
         max_shard_bytes: bytes of the largest file of weights.
-        trust_remote_code: let transformers run Python code that the checkpoint carries.
+        trust_remote_code: let transformers run Python code of the checkpoint.
         on_event: function that is called with each :class:`~thanos.events.Event`.
 
     Returns:
@@ -155,7 +155,7 @@ def _record(one: Candidate) -> LayerPacking:
 def _config(folder: Path, candidates: list[Candidate]) -> dict[str, Any]:
     """Return the packed folder's ``config.json``."""
     values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    values.pop("transformers_weights", None)  # it may name a file that the packed folder has not
+    values.pop("transformers_weights", None)  # it may name a file that is not in the packed folder
     specs = {one.name: one.spec for one in candidates if one.spec is not None}
     return {**values, "quantization_config": settings_of(specs)}
 
@@ -185,4 +185,4 @@ def _section(report: Packing) -> Iterator[str]:
     yield 'model = AutoModelForCausalLM.from_pretrained("THIS FOLDER")'
     yield "```"
     yield ""
-    yield "`thanos unpack PACKED OUT` gives the dense folder back, byte by byte."
+    yield "`thanos unpack PACKED OUT` restores the dense folder, byte by byte."

@@ -1,4 +1,4 @@
-"""``packing.json``: what was packed, and what is needed to write the dense folder again byte by byte."""
+"""``packing.json``: the packed layers, and the data from which ``unpack`` restores the dense folder byte by byte."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class LayerPacking:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Packing(Document):
-    """What a run of ``pack`` did; the attributes are the keys of ``packing.json`` and of ``pack --json``.
+    """The result of a run of ``pack``; the attributes are the keys of ``packing.json`` and of ``pack --json``.
 
     Attributes:
         thanos_version: version of this package.
@@ -85,10 +85,10 @@ def _encode(data: bytes) -> str:
 
 @dataclass(frozen=True, slots=True)
 class DenseFolder:
-    """What ``packing.json`` says of the dense folder, checked.
+    """The dense folder as ``packing.json`` describes it, checked.
 
     Attributes:
-        layout: of its weights.
+        layout: layout of its weights.
         files: name → bytes of the files in :data:`CHANGED` that it has.
     """
 
@@ -97,7 +97,7 @@ class DenseFolder:
 
 
 def read_dense(folder: Path, tensors: dict[str, TensorSpec]) -> DenseFolder | None:
-    """Return what ``packing.json`` in the packed folder says of the dense folder; None without the file.
+    """Return the dense folder that ``packing.json`` in the packed folder describes; None without the file.
 
     ``tensors`` are the dtypes and shapes that the dense folder must hold. Raises ModelError if the file is damaged, or
     describes other tensors.

@@ -44,7 +44,7 @@ def unpack(
     name, out = model_name(packed, "PACKED"), output_path(out)
     folder = Path(name)
     if not (folder / "config.json").is_file():
-        raise ModelError(f"{name} is no folder with a config.json; give a folder that thanos pack wrote")
+        raise ModelError(f"{name} is not a folder with a config.json; give a folder that thanos pack wrote")
     config = _read_config(folder, name)
     if not is_packed(config):
         raise ModelError(f"{name} is not packed: its config.json has no quantization_config of thanos")

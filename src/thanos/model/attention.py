@@ -50,12 +50,12 @@ def fast_attention(device: torch.device, dtype: torch.dtype) -> AbstractContextM
 
 @contextmanager
 def one_sequence_a_row() -> Iterator[None]:
-    """While active, transformers takes each row of a batch for one sequence, as it does for the default positions."""
+    """While active, transformers treats each row of a batch as one sequence, as it does for the default positions."""
     from transformers import masking_utils
 
     module: Any = masking_utils
     original = getattr(module, _SEARCH, None)
-    if original is None:  # a release that does not look
+    if original is None:  # a release without this search
         yield
         return
     setattr(module, _SEARCH, lambda position_ids: None)

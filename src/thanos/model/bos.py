@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Bos = Literal["window", "text", "none"]
-"""Where BOS stands: at the start of each window, at the start of the text alone, or nowhere."""
+"""Position of BOS: at the start of each window, at the start of the text alone, or nowhere."""
 
 BOS_CHOICES = ("auto", "window", "text")
 
@@ -18,10 +18,10 @@ _PROBE = "a"
 """Any text. Only the tokens before it matter."""
 
 
-def check_bos(asked: str) -> None:
+def check_bos(bos: str) -> None:
     """Raise DataError for a choice that is not in :data:`BOS_CHOICES`."""
-    if asked not in BOS_CHOICES:
-        raise DataError(f"bos {asked!r} is unknown; choose one of {', '.join(BOS_CHOICES)}")
+    if bos not in BOS_CHOICES:
+        raise DataError(f"bos {bos!r} is unknown; choose one of {', '.join(BOS_CHOICES)}")
 
 
 def defined_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -1,8 +1,8 @@
 """Unfuse mixtures of experts: each matrix of each expert becomes a plain linear layer, as the rest of the project expects.
 
 transformers 5 fuses the experts of a block into 3-D parameters, ``gate_up_proj`` (E, 2I, H) and ``down_proj`` (E, H, I).
-Interchangeable functions run them, all by one contract: for each expert of a token up, gate and down, times the router's
-weight, then the sum. :class:`Experts` follows this contract too. Nothing is copied: an expert's matrices are contiguous
+It runs them by interchangeable functions with one contract: apply up, gate and down of each expert of a token, multiply by the
+router's weight, and sum. :class:`Experts` follows this contract too. Nothing is copied: an expert's matrices are contiguous
 rows of the fused one, on disk and in memory.
 """
 
@@ -33,7 +33,7 @@ class Expert(nn.Module):
     Args:
         gate: turns the stacked gate and up projections (T, 2I), or the up projection (T, I), into (T, I).
         shapes: matrix name → (outputs, inputs).
-        dtype: of the parameters, which are on the meta device.
+        dtype: dtype of the parameters, which are on the meta device.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Experts(nn.Module):
 
     Args:
         fused: the module that holds the 3-D parameters on the meta device. They are removed from it; its activation is used.
-        name: of the module, for messages.
+        name: name of the module, for messages.
 
     Attributes:
         fused: name of each 3-D parameter → its parts in order: parameter name, relative to this module → shape.
@@ -86,7 +86,7 @@ class Experts(nn.Module):
         return len(self._modules)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Send each token (T, H) to its experts, top_k_index (T, k), and sum their outputs by top_k_weights (T, k)."""
+        """Apply to each token (T, H) its experts, top_k_index (T, k); sum the outputs, weighted by top_k_weights (T, k)."""
         chosen = top_k_index.reshape(-1)
         order = chosen.argsort(stable=True)
         picks = order.split(torch.bincount(chosen, minlength=len(self)).tolist())
@@ -137,8 +137,8 @@ def unfuse(model: nn.Module) -> None:
 def _is_fused(module: nn.Module, counts: Set[int]) -> bool:
     """Return whether a module holds the matrices of several experts as parameters of its own.
 
-    Three dimensions alone prove nothing: recurrences and poolings have such parameters too. The evidence is one of three:
-    the interface by which transformers runs experts, the class's name, or stacks of as many matrices as there are experts.
+    A 3-D parameter alone is no evidence: recurrent and pooling layers have one too. The evidence is one of three: the interface
+    by which transformers runs experts, the name of the class, or a stack of as many matrices as there are experts.
     """
     shapes = [parameter.shape for parameter in module.parameters(recurse=False) if parameter.dim() > 1]
     if not shapes or isinstance(module, Experts | nn.Linear | nn.Embedding | _Convolution):
@@ -180,8 +180,8 @@ def _is_list(name: str, length: int, counts: Set[int]) -> bool:
 def router_parameters(block: nn.Module) -> set[str]:
     """Return the names, relative to a block, of the parameters that score experts.
 
-    They have one row for each expert, or a single row if they weigh an expert that all tokens share, and lie below the module
-    that holds the mixture, outside of the experts.
+    They belong to the module that holds the mixture, outside of the experts. They have one row for each expert, or a single row
+    if they weigh an expert that all tokens share.
     """
     found = dict(mixtures(block))
     rows: dict[str, set[int]] = {}

@@ -1,4 +1,4 @@
-"""Hashes of what a result depends on: files, a model's weights, config and tokenizer, task files, and the source tree."""
+"""Hashes of the inputs of a result: files, a model's weights, config and tokenizer, task files, and the source tree."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from thanos.checkpoint.weight_files import find_weights
 from thanos.model.source import ModelSource
 
 _SHAPING = ("config.json", "tokenizer*", "vocab*", "merges.txt", "*.model", "*.py")
-"""Files that decide a model's logits for a text, besides its weights. Reports and generation settings are not among them."""
+"""Files that determine a model's logits for a text, besides its weights. Reports and generation settings are not among them."""
 
 
 def file_sha256(path: str | Path) -> str:

@@ -1,4 +1,4 @@
-"""What transformers leaves out when it reads a model's config from a GGUF file."""
+"""The parts of a model's config that transformers does not read from a GGUF file."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from thanos.errors import ModelError
 
 
 def complete_config(config: Any, header: GGUFHeader, parts: int) -> Any:
-    """Return the config of a GGUF file with what transformers does not read, from the header of all ``parts``.
+    """Complete the config of a GGUF file from the header of all its parts.
+
+    transformers has two gaps:
 
     - Mixtral has the architecture ``llama`` in the format; transformers reads such a file as a LLaMA without experts.
-    - transformers takes a model for tied if the first part of the file has no head. The head may be in another part.
+    - transformers assumes tied embeddings if the first part of the file has no head. The head may be in another part.
 
     Args:
-        config: as transformers read it.
-        header: of all parts.
+        config: config that transformers read.
+        header: header of all parts.
         parts: number of the file's parts.
 
     Raises:

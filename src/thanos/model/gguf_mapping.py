@@ -1,4 +1,4 @@
-"""Which bytes of a GGUF file are which of a model's tensors, by the tables of the gguf package and of transformers."""
+"""The tensors of a GGUF file that hold a model's tensors, by the tables of the gguf package and of transformers."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 BY_BLOCK = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "qwen2moe", "qwen3moe")
-"""Architectures, in the format's words, whose tensors are read one by one. The first one includes Mistral and Mixtral."""
+"""Architectures, by their names in the format, whose tensors are read one by one. ``llama`` includes Mistral and Mixtral."""
 
 _DUPLICATE = 0.3
-"""Squared relative distance below which two matrices hold the same weights in different quantisations. Of Gaussian weights,
-Q4_0 makes 0.007 and rounding to 2 bits in blocks of 16 makes 0.11; independent matrices of one size have 2."""
+"""Squared relative distance below which two matrices hold the same weights in different quantisations. For Gaussian weights the
+distance is 0.007 in Q4_0 and 0.11 after rounding to 2 bits in blocks of 16. Independent matrices have 2."""
 
 _COMPARED = 1 << 18
-"""Entries that are compared."""
+"""Number of entries that are compared."""
 
 
 def gguf_checkpoint(header: GGUFHeader, model: PreTrainedModel) -> GGUFCheckpoint | None:
     """Return the tensors of a model in a GGUF file, with names and values as transformers would load them.
 
     Args:
-        header: of the file.
+        header: header of the file.
         model: a meta model of the file's config. Its experts may be fused or not; the tensors are those of the fused model.
 
     Returns:
@@ -73,10 +73,10 @@ def _stored_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
 
 
 class _Mapping:
-    """Finds the tensor of a file that a model's tensor is, and how transformers changes it.
+    """Finds the tensor of the file for a tensor of the model, and the change that transformers makes to it.
 
     Args:
-        header: of the file.
+        header: header of the file.
         model: the model.
         counts: numbers of attention heads and of key-value heads, as the file states them.
     """
@@ -113,9 +113,10 @@ class _Mapping:
         return key, self._tensors.get(key)
 
     def _whole(self, key: str, tensor: StoredTensor) -> list[Piece] | None:
-        """Return the piece of a whole tensor, with what transformers does to it: it reorders rows, or adds a constant.
+        """Return the piece of a whole tensor, with the change that transformers makes to it.
 
-        What it does is learnt from what it makes of the numbers of the rows.
+        The change is a new order of the rows, or an added constant. It is found by letting transformers process a tensor that
+        holds the row numbers.
         """
         rows = tensor.shape[0]
         numbers = np.arange(rows, dtype=np.float64).reshape(rows, *[1] * (len(tensor.shape) - 1))
@@ -155,5 +156,5 @@ def untied_note(header: GGUFHeader) -> str | None:
     kinds = f"{first.kind_name} and {second.kind_name}"
     return (
         f"the file stores the embedding twice, as {kinds}, the second time for the head: the two are not tied, so the model "
-        f"has {second.numel:,} parameters more than with tied ones"
+        f"has {second.numel:,} more parameters than with tied embeddings"
     )

@@ -15,11 +15,11 @@ _TEMPLATES = "additional_chat_templates/*"
 
 
 def download(name: str, *, code: bool) -> Path:
-    """Return the local folder of a hub model; download what is not in the cache, Python code only with ``code``.
+    """Return the local folder of a hub model; download files that are not in the cache, Python code only with ``code``.
 
     The first download holds the index, config, tokenizer and licence. The index names the weights, which come second. Other
     files of the repository, such as the same weights in other formats, are not downloaded. Raises ModelError if the name is
-    not valid, or the hub does not give the files.
+    not valid, or the files cannot be downloaded.
     """
     from huggingface_hub.errors import HFValidationError
 
@@ -27,18 +27,18 @@ def download(name: str, *, code: bool) -> Path:
         folder = Path(_snapshot(name, allow_patterns=_AUXILIARY, ignore_patterns=["*/*"]))
         index = folder / INDEX_NAME
         weights = dict.fromkeys(parse_index(index, index.read_bytes()).values()) if index.is_file() else [SINGLE_NAME]
-        # Both downloads must be of one commit, whatever is pushed in between. The folder's name is its hash.
+        # Both downloads must be of one commit, even if another is pushed in between. The folder's name is its hash.
         commit = folder.name if re.fullmatch("[0-9a-f]{40}", folder.name) else None
         wanted = [*map(_literally, weights), _TEMPLATES, *(["*.py"] if code else [])]
         return Path(_snapshot(name, revision=commit, allow_patterns=wanted))
     except HFValidationError as error:
-        raise ModelError(f"{name!r} is no hub name, and no such folder or .gguf file exists") from error
+        raise ModelError(f"{name!r} is not a hub name, and no such folder or .gguf file exists") from error
     except ModelError:
         raise
     except Exception as error:  # the hub client raises its own, requests' and httpx's errors
         raise ModelError(
-            f"{name} is no local folder or file, and the hub cannot give it ({first_line(error)}); check the name, or "
-            "download it elsewhere and give the local folder or a .gguf file"
+            f"{name} is not a local folder or file, and cannot be downloaded from the hub ({first_line(error)}); check the "
+            "name, or download it elsewhere and give the local folder or a .gguf file"
         ) from error
 
 
@@ -48,7 +48,7 @@ def _literally(name: str) -> str:
 
 
 def _snapshot(name: str, **arguments: Any) -> str:
-    """Download files of one commit; offline, return what the cache has of it."""
+    """Download files of one commit; offline, return the cached files."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import OfflineModeIsEnabled
 

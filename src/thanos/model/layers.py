@@ -47,7 +47,7 @@ class LinearLayer:
         return (columns, rows) if self.transposed else (rows, columns)
 
     def oriented(self, stored: Tensor) -> Tensor:
-        """Return a stored weight as (outputs, inputs), or such a weight as it is stored."""
+        """Convert a stored weight to (outputs, inputs), or such a weight to the stored form: the transposition is the same."""
         return stored.T if self.transposed else stored
 
 
@@ -167,7 +167,7 @@ def select_layers(layers: list[LinearLayer], recipe: Recipe) -> tuple[dict[Linea
         for glob in globs:
             if not any(matches(layer.name, glob) for layer in layers):
                 raise ModelError(
-                    f"{option} {glob!r} matches no linear layer; there are for example "
+                    f"{option} {glob!r} matches no linear layer; the model has, for example, "
                     f"{', '.join(sorted({layer.name.rsplit('.', 1)[-1] for layer in layers}))}"
                 )
     chosen: dict[LinearLayer, LayerRecipe] = {}

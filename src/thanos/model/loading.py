@@ -1,4 +1,4 @@
-"""Load a whole model with transformers, and read what its config says about text."""
+"""Load a whole model with transformers, and read its end-of-text token and context length."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from thanos.checkpoint.gguf_files import require_packages, say_parts
+from thanos.checkpoint.gguf_files import describe_split_file, require_packages
 from thanos.checkpoint.reader import SafetensorsCheckpoint
 from thanos.errors import DataError, ModelError, is_out_of_memory
 from thanos.model.gguf_mapping import gguf_checkpoint
@@ -34,7 +34,7 @@ def load_model(
     Args:
         source: from :func:`resolve_model`.
         dtype: ``auto`` (the checkpoint's; float32 for a GGUF file), ``float32``, ``bfloat16``, ``float16`` or a dtype.
-        device: where to.
+        device: device of the loaded model.
 
     Raises:
         ModelError: a file is truncated or corrupt, or does not fit the config.
@@ -61,10 +61,10 @@ def load_model(
     except (Exception, SystemExit) as error:  # a checkpoint's own code may raise anything
         if is_out_of_memory(error):
             raise
-        if parts := _parts_elsewhere(source):
-            raise ModelError(say_parts(Path(source.name), parts)) from error
+        if parts := _split_count(source):
+            raise ModelError(describe_split_file(Path(source.name), parts)) from error
         line = f"{source.name} cannot be loaded: {first_line(error)}"
-        if "ignore_mismatched_sizes" in str(error):  # transformers refers to what it printed
+        if "ignore_mismatched_sizes" in str(error):  # transformers refers to lines that it printed
             shapes = "tensors have other shapes than config.json makes them"
             line = f"{source.name}: {shapes}; the config belongs to another checkpoint"
         own = source.gguf is None and brings_code(source.config())
@@ -73,12 +73,12 @@ def load_model(
         raise ModelError(describe_import_error(source.name, error) or line) from error
     model, info = loaded
     absent = sorted(info["missing_keys"])
-    if absent and (parts := _parts_elsewhere(source)):
-        raise ModelError(say_parts(Path(source.name), parts))
+    if absent and (parts := _split_count(source)):
+        raise ModelError(describe_split_file(Path(source.name), parts))
     if absent:  # transformers fills them with random numbers
         raise ModelError(
-            f"{source.name} lacks {len(absent)} of the model's tensors, {absent[0]} for one; config.json belongs to another "
-            "checkpoint, or the checkpoint is damaged"
+            f"{source.name} lacks {len(absent)} of the model's tensors, for example {absent[0]}; config.json belongs to "
+            "another checkpoint, or the checkpoint is damaged"
         )
     if source.gguf is not None:
         # The weights are plain tensors now. A saved folder that says otherwise could not be loaded.
@@ -116,7 +116,7 @@ def _load_gguf(source: ModelSource, dtype: torch.dtype, device: torch.device) ->
     return model.to(device)
 
 
-def _parts_elsewhere(source: ModelSource) -> int:
+def _split_count(source: ModelSource) -> int:
     """Return into how many parts a GGUF file was split, as its header states; 0 for a folder, or a file in one part."""
     count = source.gguf_header.metadata.get("split.count", 0) if source.gguf is not None else 0
     return count if type(count) is int and count > 1 else 0
@@ -147,7 +147,7 @@ def end_of_text_id(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig)
         if isinstance(candidate, int):
             return candidate
     raise DataError(
-        "neither the tokenizer nor the config names an end-of-text token, which has to stand between documents; set "
+        "neither the tokenizer nor the config names an end-of-text token, which separates documents; set "
         "eos_token_id in the model's config.json"
     )
 
@@ -168,5 +168,5 @@ def check_token_ids(ids: torch.Tensor, model: PreTrainedModel) -> None:
     if int(ids.max()) >= embedded:
         raise DataError(
             f"the tokenizer gives token id {int(ids.max())}, but the model embeds only {embedded}; the tokenizer belongs to "
-            "another model: put this model's own beside its weights"
+            "another model: put this model's own tokenizer next to its weights"
         )

@@ -32,7 +32,8 @@ def build_meta_model(
     messages.
     """
     if getattr(config, "rescale_every", 0):
-        # RWKV halves hidden states between blocks, and weights to match, so that float16 holds them: the function is the same.
+        # RWKV halves hidden states between blocks, and scales weights to match, to stay within float16. The function is the
+        # same.
         config = copy.deepcopy(config)
         config.rescale_every = 0
     model = build_fused_model(config, dtype, trust_remote_code=trust_remote_code, name=name)
@@ -86,9 +87,9 @@ def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 def tensor_owners(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
     """Return the first name of each persistent tensor → all (module, attribute) pairs that hold the tensor."""
-    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    holders: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for attribute, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if tensor is not None:
-                places.setdefault(id(tensor), []).append((module, attribute))
-    return {name: places[id(tensor)] for name, tensor in named_tensors(model)}
+                holders.setdefault(id(tensor), []).append((module, attribute))
+    return {name: holders[id(tensor)] for name, tensor in named_tensors(model)}

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
-CONVERTED = "the checkpoint's tensors are not one to one the model's parameters; transformers loads it whole"
+CONVERTED = "the checkpoint's tensors do not match the model's parameters one to one; transformers loads it whole"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class OpenedModel:
     """A meta model and its tensors.
 
     Attributes:
-        source: where the model is.
+        source: folder or file of the model.
         meta_model: the model, its parameters on the meta device.
         checkpoint: the tensors.
         key_of: parameter name → tensor name in the checkpoint. Tied parameters have one entry.
@@ -52,13 +52,13 @@ class OpenedModel:
 def open_model(source: ModelSource, dtype: str = "auto", written_in: torch.dtype | None = None) -> OpenedModel:
     """Open a model so that its tensors can be read one by one.
 
-    The tensors of a safetensors folder are read from disk if they correspond one to one to the model's parameters, and those of
-    a GGUF file are dequantised one by one if its architecture allows it. Otherwise transformers loads and converts the model,
-    and the tensors are read from memory.
+    The tensors of a safetensors folder are read from disk if they match the model's parameters one to one. The tensors of a
+    GGUF file are dequantised one by one if its architecture allows it. Otherwise transformers loads and converts the model, and
+    the tensors are read from memory.
 
     Args:
         source: from :func:`~thanos.model.source.resolve_model`.
-        dtype: of the meta model: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``.
+        dtype: dtype of the meta model: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``.
         written_in: dtype to which the floating-point tensors are converted when they are read; None to leave them.
 
     Raises:
@@ -90,7 +90,7 @@ def _open_streamed(source: ModelSource, dtype: str, written_in: torch.dtype | No
     mixtures = tuple(f"{name}." for name, module in meta_model.named_modules() if isinstance(module, Experts))
     if missing and all(name.startswith(mixtures) for name in missing):
         raise ModelError(
-            f"{source.name} has no tensor for {missing[0]}, though config.json asks for it; download or save it again"
+            f"{source.name} has no tensor for {missing[0]}, although config.json requires it; download or save it again"
         )
     return None
 
@@ -114,7 +114,7 @@ def _gguf_notes(source: ModelSource, *, whole: bool) -> list[str]:
     header = source.gguf_header
     notes = []
     if whole:
-        why = "its tensors are not one to one the model's parameters"
+        why = "its tensors do not match the model's parameters one to one"
         if header.architecture not in BY_BLOCK:
             why = (
                 f"files of the architecture {header.architecture} are not read block by block, only those of "
@@ -150,7 +150,7 @@ def _check_tensors(
 
 
 def _open_whole(source: ModelSource, dtype: str, written_in: torch.dtype | None) -> OpenedModel:
-    """Let transformers load and convert the whole model, and serve its tensors from memory."""
+    """Load and convert the whole model with transformers; its tensors are then in memory."""
     dense = load_model(source, dtype="auto", device=torch.device("cpu"))
     resolved = _resolve_dtype(dtype, dense.dtype, None)
     meta_model = meta_model_of(source, dense.config, resolved)

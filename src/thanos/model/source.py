@@ -34,13 +34,13 @@ _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\s*")
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model is.
+    """The location of a model.
 
     Attributes:
-        name: as the user gave it.
-        folder: the local folder with config and tokenizer (for a GGUF file, the folder it lies in).
+        name: name as the user gave it.
+        folder: the local folder with config and tokenizer; for a GGUF file, the folder that holds it.
         gguf: the GGUF file, the first of them if it has several parts, or None.
-        trust_remote_code: whether code that the checkpoint carries may run.
+        trust_remote_code: whether Python code of the checkpoint may run.
     """
 
     name: str
@@ -56,7 +56,7 @@ class ModelSource:
         config = json.loads((self.folder / "config.json").read_bytes())
         if "quantization_config" not in config:
             return False
-        from thanos.sparse.storage import is_packed  # with it comes the loader, which imports transformers
+        from thanos.sparse.storage import is_packed  # not at the top: it imports the loader, and so transformers
 
         return is_packed(config)
 
@@ -82,7 +82,7 @@ class ModelSource:
         return arguments
 
     def config(self) -> PreTrainedConfig:
-        """Return the model's config, a copy of its own. Raises ModelError if it cannot be read."""
+        """Return a copy of the model's config. Raises ModelError if it cannot be read."""
         return copy.deepcopy(self._config)
 
     @cached_property
@@ -117,7 +117,9 @@ class ModelSource:
                 f"{self.name} is of the type {kind}, which transformers {version} does not know; upgrade transformers, or, if "
                 "the model brings Python code of its own, read that code and allow it with --trust-remote-code"
             )
-        return f"the config of {self.name} cannot be used ({line}); correct config.json, or take the model's own"
+        return (
+            f"the config of {self.name} cannot be used ({line}); correct config.json, or use the model's original one"
+        )
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the tokenizer. Raises ModelError if there is none, or it is broken."""
@@ -130,7 +132,7 @@ class ModelSource:
 
         if self.gguf is None and not any((self.folder / name).is_file() for name in _TOKENIZER_FILES):
             raise ModelError(
-                f"{self.name} has no tokenizer ({', '.join(_TOKENIZER_FILES[:3])}, ...); put the tokenizer's files beside "
+                f"{self.name} has no tokenizer ({', '.join(_TOKENIZER_FILES[:3])}, ...); put the tokenizer's files next to "
                 "the weights (tokenizer.save_pretrained)"
             )
         try:
@@ -138,7 +140,7 @@ class ModelSource:
                 return AutoTokenizer.from_pretrained(self.folder, **self._arguments())
         except Exception as error:  # tokenizers raises bare Exception for a broken file
             who = f"the tokenizer of {self.name}"
-            if lacking := _lacking(self):  # transformers may name packages of other formats
+            if lacking := _missing_packages(self):  # transformers may name packages of other formats
                 raise ModelError(f"{who} cannot be read: {lacking}") from error
             line = f"{who} cannot be read: {first_line(error)}"
             raise ModelError(describe_import_error(who, error) or line) from error
@@ -161,11 +163,11 @@ class ModelSource:
 
 
 def resolve_model(model: str | Path, *, trust_remote_code: bool = False, packed: bool = False) -> ModelSource:
-    """Find a model and refuse what cannot be pruned, before anything is loaded.
+    """Find a model, and refuse models that cannot be pruned, before anything is loaded.
 
     Args:
         model: a hub name, a local Hugging Face folder, or a ``.gguf`` file.
-        trust_remote_code: let transformers run Python code that the checkpoint carries.
+        trust_remote_code: let transformers run Python code of the checkpoint.
         packed: allow a model that ``thanos pack`` wrote.
 
     Raises:
@@ -185,7 +187,7 @@ def find_local(
 ) -> ModelSource | None:
     """Find a local model and check its files; None for a hub name. This is fast: no config is built, nothing is loaded.
 
-    The other arguments are those of :func:`resolve_model`; ``what`` is the name of the first in messages. Raises ModelError if
+    ``what`` is the name of the argument in messages; the others are those of :func:`resolve_model`. Raises ModelError if
     nothing is there, or it is not in safetensors or GGUF form.
     """
     name = model_name(model, what)
@@ -262,7 +264,7 @@ def _check_causal(source: ModelSource) -> None:
         )
 
 
-def _lacking(source: ModelSource) -> str:
+def _missing_packages(source: ModelSource) -> str:
     """Return the end of an error line that names the packages which the tokenizer's format needs; empty if none is missing."""
     if source.gguf is not None or (source.folder / "tokenizer.json").is_file():
         return ""

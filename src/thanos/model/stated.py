@@ -1,4 +1,4 @@
-"""What a model states about itself for a model card: licence, languages, and the model that it was made from."""
+"""Facts that a model states about itself, for a model card: licence, languages, and the model that it was made from."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _ADDRESS = re.compile(r"https?://(?:www\.)?huggingface\.co/([\w.\-]+/[\w.\-]+)/?
 
 
 def stated_facts(source: ModelSource) -> dict[str, Any]:
-    """Return what a model states of these keys of a model card; a key that it does not state is left out.
+    """Return the values of the following keys of a model card that a model states.
 
     ``license``, ``license_name``, ``license_link``: strings. ``language``, ``base_model``: lists of strings; only names of the
     hub count as base models, so no local path gets into a card. The facts are in the front matter of a folder's README.md, or
@@ -43,7 +43,7 @@ def _from_readme(source: ModelSource) -> Mapping[str, Any]:
 
     try:
         return metadata_load(source.folder / "README.md") or {}
-    except Exception:  # no file, or one that people wrote: a card must not stop a run
+    except Exception:  # no file, or malformed text: a card must not stop a run
         return {}
 
 

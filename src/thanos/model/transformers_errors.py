@@ -1,4 +1,4 @@
-"""Turn what transformers and a checkpoint's own code raise into one line that says what to do."""
+"""Convert exceptions of transformers and of a checkpoint's own code to one line with a remedy."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _PIP_NAMES = {
 
 @contextmanager
 def package_errors(model: str) -> Iterator[None]:
-    """Raise ModelError, which says how to install it, in place of an error about a missing package. Other errors pass.
+    """Replace an error about a missing package by a ModelError that says how to install it. Other errors pass.
 
-    A package also counts as missing if it lacks what the model's code imports from it.
+    A package also counts as missing if it lacks a name that the model's code imports.
     """
     try:
         yield
@@ -40,7 +40,7 @@ def package_errors(model: str) -> Iterator[None]:
 
 @contextmanager
 def building_errors(model: str, config: Any) -> Iterator[None]:
-    """Raise ModelError, in one line, in place of what fails while a model is built from its config; out of memory passes."""
+    """Replace errors while a model is built from its config by a one-line ModelError; out-of-memory errors pass."""
     try:
         with package_errors(model):
             yield
@@ -59,14 +59,17 @@ def describe_building_error(model: str, config: Any, error: BaseException) -> st
     version, what = transformers.__version__, f"{type(error).__name__}: {first_line(error)}"
     if brings_code(config):
         return (
-            f"the Python code that {model} brings fails with transformers {version} ({what}); take a newer version of the "
+            f"the Python code of {model} fails with transformers {version} ({what}); use a newer version of the "
             "checkpoint, or the version of transformers that its card names"
         )
-    return f"transformers {version} cannot build {model} from its config ({what}); correct config.json, or take the model's own"
+    return (
+        f"transformers {version} cannot build {model} from its config ({what}); correct config.json, or use the model's "
+        "original one"
+    )
 
 
 def brings_code(config: Any) -> bool:
-    """Return whether a config's class is Python code that a checkpoint brings."""
+    """Return whether a config's class is defined in the checkpoint's own Python code."""
     return type(config).__module__.partition(".")[0] == "transformers_modules"
 
 
@@ -85,7 +88,7 @@ def describe_import_error(model: str, error: BaseException) -> str | None:
 
     return (
         f"the code for {model} does not work with the packages that are installed, transformers {transformers.__version__} "
-        f"among them ({first_line(cause)}); take a newer version of the checkpoint, or leave out --trust-remote-code if "
+        f"among them ({first_line(cause)}); use a newer version of the checkpoint, or leave out --trust-remote-code if "
         "transformers knows the model"
     )
 

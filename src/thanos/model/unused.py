@@ -18,7 +18,7 @@ _JOINT = re.compile(r"\.(?:eh_proj|enorm|hnorm)\.")
 
 
 class Unused:
-    """Says why tensors are not used.
+    """Finds the reasons why tensors are not used.
 
     Args:
         meta_model: the model.
@@ -65,7 +65,7 @@ class Unused:
         predicting = [key for key in keys if self.is_prediction(key)]
         indices = {index for key in set(keys) - set(predicting) if (index := self._index(key)) is not None}
         beyond = sorted(index for index in indices if index >= self._count)
-        stay = "transformers does not run them, so they stay as they are, not pruned"
+        stay = "transformers does not run them, so they are copied without pruning"
         notes = []
         if predicting:
             notes.append(f"the checkpoint has layers for multi-token prediction ({len(predicting)} tensors): {stay}")

@@ -45,7 +45,7 @@ class Choice(Protocol):
         ...
 
     def smallest_of_each_row(self, scores: Tensor, count: int) -> Tensor:
-        """Return a bool mask with ``count`` True over all rows; the numbers of two rows differ by at most one."""
+        """Return a bool mask with ``count`` True over all rows; the counts of two rows differ by at most one."""
         ...
 
     def smallest_of_each_group(self, scores: Tensor, count: int, group: int) -> Tensor:
@@ -79,7 +79,7 @@ class Pattern(ABC):
     """The kinds of units that the pattern removes, so that the model becomes smaller; empty if it only sets weights to zero."""
 
     keeps_all: ClassVar[bool] = False
-    """Whether no layer loses an entry."""
+    """Whether the pattern removes no entry of any layer."""
 
     can_be_required: ClassVar[bool] = True
     """Whether a matrix with zeros can violate the pattern, so that ``inspect --require`` makes sense."""
@@ -124,7 +124,9 @@ class Pattern(ABC):
         """
         del outlier_rows
         if self.sparsity is not None:
-            raise RecipeError(f"pattern {self} lets no row make up for outlier rows; leave keep_budget out")
+            raise RecipeError(
+                f"pattern {self} fixes what each row loses, so no row can make up for outlier rows; leave keep_budget out"
+            )
 
     def budget(self, request: Request) -> Budget:
         """Return how much of a weight is removed; :class:`Budget` has the formulas."""

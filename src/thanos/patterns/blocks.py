@@ -1,4 +1,4 @@
-"""The blocks pattern: whole decoder blocks go, and the model becomes smaller."""
+"""The blocks pattern: whole decoder blocks are removed, and the model becomes smaller."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Blocks(ModelUnits):
-    """Decoder blocks are removed. A layer in the block before them loses nothing, and may be fitted to what they gave."""
+    """Decoder blocks are removed. The layers of the block before them lose nothing, but may be fitted to the old outputs."""
 
     keeps_all: ClassVar[bool] = True
     unit_kinds: ClassVar[tuple[str, ...]] = (BLOCKS,)

@@ -26,14 +26,14 @@ class Settings(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """The size of a weight and the settings that a pattern plans its budget from.
+    """The size of a weight and the settings from which a pattern computes its budget.
 
     Attributes:
         rows: number of rows of the weight, c.
         columns: number of columns of the weight, b.
         sparsity: fraction of all entries to remove, p, in [0, 1).
         outlier_rows: fraction of the rows that stay dense, α, in [0, 1).
-        keep_budget: whether the other rows make up for the outlier rows.
+        keep_budget: whether more is removed from the other rows to make up for the outlier rows.
     """
 
     rows: int

@@ -1,4 +1,4 @@
-"""The heads pattern: whole attention heads go, and the model becomes smaller."""
+"""The heads pattern: whole attention heads are removed, and the model becomes smaller."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from thanos.patterns.units import HEADS, Units
 
 @dataclass(frozen=True, slots=True)
 class Heads(Units):
-    """Input columns of the attention's output matrix are removed, those of whole heads.
+    """Input columns of the attention's output matrix are removed, all columns of a head at once.
 
-    The text ``heads:N`` is the pattern of a matrix whose columns belong to N heads one after the other, and ``heads:G*N`` that
-    of G groups of N heads of which the same go from every group. A recipe says ``heads``; a run takes the numbers from the
-    model.
+    ``heads:N`` is for a matrix whose columns belong to N consecutive heads. ``heads:G*N`` is for G groups of N heads; the same
+    heads are removed from every group. A recipe says ``heads``: the run takes the numbers from the model.
     """
 
     kind: ClassVar[str] = HEADS

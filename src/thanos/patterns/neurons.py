@@ -1,4 +1,4 @@
-"""The neurons pattern: whole intermediate neurons of the MLPs go, and the model becomes smaller."""
+"""The neurons pattern: whole intermediate neurons of the MLPs are removed, and the model becomes smaller."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Patterns that remove whole units of a model, neurons or heads, so that the model becomes smaller.
 
 A unit is a set of input columns of one layer, its writer: the layer that carries the unit's output into the residual stream.
-All units of a writer have the same number of columns, and they are spread evenly: a column belongs to a group, in the group
-to a unit, and a unit has a run of consecutive columns in every group. The columns are ordered by group, unit and place in the
-run. Inside a run of the engine the columns of a unit that goes are zeroed; the model is cut at the end.
+All units of a writer have the same number of columns. The columns are divided into groups, and every group holds one run of
+consecutive columns for each unit. So the columns are ordered by group, unit and position in the run. The engine sets the
+columns of a removed unit to zero; the model is made smaller at the end.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NEURONS = "neurons"
 """A column of the second matrix of an MLP."""
 
 HEADS = "heads"
-"""Columns of the attention's output matrix: an attention head, or several that go together."""
+"""Columns of the attention's output matrix: an attention head, or several that are removed together."""
 
 BLOCKS = "blocks"
 """A decoder block."""
@@ -38,14 +38,14 @@ class ModelUnits(Pattern):
     can_be_required: ClassVar[bool] = False
 
     def check_block_size(self, block_size: int) -> None:
-        """Refuse any: units are chosen among all columns of a layer at once."""
+        """Refuse any block size: units are chosen among all columns of a layer at once."""
         raise RecipeError(
             f"block_size {block_size} has no meaning for pattern {self}, which works on all columns of a layer at once; leave "
             "block_size out"
         )
 
     def violation(self, zero: Tensor) -> str:
-        """Return an empty text: in a model that was cut, nothing is zero."""
+        """Return an empty text: the smaller model has no zeros that could violate the pattern."""
         del zero
         return ""
 
@@ -79,11 +79,11 @@ class Units(ModelUnits):
         count = self.count or columns
         if columns % (self.groups * count):
             raise RecipeError(
-                f"pattern {self} does not fit {columns} input columns: they are not {self.groups * count} equal parts"
+                f"pattern {self} does not fit {columns} input columns: they are not divisible by {self.groups * count}"
             )
 
     def budget(self, request: Request) -> Budget:
-        """Return how many columns are removed: those of the number of units nearest to the sparsity."""
+        """Return how many columns are removed: the columns of sparsity · units, rounded to whole units."""
         groups, count, run = self.layout(request.columns)
         units = floor_count(request.sparsity * count + 0.5)
         weights = floor_count(request.sparsity * request.rows * request.columns)
@@ -95,7 +95,7 @@ class Units(ModelUnits):
         return budget.columns >= columns
 
     def unit_scores(self, scores: Tensor) -> Tensor:
-        """Return the scores of the units, (units,), from those of the columns, (b,): their sums."""
+        """Return the scores of the units, (units,): the sums of the scores of their columns, (b,)."""
         return scores.view(self.layout(len(scores))).sum((0, 2))
 
     def columns_of(self, units: Tensor, columns: int) -> Tensor:
@@ -109,10 +109,10 @@ class Units(ModelUnits):
         return column_numbers.view(self.layout(len(column_numbers))).transpose(0, 1).reshape(count, -1)
 
     def removed_units(self, gone: Tensor, sparsity: float) -> list[int]:
-        """Return the indices of the removed units, ascending, from the mask of the columns without a weight, (b,) bool.
+        """Return the indices of the removed units, ascending, from the mask of the columns that are all zero, (b,) bool.
 
-        Columns may have been without weights before. Then there may be more such units than were to be removed, and the
-        first of them are returned: it makes no difference which.
+        Some columns may have been zero before pruning. Then more units than planned may be all zero. The first of them are
+        returned, since all zero units are equivalent.
         """
         _, count, _ = self.layout(len(gone))
         whole = gone.view(self.layout(len(gone))).transpose(0, 1).reshape(count, -1).all(1)

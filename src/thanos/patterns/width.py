@@ -1,4 +1,4 @@
-"""The width pattern: neurons and heads go, in the proportion of the least predicted error, and the model becomes smaller."""
+"""The width pattern: neurons and heads are removed in the proportion with the least predicted error; a smaller model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Width(ModelUnits):
-    """Neurons and heads are removed; the sparsity is the share of the parameters of the blocks.
+    """Neurons and heads are removed; the sparsity is the fraction of the blocks' parameters that is removed.
 
     A run chooses one split for the whole model, and every layer gets the pattern of its own units.
     """
@@ -32,7 +32,7 @@ class Width(ModelUnits):
         return "width"
 
     def check_width(self, columns: int) -> None:
-        """Refuse a single matrix: it has neurons or heads."""
+        """Refuse a single matrix: it has either neurons or heads."""
         del columns
         raise self._no_matrix()
 

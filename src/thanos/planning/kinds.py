@@ -39,7 +39,7 @@ class Amount:
         return self.training + self.held_out
 
     def units(self, phase: str) -> tuple[float, float]:
-        """Return two numbers with each of which a phase's cost is expected to grow linearly."""
+        """Return two numbers. The cost of a phase is expected to grow linearly with each of them."""
         if phase == "tune":
             return tuning_passes(self.epochs, self.sequences, self.held_out), 0.0
         if phase == "choose":
@@ -103,7 +103,7 @@ class Job:
         """Return the blocks that text reaches, by kind, and the layers after the blocks."""
         _, blocks = find_blocks(self.prepared.opened.meta_model)
         kinds: dict[str, Kind] = {}
-        for index in self.prepared.picture.reached:
+        for index in self.prepared.data_flow.reached:
             tensors = [(name, tuple(value.shape)) for name, value in blocks[index].state_dict().items()]
             modules = [(type(module), _flags(module)) for module in blocks[index].modules()]
             kinds.setdefault(repr((tensors, modules, self._settings(index))), Kind([])).blocks.append(index)
@@ -138,6 +138,7 @@ class Sample:
         over_sequences: phases that run over the sequences.
         state_bytes: bytes of the hidden states of one sequence in all streams.
         buffers: number of buffers of hidden states: the streams keep as many copies.
+        branch_bytes: bytes of each input of a branch's last layer that is kept, for one sequence.
         fits: see :class:`~thanos.engine.block_runner.Passes`.
     """
 
@@ -149,6 +150,7 @@ class Sample:
     over_sequences: frozenset[str]
     state_bytes: int
     buffers: int
+    branch_bytes: list[int]
     fits: int | None
 
 
@@ -172,8 +174,9 @@ class Kind:
     def seconds(self, phase: str, amount: Amount) -> float:
         """Return the seconds of a phase for one block and these sequences and epochs.
 
-        The processor's seconds give the growth with the number of sequences: other programs disturb them least. The seconds
-        that pass for each of them are measured too, and differ with other programs and the number of threads.
+        The growth with the number of sequences is that of the processor's seconds, which other programs disturb least. The
+        result is multiplied by the measured ratio of elapsed to processor seconds, which depends on the number of threads and
+        on other programs.
         """
         tries = [samples for samples in self.tries if phase in samples[-1].seconds]
         if not tries:
@@ -192,7 +195,7 @@ class Kind:
 
 
 _APART = 1.3
-"""Least quotient of two amounts of work whose difference gives a rate. With less, a cost is taken to be proportional."""
+"""Least ratio of two amounts of work whose difference gives a rate. Below it, the cost is assumed to be proportional."""
 
 
 def _extrapolated(costs: Sequence[float], units: Sequence[tuple[float, float]], wanted: tuple[float, float]) -> float:

@@ -1,8 +1,8 @@
 """Prediction of a pruning run, before it begins: memory, disk space and time, and which of them do not suffice.
 
 Seconds and memory come from a trial on the device (trial.py). The code that prunes also opens the model, reads the
-calibration text and chooses the storage tier here, so this prediction refuses what a run would refuse. Only not all weights
-are checked for NaN.
+calibration text and chooses the storage tier here, so this prediction refuses whatever a run would refuse. The exception: not
+all weights are checked for NaN.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from thanos.run.work_folder import WorkFolder, check_interrupted, check_output
 from thanos.system.device import choose_device
 from thanos.system.documents import Document
 from thanos.system.files import free_disk_bytes
-from thanos.system.memory import free_device_bytes, free_host_bytes, give_back, host_bytes
+from thanos.system.memory import free_device_bytes, free_host_bytes, host_bytes, release_free_heap
 from thanos.system.meter import PhaseMeter, PhaseRecord
 from thanos.system.ranks import launched
 from thanos.system.user_paths import model_name, output_path
@@ -69,7 +69,8 @@ class Plan(Document):
         blocks: number of decoder blocks.
         layers: number of layers to prune.
         activations: storage tier of the hidden states between blocks.
-        activations_bytes: bytes of the hidden states of all sequences, those of the dense model included.
+        activations_bytes: bytes of the hidden states of all sequences, those of the dense model included, and of the inputs of
+            branches that are kept (:mod:`thanos.engine.branches`).
         batch: number of sequences in a forward pass.
         disk_bytes: bytes of the output's weights, which are reserved before the work begins.
         disk_besides_bytes: bytes of the auxiliary files, the journal and the report, of hidden states kept on the disk, and of
@@ -82,7 +83,7 @@ class Plan(Document):
         device_free_bytes: free memory of the CUDA device, in bytes; None without one.
         phases: predicted seconds and peak memory, by phase.
         seconds: seconds of all phases together.
-        cut: what the run will cut, see :func:`~thanos.run.cut_plan.planned_cut`; empty unless the pattern removes units.
+        cut: the predicted cut, see :func:`~thanos.run.cut_plan.planned_cut`; empty unless the pattern removes units.
         does_not_fit: one line for each resource that does not suffice; empty if the run fits.
         schema: version of this format.
     """
@@ -191,7 +192,7 @@ def _predict(job: Job, out: Path, measured: dict[str, PhaseRecord], scan: float,
     """
     trial = run_trial(job)
     gc.collect()
-    give_back()
+    release_free_heap()
     base, cuda = host_bytes(), job.device.type == "cuda"
     seconds, measuring = _seconds(job, trial, scan), stream_bytes(job, trial.allocation)
     for name in measured:

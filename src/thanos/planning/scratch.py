@@ -51,7 +51,7 @@ class TrialMeter(PhaseMeter):
 
 
 class Scratch:
-    """Stands for the output and the journal of a run: writes the bytes of tensors to a file without a name.
+    """Replaces the output and the journal of a run: writes the bytes of tensors to a file without a name.
 
     Args:
         folder: existing folder on the output's disk.

@@ -2,7 +2,7 @@
 
 The trial runs the code that prunes, so it covers every stage that the recipe lists. A block runs on two numbers of sequences.
 The difference gives the cost per sequence; the rest does not depend on the number of sequences. Output goes to a file without
-a name, which the system deletes when it is closed. Where sequences are held out, a third sample gives the cost of one of them.
+a name, which the system deletes when it is closed. If sequences are held out, a third sample gives the cost of one of them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from itertools import count
 
 import torch
 
-from thanos.engine.activations import choose_tier
+from thanos.engine.activations import choose_tier, has_spare_room
 from thanos.engine.block_runner import most_sequences
 from thanos.engine.records import BlockRecord
 from thanos.engine.stages.base import BlockStage
@@ -31,7 +31,7 @@ from thanos.planning.scratch import Scratch, TrialMeter, copy_seconds
 from thanos.recipe import LayerRecipe
 from thanos.run.allocation import measured_layers, sequences_of
 from thanos.run.engine_setup import build_engine
-from thanos.system.memory import device_memory, free_device_bytes, give_back, host_bytes
+from thanos.system.memory import device_memory, free_device_bytes, host_bytes, release_free_heap
 
 SECONDS = 8.0
 """Seconds after which no further block is tried. Each kind of block is tried once in any case."""
@@ -52,10 +52,10 @@ class Trial:
 
     Attributes:
         kinds: the kinds of blocks, with their samples.
-        once: phase → seconds that only the first block takes, in which threads start and kernels are compiled.
+        once: phase → additional seconds of the first block, in which threads start and kernels are compiled.
         batch: number of sequences in a forward pass of the run.
         tier: storage tier of the hidden states of the pruned model in the run.
-        states: storage tier → bytes of hidden states, of all sequences and streams.
+        states: storage tier → bytes of hidden states, of all sequences and streams, and of what is kept beside them.
         copy: seconds per byte of a tensor that is copied from the input to the output.
         allocation: the kinds of blocks of the pass that chooses sparsities, with their samples; empty without the pass.
     """
@@ -96,6 +96,7 @@ def run_trial(job: Job) -> Trial:
             spent = time.perf_counter() - began
             if spent + spent / done > SECONDS or done >= max(len(kind.blocks) for kind in kinds):
                 break
+        _add_branches(job, kinds, tier, states)
         allocation = _try_allocation(job, scratch, tier)
         return Trial(kinds, once, batch, tier, states, copy_seconds(job, scratch), allocation)
 
@@ -109,6 +110,14 @@ def _tiers(job: Job, sample: Sample) -> tuple[str, dict[str, int]]:
     return tiers[0], states
 
 
+def _add_branches(job: Job, kinds: Sequence[Kind], tier: str, states: dict[str, int]) -> None:
+    """Add to ``states`` the bytes of the inputs of branches that a run keeps; see :mod:`thanos.engine.branches`."""
+    samples = [sample for kind in kinds for tried in kind.tries for sample in tried]
+    for size in max((sample.branch_bytes for sample in samples), key=sum, default=[]):
+        if tier != "disk" and has_spare_room(tier, size * job.samples, job.device, states.get(tier, 0)):
+            states[tier] = states.get(tier, 0) + size * job.samples
+
+
 def _amounts(job: Job, kind: Kind, size: int, batch: int) -> list[tuple[Amount, int]]:
     """Return the amounts that a block of a kind is tried with, each with its batch size; one if the run itself is as small.
 
@@ -118,7 +127,7 @@ def _amounts(job: Job, kind: Kind, size: int, batch: int) -> list[tuple[Amount, 
     held_out, epochs = min(1, whole.held_out), min(EPOCHS, whole.epochs)
     larger = min(batch, 2 * size)
     few = min(whole.training, max(size, sampled_sequences(job.prepared.layers.values(), job.recipe.measure_error)))
-    # A step of the tuning takes as many sequences, and its memory is not extrapolated.
+    # At least as many as a tuning step uses, since its memory is not extrapolated.
     more = min(whole.training, max(few + larger, BATCH if epochs else 0))
     amounts = [(Amount(few, held_out, epochs), size)]
     if more > few:
@@ -186,7 +195,7 @@ def _measure(
     """
     cuda, meter = job.device.type == "cuda", TrialMeter(job.device)
     gc.collect()
-    give_back()
+    release_free_heap()
     host, device = host_bytes(), device_memory(job.device)[0] if cuda else 0
     scratch.meter = meter
     given = job.prepared.layers if layers is None else layers
@@ -207,10 +216,10 @@ def _measure(
         stages=stages,
     )
     runner = engine.inputs.runner
-    runner.batch = batch
+    runner.batch, runner.asked_for = batch, job.samples
     over = {"calibration", "choose"}  # report no progress
     # If blocks store values for later ones, the blocks before run too, but are not counted.
-    before = [i for i in job.prepared.picture.reached if job.prepared.picture.shares and i < (block or 0)]
+    before = [i for i in job.prepared.data_flow.reached if job.prepared.data_flow.shares and i < (block or 0)]
     scratch.finished = {i: BlockRecord(block=i, layers=[], tensors={}, batch=batch) for i in before}
     for event in engine.run([*before, block]):
         if event.replayed:
@@ -218,7 +227,8 @@ def _measure(
         elif event.tokens:
             over.add(event.phase)
     records, states = meter.records(), runner.state_bytes
-    on_host, on_device = (states if runner.tier == one else 0 for one in ("host", "device"))
+    kept = states + sum(runner.branch_bytes)
+    on_host, on_device = (kept if runner.tier == one else 0 for one in ("host", "device"))
     seconds = {phase: record.seconds for phase, record in records.items()}
     return Sample(
         amount=amount,
@@ -235,5 +245,6 @@ def _measure(
         over_sequences=frozenset(over),
         state_bytes=states // amount.sequences,
         buffers=runner.buffers,
+        branch_bytes=[size // amount.sequences for size in runner.branch_bytes],
         fits=runner.fits,
     )

@@ -15,17 +15,16 @@ from typing import Any
 from thanos import registry
 from thanos.errors import RecipeError
 from thanos.recipe.allocation import ALLOCATIONS, check_allocation
+from thanos.recipe.checks import check_settings
 from thanos.recipe.globs import check_globs as check_globs
 from thanos.recipe.globs import matches
-from thanos.recipe.layer import LAYER_FIELDS, LayerRecipe, check_used, check_values, used
+from thanos.recipe.layer import LAYER_FIELDS, LayerRecipe, check_used, checked, repairs_of, used
 from thanos.recipe.override import Override, hints, suited_to
 from thanos.recipe.repair import (
     REPAIR_FIELDS,
     TUNE_LOSSES,
     TUNE_RATE,
     check_run_repair,
-    checked,
-    repairs_of,
     unused_values,
 )
 from thanos.recipe.repair import Repair as Repair
@@ -53,24 +52,24 @@ class Recipe(LayerRecipe):
             or ``float16``. The model is converted to it before it is pruned.
         targets: globs over the names of the layers to prune; empty means every linear layer of the decoder blocks.
         skip: globs over the names of layers that stay dense.
-        overrides: per-layer settings, in order; a later match wins. An effort there sets all of its parts for these layers,
-            the scope too, also those that the recipe itself sets.
+        overrides: per-layer settings, in order; a later match wins. The effort of an override replaces all parts of the repair
+            and the scope, also those that the recipe sets.
         measure_error: tokens on which the layer errors are measured. None: all tokens if the method needs XᵀX, else a sample of
             the sequences. True: all tokens. False: all tokens if the method needs XᵀX, else the error is not measured. Does not
             change any weight.
         allocation: ``uniform``: every layer has the recipe's sparsity; ``error``: a pass before pruning measures the errors of
-            the layers, and their sparsities minimise the weighted sum at the same number of zeros. Not for layers whose
-            override sets a sparsity.
-        multiple_of: the number of units that stay in a block, for patterns that remove units, is a multiple of this. None for
-            64 neurons, or any number of heads.
-        head_unit: which heads go together with grouped-query attention: ``group``, a key-value head with its query heads, or
-            ``query``, one query head of every group. None for ``group``.
-        held_out: number of calibration sequences, the last ones, that choose the dense target and guard the tuning. None for
-             a sixteenth of them, at least one. Refused if no layer has dense target ``auto`` or is tuned.
+            the layers, and the sparsities that minimise their weighted sum at the same number of zeros are chosen. A layer
+            whose override sets a sparsity keeps it.
+        multiple_of: for patterns that remove units: the number of remaining units in a block is a multiple of this. None means
+            64 for neurons and 1 for heads.
+        head_unit: the heads that are removed together with grouped-query attention: ``group``, a key-value head with its query
+            heads, or ``query``, one query head of every group. None means ``group``.
+        held_out: number of calibration sequences to hold out, the last ones. Their error selects the dense target and the tuned
+            state. None means one in 16, at least one. Refused if no layer has dense target ``auto`` or is tuned.
         tune_rate: peak learning rate of the tuning, as a share of the root mean square of the block's weights that stay,
-            above 0 and at most 1. This and the next are refused if no layer is tuned.
-        tune_loss: what the tuning minimises: ``block``, the squared error of the block's outputs relative to their squares;
-            ``token``, the mean of the tokens' own relative squared errors.
+            above 0 and at most 1. Refused, as is ``tune_loss``, if no layer is tuned.
+        tune_loss: error that the tuning minimises: ``block``, the squared error of the block's outputs relative to their
+            squares; ``token``, the mean of the tokens' own relative squared errors.
         trust_remote_code: let transformers run Python code from the checkpoint.
 
     Raises:
@@ -82,7 +81,7 @@ class Recipe(LayerRecipe):
     )
     samples: int = setting(128, "Number of calibration sequences", Heading.CALIBRATION, "N", lowest=1)
     sequence_length: int = setting(2048, "Tokens per calibration sequence", Heading.CALIBRATION, "TOKENS", lowest=2)
-    seed: int = setting(0, "Seed of the draw of calibration sequences", Heading.CALIBRATION, "N", lowest=0)
+    seed: int = setting(0, "Seed of the random choice of calibration sequences", Heading.CALIBRATION, "N", lowest=0)
     device: str = setting(
         "auto", "auto, cpu, cuda or cuda:N", Heading.RUN, "DEVICE", default="auto, which is CUDA if there is any"
     )
@@ -105,19 +104,19 @@ class Recipe(LayerRecipe):
     targets: tuple[str, ...] = setting(
         (), "Prune only layers whose name matches", Heading.WHAT, "GLOB", default="every linear layer of the blocks"
     )
-    skip: tuple[str, ...] = setting((), "Leave layers dense whose name matches", Heading.WHAT, "GLOB")
+    skip: tuple[str, ...] = setting((), "Leave layers dense if their name matches", Heading.WHAT, "GLOB")
     overrides: tuple[Override, ...] = ()
     measure_error: bool | None = None
     allocation: str = setting(
         ALLOCATIONS[0],
-        "Whether every layer has the same sparsity, or layers with larger errors a lower one",
+        "The same sparsity in every layer, or a lower one in layers with larger errors",
         Heading.METHOD,
         "NAME",
         choices=lambda: ALLOCATIONS,
     )
     multiple_of: int | None = setting(
         None,
-        "Round the units that stay in a block to a multiple of this; patterns of units only",
+        "Keep a multiple of this many units in a block; only for patterns that remove units",
         Heading.METHOD,
         "N",
         lowest=1,
@@ -125,7 +124,7 @@ class Recipe(LayerRecipe):
     )
     head_unit: str | None = setting(
         None,
-        "Heads that go together: a key-value group, or one query head of every group",
+        "Heads that are removed together: a key-value group, or one query head of every group",
         Heading.METHOD,
         "UNIT",
         choices=lambda: HEAD_UNITS,
@@ -133,21 +132,23 @@ class Recipe(LayerRecipe):
     )
     held_out: int | None = setting(
         None,
-        "Calibration sequences that choose the dense target and guard the tuning",
+        "Calibration sequences to hold out; their error selects the dense target and the tuned state",
         Heading.REPAIR,
         "N",
         lowest=1,
-        default="a sixteenth of them",
+        default="one in 16",
     )
     tune_rate: float = setting(
         TUNE_RATE,
-        "Peak learning rate of the tuning, as a share of the root mean square of the block's weights; above 0 and at most 1",
+        "Peak learning rate of the tuning, as a share of the root mean square of the block's weights",
         Heading.REPAIR,
         "RATE",
+        above=0,
+        highest=1,
     )
     tune_loss: str = setting(
         TUNE_LOSSES[0],
-        "Relative error that the tuning minimises: that of the block's outputs, or the mean of the tokens' own",
+        "Relative error that the tuning minimises: of all outputs of the block, or the mean over the tokens",
         Heading.REPAIR,
         "NAME",
         choices=lambda: TUNE_LOSSES,
@@ -156,7 +157,7 @@ class Recipe(LayerRecipe):
         False,
         "Run Python code that comes with the checkpoint",
         Heading.RUN,
-        default="transformers' own code, or refuse",
+        default="use transformers' own code, else refuse",
     )
 
     def __post_init__(self) -> None:
@@ -170,7 +171,7 @@ class Recipe(LayerRecipe):
         check_units(self)
         for override in self.overrides:
             own = override.settings.get("method")
-            check_values(override.settings)
+            check_settings(LayerRecipe, {k: v for k, v in override.settings.items() if k in registry.LAYER_SETTINGS})
             checked(override.settings)
             where = f" in the override of {override.match!r}"
             merged = self._merged([override])  # raises if the override contradicts the recipe
@@ -209,9 +210,8 @@ class Recipe(LayerRecipe):
     def suited(self, changes: Mapping[str, Any]) -> dict[str, Any]:
         """Return changes of fields, with defaults added for a new pattern, method or repair.
 
-        The recipe's sparsity, block size and scope belong to its own pattern. With a new pattern they are reset to their
-        defaults, unless ``changes`` sets them. With a new effort, its parts are. With a new method or repair, settings that
-        nothing in the changed recipe uses are reset too.
+        A new pattern resets sparsity, block size and scope to their defaults, unless ``changes`` sets them. A new effort resets
+        its parts. A new method or repair resets the settings that nothing in the changed recipe uses.
 
         Raises:
             RecipeError: the pattern is malformed, or the method or the effort is unknown.

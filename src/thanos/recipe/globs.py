@@ -22,9 +22,9 @@ def check_globs(recipe: Recipe) -> None:
     for name, glob in [*(("targets", g) for g in recipe.targets), *(("skip", g) for g in recipe.skip), *overrides]:
         allowed = "a glob over layer names has letters, digits, _, -, dots, and *, ?, [abc] or [!abc]"
         if "," in glob or glob != "".join(glob.split()):
-            raise RecipeError(f"{name} {glob!r} looks like several globs; give each alone: {allowed}")
+            raise RecipeError(f"{name} {glob!r} looks like several globs; give each separately: {allowed}")
         strange = [letter for letter in dict.fromkeys(glob) if letter in "^$|()\\{}+/:;'\"="]
         if strange:
             raise RecipeError(f"{name} {glob!r} has {' '.join(strange)}; {allowed}, such as *.mlp.* or q_proj")
         if glob.count("[") != glob.count("]"):
-            raise RecipeError(f"{name} {glob!r} has a bracket without its partner; {allowed}")
+            raise RecipeError(f"{name} {glob!r} has an unmatched bracket; {allowed}")

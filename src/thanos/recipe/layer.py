@@ -9,19 +9,19 @@ from typing import Any
 from thanos import registry
 from thanos.errors import RecipeError
 from thanos.patterns.base import Pattern
-from thanos.recipe.repair import REPAIR_FIELDS, Repair, checked, resolved
+from thanos.recipe.checks import check_settings
+from thanos.recipe.repair import REPAIR_FIELDS, Repair, checked_target, resolved, with_effort
 from thanos.recipe.units import check_outlier_rows
 from thanos.registry import parse_pattern
 from thanos.settings import Heading, setting
-from thanos.system.suggestions import near, near_number, near_whole
 
 DEFAULT_DAMPING: float = registry.LAYER_SETTINGS["damping"]
 """Damping added to the Hessian's diagonal, as a fraction of the diagonal's mean."""
 
-LAYER_FIELDS = (
-    *("method", "pattern", "sparsity", "outlier_rows", "keep_budget", "block_size", "damping", "scope"),
-    *REPAIR_FIELDS,
-)
+_DESCRIBED = ("sparsity", "outlier_rows", "keep_budget", "block_size", "damping", "scope")
+"""Fields whose descriptions state every value that is allowed for some pattern and method."""
+
+LAYER_FIELDS = ("method", "pattern", *_DESCRIBED, *REPAIR_FIELDS)
 
 
 _EFFORT = "set by the effort"
@@ -36,22 +36,22 @@ class LayerRecipe:
     Args:
         method: name of a method in :mod:`thanos.registry`.
         pattern: ``unstructured``, ``columns``, ``N:M`` (at most N non-zeros in M consecutive inputs), or a registered one.
-        sparsity: fraction of the matrix's entries that become zero, in [0, 1). An n:m pattern sets it itself; for the other two
-            patterns None means 0.5.
+        sparsity: fraction of the matrix's entries that become zero, in [0, 1). An n:m pattern determines it; for other patterns
+            None means the pattern's default.
         outlier_rows: fraction of output rows left dense, in [0, 1).
-        keep_budget: let the other rows make up for the outlier rows, so that the whole matrix has the same sparsity as without
-            outlier rows; see :class:`~thanos.patterns.budget.Budget`. For n:m it needs an even n: the rows with the smallest
-            squared output norm keep n/2 of m.
+        keep_budget: remove more from the other rows, so that the whole matrix has the same sparsity as without outlier rows;
+            see :class:`~thanos.patterns.budget.Budget`. For n:m, n must be even: the rows with the smallest squared output norm
+            keep n/2 of m.
         block_size: number of input columns handled together (Thanos, SparseGPT); None means 128, or 512 for Thanos with n:m.
         damping: fraction of the Hessian's mean diagonal added to its diagonal, at least 0 (Thanos, SparseGPT, ADMM,
             and the repair of any method).
-        scope: unit that reaches the sparsity, for patterns that may remove any entries: ``layer``, the whole matrix, or
-            ``row``, every row, up to one entry. None means the scope of ``effort``, else the method's own: ``row`` for Wanda.
-        effort: name of a preset of the next four settings; ``fast`` has them off.
-        dense_target: share α, in [0, 1], of the dense model's outputs in what the layer is fitted to; ``auto`` chooses it on
-            held-out sequences. For this and the next three settings, None means the value of ``effort``.
-        sequential: gather the statistics of the layer's inputs with the layers before it in its block pruned.
-        refit: steps of conjugate gradients on the weights that stay, after the method; 0 for none.
+        scope: unit that has the sparsity, for patterns that may remove any entries: ``layer``, the whole matrix, or ``row``,
+            each row, up to one entry. None means the scope of ``effort``, else the method's own: ``row`` for Wanda.
+        effort: name of a preset of the next four settings; ``fast`` turns them off.
+        dense_target: fraction α, in [0, 1], of the dense model's outputs in the target that the layer is fitted to; ``auto``
+            chooses it on held-out sequences. For this and the next three settings, None means the value of ``effort``.
+        sequential: gather the statistics of the layer's inputs after the earlier layers of its block are pruned.
+        refit: conjugate-gradient steps on the remaining weights, after the method; 0 for none.
         tune: epochs of training of the layer's pruned block; 0 for none.
 
     Raises:
@@ -101,7 +101,7 @@ class LayerRecipe:
     )
     scope: str | None = setting(
         None,
-        "Unit that reaches the sparsity: the whole layer, or every row; unstructured only",
+        "Unit in which the sparsity holds; for pattern unstructured only",
         Heading.METHOD,
         "SCOPE",
         choices=lambda: registry.SCOPES,
@@ -116,17 +116,17 @@ class LayerRecipe:
     )
     dense_target: float | str | None = setting(
         None,
-        "Share of the dense model's outputs in the target of a layer's fit, 0 (off) to 1; auto: chosen on held-out sequences",
+        "Fraction of the dense model's outputs in the target of a layer, 0 (off) to 1; auto: chosen on held-out sequences",
         Heading.REPAIR,
         "SHARE",
         default=_EFFORT,
     )
     sequential: bool | None = setting(
-        None, "Prune the layers of a block in the order of the data", Heading.REPAIR, default=_EFFORT
+        None, "Prune the layers of a block in the order of the forward pass", Heading.REPAIR, default=_EFFORT
     )
     refit: int | None = setting(
         None,
-        "Steps of conjugate gradients on the weights that stay, 0 for none",
+        "Conjugate-gradient steps on the remaining weights, 0 for none",
         Heading.REPAIR,
         "N",
         lowest=0,
@@ -141,18 +141,13 @@ class LayerRecipe:
         pattern = parse_pattern(self.pattern)
         registry.check_pattern(method, pattern)
         object.__setattr__(self, "pattern", str(pattern))
-        check_number("outlier_rows", self.outlier_rows, 0.0, 1.0)
-        check_values({"block_size": self.block_size, "damping": self.damping})
+        check_settings(LayerRecipe, {name: getattr(self, name) for name in _DESCRIBED})
         for name, value in checked({name: getattr(self, name) for name in REPAIR_FIELDS}).items():
             object.__setattr__(self, name, value)
-        if not isinstance(self.keep_budget, bool):
-            raise RecipeError(f"keep_budget must be true or false; got {self.keep_budget!r}")
         check_outlier_rows(pattern, self.outlier_rows, self.keep_budget)
         if self.keep_budget and self.outlier_rows > 0:
             pattern.check_keep_budget(self.outlier_rows)
         check_scope(self.scope, pattern)
-        if self.sparsity is not None:
-            check_number("sparsity", self.sparsity, 0.0, 1.0)
         implied = pattern.sparsity
         if implied is None:
             self._check_room(pattern.default_sparsity if self.sparsity is None else self.sparsity)
@@ -171,7 +166,7 @@ class LayerRecipe:
         return self.repair.needs_gram
 
     def _methods(self) -> tuple[str, ...]:
-        """Return the methods that may prune a layer. At least one of them has to use a setting that is not its default."""
+        """Return the methods that may prune a layer. One of them must use each setting that differs from its default."""
         return (self.method,)
 
     def _check_room(self, sparsity: float) -> None:
@@ -229,30 +224,35 @@ def used(values: Mapping[str, Any]) -> dict[str, Any]:
     return found | ({"damping": values["damping"]} if damps else {})
 
 
-def check_values(settings: Mapping[str, Any]) -> None:
-    """Refuse a block size or damping outside its range, for any method.
+def checked(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the given settings among :data:`REPAIR_FIELDS`. A dense target that is a number in a text becomes a number.
 
     Raises:
         RecipeError: a value is outside its range; the message names the setting.
     """
-    size = settings.get("block_size")
-    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
-        raise RecipeError(f"block_size must be a whole number of columns, at least 1; got {size!r}{near_whole(size)}")
-    check_number("damping", settings.get("damping", DEFAULT_DAMPING), 0.0, None)
+    found = {name: settings[name] for name in REPAIR_FIELDS if name in settings}
+    if "effort" in found:
+        registry.effort(found["effort"])
+    if found.get("dense_target") is not None:
+        found["dense_target"] = checked_target(found["dense_target"])
+    check_settings(LayerRecipe, {name: found[name] for name in REPAIR_FIELDS[2:] if name in found})
+    return found
 
 
-def check_scope(scope: Any, pattern: Pattern) -> None:
-    """Refuse an unknown scope, or a scope for a pattern that fixes the number of zeros of each row.
+def repairs_of(settings: Mapping[str, Any], overrides: Iterable[Mapping[str, Any]]) -> list[Repair]:
+    """Return the repair of a recipe, then for each override the repair of the recipe with its changes.
 
-    Raises:
-        RecipeError: the scope is unknown, or the pattern has no use for it.
+    Missing settings have their defaults. Raises RecipeError if a value is outside its range.
     """
-    if scope is None:
-        return
-    if scope not in registry.SCOPES:
-        hint = near(str(scope), registry.SCOPES)
-        raise RecipeError(f"scope must be {' or '.join(registry.SCOPES)}; got {scope!r}{hint}")
-    if not pattern.any_entries:
+    base = {name: settings.get(name) for name in REPAIR_FIELDS} | {
+        "effort": settings.get("effort", registry.DEFAULT_EFFORT)
+    }
+    return [resolved(checked(base | with_effort(changes))) for changes in ({}, *overrides)]
+
+
+def check_scope(scope: str | None, pattern: Pattern) -> None:
+    """Raise RecipeError for a scope if the pattern fixes the number of zeros in each row."""
+    if scope is not None and not pattern.any_entries:
         raise RecipeError(
             f"scope {scope!r} has no meaning for pattern {pattern}, which fixes the zeros of each row; leave scope out, "
             f"or choose a pattern that may remove any weight, such as {registry.DEFAULT_PATTERN}"
@@ -280,16 +280,3 @@ def check_used(
                 f"method {' or '.join(row.name for row in rows)} does not use {name}{where}; leave it out (it uses "
                 f"{', '.join(name for name in LAYER_FIELDS[1:] if all(name in row.used({name: None}) for row in rows))})"
             )
-
-
-def check_number(name: str, value: Any, lowest: float, below: float | None) -> None:
-    """Refuse a value that is not a finite number in [lowest, below); ``below`` None means no upper bound.
-
-    Raises:
-        RecipeError: it is not.
-    """
-    ok = isinstance(value, int | float) and not isinstance(value, bool) and value >= lowest
-    if not ok or (below is not None and not value < below) or value == float("inf"):
-        allowed = f"at least {lowest:g}" if below is None else f"at least {lowest:g} and below {below:g}"
-        hint = near_number(value, share=below is not None)
-        raise RecipeError(f"{name} must be a number, {allowed}; got {value!r}{hint}")

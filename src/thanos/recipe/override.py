@@ -57,7 +57,7 @@ def hints(unknown: Iterable[str], known: Iterable[str]) -> str:
 
 
 def suited_to(pattern: str, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return changes; a new pattern than ``pattern`` resets its sparsity, block size and scope, an effort resets its parts."""
+    """Return changes, with resets: another pattern resets sparsity, block size and scope, and an effort resets its parts."""
     changes = with_effort(changes)
     if str(parse_pattern(changes.get("pattern", pattern))) == str(parse_pattern(pattern)):
         return changes

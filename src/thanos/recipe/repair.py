@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from thanos import registry
 from thanos.errors import RecipeError
 from thanos.registry import EffortRow
-from thanos.system.suggestions import near, near_number, near_whole
+from thanos.system.suggestions import near, near_number
 
 if TYPE_CHECKING:
     from thanos.recipe import Recipe
 
 AUTO: Literal["auto"] = "auto"
-"""The dense target that is chosen on held-out sequences."""
+"""The value of ``dense_target`` for a choice on held-out sequences."""
 
 DENSE_TARGETS = (0.0, 0.25, 0.5, 1.0)
 """The values of α among which ``auto`` chooses."""
@@ -35,8 +35,8 @@ SmolLM2-135M at 50 %, where the absolute rate 2e-3 was the best of three (perple
 2e-3). The weights of other models are ten times as small, and such a rate destroys them."""
 
 TUNE_LOSSES = ("block", "token")
-"""What the tuning minimises: the squared error of all tokens together, relative to their squares, or the mean of the tokens'
-own relative squared errors."""
+"""The error that the tuning minimises: the squared error of all tokens together, relative to their squares, or the mean of the
+tokens' own relative squared errors."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,10 +44,10 @@ class Repair:
     """The parts of a layer's repair, each with its value: the setting, or the value of the effort.
 
     Attributes:
-        dense_target: share α of the dense model's outputs in what the layer is fitted to, in [0, 1], or ``auto``: chosen on
-            held-out sequences. 0 is off.
-        sequential: whether the statistics of the layer's inputs are gathered with the layers before it in its block pruned.
-        refit: steps of conjugate gradients on the weights that stay; 0 is off.
+        dense_target: fraction α of the dense model's outputs in the target that the layer is fitted to, in [0, 1], or ``auto``:
+            chosen on held-out sequences. 0 is off.
+        sequential: whether the statistics of the layer's inputs are gathered after the earlier layers of its block are pruned.
+        refit: conjugate-gradient steps on the remaining weights; 0 is off.
         tune: epochs of training of the layer's block; 0 is off.
     """
 
@@ -58,7 +58,7 @@ class Repair:
 
     @property
     def retargets(self) -> bool:
-        """Whether the layer may be fitted to other outputs than those of its own weights on its own inputs."""
+        """Whether the layer may be fitted to outputs other than those of its own weights on its own inputs."""
         return self.dense_target != 0
 
     @property
@@ -89,17 +89,6 @@ def with_effort(changes: Mapping[str, Any]) -> dict[str, Any]:
     return {**(dict.fromkeys(EFFORT_PARTS) if "effort" in changes else {}), **changes}
 
 
-def repairs_of(settings: Mapping[str, Any], overrides: Iterable[Mapping[str, Any]]) -> list[Repair]:
-    """Return the repair of some settings of a recipe, then for each override that of the settings with its changes.
-
-    Settings that are not given have their defaults. Raises RecipeError if a value is outside its range.
-    """
-    base = {name: settings.get(name) for name in REPAIR_FIELDS} | {
-        "effort": settings.get("effort", registry.DEFAULT_EFFORT)
-    }
-    return [resolved(checked(base | with_effort(changes))) for changes in ({}, *overrides)]
-
-
 def unused_values(repairs: Iterable[Repair]) -> dict[str, Any]:
     """Return the defaults, by name, of the settings of a run that none of its repairs uses.
 
@@ -112,16 +101,11 @@ def unused_values(repairs: Iterable[Repair]) -> dict[str, Any]:
 
 
 def check_run_repair(recipe: Recipe) -> None:
-    """Refuse settings of a run's repair that are outside their range, or that differ from their default and are not used.
+    """Refuse settings of a run's repair that differ from their default and that no layer uses.
 
     Raises:
         RecipeError: there is such a setting, or too few sequences to hold any out.
     """
-    check_held_out(recipe.held_out)
-    check_rate(recipe.tune_rate)
-    if recipe.tune_loss not in TUNE_LOSSES:
-        hint = near(str(recipe.tune_loss), TUNE_LOSSES)
-        raise RecipeError(f"tune_loss must be {' or '.join(TUNE_LOSSES)}; got {recipe.tune_loss!r}{hint}")
     users = {"held_out": f"dense_target {AUTO} or tune"}
     for name, default in unused_values(recipe.repairs).items():
         if (given := getattr(recipe, name)) != default:
@@ -130,27 +114,8 @@ def check_run_repair(recipe: Recipe) -> None:
         held_out_of(recipe.samples, recipe.held_out)
 
 
-def checked(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those of :data:`REPAIR_FIELDS` that are given; a number in a text becomes a number.
-
-    Raises RecipeError, which names the setting, if a value is outside its range.
-    """
-    found = {name: settings[name] for name in REPAIR_FIELDS if name in settings}
-    if "effort" in found:
-        registry.effort(found["effort"])
-    if found.get("dense_target") is not None:
-        found["dense_target"] = _dense_target(found["dense_target"])
-    sequential = found.get("sequential")
-    if sequential is not None and not isinstance(sequential, bool):
-        raise RecipeError(f"sequential must be true, false or left out; got {sequential!r}")
-    for name in ("refit", "tune"):
-        value = found.get(name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-            raise RecipeError(f"{name} must be a whole number, at least 0; got {value!r}{near_whole(value)}")
-    return found
-
-
-def _dense_target(value: Any) -> float | str:
+def checked_target(value: Any) -> float | str:
+    """Return a dense target; a number in a text becomes a number. Raises RecipeError for another value."""
     if value == AUTO:
         return AUTO
     try:
@@ -161,20 +126,6 @@ def _dense_target(value: Any) -> float | str:
         return float(number)
     hint = near(value, [AUTO]) if number is None else near_number(value, share=True)
     raise RecipeError(f"dense_target must be {AUTO} or a number, at least 0 and at most 1; got {value!r}{hint}")
-
-
-def check_rate(value: Any) -> None:
-    """Raise RecipeError for a learning rate that is not a number above 0 and at most 1."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-        raise RecipeError(
-            f"tune_rate must be a number above 0 and at most 1; got {value!r}{near_number(value, share=True)}"
-        )
-
-
-def check_held_out(held_out: Any) -> None:
-    """Raise RecipeError for a number of held-out sequences that is not a whole number above 0."""
-    if held_out is not None and (isinstance(held_out, bool) or not isinstance(held_out, int) or held_out < 1):
-        raise RecipeError(f"held_out must be a whole number, at least 1; got {held_out!r}{near_whole(held_out)}")
 
 
 def held_out_of(samples: int, held_out: int | None) -> int:

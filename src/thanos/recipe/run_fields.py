@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from thanos.errors import RecipeError
-from thanos.system.suggestions import near_dtype, near_whole
+from thanos.recipe.checks import check_settings
+from thanos.system.suggestions import near_dtype
 
 if TYPE_CHECKING:
     from thanos.recipe import Recipe
@@ -13,13 +14,16 @@ if TYPE_CHECKING:
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """Data types in which a model can run and be written."""
 
+_DESCRIBED = (
+    *("samples", "sequence_length", "seed", "allocation", "multiple_of", "head_unit"),
+    *("held_out", "tune_rate", "tune_loss", "trust_remote_code"),
+)
+"""Fields whose descriptions state every allowed value."""
+
 
 def check_run_fields(recipe: Recipe) -> None:
     """Raise RecipeError, which names the setting, for wrong values of calibration, device, dtype, globs and flags."""
-    for name, lowest in (("samples", 1), ("sequence_length", 2), ("seed", 0)):
-        value = getattr(recipe, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
-            raise RecipeError(f"{name} must be a whole number, at least {lowest}; got {value!r}{near_whole(value)}")
+    check_settings(type(recipe), {name: getattr(recipe, name) for name in _DESCRIBED})
     for name in ("dtype", "output_dtype"):
         if (value := getattr(recipe, name)) not in DTYPES:
             raise RecipeError(
@@ -32,7 +36,5 @@ def check_run_fields(recipe: Recipe) -> None:
         value = getattr(recipe, name)
         if not isinstance(value, list | tuple) or not all(isinstance(glob, str) and glob for glob in value):
             raise RecipeError(f"{name} must be a list of globs over layer names; got {value!r}")
-    if not isinstance(recipe.trust_remote_code, bool):
-        raise RecipeError(f"trust_remote_code must be true or false; got {recipe.trust_remote_code!r}")
     if recipe.measure_error is not None and not isinstance(recipe.measure_error, bool):
         raise RecipeError(f"measure_error must be true, false or left out; got {recipe.measure_error!r}")

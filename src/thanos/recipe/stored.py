@@ -8,8 +8,9 @@ from typing import Any
 
 from thanos import registry
 from thanos.errors import RecipeError
+from thanos.recipe.layer import repairs_of
 from thanos.recipe.override import Override
-from thanos.recipe.repair import REPAIR_FIELDS, repairs_of, unused_values
+from thanos.recipe.repair import REPAIR_FIELDS, unused_values
 
 ADDED = (
     *("scope", "allocation", "multiple_of", "head_unit", *REPAIR_FIELDS, "held_out", "tune_rate", "tune_loss"),
@@ -46,8 +47,10 @@ def without_unused(values: dict[str, Any], overrides: list[Override]) -> tuple[d
             name: value for name, value in settings.items() if name in allowed or name not in registry.LAYER_SETTINGS
         }
 
-    def of(override: Override) -> Iterable[str]:
+    def allowed_in(override: Override) -> Iterable[str]:
         own = registry.method(override.settings["method"]).settings if "method" in override.settings else used
         return {*own, *damping}
 
-    return kept(values, used | damping), [dataclasses.replace(o, settings=kept(o.settings, of(o))) for o in overrides]
+    return kept(values, used | damping), [
+        dataclasses.replace(o, settings=kept(o.settings, allowed_in(o))) for o in overrides
+    ]

@@ -19,7 +19,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         inside = f", such as {path / 'recipe.toml'}" if (path / "recipe.toml").is_file() else ""
         raise RecipeError(f"recipe {path} cannot be read: {error.strerror}; give a TOML file{inside}") from error
     except UnicodeDecodeError as error:
-        raise RecipeError(f"recipe {path} is not valid TOML: it is no text in UTF-8; give another file") from error
+        raise RecipeError(f"recipe {path} is not valid TOML: it is not UTF-8 text; give another file") from error
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(
             f'recipe {path} is not valid TOML: {error}; a setting is a line such as sparsity = 0.5 or method = "wanda"'

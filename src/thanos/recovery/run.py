@@ -46,7 +46,7 @@ from thanos.run.work_folder import check_interrupted, check_output, kept
 from thanos.system.device import choose_device
 from thanos.system.event_stream import EventStream
 from thanos.system.meter import PhaseMeter
-from thanos.system.ranks import speaks
+from thanos.system.ranks import is_main_process
 from thanos.system.user_paths import model_name, output_path
 
 
@@ -122,7 +122,7 @@ def recover(
         if not local:
             check_output(out, model=None, overwrite=overwrite or (resume and work.published))
 
-    if speaks() and not complete:
+    if is_main_process() and not complete:
         check()
         check_interrupted(work, resume=resume, overwrite=overwrite)
     device = my_device(choose_device(recipe.device))

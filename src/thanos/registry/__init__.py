@@ -27,7 +27,7 @@ METHODS: tuple[MethodRow, ...] = (
     MethodRow(
         name="thanos",
         title="Thanos",
-        help="removes many weights of a row in one step; the others compensate exactly",
+        help="removes many weights of a row in one step; the remaining ones compensate exactly",
         source="thanos.solvers.methods.thanos:thanos",
         needs=Needs.FACTOR,
         in_paper=True,
@@ -43,7 +43,7 @@ METHODS: tuple[MethodRow, ...] = (
     MethodRow(
         name="sparsegpt",
         title="SparseGPT",
-        help="goes through the columns; those to the right compensate",
+        help="removes weights column by column; the columns to the right compensate",
         source="thanos.solvers.methods.sparsegpt:sparsegpt",
         needs=Needs.FACTOR,
         in_paper=True,
@@ -58,7 +58,7 @@ METHODS: tuple[MethodRow, ...] = (
     MethodRow(
         name="wanda",
         title="Wanda",
-        help="ranks the weights of a row by |W|·‖X‖; nothing compensates",
+        help="ranks the weights of a row by |W|·‖X‖; no compensation",
         source="thanos.solvers.methods.scored:wanda",
         needs=Needs.NORMS,
         scope="row",
@@ -182,9 +182,9 @@ def method_without_inputs(pattern: Pattern) -> MethodRow:
 
 
 def stand_in_method(pattern: Pattern) -> MethodRow:
-    """Return the cheapest method that sees the inputs: the first that needs their norms alone and supports the pattern.
+    """Return the cheapest method that uses the inputs: the first that needs only their norms and supports the pattern.
 
-    If there is none, the first that supports the pattern.
+    If there is none, return the first that supports the pattern.
     """
     name = pattern_row(pattern).name
     able = [row for row in methods() if row.patterns is None or name in row.patterns]

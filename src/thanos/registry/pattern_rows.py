@@ -15,7 +15,7 @@ PATTERNS: tuple[PatternRow, ...] = (
     PatternRow(
         name="N:M",
         title="n:m",
-        help="at most N of M weights stay",
+        help="at most N of M weights are kept",
         source="thanos.patterns.nm:NM",
         examples=("2:4", "4:8"),
         other_names=("nm", "n:m", "semi-structured", "semistructured", "semi"),
@@ -23,7 +23,7 @@ PATTERNS: tuple[PatternRow, ...] = (
     PatternRow(
         name="columns",
         title="whole columns",
-        help="whole input columns go",
+        help="whole input columns are removed",
         source="thanos.patterns.columns:Columns",
         examples=("columns",),
         other_names=("structured", "column", "col", "cols", "input-columns"),
@@ -31,7 +31,7 @@ PATTERNS: tuple[PatternRow, ...] = (
     PatternRow(
         name="neurons",
         title="neurons",
-        help="whole MLP neurons go: a smaller model",
+        help="whole MLP neurons are removed: a smaller model",
         source="thanos.patterns.neurons:Neurons",
         examples=("neurons",),
         other_names=("neuron", "mlp", "channels", "intermediate"),
@@ -39,7 +39,7 @@ PATTERNS: tuple[PatternRow, ...] = (
     PatternRow(
         name="heads",
         title="heads",
-        help="whole attention heads go: a smaller model",
+        help="whole attention heads are removed: a smaller model",
         source="thanos.patterns.heads:Heads",
         examples=("heads",),
         other_names=("head", "attention-heads", "kv-heads"),
@@ -47,7 +47,7 @@ PATTERNS: tuple[PatternRow, ...] = (
     PatternRow(
         name="width",
         title="neurons and heads",
-        help="both, in the better proportion: a smaller model",
+        help="neurons and heads, in the better proportion: a smaller model",
         source="thanos.patterns.width:Width",
         examples=("width",),
         other_names=("widths", "neurons-and-heads"),
@@ -55,7 +55,7 @@ PATTERNS: tuple[PatternRow, ...] = (
     PatternRow(
         name="blocks",
         title="decoder blocks",
-        help="whole decoder blocks go: a smaller model",
+        help="whole decoder blocks are removed: a smaller model",
         source="thanos.patterns.blocks:Blocks",
         examples=("blocks",),
         other_names=("block", "layers", "depth"),

@@ -47,7 +47,8 @@ class MethodRow(Row):
         marker: marker in figures, by matplotlib's name; empty for an automatic one.
         cost: function (pattern, :class:`~thanos.solvers.cost.Size`) → dict with the :class:`~thanos.solvers.cost.Cost` of each
             part of the solve.
-        in_paper: whether the Thanos paper compares the method: reports ask for its cells, and check the paper's claims on it.
+        in_paper: whether the Thanos paper compares the method. Reports then require its cells, and check the paper's claims
+            about it.
         reference_class: the solver's class in the method's reference repository, for ``bench layer --peer``; empty without one.
     """
 
@@ -97,7 +98,7 @@ class MethodRow(Row):
 class RefinementRow(Row):
     """A refinement; ``source`` is a function (Problem, Solution, amount) → Solution of :mod:`thanos.solvers.problem`.
 
-    Its name is also that of its part of a :class:`~thanos.recipe.repair.Repair`: the amount, a whole number, 0 for off. The
+    The field of a :class:`~thanos.recipe.repair.Repair` with the same name is the amount, a whole number, 0 for off. The
     problem has the factor of the damped Hessian, whatever the method needs.
     """
 
@@ -118,15 +119,15 @@ class PatternRow(Row):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EffortRow(Named):
-    """A preset: the values of a layer's repair settings that are not given.
+    """A preset: values for the repair settings that a recipe leaves out.
 
     The fields below ``scope`` are those of :class:`~thanos.recipe.repair.Repair`.
 
     Attributes:
         scope: scope of an unstructured budget; None for the method's own.
-        dense_target: share α of the dense model's outputs in what a layer is fitted to, in [0, 1]; 0 is off.
-        sequential: whether a block's layers are pruned in the order of the data.
-        refit: steps of conjugate gradients on the weights that stay; 0 is off.
+        dense_target: fraction α of the dense model's outputs in the target that a layer is fitted to, in [0, 1]; 0 is off.
+        sequential: whether a block's layers are pruned in the order of the forward pass.
+        refit: conjugate-gradient steps on the remaining weights; 0 is off.
         tune: epochs of training of a pruned block; 0 is off.
     """
 

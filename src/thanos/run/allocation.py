@@ -39,7 +39,7 @@ from thanos.system.files import write_atomically
 from thanos.system.meter import PhaseMeter, PhaseRecord
 
 SEQUENCES = 16
-"""Calibration sequences of the pass: its curves need fewer tokens than weights that are updated."""
+"""Calibration sequences of the pass: error curves need fewer tokens than updates of weights."""
 
 PHASE = "allocate"
 
@@ -60,8 +60,8 @@ def choose_sparsities(
     """Return the plan with the sparsities that the recipe's allocation chooses, and their record; or the plan and None.
 
     All processes of the run call this function. The pass reads the first of the calibration windows, and is added to ``meter``
-    as one phase. ``folder`` is for hidden states that are kept on the disk. ``store`` is the file that keeps the choice for a
-    resumed run: an interrupted run that had made its choice keeps it. On ranks other than 0 it is None.
+    as one phase. ``folder`` is for hidden states that are kept on the disk. ``store`` is the file that keeps the choice, so
+    that a resumed run has the choice of the interrupted one; None on ranks other than 0.
     """
     layers, cutting = measured_layers(plan, recipe), plan.cutting
     drops = cutting is not None and cutting.drops > 0
@@ -90,7 +90,7 @@ def choose_sparsities(
             _measure(engine, emit)
 
         if cutting is not None and drops:
-            found = _blocks(plan.picture.reached, cutting.drops, run)
+            found = _blocks(plan.data_flow.reached, cutting.drops, run)
         else:
             stage = MeasureStage()
             run(stage)
@@ -111,7 +111,7 @@ def choose_sparsities(
 
 
 def sequences_of(cutting: Cutting | None) -> int:
-    """Return the number of calibration sequences on which the pass measures, if there are as many."""
+    """Return the largest number of calibration sequences on which the pass measures."""
     return SEQUENCES if cutting is None or not cutting.drops else block_choice.SEQUENCES
 
 
@@ -155,7 +155,7 @@ def _measure(engine: Engine, emit: Watcher) -> None:
 
 
 def _blocks(blocks: Sequence[int], number: int, run: Callable[[BlockStage, Sequence[int]], None]) -> dict[str, Any]:
-    """Return the record of the blocks that go; ``run`` makes a pass with a stage over the model without some blocks."""
+    """Return the record of the blocks to remove; ``run`` runs a stage over the model without some blocks."""
     wanted: list[Tensor] | None = None
 
     def measure(gone: Sequence[int], candidates: Sequence[int]) -> dict[int, float]:
@@ -169,7 +169,7 @@ def _blocks(blocks: Sequence[int], number: int, run: Callable[[BlockStage, Seque
 
 
 def _found(layers: Mapping[LinearLayer, LayerRecipe], cutting: Cutting | None, stage: MeasureStage) -> dict[str, Any]:
-    """Return what the pass measured and what follows from it."""
+    """Return the record of the pass: its measurements and the choice."""
     if cutting is not None:
         return chosen_split(cutting.candidates, cutting.parameters, cutting.target, cutting.kinds(layers), stage.curves)
     return _choice(layers, stage.curves)

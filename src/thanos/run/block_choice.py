@@ -1,4 +1,4 @@
-"""Which decoder blocks go: one after the other, each time the one whose removal changes the model's outputs least."""
+"""The decoder blocks to remove, chosen one by one: each time the block whose removal changes the model's outputs least."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ SEQUENCES = 8
 """Calibration sequences on which the removals are measured."""
 
 CANDIDATES = 8
-"""Blocks that are measured again once one has gone: those with the least effect when they were measured last."""
+"""Blocks that are measured again after a removal: those with the least effect in their last measurement."""
 
 Measure = Callable[[Sequence[int], Sequence[int]], dict[int, float]]
-"""Function of the blocks that have gone and of the candidates, both ascending. It returns candidate → effect on the outputs."""
+"""Function of the removed blocks and of the candidates, both ascending. It returns candidate → effect on the outputs."""
 
 
 def chosen_blocks(blocks: Sequence[int], number: int, measure: Measure) -> dict[str, Any]:
-    """Return the record of the blocks that go, and of what was measured.
+    """Return the record of the blocks to remove, with the measurements.
 
-    The first block stays: none before it could make up for it.
+    The first block is never removed: there is no block before it that could be fitted to its outputs.
 
     Args:
         blocks: indices of the model's blocks, ascending.
-        number: number of blocks that go, below that of all.
+        number: number of blocks to remove, less than all.
         measure: see :data:`Measure`.
     """
     gone, known, rounds = list[int](), dict[int, float](), list[dict[str, Any]]()
@@ -55,7 +55,7 @@ class Work:
 
 
 def work_of(blocks: int, number: int) -> Work:
-    """Return the work for a model with this many blocks, of which ``number`` go; the candidates lie at all depths alike."""
+    """Return the work for removing ``number`` of so many blocks, with candidates spread evenly over the depth."""
     forwards = comparisons = 0
     for gone in range(number):
         left = blocks - gone

@@ -1,4 +1,4 @@
-"""Warnings of programs that run a smaller model wrongly, or not at all, because they do not read all of its config."""
+"""Warnings about programs that do not run a smaller model correctly, because they do not read all of its config."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _WIDTH_FROM_HIDDEN_SIZE = ("llama", "qwen2")
 
 
 def cautions_of(opened: OpenedModel, cutting: Cutting) -> list[str]:
-    """Return a sentence for each cause; none before it is chosen what goes."""
+    """Return a sentence for each warning; none until the units to remove are chosen."""
     if cutting.is_open or len(cutting.dropped) < cutting.drops:
         return []
     return list(_cautions(opened.meta_model.config.get_text_config(decoder=True), cutting))
@@ -34,9 +34,9 @@ def _cautions(config: Any, cutting: Cutting) -> Iterator[str]:
     if lists := lists_out_of_order(config, cutting.dropped):
         names = " and ".join(lists)
         yield (
-            f"the blocks that stay have other kinds in {names} than as many first blocks of the dense model: a program that "
-            f"tells the kind of a block by its number instead of reading {names}, as llama.cpp does for Gemma, runs another "
-            "model, without an error"
+            f"the remaining blocks have other kinds in {names} than the first blocks of the dense model: a program that "
+            f"derives the kind of a block from its number instead of reading {names}, as llama.cpp does for Gemma, runs "
+            "another model, without an error"
         )
     scalar = getattr(config, "query_pre_attn_scalar", None)
     if (heads or cutting.dropped) and scalar not in (None, attention_of(config).width):

@@ -1,4 +1,4 @@
-"""What a run will cut, as far as it is known before: for a plan."""
+"""The predicted cut of a run, for a plan."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from thanos.shrink.folder import SmallerFolder, smaller_size
 
 
 def planned_cut(opened: OpenedModel, cutting: Cutting) -> dict[str, Any]:
-    """Return what a run will cut.
+    """Return the predicted cut of a run.
 
     Returns:
-        The keys of ``cut`` of a report without the blocks that go, and ``config``: field → the number before and after. If
+        The keys of ``cut`` of a report without the removed blocks, and ``config``: field → the number before and after. If
         several splits may be chosen in the run, only ``asked`` and ``multiple_of``, and ``splits``: for each of them
         ``removed`` by kind, and the sizes.
     """
@@ -39,7 +39,7 @@ def _sizes(opened: OpenedModel, cutting: Cutting, removed: Mapping[str, int]) ->
 
 
 def _made(opened: OpenedModel, cutting: Cutting, removed: Mapping[str, int], dropped: list[int]) -> SmallerFolder:
-    """Return the sizes of the smaller folder. Which units go makes no difference to them."""
+    """Return the sizes of the smaller folder. They do not depend on which units are removed."""
     kept = {
         name: torch.arange(len(units) - removed[units.kind])
         for name, units in cutting.writers.items()
@@ -49,6 +49,6 @@ def _made(opened: OpenedModel, cutting: Cutting, removed: Mapping[str, int], dro
 
 
 def _smallest_blocks(opened: OpenedModel, number: int) -> list[int]:
-    """Return as many blocks as go, those of the fewest bytes and never the first: the model becomes no larger than without."""
+    """Return the blocks of the fewest bytes, never the first: the real model is at most as large as predicted."""
     sizes = sizes_by_block(opened)
     return sorted(sorted(range(1, len(sizes)), key=lambda index: sizes[index][1])[:number])

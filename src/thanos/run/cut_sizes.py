@@ -10,7 +10,7 @@ from thanos.shrink.units import Units
 
 
 def unit_sizes(opened: OpenedModel, writers: Mapping[str, Units]) -> dict[str, tuple[int, int]]:
-    """Return kind → parameters and bytes that go if every writer loses one unit."""
+    """Return kind → parameters and bytes that are removed if every writer loses one unit."""
     sizes: dict[str, tuple[int, int]] = {}
     for name, units in writers.items():
         block = name.removesuffix(units.writer)

@@ -1,4 +1,4 @@
-"""What was cut out of a model, in words: for the model card and for the command line."""
+"""The description of a cut in words, for the model card and the command line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _TOGETHER = dict(
 
 
 def cut_words(cut: Mapping[str, Any]) -> str:
-    """Return what stays, from ``cut`` of a report: ``1,216 of 1,536 neurons left in each block``."""
+    """Return the numbers of remaining units, from ``cut`` of a report: ``1,216 of 1,536 neurons left in each block``."""
     sizes = " and ".join(
         f"{size['after']:,} of {size['before']:,} {kind_words(kind, cut)}" for kind, size in cut["units"].items()
     )
@@ -24,7 +24,7 @@ def cut_words(cut: Mapping[str, Any]) -> str:
 
 
 def share_words(cut: Mapping[str, Any]) -> str:
-    """Return what was asked and what goes, from ``cut`` of a report: ``asked 20 % of the neurons, removed 20.83 %: …``."""
+    """Return the requested and the removed fraction, from ``cut`` of a report: ``asked 20 % of …, removed 20.83 %: …``."""
     asked, units = cut["asked"], cut["units"]
     mixed, (kind, size) = len(units) > 1, next(iter(units.items()))
     text = f"asked {100 * asked:g} % of the {'parameters of the blocks' if mixed else kind_words(kind, cut)}"
@@ -35,9 +35,9 @@ def share_words(cut: Mapping[str, Any]) -> str:
     if abs(came - asked) < 5e-5:
         return text
     if multiple == 1:
-        return f"{text}: whole units come no nearer"
+        return f"{text}: no number of whole units is nearer"
     nearer = not mixed and abs(came - asked) * size["before"] > 0.5
-    return f"{text}: what stays is a multiple of {multiple}{'; multiple_of 1 comes nearer' if nearer else ''}"
+    return f"{text}: the rest is a multiple of {multiple}{'; multiple_of 1 gives a nearer number' if nearer else ''}"
 
 
 def kind_words(kind: str, cut: Mapping[str, Any]) -> str:
@@ -46,27 +46,25 @@ def kind_words(kind: str, cut: Mapping[str, Any]) -> str:
 
 
 def uncompensated(layers: Collection[LayerRecipe]) -> str:
-    """Return a sentence if nothing makes up for what goes from some of the layers, from their settings; else nothing."""
+    """Return a warning if the settings of some layers do not compensate for removed units or blocks; else an empty text."""
     methods = set[str]()
     for layer in layers:
         if layer.parsed_pattern.keeps_all:
             if not layer.repair.needs_dense_stream:
-                return (
-                    "nothing makes up for the blocks that go; effort high fits the block before them to what they gave"
-                )
+                return "nothing compensates for the removed blocks; effort high fits the block before them to their outputs"
         elif not (registry.method(layer.method).compensates or layer.repair.refit or layer.repair.needs_dense_stream):
             methods.add(layer.method)
     if not methods:
         return ""
     names = " and ".join(sorted(methods))
     return (
-        f"nothing compensates for the units that go: method {names} leaves the other weights as they are; effort high, refit "
+        f"nothing compensates for the removed units: method {names} does not change the other weights; effort high, refit "
         "or a method that compensates gives them better values"
     )
 
 
 def cut_rows(cut: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return rows of a table about what was cut; none if ``cut`` is empty."""
+    """Return rows of a table about a cut; none if ``cut`` is empty."""
     if not cut:
         return []
     gone = cut.get("dropped_blocks", [])
@@ -79,7 +77,7 @@ def cut_rows(cut: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def plan_rows(cut: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return rows of a table about what will be cut, from ``cut`` of a plan; none if ``cut`` is empty."""
+    """Return rows of a table about a predicted cut, from ``cut`` of a plan; none if ``cut`` is empty."""
     if not cut:
         return []
     if "splits" in cut:

@@ -1,4 +1,4 @@
-"""What a run removes from every block if its pattern removes units: which layers it prunes, and how many units go."""
+"""The units that a run removes from every block: their number, and the layers that are pruned for it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from thanos.registry import parse_pattern
 from thanos.run.cut_sizes import block_parameters, sizes_by_block, unit_sizes
 from thanos.run.cut_words import kind_words
 from thanos.run.split import splits
-from thanos.run.unit_counts import runs_of, units_that_stay
+from thanos.run.unit_counts import remaining_units, runs_of
 from thanos.run.work_folder import WorkFolder
 from thanos.shrink.config import smaller_config
 from thanos.shrink.families import family_of
@@ -36,14 +36,14 @@ class Cutting:
 
     Attributes:
         recipe: the recipe.
-        writers: full name of each layer that loses columns → its units; empty if blocks go.
-        fitted: full names of the layers that may be fitted to what the blocks after them gave; empty unless blocks go.
+        writers: full name of each layer that loses columns → its units; empty if blocks are removed.
+        fitted: full names of the layers that may be fitted to the outputs of removed blocks; empty unless blocks are removed.
         counts: kind → number of units of a writer.
-        candidates: the numbers of units that may go, by kind; several if they are to be chosen by error.
+        candidates: the numbers of units that may be removed, by kind; several if they are to be chosen by error.
         sizes: kind → number of parameters and of bytes of one unit of every writer together.
         block_parameters: number of parameters of the model's blocks.
-        bytes: bytes of the tensors of the model before.
-        dropped: indices of the blocks that go, ascending; empty until they are chosen.
+        bytes: bytes of the tensors of the model before the cut.
+        dropped: indices of the removed blocks, ascending; empty until they are chosen.
     """
 
     recipe: Recipe
@@ -63,7 +63,7 @@ class Cutting:
 
     @property
     def drops(self) -> int:
-        """Number of blocks that go."""
+        """Number of blocks to remove."""
         return self.candidates[0].get(BLOCKS, 0)
 
     @property
@@ -73,22 +73,22 @@ class Cutting:
 
     @property
     def target(self) -> float:
-        """Number of parameters to remove, if the sparsity is a share of those of the blocks."""
+        """Number of parameters to remove, if the sparsity is a fraction of the blocks' parameters."""
         return self.recipe.resolved_sparsity * self.block_parameters
 
     @property
     def removed(self) -> Mapping[str, int]:
-        """Kind → number of units that go from every writer; of several candidates the largest number of each kind."""
+        """Kind → number of units to remove from every writer; of several candidates the largest number of each kind."""
         return {kind: max(one[kind] for one in self.candidates) for kind in self.counts}
 
     @property
     def head_unit(self) -> str:
-        """Which heads go together."""
+        """The heads that are removed together; see :class:`~thanos.recipe.Recipe`."""
         return self.recipe.head_unit or HEAD_UNITS[0]
 
     @property
     def bytes_after(self) -> int:
-        """Bytes of the tensors that stay, at most."""
+        """Bytes of the remaining tensors, at most."""
         gone = (sum(self.sizes[kind][1] * number for kind, number in one.items()) for one in self.candidates)
         return self.bytes - min(gone)
 
@@ -111,7 +111,7 @@ class Cutting:
         return {layer: self.writers[layer.name].kind for layer in layers}
 
     def kept(self, layers: Sequence[LayerRecord]) -> dict[str, Tensor]:
-        """Return for each writer the indices of the units that stay, ascending, (units that stay,) int64."""
+        """Return for each writer the indices of the remaining units, ascending, (remaining units,) int64."""
         import torch
 
         found = {}
@@ -124,19 +124,19 @@ class Cutting:
 
     @property
     def multiple(self) -> int:
-        """The number of which the units that stay are a multiple; with neurons and heads, the neurons."""
+        """The number of remaining units is a multiple of this; with neurons and heads, the number of neurons."""
         return _multiple(self.recipe)
 
     @property
     def came(self) -> float:
-        """The share that goes, of what the sparsity counts: the units, or of several kinds the parameters of the blocks."""
+        """The removed fraction of the units; with several kinds, of the blocks' parameters."""
         if len(self.counts) > 1:
             return sum(self.removed[kind] * size for kind, size in self.parameters.items()) / self.block_parameters
         ((kind, count),) = self.counts.items()
         return self.removed[kind] / count
 
     def counted(self) -> dict[str, Any]:
-        """Return plain values of what was asked and what goes, as in the report. The number of units must be chosen."""
+        """Return plain values of the requested and the removed units, as in the report. The number of units must be chosen."""
         return {
             "asked": self.recipe.resolved_sparsity,
             "came": self.came,
@@ -148,7 +148,7 @@ class Cutting:
         }
 
     def to_dict(self, made: SmallerFolder) -> dict[str, Any]:
-        """Return plain values for the report, with the sizes of what was made."""
+        """Return plain values for the report, with the sizes of the smaller folder."""
         return self.counted() | self.sizes_of(made) | ({"dropped_blocks": list(self.dropped)} if self.drops else {})
 
     def sizes_of(self, made: SmallerFolder) -> dict[str, Any]:
@@ -163,10 +163,10 @@ class Cutting:
 
 
 def plan_cutting(opened: OpenedModel, recipe: Recipe) -> tuple[Cutting, dict[LinearLayer, LayerRecipe], dict[str, str]]:
-    """Return what a run removes, the layers that lose columns with their settings, and the others with the reason.
+    """Return the units to remove, the layers that lose columns with their settings, and the others with the reason.
 
     Raises:
-        ModelError: the model cannot lose such units from all blocks alike, or its config cannot state the smaller size.
+        ModelError: not every block can lose as many such units, or the config cannot state the smaller size.
         RecipeError: the recipe would remove none or all of the units.
     """
     chosen, left = select_layers(linear_layers(opened.meta_model), recipe)
@@ -198,10 +198,10 @@ def plan_cutting(opened: OpenedModel, recipe: Recipe) -> tuple[Cutting, dict[Lin
 
 
 def write_cut(cutting: Cutting, records: Sequence[LayerRecord], work: WorkFolder, emit: Watcher) -> dict[str, Any]:
-    """Write the smaller model from the finished one of full size; return what was cut, for the report.
+    """Write the smaller model from the finished one of full size; return ``cut`` of the report.
 
     Args:
-        cutting: the units that go.
+        cutting: the units to remove.
         records: records of the writers.
         work: the work folder; ``model`` is complete, and ``unsealed`` becomes the smaller model.
         emit: called with events.
@@ -224,7 +224,7 @@ def write_cut(cutting: Cutting, records: Sequence[LayerRecord], work: WorkFolder
 
 
 def _fitted(opened: OpenedModel) -> frozenset[str]:
-    """Return the layers that can be fitted to what the blocks after them gave."""
+    """Return the layers that can be fitted to the outputs of the blocks after them."""
     prefix, blocks = find_blocks(opened.meta_model)
     config: Any = opened.meta_model.config.get_text_config(decoder=True)
     writer = family_of(config.model_type, type(opened.meta_model).__name__).last_writer
@@ -244,12 +244,12 @@ def _writers(opened: OpenedModel, recipe: Recipe) -> dict[str, Units]:
 def _candidates(
     opened: OpenedModel, recipe: Recipe, counts: Mapping[str, int], sizes: Mapping[str, int]
 ) -> tuple[Mapping[str, int], ...]:
-    """Return the numbers of units that may go, by kind, that the model's config can state."""
+    """Return the numbers of units that may be removed, by kind, that the model's config can state."""
 
     def check(removed: Mapping[str, int]) -> None:
         some = {kind: number for kind, number in removed.items() if number and kind != BLOCKS}
         blocks = counts.get(BLOCKS, 0)
-        dropped = range(blocks - removed.get(BLOCKS, 0), blocks)  # which ones makes no difference to the check
+        dropped = range(blocks - removed.get(BLOCKS, 0), blocks)  # the check does not depend on which ones
         smaller_config(opened.meta_model.config, some, dropped, recipe.head_unit or HEAD_UNITS[0])
 
     share, multiple = recipe.resolved_sparsity, _multiple(recipe)
@@ -258,7 +258,7 @@ def _candidates(
         return tuple(splits(counts, sizes, target, multiple, check))
     ((kind, count),) = counts.items()
     what = _kind_words(opened, recipe, kind, count)
-    removed = {kind: count - units_that_stay(count, share, multiple, what)}
+    removed = {kind: count - remaining_units(count, share, multiple, what)}
     check(removed)
     return (removed,)
 
@@ -268,7 +268,7 @@ def _multiple(recipe: Recipe) -> int:
 
 
 def _kind_words(opened: OpenedModel, recipe: Recipe, kind: str, count: int) -> str:
-    """Return what the units are, in the plural: with grouped-query attention a unit is not one of the config's heads.
+    """Return the plural of the units: with grouped-query attention a unit is not one of the config's heads.
 
     Raises:
         RecipeError: there is one group of heads, and query heads could be removed from it.
@@ -278,7 +278,7 @@ def _kind_words(opened: OpenedModel, recipe: Recipe, kind: str, count: int) -> s
     unit = recipe.head_unit or HEAD_UNITS[0]
     if count == 1 and unit == HEAD_UNITS[0]:
         raise RecipeError(
-            "every block has one key-value head, which has to stay with its query heads; head_unit query removes query heads "
-            "alone"
+            "every block has one key-value head, which must stay with its query heads; give head_unit query to remove query "
+            "heads alone"
         )
     return kind_words(kind, {"head_unit": unit})

@@ -1,6 +1,7 @@
 """The documents of a finished output: ``pruning.json``, ``recipe.toml``, ``README.md`` and ``run.json``.
 
-An output may be published. So its documents name no local folder: a local text has its file name, and the hash of its content.
+An output may be published. So its documents name no local folder: they state the file name of a local text, and the hash of its
+content.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def write_documents(
         calibration: the windows.
         recipe: the run's recipe.
         allocation: the sparsities that were chosen by layer; None if all layers have the recipe's.
-        cut: what was cut out of the model; None if its pattern removes no units.
+        cut: ``cut`` of the report; None if the pattern removes no units.
     """
     completed = completed_run(run, recipe, folder)
     text_sha256 = completed["text"].get(TEXT_HASH)

@@ -1,4 +1,4 @@
-"""The engine of a run: the stages and the inputs that a recipe asks for."""
+"""The engine of a run: the stages and the inputs that a recipe requires."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ def build_engine(
 ) -> Engine:
     """Return the engine of this process, which runs blocks on the process's own range of sequences.
 
-    ``--plan`` tries parts of a run with it.
+    The trial of ``--plan`` uses it too.
 
     Args:
         prepared: the opened model, and the layers to prune.
-        recipe: gives the stages, and the number of sequences that are held out.
+        recipe: determines the stages, and the number of sequences that are held out.
         ids: token ids of the calibration sequences of all processes, (samples, T).
         device: device on which blocks run and layers are solved.
         folder: folder for the file of hidden states, if they are kept on the disk.
@@ -69,7 +69,7 @@ def build_engine(
         stages: stages that take the place of the recipe's, and hold out no sequences.
 
     Raises:
-        RecipeError: of so few sequences none would be left if some were held out.
+        RecipeError: there are too few sequences to hold any out.
     """
     opened, (name, blocks) = prepared.opened, find_blocks(prepared.opened.meta_model)
     share = world.share(len(ids))
@@ -82,7 +82,7 @@ def build_engine(
         weights=ModelWeights(opened.meta_model, opened.checkpoint, opened.key_of, device),
         writer=writer,
         journal=journal,
-        runner=Passes(opened.meta_model, blocks, mine, device, folder, tier=activations, picture=prepared.picture),
+        runner=Passes(opened.meta_model, blocks, mine, device, folder, tier=activations, data_flow=prepared.data_flow),
         device=device,
         meter=meter,
         world=world,

@@ -1,4 +1,4 @@
-"""Pruning of a model that is loaded already, in place, for notebooks and programs."""
+"""Pruning of a loaded model in place, for notebooks and programs."""
 
 from __future__ import annotations
 
@@ -57,12 +57,13 @@ def prune_model(
     weights change when the block is done: if the run fails later, the blocks before stay pruned.
 
     Args:
-        model: as transformers loads it, not quantised, on any device, in any mode. Its parameters stay the same objects.
+        model: a model as transformers loads it, not quantised, on any device, in any mode. Its parameters stay the same
+            objects.
         calibration: token ids, as a tensor (samples, T) or a list of tensors (T,) of one length, int64; or a list of texts, or
             a source of text as in ``recipe.calibration``, both of which need ``tokenizer``. Default: the recipe's source.
-        recipe: method and settings; default :class:`Recipe`. Token ids decide ``samples`` and ``sequence_length``. ``device``
-            and ``dtype`` ``auto`` are the model's own. ``output_dtype`` must be ``auto``.
-        tokenizer: the model's.
+        recipe: method and settings; default :class:`Recipe`. Token ids determine ``samples`` and ``sequence_length``.
+            ``device`` and ``dtype`` ``auto`` are the model's own. ``output_dtype`` must be ``auto``.
+        tokenizer: the model's tokenizer, for texts.
         activations: storage tier of the hidden states between blocks; see :func:`thanos.prune`.
         on_event: function that is called with each :class:`~thanos.events.Event`.
 
@@ -138,7 +139,7 @@ def _run(
 class _InPlace:
     """Takes the tensors of a block, and copies them into the model when the block is finished.
 
-    It stands for the writer and the journal of a run. A stage may read the dense weights of its block until then.
+    It replaces the writer and the journal of a run. A stage may read the dense weights of its block until then.
     """
 
     def __init__(self, checkpoint: LoadedCheckpoint) -> None:
@@ -185,7 +186,7 @@ def _device(model: PreTrainedModel, recipe: Recipe) -> torch.device:
 def _open(model: Any, recipe: Recipe) -> tuple[LoadedCheckpoint, OpenedModel]:
     """Return the model's tensors, which share its memory, and a meta model of the same config that has them.
 
-    Raises ModelError if the model is not what its config makes, such as one that is quantised or wrapped.
+    Raises ModelError if the model does not match its config, for example because it is quantised or wrapped.
     """
     name = str(getattr(model.config, "name_or_path", "") or type(model).__name__)
     local = Path(name).is_dir()
@@ -209,16 +210,16 @@ def _open(model: Any, recipe: Recipe) -> tuple[LoadedCheckpoint, OpenedModel]:
     expected = persistent_tensors(meta_model)
     for key, tensor in expected.items():
         if key not in checkpoint.tensors or checkpoint.tensors[key].shape != tuple(tensor.shape):
-            raise ModelError(f"the model has no {key} of shape {list(tensor.shape)}, though its config asks for it")
+            raise ModelError(f"the model has no {key} of shape {list(tensor.shape)}, although its config requires it")
     return checkpoint, OpenedModel(source, meta_model, checkpoint, {key: key for key in expected}, [])
 
 
 def _windows(
     model: PreTrainedModel, given: Any, recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, emit: Watcher
 ) -> tuple[Calibration, Recipe]:
-    """Return the calibration windows, and the recipe that says what they are.
+    """Return the calibration windows, and the recipe that describes them.
 
-    Raises DataError if there is too little text, or if what is given is neither token ids nor texts.
+    Raises DataError if there is too little text, or if the argument is neither token ids nor texts.
     """
     positions = context_length(model.config)
     if isinstance(given, Tensor) or (isinstance(given, list | tuple) and given and isinstance(given[0], Tensor)):

@@ -47,7 +47,7 @@ def locked(out: Path) -> Iterator[None]:
             lock = _acquire(path, out)
         except OSError as error:
             raise ResourceError(
-                f"cannot write beside OUT {out}: no lock file can be created in {path.parent} ({error.strerror}); choose "
+                f"cannot write next to OUT {out}: no lock file can be created in {path.parent} ({error.strerror}); choose "
                 "another folder"
             ) from error
         try:

@@ -23,8 +23,8 @@ _FILES = (".gguf", ".safetensors", ".bin", ".json", *SUFFIXES)
 _LICENCE = ("license", "license_name", "license_link")
 _WORDS_OF_YAML = ("y", "yes", "n", "no", "true", "false", "on", "off", "null")
 _WORST = 5
-_BEGUN = ", each window begun with the beginning-of-text token"
-_KEPT = ", the other rows making up for them"
+_BEGUN = ", each window begins with the beginning-of-text token"
+_KEPT = ", more removed from the other rows"
 
 _USE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -49,7 +49,7 @@ def model_card(report: PruningReport) -> str:
         _tuning(report),
         _totals_table(report),
         "## Use",
-        "A plain Hugging Face checkpoint; nothing of ours is needed to load it:",
+        "This is a plain Hugging Face checkpoint; Thanos is not needed to load it:",
         _USE,
         _size(report),
         "## How it was made",
@@ -74,8 +74,8 @@ def _what(report: PruningReport) -> str:
 def _size(report: PruningReport) -> str:
     if report.cut:
         return (
-            "What was removed is gone from the files: `config.json` states the smaller sizes, and every program runs a smaller "
-            "model. `pruning.json` names what was removed (`cut`, and `removed_units` of the layers)."
+            "The removed parts are not in the files: `config.json` states the smaller sizes, and every program runs a smaller "
+            "model. `pruning.json` lists the removed parts (`cut`, and `removed_units` of the layers)."
         )
     return (
         "The zeros are stored like any other number: the files are as large as before, and a program that does not look for "
@@ -108,15 +108,15 @@ def recovery_sentence(recovery: Mapping[str, Any]) -> str:
         "surviving weights were trained with the zeros fixed" if recovery["masked_layers"] else "weights were trained"
     )
     how = (
-        f"After pruning, the {what}, to give the next-token distributions of "
+        f"After pruning, the {what}, to reproduce the next-token distributions of "
         f"{public_name(str(recovery['dense']))} on {sequences['trained']} × {text['sequence_length']} tokens of "
         f"{public_name(str(text['source']))} (epochs: {recovery['recipe']['epochs']}, rate {rate:g})"
     )
     held_out = f"{sequences['held_out']} × {text['sequence_length']} held-out tokens"
     if not recovery["best_step"]:
         return (
-            f"{how}. No epoch was better on {held_out} (KL divergence {before:.4f} nats a token), so the weights are those of "
-            "before."
+            f"{how}. No epoch was better on {held_out} (KL divergence {before:.4f} nats a token), so the weights are "
+            "unchanged."
         )
     return f"{how}. On {held_out} the KL divergence fell from {before:.4f} to {after:.4f} nats a token."
 
@@ -147,7 +147,7 @@ def _yaml(value: str) -> str:
 
 def _tuning(report: PruningReport) -> str:
     line = tuning_line(report.tuning, has_zeros=not report.cut)
-    return f"{line}. The errors of the layers, below, are those before that step." if line else ""
+    return f"{line}. The errors of the layers below were measured before that step." if line else ""
 
 
 def _totals_table(report: PruningReport) -> str:
@@ -217,7 +217,7 @@ def _repair_rows(report: PruningReport) -> list[tuple[str, str]]:
     shares = Counter(layer.dense_target for layer in report.layers if layer.dense_target is not None)
     if shares:
         counts = ", ".join(f"{share:g} in {shares[share]}" for share in sorted(shares))
-        rows.append(("share of the dense model's outputs in the target, by layers", counts))
+        rows.append(("fraction of the dense model's outputs in the target, by layers", counts))
     if report.block_errors:
         last = report.block_errors[-1]
         where = "held-out sequences" if last.held_out else "calibration sequences"
@@ -234,7 +234,7 @@ def _scope(recipe: Mapping[str, Any]) -> str | None:
 
 
 def _precision_rows(report: PruningReport) -> list[tuple[str, str]]:
-    """Return the rows about lost precision: what the refit left, and the rounding of tuned weights."""
+    """Return the rows about lost precision: the residual after the refit, and the rounding of tuned weights."""
     left = [layer.residual for layer in report.layers if layer.residual is not None]
     rows = [("largest relative residual of a row's best weights", f"{max(left):.1e}")] if left else []
     pairs = [(one.held_out_unrounded, one.held_out_after) for one in report.tuning]

@@ -45,7 +45,7 @@ from thanos.run.work_folder import WorkFolder, check_interrupted, check_output, 
 from thanos.system.device import choose_device
 from thanos.system.event_stream import EventStream
 from thanos.system.meter import PhaseMeter
-from thanos.system.ranks import speaks
+from thanos.system.ranks import is_main_process
 from thanos.system.user_paths import model_name, output_path, without_folders
 
 
@@ -114,7 +114,7 @@ def prune(
     def check() -> None:
         check_output(out, model=local, overwrite=overwrite or (resume and work.published))
 
-    if speaks() and not complete:  # cheap checks first: before the device, and the device before the model
+    if is_main_process() and not complete:  # cheap checks first: before the device, and the device before the model
         check()
         check_interrupted(work, resume=resume, overwrite=overwrite)
     device = my_device(choose_device(recipe.device))
@@ -134,7 +134,7 @@ def prune(
         with locked(out):
             work.tidy(resume=resume)
             check()
-            _choose(job)
+            _check_interrupted_run(job)
             return _prune(model, job, calibration)
 
 
@@ -172,10 +172,10 @@ def _assist(model: str, job: _Job) -> PruningReport:
 
 
 def _nothing() -> Any:
-    raise AssertionError("only rank 0 makes what it shares")
+    raise AssertionError("only rank 0 computes shared objects")
 
 
-def _choose(job: _Job) -> None:
+def _check_interrupted_run(job: _Job) -> None:
     work = job.work
     check_interrupted(work, resume=job.resume, overwrite=job.overwrite)
     if job.resume and not work.finished and not work.published:

@@ -1,4 +1,4 @@
-"""Resuming an interrupted run: check that it is the same run, and which of its blocks are still valid."""
+"""Resuming an interrupted run: check that it is the same run, and find the blocks that are still valid."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[st
     found, now = find_differences(before, now), json.loads(json.dumps(now))
     if found:
         raise UserError(
-            f"this is not the run that was interrupted: {'; '.join(found)}; give the same command as then with --resume, or "
+            f"this is not the run that was interrupted: {'; '.join(found)}; give the original command with --resume, or "
             "--overwrite to start over"
         )
     return [
@@ -219,8 +219,8 @@ class RunJournal:
                 damaged = [name for name, known in record.tensors.items() if self._writer.checksum(name) != known]
             if damaged:
                 self._damaged[block] = record
-                again = "what follows the blocks" if block is None else f"block {block + 1}"
-                line = f"{damaged[0]} is not as it was written (checksum); {again} is done again"
+                again = "the part after the blocks" if block is None else f"block {block + 1}"
+                line = f"{damaged[0]} differs from what was written (checksum); {again} is processed again"
                 emit(Event(kind="note", phase="verify", message=line))
             else:
                 self.finished[block] = record

@@ -1,4 +1,4 @@
-"""What a run removes once it is chosen: the plan with the chosen split, or without the chosen blocks."""
+"""The plan of a run after the choice: with the chosen split, or without the chosen blocks."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from thanos.run.setup import Prepared
 
 
 def forecast(plan: Prepared) -> Prepared:
-    """Return the plan as far as a forecast needs it before blocks are chosen: with as many layers as may be fitted at most.
+    """Return the plan for a forecast, before blocks are chosen: with the largest number of layers that may be fitted.
 
-    They are those of the last blocks, so that the dense stream is as long as it may be.
+    They are those of the last blocks, so that the dense stream has its greatest length.
     """
     if plan.cutting is None or not plan.cutting.drops:
         return plan
@@ -34,19 +34,20 @@ def forecast(plan: Prepared) -> Prepared:
 
 
 def settled(plan: Prepared, cutting: Cutting, record: Mapping[str, Any], phase: Phase, emit: Watcher) -> Prepared:
-    """Return the plan with what the record of a pass chose. Layers for which nothing is left to do are left out.
+    """Return the plan with the choice that the record of a pass states. Layers without further work are left out.
 
     Args:
         plan: the plan before the pass.
         cutting: its cutting.
-        record: from :func:`~thanos.run.block_choice.chosen_blocks` or :func:`~thanos.run.split.chosen_split`.
-        phase: of the note that tells the choice.
+        record: result of :func:`~thanos.run.block_choice.chosen_blocks` or :func:`~thanos.run.split.chosen_split`.
+        phase: phase of the note about the choice.
         emit: called with the note.
     """
     if "dropped" in record:
         found = replace(cutting, dropped=tuple(record["dropped"]))
         numbers = ", ".join(str(index + 1) for index in found.dropped)
-        which = f"block {numbers} goes: it changes" if len(found.dropped) == 1 else f"blocks {numbers} go: they change"
+        one = len(found.dropped) == 1
+        which = f"block {numbers} is removed: it changes" if one else f"blocks {numbers} are removed: they change"
         message = f"{which} the outputs least ({share_words(found.counted())})"
         before = {index - 1 for index in found.dropped} - set(found.dropped)
         layers = {
@@ -59,7 +60,9 @@ def settled(plan: Prepared, cutting: Cutting, record: Mapping[str, Any], phase: 
         removed = record["splits"][0]["removed"]
         found = replace(cutting, candidates=(removed,))
         share = ", ".join(f"{number} of {cutting.counts[kind]} {kind}" for kind, number in removed.items())
-        message = f"every block loses {share}: the split of the least predicted error ({share_words(found.counted())})"
+        message = (
+            f"every block loses {share}: the split with the least predicted error ({share_words(found.counted())})"
+        )
         layers = {layer: settings for layer, settings in found.settings(plan.layers).items() if settings.sparsity}
         reason = "the split leaves its units"
     emit(Event(kind="note", phase=phase, message=message))

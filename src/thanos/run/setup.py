@@ -14,7 +14,7 @@ from thanos._version import __version__
 from thanos.calibration.text import check_text_source
 from thanos.calibration.windows import Calibration, check_positions
 from thanos.checkpoint.writer import check_room
-from thanos.engine.picture import Picture, draw_picture
+from thanos.engine.data_flow import DataFlow, trace_data_flow
 from thanos.engine.routing import Routing
 from thanos.errors import ModelError, RecipeError
 from thanos.events import Event, Watcher
@@ -37,9 +37,7 @@ LOG_BYTES_PER_LAYER = 4096
 """Bytes on the disk per pruned layer for the journal, the event log and the report."""
 
 
-GGUF_DTYPE = (
-    "the weights are written in bfloat16; --output-dtype float32 keeps every bit of what the GGUF file's numbers are"
-)
+GGUF_DTYPE = "the weights are written in bfloat16; --output-dtype float32 keeps the exact values of the GGUF file"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,16 +47,16 @@ class Prepared:
     Attributes:
         opened: the model.
         layers: the layers to prune, each with its settings.
-        picture: the data flow between the model's blocks.
+        data_flow: the data flow between the model's blocks.
         dense: record of each tensor that is not pruned.
         zeros_elsewhere: number of zeros in the tensors that are not pruned.
         sparsity: fraction of zeros in ``layers`` before pruning, estimated from a sample.
-        cutting: the units that go, if the pattern removes units; else None.
+        cutting: the units to remove, if the pattern removes units; else None.
     """
 
     opened: OpenedModel
     layers: dict[LinearLayer, LayerRecipe]
-    picture: Picture
+    data_flow: DataFlow
     dense: list[DenseRecord]
     zeros_elsewhere: int
     sparsity: float
@@ -136,15 +134,15 @@ def prepare_opened(
                 watch(Event(kind="note", phase="load", message=note))
     else:
         chosen, left_dense = select_layers(linear_layers(opened.meta_model), recipe)
-    picture = draw_picture(opened.meta_model, find_blocks(opened.meta_model)[1], choose_device(recipe.device))
-    if (unreached := _unreached(picture, chosen)) and cutting is not None:
+    data_flow = trace_data_flow(opened.meta_model, find_blocks(opened.meta_model)[1], choose_device(recipe.device))
+    if (unreached := _unreached(data_flow, chosen)) and cutting is not None:
         raise ModelError(
-            f"text does not reach block {unreached[0].block}, so its units cannot be chosen, and all blocks must lose as many"
+            f"text does not reach block {unreached[0].block}, so its units cannot be chosen, but all blocks must lose as many"
         )
     if unreached:
         left_dense |= dict.fromkeys((layer.name for layer in unreached), "text does not reach its decoder block")
         chosen = {layer: settings for layer, settings in chosen.items() if layer.name not in left_dense}
-        opened.notes.append(_say_unreached(unreached, left=bool(chosen)))
+        opened.notes.append(_unreached_note(unreached, left=bool(chosen)))
         watch(Event(kind="note", phase="load", message=opened.notes[-1]))
     _note_unpaired(opened, chosen, watch)
     embedding = getattr(opened.meta_model.get_input_embeddings(), "weight", None)
@@ -163,19 +161,19 @@ def prepare_opened(
         check_room(opened.checkpoint.layout, folder, besides=bytes_besides(chosen, cutting))
     sparsity = _note_zeros(opened, list(chosen), watch)
     dense, zeros = survey(opened, chosen, left_dense, watch) if look else ([], 0)
-    return Prepared(opened, chosen, picture, dense, zeros, sparsity, cutting)
+    return Prepared(opened, chosen, data_flow, dense, zeros, sparsity, cutting)
 
 
 def bytes_besides(layers: Collection[LinearLayer], cutting: Cutting | None) -> int:
-    """Return the bytes on the disk that a run needs besides the output of full size: the journal, and a smaller model."""
+    """Return the bytes on the disk that a run needs in addition to the full output: the journal, and a smaller model."""
     return LOG_BYTES_PER_LAYER * len(layers) + (0 if cutting is None else cutting.bytes_after)
 
 
-def _written_dtype(source: ModelSource, asked: str) -> torch.dtype | None:
+def _written_dtype(source: ModelSource, output_dtype: str) -> torch.dtype | None:
     """Return the dtype in which a model is written; None for the input's own dtypes."""
-    if asked == "auto":
+    if output_dtype == "auto":
         return None if source.gguf is None else torch.bfloat16
-    return parse_dtype(asked)
+    return parse_dtype(output_dtype)
 
 
 def _note_unpaired(opened: OpenedModel, layers: dict[LinearLayer, LayerRecipe], watch: Watcher) -> None:
@@ -185,17 +183,17 @@ def _note_unpaired(opened: OpenedModel, layers: dict[LinearLayer, LayerRecipe], 
     if left:
         note = (
             f"{len(left)} layers of experts, the first of them {left[0].name}, are pruned without a dense target: the model's "
-            "own code sends tokens to them, so that those of the dense and of the pruned model cannot be paired"
+            "own code sends tokens to them, so their tokens in the dense and the pruned model cannot be paired"
         )
         opened.notes.append(note)
         watch(Event(kind="note", phase="load", message=note))
 
 
-def _unreached(picture: Picture, layers: Iterable[LinearLayer]) -> list[LinearLayer]:
-    return [layer for layer in layers if layer.block is not None and layer.block not in picture.reached]
+def _unreached(data_flow: DataFlow, layers: Iterable[LinearLayer]) -> list[LinearLayer]:
+    return [layer for layer in layers if layer.block is not None and layer.block not in data_flow.reached]
 
 
-def _say_unreached(unreached: list[LinearLayer], *, left: bool) -> str:
+def _unreached_note(unreached: list[LinearLayer], *, left: bool) -> str:
     """Return the note about layers in blocks that text does not reach. Raises ModelError if no other layer is left."""
     indices = sorted({layer.block for layer in unreached if layer.block is not None})
     blocks = f"{'block' if len(indices) == 1 else 'blocks'} {', '.join(map(str, indices))}"
@@ -220,7 +218,7 @@ def _note_zeros(opened: OpenedModel, layers: Sequence[LinearLayer], watch: Watch
 
 
 def check_calibration(recipe: Recipe, given: Calibration | None, source: ModelSource | None = None) -> None:
-    """Check that the calibration text can be used, before a model is loaded. Of ``given`` windows, only the number is checked.
+    """Check that the calibration text can be used, before a model is loaded. Only the number of ``given`` windows is checked.
 
     With ``source``, the check includes a chat template of its tokenizer for texts that are chats. Raises DataError if the text
     cannot be used, and RecipeError if too few windows are given to hold any out.

@@ -1,4 +1,4 @@
-"""One split of what goes between neurons and heads, for all blocks: the one of the least predicted error."""
+"""The split of the removed parameters between neurons and heads, for all blocks: the one with the least predicted error."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def splits(
 ) -> list[dict[str, int]]:
     """Return the splits that come as near to the target as the neurons' multiple allows: one for each number of heads.
 
-    Removing nothing must not be as near to the target. So no split removes twice the target or more.
+    A split must be nearer to the target than removing nothing. So no split removes twice the target or more.
 
     Args:
         counts: kind → number of units of a block.
-        sizes: kind → parameters that go with one unit of every block.
+        sizes: kind → parameters that are removed with one unit of every block.
         target: number of parameters to remove.
-        multiple: the number of neurons that stay is a multiple of it.
+        multiple: the number of remaining neurons is a multiple of it.
         check: raises ModelError if the model's config cannot state a split.
 
     Raises:
@@ -66,9 +66,9 @@ def predicted_error(
     """Return the sum of gain · error over the layers whose curve is known.
 
     Args:
-        removed: kind → number of units that go, which need not be whole.
+        removed: kind → number of units to remove, which need not be whole.
         kinds: layer → kind of its units.
-        curves: layer name → error by share of its units, ``size`` the number of its units.
+        curves: layer name → error by fraction of removed units; ``size`` is the number of units.
     """
     return sum(
         curve.gain * error_at(curve, removed[kind] / curve.size)
@@ -78,7 +78,7 @@ def predicted_error(
 
 
 def error_at(curve: Curve, share: float) -> float:
-    """Return a curve's error at a share: 0 at 0, linear up to the first measured share, geometric from there on."""
+    """Return a curve's error at a fraction: 0 at 0, linear up to the first measured fraction, geometric above it."""
     points = [(0.0, 0.0), *zip(curve.sparsities, curve.errors, strict=True)]
     pieces = list(pairwise(points))
     (x0, y0), (x1, y1) = next((piece for piece in pieces if share <= piece[1][0]), pieces[-1])
@@ -96,13 +96,8 @@ def chosen_split(
     """Return the record of the choice: the predicted error of each split, the best first.
 
     Splits of whole units differ by some parameters. So they are compared with the number of neurons that meets the target.
-
-    Args:
-        candidates: from :func:`splits`.
-        sizes: see :func:`splits`.
-        target: see :func:`splits`.
-        kinds: see :func:`predicted_error`.
-        curves: see :func:`predicted_error`.
+    ``candidates`` is the result of :func:`splits`; the other arguments are those of :func:`splits` and
+    :func:`predicted_error`.
     """
 
     def exact(removed: Mapping[str, int]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""How many units of a layer stay, and how its columns are ordered by units."""
+"""The number of units that remain in a layer, and the order of its columns by units."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from thanos.patterns.rounding import floor_count
 from thanos.patterns.units import BLOCKS
 
 
-def units_that_stay(count: int, share: float, multiple: int, kind: str) -> int:
-    """Return how many of ``count`` units stay: the multiple nearest to 1 − ``share`` of them.
+def remaining_units(count: int, share: float, multiple: int, kind: str) -> int:
+    """Return how many of ``count`` units remain: the multiple nearest to 1 − ``share`` of them.
 
-    ``kind`` says what the units are, in the plural, for messages. Raises RecipeError if none or all of them would stay.
+    ``kind`` is the plural of the units, for messages. Raises RecipeError if none or all of them would remain.
     """
     wanted = count * (1 - share)
     stays = multiple * floor_count(wanted / multiple + 0.5)
@@ -22,16 +22,16 @@ def units_that_stay(count: int, share: float, multiple: int, kind: str) -> int:
     what = f"of {count} {kind}{'' if kind == BLOCKS else ' in each block'}, sparsity {share:g} leaves {wanted:g}"
     if multiple > 1:
         most = (count - 1) // multiple * multiple
-        possible = f"{_range(multiple, most)} of them may stay" if most else f"there are only {count}"
+        possible = f"{_range(multiple, most)} of them may remain" if most else f"there are only {count}"
         raise RecipeError(
             f"{what}, and the nearest multiple of {multiple} is {stays}; {possible}; change "
             f"{'sparsity or ' if most else ''}multiple_of"
         )
     if count == 1:
-        raise RecipeError(f"{what}; there is only one, which has to stay")
+        raise RecipeError(f"{what}; there is only one, which must remain")
     raise RecipeError(
-        f"{what}, which rounds to {'none' if stays <= 0 else 'all of them'}; {_range(1, count - 1)} of them may go; change "
-        "sparsity"
+        f"{what}, which rounds to {'none' if stays <= 0 else 'all of them'}; {_range(1, count - 1)} of them may be removed; "
+        "change sparsity"
     )
 
 
@@ -42,7 +42,7 @@ def _range(first: int, last: int) -> str:
 def runs_of(columns: Tensor) -> int:
     """Return the number of runs of consecutive columns of each unit, from the units' columns (units, columns of a unit).
 
-    Raises ModelError if the columns are not ordered by run, unit and place in the run.
+    Raises ModelError if the columns are not ordered by run, unit and position in the run.
     """
     runs = 1 + int((columns[0].diff() != 1).sum())
     count, width = columns.shape

@@ -22,14 +22,11 @@ from thanos.system.documents import json_text
 from thanos.system.files import sync, write_atomically
 
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth"}
-"""Endings of files of weights, readable or not: beside a config they make a folder a model's."""
+"""Endings of weight files, readable or not. A folder with a config and such a file is a model's folder."""
 
 
 class WorkFolder:
     """The hidden folder next to an output folder, on the same file system.
-
-    Args:
-        out: the output folder.
 
     Attributes:
         out: the resolved path of the output folder.
@@ -38,7 +35,7 @@ class WorkFolder:
         cut: the finished smaller model, which becomes ``out`` instead; it exists only when it is complete.
         journal: the journal of finished blocks.
         suffix: end of the work folder's name.
-        unit: what is counted as finished, and the key of the number of all of them in ``run.json``.
+        unit: name of the units that are counted as finished, and key of their total number in ``run.json``.
     """
 
     suffix = "partial"
@@ -97,7 +94,7 @@ class WorkFolder:
             write_atomically(self._run, json_text(run).encode(), durable=True)
             sync(self.path.parent)
         except OSError as error:
-            raise ResourceError(f"cannot write beside OUT {self.out}: {error.strerror}") from error
+            raise ResourceError(f"cannot write next to OUT {self.out}: {error.strerror}") from error
 
     def take_up(self, shards: set[str]) -> None:
         """Prepare the work folder of an interrupted run: delete everything in ``model/`` but its shards and its event log."""
@@ -186,14 +183,14 @@ def kept(work: WorkFolder) -> Iterator[None]:
         yield
     except BaseException as error:
         if isinstance(error, FileNotFoundError) and not work.path.exists():
-            raise ResourceError(f"{work.path} was deleted during the run, and with it what was finished") from error
+            raise ResourceError(f"{work.path} was deleted during the run, with all finished work") from error
         # A resumed run would fail with the same NaN again.
         if isinstance(error, NumericsError) or not work.finished:
             with suppress(OSError):
                 work.remove()
         elif not recurs(error):
             error.add_note(
-                f"{work.finished} of {work.run[work.unit]} {work.unit} are finished; resume=True goes on with them"
+                f"{work.finished} of {work.run[work.unit]} {work.unit} are finished; resume=True continues from them"
             )
         raise
 
@@ -234,7 +231,7 @@ def check_output(out: Path, *, model: Path | None, overwrite: bool) -> None:
             raise UserError(f"OUT {out} exists and is not empty; choose another folder, or give --overwrite{swapped}")
         if not any(resolved.glob("*.safetensors")) and not (resolved / "config.json").exists():
             raise UserError(
-                f"OUT {out} is no model checkpoint, so --overwrite will not delete it; choose another folder"
+                f"OUT {out} is not a model checkpoint, so --overwrite will not delete it; choose another folder"
             )
 
 
@@ -244,10 +241,10 @@ def _check_parent(out: Path, resolved: Path) -> None:
     while not parent.exists() and parent != parent.parent:
         parent = parent.parent
     if not parent.is_dir():
-        raise ResourceError(f"cannot write beside OUT {out}: {parent} is a file; choose a place in a folder")
+        raise ResourceError(f"cannot write next to OUT {out}: {parent} is a file; choose a path in a folder")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise ResourceError(
-            f"cannot write beside OUT {out}: you may not write in {parent}; choose a place that you may"
+            f"cannot write next to OUT {out}: you have no permission to write in {parent}; choose another folder"
         )
 
 
@@ -260,5 +257,5 @@ def check_interrupted(work: WorkFolder, *, resume: bool, overwrite: bool) -> Non
     if work.finished and not (resume or overwrite):
         raise UserError(
             f"an interrupted run of OUT {work.out.name} finished {work.finished} of {work.run[work.unit]} {work.unit}; "
-            "--resume goes on with it, --overwrite starts over"
+            "--resume continues it, --overwrite starts over"
         )

@@ -210,15 +210,15 @@ def _plan(opened: OpenedModel, cuts: Mapping[str, _Cut], dropped: frozenset[int]
 
 
 def _write_tensors(
-    opened: OpenedModel, cuts: Mapping[str, _Cut], dropped: frozenset[int], folder: Path, tell: EventStream
+    opened: OpenedModel, cuts: Mapping[str, _Cut], dropped: frozenset[int], folder: Path, emit: EventStream
 ) -> SmallerFolder:
     """Write the weight files."""
     plan = _plan(opened, cuts, dropped)
     writer = CheckpointWriter(plan.layout, Renamed(opened.checkpoint, plan.renamed), folder)
-    tell(Event(kind="phase", phase="write"))
+    emit(Event(kind="phase", phase="write"))
     for done, (name, cut) in enumerate(plan.cuts.items(), 1):
         writer.write(name, opened.checkpoint.read(plan.renamed[name]).index_select(cut.axis, cut.stay))
-        tell(Event(kind="progress", phase="write", done=done, total=len(plan.cuts)))
+        emit(Event(kind="progress", phase="write", done=done, total=len(plan.cuts)))
     writer.finish()
     return plan.sizes
 

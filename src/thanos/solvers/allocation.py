@@ -1,8 +1,8 @@
 """Sparsities of layers that minimise the sum of their weighted errors, at a fixed number of zeros.
 
 docs/math.md derives the method. A layer's error is known at a few sparsities. Between them it is interpolated, and the lower
-convex hull of the result is used: a sum of convex functions with one linear constraint is minimised by taking the cheapest
-piece next, over all layers, until the zeros are spent.
+convex hull of the result is used. A sum of convex functions with one linear constraint is minimised greedily: the cheapest
+piece of any layer is taken next, until the total is reached.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 _PIECES = 10
-"""Pieces into which each interval between two measured sparsities is divided."""
+"""Number of pieces into which each interval between two measured sparsities is divided."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Curve:
 
 
 def allocate(curves: Sequence[Curve], total: int, *, pieces: int = _PIECES) -> list[int]:
-    """Return the number of zeros of each layer: those with the least Σ gain·error, that add up to ``total``.
+    """Return the number of zeros of each layer: the numbers that minimise Σ gain·error and add up to ``total``.
 
     The error between two measured sparsities is interpolated geometrically, as the errors of layers grow, at ``pieces`` − 1
     points. The result is exact for the lower convex hull of these points, linear between them. It does not depend on the order

@@ -25,7 +25,7 @@ _PANEL = 512
 
 _SLAB = {"cpu": 256}
 _WIDE_SLAB = 2048
-"""Rows of the triangle multiplied at once, by device type: few zeros are multiplied in vain."""
+"""Rows of the triangle multiplied at once, by device type: few products with zeros are computed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ class InputStatistics:
         if not (math.isfinite(total) or bool(torch.isfinite(summed).all())):
             raise NumericsError(
                 f"the inputs of {name} hold NaN or infinity (seen in its Hessian); "
-                "use another --dtype, or look for the layer before it that overflows"
+                "use another --dtype, or check whether an earlier layer overflows"
             )
         if least < 0:
             raise NumericsError(f"the Hessian of {name} has a negative diagonal entry; it must be XᵀX of the inputs")
@@ -117,7 +117,7 @@ class InputStatistics:
         return _scaled(products, self._scale, self.dtype, in_place=False)
 
     def shift(self, damping: float) -> Tensor:
-        """Return what damping adds to the diagonal of ``matrix``, (b,): ``damping``, and 1 more in dead columns."""
+        """Return the vector that damping adds to the diagonal of ``matrix``, (b,): ``damping``, and 1 more in dead columns."""
         return self.dead.to(self.dtype) + damping
 
     def condition(self, damping: float, steps: int = 12) -> float:

@@ -26,8 +26,8 @@ def portions(rows: slice, device: torch.device) -> Iterator[slice]:
 
 _SLAB = {"cpu": 256}
 _WIDE_SLAB = 1024
-"""Columns of the Hessian multiplied at once, by device type. They are as few as the product stays fast with: half of each
-slab's square on the diagonal is redundant work. The product takes little memory compared with the weight."""
+"""Columns of the Hessian multiplied at once, by device type. The least number that keeps the product fast, because half of each
+slab's diagonal block is redundant work. The product takes little memory compared with the weight."""
 
 
 def squared_output_norms(delta: Tensor, inputs: InputStatistics | None) -> Tensor:

@@ -100,9 +100,9 @@ class LayerSolve:
         )
 
     def _solve_parts(self) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Return the pruned weight, (c, b), the mask of the entries that stay, (c, b), and the weight after each step.
+        """Return the pruned weight, (c, b), the mask of the kept entries, (c, b), and the weight after each step.
 
-        The weight after the last step is the pruned weight. Rows in none of the parts stay as they are. If one part holds all
+        The weight after the last step is the pruned weight. Rows in none of the parts do not change. If one part holds all
         rows, its solution is the result, without a copy.
         """
         if len(self.parts) == 1 and len(self.parts[0][0]) == len(self.dense):
@@ -117,7 +117,7 @@ class LayerSolve:
         return steps[-1], kept, steps
 
     def _solve(self, rows: Tensor, pattern: Pattern, part: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Return the rows ``part`` after each step, in the dtype of the weight, and the mask of the entries that stay."""
+        """Return the rows ``part`` after each step, in the dtype of the weight, and the mask of the kept entries."""
         bounds = slice(*_bounds(len(part), self.row_shards))
         own = part[bounds]
         problem = Problem(
@@ -136,7 +136,7 @@ class LayerSolve:
             unit=self.unit,
         )
         if self.recipe.parsed_pattern.keeps_all:
-            # The model is cut elsewhere: this layer loses nothing, but takes the weights of its dense target.
+            # No entry of this layer is removed, but the layer takes the weights of its dense target.
             problem = self._retargeted(problem, rows)
             solutions = [problem.without(problem.zeros)]
             for refine in self.refinements.values():

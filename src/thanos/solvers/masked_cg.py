@@ -5,8 +5,8 @@ mask holds the supports (docs/math.md). First, G and w are scaled to a unit diag
 So a step needs two inner products: one for its length, one for both the direction and the stopping rule.
 
 The stopping rule has a guarantee. First, the residual of the recurrence must fall to ``TOLERANCE``. Then the true residual,
-w − (x G) ∘ M computed afresh, must be that of a nearby system (``BACKWARD``). Rows that fail either check are solved directly
-in float64; this happens if G is nearly singular. So the result is right whether the iteration converges or not.
+w − (x G) ∘ M computed afresh, must be at most ``BACKWARD``: then x solves a nearby system. Rows that fail either check are
+solved directly in float64; this happens if G is nearly singular. So the result is right whether the iteration converges or not.
 
 On a GPU, one kernel runs the whole iteration of a block of up to 256 columns; a tile of rows stops when its rows have
 converged. Wider blocks need one product and one kernel per step. The host checks once per block whether a row needs the direct
@@ -116,7 +116,7 @@ class RowSolver:
                 if failed is not None:
                     self.steps = max(2, count)
                     return solution, failed if failed.numel() else None
-        raise AssertionError("the last step is always looked at")
+        raise AssertionError("the last step is always checked")
 
     def _failed(
         self,

@@ -1,4 +1,4 @@
-"""Full float32 in solves: no matrix products of reduced precision, whatever the program has set."""
+"""Full float32 in solves: no matrix products of reduced precision, regardless of the program's settings."""
 
 from __future__ import annotations
 

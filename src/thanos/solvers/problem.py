@@ -40,8 +40,8 @@ class Problem:
         row_shards: the processes that hold the rows of the same weight.
         all_rows: the rows of all processes, (c', b); None if ``weight`` holds all rows.
         zero_free: True if ``zeros`` is known to have no True entry. Otherwise ``zeros`` is read when it is first needed.
-        scope: ``layer``: one budget for all rows; ``row``: the same for every row, up to one entry. It matters only if the
-            pattern lets any entries go.
+        scope: ``layer``: one budget for all rows; ``row``: the same for every row, up to one entry. It is used only if the
+            pattern may remove any entries.
         rows: indices of the rows of ``weight`` in the whole weight of the layer, (c,); None if they are all rows.
         unit: the power of two by which the layer's weight was divided.
     """
@@ -76,7 +76,7 @@ class Problem:
 
     @property
     def shift(self) -> Tensor:
-        """What the damped Hessian's diagonal has in addition to that of ``inputs.matrix``, (b,)."""
+        """The diagonal of the damped Hessian minus that of ``inputs.matrix``, (b,)."""
         assert self.inputs is not None
         assert self.factor is not None
         return self.inputs.shift(self.factor.damping)
@@ -95,7 +95,7 @@ class Problem:
         return self.scope == "row"
 
     def choose(self, score: Callable[[Tensor], Tensor]) -> Tensor:
-        """Choose the whole mask at once, as pattern and scope say: the entries, or columns, with the smallest scores.
+        """Choose the whole mask at once, by pattern and scope: the entries, or columns, with the smallest scores.
 
         Args:
             score: maps rows of the weight, (any, b), to the scores of their entries, at least 0. The score of a column is the
@@ -181,7 +181,8 @@ class Problem:
             scores = self.mark_zeros(self.weight.abs().mul_(self.norms))
             return RowResidualMask(self.norms, self.some_zeros, self.row_budgets(scores))
         zeros = self.total(self.zeros.count_nonzero())
-        # The budget is a tensor on the device, so that no block waits until the host has read how many entries went before.
+        # The budget is a tensor on the device, so that no block waits until the host has read how many entries are removed
+        # already.
         return ResidualMask(self.norms, self.some_zeros, zeros.clamp_min(self.budget.weights), self.row_shards)
 
     def row_solver(self, *, defer_convergence_check: bool = False) -> RowSolver:
@@ -196,8 +197,8 @@ class Solution:
     Attributes:
         weight: the pruned weight, (c, b), in the dtype of the problem's weight; removed entries are exact zeros.
         removed: mask of the removed entries, (c, b) bool, the problem's ``zeros`` included.
-        residual: relative residual of each row's system of equations for the weights that stay, (c,); None if the solver
-            solves no such systems, or solves them to rounding.
+        residual: relative residual of each row's system of equations for the remaining weights, (c,); None if the solver solves
+            no such systems, or solves them to rounding.
     """
 
     weight: Tensor

@@ -49,11 +49,12 @@ def prune_weight(
         damping: fraction of the Hessian's mean diagonal that is added to the diagonal, at least 0. It is raised tenfold while
             the Hessian is not positive definite; the result reports this.
         outlier_rows: fraction α of rows left dense, in [0, 1): the ⌈α·c⌉ with the largest squared output norm (W H Wᵀ)_ii.
-        keep_budget: let the other rows make up for the outlier rows, see :class:`~thanos.patterns.budget.Budget`.
+        keep_budget: remove more from the other rows to make up for the outlier rows; see
+            :class:`~thanos.patterns.budget.Budget`.
         scope: ``layer``: one budget for the whole matrix; ``row``: the same for every row, up to one entry. None: the method's
-            own, which is ``row`` for Wanda. Only for patterns that let any entries go.
-        refit: largest number of steps of conjugate gradients that improve the weights that stay, after any method; it needs
-            the Hessian. None or 0: no refit.
+            own, which is ``row`` for Wanda. Only for patterns that may remove any entries.
+        refit: largest number of conjugate-gradient steps that improve the remaining weights, after any method; it needs the
+            Hessian. None or 0: no refit.
 
     Returns:
         The pruned weight, the mask, the errors, and the residual of the refit.
@@ -110,7 +111,7 @@ def prune_layer(
         name: name of the weight, for messages.
         row_shards: the processes that share the work; each solves some of the rows.
         retarget: changes the problem's weight before the method runs. ``errors`` are still measured against the original
-            weight, ``target_changes`` against the retarget's wanted output. Outlier rows stay as they are.
+            weight, ``target_changes`` against the retarget's wanted output. Outlier rows do not change.
         refinements: the refinements by name, applied in order to the method's solution; None for those of the recipe. They and
             ``retarget`` are left out if the layer had no input, or only zeros.
     """

@@ -18,7 +18,7 @@ class PrunedWeight:
     Attributes:
         weight: the pruned weight, (c, b), in the dtype and on the device of the input weight; removed entries are exact zeros.
         zeros: number of zeros in ``weight``, by removal or by rounding.
-        kept: mask of the entries that stay, (c, b) bool.
+        kept: mask of the kept entries, (c, b) bool.
         outliers: indices of the rows left dense, ascending, (q,).
         halved: indices of the rows that keep n/2 of m to make up for the outlier rows, ascending; empty without
             ``keep_budget``.
@@ -29,8 +29,8 @@ class PrunedWeight:
         damping: the damping that was used, as a fraction of the Hessian's mean diagonal; None if none was used.
         damping_reason: why ``damping`` differs from the recipe's; empty if it does not.
         condition: estimated condition number of the damped Hessian; None if the Hessian was not factorised.
-        residuals: the largest relative residual of a row's system of equations for the weights that stay, by step; for the
-            steps that solve such systems by an iteration.
+        residuals: the largest relative residual of a row's system of equations for the remaining weights, by step; only for
+            steps that solve such systems iteratively.
         target_changes: ‖Y − Ŵ X‖² − ‖Y − W X‖² relative to ‖W X‖², by step, if there was a retarget. X is the input, without
             damping, Y the wanted output, W the weight before pruning and Ŵ the weight after the step. A negative number: the
             output is nearer to the wanted one than that of the layer before pruning.

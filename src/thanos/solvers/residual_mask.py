@@ -75,8 +75,8 @@ class ResidualMask:
 class RowResidualMask:
     """The residual mask with one budget for each row: a row's smallest scores among its remaining columns.
 
-    A row has at least as many columns left as entries to remove, since those it did not lose in a block lie on its right. So
-    after the last block every row has lost exactly its budget.
+    A row has at least as many columns left as entries to remove, since the selected entries that are not in the block are on
+    its right. So after the last block every row has lost exactly its budget.
 
     Args:
         norms: ‖X_j‖₂ of all columns, (b,).

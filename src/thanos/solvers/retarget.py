@@ -2,7 +2,7 @@
 
 X̂, (a, b), are the layer's inputs in the model pruned so far, and X* its inputs in the dense model, for the same tokens. If the
 layer writes into the residual stream, r̂ and r*, (a, c), are the residual stream that its outputs are added to. The wanted
-output is a mixture of what the dense weights give on today's input and what the dense model had:
+output is a mixture of the dense weights' output on the present input and of the dense model's output:
 
     Y = X̂ Wᵀ + α (X* Wᵀ + r* − r̂ − X̂ Wᵀ).
 
@@ -33,7 +33,7 @@ def dense_target(
         cross: C = X*ᵀX̂, (b, b): C_ij = Σ x*_i x̂_j over the tokens.
         residual: R = (r* − r̂)ᵀX̂, (c, b); None if the layer does not write into the residual stream.
         factor: the factor of the damped Hessian: H⁻¹ = UᵀU.
-        alpha: α, the share of the dense model's outputs.
+        alpha: α, the fraction of the dense model's outputs.
     """
     pull = weight @ (cross - hessian)
     if residual is not None:

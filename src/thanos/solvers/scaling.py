@@ -15,7 +15,7 @@ _ORDINARY = 2.0**40
 
 
 def scaled_weight(weight: Tensor, inputs: InputStatistics | None, name: str) -> tuple[Tensor, int, float]:
-    """Return the weight divided by a power of two, the number of its zeros, and that power, mostly 1.
+    """Return the weight divided by a power of two, the number of its zeros, and that power, usually 1.
 
     The returned weight has the dtype of the computation. Raises NumericsError if the weight holds NaN or infinity.
     """

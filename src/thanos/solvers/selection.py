@@ -35,7 +35,7 @@ def smallest_mask(scores: Tensor, count: int | Tensor, row_shards: RowShards = A
     Args:
         scores: the scores of this process's rows, any shape, float32 or float64.
         count: number of entries to select, over all processes: an int, or a 0-d integer tensor that on a GPU is not
-            read by the host. Below 0 it selects none, above the number of entries all.
+            read by the host. Below 0, none are selected; above the number of entries, all.
         row_shards: the processes that hold the other rows.
     """
     if row_shards.size == 1 and scores.device.type == "cpu":

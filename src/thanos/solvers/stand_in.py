@@ -1,8 +1,7 @@
-"""Stand-ins for the pruned weights of a layer as a function of its dense target's share α, for a fraction of a solve's cost.
+"""Stand-ins for the pruned weights of a layer, for every fraction α of its dense target, at a small part of a solve's cost.
 
-The mask is that of the cheapest method that sees the inputs, |W|·‖X‖, for the layer's own weights. For a fixed mask the best
-weights are linear in what they are fitted to, W + α S with the shift S of :mod:`thanos.solvers.retarget`. So two fits serve
-every α:
+The mask is that of the cheapest method that uses the inputs, |W|·‖X‖, for the layer's own weights. For a fixed mask the best
+weights are linear in their target, W + α S with the shift S of :mod:`thanos.solvers.retarget`. So two fits serve every α:
 
     V(α) = V₀ + α D,    V₀ the fit to W, D the fit to S.
 """
@@ -24,7 +23,7 @@ from thanos.solvers.row_shards import ALONE, RowShards
 from thanos.solvers.support_cg import fit_support
 
 STEPS = 6
-"""Steps of conjugate gradients in each fit. They give most of what convergence would; the choice of α needs no more."""
+"""Conjugate-gradient steps in each fit. They bring most of the gain of a converged fit, which is enough to choose α."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +55,8 @@ def stand_in(
 ) -> StandIn:
     """Return the stand-ins of a weight, (c, b).
 
-    ``inputs`` has the Hessian. Of the ``recipe``, pattern, sparsity and outlier rows count. ``target`` has α = 1. Each fit
-    takes ``steps`` steps of conjugate gradients. ``name`` is for messages.
+    ``inputs`` has the Hessian. Only pattern, sparsity and outlier rows of the ``recipe`` are used. ``target`` has α = 1. Each
+    fit takes ``steps`` steps of conjugate gradients. ``name`` is for messages.
     """
     slope = torch.zeros(weight.shape, dtype=inputs.dtype, device=weight.device)
 

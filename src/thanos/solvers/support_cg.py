@@ -30,7 +30,7 @@ def fit_support(problem: Problem, start: Tensor, removed: Tensor, steps: int) ->
     """Improve the weights of a mask by at most ``steps`` steps of conjugate gradients.
 
     Args:
-        problem: its ``weight`` is the target W. It must have the factor of the damped Hessian, whose damping counts.
+        problem: its ``weight`` is the target W. It must have the factor of the damped Hessian, whose damping is used.
         start: the weights to start from, (c, b), zero at ``removed``.
         removed: mask of the entries that stay zero, (c, b) bool.
         steps: largest number of steps.

@@ -1,12 +1,12 @@
-"""Greedy removal of whole units of columns by their exact loss; the columns that stay are fitted exactly (docs/math.md).
+"""Greedy removal of whole units of columns by their exact loss; the remaining columns are fitted exactly (docs/math.md).
 
 W is the weight to fit to, (c, b), H the damped Hessian, (b, b), and K = H⁻¹. If the unit with the columns S is removed and all
 other columns compensate, the error rises by
 
     loss(S) = tr(W_S (K_SS)⁻¹ W_Sᵀ).                                                                               (L)
 
-Units are removed a part of the budget at a time: those of the least loss, together. Then W and K become those of the
-columns that are left:
+Each step removes a part of the budget: the units with the least loss, all at once. Then W and K are updated to the remaining
+columns:
 
     W ← W − W_S (K_SS)⁻¹ K_S:,    K ← K − K_:S (K_SS)⁻¹ K_S:.
 """
@@ -28,7 +28,7 @@ _ZERO_STEPS = 60
 
 
 def remove_units(problem: Problem) -> Solution:
-    """Remove the budget's units greedily, and give the columns that stay their best weights."""
+    """Remove the budget's units greedily, and give the remaining columns their best weights."""
     pattern, columns = problem.pattern, problem.weight.shape[1]
     assert isinstance(pattern, Units)
     assert problem.inputs is not None
@@ -59,7 +59,7 @@ def greedy_units(weight: Tensor, inverse: Tensor, members: Tensor, number: int, 
         if not count:
             continue
         done += count
-        # A stable sort: among equal losses the first unit goes.
+        # A stable sort: among equal losses the first unit is removed.
         least = unit_losses(weight, inverse, width).argsort(stable=True)[:count]
         gone[left[least]] = True
         if done < number:
@@ -95,7 +95,7 @@ def without_columns(weight: Tensor, inverse: Tensor, stays: Tensor) -> tuple[Ten
 def fit_columns(problem: Problem, gone: Tensor) -> Solution:
     """Remove the columns ``gone``, (b,) bool, and give the other columns the weights of the least damped error.
 
-    With the columns S that stay, V_S = (W H)_:,S (H_SS)⁻¹ = W_S + W_P H_PS (H_SS)⁻¹, where P are the columns that go.
+    For the remaining columns S and the removed columns P, V_S = (W H)_:,S (H_SS)⁻¹ = W_S + W_P H_PS (H_SS)⁻¹.
     """
     assert problem.inputs is not None
     weight, matrix = problem.weight, problem.inputs.matrix

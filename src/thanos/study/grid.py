@@ -16,7 +16,8 @@ from thanos import registry
 from thanos.patterns.units import HEADS
 from thanos.recipe import LayerRecipe, Recipe
 from thanos.recipe.allocation import ALLOCATIONS
-from thanos.recipe.repair import REPAIR_FIELDS, Repair, checked, resolved
+from thanos.recipe.layer import checked
+from thanos.recipe.repair import REPAIR_FIELDS, Repair, resolved
 from thanos.recipe.units import HEAD_UNITS, default_multiple
 from thanos.registry import EffortRow, parse_pattern
 from thanos.run.model_card import public_name as public

@@ -1,4 +1,4 @@
-"""Threads: one in the background, where copies and file access overlap with computation; several for other work."""
+"""A background thread, for copies and file access during computation, and a pool for single-threaded work."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Background:
 
 
 def on_threads(work: Callable[[A], T], parts: Sequence[A]) -> list[T]:
-    """Return the result of each part, computed on torch's number of threads: for work that is single-threaded by itself."""
+    """Return ``work(part)`` for each part, on as many threads as torch uses. For work that is single-threaded by itself."""
     threads = min(torch.get_num_threads(), len(parts))
     if threads < 2:
         return [work(part) for part in parts]

@@ -29,7 +29,7 @@ def choose_device(name: str) -> torch.device:
         )
     if kind == "cuda":
         if not torch.cuda.is_available():
-            raise CudaUnavailableError(f"device {name} was asked for, but torch sees no CUDA device; use --device cpu")
+            raise CudaUnavailableError(f"device {name} needs CUDA, but torch finds no CUDA device; use --device cpu")
         if index and int(index) >= torch.cuda.device_count():
             raise ResourceError(
                 f"device {name} does not exist; there are cuda:0 to cuda:{torch.cuda.device_count() - 1}"

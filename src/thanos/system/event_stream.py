@@ -56,7 +56,7 @@ class EventStream:
 
         Args:
             path: the file.
-            shown: function that returns the message of a note as the log has it, for example without local folders.
+            shown: function that changes the message of a note for the log, for example to remove local folders.
         """
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         trim(self._descriptor)

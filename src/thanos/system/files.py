@@ -1,4 +1,4 @@
-"""Files on disk: free space, reserved sizes, forced and atomic writes."""
+"""Files on disk: free space, reserved space, and writes that are forced to the disk or atomic."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ def free_host_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def give_back() -> None:
+def release_free_heap() -> None:
     """Return the heap's free pages to the system, if the C library can. Without this, fragmentation grows with each block."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:

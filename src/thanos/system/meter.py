@@ -15,7 +15,8 @@ from thanos.system.memory import Memory, device_memory, host_memory, host_peak_b
 class PhaseMeter:
     """Measures the total seconds and the memory peak of each phase. A phase may be entered many times.
 
-    A phase may contain others. Their seconds and peaks count for them alone, so the seconds of all phases add up to the whole.
+    Phases may be nested. Seconds and peaks count for the innermost phase alone, so the seconds of all phases add up to the
+    total.
 
     On Linux the kernel's peak of resident memory is reset at the start of a phase. If it cannot be reset, the host peak of a
     phase is the process's peak so far.

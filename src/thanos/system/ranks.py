@@ -13,8 +13,8 @@ def launched() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
 
 
-def speaks() -> bool:
-    """Return whether this process shows progress and results: it is the only one, or rank 0 of those that torchrun started."""
+def is_main_process() -> bool:
+    """Return whether this process is the only one, or rank 0 of a torchrun: the one that shows progress and results."""
     return not launched() or os.environ["RANK"] == "0"
 
 
@@ -59,7 +59,7 @@ def first_to_fail() -> bool:
 
 
 def _is_first_here() -> bool:
-    """Create a file next to those in which torchrun collects errors; return whether no other process has created it before.
+    """Create a file in the folder of torchrun's error files; return whether no other process has created it before.
 
     Without such a folder, as with another launcher, rank 0 counts as the first.
     """

@@ -1,4 +1,4 @@
-"""Hints at the end of an error message: what a user may have meant by a value that is not allowed."""
+"""Hints at the end of an error message: the allowed value that a user may have meant."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def meant_share(given: Any) -> float | None:
     if number is None:
         return None
     percent = isinstance(given, str) and given.strip().endswith("%")
-    if not percent and 2 <= number < 100:  # 1.5 is rather a slip than 1.5 %
+    if not percent and 2 <= number < 100:  # 1.5 is more likely a typing error than 1.5 %
         # 12 digits remove the rounding error of the division.
         number = float(f"{number / 100:.12g}")
     return number if 0 <= number < 1 else None

@@ -44,7 +44,7 @@ def output_path(out: Any) -> Path:
 
 
 def without_folders(text: str, paths: Iterable[str]) -> str:
-    """Return a message in which the paths of files and folders lack the folders that hold them.
+    """Return a message with the parent folders removed from the paths in it.
 
     ``paths`` are the paths that the message may contain.
     """

@@ -10,6 +10,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from thanos.engine.block_error import BlockErrors, BlockMeter
+from thanos.engine.branches import BlockOrder, Branch, block_order
 from thanos.engine.dense_stream import DenseStream
 from thanos.engine.inputs import EngineInputs
 from thanos.engine.output import Output
@@ -54,7 +55,6 @@ class BlockContext:
         dense_stream: the dense stream; None if no layer here or later needs it.
 
     Attributes:
-        index: see above.
         module: the block; the whole model if ``index`` is None.
         layers: the layers to prune here, each with its settings.
         runner: forward passes over this process's calibration sequences.
@@ -64,9 +64,9 @@ class BlockContext:
         device: device of the weights.
         meter: meter of seconds and peak memory by phase.
         world: the processes that share the work.
-        dense_stream: see above.
-        held_out: indices of this process's sequences that are held out: the last of the run. They choose the dense target and
-            guard the tuning, which must not train on them. With several processes, some have none or nothing else.
+        held_out: indices of this process's sequences that are held out: the last of the run. Their error selects the dense
+            target and the tuned state, so the tuning must not train on them. With several processes, a process may have no
+            others, or none.
         block_meter: measures the block's error, on the held-out sequences if there are any; None without a dense stream.
         block_errors: the block's error after each stage so far; None without a dense stream.
         stage: name of the running stage.
@@ -74,8 +74,9 @@ class BlockContext:
         tuning: record of the block's tuning; None if it was not tuned.
         notes: warnings that arose here.
         written: names in the checkpoint of the tensors written so far.
-        stands_for_more: whether the pruned model leaves out the blocks right after this one, and the dense stream has passed
-            them: then the dense outputs are theirs.
+        order: the order of the data in the block; None before :meth:`find_order`.
+        stands_for_more: whether the pruned model leaves out the blocks right after this one and there is a dense stream. The
+            dense outputs are then those of the last block left out.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class BlockContext:
         self.dense_stream, self.held_out = dense_stream, inputs.held_out
         self.block_meter: BlockMeter | None = None
         self.block_errors: BlockErrors | None = None
+        self.order: BlockOrder | None = None
         self.stage = ""
         self.records: dict[str, LayerRecord] = {}
         self.tuning: TuningRecord | None = None
@@ -98,6 +100,23 @@ class BlockContext:
         self.prefix = "" if index is None else f"{inputs.blocks_name}.{index}."
         self.parameter_names = [] if index is None else inputs.block_names(index)
         self._output, self._blocks, self._outer_names = output, len(inputs.blocks), inputs.outer_names
+
+    def find_order(self) -> None:
+        """Find the order of the data in the block if a layer is ``sequential``.
+
+        Then the block runs several times, and from now on the inputs of its branches' last layers are kept; see
+        :mod:`thanos.engine.branches`.
+        """
+        branches: Sequence[Branch] = ()
+        if any(settings.repair.sequential for settings in self.layers.values()):
+            hidden, layers = self.first_sequence(), list(self.layers)
+            self.order = self.world.from_first(
+                lambda: block_order(lambda: self.forward(hidden, 0), self.module, layers, self.prefix)
+            )
+            branches = () if self.runner.shares else self.order.branches
+        for stream in (self.runner, self.dense_stream):
+            if stream is not None:
+                stream.branches.begin(self.module, branches, self.prefix)
 
     # --- calibration sequences --------------------------------------------------------------------------------------
 
@@ -138,7 +157,7 @@ class BlockContext:
 
         The block runs with its present weights. Only for decoder blocks: ``index`` must not be None.
         """
-        assert self.index is not None, "what follows the blocks is no block"
+        assert self.index is not None, "the modules after the blocks are not a block"
         return self.runner.run(self.index, hidden, first)
 
     def dense_forward(self, hidden: Tensor, first: int) -> Tensor:
@@ -146,7 +165,7 @@ class BlockContext:
 
         It has no gradients. Only with a dense stream, for decoder blocks.
         """
-        assert self.index is not None, "what follows the blocks is no block"
+        assert self.index is not None, "the modules after the blocks are not a block"
         return self._stream.run(self.index, hidden, first)
 
     @property
@@ -177,7 +196,7 @@ class BlockContext:
         For the modules after the blocks, ``layers`` must be a single layer, and the pass ends at its input.
         """
         if self.index is not None:
-            return self.runner.observe(self.index, layers, most)
+            return self.runner.observe(self.index, layers, most, self.order.calls if self.order else ())
         (layer,) = layers
         return self.runner.observe_tail(layer, most)
 
@@ -225,6 +244,7 @@ class BlockContext:
 
     def assign(self, name: str, value: Tensor) -> None:
         """Set a parameter in all modules that hold it. The output does not change."""
+        self.runner.branches.changed(name)
         self.weights.put(name, value)
 
     # --- records and events -----------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
-"""What the removal of each decoder block does to the model's outputs: the stage of the passes before blocks are removed.
+"""The effect of each decoder block's removal on the model's outputs: the stage of the passes before blocks are removed.
 
-One pass over the blocks measures all of them. Beside the hidden states of the model there is a stream for each block that might
-go: it starts with that block's inputs, which it hands on, and goes through all later blocks. So one block is in memory at a
+One pass over the blocks measures all of them. In addition to the hidden states of the model there is a stream for each
+candidate block. It takes that block's inputs as its outputs, and runs through all later blocks. So one block is in memory at a
 time, and runs on as many streams as there are candidates before it.
 """
 
@@ -24,7 +24,7 @@ _ROWS = 128
 """Tokens whose outputs are held at once: a vocabulary has up to 256,000 entries."""
 
 _MOST = 1e4
-"""Largest divergence of a token, in nats; it also stands for outputs that are not finite."""
+"""Largest divergence of a token, in nats; it is also the divergence of outputs that are not finite."""
 
 
 class EffectStage:
@@ -32,7 +32,7 @@ class EffectStage:
 
     Args:
         blocks: indices of the blocks that run, ascending.
-        candidates: those of them that might go. One that comes before all that run counts as skipped already.
+        candidates: the blocks whose removal is measured. A candidate before the first block that runs counts as removed.
         wanted: the dense model's last hidden states, from :attr:`wanted` of an earlier pass over all blocks with the same
             sequences; None if this is that pass.
 
@@ -90,7 +90,7 @@ class EffectStage:
         picks = torch.linspace(0, length - 1, min(TOKENS, length), device=context.device).round().long()
         if not self.wanted:
             self.wanted = [context.forward(hidden, row)[:, picks] for row, hidden in context.batches(1)]
-        # Allocated before: small tensors that stay, between the large ones that go, would keep the memory of those from reuse.
+        # Allocated first: small tensors that stay between large temporary ones would fragment the memory.
         found = {block: torch.zeros(samples, len(picks), dtype=torch.float64) for block in self._streams}
         streams = {block: stream.batches(1) for block, stream in self._streams.items()}
         with context.outer_weights():

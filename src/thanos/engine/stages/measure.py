@@ -1,10 +1,12 @@
-"""Measuring what sparsity costs each layer, on the dense model: the stage of the pass before an allocation by error.
+"""The error of each layer by sparsity, on the dense model: the stage of the pass before an allocation by error.
 
-Two things are measured on a small sample of the calibration sequences. A layer's error curve: the layer's own method prunes a
-sample of its rows at a few sparsities. So the curve has everything that the run will have (compensation, scope, damping), for a
-few percent of the time. Estimates that add up a cost per weight would miss that the weights removed together can no longer
-compensate for each other, which is what makes a curve bend. And the layer's gain: how much of an error of this layer reaches
-the block's output. There the errors of all layers are comparable, whatever they feed.
+Two quantities are measured on a small sample of the calibration sequences:
+
+- A layer's error curve. The layer's own method prunes a sample of its rows at a few sparsities. So the curve includes
+  compensation, scope and damping, as the run will, for a few percent of the time. A sum of costs of single weights would be
+  too small, since weights that are removed together cannot compensate for each other.
+- The layer's gain: the part of the layer's error that reaches the block's output. There the errors of all layers are
+  comparable.
 """
 
 from __future__ import annotations
@@ -62,7 +64,7 @@ _HIGHEST = 0.99
 
 @dataclass(slots=True)
 class _Probe:
-    """What is kept of a layer until its gain is measured: norms of its inputs, its tokens, and the error of the probe."""
+    """Data of a layer for the measurement of its gain: norms of its inputs, its tokens, and the error of the probe."""
 
     norms: Tensor
     tokens: int
@@ -150,9 +152,9 @@ def error_curve(weight: Tensor, inputs: InputStatistics, settings: LayerRecipe, 
 def _unit_curve(
     weight: Tensor, inputs: InputStatistics, settings: LayerRecipe, pattern: Units, name: str
 ) -> Curve | None:
-    """Return the error by share of the units, from few of them up to the settings' share.
+    """Return the error by fraction of removed units, up to the settings' fraction.
 
-    All rows count: they choose the units together. ``size`` of the curve is the number of units.
+    All rows are used, since they choose the units together. ``size`` of the curve is the number of units.
     """
     _, count, _ = pattern.layout(weight.shape[1])
     most = round(settings.resolved_sparsity * count)
@@ -202,9 +204,9 @@ def _gains(context: BlockContext, probes: dict[LinearLayer, _Probe]) -> dict[str
     """Return for each layer how much of its relative squared error reaches the block's output.
 
     The gain is the mean over tokens of ‖Δ block output‖² / ‖block output‖², divided by the layer's own relative error, for a
-    layer without its least entries. Each token counts alike, as the normalisation in the next block does; a sum over tokens
-    would belong to the few of the largest norm. Layers that differ only in a number, the experts of a block, are changed
-    together, and their effect is divided by their numbers of tokens.
+    layer without its least entries. Each token counts alike, as the normalisation in the next block does; the few tokens with
+    the largest norms would outweigh all others in a sum. Layers that differ only in a number, the experts of a block, are
+    changed together, and their effect is divided by their numbers of tokens.
     """
     assert context.index is not None
     kinds: dict[str, list[LinearLayer]] = {}

@@ -1,4 +1,4 @@
-"""The order in which a block's layers are pruned: steps in the order of the data, and parts whose statistics fit in memory."""
+"""The order in which a block's layers are pruned: steps in the order of the forward pass, in parts that fit in memory."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from thanos.calibration.statistics import plan_passes, statistics_budget
-from thanos.engine.block_flow import Stream, levels, residual_streams
+from thanos.engine.block_flow import Stream, residual_streams
 from thanos.engine.routing import Routing
 from thanos.engine.stages.base import BlockContext
 from thanos.model.layers import LinearLayer
@@ -77,7 +77,8 @@ def plan_of(context: BlockContext) -> Plan:
         plan_passes(step, statistics_budget(context.device), matrices=_PAIRED_MATRICES if pairable else 1)
         for step in _steps(context, layers, streams)
     ]
-    return Plan(steps, streams, pairable, chosen, samples, samples - len(context.held_out))
+    calls = [] if context.order is None else list(context.order.calls)
+    return Plan(steps, streams, pairable, chosen, samples, samples - len(context.held_out), calls)
 
 
 def _chosen(context: BlockContext, targeted: Sequence[LinearLayer]) -> set[str]:
@@ -88,13 +89,13 @@ def _steps(context: BlockContext, layers: list[LinearLayer], streams: Mapping[st
     waiting = {layer.name for layer in layers if context.layers[layer].repair.sequential}
     if not layers or not waiting:
         return [layers] if layers else []
-    hidden = context.first_sequence()
-    level = context.world.from_first(lambda: levels(lambda: context.forward(hidden, 0), layers))
+    assert context.order is not None
+    level = context.order.levels
     first = min(level[name] for name in waiting), False
-    # Two layers that fill the same gap of the residual stream, each in ignorance of the other, would fill it twice. So the
-    # second of them gets a step of its own.
+    # Two layers that are added in the same sum would both correct the same error of the residual stream. So the second of them
+    # is pruned in a later step, which sees the correction by the first.
     names = [layer.name for layer in layers]
-    second = {name for name in names if name in streams and streams[name].beside in names[: names.index(name)]}
+    second = {name for name in names if name in streams and streams[name].parallel in names[: names.index(name)]}
     step = {name: (level[name], name in second) if name in waiting else first for name in names}
     return [[layer for layer in layers if step[layer.name] == number] for number in sorted(set(step.values()))]
 

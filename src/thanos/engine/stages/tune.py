@@ -1,8 +1,8 @@
 """Tuning of a pruned block with its zeros fixed; see :mod:`thanos.engine.tuning`.
 
-Tuned are the weights that pruning kept, the biases of the pruned layers, and other parameters of the block, such as gains. Not
-tuned are zeros of matrices, linear layers that the recipe leaves dense (``skip``, ``targets``) or whose own ``tune`` is 0,
-routers of a mixture of experts, parameters that another module shares, and buffers.
+The stage tunes the kept weights, the biases of the pruned layers, and other parameters of the block, such as gains. It does not
+change zeros of matrices, linear layers that the recipe leaves dense (``skip``, ``targets``) or whose own ``tune`` is 0, routers
+of a mixture of experts, parameters that another module shares, and buffers.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ class TuneStage:
         if context.index is None or not epochs:
             return
         began = time.perf_counter()
+        context.runner.close_branches()  # the weights before the branches' last layers change
         yield context.event("phase", "tune")
         with context.meter.phase("tune"):
             tuned = yield from self._tune_or_spill(context, epochs)
@@ -71,7 +72,7 @@ class TuneStage:
 
     def _tune_or_spill(self, context: BlockContext, epochs: int) -> Generator[Event, None, Tuned]:
         """Tune the block. If one sequence does not fit, move the hidden states off the device and start once more."""
-        assert context.index is not None, "what follows the blocks is no block"
+        assert context.index is not None, "the modules after the blocks are not a block"
         seed = self.seed * _SEEDS + context.index
 
         def steps() -> Generator[TuningProgress, None, Tuned]:
@@ -103,10 +104,11 @@ def _on_device(context: BlockContext) -> bool:
 def tunables(context: BlockContext) -> list[Tunable]:
     """Return the parameters of a block that are tuned, in the order of the checkpoint's names.
 
-    A linear layer without settings here was left dense by the recipe. Nothing of it changes, its bias included. If units are
-    removed, the other layers lose their part of them at the end of the run. They were not left dense, and are tuned.
+    A linear layer without settings here was left dense by the recipe. Nothing of it changes, not even its bias. If units are
+    removed, layers without settings lose their part of the units at the end of the run. The recipe did not leave them dense, so
+    they are tuned.
     """
-    assert context.index is not None, "what follows the blocks is no block"
+    assert context.index is not None, "the modules after the blocks are not a block"
     tuned = {layer.name for layer, settings in context.layers.items() if settings.repair.tune}
     cuts = any(settings.parsed_pattern.unit_kinds for settings in context.layers.values())
     linear = {layer.name for layer in context.layers} if cuts else _linear(context)
@@ -128,7 +130,7 @@ def _linear(context: BlockContext) -> set[str]:
 def _work(context: BlockContext, by_token: bool) -> Work:
     found = tunables(context)
     names = {tunable.name for tunable in found}
-    # In training everything is float32. What is not tuned is converted once.
+    # In training everything is float32. Parameters that are not tuned are converted once.
     others = {
         name: value.float()
         for name in context.parameter_names

@@ -1,12 +1,12 @@
-"""ADMM (ALPS, arXiv 2406.07831): choose the mask and the weights together; then refit the weights that stay.
+"""ADMM (ALPS, arXiv 2406.07831): choose the mask and the weights together; then refit the remaining weights.
 
 The layer's problem is split in two: B minimises the damped output error, P satisfies the budget and the pattern, and a
-multiplier V draws the two together (docs/math.md). Everything happens in the basis in which the damped Hessian H has a unit
+multiplier V makes the two agree (docs/math.md). Everything happens in the basis in which the damped Hessian H has a unit
 diagonal, so that the nearest P keeps the entries with the largest magnitude. With K = (H + ρI)⁻¹ an iteration is
 
     B ← W + (ρ(P − W) − V) K,    S ← B + V/ρ,    P ← S on the kept entries,    V ← ρ S on the removed ones.
 
-So S and its mask are the whole state, and an iteration is one product. ρ grows, so that the mask comes to rest. The weights of
+So S and its mask are the whole state, and an iteration is one product. ρ grows until the mask no longer changes. The weights of
 the final mask are then refitted by conjugate gradients (:mod:`thanos.solvers.support_cg`).
 """
 
@@ -31,7 +31,8 @@ _GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
 """Fraction of the kept entries that changed since the last period, and the factor of ρ above that fraction."""
 
 _COLUMN_GROWTH = ((0.1, 1.1), (0.005, 1.07), (0.0, 1.05))
-"""The same for whole columns: there are few of them to choose from, and with fast growth the first choice freezes."""
+"""The same for whole columns: there are few of them to choose from, and with fast growth the first choice would never
+change."""
 
 _RESTART = 5.0
 """Divisor of ρ if the mask has not moved in the first period: then ρ was too large for the other mask to be reached."""
@@ -51,7 +52,7 @@ _USUAL_REFIT_STEPS = 30
 
 
 def admm(problem: Problem) -> Solution:
-    """Prune by ADMM with any pattern, then refit the weights that stay."""
+    """Prune by ADMM with any pattern, then refit the remaining weights."""
     basis = _UnitBasis(problem)
     target = basis.enter(problem.weight)
     removed = _choose(problem, target)
@@ -63,7 +64,7 @@ def admm(problem: Problem) -> Solution:
 
 
 def _iterate(problem: Problem, basis: _UnitBasis, target: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
-    """Iterate until the mask rests; return S and the mask of its removed entries, each (c, b).
+    """Iterate until the mask no longer changes; return S and the mask of its removed entries, each (c, b).
 
     ``target`` is W in ``basis``; ``first`` is the mask to start with: that of the entries to remove from it.
     """
@@ -76,7 +77,7 @@ def _iterate(problem: Problem, basis: _UnitBasis, target: Tensor, first: Tensor)
         for _ in range(_PERIOD):
             values = _step(target, inverse, values, removed, last, penalty)
             removed, last = _choose(problem, values), penalty
-        # One round trip; the counts of all processes, so that all go on or stop together.
+        # One round trip; the counts of all processes, so that all continue or stop together.
         counts = torch.stack([(removed != before).sum(), removed.logical_not().sum(), broken.to(torch.int64)])
         changed, kept, failed = problem.total(counts).tolist()
         if failed or (not changed and not moved and restarts < _MOST_RESTARTS):
@@ -87,7 +88,7 @@ def _iterate(problem: Problem, basis: _UnitBasis, target: Tensor, first: Tensor)
         if not changed:
             break
         moved = True
-        fraction = changed / 2 / max(1, kept)  # an entry that leaves makes room for one that enters
+        fraction = changed / 2 / max(1, kept)  # a change is a pair: one entry is removed, another is kept instead
         penalty *= next(factor for least, factor in growth if fraction > least)
     return values, removed
 
@@ -105,9 +106,9 @@ def _step(target: Tensor, inverse: Tensor, values: Tensor, removed: Tensor, last
 
 
 def _choose(problem: Problem, values: Tensor) -> Tensor:
-    """Return the mask of the entries that the matrix nearest to ``values``, (c, b), with the pattern does not have.
+    """Return the mask of the zeros in the matrix nearest to ``values``, (c, b), that satisfies the pattern.
 
-    A set of entries costs the sum of its squares. Where entries are compared one by one, their magnitudes rank the same.
+    A set of entries costs the sum of its squares. Where single entries are compared, their magnitudes have the same order.
     """
     single = problem.pattern.any_entries or problem.pattern.group_zeros > 0
     return problem.choose_by(values.abs() if single else values.square())
@@ -116,7 +117,8 @@ def _choose(problem: Problem, values: Tensor) -> Tensor:
 class _UnitBasis:
     """The basis in which the damped Hessian has a unit diagonal.
 
-    Columns that never had an input are zero in it, so that they are removed first. They keep their weights otherwise.
+    Columns that never had an input are zero in it, so that they are removed first. Those that are not removed keep their
+    weights.
     """
 
     def __init__(self, problem: Problem) -> None:

@@ -1,4 +1,4 @@
-"""Methods that score the weights once and do not change those that stay: magnitude and Wanda."""
+"""Methods that score the weights once and do not change the remaining ones: magnitude and Wanda."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ def _split(budgets: Tensor, zeros: Tensor, rows: int, blocks: Iterable[tuple[int
     Args:
         budgets: the budgets, (r,) int64, each at least the number of its zeros.
         zeros: number of zeros, or their mask, by budget and column, (r, b).
-        rows: number of rows that share a budget, so that a column holds as many entries of it.
+        rows: number of rows that share a budget; so each column has this number of its entries.
         blocks: ranges of columns from left to right.
     """
     columns, counts, spent = zeros.shape[1], dict[int, Tensor](), torch.zeros_like(budgets)

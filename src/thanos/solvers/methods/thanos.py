@@ -1,9 +1,9 @@
-"""Thanos (arXiv 2504.05346): remove many weights of a row in one step; the weights that stay compensate exactly.
+"""Thanos (arXiv 2504.05346): remove many weights of a row in one step; the remaining weights compensate exactly.
 
 The matrix is pruned one block of columns at a time, from left to right. In a block, each row loses a set of entries, and the
 row's weights from the block's first column on are updated by equation (A) of docs/math.md. The columns pattern instead removes
-whole columns from all rows in one step, by equation (B). Whole units, neurons or heads, go in several such steps, each by its
-exact loss (:mod:`thanos.solvers.unit_removal`).
+whole columns from all rows in one step, by equation (B). Whole units, neurons or heads, are removed in several such steps,
+ranked by their exact loss (:mod:`thanos.solvers.unit_removal`).
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def _columns(problem: Problem) -> Solution:
         root = upper[:, index]
         multipliers = _solve_shared(root, weight[:, index])
         update = multipliers @ (root.T @ upper)
-    else:  # columns that stay hold zeros: every row has its own set of removed entries
+    else:  # remaining columns hold zeros: every row has its own set of removed entries
         update = problem.row_solver().solve(upper.T @ upper, weight, removed, upper) @ (upper.T @ upper)
     return Solution(clear_(weight - update, removed), removed)
 

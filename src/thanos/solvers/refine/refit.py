@@ -7,7 +7,7 @@ from thanos.solvers.support_cg import fit_support
 
 
 def refit(problem: Problem, solution: Solution, steps: int) -> Solution:
-    """Improve the weights that stay, and keep the mask.
+    """Improve the remaining weights, and keep the mask.
 
     No row's damped squared error tr((V − W) H (V − W)ᵀ) rises: a row that would not improve keeps its weights.
 

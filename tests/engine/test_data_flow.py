@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from thanos.engine.block_calls import BlockCalls
 from thanos.engine.block_runner import Passes
-from thanos.engine.picture import draw_picture
+from thanos.engine.data_flow import trace_data_flow
 from thanos.errors import ModelError
 
 CPU = torch.device("cpu")
@@ -227,7 +227,7 @@ REFUSED: dict[str, tuple[Callable[[], Toy], str]] = {
     ),
     "second output": (
         lambda: Toy(pairs, Reader),
-        "block 1 reads what another block returns beside its hidden states",
+        "block 1 reads values that another block returns in addition to its hidden states",
     ),
     "length": (
         lambda: Toy(in_order, Halving),
@@ -238,11 +238,11 @@ REFUSED: dict[str, tuple[Callable[[], Toy], str]] = {
     "batch": (lambda: Toy(turned), r"hidden states of 1 and 2 sequences are \[8, 1, 4\] and \[8, 2, 4\]"),
     "stored parts": (
         lambda: Toy(with_one(dict), Turning),
-        "block 0 stores tensors for later blocks whose first size does not count the sequences",
+        "block 0 stores tensors for later blocks whose first size is not the number of sequences",
     ),
     "stored and removed": (
         lambda: Toy(with_one(dict), Removing),
-        "block 1 removes values that later blocks are handed",
+        "block 1 removes values that later blocks receive",
     ),
     "mapping": (lambda: Toy(in_order, Mapping), "block 0 returns dict, not hidden states"),
     "failing": (lambda: Toy(in_order, Failing), "block 0 fails with NotImplementedError: not on this device$"),
@@ -258,7 +258,7 @@ def test_what_the_loop_would_get_wrong_is_refused_in_one_line(name: str) -> None
     make, reason = REFUSED[name]
     toy = make()
     with pytest.raises(ModelError, match=f"^Toy cannot be pruned block by block: .*{reason}") as refusal:
-        draw_picture(toy, list(toy.layers), CPU)
+        trace_data_flow(toy, list(toy.layers), CPU)
     assert "\n" not in str(refusal.value)
 
 
@@ -278,9 +278,9 @@ def test_what_the_loop_would_get_wrong_is_refused_in_one_line(name: str) -> None
 def test_what_the_loop_can_carry_equals_the_whole_model(toy: Toy, reached: tuple[int, ...]) -> None:
     ids = torch.arange(35).view(5, 7)
     expected = toy(ids)
-    picture = draw_picture(toy, list(toy.layers), CPU)
-    assert picture.shares == isinstance(toy.layers[0], Writing)
-    calls = BlockCalls(list(toy.layers), picture)
+    data_flow = trace_data_flow(toy, list(toy.layers), CPU)
+    assert data_flow.shares == isinstance(toy.layers[0], Writing)
+    calls = BlockCalls(list(toy.layers), data_flow)
     hidden = torch.cat([calls.record(toy, row[None]) for row in ids])
     assert [calls.reaches(index) for index in range(3)] == [index in reached for index in range(3)]
     for index in reached:

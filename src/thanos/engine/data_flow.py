@@ -36,13 +36,13 @@ from thanos.errors import ModelError
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class DataFlow:
     """The data flow between a model's decoder blocks.
 
     Attributes:
         reached: indices of the blocks that text reaches, in the order of their calls; they ascend.
         forms: index of each reached block → form of its return value: None for the hidden states alone, else a tuple or list
-            whose first entry stands for the hidden states.
+            whose first entry is a placeholder for the hidden states.
         shares: whether a block stores values for later blocks in a mapping that all blocks receive, as Gemma 4 does with keys
             and values. Such a later block cannot run before the earlier one.
     """
@@ -67,9 +67,9 @@ class _Trace:
         blocks: index of the called block, by call.
         inputs: its hidden states, by call.
         arguments: its other arguments, by call.
-        forms: see :class:`Picture`.
-        stored: index of the block → :func:`~thanos.engine.block_arguments.shapes` of what it stored for later blocks, for each
-            mapping among its arguments.
+        forms: see :class:`DataFlow`.
+        stored: index of the block → :func:`~thanos.engine.block_arguments.shapes` of the values that it stored for later
+            blocks, for each mapping among its arguments.
     """
 
     blocks: list[int] = field(default_factory=list)
@@ -79,7 +79,7 @@ class _Trace:
     stored: dict[int, list[dict[Any, Any]]] = field(default_factory=dict)
 
 
-def draw_picture(model: nn.Module, blocks: Sequence[nn.Module], device: torch.device) -> Picture:
+def trace_data_flow(model: nn.Module, blocks: Sequence[nn.Module], device: torch.device) -> DataFlow:
     """Determine which blocks text reaches, and check that running them one by one gives the model's result.
 
     The model's parameters may be on the meta device. The forward passes run on ``device`` and need little memory. Raises
@@ -102,9 +102,9 @@ def draw_picture(model: nn.Module, blocks: Sequence[nn.Module], device: torch.de
     if one[0] != 1 or two != (2, *one[1:]):
         _refuse(
             model,
-            f"the hidden states of 1 and 2 sequences are {list(one)} and {list(two)}; the first size must count them",
+            f"the hidden states of 1 and 2 sequences are {list(one)} and {list(two)}; the first size must be that number",
         )
-    return Picture(tuple(full.blocks), full.forms, bool(full.stored))
+    return DataFlow(tuple(full.blocks), full.forms, bool(full.stored))
 
 
 def _refuse(model: nn.Module, reason: str) -> NoReturn:
@@ -159,11 +159,11 @@ def _traced(model: nn.Module, blocks: Sequence[nn.Module], ids: Tensor, forms: d
                 if any(stored):
                     trace.stored[index] = [shapes(values) for values in stored]
                 if any(known.keys() - now.keys() for known, now in zip(shared, mappings(args, kwargs), strict=True)):
-                    _refuse(model, f"block {index} removes values that later blocks are handed")
+                    _refuse(model, f"block {index} removes values that later blocks receive")
             # Drawn in float32 and converted: not every device can draw bfloat16 and float16.
             noise = torch.randn(states.shape, generator=generator, device=ids.device).to(output_like.dtype)
             returned[:] = [noise]
-            return Picture((), trace.forms).returned(index, noise)
+            return DataFlow((), trace.forms).returned(index, noise)
 
         return forward
 
@@ -176,7 +176,7 @@ def _traced(model: nn.Module, blocks: Sequence[nn.Module], ids: Tensor, forms: d
         # An error after the last block is ignored: the loop does not run those modules, unless a layer there is pruned.
         if not trace.blocks or trace.blocks[-1] != len(blocks) - 1:
             where = f"after block {trace.blocks[-1]}" if trace.blocks else "before the first block"
-            _refuse_error(model, f"what it does {where} fails", error)
+            _refuse_error(model, f"its code {where} fails", error)
     return trace
 
 
@@ -203,7 +203,7 @@ def _attempt(
         raise
     except Exception as error:
         if holds_unread([*args, *kwargs.values()]):
-            _refuse(model, f"block {index} reads what another block returns beside its hidden states")
+            _refuse(model, f"block {index} reads values that another block returns in addition to its hidden states")
         _refuse_error(model, f"block {index} fails", error)
     if not same_arguments(before, (args, kwargs)):
         _refuse(model, f"block {index} writes into its arguments")
@@ -211,7 +211,7 @@ def _attempt(
 
 
 def _form(model: nn.Module, index: int, states: Tensor, output: Any) -> tuple[Tensor, Any]:
-    """Return a block's output hidden states and the form of its return value; see :class:`Picture`."""
+    """Return a block's output hidden states and the form of its return value; see :class:`DataFlow`."""
     several = isinstance(output, tuple | list)
     first = output[0] if several and output else output
     if not isinstance(first, Tensor):
@@ -228,14 +228,14 @@ def _form(model: nn.Module, index: int, states: Tensor, output: Any) -> tuple[Te
 def _check_independent(model: nn.Module, full: _Trace, stubbed: _Trace) -> None:
     """Refuse a model whose calls or arguments of blocks depend on the outputs of other blocks."""
     if full.blocks != stubbed.blocks:
-        _refuse(model, "which blocks it calls depends on what they return")
+        _refuse(model, "which blocks it calls depends on their outputs")
     for index, one, other in zip(full.blocks, full.arguments, stubbed.arguments, strict=True):
         if not same_arguments(one, other):
             _refuse(model, f"an argument of block {index} besides its hidden states depends on the blocks before it")
 
 
 def _check_parts(model: nn.Module, one: dict[int, list[dict[Any, Any]]], two: dict[int, list[dict[Any, Any]]]) -> None:
-    """Refuse a model of which a block stores a tensor for later blocks that has no part for each sequence.
+    """Refuse a model in which a block stores a tensor for later blocks that has no part for each sequence.
 
     Args:
         model: the model.
@@ -253,7 +253,7 @@ def _check_parts(model: nn.Module, one: dict[int, list[dict[Any, Any]]], two: di
     for index, stored in one.items():
         if not fits(stored, two.get(index)):
             _refuse(
-                model, f"block {index} stores tensors for later blocks whose first size does not count the sequences"
+                model, f"block {index} stores tensors for later blocks whose first size is not the number of sequences"
             )
 
 
