@@ -35,9 +35,7 @@ HEADINGS = {
         "Output": {"--output-dtype", "--overwrite", "--json", "--quiet", "--help"},
     },
     "recover": {
-        "Recovery": {
-            "--epochs", "--rate", "--train", "--vary", "--batch", "--micro-batch", "--generate", "--held-out", "--shard", "--dense",
-        },
+        "Recovery": {"--epochs", "--rate", "--train", "--vary", "--batch", "--micro-batch", "--held-out", "--shard", "--dense"},
         "Calibration": {"--calibration", "--samples", "--sequence-length", "--seed"},
         "Where and how it runs": {"--device", "--trust-remote-code", "--threads", "--resume"},
         "Output": {"--overwrite", "--json", "--quiet", "--help"},
