@@ -275,7 +275,7 @@ def _train(pair: Pair, calibration: Calibration, job: _Job) -> tuple[Guard, str]
 
 
 def _generated(dense: OpenedModel, calibration: Calibration, job: _Job) -> Tensor:
-    """Return the sequences that the dense model writes, or has written before an interruption."""
+    """Return the sequences that the dense model generates now, or has generated before an interruption."""
     recipe, tokenizer, config = job.recipe, dense.source.tokenizer(), dense.source.config()
     before = job.work.generated if job.resume else None
     if before is not None:
