@@ -35,7 +35,10 @@ HEADINGS = {
         "Output": {"--output-dtype", "--overwrite", "--json", "--quiet", "--help"},
     },
     "recover": {
-        "Recovery": {"--epochs", "--rate", "--train", "--vary", "--batch", "--micro-batch", "--held-out", "--shard", "--dense"},
+        "Recovery": {
+            *("--epochs", "--rate", "--train", "--vary", "--generate", "--batch", "--micro-batch"),
+            *("--held-out", "--shard", "--dense"),
+        },
         "Calibration": {"--calibration", "--samples", "--sequence-length", "--seed"},
         "Where and how it runs": {"--device", "--trust-remote-code", "--threads", "--resume"},
         "Output": {"--overwrite", "--json", "--quiet", "--help"},

@@ -75,16 +75,19 @@ def test_a_part_resumed_equals_uninterrupted(
 
 
 def test_the_rate_grows_with_the_loss_between_two_bounds() -> None:
-    rates = [rate_for(loss) for loss in (0.0, 0.22, 0.4, 0.66, 1.0, 1.4, 50.0)]
+    rates = [rate_for(loss, 0.26) for loss in (0.0, 0.22, 0.4, 0.66, 1.0, 1.4, 50.0)]
     assert rates == sorted(rates)
-    assert rates == [2.5e-4, 3.7e-4, 4.7e-4, 6.1e-4, 8e-4, 1e-3, 1e-3]
+    assert rates == [2.6e-5, 2.5e-4, 4e-4, 6e-4, 8.3e-4, 1e-3, 1e-3]
+    assert rate_for(0.08, 0.025) == 1.1e-5
 
 
 def test_the_chosen_rate_is_recorded_and_is_that_of_the_loss_before(
     pruned: Path, tiny_llama: Path, text_file: Path, tmp_path: Path
 ) -> None:
     report = thanos.recover(pruned, tmp_path / "auto", dense=tiny_llama, recipe=settings(text_file, rate="auto"))
-    assert report.rate == rate_for(report.held_out_before)
+    named = [tensor for name, tensor in read(pruned).items() if name.endswith("_proj.weight")]
+    kept = torch.cat([tensor[tensor != 0] for tensor in named]).double()
+    assert report.rate == rate_for(report.held_out_before, kept.square().mean().sqrt().item())
     assert report.recipe["rate"] == "auto"
     assert f"rate {report.rate:g}" in (tmp_path / "auto" / "README.md").read_text()
     given = thanos.recover(pruned, tmp_path / "given", dense=tiny_llama, recipe=settings(text_file, rate=report.rate))

@@ -622,7 +622,7 @@ def test_the_note_names_the_blocks_that_go(
     ("settings", "words"),
     [
         ({"method": "wanda"}, "nothing compensates for the removed units: method wanda does not change"),
-        ({"method": "magnitude", "pattern": "heads"}, "method magnitude leaves"),
+        ({"method": "magnitude", "pattern": "heads"}, "method magnitude does not change"),
         ({"pattern": "blocks"}, "nothing compensates for the removed blocks; effort high"),
         ({"method": "wanda", "refit": 2}, ""),
         ({"method": "wanda", "effort": "high"}, ""),

@@ -57,15 +57,13 @@ class Recipe(LayerRecipe):
         measure_error: tokens on which the layer errors are measured. None: all tokens if the method needs XᵀX, else a sample of
             the sequences. True: all tokens. False: all tokens if the method needs XᵀX, else the error is not measured. Does not
             change any weight.
-        allocation: ``uniform``: every layer has the recipe's sparsity; ``error``: a pass before pruning measures the errors of
-            the layers, and the sparsities that minimise their weighted sum at the same number of zeros are chosen. A layer
-            whose override sets a sparsity keeps it.
-        multiple_of: for patterns that remove units: the number of remaining units in a block is a multiple of this. None means
-            64 for neurons and 1 for heads.
+        allocation: ``uniform``: every layer has the recipe's sparsity; ``error``: a pass before pruning measures the layers'
+            errors, and their weighted sum is minimised at the same number of zeros. A sparsity that an override sets stays.
+        multiple_of: the number of units that remain in a block is a multiple of this. None: 64 for neurons and 1 for heads.
         head_unit: the heads that are removed together with grouped-query attention: ``group``, a key-value head with its query
             heads, or ``query``, one query head of every group. None means ``group``.
         held_out: number of calibration sequences to hold out, the last ones. Their error selects the dense target and the tuned
-            state. None means one in 16, at least one. Refused if no layer has dense target ``auto`` or is tuned.
+            state. None: one in 16, at least one. Refused if no layer has dense target ``auto`` or is tuned.
         tune_rate: peak learning rate of the tuning, as a share of the root mean square of the block's weights that stay,
             above 0 and at most 1. Refused, as is ``tune_loss``, if no layer is tuned.
         tune_loss: error that the tuning minimises: ``block``, the squared error of the block's outputs relative to their

@@ -93,7 +93,7 @@ def make_report(result: Trained, device: torch.device, meter: PhaseMeter, zeros:
         calibration=result.calibration.to_dict() | {"source": public_name(result.calibration.source)},
         sequences={"trained": recipe.rows, "held_out": recipe.samples - recipe.trained},
         steps=recipe.steps,
-        rate=recipe.largest_rate(guard.history),
+        rate=recipe.largest_rate(guard.history, result.pair.size),
         train=recipe.parts(sparse=result.pair.sparse),
         history=guard.history,
         best_step=guard.best["step"],

@@ -37,6 +37,7 @@ class Pair:
         masked: the linear layers of the pruned model whose weights contain zeros.
         zeros: number of zeros in these weights.
         sparse: whether the linear layers of the blocks have more zeros than dense weights have by chance.
+        size: root mean square of the non-zero weights of these layers.
     """
 
     pruned: OpenedModel
@@ -45,6 +46,7 @@ class Pair:
     masked: list[LinearLayer]
     zeros: int
     sparse: bool
+    size: float
 
 
 def resolve_pair(model: str | Path, dense: str | Path, *, trust_remote_code: bool) -> tuple[ModelSource, ModelSource]:
@@ -107,11 +109,13 @@ def open_pair(
         if layer.weight_name in pruned.key_of and layer.module.get_parameter("weight") is not embedding
     ]
     masked, counts = [], []
-    within, total = 0, 0
+    within, total, squares = 0, 0, 0.0
     for done, layer in enumerate(layers, 1):
-        zeros = int((pruned.checkpoint.read(pruned.key_of[layer.weight_name]) == 0).sum())
+        weight = pruned.checkpoint.read(pruned.key_of[layer.weight_name])
+        zeros = weight.numel() - int(weight.count_nonzero())
         if layer.block is not None:
-            within, total = within + zeros, total + layer.shape[0] * layer.shape[1]
+            within, total = within + zeros, total + weight.numel()
+            squares += float(weight.float().square().sum(dtype=torch.float64))
         if zeros:
             masked.append(layer)
             counts.append(zeros)
@@ -122,7 +126,7 @@ def open_pair(
             f"OUT {source.name} has no zeros to keep fixed ({within:,} of {total:,} weights of its linear layers), and is as "
             "large as the dense model; give a pruned model"
         )
-    pair = Pair(pruned, dense, smaller, masked, sum(counts), sparse)
+    pair = Pair(pruned, dense, smaller, masked, sum(counts), sparse, (squares / max(1, total - within)) ** 0.5)
     if compare_weights and smaller:
         _check_embeddings(pair)
     elif compare_weights:

@@ -252,7 +252,7 @@ def _train(pair: Pair, calibration: Calibration, job: _Job) -> tuple[Guard, str]
         work.tidy_states(guard.best["step"] if history else 0)
     module = Distillation(pruned.meta_model, pair.dense.meta_model)
     training = Training(
-        module, masks, ids, calibration.bos, guard, recipe, work, job.device, job.world, job.emit, job.meter
+        module, masks, ids, calibration.bos, pair.size, guard, recipe, work, job.device, job.world, job.emit, job.meter
     )
     if newest is not None and history[-1]["step"] >= recipe.steps:
         return guard, ""

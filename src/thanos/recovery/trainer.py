@@ -48,6 +48,7 @@ class Training:
         masks: parameter name in the student → bool mask of the weights that stay, on the device.
         ids: token ids of all sequences, (n, T), on the CPU. The first ``recipe.rows`` are for training.
         bos: id of the token with which each sequence begins; None without one.
+        size: root mean square of the non-zero weights of the student's blocks.
         guard: measures the held-out loss.
         recipe: the settings.
         folder: the work folder, which holds the checkpoints.
@@ -61,6 +62,7 @@ class Training:
     masks: Mapping[str, Tensor]
     ids: Tensor
     bos: int | None
+    size: float
     guard: Guard
     recipe: RecoveryRecipe
     folder: RecoveryFolder

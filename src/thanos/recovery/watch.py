@@ -76,7 +76,7 @@ class Watch(TrainerCallback):
         one.emit(Event(kind="phase", phase="train", done=state.global_step, total=one.recipe.steps))
         if not one.guard.history:
             self._measure(state, None)
-        self.trainer.set_rate(one.recipe.largest_rate(one.guard.history), state.global_step)
+        self.trainer.set_rate(one.recipe.largest_rate(one.guard.history, one.size), state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Report the step; at the end of an epoch measure the held-out loss."""

@@ -30,7 +30,7 @@ from thanos.run import block_choice
 from thanos.run.block_choice import chosen_blocks
 from thanos.run.cutting import Cutting
 from thanos.run.engine_setup import build_engine
-from thanos.run.settling import settled
+from thanos.run.settling import with_choice
 from thanos.run.setup import Prepared
 from thanos.run.split import chosen_split
 from thanos.solvers.allocation import Curve, allocate
@@ -100,7 +100,7 @@ def choose_sparsities(
         if store is not None:
             write_atomically(store, json_text(record).encode(), durable=True)
     if cutting is not None:
-        return settled(plan, cutting, record, PHASE, emit), record
+        return with_choice(plan, cutting, record, PHASE, emit), record
     emit(Event(kind="note", phase=PHASE, message=summary(record)))
     chosen = {name: layer["sparsity"] for name, layer in record["layers"].items()}
     changed = {

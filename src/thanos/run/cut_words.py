@@ -30,13 +30,13 @@ def share_words(cut: Mapping[str, Any]) -> str:
     text = f"asked {100 * asked:g} % of the {'parameters of the blocks' if mixed else kind_words(kind, cut)}"
     if "came" not in cut:  # a report of an earlier version
         return text
-    came, multiple = cut["came"], cut["multiple_of"]
-    text += f", removed {100 * came:.2f} %"
-    if abs(came - asked) < 5e-5:
+    removed, multiple = cut["came"], cut["multiple_of"]
+    text += f", removed {100 * removed:.2f} %"
+    if abs(removed - asked) < 5e-5:
         return text
     if multiple == 1:
         return f"{text}: no number of whole units is nearer"
-    nearer = not mixed and abs(came - asked) * size["before"] > 0.5
+    nearer = not mixed and abs(removed - asked) * size["before"] > 0.5
     return f"{text}: the rest is a multiple of {multiple}{'; multiple_of 1 gives a nearer number' if nearer else ''}"
 
 

@@ -128,7 +128,7 @@ class Cutting:
         return _multiple(self.recipe)
 
     @property
-    def came(self) -> float:
+    def removed_fraction(self) -> float:
         """The removed fraction of the units; with several kinds, of the blocks' parameters."""
         if len(self.counts) > 1:
             return sum(self.removed[kind] * size for kind, size in self.parameters.items()) / self.block_parameters
@@ -139,7 +139,7 @@ class Cutting:
         """Return plain values of the requested and the removed units, as in the report. The number of units must be chosen."""
         return {
             "asked": self.recipe.resolved_sparsity,
-            "came": self.came,
+            "came": self.removed_fraction,
             "multiple_of": self.multiple,
             "units": {
                 kind: {"before": count, "after": count - self.removed[kind]} for kind, count in self.counts.items()

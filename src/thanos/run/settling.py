@@ -33,7 +33,7 @@ def forecast(plan: Prepared) -> Prepared:
     return replace(plan, layers=layers)
 
 
-def settled(plan: Prepared, cutting: Cutting, record: Mapping[str, Any], phase: Phase, emit: Watcher) -> Prepared:
+def with_choice(plan: Prepared, cutting: Cutting, record: Mapping[str, Any], phase: Phase, emit: Watcher) -> Prepared:
     """Return the plan with the choice that the record of a pass states. Layers without further work are left out.
 
     Args:
