@@ -339,7 +339,7 @@ def test_quiet_shows_no_progress(tiny_llama: Path, text_file: Path) -> None:
     result = command("eval", str(tiny_llama), "--text", str(text_file), "--sequence-length", "64", "--quiet")
     assert result.returncode == 0
     [note] = result.stderr.splitlines()
-    assert "note: perplexity of the first windows is" in note
+    assert "note: the first windows have perplexity" in note
 
 
 def test_prune_does_not_overwrite_unless_told(

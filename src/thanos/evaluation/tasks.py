@@ -162,8 +162,8 @@ def zero_shot(
 
 def task_names(names: Sequence[str]) -> tuple[str, ...]:
     """Return the tasks that a user named, each once; ``paper`` and ``default`` stand for :data:`PAPER_TASKS`."""
-    found = [PAPER_TASKS if name.strip() in ("paper", "default") else (name.strip(),) for name in names]
-    return tuple(dict.fromkeys(itertools.chain.from_iterable(found)))
+    expanded = [PAPER_TASKS if name.strip() in ("paper", "default") else (name.strip(),) for name in names]
+    return tuple(dict.fromkeys(itertools.chain.from_iterable(expanded)))
 
 
 def check_tasks(tasks: Sequence[str], task_folder: str | Path | None = None) -> None:
@@ -201,14 +201,14 @@ def _checked_source(model: str | Path, add_bos: bool, *, trust_remote_code: bool
 
 def average(scores: Sequence[dict[str, Any]]) -> dict[str, float | None]:
     """Return the unweighted mean of each metric over the tasks that have it, with its standard error √(Σ s²)/n."""
-    found: dict[str, float | None] = {}
+    means: dict[str, float | None] = {}
     for metric in _METRICS:
         values = [(score[metric], score[f"{metric}_stderr"]) for score in scores if score[metric] is not None]
         errors = [error for _, error in values]
-        found[metric] = sum(value for value, _ in values) / len(values) if values else None
+        means[metric] = sum(value for value, _ in values) / len(values) if values else None
         known = bool(errors) and None not in errors
-        found[f"{metric}_stderr"] = math.hypot(*errors) / len(errors) if known else None
-    return found
+        means[f"{metric}_stderr"] = math.hypot(*errors) / len(errors) if known else None
+    return means
 
 
 def _versions() -> dict[str, str]:
@@ -248,13 +248,13 @@ def _manager(task_folder: str | None, *, defaults: bool = True) -> Any:
 def _load_tasks(tasks: tuple[str, ...], task_folder: str | None) -> dict[str, Any]:
     """Return name → task with its data, for names of tasks, tags or groups. The result is cached for the next model."""
     try:
-        found = _register(tasks, task_folder).load(list(tasks))["tasks"]
+        loaded = _register(tasks, task_folder).load(list(tasks))["tasks"]
     except Exception as error:  # datasets raises errors of many types
         raise DataError(
             f"the data of {', '.join(tasks)} cannot be loaded ({first_line(error)}); without a network use local tasks: "
             "--task-folder DIR with lm_eval's YAML files, and their names as --tasks"
         ) from error
-    return {name: keep_requests(task) for name, task in found.items()}
+    return {name: keep_requests(task) for name, task in loaded.items()}
 
 
 def _score(
@@ -278,10 +278,10 @@ def _score(
     model = wrap(network, source.tokenizer(), on_event or (lambda event: None), bos=bos)
     chosen = {"tasks": {task.config.task: task for task in tasks}, "groups": {}}
     with resource_errors(device=where), templates_compiled_once():
-        found = lm_eval.evaluate(model, chosen, limit=limit, log_samples=False)  # type: ignore[arg-type]
-    assert found is not None
-    results: Any = found.get("results")
-    counts: Any = found.get("n-samples")
+        output = lm_eval.evaluate(model, chosen, limit=limit, log_samples=False)  # type: ignore[arg-type]
+    assert output is not None
+    results: Any = output.get("results")
+    counts: Any = output.get("n-samples")
     scores = {}
     for task in tasks:
         name = task.config.task

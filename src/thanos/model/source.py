@@ -212,10 +212,7 @@ def _looks_like_path(name: str) -> bool:
 
 
 def _check_folder(source: ModelSource, *, packed: bool, listed: Sequence[str] = ()) -> WeightFiles:
-    """Refuse a folder that holds no model which can be pruned, and return its weights.
-
-    ``listed`` is as for :func:`~thanos.checkpoint.weight_files.find_weights`.
-    """
+    """Refuse a folder without a model that can be pruned; return its weights. ``listed`` is as for :func:`find_weights`."""
     folder = source.folder
     refuse_lone_adapter(folder, source.name, listed=listed)
     if not (folder / "config.json").is_file():

@@ -1,7 +1,7 @@
-"""Text that the dense model generates for the training, in addition to the calibration text.
+"""Sequences that the dense model generates for the training, in addition to those of the calibration text.
 
-A model learns few sequences by heart. The dense model can generate as many more as are wanted: it continues pieces of the
-calibration text. What it predicts is the right answer for any text, so also for its own.
+The model overfits to few sequences. The dense model can generate any number of further ones, as continuations of pieces of the
+calibration text. The target is the dense model's prediction, which exists for any text.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ def generate_sequences(
     pad: int,
     emit: Callable[[Event], None],
 ) -> Tensor:
-    """Return sequences of continued pieces of a text.
+    """Return sequences that consist of continued pieces of a text.
 
-    Each piece begins with :data:`PROMPT` tokens from a random place of the text, or with half a segment if that is shorter.
+    A piece begins with :data:`PROMPT` tokens from a random position of the text, or with half a segment if that is shorter.
 
     Args:
         model: the dense model.
         ids: token ids of the text, (n, T) int64, on the CPU.
         bos: ids of the tokens with which each sequence, and each piece that is continued, begins; empty without any.
         count: number of sequences to generate.
-        seed: seed of the places and of the samples.
+        seed: seed of the positions and of the sampled tokens.
         pad: any token id.
-        emit: function that is called with the progress.
+        emit: function that is called with events of progress.
 
     Returns:
         Token ids, (count, T) int64, on the CPU.

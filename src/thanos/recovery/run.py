@@ -118,10 +118,8 @@ def recover(
     complete = resume and not overwrite and work.is_complete
 
     def check() -> None:
-        for each in local:
+        for each in local or [None]:
             check_output(out, model=each, overwrite=overwrite or (resume and work.published))
-        if not local:
-            check_output(out, model=None, overwrite=overwrite or (resume and work.published))
 
     if is_main_process() and not complete:
         if calibration is None:
@@ -254,20 +252,8 @@ def _train(pair: Pair, calibration: Calibration, job: _Job) -> tuple[Guard, str]
     if job.leads:
         work.tidy_states(guard.best["step"] if history else 0)
     module = Distillation(pruned.meta_model, pair.dense.meta_model)
-    training = Training(
-        module,
-        masks,
-        ids,
-        calibration.bos_ids,
-        pair.size,
-        guard,
-        recipe,
-        work,
-        job.device,
-        job.world,
-        job.emit,
-        job.meter,
-    )
+    bos, device, emit = calibration.bos_ids, job.device, job.emit
+    training = Training(module, masks, ids, bos, pair.size, guard, recipe, work, device, job.world, emit, job.meter)
     if newest is not None and history[-1]["step"] >= recipe.steps:
         return guard, ""
     with job.meter.phase("train"):
@@ -289,7 +275,7 @@ def _train(pair: Pair, calibration: Calibration, job: _Job) -> tuple[Guard, str]
 
 
 def _generated(dense: OpenedModel, calibration: Calibration, job: _Job) -> Tensor:
-    """Return the sequences that the dense model writes, or has written before an interruption."""
+    """Return the sequences that the dense model generates now, or has generated before an interruption."""
     recipe, tokenizer, config = job.recipe, dense.source.tokenizer(), dense.source.config()
     before = job.work.generated if job.resume else None
     if before is not None:

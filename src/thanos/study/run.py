@@ -159,14 +159,14 @@ def _spread(devices: Sequence[str], workers: int) -> list[str]:
     """Return the device of each worker; ``auto`` is every CUDA device, or the CPU without any."""
     count = torch.cuda.device_count()
     all_of_them = [f"cuda:{index}" for index in range(count)] if torch.cuda.is_available() else ["cpu"]
-    found = [each for device in devices for each in (all_of_them if device == "auto" else [device])]
+    chosen = [each for device in devices for each in (all_of_them if device == "auto" else [device])]
     if workers < 1:
         raise ResourceError(f"--workers must be at least 1; got {workers}")
-    if not found:
+    if not chosen:
         raise ResourceError("--devices names no device; choose auto, cpu, cuda:0 or several, separated by commas")
-    for device in found:
+    for device in chosen:
         choose_device(device)
-    return [device for device in found for _ in range(workers)]
+    return [device for device in chosen for _ in range(workers)]
 
 
 def _check_folder(out: Path) -> None:
