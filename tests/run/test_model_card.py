@@ -313,10 +313,10 @@ def test_a_folder_named_like_a_hub_model_is_no_base_model(tmp_path: Path, monkey
     ("entry", "words"),
     [
         ({"bos_ids": []}, ""),
-        ({"bos_ids": [1]}, ", each window begun with the beginning-of-text token"),
-        ({"bos_ids": [7, 9]}, ", each window begun with the tokens 7, 9, as the tokenizer begins a text"),
+        ({"bos_ids": [1]}, ", each window begins with the beginning-of-text token"),
+        ({"bos_ids": [7, 9]}, ", each window begins with the tokens 7, 9, as the tokenizer begins a text"),
         ({"bos": None}, ""),  # pruning.json of earlier versions, which recover reads
-        ({"bos": 0}, ", each window begun with the beginning-of-text token"),
+        ({"bos": 0}, ", each window begins with the beginning-of-text token"),
     ],
 )
 def test_the_card_tells_how_windows_begin(entry: dict[str, Any], words: str) -> None:
