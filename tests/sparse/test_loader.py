@@ -100,6 +100,22 @@ def test_layers_that_processes_would_divide_are_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("stay_packed")
+@pytest.mark.parametrize("every", [False, True])
+def test_layers_that_somebody_made_dense_are_saved_dense(tmp_path, every):
+    _, packed = both(tmp_path)
+    model = load(packed)
+    for name, layer in packed_modules(model).items():
+        if every or name.endswith("up_proj"):
+            model.set_submodule(name, layer.dense())
+    kept = packed_modules(model).keys()
+    assert bool(kept) != every
+    model.save_pretrained(tmp_path / "saved")
+    again = load(tmp_path / "saved")
+    assert packed_modules(again).keys() == kept
+    assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.usefixtures("stay_packed")
 @pytest.mark.parametrize("head", [False, True])
 def test_the_base_model_keeps_its_layers_packed(tmp_path, head):
     source, packed = both(tmp_path)

@@ -195,43 +195,6 @@ def test_a_layer_refuses_an_input_of_another_width(columns):
         module(torch.ones(2, columns).bfloat16())
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("bitmap", [False, True])
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("tokens", [1, 40])
-def test_gradients_by_input_and_bias_are_those_of_the_dense_product(tokens, compiled, bitmap, device):
-    draw = torch.Generator().manual_seed(4)
-    weight = random_weight(64, 96, 0.7) if bitmap else sparse_weight(64, 96)
-    packed = on(encode(weight), device)
-    x, bias, grad = (
-        torch.randn(*size, generator=draw).bfloat16().to(device) for size in ((tokens, 96), (64,), (tokens, 64))
-    )
-    x.requires_grad_()
-    bias.requires_grad_()
-
-    def two(x: torch.Tensor, bias: torch.Tensor) -> list[torch.Tensor]:
-        return packed_linears(x, [packed.words] * 2, [packed.offsets] * 2, [bias, None], [64] * 2, packed.spec.n)
-
-    torch._dynamo.reset()
-    run = torch.compile(two, backend="aot_eager", fullgraph=True) if compiled else two
-    outputs = run(x, bias)
-    torch.autograd.backward(outputs, [grad, grad])
-    assert_close(outputs[0].detach(), weight, x.detach(), bias.detach())
-    assert x.grad is not None
-    assert bias.grad is not None
-    exact = 2 * grad.double().cpu() @ weight.double()
-    assert torch.allclose(x.grad.double().cpu(), exact, rtol=2**-6, atol=1e-2)
-    assert torch.allclose(bias.grad.double().cpu(), grad.double().cpu().sum(0), rtol=2**-6, atol=1e-1)
-
-
-def test_a_second_derivative_is_refused():
-    packed = encode(sparse_weight(64, 96))
-    x = torch.randn(2, 96).bfloat16().requires_grad_()
-    (first,) = torch.autograd.grad(product(packed, x).float().square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.float().sum().backward()
-
-
 def test_the_operator_follows_the_rules_of_torch():
     for weight in (sparse_weight(40, 70), random_weight(40, 70, 0.6)):
         packed = encode(weight)

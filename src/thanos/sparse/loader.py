@@ -148,6 +148,15 @@ class SparseQuantizer(HfQuantizer):
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # transformers' config after a save
         return model if dtype in (None, own) else model.to(dtype)  # without a reason no float32 buffer is changed
 
+    def get_state_dict_and_metadata(self, model: Any) -> Any:
+        """Leave out of the config what is no longer packed, such as a resized head; transformers calls this when it saves."""
+        packed = packed_modules(model)
+        for name in [one for one in self._layers if one not in packed and one.partition(".")[2] not in packed]:
+            del self._layers[name]
+        if not self._layers:
+            self.remove_quantization_config(model)
+        return super().get_state_dict_and_metadata(model)
+
     def is_serializable(self, *_: Any, **__: Any) -> Any:
         """Whether ``save_pretrained`` works: it writes the packed tensors."""
         return True

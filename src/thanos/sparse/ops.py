@@ -9,13 +9,14 @@ The operators have no derivative. The functions :func:`packed_linear` and :func:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from thanos.sparse.derivative import DerivedProduct, is_derived
 from thanos.sparse.formats import PackedSpec, PackedWeight, decode, decode_strips
 from thanos.sparse.kernels import cpu, dense
 from thanos.sparse.kernels.tuned import MOST_MATRICES
@@ -53,8 +54,8 @@ def packed_linear(x: Tensor, words: Tensor, offsets: Tensor | None, bias: Tensor
         RuntimeError: the arguments do not fit together. The words do not tell a number of columns from another one with as
             many tiles.
     """
-    if _is_derived(x, bias):
-        return _Derived.apply(x, words, offsets, bias, rows, n)
+    if is_derived(x, bias):
+        return DerivedProduct.apply(x, words, offsets, bias, rows, n)
     return _OPERATOR(x, words, offsets, bias, rows, n)
 
 
@@ -84,45 +85,9 @@ def packed_linears(
     Raises:
         RuntimeError: the arguments do not fit together; see :func:`packed_linear`.
     """
-    if _is_derived(x, *biases):
+    if is_derived(x, *biases):
         return [packed_linear(x, *part, n) for part in zip(words, offsets, biases, rows, strict=True)]
     return _OPERATOR_OF_SEVERAL(x, list(words), list(offsets), list(biases), list(rows), n)
-
-
-def _is_derived(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in tensors)
-
-
-class _Derived(torch.autograd.Function):
-    """The product where a gradient by the input or the bias is wanted, to which the matrix is a constant.
-
-    A function of autograd only here: as a part of the operator it would cost each call without gradients some microseconds.
-    """
-
-    @staticmethod
-    def forward(x: Tensor, words: Tensor, offsets: Tensor | None, bias: Tensor | None, rows: int, n: int) -> Tensor:
-        return _OPERATOR(x, words, offsets, bias, rows, n)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        del output
-        x, words, offsets, _, _, ctx.n = inputs
-        ctx.columns = x.shape[-1]
-        ctx.save_for_backward(words, offsets)
-
-    @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] (the decorator has no types)
-        ctx: Any, *grads: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        words, offsets = ctx.saved_tensors
-        by_input, by_bias = None, None
-        if ctx.needs_input_grad[0]:
-            by_input = _OPERATOR_OF_GRADIENT(grad, words, offsets, ctx.columns, ctx.n)
-        if ctx.needs_input_grad[3]:
-            by_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-        return by_input, None, None, by_bias, None, None
 
 
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -180,6 +145,11 @@ def _check_several(
         _check(x, *part, n)
 
 
+def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context in which the library multiplies in the dtype of its operands, as the kernels do."""
+    return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
+
+
 @torch.no_grad()
 def _by_parts(x: Tensor, words: Tensor, offsets: Tensor | None, bias: Tensor | None, rows: int, n: int) -> Tensor:
     """Decode a few strips at a time and let the library multiply by them: on any device, for any number of tokens."""
@@ -188,10 +158,11 @@ def _by_parts(x: Tensor, words: Tensor, offsets: Tensor | None, bias: Tensor | N
     packed, flat = PackedWeight(spec, words, offsets), x.reshape(-1, x.shape[-1])
     out = x.new_empty(len(flat), rows)
     step = max(1, _STRIPS_ENTRIES // (SIDE * max(1, spec.columns)))
-    for first in range(0, spec.strips, step):
-        part = decode_strips(packed, first, min(first + step, spec.strips))
-        here = slice(SIDE * first, SIDE * first + len(part))
-        out[:, here] = F.linear(flat, part, None if bias is None else bias[here])
+    with _without_autocast(x.device):
+        for first in range(0, spec.strips, step):
+            part = decode_strips(packed, first, min(first + step, spec.strips))
+            here = slice(SIDE * first, SIDE * first + len(part))
+            out[:, here] = F.linear(flat, part, None if bias is None else bias[here])
     return out.view(*x.shape[:-1], rows)
 
 
@@ -207,7 +178,8 @@ def _input_gradient(grad: Tensor, words: Tensor, offsets: Tensor | None, columns
     """Return grad W, (..., columns), by the library: W is decoded whole."""
     rows = grad.shape[-1]
     spec = PackedSpec("fixed" if offsets is None else "bitmap", rows, columns, grad.dtype, n, words.numel())
-    return grad @ decode(PackedWeight(spec, words, offsets))
+    with _without_autocast(grad.device):
+        return grad @ decode(PackedWeight(spec, words, offsets))
 
 
 def _dense_on_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -294,5 +266,4 @@ torch.library.register_fake("thanos::packed_linear", _fake, lib=_LIBRARY)
 torch.library.register_fake("thanos::packed_linears", _fake_several, lib=_LIBRARY)
 _OPERATOR = torch.ops.thanos.packed_linear.default
 _OPERATOR_OF_SEVERAL = torch.ops.thanos.packed_linears.default
-_OPERATOR_OF_GRADIENT = torch.ops.thanos.packed_input_gradient.default
 _OPERATOR_OF_DENSE = torch.ops.thanos.dense_linear.default

@@ -100,7 +100,8 @@ def linears(
     settings = device_settings(device)
     if len(x) > settings.most_tokens:
         matrices = zip(words, offsets, biases, rows, strict=True)
-        return [by_library(x, *one, n, parts_of(len(x), one[-1], settings.parts)) for one in matrices]
+        with torch.autocast("cuda", enabled=False):  # the library keeps the dtype of its operands, as the kernels do
+            return [by_library(x, *one, n, parts_of(len(x), one[-1], settings.parts)) for one in matrices]
     family = FEW if len(x) <= settings.few_tokens else MANY
     strips, tiles = sum(-(-count // SIDE) for count in rows), -(-x.shape[1] // SIDE)
     units = sum(one.numel() for one in words) // (UNIT * strips * tiles)
