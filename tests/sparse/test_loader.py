@@ -217,7 +217,12 @@ def test_another_dtype_is_named_and_not_taken(tmp_path):
 @pytest.mark.usefixtures("stay_packed")
 def test_a_config_of_another_model_is_refused(tmp_path):
     _, packed = both(tmp_path)
-    for layer, words in (("model.norm", "RMSNorm"), ("model.absent", "no such layer"), ("model.layers.0", "Layer")):
+    for layer, words in (
+        ("model.norm", "RMSNorm"),
+        ("model.absent", "no such layer"),
+        ("absent", "no such"),
+        ("model.layers.0", "Layer"),
+    ):
         config = json.loads((packed / "config.json").read_text())
         entries = config["quantization_config"]["layers"]
         entries[layer] = entries.pop("model.layers.0.mlp.up_proj")

@@ -22,7 +22,7 @@ from thanos.sparse.formats import VERSION, PackedSpec
 from thanos.sparse.kernels import lacking
 from thanos.sparse.modules import PackedLinear, packed_modules, quicken
 from thanos.sparse.siblings import find_siblings, join
-from thanos.sparse.storage import METHOD, ONE_DTYPE, check_stored, parse_settings
+from thanos.sparse.storage import METHOD, ONE_DTYPE, WORDS, check_stored, parse_settings
 
 UNPACK = "THANOS_UNPACK"
 """Environment variable: ``auto`` (default) unpacks layers on devices without a kernel, ``always`` all, ``never`` none."""
@@ -83,9 +83,10 @@ class SparseQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **others: Any) -> None:
         specs = self._specs()
-        _check_files(others.get("checkpoint_files") or (), specs)
+        stored = _check_files(others.get("checkpoint_files") or (), specs)
         found = {name: _find(model, name) for name in specs}
-        for name in [one for one, (_, layer) in found.items() if layer is None and "." not in one]:
+        absent = [name for name, (_, layer) in found.items() if layer is None]
+        for name in (one for one in absent if "." not in one and f"{one}.{WORDS}" in stored):
             # A head that this model has not, as of AutoModel: transformers leaves out its tensors too.
             del specs[name], found[name], self._layers[name]
         if len({path for path, _ in found.values()}) < len(found):
@@ -172,13 +173,14 @@ class SparseQuantizer(HfQuantizer):
         return True
 
 
-def _check_files(files: Sequence[str], specs: dict[str, PackedSpec]) -> None:
-    """Check the headers of the model's files, before anything is made for their tensors."""
+def _check_files(files: Sequence[str], specs: dict[str, PackedSpec]) -> dict[str, TensorSpec]:
+    """Return the tensors of the model's files, whose headers are checked before anything is made for them."""
+    tensors: dict[str, TensorSpec] = {}
     if files and all(file.endswith(".safetensors") for file in files):
-        tensors: dict[str, TensorSpec] = {}
         for file in files:
             tensors |= read_shard(Path(file))[1]
         check_stored(specs.values(), tensors, str(Path(files[0]).parent))
+    return tensors
 
 
 def _find(model: Any, name: str) -> tuple[str, Any]:
