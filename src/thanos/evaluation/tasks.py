@@ -61,8 +61,8 @@ class ZeroShot(Document):
         dtype: dtype in which the model runs.
         device: device on which the model runs.
         versions: versions of thanos, lm_eval, torch and transformers.
-        bos: ``window`` if lm_eval added a beginning-of-text token before each request (its ``add_bos_token``); ``text`` if each
-            request began as the tokenizer begins a text.
+        bos: ``window`` if lm_eval made the tokenizer begin each request as a text (its ``add_bos_token``); ``text`` if that was
+            left to the tokenizer. A request without a context has one token before it either way: lm_eval knows no more.
         schema: version of this format.
     """
 
@@ -102,8 +102,8 @@ def zero_shot(
         limit: largest number of documents per task, from the first on; None for all.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``.
-        bos: ``window``: lm_eval adds a beginning-of-text token before each request, which needs a tokenizer that adds it to
-            texts. ``auto``, ``text``: a request begins as the tokenizer begins a text.
+        bos: ``window``: lm_eval makes the tokenizer begin each request as a text (``add_bos_token``), with one token or with
+            several, which needs a tokenizer that adds them to texts. ``auto``, ``text``: this is left to the tokenizer.
         cache: read earlier scores from :func:`~thanos.evaluation.score_cache.cache_folder`, and write new ones there.
         on_event: function called with events of progress.
         trust_remote_code: let transformers run Python code from the checkpoint.
@@ -194,8 +194,8 @@ def _check_task_words(tasks: Sequence[str], task_folder: str | Path | None) -> N
 def _checked_source(model: str | Path, add_bos: bool, *, trust_remote_code: bool) -> ModelSource:
     """Find a model, and check its config and tokenizer."""
     source = resolve_model(model, trust_remote_code=trust_remote_code, packed=True)
-    if added_bos(source.tokenizer()) is None and add_bos:
-        raise DataError(f"the tokenizer of {source.name} adds no beginning-of-text token; leave out bos 'window'")
+    if not added_bos(source.tokenizer()) and add_bos:
+        raise DataError(f"the tokenizer of {source.name} adds no beginning-of-text token; leave out --bos")
     return source
 
 

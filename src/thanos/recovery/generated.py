@@ -29,7 +29,13 @@ _BATCH = {"cpu": 16, "cuda": 2048}
 
 
 def generate_sequences(
-    model: PreTrainedModel, ids: Tensor, bos: int | None, count: int, seed: int, pad: int, emit: Callable[[Event], None]
+    model: PreTrainedModel,
+    ids: Tensor,
+    bos: tuple[int, ...],
+    count: int,
+    seed: int,
+    pad: int,
+    emit: Callable[[Event], None],
 ) -> Tensor:
     """Return sequences that consist of continued pieces of a text.
 
@@ -38,7 +44,7 @@ def generate_sequences(
     Args:
         model: the dense model.
         ids: token ids of the text, (n, T) int64, on the CPU.
-        bos: id of the token with which each sequence begins; None without one.
+        bos: ids of the tokens with which each sequence, and each piece that is continued, begins; empty without any.
         count: number of sequences to generate.
         seed: seed of the positions and of the sampled tokens.
         pad: any token id.
@@ -47,7 +53,7 @@ def generate_sequences(
     Returns:
         Token ids, (count, T) int64, on the CPU.
     """
-    text = ids if bos is None else ids[:, 1:]
+    text = ids[:, len(bos) :]
     width = text.shape[1]
     segment = min(SEGMENT, width)
     prompt = max(1, min(PROMPT, segment // 2))
@@ -56,7 +62,7 @@ def generate_sequences(
     rows = torch.randint(len(text), (pieces, 1), generator=draw)
     columns = torch.randint(width - prompt + 1, (pieces, 1), generator=draw) + torch.arange(prompt)
     begun = begin_windows(text[rows, columns], bos)
-    length = segment + (bos is not None)
+    length = len(bos) + segment
     made, batch = None, _BATCH[model.device.type]
     while made is None:
         try:
@@ -67,5 +73,4 @@ def generate_sequences(
         if made is None:  # outside the except block, where the error's traceback still refers to tensors
             torch.cuda.empty_cache()
             batch //= 2
-    text_only = made if bos is None else made[:, 1:]
-    return begin_windows(text_only.flatten()[: count * width].view(count, width), bos)
+    return begin_windows(made[:, len(bos) :].flatten()[: count * width].view(count, width), bos)

@@ -21,7 +21,7 @@ from thanos.study.store import CellRecord, cell_key
 from thanos.system.meter import PhaseRecord
 
 _KEPT = (
-    "text", "text_sha256", "sequence_length", "bos", "windows", "tokens", "perplexity", "mean_loss", "kl_divergence",
+    "text", "text_sha256", "sequence_length", "bos", "bos_ids", "windows", "tokens", "perplexity", "mean_loss", "kl_divergence",
     "top1_agreement",
 )  # fmt: skip
 """Fields of an evaluation that a record keeps."""
