@@ -202,7 +202,7 @@ def test_a_task_whose_data_is_not_here_names_the_way_without_a_network(
     tiny_llama: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["eval", str(tiny_llama), "--tasks", "boolq", "--quiet"]) == 2
-    assert "without a network give local task files: --task-folder" in capsys.readouterr().err
+    assert "without a network use local tasks: --task-folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
