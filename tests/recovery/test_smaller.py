@@ -105,7 +105,7 @@ def test_it_is_trained_without_masks_and_keeps_its_sizes(
     assert not any(info.values())
     assert model.config.intermediate_size == before["model.layers.0.mlp.up_proj.weight"].shape[0]
     card = (out / "README.md").read_text()
-    assert "the weights were trained, to give" in card
+    assert "the weights were trained, to reproduce" in card
     assert "zeros fixed" not in card
 
 
