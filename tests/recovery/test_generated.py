@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 import thanos
 from recovering import VARIED, prune, read, settings
@@ -57,6 +57,49 @@ def test_long_sequences_are_made_of_pieces(tiny_llama: Path) -> None:
     again, other = (generate_sequences(model, text, None, 3, seed, 0, lambda event: None) for seed in (7, 8))
     assert torch.equal(again, made)
     assert not torch.equal(other, made)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_beams": 3},
+        {"num_return_sequences": 2},
+        {"min_p": 0.9},
+        {"typical_p": 0.2},
+        {"repetition_penalty": 5.0},
+        {"no_repeat_ngram_size": 1},
+        {"suppress_tokens": list(range(3, 300))},
+        {"forced_eos_token_id": 2},
+        {"cache_implementation": "static"},
+        {"return_dict_in_generate": True},
+        {"stop_strings": ["a"]},
+        {"max_time": 1e-9},
+        {"max_length": 3, "min_length": 39},
+        {"pad_token_id": None},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_the_generation_config_does_not_change_the_samples(changes: dict[str, object], tiny_llama: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    text = torch.randint(3, model.config.vocab_size, (2, 20), generator=torch.Generator().manual_seed(0))
+    made = generate_sequences(model, text, None, 3, 7, 0, lambda event: None)
+    config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    model.generation_config = config
+    assert torch.equal(generate_sequences(model, text, None, 3, 7, 0, lambda event: None), made)
+    assert model.generation_config is config
+
+
+@pytest.mark.parametrize("bos", [None, 1])
+def test_sequences_of_two_tokens(bos: int | None, tiny_llama: Path) -> None:
+    """One token is given, the text's or BOS, and one is generated: also with BOS as the only prompt."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    text = torch.tensor([[1, 7], [1, 9]])
+    made = generate_sequences(model, text, bos, 50, 0, 0, lambda event: None)
+    assert made.shape == (50, 2)
+    assert set(made[:, 0].tolist()) <= ({1, 7, 9} if bos is None else {bos})
+    assert len(made[:, 1].unique()) > 10
 
 
 @pytest.mark.parametrize("changes", [{}, VARIED], ids=["same", "varied"])

@@ -50,7 +50,7 @@ def generate_sequences(
     text = ids if bos is None else ids[:, 1:]
     width = text.shape[1]
     segment = min(SEGMENT, width)
-    prompt = max(1, min(PROMPT, segment // 2))
+    prompt = max(1 if bos is None else 0, min(PROMPT, segment // 2))  # BOS alone is a prompt, too
     pieces = math.ceil(count * width / segment)
     draw = torch.Generator().manual_seed(seed)
     rows = torch.randint(len(text), (pieces, 1), generator=draw)
