@@ -152,6 +152,8 @@ def tune(arguments: Namespace) -> None:
     name = torch.cuda.get_device_name(torch.device(device))
     table = json.loads(file.read_text()) if file.is_file() else {}
     shapes = sizes(arguments.shapes or TUNED_SHAPES)
+    about = machine(device)
+    measured = {"commit": about["commit"], "date": about["date"], "torch": about["versions"]["torch"]}
     rows: list[dict[str, Any]] = []
     for shape in [*shapes, *([] if SETTINGS_SHAPE in shapes else [SETTINGS_SHAPE])]:
         for pattern in TUNED_PATTERNS:
@@ -167,7 +169,7 @@ def tune(arguments: Namespace) -> None:
                 rows.append(row)
                 slowest = round(max(took), 2)
                 print(json.dumps({**row, "us": round(took[best], 2), "slowest_us": slowest}), flush=True)
-        table[name] = {"settings": Settings()._asdict(), "launches": rows}
+        table[name] = {"measured": measured, "settings": Settings()._asdict(), "launches": rows}
         file.write_text(as_text(table))
     table[name]["settings"] = settings(rows, device)._asdict()
     print(json.dumps(table[name]["settings"]), flush=True)
@@ -187,8 +189,8 @@ def settings(rows: list[dict[str, Any]], device: str) -> Settings:
         x = torch.randn(tokens, shape[1]).to(device, torch.bfloat16)
         return lambda i: by_library(x, words[i], None, None, shape[0], packed.spec.n, parts)
 
-    def kernel(family: str, tokens: int) -> Callable[[int], Any]:
-        return product_of(shape, tokens, packed, words, family, best[family], device)
+    def kernel(family: str, tokens: int, most: int = 16) -> Callable[[int], Any]:
+        return product_of(shape, tokens, packed, words, family, best[family], device, most)
 
     took = dict(
         zip(TRIED_PARTS, rounds([library(2048, one) for one in TRIED_PARTS], len(words), device, 9), strict=True)
@@ -204,13 +206,17 @@ def settings(rows: list[dict[str, Any]], device: str) -> Settings:
         if few > 0.97 * many:
             break
         few_tokens = tokens
-    for tokens in (32, 48, 64, 96, 128, 192):
-        many, theirs = rounds([kernel(MANY, tokens), library(tokens, 1)], len(words), device, 9)
+    passes = (16, 32)
+    took = dict(zip(passes, rounds([kernel(MANY, 32, most) for most in passes], len(words), device, 9), strict=True))
+    print(json.dumps({"tokens": 32, "pass_tokens": {one: round(us, 1) for one, us in took.items()}}), flush=True)
+    pass_tokens = min(passes, key=took.__getitem__)
+    for tokens in (32, 48, 64, 96, 128):
+        many, theirs = rounds([kernel(MANY, tokens, pass_tokens), library(tokens, 1)], len(words), device, 9)
         print(json.dumps({"tokens": tokens, MANY: round(many, 2), "library": round(theirs, 2)}), flush=True)
         if many > theirs:
             break
         most_tokens = tokens
-    return Settings(few_tokens, most_tokens, parts)
+    return Settings(few_tokens, most_tokens, parts, pass_tokens)
 
 
 def as_text(table: dict[str, Any]) -> str:
@@ -218,8 +224,8 @@ def as_text(table: dict[str, Any]) -> str:
     parts = []
     for name, one in table.items():
         launches = ",\n".join(f"   {json.dumps(row)}" for row in one["launches"])
-        head = f' {json.dumps(name)}: {{\n  "settings": {json.dumps(one["settings"])},\n'
-        parts.append(f'{head}  "launches": [\n{launches}\n  ]\n }}')
+        head = "".join(f"  {json.dumps(key)}: {json.dumps(one[key])},\n" for key in one if key != "launches")
+        parts.append(f' {json.dumps(name)}: {{\n{head}  "launches": [\n{launches}\n  ]\n }}')
     return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
@@ -231,13 +237,14 @@ def product_of(
     family: str,
     launch: Launch,
     device: str,
+    most: int = 16,
 ) -> Callable[[int], Any]:
     """Return the product by one kernel with one division of its work."""
     from thanos.sparse.kernels.cuda import multiply
 
     x = torch.randn(tokens, shape[1]).to(device, torch.bfloat16)
     n = packed.spec.n
-    return lambda i: multiply(x, [words[i]], [packed.offsets], [None], [shape[0]], n, family, launch)
+    return lambda i: multiply(x, [words[i]], [packed.offsets], [None], [shape[0]], n, family, launch, most)
 
 
 @torch.inference_mode()

@@ -54,6 +54,7 @@ def main() -> int:
     parser.add_argument("--max-windows", default=None)
     parser.add_argument("--window", default="2048", help="tokens of a window of the evaluation")
     parser.add_argument("--effort", default="max", help="effort of every chain but fast50")
+    parser.add_argument("--recover", default="", help="further options of recover, such as '--generate 512 --epochs 3'")
     parser.add_argument("--quantised", default="int8,int4")
     parser.add_argument("--tasks", default=None)
     parser.add_argument("--task-folder", default=None)
@@ -88,6 +89,7 @@ def make(arguments: argparse.Namespace) -> list[dict[str, object]]:
                 break
             words = [word.format(model=arguments.model, out=out, work=arguments.work) for word in command]
             words = [arguments.effort if word == "max" else word for word in words]
+            words += shlex.split(arguments.recover) if command[0] == "recover" else []
             if command[0] in TRAINS:
                 words += ["--calibration", arguments.calibration, "--samples", arguments.samples]
                 words += ["--sequence-length", arguments.sequence_length]

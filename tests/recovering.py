@@ -24,9 +24,9 @@ def settings(text: Path, **changes: Any) -> thanos.RecoveryRecipe:
     return thanos.RecoveryRecipe(**{"calibration": str(text), **values} | changes)
 
 
-def vary(rows: list[list[int]], bos: int | None, draw: torch.Generator) -> list[list[int]]:
+def vary(rows: list[list[int]], bos: tuple[int, ...], draw: torch.Generator) -> list[list[int]]:
     """The varied text of an epoch, token by token: a reference that uses no operation on tensors but the draws."""
-    begin = [] if bos is None else [bos]
+    begin = list(bos)
     stream = [token for row in rows for token in row[len(begin) :]]
     length, total = len(rows[0]) - len(begin), len(stream)
     offset = int(torch.randint(total, (), generator=draw))

@@ -82,7 +82,7 @@ def test_tuning_writes_launches_that_the_kernels_then_use(tmp_path, monkeypatch,
         pairs = timed.count(2)
         if len(works) != 2:
             return [float(len(works) - index) for index in range(len(works))]  # the last one is the fastest
-        return [1.0, 2.0] if pairs in (1, 2, 4) else [2.0, 1.0]  # few to 2 tokens, many to 32
+        return [1.0, 2.0] if pairs in (1, 2, 5) else [2.0, 1.0]  # few to 2 tokens, passes of 32, many to 32
 
     monkeypatch.setattr(packed, "rounds", rounds)
     file = tmp_path / "tuned.json"
@@ -92,13 +92,14 @@ def test_tuning_writes_launches_that_the_kernels_then_use(tmp_path, monkeypatch,
     assert packed.main() == 0
     table = json.loads(file.read_text())
     assert table.keys() == {"another", "a new GPU"}
-    assert table["a new GPU"]["settings"] == {"few_tokens": 2, "most_tokens": 32, "parts": 4}
+    assert table["a new GPU"]["settings"] == {"few_tokens": 2, "most_tokens": 32, "parts": 4, "pass_tokens": 32}
+    assert table["a new GPU"]["measured"]["torch"] == torch.__version__
     assert len(table["a new GPU"]["launches"]) == 2 * 4 * 2  # sizes, patterns, kernels
     monkeypatch.setattr(tuned, "FILE", file)
     for function in (tuned._table, tuned.device_settings, tuned.launch_for):
         function.cache_clear()
     try:
-        assert tuned.device_settings("a new GPU") == Settings(2, 32, 4)
+        assert tuned.device_settings("a new GPU") == Settings(2, 32, 4, 32)
         for family, n in ((FEW, 16), (FEW, 0), (MANY, 16), (MANY, 0)):
             assert tuned.launch_for("a new GPU", family, n, 18, 1, 2) == list(packed.launches(family, n))[-1]
     finally:

@@ -134,8 +134,10 @@ def test_half_a_surrogate_pair_is_replaced_and_told(read: Any, tmp_path: Path) -
     assert rows == ["a\ufffd b", "whole 😀", "\ufffd\ufffd"]
     "".join(rows).encode()  # as every tokenizer does
     (note,) = notes
-    assert "3 halves of surrogate pairs" in note
-    assert str(path) in note
+    assert note == f"{path} holds 3 halves of surrogate pairs; a half is not a character, so U+FFFD replaces it"
+    path.write_text(json.dumps({"text": "a\ud83d"}) + "\n")
+    assert read(str(path), on_note=notes.append) == ["a\ufffd"]
+    assert notes[1].startswith(f"{path} holds 1 half of a surrogate pair; a half is not")
 
 
 # --- several files ----------------------------------------------------------------------------------------------------
@@ -320,6 +322,87 @@ def test_chats_become_text_by_the_tokenizers_template(read: Any, tmp_path: Path,
     )
 
 
+PLAIN = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}"
+
+
+@READERS
+@pytest.mark.parametrize("column", ["conversations", "messages"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_sharegpt_is_read_as_roles_and_contents(read: Any, tmp_path: Path, suffix: str, column: str) -> None:
+    chats = [
+        [{"from": "system", "value": "a"}, {"from": "human", "value": "b"}, {"from": "gpt", "value": "c"}],
+        [{"from": "user", "value": "d"}, {"from": "observation", "value": "e"}, {"from": "assistant", "value": ""}],
+    ]
+    path = with_nulls(tmp_path / f"a{suffix}", [{"id": str(n), column: chat} for n, chat in enumerate(chats)])
+    expected = ["[system] a [user] b [assistant] c ", "[user] d [tool] e [assistant]  "]
+    for source in (str(path), f"{path}:{column}"):
+        assert read(source, talkative(begins=False, template=PLAIN)) == expected
+
+
+def test_a_chat_keeps_what_a_template_may_read(tmp_path: Path) -> None:
+    said = "{{ m.tool_calls[0].name if m.tool_calls else m.content }}"
+    template = f"{{% for m in messages %}}{{{{ m.role }}}} {said} {{{{ m.weight }}}} {{% endfor %}}"
+    row = [
+        {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}], "weight": 1},
+        {"role": "user", "content": [{"type": "text", "text": "x"}], "weight": 2},
+    ]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": row}))
+    found = calibration_documents(str(tmp_path / "a.jsonl"), talkative(begins=False, template=template))
+    assert found == ["assistant f 1 user [{'type': 'text', 'text': 'x'}] 2 "]
+
+
+@READERS
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        (
+            {"speaker": "x", "text": "y"},
+            "message 2 holds 'speaker', 'text'; a message has role and content, or from and",
+        ),
+        ({"role": "user", "text": "y"}, "message 2 holds 'role', 'text'; a message has"),
+        ({"role": "user", "content": None}, "message 2 holds 'role'; a message has"),
+        ({"content": "y"}, "message 2 holds 'content'; a message has"),
+        ({"from": "human"}, "message 2 holds 'from'; a message has"),
+        ({"from": "narrator", "value": "y"}, "message 2 is from 'narrator'; choose one of human, user, gpt"),
+    ],
+)
+def test_no_message_becomes_an_empty_turn(
+    read: Any, tmp_path: Path, suffix: str, message: dict[str, Any], said: str
+) -> None:
+    path = with_nulls(tmp_path / f"a{suffix}", [{"messages": [{"role": "user", "content": "x"}, message]}])
+    place = "line" if suffix == ".jsonl" else "row"
+    refused(lambda source: read(source, talkative(begins=False)), path, f"^{re.escape(str(path))}, {place} 1, {said}")
+    with pytest.raises(DataError, match=said):
+        check_text_source(str(path))
+
+
+@READERS
+def test_messages_that_are_none(read: Any, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"messages": ["hello"]}\n')
+    refused(read, path, "line 1, message 1 is not an object; a chat is a list of messages with role and content")
+    path.write_text('{"text": ["hello"]}\n')
+    refused(read, path, "line 1: no string under 'text'; it is a list; remove such rows, or name")
+    path.write_text(json.dumps({"messages": CHATS[0]}))
+    refused(
+        lambda source: read(source, talkative(begins=True, template=" ")), path, "template writes nothing; check its"
+    )
+
+
+@READERS
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
+def test_a_chat_without_messages_is_an_empty_row(read: Any, tmp_path: Path, suffix: str) -> None:
+    path = with_nulls(tmp_path / f"a{suffix}", [{"messages": []}, {"messages": CHATS[0]}])
+    assert [row for row in read(str(path), talkative(begins=False, template=PLAIN)) if row] == [
+        "[user] ban [assistant] bar "
+    ]
+    with_nulls(path, [{"messages": []}])
+    refused(read, path, re.escape(f"{path} holds no text (rows that are empty or null do not count)"))
+    with pytest.raises(DataError, match="holds no text"):
+        check_text_source(str(path))
+
+
 # --- a glance before anything is loaded -------------------------------------------------------------------------------
 
 
@@ -392,6 +475,17 @@ def test_what_was_meant_by_a_source_that_is_not_there(
 
 
 @READERS
+def test_an_ending_alone_resembles_no_other_file(read: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for other in ("news.jsonl", "abc.jsonl.gz", "prose.txt"):
+        (tmp_path / other).write_text(json_lines(["a"]))
+    for name in ("nope.jsonl", "x.jsonl.gz", "a.txt"):
+        refused(read, name, f"text file {re.escape(name)} does not exist$")
+    refused(read, "newz.jsonl", re.escape("(did you mean news.jsonl?)"))
+    refused(read, "prose.tx", re.escape("(did you mean prose.txt?)"))
+
+
+@READERS
 @pytest.mark.parametrize(
     "name", ["wikitext", "WIKITEXT2", "text.csv", "a.xml", "a.txt.gz", "", "some words", "a.parquet.gz"]
 )
@@ -413,30 +507,30 @@ def test_self_is_no_text_to_evaluate_on() -> None:
 
 
 BAD = {
-    "latin-1 text": ("a.txt", b"caf\xe9", "not UTF-8: .* at byte 3"),
+    "latin-1 text": ("a.txt", b"caf\xe9", "not UTF-8: .* at byte 3; save it as UTF-8"),
     "latin-1 json": ("a.jsonl", b'{"text": "caf\xe9"}\n', "not UTF-8"),
-    "not json": ("a.jsonl", b'{"text": "ok"}\n{"text": \n', "line 2: not valid JSON"),
+    "not json": ("a.jsonl", b'{"text": "ok"}\n{"text": \n', r"line 2: not valid JSON \(Expecting value at column 9\)"),
     "text in a jsonl": ("a.jsonl", b"just words\n", "line 1: not valid JSON"),
     "no column": (
         "a.jsonl",
         b'{"text": "ok"}\n\n{"content": "x", "id": 3}\n',
         "line 3: no string under 'text'.*'content', 'id'",
     ),
-    "a list": ("a.jsonl", b'["text"]\n', "line 1: no string under 'text'.*not an object"),
+    "a list": ("a.jsonl", b'["text"]\n', "line 1: no string under 'text'; it is a list, not an object such as"),
     "a number": ("a.jsonl", b'{"text": 3}\n', "line 1: no string under 'text'"),
     "a list of nulls": (
         "a.jsonl",
         b'{"text": "ok"}\n{"text": [null]}\n',
-        "line 2: no string under 'text'; it is a JSON list",
+        "line 2: no string under 'text'; it is a list; remove",
     ),
-    "null in place of a row": (
-        "a.jsonl",
-        b'{"text": "ok"}\nnull\n',
-        "line 2: no string under 'text'; it is not an object",
-    ),
+    "null in place of a row": ("a.jsonl", b'{"text": "ok"}\nnull\n', "line 2: .*; it is null, not an object such as"),
     "no rows": ("a.json", b'{"data": [1]}', "line 1: no string under 'text'; there are 'data'"),
-    "a list of lists": ("a.json", b'[["text"]]', "row 1: no string under 'text'.*not an object"),
-    "a cut list": ("a.json", b'[{"text": "ok"}, {"te', "not valid JSON.*a list of rows, or one row a line"),
+    "a list of lists": ("a.json", b'[["text"]]', "row 1: no string under 'text'; it is a list, not"),
+    "a cut list": (
+        "a.json",
+        b'[{"text": "ok"}, {"te',
+        r"\(Unterm.* at line 1, column 19\); it holds a list of rows, or one",
+    ),
     "json with a bad line": ("a.json", b'{"text": "ok"}\n{"te\n', "line 2: not valid JSON"),
     "json that is not gzip": ("a.json.gz", b'{"text": "ok"}\n', "cannot be read"),
     "binary text": ("a.txt", b"ab\0\0\1c" * 9, "is not text: it holds a NUL"),

@@ -246,6 +246,9 @@ def test_wide_characters_do_not_hide_a_long_document(tmp_path: Path) -> None:
     """A tokenizer may make several tokens of one character; counting characters would drop such documents."""
 
     class ByteTokenizer:
+        all_special_ids = ()
+        unk_token_id = None
+
         def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
             return {"input_ids": list(text.encode())}
 
@@ -280,9 +283,7 @@ def test_fewer_windows_than_samples(short_source: str, short_documents: list[str
 
 
 def test_beyond_the_models_positions(text_file: Path) -> None:
-    with pytest.raises(
-        DataError, match="sequence_length 257 is beyond the model's 256 positions; give --sequence-length 256 or less"
-    ):
+    with pytest.raises(DataError, match="sequence_length 257 is beyond the model's 256 positions; give 256 or less"):
         build(str(text_file), samples=1, length=257, context_length=POSITIONS)
     with pytest.raises(DataError, match="beyond the model's 256 positions"):
         build("self", samples=1, length=257, context_length=POSITIONS, model=tiny_model())
@@ -384,7 +385,7 @@ def test_to_dict() -> None:
         "samples": 2,
         "sequence_length": 3,
         "tokens": 6,
-        "bos": None,
+        "bos_ids": [],
         "sha256": made.sha256,
     }
 

@@ -339,7 +339,7 @@ def test_quiet_shows_no_progress(tiny_llama: Path, text_file: Path) -> None:
     result = command("eval", str(tiny_llama), "--text", str(text_file), "--sequence-length", "64", "--quiet")
     assert result.returncode == 0
     [note] = result.stderr.splitlines()
-    assert "note: perplexity of the first windows is" in note
+    assert "note: the first windows have perplexity" in note
 
 
 def test_prune_does_not_overwrite_unless_told(
@@ -374,7 +374,7 @@ def test_eval_writes_the_json_that_it_prints(
     assert run([*arguments, "--max-windows", "5", "--json", str(path)]) == 0
     values = json.loads(path.read_text())
     assert list(values) == [
-        "schema", "model", "text", "text_sha256", "sequence_length", "bos", "windows", "tokens", "perplexity",
+        "schema", "model", "text", "text_sha256", "sequence_length", "bos", "bos_ids", "windows", "tokens", "perplexity",
         "mean_loss", "dense", "dense_perplexity", "kl_divergence", "top1_agreement", "seconds", "tokens_per_second", "dtype",
         "device", "versions",
     ]  # fmt: skip

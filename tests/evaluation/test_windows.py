@@ -44,13 +44,12 @@ def rows_file(path: Path, rows: list[Any], column: str = "text") -> Path:
 # --- who begins texts with BOS ------------------------------------------------------------------------------------------
 
 
-def test_a_tokenizer_must_define_bos_and_add_it() -> None:
-    assert added_bos(tiny_tokenizer()) == BOS
-    assert added_bos(tiny_tokenizer(begins=False)) is None, "it defines BOS, but adds none"
+def test_a_tokenizer_must_add_bos() -> None:
+    assert added_bos(tiny_tokenizer()) == (BOS,)
+    assert added_bos(tiny_tokenizer(begins=False)) == (), "it defines BOS, but adds none"
     undefined = copy.deepcopy(tiny_tokenizer())
     undefined.bos_token = None
-    assert added_bos(undefined) is None
-    assert added_bos(object()) is None  # type: ignore[arg-type]
+    assert added_bos(undefined) == (BOS,), "it does not call it so, but adds it"
 
 
 # --- calibration --------------------------------------------------------------------------------------------------------
@@ -61,8 +60,8 @@ def test_packed_windows_begin_with_bos_and_hold_one_token_of_text_less(tmp_path:
     made = build(rows_file(tmp_path / "a.jsonl", documents), samples=4, length=20)
     stream = [token for text in documents for token in (END, *encode(text))][1:]
     assert made.ids.tolist() == [[BOS, *stream[19 * i : 19 * i + 19]] for i in range(4)]
-    assert (made.rule, made.bos, made.ids.shape, made.ids.dtype) == ("packed", BOS, (4, 20), torch.int64)
-    assert made.to_dict()["bos"] == BOS
+    assert (made.rule, made.bos_ids, made.ids.shape, made.ids.dtype) == ("packed", (BOS,), (4, 20), torch.int64)
+    assert made.to_dict()["bos_ids"] == [BOS]
 
 
 @pytest.mark.parametrize("seed", [0, 3])
@@ -85,7 +84,7 @@ def test_random_windows_begin_with_bos_and_a_piece_of_one_document(tmp_path: Pat
     assert made.rule == plain.rule == "random-window"
     assert (made.ids[:, 0] == BOS).all()
     assert torch.equal(made.ids[:, 1:], plain.ids)
-    assert plain.bos is None
+    assert plain.bos_ids == ()
     for window in made.ids[:, 1:].tolist():
         assert any(window == ids[i : i + 30] for ids in map(encode, documents) for i in range(len(ids) - 29))
 
@@ -123,7 +122,7 @@ def test_chats_whose_template_writes_bos_get_no_second_one(tmp_path: Path) -> No
 def test_the_models_own_text_begins_with_its_one_bos() -> None:
     model = tiny_model(vocab_size=12)
     made = build(Path("self"), samples=1600, length=2, model=model)
-    assert (made.rule, made.bos) == ("generated", BOS)
+    assert (made.rule, made.bos_ids) == ("generated", (BOS,))
     assert (made.ids[:, 0] == BOS).all()
     with torch.inference_mode():
         expected = model(input_ids=torch.tensor([[BOS]])).logits[0, -1].double().softmax(-1)
@@ -138,7 +137,7 @@ def test_windows_on_the_disk_keep_their_bos_and_older_ones_are_made_again(tmp_pa
     from safetensors.torch import load_file, save_file
 
     path = tmp_path / "w.safetensors"
-    for bos in (None, BOS):
+    for bos in ((), (BOS,), (5, BOS)):
         made = Calibration(torch.tensor([[1, 5], [1, 6]]), "here", "packed", 3, 2, bos)
         write_windows(path, made)
         found = read_windows(path, "here")
@@ -151,13 +150,13 @@ def test_windows_on_the_disk_keep_their_bos_and_older_ones_are_made_again(tmp_pa
 def test_a_run_records_that_its_windows_begin_with_bos(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
     recipe = thanos.Recipe(method="magnitude", calibration=str(text_file), samples=4, sequence_length=32, device="cpu")
     report = thanos.prune(tiny_llama, tmp_path / "out", recipe)
-    assert json.loads((tmp_path / "out" / "pruning.json").read_text())["calibration"]["bos"] == BOS
+    assert json.loads((tmp_path / "out" / "pruning.json").read_text())["calibration"]["bos_ids"] == [BOS]
     assert report.calibration["sha256"] == build(text_file, samples=4, length=32).sha256
     assert "begins with the beginning-of-text token" in (tmp_path / "out" / "README.md").read_text()
     tiny_tokenizer(begins=False).save_pretrained(tmp_path / "other")
     tiny_model().save_pretrained(tmp_path / "other")
     report = thanos.prune(tmp_path / "other", tmp_path / "out2", recipe)
-    assert report.calibration["bos"] is None
+    assert report.calibration["bos_ids"] == []
     assert report.calibration["sha256"] == build(text_file, samples=4, length=32, begins=False).sha256
     assert "begins with" not in (tmp_path / "out2" / "README.md").read_text()
 
@@ -225,7 +224,7 @@ def test_a_single_window_begins_with_bos_either_way_so_nothing_is_tried(tiny_lla
     for bos in ("text", "window"):
         assert measure(tiny_llama, text_file, max_windows=1, bos=bos).mean_loss == one.mean_loss
     measure(tiny_llama, text_file, max_windows=2, on_event=lambda event: notes.append(event.message))
-    assert sum("perplexity of the first windows" in note for note in notes) == 1
+    assert sum("the first windows have perplexity" in note for note in notes) == 1
 
 
 def test_the_remainder_counts_the_bos_of_each_window(tiny_llama: Path, tmp_path: Path) -> None:
@@ -315,14 +314,14 @@ def test_text_that_begins_with_bos_has_it_once(tiny_llama: Path, tmp_path: Path)
 
 
 def test_choices_that_cannot_be(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="bos 'always' is unknown; choose one of auto, window, text"):
+    with pytest.raises(DataError, match=r"^--bos: must be one of auto, window, text; got 'always'"):
         measure(tiny_llama, text_file, bos="always")
     tokenizer = copy.deepcopy(tiny_tokenizer(begins=False))
     tokenizer.bos_token = None
     tiny_model().save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(
-        DataError, match="'window' asks for a beginning-of-text token, which the tokenizer does not have"
+        DataError, match="--bos: window asks for a beginning-of-text token, which the tokenizer does not have"
     ):
         measure(tmp_path, text_file, bos="window")
 

@@ -146,6 +146,51 @@ def test_the_head_may_be_in_any_part(tmp_path: Path, where: int, monkeypatch: py
     assert source.config().tie_word_embeddings is False
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_ending_may_be_in_capitals(tmp_path: Path, parts: int) -> None:
+    write_gguf(tmp_path / "m.gguf", "llama", parts=parts)
+    opened = open_model(resolve_model(min(tmp_path.iterdir())))
+    small = state_of(opened.checkpoint, opened.key_of)
+    capitals = [path.rename(path.with_name(path.name.upper())) for path in sorted(tmp_path.iterdir())]
+    for part in capitals:
+        source = resolve_model(part)
+        assert (source.gguf, source.gguf_parts) == (capitals[0], tuple(capitals))
+    opened = open_model(source)
+    capital = state_of(opened.checkpoint, opened.key_of)
+    assert capital.keys() == small.keys()
+    assert all(torch.equal(capital[name], small[name]) for name in small)
+    with pytest.raises(
+        ModelError, match=r"NONE\.GGUF does not exist; MODEL is a hub name, a local folder or a \.gguf file"
+    ):
+        resolve_model("NONE.GGUF")
+    (tmp_path / "folder").mkdir()
+    capitals[0].rename(tmp_path / "folder" / "M.GGUF")
+    with pytest.raises(ModelError, match=r"has no config\.json; name the file itself, for example .*folder/M\.GGUF"):
+        resolve_model(tmp_path / "folder")
+
+
+@pytest.mark.parametrize("adapter", ["adapter_config.json", "adapter_model.safetensors"])
+def test_an_adapter_beside_a_file_is_not_applied_and_a_note_says_so(
+    tmp_path: Path, adapter: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_gguf(tmp_path / "m.gguf", "llama")
+    alone = open_model(resolve_model(path))
+    (tmp_path / adapter).write_text('{"base_model_name_or_path": "another/model"}')
+    beside = open_model(resolve_model(path))
+    note = f"the adapter beside m.gguf, {adapter}, is not applied: a GGUF file is read by itself"
+    assert (alone.notes, beside.notes) == ([], [note])
+    for key in alone.checkpoint.tensors:
+        assert torch.equal(alone.checkpoint.read(key), beside.checkpoint.read(key)), key
+    # transformers would apply it to a file that it has to load.
+    monkeypatch.setattr("thanos.model.opening.gguf_checkpoint", lambda header, model: None)
+    monkeypatch.setattr("thanos.model.loading.gguf_checkpoint", lambda header, model: None)
+    for load in (open_model, load_model):
+        with pytest.raises(
+            ModelError, match=rf"the adapter beside it too, {adapter}; move the file into a folder of its"
+        ):
+            load(resolve_model(path))
+
+
 def test_a_missing_part(tmp_path: Path) -> None:
     first = write_gguf(tmp_path / "m.gguf", "llama", parts=3)
     (tmp_path / "m-00002-of-00003.gguf").unlink()

@@ -13,9 +13,9 @@ import torch
 from huggingface_hub.utils import filter_repo_objects
 
 from helpers import save_tiny, tiny_model
-from thanos.checkpoint.weight_files import INDEX_NAME, SINGLE_NAME
+from thanos.checkpoint.weight_files import INDEX_NAME, SINGLE_NAME, find_weights
 from thanos.errors import ModelError
-from thanos.model.hub import download
+from thanos.model import hub as client
 from thanos.model.loading import load_model
 from thanos.model.opening import open_model
 from thanos.model.source import resolve_model
@@ -48,7 +48,6 @@ NEVER = {
     "onnx/model.onnx",
     "tf_model.h5",
     "model-q4.gguf",
-    "adapter_model.safetensors",
 }
 
 
@@ -59,6 +58,7 @@ class Hub:
         self.repository, self.cache = folder / "repository", folder / "snapshots" / COMMIT
         self.calls: list[tuple[str, str | None]] = []
         self.fetched: list[list[str]] = []
+        self.listed: list[tuple[str, str | None]] = []
 
     def add(self, *names: str, text: str = "{}") -> None:
         for name in names:
@@ -68,13 +68,19 @@ class Hub:
 
     def snapshot_download(self, name: str, *, revision: str | None = None, **patterns: Any) -> str:
         self.calls.append((name, revision))
-        there = [str(path.relative_to(self.repository)) for path in self.repository.rglob("*") if path.is_file()]
-        wanted = sorted(filter_repo_objects(there, **patterns))
+        wanted = sorted(filter_repo_objects(self.there(), **patterns))
         self.fetched.append(wanted)
         for name in wanted:
             (self.cache / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(self.repository / name, self.cache / name)
         return str(self.cache)
+
+    def there(self) -> list[str]:
+        return [str(path.relative_to(self.repository)) for path in self.repository.rglob("*") if path.is_file()]
+
+    def list_repo_files(self, name: str, *, revision: str | None = None) -> list[str]:
+        self.listed.append((name, revision))
+        return self.there()
 
     @property
     def names(self) -> set[str]:
@@ -86,7 +92,12 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     made = Hub(tmp_path)
     made.add(*AUXILIARY, *CODE, *NEVER)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", made.snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", made.list_repo_files)
     return made
+
+
+def download(name: str, *, code: bool) -> Path:
+    return client.download(name, code=code, check=lambda folder, listed: find_weights(folder, name, listed=listed))
 
 
 def index(*shards: str) -> str:
@@ -95,13 +106,91 @@ def index(*shards: str) -> str:
 
 def test_the_index_comes_first_and_then_the_shards_that_it_names(hub: Hub) -> None:
     shards = {f"model-{n:05d}-of-00002.safetensors" for n in (1, 2)}
-    hub.add(*shards, "model-00003-of-00003.safetensors", SINGLE_NAME)
+    hub.add(*shards, "model-00003-of-00003.safetensors")
     hub.add(INDEX_NAME, text=index(*sorted(shards)))
     assert download("org/model", code=False) == hub.cache
     assert INDEX_NAME in hub.fetched[0]
     assert not any(name.endswith(".safetensors") for name in hub.fetched[0])
     assert hub.names == AUXILIARY | shards | {INDEX_NAME}
     assert hub.calls == [("org/model", None), ("org/model", COMMIT)], "both of one commit"
+    assert hub.listed == [("org/model", COMMIT)]
+
+
+def test_shards_and_a_single_file_are_refused_as_in_a_folder(hub: Hub, tmp_path: Path) -> None:
+    hub.add("a.safetensors", "b.safetensors", SINGLE_NAME)
+    hub.add(INDEX_NAME, text=index("a.safetensors", "b.safetensors"))
+    said = []
+    for model in ("org/model", hub.repository):
+        with pytest.raises(ModelError, match="holds weights twice") as caught:
+            resolve_model(model)
+        said.append(str(caught.value).removeprefix(f"{model} "))
+    assert said[0] == said[1].replace("; move", "; download the model and move")
+    assert all(name in said[0] for name in (INDEX_NAME, f"transformers would read {SINGLE_NAME}"))
+    assert len(hub.calls) == 1, "before anything large is fetched"
+
+
+def test_an_index_that_names_the_single_file(hub: Hub) -> None:
+    hub.add(SINGLE_NAME)
+    hub.add(INDEX_NAME, text=index(SINGLE_NAME))
+    download("org/model", code=False)
+    assert hub.names == AUXILIARY | {INDEX_NAME, SINGLE_NAME}
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_an_adapter_beside_the_weights_is_refused_before_they_are_fetched(hub: Hub, name: str) -> None:
+    hub.add(SINGLE_NAME, name)
+    with pytest.raises(ModelError, match=rf"^org/model holds an adapter, {name}, and the base weights"):
+        download("org/model", code=False)
+    assert SINGLE_NAME not in hub.names
+
+
+def test_config_that_names_other_weights_is_refused_before_they_are_fetched(hub: Hub) -> None:
+    hub.add(SINGLE_NAME)
+    hub.add("config.json", text=json.dumps({"transformers_weights": "other.safetensors"}))
+    with pytest.raises(ModelError, match=r"config\.json names the weights 'other\.safetensors'"):
+        download("org/model", code=False)
+    assert SINGLE_NAME not in hub.names
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"quantization_config": {"quant_method": "gptq"}}, r"is quantised \(gptq\)"),
+        ({"auto_map": {"AutoModel": "x.X"}}, "needs Python code"),
+    ],
+)
+def test_a_config_that_is_refused_costs_no_download_of_weights(hub: Hub, config: dict[str, Any], said: str) -> None:
+    hub.add(SINGLE_NAME)
+    hub.add("config.json", text=json.dumps(config))
+    with pytest.raises(ModelError, match=said):
+        resolve_model("org/model")
+    assert SINGLE_NAME not in hub.names
+
+
+def test_a_repository_of_gguf_files_is_named_as_one(hub: Hub) -> None:
+    (hub.repository / "config.json").unlink()
+    with pytest.raises(
+        ModelError, match=r"^org/model has no config\.json; download one of its GGUF files, such as model-q4"
+    ):
+        resolve_model("org/model")
+
+
+def test_a_repository_of_pickles_is_named_as_one(hub: Hub) -> None:
+    with pytest.raises(ModelError, match=r"^org/model holds its weights as pickle files"):
+        resolve_model("org/model")
+
+
+def test_without_the_hub_the_cache_is_all_there_is(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> list[str]:
+        raise RuntimeError("no route\nto host")
+
+    hub.add(SINGLE_NAME, "a.safetensors")
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", fail)
+    with pytest.raises(ModelError, match=r"^org/model .*cannot be downloaded from the hub \(no route\)"):
+        download("org/model", code=False)
+    hub.add(INDEX_NAME, text=index("a.safetensors"))
+    assert download("org/model", code=False) == hub.cache
+    assert SINGLE_NAME not in hub.names
 
 
 def test_a_single_file(hub: Hub) -> None:

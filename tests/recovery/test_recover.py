@@ -48,7 +48,7 @@ def reference_training(pruned: Path, dense: Path, recipe: thanos.RecoveryRecipe)
         draw = torch.Generator().manual_seed(1_000_003 * recipe.seed + epoch)
         order, ids = torch.randperm(count, generator=draw), calibration.ids[:count]
         if recipe.vary:
-            ids = torch.tensor(vary(ids.tolist(), calibration.bos, draw))
+            ids = torch.tensor(vary(ids.tolist(), calibration.bos_ids, draw))
         for first in range(0, count, batch):
             rows = ids[order[first : first + batch]]
             q = student(input_ids=rows).logits.log_softmax(-1)

@@ -19,16 +19,16 @@ from thanos.model.source import resolve_model
 from thanos.recovery.recipe import RecoveryRecipe
 from thanos.recovery.sequences import Sequences, recut, replace_some
 
-BOS = 7
+BOS = (7,)
 
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def distinct(count: int, length: int, bos: int | None) -> Tensor:
+def distinct(count: int, length: int, bos: tuple[int, ...]) -> Tensor:
     """Sequences in which each token of the text has an id of its own, from 100."""
-    text = 100 + torch.arange(count * (length - (bos is not None)))
+    text = 100 + torch.arange(count * (length - len(bos)))
     return begin_windows(text.view(count, -1), bos)
 
 
@@ -40,28 +40,27 @@ def recipe(**changes: Any) -> RecoveryRecipe:
     return RecoveryRecipe(samples=6, held_out=2, epochs=3, **changes)
 
 
-shapes = pytest.mark.parametrize(("count", "length"), [(5, 1024), (3, 523), (4, 300), (6, 33), (1, 256), (2, 2)])
-begins = pytest.mark.parametrize("bos", [None, BOS])
+shapes = pytest.mark.parametrize(("count", "length"), [(5, 1024), (3, 523), (4, 300), (6, 33), (1, 256), (2, 3)])
+begins = pytest.mark.parametrize("bos", [(), BOS, (7, 9)])
 
 
 @shapes
 @begins
-def test_recutting_keeps_every_token_and_bos(count: int, length: int, bos: int | None) -> None:
+def test_recutting_keeps_every_token_and_bos(count: int, length: int, bos: tuple[int, ...]) -> None:
     ids = distinct(count, length, bos)
     found = recut(ids, bos, generator(3))
     assert found.shape == ids.shape
     assert torch.equal(found.flatten().sort().values, ids.flatten().sort().values)
-    if bos is not None:
-        assert (found[:, 0] == bos).all()
-        assert (found[:, 1:] != bos).all()
+    assert (found[:, : len(bos)] == torch.tensor(bos)).all()
+    assert not torch.isin(found[:, len(bos) :], torch.tensor(bos, dtype=torch.long)).any()
 
 
 @shapes
 @begins
-def test_segments_move_as_a_whole(count: int, length: int, bos: int | None) -> None:
+def test_segments_move_as_a_whole(count: int, length: int, bos: tuple[int, ...]) -> None:
     """Two neighbours in the text are neighbours still, except at the ends of segments and of the text."""
     ids = distinct(count, length, bos)
-    begin = int(bos is not None)
+    begin = len(bos)
     stream = recut(ids, bos, generator(1))[:, begin:].flatten()
     size = min(256, length - begin)
     breaks = int((stream[1:] - stream[:-1] != 1).sum())
@@ -69,13 +68,12 @@ def test_segments_move_as_a_whole(count: int, length: int, bos: int | None) -> N
 
 
 @begins
-def test_five_tokens_of_a_hundred_are_replaced_by_tokens_of_the_text(bos: int | None) -> None:
+def test_five_tokens_of_a_hundred_are_replaced_by_tokens_of_the_text(bos: tuple[int, ...]) -> None:
     ids = begin_windows(100 + torch.arange(100 * 1000).view(100, 1000) % 77, bos)
     found = replace_some(ids, bos, generator(2))
     assert set(found.unique().tolist()) == set(ids.unique().tolist())
-    if bos is not None:
-        assert (found[:, 0] == bos).all()
-        assert (found[:, 1:] != bos).all()
+    assert (found[:, : len(bos)] == torch.tensor(bos)).all()
+    assert not torch.isin(found[:, len(bos) :], torch.tensor(bos, dtype=torch.long)).any()
     share = float((found[:, -1000:] != ids[:, -1000:]).double().mean())
     # Drawn from 77 tokens, one in 77 is the token itself. Six standard deviations of 100,000 draws.
     assert share == pytest.approx(0.05 * 76 / 77, abs=6 * (0.05 * 0.95 / 100_000) ** 0.5)
@@ -83,7 +81,7 @@ def test_five_tokens_of_a_hundred_are_replaced_by_tokens_of_the_text(bos: int | 
 
 @shapes
 @begins
-def test_an_epoch_is_that_of_a_slow_reference(count: int, length: int, bos: int | None) -> None:
+def test_an_epoch_is_that_of_a_slow_reference(count: int, length: int, bos: tuple[int, ...]) -> None:
     ids = distinct(count, length, bos)
     sequences = Sequences(ids, bos, recipe(seed=5, batch=1))
     for epoch in range(3):
@@ -130,11 +128,11 @@ import hashlib, torch
 from thanos.recovery.recipe import RecoveryRecipe
 from thanos.recovery.sequences import Sequences
 ids = torch.arange(4 * 600).view(4, 600)
-one = Sequences(ids, None, RecoveryRecipe(samples=6, held_out=2, epochs=3))
+one = Sequences(ids, (), RecoveryRecipe(samples=6, held_out=2, epochs=3))
 print(hashlib.sha256(torch.stack([one[i]["ids"] for i in range(len(one))]).numpy().tobytes()).hexdigest())
 """
     there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
-    here = all_ids(Sequences(torch.arange(4 * 600).view(4, 600), None, recipe()))
+    here = all_ids(Sequences(torch.arange(4 * 600).view(4, 600), (), recipe()))
     assert there.stdout.strip() == hashlib.sha256(here.numpy().tobytes()).hexdigest()
 
 
@@ -156,10 +154,10 @@ def test_the_held_out_sequences_are_neither_trained_on_nor_varied(
     settled = settings(text_file, **VARIED)
     report = thanos.recover(pruned, tmp_path / "out2", dense=tiny_llama, recipe=settled)
     made = make_calibration(resolve_model(tiny_llama), settled.text, torch.device("cpu"), lambda event: None)
-    assert made.bos is not None
+    assert len(made.bos_ids) == 1
     count = settled.trained
     measured, trained = torch.cat(seen[False]), torch.cat(seen[True])
     assert torch.equal(measured, made.ids[count:].repeat(4, 1))
-    assert torch.equal(trained, all_ids(Sequences(made.ids[:count], made.bos, settled)))
-    assert (trained[:, 0] == made.bos).all()
+    assert torch.equal(trained, all_ids(Sequences(made.ids[:count], made.bos_ids, settled)))
+    assert (trained[:, 0] == made.bos_ids[0]).all()
     assert "dense" not in report.phases

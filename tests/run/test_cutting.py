@@ -302,7 +302,7 @@ def test_the_units_that_stay_are_the_nearest_multiple(count: int, share: float, 
 @pytest.mark.parametrize(
     ("count", "share", "multiple", "words"),
     [
-        (64, 0.2, 64, "nearest multiple of 64 is 64; there are only 64; change multiple_of"),
+        (64, 0.2, 64, "nearest multiple of 64 is 64; no multiple of it is between 0 and 64; lower multiple_of"),
         (1536, 0.01, 64, "from 64 to 1472 of them may remain; change sparsity or multiple_of"),
         (1536, 0.99, 64, "nearest multiple of 64 is 0"),
         (100, 0.001, 64, "; 64 of them may remain"),

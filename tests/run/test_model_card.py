@@ -307,3 +307,18 @@ def test_a_folder_named_like_a_hub_model_is_no_base_model(tmp_path: Path, monkey
     thanos.prune("models/llama", tmp_path / "out", recipe)
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "base_model" not in front_matter(card)
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({"bos_ids": []}, ""),
+        ({"bos_ids": [1]}, ", each window begun with the beginning-of-text token"),
+        ({"bos_ids": [7, 9]}, ", each window begun with the tokens 7, 9, as the tokenizer begins a text"),
+        ({"bos": None}, ""),  # pruning.json of earlier versions, which recover reads
+        ({"bos": 0}, ", each window begun with the beginning-of-text token"),
+    ],
+)
+def test_the_card_tells_how_windows_begin(entry: dict[str, Any], words: str) -> None:
+    card = model_card(report(calibration={**report().calibration, **entry}))
+    assert f"random-window, seed 42{words} |" in card

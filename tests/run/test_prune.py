@@ -153,11 +153,12 @@ def test_other_files_are_kept_and_other_formats_of_the_weights_are_not(
     (model / "README.md").write_text("the dense model's card")
     (model / "pytorch_model.bin").write_bytes(b"dense weights")
     (model / "model.onnx").write_bytes(b"dense weights")
+    (model / "M.GGUF").write_bytes(b"dense weights")
     thanos.prune(model, tmp_path / "out", recipe(text_file))
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert (tmp_path / "out/LICENSE").read_text() == "a license"
     assert "the dense model's card" not in (tmp_path / "out/README.md").read_text()
-    assert not names & {"pytorch_model.bin", "model.onnx"}
+    assert not names & {"pytorch_model.bin", "model.onnx", "M.GGUF"}
 
 
 def test_out_may_be_an_empty_folder_and_its_parents_are_made(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
@@ -284,7 +285,7 @@ def test_the_report_says_what_ran(plain, tiny_llama: Path, text_file: Path) -> N
         "samples": SAMPLES,
         "sequence_length": LENGTH,
         "tokens": SAMPLES * LENGTH,
-        "bos": 1,
+        "bos_ids": [1],
         "sha256": digest,
         "text_sha256": hashlib.sha256(text_file.read_bytes()).hexdigest(),
     }

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from sparse_matrices import DTYPES, SHAPES, assert_close, on, product, random_weight, sparse_weight
+from sparse_matrices import DTYPES, SHAPES, assert_close, on, product, random_weight, sparse_weight, tailed
 from thanos.sparse.encoding import encode
 from thanos.sparse.formats import decode
 from thanos.sparse.kernels import cpu, lacking
@@ -48,8 +48,9 @@ def test_the_product_is_that_of_the_dense_matrix(shape, dtype, tokens, device):
     draw = torch.Generator().manual_seed(1)
     x = torch.randn(tokens, shape[1], generator=draw).to(dtype)
     bias = torch.randn(shape[0], generator=draw).to(dtype)
-    for weight in (sparse_weight(*shape, dtype=dtype), random_weight(*shape, 0.6, dtype=dtype)):
-        packed = on(encode(weight), device)
+    random = random_weight(*shape, 0.6, dtype=dtype)
+    for weight, pack in ((sparse_weight(*shape, dtype=dtype), encode), (random, encode), (random, tailed)):
+        packed = on(pack(weight), device)
         by_library = device == "cuda" and tokens > device_settings(torch.cuda.get_device_name()).most_tokens
         for one in (None, bias):
             held = None if one is None else one.to(device)
@@ -113,8 +114,11 @@ needs_extension = pytest.mark.skipif(bool(cpu.lacking()), reason=cpu.lacking())
 def test_the_extension_and_the_plain_way_are_the_float64_product(shape, dot, dtype, monkeypatch):
     draw = torch.Generator().manual_seed(2)
     x, bias = torch.randn(3, shape[1], generator=draw).to(dtype), torch.randn(shape[0], generator=draw).to(dtype)
-    for weight in (sparse_weight(*shape, dtype=dtype), random_weight(*shape, 0.7, dtype=dtype)):
-        packed = encode(weight)
+    for weight, pack in (
+        (sparse_weight(*shape, dtype=dtype), encode),
+        (random_weight(*shape, 0.7, dtype=dtype), tailed),
+    ):
+        packed = pack(weight)
         got = cpu.linear(x, packed.words, packed.offsets, bias, shape[0], packed.spec.n, dot=dot)
         assert_close(got, weight, x, bias)
         with monkeypatch.context() as patch:
@@ -125,8 +129,7 @@ def test_the_extension_and_the_plain_way_are_the_float64_product(shape, dot, dty
 @needs_extension
 def test_the_extension_gives_a_token_the_same_bits_with_any_batch_and_threads():
     threads = torch.get_num_threads()
-    for weight in (sparse_weight(640, 1000), random_weight(640, 1000, 0.6)):
-        packed = encode(weight)
+    for packed in (encode(sparse_weight(640, 1000)), tailed(random_weight(640, 1000, 0.6))):
         x = torch.randn(cpu.MOST_TOKENS, 1000, generator=torch.Generator().manual_seed(6)).bfloat16()
         whole = product(packed, x)
         try:

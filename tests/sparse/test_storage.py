@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparse_matrices import random_weight, sparse_weight
+from sparse_matrices import random_weight, sparse_weight, tailed
 from thanos.checkpoint.layout import TensorSpec
 from thanos.errors import ModelError
 from thanos.sparse.encoding import encode
@@ -17,7 +17,7 @@ from thanos.sparse.formats import PackedWeight, decode
 from thanos.sparse.ops import packed_linear
 from thanos.sparse.storage import check_stored, check_weight, parse_settings, settings_of, tensor_specs
 
-PACKED = (encode(sparse_weight(40, 70)), encode(random_weight(64, 96, 0.6)), encode(sparse_weight(64, 96)))
+PACKED = (encode(sparse_weight(40, 70)), tailed(random_weight(64, 96, 0.6)), encode(sparse_weight(64, 96)))
 
 
 TAILED = next(packed for packed in PACKED if packed.offsets is not None)

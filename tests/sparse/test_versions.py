@@ -56,7 +56,7 @@ def test_a_folder_of_the_version_before_is_read_and_saved_in_this_one(tmp_path, 
     source, packed = save_pruned(tmp_path / "model"), tmp_path / "packed"
     pack(source, packed, least_weights=1)
     expected = logits(load(packed))
-    assert make_version_1(packed) > 2
+    assert make_version_1(packed) > 0
     model = load(packed)
     assert all(layer.spec.version == 2 for layer in packed_modules(model).values())
     assert torch.equal(logits(model), expected)

@@ -72,7 +72,7 @@ def test_records_say_where_bos_stood_and_older_ones_are_superseded(tmp_path: Pat
     assert plain.evaluation["bos"] == "none"
     assert begun.calibration is not None
     assert plain.calibration is not None
-    assert (begun.calibration["bos"], plain.calibration["bos"]) == (1, None)
+    assert (begun.calibration["bos_ids"], plain.calibration["bos_ids"]) == ([1], [])
     # What an older version measured: no bos in what was asked for.
     cell = next(cell for cell in study.cells if (cell.model, cell.method) == ("begun", "wanda"))
     old = replace(begun, asked=study.asked(cell), key=cell_key(public_cell(cell), study.asked(cell)))

@@ -484,7 +484,7 @@ def test_missing_texts_and_folders_are_named_before_the_work(tmp_path: Path, dat
         go(write(tmp_path, GRID), data, tmp_path / "out")
     head = HEAD.replace("prose.txt", "pydoc") + '[zero_shot]\ntasks = "x"\ntask_folder = "nowhere"\n'
     with pytest.raises(StudyError, match=r"my\.toml, line 8, \[zero_shot\] task_folder: nowhere is in none of"):
-        go(write(tmp_path, GRID, head), data, tmp_path / "out")
+        go(write(tmp_path, GRID + "zero_shot = true\n", head), data, tmp_path / "out")
 
 
 def test_models_and_calibration_texts_that_are_not_there_are_all_named_before_the_work(
@@ -549,7 +549,7 @@ def test_a_model_that_cannot_be_evaluated_is_refused_before_it_is_pruned(
 
 @pytest.mark.parametrize(("devices", "workers"), [([], 1), (["cpu"], 0), (["gpu"], 1)])
 def test_devices_are_checked(tmp_path: Path, data: Path, devices: list[str], workers: int) -> None:
-    with pytest.raises(UserError, match=r"nothing to run on|unknown"):
+    with pytest.raises(UserError, match=r"--devices names no device|--workers must be at least 1; got 0|unknown"):
         runner.run_study(write(tmp_path, GRID), tmp_path / "out", data=data, devices=devices, workers=workers)
 
 

@@ -19,10 +19,16 @@ GENERATION_BATCH = 16
 
 
 def generate(
-    model: PreTrainedModel, samples: int, length: int, seed: int, start: int, pad: int, emit: Callable[[Event], None]
+    model: PreTrainedModel,
+    samples: int,
+    length: int,
+    seed: int,
+    start: tuple[int, ...],
+    pad: int,
+    emit: Callable[[Event], None],
 ) -> Tensor:
-    """Sample sequences from the model at temperature 1. Each begins with the token ``start``: BOS, else end-of-text."""
-    prompts = torch.full((samples, 1), start)
+    """Sample sequences from the model at temperature 1. Each begins with the tokens ``start``: BOS, else end-of-text."""
+    prompts = torch.tensor(start).expand(samples, -1)
     return continue_prompts(model, prompts, length, seed, pad, GENERATION_BATCH, "calibration", emit)
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from thanos.calibration.text_files import SUFFIXES, find_files
 from thanos.calibration.text_rows import Note, Row, read_rows
 from thanos.errors import DataError
-from thanos.model.bos import added_bos
+from thanos.model.bos import bos_text
 from thanos.model.fingerprint import file_sha256
 from thanos.model.transformers_errors import first_line
 from thanos.system.extras import install_command, is_installed
@@ -165,9 +165,8 @@ def _file_rows(source: str, allowed: str, tokenizer: PreTrainedTokenizerBase | N
         rows.append(text)
         halves += found
     if halves:
-        note(
-            f"{source} holds {halves:,} halves of surrogate pairs, which are not characters; each was replaced by U+FFFD"
-        )
+        what = "1 half of a surrogate pair" if halves == 1 else f"{halves:,} halves of surrogate pairs"
+        note(f"{source} holds {what}; a half is not a character, so U+FFFD replaces it")
     return rows
 
 
@@ -186,7 +185,11 @@ def _rendered(messages: list[dict[str, Any]], source: str, tokenizer: PreTrained
             f"{source} holds a chat that the tokenizer's chat template refuses ({first_line(error)}); a message has role and "
             "content"
         ) from error
-    return text.removeprefix(str(tokenizer.bos_token)) if added_bos(tokenizer) is not None else text
+    if not text.strip():
+        raise DataError(
+            f"{source} holds a chat for which the tokenizer's chat template writes nothing; check its roles"
+        )
+    return text.removeprefix(bos_text(tokenizer))
 
 
 def text_sha256(source: str) -> str | None:

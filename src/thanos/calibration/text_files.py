@@ -129,5 +129,15 @@ def _meant(name: str, allowed: str = "") -> str:
         siblings = folder.iterdir() if name and folder.is_dir() else ()
         there = [each.name for each in siblings if _is_text(each) or (each.is_dir() and not each.name.startswith("."))]
         sets = allowed.split(", ") if allowed else []
-        return near(name, sets, OTHER_NAMES if sets else None) or near(Path(name).name, sorted(there))
+        alike = [
+            each for each in sorted(there) if near(_stem(name), [_stem(each)])
+        ]  # an ending alone resembles nothing
+        return near(name, sets, OTHER_NAMES if sets else None) or near(Path(name).name, alike)
     return ""
+
+
+def _stem(name: str) -> str:
+    """Return the name of a file without its folder and its ending."""
+    name = Path(name).name
+    ending = next((suffix for suffix in (".jsonl.gz", ".json.gz") if name.lower().endswith(suffix)), Path(name).suffix)
+    return name[: len(name) - len(ending)]

@@ -1,6 +1,7 @@
 """Rows of text in local files: plain text, JSON lines, JSON and parquet.
 
-If no column is named, the column is ``text``; else ``messages`` (chats); else the only column that holds strings.
+If no column is named, the column is ``text``; else ``messages`` or ``conversations`` (chats); else the only column that holds
+strings.
 """
 
 from __future__ import annotations
@@ -11,16 +12,16 @@ import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeGuard
 
+from thanos.calibration.chats import CHAT_COLUMNS, messages_of
 from thanos.errors import DataError
 from thanos.system.extras import install_command
 
 DEFAULT_COLUMN = "text"
-CHAT_COLUMN = "messages"
 
 Row = str | list[dict[str, Any]]
-"""A row: its text, or its chat, which is a list of messages with ``role`` and ``content``."""
+"""A row: its text, or its chat, which is a list of messages with ``role`` and ``content``, at least one."""
 
 Note = Callable[[str], None]
 """A function that is called with each note for the user."""
@@ -55,7 +56,9 @@ def read_rows(path: Path, column: str | None, note: Note) -> Iterator[Row]:
         line = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"text file {path} cannot be read: {line}") from error
     except UnicodeDecodeError as error:
-        raise DataError(f"text file {path} is not UTF-8: {error.reason} at byte {error.start}") from error
+        raise DataError(
+            f"text file {path} is not UTF-8: {error.reason} at byte {error.start}; save it as UTF-8"
+        ) from error
     if nulls:
         note(f"{path} has {nulls:,} {'row' if nulls == 1 else 'rows'} whose text is null, left out")
 
@@ -102,7 +105,9 @@ def _whole(path: Path, text: str) -> list[Any]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not valid JSON ({error}); it holds a list of rows, or one row a line") from error
+        raise DataError(
+            f"{path}: not valid JSON ({_fault(error)}); it holds a list of rows, or one row a line"
+        ) from error
     return value if isinstance(value, list) else [value]
 
 
@@ -111,9 +116,18 @@ def _parsed_lines(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, Any]]
         if not line.strip():
             continue
         try:
-            yield number, json.loads(line)
+            yield number, json.loads(line.strip())
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}, line {number}: not valid JSON ({error})") from error
+            raise DataError(
+                f"{path}, line {number}: not valid JSON ({_fault(error, line=False)}); correct the line"
+            ) from error
+
+
+def _fault(error: Exception, *, line: bool = True) -> str:
+    """Return what is wrong with JSON and where; ``line`` says whether the place is in a file of several lines."""
+    if not isinstance(error, json.JSONDecodeError):
+        return str(error)
+    return f"{error.msg} at {f'line {error.lineno}, ' if line else ''}column {error.colno}"
 
 
 def _column_of(
@@ -122,48 +136,62 @@ def _column_of(
     """Yield the column's value of each numbered row. If no column is named, the first row with a text decides it."""
     for number, row in rows:
         if column is None and isinstance(row, dict) and not _is_null(row):
-            kinds = {name: kind for name, value in row.items() if (kind := _kind(value))}
+            kinds = {name: kind for name, value in row.items() if (kind := _kind(name, value))}
             column = _choose(path, kinds, note)
         wanted = column or DEFAULT_COLUMN
         if isinstance(row, dict) and (_is_null(row) if column is None else row.get(column, "") is None):
             yield None
             continue
         value = row.get(wanted) if isinstance(row, dict) else None
-        if not isinstance(row, dict) or _kind(value) is None:
+        if not _is_row(value, wanted):
             raise DataError(f"{path}, {unit} {number}: no string under {wanted!r}; {_complaint(row, wanted)}")
-        yield cast(Row, value)
+        yield _row(value, f"{path}, {unit} {number}")
+
+
+def _is_row(value: Any, column: str) -> TypeGuard[str | list[Any]]:
+    return isinstance(value, str) or (isinstance(value, list) and column != DEFAULT_COLUMN)
+
+
+def _row(value: str | list[Any], place: str) -> Row:
+    """Return a row; a chat without messages is an empty text."""
+    return value if isinstance(value, str) else messages_of(value, place) or ""
 
 
 def _is_null(row: dict[str, Any]) -> bool:
     """Return whether a row has null instead of a text. Such a row does not determine the column."""
-    for usual in (DEFAULT_COLUMN, CHAT_COLUMN):
+    for usual in (DEFAULT_COLUMN, *CHAT_COLUMNS):
         if usual in row:
             return row[usual] is None
-    return None in row.values() and not any(map(_kind, row.values()))
+    return None in row.values() and not any(_kind(*item) for item in row.items())
 
 
-def _kind(value: Any) -> str | None:
+def _kind(name: str, value: Any) -> str | None:
     if isinstance(value, str):
         return "string"
-    is_chat = isinstance(value, list) and bool(value) and all(isinstance(each, dict) for each in value)
-    return "chat" if is_chat else None
+    return "chat" if isinstance(value, list) and name in CHAT_COLUMNS else None
 
 
 def _complaint(row: Any, column: str) -> str:
     if not isinstance(row, dict):
-        return "it is not an object"
+        return f'it is {_name_of(row)}, not an object such as {{"text": "…"}}'
     if column not in row:
         return f"there are {', '.join(map(repr, row)) or 'no columns'}; name one with FILE:COLUMN"
-    what = f"a JSON {type(row[column]).__name__}"
-    return f"it is {what}; remove such rows, or name another column with FILE:COLUMN"
+    return f"it is {_name_of(row[column])}; remove such rows, or name another column with FILE:COLUMN"
+
+
+def _name_of(value: Any) -> str:
+    """Return JSON's name for a kind of value."""
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
 
 
 def _choose(path: Path, kinds: dict[str, str], note: Note) -> str | None:
     """Return the column to read if none is named; None if the columns do not determine it."""
     if kinds.get(DEFAULT_COLUMN):
         return DEFAULT_COLUMN
-    if kinds.get(CHAT_COLUMN) == "chat":
-        return CHAT_COLUMN
+    for name in CHAT_COLUMNS:
+        if kinds.get(name) == "chat":
+            return name
     strings = [name for name, kind in kinds.items() if kind == "string"]
     if len(strings) != 1:
         return None
@@ -183,24 +211,24 @@ def _parquet_rows(path: Path, column: str | None, note: Note) -> Iterator[Row | 
     try:
         with parquet.ParquetFile(path) as file:
             schema = file.schema_arrow
-            kinds = {each.name: kind for each in schema if (kind := _arrow_kind(each.type))}
+            kinds = {each.name: kind for each in schema if (kind := _arrow_kind(each.name, each.type))}
             wanted = column or _choose(path, kinds, note) or DEFAULT_COLUMN
             if wanted not in schema.names:
                 named = ", ".join(schema.names)
                 raise DataError(f"{path} has no column {wanted!r}; there are {named}; name one with FILE:COLUMN")
-            for batch in file.iter_batches(columns=[wanted]):
-                for row in batch.column(0).to_pylist():
-                    if row is not None and _kind(row) is None:
-                        raise DataError(f"{path}: the column {wanted!r} holds something other than strings")
-                    yield row
+            values = (each for batch in file.iter_batches(columns=[wanted]) for each in batch.column(0).to_pylist())
+            for number, value in enumerate(values, 1):
+                if value is not None and not _is_row(value, wanted):
+                    raise DataError(f"{path}: the column {wanted!r} holds something other than strings")
+                yield None if value is None else _row(value, f"{path}, row {number}")
     except pyarrow.ArrowException as error:
         raise DataError(f"{path} is not a valid parquet file: {str(error).splitlines()[0]}") from error
 
 
-def _arrow_kind(kind: Any) -> str | None:
+def _arrow_kind(name: str, kind: Any) -> str | None:
     from pyarrow import types
 
     if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
         return "string"
     is_list = types.is_list(kind) or types.is_large_list(kind)
-    return "chat" if is_list and types.is_struct(kind.value_type) else None
+    return "chat" if is_list and name in CHAT_COLUMNS else None

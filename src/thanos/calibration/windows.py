@@ -46,7 +46,8 @@ class Calibration:
             of the caller.
         seed: seed of the random draw.
         documents: number of documents used.
-        bos: id of the beginning-of-text token (BOS) at the start of each window; None if the tokenizer adds none to texts.
+        bos_ids: ids of the tokens at the start of each window: those with which the tokenizer begins a text, mostly one, the
+            beginning-of-text token (BOS); empty if it adds none to texts.
     """
 
     ids: Tensor
@@ -54,7 +55,7 @@ class Calibration:
     rule: Rule
     seed: int
     documents: int
-    bos: int | None = None
+    bos_ids: tuple[int, ...] = ()
 
     @property
     def sha256(self) -> str:
@@ -84,7 +85,7 @@ class Calibration:
             "samples": samples,
             "sequence_length": length,
             "tokens": samples * length,
-            "bos": self.bos,
+            "bos_ids": list(self.bos_ids),
             "sha256": self.sha256,
         }
 
@@ -106,7 +107,7 @@ def build_calibration(
     If enough documents are longer than a window, each gives one random window; documents are tried in random order. Otherwise
     documents are packed: in their own order for seed 0, in an order drawn from the seed for other seeds. A single document is
     cut from its beginning for seed 0, from an offset drawn from the seed for other seeds. If the tokenizer begins texts with
-    a beginning-of-text token (BOS), BOS is the first token of each window, and the text fills the rest.
+    a beginning-of-text token (BOS), or several, each window begins with them, and the text fills the rest.
 
     Args:
         source: see :mod:`thanos.calibration.text`; ``self`` needs ``model``. Or the documents themselves.
@@ -124,10 +125,11 @@ def build_calibration(
     """
     check_positions(sequence_length, context_length)
     emit, bos = on_event or (lambda event: None), added_bos(tokenizer)
+    check_room(sequence_length, bos)
     if isinstance(source, str) and source == "self":
         if model is None:
             raise DataError("calibration 'self' needs the dense model")
-        start = end_of_text_id if bos is None else bos
+        start = bos or (end_of_text_id,)
         ids = generate(model, samples, sequence_length, seed, start, end_of_text_id, emit)
         return Calibration(ids, source, "generated", seed, 0, bos)
     if isinstance(source, str):
@@ -136,7 +138,7 @@ def build_calibration(
         )
     else:
         documents, source = [text for text in source if text.strip()], GIVEN_TEXTS
-    length = sequence_length if bos is None else sequence_length - 1  # tokens of text in a window
+    length = sequence_length - len(bos)  # tokens of text in a window
     windows = _random_windows(documents, tokenizer, samples, length, seed, emit)
     if windows is not None:
         return Calibration(begin_windows(windows, bos), source, "random-window", seed, samples, bos)
@@ -154,19 +156,32 @@ def build_calibration(
     return Calibration(windows, source, "packed", seed, used, bos)
 
 
-def begin_windows(text: Tensor, bos: int | None) -> Tensor:
-    """Return windows (n, T) int64: a BOS before each row of ``text`` (n, T − 1). If ``bos`` is None, return ``text``."""
-    if bos is None:
-        return text
-    return torch.cat([torch.full((len(text), 1), bos), text], dim=1)
+def begin_windows(text: Tensor, bos: tuple[int, ...]) -> Tensor:
+    """Return windows (n, T) int64: the b tokens ``bos`` before each row of ``text`` (n, T − b)."""
+    return torch.cat([torch.tensor(bos, dtype=text.dtype).expand(len(text), -1), text], dim=1)
+
+
+def check_room(sequence_length: int, bos: tuple[int, ...]) -> None:
+    """Raise DataError for windows that hold nothing but the tokens with which the tokenizer begins a text."""
+    if sequence_length <= len(bos):
+        raise DataError(
+            f"sequence_length {sequence_length} leaves no room for text: the tokenizer begins a text with {say_bos(bos)}; "
+            f"give {len(bos) + 1} or more"
+        )
+
+
+def say_bos(bos: tuple[int, ...]) -> str:
+    """Return words for the tokens with which a tokenizer begins a text: their number and their ids."""
+    what = "the beginning-of-text token" if len(bos) == 1 else f"{len(bos)} tokens"
+    return f"{what} ({', '.join(map(str, bos))})"
 
 
 def check_positions(sequence_length: int, context_length: int | None) -> None:
     """Raise DataError for windows that are longer than a model's number of positions; None for no limit."""
     if context_length is not None and sequence_length > context_length:
         raise DataError(
-            f"sequence_length {sequence_length} is beyond the model's {context_length} positions; give --sequence-length "
-            f"{context_length} or less"
+            f"sequence_length {sequence_length} is beyond the model's {context_length} positions; give {context_length} "
+            "or less"
         )
 
 
@@ -214,16 +229,25 @@ def _pack(
     return ids, used
 
 
+def besides_text(tokens: int) -> str:
+    """Return the end of an error line: how many tokens of a window are BOS and no text."""
+    if not tokens:
+        return ""
+    first = "first is the beginning-of-text token" if tokens == 1 else f"first {tokens} are the tokenizer's own"
+    return f", of which the {first}"
+
+
 def _check_length(source: str, tokens: int, samples: int, sequence_length: int, length: int) -> None:
-    besides = "" if length == sequence_length else ", of which the first is the beginning-of-text token"
+    besides = besides_text(sequence_length - length)
     if tokens < length:
         raise DataError(
-            f"calibration text {source} is shorter than one sequence: {tokens} tokens, but --sequence-length is "
-            f"{sequence_length}{besides}"
+            f"calibration text {source} is shorter than one sequence: {tokens} {'token' if tokens == 1 else 'tokens'}, but "
+            f"--sequence-length is {sequence_length}{besides}; lower --sequence-length, or give more text"
         )
     if tokens < samples * length:
         raise DataError(
-            f"calibration text {source} gives {tokens // length} windows of {sequence_length} tokens, but --samples is "
+            f"calibration text {source} gives {tokens // length} {'window' if tokens < 2 * length else 'windows'} of "
+            f"{sequence_length} tokens, but --samples is "
             f"{samples}; lower --samples or --sequence-length, or give more text"
         )
 

@@ -12,7 +12,12 @@ from typing import Any
 from thanos.errors import ModelError
 from thanos.system.extras import install_command
 
-_PART = re.compile(r"(.*)-(\d+)-of-(\d+)\.gguf$")
+_PART = re.compile(r"(.*)-(\d+)(-of-(\d+)\.gguf)", re.IGNORECASE)
+
+
+def is_gguf(path: str | Path) -> bool:
+    """Return whether a path has the ending of a GGUF file, in upper or lower case."""
+    return Path(path).suffix.lower() == ".gguf"
 
 
 def check_gguf(path: Path) -> Path:
@@ -27,7 +32,7 @@ def check_gguf(path: Path) -> Path:
     Raises:
         ModelError: the file is not GGUF, a part of it is missing, or a package is missing.
     """
-    if path.suffix != ".gguf":
+    if not is_gguf(path):
         raise ModelError(f"{path} is a file, but not a .gguf file; MODEL is a hub name, a local folder or a .gguf file")
     parts = gguf_parts(path)
     for part in parts:
@@ -45,12 +50,10 @@ def check_gguf(path: Path) -> Path:
 def gguf_parts(path: Path) -> tuple[Path, ...]:
     """Return all parts of a GGUF file by their names, such as ``m-00001-of-00003.gguf``; the file itself if it has one part."""
     named = _PART.fullmatch(path.name)
-    if named is None or int(named.group(3)) < 2:
+    if named is None or int(named.group(4)) < 2:
         return (path,)
-    stem, digits, count = named.group(1), len(named.group(2)), int(named.group(3))
-    return tuple(
-        path.with_name(f"{stem}-{number:0{digits}d}-of-{named.group(3)}.gguf") for number in range(1, count + 1)
-    )
+    stem, digits, count = named.group(1), len(named.group(2)), int(named.group(4))
+    return tuple(path.with_name(f"{stem}-{number:0{digits}d}{named.group(3)}") for number in range(1, count + 1))
 
 
 _PATCHING = threading.Lock()

@@ -15,6 +15,7 @@ _INDICES = (".safetensors.index.", ".bin.index.")
 
 def is_weight_file(name: str) -> bool:
     """Return whether a file holds weights in any format, or is an index of such files."""
+    name = name.lower()
     return name.endswith(_NOT_COPIED) or any(part in name for part in _INDICES)
 
 

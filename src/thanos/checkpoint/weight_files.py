@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,18 +37,19 @@ class WeightFiles:
     shard_of: dict[str, str]
 
 
-def find_weights(folder: Path, name: str | None = None) -> WeightFiles:
+def find_weights(folder: Path, name: str | None = None, *, listed: Collection[str] = ()) -> WeightFiles:
     """Return the files that hold the weights of a folder.
 
     Args:
         folder: holds ``model.safetensors``, or shards and ``model.safetensors.index.json``.
         name: name of the model, for messages; None for the folder.
+        listed: paths of the model's files on the hub, which the folder may not have yet. They count as files of the folder.
 
     Raises:
         ModelError: there are no weights, the index is not valid, transformers would read other files, or there is an adapter.
     """
     name = name or str(folder)
-    single, index = folder / SINGLE_NAME, folder / INDEX_NAME
+    single, index, there = folder / SINGLE_NAME, folder / INDEX_NAME, _names(folder, listed)
     for path in (single, index):
         if path.is_symlink() and not path.exists():
             raise ModelError(f"{path} is a link to a file that is not there; download or save it again")
@@ -55,15 +57,15 @@ def find_weights(folder: Path, name: str | None = None) -> WeightFiles:
         data = index.read_bytes()
         shard_of = parse_index(index, data)
         found = WeightFiles(tuple(dict.fromkeys(shard_of.values())), data, shard_of)
-    elif single.is_file():
+    elif SINGLE_NAME in there:
         found = WeightFiles((SINGLE_NAME,), None, {})
     else:
-        raise ModelError(_no_weights(folder, name))
+        raise ModelError(_no_weights(there, name))
     # transformers reads the file that the config names, else the single file, else the index.
-    if found.index is not None and single.is_file() and found.names != (SINGLE_NAME,):
+    if found.index is not None and SINGLE_NAME in there and found.names != (SINGLE_NAME,):
         raise ModelError(
             f"{name} holds weights twice: {INDEX_NAME} names {len(found.names)} other files, and transformers would read "
-            f"{SINGLE_NAME} instead; move the file that is not the model's to another folder"
+            f"{SINGLE_NAME} instead; {_from_hub(listed)}move the file that is not the model's to another folder"
         )
     stated = _stated_weights(folder)
     ours = SINGLE_NAME if found.index is None else INDEX_NAME
@@ -72,12 +74,12 @@ def find_weights(folder: Path, name: str | None = None) -> WeightFiles:
             f"{name}: config.json names the weights {stated!r} (transformers_weights), but the folder holds {ours}; remove "
             f"that line, or rename the file that is the model's to {ours}"
         )
-    adapter = _adapter(folder, found.names)
+    adapter = _adapter(folder, there, found.names)
     if adapter is not None:
         raise ModelError(
             f"{name} holds an adapter, {adapter}, and the base weights, {ours}: thanos ignores adapters, "
             "and transformers loads them if peft is installed; merge it first (peft's merge_and_unload, then save_pretrained), "
-            "or move the adapter's files away"
+            f"or {_from_hub(listed)}move the adapter's files away"
         )
     return found
 
@@ -109,15 +111,16 @@ def parse_index(path: Path, data: bytes) -> dict[str, str]:
     return shard_of
 
 
-def refuse_lone_adapter(folder: Path, name: str) -> None:
-    """Refuse a folder that holds an adapter and no base weights.
+def refuse_lone_adapter(folder: Path, name: str, *, listed: Collection[str] = ()) -> None:
+    """Refuse a folder that holds an adapter and no base weights; the arguments are those of :func:`find_weights`.
 
     Raises:
         ModelError: there is one; the message says how to merge it.
     """
-    if (folder / SINGLE_NAME).exists() or (folder / INDEX_NAME).exists():
+    there = _names(folder, listed)
+    if SINGLE_NAME in there or INDEX_NAME in there:
         return
-    adapter = _adapter(folder, ())
+    adapter = _adapter(folder, there, ())
     if adapter is not None:
         raise ModelError(
             f"{name} holds an adapter, {adapter}, without the model that it belongs to; merge it first: "
@@ -135,10 +138,26 @@ def _stated_weights(folder: Path) -> str | None:
         return None  # the error is raised where the config is read
 
 
-def _adapter(folder: Path, weights: Iterable[str]) -> str | None:
+def adapter_beside(file: Path) -> str | None:
+    """Return the name of an adapter's file in the folder of a file; None if there is none."""
+    return next((name for name in _ADAPTERS if (file.parent / name).exists()), None)
+
+
+def _names(folder: Path, listed: Collection[str]) -> set[str]:
+    """Return the names of the files in a folder, and of those that the hub lists for its root."""
+    here = folder.iterdir() if folder.is_dir() else ()
+    return {path.name for path in here if path.exists()} | {path for path in listed if "/" not in path}
+
+
+def _from_hub(listed: Collection[str]) -> str:
+    """Return the first step of a remedy for a model that is on the hub."""
+    return "download the model and " if listed else ""
+
+
+def _adapter(folder: Path, there: Collection[str], weights: Iterable[str]) -> str | None:
     """Return the name of a file that belongs to an adapter; None if there is none."""
     for name in _ADAPTERS:
-        if (folder / name).exists():
+        if name in there:
             return name
     for path in sorted(folder.glob("*.safetensors")):
         if path.name not in weights and any(part in key for key in _keys(path) for part in _LORA):
@@ -157,15 +176,15 @@ def _keys(path: Path) -> list[str]:
         return []
 
 
-def _no_weights(folder: Path, name: str) -> str:
+def _no_weights(there: Collection[str], name: str) -> str:
     """Return the error line for a folder without readable weights, with its files and a remedy."""
-    if any(file for glob in _PICKLES for file in folder.glob(glob)):
+    if any(fnmatch.filter(there, pattern) for pattern in _PICKLES):
         return (
             f"{name} holds its weights as pickle files, which can run any code when they are read; convert them "
             "where you trust them: AutoModelForCausalLM.from_pretrained(...).save_pretrained(..., safe_serialization)"
         )
     lacking = f"{name} has no weights: neither {SINGLE_NAME} nor {INDEX_NAME}"
-    others = sorted(path.name for path in folder.glob("*.safetensors*"))
+    others = sorted(fnmatch.filter(there, "*.safetensors*"))
     if not others:
         return lacking
     if any("-of-" in other and other.startswith("model-") for other in others):

@@ -12,7 +12,7 @@ from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
 
-from thanos.cli.options import NUMBERS, SETTINGS
+from thanos.cli.options import NUMBERS, SETTINGS, WORDS_TOO
 from thanos.errors import UserError
 from thanos.settings import Heading, words
 from thanos.system.ranks import is_main_process
@@ -181,7 +181,7 @@ class _Words:
         return _expanded(value)
 
     def _check_number(self, name: str, option: Any, value: str) -> None:
-        kind = NUMBERS.get(option.metavar)
+        kind = None if name in WORDS_TOO else NUMBERS.get(option.metavar)
         try:
             if kind is not None:
                 kind(value)

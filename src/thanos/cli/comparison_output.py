@@ -9,16 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from thanos.cli.tables import print_table
-from thanos.errors import ResourceError
+from thanos.errors import ResourceError, UserError
+from thanos.run.work_folder import holds_model, refuse_inside_model
 
 if TYPE_CHECKING:
     from thanos.comparison.document import Comparison
 
 
 def check_writable_folder(out: Path) -> None:
-    """Raise ResourceError, before the work begins, if ``out`` is a file or may not be written."""
+    """Raise UserError, before the work begins, if ``out`` is a file, is in a model's folder, or may not be written."""
     if out.exists() and not out.is_dir():
         raise ResourceError(f"--out {out} is a file; give a folder")
+    if holds_model(out):
+        raise UserError(f"--out {out} is the folder of a model; choose a folder outside it")
+    refuse_inside_model(out, "--out")
     there = next((folder for folder in (out, *out.resolve().parents) if folder.is_dir()), Path())
     if not os.access(there, os.W_OK):
         raise ResourceError(

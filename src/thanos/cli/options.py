@@ -20,6 +20,14 @@ NUMBERS = {"FRACTION": float, "RATE": float, "N": int, "TOKENS": int, "COLUMNS":
 
 SETTINGS, _WITH_OFF = settings_of(Recipe), flags_with_off(Recipe) | flags_with_off(RecoveryRecipe)
 
+WORDS_TOO = [
+    f"--{name.replace('_', '-')}"
+    for owner in (Recipe, RecoveryRecipe)
+    for name, (kind, _) in value_types(owner).items()
+    if kind is str
+]
+"""Options whose value may be a word, such as auto, whatever their metavar. The recipe checks it."""
+
 C = TypeVar("C", bound=Callable[..., None])
 
 

@@ -142,7 +142,7 @@ def show_evaluation(result: Evaluation, json_file: Path | None) -> None:
     rows = [
         ("perplexity", f"{result.perplexity:.4f}"),
         ("tokens scored", f"{result.tokens:,} in {result.windows} windows of {result.sequence_length}"),
-        ("beginning-of-text token", _BOS[result.bos]),
+        ("beginning-of-text token", _BOS[result.bos] + _several(result.bos_ids)),
         ("speed", f"{result.tokens_per_second:,.0f} tokens/s on {result.device}, {result.dtype}"),
     ]
     if result.kl_divergence is not None and result.top1_agreement is not None:
@@ -152,6 +152,11 @@ def show_evaluation(result: Evaluation, json_file: Path | None) -> None:
             ("same most probable token", f"{100 * result.top1_agreement:.2f} %"),
         ]
     show_rows(rows, result.to_dict(), json_file)
+
+
+def _several(bos_ids: list[int]) -> str:
+    """Return the end of a line that names the tokens with which a tokenizer begins a text, if there are several."""
+    return f" (the {len(bos_ids)} tokens {', '.join(map(str, bos_ids))})" if len(bos_ids) > 1 else ""
 
 
 def show_zero_shot(result: ZeroShot, json_file: Path | None) -> None:

@@ -33,8 +33,12 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     """
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--prompts {path} cannot be read: {error}") from error
+    except OSError as error:
+        raise DataError(f"--prompts {path} cannot be read: {error.strerror}; give a text file of prompts") from error
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"--prompts {path} is not UTF-8: {error.reason} at byte {error.start}; save it as UTF-8"
+        ) from error
     prompts = tuple(part.strip("\n") for part in re.split(r"\n[ \t]*\n", text) if part.strip())
     if not prompts:
         raise DataError(f"--prompts {path} contains no prompt; write at least one, separated by blank lines")

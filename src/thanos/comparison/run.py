@@ -169,6 +169,7 @@ class _Run:
             "sequence_length": request.sequence_length,
             "windows": len(reference.windows),
             "bos": reference.bos,
+            "bos_ids": list(reference.bos_ids),
             "context": request.context,
             "new_tokens": request.new_tokens,
             "compiled": request.compiled,

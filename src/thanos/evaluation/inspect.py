@@ -260,7 +260,7 @@ def _inspect_layer(layer: LinearLayer, stored: Tensor, wanted: Pattern | None) -
     zero_columns = rest.all(0) if len(rest) else zero.new_zeros(columns)
     shown = map(parse_pattern, example_patterns(required=True))
     looked_for: dict[Pattern, None] = dict.fromkeys((*shown, *([wanted] if wanted else [])))
-    found = LayerInspection(
+    inspection = LayerInspection(
         name=layer.name,
         shape=(rows, columns),
         dtype=str(stored.dtype).removeprefix("torch."),
@@ -270,7 +270,7 @@ def _inspect_layer(layer: LinearLayer, stored: Tensor, wanted: Pattern | None) -
         outlier_rows=int(dense_rows.sum()),
         zero_columns=int(zero_columns.sum()),
     )
-    return found, wanted.violation(zero) if wanted else ""
+    return inspection, wanted.violation(zero) if wanted else ""
 
 
 def _in_model_order(

@@ -18,7 +18,7 @@ from thanos.errors import DataError, NumericsError, resource_errors
 from thanos.evaluation.scoring import Reference, score
 from thanos.evaluation.windows import check_window, cut_windows, decide_bos
 from thanos.events import Event
-from thanos.model.bos import Bos, check_bos
+from thanos.model.bos import Bos, check_bos, ids_at
 from thanos.model.loading import load_model, parse_dtype
 from thanos.model.source import find_local, resolve_model
 from thanos.system.device import choose_device
@@ -43,8 +43,9 @@ class Evaluation(Document):
         sequence_length: tokens per window.
         bos: position of the beginning-of-text token: ``window`` (start of each window), ``text`` (start of the text only) or
             ``none`` (the tokenizer adds none).
+        bos_ids: ids of the tokens at this position: one, or several if the tokenizer begins a text with several.
         windows: number of windows.
-        tokens: number of tokens scored, sequence_length − 1 per window.
+        tokens: number of tokens scored: sequence_length − 1 per window, less further tokens of BOS.
         perplexity: exp of the mean loss.
         mean_loss: nats per token.
         dense: the dense model, as the user named it; None without one.
@@ -64,6 +65,7 @@ class Evaluation(Document):
     text_sha256: str
     sequence_length: int
     bos: Bos
+    bos_ids: list[int]
     windows: int
     tokens: int
     perplexity: float
@@ -101,8 +103,9 @@ def evaluate(
     cut into windows that do not overlap; the remainder is left out. All tokens of a window except the first are predicted.
     The perplexity is the exponential of the mean loss over all windows. Log-probabilities are float32.
 
-    If the tokenizer adds a beginning-of-text token (BOS), it is at the start of the text only, or at the start of each window
-    (``bos``). In the second case a window has sequence_length − 1 tokens of the text. BOS is never predicted.
+    If the tokenizer begins a text with a beginning-of-text token (BOS) or with several, they are at the start of the text only,
+    or at the start of each window (``bos``). In the second case tokens of the text fill the rest of a window. BOS is never
+    predicted.
 
     Args:
         model: a hub name, a local folder or a ``.gguf`` file.
@@ -156,7 +159,8 @@ def evaluate(
             chosen = choose_bos(bos, joined, tokenizer, other or network, sequence_length, emit, max_windows)
             windows = cut_windows(joined, tokenizer, network, text, sequence_length, max_windows, chosen)
             name = None if dense is None else str(dense)
-            reference = Reference(text=text, windows=windows, dense=name, model=other, bos=chosen)
+            ids = ids_at(chosen, tokenizer)
+            reference = Reference(text=text, windows=windows, dense=name, model=other, bos=chosen, bos_ids=ids)
         reference.check(network)
         began = time.perf_counter()
         sums = score(network, reference, emit)
@@ -171,7 +175,7 @@ def _evaluation(
 
     where, compared = network.device, reference.model is not None
     count, length = reference.windows.shape
-    tokens = count * (length - 1)
+    tokens = reference.tokens
     loss = sums[0] / tokens
     return Evaluation(
         model=model,
@@ -179,6 +183,7 @@ def _evaluation(
         text_sha256=reference.sha256,
         sequence_length=length,
         bos=reference.bos,
+        bos_ids=list(reference.bos_ids),
         windows=count,
         tokens=tokens,
         perplexity=_perplexity(loss),
@@ -216,11 +221,11 @@ def choose_bos(
     BOS, or if the windows do not fit the model.
     """
 
-    def mean_loss(windows: Tensor) -> float | None:
-        tried = Reference(text="", windows=windows)
+    def mean_loss(windows: Tensor, bos: tuple[int, ...]) -> float | None:
+        tried = Reference(text="", windows=windows, bos="window" if bos else "none", bos_ids=bos)
         tried.check(model)
         try:
-            return score(model, tried, lambda event: None)[0] / (len(windows) * (sequence_length - 1))
+            return score(model, tried, lambda event: None)[0] / tried.tokens
         except NumericsError:  # scoring the whole text reports it with the window's index
             return None
 

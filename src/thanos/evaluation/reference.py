@@ -9,6 +9,7 @@ from thanos.evaluation.perplexity import choose_bos, joined_text
 from thanos.evaluation.scoring import Reference
 from thanos.evaluation.windows import cut_windows
 from thanos.events import Event
+from thanos.model.bos import ids_at
 from thanos.model.source import ModelSource
 
 if TYPE_CHECKING:
@@ -45,4 +46,4 @@ def make_reference(
     joined = joined_text(text, tokenizer, emit)
     chosen = choose_bos(bos, joined, tokenizer, network, sequence_length, emit)
     windows = cut_windows(joined, tokenizer, network, name, sequence_length, max_windows, chosen)
-    return Reference(text=name, windows=windows, bos=chosen)
+    return Reference(text=name, windows=windows, bos=chosen, bos_ids=ids_at(chosen, tokenizer))

@@ -49,6 +49,7 @@ class Reference:
             all windows fit, they are kept, and only the head runs again for the next model, with identical results. Otherwise
             the whole dense model runs again.
         bos: position of the beginning-of-text token in the windows.
+        bos_ids: ids of the token, or of the several tokens, that stand there; they are not scored.
     """
 
     text: str
@@ -57,6 +58,7 @@ class Reference:
     model: PreTrainedModel | None = None
     keep_bytes: int = 0
     bos: Bos = "text"
+    bos_ids: tuple[int, ...] = ()
     # (index of the first window, number of windows) → the decoder's outputs, of this dense model only.
     _kept: dict[tuple[int, int], Any] = field(default_factory=dict, init=False, repr=False)
 
@@ -64,6 +66,17 @@ class Reference:
     def sha256(self) -> str:
         """The hash of the windows' token ids (little-endian int64)."""
         return hashlib.sha256(self.windows.numpy().astype("<i8").tobytes()).hexdigest()
+
+    @property
+    def tokens(self) -> int:
+        """Return the number of tokens that are scored: all but the first of each window, and but BOS."""
+        count, length = self.windows.shape
+        return sum(length - self.first_scored(index) for index in range(count))
+
+    def first_scored(self, index: int) -> int:
+        """Return the position of the first token that is scored in the window with this index."""
+        begun = self.bos == "window" or (self.bos == "text" and index == 0)
+        return max(1, len(self.bos_ids)) if begun else 1
 
     def check(self, model: PreTrainedModel) -> None:
         """Raise DataError if the windows are too long for ``model`` or the dense model, or contain ids outside a vocabulary."""
@@ -188,7 +201,7 @@ def _score_batch(model: PreTrainedModel, reference: Reference, first: int, ids: 
     length, chunk = ids.shape[1], _SCORED_POSITIONS.get(ids.device.type, _SCORED_POSITIONS["cpu"])
     sums = torch.zeros(len(ids), 4, dtype=torch.float64, device=ids.device)
     for row in range(len(ids)):
-        for start in range(0, length - 1, chunk):
+        for start in range(reference.first_scored(first + row) - 1, length - 1, chunk):
             stop = min(start + chunk, length - 1)
             part = None if dense is None else dense[row, start:stop]
             sums[row] += _score_chunk(logits[row, start:stop], part, ids[row, start + 1 : stop + 1])

@@ -61,8 +61,8 @@ class ZeroShot(Document):
         dtype: dtype in which the model runs.
         device: device on which the model runs.
         versions: versions of thanos, lm_eval, torch and transformers.
-        bos: ``window`` if lm_eval added a beginning-of-text token before each request (its ``add_bos_token``); ``text`` if each
-            request began as the tokenizer begins a text.
+        bos: ``window`` if lm_eval made the tokenizer begin each request as a text (its ``add_bos_token``); ``text`` if that was
+            left to the tokenizer. A request without a context has one token before it either way: lm_eval knows no more.
         schema: version of this format.
     """
 
@@ -102,8 +102,8 @@ def zero_shot(
         limit: largest number of documents per task, from the first on; None for all.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``.
-        bos: ``window``: lm_eval adds a beginning-of-text token before each request, which needs a tokenizer that adds it to
-            texts. ``auto``, ``text``: a request begins as the tokenizer begins a text.
+        bos: ``window``: lm_eval makes the tokenizer begin each request as a text (``add_bos_token``), with one token or with
+            several, which needs a tokenizer that adds them to texts. ``auto``, ``text``: this is left to the tokenizer.
         cache: read earlier scores from :func:`~thanos.evaluation.score_cache.cache_folder`, and write new ones there.
         on_event: function called with events of progress.
         trust_remote_code: let transformers run Python code from the checkpoint.
@@ -162,8 +162,8 @@ def zero_shot(
 
 def task_names(names: Sequence[str]) -> tuple[str, ...]:
     """Return the tasks that a user named, each once; ``paper`` and ``default`` stand for :data:`PAPER_TASKS`."""
-    found = [PAPER_TASKS if name.strip() in ("paper", "default") else (name.strip(),) for name in names]
-    return tuple(dict.fromkeys(itertools.chain.from_iterable(found)))
+    expanded = [PAPER_TASKS if name.strip() in ("paper", "default") else (name.strip(),) for name in names]
+    return tuple(dict.fromkeys(itertools.chain.from_iterable(expanded)))
 
 
 def check_tasks(tasks: Sequence[str], task_folder: str | Path | None = None) -> None:
@@ -194,21 +194,21 @@ def _check_task_words(tasks: Sequence[str], task_folder: str | Path | None) -> N
 def _checked_source(model: str | Path, add_bos: bool, *, trust_remote_code: bool) -> ModelSource:
     """Find a model, and check its config and tokenizer."""
     source = resolve_model(model, trust_remote_code=trust_remote_code, packed=True)
-    if added_bos(source.tokenizer()) is None and add_bos:
-        raise DataError(f"the tokenizer of {source.name} adds no beginning-of-text token; leave out bos 'window'")
+    if not added_bos(source.tokenizer()) and add_bos:
+        raise DataError(f"the tokenizer of {source.name} adds no beginning-of-text token; leave out --bos")
     return source
 
 
 def average(scores: Sequence[dict[str, Any]]) -> dict[str, float | None]:
     """Return the unweighted mean of each metric over the tasks that have it, with its standard error √(Σ s²)/n."""
-    found: dict[str, float | None] = {}
+    means: dict[str, float | None] = {}
     for metric in _METRICS:
         values = [(score[metric], score[f"{metric}_stderr"]) for score in scores if score[metric] is not None]
         errors = [error for _, error in values]
-        found[metric] = sum(value for value, _ in values) / len(values) if values else None
+        means[metric] = sum(value for value, _ in values) / len(values) if values else None
         known = bool(errors) and None not in errors
-        found[f"{metric}_stderr"] = math.hypot(*errors) / len(errors) if known else None
-    return found
+        means[f"{metric}_stderr"] = math.hypot(*errors) / len(errors) if known else None
+    return means
 
 
 def _versions() -> dict[str, str]:
@@ -248,13 +248,13 @@ def _manager(task_folder: str | None, *, defaults: bool = True) -> Any:
 def _load_tasks(tasks: tuple[str, ...], task_folder: str | None) -> dict[str, Any]:
     """Return name → task with its data, for names of tasks, tags or groups. The result is cached for the next model."""
     try:
-        found = _register(tasks, task_folder).load(list(tasks))["tasks"]
+        loaded = _register(tasks, task_folder).load(list(tasks))["tasks"]
     except Exception as error:  # datasets raises errors of many types
         raise DataError(
             f"the data of {', '.join(tasks)} cannot be loaded ({first_line(error)}); without a network use local tasks: "
             "--task-folder DIR with lm_eval's YAML files, and their names as --tasks"
         ) from error
-    return {name: keep_requests(task) for name, task in found.items()}
+    return {name: keep_requests(task) for name, task in loaded.items()}
 
 
 def _score(
@@ -278,10 +278,10 @@ def _score(
     model = wrap(network, source.tokenizer(), on_event or (lambda event: None), bos=bos)
     chosen = {"tasks": {task.config.task: task for task in tasks}, "groups": {}}
     with resource_errors(device=where), templates_compiled_once():
-        found = lm_eval.evaluate(model, chosen, limit=limit, log_samples=False)  # type: ignore[arg-type]
-    assert found is not None
-    results: Any = found.get("results")
-    counts: Any = found.get("n-samples")
+        output = lm_eval.evaluate(model, chosen, limit=limit, log_samples=False)  # type: ignore[arg-type]
+    assert output is not None
+    results: Any = output.get("results")
+    counts: Any = output.get("n-samples")
     scores = {}
     for task in tasks:
         name = task.config.task

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from thanos.calibration.windows import begin_windows, check_positions
+from thanos.calibration.windows import begin_windows, besides_text, check_positions, check_room
 from thanos.errors import DataError
-from thanos.model.bos import Bos, added_bos, defined_bos, plain_ids, without_bos
+from thanos.model.bos import Bos, added_bos, plain_ids, window_bos, without_bos
 from thanos.model.loading import check_token_ids, context_length
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def decide_bos(
     text: str,
     tokenizer: PreTrainedTokenizerBase,
     sequence_length: int,
-    mean_loss: Callable[[Tensor], float | None],
+    mean_loss: Callable[[Tensor, tuple[int, ...]], float | None],
     note: Callable[[str], None],
     max_windows: int | None = None,
 ) -> Bos:
@@ -47,19 +47,21 @@ def decide_bos(
         text: the text of the evaluation.
         tokenizer: tokenizer of the model.
         sequence_length: tokens per window, T.
-        mean_loss: function that returns the loss of windows (n, T) in nats per token; None if it cannot score them.
+        mean_loss: function of windows (n, T) and of the tokens with which each begins. It returns the loss in nats per token,
+            without these tokens; None if it cannot score the windows.
         note: function called with a line that states both perplexities.
         max_windows: largest number of windows of the evaluation; None for all.
 
     Raises:
-        DataError: ``asked`` is ``window``, and the tokenizer defines no BOS.
+        DataError: ``asked`` is ``window``, and the tokenizer has no BOS; or BOS fills a window.
     """
-    bos = added_bos(tokenizer)
-    if asked == "window" and defined_bos(tokenizer) is None:
+    bos = window_bos(tokenizer) if asked == "window" else added_bos(tokenizer)
+    if not bos and asked == "window":
         raise DataError(
-            "bos 'window' asks for a beginning-of-text token, which the tokenizer does not have; leave it out"
+            "--bos: window asks for a beginning-of-text token, which the tokenizer does not have; leave it out"
         )
-    if bos is None and asked != "window":
+    check_room(sequence_length, bos)
+    if not bos:
         return "none"
     if asked != "auto":
         return "window" if asked == "window" else "text"
@@ -71,9 +73,10 @@ def decide_bos(
     count = min(len(ids) // length, most)
     if count < 2:  # the same holds here
         return "text"
-    without = torch.tensor([bos, *ids])[: count * length].view(count, length)
-    with_bos = begin_windows(torch.tensor(ids)[: count * (length - 1)].view(count, length - 1), bos)
-    losses = mean_loss(without[1:]), mean_loss(with_bos[1:])
+    room = length - len(bos)
+    without = torch.tensor([*bos, *ids])[: count * length].view(count, length)
+    with_bos = begin_windows(torch.tensor(ids)[: count * room].view(count, room), bos)
+    losses = mean_loss(without[1:], ()), mean_loss(with_bos[1:], bos)
     if losses[0] is None or losses[1] is None:
         return "text"
     choice: Bos = "window" if losses[1] <= losses[0] + math.log(LOWER) else "text"
@@ -96,22 +99,22 @@ def cut_windows(
 ) -> Tensor:
     """Tokenise a text once and cut it into windows, (windows, sequence_length) int64.
 
-    If ``bos`` is ``window``, each window consists of BOS and sequence_length − 1 tokens of the text. Otherwise the tokenizer's
-    output is cut unchanged.
+    If ``bos`` is ``window``, each window consists of BOS (one token or several) and tokens of the text. Otherwise the
+    tokenizer's output is cut unchanged.
 
     Raises:
         DataError: the text is shorter than one window, or a window is longer than the model's number of positions.
     """
     check_window(sequence_length, model.config)
-    begin = defined_bos(tokenizer) if bos == "window" else None
+    begin = window_bos(tokenizer) if bos == "window" else ()
     ids = _ids(text, tokenizer, begin)
-    length = sequence_length if begin is None else sequence_length - 1  # tokens of the text per window
+    length = sequence_length - len(begin)  # tokens of the text per window
     count = len(ids) // length
     if count == 0:
-        begins = "" if begin is None else ", of which the first is the beginning-of-text token"
+        begins = besides_text(len(begin))
         raise DataError(
-            f"the text {name} has {len(ids)} tokens, fewer than one window of {sequence_length}{begins}; lower "
-            "--sequence-length"
+            f"the text {name} has {len(ids)} {'token' if len(ids) == 1 else 'tokens'}, fewer than one window of "
+            f"{sequence_length}{begins}; lower --sequence-length"
         )
     count = min(count, max_windows or count)
     windows = begin_windows(ids[: count * length].view(count, length), begin)
@@ -119,13 +122,14 @@ def cut_windows(
     return windows
 
 
-def _ids(text: str, tokenizer: PreTrainedTokenizerBase, begin: int | None) -> Tensor:
-    if begin is not None:
+def _ids(text: str, tokenizer: PreTrainedTokenizerBase, begin: tuple[int, ...]) -> Tensor:
+    if begin:
         return torch.tensor(without_bos(plain_ids(tokenizer, text), begin))
     ids: list[int] = tokenizer(text, verbose=False)["input_ids"]  # type: ignore[assignment]
     # If the text itself begins with BOS, the tokenizer has added a second one.
-    twice = len(ids) > 1 and ids[0] == ids[1] and ids[0] == added_bos(tokenizer)
-    return torch.tensor(ids[1:] if twice else ids)
+    bos = added_bos(tokenizer)
+    twice = bool(bos) and tuple(ids[: 2 * len(bos)]) == 2 * bos
+    return torch.tensor(ids[len(bos) :] if twice else ids)
 
 
 def check_window(sequence_length: int, config: PreTrainedConfig) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from thanos.checkpoint.gguf_files import describe_split_file, require_packages
 from thanos.checkpoint.reader import SafetensorsCheckpoint
+from thanos.checkpoint.weight_files import adapter_beside
 from thanos.errors import DataError, ModelError, is_out_of_memory
 from thanos.model.gguf_mapping import gguf_checkpoint
 from thanos.model.meta_model import build_fused_model, tensor_owners
@@ -49,6 +50,11 @@ def load_model(
         loaded = _load_gguf(source, dtype, torch.device(device))
         if loaded is not None:
             return loaded
+        if adapter := adapter_beside(source.gguf):
+            raise ModelError(
+                f"{source.name}: transformers has to load this file, and where peft is installed, it would apply the adapter "
+                f"beside it too, {adapter}; move the file into a folder of its own"
+            )
         arguments = {"config": source.config()}  # read once, because reading it from a GGUF file takes seconds
     else:
         SafetensorsCheckpoint(source.folder)

@@ -12,6 +12,7 @@ from thanos.checkpoint.cast import in_dtype
 from thanos.checkpoint.in_memory import LoadedCheckpoint
 from thanos.checkpoint.layout import Checkpoint
 from thanos.checkpoint.reader import SafetensorsCheckpoint
+from thanos.checkpoint.weight_files import adapter_beside
 from thanos.errors import ModelError
 from thanos.model.experts import Experts
 from thanos.model.gguf_mapping import BY_BLOCK, gguf_checkpoint, untied_note
@@ -121,6 +122,9 @@ def _gguf_notes(source: ModelSource, *, whole: bool) -> list[str]:
                 f"{', '.join(BY_BLOCK)}"
             )
         notes.append(f"transformers loads this GGUF file whole, in float32: {why}")
+    assert source.gguf is not None
+    if adapter := adapter_beside(source.gguf):
+        notes.append(f"the adapter beside {source.gguf.name}, {adapter}, is not applied: a GGUF file is read by itself")
     if note := untied_note(header):
         notes.append(note)
     return notes

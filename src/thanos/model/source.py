@@ -6,14 +6,15 @@ import copy
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from thanos.checkpoint.gguf_files import check_gguf, gguf_parts, quick_reader
+from thanos.checkpoint.gguf_files import check_gguf, gguf_parts, is_gguf, quick_reader
 from thanos.checkpoint.gguf_header import GGUFHeader, read_headers
-from thanos.checkpoint.weight_files import find_weights, refuse_lone_adapter
+from thanos.checkpoint.weight_files import WeightFiles, find_weights, refuse_lone_adapter
 from thanos.errors import ModelError
 from thanos.model.gguf_config import complete_config
 from thanos.model.hub import download
@@ -176,8 +177,11 @@ def resolve_model(model: str | Path, *, trust_remote_code: bool = False, packed:
     source = find_local(model, trust_remote_code=trust_remote_code, packed=packed)
     if source is None:
         name = model_name(model)
-        source = ModelSource(name, download(name, code=trust_remote_code), None, trust_remote_code)
-        _check_folder(source, packed=packed)
+
+        def check(folder: Path, listed: list[str]) -> WeightFiles:
+            return _check_folder(ModelSource(name, folder, None, trust_remote_code), packed=packed, listed=listed)
+
+        source = ModelSource(name, download(name, code=trust_remote_code, check=check), None, trust_remote_code)
     _check_causal(source)
     return source
 
@@ -204,23 +208,24 @@ def find_local(
 
 
 def _looks_like_path(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or name.endswith(".gguf") or name.count("/") > 1 or os.sep * 2 in name
+    return name.startswith((".", "/", "~")) or is_gguf(name) or name.count("/") > 1 or os.sep * 2 in name
 
 
-def _check_folder(source: ModelSource, *, packed: bool) -> None:
+def _check_folder(source: ModelSource, *, packed: bool, listed: Sequence[str] = ()) -> WeightFiles:
+    """Refuse a folder without a model that can be pruned; return its weights. ``listed`` is as for :func:`find_weights`."""
     folder = source.folder
-    refuse_lone_adapter(folder, source.name)
+    refuse_lone_adapter(folder, source.name, listed=listed)
     if not (folder / "config.json").is_file():
-        ggufs = sorted(folder.glob("*.gguf"))
-        hint = f"; name the file itself, for example {ggufs[0]}" if ggufs else "; it is not a Hugging Face model folder"
-        raise ModelError(f"{source.name} has no config.json{hint}")
-    find_weights(folder, source.name)
+        raise ModelError(f"{source.name} has no config.json; {_instead_of_config(folder, listed)}")
+    found = find_weights(folder, source.name, listed=listed)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise ValueError("not an object")
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{source.name}/config.json is not valid JSON: {error}") from error
+        raise ModelError(
+            f"{source.name}/config.json is not valid JSON: {error}; correct it, or download it again"
+        ) from error
     if source.is_packed:
         if not packed:
             raise ModelError(f"{source.name} is packed; give the dense model: thanos unpack {source.name} OUT")
@@ -237,6 +242,16 @@ def _check_folder(source: ModelSource, *, packed: bool) -> None:
             f"{source.name} needs Python code that comes with the checkpoint; read that code, then allow it with "
             "--trust-remote-code"
         )
+    return found
+
+
+def _instead_of_config(folder: Path, listed: Sequence[str]) -> str:
+    """Return what to do with a folder without a config: give the GGUF file that lies there, if there is one."""
+    if here := sorted(path for path in folder.iterdir() if is_gguf(path)):
+        return f"name the file itself, for example {here[0]}"
+    if there := sorted(path for path in listed if is_gguf(path)):
+        return f"download one of its GGUF files, such as {there[0]}, and give that file"
+    return "it is not a Hugging Face model folder"
 
 
 def _is_native(name: str, kind: Any) -> bool:

@@ -137,12 +137,7 @@ class Recipe(LayerRecipe):
         default="one in 16",
     )
     tune_rate: float = setting(
-        TUNE_RATE,
-        "Peak learning rate of the tuning, as a share of the root mean square of the block's weights",
-        Heading.REPAIR,
-        "RATE",
-        above=0,
-        highest=1,
+        TUNE_RATE, "Peak rate of tuning, over the weights' root mean square", Heading.REPAIR, "RATE", above=0, highest=1
     )
     tune_loss: str = setting(
         TUNE_LOSSES[0],

@@ -83,10 +83,10 @@ class SplitModel:
         They are looked up at each call, since a sharded model has other parameter objects inside its forward pass.
         """
         inside = set(self._decoder.modules())
-        found = {
+        parameters = {
             id(p): p for m in self._model.modules() if m not in inside for p in m._parameters.values() if p is not None
         }
-        return list(found.values())
+        return list(parameters.values())
 
     def release_decoder(self) -> None:
         """Free the decoder's weights, except those that the head shares. Afterwards only :meth:`logits` can run."""

@@ -1,7 +1,7 @@
-"""Text that the dense model generates for the training, in addition to the calibration text.
+"""Sequences that the dense model generates for the training, in addition to those of the calibration text.
 
-A model learns few sequences by heart. The dense model can generate as many more as are wanted: it continues pieces of the
-calibration text. What it predicts is the right answer for any text, so also for its own.
+The model overfits to few sequences. The dense model can generate any number of further ones, as continuations of pieces of the
+calibration text. The target is the dense model's prediction, which exists for any text.
 """
 
 from __future__ import annotations
@@ -29,34 +29,40 @@ _BATCH = {"cpu": 16, "cuda": 2048}
 
 
 def generate_sequences(
-    model: PreTrainedModel, ids: Tensor, bos: int | None, count: int, seed: int, pad: int, emit: Callable[[Event], None]
+    model: PreTrainedModel,
+    ids: Tensor,
+    bos: tuple[int, ...],
+    count: int,
+    seed: int,
+    pad: int,
+    emit: Callable[[Event], None],
 ) -> Tensor:
-    """Return sequences of continued pieces of a text.
+    """Return sequences that consist of continued pieces of a text.
 
-    Each piece begins with :data:`PROMPT` tokens from a random place of the text, or with half a segment if that is shorter.
+    A piece begins with :data:`PROMPT` tokens from a random position of the text, or with half a segment if that is shorter.
 
     Args:
         model: the dense model.
         ids: token ids of the text, (n, T) int64, on the CPU.
-        bos: id of the token with which each sequence begins; None without one.
+        bos: ids of the tokens with which each sequence, and each piece that is continued, begins; empty without any.
         count: number of sequences to generate.
-        seed: seed of the places and of the samples.
+        seed: seed of the positions and of the sampled tokens.
         pad: any token id.
-        emit: function that is called with the progress.
+        emit: function that is called with events of progress.
 
     Returns:
         Token ids, (count, T) int64, on the CPU.
     """
-    text = ids if bos is None else ids[:, 1:]
+    text = ids[:, len(bos) :]
     width = text.shape[1]
     segment = min(SEGMENT, width)
-    prompt = max(1 if bos is None else 0, min(PROMPT, segment // 2))  # BOS alone is a prompt, too
+    prompt = max(0 if bos else 1, min(PROMPT, segment // 2))  # BOS alone is a prompt, too
     pieces = math.ceil(count * width / segment)
     draw = torch.Generator().manual_seed(seed)
     rows = torch.randint(len(text), (pieces, 1), generator=draw)
     columns = torch.randint(width - prompt + 1, (pieces, 1), generator=draw) + torch.arange(prompt)
     begun = begin_windows(text[rows, columns], bos)
-    length = segment + (bos is not None)
+    length = len(bos) + segment
     made, batch = None, _BATCH[model.device.type]
     while made is None:
         try:
@@ -67,5 +73,4 @@ def generate_sequences(
         if made is None:  # outside the except block, where the error's traceback still refers to tensors
             torch.cuda.empty_cache()
             batch //= 2
-    text_only = made if bos is None else made[:, 1:]
-    return begin_windows(text_only.flatten()[: count * width].view(count, width), bos)
+    return begin_windows(made[:, len(bos) :].flatten()[: count * width].view(count, width), bos)

@@ -52,7 +52,7 @@ class RecoveryRecipe:
             :meth:`parts`.
         vary: cut the text into segments, join them in a new order, and replace a few tokens, in every epoch; see
             :mod:`thanos.recovery.sequences`. The dense model then runs in each pass.
-        generate: number of sequences that the dense model generates in addition, for the training only; see
+        generate: number of additional sequences that the dense model generates, only for training; see
             :mod:`thanos.recovery.generated`.
         batch: number of sequences in a step, over all processes.
         micro_batch: number of sequences that a process runs at once; the gradients of several runs are summed. None: on CUDA
@@ -93,7 +93,7 @@ class RecoveryRecipe:
     )
     generate: int = setting(
         0,
-        "Sequences that the dense model generates in addition, as continuations of pieces of the text",
+        "Additional sequences that the dense model generates, as continuations of pieces of the text",
         Heading.RECOVERY,
         "N",
         lowest=0,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from thanos.calibration.text import check_text_exists
 from thanos.calibration.windows import Calibration, make_calibration
 from thanos.checkpoint.writer import check_room
 from thanos.engine.distributed import World
@@ -117,12 +118,12 @@ def recover(
     complete = resume and not overwrite and work.is_complete
 
     def check() -> None:
-        for each in local:
+        for each in local or [None]:
             check_output(out, model=each, overwrite=overwrite or (resume and work.published))
-        if not local:
-            check_output(out, model=None, overwrite=overwrite or (resume and work.published))
 
     if is_main_process() and not complete:
+        if calibration is None:
+            check_text_exists(recipe.calibration)
         check()
         check_interrupted(work, resume=resume, overwrite=overwrite)
     device = my_device(choose_device(recipe.device))
@@ -251,9 +252,8 @@ def _train(pair: Pair, calibration: Calibration, job: _Job) -> tuple[Guard, str]
     if job.leads:
         work.tidy_states(guard.best["step"] if history else 0)
     module = Distillation(pruned.meta_model, pair.dense.meta_model)
-    training = Training(
-        module, masks, ids, calibration.bos, pair.size, guard, recipe, work, job.device, job.world, job.emit, job.meter
-    )
+    bos, device, emit = calibration.bos_ids, job.device, job.emit
+    training = Training(module, masks, ids, bos, pair.size, guard, recipe, work, device, job.world, emit, job.meter)
     if newest is not None and history[-1]["step"] >= recipe.steps:
         return guard, ""
     with job.meter.phase("train"):
@@ -275,7 +275,7 @@ def _train(pair: Pair, calibration: Calibration, job: _Job) -> tuple[Guard, str]
 
 
 def _generated(dense: OpenedModel, calibration: Calibration, job: _Job) -> Tensor:
-    """Return the sequences that the dense model writes, or has written before an interruption."""
+    """Return the sequences that the dense model generates now, or has generated before an interruption."""
     recipe, tokenizer, config = job.recipe, dense.source.tokenizer(), dense.source.config()
     before = job.work.generated if job.resume else None
     if before is not None:
@@ -283,7 +283,7 @@ def _generated(dense: OpenedModel, calibration: Calibration, job: _Job) -> Tenso
     job.emit(Event(kind="phase", phase="generate"))
     text, pad = calibration.ids[: recipe.trained], end_of_text_id(tokenizer, config)
     model: Any = dense.meta_model
-    made = generate_sequences(model, text, calibration.bos, recipe.generate, recipe.seed, pad, job.emit)
+    made = generate_sequences(model, text, calibration.bos_ids, recipe.generate, recipe.seed, pad, job.emit)
     job.work.keep_generated(made)
     return made
 

@@ -32,11 +32,11 @@ class Sequences(Dataset[dict[str, Tensor]]):
 
     Args:
         ids: token ids of the sequences that are trained on, (n, T) int64, on the CPU.
-        bos: id of the token with which each sequence begins; None without one.
+        bos: ids of the tokens with which each sequence begins; empty without any.
         recipe: gives the number of epochs, the seed, and whether the text is varied.
     """
 
-    def __init__(self, ids: Tensor, bos: int | None, recipe: RecoveryRecipe) -> None:
+    def __init__(self, ids: Tensor, bos: tuple[int, ...], recipe: RecoveryRecipe) -> None:
         self._ids, self._bos, self._recipe = ids, bos, recipe
         self._current: tuple[int, Tensor, Tensor] | None = None
 
@@ -62,7 +62,7 @@ class Sequences(Dataset[dict[str, Tensor]]):
         return order, replace_some(recut(self._ids, self._bos, generator), self._bos, generator)
 
 
-def recut(ids: Tensor, bos: int | None, generator: torch.Generator) -> Tensor:
+def recut(ids: Tensor, bos: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Cut the text into segments at other positions, and join them in a random order.
 
     All sequences in order are one stream of tokens. It is rolled by a random offset and cut into segments of
@@ -71,7 +71,7 @@ def recut(ids: Tensor, bos: int | None, generator: torch.Generator) -> Tensor:
 
     Args:
         ids: token ids, (n, T) int64, on the CPU.
-        bos: id of the token with which each sequence begins; None without one.
+        bos: ids of the tokens with which each sequence begins; empty without any.
         generator: gives the random numbers.
 
     Returns:
@@ -84,12 +84,12 @@ def recut(ids: Tensor, bos: int | None, generator: torch.Generator) -> Tensor:
     return begin_windows(torch.cat([segments[number] for number in order]).view(text.shape), bos)
 
 
-def replace_some(ids: Tensor, bos: int | None, generator: torch.Generator) -> Tensor:
+def replace_some(ids: Tensor, bos: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Replace each token, with probability :data:`REPLACED`, by a random one of all tokens of the text, except BOS.
 
     Args:
         ids: token ids, (n, T) int64, on the CPU.
-        bos: id of the token with which each sequence begins; None without one.
+        bos: ids of the tokens with which each sequence begins; empty without any.
         generator: gives the random numbers.
 
     Returns:
@@ -101,5 +101,5 @@ def replace_some(ids: Tensor, bos: int | None, generator: torch.Generator) -> Te
     return begin_windows(torch.where(chosen, drawn, text), bos)
 
 
-def _without_bos(ids: Tensor, bos: int | None) -> Tensor:
-    return ids if bos is None else ids[:, 1:]
+def _without_bos(ids: Tensor, bos: tuple[int, ...]) -> Tensor:
+    return ids[:, len(bos) :]

@@ -47,7 +47,7 @@ class Training:
         module: the student with its loss, loaded in float32.
         masks: parameter name in the student → bool mask of the weights that stay, on the device.
         ids: token ids of all sequences, (n, T), on the CPU. The first ``recipe.rows`` are for training.
-        bos: id of the token with which each sequence begins; None without one.
+        bos: ids of the tokens with which each sequence begins; empty without any.
         size: root mean square of the non-zero weights of the student's blocks.
         guard: measures the held-out loss.
         recipe: the settings.
@@ -61,7 +61,7 @@ class Training:
     module: Distillation
     masks: Mapping[str, Tensor]
     ids: Tensor
-    bos: int | None
+    bos: tuple[int, ...]
     size: float
     guard: Guard
     recipe: RecoveryRecipe

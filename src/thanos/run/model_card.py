@@ -24,6 +24,7 @@ _LICENCE = ("license", "license_name", "license_link")
 _WORDS_OF_YAML = ("y", "yes", "n", "no", "true", "false", "on", "off", "null")
 _WORST = 5
 _BEGUN = ", each window begins with the beginning-of-text token"
+_BEGUN_BY = ", each window begins with the tokens {}, as the tokenizer begins a text"
 _KEPT = ", more removed from the other rows"
 
 _USE = """```python
@@ -195,7 +196,7 @@ def _recipe_table(report: PruningReport) -> str:
             (
                 "calibration",
                 f"{source}: {calibration['samples']} × {calibration['sequence_length']} tokens, {calibration['rule']}, "
-                f"seed {recipe['seed']}{_BEGUN if calibration.get('bos') is not None else ''}",
+                f"seed {recipe['seed']}{_begun(calibration)}",
             ),
             ("hash of the calibration tokens", f"`{calibration['sha256']}`"),
             *([("hash of the calibration text", f"`{text}`")] if (text := calibration.get("text_sha256")) else []),
@@ -203,6 +204,12 @@ def _recipe_table(report: PruningReport) -> str:
             ("versions", ", ".join(f"{key} {versions[key]}" for key in ("torch", "transformers", "python"))),
         ],
     )
+
+
+def _begun(calibration: dict[str, Any]) -> str:
+    older = calibration.get("bos")  # what versions before bos_ids wrote: one id or null
+    bos = calibration.get("bos_ids", [] if older is None else [older])
+    return _BEGUN_BY.format(", ".join(map(str, bos))) if len(bos) > 1 else _BEGUN if bos else ""
 
 
 def _allocated(chosen: dict[str, Any]) -> str:

@@ -22,11 +22,10 @@ def remaining_units(count: int, share: float, multiple: int, kind: str) -> int:
     what = f"of {count} {kind}{'' if kind == BLOCKS else ' in each block'}, sparsity {share:g} leaves {wanted:g}"
     if multiple > 1:
         most = (count - 1) // multiple * multiple
-        possible = f"{_range(multiple, most)} of them may remain" if most else f"there are only {count}"
-        raise RecipeError(
-            f"{what}, and the nearest multiple of {multiple} is {stays}; {possible}; change "
-            f"{'sparsity or ' if most else ''}multiple_of"
-        )
+        possible = f"{_range(multiple, most)} of them may remain; change sparsity or multiple_of"
+        if not most:
+            possible = f"no multiple of it is between 0 and {count}; lower multiple_of"
+        raise RecipeError(f"{what}, and the nearest multiple of {multiple} is {stays}; {possible}")
     if count == 1:
         raise RecipeError(f"{what}; there is only one, which must remain")
     raise RecipeError(

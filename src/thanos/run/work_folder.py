@@ -15,13 +15,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from thanos.checkpoint.gguf_files import is_gguf
 from thanos.errors import NumericsError, ResourceError, UserError, recurs
 from thanos.events import LOG_NAME, RUN_NAME
 from thanos.run.journal import Journal, current
 from thanos.system.documents import json_text
 from thanos.system.files import sync, write_atomically
 
-_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth"}
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
 """Endings of weight files, readable or not. A folder with a config and such a file is a model's folder."""
 
 
@@ -218,10 +219,7 @@ def check_output(out: Path, *, model: Path | None, overwrite: bool) -> None:
             raise UserError(f"OUT {out} is the model's own folder, or inside it; choose a folder outside {model}")
         if resolved in model.parents:
             raise UserError(f"OUT {out} holds the model {model}, which would be lost; choose another folder")
-    for folder in resolved.parents:
-        configured = any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
-        if configured and any(path.suffix in _WEIGHTS for path in folder.glob("*.*")):
-            raise UserError(f"OUT {out} is inside the folder of another model, {folder}; choose a folder outside it")
+    refuse_inside_model(out)
     swapped = "; MODEL comes first, then OUT" if model is None and _is_model(resolved) else ""
     if resolved.exists() and not resolved.is_dir():
         raise UserError(f"OUT {out} is a file; give the name of a folder{swapped}")
@@ -233,6 +231,19 @@ def check_output(out: Path, *, model: Path | None, overwrite: bool) -> None:
             raise UserError(
                 f"OUT {out} is not a model checkpoint, so --overwrite will not delete it; choose another folder"
             )
+
+
+def refuse_inside_model(out: Path, name: str = "OUT") -> None:
+    """Raise UserError if ``out`` lies in a model's folder; ``name`` is what the command calls it."""
+    for folder in out.resolve().parents:
+        if holds_model(folder):
+            raise UserError(f"{name} {out} is inside the folder of another model, {folder}; choose a folder outside it")
+
+
+def holds_model(folder: Path) -> bool:
+    """Return whether a folder holds a model or an adapter, with its weights."""
+    configured = any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
+    return configured and any(path.suffix.lower() in _WEIGHTS for path in folder.glob("*.*"))
 
 
 def _check_parent(out: Path, resolved: Path) -> None:
@@ -249,7 +260,7 @@ def _check_parent(out: Path, resolved: Path) -> None:
 
 
 def _is_model(path: Path) -> bool:
-    return path.suffix == ".gguf" if path.is_file() else (path / "config.json").is_file()
+    return is_gguf(path) if path.is_file() else (path / "config.json").is_file()
 
 
 def check_interrupted(work: WorkFolder, *, resume: bool, overwrite: bool) -> None:

@@ -8,18 +8,18 @@ from torch import Tensor
 from thanos.sparse import tiles
 from thanos.sparse.formats import MOST_UNITS, PackedSpec, PackedWeight, by_size, chunk_rows
 from thanos.sparse.kernels import encoder
-from thanos.sparse.tiles import MOST_TAIL, SIDE, UNIT, tile_words
+from thanos.sparse.tiles import MOST_TAIL, SIDE, TAIL_COST, UNIT, tile_words
 from thanos.system.background import on_threads
 
 _BITMAP_GAIN = 0.97
-"""The bitmap format is chosen if its whole tiles take at most this fraction of the fixed format's, whose kernel is simpler."""
+"""The bitmap format is chosen if it takes at most this fraction of the bytes of the fixed format, whose kernel is simpler."""
 
 
 def count_entries(weight: Tensor) -> Tensor:
-    """Return of each tile the entries of its fullest row, and n and the units of the tail that store it in the fewest bytes.
+    """Return of each tile the entries of its fullest row, and n and the units of the tail that store it best.
 
-    Of several pairs of the same bytes it is the one with the largest n. An entry counts unless all its bits are zero, so a
-    negative zero counts.
+    They take the fewest units, where a tail counts as :data:`~thanos.sparse.tiles.TAIL_COST` more; of several n it is the
+    largest. An entry counts unless all its bits are zero, so a negative zero counts.
 
     Args:
         weight: (rows, columns), bfloat16 or float16, on the CPU.
@@ -43,22 +43,23 @@ def count_entries(weight: Tensor) -> Tensor:
 def _sizes_of(counts: Tensor) -> Tensor:
     """Return what :func:`count_entries` returns, from the entries of each row of each tile, (strips, 32, tiles) uint8."""
     fullest = counts.amax(1)
-    best, tail = fullest.clone(), torch.zeros_like(fullest)
+    best, tail, cost = fullest.clone(), torch.zeros_like(fullest), fullest.clone()
     surplus = torch.zeros_like(fullest, dtype=torch.int16)
     for n in range(SIDE - 1, -1, -1):
         surplus += (counts > n).sum(1, dtype=torch.int16)
         units = ((surplus + SIDE - 1) // SIDE).to(torch.uint8)
-        better = (units <= MOST_TAIL) & (n + units < best + tail)
+        better = (units <= MOST_TAIL) & (n + units + TAIL_COST < cost)
         best.masked_fill_(better, n)
         torch.where(better, units, tail, out=tail)
+        torch.where(better, n + units + TAIL_COST, cost, out=cost)
     return torch.stack([fullest, best, tail])
 
 
 def choose_format(counts: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> PackedSpec:
     """Return the format with fewer bytes.
 
-    Tiles that reach beyond the matrix count only if there are no others: they gain by the bitmap format in any pattern. The n
-    of the result is 32 only if the matrix has full rows and is too large for the bitmap format.
+    A last strip of fewer rows counts only if there is no other: it gains by the bitmap format in any pattern. The n of the
+    result is 32 only if the matrix has full rows and is too large for the bitmap format.
 
     Args:
         counts: from :func:`count_entries`.
@@ -69,7 +70,7 @@ def choose_format(counts: Tensor, shape: tuple[int, int], dtype: torch.dtype) ->
     fixed = PackedSpec("fixed", *shape, dtype, most, count * tile_words(most))
     units = SIDE // UNIT * count + int(counts[1:].sum(dtype=torch.int64))
     bitmap = PackedSpec("bitmap", *shape, dtype, 0, UNIT * units)
-    whole = counts[1:, : shape[0] // SIDE or None, : shape[1] // SIDE or None]
+    whole = counts[1:, : shape[0] // SIDE or None]
     mean = tile_words(0) + 1 + UNIT * whole.sum(dtype=torch.int64) / whole[0].numel()  # with the offset
     pays = most == SIDE or bool(mean <= _BITMAP_GAIN * tile_words(most))
     return bitmap if pays and units <= MOST_UNITS else fixed

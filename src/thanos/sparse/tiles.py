@@ -26,6 +26,12 @@ UNIT = 16
 MOST_TAIL = 2
 """Units of the longest tail: 64 values, two for each lane of a warp."""
 
+TAIL_COST = 8
+"""A tile gets a tail if it then takes fewer units by more than this.
+
+So much longer does the CUDA kernel take for it, as measured with random weights on an H100 ("Tails" in docs/results/packed.md).
+"""
+
 PIECES = (8, 4, 2, 1)
 """Sizes of the pieces, in values per row."""
 

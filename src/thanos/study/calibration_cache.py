@@ -22,7 +22,7 @@ def read_windows(path: Path, source: str) -> Calibration | None:
         made = file.metadata()
         if "bos" not in made:
             return None
-        bos = int(made["bos"]) if made["bos"] else None
+        bos = tuple(map(int, made["bos"].split()))
         return Calibration(file.get_tensor("ids"), source, made["rule"], int(made["seed"]), int(made["documents"]), bos)
 
 
@@ -30,5 +30,5 @@ def write_windows(path: Path, made: Calibration) -> None:
     """Write windows into the cache. Another worker may write the same file at the same time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     described = {"rule": made.rule, "seed": str(made.seed), "documents": str(made.documents)}
-    described["bos"] = "" if made.bos is None else str(made.bos)
+    described["bos"] = " ".join(map(str, made.bos_ids))
     write_atomically(path, lambda part: save_file({"ids": made.ids.contiguous()}, part, metadata=described))

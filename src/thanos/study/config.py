@@ -105,6 +105,10 @@ class _Reader:
                         "grid", index, "zero_shot", "models in cost_only are not evaluated; remove zero_shot"
                     )
                 with_tasks.update(evaluated, (dense[cell.model] for cell in evaluated))
+        if tasks is not None and not with_tasks:
+            raise self._error(
+                "zero_shot", 0, "", "no [[grid]] has zero_shot = true, so no task would run; set it there"
+            )
         return cells, with_tasks
 
     def _table(self, values: Any, table: str, index: int, checks: Mapping[str, Callable[[Any], Any]]) -> dict[str, Any]:

@@ -164,10 +164,10 @@ def units_label(cell: Mapping[str, Any]) -> str:
 def repair_label(cell: Mapping[str, Any]) -> str:
     """Return a short text with the allocation and the repair of a cell: ``effort max, tune 0``; empty without them."""
     words = {True: "yes", False: "no"}
-    found = {name: cell.get(name) for name in _REPAIR if cell.get(name) is not None}
+    settings = {name: cell.get(name) for name in _REPAIR if cell.get(name) is not None}
     texts = {
         name: words[value] if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else value
-        for name, value in found.items()
+        for name, value in settings.items()
     }
     return ", ".join(f"{name.replace('_', ' ')} {text}" for name, text in texts.items())
 

@@ -35,7 +35,7 @@ class Locations:
         task_folder: folder of local tasks; None without one.
         tasks_hash: sha256 of the files in ``task_folder`` and of the files that they name; None without a folder.
         hashes: name in the study → sha256 of the model or text; None if there is no file.
-        searched: the folders that were searched, as the user named them, separated by commas.
+        searched: the folders that were searched, as the user named them, in words: ``not in X`` or ``in none of X, Y``.
         failures: name of a model that cannot be used → reason.
         with_bos: names of models whose tokenizers begin texts with a beginning-of-text token.
         commit: commit of the source tree; None if unknown.
@@ -83,13 +83,19 @@ class Locations:
         return " ".join(without_folders(text, paths).split())
 
 
+def _in_none(folders: Sequence[Path]) -> str:
+    """Say that something is in none of these folders."""
+    names = list(dict.fromkeys("the current folder" if str(folder) == "." else str(folder) for folder in folders))
+    return f"not in {names[0]}" if len(names) == 1 else f"in none of {', '.join(names)}"
+
+
 def _check_text(study: Study, texts: dict[str, str], searched: str) -> None:
     """Raise StudyError if the text for evaluation cannot be used."""
     text = study.evaluation.text
     location = location_of(study, "evaluation", "text")
     if is_absent(text, texts[text]):
         hint = near(text, [name for name in NAMED if name != "self"], OTHER_NAMES)
-        raise StudyError(f"{location}: {text} is in none of {searched}; give its folder with --data{hint}")
+        raise StudyError(f"{location}: {text} is {searched}; give its folder with --data{hint}")
     try:
         check_text_source(texts[text], evaluation=True)
     except DataError as error:
@@ -127,15 +133,13 @@ def find_locations(study: Study, out: Path, data: str | Path | None) -> Location
     text = study.evaluation.text if study.evaluates else None
     sources = {name for name in (text, *(cell.calibration for cell in study.cells)) if name}
     texts = {name: name if name in NAMED else _find_text(name, folders) for name in sorted(sources)}
-    searched = ", ".join(map(str, folders))
+    searched = _in_none(folders)
     task_folder = study.zero_shot and study.zero_shot.task_folder
     if text:
         _check_text(study, texts, searched)
     if task_folder and not Path(find(task_folder)).is_dir():
         location = location_of(study, "zero_shot", "task_folder")
-        raise StudyError(
-            f"{location}: {task_folder} is in none of {searched}; give the folder that contains it with --data"
-        )
+        raise StudyError(f"{location}: {task_folder} is {searched}; give the folder that contains it with --data")
     task_folder = find(task_folder) if task_folder else None
     hashes: dict[str, str | None] = {
         name: None if name in NAMED else text_sha256(found) for name, found in texts.items()
@@ -149,12 +153,12 @@ def find_locations(study: Study, out: Path, data: str | Path | None) -> Location
             hashes[model] = model_sha256(source)
             if (_converted(out, hashes[model]) / "config.json").exists():  # a GGUF file takes seconds to open
                 source = resolve_model(_converted(out, hashes[model]))
-            if added_bos(source.tokenizer()) is not None:
+            if added_bos(source.tokenizer()):
                 with_bos.add(model)
             if model not in study.cost_only:
                 _check_evaluation(study, source, texts)
         except UserError as error:
-            hint = "" if exists(models[model]) else f"; it is in none of {searched}: give its folder with --data"
+            hint = "" if exists(models[model]) else f"; it is {searched}: give its folder with --data"
             failures[model] = f"{error}{hint}"
     return Locations(
         out=out.resolve(),

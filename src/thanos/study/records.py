@@ -21,7 +21,7 @@ from thanos.study.store import CellRecord, cell_key
 from thanos.system.meter import PhaseRecord
 
 _KEPT = (
-    "text", "text_sha256", "sequence_length", "bos", "windows", "tokens", "perplexity", "mean_loss", "kl_divergence",
+    "text", "text_sha256", "sequence_length", "bos", "bos_ids", "windows", "tokens", "perplexity", "mean_loss", "kl_divergence",
     "top1_agreement",
 )  # fmt: skip
 """Fields of an evaluation that a record keeps."""
@@ -64,18 +64,18 @@ def phase_fields(records: dict[str, PhaseRecord]) -> dict[str, dict[str, Any]]:
     return {name: asdict(record) for name, record in records.items()}
 
 
-def evaluation_fields(found: Evaluation) -> dict[str, Any]:
+def evaluation_fields(evaluation: Evaluation) -> dict[str, Any]:
     """Return a record's ``evaluation``."""
-    values = found.to_dict()
+    values = evaluation.to_dict()
     return {name: values[name] for name in _KEPT}
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for name in _PACKAGES:
         with suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
+            versions[name] = metadata.version(name)
+    return versions
 
 
 def _machine(device: torch.device) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import torch
 from thanos.calibration.text import check_text_source
 from thanos.errors import DataError, RecipeError, ResourceError, StudyError, UserError
 from thanos.run.lock import locked
+from thanos.run.work_folder import refuse_inside_model
 from thanos.study.config import location_of, location_of_calibration, read_study
 from thanos.study.events import StudyEvent, Watcher
 from thanos.study.grid import DENSE, Cell, Study, public_cell
@@ -158,14 +159,14 @@ def _spread(devices: Sequence[str], workers: int) -> list[str]:
     """Return the device of each worker; ``auto`` is every CUDA device, or the CPU without any."""
     count = torch.cuda.device_count()
     all_of_them = [f"cuda:{index}" for index in range(count)] if torch.cuda.is_available() else ["cpu"]
-    found = [each for device in devices for each in (all_of_them if device == "auto" else [device])]
-    if not found or workers < 1:
-        raise ResourceError(
-            f"nothing to run on: {len(found)} devices with {workers} workers each; give at least one of both"
-        )
-    for device in found:
+    chosen = [each for device in devices for each in (all_of_them if device == "auto" else [device])]
+    if workers < 1:
+        raise ResourceError(f"--workers must be at least 1; got {workers}")
+    if not chosen:
+        raise ResourceError("--devices names no device; choose auto, cpu, cuda:0 or several, separated by commas")
+    for device in chosen:
         choose_device(device)
-    return [device for device in found for _ in range(workers)]
+    return [device for device in chosen for _ in range(workers)]
 
 
 def _check_folder(out: Path) -> None:
@@ -173,6 +174,8 @@ def _check_folder(out: Path) -> None:
         raise UserError(f"OUT {out} is a file; give the name of a folder")
     if out.is_dir() and any(out.iterdir()) and not ((out / STUDY_NAME).exists() or store_path(out).exists()):
         raise UserError(f"OUT {out} is not empty and is not the folder of a study; choose another one")
+    if not store_path(out).exists():
+        refuse_inside_model(out)
 
 
 def _check_tasks(study: Study, locations: Locations) -> None:
@@ -199,7 +202,7 @@ def _check_inputs(study: Study, locations: Locations, todo: Sequence[Cell]) -> N
             check_text_source(locations.texts[name])
         except DataError as error:
             absent = is_absent(name, locations.texts[name])
-            said = f"{name} is in none of {locations.searched}; give its folder with --data" if absent else str(error)
+            said = f"{name} is {locations.searched}; give its folder with --data" if absent else str(error)
             refused.append(f"{location_of_calibration(study, name)}: {said}")
     if refused:
         raise StudyError("; ".join(refused))

@@ -6,7 +6,7 @@
 
 #define TARGET WITH(",avx512vbmi2,bmi2,popcnt")
 
-enum { SIDE = 32, MOST_TAIL = 2 };
+enum { SIDE = 32, MOST_TAIL = 2, TAIL_COST = 8 }; /* as in tiles.py */
 
 typedef struct {
   const uint16_t *weight; /* rows × columns */
@@ -74,13 +74,13 @@ TARGET static void count_strip(const Dense *d, int64_t strip, int64_t all, uint8
       rows[count]++;
       most = count > most ? count : most;
     }
-    int best = most, tail = 0;
+    int best = most, tail = 0, cost = most;
     for (int n = most - 1, fuller = 0, surplus = 0; n >= 0; n--) {
       fuller += rows[n + 1]; /* rows that hold more than n */
       surplus += fuller;
       const int units = (surplus + SIDE - 1) / SIDE;
       if (units > MOST_TAIL) break;
-      if (n + units < best + tail) best = n, tail = units;
+      if (n + units + TAIL_COST < cost) best = n, tail = units, cost = n + units + TAIL_COST;
     }
     uint8_t *at = counts + strip * d->tiles + tile;
     at[0] = (uint8_t)most, at[all] = (uint8_t)best, at[2 * all] = (uint8_t)tail;

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from thanos.sparse.kernels.tuned import FEW, MANY, MOST_MATRICES, Launch, device_settings, launch_for, plan
+from thanos.sparse.kernels.tuned import FEW, MANY, MOST_MATRICES, Launch, Settings, device_settings, launch_for, plan
 from thanos.sparse.tiles import SIDE, UNIT, tile_words
 
 _LEAST_CAPABILITY = (8, 0)
@@ -106,7 +106,7 @@ def linears(
     strips, tiles = sum(-(-count // SIDE) for count in rows), -(-x.shape[1] // SIDE)
     units = sum(one.numel() for one in words) // (UNIT * strips * tiles)
     launch = launch_for(device, family, n, units, strips, tiles)
-    return multiply(x, words, offsets, biases, rows, n, family, launch)
+    return multiply(x, words, offsets, biases, rows, n, family, launch, settings.pass_tokens)
 
 
 @cache
@@ -128,17 +128,19 @@ def multiply(
     n: int,
     family: str,
     launch: Launch,
+    most: int = Settings().pass_tokens,
 ) -> list[Tensor]:
     """Run one of the kernels.
 
     ``family`` is :data:`~thanos.sparse.kernels.tuned.FEW` (one row per lane) or ``MANY`` (tensor cores), and ``launch`` the
-    division of the work. The other arguments are those of :func:`linears`.
+    division of the work. ``most`` is the number of tokens that ``MANY`` takes in a pass. The other arguments are those of
+    :func:`linears`.
     """
     tokens, columns = x.shape
     outputs = [torch.empty(tokens, count, dtype=x.dtype, device=x.device) for count in rows]
     if not tokens:
         return outputs
-    how = plan(tokens, tuple(rows), family, launch, clusters=_has_clusters(x.device))
+    how = plan(tokens, tuple(rows), family, launch, most, clusters=_has_clusters(x.device))
     held = [_aligned(one) for one in words]
     tensors: list[Sequence[Tensor | None]] = [held, offsets, biases, outputs]
     pointers = [address for several in tensors for address in _fill(map(_address, several))]

@@ -28,7 +28,7 @@ def available(weight: Tensor) -> bool:
 
 
 def count_entries(weight: Tensor) -> Tensor:
-    """Return of each tile the entries of its fullest row, and n and the units of the tail that store it in the fewest bytes.
+    """Return of each tile the entries of its fullest row, and n and the units of the tail that store it best.
 
     Args:
         weight: (rows, columns), 16 bits wide, contiguous, on the CPU.

@@ -2,16 +2,19 @@
 extern "C" __global__ void __launch_bounds__(256)
 expand(const char* words, const int* offsets, u16* out, int rows, int columns, int tiles, int count, int aligned) {
   __shared__ __align__(16) char memory[8 * STRIDE * 32 + 16];
-  __shared__ u32 tails[N ? 1 : 8][32];
   const int lane = threadIdx.x & 31, w = threadIdx.x >> 5;
   const int index = blockIdx.x * 8 + w;
   if (index >= count) return;
   char* own = memory + STRIDE * 32 * w;
-  Ahead ahead(words, offsets, 0, count);
-  ahead.look(index);
+  int n;
+  const char* p = find(words, offsets, index, n);
   Tile t;
-  ahead.fetch(t, index, 0, lane);
-  stage(own, tails[N ? 0 : w], t, lane);
+  fetch(t, p, n, lane);
+  stage(own, t, n, lane);
+#if !N
+  __shared__ u32 tails[8][32];
+  stage_tail(own, tails[w], words, offsets, index, t.mask, n, lane);
+#endif
   __syncwarp();
   const int top = index / tiles * 32, column = index % tiles * 32 + 8 * (lane & 3);
 #pragma unroll

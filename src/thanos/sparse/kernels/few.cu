@@ -10,21 +10,21 @@
 #define PAIR(q) { STEP(low(q), 0) STEP(high(q), 1) }
 
 // One of the values in the tail, for the lanes that have any left. The others only lend their entry of x.
-#define TAKE(value, which)                                                  \
-  {                                                                         \
-    const int c = __clz(m);                                                 \
-    const bool mine = m != 0;                                               \
-    float v = 0.0f;                                                         \
-    if (mine) v = value;                                                    \
-    m &= 0x7fffffffu >> (c & 31);                                           \
-    _Pragma("unroll") for (int b = 0; b < B; b++) {                         \
-      const float other = __shfl_sync(ALL, x[b], c);                        \
-      if (mine) a[b][which] += v * other;                                   \
-    }                                                                       \
+#define TAKE(value, which)                            \
+  {                                                   \
+    const int c = __clz(m);                           \
+    const bool mine = m != 0;                         \
+    float v = 0.0f;                                   \
+    if (mine) v = value;                              \
+    m &= 0x7fffffffu >> (c & 31);                     \
+    _Pragma("unroll") for (int b = 0; b < B; b++) {   \
+      const float other = __shfl_sync(ALL, x[b], c);  \
+      if (mine) a[b][which] += v * other;             \
+    }                                                 \
   }
 
-__device__ __forceinline__ void add(float (&a)[B][2], const Tile& t, u32* tails, int lane, const float (&x)[B]) {
-  const int n = VALUES(t);
+// Add a tile's products; return what is left of the mask: the row's columns whose values are in the tail.
+__device__ __forceinline__ u32 add(float (&a)[B][2], const Tile& t, int n, const float (&x)[B]) {
   u32 m = t.mask;
 #pragma unroll
   for (int i = 0; i < 4; i++)
@@ -36,13 +36,7 @@ __device__ __forceinline__ void add(float (&a)[B][2], const Tile& t, u32* tails,
   }
   if (n & 2) PAIR(t.two)
   if (n & 1) STEP(widen(t.one), 0)
-  if (TAIL(t)) {
-    const u16* from = spread(tails, t, __popc(m), lane);
-    for (; __any_sync(ALL, m); from += 2) {
-      TAKE(widen(from[0]), 0)
-      TAKE(widen(from[1]), 1)
-    }
-  }
+  return m;
 }
 
 // Grid: strips × SPLITS × groups of B tokens. At most 16 warps a block.
@@ -51,34 +45,42 @@ few(MATRICES, const u16* x, int columns, int tokens, int tiles) {
   const int lane = threadIdx.x & 31, w = threadIdx.x >> 5, warps = blockDim.x >> 5;
   const int first = blockIdx.z * B;
   __shared__ float sums[16][B][32], totals[B * 32];
-  __shared__ u32 tails[N ? 1 : 16][32];
-  const Matrix m = CHOOSE;
-  const int each = (tiles + SPLITS - 1) / SPLITS, end = min(tiles, ((int)blockIdx.y + 1) * each), step = warps * U;
+#if !N
+  __shared__ u32 tails[16][32];
+#endif
+  const Matrix matrix = CHOOSE;
+  const int each = (tiles + SPLITS - 1) / SPLITS, end = min(tiles, ((int)blockIdx.y + 1) * each);
   float a[B][2];
 #pragma unroll
   for (int b = 0; b < B; b++) a[b][0] = a[b][1] = 0.0f;
-  Tile t[U];
-  float xs[U][B];
-  Ahead ahead(m.words, m.offsets, (i64)m.strip * tiles, tiles);
-  auto load = [&](int u, int tile) {
-    ahead.fetch(t[u], tile, u, lane);
-    const int column = tile * 32 + lane;
-#pragma unroll
-    for (int b = 0; b < B; b++)
-      xs[u][b] = column < columns ? widen(x[(i64)min(first + b, tokens - 1) * columns + column]) : 0.0f;
-  };
-  int g = blockIdx.y * each + w * U;
-  ahead.look(g);
-#pragma unroll
-  for (int u = 0; u < U; u++)
-    if (g + u < end) load(u, g + u);
-  for (; g < end; g += step) {
-    ahead.look(g + step);
+  for (int g = blockIdx.y * each + w * U; g < end; g += warps * U) {
+    Tile t[U];
+    int n[U];
+    float xs[U][B];
 #pragma unroll
     for (int u = 0; u < U; u++)
       if (g + u < end) {
-        add(a, t[u], tails[N ? 0 : w], lane, xs[u]);
-        if (g + step + u < end) load(u, g + step + u);  // while the other tiles are added
+        const char* p = find(matrix.words, matrix.offsets, (i64)matrix.strip * tiles + g + u, n[u]);
+        fetch(t[u], p, n[u], lane);
+        int column = (g + u) * 32 + lane;
+#pragma unroll
+        for (int b = 0; b < B; b++)
+          xs[u][b] = column < columns ? widen(x[(i64)min(first + b, tokens - 1) * columns + column]) : 0.0f;
+      }
+#pragma unroll
+    for (int u = 0; u < U; u++)
+      if (g + u < end) {
+        u32 m = add(a, t[u], n[u], xs[u]);
+#if !N
+        if (__any_sync(ALL, m)) {
+          const u16* from = spread(tails[w], matrix.words, matrix.offsets, (i64)matrix.strip * tiles + g + u, __popc(m), lane);
+          for (; __any_sync(ALL, m); from += 2) {
+            const float(&x)[B] = xs[u];
+            TAKE(widen(from[0]), 0)
+            TAKE(widen(from[1]), 1)
+          }
+        }
+#endif
       }
   }
 #pragma unroll
@@ -89,5 +91,5 @@ few(MATRICES, const u16* x, int columns, int tokens, int tiles) {
     for (int i = 0; i < warps; i++) sum += sums[i][b][lane];
     totals[b * 32 + lane] = sum;
   }
-  finish(m, totals, first, tokens);
+  finish(matrix, totals, first, tokens);
 }

@@ -2,8 +2,7 @@
 // rows. The rows lie an odd number of 16 bytes apart, so that they begin in different banks.
 #define STRIDE (N == 0 || N > 24 ? 80 : N > 8 ? 48 : 16)
 
-__device__ __forceinline__ void stage(char* to, u32* tails, const Tile& t, int lane) {
-  const int n = VALUES(t);
+__device__ __forceinline__ void stage(char* to, const Tile& t, int n, int lane) {
   to += STRIDE * lane;
 #pragma unroll
   for (int i = 0; i < 4; i++)
@@ -17,16 +16,19 @@ __device__ __forceinline__ void stage(char* to, u32* tails, const Tile& t, int l
     *(u32*)to = t.two;
     to += 4;
   }
-  if (n & 1) {
-    *(u16*)to = t.one;
-    to += 2;
-  }
-  if (TAIL(t)) {
-    const int more = __popc(t.mask) - n;
-    const u16* from = spread(tails, t, more, lane);
-    for (int i = 0; i < more; i++) ((u16*)to)[i] = from[i];
-  }
+  if (n & 1) *(u16*)to = t.one;
 }
+
+#if !N
+// Put the values in a tile's tail behind those of their rows.
+__device__ __forceinline__ void stage_tail(char* to, u32* tails, const char* words, const int* offsets, i64 index, u32 mask, int n,
+                                           int lane) {
+  const int more = __popc(mask) - n;
+  if (!__any_sync(ALL, more)) return;
+  const u16* from = spread(tails, words, offsets, index, more, lane);
+  for (int i = 0; i < more; i++) ((u16*)(to + STRIDE * lane))[n + i] = from[i];
+}
+#endif
 
 // Columns 8·part to 8·part + 7 of a row with this mask, from its staged values. Every column reads the next value, kept or not:
 // that costs less than a branch. So a lane may read one value beyond its row.

@@ -1,7 +1,7 @@
 // Products of packed matrices (docs/formats.md), compiled at run time. cuda.py says which files make up a kernel.
 //
-// Macros set by the caller: N values a row of each tile, 0 if tiles differ (bitmap); B tokens of a pass; U tiles of a warp whose
-// loads are under way; SPLITS parts of the columns, each a block of a cluster; HALF 1 for float16, 0 for bfloat16.
+// Macros set by the caller: N values a row of each tile, 0 if tiles differ (bitmap); B tokens of a pass; U tiles of a warp in
+// flight; SPLITS parts of the columns, each a block of a cluster; HALF 1 for float16, 0 for bfloat16.
 //
 // This file: numbers, and what C++ cannot say, in assembler.
 
@@ -59,13 +59,6 @@ __device__ __forceinline__ uint2 load8(const char* p) {
 __device__ __forceinline__ u32 load4(const char* p) {
   u32 v;
   asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(p));
-  return v;
-}
-
-// An offset: a block reads neighbours, which the first cache may keep.
-__device__ __forceinline__ int load_offset(const int* p) {
-  int v;
-  asm volatile("ld.global.nc.s32 %0, [%1];" : "=r"(v) : "l"(p));
   return v;
 }
 

@@ -21,8 +21,8 @@ MOST_MATRICES = 4
 
 FILE = Path(__file__).parent / "tuned.json"
 
-_TOKENS_OF_MANY = (8, 16, 32, 64)
-"""Tokens of one pass of ``many``: the first that all fit into, or the last. A larger pass needs more registers."""
+TOKENS_OF_MANY = (8, 16, 32)
+"""Sizes of a pass of ``many``, in tokens. A larger one needs more registers."""
 
 _NO_STRIP = (1 << 31) - 1
 """Stands for the first strip of a matrix that a launch does not have."""
@@ -65,7 +65,7 @@ class Plan(NamedTuple):
 
 
 @cache
-def plan(tokens: int, rows: tuple[int, ...], family: str, launch: Launch, *, clusters: bool) -> Plan:
+def plan(tokens: int, rows: tuple[int, ...], family: str, launch: Launch, most: int, *, clusters: bool) -> Plan:
     """Return the numbers of a launch.
 
     Args:
@@ -73,12 +73,13 @@ def plan(tokens: int, rows: tuple[int, ...], family: str, launch: Launch, *, clu
         rows: of each matrix; at most :data:`MOST_MATRICES`.
         family: :data:`FEW` or :data:`MANY`.
         launch: how the work is divided.
+        most: most tokens of a pass of :data:`MANY`, one of :data:`TOKENS_OF_MANY`.
         clusters: whether blocks of the device can share their sums; if not, columns are not split.
     """
     if family == FEW:
         at_once = min(4, 1 << (tokens - 1).bit_length())
     else:
-        at_once = next((size for size in _TOKENS_OF_MANY if tokens <= size), _TOKENS_OF_MANY[-1])
+        at_once = min(most, next((size for size in TOKENS_OF_MANY if tokens <= size), most))
     strips = [-(-count // SIDE) for count in rows]
     firsts = tuple(sum(strips[:index]) if index < len(strips) else _NO_STRIP for index in range(1, MOST_MATRICES))
     grid = (sum(strips), launch.splits if clusters else 1, -(-tokens // at_once))
@@ -92,11 +93,13 @@ class Settings(NamedTuple):
         few_tokens: tokens up to which ``few`` runs.
         most_tokens: tokens up to which the matrix is read packed; above, it is expanded and the library multiplies.
         parts: most parts of a matrix that is expanded. Each is multiplied while the next one is expanded.
+        pass_tokens: most tokens of a pass of ``many``.
     """
 
     few_tokens: int = 4
     most_tokens: int = 32
     parts: int = 1
+    pass_tokens: int = 16
 
 
 def kind_of(n: int) -> str:

@@ -149,8 +149,8 @@ def price(seconds: tuple[Number, Number], quality: tuple[Number, Number]) -> Num
 
 def _values(records: Sequence[CellRecord], field: str) -> dict[str, float]:
     read = field_of(field).read
-    found = {short(record): read(record) for record in records}
-    return {key: value for key, value in found.items() if value is not None}
+    by_cell = {short(record): read(record) for record in records}
+    return {key: value for key, value in by_cell.items() if value is not None}
 
 
 def field_of(name: str) -> Field:

@@ -56,8 +56,8 @@ def larger_noise(*rows: Row, field: str = "perplexity", lent: Number | None = No
     """
     kind, _, task = field.partition(":")
     error = {"zero_shot": "zero_shot_stderr", "task": f"task_stderr:{task}"}.get(kind)
-    found = [row.noise(field) or lent for row in rows] + [row.mean(error) for row in rows if error]
-    return max((number for number in found if number is not None), key=lambda number: number.value, default=None)
+    candidates = [row.noise(field) or lent for row in rows] + [row.mean(error) for row in rows if error]
+    return max((number for number in candidates if number is not None), key=lambda number: number.value, default=None)
 
 
 def one_seed(*rows: Row, field: str = "perplexity") -> str:
@@ -90,13 +90,13 @@ def ranks(rows: Sequence[Row], field: str = "perplexity") -> list[str]:
     text.
     """
     known = [row for row in rows if row.mean(field) is not None]
-    found = []
+    texts = []
     for row in rows:
         others = [other for other in known if other is not row and row in known and comparable(row, other)]
         results = [result for other in others if (result := verdict(row, other, field))]
         if not results:
-            found.append("")
+            texts.append("")
             continue
         mark = "=" if "tie" in results else ""
-        found.append(f"{1 + results.count('worse')}{mark}{'' if row.spread(field) else '°'}")
-    return found
+        texts.append(f"{1 + results.count('worse')}{mark}{'' if row.spread(field) else '°'}")
+    return texts

@@ -116,12 +116,12 @@ def columns(*heads: str) -> tuple[Column, ...]:
 
     ``heading|name`` gives a heading that is not in :data:`HEADS`. A leading ``<`` makes a column of text.
     """
-    found = []
+    parsed = []
     for head in (each.strip() for texts in heads for each in texts.split(";")):
         shown, _, name = head.removeprefix("<").partition("|")
         name = name or (shown if shown in HEADS else shown.lower().replace(" ", "_"))
-        found.append(Column(HEADS.get(shown, shown), name, head.startswith("<")))
-    return tuple(found)
+        parsed.append(Column(HEADS.get(shown, shown), name, head.startswith("<")))
+    return tuple(parsed)
 
 
 Line = Sequence[Cell | Number | str | None]
@@ -253,11 +253,11 @@ def measures(row: Any, fields: Sequence[str], best: dict[str, Any] | None = None
     ``°`` marks a field that only one seed has, in a row with several. Some seeds may have no tasks, or no seconds since they
     shared their device.
     """
-    found = []
+    cells = []
     for name in fields:
         spread = row.spread(name)
         lone = len(row.draws) > 1 and spread is None and row.mean(name) is not None and name != "zero_shot_stderr"
         shown = None if name in _WITHOUT_SPREAD else spread
         cell = number(row.mean(name), shown, best=bool(best) and row in best.get(name, ()), mark="°" if lone else "")
-        found.append(cell)
-    return found
+        cells.append(cell)
+    return cells

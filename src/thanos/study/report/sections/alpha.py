@@ -156,9 +156,9 @@ def _chart(results: Results, field: str, label: str, pattern: str, shared: Seque
     series, sparsity, seeds = [], shared[0].sparsity, shared[0].seeds_with("perplexity")
     for method in dict.fromkeys(row.method for row in results.select(pattern=pattern, sparsity=sparsity)):
         rows = shared if method == "thanos" else equal_alphas(results, method, pattern, sparsity)
-        found = points([row.only(seeds) for row in rows if seeds <= row.seeds_with(field)], "alpha", field, Row.noise)
-        if len(found) > 2 or (method == "thanos" and len(found) > 1):
-            series.append(Series(title_of(method), method, found))
+        drawn = points([row.only(seeds) for row in rows if seeds <= row.seeds_with(field)], "alpha", field, Row.noise)
+        if len(drawn) > 2 or (method == "thanos" and len(drawn) > 1):
+            series.append(Series(title_of(method), method, drawn))
     title = {"perplexity": "Perplexity", "kl_divergence": "KL divergence"}[field]
     name = f"alpha_{file_name(pattern)}_{field}"
     y_label = {"perplexity": "perplexity", "kl_divergence": "KL divergence (nats/token)"}[field]

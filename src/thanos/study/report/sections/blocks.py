@@ -43,7 +43,7 @@ def blocks(results: Results) -> Section:
         section = Section("blocks", "Cost of the block size", prose=[COST_ONLY])
     else:
         section.prose.append(_RULE)
-    found: dict[str, list[Row]] = {}
+    rows_by_label: dict[str, list[Row]] = {}
     whole: list[Row] = []
     for pattern in PATTERNS:
         rows = sizes(results, pattern)
@@ -57,15 +57,17 @@ def blocks(results: Results) -> Section:
             section.missing.append(f"Thanos, {label}: a seed that every B has")
         elif len(rows) > 1:
             whole += rows
-            found[label] = rows = shared
+            rows_by_label[label] = rows = shared
             section.prose.append(_costs(label, rows) if results.cost_only else _answer(label, rows))
             section.figures += [
                 _chart([(label, rows)], field, f"blocks_{file_name(pattern)}_{field}", label)
                 for field in ("perplexity", "layer_error")
             ]
-    if found:
-        section.tables.append(_table(found, whole, cost_only=results.cost_only))
-        section.figures.append(_chart(list(found.items()), "seconds", "blocks_seconds", ", ".join(found)))
+    if rows_by_label:
+        section.tables.append(_table(rows_by_label, whole, cost_only=results.cost_only))
+        section.figures.append(
+            _chart(list(rows_by_label.items()), "seconds", "blocks_seconds", ", ".join(rows_by_label))
+        )
     section.figures = [figure for figure in section.figures if isinstance(figure, Chart) and figure.series]
     return section
 

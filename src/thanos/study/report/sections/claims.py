@@ -45,14 +45,14 @@ def claims(results: Results) -> Section:
             "parts hold. Only rows of equal measured sparsity are compared, over the seeds that all rows of the claim have.",
         )
     )
-    found = all_claims(results)
-    section.missing += [f"cells for the claim “{c.claim}”" for c in found if c.verdict == _WORDS[""]]
-    found = [c for c in found if c.verdict != _WORDS[""]]
-    if not found:
+    judged = all_claims(results)
+    section.missing += [f"cells for the claim “{c.claim}”" for c in judged if c.verdict == _WORDS[""]]
+    judged = [c for c in judged if c.verdict != _WORDS[""]]
+    if not judged:
         return section
-    lines: list[tuple[Cell, ...]] = [(text(c.claim), text(c.verdict), Cell(prose=c.evidence)) for c in found]
+    lines: list[tuple[Cell, ...]] = [(text(c.claim), text(c.verdict), Cell(prose=c.evidence)) for c in judged]
     cells = {
-        key for c in found for part in c.evidence if isinstance(part, Number) for key in (*part.cells, *part.minus)
+        key for c in judged for part in c.evidence if isinstance(part, Number) for key in (*part.cells, *part.minus)
     }
     about = (
         Number(len(cells), "cells", "value", tuple(sorted(cells))),
@@ -66,17 +66,17 @@ def claims(results: Results) -> Section:
 def all_claims(results: Results) -> list[Claim]:
     """Evaluate every claim."""
     patterns = [pattern for pattern in HEADLINE if headline_rows(results, pattern)]
-    found = [_lowest(results, pattern) for pattern in patterns or ["unstructured"]]
-    found.append(_gap_grows(results))
-    found += [_alpha_helps(results, pattern) for pattern in ("2:4", "4:8", "columns")]
-    found.append(_structured_gain_largest(results))
-    found += [
+    judged = [_lowest(results, pattern) for pattern in patterns or ["unstructured"]]
+    judged.append(_gap_grows(results))
+    judged += [_alpha_helps(results, pattern) for pattern in ("2:4", "4:8", "columns")]
+    judged.append(_structured_gain_largest(results))
+    judged += [
         _lowest(results, p, "zero_shot")
         for p in patterns
         if any(r.mean("zero_shot") for r in headline_rows(results, p))
     ]
-    found.append(_faster(results))
-    return found
+    judged.append(_faster(results))
+    return judged
 
 
 def _lowest(results: Results, pattern: str, field: str = "perplexity") -> Claim:
@@ -188,10 +188,10 @@ def _value(number: Number | None) -> float:
 
 
 def _faster(results: Results) -> Claim:
-    able = [row for row in headline_rows(results, "columns") if row.mean("seconds")]
-    able = on_device(able, usual_device(results))
-    claim = f"{able[0].pattern_label if able else 'columns'}: less time than SparseGPT"
-    rows = {row.method: row for row in able}
+    timed = [row for row in headline_rows(results, "columns") if row.mean("seconds")]
+    timed = on_device(timed, usual_device(results))
+    claim = f"{timed[0].pattern_label if timed else 'columns'}: less time than SparseGPT"
+    rows = {row.method: row for row in timed}
     own, other = rows.get("thanos"), rows.get("sparsegpt")
     if own is None or other is None or not verdict(own, other, "seconds"):
         return Claim(claim, _WORDS[""], ())

@@ -102,8 +102,8 @@ def equal_alphas(results: Results, method: str, pattern: str, sparsity: float) -
         return []
     rows = [row for row in results.select(method=method, pattern=pattern, sparsity=sparsity) if row.has_default_block]
     # If rows with and without keep_budget both have this sparsity, as for columns, the one with keep_budget is used.
-    found = {row.alpha: row for row in sorted(rows, key=lambda row: row.keep_budget) if comparable(row, base)}
-    return [found[alpha] for alpha in sorted(found)]
+    by_alpha = {row.alpha: row for row in sorted(rows, key=lambda row: row.keep_budget) if comparable(row, base)}
+    return [by_alpha[alpha] for alpha in sorted(by_alpha)]
 
 
 def patterns_of(rows: Iterable[Row]) -> list[str]:
@@ -133,10 +133,10 @@ def points(
         label: function from a row to its label; None for points without labels.
     """
     at = own if x in ("alpha", "block_size") else Row.mean
-    found = [(row, at(row, x), row.mean(y)) for row in rows]
+    coordinates = [(row, at(row, x), row.mean(y)) for row in rows]
     return tuple(
         Point(a, b, bar(row, y), label(row) if label else "", style=row.method if label else "")
-        for row, a, b in found
+        for row, a, b in coordinates
         if a is not None and b is not None
     )
 
@@ -146,13 +146,13 @@ def best_by(rows: Sequence[Row], fields: Iterable[str]) -> dict[str, list[Row]]:
 
     The comparison is that of :func:`~thanos.study.report.ranking.ranks`: equal measured sparsity, over common seeds.
     """
-    found: dict[str, list[Row]] = {}
+    best: dict[str, list[Row]] = {}
     for name in fields:
         known = [row for row in rows if row.mean(name) is not None]
         results = {row: [verdict(o, row, name) for o in known if o is not row and comparable(o, row)] for row in known}
         # An empty verdict means that two rows have no common seed.
-        found[name] = [row for row in known if any(results[row]) and "better" not in results[row]]
-    return found
+        best[name] = [row for row in known if any(results[row]) and "better" not in results[row]]
+    return best
 
 
 def note(rows: Iterable[Row], *more: str) -> Prose:
@@ -190,10 +190,10 @@ def common_note(rows: Sequence[Row], shared: Sequence[Row]) -> str:
     """Return a note with the seeds of a table's rows, by pattern if they differ, and a remark if some rows have more seeds."""
     more = any(len(part.records) < len(row.records) for row, part in zip(rows, shared, strict=True))
     rest = "; further seeds of single rows are used only for the noise" if more else ""
-    found = {row.pattern_label: seeds_of([row]) for row in shared}
-    if len(set(found.values())) == 1:
+    seeds_by_label = {row.pattern_label: seeds_of([row]) for row in shared}
+    if len(set(seeds_by_label.values())) == 1:
         return f"Over {seeds_of(shared)}, which all of these rows have{rest}."
-    each = "; ".join(f"{label}: {seeds}" for label, seeds in found.items())
+    each = "; ".join(f"{label}: {seeds}" for label, seeds in seeds_by_label.items())
     return f"Over the seeds that all rows of a pattern have ({each}){rest}."
 
 

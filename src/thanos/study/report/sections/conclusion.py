@@ -58,26 +58,30 @@ def _lowest(results: Results, best: dict[str, tuple[Row, Row | None]]) -> Prose:
 
 def _significance(best: dict[str, tuple[Row, Row | None]]) -> Prose:
     """Return a sentence: at which sparsities the next row is worse by more than the noise, is not, or the noise is unknown."""
-    found: dict[str, list[str]] = {"beyond": [], "tie": [], "unknown": []}
+    labels_by_verdict: dict[str, list[str]] = {"beyond": [], "tie": [], "unknown": []}
     for label, (row, other) in best.items():
         if other is None:
             continue
         if larger_noise(row, other) is None:
-            found["unknown"].append(label)
+            labels_by_verdict["unknown"].append(label)
         elif verdict(row, other) == "tie":
-            found["tie"].append(f"{label} ({other.label})")
+            labels_by_verdict["tie"].append(f"{label} ({other.label})")
         else:
-            found["beyond"].append(label)
-    if not any(found.values()):
+            labels_by_verdict["beyond"].append(label)
+    if not any(labels_by_verdict.values()):
         return (" No other row of equal sparsity was measured, so there is no difference to judge.",)
-    if not found["beyond"] and not found["tie"]:
+    if not labels_by_verdict["beyond"] and not labels_by_verdict["tie"]:
         return (
             " It is unknown whether the differences to the next best row exceed the noise: each has only one seed.",
         )
     parts = [
-        *([f"larger than the noise at {_and(found['beyond'])}"] if found["beyond"] else []),
-        *([f"within the noise at {_and(found['tie'])}"] if found["tie"] else []),
-        *([f"from one seed, with unknown noise, at {_and(found['unknown'])}"] if found["unknown"] else []),
+        *([f"larger than the noise at {_and(labels_by_verdict['beyond'])}"] if labels_by_verdict["beyond"] else []),
+        *([f"within the noise at {_and(labels_by_verdict['tie'])}"] if labels_by_verdict["tie"] else []),
+        *(
+            [f"from one seed, with unknown noise, at {_and(labels_by_verdict['unknown'])}"]
+            if labels_by_verdict["unknown"]
+            else []
+        ),
     ]
     return (f" The difference to the next best row is {'; '.join(parts)}.",)
 

@@ -147,8 +147,8 @@ def _measured_alike(results: Results, section: Section) -> Iterator[tuple[str, l
 
 def on_device(rows: list[Row], device: str) -> list[Row]:
     """Return rows with only the cells that one device measured. Seconds of another device are not comparable."""
-    found = [tuple(record for record in row.records if record.machine["device"] == device) for row in rows]
-    return [replace(row, records=own) for row, own in zip(rows, found, strict=True) if own]
+    on_this = [tuple(record for record in row.records if record.machine["device"] == device) for row in rows]
+    return [replace(row, records=own) for row, own in zip(rows, on_this, strict=True) if own]
 
 
 def usual_device(results: Results) -> str:
@@ -194,10 +194,10 @@ def _same_memory(label: str, rows: list[Row]) -> Prose:
 
 
 def _chart(rows: list[Row], field: str, front: list[Row], pattern: str, label: str) -> Chart:
-    found = [(row, points([row], field, "perplexity")) for row in rows]
+    drawn = [(row, points([row], field, "perplexity")) for row in rows]
     series = [
         Series(row.label.replace("budget kept", "kept"), row.method, (replace(point, marked=row in front),))
-        for row, own in found
+        for row, own in drawn
         for point in own
     ]
     name = f"cost_{file_name(pattern)}_{'seconds' if field == 'seconds' else 'memory'}"

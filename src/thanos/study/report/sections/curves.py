@@ -23,14 +23,14 @@ def curves(results: Results) -> Section:
     section = Section("sparsity", "Perplexity over sparsity")
     alpha = False
     for pattern, letter in (("unstructured", "a"), ("columns", "b")):
-        found = lines_of(results, pattern)
-        lacking = _missing(found, pattern)
+        lines = lines_of(results, pattern)
+        lacking = _missing(lines, pattern)
         if lacking:
             section.missing.append(f"{pattern}: {lacking}")
-        if any(len(rows) > 1 for rows in found.values()):
-            alpha = alpha or any(key[1] for key in found)
-            section.figures.append(_chart(results, found, pattern, letter))
-            section.tables.append(_table(found, pattern, letter))
+        if any(len(rows) > 1 for rows in lines.values()):
+            alpha = alpha or any(key[1] for key in lines)
+            section.figures.append(_chart(results, lines, pattern, letter))
+            section.tables.append(_table(lines, pattern, letter))
     words = (
         "As in the paper's Figure 1. Points are at the measured sparsity; points of several methods are shifted a little to "
         "be visible. Lines only connect them."
@@ -44,7 +44,7 @@ def curves(results: Results) -> Section:
 
 def lines_of(results: Results, pattern: str) -> dict[tuple[str, float], list[Row]]:
     """Return (method, α) → rows sorted by sparsity. α > 0 is included only with ``keep_budget`` and two sparsities."""
-    found: dict[tuple[str, float], dict[float, Row]] = {}
+    by_line: dict[tuple[str, float], dict[float, Row]] = {}
     rows = [
         row for row in results.select(pattern=pattern) if row.has_default_block and row.mean("perplexity") is not None
     ]
@@ -52,8 +52,8 @@ def lines_of(results: Results, pattern: str) -> dict[tuple[str, float], list[Row
         # Without keep_budget the measured sparsity of a row with α depends on rounding, so such rows are left out.
         if row.alpha and not row.keep_budget:
             continue
-        found.setdefault((row.method, row.alpha), {})[row.sparsity] = row
-    lines = {key: [row for _, row in sorted(by_sparsity.items())] for key, by_sparsity in found.items()}
+        by_line.setdefault((row.method, row.alpha), {})[row.sparsity] = row
+    lines = {key: [row for _, row in sorted(by_sparsity.items())] for key, by_sparsity in by_line.items()}
     return {
         key: line
         for key, line in sorted(lines.items(), key=lambda item: item[1][0].order[3:])

@@ -54,9 +54,9 @@ def data(done: Sequence[CellRecord], failed: Sequence[CellRecord], studies: Sequ
     if failed:
         section.tables.append(_failed(failed))
     for results in studies:
-        found = left_out(results)
-        if found:
-            section.prose.append((f"{results.model}: ", *found) if len(studies) > 1 else found)
+        omitted = left_out(results)
+        if omitted:
+            section.prose.append((f"{results.model}: ", *omitted) if len(studies) > 1 else omitted)
     if done:
         section.tables.append(_cells(done))
     return section

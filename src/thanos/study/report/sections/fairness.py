@@ -113,18 +113,18 @@ def _apart(results: Results) -> Table | None:
 
 def _missing(results: Results) -> list[str]:
     """Return the missing cells: α at the full sparsity for n:m patterns, and the other methods if one has α = 0.1."""
-    found = []
+    missing = []
     for pattern in patterns_of(results.rows):
         sparsity = headline_sparsity(results, pattern)
         if sparsity is None:
             continue
         if ":" in pattern and len(equal_alphas(results, "thanos", pattern, sparsity)) < 2:
-            found.append(f"Thanos, {pattern}, α = 0.1, budget kept, beside α = 0")
+            missing.append(f"Thanos, {pattern}, α = 0.1, budget kept, beside α = 0")
         rows = results.select(pattern=pattern, alpha=0.1, sparsity=sparsity)
         for kept in (True, False):
             have = {row.method for row in rows if row.keep_budget == kept}
             lacking = [title_of(method) for method in METHODS if method not in have]
             if have and lacking:
                 how = "budget kept" if kept else "as requested"
-                found.append(f"{', '.join(lacking)}, {rows[0].pattern_label}, α = 0.1, {how}")
-    return found
+                missing.append(f"{', '.join(lacking)}, {rows[0].pattern_label}, α = 0.1, {how}")
+    return missing

@@ -55,7 +55,7 @@ def _spreads(groups: list[list[Row]]) -> Table:
 def _pairs(groups: list[list[Row]]) -> Table:
     lines: dict[str, list[Line]] = {}
     for rows in groups:
-        able = [row for row in rows if row.mean("perplexity") is not None]
+        known = [row for row in rows if row.mean("perplexity") is not None]
         lines[rows[0].pattern_label] = [
             (
                 row.name,
@@ -64,7 +64,7 @@ def _pairs(groups: list[list[Row]]) -> Table:
                 change_of(row, other),
                 larger_noise(row, other),
             )
-            for row, other in combinations(able, 2)
+            for row, other in combinations(known, 2)
             if comparable(row, other)
         ]
     used = [row for rows in groups for row in rows]

@@ -88,11 +88,11 @@ def _settings(results: Results) -> Prose:
     damped = f"; damping {damping:g}" if damping is not None else ""
     words = [f"Calibration: {samples} × {length} tokens of {calibration}{damped}." if calibration else ""]
     if first is not None and first.evaluation is not None:
-        found = first.evaluation
+        evaluation = first.evaluation
         compared = " KL divergence and top-1 agreement compare with the dense model."
         words.append(
-            f" Perplexity: {found['text']}, {found['windows']} windows of {found['sequence_length']} tokens "
-            f"({found['tokens']:,} scored).{compared if found['kl_divergence'] is not None else ''}"
+            f" Perplexity: {evaluation['text']}, {evaluation['windows']} windows of {evaluation['sequence_length']} tokens "
+            f"({evaluation['tokens']:,} scored).{compared if evaluation['kl_divergence'] is not None else ''}"
         )
     return ("".join(words).strip(),)
 
@@ -100,16 +100,16 @@ def _settings(results: Results) -> Prose:
 def _chart(results: Results, groups: dict[str, list[Row]]) -> Chart:
     series = []
     for label, group in groups.items():
-        found = points(group, "sparsity", "perplexity", label=lambda row: row.label)
-        if found:
-            series.append(Series(label, found[0].style, found))
+        drawn = points(group, "sparsity", "perplexity", label=lambda row: row.label)
+        if drawn:
+            series.append(Series(label, drawn[0].style, drawn))
     dense = None if results.dense is None else results.dense.mean("perplexity")
     reference = None if dense is None else ("dense", dense)
     return Chart("dots", "summary", "Perplexity by pattern and method", "", "perplexity", tuple(series), reference)
 
 
 def _missing(results: Results) -> list[str]:
-    found = [] if results.dense is not None else ["the dense model"]
+    missing = [] if results.dense is not None else ["the dense model"]
     for pattern in HEADLINE:
         group = headline_rows(results, pattern)
         have = {row.method for row in group}
@@ -117,5 +117,5 @@ def _missing(results: Results) -> list[str]:
         if lacking:
             label = group[0].pattern_label if group else f"{pattern}{'' if ':' in pattern else ' 50 %'}"
             label = label if group or pattern != "columns" else "columns 30 %"
-            found.append(f"{label}: {', '.join(lacking)}")
-    return found
+            missing.append(f"{label}: {', '.join(lacking)}")
+    return missing

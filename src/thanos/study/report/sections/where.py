@@ -41,12 +41,12 @@ def where(results: Results) -> Section:
     for row in rows:
         record = row.records[0]
         for kind in _MAPS:
-            found = _map(row, record, kind)
-            ends = _ends(found) if found is not None and kind == "zeros" else None
+            heat_map = _map(row, record, kind)
+            ends = _ends(heat_map) if heat_map is not None and kind == "zeros" else None
             if ends is not None and ends[1].value - ends[0].value < GROUP_WIDTH:
                 even.append((row.pattern_label, *ends))
-            elif found is not None:
-                section.figures.append(found)
+            elif heat_map is not None:
+                section.figures.append(heat_map)
         lines[row.pattern_label] = _worst(record)
     if even:
         section.prose.append(_evenly(even))
@@ -83,9 +83,9 @@ def _map(row: Row, record: CellRecord, kind: str) -> HeatMap | None:
     )
 
 
-def _ends(found: HeatMap) -> tuple[Number, Number]:
+def _ends(heat_map: HeatMap) -> tuple[Number, Number]:
     """Return the smallest and the largest number of a map."""
-    known = [number for row in found.values for number in row if number is not None]
+    known = [number for row in heat_map.values for number in row if number is not None]
     return min(known, key=lambda number: number.value), max(known, key=lambda number: number.value)
 
 
