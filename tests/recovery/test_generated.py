@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 import thanos
 from recovering import VARIED, prune, read, settings
-from thanos.errors import RecipeError
+from thanos.errors import RecipeError, UserError
 from thanos.recovery.generated import PROMPT, generate_sequences
 from thanos.recovery.sequences import SEGMENT
 
@@ -126,6 +127,32 @@ def test_an_interrupted_recovery_goes_on_with_the_same_sequences(
     first, second = read(tmp_path / "out2"), read(tmp_path / "whole")
     assert all(torch.equal(first[name], second[name]) for name in second)
     assert not list((tmp_path / "out2").glob("generated*"))
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_what_was_generated_is_kept_before_the_first_checkpoint(
+    same: bool, tiny_llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    pruned, out = prune(tiny_llama, tmp_path / "out", text_file), tmp_path / "out2"
+
+    def stop(event: thanos.Event) -> None:
+        if event.phase == "train":
+            raise KeyboardInterrupt
+
+    def go(generate: int, **how: Any) -> thanos.RecoveryReport:
+        return thanos.recover(pruned, out, dense=tiny_llama, recipe=settings(text_file, generate=generate), **how)
+
+    with pytest.raises(KeyboardInterrupt):
+        go(8, on_event=stop)
+    if not same:
+        with pytest.raises(UserError, match="generate 8 → 4"):
+            go(4, resume=True)
+        assert go(4).sequences["trained"] == 12  # without --resume it starts over
+        return
+    phases: set[str] = set()
+    report = go(8, resume=True, on_event=lambda event: phases.add(event.phase))
+    assert "generate" not in phases
+    assert report.sequences["trained"] == 16
 
 
 @pytest.mark.parametrize(
