@@ -470,7 +470,7 @@ def test_progress_counts_sequences_and_tells_the_losses() -> None:
     assert {step.total for step in seen} == {48}
     assert [step.loss is None for step in seen] == [True, True, *[False] * 7]
     assert seen[0].held_out > seen[2].held_out > seen[5].held_out
-    record = run(Toy().work(), epochs=3).record
+    record = run(Toy().work(), epochs=3, rate=0.01).record
     assert (seen[-1].loss, seen[-1].held_out) == (record.losses[-1], record.held_out_after), "the last is the result"
 
 
@@ -511,6 +511,18 @@ def test_a_sample_is_spread_evenly() -> None:
     assert evenly(range(120), 8) == [0, 15, 30, 45, 60, 75, 90, 105]
     assert evenly([3, 5], 8) == [3, 5]
     assert evenly([], 3) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_size_is_that_of_the_matrices_unless_all_their_entries_are_zero(dtype: torch.dtype) -> None:
+    gain = Tunable("gain", torch.tensor([2.0, -2.0]), torch.float32, False)
+
+    def size(*matrices: Tensor) -> float:
+        tunables = [Tunable(f"weight{i}", one.to(dtype), dtype, True) for i, one in enumerate(matrices)]
+        return Masters([*tunables, gain], (0.9, 0.95)).size
+
+    assert size(torch.zeros(2, 2), torch.tensor([[300.0, 0.0], [0.0, 400.0]])) == pytest.approx(125000**0.5)
+    assert size(torch.zeros(2, 2)) == size() == 2.0
 
 
 def test_masters_clear_a_weight_that_became_nan() -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 import thanos
 from recovering import VARIED, prune, read, settings
-from thanos.errors import RecipeError
+from thanos.errors import RecipeError, UserError
 from thanos.recovery.generated import PROMPT, generate_sequences
 from thanos.recovery.sequences import SEGMENT
 
@@ -58,6 +59,49 @@ def test_long_sequences_are_made_of_pieces(tiny_llama: Path) -> None:
     assert not torch.equal(other, made)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_beams": 3},
+        {"num_return_sequences": 2},
+        {"min_p": 0.9},
+        {"typical_p": 0.2},
+        {"repetition_penalty": 5.0},
+        {"no_repeat_ngram_size": 1},
+        {"suppress_tokens": list(range(3, 300))},
+        {"forced_eos_token_id": 2},
+        {"cache_implementation": "static"},
+        {"return_dict_in_generate": True},
+        {"stop_strings": ["a"]},
+        {"max_time": 1e-9},
+        {"max_length": 3, "min_length": 39},
+        {"pad_token_id": None},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_the_generation_config_does_not_change_the_samples(changes: dict[str, object], tiny_llama: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    text = torch.randint(3, model.config.vocab_size, (2, 20), generator=torch.Generator().manual_seed(0))
+    made = generate_sequences(model, text, (), 3, 7, 0, lambda event: None)
+    config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    model.generation_config = config
+    assert torch.equal(generate_sequences(model, text, (), 3, 7, 0, lambda event: None), made)
+    assert model.generation_config is config
+
+
+@pytest.mark.parametrize("bos", [(), (1,)])
+def test_sequences_of_two_tokens(bos: tuple[int, ...], tiny_llama: Path) -> None:
+    """One token is given, the text's or BOS, and one is generated: also with BOS as the only prompt."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    text = torch.tensor([[1, 7], [1, 9]])
+    made = generate_sequences(model, text, bos, 50, 0, 0, lambda event: None)
+    assert made.shape == (50, 2)
+    assert set(made[:, 0].tolist()) <= ({1, 7, 9} if not bos else {1})
+    assert len(made[:, 1].unique()) > 10
+
+
 @pytest.mark.parametrize("changes", [{}, VARIED], ids=["same", "varied"])
 def test_an_interrupted_recovery_goes_on_with_the_same_sequences(
     changes: dict[str, object], tiny_llama: Path, text_file: Path, tmp_path: Path
@@ -83,6 +127,32 @@ def test_an_interrupted_recovery_goes_on_with_the_same_sequences(
     first, second = read(tmp_path / "out2"), read(tmp_path / "whole")
     assert all(torch.equal(first[name], second[name]) for name in second)
     assert not list((tmp_path / "out2").glob("generated*"))
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_what_was_generated_is_kept_before_the_first_checkpoint(
+    same: bool, tiny_llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    pruned, out = prune(tiny_llama, tmp_path / "out", text_file), tmp_path / "out2"
+
+    def stop(event: thanos.Event) -> None:
+        if event.phase == "train":
+            raise KeyboardInterrupt
+
+    def go(generate: int, **how: Any) -> thanos.RecoveryReport:
+        return thanos.recover(pruned, out, dense=tiny_llama, recipe=settings(text_file, generate=generate), **how)
+
+    with pytest.raises(KeyboardInterrupt):
+        go(8, on_event=stop)
+    if not same:
+        with pytest.raises(UserError, match="generate 8 → 4"):
+            go(4, resume=True)
+        assert go(4).sequences["trained"] == 12  # without --resume it starts over
+        return
+    phases: set[str] = set()
+    report = go(8, resume=True, on_event=lambda event: phases.add(event.phase))
+    assert "generate" not in phases
+    assert report.sequences["trained"] == 16
 
 
 @pytest.mark.parametrize(

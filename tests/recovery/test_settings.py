@@ -79,6 +79,7 @@ def test_the_rate_grows_with_the_loss_between_two_bounds() -> None:
     assert rates == sorted(rates)
     assert rates == [2.6e-5, 2.5e-4, 4e-4, 6e-4, 8.3e-4, 1e-3, 1e-3]
     assert rate_for(0.08, 0.025) == 1.1e-5
+    assert rate_for(-1e-9, 0.26) == rates[0]  # the divergence of equal models, after rounding
 
 
 def test_the_chosen_rate_is_recorded_and_is_that_of_the_loss_before(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,8 +19,7 @@ from thanos.sparse.storage import check_stored, check_weight, parse_settings, se
 
 PACKED = (encode(sparse_weight(40, 70)), tailed(random_weight(64, 96, 0.6)), encode(sparse_weight(64, 96)))
 
-
-TAILED = next(packed for packed in PACKED if packed.offsets is not None)
+TAILED = PACKED[1]
 
 
 def use(packed: PackedWeight) -> None:
@@ -103,6 +104,16 @@ def test_the_end_has_no_tail_and_the_first_tile_begins_at_zero():
         offsets[index] += change
         with pytest.raises(ModelError, match="offsets that do not suit"):
             check_weight(PackedWeight(TAILED.spec, TAILED.words, offsets), "layer")
+
+
+@pytest.mark.parametrize("units", [1, 2, 3])
+def test_words_that_are_no_whole_units_are_refused(units):
+    assert TAILED.offsets is not None
+    words, offsets = torch.cat([TAILED.words, torch.zeros(4 * units, dtype=torch.int32)]), TAILED.offsets.clone()
+    offsets[-1] += units  # a tail at the end, as if a tile began there
+    spec = dataclasses.replace(TAILED.spec, words=len(words))
+    with pytest.raises(ModelError, match="offsets that do not suit"):
+        check_weight(PackedWeight(spec, words, offsets), "layer")
 
 
 @pytest.mark.parametrize("version", [1, 2])

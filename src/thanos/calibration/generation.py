@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -41,7 +42,9 @@ def continue_prompts(
     phase: Phase,
     emit: Callable[[Event], None],
 ) -> Tensor:
-    """Sample a continuation of each prompt from the model at temperature 1. End-of-text is never sampled.
+    """Sample a continuation of each prompt from the model at temperature 1, whatever its generation config says.
+
+    The end-of-text tokens of the generation config are never sampled, so no continuation ends early.
 
     Args:
         model: the dense model.
@@ -56,24 +59,44 @@ def continue_prompts(
     Returns:
         Token ids, (n, length) int64, on the CPU; each row begins with its prompt.
     """
+    from transformers import GenerationConfig
+
     batches = []
     devices = [model.device] if model.device.type == "cuda" else []
     new, done = length - prompts.shape[1], 0
-    with torch.random.fork_rng(devices), torch.inference_mode():
+    config = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        min_new_tokens=new,
+        max_new_tokens=new,
+        eos_token_id=getattr(model.generation_config, "eos_token_id", None),
+        pad_token_id=pad,
+    )
+    with torch.random.fork_rng(devices), torch.inference_mode(), _replaced_defaults(model):
         torch.manual_seed(seed)
         for part in prompts.split(batch):
             ids = model.generate(  # type: ignore[operator]
                 part.to(model.device),
                 attention_mask=torch.ones_like(part, device=model.device),
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                min_new_tokens=new,
-                max_new_tokens=new,
-                pad_token_id=pad,
+                generation_config=config,
             )
             batches.append(ids.cpu())
             done += len(part)
             emit(Event(kind="progress", phase=phase, done=done, total=len(prompts), tokens=done * length))
     return torch.cat(batches)
+
+
+@contextmanager
+def _replaced_defaults(model: PreTrainedModel) -> Iterator[None]:
+    """Give the model an empty generation config: ``generate`` would take what the given config leaves open from the model's."""
+    from transformers import GenerationConfig
+
+    network: Any = model
+    before = network.generation_config
+    network.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        network.generation_config = before

@@ -44,8 +44,8 @@ class Masters:
             :attr:`gradient`.
         gradient: all gradients, (entries,) float32.
         free: number of entries that may change.
-        size: root mean square of the entries of the matrices that may change; of all entries if there is no matrix. It is
-            the scale of a learning rate: Adam moves every entry by about the rate, whatever the size of the weights.
+        size: root mean square of the entries of the matrices that may change; of all parameters if there are none. It is the
+            scale of a learning rate: Adam moves every entry by about the rate, whatever the size of the weights.
     """
 
     def __init__(self, tunables: Sequence[Tunable], betas: tuple[float, float]) -> None:
@@ -66,7 +66,8 @@ class Masters:
             self.leaves[tunable.name] = leaf
         self._flat.grad = self.gradient
         self.free = count - int(self._zeros.count_nonzero())
-        self.size = _root_mean_square([tunable.value for tunable in tunables if tunable.sparse] or [self._flat])
+        matrices = [tunable.value for tunable in tunables if tunable.sparse]
+        self.size = _root_mean_square(matrices) or _root_mean_square([self._flat])
         self._adam = torch.optim.Adam([self._flat], betas=betas, fused=True)
 
     def step(self, rate: float) -> None:

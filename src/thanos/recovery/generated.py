@@ -56,7 +56,7 @@ def generate_sequences(
     text = ids[:, len(bos) :]
     width = text.shape[1]
     segment = min(SEGMENT, width)
-    prompt = max(1, min(PROMPT, segment // 2))
+    prompt = max(0 if bos else 1, min(PROMPT, segment // 2))  # BOS alone is a prompt, too
     pieces = math.ceil(count * width / segment)
     draw = torch.Generator().manual_seed(seed)
     rows = torch.randint(len(text), (pieces, 1), generator=draw)

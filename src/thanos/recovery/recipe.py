@@ -247,10 +247,11 @@ def rate_for(divergence: float, size: float) -> float:
     0.08), where the loss rises with 1e-4.
 
     Args:
-        divergence: KL(dense ‖ pruned) on held-out sequences before the training, in nats per token.
+        divergence: KL(dense ‖ pruned) on held-out sequences before the training, in nats per token. Rounding can make it
+            slightly negative, which counts as zero.
         size: root mean square of the non-zero weights of the pruned model's blocks.
     """
-    return float(f"{size * min(4e-3, max(1e-4, 3.2e-3 * divergence**0.8)):.1e}")
+    return float(f"{size * min(4e-3, max(1e-4, 3.2e-3 * max(0.0, divergence) ** 0.8)):.1e}")
 
 
 def one_cycle(step: int, steps: int) -> float:

@@ -148,7 +148,7 @@ def recover(
             work.tidy(resume=resume)
             check()
             check_interrupted(work, resume=resume, overwrite=overwrite)
-            if resume and not work.finished and not work.published:
+            if resume and not (work.finished or work.prepared or work.published):
                 emit(
                     Event(kind="note", phase="load", message="there is nothing to resume: starting from the beginning")
                 )

@@ -55,9 +55,14 @@ class RecoveryFolder(WorkFolder):
         return 0 if newest is None else _number(newest)
 
     @property
+    def prepared(self) -> bool:
+        """Whether the dense model has generated its sequences: a resumed run keeps them, also without a checkpoint."""
+        return bool(self.run) and self.model.is_dir() and self._generated.is_file()
+
+    @property
     def is_complete(self) -> bool:
         """Whether OUT is the output of a complete recovery, and no unfinished one is left next to it."""
-        return not self.published and not self.finished and bool(self.completed_run)
+        return not (self.published or self.finished or self.prepared) and bool(self.completed_run)
 
     @property
     def newest(self) -> Path | None:

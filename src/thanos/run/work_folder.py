@@ -68,6 +68,11 @@ class WorkFolder:
         return sum(block is not None for block in current(self.journal.read()))
 
     @property
+    def prepared(self) -> bool:
+        """Whether a resumed run can keep something although nothing is finished."""
+        return False
+
+    @property
     def published(self) -> bool:
         """Whether ``model/`` was renamed to OUT, but the run ended before its cleanup."""
         return bool(self.run) and not self.model.exists() and not self.sealed and self.out.is_dir()
@@ -127,7 +132,7 @@ class WorkFolder:
                 shutil.rmtree(self._old)
             else:
                 self._old.rename(self.out)
-        if not self.finished and not (resume and self.published):
+        if not self.finished and not (resume and (self.published or self.prepared)):
             self.remove()
 
     @property
@@ -186,7 +191,7 @@ def kept(work: WorkFolder) -> Iterator[None]:
         if isinstance(error, FileNotFoundError) and not work.path.exists():
             raise ResourceError(f"{work.path} was deleted during the run, with all finished work") from error
         # A resumed run would fail with the same NaN again.
-        if isinstance(error, NumericsError) or not work.finished:
+        if isinstance(error, NumericsError) or not (work.finished or work.prepared):
             with suppress(OSError):
                 work.remove()
         elif not recurs(error):

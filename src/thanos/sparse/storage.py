@@ -250,7 +250,7 @@ def check_weight(packed: PackedWeight, name: str) -> None:
         counts, tails = tile_sizes(packed)
         valid = (counts >= 0).all() & (counts + tails <= SIDE).all() & (tails <= MOST_TAIL).all()
         valid = valid & (offsets[0] >= 0) & (offsets[0] < 4)  # the first tile begins at unit 0
-        if not bool(valid) or int(offsets[-1]) * UNIT != 4 * spec.words:
+        if not bool(valid) or spec.words % UNIT or int(offsets[-1]) * UNIT != 4 * spec.words:
             raise ModelError(f"{name} has offsets that do not suit its tiles; {_DAMAGED}")
     for n, masks, tails in masks_and_tails(packed):
         surplus = tiles.count_bits(masks) - n
