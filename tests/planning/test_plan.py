@@ -339,7 +339,7 @@ class TestWhatIsTried:
 def sample(sequences: int, batch: int, busy: float, *, slower: float = 1.0, growth: int = 0) -> Sample:
     return Sample(
         Amount(sequences), batch, {"statistics": busy * slower, "solve": 5.0}, {"statistics": busy, "solve": 4.0},
-        {"statistics": (growth, 2 * growth)}, frozenset({"statistics"}), 1, 1, None,
+        {"statistics": (growth, 2 * growth)}, frozenset({"statistics"}), 1, 1, [], None,
     )  # fmt: skip
 
 
@@ -358,7 +358,7 @@ class TestExtrapolation:
         def one(training: int, held_out: int) -> Sample:
             amount, cost = Amount(training, held_out), 3.0 + training * 0.5 + held_out * 2.0
             seconds = {"dense": cost, "choose": 1.0 + held_out * 4.0}
-            return Sample(amount, 2, seconds, seconds, {}, frozenset(seconds), 1, 3, None)
+            return Sample(amount, 2, seconds, seconds, {}, frozenset(seconds), 1, 3, [], None)
 
         kind = Kind([0], [(one(2, 1), one(6, 1), one(2, 2))])
         assert kind.seconds("dense", Amount(112, 16)) == pytest.approx(3.0 + 112 * 0.5 + 16 * 2.0)
@@ -368,7 +368,7 @@ class TestExtrapolation:
         def one(training: int, held_out: int, epochs: int) -> Sample:
             passes = epochs * (3 * training + 2 * held_out) + held_out + 2 * min(held_out, training)
             seconds = {"tune": 0.25 * passes}
-            return Sample(Amount(training, held_out, epochs), 2, seconds, seconds, {}, frozenset(seconds), 1, 3, None)
+            return Sample(Amount(training, held_out, epochs), 2, seconds, seconds, {}, frozenset(seconds), 1, 3, [], None)
 
         whole = one(112, 16, 10)
         for tries in ((one(2, 1, 1), one(8, 1, 1), one(2, 2, 1)), (one(3, 1, 1),)):
