@@ -11,9 +11,11 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 import thanos
 from recovering import VARIED, prune, read, settings
+from thanos.cli.interrupts import EndedEarly, resumable
 from thanos.errors import RecipeError, UserError
 from thanos.recovery.generated import PROMPT, generate_sequences
 from thanos.recovery.sequences import SEGMENT
+from thanos.recovery.states import RecoveryFolder
 
 
 @pytest.mark.parametrize("bos", [(), (1,), (1, 3)])
@@ -142,8 +144,9 @@ def test_what_was_generated_is_kept_before_the_first_checkpoint(
     def go(generate: int, **how: Any) -> thanos.RecoveryReport:
         return thanos.recover(pruned, out, dense=tiny_llama, recipe=settings(text_file, generate=generate), **how)
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(EndedEarly) as ended, resumable(RecoveryFolder(out)):
         go(8, on_event=stop)
+    assert ended.value.hint("AGAIN") == "; 0 of 12 steps are finished, continue with: AGAIN"
     if not same:
         with pytest.raises(UserError, match="generate 8 → 4"):
             go(4, resume=True)

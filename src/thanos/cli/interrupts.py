@@ -22,15 +22,19 @@ class EndedEarly(Exception):  # noqa: N818  an interruption is not an error
         finished: number of finished blocks that were kept, or of other units of work.
         blocks: number of all of them.
         unit: the name of the unit, in the plural.
+        prepared: whether something is kept although nothing is finished.
     """
 
-    def __init__(self, error: BaseException, finished: int, blocks: int, unit: str = "blocks") -> None:
+    def __init__(
+        self, error: BaseException, finished: int, blocks: int, unit: str = "blocks", prepared: bool = False
+    ) -> None:
         super().__init__(str(error))
+        self.prepared = prepared
         self.error, self.finished, self.blocks, self.unit = error, finished, blocks, unit
 
     def hint(self, again: str) -> str:
         """Return the end of the error line: the number of finished blocks and the command to resume, if that can help."""
-        if self.finished and not recurs(self.error):
+        if (self.finished or self.prepared) and not recurs(self.error):
             return f"; {self.finished} of {self.blocks} {self.unit} are finished, continue with: {again}"
         return "; no files are left" if isinstance(self.error, KeyboardInterrupt) else ""
 
@@ -47,7 +51,7 @@ def resumable(work: WorkFolder) -> Iterator[None]:
     except (KeyboardInterrupt, Exception) as error:
         if isinstance(error, UserError) and not isinstance(error, ResourceError):
             raise  # resuming cannot help: the request itself must change
-        raise EndedEarly(error, work.finished, work.run.get(work.unit, 0), work.unit) from error
+        raise EndedEarly(error, work.finished, work.run.get(work.unit, 0), work.unit, work.prepared) from error
 
 
 @contextmanager
