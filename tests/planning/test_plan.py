@@ -368,7 +368,9 @@ class TestExtrapolation:
         def one(training: int, held_out: int, epochs: int) -> Sample:
             passes = epochs * (3 * training + 2 * held_out) + held_out + 2 * min(held_out, training)
             seconds = {"tune": 0.25 * passes}
-            return Sample(Amount(training, held_out, epochs), 2, seconds, seconds, {}, frozenset(seconds), 1, 3, [], None)
+            return Sample(
+                Amount(training, held_out, epochs), 2, seconds, seconds, {}, frozenset(seconds), 1, 3, [], None
+            )
 
         whole = one(112, 16, 10)
         for tries in ((one(2, 1, 1), one(8, 1, 1), one(2, 2, 1)), (one(3, 1, 1),)):
