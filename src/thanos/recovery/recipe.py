@@ -243,7 +243,7 @@ def rate_for(divergence: float, size: float) -> float:
     It is ``size`` · 3.2e-3 · ``divergence``^0.8, but at least 1e-4 and at most 4e-3 of ``size``. AdamW changes a weight by
     about the rate in each step, whatever its size; so the rate is relative to the weights. With a larger loss they have to
     change more. The constants are fitted to the best rates tried: 2e-4 to 3e-4 at 50 %, 4e-4 at 2:4 and 6e-4 at 70 % on
-    SmolLM2-135M (size 0.26; divergence 0.22, 0.40 and 0.66), and 1e-5 at 16:32 on Qwen2.5-Coder-0.5B (size 0.025; divergence
+    SmolLM2-135M (size 0.27; divergence 0.22, 0.40 and 0.66), and 1e-5 at 16:32 on Qwen2.5-Coder-0.5B (size 0.025; divergence
     0.08), where the loss rises with 1e-4.
 
     Args:
