@@ -566,6 +566,8 @@ def test_the_folder_that_holds_a_gguf_file(text_file: Path, tmp_path: Path) -> N
     (tmp_path / "m.gguf").write_bytes(b"GGUF" + bytes(60))
     (tmp_path / "config.json").write_text("{}")
     refused(UserError, tmp_path / "m.gguf", recipe(text_file), "holds the model", out=tmp_path, overwrite=True)
+    refused(UserError, tmp_path / "m.gguf", recipe(text_file), "inside the folder of another model")
+    (tmp_path / "config.json").unlink()
     refused(ModelError, tmp_path / "m.gguf", recipe(text_file), "m.gguf", "truncated or corrupt")
 
 
@@ -586,7 +588,7 @@ def test_calibration_that_is_missing_or_unknown(model: Path, text_file: Path, tm
 
 def test_a_sequence_beyond_the_models_positions(model: Path, text_file: Path) -> None:
     settings = recipe(text_file, samples=1, sequence_length=257)
-    refused(DataError, model, settings, "257", "256 positions", "--sequence-length")
+    refused(DataError, model, settings, "sequence_length 257", "256 positions", "256 or less")
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
