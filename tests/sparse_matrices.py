@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -15,6 +16,10 @@ from thanos.sparse.formats import PackedSpec, PackedWeight
 from thanos.sparse.ops import packed_linear
 
 DTYPES = (torch.bfloat16, torch.float16)
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+"""Values of a parameter ``device``; tests/sparse/conftest.py skips those that are not there."""
+
 EPSILON = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 SHAPES = [(1, 1), (1, 64), (33, 31), (64, 576), (100, 1000), (257, 129), (96, 2080)]

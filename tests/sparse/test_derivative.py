@@ -5,18 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparse_matrices import assert_close, on, product, random_weight, sparse_weight
+from sparse_matrices import DEVICES, assert_close, on, product, random_weight, sparse_weight
 from thanos.sparse.encoding import encode
 from thanos.sparse.ops import packed_linears
-
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-
-
-@pytest.fixture(autouse=True)
-def _device_is_there(request: pytest.FixtureRequest) -> None:
-    callspec = getattr(request.node, "callspec", None)
-    if callspec and callspec.params.get("device") == "cuda" and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -9,24 +9,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from sparse_matrices import DTYPES, SHAPES, assert_close, on, product, random_weight, sparse_weight, tailed
+from sparse_matrices import DEVICES, DTYPES, SHAPES, assert_close, on, product, random_weight, sparse_weight, tailed
 from thanos.sparse.encoding import encode
 from thanos.sparse.formats import decode
-from thanos.sparse.kernels import cpu, lacking
+from thanos.sparse.kernels import cpu
 from thanos.sparse.kernels.tuned import device_settings
 from thanos.sparse.modules import PackedLinear
 from thanos.sparse.ops import packed_linear, packed_linears
-
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-
-
-@pytest.fixture(autouse=True)
-def _device_is_there(request: pytest.FixtureRequest) -> None:
-    if getattr(request.node, "callspec", None) and request.node.callspec.params.get("device") == "cuda":
-        if not torch.cuda.is_available():
-            pytest.skip("needs a CUDA device")
-        reason = lacking(torch.device("cuda", 0))
-        assert not reason
 
 
 @pytest.fixture

@@ -14,22 +14,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import tiny_model, windows
-from sparse_matrices import random_weight, save_pruned, sparse_weight
+from sparse_matrices import DEVICES, random_weight, save_pruned, sparse_weight
 from thanos.export.pack import pack
 from thanos.sparse import loader, packed_modules
 from thanos.sparse.encoding import encode
 from thanos.sparse.modules import PackedLinear
 from thanos.sparse.ops import packed_linear, packed_linears
 from thanos.sparse.siblings import Siblings, find_siblings, join
-
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-
-
-@pytest.fixture(autouse=True)
-def _device_is_there(request: pytest.FixtureRequest) -> None:
-    callspec = getattr(request.node, "callspec", None)
-    if callspec and callspec.params.get("device") == "cuda" and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from torch import Tensor
 from thanos.checkpoint.layout import Checkpoint
 from thanos.checkpoint.writer import CheckpointWriter
 from thanos.run.work_folder import WorkFolder
-from thanos.system.files import sync
+from thanos.system.files import sync, write_atomically
 
 MARK = "finished"
 """Empty file of a complete checkpoint."""
@@ -82,11 +82,7 @@ class RecoveryFolder(WorkFolder):
 
     def keep_generated(self, ids: Tensor) -> None:
         """Store the sequences that the dense model generated: on a GPU it would not generate the same ones again."""
-        part = self._generated.with_suffix(".part")
-        save_file({"ids": ids}, part)
-        sync(part)
-        part.replace(self._generated)
-        sync(self.steps)
+        write_atomically(self._generated, lambda part: save_file({"ids": ids}, part), durable=True)
 
     def complete_checkpoint(self, step: int, keep_best: int) -> None:
         """Force the checkpoint of a step to the disk and mark it. Then delete older checkpoints and best states.
