@@ -135,7 +135,7 @@ class CrossGram(Sum):
 
     def add_difference(self, left: Tensor, other: Tensor, right: Tensor) -> None:
         """Add (A − C)ᵀB of A, ``left`` (T, a), C, ``other`` (T, a), and B, ``right`` (T, b)."""
-        if _is_sixteen_bit(right):
+        if _is_sixteen_bit(right) and left.dtype == other.dtype == right.dtype:
             # The difference would be rounded to 16 bits. Two products are not.
             _add_product(self.sums, left.T, right)
             torch.addmm(self.sums, other.T, right, alpha=-1, out_dtype=torch.float32, out=self.sums)
