@@ -1,7 +1,7 @@
 """``make demo``: prune a real model in two ways, and show size, speed and quality of all in one table.
 
 This is not a command of ``thanos``. Its steps are those of ``thanos prune``, ``pack`` and ``compare`` with small settings, on
-the help of Python's standard library. Each step first shows its command.
+text from the help of Python's standard library. Each step first shows its command.
 """
 
 from __future__ import annotations
