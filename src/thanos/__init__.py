@@ -1,4 +1,4 @@
-"""Prune large language models after training, without retraining, and measure the loss of quality."""
+"""Prune pretrained language models, recover their accuracy, and measure the result."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -40,7 +40,7 @@ class NumericsError(UserError):
 
 
 class ResourceError(UserError):
-    """The device is absent, or memory or disk is exhausted; the message says which setting to lower."""
+    """The device is absent, memory or disk is exhausted, or a file may not be accessed; the message says what to change."""
 
 
 class CudaUnavailableError(ResourceError):
@@ -89,7 +89,9 @@ def _is_of_device(error: BaseException) -> bool:
 
 @contextmanager
 def resource_errors(*remedies: str, device: object = "the device") -> Iterator[None]:
-    """Convert errors that a user can fix, of memory and of the operating system, to one line with a remedy; others pass.
+    """Convert errors that a user can fix, of memory and of the operating system, to one line with a remedy.
+
+    Other errors are raised unchanged.
 
     Args:
         remedies: changes that lower memory use. If the memory of a device is exhausted, ``--device cpu`` is added.

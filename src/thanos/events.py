@@ -46,7 +46,7 @@ class Event:
         tokens: number of tokens processed so far in this phase.
         error: for ``layer``, the relative error of the layer after compensation; for ``block``, the mean error so far; for
             ``stage``, the relative error of the block's outputs against the dense model's.
-        stage: for ``stage``, its name; ``dense`` before the first stage.
+        stage: for ``stage``, its name; ``dense`` for the error before the first stage.
         loss: for ``progress`` of the phase ``tune``, the mean relative error of the batches in the last finished epoch;
             in a recovery, the training loss of the step, or for ``epoch`` the mean of the epoch.
         held_out: for ``tune``, the lowest relative error of the block on held-out sequences so far; for ``epoch``, the loss on
@@ -55,7 +55,7 @@ class Event:
         replayed: whether an earlier run finished the block; only its outputs are computed again.
         message: the line of a ``note``.
         host_bytes: resident memory of the process now, in bytes. This and the next three values are at most 0.1 s old; for
-            ``block`` they are as old as the event.
+            ``block`` they are read at the event.
         host_peak_bytes: peak of ``host_bytes`` so far.
         device_bytes: bytes allocated on the CUDA device now; None without one.
         device_peak_bytes: peak of ``device_bytes`` so far; None without a CUDA device.

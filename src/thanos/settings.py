@@ -32,6 +32,7 @@ class Heading(StrEnum):
     PACKING = "What to pack"
     DECODING = "What to time"
     COMPARISON = "What to compare"
+    CHECKS = "What to check"
     RUN = "Where and how it runs"
     OUTPUT = "Output"
 

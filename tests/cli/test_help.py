@@ -58,7 +58,8 @@ HEADINGS = {
         "Output": {"--out", "--quiet", "--help"},
     },
     "inspect": {
-        "Where and how it runs": {"--trust-remote-code", "--dense", "--require"},
+        "What to check": {"--dense", "--require"},
+        "Where and how it runs": {"--trust-remote-code"},
         "Output": {"--json", "--quiet", "--help"},
     },
     "study": {

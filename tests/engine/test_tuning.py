@@ -385,6 +385,7 @@ def test_nothing_is_trained_without_need_or_means() -> None:
     toy = Toy()
     assert run(toy.work(tunables=[])).record.reason == "there is nothing to tune"
     assert run(toy.work(training=range(0))).record.reason == "too few sequences"
+    assert run(toy.work(held_out=range(0))).record.reason == "too few sequences"
     toy.targets.zero_()
     assert "all zero" in run(toy.work()).record.reason
     assert run(Toy().work(), epochs=0).values == {}

@@ -344,7 +344,7 @@ def test_the_command_says_where_bos_stands(
     for given, stored, shown in (
         ([], "window", "at the start of each window"),
         (["--bos", "window"], "window", "at the start of each window"),
-        (["--bos", "text"], "text", "at the start of the text alone"),
+        (["--bos", "text"], "text", "at the start of the text only"),
     ):
         assert run([*arguments, *given, "--json", str(path)]) == 0
         assert shown in capsys.readouterr().out
@@ -370,3 +370,23 @@ def test_a_shared_reference_says_where_bos_stands(needy: Path, text_file: Path) 
     found = thanos.evaluate(needy, reference=shared, device="cpu")
     assert (found.bos, found.text_sha256) == ("window", measure(needy, text_file, max_windows=5).text_sha256)
     assert replace(shared, bos="text").bos == "text"
+
+
+def test_a_shared_reference_of_a_single_window_needs_no_choice_either(needy: Path, text_file: Path) -> None:
+    from thanos.evaluation.reference import make_reference
+    from thanos.events import Event
+    from thanos.model.loading import load_model
+    from thanos.model.source import resolve_model
+
+    source, notes = resolve_model(needy), list[Event]()
+    model, text = load_model(source), str(text_file)
+    settings: dict[str, Any] = {
+        "text": text,
+        "name": "prose",
+        "sequence_length": 40,
+        "bos": "auto",
+        "emit": notes.append,
+    }
+    one = make_reference(source, model, max_windows=1, **settings)
+    assert (one.bos, notes) == (measure(needy, text_file, max_windows=1).bos, [])
+    assert make_reference(source, model, max_windows=2, **settings).bos == "window"

@@ -177,7 +177,7 @@ def test_an_adapter_beside_a_file_is_not_applied_and_a_note_says_so(
     alone = open_model(resolve_model(path))
     (tmp_path / adapter).write_text('{"base_model_name_or_path": "another/model"}')
     beside = open_model(resolve_model(path))
-    note = f"the adapter beside m.gguf, {adapter}, is not applied: a GGUF file is read by itself"
+    note = f"the adapter in the folder of m.gguf, {adapter}, is not applied: only the GGUF file is read"
     assert (alone.notes, beside.notes) == ([], [note])
     for key in alone.checkpoint.tensors:
         assert torch.equal(alone.checkpoint.read(key), beside.checkpoint.read(key)), key
@@ -186,7 +186,7 @@ def test_an_adapter_beside_a_file_is_not_applied_and_a_note_says_so(
     monkeypatch.setattr("thanos.model.loading.gguf_checkpoint", lambda header, model: None)
     for load in (open_model, load_model):
         with pytest.raises(
-            ModelError, match=rf"the adapter beside it too, {adapter}; move the file into a folder of its"
+            ModelError, match=rf"the adapter in the same folder too, {adapter}; move the file into a folder of its"
         ):
             load(resolve_model(path))
 

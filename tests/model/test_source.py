@@ -19,7 +19,7 @@ from helpers import POSITIONS, VOCABULARY, save_tiny, small_gguf, tiny_config, t
 from thanos.checkpoint.weight_files import INDEX_NAME, SINGLE_NAME
 from thanos.errors import CudaUnavailableError, DataError, ModelError, ResourceError, UserError
 from thanos.model.loading import check_token_ids, context_length, end_of_text_id, load_model
-from thanos.model.source import resolve_model
+from thanos.model.source import find_local, resolve_model
 from thanos.system.device import choose_device
 
 
@@ -249,6 +249,8 @@ def test_missing_paths(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_file_that_is_no_gguf(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"GGUF in content only")
     refused(tmp_path / name, "not a .gguf file; MODEL is")
+    with pytest.raises(ModelError, match=r"not a \.gguf file; the dense model is a hub name"):
+        find_local(tmp_path / name, what="the dense model")
 
 
 @pytest.mark.parametrize("content", [b"", b"GG", b"PK\x03\x04", b"\x80\x04pickle"])

@@ -231,7 +231,7 @@ def test_what_transformers_says_in_two_lines_or_above_its_error(copy: Path) -> N
     edit_config(copy, hidden_size=32, vocab_size=100)
     source = resolve_model(copy)
     for call in (open_model, load_model):
-        with pytest.raises(ModelError, match=r"shape.*config.json makes.*the config belongs to another checkpoint$"):
+        with pytest.raises(ModelError, match=r"shape.*config.json requires.*the config belongs to another checkpoint$"):
             call(source)
 
 

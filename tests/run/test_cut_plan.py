@@ -79,7 +79,7 @@ def test_what_was_asked_and_what_came_is_said_everywhere(
     tiny_llama: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = (
-        "asked 20 % of the neurons, removed 25.00 %: the rest is a multiple of 16; multiple_of 1 gives a nearer number"
+        "requested 20 % of the neurons, removed 25.00 %: a multiple of 16 remains; multiple_of 1 gives a nearer number"
     )
     made = ["--calibration", str(text_file), "--samples", str(SAMPLES), "--sequence-length", str(LENGTH)]
     made += ["--device", "cpu", "--pattern", "neurons", "--multiple-of", "16"]
@@ -130,9 +130,9 @@ def test_a_run_warns_of_a_program_that_cannot_run_the_model(
 @pytest.mark.parametrize(
     ("cut", "words"),
     [
-        ({"asked": 0.25, "came": 0.25, "multiple_of": 64}, "asked 25 % of the neurons, removed 25.00 %"),
+        ({"asked": 0.25, "came": 0.25, "multiple_of": 64}, "requested 25 % of the neurons, removed 25.00 %"),
         ({"asked": 0.2, "came": 0.19921875, "multiple_of": 1}, "removed 19.92 %: no number of whole units is nearer"),
-        ({"asked": 0.2, "came": 0.203125, "multiple_of": 2}, "removed 20.31 %: the rest is a multiple of 2"),
+        ({"asked": 0.2, "came": 0.203125, "multiple_of": 2}, "removed 20.31 %: a multiple of 2 remains"),
     ],
 )
 def test_the_words_for_what_was_asked_and_what_came(cut: dict[str, Any], words: str) -> None:
@@ -141,7 +141,10 @@ def test_the_words_for_what_was_asked_and_what_came(cut: dict[str, Any], words: 
 
 
 def test_a_report_of_an_earlier_version_says_what_was_asked() -> None:
-    assert share_words({"asked": 0.2, "units": {"neurons": {"before": 64, "after": 48}}}) == "asked 20 % of the neurons"
+    assert (
+        share_words({"asked": 0.2, "units": {"neurons": {"before": 64, "after": 48}}})
+        == "requested 20 % of the neurons"
+    )
 
 
 @pytest.mark.parametrize(("effort", "layers"), [("fast", 0), ("high", 2)])

@@ -615,7 +615,7 @@ def test_the_note_names_the_blocks_that_go(
     monkeypatch.setattr("thanos.run.allocation.chosen_blocks", lambda *_: {"dropped": [1, 2][-number:]})
     made, events = recipe(text_file, pattern="blocks", sparsity=number / 3), list[Any]()
     thanos.prune(tiny_llama, tmp_path / "out", made, on_event=events.append)
-    assert any(f"{words} the outputs least (asked" in one.message for one in events if one.kind == "note")
+    assert any(f"{words} the outputs least (requested" in one.message for one in events if one.kind == "note")
 
 
 @pytest.mark.parametrize(

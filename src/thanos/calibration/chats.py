@@ -1,7 +1,7 @@
 """Chats in files of text: lists of messages, as chat templates want them (``role``, ``content``) or as ShareGPT writes them.
 
 ShareGPT's keys are ``from`` and ``value``. A message without a role or content is refused: most templates would write an empty
-turn for it, without a word.
+turn for it, without a warning.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _ROLES = {
     "observation": "tool",
     "tool": "tool",
 }
-"""Who speaks in ShareGPT's files → the role in chat templates."""
+"""Speaker in ShareGPT's files → role in chat templates."""
 
-_BESIDES = ("tool_calls", "function_call")
-"""Keys of a message that may stand instead of a content."""
+_INSTEAD = ("tool_calls", "function_call")
+"""Keys that a message may have instead of ``content``."""
 
 
 def messages_of(chat: list[Any], place: str) -> list[dict[str, Any]]:
@@ -53,7 +53,7 @@ def _message(message: Any, place: str) -> dict[str, Any]:
             raise DataError(f"{place} is from {speaker!r}; choose one of {', '.join(_ROLES)}, or give role and content")
         message = {key: value for key, value in message.items() if key not in ("from", "value")}
         return {"role": _ROLES[speaker], "content": given["value"], **message}
-    if not isinstance(given.get("role"), str) or not ("content" in given or any(key in given for key in _BESIDES)):
+    if not isinstance(given.get("role"), str) or not ("content" in given or any(key in given for key in _INSTEAD)):
         keys = ", ".join(map(repr, given)) or "nothing"
         raise DataError(f"{place} holds {keys}; a message has role and content, or from and value: rename the keys")
     return message

@@ -90,7 +90,7 @@ def continue_prompts(
 
 @contextmanager
 def _replaced_defaults(model: PreTrainedModel) -> Iterator[None]:
-    """Give the model an empty generation config: ``generate`` would take what the given config leaves open from the model's."""
+    """Give the model an empty generation config: ``generate`` replaces unset values of the passed config by the model's."""
     from transformers import GenerationConfig
 
     network: Any = model

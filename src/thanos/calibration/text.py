@@ -56,10 +56,11 @@ def check_text_exists(source: str, *, evaluation: bool = False) -> None:
 def check_text_source(
     source: str, *, evaluation: bool = False, tokenizer: Callable[[], PreTrainedTokenizerBase] | None = None
 ) -> None:
-    """Raise DataError for a source that cannot be used: also one that is empty, or whose first row has no text.
+    """Raise DataError for a source that cannot be used: its first rows cannot be read, or it holds no text.
 
-    The check reads first rows only and does not query the hub. ``source`` is as for :func:`calibration_documents`. If the first
-    row is a chat, ``tokenizer`` returns the tokenizer whose chat template must render it; None skips this check.
+    The check reads the rows up to the first with text, and does not query the hub. ``source`` is as for
+    :func:`calibration_documents`. If that row is a chat, ``tokenizer`` returns the tokenizer whose chat template must render
+    it; None skips this check.
     """
     check_text_exists(source, evaluation=evaluation)
     if source in NAMED:
@@ -193,7 +194,9 @@ def _rendered(messages: list[dict[str, Any]], source: str, tokenizer: PreTrained
 
 
 def text_sha256(source: str) -> str | None:
-    """Return a hash of the files of a text source, see :func:`calibration_documents`; None for a data set or another name.
+    """Return a hash of the files of a text source, see :func:`calibration_documents`.
+
+    None for a named data set, or if there are no such files.
 
     For a single file this is the hash of its content.
     """

@@ -127,10 +127,10 @@ def _meant(name: str, allowed: str = "") -> str:
     folder = Path(name).parent
     with suppress(OSError, ValueError):
         siblings = folder.iterdir() if name and folder.is_dir() else ()
-        there = [each.name for each in siblings if _is_text(each) or (each.is_dir() and not each.name.startswith("."))]
+        names = [each.name for each in siblings if _is_text(each) or (each.is_dir() and not each.name.startswith("."))]
         sets = allowed.split(", ") if allowed else []
         alike = [
-            each for each in sorted(there) if near(_stem(name), [_stem(each)])
+            each for each in sorted(names) if near(_stem(name), [_stem(each)])
         ]  # an ending alone resembles nothing
         return near(name, sets, OTHER_NAMES if sets else None) or near(Path(name).name, alike)
     return ""

@@ -124,7 +124,7 @@ def _parsed_lines(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, Any]]
 
 
 def _fault(error: Exception, *, line: bool = True) -> str:
-    """Return what is wrong with JSON and where; ``line`` says whether the place is in a file of several lines."""
+    """Return what is wrong with JSON and where; ``line``: whether to name the line."""
     if not isinstance(error, json.JSONDecodeError):
         return str(error)
     return f"{error.msg} at {f'line {error.lineno}, ' if line else ''}column {error.colno}"

@@ -41,7 +41,7 @@ def _sum_is_finite(part: Tensor) -> bool:
 
 
 def count_any_zeros(name: str, part: Tensor) -> int:
-    """Return the number of zeros in a part of a tensor. NaN and infinity are allowed."""
+    """Return the number of zeros in a part of a tensor. NaN and infinity are allowed, so ``name`` is not needed."""
     del name
     if part.dtype.itemsize == 1 or part.dtype in (
         torch.uint16,

@@ -152,15 +152,15 @@ class GGUFCheckpoint:
 
     def entries(self, name: str, first: int, count: int) -> Tensor:
         """Return consecutive entries of a tensor, flat. Only the rows that hold them are dequantised."""
-        found, start = [], 0
+        parts, start = [], 0
         for piece in self._pieces[name]:
             low, high = max(first - start, 0), min(first + count - start, piece.numel)
             if low < high:
                 row = low // piece.columns
                 values = piece.read(row, -(-high // piece.columns))
-                found.append(torch.from_numpy(values[low - row * piece.columns : high - row * piece.columns]))
+                parts.append(torch.from_numpy(values[low - row * piece.columns : high - row * piece.columns]))
             start += piece.numel
-        return torch.cat(found) if found else torch.empty(0)
+        return torch.cat(parts) if parts else torch.empty(0)
 
     def chunks(self, name: str) -> Iterator[Tensor]:
         """Yield a tensor's entries in order, in flat chunks of whole rows."""

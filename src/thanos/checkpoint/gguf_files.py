@@ -20,11 +20,12 @@ def is_gguf(path: str | Path) -> bool:
     return Path(path).suffix.lower() == ".gguf"
 
 
-def check_gguf(path: Path) -> Path:
+def check_gguf(path: Path, what: str = "MODEL") -> Path:
     """Refuse a file that is not a complete GGUF file, judged by its name and its first bytes.
 
     Args:
         path: the file, or any part of a file in several parts.
+        what: name of the argument in messages.
 
     Returns:
         The file, or its first part.
@@ -33,7 +34,9 @@ def check_gguf(path: Path) -> Path:
         ModelError: the file is not GGUF, a part of it is missing, or a package is missing.
     """
     if not is_gguf(path):
-        raise ModelError(f"{path} is a file, but not a .gguf file; MODEL is a hub name, a local folder or a .gguf file")
+        raise ModelError(
+            f"{path} is a file, but not a .gguf file; {what} is a hub name, a local folder or a .gguf file"
+        )
     parts = gguf_parts(path)
     for part in parts:
         if not part.is_file():

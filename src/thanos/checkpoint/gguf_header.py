@@ -67,7 +67,7 @@ class GGUFHeader:
     """The content of the header of a GGUF file; for a file in several parts, of all headers together.
 
     Attributes:
-        metadata: key → number, string, or list of strings. Arrays are kept only if the key begins with ``general.``.
+        metadata: key → number, string or list. Arrays are kept only if the key begins with ``general.``.
         tensors: name → file and bytes of the tensor.
     """
 
@@ -122,7 +122,7 @@ def _read_header(path: Path) -> GGUFHeader:
         entries = [cursor.tensor() for _ in range(tensor_count)]
         alignment = metadata.get("general.alignment", 32)
         if type(alignment) is not int or alignment < 1:
-            raise ValueError("the alignment is no size")
+            raise ValueError("the alignment is not a positive number")
         start = -(-cursor.position // alignment) * alignment
         tensors = {name: StoredTensor(path, start + at, kind, shape) for name, shape, kind, at in entries}
         if len(tensors) < len(entries):

@@ -129,7 +129,7 @@ class Layout:
         whole = self.tensors[name]
         if sum(math.prod(shape) for shape in parts.values()) != whole.numel:
             raise ModelError(
-                f"{name} has shape {list(whole.shape)}, but config.json makes it {len(parts)} matrices of "
+                f"{name} has shape {list(whole.shape)}, but config.json requires {len(parts)} matrices of "
                 f"{' and '.join(str(list(shape)) for shape in dict.fromkeys(parts.values()))}; the config belongs to another "
                 "checkpoint"
             )

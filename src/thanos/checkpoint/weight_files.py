@@ -49,7 +49,7 @@ def find_weights(folder: Path, name: str | None = None, *, listed: Collection[st
         ModelError: there are no weights, the index is not valid, transformers would read other files, or there is an adapter.
     """
     name = name or str(folder)
-    single, index, there = folder / SINGLE_NAME, folder / INDEX_NAME, _names(folder, listed)
+    single, index, files = folder / SINGLE_NAME, folder / INDEX_NAME, _names(folder, listed)
     for path in (single, index):
         if path.is_symlink() and not path.exists():
             raise ModelError(f"{path} is a link to a file that is not there; download or save it again")
@@ -57,12 +57,12 @@ def find_weights(folder: Path, name: str | None = None, *, listed: Collection[st
         data = index.read_bytes()
         shard_of = parse_index(index, data)
         found = WeightFiles(tuple(dict.fromkeys(shard_of.values())), data, shard_of)
-    elif SINGLE_NAME in there:
+    elif SINGLE_NAME in files:
         found = WeightFiles((SINGLE_NAME,), None, {})
     else:
-        raise ModelError(_no_weights(there, name))
+        raise ModelError(_no_weights(files, name))
     # transformers reads the file that the config names, else the single file, else the index.
-    if found.index is not None and SINGLE_NAME in there and found.names != (SINGLE_NAME,):
+    if found.index is not None and SINGLE_NAME in files and found.names != (SINGLE_NAME,):
         raise ModelError(
             f"{name} holds weights twice: {INDEX_NAME} names {len(found.names)} other files, and transformers would read "
             f"{SINGLE_NAME} instead; {_from_hub(listed)}move the file that is not the model's to another folder"
@@ -74,7 +74,7 @@ def find_weights(folder: Path, name: str | None = None, *, listed: Collection[st
             f"{name}: config.json names the weights {stated!r} (transformers_weights), but the folder holds {ours}; remove "
             f"that line, or rename the file that is the model's to {ours}"
         )
-    adapter = _adapter(folder, there, found.names)
+    adapter = _adapter(folder, files, found.names)
     if adapter is not None:
         raise ModelError(
             f"{name} holds an adapter, {adapter}, and the base weights, {ours}: thanos ignores adapters, "
@@ -117,10 +117,10 @@ def refuse_lone_adapter(folder: Path, name: str, *, listed: Collection[str] = ()
     Raises:
         ModelError: there is one; the message says how to merge it.
     """
-    there = _names(folder, listed)
-    if SINGLE_NAME in there or INDEX_NAME in there:
+    files = _names(folder, listed)
+    if SINGLE_NAME in files or INDEX_NAME in files:
         return
-    adapter = _adapter(folder, there, ())
+    adapter = _adapter(folder, files, ())
     if adapter is not None:
         raise ModelError(
             f"{name} holds an adapter, {adapter}, without the model that it belongs to; merge it first: "
@@ -154,10 +154,10 @@ def _from_hub(listed: Collection[str]) -> str:
     return "download the model and " if listed else ""
 
 
-def _adapter(folder: Path, there: Collection[str], weights: Iterable[str]) -> str | None:
+def _adapter(folder: Path, files: Collection[str], weights: Iterable[str]) -> str | None:
     """Return the name of a file that belongs to an adapter; None if there is none."""
     for name in _ADAPTERS:
-        if name in there:
+        if name in files:
             return name
     for path in sorted(folder.glob("*.safetensors")):
         if path.name not in weights and any(part in key for key in _keys(path) for part in _LORA):
@@ -176,15 +176,15 @@ def _keys(path: Path) -> list[str]:
         return []
 
 
-def _no_weights(there: Collection[str], name: str) -> str:
+def _no_weights(files: Collection[str], name: str) -> str:
     """Return the error line for a folder without readable weights, with its files and a remedy."""
-    if any(fnmatch.filter(there, pattern) for pattern in _PICKLES):
+    if any(fnmatch.filter(files, pattern) for pattern in _PICKLES):
         return (
             f"{name} holds its weights as pickle files, which can run any code when they are read; convert them "
             "where you trust them: AutoModelForCausalLM.from_pretrained(...).save_pretrained(..., safe_serialization)"
         )
     lacking = f"{name} has no weights: neither {SINGLE_NAME} nor {INDEX_NAME}"
-    others = sorted(fnmatch.filter(there, "*.safetensors*"))
+    others = sorted(fnmatch.filter(files, "*.safetensors*"))
     if not others:
         return lacking
     if any("-of-" in other and other.startswith("model-") for other in others):

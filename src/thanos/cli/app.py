@@ -34,8 +34,8 @@ app = typer.Typer(
 bench = typer.Typer(
     name="bench",
     cls=Group,
-    help="Measure how fast this machine prunes, and how fast packed models decode, compared with the least time.",
-    short_help="Measure how fast this machine prunes.",
+    help="Measure how fast this machine prunes and how fast packed models decode, and compare with lower bounds.",
+    short_help="Measure how fast this machine prunes and decodes.",
     rich_markup_mode=None,
 )
 app.add_typer(bench)

@@ -160,7 +160,7 @@ class _Words:
         if self._positional > len(names):
             quote = "; a glob needs quotes, else the shell replaces it" if "--skip" in self._options else ""
             raise self._refusal(
-                f"{word!r} is one argument too many: {self._path} takes {' '.join(names) or 'options alone'}{quote}"
+                f"{word!r} is one argument too many: {self._path} takes {' '.join(names) or 'only options'}{quote}"
             )
         if not word.strip():
             raise self._refusal(f"{names[self._positional - 1]} is empty")

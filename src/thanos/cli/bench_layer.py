@@ -45,7 +45,7 @@ def layer(
     *,
     shape: Annotated[
         list[str] | None,
-        option("Rows x columns of a weight; may be repeated", Heading.LAYER, "CxB", default="2048x2048"),
+        option("Rows x columns of a weight; may be repeated", Heading.LAYER, "ROWSxCOLUMNS", default="2048x2048"),
     ] = None,
     tokens: Annotated[
         int | None,

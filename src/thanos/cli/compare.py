@@ -74,7 +74,7 @@ def compare(
     compiled: Annotated[
         bool,
         option(
-            "Compile each model with torch.compile before it is timed; torchao's int8 is slow without",
+            "Compile each model with torch.compile before it is timed; torchao's int8 is slow without it",
             Heading.DECODING,
             None,
             "--compile",

@@ -23,8 +23,8 @@ def check_writable_folder(out: Path) -> None:
     if holds_model(out):
         raise UserError(f"--out {out} is the folder of a model; choose a folder outside it")
     refuse_inside_model(out, "--out")
-    there = next((folder for folder in (out, *out.resolve().parents) if folder.is_dir()), Path())
-    if not os.access(there, os.W_OK):
+    nearest = next((folder for folder in (out, *out.resolve().parents) if folder.is_dir()), Path())
+    if not os.access(nearest, os.W_OK):
         raise ResourceError(
             f"--out {out} cannot be written: you have no permission to write there; give another folder"
         )

@@ -1,7 +1,7 @@
 """``make demo``: prune a real model in two ways, and show size, speed and quality of all in one table.
 
 This is not a command of ``thanos``. Its steps are those of ``thanos prune``, ``pack`` and ``compare`` with small settings, on
-the help of Python's standard library. Each step first shows its command.
+text from the help of Python's standard library. Each step first shows its command.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _RECIPES = {"pruned": {"pattern": "16:32"}, "shrunk": {"pattern": "neurons", "sparsity": 0.2}}
 _SETTINGS = {
     "effort": "high",
-    "dense_target": 0.5,  # auto chose it for 206 of 210 layers, in a third of the time
+    "dense_target": 0.5,  # auto chooses it for 206 of 210 layers, and the choice takes a third of the run
     "calibration": "pydoc",
     "samples": 16,
     "sequence_length": 512,

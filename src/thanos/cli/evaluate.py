@@ -53,8 +53,8 @@ def evaluate(
         str,
         option(
             "Position of the beginning-of-text token, if the tokenizer adds one: window (start of each window), text (start of "
-            "the text only), or auto (window if that lowers the perplexity of the first windows by 10 percent, measured on the "
-            "dense model if one is given)",
+            "the text only), or auto (window if that lowers the perplexity of the first windows by at least 10 percent, "
+            "measured on the dense model if one is given)",
             Heading.PERPLEXITY,
             "POSITION",
         ),

@@ -22,11 +22,13 @@ def inspect(
     *,
     require: Annotated[
         str | None,
-        option("Exit with 1 unless every pruned layer satisfies this pattern: N:M or columns", Heading.RUN, "PATTERN"),
+        option(
+            "Exit with 1 unless every pruned layer satisfies this pattern: N:M or columns", Heading.CHECKS, "PATTERN"
+        ),
     ] = None,
     dense: Annotated[
         str | None,
-        option("If MODEL is smaller, also count the parts of this dense model that it lacks", Heading.RUN, "MODEL"),
+        option("If MODEL is smaller, also count the parts of this dense model that it lacks", Heading.CHECKS, "MODEL"),
     ] = None,
     json_file: JsonFile = None,
     quiet: Quiet = False,

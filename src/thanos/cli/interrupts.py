@@ -20,9 +20,9 @@ class EndedEarly(Exception):  # noqa: N818  an interruption is not an error
     Attributes:
         error: exception that ended the run.
         finished: number of finished blocks that were kept, or of other units of work.
-        blocks: number of all of them.
+        blocks: total number of these units.
         unit: the name of the unit, in the plural.
-        prepared: whether something is kept although nothing is finished.
+        prepared: whether a resumed run can reuse something although no unit is finished.
     """
 
     def __init__(

@@ -150,7 +150,7 @@ _MOST_THREADS = 1024
 def resume_option(out: str) -> Any:
     """Return the option ``--resume`` of a command that writes the folder ``out``."""
     text = f"Continue an interrupted run of this command; start one if there is none, do nothing if {out} is complete"
-    return option(text, Heading.RUN, None, "--resume", default="refuse")
+    return option(text, Heading.RUN, None, "--resume", default="refuse an interrupted run")
 
 
 def overwrite_option(text: str) -> Any:

@@ -37,7 +37,7 @@ _SHOWN_WARNINGS = 5
 
 _BOS = {
     "window": "at the start of each window",
-    "text": "at the start of the text alone",
+    "text": "at the start of the text only",
     "none": "none: the tokenizer adds none",
 }
 

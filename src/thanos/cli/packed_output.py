@@ -46,7 +46,7 @@ def _share_of_bytes(layers: Sequence[LayerPacking]) -> str:
 
 def show_unpacking(out: Path, *, identical: bool) -> None:
     """Print where the dense folder is, and whether it is the one that was packed."""
-    what = "the folder that was packed, byte by byte" if identical else "the same tensors, in new files"
+    what = "the folder that was packed, byte for byte" if identical else "the same tensors, in new files"
     print_table(("", ""), [("unpacked", what), ("written to", str(out))])
 
 

@@ -1,4 +1,4 @@
-"""The position of a run: the present block and phase, rates, errors and the time left, derived from its events."""
+"""The position of a run: the current block and phase, rates, errors and the time left, derived from its events."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Position:
     Attributes:
         event: last event that is not a note; None at first.
         error: mean relative layer error of the finished blocks; before the first block is finished, that of the last layer.
-        block_error: the error of the present block before the first stage and after each, in words; empty if it is unknown.
+        block_error: the error of the current block before the first stage and after each, in words; empty if it is unknown.
         held_out: last loss on held-out sequences.
         rate: tokens a second of the current phase; None if it has none, or has only just begun.
-        tuning: last event of the present block's tuning that has its losses; None if there is none.
+        tuning: last event of the current block's tuning that has its losses; None if there is none.
     """
 
     def __init__(self) -> None:
@@ -88,7 +88,7 @@ class Position:
 
     @property
     def done(self) -> float | None:
-        """The finished fraction of all blocks, or outside the blocks of the phase; None if unknown."""
+        """The finished fraction of all blocks; outside the blocks, that of the phase. None if unknown."""
         event = self.event
         if event is None:
             return None

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol, TextIO, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from thanos.cli.position import Position
 from thanos.events import Event
@@ -56,14 +56,6 @@ def hush() -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-
-
-class Watcher(Protocol):
-    """A function that displays events."""
-
-    def __call__(self, event: Event) -> None:
-        """Show one event."""
-        ...
 
 
 @contextmanager

@@ -83,7 +83,7 @@ def _end(why: str) -> None:
 
 
 def leave(code: int) -> None:
-    """End the process at once if Python's usual exit is not safe; all output must be written.
+    """End the process without Python's usual exit if that is not safe. All files must have been written before.
 
     In a failed process the libraries' exit handlers would wait for the other processes. If a reference to the process group
     remains, the group's threads keep running, and may abort the process while Python exits.

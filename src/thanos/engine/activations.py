@@ -34,7 +34,7 @@ HOST_SHARE = 0.5
 """Fraction of the host's free memory that the activations may use."""
 
 SPARE_SHARE = 0.1
-"""Fraction of a tier's free memory that states may use which only save time. Up to four such buffers are kept."""
+"""Fraction of a tier's free memory for one buffer of states that only save time. There are up to four such buffers."""
 
 _CANNOT_PIN = "CUDA cannot pin the activations in host memory (error {}); use --activations disk"
 _CANNOT_UNPIN = "CUDA cannot unpin the activations (error {}), after an earlier error of the device: see that error"
@@ -73,7 +73,7 @@ def choose_tier(
 
 
 def has_spare_room(tier: str, needed: int, device: torch.device, taken: int = 0) -> bool:
-    """Return whether ``needed`` bytes are a small part of a tier's free memory, after ``taken`` bytes that are free now."""
+    """Return whether ``needed`` bytes are a small part of a tier's free memory; ``taken`` bytes of it count as used."""
     return needed <= SPARE_SHARE * (_free(tier, device) - taken)
 
 

@@ -76,7 +76,7 @@ def mappings(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[MutableMappi
 
 
 def shared_values(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[dict[Any, Any]]:
-    """Return the present contents of each mapping among the arguments."""
+    """Return the current contents of each mapping among the arguments."""
     return [dict(mapping) for mapping in mappings(args, kwargs)]
 
 

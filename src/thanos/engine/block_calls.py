@@ -33,7 +33,7 @@ class _Stop(Exception):  # noqa: N818  it is a signal, not an error
 class _Interned:
     """Keeps one copy of equal tensors. Most arguments (positions, masks) are the same for every sequence.
 
-    A mapping is copied once a sequence: all blocks get the same copy, in which they store values for later blocks.
+    A mapping is copied once per sequence: all blocks get the same copy, in which they store values for later blocks.
     """
 
     _LOOK_BACK = 16  # compare with at most this many kept tensors of the same shape and dtype

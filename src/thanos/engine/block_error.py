@@ -31,8 +31,8 @@ class BlockErrors:
             everything is fitted to them.
         tokens: number of tokens of the sequences.
         errors: name of the stage → error after it; first ``dense``, before all stages.
-        choices: each choice of a dense target, in order: ``layers``, the names of the layers, and ``errors``, the mean error of
-            a token with stand-ins by candidate, as text; see :mod:`thanos.engine.dense_choice`.
+        choices: each choice of a dense target, in order: ``layers``, the names of the layers, and ``errors``, candidate as
+            text → mean error of a token with stand-ins; see :mod:`thanos.engine.dense_choice`.
         writers: names of the layers with a dense target that write into the residual stream; their target includes the error of
             the stream. Layers whose output is normalised or scaled first are not among them.
     """

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from thanos.model.layers import LinearLayer
 
 Run = Callable[[], Tensor]
-"""Runs the block on one sequence with its present weights; returns its outputs, (1, T, d)."""
+"""Runs the block on one sequence with its current weights; returns its outputs, (1, T, d)."""
 
 BLOCK_INPUT = ""
 """The name of a residual stream that is the block's own input."""
@@ -30,9 +30,9 @@ _TOKENS = 16
 
 
 def levels(run: Run, layers: Sequence[LinearLayer]) -> dict[str, int]:
-    """Return layer name → level. A layer's input depends on outputs of layers of lower levels alone.
+    """Return layer name → level. A layer's input depends only on outputs of layers of lower levels.
 
-    Level 0 depends on the block's input alone: q, k and v. Each layer on the path adds a level: o, then gate and up, then
+    Level 0 depends only on the block's input: q, k and v. Each layer on the path adds a level: o, then gate and up, then
     down. Each layer's output is made a leaf of autograd's graph. So the gradient of another layer's input exists only for the
     layers that it depends on directly.
 
@@ -139,8 +139,8 @@ class Stream(NamedTuple):
 
     Attributes:
         source: name of the module within the block whose input is the stream before the layer, or :data:`BLOCK_INPUT`.
-        parallel: full name of the layer whose output is added in the same sum, such as attention and MLP of a parallel block.
-            Empty if there is none.
+        parallel: full name of the other layer whose output is added in the same sum, if attention and MLP are parallel; else
+            empty.
     """
 
     source: str

@@ -115,9 +115,9 @@ class Passes(StreamStates):
         """Run block ``index`` only for the hooks on ``layers``; yield the number of finished sequences after each batch.
 
         From the second batch on, the pass ends when the inputs of all these layers have been seen. The rest of the block would
-        be discarded. With ``calls``, the layers in the order of their calls, so does the first batch, at the last layer. With
-        ``most``, the pass stops after the batch that brings the finished sequences to this number. Call :meth:`settle_batch`
-        before you register the hooks. After a torch.OutOfMemoryError start again with :meth:`halve`.
+        be discarded. With ``calls``, the names of the layers in the order of their calls, the first batch ends early too, at
+        the last of ``layers``. With ``most``, the pass stops after the batch that brings the finished sequences to this number.
+        Call :meth:`settle_batch` before you register the hooks. After a torch.OutOfMemoryError start again with :meth:`halve`.
         """
         size = self.settled(index)
         names = [layer.name for layer in layers]

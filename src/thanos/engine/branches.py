@@ -159,7 +159,7 @@ class BranchInputs:
             passes run the branches.
 
     Attributes:
-        sizes: bytes of the storage of each branch that was taken last, also after :meth:`close`.
+        sizes: bytes of each branch's storage when storage was last allocated; :meth:`close` does not change it.
     """
 
     def __init__(self, room: Callable[[Tensor], Activations | None]) -> None:
@@ -189,7 +189,7 @@ class BranchInputs:
     def used(
         self, first: int, count: int, needed: Collection[str] = (), changed: Collection[str] = (), *, keep: bool = True
     ) -> Iterator[None]:
-        """While open, a pass over ``count`` sequences from ``first`` on uses the kept inputs, and keeps those it comes by.
+        """While open, a pass over ``count`` sequences from ``first`` on uses the kept inputs, and keeps those that it computes.
 
         Args:
             first: the batch's first sequence.

@@ -32,7 +32,7 @@ class DenseStream:
     Attributes:
         starts: batch sizes of the pass that gave the current block's outputs; see
             :class:`~thanos.engine.block_runner.Passes`.
-        branches: what is kept of this stream beside the hidden states.
+        branches: the kept inputs of branches in this stream.
     """
 
     def __init__(self, runner: Passes, weights: ModelWeights) -> None:

@@ -29,7 +29,8 @@ def stopping_after(
 ) -> Iterator[Callable[[], None]]:
     """Record in the first batch which layer is called last, and end later batches as soon as every input has been seen.
 
-    That is at the last layer whose input no layer before it reads: q, k and v share one. The first batch shows which do.
+    A later batch ends at the last layer that is the first to read its input. For example, q, k and v share an input. The first
+    batch shows which layers do.
 
     Later batches end early only if the first one called every layer exactly once and no layer belongs to an expert, whose
     calls depend on the tokens. Otherwise another layer with a hook may be called after that point.

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from thanos.engine.records import LayerRecord
 
 _BAD_CONDITION = 1e6
-"""Above this, float32 solves keep fewer than one digit in ten of their precision."""
+"""Condition number above which a float32 solve may have less than one correct decimal digit."""
 
 _FEW = "the Hessian is singular without damping"
 

@@ -163,7 +163,8 @@ class Engine:
     def _load(self, index: int) -> None:
         """Load a block's weights from the checkpoint, and begin to read those of the next block to run.
 
-        Weights that an interrupted run has finished are not loaded; see :meth:`_take_finished`. The dense stream needs them.
+        Weights that an interrupted run has finished are not loaded (see :meth:`_take_finished`), unless the dense stream needs
+        their dense values.
         """
         inputs = self.inputs
         with inputs.meter.phase("load"):
@@ -267,7 +268,7 @@ class Engine:
         return BlockContext(self.inputs, output, index, self._dense if position < self._dense_end else None)
 
     def _names_to_load(self, index: int) -> list[str]:
-        """Return the parameters of a block to read from the checkpoint: without finished ones if nothing needs those."""
+        """Return the parameters of a block to read from the checkpoint: all for the dense stream, else those not finished."""
         names = self.inputs.block_names(index)
         if index < self._dense_end:
             return names

@@ -1,7 +1,7 @@
 """A pass over two streams: statistics of the inputs of a block's layers in the pruned model and in the dense model.
 
 Each batch runs through the pruned block and then, for the same sequences, through the dense block. The products of both inputs
-are added at once, so that only the inputs of one batch are kept.
+are added immediately, so that only the inputs of one batch are kept.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class PairedPass:
-    """Runs a block over both streams for the hooks on its layers, or the modules after the blocks for those on one of them.
+    """Runs a block over both streams, for the hooks on its layers; or the modules after the blocks, for one layer of them.
 
     Open :func:`~thanos.calibration.statistics.gather` before it: the pass adds :class:`~thanos.calibration.statistics.Pairs` to
     its groups.

@@ -31,7 +31,10 @@ class SharedWriter:
             self._writer.write(name, tensor)
 
     def read(self, name: str) -> Tensor:
-        """Return a tensor that was written; rank 0 reads it and sends it. All processes must read the same names in order."""
+        """Return a tensor that was written; rank 0 reads it and sends it.
+
+        All processes must read the same names in the same order.
+        """
         sent, tensor = self._world.from_first(lambda: (name, self._from_disk(name)))
         assert sent == name, f"this process reads {name}, rank 0 {sent}"
         return tensor

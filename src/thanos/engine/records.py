@@ -34,7 +34,7 @@ def layer_record(
     """Return the record of a pruned layer.
 
     ``inputs`` is None if nothing was gathered; ``stored`` is the dtype of the stored weight. ``tokens`` calibration tokens
-    reached the layer, and ``error_tokens`` among them measured the errors.
+    reached the layer, and the errors were measured on ``error_tokens`` of them.
     """
     rows, columns = layer.shape
     # If tokens reached the layer, but none of the sample that measures the errors, nothing was measured.
@@ -131,7 +131,7 @@ class LayerRecord:
         shape: (output rows, input columns).
         dtype: dtype of the stored weight, such as ``bfloat16``.
         method: name of the method that ran.
-        pattern: ``unstructured``, ``columns`` or ``N:M``.
+        pattern: the layer's pattern as text, such as ``2:4``.
         sparsity: fraction of zeros in the written weight.
         zeros: number of zeros in the written weight.
         outlier_rows: number of rows left dense.
@@ -188,7 +188,7 @@ class LayerRecord:
 
 
 def without_unset(layer: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the plain values of a :class:`LayerRecord` without the fields of repairs that did not run."""
+    """Return the plain values of a :class:`LayerRecord` without the optional fields that are not set."""
     unset = ("dense_target", "errors", "residual", "target_change", "removed_units", "choice")
     return {name: value for name, value in layer.items() if name not in unset or value is not None}
 

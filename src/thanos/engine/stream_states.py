@@ -22,12 +22,12 @@ class StreamStates:
         tier: storage tier of the hidden states; see :func:`~thanos.engine.activations.choose_tier`.
 
     Attributes:
-        buffers: number of buffers of hidden states of all sequences: one, and two of a dense stream.
+        buffers: number of buffers of hidden states of all sequences: one, or three with a dense stream.
         boundary: a sequence before which a batch ends, None for none; set it before :meth:`record`. Where a block runs several
-            times, no batch holds sequences that are held out and others, so that each pass has the same batches.
-        asked_for: number of sequences for which memory must have room for what is kept beside the hidden states; None for
-            those that there are. A trial of a run sets it to the run's.
-        branches: what is kept of this stream beside the hidden states.
+            times, no batch mixes held-out sequences with others, so that each pass has the same batches.
+        planned_samples: number of sequences for which the inputs of a branch must fit in memory to be kept. None for the
+            sequences of this object. A trial sets it to the number of the planned run.
+        branches: the kept inputs of branches in this stream.
     """
 
     def __init__(self, ids: Tensor, device: torch.device, folder: Path, tier: str) -> None:
@@ -35,7 +35,7 @@ class StreamStates:
         self._states: Activations | None = None
         self.buffers = 1
         self.boundary: int | None = None
-        self.asked_for: int | None = None
+        self.planned_samples: int | None = None
         self._all_branches: list[BranchInputs] = []
         self.branches = self.new_branches()
 
@@ -99,10 +99,10 @@ class StreamStates:
     def _spare(self, like: Tensor) -> Activations | None:
         """Return storage for other states of all sequences, from those of one, in the tier of the hidden states.
 
-        None if memory has no room, see :func:`~thanos.engine.activations.has_spare_room`, or the tier is the disk: to read it
-        takes about as long as to compute again.
+        None if memory has no room, see :func:`~thanos.engine.activations.has_spare_room`, or the tier is the disk: reading
+        from it takes about as long as computing again.
         """
-        tier, needed = self._activations.tier, like.nbytes * (self.asked_for or len(self._ids))
+        tier, needed = self._activations.tier, like.nbytes * (self.planned_samples or len(self._ids))
         if tier == "disk" or not has_spare_room(tier, needed, self._device):
             return None
         return Activations(len(self._ids), like, tier, self._device, self._folder, self.boundary)
@@ -135,7 +135,7 @@ class StreamStates:
         return f"out of memory on the device: the activations move to the {moved.tier}"
 
     def close(self) -> None:
-        """Free the hidden states, and what is kept beside them."""
+        """Free the hidden states and the kept inputs of branches."""
         self.close_branches()
         if self._states is not None:
             self._states.close()

@@ -19,7 +19,7 @@ class Tunable:
 
     Attributes:
         name: its name.
-        value: its present value, in the dtype in which the block holds it.
+        value: its current value, in the dtype in which the block holds it.
         stored: dtype in which the result is stored.
         sparse: whether entries that are zero stay zero; False for vectors such as gains and biases.
     """

@@ -81,7 +81,7 @@ def tune(
     """
     record = TuningRecord(sequences=len(work.training), held_out_sequences=len(work.held_out))
     if not work.tunables or not work.training or not work.held_out:
-        return Tuned({}, replace(record, reason="there is nothing to tune" if work.training else "too few sequences"))
+        return Tuned({}, replace(record, reason="too few sequences" if work.tunables else "there is nothing to tune"))
     passes, sample = TuningPasses(work, world), evenly(work.training, len(work.held_out))
     training, best = passes.measure({}, sample), passes.measure({}, work.held_out).error
     record = replace(record, error_before=training.error, error_after=training.error)

@@ -51,7 +51,7 @@ class Work:
 
     Attributes:
         forward: the block.
-        tunables: the parameters to tune, with their present values.
+        tunables: the parameters to tune, with their current values.
         read: reader of this process's sequences.
         training: positions of the sequences to train on.
         held_out: positions of the sequences on which the error is measured, and nothing is trained.
@@ -226,7 +226,7 @@ def squared_errors(outputs: Tensor, wanted: Tensor, *, by_token: bool) -> Tensor
 
 
 def precision(device: torch.device) -> AbstractContextManager[object]:
-    """Return the context of passes in training: float32 on the CPU, bfloat16 products over float32 parameters on CUDA."""
+    """Return the context of passes in training: float32; on CUDA, if it has bfloat16, products in bfloat16."""
     if device.type == "cuda" and torch.cuda.is_bf16_supported():
         return torch.autocast("cuda", torch.bfloat16)
     return nullcontext()

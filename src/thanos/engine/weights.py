@@ -109,14 +109,14 @@ class ModelWeights:
         before: list[tuple[dict[str, Any], str, Any]] = []
         for name, value in values.items():
             for module, attribute in self._owners[name]:
-                pile: dict[str, Any] = module._parameters if attribute in module._parameters else module._buffers
-                before.append((pile, attribute, pile[attribute]))
-                pile[attribute] = value
+                slots: dict[str, Any] = module._parameters if attribute in module._parameters else module._buffers
+                before.append((slots, attribute, slots[attribute]))
+                slots[attribute] = value
         try:
             yield
         finally:
-            for pile, attribute, value in before:
-                pile[attribute] = value
+            for slots, attribute, value in before:
+                slots[attribute] = value
 
     def is_own(self, name: str) -> bool:
         """Return whether a tensor is a parameter that exactly one module holds, not a buffer and not shared."""

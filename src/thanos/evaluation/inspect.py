@@ -140,7 +140,7 @@ def inspect_checkpoint(
         trust_remote_code: let transformers run Python code from the checkpoint.
 
     Raises:
-        ModelError: the model cannot be read.
+        ModelError: the model cannot be read, or a pattern is required and no layer is pruned.
         RecipeError: ``require`` is not a pattern that can be checked.
     """
     wanted = None if require is None else _required(require)

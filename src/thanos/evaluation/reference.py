@@ -44,6 +44,6 @@ def make_reference(
     """
     tokenizer = source.tokenizer()
     joined = joined_text(text, tokenizer, emit)
-    chosen = choose_bos(bos, joined, tokenizer, network, sequence_length, emit)
+    chosen = choose_bos(bos, joined, tokenizer, network, sequence_length, emit, max_windows)
     windows = cut_windows(joined, tokenizer, network, name, sequence_length, max_windows, chosen)
     return Reference(text=name, windows=windows, bos=chosen, bos_ids=ids_at(chosen, tokenizer))

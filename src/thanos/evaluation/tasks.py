@@ -62,7 +62,7 @@ class ZeroShot(Document):
         device: device on which the model runs.
         versions: versions of thanos, lm_eval, torch and transformers.
         bos: ``window`` if lm_eval made the tokenizer begin each request as a text (its ``add_bos_token``); ``text`` if that was
-            left to the tokenizer. A request without a context has one token before it either way: lm_eval knows no more.
+            left to the tokenizer. A request without a context has one token before it in both cases, as lm_eval allows.
         schema: version of this format.
     """
 

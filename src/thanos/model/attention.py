@@ -4,8 +4,8 @@ In float32 on CUDA, torch has one kernel in which several heads share keys and v
 scores in memory. If the shared heads are repeated, which is a small copy, torch uses its memory-efficient kernel, which is
 several times as fast.
 
-transformers searches the positions of a row for several sequences in it. The answer decides which mask is made, so the host
-waits for the device in each forward pass.
+transformers checks by the positions whether a row holds several sequences. The mask depends on the result, so the host waits
+for the device in each forward pass.
 """
 
 from __future__ import annotations

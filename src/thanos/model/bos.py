@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Bos = Literal["window", "text", "none"]
-"""Position of BOS: at the start of each window, at the start of the text alone, or nowhere."""
+"""Position of BOS: at the start of each window, at the start of the text only, or nowhere."""
 
 BOS_CHOICES = ("auto", "window", "text")
 
@@ -60,7 +60,7 @@ def ids_at(bos: Bos, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 
 
 def bos_text(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return :func:`added_bos` as a text writes it."""
+    """Return the tokens of :func:`added_bos` as text."""
     return "".join(map(str, tokenizer.convert_ids_to_tokens(list(added_bos(tokenizer)))))
 
 

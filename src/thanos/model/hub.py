@@ -53,8 +53,8 @@ def download(name: str, *, code: bool, check: Callable[[Path, list[str]], Weight
 def _listed(name: str, commit: str | None, folder: Path) -> list[str]:
     """Return the paths of a repository's files.
 
-    Returns none if the hub cannot be reached and ``folder``, of the cache, has weights or an index: these are then all there
-    is, for transformers too.
+    If the hub cannot be reached and ``folder``, in the cache, has weights or an index, the list is empty: transformers too can
+    then read only the cached files.
     """
     from huggingface_hub import list_repo_files
 

@@ -106,20 +106,23 @@ def _decoder_modules(model: nn.Module) -> set[int]:
 
 
 def block_names(names: Iterable[str], blocks_name: str, index: int) -> list[str]:
-    """Return the parameters of one block."""
+    """Return the names of one block's parameters."""
     return [name for name in names if name.startswith(f"{blocks_name}.{index}.")]
 
 
 def outer_names(model: nn.Module, names: Iterable[str], blocks_name: str, *, head: bool = True) -> list[str]:
-    """Return the parameters outside the blocks; without ``head``, also without those that only the output embedding has."""
+    """Return the names of the parameters outside the blocks.
+
+    If ``head`` is false, the parameters that only the output embedding has are left out.
+    """
     find = None if head else getattr(model, "get_output_embeddings", None)
     output_embedding: Any = find() if callable(find) else None
     own = set() if output_embedding is None else {id(parameter) for parameter in output_embedding.parameters()}
     for module in model.modules():
         if module is not output_embedding:  # a tied head may come first, and the shared parameter then has its name
             own -= {id(parameter) for parameter in module.parameters(recurse=False)}
-    alone = {name for name, parameter in model.named_parameters() if id(parameter) in own}
-    return [name for name in names if not name.startswith(f"{blocks_name}.") and name not in alone]
+    only_head = {name for name, parameter in model.named_parameters() if id(parameter) in own}
+    return [name for name in names if not name.startswith(f"{blocks_name}.") and name not in only_head]
 
 
 def _linear_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

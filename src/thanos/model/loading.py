@@ -53,7 +53,7 @@ def load_model(
         if adapter := adapter_beside(source.gguf):
             raise ModelError(
                 f"{source.name}: transformers has to load this file, and where peft is installed, it would apply the adapter "
-                f"beside it too, {adapter}; move the file into a folder of its own"
+                f"in the same folder too, {adapter}; move the file into a folder of its own"
             )
         arguments = {"config": source.config()}  # read once, because reading it from a GGUF file takes seconds
     else:
@@ -71,7 +71,7 @@ def load_model(
             raise ModelError(describe_split_file(Path(source.name), parts)) from error
         line = f"{source.name} cannot be loaded: {first_line(error)}"
         if "ignore_mismatched_sizes" in str(error):  # transformers refers to lines that it printed
-            shapes = "tensors have other shapes than config.json makes them"
+            shapes = "tensors have other shapes than config.json requires"
             line = f"{source.name}: {shapes}; the config belongs to another checkpoint"
         own = source.gguf is None and brings_code(source.config())
         if own or (source.gguf is None and not isinstance(error, ValueError | OSError | RuntimeError)):  # not its files
@@ -123,7 +123,7 @@ def _load_gguf(source: ModelSource, dtype: torch.dtype, device: torch.device) ->
 
 
 def _split_count(source: ModelSource) -> int:
-    """Return into how many parts a GGUF file was split, as its header states; 0 for a folder, or a file in one part."""
+    """Return the number of parts of a GGUF file, as its header states it; 0 for a folder, or a file in one part."""
     count = source.gguf_header.metadata.get("split.count", 0) if source.gguf is not None else 0
     return count if type(count) is int and count > 1 else 0
 

@@ -32,8 +32,8 @@ def build_meta_model(
     messages.
     """
     if getattr(config, "rescale_every", 0):
-        # RWKV halves hidden states between blocks, and scales weights to match, to stay within float16. The function is the
-        # same.
+        # RWKV halves hidden states between blocks, and scales weights to match, to stay within float16. Without
+        # this, the model computes the same function.
         config = copy.deepcopy(config)
         config.rescale_every = 0
     model = build_fused_model(config, dtype, trust_remote_code=trust_remote_code, name=name)

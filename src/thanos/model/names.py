@@ -31,7 +31,9 @@ def match_parameters(parameters: set[str], tensors: set[str], base_model_prefix:
 
 
 def rename_keys(meta_model: PreTrainedModel, keys: Iterable[str]) -> tuple[dict[str, str], bool]:
-    """Translate a checkpoint's names by transformers' tables; return them by the model's name, and whether all were translated.
+    """Translate a checkpoint's names by transformers' tables.
+
+    Return the model's name → the checkpoint's name, and whether all names were translated.
 
     The tables hold pure renamings, such as GPT-NeoX's head, and conversions. The only conversion that is supported is the
     stacking of experts' matrices.

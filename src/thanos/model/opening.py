@@ -124,7 +124,9 @@ def _gguf_notes(source: ModelSource, *, whole: bool) -> list[str]:
         notes.append(f"transformers loads this GGUF file whole, in float32: {why}")
     assert source.gguf is not None
     if adapter := adapter_beside(source.gguf):
-        notes.append(f"the adapter beside {source.gguf.name}, {adapter}, is not applied: a GGUF file is read by itself")
+        notes.append(
+            f"the adapter in the folder of {source.gguf.name}, {adapter}, is not applied: only the GGUF file is read"
+        )
     if note := untied_note(header):
         notes.append(note)
     return notes
@@ -143,7 +145,7 @@ def _check_tensors(
         info, expected = checkpoint.tensors[key], parameters[name]
         if info.shape != tuple(expected.shape):
             raise ModelError(
-                f"{source.name}: {key} has shape {list(info.shape)}, but config.json makes it {list(expected.shape)}; the "
+                f"{source.name}: {key} has shape {list(info.shape)}, but config.json requires {list(expected.shape)}; the "
                 "config belongs to another checkpoint"
             )
         if expected.is_floating_point() and not (info.dtype.is_floating_point and info.dtype.itemsize > 1):

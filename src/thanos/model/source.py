@@ -191,7 +191,7 @@ def find_local(
 ) -> ModelSource | None:
     """Find a local model and check its files; None for a hub name. This is fast: no config is built, nothing is loaded.
 
-    ``what`` is the name of the argument in messages; the others are those of :func:`resolve_model`. Raises ModelError if
+    ``what`` names the argument in messages; the other arguments are those of :func:`resolve_model`. Raises ModelError if
     nothing is there, or it is not in safetensors or GGUF form.
     """
     name = model_name(model, what)
@@ -201,7 +201,7 @@ def find_local(
         _check_folder(source, packed=packed)
         return source
     if path.is_file():
-        return ModelSource(name, path.parent, check_gguf(path), trust_remote_code)
+        return ModelSource(name, path.parent, check_gguf(path, what), trust_remote_code)
     if _looks_like_path(name):
         raise ModelError(f"{model} does not exist; {what} is a hub name, a local folder or a .gguf file")
     return None
@@ -247,10 +247,10 @@ def _check_folder(source: ModelSource, *, packed: bool, listed: Sequence[str] = 
 
 def _instead_of_config(folder: Path, listed: Sequence[str]) -> str:
     """Return what to do with a folder without a config: give the GGUF file that lies there, if there is one."""
-    if here := sorted(path for path in folder.iterdir() if is_gguf(path)):
-        return f"name the file itself, for example {here[0]}"
-    if there := sorted(path for path in listed if is_gguf(path)):
-        return f"download one of its GGUF files, such as {there[0]}, and give that file"
+    if local := sorted(path for path in folder.iterdir() if is_gguf(path)):
+        return f"name the file itself, for example {local[0]}"
+    if on_hub := sorted(path for path in listed if is_gguf(path)):
+        return f"download one of its GGUF files, such as {on_hub[0]}, and give that file"
     return "it is not a Hugging Face model folder"
 
 

@@ -121,7 +121,10 @@ def _is_there(module: str) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, with the next one where it ends in a colon; its type's name without a text."""
+    """Return the first line of an error's text, with the second if the first ends in a colon.
+
+    Without a text, return the name of its type.
+    """
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
     if not lines:
         return type(error).__name__

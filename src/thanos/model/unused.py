@@ -11,7 +11,7 @@ from thanos.model.layers import find_blocks
 MTP = "multi-token prediction layer: transformers does not run it"
 
 _NAMED = re.compile(r"(?:^|\.)(?:mtp|[^.]*nextn)", re.IGNORECASE)
-"""Names of tensors of layers for multi-token prediction, if these are not numbered after the decoder blocks."""
+"""Names of tensors of layers for multi-token prediction, if these layers are not numbered after the decoder blocks."""
 
 _JOINT = re.compile(r"\.(?:eh_proj|enorm|hnorm)\.")
 """Names of their norms and projection, which join a token with the hidden states before it."""

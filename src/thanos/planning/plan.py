@@ -121,7 +121,7 @@ def plan(
     on_event: Watcher | None = None,
     calibration: Calibration | None = None,
 ) -> Plan:
-    """Predict memory, disk space and time of :func:`~thanos.prune` with the same arguments. Nothing is written.
+    """Predict memory, disk space and time of :func:`~thanos.prune` with the same arguments. Nothing is left on the disk.
 
     Raises:
         UserError: :func:`~thanos.prune` would refuse the arguments. Too little memory or disk space is no error here.

@@ -55,7 +55,7 @@ class Trial:
         once: phase → additional seconds of the first block, in which threads start and kernels are compiled.
         batch: number of sequences in a forward pass of the run.
         tier: storage tier of the hidden states of the pruned model in the run.
-        states: storage tier → bytes of hidden states, of all sequences and streams, and of what is kept beside them.
+        states: storage tier → bytes of hidden states, of all sequences and streams, and of the kept inputs of branches.
         copy: seconds per byte of a tensor that is copied from the input to the output.
         allocation: the kinds of blocks of the pass that chooses sparsities, with their samples; empty without the pass.
     """
@@ -216,8 +216,8 @@ def _measure(
         stages=stages,
     )
     runner = engine.inputs.runner
-    runner.batch, runner.asked_for = batch, job.samples
-    over = {"calibration", "choose"}  # report no progress
+    runner.batch, runner.planned_samples = batch, job.samples
+    over = {"calibration", "choose"}  # these phases report no progress
     # If blocks store values for later ones, the blocks before run too, but are not counted.
     before = [i for i in job.prepared.data_flow.reached if job.prepared.data_flow.shares and i < (block or 0)]
     scratch.finished = {i: BlockRecord(block=i, layers=[], tensors={}, batch=batch) for i in before}

@@ -116,7 +116,7 @@ def sequences_of(cutting: Cutting | None) -> int:
 
 
 def measured_layers(plan: Prepared, recipe: Recipe) -> dict[LinearLayer, LayerRecipe]:
-    """Return the layers that the pass measures, each with the settings of the method alone."""
+    """Return the layers that the pass measures, each with only the settings of the method."""
     every = plan.cutting is not None and plan.cutting.is_open
     return {
         layer: _without_repair(settings)
@@ -137,7 +137,7 @@ def summary(record: Mapping[str, Any]) -> str:
 
 
 def _without_repair(settings: LayerRecipe) -> LayerRecipe:
-    """Return the settings of the method alone: the pass needs no hidden states of a second model."""
+    """Return only the settings of the method: the pass needs no hidden states of a second model."""
     off = dict.fromkeys(("dense_target", "sequential", "refit", "tune"))
     scope = settings.resolved_scope if settings.parsed_pattern.any_entries else None
     return replace(settings, effort=registry.DEFAULT_EFFORT, scope=scope, **off)
@@ -176,7 +176,7 @@ def _found(layers: Mapping[LinearLayer, LayerRecipe], cutting: Cutting | None, s
 
 
 def _choice(layers: Mapping[LinearLayer, LayerRecipe], curves: Mapping[str, Curve]) -> dict[str, Any]:
-    """Return the record: for each measured layer its sparsity, the recipe's, its gain and its errors by sparsity.
+    """Return the record: for each measured layer its sparsity, its gain and its errors by sparsity.
 
     The measured layers have together as many zeros as with the recipe's sparsity.
     """

@@ -24,10 +24,10 @@ def cut_words(cut: Mapping[str, Any]) -> str:
 
 
 def share_words(cut: Mapping[str, Any]) -> str:
-    """Return the requested and the removed fraction, from ``cut`` of a report: ``asked 20 % of …, removed 20.83 %: …``."""
+    """Return the requested and the removed fraction, from ``cut`` of a report: ``requested 20 % of …, removed 20.83 %``."""
     asked, units = cut["asked"], cut["units"]
     mixed, (kind, size) = len(units) > 1, next(iter(units.items()))
-    text = f"asked {100 * asked:g} % of the {'parameters of the blocks' if mixed else kind_words(kind, cut)}"
+    text = f"requested {100 * asked:g} % of the {'parameters of the blocks' if mixed else kind_words(kind, cut)}"
     if "came" not in cut:  # a report of an earlier version
         return text
     removed, multiple = cut["came"], cut["multiple_of"]
@@ -37,7 +37,7 @@ def share_words(cut: Mapping[str, Any]) -> str:
     if multiple == 1:
         return f"{text}: no number of whole units is nearer"
     nearer = not mixed and abs(removed - asked) * size["before"] > 0.5
-    return f"{text}: the rest is a multiple of {multiple}{'; multiple_of 1 gives a nearer number' if nearer else ''}"
+    return f"{text}: a multiple of {multiple} remains{'; multiple_of 1 gives a nearer number' if nearer else ''}"
 
 
 def kind_words(kind: str, cut: Mapping[str, Any]) -> str:

@@ -278,7 +278,7 @@ def _kind_words(opened: OpenedModel, recipe: Recipe, kind: str, count: int) -> s
     unit = recipe.head_unit or HEAD_UNITS[0]
     if count == 1 and unit == HEAD_UNITS[0]:
         raise RecipeError(
-            "every block has one key-value head, which must stay with its query heads; give head_unit query to remove query "
-            "heads alone"
+            "every block has one key-value head, which must stay with its query heads; give head_unit query to remove only "
+            "query heads"
         )
     return kind_words(kind, {"head_unit": unit})

@@ -66,7 +66,7 @@ def build_engine(
         meter: meter of seconds and peak memory by phase.
         world: the processes that share the work.
         notes: warnings from before the loop.
-        stages: stages that take the place of the recipe's, and hold out no sequences.
+        stages: stages that take the place of the recipe's. With them no sequences are held out.
 
     Raises:
         RecipeError: there are too few sequences to hold any out.

@@ -35,7 +35,10 @@ class DenseRecord:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PruningReport(Document):
-    """The report of a run; the attributes are the keys of ``pruning.json``. ``tuning`` is left out if no block was tuned."""
+    """The report of a run; the attributes are the keys of ``pruning.json``.
+
+    ``block_errors``, ``tuning``, ``recovery`` and ``cut`` are left out if they are empty.
+    """
 
     thanos_version: str
     model: dict[str, Any]

@@ -99,9 +99,9 @@ def check_completed(work: WorkFolder, recipe: Recipe, now: Mapping[str, Any], ca
     found = find_differences(before, _without_folders({**now, **known}))
     if found:
         raise UserError(f"OUT {out} is complete, but another run made it: {'; '.join(found)}; {otherwise}")
-    there = _describe_output(out)
+    sizes = _describe_output(out)
     for name, size in before.get("output", {}).items():
-        if there.get(name) != size:
+        if sizes.get(name) != size:
             raise UserError(f"OUT {out} was complete, but its {name} is now missing or of another size; {otherwise}")
 
 
@@ -239,7 +239,7 @@ class RunJournal:
         before = self._damaged.pop(record.block, None)
         # With other bytes than before, the block has other outputs: the records of all later blocks are invalid.
         if before is not None and before.tensors != tensors:
-            for pile in (self.finished, self._damaged):
-                for other in [other for other in pile if comes_after(other, record.block)]:
-                    del pile[other]
+            for records in (self.finished, self._damaged):
+                for other in [other for other in records if comes_after(other, record.block)]:
+                    del records[other]
         self.finished[record.block] = record

@@ -65,8 +65,8 @@ class BlockContext:
         meter: meter of seconds and peak memory by phase.
         world: the processes that share the work.
         held_out: indices of this process's sequences that are held out: the last of the run. Their error selects the dense
-            target and the tuned state, so the tuning must not train on them. With several processes, a process may have no
-            others, or none.
+            target and the tuned state, so the tuning must not train on them. With several processes, a process may have only
+            held-out sequences, or none.
         block_meter: measures the block's error, on the held-out sequences if there are any; None without a dense stream.
         block_errors: the block's error after each stage so far; None without a dense stream.
         stage: name of the running stage.
@@ -155,7 +155,7 @@ class BlockContext:
     def forward(self, hidden: Tensor, first: int | Sequence[int]) -> Tensor:
         """Return the block's outputs, (B, T, d), for inputs (B, T, d) of the sequences from ``first`` on, or of those listed.
 
-        The block runs with its present weights. Only for decoder blocks: ``index`` must not be None.
+        The block runs with its current weights. Only for decoder blocks: ``index`` must not be None.
         """
         assert self.index is not None, "the modules after the blocks are not a block"
         return self.runner.run(self.index, hidden, first)
@@ -217,7 +217,7 @@ class BlockContext:
         return self.weights.stored(name)
 
     def kept(self, layer: LinearLayer) -> Tensor:
-        """Return the mask of a layer's present non-zero weights, (c, b) bool: after pruning, the kept weights."""
+        """Return the mask of a layer's current non-zero weights, (c, b) bool: after pruning, the kept weights."""
         return layer.oriented(self.weights.parameter(layer.weight_name) != 0)
 
     def put(self, name: str, value: Tensor) -> None:

@@ -70,7 +70,7 @@ class EffectStage:
         self._streams = {}
 
     def _start(self, context: BlockContext, blocks: Sequence[int]) -> None:
-        """Begin the streams of blocks that have none with the present inputs."""
+        """Begin a stream with the current inputs for each of these blocks that has none."""
         self._streams |= {block: context.runner.copied() for block in blocks if block not in self._streams}
 
     def _advance(self, context: BlockContext) -> Iterator[Event]:

@@ -124,7 +124,7 @@ def error_curve(weight: Tensor, inputs: InputStatistics, settings: LayerRecipe, 
     """Return the relative squared output error of a layer by sparsity; None if it cannot be measured.
 
     The layer's method prunes the same sample of rows at each sparsity. The sample is random, since equally spaced rows may
-    be the same row of every attention head, and depends on the number of rows alone.
+    be the same row of every attention head, and depends only on the number of rows.
 
     Args:
         weight: the weight, (c, b).
@@ -196,7 +196,7 @@ def _gather(context: BlockContext, layers: list[LinearLayer]) -> Generator[Event
 
 
 def _probe(weight: Tensor, norms: Tensor, sparsity: float) -> Tensor:
-    """Return a mask of entries whose removal is an error like that of pruning: the smallest |W_ij|·‖X_j‖₂ of each row."""
+    """Return a mask of entries whose removal causes an error like that of pruning: the smallest |W_ij|·‖X_j‖₂ of each row."""
     return even_rows_mask((weight * norms).abs_(), int(sparsity * weight.numel()))
 
 

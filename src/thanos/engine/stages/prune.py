@@ -184,7 +184,7 @@ class PruneStage:
 
 
 def sampled_sequences(settings: Iterable[LayerRecipe], measure_error: bool | None) -> int:
-    """Return the number of first sequences that cost more than the later ones, because only they measure errors."""
+    """Return the number of first sequences that cost more than the later ones: errors are measured on them."""
     known = list(settings)
     layers = measure_error is None and any(need_of(one) < Need.GRAM for one in known)
     repairs = [one.repair for one in known]

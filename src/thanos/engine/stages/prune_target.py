@@ -43,9 +43,9 @@ def choose_target(
     assert meter is not None
 
     def stand_ins(alpha: float) -> dict[str, Tensor]:
-        present = {layer: context.weights.parameter(layer.weight_name) for layer in found}
+        current = {layer: context.weights.parameter(layer.weight_name) for layer in found}
         return {
-            layer.weight_name: layer.oriented(one.at(alpha)).contiguous().to(present[layer].dtype)
+            layer.weight_name: layer.oriented(one.at(alpha)).contiguous().to(current[layer].dtype)
             for layer, one in found.items()
         }
 
