@@ -183,11 +183,10 @@ def _choose_group(problem: Problem, lines: Tensor, start: int) -> Tensor:
 
 def cost(pattern: Pattern, size: Size) -> dict[str, Cost]:
     """Return the cost of a solve, by part."""
-    if pattern.whole_columns:
-        return scoring(pattern, size)
     c, b = float(size.rows), float(size.columns)
+    by_blocks = pattern.any_entries or pattern.group_zeros > 0
     return {
-        "selection": Cost(3 * c * b, 20 * c * b),
+        **({"selection": Cost(3 * c * b, 20 * c * b)} if by_blocks else scoring(pattern, size)),
         "rows": Cost(c * b * size.block, 20 * c * b),
         "update": block_update(size),
     }
