@@ -1,7 +1,7 @@
 """A plain column-by-column pruner with SparseGPT's formulas, deliberately not optimised. It is the baseline of guard.py.
 
-H⁻¹ = UᵀU. Columns are processed from left to right. A block's mask has its smallest W² / diag(U)²; an n:m group's mask is
-chosen at its first column. Removing W_ij changes row i by −(W_ij / U_jj) · U[j, j:].
+H⁻¹ = UᵀU. Columns are processed from left to right. A block's mask removes the entries with the smallest W² / diag(U)²;
+an n:m group's mask is chosen at its first column. Removing W_ij changes row i by −(W_ij / U_jj) · U[j, j:].
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def prune_column_by_column(
     block_size: int = 128,
     damping: float = 0.01,
 ) -> Tensor:
-    """Return the pruned weight, (c, b); ``groups`` (n, m) keeps n of every m weights instead of a share of the block."""
+    """Return the pruned weight, (c, b); ``groups`` (n, m) keeps n of every m weights instead of a fraction of the block."""
     weight, columns = weight.clone(), weight.shape[1]
     damped = hessian + damping * hessian.diagonal().mean() * torch.eye(columns, dtype=hessian.dtype)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))

@@ -2,11 +2,11 @@ r"""Prove that two commits write the same pruned models, byte for byte, on this 
 
     python benchmarks/compare_commits.py OLD NEW --demo .demo/model.gguf
 
-The source of each commit is unpacked and prunes the same models: a tiny random Llama, GPT-2 and Mixtral, with every method,
-unstructured, 2:4, in columns and with outlier rows. One run is interrupted and resumed, and one runs on two processes. With
-``--demo`` it also prunes a real model at 50 % with 4 × 256 tokens. Tensors must be equal byte for byte. ``pruning.json`` must
-be equal except for times, memory, the schema number and new keys. Otherwise the exit code is 1, with one line for each
-difference.
+The source of each commit is unpacked and prunes the same models: a tiny random Llama, GPT-2 and Mixtral, with the methods of
+``METHODS``, unstructured, 2:4, in columns and with outlier rows. One run is interrupted and resumed, and one runs on two
+processes. With ``--demo`` it also prunes a real model at 50 % with 4 × 256 tokens. Tensors must be equal byte for
+byte. ``pruning.json`` must be equal except for times, memory, the schema number and new keys. Otherwise the exit
+code is 1, with one line for each difference.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PATTERNS: dict[str, dict[str, Any]] = {
 SETTINGS = {"samples": 8, "sequence_length": 64, "device": "cpu"}
 
 VOLATILE = {"schema", "seconds", "host_peak_bytes", "device_peak_bytes", "phases"}
-"""Keys of ``pruning.json``, at any depth, that tell time, memory and version of the format."""
+"""Keys of ``pruning.json``, at any depth, that hold times, memory or the version of the format."""
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 320,
@@ -59,7 +59,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def make_models(folder: Path) -> None:
-    """Write the tiny models, each with a tokenizer of one token a number, and the text to calibrate on."""
+    """Write the tiny models, each with a tokenizer that has one token per number, and the calibration text."""
     import torch
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -79,7 +79,7 @@ def make_models(folder: Path) -> None:
 
 
 def write_all(models: Path, out: Path, demo: Path | None) -> None:
-    """Prune everything with the ``thanos`` that Python finds; results go to folders of ``out``."""
+    """Prune everything with the ``thanos`` that Python imports; write the results to folders in ``out``."""
     import thanos
 
     text = str(models / "numbers.txt")
@@ -93,7 +93,7 @@ def write_all(models: Path, out: Path, demo: Path | None) -> None:
     except KeyboardInterrupt:
         thanos.prune(models / "llama", resumed, recipe, resume=True)
     else:
-        raise SystemExit("the run to be interrupted was not")
+        raise SystemExit("the run that has to be interrupted ended by itself")
     command = [
         sys.executable,
         "-m",
@@ -119,7 +119,7 @@ def _interrupt(event: Any) -> None:
 
 
 def differences(old: Path, new: Path) -> Iterator[str]:
-    """Name each file that only one side has or that differs."""
+    """Yield one line for each file that only one commit wrote or that differs."""
     files = sorted({path.relative_to(root) for root in (old, new) for path in root.rglob("*") if path.is_file()})
     for file in files:
         if not (old / file).is_file() or not (new / file).is_file():
@@ -139,9 +139,9 @@ def steady(value: Any) -> Any:
 
 
 def unequal(old: Any, new: Any, at: str = "") -> Iterator[str]:
-    """Name each place where two nested values differ."""
+    """Yield one line for each difference between two nested values."""
     if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted(old):  # a key that only the new commit has changes nothing that was there
+        for key in sorted(old):  # keys that only the new commit has are ignored
             yield from unequal(old.get(key), new.get(key), f"{at}.{key}" if at else key)
     elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         for number, (one, other) in enumerate(zip(old, new, strict=True)):
@@ -164,31 +164,31 @@ def run_commit(commit: str, work: Path, arguments: list[str]) -> Path:
 
 
 def main() -> None:
-    """Compare what the arguments name."""
+    """Compare two commits."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("commits", nargs="*", help="two of them")
+    parser.add_argument("commits", nargs="*", help="the two commits")
     parser.add_argument("--demo", type=Path, help="a real model, pruned as well")
     parser.add_argument("--models", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--write", type=Path, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.write:
-        write_all(given.models, given.write, given.demo)
+    options = parser.parse_args()
+    if options.write:
+        write_all(options.models, options.write, options.demo)
         return
-    if len(given.commits) != 2:
+    if len(options.commits) != 2:
         parser.error("name two commits")
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         make_models(work / "models")
-        demo = ["--demo", str(given.demo.resolve())] if given.demo else []
+        demo = ["--demo", str(options.demo.resolve())] if options.demo else []
         arguments = ["--models", str(work / "models"), *demo]
-        old, new = (run_commit(commit, work, arguments) for commit in given.commits)
-        found = list(differences(old, new))
+        old, new = (run_commit(commit, work, arguments) for commit in options.commits)
+        lines = list(differences(old, new))
         runs = sum(1 for _ in old.iterdir())
         tensors = sum(1 for _ in old.rglob("*.safetensors"))
-    for line in found:
+    for line in lines:
         sys.stdout.write(f"{line}\n")
-    sys.stdout.write(f"{runs} runs, {tensors} files of tensors: {len(found)} differences\n")
-    sys.exit(1 if found else 0)
+    sys.stdout.write(f"{runs} runs, {tensors} files of tensors: {len(lines)} differences\n")
+    sys.exit(1 if lines else 0)
 
 
 if __name__ == "__main__":

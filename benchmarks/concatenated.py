@@ -2,9 +2,9 @@
 
     python benchmarks/concatenated.py STUDY --dense MODEL --text test.jsonl --out concatenated.jsonl [--device cuda:0]
 
-STUDY is the folder of a study that ran with ``keep_models = true``; cells whose model was not kept are left out. One JSON
-object a line: the cell, its perplexity on the concatenated rows (and on the rows joined with a blank line, from the store),
-commit, device, date.
+STUDY is the folder of a study that ran with ``keep_models = true``; cells whose model was not kept are left out. The output
+has one JSON object per line: the cell, its perplexity on the concatenated rows (and on the rows joined with a blank line,
+from the store), commit, device, date.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from thanos.calibration.text import evaluation_rows
 
 
 def main() -> None:
-    """Evaluate every kept model of the study, or every ``--share``-th of them, appending to the results after each."""
+    """Evaluate the kept models of the study that ``--share`` selects; append each result to the output at once."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", type=Path)
     parser.add_argument("--dense", required=True, help="the dense model, which the study does not keep")
@@ -30,7 +30,9 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument(
-        "--share", default="0/1", help="I/N: only models number I, I + N, ... so that N can run at once"
+        "--share",
+        default="0/1",
+        help="I/N: evaluate only models number I, I + N, ..., so that N processes can divide the work",
     )
     arguments = parser.parse_args()
     first, step = map(int, arguments.share.split("/"))
@@ -48,25 +50,27 @@ def main() -> None:
 
 def evaluate(record: dict[str, Any], text: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Score one model on the concatenated rows."""
-    found = thanos.evaluate(model_of(record, arguments), text=str(text), device=arguments.device, dtype=arguments.dtype)
+    result = thanos.evaluate(
+        model_of(record, arguments), text=str(text), device=arguments.device, dtype=arguments.dtype
+    )
     return {
         "key": record["key"],
         "cell": record["cell"],
         "sparsity": record["effective_sparsity"]["targeted"],
         "mean_error": mean_error(record["layers"] or []),
         "blank_line": record["evaluation"]["perplexity"],
-        "concatenated": found.perplexity,
-        "windows": found.windows,
-        "tokens": found.tokens,
-        "text_sha256": found.text_sha256,
+        "concatenated": result.perplexity,
+        "windows": result.windows,
+        "tokens": result.tokens,
+        "text_sha256": result.text_sha256,
         "commit": record["commit"],
-        "device": found.device,
+        "device": result.device,
         "date": datetime.date.today().isoformat(),
     }
 
 
 def model_of(record: dict[str, Any], arguments: argparse.Namespace) -> str | Path:
-    """Return where a cell's model is, if it was kept."""
+    """Return the path of a cell's model; it does not exist if the model was not kept."""
     dense = record["cell"]["method"] == "dense"
     return arguments.dense if dense else arguments.study / "models" / record["key"][:16]
 

@@ -57,7 +57,7 @@ def random_model(config: LlamaConfig, device: str) -> tuple[Any, dict[str, Packe
 
 
 def replace(model: Any, packed: dict[str, PackedWeight], groups: list[list[str]]) -> None:
-    """Put the packed layers in the place of the dense ones."""
+    """Replace the dense layers by the packed ones."""
     layers = {}
     for name, weight in packed.items():
         layers[name] = PackedLinear(weight.spec, bias=False, device="meta")

@@ -1,7 +1,7 @@
 """Measure the seconds by phase of a pruning run on 1, 2, 4, … processes, with speed-up and efficiency.
 
     python benchmarks/distributed.py --processes 1 2 4 --layers 4 --hidden 512              # gloo on the CPU
-    python benchmarks/distributed.py --processes 1 2 --device cuda --hidden 4096 --layers 4 # NCCL, one GPU a process
+    python benchmarks/distributed.py --processes 1 2 --device cuda --hidden 4096 --layers 4 # NCCL, one GPU each
 
 The script makes a LLaMA-style checkpoint of random weights and windows of random tokens. Then it runs itself by ``torchrun``
 with each number of processes. On the CPU every process has one thread. The weights of all runs are compared with those of the
@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 SHARED = ("statistics", "reduce", "solve", "propagate")
-"""Phases whose work is divided; the others are rank 0's, or every process's own."""
+"""Phases whose work is divided. The others run on rank 0 only, or in full on every process."""
 
 
 def emit(line: str) -> None:
-    """Put one line on the standard output."""
+    """Write one line to the standard output."""
     sys.stdout.write(line + "\n")
 
 
@@ -54,8 +54,8 @@ def main() -> None:
         print_table(options, runs)
         compare(options.processes, folder)
         if options.json is not None:
-            given = {name: str(value) for name, value in vars(options).items()}
-            options.json.write_text(json.dumps({"options": given, "runs": runs}, indent=2) + "\n", encoding="utf-8")
+            settings = {name: str(value) for name, value in vars(options).items()}
+            options.json.write_text(json.dumps({"options": settings, "runs": runs}, indent=2) + "\n", encoding="utf-8")
 
 
 def make_model(options: argparse.Namespace, folder: Path) -> None:
@@ -90,7 +90,7 @@ def launch(options: argparse.Namespace, folder: Path, size: int) -> dict[str, An
 
 
 def worker(options: argparse.Namespace, folder: Path) -> None:
-    """Prune in one of the processes; rank 0 notes the seconds."""
+    """Prune in one of the processes; rank 0 writes the seconds."""
     import torch
 
     import thanos

@@ -18,8 +18,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-# What a run imports and takes long, but for torch.distributed.nn.functional and what needs it: those are imported when a real
-# run imports them, since the moment decides how a process ends (engine/leaving.py).
+# The slow imports of a run, except torch.distributed.nn.functional and the modules that need it. Those are imported when a real
+# run imports them, since the time of the import decides how a process ends (engine/leaving.py).
 import scipy.special  # noqa: F401
 import tokenizers  # noqa: F401
 import torch
@@ -37,7 +37,7 @@ for _ in sys.stdin:
     stores.append(d.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
     print(stores[-1].port, flush=True)
 """
-"""Makes a store for each line it reads. In a process of its own, since its threads would not survive a fork."""
+"""A program that makes a store for each line that it reads. Its own process, since its threads would not survive a fork."""
 
 MODEL = """
 import sys, torch
@@ -50,16 +50,16 @@ words = Tokenizer(models.WordLevel({f"w{n}": n for n in range(63)} | {"?": 63}, 
 words.pre_tokenizer = pre_tokenizers.Whitespace()
 PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?").save_pretrained(sys.argv[1])
 """
-"""Made elsewhere too, so that no thread is left here when the runs are forked."""
+"""A program that writes a tiny model. It runs in its own process, so that no thread is left here when the runs are forked."""
 
 
 def main() -> int:
-    """Start run after run, in turn of each number of processes, and print the counts."""
+    """Start the runs, the numbers of processes in turn, and print the counts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=100, help="for each number of processes")
     parser.add_argument("--processes", type=int, nargs="+", default=[2, 4])
     options = parser.parse_args()
-    # No context managers from here on: a forked process leaves through this frame, and must not clear up.
+    # No context managers from here on: a forked process leaves through this frame, and must not clean up.
     folder = Path(tempfile.mkdtemp())
     subprocess.run([sys.executable, "-c", MODEL, folder / "model"], check=True, stderr=subprocess.DEVNULL)
     (folder / "text.txt").write_text(" ".join(f"w{n * n % 63}" for n in range(2000)))
@@ -74,15 +74,15 @@ def main() -> int:
         busy = number // len(options.processes) % 2 == 1
         print(file=stores.stdin, flush=True)
         port = stores.stdout.readline().strip()
-        beside = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if busy else None
+        other = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if busy else None
         codes = run(port, size, folder)
-        if beside is not None:
-            beside.kill()
-            beside.wait()
+        if other is not None:
+            other.kill()
+            other.wait()
         failed += any(codes)
         for rank, code in enumerate(codes):
             if code:
-                print(f"run {number}{', a core taken' * busy}, rank {rank} of {size}: exit code {code}")
+                print(f"run {number}{', one core busy' * busy}, rank {rank} of {size}: exit code {code}")
                 print((folder / f"{rank}.err").read_text(), flush=True)
         if number % 10 == 9:
             print(f"{number + 1} runs, {failed} failed", flush=True)
@@ -94,7 +94,7 @@ def main() -> int:
 
 
 def run(port: str, size: int, folder: Path) -> list[int]:
-    """Prune on ``size`` processes; return their exit codes. As torchrun does, end the others where one fails."""
+    """Prune on ``size`` processes; return their exit codes. As torchrun does, end the others if one fails."""
     pids: dict[int, int] = {}
     for rank in range(size):
         pid = os.fork()
@@ -114,13 +114,13 @@ def run(port: str, size: int, folder: Path) -> list[int]:
 
 def work(port: str, size: int, rank: int, folder: Path) -> None:
     """Run the command as torchrun would start it, and exit."""
-    place: dict[str, object] = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
-    place |= {
+    variables: dict[str, object] = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
+    variables |= {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
         "TORCHELASTIC_USE_AGENT_STORE": True,
-    }  # it is there already
-    os.environ |= {name: str(value) for name, value in place.items()}
+    }  # the store exists already
+    os.environ |= {name: str(value) for name, value in variables.items()}
     for descriptor, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(folder / f"{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     arguments = ["prune", str(folder / "model"), str(folder / "out"), "--calibration", str(folder / "text.txt")]

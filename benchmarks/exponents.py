@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 WIDEST = 3
-"""Widths over which the last slope goes: there, arithmetic outweighs what does not depend on the width."""
+"""Number of widths for the last slope. At large widths arithmetic takes the largest part of the time."""
 
 
 def slope(points: list[tuple[float, float]]) -> float:
@@ -28,15 +28,15 @@ def slope(points: list[tuple[float, float]]) -> float:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Return the slopes of our solvers: a line a solver, a column a block size."""
-    found: dict[str, dict[int, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    """Return the slopes of this package's solvers: one row per solver, one column per block size."""
+    by_solver: dict[str, dict[int, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for result in results:
         if result["implementation"] == "thanos":
-            found[f"{result['method']}, {result['pattern']}"][result["block_size"]].append(result)
-    sizes = sorted({size for by_size in found.values() for size in by_size})
+            by_solver[f"{result['method']}, {result['pattern']}"][result["block_size"]].append(result)
+    sizes = sorted({size for by_size in by_solver.values() for size in by_size})
     lines = ["| exponent of b: measured (model), three widest | " + " | ".join(f"B = {size}" for size in sizes) + " |"]
     lines.append("|---" * (len(sizes) + 1) + "|")
-    for name, by_size in found.items():
+    for name, by_size in by_solver.items():
         cells = []
         for size in sizes:
             own = sorted(by_size.get(size, []), key=lambda result: result["columns"])
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("file", type=Path)
     report = json.loads(parser.parse_args().file.read_text(encoding="utf-8"))
     if report.get("benchmark") != "layer":
-        raise SystemExit("give what the --json of thanos bench layer wrote")
+        raise SystemExit("give a file that thanos bench layer --json wrote")
     sys.stdout.write(table(report["results"]) + "\n")
 
 

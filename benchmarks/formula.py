@@ -52,7 +52,7 @@ FORMULAS = {
 """Name in the JSON → where the paper prints it, and how it reads."""
 
 DEFAULT_SHARE = 0.25
-"""Share of columns removed: 64 of 256, as in the measurement that first told the formulas apart."""
+"""Fraction of the columns to remove: 64 of 256, as in the first measurement in which the formulas differed."""
 
 
 def cheapest_columns(weight: Tensor, hessian: Tensor, share: float = DEFAULT_SHARE) -> Tensor:
@@ -61,10 +61,10 @@ def cheapest_columns(weight: Tensor, hessian: Tensor, share: float = DEFAULT_SHA
     Args:
         weight: (c, b).
         hessian: XᵀX up to a positive factor, (b, b).
-        share: of the columns, 0 < share < 1; at least one goes and one stays.
+        share: fraction of the columns to remove, 0 < share < 1; at least one is removed and one is kept.
 
     Returns:
-        Their indices in rising order, int64.
+        Their indices, ascending, int64.
     """
     columns = weight.shape[1]
     if not 0 < share < 1 or columns < 2:
@@ -83,13 +83,13 @@ def formula_errors(
         weight: (c, b), any floating dtype.
         hessian: XᵀX up to a positive factor, (b, b), symmetric. Damped for the compensation, not for the error.
         removed: distinct column indices, (s,), 0 < s < b.
-        damping: share of the mean diagonal added to the diagonal.
+        damping: fraction of the mean diagonal that is added to the diagonal.
 
     Returns:
         A number for each of :data:`FORMULAS`.
 
     Raises:
-        ValueError: the shapes do not fit, or no column would go or stay.
+        ValueError: the shapes do not fit, or no column would be removed or kept.
     """
     columns = weight.shape[1]
     if hessian.shape != (columns, columns) or not 0 < removed.numel() < columns:
@@ -98,16 +98,16 @@ def formula_errors(
             f"and {columns - 1} removed columns, not {removed.numel()}"
         )
     W, H = weight.double(), hessian.double()
-    energy = ((W @ H) * W).sum()
-    found = {}
+    total = ((W @ H) * W).sum()
+    errors = {}
     for name in FORMULAS:
         change = _compensated(name, W, H, removed, damping) - W
-        found[name] = float(((change @ H) * change).sum() / energy)
-    return found
+        errors[name] = float(((change @ H) * change).sum() / total)
+    return errors
 
 
 def _compensated(name: str, W: Tensor, H: Tensor, removed: Tensor, damping: float) -> Tensor:
-    """Return Ŵ by one way, exact zeros in the removed columns."""
+    """Return Ŵ by one formula, with exact zeros in the removed columns."""
     damped = H + damping * H.diagonal().mean() * torch.eye(len(H), dtype=H.dtype, device=H.device)
     inverse = torch.linalg.inv(damped)
     P = removed
@@ -137,11 +137,11 @@ def measure_layer(
     """Compare the formulas on one layer of a model, on the inputs that the dense model gives it.
 
     Args:
-        model: in memory, on any device.
+        model: a loaded model, on any device.
         windows: calibration tokens, (samples, length) int64.
-        name: of the layer, full or its end from a dot on.
-        share: of the columns removed, the cheapest.
-        damping: share of the mean diagonal added to the diagonal.
+        name: full name of the layer, or the end of it after a dot.
+        share: fraction of the columns to remove, the cheapest ones.
+        damping: fraction of the mean diagonal that is added to the diagonal.
 
     Returns:
         ``layer`` (full name), ``shape``, ``removed`` (number of columns), ``tokens``, ``damping`` and ``errors``.
@@ -190,9 +190,9 @@ def main() -> None:
     """Measure one layer, or show an earlier result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?")
-    parser.add_argument("layer", nargs="?", help="full name, or its end from a dot on")
+    parser.add_argument("layer", nargs="?", help="full name, or the end of it after a dot")
     parser.add_argument("--calibration", default=Recipe().calibration)
-    parser.add_argument("--share", type=float, default=DEFAULT_SHARE, help="of the columns removed")
+    parser.add_argument("--share", type=float, default=DEFAULT_SHARE, help="fraction of the columns to remove")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", type=Path, help="write the result to this file")
     parser.add_argument("--show", type=Path, help="print the table of an earlier result")

@@ -29,7 +29,7 @@ from thanos.solvers.synthetic_layer import synthetic_layer
 STORED = Path(__file__).with_name("guard.json")
 
 ROWS, COLUMNS, TOKENS = 768, 768, 2048
-"""Large enough that arithmetic, not Python, takes the time; small enough for seconds in all."""
+"""Size of the layer: large enough that arithmetic, not Python, takes most of the time; small enough for a check of seconds."""
 
 PAIRS = 5
 REGRESSION = 1.5
@@ -81,7 +81,7 @@ def main() -> int:
     parser.add_argument("--store", action="store_true", help="store the ratios instead of comparing")
     parser.add_argument("--json", type=Path, help="also write what was measured")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)  # a ratio of two programs that wait for one another's cores would be noise
+    torch.set_num_threads(1)  # with more threads, waiting for cores would make the ratio noisy
     weight, hessian = synthetic_layer(ROWS, COLUMNS, tokens=TOKENS, device="cpu")
     measured = {name: ratio(case, weight, hessian) for name, case in CASES.items()}
     report = {"schema": 1, "benchmark": "guard", "machine": machine("cpu"), "ratios": measured}

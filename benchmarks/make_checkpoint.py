@@ -28,7 +28,7 @@ from thanos.model.source import resolve_model
 
 
 def write_text(path: Path, vocabulary: int, tokens: int, *, seed: int = 0) -> Path:
-    """Write so many random numbers below the vocabulary's size: one token each."""
+    """Write ``tokens`` random numbers below the vocabulary's size, one token each; return the path."""
     draw = random.Random(seed)
     path.write_text(" ".join(str(draw.randrange(2, vocabulary)) for _ in range(tokens)), encoding="utf-8")
     return path
@@ -82,10 +82,10 @@ def write_initial(folder: Path, config: Path, tokenizer: Path, *, seed: int = 0)
     """Write a causal LM as transformers initialises it, with another model's tokenizer.
 
     Args:
-        folder: where to.
-        config: its config as JSON, ``model_type`` among the keys.
-        tokenizer: the model whose tokenizer it gets.
-        seed: of the weights.
+        folder: folder to write.
+        config: file with the config as JSON; ``model_type`` is one of its keys.
+        tokenizer: model whose tokenizer is copied.
+        seed: seed of the weights.
 
     Returns:
         Bytes of the weights.
@@ -104,7 +104,7 @@ def write_initial(folder: Path, config: Path, tokenizer: Path, *, seed: int = 0)
 
 
 def main() -> None:
-    """Write what the arguments ask for."""
+    """Write a checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--shape", choices=sorted(SHAPES), help="a known model's sizes, instead of the next ones")
@@ -112,28 +112,28 @@ def main() -> None:
         ("hidden", 1024), ("intermediate", 2816), ("heads", 8), ("kv-heads", 8), ("blocks", 4), ("vocabulary", 4096),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--tokens", type=int, default=20_000, help="of the text")
+    parser.add_argument("--tokens", type=int, default=20_000, help="number of tokens in the text")
     parser.add_argument("--config", type=Path, help="a model's config.json, instead of sizes; needs --tokenizer")
     parser.add_argument("--tokenizer", type=Path, help="a model's folder or GGUF file")
     parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    if (given.config is None) != (given.tokenizer is None):
-        parser.error("--config and --tokenizer go together")
-    if given.config is not None:
-        size = write_initial(given.folder, given.config, given.tokenizer, seed=given.seed)
-        sys.stdout.write(f"{given.folder}: {size / 2**30:.2f} GiB\n")
+    options = parser.parse_args()
+    if (options.config is None) != (options.tokenizer is None):
+        parser.error("give both --config and --tokenizer, or neither")
+    if options.config is not None:
+        size = write_initial(options.folder, options.config, options.tokenizer, seed=options.seed)
+        sys.stdout.write(f"{options.folder}: {size / 2**30:.2f} GiB\n")
         return
-    shape = SHAPES.get(given.shape) or Shape(
-        hidden=given.hidden,
-        intermediate=given.intermediate,
-        heads=given.heads,
-        kv_heads=given.kv_heads,
-        blocks=given.blocks,
-        vocabulary=given.vocabulary,
+    shape = SHAPES.get(options.shape) or Shape(
+        hidden=options.hidden,
+        intermediate=options.intermediate,
+        heads=options.heads,
+        kv_heads=options.kv_heads,
+        blocks=options.blocks,
+        vocabulary=options.vocabulary,
     )
-    size = write_checkpoint(given.folder, shape, seed=given.seed)
-    text = write_text(given.folder.parent / "numbers.txt", shape.vocabulary, given.tokens, seed=given.seed)
-    sys.stdout.write(f"{given.folder}: {size / 2**30:.2f} GiB; text: {text}\n")
+    size = write_checkpoint(options.folder, shape, seed=options.seed)
+    text = write_text(options.folder.parent / "numbers.txt", shape.vocabulary, options.tokens, seed=options.seed)
+    sys.stdout.write(f"{options.folder}: {size / 2**30:.2f} GiB; text: {text}\n")
 
 
 if __name__ == "__main__":

@@ -43,32 +43,32 @@ SHAPES = {
 TUNED_SHAPES = "1024x4096,4096x4096,6144x4096,14336x4096,28672x4096,4096x14336,8192x28672"
 
 TUNED_PATTERNS = ("16:32", "50 %", "60 %", "70 %")
-"""What is tuned: a kind of kernel, and the units of a tile that are nearest, decide which of them a matrix follows."""
+"""Patterns that are tuned. A matrix uses the result of its kind of kernel whose tiles have the nearest number of units."""
 
 TRIED_PARTS = (1, 2, 4)
 """Numbers of parts of an expanded matrix that are tried."""
 
 PARTS_GAIN = 0.99
-"""More parts must take less than this fraction of the time of fewer."""
+"""More parts are chosen only if they take less than this fraction of the time of fewer parts."""
 
 SETTINGS_SHAPE = (4096, 14336)
 """Size at which the settings of a device are measured."""
 
 _GRAPH_CALLS = 16
-"""Least calls in a CUDA graph, so that the gap between two graphs does not count."""
+"""Least calls in a CUDA graph, so that the gap between two graphs is negligible."""
 
 _ROUND_SECONDS = 0.005
-"""Least seconds of a timed round: beside it, waiting for the device does not count."""
+"""Least seconds of a timed round, so that waiting for the device is negligible."""
 
 
 def rounds(works: list[Callable[[int], Any]], count: int, device: str, repeats: int) -> list[float]:
     """Return the median microseconds of one call of each work, over rounds in which the works alternate.
 
     Args:
-        works: functions of a number from 0 to count − 1; the calls go through all of them again and again.
-        count: of these numbers.
-        device: of the works. On CUDA the calls are captured as a graph.
-        repeats: rounds.
+        works: functions of an index from 0 to count − 1. Successive calls use successive indices, again and again.
+        count: number of indices.
+        device: device of the works. On CUDA the calls are captured as a graph.
+        repeats: number of rounds.
     """
     cuda = torch.device(device).type == "cuda"
     calls = max(count, _GRAPH_CALLS) if cuda else count
@@ -147,7 +147,7 @@ def launches(family: str, n: int) -> Iterator[Launch]:
 
 
 def tune(arguments: Namespace) -> None:
-    """Time all divisions for all shapes, and write the fastest into the file, after each shape what is known."""
+    """Time all divisions for all shapes, and write the fastest into the file, again after each shape."""
     device, file = arguments.device, arguments.tune
     name = torch.cuda.get_device_name(torch.device(device))
     table = json.loads(file.read_text()) if file.is_file() else {}
@@ -177,7 +177,7 @@ def tune(arguments: Namespace) -> None:
 
 
 def settings(rows: list[dict[str, Any]], device: str) -> Settings:
-    """Return what is best for all matrices on a device, measured with 16:32 at one size with the fastest launches."""
+    """Return the best settings for all matrices on a device, measured with 16:32 at one size with the fastest launches."""
     from thanos.sparse.kernels.cuda import by_library
 
     shape = SETTINGS_SHAPE

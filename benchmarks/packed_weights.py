@@ -12,10 +12,10 @@ from thanos.sparse.encoding import encode
 from thanos.sparse.formats import PackedWeight
 
 PATTERNS = {"16:32": 0.0, "50 %": 0.5, "60 %": 0.6, "70 %": 0.7}
-"""Pattern → sparsity of one without a pattern; 0 for 16:32."""
+"""Name of a pattern → sparsity of random zeros; 0 for 16:32."""
 
 ROTATED_BYTES = {"cuda": 3 << 27, "cpu": 3 << 26}
-"""Bytes of packed weights among which the products rotate: more than the last cache."""
+"""Bytes of packed weights among which the products rotate: more than the last-level cache holds."""
 
 
 _DRAWN_ROWS = (1024, 768, 576)
@@ -37,7 +37,7 @@ class Weights(NamedTuple):
 
 
 def make(shape: tuple[int, int], sparsity: float, dtype: torch.dtype, device: str = "cpu") -> Tensor:
-    """Return random weights in a pattern: without one if there is a sparsity, else 16:32."""
+    """Return random weights: with random zeros if ``sparsity`` is above 0, else in 16:32."""
     weight = torch.randn(shape, device=device)
     if sparsity:
         return weight.masked_fill(torch.rand(shape, device=device) < sparsity, 0).to(dtype)
@@ -67,7 +67,7 @@ def drawn_rows(rows: int) -> int:
 
 
 def weights(shape: tuple[int, int], pattern: str, dtype: torch.dtype, device: str, *, dense: bool = True) -> Weights:
-    """Return random weights of a shape in a pattern, so many that together they exceed the last cache."""
+    """Return copies of random weights of a shape in a pattern, as many as exceed the last-level cache."""
     drawn = make((drawn_rows(shape[0]), shape[1]), PATTERNS[pattern], dtype, device)
     first, packed = repeated(drawn, shape[0], device)
     count = max(2, min(48, ROTATED_BYTES[torch.device(device).type] // packed.spec.nbytes + 1))

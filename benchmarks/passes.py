@@ -1,11 +1,11 @@
-"""How often a run sends each token through a block's layers, by phase, and the processor time of the phases.
+"""Measure how often a run sends each token through a block's layers, by phase, and the processor time of the phases.
 
     python benchmarks/passes.py MODEL --blocks 5 6 --json passes.json
 
 The engine of a run works on a few blocks; each but the first gets the outputs of the one before. Calls are counted, so the
-counts do not depend on the machine. "linear" weighs each linear layer of the blocks by its size, "attention" counts torch's
-function for it: 1 is one pass of all tokens. Processor time depends less on other work than the wall's, and caches are shared
-all the same. The hash is that of all tensors that were written, in order.
+counts do not depend on the machine. "linear" counts the tokens through the linear layers of the blocks, weighted by the layers'
+sizes, and "attention" those through torch's attention function. 1 is one pass of all tokens. Other programs disturb processor
+time less than elapsed time, but they share the caches. "hash" is the hash of all written tensors, in order.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Hashing(Scratch):
 
 
 def main() -> None:
-    """Run, and write what was counted."""
+    """Run the engine, and write the counts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--blocks", type=int, nargs="+", required=True, help="indices of the blocks")
@@ -82,16 +82,16 @@ def main() -> None:
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, required=True)
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     settings: dict[str, Any] = {
-        name: getattr(given, name) for name in ("effort", "calibration", "samples", "sequence_length")
+        name: getattr(arguments, name) for name in ("effort", "calibration", "samples", "sequence_length")
     }
     recipe, before, watch = Recipe(**settings, device="cpu"), os.getloadavg()[0], Watch()
-    prepared = prepare(resolve_model(given.model, trust_remote_code=False), recipe, lambda event: None, look=False)
+    prepared = prepare(resolve_model(arguments.model, trust_remote_code=False), recipe, lambda event: None, look=False)
     _, blocks = find_blocks(prepared.opened.meta_model)
     ids = calibrate(prepared.opened, recipe, CPU, lambda event: None, None).ids
-    for index in given.blocks:
+    for index in arguments.blocks:
         watch.follow(blocks[index])
     attend = F.scaled_dot_product_attention
 
@@ -102,12 +102,16 @@ def main() -> None:
     F.scaled_dot_product_attention = attention
     with tempfile.TemporaryDirectory() as folder, closing(Hashing(Path(folder))) as output:
         output.meter = watch
-        places: dict[str, Any] = {"writer": output, "journal": output, "meter": watch}
-        for _ in build_engine(prepared, recipe, ids, CPU, Path(folder), activations="auto", **places).run(given.blocks):
+        outputs: dict[str, Any] = {"writer": output, "journal": output, "meter": watch}
+        for _ in build_engine(prepared, recipe, ids, CPU, Path(folder), activations="auto", **outputs).run(
+            arguments.blocks
+        ):
             pass
-    sizes = {name: module for name, module in blocks[given.blocks[0]].named_modules() if isinstance(module, nn.Linear)}
+    sizes = {
+        name: module for name, module in blocks[arguments.blocks[0]].named_modules() if isinstance(module, nn.Linear)
+    }
     weights = {name: module.in_features * module.out_features for name, module in sizes.items()}
-    tokens = len(given.blocks) * given.samples * given.sequence_length
+    tokens = len(arguments.blocks) * arguments.samples * arguments.sequence_length
     passes = {
         phase: {
             "linear": sum(weights.get(name, 0) * n for name, n in work.items()) / sum(weights.values()) / tokens,
@@ -120,12 +124,13 @@ def main() -> None:
         "schema": 1,
         "benchmark": "passes",
         "machine": machine("cpu") | {"load_average": [before, os.getloadavg()[0]]},
-        "settings": settings | {"model": given.model.name, "blocks": given.blocks, "threads": given.threads},
+        "settings": settings
+        | {"model": arguments.model.name, "blocks": arguments.blocks, "threads": arguments.threads},
         "passes": passes | {"total": total},
         "processor_seconds": watch.busy | {"total": sum(watch.busy.values())},
         "hash": output.digest.hexdigest(),
     }
-    given.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

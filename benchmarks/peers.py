@@ -37,7 +37,7 @@ def flap_scores(model: Any, units: dict[str, Units], ids: Tensor) -> dict[str, T
     """Return the score of each unit of each writer, (units,) float64.
 
     Args:
-        model: on the device of ``ids``.
+        model: the model, on the device of ``ids``.
         units: name of the writer → its units.
         ids: calibration tokens, (samples, length) int64.
     """
@@ -57,13 +57,13 @@ def flap_scores(model: Any, units: dict[str, Units], ids: Tensor) -> dict[str, T
             model(input_ids=row[None], use_cache=False)
     for handle in handles:
         handle.remove()
-    found = {}
+    scores = {}
     for name, (count, total, squares) in sums.items():
         variance = (squares - total.square() / count) / (count - 1)
         layer = model.get_submodule(name)
         axis = 0 if isinstance(layer, nn.Linear) else 1
-        found[name] = (variance * layer.weight.detach().double().square().sum(axis))[units[name].columns].sum(1)
-    return found
+        scores[name] = (variance * layer.weight.detach().double().square().sum(axis))[units[name].columns].sum(1)
+    return scores
 
 
 def taylor_scores(model: Any, units: dict[str, Units], ids: Tensor) -> dict[str, Tensor]:
@@ -74,18 +74,18 @@ def taylor_scores(model: Any, units: dict[str, Units], ids: Tensor) -> dict[str,
         named[name].requires_grad_(True)
     for row in ids:
         (model(input_ids=row[None], labels=row[None], use_cache=False).loss / len(ids)).backward()
-    found = {}
+    scores = {}
     for writer, one in units.items():
         score = torch.zeros(len(one), dtype=torch.float64, device=ids.device)
         for part in one.slices:
             weight = named[f"{writer.removesuffix(one.writer)}{part.name}"]
             salience = (weight.detach() * weight.grad).double().abs()
             score += salience.movedim(part.axis, 0).flatten(1).sum(1)[part.index].sum(1)
-        found[writer] = score
+        scores[writer] = score
     for name in cut:
         named[name].requires_grad_(False)
         named[name].grad = None
-    return found
+    return scores
 
 
 SCORES = {"flap": flap_scores, "llm-pruner": taylor_scores}
@@ -93,7 +93,7 @@ SCORES = {"flap": flap_scores, "llm-pruner": taylor_scores}
 
 @contextmanager
 def folder_of(source: ModelSource, model: Any, beside: Path) -> Iterator[Path]:
-    """Yield a folder of safetensors of the model; of a GGUF file, one that exists for the time being."""
+    """Yield a folder of safetensors of the model; for a GGUF file, a temporary one next to ``beside``."""
     if source.gguf is None:
         yield source.folder
         return
@@ -104,7 +104,7 @@ def folder_of(source: ModelSource, model: Any, beside: Path) -> Iterator[Path]:
 
 
 def main() -> int:
-    """Score, delete, and write the smaller model."""
+    """Score the units, and write the model without those of the smallest scores."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("out", type=Path)

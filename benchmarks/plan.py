@@ -49,7 +49,7 @@ _START = "import sys, time\n{clock}from thanos.cli import run\nsys.exit(run(sys.
 
 
 def write_model(folder: Path, config: dict[str, Any]) -> Path:
-    """Write a bfloat16 model as transformers initialises it, with one token a number; return the folder."""
+    """Write a bfloat16 model as transformers initialises it, with one token per number; return the folder."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if not folder.exists():

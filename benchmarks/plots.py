@@ -33,7 +33,7 @@ def load(files: Iterable[Path]) -> tuple[list[Result], str]:
     for file in files:
         report = json.loads(file.read_text(encoding="utf-8"))
         if report.get("benchmark") != "layer":
-            raise SystemExit(f"{file} is not of thanos bench layer; give what its --json wrote")
+            raise SystemExit(f"{file} is no result of thanos bench layer; give a file that its option --json wrote")
         machine = report["machine"]
         results += report["results"]
         machines.append(
@@ -44,18 +44,18 @@ def load(files: Iterable[Path]) -> tuple[list[Result], str]:
 
 
 def label(result: Result) -> str:
-    """Name a line: the solver, its pattern, and whose it is."""
+    """Return the label of a line: method, pattern, and whether it is the reference implementation."""
     whose = "" if result["implementation"] == "thanos" else " (reference)"
     return f"{result['method']} {result['pattern']}{whose}"
 
 
 def own_block(result: Result) -> int:
-    """Return the block size that the method takes when none is asked for."""
+    """Return the default block size of the method."""
     return LayerRecipe(method=result["method"], pattern=result["pattern"]).resolved_block_size
 
 
 def against_width(results: list[Result], value: Callable[[Result], float]) -> Lines:
-    """Return a line for each solver over the widths, at its own block size; the median where there are several runs."""
+    """Return a line for each solver over the widths, at its default block size; the median if there are several runs."""
     own = (result for result in results if result["block_size"] == own_block(result))
     return _gather((f"{label(r)}, B = {r['block_size']}", r["columns"], value(r)) for r in own)
 
@@ -75,7 +75,7 @@ def _gather(points: Iterable[tuple[str, float, float]]) -> Lines:
 
 
 def draw(lines: Lines, title: str, x: str, y: str, about: str, *, linear: bool = False) -> Any:
-    """Return a matplotlib figure of the lines, both axes logarithmic but for a ``linear`` y."""
+    """Return a matplotlib figure of the lines. Both axes are logarithmic; y is linear if ``linear``."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator
@@ -146,7 +146,7 @@ def figures(results: list[Result], about: str) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Draw what the arguments name."""
+    """Draw the figures of the given files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("files", type=Path, nargs="+")

@@ -33,7 +33,7 @@ SHAPES_TO_PROJECT = {
     "405B": Shape(hidden=16384, intermediate=53248, heads=128, kv_heads=8, blocks=126, vocabulary=128256),
 }
 COLUMNS = (("8B", 1), ("70B", 1), ("70B", 8), ("405B", 1), ("405B", 32))
-"""Model, and number of GPUs, 8 of a host."""
+"""Model, and number of GPUs, 8 per host."""
 
 SAMPLES, LENGTH, HELD_OUT, EPOCHS = 128, 2048, 8, 10
 
@@ -49,13 +49,13 @@ class Measured:
     """Rates from the result files.
 
     Attributes:
-        rates: of the device, in the run of the whole model.
+        rates: rates of the device, in the run of the whole model.
         excess: seconds of statistics and propagation, relative to their floor.
         factor: seconds of a factor of H⁻¹, divided by b³.
         solve: seconds of the rest of a solve, divided by c b².
         repair: seconds of statistics, dense stream and propagation with the parts of ``high``, relative to those of ``fast``.
-        tune, train: operations a second of tuning and of recovery.
-        memory: bytes of the device.
+        tune, train: operations per second of tuning and of recovery.
+        memory: bytes of the device's memory.
     """
 
     rates: Rates
@@ -99,7 +99,7 @@ class Measured:
 
 
 def weights(shape: Shape) -> int:
-    """Return the weights of the linear layers of a block."""
+    """Return the number of weights of the linear layers of a block."""
     return sum(rows * columns for rows, columns in shape.layers.values())
 
 

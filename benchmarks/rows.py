@@ -28,7 +28,7 @@ from thanos.solvers.precision import full_float32
 from thanos.solvers.synthetic_layer import synthetic_layer
 
 _GROUP = 256
-"""Rows of a similar number of removed weights that are solved as one batch."""
+"""Number of rows, with similar numbers of removed weights, that are solved as one batch."""
 
 
 def padded_cholesky(gram: Tensor, rhs: Tensor, mask: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ def padded_cholesky(gram: Tensor, rhs: Tensor, mask: Tensor) -> Tensor:
 
 
 def grouped_cholesky(gram: Tensor, rhs: Tensor, mask: Tensor) -> Tensor:
-    """The same in groups of rows that lose a similar number, so that little is padded."""
+    """Like :func:`padded_cholesky`, in groups of rows that lose a similar number of weights, so that little is padded."""
     order = mask.sum(1).argsort()
     return _cholesky(gram, rhs, mask, order.split(_GROUP))
 
@@ -60,7 +60,7 @@ def _cholesky(gram: Tensor, rhs: Tensor, mask: Tensor, groups: Any) -> Tensor:
 
 
 def _stepwise(solver: RowSolver, gram: Tensor, rhs: Tensor, mask: Tensor, root: Tensor) -> Tensor:
-    """Run the masked iteration with one matrix product a step at every width."""
+    """Run the masked iteration with one matrix product per step at every width."""
     with mock.patch.object(kernels, "WIDEST_SYSTEM", 0):
         return solver.solve(gram, rhs, mask, root)
 
@@ -119,7 +119,7 @@ def measure(rows: int, size: int, device: str, repeats: int) -> list[dict[str, A
 
 
 def main() -> None:
-    """Measure, and write what was found."""
+    """Measure, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rows", type=int, nargs="+", default=[2048])

@@ -34,7 +34,7 @@ PROMPTS = (
 
 
 def steps(model: Any, prompt: Tensor, count: int, tokens: list[int] | None = None) -> tuple[list[int], Tensor]:
-    """Return tokens and their logits, (count, vocabulary) float32, one token a step: greedy ones, or those that are given."""
+    """Return tokens and their logits, (count, vocabulary) float32, one token per step: greedy ones, or those in ``tokens``."""
     cache, ids, chosen, logits = None, prompt, [], []
     for index in range(count):
         output = model(input_ids=ids, past_key_values=cache, use_cache=True)

@@ -76,7 +76,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def cut(dense: Path, smaller: Path, share: float, multiple: int) -> None:
-    """Write the dense model without its last neurons; the width that stays is a multiple."""
+    """Write the dense model without its last neurons; the remaining width is a multiple of ``multiple``."""
     opened = open_model(resolve_model(str(dense)))
     prefix, blocks = find_blocks(opened.meta_model)
     kept = {}
@@ -93,7 +93,7 @@ def disk_bytes(folder: Path) -> int:
 
 
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure both models in turns, each in a process of its own."""
+    """Measure both models in turns, each in its own process."""
     folders = {"dense": arguments.dense, "smaller": arguments.smaller}
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in folders}
     for _ in range(arguments.rounds):
@@ -101,12 +101,12 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
             command = [sys.executable, __file__, *sys.argv[1:], "--alone", str(folder)]
             done = subprocess.run(command, capture_output=True, text=True, check=True, env=dict(os.environ))
             runs[name].append(json.loads(done.stdout.splitlines()[-1]))
-    found: dict[str, Any] = {
+    results: dict[str, Any] = {
         name: {"disk_bytes": disk_bytes(folders[name])}
         | {key: statistics.median(run[key] for run in rows) for key in rows[0]}
         for name, rows in runs.items()
     }
-    dense, smaller = found["dense"], found["smaller"]
+    dense, smaller = results["dense"], results["smaller"]
     inverse = dense["read_bytes"] / smaller["read_bytes"]
     ratios = {name: smaller[name] / dense[name] for name in ("tokens_per_second", "prefill_tokens_per_second")} | {
         name: smaller[name] / dense[name] for name in ("disk_bytes", "resident_bytes", "read_bytes")
@@ -115,7 +115,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         "decoding": ratios["tokens_per_second"] / inverse,
         "prefill": ratios["prefill_tokens_per_second"] / inverse,
     }
-    return found | {
+    return results | {
         "ratios": ratios,
         "inverse_ratio_of_read_bytes": inverse,
         "speed_against_bytes": speeds,
@@ -133,7 +133,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dense", type=Path)
     parser.add_argument("smaller", type=Path)
-    parser.add_argument("--cut", type=float, help="share of the neurons that go; SMALLER must not exist")
+    parser.add_argument("--cut", type=float, help="fraction of the neurons to remove; SMALLER must not exist")
     parser.add_argument("--multiple-of", type=int, default=64)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--context", type=int, default=128)

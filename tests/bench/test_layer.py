@@ -9,18 +9,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import oracles
-from thanos import prune_weight
+from thanos import prune_weight, registry
 from thanos.bench import cost_model as costs
 from thanos.bench.layer import LayerSettings, relative_error, report, run
 from thanos.bench.references import load_reference
 from thanos.cli import run as command
 from thanos.errors import DataError, RecipeError
+from thanos.patterns.budget import Budget
 from thanos.patterns.columns import Columns
 from thanos.patterns.unstructured import Unstructured
 from thanos.recipe import LayerRecipe
 from thanos.registry import parse_pattern
+from thanos.solvers.hessian import InputStatistics
+from thanos.solvers.problem import Problem
 from thanos.solvers.synthetic_layer import synthetic_layer
 
 FAKE = """
@@ -149,11 +153,56 @@ def test_the_cost_model_counts_what_the_formulas_say():
     assert parts["errors"].flops == 3 * 30 * 80 * 80
     assert costs.solve("thanos", parse_pattern("2:4"), 30, 80, 20)["selection"].flops == 0
     assert set(costs.solve("wanda", Unstructured(), 30, 80, 20)) == {"errors", "scores"}
-    assert set(costs.solve("thanos", Columns(), 30, 80, 20)) == {"errors", "factor", "scores"}
+    assert set(costs.solve("magnitude", Columns(), 30, 80, 20)) == {"errors", "scores"}
     whole = costs.solve("sparsegpt", Unstructured(), 30, 80, 500)
     assert whole["update"].flops == 2 * 30 * 80 * 80
     assert costs.Cost(10.0, 4.0).seconds(5.0, 1.0) == 4.0
     assert costs.statistics(10, 7, 2).flops == 2 * 7 * 100
+
+
+def product_flops(method: str, pattern: str, weight: torch.Tensor, hessian: torch.Tensor) -> int:
+    """The operations of the matrix products of a solve, as torch counts them, without the factor and the errors."""
+    recipe = LayerRecipe(method=method, pattern=pattern, sparsity=0.25)
+    inputs = InputStatistics(hessian)
+    factor = inputs.factor(recipe.damping)
+    budget = Budget.plan(weight.shape[0], weight.shape[1], recipe)
+    problem = Problem(weight, weight == 0, inputs, factor, recipe.parsed_pattern, budget, recipe.resolved_block_size)
+
+    def in_place(into: torch.Size, a: torch.Size, b: torch.Size, **_: object) -> int:
+        return 2 * a[0] * a[1] * b[1]  # torch counts addmm, but not addmm_
+
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place}) as counter:
+        registry.method(method).load()(problem)
+    return counter.get_total_flops()
+
+
+def modelled_flops(method: str, pattern: str, rows: int, columns: int) -> float:
+    parts = costs.solve(method, parse_pattern(pattern), rows, columns, 20, sparsity=0.25)
+    return sum(part.flops for name, part in parts.items() if name not in ("errors", "factor", "scores"))
+
+
+def test_the_cost_of_removing_columns_counts_the_products_that_run():
+    c, b, s = 24, 80, 20
+    weight, hessian = synthetic_layer(c, b, tokens=400, device="cpu")
+    triangular = s**3 / 3 + 2 * s**2 * c  # the Cholesky factor and its solves, which torch does not count
+    assert modelled_flops("thanos", "columns", c, b) == product_flops("thanos", "columns", weight, hessian) + triangular
+
+
+def test_the_cost_of_removing_units_counts_the_products_that_run():
+    c, b, s = 24, 96, 24
+    weight, hessian = synthetic_layer(c, b, tokens=400, device="cpu")
+    r = s / 16
+    widths = [b - r * number for number in range(15)]
+    triangular = sum(r**3 / 3 + 2 * r**2 * (c + m - r) for m in widths) + (b - s) ** 3 / 3 + 4 * c * (b - s) ** 2
+    counted = product_flops("thanos", "neurons", weight, hessian)
+    # The model removes 1.5 units in each step, and the solver 1 or 2.
+    assert modelled_flops("thanos", "neurons", c, b) == pytest.approx(counted + triangular, rel=0.01)
+
+
+def test_sparsegpt_updates_the_remaining_columns_for_every_pattern():
+    plain, columns = (costs.solve("sparsegpt", pattern, 30, 80, 20) for pattern in (Unstructured(), Columns()))
+    assert {name: columns[name] for name in ("rows", "update")} == {name: plain[name] for name in ("rows", "update")}
+    assert set(columns) == {"errors", "factor", "scores", "rows", "update"}
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

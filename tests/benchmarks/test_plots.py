@@ -65,7 +65,7 @@ def test_a_file_becomes_figures_that_say_where_it_comes_from(plots, tmp_path, mo
 def test_another_benchmarks_file_is_refused(plots, tmp_path):
     file = tmp_path / "guard.json"
     file.write_text(json.dumps({"benchmark": "guard"}))
-    with pytest.raises(SystemExit, match=r"guard\.json is not of thanos bench layer"):
+    with pytest.raises(SystemExit, match=r"guard\.json is no result of thanos bench layer"):
         plots.load([file])
 
 

@@ -82,7 +82,7 @@ def test_every_rule_of_a_tail_is_checked(tile):
     words, offsets = TAILED.words.clone(), TAILED.offsets.clone()
     behind = words[first + 32 + 16 * n :].view(torch.int16)
     behind[used] = 1  # the first place that must be zero
-    with pytest.raises(ModelError, match="values behind the last one"):
+    with pytest.raises(ModelError, match="values after the last one"):
         check_weight(PackedWeight(TAILED.spec, words, offsets), "layer")
     offsets[tile] -= tail  # as if the tail's units were n's
     with pytest.raises(ModelError, match="masks that do not suit"):

@@ -23,14 +23,23 @@ def output_norms(rows: int, columns: int) -> Cost:
 
 
 def solve(
-    method: str, pattern: Pattern, rows: int, columns: int, block_size: int, steps: float = STEPS
+    method: str,
+    pattern: Pattern,
+    rows: int,
+    columns: int,
+    block_size: int,
+    steps: float = STEPS,
+    sparsity: float = 0.5,
 ) -> dict[str, Cost]:
-    """Return the cost of each part of ``prune_weight``, by name; ``steps`` are iterations of the row solver."""
+    """Return the cost of each part of ``prune_weight``, by name.
+
+    ``steps`` are iterations of the row solver. The cost of removing whole columns depends on the ``sparsity``.
+    """
     row = registry.method(method)
     # Output norms: of the weight, of the removed weights and, if the method compensates, of the change.
     forms, form = 3 if row.compensates else 2, output_norms(rows, columns)
     parts = {"errors": Cost(forms * form.flops, forms * form.bytes)}
     if row.needs_factor:
         parts["factor"] = factor(columns)
-    size = Size(rows, columns, min(block_size, columns), steps)
+    size = Size(rows, columns, min(block_size, columns), steps, sparsity)
     return parts | registry.imported(row.cost)(pattern, size)

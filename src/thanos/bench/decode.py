@@ -37,7 +37,7 @@ class DecodeTime:
     """The times of one model.
 
     Attributes:
-        model: as the user named it.
+        model: the model, as the user named it.
         packed_layers: number of layers that stayed packed on the device.
         tokens_per_second: new tokens per second at batch 1, from the median step.
         first_token_seconds: median seconds from the prompt to its first new token.
@@ -69,7 +69,7 @@ class DecodeReport(Document):
         compiled: whether ``torch.compile`` compiled the steps.
         read_rate: bytes per second at which the device reads a large buffer.
         models: the packed model first, then the dense one if there is one.
-        same_tokens: number of first new tokens that are equal in both models; None without a dense model.
+        same_tokens: number of decoded tokens before the first that differs between both models; None without a dense model.
     """
 
     machine: dict[str, Any]

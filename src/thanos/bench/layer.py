@@ -115,7 +115,9 @@ def run(settings: LayerSettings) -> Iterator[LayerTime]:
         weight, hessian = synthetic_layer(rows, columns, tokens=tokens, device=settings.device, seed=settings.seed)
         case = _Case(weight, hessian, settings, _floor(hessian, settings))
         for recipe in recipes:
-            parts = costs.solve(recipe.method, recipe.parsed_pattern, rows, columns, recipe.resolved_block_size)
+            shape = rows, columns, recipe.resolved_block_size
+            sparsity = recipe.resolved_sparsity
+            parts = costs.solve(recipe.method, recipe.parsed_pattern, *shape, sparsity=sparsity)
             modelled = sum(part.seconds(**rates) for part in parts.values())
             yield case.measure("thanos", recipe, _prune, modelled)
         for recipe in recipes:

@@ -102,8 +102,7 @@ class RandomCheckpoint:
         tensors: name → meta tensor with the shape and dtype.
         seed: seed of the random numbers.
         keep: keep one tensor of each shape and dtype in memory, so that a second read is fast. Otherwise only the last tensor
-            is
-            kept.
+            is kept.
 
     Attributes:
         layout: planned layout of the files.

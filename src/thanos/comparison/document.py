@@ -28,7 +28,7 @@ class Row:
         disk_bytes: bytes of the weight files; for a quantised model the bytes that ``torch.save`` writes for its tensors.
         weight_bytes: bytes of all parameters and buffers on the device, embeddings and head included, tied ones counted once.
         packed_layers: number of layers that stayed packed on the device.
-        tokens_per_second: new tokens a second at batch 1, from the median step.
+        tokens_per_second: new tokens per second at batch 1, from the median step.
         first_token_seconds: seconds from the prompt to its first new token; median.
         evaluation: ``perplexity``, ``mean_loss``, ``tokens`` and ``windows`` as in ``thanos eval --json``; ``kl_divergence``
             and ``top1_agreement`` compare with the first model of the comparison.

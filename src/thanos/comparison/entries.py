@@ -18,7 +18,7 @@ class Entry:
     """One model of a comparison.
 
     Attributes:
-        model: as the user named it.
+        model: the model, as the user named it.
         quantised: one of :data:`~thanos.comparison.quantised.KINDS`; empty for the model as it is.
     """
 

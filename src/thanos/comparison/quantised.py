@@ -43,7 +43,7 @@ def quantise(model: PreTrainedModel, kind: str) -> str:
     A head that shares its weight with the embedding is not quantised, since that would add a second copy of the weight.
 
     Args:
-        model: loaded, on the device where it runs.
+        model: the loaded model, on the device where it runs.
         kind: one of :data:`KINDS`.
 
     Raises:
@@ -76,7 +76,7 @@ def quantise(model: PreTrainedModel, kind: str) -> str:
 def _int8(model: PreTrainedModel, layers: dict[str, nn.Linear]) -> tuple[Any, str]:
     from torchao.quantization import Int8WeightOnlyConfig
 
-    return Int8WeightOnlyConfig(set_inductor_config=False), "one scale a row"
+    return Int8WeightOnlyConfig(set_inductor_config=False), "one scale per row"
 
 
 def _int4(model: PreTrainedModel, layers: dict[str, nn.Linear]) -> tuple[Any, str]:

@@ -95,8 +95,8 @@ def write_report(runs: Sequence[Comparison], folder: Path, on_event: Callable[[E
 def front_of(rows: Sequence[Row], cost: str, quality: str = "perplexity") -> list[Row]:
     """Return the Pareto front: the rows that no other row dominates.
 
-    A row dominates another if it is at least as good in cost and in quality, and better in one of them. More tokens a second
-    and a higher accuracy are better; of all other fields, a lower value is.
+    A row dominates another if it is at least as good in cost and in quality, and better in one of them. More tokens per
+    second and a higher accuracy are better; of all other fields, a lower value is.
     """
     measured = [row for row in rows if value_of(row, cost) is not None and value_of(row, quality) is not None]
 

@@ -7,9 +7,9 @@ A pattern defines which sets of entries may be zero. Three attributes decide how
   so a method may decide a group when it reaches it;
 - ``whole_columns``: every row loses the same columns, chosen by one score per column.
 
-A pattern with ``unit_kinds`` removes whole units of a model, see :mod:`thanos.patterns.units`.
+If none of the three applies, :meth:`Pattern.mask` decides once, on the scores of the whole weight.
 
-Without any of them, :meth:`Pattern.mask` decides once, on the scores of the whole weight.
+A pattern with ``unit_kinds`` removes whole units of a model, see :mod:`thanos.patterns.units`.
 """
 
 from __future__ import annotations

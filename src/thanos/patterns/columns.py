@@ -60,7 +60,7 @@ def rows_and_columns(wanted: float, rows: int, columns: int, outliers: int) -> t
 
     Let s = ``wanted`` / (``rows`` − ``outliers``), the entries to remove per other row. There are two choices: ⌊s⌋ columns of
     all other rows, or ⌈s⌉ columns of as many of these rows as ``wanted`` entries need. The choice with the total nearer to
-    ``wanted`` is returned. It always keeps a column. If even the nearest number of columns keeps none, all columns are
+    ``wanted`` is returned; it always keeps a column. But if the whole number nearest to s is all columns, all columns are
     returned, and :meth:`Budget.plan` refuses them.
     """
     others = rows - outliers

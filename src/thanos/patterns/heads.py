@@ -24,8 +24,8 @@ class Heads(Units):
     @classmethod
     def parse(cls, text: str) -> Self | None:
         """Return the pattern for the text ``heads``, with numbers or without, else None."""
-        found = re.fullmatch(r"heads(?::(?:([1-9]\d*)\*)?([1-9]\d*))?", text)
-        return None if found is None else cls(count=int(found[2] or 0), groups=int(found[1] or 1))
+        match = re.fullmatch(r"heads(?::(?:([1-9]\d*)\*)?([1-9]\d*))?", text)
+        return None if match is None else cls(count=int(match[2] or 0), groups=int(match[1] or 1))
 
     def check_width(self, columns: int) -> None:
         """Refuse a pattern without the number of heads, and columns that the heads do not fill evenly."""

@@ -64,7 +64,7 @@ class Recipe(LayerRecipe):
             heads, or ``query``, one query head of every group. None means ``group``.
         held_out: number of calibration sequences to hold out, the last ones. Their error selects the dense target and the tuned
             state. None: one in 16, at least one. Refused if no layer has dense target ``auto`` or is tuned.
-        tune_rate: peak learning rate of the tuning, as a share of the root mean square of the block's weights that stay,
+        tune_rate: peak learning rate of the tuning, as a fraction of the root mean square of the block's remaining weights,
             above 0 and at most 1. Refused, as is ``tune_loss``, if no layer is tuned.
         tune_loss: error that the tuning minimises: ``block``, the squared error of the block's outputs relative to their
             squares; ``token``, the mean of the tokens' own relative squared errors.

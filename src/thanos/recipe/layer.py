@@ -45,8 +45,8 @@ class LayerRecipe:
         block_size: number of input columns handled together (Thanos, SparseGPT); None means 128, or 512 for Thanos with n:m.
         damping: fraction of the Hessian's mean diagonal added to its diagonal, at least 0 (Thanos, SparseGPT, ADMM,
             and the repair of any method).
-        scope: unit that has the sparsity, for patterns that may remove any entries: ``layer``, the whole matrix, or ``row``,
-            each row, up to one entry. None means the scope of ``effort``, else the method's own: ``row`` for Wanda.
+        scope: what has the sparsity, for patterns that may remove any entries: ``layer``, the whole matrix, or ``row``, every
+            row, up to one entry. None means the scope of ``effort``, else the method's own: ``row`` for Wanda.
         effort: name of a preset of the next four settings; ``fast`` turns them off.
         dense_target: fraction α, in [0, 1], of the dense model's outputs in the target that the layer is fitted to; ``auto``
             chooses it on held-out sequences. For this and the next three settings, None means the value of ``effort``.
@@ -101,7 +101,7 @@ class LayerRecipe:
     )
     scope: str | None = setting(
         None,
-        "Unit in which the sparsity holds; for pattern unstructured only",
+        "Whether the whole layer or every row has the sparsity; for pattern unstructured only",
         Heading.METHOD,
         "SCOPE",
         choices=lambda: registry.SCOPES,
@@ -118,7 +118,7 @@ class LayerRecipe:
         None,
         "Fraction of the dense model's outputs in the target of a layer, 0 (off) to 1; auto: chosen on held-out sequences",
         Heading.REPAIR,
-        "SHARE",
+        "FRACTION",
         default=_EFFORT,
     )
     sequential: bool | None = setting(
@@ -219,9 +219,9 @@ def used(values: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         values: all fields of a :class:`LayerRecipe`.
     """
-    found = registry.method(values["method"]).used(values)
+    by_method = registry.method(values["method"]).used(values)
     damps = resolved(checked({name: values[name] for name in REPAIR_FIELDS})).needs_gram
-    return found | ({"damping": values["damping"]} if damps else {})
+    return by_method | ({"damping": values["damping"]} if damps else {})
 
 
 def checked(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -230,13 +230,13 @@ def checked(settings: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         RecipeError: a value is outside its range; the message names the setting.
     """
-    found = {name: settings[name] for name in REPAIR_FIELDS if name in settings}
-    if "effort" in found:
-        registry.effort(found["effort"])
-    if found.get("dense_target") is not None:
-        found["dense_target"] = checked_target(found["dense_target"])
-    check_settings(LayerRecipe, {name: found[name] for name in REPAIR_FIELDS[2:] if name in found})
-    return found
+    repair = {name: settings[name] for name in REPAIR_FIELDS if name in settings}
+    if "effort" in repair:
+        registry.effort(repair["effort"])
+    if repair.get("dense_target") is not None:
+        repair["dense_target"] = checked_target(repair["dense_target"])
+    check_settings(LayerRecipe, {name: repair[name] for name in REPAIR_FIELDS[2:] if name in repair})
+    return repair
 
 
 def repairs_of(settings: Mapping[str, Any], overrides: Iterable[Mapping[str, Any]]) -> list[Repair]:

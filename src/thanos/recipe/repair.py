@@ -30,9 +30,9 @@ HELD_OUT_SHARE = 1 / 16
 """Fraction of the calibration sequences that are held out unless the recipe says otherwise: 8 of 128."""
 
 TUNE_RATE = 8e-3
-"""Peak learning rate of the tuning, as a share of the root mean square of the block's weights that stay. That is 0.27 for
-SmolLM2-135M at 50 %, where the absolute rate 2e-3 was the best of three (perplexity 31.4 with 3e-4, 30.1 with 1e-3, 29.7 with
-2e-3). The weights of other models are ten times as small, and such a rate destroys them."""
+"""Peak learning rate of the tuning, as a fraction of the root mean square of the block's remaining weights. That mean is 0.27
+for SmolLM2-135M at 50 %, where the absolute rate 2e-3 was the best of three (perplexity 31.4 with 3e-4, 30.1 with 1e-3, 29.7
+with 2e-3). The weights of other models are ten times as small, and the same absolute rate destroys them."""
 
 TUNE_LOSSES = ("block", "token")
 """The error that the tuning minimises: the squared error of all tokens together, relative to their squares, or the mean of the
@@ -108,8 +108,8 @@ def check_run_repair(recipe: Recipe) -> None:
     """
     users = {"held_out": f"dense_target {AUTO} or tune"}
     for name, default in unused_values(recipe.repairs).items():
-        if (given := getattr(recipe, name)) != default:
-            raise RecipeError(f"no layer uses {name} (got {given!r}); leave it out, or set {users.get(name, 'tune')}")
+        if (value := getattr(recipe, name)) != default:
+            raise RecipeError(f"no layer uses {name} (got {value!r}); leave it out, or set {users.get(name, 'tune')}")
     if recipe.holds_out:
         held_out_of(recipe.samples, recipe.held_out)
 

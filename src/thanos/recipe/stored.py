@@ -21,13 +21,13 @@ ADDED = (
 
 def underscored(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return a table's values under names with underscores. Raises RecipeError if a name is given twice."""
-    found: dict[str, Any] = {}
+    named: dict[str, Any] = {}
     for name, value in values.items():
         name = name.replace("-", "_")
-        if name in found:
+        if name in named:
             raise RecipeError(f"{name} is given twice, once with a hyphen and once with an underscore; leave one out")
-        found[name] = value
-    return found
+        named[name] = value
+    return named
 
 
 def without_unused(values: dict[str, Any], overrides: list[Override]) -> tuple[dict[str, Any], list[Override]]:

@@ -33,7 +33,7 @@ def keep_outputs(
     Args:
         module: the student with its loss.
         ids: token ids of all sequences, (n, T), on the CPU.
-        size: sequences of a pass.
+        size: number of sequences in a pass.
         device: device of the training.
         world: the processes; each computes the outputs of a part of the sequences, and all get all outputs.
         report: function that is called with the number of this process's finished sequences.
@@ -42,21 +42,21 @@ def keep_outputs(
         Whether the outputs are kept.
     """
     cuda = device.type == "cuda"
-    share, batch = row_range(len(ids), world.rank, world.size), size if cuda else 1
+    own, batch = row_range(len(ids), world.rank, world.size), size if cuda else 1
     kept: Tensor | None = None
     with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=cuda):
-        for first in range(share.start, max(share.stop, share.start + 1), batch):
-            rows = ids[first : min(first + batch, share.stop)] if len(share) else ids[:1]
+        for first in range(own.start, max(own.stop, own.start + 1), batch):
+            rows = ids[first : min(first + batch, own.stop)] if len(own) else ids[:1]
             hidden = module.teacher.hidden(rows.to(device)).view(*rows.shape, -1)
             # Autocast rounds the head's inputs to bfloat16 in any case.
             hidden = hidden.to(torch.bfloat16) if cuda else hidden
             if kept is None:
                 if len(ids) * hidden[0].nbytes > module.teacher.decoder_bytes + SPARE_BYTES[device.type]:
                     return False
-                kept = hidden.new_empty(len(share), *hidden.shape[1:])
-            if len(share):
-                kept[first - share.start : first - share.start + len(rows)] = hidden
-                report(first - share.start + len(rows))
+                kept = hidden.new_empty(len(own), *hidden.shape[1:])
+            if len(own):
+                kept[first - own.start : first - own.start + len(rows)] = hidden
+                report(first - own.start + len(rows))
     assert kept is not None
     module.outputs = world.gather(kept, len(ids))
     module.teacher.release_decoder()

@@ -45,7 +45,7 @@ class Training:
 
     Attributes:
         module: the student with its loss, loaded in float32.
-        masks: parameter name in the student → bool mask of the weights that stay, on the device.
+        masks: parameter name in the student → bool mask of the kept weights, on the device.
         ids: token ids of all sequences, (n, T), on the CPU. The first ``recipe.rows`` are for training.
         bos: ids of the tokens with which each sequence begins; empty without any.
         size: root mean square of the non-zero weights of the student's blocks.
@@ -77,7 +77,7 @@ class Training:
         return micro_batch(self.recipe, self.device, self.world.size)
 
     def run(self, resume_from: Path | None) -> str:
-        """Train to the end, or until the loss is not a number.
+        """Train to the end, or until the loss is NaN or infinite.
 
         Args:
             resume_from: checkpoint of an interrupted training.
@@ -127,7 +127,7 @@ def _arguments(training: Training) -> TrainingArguments:
         optim="adamw_torch_fused" if cuda else "adamw_torch",
         bf16=cuda,
         use_cpu=not cuda,
-        save_strategy="no",  # the callback says when
+        save_strategy="no",  # the callback decides when
         logging_strategy="no",
         eval_strategy="no",
         report_to="none",

@@ -71,19 +71,19 @@ class Watch(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Measure the model before the training, unless the run is resumed; set the learning rate."""
-        one = self._training
+        training = self._training
         self._resumed = state.global_step
-        one.emit(Event(kind="phase", phase="train", done=state.global_step, total=one.recipe.steps))
-        if not one.guard.history:
+        training.emit(Event(kind="phase", phase="train", done=state.global_step, total=training.recipe.steps))
+        if not training.guard.history:
             self._measure(state, None)
-        self.trainer.set_rate(one.recipe.largest_rate(one.guard.history, one.size), state.global_step)
+        self.trainer.set_rate(training.recipe.largest_rate(training.guard.history, training.size), state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Report the step; at the end of an epoch measure the held-out loss."""
-        one, step = self._training, state.global_step
+        training, step = self._training, state.global_step
         self._unread.append(torch.as_tensor(self._loss))
         self._loss = 0.0
-        whole_epoch = step % one.recipe.steps_per_epoch == 0
+        whole_epoch = step % training.recipe.steps_per_epoch == 0
         if not (whole_epoch or self._reads()):
             return
         if not self._report(step):
@@ -91,50 +91,63 @@ class Watch(TrainerCallback):
         elif whole_epoch:
             self._measure(state, self._epoch_loss)
             self._epoch_loss = 0.0
-            control.should_save = one.world.from_first(lambda: time.monotonic() - self._saved >= CHECKPOINT_SECONDS)
+            control.should_save = training.world.from_first(
+                lambda: time.monotonic() - self._saved >= CHECKPOINT_SECONDS
+            )
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Write the best state, and mark the checkpoint as complete."""
-        one = self._training
-        with one.meter.phase("checkpoint"):
-            one.guard.store()
-            one.world.sum_(torch.zeros(1, device=one.device))  # every process has written its part
-            if one.world.rank == 0:
-                one.folder.complete_checkpoint(state.global_step, one.guard.best["step"])
+        training = self._training
+        with training.meter.phase("checkpoint"):
+            training.guard.store()
+            training.world.sum_(torch.zeros(1, device=training.device))  # every process has written its part
+            if training.world.rank == 0:
+                training.folder.complete_checkpoint(state.global_step, training.guard.best["step"])
         self._saved = time.monotonic()
 
     def _reads(self) -> bool:
         """Whether to read the losses of the last steps now. On CUDA that synchronises with the device, so it is done rarely."""
-        one = self._training
-        return one.device.type != "cuda" or one.world.size > 1 or time.monotonic() - self._read >= READ_SECONDS
+        training = self._training
+        return (
+            training.device.type != "cuda" or training.world.size > 1 or time.monotonic() - self._read >= READ_SECONDS
+        )
 
     def _report(self, last: int) -> bool:
-        """Report the steps since the last report, up to step ``last``; return whether all their losses are numbers."""
-        one = self._training
-        losses = (one.world.sum_(torch.stack(self._unread)) / one.world.size).tolist()
+        """Report the steps since the last report, up to step ``last``; return whether all their losses are finite."""
+        training = self._training
+        losses = (training.world.sum_(torch.stack(self._unread)) / training.world.size).tolist()
         self._unread, self._read = [], time.monotonic()
         for step, loss in enumerate(losses, last - len(losses) + 1):
             if not math.isfinite(loss):
-                self.ended = f"the loss of step {step} is not a number"
+                self.ended = f"the loss of step {step} is NaN or infinite"
                 return False
-            tokens = (step - self._resumed) * one.recipe.batch * one.ids.shape[1]
-            one.emit(Event(kind="progress", phase="train", done=step, total=one.recipe.steps, tokens=tokens, loss=loss))
-            self._epoch_loss += loss / one.recipe.steps_per_epoch
+            tokens = (step - self._resumed) * training.recipe.batch * training.ids.shape[1]
+            training.emit(
+                Event(kind="progress", phase="train", done=step, total=training.recipe.steps, tokens=tokens, loss=loss)
+            )
+            self._epoch_loss += loss / training.recipe.steps_per_epoch
         return True
 
     def _measure(self, state: Any, loss: float | None) -> None:
-        one = self._training
-        epoch = state.global_step // one.recipe.steps_per_epoch
-        with one.meter.phase("held-out"):
-            entry = one.guard.measure(self.trainer.model, PREFIX, state.global_step, epoch, loss)
+        training = self._training
+        epoch = state.global_step // training.recipe.steps_per_epoch
+        with training.meter.phase("held-out"):
+            entry = training.guard.measure(self.trainer.model, PREFIX, state.global_step, epoch, loss)
         if not state.global_step and entry[HELD_OUT] is None:
             raise NumericsError(
-                "the divergence from the dense model is not a number before the training: a weight of one of the models is "
+                "the divergence from the dense model is NaN or infinite before the training: a weight of one of the models is "
                 "NaN or infinite, or its activations overflow"
             )
-        state.log_history = list(one.guard.history)  # saved and restored with the checkpoint
-        one.emit(
-            Event(kind="epoch", phase="train", done=epoch, total=one.recipe.epochs, loss=loss, held_out=entry[HELD_OUT])
+        state.log_history = list(training.guard.history)  # saved and restored with the checkpoint
+        training.emit(
+            Event(
+                kind="epoch",
+                phase="train",
+                done=epoch,
+                total=training.recipe.epochs,
+                loss=loss,
+                held_out=entry[HELD_OUT],
+            )
         )
 
 

@@ -109,7 +109,7 @@ EFFORTS: tuple[EffortRow, ...] = (
     EffortRow(
         name="high",
         title="high",
-        help="dense targets, layers in the order of the data, refit, one budget for each row",
+        help="dense targets, layers in the order of the forward pass, refit, one budget for each row",
         scope="row",
         dense_target="auto",
         sequential=True,

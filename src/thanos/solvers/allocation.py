@@ -98,11 +98,11 @@ def lower_hull(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
 
 def _slopes(hull: Sequence[tuple[int, float]]) -> list[tuple[int, int, float]]:
     """Return (first x, last x, slope) of each edge, with slopes that ascend in spite of rounding."""
-    found, steepest = [], -math.inf
+    edges, steepest = [], -math.inf
     for (x0, y0), (x1, y1) in pairwise(hull):
         steepest = max(steepest, (y1 - y0) / (x1 - x0))
-        found.append((x0, x1, steepest))
-    return found
+        edges.append((x0, x1, steepest))
+    return edges
 
 
 def _refined(curve: Curve, pieces: int) -> list[tuple[int, float]]:
@@ -112,8 +112,8 @@ def _refined(curve: Curve, pieces: int) -> list[tuple[int, float]]:
     for (x0, y0), (x1, y1) in pairwise(measured):
         for piece in range(1, pieces + 1):
             x = x0 + (x1 - x0) * piece // pieces
-            share = (x - x0) / (x1 - x0) if x1 > x0 else 1.0
+            part = (x - x0) / (x1 - x0) if x1 > x0 else 1.0
             # A geometric mean needs positive errors; else the interpolation is linear.
-            between = y0 ** (1 - share) * y1**share if y0 > 0 and y1 > 0 else y0 + (y1 - y0) * share
+            between = y0 ** (1 - part) * y1**part if y0 > 0 and y1 > 0 else y0 + (y1 - y0) * part
             points[x] = y1 if piece == pieces else between
     return sorted(points.items())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from thanos.patterns.base import Pattern
+from thanos.patterns.budget import Request
 
 STEPS = 10
 """Steps of the conjugate gradients for many inputs (docs/cost.md)."""
@@ -36,12 +37,14 @@ class Size:
         columns: b, the number of input columns.
         block: B, the number of columns in a block, at most b.
         steps: number of steps of the conjugate gradients.
+        sparsity: p, the fraction of the entries that are removed.
     """
 
     rows: int
     columns: int
     block: int
     steps: float = STEPS
+    sparsity: float = 0.5
 
     @property
     def entries(self) -> int:
@@ -60,6 +63,11 @@ def scoring(pattern: Pattern, size: Size) -> dict[str, Cost]:
     del pattern
     c, b = float(size.rows), float(size.columns)
     return {"scores": Cost(2 * c * b, 12 * c * b)}
+
+
+def removed_columns(pattern: Pattern, size: Size) -> int:
+    """Return the number of columns that a pattern with ``whole_columns`` removes."""
+    return pattern.budget(Request(size.rows, size.columns, size.sparsity, outlier_rows=0.0, keep_budget=False)).columns
 
 
 def block_update(size: Size) -> Cost:

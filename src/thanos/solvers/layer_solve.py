@@ -208,7 +208,7 @@ class LayerSolve:
 
 
 Change = Callable[[slice], Tensor]
-"""The change of some rows of the weight, Ŵ − W, in the dtype of the computation."""
+"""The change of some rows of the weight, Ŵ − W up to its sign, in the dtype of the computation."""
 
 
 def _bounds(count: int, row_shards: RowShards) -> tuple[int, int]:

@@ -105,11 +105,11 @@ class RowSolver:
         squares, limit = start.clone(), start * TOLERANCE[rhs.dtype] ** 2
         cpu = rhs.device.type == "cpu"
         patience = 1 if cpu else _PATIENCE
-        look = min(self.steps - 1 if cpu else self.steps, MAX_STEPS)
+        first_check = min(self.steps - 1 if cpu else self.steps, MAX_STEPS)
         for count in range(1, MAX_STEPS + 1):
             torch.mm(direction, gram, out=image)
             step(direction, image, mask, solution, residual, squares)
-            if count >= look and (count - look) % patience == 0:
+            if count >= first_check and (count - first_check) % patience == 0:
                 failed = self._failed(
                     gram, rhs, mask, solution, squares, limit, start, last=count + patience > MAX_STEPS
                 )

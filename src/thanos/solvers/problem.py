@@ -172,7 +172,7 @@ class Problem:
         return KernelSearch(self.row_shards)
 
     def row_budgets(self, scores: Tensor) -> Tensor:
-        """Return the number of entries that each row loses by these scores, (c, b), if every row has its own budget; (c,)."""
+        """Return the number of entries that each row loses, (c,), by the scores (c, b), if every row has its own budget."""
         return row_budgets(scores, self.budget.weights, self.row_shards)
 
     def residual_mask(self) -> Residual:

@@ -109,16 +109,16 @@ def smallest_of_rows(weight: Tensor, norms: Tensor, zeros: Tensor | None, counts
 def _kth_of_rows(scores: Tensor, counts: Tensor) -> Tensor:
     """Return the ``counts``-th smallest score of each row, (c,); −∞ for a count of 0."""
     if scores.device.type != "cpu":
-        found = scores.sort(dim=1).values.gather(1, (counts - 1).clamp_min(0)[:, None]).squeeze(1)
-        return torch.where(counts > 0, found, -math.inf)
-    # Few counts differ: one search for the rows of each takes a third of the time of sorting all rows.
-    found = torch.full((len(scores),), -math.inf, dtype=scores.dtype)
+        kth = scores.sort(dim=1).values.gather(1, (counts - 1).clamp_min(0)[:, None]).squeeze(1)
+        return torch.where(counts > 0, kth, -math.inf)
+    # The counts take few distinct values. One search for the rows of each value takes a third of the time of sorting all rows.
+    kth = torch.full((len(scores),), -math.inf, dtype=scores.dtype)
     for count in counts.unique().tolist():
         for rows in (
             (counts == count).nonzero().squeeze(1).split(max(1, _AT_ONCE // scores.shape[1])) if count > 0 else ()
         ):
-            found[rows] = scores[rows].kthvalue(count, dim=1).values
-    return found
+            kth[rows] = scores[rows].kthvalue(count, dim=1).values
+    return kth
 
 
 _RANKED_GROUP = 16

@@ -45,5 +45,5 @@ def _survey(dense: Tensor) -> tuple[float, int]:
 
 
 def _unit(largest: float) -> float:
-    """Return the power of two by which a weight is divided while it is pruned: 1 unless its size is extraordinary."""
+    """Return the power of two by which a weight is divided while it is pruned: 1 unless its entries are very large or small."""
     return 1.0 if largest == 0 or 1 / _ORDINARY < largest < _ORDINARY else 2.0 ** (math.frexp(largest)[1] - 1)

@@ -75,7 +75,7 @@ class KernelSearch:
     def smallest(
         self, weight: Tensor, norms: Tensor | None, zeros: Tensor | None, count: Tensor, width: int | None = None
     ) -> Tensor:
-        """Return the mask of the ``count`` smallest entries of the whole, in the first ``width`` columns (default: all).
+        """Return the mask of the ``count`` smallest entries of all processes, in the first ``width`` columns (default: all).
 
         Args:
             weight: the columns to search, (c, k) float32.

@@ -62,10 +62,10 @@ def stand_in(
 
     def fit(problem: Problem, solution: Solution) -> Solution:
         shift = replace(problem, weight=target(problem).weight - problem.weight)
-        found = fit_support(shift, torch.zeros_like(problem.weight), solution.removed, steps).weight
-        count = len(found) if problem.all_rows is None else len(problem.all_rows)
-        rows = torch.arange(len(found), device=weight.device) if problem.rows is None else problem.rows
-        slope[row_shards.gather(rows, count)] = row_shards.gather(found, count) * problem.unit
+        fitted = fit_support(shift, torch.zeros_like(problem.weight), solution.removed, steps).weight
+        count = len(fitted) if problem.all_rows is None else len(problem.all_rows)
+        rows = torch.arange(len(fitted), device=weight.device) if problem.rows is None else problem.rows
+        slope[row_shards.gather(rows, count)] = row_shards.gather(fitted, count) * problem.unit
         return fit_support(problem, solution.weight, solution.removed, steps)
 
     method = registry.stand_in_method(recipe.parsed_pattern).name

@@ -5,9 +5,9 @@ For a target W, (c, b), and the damped Hessian H, (b, b), the rows b_S of the be
     b_S H_SS = (W H)_S.                                                                                           (F)
 
 A step is one product of a (c, b) matrix with H; the mask holds the supports. Jacobi's preconditioner divides by H's diagonal.
-In contrast to :mod:`thanos.solvers.masked_cg`, which solves the small systems of a block, the systems have up to b unknowns. So
-no row is solved directly. The number of steps is limited, the residual that is left is measured, and a row whose objective
-did not fall keeps the weights that it had.
+:mod:`thanos.solvers.masked_cg` solves the small systems of a block; the systems here have up to b unknowns, so no row is solved
+directly. The number of steps is limited, the remaining residual is measured, and a row whose objective did not fall keeps the
+weights that it had.
 """
 
 from __future__ import annotations

@@ -16,7 +16,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from thanos.patterns.base import Pattern
 from thanos.patterns.units import Units
+from thanos.solvers.cost import Cost, Size, removed_columns
 from thanos.solvers.problem import Problem, Solution
 from thanos.solvers.support_cg import fit_support
 
@@ -122,7 +124,21 @@ def _cholesky(matrix: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         factor, info = torch.linalg.cholesky_ex(matrix.to(dtype))
         if not bool(info.any()):
             return factor, right.to(dtype)
-    # The damped Hessian is positive definite. If rounding has hidden this in K, its diagonal is raised by that rounding.
+    # The damped Hessian is positive definite. If rounding in K has made the matrix indefinite, raise the diagonal by more than
+    # that rounding.
     raised = matrix.double().clone()
     raised.diagonal(dim1=-2, dim2=-1).mul_(1 + 1e-6)
     return torch.linalg.cholesky(raised), right.double()
+
+
+def removal_cost(pattern: Pattern, size: Size) -> dict[str, Cost]:
+    """Return the cost of :func:`remove_units`, by part, without the losses of the units, which cost little."""
+    c, b, s = float(size.rows), float(size.columns), float(removed_columns(pattern, size))
+    r, t = s / STEPS, b - s
+    widths = [b - step * r for step in range(STEPS - 1)]  # nothing is updated after the last step
+    flops = sum(r**3 / 3 + 2 * r * m * (c + m - r) for m in widths)
+    return {
+        "inverse": Cost(2 * b**3, 8 * b**2),
+        "removal": Cost(flops, sum(4 * 3 * m * (c + m) for m in widths)),
+        "fit": Cost(t**3 / 3 + 2 * c * t * (s + 3 * t), 4 * (3 * t**2 + t * s + 8 * c * b)),
+    }

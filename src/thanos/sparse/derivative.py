@@ -1,4 +1,4 @@
-"""The derivative of a packed product by its input and its bias."""
+"""The derivative of a packed product with respect to its input and its bias."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch.autograd.function import once_differentiable
 
 
 def is_derived(*tensors: Tensor | None) -> bool:
-    """Return whether a gradient by one of the tensors is wanted."""
+    """Return whether a gradient with respect to one of the tensors is needed."""
     return torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in tensors)
 
 
 class DerivedProduct(torch.autograd.Function):
-    """The product where a gradient by the input or the bias is wanted, to which the matrix is a constant.
+    """The product as an autograd function, for calls that need a gradient of the input or the bias. The matrix is a constant.
 
-    A function of autograd only here: as a part of the operator it would cost each call without gradients some microseconds.
+    The operator itself has no derivative: that would cost each call without gradients a few microseconds.
     """
 
     @staticmethod
@@ -27,7 +27,7 @@ class DerivedProduct(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Keep the matrix, which is there anyway, and no input."""
+        """Save the matrix, which is in memory anyway, but not the input."""
         del output
         x, words, offsets, _, _, ctx.n = inputs
         ctx.columns = x.shape[-1]

@@ -16,10 +16,10 @@ _BITMAP_GAIN = 0.97
 
 
 def count_entries(weight: Tensor) -> Tensor:
-    """Return of each tile the entries of its fullest row, and n and the units of the tail that store it best.
+    """Return, for each tile, the number of entries of its fullest row, and the best n and number of units of the tail.
 
-    They take the fewest units, where a tail counts as :data:`~thanos.sparse.tiles.TAIL_COST` more; of several n it is the
-    largest. An entry counts unless all its bits are zero, so a negative zero counts.
+    The best pair takes the fewest units, where a tail counts as :data:`~thanos.sparse.tiles.TAIL_COST` units more. Of several
+    best pairs, the one with the largest n is returned. An entry counts unless all its bits are zero, so a negative zero counts.
 
     Args:
         weight: (rows, columns), bfloat16 or float16, on the CPU.
@@ -41,7 +41,7 @@ def count_entries(weight: Tensor) -> Tensor:
 
 
 def _sizes_of(counts: Tensor) -> Tensor:
-    """Return what :func:`count_entries` returns, from the entries of each row of each tile, (strips, 32, tiles) uint8."""
+    """Return what :func:`count_entries` returns, from the numbers of entries by row and tile, (strips, 32, tiles) uint8."""
     fullest = counts.amax(1)
     best, tail, cost = fullest.clone(), torch.zeros_like(fullest), fullest.clone()
     surplus = torch.zeros_like(fullest, dtype=torch.int16)
@@ -56,15 +56,16 @@ def _sizes_of(counts: Tensor) -> Tensor:
 
 
 def choose_format(counts: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> PackedSpec:
-    """Return the format with fewer bytes.
+    """Return the spec of the format that suits a matrix better.
 
-    A last strip of fewer rows counts only if there is no other: it gains by the bitmap format in any pattern. The n of the
-    result is 32 only if the matrix has full rows and is too large for the bitmap format.
+    That is ``bitmap`` if it takes at most :data:`_BITMAP_GAIN` of the bytes of ``fixed``, or if ``fixed`` would need n = 32. If
+    the matrix is too large for ``bitmap``, it is ``fixed``. A last strip with fewer than 32 rows is ignored unless it is the
+    only one: whatever the pattern, it takes fewer bytes in ``bitmap``.
 
     Args:
-        counts: from :func:`count_entries`.
+        counts: the result of :func:`count_entries`.
         shape: (rows, columns) of the matrix.
-        dtype: of the matrix.
+        dtype: dtype of the matrix.
     """
     count, most = counts[0].numel(), max(1, int(counts[0].max()))
     fixed = PackedSpec("fixed", *shape, dtype, most, count * tile_words(most))
@@ -81,8 +82,8 @@ def encode(weight: Tensor, spec: PackedSpec | None = None, counts: Tensor | None
 
     Args:
         weight: (rows, columns), bfloat16 or float16, on the CPU.
-        spec: from :func:`choose_format`; default: chosen now.
-        counts: from :func:`count_entries`; default: counted now.
+        spec: the result of :func:`choose_format`; default: chosen now.
+        counts: the result of :func:`count_entries`; default: counted now.
 
     Raises:
         ValueError: a tile has more entries than ``spec`` or ``counts`` say.
@@ -96,12 +97,12 @@ def encode(weight: Tensor, spec: PackedSpec | None = None, counts: Tensor | None
 
 
 def encode_strips(rows: Tensor, spec: PackedSpec, counts: Tensor) -> Tensor:
-    """Return the words of some strips of a matrix, int32. Those of all strips, one after another, are the matrix's.
+    """Return the words of some strips of a matrix, int32. The words of all strips, in order, are the words of the matrix.
 
     Args:
-        rows: of the strips, (count, columns), on the CPU.
-        spec: of the matrix.
-        counts: of the strips, from :func:`count_entries`.
+        rows: rows of the strips, (count, columns), on the CPU.
+        spec: spec of the whole matrix.
+        counts: the result of :func:`count_entries` for the strips.
 
     Raises:
         ValueError: a tile has more entries than ``spec`` or ``counts`` say.
@@ -126,7 +127,7 @@ def encode_strips(rows: Tensor, spec: PackedSpec, counts: Tensor) -> Tensor:
 
 
 def offsets_of(spec: PackedSpec, counts: Tensor) -> Tensor | None:
-    """Return a packed matrix's ``offsets``; ``counts`` is from :func:`count_entries`, of the whole matrix."""
+    """Return a packed matrix's ``offsets``; ``counts`` is the result of :func:`count_entries` for the whole matrix."""
     if spec.format == "fixed":
         return None
     _, tail, first = _stored_sizes(spec, counts)
@@ -136,11 +137,11 @@ def offsets_of(spec: PackedSpec, counts: Tensor) -> Tensor | None:
 
 
 def _stored_sizes(spec: PackedSpec, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return values a row and units of the tail of each tile, uint8, and the first word of each tile and the end, int64."""
+    """Return each tile's values per row and units of the tail, uint8, and the first word of each tile and the end, int64."""
     fullest, n, tail = counts.reshape(3, -1)
     if spec.format == "fixed":
         if int(fullest.max()) > spec.n:
-            raise ValueError(f"a row of 32 columns holds {int(fullest.max())} entries, more than n = {spec.n}")
+            raise ValueError(f"a row of a tile holds {int(fullest.max())} entries, more than n = {spec.n}")
         n, tail = torch.full_like(n, spec.n), torch.zeros_like(tail)
     sizes = (n.long() + tail + SIDE // UNIT) * UNIT
     return n, tail, torch.cat([sizes.new_zeros(1), torch.cumsum(sizes, 0)])

@@ -4,12 +4,13 @@ Both divide the matrix into strips of 32 rows, and a strip into tiles of 32 × 3
 from left to right. The matrix is padded with zeros to multiples of 32.
 
 ``fixed``
-    Every tile stores the same number n of values a row and has no tail. It suits n:m patterns whose m divides 32: 16:32 and all
-    2:4, 4:8 and 8:16 matrices have n = 16 and take 0.5625 of the bytes of a dense 16-bit matrix.
+    Every tile stores the same number n of values per row and has no tail. It suits n:m patterns whose m divides 32: 16:32 and
+    all 2:4, 4:8 and 8:16 matrices have n = 16 and take 0.5625 of the bytes of a dense 16-bit matrix.
 ``bitmap``
-    Tiles differ in n, and what a row has beyond n is in the tile's tail; ``offsets`` says where each tile begins and how long
-    its tail is. It suits matrices without a pattern. The fullest of 32 random rows has more values than the mean row: a matrix
-    that keeps half of its weights takes 0.75 of the dense bytes, not 0.5625. A tail makes a tile with few long rows smaller.
+    Tiles differ in n. The values of a row after the first n are in the tile's tail. ``offsets`` says where each tile begins and
+    how long its tail is. It suits matrices without a pattern. The fullest of 32 random rows has more values than the mean row:
+    a matrix that keeps half of its weights takes 0.75 of the dense bytes, not 0.5625. A tail makes a tile with few long rows
+    smaller.
 
 A row with fewer values than its tile stores is filled up: it also stores zeros, at its first columns that hold no value.
 :mod:`thanos.sparse.encoding` makes packed matrices.
@@ -33,7 +34,7 @@ Format = Literal["fixed", "bitmap"]
 VERSION = 2
 """Version of the layout. Increase it if a reader of the old layout would misread the new one.
 
-Version 1 had no tails: its offsets were the first units themselves, where now they are four times that, plus the tail's units.
+Version 1 had no tails: an offset was the number of a tile's first unit. Now it is four times that, plus the tail's units.
 """
 
 MOST_UNITS = (1 << 29) - 1
@@ -60,7 +61,7 @@ class PackedSpec:
         dtype: dtype of the values, bfloat16 or float16.
         n: number of values per row of each tile; 0 for ``bitmap``, whose tiles differ.
         words: number of 32-bit words of all tiles.
-        version: of the layout of its offsets. Only a stored matrix has another than :data:`VERSION`.
+        version: version of the layout of the offsets. It differs from :data:`VERSION` only in a matrix just read from a file.
     """
 
     format: Format
@@ -104,8 +105,8 @@ class PackedWeight:
     Attributes:
         spec: format, sizes and dtype.
         words: the tiles, (spec.words,) int32.
-        offsets: for ``bitmap``, of each tile: four times its first unit of 64 bytes, plus the units of its tail; and four times
-            the end; (spec.offsets,) int32. None for ``fixed``.
+        offsets: for ``bitmap``, (spec.offsets,) int32: for each tile four times the number of its first unit of 64 bytes, plus
+            the number of units of its tail; at the end four times the number of all units. None for ``fixed``.
     """
 
     spec: PackedSpec
@@ -114,7 +115,7 @@ class PackedWeight:
 
 
 def strip_parts(rows: int, columns: int) -> Iterator[tuple[int, int]]:
-    """Yield (first, last) of consecutive strips, last excluded, for work on a matrix that need not be in memory whole."""
+    """Yield (first, last) of consecutive strips, last excluded, so that a matrix can be handled in parts of limited size."""
     strips, step = -(-rows // SIDE), max(1, _PART_ENTRIES // (SIDE * max(1, columns)))
     for first in range(0, strips, step):
         yield first, min(first + step, strips)
@@ -123,7 +124,7 @@ def strip_parts(rows: int, columns: int) -> Iterator[tuple[int, int]]:
 def decode(packed: PackedWeight, first: int = 0, last: int | None = None) -> Tensor:
     """Return the dense matrix, (rows, columns), on the device of the packed one.
 
-    ``first`` and ``last``: only the rows of strips ``first`` to ``last`` − 1.
+    With ``first`` and ``last``, return only the rows of strips ``first`` to ``last`` − 1.
     """
     spec = packed.spec
     last = spec.strips if last is None else last
@@ -167,7 +168,7 @@ def padding_is_zero(packed: PackedWeight) -> bool:
 
 
 def tile_sizes(packed: PackedWeight, indices: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return values a row and units of the tail of tiles by index (default: all), int64, as ``offsets`` or the spec say."""
+    """Return the values per row and the units of the tail of the tiles ``indices`` (default: all), both int64."""
     spec = packed.spec
     if indices is None:
         indices = torch.arange(spec.strips * spec.tiles, device=packed.words.device)

@@ -84,17 +84,17 @@ class SparseQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **others: Any) -> None:
         specs = self._specs()
         stored = _check_files(others.get("checkpoint_files") or (), specs)
-        found = {name: _find(model, name) for name in specs}
-        absent = [name for name, (_, layer) in found.items() if layer is None]
+        layers = {name: _find(model, name) for name in specs}
+        absent = [name for name, (_, layer) in layers.items() if layer is None]
         for name in (one for one in absent if "." not in one and f"{one}.{WORDS}" in stored):
-            # A head that this model has not, as of AutoModel: transformers leaves out its tensors too.
-            del specs[name], found[name], self._layers[name]
-        if len({path for path, _ in found.values()}) < len(found):
+            # The head of a model that was loaded without it, by AutoModel: transformers leaves out its tensors too.
+            del specs[name], layers[name], self._layers[name]
+        if len({path for path, _ in layers.values()}) < len(layers):
             raise ModelError("config.json lists a packed layer twice; the packed model is damaged: pack it again")
-        paths = [path for path, layer in found.values() if isinstance(layer, nn.Linear)]
+        paths = [path for path, layer in layers.values() if isinstance(layer, nn.Linear)]
         self._siblings = find_siblings(model, paths)
         for name, spec in specs.items():
-            path, layer = found[name]
+            path, layer = layers[name]
             if not isinstance(layer, nn.Linear) or (layer.out_features, layer.in_features) != (spec.rows, spec.columns):
                 other = str(layer) if isinstance(layer, nn.Linear) else f"a {type(layer).__name__}"
                 raise ModelError(
@@ -123,7 +123,7 @@ class SparseQuantizer(HfQuantizer):
                 self._unpack(model, name, layer)
                 reasons[reason] = reasons.get(reason, 0) + 1
         config: Any = self.quantization_config
-        config.format_version = VERSION  # of what the layers hold now, and ``save_pretrained`` writes
+        config.format_version = VERSION  # the layers now have this version, and ``save_pretrained`` writes it
         for reason, count in reasons.items():
             if reason:
                 _say_once(f"{count} packed layers were turned into dense ones: {reason}")
@@ -147,10 +147,10 @@ class SparseQuantizer(HfQuantizer):
         for name, layer in packed_modules(model).items():
             self._unpack(model, name, layer)
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # transformers' config after a save
-        return model if dtype in (None, own) else model.to(dtype)  # without a reason no float32 buffer is changed
+        return model if dtype in (None, own) else model.to(dtype)  # which would also change float32 buffers
 
     def get_state_dict_and_metadata(self, model: Any) -> Any:
-        """Leave out of the config what is no longer packed, such as a resized head; transformers calls this when it saves."""
+        """Remove from the config what is no longer packed, such as a resized head. transformers calls this when it saves."""
         packed = packed_modules(model)
         for name in [one for one in self._layers if one not in packed and one.partition(".")[2] not in packed]:
             del self._layers[name]
@@ -184,7 +184,7 @@ def _check_files(files: Sequence[str], specs: dict[str, PackedSpec]) -> dict[str
 
 
 def _find(model: Any, name: str) -> tuple[str, Any]:
-    """Return path and module of a layer. A model without its head lacks the first part of the name."""
+    """Return path and module of a layer. In a model without its head, the path lacks the first part of the name."""
     for path in (name, name.partition(".")[2]):
         try:
             layer = model.get_submodule(path) if path else None
@@ -207,7 +207,10 @@ _TARGET: list[torch.device | None] = [None]
 
 @contextmanager
 def bound_for(device: torch.device | str) -> Iterator[None]:
-    """Load packed models for the device to which the caller moves them afterwards: it decides whether layers stay packed."""
+    """While open, load packed models for the device to which the caller moves them afterwards.
+
+    The device decides whether layers stay packed.
+    """
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())

@@ -23,7 +23,7 @@ class PackedLinear(nn.Module):
         device: device of the parameters.
 
     Attributes:
-        siblings: the layers that run as one launch with this one; None if it runs alone.
+        siblings: the layers that run in one kernel launch with this one; None if it runs alone.
         place: index of this layer in ``siblings``.
     """
 
@@ -96,10 +96,10 @@ class PackedLinear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Take tensors as any module does, but check packed ones first: kernels read by what they say."""
-        given, packed = {name: state_dict.get(prefix + name) for name in (WORDS, OFFSETS)}, None
-        words, offsets = (getattr(self, name) if one is None else one for name, one in given.items())
-        if any(one is not None for one in given.values()) and not any(_is_meta(one) for one in (words, offsets)):
+        """Load tensors as any module does, but check packed ones first: they tell the kernels which addresses to read."""
+        loaded, packed = {name: state_dict.get(prefix + name) for name in (WORDS, OFFSETS)}, None
+        words, offsets = (getattr(self, name) if one is None else one for name, one in loaded.items())
+        if any(one is not None for one in loaded.values()) and not any(_is_meta(one) for one in (words, offsets)):
             try:
                 packed = as_latest(PackedWeight(self.spec, words, offsets), prefix.removesuffix("."))
                 check_weight(packed, prefix.removesuffix("."))
@@ -123,7 +123,7 @@ class PackedLinear(nn.Module):
         self._hold(packed)
 
     def _hold(self, packed: PackedWeight) -> None:
-        """Take over the offsets of this version's layout, if the ones that were loaded are of another."""
+        """Replace the loaded offsets by those of this version's layout, if they have another layout."""
         if packed.spec != self.spec and packed.offsets is not None and self.weight_offsets is not None:
             self.spec, self.weight_offsets.data = packed.spec, packed.offsets.to(self.weight_offsets.device)
 
@@ -148,7 +148,7 @@ def _is_meta(tensor: Tensor | None) -> bool:
 
 
 class DenseLinear(nn.Linear):
-    """A layer of a packed model that stays dense, such as a head. On a CPU this package's kernel multiplies few tokens.
+    """A layer of a packed model that stays dense, such as a head. On a CPU, a kernel of this package is used for few tokens.
 
     Otherwise, and if a derivative is required, it behaves as ``nn.Linear``.
     """

@@ -3,7 +3,8 @@
 ``thanos::dense_linear`` is the product of a few tokens with a matrix that stays dense in a packed model, on a CPU.
 
 They have an implementation for each type of device and one for fake tensors, so that ``torch.compile`` and CUDA graphs work.
-The operators have no derivative. The functions :func:`packed_linear` and :func:`packed_linears` have one by input and bias.
+The operators have no derivative. The functions :func:`packed_linear` and :func:`packed_linears` have one, with respect to input
+and bias.
 """
 
 from __future__ import annotations
@@ -44,15 +45,14 @@ def packed_linear(x: Tensor, words: Tensor, offsets: Tensor | None, bias: Tensor
         words: W's tiles, int32.
         offsets: W's offsets if it is ``bitmap``, else None.
         bias: (rows,) in the dtype of x, or None.
-        rows: of W.
-        n: values a row of each tile; 0 for ``bitmap``.
+        rows: number of rows of W.
+        n: number of values per row of each tile; 0 for ``bitmap``.
 
     Returns:
         (..., rows) in the dtype of x. Sums are float32.
 
     Raises:
-        RuntimeError: the arguments do not fit together. The words do not tell a number of columns from another one with as
-            many tiles.
+        RuntimeError: the arguments do not fit together. A wrong number of columns is not detected if it gives as many tiles.
     """
     if is_derived(x, bias):
         return DerivedProduct.apply(x, words, offsets, bias, rows, n)
@@ -74,10 +74,10 @@ def packed_linears(
     Args:
         x: (..., columns), bfloat16 or float16: the dtype of the values.
         words: the tiles of each matrix, int32; at most :data:`~thanos.sparse.kernels.tuned.MOST_MATRICES`.
-        offsets: of each matrix if they are ``bitmap``, else None.
-        biases: of each matrix, (rows,) in the dtype of x, or None.
-        rows: of each matrix.
-        n: values a row of each tile, the same in all; 0 for ``bitmap``.
+        offsets: the offsets of each matrix if they are ``bitmap``, else None for each.
+        biases: the bias of each matrix, (rows,) in the dtype of x, or None.
+        rows: number of rows of each matrix.
+        n: number of values per row of each tile, the same in all; 0 for ``bitmap``.
 
     Returns:
         (..., rows) for each matrix in the dtype of x. Sums are float32.
@@ -91,7 +91,7 @@ def packed_linears(
 
 
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return x Wᵀ + bias for a dense W, by a kernel of ours where it is faster than the library, without derivatives.
+    """Return x Wᵀ + bias for a dense W, by this package's kernel where it is faster than the library. It has no derivative.
 
     Args:
         x: (..., columns).
@@ -105,7 +105,7 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _check(x: Tensor, words: Tensor, offsets: Tensor | None, bias: Tensor | None, rows: int, n: int) -> None:
-    """Raise a RuntimeError unless the arguments fit together: kernels read by addresses, beyond the end if they do not."""
+    """Raise a RuntimeError unless the arguments fit together. Otherwise a kernel could read beyond the end of a tensor."""
     device, dtype = x.device, x.dtype
     sound = dtype in _DTYPES and x.dim() and _is_vector(words, torch.int32, device)
     if sound:
@@ -139,7 +139,8 @@ def _check_several(
 ) -> None:
     if not len(words) == len(offsets) == len(biases) == len(rows) <= MOST_MATRICES:
         raise RuntimeError(
-            f"a joint product takes lists of one length, at most {MOST_MATRICES}; got {len(words)} words"
+            f"a joint product takes lists of equal length, at most {MOST_MATRICES}; got lengths "
+            f"{len(words)}, {len(offsets)}, {len(biases)} and {len(rows)}"
         )
     for part in zip(words, offsets, biases, rows, strict=True):
         _check(x, *part, n)

@@ -1,7 +1,7 @@
-"""Packed layers that read the same input, such as q, k and v, run as one launch.
+"""Packed layers that read the same input, such as q, k and v, run in one kernel launch.
 
 Layers are siblings if their input is the same tensor. They are found by running the model with tensors that have no content, so
-nothing is computed, and names of architectures are not needed. At run time the first sibling computes the outputs of all and
+nothing is computed, and no list of architectures is needed. At run time the first sibling computes the outputs of all and
 keeps them. Each of the others takes its output if its input is the same tensor, and otherwise computes its own. After the last
 output is taken, nothing is kept. With ``torch.compile`` one call remains, since the compiler knows which inputs are the same
 tensor.
@@ -31,9 +31,8 @@ class Siblings:
     """Layers that read the same input, and the outputs that the first of them has computed for the others.
 
     Args:
-        layers: the layers in the order of their calls. All are ``fixed`` with the same n, or all are ``bitmap``; they have the
-            same
-            dtype and input size.
+        layers: the layers in the order of their calls. All are ``fixed`` with the same n, or all are ``bitmap``. They have the
+            same dtype and input size.
     """
 
     def __init__(self, layers: list[PackedLinear]) -> None:
@@ -41,7 +40,7 @@ class Siblings:
         self.held: tuple[Tensor, dict[int, Tensor]] | None = None  # one tuple, so that threads do not mix inputs
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy or a file of the model has: the layers, and no outputs of a run that has not ended."""
+        """Return the state for a copy or a file: the layers, but no outputs that are kept during a forward pass."""
         return {"layers": self.layers, "held": None}
 
     def output(self, place: int, x: Tensor) -> Tensor:
@@ -79,11 +78,11 @@ def find_siblings(model: Any, names: Iterable[str]) -> list[list[str]]:
     """Return the groups of linear layers that read the same tensor, each in the order of the calls.
 
     Args:
-        model: on the meta device, with plain linear layers. It is not changed.
-        names: of the layers that count.
+        model: the model, on the meta device, with plain linear layers. It is not changed.
+        names: names of the layers to group.
 
     Returns:
-        Groups of two or more names; none if the model cannot run without content, or needs more than token ids.
+        Groups of two or more names; no groups if the model cannot run on tensors without content, or needs more than token ids.
     """
     twin = copy.deepcopy(model)
     inputs: dict[int, tuple[Tensor, int, list[str]]] = {}
@@ -93,7 +92,8 @@ def find_siblings(model: Any, names: Iterable[str]) -> list[list[str]]:
         def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
             del module
             x = arguments[0]
-            # ``inputs`` keeps the tensors alive, so their ids stay unique. An input that was modified since counts as another.
+            # ``inputs`` keeps the tensors alive, so their ids stay unique. A layer is left out if it is called twice, or if its
+            # input was modified in place after an earlier layer read it.
             _, version, group = inputs.setdefault(id(x), (x, x._version, []))
             calls[name] = calls.get(name, 0) + (1 if x._version == version else 2)
             group.append(name)
@@ -113,7 +113,7 @@ def find_siblings(model: Any, names: Iterable[str]) -> list[list[str]]:
 
 
 def join(layers: list[PackedLinear]) -> None:
-    """Let layers that read the same input run as one launch, if they have the same format, n, dtype, input size and device.
+    """Let layers that read the same input run in one launch, if they have the same format, n, dtype, input size and device.
 
     Args:
         layers: the layers in the order of their calls, on any devices.

@@ -35,7 +35,7 @@ WORDS, OFFSETS = "weight_words", "weight_offsets"
 """Last parts of the names of a packed layer's tensors, which replace ``weight``."""
 
 _MOST = 1 << 31
-"""Sizes must be below this."""
+"""The numbers of rows and of columns must be below this."""
 
 ONE_DTYPE = "a model runs in one dtype: save the dense model in one, then pack it"
 """What to do about packed layers of two dtypes."""
@@ -166,15 +166,15 @@ def find_prefixes(specs: Mapping[str, PackedSpec], checkpoint: Checkpoint, where
 
 
 def check_stored(specs: Collection[PackedSpec], tensors: Mapping[str, TensorSpec], where: str) -> None:
-    """Check that files hold the packed tensors of these specs and no others, whatever their names before the last part are.
+    """Check that files hold the packed tensors of these specs and no others, whatever the names of the layers are.
 
     Args:
-        specs: of all packed layers.
+        specs: the specs of all packed layers.
         tensors: name → dtype and shape of each tensor of the files.
         where: name of the model, for messages.
 
     Raises:
-        ModelError: a tensor is missing, has another dtype or shape, belongs to no layer, or is there dense too.
+        ModelError: a tensor is missing, has another dtype or shape, belongs to no layer, or is also stored dense.
     """
     listed = Counter(part for spec in specs for part in tensor_specs("", spec).items())
     for name, info in tensors.items():
@@ -211,10 +211,10 @@ def read_weight(checkpoint: Checkpoint, prefix: str, spec: PackedSpec, where: st
 
 
 def as_latest(packed: PackedWeight, name: str) -> PackedWeight:
-    """Return a matrix with the offsets of this version's layout; its words are the same in both.
+    """Return a matrix with the offsets of this version's layout. The words are the same in all versions.
 
     Args:
-        packed: tensors of any content.
+        packed: the matrix; its content need not be valid.
         name: name of the layer, for messages.
 
     Raises:
@@ -229,22 +229,22 @@ def as_latest(packed: PackedWeight, name: str) -> PackedWeight:
 
 
 def check_weight(packed: PackedWeight, name: str) -> None:
-    """Check the content of a packed matrix in this version's layout, on whatever device it is.
+    """Check the content of a packed matrix in this version's layout, on any device.
 
     Args:
-        packed: tensors of any content.
-        name: of the layer, for messages.
+        packed: the matrix; its content need not be valid.
+        name: name of the layer, for messages.
 
     Raises:
-        ModelError: a size or dtype is not the spec's, an offset does not suit, the mask words of a tile do not store what the
-            offsets say, the end of a tail is not zero, or an entry beyond the matrix is not zero.
+        ModelError: a size or dtype is not the spec's, an offset is impossible, the masks of a tile do not match its size by the
+            offsets, the end of a tail is not zero, or an entry beyond the matrix is not zero.
     """
     spec, offsets = packed.spec, packed.offsets
     present = 0 if offsets is None else offsets.numel()
     kinds = {packed.words.dtype} | ({offsets.dtype} if offsets is not None else set())
     if packed.words.shape != (spec.words,) or present != spec.offsets or kinds != {torch.int32}:
         raise ModelError(
-            f"{name} has {packed.words.numel()} words and {present} offsets, not as config.json; {_DAMAGED}"
+            f"{name} has {packed.words.numel()} words and {present} offsets, other than config.json says; {_DAMAGED}"
         )
     if offsets is not None:
         counts, tails = tile_sizes(packed)
@@ -256,8 +256,8 @@ def check_weight(packed: PackedWeight, name: str) -> None:
         surplus = tiles.count_bits(masks) - n
         used, there = surplus.sum(1), tails.shape[1]
         if bool((surplus < 0).any() | (used > there).any() | (used <= there - SIDE).any()):
-            raise ModelError(f"{name} has masks that do not suit their tiles of {n} values a row; {_DAMAGED}")
+            raise ModelError(f"{name} has masks that do not suit their tiles of {n} values per row; {_DAMAGED}")
         if bool((tails.ne(0) & (torch.arange(there, device=used.device) >= used[:, None])).any()):
-            raise ModelError(f"{name} has values behind the last one of a tile; {_DAMAGED}")
+            raise ModelError(f"{name} has values after the last one of a tile; {_DAMAGED}")
     if not padding_is_zero(packed):
         raise ModelError(f"{name} has entries beyond its last row or column; {_DAMAGED}")

@@ -1,14 +1,14 @@
 """Tiles of 32 rows × 32 columns, the unit of both packed formats: their masks and their values as 32-bit words.
 
-A tile that stores n values a row and a tail of t units takes 32 + 16·(n + t) words: 32 mask words, one a row, then the first n
-values of every row, then the tail. The most significant bit of a mask word is the tile's first column, and each word has at
-least n bits set. The values of a row are in the order of its columns. The first n are cut into pieces of 8, and what is left of
-n into at most one piece each of 4, 2 and 1. A piece holds the values of row 0, then those of row 1, and so on to row 31: 32
-lanes of a GPU's warp, a row each, read one contiguous range. The tail holds the surplus, the values of a row behind its n-th:
-those of row 0 first, without gaps, and zeros up to the end of its last unit of 32 values.
+A tile that stores n values per row and a tail of t units takes 32 + 16·(n + t) words: 32 mask words, one per row, then the
+first n values of every row, then the tail. The most significant bit of a mask word is the tile's first column, and each word
+has at least n bits set. The values of a row are in the order of its columns. The first n are cut into pieces of 8, and what is
+left of n into at most one piece each of 4, 2 and 1. A piece holds the values of row 0, then those of row 1, and so on to row
+31: 32 lanes of a GPU's warp, a row each, read one contiguous range. The tail holds the surplus, the values of a row after its
+n-th: those of row 0 first, without gaps, and zeros up to the end of its last unit of 32 values.
 
-Values are 16 bits wide and never looked at as numbers here, so that negative zeros and NaN pass unchanged. Letters: B tiles,
-n values a row, t units of the tail. Encoding runs on the CPU, decoding on any device.
+Values are 16 bits wide and are never interpreted as numbers here, so that negative zeros and NaN pass unchanged. Letters: B
+tiles, n values per row, t units of the tail. Encoding runs on the CPU, decoding on any device.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ MOST_TAIL = 2
 """Units of the longest tail: 64 values, two for each lane of a warp."""
 
 TAIL_COST = 8
-"""A tile gets a tail if it then takes fewer units by more than this.
+"""A tile gets a tail only if that saves more units than this.
 
-So much longer does the CUDA kernel take for it, as measured with random weights on an H100 ("Tails" in docs/results/packed.md).
+This is the additional time of the CUDA kernel for a tail, measured with random weights on an H100 ("Tails" in
+docs/results/packed.md).
 """
 
 PIECES = (8, 4, 2, 1)
@@ -40,7 +41,7 @@ _ONES = 0x0101010101010101
 
 
 def tile_words(n: int, tail: int = 0) -> int:
-    """Return the number of 32-bit words of a tile with ``n`` values a row and ``tail`` units of further values."""
+    """Return the number of 32-bit words of a tile with ``n`` values per row and ``tail`` units of further values."""
     return SIDE + UNIT * (n + tail)
 
 
@@ -115,8 +116,8 @@ def encode_tiles(bits: Tensor, stored: Tensor, n: int, tail: int = 0) -> Tensor:
     Args:
         bits: the entries' 16 bits, (B, 32, 32) int16.
         stored: which entries to store, (B, 32, 32) bool, at least ``n`` in each row.
-        n: values a row, 0 to 32.
-        tail: units of the tail, 0 to 2.
+        n: number of values per row, 0 to 32.
+        tail: number of units of the tail, 0 to 2.
 
     Returns:
         (B, 32 + 16·(n + tail)) int32.
@@ -133,16 +134,18 @@ def encode_tiles(bits: Tensor, stored: Tensor, n: int, tail: int = 0) -> Tensor:
     if tail:
         used, end = surplus.sum((1, 2)), flat.new_zeros(len(bits), SIDE * tail)
         if bool((used > SIDE * tail).any()):
-            raise ValueError(f"a tile has {int(used.max())} values beyond {n} a row, more than {tail} units hold")
+            raise ValueError(
+                f"a tile has {int(used.max())} values after the first {n} of its rows, more than {tail} units hold"
+            )
         end.view(-1).index_copy_(0, _places(used, tail), flat.index_select(0, true_positions(surplus)))
         parts.append(end.view(torch.int32))
     return torch.cat(parts, 1)
 
 
 def decode_tiles(words: Tensor, n: int, tail: int = 0) -> Tensor:
-    """Return the entries' 16 bits, (B, 32, 32) int16, of tiles (B, 32 + 16·(n + tail)) int32; others than stored are zero.
+    """Return the entries' 16 bits, (B, 32, 32) int16, of tiles (B, 32 + 16·(n + tail)) int32. Entries not stored are zero.
 
-    Each mask word must have at least ``n`` bits set, and those beyond must be as many as suit the tail.
+    Each mask word must have at least ``n`` bits set, and the tail must have room for all others together.
     """
     count = len(words)
     out = torch.zeros(count, SIDE, SIDE, dtype=torch.int16, device=words.device)
@@ -165,10 +168,10 @@ def decode_tiles(words: Tensor, n: int, tail: int = 0) -> Tensor:
 
 
 def _surplus(stored: Tensor, n: int) -> Tensor:
-    """Return which stored entries (B, 32, 32) come behind the n-th of their row."""
+    """Return which stored entries (B, 32, 32) come after the n-th of their row."""
     return stored & (torch.cumsum(stored, -1, dtype=torch.int8) > n)
 
 
 def _places(used: Tensor, tail: int) -> Tensor:
-    """Return the flat places in tails (B, 32·t) of tiles that use (B,) of their values each."""
+    """Return the flat positions in the tails, (B, 32·t), of the first ``used`` values of each, (B,)."""
     return true_positions(torch.arange(SIDE * tail, device=used.device) < used[:, None])

@@ -96,10 +96,10 @@ class _Reader:
             for model in axes.get("model", ()):
                 if model not in models:
                     raise self._error("grid", index, "model", f"{model!r} is not among models: {', '.join(models)}")
-            found = list(product({"model": models} | axes if "model" not in axes else axes))
-            cells.update(dict.fromkeys(found))
+            points = list(product({"model": models} | axes if "model" not in axes else axes))
+            cells.update(dict.fromkeys(points))
             if zero_shot:
-                evaluated = [cell for cell in found if cell.model in dense]
+                evaluated = [cell for cell in points if cell.model in dense]
                 if not evaluated:
                     raise self._error(
                         "grid", index, "zero_shot", "models in cost_only are not evaluated; remove zero_shot"
@@ -114,7 +114,7 @@ class _Reader:
     def _table(self, values: Any, table: str, index: int, checks: Mapping[str, Callable[[Any], Any]]) -> dict[str, Any]:
         if not isinstance(values, dict):
             raise self._error(table, index, "", "must be a table")
-        found = {}
+        checked = {}
         for key, value in values.items():
             name = key.replace("-", "_")
             if table == "" and name in _TABLES:
@@ -124,10 +124,10 @@ class _Reader:
                 hint = near(key, allowed)
                 raise self._error(table, index, key, f"unknown field; allowed are {', '.join(allowed)}{hint}")
             try:
-                found[name] = checks[name](value)
+                checked[name] = checks[name](value)
             except RecipeError as error:
                 raise self._error(table, index, key, str(error)) from error
-        return found
+        return checked
 
     def _error(self, table: str, index: int, key: str, message: str) -> StudyError:
         return StudyError(f"{_location(self._path, self._text, table, index, key)}: {message}")
@@ -213,7 +213,7 @@ def _layer(name: str) -> Callable[[Any], Any]:
     return check
 
 
-def _share(name: str) -> Callable[[Any], float]:
+def _fraction(name: str) -> Callable[[Any], float]:
     def check(value: Any) -> float:
         # Check the fraction alone. Each cell checks it together with its sparsity.
         LayerRecipe(**{"sparsity": 0.0, name: value} if name == "outlier_rows" else {name: value})
@@ -246,7 +246,7 @@ def _of_recipe(name: str) -> Callable[[Any], Any]:
     if kind is int:
         return _whole(int(described.lowest or 0))
     if kind is float:
-        return _share(name)
+        return _fraction(name)
     return _word
 
 

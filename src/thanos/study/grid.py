@@ -225,18 +225,18 @@ def resolved_repair(cell: Cell) -> Repair:
 
 
 def _normal_repair(cell: Cell) -> Cell:
-    """Return the cell with the effort that sets most parts of its repair as they are, and None for these parts.
+    """Return the cell with the effort that agrees with most parts of its repair, and with None for these parts.
 
     Only efforts with the same scope as the cell's are considered; of several the first is chosen. So two ways to write the same
     repair give equal cells. The effort ``fast`` is None.
     """
-    repair, given = resolved_repair(cell), registry.effort(cell.effort or registry.DEFAULT_EFFORT)
+    repair, effort = resolved_repair(cell), registry.effort(cell.effort or registry.DEFAULT_EFFORT)
     parts = {part.name: getattr(repair, part.name) for part in fields(Repair)}
 
     def others(row: EffortRow) -> dict[str, Any]:
         return {name: None if value == getattr(row, name) else value for name, value in parts.items()}
 
-    alike = [row for row in registry.efforts() if row.scope == given.scope]
+    alike = [row for row in registry.efforts() if row.scope == effort.scope]
     row = min(alike, key=lambda row: sum(value is not None for value in others(row).values()))
     return replace(
         cell,

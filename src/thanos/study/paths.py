@@ -111,9 +111,9 @@ def _check_evaluation(study: Study, source: ModelSource, texts: dict[str, str]) 
     check_text_source(texts[study.evaluation.text], evaluation=True, tokenizer=source.tokenizer)
 
 
-def is_absent(name: str, found: str) -> bool:
-    """Whether a text names files that do not exist; ``found`` is its source after the search."""
-    return name not in NAMED and any(not (exists(part.path) or matching(part.path)) for part in parts_of(found))
+def is_absent(name: str, source: str) -> bool:
+    """Whether a text names files that do not exist; ``source`` is its source after the search."""
+    return name not in NAMED and any(not (exists(part.path) or matching(part.path)) for part in parts_of(source))
 
 
 # --- finding models and texts -----------------------------------------------------------------------------------------

@@ -134,10 +134,12 @@ class Session:
             if network is None:
                 with resource_errors(device=self._device):
                     network = load_model(resolve_model(model), dtype=self._study.dtype, device=self._device)
-            found = evaluate(model, reference=reference, network=network, on_event=emit)
-        if not math.isfinite(found.perplexity):
-            raise NumericsError(f"the perplexity is infinite: the mean loss is {found.mean_loss:.4g} nats per token")
-        results["evaluation"] = evaluation_fields(found)
+            evaluation = evaluate(model, reference=reference, network=network, on_event=emit)
+        if not math.isfinite(evaluation.perplexity):
+            raise NumericsError(
+                f"the perplexity is infinite: the mean loss is {evaluation.mean_loss:.4g} nats per token"
+            )
+        results["evaluation"] = evaluation_fields(evaluation)
         if tasks is None:
             return
         from thanos.evaluation.tasks import zero_shot
@@ -198,9 +200,9 @@ class Session:
         self._reference = None
         plan, source = self._study.evaluation, resolve_model(self._locations.models[cell.model])
         model = load_model(source, dtype=self._study.dtype, device=self._device)
-        asked = plan.bos
-        if asked == "window" and cell.model not in self._locations.with_bos:
-            asked = "auto"  # the study's setting only affects tokenizers that add the token
+        bos = plan.bos
+        if bos == "window" and cell.model not in self._locations.with_bos:
+            bos = "auto"  # the study's setting only affects tokenizers that add the token
         reference = make_reference(
             source,
             model,
@@ -208,7 +210,7 @@ class Session:
             name=public(plan.text),
             sequence_length=plan.sequence_length,
             max_windows=plan.max_windows,
-            bos=asked,
+            bos=bos,
             emit=lambda event: None,
         )
         if plan.compare:

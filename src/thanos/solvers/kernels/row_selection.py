@@ -29,7 +29,7 @@ if triton is not None:
 
     @triton.jit
     def _row_keys(weight, norms, zeros, columns, column, HAS_ZEROS: tl.constexpr):
-        """Return the ordered bits of a row's scores: −1 at ``zeros``, and above all scores beyond the last column."""
+        """Return the ordered bits of a row's scores: −1 at ``zeros``; beyond the last column a number above all scores."""
         inside = column < columns
         score = tl.abs(tl.load(weight + column, mask=inside, other=0.0)) * tl.load(
             norms + column, mask=inside, other=0.0

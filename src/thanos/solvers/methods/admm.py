@@ -35,7 +35,8 @@ _COLUMN_GROWTH = ((0.1, 1.1), (0.005, 1.07), (0.0, 1.05))
 change."""
 
 _RESTART = 5.0
-"""Divisor of ρ if the mask has not moved in the first period: then ρ was too large for the other mask to be reached."""
+"""Divisor of ρ for a new start, if the mask did not change in the first period: ρ was too large to reach another mask. If
+H + ρI is not positive definite, ρ is multiplied by it instead."""
 
 _MOST_RESTARTS = 4
 _MOST_PERIODS = 100
@@ -66,7 +67,7 @@ def admm(problem: Problem) -> Solution:
 def _iterate(problem: Problem, basis: _UnitBasis, target: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
     """Iterate until the mask no longer changes; return S and the mask of its removed entries, each (c, b).
 
-    ``target`` is W in ``basis``; ``first`` is the mask to start with: that of the entries to remove from it.
+    ``target`` is W in ``basis``; ``first`` is the mask of the entries to remove from it, with which the iteration starts.
     """
     start = penalty = last = _FIRST_PENALTY
     values, removed, moved, restarts = target, first, False, 0
@@ -108,7 +109,7 @@ def _step(target: Tensor, inverse: Tensor, values: Tensor, removed: Tensor, last
 def _choose(problem: Problem, values: Tensor) -> Tensor:
     """Return the mask of the zeros in the matrix nearest to ``values``, (c, b), that satisfies the pattern.
 
-    A set of entries costs the sum of its squares. Where single entries are compared, their magnitudes have the same order.
+    The cost of a set of entries is the sum of their squares. Where single entries are compared, magnitudes give the same order.
     """
     single = problem.pattern.any_entries or problem.pattern.group_zeros > 0
     return problem.choose_by(values.abs() if single else values.square())

@@ -69,7 +69,7 @@ def _block_mask(problem: Problem, weight: Tensor, start: int, count: Tensor, sea
 
 
 def _reciprocals(problem: Problem) -> Tensor:
-    """Return 1 / U_jj, (b,), 0 where the input was always zero: |W_ij| / U_jj ranks as its square, the cost, does."""
+    """Return 1 / U_jj, (b,); 0 where the input was always zero. |W_ij| / U_jj gives the same order as its square, the cost."""
     assert problem.inputs is not None
     return problem.upper.diagonal().reciprocal().masked_fill_(problem.inputs.dead, 0.0)
 
@@ -93,8 +93,8 @@ def _block_budgets(problem: Problem) -> dict[int, Tensor]:
 def _split(budgets: Tensor, zeros: Tensor, rows: int, blocks: Iterable[tuple[int, int]]) -> dict[int, Tensor]:
     """Split each of r budgets over the blocks; return the parts, (r,), by the block's first column.
 
-    The running total is proportional to the columns passed, with one exception: entries that are zero already come first,
-    both those of the block and those further right. A block removes at least its own zeros, which score below all others.
+    The running total is proportional to the columns passed, with one exception: entries that are zero already count towards the
+    budget. So a block removes at least its own zeros, and leaves enough of the budget for the zeros of later blocks.
 
     Args:
         budgets: the budgets, (r,) int64, each at least the number of its zeros.
@@ -183,11 +183,10 @@ def _choose_group(problem: Problem, lines: Tensor, start: int) -> Tensor:
 
 def cost(pattern: Pattern, size: Size) -> dict[str, Cost]:
     """Return the cost of a solve, by part."""
-    if pattern.whole_columns:
-        return scoring(pattern, size)
     c, b = float(size.rows), float(size.columns)
+    by_blocks = pattern.any_entries or pattern.group_zeros > 0
     return {
-        "selection": Cost(3 * c * b, 20 * c * b),
+        **({"selection": Cost(3 * c * b, 20 * c * b)} if by_blocks else scoring(pattern, size)),
         "rows": Cost(c * b * size.block, 20 * c * b),
         "update": block_update(size),
     }

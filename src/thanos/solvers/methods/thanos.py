@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from thanos.patterns.base import Pattern
-from thanos.solvers.cost import Cost, Size, block_update, scoring
+from thanos.solvers.cost import Cost, Size, block_update, removed_columns, scoring
 from thanos.solvers.masked_cg import RowSolver
 from thanos.solvers.masking import clear_
 from thanos.solvers.problem import Problem, Solution
-from thanos.solvers.unit_removal import remove_units
+from thanos.solvers.unit_removal import removal_cost, remove_units
 
 
 def thanos(problem: Problem) -> Solution:
@@ -103,12 +103,23 @@ def _solve_shared(root: Tensor, rhs: Tensor) -> Tensor:
 
 def cost(pattern: Pattern, size: Size) -> dict[str, Cost]:
     """Return the cost of a solve, by part."""
+    if pattern.unit_kinds:
+        return removal_cost(pattern, size)
     if pattern.whole_columns:
-        return scoring(pattern, size)
+        return {**scoring(pattern, size), **_columns_cost(pattern, size)}
     c, b, block, rest = float(size.rows), float(size.columns), float(size.block), size.rest
     passes = 3 if pattern.any_entries else 0  # histograms, each over all remaining columns
     return {
         "selection": Cost(passes * c * rest, passes * 4 * c * rest + 8 * c * b),
         "rows": Cost(size.steps * 2 * c * block * b + 2 * block**2 * rest, 4 * 4 * c * b),
         "update": block_update(size),
+    }
+
+
+def _columns_cost(pattern: Pattern, size: Size) -> dict[str, Cost]:
+    """Return the cost of equation (B), which removes s columns from all rows in one step."""
+    c, b, s = float(size.rows), float(size.columns), float(removed_columns(pattern, size))
+    return {
+        "system": Cost(s**3 / 3 + 2 * s**2 * (b + c), 4 * (b * s + 4 * s**2 + 2 * c * s)),
+        "update": Cost(2 * b * s * (b + c), 4 * (b**2 + 3 * b * s + c * s + 4 * c * b)),
     }

@@ -10,14 +10,14 @@
 
 enum {
   SIDE = 32,
-  ROWS = 8,    /* rows at once where every tile stores 16 values a row */
-  BLOCK = 16,  /* tiles after which the next rows follow; they stay in the first cache */
-  AHEAD = 4096 /* bytes between the tile that is read and the one that is asked for */
+  ROWS = 8,    /* rows handled together if every tile stores 16 values per row */
+  BLOCK = 16,  /* tiles that are handled for all rows before the next tiles; they stay in the L1 cache */
+  AHEAD = 4096 /* bytes between the tile that is read and the one that is prefetched */
 };
 
 typedef struct {
   const char *words;
-  const int32_t *offsets; /* NULL: every tile stores n values a row */
+  const int32_t *offsets; /* NULL: every tile stores n values per row */
   const uint16_t *bias;   /* NULL: none */
   uint16_t *y;
   const char *x; /* tokens × tiles × 32, padded with zeros: 16 bits wide for DOT_BFLOAT16, else float32 */
@@ -25,7 +25,7 @@ typedef struct {
   int n;
 } Product;
 
-/* Where a tile is, how many values a row it stores, and how many units its tail takes. */
+/* Return the address of a tile. Set n to its number of values per row, and tail to the number of units of its tail. */
 INLINE const char *find(const Product *p, int64_t index, int *n, int *tail) {
   if (!p->offsets) {
     *n = p->n, *tail = 0;
@@ -73,7 +73,7 @@ INLINE TARGET __m512i values_of(const char *tile, int n, int row) {
   return v; /* lanes that no value fills are not read by the expansion */
 }
 
-/* Add the products of tiles first to last − 1 for ROWS rows to their sums; every tile stores 16 values a row. */
+/* Add the products of tiles first to last − 1 for ROWS rows to their sums; every tile stores 16 values per row. */
 #define SPAN(name, attribute, KIND, ADD)                                                                              \
   INLINE attribute void name(const Product *p, int64_t strip, int64_t first, int64_t last, int row, const char *x,    \
                              float *sums) {                                                                           \
@@ -82,7 +82,7 @@ INLINE TARGET __m512i values_of(const char *tile, int n, int row) {
     for (int i = 0; i < ROWS; i++) a[i] = _mm512_load_ps(sums + 16 * (row + i));                                      \
     for (int64_t g = first; g < last; g++) {                                                                          \
       const char *tile = p->words + (strip * p->tiles + g) * size;                                                    \
-      /* Each of the four passes over a block asks for a part of the tile that comes BLOCK tiles later. */            \
+      /* Each of the four passes over a block prefetches a part of the tile that comes BLOCK tiles later. */          \
       for (int at = 320 * (row / ROWS); at < 320 * (row / ROWS + 1); at += 64)                                        \
         _mm_prefetch(tile + BLOCK * size + at, _MM_HINT_T0);                                                          \
       const uint32_t *masks = (const uint32_t *)tile + row;                                                           \
@@ -95,7 +95,7 @@ INLINE TARGET __m512i values_of(const char *tile, int n, int row) {
     for (int i = 0; i < ROWS; i++) _mm512_store_ps(sums + 16 * (row + i), a[i]);                                      \
   }
 
-/* Values of a row with, behind the n-th, those of the tail from ``surplus`` on; it moves to those of the next row. */
+/* Append to the first n values of a row its values in the tail, at ``surplus``; move ``surplus`` to those of the next row. */
 INLINE TARGET __m512i with_surplus(__m512i v, uint32_t mask, int n, const char **surplus) {
   const int more = __builtin_popcount(mask) - n;
   const __m512i others = _mm512_maskz_loadu_epi16((__mmask32)((1ull << more) - 1), *surplus);
@@ -103,7 +103,7 @@ INLINE TARGET __m512i with_surplus(__m512i v, uint32_t mask, int n, const char *
   return n < SIDE ? _mm512_mask_expand_epi16(v, 0xffffffffu << n % SIDE, others) : v;
 }
 
-/* The masks of a tile, as the processor wants them. */
+/* Reverse the bits of the masks of a tile: see ``reversed`` in _shared.h. */
 INLINE TARGET void reverse_all(uint32_t *to, const char *tile) {
   const __m512i low = _mm512_set1_epi8(15); /* tables: the reverse of four bits, as the upper and as the lower half of a byte */
   const __m512i upper = _mm512_broadcast_i32x4(
@@ -118,8 +118,8 @@ INLINE TARGET void reverse_all(uint32_t *to, const char *tile) {
   }
 }
 
-/* Add the products of one tile for all its rows and tokens, whose x lie ``apart`` bytes apart; n is a constant in each case of
- * EVERY. */
+/* Add the products of one tile for all its rows and tokens. The x of two successive tokens are ``apart`` bytes apart. n is a
+ * compile-time constant in each case of EVERY. */
 #define TILE(name, attribute, KIND, ADD)                                                                              \
   INLINE attribute void name(const char *tile, int n, int tail, const char *x, int64_t apart, int64_t tokens,         \
                              float *sums) {                                                                           \
@@ -157,7 +157,7 @@ TILE(tile_dot, TARGET_DOT, DOT_BFLOAT16, ADD_DOT)
 TILE(tile_bfloat16, TARGET, BFLOAT16, ADD_WIDE(BFLOAT16))
 TILE(tile_float16, TARGET, FLOAT16, ADD_WIDE(FLOAT16))
 
-/* All rows of one strip, for all tokens: the tiles of a block are read from the first cache for every token. */
+/* All rows of one strip, for all tokens: after the first token, the tiles of a block are read from the L1 cache. */
 #define STRIP(name, attribute, span, tile, KIND)                                                                      \
   attribute static void name(const Product *p, int64_t strip, float *sums) {                                          \
     const int64_t each = SIDE * (KIND == DOT_BFLOAT16 ? 2 : 4);                                                       \

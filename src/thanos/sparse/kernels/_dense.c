@@ -1,5 +1,5 @@
 /* Products of dense 16-bit matrices with a few tokens, on x86-64 processors with AVX-512. Each row is read once, in order, so the
- * memory's rate is the limit. Sums are float32, and their order depends on the number of columns alone. */
+ * memory bandwidth is the limit. Sums are float32, and their order depends on the number of columns alone. */
 
 #include "_shared.h"
 
@@ -10,8 +10,8 @@
 
 enum {
   WIDE = 32, /* entries of a vector */
-  SUMS = 4,  /* independent sums of a row: the processor's additions overlap */
-  AHEAD = 2048 /* bytes between the entries that are read and those that are asked for */
+  SUMS = 4,  /* independent sums of a row, so that the processor's additions overlap */
+  AHEAD = 2048 /* bytes between the entries that are read and those that are prefetched */
 };
 
 typedef struct {

@@ -21,7 +21,7 @@ INLINE TARGET __m512i entries(const Dense *d, int64_t row, int64_t tile) {
   return _mm512_maskz_loadu_epi16(there, d->weight + row * d->columns + SIDE * tile);
 }
 
-/* Write one row of a tile that stores n values a row, and the values beyond them at ``surplus``; 0 if they would pass ``end``. */
+/* Write one row of a tile that stores n values per row, and its further values at ``surplus``; 0 if they would pass ``end``. */
 INLINE TARGET int put(char *tile, int row, int n, char **surplus, const char *end, __m512i v) {
   const uint32_t kept = _mm512_test_epi16_mask(v, v);
   const int missing = n - __builtin_popcount(kept);
@@ -50,7 +50,7 @@ INLINE TARGET int put(char *tile, int row, int n, char **surplus, const char *en
   return 1;
 }
 
-/* sizes: values a row of every tile, then the units of every tile's tail. */
+/* sizes: the values per row of every tile, then the units of every tile's tail. */
 TARGET static int encode_strip(const Dense *d, int64_t strip, int64_t all, const uint8_t *sizes, const int64_t *offsets, char *words) {
   int fits = 1;
   for (int64_t tile = 0; tile < d->tiles; tile++) {
@@ -64,7 +64,7 @@ TARGET static int encode_strip(const Dense *d, int64_t strip, int64_t all, const
   return fits;
 }
 
-/* counts: of every tile the entries of the fullest row, then n of every tile, then the units of every tile's tail. */
+/* counts: the entries of every tile's fullest row, then the best n of every tile, then the units of every tile's best tail. */
 TARGET static void count_strip(const Dense *d, int64_t strip, int64_t all, uint8_t *counts) {
   for (int64_t tile = 0; tile < d->tiles; tile++) {
     int most = 0, rows[SIDE + 1] = {0}; /* rows by their number of entries */
@@ -101,7 +101,7 @@ static PyObject *support(PyObject *self, PyObject *unused) {
 
 /* run(weight, rows, columns, sizes, offsets, words, threads): addresses and sizes. The caller has checked them.
  *
- * Without words (0) the sizes are counted, as count_strip says, else used, as encode_strip says. Returns whether all fitted. */
+ * If words is 0, count_strip writes sizes; otherwise encode_strip reads them. Returns whether all values fitted. */
 static PyObject *run(PyObject *self, PyObject *const *args, Py_ssize_t count) {
   (void)self;
   long long a[7];

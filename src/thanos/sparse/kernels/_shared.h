@@ -67,7 +67,7 @@ __attribute__((unused)) WITH(",f16c") static void pad(char *to, const uint16_t *
   }
 }
 
-/* Masks hold the first column in their highest bit, and the processor wants it in its lowest. */
+/* Masks hold the first column in their highest bit, and the processor's mask registers in their lowest. */
 INLINE uint32_t reversed(uint32_t m) {
   m = (m >> 1 & 0x55555555u) | (m & 0x55555555u) << 1;
   m = (m >> 2 & 0x33333333u) | (m & 0x33333333u) << 2;

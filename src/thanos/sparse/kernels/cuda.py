@@ -35,7 +35,7 @@ _ROWS_OF_PART = 256
 """Parts of a matrix that is expanded have a multiple of this many rows: no tile of the library's product is cut."""
 
 _OUTPUTS_OF_PART = 1 << 22
-"""Least outputs of a part, so that its product occupies a large device: 128 tiles of 256 × 128."""
+"""Least number of outputs of a part, so that its product occupies a large device: 128 tiles of 256 × 128."""
 
 _TILES_OF_EXPAND = 8
 """Number of tiles of a block of the kernel ``expand``, one for each warp."""
@@ -90,8 +90,8 @@ def linears(
         words: the tiles of each matrix, int32, on the device of x; at most 4.
         offsets: for ``bitmap``, int32; None for ``fixed``.
         biases: (rows,) in the dtype of x, or None.
-        rows: of each matrix.
-        n: values a row of each tile; 0 for ``bitmap``.
+        rows: number of rows of each matrix.
+        n: number of values per row of each tile; 0 for ``bitmap``.
 
     Returns:
         (tokens, rows) for each matrix.
@@ -166,9 +166,9 @@ def _address(tensor: Tensor | None) -> int:
 
 
 def _fill(values: Iterable[int]) -> list[int]:
-    """Return the values of a launch's matrices, padded with zeros to the largest number, which the kernel does not use."""
-    there = list(values)
-    return there + [0] * (MOST_MATRICES - len(there))
+    """Return one value per matrix of a launch, padded to :data:`MOST_MATRICES` with zeros, which the kernel does not use."""
+    numbers = list(values)
+    return numbers + [0] * (MOST_MATRICES - len(numbers))
 
 
 @cache
@@ -183,9 +183,9 @@ def _run(kernel: Any, grid: tuple[int, int, int], block: tuple[int, int, int], v
     Calling the compiled kernel directly takes several times as long, longer than a small product.
 
     Args:
-        kernel: from :func:`_kernel`.
-        grid: blocks in each dimension.
-        block: threads in each dimension.
+        kernel: the result of :func:`_kernel`.
+        grid: number of blocks in each dimension.
+        block: number of threads in each dimension.
         values: the kernel's arguments: addresses, and whole numbers from 0 to 2³¹ − 1.
     """
     slots = (ctypes.c_uint64 * len(values))(*values)  # a parameter of 32 bits is the first half of its slot
@@ -207,7 +207,7 @@ def parts_of(tokens: int, rows: int, most: int) -> int:
 
 @cache
 def _second_stream(device: torch.device) -> torch.cuda.Stream:
-    """Return the stream of the library's products: they go before the kernels that expand, which take what they leave."""
+    """Return the stream of the library's products. It has priority over the kernels that expand, which use what is free."""
     return torch.cuda.Stream(device, priority=-1)
 
 
@@ -215,7 +215,7 @@ def _second_stream(device: torch.device) -> torch.cuda.Stream:
 def by_library(
     x: Tensor, words: Tensor, offsets: Tensor | None, bias: Tensor | None, rows: int, n: int, parts: int
 ) -> Tensor:
-    """Return the product by the library, for which the matrix is expanded in parts, each while the one before is multiplied.
+    """Return the product by the library. The matrix is expanded in parts, each while the part before is multiplied.
 
     The other arguments are those of :func:`linears`. With one part the result is that of the dense matrix, bit for bit.
     """
@@ -225,7 +225,7 @@ def by_library(
         return F.linear(x, expand(words, offsets, 0, rows, columns, n, x.dtype), bias)
     out = torch.empty(len(x), rows, dtype=x.dtype, device=x.device)
     stream, second = torch.cuda.current_stream(x.device), _second_stream(x.device)
-    held = []  # the memory of a part goes back to this stream's, which must have waited for its product
+    held = []  # keeps the parts until this stream has waited for their products: only then may it use their memory again
     try:
         for first in range(0, rows, step):
             here = slice(first, min(first + step, rows))

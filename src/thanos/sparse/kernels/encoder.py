@@ -28,7 +28,9 @@ def available(weight: Tensor) -> bool:
 
 
 def count_entries(weight: Tensor) -> Tensor:
-    """Return of each tile the entries of its fullest row, and n and the units of the tail that store it best.
+    """Return, for each tile, the number of entries of its fullest row, and the best n and number of units of the tail.
+
+    See :func:`thanos.sparse.encoding.count_entries`.
 
     Args:
         weight: (rows, columns), 16 bits wide, contiguous, on the CPU.
@@ -48,17 +50,17 @@ def encode(weight: Tensor, sizes: Tensor, offsets: Tensor, words: Tensor) -> Non
 
     Args:
         weight: as for :func:`count_entries`.
-        sizes: values a row and units of the tail of each tile, (2, strips · tiles) uint8, contiguous.
+        sizes: number of values per row and of units of the tail of each tile, (2, strips · tiles) uint8, contiguous.
         offsets: first word of each tile, and the end, (strips · tiles + 1,) int64.
         words: output for the tiles, (offsets[-1],) int32.
 
     Raises:
-        ValueError: a tile has more entries than its size holds, or a size is none.
+        ValueError: a tile has more entries than its size holds, or a size is impossible.
     """
     most = sizes.amax(1).tolist() if sizes.numel() else [0, 0]
     if most[0] > SIDE or most[1] > MOST_TAIL:
         raise ValueError(
-            f"a tile cannot store {most[0]} values in each of its rows of 32, or {most[1]} units of others"
+            f"a tile cannot store {most[0]} values in each of its rows of 32, or a tail of {most[1]} units"
         )
     rows, columns = weight.shape
     addresses = (tensor.data_ptr() for tensor in (sizes, offsets, words))

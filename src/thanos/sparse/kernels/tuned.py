@@ -69,8 +69,8 @@ def plan(tokens: int, rows: tuple[int, ...], family: str, launch: Launch, most: 
     """Return the numbers of a launch.
 
     Args:
-        tokens: at least 1.
-        rows: of each matrix; at most :data:`MOST_MATRICES`.
+        tokens: number of tokens, at least 1.
+        rows: number of rows of each matrix; at most :data:`MOST_MATRICES` matrices.
         family: :data:`FEW` or :data:`MANY`.
         launch: how the work is divided.
         most: most tokens of a pass of :data:`MANY`, one of :data:`TOKENS_OF_MANY`.
@@ -125,10 +125,10 @@ def launch_for(device: str, family: str, n: int, units: int, strips: int, tiles:
     Args:
         device: name of the device.
         family: :data:`FEW` or :data:`MANY`.
-        n: values a row of each tile; 0 for ``bitmap``.
-        units: mean units of 64 bytes of a tile; of the measured sizes that are equally near, the one nearest in this counts.
-        strips: strips of 32 rows of all matrices of the launch.
-        tiles: tiles of a strip.
+        n: number of values per row of each tile; 0 for ``bitmap``.
+        units: mean number of units of 64 bytes of a tile. It decides among measured sizes that are equally near.
+        strips: number of strips of 32 rows of all matrices of the launch.
+        tiles: number of tiles of a strip.
     """
 
     def distance(row: dict[str, Any]) -> tuple[float, int]:

@@ -52,10 +52,10 @@ def select_cells(records: Sequence[CellRecord]) -> tuple[list[CellRecord], list[
 
 def most_common(what: Callable[[CellRecord], Any], records: Iterable[CellRecord]) -> Any:
     """Return the most common value of the function ``what`` over records, as a tuple; None if it is None for all."""
-    found = Counter(json.dumps(value) for record in records if (value := what(record)) is not None)
-    if not found:
+    counts = Counter(json.dumps(value) for record in records if (value := what(record)) is not None)
+    if not counts:
         return None
-    return _tuples(json.loads(max(found, key=lambda text: (found[text], text))))
+    return _tuples(json.loads(max(counts, key=lambda text: (counts[text], text))))
 
 
 def _tuples(value: Any) -> Any:

@@ -77,8 +77,8 @@ class Number:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the number as plain values for JSON."""
-        found: dict[str, Any] = {"value": self.value, "field": self.field, "how": self.how, "cells": list(self.cells)}
-        return {**found, "minus": list(self.minus)} if self.minus else found
+        values: dict[str, Any] = {"value": self.value, "field": self.field, "how": self.how, "cells": list(self.cells)}
+        return {**values, "minus": list(self.minus)} if self.minus else values
 
 
 Prose = tuple[str | Number, ...]

@@ -128,7 +128,7 @@ def _costs(label: str, rows: list[Row]) -> Prose:
     return tuple(word for word in (*words, ".") if word is not None)
 
 
-def _table(found: dict[str, list[Row]], whole: list[Row], *, cost_only: bool) -> Table:
+def _table(rows_by_label: dict[str, list[Row]], whole: list[Row], *, cost_only: bool) -> Table:
     fields = _COST_FIELDS if cost_only else _FIELDS
 
     def line(rows: list[Row], row: Row) -> Line:
@@ -136,19 +136,19 @@ def _table(found: dict[str, list[Row]], whole: list[Row], *, cost_only: bool) ->
         values = (own(row, "block_size"), *measures(row, fields), row.mean("sparsity"))
         return values if cost_only else (*values, sign)
 
-    used = [row for rows in found.values() for row in rows]
+    used = [row for rows in rows_by_label.values() for row in rows]
     about = note(used, common_note(whole, used), *(() if cost_only else (SPREAD_NOTE, _SIGN_NOTE)))
     heads = f"block_size; {'; '.join(fields)}; sparsity" + ("" if cost_only else "; <against the largest B|verdict")
-    lines = {label: [line(rows, row) for row in rows] for label, rows in found.items()}
+    lines = {label: [line(rows, row) for row in rows] for label, rows in rows_by_label.items()}
     return table("block_size", "Thanos over the block size", heads, lines, about)
 
 
-def _chart(found: list[tuple[str, list[Row]]], field: str, name: str, label: str) -> Chart:
+def _chart(rows_by_label: list[tuple[str, list[Row]]], field: str, name: str, label: str) -> Chart:
     series = []
-    for index, (pattern, rows) in enumerate(found):
+    for index, (pattern, rows) in enumerate(rows_by_label):
         drawn = points(rows, "block_size", field, Row.noise)
         if drawn:
-            name_of, style = (pattern, pattern) if len(found) > 1 else ("Thanos", "thanos")
+            name_of, style = (pattern, pattern) if len(rows_by_label) > 1 else ("Thanos", "thanos")
             series.append(Series(name_of, style, drawn, index))
     title = {"perplexity": "Perplexity", "layer_error": "Layer error", "seconds": "Pruning time"}[field]
     return Chart(

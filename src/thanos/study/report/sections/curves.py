@@ -68,10 +68,10 @@ def _label(method: str, alpha: float, *, mixed: bool) -> str:
     return f"{name} α = 0" if mixed and method == "thanos" else name
 
 
-def _chart(results: Results, found: dict[tuple[str, float], list[Row]], pattern: str, letter: str) -> Chart:
-    series, mixed = [], any(alpha for _, alpha in found)
+def _chart(results: Results, rows_of_line: dict[tuple[str, float], list[Row]], pattern: str, letter: str) -> Chart:
+    series, mixed = [], any(alpha for _, alpha in rows_of_line)
     variants: dict[str, int] = {}
-    for (method, alpha), rows in found.items():
+    for (method, alpha), rows in rows_of_line.items():
         variant = variants[method] = variants.get(method, -1) + 1
         series.append(
             Series(_label(method, alpha, mixed=mixed), method, points(rows, "sparsity", "perplexity"), variant)
@@ -89,25 +89,27 @@ def _chart(results: Results, found: dict[tuple[str, float], list[Row]], pattern:
     )
 
 
-def _table(found: dict[tuple[str, float], list[Row]], pattern: str, letter: str) -> Table:
-    mixed = any(alpha for _, alpha in found)
+def _table(rows_of_line: dict[tuple[str, float], list[Row]], pattern: str, letter: str) -> Table:
+    mixed = any(alpha for _, alpha in rows_of_line)
     heads = [Column("requested sparsity (%)", "sparsity_asked", is_text=False)]
-    heads += [Column(_label(*key, mixed=mixed), f"{key[0]}_alpha_{key[1]:g}" if key[1] else key[0]) for key in found]
+    heads += [
+        Column(_label(*key, mixed=mixed), f"{key[0]}_alpha_{key[1]:g}" if key[1] else key[0]) for key in rows_of_line
+    ]
     lines: list[Line] = []
-    for sparsity in sorted({row.sparsity for rows in found.values() for row in rows}):
-        at = [next((row for row in rows if row.sparsity == sparsity), None) for rows in found.values()]
+    for sparsity in sorted({row.sparsity for rows in rows_of_line.values() for row in rows}):
+        at = [next((row for row in rows if row.sparsity == sparsity), None) for rows in rows_of_line.values()]
         asked = next(own(row, "sparsity_asked") for row in at if row is not None)
         shown = [row and number(row.mean("perplexity"), row.spread("perplexity")) for row in at]
         lines.append((asked, *shown))
-    used = [row for rows in found.values() for row in rows]
+    used = [row for rows in rows_of_line.values() for row in rows]
     title = f"Perplexity over sparsity, {pattern} (Figure 1{letter})"
     return table(f"sparsity_{pattern}", title, heads, lines, note(used, SPREAD_NOTE, _SEEDS))
 
 
-def _missing(found: dict[tuple[str, float], list[Row]], pattern: str) -> str:
+def _missing(rows_of_line: dict[tuple[str, float], list[Row]], pattern: str) -> str:
     lacking = []
     for method in METHODS:
-        have = {round(row.sparsity, 6) for row in found.get((method, 0.0), [])}
+        have = {round(row.sparsity, 6) for row in rows_of_line.get((method, 0.0), [])}
         gaps = [f"{100 * value:g}" for value in SPARSITIES[pattern] if value not in have]
         if gaps:
             lacking.append(f"{title_of(method)} at {', '.join(gaps)} %")
