@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol, TextIO, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from thanos.cli.position import Position
 from thanos.events import Event
@@ -58,24 +58,35 @@ def hush() -> None:
     transformers.logging.disable_progress_bar()
 
 
-class Watcher(Protocol):
-    """A function that displays events."""
+class Watcher:
+    """A function that displays events and keeps the messages of the notes that it displayed.
+
+    Args:
+        show: displays one event.
+
+    Attributes:
+        notes: the messages, so that a command does not print them again at its end.
+    """
+
+    def __init__(self, show: Callable[[Event], None]) -> None:
+        self._show = show
+        self.notes: set[str] = set()
 
     def __call__(self, event: Event) -> None:
         """Show one event."""
-        ...
+        self._show(event)
+        if event.kind == "note":
+            self.notes.add(event.message)
 
 
 @contextmanager
-def watch(
-    *, quiet: bool = False, silent: bool = False, stream: TextIO | None = None
-) -> Iterator[Callable[[Event], None]]:
+def watch(*, quiet: bool = False, silent: bool = False, stream: TextIO | None = None) -> Iterator[Watcher]:
     """Yield a function that shows events on the standard error; see :func:`shown`. With ``silent`` it shows nothing."""
     if silent:
-        yield lambda event: None
+        yield Watcher(lambda event: None)
         return
     with shown(_live, PlainLines, lambda event: event.kind == "note", quiet=quiet, stream=stream) as show:
-        yield show
+        yield Watcher(show)
 
 
 @contextmanager
