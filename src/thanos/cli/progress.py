@@ -15,6 +15,7 @@ from typing import Any, TextIO, TypeVar
 
 from thanos.cli.position import Position
 from thanos.events import Event
+from thanos.system.library_warnings import print_in_one_line
 
 E = TypeVar("E")
 
@@ -52,6 +53,7 @@ def hush() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")  # the GGUF reader draws its bar unconditionally
     for name in ("lm_eval", "torchao", "torch.utils._pytree"):  # torchao warns of kernels for other devices
         logging.getLogger(name).setLevel(logging.ERROR)
+    print_in_one_line()
     import transformers
 
     transformers.logging.set_verbosity_error()

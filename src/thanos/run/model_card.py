@@ -27,12 +27,15 @@ _BEGUN = ", each window begins with the beginning-of-text token"
 _BEGUN_BY = ", each window begins with the tokens {}, as the tokenizer begins a text"
 _KEPT = ", more removed from the other rows"
 
-_USE = """```python
+PLAIN_USE = """This is a plain Hugging Face checkpoint; Thanos is not needed to load it:
+
+```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("PATH")
 tokenizer = AutoTokenizer.from_pretrained("PATH")
 ```"""
+"""How to load an output, in the cards that this module makes."""
 
 
 def model_card(report: PruningReport) -> str:
@@ -50,8 +53,7 @@ def model_card(report: PruningReport) -> str:
         _tuning(report),
         _totals_table(report),
         "## Use",
-        "This is a plain Hugging Face checkpoint; Thanos is not needed to load it:",
-        _USE,
+        PLAIN_USE,
         _size(report),
         "## How it was made",
         _recipe_table(report),
