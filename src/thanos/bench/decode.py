@@ -15,7 +15,7 @@ from thanos.bench.measure import machine, median_seconds, synchronize
 from thanos.bench.weights import weight_bytes
 from thanos.errors import DataError, ModelError
 from thanos.events import Event, Watcher
-from thanos.model.loading import context_length, load_model
+from thanos.model.loading import adapter_notes, context_length, load_model
 from thanos.model.source import find_local, resolve_model
 from thanos.sparse.modules import packed_modules
 from thanos.system.documents import Document
@@ -122,6 +122,8 @@ def time_decoding(
     for done, name in enumerate(names, 1):
         emit(Event(kind="phase", phase="evaluate"))
         source = resolve_model(name, trust_remote_code=trust_remote_code, packed=True)
+        for line in adapter_notes(source):
+            emit(Event(kind="note", phase="evaluate", message=line))
         model: Any = load_model(source, device=device)
         results.append(time_network(model, name, context=context, new_tokens=new_tokens, compiled=compiled))
         del model

@@ -15,7 +15,7 @@ from thanos.errors import DataError, StudyError, UserError
 from thanos.evaluation.windows import check_window
 from thanos.model.bos import added_bos
 from thanos.model.fingerprint import model_sha256, source_commit, task_files_sha256
-from thanos.model.loading import load_model
+from thanos.model.loading import adapter_notes, load_model
 from thanos.model.source import ModelSource, resolve_model
 from thanos.study.config import location_of
 from thanos.study.events import StudyEvent, Watcher
@@ -201,6 +201,8 @@ def convert(locations: Locations, wanted: set[str], emit: Watcher) -> Locations:
         folder = _converted(locations.out, locations.hashes[name])
         if not (folder / "config.json").exists():
             emit(StudyEvent(message=f"converting {source.gguf.name} to safetensors, once"))
+            for line in adapter_notes(source):
+                emit(StudyEvent(message=line))
             _save(source, folder)
         models[name] = str(folder)
     return replace(locations, models=models)
