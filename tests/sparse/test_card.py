@@ -91,10 +91,13 @@ def test_the_card_of_a_packed_folder_does_not_call_it_plain(text_file: Path, tmp
     source = save_pruned(tmp_path / "model", "llama")
     settings = {"calibration": str(text_file), "samples": 1, "sequence_length": 16, "device": "cpu"}
     thanos.prune(source, tmp_path / "pruned", thanos.Recipe(method="magnitude", **settings))
-    assert "Thanos is not needed to load it" in (tmp_path / "pruned" / "README.md").read_text()
+    plain = (tmp_path / "pruned" / "README.md").read_text()
+    assert "Thanos is not needed to load it" in plain
+    assert "the files are as large as before" in plain
     pack(tmp_path / "pruned", tmp_path / "packed", least_weights=1)
     card = (tmp_path / "packed" / "README.md").read_text()
     assert "not needed" not in card
+    assert "as large as before" not in card
     assert "This is a packed checkpoint, which needs Thanos: see Packed weights." in card
     thanos.unpack(tmp_path / "packed", tmp_path / "again")
     assert (tmp_path / "again" / "README.md").read_bytes() == (tmp_path / "pruned" / "README.md").read_bytes()

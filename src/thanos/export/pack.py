@@ -18,7 +18,7 @@ from thanos.export.folder import written
 from thanos.export.record import CHANGED, NAME, LayerPacking, Packing, describe_dense
 from thanos.model.opening import CONVERTED, open_model
 from thanos.model.source import find_local, resolve_model
-from thanos.run.model_card import PLAIN_USE
+from thanos.run.model_card import PLAIN_USE, PLAIN_ZEROS
 from thanos.sparse.card import HEADING, packed_section
 from thanos.sparse.encoding import encode_strips, offsets_of
 from thanos.sparse.storage import OFFSETS, ONE_DTYPE, WORDS, settings_of, tensor_specs
@@ -166,6 +166,7 @@ def _card(folder: Path, report: Packing) -> str:
     path = folder / "README.md"
     card = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     card = card.replace(PLAIN_USE, f"This is a packed checkpoint, which needs Thanos: see {HEADING.strip('# ')}.")
+    card = card.replace(f"{PLAIN_ZEROS}\n\n", "")
     layers = sum(1 for layer in report.layers if layer.format)
     section = packed_section(layers, report.nbytes, report.dense_bytes, "the dense folder, byte by byte")
     return "\n\n".join(filter(None, (card.rstrip(), section)))

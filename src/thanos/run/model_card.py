@@ -37,6 +37,12 @@ tokenizer = AutoTokenizer.from_pretrained("PATH")
 ```"""
 """How to load an output, in the cards that this module makes."""
 
+PLAIN_ZEROS = (
+    "The zeros are stored like any other number: the files are as large as before, and a program that does not look for zeros "
+    "runs as fast as before."
+)
+"""The size of an output that has zeros, in these cards."""
+
 
 def model_card(report: PruningReport) -> str:
     """Return the text of ``README.md`` for the output folder."""
@@ -80,10 +86,7 @@ def _size(report: PruningReport) -> str:
             "The removed parts are not in the files: `config.json` states the smaller sizes, and every program runs a smaller "
             "model. `pruning.json` lists the removed parts (`cut`, and `removed_units` of the layers)."
         )
-    return (
-        "The zeros are stored like any other number: the files are as large as before, and a program that does not look for "
-        "zeros runs as fast as before."
-    )
+    return PLAIN_ZEROS
 
 
 def public_name(name: str) -> str:
