@@ -62,8 +62,8 @@ class ZeroShot(Document):
         device: device on which the model runs.
         versions: versions of thanos, lm_eval, torch and transformers.
         bos: ``window`` if lm_eval made the tokenizer begin each request as a text (its ``add_bos_token``); ``text`` if that was
-            left to the tokenizer. A request without a context begins as the tokenizer begins a text; if it adds nothing, with its
-            BOS or else its end-of-text token.
+            left to the tokenizer. A request without a context begins as the tokenizer begins a text, or if it adds nothing,
+            with its BOS or else its end-of-text token.
         schema: version of this format.
     """
 
