@@ -210,7 +210,7 @@ def test_the_environment_chooses_and_is_checked(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("stay_packed")
 def test_another_dtype_is_named_and_not_taken(tmp_path):
     _, packed = both(tmp_path)
-    with pytest.warns(UserWarning, match=r"runs in torch\.bfloat16, not in torch\.float32"):
+    with pytest.warns(library_warnings.ThanosWarning, match=r"runs in torch\.bfloat16, not in torch\.float32"):
         model = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float32)
     assert model.dtype == torch.bfloat16
 

@@ -24,7 +24,7 @@ from thanos.sparse.kernels import lacking
 from thanos.sparse.modules import PackedLinear, packed_modules, quicken
 from thanos.sparse.siblings import find_siblings, join
 from thanos.sparse.storage import METHOD, ONE_DTYPE, WORDS, check_stored, parse_settings
-from thanos.system.library_warnings import warn_once
+from thanos.system.library_warnings import ThanosWarning, warn_once
 
 UNPACK = "THANOS_UNPACK"
 """Environment variable: ``auto`` (default) unpacks layers on devices without a kernel, ``always`` all, ``never`` none."""
@@ -80,7 +80,8 @@ class SparseQuantizer(HfQuantizer):
             raise ModelError(f"config.json has packed layers of {' and '.join(sorted(map(str, dtypes)))}; {ONE_DTYPE}")
         own = dtypes.pop()
         if dtype != own:
-            warnings.warn(f"the packed weights are {own}, so the model runs in {own}, not in {dtype}", stacklevel=2)
+            line = f"the packed weights are {own}, so the model runs in {own}, not in {dtype}"
+            warnings.warn(line, ThanosWarning, stacklevel=2)
         return own
 
     def _process_model_before_weight_loading(self, model: Any, **others: Any) -> None:
