@@ -101,7 +101,8 @@ def test_tasks_that_no_grid_asks_for(place: Path) -> None:
     assert read_study("s.toml").zero_shot_cells
 
 
-def test_where_a_study_looked(place: Path, tmp_path: Path) -> None:
+def test_where_a_study_looked(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("THANOS_DATA", raising=False)
     Path("s.toml").write_text(HEAD.replace("prose", "gone") + GRID)
     with pytest.raises(StudyError, match=r"text: gone\.txt is not in the current folder; give its folder with --data"):
         runner.list_cells("s.toml", tmp_path / "out")
