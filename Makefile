@@ -10,7 +10,8 @@ CONSTRAINTS := constraints.txt
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-$(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
+# The C extensions are compiled again if their sources change.
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS) $(wildcard src/thanos/sparse/kernels/_*.[ch])
 	$(PYTHON) -c 'import sys; sys.exit("Thanos needs Python 3.11 or newer, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[gguf,recover,data,report,eval,quantised,dev]'

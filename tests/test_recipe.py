@@ -162,6 +162,10 @@ BAD_RUN_VALUES: list[tuple[dict[str, Any], str]] = [
     *[({"seed": v}, r"seed must be a whole number, at least 0") for v in (-1, 0.0, "0", False)],
     *[({"dtype": v}, r"dtype .* is unknown; choose one of auto, float32, bfloat16, float16") for v in ("fp16", "", 16)],
     *[({"calibration": v}, r"calibration must be a name; got") for v in ("", None, 4, ["c4"])],
+    (
+        {"calibration": ["a.txt", "b.txt"]},
+        r"got \['a\.txt', 'b\.txt'\]; separate several texts by commas in one string",
+    ),
     *[({"device": v}, r"device must be a name; got") for v in ("", None, 0)],
     *[({"targets": v}, r"targets must be a list of globs over layer names") for v in ("*.q_proj", [""], [1], 5, None)],
     *[({"skip": v}, r"skip must be a list of globs over layer names") for v in ("*.q_proj", ("a", ""), True, 1.5)],

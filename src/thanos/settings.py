@@ -69,11 +69,6 @@ class Setting:
         bounds = {"at least": self.lowest, "above": self.above, "at most": self.highest, "below": self.below}
         return " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None)
 
-    @property
-    def bounded_above(self) -> bool:
-        """Whether the value has an upper bound."""
-        return self.highest is not None or self.below is not None
-
     def allows(self, number: float) -> bool:
         """Return whether a number is finite and within the bounds."""
         return (

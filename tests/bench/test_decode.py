@@ -65,7 +65,8 @@ def test_a_tied_embedding_counts_once_and_is_read(tmp_path):
     assert total == read == sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
 
 
-def test_too_many_tokens_are_refused(models):
+def test_too_many_tokens_are_refused_before_a_model_is_loaded(models, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("thanos.bench.decode.load_model", None)
     with pytest.raises(DataError, match="256 positions"):
         time_decoding(models[0], device=CPU, context=250, new_tokens=20)
     with pytest.raises(DataError, match="at least 1"):

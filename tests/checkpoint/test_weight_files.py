@@ -243,3 +243,36 @@ def test_the_fingerprint_covers_the_weights_that_are_read_and_no_others(single: 
     assert model_sha256(resolve_model(single)) == before
     another(single / SINGLE_NAME)
     assert model_sha256(resolve_model(single)) != before
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 5\n"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_a_clone_without_git_lfs(single: Path, name: str, text_file: Path) -> None:
+    """Its large files are texts that point to the content: nothing is damaged."""
+    (single / name).write_text(POINTER)
+    recipe = thanos.Recipe(calibration=str(text_file), samples=1, sequence_length=16, device="cpu")
+    for act in (
+        lambda: thanos.prune(single, single.parent / "out", recipe),
+        lambda: thanos.evaluate(single, text=str(text_file), sequence_length=16, device="cpu"),
+    ):
+        with pytest.raises(ModelError, match=rf"{name} is a pointer of Git LFS.*run git lfs pull") as caught:
+            act()
+        assert "damaged" not in str(caught.value)
+
+
+def test_a_gguf_file_of_a_clone_without_git_lfs(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_text(POINTER)
+    with pytest.raises(ModelError, match=r"m\.gguf is a pointer of Git LFS"):
+        resolve_model(tmp_path / "m.gguf")
+
+
+def test_an_adapter_among_the_weights_is_named(single: Path, text_file: Path) -> None:
+    state = load_file(single / "model.safetensors")
+    state["model.layers.0.self_attn.q_proj.lora_A.default.weight"] = torch.ones(2, 32)
+    save_file(state, single / "model.safetensors", metadata={"format": "pt"})
+    recipe = thanos.Recipe(method="magnitude", calibration=str(text_file), samples=1, sequence_length=16, device="cpu")
+    report = thanos.prune(single, single.parent / "out", recipe)
+    [note] = [line for line in report.warnings if "adapter" in line]
+    assert note.startswith("the weights contain an adapter (1 tensor, such as model.layers.0.self_attn.q_proj.lora_A")

@@ -47,6 +47,7 @@ def hint_of(pattern: str) -> str:
         (50, 0.5), (50.0, 0.5), (10, 0.1), (66.6, 0.666), ("50%", 0.5), ("50 %", 0.5), ("0,5", 0.5), ("0.5", 0.5), (0.5, 0.5),
         ("7.5%", 0.075), ("50", 0.5), (1, None), (100, None), ("100%", None), (-0.5, None), ("half", None), (True, None),
         (float("nan"), None), ("inf", None), (None, None), ([], None),
+        ("2%", 0.02), (2, None), ("5", None), (9.9, None),
     ],
 )  # fmt: skip
 def test_the_share_that_was_meant(given: Any, meant: float | None) -> None:
@@ -91,6 +92,8 @@ def test_the_share_that_was_meant(given: Any, meant: float | None) -> None:
         (near_whole(-1), None),
         (near_number("0,01", share=False), "0.01"),
         (near_number(-0.5, share=True), None),
+        (near_number("1,5", share=False, allows=lambda number: number <= 1), None),
+        (near_whole("1e3", lambda number: number <= 100), None),
     ],
 )
 def test_hints(hint: str, meant: str | None) -> None:
@@ -129,6 +132,12 @@ def test_an_option_before_the_command(words: list[str], says: str, capsys: pytes
         (["--sparsity", "0,5"], "got '0,5' (did you mean 0.5?)"),
         (["--outlier-rows", "10"], "got 10.0 (did you mean 0.1?)"),
         (["--sparsity", "1.5"], "got 1.5\n"),
+        (["--sparsity", "2"], "got 2.0\n"),
+        (["--dense-target", "2"], "at least 0 and at most 1; got '2'\n"),
+        (["--dense-target", "50"], "got '50' (did you mean 0.5?)"),
+        (["--dense-target", "200%"], "got '200%'\n"),
+        (["--tune", "1", "--tune-rate", "50"], "got 50.0\n"),
+        (["--tune-rate", "1,5"], "got '1,5'; see"),
         (["--samples", "1e3"], "got '1e3' (did you mean 1000?)"),
         (["--samples", "-1"], "got -1\n"),
         (["--method", "sparse-gpt"], "(did you mean sparsegpt?)"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -191,6 +192,45 @@ def test_a_run_and_an_evaluation_record_them(
     assert f"(the 2 tokens {GMASK}, {SOP})" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.parametrize("begin", [("[gMASK]", "<sop>"), ("<sop>",)])
+@pytest.mark.parametrize("written", [False, True])
+@pytest.mark.parametrize("bos", [False, True])
+def test_requests_without_a_context_begin_with_all_of_them(begin: tuple[str, ...], written: bool, bos: bool) -> None:
+    from thanos.evaluation.lm_eval_model import wrap
+
+    instance = pytest.importorskip("lm_eval.api.instance").Instance
+    tokenizer, text = tokenizer_with(*begin), prose(6)
+    ids = [GMASK, SOP] if len(begin) > 1 else [SOP]
+    asked = "".join(begin) + text if written else text  # a text that writes them itself gets no second ones
+    with torch.inference_mode():
+        logits = tiny_model()(input_ids=torch.tensor([[*ids, *encode(text)]])).logits[0].double().log_softmax(-1)
+    each = [logits[len(ids) - 1 + i, token].item() for i, token in enumerate(encode(text))]
+    model = wrap(tiny_model(), tokenizer, lambda event: None, bos=bos)
+    request = instance(request_type="loglikelihood", doc={}, arguments=("", asked), idx=0)
+    [(found, _)] = model.loglikelihood([request])
+    assert found == pytest.approx(sum(each), rel=1e-4)
+    assert model.tok_encode(asked) == [*ids, *encode(text)]
+
+
+def test_scores_with_other_beginnings_are_stored_apart(glm: Path, tmp_path: Path) -> None:
+    from thanos.evaluation.score_cache import keys_of
+    from thanos.model.source import resolve_model
+
+    pytest.importorskip("lm_eval")
+
+    class Task:
+        eval_docs = ({"query": "a"},)
+
+        def dump_config(self) -> dict[str, Any]:
+            return {}
+
+    source = resolve_model(glm)
+    found = keys_of(source, {"a": Task()}, None, "float32", torch.device("cpu"), bos=False)
+    plain = dataclasses.replace(source)
+    object.__setattr__(plain, "tokenizer", lambda: tokenizer_with())
+    assert keys_of(plain, {"a": Task()}, None, "float32", torch.device("cpu"), bos=False) != found
+
+
 def test_requests_of_tasks_begin_with_them_either_way() -> None:
     from thanos.evaluation.lm_eval_model import wrap
 
@@ -199,4 +239,4 @@ def test_requests_of_tasks_begin_with_them_either_way() -> None:
     for bos in (False, True):
         model = wrap(tiny_model(), tokenizer, lambda event: None, bos=bos)
         assert model.tok_encode(prose(5)) == [*BEGIN, *encode(prose(5))]
-        assert model.prefix_token_id == END, "before a request without a context, which begins with one token only"
+        assert model.prefix_token_id == GMASK

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import gguf_models
 from gguf_models import ARCHITECTURES, model_of, write_gguf
-from helpers import VOCABULARY
+from helpers import VOCABULARY, save_tiny
 from thanos.checkpoint.gguf_checkpoint import GGUFCheckpoint, Piece
 from thanos.checkpoint.gguf_files import quick_reader
 from thanos.checkpoint.gguf_header import StoredTensor, read_headers
@@ -189,6 +189,24 @@ def test_an_adapter_beside_a_file_is_not_applied_and_a_note_says_so(
             ModelError, match=rf"the adapter in the same folder too, {adapter}; move the file into a folder of its"
         ):
             load(resolve_model(path))
+
+
+def test_every_command_that_loads_a_file_names_the_adapter_beside_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text_file: Path
+) -> None:
+    """The tokenizer of the file makes no difference here: what each command says before it reads a text."""
+    path = write_gguf(tmp_path / "m.gguf", "llama")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    note = "the adapter beside m.gguf, adapter_config.json, is not applied: a GGUF file is read by itself"
+    words = ["--text", str(text_file), "--sequence-length", "16", "--device", "cpu"]
+    for arguments in (
+        ["eval", str(path), *words],
+        ["eval", str(save_tiny(tmp_path / "a")), "--dense", str(path), *words],
+        ["bench", "decode", str(path), "--context", "4", "--new-tokens", "1", "--device", "cpu"],
+    ):
+        run(arguments)
+        said = capsys.readouterr().err
+        assert said.count(note) == 1, (arguments, said)
 
 
 def test_a_missing_part(tmp_path: Path) -> None:

@@ -267,9 +267,33 @@ def test_a_type_that_this_transformers_does_not_know(copy: Path) -> None:
     text = str(caught.value)
     assert "llama_of_tomorrow" in text
     assert "upgrade transformers" in text
-    assert "--trust-remote-code" in text
+    assert "--trust-remote-code" not in text, "this checkpoint has no code that could be allowed"
     assert "corrupt" not in text
     assert "download" not in text
+
+
+FAILS = r"^the Python code of .* fails with transformers .* \({}\); use a newer"
+
+
+@pytest.mark.parametrize(
+    ("files", "what"),
+    [
+        ({}, r"^.* lacks configuration_own\.py, the Python code that its config\.json names; download that file too$"),
+        ({"configuration_own.py": "def x(:\n"}, FAILS.format("SyntaxError: .*")),
+        ({"configuration_own.py": "raise RuntimeError('boom')\n"}, FAILS.format("RuntimeError: boom")),
+        ({"configuration_own.py": "class Other: pass\n"}, FAILS.format("AttributeError: .*Own.*")),
+    ],
+    ids=["absent", "broken", "raising", "another class"],
+)
+def test_own_code_of_an_unknown_type_that_fails_although_it_is_allowed(
+    copy: Path, files: dict[str, str], what: str
+) -> None:
+    edit_config(copy, model_type="llama_of_tomorrow", auto_map={"AutoConfig": "configuration_own.Own"})
+    for name, text in files.items():
+        (copy / name).write_text(text)
+    with pytest.raises(ModelError, match=what) as caught:
+        resolve_model(copy, trust_remote_code=True)
+    assert "trust-remote-code" not in str(caught.value), "it was given"
 
 
 def test_a_gguf_architecture_that_transformers_cannot_read(tmp_path: Path) -> None:

@@ -210,7 +210,7 @@ def test_layers_for_multi_token_prediction_are_kept(case: str, tmp_path: Path, t
     assert {key: inspected[key] for key in keys} == dict.fromkeys(keys, MTP)
 
 
-def test_layers_that_are_left_out_are_printed_at_the_end_of_the_run(
+def test_layers_that_are_left_out_are_printed_once(
     tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, keys, _ = PREDICTION["Qwen: under a name of its own"]
@@ -220,8 +220,11 @@ def test_layers_that_are_left_out_are_printed_at_the_end_of_the_run(
     assert command(["prune", str(folder), str(tmp_path / "out"), *arguments, "--quiet"]) == 0
     said = capsys.readouterr().err.splitlines()
     stay = "transformers does not run them, so they are copied without pruning"
-    assert f"warning: the checkpoint has layers for multi-token prediction (2 tensors): {stay}" in said
-    assert f"warning: the checkpoint has layers beyond the 3 of config.json (3 to 4): {stay}" in said
+    for note in (
+        f"the checkpoint has layers for multi-token prediction (2 tensors): {stay}",
+        f"the checkpoint has layers beyond the 3 of config.json (3 to 4): {stay}",
+    ):
+        assert [line.partition(": ")[2] for line in said if note in line] == [note]
 
 
 def test_they_are_kept_where_transformers_loads_the_whole_model(
@@ -263,6 +266,30 @@ def test_a_pruned_model_says_so_and_the_report_keeps_its_sparsity(copy: Path, te
     assert "about 50.0 %" in note
     assert report.model["sparsity"] == pytest.approx(0.5)
     assert report.totals["sparsity_targeted"] == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize("quiet", [[], ["--quiet"]])
+def test_the_command_says_so_once(
+    quiet: list[str], copy: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, once = run(copy, text_file)
+    words = ["--calibration", str(text_file), "--samples", "1", "--sequence-length", "16", "--sparsity", "0.75"]
+    assert command(["prune", str(once), str(tmp_path / "twice"), *words, "--device", "cpu", *quiet]) == 0
+    said = [line.partition(": ")[2] for line in capsys.readouterr().err.splitlines() if ": " in line]
+    assert sum("pruned already" in line for line in said) == 1
+    assert len(set(said)) == len(said), "nothing else is said twice either"
+
+
+def test_a_resumed_run_says_what_the_run_before_it_found(
+    copy: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, once = run(copy, text_file)
+    words = ["prune", str(once), str(tmp_path / "twice"), "--calibration", str(text_file), "--samples", "1"]
+    words += ["--sequence-length", "16", "--sparsity", "0.75", "--device", "cpu"]
+    assert command(words) == 0
+    capsys.readouterr()
+    assert command([*words, "--resume"]) == 0, "complete already: nothing runs, so no note is shown"
+    assert sum("pruned already" in line for line in capsys.readouterr().err.splitlines()) == 1
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from thanos.export.pack import pack
 from thanos.export.unpack import unpack
 from thanos.sparse import loader, packed_modules
 from thanos.sparse.modules import DenseLinear
+from thanos.system import library_warnings
 
 
 @pytest.fixture
@@ -183,7 +184,7 @@ def test_dequantize_takes_a_dtype_and_works_after_saving(tmp_path):
 def test_a_device_without_a_kernel_gets_a_dense_model_and_one_message(tmp_path, monkeypatch):
     source, packed = both(tmp_path)
     monkeypatch.setattr(loader, "lacking", lambda device: "it is of another age")
-    monkeypatch.setattr(loader, "_SAID", set())
+    monkeypatch.setattr(library_warnings, "_SAID", set())
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         models = [AutoModelForCausalLM.from_pretrained(packed, dtype="auto") for _ in range(2)]
@@ -209,7 +210,7 @@ def test_the_environment_chooses_and_is_checked(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("stay_packed")
 def test_another_dtype_is_named_and_not_taken(tmp_path):
     _, packed = both(tmp_path)
-    with pytest.warns(UserWarning, match=r"runs in torch\.bfloat16, not in torch\.float32"):
+    with pytest.warns(library_warnings.ThanosWarning, match=r"runs in torch\.bfloat16, not in torch\.float32"):
         model = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float32)
     assert model.dtype == torch.bfloat16
 

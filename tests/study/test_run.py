@@ -527,12 +527,17 @@ def test_only_texts_of_cells_that_are_left_have_to_be_there(tmp_path: Path, data
         go(path, data, out)
 
 
-@pytest.mark.parametrize("fault", ["windows", "chats", "tokenizer"])
-def test_a_model_that_cannot_be_evaluated_is_refused_before_it_is_pruned(
+@pytest.mark.parametrize("fault", ["windows", "calibration", "chats", "tokenizer"])
+def test_a_model_that_cannot_be_pruned_or_evaluated_is_refused_before_it_is_pruned(
     fault: str, tmp_path: Path, data: Path
 ) -> None:
-    head, words = HEAD, ""
-    if fault == "windows":
+    head, grid, words = HEAD, GRID, ""
+    if fault == "calibration":
+        grid = re.sub(r"sequence_length = \d+", "sequence_length = [32, 512]", GRID)
+        words = (
+            r"calibration with sequence_length 512 is beyond the 256 positions of tiny; set it in \[\[grid\]\] to 256"
+        )
+    elif fault == "windows":
         head, words = HEAD.replace("sequence_length = 64", "sequence_length = 100000"), "beyond the model's"
     elif fault == "chats":
         chat = {"messages": [{"role": "user", "content": "hello"}]}
@@ -544,7 +549,7 @@ def test_a_model_that_cannot_be_evaluated_is_refused_before_it_is_pruned(
             file.unlink()
         words = "has no tokenizer"
     with pytest.raises(StudyError, match=rf"line 1, models: .*{words}"):
-        go(write(tmp_path, GRID + 'method = "magnitude"\n', head), data, tmp_path / "out")
+        go(write(tmp_path, grid + 'method = "magnitude"\n', head), data, tmp_path / "out")
 
 
 @pytest.mark.parametrize(("devices", "workers"), [([], 1), (["cpu"], 0), (["gpu"], 1)])

@@ -15,7 +15,7 @@ from thanos.bench.measure import machine, median_seconds, synchronize
 from thanos.bench.weights import weight_bytes
 from thanos.errors import DataError, ModelError
 from thanos.events import Event, Watcher
-from thanos.model.loading import context_length, load_model
+from thanos.model.loading import adapter_notes, context_length, load_model
 from thanos.model.source import find_local, resolve_model
 from thanos.sparse.modules import packed_modules
 from thanos.system.documents import Document
@@ -118,10 +118,14 @@ def time_decoding(
     names = [packed] if dense is None else [packed, dense]
     for name in names:
         find_local(name, trust_remote_code=trust_remote_code, packed=True)
+    sources = [resolve_model(name, trust_remote_code=trust_remote_code, packed=True) for name in names]
+    for name, source in zip(names, sources, strict=True):
+        _check_positions(name, source.config(), context, new_tokens)
     results = []
-    for done, name in enumerate(names, 1):
+    for done, (name, source) in enumerate(zip(names, sources, strict=True), 1):
         emit(Event(kind="phase", phase="evaluate"))
-        source = resolve_model(name, trust_remote_code=trust_remote_code, packed=True)
+        for line in adapter_notes(source):
+            emit(Event(kind="note", phase="evaluate", message=line))
         model: Any = load_model(source, device=device)
         results.append(time_network(model, name, context=context, new_tokens=new_tokens, compiled=compiled))
         del model
@@ -136,6 +140,15 @@ def time_decoding(
         models=results,
         same_tokens=_common(results[0].tokens, results[1].tokens) if len(results) > 1 else None,
     )
+
+
+def _check_positions(name: str, config: Any, context: int, new_tokens: int) -> None:
+    """Raise DataError if prompt and new tokens exceed a model's positions."""
+    positions = context_length(config)
+    if positions is not None and context + new_tokens + _WARM_STEPS + 1 > positions:
+        raise DataError(
+            f"{name} has {positions} positions; lower --context (now {context}) or --new-tokens (now {new_tokens})"
+        )
 
 
 @torch.inference_mode()
@@ -156,11 +169,7 @@ def time_network(
         ModelError: a step cannot be captured as a CUDA graph.
     """
     device = model.device
-    positions = context_length(model.config)
-    if positions is not None and context + new_tokens + _WARM_STEPS + 1 > positions:
-        raise DataError(
-            f"{name} has {positions} positions; lower --context (now {context}) or --new-tokens (now {new_tokens})"
-        )
+    _check_positions(name, model.config, context, new_tokens)
     draw = torch.Generator().manual_seed(0)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     prompt = torch.randint(0, vocabulary, (1, context), generator=draw).to(device)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from thanos.checkpoint.weight_files import pointer_fault
 from thanos.errors import ModelError
 from thanos.system.extras import install_command
 
@@ -45,7 +46,9 @@ def check_gguf(path: Path, what: str = "MODEL") -> Path:
             )
         with part.open("rb") as file:
             if file.read(4) != b"GGUF":
-                raise ModelError(f"{part} is not a GGUF file, or is truncated; download it again")
+                raise ModelError(
+                    pointer_fault(part) or f"{part} is not a GGUF file, or is truncated; download it again"
+                )
     require_packages()
     return parts[0]
 

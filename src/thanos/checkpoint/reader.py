@@ -27,7 +27,7 @@ from thanos.checkpoint.layout import (
     TensorInfo,
     parse_entry,
 )
-from thanos.checkpoint.weight_files import AGAIN, INDEX_NAME, WeightFiles, find_weights
+from thanos.checkpoint.weight_files import AGAIN, INDEX_NAME, WeightFiles, find_weights, pointer_fault
 from thanos.errors import ModelError, ResourceError
 
 _MAX_HEADER = 100_000_000  # the format's own limit
@@ -161,7 +161,8 @@ def read_shard(path: Path) -> tuple[ShardLayout, dict[str, TensorInfo]]:
         start = file.read(8)
         length = int.from_bytes(start, "little")
         if len(start) < 8 or length > min(_MAX_HEADER, size - 8):
-            raise ModelError(f"{path} is truncated or not a safetensors file ({size} bytes); {AGAIN}")
+            wrong = f"{path} is truncated or not a safetensors file ({size} bytes); {AGAIN}"
+            raise ModelError(pointer_fault(path) or wrong)
         return parse_shard(path, start + file.read(length), size)
 
 

@@ -22,6 +22,22 @@ _LORA = (".lora_A.", ".lora_B.", ".lora_embedding_A", ".lora_down.", ".lora_magn
 """Parts of the names of a low-rank adapter's tensors."""
 
 
+_POINTER = b"version https://git-lfs.github.com/"
+"""First bytes of the text that Git puts in the place of a large file."""
+
+
+def pointer_fault(path: Path) -> str:
+    """Return the error line for a file that is a pointer of Git LFS, as in a clone without LFS; empty if it is none."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(_POINTER))
+    except OSError:
+        return ""
+    if start != _POINTER:
+        return ""
+    return f"{path} is a pointer of Git LFS, without the file's content; run git lfs pull in its folder, or download it again"
+
+
 @dataclass(frozen=True, slots=True)
 class WeightFiles:
     """The weights of a folder.
@@ -160,9 +176,14 @@ def _adapter(folder: Path, files: Collection[str], weights: Iterable[str]) -> st
         if name in files:
             return name
     for path in sorted(folder.glob("*.safetensors")):
-        if path.name not in weights and any(part in key for key in _keys(path) for part in _LORA):
+        if path.name not in weights and any(map(is_adapters, _keys(path))):
             return path.name
     return None
+
+
+def is_adapters(key: str) -> bool:
+    """Return whether a tensor belongs to a low-rank adapter, by its name."""
+    return any(part in key for part in _LORA)
 
 
 def _keys(path: Path) -> list[str]:
@@ -181,7 +202,7 @@ def _no_weights(files: Collection[str], name: str) -> str:
     if any(fnmatch.filter(files, pattern) for pattern in _PICKLES):
         return (
             f"{name} holds its weights as pickle files, which can run any code when they are read; convert them "
-            "where you trust them: AutoModelForCausalLM.from_pretrained(...).save_pretrained(..., safe_serialization)"
+            "where you trust them: AutoModelForCausalLM.from_pretrained(...).save_pretrained(FOLDER)"
         )
     lacking = f"{name} has no weights: neither {SINGLE_NAME} nor {INDEX_NAME}"
     others = sorted(fnmatch.filter(files, "*.safetensors*"))

@@ -5,6 +5,7 @@ Their help shows the options under headings, each with its default, and examples
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,7 +20,8 @@ from thanos.system.ranks import is_main_process
 from thanos.system.suggestions import near, near_number, near_whole
 
 _HELP = ("-h", "--help")
-_FRACTIONS = [f"--{name.replace('_', '-')}" for name, described in SETTINGS.items() if described.below == 1]
+_SETTING_OF = {f"--{name.replace('_', '-')}": described for name, described in SETTINGS.items()}
+"""Option → its setting, for options of a recipe."""
 
 
 class Command(TyperCommand):
@@ -186,7 +188,10 @@ class _Words:
             if kind is not None:
                 kind(value)
         except ValueError:
-            hint = near_whole(value) if kind is int else near_number(value, share=name in _FRACTIONS)
+            described = _SETTING_OF.get(name)
+            allows = math.isfinite if described is None else described.allows
+            share = described is not None and described.below == 1
+            hint = near_whole(value, allows) if kind is int else near_number(value, share=share, allows=allows)
             what = "a whole number" if kind is int else "a number"
             raise self._refusal(f"{name} must be {what}; got {value!r}{hint}") from None
 

@@ -56,7 +56,7 @@ def demo(model: str, out: Path) -> None:
             settings = recipe | _SETTINGS
             announce("prune", dense, out / name, **settings)
             report = thanos.prune(dense, out / name, thanos.Recipe(**settings), overwrite=True, on_event=watcher)
-            output.show_warnings(report)
+            output.show_warnings(report, watcher.notes)
             seconds[name] = report.seconds
         announce("pack", pruned, packed)
         began = time.perf_counter()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,10 +42,11 @@ _BOS = {
 }
 
 
-def show_report(report: PruningReport, out: Path, *, complete: bool = False) -> None:
+def show_report(report: PruningReport, out: Path, *, complete: bool = False, said: Collection[str] = ()) -> None:
     """Print the results of a pruning run, its time and memory, and the output folder.
 
-    ``complete`` is true if an earlier run had already finished ``out``; the report is then that run's.
+    ``complete`` is true if an earlier run had already finished ``out``; the report is then that run's. ``said``: warnings that
+    the command already printed as notes.
     """
     totals, recipe = report.totals, report.recipe
     rows = [
@@ -59,7 +60,7 @@ def show_report(report: PruningReport, out: Path, *, complete: bool = False) -> 
         ("already complete, in" if complete else "written to", str(out)),
     ]
     print_table(("", ""), rows)
-    show_warnings(report)
+    show_warnings(report, said)
 
 
 def _sparsity_rows(totals: Mapping[str, Any], which: str) -> list[tuple[str, str]]:
@@ -84,10 +85,18 @@ def _repair_rows(report: PruningReport) -> list[tuple[str, str]]:
     return [(f"error of block {last.block + 1}, after each stage", stages)]
 
 
-def show_recovery(report: RecoveryReport, out: Path, json_file: Path | None, *, complete: bool = False) -> None:
+def show_recovery(
+    report: RecoveryReport,
+    out: Path,
+    json_file: Path | None,
+    *,
+    complete: bool = False,
+    said: Collection[str] = (),
+) -> None:
     """Print the results of a recovery, and write them as JSON if a file is given.
 
-    ``complete`` is true if an earlier run had already finished ``out``; the report is then that run's.
+    ``complete`` is true if an earlier run had already finished ``out``; the report is then that run's. ``said``: warnings that
+    the command already printed as notes.
     """
     sequences = report.sequences
     before, after = report.held_out_before, report.held_out_after
@@ -104,7 +113,8 @@ def show_recovery(report: RecoveryReport, out: Path, json_file: Path | None, *, 
     ]
     show_rows(rows, report.to_dict(), json_file)
     for line in report.warnings:
-        print(f"warning: {line}", file=sys.stderr)
+        if line not in said:
+            print(f"warning: {line}", file=sys.stderr)
 
 
 def show_plan(plan: Plan, json_file: Path | None) -> None:
@@ -126,11 +136,11 @@ def show_plan(plan: Plan, json_file: Path | None) -> None:
         print(f"warning: {line}", file=sys.stderr)
 
 
-def show_warnings(report: PruningReport) -> None:
-    """Print the first warnings on the standard error, and the file with all of them."""
+def show_warnings(report: PruningReport, said: Collection[str] = ()) -> None:
+    """Print the first warnings on the standard error, and the file with all of them; none of those in ``said``."""
     from thanos.engine.layer_warnings import warning_lines
 
-    lines = [*report.warnings, *warning_lines(report.layers)]
+    lines = [line for line in (*report.warnings, *warning_lines(report.layers)) if line not in said]
     for line in lines[:_SHOWN_WARNINGS]:
         print(f"warning: {line}", file=sys.stderr)
     if len(lines) > _SHOWN_WARNINGS:

@@ -15,6 +15,7 @@ from typing import Any, TextIO, TypeVar
 
 from thanos.cli.position import Position
 from thanos.events import Event
+from thanos.system.library_warnings import print_in_one_line
 
 E = TypeVar("E")
 
@@ -52,22 +53,42 @@ def hush() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")  # the GGUF reader draws its bar unconditionally
     for name in ("lm_eval", "torchao", "torch.utils._pytree"):  # torchao warns of kernels for other devices
         logging.getLogger(name).setLevel(logging.ERROR)
+    print_in_one_line()
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
 
+class Watcher:
+    """A function that displays events and keeps the messages of the notes that it displayed.
+
+    Args:
+        show: displays one event.
+
+    Attributes:
+        notes: the messages, so that a command does not print them again at its end.
+    """
+
+    def __init__(self, show: Callable[[Event], None]) -> None:
+        self._show = show
+        self.notes: set[str] = set()
+
+    def __call__(self, event: Event) -> None:
+        """Show one event."""
+        self._show(event)
+        if event.kind == "note":
+            self.notes.add(event.message)
+
+
 @contextmanager
-def watch(
-    *, quiet: bool = False, silent: bool = False, stream: TextIO | None = None
-) -> Iterator[Callable[[Event], None]]:
+def watch(*, quiet: bool = False, silent: bool = False, stream: TextIO | None = None) -> Iterator[Watcher]:
     """Yield a function that shows events on the standard error; see :func:`shown`. With ``silent`` it shows nothing."""
     if silent:
-        yield lambda event: None
+        yield Watcher(lambda event: None)
         return
     with shown(_live, PlainLines, lambda event: event.kind == "note", quiet=quiet, stream=stream) as show:
-        yield show
+        yield Watcher(show)
 
 
 @contextmanager

@@ -113,7 +113,7 @@ def prune(
             model, out, chosen, overwrite=overwrite, resume=resume, activations=activations, on_event=watcher
         )
     if ranks.is_main_process():
-        output.show_report(report, out, complete=complete)
+        output.show_report(report, out, complete=complete, said=watcher.notes)
 
 
 def _error_setting(which: str | None) -> dict[str, bool | None]:

@@ -69,4 +69,4 @@ def recover(
             pruned, out, dense=dense, recipe=recipe, overwrite=overwrite, resume=resume, on_event=watcher
         )
     if ranks.is_main_process():
-        output.show_recovery(report, out, json_file, complete=complete)
+        output.show_recovery(report, out, json_file, complete=complete, said=watcher.notes)

@@ -22,7 +22,7 @@ from thanos.evaluation.reference import make_reference
 from thanos.evaluation.scoring import Reference
 from thanos.events import Event, Watcher
 from thanos.model.bos import check_bos
-from thanos.model.loading import load_model, parse_dtype
+from thanos.model.loading import adapter_notes, load_model, parse_dtype
 from thanos.model.opening import running_dtype
 from thanos.model.source import ModelSource, find_local, resolve_model
 from thanos.run.model_card import public_name
@@ -234,7 +234,7 @@ class _Run:
             fields["kind"] = entry.quantised
             fields["notes"].append(quantise(network, entry.quantised))
         fields["disk_bytes"] = saved_bytes(network) if entry.quantised else disk_bytes(source)
-        fields["notes"] += facts.notes
+        fields["notes"] += [*adapter_notes(source), *facts.notes]
         fields["dtype"] = str(network.dtype).removeprefix("torch.")
         if network.dtype != self._dtype:  # packed weights keep the dtype in which they were packed
             fields["notes"].append(f"runs in {fields['dtype']}, the dtype of its packed weights")

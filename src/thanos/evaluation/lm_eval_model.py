@@ -25,6 +25,7 @@ import torch
 
 from thanos.events import Event
 from thanos.model.attention import fast_attention
+from thanos.model.bos import added_bos, without_bos
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -102,11 +103,12 @@ def wrap(network: PreTrainedModel, tokenizer: Any, emit: Callable[[Event], None]
 
     ``emit`` gets events with the number of answered requests. ``bos``: whether lm_eval adds a beginning-of-text token before
     each request (its ``add_bos_token``). Otherwise a request begins as the tokenizer begins a text.
+    One without a context does so too.
     """
     from lm_eval.models import huggingface
 
     base: Any = huggingface.HFLM
-    known = kept_ids(tokenizer)
+    known, begin = kept_ids(tokenizer), added_bos(tokenizer)
 
     class Wrapped(base):
         done = total = 0
@@ -143,7 +145,16 @@ def wrap(network: PreTrainedModel, tokenizer: Any, emit: Callable[[Event], None]
                 known[key] = array("i", super().tok_encode(string, add_special_tokens, left_truncate_len))
             return known[key].tolist()
 
+        def begun(self, request: Any) -> Any:
+            """Return a request whose context is all tokens that begin a text, if lm_eval put only one for an empty one."""
+            texts, *_ = request
+            if len(begin) < 2 or not texts or texts[0] != "":
+                return request
+            text = without_bos(self.tok_encode(texts[1], add_special_tokens=False), begin)
+            return texts, list(begin), text
+
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **others: Any) -> Any:
+            requests = [self.begun(request) for request in requests]
             if not self.tokens:
                 return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, **others)
             # With "auto" lm_eval calls _batch_scheduler.
@@ -169,7 +180,10 @@ def wrap(network: PreTrainedModel, tokenizer: Any, emit: Callable[[Event], None]
                 return super()._model_call(inps, *arguments, **others)
 
     sequences = _SEQUENCES.get(network.device.type, _SEQUENCES["cpu"])
-    model = Wrapped(pretrained=network, tokenizer=tokenizer, batch_size=sequences, add_bos_token=bos or None)
+    first = begin[0] if begin else None
+    model = Wrapped(
+        pretrained=network, tokenizer=tokenizer, batch_size=sequences, add_bos_token=bos or None, prefix_token_id=first
+    )
     if network.device.type == "cuda":
         width = getattr(network.config.get_text_config(), "vocab_size", len(tokenizer))
         model.tokens = max(1, _LOGITS_BYTES // (width * network.dtype.itemsize))

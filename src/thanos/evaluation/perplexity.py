@@ -19,7 +19,7 @@ from thanos.evaluation.scoring import Reference, score
 from thanos.evaluation.windows import check_window, cut_windows, decide_bos
 from thanos.events import Event
 from thanos.model.bos import Bos, check_bos, ids_at
-from thanos.model.loading import load_model, parse_dtype
+from thanos.model.loading import adapter_notes, load_model, parse_dtype
 from thanos.model.source import find_local, resolve_model
 from thanos.system.device import choose_device
 from thanos.system.documents import Document
@@ -143,6 +143,8 @@ def evaluate(
     if reference is None:
         for each in (source, dense_source):
             if each is not None:
+                for line in adapter_notes(each):
+                    emit(Event(kind="note", phase="evaluate", message=line))
                 check_window(sequence_length, each.config())
         tokenizer = source.tokenizer()
         check_text_source(text, evaluation=True, tokenizer=source.tokenizer)  # the first rows, before all of them

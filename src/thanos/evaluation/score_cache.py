@@ -1,7 +1,8 @@
 """The cache of zero-shot scores: one file for each score, whose name is the score's key.
 
 The key is a hash of everything that determines the score: the model's weights, config and tokenizer, the task's settings and
-documents, the limit, the dtype, the type of device, the added BOS, and the versions of lm_eval, transformers and torch.
+documents, the limit, the dtype, the type of device, the added BOS and what begins a text, and the versions of lm_eval,
+transformers and torch.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 
+from thanos.model.bos import added_bos, defined_bos
 from thanos.model.fingerprint import model_sha256
 from thanos.model.source import ModelSource
 from thanos.system.files import write_atomically
@@ -38,6 +40,9 @@ def keys_of(
     versions = [metadata.version("lm_eval"), metadata.version("transformers"), torch.__version__]
     common = [model_sha256(source), limit, dtype, where.type, *versions]
     common += ["add_bos_token"] if bos else []
+    tokenizer = source.tokenizer()
+    begin, usual = added_bos(tokenizer), defined_bos(tokenizer)
+    common += ["begin", *begin] if begin and begin != (usual,) else []  # other scores were stored without it
     return {name: _key(task, common) for name, task in tasks.items()}
 
 

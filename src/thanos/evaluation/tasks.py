@@ -24,7 +24,7 @@ from thanos.evaluation.lm_eval_model import keep_requests, templates_compiled_on
 from thanos.evaluation.score_cache import keys_of, read_score, write_score
 from thanos.events import Event
 from thanos.model.bos import added_bos, check_bos
-from thanos.model.loading import load_model, parse_dtype
+from thanos.model.loading import adapter_notes, load_model, parse_dtype
 from thanos.model.opening import running_dtype
 from thanos.model.source import ModelSource, find_local, resolve_model
 from thanos.model.transformers_errors import first_line
@@ -62,7 +62,8 @@ class ZeroShot(Document):
         device: device on which the model runs.
         versions: versions of thanos, lm_eval, torch and transformers.
         bos: ``window`` if lm_eval made the tokenizer begin each request as a text (its ``add_bos_token``); ``text`` if that was
-            left to the tokenizer. A request without a context has one token before it in both cases, as lm_eval allows.
+            left to the tokenizer. A request without a context begins as the tokenizer begins a text, or if it adds nothing,
+            with its BOS or else its end-of-text token.
         schema: version of this format.
     """
 
@@ -133,6 +134,9 @@ def zero_shot(
     else:
         check_tasks(tasks, task_folder)
         source = _checked_source(model, add_bos, trust_remote_code=trust_remote_code)
+    emit = on_event or (lambda event: None)
+    for line in adapter_notes(source):
+        emit(Event(kind="note", phase="tasks", message=line))
     runs_in = running_dtype(source, dtype) if network is None else network.dtype
     dtype = str(runs_in).removeprefix("torch.")  # so "auto" has the same cache key as the dtype it means
     loaded = _load_tasks(tuple(tasks), None if task_folder is None else str(task_folder))
@@ -143,7 +147,7 @@ def zero_shot(
         if network is None:
             with resource_errors(device=where):
                 network = load_model(source, dtype=runs_in, device=where)
-        scores |= _score(network, source, [loaded[name] for name in missing], limit, where, on_event, bos=add_bos)
+        scores |= _score(network, source, [loaded[name] for name in missing], limit, where, emit, bos=add_bos)
         for name in missing if cache else []:
             write_score(keys[name], scores[name])
     return ZeroShot(
@@ -263,7 +267,7 @@ def _score(
     tasks: list[Any],
     limit: int | None,
     where: torch.device,
-    on_event: Callable[[Event], None] | None,
+    emit: Callable[[Event], None],
     *,
     bos: bool,
 ) -> dict[str, dict[str, Any]]:
@@ -275,7 +279,7 @@ def _score(
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=_FEWSHOT_SEED)
-    model = wrap(network, source.tokenizer(), on_event or (lambda event: None), bos=bos)
+    model = wrap(network, source.tokenizer(), emit, bos=bos)
     chosen = {"tasks": {task.config.task: task for task in tasks}, "groups": {}}
     with resource_errors(device=where), templates_compiled_once():
         output = lm_eval.evaluate(model, chosen, limit=limit, log_samples=False)  # type: ignore[arg-type]

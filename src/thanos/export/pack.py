@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,8 @@ from thanos.export.folder import written
 from thanos.export.record import CHANGED, NAME, LayerPacking, Packing, describe_dense
 from thanos.model.opening import CONVERTED, open_model
 from thanos.model.source import find_local, resolve_model
+from thanos.run.model_card import PLAIN_USE, PLAIN_ZEROS
+from thanos.sparse.card import HEADING, packed_section
 from thanos.sparse.encoding import encode_strips, offsets_of
 from thanos.sparse.storage import OFFSETS, ONE_DTYPE, WORDS, settings_of, tensor_specs
 from thanos.system.documents import json_text
@@ -161,28 +162,11 @@ def _config(folder: Path, candidates: list[Candidate]) -> dict[str, Any]:
 
 
 def _card(folder: Path, report: Packing) -> str:
-    """Return the dense folder's model card with a section on how to load the packed model."""
+    """Return the dense folder's model card, which says how to load the packed model."""
     path = folder / "README.md"
     card = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    return "\n".join([*([card.rstrip(), ""] if card else []), *_section(report), ""])
-
-
-def _section(report: Packing) -> Iterator[str]:
-    count = sum(1 for layer in report.layers if layer.format)
-    yield "## Packed weights"
-    yield ""
-    yield (
-        f"{count} linear layers of this model are stored in a packed sparse format: all tensors take "
-        f"{report.nbytes / 1e9:.3f} GB, and {report.dense_bytes / 1e9:.3f} GB in the dense form. transformers alone cannot "
-        "read it: it would warn of the unknown method `thanos_sparse` and fill the layers with random numbers. Install the "
-        "package and import it first:"
-    )
-    yield ""
-    yield "```python"
-    yield "import thanos.sparse  # pip install thanos-llm"
-    yield "from transformers import AutoModelForCausalLM"
-    yield ""
-    yield 'model = AutoModelForCausalLM.from_pretrained("THIS FOLDER")'
-    yield "```"
-    yield ""
-    yield "`thanos unpack PACKED OUT` restores the dense folder, byte by byte."
+    card = card.replace(PLAIN_USE, f"This is a packed checkpoint, which needs Thanos: see {HEADING.strip('# ')}.")
+    card = card.replace(f"{PLAIN_ZEROS}\n\n", "")
+    layers = sum(1 for layer in report.layers if layer.format)
+    section = packed_section(layers, report.nbytes, report.dense_bytes, "the dense folder, byte by byte")
+    return "\n\n".join(filter(None, (card.rstrip(), section)))

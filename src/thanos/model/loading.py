@@ -122,6 +122,14 @@ def _load_gguf(source: ModelSource, dtype: torch.dtype, device: torch.device) ->
     return model.to(device)
 
 
+def adapter_notes(source: ModelSource) -> list[str]:
+    """Return the note on an adapter beside a GGUF file; no note if there is none. Adapters beside folders are refused."""
+    adapter = None if source.gguf is None else adapter_beside(source.gguf)
+    if source.gguf is None or adapter is None:
+        return []
+    return [f"the adapter beside {source.gguf.name}, {adapter}, is not applied: a GGUF file is read by itself"]
+
+
 def _split_count(source: ModelSource) -> int:
     """Return the number of parts of a GGUF file, as its header states it; 0 for a folder, or a file in one part."""
     count = source.gguf_header.metadata.get("split.count", 0) if source.gguf is not None else 0

@@ -12,11 +12,10 @@ from thanos.checkpoint.cast import in_dtype
 from thanos.checkpoint.in_memory import LoadedCheckpoint
 from thanos.checkpoint.layout import Checkpoint
 from thanos.checkpoint.reader import SafetensorsCheckpoint
-from thanos.checkpoint.weight_files import adapter_beside
 from thanos.errors import ModelError
 from thanos.model.experts import Experts
 from thanos.model.gguf_mapping import BY_BLOCK, gguf_checkpoint, untied_note
-from thanos.model.loading import load_model, parse_dtype
+from thanos.model.loading import adapter_notes, load_model, parse_dtype
 from thanos.model.meta_model import build_meta_model, persistent_tensors
 from thanos.model.names import match_parameters, rename_keys, split_fused
 from thanos.model.source import ModelSource
@@ -122,11 +121,7 @@ def _gguf_notes(source: ModelSource, *, whole: bool) -> list[str]:
                 f"{', '.join(BY_BLOCK)}"
             )
         notes.append(f"transformers loads this GGUF file whole, in float32: {why}")
-    assert source.gguf is not None
-    if adapter := adapter_beside(source.gguf):
-        notes.append(
-            f"the adapter in the folder of {source.gguf.name}, {adapter}, is not applied: only the GGUF file is read"
-        )
+    notes += adapter_notes(source)
     if note := untied_note(header):
         notes.append(note)
     return notes

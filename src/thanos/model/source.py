@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from thanos.checkpoint.gguf_files import check_gguf, gguf_parts, is_gguf, quick_reader
 from thanos.checkpoint.gguf_header import GGUFHeader, read_headers
-from thanos.checkpoint.weight_files import WeightFiles, find_weights, refuse_lone_adapter
+from thanos.checkpoint.weight_files import WeightFiles, find_weights, pointer_fault, refuse_lone_adapter
 from thanos.errors import ModelError
 from thanos.model.gguf_config import complete_config
 from thanos.model.hub import download
-from thanos.model.transformers_errors import describe_import_error, first_line, package_errors
+from thanos.model.transformers_errors import describe_config_error, describe_import_error, first_line, package_errors
 from thanos.system.extras import is_installed
 from thanos.system.user_paths import model_name
 
@@ -104,22 +104,17 @@ class ModelSource:
         """Return the error line for a config that transformers refuses."""
         import transformers
 
-        version, line = transformers.__version__, first_line(error)
-        if self.gguf is not None:
-            if "is not supported" in line:
-                return (
-                    f"transformers {version} cannot read {self.name} ({line}); upgrade transformers, or give the model as a "
-                    "folder of safetensors"
-                )
-            return f"the GGUF file of {self.name} cannot be used ({line}); it may be truncated or corrupt: download it again"
-        kind = json.loads((self.folder / "config.json").read_bytes()).get("model_type")
-        if isinstance(kind, str) and kind not in transformers.CONFIG_MAPPING:
+        if self.gguf is None:
+            values = json.loads((self.folder / "config.json").read_bytes())
+            return describe_config_error(self.name, values, error, trusted=self.trust_remote_code)
+        line = first_line(error)
+        if "is not supported" in line:
             return (
-                f"{self.name} is of the type {kind}, which transformers {version} does not know; upgrade transformers, or, if "
-                "the model brings Python code of its own, read that code and allow it with --trust-remote-code"
+                f"transformers {transformers.__version__} cannot read {self.name} ({line}); upgrade transformers, or give the "
+                "model as a folder of safetensors"
             )
         return (
-            f"the config of {self.name} cannot be used ({line}); correct config.json, or use the model's original one"
+            f"the GGUF file of {self.name} cannot be used ({line}); it may be truncated or corrupt: download it again"
         )
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -143,7 +138,8 @@ class ModelSource:
             who = f"the tokenizer of {self.name}"
             if lacking := _missing_packages(self):  # transformers may name packages of other formats
                 raise ModelError(f"{who} cannot be read: {lacking}") from error
-            line = f"{who} cannot be read: {first_line(error)}"
+            pointers = () if self.gguf else (pointer_fault(self.folder / name) for name in _TOKENIZER_FILES)
+            line = next(filter(None, pointers), f"{who} cannot be read: {first_line(error)}")
             raise ModelError(describe_import_error(who, error) or line) from error
 
     def generation_config(self) -> GenerationConfig | None:

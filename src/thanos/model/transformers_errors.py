@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -52,16 +52,43 @@ def building_errors(model: str, config: Any) -> Iterator[None]:
         raise ModelError(describe_building_error(model, config, error)) from error
 
 
+def describe_config_error(model: str, values: Mapping[str, Any], error: BaseException, *, trusted: bool) -> str:
+    """Return the error line for a config that transformers refuses.
+
+    Args:
+        model: the model's name.
+        values: the content of config.json.
+        error: the refusal.
+        trusted: whether the user allowed the checkpoint's own code.
+    """
+    import transformers
+
+    kind, version = values.get("model_type"), transformers.__version__
+    if trusted and values.get("auto_map"):
+        return _own_code_fails(model, error)
+    if isinstance(kind, str) and kind not in transformers.CONFIG_MAPPING:
+        return f"{model} is of the type {kind}, which transformers {version} does not know; upgrade transformers"
+    return f"the config of {model} cannot be used ({first_line(error)}); correct config.json, or use the model's original one"
+
+
+def _own_code_fails(model: str, error: BaseException) -> str:
+    import transformers
+
+    if absent := re.search(r"does not appear to have a file named ([\w./-]+\.py)", str(error)):
+        return f"{model} lacks {absent[1]}, the Python code that its config.json names; download that file too"
+    return (
+        f"the Python code of {model} fails with transformers {transformers.__version__} ({type(error).__name__}: "
+        f"{first_line(error)}); use a newer version of the checkpoint, or the version of transformers that its card names"
+    )
+
+
 def describe_building_error(model: str, config: Any, error: BaseException) -> str:
     """Return the error line for a model that could not be built from its config."""
     import transformers
 
     version, what = transformers.__version__, f"{type(error).__name__}: {first_line(error)}"
     if brings_code(config):
-        return (
-            f"the Python code of {model} fails with transformers {version} ({what}); use a newer version of the "
-            "checkpoint, or the version of transformers that its card names"
-        )
+        return _own_code_fails(model, error)
     return (
         f"transformers {version} cannot build {model} from its config ({what}); correct config.json, or use the model's "
         "original one"

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from thanos.checkpoint.weight_files import is_adapters
 from thanos.model.layers import find_blocks
 
 MTP = "multi-token prediction layer: transformers does not run it"
@@ -57,14 +58,15 @@ class Unused:
         return "no parameter of the model: transformers does not read it"
 
     def notes(self, keys: Iterable[str]) -> list[str]:
-        """Return a note for each kind of layers that the checkpoint has and transformers does not run.
+        """Return a note for each kind of layers that the checkpoint has and transformers does not run, and on an adapter.
 
         ``keys`` are the names of the tensors without a parameter.
         """
-        keys = list(keys)
+        keys = sorted(keys)
         predicting = [key for key in keys if self.is_prediction(key)]
         indices = {index for key in set(keys) - set(predicting) if (index := self._index(key)) is not None}
         beyond = sorted(index for index in indices if index >= self._count)
+        adapter = [key for key in keys if is_adapters(key)]
         stay = "transformers does not run them, so they are copied without pruning"
         notes = []
         if predicting:
@@ -72,6 +74,12 @@ class Unused:
         if beyond:
             which = str(beyond[0]) if len(beyond) == 1 else f"{beyond[0]} to {beyond[-1]}"
             notes.append(f"the checkpoint has layers beyond the {self._count} of config.json ({which}): {stay}")
+        if adapter:
+            count = f"{len(adapter)} {'tensor' if len(adapter) == 1 else 'tensors'}"
+            notes.append(
+                f"the weights contain an adapter ({count}, such as {adapter[0]}), which transformers does not read: it has no "
+                "effect and is copied; merge it first if it belongs to the model"
+            )
         return notes
 
     def _index(self, key: str) -> int | None:

@@ -58,9 +58,9 @@ def _allowed(value: Any, described: Setting, kind: type[Any], optional: bool) ->
     if kind is bool:
         return "true, false or left out" if optional else "true or false", ""
     if kind is int:
-        return f"a whole number, {described.bounds}", near_whole(value)
+        return f"a whole number, {described.bounds}", near_whole(value, described.allows)
     if kind is float:
-        return f"a number, {described.bounds}", near_number(value, share=described.bounded_above)
+        return f"a number, {described.bounds}", near_number(value, share=described.below == 1, allows=described.allows)
     return either(_choices(described)), near(value, _choices(described))
 
 

@@ -124,7 +124,9 @@ def checked_target(value: Any) -> float | str:
         number = None
     if isinstance(number, int | float) and not isinstance(number, bool) and 0 <= number <= 1:
         return float(number)
-    hint = near(value, [AUTO]) if number is None else near_number(value, share=True)
+    hint = (
+        near(value, [AUTO]) if number is None else near_number(value, share=True, allows=lambda share: 0 <= share <= 1)
+    )
     raise RecipeError(f"dense_target must be {AUTO} or a number, at least 0 and at most 1; got {value!r}{hint}")
 
 

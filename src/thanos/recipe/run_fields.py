@@ -31,7 +31,9 @@ def check_run_fields(recipe: Recipe) -> None:
             )
     for name in ("calibration", "device"):
         if not isinstance(getattr(recipe, name), str) or not getattr(recipe, name):
-            raise RecipeError(f"{name} must be a name; got {getattr(recipe, name)!r}")
+            several = isinstance(getattr(recipe, name), list | tuple) and name == "calibration"
+            hint = "; separate several texts by commas in one string" if several else ""
+            raise RecipeError(f"{name} must be a name; got {getattr(recipe, name)!r}{hint}")
     for name in ("targets", "skip"):
         value = getattr(recipe, name)
         if not isinstance(value, list | tuple) or not all(isinstance(glob, str) and glob for glob in value):

@@ -12,7 +12,7 @@ from thanos._version import __version__
 from thanos.calibration.windows import Calibration
 from thanos.checkpoint.writer import CheckpointWriter
 from thanos.recovery.guard import HELD_OUT, Guard
-from thanos.recovery.pair import Pair
+from thanos.recovery.pair import Pair, notes_on
 from thanos.recovery.recipe import RecoveryRecipe
 from thanos.recovery.report import RecoveryReport
 from thanos.recovery.states import RecoveryFolder
@@ -111,5 +111,5 @@ def make_report(result: Trained, device: torch.device, meter: PhaseMeter, zeros:
         },
         phases=phases,
         seconds=sum(record.seconds for record in phases.values()),
-        warnings=[*pruned.notes, *result.notes, *early],
+        warnings=[*notes_on(pruned, result.pair.dense), *result.notes, *early],
     )

@@ -82,6 +82,11 @@ def _check_tokenizers(source: ModelSource, parent: ModelSource) -> None:
         raise _not_parent(source, parent, f"their tokenizers differ ({why})")
 
 
+def notes_on(pruned: OpenedModel, dense: OpenedModel) -> list[str]:
+    """Return the notes on both models, each with a name for its model."""
+    return [*(f"OUT: {note}" for note in pruned.notes), *(f"the dense model: {note}" for note in dense.notes)]
+
+
 def open_pair(
     source: ModelSource, parent: ModelSource, device: torch.device, watch: Watcher, *, compare_weights: bool
 ) -> Pair:
@@ -99,8 +104,8 @@ def open_pair(
     """
     pruned = open_model(source, "float32")
     dense = open_model(parent, "auto" if device.type == "cuda" else "float32")
-    for note in pruned.notes:
-        watch(Event(kind="note", phase="load", message=f"OUT: {note}"))
+    for note in notes_on(pruned, dense):
+        watch(Event(kind="note", phase="load", message=note))
     smaller = _check_shapes(pruned, dense)
     embedding = getattr(pruned.meta_model.get_input_embeddings(), "weight", None)
     layers = [

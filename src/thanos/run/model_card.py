@@ -27,12 +27,21 @@ _BEGUN = ", each window begins with the beginning-of-text token"
 _BEGUN_BY = ", each window begins with the tokens {}, as the tokenizer begins a text"
 _KEPT = ", more removed from the other rows"
 
-_USE = """```python
+PLAIN_USE = """This is a plain Hugging Face checkpoint; Thanos is not needed to load it:
+
+```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("PATH")
 tokenizer = AutoTokenizer.from_pretrained("PATH")
 ```"""
+"""How to load an output, in the cards that this module makes."""
+
+PLAIN_ZEROS = (
+    "The zeros are stored like any other number: the files are as large as before, and a program that does not look for zeros "
+    "runs as fast as before."
+)
+"""The size of an output that has zeros, in these cards."""
 
 
 def model_card(report: PruningReport) -> str:
@@ -50,8 +59,7 @@ def model_card(report: PruningReport) -> str:
         _tuning(report),
         _totals_table(report),
         "## Use",
-        "This is a plain Hugging Face checkpoint; Thanos is not needed to load it:",
-        _USE,
+        PLAIN_USE,
         _size(report),
         "## How it was made",
         _recipe_table(report),
@@ -78,10 +86,7 @@ def _size(report: PruningReport) -> str:
             "The removed parts are not in the files: `config.json` states the smaller sizes, and every program runs a smaller "
             "model. `pruning.json` lists the removed parts (`cut`, and `removed_units` of the layers)."
         )
-    return (
-        "The zeros are stored like any other number: the files are as large as before, and a program that does not look for "
-        "zeros runs as fast as before."
-    )
+    return PLAIN_ZEROS
 
 
 def public_name(name: str) -> str:

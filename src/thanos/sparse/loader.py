@@ -18,11 +18,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from thanos.checkpoint.layout import TensorSpec
 from thanos.checkpoint.reader import read_shard
 from thanos.errors import ModelError, UserError
+from thanos.sparse.card import save_with_card
 from thanos.sparse.formats import VERSION, PackedSpec
 from thanos.sparse.kernels import lacking
 from thanos.sparse.modules import PackedLinear, packed_modules, quicken
 from thanos.sparse.siblings import find_siblings, join
 from thanos.sparse.storage import METHOD, ONE_DTYPE, WORDS, check_stored, parse_settings
+from thanos.system.library_warnings import ThanosWarning, warn_once
 
 UNPACK = "THANOS_UNPACK"
 """Environment variable: ``auto`` (default) unpacks layers on devices without a kernel, ``always`` all, ``never`` none."""
@@ -78,7 +80,8 @@ class SparseQuantizer(HfQuantizer):
             raise ModelError(f"config.json has packed layers of {' and '.join(sorted(map(str, dtypes)))}; {ONE_DTYPE}")
         own = dtypes.pop()
         if dtype != own:
-            warnings.warn(f"the packed weights are {own}, so the model runs in {own}, not in {dtype}", stacklevel=2)
+            line = f"the packed weights are {own}, so the model runs in {own}, not in {dtype}"
+            warnings.warn(line, ThanosWarning, stacklevel=2)
         return own
 
     def _process_model_before_weight_loading(self, model: Any, **others: Any) -> None:
@@ -126,12 +129,13 @@ class SparseQuantizer(HfQuantizer):
         config.format_version = VERSION  # the layers now have this version, and ``save_pretrained`` writes it
         for reason, count in reasons.items():
             if reason:
-                _say_once(f"{count} packed layers were turned into dense ones: {reason}")
+                warn_once(f"{count} packed layers were turned into dense ones: {reason}")
         packed = packed_modules(model)
         for group in self._siblings:
             join([packed[name] for name in group if name in packed])
         if self._layers:
             quicken(model)
+            save_with_card(model)
         else:
             self.remove_quantization_config(model)
         return model
@@ -219,12 +223,3 @@ def bound_for(device: torch.device | str) -> Iterator[None]:
         yield
     finally:
         _TARGET.pop()
-
-
-_SAID: set[str] = set()
-
-
-def _say_once(message: str) -> None:
-    if message not in _SAID:
-        _SAID.add(message)
-        warnings.warn(message, stacklevel=2)

@@ -19,9 +19,10 @@ from torch.nn import functional as F
 
 from thanos.sparse.derivative import DerivedProduct, is_derived
 from thanos.sparse.formats import PackedSpec, PackedWeight, decode, decode_strips
-from thanos.sparse.kernels import cpu, dense
+from thanos.sparse.kernels import cpu, dense, lacking
 from thanos.sparse.kernels.tuned import MOST_MATRICES
 from thanos.sparse.tiles import SIDE, tile_words
+from thanos.system.library_warnings import warn_once
 
 _DTYPES = (torch.bfloat16, torch.float16)
 
@@ -167,9 +168,24 @@ def _by_parts(x: Tensor, words: Tensor, offsets: Tensor | None, bias: Tensor | N
     return out.view(*x.shape[:-1], rows)
 
 
+def _say_slow(device: torch.device, reason: str) -> None:
+    warn_once(
+        f"packed layers run on {device.type} without a kernel ({reason}): every call decodes their weights, which is slow; "
+        "model.dequantize() makes them dense"
+    )
+
+
+def _elsewhere(x: Tensor, words: Tensor, offsets: Tensor | None, bias: Tensor | None, rows: int, n: int) -> Tensor:
+    """The product on a device that is neither a CPU nor CUDA."""
+    _say_slow(x.device, lacking(x.device))
+    return _by_parts(x, words, offsets, bias, rows, n)
+
+
 def _on_cpu(x: Tensor, words: Tensor, offsets: Tensor | None, bias: Tensor | None, rows: int, n: int) -> Tensor:
     _check(x, words, offsets, bias, rows, n)
-    if cpu.lacking() or x.numel() > cpu.MOST_TOKENS * x.shape[-1]:
+    if reason := cpu.lacking():
+        _say_slow(x.device, reason)
+    if reason or x.numel() > cpu.MOST_TOKENS * x.shape[-1]:
         return _by_parts(x, words, offsets, bias, rows, n)
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     return cpu.linear(flat, words, offsets, bias, rows, n).view(*x.shape[:-1], rows)
@@ -205,7 +221,8 @@ def _several_on_cuda(
 ) -> list[Tensor]:
     from thanos.sparse.kernels import cuda
 
-    if cuda.lacking(x.device):
+    if reason := cuda.lacking(x.device):
+        _say_slow(x.device, reason)
         parts = zip(words, offsets, biases, rows, strict=True)
         return [_by_parts(x, *part, n) for part in parts]
     _check_several(x, words, offsets, biases, rows, n)
@@ -253,7 +270,7 @@ def _fake_dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 # ``torch.library.custom_op`` would add about 30 µs of Python to each call, as much as a small layer takes.
-_LIBRARY.impl("packed_linear", _by_parts, "CompositeExplicitAutograd")
+_LIBRARY.impl("packed_linear", _elsewhere, "CompositeExplicitAutograd")
 _LIBRARY.impl("packed_linear", _on_cpu, "CPU")
 _LIBRARY.impl("packed_linear", _on_cuda, "CUDA")
 _LIBRARY.impl("packed_linears", _one_by_one, "CompositeExplicitAutograd")

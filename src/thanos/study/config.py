@@ -28,9 +28,11 @@ def read_study(path: str | Path) -> Study:
         text = path.read_text(encoding="utf-8")
         values = tomllib.loads(text)
     except OSError as error:
-        raise StudyError(f"study {path} cannot be read: {error.strerror}") from error
+        raise StudyError(
+            f"study {path} cannot be read: {error.strerror}; give a TOML file, see docs/formats.md"
+        ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise StudyError(f"study {path} is not valid TOML: {error}") from error
+        raise StudyError(f"study {path} is not valid TOML: {error}; docs/formats.md describes the file") from error
     return _Reader(path, text).study(values)
 
 

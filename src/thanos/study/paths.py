@@ -15,7 +15,7 @@ from thanos.errors import DataError, StudyError, UserError
 from thanos.evaluation.windows import check_window
 from thanos.model.bos import added_bos
 from thanos.model.fingerprint import model_sha256, source_commit, task_files_sha256
-from thanos.model.loading import load_model
+from thanos.model.loading import adapter_notes, context_length, load_model
 from thanos.model.source import ModelSource, resolve_model
 from thanos.study.config import location_of
 from thanos.study.events import StudyEvent, Watcher
@@ -111,6 +111,17 @@ def _check_evaluation(study: Study, source: ModelSource, texts: dict[str, str]) 
     check_text_source(texts[study.evaluation.text], evaluation=True, tokenizer=source.tokenizer)
 
 
+def _check_calibration(study: Study, model: str, source: ModelSource) -> None:
+    """Raise DataError if the calibration windows of a cell are longer than the model's number of positions."""
+    lengths = [cell.sequence_length for cell in study.cells if cell.model == model and cell.sequence_length is not None]
+    longest, positions = max(lengths, default=0), context_length(source.config())
+    if positions is not None and longest > positions:
+        raise DataError(
+            f"calibration with sequence_length {longest} is beyond the {positions} positions of {model}; set it in "
+            f"[[grid]] to {positions} or less"
+        )
+
+
 def is_absent(name: str, source: str) -> bool:
     """Whether a text names files that do not exist; ``source`` is its source after the search."""
     return name not in NAMED and any(not (exists(part.path) or matching(part.path)) for part in parts_of(source))
@@ -155,6 +166,7 @@ def find_locations(study: Study, out: Path, data: str | Path | None) -> Location
                 source = resolve_model(_converted(out, hashes[model]))
             if added_bos(source.tokenizer()):
                 with_bos.add(model)
+            _check_calibration(study, model, source)
             if model not in study.cost_only:
                 _check_evaluation(study, source, texts)
         except UserError as error:
@@ -201,6 +213,8 @@ def convert(locations: Locations, wanted: set[str], emit: Watcher) -> Locations:
         folder = _converted(locations.out, locations.hashes[name])
         if not (folder / "config.json").exists():
             emit(StudyEvent(message=f"converting {source.gguf.name} to safetensors, once"))
+            for line in adapter_notes(source):
+                emit(StudyEvent(message=line))
             _save(source, folder)
         models[name] = str(folder)
     return replace(locations, models=models)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 _DTYPES = {
@@ -78,17 +78,23 @@ def near_pattern(given: Any, plain: str, others: Mapping[str, Iterable[str]]) ->
     return near(text, (name for name in others if ":" not in name), others)
 
 
-def near_number(given: Any, *, share: bool) -> str:
-    """Return the hint for a percentage, a decimal comma or a number in quotes; with ``share``, for a fraction in [0, 1)."""
+def near_number(given: Any, *, share: bool, allows: Callable[[float], bool] = math.isfinite) -> str:
+    """Return the hint for a percentage, a decimal comma or a number in quotes; with ``share``, for a fraction in [0, 1).
+
+    ``allows`` tells which numbers are allowed: no other is suggested.
+    """
     number = meant_share(given) if share else _number(given)
-    return "" if number is None or number == given else _did_you_mean(f"{number:g}")
+    return "" if number is None or number == given or not allows(number) else _did_you_mean(f"{number:g}")
 
 
-def near_whole(given: Any) -> str:
-    """Return the hint for a whole number in another form: ``1e3``, ``128.0``, ``1,000`` or ``"128"``."""
+def near_whole(given: Any, allows: Callable[[float], bool] = math.isfinite) -> str:
+    """Return the hint for a whole number in another form: ``1e3``, ``128.0``, ``1,000`` or ``"128"``.
+
+    ``allows`` tells which numbers are allowed: no other is suggested.
+    """
     text = re.sub(r"(?<=[0-9])[,_ ](?=[0-9]{3}\b)", "", given.strip()) if isinstance(given, str) else given
     number = _number(text)
-    if number is None or isinstance(given, int) or number != int(number) or number < 1:
+    if number is None or isinstance(given, int) or number != int(number) or number < 1 or not allows(number):
         return ""
     return _did_you_mean(str(int(number)))
 
@@ -99,7 +105,7 @@ def meant_share(given: Any) -> float | None:
     if number is None:
         return None
     percent = isinstance(given, str) and given.strip().endswith("%")
-    if not percent and 2 <= number < 100:  # 1.5 is more likely a typing error than 1.5 %
+    if not percent and 10 <= number < 100:  # 2 or 5 may be anything: tenths, a percentage, a typing error
         # 12 digits remove the rounding error of the division.
         number = float(f"{number / 100:.12g}")
     return number if 0 <= number < 1 else None

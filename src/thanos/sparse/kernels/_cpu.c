@@ -261,4 +261,6 @@ static PyMethodDef METHODS[] = {
 
 static struct PyModuleDef MODULE = {PyModuleDef_HEAD_INIT, "_cpu", "Products of packed matrices.", -1, METHODS, NULL, NULL, NULL, NULL};
 
-PyMODINIT_FUNC PyInit__cpu(void) { return PyModule_Create(&MODULE); }
+#define INTERFACE 1 /* as in extensions.py */
+
+PyMODINIT_FUNC PyInit__cpu(void) { return create(&MODULE, INTERFACE); }

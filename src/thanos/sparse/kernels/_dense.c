@@ -119,4 +119,6 @@ static PyMethodDef METHODS[] = {
 
 static struct PyModuleDef MODULE = {PyModuleDef_HEAD_INIT, "_dense", "Products of dense matrices with a few tokens.", -1, METHODS, NULL, NULL, NULL, NULL};
 
-PyMODINIT_FUNC PyInit__dense(void) { return PyModule_Create(&MODULE); }
+#define INTERFACE 1 /* as in extensions.py */
+
+PyMODINIT_FUNC PyInit__dense(void) { return create(&MODULE, INTERFACE); }

@@ -89,3 +89,10 @@ static int read_numbers(PyObject *const *args, Py_ssize_t count, long long *numb
   }
   return 1;
 }
+
+/* Create a module that says which interface its functions have. Python compares the number when it loads the module. */
+static PyObject *create(struct PyModuleDef *definition, long interface) {
+  PyObject *module = PyModule_Create(definition);
+  if (module && PyModule_AddIntConstant(module, "INTERFACE", interface)) Py_CLEAR(module);
+  return module;
+}

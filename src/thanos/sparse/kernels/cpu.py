@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from functools import cache
-from importlib import import_module
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from thanos.sparse.kernels.extensions import load
 from thanos.sparse.tiles import SIDE
 
 MOST_TOKENS = 32
@@ -35,20 +34,11 @@ def threads_for(parts: int, nbytes: int) -> int:
 
 
 @cache
-def _extension() -> Any:
-    """Return the extension, or None if it was not built."""
-    try:
-        return import_module("thanos.sparse.kernels._cpu")
-    except ImportError:
-        return None
-
-
-@cache
 def lacking() -> str:
     """Return the reason why this machine cannot run the kernels; empty if it can."""
-    extension = _extension()
+    extension, reason = load("_cpu")
     if extension is None:
-        return "the extension for CPUs was not built: no C compiler was there when the package was installed"
+        return reason
     return "" if extension.support() else "the processor has no AVX-512 with VBMI2"
 
 
@@ -71,7 +61,7 @@ def linear(
     """
     tokens, columns = x.shape
     y = x.new_empty(tokens, rows)
-    extension = _extension()
+    extension, _ = load("_cpu")
     kind = arithmetic_of(x.dtype, extension.support(), dot=dot)
     if tokens and rows:
         addresses = (0 if tensor is None else tensor.data_ptr() for tensor in (offsets, x, bias, y))

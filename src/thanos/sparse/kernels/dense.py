@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from functools import cache
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from thanos.sparse.kernels.cpu import arithmetic_of, threads_for
+from thanos.sparse.kernels.extensions import load
 
 MOST_TOKENS = 4
 """Largest number of tokens for which the kernel is used. With more, arithmetic dominates, and the library is as fast."""
@@ -17,12 +17,9 @@ MOST_TOKENS = 4
 
 @cache
 def _extension() -> Any:
-    """Return the extension; None if it was not built, or if the processor cannot run it."""
-    try:
-        extension = import_module("thanos.sparse.kernels._dense")
-    except ImportError:
-        return None
-    return extension if extension.support() else None
+    """Return the extension; None if it cannot be used, or if the processor cannot run it."""
+    extension, _ = load("_dense")
+    return extension if extension is not None and extension.support() else None
 
 
 def serves(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from functools import cache
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from thanos.sparse.kernels.extensions import load
 from thanos.sparse.tiles import MOST_TAIL, SIDE
 
 
 @cache
 def _extension() -> Any:
-    """Return the extension, or None if it was not built or the processor cannot run it."""
-    try:
-        extension = import_module("thanos.sparse.kernels._encode")
-    except ImportError:
-        return None
-    return extension if extension.support() else None
+    """Return the extension, or None if it cannot be used or the processor cannot run it."""
+    extension, _ = load("_encode")
+    return extension if extension is not None and extension.support() else None
 
 
 def available(weight: Tensor) -> bool:
