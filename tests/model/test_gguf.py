@@ -197,7 +197,7 @@ def test_every_command_that_loads_a_file_names_the_adapter_beside_it(
     """The tokenizer of the file makes no difference here: what each command says before it reads a text."""
     path = write_gguf(tmp_path / "m.gguf", "llama")
     (tmp_path / "adapter_config.json").write_text("{}")
-    note = "the adapter beside m.gguf, adapter_config.json, is not applied: a GGUF file is read by itself"
+    note = "the adapter in the folder of m.gguf, adapter_config.json, is not applied: only the GGUF file is read"
     words = ["--text", str(text_file), "--sequence-length", "16", "--device", "cpu"]
     for arguments in (
         ["eval", str(path), *words],

@@ -127,7 +127,7 @@ def adapter_notes(source: ModelSource) -> list[str]:
     adapter = None if source.gguf is None else adapter_beside(source.gguf)
     if source.gguf is None or adapter is None:
         return []
-    return [f"the adapter beside {source.gguf.name}, {adapter}, is not applied: a GGUF file is read by itself"]
+    return [f"the adapter in the folder of {source.gguf.name}, {adapter}, is not applied: only the GGUF file is read"]
 
 
 def _split_count(source: ModelSource) -> int:
