@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ import thanos
 from recovering import VARIED, prune, read, settings
 from thanos.calibration.generation import Part
 from thanos.cli.interrupts import EndedEarly, resumable
+from thanos.engine.distributed import World
 from thanos.errors import RecipeError, UserError
 from thanos.recovery import generated
-from thanos.recovery.generated import PROMPT, generate_sequences
+from thanos.recovery.generated import PROMPT, generate_sequences, kept_sequences
 from thanos.recovery.sequences import SEGMENT
 from thanos.recovery.states import RecoveryFolder
 
@@ -270,3 +272,42 @@ def test_parts_of_another_device_are_discarded(
 
     thanos.recover(pruned, out, dense=tiny_llama, recipe=recipe, resume=True, on_event=look)
     assert made == [3, 6, 8]
+
+
+class _Two(World):
+    """One of two processes, whose meetings are noted; what rank 0 sends is given in advance for rank 1."""
+
+    size = 2
+
+    def __init__(self, rank: int, sent: Sequence[Any] = ()) -> None:
+        self.rank, self._sent, self.met = rank, list(sent), list[Any]()
+
+    def from_first(self, make: Any) -> Any:
+        self.met.append(make() if self.rank == 0 else self._sent.pop(0))
+        return self.met[-1]
+
+
+def test_the_processes_meet_after_each_part(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.distributed ends a wait of more than half an hour, and the whole text may take longer."""
+    monkeypatch.setitem(generated._BATCH, "cpu", 3)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    text = torch.randint(3, model.config.vocab_size, (2, 40), generator=torch.Generator().manual_seed(0))
+    work = RecoveryFolder(tmp_path / "out2")
+    work.start({"steps": 1})
+    work.steps.mkdir()
+
+    def go(world: World, *, resume: bool = False) -> torch.Tensor:
+        return kept_sequences(model, text, (), 8, 7, 0, lambda event: None, work, world, resume=resume)
+
+    alone = generate_sequences(model, text, (), 8, 7, 0, lambda event: None)
+    first = _Two(0)
+    assert torch.equal(go(first), alone)
+    assert [one is None for one in first.met] == [True, True, True, False]
+    other = _Two(1, first.met)
+    assert torch.equal(go(other), alone)
+    assert len(other.met) == 4
+    again = _Two(0)
+    assert torch.equal(go(again, resume=True), alone)
+    assert len(again.met) == 1
+    assert torch.equal(go(_Two(1, again.met), resume=True), alone)
+    assert [path.name for path in work.steps.iterdir()] == ["generated.safetensors"]

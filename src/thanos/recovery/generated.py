@@ -21,6 +21,7 @@ from thanos.recovery.sequences import SEGMENT
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from thanos.engine.distributed import World
     from thanos.recovery.states import RecoveryFolder
 
 PROMPT = 32
@@ -102,23 +103,37 @@ def kept_sequences(
     pad: int,
     emit: Callable[[Event], None],
     work: RecoveryFolder,
+    world: World,
     *,
     resume: bool,
 ) -> Tensor:
     """Return the sequences of :func:`generate_sequences`, and keep them and their parts in the work folder.
 
+    Rank 0 generates. After each part all processes meet, since none waits for another one longer than the limit of
+    torch.distributed.
+
     An interruption loses the part that is being generated. With ``resume``, what the interrupted run has kept is not generated
     again. On a CPU the result has the same bits as without an interruption. Parts that another type of device has made are
     discarded, since its random generator is another one.
     """
+    made: Tensor | None = None
+    while world.rank and made is None:
+        made = world.from_first(lambda: None)
+    if made is not None:
+        return made
     whole = work.generated if resume else None
     if whole is not None:
-        return whole
+        return world.from_first(lambda: whole)
     emit(Event(kind="phase", phase="generate"))
     done = work.generated_parts if resume else []
     if done and done[-1].states.keys() != {"cpu", model.device.type}:
         work.drop_parts()
         done = []
-    made = generate_sequences(model, ids, bos, count, seed, pad, emit, done=done, keep=work.keep_part)
+
+    def keep(part: Part) -> None:
+        work.keep_part(part)
+        world.from_first(lambda: None)
+
+    made = generate_sequences(model, ids, bos, count, seed, pad, emit, done=done, keep=keep)
     work.keep_generated(made)
-    return made
+    return world.from_first(lambda: made)

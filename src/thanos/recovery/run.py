@@ -246,7 +246,7 @@ def _train(pair: Pair, calibration: Calibration, job: _Job) -> tuple[Guard, str]
     ids, first = calibration.ids, recipe.trained
     if recipe.generate:
         with job.meter.phase("generate"):
-            generated = job.world.from_first(lambda: _generated(pair.dense, calibration, job))
+            generated = _generated(pair.dense, calibration, job)
         ids, first = torch.cat([ids[:first], generated, ids[first:]]), first + recipe.generate
     guard = Guard(ids, first, dtypes, size, job.device, job.world, _writer(pair, job), history)
     if job.leads:
@@ -278,7 +278,8 @@ def _generated(dense: OpenedModel, calibration: Calibration, job: _Job) -> Tenso
     """Return the sequences that the dense model generates, or has generated before an interruption."""
     recipe, pad = job.recipe, end_of_text_id(dense.source.tokenizer(), dense.source.config())
     text, bos, model = calibration.ids[: recipe.trained], calibration.bos_ids, cast(Any, dense.meta_model)
-    return kept_sequences(model, text, bos, recipe.generate, recipe.seed, pad, job.emit, job.work, resume=job.resume)
+    arguments = (model, text, bos, recipe.generate, recipe.seed, pad, job.emit, job.work, job.world)
+    return kept_sequences(*arguments, resume=job.resume)
 
 
 def _writer(pair: Pair, job: _Job) -> Callable[[int, Iterable[tuple[str, Tensor]]], None] | None:
