@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from helpers import save_tiny, tiny_tokenizer
 from random_model import write_checkpoint
 from thanos.bench.synthetic import Shape
 from thanos.cli import run
-from thanos.engine import activations, block_runner
+from thanos.engine import activations, block_runner, tuning_passes
 from thanos.engine.stages import tune
 from thanos.engine.stages.base import BlockContext
 from thanos.errors import UserError
@@ -153,6 +154,40 @@ class TestRepair:
         assert planned.disk_besides_bytes - plan.disk_besides_bytes == plan.activations_bytes, (
             "the third is on the disk"
         )
+
+    def test_inputs_of_branches_that_are_freed_before_the_tuning_do_not_count_in_it(
+        self, tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plan: thanos.Plan
+    ) -> None:
+        monkeypatch.setattr(Kind, "peak", lambda *_: (0, 0))  # so that only what is kept of the sequences counts
+        asked = recipe(text_file, effort="max", samples=16)
+        planned, one = thanos.plan(tiny_llama, tmp_path / "out", asked), 4 * plan.activations_bytes
+        peaks = {name: phase.host_peak_bytes - planned.host_base_bytes for name, phase in planned.phases.items()}
+        states, branches = 3 * one, 2 * (1 + 2) * one
+        assert peaks["statistics"] == peaks["choose"] == peaks["solve"] == states + branches
+        assert peaks["tune"] == peaks["propagate"] == states
+        assert peaks["finish"] == 0
+        tuned_alone = thanos.plan(tiny_llama, tmp_path / "out", asked.replace(effort="fast", tune=1))
+        assert tuned_alone.phases["statistics"].host_peak_bytes - tuned_alone.host_base_bytes == states
+        untuned = thanos.plan(tiny_llama, tmp_path / "out", asked.replace(effort="high"))
+        assert untuned.phases["propagate"].host_peak_bytes - untuned.host_base_bytes == states + branches
+
+    def test_the_tuning_is_tried_with_whole_steps(
+        self, tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Equal batches of 6 would be tried with 12 sequences, and the run has batches of 8."""
+        sizes: list[int] = []
+        original = tuning_passes.TuningPasses.gradients
+
+        def watched(self: Any, masters: Any, batch: Any, *further: Any) -> Any:
+            sizes.append(len(batch))
+            return original(self, masters, batch, *further)
+
+        monkeypatch.setattr(tuning_passes.TuningPasses, "gradients", watched)
+        monkeypatch.setitem(
+            block_runner.BATCH_TOKENS, "cpu", 16 * 32
+        )  # 16 sequences in a batch: 4, and 4 + 8, are tried
+        thanos.plan(tiny_llama, tmp_path / "out", recipe(text_file, effort="max", samples=32))
+        assert max(sizes) == tuning_passes.BATCH
 
     def test_inputs_of_branches_are_planned_where_the_run_keeps_them(
         self, tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plan: thanos.Plan
@@ -389,6 +424,15 @@ class TestExtrapolation:
     def test_memory_grows_with_the_batch(self, batch: int, expected: int) -> None:
         kind = Kind([0], [(sample(2, 2, 1.0, growth=300), sample(6, 4, 1.0, growth=500))])
         assert kind.peak("statistics", batch) == (expected, 2 * expected)
+
+    def test_memory_of_the_tuning_does_not_grow_with_the_batch(self) -> None:
+        """The tuning has batches of its own, and the larger of the two samples has a whole one."""
+
+        def one(sequences: int, growth: int) -> Sample:
+            return replace(sample(sequences, sequences, 1.0), peaks={"tune": (growth, 2 * growth)})
+
+        some = [replace(one(*each), over_sequences=frozenset({"tune"})) for each in ((2, 300), (4, 500))]
+        assert Kind([0], [some]).peak("tune", 16) == (500, 1000)
 
 
 @pytest.mark.slow

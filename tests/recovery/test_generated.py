@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import thanos
 from recovering import VARIED, prune, read, settings
+from thanos.calibration.generation import Part
 from thanos.cli.interrupts import EndedEarly, resumable
+from thanos.engine.distributed import World
 from thanos.errors import RecipeError, UserError
-from thanos.recovery.generated import PROMPT, generate_sequences
+from thanos.recovery import generated
+from thanos.recovery.generated import PROMPT, generate_sequences, kept_sequences
 from thanos.recovery.sequences import SEGMENT
 from thanos.recovery.states import RecoveryFolder
 
@@ -170,3 +176,138 @@ def test_what_was_generated_is_kept_before_the_first_checkpoint(
 def test_refusals(value: object, why: str, text_file: Path) -> None:
     with pytest.raises(RecipeError, match=why):
         settings(text_file, generate=value)
+
+
+def test_parts_are_not_generated_again(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From each part on, the rest has the bits of a call without an interruption, whatever was drawn in between."""
+    monkeypatch.setitem(generated._BATCH, "cpu", 3)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    text = torch.randint(3, model.config.vocab_size, (2, 40), generator=torch.Generator().manual_seed(0))
+    parts: list[Part] = []
+    whole = generate_sequences(model, text, (1,), 8, 7, 0, lambda event: None, keep=parts.append)
+    assert [len(part.ids) for part in parts] == [3, 3, 2]
+    assert torch.equal(torch.cat([part.ids for part in parts]), whole)
+    monkeypatch.setitem(generated._BATCH, "cpu", 5)  # the size of the parts is that of the interrupted call
+    for count in (1, 2, 3):
+        torch.rand(17)
+        before = torch.get_rng_state()
+        events: list[thanos.Event] = []
+        again = generate_sequences(model, text, (1,), 8, 7, 0, events.append, done=parts[:count])
+        assert torch.equal(again, whole)
+        assert [event.done for event in events] == [6, 8][count - 1 :], "only what is missing is generated"
+        assert torch.equal(torch.get_rng_state(), before), "the state of other programs' draws is their own"
+
+
+def test_memory_that_runs_out_costs_no_finished_part(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(generated._BATCH, "cpu", 4)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    text = torch.randint(3, model.config.vocab_size, (2, 40), generator=torch.Generator().manual_seed(0))
+    parts: list[Part] = []
+    generate, sizes = model.generate, []
+
+    def limited(ids: torch.Tensor, **settings: Any) -> torch.Tensor:
+        sizes.append(len(ids))
+        if len(ids) > 2 and len(sizes) > 1:
+            raise torch.OutOfMemoryError
+        return generate(ids, **settings)
+
+    monkeypatch.setattr(model, "generate", limited)
+    made = generate_sequences(model, text, (), 9, 7, 0, lambda event: None, keep=parts.append)
+    assert sizes == [4, 4, 2, 2, 1]
+    assert [len(part.ids) for part in parts] == [4, 2, 2, 1]
+    assert torch.equal(torch.cat([part.ids for part in parts]), made)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_an_interrupted_generation_goes_on_with_the_next_part(
+    count: int, tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """8 pieces in parts of 3. After the third part the sequences are not yet stored as a whole."""
+    monkeypatch.setitem(generated._BATCH, "cpu", 3)
+    pruned, out = prune(tiny_llama, tmp_path / "out", text_file), tmp_path / "out2"
+    recipe = settings(text_file, generate=8, epochs=1)
+
+    def stop(event: thanos.Event) -> None:
+        if event.phase == "generate" and event.kind == "progress" and event.done == min(8, 3 * count):
+            raise KeyboardInterrupt
+
+    with pytest.raises(EndedEarly) as ended, resumable(RecoveryFolder(out)):
+        thanos.recover(pruned, out, dense=tiny_llama, recipe=recipe, on_event=stop)
+    assert ended.value.hint("AGAIN") == "; 0 of 4 steps are finished, continue with: AGAIN"
+    with pytest.raises(UserError, match="seed 0 → 1"):
+        thanos.recover(pruned, out, dense=tiny_llama, recipe=dataclasses.replace(recipe, seed=1), resume=True)
+    events: list[thanos.Event] = []
+    report = thanos.recover(pruned, out, dense=tiny_llama, recipe=recipe, resume=True, on_event=events.append)
+    made = [event.done for event in events if event.phase == "generate" and event.kind == "progress"]
+    assert made == [6, 8][count - 1 :]
+    assert not any(event.message.startswith("there is nothing to resume") for event in events)
+    whole = thanos.recover(pruned, tmp_path / "whole", dense=tiny_llama, recipe=recipe)
+    assert report.history == whole.history
+    one, other = (folder / "model.safetensors" for folder in (out, tmp_path / "whole"))
+    assert one.read_bytes() == other.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out2", "whole"]
+
+
+def test_parts_of_another_device_are_discarded(
+    tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CUDA device has a random generator of its own, from which a CPU cannot go on."""
+    monkeypatch.setitem(generated._BATCH, "cpu", 3)
+    pruned, out = prune(tiny_llama, tmp_path / "out", text_file), tmp_path / "out2"
+    recipe = settings(text_file, generate=8, epochs=1)
+
+    def stop(event: thanos.Event) -> None:
+        if event.phase == "generate" and event.kind == "progress":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        thanos.recover(pruned, out, dense=tiny_llama, recipe=recipe, on_event=stop)
+    (stored,) = RecoveryFolder(out).steps.glob("generated-*.safetensors")
+    save_file(load_file(stored) | {"cuda": torch.zeros(16, dtype=torch.uint8)}, stored)
+    made: list[int] = []
+
+    def look(event: thanos.Event) -> None:
+        if event.phase == "generate" and event.kind == "progress":
+            made.append(event.done)
+
+    thanos.recover(pruned, out, dense=tiny_llama, recipe=recipe, resume=True, on_event=look)
+    assert made == [3, 6, 8]
+
+
+class _Two(World):
+    """One of two processes, whose meetings are noted; what rank 0 sends is given in advance for rank 1."""
+
+    size = 2
+
+    def __init__(self, rank: int, sent: Sequence[Any] = ()) -> None:
+        self.rank, self._sent, self.met = rank, list(sent), list[Any]()
+
+    def from_first(self, make: Any) -> Any:
+        self.met.append(make() if self.rank == 0 else self._sent.pop(0))
+        return self.met[-1]
+
+
+def test_the_processes_meet_after_each_part(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.distributed ends a wait of more than half an hour, and the whole text may take longer."""
+    monkeypatch.setitem(generated._BATCH, "cpu", 3)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    text = torch.randint(3, model.config.vocab_size, (2, 40), generator=torch.Generator().manual_seed(0))
+    work = RecoveryFolder(tmp_path / "out2")
+    work.start({"steps": 1})
+    work.steps.mkdir()
+
+    def go(world: World, *, resume: bool = False) -> torch.Tensor:
+        return kept_sequences(model, text, (), 8, 7, 0, lambda event: None, work, world, resume=resume)
+
+    alone = generate_sequences(model, text, (), 8, 7, 0, lambda event: None)
+    first = _Two(0)
+    assert torch.equal(go(first), alone)
+    assert [one is None for one in first.met] == [True, True, True, False]
+    other = _Two(1, first.met)
+    assert torch.equal(go(other), alone)
+    assert len(other.met) == 4
+    again = _Two(0)
+    assert torch.equal(go(again, resume=True), alone)
+    assert len(again.met) == 1
+    assert torch.equal(go(_Two(1, again.met), resume=True), alone)
+    assert [path.name for path in work.steps.iterdir()] == ["generated.safetensors"]

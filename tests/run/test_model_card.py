@@ -245,6 +245,12 @@ def test_the_card_tells_of_tuning_where_there_was_any() -> None:
     assert "became 0.8 times its former value (the others did not improve and were left unchanged)." in card
     assert "2 of 2 blocks" in model_card(report(tuning=tuned[:2]))
     assert "the others" not in model_card(report(tuning=tuned[:2]))
+    card = model_card(report(tuning=tuned[2:] * 3))
+    assert (
+        "3 blocks were then tuned with their zeros fixed, towards the dense blocks' outputs; none improved on" in card
+    )
+    assert "times its former value" not in card
+    assert "measured before that step" not in card
     nothing = [TuningRecord(block=0, reason="too few sequences")]
     assert "tuned" not in model_card(report(tuning=nothing))
 

@@ -292,6 +292,16 @@ def test_a_resumed_run_says_what_the_run_before_it_found(
     assert sum("pruned already" in line for line in capsys.readouterr().err.splitlines()) == 1
 
 
+def test_a_smaller_model_says_so_without_zeros(copy: Path, text_file: Path) -> None:
+    _, once = run(copy, text_file, pattern="neurons", sparsity=0.25, multiple_of=8)
+    report, _ = run(once, text_file)
+    (note,) = [line for line in report.warnings if "pruned already" in line]
+    assert (
+        note == "the model is pruned already (it has a pruning.json); errors are relative to it, not to the dense model"
+    )
+    assert report.model["sparsity"] == 0
+
+
 @pytest.mark.parametrize(
     ("share", "layers", "says"), [(0.1, 3, True), (0.08, 3, False), (0.5, 1, False), (0.5, 2, True)]
 )

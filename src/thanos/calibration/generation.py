@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,20 @@ if TYPE_CHECKING:
 
 GENERATION_BATCH = 16
 """Number of sequences that the model generates together for calibration ``self``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Prompts that were continued together.
+
+    Attributes:
+        ids: token ids of the prompts and their continuations, (n, length) int64, on the CPU.
+        states: states of torch's random generators afterwards, from which the next part is sampled: type of device → state,
+            uint8. ``cpu`` always; ``cuda`` if the model is on a CUDA device.
+    """
+
+    ids: Tensor
+    states: Mapping[str, Tensor]
 
 
 def generate(
@@ -41,6 +56,9 @@ def continue_prompts(
     batch: int,
     phase: Phase,
     emit: Callable[[Event], None],
+    *,
+    done: Sequence[Part] = (),
+    keep: Callable[[Part], None] = lambda part: None,
 ) -> Tensor:
     """Sample a continuation of each prompt from the model at temperature 1, whatever its generation config says.
 
@@ -55,15 +73,18 @@ def continue_prompts(
         batch: prompts that the model continues together.
         phase: of the progress events.
         emit: function that is called with them.
+        done: the first parts of an earlier call with the same arguments, made on the same type of device. They are not sampled
+            again. On a CPU the result has the same bits as without them.
+        keep: function that is called with each new part, before its event.
 
     Returns:
         Token ids, (n, length) int64, on the CPU; each row begins with its prompt.
     """
     from transformers import GenerationConfig
 
-    batches = []
+    parts, count = [*done], sum(len(part.ids) for part in done)
     devices = [model.device] if model.device.type == "cuda" else []
-    new, done = length - prompts.shape[1], 0
+    new = length - prompts.shape[1]
     config = GenerationConfig(
         do_sample=True,
         temperature=1.0,
@@ -76,16 +97,30 @@ def continue_prompts(
     )
     with torch.random.fork_rng(devices), torch.inference_mode(), _replaced_defaults(model):
         torch.manual_seed(seed)
-        for part in prompts.split(batch):
+        if parts:
+            _set_states(parts[-1].states, devices)
+        while count < len(prompts):
+            begun = prompts[count : count + batch]
             ids = model.generate(  # type: ignore[operator]
-                part.to(model.device),
-                attention_mask=torch.ones_like(part, device=model.device),
+                begun.to(model.device),
+                attention_mask=torch.ones_like(begun, device=model.device),
                 generation_config=config,
             )
-            batches.append(ids.cpu())
-            done += len(part)
-            emit(Event(kind="progress", phase=phase, done=done, total=len(prompts), tokens=done * length))
-    return torch.cat(batches)
+            parts.append(Part(ids.cpu(), _states(devices)))
+            count += len(begun)
+            keep(parts[-1])
+            emit(Event(kind="progress", phase=phase, done=count, total=len(prompts), tokens=count * length))
+    return torch.cat([part.ids for part in parts])
+
+
+def _states(devices: Sequence[torch.device]) -> dict[str, Tensor]:
+    return {"cpu": torch.get_rng_state()} | {device.type: torch.cuda.get_rng_state(device) for device in devices}
+
+
+def _set_states(states: Mapping[str, Tensor], devices: Sequence[torch.device]) -> None:
+    torch.set_rng_state(states["cpu"])
+    for device in devices:
+        torch.cuda.set_rng_state(states[device.type], device)
 
 
 @contextmanager

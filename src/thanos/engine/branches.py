@@ -210,6 +210,11 @@ class BranchInputs:
                     stack.enter_context(_replaced_forward(kept.module, self._last_layer(number, first, count)))
             yield
 
+    @property
+    def nbytes(self) -> int:
+        """Size of the storage that exists now, in bytes."""
+        return sum(store.nbytes for store in self._stores.values() if store is not None)
+
     def close(self) -> None:
         """Forget everything, and free the storage."""
         self._kept = []

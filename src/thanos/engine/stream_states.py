@@ -91,6 +91,11 @@ class StreamStates:
         """Sizes in bytes of what all streams keep of a block's branches, also after :meth:`close`."""
         return [size for branches in self._all_branches for size in branches.sizes]
 
+    @property
+    def kept_bytes(self) -> int:
+        """Size in bytes of what all streams keep of a block's branches now."""
+        return sum(branches.nbytes for branches in self._all_branches)
+
     def close_branches(self) -> None:
         """Forget what is kept of the block's branches in all streams, and free its memory."""
         for branches in self._all_branches:

@@ -63,6 +63,11 @@ def tuning_line(records: Sequence[TuningRecord], *, has_zeros: bool = True) -> s
         return ""
     kept = sum(bool(one.kept_epoch) for one in records)
     how = " with their zeros fixed," if has_zeros else ""
+    if not kept:
+        return (
+            f"{len(records)} blocks were then tuned{how} towards the dense blocks' outputs; none improved on held-out "
+            "sequences, so all were left unchanged"
+        )
     text = (
         f"{kept} of {len(records)} blocks were then tuned{how} towards the dense blocks' outputs; "
         f"the median block's error on held-out sequences became {ratios[len(ratios) // 2]:.3g} times its former value"

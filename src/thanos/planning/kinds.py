@@ -134,12 +134,14 @@ class Sample:
         batch: largest number of sequences in a forward pass.
         seconds: phase → seconds.
         busy: phase → seconds of the processor, all threads together; on CUDA those of ``seconds``.
-        peaks: phase → peak growth of host and device memory in bytes, without the hidden states of the sequences.
+        peaks: phase → peak growth of host and device memory in bytes, without the hidden states of the sequences and the inputs
+            of branches.
         over_sequences: phases that run over the sequences.
         state_bytes: bytes of the hidden states of one sequence in all streams.
         buffers: number of buffers of hidden states: the streams keep as many copies.
         branch_bytes: bytes of each input of a branch's last layer that is kept, for one sequence.
         fits: see :class:`~thanos.engine.block_runner.Passes`.
+        with_branches: phases in which inputs of branches are kept.
     """
 
     amount: Amount
@@ -152,6 +154,7 @@ class Sample:
     buffers: int
     branch_bytes: list[int]
     fits: int | None
+    with_branches: frozenset[str] = frozenset()
 
 
 @dataclass(slots=True)
@@ -188,6 +191,10 @@ class Kind:
         units = [one.amount.units(phase) for one in tries[0]]
         return _extrapolated(busy, units, amount.units(phase)) * sum(passed) / sum(busy)
 
+    def keeps_branches(self, phase: str) -> bool:
+        """Return whether inputs of branches are kept in a phase."""
+        return any(phase in sample.with_branches for samples in self.tries for sample in samples)
+
     def peak(self, phase: str, batch: int) -> tuple[int, int]:
         """Return the peak growth of host and device memory in a phase, with batches of this size."""
         known = [_peak(samples, phase, batch) for samples in self.tries if phase in samples[-1].peaks]
@@ -218,7 +225,8 @@ def _peak(samples: Sequence[Sample], phase: str, batch: int) -> tuple[int, int]:
     """Extrapolate the memory of samples with few and with more sequences to a larger batch."""
     few, more = samples[0], max(samples, key=lambda sample: sample.batch)
     host, device = (max(one.peaks.get(phase, (0, 0))[i] for one in samples) for i in (0, 1))
-    if more.batch >= batch or more.batch == few.batch or phase not in more.over_sequences:
+    fixed = phase == "tune" or phase not in more.over_sequences  # the passes of the tuning have batches of their own
+    if more.batch >= batch or more.batch == few.batch or fixed:
         return host, device
     before, on_device = few.peaks.get(phase, (0, 0))
     further = (batch - more.batch) / (more.batch - few.batch)

@@ -224,7 +224,7 @@ def _predict(job: Job, out: Path, measured: dict[str, PhaseRecord], scan: float,
         blocks=len(find_blocks(opened.meta_model)[1]),
         layers=len(job.prepared.layers),
         activations=trial.tier,
-        activations_bytes=sum(trial.states.values()),
+        activations_bytes=sum(trial.states.values()) + sum(trial.branches.values()),
         batch=trial.batch,
         disk_bytes=layout.nbytes,
         disk_besides_bytes=besides,
@@ -256,9 +256,11 @@ def _memory(
     else:
         peaks = [kind.peak(name, trial.batch) for kind in trial.kinds]
     host, on_device = (max(peak[i] for peak in peaks) for i in (0, 1))
-    states = measuring if name == ALLOCATION else {} if name in ("load", "finish") else trial.states
-    host += base + states.get("host", 0)
-    on_device += states.get("device", 0)
+    states = [] if name == "finish" else [measuring if name == ALLOCATION else trial.states]
+    if any(kind.keeps_branches(name) for kind in trial.kinds):
+        states.append(trial.branches)
+    host += base + sum(one.get("host", 0) for one in states)
+    on_device += sum(one.get("device", 0) for one in states)
     if name == "calibration" and generating:  # the whole model is in memory
         host, on_device = (host, max(on_device, generating)) if cuda else (max(host, base + generating), 0)
     if name in measured:

@@ -16,9 +16,11 @@ from torch import Tensor
 from thanos.checkpoint.entries import count_zeros
 from thanos.checkpoint.in_memory import raw_bytes
 from thanos.engine.records import BlockRecord
+from thanos.engine.stream_states import StreamStates
 from thanos.errors import NumericsError
 from thanos.planning.kinds import Job
 from thanos.system.files import write_at
+from thanos.system.memory import device_memory, host_bytes, host_peak_bytes
 from thanos.system.meter import PhaseMeter
 
 _COPIED_BYTES = 16 << 20
@@ -28,12 +30,28 @@ _SCAN_SECONDS = 0.2
 """Seconds for which tensors that are not pruned are scanned, to measure the rate."""
 
 
+_MEMORY = ("host", "device")
+"""Storage tiers in memory, in the order of the numbers of :attr:`TrialMeter.growth`."""
+
+
 class TrialMeter(PhaseMeter):
-    """A meter that also measures the processor's seconds of each phase, in ``busy``."""
+    """A meter that also measures the processor's seconds of each phase, and its memory without what is kept of the sequences.
+
+    Attributes:
+        busy: phase → seconds of the processor, all threads together.
+        growth: phase → peak growth of host and device memory in bytes, since the meter was made, without the hidden states and
+            the inputs of branches that exist at the end of the phase.
+        with_branches: phases at whose end inputs of branches are kept.
+        streams: the streams of the trial's sequences; None before they exist.
+    """
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         self.busy: dict[str, float] = {}
+        self.growth: dict[str, tuple[int, int]] = {}
+        self.with_branches: set[str] = set()
+        self.streams: StreamStates | None = None
+        self._before = host_bytes(), device_memory(device)[0] if device.type == "cuda" else 0
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -43,10 +61,23 @@ class TrialMeter(PhaseMeter):
             yield
         self.busy[name] = self.busy.get(name, 0.0) + time.process_time() - began
 
+    def _stop(self) -> None:
+        super()._stop()
+        name, streams = self._entered[-1], self.streams
+        device = device_memory(self._device)[1] if self._device.type == "cuda" else 0
+        grown = [host_peak_bytes() - self._before[0], device - self._before[1]]
+        if streams is not None and streams.tier in _MEMORY:
+            grown[_MEMORY.index(streams.tier)] -= streams.state_bytes + streams.kept_bytes
+        host, device = (max(pair) for pair in zip(self.growth.get(name, (0, 0)), grown, strict=True))
+        self.growth[name] = host, device
+        if streams is not None and streams.kept_bytes:
+            self.with_branches.add(name)
+
     def forget(self, *names: str) -> None:
         """Discard the seconds and peaks of phases."""
         for name in names:
-            for known in (self.busy, self._seconds, self._host, self._on_device):
+            self.with_branches.discard(name)
+            for known in (self.busy, self.growth, self._seconds, self._host, self._on_device):
                 known.pop(name, None)
 
 

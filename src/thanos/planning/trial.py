@@ -31,7 +31,7 @@ from thanos.planning.scratch import Scratch, TrialMeter, copy_seconds
 from thanos.recipe import LayerRecipe
 from thanos.run.allocation import measured_layers, sequences_of
 from thanos.run.engine_setup import build_engine
-from thanos.system.memory import device_memory, free_device_bytes, host_bytes, release_free_heap
+from thanos.system.memory import free_device_bytes, release_free_heap
 
 SECONDS = 8.0
 """Seconds after which no further block is tried. Each kind of block is tried once in any case."""
@@ -55,7 +55,8 @@ class Trial:
         once: phase → additional seconds of the first block, in which threads start and kernels are compiled.
         batch: number of sequences in a forward pass of the run.
         tier: storage tier of the hidden states of the pruned model in the run.
-        states: storage tier → bytes of hidden states, of all sequences and streams, and of the kept inputs of branches.
+        states: storage tier → bytes of hidden states, of all sequences and streams.
+        branches: storage tier → bytes of the inputs of branches that are kept beside them.
         copy: seconds per byte of a tensor that is copied from the input to the output.
         allocation: the kinds of blocks of the pass that chooses sparsities, with their samples; empty without the pass.
     """
@@ -65,6 +66,7 @@ class Trial:
     batch: int
     tier: str
     states: dict[str, int]
+    branches: dict[str, int]
     copy: float
     allocation: list[Kind] = field(default_factory=list)
 
@@ -96,9 +98,9 @@ def run_trial(job: Job) -> Trial:
             spent = time.perf_counter() - began
             if spent + spent / done > SECONDS or done >= max(len(kind.blocks) for kind in kinds):
                 break
-        _add_branches(job, kinds, tier, states)
+        branches = _branches(job, kinds, tier, states)
         allocation = _try_allocation(job, scratch, tier)
-        return Trial(kinds, once, batch, tier, states, copy_seconds(job, scratch), allocation)
+        return Trial(kinds, once, batch, tier, states, branches, copy_seconds(job, scratch), allocation)
 
 
 def _tiers(job: Job, sample: Sample) -> tuple[str, dict[str, int]]:
@@ -110,12 +112,13 @@ def _tiers(job: Job, sample: Sample) -> tuple[str, dict[str, int]]:
     return tiers[0], states
 
 
-def _add_branches(job: Job, kinds: Sequence[Kind], tier: str, states: dict[str, int]) -> None:
-    """Add to ``states`` the bytes of the inputs of branches that a run keeps; see :mod:`thanos.engine.branches`."""
-    samples = [sample for kind in kinds for tried in kind.tries for sample in tried]
+def _branches(job: Job, kinds: Sequence[Kind], tier: str, states: Mapping[str, int]) -> dict[str, int]:
+    """Return storage tier → bytes of the inputs of branches that a run keeps; see :mod:`thanos.engine.branches`."""
+    samples, kept = [sample for kind in kinds for tried in kind.tries for sample in tried], 0
     for size in max((sample.branch_bytes for sample in samples), key=sum, default=[]):
-        if tier != "disk" and has_spare_room(tier, size * job.samples, job.device, states.get(tier, 0)):
-            states[tier] = states.get(tier, 0) + size * job.samples
+        if tier != "disk" and has_spare_room(tier, size * job.samples, job.device, states.get(tier, 0) + kept):
+            kept += size * job.samples
+    return {tier: kept} if kept else {}
 
 
 def _amounts(job: Job, kind: Kind, size: int, batch: int) -> list[tuple[Amount, int]]:
@@ -127,8 +130,10 @@ def _amounts(job: Job, kind: Kind, size: int, batch: int) -> list[tuple[Amount, 
     held_out, epochs = min(1, whole.held_out), min(EPOCHS, whole.epochs)
     larger = min(batch, 2 * size)
     few = min(whole.training, max(size, sampled_sequences(job.prepared.layers.values(), job.recipe.measure_error)))
-    # At least as many as a tuning step uses, since its memory is not extrapolated.
-    more = min(whole.training, max(few + larger, BATCH if epochs else 0))
+    more = few + larger
+    if epochs:  # whole steps of the tuning, since their memory is not extrapolated
+        more = math.ceil(more / BATCH) * BATCH
+    more = min(whole.training, more)
     amounts = [(Amount(few, held_out, epochs), size)]
     if more > few:
         amounts.append((Amount(more, held_out, epochs), larger))
@@ -193,11 +198,9 @@ def _measure(
     ``batch`` None chooses the batch size as a run does. ``layers`` are the layers to prune, by default all. ``stages`` take the
     place of the recipe's.
     """
-    cuda, meter = job.device.type == "cuda", TrialMeter(job.device)
     gc.collect()
     release_free_heap()
-    host, device = host_bytes(), device_memory(job.device)[0] if cuda else 0
-    scratch.meter = meter
+    scratch.meter = meter = TrialMeter(job.device)
     given = job.prepared.layers if layers is None else layers
     tried = {
         layer: replace(settings, tune=amount.epochs) if settings.repair.tune > amount.epochs else settings
@@ -215,7 +218,7 @@ def _measure(
         meter=meter,
         stages=stages,
     )
-    runner = engine.inputs.runner
+    meter.streams = runner = engine.inputs.runner
     runner.batch, runner.planned_samples = batch, job.samples
     over = {"calibration", "choose"}  # these phases report no progress
     # If blocks store values for later ones, the blocks before run too, but are not counted.
@@ -226,25 +229,17 @@ def _measure(
             meter.forget("load", "propagate")
         elif event.tokens:
             over.add(event.phase)
-    records, states = meter.records(), runner.state_bytes
-    kept = states + sum(runner.branch_bytes)
-    on_host, on_device = (kept if runner.tier == one else 0 for one in ("host", "device"))
-    seconds = {phase: record.seconds for phase, record in records.items()}
+    seconds = {phase: record.seconds for phase, record in meter.records().items()}
     return Sample(
         amount=amount,
         batch=min(amount.sequences, runner.batch or 1),
         seconds=seconds,
-        busy=seconds if cuda else meter.busy,
-        peaks={
-            phase: (
-                max(0, record.host_peak_bytes - host - on_host),
-                max(0, (record.device_peak_bytes or 0) - device - on_device),
-            )
-            for phase, record in records.items()
-        },
+        busy=seconds if job.device.type == "cuda" else meter.busy,
+        peaks=meter.growth,
         over_sequences=frozenset(over),
-        state_bytes=states // amount.sequences,
+        state_bytes=runner.state_bytes // amount.sequences,
         buffers=runner.buffers,
         branch_bytes=[size // amount.sequences for size in runner.branch_bytes],
         fits=runner.fits,
+        with_branches=frozenset(meter.with_branches),
     )

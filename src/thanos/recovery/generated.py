@@ -7,19 +7,22 @@ calibration text. The target is the dense model's prediction, which exists for a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from thanos.calibration.generation import continue_prompts
+from thanos.calibration.generation import Part, continue_prompts
 from thanos.calibration.windows import begin_windows
 from thanos.events import Event
 from thanos.recovery.sequences import SEGMENT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from thanos.engine.distributed import World
+    from thanos.recovery.states import RecoveryFolder
 
 PROMPT = 32
 """Tokens of a piece of the calibration text that the dense model continues, to :data:`~thanos.recovery.sequences.SEGMENT`."""
@@ -36,8 +39,13 @@ def generate_sequences(
     seed: int,
     pad: int,
     emit: Callable[[Event], None],
+    *,
+    done: Sequence[Part] = (),
+    keep: Callable[[Part], None] = lambda part: None,
 ) -> Tensor:
     """Return sequences that consist of continued pieces of a text.
+
+    If the device's memory runs out, the batches of the parts that are left are halved.
 
     A piece begins with :data:`PROMPT` tokens from a random position of the text, or with half a segment if that is shorter.
 
@@ -49,6 +57,9 @@ def generate_sequences(
         seed: seed of the positions and of the sampled tokens.
         pad: any token id.
         emit: function that is called with events of progress.
+        done: the parts that an interrupted call has made, in order, on the same type of device. The next ones have at most the
+            size of the last of them.
+        keep: function that is called with each new part.
 
     Returns:
         Token ids, (count, T) int64, on the CPU.
@@ -63,10 +74,17 @@ def generate_sequences(
     columns = torch.randint(width - prompt + 1, (pieces, 1), generator=draw) + torch.arange(prompt)
     begun = begin_windows(text[rows, columns], bos)
     length = len(bos) + segment
-    made, batch = None, _BATCH[model.device.type]
+    parts, made = [*done], None
+    batch = len(parts[-1].ids) if parts else _BATCH[model.device.type]
+
+    def add(part: Part) -> None:
+        keep(part)
+        parts.append(part)
+
     while made is None:
         try:
-            made = continue_prompts(model, begun, length, seed, pad, batch, "generate", emit)
+            before = tuple(parts)
+            made = continue_prompts(model, begun, length, seed, pad, batch, "generate", emit, done=before, keep=add)
         except torch.OutOfMemoryError:
             if batch == 1:
                 raise
@@ -74,3 +92,48 @@ def generate_sequences(
             torch.cuda.empty_cache()
             batch //= 2
     return begin_windows(made[:, len(bos) :].flatten()[: count * width].view(count, width), bos)
+
+
+def kept_sequences(
+    model: PreTrainedModel,
+    ids: Tensor,
+    bos: tuple[int, ...],
+    count: int,
+    seed: int,
+    pad: int,
+    emit: Callable[[Event], None],
+    work: RecoveryFolder,
+    world: World,
+    *,
+    resume: bool,
+) -> Tensor:
+    """Return the sequences of :func:`generate_sequences`, and keep them and their parts in the work folder.
+
+    Rank 0 generates. After each part all processes meet, since none waits for another one longer than the limit of
+    torch.distributed.
+
+    An interruption loses the part that is being generated. With ``resume``, what the interrupted run has kept is not generated
+    again. On a CPU the result has the same bits as without an interruption. Parts that another type of device has made are
+    discarded, since its random generator is another one.
+    """
+    made: Tensor | None = None
+    while world.rank and made is None:
+        made = world.from_first(lambda: None)
+    if made is not None:
+        return made
+    whole = work.generated if resume else None
+    if whole is not None:
+        return world.from_first(lambda: whole)
+    emit(Event(kind="phase", phase="generate"))
+    done = work.generated_parts if resume else []
+    if done and done[-1].states.keys() != {"cpu", model.device.type}:
+        work.drop_parts()
+        done = []
+
+    def keep(part: Part) -> None:
+        work.keep_part(part)
+        world.from_first(lambda: None)
+
+    made = generate_sequences(model, ids, bos, count, seed, pad, emit, done=done, keep=keep)
+    work.keep_generated(made)
+    return world.from_first(lambda: made)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from thanos.model.loading import check_token_ids, end_of_text_id
 from thanos.model.opening import OpenedModel
 from thanos.model.source import ModelSource, find_local
 from thanos.recovery.distance import Distillation
-from thanos.recovery.generated import generate_sequences
+from thanos.recovery.generated import kept_sequences
 from thanos.recovery.guard import Guard
 from thanos.recovery.output import Trained, make_report, write_model
 from thanos.recovery.pair import Pair, load, masks_of, open_pair, resolve_pair, trainable
@@ -246,7 +246,7 @@ def _train(pair: Pair, calibration: Calibration, job: _Job) -> tuple[Guard, str]
     ids, first = calibration.ids, recipe.trained
     if recipe.generate:
         with job.meter.phase("generate"):
-            generated = job.world.from_first(lambda: _generated(pair.dense, calibration, job))
+            generated = _generated(pair.dense, calibration, job)
         ids, first = torch.cat([ids[:first], generated, ids[first:]]), first + recipe.generate
     guard = Guard(ids, first, dtypes, size, job.device, job.world, _writer(pair, job), history)
     if job.leads:
@@ -275,17 +275,11 @@ def _train(pair: Pair, calibration: Calibration, job: _Job) -> tuple[Guard, str]
 
 
 def _generated(dense: OpenedModel, calibration: Calibration, job: _Job) -> Tensor:
-    """Return the sequences that the dense model generates now, or has generated before an interruption."""
-    recipe, tokenizer, config = job.recipe, dense.source.tokenizer(), dense.source.config()
-    before = job.work.generated if job.resume else None
-    if before is not None:
-        return before
-    job.emit(Event(kind="phase", phase="generate"))
-    text, pad = calibration.ids[: recipe.trained], end_of_text_id(tokenizer, config)
-    model: Any = dense.meta_model
-    made = generate_sequences(model, text, calibration.bos_ids, recipe.generate, recipe.seed, pad, job.emit)
-    job.work.keep_generated(made)
-    return made
+    """Return the sequences that the dense model generates, or has generated before an interruption."""
+    recipe, pad = job.recipe, end_of_text_id(dense.source.tokenizer(), dense.source.config())
+    text, bos, model = calibration.ids[: recipe.trained], calibration.bos_ids, cast(Any, dense.meta_model)
+    arguments = (model, text, bos, recipe.generate, recipe.seed, pad, job.emit, job.work, job.world)
+    return kept_sequences(*arguments, resume=job.resume)
 
 
 def _writer(pair: Pair, job: _Job) -> Callable[[int, Iterable[tuple[str, Tensor]]], None] | None:

@@ -17,6 +17,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from thanos.calibration.generation import Part
 from thanos.checkpoint.layout import Checkpoint
 from thanos.checkpoint.writer import CheckpointWriter
 from thanos.run.work_folder import WorkFolder
@@ -56,8 +57,9 @@ class RecoveryFolder(WorkFolder):
 
     @property
     def prepared(self) -> bool:
-        """Whether the dense model has generated its sequences: a resumed run keeps them, also without a checkpoint."""
-        return bool(self.run) and self.model.is_dir() and self._generated.is_file()
+        """Whether the dense model has generated text: a resumed run keeps it, also without a checkpoint."""
+        generated = self._generated.is_file() or any(self._parts())
+        return bool(self.run) and self.model.is_dir() and generated
 
     @property
     def is_complete(self) -> bool:
@@ -81,8 +83,31 @@ class RecoveryFolder(WorkFolder):
         return load_file(self._generated)["ids"] if self._generated.is_file() else None
 
     def keep_generated(self, ids: Tensor) -> None:
-        """Store the sequences that the dense model generated: on a GPU it would not generate the same ones again."""
-        write_atomically(self._generated, lambda part: save_file({"ids": ids}, part), durable=True)
+        """Store the sequences that the dense model generated, and delete the parts.
+
+        On a GPU it would not generate the same ones again.
+        """
+        write_atomically(self._generated, lambda path: save_file({"ids": ids}, path), durable=True)
+        self.drop_parts()
+
+    @property
+    def generated_parts(self) -> list[Part]:
+        """The parts of the sequences that were generated before an interruption, in order."""
+        stored = [load_file(path) for path in self._parts()]
+        return [Part(tensors.pop("ids"), tensors) for tensors in stored]
+
+    def keep_part(self, part: Part) -> None:
+        """Store the next part of the sequences that the dense model generates."""
+        path = self.steps / f"generated-{len(self._parts()):06}.safetensors"
+        write_atomically(path, lambda path: save_file({"ids": part.ids, **part.states}, path), durable=True)
+
+    def drop_parts(self) -> None:
+        """Delete the parts of generated sequences."""
+        for path in self._parts():
+            path.unlink()
+
+    def _parts(self) -> list[Path]:
+        return sorted(self.steps.glob("generated-*.safetensors"))
 
     def complete_checkpoint(self, step: int, keep_best: int) -> None:
         """Force the checkpoint of a step to the disk and mark it. Then delete older checkpoints and best states.

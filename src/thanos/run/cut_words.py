@@ -37,7 +37,8 @@ def share_words(cut: Mapping[str, Any]) -> str:
     if multiple == 1:
         return f"{text}: no number of whole units is nearer"
     nearer = not mixed and abs(removed - asked) * size["before"] > 0.5
-    return f"{text}: a multiple of {multiple} remains{'; multiple_of 1 gives a nearer number' if nearer else ''}"
+    hint = "; a smaller multiple_of may give a nearer number" if nearer else ""  # experts need a multiple of their own
+    return f"{text}: a multiple of {multiple} remains{hint}"
 
 
 def kind_words(kind: str, cut: Mapping[str, Any]) -> str:

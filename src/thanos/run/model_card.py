@@ -153,7 +153,10 @@ def _yaml(value: str) -> str:
 
 def _tuning(report: PruningReport) -> str:
     line = tuning_line(report.tuning, has_zeros=not report.cut)
-    return f"{line}. The errors of the layers below were measured before that step." if line else ""
+    changed = any(one.kept_epoch for one in report.tuning)
+    return (
+        f"{line}.{' The errors of the layers below were measured before that step.' if changed else ''}" if line else ""
+    )
 
 
 def _totals_table(report: PruningReport) -> str:

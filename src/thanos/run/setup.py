@@ -208,10 +208,9 @@ def _note_zeros(opened: OpenedModel, layers: Sequence[LinearLayer], watch: Watch
     reported = opened.source.gguf is None and (opened.source.folder / "pruning.json").is_file()
     if reported or pruned:
         known = " (it has a pruning.json)" if reported else ""
-        note = (
-            f"the model is pruned already{known}: about {100 * sparsity:.1f} % of the weights of the layers to prune are zero; "
-            "errors are relative to it, not to the dense model"
-        )
+        # Not for a model that only lost units.
+        zeros = f": about {100 * sparsity:.1f} % of the weights of the layers to prune are zero" if sparsity else ""
+        note = f"the model is pruned already{known}{zeros}; errors are relative to it, not to the dense model"
         opened.notes.append(note)
         watch(Event(kind="note", phase="load", message=note))
     return sparsity

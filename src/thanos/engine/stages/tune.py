@@ -24,6 +24,7 @@ from thanos.engine.tuning_passes import Work
 from thanos.events import Event
 from thanos.model.experts import router_parameters
 from thanos.model.layers import linear_names
+from thanos.system.memory import release_free_heap
 
 _SEEDS = 1_000_003
 """A prime above any number of blocks: each recipe seed and block has a seed of its own."""
@@ -64,6 +65,7 @@ class TuneStage:
             )
             for name, value in tuned.values.items():
                 context.put(name, value)
+            release_free_heap()  # the memory of the backward passes
         seconds = time.perf_counter() - began
         context.tuning = replace(tuned.record, block=context.index, zeros_elsewhere=change, seconds=seconds)
         if tuned.record.reason:
