@@ -176,7 +176,7 @@ def _section(report: Packing) -> Iterator[str]:
     )
     yield ""
     yield "```python"
-    yield "import thanos.sparse  # pip install thanos-llm"
+    yield "import thanos.sparse  # of the package thanos-llm"
     yield "from transformers import AutoModelForCausalLM"
     yield ""
     yield 'model = AutoModelForCausalLM.from_pretrained("THIS FOLDER")'
