@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,9 @@ import pytest
 
 from thanos.cli import run
 from thanos.comparison.document import Comparison, Row, read_comparisons
-from thanos.comparison.report import write_document
+from thanos.comparison.report import build_report, write_document
 from thanos.errors import DataError
+from thanos.study.report.page import render_page
 
 SETTINGS: dict[str, Any] = {
     "dtype": "bfloat16",
@@ -46,6 +49,29 @@ def test_a_run_that_lacks_a_key_of_the_page_is_refused(tmp_path: Path, part: str
         (tmp_path / "other.json").write_text(json.dumps(changed))
         with pytest.raises(DataError, match=f"without {part}.{key}"):
             read_comparisons([tmp_path / "other.json"])
+
+
+def test_groups_of_the_same_models_have_titles_and_anchors_of_their_own() -> None:
+    rows = [Row(label=name, weight_bytes=2) for name in "ab"]  # nothing to draw
+    settings = [SETTINGS, {**SETTINGS, "context": 128}, {**SETTINGS, "text_sha256": "1"}, {**SETTINGS, "tasks": ["t"]}]
+    runs = [Comparison(command="", machine=MACHINE, settings=each, rows=rows) for each in settings]
+    runs.append(
+        Comparison(command="", machine=MACHINE, settings=SETTINGS, rows=[dataclasses.replace(rows[0], label="c")])
+    )
+    report = build_report(runs)
+    assert [chapter.title for chapter in report.chapters] == [
+        "a and others: context 9, tasks none",
+        "a and others: context 128, tasks none",
+        "a and others: context 9, tasks none (2)",
+        "a and others: context 9, tasks t",
+        "c",
+    ]
+    page = render_page(report.title, report.lead, report.chapters, {})
+    anchors = re.findall(r'<section[^>]* id="([^"]+)"', page)
+    assert len(anchors) == len(set(anchors)) == sum(len(chapter.sections) for chapter in report.chapters)
+    links = re.findall(r'href="#([^"]+)"', page)
+    assert len(links) == len(set(links)) >= len(report.chapters)
+    assert set(links) <= set(anchors)
 
 
 @pytest.mark.parametrize(("runs", "words"), [([], "no runs"), ([{"rows": []}], "without rows")])
