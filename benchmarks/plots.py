@@ -19,6 +19,7 @@ from typing import Any
 
 from thanos.recipe import LayerRecipe
 from thanos.study.report.figures.theme import MUTED, OTHERS, STYLES
+from thanos.system.extras import install_command
 
 Result = dict[str, Any]
 Lines = dict[str, list[tuple[float, float]]]
@@ -99,7 +100,9 @@ def draw(lines: Lines, title: str, x: str, y: str, about: str, *, linear: bool =
     axes.set(xlabel=x, ylabel=y)
     axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
     axes.grid(which="both" if not linear else "major", linewidth=0.3)
-    axes.legend(fontsize=8, frameon=False, handlelength=4)
+    axes.spines[["top", "right"]].set_visible(False)
+    below = {"loc": "upper left", "bbox_to_anchor": (0, -0.14)}  # clear of the grid
+    axes.legend(**below, ncols=2, fontsize=8, frameon=False, handlelength=4)
     figure.supxlabel(about, fontsize=6, color=MUTED)
     return figure
 
@@ -156,7 +159,7 @@ def main() -> int:
     try:
         import matplotlib
     except ImportError:
-        raise SystemExit("figures need matplotlib; install it with: pip install 'thanos-llm[report]'") from None
+        raise SystemExit(f"figures need matplotlib; install it with: {install_command('report')}") from None
     results, about = load(given.files)
     given.folder.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context({"svg.hashsalt": "thanos", "svg.fonttype": "none", "font.size": 9}):

@@ -118,6 +118,11 @@ def compare(
 
     use_threads(threads)
     earlier = _earlier(models)
+    if earlier is not None and (quantised or prompts is not None or tasks is not None or compiled):
+        raise DataError(
+            "--quantised, --prompts, --tasks and --compile measure models, and comparisons of earlier runs are only drawn; "
+            "leave them out, or give models"
+        )
     with display.watch(quiet=quiet) as watcher:
         if earlier is not None:
             runs = earlier

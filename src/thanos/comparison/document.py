@@ -54,6 +54,11 @@ class Row:
     reason: str = ""
 
 
+_SETTINGS = ("dtype", "text", "sequence_length", "windows", "context", "compiled", "tasks", "limit")
+_MACHINE = ("device", "date", "commit", "versions", "threads")
+"""Keys without which the page of a comparison cannot be drawn."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison(Document):
     """The measurements of one run.
@@ -75,7 +80,15 @@ class Comparison(Document):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Build the document from the values of ``to_dict``."""
+        """Build the document from the values of ``to_dict``.
+
+        Raises:
+            KeyError, TypeError, ValueError: the values are not those of a comparison.
+        """
+        missing = [f"settings.{key}" for key in _SETTINGS if key not in values["settings"]]
+        missing += [f"machine.{key}" for key in _MACHINE if key not in values["machine"]]
+        if missing or not values["rows"]:
+            raise ValueError(f"a run without {', '.join(missing) or 'rows'}")
         known = {one.name for one in dataclasses.fields(Row)}
         rows = [Row(**{name: value for name, value in row.items() if name in known}) for row in values["rows"]]
         return cls(
@@ -113,6 +126,8 @@ def read_comparisons(paths: Sequence[Path]) -> list[Comparison]:
             runs = values["runs"]
             if values["schema"] != SCHEMA:
                 raise ValueError(f"schema {values['schema']}; this version reads {SCHEMA}")
+            if not runs:
+                raise ValueError("no runs")
             comparisons += [Comparison.from_dict(run) for run in runs]
         except OSError as error:
             raise DataError(f"{file} cannot be read: {error.strerror}") from error

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from thanos.comparison.document import NAME, SCHEMA, Comparison, Row, groups_of, merged
+from thanos.comparison.titles import titles_of
 from thanos.errors import ResourceError
 from thanos.events import Event
 from thanos.study.report.build import Report, write_files
@@ -47,10 +48,10 @@ def build_report(runs: Sequence[Comparison]) -> Report:
     """Return the report, with one chapter for each group of comparable runs."""
     groups = groups_of(runs)
     chapters = []
-    for position, group in enumerate(groups, 1):
+    for position, (group, name) in enumerate(zip(groups, titles_of(groups), strict=True), 1):
         rows = merged(group)
         ending = "" if len(groups) == 1 else f"_{position}_{slug(rows[0].label)}"
-        chapters.append(Chapter(f"{rows[0].label} and others", _sections(rows, group, ending)))
+        chapters.append(Chapter(name, _sections(rows, group, ending)))
     names = dict.fromkeys(row.label for group in groups for row in merged(group)[:1])
     title = f"{', '.join(names)}: size, speed and quality"
     lead: Prose = _conclusion(merged(groups[0])) if groups else ()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,18 @@ LEAST_WEIGHTS = 1 << 16
 
 MOST_BYTES = 0.9
 """A layer is packed if it then takes at most this fraction of its dense bytes."""
+
+
+_SMALL, _DENSE = "too small", "too dense"
+
+_PRUNE = "prune it first, for example with --pattern 16:32"
+
+_CHANGES = {
+    _SMALL: "lower --least-weights",
+    _DENSE: _PRUNE,
+    **dict.fromkeys(("float32", "float64"), f"{_PRUNE} --output-dtype bfloat16"),
+}
+"""Reason, up to its colon → what a user can change about it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +84,21 @@ def find_candidates(
     return found
 
 
+def why_none(candidates: Sequence[Candidate]) -> str:
+    """Return why most layers stay dense, and what to change; to be added to a message that no layer is packed.
+
+    Args:
+        candidates: layers that all stay dense.
+    """
+    if not candidates:
+        return ": it has no linear layers"
+    kinds = [one.reason.partition(":")[0] for one in candidates]
+    (kind, count), *_ = Counter(kinds).most_common(1)
+    reason = candidates[kinds.index(kind)].reason
+    change = _CHANGES.get(kind)
+    return f" ({count} of {len(candidates)} layers: {reason}){f'; {change}' if change else ''}"
+
+
 def matrix_parts(stored: SafetensorsCheckpoint, key: str) -> Iterator[tuple[int, int, Tensor]]:
     """Yield (first strip, end, rows) of the parts of a matrix; each is mapped alone and leaves memory when it is dropped."""
     rows, columns = stored.tensors[key].shape
@@ -92,7 +120,7 @@ def _measure(stored: SafetensorsCheckpoint, key: str) -> tuple[PackedSpec | None
     least = torch.iinfo(torch.int16).min
     negative = sum(int((rows.view(torch.int16) == least).sum()) for _, _, rows in matrix_parts(stored, key))
     signed = f"; {negative:,} zeros are negative, which count as entries" if negative else ""
-    return None, None, f"too dense: packed it would take {100 * share:.0f} % of its bytes{signed}"
+    return None, None, f"{_DENSE}: packed it would take {100 * share:.0f} % of its bytes{signed}"
 
 
 def _reason(layer: LinearLayer, stored: SafetensorsCheckpoint, key: str, least_weights: int, *, tied: bool) -> str:
@@ -113,5 +141,5 @@ def _reason(layer: LinearLayer, stored: SafetensorsCheckpoint, key: str, least_w
     if not key.endswith(".weight"):
         return "its tensor is not named weight"
     if info.numel < least_weights:
-        return f"too small: fewer than {least_weights:,} weights"
+        return f"{_SMALL}: fewer than {least_weights:,} weights"
     return ""

@@ -13,7 +13,7 @@ from thanos.checkpoint.reader import SafetensorsCheckpoint
 from thanos.checkpoint.writer import CheckpointWriter
 from thanos.errors import ModelError, UserError
 from thanos.events import Event, Watcher
-from thanos.export.candidates import LEAST_WEIGHTS, Candidate, find_candidates, matrix_parts
+from thanos.export.candidates import LEAST_WEIGHTS, Candidate, find_candidates, matrix_parts, why_none
 from thanos.export.folder import written
 from thanos.export.record import CHANGED, NAME, LayerPacking, Packing, describe_dense
 from thanos.model.opening import CONVERTED, open_model
@@ -79,10 +79,7 @@ def _pack(
     candidates = find_candidates(opened, stored, least_weights, emit)
     packed = {one.key: one for one in candidates if one.spec is not None}
     if not packed:
-        reasons = sorted({one.reason for one in candidates})
-        raise ModelError(
-            f"{source.name} has no layer that is worth packing ({reasons[0]}); prune it first, for example with --pattern 16:32"
-        )
+        raise ModelError(f"{source.name} has no layer that is worth packing{why_none(candidates)}")
     dtypes = sorted({str(one.spec.dtype) for one in packed.values() if one.spec is not None})
     if len(dtypes) > 1:
         raise ModelError(f"{source.name} has layers of {' and '.join(dtypes)}; {ONE_DTYPE}")

@@ -19,7 +19,7 @@ form. transformers alone cannot read it: it would warn of the unknown method `th
 numbers. Install the package and import it first:
 
 ```python
-import thanos.sparse  # pip install thanos-llm
+import thanos.sparse  # of the package thanos-llm
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("THIS FOLDER")

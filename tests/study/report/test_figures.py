@@ -10,7 +10,7 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from thanos.study.report.figures.charts import Chart, HeatMap, Point, Series
-from thanos.study.report.figures.theme import DARK, STYLES
+from thanos.study.report.figures.theme import DARK, PAPER, STYLES
 from thanos.study.report.numbers import Number
 
 pytest.importorskip("matplotlib", reason="the extra report is not installed")
@@ -45,7 +45,9 @@ def test_the_same_figure_gives_the_same_bytes_and_carries_its_data(figure: Chart
     assert description is not None
     assert description.text is not None
     assert json.loads(description.text) == figure.to_dict()
-    assert "prefers-color-scheme: dark" in svg
+    light, dark = svg.split("@media (prefers-color-scheme: dark)")
+    assert f"svg{{background:{PAPER}}}" in light  # the page around it may have the other theme
+    assert f"svg{{background:{DARK[PAPER]}}}" in dark
     assert "<dc:date>" not in svg
 
 

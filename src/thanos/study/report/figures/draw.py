@@ -16,7 +16,7 @@ from thanos.study.report.figures.axes import unbroken
 from thanos.study.report.figures.charts import Figure, HeatMap
 from thanos.study.report.figures.panels import draw_dots, draw_heat_map
 from thanos.study.report.figures.plane import draw_plane
-from thanos.study.report.figures.theme import INK, MUTED, PAPER, dark_rules
+from thanos.study.report.figures.theme import DARK, INK, MUTED, PAPER, dark_rules
 from thanos.system.extras import install_command
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ _STYLE: dict[Any, Any] = {
 
 
 def draw(figure: Figure) -> tuple[str, bytes]:
-    """Return a figure as SVG text with a transparent background, and as PNG bytes with a white one."""
+    """Return a figure as SVG text with a background for each theme, and as PNG bytes with a white one."""
     with drawn(figure) as canvas:
         svg, png = io.StringIO(), io.BytesIO()
         data = json.dumps(figure.to_dict(), ensure_ascii=False, separators=(",", ":"))
@@ -59,8 +59,10 @@ def draw(figure: Figure) -> tuple[str, bytes]:
         canvas.savefig(svg, format="svg", transparent=True, metadata=about)
         canvas.savefig(png, format="png", dpi=_PNG_DPI, facecolor=PAPER, metadata={"Software": None})
     head, rest = svg.getvalue().replace("'DejaVu Sans'", _FONTS).split("<metadata>", 1)
-    dark = f"<style>@media (prefers-color-scheme: dark){{{dark_rules()}}}</style>"
-    return f"{head}{dark}<metadata>{rest}", png.getvalue()
+    # The background is opaque: a page may be light although the reader's system is dark, and shows the dark colours then.
+    dark = f"svg{{background:{DARK[PAPER]}}}{dark_rules()}"
+    style = f"<style>svg{{background:{PAPER}}}@media (prefers-color-scheme: dark){{{dark}}}</style>"
+    return f"{head}{style}<metadata>{rest}", png.getvalue()
 
 
 @contextmanager

@@ -1,0 +1,94 @@
+"""The JSON document of a comparison: what is read again, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from thanos.cli import run
+from thanos.comparison.document import Comparison, Row, read_comparisons
+from thanos.comparison.report import build_report, write_document
+from thanos.errors import DataError
+from thanos.study.report.page import render_page
+
+SETTINGS: dict[str, Any] = {
+    "dtype": "bfloat16",
+    "text": "t.txt",
+    "sequence_length": 64,
+    "windows": 2,
+    "context": 9,
+    "compiled": False,
+    "tasks": [],
+    "limit": None,
+}
+MACHINE = {"device": "cpu", "date": "2026-01-01", "commit": None, "versions": {}, "threads": 1}
+
+
+def written(folder: Path) -> Path:
+    rows = [Row(label="a", weight_bytes=2, evaluation={"perplexity": 3.0})]
+    write_document([Comparison(command="", machine=MACHINE, settings=SETTINGS, rows=rows)], folder)
+    return folder / "comparison.json"
+
+
+def test_a_document_is_read_as_it_was_written(tmp_path: Path) -> None:
+    (found,) = read_comparisons([written(tmp_path)])
+    assert (found.settings, found.machine, found.rows[0].weight_bytes) == (SETTINGS, MACHINE, 2)
+
+
+@pytest.mark.parametrize("part", ["settings", "machine"])
+def test_a_run_that_lacks_a_key_of_the_page_is_refused(tmp_path: Path, part: str) -> None:
+    values = json.loads(written(tmp_path).read_text())
+    for key in list(values["runs"][0][part]):
+        changed = json.loads(json.dumps(values))
+        del changed["runs"][0][part][key]
+        (tmp_path / "other.json").write_text(json.dumps(changed))
+        with pytest.raises(DataError, match=f"without {part}.{key}"):
+            read_comparisons([tmp_path / "other.json"])
+
+
+def test_groups_of_the_same_models_have_titles_and_anchors_of_their_own() -> None:
+    rows = [Row(label=name, weight_bytes=2) for name in "ab"]  # nothing to draw
+    settings = [SETTINGS, {**SETTINGS, "context": 128}, {**SETTINGS, "text_sha256": "1"}, {**SETTINGS, "tasks": ["t"]}]
+    runs = [Comparison(command="", machine=MACHINE, settings=each, rows=rows) for each in settings]
+    runs.append(
+        Comparison(command="", machine=MACHINE, settings=SETTINGS, rows=[dataclasses.replace(rows[0], label="c")])
+    )
+    report = build_report(runs)
+    assert [chapter.title for chapter in report.chapters] == [
+        "a and others: context 9, tasks none",
+        "a and others: context 128, tasks none",
+        "a and others: context 9, tasks none (2)",
+        "a and others: context 9, tasks t",
+        "c",
+    ]
+    page = render_page(report.title, report.lead, report.chapters, {})
+    anchors = re.findall(r'<section[^>]* id="([^"]+)"', page)
+    assert len(anchors) == len(set(anchors)) == sum(len(chapter.sections) for chapter in report.chapters)
+    links = re.findall(r'href="#([^"]+)"', page)
+    assert len(links) == len(set(links)) >= len(report.chapters)
+    assert set(links) <= set(anchors)
+
+
+@pytest.mark.parametrize(("runs", "words"), [([], "no runs"), ([{"rows": []}], "without rows")])
+def test_a_document_without_numbers_is_refused(tmp_path: Path, runs: list[Any], words: str) -> None:
+    values = json.loads(written(tmp_path).read_text())
+    values["runs"] = [{**values["runs"][0], **run} for run in runs]
+    (tmp_path / "other.json").write_text(json.dumps(values))
+    with pytest.raises(DataError, match=words):
+        read_comparisons([tmp_path / "other.json"])
+
+
+@pytest.mark.parametrize(
+    "option", [["--quantised", "int8"], ["--tasks", "piqa"], ["--compile"], ["--prompts", "p.txt"]]
+)
+def test_options_that_measure_are_refused_for_earlier_runs(
+    tmp_path: Path, option: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["compare", str(written(tmp_path)), *option, "--out", str(tmp_path / "c")]) == 2
+    assert "only drawn" in capsys.readouterr().err
+    assert not (tmp_path / "c").exists()
