@@ -1,4 +1,4 @@
-"""The committed reports under docs/results/ and the tables in its pages agree with their stores."""
+"""The committed reports and comparisons under docs/results/ and the tables in its pages agree with their stores."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT
-from thanos.study.report.build import build_report
+from thanos.comparison import report as comparison
+from thanos.comparison.document import NAME, read_comparisons
+from thanos.study.report.build import Report, build_report
 from thanos.study.report.page import render_page
 from thanos.study.report.readme import result_folders, with_results
 from thanos.study.report.tables import WRITERS
 from thanos.study.store import read_store, store_path
 
 STORES = sorted({store_path(path.parent) for path in (ROOT / "docs" / "results").glob("*/store.jsonl*")})
+COMPARISONS = sorted((ROOT / "docs" / "results").rglob(NAME))
 PAGE = ROOT / "docs" / "results" / "study.md"
 
 
@@ -46,17 +49,29 @@ def test_the_page_of_accuracies_shows_what_its_records_say() -> None:
 @pytest.mark.skipif(not STORES, reason="no store is committed yet")
 @pytest.mark.parametrize("path", STORES, ids=lambda path: path.parent.name)
 def test_tables_figures_and_page_are_what_the_store_says(path: Path) -> None:
-    report = build_report(read_store(path))
+    check(build_report(read_store(path)), path.parent, "report.html", f"thanos report {path.parent}")
+
+
+@pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.parent.name)
+def test_tables_figures_and_page_of_a_comparison_are_what_its_document_says(path: Path) -> None:
+    report = comparison.build_report(read_comparisons([path]))
+    check(report, path.parent, comparison.PAGE, f"thanos compare {path} --out {path.parent}")
+
+
+def check(report: Report, folder: Path, name: str, command: str) -> None:
+    """Assert that a folder has the report's tables and figures, and no others, and its page."""
     pictures: dict[str, str] = {}
     for table in report.tables:
         for ending, writer in WRITERS.items():
-            assert (path.parent / "tables" / f"{table.name}.{ending}").read_text(encoding="utf-8") == writer(table)
+            assert (folder / "tables" / f"{table.name}.{ending}").read_text(encoding="utf-8") == writer(table)
     for figure in report.figures:
-        pictures[figure.name] = (path.parent / "figures" / f"{figure.name}.svg").read_bytes().decode()
+        pictures[figure.name] = (folder / "figures" / f"{figure.name}.svg").read_bytes().decode()
         root = ET.fromstring(pictures[figure.name])
         description = root.find(".//{http://purl.org/dc/elements/1.1/}description")
         assert description is not None
-        assert json.loads(description.text or "") == figure.to_dict(), f"run: thanos report {path.parent}"
+        assert json.loads(description.text or "") == figure.to_dict(), f"run: {command}"
+    assert {file.stem for file in (folder / "tables").iterdir()} == {table.name for table in report.tables}
+    assert {file.stem for file in (folder / "figures").iterdir()} == set(pictures)
     page = render_page(report.title, report.lead, report.chapters, pictures).encode()
-    same = (path.parent / "report.html").read_bytes() == page  # a comparison by assert would show megabytes
-    assert same, f"report.html: run: thanos report {path.parent}"
+    same = (folder / name).read_bytes() == page  # a comparison by assert would show megabytes
+    assert same, f"{name}: run: {command}"

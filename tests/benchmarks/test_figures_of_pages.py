@@ -1,4 +1,4 @@
-"""The figure of README and the table of docs/scale-out.md show what the result files say."""
+"""The figure of the repair and the table of docs/scale-out.md show what the result files say."""
 
 from __future__ import annotations
 

@@ -176,6 +176,24 @@ def test_no_bar_of_a_scatter_goes_through_another_marker() -> None:
             assert sum(abs(x - at) < 3 * unit and low - 2 * unit < y < high + 2 * unit for at, low, high in bars) == 1
 
 
+def test_markers_that_make_room_for_each_other_stay_near_and_inside_the_axes() -> None:
+    """Equal models have nearly equal speeds, at the right end of the axis."""
+    from thanos.study.report.figures.draw import drawn
+
+    points = [Point(number(269.0, "seconds"), number(47.0), number(0.6), "p") for _ in range(5)]
+    series = tuple(Series(f"s{i}", "thanos", (point,), i) for i, point in enumerate(points))
+    far = Series("far", "wanda", (Point(number(120.0, "seconds"), number(49.0), number(0.6)),))
+    with drawn(Chart("scatter", "ends", "Ends", "x", "y", (far, *series), directed=True)) as canvas:
+        axes, unit = canvas.axes[0], canvas.dpi / 72
+        ends = [
+            line.get_transform().transform(line.get_xydata())[0, 0] for line in axes.lines if line.get_marker() == "o"
+        ]
+        true = axes.transData.transform((269.0, 47.0))[0]
+        assert len(ends) == 5
+        assert max(abs(x - true) for x in ends) < 13 * unit  # two on each side, 6 points apart
+        assert max(ends) < axes.bbox.x1
+
+
 def test_a_legend_names_every_series_and_the_numbers_above_the_axes() -> None:
     from thanos.study.report.figures.draw import drawn
 

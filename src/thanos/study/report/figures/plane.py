@@ -124,7 +124,8 @@ def _moved(canvas: Any, axes: Axes, shift: float, xs: list[float], ys: list[floa
 def _shifts(chart: Chart) -> dict[int, float]:
     """Return the shift to the right, in points, of each marker of a scatter that would overlap another marker or its bar.
 
-    Distances are computed for axes of the usual size; the labels of an axis change them by only a few points.
+    It is the smallest one in either direction; a negative shift is to the left. Distances are computed for axes of the usual
+    size; the labels of an axis change them by only a few points.
     """
     if chart.kind != "scatter":
         return {}
@@ -138,7 +139,7 @@ def _shifts(chart: Chart) -> dict[int, float]:
         while any(
             math.hypot(x + shift - other, max(low - top, bottom - high, 0.0)) < _APART for other, bottom, top in taken
         ):
-            shift += 1.0
+            shift = -shift if shift > 0 else 1.0 - shift
         taken.append((x + shift, low, high))
         if shift:
             found[id(point)] = shift

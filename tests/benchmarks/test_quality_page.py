@@ -1,0 +1,94 @@
+"""The pages that benchmarks/quality_page.py fills show what the stored comparisons say."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT
+from thanos.comparison.document import NAME, Row, merged, read_comparisons
+from thanos.comparison.report import front_of, value_of
+
+_SPEC = importlib.util.spec_from_file_location("quality_page", ROOT / "benchmarks" / "quality_page.py")
+assert _SPEC is not None
+assert _SPEC.loader is not None
+quality_page = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(quality_page)
+
+PAGES = [
+    page
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    if quality_page.BLOCK.search(page.read_text("utf-8"))
+]
+SMOLLM2 = ROOT / "docs" / "results" / "quality" / "smollm2-135m" / NAME
+ROWS = [
+    Row(
+        label="dense",
+        weight_bytes=2_690_000,
+        evaluation={"perplexity": 21.608},
+        zero_shot={"average": {"acc": 0.4243, "acc_stderr": 0.00604}},
+        texts={"One": " 1", "Two and": "\n  three.\n\nFour"},
+    ),
+    Row(
+        label="a int8", weight_bytes=1_640_000, evaluation={"perplexity": 30.0}, texts={"One": "", "Two and": "a " * 99}
+    ),
+]
+
+
+def test_readme_and_the_page_of_qualities_are_filled() -> None:
+    assert {page.name for page in PAGES} >= {"README.md", "quality.md"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tables_and_texts_are_what_the_comparison_says(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert quality_page.filled(text, page.parent) == text, f"run: python benchmarks/quality_page.py {page}"
+
+
+def test_a_table_of_models_has_their_words_and_no_number_that_was_not_measured() -> None:
+    assert quality_page.models(ROWS, "a int8 = one; dense = the dense model").splitlines() == [
+        "| | in memory, MB | perplexity | zero-shot, % |",
+        "|---|---|---|---|",
+        "| one | 1.64 | 30.00 |  |",
+        "| the dense model | 2.69 | 21.61 | 42.4 ± 0.6 |",
+    ]
+
+
+def test_texts_are_on_one_line_and_shortened() -> None:
+    first, empty, dense, other = quality_page.texts(ROWS, 2, "dense = the dense model; a int8 = int8").splitlines()
+    assert first == "“Two and” is continued by"
+    assert empty == ""
+    assert dense == "- the dense model: “three. Four”"
+    assert other.endswith("a a …”")
+    assert len(other) < 150
+
+
+def test_a_model_without_a_row_is_refused() -> None:
+    with pytest.raises(KeyError, match="no model is called b; there are dense, a int8"):
+        quality_page.chosen(ROWS, "dense = x; b = y")
+
+
+def test_what_the_page_concludes_is_what_its_numbers_say() -> None:
+    """The statements of README and quality.md about SmolLM2-135M."""
+    rows = {row.label: row for row in merged(read_comparisons([SMOLLM2]))}
+    first = next(iter(rows))
+
+    def value(label: str, field: str) -> float:
+        found = value_of(rows[label], field)
+        assert found is not None
+        return found
+
+    front = {row.label for row in front_of(list(rows.values()), "weight_bytes")}
+    assert front == {"neurons20-recovered int8", f"{first} int4", f"{first} int8", first}
+    pruned = [label for label in rows if not label.startswith(first)]
+    assert min(pruned, key=lambda label: value(label, "perplexity")) == "neurons20-recovered"
+    for label in ("16of32-recovered-packed", "2of4-recovered", "fast50"):  # what is sparse loses to int8 and int4
+        for kind in ("int8", "int4"):
+            for field in ("weight_bytes", "perplexity"):
+                assert value(f"{first} {kind}", field) < value(label, field)
+    speeds = [value(label, "tokens_per_second") for label in rows if not label.endswith(("int8", "int4"))]
+    assert max(speeds) < 1.02 * min(speeds)
+    accuracies = [value(label, "zero_shot") for label in pruned if label != "fast50"]
+    assert max(accuracies) - min(accuracies) < 2 * value("2of4-recovered", "zero_shot_stderr")
