@@ -2,7 +2,7 @@
 
     python benchmarks/repair_figure.py docs/results/repair
 
-reads ``smollm2-135m.jsonl`` in that folder and writes ``steps.svg`` there. The same lines give the same bytes. The script needs
+reads ``smollm2-135m-h200.jsonl`` in that folder and writes ``steps.svg`` there. The same lines give the same bytes. The script needs
 the extra ``report`` (matplotlib).
 """
 
@@ -18,18 +18,14 @@ from thanos.study.report.figures.charts import Chart, Point, Series
 from thanos.study.report.figures.draw import draw
 from thanos.study.report.numbers import Number
 
-LINES = "smollm2-135m.jsonl"
+LINES = "smollm2-135m-h200.jsonl"
 FIGURE = "steps.svg"
 
 GROUPS = {
-    ("half of the weights", "sparse"): {"fast-thanos": "fast", "50": "max", "50-recovered-1": "recover"},
-    ("16:32", "packed"): {"16of32": "max", "16of32-recovered-1": "recover"},
+    ("half of the weights", "sparse"): {"50": "max", "50-recovered-0": "recover"},
+    ("16:32", "packed"): {"fast-16of32": "fast", "16of32": "max", "16of32-recovered-0": "recover"},
     ("2:4", "packed"): {"2of4": "max", "2of4-recovered-0": "recover"},
-    ("a fifth of the neurons", "shrunk"): {
-        "neurons20-high-0.5": "high",
-        "neurons20": "max",
-        "neurons20-recovered-0": "recover",
-    },
+    ("a fifth of the neurons", "shrunk"): {"neurons20": "max", "neurons20-recovered-0": "recover"},
 }
 """Title and style of a group → the names of its lines and their labels."""
 
