@@ -1,6 +1,8 @@
-"""Measure the processor time of one layer on the CPU, by this package and by the SparseGPT reference, and of the common parts.
+"""Measure the processor time of pruning one layer on the CPU, by this package and by the SparseGPT reference.
 
     python benchmarks/processor.py --peer sparsegpt-folder --json processor.json
+
+Single parts of the work are also measured: a product, the factor and one error.
 
 The processor time of one thread is measured, and not elapsed time, so that other programs disturb it less. They still share the
 caches and the memory, so the load is recorded too. The smallest of ``--repeats`` runs is used.

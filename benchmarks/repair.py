@@ -25,7 +25,7 @@ from typing import Any
 
 
 def main() -> int:
-    """Start a process for each GPU, or one without; return 1 if a cell failed."""
+    """Start a process for each GPU, or one process if there is no GPU; return 1 if a cell failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cells", type=Path)
     parser.add_argument("results", type=Path)
@@ -39,8 +39,10 @@ def main() -> int:
         "--tasks", default="", help="lm_eval tasks for the dense model and the cells that ask for them, comma-separated"
     )
     parser.add_argument("--task-folder", default=None, help="folder of local lm_eval tasks")
-    parser.add_argument("--commit", default="", help="for a machine without the repository")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no cell after this time")
+    parser.add_argument("--commit", default="", help="commit to record, on a machine without the repository")
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="start no cell after this number of seconds"
+    )
     parser.add_argument("--keep", type=Path, default=None, help="folder for the pruned models; default: none is kept")
     parser.add_argument("--rank", type=int, default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -122,13 +124,13 @@ def measured(arguments: argparse.Namespace, model: str | Path, *, tasks: bool) -
         names = arguments.tasks.split(",")
         try:
             result["zero_shot"] = zero_shot(model, tasks=names, task_folder=arguments.task_folder).to_dict()
-        except Exception:  # the perplexity is not lost with the tasks
+        except Exception:  # keep the perplexity if the tasks fail
             result["zero_shot_failed"] = traceback.format_exc()
     return result
 
 
 def cost(made: Any, began: float) -> dict[str, Any]:
-    """Return seconds of a run, by phase too, and the peak of allocated device memory in bytes; None without CUDA."""
+    """Return the seconds of a run, in total and by phase, and its peak device memory in bytes (None without CUDA)."""
     peaks = [phase.device_peak_bytes for phase in made.phases.values() if phase.device_peak_bytes]
     return {
         "seconds": round(time.monotonic() - began, 2),
@@ -138,7 +140,7 @@ def cost(made: Any, began: float) -> dict[str, Any]:
 
 
 def report(arguments: argparse.Namespace, row: dict[str, Any]) -> None:
-    """Append a line to the results and show it in short."""
+    """Append a line to the results, and print its main fields."""
     import torch
     import transformers
 

@@ -2,8 +2,8 @@
 
     python benchmarks/repair_figure.py docs/results/repair
 
-reads ``smollm2-135m-h200.jsonl`` in that folder and writes ``steps.svg`` there. The same lines give the same bytes. The script needs
-the extra ``report`` (matplotlib).
+reads ``smollm2-135m-h200.jsonl`` in that folder and writes ``steps.svg`` there. The same lines give the same bytes. The
+script needs the extra ``report`` (matplotlib).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def chart(rows: list[Row]) -> Chart:
     """Return the figure of some lines.
 
     Raises:
-        KeyError: no line has a name of :data:`GROUPS`.
+        KeyError: a name in :data:`GROUPS` has no line.
     """
     series = [
         Series(title, style, tuple(_point(rows, name, label) for name, label in names.items()))

@@ -5,8 +5,8 @@
 A table is between ``<!-- table FILE: NAME NAME … -->`` and ``<!-- end -->``. It has one row for each named line of FILE, a path
 relative to the page. ``NAME*`` means all lines whose names begin with NAME, in the order of the file. Below the table are the
 command, commit, hardware, versions and date of its lines. ``<!-- short FILE: NAME LABEL; NAME LABEL … -->`` makes a table with
-only labels, perplexities, zero-shot accuracies and seconds. In it ``NAME+NAME`` is the last of these lines, with the seconds of
-all. ``--check`` writes nothing, and fails if the page differs.
+only labels, perplexities, zero-shot accuracies and seconds. In this table ``NAME+NAME`` makes one row: the values of the last
+of these lines, and the sum of the seconds of all. ``--check`` writes nothing, and fails if the page differs.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def chosen(rows: list[Row], names: list[str]) -> list[Row]:
     """Return the rows with these names, in the order of the names.
 
     Raises:
-        KeyError: no line has a name.
+        KeyError: one of the names has no line.
     """
     found: list[Row] = []
     for name in names:
@@ -93,7 +93,10 @@ def markdown(rows: list[Row]) -> str:
 
 
 def short(rows: list[Row], names: str) -> str:
-    """Return a table with labels; ``names`` has names joined by plus signs and a label for each row, divided by semicolons."""
+    """Return a table with labels.
+
+    ``names`` has one entry for each row, separated by semicolons: names joined by plus signs, and a label.
+    """
     lines = ["| | perplexity | zero-shot, % | seconds |", "|---|---|---|---|"]
     for name, _, label in (entry.strip().partition(" ") for entry in names.split(";")):
         steps = chosen(rows, name.split("+"))
@@ -122,7 +125,7 @@ def training(row: Row) -> str:
 
 
 def origins(rows: list[Row]) -> list[str]:
-    """Return what the lines name besides their numbers, each combination once."""
+    """Return the command, commit, hardware, versions and date of the lines, each combination once."""
     found: dict[str, None] = {}
     for row in rows:
         if "command" not in row:

@@ -21,7 +21,8 @@ class Rates:
     Attributes:
         model_flops: operations/s of a matrix product in the model's dtype.
         float32_flops: operations/s of a matrix product in full float32, in which layers are solved.
-        gram_flops: operations/s of XᵀX in float32 from the model's dtype, counted as 2ab², of which about half are executed.
+        gram_flops: operations/s of XᵀX in float32, for an (a, b) X in the model's dtype. It is counted as 2ab² operations, of
+            which about half are executed.
         memory_bytes: bytes/s, read plus written, of a copy within the device's memory.
         to_device_bytes: bytes/s of a copy from host memory to the device; on the CPU, of a copy within host memory.
     """

@@ -1,4 +1,4 @@
-"""``thanos bench layer``: time and error of the solvers on one layer, and the least time needed."""
+"""``thanos bench layer``: time and error of the solvers on one layer, and a lower bound of the time."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def layer(
     json_file: JsonFile = None,
     **settings: Any,
 ) -> None:
-    """Time the solvers on one layer of random weights and realistic inputs; show the error and the least time needed."""
+    """Time the solvers on one layer of random weights and realistic inputs; show the error and a lower bound of the time."""
     shapes = tuple(parse_shape(text) for text in shape or ["2048x2048"])
     peers = dict(parse_peer(text) for text in peer or [])
     from thanos.bench.layer import LayerSettings, report, run

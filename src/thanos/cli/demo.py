@@ -1,4 +1,4 @@
-"""``make demo``: prune a real model in two ways, and show size, speed and quality of all in one table.
+"""``make demo``: prune a real model in two ways, and show size, speed and quality of the models in one table.
 
 This is not a command of ``thanos``. Its steps are those of ``thanos prune``, ``pack`` and ``compare`` with small settings, on
 text from the help of Python's standard library. Each step first shows its command.
@@ -31,7 +31,7 @@ _EVALUATION = {"text": "pydoc", "sequence_length": 512, "max_windows": 16, "devi
 
 
 def demo(model: str, out: Path) -> None:
-    """Write ``model`` to ``out`` in bfloat16, packed at 16:32, and without a fifth of its neurons; print a table of all."""
+    """Write ``model`` to ``out`` in bfloat16, packed at 16:32, and without a fifth of its neurons; print a table of them."""
     display.hush()
     import thanos
     from thanos.comparison.report import PAGE, write_report

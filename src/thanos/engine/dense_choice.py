@@ -1,9 +1,9 @@
 """The choice of the dense target: the fraction α of the dense model's outputs that gives a block the least held-out error.
 
-Each candidate is tried with stand-ins for the pruned weights (:mod:`thanos.solvers.stand_in`), which are fitted to the other
-sequences. The block runs over the held-out ones with the stand-ins in place, and its outputs are compared with those of the
-dense block in the dense model. The error of a token is divided by the token's own norm, since the next block normalises each
-token. In a plain sum, a few tokens with a hundred times the norm of the others would outweigh all others.
+Each candidate is tried with stand-ins for the pruned weights (:mod:`thanos.solvers.stand_in`), which are fitted to the
+sequences that are not held out. The block runs over the held-out ones with the stand-ins in place, and its outputs are compared
+with those of the dense block in the dense model. The error of a token is divided by the token's own norm, since the next block
+normalises each token. In a plain sum, a few tokens with a hundred times the norm of the others would outweigh all others.
 
 Most of the error exists before the step, and most candidates differ by less than a thousandth of it. Such differences are not
 significant: stand-ins are not the pruned weights, and no later layer is pruned yet. So :data:`PREFERRED` is chosen unless

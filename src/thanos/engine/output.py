@@ -30,9 +30,9 @@ class Output:
         self._thread, self._staging = Background("thanos-writer", device), Staging(device)
 
     def write(self, key: str, tensor: Tensor) -> None:
-        """Begin to write a contiguous tensor in its stored dtype under its name in the checkpoint; a second write replaces it.
+        """Begin to write a contiguous tensor, which has its stored dtype, under its name in the checkpoint.
 
-        Raises the error of an earlier write, if one failed; else :meth:`flush` does.
+        A later write under the same name replaces it. If a write fails, the next call or :meth:`flush` raises its error.
         """
         self._thread.post(self._write, key, tensor)
 

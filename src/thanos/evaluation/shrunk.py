@@ -31,7 +31,7 @@ class BlockChange:
     Attributes:
         dense_block: its index in the dense model; None if it is not known which blocks were removed.
         block: its index in the smaller model; None if it was removed.
-        parameters: number of its parameters; None if ``dense_block`` is.
+        parameters: number of its parameters; None if ``dense_block`` is None.
         removed: layer name → indices of the removed units in the dense model, if the smaller model's ``pruning.json`` lists
             them.
     """

@@ -20,8 +20,8 @@ BY_BLOCK = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "qwen2moe", "
 """Architectures, by their names in the format, whose tensors are read one by one. ``llama`` includes Mistral and Mixtral."""
 
 _DUPLICATE = 0.3
-"""Squared relative distance below which two matrices hold the same weights in different quantisations. For Gaussian weights the
-distance is 0.007 in Q4_0 and 0.11 after rounding to 2 bits in blocks of 16. Independent matrices have 2."""
+"""Squared relative distance below which two matrices count as the same weights in different quantisations. For Gaussian
+weights the distance is 0.007 in Q4_0 and 0.11 after rounding to 2 bits in blocks of 16. Independent matrices have 2."""
 
 _COMPARED = 1 << 18
 """Number of entries that are compared."""
@@ -94,7 +94,7 @@ class _Mapping:
         self._processor: Any = TENSOR_PROCESSORS.get(header.architecture, TensorProcessor)(config=heads)
 
     def pieces(self, name: str, shape: tuple[int, ...]) -> list[Piece] | None:
-        """Return the pieces of one of the model's tensors; None if the file does not have them, or in another shape."""
+        """Return the pieces of one of the model's tensors; None if the file lacks one, or has it in another shape."""
         stem, _, last = name.rpartition(".")
         if len(shape) == 3 and last in PARTS:
             return self._experts([f"{stem}.{part}.weight" for part in PARTS[last]], shape)

@@ -53,8 +53,8 @@ def prune_model(
 ) -> PruningReport:
     """Prune a loaded causal language model in place. Nothing is written to the disk.
 
-    The weights are those that :func:`thanos.prune` gives for the same model in a folder, recipe and calibration. Each block's
-    weights change when the block is done: if the run fails later, the blocks before stay pruned.
+    The weights are those that :func:`thanos.prune` gives for a folder of the same model, with the same recipe and calibration.
+    Each block's weights change when the block is done: if the run fails later, the finished blocks stay pruned.
 
     Args:
         model: a model as transformers loads it, not quantised, on any device, in any mode. Its parameters stay the same
@@ -62,7 +62,7 @@ def prune_model(
         calibration: token ids, as a tensor (samples, T) or a list of tensors (T,) of one length, int64; or a list of texts, or
             a source of text as in ``recipe.calibration``, both of which need ``tokenizer``. Default: the recipe's source.
         recipe: method and settings; default :class:`Recipe`. Token ids determine ``samples`` and ``sequence_length``.
-            ``device`` and ``dtype`` ``auto`` are the model's own. ``output_dtype`` must be ``auto``.
+            If ``device`` or ``dtype`` is ``auto``, the model's own is used. ``output_dtype`` must be ``auto``.
         tokenizer: the model's tokenizer, for texts.
         activations: storage tier of the hidden states between blocks; see :func:`thanos.prune`.
         on_event: function that is called with each :class:`~thanos.events.Event`.

@@ -137,7 +137,8 @@ def prepare_opened(
     data_flow = trace_data_flow(opened.meta_model, find_blocks(opened.meta_model)[1], choose_device(recipe.device))
     if (unreached := _unreached(data_flow, chosen)) and cutting is not None:
         raise ModelError(
-            f"text does not reach block {unreached[0].block}, so its units cannot be chosen, but all blocks must lose as many"
+            f"text does not reach block {unreached[0].block}, so its units cannot be chosen, but every block must lose the "
+            "same number of units"
         )
     if unreached:
         left_dense |= dict.fromkeys((layer.name for layer in unreached), "text does not reach its decoder block")
@@ -208,7 +209,7 @@ def _note_zeros(opened: OpenedModel, layers: Sequence[LinearLayer], watch: Watch
     reported = opened.source.gguf is None and (opened.source.folder / "pruning.json").is_file()
     if reported or pruned:
         known = " (it has a pruning.json)" if reported else ""
-        # Not for a model that only lost units.
+        # A model that only lost units has no zeros to report.
         zeros = f": about {100 * sparsity:.1f} % of the weights of the layers to prune are zero" if sparsity else ""
         note = f"the model is pruned already{known}{zeros}; errors are relative to it, not to the dense model"
         opened.notes.append(note)
@@ -219,8 +220,8 @@ def _note_zeros(opened: OpenedModel, layers: Sequence[LinearLayer], watch: Watch
 def check_calibration(recipe: Recipe, given: Calibration | None, source: ModelSource | None = None) -> None:
     """Check that the calibration text can be used, before a model is loaded. Only the number of ``given`` windows is checked.
 
-    With ``source``, the check includes a chat template of its tokenizer for texts that are chats. Raises DataError if the text
-    cannot be used, and RecipeError if too few windows are given to hold any out.
+    If the texts are chats, the tokenizer of ``source`` must have a chat template; None skips this check. Raises DataError if
+    the text cannot be used, and RecipeError if too few windows are given to hold any out.
     """
     if given is not None and recipe.holds_out:
         held_out_of(len(given.ids), recipe.held_out)

@@ -11,7 +11,7 @@ from thanos.patterns.units import BLOCKS
 
 
 def remaining_units(count: int, share: float, multiple: int, kind: str) -> int:
-    """Return how many of ``count`` units remain: the multiple nearest to 1 − ``share`` of them.
+    """Return how many of ``count`` units remain: the multiple of ``multiple`` nearest to ``count`` · (1 − ``share``).
 
     ``kind`` is the plural of the units, for messages. Raises RecipeError if none or all of them would remain.
     """

@@ -48,7 +48,7 @@ def changed_config(
     dropped_blocks: Sequence[int] = (),
     head_unit: str = GROUP,
 ) -> dict[str, Any]:
-    """Like :func:`smaller_config`, but return the given ``values``, those of ``config.json``, with the changes."""
+    """Like :func:`smaller_config`, but return ``values``, the content of ``config.json``, with the changes."""
     changes = _changes(config, removed, dropped_blocks, head_unit)
     changed = _with_changes(config, values, changes)
     if reason := _refusal(config, changed):
@@ -58,7 +58,7 @@ def changed_config(
 
 
 def lists_out_of_order(config: PreTrainedConfig, dropped_blocks: Sequence[int]) -> list[str]:
-    """Return the fields with one entry for each block whose new list is not the beginning of the old one.
+    """Return the names of the config's lists by block that, without the dropped blocks, are not a prefix of the old list.
 
     A program that does not read the list, but computes the kind of a block from its index, would run another model.
 
@@ -202,7 +202,7 @@ def _possible_heads(
     dropped_blocks: Sequence[int],
     head_unit: str,
 ) -> str:
-    """Return the end of a message that states how many heads can be removed; empty if no heads are."""
+    """Return the end of a message that states how many heads can be removed; empty if ``removed`` has no heads."""
     if not removed.get(HEADS):
         return ""
     now = attention_of(config.get_text_config(decoder=True))

@@ -51,9 +51,9 @@ class Curve:
 def allocate(curves: Sequence[Curve], total: int, *, pieces: int = _PIECES) -> list[int]:
     """Return the number of zeros of each layer: the numbers that minimise Σ gain·error and add up to ``total``.
 
-    The error between two measured sparsities is interpolated geometrically, as the errors of layers grow, at ``pieces`` − 1
-    points. The result is exact for the lower convex hull of these points, linear between them. It does not depend on the order
-    of the layers, except that among equally cheap pieces those of earlier layers come first.
+    Between two measured sparsities the error is interpolated at ``pieces`` − 1 points, geometrically, since errors grow by a
+    nearly constant factor. The result is exact for the lower convex hull of these points, linear between them. It does not
+    depend on the order of the layers, except that among equally cheap pieces those of earlier layers come first.
 
     Args:
         curves: the layers' errors.

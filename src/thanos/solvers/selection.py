@@ -63,9 +63,9 @@ def _bounded(count: int | Tensor, total: Tensor) -> Tensor:
 class KernelSearch:
     """A search for the k smallest entries by the GPU kernels.
 
-    It keeps a window around the last k-th value, since the next one is rarely far from it. A search makes four passes over the
-    weight, which compute the scores as they go, and one over the requested columns. The pass over all bins, and the count of
-    ties, return at once if they are not needed. Nothing waits for the host.
+    It keeps a window around the last k-th value, since the next one is rarely far from it. A search makes three passes over the
+    weight, which compute the scores as they go, and one over the requested columns. Two more passes, over all bins and for the
+    count of ties, return at once if they are not needed. Nothing waits for the host.
     """
 
     def __init__(self, row_shards: RowShards = ALONE) -> None:

@@ -1,8 +1,8 @@
 """The effect of each decoder block's removal on the model's outputs: the stage of the passes before blocks are removed.
 
 One pass over the blocks measures all of them. In addition to the hidden states of the model there is a stream for each
-candidate block. It takes that block's inputs as its outputs, and runs through all later blocks. So one block is in memory at a
-time, and runs on as many streams as there are candidates before it.
+candidate block. It skips the candidate: it begins with the candidate's inputs, and runs through all later blocks. So one
+block is in memory at a time, and runs on as many streams as there are candidates before it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from thanos.engine.stages.measure import token_mean
 from thanos.events import Event
 
 TOKENS = 512
-"""Tokens of a sequence whose outputs are compared, evenly spread."""
+"""Largest number of tokens of a sequence whose outputs are compared; they are evenly spread."""
 
 _ROWS = 128
 """Tokens whose outputs are held at once: a vocabulary has up to 256,000 entries."""
@@ -32,9 +32,10 @@ class EffectStage:
 
     Args:
         blocks: indices of the blocks that run, ascending.
-        candidates: the blocks whose removal is measured. A candidate before the first block that runs counts as removed.
+        candidates: the blocks whose removal is measured. If a candidate comes before the first block that runs, as in a trial,
+            its stream begins at that block.
         wanted: the dense model's last hidden states, from :attr:`wanted` of an earlier pass over all blocks with the same
-            sequences; None if this is that pass.
+            sequences; None in the first pass.
 
     Attributes:
         name: name of the stage.

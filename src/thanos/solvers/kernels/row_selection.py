@@ -50,7 +50,8 @@ if triton is not None:
         wanted = tl.load(counts + row).to(tl.int32)
         tile = tl.arange(0, BC)
         held = _row_keys(weight, norms, zeros, columns, tile, HAS_ZEROS)
-        # The largest value with fewer than ``wanted`` keys below it is the wanted key. No trial exceeds 2³¹ − 2.
+        # The largest value with fewer than ``wanted`` keys below it is the ``wanted``-th smallest key. No trial exceeds
+        # 2³¹ − 2.
         found = -1
         for step in range(31):
             trial = found + (1 << (30 - step))

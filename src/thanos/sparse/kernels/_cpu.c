@@ -25,7 +25,8 @@ typedef struct {
   int n;
 } Product;
 
-/* Return the address of a tile. Set n to its number of values per row, and tail to the number of units of its tail. */
+/* Return the address of a tile. Set n to its number of values per row, and tail to the number of units of its tail. A unit is
+ * 64 bytes. */
 INLINE const char *find(const Product *p, int64_t index, int *n, int *tail) {
   if (!p->offsets) {
     *n = p->n, *tail = 0;
@@ -37,7 +38,7 @@ INLINE const char *find(const Product *p, int64_t index, int *n, int *tail) {
   return p->words + first * 64;
 }
 
-/* The last n % 8 values of a row, from the pieces of 4, 2 and 1. */
+/* The last n % 8 of the first n values of a row, from the pieces of 4, 2 and 1. They are not the tile's tail. */
 INLINE TARGET __m128i tail_of(const char *at, int n, int row) {
   uint64_t low = 0, high = 0;
   uint32_t two = 0;
@@ -95,7 +96,8 @@ INLINE TARGET __m512i values_of(const char *tile, int n, int row) {
     for (int i = 0; i < ROWS; i++) _mm512_store_ps(sums + 16 * (row + i), a[i]);                                      \
   }
 
-/* Append to the first n values of a row its values in the tail, at ``surplus``; move ``surplus`` to those of the next row. */
+/* Append a row's other values, which are in the tail at ``surplus``, to its first n. Move ``surplus`` to those of the next
+ * row. */
 INLINE TARGET __m512i with_surplus(__m512i v, uint32_t mask, int n, const char **surplus) {
   const int more = __builtin_popcount(mask) - n;
   const __m512i others = _mm512_maskz_loadu_epi16((__mmask32)((1ull << more) - 1), *surplus);

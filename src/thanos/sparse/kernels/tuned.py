@@ -39,7 +39,7 @@ class Launch(NamedTuple):
 
     Attributes:
         flight: number of tiles that a warp loads at the same time.
-        splits: number of parts of the columns, at most 8; each is a block of a cluster.
+        splits: number of parts of the columns, at most 8; each part is processed by one block of a cluster.
         warps: number of warps of a block, at most 16 (``few``) or 8 (``many``).
     """
 
@@ -90,8 +90,9 @@ class Settings(NamedTuple):
     """Settings for all matrices on a device.
 
     Attributes:
-        few_tokens: tokens up to which ``few`` runs.
-        most_tokens: tokens up to which the matrix is read packed; above, it is expanded and the library multiplies.
+        few_tokens: largest number of tokens for which ``few`` runs.
+        most_tokens: largest number of tokens for which kernels read the packed matrix; above, the matrix is expanded and a
+            library multiplies.
         parts: most parts of a matrix that is expanded. Each is multiplied while the next one is expanded.
         pass_tokens: most tokens of a pass of ``many``.
     """
@@ -103,7 +104,10 @@ class Settings(NamedTuple):
 
 
 def kind_of(n: int) -> str:
-    """Return the kind of a matrix by the values per row of a tile (0: ``bitmap``). Kernels of a kind need similar registers."""
+    """Return the kind of a matrix by the values per row of a tile (0: ``bitmap``).
+
+    Kernels of a kind need similar numbers of registers.
+    """
     return "bitmap" if n == 0 else "to16" if n <= 16 else "to31"
 
 
