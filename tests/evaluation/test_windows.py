@@ -379,9 +379,9 @@ def test_a_shared_reference_of_a_single_window_needs_no_choice_either(needy: Pat
     from thanos.model.source import resolve_model
 
     source, notes = resolve_model(needy), list[Event]()
-    model, text = load_model(source), str(text_file)
+    model = load_model(source)
     settings: dict[str, Any] = {
-        "text": text,
+        "text": text_file.read_text(encoding="utf-8"),
         "name": "prose",
         "sequence_length": 40,
         "bos": "auto",

@@ -24,7 +24,14 @@ if TYPE_CHECKING:
 
 NAMED = ("wikitext2", "c4", "pydoc", "self")
 
-_FROM_HUB = ("wikitext2", "c4")
+_FROM_HUB: dict[str, tuple[str, dict[str, Any], tuple[str, str]]] = {
+    "wikitext2": ("Salesforce/wikitext", {"name": "wikitext-2-raw-v1"}, ("train", "test")),
+    "c4": ("allenai/c4", {}, ("train", "validation")),
+}
+"""Source → repository on the hub, arguments of ``load_dataset``, and the splits of calibration and evaluation."""
+
+_C4_FILES = {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}
+
 _CALIBRATION = ", ".join(NAMED)
 _EVALUATION = ", ".join(name for name in NAMED if name != "self")
 
@@ -91,10 +98,9 @@ def calibration_documents(
     """
     if source == "wikitext2":
         # A row is a paragraph or a heading: join them into one text, as SparseGPT's data loader does.
-        rows = ["\n\n".join(_hub_rows(source, "Salesforce/wikitext", name="wikitext-2-raw-v1", split="train"))]
+        rows = ["\n\n".join(_hub_rows(source))]
     elif source == "c4":
-        files = {"train": "en/c4-train.00000-of-01024.json.gz"}
-        rows = _hub_rows(source, "allenai/c4", data_files=files, split="train")
+        rows = _hub_rows(source)
     elif source == "pydoc":
         rows = [text for index, text in enumerate(_topics()) if index % _PYDOC_EVALUATION_EVERY]
     else:
@@ -115,11 +121,10 @@ def evaluation_rows(
     if source == "self":
         check_text_source(source, evaluation=True)
     if source == "wikitext2":
-        rows = _hub_rows(source, "Salesforce/wikitext", name="wikitext-2-raw-v1", split="test")
+        rows = _hub_rows(source, evaluation=True)
     elif source == "c4":
-        files = {"validation": "en/c4-validation.00000-of-00008.json.gz"}
         # One row, joined by spaces: perplexities are then comparable with those of the common data loaders.
-        rows = [" ".join(_hub_rows(source, "allenai/c4", data_files=files, split="validation")[:_C4_EVALUATION_ROWS])]
+        rows = [" ".join(_hub_rows(source, evaluation=True)[:_C4_EVALUATION_ROWS])]
     elif source == "pydoc":
         rows = _topics()[::_PYDOC_EVALUATION_EVERY]
     else:
@@ -136,13 +141,30 @@ def _topics() -> list[str]:
     return list(dict.fromkeys(text for _, text in sorted(topics.items())))
 
 
-def _hub_rows(source: str, repository: str, **arguments: Any) -> list[str]:
+def fetch_text(source: str, *, evaluation: bool = False) -> None:
+    """Download a named data set of the hub, unless it is in the cache of ``datasets``; other sources need no download.
+
+    Raises DataError if that fails. A caller that reads the text only after a long step calls this before it.
+    """
+    if source in _FROM_HUB:
+        _hub_dataset(source, evaluation=evaluation)
+
+
+def _hub_rows(source: str, *, evaluation: bool = False) -> list[str]:
+    return list(_hub_dataset(source, evaluation=evaluation)["text"])
+
+
+def _hub_dataset(source: str, *, evaluation: bool) -> Any:
+    repository, arguments, splits = _FROM_HUB[source]
+    split = splits[evaluation]
+    if source == "c4":
+        arguments = {**arguments, "data_files": {split: _C4_FILES[split]}}
     try:
         from datasets import load_dataset
     except ImportError as error:
         raise DataError(f"{source} needs the package datasets: {install_command('data')}") from error
     try:
-        return list(load_dataset(repository, **arguments)["text"])
+        return load_dataset(repository, **arguments, split=split)
     except Exception as error:  # datasets raises its own, the hub's and the network's errors
         raise DataError(
             f"{source} cannot be downloaded from the hub ({first_line(error)}); without a network give a local file instead: "

@@ -11,15 +11,17 @@ from typing import Any
 import torch
 
 from thanos.bench.measure import machine
-from thanos.calibration.text import check_text_exists
+from thanos.calibration.text import check_text_exists, check_text_source, fetch_text
 from thanos.comparison.document import Comparison, Row
 from thanos.comparison.entries import Entry, entries_of, labels_of
 from thanos.comparison.measure import Facts, disk_bytes, kind_of, quality, saved_bytes, speed, tasks
 from thanos.comparison.prompts import PROMPTS, continuations
 from thanos.comparison.quantised import check_device, check_installed, quantise
 from thanos.errors import DataError, UserError, resource_errors
+from thanos.evaluation.perplexity import joined_text
 from thanos.evaluation.reference import make_reference
 from thanos.evaluation.scoring import Reference
+from thanos.evaluation.windows import check_window
 from thanos.events import Event, Watcher
 from thanos.model.bos import check_bos
 from thanos.model.loading import adapter_notes, load_model, parse_dtype
@@ -106,8 +108,7 @@ def compare(
 
 def _check(request: Request, entries: Sequence[Entry]) -> None:
     """Check all settings that can be checked before a model is loaded."""
-    for entry in entries:
-        find_local(entry.model, trust_remote_code=request.trust_remote_code, packed=True)
+    on_disk = [find_local(entry.model, trust_remote_code=request.trust_remote_code, packed=True) for entry in entries]
     if request.sequence_length < 2:
         raise DataError(f"--sequence-length must be at least 2, to predict one token; got {request.sequence_length}")
     for name, value in (("max-windows", request.max_windows), ("limit", request.limit)):
@@ -127,6 +128,8 @@ def _check(request: Request, entries: Sequence[Entry]) -> None:
         from thanos.evaluation.tasks import check_tasks
 
         check_tasks(request.tasks, request.task_folder)
+    if None in on_disk:  # a text is smaller than the models that are downloaded next
+        fetch_text(request.text, evaluation=True)
 
 
 def _packages(entries: Sequence[Entry]) -> dict[str, Any]:
@@ -145,18 +148,26 @@ class _Run:
         self._reference: Reference | None = None
         self._first: tuple[ModelSource, Facts] | None = None
         self._dtype: torch.dtype | None = None
+        self._text = ""
+        self._opened: dict[str, ModelSource] = {}
 
     def check(self, entries: Sequence[Entry]) -> None:
-        """Set the dtype of all models, and check that the device supports the quantised versions in this dtype.
+        """Set the dtype of all models, check that the device supports the quantised versions in it, and read the text.
 
         Raises:
             ModelError: the device does not support one, or the first model's config cannot be read.
+            DataError: the text cannot be read, or a window is longer than the first model's number of positions.
         """
         source = resolve_model(entries[0].model, trust_remote_code=self.request.trust_remote_code, packed=True)
+        self._opened[entries[0].model] = source  # its config and tokenizer are read once
         self._dtype = running_dtype(source, self.request.dtype)
         for entry in entries:
             if entry.quantised:
                 check_device(entry.quantised, self.device, self._dtype)
+        text = self.request.text
+        check_window(self.request.sequence_length, source.config())
+        check_text_source(text, evaluation=True, tokenizer=source.tokenizer)
+        self._text = joined_text(text, source.tokenizer(), self.on_event)
 
     def settings(self) -> dict[str, Any]:
         """Return :attr:`Comparison.settings <thanos.comparison.document.Comparison>`."""
@@ -208,7 +219,9 @@ class _Run:
 
     def _measure(self, entry: Entry, fields: dict[str, Any]) -> None:
         request, on_event = self.request, self.on_event
-        source = resolve_model(entry.model, trust_remote_code=request.trust_remote_code, packed=True)
+        source = self._opened.pop(entry.model, None) or resolve_model(
+            entry.model, trust_remote_code=request.trust_remote_code, packed=True
+        )
         on_event(Event(kind="phase", phase="load"))
         assert self._dtype is not None
         network = load_model(source, dtype=self._dtype, device=self.device)
@@ -218,7 +231,7 @@ class _Run:
             self._reference = make_reference(
                 source,
                 network,
-                text=request.text,
+                text=self._text,
                 name=public_name(request.text),
                 sequence_length=request.sequence_length,
                 max_windows=request.max_windows,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from thanos._version import __version__
-from thanos.calibration.text import check_text_exists, check_text_source, evaluation_rows
+from thanos.calibration.text import check_text_exists, check_text_source, evaluation_rows, fetch_text
 from thanos.errors import DataError, NumericsError, resource_errors
 from thanos.evaluation.scoring import Reference, score
 from thanos.evaluation.windows import check_window, cut_windows, decide_bos
@@ -129,14 +129,16 @@ def evaluate(
     """
     emit = EventStream(on_event)
     _check_options(text, sequence_length, max_windows, dtype)
-    find_local(model, trust_remote_code=trust_remote_code, packed=True)
+    on_disk = [find_local(model, trust_remote_code=trust_remote_code, packed=True)]
     dense = dense if reference is None else None
     if dense is not None:
-        find_local(dense, trust_remote_code=trust_remote_code, packed=True, what="the dense model")
+        on_disk.append(find_local(dense, trust_remote_code=trust_remote_code, packed=True, what="the dense model"))
     where = choose_device(device) if network is None else network.device
     if reference is None:
         check_bos(bos)
         check_text_exists(text, evaluation=True)
+        if None in on_disk:  # a text is smaller than the model that is downloaded next
+            fetch_text(text, evaluation=True)
     source = resolve_model(model, trust_remote_code=trust_remote_code, packed=True)
     dense_source = None if dense is None else resolve_model(dense, trust_remote_code=trust_remote_code, packed=True)
     tokenizer, joined = None, ""

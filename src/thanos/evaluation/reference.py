@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from thanos.evaluation.perplexity import choose_bos, joined_text
+from thanos.evaluation.perplexity import choose_bos
 from thanos.evaluation.scoring import Reference
 from thanos.evaluation.windows import cut_windows
 from thanos.events import Event
@@ -32,7 +32,7 @@ def make_reference(
     Args:
         source: the model whose tokenizer is used.
         network: the model, loaded; its losses decide the position of BOS if ``bos`` is ``auto``.
-        text: source of the text.
+        text: the text, from :func:`~thanos.evaluation.perplexity.joined_text`.
         name: the text's name in reports.
         sequence_length: tokens per window.
         max_windows: largest number of windows; None for all.
@@ -40,10 +40,9 @@ def make_reference(
         emit: function called with notes.
 
     Raises:
-        DataError: the text cannot be read, is shorter than one window, or its windows do not fit the model.
+        DataError: the text is shorter than one window, or its windows do not fit the model.
     """
     tokenizer = source.tokenizer()
-    joined = joined_text(text, tokenizer, emit)
-    chosen = choose_bos(bos, joined, tokenizer, network, sequence_length, emit, max_windows)
-    windows = cut_windows(joined, tokenizer, network, name, sequence_length, max_windows, chosen)
+    chosen = choose_bos(bos, text, tokenizer, network, sequence_length, emit, max_windows)
+    windows = cut_windows(text, tokenizer, network, name, sequence_length, max_windows, chosen)
     return Reference(text=name, windows=windows, bos=chosen, bos_ids=ids_at(chosen, tokenizer))

@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from thanos.calibration.text import check_text_source
+from thanos.calibration.text import check_text_source, fetch_text
 from thanos.errors import DataError, RecipeError, ResourceError, StudyError, UserError
 from thanos.run.lock import locked
 from thanos.run.work_folder import refuse_inside_model
@@ -189,9 +189,10 @@ def _check_tasks(study: Study, locations: Locations) -> None:
 
 
 def _check_inputs(study: Study, locations: Locations, todo: Sequence[Cell]) -> None:
-    """Raise StudyError if models or calibration texts of the cells ``todo`` cannot be used, before any cell runs.
+    """Raise StudyError if models or texts of the cells ``todo`` cannot be used, before any cell runs.
 
-    The error lists all of them, with the line of the study that names each.
+    The error lists all such models and calibration texts, with the line of the study that names each. The text for evaluation
+    is downloaded if it has to be.
     """
     refused = []
     for name in dict.fromkeys(cell.model for cell in todo):
@@ -206,3 +207,8 @@ def _check_inputs(study: Study, locations: Locations, todo: Sequence[Cell]) -> N
             refused.append(f"{location_of_calibration(study, name)}: {said}")
     if refused:
         raise StudyError("; ".join(refused))
+    if study.evaluates and any(cell.model not in study.cost_only for cell in todo):
+        try:
+            fetch_text(locations.texts[study.evaluation.text], evaluation=True)
+        except DataError as error:
+            raise StudyError(f"{location_of(study, 'evaluation', 'text')}: {error}") from error

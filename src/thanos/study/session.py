@@ -19,7 +19,7 @@ from thanos._version import __version__
 from thanos.calibration.windows import Calibration, make_calibration
 from thanos.errors import NumericsError, RecipeError, ResourceError, UserError, is_out_of_memory, resource_errors
 from thanos.evaluation.inspect import inspect_checkpoint
-from thanos.evaluation.perplexity import evaluate
+from thanos.evaluation.perplexity import evaluate, joined_text
 from thanos.evaluation.reference import make_reference
 from thanos.evaluation.scoring import Reference
 from thanos.events import Event, Watcher
@@ -199,6 +199,7 @@ class Session:
             return self._reference[1]
         self._reference = None
         plan, source = self._study.evaluation, resolve_model(self._locations.models[cell.model])
+        text = joined_text(self._locations.texts[plan.text], source.tokenizer(), lambda event: None)
         model = load_model(source, dtype=self._study.dtype, device=self._device)
         bos = plan.bos
         if bos == "window" and cell.model not in self._locations.with_bos:
@@ -206,7 +207,7 @@ class Session:
         reference = make_reference(
             source,
             model,
-            text=self._locations.texts[plan.text],
+            text=text,
             name=public(plan.text),
             sequence_length=plan.sequence_length,
             max_windows=plan.max_windows,
