@@ -7,6 +7,7 @@ import json
 import re
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM
 import thanos
 from helpers import ROOT, save_tiny
 from thanos.cli import demo as command
+from thanos.engine.stages import prune as stage
 from thanos.recipe import Recipe
 
 HEAD = ["MB on disk", "MB in memory", "tokens/s", "perplexity", "seconds of work"]
@@ -27,11 +29,17 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
     out = tmp_path_factory.mktemp("demo")
     model = save_tiny(out / "model", hidden_size=128, intermediate_size=512, max_position_embeddings=512)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(command._SETTINGS, "samples", 2)
-        patch.setitem(command._EVALUATION, "max_windows", 2)
-        with redirect_stdout(io.StringIO()) as printed, redirect_stderr(io.StringIO()) as errors:
-            command.demo(str(model), out)
-    return out, printed.getvalue(), errors.getvalue()
+        printed, errors = run_demo(model, out, patch)
+    return out, printed, errors
+
+
+def run_demo(model: Path, out: Path, patch: pytest.MonkeyPatch) -> tuple[str, str]:
+    """Run a short demo; return what it printed on the standard output and the standard error."""
+    patch.setitem(command._SETTINGS, "samples", 2)
+    patch.setitem(command._EVALUATION, "max_windows", 2)
+    with redirect_stdout(io.StringIO()) as printed, redirect_stderr(io.StringIO()) as errors:
+        command.demo(str(model), out)
+    return printed.getvalue(), errors.getvalue()
 
 
 def rows(text: str) -> dict[str, list[str]]:
@@ -92,3 +100,59 @@ def test_make_runs_the_demo_on_the_file_that_it_fetches() -> None:
     assert re.search(
         r"^demo: \$\(DEMO\)/model\.gguf.*\n\t\$\(BIN\)/python -m thanos\.cli\.demo \$\(DEMO\)/model\.gguf ", make, re.M
     )
+
+
+def solved_layers(patch: pytest.MonkeyPatch, fail_at: int | None = None) -> list[str]:
+    """Return the names of the layers that are solved from now on; the solver is interrupted at the layer ``fail_at``."""
+    names: list[str] = []
+    inner = stage.prune_layer
+
+    def solver(*arguments: Any, name: str, **others: Any) -> Any:
+        if len(names) == fail_at:
+            raise KeyboardInterrupt
+        names.append(name)
+        return inner(*arguments, name=name, **others)
+
+    patch.setattr(stage, "prune_layer", solver)
+    return names
+
+
+def test_an_interrupted_demo_continues_and_keeps_what_is_finished(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    model = save_tiny(tmp_path / "model", hidden_size=128, intermediate_size=512, max_position_embeddings=512)
+    with pytest.MonkeyPatch.context() as patch:
+        first = solved_layers(patch, fail_at=8)  # in the second block of the first model
+        with pytest.raises(KeyboardInterrupt):
+            run_demo(model, out, patch)
+    assert {name.split(".")[2] for name in first} == {"0", "1"}
+    with pytest.MonkeyPatch.context() as patch:
+        rest = solved_layers(patch)
+        _, errors = run_demo(model, out, patch)
+    assert {name.split(".")[2] for name in rest[:7]} == {"1"}, "block 0 is not solved again"
+    assert "dense was made from this model earlier: it is kept" in errors
+    lines = re.findall(r"note: thanos prune .*", errors)
+    assert [line.endswith(" --resume") for line in lines] == [True, False]
+    before = {name: (out / name / "model.safetensors").read_bytes() for name in ("dense", "pruned", "shrunk")}
+
+    with pytest.MonkeyPatch.context() as patch:
+        again = solved_layers(patch)
+        printed, errors = run_demo(model, out, patch)
+    assert again == []
+    assert errors.count("is already complete, made by the same run") == 2
+    assert list(rows(printed)) == ["dense", "packed", "shrunk"]
+    for name, data in before.items():
+        assert (out / name / "model.safetensors").read_bytes() == data
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(command._RECIPES, "pruned", {"pattern": "8:32"})
+        changed = solved_layers(patch)
+        _, errors = run_demo(model, out, patch)
+    layers = 7 * json.loads((model / "config.json").read_text())["num_hidden_layers"]
+    assert len(changed) == layers, "with other settings the model is pruned again"
+    assert errors.count("is already complete, made by the same run") == 1, "the other model is kept"
+    other = save_tiny(tmp_path / "other", seed=5, hidden_size=128, intermediate_size=512, max_position_embeddings=512)
+    with pytest.MonkeyPatch.context() as patch:
+        solved = solved_layers(patch)
+        run_demo(other, out, patch)
+    assert len(solved) > layers, "both models are made again from another dense model"
+    assert (out / "dense" / "model.safetensors").read_bytes() != before["dense"]
