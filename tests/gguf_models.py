@@ -154,15 +154,19 @@ def _write_metadata(writer: Any, config: Any, architecture: str, metadata: Mappi
         add = {str: writer.add_string, int: writer.add_uint32, list: writer.add_array}[type(value)]
         add(key, value)
     letters = sorted(ByteLevel.alphabet())
-    words = ["<unk>", "<s>", "</s>", *letters, "an"]
+    words = ["<unk>", "<s>", "</s>", *letters, "an", "th"]
     words += [f"<extra{number}>" for number in range(config.vocab_size - len(words))]
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(words)
-    writer.add_token_merges(["a n"])
+    writer.add_token_merges(["a n", "t h"])  # transformers 5.17 takes a list of one for a string
+    if architecture.startswith("gemma"):  # real files have scores, which transformers 5.17 reads
+        writer.add_token_scores([-float(rank) for rank in range(config.vocab_size)])
     writer.add_token_types([2, 3, 3, *[1] * (config.vocab_size - 3)])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_unk_token_id(0)
+    if architecture == "phi3":  # transformers 5.17 wants it
+        writer.add_pad_token_id(32000)
 
 
 def _rope_base(config: Any) -> float:

@@ -289,6 +289,30 @@ def test_siblings_are_found_in_inference_mode_too(inference):
     assert parts == [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]]
 
 
+class Dropping(nn.Module):
+    """Two layers read one tensor; in training a random number decides, and a position has the default device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = (nn.Linear(8, 8, bias=False) for _ in range(2))
+        self.embedding = nn.Embedding(4, 8)
+
+    def forward(self, input_ids: Tensor, use_cache: bool) -> Tensor:
+        del use_cache
+        x = self.embedding(input_ids) + torch.ones(8)
+        if self.training and torch.rand([]) < 0.5:  # as OPT of transformers 5.17 drops a layer
+            return x
+        return self.a(x) + self.b(x)
+
+
+def test_siblings_are_found_in_a_model_in_training_mode_and_whatever_the_default_device():
+    with torch.device("meta"):  # transformers holds it while it prepares a model
+        model = Dropping()
+        assert find_siblings(model, ["a", "b"]) == [["a", "b"]]
+        assert torch.ones(1).device.type == "meta"
+    assert model.training
+
+
 def test_a_model_that_cannot_run_without_weights_has_no_siblings():
     with torch.device("meta"):
         model = Changing()

@@ -114,7 +114,7 @@ def _arguments(training: Training) -> TrainingArguments:
     recipe, cuda = training.recipe, training.device.type == "cuda"
     shard = recipe.shard and training.world.size > 1
     layers = sorted({type(block).__name__ for block in find_blocks(training.module.student)[1]})
-    arguments = TrainingArguments(
+    arguments = _Arguments(
         output_dir=str(training.folder.steps),
         per_device_train_batch_size=training.micro_batch,
         gradient_accumulation_steps=recipe.batch // (training.micro_batch * training.world.size),
@@ -151,6 +151,16 @@ def _arguments(training: Training) -> TrainingArguments:
         # Without this the Trainer would copy the model to all GPUs of the machine.
         arguments._n_gpu = min(1, arguments.n_gpu)
     return arguments
+
+
+class _Arguments(TrainingArguments):
+    """The arguments of the Trainer, with a CPU as device that has no index."""
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device of this process: ``torch.load`` refuses ``cpu:0``, to which transformers 5.17 loads a state."""
+        device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
 
 
 class _RecoveryTrainer(Trainer):

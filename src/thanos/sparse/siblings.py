@@ -84,7 +84,7 @@ def find_siblings(model: Any, names: Iterable[str]) -> list[list[str]]:
     Returns:
         Groups of two or more names; no groups if the model cannot run on tensors without content, or needs more than token ids.
     """
-    twin = copy.deepcopy(model)
+    twin = copy.deepcopy(model).eval()  # in training, OPT branches on a random number, which a fake tensor cannot tell
     inputs: dict[int, tuple[Tensor, int, list[str]]] = {}
     calls: dict[str, int] = {}
 
@@ -103,7 +103,8 @@ def find_siblings(model: Any, names: Iterable[str]) -> list[list[str]]:
     for name in names:
         twin.get_submodule(name).register_forward_pre_hook(watch(name))
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        # transformers calls this under torch.device("meta"), and torch 2.11 refuses inputs on two devices.
+        with torch.device("cpu"), FakeTensorMode(allow_non_fake_inputs=True):
             twin.to_empty(device="cpu")
             twin(input_ids=torch.zeros(1, _TOKENS, dtype=torch.long), use_cache=False)
     except Exception:  # of any type; then the layers run one by one, which is slower but correct
