@@ -603,11 +603,16 @@ def test_two_processes_repair_like_one(architecture: str, target: str, tmp_path:
         (layer.name, layer.tokens, layer.dense_target) for layer in report.layers
     ]
     expected, written = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
-    for name, weight in expected.items():
-        differ = int(((weight == 0) != (written[name] == 0)).sum())
-        assert differ <= 2, name  # a score that lies on the threshold may fall on either side of it
-        if not differ:
-            torch.testing.assert_close(written[name], weight, rtol=1e-2, atol=1e-3)
+    swapped = False
+    for layer in report.layers:  # in the order of the solves
+        weight, other = expected[f"{layer.name}.weight"], written[f"{layer.name}.weight"]
+        differ = int(((weight == 0) != (other == 0)).sum())
+        # Two scores that are equal to rounding may change places: the processor's order of sums decides. The layers after it
+        # then get other inputs.
+        assert differ <= (weight.numel() // 200 if swapped else 2), layer.name
+        swapped = swapped or differ > 0
+        if not swapped:
+            torch.testing.assert_close(other, weight, rtol=1e-2, atol=1e-3)
     for one, two in zip(report.block_errors, found.block_errors, strict=True):
         assert (two.held_out, two.tokens) == (one.held_out, one.tokens)
         assert two.errors == pytest.approx(one.errors, rel=1e-2, abs=1e-9)
