@@ -206,7 +206,9 @@ def test_another_dtype_than_the_first_models_is_said(folder: Path, tmp_path: Pat
 
 def test_the_first_model_must_load(folder: Path) -> None:
     with pytest.raises(ModelError, match="other shapes"):
-        compare([str(folder / "damaged"), str(folder / "dense")], dataclasses.replace(ASKED, text=str(folder / "prose.txt")))
+        compare(
+            [str(folder / "damaged"), str(folder / "dense")], dataclasses.replace(ASKED, text=str(folder / "prose.txt"))
+        )
 
 
 # --- names ------------------------------------------------------------------------------------------------------------
