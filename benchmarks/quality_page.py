@@ -10,11 +10,12 @@ path relative to the page. ``--check`` writes nothing, and fails if the page dif
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 import textwrap
 from pathlib import Path
+
+from repair_page import fill_page
 
 from thanos.comparison.document import Comparison, Row, merged, read_comparisons
 from thanos.comparison.report import build_report, number_of
@@ -28,16 +29,7 @@ _LETTERS = 130
 
 def main() -> int:
     """Write the page, or compare it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("page", type=Path)
-    parser.add_argument("--check", action="store_true")
-    arguments = parser.parse_args()
-    before = arguments.page.read_text(encoding="utf-8")
-    after = filled(before, arguments.page.parent)
-    if arguments.check:
-        return int(before != after)
-    arguments.page.write_text(after, encoding="utf-8")
-    return 0
+    return fill_page(__doc__, filled)
 
 
 def filled(page: str, folder: Path) -> str:

@@ -27,12 +27,22 @@ Row = dict[str, Any]
 
 def main() -> int:
     """Write the page, or compare it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return fill_page(__doc__, filled)
+
+
+def fill_page(description: str | None, fill: Callable[[str, Path], str]) -> int:
+    """Run the command of a script that fills a page: write the page, or with ``--check`` return 1 if it differs.
+
+    Args:
+        description: what the script does, for ``--help``.
+        fill: function of the page's text and folder that returns the filled text.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("page", type=Path)
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
     before = arguments.page.read_text(encoding="utf-8")
-    after = filled(before, arguments.page.parent)
+    after = fill(before, arguments.page.parent)
     if arguments.check:
         return int(before != after)
     arguments.page.write_text(after, encoding="utf-8")

@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import random
+import sys
 from functools import cache
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def benchmark_script(name: str) -> ModuleType:
+    """Return a script of benchmarks/ as a module. Meanwhile their folder is on the path, for the scripts that it imports."""
+    folder = str(ROOT / "benchmarks")
+    sys.path.insert(0, folder)
+    try:
+        return import_module(name)
+    finally:
+        sys.path.remove(folder)
+
+
 """Root folder of the repository."""
 
 VOCABULARY = 320

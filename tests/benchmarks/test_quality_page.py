@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 
 from conftest import ROOT
+from helpers import benchmark_script
 from thanos.comparison.document import NAME, Row, merged, read_comparisons
 from thanos.comparison.report import front_of, value_of
 
-_SPEC = importlib.util.spec_from_file_location("quality_page", ROOT / "benchmarks" / "quality_page.py")
-assert _SPEC is not None
-assert _SPEC.loader is not None
-quality_page = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(quality_page)
+quality_page = benchmark_script("quality_page")
 
 PAGES = [
     page

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 
 from conftest import ROOT
+from helpers import benchmark_script
 
-_SPEC = importlib.util.spec_from_file_location("repair_page", ROOT / "benchmarks" / "repair_page.py")
-assert _SPEC is not None
-assert _SPEC.loader is not None
-repair_page = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(repair_page)
+repair_page = benchmark_script("repair_page")
 
 PAGES = [
     page
