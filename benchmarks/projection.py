@@ -8,7 +8,6 @@ formulas. ``--check`` writes nothing, and fails if the page differs.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import re
@@ -16,7 +15,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from repair_page import chosen, read
+from repair_page import chosen, fill_page, read
 
 from thanos.bench.device_rates import Rates
 from thanos.bench.model import floor_seconds
@@ -194,16 +193,7 @@ def filled(page: str, results: Path) -> str:
 
 def main() -> int:
     """Write the page, or compare it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("page", type=Path)
-    parser.add_argument("--check", action="store_true")
-    arguments = parser.parse_args()
-    before = arguments.page.read_text(encoding="utf-8")
-    after = filled(before, arguments.page.parent / "results")
-    if arguments.check:
-        return int(before != after)
-    arguments.page.write_text(after, encoding="utf-8")
-    return 0
+    return fill_page(__doc__, lambda page, folder: filled(page, folder / "results"))
 
 
 if __name__ == "__main__":
