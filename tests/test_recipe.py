@@ -42,6 +42,7 @@ def test_the_defaults_are_those_that_are_documented():
         "calibration": "c4",
         "samples": 128,
         "sequence_length": 2048,
+        "generate": 0,
         "seed": 0,
         "device": "auto",
         "dtype": "auto",

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import thanos
 from helpers import save_tiny, tiny_model
-from thanos.calibration.windows import make_calibration
+from thanos.calibration.making import make_calibration
 from thanos.checkpoint.reader import SafetensorsCheckpoint
 from thanos.checkpoint.weight_files import INDEX_NAME, SINGLE_NAME
 from thanos.errors import ModelError

@@ -14,12 +14,12 @@ import torch
 
 import thanos
 from helpers import POSITIONS, WORDS, prose, save_tiny, tiny_model, tiny_tokenizer
+from thanos.calibration.kept import read_windows, write_windows
 from thanos.calibration.windows import Calibration, build_calibration
 from thanos.cli import run
 from thanos.errors import DataError
 from thanos.evaluation.perplexity import Evaluation, choose_bos
 from thanos.model.bos import added_bos
-from thanos.study.calibration_cache import read_windows, write_windows
 
 BOS, END = 1, 2
 ID = {word: 4 + i for i, word in enumerate(WORDS)}

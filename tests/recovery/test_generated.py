@@ -14,13 +14,13 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 import thanos
 from recovering import VARIED, prune, read, settings
+from thanos.calibration import continued
+from thanos.calibration.continued import PROMPT, SEGMENT, generate_sequences
 from thanos.calibration.generation import Part
 from thanos.cli.interrupts import EndedEarly, resumable
 from thanos.engine.distributed import World
 from thanos.errors import RecipeError, UserError
-from thanos.recovery import generated
-from thanos.recovery.generated import PROMPT, generate_sequences, kept_sequences
-from thanos.recovery.sequences import SEGMENT
+from thanos.recovery.generated import kept_sequences
 from thanos.recovery.states import RecoveryFolder
 
 
@@ -180,14 +180,14 @@ def test_refusals(value: object, why: str, text_file: Path) -> None:
 
 def test_parts_are_not_generated_again(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From each part on, the rest has the bits of a call without an interruption, whatever was drawn in between."""
-    monkeypatch.setitem(generated._BATCH, "cpu", 3)
+    monkeypatch.setitem(continued.PIECES, "cpu", 3)
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     text = torch.randint(3, model.config.vocab_size, (2, 40), generator=torch.Generator().manual_seed(0))
     parts: list[Part] = []
     whole = generate_sequences(model, text, (1,), 8, 7, 0, lambda event: None, keep=parts.append)
     assert [len(part.ids) for part in parts] == [3, 3, 2]
     assert torch.equal(torch.cat([part.ids for part in parts]), whole)
-    monkeypatch.setitem(generated._BATCH, "cpu", 5)  # the size of the parts is that of the interrupted call
+    monkeypatch.setitem(continued.PIECES, "cpu", 5)  # the size of the parts is that of the interrupted call
     for count in (1, 2, 3):
         torch.rand(17)
         before = torch.get_rng_state()
@@ -199,7 +199,7 @@ def test_parts_are_not_generated_again(tiny_llama: Path, monkeypatch: pytest.Mon
 
 
 def test_memory_that_runs_out_costs_no_finished_part(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(generated._BATCH, "cpu", 4)
+    monkeypatch.setitem(continued.PIECES, "cpu", 4)
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     text = torch.randint(3, model.config.vocab_size, (2, 40), generator=torch.Generator().manual_seed(0))
     parts: list[Part] = []
@@ -223,7 +223,7 @@ def test_an_interrupted_generation_goes_on_with_the_next_part(
     count: int, tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """8 pieces in parts of 3. After the third part the sequences are not yet stored as a whole."""
-    monkeypatch.setitem(generated._BATCH, "cpu", 3)
+    monkeypatch.setitem(continued.PIECES, "cpu", 3)
     pruned, out = prune(tiny_llama, tmp_path / "out", text_file), tmp_path / "out2"
     recipe = settings(text_file, generate=8, epochs=1)
 
@@ -252,7 +252,7 @@ def test_parts_of_another_device_are_discarded(
     tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A CUDA device has a random generator of its own, from which a CPU cannot go on."""
-    monkeypatch.setitem(generated._BATCH, "cpu", 3)
+    monkeypatch.setitem(continued.PIECES, "cpu", 3)
     pruned, out = prune(tiny_llama, tmp_path / "out", text_file), tmp_path / "out2"
     recipe = settings(text_file, generate=8, epochs=1)
 
@@ -289,7 +289,7 @@ class _Two(World):
 
 def test_the_processes_meet_after_each_part(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.distributed ends a wait of more than half an hour, and the whole text may take longer."""
-    monkeypatch.setitem(generated._BATCH, "cpu", 3)
+    monkeypatch.setitem(continued.PIECES, "cpu", 3)
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     text = torch.randint(3, model.config.vocab_size, (2, 40), generator=torch.Generator().manual_seed(0))
     work = RecoveryFolder(tmp_path / "out2")

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import thanos
 from helpers import save_tiny
 from recovering import VARIED, prune, read, settings, vary
-from thanos.calibration.windows import make_calibration
+from thanos.calibration.making import make_calibration
 from thanos.checkpoint.reader import SafetensorsCheckpoint
 from thanos.model.source import resolve_model
 from thanos.recovery.distance import Distillation

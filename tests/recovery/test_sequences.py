@@ -14,7 +14,8 @@ from torch import Tensor
 
 import thanos
 from recovering import VARIED, settings, vary
-from thanos.calibration.windows import begin_windows, make_calibration
+from thanos.calibration.making import make_calibration
+from thanos.calibration.windows import begin_windows
 from thanos.model.source import resolve_model
 from thanos.recovery.recipe import RecoveryRecipe
 from thanos.recovery.sequences import Sequences, recut, replace_some

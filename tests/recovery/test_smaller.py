@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import thanos
 from helpers import save_tiny
 from recovering import VARIED, read, settings
-from thanos.calibration.windows import make_calibration
+from thanos.calibration.making import make_calibration
 from thanos.errors import ModelError
 from thanos.model.source import resolve_model
 from thanos.recovery.distance import Distillation

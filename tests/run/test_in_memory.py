@@ -72,6 +72,19 @@ def test_the_weights_are_those_of_the_folder(
     assert report.calibration["rule"] == "given"
 
 
+def test_sequences_that_the_model_generates(tmp_path: Path, text_file: Path) -> None:
+    """Pieces of a text are continued as for a folder; pieces of token ids begin with the ids themselves."""
+    folder, settings = save_tiny(tmp_path / "model"), recipe(calibration=str(text_file), generate=3)
+    by_folder = thanos.prune(folder, tmp_path / "out", settings)
+    model = load(folder).train()
+    report = thanos.prune_model(model, None, settings, tokenizer=tiny_tokenizer())
+    assert_same(model, tmp_path / "out")
+    assert report.calibration == by_folder.calibration
+    assert model.training
+    report = thanos.prune_model(load(folder), tokens_of(text_file), settings)
+    assert (report.calibration["samples"], report.calibration["generated"]) == (SAMPLES, 3)
+
+
 def test_each_form_of_calibration(tmp_path: Path) -> None:
     """A list of texts is a file with a row for each; a source is the recipe's; tensors may come one by one."""
     folder = save_tiny(tmp_path / "model")

@@ -13,13 +13,9 @@ from torch import Tensor
 
 from thanos.calibration.generation import generate
 from thanos.calibration.text import calibration_documents
-from thanos.checkpoint.entries import count_zeros
 from thanos.errors import DataError
-from thanos.events import Event, Watcher
+from thanos.events import Event
 from thanos.model.bos import added_bos, plain_ids, without_bos
-from thanos.model.loading import check_token_ids, context_length, end_of_text_id, load_model
-from thanos.model.opening import OpenedModel
-from thanos.model.source import ModelSource
 from thanos.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -48,6 +44,8 @@ class Calibration:
         documents: number of documents used.
         bos_ids: ids of the tokens at the start of each window: those with which the tokenizer begins a text, mostly one, the
             beginning-of-text token (BOS); empty if it adds none to texts.
+        generated: number of additional sequences, the first ones, that the dense model generated as continuations of pieces of
+            the text; see :mod:`thanos.calibration.continued`.
     """
 
     ids: Tensor
@@ -56,6 +54,12 @@ class Calibration:
     seed: int
     documents: int
     bos_ids: tuple[int, ...] = ()
+    generated: int = 0
+
+    @property
+    def samples(self) -> int:
+        """Number of windows of the text."""
+        return len(self.ids) - self.generated
 
     @property
     def sha256(self) -> str:
@@ -66,25 +70,25 @@ class Calibration:
 
     def check_made_by(self, recipe: Recipe) -> None:
         """Raise DataError if a recipe would make other windows: its source, shape or seed differs."""
-        made = (self.source, *self.ids.shape, self.seed)
-        wanted = (recipe.calibration, recipe.samples, recipe.sequence_length, recipe.seed)
+        made = (self.source, self.samples, self.ids.shape[1], self.seed, self.generated)
+        wanted = (recipe.calibration, recipe.samples, recipe.sequence_length, recipe.seed, recipe.generate)
         if made != wanted:
             raise DataError(
-                f"the given calibration is (source, samples, sequence_length, seed) {made}, but the recipe says {wanted}; make "
-                "it with the recipe's settings, or leave it out"
+                f"the given calibration is (source, samples, sequence_length, seed, generate) {made}, but the recipe says "
+                f"{wanted}; make it with the recipe's settings, or leave it out"
             )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the entries of the report."""
-        samples, length = self.ids.shape
         return {
             "source": self.source,
             "rule": self.rule,
             "seed": self.seed,
             "documents": self.documents,
-            "samples": samples,
-            "sequence_length": length,
-            "tokens": samples * length,
+            "samples": self.samples,
+            **({"generated": self.generated} if self.generated else {}),
+            "sequence_length": self.ids.shape[1],
+            "tokens": self.ids.numel(),
             "bos_ids": list(self.bos_ids),
             "sha256": self.sha256,
         }
@@ -250,44 +254,3 @@ def _check_length(source: str, tokens: int, samples: int, sequence_length: int, 
             f"{sequence_length} tokens, but --samples is "
             f"{samples}; lower --samples or --sequence-length, or give more text"
         )
-
-
-def calibrate(
-    opened: OpenedModel, recipe: Recipe, device: torch.device, watch: Watcher, given: Calibration | None
-) -> Calibration:
-    """Make the windows, or check the windows ``given``.
-
-    Raises DataError if there is too little text, or if the windows are not those of the recipe.
-    """
-    watch(Event(kind="phase", phase="calibration"))
-    if given is not None:
-        given.check_made_by(recipe)
-        check_token_ids(given.ids, opened.meta_model)
-        return given
-    calibration = make_calibration(opened.source, recipe, device, watch)
-    check_token_ids(calibration.ids, opened.meta_model)
-    return calibration
-
-
-def make_calibration(source: ModelSource, recipe: Recipe, device: torch.device, watch: Watcher) -> Calibration:
-    """Make the calibration windows of a recipe with a model's own tokenizer; for calibration ``self``, generate them.
-
-    The model generates on ``device``. Raises DataError as :func:`build_calibration`, and NumericsError if the model that
-    generates holds NaN or infinity.
-    """
-    tokenizer, config = source.tokenizer(), source.config()
-    dense = load_model(source, dtype=recipe.dtype, device=device) if recipe.calibration == "self" else None
-    if dense is not None:  # with NaN in a parameter it cannot sample tokens
-        for name, parameter in dense.named_parameters():
-            count_zeros(name, parameter)
-    return build_calibration(
-        recipe.calibration,
-        tokenizer,
-        samples=recipe.samples,
-        sequence_length=recipe.sequence_length,
-        seed=recipe.seed,
-        end_of_text_id=end_of_text_id(tokenizer, config),
-        context_length=context_length(config),
-        model=dense,
-        on_event=watch,
-    )

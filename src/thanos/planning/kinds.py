@@ -77,7 +77,8 @@ class Job:
     @property
     def held_out(self) -> int:
         """Number of calibration sequences that are held out."""
-        return held_out_of(self.samples, self.recipe.held_out) if self.recipe.holds_out else 0
+        text = self.samples - self.recipe.generate
+        return held_out_of(text, self.recipe.held_out) if self.recipe.holds_out else 0
 
     def amount(self, block: int | None) -> Amount:
         """Return the sequences and epochs of the run for a block."""

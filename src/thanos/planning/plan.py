@@ -8,18 +8,15 @@ all weights are checked for NaN.
 from __future__ import annotations
 
 import gc
-import math
-import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from thanos._version import __version__
-from thanos.calibration.generation import GENERATION_BATCH
-from thanos.calibration.windows import Calibration, calibrate, make_calibration
+from thanos.calibration.making import calibrate
+from thanos.calibration.windows import Calibration
 from thanos.checkpoint.writer import disk_shortage
 from thanos.engine.activations import check_tier
 from thanos.errors import RecipeError, resource_errors
@@ -27,6 +24,7 @@ from thanos.events import Watcher
 from thanos.model.layers import find_blocks
 from thanos.model.source import find_local, resolve_model
 from thanos.planning.allocation import allocation_seconds, stream_bytes
+from thanos.planning.generating import generated_text
 from thanos.planning.kinds import Job, block_seconds
 from thanos.planning.scratch import scan_seconds
 from thanos.planning.trial import Trial, run_trial
@@ -53,9 +51,6 @@ from thanos.system.ranks import launched
 from thanos.system.user_paths import model_name, output_path
 
 SCHEMA = 1
-
-_POSITIONS = (4, 12)
-"""Lengths of the sequences that the model generates, to measure the seconds per position."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,10 +141,10 @@ def plan(
             check_calibration(recipe, calibration, source)
             prepared = forecast(prepare(source, recipe, watch, look=False))
         job = Job(prepared, recipe, device, torch.empty(0), _existing(work.out.parent), activations)
-        generates = recipe.calibration == "self" and calibration is None
+        generates = calibration is None and (recipe.calibration == "self" or recipe.generate > 0)
         with meter.phase("calibration"):
             if generates:
-                ids, generating = _generate(job, watch)
+                ids, generating = generated_text(job, watch)
             else:
                 ids, generating = calibrate(prepared.opened, recipe, device, watch, calibration).ids, None
         with meter.phase("load"):
@@ -158,29 +153,6 @@ def plan(
         if generating is not None:
             measured["calibration"] = replace(measured["calibration"], seconds=generating)
         return _predict(replace(job, ids=ids), work.out, measured, scan, job.block_bytes(None) if generates else 0)
-
-
-def _generate(job: Job, watch: Watcher) -> tuple[Tensor, float]:
-    """Let the model generate a few tokens of calibration text; return the ids and the predicted seconds of the whole text.
-
-    The ids are random instead of the whole text, (samples, T). The seconds are 0 if the model does not fit in memory.
-    """
-    recipe, opened = job.recipe, job.prepared.opened
-    vocabulary = opened.meta_model.get_input_embeddings().get_parameter("weight").shape[0]
-    generator = torch.Generator().manual_seed(recipe.seed)
-    ids = torch.randint(vocabulary, (recipe.samples, recipe.sequence_length), generator=generator)
-    free = free_device_bytes(job.device) if job.device.type == "cuda" else free_host_bytes()
-    if job.block_bytes(None) > free:
-        return ids, 0.0
-    spent, samples = list[float](), min(GENERATION_BATCH, recipe.samples)
-    for length in _POSITIONS:
-        began = time.perf_counter()
-        few = replace(recipe, samples=samples, sequence_length=min(length, recipe.sequence_length))
-        make_calibration(opened.source, few, job.device, watch)
-        spent.append(time.perf_counter() - began)
-    each = max(0.0, spent[1] - spent[0]) / (_POSITIONS[1] - _POSITIONS[0])
-    positions = math.ceil(recipe.samples / samples) * recipe.sequence_length
-    return ids, spent[0] + each * max(0, positions - _POSITIONS[0])
 
 
 def _predict(job: Job, out: Path, measured: dict[str, PhaseRecord], scan: float, generating: int) -> Plan:

@@ -208,7 +208,7 @@ def _measure(
     }
     engine = build_engine(
         replace(job.prepared, layers=tried),
-        replace(job.recipe, held_out=amount.held_out) if amount.held_out else job.recipe,
+        replace(job.recipe, generate=0, **({"held_out": amount.held_out} if amount.held_out else {})),
         job.ids[: amount.sequences],
         job.device,
         job.folder,

@@ -20,13 +20,7 @@ from thanos.recipe.globs import check_globs as check_globs
 from thanos.recipe.globs import matches
 from thanos.recipe.layer import LAYER_FIELDS, LayerRecipe, check_used, checked, repairs_of, used
 from thanos.recipe.override import Override, hints, suited_to
-from thanos.recipe.repair import (
-    REPAIR_FIELDS,
-    TUNE_LOSSES,
-    TUNE_RATE,
-    check_run_repair,
-    unused_values,
-)
+from thanos.recipe.repair import REPAIR_FIELDS, TUNE_LOSSES, TUNE_RATE, check_run_repair, unused_values
 from thanos.recipe.repair import Repair as Repair
 from thanos.recipe.run_fields import DTYPES, check_run_fields
 from thanos.recipe.stored import ADDED, underscored, without_unused
@@ -42,7 +36,8 @@ class Recipe(LayerRecipe):
 
     Args:
         calibration: source of the calibration text: ``c4``, ``wikitext2``, ``pydoc``, ``self`` or a local file.
-        samples: number of calibration sequences.
+        samples: number of sequences of this text.
+        generate: number of additional sequences that the dense model generates; see :mod:`thanos.calibration.continued`.
         sequence_length: tokens per calibration sequence.
         seed: seed of the draw of calibration sequences.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
@@ -62,7 +57,7 @@ class Recipe(LayerRecipe):
         multiple_of: the number of units that remain in a block is a multiple of this. None: 64 for neurons and 1 for heads.
         head_unit: the heads that are removed together with grouped-query attention: ``group``, a key-value head with its query
             heads, or ``query``, one query head of every group. None means ``group``.
-        held_out: number of calibration sequences to hold out, the last ones. Their error selects the dense target and the tuned
+        held_out: number of sequences of the text to hold out, the last ones. Their error selects the dense target and the tuned
             state. None: one in 16, at least one. Refused if no layer has dense target ``auto`` or is tuned.
         tune_rate: peak learning rate of the tuning, as a fraction of the root mean square of the block's remaining weights,
             above 0 and at most 1. Refused, as is ``tune_loss``, if no layer is tuned.
@@ -79,6 +74,9 @@ class Recipe(LayerRecipe):
     )
     samples: int = setting(128, "Number of calibration sequences", Heading.CALIBRATION, "N", lowest=1)
     sequence_length: int = setting(2048, "Tokens per calibration sequence", Heading.CALIBRATION, "TOKENS", lowest=2)
+    generate: int = setting(
+        0, "Additional sequences: pieces of the text, continued by the dense model", Heading.CALIBRATION, "N", lowest=0
+    )
     seed: int = setting(0, "Seed of the random choice of calibration sequences", Heading.CALIBRATION, "N", lowest=0)
     device: str = setting(
         "auto", "auto, cpu, cuda or cuda:N", Heading.RUN, "DEVICE", default="auto, which is CUDA if there is any"

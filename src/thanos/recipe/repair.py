@@ -131,7 +131,7 @@ def checked_target(value: Any) -> float | str:
 
 
 def held_out_of(samples: int, held_out: int | None) -> int:
-    """Return how many of ``samples`` calibration sequences are held out: the last ones.
+    """Return how many of ``samples`` sequences of the calibration text are held out: the last ones.
 
     ``held_out`` is the recipe's setting; None means :data:`HELD_OUT_SHARE` of the sequences, at least one. Raises RecipeError
     if no sequence would be left to prune with.

@@ -15,7 +15,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 """Data types in which a model can run and be written."""
 
 _DESCRIBED = (
-    *("samples", "sequence_length", "seed", "allocation", "multiple_of", "head_unit"),
+    *("samples", "sequence_length", "generate", "seed", "allocation", "multiple_of", "head_unit"),
     *("held_out", "tune_rate", "tune_loss", "trust_remote_code"),
 )
 """Fields whose descriptions state every allowed value."""
@@ -34,6 +34,11 @@ def check_run_fields(recipe: Recipe) -> None:
             several = isinstance(getattr(recipe, name), list | tuple) and name == "calibration"
             hint = "; separate several texts by commas in one string" if several else ""
             raise RecipeError(f"{name} must be a name; got {getattr(recipe, name)!r}{hint}")
+    if recipe.generate and recipe.calibration == "self":
+        raise RecipeError(
+            f"calibration 'self' has no text of which the model could continue pieces (generate is {recipe.generate}); raise "
+            "samples instead"
+        )
     for name in ("targets", "skip"):
         value = getattr(recipe, name)
         if not isinstance(value, list | tuple) or not all(isinstance(glob, str) and glob for glob in value):

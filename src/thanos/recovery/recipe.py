@@ -53,7 +53,7 @@ class RecoveryRecipe:
         vary: cut the text into segments, join them in a new order, and replace a few tokens, in every epoch; see
             :mod:`thanos.recovery.sequences`. The dense model then runs in each pass.
         generate: number of additional sequences that the dense model generates, only for training; see
-            :mod:`thanos.recovery.generated`.
+            :mod:`thanos.calibration.continued`.
         batch: number of sequences in a step, over all processes.
         micro_batch: number of sequences that a process runs at once; the gradients of several runs are summed. None: on CUDA
             the process's whole part of the batch, on a CPU one. It changes the result only by rounding errors.

@@ -12,8 +12,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from thanos.calibration.making import make_calibration
 from thanos.calibration.text import check_text_exists
-from thanos.calibration.windows import Calibration, make_calibration
+from thanos.calibration.windows import Calibration
 from thanos.checkpoint.writer import check_room
 from thanos.engine.distributed import World
 from thanos.engine.joining import join, my_device

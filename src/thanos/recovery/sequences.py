@@ -11,11 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from thanos.calibration.continued import SEGMENT
 from thanos.calibration.windows import begin_windows
 from thanos.recovery.recipe import RecoveryRecipe
-
-SEGMENT = 256
-"""Tokens of a segment; the segments of the text are put into a new order."""
 
 REPLACED = 0.05
 """Probability with which a token is replaced."""
@@ -66,8 +64,8 @@ def recut(ids: Tensor, bos: tuple[int, ...], generator: torch.Generator) -> Tens
     """Cut the text into segments at other positions, and join them in a random order.
 
     All sequences in order are one stream of tokens. It is rolled by a random offset and cut into segments of
-    min(:data:`SEGMENT`, T) tokens; the last segment may be shorter. The segments in random order are the new stream. BOS is not
-    part of the stream: each sequence begins with BOS, as before.
+    min(:data:`~thanos.calibration.continued.SEGMENT`, T) tokens; the last segment may be shorter. The segments in random order
+    are the new stream. BOS is not part of the stream: each sequence begins with BOS, as before.
 
     Args:
         ids: token ids, (n, T) int64, on the CPU.

@@ -97,6 +97,6 @@ def held_out_here(recipe: Recipe, samples: int, share: range) -> dict[str, Any]:
 
     ``samples`` is the number of sequences of all processes; ``share`` is the range of this process's sequences among them.
     """
-    count = held_out_of(samples, recipe.held_out) if recipe.holds_out else 0
+    count = held_out_of(samples - recipe.generate, recipe.held_out) if recipe.holds_out else 0
     first = min(max(samples - count - share.start, 0), len(share))
     return {"first": share.start, "held_out": range(first, len(share)), "held_out_of_all": count}

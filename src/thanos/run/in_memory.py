@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from thanos.calibration.continued import generate_more
 from thanos.calibration.text import check_text_source, text_sha256
 from thanos.calibration.windows import GIVEN_TEXTS, GIVEN_TOKENS, Calibration, build_calibration, check_positions
 from thanos.checkpoint.in_memory import LoadedCheckpoint
@@ -226,7 +228,9 @@ def _windows(
         ids = _token_ids(given)
         check_positions(ids.shape[1], positions)
         recipe = recipe.replace(calibration=GIVEN_TOKENS, samples=len(ids), sequence_length=ids.shape[1])
-        return Calibration(ids, GIVEN_TOKENS, "given", recipe.seed, len(ids)), recipe
+        windows = Calibration(ids, GIVEN_TOKENS, "given", recipe.seed, len(ids))
+        with _evaluating(model):
+            return generate_more(windows, model, recipe, 0, emit), recipe
     texts = isinstance(given, list | tuple) and bool(given) and all(isinstance(text, str) for text in given)
     if not texts and not isinstance(given, str):
         raise DataError(
@@ -239,8 +243,7 @@ def _windows(
         )
     if isinstance(given, str):
         check_text_source(given, tokenizer=lambda: tokenizer)
-    training = model.training
-    try:
+    with _evaluating(model):
         windows = build_calibration(
             given,
             tokenizer,
@@ -249,13 +252,22 @@ def _windows(
             seed=recipe.seed,
             end_of_text_id=end_of_text_id(tokenizer, model.config),
             context_length=positions,
-            model=model.eval(),
+            model=model,
             on_event=emit,
         )
-    finally:
-        model.train(training)
+        windows = generate_more(windows, model, recipe, end_of_text_id(tokenizer, model.config), emit)
     recipe = recipe.replace(calibration=GIVEN_TEXTS if texts else given)
     return replace(windows, source=recipe.calibration), recipe
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def _token_ids(given: Tensor | Sequence[Tensor]) -> Tensor:

@@ -204,7 +204,7 @@ def _recipe_table(report: PruningReport) -> str:
             (
                 "calibration",
                 f"{source}: {calibration['samples']} × {calibration['sequence_length']} tokens, {calibration['rule']}, "
-                f"seed {recipe['seed']}{_begun(calibration)}",
+                f"{_continued(calibration)}seed {recipe['seed']}{_begun(calibration)}",
             ),
             ("hash of the calibration tokens", f"`{calibration['sha256']}`"),
             *([("hash of the calibration text", f"`{text}`")] if (text := calibration.get("text_sha256")) else []),
@@ -212,6 +212,12 @@ def _recipe_table(report: PruningReport) -> str:
             ("versions", ", ".join(f"{key} {versions[key]}" for key in ("torch", "transformers", "python"))),
         ],
     )
+
+
+def _continued(calibration: Mapping[str, Any]) -> str:
+    """Return words for the sequences that the dense model generated; empty if there are none."""
+    count = calibration.get("generated", 0)
+    return f"{count} more in which the dense model continues pieces of them, " if count else ""
 
 
 def _begun(calibration: dict[str, Any]) -> str:

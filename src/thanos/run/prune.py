@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from thanos.calibration.making import calibrate
 from thanos.calibration.text_files import text_paths
-from thanos.calibration.windows import Calibration, calibrate
+from thanos.calibration.windows import Calibration
 from thanos.checkpoint.writer import CheckpointWriter
 from thanos.engine.activations import check_tier
 from thanos.engine.distributed import World
@@ -208,7 +209,9 @@ def _prune(model: str, job: _Job, given: Calibration | None) -> PruningReport:
         plan = prepare(source, recipe, emit, folder=work.model)
         job.world.check_equal(shared_facts(recipe, plan.opened))
     with job.meter.phase("calibration"):
-        calibration = calibrate(plan.opened, recipe, job.device, emit, given)
+        calibration = calibrate(
+            plan.opened, recipe, job.device, emit, given or (work.windows(recipe) if before else None)
+        )
         job.world.from_first(lambda: calibration)
     run |= {"calibration": calibration.to_dict(), "blocks": len(find_blocks(plan.opened.meta_model)[1])}
     notes = check_same_run(before, run) if before else []
@@ -216,7 +219,7 @@ def _prune(model: str, job: _Job, given: Calibration | None) -> PruningReport:
         if before:
             work.take_up({shard.name for shard in plan.opened.checkpoint.layout.shards})
         else:
-            work.start(run)
+            work.start(run, calibration)
         with closing(emit):
             local = [str(work.out), *([source.name] if source.is_local else [])]
             emit.log_to(

@@ -224,14 +224,15 @@ def check_calibration(recipe: Recipe, given: Calibration | None, source: ModelSo
     the text cannot be used, and RecipeError if too few windows are given to hold any out.
     """
     if given is not None and recipe.holds_out:
-        held_out_of(len(given.ids), recipe.held_out)
+        held_out_of(given.samples, recipe.held_out)
     if given is None:
         check_text_source(recipe.calibration, tokenizer=None if source is None else source.tokenizer)
 
 
 def smaller_calibration(recipe: Recipe) -> str:
     """Return the advice for a run that is out of memory; see :func:`~thanos.errors.resource_errors`."""
-    return f"lower --samples (now {recipe.samples}) or --sequence-length (now {recipe.sequence_length})"
+    generate = f", --generate (now {recipe.generate})" if recipe.generate else ""
+    return f"lower --samples (now {recipe.samples}){generate} or --sequence-length (now {recipe.sequence_length})"
 
 
 def shared_facts(recipe: Recipe, opened: OpenedModel) -> dict[str, Any]:

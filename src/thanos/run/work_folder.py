@@ -1,8 +1,9 @@
 """The work folder of a run, which survives a crash and is renamed to OUT when the run is complete.
 
 ``.OUT.partial/`` next to OUT holds ``model/``, the folder that becomes OUT; ``journal.jsonl``, the journal of finished blocks;
-and ``run.json``, the description of the run. If the run makes the model smaller, ``cut.partial/`` is made from the finished
-``model/`` at the end, renamed to ``cut/`` when it is complete, and becomes OUT instead.
+``run.json``, the description of the run; and ``windows.safetensors``, the calibration windows if the model generated any. If
+the run makes the model smaller, ``cut.partial/`` is made from the finished ``model/`` at the end, renamed to ``cut/`` when it
+is complete, and becomes OUT instead.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from thanos.calibration.kept import read_windows, write_windows
+from thanos.calibration.windows import Calibration
 from thanos.checkpoint.gguf_files import is_gguf
 from thanos.errors import NumericsError, ResourceError, UserError, recurs
 from thanos.events import LOG_NAME, RUN_NAME
+from thanos.recipe import Recipe
 from thanos.run.journal import Journal, current
 from thanos.system.documents import json_text
 from thanos.system.files import sync, write_atomically
@@ -48,6 +52,7 @@ class WorkFolder:
         self.model = self.path / "model"
         self.cut = self.path / "cut"
         self.journal = Journal(self.path / "journal.jsonl")
+        self._windows = self.path / "windows.safetensors"
         self._run, self._old = self.path / RUN_NAME, self.out.parent / f".{self.out.name}.old"
 
     @property
@@ -87,15 +92,27 @@ class WorkFolder:
         """Whether OUT is the output of a complete run, and no unfinished run is left next to it."""
         return not self.published and not self.finished and (self.out / "pruning.json").is_file()
 
-    def start(self, run: dict[str, Any]) -> None:
+    def windows(self, recipe: Recipe) -> Calibration | None:
+        """Return the windows that the model generated for the run; None if it generated none."""
+        return read_windows(self._windows, recipe.calibration)
+
+    def start(self, run: dict[str, Any], calibration: Calibration | None = None) -> None:
         """Create the work folder of a run; delete an existing one first.
 
-        ``run`` is the description from :func:`~thanos.run.resume.describe_run`. Raises ResourceError if the folder cannot be
-        created.
+        Windows that the model generated are kept: this takes long, and on CUDA it may give others the next time.
+
+        Args:
+            run: the description from :func:`~thanos.run.resume.describe_run`.
+            calibration: the windows of the run; None if it makes them later.
+
+        Raises:
+            ResourceError: the folder cannot be created.
         """
         try:
             self.remove()
             self.model.mkdir(parents=True)
+            if calibration is not None and (calibration.generated or calibration.rule == "generated"):
+                write_windows(self._windows, calibration)
             # Written last and atomically: a folder with a run.json can be resumed.
             write_atomically(self._run, json_text(run).encode(), durable=True)
             sync(self.path.parent)

@@ -16,7 +16,9 @@ from typing import Any
 import torch
 
 from thanos._version import __version__
-from thanos.calibration.windows import Calibration, make_calibration
+from thanos.calibration.kept import read_windows, write_windows
+from thanos.calibration.making import make_calibration
+from thanos.calibration.windows import Calibration
 from thanos.errors import NumericsError, RecipeError, ResourceError, UserError, is_out_of_memory, resource_errors
 from thanos.evaluation.inspect import inspect_checkpoint
 from thanos.evaluation.perplexity import evaluate, joined_text
@@ -33,7 +35,6 @@ from thanos.run.prune import prune
 from thanos.solvers.hessian import InputStatistics
 from thanos.solvers.prune_layer import prune_layer
 from thanos.solvers.synthetic_layer import synthetic_layer
-from thanos.study.calibration_cache import read_windows, write_windows
 from thanos.study.grid import DENSE, Cell, Study, public_cell
 from thanos.study.paths import Locations
 from thanos.study.records import evaluation_fields, make_record, phase_fields, pruning_fields

@@ -1,4 +1,4 @@
-"""Cache of calibration windows on the disk, shared by the workers of a study."""
+"""Files of calibration windows: the cache of a study, and the windows of a run that took long to generate."""
 
 from __future__ import annotations
 
@@ -23,12 +23,14 @@ def read_windows(path: Path, source: str) -> Calibration | None:
         if "bos" not in made:
             return None
         bos = tuple(map(int, made["bos"].split()))
-        return Calibration(file.get_tensor("ids"), source, made["rule"], int(made["seed"]), int(made["documents"]), bos)
+        numbers = int(made["seed"]), int(made["documents"])
+        return Calibration(file.get_tensor("ids"), source, made["rule"], *numbers, bos, int(made.get("generated", 0)))
 
 
 def write_windows(path: Path, made: Calibration) -> None:
-    """Write windows into the cache. Another worker may write the same file at the same time."""
+    """Write windows to a file. Another worker may write the same file at the same time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     described = {"rule": made.rule, "seed": str(made.seed), "documents": str(made.documents)}
+    described["generated"] = str(made.generated)
     described["bos"] = " ".join(map(str, made.bos_ids))
     write_atomically(path, lambda part: save_file({"ids": made.ids.contiguous()}, part, metadata=described))

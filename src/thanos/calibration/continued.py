@@ -1,0 +1,120 @@
+"""Sequences that the dense model generates in addition to those of a text, as continuations of pieces of the text.
+
+The training of a pruned model overfits to few sequences. The dense model can generate any number of further ones. The target
+of the training is the dense model's output, which exists for any text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from thanos.calibration.generation import Part, continue_prompts
+from thanos.calibration.windows import Calibration, begin_windows
+from thanos.events import Event, Phase
+from thanos.recipe import Recipe
+from thanos.recipe.repair import held_out_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SEGMENT = 256
+"""Tokens of a piece: of a continued one, and of those into which the recovery cuts its text."""
+
+PROMPT = 32
+"""Tokens of a piece of the calibration text that the dense model continues, to :data:`SEGMENT`."""
+
+PIECES = {"cpu": 16, "cuda": 2048}
+"""Pieces that are continued together, by type of device; fewer if memory does not suffice."""
+
+
+def generate_sequences(
+    model: PreTrainedModel,
+    ids: Tensor,
+    bos: tuple[int, ...],
+    count: int,
+    seed: int,
+    pad: int,
+    emit: Callable[[Event], None],
+    *,
+    phase: Phase = "generate",
+    done: Sequence[Part] = (),
+    keep: Callable[[Part], None] = lambda part: None,
+) -> Tensor:
+    """Return sequences that consist of continued pieces of a text.
+
+    If the device's memory runs out, the batches of the parts that are left are halved.
+
+    A piece begins with :data:`PROMPT` tokens from a random position of the text, or with half a segment if that is shorter.
+
+    Args:
+        model: the dense model.
+        ids: token ids of the text, (n, T) int64, on the CPU.
+        bos: ids of the tokens with which each sequence, and each piece that is continued, begins; empty without any.
+        count: number of sequences to generate.
+        seed: seed of the positions and of the sampled tokens.
+        pad: any token id.
+        emit: function that is called with events of progress.
+        phase: phase of these events.
+        done: the parts that an interrupted call has made, in order, on the same type of device. The next ones have at most the
+            size of the last of them.
+        keep: function that is called with each new part.
+
+    Returns:
+        Token ids, (count, T) int64, on the CPU.
+    """
+    text = ids[:, len(bos) :]
+    width = text.shape[1]
+    segment = min(SEGMENT, width)
+    prompt = max(0 if bos else 1, min(PROMPT, segment // 2))  # BOS alone is a prompt, too
+    pieces = math.ceil(count * width / segment)
+    draw = torch.Generator().manual_seed(seed)
+    rows = torch.randint(len(text), (pieces, 1), generator=draw)
+    columns = torch.randint(width - prompt + 1, (pieces, 1), generator=draw) + torch.arange(prompt)
+    begun = begin_windows(text[rows, columns], bos)
+    length = len(bos) + segment
+    parts, made = [*done], None
+    batch = len(parts[-1].ids) if parts else PIECES[model.device.type]
+
+    def add(part: Part) -> None:
+        keep(part)
+        parts.append(part)
+
+    while made is None:
+        try:
+            before = tuple(parts)
+            made = continue_prompts(model, begun, length, seed, pad, batch, phase, emit, done=before, keep=add)
+        except torch.OutOfMemoryError:
+            if batch == 1:
+                raise
+        if made is None:  # outside the except block, where the error's traceback still refers to tensors
+            torch.cuda.empty_cache()
+            batch //= 2
+    return begin_windows(made[:, len(bos) :].flatten()[: count * width].view(count, width), bos)
+
+
+def generate_more(
+    made: Calibration, model: PreTrainedModel, recipe: Recipe, pad: int, emit: Callable[[Event], None]
+) -> Calibration:
+    """Return windows of a text, and before them the sequences that a recipe wants generated.
+
+    The windows that the recipe holds out stay the last ones. No piece of them is continued.
+
+    Args:
+        made: windows of a text.
+        model: the dense model, on the device on which it generates.
+        recipe: the recipe; without ``generate`` the windows are returned unchanged.
+        pad: any token id.
+        emit: function that is called with events of progress.
+    """
+    if not recipe.generate:
+        return made
+    held_out = held_out_of(len(made.ids), recipe.held_out) if recipe.holds_out else 0
+    prompts = made.ids[: len(made.ids) - held_out]
+    new = generate_sequences(model, prompts, made.bos_ids, recipe.generate, made.seed, pad, emit, phase="calibration")
+    return replace(made, ids=torch.cat([new, made.ids]), generated=recipe.generate)

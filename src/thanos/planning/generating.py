@@ -1,0 +1,80 @@
+"""Prediction of the time in which the dense model generates calibration text, from a few tokens that it generates."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from thanos.calibration.continued import PIECES, PROMPT, SEGMENT, generate_sequences
+from thanos.calibration.generation import GENERATION_BATCH
+from thanos.calibration.making import make_calibration
+from thanos.events import Watcher
+from thanos.model.loading import load_model
+from thanos.planning.kinds import Job
+from thanos.system.memory import free_device_bytes, free_host_bytes
+
+_POSITIONS = (4, 12)
+"""Numbers of tokens that the model generates for each sequence, to measure the seconds per token."""
+
+
+def generated_text(job: Job, watch: Watcher) -> tuple[Tensor, float]:
+    """Let the model generate a few tokens of calibration text.
+
+    Returns:
+        Token ids, random instead of those that the model would generate, (n, T); and the predicted seconds in which the whole
+        text is made. If the model does not fit in memory, it generates nothing, and its time is left out.
+    """
+    recipe, opened, device = job.recipe, job.prepared.opened, job.device
+    vocabulary = opened.meta_model.get_input_embeddings().get_parameter("weight").shape[0]
+    draw = torch.Generator().manual_seed(recipe.seed)
+    count = recipe.generate or recipe.samples
+    ids = torch.randint(vocabulary, (count, recipe.sequence_length), generator=draw)
+    free = free_device_bytes(device) if device.type == "cuda" else free_host_bytes()
+    fits = job.block_bytes(None) <= free
+    if not recipe.generate:
+        return ids, _own_text(job, watch) if fits else 0.0
+    began = time.perf_counter()
+    text = make_calibration(opened.source, replace(recipe, generate=0), device, watch)
+    seconds = time.perf_counter() - began
+    if fits:
+        seconds += _continued_pieces(job, text.ids, text.bos_ids)
+    return torch.cat([ids, text.ids]), seconds
+
+
+def _own_text(job: Job, watch: Watcher) -> float:
+    """Return the predicted seconds of calibration ``self``."""
+    recipe = job.recipe
+    spent, samples = list[float](), min(GENERATION_BATCH, recipe.samples)
+    for length in _POSITIONS:
+        began = time.perf_counter()
+        few = replace(recipe, samples=samples, sequence_length=min(length, recipe.sequence_length))
+        make_calibration(job.prepared.opened.source, few, job.device, watch)
+        spent.append(time.perf_counter() - began)
+    each = max(0.0, spent[1] - spent[0]) / (_POSITIONS[1] - _POSITIONS[0])
+    positions = math.ceil(recipe.samples / samples) * recipe.sequence_length
+    return spent[0] + each * max(0, positions - _POSITIONS[0])
+
+
+def _continued_pieces(job: Job, ids: Tensor, bos: tuple[int, ...]) -> float:
+    """Return the predicted seconds in which the model is loaded and continues pieces of the text ``ids``, (n, T)."""
+    recipe, began = job.recipe, time.perf_counter()
+    model = load_model(job.prepared.opened.source, dtype=recipe.dtype, device=job.device)
+    loading = time.perf_counter() - began
+    width = ids.shape[1] - len(bos)
+    segment = min(SEGMENT, width)
+    prompt = min(PROMPT, segment // 2)
+    pieces = math.ceil(recipe.generate * width / segment)
+    batch, spent, new = min(PIECES[job.device.type], pieces), list[float](), list[int]()
+    for positions in _POSITIONS:
+        length = min(2 * prompt + positions, segment)  # at least twice the prompt, which would be shorter otherwise
+        new.append(length - min(PROMPT, length // 2))
+        began = time.perf_counter()
+        generate_sequences(model, ids[:, : len(bos) + length], bos, batch, 0, 0, lambda event: None)
+        spent.append(time.perf_counter() - began)
+    apart = new[1] - new[0]
+    each = max(0.0, spent[1] - spent[0]) / apart if apart else spent[1] / max(1, new[1])
+    return loading + math.ceil(pieces / batch) * (spent[0] + each * (segment - prompt - new[0]))
