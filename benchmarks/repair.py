@@ -4,7 +4,8 @@
 
 CELLS.json is a list of objects: ``name``; ``recipe``, settings of `thanos.Recipe`; ``recover``, a list of settings of
 `thanos recover`, each applied to the pruned model; ``zero_shot``, true if the models of the cell are also measured on the
-tasks. Each process takes the next free cell, and appends one line for each measured model. The dense model is measured first.
+tasks. Each process takes the next free cell, and appends one line for each measured model. The dense model is measured first, unless
+``--no-dense`` is given.
 The lines name the commit, the hardware, the versions and the date.
 """
 
@@ -43,6 +44,7 @@ def main() -> int:
     parser.add_argument(
         "--seconds", type=float, default=float("inf"), help="start no cell after this number of seconds"
     )
+    parser.add_argument("--no-dense", action="store_true", help="do not measure the dense model")
     parser.add_argument("--keep", type=Path, default=None, help="folder for the pruned models; default: none is kept")
     parser.add_argument("--rank", type=int, default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -69,7 +71,7 @@ def work(arguments: argparse.Namespace) -> int:
     from thanos import Recipe
 
     began, failed = time.monotonic(), 0
-    if arguments.rank == 0:
+    if arguments.rank == 0 and not arguments.no_dense:
         report(arguments, {"name": "dense"} | measured(arguments, arguments.model, tasks=True))
     for number, cell in enumerate(json.loads(arguments.cells.read_text())):
         if time.monotonic() - began > arguments.seconds:
