@@ -160,16 +160,18 @@ class Distillation(nn.Module):
             ids: token ids, (B, T).
             numbers: indices of the sequences in ``outputs``, (B,); not used without ``outputs``.
         """
-        if self.outputs is None or numbers is None:
-            with torch.no_grad():
-                dense = self.teacher.hidden(ids)
-        else:
-            dense = self.outputs[numbers].flatten(0, 1)
-        hidden = self._split.hidden(ids)
-        sums = _Sums(self._split, self.teacher, self._chunk or self._default_chunk(ids.device), dense)
-        if torch.is_grad_enabled():
-            return sums.with_gradient(hidden) / len(hidden)
-        return sums.value(hidden) / len(hidden)
+        # accelerate sets autocast only for a model that is not sharded. FSDP casts the pruned model alone, not the dense one.
+        with torch.autocast("cuda", torch.bfloat16, enabled=ids.is_cuda):
+            if self.outputs is None or numbers is None:
+                with torch.no_grad():
+                    dense = self.teacher.hidden(ids)
+            else:
+                dense = self.outputs[numbers].flatten(0, 1)
+            hidden = self._split.hidden(ids)
+            sums = _Sums(self._split, self.teacher, self._chunk or self._default_chunk(ids.device), dense)
+            if torch.is_grad_enabled():
+                return sums.with_gradient(hidden) / len(hidden)
+            return sums.value(hidden) / len(hidden)
 
     def _default_chunk(self, device: torch.device) -> int:
         head: Any = self.student.get_output_embeddings()
