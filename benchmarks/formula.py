@@ -28,8 +28,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from thanos.calibration.making import make_calibration
 from thanos.calibration.statistics import check_finite, gather
-from thanos.calibration.windows import make_calibration
 from thanos.errors import ModelError
 from thanos.model.fingerprint import source_commit
 from thanos.model.layers import linear_layers

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from thanos.bench.measure import machine
-from thanos.calibration.windows import calibrate
+from thanos.calibration.making import calibrate
 from thanos.checkpoint.in_memory import raw_bytes
 from thanos.model.layers import find_blocks
 from thanos.model.source import resolve_model

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from thanos import Recipe
-from thanos.calibration.windows import make_calibration
+from thanos.calibration.making import make_calibration
 from thanos.model.layers import find_blocks
 from thanos.model.loading import load_model
 from thanos.model.source import ModelSource, resolve_model

@@ -4,9 +4,8 @@
 
 CELLS.json is a list of objects: ``name``; ``recipe``, settings of `thanos.Recipe`; ``recover``, a list of settings of
 `thanos recover`, each applied to the pruned model; ``zero_shot``, true if the models of the cell are also measured on the
-tasks. Each process takes the next free cell, and appends one line for each measured model. The dense model is measured first, unless
-``--no-dense`` is given.
-The lines name the commit, the hardware, the versions and the date.
+tasks. Each process takes the next free cell, and appends one line for each measured model. The dense model is measured first,
+unless ``--no-dense`` is given. The lines name the commit, the hardware, the versions and the date.
 """
 
 from __future__ import annotations

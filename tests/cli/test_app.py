@@ -31,7 +31,7 @@ OPTIONS = {
         "--help",
         "--scope", "--allocation", "--multiple-of", "--head-unit", "--output-dtype",
         "--effort", "--dense-target", "--sequential", "--no-sequential", "--refit", "--tune", "--held-out", "--tune-rate",
-        "--tune-loss",
+        "--tune-loss", "--generate",
     },
     "eval": {
         "--text", "--sequence-length", "--max-windows", "--dense", "--tasks", "--task-folder",
@@ -101,7 +101,7 @@ def test_a_text_that_cannot_be_used_is_refused_before_anything_is_loaded(
         path.write_bytes(content)
     elif name.endswith("/"):
         path.mkdir()
-    for module in ("calibration.windows", "evaluation.perplexity"):
+    for module in ("calibration.making", "evaluation.perplexity"):
         monkeypatch.setattr(f"thanos.{module}.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
     for module in ("run.prune", "planning.plan"):
         monkeypatch.setattr(f"thanos.{module}.prepare", lambda *_, **__: pytest.fail("the model was opened"))

@@ -28,7 +28,7 @@ HEADINGS = {
         "Repair": {
             "--effort", "--dense-target", "--sequential", "--refit", "--tune", "--held-out", "--tune-rate", "--tune-loss",
         },
-        "Calibration": {"--calibration", "--samples", "--sequence-length", "--seed", "--measure-error"},
+        "Calibration": {"--calibration", "--samples", "--generate", "--sequence-length", "--seed", "--measure-error"},
         "Where and how it runs": {
             "--device", "--dtype", "--trust-remote-code", "--activations", "--threads", "--resume", "--plan",
         },

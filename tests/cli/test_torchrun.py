@@ -50,7 +50,9 @@ def test_a_signal_before_or_after_the_report_adds_no_second_line(
     run = torchrun(2, [str(tmp_path / "late.py")], words, LATE=late)
     assert run.returncode != 0
     (line,) = error_lines(run)
-    assert "the connection to another process of this run was lost" in line
+    # The process that is left may notice the lost connection before torchrun's signal, or after it.
+    lost, ended = "the connection to another process of this run was lost", "torchrun ended the run"
+    assert lost in line or ended in line
     assert "--resume" in line
 
 
