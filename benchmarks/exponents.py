@@ -34,7 +34,11 @@ def table(results: list[dict[str, Any]]) -> str:
         if result["implementation"] == "thanos":
             by_solver[f"{result['method']}, {result['pattern']}"][result["block_size"]].append(result)
     sizes = sorted({size for by_size in by_solver.values() for size in by_size})
-    lines = ["| exponent of b: measured (model), three widest | " + " | ".join(f"B = {size}" for size in sizes) + " |"]
+    lines = [
+        "| exponent of b: all widths (by the formulas), three largest widths | "
+        + " | ".join(f"B = {size}" for size in sizes)
+        + " |"
+    ]
     lines.append("|---" * (len(sizes) + 1) + "|")
     for name, by_size in by_solver.items():
         cells = []

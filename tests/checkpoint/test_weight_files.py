@@ -217,7 +217,7 @@ def test_the_publishers_own_form_alone(single: Path) -> None:
 def test_a_link_to_nothing(single: Path) -> None:
     (single / SINGLE_NAME).unlink()
     (single / SINGLE_NAME).symlink_to("../blobs/none")
-    refused(single, SINGLE_NAME, "link to a file that is not there")
+    refused(single, SINGLE_NAME, "link to a file that does not exist")
 
 
 @pytest.mark.parametrize(

@@ -133,9 +133,14 @@ def test_the_options_stand_under_headings(name: str, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize("name", HEADINGS)
-def test_every_option_states_its_default_once(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_option_states_its_default_once_unless_it_is_required(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    required = {text for one in parser(name).params if one.required for text in one.opts}
+    assert not required & {"--help"}
     for option, entry in entries(shown(name, capsys)).items():
-        assert entry.count("(default: ") == (option != "--help"), entry
+        assert entry.count("(default: ") == (option not in {"--help", *required}), entry
+        assert entry.count("[required]") == (option in required), entry
 
 
 @pytest.mark.parametrize("name", HEADINGS)

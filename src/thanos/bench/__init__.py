@@ -1,1 +1,1 @@
-"""Benchmarks of ``thanos bench``: synchronised times, with errors and the minimum time of the device. Nothing is printed."""
+"""Benchmarks of ``thanos bench``: synchronised times, errors, and lower bounds of the times. Nothing is printed."""

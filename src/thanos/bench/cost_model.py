@@ -1,4 +1,4 @@
-"""Cost models: floating-point operations and bytes of a layer's solve; docs/cost.md derives them."""
+"""Cost models: floating-point operations and bytes of a layer's solve; docs/cost.md lists them."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ class Piece:
         path = self.tensor.path
         raw = np.fromfile(path, np.uint8, rows * width, offset=self.tensor.offset + first * width)
         if raw.size != rows * width:
-            raise ResourceError(f"{path} became shorter while it was read; leave the input alone during a run")
+            raise ResourceError(f"{path} became shorter while it was read; do not change the input during a run")
         return raw.reshape(rows, width)
 
 

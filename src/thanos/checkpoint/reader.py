@@ -107,7 +107,9 @@ class SafetensorsCheckpoint:
             while left:
                 span = file.read(min(_SPAN_BYTES, left))
                 if not span:
-                    raise ResourceError(f"{path} became shorter while it was read; leave the input alone during a run")
+                    raise ResourceError(
+                        f"{path} became shorter while it was read; do not change the input during a run"
+                    )
                 left -= len(span)
                 yield memoryview(span)
 

@@ -68,7 +68,7 @@ def find_weights(folder: Path, name: str | None = None, *, listed: Collection[st
     single, index, files = folder / SINGLE_NAME, folder / INDEX_NAME, _names(folder, listed)
     for path in (single, index):
         if path.is_symlink() and not path.exists():
-            raise ModelError(f"{path} is a link to a file that is not there; download or save it again")
+            raise ModelError(f"{path} is a link to a file that does not exist; download or save it again")
     if index.is_file():
         data = index.read_bytes()
         shard_of = parse_index(index, data)

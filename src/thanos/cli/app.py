@@ -59,7 +59,7 @@ for _group, _name, _function, _examples, _help in (
     (app, "study", study.study, study.EXAMPLES, "Prune and measure a grid of models and settings."),
     (app, "report", report.report, report.EXAMPLES, "Write the report of a study."),
     (bench, "layer", bench_layer.layer, bench_layer.EXAMPLES, "Time the solvers on one layer."),
-    (bench, "model", bench_model.model, bench_model.EXAMPLES, "Time pruning a whole model of random weights."),
+    (bench, "model", bench_model.model, bench_model.EXAMPLES, "Time the pruning of a model with random weights."),
     (bench, "decode", bench_decode.decode, bench_decode.EXAMPLES, "Time decoding of a packed model."),
 ):
     _group.command(name=_name, cls=Command, short_help=_help, epilog=_examples)(_function)

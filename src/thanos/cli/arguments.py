@@ -33,7 +33,8 @@ class Command(TyperCommand):
         for one in parameters:  # the help states each default: the text of ``show_default``, else the value
             if one.param_type_name == "option" and one.name != "help":
                 default = one.show_default if isinstance(one.show_default, str) else words(one.default)
-                one.help, one.show_default = f"{one.help} (default: {default}).", False
+                stated = "" if one.required else f" (default: {default})"
+                one.help, one.show_default = f"{one.help}{stated}.", False
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the arguments, then the options under their headings. Options without a heading are under the last one."""
@@ -160,7 +161,7 @@ class _Words:
         if self._arguments and self._arguments[-1].nargs == -1:  # the last one may be repeated
             self._positional = min(self._positional, len(names))
         if self._positional > len(names):
-            quote = "; a glob needs quotes, else the shell replaces it" if "--skip" in self._options else ""
+            quote = "; a glob needs quotes, else the shell expands it" if "--skip" in self._options else ""
             raise self._refusal(
                 f"{word!r} is one argument too many: {self._path} takes {' '.join(names) or 'only options'}{quote}"
             )

@@ -36,7 +36,7 @@ def decode(
 ) -> None:
     """Time greedy decoding of PACKED, one token at a time; show the bytes of its weights and the memory bandwidth used.
 
-    On CUDA each step is a CUDA graph.
+    On CUDA each step runs as a CUDA graph, with and without --compile.
     """
     from thanos.cli import packed_output, tables
     from thanos.cli import progress as display

@@ -1,4 +1,4 @@
-"""``thanos bench model``: time of pruning a whole model of random weights, by phase, and a lower bound of the time."""
+"""``thanos bench model``: time of pruning a model with random weights, by phase, and a lower bound of the time."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def model(
     quiet: Quiet = False,
     **settings: Any,
 ) -> None:
-    """Time pruning a whole model of random weights, by phase, and compare with a lower bound for this device."""
+    """Time the pruning of a model with random weights, by phase, and compare with a lower bound for this device."""
     from thanos.cli import output, tables
     from thanos.cli import progress as display
 

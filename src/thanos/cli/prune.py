@@ -129,8 +129,8 @@ def _error_setting(which: str | None) -> dict[str, bool | None]:
 def merge_recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
     """Return the recipe of a file, or the default one, overridden by the settings of the command line.
 
-    If a flag changes the pattern, the file's sparsity and block size are dropped, since they belong to the file's pattern.
-    Raises RecipeError if the file or the result is not a valid recipe.
+    If an option changes the pattern, the method or the effort, settings of the file that belong to the old one are dropped; see
+    :meth:`Recipe.suited <thanos.recipe.Recipe.suited>`. Raises RecipeError if the file or the result is not a valid recipe.
     """
     if path is None:
         return Recipe(**flags)

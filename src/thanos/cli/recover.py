@@ -41,7 +41,7 @@ def recover(
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT2", help="The folder to write; appears when it is complete.")],
     *,
-    dense: Annotated[str, option("The model that OUT was pruned from", Heading.RECOVERY, "MODEL", default="none")],
+    dense: Annotated[str, option("The model that OUT was pruned from", Heading.RECOVERY, "MODEL")],
     threads: Threads = None,
     resume: Annotated[bool, resume_option("OUT2")] = False,
     overwrite: Annotated[bool, overwrite_option("Replace OUT2, and discard an interrupted run")] = False,

@@ -67,8 +67,8 @@ class Comparison(Document):
         command: the command line; empty if Python called.
         machine: hardware, versions, commit and date.
         settings: the settings of the measurements: ``dtype`` (of all models except packed ones stored in another dtype),
-            ``text``, ``text_sha256``, ``sequence_length``, ``windows``, ``bos``, ``context``, ``new_tokens``, ``compiled``,
-            ``tasks``, ``limit``.
+            ``text``, ``text_sha256``, ``sequence_length``, ``windows``, ``bos``, ``bos_ids``, ``context``, ``new_tokens``,
+            ``compiled``, ``tasks``, ``limit``.
         rows: the models; the others are compared with the first.
     """
 

@@ -45,7 +45,7 @@ class Evaluation(Document):
             ``none`` (the tokenizer adds none).
         bos_ids: ids of the tokens at this position: one, or several if the tokenizer begins a text with several.
         windows: number of windows.
-        tokens: number of tokens scored: sequence_length − 1 per window, less further tokens of BOS.
+        tokens: number of tokens scored: sequence_length − 1 per window, minus the BOS tokens after the first.
         perplexity: exp of the mean loss.
         mean_loss: nats per token.
         dense: the dense model, as the user named it; None without one.

@@ -52,7 +52,7 @@ class LinearLayer:
 
 
 def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
-    """Return the name and the modules of the decoder blocks: the module list of the text model with most linear weights.
+    """Return the name and the modules of the decoder blocks: the module list of the text model with the most linear weights.
 
     A tower for images or audio may hold more weights than the text model. So lists of the text model come first: those whose
     innermost pretrained model has the text config, then those within the model's decoder. Other lists count only if the text

@@ -123,7 +123,7 @@ def _load_gguf(source: ModelSource, dtype: torch.dtype, device: torch.device) ->
 
 
 def adapter_notes(source: ModelSource) -> list[str]:
-    """Return the note on an adapter beside a GGUF file; no note if there is none. Adapters beside folders are refused."""
+    """Return the note on an adapter in the folder of a GGUF file; empty if there is none, or for a folder of safetensors."""
     adapter = None if source.gguf is None else adapter_beside(source.gguf)
     if source.gguf is None or adapter is None:
         return []

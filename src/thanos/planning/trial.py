@@ -56,7 +56,7 @@ class Trial:
         batch: number of sequences in a forward pass of the run.
         tier: storage tier of the hidden states of the pruned model in the run.
         states: storage tier → bytes of hidden states, of all sequences and streams.
-        branches: storage tier → bytes of the inputs of branches that are kept beside them.
+        branches: storage tier → bytes of the inputs of branches that are kept in addition.
         copy: seconds per byte of a tensor that is copied from the input to the output.
         allocation: the kinds of blocks of the pass that chooses sparsities, with their samples; empty without the pass.
     """

@@ -47,8 +47,8 @@ class Recipe(LayerRecipe):
             or ``float16``. The model is converted to it before it is pruned.
         targets: globs over the names of the layers to prune; empty means every linear layer of the decoder blocks.
         skip: globs over the names of layers that stay dense.
-        overrides: per-layer settings, in order; a later match wins. The effort of an override replaces all parts of the repair
-            and the scope, also those that the recipe sets.
+        overrides: per-layer settings. If several match a layer, all apply in order, and a later value replaces an earlier one.
+            The effort of an override replaces all parts of the repair and the scope, also those that the recipe sets.
         measure_error: tokens on which the layer errors are measured. None: all tokens if the method needs XᵀX, else a sample of
             the sequences. True: all tokens. False: all tokens if the method needs XᵀX, else the error is not measured. Does not
             change any weight.
@@ -135,11 +135,16 @@ class Recipe(LayerRecipe):
         default="one in 16",
     )
     tune_rate: float = setting(
-        TUNE_RATE, "Peak rate of tuning, over the weights' root mean square", Heading.REPAIR, "RATE", above=0, highest=1
+        TUNE_RATE,
+        "Peak learning rate of tuning, as a fraction of the weights' root mean square",
+        Heading.REPAIR,
+        "RATE",
+        above=0,
+        highest=1,
     )
     tune_loss: str = setting(
         TUNE_LOSSES[0],
-        "Relative error that the tuning minimises: of all outputs of the block, or the mean over the tokens",
+        "Relative error that the tuning minimises: of all outputs of the block together, or the mean over the tokens",
         Heading.REPAIR,
         "NAME",
         choices=lambda: TUNE_LOSSES,

@@ -1,4 +1,4 @@
-"""Operations and bytes of a layer's solve. Each method's file has its own formulas; docs/cost.md derives them."""
+"""Operations and bytes of a layer's solve. Each method's file has its own formulas; docs/cost.md lists them."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Size:
 
     @property
     def rest(self) -> float:
-        """R, the sum over the blocks of the columns that remain."""
+        """Number of columns not yet processed, summed over the blocks; ``rest`` in docs/cost.md."""
         b, size = float(self.columns), float(self.block)
         return b * (b + size) / (2 * size)
 

@@ -219,8 +219,8 @@ def _upper_inverse_factor(matrix: Tensor, dead: Tensor, damping: float, dtype: t
 def _invert_lower(lower: Tensor) -> None:
     """Invert a lower triangular matrix in place, from its last block of columns to its first (docs/math.md).
 
-    T, the inverse of the part further down and right, is triangular too. Its rows are multiplied in slabs without the zeros
-    on the right of each slab.
+    The inverse of the part further down and right is triangular too. Its rows are multiplied in slabs without the zeros on the
+    right of each slab.
     """
     size, slab = lower.shape[0], _SLAB.get(lower.device.type, _WIDE_SLAB)
     identity = torch.eye(min(_PANEL, size), dtype=lower.dtype, device=lower.device)

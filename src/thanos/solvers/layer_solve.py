@@ -177,8 +177,8 @@ class LayerSolve:
     def _target_changes(self, measured: list[Change], changes: list[Tensor]) -> dict[str, float | None]:
         """Return :attr:`PrunedWeight.target_changes`.
 
-        With the shifted weight W̃ = W + T H⁻¹, T is the product of the wanted change of the output with the input. So
-        ‖Y − Ŵ X‖² − ‖Y − W X‖² = tr(Δ G Δᵀ) − 2 tr(T Δᵀ), with Δ = Ŵ − W and the undamped G.
+        With the target output Y, the shifted weight W̃ and Δ = Ŵ − W (docs/math.md, dense targets),
+        ‖Y − X Ŵᵀ‖² − ‖Y − X Wᵀ‖² = tr(Δ XᵀX Δᵀ) − 2 tr((W̃ − W) H Δᵀ).
         """
         if self.targets is None or self.inputs is None or self.factor is None:
             return {}

@@ -31,9 +31,9 @@ class PrunedWeight:
         condition: estimated condition number of the damped Hessian; None if the Hessian was not factorised.
         residuals: the largest relative residual of a row's system of equations for the remaining weights, by step; only for
             steps that solve such systems iteratively.
-        target_changes: ‖Y − Ŵ X‖² − ‖Y − W X‖² relative to ‖W X‖², by step, if there was a retarget. X is the input, without
-            damping, Y the wanted output, W the weight before pruning and Ŵ the weight after the step. A negative number: the
-            output is nearer to the wanted one than that of the layer before pruning.
+        target_changes: ‖Y − X Ŵᵀ‖² − ‖Y − X Wᵀ‖² relative to ‖X Wᵀ‖², by step, if there was a retarget. X is the input, Y the
+            wanted output, W the weight before pruning and Ŵ the weight after the step; there is no damping. A negative number:
+            the output is nearer to the wanted one than that of the layer before pruning.
     """
 
     weight: Tensor

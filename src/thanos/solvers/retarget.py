@@ -6,7 +6,7 @@ output is a mixture of the dense weights' output on the present input and of the
 
     Y = X̂ Wᵀ + α (X* Wᵀ + r* − r̂ − X̂ Wᵀ).
 
-For every V, ‖Y − X̂ Vᵀ‖² + λ‖V − W‖² and tr((V − W̃) H (V − W̃)ᵀ) differ by a constant. So a method that gets W̃ in place of W,
+For every Ŵ, ‖Y − X̂ Ŵᵀ‖² + λ‖Ŵ − W‖² and tr((Ŵ − W̃) H (Ŵ − W̃)ᵀ) differ by a constant. So a method that gets W̃ in place of W,
 and the same H, fits the layer to Y.
 """
 
@@ -23,13 +23,13 @@ from thanos.solvers.problem import Problem
 def dense_target(
     weight: Tensor, hessian: Tensor, cross: Tensor, residual: Tensor | None, factor: Factor, alpha: float
 ) -> Tensor:
-    """Return the shifted weight W̃ = W + α (W (C − G) + R) H⁻¹, (c, b).
+    """Return the shifted weight W̃ = W + α (W (C − X̂ᵀX̂) + R) H⁻¹, (c, b).
 
     All products must have the same positive factor.
 
     Args:
         weight: W, (c, b).
-        hessian: G = X̂ᵀX̂, (b, b), without damping.
+        hessian: X̂ᵀX̂, (b, b), without damping.
         cross: C = X*ᵀX̂, (b, b): C_ij = Σ x*_i x̂_j over the tokens.
         residual: R = (r* − r̂)ᵀX̂, (c, b); None if the layer does not write into the residual stream.
         factor: the factor of the damped Hessian: H⁻¹ = UᵀU.

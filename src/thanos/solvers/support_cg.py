@@ -1,8 +1,8 @@
 """The best weights for a given mask: conjugate gradients on the support, for all rows at once.
 
-For a target W, (c, b), and the damped Hessian H, (b, b), the rows b_S of the best weights with support S satisfy
+For a target W, (c, b), with rows w, and the damped Hessian H, (b, b), the best weights ŵ_S of a row with support S satisfy
 
-    b_S H_SS = (W H)_S.                                                                                           (F)
+    ŵ_S H_SS = (w H)_S.                                                                                           (F)
 
 A step is one product of a (c, b) matrix with H; the mask holds the supports. Jacobi's preconditioner divides by H's diagonal.
 :mod:`thanos.solvers.masked_cg` solves the small systems of a block; the systems here have up to b unknowns, so no row is solved

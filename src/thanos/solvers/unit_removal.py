@@ -1,14 +1,14 @@
 """Greedy removal of whole units of columns by their exact loss; the remaining columns are fitted exactly (docs/math.md).
 
-W is the weight to fit to, (c, b), H the damped Hessian, (b, b), and K = H⁻¹. If the unit with the columns S is removed and all
+W is the weight to fit to, (c, b), H the damped Hessian, (b, b), and K = H⁻¹. If the unit with the columns P is removed and all
 other columns compensate, the error rises by
 
-    loss(S) = tr(W_S (K_SS)⁻¹ W_Sᵀ).                                                                               (L)
+    loss(P) = tr(W_:P (K_PP)⁻¹ W_:Pᵀ).                                                                             (L)
 
 Each step removes a part of the budget: the units with the least loss, all at once. Then W and K are updated to the remaining
 columns:
 
-    W ← W − W_S (K_SS)⁻¹ K_S:,    K ← K − K_:S (K_SS)⁻¹ K_S:.
+    W ← W − W_:P (K_PP)⁻¹ K_P:,    K ← K − K_:P (K_PP)⁻¹ K_P:.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def without_columns(weight: Tensor, inverse: Tensor, stays: Tensor) -> tuple[Ten
 def fit_columns(problem: Problem, gone: Tensor) -> Solution:
     """Remove the columns ``gone``, (b,) bool, and give the other columns the weights of the least damped error.
 
-    For the remaining columns S and the removed columns P, V_S = (W H)_:,S (H_SS)⁻¹ = W_S + W_P H_PS (H_SS)⁻¹.
+    For the remaining columns S and the removed columns P, Ŵ_:S = (W H)_:S (H_SS)⁻¹ = W_:S + W_:P H_PS (H_SS)⁻¹.
     """
     assert problem.inputs is not None
     weight, matrix = problem.weight, problem.inputs.matrix

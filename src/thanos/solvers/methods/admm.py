@@ -1,12 +1,12 @@
 """ADMM (ALPS, arXiv 2406.07831): choose the mask and the weights together; then refit the remaining weights.
 
-The layer's problem is split in two: B minimises the damped output error, P satisfies the budget and the pattern, and a
+The layer's problem is split in two: A minimises the damped output error, Z satisfies the budget and the pattern, and a
 multiplier V makes the two agree (docs/math.md). Everything happens in the basis in which the damped Hessian H has a unit
-diagonal, so that the nearest P keeps the entries with the largest magnitude. With K = (H + ρI)⁻¹ an iteration is
+diagonal, so that the nearest Z keeps the entries with the largest magnitude. With K = (H + ρI)⁻¹ an iteration is
 
-    B ← W + (ρ(P − W) − V) K,    S ← B + V/ρ,    P ← S on the kept entries,    V ← ρ S on the removed ones.
+    A ← W + (ρ(Z − W) − V) K,    E ← A + V/ρ,    Z ← E on the kept entries,    V ← ρ E on the removed ones.
 
-So S and its mask are the whole state, and an iteration is one product. ρ grows until the mask no longer changes. The weights of
+So E and its mask are the whole state, and an iteration is one product. ρ grows until the mask no longer changes. The weights of
 the final mask are then refitted by conjugate gradients (:mod:`thanos.solvers.support_cg`).
 """
 
@@ -65,7 +65,7 @@ def admm(problem: Problem) -> Solution:
 
 
 def _iterate(problem: Problem, basis: _UnitBasis, target: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
-    """Iterate until the mask no longer changes; return S and the mask of its removed entries, each (c, b).
+    """Iterate until the mask no longer changes; return E and the mask of its removed entries, each (c, b).
 
     ``target`` is W in ``basis``; ``first`` is the mask of the entries to remove from it, with which the iteration starts.
     """
@@ -95,7 +95,7 @@ def _iterate(problem: Problem, basis: _UnitBasis, target: Tensor, first: Tensor)
 
 
 def _step(target: Tensor, inverse: Tensor, values: Tensor, removed: Tensor, last: float, penalty: float) -> Tensor:
-    """Return the next S, (c, b), from S and the mask of the iteration before.
+    """Return the next E, (c, b), from E and the mask of the iteration before.
 
     ``target`` is W, ``inverse`` K = (H + penalty·I)⁻¹, ``last`` the ρ of the iteration before, ``penalty`` that of this
     iteration.
