@@ -22,8 +22,8 @@ from thanos.comparison.entries import Entry, entries_of, labels_of
 from thanos.comparison.measure import Facts, disk_bytes, kind_of
 from thanos.comparison.prompts import NEW_TOKENS, PROMPTS, read_prompts
 from thanos.comparison.report import PAGE, build_report, front_of, write_report
-from thanos.comparison.run import Request, compare
-from thanos.errors import DataError, ModelError
+from thanos.comparison.run import Request, _Run, compare
+from thanos.errors import DataError, ModelError, ResourceError
 from thanos.export.pack import pack
 from thanos.model.source import ModelSource, resolve_model
 from thanos.sparse import loader
@@ -166,6 +166,36 @@ def test_an_error_of_any_library_leaves_the_others_alone(folder: Path, monkeypat
     assert [row.reason for row in found.rows] == ["", "AssertionError: a kernel refuses", ""]
     assert all(row.evaluation and row.texts for row in found.rows)
     assert seen == [["dense"], ["dense", "pruned"], ["dense", "pruned", "narrow"]]
+
+
+def test_a_fault_of_the_device_ends_the_run_with_the_numbers_so_far(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After an illegal access every call to CUDA fails, for all models that would follow."""
+
+    def fault(*arguments: Any) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nmore lines")
+
+    seen: list[list[str]] = []
+    free = _Run._free
+
+    def free_or_fail(self: _Run) -> None:
+        if seen:  # after the second model
+            fault()
+        free(self)
+
+    monkeypatch.setattr(_Run, "_free", free_or_fail)
+    names = [str(folder / name) for name in ("dense", "pruned", "narrow")]
+    request = dataclasses.replace(ASKED, text=str(folder / "prose.txt"))
+    wanted = r"^pruned: the device reported a fault, .*\(CUDA error: an illegal memory access was encountered\); 1 of 3 models"
+    with pytest.raises(ResourceError, match=wanted):
+        compare(names, request, on_row=lambda one: seen.append([row.label for row in one.rows]))
+    assert seen == [["dense"], ["dense", "pruned"]]
+    seen.clear()
+    assert [one.label for one in compare(names[:2], request, on_row=lambda one: seen.append([])).rows] == [
+        "dense",
+        "pruned",
+    ]
 
 
 def test_an_interrupted_run_leaves_the_numbers_so_far(

@@ -17,7 +17,7 @@ from thanos.comparison.entries import Entry, entries_of, labels_of
 from thanos.comparison.measure import Facts, disk_bytes, kind_of, quality, saved_bytes, speed, tasks
 from thanos.comparison.prompts import PROMPTS, continuations
 from thanos.comparison.quantised import check_device, check_installed, quantise
-from thanos.errors import DataError, UserError, resource_errors
+from thanos.errors import DataError, ResourceError, UserError, resource_errors
 from thanos.evaluation.perplexity import joined_text
 from thanos.evaluation.reference import make_reference
 from thanos.evaluation.scoring import Reference
@@ -90,6 +90,7 @@ def compare(
 
     Raises:
         UserError: an argument, the text, the device or the first model cannot be used.
+        ResourceError: a kernel failed on the device, and models are left.
     """
     request = request or Request()
     entries = entries_of(models, quantised)
@@ -103,6 +104,12 @@ def compare(
         rows.append(run.row(entry, label))
         if on_row is not None:
             on_row(Comparison(command=command, machine=about, settings=run.settings(), rows=[*rows]))
+        if run.fault and done < len(entries):
+            raise ResourceError(
+                f"{label}: the device reported a fault, after which this process cannot use it ({run.fault}); "
+                f"{len(entries) - done} of {len(entries)} models are left: measure them and the first model into another OUT, "
+                "then draw one page from both: thanos compare OUT1 OUT2 --out OUT"
+            )
     return Comparison(command=command, machine=about, settings=run.settings(), rows=rows)
 
 
@@ -140,11 +147,16 @@ def _packages(entries: Sequence[Entry]) -> dict[str, Any]:
 
 
 class _Run:
-    """One run. The first model stays in the host's memory between comparisons with it."""
+    """One run. The first model stays in the host's memory between comparisons with it.
+
+    Attributes:
+        fault: message of an error after which the process cannot use the device; empty if there was none.
+    """
 
     def __init__(self, request: Request, on_event: Watcher) -> None:
         self.request, self.on_event = request, on_event
         self.device = choose_device(request.device)
+        self.fault = ""
         self._reference: Reference | None = None
         self._first: tuple[ModelSource, Facts] | None = None
         self._dtype: torch.dtype | None = None
@@ -196,7 +208,10 @@ class _Run:
         """
         fields: dict[str, Any] = {"label": label, "kind": entry.quantised or "dense", "notes": [], "reason": ""}
         self._try(fields, lambda: self._measure(entry, fields), strict=self._reference is None)
-        self._free()
+        try:
+            self._free()
+        except torch.AcceleratorError as error:  # an earlier kernel's, which every later call reports again
+            self.fault = (str(error).strip().splitlines() or [""])[0]
         return Row(**fields)
 
     def _try(self, fields: dict[str, Any], measure: Callable[[], Any], *, strict: bool = False) -> None:
