@@ -1,4 +1,4 @@
-"""Draw results of ``thanos bench layer --json``: time by width and by block size, peak memory, share of the factorisation.
+"""Draw results of ``thanos bench layer --json``: time by width and by block size, peak memory, time of the factorisation.
 
     python benchmarks/plots.py FOLDER LAYER.json [LAYER.json ...]
 

@@ -223,7 +223,7 @@ REFUSED: dict[str, tuple[Callable[[], Toy], str]] = {
     "parallel": (lambda: Toy(parallel), "the input of block 1 is not the output of block 0"),
     "by argument": (
         lambda: Toy(by_argument),
-        "an argument of block 1 besides its hidden states depends on the blocks before it",
+        "an argument of block 1, other than its hidden states, depends on the blocks before it",
     ),
     "second output": (
         lambda: Toy(pairs, Reader),

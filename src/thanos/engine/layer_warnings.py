@@ -66,7 +66,7 @@ def _one_line(found: list[tuple[LayerRecord, str]], quote: str) -> str:
         layer = min((layer for layer, _ in found), key=lambda layer: layer.tokens / layer.shape[1])
         who = "1 layer has" if len(found) == 1 else f"{len(found)} layers have"
         return (
-            f"{who} fewer calibration tokens than input columns, at worst {layer.tokens / layer.shape[1]:.2g} a column "
+            f"{who} fewer calibration tokens than input columns, at worst {layer.tokens / layer.shape[1]:.2g} per column "
             f"({layer.tokens} for {layer.shape[1]} in {quote}{layer.name}{quote}), so that a Hessian is singular without "
             "damping; raise --samples"
         )
