@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from thanos.recovery.states import RecoveryFolder
 
 PROMPT = 32
-"""Tokens of a piece of the calibration text that the dense model continues, to :data:`~thanos.recovery.sequences.SEGMENT`."""
+"""Number of tokens of a piece of the calibration text. The dense model continues a piece to a length of
+:data:`~thanos.recovery.sequences.SEGMENT` tokens."""
 
 _BATCH = {"cpu": 16, "cuda": 2048}
 """Pieces that are continued together, by type of device; fewer if memory does not suffice."""
@@ -45,7 +46,7 @@ def generate_sequences(
 ) -> Tensor:
     """Return sequences that consist of continued pieces of a text.
 
-    If the device's memory runs out, the batches of the parts that are left are halved.
+    If the device's memory runs out, the batches of the remaining parts are halved.
 
     A piece begins with :data:`PROMPT` tokens from a random position of the text, or with half a segment if that is shorter.
 
@@ -109,7 +110,7 @@ def kept_sequences(
 ) -> Tensor:
     """Return the sequences of :func:`generate_sequences`, and keep them and their parts in the work folder.
 
-    Rank 0 generates. After each part all processes meet, since none waits for another one longer than the limit of
+    Rank 0 generates. All processes synchronise after each part, so that none waits longer than the timeout of
     torch.distributed.
 
     An interruption loses the part that is being generated. With ``resume``, what the interrupted run has kept is not generated

@@ -15,7 +15,7 @@ from thanos.calibration.windows import begin_windows
 from thanos.recovery.recipe import RecoveryRecipe
 
 SEGMENT = 256
-"""Tokens of a segment; the segments of the text are put into a new order."""
+"""Number of tokens of a segment; the segments of the text are put into a new order."""
 
 REPLACED = 0.05
 """Probability with which a token is replaced."""

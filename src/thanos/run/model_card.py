@@ -41,7 +41,7 @@ PLAIN_ZEROS = (
     "The zeros are stored like any other number: the files are as large as before, and a program that does not look for zeros "
     "runs as fast as before."
 )
-"""The size of an output that has zeros, in these cards."""
+"""Sentence about the size and speed of an output that has zeros, in these cards."""
 
 
 def model_card(report: PruningReport) -> str:

@@ -1,4 +1,4 @@
-"""The plan of a run after the choice: with the chosen split, or without the chosen blocks."""
+"""The plan of a run after a choice: with the chosen split of neurons and heads, or without the chosen blocks."""
 
 from __future__ import annotations
 
