@@ -111,11 +111,14 @@ class Row:
         return mean(self.records, field)
 
     def spread(self, field: str) -> Number | None:
-        """Return the spread of a field over the seeds; None for fewer than two. Seeds with equal windows count as one."""
+        """Return the spread of a field, its sample standard deviation over the seeds; None for fewer than two seeds.
+
+        Seeds with equal windows count as one.
+        """
         return spread(self.draws, field)
 
     def noise(self, field: str = "perplexity") -> Number | None:
-        """Return the spread of a field that is caused by the sample of calibration text; None if it is unknown.
+        """Return the spread of a field that the draw of the calibration text causes; None if it is unknown.
 
         This is the spread of the whole row, or, for a row with one seed, the largest spread of the :attr:`related` rows.
         """
