@@ -46,7 +46,7 @@ class RowSolver:
     """A solver for one block after another; each block starts its convergence checks near the last block's step count.
 
     Attributes:
-        steps: number of steps before the first convergence check.
+        steps: number of steps at which convergence is checked first, on a CPU one step earlier: that of the last block.
         direct: number of rows solved directly so far.
         row_shards: the processes that solve the other rows. All processes take the same number of steps: otherwise a row's
             last bits would depend on which rows are solved with it.

@@ -104,7 +104,7 @@ def _on_device(context: BlockContext) -> bool:
 
 
 def tunables(context: BlockContext) -> list[Tunable]:
-    """Return the parameters of a block that are tuned, in the order of the checkpoint's names.
+    """Return the parameters of a block that are tuned, in the order of the model.
 
     A linear layer without settings here was left dense by the recipe. Nothing of it changes, not even its bias. If units are
     removed, layers without settings lose their part of the units at the end of the run. The recipe did not leave them dense, so
