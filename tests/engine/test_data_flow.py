@@ -235,7 +235,7 @@ REFUSED: dict[str, tuple[Callable[[], Toy], str]] = {
     ),
     "list": (lambda: Toy(in_a_list, Appending), "block 0 writes into its arguments"),
     "in place": (lambda: Toy(in_place, Adding), "block 0 writes into its arguments"),
-    "batch": (lambda: Toy(turned), r"hidden states of 1 and 2 sequences are \[8, 1, 4\] and \[8, 2, 4\]"),
+    "batch": (lambda: Toy(turned), r"hidden states of 1 and 2 sequences have the shapes \[8, 1, 4\] and \[8, 2, 4\]"),
     "stored parts": (
         lambda: Toy(with_one(dict), Turning),
         "block 0 stores tensors for later blocks whose first size is not the number of sequences",

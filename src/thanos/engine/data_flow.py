@@ -102,7 +102,8 @@ def trace_data_flow(model: nn.Module, blocks: Sequence[nn.Module], device: torch
     if one[0] != 1 or two != (2, *one[1:]):
         _refuse(
             model,
-            f"the hidden states of 1 and 2 sequences are {list(one)} and {list(two)}; the first size must be that number",
+            f"the hidden states of 1 and 2 sequences have the shapes {list(one)} and {list(two)}; the first size must be the "
+            "number of sequences",
         )
     return DataFlow(tuple(full.blocks), full.forms, bool(full.stored))
 

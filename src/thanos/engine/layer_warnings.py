@@ -93,7 +93,7 @@ def expert_notes(experts: Mapping[str, str], records: Sequence[LayerRecord]) -> 
     if few:
         lines.append(
             f"{len(few):,} of {len(total):,} experts received fewer calibration tokens than they have input columns: their "
-            "Hessians are singular without damping; give more --samples"
+            "Hessians are singular without damping; raise --samples"
         )
     if none:
         lines.append(f"{len(none):,} of {len(total):,} experts received no calibration token: pruned by {by}")

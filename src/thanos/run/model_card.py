@@ -256,7 +256,7 @@ def _precision_rows(report: PruningReport) -> list[tuple[str, str]]:
     changes = [after / exact - 1 for exact, after in pairs if exact and after is not None]
     if changes:
         largest = max(changes, key=abs)
-        rows.append(("change of a tuned block's held-out error by rounding, largest", f"{100 * largest:+.2g} %"))
+        rows.append(("largest change of a tuned block's held-out error by rounding", f"{100 * largest:+.2g} %"))
     return rows
 
 
