@@ -111,10 +111,7 @@ class Row:
         return mean(self.records, field)
 
     def spread(self, field: str) -> Number | None:
-        """Return the spread of a field, its sample standard deviation over the seeds; None for fewer than two seeds.
-
-        Seeds with equal windows count as one.
-        """
+        """Return a field's sample standard deviation over the seeds, seeds of equal windows as one; None for fewer than 2."""
         return spread(self.draws, field)
 
     def noise(self, field: str = "perplexity") -> Number | None:
