@@ -2,11 +2,11 @@ r"""Prove that two commits write the same pruned models, byte for byte, on this 
 
     python benchmarks/compare_commits.py OLD NEW --demo .demo/model.gguf
 
-The source of each commit is unpacked and prunes the same models: a tiny random Llama, GPT-2 and Mixtral, with the methods of
-``METHODS``, unstructured, 2:4, in columns and with outlier rows. One run is interrupted and resumed, and one runs on two
-processes. With ``--demo`` it also prunes a real model at 50 % with 4 × 256 tokens. Tensors must be equal byte for
-byte. ``pruning.json`` must be equal except for times, memory, the schema number and new keys. Otherwise the exit
-code is 1, with one line for each difference.
+The source of each commit is unpacked, and its code prunes the same models: a tiny random Llama, GPT-2 and Mixtral, with the
+methods of ``METHODS``, unstructured, 2:4, in columns and with outlier rows. One run is interrupted and resumed, and one runs on
+two processes. With ``--demo`` it also prunes a real model at 50 % with 4 × 256 tokens. Tensors must be equal byte for byte.
+``pruning.json`` must be equal except for times, memory, the schema number and new keys. Otherwise the exit code is 1, with one
+line for each difference.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def write_all(models: Path, out: Path, demo: Path | None) -> None:
     except KeyboardInterrupt:
         thanos.prune(models / "llama", resumed, recipe, resume=True)
     else:
-        raise SystemExit("the run that has to be interrupted ended by itself")
+        raise SystemExit("the run that was to be interrupted ended by itself")
     command = [
         sys.executable,
         "-m",
@@ -119,7 +119,7 @@ def _interrupt(event: Any) -> None:
 
 
 def differences(old: Path, new: Path) -> Iterator[str]:
-    """Yield one line for each file that only one commit wrote or that differs."""
+    """Yield a line for each file that only one commit wrote, and for each difference in a file of tensors or JSON."""
     files = sorted({path.relative_to(root) for root in (old, new) for path in root.rglob("*") if path.is_file()})
     for file in files:
         if not (old / file).is_file() or not (new / file).is_file():
@@ -157,7 +157,7 @@ def run_commit(commit: str, work: Path, arguments: list[str]) -> Path:
     source.mkdir()
     archive = subprocess.run(["git", "archive", commit, "src"], cwd=root, check=True, capture_output=True).stdout
     subprocess.run(["tar", "-x", "-C", source], input=archive, check=True)
-    # One thread: which kernel sums in which order must not depend on the machine's load.
+    # One thread, so that the order of sums does not depend on the machine's load.
     environment = {**os.environ, "PYTHONPATH": str(source / "src"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, __file__, "--write", str(out), *arguments], env=environment, check=True)
     return out

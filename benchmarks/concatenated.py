@@ -1,4 +1,4 @@
-"""Measure the perplexity of a study's pruned models on rows that are joined without a separator, as for the reference figures.
+"""Measure the perplexity of a study's pruned models on rows joined without a separator, as for the reference perplexities.
 
     python benchmarks/concatenated.py STUDY --dense MODEL --text test.jsonl --out concatenated.jsonl [--device cuda:0]
 

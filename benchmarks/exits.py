@@ -2,8 +2,8 @@
 
     python benchmarks/exits.py --runs 100 --processes 2 4
 
-During every second run another program occupies a core. The processes are forked from this one, which has imported the command,
-so a run takes only a second or two. As with torchrun, they meet at a store in another process, and each ends Python in the
+During half of the runs another program occupies a core. The processes are forked from this one, which has imported the command,
+so a run takes only a second or two. As with torchrun, they connect to a store in another process, and each ends Python in the
 usual way. The script prints the output of failed processes, and exits with 1 if there are any.
 """
 

@@ -1,9 +1,9 @@
-"""Scaling exponents from what ``thanos bench layer --json`` measured over several widths and block sizes.
+"""Compute scaling exponents from results of ``thanos bench layer --json`` over several widths and block sizes.
 
     python benchmarks/exponents.py LAYER.json
 
-prints a Markdown table with three slopes of log seconds against log columns (least squares) for each solver and block size: the
-measured one, the cost model's (docs/cost.md) in brackets, and the measured one over the three largest widths.
+The script prints a Markdown table with three slopes of log seconds against log columns (least squares) for each solver and
+block size: the measured one, the cost model's (docs/cost.md) in brackets, and the measured one over the three largest widths.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Compare the formulas for the compensation of removed columns. The paper prints its structured step in three ways.
+"""Compare the formulas for the compensation of removed columns. The paper has three formulas for its structured step.
 
 The same set P of columns is removed from every row, and K are the kept columns. Each formula sets Ŵ_:P = 0 and
 

@@ -1,6 +1,6 @@
 """Check that no solver became slower, relative to a plain column-by-column baseline in the same run.
 
-    python benchmarks/guard.py            compare with guard.json; exit 1 if a ratio is 1.5 times as large or more
+    python benchmarks/guard.py            compare with guard.json; exit 1 if a ratio is more than 1.5 times as large
     python benchmarks/guard.py --store    measure and store the ratios
 
 Ratios of seconds are compared, since a slower machine slows both. Solver and baseline alternate, and the median of the pairs'

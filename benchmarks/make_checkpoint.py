@@ -5,8 +5,8 @@ r"""Write a checkpoint of random bfloat16 weights: Llama-style, one tensor in me
     python benchmarks/make_checkpoint.py FOLDER --config studies/opt-125m.json --tokenizer MODEL
 
 With sizes, the checkpoint gets a tokenizer with one token per number, and a text for calibration is written to ``numbers.txt``
-next to the folder. With ``--config``, the weights are those with which transformers starts a training, and the tokenizer is
-that of another model (a folder or a GGUF file), so that real text can be used for calibration.
+next to the folder. With ``--config``, transformers initialises the weights, and the tokenizer is that of another model (a
+folder or a GGUF file), so that real text can be used for calibration.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def main() -> None:
     """Write a checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--shape", choices=sorted(SHAPES), help="a known model's sizes, instead of the next ones")
+    parser.add_argument("--shape", choices=sorted(SHAPES), help="a known model's sizes, in place of the size options")
     for name, default in (
         ("hidden", 1024), ("intermediate", 2816), ("heads", 8), ("kv-heads", 8), ("blocks", 4), ("vocabulary", 4096),
     ):  # fmt: skip

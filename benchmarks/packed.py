@@ -7,8 +7,8 @@ The script prints one JSON line for each shape, pattern and number of tokens: mi
 fraction of bytes, and the relative error. On CUDA the products are captured as a CUDA graph. Dense and packed rounds alternate.
 On a CPU the dense product by ``thanos.sparse.kernels.dense`` is timed too, if that kernel supports the number of tokens.
 
-``--tune`` (CUDA) times every division of the kernels' work for every shape, and writes the fastest into the file. The file is
-written after each shape.
+``--tune`` (CUDA) times several launches (tiles in flight, parts of the columns, warps per block) of each kernel for every
+shape, and writes the fastest into the file, after each shape.
 """
 
 from __future__ import annotations
@@ -43,10 +43,11 @@ SHAPES = {
 TUNED_SHAPES = "1024x4096,4096x4096,6144x4096,14336x4096,28672x4096,4096x14336,8192x28672"
 
 TUNED_PATTERNS = ("16:32", "50 %", "60 %", "70 %")
-"""Patterns that are tuned. A matrix uses the result of its kind of kernel whose tiles have the nearest number of units."""
+"""Patterns that are tuned. A matrix later uses the results of its kind (``kind_of``). Of the results for the nearest size, it
+uses the one whose tiles have the nearest number of units."""
 
 TRIED_PARTS = (1, 2, 4)
-"""Numbers of parts of an expanded matrix that are tried."""
+"""Numbers of parts that are tried, in which a matrix is expanded and multiplied."""
 
 PARTS_GAIN = 0.99
 """More parts are chosen only if they take less than this fraction of the time of fewer parts."""
@@ -55,7 +56,7 @@ SETTINGS_SHAPE = (4096, 14336)
 """Size at which the settings of a device are measured."""
 
 _GRAPH_CALLS = 16
-"""Least calls in a CUDA graph, so that the gap between two graphs is negligible."""
+"""Least number of calls in a CUDA graph, so that the gap between two graphs is negligible."""
 
 _ROUND_SECONDS = 0.005
 """Least seconds of a timed round, so that waiting for the device is negligible."""
@@ -65,7 +66,7 @@ def rounds(works: list[Callable[[int], Any]], count: int, device: str, repeats: 
     """Return the median microseconds of one call of each work, over rounds in which the works alternate.
 
     Args:
-        works: functions of an index from 0 to count − 1. Successive calls use successive indices, again and again.
+        works: functions of an index from 0 to count − 1. Successive calls use successive indices, cyclically.
         count: number of indices.
         device: device of the works. On CUDA the calls are captured as a graph.
         repeats: number of rounds.
@@ -139,7 +140,7 @@ def sizes(text: str) -> list[tuple[int, int]]:
 
 
 def launches(family: str, n: int) -> Iterator[Launch]:
-    """Yield the divisions of a kernel's work that are tried."""
+    """Yield the launches of a kernel that are tried."""
     for flight in (1, 2, 4) if family == FEW and 0 < n <= 16 else (1, 2):
         for splits in (1, 2, 4):
             for warps in (4, 8, 16) if family == FEW else (4, 8):
@@ -147,7 +148,7 @@ def launches(family: str, n: int) -> Iterator[Launch]:
 
 
 def tune(arguments: Namespace) -> None:
-    """Time all divisions for all shapes, and write the fastest into the file, again after each shape."""
+    """Time all launches for all shapes, and write the fastest into the file, again after each shape."""
     device, file = arguments.device, arguments.tune
     name = torch.cuda.get_device_name(torch.device(device))
     table = json.loads(file.read_text()) if file.is_file() else {}
@@ -239,7 +240,7 @@ def product_of(
     device: str,
     most: int = 16,
 ) -> Callable[[int], Any]:
-    """Return the product by one kernel with one division of its work."""
+    """Return a function that multiplies by one kernel with one launch."""
     from thanos.sparse.kernels.cuda import multiply
 
     x = torch.randn(tokens, shape[1]).to(device, torch.bfloat16)

@@ -2,10 +2,10 @@
 
     python benchmarks/passes.py MODEL --blocks 5 6 --json passes.json
 
-The engine of a run works on a few blocks; each but the first gets the outputs of the one before. Calls are counted, so the
-counts do not depend on the machine. "linear" counts the tokens through the linear layers of the blocks, weighted by the layers'
-sizes, and "attention" those through torch's attention function. 1 is one pass of all tokens. Other programs disturb processor
-time less than elapsed time, but they share the caches. "hash" is the hash of all written tensors, in order.
+The engine of a run works on a few blocks. Each block after the first gets the outputs of the one before. Calls are counted, so
+the counts do not depend on the machine. "linear" counts the tokens through the linear layers of the blocks, weighted by the
+layers' sizes, and "attention" those through torch's attention function. 1 is one pass of all tokens. Other programs disturb
+processor time less than elapsed time, but they share the caches. "hash" is the hash of all written tensors, in order.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Watch(TrialMeter):
 
 
 class Hashing(Scratch):
-    """Output that keeps nothing but a hash."""
+    """The scratch output of a trial that also computes a hash of the written tensors."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)

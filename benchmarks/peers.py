@@ -1,4 +1,4 @@
-"""Remove neurons or heads by the scores of FLAP or LLM-Pruner, without compensation, to measure their selection alone.
+"""Remove neurons or heads by the scores of FLAP or LLM-Pruner, without compensation, to measure only which units they select.
 
     python benchmarks/peers.py MODEL OUT --score flap --kind neurons --share 0.2 --calibration c4
     thanos eval OUT --text wikitext2

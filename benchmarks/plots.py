@@ -1,9 +1,10 @@
-"""Draw the results of ``thanos bench layer --json``: time against width and block size, peak memory, fraction of the floor.
+"""Draw results of ``thanos bench layer --json``: time by width and by block size, peak memory, time of the factorisation.
 
     python benchmarks/plots.py FOLDER LAYER.json [LAYER.json ...]
 
-writes ``time-width``, ``time-block``, ``peak`` and ``floor`` into FOLDER, as SVG and, with ``--png``, as PNG. A figure without
-lines is not written. The script needs the extra ``report`` (matplotlib).
+The script writes ``time-width``, ``time-block``, ``peak`` and ``floor`` into FOLDER, as SVG and, with ``--png``, as PNG.
+``floor`` is the fraction of the time that factorising H takes. A figure without lines is not written. The script needs the
+extra ``report`` (matplotlib).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ Result = dict[str, Any]
 Lines = dict[str, list[tuple[float, float]]]
 
 _REFERENCE: dict[bool, Any] = {True: ":", False: "-."}
-"""Dashes of a reference's lines: unstructured, and n:m."""
+"""Line style of a reference implementation: True for unstructured, False for n:m."""
 
 
 def load(files: Iterable[Path]) -> tuple[list[Result], str]:

@@ -32,15 +32,15 @@ SHAPES_TO_PROJECT = {
     "405B": Shape(hidden=16384, intermediate=53248, heads=128, kv_heads=8, blocks=126, vocabulary=128256),
 }
 COLUMNS = (("8B", 1), ("70B", 1), ("70B", 8), ("405B", 1), ("405B", 32))
-"""Model, and number of GPUs, 8 per host."""
+"""Model and number of GPUs. A host has 8 GPUs."""
 
 SAMPLES, LENGTH, HELD_OUT, EPOCHS = 128, 2048, 8, 10
 
 # Assumed or measured elsewhere; the page lists them.
-WITHIN, BETWEEN = 355e9, 200e9
-SMALL_SUM = 30e-6
+WITHIN, BETWEEN = 355e9, 200e9  # bytes per second between GPUs of one host, and between hosts
+SMALL_SUM = 30e-6  # seconds of a sum of a few numbers over all GPUs
 SUMS_A_BLOCK_OF_COLUMNS = 8
-TRAINING_BYTES, ROOM = 18, 0.8
+TRAINING_BYTES, ROOM = 18, 0.8  # bytes per parameter in a recovery; fraction of the GPU's memory for them
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +48,8 @@ class Measured:
     """Rates from the result files.
 
     Attributes:
-        rates: rates of the device, in the run of the whole model.
-        excess: seconds of statistics and propagation, relative to their floor.
+        rates: rates of the device, measured in the run of the whole model.
+        excess: seconds of statistics and propagation, relative to their lower bound by the rates.
         factor: seconds of a factor of H⁻¹, divided by b³.
         solve: seconds of the rest of a solve, divided by c b².
         repair: seconds of statistics, dense stream and propagation with the parts of ``high``, relative to those of ``fast``.
@@ -68,7 +68,7 @@ class Measured:
 
     @classmethod
     def of(cls, results: Path) -> Measured:
-        """Read the rates below ``docs/results``."""
+        """Read the rates from files in ``results``, the folder ``docs/results``."""
         model = json.loads((results / "speed/h200/model-thanos.json").read_text(encoding="utf-8"))
         layers = json.loads((results / "speed/h200/layer.json").read_text(encoding="utf-8"))["results"]
         lines = read(results / "repair/smollm2-135m.jsonl")
@@ -187,7 +187,7 @@ def _time(seconds: float) -> str:
 
 
 def filled(page: str, results: Path) -> str:
-    """Return the page with its table made anew."""
+    """Return the page with its table filled."""
     return TABLE.sub(lambda match: f"{match[1]}{table(Measured.of(results))}{match[2]}", page)
 
 

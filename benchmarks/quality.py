@@ -3,8 +3,9 @@
     python benchmarks/quality.py MODEL WORK RESULT --text TEXT --calibration SOURCE [--tasks NAMES] [--task-folder FOLDER]
 
 The models are written to WORK, and the page, the figures and ``comparison.json`` of ``thanos compare`` to RESULT. Each chain of
-commands below runs on one GPU, and waits for a free one. If a command fails, its chain ends, and the models that the chain has
-made are compared. RESULT/commands.json has each command with its seconds. A model that is already in WORK is not made again.
+commands in ``CHAINS`` waits for a free GPU, and runs on it. If a command fails, its chain ends, and the models that the chain
+has made are compared. RESULT/commands.json has each command with its seconds. A model that is already in WORK is not made
+again.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ CHAINS = (
     (("fast50", ("prune", "{model}", "{out}", "--sparsity", "0.5", "--effort", "fast")),),
 )
 TRAINS = ("prune", "recover")
+"""Commands that get the options of the calibration text."""
 
 
 def main() -> int:
@@ -61,7 +63,7 @@ def main() -> int:
     parser.add_argument("--limit", default=None)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument(
-        "--seconds", type=float, default=float("inf"), help="start no command of a chain after this time"
+        "--seconds", type=float, default=float("inf"), help="start no command after this number of seconds"
     )
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)

@@ -2,10 +2,13 @@
 
     python benchmarks/quality_page.py docs/results/quality.md [--check]
 
-``<!-- models FILE: * -->`` is followed by the table of the comparison's page, ``<!-- models FILE: LABEL = WORDS; … -->`` by a
-table of the named models only, with bytes, perplexity and zero-shot accuracy, and ``<!-- texts FILE: NUMBER; LABEL = WORDS; …
--->`` by the beginnings of what these models write for prompt NUMBER, counted from 1. Each ends with ``<!-- end -->``. FILE is a
-path relative to the page. ``--check`` writes nothing, and fails if the page differs.
+The script writes below each of these comments, up to ``<!-- end -->``. FILE is a path relative to the page.
+
+``<!-- models FILE: * -->``: the table of the comparison's page.
+``<!-- models FILE: LABEL = WORDS; … -->``: a table of the named models only, with bytes, perplexity and zero-shot accuracy.
+``<!-- texts FILE: NUMBER; LABEL = WORDS; … -->``: the beginnings of what these models write for prompt NUMBER, counted from 1.
+
+``--check`` writes nothing, and fails if the page differs.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from thanos.study.report.tables import to_markdown
 BLOCK = re.compile(r"(<!-- (models|texts) (\S+): ([^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 _LETTERS = 130
-"""Length to which a model's text is shortened."""
+"""Number of characters to which a model's text is shortened."""
 
 
 def main() -> int:
@@ -33,7 +36,7 @@ def main() -> int:
 
 
 def filled(page: str, folder: Path) -> str:
-    """Return the page with its tables and texts made anew."""
+    """Return the page with its tables and texts filled."""
 
     def block(match: re.Match[str]) -> str:
         head, kind, file, words, end = match.groups()
@@ -89,7 +92,7 @@ def chosen(rows: list[Row], names: str) -> list[tuple[Row, str]]:
     """Return each named row with its words.
 
     Raises:
-        KeyError: no row has a label.
+        KeyError: no row has one of the labels.
     """
     by_label = {row.label: row for row in rows}
     found: list[tuple[Row, str]] = []

@@ -4,8 +4,9 @@
 
 CELLS.json is a list of objects: ``name``; ``recipe``, settings of `thanos.Recipe`; ``recover``, a list of settings of
 `thanos recover`, each applied to the pruned model; ``zero_shot``, true if the models of the cell are also measured on the
-tasks. Each process takes the next free cell, and appends one line for each measured model. The dense model is measured first,
-unless ``--no-dense`` is given. The lines name the commit, the hardware, the versions and the date.
+tasks. There is one process for each GPU. Each takes the next free cell, and appends one line for each measured model. The first
+process measures the dense model before its first cell, unless ``--no-dense`` is given. Each line has the commit, the hardware,
+the versions and the date.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--sequence-length", type=int, default=2048)
     parser.add_argument(
-        "--tasks", default="", help="lm_eval tasks for the dense model and the cells that ask for them, comma-separated"
+        "--tasks", default="", help="lm_eval tasks for the dense model and the cells with zero_shot, comma-separated"
     )
     parser.add_argument("--task-folder", default=None, help="folder of local lm_eval tasks")
     parser.add_argument("--commit", default="", help="commit to record, on a machine without the repository")
@@ -113,7 +114,7 @@ def run_cell(arguments: argparse.Namespace, cell: dict[str, Any], recipe: Any, f
 
 
 def measured(arguments: argparse.Namespace, model: str | Path, *, tasks: bool) -> dict[str, Any]:
-    """Return the perplexity of a model, and its zero-shot accuracies if they are asked for."""
+    """Return the perplexity of a model; with ``tasks`` also its zero-shot accuracies, if tasks were named."""
     from thanos import evaluate
 
     result: dict[str, Any] = {

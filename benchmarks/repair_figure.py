@@ -2,8 +2,8 @@
 
     python benchmarks/repair_figure.py docs/results/repair
 
-reads ``smollm2-135m-h200.jsonl`` in that folder and writes ``steps.svg`` there. The same lines give the same bytes. The
-script needs the extra ``report`` (matplotlib).
+The script reads ``smollm2-135m-h200.jsonl`` in that folder and writes ``steps.svg`` there. The same lines give the same bytes.
+It needs the extra ``report`` (matplotlib).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ GROUPS = {
     ("2:4", "packed"): {"2of4": "max", "2of4-recovered-0": "recover"},
     ("a fifth of the neurons", "shrunk"): {"neurons20": "max", "neurons20-recovered-0": "recover"},
 }
-"""Title and style of a group → the names of its lines and their labels."""
+"""Title and style of a group → name of each of its lines → label of the point."""
 
 
 def main() -> int:

@@ -50,7 +50,7 @@ def fill_page(description: str | None, fill: Callable[[str, Path], str]) -> int:
 
 
 def filled(page: str, folder: Path) -> str:
-    """Return the page with its tables made anew."""
+    """Return the page with its tables filled."""
 
     def table(match: re.Match[str]) -> str:
         head, kind, file, names, end = match.groups()
@@ -117,7 +117,7 @@ def short(rows: list[Row], names: str) -> str:
 
 
 def words(settings: dict[str, Any]) -> str:
-    """Return settings in one line."""
+    """Return settings as text, in one line: ``effort max, samples 128``."""
     return ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None)
 
 

@@ -32,7 +32,7 @@ _GROUP = 256
 
 
 def padded_cholesky(gram: Tensor, rhs: Tensor, mask: Tensor) -> Tensor:
-    """Gather every row's system, padded with the unit matrix to the longest, and factorise them as one batch."""
+    """Gather every row's system, padded with the identity to the longest, and factorise them as one batch."""
     return _cholesky(gram, rhs, mask, torch.arange(rhs.shape[0], device=rhs.device)[None])
 
 

@@ -2,10 +2,11 @@
 
     python benchmarks/same_tokens.py DENSE PACKED [--new-tokens 64] [--prompts 3] [--results FILE]
 
-The script prints a JSON line for each prompt: the number of equal first tokens, and the root mean square difference of both
-models' logits from those of the same weights in float32, along the dense model's tokens. At the first different token it shows
-the token of each model and the gap between the two largest logits in float32. If the gap is smaller than the differences,
-rounding decides. A last line is a summary. DENSE is the folder that ``thanos unpack`` makes of PACKED. Models run on the CPU.
+The script prints a JSON line for each prompt: the number of tokens before the first difference, and the root mean square
+difference of both models' logits from those of the same weights in float32, on the dense model's tokens. At the first different
+token it shows the token of each model and the gap between the two largest logits in float32. If the gap is smaller than the
+differences, rounding decides. A last line is a summary. DENSE is the folder that ``thanos unpack`` makes of PACKED. Models run
+on the CPU.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ GOAL = 0.9
 
 
 def resident_bytes() -> int:
-    """Return the resident memory of this process that no file backs."""
+    """Return the anonymous resident memory of this process, in bytes: the part that no file backs."""
     text = Path("/proc/self/status").read_text(encoding="ascii")
     return 1024 * int(next(line.split()[1] for line in text.splitlines() if line.startswith("RssAnon")))
 
@@ -51,7 +51,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     model: Any = load_model(source, device=device)
     if device.type == "cpu":
         for parameter in model.parameters():
-            parameter.data = parameter.data.clone()  # else pages of the file, which another process may share
+            parameter.data = parameter.data.clone()  # otherwise pages of the file, which other processes may share
     held = torch.cuda.memory_allocated() if device.type == "cuda" else resident_bytes() - before
     ids = torch.randint(0, model.config.vocab_size, (1, arguments.prefill), generator=torch.Generator().manual_seed(0))
     ids = ids.to(device)

@@ -223,7 +223,7 @@ REFUSED: dict[str, tuple[Callable[[], Toy], str]] = {
     "parallel": (lambda: Toy(parallel), "the input of block 1 is not the output of block 0"),
     "by argument": (
         lambda: Toy(by_argument),
-        "an argument of block 1 besides its hidden states depends on the blocks before it",
+        "an argument of block 1, other than its hidden states, depends on the blocks before it",
     ),
     "second output": (
         lambda: Toy(pairs, Reader),
@@ -235,7 +235,7 @@ REFUSED: dict[str, tuple[Callable[[], Toy], str]] = {
     ),
     "list": (lambda: Toy(in_a_list, Appending), "block 0 writes into its arguments"),
     "in place": (lambda: Toy(in_place, Adding), "block 0 writes into its arguments"),
-    "batch": (lambda: Toy(turned), r"hidden states of 1 and 2 sequences are \[8, 1, 4\] and \[8, 2, 4\]"),
+    "batch": (lambda: Toy(turned), r"hidden states of 1 and 2 sequences have the shapes \[8, 1, 4\] and \[8, 2, 4\]"),
     "stored parts": (
         lambda: Toy(with_one(dict), Turning),
         "block 0 stores tensors for later blocks whose first size is not the number of sequences",

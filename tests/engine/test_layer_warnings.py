@@ -21,12 +21,12 @@ def test_layers_with_few_tokens_are_one_line_with_the_worst_of_them() -> None:
     layers = [layer(name, (8, b), tokens=t, warnings=[_FEW.format(t, b)]) for name, (t, b) in tokens.items()]
     [line] = warning_lines([*layers, layer("e")])
     assert line == (
-        "4 layers have fewer calibration tokens than input columns, at worst 0.31 a column (20 for 64 in b), so that a "
+        "4 layers have fewer calibration tokens than input columns, at worst 0.31 per column (20 for 64 in b), so that a "
         "Hessian is singular without damping; raise --samples"
     )
     [line] = warning_lines(layers[:1], quote="`")
     assert line.startswith(
-        "1 layer has fewer calibration tokens than input columns, at worst 0.62 a column (40 for 64 in `a`)"
+        "1 layer has fewer calibration tokens than input columns, at worst 0.62 per column (40 for 64 in `a`)"
     )
 
 
@@ -86,7 +86,7 @@ def test_display_and_card_say_once_what_every_record_says(
     assert len(report.layers) == 21
     for record in report.layers:
         assert record.warnings[0] == _FEW.format(20, record.shape[1])
-    expected = "21 layers have fewer calibration tokens than input columns, at worst 0.31 a column (20 for 64 in "
+    expected = "21 layers have fewer calibration tokens than input columns, at worst 0.31 per column (20 for 64 in "
     said = [line for line in capsys.readouterr().err.splitlines() if "singular" in line]
     assert len(said) == 1
     assert said[0].startswith(f"warning: {expected}model.layers.0.mlp.down_proj)")

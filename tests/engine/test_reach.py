@@ -279,7 +279,7 @@ def test_only_layers_that_text_does_not_reach_are_no_layers(text_file: Path, tmp
             "GlmMoeDsaForCausalLM",
             "block 2 reads values that another block returns in addition to its hidden states",
         ),
-        ("gemma-3n", "Gemma3nForCausalLM", "the first size must be that number"),
+        ("gemma-3n", "Gemma3nForCausalLM", "the first size must be the number of sequences"),
     ],
 )
 def test_the_rest_is_refused_before_any_work(

@@ -27,7 +27,7 @@ SEGMENT = 256
 """Tokens of a piece: of a continued one, and of those into which the recovery cuts its text."""
 
 PROMPT = 32
-"""Tokens of a piece of the calibration text that the dense model continues, to :data:`SEGMENT`."""
+"""Number of tokens of a piece of the calibration text. The dense model continues it to :data:`SEGMENT` tokens."""
 
 PIECES = {"cpu": 16, "cuda": 2048}
 """Pieces that are continued together, by type of device; fewer if memory does not suffice."""

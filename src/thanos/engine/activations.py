@@ -34,7 +34,8 @@ HOST_SHARE = 0.5
 """Fraction of the host's free memory that the activations may use."""
 
 SPARE_SHARE = 0.1
-"""Fraction of a tier's free memory for one buffer of states that only save time. There are up to four such buffers."""
+"""Fraction of a tier's free memory that one buffer of kept inputs may use (:mod:`thanos.engine.branches`). Usually there
+are at most four such buffers: for attention and MLP, in up to two streams."""
 
 _CANNOT_PIN = "CUDA cannot pin the activations in host memory (error {}); use --activations disk"
 _CANNOT_UNPIN = "CUDA cannot unpin the activations (error {}), after an earlier error of the device: see that error"
@@ -53,9 +54,9 @@ def choose_tier(
     """Choose the storage tier of the activations, ``needed`` bytes, by measured free memory.
 
     On the CPU, device and host memory are the same, and the tier is called ``host``. ``folder`` is on the disk that would hold
-    the file. If ``asked`` names a tier, it is used without a check of free memory; disk space is always checked. ``taken`` maps
-    a tier to the bytes that are free now and will be in use by then. Raises RecipeError for an unknown tier, and ResourceError
-    if the disk was chosen and has too little free space.
+    the file. If ``asked`` names a tier, it is used without a check of free memory; for the disk, the free space is always
+    checked. ``taken`` maps a tier to bytes that are free now, but that other buffers will use. Raises RecipeError for an
+    unknown tier, and ResourceError if the disk was chosen and has too little free space.
     """
     tier, before = check_tier(asked), taken or {}
     if tier == "auto":
@@ -90,7 +91,7 @@ class Activations:
         tier: storage tier; see :func:`choose_tier`.
         device: device on which the blocks run.
         folder: existing folder for the file of tier ``disk``. The file has no name, so it is deleted when the process ends.
-        boundary: a sequence before which a batch ends, None for none: the first that is held out.
+        boundary: index of a sequence with which a batch must begin, namely the first held-out one; None for no such limit.
 
     Raises:
         ResourceError: the disk has no room, or CUDA cannot pin the host memory.
@@ -140,7 +141,7 @@ class Activations:
         """Yield the states (B, T, d) of each batch of sequences, in any order, on the device. The next batch is read ahead."""
         if self._at_hand:
             for rows in batches:
-                yield torch.stack([self._store[row] for row in rows])  # an index would wait for the device
+                yield torch.stack([self._store[row] for row in rows])  # a list as an index would synchronise
             return
         coming: Future[tuple[Tensor, Any]] | None = None
         for rows in batches:

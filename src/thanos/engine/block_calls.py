@@ -201,7 +201,7 @@ class BlockCalls:
             self.run(index, hidden, first)
 
     def run_tail(self, model: nn.Module, ids: Tensor, hidden: Tensor) -> Any:
-        """Run the modules that follow the blocks, such as lm_head; a hook may end the pass with :func:`stop`.
+        """Run the model without its blocks, for the modules after them, such as lm_head; :func:`stop` in a hook ends the pass.
 
         Args:
             model: the model that holds the blocks.

@@ -26,13 +26,13 @@ class BlockErrors:
 
     Attributes:
         block: index of the block.
-        held_out: whether the sequences are the held-out ones. Neither the tuning nor layers whose dense target is chosen use
-            these; layers with a given dense target, or none, are fitted to them too. False: they are the first sequences, and
-            everything is fitted to them.
+        held_out: whether the sequences are the held-out ones. Tuning does not train on these, and layers whose dense target is
+            chosen are not fitted to them; layers with a given dense target, or none, are. False: they are the first sequences,
+            and everything is fitted to them.
         tokens: number of tokens of the sequences.
         errors: name of the stage → error after it; first ``dense``, before all stages.
         choices: each choice of a dense target, in order: ``layers``, the names of the layers, and ``errors``, candidate as
-            text → mean error of a token with stand-ins; see :mod:`thanos.engine.dense_choice`.
+            text → mean of the tokens' relative errors with stand-ins; see :mod:`thanos.engine.dense_choice`.
         writers: names of the layers with a dense target that write into the residual stream; their target includes the error of
             the stream. Layers whose output is normalised or scaled first are not among them.
     """

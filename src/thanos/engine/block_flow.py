@@ -23,7 +23,7 @@ BLOCK_INPUT = ""
 """The name of a residual stream that is the block's own input."""
 
 _TOKENS = 16
-"""Tokens that are compared: a sum of other tensors does not equal a tensor in 16 rows of d numbers by chance."""
+"""Number of tokens that are compared: 16 rows of d numbers are not equal by chance."""
 
 
 # --- layers that depend on each other -------------------------------------------------------------------------------------

@@ -54,7 +54,7 @@ class Passes(StreamStates):
 
     Attributes:
         batch: number of sequences in a forward pass; the last bits of results depend on it. None until the first pass, which
-            chooses it by free memory. A resumed run sets it to the size in the journal.
+            chooses it by a number of tokens, on CUDA also by free memory. A resumed run sets it to the size in the journal.
         starts: batch sizes of the last propagating pass: pairs (first sequence, batch size), each valid from that sequence
             on. More than one pair if the device ran out of memory during the pass.
         fits: number of sequences that fit in the device's memory together, as measured; None before, and on the CPU.

@@ -38,7 +38,7 @@ class Branch(NamedTuple):
 
 
 class BlockOrder(NamedTuple):
-    """The order of the data inside a block.
+    """The dependencies, the calls and the branches of a block's layers.
 
     Attributes:
         levels: layer name → level; see :func:`~thanos.engine.block_flow.levels`.
@@ -52,7 +52,7 @@ class BlockOrder(NamedTuple):
 
 
 def block_order(run: Run, block: nn.Module, layers: Sequence[LinearLayer], prefix: str) -> BlockOrder:
-    """Return the order of the data in a block. ``prefix`` begins the full names of its modules."""
+    """Run a block once, and return its order. ``prefix`` begins the full names of its modules."""
     watch = _Watch(block, layers, prefix)
     found = levels(lambda: watch.follow(run), layers)
     return BlockOrder(found, watch.calls, watch.branches())
@@ -250,7 +250,7 @@ class BranchInputs:
         return forward
 
     def _store(self, number: int, states: Tensor) -> Activations | None:
-        """Return the storage of a branch: that of the block before, if it fits."""
+        """Return the storage of a branch: that of the previous block, if shape and dtype are the same."""
         if number in self._stores:
             store = self._stores[number]
             if store is None or store.takes(states):

@@ -44,7 +44,7 @@ class DataFlow:
         forms: index of each reached block → form of its return value: None for the hidden states alone, else a tuple or list
             whose first entry is a placeholder for the hidden states.
         shares: whether a block stores values for later blocks in a mapping that all blocks receive, as Gemma 4 does with keys
-            and values. Such a later block cannot run before the earlier one.
+            and values. The later block cannot run before the earlier one.
     """
 
     reached: tuple[int, ...]
@@ -102,7 +102,8 @@ def trace_data_flow(model: nn.Module, blocks: Sequence[nn.Module], device: torch
     if one[0] != 1 or two != (2, *one[1:]):
         _refuse(
             model,
-            f"the hidden states of 1 and 2 sequences are {list(one)} and {list(two)}; the first size must be that number",
+            f"the hidden states of 1 and 2 sequences have the shapes {list(one)} and {list(two)}; the first size must be the "
+            "number of sequences",
         )
     return DataFlow(tuple(full.blocks), full.forms, bool(full.stored))
 
@@ -226,12 +227,14 @@ def _form(model: nn.Module, index: int, states: Tensor, output: Any) -> tuple[Te
 
 
 def _check_independent(model: nn.Module, full: _Trace, stubbed: _Trace) -> None:
-    """Refuse a model whose calls or arguments of blocks depend on the outputs of other blocks."""
+    """Refuse a model if the order of its block calls, or a block's arguments, depend on the outputs of other blocks."""
     if full.blocks != stubbed.blocks:
         _refuse(model, "which blocks it calls depends on their outputs")
     for index, one, other in zip(full.blocks, full.arguments, stubbed.arguments, strict=True):
         if not same_arguments(one, other):
-            _refuse(model, f"an argument of block {index} besides its hidden states depends on the blocks before it")
+            _refuse(
+                model, f"an argument of block {index}, other than its hidden states, depends on the blocks before it"
+            )
 
 
 def _check_parts(model: nn.Module, one: dict[int, list[dict[Any, Any]]], two: dict[int, list[dict[Any, Any]]]) -> None:

@@ -45,7 +45,7 @@ class DenseStream:
         self._known = False
         self._dense: dict[str, Tensor] = {}
 
-    # --- the course of a run ----------------------------------------------------------------------------------------
+    # --- use by the loop --------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
         """Take the first block's inputs from the pruned stream: up to there, the models are the same."""

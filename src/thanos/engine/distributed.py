@@ -38,9 +38,9 @@ LOST = (
 
 
 class World(RowShards):
-    """The processes of a run. For the solvers, each process holds one row shard of a weight. This class is a single process.
+    """The processes of a run. This class represents a single process.
 
-    Every process must make the same calls in the same order.
+    For the solvers, each process holds one row shard of a weight. Every process must make the same calls in the same order.
     """
 
     def share(self, count: int) -> range:

@@ -73,7 +73,7 @@ class EngineInputs:
 
     @property
     def dense_end(self) -> int:
-        """Number of blocks for which the dense stream is needed; one more if the layers after them need it, too."""
+        """Number of blocks, from the first, that need the dense stream. One more than all if layers after them need it."""
         after = len(self.blocks)
         wanting = [
             layer.block

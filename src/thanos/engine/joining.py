@@ -32,7 +32,7 @@ def my_device(device: torch.device) -> torch.device:
         raise RecipeError(f"--device {device} is one GPU, but torchrun started several processes; give --device cuda")
     if local >= torch.cuda.device_count():
         raise RecipeError(
-            f"torchrun started a process number {local + 1} on a machine with {torch.cuda.device_count()} GPUs; give "
+            f"torchrun started process number {local + 1} on a machine with {torch.cuda.device_count()} GPUs; give "
             "--nproc-per-node at most their number, or --device cpu"
         )
     return torch.device("cuda", local)

@@ -66,7 +66,7 @@ def _one_line(found: list[tuple[LayerRecord, str]], quote: str) -> str:
         layer = min((layer for layer, _ in found), key=lambda layer: layer.tokens / layer.shape[1])
         who = "1 layer has" if len(found) == 1 else f"{len(found)} layers have"
         return (
-            f"{who} fewer calibration tokens than input columns, at worst {layer.tokens / layer.shape[1]:.2g} a column "
+            f"{who} fewer calibration tokens than input columns, at worst {layer.tokens / layer.shape[1]:.2g} per column "
             f"({layer.tokens} for {layer.shape[1]} in {quote}{layer.name}{quote}), so that a Hessian is singular without "
             "damping; raise --samples"
         )
@@ -93,7 +93,7 @@ def expert_notes(experts: Mapping[str, str], records: Sequence[LayerRecord]) -> 
     if few:
         lines.append(
             f"{len(few):,} of {len(total):,} experts received fewer calibration tokens than they have input columns: their "
-            "Hessians are singular without damping; give more --samples"
+            "Hessians are singular without damping; raise --samples"
         )
     if none:
         lines.append(f"{len(none):,} of {len(total):,} experts received no calibration token: pruned by {by}")

@@ -111,7 +111,7 @@ class Engine:
                 self._dense.begin()
 
     def _work_on_block(self, context: BlockContext, index: int, output: Output) -> Iterator[Event]:
-        if not self.inputs.runs(index):  # the hidden states stay
+        if not self.inputs.runs(index):  # the hidden states do not change
             self._finish(context, output)
             yield context.event("block", "propagate", error=self._mean_error())
             return

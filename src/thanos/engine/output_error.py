@@ -1,6 +1,6 @@
 """The error of a layer after the blocks, such as lm_head, on held-out sequences: its outputs against those of the dense model.
 
-No block error can choose its dense target. But its outputs are the model's outputs, or nearly so.
+It chooses the dense target of such a layer, which belongs to no block. Its outputs are the model's outputs, or nearly so.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from thanos.engine.stages.base import BlockContext
 
 _ROWS = 256
-"""Tokens whose outputs are held at once: a vocabulary has up to 256,000 entries."""
+"""Number of tokens whose outputs are in memory at once, since a vocabulary has up to 256,000 entries."""
 
 
 def output_errors(

@@ -137,8 +137,8 @@ class LayerRecord:
         outlier_rows: number of rows left dense.
         halved_rows: number of rows that keep half of the pattern's non-zeros, to offset the dense rows (``keep_budget``).
         error_before_compensation: relative output error if the removed weights were only set to zero:
-            tr(Δ H Δᵀ) / tr(W H Wᵀ), H from the calibration tokens; None if no token with a non-zero input reached the layer,
-            so that the error is unknown.
+            tr(Δ H Δᵀ) / tr(W H Wᵀ), H from the calibration tokens; None if it was not measured, or is unknown because no token
+            with a non-zero input reached the layer.
         error_after_compensation: the same error for the pruned weight.
         damping: damping of the solve, as a fraction of the Hessian's mean diagonal; None if the method uses none.
         damping_reason: why the damping differs from the recipe's; empty if it does not.
@@ -152,8 +152,8 @@ class LayerRecord:
         dense_target: fraction α of the dense model's outputs in the target that the layer was fitted to; None without a dense
             target.
         errors: the errors by step, see :class:`~thanos.solvers.pruned_weight.PrunedWeight`; None if only the method ran.
-        residual: the last of the ``residuals`` there; None if there are none.
-        target_change: the last of the ``target_changes`` there; None without a dense target.
+        residual: the last of the ``residuals`` of that class; None if there are none.
+        target_change: the last of its ``target_changes``; None without a dense target.
         removed_units: indices of the removed units, ascending; None if the pattern removes no units. The other attributes
             describe the layer before the model was made smaller.
         choice: candidate for the dense target, as text → error of the layer's outputs with stand-ins; None for a layer in a

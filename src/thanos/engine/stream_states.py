@@ -23,8 +23,9 @@ class StreamStates:
 
     Attributes:
         buffers: number of buffers of hidden states of all sequences: one, or three with a dense stream.
-        boundary: a sequence before which a batch ends, None for none; set it before :meth:`record`. Where a block runs several
-            times, no batch mixes held-out sequences with others, so that each pass has the same batches.
+        boundary: index of a sequence with which a batch must begin, namely the first held-out one; None for no such limit. It
+            is set before :meth:`record` if a block runs several times: then no batch mixes held-out sequences with others, so
+            that each pass has the same batches.
         planned_samples: number of sequences for which the inputs of a branch must fit in memory to be kept. None for the
             sequences of this object. A trial sets it to the number of the planned run.
         branches: the kept inputs of branches in this stream.
@@ -41,7 +42,7 @@ class StreamStates:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(samples, T)."""
+        """Number of sequences, and their length in tokens: (samples, T)."""
         samples, length = self._ids.shape
         return samples, length
 
@@ -82,22 +83,22 @@ class StreamStates:
         return states.empty_like(choose_tier(states.nbytes, self._device, self._folder, self._asked), self._folder)
 
     def new_branches(self) -> BranchInputs:
-        """Return storage for what another stream keeps of a block's branches. This object counts, spills and closes it."""
+        """Return storage for the kept branch inputs of a stream. This object counts, spills and closes that of all streams."""
         self._all_branches.append(BranchInputs(self._spare))
         return self._all_branches[-1]
 
     @property
     def branch_bytes(self) -> list[int]:
-        """Sizes in bytes of what all streams keep of a block's branches, also after :meth:`close`."""
+        """Bytes of each storage of kept branch inputs, of all streams. :meth:`close` does not change them."""
         return [size for branches in self._all_branches for size in branches.sizes]
 
     @property
     def kept_bytes(self) -> int:
-        """Size in bytes of what all streams keep of a block's branches now."""
+        """Bytes of the storage of kept branch inputs that exists now, of all streams together."""
         return sum(branches.nbytes for branches in self._all_branches)
 
     def close_branches(self) -> None:
-        """Forget what is kept of the block's branches in all streams, and free its memory."""
+        """Forget the kept branch inputs of all streams, and free their memory."""
         for branches in self._all_branches:
             branches.close()
 
@@ -129,7 +130,7 @@ class StreamStates:
     def spill(self) -> str | None:
         """Move the hidden states from the device to host memory or disk; return a note for the user, else None.
 
-        What is kept of branches is forgotten.
+        The kept branch inputs are forgotten.
         """
         self.close_branches()
         states = self._activations

@@ -75,7 +75,7 @@ def tune(
     Args:
         work: the block and its sequences.
         epochs: number of passes over the training sequences.
-        rate: highest learning rate, as a share of :attr:`~thanos.engine.tuned_parameters.Masters.size`.
+        rate: highest learning rate, as a fraction of :attr:`~thanos.engine.tuned_parameters.Masters.size`.
         seed: seed of the order of sequences.
         world: the processes that share the work.
     """

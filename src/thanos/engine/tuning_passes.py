@@ -151,7 +151,7 @@ class TuningPasses:
     def gradients(
         self, masters: Masters, batch: Sequence[int], inputs: Tensor | None, targets: Tensor | None, mean_square: float
     ) -> Tensor:
-        """Set the gradients of the loss of a batch of all processes: the mean of the :func:`squared_errors`, relative.
+        """Set the gradients of a batch's loss, the mean of :func:`squared_errors` of all processes divided by ``mean_square``.
 
         Args:
             masters: the parameters.
@@ -220,7 +220,7 @@ class TuningPasses:
 
 
 def squared_errors(outputs: Tensor, wanted: Tensor, *, by_token: bool) -> Tensor:
-    """Return the squared errors of the entries, (B, T, d); by token those of the tokens, relative to their squares, (B, T)."""
+    """Return the entries' squared errors, (B, T, d); with ``by_token`` the tokens' relative squared errors, (B, T)."""
     errors = (outputs - wanted).square()
     return token_errors(errors.sum(-1), wanted.square().sum(-1)) if by_token else errors
 

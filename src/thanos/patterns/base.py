@@ -31,7 +31,7 @@ STRAY = 0.01
 class Choice(Protocol):
     """The budget, and the selections over all rows; implemented by :class:`~thanos.solvers.problem.Problem`.
 
-    The rows of a weight, (c, b), may be spread over processes. The functions count over all processes, and every process must
+    The rows of a weight, (c, b), may be split over processes. The functions count over all processes, and every process must
     call them in the same order.
     """
 
@@ -45,7 +45,10 @@ class Choice(Protocol):
         ...
 
     def smallest_of_each_row(self, scores: Tensor, count: int) -> Tensor:
-        """Return a bool mask with ``count`` True over all rows; the counts of two rows differ by at most one."""
+        """Return a bool mask with ``count`` True over all rows, the same number in each row as far as possible.
+
+        The counts of two rows differ by at most one, unless a row has more entries with the score −1.
+        """
         ...
 
     def smallest_of_each_group(self, scores: Tensor, count: int, group: int) -> Tensor:

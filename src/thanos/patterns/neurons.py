@@ -10,7 +10,7 @@ from thanos.patterns.units import NEURONS, Units
 
 @dataclass(frozen=True, slots=True)
 class Neurons(Units):
-    """Input columns of an MLP's second matrix are removed, one for each neuron, with the neuron's weights in the first."""
+    """Input columns of an MLP's second matrix are removed, one for each neuron, and the neuron's weights in the first one."""
 
     kind: ClassVar[str] = NEURONS
     unit_kinds: ClassVar[tuple[str, ...]] = (NEURONS,)

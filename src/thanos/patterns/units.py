@@ -1,9 +1,9 @@
 """Patterns that remove whole units of a model, neurons or heads, so that the model becomes smaller.
 
 A unit is a set of input columns of one layer, its writer: the layer that carries the unit's output into the residual stream.
-All units of a writer have the same number of columns. The columns are divided into groups, and every group holds one run of
-consecutive columns for each unit. So the columns are ordered by group, unit and position in the run. The engine sets the
-columns of a removed unit to zero; the model is made smaller at the end.
+All units of a writer have the same number of columns. The columns are divided into groups, and in every group each unit has one
+run of consecutive columns. So the columns are ordered by group, unit and position in the run. The engine sets the columns of a
+removed unit to zero; the model is made smaller at the end.
 """
 
 from __future__ import annotations

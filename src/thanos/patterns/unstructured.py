@@ -27,7 +27,7 @@ class Unstructured(Pattern):
         return "unstructured"
 
     def mask(self, choice: Choice, scores: Tensor, *, by_row: bool = False) -> Tensor:
-        """Choose the smallest scores of all rows; with ``by_row``, the same number from every row, up to one."""
+        """Choose the smallest scores of all rows; with ``by_row``, the same number from each row as far as possible."""
         select = choice.smallest_of_each_row if by_row else choice.smallest
         return select(scores, choice.budget.weights)
 

@@ -1,8 +1,8 @@
 """The outputs of the dense model's decoder for all sequences, computed once before the training.
 
-This is for a text that is not varied: then the dense model's outputs are the same in all epochs. Its decoder runs once over
-each sequence. Its weights are freed before memory is needed for gradients and the optimizer's state. The head still runs in
-each pass, so the logits of all tokens are never in memory at once.
+This is possible only if the text is not varied, so that the dense model's outputs are the same in all epochs. Its decoder runs
+once over each sequence. Its weights are freed before memory is needed for gradients and the optimizer's state. The head still
+runs in each pass, so the logits of all tokens are never in memory at once.
 
 On a CPU each sequence runs alone, so a resumed run computes the same bits.
 """

@@ -35,7 +35,7 @@ def kept_sequences(
 
     They and their parts are kept in the work folder.
 
-    Rank 0 generates. After each part all processes meet, since none waits for another one longer than the limit of
+    Rank 0 generates. All processes synchronise after each part, so that none waits longer than the timeout of
     torch.distributed.
 
     An interruption loses the part that is being generated. With ``resume``, what the interrupted run has kept is not generated

@@ -16,7 +16,7 @@ HELD_OUT = "held_out"
 """Key of the held-out loss in an entry of the history."""
 
 ON_DEVICE_BYTES = 2 << 30
-"""Bytes of the largest best state that is kept on the device. A larger one is copied to the host, which takes longer."""
+"""Size in bytes up to which the best state is kept on the device. A larger state is copied to the host, which takes longer."""
 
 
 class Guard:

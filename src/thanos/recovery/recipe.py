@@ -26,7 +26,7 @@ PARTS = {
 """The values of ``train``, each with an explanation."""
 
 _HELD_OUT_SHARE = 16
-"""By default one of so many sequences is held out: 8 of 128."""
+"""By default one sequence in this number is held out: 8 of 128."""
 
 
 _DESCRIBED = ("epochs", "vary", "batch", "micro_batch", "held_out", "generate", "shard")

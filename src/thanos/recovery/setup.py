@@ -67,7 +67,7 @@ def describe_models(source: ModelSource, parent: ModelSource) -> dict[str, Any]:
 
 
 def bytes_besides(pair: Pair) -> int:
-    """Return the bytes on the disk besides the output's weights: two checkpoints, two best states, and the log."""
+    """Return the bytes on the disk in addition to the output's weights: two checkpoints, two best states, and the log."""
     layout = pair.pruned.checkpoint.layout
     parameters = sum(info.numel for info in pair.pruned.checkpoint.tensors.values())
     return BYTES_PER_PARAMETER * parameters + 2 * layout.nbytes + _LOG_BYTES

@@ -85,7 +85,7 @@ class Training:
         Returns:
             Why the training ended early; empty if it did not.
         """
-        if not self.recipe.vary:  # the dense model sees the same text in all epochs
+        if not self.recipe.vary:  # the dense model gets the same text in all epochs
             with self.meter.phase("dense"):
                 self._keep_outputs()
         with own_state(self.device):

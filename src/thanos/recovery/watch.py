@@ -25,8 +25,8 @@ PREFIX = "student."
 """Prefix of the pruned model's parameter names in the trained module."""
 
 CHECKPOINT_SECONDS = 60.0
-"""Least time between two checkpoints, in seconds. They are written at the end of an epoch. An epoch of a small model takes less
-time than a checkpoint, so a checkpoint after every epoch would take most of the run."""
+"""Least time between two checkpoints, in seconds. They are written at the end of an epoch. A checkpoint takes longer than an
+epoch of a small model, so checkpoints after every epoch would take most of the run."""
 
 READ_SECONDS = 0.5
 """Seconds between two readings of the losses on CUDA."""

@@ -39,7 +39,7 @@ from thanos.system.files import write_atomically
 from thanos.system.meter import PhaseMeter, PhaseRecord
 
 SEQUENCES = 16
-"""Calibration sequences of the pass: error curves need fewer tokens than updates of weights."""
+"""Number of calibration sequences of the pass: error curves need fewer tokens than updates of weights."""
 
 PHASE = "allocate"
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 SEQUENCES = 8
-"""Calibration sequences on which the removals are measured."""
+"""Number of calibration sequences on which the removals are measured."""
 
 CANDIDATES = 8
-"""Blocks that are measured again after a removal: those with the least effect in their last measurement."""
+"""Number of blocks that are measured again after a removal: those with the least effect in their last measurement."""
 
 Measure = Callable[[Sequence[int], Sequence[int]], dict[int, float]]
 """Function of the removed blocks and of the candidates, both ascending. It returns candidate → effect on the outputs."""
@@ -19,7 +19,7 @@ Measure = Callable[[Sequence[int], Sequence[int]], dict[int, float]]
 def chosen_blocks(blocks: Sequence[int], number: int, measure: Measure) -> dict[str, Any]:
     """Return the record of the blocks to remove, with the measurements.
 
-    The first block is never removed: there is no block before it that could be fitted to its outputs.
+    The first block is never removed, since no block before it could be fitted to its outputs.
 
     Args:
         blocks: indices of the model's blocks, ascending.
@@ -55,7 +55,7 @@ class Work:
 
 
 def work_of(blocks: int, number: int) -> Work:
-    """Return the work for removing ``number`` of so many blocks, with candidates spread evenly over the depth."""
+    """Return the work for removing ``number`` of ``blocks`` blocks, if the candidates are evenly spaced in depth."""
     forwards = comparisons = 0
     for gone in range(number):
         left = blocks - gone

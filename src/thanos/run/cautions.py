@@ -35,12 +35,12 @@ def _cautions(config: Any, cutting: Cutting) -> Iterator[str]:
         names = " and ".join(lists)
         yield (
             f"the remaining blocks have other kinds in {names} than the first blocks of the dense model: a program that "
-            f"derives the kind of a block from its number instead of reading {names}, as llama.cpp does for Gemma, runs "
-            "another model, without an error"
+            f"derives the kind of a block from its number instead of reading {names}, as llama.cpp does for Gemma, "
+            "computes other outputs, without an error"
         )
     scalar = getattr(config, "query_pre_attn_scalar", None)
     if (heads or cutting.dropped) and scalar not in (None, attention_of(config).width):
         yield (
             f"query_pre_attn_scalar is {scalar}, which is not the width of a head: llama.cpp takes the scale of Gemma's "
-            "attention from the numbers of blocks and heads instead, and runs another model, without an error"
+            "attention from the numbers of blocks and heads instead, and computes other outputs, without an error"
         )

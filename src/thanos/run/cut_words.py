@@ -1,4 +1,4 @@
-"""The description of a cut in words, for the model card and the command line."""
+"""The description of a cut (removed units or blocks) in words, for the model card and the command line."""
 
 from __future__ import annotations
 

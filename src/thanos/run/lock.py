@@ -22,7 +22,7 @@ _UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 """Errors of ``flock`` on file systems that do not support it, such as some network file systems."""
 
 _SECONDS = 0.2
-"""Seconds to retry: the previous holder may be removing its file at this moment."""
+"""Seconds for which the lock is tried again, since the previous holder may be removing its file at this moment."""
 
 
 def lock_path(out: Path) -> Path:

@@ -41,7 +41,7 @@ PLAIN_ZEROS = (
     "The zeros are stored like any other number: the files are as large as before, and a program that does not look for zeros "
     "runs as fast as before."
 )
-"""The size of an output that has zeros, in these cards."""
+"""Sentence about the size and speed of an output that has zeros, in these cards."""
 
 
 def model_card(report: PruningReport) -> str:
@@ -262,7 +262,7 @@ def _precision_rows(report: PruningReport) -> list[tuple[str, str]]:
     changes = [after / exact - 1 for exact, after in pairs if exact and after is not None]
     if changes:
         largest = max(changes, key=abs)
-        rows.append(("change of a tuned block's held-out error by rounding, largest", f"{100 * largest:+.2g} %"))
+        rows.append(("largest change of a tuned block's held-out error by rounding", f"{100 * largest:+.2g} %"))
     return rows
 
 

@@ -115,7 +115,7 @@ def _without_folders(run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _describe_text(recipe: Recipe) -> dict[str, str]:
-    """Return the hash of the calibration text if it is local files; else nothing. It needs no windows to be built."""
+    """Return the hash of the calibration text if it consists of local files, else nothing. No windows are needed for it."""
     found = text_sha256(recipe.calibration)
     return {} if found is None else {TEXT_HASH: found}
 

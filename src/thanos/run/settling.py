@@ -1,4 +1,4 @@
-"""The plan of a run after the choice: with the chosen split, or without the chosen blocks."""
+"""The plan of a run after a choice: with the chosen split of neurons and heads, or without the chosen blocks."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def with_choice(plan: Prepared, cutting: Cutting, record: Mapping[str, Any], pha
             f"every block loses {share}: the split with the least predicted error ({share_words(found.counted())})"
         )
         layers = {layer: settings for layer, settings in found.settings(plan.layers).items() if settings.sparsity}
-        reason = "the split leaves its units"
+        reason = "the split removes none of its units"
     emit(Event(kind="note", phase=phase, message=message))
     for caution in cautions_of(plan.opened, found):
         plan.opened.notes.append(caution)

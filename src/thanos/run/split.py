@@ -20,7 +20,7 @@ def splits(
     multiple: int,
     check: Callable[[Mapping[str, int]], None],
 ) -> list[dict[str, int]]:
-    """Return the splits that come as near to the target as the neurons' multiple allows: one for each number of heads.
+    """Return the splits that are as near to the target as the neurons' multiple allows: at most one for each number of heads.
 
     A split must be nearer to the target than removing nothing. So no split removes twice the target or more.
 

@@ -14,7 +14,7 @@ from thanos.run.report import DenseRecord
 NOT_LINEAR = "not a linear layer's weight"
 
 _SAMPLES, _SAMPLE_ENTRIES = 4, 1 << 14
-"""Number of contiguous ranges in the sample of a weight, and entries of each. Only these are read from the disk."""
+"""Number of contiguous ranges in the sample of a weight, and of entries in each. Only these are read from the disk."""
 
 _MANY_ZEROS = 0.1
 """Fraction of zeros from which a weight counts as pruned. Dense 16-bit weights have a few zeros in ten thousand entries."""

@@ -8,7 +8,7 @@ from thanos.patterns.base import Pattern
 from thanos.patterns.budget import Request
 
 STEPS = 10
-"""Steps of the conjugate gradients for many inputs (docs/cost.md)."""
+"""Assumed number of steps of the conjugate gradients in a block, s in docs/cost.md: enough for many calibration tokens."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 from thanos.solvers.hessian import InputStatistics
 
 _PORTION = 512
-"""Rows whose change is computed at once on the CPU. It then stays in the cache and needs no new memory."""
+"""Number of rows whose change is computed at once on the CPU. So the change stays in the cache and needs no new memory."""
 
 
 def portions(rows: slice, device: torch.device) -> Iterator[slice]:

@@ -4,9 +4,9 @@ For each row it solves x_P G_PP = w_P, with x zero outside the row's support P. 
 mask holds the supports (docs/math.md). First, G and w are scaled to a unit diagonal (Jacobi's preconditioner, applied once).
 So a step needs two inner products: one for its length, one for both the direction and the stopping rule.
 
-The stopping rule has a guarantee. First, the residual of the recurrence must fall to ``TOLERANCE``. Then the true residual,
-w − (x G) ∘ M computed afresh, must be at most ``BACKWARD``: then x solves a nearby system. Rows that fail either check are
-solved directly in float64; this happens if G is nearly singular. So the result is right whether the iteration converges or not.
+The stopping rule has a guarantee. First, the residual of the recurrence must fall to ``TOLERANCE``. Then the true residual, w −
+(x G) ∘ M, must be at most ``BACKWARD``: then x solves a nearby system. Rows that fail either check are solved directly in
+float64; this happens if G is nearly singular. So the result is right whether the iteration converges or not.
 
 On a GPU, one kernel runs the whole iteration of a block of up to 256 columns; a tile of rows stops when its rows have
 converged. Wider blocks need one product and one kernel per step. The host checks once per block whether a row needs the direct
@@ -25,7 +25,8 @@ from thanos.solvers.masking import only
 from thanos.solvers.row_shards import ALONE, RowShards
 
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
-"""Residual of a row's scaled system, relative to its right-hand side, at which the row is solved: ten units of rounding."""
+"""Residual of a row's scaled system, relative to its right-hand side, at which the row is solved. In float32 this is about ten
+units of rounding."""
 
 BACKWARD = {torch.float32: 1e-5, torch.float64: 1e-11}
 """Bound of the true residual, relative to ‖w‖ + ‖G‖·‖x‖. Within it, x solves a system with G and w changed that little."""
@@ -45,7 +46,7 @@ class RowSolver:
     """A solver for one block after another; each block starts its convergence checks near the last block's step count.
 
     Attributes:
-        steps: number of steps before the first convergence check.
+        steps: number of steps at which convergence is checked first, on a CPU one step earlier: that of the last block.
         direct: number of rows solved directly so far.
         row_shards: the processes that solve the other rows. All processes take the same number of steps: otherwise a row's
             last bits would depend on which rows are solved with it.
@@ -178,7 +179,7 @@ def _squares(rows: Tensor) -> Tensor:
 def _direct(gram: Tensor, rhs: Tensor, mask: Tensor) -> Tensor:
     """Solve the rows by batched Cholesky; all tensors are float64.
 
-    Outside each row's support its matrix is the unit matrix, so that all matrices of the batch have the same size.
+    Outside each row's support its matrix is the identity, so that all matrices of the batch have the same size.
     """
     support = mask.to(gram.dtype)
     matrices = gram * (support[:, :, None] * support[:, None, :])

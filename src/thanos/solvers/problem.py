@@ -40,8 +40,8 @@ class Problem:
         row_shards: the processes that hold the rows of the same weight.
         all_rows: the rows of all processes, (c', b); None if ``weight`` holds all rows.
         zero_free: True if ``zeros`` is known to have no True entry. Otherwise ``zeros`` is read when it is first needed.
-        scope: ``layer``: one budget for all rows; ``row``: the same for every row, up to one entry. It is used only if the
-            pattern may remove any entries.
+        scope: ``layer``: one budget for all rows; ``row``: a budget for each row, and two of them differ by at most one entry.
+            It is used only if the pattern may remove any entries.
         rows: indices of the rows of ``weight`` in the whole weight of the layer, (c,); None if they are all rows.
         unit: the power of two by which the layer's weight was divided.
     """
@@ -156,7 +156,7 @@ class Problem:
         return smallest_mask(scores, count, self.row_shards)
 
     def smallest_of_each_row(self, scores: Tensor, count: int) -> Tensor:
-        """Return a mask with ``count`` True over all rows, the same number in every row up to one: :func:`even_rows_mask`."""
+        """Return a mask with ``count`` True over all rows, as even as possible; see :func:`even_rows_mask`."""
         return even_rows_mask(scores, count, self.row_shards)
 
     def smallest_of_each_group(self, scores: Tensor, count: int, group: int) -> Tensor:

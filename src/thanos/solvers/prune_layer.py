@@ -51,8 +51,8 @@ def prune_weight(
         outlier_rows: fraction α of rows left dense, in [0, 1): the ⌈α·c⌉ with the largest squared output norm (W H Wᵀ)_ii.
         keep_budget: remove more from the other rows to make up for the outlier rows; see
             :class:`~thanos.patterns.budget.Budget`.
-        scope: ``layer``: one budget for the whole matrix; ``row``: the same for every row, up to one entry. None: the method's
-            own, which is ``row`` for Wanda. Only for patterns that may remove any entries.
+        scope: ``layer``: one budget for the whole matrix; ``row``: a budget for each row, and two of them differ by at most
+            one entry. None: the method's own, which is ``row`` for Wanda. Only for patterns that may remove any entries.
         refit: largest number of conjugate-gradient steps that improve the remaining weights, after any method; it needs the
             Hessian. None or 0: no refit.
 

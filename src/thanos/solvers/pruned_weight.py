@@ -25,7 +25,7 @@ class PrunedWeight:
         method: name of the method that ran: the recipe's, or one that needs no inputs if the layer had no input or only zeros.
         errors: relative squared output error tr(Δ H Δᵀ) / tr(W H Wᵀ) on the undamped Hessian, by step. In the step ``removed``,
             Δ is the removed entries alone. In the steps of the method and of each refinement, by name, Δ is the whole change
-            of the weight up to that step. Empty without a Hessian.
+            of the weight up to that step. Empty without a Hessian. None for an unknown error: no input, or only zeros.
         damping: the damping that was used, as a fraction of the Hessian's mean diagonal; None if none was used.
         damping_reason: why ``damping`` differs from the recipe's; empty if it does not.
         condition: estimated condition number of the damped Hessian; None if the Hessian was not factorised.
@@ -51,12 +51,12 @@ class PrunedWeight:
 
     @property
     def error_before_compensation(self) -> float | None:
-        """The error of setting the removed entries to zero without any other change; None without a Hessian."""
+        """The error of setting the removed entries to zero without any other change; None if it is unknown, see ``errors``."""
         return self.errors.get(REMOVED)
 
     @property
     def error_after_compensation(self) -> float | None:
-        """The error of the pruned weight after the last step; None without a Hessian."""
+        """The error of the pruned weight after the last step; None if it is unknown, see ``errors``."""
         return list(self.errors.values())[-1] if self.errors else None
 
     @property

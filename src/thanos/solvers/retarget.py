@@ -43,7 +43,7 @@ def dense_target(
 
 @dataclass(frozen=True)
 class DenseTarget:
-    """A retarget: replaces the problem's weight by :func:`dense_target`. Zeros of the weight before stay zeros.
+    """A retarget: replaces the problem's weight by :func:`dense_target`. Zeros of the original weight stay zeros.
 
     Attributes:
         alpha: α in [0, 1]; with 0 the problem is returned as it is.

@@ -1,6 +1,7 @@
 """Exact selection within rows and within groups of a row; the order among equal scores is that of :mod:`selection`.
 
-With row budgets every row loses its own number of entries: equal numbers, up to one, that add up to the layer's budget.
+With row budgets every row loses its own number of entries. The numbers of two rows differ by at most one, unless a row has
+more zeros already. They add up to the layer's budget.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def even_rows_mask(scores: Tensor, count: int, row_shards: RowShards = ALONE) ->
 
 
 def row_budgets(scores: Tensor, count: int, row_shards: RowShards = ALONE) -> Tensor:
-    """Split ``count`` entries over the rows of all processes: the same number per row up to one.
+    """Split ``count`` entries over the rows of all processes, as evenly as possible.
 
     Each row gives ⌊count / rows⌋ entries. The remainder comes from the rows whose next score is smallest, so that the
     result does not depend on the order of the rows. A row with more zeros than its number gives all its zeros, and the other

@@ -23,7 +23,8 @@ from thanos.solvers.row_shards import ALONE, RowShards
 from thanos.solvers.support_cg import fit_support
 
 STEPS = 6
-"""Conjugate-gradient steps in each fit. They bring most of the gain of a converged fit, which is enough to choose α."""
+"""Largest number of steps of conjugate gradients in each fit. They give most of the gain of a converged fit, which is enough to
+choose α."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +56,8 @@ def stand_in(
 ) -> StandIn:
     """Return the stand-ins of a weight, (c, b).
 
-    ``inputs`` has the Hessian. Only pattern, sparsity and outlier rows of the ``recipe`` are used. ``target`` has α = 1. Each
-    fit takes ``steps`` steps of conjugate gradients. ``name`` is for messages.
+    ``inputs`` has the Hessian. The method and the repair of the ``recipe`` are not used. ``target`` has α = 1. Each fit takes
+    at most ``steps`` steps of conjugate gradients. ``name`` is for messages.
     """
     slope = torch.zeros(weight.shape, dtype=inputs.dtype, device=weight.device)
 

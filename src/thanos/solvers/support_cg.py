@@ -43,7 +43,7 @@ def fit_support(problem: Problem, start: Tensor, removed: Tensor, steps: int) ->
     before = system.residual(problem.weight - start)
     size = system.squares(system.residual(problem.weight))
     change = _solve(system, before, size, steps)
-    after = before - system.residual(change)  # computed afresh, not by recurrence
+    after = before - system.residual(change)  # computed from its definition, not by recurrence
     # f(start) − f(start + E) = E (2R − E H) with R = (W − start) H: without the cancellation of two large numbers.
     better = (change * (before + after)).sum(1, dtype=torch.float64) > 0
     weight = torch.where(better[:, None], start + change, start)

@@ -23,7 +23,7 @@ from thanos.solvers.problem import Problem, Solution
 from thanos.solvers.support_cg import fit_support
 
 STEPS = 16
-"""Parts of the budget."""
+"""Number of parts in which the budget is removed."""
 
 _ZERO_STEPS = 60
 """Steps of conjugate gradients for a weight that has zeros outside the removed units, which stay zero."""

@@ -64,7 +64,7 @@ class _Card:
                 path.write_text("\n\n".join(filter(None, (card.rstrip(), _section(self)))), encoding="utf-8")
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle and copy by the model's own class: Python finds no class that was made while it ran."""
+        """Pickle and copy by the model's own class, since pickle cannot find a class that was made at run time."""
         _, _, *state = super().__reduce_ex__(protocol)
         return _new, (type(self).__mro__[2],), *state
 

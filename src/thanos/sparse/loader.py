@@ -117,7 +117,7 @@ class SparseQuantizer(HfQuantizer):
         for name, layer in packed_modules(model).items():
             if layer.weight_words.device.type == "meta":
                 raise ModelError(
-                    f"{name} would be kept outside its device, which packed layers cannot be; give a device_map that places "
+                    f"{name} would be offloaded, which packed layers do not support; give a device_map that places "
                     "all layers on devices, or unpack the model first: thanos unpack PACKED OUT"
                 )
             layer.check(name)
@@ -178,7 +178,7 @@ class SparseQuantizer(HfQuantizer):
 
 
 def _check_files(files: Sequence[str], specs: dict[str, PackedSpec]) -> dict[str, TensorSpec]:
-    """Return the tensors of the model's files, whose headers are checked before anything is made for them."""
+    """Check the headers of the model's files before memory is allocated; return the files' tensors."""
     tensors: dict[str, TensorSpec] = {}
     if files and all(file.endswith(".safetensors") for file in files):
         for file in files:

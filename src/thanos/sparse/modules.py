@@ -96,7 +96,7 @@ class PackedLinear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Load tensors as any module does, but check packed ones first: they tell the kernels which addresses to read."""
+        """Load tensors as any module does, but check packed ones first, since the kernels compute addresses from them."""
         loaded, packed = {name: state_dict.get(prefix + name) for name in (WORDS, OFFSETS)}, None
         words, offsets = (getattr(self, name) if one is None else one for name, one in loaded.items())
         if any(one is not None for one in loaded.values()) and not any(_is_meta(one) for one in (words, offsets)):

@@ -1,7 +1,7 @@
 """Packed layers that read the same input, such as q, k and v, run in one kernel launch.
 
-Layers are siblings if their input is the same tensor. They are found by running the model with tensors that have no content, so
-nothing is computed, and no list of architectures is needed. At run time the first sibling computes the outputs of all and
+Layers are siblings if their input is the same tensor. They are found by running the model with fake tensors, so nothing is
+computed, and no list of architectures is needed. At run time the first sibling computes the outputs of all and
 keeps them. Each of the others takes its output if its input is the same tensor, and otherwise computes its own. After the last
 output is taken, nothing is kept. With ``torch.compile`` one call remains, since the compiler knows which inputs are the same
 tensor.
@@ -84,7 +84,7 @@ def find_siblings(model: Any, names: Iterable[str]) -> list[list[str]]:
     Returns:
         Groups of two or more names; no groups if the model cannot run on tensors without content, or needs more than token ids.
     """
-    twin = copy.deepcopy(model).eval()  # in training, OPT branches on a random number, which a fake tensor cannot tell
+    twin = copy.deepcopy(model).eval()  # in training, OPT branches on a random number, and a fake tensor has no value
     inputs: dict[int, tuple[Tensor, int, list[str]]] = {}
     calls: dict[str, int] = {}
 

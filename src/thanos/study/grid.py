@@ -134,7 +134,7 @@ class Study:
         return not self.cost_only.issuperset(self.models)
 
     def asked(self, cell: Cell) -> dict[str, Any]:
-        """Return the settings besides the cell that affect its record, see ``asked`` of a record in docs/formats.md."""
+        """Return the settings outside the cell that affect its record; see ``asked`` of a record in docs/formats.md."""
         if cell.model in self.cost_only:
             return {"dtype": self.dtype, "evaluation": None, "zero_shot": None}
         evaluation = asdict(self.evaluation) | {"text": public(self.evaluation.text)}

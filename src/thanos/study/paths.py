@@ -58,7 +58,7 @@ class Locations:
         return self.out / "scratch"
 
     def asked(self, study: Study, cell: Cell) -> dict[str, Any]:
-        """Return the settings besides the cell that affect its record: those of :meth:`Study.asked`, and ``bos``.
+        """Return the settings outside the cell that affect its record: those of :meth:`Study.asked`, and ``bos``.
 
         ``bos`` exists only for models whose tokenizers add a beginning-of-text token, with which their calibration windows
         begin. So the keys of all other cells are the same as in versions without ``bos``.

@@ -105,7 +105,9 @@ class Pool:
         _kill_group(worker.process)  # kill the worker's own child processes
         code = worker.process.exitcode
         how = f"by signal {-code}" if code is not None and code < 0 else f"with exit code {code}"
-        reason = f"the worker process ended {how}; if no user ended it, memory was exhausted: use fewer workers"
+        reason = (
+            f"the worker process ended {how}; if no user ended it, memory was probably exhausted: use fewer workers"
+        )
         results = {"status": "failed", "reason": reason}
         device, sharers = choose_device(worker.device), self._sharers(worker.device)
         record = make_record(self.study, self.locations, worker.cell, device, results, sharers=sharers)

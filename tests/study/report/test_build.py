@@ -339,10 +339,11 @@ def test_the_conclusion_says_what_to_use_what_it_costs_and_what_is_noise() -> No
     assert " s), unstructured 50 % (" in lead
     assert "), 16:32 (" in lead
     assert "; the dense model has 21.97." in lead
-    assert lead.endswith("each has only one seed.")
+    assert lead.endswith("each row has only one seed.")
     assert lead.count(". ") == 1  # two sentences
     several = plain(build_report(contents(own_study(seeds=3))).lead)
     assert "larger than the noise at unstructured 30 %, unstructured 50 % and 16:32." in several
+    assert several.endswith("Noise: the larger of the two rows' standard deviations over calibration seeds.")
     near = [
         record(cell(m, seed=s), perplexity=44 + s + (m == "wanda") / 9) for m in ("thanos", "wanda") for s in (0, 1)
     ]

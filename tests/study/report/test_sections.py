@@ -519,7 +519,7 @@ def test_lines_far_above_are_capped_in_figures_over_sparsity() -> None:
 def test_fairness_asks_for_the_kept_budget_alone() -> None:
     assert fairness(FULL).missing == []
     lone = fairness(Results(MODEL, seeds((90.0,), pattern="2:4")))
-    assert "Thanos, 2:4, α = 0.1, budget kept, beside α = 0" in lone.missing
+    assert "Thanos, 2:4, α = 0.1, budget kept, to compare with α = 0" in lone.missing
     assert not any("as requested" in line for line in lone.missing)
 
 

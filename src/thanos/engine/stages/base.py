@@ -74,7 +74,8 @@ class BlockContext:
         tuning: record of the block's tuning; None if it was not tuned.
         notes: warnings that arose here.
         written: names in the checkpoint of the tensors written so far.
-        order: the order of the data in the block; None before :meth:`find_order`.
+        order: dependencies, calls and branches of the block's layers; None before :meth:`find_order`, and if no layer is
+            ``sequential``.
         stands_for_more: whether the pruned model leaves out the blocks right after this one and there is a dense stream. The
             dense outputs are then those of the last block left out.
     """
@@ -102,7 +103,7 @@ class BlockContext:
         self._output, self._blocks, self._outer_names = output, len(inputs.blocks), inputs.outer_names
 
     def find_order(self) -> None:
-        """Find the order of the data in the block if a layer is ``sequential``.
+        """Find the block's :class:`~thanos.engine.branches.BlockOrder` if a layer is ``sequential``.
 
         Then the block runs several times, and from now on the inputs of its branches' last layers are kept; see
         :mod:`thanos.engine.branches`.
@@ -254,7 +255,7 @@ class BlockContext:
         self.records[record.name] = record
 
     def add_choice(self, layers: Sequence[LinearLayer], errors: Mapping[float, float]) -> None:
-        """Add the choice of a dense target to the block's record: the error by candidate. After the blocks there is none."""
+        """Add the choice of a dense target, the error by candidate, to the block's record. Do nothing outside the blocks."""
         if self.block_errors is None:
             return
         choice = {

@@ -1,8 +1,8 @@
-"""The effect of each decoder block's removal on the model's outputs: the stage of the passes before blocks are removed.
+"""A stage that measures how the removal of each decoder block changes the model's outputs, before blocks are removed.
 
-One pass over the blocks measures all of them. In addition to the hidden states of the model there is a stream for each
-candidate block. It skips the candidate: it begins with the candidate's inputs, and runs through all later blocks. So one
-block is in memory at a time, and runs on as many streams as there are candidates before it.
+One pass over the blocks measures all of them. In addition to the hidden states of the model, each candidate block has a stream
+of hidden states that skips the candidate: it begins with the candidate's inputs and runs through all later blocks. One block is
+in memory at a time. It runs on the model's hidden states and on one stream for each candidate before it.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from thanos.engine.stages.measure import token_mean
 from thanos.events import Event
 
 TOKENS = 512
-"""Largest number of tokens of a sequence whose outputs are compared; they are evenly spread."""
+"""Largest number of tokens of a sequence whose outputs are compared; they are evenly spaced."""
 
 _ROWS = 128
-"""Tokens whose outputs are held at once: a vocabulary has up to 256,000 entries."""
+"""Number of tokens whose logits are in memory at once, since a vocabulary has up to 256,000 entries."""
 
 _MOST = 1e4
 """Largest divergence of a token, in nats; it is also the divergence of outputs that are not finite."""
 
 
 class EffectStage:
-    """Measures the divergence KL(dense ‖ model without the block), in nats a token, for some blocks. It changes no weight.
+    """Measures the divergence KL(dense ‖ model without the block), in nats per token, for some blocks. It changes no weight.
 
     Args:
         blocks: indices of the blocks that run, ascending.
@@ -40,7 +40,7 @@ class EffectStage:
     Attributes:
         name: name of the stage.
         effects: candidate → divergence; filled after the last block.
-        wanted: the last outputs of the dense model at the compared tokens, (1, tokens, d) for each sequence of this process.
+        wanted: the dense model's last hidden states at the compared tokens, (1, tokens, d) for each sequence of this process.
     """
 
     name = "effect"
@@ -71,7 +71,7 @@ class EffectStage:
         self._streams = {}
 
     def _start(self, context: BlockContext, blocks: Sequence[int]) -> None:
-        """Begin a stream with the current inputs for each of these blocks that has none."""
+        """Begin a stream for each of these blocks that has none, with the inputs of the current block."""
         self._streams |= {block: context.runner.copied() for block in blocks if block not in self._streams}
 
     def _advance(self, context: BlockContext) -> Iterator[Event]:

@@ -1,4 +1,4 @@
-"""The error of each layer by sparsity, on the dense model: the stage of the pass before an allocation by error.
+"""A stage that measures each layer's error by sparsity on the dense model, before an allocation by error.
 
 Two quantities are measured on a small sample of the calibration sequences:
 
@@ -41,22 +41,22 @@ from thanos.solvers.prune_layer import prune_layer
 from thanos.solvers.row_selection import even_rows_mask
 
 ROWS = 64
-"""Rows of a layer on which its curve is measured: the error of a layer is a mean over its rows."""
+"""Number of rows of a layer on which its curve is measured. A sample suffices: the error is a ratio of sums over rows."""
 
 SPREAD = 0.15
 """Largest difference between a layer's sparsity and the recipe's. Errors add up only as long as they are small."""
 
 STEPS = 3
-"""Sparsities that are measured on either side of the recipe's."""
+"""Number of sparsities that are measured below the recipe's, and above it."""
 
 UNIT_STEPS = 5
-"""Numbers of units that are measured, if a layer loses whole units."""
+"""Number of points of a curve if a layer loses whole units."""
 
 _GAIN_SEQUENCES = 4
-"""Sequences of all processes on which the gains are measured: a gain is a mean over their tokens."""
+"""Number of sequences, of all processes, on which the gains are measured. A few suffice, since a gain is a mean over tokens."""
 
 _FIXED = 1 << 32
-"""Unit of the sums over processes: sums of integers are equal on all of them."""
+"""Scale of the fixed-point sums over processes: sums of integers do not depend on their order."""
 
 _HIGHEST = 0.99
 """Largest fraction of the entries of prunable rows that a curve removes."""
@@ -204,9 +204,9 @@ def _gains(context: BlockContext, probes: dict[LinearLayer, _Probe]) -> dict[str
     """Return for each layer how much of its relative squared error reaches the block's output.
 
     The gain is the mean over tokens of ‖Δ block output‖² / ‖block output‖², divided by the layer's own relative error, for a
-    layer without its least entries. Each token counts alike, as the normalisation in the next block does; the few tokens with
-    the largest norms would outweigh all others in a sum. Layers that differ only in a number, the experts of a block, are
-    changed together, and their effect is divided by their numbers of tokens.
+    layer without its smallest entries. All tokens have equal weight, since the next block normalises each token; in a plain
+    sum, the few tokens with the largest norms would outweigh all others. Layers whose names differ only in a number are the
+    experts of a block. They are changed together, and their effect is divided among them in proportion to their tokens.
     """
     assert context.index is not None
     kinds: dict[str, list[LinearLayer]] = {}

@@ -53,7 +53,7 @@ class Plan:
 def plan_of(context: BlockContext) -> Plan:
     """Return the steps of a block, or of the layers after the blocks.
 
-    Layers that are not ``sequential`` belong to the first step: their statistics are gathered with the whole block dense.
+    Layers that are not ``sequential`` belong to the first step: their statistics are gathered with the whole block unpruned.
     A layer in a list of experts that the model's own code calls has no matching tokens in the dense stream. It is pruned
     without its dense target.
     """
@@ -93,7 +93,7 @@ def _steps(context: BlockContext, layers: list[LinearLayer], streams: Mapping[st
     level = context.order.levels
     first = min(level[name] for name in waiting), False
     # Two layers that are added in the same sum would both correct the same error of the residual stream. So the second of them
-    # is pruned in a later step, which sees the correction by the first.
+    # is pruned in a later step, after the correction by the first.
     names = [layer.name for layer in layers]
     second = {name for name in names if name in streams and streams[name].parallel in names[: names.index(name)]}
     step = {name: (level[name], name in second) if name in waiting else first for name in names}

@@ -27,7 +27,7 @@ from thanos.model.layers import linear_names
 from thanos.system.memory import release_free_heap
 
 _SEEDS = 1_000_003
-"""A prime above any number of blocks: each recipe seed and block has a seed of its own."""
+"""A prime larger than any number of blocks. So each pair of recipe seed and block has a seed of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class TuneStage:
     The number of epochs is the largest ``tune`` of the block's layers; a block without any is left as it is.
 
     Args:
-        rate: highest learning rate, as a share of the size of the block's weights.
+        rate: highest learning rate, as a fraction of the root mean square of the block's kept weights.
         seed: seed of the recipe.
         by_token: whether the error is the mean of the tokens' own relative errors.
         name: name of the stage in the records.
@@ -104,7 +104,7 @@ def _on_device(context: BlockContext) -> bool:
 
 
 def tunables(context: BlockContext) -> list[Tunable]:
-    """Return the parameters of a block that are tuned, in the order of the checkpoint's names.
+    """Return the parameters of a block that are tuned, in the order of the model.
 
     A linear layer without settings here was left dense by the recipe. Nothing of it changes, not even its bias. If units are
     removed, layers without settings lose their part of the units at the end of the run. The recipe did not leave them dense, so

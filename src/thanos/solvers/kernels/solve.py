@@ -1,7 +1,7 @@
 """Triton kernels for the inner loops whose time is kernel launches rather than arithmetic.
 
-Each kernel has a twin: the same computation in plain tensor operations, in the module that calls the kernel. The twin runs
-without Triton and on other devices, and the tests compare the two. The only kernel that multiplies matrices does so in full
+The module that calls a kernel also has the same computation in plain tensor operations. These run without Triton and on other
+devices, and the tests compare the two. The only kernel that multiplies matrices does so in full
 float32 ("ieee"), never in TF32.
 
     conjugate_gradients   the whole iteration for a tile of rows (masked_cg.py)
@@ -44,7 +44,7 @@ def _is_row_major(argument: object) -> bool:
 
 
 def on_its_device(launch: Callable[P, T]) -> Callable[P, T]:
-    """Launch on the device of the first argument; Triton by itself launches on the current device.
+    """Launch on the device of the first argument, since Triton launches on the current device.
 
     The arguments are checked too: the kernels expect matrices whose rows are contiguous, and read wrong values otherwise.
     """

@@ -96,7 +96,7 @@ INLINE TARGET __m512i values_of(const char *tile, int n, int row) {
     for (int i = 0; i < ROWS; i++) _mm512_store_ps(sums + 16 * (row + i), a[i]);                                      \
   }
 
-/* Append a row's other values, which are in the tail at ``surplus``, to its first n. Move ``surplus`` to those of the next
+/* Append a row's other values, which are in the tail at ``surplus``, to its first n. Advance ``surplus`` to those of the next
  * row. */
 INLINE TARGET __m512i with_surplus(__m512i v, uint32_t mask, int n, const char **surplus) {
   const int more = __builtin_popcount(mask) - n;

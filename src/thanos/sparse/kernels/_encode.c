@@ -21,7 +21,8 @@ INLINE TARGET __m512i entries(const Dense *d, int64_t row, int64_t tile) {
   return _mm512_maskz_loadu_epi16(there, d->weight + row * d->columns + SIDE * tile);
 }
 
-/* Write one row of a tile that stores n values per row, and its further values at ``surplus``; 0 if they would pass ``end``. */
+/* Write one row of a tile that stores n values per row, and its further values at ``surplus``. Return 0 if they would pass
+ * ``end``, else 1. */
 INLINE TARGET int put(char *tile, int row, int n, char **surplus, const char *end, __m512i v) {
   const uint32_t kept = _mm512_test_epi16_mask(v, v);
   const int missing = n - __builtin_popcount(kept);

@@ -1,4 +1,4 @@
-/* What the C extensions share: the instructions they need, 16-bit numbers, masks of tiles, and the arguments of their functions.
+/* Shared by the C extensions: the check for AVX-512, conversion of 16-bit numbers, masks of tiles, and the reading of arguments.
  *
  * The extensions are optional. Without a suitable compiler they are not built; without a suitable processor support() is 0. */
 

@@ -1,4 +1,5 @@
-// The dense matrix. A warp is a tile; 8 warps a block. ``aligned``: every eight columns of a row begin at a multiple of 16 bytes.
+// Decode a packed matrix into a dense one. One warp for each tile, 8 warps per block. ``aligned``: every eight columns of a row
+// begin at a multiple of 16 bytes.
 extern "C" __global__ void __launch_bounds__(256)
 expand(const char* words, const int* offsets, u16* out, int rows, int columns, int tiles, int count, int aligned) {
   __shared__ __align__(16) char memory[8 * STRIDE * 32 + 16];

@@ -12,7 +12,7 @@ INTERFACES = {"_cpu": 1, "_encode": 1, "_dense": 1}
 """Extension → the number of its interface, ``INTERFACE`` in its C file. Raise both if the arguments or results of a function
 change, or the layout of what they point to: the functions take addresses, so another interface would give wrong numbers."""
 
-NOT_BUILT = "the extension for CPUs was not built: no C compiler was there when the package was installed"
+NOT_BUILT = "the extension for CPUs was not built: there was no C compiler when the package was installed"
 
 
 @cache

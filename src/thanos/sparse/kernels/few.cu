@@ -1,5 +1,5 @@
-// Few tokens: a lane is a row. The column of its next value is the highest bit of the mask that is left; the lane of that column
-// holds the entry of x.
+// Few tokens: each lane computes one row. The column of its next value is the highest bit of the remaining mask; the lane of
+// that column holds the entry of x.
 #define STEP(value, which)                                                                      \
   {                                                                                             \
     int c = __clz(m);                                                                           \
@@ -9,7 +9,7 @@
   }
 #define PAIR(q) { STEP(low(q), 0) STEP(high(q), 1) }
 
-// One of the values in the tail, for the lanes that have any left. The others only lend their entry of x.
+// Add the product of a value of the tail in the lanes that have one left. The other lanes only provide their entry of x.
 #define TAKE(value, which)                            \
   {                                                   \
     const int c = __clz(m);                           \
@@ -23,7 +23,7 @@
     }                                                 \
   }
 
-// Add a tile's products; return what is left of the mask: the row's columns whose values are in the tail.
+// Add a tile's products; return the rest of the mask: the row's columns whose values are in the tail.
 __device__ __forceinline__ u32 add(float (&a)[B][2], const Tile& t, int n, const float (&x)[B]) {
   u32 m = t.mask;
 #pragma unroll
@@ -39,7 +39,7 @@ __device__ __forceinline__ u32 add(float (&a)[B][2], const Tile& t, int n, const
   return m;
 }
 
-// Grid: strips × SPLITS × groups of B tokens. At most 16 warps a block.
+// Grid: strips × SPLITS × groups of B tokens. At most 16 warps per block.
 extern "C" __global__ void CLUSTER __launch_bounds__(512)
 few(MATRICES, const u16* x, int columns, int tokens, int tiles) {
   const int lane = threadIdx.x & 31, w = threadIdx.x >> 5, warps = blockDim.x >> 5;

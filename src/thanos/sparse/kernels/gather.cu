@@ -1,5 +1,5 @@
-// More tokens, and expansion: the warp puts a tile's values into shared memory, row by row, and a lane gathers 8 columns of four
-// rows. The rows lie an odd number of 16 bytes apart, so that they begin in different banks.
+// More tokens, and expansion: the warp writes a tile's values to shared memory, row by row, and each lane gathers 8 columns of
+// four rows. The distance of rows is an odd multiple of 16 bytes, so that they begin in different banks.
 #define STRIDE (N == 0 || N > 24 ? 80 : N > 8 ? 48 : 16)
 
 __device__ __forceinline__ void stage(char* to, const Tile& t, int n, int lane) {
@@ -20,7 +20,7 @@ __device__ __forceinline__ void stage(char* to, const Tile& t, int n, int lane) 
 }
 
 #if !N
-// Put the values in a tile's tail behind those of their rows.
+// Write the values in a tile's tail behind the other values of their rows.
 __device__ __forceinline__ void stage_tail(char* to, u32* tails, const char* words, const int* offsets, i64 index, u32 mask, int n,
                                            int lane) {
   const int more = __popc(mask) - n;
@@ -30,8 +30,8 @@ __device__ __forceinline__ void stage_tail(char* to, u32* tails, const char* wor
 }
 #endif
 
-// Columns 8·part to 8·part + 7 of a row with this mask, from its staged values. Every column reads the next value, kept or not:
-// that costs less than a branch. So a lane may read one value beyond its row.
+// Return columns 8·part to 8·part + 7 of a row with this mask, from its staged values. Every column reads the next value, kept
+// or not: that costs less than a branch. So a lane may read one value beyond its row.
 __device__ __forceinline__ uint4 gather(const char* from, u32 mask, int part) {
   from += 2 * __popc(mask & ~(ALL >> (8 * part)));
   mask <<= 8 * part;

@@ -1,9 +1,10 @@
 // Products of packed matrices (docs/formats.md), compiled at run time. cuda.py says which files make up a kernel.
 //
-// Macros set by the caller: N values a row of each tile, 0 if tiles differ (bitmap); B tokens of a pass; U tiles of a warp in
-// flight; SPLITS parts of the columns, each a block of a cluster; HALF 1 for float16, 0 for bfloat16.
+// Macros set by the caller. N: values per row of each tile, 0 if tiles differ (bitmap). B: tokens of a pass. U: tiles that a warp
+// loads at the same time. SPLITS: parts of the columns, each processed by a block of a cluster. HALF: 1 for float16, 0 for
+// bfloat16.
 //
-// This file: numbers, and what C++ cannot say, in assembler.
+// This file: conversion of numbers, and instructions that C++ lacks, in inline assembly.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -44,7 +45,7 @@ __device__ __forceinline__ u16 narrow(float f) {
   return v;
 }
 
-// Weights are read once: they need no place in the first cache.
+// Weights are read once, so they are not cached in L1.
 __device__ __forceinline__ uint4 load16(const char* p) {
   uint4 v;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
@@ -64,11 +65,11 @@ __device__ __forceinline__ u32 load4(const char* p) {
 
 #if SPLITS > 1
 #define CLUSTER __cluster_dims__(1, SPLITS, 1)
-// All blocks of the cluster have come here, and what they wrote can be read.
+// Wait for all blocks of the cluster. Afterwards all that they wrote is visible.
 __device__ __forceinline__ void cluster_wait() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
-// The value that another block of the cluster has at this place of its shared memory.
+// Return the value at the same address of shared memory in another block of the cluster.
 __device__ __forceinline__ float remote(const float* p, int rank) {
   u32 here = (u32)__cvta_generic_to_shared(p), there;
   float v;
@@ -81,7 +82,7 @@ __device__ __forceinline__ float remote(const float* p, int rank) {
 __device__ __forceinline__ float remote(const float* p, int) { return *p; }
 #endif
 
-// c += a · b for a 16 × 16 and b 16 × 8, as the lanes hold them.
+// c += a · b for a (16 × 16) and b (16 × 8), in the lanes' layout of the mma instruction.
 __device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
 #if HALF
 #define MMA "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"

@@ -1,4 +1,4 @@
-// Eight columns of a row of a dense matrix from a column on, with zeros beyond its end.
+// Return eight columns of a row of a dense matrix, from ``column`` on, with zeros beyond the row's end.
 __device__ __forceinline__ uint4 eight(const u16* row, int column, int columns, int aligned) {
   if (aligned && column < columns) return __ldg((const uint4*)(row + column));
   u32 q[4];
@@ -11,8 +11,9 @@ __device__ __forceinline__ uint4 eight(const u16* row, int column, int columns, 
   return make_uint4(q[0], q[1], q[2], q[3]);
 }
 
-// Many tokens: the tensor cores multiply the gathered tile. Grid as above; at most 8 warps a block. ``aligned``: every eight
-// columns of x begin at a multiple of 16 bytes. The order of the columns within a product is that of the lanes, for both factors.
+// Many tokens: the tensor cores multiply the gathered tile. Grid: strips × SPLITS × groups of B tokens. At most 8 warps per
+// block. ``aligned``: every eight columns of x begin at a multiple of 16 bytes. Within a product, the columns of both factors
+// are in the order in which the lanes hold them.
 extern "C" __global__ void CLUSTER __launch_bounds__(256)
 many(MATRICES, const u16* x, int columns, int tokens, int tiles, int aligned) {
   const int lane = threadIdx.x & 31, w = threadIdx.x >> 5, warps = blockDim.x >> 5;
@@ -70,7 +71,7 @@ many(MATRICES, const u16* x, int columns, int tokens, int tiles, int aligned) {
           }
       }
   }
-  __syncthreads();  // the warps' sums take the place of the staged values
+  __syncthreads();  // the warps' sums overwrite the staged values
   float* sums = (float*)memory;
 #pragma unroll
   for (int i = 0; i < 2; i++)

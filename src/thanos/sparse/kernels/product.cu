@@ -1,6 +1,7 @@
-// A block multiplies one strip of 32 rows. Sums are float32, and their order depends on the shape and the macros alone, not on
-// the number of tokens: a warp adds its tiles from left to right, then the warps' sums are added, then those of the splits. No
-// atomics. Up to four matrices that share their input are multiplied in one launch: a strip belongs to one of them.
+// A block multiplies one strip of 32 rows. Sums are float32. Their order depends on the shape and the launch (U, SPLITS, number
+// of warps), not on the number of tokens: a warp adds its tiles from left to right, then the warps' sums are added, then those
+// of the splits. No atomics are used. Up to four matrices that share their input are multiplied in one launch: a strip belongs
+// to one of them.
 
 // The matrices of a launch: their tiles, offsets, biases (null: none), outputs, rows, and (from the second on) first strips.
 #define MATRICES                                                                                                  \

@@ -1,4 +1,4 @@
-// A tile in the registers of a warp: a lane holds a row.
+// A tile in the registers of a warp: each lane holds one row.
 
 struct Tile {
   u32 mask;
@@ -8,7 +8,7 @@ struct Tile {
   u16 one;
 };
 
-// Where a tile is, and how many values a row it stores.
+// Return the address of a tile. Set n to its number of values per row.
 __device__ __forceinline__ const char* find(const char* words, const int* offsets, i64 index, int& n) {
 #if N
   n = N;
@@ -20,7 +20,7 @@ __device__ __forceinline__ const char* find(const char* words, const int* offset
 #endif
 }
 
-// A lane reads its row: every load of the warp is one contiguous range.
+// Each lane reads its row, so every load of the warp is one contiguous range.
 __device__ __forceinline__ void fetch(Tile& t, const char* p, int n, int lane) {
   t.mask = load4(p + 4 * lane);
   p += 128;
@@ -39,8 +39,8 @@ __device__ __forceinline__ void fetch(Tile& t, const char* p, int n, int lane) {
   if (n & 1) t.one = *(const u16*)(p + 2 * lane);
 }
 
-// Put a tile's tail into shared memory, 32 words of the warp; return where the lane's ``more`` values begin: behind those of the
-// lanes below, at most 32 each. Few tiles have a tail, so its place is found again rather than kept.
+// Copy a tile's tail into shared memory, 32 words per warp. Return the address of the lane's ``more`` values, at most 32, which
+// follow those of the lower lanes. Few tiles have a tail, so its address is computed again instead of kept in a register.
 __device__ __forceinline__ const u16* spread(u32* to, const char* words, const int* offsets, i64 index, int more, int lane) {
   int n;
   const char* p = find(words, offsets, index, n);

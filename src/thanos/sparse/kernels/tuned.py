@@ -1,4 +1,4 @@
-"""The division of the CUDA kernels' work, by device and size of the matrix: from ``tuned.json``, or by a rule.
+"""The launch of each CUDA kernel by device and size of the matrix: from ``tuned.json``, or by a rule.
 
 ``benchmarks/packed.py --tune`` measures and writes the file.
 """
@@ -28,7 +28,8 @@ _NO_STRIP = (1 << 31) - 1
 """Stands for the first strip of a matrix that a launch does not have."""
 
 _NEAR = 1.0
-"""A measured size is used for sizes whose rows and columns differ from it by at most a factor of 2 to this power."""
+"""A measured launch is used for matrices whose rows and columns differ from the measured ones by at most a factor of 2 to this
+power."""
 
 _WARPS_OF_DEVICE = 2048
 """Number of warps that fill a large device; the rule uses it."""
@@ -66,7 +67,7 @@ class Plan(NamedTuple):
 
 @cache
 def plan(tokens: int, rows: tuple[int, ...], family: str, launch: Launch, most: int, *, clusters: bool) -> Plan:
-    """Return the numbers of a launch.
+    """Return the sizes of a launch.
 
     Args:
         tokens: number of tokens, at least 1.
@@ -124,13 +125,13 @@ def device_settings(device: str) -> Settings:
 
 @cache
 def launch_for(device: str, family: str, n: int, units: int, strips: int, tiles: int) -> Launch:
-    """Return how a kernel divides its work. It depends on the matrix and the device, not on the number of tokens.
+    """Return the launch of a kernel. It depends on the matrix and the device, not on the number of tokens.
 
     Args:
         device: name of the device.
         family: :data:`FEW` or :data:`MANY`.
         n: number of values per row of each tile; 0 for ``bitmap``.
-        units: mean number of units of 64 bytes of a tile. It decides among measured sizes that are equally near.
+        units: mean number of units of 64 bytes of a tile; it decides between measured sizes that are equally near.
         strips: number of strips of 32 rows of all matrices of the launch.
         tiles: number of tiles of a strip.
     """

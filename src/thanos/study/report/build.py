@@ -16,7 +16,7 @@ from thanos.study.report.page import Chapter, render_page, slug
 from thanos.study.report.results import Results, models_of
 from thanos.study.report.sections import COST_SECTIONS, MODEL_SECTIONS, data
 from thanos.study.report.sections.common import HEADLINE, Section
-from thanos.study.report.sections.conclusion import conclusion
+from thanos.study.report.sections.conclusion import NOISE, conclusion
 from thanos.study.report.sections.paper import perplexity_table
 from thanos.study.report.sections.summary import METHODS
 from thanos.study.report.tables import WRITERS, Table
@@ -90,12 +90,14 @@ def _repeats_the_paper(results: Results) -> bool:
 
 
 def _lead(contents: Contents, studies: list[Results]) -> Prose:
-    """Return the conclusion about each model, and the number of failed cells."""
+    """Return the conclusion about each model, a definition of the noise if they name it, and the number of failed cells."""
     parts: list[str | Number] = []
     for results in studies:
         found = conclusion(results)
         if found:
             parts += [*([" "] if parts else []), *([f"{results.model}: "] if len(studies) > 1 else []), *found]
+    if any("the noise" in part for part in parts if isinstance(part, str)):
+        parts.append(f" {NOISE}")
     if not parts:
         noun = "cell" if len(contents.done) == 1 else "cells"
         parts = ["A study of ", count(contents.done), f" {noun} without a perplexity. It shows the cost of pruning."]

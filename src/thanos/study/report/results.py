@@ -111,11 +111,11 @@ class Row:
         return mean(self.records, field)
 
     def spread(self, field: str) -> Number | None:
-        """Return the spread of a field over the seeds; None for fewer than two. Seeds with equal windows count as one."""
+        """Return a field's sample standard deviation over the seeds, seeds of equal windows as one; None for fewer than 2."""
         return spread(self.draws, field)
 
     def noise(self, field: str = "perplexity") -> Number | None:
-        """Return the spread of a field that is caused by the sample of calibration text; None if it is unknown.
+        """Return the spread of a field that the draw of the calibration text causes; None if it is unknown.
 
         This is the spread of the whole row, or, for a row with one seed, the largest spread of the :attr:`related` rows.
         """

@@ -22,7 +22,7 @@ ROOM = 1.6
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One point. Both coordinates come from the store. The spread is that of y, in ``dots`` that of x.
+    """One point. Both coordinates come from the store. The spread is that of y, which ``dots`` draws horizontally.
 
     ``style`` is the method whose style the point has; empty for that of its series.
     """
@@ -43,7 +43,7 @@ class Series:
         label: label in the legend.
         style: method whose colour and marker the series has.
         points: points sorted by x.
-        variant: number of the setting of a method: 0 has a full line and full markers, others dashes and hollow markers.
+        variant: number of the setting of a method. It selects the line style: 0 is a solid line, others are dashed.
     """
 
     label: str

@@ -35,8 +35,8 @@ def alpha(results: Results) -> Section:
     section.prose.append(
         (
             "Rule: the recommended α is the smallest one whose perplexity differs from the best by at most the noise, the "
-            "larger of the two rows' spreads over seeds. All rows of a pattern are compared over the seeds that all of them "
-            "have; °: only one seed.",
+            "larger of the two rows' spreads (standard deviations over calibration seeds). All rows of a pattern are compared "
+            "over the seeds that all of them have; °: only one seed.",
         )
     )
     within: dict[str, list[Row]] = {}

@@ -41,8 +41,9 @@ def claims(results: Results) -> Section:
     section.prose.append(
         (
             "Each claim is a rule that is evaluated on the store. It is a tie if the difference is within the larger spread "
-            "over seeds; otherwise it holds or does not hold. °: from one seed only. A claim of several parts holds if all "
-            "parts hold. Only rows of equal measured sparsity are compared, over the seeds that all rows of the claim have.",
+            "(standard deviation over calibration seeds); otherwise it holds or does not hold. °: from one seed only. A claim "
+            "of several parts holds if all parts hold. Only rows of equal measured sparsity are compared, over the seeds that "
+            "all rows of the claim have.",
         )
     )
     judged = all_claims(results)

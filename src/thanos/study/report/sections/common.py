@@ -220,22 +220,27 @@ def _named(record: CellRecord) -> str:
 
 RANK_NOTE = (
     "Rank: 1 + the number of rows that are better by more than the larger of the two spreads, over the seeds that both have. "
-    "=: a tie. °: one seed only; its spread is taken from the row with the same method, pattern and sparsity, if known."
+    "=: a tie. °: one seed only; its spread is the largest one of a row with the same method, pattern and sparsity, if known."
 )
 SPREAD_NOTE = (
-    "±: sample standard deviation over calibration seeds. ° after a number: from one seed, in a row that has several."
+    "±: spread, the sample standard deviation over calibration seeds. ° after a number: from one seed, in a row that has "
+    "several."
 )
 BAR_NOTE = (
-    "Bars: spread over calibration seeds. For a row with one seed, it is the spread of another row of the same method, "
-    "pattern and sparsity, if known."
+    "Bars: spread, the sample standard deviation over calibration seeds. For a row with one seed, it is the largest spread of "
+    "another row of the same method, pattern and sparsity, if known."
 )
-BEST_NOTE = "Bold: no row of equal measured sparsity is better by more than the spread, over the seeds that both have."
+BEST_NOTE = (
+    "Bold: no row of equal measured sparsity is better by more than the larger of the two spreads (for accuracies also of the "
+    "two standard errors), over the seeds that both have."
+)
 VERDICT_NOTE = (
-    "Verdict: < better than the row it is compared with, > worse, = a difference within the noise, – not comparable. It is "
-    "over the seeds that both rows have; °: only one."
+    "Verdict: < better than the row it is compared with, > worse, = within the noise (the larger of the two rows' spreads), "
+    "– not comparable. It is over the seeds that both rows have; °: only one."
 )
 FOOTNOTES = (SPREAD_NOTE, BEST_NOTE, RANK_NOTE, VERDICT_NOTE, BAR_NOTE)
-"""Notes of several tables and figures. The page shows each once, the tables' files with each table."""
+"""Notes of several tables and figures. The page shows each once, the tables' files with each table. The first defines the
+spread, which the others name."""
 
 
 def compared_with_plain(results: Results, row: Row) -> tuple[Row, Number | None, str]:

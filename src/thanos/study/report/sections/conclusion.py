@@ -10,6 +10,8 @@ from thanos.study.report.sections.summary import groups_of
 
 _MOST = 6
 """If there are more sparsities than this, the sentences name only those of the headline."""
+NOISE = "Noise: the larger of the two rows' standard deviations over calibration seeds."
+"""Definition of the noise, which the second sentence of a conclusion may name."""
 
 
 def conclusion(results: Results) -> Prose:
@@ -57,7 +59,7 @@ def _lowest(results: Results, best: dict[str, tuple[Row, Row | None]]) -> Prose:
 
 
 def _significance(best: dict[str, tuple[Row, Row | None]]) -> Prose:
-    """Return a sentence: at which sparsities the next row is worse by more than the noise, is not, or the noise is unknown."""
+    """Return where the next row is worse by more than the noise, where it is not, and where the noise is unknown."""
     labels_by_verdict: dict[str, list[str]] = {"beyond": [], "tie": [], "unknown": []}
     for label, (row, other) in best.items():
         if other is None:
@@ -72,7 +74,8 @@ def _significance(best: dict[str, tuple[Row, Row | None]]) -> Prose:
         return (" No other row of equal sparsity was measured, so there is no difference to judge.",)
     if not labels_by_verdict["beyond"] and not labels_by_verdict["tie"]:
         return (
-            " It is unknown whether the differences to the next best row exceed the noise: each has only one seed.",
+            " It is unknown whether the differences to the next best row exceed the spread over calibration seeds: each "
+            "row has only one seed.",
         )
     parts = [
         *([f"larger than the noise at {_and(labels_by_verdict['beyond'])}"] if labels_by_verdict["beyond"] else []),

@@ -119,7 +119,7 @@ def _missing(results: Results) -> list[str]:
         if sparsity is None:
             continue
         if ":" in pattern and len(equal_alphas(results, "thanos", pattern, sparsity)) < 2:
-            missing.append(f"Thanos, {pattern}, α = 0.1, budget kept, beside α = 0")
+            missing.append(f"Thanos, {pattern}, α = 0.1, budget kept, to compare with α = 0")
         rows = results.select(pattern=pattern, alpha=0.1, sparsity=sparsity)
         for kept in (True, False):
             have = {row.method for row in rows if row.keep_budget == kept}

@@ -25,7 +25,7 @@ def outliers(results: Results) -> Section:
     )
     rows = [row for row in results.rows if row.alpha and row.keep_budget and row.has_default_block]
     if not rows:
-        section.missing.append("rows with outlier_rows > 0 and keep_budget = true, beside α = 0")
+        section.missing.append("rows with outlier_rows > 0 and keep_budget = true, to compare with α = 0")
         return section
     lines = [_line(results, row) for row in rows]
     about = note(

@@ -74,7 +74,7 @@ def zero_shot_table(results: Results) -> Section:
     about = note(
         scored,
         _draws(scored),
-        "The standard error is over the tasks' items; it is part of the noise.",
+        "Spread: the sample standard deviation over calibration seeds. Standard error: over the tasks' items; it is noise too.",
         BEST_NOTE,
         RANK_NOTE,
     )
