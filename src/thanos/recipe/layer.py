@@ -46,7 +46,7 @@ class LayerRecipe:
         damping: fraction of the Hessian's mean diagonal added to its diagonal, at least 0 (Thanos, SparseGPT, ADMM,
             and the repair of any method).
         scope: what has the sparsity, for patterns that may remove any entries: ``layer``, the whole matrix, or ``row``, every
-            row, up to one entry. None means the scope of ``effort``, else the method's own: ``row`` for Wanda.
+            row, as far as possible. None means the scope of ``effort``, else the method's own: ``row`` for Wanda.
         effort: name of a preset of the next four settings; ``fast`` turns them off.
         dense_target: fraction α, in [0, 1], of the dense model's outputs in the target that the layer is fitted to; ``auto``
             chooses it on held-out sequences. For this and the next three settings, None means the value of ``effort``.

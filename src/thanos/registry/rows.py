@@ -15,7 +15,7 @@ LAYER_SETTINGS: dict[str, Any] = {"block_size": None, "damping": 0.01}
 fraction of the diagonal's mean. Its default is SparseGPT's, which Thanos keeps (paper, section 5)."""
 
 SCOPES = ("layer", "row")
-"""Scopes of an unstructured budget: one for all rows of a layer, or the same for every row, up to one entry."""
+"""Scopes of an unstructured budget: one for all rows of a layer, or the same for every row, as far as possible."""
 
 
 class Needs(StrEnum):
