@@ -63,9 +63,8 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         synchronize(str(device))
         seconds.append(time.perf_counter() - began)
     del model
-    decoding = time_decoding(
-        str(folder), device=device, context=arguments.context, new_tokens=arguments.new_tokens
-    ).models[0]
+    lengths = {"context": arguments.context, "new_tokens": arguments.new_tokens}
+    decoding = time_decoding(str(folder), device=device, compiled=arguments.compile, **lengths).models[0]
     return {
         "resident_bytes": held,
         "prefill_tokens_per_second": arguments.prefill / statistics.median(seconds[1:]),
@@ -122,7 +121,8 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         "goal_reached": {name: value >= GOAL for name, value in speeds.items()},
         "rounds": {name: [run["tokens_per_second"] for run in rows] for name, rows in runs.items()},
         "settings": {
-            name: getattr(arguments, name) for name in ("device", "context", "new_tokens", "prefill", "repeats")
+            name: getattr(arguments, name)
+            for name in ("device", "context", "new_tokens", "prefill", "repeats", "compile")
         },
         "machine": machine(arguments.device),
     }
@@ -140,6 +140,7 @@ def main() -> int:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--prefill", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--compile", action="store_true", help="compile the decoding steps by torch.compile")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--results", type=Path)
     parser.add_argument("--alone", type=Path, help=argparse.SUPPRESS)
