@@ -246,6 +246,29 @@ def test_a_resumed_run_gives_the_same_bytes(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [
+        ("qwen3", {"pattern": "heads", "sparsity": 0.5, "multiple_of": None}),
+        ("qwen2", {"pattern": "heads", "sparsity": 0.5, "multiple_of": None, "head_unit": "query"}),
+        ("phi-3", {}),
+        ("mixtral", {}),
+    ],
+)
+def test_a_resumed_run_cuts_tuned_tensors_to_the_same_bytes(
+    architecture: str, changes: dict[str, Any], text_file: Path, tmp_path: Path
+) -> None:
+    """The rows of a removed unit, which tuning left in the interrupted run, are zeros in the resumed one."""
+    dense = save_tiny(tmp_path / "model", architecture)
+    given = Calibration(windows(SAMPLES, LENGTH), str(text_file), "packed", 0, 1)
+    made = units(text_file, **{"effort": "max", "tune": 1} | changes)
+    thanos.prune(dense, tmp_path / "whole", made, calibration=given)
+    out = tmp_path / "out"
+    stopped(dense, out, made, lambda event: event.kind == "stage" and event.block == 1, calibration=given)
+    thanos.prune(dense, out, made, calibration=given, resume=True)
+    assert contents(out) == contents(tmp_path / "whole")
+
+
 def test_a_run_that_ended_while_the_smaller_model_was_written_goes_on(
     whole: Any, tiny_llama: Path, text_file: Path, tmp_path: Path
 ) -> None:
