@@ -62,7 +62,6 @@ def exchanged(weight: Tensor, inverse: Tensor, gone: Tensor) -> tuple[Tensor, fl
     best, swaps = error(weight, inverse, gone), 0
     while True:
         changes = swap_changes(weight, inverse, gone)
-        goes, stays = gone.nonzero().squeeze(1), (~gone).nonzero().squeeze(1)
         pairs: list[tuple[int, int]] = []
         while len(pairs) < min(BATCH, *changes.shape):
             enters, leaves = divmod(int(changes.argmin()), changes.shape[1])
@@ -70,17 +69,27 @@ def exchanged(weight: Tensor, inverse: Tensor, gone: Tensor) -> tuple[Tensor, fl
                 break
             pairs.append((enters, leaves))
             changes[enters], changes[:, leaves] = float("inf"), float("inf")
-        while pairs:
-            tried = gone.clone()
-            for enters, leaves in pairs:
-                tried[stays[enters]], tried[goes[leaves]] = True, False
-            found = error(weight, inverse, tried)
-            if found < best:
-                break
-            pairs = pairs[: len(pairs) // 2]
-        if not pairs:
+        swapped = _swapped(weight, inverse, gone, pairs, best)
+        if swapped is None:
             return gone, best, swaps
-        gone, best, swaps = tried, found, swaps + len(pairs)
+        gone, best, number = swapped
+        swaps += number
+
+
+def _swapped(
+    weight: Tensor, inverse: Tensor, gone: Tensor, pairs: list[tuple[int, int]], best: float
+) -> tuple[Tensor, float, int] | None:
+    """Return the mask, its error and the number of swaps with the most of these pairs that lower the error; None if none do."""
+    goes, stays = gone.nonzero().squeeze(1), (~gone).nonzero().squeeze(1)
+    while pairs:
+        tried = gone.clone()
+        for enters, leaves in pairs:
+            tried[stays[enters]], tried[goes[leaves]] = True, False
+        found = error(weight, inverse, tried)
+        if found < best:
+            return tried, found, len(pairs)
+        pairs = pairs[: len(pairs) // 2]
+    return None
 
 
 def measure(problem: Problem, gone: Tensor) -> dict[str, Any]:
