@@ -2,10 +2,14 @@
 
     python benchmarks/shrunk.py DENSE SMALLER [--device cuda] [--rounds 3] [--results FILE]
     python benchmarks/shrunk.py DENSE SMALLER --cut 0.2     first write SMALLER: DENSE without its last neurons
+    python benchmarks/shrunk.py DENSE SMALLER --pairs 9     only prefill, on a CPU with other load
 
 Each measurement runs in its own process, so that the resident memory is that of one model. The two models alternate, and
 medians are used. The script prints one JSON object: the results of both, the ratio of their speeds, and the inverse ratio of
 the bytes that one decoding step reads. The speed does not depend on which units were removed, so ``--cut`` needs no pruning.
+
+With ``--pairs`` both models are in one process and one thread, prefill in turns, and the processor's seconds are counted
+instead of the clock's. The script prints the seconds of each model and the ratio of the speeds in each pair.
 """
 
 from __future__ import annotations
@@ -120,11 +124,39 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         "speed_against_bytes": speeds,
         "goal_reached": {name: value >= GOAL for name, value in speeds.items()},
         "rounds": {name: [run["tokens_per_second"] for run in rows] for name, rows in runs.items()},
+        "prefill_rounds": {name: [run["prefill_tokens_per_second"] for run in rows] for name, rows in runs.items()},
         "settings": {
             name: getattr(arguments, name)
             for name in ("device", "context", "new_tokens", "prefill", "repeats", "compile")
         },
         "machine": machine(arguments.device),
+    }
+
+
+@torch.inference_mode()
+def compare_pairs(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Compare the prefill of both models in pairs, on the CPU, in the processor's seconds of one thread."""
+    torch.set_num_threads(1)
+    models: dict[str, Any] = {
+        name: load_model(resolve_model(str(getattr(arguments, name))), device=torch.device("cpu"))
+        for name in ("dense", "smaller")
+    }
+    size = models["dense"].config.vocab_size
+    ids = torch.randint(0, size, (1, arguments.prefill), generator=torch.Generator().manual_seed(0))
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for number in range(arguments.pairs + 1):
+        for name in sorted(models, reverse=number % 2 == 1):  # each model is first in every other pair
+            began = time.process_time()
+            models[name](input_ids=ids, use_cache=False, logits_to_keep=1)
+            seconds[name].append(time.process_time() - began)
+    seconds = {name: values[1:] for name, values in seconds.items()}  # the first pass warms up
+    ratios = sorted(before / after for before, after in zip(seconds["dense"], seconds["smaller"], strict=True))
+    return {
+        "cpu_seconds": seconds,
+        "dtype": str(models["dense"].dtype).removeprefix("torch."),
+        "prefill": arguments.prefill,
+        "ratio_of_speeds": {"median": statistics.median(ratios), "least": ratios[0], "most": ratios[-1]},
+        "machine": machine("cpu"),
     }
 
 
@@ -142,6 +174,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="compile the decoding steps by torch.compile")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--pairs", type=int, help="compare only prefill, in this many pairs of passes")
     parser.add_argument("--results", type=Path)
     parser.add_argument("--alone", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -150,7 +183,7 @@ def main() -> int:
         return 0
     if arguments.cut is not None:
         cut(arguments.dense, arguments.smaller, arguments.cut, arguments.multiple_of)
-    found = json.dumps(compare(arguments), indent=2)
+    found = json.dumps((compare_pairs if arguments.pairs else compare)(arguments), indent=2)
     print(found)
     if arguments.results is not None:
         arguments.results.write_text(found + "\n", encoding="utf-8")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,17 @@ import thanos
 from helpers import ARCHITECTURES, MIXTURES, save_tiny, tiny_model, windows
 from reports import contents
 from thanos.calibration.windows import Calibration
+from thanos.checkpoint.writer import CheckpointWriter
 from thanos.cli import run
 from thanos.errors import ModelError, UserError
+from thanos.model.opening import OpenedModel
 from thanos.registry import method_names
 from thanos.run import cutting as cutting_module
+from thanos.run.auxiliary_files import copy_auxiliary_files
 from thanos.run.model_card import model_card
 from thanos.run.split import error_at, splits
 from thanos.run.unit_counts import remaining_units, runs_of
-from thanos.run.work_folder import WorkFolder
+from thanos.shrink.writer import SmallerWriter
 from thanos.solvers.allocation import Curve
 from whole_models import LENGTH, SAMPLES, calibration_ids, prune_modules, recipe
 
@@ -171,18 +173,34 @@ def test_every_expert_loses_as_many_neurons(text_file: Path, tmp_path: Path) -> 
     assert after(torch.arange(4)[None]).logits.isfinite().all()
 
 
+def keep_full_size(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Let the next run also write all its tensors at full size, as a run with another pattern does."""
+    folder.mkdir()
+    full: list[CheckpointWriter] = []
+
+    class Both(SmallerWriter):
+        def __init__(self, opened: OpenedModel, *given: Any, **named: Any) -> None:
+            super().__init__(opened, *given, **named)
+            full.append(CheckpointWriter(opened.checkpoint.layout, opened.checkpoint, folder))
+            copy_auxiliary_files(opened, folder)
+
+        def write(self, name: str, tensor: Tensor) -> None:
+            super().write(name, tensor)
+            full[0].write(name, tensor)
+
+        def finish(self) -> None:
+            super().finish()
+            full[0].finish()
+
+    monkeypatch.setattr(cutting_module, "SmallerWriter", Both)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_smaller_model_gives_the_logits_of_the_zeroed_one(
     architecture: str, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dense = save_tiny(tmp_path / "model", architecture)
-    seal = WorkFolder.seal
-
-    def keep(work: WorkFolder) -> None:
-        shutil.copytree(work.model, tmp_path / "zeroed")
-        seal(work)
-
-    monkeypatch.setattr(WorkFolder, "seal", keep)
+    keep_full_size(monkeypatch, tmp_path / "zeroed")
     # Given windows, because transformers reads every Qwen2 tokenizer as byte-level BPE.
     given = Calibration(windows(SAMPLES, LENGTH), str(text_file), "packed", 0, 1)
     report = thanos.prune(dense, tmp_path / "out", units(text_file, effort="high"), calibration=given)
@@ -228,6 +246,29 @@ def test_a_resumed_run_gives_the_same_bytes(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [
+        ("qwen3", {"pattern": "heads", "sparsity": 0.5, "multiple_of": None}),
+        ("qwen2", {"pattern": "heads", "sparsity": 0.5, "multiple_of": None, "head_unit": "query"}),
+        ("phi-3", {}),
+        ("mixtral", {}),
+    ],
+)
+def test_a_resumed_run_cuts_tuned_tensors_to_the_same_bytes(
+    architecture: str, changes: dict[str, Any], text_file: Path, tmp_path: Path
+) -> None:
+    """The rows of a removed unit, which tuning left in the interrupted run, are zeros in the resumed one."""
+    dense = save_tiny(tmp_path / "model", architecture)
+    given = Calibration(windows(SAMPLES, LENGTH), str(text_file), "packed", 0, 1)
+    made = units(text_file, **{"effort": "max", "tune": 1} | changes)
+    thanos.prune(dense, tmp_path / "whole", made, calibration=given)
+    out = tmp_path / "out"
+    stopped(dense, out, made, lambda event: event.kind == "stage" and event.block == 1, calibration=given)
+    thanos.prune(dense, out, made, calibration=given, resume=True)
+    assert contents(out) == contents(tmp_path / "whole")
+
+
 def test_a_run_that_ended_while_the_smaller_model_was_written_goes_on(
     whole: Any, tiny_llama: Path, text_file: Path, tmp_path: Path
 ) -> None:
@@ -254,12 +295,11 @@ def test_a_run_that_ended_before_it_published_only_publishes(
         patch.setattr("thanos.run.work_folder.WorkFolder.publish", stop)
         with pytest.raises(Stop):
             thanos.prune(tiny_llama, out, units(text_file))
-    assert (tmp_path / ".out.partial/cut").is_dir()
     with pytest.raises(UserError, match="--resume"):
         thanos.prune(tiny_llama, out, units(text_file))
     with pytest.raises(UserError, match="not the run"):
         thanos.prune(tiny_llama, out, units(text_file, sparsity=0.5), resume=True)
-    monkeypatch.setattr("thanos.run.prune.build_engine", stop)
+    monkeypatch.setattr("thanos.engine.stages.prune.prune_layer", stop)
     thanos.prune(tiny_llama, out, units(text_file), resume=True)
     assert contents(out) == whole
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -271,13 +311,49 @@ def stop(*_: Any, **__: Any) -> None:
     raise Stop
 
 
-def test_a_plan_predicts_the_room_for_both_models(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
+def test_a_plan_predicts_the_room_for_the_smaller_model_alone(
+    tiny_llama: Path, text_file: Path, tmp_path: Path
+) -> None:
     plan = thanos.plan(tiny_llama, tmp_path / "out", units(text_file))
     plain = thanos.plan(tiny_llama, tmp_path / "out", recipe(text_file, targets=("*.down_proj",)))
     assert plan.layers == plain.layers == 3
-    smaller = plan.disk_bytes + plan.disk_besides_bytes - plain.disk_bytes - plain.disk_besides_bytes
-    cut = thanos.prune(tiny_llama, tmp_path / "out", units(text_file)).cut
-    assert smaller == pytest.approx(cut["bytes_after"], rel=0.05)
+    assert plan.disk_besides_bytes == plain.disk_besides_bytes
+    thanos.prune(tiny_llama, tmp_path / "out", units(text_file))
+    assert plan.disk_bytes == (tmp_path / "out/model.safetensors").stat().st_size < plain.disk_bytes
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"effort": "max", "tune": 1}, {"pattern": "blocks", "sparsity": 0.34, "multiple_of": None}]
+)
+def test_a_run_never_holds_more_on_the_disk_than_the_smaller_model(
+    changes: dict[str, Any], tiny_llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    out, seen = tmp_path / "out", list[int]()
+
+    def watch(event: thanos.Event) -> None:
+        del event
+        seen.append(sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors")))
+
+    report = thanos.prune(tiny_llama, out, units(text_file, **changes), on_event=watch)
+    assert max(seen) == report.cut["bytes_after"] < report.cut["bytes_before"]
+    assert (out / "model.safetensors").stat().st_size == report.cut["bytes_after"]
+
+
+def test_a_damaged_tensor_of_an_interrupted_run_is_cut_again(
+    whole: Any, tiny_llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    work = stopped(tiny_llama, out, units(text_file), lambda event: event.kind == "block" and event.block == 1)
+    shard, name = work / "model/model.safetensors", "model.layers.0.mlp.down_proj.weight"
+    with shard.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        first, last = json.loads(file.read(length))[name]["data_offsets"]
+        file.seek(8 + length + first)
+        file.write(b"\1" * (last - first))
+    notes = list[str]()
+    thanos.prune(tiny_llama, out, units(text_file), resume=True, on_event=lambda event: notes.append(event.message))
+    assert sum("differs from what was written" in note for note in notes) == 1
+    assert contents(out) == whole
 
 
 # --- budgets ----------------------------------------------------------------------------------------------------------

@@ -64,8 +64,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Runs:
 
 @pytest.fixture(scope="module")
 def smaller(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Runs:
-    """Runs that end by writing a smaller model from the finished one."""
-    return undisturbed(tmp_path_factory.mktemp("smaller"), text_file, pattern="neurons", multiple_of=8)
+    """Runs that write a smaller model, in which also tuned tensors are cut."""
+    changes = {"pattern": "neurons", "multiple_of": 8, "effort": "max", "tune": 1}
+    return undisturbed(tmp_path_factory.mktemp("smaller"), text_file, **changes)
 
 
 def undisturbed(folder: Path, text_file: Path, **changes: Any) -> Runs:
@@ -100,7 +101,11 @@ def finish(runs: Runs, out: Path) -> None:
     assert {path.name for path in out.parent.iterdir()} <= {out.name, f".{out.name}.lock"}
 
 
-def test_killed_at_random_moments_a_run_resumes_to_the_same_bytes(runs: Runs, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["runs", "smaller"])
+def test_killed_at_random_moments_a_run_resumes_to_the_same_bytes(
+    name: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    runs: Runs = request.getfixturevalue(name)
     draw = random.Random(20)
     kills: list[tuple[str, float]] = []
     finished: list[int] = []

@@ -20,7 +20,8 @@ from helpers import ARCHITECTURES, MIXTURES, save_tiny, windows
 from shrinking import HEADS, WITH_HEADS, blocks_of, load, others, skip, some, zero_columns, zero_heads, zero_neurons
 from thanos.checkpoint.reader import SafetensorsCheckpoint
 from thanos.errors import UserError
-from thanos.shrink.folder import SmallerFolder, write_smaller
+from thanos.shrink.folder import write_smaller
+from thanos.shrink.writer import SmallerFolder
 
 WIDTH = {
     "gpt-2": "n_inner",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -47,6 +47,11 @@ class CheckpointWriter:
                 write_at(descriptor, memoryview(shard.header), 0)
             finally:
                 os.close(descriptor)
+
+    @property
+    def files(self) -> set[str]:
+        """Names of the shards."""
+        return {shard.name for shard in self._layout.shards}
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write one tensor.
@@ -90,14 +95,21 @@ class CheckpointWriter:
         self._unsynced.add(info.shard)
         self.written.add(name)
 
+    def removes(self, layer: str, units: Sequence[int]) -> None:
+        """Note that a layer loses units, before its weight is written. An output of full size keeps them, as zeros.
+
+        Args:
+            layer: full name of the layer.
+            units: indices of the removed units, ascending.
+        """
+
     def read(self, name: str) -> Tensor:
         """Return a tensor that was written."""
-        info = self._layout.tensors[name]
-        return read_tensor(self._folder / info.shard, info)
+        return self._stored(name)
 
     def checksum(self, name: str) -> str:
         """Return the checksum of a tensor's bytes as they are in the file."""
-        return _checksum(self.read(name).reshape(-1).view(torch.uint8))
+        return _checksum(self._stored(name).reshape(-1).view(torch.uint8))
 
     def take_checksum(self, name: str) -> str:
         """Return the checksum that :meth:`write` computed for a tensor, and forget it. Nothing is read."""
@@ -128,6 +140,10 @@ class CheckpointWriter:
             (self._folder / INDEX_NAME).write_bytes(self._layout.index)
         for path in self._folder.iterdir():
             sync(path)
+
+    def _stored(self, name: str) -> Tensor:
+        info = self._layout.tensors[name]
+        return read_tensor(self._folder / info.shard, info)
 
     def _copy(self, name: str) -> None:
         info = self._layout.tensors[name]
@@ -165,7 +181,15 @@ def check_room(layout: Layout, folder: Path, *, besides: int = 0) -> None:
     Raises:
         ResourceError: says how much is needed and how much is free.
     """
-    needed = besides + sum(max(0, shard.size - _allocated(folder / shard.name)) for shard in layout.shards)
+    _check_free(besides + sum(max(0, shard.size - _allocated(folder / shard.name)) for shard in layout.shards), folder)
+
+
+def check_bytes(weights: int, folder: Path, *, besides: int = 0) -> None:
+    """Refuse a disk without room for ``weights`` bytes of shards whose layout is not known yet; see :func:`check_room`."""
+    _check_free(besides + max(0, weights - sum(map(_allocated, folder.glob("*.safetensors")))), folder)
+
+
+def _check_free(needed: int, folder: Path) -> None:
     shortage = disk_shortage(needed, free_disk_bytes(folder), folder.parent)
     if shortage:
         raise ResourceError(shortage)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,6 +36,10 @@ class Output:
         A later write under the same name replaces it. If a write fails, the next call or :meth:`flush` raises its error.
         """
         self._thread.post(self._write, key, tensor)
+
+    def removes(self, layer: str, units: Sequence[int]) -> None:
+        """Note that a layer loses units, before its weight is written; see the writer's method of the same name."""
+        self._thread.post(self._writer.removes, layer, units)
 
     def flush(self) -> None:
         """Wait until all tensors are written; raise the error of a failed write."""

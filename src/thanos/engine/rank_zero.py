@@ -30,6 +30,11 @@ class SharedWriter:
         if self._writer is not None:
             self._writer.write(name, tensor)
 
+    def removes(self, layer: str, units: Sequence[int]) -> None:
+        """See :meth:`~thanos.checkpoint.writer.CheckpointWriter.removes`."""
+        if self._writer is not None:
+            self._writer.removes(layer, units)
+
     def read(self, name: str) -> Tensor:
         """Return a tensor that was written; rank 0 reads it and sends it.
 

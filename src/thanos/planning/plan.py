@@ -67,9 +67,9 @@ class Plan(Document):
         activations_bytes: bytes of the hidden states of all sequences, those of the dense model included, and of the inputs of
             branches that are kept (:mod:`thanos.engine.branches`).
         batch: number of sequences in a forward pass.
-        disk_bytes: bytes of the output's weights, which are reserved before the work begins.
-        disk_besides_bytes: bytes of the auxiliary files, the journal and the report, of hidden states kept on the disk, and of
-            the smaller model if units are removed.
+        disk_bytes: bytes of the output's weights, which are reserved before the work begins; the largest number if units or
+            blocks are chosen in the run.
+        disk_besides_bytes: bytes of the auxiliary files, the journal and the report, and of hidden states kept on the disk.
         disk_free_bytes: free bytes on the output's disk.
         host_peak_bytes: peak resident memory of the process, in bytes.
         host_base_bytes: the part of it without the model: Python, torch, transformers, the tokenizer.
@@ -178,14 +178,16 @@ def _predict(job: Job, out: Path, measured: dict[str, PhaseRecord], scan: float,
     }
     opened = job.prepared.opened
     layout = opened.checkpoint.layout
-    besides = bytes_besides(job.prepared.layers, job.prepared.cutting) + len(layout.index or b"")
+    cut = {} if job.prepared.cutting is None else planned_cut(opened, job.prepared.cutting)
+    weights = max(one["bytes_after"] for one in cut.get("splits", [cut])) if cut else layout.nbytes
+    besides = bytes_besides(job.prepared.layers) + len(layout.index or b"")
     besides += sum(path.stat().st_size for path in auxiliary_files(opened.source))
     besides += max(trial.states.get("disk", 0), measuring.get("disk", 0))
     host = max(one for one, _ in memory.values())
     on_device = max(one for _, one in memory.values()) if cuda else None
     free = free_disk_bytes(job.folder), free_host_bytes(), free_device_bytes(job.device) if cuda else None
     lines = [
-        disk_shortage(layout.nbytes + besides, free[0], out.parent),
+        disk_shortage(weights + besides, free[0], out.parent),
         _memory_shortage("host", host - base, free[1], "--samples, or give --activations disk"),
         _memory_shortage("device", on_device or 0, free[2] or 0, "--sequence-length, or use --device cpu"),
     ]
@@ -198,7 +200,7 @@ def _predict(job: Job, out: Path, measured: dict[str, PhaseRecord], scan: float,
         activations=trial.tier,
         activations_bytes=sum(trial.states.values()) + sum(trial.branches.values()),
         batch=trial.batch,
-        disk_bytes=layout.nbytes,
+        disk_bytes=weights,
         disk_besides_bytes=besides,
         disk_free_bytes=free[0],
         host_peak_bytes=host,
@@ -209,7 +211,7 @@ def _predict(job: Job, out: Path, measured: dict[str, PhaseRecord], scan: float,
         phases=phases,
         seconds=sum(seconds.values()),
         does_not_fit=[line for line in lines if line],
-        cut={} if job.prepared.cutting is None else planned_cut(opened, job.prepared.cutting),
+        cut=cut,
     )
 
 

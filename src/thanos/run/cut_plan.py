@@ -12,7 +12,8 @@ from thanos.patterns.units import BLOCKS
 from thanos.run.cut_sizes import sizes_by_block
 from thanos.run.cutting import Cutting
 from thanos.shrink.config import changed_sizes
-from thanos.shrink.folder import SmallerFolder, smaller_size
+from thanos.shrink.folder import smaller_size
+from thanos.shrink.writer import SmallerFolder
 
 
 def planned_cut(opened: OpenedModel, cutting: Cutting) -> dict[str, Any]:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
 
-from thanos.engine.records import LayerRecord
 from thanos.errors import ModelError, RecipeError
 from thanos.events import Event, Watcher
 from thanos.model.layers import LinearLayer, find_blocks, linear_layers, select_layers
 from thanos.model.opening import OpenedModel
+from thanos.model.source import find_local
 from thanos.patterns.units import BLOCKS, HEADS
 from thanos.patterns.units import Units as UnitPattern
 from thanos.recipe import LayerRecipe, Recipe
@@ -23,11 +24,11 @@ from thanos.run.cut_sizes import block_parameters, sizes_by_block, unit_sizes
 from thanos.run.cut_words import kind_words
 from thanos.run.split import splits
 from thanos.run.unit_counts import remaining_units, runs_of
-from thanos.run.work_folder import WorkFolder
-from thanos.shrink.config import smaller_config
+from thanos.shrink.config import changed_config, smaller_config
 from thanos.shrink.families import family_of
-from thanos.shrink.folder import SmallerFolder, write_smaller
 from thanos.shrink.units import Units, attention_of, units_of
+from thanos.shrink.writer import Cut, SmallerFolder, SmallerWriter, cuts_of, plan_smaller
+from thanos.system.documents import json_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,18 +111,6 @@ class Cutting:
         """Return the kind of the units of each layer."""
         return {layer: self.writers[layer.name].kind for layer in layers}
 
-    def kept(self, layers: Sequence[LayerRecord]) -> dict[str, Tensor]:
-        """Return for each writer the indices of the remaining units, ascending, (remaining units,) int64."""
-        import torch
-
-        found = {}
-        for layer in () if self.drops else layers:
-            units = self.writers[layer.name]
-            stays = torch.ones(len(units), dtype=torch.bool)
-            stays[layer.removed_units or []] = False
-            found[layer.name] = stays.nonzero().squeeze(1)
-        return found
-
     @property
     def multiple(self) -> int:
         """The number of remaining units is a multiple of this; with neurons and heads, the number of neurons."""
@@ -148,7 +137,7 @@ class Cutting:
         }
 
     def to_dict(self, made: SmallerFolder) -> dict[str, Any]:
-        """Return plain values for the report, with the sizes of the smaller folder."""
+        """Return plain values for the report, ``cut``, with the sizes of the smaller folder."""
         return self.counted() | self.sizes_of(made) | ({"dropped_blocks": list(self.dropped)} if self.drops else {})
 
     def sizes_of(self, made: SmallerFolder) -> dict[str, Any]:
@@ -197,30 +186,40 @@ def plan_cutting(opened: OpenedModel, recipe: Recipe) -> tuple[Cutting, dict[Lin
     return cutting, cutting.settings(layers), left
 
 
-def write_cut(cutting: Cutting, records: Sequence[LayerRecord], work: WorkFolder, emit: Watcher) -> dict[str, Any]:
-    """Write the smaller model from the finished one of full size; return ``cut`` of the report.
+def smaller_writer(cutting: Cutting, opened: OpenedModel, folder: Path, besides: int, emit: Watcher) -> SmallerWriter:
+    """Return the writer of the smaller model.
 
     Args:
-        cutting: the units to remove.
-        records: records of the writers.
-        work: the work folder; ``model`` is complete, and ``unsealed`` becomes the smaller model.
-        emit: called with events.
+        cutting: the units to remove; their number, or the removed blocks, must be chosen.
+        opened: the model of full size.
+        folder: the folder to write to.
+        besides: see :class:`~thanos.checkpoint.writer.CheckpointWriter`.
+        emit: function that is called with events.
     """
-    shutil.rmtree(work.unsealed, ignore_errors=True)  # of a run that ended during this step
-
-    def watch(event: Event) -> None:
-        emit(replace(event, phase="finish"))
-
-    made = write_smaller(
-        work.model,
-        work.unsealed,
-        cutting.kept(records),
-        head_unit=cutting.head_unit,
-        dropped_blocks=cutting.dropped,
-        trust_remote_code=cutting.recipe.trust_remote_code,
-        on_event=watch,
+    # A split of `width` may remove no unit of a kind.
+    losing = {name: units for name, units in cutting.writers.items() if cutting.removed[units.kind]}
+    cuts: dict[str, Cut] = {}
+    for name, units in losing.items():
+        cuts |= cuts_of(opened, name, units, torch.arange(len(units) - cutting.removed[units.kind]))
+    return SmallerWriter(
+        opened,
+        plan_smaller(opened, cuts, frozenset(cutting.dropped)),
+        folder,
+        besides=besides,
+        units=losing,
+        on_progress=lambda done, total: emit(Event(kind="progress", phase="finish", done=done, total=total)),
     )
-    return cutting.to_dict(made)
+
+
+def finish_cut(cutting: Cutting, sizes: SmallerFolder, folder: Path) -> dict[str, Any]:
+    """Change the config in a folder from full size to that of the smaller model; return ``cut`` of the report."""
+    source = find_local(folder, trust_remote_code=cutting.recipe.trust_remote_code)
+    assert source is not None
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    removed = {kind: number for kind, number in cutting.removed.items() if number and kind != BLOCKS}
+    config = changed_config(source.config(), values, removed, cutting.dropped, cutting.head_unit)
+    (folder / "config.json").write_text(json_text(config), encoding="utf-8")
+    return cutting.to_dict(sizes)
 
 
 def _fitted(opened: OpenedModel) -> frozenset[str]:

@@ -153,6 +153,9 @@ class _InPlace:
         """Keep a copy of a tensor: its memory may be used again."""
         self._pending[name] = tensor.detach().clone()
 
+    def removes(self, layer: str, units: Sequence[int]) -> None:
+        """The model keeps its size: removed units are zeros."""
+
     def read(self, name: str) -> Tensor:
         """Return a tensor that was written."""
         return self._pending[name] if name in self._pending else self._checkpoint.read(name)

@@ -25,7 +25,7 @@ from thanos.model.source import find_local, resolve_model
 from thanos.recipe import Recipe
 from thanos.run.allocation import choose_sparsities
 from thanos.run.auxiliary_files import copy_auxiliary_files
-from thanos.run.cutting import write_cut
+from thanos.run.cutting import finish_cut, smaller_writer
 from thanos.run.documents import write_documents
 from thanos.run.engine_setup import build_engine
 from thanos.run.lock import locked
@@ -186,7 +186,7 @@ def _check_interrupted_run(job: _Job) -> None:
 def _prune(model: str, job: _Job, given: Calibration | None) -> PruningReport:
     recipe, work, emit = job.recipe, job.work, job.emit
     before = work.run if job.resume else {}
-    done = bool(before) and (work.published or work.sealed)
+    done = bool(before) and work.published
     if not done:
         check_calibration(recipe, given)
     emit(Event(kind="phase", phase="load"))
@@ -197,8 +197,6 @@ def _prune(model: str, job: _Job, given: Calibration | None) -> PruningReport:
         if before:
             check_same_run(before, run)
         # If the output was complete, only the end of the run was interrupted: there is nothing left to prune.
-        if done and work.sealed:
-            work.publish(overwrite=job.overwrite)
         published = job.world.from_first(lambda: PruningReport.read(work.out / "pruning.json") if done else None)
         if published is not None:
             work.remove()
@@ -216,9 +214,7 @@ def _prune(model: str, job: _Job, given: Calibration | None) -> PruningReport:
     run |= {"calibration": calibration.to_dict(), "blocks": len(find_blocks(plan.opened.meta_model)[1])}
     notes = check_same_run(before, run) if before else []
     with kept(work), resource_errors(smaller_calibration(recipe)):
-        if before:
-            work.take_up({shard.name for shard in plan.opened.checkpoint.layout.shards})
-        else:
+        if not before:
             work.start(run, calibration)
         with closing(emit):
             local = [str(work.out), *([source.name] if source.is_local else [])]
@@ -228,8 +224,6 @@ def _prune(model: str, job: _Job, given: Calibration | None) -> PruningReport:
             for note in notes:
                 emit(Event(kind="note", phase="load", message=note))
             report = _run(plan, job, calibration, notes)
-        if plan.cutting is not None:
-            work.seal()
         work.publish(overwrite=job.overwrite)
     return job.world.from_first(lambda: report)
 
@@ -240,9 +234,10 @@ def _run(plan: Prepared, job: _Job, calibration: Calibration, notes: list[str]) 
     plan, allocation = choose_sparsities(
         plan, recipe, calibration, folder=hidden, emit=job.emit, store=hidden / "allocation.json", **job.shared
     )
-    writer = CheckpointWriter(
-        opened.checkpoint.layout, opened.checkpoint, folder, besides=bytes_besides(plan.layers, plan.cutting)
-    )
+    cutting, besides = plan.cutting, bytes_besides(plan.layers)
+    smaller = None if cutting is None else smaller_writer(cutting, opened, folder, besides, job.emit)
+    writer = smaller or CheckpointWriter(opened.checkpoint.layout, opened.checkpoint, folder, besides=besides)
+    job.work.take_up(writer.files)
     journal = RunJournal(job.work.journal, writer, meter)
     if job.work.finished:
         journal.verify(job.emit)
@@ -263,6 +258,6 @@ def _run(plan: Prepared, job: _Job, calibration: Calibration, notes: list[str]) 
         job.emit(Event(kind="phase", phase="finish", blocks=len(engine.inputs.blocks)))
         writer.finish()
         copy_auxiliary_files(opened, folder)
-        if plan.cutting is not None:
-            folder, cut = job.work.unsealed, write_cut(plan.cutting, engine.records, job.work, job.emit)
+        if cutting is not None and smaller is not None:
+            cut = finish_cut(cutting, smaller.sizes, folder)
     return write_documents(folder, job.work.run, plan, engine, calibration, recipe, allocation=allocation, cut=cut)

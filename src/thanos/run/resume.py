@@ -224,6 +224,9 @@ class RunJournal:
                 emit(Event(kind="note", phase="verify", message=line))
             else:
                 self.finished[block] = record
+                for layer in record.layers:
+                    if layer.removed_units is not None:
+                        self._writer.removes(layer.name, layer.removed_units)
                 for name in record.tensors:
                     self._writer.accept(name)
             emit(Event(kind="progress", phase="verify", done=done, total=len(held)))

@@ -13,7 +13,7 @@ import torch
 from thanos._version import __version__
 from thanos.calibration.text import check_text_source
 from thanos.calibration.windows import Calibration, check_positions
-from thanos.checkpoint.writer import check_room
+from thanos.checkpoint.writer import check_bytes, check_room
 from thanos.engine.data_flow import DataFlow, trace_data_flow
 from thanos.engine.routing import Routing
 from thanos.errors import ModelError, RecipeError
@@ -159,15 +159,18 @@ def prepare_opened(
             raise RecipeError(f"{layer.name}: {error}") from error
     # Before all tensors are read and the calibration text is made, which may take an hour.
     if folder is not None:
-        check_room(opened.checkpoint.layout, folder, besides=bytes_besides(chosen, cutting))
+        if cutting is None:
+            check_room(opened.checkpoint.layout, folder, besides=bytes_besides(chosen))
+        else:
+            check_bytes(cutting.bytes_after, folder, besides=bytes_besides(chosen))
     sparsity = _note_zeros(opened, list(chosen), watch)
     dense, zeros = survey(opened, chosen, left_dense, watch) if look else ([], 0)
     return Prepared(opened, chosen, data_flow, dense, zeros, sparsity, cutting)
 
 
-def bytes_besides(layers: Collection[LinearLayer], cutting: Cutting | None) -> int:
-    """Return the bytes on the disk that a run needs in addition to the full output: the journal, and a smaller model."""
-    return LOG_BYTES_PER_LAYER * len(layers) + (0 if cutting is None else cutting.bytes_after)
+def bytes_besides(layers: Collection[LinearLayer]) -> int:
+    """Return the bytes on the disk that a run needs in addition to the output: the journal, the log and the report."""
+    return LOG_BYTES_PER_LAYER * len(layers)
 
 
 def _written_dtype(source: ModelSource, output_dtype: str) -> torch.dtype | None:

@@ -1,9 +1,7 @@
 """The work folder of a run, which survives a crash and is renamed to OUT when the run is complete.
 
 ``.OUT.partial/`` next to OUT holds ``model/``, the folder that becomes OUT; ``journal.jsonl``, the journal of finished blocks;
-``run.json``, the description of the run; and ``windows.safetensors``, the calibration windows if the model generated any. If
-the run makes the model smaller, ``cut.partial/`` is made from the finished ``model/`` at the end, renamed to ``cut/`` when it
-is complete, and becomes OUT instead.
+``run.json``, the description of the run; and ``windows.safetensors``, the calibration windows if the model generated any.
 """
 
 from __future__ import annotations
@@ -37,7 +35,6 @@ class WorkFolder:
         out: the resolved path of the output folder.
         path: the work folder.
         model: the folder within it that becomes ``out``.
-        cut: the finished smaller model, which becomes ``out`` instead; it exists only when it is complete.
         journal: the journal of finished blocks.
         suffix: end of the work folder's name.
         unit: name of the units that are counted as finished, and key of their total number in ``run.json``.
@@ -50,7 +47,6 @@ class WorkFolder:
         self.out = out.resolve()  # follows symbolic links, so that the work folder is on the disk of the output
         self.path = self.out.parent / f".{self.out.name}.{self.suffix}"
         self.model = self.path / "model"
-        self.cut = self.path / "cut"
         self.journal = Journal(self.path / "journal.jsonl")
         self._windows = self.path / "windows.safetensors"
         self._run, self._old = self.path / RUN_NAME, self.out.parent / f".{self.out.name}.old"
@@ -68,7 +64,7 @@ class WorkFolder:
     @property
     def finished(self) -> int:
         """Number of finished blocks that a resumed run can keep."""
-        if not self.run or not (self.model.is_dir() or self.sealed):
+        if not self.run or not self.model.is_dir():
             return 0
         return sum(block is not None for block in current(self.journal.read()))
 
@@ -80,12 +76,7 @@ class WorkFolder:
     @property
     def published(self) -> bool:
         """Whether ``model/`` was renamed to OUT, but the run ended before its cleanup."""
-        return bool(self.run) and not self.model.exists() and not self.sealed and self.out.is_dir()
-
-    @property
-    def sealed(self) -> bool:
-        """Whether a smaller model is complete: only publishing it is left."""
-        return self.cut.is_dir()
+        return bool(self.run) and not self.model.exists() and self.out.is_dir()
 
     @property
     def is_complete(self) -> bool:
@@ -120,7 +111,7 @@ class WorkFolder:
             raise ResourceError(f"cannot write next to OUT {self.out}: {error.strerror}") from error
 
     def take_up(self, shards: set[str]) -> None:
-        """Prepare the work folder of an interrupted run: delete everything in ``model/`` but its shards and its event log."""
+        """Delete everything in ``model/`` that an interrupted run left, except these shards and the event log."""
         for path in self.model.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
@@ -133,7 +124,7 @@ class WorkFolder:
             return
         # A crash during the deletion must leave a consistent state. With an unfinished model, run.json is deleted first, so
         # that the rest is not resumed. After publishing, it is deleted last, since it marks the output as published.
-        if self.model.exists() or self.sealed:
+        if self.model.exists():
             self._run.unlink(missing_ok=True)
         for path in sorted(self.path.iterdir(), key=lambda path: path == self._run):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -152,29 +143,13 @@ class WorkFolder:
         if not self.finished and not (resume and (self.published or self.prepared)):
             self.remove()
 
-    @property
-    def unsealed(self) -> Path:
-        """The folder in which a smaller model is made."""
-        return self.cut.with_name("cut.partial")
-
-    def seal(self) -> None:
-        """Copy the log of events, which has ended, into :attr:`unsealed`, and declare the smaller model there complete."""
-        log = self.model / LOG_NAME
-        if log.exists():
-            shutil.copy2(log, self.unsealed / LOG_NAME)
-        for path in (*self.unsealed.iterdir(), self.unsealed):
-            sync(path)
-        self.unsealed.rename(self.cut)
-        sync(self.path)
-
     def publish(self, *, overwrite: bool) -> None:
         """Rename the finished folder to OUT, and delete the work folder.
 
         A rename is atomic, so OUT is never a half-written folder. Raises UserError if OUT was created during the run, and
         ``overwrite`` is not set.
         """
-        model = self.cut if self.sealed else self.model
-        for path in (*model.iterdir(), model):
+        for path in (*self.model.iterdir(), self.model):
             sync(path)
         replaces = self.out.is_dir() and any(self.out.iterdir())
         if replaces:
@@ -187,9 +162,7 @@ class WorkFolder:
             shutil.rmtree(self._old, ignore_errors=True)
             self.out.rename(self._old)
         try:
-            if self.sealed:
-                shutil.rmtree(self.model, ignore_errors=True)
-            model.rename(self.out)
+            self.model.rename(self.out)
         except BaseException:
             if replaces:
                 self._old.rename(self.out)

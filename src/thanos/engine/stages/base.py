@@ -243,6 +243,10 @@ class BlockContext:
             self.written.append(key)
         self._output.write(key, value)
 
+    def removes(self, layer: str, units: Sequence[int]) -> None:
+        """Note for the output that a layer loses units, before its weight is written."""
+        self._output.removes(layer, units)
+
     def assign(self, name: str, value: Tensor) -> None:
         """Set a parameter in all modules that hold it. The output does not change."""
         self.runner.branches.changed(name)

@@ -255,6 +255,8 @@ def _prune_layer(
     record = replace(record, dense_target=alpha)
     if context.index is None and choice is not None and settings.repair.dense_target == AUTO:
         record = replace(record, choice={f"{candidate:g}": error for candidate, error in choice.errors.items()})
+    if record.removed_units is not None:
+        context.removes(layer.name, record.removed_units)
     if held is None:
         context.put(name, result)
     else:
