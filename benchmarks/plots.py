@@ -2,9 +2,9 @@
 
     python benchmarks/plots.py FOLDER LAYER.json [LAYER.json ...]
 
-The script writes ``time-width``, ``time-block``, ``peak`` and ``floor`` into FOLDER, as SVG and, with ``--png``, as PNG.
-``floor`` is the fraction of the time that factorising H takes. A figure without lines is not written. The script needs the
-extra ``report`` (matplotlib).
+The script writes ``time-width``, ``time-block``, ``peak`` and ``floor`` into FOLDER, as SVG and, with ``--png``, as PNG, in the
+style of a study's report. ``floor`` is the fraction of the time that factorising H takes. A figure without lines is not
+written. The script needs the extra ``report`` (matplotlib).
 """
 
 from __future__ import annotations
@@ -18,15 +18,17 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from thanos.errors import ResourceError
 from thanos.recipe import LayerRecipe
-from thanos.study.report.figures.theme import MUTED, OTHERS, STYLES
-from thanos.system.extras import install_command
+from thanos.study.report.figures.charts import Chart, Point, Series
+from thanos.study.report.figures.draw import draw
+from thanos.study.report.numbers import Number
+from thanos.study.report.results import title_of
 
 Result = dict[str, Any]
 Lines = dict[str, list[tuple[float, float]]]
 
-_REFERENCE: dict[bool, Any] = {True: ":", False: "-."}
-"""Line style of a reference implementation: True for unstructured, False for n:m."""
+FIGURES = ("time-width", "time-block", "peak", "floor")
 
 
 def load(files: Iterable[Path]) -> tuple[list[Result], str]:
@@ -47,8 +49,8 @@ def load(files: Iterable[Path]) -> tuple[list[Result], str]:
 
 def label(result: Result) -> str:
     """Return the label of a line: method, pattern, and whether it is the reference implementation."""
-    whose = "" if result["implementation"] == "thanos" else " (reference)"
-    return f"{result['method']} {result['pattern']}{whose}"
+    whose = "" if result["implementation"] == "thanos" else ", reference"
+    return f"{title_of(result['method'])}, {result['pattern']}{whose}"
 
 
 def own_block(result: Result) -> int:
@@ -76,77 +78,60 @@ def _gather(points: Iterable[tuple[str, float, float]]) -> Lines:
     return {name: line for name, line in lines.items() if len(line) > 1}
 
 
-def draw(lines: Lines, title: str, x: str, y: str, about: str, *, linear: bool = False) -> Any:
-    """Return a matplotlib figure of the lines. Both axes are logarithmic; y is linear if ``linear``."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import NullLocator
+def chart(name: str, results: list[Result], about: str, note: str = "") -> Chart:
+    """Return one of the figures ``time-width``, ``time-block``, ``peak`` and ``floor``.
 
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    for (name, line), other in zip(sorted(lines.items()), OTHERS * len(lines), strict=False):
-        colour, marker = STYLES.get(name.split()[0], other)
-        dash = (
-            ("-" if "unstructured" in name else "--") if "reference" not in name else _REFERENCE["unstructured" in name]
-        )
-        axes.plot(*zip(*line, strict=True), marker=marker, color=colour, linestyle=dash, label=name, markersize=4)
-    ticks = sorted({point[0] for line in lines.values() for point in line})
-    axes.set_xscale("log")
-    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_yscale("linear" if linear else "log")
-    if linear:
-        axes.set_ylim(bottom=0)
-    axes.set(xlabel=x, ylabel=y)
-    axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
-    axes.grid(which="both" if not linear else "major", linewidth=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    below = {"loc": "upper left", "bbox_to_anchor": (0, -0.14)}  # clear of the grid
-    axes.legend(**below, ncols=2, fontsize=8, frameon=False, handlelength=4)
-    figure.supxlabel(about, fontsize=6, color=MUTED)
-    return figure
-
-
-def figures(results: list[Result], about: str) -> dict[str, Any]:
-    """Return the figures by name, those without lines left out."""
+    Args:
+        name: name of the figure.
+        results: all results.
+        about: what they were measured on. It is the origin of each number in the SVG's data.
+        note: added to the title.
+    """
     cpu = not any("NVIDIA" in word for word in about.split())
-    memory = "peak of the process, GiB" if cpu else "peak beyond weight and Hessian, GiB"
-    width = "width (columns)"
-    widest = max(result["columns"] for result in results)
-
-    def seconds(result: Result) -> float:
-        return result["seconds"]
-
-    def peak(result: Result) -> float:
-        return result["peak_bytes"] / 2**30
-
-    def share(result: Result) -> float:
-        return 100 * result["floor_seconds"] / result["seconds"]
-
-    wanted = {
-        "time-width": (against_width(results, seconds), "Time against width", width, "seconds a layer", False),
+    memory = "peak of the process (GiB)" if cpu else "peak beyond weight and Hessian (GiB)"
+    title, y_label, field, value = {
+        "time-width": ("Time against width", "seconds per layer", "seconds", _seconds),
         "time-block": (
-            against_block(results, seconds),
-            f"Time against block size, {widest} columns",
-            "block size B",
-            "seconds a layer",
-            True,
+            f"Time against block size, {max(r['columns'] for r in results)} columns",
+            "seconds per layer",
+            "seconds",
+            _seconds,
         ),
-        "peak": (against_width(results, peak), "Peak memory against width", width, memory, True),
-        "floor": (
-            against_width(results, share),
-            "Share of the time that factorising H alone takes",
-            width,
-            "% of the time",
-            True,
-        ),
-    }
-    return {
-        name: draw(lines, title, x, y, about, linear=linear)
-        for name, (lines, title, x, y, linear) in wanted.items()
-        if lines
-    }
+        "peak": ("Peak memory against width", memory, "peak_bytes", _peak),
+        "floor": ("Share of time for factorising H", "% of the time", "floor_share", _share),
+    }[name]
+    over_blocks = name == "time-block"
+    lines = (against_block if over_blocks else against_width)(results, value)
+    x_field, x_label = ("block_size", "block size B") if over_blocks else ("columns", "columns of the layer")
+    series = []
+    for (text, line), result in zip(lines.items(), _one_of_each(lines, results), strict=True):
+        points = tuple(
+            Point(Number(x, x_field, "value", (about,)), Number(y, field, "value", (about,))) for x, y in line
+        )
+        series.append(Series(text, result["method"], points, _variant(result)))
+    return Chart("lines", name, ", ".join(filter(None, (title, note))), x_label, y_label, tuple(series), x_scale="log2")
+
+
+def _one_of_each(lines: Lines, results: list[Result]) -> list[Result]:
+    """Return a result of each line."""
+    return [next(result for result in results if text.split(", B = ")[0] == label(result)) for text in lines]
+
+
+def _variant(result: Result) -> int:
+    """Return the number of a line's dashes: those of ours and of the reference, unstructured and with n:m."""
+    return (result["implementation"] != "thanos") * 2 + (result["pattern"] != "unstructured")
+
+
+def _seconds(result: Result) -> float:
+    return result["seconds"]
+
+
+def _peak(result: Result) -> float:
+    return result["peak_bytes"]
+
+
+def _share(result: Result) -> float:
+    return result["floor_seconds"] / result["seconds"]
 
 
 def main() -> int:
@@ -154,20 +139,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("files", type=Path, nargs="+")
-    parser.add_argument("--note", default="", help="added to the line below each figure")
+    parser.add_argument("--note", default="", help="added to the title of each figure")
     parser.add_argument("--png", action="store_true", help="write PNG too")
     given = parser.parse_args()
-    try:
-        import matplotlib
-    except ImportError:
-        raise SystemExit(f"figures need matplotlib; install it with: {install_command('report')}") from None
     results, about = load(given.files)
     given.folder.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context({"svg.hashsalt": "thanos", "svg.fonttype": "none", "font.size": 9}):
-        for name, figure in figures(results, "; ".join(filter(None, (about, given.note)))).items():
-            figure.savefig(given.folder / f"{name}.svg", metadata={"Date": None})  # the data alone decides the bytes
-            if given.png:
-                figure.savefig(given.folder / f"{name}.png", dpi=150)
+    for name in FIGURES:
+        figure = chart(name, results, about, given.note)
+        if not figure.series:
+            continue
+        try:
+            svg, png = draw(figure)
+        except ResourceError as error:
+            raise SystemExit(str(error)) from None
+        (given.folder / f"{name}.svg").write_text(svg, encoding="utf-8")
+        if given.png:
+            (given.folder / f"{name}.png").write_bytes(png)
     return 0
 
 

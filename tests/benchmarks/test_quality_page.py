@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -88,3 +90,18 @@ def test_what_the_page_concludes_is_what_its_numbers_say() -> None:
     assert max(speeds) < 1.02 * min(speeds)
     accuracies = [value(label, "zero_shot") for label in pruned if label != "fast50"]
     assert max(accuracies) - min(accuracies) < 2 * value("2of4-recovered", "zero_shot_stderr")
+
+
+def test_the_numbers_in_the_text_of_readme_are_measured_ones() -> None:
+    """Its tables are generated. These are about a model of Llama-3-8B's shape, and about the packed format."""
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    lines = (ROOT / "docs" / "results" / "packed" / "decode-h100.jsonl").read_text(encoding="utf-8").splitlines()
+    dense, packed = (row for row in map(json.loads, lines) if row["compiled"])
+    assert (dense["model"], packed["model"], packed["shape"]) == ("dense", "packed", "llama-3-8b")
+    (faster,) = re.findall(r"decodes ([\d.]+) times as many tokens per second as the dense one", text)
+    (smaller,) = re.findall(r"with `torch.compile`, and takes ([\d.]+) of the bytes", text)
+    assert float(faster) == round(packed["tokens_per_second"] / dense["tokens_per_second"], 2)
+    assert float(smaller) == round(packed["weight_bytes"] / dense["weight_bytes"], 2)
+    bits = 16 * 16 / 32 + 1  # half of the values, in 16 bits, and a mask with one bit for each weight
+    assert f"packed 16:32 takes {bits:.0f} bits per original weight" in text
+    assert f"packed into {bits / 16:.2f} of their bytes" in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 import thanos
 from helpers import save_tiny
 from thanos.cli.output import show_report
+from thanos.cli.tables import print_table
 
 
 def test_the_summary_of_a_run_tells_after_which_step_its_errors_were_measured(
@@ -34,3 +36,24 @@ def test_the_summary_of_a_run_tells_after_which_step_its_errors_were_measured(
     stages = ", ".join(f"{error:.5f} ({stage})" for stage, error in last.errors.items())
     assert f"error of block {last.block + 1}, after each stage" in printed
     assert stages in printed
+
+
+def test_a_wide_table_breaks_its_headings_and_not_the_names_of_models(capsys: pytest.CaptureFixture[str]) -> None:
+    heads = (
+        "on disk",
+        "in memory",
+        "first token",
+        "KL",
+        "top-1",
+        "zero-shot",
+        "standard error",
+        "peak memory",
+        "pruning",
+    )
+    name = "16of32-recovered-packed"
+    print_table(("Model", *(f"{head} (unit)" for head in heads)), [(name, *["269"] * len(heads))])
+    lines = capsys.readouterr().out.splitlines()
+    assert any(re.fullmatch(rf"\s*{name}(\s+269){{9}}\s*", line) for line in lines)
+    assert sum("(unit)" in line for line in lines) == 1  # all units are in the second line
+    print_table(("Model", "on disk (MB)"), [(name, "269")])
+    assert "on disk (MB)" in capsys.readouterr().out

@@ -19,14 +19,17 @@ _PLAIN_WIDTH = 140
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
-    """Print a table on the standard output."""
+    """Print a table on the standard output. If it is too wide, headings have their units on a second line."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
     console = Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH, highlight=False)
     table = Table(box=box.SIMPLE, show_header=any(head), title=title, title_justify="left")
+    widest = [max(map(len, column)) for column in zip(head, *rows, strict=False)]
+    too_wide = sum(widest) + 2 * len(widest) + 2 > console.width
     for index, name in enumerate(head):
+        name = name.replace(" (", "\n(") if too_wide else name
         table.add_column(name, overflow="fold", justify="left" if index == 0 or len(head) == 2 else "right")
     for row in rows:
         table.add_row(*(cell.replace("[", r"\[") for cell in row))

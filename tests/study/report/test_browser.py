@@ -87,6 +87,12 @@ def test_the_page_fits_and_no_column_is_cut_off(browser: Any, study_report: Path
            && (e.getBoundingClientRect().right > innerWidth || e.scrollWidth > e.clientWidth + 1)).length"""
     )
     assert hidden == 0
+    bare = browser.execute_script(
+        """return [...document.querySelectorAll('td')].filter(e => e.textContent && innerWidth < 640
+           && !e.matches('td.text:first-child') && e.getClientRects().length
+           && ['none', '""'].includes(getComputedStyle(e, '::before').content)).map(e => e.outerHTML.slice(0, 80))"""
+    )
+    assert bare == []
     heads = browser.execute_script(
         """return [...document.querySelectorAll('#table-summary tbody tr:not(.band) td:nth-child(4)')]
            .map(e => getComputedStyle(e, '::before').content)"""

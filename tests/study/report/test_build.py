@@ -262,6 +262,24 @@ def test_the_page_needs_nothing_but_itself(page: Page, study_report: Path) -> No
     assert not re.search(r"url\((?!#)", text)
 
 
+def test_on_a_phone_every_number_has_its_heading(study_report: Path) -> None:
+    """A narrow screen has no row of headings. Each cell shows its own, except a name in the first column."""
+    text = (study_report / "report.html").read_text(encoding="utf-8")
+    rule = r'#table-(\w+) td:nth-child\((\d+)\)::before\{content:"(.*?)"\}'
+    shown = {(name, int(place)): heading for name, place, heading in re.findall(rule, text)}
+    tables = re.findall(r'<table id="table-(\w+)">\s*<thead><tr>(.*?)</tr>', text)
+    assert len(tables) > 10
+    numbered = set()
+    for name, heads in tables:
+        for place, (kind, heading) in enumerate(re.findall(r'<th scope="col"( class="text")?>(.*?)</th>', heads), 1):
+            assert heading, f"{name} has a column without a heading"
+            if place > 1 or not kind:
+                assert shown.pop((name, place)).replace("\\200b ", "").replace("\\3c ", "<") == html.unescape(heading)
+                numbered |= {heading} if place == 1 else set()
+    assert not shown
+    assert {"α", "B", "requested sparsity (%)"} <= numbered
+
+
 def test_anchors_and_names_are_unique(study_report: Path) -> None:
     text = (study_report / "report.html").read_text(encoding="utf-8")
     names = re.findall(r'\bid="([^"]+)"', text)
@@ -350,8 +368,37 @@ def test_the_conclusion_says_what_to_use_what_it_costs_and_what_is_noise() -> No
     assert "within the noise at unstructured 50 % (Wanda)." in plain(build_report(contents(near)).lead)
     alone = plain(build_report(contents([record(cell())])).lead)
     assert "No other row of equal sparsity was measured" in alone
-    cost = plain(build_report(contents(cost_study("other"))).lead)
-    assert cost.endswith("cells without a perplexity. It shows the cost of pruning.")
+
+
+def test_the_conclusion_about_a_model_that_was_not_evaluated_is_about_time() -> None:
+    records = cost_study("other")
+    own = {one.cell["pattern"]: one.seconds for one in records if one.cell["method"] == "magnitude"}
+    assert all(
+        one.seconds is None or one.seconds > own[one.cell["pattern"]]
+        for one in records
+        if one.cell["method"] != "magnitude"
+    )
+    report = build_report(contents(records))
+    assert plain(report.lead) == (
+        "Shortest pruning time (the model was not evaluated): Magnitude at "
+        + ", ".join(
+            f"{label} ({own[pattern]:.2f} s)"
+            for label, pattern in (
+                ("unstructured 50 %", "unstructured"),
+                ("2:4", "2:4"),
+                ("4:8", "4:8"),
+                ("columns 50 %", "columns"),
+            )
+        )
+        + ". It is unknown whether the differences to the next best row exceed the noise: each has only one seed."
+    )
+    assert [section.name for section in report.chapters[0].sections if not section.folded] == ["cost"]
+    both = plain(build_report(contents([*records, *full_study(blocks=1)])).lead)
+    assert "Shortest" not in both  # the evaluated model is what the report is about
+    alone = [one for one in records if one.cell["block_size"] == 2048][:1]
+    assert plain(build_report(contents(alone)).lead).endswith(
+        "1 cell without a perplexity. It shows the cost of pruning."
+    )
 
 
 def test_missing_cells_are_listed_once_at_the_end(study_report: Path, tmp_path: Path) -> None:
@@ -465,7 +512,7 @@ def test_a_model_of_which_the_cost_alone_counts_stands_beside_an_evaluated_one(t
     both = [record(cell(method, model=model)) for model in ("second", MODEL) for method in ("thanos", "wanda")]
     folder = write_store(tmp_path, [*both, *cost_study("other")])
     report = write_report(folder)
-    assert [s.name for s in report.chapters[2].sections] == ["blocks", "cost"]
+    assert [s.name for s in report.chapters[2].sections] == ["cost", "blocks"]
     table = report.table("table2")
     assert table is not None
     assert [c.head for c in table.columns] == ["Method", "second", MODEL]
@@ -474,5 +521,5 @@ def test_a_model_of_which_the_cost_alone_counts_stands_beside_an_evaluated_one(t
         how = (one["data-how"], one["data-field"], one["data-cells"].split(), one.get("data-minus", "").split())
         assert float(one["value"]) == pytest.approx(store.expected(*how), rel=1e-12, abs=1e-15), one
     alone = write_report(write_store(tmp_path / "alone", cost_study("other")))
-    assert [s.name for chapter in alone.chapters for s in chapter.sections] == ["blocks", "cost", "data"]
+    assert [s.name for chapter in alone.chapters for s in chapter.sections] == ["cost", "blocks", "data"]
     assert alone.table("cost") is not None

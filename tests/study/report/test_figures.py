@@ -9,6 +9,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
+from thanos.study.report.figures.axes import look_of
 from thanos.study.report.figures.charts import Chart, HeatMap, Point, Series
 from thanos.study.report.figures.theme import DARK, PAPER, STYLES
 from thanos.study.report.numbers import Number
@@ -206,6 +207,13 @@ def test_a_legend_names_every_series_and_the_numbers_above_the_axes() -> None:
         "magnitude with a long name 3 ↑ 700.00, 60,000, 1.00 × 10⁸",
         "dense 21.97",
     ]
+
+
+def test_models_of_one_kind_differ_in_more_than_the_fill_of_a_small_marker() -> None:
+    looks = [look_of("sparse", [], variant) for variant in range(12)]
+    assert len({(look["marker"], look["fillstyle"]) for look in looks}) == 12
+    assert {look["fillstyle"] for look in looks[:6]} == {"full", "none"}
+    assert [look_of("thanos", [], variant)["fillstyle"] for variant in range(3)] == ["full", "none", "bottom"]
 
 
 def test_one_line_needs_no_legend() -> None:

@@ -80,7 +80,7 @@ def build_report(contents: Contents) -> Report:
     ]
     chapters.append(Chapter("", [*shared, rest]))
     title = f"Pruning {', '.join(models)}" if models else "An empty study"
-    return Report(title, _lead(contents, evaluated), tuple(chapters))
+    return Report(title, _lead(contents, evaluated or studies), tuple(chapters))
 
 
 def _repeats_the_paper(results: Results) -> bool:

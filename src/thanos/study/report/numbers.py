@@ -263,13 +263,16 @@ def _significant(value: float) -> str:
     return f"{value:.{3 if size >= 1 else 5 if size >= 0.01 else 6}f}"
 
 
-COMPARED = (
+OTHERS = (
     ("disk_bytes", "on disk (MB)", _seconds, 1e-6, False),
     ("weight_bytes", "weights in memory (MB)", _seconds, 1e-6, False),
     ("tokens_per_second", "tokens/s", _seconds, 1.0, True),
     ("first_token_seconds", "first token (ms)", _seconds, 1e3, False),
+    ("columns", "columns", _plain, 1.0, False),
+    ("floor_share", "of the time (%)", _one, 1e2, True),
 )
-"""Name, label, formatter, scale and direction of the quantities of a comparison that cells of a study do not have."""
+"""Name, label, formatter, scale and direction of quantities that cells of a study do not have: those of a comparison and of a
+benchmark of layers."""
 
 FIELDS: dict[str, Field] = {
     "cells": Field(lambda r: 1, "cells", _plain),
@@ -289,5 +292,5 @@ FIELDS: dict[str, Field] = {
     "block_size": Field(lambda r: r.cell["block_size"], "B", _plain),
     "damping": Field(lambda r: r.cell["damping"], "damping", _plain),
     "samples": Field(lambda r: r.cell["samples"], "samples", _plain),
-    **{name: Field(lambda r: None, label, show, scale, higher) for name, label, show, scale, higher in COMPARED},
+    **{name: Field(lambda r: None, label, show, scale, higher) for name, label, show, scale, higher in OTHERS},
 }

@@ -77,8 +77,12 @@ def _own_note(note: Prose) -> Prose:
 
 
 def _css_text(words: str) -> str:
-    """Return words as a string of CSS, for a heading that a narrow screen repeats in each row."""
-    return '"' + words.replace("\\", "\\\\").replace('"', '\\"').replace("<", "\\3c ") + '"'
+    """Return words as a string of CSS, for a heading that a narrow screen repeats in each row.
+
+    A line may break after an underscore, as in the names of tasks.
+    """
+    words = words.replace("\\", "\\\\").replace('"', '\\"').replace("<", "\\3c ").replace("_", "_\\200b ")
+    return f'"{words}"'
 
 
 def _inline(svg: str, figure: Figure) -> str:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _FILLS = ("full", "none", "bottom", "left", "top", "right")
-"""Fill styles of markers, one for each setting of a method."""
+"""Fill styles of markers. Settings of a method, or models of a kind, have the first two with each marker, then the next two."""
 
 _SIZES = {"D": 3.1}
 """Marker → size in points, for markers that look wider than others at the usual size."""
@@ -34,9 +34,11 @@ def other_methods(chart: Chart) -> list[str]:
 
 
 def look_of(method: str, others: list[str], variant: int = 0) -> dict[str, Any]:
-    """Return matplotlib's arguments for a method's marker. Each variant has its own fill style."""
-    color, marker = style_of(method, others)
-    fill = {"fillstyle": _FILLS[variant % len(_FILLS)], "markerfacecoloralt": "none"}
+    """Return matplotlib's arguments for a method's marker. Each variant has its own fill style or marker."""
+    color, markers = style_of(method, others)
+    turn, place = divmod(variant, 2 * len(markers))
+    marker = markers[place // 2]
+    fill = {"fillstyle": _FILLS[(2 * turn + place % 2) % len(_FILLS)], "markerfacecoloralt": "none"}
     size = {"markersize": _SIZES.get(marker, 4.1), "markeredgewidth": 0.7}
     return {"color": color, "marker": marker, "linestyle": "none", **size, **fill}
 

@@ -15,13 +15,17 @@ STYLES: dict[str, tuple[str, str]] = {row.name: (row.colour, row.marker) for row
 
 KINDS: dict[str, tuple[str, str]] = {
     "dense": ("#1f2328", "o"),
-    "sparse": ("#8a6d00", "v"),
+    "sparse": ("#8a6d00", "v<>"),
     "packed": ("#d1490c", "s"),
     "shrunk": ("#008a63", "^"),
     "int8": ("#0072b2", "D"),
     "int4": ("#a4518a", "P"),
 }
-"""Kind of model in a comparison → colour and marker. The colours are those of the registry, and of the text."""
+"""Kind of model in a comparison → colour and markers. The colours are those of the registry, and of the text.
+
+A comparison often has more than two sparse models, and most fill styles of a small triangle look alike. So these models have
+several markers.
+"""
 
 OTHERS: tuple[tuple[str, str], ...] = (("#6b4f3a", "<"), ("#56606b", "P"), ("#3d5a99", "X"))
 """Styles for methods without their own, assigned in order."""
@@ -40,13 +44,13 @@ DARK: dict[str, str] = {
 
 
 def style_of(method: str, known: list[str]) -> tuple[str, str]:
-    """Return colour and marker of a method. ``known`` lists the figure's methods that have no style of their own."""
+    """Return colour and markers of a method. ``known`` lists the figure's methods that have no style of their own."""
     style = own_style(method)
     return OTHERS[known.index(method) % len(OTHERS)] if style is None else style
 
 
 def own_style(method: str) -> tuple[str, str] | None:
-    """Return colour and marker of a kind, or from a method's registry row; None if the row has none."""
+    """Return colour and markers of a kind, or from a method's registry row; None if the row has none."""
     if method in KINDS:
         return KINDS[method]
     row = registry.find_method(method)

@@ -34,7 +34,7 @@ MODEL_SECTIONS = (
 )
 """Sections about each evaluated model, in reading order."""
 
-COST_SECTIONS = (blocks, cost, variations)
+COST_SECTIONS = (cost, blocks, variations)
 """Sections about a model that was pruned but not evaluated (``cost_only``)."""
 
 __all__ = ["COST_SECTIONS", "MODEL_SECTIONS", "Section", "data", "perplexity_table", "variations"]

@@ -141,7 +141,7 @@ def _by_divergence(rows: Sequence[Row], chosen: Row) -> Prose:
 
 
 def _table(label: str, pattern: str, rows: list[Row], shared: Sequence[Row], chosen: Row) -> Table:
-    heads = "alpha; sparsity; perplexity; kl_divergence; layer_error; <|recommended"
+    heads = "alpha; sparsity; perplexity; kl_divergence; layer_error; <rule|recommended"
     lines = [
         (own(row, "alpha"), *measures(row, _FIELDS), f"recommended{one_seed(*shared)}" if row is chosen else "")
         for row in shared

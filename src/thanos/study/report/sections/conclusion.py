@@ -6,6 +6,7 @@ from thanos.study.report.numbers import Number, Prose
 from thanos.study.report.ranking import comparable, larger_noise, verdict
 from thanos.study.report.results import Results, Row, over_common_seeds
 from thanos.study.report.sections.common import headline_sparsity
+from thanos.study.report.sections.cost import costs_by_pattern, noise_of_seconds
 from thanos.study.report.sections.summary import groups_of
 
 _MOST = 6
@@ -15,58 +16,65 @@ NOISE = "Noise: the larger of the two rows' standard deviations over calibration
 
 
 def conclusion(results: Results) -> Prose:
-    """Return the two sentences about one model; empty if no row has a perplexity."""
+    """Return the two sentences about one model; empty if there is nothing to compare.
+
+    They are about the perplexity, or about the pruning time of a model that was not evaluated.
+    """
+    field = "seconds" if results.cost_only else "perplexity"
+    groups = costs_by_pattern(results) if results.cost_only else groups_of(results)
     best: dict[str, tuple[Row, Row | None]] = {}
-    for label, rows in groups_of(results).items():
-        known = [row for row in rows if row.mean("perplexity") is not None]
+    for label, rows in groups.items():
+        known = [row for row in rows if row.mean(field) is not None]
         if known:
-            first, second = _best_two(known)
-            best[label] = first, second
+            best[label] = _best_two(known, field)
     if not best:
         return ()
     if len(best) > _MOST:
         usual = {label for label, (row, _) in best.items() if row.sparsity == headline_sparsity(results, row.pattern)}
         best = {label: pair for label, pair in best.items() if label in usual} or best
-    return (*_lowest(results, best), *_significance(best))
+    lent = noise_of_seconds(results) if results.cost_only else None
+    return (*_lowest(results, best, field), *_significance(best, field, lent))
 
 
-def _best_two(rows: list[Row]) -> tuple[Row, Row | None]:
-    """Return the row with the lowest perplexity at the group's largest sparsity, and the next comparable row."""
+def _best_two(rows: list[Row], field: str) -> tuple[Row, Row | None]:
+    """Return the row with the lowest value of a field at the group's largest sparsity, and the next comparable row."""
     most = max(rows, key=lambda row: row.value("sparsity"))
     alike = [row for row in rows if comparable(row, most)]
-    ordered = sorted(alike, key=lambda row: (row.value("perplexity"), row.order))
-    others = [row for row in ordered[1:] if over_common_seeds(ordered[0], row)[0].records]
+    ordered = sorted(alike, key=lambda row: (row.value(field), row.order))
+    others = [row for row in ordered[1:] if over_common_seeds(ordered[0], row, field=field)[0].records]
     return ordered[0], others[0] if others else None
 
 
-def _lowest(results: Results, best: dict[str, tuple[Row, Row | None]]) -> Prose:
-    """Return a sentence with the row of the lowest perplexity at each sparsity, its perplexity and its pruning time."""
+def _lowest(results: Results, best: dict[str, tuple[Row, Row | None]], field: str) -> Prose:
+    """Return a sentence with the row of the lowest value at each sparsity, the value, and its pruning time."""
+    timed = field == "seconds"
+    start = "Shortest pruning time (the model was not evaluated): " if timed else "Lowest perplexity: "
     by_name: dict[str, list[str]] = {}
     for label, (row, _) in best.items():
         by_name.setdefault(row.label, []).append(label)
     parts: list[str | Number] = []
     for name, labels in by_name.items():
-        parts.append(f"{'; ' if parts else 'Lowest perplexity: '}{name} at ")
+        parts.append(f"{'; ' if parts else start}{name} at ")
         for position, label in enumerate(labels):
             row = best[label][0]
-            quality, seconds = row.mean("perplexity"), row.mean("seconds")
-            assert quality is not None
-            parts += [*([", "] if position else []), f"{label} (", quality]
-            parts += [] if seconds is None else [", pruned in ", seconds, " s"]
+            value, seconds = row.mean(field), row.mean("seconds")
+            assert value is not None
+            parts += [*([", "] if position else []), f"{label} (", value]
+            parts += [" s"] if timed else [] if seconds is None else [", pruned in ", seconds, " s"]
             parts.append(")")
-    dense = None if results.dense is None else results.dense.mean("perplexity")
+    dense = None if results.dense is None else results.dense.mean(field)
     return (*parts, *(() if dense is None else ("; the dense model has ", dense)), ".")
 
 
-def _significance(best: dict[str, tuple[Row, Row | None]]) -> Prose:
+def _significance(best: dict[str, tuple[Row, Row | None]], field: str, lent: Number | None) -> Prose:
     """Return where the next row is worse by more than the noise, where it is not, and where the noise is unknown."""
     labels_by_verdict: dict[str, list[str]] = {"beyond": [], "tie": [], "unknown": []}
     for label, (row, other) in best.items():
         if other is None:
             continue
-        if larger_noise(row, other) is None:
+        if larger_noise(row, other, field=field, lent=lent) is None:
             labels_by_verdict["unknown"].append(label)
-        elif verdict(row, other) == "tie":
+        elif verdict(row, other, field, lent) == "tie":
             labels_by_verdict["tie"].append(f"{label} ({other.label})")
         else:
             labels_by_verdict["beyond"].append(label)

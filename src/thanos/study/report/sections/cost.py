@@ -135,6 +135,11 @@ def _more(row: Row, other: Row, lent: Number | None) -> Cell:
     return number(change_of(row, other, "seconds"), mark=tie + one_seed(row, other, field="seconds"))
 
 
+def costs_by_pattern(results: Results) -> dict[str, list[Row]]:
+    """Return the rows of the table by the label of their pattern."""
+    return {rows[0].pattern_label: rows for pattern in headline_patterns(results) if (rows := _rows(results, pattern))}
+
+
 def _measured_alike(results: Results, section: Section) -> Iterator[tuple[str, list[Row]]]:
     """Yield each headline pattern with its rows from one device. Patterns with fewer than two are listed as missing."""
     for pattern in headline_patterns(results):

@@ -69,5 +69,5 @@ def _pairs(groups: list[list[Row]]) -> Table:
         ]
     used = [row for rows in groups for row in rows]
     about = note(used, "Perplexity over the seeds that both rows have: < lower, > higher, = a tie, ° only one seed.")
-    heads = "<Method|first; <|verdict; <against|second; difference; larger spread|spread"
+    heads = "<Method|first; <verdict|verdict; <against|second; difference; larger spread|spread"
     return table("differences", "Differences between methods, and the noise", heads, lines, about, folded=True)
