@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.repocard import metadata_load
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -28,6 +29,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
     """The folder of a demo, and what it printed on the standard output and the standard error."""
     out = tmp_path_factory.mktemp("demo")
     model = save_tiny(out / "model", hidden_size=128, intermediate_size=512, max_position_embeddings=512)
+    (model / "README.md").write_text("---\nlicense: apache-2.0\nlanguage:\n- en\n---\n", encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         printed, errors = run_demo(model, out, patch)
     return out, printed, errors
@@ -83,6 +85,15 @@ def test_the_folders_are_what_the_table_calls_them(shown: tuple[Path, str, str])
     for name, weight in load_file(out / "again" / "model.safetensors").items():
         assert torch.equal(weight, load_file(out / "pruned" / "model.safetensors")[name])
     assert "packed" in (out / "comparison" / "comparison.html").read_text(encoding="utf-8")
+
+
+def test_the_cards_have_the_licence_and_the_language_of_the_model(shown: tuple[Path, str, str]) -> None:
+    out, _, _ = shown
+    for name in ("dense", "pruned", "packed", "shrunk"):
+        facts = metadata_load(out / name / "README.md")
+        assert facts is not None
+        assert facts["license"] == "apache-2.0"
+        assert facts["language"] in ("en", ["en"])  # a card may have one language in either form
 
 
 def test_each_step_is_announced_by_the_command_that_does_it(shown: tuple[Path, str, str]) -> None:

@@ -93,7 +93,10 @@ def _write_dense(source: ModelSource, dense: Path) -> bool:
     The folder appears only when it is complete. It is not written again, because a pruning run can only be resumed if its
     model's files have not changed.
     """
+    from huggingface_hub.repocard import metadata_save
+
     from thanos.model.loading import load_model
+    from thanos.model.stated import stated_facts
     from thanos.run.resume import describe_model
 
     origin, stored = json.dumps(describe_model(source)), dense / _ORIGIN
@@ -103,6 +106,8 @@ def _write_dense(source: ModelSource, dense: Path) -> bool:
     shutil.rmtree(partial, ignore_errors=True)
     load_model(source, dtype="bfloat16").save_pretrained(partial)
     source.tokenizer().save_pretrained(partial)
+    if facts := stated_facts(source):  # so the cards of the pruned models have the licence
+        metadata_save(partial / "README.md", facts)
     (partial / _ORIGIN).write_text(origin, encoding="utf-8")
     shutil.rmtree(dense, ignore_errors=True)
     partial.rename(dense)
