@@ -390,7 +390,8 @@ def test_the_conclusion_about_a_model_that_was_not_evaluated_is_about_time() -> 
                 ("columns 50 %", "columns"),
             )
         )
-        + ". It is unknown whether the differences to the next best row exceed the noise: each has only one seed."
+        + ". It is unknown whether the differences to the next best row exceed the spread over calibration seeds: each "
+        "row has only one seed."
     )
     assert [section.name for section in report.chapters[0].sections if not section.folded] == ["cost"]
     both = plain(build_report(contents([*records, *full_study(blocks=1)])).lead)
