@@ -84,23 +84,17 @@ class TuneStage:
             return (yield from _events(context, steps()))
         except torch.OutOfMemoryError:
             # With several ranks a local retry would desynchronise the collectives.
-            if context.world.size > 1 or not _on_device(context):
+            if context.world.size > 1 or not context.on_device:
                 raise
         # Outside the except block: inside it, the error's traceback still refers to the tensors of the failed pass.
-        for line in (context.runner.spill(), context.dense_stream and context.dense_stream.spill()):
-            if line:
-                yield context.note(line, "tune")
+        for line in context.spill():
+            yield context.note(line, "tune")
         return (yield from _events(context, steps()))
 
 
 def epochs_of(context: BlockContext) -> int:
     """Return the number of epochs of a block's tuning; 0 for none."""
     return max((settings.repair.tune for settings in context.layers.values()), default=0)
-
-
-def _on_device(context: BlockContext) -> bool:
-    streams = (context.runner, context.dense_stream)
-    return any(stream is not None and stream.tier == "device" for stream in streams)
 
 
 def tunables(context: BlockContext) -> list[Tunable]:
