@@ -100,9 +100,9 @@ def epochs_of(context: BlockContext) -> int:
 def tunables(context: BlockContext) -> list[Tunable]:
     """Return the parameters of a block that are tuned, in the order of the model.
 
-    A linear layer without settings here was left dense by the recipe. Nothing of it changes, not even its bias. If units are
-    removed, layers without settings lose their part of the units at the end of the run. The recipe did not leave them dense, so
-    they are tuned.
+    Usually a linear layer without settings is one that the recipe leaves dense. Nothing of it is tuned, not even its bias. If
+    the patterns remove units, only the layers that write a unit's output have settings. The other layers are then tuned too;
+    their entries that belong to removed units are cut out at the end of the run.
     """
     assert context.index is not None, "the modules after the blocks are not a block"
     tuned = {layer.name for layer, settings in context.layers.items() if settings.repair.tune}
