@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+"""Root folder of the repository."""
 
 
 def benchmark_script(name: str) -> ModuleType:
@@ -24,8 +25,6 @@ def benchmark_script(name: str) -> ModuleType:
     finally:
         sys.path.remove(folder)
 
-
-"""Root folder of the repository."""
 
 VOCABULARY = 320
 POSITIONS = 256

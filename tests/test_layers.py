@@ -73,6 +73,12 @@ def test_every_room_is_in_a_layer_and_few_modules_stand_alone():
     assert len(alone) <= 6, alone
 
 
+def test_the_tests_have_the_folders_of_the_packages():
+    tests = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and list(path.rglob("test_*.py"))}
+    packages = {path.name for path in SOURCE.iterdir() if (path / "__init__.py").is_file()}
+    assert tests == {*packages, "benchmarks"}
+
+
 def test_no_import_circle():
     """The imports at the top of files, which run at import, contain no circle."""
     names = {".".join(path.relative_to(SOURCE).with_suffix("").parts): path for path in modules()}

@@ -20,7 +20,7 @@ from thanos.errors import DataError, ModelError, RecipeError, ResourceError, Use
 from thanos.recipe import Recipe
 from thanos.registry import method_names
 from thanos.run.work_folder import check_output
-from thanos.system.suggestions import meant_share, near, near_device, near_dtype, near_number, near_whole
+from thanos.system.suggestions import meant_fraction, near, near_device, near_dtype, near_number, near_whole
 
 
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -50,8 +50,8 @@ def hint_of(pattern: str) -> str:
         ("2%", 0.02), (2, None), ("5", None), (9.9, None),
     ],
 )  # fmt: skip
-def test_the_share_that_was_meant(given: Any, meant: float | None) -> None:
-    assert meant_share(given) == meant
+def test_the_fraction_that_was_meant(given: Any, meant: float | None) -> None:
+    assert meant_fraction(given) == meant
 
 
 @pytest.mark.parametrize(
@@ -90,9 +90,9 @@ def test_the_share_that_was_meant(given: Any, meant: float | None) -> None:
         (near_whole(128.0), "128"),
         (near_whole("12.5"), None),
         (near_whole(-1), None),
-        (near_number("0,01", share=False), "0.01"),
-        (near_number(-0.5, share=True), None),
-        (near_number("1,5", share=False, allows=lambda number: number <= 1), None),
+        (near_number("0,01", fraction=False), "0.01"),
+        (near_number(-0.5, fraction=True), None),
+        (near_number("1,5", fraction=False, allows=lambda number: number <= 1), None),
         (near_whole("1e3", lambda number: number <= 100), None),
     ],
 )

@@ -161,7 +161,7 @@ def test_the_defaults_shown_are_those_of_a_recipe(capsys: pytest.CaptureFixture[
     found = entries(shown("prune", capsys))
     for option, default in {
         "--method": "thanos", "--pattern": "unstructured", "--outlier-rows": "0",
-        "--sparsity": "0.5, or 0.2 for units of the model; N:M sets its own",
+        "--sparsity": "0.5, or 0.2 for units of the model; some patterns set their own",
         "--keep-budget": "off", "--block-size": "the method's own, 128 or 512", "--damping": "0.01", "--calibration": "c4",
         "--samples": "128", "--sequence-length": "2048", "--seed": "0", "--skip": "none", "--activations": "auto",
     }.items():  # fmt: skip

@@ -20,6 +20,7 @@ from reports import contents
 from thanos import errors as thanos_errors
 from thanos.engine.block_runner import Passes
 from thanos.engine.stages import tune as stage_module
+from thanos.engine.stages.base import BlockContext
 from thanos.engine.stages.tune_cost import tuning_passes
 from thanos.model.experts import router_parameters, unfuse
 from thanos.model.layers import find_blocks
@@ -316,7 +317,7 @@ def test_without_room_the_hidden_states_leave_the_device_and_tuning_starts_again
     monkeypatch.setattr(stage_module, "tune", failing)
     with pytest.raises(thanos_errors.ResourceError):  # the hidden states are in host memory already
         thanos.prune(dense, tmp_path / "out", recipe(text_file))
-    monkeypatch.setattr(stage_module, "_on_device", lambda context: True)
+    monkeypatch.setattr(BlockContext, "on_device", True)
     monkeypatch.setattr(Passes, "spill", lambda self: spilled.append("moved") or "the activations move")
     report = thanos.prune(dense, tmp_path / "out", recipe(text_file))
     assert report.warnings == ["the activations move"]

@@ -1,7 +1,7 @@
 """Accumulators: sums over tokens of the statistics of a layer's inputs X, (a, b).
 
-The sums of batches and of processes add up. :class:`CrossGram` is a sum over two streams: the inputs of the dense model, X*,
-and those of the model pruned so far, X̂.
+Sums over batches, or over processes, can be added. :class:`CrossGram` is a sum over two streams: the inputs of the dense model,
+X*, and those of the model pruned so far, X̂.
 """
 
 from __future__ import annotations

@@ -129,9 +129,8 @@ def _meant(name: str, allowed: str = "") -> str:
         siblings = folder.iterdir() if name and folder.is_dir() else ()
         names = [each.name for each in siblings if _is_text(each) or (each.is_dir() and not each.name.startswith("."))]
         sets = allowed.split(", ") if allowed else []
-        alike = [
-            each for each in sorted(names) if near(_stem(name), [_stem(each)])
-        ]  # an ending alone resembles nothing
+        # Compare the names without their endings: two names with only the ending in common are not alike.
+        alike = [each for each in sorted(names) if near(_stem(name), [_stem(each)])]
         return near(name, sets, OTHER_NAMES if sets else None) or near(Path(name).name, alike)
     return ""
 

@@ -191,8 +191,8 @@ class _Words:
         except ValueError:
             described = _SETTING_OF.get(name)
             allows = math.isfinite if described is None else described.allows
-            share = described is not None and described.below == 1
-            hint = near_whole(value, allows) if kind is int else near_number(value, share=share, allows=allows)
+            fraction = described is not None and described.below == 1
+            hint = near_whole(value, allows) if kind is int else near_number(value, fraction=fraction, allows=allows)
             what = "a whole number" if kind is int else "a number"
             raise self._refusal(f"{name} must be {what}; got {value!r}{hint}") from None
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from thanos import registry
 from thanos.cli.options import JsonFile, Model, Quiet, examples, given, option, with_settings
 from thanos.settings import Heading
 
@@ -23,7 +24,9 @@ def inspect(
     require: Annotated[
         str | None,
         option(
-            "Exit with 1 unless every pruned layer satisfies this pattern: N:M or columns", Heading.CHECKS, "PATTERN"
+            f"Exit with 1 unless every pruned layer satisfies this pattern: {registry.required_patterns()}",
+            Heading.CHECKS,
+            "PATTERN",
         ),
     ] = None,
     dense: Annotated[

@@ -27,13 +27,13 @@ from thanos.system.suggestions import near_tier
 Tier = Literal["device", "host", "disk"]
 TIERS = ("auto", "device", "host", "disk")
 
-DEVICE_SHARE = 0.4
+DEVICE_FRACTION = 0.4
 """Fraction of the device's free memory that the activations may use. The rest is for a block, its Hessians and its solves."""
 
-HOST_SHARE = 0.5
+HOST_FRACTION = 0.5
 """Fraction of the host's free memory that the activations may use."""
 
-SPARE_SHARE = 0.1
+SPARE_FRACTION = 0.1
 """Fraction of a tier's free memory that one buffer of kept inputs may use (:mod:`thanos.engine.branches`). Usually there
 are at most four such buffers: for attention and MLP, in up to two streams."""
 
@@ -41,28 +41,29 @@ _CANNOT_PIN = "CUDA cannot pin the activations in host memory (error {}); use --
 _CANNOT_UNPIN = "CUDA cannot unpin the activations (error {}), after an earlier error of the device: see that error"
 
 
-def check_tier(asked: str) -> str:
-    """Return ``asked`` if it is one of :data:`TIERS`; else raise RecipeError."""
-    if asked not in TIERS:
-        raise RecipeError(f"activations must be one of {', '.join(TIERS)}; got {asked!r}{near_tier(asked, TIERS)}")
-    return asked
+def check_tier(tier: str) -> str:
+    """Return ``tier`` if it is one of :data:`TIERS`; else raise RecipeError."""
+    if tier not in TIERS:
+        raise RecipeError(f"activations must be one of {', '.join(TIERS)}; got {tier!r}{near_tier(tier, TIERS)}")
+    return tier
 
 
 def choose_tier(
-    needed: int, device: torch.device, folder: Path, asked: str = "auto", taken: Mapping[str, int] | None = None
+    needed: int, device: torch.device, folder: Path, tier: str = "auto", taken: Mapping[str, int] | None = None
 ) -> Tier:
     """Choose the storage tier of the activations, ``needed`` bytes, by measured free memory.
 
     On the CPU, device and host memory are the same, and the tier is called ``host``. ``folder`` is on the disk that would hold
-    the file. If ``asked`` names a tier, it is used without a check of free memory; for the disk, the free space is always
+    the file. A ``tier`` other than ``auto`` is used without a check of free memory; for the disk, the free space is always
     checked. ``taken`` maps a tier to bytes that are free now, but that other buffers will use. Raises RecipeError for an
     unknown tier, and ResourceError if the disk was chosen and has too little free space.
     """
-    tier, before = check_tier(asked), taken or {}
+    before = taken or {}
+    check_tier(tier)
     if tier == "auto":
         tiers: tuple[Tier, ...] = ("device", "host") if device.type == "cuda" else ("host",)
-        shares = {"device": DEVICE_SHARE, "host": HOST_SHARE}
-        tier = next((one for one in tiers if needed <= shares[one] * (_free(one, device) - before.get(one, 0))), "disk")
+        usable = {"device": DEVICE_FRACTION, "host": HOST_FRACTION}
+        tier = next((one for one in tiers if needed <= usable[one] * (_free(one, device) - before.get(one, 0))), "disk")
     if tier == "device" and device.type == "cpu":
         tier = "host"
     if tier == "disk" and needed > free_disk_bytes(folder) - before.get("disk", 0):
@@ -75,7 +76,7 @@ def choose_tier(
 
 def has_spare_room(tier: str, needed: int, device: torch.device, taken: int = 0) -> bool:
     """Return whether ``needed`` bytes are a small part of a tier's free memory; ``taken`` bytes of it count as used."""
-    return needed <= SPARE_SHARE * (_free(tier, device) - taken)
+    return needed <= SPARE_FRACTION * (_free(tier, device) - taken)
 
 
 def _free(tier: str, device: torch.device) -> int:

@@ -23,7 +23,7 @@ from thanos.system.memory import free_device_bytes
 BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
 """Largest number of tokens in a forward pass. More use more memory and gain little speed: a CPU's caches cannot hold them."""
 
-_BATCH_SHARE = 0.7
+_BATCH_FRACTION = 0.7
 """Fraction of the device's free memory that one batch may use. The rest is for the next batch and the next block's weights."""
 
 
@@ -92,7 +92,7 @@ class Passes(StreamStates):
                 self._own_calls.record(self._model, self._row(index))
             if self._states is None:
                 needed = hidden.nbytes * len(self._ids)
-                tier = choose_tier(needed, self._device, self._folder, self._asked)
+                tier = choose_tier(needed, self._device, self._folder, self._tier_setting)
                 self._states = Activations(len(self._ids), hidden, tier, self._device, self._folder, self.boundary)
             self._states.write(index, hidden)
 
@@ -261,7 +261,7 @@ class Passes(StreamStates):
             raise self._too_small() from error
         torch.cuda.synchronize(self._device)
         taken = torch.cuda.max_memory_allocated(self._device) - before + 2 * hidden.nbytes
-        return int(_BATCH_SHARE * (free_device_bytes(self._device) - hessians) / (taken * self.streams))
+        return int(_BATCH_FRACTION * (free_device_bytes(self._device) - hessians) / (taken * self.streams))
 
     # --- helpers ----------------------------------------------------------------------------------------------------
 

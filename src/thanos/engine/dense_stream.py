@@ -68,9 +68,9 @@ class DenseStream:
     ) -> Iterator[Step]:
         """Compute the outputs of block ``index`` for all sequences; yield a step after each batch.
 
-        ``starts`` and the errors are as for :meth:`~thanos.engine.block_runner.Passes.propagate`. ``beyond`` maps the indices
-        of the blocks right after it that the pruned model leaves out to their parameters. They run as well, and the outputs
-        become those of the last of them.
+        ``starts`` and the errors are as for :meth:`~thanos.engine.block_runner.Passes.propagate`. ``beyond`` has
+        the blocks right after this one that the pruned model leaves out: index → names of parameters. They run as well, and the
+        outputs become those of the last of them.
         """
         self._outputs = self._outputs or self._runner.storage_like()
         self.starts = []

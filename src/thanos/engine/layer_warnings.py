@@ -45,9 +45,9 @@ def layer_warnings(pruned: PrunedWeight, inputs: InputStatistics, tokens: int, s
 
 
 def warning_lines(layers: Iterable[LayerRecord], *, quote: str = "") -> list[str]:
-    """Return one line for each kind of warning about layers in the order of the model; ``quote`` surrounds their names.
+    """Return one line for each kind of warning. Warnings that differ only in their numbers are of one kind.
 
-    Warnings that differ only in their numbers are of one kind.
+    ``layers`` are in the order of the model. ``quote`` is put before and after a layer's name.
     """
     kinds: dict[str, list[tuple[LayerRecord, str]]] = {}
     for layer in layers:
@@ -76,7 +76,7 @@ def _one_line(found: list[tuple[LayerRecord, str]], quote: str) -> str:
 
 
 def expert_notes(experts: Mapping[str, str], records: Sequence[LayerRecord]) -> list[str]:
-    """Return notes with the number of experts that received too few calibration tokens, or none.
+    """Return at most two notes: how many experts received too few calibration tokens, and how many received none.
 
     ``experts`` maps a layer to the expert that it belongs to. ``records`` are those of all pruned layers, other modules
     included.

@@ -7,7 +7,7 @@ threads end when the last reference to their group is dropped, not in ``destroy_
 has the stack, and a program that is aborted in this way each time.
 
 Inferred: the abort that was seen once in a real run had this cause. It left no stack, but its message and its time are the
-    same.
+same.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ class StreamStates:
     """
 
     def __init__(self, ids: Tensor, device: torch.device, folder: Path, tier: str) -> None:
-        self._ids, self._device, self._folder, self._asked = ids, device, folder, tier
+        self._ids, self._device, self._folder, self._tier_setting = ids, device, folder, tier
         self._states: Activations | None = None
         self.buffers = 1
         self.boundary: int | None = None
@@ -80,7 +80,9 @@ class StreamStates:
     def storage_like(self) -> Activations:
         """Return storage for another stream of hidden states of all sequences, in the tier that has room."""
         states = self._activations
-        return states.empty_like(choose_tier(states.nbytes, self._device, self._folder, self._asked), self._folder)
+        return states.empty_like(
+            choose_tier(states.nbytes, self._device, self._folder, self._tier_setting), self._folder
+        )
 
     def new_branches(self) -> BranchInputs:
         """Return storage for the kept branch inputs of a stream. This object counts, spills and closes that of all streams."""

@@ -20,7 +20,7 @@ from thanos.system.memory import free_device_bytes
 BATCH = 8
 """Number of sequences in a step of tuning, over all processes."""
 
-FREE_SHARE = 0.7
+FREE_FRACTION = 0.7
 """Fraction of the device's free memory that the activations of one pass may use."""
 
 
@@ -216,7 +216,7 @@ class TuningPasses:
         torch.cuda.synchronize(device)
         taken = torch.cuda.max_memory_allocated(device) - before
         masters.gradient.zero_()
-        return max(1, min(BATCH, int(FREE_SHARE * free_device_bytes(device) / max(1, taken))))
+        return max(1, min(BATCH, int(FREE_FRACTION * free_device_bytes(device) / max(1, taken))))
 
 
 def squared_errors(outputs: Tensor, wanted: Tensor, *, by_token: bool) -> Tensor:

@@ -211,7 +211,7 @@ def joined_text(text: str, tokenizer: PreTrainedTokenizerBase, emit: Callable[[E
 
 
 def choose_bos(
-    asked: str,
+    bos: str,
     text: str,
     tokenizer: PreTrainedTokenizerBase,
     model: PreTrainedModel,
@@ -221,12 +221,12 @@ def choose_bos(
 ) -> Bos:
     """Return the position of BOS in the windows of a text, by the losses of ``model``.
 
-    See :func:`~thanos.evaluation.windows.decide_bos`. Raises DataError if ``asked`` is ``window`` and the tokenizer has no
+    See :func:`~thanos.evaluation.windows.decide_bos`. Raises DataError if ``bos`` is ``window`` and the tokenizer has no
     BOS, or if the windows do not fit the model.
     """
 
-    def mean_loss(windows: Tensor, bos: tuple[int, ...]) -> float | None:
-        tried = Reference(text="", windows=windows, bos="window" if bos else "none", bos_ids=bos)
+    def mean_loss(windows: Tensor, start: tuple[int, ...]) -> float | None:
+        tried = Reference(text="", windows=windows, bos="window" if start else "none", bos_ids=start)
         tried.check(model)
         try:
             return score(model, tried, lambda event: None)[0] / tried.tokens
@@ -235,7 +235,7 @@ def choose_bos(
 
     check_window(sequence_length, model.config)
     return decide_bos(
-        asked,
+        bos,
         text,
         tokenizer,
         sequence_length,

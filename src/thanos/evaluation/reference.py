@@ -27,7 +27,7 @@ def make_reference(
     bos: str,
     emit: Callable[[Event], None],
 ) -> Reference:
-    """Return the windows of a text, without a dense model.
+    """Return the reference of a text: its windows, and no dense model.
 
     Args:
         source: the model whose tokenizer is used.

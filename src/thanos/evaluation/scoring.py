@@ -31,7 +31,7 @@ of 256 k take 1 GiB."""
 _BATCH_TOKENS = {"cuda": 16384}
 """Largest number of tokens per forward pass. On other devices one window at a time is as fast."""
 
-_LOGITS_SHARE = 0.25
+_LOGITS_FRACTION = 0.25
 """Fraction of the device's free memory that the logits of one batch may take, including the dense model's logits."""
 
 
@@ -186,7 +186,7 @@ def _batch_size(model: PreTrainedModel, reference: Reference) -> int:
         * model.dtype.itemsize
         * (1 if reference.model is None else 2)
     )
-    fitting = int(_LOGITS_SHARE * free_device_bytes(model.device)) // window
+    fitting = int(_LOGITS_FRACTION * free_device_bytes(model.device)) // window
     return max(1, min(total, _BATCH_TOKENS[model.device.type] // length, fitting))
 
 

@@ -29,7 +29,7 @@ _TRIED_CHARACTERS = 24
 
 
 def decide_bos(
-    asked: str,
+    bos: str,
     text: str,
     tokenizer: PreTrainedTokenizerBase,
     sequence_length: int,
@@ -43,7 +43,7 @@ def decide_bos(
     windows after it are scored.
 
     Args:
-        asked: one of :data:`~thanos.model.bos.BOS_CHOICES`.
+        bos: one of :data:`~thanos.model.bos.BOS_CHOICES`.
         text: the text of the evaluation.
         tokenizer: tokenizer of the model.
         sequence_length: tokens per window, T.
@@ -53,30 +53,30 @@ def decide_bos(
         max_windows: largest number of windows of the evaluation; None for all.
 
     Raises:
-        DataError: ``asked`` is ``window``, and the tokenizer has no BOS; or BOS fills a window.
+        DataError: ``bos`` is ``window``, and the tokenizer has no BOS; or BOS fills a window.
     """
-    bos = window_bos(tokenizer) if asked == "window" else added_bos(tokenizer)
-    if not bos and asked == "window":
+    start = window_bos(tokenizer) if bos == "window" else added_bos(tokenizer)
+    if not start and bos == "window":
         raise DataError(
             "--bos: window asks for a beginning-of-text token, which the tokenizer does not have; leave it out"
         )
-    check_room(sequence_length, bos)
-    if not bos:
+    check_room(sequence_length, start)
+    if not start:
         return "none"
-    if asked != "auto":
-        return "window" if asked == "window" else "text"
+    if bos != "auto":
+        return "window" if bos == "window" else "text"
     if max_windows == 1:  # a single window begins with BOS either way
         return "text"
     length, most = sequence_length, 1 + max(1, _TRIED_TOKENS // sequence_length)
     head = text[: most * length * _TRIED_CHARACTERS]
-    ids = without_bos(plain_ids(tokenizer, head), bos)
+    ids = without_bos(plain_ids(tokenizer, head), start)
     count = min(len(ids) // length, most)
     if count < 2:  # the same holds here
         return "text"
-    room = length - len(bos)
-    without = torch.tensor([*bos, *ids])[: count * length].view(count, length)
-    with_bos = begin_windows(torch.tensor(ids)[: count * room].view(count, room), bos)
-    losses = mean_loss(without[1:], ()), mean_loss(with_bos[1:], bos)
+    room = length - len(start)
+    without = torch.tensor([*start, *ids])[: count * length].view(count, length)
+    with_bos = begin_windows(torch.tensor(ids)[: count * room].view(count, room), start)
+    losses = mean_loss(without[1:], ()), mean_loss(with_bos[1:], start)
     if losses[0] is None or losses[1] is None:
         return "text"
     choice: Bos = "window" if losses[1] <= losses[0] + math.log(LOWER) else "text"

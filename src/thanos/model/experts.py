@@ -202,8 +202,8 @@ def rename_expert(key: str, converters: Sequence[Any]) -> str | None:
     """Translate the name of one expert's matrix in a checkpoint by transformers' table of conversions.
 
     Two conversions are supported, both of which stack matrices: [gate, up] → ``gate_up_proj`` and [down] → ``down_proj``.
-    ``key`` is the name after pure renamings. Returns its name in :class:`Experts`; the key itself if no conversion applies to
-    it; None if one applies that is not supported.
+    ``key`` is the matrix's name after the conversions that only rename. Returns its name in :class:`Experts`; the key itself if
+    no conversion applies to it; None if one applies that is not supported.
     """
     for converter in converters:
         if converter.rename_source_key(key)[1] is None:

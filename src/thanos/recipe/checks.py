@@ -60,7 +60,9 @@ def _allowed(value: Any, described: Setting, kind: type[Any], optional: bool) ->
     if kind is int:
         return f"a whole number, {described.bounds}", near_whole(value, described.allows)
     if kind is float:
-        return f"a number, {described.bounds}", near_number(value, share=described.below == 1, allows=described.allows)
+        return f"a number, {described.bounds}", near_number(
+            value, fraction=described.below == 1, allows=described.allows
+        )
     return either(_choices(described)), near(value, _choices(described))
 
 

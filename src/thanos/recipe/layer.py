@@ -35,18 +35,19 @@ class LayerRecipe:
 
     Args:
         method: name of a method in :mod:`thanos.registry`.
-        pattern: ``unstructured``, ``columns``, ``N:M`` (at most N non-zeros in M consecutive inputs), or a registered one.
+        pattern: text of a pattern in :mod:`thanos.registry`, such as ``unstructured``, ``columns`` or ``2:4``.
         sparsity: fraction of the matrix's entries that become zero, in [0, 1). An n:m pattern determines it; for other patterns
             None means the pattern's default.
         outlier_rows: fraction of output rows left dense, in [0, 1).
         keep_budget: remove more from the other rows, so that the whole matrix has the same sparsity as without outlier rows;
             see :class:`~thanos.patterns.budget.Budget`. For n:m, n must be even: the rows with the smallest squared output norm
             keep n/2 of m.
-        block_size: number of input columns handled together (Thanos, SparseGPT); None means 128, or 512 for Thanos with n:m.
-        damping: fraction of the Hessian's mean diagonal added to its diagonal, at least 0 (Thanos, SparseGPT, ADMM,
-            and the repair of any method).
+        block_size: number of input columns handled together, for methods that work block by block; None means the method's
+            own number for the pattern, from its row in :mod:`thanos.registry`.
+        damping: fraction of the Hessian's mean diagonal added to its diagonal, at least 0, for methods that compensate and for
+            the repair of any method.
         scope: what has the sparsity, for patterns that may remove any entries: ``layer``, the whole matrix, or ``row``, every
-            row, as far as possible. None means the scope of ``effort``, else the method's own: ``row`` for Wanda.
+            row, as far as possible. None means the scope of ``effort``, else the method's own.
         effort: name of a preset of the next four settings; ``fast`` turns them off.
         dense_target: fraction α, in [0, 1], of the dense model's outputs in the target that the layer is fitted to; ``auto``
             chooses it on held-out sequences. For this and the next three settings, None means the value of ``effort``.
@@ -76,7 +77,7 @@ class LayerRecipe:
         "FRACTION",
         lowest=0,
         below=1,
-        default="0.5, or 0.2 for units of the model; N:M sets its own",
+        default="0.5, or 0.2 for units of the model; some patterns set their own",
     )
     outlier_rows: float = setting(
         0.0, "Fraction of the output rows to leave dense", Heading.METHOD, "FRACTION", lowest=0, below=1
@@ -101,7 +102,7 @@ class LayerRecipe:
     )
     scope: str | None = setting(
         None,
-        "Whether the whole layer or every row has the sparsity; for pattern unstructured only",
+        "Whether the whole layer or every row has the sparsity; only for patterns that may remove any weights",
         Heading.METHOD,
         "SCOPE",
         choices=lambda: registry.SCOPES,

@@ -26,7 +26,7 @@ REPAIR_FIELDS = ("effort", "dense_target", "sequential", "refit", "tune")
 EFFORT_PARTS = ("scope", *REPAIR_FIELDS[1:])
 """The settings that an effort sets where they are not given."""
 
-HELD_OUT_SHARE = 1 / 16
+HELD_OUT_FRACTION = 1 / 16
 """Fraction of the calibration sequences that are held out unless the recipe says otherwise: 8 of 128."""
 
 TUNE_RATE = 8e-3
@@ -125,7 +125,9 @@ def checked_target(value: Any) -> float | str:
     if isinstance(number, int | float) and not isinstance(number, bool) and 0 <= number <= 1:
         return float(number)
     hint = (
-        near(value, [AUTO]) if number is None else near_number(value, share=True, allows=lambda share: 0 <= share <= 1)
+        near(value, [AUTO])
+        if number is None
+        else near_number(value, fraction=True, allows=lambda number: 0 <= number <= 1)
     )
     raise RecipeError(f"dense_target must be {AUTO} or a number, at least 0 and at most 1; got {value!r}{hint}")
 
@@ -133,10 +135,10 @@ def checked_target(value: Any) -> float | str:
 def held_out_of(samples: int, held_out: int | None) -> int:
     """Return how many of ``samples`` sequences of the calibration text are held out: the last ones.
 
-    ``held_out`` is the recipe's setting; None means :data:`HELD_OUT_SHARE` of the sequences, at least one. Raises RecipeError
-    if no sequence would be left to prune with.
+    ``held_out`` is the recipe's setting; None means :data:`HELD_OUT_FRACTION` of the sequences, at least one. Raises
+    RecipeError if no sequence would be left to prune with.
     """
-    count = max(1, round(samples * HELD_OUT_SHARE)) if held_out is None else held_out
+    count = max(1, round(samples * HELD_OUT_FRACTION)) if held_out is None else held_out
     if count >= samples:
         raise RecipeError(
             f"of {samples} calibration sequence{'s' * (samples != 1)}, {count} would be held out to choose the dense target "

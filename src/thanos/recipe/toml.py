@@ -22,7 +22,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise RecipeError(f"recipe {path} is not valid TOML: it is not UTF-8 text; give another file") from error
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(
-            f'recipe {path} is not valid TOML: {error}; a setting is a line such as sparsity = 0.5 or method = "wanda"'
+            f'recipe {path} is not valid TOML: {error}; a setting is a line such as sparsity = 0.5 or device = "cpu"'
         ) from error
 
 

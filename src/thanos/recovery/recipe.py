@@ -25,8 +25,8 @@ PARTS = {
 }
 """The values of ``train``, each with an explanation."""
 
-_HELD_OUT_SHARE = 16
-"""By default one sequence in this number is held out: 8 of 128."""
+_ONE_HELD_OUT_OF = 16
+"""By default one sequence of this many is held out: 8 of 128."""
 
 
 _DESCRIBED = ("epochs", "vary", "batch", "micro_batch", "held_out", "generate", "shard")
@@ -143,7 +143,7 @@ class RecoveryRecipe:
             )
         _ = self.text  # raises if a setting of the text is wrong
         if self.trained < self.batch:
-            least = self.held_out or max(1, self.samples // _HELD_OUT_SHARE)
+            least = self.held_out or max(1, self.samples // _ONE_HELD_OUT_OF)
             few = "1 sequence is" if self.samples == 1 else f"{self.samples} sequences are"
             raise RecipeError(
                 f"{few} too few: {least} to hold out and a batch of {self.batch} need {least + self.batch}; raise --samples, "
@@ -165,7 +165,7 @@ class RecoveryRecipe:
     @property
     def trained(self) -> int:
         """Number of sequences of the text that are trained on: the first ones, in whole batches. All others are held out."""
-        least = self.held_out or max(1, self.samples // _HELD_OUT_SHARE)
+        least = self.held_out or max(1, self.samples // _ONE_HELD_OUT_OF)
         return max(0, self.samples - least) // self.batch * self.batch
 
     @property

@@ -1,10 +1,10 @@
 """The registry: the methods, refinements, patterns and efforts that a recipe can name, and where their code is.
 
-A method, a refinement or a pattern is one file and one row here. An effort, a preset of a recipe's repair, is one row. Rows are
-plain values, so reading them does not import torch. The code of a row is imported when it is used. A file outside this package
-adds rows with :func:`register_method` and :func:`register_pattern`. The command line, and every process that it starts,
-imports the modules that the environment variable ``THANOS_PLUGINS`` names, separated by commas. docs/add-a-method.md shows
-both ways.
+A method or a pattern is one file and one row here. A refinement also needs a field of
+:class:`~thanos.recipe.repair.Repair`, its amount. An effort, a preset of a recipe's repair, is one row. Rows are plain values,
+so reading them does not import torch. The code of a row is imported when it is used. A file outside this package adds rows
+with :func:`register_method` and :func:`register_pattern`. The command line, and every process that it starts, imports the
+modules that the environment variable ``THANOS_PLUGINS`` names, separated by commas. docs/add-a-method.md shows both ways.
 """
 
 from __future__ import annotations

@@ -39,20 +39,21 @@ def prune_weight(
 
     Args:
         weight: the matrix, (c, b): c output rows, b input columns; any floating dtype, any strides.
-        hessian: XᵀX of the layer's inputs up to any positive factor, (b, b). None is allowed for ``magnitude`` only. Outlier
-            rows are then the rows of the largest norm, and no error is measured.
-        method: ``thanos``, ``sparsegpt``, ``wanda``, ``magnitude``, ``admm`` or a registered one.
-        pattern: ``unstructured``, ``columns``, ``N:M`` (at most N non-zeros in every M consecutive inputs) or a registered one.
-        sparsity: fraction of all c·b entries to remove, in [0, 1); default 0.5. For n:m it follows from the pattern.
-        block_size: columns that Thanos and SparseGPT handle together; default 128, or 512 for Thanos with n:m. It need not
-            divide b.
+        hessian: XᵀX of the layer's inputs up to any positive factor, (b, b). None is allowed only for a
+            method that needs no inputs, such as ``magnitude``. Outlier rows are then the rows of the largest norm, and no error
+            is measured.
+        method: name of a method in :mod:`thanos.registry`.
+        pattern: text of a pattern in :mod:`thanos.registry`, such as ``unstructured``, ``columns`` or ``2:4``.
+        sparsity: fraction of all c·b entries to remove, in [0, 1); default 0.5. Some patterns determine it.
+        block_size: columns handled together, for methods that work block by block. It need not divide b. None: the method's
+            own number for the pattern, 128 or 512.
         damping: fraction of the Hessian's mean diagonal that is added to the diagonal, at least 0. It is raised tenfold while
             the Hessian is not positive definite; the result reports this.
         outlier_rows: fraction α of rows left dense, in [0, 1): the ⌈α·c⌉ with the largest squared output norm (W H Wᵀ)_ii.
         keep_budget: remove more from the other rows to make up for the outlier rows; see
             :class:`~thanos.patterns.budget.Budget`.
         scope: ``layer``: one budget for the whole matrix; ``row``: a budget for each row, and two of them differ by at most
-            one entry. None: the method's own, which is ``row`` for Wanda. Only for patterns that may remove any entries.
+            one entry. None: the method's own. Only for patterns that may remove any entries.
         refit: largest number of conjugate-gradient steps that improve the remaining weights, after any method; it needs the
             Hessian. None or 0: no refit.
 

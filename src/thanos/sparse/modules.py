@@ -24,7 +24,7 @@ class PackedLinear(nn.Module):
 
     Attributes:
         siblings: the layers that run in one kernel launch with this one; None if it runs alone.
-        place: index of this layer in ``siblings``.
+        sibling_index: index of this layer in ``siblings``.
     """
 
     weight_words: nn.Parameter
@@ -35,7 +35,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.spec = spec
         self.siblings: Siblings | None = None
-        self.place = 0
+        self.sibling_index = 0
         self.in_features, self.out_features = spec.columns, spec.rows
         sizes = {WORDS: (spec.words, torch.int32), OFFSETS: (spec.offsets, torch.int32)}
         sizes["bias"] = (spec.rows if bias else 0, spec.dtype)
@@ -72,7 +72,7 @@ class PackedLinear(nn.Module):
             )
         if not x.dim() or x.shape[-1] != self.in_features:
             raise RuntimeError(f"a packed layer of {self.in_features} inputs got an input of shape {tuple(x.shape)}")
-        return self.alone(x) if self.siblings is None else self.siblings.output(self.place, x)
+        return self.alone(x) if self.siblings is None else self.siblings.output(self.sibling_index, x)
 
     def alone(self, x: Tensor) -> Tensor:
         """Return the layer's output, computed without its siblings; ``x`` has the dtype of the packed values."""

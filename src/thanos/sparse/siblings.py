@@ -43,23 +43,23 @@ class Siblings:
         """Return the state for a copy or a file: the layers, but no outputs that are kept during a forward pass."""
         return {"layers": self.layers, "held": None}
 
-    def output(self, place: int, x: Tensor) -> Tensor:
+    def output(self, index: int, x: Tensor) -> Tensor:
         """Return the output of one of the layers.
 
         Args:
-            place: index of the layer.
+            index: index of the layer.
             x: input of the layer.
         """
         held = self.held
         if held is not None and held[0] is x:
-            taken = held[1].pop(place, None)
+            taken = held[1].pop(index, None)
             if taken is not None:
                 if not held[1]:
                     self.held = None
                 return taken
         layers = self.layers
-        if place:
-            return layers[place].alone(x)
+        if index:
+            return layers[index].alone(x)
         own, *others = packed_linears(
             x,
             [layer.weight_words for layer in layers],
@@ -129,5 +129,5 @@ def join(layers: list[PackedLinear]) -> None:
             part = alike[first : first + MOST_MATRICES]
             if len(part) > 1:
                 siblings = Siblings(part)
-                for place, layer in enumerate(part):
-                    layer.siblings, layer.place = siblings, place
+                for index, layer in enumerate(part):
+                    layer.siblings, layer.sibling_index = siblings, index

@@ -29,10 +29,10 @@ DENSE = "dense"
 class Cell:
     """One point of the grid, normalised so that equal runs are equal cells.
 
-    A field is None if the method or pattern does not use it: the block size and damping of Wanda, the sparsity of n:m, and for
-    ``dense`` all fields except the model and the method. It is None too if it equals its default: a scope that is the method's
-    or the effort's, ``multiple_of`` and ``head_unit`` of the pattern, the effort ``fast``, a part of the repair that the effort
-    sets. The fields are those of :class:`~thanos.recipe.Recipe`.
+    A field is None if the method or pattern does not use it: the damping of a method that does not compensate, the sparsity of
+    a pattern that determines it, and for ``dense`` all fields except the model and the method. It is None too if it equals its
+    default: a scope that is the method's or the effort's, ``multiple_of`` and ``head_unit`` of the pattern, the effort
+    ``fast``, a part of the repair that the effort sets. The fields are those of :class:`~thanos.recipe.Recipe`.
     """
 
     model: str

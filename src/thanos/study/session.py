@@ -43,7 +43,7 @@ from thanos.system.device import choose_device
 from thanos.system.memory import free_device_bytes, free_host_bytes
 from thanos.system.meter import PhaseMeter
 
-_KEEP_SHARE = 0.25
+_KEEP_FRACTION = 0.25
 """Fraction of the free memory for the dense model's kept hidden states. The rest is for two models and their logits."""
 
 
@@ -217,7 +217,7 @@ class Session:
         )
         if plan.compare:
             free = free_host_bytes() if self._device.type == "cpu" else free_device_bytes(self._device)
-            room = int(_KEEP_SHARE * free) // self._sharers
+            room = int(_KEEP_FRACTION * free) // self._sharers
             reference = replace(reference, dense=public(cell.model), model=model, keep_bytes=room)
         self._reference = (cell.model, reference)
         return reference

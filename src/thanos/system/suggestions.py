@@ -72,18 +72,18 @@ def near_pattern(given: Any, plain: str, others: Mapping[str, Iterable[str]]) ->
     parts = re.fullmatch(r"([0-9]{1,6})\s*(?:[-/_x:;.]|of|to)\s*([0-9]{1,6})", text)
     if parts and 0 < int(parts[1]) < int(parts[2]):
         return _did_you_mean(f"{int(parts[1])}:{int(parts[2])}")
-    share = meant_share(text)
-    if share is not None:
-        return f" (did you mean {plain} with sparsity {share:g}?)"
+    fraction = meant_fraction(text)
+    if fraction is not None:
+        return f" (did you mean {plain} with sparsity {fraction:g}?)"
     return near(text, (name for name in others if ":" not in name), others)
 
 
-def near_number(given: Any, *, share: bool, allows: Callable[[float], bool] = math.isfinite) -> str:
-    """Return the hint for a percentage, a decimal comma or a number in quotes; with ``share``, for a fraction in [0, 1).
+def near_number(given: Any, *, fraction: bool, allows: Callable[[float], bool] = math.isfinite) -> str:
+    """Return the hint for a percentage, a decimal comma or a number in quotes; with ``fraction``, for a fraction in [0, 1).
 
     ``allows`` tells which numbers are allowed: no other is suggested.
     """
-    number = meant_share(given) if share else _number(given)
+    number = meant_fraction(given) if fraction else _number(given)
     return "" if number is None or number == given or not allows(number) else _did_you_mean(f"{number:g}")
 
 
@@ -99,7 +99,7 @@ def near_whole(given: Any, allows: Callable[[float], bool] = math.isfinite) -> s
     return _did_you_mean(str(int(number)))
 
 
-def meant_share(given: Any) -> float | None:
+def meant_fraction(given: Any) -> float | None:
     """Return the fraction in [0, 1) that a value means: 0.5 for ``50``, ``"50%"`` or ``"0,5"``. None if it means none."""
     number = _number(given)
     if number is None:

@@ -84,12 +84,11 @@ class TuneStage:
             return (yield from _events(context, steps()))
         except torch.OutOfMemoryError:
             # With several ranks a local retry would desynchronise the collectives.
-            if context.world.size > 1 or not _on_device(context):
+            if context.world.size > 1 or not context.on_device:
                 raise
         # Outside the except block: inside it, the error's traceback still refers to the tensors of the failed pass.
-        for line in (context.runner.spill(), context.dense_stream and context.dense_stream.spill()):
-            if line:
-                yield context.note(line, "tune")
+        for line in context.spill():
+            yield context.note(line, "tune")
         return (yield from _events(context, steps()))
 
 
@@ -98,17 +97,12 @@ def epochs_of(context: BlockContext) -> int:
     return max((settings.repair.tune for settings in context.layers.values()), default=0)
 
 
-def _on_device(context: BlockContext) -> bool:
-    streams = (context.runner, context.dense_stream)
-    return any(stream is not None and stream.tier == "device" for stream in streams)
-
-
 def tunables(context: BlockContext) -> list[Tunable]:
     """Return the parameters of a block that are tuned, in the order of the model.
 
-    A linear layer without settings here was left dense by the recipe. Nothing of it changes, not even its bias. If units are
-    removed, layers without settings lose their part of the units at the end of the run. The recipe did not leave them dense, so
-    they are tuned.
+    Usually a linear layer without settings is one that the recipe leaves dense. Nothing of it is tuned, not even its bias. If
+    the patterns remove units, only the layers that write a unit's output have settings. The other layers are then tuned too;
+    their entries that belong to removed units are cut out at the end of the run.
     """
     assert context.index is not None, "the modules after the blocks are not a block"
     tuned = {layer.name for layer, settings in context.layers.items() if settings.repair.tune}

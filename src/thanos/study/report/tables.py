@@ -106,7 +106,6 @@ HEADS = {
     "seconds": "pruning (s)",
     "solve_seconds": "solving (s)",
     "peak_bytes": "additional peak memory (GiB)",
-    "seconds_difference": "s more than SparseGPT",
 }
 """Name of a column → its heading in every table."""
 

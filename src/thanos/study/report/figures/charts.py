@@ -9,7 +9,8 @@ from typing import Any, Literal
 from thanos.study.report.numbers import Number, Prose
 
 SPAN_FOR_LOG = 8.0
-"""An axis is logarithmic, and labelled so, if its largest number is more than this many times its smallest."""
+"""An axis with scale ``auto`` is logarithmic, and labelled so, if its largest number is more than this many times its
+smallest."""
 
 
 FAR = 3.0
@@ -22,7 +23,7 @@ ROOM = 1.6
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One point. Both coordinates come from the store. The spread is that of y, which ``dots`` draws horizontally.
+    """One point. The spread is that of y, which ``dots`` draws horizontally.
 
     ``style`` is the method whose style the point has; empty for that of its series.
     """
@@ -155,7 +156,7 @@ class HeatMap:
     note: Prose = ()
 
     def scale(self) -> str:
-        """Return ``log`` if the numbers span decades, else ``linear``."""
+        """Return ``log`` if the largest number is more than :data:`SPAN_FOR_LOG` times the smallest, else ``linear``."""
         known = [number.value for row in self.values for number in row if number is not None]
         return "log" if known and min(known) > 0 and max(known) > SPAN_FOR_LOG * min(known) else "linear"
 

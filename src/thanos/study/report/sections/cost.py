@@ -30,6 +30,9 @@ _MEMORY: Prose = (
     "Memory is the peak of pruning minus the smallest peak among its phases, of the device, or of the host without one. So it "
     "leaves out what the study's process keeps between cells, the dense model and its outputs, which no method needs.",
 )
+_MORE = "s more than SparseGPT|seconds_difference"
+"""Heading and name of the column with the seconds that a row takes more than SparseGPT's."""
+
 _DIFFERENCE = "Seconds more than SparseGPT: over the seeds that both rows have; = within the noise, ° only one seed."
 _PRICE = (
     "Last column: additional seconds over SparseGPT for each point by which the perplexity is lower. =: the seconds are a tie. "
@@ -70,7 +73,7 @@ def cost(results: Results) -> Section:
         section.prose.append(_noise_note(lent))
         heads = "<Method|method; sparsity; perplexity; seconds; peak_bytes; <Pareto front|front"
         if {"thanos", "sparsegpt"} <= {row.method for row in used}:
-            heads += "; seconds_difference; s per point of perplexity|price"
+            heads += f"; {_MORE}; s per point of perplexity|price"
             about, title = note(used, SPREAD_NOTE, _DIFFERENCE, _PRICE), "Cost and marginal cost"
         else:  # the marginal cost compares the two methods
             lines = {label: [line[:-2] for line in own] for label, own in lines.items()}
@@ -111,7 +114,7 @@ def _without_accuracy(results: Results) -> Section:
     if lines:
         section.prose.append((f"Device: {usual_device(results)}.",))
         section.prose.append(_noise_note(lent))
-        heads = f"<Method|method; {'; '.join(_COST_FIELDS)}; seconds_difference"
+        heads = f"<Method|method; {'; '.join(_COST_FIELDS)}; {_MORE}"
         about = note(used, SPREAD_NOTE, _DIFFERENCE)
         section.tables.append(table("cost", "Cost of the methods", heads, lines, about))
         title = "Pruning time by pattern and method"

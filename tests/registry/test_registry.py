@@ -76,6 +76,16 @@ OWN_FILES = {
     "patterns/units.py",  # the kinds of units, which have the names of their patterns
     *(f"patterns/{name}.py" for name in ("unstructured", "columns", "nm", "neurons", "heads", "width", "blocks")),
 }
+IN_SENTENCES = {
+    "cli/bench_layer.py": ["SparseGPT", "sparsegpt", "sparsegpt", "2:4", "2:4"],  # examples of the command line
+    "cli/bench_model.py": ["2:4", "2:4"],
+    "cli/demo.py": ["16:32"],  # what the demo shows
+    "cli/inspect.py": ["2:4"],
+    "cli/prune.py": ["2:4"],
+    "export/candidates.py": ["16:32"],  # advice to the user
+}
+"""File → names of methods and patterns in its texts, docstrings excluded. Names that are also English words do not count."""
+
 PATTERN_CLASSES = {"Unstructured", "Columns", "NM", "Neurons", "Heads", "Width", "Blocks"}
 METHOD_MODULES = "thanos.solvers.methods"
 
@@ -98,6 +108,26 @@ def named(tree: ast.AST) -> Iterator[str]:
             and (node.value in names or re.fullmatch(r"\d+:\d+", node.value))
         ):
             yield node.value
+
+
+def in_sentences(tree: ast.AST) -> Iterator[str]:
+    """Names and titles of methods, and patterns such as 2:4, in the strings of a file, docstrings excluded."""
+    words = {"magnitude", "thanos"}  # English, and the program
+    names = {name for row in registry.METHODS for name in (row.name, row.title) if name.lower() not in words}
+    wanted = re.compile(rf"\b(?:{'|'.join(sorted(names))}|unstructured|N:M|[0-9]+:[0-9]+)\b")
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            yield from wanted.findall(node.value)
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(SOURCE)))
+def test_no_text_of_another_file_names_a_method_or_pattern(path: Path) -> None:
+    name = str(path.relative_to(SOURCE))
+    if name in OWN_FILES or name.startswith("registry/"):
+        return
+    found = in_sentences(ast.parse(path.read_text(encoding="utf-8")))
+    assert sorted(found) == sorted(IN_SENTENCES.get(name, []))
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(SOURCE)))
@@ -267,6 +297,13 @@ def test_help_lists_the_new_method_and_pattern(toys: ModuleType) -> None:
     text = re.sub(r"-\s+", "-", done.stdout)  # lines break at hyphens
     assert "root-norm" in text
     assert "row-halves" in text
+
+
+def test_the_help_of_inspect_lists_the_new_pattern(toys: ModuleType) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "thanos", "inspect", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "this pattern: N:M, columns, or row-halves" in " ".join(re.sub(r"-\s+", "-", done.stdout).split())
 
 
 def test_the_command_line_plans_prunes_and_inspects_by_both(
