@@ -161,6 +161,12 @@ BAD_RUN_VALUES: list[tuple[dict[str, Any], str]] = [
     *[({"samples": v}, r"samples must be a whole number, at least 1; got") for v in (0, -1, 1.0, "8", True, None)],
     *[({"sequence_length": v}, r"sequence_length must be a whole number, at least 2") for v in (1, 0, 2.5, None)],
     *[({"seed": v}, r"seed must be a whole number, at least 0") for v in (-1, 0.0, "0", False)],
+    (
+        {"samples": 10**20},
+        r"100000000000000000000 \(samples\) calibration sequences of 2048 tokens .* fewer or shorter",
+    ),
+    ({"generate": 10**20}, r"128 \(samples\) \+ 100000000000000000000 \(generate\) calibration sequences"),
+    ({"sequence_length": 10**20}, "more than any machine can hold"),
     *[({"dtype": v}, r"dtype .* is unknown; choose one of auto, float32, bfloat16, float16") for v in ("fp16", "", 16)],
     *[({"calibration": v}, r"calibration must be a name; got") for v in ("", None, 4, ["c4"])],
     (

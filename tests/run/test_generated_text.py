@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import thanos
+from helpers import save_tiny, tiny_model, tiny_tokenizer
 from thanos.calibration.continued import PROMPT, generate_sequences
+from thanos.calibration.generation import continue_prompts
 from thanos.calibration.kept import read_windows, write_windows
 from thanos.calibration.windows import Calibration, build_calibration
-from thanos.errors import RecipeError, UserError
+from thanos.engine.distributed import World
+from thanos.errors import DataError, NumericsError, RecipeError, UserError
 from thanos.run.work_folder import WorkFolder
 
 SAMPLES, LENGTH, GENERATE = 6, 32, 5
@@ -102,6 +106,128 @@ def test_another_number_of_generated_sequences_is_another_run(
     assert WorkFolder(tmp_path / "out").windows(recipe(text_file)) is not None
     with pytest.raises(UserError, match="generate"):
         thanos.prune(tiny_llama, tmp_path / "out", recipe(text_file, generate=4), resume=True)
+
+
+@pytest.mark.parametrize("generate", [0, GENERATE])
+def test_a_text_that_changed_is_another_run(generate: int, tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
+    """The report has the hash of the text. A resumed run does not read the text again if the model generated windows."""
+    text, settings = tmp_path / "text.txt", recipe(tmp_path / "text.txt", generate=generate)
+    text.write_bytes(text_file.read_bytes())
+    with pytest.raises(KeyboardInterrupt):
+        thanos.prune(tiny_llama, tmp_path / "out", settings, on_event=stopped_at(1))
+    text.write_bytes(b"other words " + text_file.read_bytes())
+    with pytest.raises(UserError, match="sha256 of the calibration text"):
+        thanos.prune(tiny_llama, tmp_path / "out", settings, resume=True)
+
+
+def test_the_report_has_the_hash_of_the_text_that_was_read(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
+    text, was = tmp_path / "text.txt", text_file.read_bytes()
+    text.write_bytes(was)
+
+    def change(event: thanos.Event) -> None:
+        if event.kind == "block":
+            text.write_bytes(b"other words")
+
+    report = thanos.prune(tiny_llama, tmp_path / "out", recipe(text, generate=0), on_event=change)
+    assert report.calibration["text_sha256"] == hashlib.sha256(was).hexdigest()
+
+
+@pytest.mark.parametrize("length", [0, 100])
+def test_windows_that_were_cut_short_are_generated_again(
+    length: int, tiny_llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    whole = thanos.prune(tiny_llama, tmp_path / "whole", recipe(text_file))
+    with pytest.raises(KeyboardInterrupt):
+        thanos.prune(tiny_llama, tmp_path / "out", recipe(text_file), on_event=stopped_at(1))
+    kept = WorkFolder(tmp_path / "out").path / "windows.safetensors"
+    kept.write_bytes(kept.read_bytes()[:length])
+    resumed = thanos.prune(tiny_llama, tmp_path / "out", recipe(text_file), resume=True)
+    assert resumed.calibration == whole.calibration
+
+
+@pytest.mark.parametrize("plans", [True, False])
+def test_a_tokenizer_of_another_model_is_named_before_the_model_generates(
+    plans: bool, text_file: Path, tmp_path: Path
+) -> None:
+    model = save_tiny(tmp_path / "model", vocab_size=100)
+    with pytest.raises(DataError, match="the model embeds only 100; the tokenizer belongs to another"):
+        (thanos.plan if plans else thanos.prune)(model, tmp_path / "out", recipe(text_file))
+
+
+@pytest.mark.parametrize("source", ["text", "self"])
+def test_a_model_that_can_sample_no_token_is_refused(source: str, text_file: Path, tmp_path: Path) -> None:
+    """All its weights are finite, but its logits are not."""
+    model = tiny_model(dtype=torch.float16)
+    model.lm_head.weight.data.fill_(60000.0)
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    settings = recipe(text_file) if source == "text" else recipe(Path("self"), generate=0)
+    with pytest.raises(NumericsError, match="the model gives NaN or infinite logits, so that it cannot generate text"):
+        thanos.prune(tmp_path / "model", tmp_path / "out", settings)
+    assert list(tmp_path.iterdir()) == [tmp_path / "model"]
+
+
+def test_logits_that_become_nan_while_the_model_generates_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("thanos.calibration.generation._check_outputs", lambda model, prompt: None)
+    model = tiny_model()
+    model.lm_head.weight.data[5] = float("nan")
+    with pytest.raises(NumericsError, match="NaN or infinite logits"):
+        continue_prompts(model, torch.ones(2, 1, dtype=torch.int64), 4, 0, 0, 2, "calibration", lambda event: None)
+
+
+def test_a_damaged_weight_is_named_in_the_plan(text_file: Path, tmp_path: Path) -> None:
+    model = tiny_model()
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    with pytest.raises(NumericsError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
+        thanos.plan(tmp_path / "model", tmp_path / "out", recipe(text_file))
+
+
+@pytest.mark.parametrize("source", ["text", "self"])
+def test_the_processes_synchronise_after_each_part_that_is_generated(
+    source: str, tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else those that wait for the windows run into the timeout of torch.distributed."""
+    monkeypatch.setattr("thanos.calibration.continued.PIECES", {"cpu": 2})
+    monkeypatch.setattr("thanos.calibration.windows.generate", _in_threes)
+    shared = list[Any]()
+
+    def from_first(self: World, make: Any) -> Any:
+        shared.append(make())
+        return shared[-1]
+
+    monkeypatch.setattr(World, "from_first", from_first)
+    settings = recipe(text_file) if source == "text" else recipe(Path("self"), generate=0)
+    parts = list[Any]()
+    thanos.prune(
+        tiny_llama,
+        tmp_path / "out",
+        settings,
+        on_event=lambda event: (
+            parts.append(event) if event.kind == "progress" and event.phase == "calibration" else None
+        ),
+    )
+    first = next(number for number, made in enumerate(shared) if isinstance(made, Calibration))
+    assert len(parts) >= 2
+    assert shared[:first] == [None] * (1 + len(parts))  # the first None: no run was published
+
+
+def _in_threes(model: Any, samples: int, length: int, seed: int, start: Any, pad: int, emit: Any) -> Any:
+    prompts = torch.tensor(start).expand(samples, -1)
+    return continue_prompts(model, prompts, length, seed, pad, 3, "calibration", emit)
+
+
+def test_a_seed_of_any_size_is_taken(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
+    """The windows, the generated sequences, and the tuning, whose seeds are multiples of the run's."""
+    for number, seed in enumerate((2**50, 10**20)):
+        report = thanos.prune(tiny_llama, tmp_path / f"out{number}", recipe(text_file, seed=seed, tune=1))
+        assert report.calibration["seed"] == seed
+        thanos.plan(tiny_llama, tmp_path / "plan", recipe(text_file, seed=seed))
+    with pytest.raises(KeyboardInterrupt):  # the model has generated text
+        thanos.prune(
+            tiny_llama, tmp_path / "self", recipe(Path("self"), generate=0, seed=10**20), on_event=stopped_at(0)
+        )
 
 
 def test_kept_windows_are_read_as_they_were_written(tmp_path: Path) -> None:

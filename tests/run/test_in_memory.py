@@ -149,7 +149,7 @@ def test_gradients_and_events(tmp_path: Path) -> None:
 
 
 def test_the_model_is_unchanged_after_a_refusal() -> None:
-    ids = windows(SAMPLES, LENGTH)
+    ids, generating = windows(SAMPLES, LENGTH), recipe(generate=3)
     model = tiny_model()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     refusals: list[tuple[type[Exception], str, Any]] = [
@@ -162,6 +162,13 @@ def test_the_model_is_unchanged_after_a_refusal() -> None:
         (DataError, "must be whole numbers", (ids.float(), recipe())),
         (DataError, "beyond the model's 256 positions", (ids.repeat(1, 9), recipe())),
         (DataError, f"token id {VOCABULARY}, but the model embeds", (ids + VOCABULARY - int(ids.max()), recipe())),
+        (
+            DataError,
+            f"token id {VOCABULARY + 9}, but the model embeds",
+            (ids + VOCABULARY + 9 - int(ids.max()), generating),
+        ),
+        (DataError, "token ids must be at least 0; got -100", (ids.masked_fill(ids == ids.min(), -100), recipe())),
+        (RecipeError, "no text of which the model could continue pieces", ("self", generating)),
         (ModelError, "matches no linear layer", (ids, recipe(targets=("nothing",)))),
     ]
     for kind, match, arguments in refusals:
@@ -185,9 +192,26 @@ def test_what_is_no_model() -> None:
         thanos.prune_model(quantised, ids, recipe())
 
 
-def test_a_damaged_weight_is_named() -> None:
+@pytest.mark.parametrize("generate", [0, 3])
+def test_a_damaged_weight_is_named(generate: int) -> None:
     model = tiny_model()
     with torch.no_grad():
         model.model.layers[1].self_attn.q_proj.weight[3, 4] = float("nan")
     with pytest.raises(NumericsError, match=r"model\.layers\.1\.self_attn\.q_proj\.weight"):
-        thanos.prune_model(model, windows(SAMPLES, LENGTH), recipe())
+        thanos.prune_model(model, windows(SAMPLES, LENGTH), recipe(generate=generate))
+
+
+@pytest.mark.parametrize("tokenizer", [True, False])
+def test_what_is_generated_after_given_tokens_begins_as_they_do(tokenizer: bool) -> None:
+    """Token ids that a tokenizer has begun with BOS: the model continues pieces that begin with it, too."""
+    begun, seen = windows(SAMPLES, LENGTH), list[Tensor]()
+    begun[:, 0] = 1
+    model = tiny_model()
+    model.get_input_embeddings().register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    report = thanos.prune_model(model, begun, recipe(generate=3), tokenizer=tiny_tokenizer() if tokenizer else None)
+    assert report.calibration["bos_ids"] == [1]
+    prompts = next(ids for ids in seen if len(ids) == 3)
+    assert prompts.shape[1] > 1
+    assert prompts[:, 0].tolist() == [1, 1, 1]
+    begun[2, 0] = 5
+    assert thanos.prune_model(tiny_model(), begun, recipe(generate=3)).calibration["bos_ids"] == []

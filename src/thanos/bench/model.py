@@ -17,6 +17,7 @@ from thanos import registry
 from thanos.bench.device_rates import Rates, measure_rates
 from thanos.bench.measure import machine
 from thanos.bench.synthetic import RandomCheckpoint, Shape, random_checkpoint
+from thanos.calibration.generation import SEEDS
 from thanos.checkpoint.writer import CheckpointWriter
 from thanos.engine.block_runner import Passes
 from thanos.engine.inputs import EngineInputs
@@ -144,8 +145,8 @@ def _engine(
     shape: Shape, recipe: Recipe, device: torch.device, meter: PhaseMeter, *, out: Path | None, activations: str
 ) -> Iterator[Engine]:
     """Yield an engine for random weights and random tokens; its output is removed afterwards."""
-    meta_model, checkpoint = random_checkpoint(shape, recipe.sequence_length, seed=recipe.seed)
-    generator = torch.Generator().manual_seed(recipe.seed)
+    meta_model, checkpoint = random_checkpoint(shape, recipe.sequence_length, seed=recipe.seed % SEEDS)
+    generator = torch.Generator().manual_seed(recipe.seed % SEEDS)
     ids = torch.randint(shape.vocabulary, (recipe.samples, recipe.sequence_length), generator=generator)
     layers, _ = select_layers(linear_layers(meta_model), recipe)
     name, modules = find_blocks(meta_model)

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from thanos.calibration.generation import Part, continue_prompts
+from thanos.calibration.generation import SEEDS, Part, continue_prompts
 from thanos.calibration.windows import Calibration, begin_windows
 from thanos.events import Event, Phase
+from thanos.model.loading import check_token_ids
 from thanos.recipe import Recipe
 from thanos.recipe.repair import held_out_of
 
@@ -73,7 +74,7 @@ def generate_sequences(
     segment = min(SEGMENT, width)
     prompt = max(0 if bos else 1, min(PROMPT, segment // 2))  # BOS alone is a prompt, too
     pieces = math.ceil(count * width / segment)
-    draw = torch.Generator().manual_seed(seed)
+    draw = torch.Generator().manual_seed(seed % SEEDS)
     rows = torch.randint(len(text), (pieces, 1), generator=draw)
     columns = torch.randint(width - prompt + 1, (pieces, 1), generator=draw) + torch.arange(prompt)
     begun = begin_windows(text[rows, columns], bos)
@@ -111,9 +112,14 @@ def generate_more(
         recipe: the recipe; without ``generate`` the windows are returned unchanged.
         pad: any token id.
         emit: function that is called with events of progress.
+
+    Raises:
+        DataError: the text holds token ids that the model does not embed.
+        NumericsError: the model gives NaN or infinity.
     """
     if not recipe.generate:
         return made
+    check_token_ids(made.ids, model)
     held_out = held_out_of(len(made.ids), recipe.held_out) if recipe.holds_out else 0
     prompts = made.ids[: len(made.ids) - held_out]
     new = generate_sequences(model, prompts, made.bos_ids, recipe.generate, made.seed, pad, emit, phase="calibration")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from thanos.errors import NumericsError
 from thanos.events import Event, Phase
 
 if TYPE_CHECKING:
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
 
 GENERATION_BATCH = 16
 """Number of sequences that the model generates together for calibration ``self``."""
+
+
+SEEDS = 2**63
+"""Number of seeds that torch's generators take. A larger seed counts modulo this number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +84,9 @@ def continue_prompts(
 
     Returns:
         Token ids, (n, length) int64, on the CPU; each row begins with its prompt.
+
+    Raises:
+        NumericsError: the model gives NaN or infinity, so that no token can be sampled.
     """
     from transformers import GenerationConfig
 
@@ -96,21 +104,47 @@ def continue_prompts(
         pad_token_id=pad,
     )
     with torch.random.fork_rng(devices), torch.inference_mode(), _replaced_defaults(model):
-        torch.manual_seed(seed)
+        torch.manual_seed(seed % SEEDS)
+        _check_outputs(model, prompts[:1])
         if parts:
             _set_states(parts[-1].states, devices)
         while count < len(prompts):
             begun = prompts[count : count + batch]
-            ids = model.generate(  # type: ignore[operator]
-                begun.to(model.device),
-                attention_mask=torch.ones_like(begun, device=model.device),
-                generation_config=config,
-            )
+            with _named_sampling_errors():
+                ids = model.generate(  # type: ignore[operator]
+                    begun.to(model.device),
+                    attention_mask=torch.ones_like(begun, device=model.device),
+                    generation_config=config,
+                )
             parts.append(Part(ids.cpu(), _states(devices)))
             count += len(begun)
             keep(parts[-1])
             emit(Event(kind="progress", phase=phase, done=count, total=len(prompts), tokens=count * length))
     return torch.cat([part.ids for part in parts])
+
+
+_NO_TOKENS = "the model gives NaN or infinite logits, so that it cannot generate text; try --dtype float32"
+
+
+def _check_outputs(model: PreTrainedModel, prompt: Tensor) -> None:
+    """Raise NumericsError if no token can be sampled after a prompt, (1, p).
+
+    On CUDA, sampling from NaN ends in an assertion of the device, after which the process cannot use it any more.
+    """
+    logits = model(input_ids=prompt.to(model.device)).logits[:, -1]
+    if bool(logits.float().softmax(-1).isnan().any()):
+        raise NumericsError(_NO_TOKENS)
+
+
+@contextmanager
+def _named_sampling_errors() -> Iterator[None]:
+    """Raise NumericsError in place of torch's error about probabilities that are no numbers."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        raise NumericsError(_NO_TOKENS) from error
 
 
 def _states(devices: Sequence[torch.device]) -> dict[str, Tensor]:

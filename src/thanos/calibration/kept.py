@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from thanos.calibration.windows import Calibration
@@ -12,19 +12,22 @@ from thanos.system.files import write_atomically
 
 
 def read_windows(path: Path, source: str) -> Calibration | None:
-    """Return the windows of a file, with ``source`` as the name of their text; None if there is no such file.
+    """Return the windows of a file, with ``source`` as the name of their text; None if there is no such file, or it is damaged.
 
     Older versions did not record whether windows begin with BOS. Their files are ignored.
     """
     if not path.exists():
         return None
-    with safe_open(path, "pt") as file:
-        made = file.metadata()
-        if "bos" not in made:
-            return None
-        bos = tuple(map(int, made["bos"].split()))
-        numbers = int(made["seed"]), int(made["documents"])
-        return Calibration(file.get_tensor("ids"), source, made["rule"], *numbers, bos, int(made.get("generated", 0)))
+    try:
+        with safe_open(path, "pt") as file:
+            made, ids = file.metadata() or {}, file.get_tensor("ids")
+    except SafetensorError:  # such as a file that a full disk or a power failure has cut short
+        return None
+    if "bos" not in made:
+        return None
+    bos = tuple(map(int, made["bos"].split()))
+    numbers = int(made["seed"]), int(made["documents"])
+    return Calibration(ids, source, made["rule"], *numbers, bos, int(made.get("generated", 0)))
 
 
 def write_windows(path: Path, made: Calibration) -> None:

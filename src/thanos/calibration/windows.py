@@ -165,6 +165,11 @@ def begin_windows(text: Tensor, bos: tuple[int, ...]) -> Tensor:
     return torch.cat([torch.tensor(bos, dtype=text.dtype).expand(len(text), -1), text], dim=1)
 
 
+def all_begin(ids: Tensor, bos: tuple[int, ...]) -> bool:
+    """Return whether all windows, (n, T), begin with the tokens ``bos`` and have others after them."""
+    return 0 < len(bos) < ids.shape[1] and bool((ids[:, : len(bos)] == torch.tensor(bos)).all())
+
+
 def check_room(sequence_length: int, bos: tuple[int, ...]) -> None:
     """Raise DataError for windows that hold nothing but the tokens with which the tokenizer begins a text."""
     if sequence_length <= len(bos):

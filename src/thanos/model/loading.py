@@ -179,8 +179,10 @@ def context_length(config: PreTrainedConfig) -> int | None:
 def check_token_ids(ids: torch.Tensor, model: PreTrainedModel) -> None:
     """Raise DataError for token ids that the model does not embed: the tokenizer and the model do not belong together."""
     embedded = model.get_input_embeddings().get_parameter("weight").shape[0]
+    if int(ids.min()) < 0:
+        raise DataError(f"token ids must be at least 0; got {int(ids.min())}; remove the entries that mark padding")
     if int(ids.max()) >= embedded:
         raise DataError(
-            f"the tokenizer gives token id {int(ids.max())}, but the model embeds only {embedded}; the tokenizer belongs to "
-            "another model: put this model's own tokenizer next to its weights"
+            f"the text has token id {int(ids.max())}, but the model embeds only {embedded}; the tokenizer belongs to another "
+            "model: use this model's own, which a folder has next to its weights"
         )

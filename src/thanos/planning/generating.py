@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from thanos.calibration.continued import PIECES, PROMPT, SEGMENT, generate_sequences
-from thanos.calibration.generation import GENERATION_BATCH
+from thanos.calibration.generation import GENERATION_BATCH, SEEDS
 from thanos.calibration.making import make_calibration
+from thanos.errors import NumericsError
 from thanos.events import Watcher
-from thanos.model.loading import load_model
+from thanos.model.loading import check_token_ids, load_model
 from thanos.planning.kinds import Job
+from thanos.run.survey import name_damage
 from thanos.system.memory import free_device_bytes, free_host_bytes
 
 _POSITIONS = (4, 12)
@@ -30,7 +32,7 @@ def generated_text(job: Job, watch: Watcher) -> tuple[Tensor, float]:
     """
     recipe, opened, device = job.recipe, job.prepared.opened, job.device
     vocabulary = opened.meta_model.get_input_embeddings().get_parameter("weight").shape[0]
-    draw = torch.Generator().manual_seed(recipe.seed)
+    draw = torch.Generator().manual_seed(recipe.seed % SEEDS)
     count = recipe.generate or recipe.samples
     ids = torch.randint(vocabulary, (count, recipe.sequence_length), generator=draw)
     free = free_device_bytes(device) if device.type == "cuda" else free_host_bytes()
@@ -39,9 +41,14 @@ def generated_text(job: Job, watch: Watcher) -> tuple[Tensor, float]:
         return ids, _own_text(job, watch) if fits else 0.0
     began = time.perf_counter()
     text = make_calibration(opened.source, replace(recipe, generate=0), device, watch)
+    check_token_ids(text.ids, opened.meta_model)
     seconds = time.perf_counter() - began
     if fits:
-        seconds += _continued_pieces(job, text.ids, text.bos_ids)
+        try:
+            seconds += _continued_pieces(job, text.ids, text.bos_ids)
+        except NumericsError:
+            name_damage(opened, None)
+            raise
     return torch.cat([ids, text.ids]), seconds
 
 

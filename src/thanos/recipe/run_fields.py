@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """Data types in which a model can run and be written."""
 
+_MOST_TOKENS = 2**60
+"""Number of token ids, of 8 bytes each, that no machine holds. Larger numbers overflow in torch."""
+
 _DESCRIBED = (
     *("samples", "sequence_length", "generate", "seed", "allocation", "multiple_of", "head_unit"),
     *("held_out", "tune_rate", "tune_loss", "trust_remote_code"),
@@ -38,6 +41,12 @@ def check_run_fields(recipe: Recipe) -> None:
         raise RecipeError(
             f"calibration 'self' has no text of which the model could continue pieces (generate is {recipe.generate}); raise "
             "samples instead"
+        )
+    if (recipe.samples + recipe.generate) * recipe.sequence_length > _MOST_TOKENS:
+        generated = f" + {recipe.generate} (generate)" if recipe.generate else ""
+        raise RecipeError(
+            f"{recipe.samples} (samples){generated} calibration sequences of {recipe.sequence_length} tokens "
+            "(sequence_length) are more than any machine can hold; give fewer or shorter sequences"
         )
     for name in ("targets", "skip"):
         value = getattr(recipe, name)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from thanos.calibration.continued import SEGMENT
+from thanos.calibration.generation import SEEDS
 from thanos.calibration.windows import begin_windows
 from thanos.recovery.recipe import RecoveryRecipe
 
@@ -53,7 +54,7 @@ class Sequences(Dataset[dict[str, Tensor]]):
 
     def _make_epoch(self, epoch: int) -> tuple[Tensor, Tensor]:
         """Return the order (n,) and the token ids (n, T) of an epoch."""
-        generator = torch.Generator().manual_seed(1_000_003 * self._recipe.seed + epoch)
+        generator = torch.Generator().manual_seed((1_000_003 * self._recipe.seed + epoch) % SEEDS)
         order = torch.randperm(len(self._ids), generator=generator)
         if not self._recipe.vary:
             return order, self._ids

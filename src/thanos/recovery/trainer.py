@@ -139,7 +139,7 @@ def _arguments(training: Training) -> TrainingArguments:
         ddp_find_unused_parameters=any(mixtures(training.module.student)),  # an expert may get no token of a batch
         fsdp=shard,  # type: ignore[arg-type]
         fsdp_config={"version": 2, "transformer_layer_cls_to_wrap": layers, "state_dict_type": "SHARDED_STATE_DICT"},
-        seed=recipe.seed,
+        seed=recipe.seed % 2**32,  # NumPy takes no larger one
     )
     plugin: Any = getattr(arguments, "fsdp_plugin_args", None)  # absent in older releases of transformers
     if plugin is not None:

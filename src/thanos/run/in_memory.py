@@ -16,13 +16,21 @@ from torch import Tensor
 
 from thanos.calibration.continued import generate_more
 from thanos.calibration.text import check_text_source, text_sha256
-from thanos.calibration.windows import GIVEN_TEXTS, GIVEN_TOKENS, Calibration, build_calibration, check_positions
+from thanos.calibration.windows import (
+    GIVEN_TEXTS,
+    GIVEN_TOKENS,
+    Calibration,
+    all_begin,
+    build_calibration,
+    check_positions,
+)
 from thanos.checkpoint.in_memory import LoadedCheckpoint
 from thanos.engine.activations import check_tier
 from thanos.engine.distributed import SINGLE
 from thanos.engine.records import BlockRecord
 from thanos.errors import DataError, ModelError, NumericsError, RecipeError, resource_errors
 from thanos.events import Event, Watcher
+from thanos.model.bos import added_bos
 from thanos.model.loading import check_token_ids, context_length, end_of_text_id, parse_dtype
 from thanos.model.meta_model import build_meta_model, persistent_tensors
 from thanos.model.names import split_fused
@@ -88,6 +96,8 @@ def prune_model(
             f"output_dtype {recipe.output_dtype} is for a folder that is written; convert the model itself: model.to(dtype)"
         )
     source = recipe.calibration if calibration is None else calibration
+    if isinstance(source, str):
+        recipe = recipe.replace(calibration=source)  # refused now, before text is made, if they contradict each other
     device = _device(model, recipe)
     meter = PhaseMeter(device)
     emit = EventStream(on_event, meter, keep_log=False)
@@ -95,7 +105,11 @@ def prune_model(
         emit(Event(kind="phase", phase="load"))
         with meter.phase("load"):
             checkpoint, opened = _open(model, recipe)
-            windows, recipe = _windows(model, source, recipe, tokenizer, emit)
+            try:
+                windows, recipe = _windows(model, source, recipe, tokenizer, emit)
+            except NumericsError:  # of the text that the model generates
+                name_damage(opened, None)
+                raise
             check_token_ids(windows.ids, opened.meta_model)
             plan = prepare_opened(opened, recipe, emit)
         text_hash = text_sha256(source) if isinstance(source, str) else None
@@ -231,7 +245,9 @@ def _windows(
         ids = _token_ids(given)
         check_positions(ids.shape[1], positions)
         recipe = recipe.replace(calibration=GIVEN_TOKENS, samples=len(ids), sequence_length=ids.shape[1])
-        windows = Calibration(ids, GIVEN_TOKENS, "given", recipe.seed, len(ids))
+        named = getattr(model.config, "bos_token_id", None)
+        bos = added_bos(tokenizer) if tokenizer is not None else (named,) if isinstance(named, int) else ()
+        windows = Calibration(ids, GIVEN_TOKENS, "given", recipe.seed, len(ids), bos if all_begin(ids, bos) else ())
         with _evaluating(model):
             return generate_more(windows, model, recipe, 0, emit), recipe
     texts = isinstance(given, list | tuple) and bool(given) and all(isinstance(text, str) for text in given)

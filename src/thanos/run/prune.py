@@ -30,7 +30,7 @@ from thanos.run.documents import write_documents
 from thanos.run.engine_setup import build_engine
 from thanos.run.lock import locked
 from thanos.run.report import PruningReport
-from thanos.run.resume import RunJournal, check_completed, check_same_run, describe_run
+from thanos.run.resume import RunJournal, check_completed, check_same_run, describe_run, describe_text
 from thanos.run.setup import (
     Prepared,
     bytes_besides,
@@ -122,10 +122,8 @@ def prune(
     meter = PhaseMeter(device)
     emit = EventStream(on_event, meter, keep_log=True)
     with resource_errors(smaller_calibration(recipe)), join(device) as world:
-        if recipe.samples < world.size:
-            raise RecipeError(
-                f"{world.size} processes cannot share {recipe.samples} calibration sequences; raise --samples"
-            )
+        if (sequences := recipe.samples + recipe.generate) < world.size:
+            raise RecipeError(f"{world.size} processes cannot share {sequences} calibration sequences; raise --samples")
         job = _Job(recipe, device, activations, resume, overwrite, work, meter, emit, world)
         if world.rank > 0:
             return _assist(model, job)
@@ -159,7 +157,9 @@ def _assist(model: str, job: _Job) -> PruningReport:
         source = resolve_model(model, trust_remote_code=recipe.trust_remote_code)
         plan = prepare(source, recipe, lambda event: None, look=False)
         world.check_equal(shared_facts(recipe, plan.opened))
-    calibration: Calibration = world.from_first(_nothing)
+    calibration: Calibration | None = None
+    while calibration is None:
+        calibration = world.from_first(_nothing)
     parent = job.work.out.parent
     folder = parent if parent.is_dir() else Path(tempfile.gettempdir())
     plan, _ = choose_sparsities(
@@ -174,6 +174,20 @@ def _assist(model: str, job: _Job) -> PruningReport:
 
 def _nothing() -> Any:
     raise AssertionError("only rank 0 computes shared objects")
+
+
+def _shared_progress(job: _Job) -> Watcher:
+    """Return the watcher of the calibration. At each progress event all processes synchronise.
+
+    So none waits longer than the timeout of torch.distributed for text that rank 0 generates.
+    """
+
+    def watch(event: Event) -> None:
+        job.emit(event)
+        if event.kind == "progress":
+            job.world.from_first(lambda: None)
+
+    return watch
 
 
 def _check_interrupted_run(job: _Job) -> None:
@@ -207,9 +221,10 @@ def _prune(model: str, job: _Job, given: Calibration | None) -> PruningReport:
         plan = prepare(source, recipe, emit, folder=work.model)
         job.world.check_equal(shared_facts(recipe, plan.opened))
     with job.meter.phase("calibration"):
-        calibration = calibrate(
-            plan.opened, recipe, job.device, emit, given or (work.windows(recipe) if before else None)
-        )
+        if given is None:
+            run["text"] = describe_text(recipe)  # now, since the files may change while the run lasts
+        kept_windows = given or (work.windows(recipe) if before else None)
+        calibration = calibrate(plan.opened, recipe, job.device, _shared_progress(job), kept_windows)
         job.world.from_first(lambda: calibration)
     run |= {"calibration": calibration.to_dict(), "blocks": len(find_blocks(plan.opened.meta_model)[1])}
     notes = check_same_run(before, run) if before else []

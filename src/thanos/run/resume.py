@@ -82,7 +82,7 @@ def completed_run(run: Mapping[str, Any], recipe: Recipe, folder: Path) -> dict[
     ``run`` comes from :func:`describe_run`. ``folder`` is the output folder, with all shards.
     """
     kept = {part: run[part] for part in _MUST_BE_EQUAL if part in run}
-    return _without_folders(kept) | {"text": _describe_text(recipe), "output": _describe_output(folder)}
+    return _without_folders({"text": describe_text(recipe)} | kept) | {"output": _describe_output(folder)}
 
 
 def check_completed(work: WorkFolder, recipe: Recipe, now: Mapping[str, Any], calibration: Calibration | None) -> None:
@@ -95,7 +95,7 @@ def check_completed(work: WorkFolder, recipe: Recipe, now: Mapping[str, Any], ca
     before, out, otherwise = work.completed_run, work.out, "choose another OUT, or give --overwrite to start over"
     if not before:
         raise UserError(f"OUT {out} is complete, but has no {RUN_NAME} that says which run made it; {otherwise}")
-    known = {"text": _describe_text(recipe)} if calibration is None else {"calibration": calibration.to_dict()}
+    known = {"text": describe_text(recipe)} if calibration is None else {"calibration": calibration.to_dict()}
     found = find_differences(before, _without_folders({**now, **known}))
     if found:
         raise UserError(f"OUT {out} is complete, but another run made it: {'; '.join(found)}; {otherwise}")
@@ -114,7 +114,7 @@ def _without_folders(run: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _describe_text(recipe: Recipe) -> dict[str, str]:
+def describe_text(recipe: Recipe) -> dict[str, str]:
     """Return the hash of the calibration text if it consists of local files, else nothing. No windows are needed for it."""
     found = text_sha256(recipe.calibration)
     return {} if found is None else {TEXT_HASH: found}
@@ -152,7 +152,10 @@ def find_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
     now = json.loads(json.dumps(now))  # lists instead of tuples, as in the description that was read from JSON
     found = []
     for part in _MUST_BE_EQUAL:
-        lines = list(_differences(part, before.get(part), now[part])) if part in now else []
+        compared = part in now and (
+            part != "text" or part in before
+        )  # a run on given windows does not describe the text
+        lines = list(_differences(part, before.get(part), now[part])) if compared else []
         if part == "model" and len(lines) > 3:  # another model: one line need not name its hundred shards
             lines[2:-1] = [f"{len(lines) - 3} more such differences"]
         found += lines

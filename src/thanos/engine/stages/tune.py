@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from thanos.calibration.generation import SEEDS
 from thanos.engine.block_arguments import mapped
 from thanos.engine.stages.base import BlockContext
 from thanos.engine.tuned_parameters import Tunable
@@ -75,7 +76,7 @@ class TuneStage:
     def _tune_or_spill(self, context: BlockContext, epochs: int) -> Generator[Event, None, Tuned]:
         """Tune the block. If one sequence does not fit, move the hidden states off the device and start once more."""
         assert context.index is not None, "the modules after the blocks are not a block"
-        seed = self.seed * _SEEDS + context.index
+        seed = (self.seed * _SEEDS + context.index) % SEEDS
 
         def steps() -> Generator[TuningProgress, None, Tuned]:
             return tune(_work(context, self.by_token), epochs=epochs, rate=self.rate, seed=seed, world=context.world)
