@@ -102,7 +102,7 @@ def chart(name: str, results: list[Result], about: str, note: str = "") -> Chart
     }[name]
     over_blocks = name == "time-block"
     lines = (against_block if over_blocks else against_width)(results, value)
-    x_field, x_label = ("block_size", "block size B") if over_blocks else ("columns", "columns of the layer")
+    x_field, x_label = ("block_size", "block size B") if over_blocks else ("layer_width", "columns of the layer")
     series = []
     for (text, line), result in zip(lines.items(), _one_of_each(lines, results), strict=True):
         points = tuple(

@@ -268,7 +268,7 @@ OTHERS = (
     ("weight_bytes", "weights in memory (MB)", _seconds, 1e-6, False),
     ("tokens_per_second", "tokens/s", _seconds, 1.0, True),
     ("first_token_seconds", "first token (ms)", _seconds, 1e3, False),
-    ("columns", "columns", _plain, 1.0, False),
+    ("layer_width", "layer width", _plain, 1.0, False),
     ("floor_share", "of the time (%)", _one, 1e2, True),
 )
 """Name, label, formatter, scale and direction of quantities that cells of a study do not have: those of a comparison and of a
