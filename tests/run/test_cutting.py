@@ -18,6 +18,7 @@ from reports import contents
 from thanos.calibration.windows import Calibration
 from thanos.checkpoint.writer import CheckpointWriter
 from thanos.cli import run
+from thanos.cli.output import show_report
 from thanos.errors import ModelError, UserError
 from thanos.model.opening import OpenedModel
 from thanos.registry import method_names
@@ -611,6 +612,22 @@ def test_only_the_blocks_that_go_are_missing(deep: Path, text_file: Path, tmp_pa
         for name in ("mlp.down_proj", "self_attn.q_proj"):
             assert torch.equal(written[f"model.layers.{new}.{name}.weight"], dense[f"model.layers.{old}.{name}.weight"])
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.num_hidden_layers == 4
+
+
+def test_no_layer_error_is_told_where_blocks_go(
+    deep: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The layer before them is fitted to their outputs, so it departs from its own outputs on purpose."""
+    made = recipe(text_file, pattern="blocks", sparsity=0.34, effort="max", tune=1)
+    report = thanos.prune(deep, tmp_path / "out", made)
+    card = (tmp_path / "out/README.md").read_text()
+    show_report(report, tmp_path / "out")
+    assert report.layers
+    assert "relative error of block" in card
+    for words in (card.lower(), capsys.readouterr().out.lower()):
+        assert "layer error" not in words
+        assert "layers with the largest error" not in words
+        assert "errors of the layers below" not in words
 
 
 def test_the_layer_before_is_fitted_to_the_outputs_of_the_blocks_that_go(
