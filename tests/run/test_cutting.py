@@ -560,6 +560,20 @@ def test_the_split_of_the_least_predicted_error_is_taken(grouped: Path, text_fil
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.intermediate_size == WIDTH - removed["neurons"]
 
 
+@pytest.mark.parametrize(("pattern", "damage"), [("width", ""), ("blocks", "{")])
+def test_a_damaged_choice_is_made_again(
+    pattern: str, damage: str, grouped: Path, text_file: Path, tmp_path: Path
+) -> None:
+    multiple = 8 if pattern == "width" else None
+    out, made = tmp_path / "out", units(text_file, pattern=pattern, sparsity=0.34, multiple_of=multiple)
+    thanos.prune(grouped, tmp_path / "whole", made)
+    work = stopped(grouped, out, made, lambda event: event.phase == "finish")
+    assert (work / "allocation.json").is_file()
+    (work / "allocation.json").write_text(damage)
+    thanos.prune(grouped, out, made, resume=True)
+    assert contents(out) == contents(tmp_path / "whole")
+
+
 def test_an_error_between_two_measured_shares_is_their_geometric_mean() -> None:
     curve = Curve(10, (0.2, 0.4), (0.01, 0.04))
     assert error_at(curve, 0.3) == pytest.approx(0.02)
