@@ -18,6 +18,7 @@ from reports import contents
 from thanos.calibration.windows import Calibration
 from thanos.checkpoint.writer import CheckpointWriter
 from thanos.cli import run
+from thanos.cli.output import show_report
 from thanos.errors import ModelError, UserError
 from thanos.model.opening import OpenedModel
 from thanos.registry import method_names
@@ -559,6 +560,20 @@ def test_the_split_of_the_least_predicted_error_is_taken(grouped: Path, text_fil
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.intermediate_size == WIDTH - removed["neurons"]
 
 
+@pytest.mark.parametrize(("pattern", "damage"), [("width", ""), ("blocks", "{")])
+def test_a_damaged_choice_is_made_again(
+    pattern: str, damage: str, grouped: Path, text_file: Path, tmp_path: Path
+) -> None:
+    multiple = 8 if pattern == "width" else None
+    out, made = tmp_path / "out", units(text_file, pattern=pattern, sparsity=0.34, multiple_of=multiple)
+    thanos.prune(grouped, tmp_path / "whole", made)
+    work = stopped(grouped, out, made, lambda event: event.phase == "finish")
+    assert (work / "allocation.json").is_file()
+    (work / "allocation.json").write_text(damage)
+    thanos.prune(grouped, out, made, resume=True)
+    assert contents(out) == contents(tmp_path / "whole")
+
+
 def test_an_error_between_two_measured_shares_is_their_geometric_mean() -> None:
     curve = Curve(10, (0.2, 0.4), (0.01, 0.04))
     assert error_at(curve, 0.3) == pytest.approx(0.02)
@@ -611,6 +626,22 @@ def test_only_the_blocks_that_go_are_missing(deep: Path, text_file: Path, tmp_pa
         for name in ("mlp.down_proj", "self_attn.q_proj"):
             assert torch.equal(written[f"model.layers.{new}.{name}.weight"], dense[f"model.layers.{old}.{name}.weight"])
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.num_hidden_layers == 4
+
+
+def test_no_layer_error_is_told_where_blocks_go(
+    deep: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The layer before them is fitted to their outputs, so it departs from its own outputs on purpose."""
+    made = recipe(text_file, pattern="blocks", sparsity=0.34, effort="max", tune=1)
+    report = thanos.prune(deep, tmp_path / "out", made)
+    card = (tmp_path / "out/README.md").read_text()
+    show_report(report, tmp_path / "out")
+    assert report.layers
+    assert "relative error of block" in card
+    for words in (card.lower(), capsys.readouterr().out.lower()):
+        assert "layer error" not in words
+        assert "layers with the largest error" not in words
+        assert "errors of the layers below" not in words
 
 
 def test_the_layer_before_is_fitted_to_the_outputs_of_the_blocks_that_go(

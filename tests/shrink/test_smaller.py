@@ -20,8 +20,12 @@ from helpers import ARCHITECTURES, MIXTURES, save_tiny, windows
 from shrinking import HEADS, WITH_HEADS, blocks_of, load, others, skip, some, zero_columns, zero_heads, zero_neurons
 from thanos.checkpoint.reader import SafetensorsCheckpoint
 from thanos.errors import UserError
+from thanos.model.layers import find_blocks
+from thanos.model.opening import open_model
+from thanos.model.source import resolve_model
 from thanos.shrink.folder import write_smaller
-from thanos.shrink.writer import SmallerFolder
+from thanos.shrink.units import NEURONS, units_of
+from thanos.shrink.writer import Cut, SmallerFolder, cuts_of
 
 WIDTH = {
     "gpt-2": "n_inner",
@@ -253,6 +257,30 @@ def test_only_tensors_that_are_cut_become_tensors(tmp_path: Path, monkeypatch: p
     assert sorted(read) == sorted(
         f"model.layers.{number}.mlp.{name}_proj.weight" for number in range(3) for name in ("gate", "up", "down")
     )
+
+
+def test_cuts_are_computed_while_the_block_runs(tmp_path: Path) -> None:
+    """The writer's thread computes them, and a block that runs holds plain tensors instead of its parameters."""
+    opened = open_model(resolve_model(save_tiny(tmp_path / "full")))
+    prefix, blocks = find_blocks(opened.meta_model)
+    (units,) = units_of(opened.meta_model, blocks, NEURONS)[0]
+    found: dict[str, Cut] = {}
+
+    def inside(*_: Any) -> None:
+        with pytest.raises(AttributeError):
+            blocks[0].get_parameter("mlp.down_proj.weight")
+        found.update(cuts_of(opened, f"{prefix}.0.mlp.down_proj", units, torch.arange(0, 64, 2)))
+
+    mlp = blocks[0].get_submodule("mlp")
+    mlp.register_forward_pre_hook(inside)
+    weights = {name: torch.zeros(weight.shape) for name, weight in mlp.named_parameters()}
+    torch.func.functional_call(mlp, weights, (torch.zeros(1, 3, 32),))
+    assert {name.rpartition("mlp.")[2]: cut.axis for name, cut in found.items()} == {
+        "down_proj.weight": 1,
+        "gate_proj.weight": 0,
+        "up_proj.weight": 0,
+    }
+    assert all(torch.equal(cut.stay, torch.arange(0, 64, 2)) for cut in found.values())
 
 
 def test_an_error_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

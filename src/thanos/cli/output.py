@@ -49,11 +49,14 @@ def show_report(report: PruningReport, out: Path, *, complete: bool = False, sai
     the command already printed as notes.
     """
     totals, recipe = report.totals, report.recipe
+    errors = [
+        ("mean layer error, before compensation", number(totals["mean_error_before_compensation"])),
+        (f"mean layer error, {_last_step(report)}", number(totals["mean_error_after_compensation"])),
+    ]
     rows = [
         ("method, pattern", f"{recipe['method']}, {recipe['pattern']}"),
         *(cut_rows(report.cut) or _sparsity_rows(totals, "pruned")),
-        ("mean layer error, before compensation", number(totals["mean_error_before_compensation"])),
-        (f"mean layer error, {_last_step(report)}", number(totals["mean_error_after_compensation"])),
+        *(errors if report.layers_lose else []),
         *_repair_rows(report),
         *phase_rows(report.phases),
         ("total", cost(report.seconds, report.host_peak_bytes, report.device_peak_bytes)),

@@ -198,7 +198,11 @@ def _choice(layers: Mapping[LinearLayer, LayerRecipe], curves: Mapping[str, Curv
 
 
 def _read(store: Path | None) -> dict[str, Any] | None:
-    return json.loads(store.read_bytes()) if store is not None and store.is_file() else None
+    """Return the record of an interrupted run; None without one, or if the file is damaged: the choice is made again."""
+    try:
+        return None if store is None else json.loads(store.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def _total(meter: PhaseMeter) -> PhaseRecord:

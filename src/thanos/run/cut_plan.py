@@ -50,6 +50,9 @@ def _made(opened: OpenedModel, cutting: Cutting, removed: Mapping[str, int], dro
 
 
 def _smallest_blocks(opened: OpenedModel, number: int) -> list[int]:
-    """Return the blocks of the fewest bytes, never the first: the real model is at most as large as predicted."""
+    """Return the blocks of the fewest bytes, never the first. So only the files' headers can be larger than predicted.
+
+    Their bytes depend on the positions of the removed blocks: a few bytes for each file.
+    """
     sizes = sizes_by_block(opened)
     return sorted(sorted(range(1, len(sizes)), key=lambda index: sizes[index][1])[:number])

@@ -66,8 +66,7 @@ def model_card(report: PruningReport) -> str:
         f"Run it again with `thanos prune {name} OUT --recipe recipe.toml{' --calibration PATH' if local else ''}`. Everything "
         "that was measured is in `pruning.json`.",
         *(["## Recovery", recovery_sentence(report.recovery)] if report.recovery else []),
-        "## Layers with the largest error",
-        _worst_table(report.layers),
+        *(["## Layers with the largest error", _worst_table(report.layers)] if report.layers_lose else []),
         *_warnings(report),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -153,7 +152,7 @@ def _yaml(value: str) -> str:
 
 def _tuning(report: PruningReport) -> str:
     line = tuning_line(report.tuning, has_zeros=not report.cut)
-    changed = any(one.kept_epoch for one in report.tuning)
+    changed = report.layers_lose and any(one.kept_epoch for one in report.tuning)
     return (
         f"{line}.{' The errors of the layers below were measured before that step.' if changed else ''}" if line else ""
     )
@@ -166,7 +165,7 @@ def _totals_table(report: PruningReport) -> str:
         ("mean relative layer error, after compensation", _number(totals["mean_error_after_compensation"])),
     ]
     if report.cut:
-        return _table(("", ""), [*cut_rows(report.cut), *errors])
+        return _table(("", ""), [*cut_rows(report.cut), *(errors if report.layers_lose else [])])
     return _table(
         ("", ""),
         [

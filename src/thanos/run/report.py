@@ -60,6 +60,14 @@ class PruningReport(Document):
     cut: dict[str, Any] = field(default_factory=dict)
     schema: int = SCHEMA
 
+    @property
+    def layers_lose(self) -> bool:
+        """Whether the layers lose weights, so that their errors are those of the pruning.
+
+        If blocks are removed, a layer is fitted to the outputs of the blocks after it, so it has other outputs on purpose.
+        """
+        return not self.cut.get("dropped_blocks")
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, without the fields about repairs, recovery and cuts that are empty."""
         values = Document.to_dict(self)

@@ -164,10 +164,11 @@ def cuts_of(opened: OpenedModel, writer: str, units: Units, kept: Tensor) -> dic
     block = writer.removesuffix(units.writer)
     cuts = {}
     for one in units.slices:
-        name = f"{block}{one.name}"
-        stay = torch.ones(opened.meta_model.get_parameter(name).shape[one.axis], dtype=torch.bool)
+        # Not the meta model's shape: a run calls this in another thread, while its block computes with real weights.
+        key = opened.key_of[f"{block}{one.name}"]
+        stay = torch.ones(opened.checkpoint.tensors[key].shape[one.axis], dtype=torch.bool)
         stay[one.index[removed].flatten()] = False
-        cuts[opened.key_of[name]] = Cut(one.axis, stay.nonzero().flatten())
+        cuts[key] = Cut(one.axis, stay.nonzero().flatten())
     return cuts
 
 
