@@ -19,7 +19,7 @@ from thanos.calibration.windows import Calibration, begin_windows
 from thanos.events import Event, Phase
 from thanos.model.loading import check_token_ids
 from thanos.recipe import Recipe
-from thanos.recipe.repair import held_out_of
+from thanos.recipe.repair import held_out_count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -120,7 +120,7 @@ def generate_more(
     if not recipe.generate:
         return made
     check_token_ids(made.ids, model)
-    held_out = held_out_of(len(made.ids), recipe.held_out) if recipe.holds_out else 0
+    held_out = held_out_count(recipe, len(made.ids) + recipe.generate)
     prompts = made.ids[: len(made.ids) - held_out]
     new = generate_sequences(model, prompts, made.bos_ids, recipe.generate, made.seed, pad, emit, phase="calibration")
     return replace(made, ids=torch.cat([new, made.ids]), generated=recipe.generate)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from thanos.engine.stages.tune_cost import tuning_passes
 from thanos.model.layers import block_names, find_blocks
 from thanos.recipe import Recipe
-from thanos.recipe.repair import held_out_of
+from thanos.recipe.repair import held_out_count
 from thanos.run.setup import Prepared
 
 
@@ -77,8 +77,7 @@ class Job:
     @property
     def held_out(self) -> int:
         """Number of calibration sequences that are held out."""
-        text = self.samples - self.recipe.generate
-        return held_out_of(text, self.recipe.held_out) if self.recipe.holds_out else 0
+        return held_out_count(self.recipe, self.samples)
 
     def amount(self, block: int | None) -> Amount:
         """Return the sequences and epochs of the run for a block."""

@@ -132,6 +132,11 @@ def checked_target(value: Any) -> float | str:
     raise RecipeError(f"dense_target must be {AUTO} or a number, at least 0 and at most 1; got {value!r}{hint}")
 
 
+def held_out_count(recipe: Recipe, sequences: int) -> int:
+    """Return how many of a run's sequences, the generated ones included, are held out; 0 if no part of the repair needs any."""
+    return held_out_of(sequences - recipe.generate, recipe.held_out) if recipe.holds_out else 0
+
+
 def held_out_of(samples: int, held_out: int | None) -> int:
     """Return how many of ``samples`` sequences of the calibration text are held out: the last ones.
 

@@ -22,7 +22,7 @@ from thanos.engine.stages.tune import TuneStage
 from thanos.engine.weights import ModelWeights
 from thanos.model.layers import find_blocks
 from thanos.recipe import Recipe
-from thanos.recipe.repair import held_out_of
+from thanos.recipe.repair import held_out_count
 from thanos.run.setup import Prepared
 from thanos.system.meter import PhaseMeter
 
@@ -97,6 +97,6 @@ def held_out_here(recipe: Recipe, samples: int, share: range) -> dict[str, Any]:
 
     ``samples`` is the number of sequences of all processes; ``share`` is the range of this process's sequences among them.
     """
-    count = held_out_of(samples - recipe.generate, recipe.held_out) if recipe.holds_out else 0
+    count = held_out_count(recipe, samples)
     first = min(max(samples - count - share.start, 0), len(share))
     return {"first": share.start, "held_out": range(first, len(share)), "held_out_of_all": count}

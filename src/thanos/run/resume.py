@@ -152,9 +152,8 @@ def find_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
     now = json.loads(json.dumps(now))  # lists instead of tuples, as in the description that was read from JSON
     found = []
     for part in _MUST_BE_EQUAL:
-        compared = part in now and (
-            part != "text" or part in before
-        )  # a run on given windows does not describe the text
+        # A run on given windows does not describe the text.
+        compared = part in now and (part != "text" or part in before)
         lines = list(_differences(part, before.get(part), now[part])) if compared else []
         if part == "model" and len(lines) > 3:  # another model: one line need not name its hundred shards
             lines[2:-1] = [f"{len(lines) - 3} more such differences"]
