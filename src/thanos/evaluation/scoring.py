@@ -31,6 +31,10 @@ of 256 k take 1 GiB."""
 _BATCH_TOKENS = {"cuda": 16384}
 """Largest number of tokens per forward pass. On other devices one window at a time is as fast."""
 
+_LOGITS = 2**31 - 1
+"""Largest number of logits per forward pass, since some kernels index them with 32 bits: with more, the int4 product that torchao
+uses (``_weight_int4pack_mm``) ends with an illegal memory access."""
+
 _LOGITS_FRACTION = 0.25
 """Fraction of the device's free memory that the logits of one batch may take, including the dense model's logits."""
 
@@ -180,14 +184,10 @@ def _batch_size(model: PreTrainedModel, reference: Reference) -> int:
     total, length = reference.windows.shape
     if model.device.type not in _BATCH_TOKENS:
         return 1
-    window = (
-        length
-        * model.config.get_text_config().vocab_size
-        * model.dtype.itemsize
-        * (1 if reference.model is None else 2)
-    )
+    logits = length * model.config.get_text_config().vocab_size
+    window = logits * model.dtype.itemsize * (1 if reference.model is None else 2)
     fitting = int(_LOGITS_FRACTION * free_device_bytes(model.device)) // window
-    return max(1, min(total, _BATCH_TOKENS[model.device.type] // length, fitting))
+    return max(1, min(total, _BATCH_TOKENS[model.device.type] // length, fitting, _LOGITS // logits))
 
 
 def _score_batch(model: PreTrainedModel, reference: Reference, first: int, ids: Tensor) -> Tensor:
