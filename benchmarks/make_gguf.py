@@ -108,7 +108,8 @@ def _metadata(writer: Any, sizes: argparse.Namespace) -> None:
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_rope_freq_base(1e6)
     letters = sorted(ByteLevel.alphabet())
-    words = ["<unk>", "<|endoftext|>", "<|im_end|>", *letters]  # transformers adds the second if it is missing
+    # transformers adds the second, and release 5.17 the third, if it is missing.
+    words = ["<unk>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", *letters]
     pairs = itertools.product(letters, letters)
     triples = ((first + second, third) for first, second, third in itertools.product(letters, repeat=3))
     merges = list(itertools.islice(itertools.chain(pairs, triples), sizes.vocabulary - len(words)))
@@ -116,9 +117,9 @@ def _metadata(writer: Any, sizes: argparse.Namespace) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(words)
     writer.add_token_merges([" ".join(merge) for merge in merges])
-    writer.add_token_types([2, 3, 3, *[1] * (len(words) - 3)])
+    writer.add_token_types([2, 3, 3, 3, *[1] * (len(words) - 4)])
     writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
+    writer.add_eos_token_id(3)
     writer.add_unk_token_id(0)
 
 

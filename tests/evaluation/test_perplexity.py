@@ -9,6 +9,7 @@ import re
 import shutil
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -571,6 +572,19 @@ def test_outputs_that_do_not_fit_are_not_kept(tiny_llama: Path, text_file: Path)
         shared = reference(tiny_llama, text_file, keep_bytes=room)
         thanos.evaluate(tiny_llama, reference=shared, device="cpu")
         assert len(shared._kept) == kept
+
+
+@pytest.mark.parametrize(("vocabulary", "windows"), [(49152, 8), (151936, 6), (1 << 21, 1)])
+def test_a_batch_has_fewer_logits_than_2_to_the_31(
+    vocabulary: int, windows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchao's int4 product on CUDA fails with 14,200 tokens of 151,936 logits, and is right with 14,000."""
+    monkeypatch.setattr(scoring, "free_device_bytes", lambda device: 1 << 50)
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=vocabulary))
+    model: Any = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, config=config)
+    shared: Any = SimpleNamespace(windows=torch.zeros(64, 2048, dtype=torch.long), model=None)
+    assert scoring._batch_size(model, shared) == windows
+    assert windows * 2048 * vocabulary < 1 << 31 or windows == 1
 
 
 def test_batches_score_what_single_windows_do_and_halve_where_memory_runs_out(
