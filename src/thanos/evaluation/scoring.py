@@ -32,8 +32,8 @@ _BATCH_TOKENS = {"cuda": 16384}
 """Largest number of tokens per forward pass. On other devices one window at a time is as fast."""
 
 _LOGITS = 2**31 - 1
-"""Largest number of logits per forward pass, since some kernels index them with 32 bits: with more, the int4 product that torchao
-uses (``_weight_int4pack_mm``) ends with an illegal memory access."""
+"""Largest number of logits per forward pass, since some kernels index them with 32 bits: with more, torchao's int4 product on
+CUDA ends with an illegal memory access."""
 
 _LOGITS_FRACTION = 0.25
 """Fraction of the device's free memory that the logits of one batch may take, including the dense model's logits."""
