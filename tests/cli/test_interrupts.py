@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from thanos.cli import run
-from thanos.cli.interrupts import EndedEarly
+from thanos.cli.interrupts import EndedEarly, terminable
 from thanos.engine.stages.prune import PruneStage
 from thanos.errors import DataError, ModelError, NumericsError, ResourceError, UserError
 
@@ -73,6 +73,18 @@ def test_a_signal_before_a_block_is_finished_leaves_nothing(tiny_llama: Path, te
     arguments += ["--sequence-length", "32", "--device", "cpu", "--quiet"]
     assert ended(signal.SIGINT, 0, arguments) == (130, "error: interrupted; no files are left\n")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_second_sigterm_does_not_disturb_the_end() -> None:
+    """make passes SIGTERM on, and a scheduler sends it to all processes, so a command may get it twice."""
+    ended = False
+    with terminable() as received:
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        ended = True
+    assert ended
+    assert received == [signal.SIGTERM]
 
 
 @pytest.mark.parametrize(

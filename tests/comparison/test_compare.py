@@ -199,7 +199,7 @@ def test_a_fault_of_the_device_ends_the_run_with_the_numbers_so_far(
 
 
 def test_an_interrupted_run_leaves_the_numbers_so_far(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("matplotlib", reason="the extra report is not installed")
 
@@ -211,6 +211,8 @@ def test_an_interrupted_run_leaves_the_numbers_so_far(
     words = ["compare", *(str(folder / name) for name in ("dense", "pruned", "narrow")), "--text"]
     words += [str(folder / "prose.txt"), "--sequence-length", "64", "--max-windows", "1", "--device", "cpu", "--quiet"]
     assert run([*words, "--out", str(tmp_path / "c")]) == 130
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{tmp_path / 'c'} has the measurements of the first 2 models; measure the first model and those" in said
     (left,) = read_comparisons([tmp_path / "c"])
     assert [row.label for row in left.rows] == ["dense", "pruned"]
     assert all(row.evaluation for row in left.rows)

@@ -127,9 +127,9 @@ def test_quantised_and_packed_folders(pruned: Path, tiny_llama: Path, text_file:
     half = edit(copy(pruned, tmp_path / "half"), lambda t: t.update({k: v.bfloat16() for k, v in t.items()}))
     thanos.pack(half, tmp_path / "packed", least_weights=1)
     refused(
-        tmp_path / "packed", tiny_llama, text_file, tmp_path, "packed is packed; give the dense model: thanos unpack"
+        tmp_path / "packed", tiny_llama, text_file, tmp_path, "packed is packed; give the unpacked one: thanos unpack"
     )
-    refused(pruned, tmp_path / "packed", text_file, tmp_path, "packed is packed; give the dense model: thanos unpack")
+    refused(pruned, tmp_path / "packed", text_file, tmp_path, "packed is packed; give the unpacked one: thanos unpack")
     pytest.importorskip("gguf")
     refused(
         small_gguf(tmp_path / "m.gguf"), tiny_llama, text_file, tmp_path, "is a GGUF file, whose weights are quantised"

@@ -23,11 +23,17 @@ SHA = "ab" * 32
 
 def report(layers: list[LayerRecord] | None = None, **changes: Any) -> PruningReport:
     if layers is None:
+        how = {"method": "sparsegpt", "pattern": "2:4"}
         layers = [
             layer(
-                "model.layers.0.q", (40, 50), zeros=1000, error_before_compensation=0.5, error_after_compensation=0.25
+                "model.layers.0.q",
+                (40, 50),
+                **how,
+                zeros=1000,
+                error_before_compensation=0.5,
+                error_after_compensation=0.25,
             ),
-            layer("model.layers.1.q", (40, 50), zeros=900, sparsity=0.45, error_after_compensation=0.125),
+            layer("model.layers.1.q", (40, 50), **how, zeros=900, sparsity=0.45, error_after_compensation=0.125),
         ]
     values: dict[str, Any] = {
         "thanos_version": "7.8.9",
@@ -214,6 +220,14 @@ def test_worst_layers_in_order() -> None:
         ["`l0`", "0.00 %", "0.30000"],
         ["`l3`", "30.00 %", "0.10000"],
     ]
+
+
+def test_the_card_tells_what_an_override_chose() -> None:
+    layers = [layer(f"model.layers.{block}.{kind}", method="sparsegpt", pattern=pattern) for block in range(3)
+              for kind, pattern in (("up", "2:4"), ("down", "4:8"))]  # fmt: skip
+    layers.append(layer("model.layers.3.up", method="wanda", pattern="2:4"))
+    first = model_card(report(layers)).split("\n\n## ")[0]
+    assert "(method sparsegpt, pattern 2:4; pattern 4:8 for 3 of 7 layers; method wanda for 1 of 7 layers)." in first
 
 
 def test_tables_are_well_formed() -> None:

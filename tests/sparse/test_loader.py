@@ -244,7 +244,7 @@ def test_evaluate_reads_packed_models_and_others_say_what_to_do(tmp_path, text_f
     assert got.kl_divergence == pytest.approx(0, abs=1e-3)
     out = tmp_path / "o"
     for refused in (thanos.inspect_checkpoint, lambda m: thanos.prune(m, out), lambda m: thanos.plan(m, out)):
-        with pytest.raises(ModelError, match="is packed; give the dense model: thanos unpack"):
+        with pytest.raises(ModelError, match="is packed; give the unpacked one: thanos unpack"):
             refused(packed)
 
 

@@ -167,7 +167,7 @@ def _hub_dataset(source: str, *, evaluation: bool) -> Any:
         return load_dataset(repository, **arguments, split=split)
     except Exception as error:  # datasets raises its own, the hub's and the network's errors
         raise DataError(
-            f"{source} cannot be downloaded from the hub ({first_line(error)}); without a network give a local file instead: "
+            f"{source} cannot be downloaded from the hub ({first_line(error)}); without a network give pydoc, or a local file: "
             "--calibration FILE or --text FILE, one of " + ", ".join(SUFFIXES)
         ) from error
 

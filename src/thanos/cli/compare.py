@@ -23,6 +23,7 @@ from thanos.cli.options import (
     with_settings,
 )
 from thanos.errors import DataError
+from thanos.events import Event
 from thanos.settings import TEXT_SOURCES, Heading
 
 if TYPE_CHECKING:
@@ -150,10 +151,19 @@ def compare(
             )
             command = shlex.join(["thanos", *sys.argv[1:]])
 
-            def keep(found: Comparison) -> None:
-                write_document([found], out)
+            measured = 0
 
-            runs = [compare(models, request, quantised=quantised, command=command, on_event=watcher, on_row=keep)]
+            def keep(found: Comparison) -> None:
+                nonlocal measured
+                write_document([found], out)
+                measured = len(found.rows)
+
+            try:
+                runs = [compare(models, request, quantised=quantised, command=command, on_event=watcher, on_row=keep)]
+            except KeyboardInterrupt:
+                if measured:
+                    watcher(Event(kind="note", phase="finish", message=_rest(measured, out)))
+                raise
         write_report(runs, out, watcher)
     comparison_output.show_comparison(runs, out)
     if earlier is None and (failed := runs[0].failed):
@@ -162,6 +172,15 @@ def compare(
             err=True,
         )
         raise typer.Exit(1)
+
+
+def _rest(measured: int, out: Path) -> str:
+    """Return how to go on after an interruption that leaves the measurements of the first models."""
+    models = "the first model" if measured == 1 else f"the first {measured} models"
+    return (
+        f"{out} has the measurements of {models}; measure the first model and those that are left into another OUT, then draw "
+        "one page from both: thanos compare OUT1 OUT2 --out OUT"
+    )
 
 
 def _earlier(models: list[str]) -> list[Comparison] | None:

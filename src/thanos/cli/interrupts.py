@@ -60,6 +60,8 @@ def terminable() -> Iterator[list[int]]:
     received: list[int] = []
 
     def terminate(number: int, _: Any) -> None:
+        if received:  # make and schedulers send it again, while the first one is being handled
+            return
         received.append(number)
         raise KeyboardInterrupt
 

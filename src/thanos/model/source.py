@@ -224,7 +224,7 @@ def _check_folder(source: ModelSource, *, packed: bool, listed: Sequence[str] = 
         ) from error
     if source.is_packed:
         if not packed:
-            raise ModelError(f"{source.name} is packed; give the dense model: thanos unpack {source.name} OUT")
+            raise ModelError(f"{source.name} is packed; give the unpacked one: thanos unpack {source.name} OUT")
         from thanos.sparse.storage import parse_settings
 
         parse_settings(config["quantization_config"], source.name)

@@ -47,7 +47,6 @@ PLAIN_ZEROS = (
 def model_card(report: PruningReport) -> str:
     """Return the text of ``README.md`` for the output folder."""
     name = public_name(str(report.model["name"]))
-    recipe = report.recipe
     trained = "" if report.tuning or report.recovery else ", without retraining"
     local = report.calibration.get("text_sha256") is not None  # the recipe has only the name of a local text
     sections = [
@@ -55,7 +54,7 @@ def model_card(report: PruningReport) -> str:
         f"# {name}, pruned",
         f"This is {name} ({report.model['architecture']}) with {_what(report)}{trained}, by "
         f"[Thanos](https://arxiv.org/abs/2504.05346) {report.thanos_version} "
-        f"(method {recipe['method']}, pattern {recipe['pattern']}).",
+        f"({report.made_by}).",
         _tuning(report),
         _totals_table(report),
         "## Use",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,6 +68,18 @@ class PruningReport(Document):
         If blocks are removed, a layer is fitted to the outputs of the blocks after it, so it has other outputs on purpose.
         """
         return not self.cut.get("dropped_blocks")
+
+    @property
+    def made_by(self) -> str:
+        """The method and the pattern, and for how many layers other ones were chosen (``overrides`` of the recipe)."""
+        recipe = self.recipe["method"], self.recipe["pattern"]
+        others = Counter((layer.method, layer.pattern) for layer in self.layers)
+        del others[recipe]
+        parts = [f"method {recipe[0]}, pattern {recipe[1]}"]
+        for (method, pattern), count in others.items():
+            what = [f"method {method}"] * (method != recipe[0]) + [f"pattern {pattern}"] * (pattern != recipe[1])
+            parts.append(f"{', '.join(what)} for {count} of {len(self.layers)} layers")
+        return "; ".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, without the fields about repairs, recovery and cuts that are empty."""
